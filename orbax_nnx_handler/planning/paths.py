@@ -1,0 +1,72 @@
+"""Paths of leaves: tuples of keys, never joined strings.
+
+A key may hold a slash (Gemma, `WeightNorm`), be an int (lists, optax chains) or
+a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
+"""
+
+import re
+from collections.abc import Hashable, Iterable
+
+Path = tuple[Hashable, ...]
+"""The keys from the root of a tree to one leaf."""
+
+
+def render(path: Path) -> str:
+    """Returns a path as a person writes it: `('a', 0, 'b/c')` is `a/0/b/c`."""
+    return "/".join(segments(path)) or "(root)"
+
+
+def segments(path: Path) -> tuple[str, ...]:
+    """Returns the keys as strings; a tuple key or a slash gives several."""
+    parts: list[str] = []
+    for key in path:
+        if isinstance(key, tuple):
+            parts.extend(segments(key))
+        else:
+            parts.extend(str(key).split("/"))
+    return tuple(parts)
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """Returns the segments of a path as a person writes it."""
+    return tuple(part for part in text.split("/") if part)
+
+
+def canonical(path: Path) -> tuple[str, ...]:
+    """Returns the one spelling under which Linen and NNX paths are compared.
+
+    Linen numbers modules in the name (`layers_0`), NNX lists in the path
+    (`layers/0`); both become `layers`, `#0`. `LSTMCell` calls a gate `if`, which
+    is no Python attribute, hence `if_` in NNX.
+    """
+    tokens: list[str] = []
+    for part in segments(path):
+        tokens.extend(_tokens(part))
+    return tuple(tokens)
+
+
+def _tokens(part: str) -> tuple[str, ...]:
+    if part.isdecimal():
+        return (f"#{int(part)}",)
+    name, _, number = part.rpartition("_")
+    if name and number.isdecimal():
+        return (name, f"#{int(number)}")
+    return ("if",) if part == "if_" else (part,)
+
+
+def is_number(token: str) -> bool:
+    """Tells whether a canonical token counts a layer (`#3`)."""
+    return token.startswith("#") and token[1:].isdecimal()
+
+
+def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:
+    """Returns a sort key under which `Conv_10` comes after `Conv_2`."""
+    return tuple(
+        tuple((0, int(bit)) if bit.isdecimal() else (1, bit) for bit in re.split(r"(\d+)", part) if bit)
+        for part in segments(path)
+    )
+
+
+def sort_paths(paths: Iterable[Path]) -> list[Path]:
+    """Returns the paths in natural order."""
+    return sorted(paths, key=natural_key)

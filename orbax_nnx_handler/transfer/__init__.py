@@ -1,0 +1,1 @@
+"""Disks and devices: metadata, reading, transforms, filling, writing."""

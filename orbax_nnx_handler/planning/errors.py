@@ -63,6 +63,3 @@ class UnmappedValueError(RestoreError):
 class NotACheckpointError(RestoreError):
     """The path is no Orbax checkpoint; says what it is and which was probably meant."""
 
-
-class ConflictError(RestoreError):
-    """Several kinds of problem at once; `problems` holds one error of each kind."""

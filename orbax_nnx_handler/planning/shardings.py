@@ -1,0 +1,95 @@
+"""Where each wanted leaf must live.
+
+Order of decision, first that says something wins: the leaf's restore args, the
+target's own leaf, the Variable's `out_sharding` metadata with the mesh in force,
+the default. The default keeps a target in one place: replicated over the mesh
+that the target's other leaves (or `jax.set_mesh`) use; with no mesh at all, the
+first local device, or replicated over all devices when there are several hosts.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from orbax_nnx_handler.planning.errors import RestoreError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placer:
+    """Decides the sharding of each leaf of one target.
+
+    Attributes:
+        mesh: The mesh in force or the one the target's leaves use, or None.
+    """
+
+    mesh: Mesh | None
+
+    @classmethod
+    def of(cls, nodes: Iterable[Any]) -> "Placer":
+        """Returns the placer of a target's leaves under the mesh in force."""
+        current = jax.sharding.get_mesh()
+        if isinstance(current, Mesh) and not current.empty:
+            return cls(mesh=current)
+        meshes = (getattr(_own_sharding(node), "mesh", None) for node in nodes)
+        return cls(mesh=next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None))
+
+    def place(self, node: Any, override: Any) -> Sharding:
+        """Returns the sharding of one leaf.
+
+        Args:
+            node: The target's Variable or bare leaf.
+            override: The leaf's restore args, or None.
+
+        Raises:
+            RestoreError: The sharding names an abstract mesh and none is in force.
+        """
+        for candidate in (_override_sharding(override), _own_sharding(node), self._annotated(node)):
+            if candidate is not None:
+                return self._concrete(candidate)
+        return self._default()
+
+    def _annotated(self, node: Any) -> Sharding | None:
+        if not isinstance(node, nnx.Variable) or not node.get_metadata().get("out_sharding"):
+            return None
+        mesh = node.get_metadata().get("mesh") or self.mesh
+        spec = nnx.get_partition_spec({"leaf": node})["leaf"].get_value()
+        return NamedSharding(mesh, spec) if mesh is not None and spec is not None else None
+
+    def _concrete(self, sharding: Sharding) -> Sharding:
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
+            return sharding
+        if sharding.mesh.empty:
+            return self._default()
+        if self.mesh is None or tuple(self.mesh.shape.items()) != tuple(sharding.mesh.shape.items()):
+            raise RestoreError(
+                f"the target is sharded over the abstract mesh {dict(sharding.mesh.shape)}, "
+                f"but the mesh in force is {dict(self.mesh.shape) if self.mesh else 'none'}.\n"
+                "hint: restore under `with jax.set_mesh(mesh):`, with the mesh the target was built for."
+            )
+        return NamedSharding(self.mesh, sharding.spec)
+
+    def _default(self) -> Sharding:
+        if self.mesh is not None:
+            return NamedSharding(self.mesh, PartitionSpec())
+        if jax.process_count() == 1:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        return NamedSharding(Mesh(np.array(jax.devices()), ("hosts",)), PartitionSpec())
+
+
+def _own_sharding(node: Any) -> Sharding | None:
+    value = node.get_value() if isinstance(node, nnx.Variable) else node
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, Sharding) else None
+
+
+def _override_sharding(override: Any) -> Sharding | None:
+    sharding = getattr(override, "sharding", None)
+    if isinstance(sharding, Sharding):
+        return sharding
+    mesh, axes = getattr(override, "mesh", None), getattr(override, "mesh_axes", None)
+    return NamedSharding(mesh, axes) if mesh is not None and axes is not None else None

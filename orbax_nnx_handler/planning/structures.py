@@ -1,0 +1,174 @@
+"""Modules whose parameters Linen and NNX arrange differently.
+
+Most modules keep their parameters' names from Linen to NNX. A few do not:
+recurrent cells fuse their gates into two layers, and the normalising wrappers
+store their statistics under other names. Each rule here recognises one such
+module by the stored names alone and says how NNX's parameters come out of it.
+The results are candidates: the mapping asks for one only where a wanted path
+has no stored path of the same name.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.paths import canonical, is_number
+from orbax_nnx_handler.planning.recipes import Concat, Read, Recipe
+
+Tokens = tuple[str, ...]
+Model = Mapping[Tokens, StoredLeaf]
+"""The stored leaves of a model by canonical path, collections joined."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Derived:
+    """A wanted path that the stored leaves can give under another arrangement.
+
+    Attributes:
+        path: The canonical path that NNX calls it, from the model's root.
+        recipe: How it comes out of the stored leaves.
+        reason: The rule in a few words, for reports.
+    """
+
+    path: Tokens
+    recipe: Recipe
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Homeless:
+    """A stored leaf that NNX's module has no variable for.
+
+    It may be dropped only when all its values are zero, where it changes no
+    output; the reader of the values checks that.
+    """
+
+    leaf: StoredLeaf
+    reason: str
+
+
+def derive(model: Model) -> tuple[list[Derived], list[Homeless]]:
+    """Returns what NNX's own arrangement of the stored modules holds.
+
+    Args:
+        model: The stored leaves by canonical path, renames already applied.
+    """
+    cells = _cells(model)
+    derived = [*_fused_gates(cells), *_simple_cells(cells), *_normalising_wrappers(model)]
+    return derived, list(_gru_bias(cells))
+
+
+# A cell by the weights of its gates: ("ii", "kernel") -> leaf.
+_Gates = dict[tuple[str, str], StoredLeaf]
+
+_FUSED = (
+    # nnx.OptimizedLSTMCell and nnx.GRUCell split their product in this order.
+    ("LSTMCell gates fused", "ifgo"),
+    ("GRUCell gates fused", "rzn"),
+)
+
+
+def _cells(model: Model) -> dict[Tokens, _Gates]:
+    """Groups the leaves that may be gate weights by the module they belong to."""
+    cells: dict[Tokens, _Gates] = defaultdict(dict)
+    for path, leaf in model.items():
+        if len(path) >= 2 and path[-2][:1] in ("i", "h") and len(path[-2]) <= 2:
+            cells[path[:-2]][path[-2], path[-1]] = leaf
+    return cells
+
+
+def _fused_gates(cells: Mapping[Tokens, _Gates]) -> Iterator[Derived]:
+    for cell, gates in cells.items():
+        for reason, letters in _FUSED:
+            if not _has_kernels(gates, letters):
+                continue
+            for side in ("i", "h"):
+                yield from _fused_side(cell, gates, [side + letter for letter in letters], reason)
+
+
+def _fused_side(cell: Tokens, gates: _Gates, names: Sequence[str], reason: str) -> Iterator[Derived]:
+    for weight in ("kernel", "bias"):
+        parts = [gates[name, weight] for name in names if (name, weight) in gates]
+        if len(parts) == len(names) and parts[0].shape:
+            recipe = Concat(tuple(Read(part.path) for part in parts), axis=len(parts[0].shape) - 1)
+            yield Derived(path=(*cell, f"dense_{names[0][0]}", weight), recipe=recipe, reason=reason)
+
+
+def _has_kernels(gates: _Gates, letters: str) -> bool:
+    return all((side + letter, "kernel") in gates for side in ("i", "h") for letter in letters)
+
+
+def _simple_cells(cells: Mapping[Tokens, _Gates]) -> Iterator[Derived]:
+    for cell, gates in cells.items():
+        if ("i", "kernel") in gates and ("h", "kernel") in gates:
+            for (name, weight), leaf in gates.items():
+                if name in ("i", "h"):
+                    path = (*cell, f"dense_{name}", weight)
+                    yield Derived(path=path, recipe=Read(leaf.path), reason="SimpleCell layers renamed")
+
+
+def _gru_bias(cells: Mapping[Tokens, _Gates]) -> Iterator[Homeless]:
+    """Yields Linen's bias of the candidate gate, which nnx.GRUCell has not."""
+    for gates in cells.values():
+        bias = gates.get(("hn", "bias"))
+        if bias is not None and ("hr", "bias") not in gates and _has_kernels(gates, "rzn"):
+            yield Homeless(leaf=bias, reason="nnx.GRUCell has no bias in its recurrent layer")
+
+
+_STATISTICS = {"scale": "WeightNorm", "u": "SpectralNorm", "sigma": "SpectralNorm"}
+
+
+def _normalising_wrappers(model: Model) -> Iterator[Derived]:
+    """Moves the layer under its wrapper, and the wrapper's own values to NNX's names.
+
+    Linen names the value after the layer, in one key (`Dense_1/kernel/scale`),
+    and keeps the layer beside the wrapper, or inside when the wrapper owns it.
+    """
+    homes: dict[Tokens, dict[Tokens, None]] = defaultdict(dict)  # A set, in the order of the leaves.
+    for path, leaf in model.items():
+        found = _wrapped(model, path, leaf)
+        if found is None:
+            continue
+        wrapper, layer, weight = found
+        home = ("scales", *weight) if path[-1] == "scale" else ("batch_stats", *weight, path[-1])
+        reason = f"{_STATISTICS[path[-1]]} statistics"
+        yield Derived(path=(*wrapper, *home), recipe=Read(leaf.path), reason=reason)
+        homes[layer][(*wrapper, "layer_instance")] = None
+    yield from _moved_layers(model, homes)
+
+
+def _wrapped(model: Model, path: Tokens, leaf: StoredLeaf) -> tuple[Tokens, Tokens, Tokens] | None:
+    """Returns the wrapper, the layer, and the weight's path within the layer.
+
+    Only the weight's part is taken from the stored key: a rename may have
+    changed the names of wrapper and layer.
+    """
+    key = leaf.path[-1] if leaf.path else None
+    if not isinstance(key, str) or key.count("/") < 2 or path[-1] not in _STATISTICS:
+        return None
+    weight = canonical((*key.split("/")[1:-1],))
+    stem = path[: -1 - len(weight)]
+    if path[len(stem) : -1] != weight:
+        return None
+    for cut in reversed(range(len(stem))):
+        wrapper, name = stem[:cut], stem[cut:]
+        for owner in (wrapper, _parent(wrapper)):
+            if (*owner, *name, *weight) in model:
+                return wrapper, (*owner, *name), weight
+    return None
+
+
+def _parent(module: Tokens) -> Tokens:
+    return module[:-2] if module and is_number(module[-1]) else module[:-1]
+
+
+def _moved_layers(model: Model, homes: Mapping[Tokens, Mapping[Tokens, None]]) -> Iterator[Derived]:
+    if not homes:
+        return
+    for path, leaf in model.items():
+        for depth in range(1, len(path)):
+            for home in homes.get(path[:depth], ()):
+                if home != path[:depth]:
+                    reason = "layer inside its normalising wrapper"
+                    yield Derived(path=(*home, *path[depth:]), recipe=Read(leaf.path), reason=reason)

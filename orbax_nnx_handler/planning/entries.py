@@ -1,0 +1,73 @@
+"""The stored model, leaf by leaf, as rules and structure rules rewrite it."""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.paths import Path, canonical, segments
+from orbax_nnx_handler.planning.placement import Placement
+from orbax_nnx_handler.planning.recipes import Read, Recipe, reads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A value that the checkpoint can give, under the path the model would know it by.
+
+    Attributes:
+        segments: Path within its collection, after renames.
+        collection: The Linen collection, or None where the layout tells none.
+        recipe: How to make it from stored leaves; a plain `Read` unless a rule acted.
+        shape: The shape that the recipe gives.
+        dtype: The stored dtype.
+        reason: What was done to the stored leaf and by whom; empty for nothing.
+        prefix: The stored segments above the collection's paths (`params/params`).
+        fixed: Which segments a rename wrote; those are not renamed again.
+    """
+
+    segments: tuple[str, ...]
+    collection: str | None
+    recipe: Recipe
+    shape: Shape
+    dtype: np.dtype[Any] | None
+    reason: str = ""
+    prefix: tuple[str, ...] = ()
+    fixed: tuple[bool, ...] = ()
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The canonical path within the collection."""
+        return canonical(self.segments)
+
+    @cached_property
+    def unboxed(self) -> tuple[str, ...] | None:
+        """The canonical path without a last level `value`, where there is one.
+
+        `nn.with_partitioning` boxes and `nnx.State` add that level; a module or
+        parameter may be called `value` too, so both readings are kept.
+        """
+        return self.tokens[:-1] if len(self.tokens) > 1 and self.tokens[-1] == "value" else None
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The stored leaves it is made from."""
+        return tuple(dict.fromkeys(reads(self.recipe)))
+
+
+def model_entries(placements: Iterable[Placement]) -> list[Entry]:
+    """Returns one entry for each stored leaf of the model."""
+    return [
+        Entry(
+            segments=segments(placement.path),
+            collection=placement.collection,
+            recipe=Read(placement.leaf.path),
+            shape=placement.leaf.shape,
+            dtype=placement.leaf.dtype,
+            prefix=segments(placement.leaf.path)[: -len(segments(placement.path))],
+        )
+        for placement in placements
+        if placement.section == "model"
+    ]

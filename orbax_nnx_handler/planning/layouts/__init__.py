@@ -1,0 +1,49 @@
+"""How each family of programs arranges a checkpoint, one module a family."""
+
+from collections.abc import Sequence
+
+from orbax_nnx_handler.planning.errors import UnknownLayoutError
+from orbax_nnx_handler.planning.layouts import bare, linen
+from orbax_nnx_handler.planning.placement import Layout, Stored
+
+LAYOUTS: tuple[Layout, ...] = (
+    linen.MAXTEXT,
+    linen.TRAIN_STATE,
+    linen.VARIABLES,
+    bare.NNX_STATE,
+    bare.NNX_PURE_DICT,
+    bare.PARAMS,
+)
+"""Every known layout; more telling ones first."""
+
+_ALIASES = {"linen": "train_state"}
+
+
+def candidates(stored: Stored, name: str) -> Sequence[Layout]:
+    """Returns the layouts under which a tree can be read.
+
+    Args:
+        stored: The stored leaves.
+        name: `auto`, or the name of one layout, which is then taken at its word.
+
+    Raises:
+        UnknownLayoutError: No layout has that name, or none fits the tree.
+    """
+    if name != "auto":
+        return (_named(name),)
+    found = [layout for layout in LAYOUTS if layout.fits(stored)]
+    if not found:
+        raise UnknownLayoutError(
+            f"the checkpoint has {len(stored)} leaves in no layout that this library knows.\n"
+            f"hint: name one with layout=...: {', '.join(sorted(layout.name for layout in LAYOUTS))}."
+        )
+    return found
+
+
+def _named(name: str) -> Layout:
+    wanted = _ALIASES.get(name, name)
+    for layout in LAYOUTS:
+        if layout.name == wanted:
+            return layout
+    known = ", ".join(["auto", *(layout.name for layout in LAYOUTS)])
+    raise UnknownLayoutError(f"there is no layout {name!r}.\nhint: layout is one of {known}.")

@@ -1,0 +1,59 @@
+"""Trees that keep no Linen collections apart: bare params and what NNX saves.
+
+`nnx.state(...)` saved by Orbax has a last level `value` under every leaf,
+`nnx.to_pure_dict` has not. Both keep model variables of every type together and
+the optimizer under its attribute, so only `opt_state` and the `step` beside it
+tell anything about a leaf.
+"""
+
+from orbax_nnx_handler.planning.layouts.linen import has_subtree
+from orbax_nnx_handler.planning.paths import Path, segments
+from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+
+
+def _place(stored: Stored) -> tuple[Placement, ...]:
+    owners = {_owner(path) for path in stored} - {None}
+    return tuple(_placement(stored, path, owners, len(owners) > 1) for path in stored)
+
+
+def _owner(path: Path) -> Path | None:
+    """Returns the keys above `opt_state`: the attribute that holds an optimizer."""
+    keys = [str(key) for key in path]
+    return path[: keys.index("opt_state")] if "opt_state" in keys[:-1] else None
+
+
+def _placement(stored: Stored, path: Path, owners: set[Path | None], several: bool) -> Placement:
+    owner, leaf = _owner(path), stored[path]
+    if owner is not None:
+        rest = path[len(owner) + 1 :]
+        # Two optimizers (a GAN) keep their attribute in the path, one needs none.
+        return Placement(leaf=leaf, section="optimizer", path=(*owner, *rest) if several else rest)
+    plain = path[:-1] if str(path[-1]) == "value" else path
+    if plain and str(plain[-1]) == "step" and (plain[:-1] in owners or len(plain) == 1):
+        return Placement(leaf=leaf, section="step", path=path)
+    return Placement(leaf=leaf, section="model", path=path)
+
+
+def _is_nnx_state(stored: Stored) -> bool:
+    return bool(stored) and not has_subtree(stored, "params") and all(_ends_in_value(path) for path in stored)
+
+
+def _ends_in_value(path: Path) -> bool:
+    return len(path) > 1 and segments(path)[-1] == "value"
+
+
+def _is_pure_dict(stored: Stored) -> bool:
+    return _is_bare(stored) and any(_owner(path) is not None for path in stored)
+
+
+def _is_params(stored: Stored) -> bool:
+    return _is_bare(stored) and not any(_owner(path) is not None for path in stored)
+
+
+def _is_bare(stored: Stored) -> bool:
+    return bool(stored) and not has_subtree(stored, "params") and not _is_nnx_state(stored)
+
+
+NNX_STATE = Layout(name="nnx_state", title="nnx.State", fits=_is_nnx_state, place=_place)
+NNX_PURE_DICT = Layout(name="nnx_pure_dict", title="NNX pure dict", fits=_is_pure_dict, place=_place)
+PARAMS = Layout(name="params", title="bare params", fits=_is_params, place=_place)

@@ -1,0 +1,81 @@
+"""The layouts that Flax's own Linen training loops write."""
+
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.placement import Layout, Placement, Section, Stored
+
+_TRAIN_STATE_KEYS = frozenset({"opt_state", "step"})
+
+
+def tops(stored: Stored) -> set[str]:
+    """Returns the first keys of a tree, as strings."""
+    return {str(path[0]) for path in stored if path}
+
+
+def has_subtree(stored: Stored, key: str) -> bool:
+    """Tells whether a first key holds a subtree rather than one leaf."""
+    return any(len(path) > 1 and path[0] == key for path in stored)
+
+
+def place_with(stored: Stored, params_depth: int) -> tuple[Placement, ...]:
+    """Reads a tree whose first level is the fields of a train state.
+
+    Args:
+        stored: The stored leaves.
+        params_depth: 1 where `params` holds the parameters, 2 where it holds the
+            whole variables dict, one subtree a collection (MaxText).
+    """
+    return tuple(_placement(stored, path, params_depth) for path in stored)
+
+
+def _placement(stored: Stored, path: Path, params_depth: int) -> Placement:
+    section, collection, rest = _locate(path, params_depth)
+    return Placement(leaf=stored[path], section=section, collection=collection, path=rest)
+
+
+def _locate(path: Path, params_depth: int) -> tuple[Section, str | None, Path]:
+    top, rest = str(path[0]), path[1:]
+    if top == "opt_state":
+        return "optimizer", None, rest
+    if top == "step" and rest in ((), ("value",)):
+        return "step", None, path
+    if top == "nnx_aux" and rest:
+        return "aux", None, rest
+    if not rest:
+        return "other", None, path
+    if top == "params" and params_depth == 2 and len(rest) > 1:
+        return "model", str(rest[0]), rest[1:]
+    return "model", top, rest
+
+
+def _is_train_state(stored: Stored) -> bool:
+    return has_subtree(stored, "params") and bool(_TRAIN_STATE_KEYS & tops(stored))
+
+
+def _is_variables(stored: Stored) -> bool:
+    return has_subtree(stored, "params") and not _TRAIN_STATE_KEYS & tops(stored)
+
+
+def _is_maxtext(stored: Stored) -> bool:
+    below = [path for path in stored if len(path) > 1 and path[0] == "params"]
+    # Collections of one variables dict: `params/params/...`, beside it at most other collections.
+    return any(path[1] == "params" and len(path) > 2 for path in below)
+
+
+TRAIN_STATE = Layout(
+    name="train_state",
+    title="Flax TrainState",
+    fits=_is_train_state,
+    place=lambda stored: place_with(stored, 1),
+)
+MAXTEXT = Layout(
+    name="maxtext",
+    title="MaxText",
+    fits=_is_maxtext,
+    place=lambda stored: place_with(stored, 2),
+)
+VARIABLES = Layout(
+    name="variables",
+    title="Linen variables",
+    fits=_is_variables,
+    place=lambda stored: place_with(stored, 1),
+)

@@ -1,0 +1,124 @@
+"""What holds for the source as a whole: who may import whom, how long a piece may be, what may be named."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "orbax_nnx_handler"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FACADE = {"handler.py", "v1.py", "api.py", "cli.py", "__init__.py"}
+MODULE_LINES = 270
+FUNCTION_LINES = 30
+
+
+def name_of(file: pathlib.Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def imports(file: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """Yields each imported name in full, with its line."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def functions(file: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """Yields each function with its lines of code, the docstring not counted."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            described = ast.get_docstring(node) is not None and node.body[0]
+            docstring = described.end_lineno - described.lineno + 1 if described else 0
+            yield node.name, node.end_lineno - node.lineno + 1 - docstring
+
+
+def is_private(name: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+def has_reason(lines: list[str], line: int) -> bool:
+    """Tells whether an import has a comment on its own line or right above it."""
+    return "#" in lines[line - 1] or (line > 1 and lines[line - 2].lstrip().startswith("#"))
+
+
+def tracked_texts() -> Iterator[tuple[str, str]]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    for name in filter(None, listed.stdout.split("\0")):
+        file = ROOT / name
+        if file.is_file() and b"\0" not in (content := file.read_bytes()):
+            yield name, content.decode(errors="replace")
+
+
+def test_imports_keep_the_direction_that_the_contracts_state():
+    command = pathlib.Path(sys.executable).with_name("lint-imports")
+
+    ran = subprocess.run([command, "--no-logo"], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def rooms_known(file: pathlib.Path) -> set[str]:
+    """Returns the parts of this package that a module imports from."""
+    return {name.split(".")[1] for name, _ in imports(file) if name.startswith("orbax_nnx_handler.")}
+
+
+def test_only_the_facade_knows_both_planning_and_transfer():
+    outside = [file for file in MODULES if file.relative_to(PACKAGE).parts[0] not in ("planning", "transfer")]
+
+    both = {name_of(file) for file in outside if {"planning", "transfer"} <= rooms_known(file)}
+
+    assert both <= {f"orbax_nnx_handler/{name}" for name in FACADE}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_a_module_is_one_idea_long(file):
+    length = len(file.read_text().splitlines())
+
+    assert length <= MODULE_LINES
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_a_function_fits_on_half_a_screen(file):
+    long = {name: lines for name, lines in functions(file) if lines > FUNCTION_LINES}
+
+    assert not long
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_a_private_name_of_another_project_is_imported_only_with_its_reason_beside_it(file):
+    lines = file.read_text().splitlines()
+
+    foreign = [(name, line) for name, line in imports(file) if not name.startswith("orbax_nnx_handler.")]
+    unexplained = [name for name, line in foreign if is_private(name) and not has_reason(lines, line)]
+
+    assert not unexplained
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_no_private_module_is_reached_through_an_attribute(file):
+    lines = file.read_text().splitlines()
+
+    reached = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "_src" and not has_reason(lines, node.lineno)
+    ]
+
+    assert not reached
+
+
+def test_no_file_names_a_place_on_one_machine():
+    # Built from parts, so that this file does not find itself.
+    homes = "|".join(["ro" + "ot", "wo" + "rk", "ho" + r"me/\w+", "Us" + r"ers/\w+"])
+    absolute = re.compile(rf"(?<![\w.:/*}}-])/(?:{homes})/[\w.]")
+
+    named = {name: found.group() for name, text in tracked_texts() if (found := absolute.search(text))}
+
+    assert not named

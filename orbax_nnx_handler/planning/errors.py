@@ -63,3 +63,7 @@ class UnmappedValueError(RestoreError):
 class NotACheckpointError(RestoreError):
     """The path is no Orbax checkpoint; says what it is and which was probably meant."""
 
+
+
+class UnreadableLeafError(RestoreError):
+    """Stored bytes that the plan needs are absent or damaged; names leaf and file."""

@@ -50,7 +50,7 @@ def _tokens(part: str) -> tuple[str, ...]:
         return (f"#{int(part)}",)
     name, _, number = part.rpartition("_")
     if name and number.isdecimal():
-        return (name, f"#{int(number)}")
+        return (*_tokens(name), f"#{int(number)}")  # Nested lists: `grid_0_1` is `grid/0/1`.
     return ("if",) if part == "if_" else (part,)
 
 

@@ -1,0 +1,108 @@
+"""What each wanted leaf is: decided by Variable type, never by name.
+
+A pure dict has no Variable types; there the structure decides (`opt_state`, the
+`step` beside it) and random state shows itself by its key dtype.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from orbax_nnx_handler.planning.leaves import WantedLeaf
+from orbax_nnx_handler.planning.paths import Path, canonical
+
+Role = Literal["model", "optimizer", "step", "random", "transient"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A wanted leaf with its role.
+
+    Attributes:
+        leaf: The leaf.
+        role: `model` is a weight or statistic, `random` a key or count,
+            `transient` a cache or intermediate that the program recomputes.
+        path: The leaf's path; for an optimizer leaf, the part below `opt_state`.
+        collection: The Linen collection that belongs to the Variable's type, or
+            None for a pure dict.
+    """
+
+    leaf: WantedLeaf
+    role: Role
+    path: Path
+    collection: str | None = None
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The canonical path."""
+        return canonical(self.path)
+
+
+def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
+    """Returns every leaf with its role, in the target's order."""
+    owners = {_owner(path) for path in leaves} - {None}
+    streams = {path[:-1] for path, leaf in leaves.items() if is_key(leaf.dtype)}
+    return [_wanted(leaf, owners, streams) for leaf in leaves.values()]
+
+
+def is_key(dtype: Any) -> bool:
+    """Tells whether a dtype is a random key's."""
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def collection_of(kind: type[Any] | None) -> str | None:
+    """Returns the Linen collection of a Variable type, as Flax itself names it."""
+    if kind is None or not issubclass(kind, nnx.Variable):
+        return None
+    return nnx.variable_name_from_type(kind, allow_register=True)
+
+
+def _owner(path: Path) -> Path | None:
+    keys = [str(key) for key in path]
+    return path[: keys.index("opt_state")] if "opt_state" in keys[:-1] else None
+
+
+def _wanted(leaf: WantedLeaf, owners: set[Path | None], streams: set[Path]) -> Wanted:
+    owner = _owner(leaf.path)
+    role = _role(leaf, owner, owners, streams)
+    if role != "optimizer":
+        return Wanted(leaf=leaf, role=role, path=leaf.path, collection=collection_of(leaf.kind))
+    rest = leaf.path[len(owner) + 1 :] if owner is not None else leaf.path
+    # Two optimizers (a GAN) keep their attribute in the path, one needs none.
+    path = (*owner, *rest) if owner is not None and len(owners) > 1 else rest
+    return Wanted(leaf=leaf, role=role, path=path)
+
+
+def _role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], streams: set[Path]) -> Role:
+    kind = leaf.kind
+    if kind is None:
+        return _untyped_role(leaf, owner, owners, streams)
+    if issubclass(kind, nnx.RngState):
+        return "random"
+    if issubclass(kind, nnx.Cache | nnx.Intermediate):
+        return "transient"
+    if issubclass(kind, nnx.OptState):
+        return "step" if owner is None and str(leaf.path[-1]) == "step" else "optimizer"
+    if owner is not None:
+        return "optimizer"
+    return "model"
+
+
+def _untyped_role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], streams: set[Path]) -> Role:
+    path = leaf.path
+    if owner is not None:
+        return "optimizer"
+    if is_key(leaf.dtype) or (path[:-1] in streams and leaf.shape == () and str(path[-1]) == "count"):
+        return "random"
+    if str(path[-1]) == "step" and (path[:-1] in owners or len(path) == 1):
+        return "step"
+    return "model"
+
+
+def of_role(wanted: Iterable[Wanted], *roles: Role) -> list[Wanted]:
+    """Returns the wanted leaves of these roles."""
+    return [item for item in wanted if item.role in roles]

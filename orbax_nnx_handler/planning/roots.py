@@ -1,0 +1,72 @@
+"""Which part of each path is the model's own, and which says where the model sits.
+
+`model/decoder/norm/scale` in a train state module and `decoder/norm/scale` in a
+params tree are the same leaf. The root is the prefix under which most leaves of
+the two sides meet.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Sequence
+
+Tokens = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roots:
+    """The canonical prefixes above the model.
+
+    Attributes:
+        wanted: Tokens above the model in the target.
+        stored: Tokens above the model below the stored collection.
+        overlap: How many wanted leaves the stored side meets under these roots.
+    """
+
+    wanted: Tokens
+    stored: Tokens
+    overlap: int
+
+
+def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
+    """Returns the roots under which the most leaves meet; shorter ones win ties."""
+    pairs = itertools.product(_chain(wanted), _chain(stored))
+    best = Roots(wanted=(), stored=(), overlap=-1)
+    skeletons_wanted = {root: _skeletons(wanted, root) for root in _chain(wanted)}
+    skeletons_stored = {root: _skeletons(stored, root) for root in _chain(stored)}
+    for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
+        overlap = len(skeletons_wanted[left] & skeletons_stored[right])
+        if overlap > best.overlap:
+            best = Roots(wanted=left, stored=right, overlap=overlap)
+    return best
+
+
+def strip(tokens: Tokens, root: Tokens) -> Tokens:
+    """Returns the tokens below a root; unchanged where they are not below it."""
+    return tokens[len(root) :] if root and tokens[: len(root)] == root else tokens
+
+
+def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
+    """Returns every prefix that all paths share, the empty one first."""
+    if not paths:
+        return [()]
+    shared = _common_prefix(paths)
+    return [shared[:length] for length in range(len(shared) + 1)]
+
+
+def _common_prefix(paths: Collection[Tokens]) -> Tokens:
+    first, last = min(paths), max(paths)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    # The last key names the leaf itself and is never part of a root.
+    return first[: min(length, len(first) - 1, len(last) - 1)]
+
+
+def _skeletons(paths: Collection[Tokens], root: Tokens) -> set[Tokens]:
+    """Returns the paths below a root without layer numbers and scan levels."""
+    return {_skeleton(path[len(root) :]) for path in paths}
+
+
+def _skeleton(path: Tokens) -> Tokens:
+    names = [token.removesuffix("_remainder") for token in path if not token.startswith("#")]
+    if len(names) > 1 and names[-1] == "value":
+        names.pop()
+    return tuple(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])

@@ -152,14 +152,14 @@ def test_a_shard_of_a_stack_touches_only_its_own_layers():
     ]
 
 
-def test_merging_axes_reads_only_the_rows_of_the_shard():
+def test_merging_axes_reads_only_the_rows_and_heads_of_the_shard():
     recipe = Reshape(Read(("q",)), (8, 6))
     stored = {("q",): (8, 2, 3)}
 
     (part,) = cut(recipe, ((2, 4), (0, 3)), stored)
 
     assert isinstance(part.source, Folded)
-    assert part.source.region == ((2, 4), (0, 2), (0, 3))
+    assert part.source.region == ((2, 4), (0, 1), (0, 3))
 
 
 def test_a_fill_cannot_be_cut():

@@ -1,0 +1,228 @@
+"""What a checkpoint holds, from its metadata alone: no array byte is read.
+
+The tree is parsed once (it is megabytes of JSON at 20,000 leaves) and serves the
+plan and the read alike. Shapes and dtypes come from each array's own Zarr
+metadata, all of them read through one handle on the store.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import jax
+import numpy as np
+from etils import epath
+
+from orbax_nnx_handler.planning.errors import NotACheckpointError
+from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.transfer import stores
+from orbax_nnx_handler.transfer.stores import Store
+from orbax_nnx_handler.transfer.trees import STRING_TYPE, Tree, read_tree
+from orbax_nnx_handler.transfer.zarr import METADATA_KEY, Driver, Encoding, parse_encoding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredArray:
+    """Where and how one array is stored.
+
+    Attributes:
+        name: Its name in the store, dots between the keys of its path.
+        store: The store that holds it.
+        encoding: Its layout there; for a random key, that of the key's bits.
+    """
+
+    name: str
+    store: Store
+    encoding: Encoding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is known of one item from its metadata.
+
+    Attributes:
+        directory: The item directory (or the msgpack file itself).
+        leaves: All leaves by path, as the disk's tree has them: a string for a
+            dict key, an int for a list index. `None` and empty containers are no
+            leaves. A random key has its key dtype and no trailing axis of bits.
+        lost: Leaves that the tree names but whose array metadata cannot be read,
+            with the reason.
+        disk_format: The format, such as "ocdbt+zarr3", "zarr" or "msgpack".
+        custom_metadata: What the program stored with the item.
+        step_metadata: What the program stored with the step (MaxText says there
+            whether layers are scanned).
+        values: The values that an older msgpack file held, or None.
+        nodes: Every path of the disk's tree with its value type, empty nodes
+            included: the containers that Orbax expects an item to have.
+        arrays: Where each array lies; the values of a msgpack file are not in it.
+        writes_fill: Whether the writer stored chunks even where they equal the
+            fill value. Then an absent chunk is a loss, otherwise it is zeros.
+    """
+
+    directory: epath.Path
+    leaves: Mapping[Path, StoredLeaf]
+    lost: Mapping[Path, str]
+    disk_format: str
+    custom_metadata: Mapping[str, Any]
+    step_metadata: Mapping[str, Any]
+    values: Mapping[Path, np.ndarray[Any, Any]] | None
+    nodes: Mapping[Path, str]
+    arrays: Mapping[Path, StoredArray]
+    writes_fill: bool
+
+
+def read_metadata(directory: epath.PathLike) -> Checkpoint:
+    """Reads what an item directory holds, without reading any array.
+
+    Args:
+        directory: An item directory that Orbax wrote, in any of its formats, or
+            a msgpack file that `flax.serialization` wrote.
+
+    Returns:
+        The checkpoint's leaves, and where to read them.
+
+    Raises:
+        NotACheckpointError: The path is no item; says what it is instead.
+    """
+    directory = epath.Path(directory)
+    database = _open_database(directory)
+    tree = read_tree(directory, database)
+    arrays, lost = _locate(directory, tree, database)
+    values = {path: np.asarray(value) for path, value in tree.values.items() if path not in arrays}
+    key_impls = _read_key_impls(directory)
+    leaves: dict[Path, StoredLeaf] = {}
+    for path, value_type in tree.nodes.items():
+        if path in arrays:
+            leaves[path] = _array_leaf(path, arrays[path].encoding, key_impls.get(arrays[path].name))
+        elif path in values:
+            leaves[path] = StoredLeaf(path=path, shape=values[path].shape, dtype=values[path].dtype)
+        elif value_type == STRING_TYPE:
+            leaves[path] = StoredLeaf(path=path, shape=(), dtype=None)
+    return Checkpoint(
+        directory=directory,
+        leaves=leaves,
+        lost=lost,
+        disk_format=_disk_format(arrays.values(), bool(values)),
+        custom_metadata=tree.custom,
+        step_metadata=_read_step_metadata(directory),
+        values=values or None,
+        nodes=tree.nodes,
+        arrays=arrays,
+        writes_fill=tree.writes_fill,
+    )
+
+
+def _open_database(directory: epath.Path) -> Store | None:
+    if not stores.is_ocdbt(directory):
+        return None
+    try:
+        return stores.open_ocdbt(directory)
+    except ValueError as error:
+        raise NotACheckpointError(f"the database in {directory} cannot be opened: {error}") from error
+
+
+def _locate(
+    directory: epath.Path, tree: Tree, database: Store | None
+) -> tuple[dict[Path, StoredArray], dict[Path, str]]:
+    """Finds each array's metadata: in the database first, then in its own directory."""
+    wanted = {path: name for path, name in tree.names.items() if tree.nodes[path] != STRING_TYPE}
+    if not wanted:
+        return {}, {}
+    drivers: list[Driver] = ["zarr3", "zarr"] if tree.zarr3 else ["zarr", "zarr3"]
+    # Older checkpoints mix both: a database beside one directory per leaf.
+    holders = [store for store in (database, stores.open_files(directory)) if store is not None]
+    places = [(store, driver) for store in holders for driver in drivers]
+    try:
+        found = stores.first_found(wanted, [(s, f"/{METADATA_KEY[d]}") for s, d in places])
+    except ValueError as error:
+        raise NotACheckpointError(f"the store in {directory} cannot be read: {error}") from error
+    arrays: dict[Path, StoredArray] = {}
+    lost: dict[Path, str] = {}
+    for path, name in wanted.items():
+        if path not in found:
+            if path not in tree.values:
+                lost[path] = "the tree names it, but no store holds it"
+            continue
+        number, content = found[path]
+        store, driver = places[number]
+        try:
+            arrays[path] = StoredArray(name=name, store=store, encoding=_parse(driver, content))
+        except (ValueError, KeyError, TypeError) as error:
+            lost[path] = f"{name}/{METADATA_KEY[driver]} in {store.directory} is damaged: {error}"
+    return arrays, lost
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(driver: Driver, content: bytes) -> Encoding:
+    # Cached: the layers of a model share a few dozen layouts between them.
+    return parse_encoding(driver, content)
+
+
+def _array_leaf(path: Path, encoding: Encoding, key_impl: str | None) -> StoredLeaf:
+    if key_impl is None:
+        return StoredLeaf(
+            path=path, shape=encoding.shape, dtype=encoding.dtype, chunk_shape=encoding.chunk_shape
+        )
+    dtype, bits = _key_type(key_impl)
+    rank = len(encoding.shape) - len(bits)
+    return StoredLeaf(
+        path=path,
+        shape=encoding.shape[:rank],
+        dtype=dtype,
+        chunk_shape=encoding.chunk_shape[:rank],
+        key_impl=key_impl,
+    )
+
+
+@functools.cache
+def _key_type(impl: str) -> tuple[np.dtype[Any], Shape]:
+    """Returns the dtype of a random key and the shape of one key's bits."""
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    # A key dtype is an extended dtype: it has a name, a kind and an item size,
+    # but is no `numpy.dtype` to a type checker.
+    dtype = cast("np.dtype[Any]", key.dtype)
+    return dtype, jax.eval_shape(jax.random.key_data, key).shape
+
+
+def _read_key_impls(directory: epath.Path) -> dict[str, str]:
+    """Returns the PRNG implementation of each stored random key, by array name.
+
+    Orbax notes it in `array_metadatas/process_*`, beside the chunk shapes; every
+    process's file names every array.
+    """
+    folder = directory / "array_metadatas"
+    if not directory.is_dir() or not folder.exists():
+        return {}
+    for file in sorted(folder.glob("process_*")):
+        content = file.read_text()
+        # The file is megabytes at thousands of leaves, and most hold no key.
+        if "random_key_impl" not in content:
+            return {}
+        entries = [entry["array_metadata"] for entry in json.loads(content)["array_metadatas"]]
+        noted = {entry["param_name"]: entry.get("ext_metadata") or {} for entry in entries}
+        return {name: ext["random_key_impl"] for name, ext in noted.items() if ext.get("random_key_impl")}
+    return {}
+
+
+def _read_step_metadata(directory: epath.Path) -> Mapping[str, Any]:
+    """Returns the program's metadata of the step: beside the item, or above it."""
+    for folder in (directory, directory.parent):
+        file = folder / "_CHECKPOINT_METADATA"
+        if folder.is_dir() and file.exists():
+            try:
+                return json.loads(file.read_text()).get("custom_metadata") or {}
+            # Nothing of the restore depends on it, so a damaged file is no reason to stop.
+            except ValueError:
+                return {}
+    return {}
+
+
+def _disk_format(arrays: Iterable[StoredArray], has_values: bool) -> str:
+    kinds = {
+        f"ocdbt+{array.encoding.driver}" if array.store.label == "ocdbt" else array.encoding.driver
+        for array in arrays
+    }
+    return " and ".join([*sorted(kinds), *(["msgpack"] if has_values else [])]) or "empty"

@@ -1,0 +1,107 @@
+"""The host buffers behind a job: one for each distinct shard of this process."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from orbax_nnx_handler.planning import recipes
+from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.recipes import Recipe
+from orbax_nnx_handler.planning.regions import Region, shape_of_region
+from orbax_nnx_handler.transfer.reading.jobs import Job
+
+Buffer = npt.NDArray[Any]
+Allocate = Callable[[Shape, "np.dtype[Any]"], Buffer]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A region of a job and the devices of this process that hold it.
+
+    Replicas share one shard: it is read once and copied to each device.
+    """
+
+    region: Region
+    devices: tuple[jax.Device, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainJob:
+    """A job on plain numbers: random keys are their bits, with trailing axes.
+
+    Attributes:
+        job: The job as asked for.
+        recipe: The recipe on stored arrays.
+        shape: The shape with the trailing axes of key bits.
+        dtype: The dtype of the numbers.
+        sharding: The sharding with the trailing axes not divided.
+        shards: The distinct regions of this process.
+    """
+
+    job: Job
+    recipe: Recipe
+    shape: Shape
+    dtype: np.dtype[Any]
+    sharding: jax.sharding.Sharding
+    shards: tuple[Shard, ...]
+
+
+def plain_job(job: Job) -> PlainJob:
+    """Returns the job with random keys seen as their bits, and its shards."""
+    recipe, shape, dtype, sharding = job.recipe, job.shape, job.dtype, job.sharding
+    if is_key(dtype):
+        bits = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
+        recipe, shape, dtype = _with_trailing(recipe, bits.shape), (*shape, *bits.shape), bits.dtype
+        sharding = _undivided(sharding, len(job.shape), len(bits.shape))
+    return PlainJob(
+        job=job, recipe=recipe, shape=shape, dtype=dtype, sharding=sharding, shards=_shards(sharding, shape)
+    )
+
+
+def is_key(dtype: np.dtype[Any]) -> bool:
+    """Tells whether a dtype is one of random keys."""
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def allocate_shards(job: PlainJob, allocate: Allocate) -> dict[Region, Buffer]:
+    """Returns an uninitialised buffer for each shard."""
+    return {shard.region: allocate(shape_of_region(shard.region), job.dtype) for shard in job.shards}
+
+
+def _shards(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Shard, ...]:
+    holders: dict[Region, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        region = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        holders.setdefault(region, []).append(device)
+    return tuple(Shard(region=region, devices=tuple(devices)) for region, devices in holders.items())
+
+
+def _undivided(sharding: jax.sharding.Sharding, rank: int, extra: int) -> jax.sharding.Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = (*sharding.spec, *[None] * (rank - len(sharding.spec) + extra))
+        return jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
+        )
+    return sharding
+
+
+def _with_trailing(recipe: Recipe, extra: Shape) -> Recipe:
+    """Extends what a recipe says about all axes to axes behind them."""
+    match recipe:
+        case recipes.Read() | recipes.Fill():
+            return recipe
+        case recipes.Stack(sources, axis):
+            return recipes.Stack(tuple(_with_trailing(source, extra) for source in sources), axis)
+        case recipes.Concat(sources, axis):
+            return recipes.Concat(tuple(_with_trailing(source, extra) for source in sources), axis)
+        case recipes.Transpose(source, permutation):
+            last = range(len(permutation), len(permutation) + len(extra))
+            return recipes.Transpose(_with_trailing(source, extra), (*permutation, *last))
+        case recipes.Reshape(source, shape):
+            return recipes.Reshape(_with_trailing(source, extra), (*shape, *extra))
+        case _:
+            return dataclasses.replace(recipe, source=_with_trailing(recipe.source, extra))

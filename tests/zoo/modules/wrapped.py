@@ -1,0 +1,120 @@
+"""Modules of one API inside a program of the other, by `nnx.bridge`."""
+
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from tests.zoo.modules.recurrent import INPUT, LSTM_CARRY
+from tests.zoo.pairs import Pair, Training, values
+
+X = values(6, 4)
+
+
+class LinenBody(nn.Module):
+    """A Linen module with weights, statistics and a key with slashes."""
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool = False) -> Any:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        return nn.WeightNorm(nn.Dense(3))(nn.tanh(x))
+
+
+class LinenWhole(nn.Module):
+    """The body under a head, all Linen."""
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool = False) -> Any:
+        return nn.Dense(2, name="head")(LinenBody(name="body")(x, train=train))
+
+
+class NnxAroundLinen(nnx.Module):
+    """The same body, kept in Linen, under an NNX head."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.body = nnx.bridge.ToNNX(LinenBody(), rngs=rngs).lazy_init(X)
+        self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x: Any, *, train: bool = False) -> Any:
+        mutable = ["batch_stats"] if train else False
+        return self.head(self.body(x, train=train, mutable=mutable))
+
+
+class NnxBody(nnx.Module):
+    """An NNX module with weights, statistics and random state."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.up = nnx.Linear(4, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        return self.drop(self.norm(self.up(x), use_running_average=not train))
+
+
+class LinenAroundNnx(nn.Module):
+    """A Linen program that already uses the NNX module."""
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool = False) -> Any:
+        body = nnx.bridge.to_linen(NnxBody, name="body")
+        return nn.Dense(2, name="head")(body(x, train))
+
+
+class NnxWhole(nnx.Module):
+    """The same, all NNX."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.body = NnxBody(rngs)
+        self.head = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x: Any, *, train: bool = False) -> Any:
+        return self.head(self.body(x, train))
+
+
+TRAINING = Training(linen={"train": True}, nnx={"train": True})
+
+PAIRS = (
+    Pair(
+        linen_name="Dense",
+        nnx_name="bridge.ToNNX",
+        variant="of Dense",
+        linen=nn.Dense(3),
+        nnx=lambda rngs: nnx.bridge.ToNNX(nn.Dense(3), rngs=rngs).lazy_init(X),
+        inputs=(X,),
+    ),
+    Pair(
+        linen_name="OptimizedLSTMCell",
+        nnx_name="bridge.ToNNX",
+        variant="of OptimizedLSTMCell",
+        linen=nn.OptimizedLSTMCell(4),
+        nnx=lambda rngs: nnx.bridge.ToNNX(nn.OptimizedLSTMCell(4), rngs=rngs).lazy_init(LSTM_CARRY, INPUT),
+        inputs=(LSTM_CARRY, INPUT),
+    ),
+    Pair(
+        linen_name="several collections",
+        nnx_name="bridge.ToNNX",
+        variant="inside an NNX model",
+        linen=LinenWhole(),
+        nnx=NnxAroundLinen,
+        inputs=(X,),
+        training=TRAINING,
+    ),
+    Pair(
+        linen_name="bridge.ToLinen",
+        nnx_name="GRUCell",
+        variant="of GRUCell",
+        linen=nnx.bridge.ToLinen(nnx.GRUCell, args=(3, 4)),
+        nnx=lambda rngs: nnx.GRUCell(3, 4, rngs=rngs),
+        inputs=(LSTM_CARRY[0], INPUT),
+    ),
+    Pair(
+        linen_name="bridge.ToLinen",
+        nnx_name="several Variable types",
+        variant="inside a Linen model",
+        linen=LinenAroundNnx(),
+        nnx=NnxWhole,
+        inputs=(X,),
+        training=TRAINING,
+    ),
+)

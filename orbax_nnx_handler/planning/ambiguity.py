@@ -1,0 +1,81 @@
+"""Mappings with two possible readings, as errors that show both."""
+
+from collections.abc import Iterable
+
+from orbax_nnx_handler.planning.errors import AmbiguousMappingError, RestoreError, UnusedRuleError
+from orbax_nnx_handler.planning.mapping import LeafMapping
+from orbax_nnx_handler.planning.matching import Rivals
+from orbax_nnx_handler.planning.paths import Path, render
+from orbax_nnx_handler.planning.recipes import reads, render_reads
+from orbax_nnx_handler.planning.restacking import UnclearAxis
+
+
+def two_layouts(first: LeafMapping, second: LeafMapping) -> AmbiguousMappingError:
+    """Returns the error for a tree that two layouts read differently, equally well."""
+    paths = [path for path in first.found if second.found.get(path) != first.found[path]]
+    rows = [f"  {render(path)}  <-  {_source(first, path)}  or  {_source(second, path)}" for path in paths[:10]]
+    return AmbiguousMappingError(
+        f"the checkpoint can be read as {first.layout.title} or as {second.layout.title}, "
+        f"and {len(paths)} leaves would differ:\n" + "\n".join(rows) + "\n"
+        f"hint: pass layout={first.layout.name!r} or layout={second.layout.name!r}.",
+        paths=paths,
+    )
+
+
+def _source(mapping: LeafMapping, path: Path) -> str:
+    found = mapping.found.get(path)
+    return render_reads(found.recipe) if found else "(missing)"
+
+
+def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
+    """Yields what is wrong with a mapping itself, whatever the policy."""
+    if mapping.rivals:
+        yield _rivals(mapping.rivals)
+    for group in mapping.unclear:
+        yield _unclear(group)
+    idle = _idle_rules(mapping)
+    if idle is not None:
+        yield idle
+
+
+def _rivals(rivals: tuple[Rivals, ...]) -> AmbiguousMappingError:
+    rows: list[str] = []
+    for rival in rivals:
+        rows.append(f"  {render(rival.wanted.leaf.path)}")
+        for entry in rival.entries:
+            rule = f"  by {entry.reason}" if entry.reason else ""
+            rows.append(f"    <- {render_reads(entry.recipe)} {entry.shape}{rule}")
+    return AmbiguousMappingError(
+        f"{len(rivals)} wanted leaves are claimed by several stored leaves:\n" + "\n".join(rows) + "\n"
+        "hint: renames=[...] decides: give one of the stored leaves another name.",
+        paths=[rival.wanted.leaf.path for rival in rivals],
+    )
+
+
+def _unclear(group: UnclearAxis) -> AmbiguousMappingError:
+    name = "/".join((*group.group.parent, group.group.name)).replace("/#", "_")
+    axes = " or ".join(map(str, group.axes))
+    return AmbiguousMappingError(
+        f"the layers of {name} can be stacked on axis {axes}: the shapes of its "
+        f"{len(group.tokens)} wanted leaves fit both.\n"
+        "hint: renames=[ScanAxis(" + repr(name) + f", {group.axes[0]})] says which axis.",
+        paths=[tuple(tokens) for tokens in group.tokens],
+    )
+
+
+def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
+    """Returns the error for rules whose every result is no wanted leaf."""
+    used = mapping.used()
+    idle = [
+        (rule, entries[0])
+        for rule, entries in mapping.hits.items()
+        if entries and not any(path in used for entry in entries for path in reads(entry.recipe))
+    ]
+    if not idle:
+        return None
+    rows = [f"  {rule}: {render_reads(entry.recipe)} becomes {'/'.join(entry.segments)}" for rule, entry in idle]
+    return UnusedRuleError(
+        f"{len(idle)} rules lead to no wanted leaf:\n" + "\n".join(rows) + "\n"
+        "hint: the right side of a rule is the wanted path as the target spells it; correct it or take it out.",
+        paths=[entry.sources[0] for _, entry in idle],
+    )

@@ -1,0 +1,47 @@
+"""Which stored dtypes may become which wanted dtypes."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Cast = Literal["same", "wider", "narrower", "count"]
+
+
+def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -> Cast | None:
+    """Returns what a cast does, or None where it would change a value's meaning.
+
+    Args:
+        stored: The stored dtype.
+        wanted: The wanted dtype.
+        is_count: Whether the leaf is a step or an optimizer's count, which Linen
+            keeps in int32 or int64 and NNX in uint32.
+    """
+    if stored == wanted:
+        return "same"
+    if is_count and _is_integer(stored) and _is_integer(wanted):
+        return "count"
+    for family in (jnp.floating, jnp.complexfloating):
+        if jnp.issubdtype(stored, family) and jnp.issubdtype(wanted, family):
+            return "wider" if _holds(wanted, stored) else "narrower"
+    return None
+
+
+def same_key(impl: str | None, dtype: Any) -> bool:
+    """Tells whether a stored key's implementation is that of a wanted key dtype."""
+    return impl is not None and jax.random.key(0, impl=impl).dtype == dtype
+
+
+def is_count_dtype(dtype: Any) -> bool:
+    """Tells whether a leaf of this dtype may be a step or a count."""
+    return not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and _is_integer(dtype)
+
+
+def _is_integer(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.integer))
+
+
+def _holds(wide: Any, narrow: Any) -> bool:
+    """Tells whether every value of `narrow` is a value of `wide`."""
+    return jnp.promote_types(wide, narrow) == wide

@@ -1,0 +1,167 @@
+"""Wanted path to stored paths and transform, for every leaf of a target."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from orbax_nnx_handler.planning.entries import Entry, model_entries
+from orbax_nnx_handler.planning.following import follow, missing_layers
+from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.matching import Found, Matcher, ModelMatch, Rivals
+from orbax_nnx_handler.planning.moments import (
+    StoredMoments,
+    WantedMoment,
+    parameter_paths,
+    read_moments,
+    split_by_slots,
+    split_wanted,
+)
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+from orbax_nnx_handler.planning.random_state import find_random
+from orbax_nnx_handler.planning.recipes import Read, reads
+from orbax_nnx_handler.planning.restacking import UnclearAxis
+from orbax_nnx_handler.planning.roles import Wanted, of_role
+from orbax_nnx_handler.planning.roots import Roots, Tokens, find_roots, strip
+from orbax_nnx_handler.planning.rules import Rule, apply_rules
+from orbax_nnx_handler.planning.structures import Homeless
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafMapping:
+    """What a checkpoint can give a target, under one layout.
+
+    Attributes:
+        layout: The layout it was read under.
+        found: For each wanted path that has one, its source.
+        placements: What each stored leaf is.
+        roots: Where the model sits on both sides.
+        rivals: Wanted leaves that several stored leaves claim.
+        unclear: Layer groups whose stacked axis is open.
+        homeless: Stored values that NNX has no home for; they must be zero.
+        hits: For each rule, the entries it changed.
+    """
+
+    layout: Layout
+    found: Mapping[Path, Found]
+    placements: Sequence[Placement]
+    roots: Roots
+    rivals: tuple[Rivals, ...]
+    unclear: tuple[UnclearAxis, ...]
+    homeless: tuple[Homeless, ...]
+    hits: Mapping[Rule, Sequence[Entry]]
+
+    def used(self) -> set[Path]:
+        """Returns the stored paths that the result is made from."""
+        return {path for found in self.found.values() for path in reads(found.recipe)}
+
+
+def map_leaves(wanted: Sequence[Wanted], stored: Stored, layout: Layout, rules: Sequence[Rule]) -> LeafMapping:
+    """Maps a target onto a checkpoint.
+
+    Args:
+        wanted: The target's leaves with their roles.
+        stored: The stored leaves.
+        layout: How to read them.
+        rules: The user's renames.
+
+    Raises:
+        UnusedRuleError: A rule matches no stored leaf.
+    """
+    placements = layout.place(stored)
+    original = model_entries(placements)
+    entries, hits = apply_rules(original, rules)
+    moments_wanted = of_role(wanted, "optimizer")
+    model = of_role(wanted, "model", "transient", "random")
+    roots = find_roots([w.tokens for w in model if w.role == "model"], [e.tokens for e in entries])
+    moments = read_moments(placements, parameter_paths(original, roots.stored))
+    split = _split(moments_wanted, model, moments, roots)
+    virtual = [] if of_role(model, "model") else _virtual_parameters(split)
+    match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots).match()
+    found = dict(match.found)
+    _add_outside_model(found, wanted, placements, roots)
+    parameters = {strip(w.tokens, roots.wanted): w.leaf.path for w in [*of_role(model, "model"), *virtual]}
+    _add_moments(found, split, moments, parameters, stored)
+    return LeafMapping(
+        layout=layout,
+        found={item.leaf.path: found[item.leaf.path] for item in wanted if item.leaf.path in found},
+        placements=placements,
+        roots=roots,
+        rivals=match.rivals,
+        unclear=match.unclear,
+        homeless=_homeless(match, moments, stored),
+        hits=hits,
+    )
+
+
+def _split(
+    wanted: Sequence[Wanted], model: Sequence[Wanted], moments: StoredMoments, roots: Roots
+) -> list[WantedMoment]:
+    parameters = {strip(item.tokens, roots.wanted) for item in model if item.role == "model"}
+    if not parameters:
+        return [split_by_slots(item, moments.slots) for item in wanted]
+    return [split_wanted(item, parameters, roots.wanted) for item in wanted]
+
+
+def _virtual_parameters(split: Sequence[WantedMoment]) -> list[Wanted]:
+    """Returns the parameters that an optimizer without its model was built for."""
+    found: dict[Tokens, Wanted] = {}
+    for item in split:
+        if item.parameter is None:
+            continue
+        leaf = dataclasses.replace(item.wanted.leaf, path=("(parameter)", *item.parameter), kind=None)
+        known = found.get(item.parameter)
+        if known is None or len(known.leaf.shape) < len(leaf.shape):
+            found[item.parameter] = Wanted(leaf=leaf, role="model", path=item.parameter)
+    return list(found.values())
+
+
+def _add_outside_model(
+    found: dict[Path, Found], wanted: Sequence[Wanted], placements: Sequence[Placement], roots: Roots
+) -> None:
+    steps = [placement.leaf for placement in placements if placement.section == "step"]
+    for item in of_role(wanted, "step"):
+        if steps:
+            found[item.leaf.path] = Found(recipe=Read(steps[0].path))
+    for item in of_role(wanted, "model"):
+        lone_step = item.leaf.shape == () and item.tokens[-1] == "step" and item.leaf.path not in found
+        if lone_step and steps:
+            found[item.leaf.path] = Found(recipe=Read(steps[0].path))
+    find_random(found, of_role(wanted, "random", "model"), placements, roots)
+
+
+def _add_moments(
+    found: dict[Path, Found],
+    split: Sequence[WantedMoment],
+    moments: StoredMoments,
+    parameters: Mapping[Tokens, Path],
+    stored: Stored,
+) -> None:
+    slots = {item.slot for item in split if item.parameter is not None}
+    scalars = {item.slot for item in split if item.parameter is None}
+    shapes = {path: leaf.shape for path, leaf in stored.items()}
+    for item in split:
+        path = item.wanted.leaf.path
+        if item.parameter is None:
+            leaf = moments.scalar(item.slot, scalars)
+            if leaf is not None:
+                found[path] = Found(recipe=Read(leaf.path))
+            continue
+        slot = moments.slot(item.slot, slots)
+        parameter = found.get(parameters[item.parameter]) if item.parameter in parameters else None
+        if slot is None or parameter is None:
+            continue
+        recipe = follow(parameter.recipe, moments.slots[slot], shapes, item.wanted.leaf.shape)
+        if recipe is not None:
+            gaps = parameter.missing_layers or missing_layers(recipe)
+            found[path] = dataclasses.replace(parameter, recipe=recipe, missing_layers=gaps)
+
+
+def _homeless(match: ModelMatch, moments: StoredMoments, stored: Stored) -> tuple[Homeless, ...]:
+    """Returns the values without a home, and the moments that belong to them."""
+    found = list(match.homeless)
+    for item in match.homeless:
+        for slot in moments.slots.values():
+            moment: StoredLeaf | None = slot.get(item.leaf.path)
+            if moment is not None:
+                found.append(dataclasses.replace(item, leaf=stored[moment.path]))
+    return tuple(found)

@@ -1,0 +1,207 @@
+"""Finds the stored value of each wanted model leaf, by path first."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import cast
+
+from flax import nnx
+
+from orbax_nnx_handler.planning.entries import Entry
+from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.paths import Path, segments
+from orbax_nnx_handler.planning.recipes import Read, Recipe, reads, shape_of
+from orbax_nnx_handler.planning.restacking import Piece, Side, UnclearAxis, pieces_of, restack
+from orbax_nnx_handler.planning.roles import Wanted
+from orbax_nnx_handler.planning.roots import Roots, Tokens, strip
+from orbax_nnx_handler.planning.structures import Homeless, derive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """Where a wanted leaf comes from.
+
+    Attributes:
+        recipe: How it is made from stored leaves.
+        reason: The rule or structure that led there; empty for the path itself.
+        missing_layers: Layers of a stack that no stored leaf holds.
+        surplus: Layers that the stored group has and the wanted one has not.
+    """
+
+    recipe: Recipe
+    reason: str = ""
+    missing_layers: tuple[int, ...] = ()
+    surplus: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rivals:
+    """One wanted leaf that several stored leaves claim."""
+
+    wanted: Wanted
+    entries: tuple[Entry, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelMatch:
+    """The model's part of a mapping."""
+
+    found: Mapping[Path, Found]
+    rivals: tuple[Rivals, ...] = ()
+    unclear: tuple[UnclearAxis, ...] = ()
+    homeless: tuple[Homeless, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matcher:
+    """Matches the leaves of one model against the entries of one checkpoint."""
+
+    wanted: Sequence[Wanted]
+    entries: Sequence[Entry]
+    roots: Roots
+
+    @cached_property
+    def index(self) -> Mapping[Tokens, list[Entry]]:
+        """Entries by canonical path below the root; a `value` box in both readings."""
+        found: dict[Tokens, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            for tokens in self._readings(entry):
+                found[tokens].append(entry)
+        return found
+
+    @cached_property
+    def _below(self) -> Mapping[Path, Tokens]:
+        return {item.leaf.path: strip(item.tokens, self.roots.wanted) for item in self.wanted}
+
+    @cached_property
+    def _collections(self) -> Mapping[str | None, set[Tokens]]:
+        found: dict[str | None, set[Tokens]] = defaultdict(set)
+        for entry in self.entries:
+            found[entry.collection].add(entry.tokens)
+        return found
+
+    def match(self) -> ModelMatch:
+        """Matches by path, then by module structure, then by layer groups."""
+        direct, rivals = self._by_path()
+        fitting = {item.leaf.path: e for item, e in direct if e.shape == item.leaf.shape or _transient(item)}
+        contested = {item.wanted.leaf.path for item in rivals}
+        left = [w for w in self.wanted if w.leaf.path not in fitting and w.leaf.path not in contested]
+        used = {id(entry) for entry in fitting.values()}
+        free = [entry for entry in self.entries if id(entry) not in used]
+        derived, homeless = self._derived(free)
+        restacked, unclear = self._restacked(left, [*free, *derived.values()])
+        found = {path: Found(recipe=e.recipe, reason=e.reason) for path, e in fitting.items()}
+        for item in left:
+            by_structure = derived.get(self._below[item.leaf.path])
+            if by_structure is not None:
+                found[item.leaf.path] = Found(recipe=by_structure.recipe, reason=by_structure.reason)
+        found |= restacked
+        # A leaf with the right path and the wrong shape: better shown as that than as missing.
+        for item, entry in direct:
+            found.setdefault(item.leaf.path, Found(recipe=entry.recipe, reason=entry.reason))
+        return ModelMatch(found=found, rivals=tuple(rivals), unclear=tuple(unclear), homeless=tuple(homeless))
+
+    def _readings(self, entry: Entry) -> list[Tokens]:
+        readings = [strip(entry.tokens, self.roots.stored)]
+        if entry.unboxed is not None:
+            readings.append(strip(entry.unboxed, self.roots.stored))
+        if any(entry.fixed) and self.roots.wanted:
+            # A rename may have been written with the wanted path from the target's root.
+            readings += [strip(tokens, self.roots.wanted) for tokens in readings]
+        return list(dict.fromkeys(readings))
+
+    def _by_path(self) -> tuple[list[tuple[Wanted, Entry]], list[Rivals]]:
+        direct: list[tuple[Wanted, Entry]] = []
+        rivals: list[Rivals] = []
+        for item in self.wanted:
+            claims = self._eligible(item, self.index.get(self._below[item.leaf.path], []))
+            if len(claims) > 1:
+                rivals.append(Rivals(wanted=item, entries=tuple(claims)))
+            elif claims:
+                direct.append((item, claims[0]))
+        return direct, rivals
+
+    def _eligible(self, item: Wanted, claims: Sequence[Entry]) -> list[Entry]:
+        own = [e for e in claims if e.collection == item.collection or None in (e.collection, item.collection)]
+        if item.role == "random":
+            own = [entry for entry in own if entry.collection is None]
+        if not own and self._may_stray(item):
+            own = [entry for entry in claims if not self._shadows(entry.collection)]
+        if len(own) > 1 and not any(any(entry.fixed) for entry in own):
+            exact = [entry for entry in own if entry.segments == self._segments(item)]
+            own = exact or own
+        return own
+
+    def _segments(self, item: Wanted) -> tuple[str, ...]:
+        names = segments(item.path)
+        return names[-len(self._below[item.leaf.path]) :] if len(names) == len(item.tokens) else names
+
+    def _may_stray(self, item: Wanted) -> bool:
+        """Tells whether a leaf may come from a collection of another name.
+
+        Linen names custom collections freely, so a custom Variable type may. A
+        parameter comes from `params` wherever the checkpoint has one: a copy of
+        it (`ema_params`) is another value.
+        """
+        if item.role != "model":
+            return False
+        return item.leaf.kind is not nnx.Param or "params" not in self._collections
+
+    def _shadows(self, collection: str | None) -> bool:
+        if collection in ("params", None):
+            return False
+        paths = self._collections[collection]
+        return len(paths & self._collections.get("params", set())) * 2 > len(paths)
+
+    def _derived(self, free: Sequence[Entry]) -> tuple[dict[Tokens, Entry], list[Homeless]]:
+        plain = {strip(e.tokens, self.roots.stored): e for e in free if isinstance(e.recipe, Read)}
+        leaves = {tokens: _as_leaf(entry) for tokens, entry in plain.items()}
+        derived, homeless = derive(leaves)
+        shapes = {entry.sources[0]: entry for entry in plain.values()}
+        entries = {item.path: _entry_of(item.path, item.recipe, item.reason, shapes) for item in derived}
+        return entries, homeless
+
+    def _restacked(
+        self, left: Sequence[Wanted], free: Sequence[Entry]
+    ) -> tuple[dict[Path, Found], list[UnclearAxis]]:
+        found: dict[Path, Found] = {}
+        unclear: list[UnclearAxis] = []
+        for collection in dict.fromkeys(item.collection for item in left):
+            some = [item for item in left if item.collection == collection]
+            paths = {self._below[item.leaf.path]: item for item in some}
+            wanted = Side([p for tokens, item in paths.items() for p in pieces_of(tokens, item.leaf.shape)])
+            stored = Side(list(self._stored_pieces(free, collection)))
+            made, open_groups = restack(wanted, stored)
+            unclear += open_groups
+            for tokens, item in made.items():
+                leaf = paths[tokens].leaf
+                found[leaf.path] = Found(recipe=item.recipe, missing_layers=item.missing, surplus=item.surplus)
+        return found, unclear
+
+    def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[Piece]:
+        for entry in free:
+            if entry.collection == collection or None in (entry.collection, collection):
+                for tokens in self._readings(entry):
+                    yield from pieces_of(tokens, entry.shape, entry)
+
+
+def _transient(item: Wanted) -> bool:
+    return item.role == "transient"
+
+
+def _as_leaf(entry: Entry) -> StoredLeaf:
+    return StoredLeaf(path=cast(Read, entry.recipe).path, shape=entry.shape, dtype=entry.dtype)
+
+
+def _entry_of(tokens: Tokens, recipe: Recipe, reason: str, sources: Mapping[Path, Entry]) -> Entry:
+    first = sources[next(iter(reads(recipe)))]
+    shapes = {path: entry.shape for path, entry in sources.items()}
+    return dataclasses.replace(
+        first,
+        segments=tokens,
+        recipe=recipe,
+        shape=shape_of(recipe, shapes),
+        reason=reason,
+        fixed=(),
+    )

@@ -1,0 +1,206 @@
+"""Compares a mapping with the target: the pure function behind every verdict."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.ambiguity import faults_of, two_layouts
+from orbax_nnx_handler.planning.dtypes import cast_between, is_count_dtype, same_key
+from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.mapping import LeafMapping, map_leaves
+from orbax_nnx_handler.planning.matching import Found
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.placement import Placement, Stored
+from orbax_nnx_handler.planning.plan import (
+    Defaulted,
+    DefaultSource,
+    Dropped,
+    Mismatched,
+    Missing,
+    RestorePlan,
+    Restored,
+)
+from orbax_nnx_handler.planning.policies import Policy, resolve
+from orbax_nnx_handler.planning.recipes import Read, RecipeError, reads, shape_of
+from orbax_nnx_handler.planning.roles import Wanted, is_key, roles_of
+from orbax_nnx_handler.planning.target import Target
+
+
+def make_plan(
+    target: Target,
+    stored: Stored,
+    options: RestoreOptions,
+    *,
+    directory: str = "",
+    overrides: Mapping[Path, Policy] | None = None,
+) -> RestorePlan:
+    """Decides what every leaf of a target will be.
+
+    Args:
+        target: What the caller wants.
+        stored: What the checkpoint holds, from metadata.
+        options: The caller's choices.
+        directory: The item directory, for messages.
+        overrides: Policies of single leaves.
+
+    Raises:
+        UnusedRuleError: A policy filter or a rule has no effect.
+        UnknownLayoutError: The tree is in no known layout.
+    """
+    wanted = roles_of(target.leaves)
+    policies = resolve(options.policy, target.variables, overrides or {})
+    mapping, faults = _best_mapping(wanted, stored, options)
+    judge = _Judge(mapping, stored, options, policies)
+    verdicts = {item.leaf.path: judge.verdict(item) for item in wanted}
+    unexpected, skipped = _left_over(wanted, mapping)
+    return RestorePlan(
+        directory=directory,
+        layout=mapping.layout.title,
+        stored_count=len(stored),
+        restored={path: v for path, v in verdicts.items() if isinstance(v, Restored)},
+        missing={path: v for path, v in verdicts.items() if isinstance(v, Missing)},
+        mismatched={path: v for path, v in verdicts.items() if isinstance(v, Mismatched)},
+        defaulted={path: v for path, v in verdicts.items() if isinstance(v, Defaulted)},
+        unexpected={item.leaf.path: item.leaf for item in unexpected},
+        skipped={item.leaf.path: item.leaf for item in skipped},
+        dropped={item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in mapping.homeless},
+        unexpected_policy=options.unexpected,
+        faults=(*faults, *faults_of(mapping)),
+    )
+
+
+def _best_mapping(
+    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions
+) -> tuple[LeafMapping, list[RestoreError]]:
+    """Returns the reading that finds the most leaves, and what is wrong with the choice."""
+    options_found = layouts.candidates(stored, options.layout)
+    mappings = [map_leaves(wanted, stored, layout, options.renames) for layout in options_found]
+    scores = [_score(mapping, wanted, stored) for mapping in mappings]
+    best = mappings[scores.index(max(scores))]
+    rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
+    different = [mapping for mapping in rivals if mapping.found != best.found]
+    return best, [two_layouts(best, different[0])] if different else []
+
+
+def _score(mapping: LeafMapping, wanted: Sequence[Wanted], stored: Stored) -> int:
+    shapes = {path: leaf.shape for path, leaf in stored.items()}
+    wants = {item.leaf.path: item.leaf.shape for item in wanted}
+    return sum(_shape(found, shapes) == wants[path] for path, found in mapping.found.items())
+
+
+def _shape(found: Found, shapes: Mapping[Path, Shape]) -> Shape | None:
+    try:
+        return shape_of(found.recipe, shapes)
+    except RecipeError:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """Judges single leaves against one mapping."""
+
+    mapping: LeafMapping
+    stored: Stored
+    options: RestoreOptions
+    policies: Mapping[Path, Policy]
+
+    def verdict(self, item: Wanted) -> Restored | Missing | Mismatched | Defaulted:
+        found = self.mapping.found.get(item.leaf.path)
+        if found is not None:
+            verdict = self._compare(item, found)
+            # A cache of another batch size is not a fault: the program recomputes it.
+            if item.role != "transient" or isinstance(verdict, Restored):
+                return verdict
+        if item.role in ("random", "transient"):
+            return self._default(item)
+        return self._missing(item, None)
+
+    def _missing(self, item: Wanted, found: Found | None) -> Missing:
+        policy = self.policies[item.leaf.path]
+        return Missing(
+            wanted=item.leaf,
+            policy=policy,
+            filled_by="zeros" if policy == "warn" else self._initial(item),
+            layers=found.missing_layers if found else (),
+            recipe=found.recipe if found else None,
+        )
+
+    def _initial(self, item: Wanted) -> DefaultSource | None:
+        if item.leaf.value is not None:
+            return "target"
+        return "init" if self.options.init is not None else None
+
+    def _default(self, item: Wanted) -> Defaulted:
+        last: DefaultSource = "seed" if item.role == "random" else "zeros"
+        what = "random state" if item.role == "random" else "recomputed by the program"
+        reason = f"{what}, never in a Linen checkpoint"
+        return Defaulted(wanted=item.leaf, source=self._initial(item) or last, reason=reason)
+
+    def _compare(self, item: Wanted, found: Found) -> Restored | Missing | Mismatched:
+        sources = [self.stored[path] for path in dict.fromkeys(reads(found.recipe))]
+        shape = _shape(found, {leaf.path: leaf.shape for leaf in sources}) or ()
+        if is_key(item.leaf.dtype) or any(leaf.key_impl for leaf in sources):
+            return self._compare_key(item, found, shape)
+        if shape != item.leaf.shape or found.surplus:
+            return _mismatch(item, found, "shape", shape, str(sources[0].dtype), _surplus(found))
+        dtypes = [leaf.dtype for leaf in sources if leaf.dtype is not None]
+        is_count = item.leaf.shape == () and item.role in ("step", "optimizer")
+        is_count = (is_count or item.tokens[-1] == "step") and is_count_dtype(item.leaf.dtype)
+        casts = [cast_between(dtype, item.leaf.dtype, is_count) for dtype in dtypes]
+        if len(casts) < len(sources) or None in casts:
+            strange = next((d for d, c in zip(dtypes, casts, strict=True) if c is None), None)
+            return _mismatch(item, found, "dtype", shape, str(strange or "not an array"), "")
+        if found.missing_layers:
+            return self._missing(item, found)
+        kept = self.options.dtype == "stored"
+        return Restored(
+            wanted=item.leaf,
+            recipe=found.recipe,
+            stored_dtype=dtypes[0],
+            dtype=dtypes[0] if kept else item.leaf.dtype,
+            cast="same" if kept else max((c for c in casts if c), key=_severity),
+            reason=found.reason,
+        )
+
+    def _compare_key(self, item: Wanted, found: Found, shape: Shape) -> Restored | Mismatched:
+        source = self.stored[next(iter(reads(found.recipe)))]
+        is_plain = isinstance(found.recipe, Read)
+        if not is_plain or shape != item.leaf.shape or not same_key(source.key_impl, item.leaf.dtype):
+            impl = f"key<{source.key_impl}>" if source.key_impl else str(source.dtype)
+            return _mismatch(item, found, "key", shape, impl, "")
+        dtype = item.leaf.dtype
+        return Restored(
+            wanted=item.leaf, recipe=found.recipe, stored_dtype=dtype, dtype=dtype, cast="same", reason=found.reason
+        )
+
+
+def _severity(cast: str) -> int:
+    return ("same", "wider", "narrower", "count").index(cast)
+
+
+def _surplus(found: Found) -> str:
+    return f"the stored group has {found.surplus} more layers" if found.surplus else ""
+
+
+def _mismatch(item: Wanted, found: Found, kind: str, shape: Shape, dtype: str, detail: str) -> Mismatched:
+    return Mismatched(
+        wanted=item.leaf,
+        recipe=found.recipe,
+        kind=kind,  # type: ignore[arg-type]
+        stored_shape=shape,
+        stored_dtype=dtype,
+        detail=detail,
+    )
+
+
+def _left_over(wanted: Sequence[Wanted], mapping: LeafMapping) -> tuple[list[Placement], list[Placement]]:
+    """Returns the stored leaves nobody wants: unexpected ones, and those of parts not asked for."""
+    used = mapping.used() | {item.leaf.path for item in mapping.homeless}
+    roles = {item.role for item in wanted}
+    asked = {"model"} | (roles & {"optimizer", "step"})
+    left = [item for item in mapping.placements if item.leaf.path not in used]
+    unexpected = [item for item in left if item.section in asked and item.leaf.dtype is not None]
+    chosen = {item.leaf.path for item in unexpected}
+    return unexpected, [item for item in left if item.leaf.path not in chosen]

@@ -1,0 +1,80 @@
+"""What becomes of a missing weight: one policy, or filters that choose one."""
+
+from collections.abc import Callable, Mapping
+from types import EllipsisType
+from typing import Any, Literal, cast
+
+from flax import nnx
+
+from orbax_nnx_handler.planning.errors import UnusedRuleError
+from orbax_nnx_handler.planning.paths import Path, render
+
+Policy = Literal["error", "warn", "init"]
+Policies = Policy | Mapping[Any, Policy]
+"""One policy, or NNX filters to policies; the first match wins, `...` is the rest."""
+
+POLICIES: tuple[Policy, ...] = ("error", "warn", "init")
+
+
+def check_policy(policy: Any) -> None:
+    """Raises where a value is no policy.
+
+    Raises:
+        ValueError: Names the value and the three policies.
+    """
+    values = list(cast(Mapping[Any, Any], policy).values()) if isinstance(policy, Mapping) else [policy]
+    for value in values:
+        if value not in POLICIES:
+            raise ValueError(f"policy is one of {', '.join(map(repr, POLICIES))}, not {value!r}")
+
+
+def resolve(policies: Policies, variables: Mapping[Path, Any], overrides: Mapping[Path, Policy]) -> dict[Path, Policy]:
+    """Returns the policy of every leaf.
+
+    Args:
+        policies: The policy or the filters.
+        variables: The target's Variables (or bare leaves) by path.
+        overrides: Policies of single leaves, from `MissingParamRestoreArgs`.
+
+    Raises:
+        UnusedRuleError: A filter other than `...` matches no leaf.
+    """
+    check_policy(policies)
+    if not isinstance(policies, Mapping):
+        chosen: dict[Path, Policy] = dict.fromkeys(variables, policies)
+    else:
+        chosen = _by_filter(policies, variables)
+    return chosen | overrides
+
+
+def _by_filter(policies: Mapping[Any, Policy], variables: Mapping[Path, Any]) -> dict[Path, Policy]:
+    rules = [(key, _predicate(key), policy) for key, policy in policies.items()]
+    used: set[int] = set()
+    chosen: dict[Path, Policy] = {}
+    for path, variable in variables.items():
+        for at, (_, predicate, policy) in enumerate(rules):
+            if predicate(path, variable):
+                used.add(at)
+                chosen.setdefault(path, policy)
+    unused = [key for at, (key, _, _) in enumerate(rules) if at not in used and not isinstance(key, EllipsisType)]
+    if unused:
+        _raise_unused(unused, variables)
+    return {path: chosen.get(path, "error") for path in variables}
+
+
+def _predicate(key: Any) -> Callable[[Path, Any], bool]:
+    return cast(Callable[[Path, Any], bool], nnx.filterlib.to_predicate(key))
+
+
+def _raise_unused(unused: list[Any], variables: Mapping[Path, Any]) -> None:
+    quoted = "\n".join(f"  {_render_filter(key)}" for key in unused)
+    example = render(next(iter(variables), ()))
+    raise UnusedRuleError(
+        f"{len(unused)} of the policy's filters match no leaf of the target:\n{quoted}\n"
+        f"hint: a filter sees paths such as {example!r} key by key, and Variable types; "
+        "correct it or take it out."
+    )
+
+
+def _render_filter(key: Any) -> str:
+    return f"nnx.{key.__name__}" if isinstance(key, type) else repr(key)

@@ -150,7 +150,7 @@ def shifted(inputs: tuple[Any, ...], step: int) -> tuple[Any, ...]:
 def linen_outcome(pair: Pair, variables: Variables) -> Outcome:
     """Runs the Linen side: training steps where it has state, then evaluation."""
     outcome: dict[str, Any] = {}
-    variables = dict(variables)
+    variables = jax.tree.map(jnp.array, dict(variables))  # Copies: Linen may write into a NumPy array.
     if pair.training is not None:
         outcome |= _linen_statistics("restored", pair.training, variables)
         for step in range(pair.training.steps):
@@ -229,9 +229,13 @@ def weights_that_matter(pair: Pair, variables: Variables) -> list[str]:
 def broken(variables: Any, path: str) -> Any:
     """Returns the variables with one weight wrong: another's of the same shape, or its own values moved."""
     leaves = {path_of(keys): leaf for keys, leaf in _flat(variables)}
-    wrong = _wrong_value(leaves, path)
+    return replaced(variables, path, _wrong_value(leaves, path))
+
+
+def replaced(variables: Any, path: str, value: np.ndarray) -> Any:
+    """Returns the variables with the value at one path replaced."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: wrong if path_of(keys) == path else leaf, variables
+        lambda keys, leaf: value if path_of(keys) == path else leaf, variables
     )
 
 

@@ -85,6 +85,11 @@ def shift(region: Region, origin: Iterable[int]) -> Region:
     return tuple((start - zero, stop - zero) for (start, stop), zero in zip(region, origin, strict=True))
 
 
+def starts(region: Region) -> tuple[int, ...]:
+    """Returns where a region begins."""
+    return tuple(start for start, _ in region)
+
+
 def place(part: Part, buffer: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Returns the view of the buffer that the part's source rectangle fills.
 
@@ -126,7 +131,7 @@ def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Pa
     match recipe:
         case recipes.Read(path):
             axes = tuple(range(len(region)))
-            return [Part(source=path, source_region=region, region=shift(region, _starts(region)), axes=axes)]
+            return [Part(source=path, source_region=region, region=shift(region, starts(region)), axes=axes)]
         case recipes.Fill(shape):
             raise recipes.RecipeError(f"a fill of shape {shape} cannot be read")
         case recipes.Index(source, axis, index):
@@ -146,10 +151,6 @@ def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Pa
         case recipes.Scale(source, factor):
             parts = cut(source, region, stored)
             return [dataclasses.replace(part, factor=part.factor * factor) for part in parts]
-
-
-def _starts(region: Region) -> tuple[int, ...]:
-    return tuple(start for start, _ in region)
 
 
 def _moved(region: Region, axis: int, by: int) -> Region:
@@ -231,8 +232,8 @@ def _cut_reshape(source: Recipe, shape: Shape, region: Region, stored: Mapping[P
         below += low
         above += high
     folded = Folded(source, tuple(below), shape_of_region(tuple(above)))
-    inside = shift(region, _starts(tuple(above)))
-    place_in_region = shift(region, _starts(region))
+    inside = shift(region, starts(tuple(above)))
+    place_in_region = shift(region, starts(region))
     axes = tuple(range(len(shape)))
     return [Part(source=folded, source_region=inside, region=place_in_region, axes=axes)]
 

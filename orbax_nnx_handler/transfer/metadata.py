@@ -38,6 +38,10 @@ class StoredArray:
     store: Store
     encoding: Encoding
 
+    def key(self, index: tuple[int, ...]) -> str:
+        """Returns the store's key of one chunk."""
+        return f"{self.name}/{self.encoding.chunk_key(index)}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -222,7 +226,7 @@ def _read_step_metadata(directory: epath.Path) -> Mapping[str, Any]:
 
 def _disk_format(arrays: Iterable[StoredArray], has_values: bool) -> str:
     kinds = {
-        f"ocdbt+{array.encoding.driver}" if array.store.label == "ocdbt" else array.encoding.driver
+        f"ocdbt+{array.encoding.driver}" if array.store.kind == "ocdbt" else array.encoding.driver
         for array in arrays
     }
     return " and ".join([*sorted(kinds), *(["msgpack"] if has_values else [])]) or "empty"

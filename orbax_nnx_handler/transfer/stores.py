@@ -3,10 +3,12 @@
 import dataclasses
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tensorstore as ts
 from etils import epath
+
+from orbax_nnx_handler.transfer.catalog import Catalog, Extent, read_catalog
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -20,26 +22,35 @@ class Store:
     """An open key-value store that holds arrays.
 
     Attributes:
-        label: How messages call it.
+        kind: One database, or one directory per array.
         directory: Where it lies.
+        local: Whether its files can be opened by this process directly.
         spec: TensorStore's description, to open single arrays with.
         kvstore: The handle that all reads share.
         context: TensorStore's limits and caches.
+        catalog: The database's contents, where they can be listed.
     """
 
-    label: str
+    kind: Literal["ocdbt", "files"]
     directory: epath.Path
+    local: bool
     spec: dict[str, Any]
     kvstore: ts.KvStore
     context: ts.Context
+    catalog: Catalog | None = None
 
+    def extent(self, key: str) -> Extent | None:
+        """Returns the file that holds a key's value, or None where only the store can tell."""
+        if not self.local:
+            return None
+        if self.kind == "files":
+            return Extent(key, 0, -1)
+        value = self.catalog.get(key) if self.catalog is not None else None
+        return value if isinstance(value, Extent) else None
 
-def base_spec(directory: epath.Path) -> Any:
-    """Returns the store of plain files below a directory, local or remote."""
-    path = os.fspath(directory)
-    if "://" in path:
-        return path.rstrip("/") + "/"
-    return {"driver": "file", "path": f"{directory.absolute()}/"}
+    def lacks(self, key: str) -> bool:
+        """Tells whether the catalog shows that a key is absent."""
+        return self.catalog is not None and key not in self.catalog
 
 
 def is_ocdbt(directory: epath.Path) -> bool:
@@ -48,28 +59,64 @@ def is_ocdbt(directory: epath.Path) -> bool:
 
 
 def open_ocdbt(directory: epath.Path) -> Store:
-    """Opens the OCDBT database in a directory."""
-    return _open(
-        "ocdbt", directory, {"driver": "ocdbt", "base": base_spec(directory), "cache_pool": "cache_pool"}
-    )
+    """Opens the OCDBT database in a directory and lists its contents.
+
+    Raises:
+        ValueError: The database is damaged.
+    """
+    base = _base_spec(directory)
+    context = ts.Context(_CONTEXT_SPEC)
+    catalog = read_catalog(ts.KvStore.open(base, context=context).result())
+    spec = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool"}
+    return _open("ocdbt", directory, spec, context, catalog)
 
 
 def open_files(directory: epath.Path) -> Store:
     """Opens a directory with one subdirectory per array."""
-    return _open("files", directory, base_spec(directory))
+    return _open("files", directory, _base_spec(directory), ts.Context(_CONTEXT_SPEC), None)
 
 
-def _open(label: str, directory: epath.Path, spec: Any) -> Store:
-    context = ts.Context(_CONTEXT_SPEC)
+def _base_spec(directory: epath.Path) -> Any:
+    path = os.fspath(directory)
+    if "://" in path:
+        return path.rstrip("/") + "/"
+    return {"driver": "file", "path": f"{directory.absolute()}/"}
+
+
+def _open(
+    kind: Literal["ocdbt", "files"],
+    directory: epath.Path,
+    spec: Any,
+    context: ts.Context,
+    catalog: Catalog | None,
+) -> Store:
     kvstore = ts.KvStore.open(spec, context=context).result()
-    full = kvstore.spec().to_json()
-    return Store(label=label, directory=directory, spec=full, kvstore=kvstore, context=context)
+    return Store(
+        kind=kind,
+        directory=directory,
+        local="://" not in os.fspath(directory),
+        spec=kvstore.spec().to_json(),
+        kvstore=kvstore,
+        context=context,
+        catalog=catalog,
+    )
 
 
 def read_small(store: Store, keys: Sequence[str]) -> list[bytes | None]:
     """Returns the values of many small keys, read together; None for an absent one."""
-    futures = [store.kvstore.read(key) for key in keys]
-    results = [future.result() for future in futures]
+    catalog = store.catalog
+    if catalog is None:
+        return _read_all(store, keys)
+    listed = [catalog.get(key) for key in keys]
+    elsewhere = [key for key, value in zip(keys, listed, strict=True) if isinstance(value, Extent)]
+    read = dict(zip(elsewhere, _read_all(store, elsewhere), strict=True))
+    return [
+        read[key] if isinstance(value, Extent) else value for key, value in zip(keys, listed, strict=True)
+    ]
+
+
+def _read_all(store: Store, keys: Sequence[str]) -> list[bytes | None]:
+    results = [future.result() for future in [store.kvstore.read(key) for key in keys]]
     return [result.value if result.state == "value" else None for result in results]
 
 

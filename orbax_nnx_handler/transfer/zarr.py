@@ -54,6 +54,11 @@ class Encoding:
         """Bytes of one decoded chunk."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
+    @property
+    def is_one_chunk(self) -> bool:
+        """Whether a single chunk holds the whole array."""
+        return all(size <= chunk for size, chunk in zip(self.shape, self.chunk_shape, strict=True))
+
     def chunks(self, region: Region) -> Iterator[tuple[int, ...]]:
         """Yields the grid indices of the chunks that a region touches."""
         ranges = [

@@ -1,6 +1,7 @@
 """The host buffers behind a job: one for each distinct shard of this process."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,12 @@ class PlainJob:
     dtype: np.dtype[Any]
     sharding: jax.sharding.Sharding
     shards: tuple[Shard, ...]
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes that the shards take on the host, each distinct one once."""
+        elements = sum(math.prod(shape_of_region(shard.region)) for shard in self.shards)
+        return elements * self.dtype.itemsize
 
 
 def plain_job(job: Job) -> PlainJob:

@@ -1,0 +1,211 @@
+"""One stored chunk, decoded straight into the places it goes to."""
+
+import itertools
+import math
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import zstandard
+
+from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.regions import (
+    Region,
+    intersect,
+    shape_of_region,
+    shift,
+    slices,
+    starts,
+    whole,
+)
+from orbax_nnx_handler.transfer.reading.shards import Buffer
+from orbax_nnx_handler.transfer.reading.sources import AbsentError, Source
+from orbax_nnx_handler.transfer.reading.streams import RawStream, Stream, ZstdStream
+from orbax_nnx_handler.transfer.reading.targets import Target
+from orbax_nnx_handler.transfer.zarr import Encoding
+
+# Bytes decoded at a time where values are scattered or cast: they stay in the
+# processor's cache until they are copied on.
+BLOCK_BYTES = 2 << 20
+# Below this, reading the gaps costs less than a call for each run.
+_RUN_BYTES = 8 << 10
+
+# The index behind a shard's one chunk: offset, length, checksum.
+_INDEX = struct.Struct("<QQI")
+_NOTHING = 2**64 - 1
+
+_own = threading.local()
+
+
+class DamagedError(ValueError):
+    """The bytes are not what the metadata says."""
+
+
+def fill_from_chunk(source: Source, encoding: Encoding, targets: Sequence[Target]) -> None:
+    """Reads what the targets need from one chunk.
+
+    Args:
+        source: The chunk's stored bytes.
+        encoding: How they are packed.
+        targets: Rectangles of the chunk, counted from its own start.
+
+    Raises:
+        AbsentError: The shard is there but its chunk is not.
+        DamagedError: The bytes do not decode to a chunk.
+        OSError: The bytes cannot be read.
+    """
+    start, size = _payload(source, encoding)
+    if encoding.codec == "raw":
+        if size != encoding.chunk_nbytes:
+            raise DamagedError(f"holds {size} bytes where a chunk has {encoding.chunk_nbytes}")
+        _fill_from_raw(RawStream(source, start), encoding, targets)
+        return
+    try:
+        _fill_from_zstd(source, start, size, encoding, targets)
+    except zstandard.ZstdError as error:
+        raise DamagedError(str(error)) from error
+
+
+def _payload(source: Source, encoding: Encoding) -> tuple[int, int]:
+    """Returns where the chunk lies within its value: behind it, a shard has an index."""
+    if not encoding.sharded:
+        return 0, source.size
+    if source.size < _INDEX.size:
+        raise DamagedError(f"holds {source.size} bytes, less than a shard's index")
+    content = bytearray(_INDEX.size)
+    source.read_into(source.size - _INDEX.size, memoryview(content))
+    start, size, _ = _INDEX.unpack(content)
+    if start == _NOTHING and size == _NOTHING:
+        raise AbsentError("the shard is empty")
+    if start + size > source.size - _INDEX.size:
+        raise DamagedError("the index of the shard points outside it")
+    return start, size
+
+
+def _fill_from_raw(stream: RawStream, encoding: Encoding, targets: Sequence[Target]) -> None:
+    scattered: list[Target] = []
+    for target in targets:
+        first = _run_start(target.region, encoding.chunk_shape)
+        if first is None or not _takes_bytes(target, encoding):
+            scattered.append(target)
+            continue
+        stream.skip_to(first * encoding.dtype.itemsize)
+        stream.read_into(_memory(target.view))
+    if scattered:
+        _scatter(stream, encoding, scattered)
+
+
+def _fill_from_zstd(
+    source: Source, start: int, size: int, encoding: Encoding, targets: Sequence[Target]
+) -> None:
+    if encoding.chunk_nbytes <= BLOCK_BYTES:
+        packed = bytearray(size)
+        source.read_into(start, memoryview(packed))
+        content = _decompressor().decompress(packed, max_output_size=encoding.chunk_nbytes)
+        if len(content) != encoding.chunk_nbytes:
+            raise DamagedError(f"unpacks to {len(content)} bytes where a chunk has {encoding.chunk_nbytes}")
+        chunk = np.frombuffer(content, encoding.dtype).reshape(encoding.chunk_shape)
+        for target in targets:
+            target.view[...] = chunk[slices(target.region)]
+        return
+    stream = ZstdStream(source, start, size, _decompressor())
+    if (
+        len(targets) == 1
+        and targets[0].region == whole(encoding.chunk_shape)
+        and _takes_bytes(targets[0], encoding)
+    ):
+        stream.read_into(_memory(targets[0].view))
+    else:
+        _scatter(stream, encoding, targets)
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    # Not safe to share between threads, and costly to make for each chunk.
+    if not hasattr(_own, "decompressor"):
+        _own.decompressor = zstandard.ZstdDecompressor()
+    return _own.decompressor
+
+
+def _takes_bytes(target: Target, encoding: Encoding) -> bool:
+    return target.view.dtype == encoding.dtype and target.view.flags.c_contiguous
+
+
+def _memory(view: Buffer) -> memoryview:
+    """Returns a contiguous array's bytes; `bfloat16` has no buffer format of its own."""
+    return memoryview(view.reshape(-1).view(np.uint8))
+
+
+def _run_start(region: Region, shape: Shape) -> int | None:
+    """Returns the position of the region's first element if the region is one run of a C-order array."""
+    position, stride, inside = 0, 1, True
+    for (start, stop), size in zip(reversed(region), reversed(shape), strict=True):
+        if not inside and stop - start != 1:
+            return None
+        inside = inside and stop - start == size
+        position += start * stride
+        stride *= size
+    return position
+
+
+def _scatter(stream: Stream, encoding: Encoding, targets: Sequence[Target]) -> None:
+    """Decodes what the targets span block by block and copies each block's values to their places."""
+    spans = zip(*(target.region for target in targets), strict=True)
+    box = tuple((min(start for start, _ in span), max(stop for _, stop in span)) for span in spans)
+    itemsize = encoding.dtype.itemsize
+    for block in _blocks(_widened(box, encoding.chunk_shape, itemsize), itemsize):
+        content = _scratch(math.prod(shape_of_region(block)) * itemsize)
+        _gather(stream, block, encoding.chunk_shape, itemsize, memoryview(content))
+        values = content.view(encoding.dtype).reshape(shape_of_region(block))
+        for target in targets:
+            shared = intersect(target.region, block)
+            if shared is not None:
+                inside = slices(shift(shared, starts(target.region)))
+                target.view[(..., *inside)] = values[(..., *slices(shift(shared, starts(block))))]
+
+
+def _widened(box: Region, shape: Shape, itemsize: int) -> Region:
+    """Grows a box over gaps that are cheaper to read than to skip."""
+    grown, row = list(box), itemsize
+    for axis in reversed(range(len(shape))):
+        start, stop = grown[axis]
+        alone = all(last - first == 1 for first, last in grown[:axis])
+        if alone or (stop - start < shape[axis] and (stop - start) * row >= _RUN_BYTES):
+            break
+        grown[axis] = (0, shape[axis])
+        row *= shape[axis]
+    return tuple(grown)
+
+
+def _blocks(box: Region, itemsize: int) -> Iterator[Region]:
+    """Yields the box in pieces of bounded size, in the order of their bytes."""
+    lengths = shape_of_region(box)
+    size = math.prod(lengths) * itemsize
+    axis = next((axis for axis, length in enumerate(lengths) if length > 1), None)
+    if size <= BLOCK_BYTES or axis is None:
+        yield box
+        return
+    start, stop = box[axis]
+    step = max(1, BLOCK_BYTES * (stop - start) // size)
+    for first in range(start, stop, step):
+        piece = (*box[:axis], (first, min(first + step, stop)), *box[axis + 1 :])
+        yield from _blocks(piece, itemsize)
+
+
+def _gather(stream: Stream, block: Region, shape: Shape, itemsize: int, target: memoryview) -> None:
+    """Fills the target with a block's elements, run by run."""
+    split = next((a for a in reversed(range(len(shape))) if block[a] != (0, shape[a])), 0)
+    run = math.prod(shape_of_region(block[split:])) * itemsize
+    filled = 0
+    for index in itertools.product(*(range(start, stop) for start, stop in block[:split])):
+        first = (*((at, at + 1) for at in index), *block[split:])
+        stream.skip_to((_run_start(first, shape) or 0) * itemsize)
+        stream.read_into(target[filled : filled + run])
+        filled += run
+
+
+def _scratch(size: int) -> Buffer:
+    """Returns this thread's block of working memory, to be overwritten by the next call."""
+    if getattr(_own, "scratch", None) is None or _own.scratch.size < size:
+        _own.scratch = np.empty(max(size, BLOCK_BYTES), np.uint8)
+    return _own.scratch[:size]

@@ -1,0 +1,137 @@
+"""One stored leaf: which chunks are read for which places, and what can go wrong."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorstore as ts
+
+from orbax_nnx_handler.planning.errors import UnreadableLeafError
+from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.paths import Path, render
+from orbax_nnx_handler.planning.regions import (
+    Region,
+    intersect,
+    shape_of_region,
+    shift,
+    slices,
+    starts,
+    whole,
+)
+from orbax_nnx_handler.transfer.metadata import StoredArray
+from orbax_nnx_handler.transfer.reading.chunks import DamagedError, fill_from_chunk
+from orbax_nnx_handler.transfer.reading.sources import AbsentError, Opener
+from orbax_nnx_handler.transfer.reading.targets import Target
+from orbax_nnx_handler.transfer.reading.tasks import Task
+
+# A large uncompressed chunk is read by several threads, this much by each.
+_PIECE_BYTES = 32 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReader:
+    """Reads one stored leaf.
+
+    Attributes:
+        path: The leaf, for messages.
+        array: Where it lies.
+        opener: Opens the values of its store.
+        writes_fill: Whether an absent chunk is a loss.
+    """
+
+    path: Path
+    array: StoredArray
+    opener: Opener
+    writes_fill: bool
+
+    def tasks(self, places: Sequence[Target]) -> Iterator[Task]:
+        """Yields one task per chunk, several for a large uncompressed one."""
+        encoding = self.array.encoding
+        if encoding.codec == "other":
+            for place in places:
+                run = functools.partial(self._read_with_tensorstore, place)
+                yield Task(self.path, _nbytes([place], encoding.dtype.itemsize), run)
+            return
+        for index, targets in self._by_chunk(places).items():
+            key = self.array.key(index)
+            for piece in self._pieces(targets):
+                run = functools.partial(self._read_chunk, key, piece)
+                yield Task(self.path, _nbytes(piece, encoding.dtype.itemsize), run)
+
+    def _by_chunk(self, places: Sequence[Target]) -> dict[tuple[int, ...], list[Target]]:
+        encoding = self.array.encoding
+        if encoding.is_one_chunk:
+            return {(0,) * len(encoding.shape): list(places)}
+        chunks: dict[tuple[int, ...], list[Target]] = {}
+        for place in places:
+            for index in encoding.chunks(place.region):
+                chunks.setdefault(index, []).extend(_within([place], encoding.chunk_region(index)))
+        return chunks
+
+    def _pieces(self, targets: list[Target]) -> list[list[Target]]:
+        """Cuts a large uncompressed chunk into rows that several threads can read."""
+        encoding = self.array.encoding
+        axis = next((axis for axis, size in enumerate(encoding.chunk_shape) if size > 1), None)
+        if encoding.codec != "raw" or encoding.chunk_nbytes <= _PIECE_BYTES or axis is None:
+            return [targets]
+        length = encoding.chunk_shape[axis]
+        step = max(1, _PIECE_BYTES * length // encoding.chunk_nbytes)
+        cuts = [(first, min(first + step, length)) for first in range(0, length, step)]
+        covering = whole(encoding.chunk_shape)
+        slabs = [(*covering[:axis], cut, *covering[axis + 1 :]) for cut in cuts]
+        pieces = [_within(targets, slab, counted_from=(0,) * len(slab)) for slab in slabs]
+        return [piece for piece in pieces if piece]
+
+    def _read_chunk(self, key: str, targets: Sequence[Target]) -> None:
+        try:
+            with self.opener.open(key) as source:
+                fill_from_chunk(source, self.array.encoding, targets)
+        except AbsentError as error:
+            if self.writes_fill:
+                raise self._unreadable(self.opener.file_of(key), "absent") from error
+            self._fill(targets)
+        except (DamagedError, OSError, ValueError) as error:
+            raise self._unreadable(self.opener.file_of(key), str(error)) from error
+
+    def _fill(self, targets: Sequence[Target]) -> None:
+        # A writer that leaves out chunks of fill value; null and absent mean zero.
+        value = np.asarray(self.array.encoding.fill_value or 0).astype(self.array.encoding.dtype)
+        for target in targets:
+            target.view[...] = value
+
+    def _read_with_tensorstore(self, place: Target) -> None:
+        store = self.array.store
+        spec = {
+            "driver": self.array.encoding.driver,
+            "kvstore": {**store.spec, "path": f"{store.spec.get('path', '')}{self.array.name}/"},
+            "fill_missing_data_reads": not self.writes_fill,
+        }
+        try:
+            opened = ts.open(spec, open=True, read=True, context=store.context).result()
+            place.view[...] = opened[slices(place.region)].read().result()
+        except ValueError as error:
+            raise self._unreadable(f"{store.directory}/{self.array.name}", str(error)) from error
+
+    def _unreadable(self, file: str, reason: str) -> UnreadableLeafError:
+        return UnreadableLeafError(
+            f"stored leaf {render(self.path)} cannot be read: {reason}\nfile: {file} ({self.array.name})",
+            paths=[self.path],
+        )
+
+
+def _within(targets: Sequence[Target], covered: Region, *, counted_from: Shape | None = None) -> list[Target]:
+    """Returns the parts of targets inside a region, counted from its start or as told."""
+    origin = starts(covered) if counted_from is None else counted_from
+    found: list[Target] = []
+    for target in targets:
+        shared = intersect(target.region, covered)
+        if shared is not None:
+            view = target.view[(..., *slices(shift(shared, starts(target.region))))]
+            found.append(Target(shift(shared, origin), view))
+    return found
+
+
+def _nbytes(targets: Sequence[Target], itemsize: int) -> int:
+    return sum(math.prod(shape_of_region(target.region)) for target in targets) * itemsize

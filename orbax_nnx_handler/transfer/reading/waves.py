@@ -1,0 +1,58 @@
+"""Which jobs are on their way at the same time.
+
+On CPU devices the buffers that are read into become the arrays, so there is
+nothing to bound. Elsewhere they are copied to the device, and only as many as
+the window allows exist on the host at once.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from orbax_nnx_handler.planning import recipes
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.transfer.reading.shards import PlainJob
+
+# Without a bound of the caller's: enough to keep disk and device busy.
+DEFAULT_WINDOW_BYTES = 4 << 30
+
+
+def waves(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[list[PlainJob]]:
+    """Yields the jobs in groups that fit the window, largest first.
+
+    Jobs that read the same stored leaf stay together, so that it is read once;
+    such a family may exceed the window on its own.
+    """
+    if all(device.platform == "cpu" for job in jobs for shard in job.shards for device in shard.devices):
+        yield list(jobs)
+        return
+    limit = concurrent_bytes or DEFAULT_WINDOW_BYTES
+    wave: list[PlainJob] = []
+    size = 0
+    for family in sorted(_families(jobs), key=_size, reverse=True):
+        if wave and size + _size(family) > limit:
+            yield wave
+            wave, size = [], 0
+        wave += family
+        size += _size(family)
+    if wave:
+        yield wave
+
+
+def _size(family: list[PlainJob]) -> int:
+    return sum(job.host_nbytes for job in family)
+
+
+def _families(jobs: Sequence[PlainJob]) -> list[list[PlainJob]]:
+    """Groups the jobs that share a stored leaf, directly or through others."""
+    family_of: dict[Path, list[PlainJob]] = {}
+    families: dict[int, list[PlainJob]] = {}
+    for job in jobs:
+        paths = set(recipes.reads(job.recipe))
+        joined = [job]
+        for other in {id(family_of[path]): family_of[path] for path in paths if path in family_of}.values():
+            joined += other
+            del families[id(other)]
+        families[id(joined)] = joined
+        for member in joined:
+            for path in recipes.reads(member.recipe):
+                family_of[path] = joined
+    return list(families.values())

@@ -90,7 +90,8 @@ def _fused_gates(cells: Mapping[Tokens, _Gates]) -> Iterator[Derived]:
 def _fused_side(cell: Tokens, gates: _Gates, names: Sequence[str], reason: str) -> Iterator[Derived]:
     for weight in ("kernel", "bias"):
         parts = [gates[name, weight] for name in names if (name, weight) in gates]
-        if len(parts) == len(names) and parts[0].shape:
+        fits = len({part.shape[:-1] for part in parts}) == 1 and all(part.shape for part in parts)
+        if fits and len(parts) == len(names):
             recipe = Concat(tuple(Read(part.path) for part in parts), axis=len(parts[0].shape) - 1)
             yield Derived(path=(*cell, f"dense_{names[0][0]}", weight), recipe=recipe, reason=reason)
 

@@ -1,0 +1,171 @@
+"""What a pair of whole models is, and one training step of each side, seen from outside."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from orbax_nnx_handler import restore
+from tests.zoo.pairs import Outcome, Renames, is_concrete, path_of, randomised
+
+Flat = dict[str, Any]
+"""Leaves by path, the keys joined by slashes."""
+
+Determined = Literal["shapes", "shapes and order", "nothing"]
+
+
+class StatisticsState(TrainState):
+    """A train state with the one further collection that most programs keep."""
+
+    batch_stats: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelPair:
+    """A Linen and an NNX program for one model.
+
+    Attributes:
+        name: What tests and docs call it.
+        linen: The Linen model; called with `inputs` and `train`.
+        nnx: Builds the NNX model; called the same way.
+        inputs: A batch.
+        labels: A class for each output vector.
+        optimizer: The optimizer of both programs.
+        renames: The names that nobody can know, as the user must give them.
+        as_nnx: Converts a flat Linen tree to NNX paths; written by hand for the
+            model, and no code of the library's.
+        determined: For automatic names: what tells which Linen module is which
+            attribute, where the NNX program creates its attributes in the order
+            in which the Linen program calls its modules (`shapes and order`).
+        homeless: Stored parameters with no variable in NNX.
+    """
+
+    name: str
+    linen: nn.Module
+    nnx: Callable[[nnx.Rngs], nnx.Module]
+    inputs: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    optimizer: optax.GradientTransformation
+    as_nnx: Callable[[Flat], Flat]
+    renames: Renames = ()
+    determined: Determined | None = None
+    homeless: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "_")
+
+
+def loss_of(logits: Any, labels: Any) -> Any:
+    """Returns the mean cross entropy."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def flat(tree: Any) -> Flat:
+    """Returns a nested tree's leaves by path."""
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def flat_nnx(state: Any) -> Flat:
+    """Returns the values of an NNX state by path."""
+    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def initial_state(pair: ModelPair) -> TrainState:
+    """Returns the Linen train state with random weights and statistics."""
+    initialise = functools.partial(pair.linen.init, train=False)
+    shapes = jax.eval_shape(initialise, jax.random.key(0), *pair.inputs)
+    variables = randomised(shapes, zeros=[f"params/{path}" for path in pair.homeless])
+    fields = {"apply_fn": pair.linen.apply, "params": variables["params"], "tx": pair.optimizer}
+    if "batch_stats" in variables:
+        return StatisticsState.create(**fields, batch_stats=variables["batch_stats"])
+    return TrainState.create(**fields)
+
+
+def trained_state(pair: ModelPair, step: Callable[[TrainState], tuple[TrainState, Any]]) -> TrainState:
+    """Returns the state after two Linen steps: no moment is zero."""
+    state, _ = step(initial_state(pair))
+    return step(state)[0]
+
+
+def linen_step(pair: ModelPair, state: TrainState) -> tuple[TrainState, Flat]:
+    """Makes one training step and returns the new state and all that it shows."""
+    has_statistics = isinstance(state, StatisticsState)
+    statistics = {"batch_stats": state.batch_stats} if has_statistics else {}
+
+    def objective(params: Any) -> Any:
+        variables = {"params": params, **statistics}
+        logits, updates = state.apply_fn(variables, *pair.inputs, train=True, mutable=[*statistics])
+        return loss_of(logits, pair.labels), (logits, updates)
+
+    gradients, (logits, updates) = jax.grad(objective, has_aux=True)(state.params)
+    evaluated = state.apply_fn({"params": state.params, **statistics}, *pair.inputs, train=False)
+    after = state.apply_gradients(grads=_without(gradients, pair.homeless), **updates)
+    shown = {"logits": evaluated, "training logits": logits, "step": after.step}
+    shown |= _labelled("gradient", pair, gradients) | _labelled("updated", pair, after.params)
+    return after, shown | _labelled("updated", pair, updates.get("batch_stats", {}))
+
+
+def _without(gradients: Any, homeless: Sequence[str]) -> Any:
+    """A value that NNX has no variable for must stay zero for the programs to agree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: jnp.zeros_like(leaf) if path_of(keys) in homeless else leaf, gradients
+    )
+
+
+def _labelled(label: str, pair: ModelPair, tree: Any) -> Flat:
+    leaves = {path: leaf for path, leaf in flat(tree).items() if path not in pair.homeless}
+    return {f"{label} {path}": leaf for path, leaf in pair.as_nnx(leaves).items()}
+
+
+def build(pair: ModelPair) -> tuple[nnx.Module, nnx.Optimizer[Any]]:
+    """Builds the NNX train state: the model and its optimizer."""
+    model = pair.nnx(nnx.Rngs(0))
+    return model, nnx.Optimizer(model, pair.optimizer, wrt=nnx.Param)
+
+
+def restored_state(pair: ModelPair, path: Path) -> tuple[nnx.Module, nnx.Optimizer[Any]]:
+    """Restores the Linen train state into the NNX one."""
+    target = nnx.eval_shape(lambda: build(pair))
+    model, optimizer = restore(path, target, renames=pair.renames, policy="error", unexpected="error")
+    for part in (model, optimizer):
+        assert all(is_concrete(leaf) for _, leaf in nnx.to_flat_state(nnx.state(part)))
+    return model, optimizer
+
+
+def nnx_step(pair: ModelPair, model: Any, optimizer: nnx.Optimizer[Any]) -> Outcome:
+    """Makes one training step in place and returns all that it shows."""
+
+    @nnx.jit
+    def step(model: Any, optimizer: nnx.Optimizer[Any]) -> tuple[Any, Any, Any]:
+        def objective(model: Any) -> tuple[Any, Any]:
+            logits = model(*pair.inputs, train=True)
+            return loss_of(logits, pair.labels), logits
+
+        evaluated = model(*pair.inputs, train=False)
+        gradients, logits = nnx.grad(objective, has_aux=True)(model)
+        optimizer.update(model, gradients)
+        return evaluated, logits, gradients
+
+    evaluated, logits, gradients = step(model, optimizer)
+    shown = {"logits": evaluated, "training logits": logits, "step": optimizer.step.get_value()}
+    updated = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    shown |= {f"gradient {path}": leaf for path, leaf in flat_nnx(gradients).items()}
+    return shown | {f"updated {path}": leaf for path, leaf in flat_nnx(updated).items()}
+
+
+def float_leaves(state: TrainState, homeless: Sequence[str]) -> Mapping[str, np.ndarray]:
+    """Returns the state's weights, statistics and moments that the programs share."""
+    return {
+        path: np.asarray(leaf)
+        for path, leaf in flat(state).items()
+        if np.issubdtype(np.asarray(leaf).dtype, np.floating) and not path.endswith(tuple(homeless) or ("\0",))
+    }

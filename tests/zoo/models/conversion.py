@@ -1,0 +1,63 @@
+"""Small conversions of flat trees, for the hand-written side of the comparison."""
+
+import re
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+Flat = dict[str, object]
+
+
+def renamed(leaves: Flat, *rules: tuple[str, str]) -> Flat:
+    """Returns the leaves under paths rewritten by regular expressions, in order."""
+    result: Flat = {}
+    for path, leaf in leaves.items():
+        for pattern, replacement in rules:
+            path = re.sub(pattern, replacement, path)
+        assert path not in result, path
+        result[path] = leaf
+    return result
+
+
+def numbered(leaves: Flat) -> Flat:
+    """Returns the leaves with `name_3` as `name/3`."""
+    return renamed(leaves, (r"_(\d+)(?=/|$)", r"/\1"))
+
+
+def stacked(leaves: Flat, name: str) -> Flat:
+    """Returns the leaves with `name/0/…`, `name/1/…` stacked as `name/…`."""
+    result: Flat = {}
+    for path, leaf in leaves.items():
+        match = re.fullmatch(rf"{name}/(\d+)/(.*)", path)
+        if match is None:
+            result[path] = leaf
+        elif match[1] == "0":
+            count = sum(bool(re.fullmatch(rf"{name}/\d+/{match[2]}", other)) for other in leaves)
+            result[f"{name}/{match[2]}"] = jnp.stack([leaves[f"{name}/{i}/{match[2]}"] for i in range(count)])
+    return result
+
+
+def unstacked(leaves: Flat, name: str) -> Flat:
+    """Returns the leaves with `name/…` taken apart as `name/0/…`, `name/1/…`."""
+    result: Flat = {}
+    for path, leaf in leaves.items():
+        if path.startswith(f"{name}/"):
+            rest = path.removeprefix(f"{name}/")
+            result |= {f"{name}/{index}/{rest}": part for index, part in enumerate(jnp.asarray(leaf))}
+        else:
+            result[path] = leaf
+    return result
+
+
+def fused(leaves: Flat, gates: Sequence[str]) -> Flat:
+    """Returns the leaves with each cell's gates side by side, as NNX computes them."""
+    result: Flat = {}
+    for path, leaf in leaves.items():
+        match = re.fullmatch(rf"(.*)/([ih])({'|'.join(gates)})/(\w+)", path)
+        if match is None:
+            result[path] = leaf
+        elif match[3] == gates[0]:
+            cell, side, _, weight = match.groups()
+            parts = [jnp.asarray(leaves[f"{cell}/{side}{gate}/{weight}"]) for gate in gates]
+            result[f"{cell}/dense_{side}/{weight}"] = jnp.concatenate(parts, axis=-1)
+    return result

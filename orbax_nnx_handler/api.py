@@ -1,0 +1,204 @@
+"""Plan, restore and save without a manager."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.linen_tree import Flavour, to_linen_tree
+from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
+from orbax_nnx_handler.planning.paths import Path, render
+from orbax_nnx_handler.planning.plan import RestorePlan, UnexpectedPolicy
+from orbax_nnx_handler.planning.planner import make_plan
+from orbax_nnx_handler.planning.policies import Policies, Policy
+from orbax_nnx_handler.planning.report import RestoreReport
+from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.target import Target, flatten_like, flatten_target
+from orbax_nnx_handler.transfer.agreement import agree
+from orbax_nnx_handler.transfer.locating import find_item
+from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.transfer.restoring import carry_out
+
+
+def plan_restore(
+    path: epath.PathLike,
+    target: Any,
+    restore_args: Any = None,
+    *,
+    policy: Policies = "error",
+    layout: str = "auto",
+    renames: Iterable[Rule | tuple[str, str]] = (),
+    init: Callable[[], Any] | None = None,
+    unexpected: UnexpectedPolicy = "warn",
+    dtype: DtypeChoice = "target",
+    item: str | None = None,
+) -> RestorePlan:
+    """Decides what every leaf of a target would be; reads metadata only.
+
+    Args:
+        path: A manager's root (its newest step), a step, or an item directory.
+        target: An abstract or concrete `nnx.State`, `nnx.Module`, `nnx.Optimizer`,
+            a pure dict of arrays or `jax.ShapeDtypeStruct`, or a tuple or dict of these.
+        restore_args: A tree like the target whose leaves override sharding, dtype and policy.
+        policy: What a missing weight becomes, or NNX filters that choose it.
+        layout: How the checkpoint is arranged; `auto` finds out.
+        renames: Rules from stored to wanted names.
+        init: Builds the target with real values, for `policy="init"`.
+        unexpected: What to do about stored leaves that the target does not want.
+        dtype: `target` or `stored`.
+        item: The item's name, where a step holds several.
+
+    Returns:
+        The plan. It is not checked: `plan.check()` raises what `restore` would.
+
+    Raises:
+        NotACheckpointError: The path is no checkpoint.
+        UnusedRuleError: A rule or a policy filter has no effect.
+    """
+    options = RestoreOptions.of(
+        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+    )
+    plan, _, _ = _decide(find_item(path, item), target, restore_args, options)
+    return plan
+
+
+def restore(
+    path: epath.PathLike,
+    target: Any,
+    restore_args: Any = None,
+    *,
+    policy: Policies = "error",
+    layout: str = "auto",
+    renames: Iterable[Rule | tuple[str, str]] = (),
+    init: Callable[[], Any] | None = None,
+    unexpected: UnexpectedPolicy = "warn",
+    dtype: DtypeChoice = "target",
+    item: str | None = None,
+    concurrent_gb: float | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Any:
+    """Restores a Linen checkpoint into a target; takes what `plan_restore` takes.
+
+    Args:
+        path: A manager's root (its newest step), a step, or an item directory.
+        target: See `plan_restore`.
+        restore_args: See `plan_restore`.
+        policy: See `plan_restore`.
+        layout: See `plan_restore`.
+        renames: See `plan_restore`.
+        init: See `plan_restore`.
+        unexpected: See `plan_restore`.
+        dtype: See `plan_restore`.
+        item: See `plan_restore`.
+        concurrent_gb: Upper bound in GB (1e9 bytes) of what is read but not yet in place.
+        progress: Called with the bytes put in place since the last call.
+
+    Returns:
+        A new value of the target's own type, every leaf an array on its devices.
+
+    Raises:
+        RestoreError: The checkpoint cannot become the target; raised before any
+            array is read, and lists every problem.
+    """
+    options = RestoreOptions.of(
+        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+    )
+    limit = None if concurrent_gb is None else int(concurrent_gb * 1e9)
+    directory = find_item(path, item)
+    result, _ = restore_item(
+        directory, target, restore_args, options, concurrent_bytes=limit, progress=progress
+    )
+    return result
+
+
+def save(path: epath.PathLike, state: Any, *, layout: Flavour = "linen", force: bool = False) -> None:
+    """Saves an NNX state as one item in the Linen layout.
+
+    Args:
+        path: The item directory to create.
+        state: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, or a tuple or dict of these.
+        layout: `linen` (Flax TrainState) or `maxtext`.
+        force: Replace what is at `path`.
+
+    Raises:
+        ValueError: Something is at `path` already and `force` is not set.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(epath.Path(path).absolute(), args=ocp.args.PyTreeSave(to_linen_tree(state, layout)), force=force)
+
+
+def restore_item(
+    directory: epath.Path,
+    target: Any,
+    restore_args: Any,
+    options: RestoreOptions,
+    *,
+    concurrent_bytes: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Any, RestoreReport]:
+    """Restores one item directory and reports what was done.
+
+    Raises:
+        RestoreError: See `restore`.
+    """
+    start = time.monotonic()
+
+    def decide() -> tuple[RestorePlan, Target, Checkpoint]:
+        decided = _decide(directory, target, restore_args, options)
+        decided[0].check()
+        return decided
+
+    plan, parts, checkpoint = agree(decide)
+    arrays = carry_out(
+        checkpoint, plan, init=options.init, concurrent_bytes=concurrent_bytes, progress=progress
+    )
+    _check_materialised(arrays)
+    result = parts.assemble(arrays)
+    nbytes = sum(item.wanted.nbytes for item in plan.restored.values())
+    report = RestoreReport(plan=plan, seconds=time.monotonic() - start, nbytes=nbytes)
+    _log(report)
+    return result, report
+
+
+def _decide(
+    directory: epath.Path, target: Any, restore_args: Any, options: RestoreOptions
+) -> tuple[RestorePlan, Target, Checkpoint]:
+    checkpoint = read_metadata(directory)
+    overrides = flatten_like(restore_args) if restore_args is not None else {}
+    parts = flatten_target(target, overrides)
+    plan = make_plan(
+        parts, checkpoint.leaves, options, directory=str(directory), overrides=_policies_of(overrides)
+    )
+    return plan, parts, checkpoint
+
+
+def _policies_of(overrides: Mapping[Path, Any]) -> dict[Path, Policy]:
+    found = {path: getattr(args, "policy", None) for path, args in overrides.items()}
+    return {path: policy for path, policy in found.items() if policy is not None}
+
+
+def _check_materialised(arrays: Mapping[Path, Any]) -> None:
+    bare = [path for path, value in arrays.items() if not isinstance(value, jax.Array)]
+    if bare:
+        listed = ", ".join(render(path) for path in bare)
+        raise RestoreError(f"internal error: leaves were left without a value: {listed}", paths=bare)
+
+
+def _log(report: RestoreReport) -> None:
+    """Writes one INFO line, and one WARNING for what a reader should know; primary host only."""
+    if jax.process_index() != 0:
+        return
+    logging.info("%s", report.summary)
+    zeroed = [path for path, item in report.filled.items() if item.policy == "warn"]
+    if zeroed:
+        listed = ", ".join(render(path) for path in zeroed)
+        logging.warning("%d missing weights were filled with zeros: %s", len(zeroed), listed)
+    plan = report.plan
+    if plan.unexpected and plan.unexpected_policy == "warn":
+        listed = ", ".join(render(path) for path in plan.unexpected)
+        logging.warning("%d stored leaves were not wanted: %s", len(plan.unexpected), listed)

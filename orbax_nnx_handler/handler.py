@@ -1,0 +1,238 @@
+"""The Orbax handler: restores Linen checkpoints into NNX, saves NNX in the Linen layout."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+
+from orbax_nnx_handler.api import restore_item
+from orbax_nnx_handler.planning.linen_tree import Flavour, is_nnx, to_linen_tree
+from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
+from orbax_nnx_handler.planning.plan import UnexpectedPolicy
+from orbax_nnx_handler.planning.policies import Policies, Policy, check_policy
+from orbax_nnx_handler.planning.report import RestoreReport
+from orbax_nnx_handler.planning.rules import Rule
+
+Renames = Iterable[Rule | tuple[str, str]]
+
+
+@dataclasses.dataclass
+class MissingParamRestoreArgs(ocp.ArrayRestoreArgs):
+    """Restore args of one leaf that also say what it becomes when it is missing.
+
+    Attributes:
+        policy: `error`, `warn` or `init`; None leaves it to the restore's policy.
+    """
+
+    policy: Policy | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.policy is not None:
+            check_policy(self.policy)
+
+
+class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
+    """Reads Linen checkpoints into NNX state and writes NNX state as Linen would.
+
+    A drop-in for `ocp.PyTreeCheckpointHandler`: what is on disk is a plain PyTree
+    checkpoint that stock Orbax reads without this package.
+
+    Attributes:
+        report: What the last restore did, or None.
+    """
+
+    report: RestoreReport | None
+
+    def __init__(
+        self,
+        policy: Policies = "error",
+        *,
+        layout: str = "auto",
+        renames: Renames = (),
+        init: Callable[[], Any] | None = None,
+        unexpected: UnexpectedPolicy = "warn",
+        dtype: DtypeChoice = "target",
+        **pytree_handler_options: Any,
+    ):
+        """Creates a handler.
+
+        Args:
+            policy: What a missing weight becomes, or NNX filters that choose it.
+            layout: How checkpoints are arranged; `auto` finds out.
+            renames: Rules from stored to wanted names.
+            init: Builds the target with real values, for `policy="init"`.
+            unexpected: What to do about stored leaves that the target does not want.
+            dtype: `target` casts to the target's dtypes, `stored` keeps the disk's.
+            **pytree_handler_options: Keywords of `ocp.PyTreeCheckpointHandler`.
+
+        Raises:
+            ValueError: A value is none of the choices.
+        """
+        super().__init__(**pytree_handler_options)
+        limit = pytree_handler_options.get("restore_concurrent_gb")
+        self._concurrent_bytes = None if limit is None else int(limit * 10**9)
+        self._options = RestoreOptions.of(
+            policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+        )
+        self.report = None
+        # Written into the checkpoint: the parent's name, so that any Orbax can read it. On the instance,
+        # since Orbax's registry of handler classes refuses two classes of one name.
+        self.typestr = ocp.PyTreeCheckpointHandler.typestr
+
+    def restore(self, directory: epath.Path, *args: Any, **kwargs: Any) -> Any:
+        """Restores an item; see `NNXLinenRestore` for what it takes.
+
+        Args:
+            directory: The item directory.
+            *args: `item` and `restore_args`, in Orbax's older calling form.
+            **kwargs: `args=NNXLinenRestore(...)` (or Orbax's own restore args), or
+                `item` and `restore_args`.
+
+        Returns:
+            The item's own type; without an item, the stored tree as Orbax gives it.
+
+        Raises:
+            RestoreError: The checkpoint cannot become the item; nothing was read.
+        """
+        wanted = _restore_args(args, kwargs)
+        if wanted.item is None:
+            stock = ocp.args.PyTreeRestore(restore_args=wanted.restore_args)
+            return super().restore(directory, args=stock)
+        result, self.report = restore_item(
+            epath.Path(directory),
+            wanted.item,
+            wanted.restore_args,
+            wanted.options(self._options),
+            concurrent_bytes=self._concurrent_bytes,
+        )
+        return result
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves an item in the background; see `NNXLinenSave` for what it takes."""
+        return await super().async_save(directory, args=_save_args(args, kwargs))
+
+    def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
+        """Saves an item; see `NNXLinenSave` for what it takes."""
+        super().save(directory, args=_save_args(args, kwargs))
+
+
+@ocp.args.register_with_handler(NNXLinenHandler, for_restore=True)
+@dataclasses.dataclass
+class NNXLinenRestore(ocp.args.PyTreeRestore):
+    """What to restore; None means the handler's own setting.
+
+    Attributes:
+        item: The target. Without one, the stored tree comes back as Orbax gives it.
+        restore_args: A tree like the item; `sharding`, `dtype` and, on
+            `MissingParamRestoreArgs`, `policy` of a leaf override everything else.
+        policy: What a missing weight becomes, or NNX filters that choose it.
+        layout: How the checkpoint is arranged.
+        renames: Rules from stored to wanted names.
+        init: Builds the target with real values, for `policy="init"`.
+        unexpected: What to do about stored leaves that the target does not want.
+        dtype: `target` or `stored`.
+    """
+
+    _: dataclasses.KW_ONLY
+    policy: Policies | None = None
+    layout: str | None = None
+    renames: Renames | None = None
+    init: Callable[[], Any] | None = None
+    unexpected: UnexpectedPolicy | None = None
+    dtype: DtypeChoice | None = None
+
+    def options(self, defaults: RestoreOptions) -> RestoreOptions:
+        """Returns the handler's options with this restore's own in front."""
+        return defaults.override(
+            policy=self.policy,
+            layout=self.layout,
+            renames=self.renames,
+            init=self.init,
+            unexpected=self.unexpected,
+            dtype=self.dtype,
+        )
+
+
+@ocp.args.register_with_handler(NNXLinenHandler, for_save=True)
+@dataclasses.dataclass
+class NNXLinenSave(ocp.args.PyTreeSave):
+    """What to save.
+
+    Attributes:
+        item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, or a tuple or dict of
+            these, written in the Linen layout. Anything else is saved as it is.
+        save_args: A tree like the item with `ocp.SaveArgs` leaves.
+        layout: `linen` (Flax TrainState) or `maxtext`.
+    """
+
+    item: Any = None
+    _: dataclasses.KW_ONLY
+    layout: Flavour = "linen"
+
+
+def handler_registry(handler: NNXLinenHandler | None = None, item: str | None = None) -> Any:
+    """Returns a registry under which pipelines that name Orbax's own args run unchanged.
+
+    `PyTreeSave`, `PyTreeRestore`, `StandardSave` and `StandardRestore` are all
+    handled by this handler, as well as `NNXLinenSave` and `NNXLinenRestore`.
+
+    Args:
+        handler: The handler; one with default settings if None.
+        item: The item's name; None for any item.
+    """
+    handler = handler or NNXLinenHandler()
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    kinds: list[Any] = [
+        NNXLinenSave,
+        NNXLinenRestore,
+        ocp.args.PyTreeSave,
+        ocp.args.PyTreeRestore,
+        ocp.args.StandardSave,
+        ocp.args.StandardRestore,
+    ]
+    for kind in kinds:
+        registry.add(item, kind, handler)
+    return registry
+
+
+def _restore_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> NNXLinenRestore:
+    given = kwargs.get("args")
+    if isinstance(given, NNXLinenRestore):
+        return given
+    older = dict(zip(("item", "restore_args"), args, strict=False)) | kwargs
+    source = older if given is None else vars(given)
+    if source.get("transforms") is not None or source.get("legacy_transform_fn") is not None:
+        raise ValueError(
+            "transforms are not supported: they pass absent leaves through silently.\n"
+            "hint: use renames=[(stored, wanted), ...]."
+        )
+    return NNXLinenRestore(source.get("item"), source.get("restore_args"))
+
+
+def _save_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = kwargs.get("args")
+    if given is None:
+        older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
+        given = NNXLinenSave(older.get("item"), older.get("save_args"))
+    if not is_nnx(given.item):
+        return ocp.args.PyTreeSave(**_shared_fields(given))
+    flavour = given.layout if isinstance(given, NNXLinenSave) else "linen"
+    fields = _shared_fields(given)
+    fields["item"] = to_linen_tree(given.item, flavour)
+    if fields.get("save_args") is not None:
+        fields["save_args"] = to_linen_tree(_like(given.item, fields["save_args"]), flavour)
+    return ocp.args.PyTreeSave(**fields)
+
+
+def _shared_fields(given: Any) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cast(Any, ocp.args.PyTreeSave))}
+    return {name: value for name, value in vars(given).items() if name in names}
+
+
+def _like(item: Any, tree: Any) -> Any:
+    """Returns save args in the containers of the item they belong to."""
+    return nnx.state(tree) if isinstance(tree, nnx.Module) and isinstance(item, nnx.Module) else tree

@@ -1,0 +1,72 @@
+"""What a restore really did, leaf by leaf."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.plan import Defaulted, Missing, RestorePlan, Restored
+from orbax_nnx_handler.planning.rendering import plan_to_dict, render_plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestoreReport:
+    """Every leaf of a result with its one origin.
+
+    Attributes:
+        plan: The plan that was carried out.
+        seconds: Wall time of the restore, metadata and plan included.
+        nbytes: Bytes of the restored leaves in the result, over all devices once.
+    """
+
+    plan: RestorePlan
+    seconds: float
+    nbytes: int
+
+    @property
+    def restored(self) -> Mapping[Path, Restored]:
+        """Leaves that came from disk."""
+        return self.plan.restored
+
+    @property
+    def filled(self) -> Mapping[Path, Missing]:
+        """Weights that were missing, with the policy that filled them."""
+        return self.plan.missing
+
+    @property
+    def defaulted(self) -> Mapping[Path, Defaulted]:
+        """State that a Linen layout never holds."""
+        return self.plan.defaulted
+
+    @property
+    def narrowed(self) -> Mapping[Path, Restored]:
+        """Restored leaves that lost precision in a cast."""
+        return {path: item for path, item in self.plan.restored.items() if item.cast == "narrower"}
+
+    def origin(self, path: Path) -> Restored | Missing | Defaulted:
+        """Returns where one leaf came from.
+
+        Raises:
+            KeyError: The target has no such leaf.
+        """
+        for part in (self.restored, self.filled, self.defaulted):
+            if path in part:
+                return part[path]
+        raise KeyError(path)
+
+    @property
+    def summary(self) -> str:
+        """One line: leaves, bytes, seconds, rate, layout."""
+        rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
+        return (
+            f"restored {len(self.restored)} leaves ({self.nbytes / 1e9:.3f} GB) in {self.seconds:.2f} s "
+            f"({rate:.2f} GB/s), filled {len(self.filled)}, defaulted {len(self.defaulted)}, "
+            f"{len(self.plan.unexpected)} unexpected; layout {self.plan.layout}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain dicts, lists, strings and numbers."""
+        return {"seconds": self.seconds, "bytes": self.nbytes, **plan_to_dict(self.plan)}
+
+    def __str__(self) -> str:
+        return f"{self.summary}\n{render_plan(self.plan)}"

@@ -1,0 +1,135 @@
+"""Values that do not come from disk: initial values, zeros, and derived random state."""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.leaves import WantedLeaf
+from orbax_nnx_handler.planning.paths import Path, canonical, render
+from orbax_nnx_handler.planning.plan import DefaultSource, RestorePlan
+from orbax_nnx_handler.planning.roles import is_key
+from orbax_nnx_handler.planning.target import flatten_like
+
+_KEY_IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
+BASE_SEED = 0
+"""Seed of keys that neither the checkpoint nor the target nor `init` gives."""
+
+
+def check_init(plan: RestorePlan, init: Callable[[], Any] | None) -> None:
+    """Raises where `init` does not build what it must fill; computes nothing.
+
+    Raises:
+        RestoreError: Names the leaves that `init` lacks or gives in another shape.
+    """
+    leaves = [leaf for leaf, source in _sources(plan) if source == "init"]
+    if not leaves or init is None:
+        return
+    with _mesh_of(leaves):
+        built = jax.eval_shape(lambda: flatten_like(init()))
+    rows = [
+        f"  {render(leaf.path)}   wanted {leaf.shape}, init gives {getattr(built.get(leaf.path), 'shape', 'nothing')}"
+        for leaf in leaves
+        if getattr(built.get(leaf.path), "shape", None) != leaf.shape
+    ]
+    if rows:
+        raise RestoreError(
+            f"init does not build {len(rows)} leaves of the target:\n" + "\n".join(rows) + "\n"
+            "hint: init must build the target itself: the same containers, attributes and shapes.",
+            paths=[leaf.path for leaf in leaves],
+        )
+
+
+def fill_leaves(plan: RestorePlan, init: Callable[[], Any] | None) -> dict[Path, jax.Array]:
+    """Returns the values of all missing and defaulted leaves, each on its own devices.
+
+    A leaf of which some layers are stored is filled whole; the stored layers are
+    put over it afterwards.
+
+    Args:
+        plan: A plan that passed its check.
+        init: Builds the target; traced, never run whole.
+    """
+    by_source: dict[DefaultSource, list[WantedLeaf]] = {"target": [], "init": [], "seed": [], "zeros": []}
+    for leaf, source in _sources(plan):
+        by_source[source].append(leaf)
+    filled = {leaf.path: _from_target(leaf) for leaf in by_source["target"]}
+    if init is not None:
+        filled |= _compute(by_source["init"], lambda: flatten_like(init()))
+    filled |= _compute(by_source["seed"], lambda: {leaf.path: _derived(leaf) for leaf in by_source["seed"]})
+    zeros = by_source["zeros"]
+    filled |= _compute(zeros, lambda: {leaf.path: jnp.zeros(leaf.shape, leaf.dtype) for leaf in zeros})
+    return filled
+
+
+def _sources(plan: RestorePlan) -> list[tuple[WantedLeaf, DefaultSource]]:
+    missing = [(item.wanted, item.filled_by) for item in plan.missing.values()]
+    defaulted = [(item.wanted, item.source) for item in plan.defaulted.values()]
+    return [(leaf, source) for leaf, source in [*missing, *defaulted] if source is not None]
+
+
+def _from_target(leaf: WantedLeaf) -> jax.Array:
+    # A copy: a train step that donates the restored state must not delete the caller's arrays.
+    value = jnp.copy(leaf.value) if isinstance(leaf.value, jax.Array) else jnp.asarray(leaf.value)
+    if value.dtype != leaf.dtype:
+        value = value.astype(leaf.dtype)
+    return jax.device_put(value, leaf.sharding)
+
+
+def _compute(leaves: Sequence[WantedLeaf], build: Callable[[], Mapping[Path, Any]]) -> dict[Path, jax.Array]:
+    """Computes only these leaves of what `build` gives, in place on their devices.
+
+    One compilation for all: XLA drops everything that the outputs do not need.
+    """
+    groups: dict[Any, list[WantedLeaf]] = {}
+    for leaf in leaves:
+        devices = leaf.sharding.device_set if leaf.sharding is not None else frozenset[Any]()
+        groups.setdefault(frozenset(devices), []).append(leaf)
+    filled: dict[Path, jax.Array] = {}
+    for group in groups.values():
+        filled |= _compute_on(group, build)
+    return filled
+
+
+def _compute_on(
+    leaves: Sequence[WantedLeaf], build: Callable[[], Mapping[Path, Any]]
+) -> dict[Path, jax.Array]:
+    def outputs() -> list[Any]:
+        built = build()
+        return [_cast(built[leaf.path], leaf) for leaf in leaves]
+
+    with _mesh_of(leaves):
+        values = jax.jit(outputs, out_shardings=[leaf.sharding for leaf in leaves])()
+    return dict(zip([leaf.path for leaf in leaves], values, strict=True))
+
+
+def _cast(value: Any, leaf: WantedLeaf) -> Any:
+    value = jnp.asarray(value) if not isinstance(value, jax.Array) else value
+    return value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
+
+
+def _mesh_of(leaves: Sequence[WantedLeaf]) -> AbstractContextManager[Any]:
+    """Puts the leaves' mesh in force, which annotated Variables need to be built under."""
+    current = jax.sharding.get_mesh()
+    if isinstance(current, Mesh) and not current.empty:
+        return nullcontext()
+    for leaf in leaves:
+        if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):
+            return jax.set_mesh(leaf.sharding.mesh)
+    return nullcontext()
+
+
+def _derived(leaf: WantedLeaf) -> jax.Array:
+    """Returns a key from the base seed and the leaf's path, or a count of zero."""
+    if not is_key(leaf.dtype):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    # crc32, not hash(): string hashes differ between processes.
+    number = zlib.crc32("/".join(canonical(leaf.path)).encode())
+    impl = next(name for name in _KEY_IMPLS if jax.random.key(0, impl=name).dtype == leaf.dtype)
+    key = jax.random.fold_in(jax.random.key(BASE_SEED, impl=impl), number)
+    return jax.random.split(key, leaf.shape) if leaf.shape else key

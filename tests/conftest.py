@@ -15,6 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+# Two programs in flight share one pool of threads: on few cores each may hold what the other's collectives
+# wait for, and the process dies after 40 seconds.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 # Deterministic: a failure on one machine is a failure on all. No deadline: the first example compiles.
 hypothesis.settings.register_profile(
     "suite",

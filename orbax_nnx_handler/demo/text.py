@@ -1,0 +1,47 @@
+"""The text the demo learns: one letter after the other.
+
+The first six chapters of Lewis Carroll, "Alice's Adventures in Wonderland"
+(1865), in the public domain.
+"""
+
+import importlib.resources
+
+import numpy as np
+
+Batch = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+"""Letters as numbers, (batch, time + 1): the inputs, and one letter on, the targets."""
+
+
+def read_text() -> str:
+    """Returns the whole text, 71,000 letters."""
+    return importlib.resources.files("orbax_nnx_handler.demo").joinpath("text.txt").read_text()
+
+
+TEXT = read_text()
+LETTERS = sorted(set(TEXT))
+
+
+def encode(text: str) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """Returns the number of each letter in `LETTERS`."""
+    number = {letter: index for index, letter in enumerate(LETTERS)}
+    return np.array([number[letter] for letter in text], np.int32)
+
+
+def decode(numbers: np.ndarray[tuple[int], np.dtype[np.int32]]) -> str:
+    """Returns the letters of such numbers."""
+    return "".join(LETTERS[number] for number in numbers)
+
+
+ENCODED = encode(TEXT)
+
+
+def batch_at(step: int, *, size: int, time: int) -> Batch:
+    """Returns the batch of one step, the same in every program and every run.
+
+    Args:
+        step: The training step.
+        size: Excerpts in the batch.
+        time: Letters that each excerpt predicts.
+    """
+    starts = np.random.default_rng(step).integers(0, len(ENCODED) - time - 1, size)
+    return ENCODED[starts[:, None] + np.arange(time + 1)]

@@ -87,7 +87,8 @@ def _role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], stream
         return "transient"
     if issubclass(kind, nnx.OptState):
         return "step" if owner is None and str(leaf.path[-1]) == "step" else "optimizer"
-    if owner is not None:
+    # Not by the path: a module of the model may be called `opt_state`.
+    if owner is not None and not issubclass(kind, nnx.Param | nnx.BatchStat):
         return "optimizer"
     return "model"
 

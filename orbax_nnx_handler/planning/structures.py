@@ -142,8 +142,9 @@ def _normalising_wrappers(model: Model) -> Iterator[Derived]:
 def _wrapped(model: Model, path: Tokens, leaf: StoredLeaf) -> tuple[Tokens, Tokens, Tokens] | None:
     """Returns the wrapper, the layer, and the weight's path within the layer.
 
-    Only the weight's part is taken from the stored key: a rename may have
-    changed the names of wrapper and layer.
+    A rename may have changed the names of wrapper and layer, so that they are
+    found by where the layer's own weight is. It is absent where the weight has
+    its home already (a layer inside its wrapper); then the key tells.
     """
     key = leaf.path[-1] if leaf.path else None
     if not isinstance(key, str) or key.count("/") < 2 or path[-1] not in _STATISTICS:
@@ -157,7 +158,9 @@ def _wrapped(model: Model, path: Tokens, leaf: StoredLeaf) -> tuple[Tokens, Toke
         for owner in (wrapper, _parent(wrapper)):
             if (*owner, *name, *weight) in model:
                 return wrapper, (*owner, *name), weight
-    return None
+    name = canonical((key.split("/")[0],))
+    wrapper = stem[: -len(name)]
+    return (wrapper, stem, weight) if stem == (*wrapper, *name) else None
 
 
 def _parent(module: Tokens) -> Tokens:

@@ -135,7 +135,7 @@ def _locate(
     wanted = {path: name for path, name in tree.names.items() if tree.nodes[path] != STRING_TYPE}
     if not wanted:
         return {}, {}
-    drivers: list[Driver] = ["zarr3", "zarr"] if tree.zarr3 else ["zarr", "zarr3"]
+    drivers: tuple[Driver, Driver] = ("zarr3", "zarr") if tree.zarr3 else ("zarr", "zarr3")
     # Older checkpoints mix both: a database beside one directory per leaf.
     holders = [store for store in (database, stores.open_files(directory)) if store is not None]
     places = [(store, driver) for store in holders for driver in drivers]
@@ -206,8 +206,8 @@ def _read_key_impls(directory: epath.Path) -> dict[str, str]:
         if "random_key_impl" not in content:
             return {}
         entries = [entry["array_metadata"] for entry in json.loads(content)["array_metadatas"]]
-        noted = {entry["param_name"]: entry.get("ext_metadata") or {} for entry in entries}
-        return {name: ext["random_key_impl"] for name, ext in noted.items() if ext.get("random_key_impl")}
+        keys = [entry for entry in entries if (entry.get("ext_metadata") or {}).get("random_key_impl")]
+        return {entry["param_name"]: entry["ext_metadata"]["random_key_impl"] for entry in keys}
     return {}
 
 

@@ -104,7 +104,7 @@ def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
 
 def _msgpack_tree(file: epath.Path) -> Tree:
     try:
-        packed = serialization.msgpack_restore(file.read_bytes())
+        packed = cast(Any, serialization.msgpack_restore(file.read_bytes()))
     # msgpack raises many types for a file that is something else.
     except Exception as error:
         raise NotACheckpointError(f"{file} is no msgpack file of a checkpoint: {error}") from error

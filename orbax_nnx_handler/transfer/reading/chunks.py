@@ -133,7 +133,7 @@ def _takes_bytes(target: Target, encoding: Encoding) -> bool:
 
 def _memory(view: Buffer) -> memoryview:
     """Returns a contiguous array's bytes; `bfloat16` has no buffer format of its own."""
-    return memoryview(view.reshape(-1).view(np.uint8))
+    return view.reshape(-1).view(np.uint8).data
 
 
 def _run_start(region: Region, shape: Shape) -> int | None:
@@ -155,7 +155,7 @@ def _scatter(stream: Stream, encoding: Encoding, targets: Sequence[Target]) -> N
     itemsize = encoding.dtype.itemsize
     for block in _blocks(_widened(box, encoding.chunk_shape, itemsize), itemsize):
         content = _scratch(math.prod(shape_of_region(block)) * itemsize)
-        _gather(stream, block, encoding.chunk_shape, itemsize, memoryview(content))
+        _gather(stream, block, encoding.chunk_shape, itemsize, content.data)
         values = content.view(encoding.dtype).reshape(shape_of_region(block))
         for target in targets:
             shared = intersect(target.region, block)

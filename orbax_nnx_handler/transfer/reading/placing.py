@@ -1,44 +1,33 @@
 """From filled host buffers to arrays on their devices."""
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
-from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.regions import Region
-from orbax_nnx_handler.transfer.reading.shards import Buffer, PlainJob, is_key
+from orbax_nnx_handler.transfer.reading.shards import Buffer, PlainJob, is_key, region_of
 
 
-def place_arrays(filled: Sequence[tuple[PlainJob, Mapping[Region, Buffer]]]) -> dict[Path, jax.Array]:
-    """Puts all shards on their devices in one call and joins them to arrays.
+def place_array(job: PlainJob, shards: Mapping[Region, Buffer]) -> jax.Array:
+    """Puts a job's shards on their devices and joins them to one array.
 
     On CPU devices JAX adopts a 64-byte-aligned buffer instead of copying it, and
-    keeps it alive as long as the array; so a buffer is never written again.
+    keeps it alive as long as the array; so a buffer is never written again. Of
+    JAX's ways to build an array this one costs least at thousands of leaves.
     """
-    buffers: list[Buffer] = []
-    targets: list[SingleDeviceSharding] = []
-    for job, shards in filled:
-        for shard in job.shards:
-            for device in shard.devices:
-                buffers.append(shards[shard.region])
-                targets.append(SingleDeviceSharding(device, memory_kind=job.sharding.memory_kind))
-    pieces = iter(jax.device_put(buffers, targets))
-    arrays: dict[Path, jax.Array] = {}
-    for job, _ in filled:
-        own = [next(pieces) for shard in job.shards for _ in shard.devices]
-        arrays[job.job.path] = _joined(job, own)
-    return arrays
-
-
-def _joined(job: PlainJob, pieces: list[jax.Array]) -> jax.Array:
-    array = jax.make_array_from_single_device_arrays(job.shape, job.sharding, pieces, dtype=job.dtype)
+    only = next(iter(shards.values())) if len(shards) == 1 else None
+    array: jax.Array = jax.make_array_from_callback(
+        job.shape,
+        job.sharding,
+        lambda index: shards[region_of(index, job.shape)] if only is None else only,
+        dtype=job.dtype,
+    )
     if not is_key(job.job.dtype):
         return array
-    return jax.random.wrap_key_data(array, impl=_impl_of(job.job.dtype))
+    return cast(jax.Array, jax.random.wrap_key_data(array, impl=_impl_of(job.job.dtype)))
 
 
 @functools.cache
@@ -48,5 +37,9 @@ def _impl_of(dtype: np.dtype[Any]) -> Hashable:
     `jax.random.key_impl` wants an array; a traced one costs nothing.
     """
     found: list[Hashable] = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), dtype))
+
+    def note(key: jax.Array) -> None:
+        found.append(jax.random.key_impl(key))
+
+    jax.eval_shape(note, jax.ShapeDtypeStruct((), dtype))
     return found[0]

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import jax
 
@@ -11,7 +11,7 @@ from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.reading.arena import Arena
 from orbax_nnx_handler.transfer.reading.gathering import fill_targets
 from orbax_nnx_handler.transfer.reading.jobs import Job
-from orbax_nnx_handler.transfer.reading.placing import place_arrays
+from orbax_nnx_handler.transfer.reading.placing import place_array
 from orbax_nnx_handler.transfer.reading.shards import PlainJob, allocate_shards, plain_job
 from orbax_nnx_handler.transfer.reading.targets import Work, stored_shapes
 from orbax_nnx_handler.transfer.reading.tasks import Progress
@@ -64,11 +64,11 @@ def _read_wave(
     fill_targets(checkpoint, work.targets, concurrent_bytes, progress)
     for step in work.finish:
         step()
-    return place_arrays(filled)
+    return {job.job.path: place_array(job, shards) for job, shards in filled}
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def _no_collection() -> Generator[None]:
     # Each of thousands of new arrays would otherwise be visited again and again,
     # a tenth of the time at 2,000 leaves; none of them can be garbage yet.
     was_enabled = gc.isenabled()

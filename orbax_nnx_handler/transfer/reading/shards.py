@@ -1,11 +1,13 @@
 """The host buffers behind a job: one for each distinct shard of this process."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +18,8 @@ from orbax_nnx_handler.planning.regions import Region, shape_of_region
 from orbax_nnx_handler.transfer.reading.jobs import Job
 
 Buffer = npt.NDArray[Any]
+Device = Any  # `jax.Device` is no class to a type checker.
+_Indices = Mapping[Device, tuple[slice, ...] | None]
 Allocate = Callable[[Shape, "np.dtype[Any]"], Buffer]
 
 
@@ -27,7 +31,7 @@ class Shard:
     """
 
     region: Region
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Device, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,11 @@ class PlainJob:
     shards: tuple[Shard, ...]
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether the host's own memory is the devices' memory."""
+        return all(device.platform == "cpu" for shard in self.shards for device in shard.devices)
+
+    @property
     def host_nbytes(self) -> int:
         """Bytes that the shards take on the host, each distinct one once."""
         elements = sum(math.prod(shape_of_region(shard.region)) for shard in self.shards)
@@ -71,7 +80,7 @@ def plain_job(job: Job) -> PlainJob:
 
 def is_key(dtype: np.dtype[Any]) -> bool:
     """Tells whether a dtype is one of random keys."""
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def allocate_shards(job: PlainJob, allocate: Allocate) -> dict[Region, Buffer]:
@@ -79,11 +88,18 @@ def allocate_shards(job: PlainJob, allocate: Allocate) -> dict[Region, Buffer]:
     return {shard.region: allocate(shape_of_region(shard.region), job.dtype) for shard in job.shards}
 
 
+def region_of(index: tuple[slice, ...] | None, shape: Shape) -> Region:
+    """Returns the region that a sharding's index means."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+
+
+@functools.lru_cache(maxsize=1024)
 def _shards(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Shard, ...]:
-    holders: dict[Region, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        region = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-        holders.setdefault(region, []).append(device)
+    # Cached: a model has thousands of leaves and a few dozen shapes.
+    holders: dict[Region, list[Device]] = {}
+    indices = cast(_Indices, sharding.addressable_devices_indices_map(shape))
+    for device, index in indices.items():
+        holders.setdefault(region_of(index, shape), []).append(device)
     return tuple(Shard(region=region, devices=tuple(devices)) for region, devices in holders.items())
 
 

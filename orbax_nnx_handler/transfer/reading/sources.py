@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 from orbax_nnx_handler.transfer.stores import Store
@@ -78,7 +78,7 @@ class Opener:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def open(self, key: str) -> Iterator[Source]:
+    def open(self, key: str) -> Generator[Source]:
         """Gives the bytes of a key's value for the time of a `with` block.
 
         Raises:

@@ -1,6 +1,6 @@
 """The decoded bytes of one chunk, in order."""
 
-from typing import Protocol
+from typing import IO, Protocol, cast
 
 import zstandard
 
@@ -46,7 +46,7 @@ class ZstdStream:
     def __init__(
         self, source: Source, start: int, size: int, decompressor: zstandard.ZstdDecompressor
     ) -> None:
-        self._reader = decompressor.stream_reader(_Packed(source, start, size))
+        self._reader = decompressor.stream_reader(cast(IO[bytes], _Packed(source, start, size)))
         self._position = 0
 
     def skip_to(self, position: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.recipes import Recipe
+from orbax_nnx_handler.planning.recipes import Read, Recipe
 from orbax_nnx_handler.planning.regions import Folded, Part, Region, cut, place, shape_of_region, slices
 from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.reading.shards import Buffer
@@ -44,6 +44,10 @@ class Work:
 
     def fill(self, recipe: Recipe, region: Region, buffer: Buffer, stored: Mapping[Path, Shape]) -> None:
         """Adds what fills a buffer with a region of a recipe's value."""
+        if isinstance(recipe, Read):
+            # Most leaves of most models: nothing to cut, and thousands of them.
+            self.targets.setdefault(recipe.path, []).append(Target(region, buffer))
+            return
         for part in cut(recipe, region, stored):
             view = place(part, buffer)
             if isinstance(part.source, Folded):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from orbax_nnx_handler.planning.paths import Path
@@ -110,7 +110,7 @@ class _Window:
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def holding(self, size: int) -> Iterator[None]:
+    def holding(self, size: int) -> Generator[None]:
         size = min(size, self._size)
         with self._changed:
             self._changed.wait_for(lambda: self._used + size <= self._size)

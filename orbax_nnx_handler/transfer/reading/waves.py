@@ -21,7 +21,7 @@ def waves(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[li
     Jobs that read the same stored leaf stay together, so that it is read once;
     such a family may exceed the window on its own.
     """
-    if all(device.platform == "cpu" for job in jobs for shard in job.shards for device in shard.devices):
+    if all(job.on_cpu for job in jobs):
         yield list(jobs)
         return
     limit = concurrent_bytes or DEFAULT_WINDOW_BYTES

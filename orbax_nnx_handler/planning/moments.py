@@ -69,6 +69,8 @@ def read_moments(placements: Iterable[Placement], parameters: Mapping[Tokens, Pa
     slots: dict[Tokens, dict[Path, StoredLeaf]] = defaultdict(dict)
     scalars: dict[Tokens, StoredLeaf] = {}
     for placement in placements:
+        if placement.section == "step" and placement.slot is not None:
+            scalars.setdefault(canonical(placement.slot), placement.leaf)
         if placement.section != "optimizer":
             continue
         slot, parameter = _split_stored(placement, parameters)

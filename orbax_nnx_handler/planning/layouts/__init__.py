@@ -3,13 +3,30 @@
 from collections.abc import Sequence
 
 from orbax_nnx_handler.planning.errors import UnknownLayoutError
-from orbax_nnx_handler.planning.layouts import bare, linen
+from orbax_nnx_handler.planning.layouts import (
+    bare,
+    big_vision,
+    gemma,
+    kauldron,
+    linen,
+    openpi,
+    scenic,
+    t5x,
+    tunix,
+)
 from orbax_nnx_handler.planning.placement import Layout, Stored
 
 LAYOUTS: tuple[Layout, ...] = (
+    t5x.T5X,
+    scenic.SCENIC,
+    kauldron.KAULDRON,
+    big_vision.BIG_VISION,
+    gemma.GEMMA,
+    tunix.TUNIX,
     linen.MAXTEXT,
     linen.TRAIN_STATE,
     linen.VARIABLES,
+    openpi.OPENPI,
     bare.NNX_STATE,
     bare.NNX_PURE_DICT,
     bare.PARAMS,

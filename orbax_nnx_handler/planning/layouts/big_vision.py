@@ -1,0 +1,103 @@
+"""big_vision: `params` and `opt`, with the optimizer's fields numbered.
+
+big_vision/train.py saves `{"params": ..., "opt": ..., "chrono": ...}`. The names
+of its arrays come from big_vision/utils.py `tree_flatten_with_names`, to which
+an optax state is a plain tuple: the second moments of `scale_by_adam` are not at
+`1/inner_state/nu/<parameter>` but at `1/0/2/<parameter>`. The numbers are turned
+back into optax's names here. What allows it: every element with state in the
+chain of big_vision/optax.py `make` is an `optax.masked`, whose one field is
+`inner_state`, and the optimizers it is used with differ in number and kind of
+their fields.
+
+Other programs that save `{"params", "opt"}` through Orbax have names already;
+these stay as they are.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+from orbax_nnx_handler.planning.layouts.linen import has_subtree
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+
+_FIELDS_OF_STATE = frozenset({"params", "opt", "chrono", "rng"})
+
+# Fields of optax states by the kinds of their fields: `c` is a scalar count, `p` a tree like the parameters.
+_FIELDS = {
+    "cppp": ("count", "v_row", "v_col", "v"),  # FactoredState
+    "cpp": ("count", "mu", "nu"),  # ScaleByAdamState
+    "cp": ("count", "mu"),  # ScaleByLionState
+    "p": ("trace",),  # TraceState
+    "c": ("count",),  # ScaleByScheduleState
+}
+# `scale_by_adafactor` of big_vision averages with `optax.ema`, whose fields look like Lion's.
+_AFTER_FACTORED = {"cp": ("count", "ema")}
+
+
+def _fits(stored: Stored) -> bool:
+    has_both = has_subtree(stored, "params") and has_subtree(stored, "opt")
+    return has_both and all(path[0] in _FIELDS_OF_STATE for path in stored)
+
+
+def _place(stored: Stored) -> tuple[Placement, ...]:
+    parameters = {_text(path[1:]) for path in stored if path[0] == "params"}
+    slots = {path: _slot(path[1:], parameters) for path in stored if path[0] == "opt"}
+    names = _named(set(slots.values()), {_slot_kind(path[1:], parameters) for path in slots})
+    return tuple(_placement(stored, path, slots, names) for path in stored)
+
+
+def _placement(
+    stored: Stored, path: Path, slots: Mapping[Path, Path], names: Mapping[Path, Path]
+) -> Placement:
+    leaf, top, rest = stored[path], path[0], path[1:]
+    if top == "opt" and rest:
+        slot = slots[path]
+        return Placement(leaf=leaf, section="optimizer", path=(*names.get(slot, slot), *rest[len(slot) :]))
+    if top == "params" and rest:
+        return Placement(leaf=leaf, section="model", collection="params", path=rest)
+    return Placement(leaf=leaf, section="other", path=path)
+
+
+def _text(path: Path) -> Path:
+    return tuple(str(key) for key in path)
+
+
+def _slot(path: Path, parameters: Collection[Path]) -> Path:
+    """Returns the part of an optimizer path above the parameter's own, or all of it."""
+    text = _text(path)
+    return next((text[:at] for at in range(len(text)) if text[at:] in parameters), text)
+
+
+def _slot_kind(path: Path, parameters: Collection[Path]) -> tuple[Path, str]:
+    slot = _slot(path, parameters)
+    return slot, "c" if len(slot) == len(path) else "p"
+
+
+def _named(slots: Collection[Path], kinds: Collection[tuple[Path, str]]) -> Mapping[Path, Path]:
+    """Returns optax's names of numbered slots; none if any slot has a name already."""
+    if not all(str(key).isdecimal() for slot in slots for key in slot):
+        return {}
+    fields: dict[Path, dict[int, str]] = defaultdict(dict)
+    for slot, kind in kinds:
+        fields[slot[:-1]][int(str(slot[-1]))] = kind
+    factored = {state[:-1] for state, of_kind in fields.items() if _signature(of_kind) == "cppp"}
+    names: dict[Path, Path] = {}
+    for state, of_kind in fields.items():
+        known = _AFTER_FACTORED if state[:-1] in factored else {}
+        for number, name in enumerate((_FIELDS | known).get(_signature(of_kind), ())):
+            names[(*state, str(number))] = (*_masked(state), name)
+    return names
+
+
+def _signature(of_kind: Mapping[int, str]) -> str:
+    """Returns the kinds of fields 0, 1, ...; one that is absent shows as a blank."""
+    return "".join(of_kind.get(number, " ") for number in range(max(of_kind) + 1))
+
+
+def _masked(state: Path) -> Path:
+    """Writes the one field of an `optax.masked` out: `1/0` is `1/inner_state`."""
+    return (state[0], "inner_state", *state[2:]) if len(state) > 1 and state[1] == "0" else state
+
+
+BIG_VISION = Layout(name="big_vision", title="big_vision", fits=_fits, place=_place)
+LAYOUT = BIG_VISION

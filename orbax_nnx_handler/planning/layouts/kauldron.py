@@ -1,0 +1,38 @@
+"""Kauldron: a train state whose collections other than `params` lie under `collections`.
+
+kauldron/train/train_step.py `TrainState`: `step`, `params`, `collections`,
+`opt_state`, saved by `StandardSave` as the item `default`. A model without other
+collections leaves `collections` empty; that tree is a Flax TrainState.
+"""
+
+from orbax_nnx_handler.planning.layouts.linen import has_subtree
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+
+_FIELDS = frozenset({"step", "params", "collections", "opt_state"})
+
+
+def _fits(stored: Stored) -> bool:
+    named = any(path[0] == "collections" and len(path) > 2 for path in stored)
+    return named and has_subtree(stored, "params") and all(path[0] in _FIELDS for path in stored)
+
+
+def _place(stored: Stored) -> tuple[Placement, ...]:
+    return tuple(_placement(stored, path) for path in stored)
+
+
+def _placement(stored: Stored, path: Path) -> Placement:
+    leaf, top, rest = stored[path], path[0], path[1:]
+    if path == ("step",):
+        return Placement(leaf=leaf, section="step", path=path)
+    if top == "opt_state" and rest:
+        return Placement(leaf=leaf, section="optimizer", path=rest)
+    if top == "params" and rest:
+        return Placement(leaf=leaf, section="model", collection="params", path=rest)
+    if top == "collections" and len(rest) > 1:
+        return Placement(leaf=leaf, section="model", collection=str(rest[0]), path=rest[1:])
+    return Placement(leaf=leaf, section="other", path=path)
+
+
+KAULDRON = Layout(name="kauldron", title="Kauldron", fits=_fits, place=_place)
+LAYOUT = KAULDRON

@@ -1,0 +1,93 @@
+"""T5X, and `flax.optim` before it: parameters under `target`, the rest under `state`.
+
+T5X saves `FlaxOptimTrainState.state_dict()` (t5x/train_state.py), whose form it
+took over from `flax.optim`: `target/<parameter>`, `state/step` and
+`state/param_states`, with T5X's mutable collections under `flax_mutables`. The
+msgpack file of T5X's own format holds that tree under `optimizer`, beside a
+`version`; a train state with a `flax.optim` optimizer in it looks the same.
+
+An optimizer written for T5X or `flax.optim` keeps its slots below each
+parameter (`param_states/<parameter>/v_row`), a wrapped optax one keeps the
+parameters below each slot (`param_states/0/mu/<parameter>`). Which it is shows
+in the tree: the former ends one level below a parameter's path.
+"""
+
+import dataclasses
+
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+
+WRAPPER = "optimizer"
+
+_FIELDS = frozenset({"target", "state", "flax_mutables"})
+
+# Slots that mean what an optax slot of another name means; `v_row`, `v_col` and `v` have optax's names.
+_OPTAX_NAMES = {
+    "m": "ema",  # t5x/adafactor.py `new_m`; `optax.adafactor` keeps it in `optax.ema`.
+    "grad_ema": "mu",  # `flax.optim.Adam`
+    "grad_sq_ema": "nu",
+    "momentum": "trace",  # `flax.optim.Momentum`
+}
+
+
+def holds_optimizer(stored: Stored, prefix: Path) -> bool:
+    """Tells whether a subtree is a `flax.optim` optimizer's state dict."""
+    below = [path[len(prefix) :] for path in stored if path[: len(prefix)] == prefix]
+    has_target = any(len(path) > 1 and path[0] == "target" for path in below)
+    return has_target and ("state", "step") in below and {str(path[0]) for path in below} <= _FIELDS
+
+
+def place_optimizer(stored: Stored, prefix: Path) -> tuple[Placement, ...]:
+    """Places the leaves below `prefix`, a `flax.optim` optimizer's state dict."""
+    depth = len(prefix)
+    mine = [path for path in stored if path[:depth] == prefix]
+    parameters = {path[depth + 1 :] for path in mine if path[depth : depth + 1] == ("target",)}
+    placed = [_placement(stored, path, path[depth:], parameters) for path in mine]
+    if not any(item.section == "optimizer" and item.slot is None for item in placed):
+        # No optax here: these optimizers count their steps in `state/step` and nowhere else.
+        placed = [_as_count(item) if item.section == "step" else item for item in placed]
+    return tuple(placed)
+
+
+def _as_count(step: Placement) -> Placement:
+    return dataclasses.replace(step, slot=("count",))
+
+
+def _placement(stored: Stored, path: Path, below: Path, parameters: set[Path]) -> Placement:
+    leaf, top, rest = stored[path], below[:1], below[1:]
+    if top == ("target",) and rest:
+        return Placement(leaf=leaf, section="model", collection="params", path=rest)
+    if top == ("flax_mutables",) and len(rest) > 1:
+        return Placement(leaf=leaf, section="model", collection=str(rest[0]), path=rest[1:])
+    if below == ("state", "step"):
+        return Placement(leaf=leaf, section="step", path=path)
+    if below[:2] != ("state", "param_states") or len(below) < 3:
+        return Placement(leaf=leaf, section="other", path=path)
+    if below[2:-1] in parameters:
+        slot = str(below[-1])
+        return Placement(
+            leaf=leaf, section="optimizer", path=below[2:-1], slot=(_OPTAX_NAMES.get(slot, slot),)
+        )
+    return Placement(leaf=leaf, section="optimizer", path=below[2:])
+
+
+def _prefix(stored: Stored) -> Path | None:
+    return next((prefix for prefix in ((), (WRAPPER,)) if holds_optimizer(stored, prefix)), None)
+
+
+def _fits(stored: Stored) -> bool:
+    if holds_optimizer(stored, ()):
+        return True
+    return holds_optimizer(stored, (WRAPPER,)) and all(path[0] in (WRAPPER, "version") for path in stored)
+
+
+def _place(stored: Stored) -> tuple[Placement, ...]:
+    prefix = _prefix(stored)
+    placed = place_optimizer(stored, prefix) if prefix is not None else ()
+    known = {placement.leaf.path for placement in placed}
+    others = [path for path in stored if path not in known]
+    return (*placed, *(Placement(leaf=stored[path], section="other", path=path) for path in others))
+
+
+T5X = Layout(name="t5x", title="T5X", fits=_fits, place=_place)
+LAYOUT = T5X

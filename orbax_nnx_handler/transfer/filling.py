@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,7 +62,7 @@ def fill_leaves(plan: RestorePlan, init: Callable[[], Any] | None) -> dict[Path,
     filled = {leaf.path: _from_target(leaf) for leaf in by_source["target"]}
     if init is not None:
         filled |= _compute(by_source["init"], lambda: flatten_like(init()))
-    filled |= _compute(by_source["seed"], lambda: {leaf.path: _derived(leaf) for leaf in by_source["seed"]})
+    filled |= _compute(by_source["seed"], lambda: _derive(by_source["seed"]))
     zeros = by_source["zeros"]
     filled |= _compute(zeros, lambda: {leaf.path: jnp.zeros(leaf.shape, leaf.dtype) for leaf in zeros})
     return filled
@@ -124,12 +125,24 @@ def _mesh_of(leaves: Sequence[WantedLeaf]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _derived(leaf: WantedLeaf) -> jax.Array:
-    """Returns a key from the base seed and the leaf's path, or a count of zero."""
-    if not is_key(leaf.dtype):
-        return jnp.zeros(leaf.shape, leaf.dtype)
+def _derive(leaves: Sequence[WantedLeaf]) -> dict[Path, jax.Array]:
+    """Returns keys from the base seed and each leaf's path, and counts of zero."""
+    derived = {leaf.path: jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves if not is_key(leaf.dtype)}
+    for impl in _KEY_IMPLS:
+        dtype = jax.random.key(0, impl=impl).dtype
+        some = [leaf for leaf in leaves if leaf.dtype == dtype]
+        if some:
+            # One call for all keys: a model has hundreds of streams, and each call is compiled into the program.
+            numbers = jnp.array([_path_number(leaf.path) for leaf in some], jnp.uint32)
+            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(BASE_SEED, impl=impl)))(numbers)
+            derived |= {leaf.path: _as_shape(keys[at], leaf) for at, leaf in enumerate(some)}
+    return derived
+
+
+def _path_number(path: Path) -> int:
     # crc32, not hash(): string hashes differ between processes.
-    number = zlib.crc32("/".join(canonical(leaf.path)).encode())
-    impl = next(name for name in _KEY_IMPLS if jax.random.key(0, impl=name).dtype == leaf.dtype)
-    key = jax.random.fold_in(jax.random.key(BASE_SEED, impl=impl), number)
+    return zlib.crc32("/".join(canonical(path)).encode())
+
+
+def _as_shape(key: jax.Array, leaf: WantedLeaf) -> jax.Array:
     return jax.random.split(key, leaf.shape) if leaf.shape else key

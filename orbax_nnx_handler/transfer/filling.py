@@ -1,9 +1,7 @@
 """Values that do not come from disk: initial values, zeros, and derived random state."""
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,14 +10,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.leaves import WantedLeaf
-from orbax_nnx_handler.planning.paths import Path, canonical, render
+from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import DefaultSource, RestorePlan
-from orbax_nnx_handler.planning.roles import is_key
 from orbax_nnx_handler.planning.target import flatten_like
-
-_KEY_IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
-BASE_SEED = 0
-"""Seed of keys that neither the checkpoint nor the target nor `init` gives."""
+from orbax_nnx_handler.transfer.seeding import derive_random
 
 
 def check_init(plan: RestorePlan, init: Callable[[], Any] | None) -> None:
@@ -62,7 +56,7 @@ def fill_leaves(plan: RestorePlan, init: Callable[[], Any] | None) -> dict[Path,
     filled = {leaf.path: _from_target(leaf) for leaf in by_source["target"]}
     if init is not None:
         filled |= _compute(by_source["init"], lambda: flatten_like(init()))
-    filled |= _compute(by_source["seed"], lambda: _derive(by_source["seed"]))
+    filled |= derive_random(by_source["seed"])
     zeros = by_source["zeros"]
     filled |= _compute(zeros, lambda: {leaf.path: jnp.zeros(leaf.shape, leaf.dtype) for leaf in zeros})
     return filled
@@ -123,26 +117,3 @@ def _mesh_of(leaves: Sequence[WantedLeaf]) -> AbstractContextManager[Any]:
         if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):
             return jax.set_mesh(leaf.sharding.mesh)
     return nullcontext()
-
-
-def _derive(leaves: Sequence[WantedLeaf]) -> dict[Path, jax.Array]:
-    """Returns keys from the base seed and each leaf's path, and counts of zero."""
-    derived = {leaf.path: jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves if not is_key(leaf.dtype)}
-    for impl in _KEY_IMPLS:
-        dtype = jax.random.key(0, impl=impl).dtype
-        some = [leaf for leaf in leaves if leaf.dtype == dtype]
-        if some:
-            # One call for all keys: a model has hundreds of streams, and each call is compiled into the program.
-            numbers = jnp.array([_path_number(leaf.path) for leaf in some], jnp.uint32)
-            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(BASE_SEED, impl=impl)))(numbers)
-            derived |= {leaf.path: _as_shape(keys[at], leaf) for at, leaf in enumerate(some)}
-    return derived
-
-
-def _path_number(path: Path) -> int:
-    # crc32, not hash(): string hashes differ between processes.
-    return zlib.crc32("/".join(canonical(path)).encode())
-
-
-def _as_shape(key: jax.Array, leaf: WantedLeaf) -> jax.Array:
-    return jax.random.split(key, leaf.shape) if leaf.shape else key

@@ -5,12 +5,14 @@ import gc
 from collections.abc import Generator, Sequence
 
 import jax
+import orbax.checkpoint as ocp
 
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.reading.arena import Arena
 from orbax_nnx_handler.transfer.reading.gathering import fill_targets
 from orbax_nnx_handler.transfer.reading.jobs import Job
+from orbax_nnx_handler.transfer.reading.orbax_reader import read_with_orbax
 from orbax_nnx_handler.transfer.reading.placing import place_array
 from orbax_nnx_handler.transfer.reading.shards import PlainJob, allocate_shards, plain_job
 from orbax_nnx_handler.transfer.reading.targets import Work, stored_shapes
@@ -24,8 +26,12 @@ def read_arrays(
     *,
     concurrent_bytes: int | None = None,
     progress: Progress | None = None,
+    orbax: ocp.PyTreeCheckpointHandler | None = None,
 ) -> dict[Path, jax.Array]:
     """Reads what the jobs need, each stored byte once, into place on the mesh.
+
+    One rule chooses the reader: what a handler's own type handlers must read goes
+    through Orbax (`orbax=`), everything else is read here.
 
     Args:
         checkpoint: What `read_metadata` returned.
@@ -34,6 +40,8 @@ def read_arrays(
             to the devices; a single leaf may exceed it.
         progress: Called with the number of bytes put in place since the last
             call, from the threads that read.
+        orbax: A handler with type handlers of its own, which then reads what
+            lies in arrays.
 
     Returns:
         The arrays by wanted path.
@@ -43,6 +51,8 @@ def read_arrays(
             files.
     """
     arrays: dict[Path, jax.Array] = {}
+    if orbax is not None and checkpoint.values is None:
+        return read_with_orbax(checkpoint, jobs, orbax)
     with _no_collection():
         plain = [plain_job(job) for job in jobs]
         for wave in waves(plain, concurrent_bytes):

@@ -137,7 +137,8 @@ def _locate(
         return {}, {}
     drivers: tuple[Driver, Driver] = ("zarr3", "zarr") if tree.zarr3 else ("zarr", "zarr3")
     # Older checkpoints mix both: a database beside one directory per leaf.
-    holders = [store for store in (database, stores.open_files(directory)) if store is not None]
+    files = stores.open_files(tree.folder or directory)
+    holders = [store for store in (database, files) if store is not None]
     places = [(store, driver) for store in holders for driver in drivers]
     try:
         found = stores.first_found(wanted, [(s, f"/{METADATA_KEY[d]}") for s, d in places])

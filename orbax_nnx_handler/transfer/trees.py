@@ -1,33 +1,28 @@
 """The tree of a checkpoint: which paths there are, before any shape is known.
 
-Three generations are read: `_METADATA` (JSON, since Orbax 0.4), a msgpack file
-`checkpoint` with the structure and maybe the values (Orbax 0.2 and 0.3), and no
-tree at all, where the names in the store are all there is.
+Newer checkpoints have it in `_METADATA` (JSON); what older ones have instead is
+read by `legacy`.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
-from flax import serialization
 
 from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.transfer import legacy
 from orbax_nnx_handler.transfer.stores import Store
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY
 
 TREE_FILE = "_METADATA"
-MSGPACK_FILE = "checkpoint"
+MSGPACK_FILE = legacy.MSGPACK_FILE
 
 # The value types of nodes that hold nothing, in the words of `_METADATA`.
 EMPTY_TYPES = frozenset({"None", "Dict", "List", "Tuple", "NamedTuple"})
-STRING_TYPE = "string"
-_UNKNOWN_TYPE = "Unknown"
-
-# A leaf of the msgpack file that was written as an array of its own.
-_PLACEHOLDERS = ("PLACEHOLDER://", "AGGREGATED://")
+STRING_TYPE = legacy.STRING_TYPE
 # Entries of an item directory that are no array.
 _NO_ARRAYS = frozenset({TREE_FILE, MSGPACK_FILE, "_sharding", "array_metadatas", "d", "_strings.json"})
 _SEQUENCE = 1
@@ -45,6 +40,7 @@ class Tree:
         custom: What the program stored with the item.
         writes_fill: Whether the writer stored chunks even where they equal the
             fill value, so that an absent chunk is a loss.
+        folder: Where arrays lie that are not in the directory itself.
     """
 
     nodes: Mapping[Path, str]
@@ -53,6 +49,7 @@ class Tree:
     zarr3: bool = False
     custom: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     writes_fill: bool = False
+    folder: epath.Path | None = None
 
 
 def read_tree(directory: epath.Path, database: Store | None) -> Tree:
@@ -67,10 +64,10 @@ def read_tree(directory: epath.Path, database: Store | None) -> Tree:
     """
     if not directory.exists():
         raise NotACheckpointError(f"{directory} does not exist")
-    if not directory.is_dir():
-        return _msgpack_tree(directory)
+    packed = _packed_tree(directory)
+    if packed and not directory.is_dir():
+        return packed
     listed = _metadata_tree(directory / TREE_FILE) if (directory / TREE_FILE).exists() else None
-    packed = _msgpack_tree(directory / MSGPACK_FILE) if (directory / MSGPACK_FILE).exists() else None
     if listed and packed:
         return dataclasses.replace(listed, values=packed.values, names={**listed.names, **packed.names})
     tree = listed or packed or _named_tree(directory, database)
@@ -102,41 +99,15 @@ def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
     return path, ".".join(key["key"] for key in keys), entry["value_metadata"]["value_type"]
 
 
-def _msgpack_tree(file: epath.Path) -> Tree:
-    try:
-        packed = cast(Any, serialization.msgpack_restore(file.read_bytes()))
-    # msgpack raises many types for a file that is something else.
-    except Exception as error:
-        raise NotACheckpointError(f"{file} is no msgpack file of a checkpoint: {error}") from error
-    nodes: dict[Path, str] = {}
-    names: dict[Path, str] = {}
-    values: dict[Path, Any] = {}
-    for path, value in _walk(packed, ()):
-        nodes[path] = _UNKNOWN_TYPE
-        if isinstance(value, str) and value.startswith(_PLACEHOLDERS):
-            names[path] = value.partition("://")[2]
-        elif isinstance(value, str):
-            nodes[path] = STRING_TYPE
-        elif value is None or value in ({}, []):
-            nodes[path] = "None" if value is None else type(value).__name__.title()
-        else:
-            values[path] = value
-    return Tree(nodes=nodes, names=names, values=values)
-
-
-def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    if isinstance(tree, dict) and tree:
-        for key, value in cast(dict[Any, Any], tree).items():
-            yield from _walk(value, (*path, key))
-    elif isinstance(tree, list | tuple) and tree:
-        for number, value in enumerate(cast(list[Any], tree)):
-            yield from _walk(value, (*path, number))
-    else:
-        yield path, tree
+def _packed_tree(path: epath.Path) -> Tree | None:
+    packed = legacy.read_packed_tree(path)
+    if packed is None:
+        return None
+    return Tree(nodes=packed.nodes, names=packed.names, values=packed.values, folder=packed.folder)
 
 
 def _named_tree(directory: epath.Path, database: Store | None) -> Tree:
-    """Splits the names of the arrays at their dots, which is all that is left to do."""
+    """Splits the names of the arrays, which is all that is left to do."""
     endings = tuple(f"/{key}" for key in METADATA_KEY.values())
     if database is not None:
         keys = [key.decode() for key in database.kvstore.list().result()]
@@ -147,8 +118,8 @@ def _named_tree(directory: epath.Path, database: Store | None) -> Tree:
             for entry in directory.iterdir()
             if entry.name not in _NO_ARRAYS and any((entry / key).exists() for key in METADATA_KEY.values())
         ]
-    names: dict[Path, str] = {tuple(name.split(".")): name for name in sorted(found)}
-    return Tree(nodes=dict.fromkeys(names, _UNKNOWN_TYPE), names=names)
+    names = legacy.split_names(found)
+    return Tree(nodes=dict.fromkeys(names, legacy.UNKNOWN_TYPE), names=names)
 
 
 def _what_is(directory: epath.Path) -> str:

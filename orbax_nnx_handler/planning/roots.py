@@ -66,7 +66,8 @@ def _skeletons(paths: Collection[Tokens], root: Tokens) -> set[Tokens]:
 
 
 def _skeleton(path: Tokens) -> Tokens:
-    names = [token.removesuffix("_remainder") for token in path if not token.startswith("#")]
+    # A number at the very start is no layer of the model but the model's place in a tuple of targets.
+    names = [token.removesuffix("_remainder") for i, token in enumerate(path) if i == 0 or token[0:1] != "#"]
     if len(names) > 1 and names[-1] == "value":
         names.pop()
     return tuple(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])

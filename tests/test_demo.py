@@ -1,0 +1,66 @@
+"""The demo, with a model small enough for a suite: what it claims, held against the numbers."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from orbax_nnx_handler import MissingParamError
+from orbax_nnx_handler.demo.size import Size
+from orbax_nnx_handler.demo.story import Ending, tell
+from orbax_nnx_handler.demo.text import ENCODED, TEXT, batch_at, decode
+from orbax_nnx_handler.demo.voice import Voice
+
+
+@pytest.fixture(scope="module")
+def told() -> tuple[Ending, str]:
+    paper = io.StringIO()
+    voice = Voice(Console(file=paper, highlight=False))
+    size = Size(layers=2, width=16, heads=2, time=16, batch=8)
+    ending = tell(voice, size, stop=12, end=16)
+    return ending, paper.getvalue()
+
+
+def test_both_programs_give_the_same_logits(told):
+    ending, _ = told
+
+    assert ending.logits_apart < 1e-5
+
+
+def test_training_goes_on_at_the_same_loss_with_the_optimizer_intact(told):
+    ending, _ = told
+
+    np.testing.assert_allclose(ending.nnx_losses, ending.linen_losses, rtol=1e-5)
+
+
+def test_a_checkpoint_without_a_layer_is_refused_by_the_names_of_what_it_lacks(told):
+    ending, _ = told
+
+    assert isinstance(ending.error, MissingParamError)
+    assert len(ending.error.paths) == 3 * 16
+    assert all("blocks" in path and 1 in path for path in ending.error.paths)
+
+
+def test_a_layer_that_was_initialised_anew_gives_other_losses(told):
+    ending, _ = told
+
+    assert np.all(np.isfinite(ending.filled_losses))
+    assert not np.allclose(ending.filled_losses, ending.linen_losses, rtol=1e-4)
+
+
+def test_the_story_is_plain_where_it_is_piped_and_has_seven_chapters(told):
+    _, printed = told
+
+    assert re.findall(r"^(\d)  ", printed, re.MULTILINE) == list("1234567")
+    assert "\x1b" not in printed
+    assert not re.search(r"[ \t]$", printed, re.MULTILINE)
+
+
+def test_a_batch_is_the_same_in_every_program_and_its_targets_are_one_letter_on():
+    batch = batch_at(3, size=2, time=8)
+
+    assert np.array_equal(batch, batch_at(3, size=2, time=8))
+    assert all(decode(row) in TEXT for row in batch)
+    assert len(ENCODED) == len(TEXT)

@@ -31,6 +31,13 @@ MSGPACK_FILE = "checkpoint"
 
 # The value types of `_METADATA`, for what older trees tell.
 UNKNOWN_TYPE, STRING_TYPE = "Unknown", "string"
+_NODE_TYPES: Mapping[type, str] = {
+    type(None): "None",
+    str: STRING_TYPE,
+    dict: "Dict",
+    list: "List",
+    tuple: "Tuple",
+}
 
 _ORBAX_PLACEHOLDERS = ("PLACEHOLDER://", "AGGREGATED://")
 _FLAX_PLACEHOLDER = "//GDAPlaceholder:"
@@ -94,15 +101,15 @@ def split_names(names: Iterable[str]) -> dict[Path, str]:
     return {tuple(name.split(separator)): name for name in names}
 
 
-def _unpack(file: epath.Path) -> Any:
+def _unpack(file: epath.Path) -> object:
     try:
-        tree: Any = serialization.msgpack_restore(file.read_bytes())
+        tree = cast(object, serialization.msgpack_restore(file.read_bytes()))
     # msgpack raises many types for a file that is something else.
     except Exception as error:
         raise NotACheckpointError(f"{file} is no msgpack file of a checkpoint: {error}") from error
     if not isinstance(tree, dict | list | tuple):
         raise NotACheckpointError(f"{file} holds one {type(tree).__name__}, not the tree of a checkpoint")
-    return cast(Any, tree)
+    return cast(object, tree)
 
 
 def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
@@ -137,9 +144,5 @@ def _spec_name(node: Mapping[Any, Any]) -> str | None:
     return path.strip("/") if isinstance(path, str) else None
 
 
-def _node_type(leaf: Any) -> str:
-    if leaf is None:
-        return "None"
-    if isinstance(leaf, str):
-        return STRING_TYPE
-    return type(leaf).__name__.title() if isinstance(leaf, dict | list | tuple) else UNKNOWN_TYPE
+def _node_type(leaf: object) -> str:
+    return _NODE_TYPES.get(type(leaf), UNKNOWN_TYPE)

@@ -4,7 +4,8 @@
         orbax-checkpoint==0.2.3 'numpy<1.26' 'tensorstore<0.1.46' 'scipy<1.12'
     old/bin/python write.py orbax_0.2.3
 
-and the same with jax==0.4.20, flax==0.7.5, orbax-checkpoint==0.4.2 for `orbax_0.4.2`.
+and the same with jax==0.4.20, flax==0.7.5, orbax-checkpoint==0.4.2 for `orbax_0.4.2`,
+with jax==0.4.28, flax==0.8.3, orbax-checkpoint==0.5.3 for `orbax_0.5.3`.
 The values are what `tree` says, so the tests compute them and read none of ours.
 """
 
@@ -43,6 +44,7 @@ def main(name):
     kinds = {
         "orbax_0.2.3": [("zarr", False, plain), ("msgpack", False, aggregate), ("mixed", False, mixed)],
         "orbax_0.4.2": [("ocdbt", True, plain)],
+        "orbax_0.5.3": [("mixed", True, mixed)],
     }
     for kind, use_ocdbt, save_args in kinds[name]:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)

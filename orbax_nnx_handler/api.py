@@ -129,7 +129,9 @@ def save(path: epath.PathLike, state: Any, *, layout: Flavour = "linen", force: 
         ValueError: Something is at `path` already and `force` is not set.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(epath.Path(path).absolute(), args=ocp.args.PyTreeSave(to_linen_tree(state, layout)), force=force)
+        checkpointer.save(
+            epath.Path(path).absolute(), args=ocp.args.PyTreeSave(to_linen_tree(state, layout)), force=force
+        )
 
 
 def restore_item(

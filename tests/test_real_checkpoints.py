@@ -65,7 +65,9 @@ def test_a_case_restores_exactly_onto_a_mesh_with_every_large_leaf_sharded(
 
 
 @pytest.mark.parametrize("name", names())
-def test_a_case_restores_exactly_through_a_manager(name: str, cases: dict[str, Case], tmp_path, mesh: Mesh) -> None:
+def test_a_case_restores_exactly_through_a_manager(
+    name: str, cases: dict[str, Case], tmp_path, mesh: Mesh
+) -> None:
     case = cases[name].copied_to(tmp_path)
     handler = NNXLinenHandler(policy="error", unexpected="error")
 

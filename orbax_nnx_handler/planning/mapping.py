@@ -55,7 +55,9 @@ class LeafMapping:
         return {path for found in self.found.values() for path in reads(found.recipe)}
 
 
-def map_leaves(wanted: Sequence[Wanted], stored: Stored, layout: Layout, rules: Sequence[Rule]) -> LeafMapping:
+def map_leaves(
+    wanted: Sequence[Wanted], stored: Stored, layout: Layout, rules: Sequence[Rule]
+) -> LeafMapping:
     """Maps a target onto a checkpoint.
 
     Args:
@@ -149,6 +151,9 @@ def _add_moments(
         slot = moments.slot(item.slot, slots)
         parameter = found.get(parameters[item.parameter]) if item.parameter in parameters else None
         if slot is None or parameter is None:
+            orphan = moments.orphan(item.slot, item.parameter)
+            if orphan is not None:
+                found[path] = Found(recipe=Read(orphan.path))
             continue
         recipe = follow(parameter.recipe, moments.slots[slot], shapes, item.wanted.leaf.shape)
         if recipe is not None:

@@ -123,7 +123,9 @@ class Matcher:
         return direct, rivals
 
     def _eligible(self, item: Wanted, claims: Sequence[Entry]) -> list[Entry]:
-        own = [e for e in claims if e.collection == item.collection or None in (e.collection, item.collection)]
+        own = [
+            e for e in claims if e.collection == item.collection or None in (e.collection, item.collection)
+        ]
         if item.role == "random":
             own = [entry for entry in own if entry.collection is None]
         if not own and self._may_stray(item):
@@ -170,13 +172,21 @@ class Matcher:
         for collection in dict.fromkeys(item.collection for item in left):
             some = [item for item in left if item.collection == collection]
             paths = {self._below[item.leaf.path]: item for item in some}
-            wanted = Side([p for tokens, item in paths.items() for p in pieces_of(tokens, item.leaf.shape)])
-            stored = Side(list(self._stored_pieces(free, collection)))
+            wanted = Side(
+                [p for tokens, item in paths.items() for p in pieces_of(tokens, item.leaf.shape)],
+                [p for item in self.wanted for p in pieces_of(self._below[item.leaf.path], item.leaf.shape)],
+            )
+            stored = Side(
+                list(self._stored_pieces(free, collection)),
+                list(self._stored_pieces(self.entries, collection)),
+            )
             made, open_groups = restack(wanted, stored)
             unclear += open_groups
             for tokens, item in made.items():
                 leaf = paths[tokens].leaf
-                found[leaf.path] = Found(recipe=item.recipe, missing_layers=item.missing, surplus=item.surplus)
+                found[leaf.path] = Found(
+                    recipe=item.recipe, missing_layers=item.missing, surplus=item.surplus
+                )
         return found, unclear
 
     def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[Piece]:

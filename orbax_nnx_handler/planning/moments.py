@@ -32,6 +32,10 @@ class StoredMoments:
     slots: Mapping[Tokens, Mapping[Path, StoredLeaf]]
     scalars: Mapping[Tokens, StoredLeaf]
 
+    def orphan(self, slot: Tokens, parameter: Tokens) -> StoredLeaf | None:
+        """Returns a stored moment whose parameter is not stored, by its own path."""
+        return self.scalars.get((*slot, *parameter)) or self.scalars.get((*slot, "params", *parameter))
+
     @cached_property
     def _tails(self) -> Mapping[str, list[Tokens]]:
         return _by_tail(self.slots)
@@ -153,7 +157,10 @@ def _by_tail(slots: Iterable[Tokens]) -> dict[str, list[Tokens]]:
 
 
 def _choose(
-    wanted: Tokens, all_wanted: Collection[Tokens], stored: Collection[Tokens], tails: Mapping[str, list[Tokens]]
+    wanted: Tokens,
+    all_wanted: Collection[Tokens],
+    stored: Collection[Tokens],
+    tails: Mapping[str, list[Tokens]],
 ) -> Tokens | None:
     if wanted in stored:
         return wanted

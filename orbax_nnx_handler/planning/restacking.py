@@ -57,9 +57,15 @@ class UnclearAxis:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side's pieces, by key and by group."""
+    """One side's pieces, by key and by group.
+
+    Attributes:
+        pieces: The leaves that are still to be placed, in every reading.
+        all_pieces: Every leaf of the side: what counts the positions of a block.
+    """
 
     pieces: Sequence[Piece]
+    all_pieces: Sequence[Piece]
 
     @cached_property
     def by_key(self) -> Mapping[Key, list[Piece]]:
@@ -73,7 +79,7 @@ class Side:
     def block_size(self) -> Mapping[tuple[Group, str], int]:
         """Positions in one block, by group and inner name."""
         sizes: dict[tuple[Group, str], int] = defaultdict(int)
-        for piece in self.pieces:
+        for piece in self.all_pieces:
             if piece.seat.form == "block":
                 key = (piece.seat.group, piece.seat.inner)
                 sizes[key] = max(sizes[key], piece.seat.position + 1)
@@ -127,8 +133,11 @@ class _Join:
             return {}
         if len(axes) > 1:
             return self._unclear(axes)
-        layers = {key: self._stored_layers(key, axes[0][0]) for key in self.keys}
         surplus = self._count(self.stored, axes[0][0]) - self._count(self.wanted, axes[0][1])
+        if surplus and self._has_blocks(self.stored):
+            # With a position or a cycle missing, every layer number behind it would be off by some.
+            return {}
+        layers = {key: self._stored_layers(key, axes[0][0]) for key in self.keys}
         found: dict[Tokens, Restacked] = {}
         for key in self.keys:
             for piece in self.wanted.by_key[key]:
@@ -136,6 +145,11 @@ class _Join:
                 if made is not None:
                     found[piece.tokens] = made
         return found
+
+    def _has_blocks(self, side: Side) -> bool:
+        return any(
+            piece.seat.form in ("block", "remainder") for key in self.keys for piece in side.by_key[key]
+        )
 
     def _axes(self) -> list[Axes]:
         """Returns the pairs of stacked axes that fit the most leaves of the group."""
@@ -146,7 +160,9 @@ class _Join:
             return [(None, None)] if self._only_flat() else []
         top = max(votes.values())
         best = [axes for axes, count in votes.items() if count == top]
-        same_count = [axes for axes in best if self._count(self.stored, axes[0]) == self._count(self.wanted, axes[1])]
+        same_count = [
+            axes for axes in best if self._count(self.stored, axes[0]) == self._count(self.wanted, axes[1])
+        ]
         best = same_count or best
         if any(None not in axes for axes in best):
             # Two stacks of one program family share their axis; a move of it would be a guess.
@@ -154,8 +170,10 @@ class _Join:
         return sorted(best, key=str)
 
     def _only_flat(self) -> bool:
-        pieces = (piece for key in self.keys for side in (self.wanted, self.stored) for piece in side.by_key[key])
-        return all(piece.seat.form in _FLAT for piece in pieces)
+        pieces = (
+            piece for key in self.keys for side in (self.wanted, self.stored) for piece in side.by_key[key]
+        )
+        return all(piece.seat.form == "flat" for piece in pieces)
 
     def _fitting(self, key: Key) -> set[Axes]:
         pairs = itertools.product(self.wanted.by_key[key], self.stored.by_key[key])

@@ -101,6 +101,10 @@ def _overlay(item: Missing, whole: jax.Array, layers: jax.Array) -> jax.Array:
     present = jnp.array([at for at, part in enumerate(stack.sources) if not isinstance(part, Fill)])
 
     def put(whole: jax.Array, layers: jax.Array) -> jax.Array:
-        return jnp.moveaxis(jnp.moveaxis(whole, stack.axis, 0).at[present].set(jnp.moveaxis(layers, stack.axis, 0)), 0, stack.axis)
+        return jnp.moveaxis(
+            jnp.moveaxis(whole, stack.axis, 0).at[present].set(jnp.moveaxis(layers, stack.axis, 0)),
+            0,
+            stack.axis,
+        )
 
     return jax.jit(put, out_shardings=item.wanted.sharding, donate_argnums=0)(whole, layers)

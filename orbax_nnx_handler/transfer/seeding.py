@@ -64,4 +64,6 @@ def _key_bits(impl: str, shape: Shape, numbers: Sequence[int]) -> np.ndarray[Any
 
 def _place(value: np.ndarray[Any, Any], leaf: WantedLeaf) -> jax.Array:
     # A key array's spec names its leading axes; the axis of bits behind them stays whole.
-    return jax.make_array_from_callback(value.shape, cast(Sharding, leaf.sharding), lambda index: value[index])
+    return jax.make_array_from_callback(
+        value.shape, cast(Sharding, leaf.sharding), lambda index: value[index]
+    )

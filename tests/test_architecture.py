@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FACADE = {"handler.py", "v1.py", "api.py", "cli.py", "__init__.py"}
 MODULE_LINES = 270
 FUNCTION_LINES = 30
+DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
+"""Import names that differ from the name of the project that brings them."""
 
 
 def name_of(file: pathlib.Path) -> str:
@@ -112,6 +115,17 @@ def test_no_private_module_is_reached_through_an_attribute(file):
     ]
 
     assert not reached
+
+
+def test_every_project_that_is_imported_is_a_declared_dependency():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    projects = {re.split(r"[<>=\[ ]", requirement)[0].replace("-", "_") for requirement in declared}
+    tops = {name.split(".")[0] for file in MODULES for name, _ in imports(file)}
+
+    foreign = tops - set(sys.stdlib_module_names) - {"orbax_nnx_handler"}
+    undeclared = {DISTRIBUTIONS.get(top, top) for top in foreign} - projects
+
+    assert not undeclared
 
 
 def test_no_file_names_a_place_on_one_machine():

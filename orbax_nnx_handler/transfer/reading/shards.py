@@ -43,7 +43,7 @@ class PlainJob:
         recipe: The recipe on stored arrays.
         shape: The shape with the trailing axes of key bits.
         dtype: The dtype of the numbers.
-        sharding: The sharding with the trailing axes not divided.
+        sharding: The sharding, which leaves trailing axes whole.
         shards: The distinct regions of this process.
     """
 
@@ -68,14 +68,13 @@ class PlainJob:
 
 def plain_job(job: Job) -> PlainJob:
     """Returns the job with random keys seen as their bits, and its shards."""
-    recipe, shape, dtype, sharding = job.recipe, job.shape, job.dtype, job.sharding
+    recipe, shape, dtype = job.recipe, job.shape, job.dtype
     if is_key(dtype):
         bits = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
         recipe, shape, dtype = _with_trailing(recipe, bits.shape), (*shape, *bits.shape), bits.dtype
-        sharding = _undivided(sharding, len(job.shape), len(bits.shape))
-    return PlainJob(
-        job=job, recipe=recipe, shape=shape, dtype=dtype, sharding=sharding, shards=_shards(sharding, shape)
-    )
+    # A partition says nothing about axes behind its own, so the axes of bits stay whole.
+    shards = _shards(job.sharding, shape)
+    return PlainJob(job=job, recipe=recipe, shape=shape, dtype=dtype, sharding=job.sharding, shards=shards)
 
 
 def is_key(dtype: np.dtype[Any]) -> bool:
@@ -101,15 +100,6 @@ def _shards(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Shard, ...]:
     for device, index in indices.items():
         holders.setdefault(region_of(index, shape), []).append(device)
     return tuple(Shard(region=region, devices=tuple(devices)) for region, devices in holders.items())
-
-
-def _undivided(sharding: jax.sharding.Sharding, rank: int, extra: int) -> jax.sharding.Sharding:
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        spec = (*sharding.spec, *[None] * (rank - len(sharding.spec) + extra))
-        return jax.sharding.NamedSharding(
-            sharding.mesh, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
-        )
-    return sharding
 
 
 def _with_trailing(recipe: Recipe, extra: Shape) -> Recipe:

@@ -27,10 +27,13 @@ class StoredMoments:
         slots: For each slot the moment of each stored parameter, by the
             parameter's stored path.
         scalars: The leaves that belong to no parameter, by slot.
+        count: The step that is every optimizer's count, in a layout whose optimizers
+            keep none of their own.
     """
 
     slots: Mapping[Tokens, Mapping[Path, StoredLeaf]]
     scalars: Mapping[Tokens, StoredLeaf]
+    count: StoredLeaf | None = None
 
     def orphan(self, slot: Tokens, parameter: Tokens) -> StoredLeaf | None:
         """Returns a stored moment whose parameter is not stored, by its own path."""
@@ -51,6 +54,8 @@ class StoredMoments:
     def scalar(self, wanted: Tokens, all_wanted: Collection[Tokens]) -> StoredLeaf | None:
         """Returns the stored leaf of a wanted slot without parameter."""
         slot = _choose(wanted, all_wanted, self.scalars, self._scalar_tails)
+        if slot is None and wanted[-1:] == ("count",):
+            return self.count
         return self.scalars[slot] if slot is not None else None
 
 
@@ -72,9 +77,10 @@ def read_moments(placements: Iterable[Placement], parameters: Mapping[Tokens, Pa
     """
     slots: dict[Tokens, dict[Path, StoredLeaf]] = defaultdict(dict)
     scalars: dict[Tokens, StoredLeaf] = {}
+    count: StoredLeaf | None = None
     for placement in placements:
-        if placement.section == "step" and placement.slot is not None:
-            scalars.setdefault(canonical(placement.slot), placement.leaf)
+        if placement.section == "step" and placement.slot == ("count",):
+            count = placement.leaf
         if placement.section != "optimizer":
             continue
         slot, parameter = _split_stored(placement, parameters)
@@ -82,7 +88,7 @@ def read_moments(placements: Iterable[Placement], parameters: Mapping[Tokens, Pa
             scalars[slot] = placement.leaf
         else:
             slots[slot][parameters[parameter]] = placement.leaf
-    return StoredMoments(dict(slots), scalars)
+    return StoredMoments(dict(slots), scalars, count)
 
 
 def _split_stored(placement: Placement, parameters: Mapping[Tokens, Path]) -> tuple[Tokens, Tokens | None]:

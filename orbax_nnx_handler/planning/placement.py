@@ -29,7 +29,7 @@ class Placement:
         slot: The optimizer slot (`("0", "mu")`) where the layout itself tells
             slot and parameter apart (T5X keeps the slot last); None where the
             planner finds it by comparing with the parameters, as optax needs.
-            On a `step`, the optimizer's count that it is too.
+            On a `step`, `("count",)` where the optimizers keep no count of their own.
     """
 
     leaf: StoredLeaf

@@ -130,17 +130,22 @@ def _entries(item: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
+def _is_empty(item: Any) -> bool:
+    """Tells whether a leaf holds no value: None, or `optax.MaskedNode` inside a Variable."""
+    return not jax.tree.leaves(value_of(item))
+
+
 def _walk(item: Any, prefix: Path) -> list[tuple[Path, Any]]:
     entries = _entries(item)
     if entries is None:
-        return [] if item is None else [(prefix, item)]
+        return [] if _is_empty(item) else [(prefix, item)]
     return [pair for key, part in entries for pair in _walk(part, (*prefix, key))]
 
 
 def _rebuild(item: Any, prefix: Path, nodes: Flat) -> Any:
     entries = _entries(item)
     if entries is None:
-        return None if item is None else nodes[prefix]
+        return item if _is_empty(item) else nodes[prefix]
     if isinstance(item, nnx.State):
         return nnx.State(_rebuild_state(cast("nnx.State[Any, Any]", item), prefix, nodes))
     parts = {key: _rebuild(part, (*prefix, key), nodes) for key, part in entries}

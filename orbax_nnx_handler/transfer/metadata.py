@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.transfer import stores
+from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.stores import Store
 from orbax_nnx_handler.transfer.trees import STRING_TYPE, Tree, read_tree
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY, Driver, Encoding, parse_encoding
@@ -91,7 +92,11 @@ def read_metadata(directory: epath.PathLike) -> Checkpoint:
     Raises:
         NotACheckpointError: The path is no item; says what it is instead.
     """
-    directory = epath.Path(directory)
+    with paused_collection():
+        return _read(epath.Path(directory))
+
+
+def _read(directory: epath.Path) -> Checkpoint:
     database = _open_database(directory)
     tree = read_tree(directory, database)
     arrays, lost = _locate(directory, tree, database)
@@ -139,7 +144,7 @@ def _locate(
     # Older checkpoints mix both: a database beside one directory per leaf.
     files = stores.open_files(tree.folder or directory)
     holders = [store for store in (database, files) if store is not None]
-    places = [(store, driver) for store in holders for driver in drivers]
+    places: list[tuple[Store, Driver]] = [(store, driver) for store in holders for driver in drivers]
     try:
         found = stores.first_found(wanted, [(s, f"/{METADATA_KEY[d]}") for s, d in places])
     except ValueError as error:

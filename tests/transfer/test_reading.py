@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax_nnx_handler.planning.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.recipes import Concat, Index, Read, Reshape, Scale, Slice, Stack, Transpose
 from orbax_nnx_handler.transfer.metadata import read_metadata
-from orbax_nnx_handler.transfer.reading import Job, read_arrays
+from orbax_nnx_handler.transfer.reading import Job, read_arrays, read_values
 from orbax_nnx_handler.transfer.trees import EMPTY_TYPES
 from tests.cases import load_case, names
 from tests.transfer.checkpoints import FORMATS, DiskFormat, mixed_tree, numbers, save
@@ -488,3 +488,14 @@ def test_the_names_of_empty_nodes_are_those_that_orbax_writes(tmp_path):
     nodes = read_metadata(path).nodes
 
     assert {nodes[(name,)] for name in "ndlt"} <= EMPTY_TYPES
+
+
+def test_values_for_a_decision_come_as_numpy_arrays(tmp_path):
+    path = save(tmp_path / "item", mixed_tree())
+    checkpoint = read_metadata(path)
+
+    values = read_values(checkpoint, [("step",), ("host",), ("key",)])
+
+    assert values[("step",)] == 12
+    np.testing.assert_array_equal(values[("host",)], np.arange(6.0).reshape(2, 3))
+    np.testing.assert_array_equal(values[("key",)], jax.random.key_data(jax.random.key(3)))

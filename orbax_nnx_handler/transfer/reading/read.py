@@ -1,13 +1,12 @@
 """The reader: shards of wanted arrays, filled straight from the store."""
 
-import contextlib
-import gc
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import jax
 import orbax.checkpoint as ocp
 
 from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.reading.arena import Arena
 from orbax_nnx_handler.transfer.reading.gathering import fill_targets
@@ -53,10 +52,15 @@ def read_arrays(
     arrays: dict[Path, jax.Array] = {}
     if orbax is not None and checkpoint.values is None:
         return read_with_orbax(checkpoint, jobs, orbax)
-    with _no_collection():
+    with paused_collection():
         plain = [plain_job(job) for job in jobs]
+        under_way: dict[Path, jax.Array] = {}
         for wave in waves(plain, concurrent_bytes):
-            arrays |= _read_wave(checkpoint, wave, concurrent_bytes, progress)
+            placed = _read_wave(checkpoint, wave, concurrent_bytes, progress)
+            # The host buffers of a wave live until its transfer is done.
+            jax.block_until_ready(under_way)
+            arrays |= placed
+            under_way = placed
     return {job.path: arrays[job.path] for job in jobs}
 
 
@@ -75,16 +79,3 @@ def _read_wave(
     for step in work.finish:
         step()
     return {job.job.path: place_array(job, shards) for job, shards in filled}
-
-
-@contextlib.contextmanager
-def _no_collection() -> Generator[None]:
-    # Each of thousands of new arrays would otherwise be visited again and again,
-    # a tenth of the time at 2,000 leaves; none of them can be garbage yet.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -18,6 +18,7 @@ _BATCH_TASKS = 256
 # A store behind a network answers late, so many questions are asked at once.
 _REMOTE_THREADS = 64
 _LOCAL_THREADS = 16
+_TINY_BYTES = 16 << 10
 _DEFAULT_WINDOW_BYTES = 1 << 30
 
 
@@ -48,8 +49,7 @@ def run_tasks(
         concurrent_bytes: How many bytes of values may be under way at once.
         progress: Called with the size of each batch that is done.
     """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(_LOCAL_THREADS, processors) if local else _REMOTE_THREADS
+    threads = _local_threads(tasks) if local else _REMOTE_THREADS
     window = _Window(concurrent_bytes or _DEFAULT_WINDOW_BYTES)
     stop = threading.Event()
 
@@ -64,7 +64,7 @@ def run_tasks(
             progress(size)
 
     batches = list(_batches(tasks))
-    if len(batches) <= 1:
+    if threads == 1 or len(batches) <= 1:
         for batch in batches:
             run(batch)
         return
@@ -77,6 +77,15 @@ def run_tasks(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _local_threads(tasks: Sequence[Task]) -> int:
+    # Of a tiny read the interpreter's part is the larger one, and threads only
+    # take its lock from each other (20,000 leaves of 2.5 kB: 0.37 s with one, 0.45 s with two).
+    if sum(task.nbytes for task in tasks) < _TINY_BYTES * len(tasks):
+        return 1
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_LOCAL_THREADS, processors)
 
 
 def _batches(tasks: Sequence[Task]) -> Iterator[list[Task]]:

@@ -24,7 +24,8 @@ def waves(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[li
     if all(job.on_cpu for job in jobs):
         yield list(jobs)
         return
-    limit = concurrent_bytes or DEFAULT_WINDOW_BYTES
+    # Half: while one wave is on its way to the devices, the next is read.
+    limit = (concurrent_bytes or DEFAULT_WINDOW_BYTES) // 2
     wave: list[PlainJob] = []
     size = 0
     for family in sorted(_families(jobs), key=_size, reverse=True):
@@ -44,15 +45,14 @@ def _size(family: list[PlainJob]) -> int:
 def _families(jobs: Sequence[PlainJob]) -> list[list[PlainJob]]:
     """Groups the jobs that share a stored leaf, directly or through others."""
     family_of: dict[Path, list[PlainJob]] = {}
-    families: dict[int, list[PlainJob]] = {}
     for job in jobs:
         paths = set(recipes.reads(job.recipe))
-        joined = [job]
-        for other in {id(family_of[path]): family_of[path] for path in paths if path in family_of}.values():
-            joined += other
-            del families[id(other)]
-        families[id(joined)] = joined
-        for member in joined:
-            for path in recipes.reads(member.recipe):
-                family_of[path] = joined
-    return list(families.values())
+        relatives = {id(family_of[path]): family_of[path] for path in paths if path in family_of}
+        home = max(relatives.values(), key=len, default=[])
+        for other in relatives.values():
+            if other is not home:
+                home += other
+                paths |= {path for member in other for path in recipes.reads(member.recipe)}
+        home.append(job)
+        family_of |= dict.fromkeys(paths, home)
+    return list({id(family): family for family in family_of.values()}.values())

@@ -1,0 +1,1 @@
+"""The handler and the functions, promise by promise."""

@@ -48,7 +48,7 @@ def _families(jobs: Sequence[PlainJob]) -> list[list[PlainJob]]:
     for job in jobs:
         paths = set(recipes.reads(job.recipe))
         relatives = {id(family_of[path]): family_of[path] for path in paths if path in family_of}
-        home = max(relatives.values(), key=len, default=[])
+        home = max(relatives.values(), key=len, default=list[PlainJob]())
         for other in relatives.values():
             if other is not home:
                 home += other

@@ -1,17 +1,13 @@
 """Whole models: a Linen train state goes on training in NNX as if nothing had happened."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 from flax.training.train_state import TrainState
 
 from tests.zoo.models import MODELS
 from tests.zoo.models.base import (
-    Flat,
     ModelPair,
     float_leaves,
     linen_step,
@@ -21,7 +17,6 @@ from tests.zoo.models.base import (
 )
 from tests.zoo.pairs import Outcome, assert_same, broken, saved
 
-LinenStep = Callable[[TrainState], tuple[TrainState, Flat]]
 # One step computed by two programs in float32: gradients are sums in another order.
 TOLERANCE = 1e-4
 
@@ -33,13 +28,8 @@ def pair(request: pytest.FixtureRequest) -> ModelPair:
 
 
 @pytest.fixture(scope="module")
-def step(pair: ModelPair) -> LinenStep:
-    return jax.jit(functools.partial(linen_step, pair))
-
-
-@pytest.fixture(scope="module")
-def state(pair: ModelPair, step: LinenStep) -> TrainState:
-    return trained_state(pair, step)
+def state(pair: ModelPair) -> TrainState:
+    return trained_state(pair)
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +40,20 @@ def outcome(pair: ModelPair, state: TrainState, tmp_path_factory: pytest.TempPat
 
 
 def test_logits_gradients_and_the_next_step_are_linens(
-    step: LinenStep, state: TrainState, outcome: Outcome
+    pair: ModelPair, state: TrainState, outcome: Outcome
 ) -> None:
-    _, expected = step(state)
+    _, expected = linen_step(pair, state)
 
     assert_same(expected, outcome, TOLERANCE)
 
 
 def test_any_weight_statistic_or_moment_gone_wrong_is_noticed(
-    pair: ModelPair, step: LinenStep, state: TrainState, outcome: Outcome
+    pair: ModelPair, state: TrainState, outcome: Outcome
 ) -> None:
     unnoticed = [
         path
         for path in float_leaves(state, pair.homeless)
-        if not _differs(step(broken(state, path))[1], outcome)
+        if not _differs(linen_step(pair, broken(state, path))[1], outcome)
     ]
 
     assert unnoticed == []
@@ -77,15 +67,12 @@ def _differs(expected: Any, actual: Any) -> bool:
     return False
 
 
-def test_a_weight_swapped_on_disk_is_noticed(
-    pair: ModelPair, step: LinenStep, state: TrainState, tmp_path: Path
-) -> None:
-    _, expected = step(state)
+def test_a_weight_swapped_on_disk_is_noticed(pair: ModelPair, state: TrainState, tmp_path: Path) -> None:
+    _, expected = linen_step(pair, state)
     weight = next(path for path in float_leaves(state, pair.homeless) if path.startswith("params/"))
     path = saved(broken(state, weight), tmp_path / "checkpoint")
 
-    wrong, _ = restored_state(pair, path)
+    actual = nnx_step(pair, *restored_state(pair, path))
 
-    logits = wrong(*pair.inputs, train=False)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        assert_same({"logits": expected["logits"]}, {"logits": logits}, TOLERANCE)
+        assert_same({"logits": expected["logits"]}, {"logits": actual["logits"]}, TOLERANCE)

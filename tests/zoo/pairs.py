@@ -81,7 +81,9 @@ class Pair:
     unseen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "-".join(part.replace(" ", "_") for part in (self.linen_name, self.nnx_name, self.variant) if part)
+        return "-".join(
+            part.replace(" ", "_") for part in (self.linen_name, self.nnx_name, self.variant) if part
+        )
 
 
 def values(*shape: int, seed: int = 0) -> np.ndarray:
@@ -144,7 +146,9 @@ def is_concrete(leaf: Any) -> bool:
 
 def shifted(inputs: tuple[Any, ...], step: int) -> tuple[Any, ...]:
     """Returns the inputs of a training step: statistics must see more than one batch."""
-    return tuple(x * (1.0 + step) + step if np.issubdtype(np.asarray(x).dtype, np.floating) else x for x in inputs)
+    return tuple(
+        x * (1.0 + step) + step if np.issubdtype(np.asarray(x).dtype, np.floating) else x for x in inputs
+    )
 
 
 def linen_outcome(pair: Pair, variables: Variables) -> Outcome:
@@ -155,7 +159,10 @@ def linen_outcome(pair: Pair, variables: Variables) -> Outcome:
         outcome |= _linen_statistics("restored", pair.training, variables)
         for step in range(pair.training.steps):
             output, updates = pair.linen.apply(
-                variables, *shifted(pair.inputs, step), **pair.training.linen, mutable=pair.training.collections
+                variables,
+                *shifted(pair.inputs, step),
+                **pair.training.linen,
+                mutable=pair.training.collections,
             )
             variables |= updates
             outcome |= _named(f"step {step}", output)
@@ -242,9 +249,9 @@ def replaced(variables: Any, path: str, value: np.ndarray) -> Any:
 def _wrong_value(leaves: Mapping[str, np.ndarray], path: str) -> np.ndarray:
     right = leaves[path]
     for other, value in leaves.items():
-        if other != path and (value.shape, value.dtype) == (right.shape, right.dtype):
-            if not np.allclose(value, right):
-                return value
+        alike = other != path and (value.shape, value.dtype) == (right.shape, right.dtype)
+        if alike and not np.allclose(value, right):
+            return value
     if right.size > 1 and np.ptp(right) > 0:
         return np.roll(right.reshape(-1), 1).reshape(right.shape)
     return right + np.asarray(1, right.dtype)

@@ -35,14 +35,16 @@ class ModelPair:
 
     Attributes:
         name: What tests and docs call it.
-        linen: The Linen model; called with `inputs` and `train`.
+        linen: The Linen model; called with `inputs`, and `train` where it has statistics.
         nnx: Builds the NNX model; called the same way.
         inputs: A batch.
         labels: A class for each output vector.
         optimizer: The optimizer of both programs.
+        optimizer_name: What the docs call it.
         renames: The names that nobody can know, as the user must give them.
         as_nnx: Converts a flat Linen tree to NNX paths; written by hand for the
             model, and no code of the library's.
+        has_statistics: Whether training changes batch statistics.
         determined: For automatic names: what tells which Linen module is which
             attribute, where the NNX program creates its attributes in the order
             in which the Linen program calls its modules (`shapes and order`).
@@ -55,8 +57,10 @@ class ModelPair:
     inputs: tuple[np.ndarray, ...]
     labels: np.ndarray
     optimizer: optax.GradientTransformation
+    optimizer_name: str
     as_nnx: Callable[[Flat], Flat]
     renames: Renames = ()
+    has_statistics: bool = False
     determined: Determined | None = None
     homeless: tuple[str, ...] = ()
 
@@ -79,9 +83,13 @@ def flat_nnx(state: Any) -> Flat:
     return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
+def _mode(has_statistics: bool, *, train: bool) -> dict[str, bool]:
+    return {"train": train} if has_statistics else {}
+
+
 def initial_state(pair: ModelPair) -> TrainState:
     """Returns the Linen train state with random weights and statistics."""
-    initialise = functools.partial(pair.linen.init, train=False)
+    initialise = functools.partial(pair.linen.init, **_mode(pair.has_statistics, train=False))
     shapes = jax.eval_shape(initialise, jax.random.key(0), *pair.inputs)
     variables = randomised(shapes, zeros=[f"params/{path}" for path in pair.homeless])
     fields = {"apply_fn": pair.linen.apply, "params": variables["params"], "tx": pair.optimizer}
@@ -90,28 +98,43 @@ def initial_state(pair: ModelPair) -> TrainState:
     return TrainState.create(**fields)
 
 
-def trained_state(pair: ModelPair, step: Callable[[TrainState], tuple[TrainState, Any]]) -> TrainState:
-    """Returns the state after two Linen steps: no moment is zero."""
-    state, _ = step(initial_state(pair))
-    return step(state)[0]
+def trained_state(pair: ModelPair) -> TrainState:
+    """Returns the state after three Linen steps: no moment is zero, and no gradient accumulated over two."""
+    state = initial_state(pair)
+    for _ in range(3):
+        state, _ = linen_step(pair, state)
+    return state
 
 
-def linen_step(pair: ModelPair, state: TrainState) -> tuple[TrainState, Flat]:
-    """Makes one training step and returns the new state and all that it shows."""
+# Each step runs a few dozen times on tiny arrays: compiling it well would take longer than running it.
+HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.partial(jax.jit, static_argnames=("linen", "homeless"), compiler_options=HASTY)
+def _linen_step(
+    state: TrainState, inputs: Any, labels: Any, *, linen: nn.Module, homeless: tuple[str, ...]
+) -> tuple[TrainState, Flat]:
     has_statistics = isinstance(state, StatisticsState)
     statistics = {"batch_stats": state.batch_stats} if has_statistics else {}
 
     def objective(params: Any) -> Any:
-        variables = {"params": params, **statistics}
-        logits, updates = state.apply_fn(variables, *pair.inputs, train=True, mutable=[*statistics])
-        return loss_of(logits, pair.labels), (logits, updates)
+        variables, mode = {"params": params, **statistics}, _mode(has_statistics, train=True)
+        logits, updates = linen.apply(variables, *inputs, **mode, mutable=[*statistics])
+        return loss_of(logits, labels), (logits, updates)
 
     gradients, (logits, updates) = jax.grad(objective, has_aux=True)(state.params)
-    evaluated = state.apply_fn({"params": state.params, **statistics}, *pair.inputs, train=False)
-    after = state.apply_gradients(grads=_without(gradients, pair.homeless), **updates)
-    shown = {"logits": evaluated, "training logits": logits, "step": after.step}
-    shown |= _labelled("gradient", pair, gradients) | _labelled("updated", pair, after.params)
-    return after, shown | _labelled("updated", pair, updates.get("batch_stats", {}))
+    variables = {"params": state.params, **statistics}
+    evaluated = linen.apply(variables, *inputs, **_mode(has_statistics, train=False))
+    after = state.apply_gradients(grads=_without(gradients, homeless), **updates)
+    return after, {"logits": evaluated, "training logits": logits, "gradient": gradients}
+
+
+def linen_step(pair: ModelPair, state: TrainState) -> tuple[TrainState, Flat]:
+    """Makes one training step and returns the new state and all that it shows, by NNX path."""
+    after, shown = _linen_step(state, pair.inputs, pair.labels, linen=pair.linen, homeless=pair.homeless)
+    statistics = after.batch_stats if isinstance(after, StatisticsState) else {}
+    named = _labelled("gradient", pair, shown.pop("gradient")) | _labelled("updated", pair, after.params)
+    return after, shown | named | _labelled("updated", pair, statistics) | {"step": after.step}
 
 
 def _without(gradients: Any, homeless: Sequence[str]) -> Any:
@@ -141,31 +164,47 @@ def restored_state(pair: ModelPair, path: Path) -> tuple[nnx.Module, nnx.Optimiz
     return model, optimizer
 
 
+# One function for all models: pairs with the same NNX program share its compilation.
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=HASTY)
+def _nnx_step(graphdef: Any, has_statistics: bool, state: Any, inputs: Any, labels: Any) -> tuple[Any, Flat]:
+    model, optimizer = nnx.merge(graphdef, state)
+
+    def objective(model: Any) -> tuple[Any, Any]:
+        logits = model(*inputs, **_mode(has_statistics, train=True))
+        return loss_of(logits, labels), logits
+
+    evaluated = model(*inputs, **_mode(has_statistics, train=False))
+    gradients, logits = nnx.grad(objective, has_aux=True)(model)
+    optimizer.update(model, gradients)
+    return nnx.state((model, optimizer)), {
+        "logits": evaluated,
+        "training logits": logits,
+        "gradient": nnx.state(gradients),
+    }
+
+
 def nnx_step(pair: ModelPair, model: Any, optimizer: nnx.Optimizer[Any]) -> Outcome:
     """Makes one training step in place and returns all that it shows."""
-
-    @nnx.jit
-    def step(model: Any, optimizer: nnx.Optimizer[Any]) -> tuple[Any, Any, Any]:
-        def objective(model: Any) -> tuple[Any, Any]:
-            logits = model(*pair.inputs, train=True)
-            return loss_of(logits, pair.labels), logits
-
-        evaluated = model(*pair.inputs, train=False)
-        gradients, logits = nnx.grad(objective, has_aux=True)(model)
-        optimizer.update(model, gradients)
-        return evaluated, logits, gradients
-
-    evaluated, logits, gradients = step(model, optimizer)
-    shown = {"logits": evaluated, "training logits": logits, "step": optimizer.step.get_value()}
+    graphdef, before = nnx.split((model, optimizer))
+    after, shown = _nnx_step(graphdef, pair.has_statistics, before, pair.inputs, pair.labels)
+    nnx.update((model, optimizer), after)
     updated = nnx.state(model, (nnx.Param, nnx.BatchStat))
-    shown |= {f"gradient {path}": leaf for path, leaf in flat_nnx(gradients).items()}
-    return shown | {f"updated {path}": leaf for path, leaf in flat_nnx(updated).items()}
+    named = {f"gradient {path}": leaf for path, leaf in flat_nnx(shown.pop("gradient")).items()}
+    named |= {f"updated {path}": leaf for path, leaf in flat_nnx(updated).items()}
+    return shown | named | {"step": optimizer.step.get_value()}
 
 
 def float_leaves(state: TrainState, homeless: Sequence[str]) -> Mapping[str, np.ndarray]:
-    """Returns the state's weights, statistics and moments that the programs share."""
+    """Returns the state's weights, statistics and moments that the next step depends on."""
     return {
         path: np.asarray(leaf)
         for path, leaf in flat(state).items()
-        if np.issubdtype(np.asarray(leaf).dtype, np.floating) and not path.endswith(tuple(homeless) or ("\0",))
+        if np.issubdtype(np.asarray(leaf).dtype, np.floating)
+        and not path.endswith(tuple(homeless) or ("\0",))
+        and not _is_placeholder(path, leaf)
     }
+
+
+def _is_placeholder(path: str, leaf: Any) -> bool:
+    """Adafactor keeps either factors or a whole second moment, and a single zero for the other."""
+    return path.startswith("opt_state/") and np.shape(leaf) == (1,)

@@ -40,7 +40,7 @@ class LinenDecoder(nn.Module):
     named: bool = True
 
     @nn.compact
-    def __call__(self, tokens: Any, *, train: bool) -> Any:
+    def __call__(self, tokens: Any) -> Any:
         def name(text: str) -> str | None:
             return text if self.named else None
 
@@ -85,7 +85,7 @@ class NnxDecoder(nnx.Module):
         self.final_norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.head = nnx.data(None) if tied else nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
 
-    def __call__(self, tokens: Any, *, train: bool) -> Any:
+    def __call__(self, tokens: Any) -> Any:
         x = self.embed(tokens) + self.positions[...]
         if isinstance(self.layers, nnx.List):
             for block in self.layers:
@@ -136,7 +136,13 @@ def unnamed(leaves: Flat, *, blocks: str, layers: str, scanned: bool) -> Flat:
 def decoder(name: str, linen: LinenDecoder, **fields: Any) -> ModelPair:
     """A pair of decoders on the same batch."""
     return ModelPair(
-        name=name, linen=linen, inputs=BATCH, labels=LABELS, optimizer=OPTIMIZER, **fields
+        name=name,
+        linen=linen,
+        inputs=BATCH,
+        labels=LABELS,
+        optimizer=OPTIMIZER,
+        optimizer_name="adamw",
+        **fields,
     )
 
 
@@ -147,9 +153,7 @@ def named(stored_scanned: bool, wanted_scanned: bool) -> ModelPair:
         f"decoder, {words[stored_scanned]} to {words[wanted_scanned]}",
         LinenDecoder(scanned=stored_scanned),
         nnx=lambda rngs: NnxDecoder(rngs, scanned=wanted_scanned),
-        as_nnx=lambda leaves: converted(
-            leaves, stored_scanned=stored_scanned, wanted_scanned=wanted_scanned
-        ),
+        as_nnx=lambda leaves: converted(leaves, stored_scanned=stored_scanned, wanted_scanned=wanted_scanned),
     )
 
 

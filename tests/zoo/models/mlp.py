@@ -71,6 +71,8 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="sgd with momentum",
+        has_statistics=True,
         as_nnx=numbered,
     ),
     ModelPair(
@@ -80,6 +82,8 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="sgd with momentum",
+        has_statistics=True,
         as_nnx=lambda leaves: renamed(
             leaves,
             ("BatchNorm_0", "reader_norm"),

@@ -31,7 +31,9 @@ class LinenExpert(nn.Module):
         def dense(width: int, name: str) -> nn.Dense:
             return nn.Dense(width, use_bias=False, name=name if self.named else None)
 
-        return dense(WIDTH, "down")(nn.silu(dense(HIDDEN, "gate")(x)) * dense(HIDDEN, "up")(x))
+        # Linen counts modules as they are constructed: in one expression `down` would be the first.
+        hidden = nn.silu(dense(HIDDEN, "gate")(x)) * dense(HIDDEN, "up")(x)
+        return dense(WIDTH, "down")(hidden)
 
 
 class LinenBlock(nn.Module):
@@ -66,7 +68,7 @@ class LinenMoE(nn.Module):
     named: bool
 
     @nn.compact
-    def __call__(self, tokens: Any, *, train: bool) -> Any:
+    def __call__(self, tokens: Any) -> Any:
         def name(text: str) -> str | None:
             return text if self.named else None
 
@@ -122,7 +124,7 @@ class NnxMoE(nnx.Module):
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCABULARY, use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: Any, *, train: bool) -> Any:
+    def __call__(self, tokens: Any) -> Any:
         x = self.embed(tokens)
         for block in self.layers:
             x = block(x)
@@ -151,6 +153,7 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="adafactor",
         as_nnx=numbered,
     ),
     ModelPair(
@@ -160,6 +163,7 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="adafactor",
         as_nnx=lambda leaves: renamed(
             leaves,
             *((f"^{stored}", wanted) for stored, wanted in MODEL_NAMES),

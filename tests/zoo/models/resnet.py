@@ -106,6 +106,8 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="chain of clip and adamw",
+        has_statistics=True,
         as_nnx=numbered,
     ),
     ModelPair(
@@ -115,6 +117,8 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="chain of clip and adamw",
+        has_statistics=True,
         as_nnx=lambda leaves: renamed(
             leaves,
             ("^Conv_0", "stem"),

@@ -24,7 +24,7 @@ class LinenTranslator(nn.Module):
         self.writer = nn.RNN(nn.OptimizedLSTMCell(HIDDEN))
         self.head = nn.Dense(VOCABULARY)
 
-    def __call__(self, source: Any, prefix: Any, *, train: bool) -> Any:
+    def __call__(self, source: Any, prefix: Any) -> Any:
         carry, _ = self.reader(self.source(source))
         return self.head(self.writer(self.prefix(prefix), initial_carry=carry))
 
@@ -33,7 +33,7 @@ class LinenAutoTranslator(nn.Module):
     """The same under Linen's own names."""
 
     @nn.compact
-    def __call__(self, source: Any, prefix: Any, *, train: bool) -> Any:
+    def __call__(self, source: Any, prefix: Any) -> Any:
         read = nn.RNN(nn.OptimizedLSTMCell(HIDDEN), return_carry=True)
         carry, _ = read(nn.Embed(VOCABULARY, WIDTH)(source))
         write = nn.RNN(nn.OptimizedLSTMCell(HIDDEN))
@@ -50,7 +50,7 @@ class NnxTranslator(nnx.Module):
         self.source = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
         self.head = nnx.Linear(HIDDEN, VOCABULARY, rngs=rngs)
 
-    def __call__(self, source: Any, prefix: Any, *, train: bool) -> Any:
+    def __call__(self, source: Any, prefix: Any) -> Any:
         carry, _ = self.reader(self.source(source))
         return self.head(self.writer(self.prefix(prefix), initial_carry=carry))
 
@@ -60,7 +60,7 @@ BATCH = (
     np.arange(16).reshape(4, 4) * 5 % VOCABULARY,
 )
 LABELS = np.roll(BATCH[1], -1, axis=1)
-OPTIMIZER = optax.MultiSteps(optax.adam(1e-2, eps=1e-4), every_k_schedule=1).gradient_transformation()
+OPTIMIZER = optax.MultiSteps(optax.adam(1e-2, eps=1e-4), every_k_schedule=2).gradient_transformation()
 
 MODELS = (
     ModelPair(
@@ -70,6 +70,7 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="adam in MultiSteps",
         as_nnx=lambda leaves: fused(leaves, GATES),
     ),
     ModelPair(
@@ -79,6 +80,7 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="adam in MultiSteps",
         as_nnx=lambda leaves: fused(
             renamed(
                 leaves,

@@ -62,7 +62,7 @@ class LinenViT(nn.Module):
     named: bool
 
     @nn.compact
-    def __call__(self, images: Any, *, train: bool) -> Any:
+    def __call__(self, images: Any) -> Any:
         def name(text: str) -> str | None:
             return text if self.named else None
 
@@ -123,7 +123,7 @@ class NnxViT(nnx.Module):
         self.encoder = NnxEncoder(rngs)
         self.head = nnx.Linear(WIDTH, 3, rngs=rngs)
 
-    def __call__(self, images: Any, *, train: bool) -> Any:
+    def __call__(self, images: Any) -> Any:
         x = self.patches(images)
         x = x.reshape(x.shape[0], -1, WIDTH)
         x = jnp.concatenate([jnp.tile(self.token[...], (x.shape[0], 1, 1)), x], axis=1)
@@ -149,6 +149,7 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="lion",
         as_nnx=numbered,
     ),
     ModelPair(
@@ -158,6 +159,7 @@ MODELS = (
         inputs=BATCH,
         labels=LABELS,
         optimizer=OPTIMIZER,
+        optimizer_name="lion",
         as_nnx=lambda leaves: renamed(
             leaves,
             ("^LinenEncoder_0/LayerNorm_0", "encoder/norm"),

@@ -1,6 +1,15 @@
 """Every pair of modules, by kind."""
 
-from tests.zoo.modules import attention, convolution, custom, lifted, linear, normalisation, recurrent, wrapped
+from tests.zoo.modules import (
+    attention,
+    convolution,
+    custom,
+    lifted,
+    linear,
+    normalisation,
+    recurrent,
+    wrapped,
+)
 from tests.zoo.pairs import Pair
 
 PAIRS: tuple[Pair, ...] = (

@@ -21,7 +21,9 @@ def conv(variant: str, size: tuple[int, ...], *shape: int, **options: Any) -> Pa
     )
 
 
-def conv_transpose(variant: str, size: tuple[int, ...], shape: tuple[int, ...], options: Mapping[str, Any]) -> Pair:
+def conv_transpose(
+    variant: str, size: tuple[int, ...], shape: tuple[int, ...], options: Mapping[str, Any]
+) -> Pair:
     """A transposed convolution to three features from inputs of `shape`."""
     return Pair(
         linen_name="ConvTranspose",

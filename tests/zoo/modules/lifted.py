@@ -181,9 +181,7 @@ class NnxListedEnsemble(NnxListed):
     """Blocks side by side in a list."""
 
     def __call__(self, x: Any) -> Any:
-        return jnp.stack(
-            [block(part) for block, part in zip(self.layers, x, strict=True)]
-        )
+        return jnp.stack([block(part) for block, part in zip(self.layers, x, strict=True)])
 
 
 class LinenNormBlock(nn.Module):
@@ -244,7 +242,13 @@ def lifted(linen_name: str, nnx_name: str, variant: str, linen: nn.Module, build
     """A pair of block stacks on the same input."""
     inputs = fields.pop("inputs", (X,))
     return Pair(
-        linen_name=linen_name, nnx_name=nnx_name, variant=variant, linen=linen, nnx=build, inputs=inputs, **fields
+        linen_name=linen_name,
+        nnx_name=nnx_name,
+        variant=variant,
+        linen=linen,
+        nnx=build,
+        inputs=inputs,
+        **fields,
     )
 
 

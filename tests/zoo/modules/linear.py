@@ -196,7 +196,7 @@ PAIRS = (
         linen_name="PReLU",
         nnx_name="PReLU",
         linen=nn.PReLU(),
-        nnx=lambda rngs: nnx.PReLU(),
+        nnx=lambda _rngs: nnx.PReLU(),
         inputs=(values(3, 4),),
     ),
 )

@@ -72,25 +72,30 @@ class NnxWhole(nnx.Module):
         return self.head(self.body(x, train))
 
 
+def inside_nnx(linen_name: str, module: nn.Module, *inputs: Any, **fields: Any) -> Pair:
+    """A Linen module without a counterpart in NNX, used from NNX as it is."""
+    return Pair(
+        linen_name=linen_name,
+        nnx_name="bridge.ToNNX",
+        variant=f"of {linen_name}",
+        linen=module,
+        nnx=lambda rngs: nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(*inputs),
+        inputs=inputs,
+        **fields,
+    )
+
+
+IMAGE = values(2, 4, 4, 3)
+IMAGE_CARRY = (values(2, 4, 4, 2, seed=1), values(2, 4, 4, 2, seed=2))
 TRAINING = Training(linen={"train": True}, nnx={"train": True})
 
 PAIRS = (
-    Pair(
-        linen_name="Dense",
-        nnx_name="bridge.ToNNX",
-        variant="of Dense",
-        linen=nn.Dense(3),
-        nnx=lambda rngs: nnx.bridge.ToNNX(nn.Dense(3), rngs=rngs).lazy_init(X),
-        inputs=(X,),
-    ),
-    Pair(
-        linen_name="OptimizedLSTMCell",
-        nnx_name="bridge.ToNNX",
-        variant="of OptimizedLSTMCell",
-        linen=nn.OptimizedLSTMCell(4),
-        nnx=lambda rngs: nnx.bridge.ToNNX(nn.OptimizedLSTMCell(4), rngs=rngs).lazy_init(LSTM_CARRY, INPUT),
-        inputs=(LSTM_CARRY, INPUT),
-    ),
+    inside_nnx("Dense", nn.Dense(3), X),
+    inside_nnx("OptimizedLSTMCell", nn.OptimizedLSTMCell(4), LSTM_CARRY, INPUT),
+    inside_nnx("MGUCell", nn.MGUCell(4), LSTM_CARRY[0], INPUT),
+    inside_nnx("ConvLSTMCell", nn.ConvLSTMCell(2, (3, 3)), IMAGE_CARRY, IMAGE),
+    inside_nnx("ConvLocal", nn.ConvLocal(3, (2,)), values(2, 4, 3)),
+    inside_nnx("Fp8DotGeneralOp", nn.Dense(3, dot_general_cls=nn.Fp8DotGeneralOp), X),
     Pair(
         linen_name="several collections",
         nnx_name="bridge.ToNNX",

@@ -1,0 +1,59 @@
+"""From NNX state to the arguments with which stock Orbax saves it as a Linen program would."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from orbax_nnx_handler.planning.linen_tree import Flavour, arrange
+from orbax_nnx_handler.planning.optax_tree import Transformation
+from orbax_nnx_handler.transfer.leftovers import add_leftovers
+
+_UNCERTAIN = (
+    "The optimizer state of a bare nnx.State does not tell how many empty states end it; they were left out. "
+    "A Linen program whose optimizer has some refuses the shorter list. Save the module that holds the "
+    "nnx.Optimizer, or pass tx= with the state."
+)
+
+
+def linen_save(
+    given: ocp.args.PyTreeSave, flavour: Flavour = "linen", tx: Transformation | None = None
+) -> ocp.args.PyTreeSave:
+    """Returns the save arguments for NNX state in the layout of a Linen program.
+
+    Nothing is copied but the step, which Linen counts as int32; arrays stay where
+    they are, for Orbax to write in the background.
+
+    Args:
+        given: Arguments whose item is NNX state; `save_args` mirror the item.
+        flavour: The layout.
+        tx: The optimizer's transformation, for the empty states of a bare State.
+
+    Raises:
+        ValueError: See `arrange` and `add_leftovers`.
+    """
+    arranged = arrange(given.item, flavour, tx)
+    if not arranged.certain and flavour == "linen" and jax.process_index() == 0:
+        logging.log_first_n(logging.WARNING, _UNCERTAIN, 1)
+    tree = dict(arranged.tree)
+    if "step" in tree:
+        tree["step"] = linen_step(tree["step"])
+    save_args = given.save_args
+    return dataclasses.replace(
+        given,
+        item=tree,
+        save_args=None if save_args is None else arrange(save_args, flavour, tx, like=given.item).tree,
+        custom_metadata=add_leftovers(given.custom_metadata, arranged.random),
+    )
+
+
+def linen_step(step: Any) -> Any:
+    """Returns a step count in Linen's dtype: NNX counts in uint32, Linen in int32."""
+    if getattr(step, "dtype", None) != np.uint32:
+        return step
+    if isinstance(step, jax.ShapeDtypeStruct):
+        return step.update(dtype=np.dtype(np.int32))
+    return step.astype(np.int32)

@@ -7,6 +7,7 @@ the two sides meet.
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 Tokens = tuple[str, ...]
@@ -29,10 +30,10 @@ class Roots:
 
 def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     """Returns the roots under which the most leaves meet; shorter ones win ties."""
-    pairs = itertools.product(_chain(wanted), _chain(stored))
-    best = Roots(wanted=(), stored=(), overlap=-1)
     skeletons_wanted = {root: _skeletons(wanted, root) for root in _chain(wanted)}
     skeletons_stored = {root: _skeletons(stored, root) for root in _chain(stored)}
+    best = Roots(wanted=(), stored=(), overlap=-1)
+    pairs = itertools.product(skeletons_wanted, skeletons_stored)
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
         overlap = len(skeletons_wanted[left] & skeletons_stored[right])
         if overlap > best.overlap:
@@ -46,23 +47,33 @@ def strip(tokens: Tokens, root: Tokens) -> Tokens:
 
 
 def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
-    """Returns every prefix that all paths share, the empty one first."""
-    if not paths:
-        return [()]
-    shared = _common_prefix(paths)
-    return [shared[:length] for length in range(len(shared) + 1)]
+    """Returns every prefix that more than half of the paths share, the empty one first.
+
+    More than half, not all: a model may be wrapped beside a new head. Of two
+    models of equal size (a smoothed copy) neither is the root.
+    """
+    chain: list[Tokens] = [()]
+    inside = list(paths)
+    while inside:
+        depth = len(chain[-1])
+        # The last key names the leaf itself and is never part of a root.
+        heads = Counter(path[depth] for path in inside if len(path) > depth + 1)
+        name, count = heads.most_common(1)[0] if heads else ("", 0)
+        if count * 2 <= len(paths):
+            break
+        chain.append((*chain[-1], name))
+        inside = [path for path in inside if len(path) > depth + 1 and path[depth] == name]
+    return [root for root in chain if _keeps_apart(paths, root)]
 
 
-def _common_prefix(paths: Collection[Tokens]) -> Tokens:
-    first, last = min(paths), max(paths)
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    # The last key names the leaf itself and is never part of a root.
-    return first[: min(length, len(first) - 1, len(last) - 1)]
+def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
+    """Tells whether no two paths become one when the root is taken away."""
+    return not root or len({strip(path, root) for path in paths}) == len(set(paths))
 
 
 def _skeletons(paths: Collection[Tokens], root: Tokens) -> set[Tokens]:
     """Returns the paths below a root without layer numbers and scan levels."""
-    return {_skeleton(path[len(root) :]) for path in paths}
+    return {_skeleton(strip(path, root)) for path in paths}
 
 
 def _skeleton(path: Tokens) -> Tokens:

@@ -1,0 +1,257 @@
+"""Writes a converted checkpoint slab by slab; it appears under its name only when it is complete."""
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import os
+import resource
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from orbax_nnx_handler.planning.conversion import Written, tree_of
+from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.folding import Row, aligned
+from orbax_nnx_handler.planning.paths import Path, render
+from orbax_nnx_handler.planning.recipes import Read
+from orbax_nnx_handler.planning.regions import slices
+from orbax_nnx_handler.planning.roles import is_key
+from orbax_nnx_handler.transfer.digests import Digests, Progress, digests_of
+from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.transfer.reading import Job, read_arrays
+from orbax_nnx_handler.transfer.slabs import by_source, read_slabs, slab_shape
+
+# A batch of slabs exists up to this often at a time: as read, as compressed, as the store's file in the making.
+# Measured: 2.2 (see `benchmarks`).
+_COPIES = 2.5
+# What Orbax, TensorStore and their threads come to take in the course of a save.
+_PROGRAM_BYTES = 250 << 20
+_LEAST_WINDOW_BYTES = 8 << 20
+# `ru_maxrss` counts kilobytes, but bytes on a Mac.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is to be written.
+
+    Attributes:
+        source: The checkpoint that is read.
+        leaves: The leaves to write.
+        given: Values that are in no checkpoint, by path.
+        empty: Paths of nodes that hold nothing, as optax states have them.
+        lists: Whether int keys number a list; an `nnx.State` keeps them as keys.
+    """
+
+    source: Checkpoint
+    leaves: Sequence[Written]
+    given: Mapping[Path, Any] = dataclasses.field(default_factory=dict[Path, Any])
+    empty: Sequence[Path] = ()
+    lists: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+
+def write_converted(
+    conversion: Conversion,
+    destination: epath.PathLike,
+    *,
+    memory_bytes: int,
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+) -> dict[Path, str]:
+    """Writes a conversion as one item that stock Orbax reads, and reads it again to compare.
+
+    Args:
+        conversion: What to write.
+        destination: The item directory to create.
+        memory_bytes: Upper bound of this process's memory.
+        progress: Called with the bytes written since the last call.
+        verifying: Called with the bytes read again since the last call.
+
+    Returns:
+        The digest of each leaf.
+
+    Raises:
+        RestoreError: Something is at the destination, the memory does not do, or
+            what was read again is not what was written. Nothing was left behind.
+    """
+    destination = epath.Path(destination).absolute()
+    window = window_of(memory_bytes)
+    with _appearing(destination) as unfinished:
+        plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
+        writer = _SlabWriter(conversion.source, by_source(plain, conversion.source), window, progress)
+        _save(conversion, writer, unfinished)
+        _verify(unfinished, plain, writer.digests.done, window, verifying)
+    return writer.digests.done
+
+
+def window_of(memory_bytes: int) -> int:
+    """Returns how many bytes of values may be read at a time.
+
+    Raises:
+        RestoreError: The program itself leaves too little of the memory.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT + _PROGRAM_BYTES
+    window = int((memory_bytes - used) / _COPIES)
+    if window < _LEAST_WINDOW_BYTES:
+        least = (used + _COPIES * _LEAST_WINDOW_BYTES) / 1e9
+        raise RestoreError(
+            f"{memory_bytes / 1e9:.2f} GB of memory are too little: the program itself takes "
+            f"{used / 1e9:.2f} GB.\nhint: allow {math.ceil(least * 10) / 10:.1f} GB or more."
+        )
+    return window
+
+
+@contextlib.contextmanager
+def _appearing(destination: epath.Path) -> Generator[epath.Path]:
+    """Gives a directory beside the destination that takes its name at the end, or goes."""
+    if destination.exists():
+        raise RestoreError(f"there is something at {destination} already; convert overwrites nothing.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = destination.parent / f"{destination.name}.converting-{os.getpid()}"
+    try:
+        yield unfinished
+        unfinished.rename(destination)
+    finally:
+        # Orbax writes to a sibling too, which an interrupt leaves behind.
+        for left in [*destination.parent.glob(f"{unfinished.name}*")]:
+            left.rmtree()
+
+
+def _save(conversion: Conversion, writer: "_SlabWriter", directory: epath.Path) -> None:
+    values: dict[Path, Any] = {leaf.path: _Pending(leaf) for leaf in writer.leaves}
+    values |= _read_keys(conversion) | dict(conversion.given) | dict.fromkeys(conversion.empty)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Pending, writer), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True, use_zarr3=True)
+    custom = cast("dict[str, Any] | None", dict(conversion.source.custom_metadata) or None)
+    tree = tree_of(values, lists=conversion.lists)
+    with ocp.Checkpointer(handler) as checkpointer:
+        # The bound of a data file is also what the store holds of one in memory before it is written.
+        checkpointer.save(
+            directory,
+            args=ocp.args.PyTreeSave(tree, custom_metadata=custom, ocdbt_target_data_file_size=writer.window),
+            custom_metadata=dict(conversion.source.step_metadata) or None,
+        )
+
+
+def _read_keys(conversion: Conversion) -> dict[Path, jax.Array]:
+    """Reads the random keys: a few bytes, which Orbax writes in its own way."""
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    jobs = [
+        Job(path=leaf.path, recipe=leaf.recipe, shape=leaf.shape, dtype=leaf.dtype, sharding=local)
+        for leaf in conversion.leaves
+        if is_key(leaf.dtype)
+    ]
+    return read_arrays(conversion.source, jobs) if jobs else {}
+
+
+def _verify(
+    directory: epath.Path,
+    leaves: Sequence[Written],
+    written: Mapping[Path, str],
+    window: int,
+    progress: Progress | None,
+) -> None:
+    again = read_metadata(directory)
+    stored = {tuple(map(str, path)): leaf for path, leaf in again.leaves.items()}
+    paths = {leaf.path: stored[tuple(map(str, leaf.path))].path for leaf in leaves}
+    plain = [dataclasses.replace(leaf, recipe=Read(paths[leaf.path])) for leaf in leaves]
+    found = digests_of(again, by_source(plain, again), window, progress)
+    wrong = [leaf for leaf in leaves if found[leaf.path] != written[leaf.path]]
+    if wrong:
+        rows = aligned(Row(leaf.path, (str(leaf.shape), str(leaf.dtype))) for leaf in wrong)
+        raise RestoreError(
+            f"{len(wrong)} leaves were read again with other values than were written:\n{rows}\n"
+            "hint: the disk or the memory is at fault; nothing was left at the destination.",
+            paths=[leaf.path for leaf in wrong],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """Stands in Orbax's tree for a leaf whose values come later."""
+
+    leaf: Written
+
+
+class _SlabWriter(ocp.type_handlers.TypeHandler):
+    """Writes leaves in slabs while Orbax does the rest of a save: tree, merge, commit."""
+
+    def __init__(
+        self, source: Checkpoint, leaves: Sequence[Written], window: int, progress: Progress | None
+    ) -> None:
+        self.digests = Digests()
+        self.leaves = leaves
+        self.window = window
+        self._source = source
+        self._progress = progress
+
+    def typestr(self) -> str:
+        """Returns the name under which any Orbax reads the leaves: whole arrays of no sharding."""
+        return "np.ndarray"
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        """Writes all leaves; done when it returns."""
+        del args
+        places = {value.leaf.path: info for value, info in zip(values, infos, strict=True)}
+        for info in infos[:1]:
+            await info.await_path_creation()
+        arrays: dict[Path, ts.TensorStore] = {}
+        for batch in read_slabs(self._source, self.leaves, self.window):
+            new = {slab.leaf.path: slab.leaf for slab in batch if slab.leaf.path not in arrays}
+            opened = {path: self._open(leaf, places[path]) for path, leaf in new.items()}
+            arrays |= {path: future.result() for path, future in opened.items()}
+            writes = [
+                arrays[slab.leaf.path][slices(slab.region)].write(
+                    slab.values, can_reference_source_data_indefinitely=True
+                )
+                for slab in batch
+                if slab.values.size
+            ]
+            for slab in batch:
+                self.digests.add(slab)
+                if slab.is_last:
+                    del arrays[slab.leaf.path]
+            for write in writes:
+                write.result()
+            if self._progress is not None:
+                self._progress(sum(slab.values.nbytes for slab in batch))
+            batch.clear()
+            # An interrupt arrives here where the event loop has taken over the signal.
+            await asyncio.sleep(0)
+        return []
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        """Not called: this handler only writes."""
+        raise NotImplementedError
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Not called: this handler only writes."""
+        raise NotImplementedError
+
+    def _open(self, leaf: Written, info: Any) -> Any:
+        # Public, though marked as being for those who know what they do: Orbax's own description of an array
+        # on disk. Written by hand it would go stale with the next option that Orbax adds.
+        spec = ocp.type_handlers.get_json_tspec_write(
+            info,
+            use_ocdbt=True,
+            global_shape=leaf.shape,
+            local_shape=slab_shape(leaf.shape, leaf.dtype, self.window),
+            dtype=leaf.dtype,
+            process_index=0,
+        )
+        return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)

@@ -10,7 +10,8 @@ from absl import logging
 from etils import epath
 
 from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.linen_tree import Flavour, to_linen_tree
+from orbax_nnx_handler.planning.linen_tree import Flavour
+from orbax_nnx_handler.planning.optax_tree import Transformation
 from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import RestorePlan, UnexpectedPolicy
@@ -23,6 +24,7 @@ from orbax_nnx_handler.transfer.agreement import agree
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.transfer.restoring import carry_out
+from orbax_nnx_handler.transfer.writing import linen_save
 
 
 def plan_restore(
@@ -116,22 +118,30 @@ def restore(
     return result
 
 
-def save(path: epath.PathLike, state: Any, *, layout: Flavour = "linen", force: bool = False) -> None:
+def save(
+    path: epath.PathLike,
+    state: Any,
+    *,
+    layout: Flavour = "linen",
+    tx: Transformation | None = None,
+    force: bool = False,
+) -> None:
     """Saves an NNX state as one item in the Linen layout.
 
     Args:
         path: The item directory to create.
         state: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, or a tuple or dict of these.
         layout: `linen` (Flax TrainState) or `maxtext`.
+        tx: The optimizer's transformation, where `state` is a bare `nnx.State`; see
+            `NNXLinenSave`.
         force: Replace what is at `path`.
 
     Raises:
         ValueError: Something is at `path` already and `force` is not set.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            epath.Path(path).absolute(), args=ocp.args.PyTreeSave(to_linen_tree(state, layout)), force=force
-        )
+        arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx)
+        checkpointer.save(epath.Path(path).absolute(), args=arguments, force=force)
 
 
 def restore_item(

@@ -6,15 +6,16 @@ from typing import Any, cast
 
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx
 
 from orbax_nnx_handler.api import restore_item
-from orbax_nnx_handler.planning.linen_tree import Flavour, is_nnx, to_linen_tree
+from orbax_nnx_handler.planning.linen_tree import Flavour
+from orbax_nnx_handler.planning.optax_tree import Transformation
 from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
 from orbax_nnx_handler.planning.plan import UnexpectedPolicy
 from orbax_nnx_handler.planning.policies import Policies, Policy, check_policy
 from orbax_nnx_handler.planning.report import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.transfer.writing import linen_save
 
 Renames = Iterable[Rule | tuple[str, str]]
 
@@ -167,11 +168,15 @@ class NNXLinenSave(ocp.args.PyTreeSave):
             these, written in the Linen layout. Anything else is saved as it is.
         save_args: A tree like the item with `ocp.SaveArgs` leaves.
         layout: `linen` (Flax TrainState) or `maxtext`.
+        tx: The optimizer's optax transformation, where the item is a bare `nnx.State`:
+            a State does not tell which empty states end a chain, and a Linen program
+            refuses a list of another length. Modules carry theirs.
     """
 
     item: Any = None
     _: dataclasses.KW_ONLY
     layout: Flavour = "linen"
+    tx: Transformation | None = None
 
 
 def handler_registry(handler: NNXLinenHandler | None = None, item: str | None = None) -> Any:
@@ -218,21 +223,12 @@ def _save_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if given is None:
         older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
         given = NNXLinenSave(older.get("item"), older.get("save_args"))
-    if not is_nnx(given.item):
-        return ocp.args.PyTreeSave(**_shared_fields(given))
-    flavour = given.layout if isinstance(given, NNXLinenSave) else "linen"
-    fields = _shared_fields(given)
-    fields["item"] = to_linen_tree(given.item, flavour)
-    if fields.get("save_args") is not None:
-        fields["save_args"] = to_linen_tree(_like(given.item, fields["save_args"]), flavour)
-    return ocp.args.PyTreeSave(**fields)
+    stock = ocp.args.PyTreeSave(**_shared_fields(given))
+    if isinstance(given, NNXLinenSave):
+        return linen_save(stock, given.layout, given.tx)
+    return linen_save(stock)
 
 
 def _shared_fields(given: Any) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cast(Any, ocp.args.PyTreeSave))}
     return {name: value for name, value in vars(given).items() if name in names}
-
-
-def _like(item: Any, tree: Any) -> Any:
-    """Returns save args in the containers of the item they belong to."""
-    return nnx.state(tree) if isinstance(tree, nnx.Module) and isinstance(item, nnx.Module) else tree

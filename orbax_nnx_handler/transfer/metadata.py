@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.transfer import stores
 from orbax_nnx_handler.transfer.collection import paused_collection
+from orbax_nnx_handler.transfer.leftovers import Leftover, read_leftovers
 from orbax_nnx_handler.transfer.stores import Store
 from orbax_nnx_handler.transfer.trees import STRING_TYPE, Tree, read_tree
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY, Driver, Encoding, parse_encoding
@@ -59,7 +60,8 @@ class Checkpoint:
         custom_metadata: What the program stored with the item.
         step_metadata: What the program stored with the step (MaxText says there
             whether layers are scanned).
-        values: The values that an older msgpack file held, or None.
+        values: The values that an older msgpack file held, and random state that
+            this library saved in the custom metadata; None without any.
         nodes: Every path of the disk's tree with its value type, empty nodes
             included: the containers that Orbax expects an item to have.
         arrays: Where each array lies; the values of a msgpack file are not in it.
@@ -110,14 +112,15 @@ def _read(directory: epath.Path) -> Checkpoint:
             leaves[path] = StoredLeaf(path=path, shape=values[path].shape, dtype=values[path].dtype)
         elif value_type == STRING_TYPE:
             leaves[path] = StoredLeaf(path=path, shape=(), dtype=None)
+    leftovers = read_leftovers(tree.custom)
     return Checkpoint(
         directory=directory,
-        leaves=leaves,
+        leaves=leaves | {path: _leftover_leaf(path, leftover) for path, leftover in leftovers.items()},
         lost=lost,
         disk_format=_disk_format(arrays.values(), bool(values)),
         custom_metadata=tree.custom,
         step_metadata=_read_step_metadata(directory),
-        values=values or None,
+        values=values | {path: leftover.value for path, leftover in leftovers.items()} or None,
         nodes=tree.nodes,
         arrays=arrays,
         writes_fill=tree.writes_fill,
@@ -185,6 +188,14 @@ def _array_leaf(path: Path, encoding: Encoding, key_impl: str | None) -> StoredL
         chunk_shape=encoding.chunk_shape[:rank],
         key_impl=key_impl,
     )
+
+
+def _leftover_leaf(path: Path, leftover: Leftover) -> StoredLeaf:
+    shape, impl = leftover.value.shape, leftover.key_impl
+    if impl is None:
+        return StoredLeaf(path=path, shape=shape, dtype=leftover.value.dtype)
+    dtype, bits = _key_type(impl)
+    return StoredLeaf(path=path, shape=shape[: len(shape) - len(bits)], dtype=dtype, key_impl=impl)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from orbax_nnx_handler.planning.linen_tree import Flavour, arrange
+from orbax_nnx_handler.planning.linen_tree import Flavour, arrange, is_nnx
 from orbax_nnx_handler.planning.optax_tree import Transformation
 from orbax_nnx_handler.transfer.leftovers import add_leftovers
 
@@ -28,13 +28,16 @@ def linen_save(
     they are, for Orbax to write in the background.
 
     Args:
-        given: Arguments whose item is NNX state; `save_args` mirror the item.
+        given: Stock arguments; `save_args` mirror the item. Returned as they are where
+            the item is no NNX state.
         flavour: The layout.
         tx: The optimizer's transformation, for the empty states of a bare State.
 
     Raises:
         ValueError: See `arrange` and `add_leftovers`.
     """
+    if not is_nnx(given.item):
+        return given
     arranged = arrange(given.item, flavour, tx)
     if not arranged.certain and flavour == "linen" and jax.process_index() == 0:
         logging.log_first_n(logging.WARNING, _UNCERTAIN, 1)

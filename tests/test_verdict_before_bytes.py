@@ -143,7 +143,7 @@ def _from_layer(path: Path, stored: str, case: Case) -> bool:
 
 
 def _missing_moment(case: Case, tree: Tree) -> Broken:
-    path, keys = _a_layer_weight(case)
+    path, _ = _a_layer_weight(case)
     del tree["opt_state"][0]["mu"]["params"]["token_embedder"]["embedding"]
     return Broken(tree, case.target, {("optimizer", "opt_state", 0, "mu", *path[1:])}, (MissingParamError,))
 

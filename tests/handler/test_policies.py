@@ -110,6 +110,15 @@ def test_init_takes_a_concrete_targets_own_value_and_leaves_the_target_alone(ite
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+def _host(module: nnx.Module) -> Any:
+    """Returns copies of all values on the host."""
+
+    def copy(leaf: jax.Array) -> Any:
+        return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+    return jax.tree.map(copy, nnx.state(module))
+
+
 def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -216,9 +225,12 @@ class TwoDropouts(nnx.Module):
         self.dropout = nnx.Linear(2, 2, rngs=rngs)
 
 
+def _named_like_random_state() -> dict[str, Any]:
+    return {name: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for name in ("key", "rngs", "dropout")}
+
+
 def test_derived_keys_differ_by_path_and_counts_are_zero(tmp_path) -> None:
-    weights = {name: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for name in ("key", "rngs", "dropout")}
-    item = save_stock(tmp_path / "item", {"params": weights})
+    item = save_stock(tmp_path / "item", {"params": _named_like_random_state()})
 
     model = restore(item, nnx.eval_shape(lambda: TwoDropouts(nnx.Rngs(0))))
     again = restore(item, nnx.eval_shape(lambda: TwoDropouts(nnx.Rngs(0))))

@@ -18,6 +18,7 @@ Orbax without any tree is the fifth: names joined by dots.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -42,6 +43,7 @@ _NODE_TYPES: Mapping[type, str] = {
 _ORBAX_PLACEHOLDERS = ("PLACEHOLDER://", "AGGREGATED://")
 _FLAX_PLACEHOLDER = "//GDAPlaceholder:"
 _FLAX_FOLDER = "_gda"
+_FLAX_FILE = re.compile(r"checkpoint_\d+")
 _BIG_VISION_SEPARATOR = "~"
 
 
@@ -99,6 +101,17 @@ def split_names(names: Iterable[str]) -> dict[Path, str]:
     names = sorted(names)
     separator = _BIG_VISION_SEPARATOR if any(_BIG_VISION_SEPARATOR in name for name in names) else "."
     return {tuple(name.split(separator)): name for name in names}
+
+
+def is_flax_file(path: epath.Path) -> bool:
+    """Tells whether a file is named as `flax.training.checkpoints` names a step's."""
+    return _FLAX_FILE.fullmatch(path.name) is not None and path.is_file()
+
+
+def last_of_big_vision(path: epath.Path) -> epath.Path:
+    """Returns the checkpoint that `<path>-LAST` points to, or the path itself if there is no such file."""
+    pointer = path.parent / f"{path.name}-LAST"
+    return path.parent / f"{path.name}-{pointer.read_text().strip()}" if pointer.is_file() else path
 
 
 def _unpack(file: epath.Path) -> object:

@@ -6,6 +6,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from orbax_nnx_handler.planning.errors import NotACheckpointError
+from orbax_nnx_handler.transfer import legacy
 
 _STEP = re.compile(r"(?:.*[_-])?(?P<step>\d+)")
 _USUAL_ITEMS = ("default", "items", "state", "params")
@@ -23,7 +24,7 @@ def find_item(path: epath.PathLike, item: str | None = None) -> epath.Path:
     Raises:
         NotACheckpointError: Says what the path is and which was probably meant.
     """
-    root = epath.Path(path)
+    root = legacy.last_of_big_vision(epath.Path(path))
     if not root.exists():
         raise NotACheckpointError(f"there is nothing at {root}.\nhint: {_nearby(root)}")
     if root.is_file() or is_item(root):
@@ -44,7 +45,7 @@ def steps_of(root: epath.Path) -> dict[int, epath.Path]:
     found: dict[int, epath.Path] = {}
     for child in root.iterdir():
         match = _STEP.fullmatch(child.name)
-        if match and ocp.utils.is_checkpoint_finalized(child):
+        if match and (legacy.is_flax_file(child) or ocp.utils.is_checkpoint_finalized(child)):
             found[int(match["step"])] = child
     return dict(sorted(found.items()))
 
@@ -57,7 +58,7 @@ def _newest_step(root: epath.Path) -> epath.Path | None:
 def _item_of_step(step: epath.Path, item: str | None) -> epath.Path:
     if item is not None:
         return _named_item(step, item)
-    if is_item(step) or step.is_file():
+    if step.is_file() or is_item(step):
         return step
     items = [child for child in sorted(step.iterdir()) if child.is_dir() and is_item(child)]
     usual = [child for name in _USUAL_ITEMS for child in items if child.name == name]

@@ -42,8 +42,27 @@ def _fits(stored: Stored) -> bool:
 def _place(stored: Stored) -> tuple[Placement, ...]:
     parameters = {_text(path[1:]) for path in stored if path[0] == "params"}
     slots = {path: _slot(path[1:], parameters) for path in stored if path[0] == "opt"}
-    names = _named(set(slots.values()), {_slot_kind(path[1:], parameters) for path in slots})
-    return tuple(_placement(stored, path, slots, names) for path in stored)
+    kinds = {_slot_kind(path[1:], parameters) for path in slots}
+    names = _named(set(slots.values()), kinds)
+    step = _step(slots, names, kinds)
+    return tuple(
+        Placement(leaf=stored[path], section="step", path=path, slot=("count",))
+        if path == step
+        else _placement(stored, path, slots, names)
+        for path in stored
+    )
+
+
+def _step(
+    slots: Mapping[Path, Path], names: Mapping[Path, Path], kinds: Collection[tuple[Path, str]]
+) -> Path | None:
+    """Returns the count of the schedule, which is the step (big_vision/optax.py `get_count`)."""
+    states = {slot[:-1] for slot, _ in kinds}
+    alone = {state for state in states if sum(slot[:-1] == state for slot, _ in kinds) == 1}
+    counts = [
+        path for path, slot in slots.items() if slot[:-1] in alone and names.get(slot, slot)[-1] == "count"
+    ]
+    return min(counts, default=None, key=lambda path: int(str(path[1])))
 
 
 def _placement(

@@ -1,0 +1,215 @@
+"""Small programs, in Linen and in NNX, whose checkpoints are written in every layout.
+
+A restored state is right if the NNX program goes on as the Linen program does:
+the same logits now, and after each of two more training steps, in which every
+weight, statistic, moment and count has its part.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from orbax_nnx_handler import restore
+from tests.layouts import vision
+
+# The same sums in another order, three times over.
+TOLERANCE = 1e-4
+STEP = 3
+
+
+# Compared by identity: arrays have no hash, and a program is built once.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """One model and its training, in Linen and in NNX.
+
+    Attributes:
+        linen: The Linen model; takes `inputs` and `train`.
+        nnx: Builds the NNX model; called the same way.
+        inputs: A batch.
+        labels: A class for each example.
+        optimizer: The optimizer of both programs.
+        renames: The names that nobody can know.
+    """
+
+    linen: nn.Module
+    nnx: Callable[[nnx.Rngs], nnx.Module]
+    inputs: np.ndarray
+    labels: np.ndarray
+    optimizer: optax.GradientTransformation
+    renames: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A Linen train state: `statistics` is empty for a model without."""
+
+    params: Any
+    statistics: Any
+    opt_state: Any
+    step: int
+
+
+class LinenPerceptron(nn.Module):
+    """Two layers with batch normalisation between them."""
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> Any:
+        x = nn.Dense(8, name="up")(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+        return nn.Dense(3, name="down")(nn.relu(x))
+
+
+class NnxPerceptron(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.up = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+        self.down = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x: Any, *, train: bool) -> Any:
+        return self.down(nnx.relu(self.norm(self.up(x), use_running_average=not train)))
+
+
+OPTIMIZERS = {
+    "adam": lambda: optax.adam(1e-2, eps=1e-4),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    # The wider kernel is factored, the other one is not.
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4, momentum=0.9),
+}
+
+
+@functools.cache
+def perceptron(optimizer: str) -> Program:
+    """The perceptron, names the same on both sides."""
+    return Program(
+        linen=LinenPerceptron(),
+        nnx=NnxPerceptron,
+        inputs=np.random.default_rng(0).normal(0.2, 1.0, (12, 4)).astype(np.float32),
+        labels=np.arange(12) % 3,
+        optimizer=OPTIMIZERS[optimizer](),
+    )
+
+
+@functools.cache
+def vision_transformer(optimizer: Callable[[], optax.GradientTransformation]) -> Program:
+    """big_vision's ViT with scanned blocks, and an NNX one with a list of them."""
+    return Program(
+        linen=vision.LinenViT(),
+        nnx=vision.NnxViT,
+        inputs=np.random.default_rng(0).normal(0.2, 1.0, (6, 4, 4, 3)).astype(np.float32),
+        labels=np.arange(6) % 3,
+        optimizer=optimizer(),
+        renames=vision.RENAMES,
+    )
+
+
+@functools.cache
+def trained(program: Program) -> Trained:
+    """The Linen train state after three steps from random weights."""
+    shapes = jax.eval_shape(lambda x: program.linen.init(jax.random.key(0), x, train=False), program.inputs)
+    variables = jax.tree_util.tree_map_with_path(_draw, shapes)
+    params, statistics = variables["params"], variables.get("batch_stats", {})
+    state = Trained(params=params, statistics=statistics, opt_state=program.optimizer.init(params), step=0)
+    for _ in range(STEP):
+        _, state = _linen_step(program, state)
+    return state
+
+
+def _draw(keys: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    chance = np.random.default_rng(zlib.crc32(path.encode()))
+    if path.endswith(("scale", "var")):
+        return chance.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+    return chance.normal(0.0, 0.5, leaf.shape).astype(leaf.dtype)
+
+
+@functools.cache
+def expected(program: Program) -> list[np.ndarray]:
+    """The Linen program's logits now and after each of two more steps."""
+    state, logits = trained(program), []
+    for _ in range(3):
+        before, state = _linen_step(program, state)
+        logits.append(before)
+    return logits
+
+
+def restored(program: Program, path: Path, **options: Any) -> tuple[Any, Any]:
+    """Restores model and optimizer; nothing may be missing or left over."""
+
+    def build() -> tuple[Any, Any]:
+        model = program.nnx(nnx.Rngs(0))
+        return model, nnx.Optimizer(model, program.optimizer, wrt=nnx.Param)
+
+    options = {"policy": "error", "unexpected": "error", "renames": program.renames, **options}
+    return restore(path, nnx.eval_shape(build), **options)
+
+
+def goes_on(program: Program, model: Any, optimizer: Any) -> None:
+    """Raises AssertionError unless the NNX program now does what the Linen program does."""
+    assert int(optimizer.step.get_value()) == STEP
+    for number, logits in enumerate(expected(program)):
+        found = _nnx_step(model, optimizer, program.inputs, program.labels)
+        np.testing.assert_allclose(
+            found, logits, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"after {number} steps"
+        )
+
+
+def assert_goes_on(program: Program, path: Path, **options: Any) -> None:
+    """Restores a checkpoint of `trained(program)` and raises AssertionError unless it goes on."""
+    goes_on(program, *restored(program, path, **options))
+
+
+def _loss(logits: Any, labels: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@functools.cache
+def _linen_update(program: Program) -> Callable[..., Any]:
+    def logits_of(variables: Any, *, train: bool) -> tuple[Any, Any]:
+        return program.linen.apply(variables, program.inputs, train=train, mutable=["batch_stats"])
+
+    @jax.jit
+    def update(params: Any, statistics: Any, opt_state: Any) -> tuple[Any, Any, Any, Any]:
+        def objective(params: Any) -> tuple[Any, Any]:
+            logits, after = logits_of({"params": params, "batch_stats": statistics}, train=True)
+            return _loss(logits, program.labels), after.get("batch_stats", {})
+
+        before, _ = logits_of({"params": params, "batch_stats": statistics}, train=False)
+        gradients, after = jax.grad(objective, has_aux=True)(params)
+        updates, opt_state = program.optimizer.update(gradients, opt_state, params)
+        return before, optax.apply_updates(params, updates), after, opt_state
+
+    return update
+
+
+def _linen_step(program: Program, state: Trained) -> tuple[np.ndarray, Trained]:
+    """Returns the logits before a step, and the state after it."""
+    logits, params, statistics, opt_state = _linen_update(program)(
+        state.params, state.statistics, state.opt_state
+    )
+    after = Trained(params=params, statistics=statistics, opt_state=opt_state, step=state.step + 1)
+    return np.asarray(logits), after
+
+
+@nnx.jit
+def _nnx_step(model: Any, optimizer: Any, inputs: Any, labels: Any) -> Any:
+    """Returns the logits before a step, which changes model and optimizer in place."""
+    before = model(inputs, train=False)
+    gradients = nnx.grad(lambda model: _loss(model(inputs, train=True), labels))(model)
+    optimizer.update(model, gradients)
+    return before
+
+
+def as_numpy(tree: Any) -> Any:
+    """Returns a tree with its arrays on the host."""
+    return jax.tree.map(np.asarray, tree)

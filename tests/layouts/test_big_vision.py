@@ -1,0 +1,43 @@
+"""big_vision: arrays named by their paths, optimizer fields by their numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import optax
+import pytest
+
+from tests.layouts import writers
+from tests.layouts.programs import assert_goes_on, trained, vision_transformer
+
+# What its configurations call `optax_name`.
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": lambda: writers.big_vision_optimizer(optax.scale_by_adam(b2=0.95, eps=1e-4)),
+    "adafactor": lambda: writers.big_vision_optimizer(writers.big_vision_adafactor()),
+    "momentum": lambda: writers.big_vision_optimizer(optax.trace(decay=0.9)),
+}
+
+
+def written(root: Path, optimizer: str) -> Path:
+    state = trained(vision_transformer(OPTIMIZERS[optimizer]))
+    return writers.write_big_vision(root, state.params, state.opt_state)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_train_state_goes_on_in_nnx(tmp_path: Path, optimizer: str) -> None:
+    path = written(tmp_path, optimizer)
+
+    assert_goes_on(vision_transformer(OPTIMIZERS[optimizer]), path)
+
+
+def test_the_directory_of_all_steps_means_its_newest(tmp_path: Path) -> None:
+    written(tmp_path, "adam")
+
+    assert_goes_on(vision_transformer(OPTIMIZERS["adam"]), tmp_path)
+
+
+def test_the_pointer_to_the_last_checkpoint_is_followed(tmp_path: Path) -> None:
+    kept = written(tmp_path, "adam")
+    kept.rename(f"{kept}-tmp")  # Not to be kept for good, in big_vision's words.
+    (tmp_path / "checkpoint.bv-LAST").write_text("000000003-tmp")
+
+    assert_goes_on(vision_transformer(OPTIMIZERS["adam"]), tmp_path / "checkpoint.bv")

@@ -24,11 +24,27 @@ from orbax_nnx_handler.planning.errors import (
 )
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.report import RestoreReport
-from orbax_nnx_handler.planning.rules import Rename
+from orbax_nnx_handler.planning.rules import (
+    Cast,
+    Drop,
+    Fuse,
+    Rename,
+    Reshape,
+    Scale,
+    ScanAxis,
+    Split,
+    StackLayers,
+    Transpose,
+    UnstackLayers,
+    invert,
+)
 
 __all__ = [
     "AmbiguousMappingError",
+    "Cast",
+    "Drop",
     "DtypeMismatchError",
+    "Fuse",
     "KeyMismatchError",
     "MissingParamError",
     "MissingParamRestoreArgs",
@@ -37,16 +53,24 @@ __all__ = [
     "NNXLinenSave",
     "NotACheckpointError",
     "Rename",
+    "Reshape",
     "RestoreError",
     "RestorePlan",
     "RestoreReport",
     "RuleError",
+    "Scale",
+    "ScanAxis",
     "ShapeMismatchError",
+    "Split",
+    "StackLayers",
+    "Transpose",
     "UnexpectedParamError",
     "UnknownLayoutError",
     "UnmappedValueError",
+    "UnstackLayers",
     "UnusedRuleError",
     "handler_registry",
+    "invert",
     "plan_restore",
     "restore",
     "save",

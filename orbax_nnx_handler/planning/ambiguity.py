@@ -1,19 +1,27 @@
 """Mappings with two possible readings, as errors that show both."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from orbax_nnx_handler.planning.errors import AmbiguousMappingError, RestoreError, UnusedRuleError
+from orbax_nnx_handler.planning.errors import (
+    AmbiguousMappingError,
+    RestoreError,
+    RuleError,
+    UnusedRuleError,
+)
 from orbax_nnx_handler.planning.mapping import LeafMapping
 from orbax_nnx_handler.planning.matching import Rivals
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.recipes import reads, render_reads
 from orbax_nnx_handler.planning.restacking import UnclearAxis
+from orbax_nnx_handler.planning.rules import ScanAxis
 
 
 def two_layouts(first: LeafMapping, second: LeafMapping) -> AmbiguousMappingError:
     """Returns the error for a tree that two layouts read differently, equally well."""
     paths = [path for path in first.found if second.found.get(path) != first.found[path]]
-    rows = [f"  {render(path)}  <-  {_source(first, path)}  or  {_source(second, path)}" for path in paths[:10]]
+    rows = [
+        f"  {render(path)}  <-  {_source(first, path)}  or  {_source(second, path)}" for path in paths[:10]
+    ]
     return AmbiguousMappingError(
         f"the checkpoint can be read as {first.layout.title} or as {second.layout.title}, "
         f"and {len(paths)} leaves would differ:\n" + "\n".join(rows) + "\n"
@@ -32,7 +40,7 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
     if mapping.rivals:
         yield _rivals(mapping.rivals)
     for group in mapping.unclear:
-        yield _unclear(group)
+        yield _unclear(group, mapping.applied.axes)
     idle = _idle_rules(mapping)
     if idle is not None:
         yield idle
@@ -52,8 +60,15 @@ def _rivals(rivals: tuple[Rivals, ...]) -> AmbiguousMappingError:
     )
 
 
-def _unclear(group: UnclearAxis) -> AmbiguousMappingError:
+def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
     name = "/".join((*group.group.parent, group.group.name)).replace("/#", "_")
+    if not group.axes:
+        listed = "\n".join(f"  {rule}" for rule in rules)
+        return RuleError(
+            f"the layers of {name} cannot be stacked on the axis that a rule says: the shapes of its "
+            f"{len(group.tokens)} wanted leaves do not come out.\n{listed}",
+            paths=[tuple(tokens) for tokens in group.tokens],
+        )
     axes = " or ".join(map(str, group.axes))
     return AmbiguousMappingError(
         f"the layers of {name} can be stacked on axis {axes}: the shapes of its "
@@ -68,14 +83,16 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     used = mapping.used()
     idle = [
         (rule, entries[0])
-        for rule, entries in mapping.hits.items()
+        for rule, entries in mapping.applied.made
         if entries and not any(path in used for entry in entries for path in reads(entry.recipe))
     ]
     if not idle:
         return None
-    rows = [f"  {rule}: {render_reads(entry.recipe)} becomes {'/'.join(entry.segments)}" for rule, entry in idle]
+    rows = [
+        f"  {rule}: {render_reads(entry.recipe)} becomes {'/'.join(entry.segments)}" for rule, entry in idle
+    ]
     return UnusedRuleError(
         f"{len(idle)} rules lead to no wanted leaf:\n" + "\n".join(rows) + "\n"
-        "hint: the right side of a rule is the wanted path as the target spells it; correct it or take it out.",
+        "hint: a rule writes the wanted path as the target spells it; correct it or take it out.",
         paths=[entry.sources[0] for _, entry in idle],
     )

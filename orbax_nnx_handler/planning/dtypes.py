@@ -28,6 +28,14 @@ def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -
     return None
 
 
+def changes_values(stored: np.dtype[Any] | None, wanted: np.dtype[Any]) -> bool:
+    """Tells whether a cast does more than round: floats to integers, complex to real, integers cut off."""
+    if stored is None:
+        return True
+    both_floats = jnp.issubdtype(stored, jnp.floating) and jnp.issubdtype(wanted, jnp.floating)
+    return not both_floats and not _holds(wanted, stored)
+
+
 def same_key(impl: str | None, dtype: Any) -> bool:
     """Tells whether a stored key's implementation is that of a wanted key dtype."""
     return impl is not None and jax.random.key(0, impl=impl).dtype == dtype

@@ -26,6 +26,8 @@ class Entry:
         reason: What was done to the stored leaf and by whom; empty for nothing.
         prefix: The stored segments above the collection's paths (`params/params`).
         fixed: Which segments a rename wrote; those are not renamed again.
+        named: Whether a rule gave it its path, which then is a wanted one.
+        cast: The dtype that a rule casts it to, or None.
     """
 
     segments: tuple[str, ...]
@@ -36,6 +38,8 @@ class Entry:
     reason: str = ""
     prefix: tuple[str, ...] = ()
     fixed: tuple[bool, ...] = ()
+    named: bool = False
+    cast: np.dtype[Any] | None = None
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ ones (`adafactor`'s `v_row`, `v_col`) lack an axis, and the ones that an
 optimizer does not use for a parameter are placeholders of one element.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from orbax_nnx_handler.planning.recipes import (
     Read,
     Recipe,
     RecipeError,
+    Slice,
     Stack,
+    Transpose,
     children,
     reads,
     shape_of,
@@ -29,7 +32,9 @@ from orbax_nnx_handler.planning.recipes import (
 Shapes = Mapping[Path, Shape]
 
 
-def follow(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shapes, wanted: Shape) -> Recipe | None:
+def follow(
+    recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shapes, wanted: Shape, slot: str = ""
+) -> Recipe | None:
     """Returns how a moment is made, given how its parameter is made.
 
     Args:
@@ -37,6 +42,7 @@ def follow(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shape
         moments: The stored moments of one slot, by their parameters' stored paths.
         parameters: Shapes of the stored parameters.
         wanted: The wanted moment's shape.
+        slot: The last name of the slot (`v_row`).
 
     Returns:
         The recipe, with `Fill` for layers whose moment is not stored; None if
@@ -55,14 +61,16 @@ def follow(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shape
     if placeholder and shapes[moments[stored[0]].path] == wanted:
         # An unused slot: optax keeps one zero for it whatever the layer count.
         return Read(moments[stored[0]].path)
-    return _reduced(recipe, moments, parameters, wanted)
+    return _Reduced(moments=moments, parameters=parameters, slot=slot).recipe(recipe, wanted)
 
 
 def _prune(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shapes) -> Recipe | None:
     """Replaces parameters by moments; a stack keeps a `Fill` where one is absent."""
     if isinstance(recipe, Stack):
         empty = Fill(shape_of(recipe.sources[0], parameters))
-        return Stack(tuple(_prune(part, moments, parameters) or empty for part in recipe.sources), recipe.axis)
+        return Stack(
+            tuple(_prune(part, moments, parameters) or empty for part in recipe.sources), recipe.axis
+        )
     if isinstance(recipe, Fill):
         return recipe
     if any(path not in moments for path in reads(recipe)):
@@ -70,55 +78,79 @@ def _prune(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shape
     return substitute(recipe, lambda path: Read(moments[path].path))
 
 
-def _reduced(
-    recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shapes, wanted: Shape
-) -> Recipe | None:
-    """Rewrites the axes of a recipe for moments that lack one axis of their parameter."""
-    if any(path not in moments for path in reads(recipe)):
-        return None
-    for axis in _lost_axes(shape_of(recipe, parameters), wanted):
-        moved = _without_axis(recipe, axis, moments, parameters)
-        shapes = {moments[path].path: moments[path].shape for path in reads(recipe)}
-        try:
-            if moved is not None and shape_of(moved, shapes) == wanted:
-                return moved
-        except RecipeError:
-            continue
-    return None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reduced:
+    """Moments that lack one axis of their parameters."""
 
+    moments: Mapping[Path, StoredLeaf]
+    parameters: Shapes
+    slot: str
 
-def _lost_axes(parameter: Shape, moment: Shape) -> list[int]:
-    """Returns the axes whose loss explains a moment's shape.
-
-    The two that optax factors, the largest ones (`optax.scale_by_factored_rms`),
-    come first; later ones of equal size win, as `numpy.argsort` orders them.
-    """
-    order = [int(axis) for axis in np.argsort(parameter)[::-1]]
-    return [axis for axis in order if (*parameter[:axis], *parameter[axis + 1 :]) == moment]
-
-
-def _without_axis(
-    recipe: Recipe, lost: int, moments: Mapping[Path, StoredLeaf], parameters: Shapes
-) -> Recipe | None:
-    """Returns the recipe on moments that lack axis `lost` of the recipe's result."""
-    match recipe:
-        case Read(path):
-            return Read(moments[path].path)
-        case Index(source, axis, index):
-            inner = lost if lost < axis else lost + 1
-            moved = _without_axis(source, inner, moments, parameters)
-            return None if moved is None else Index(moved, axis - (inner < axis), index)
-        case Stack(sources, axis) if lost != axis:
-            inner = lost if lost < axis else lost - 1
-            parts = [_without_axis(part, inner, moments, parameters) for part in sources]
-            whole = [part for part in parts if part is not None]
-            return Stack(tuple(whole), axis - (lost < axis)) if len(whole) == len(parts) else None
-        case Concat(sources, axis) if lost != axis:
-            parts = [_without_axis(part, lost, moments, parameters) for part in sources]
-            whole = [part for part in parts if part is not None]
-            return Concat(tuple(whole), axis - (lost < axis)) if len(whole) == len(parts) else None
-        case _:
+    def recipe(self, recipe: Recipe, wanted: Shape) -> Recipe | None:
+        """Returns a parameter's recipe with its axes rewritten for the moment."""
+        if any(path not in self.moments for path in reads(recipe)):
             return None
+        for axis in self._lost_axes(shape_of(recipe, self.parameters), wanted):
+            moved = self._without_axis(recipe, axis)
+            shapes = {self.moments[path].path: self.moments[path].shape for path in reads(recipe)}
+            try:
+                if moved is not None and shape_of(moved, shapes) == wanted:
+                    return moved
+            except RecipeError:
+                continue
+        return None
+
+    def _lost_axes(self, parameter: Shape, moment: Shape) -> list[int]:
+        """Returns the axes whose loss explains a moment's shape.
+
+        optax factors the two largest axes, the later one of equal size winning,
+        as `numpy.argsort` orders them: `v_row` lacks the largest, `v_col` the
+        second (`optax.scale_by_factored_rms`). Where the name does not tell,
+        every axis is possible that the shapes allow.
+        """
+        order = [int(axis) for axis in np.argsort(parameter)[::-1]]
+        possible = [axis for axis in order if (*parameter[:axis], *parameter[axis + 1 :]) == moment]
+        rank = _FACTORED.get(self.slot, len(order))
+        return [order[rank]] if rank < len(order) and order[rank] in possible else possible
+
+    def _without_axis(self, recipe: Recipe, lost: int) -> Recipe | None:
+        """Returns the recipe on moments that lack axis `lost` of the recipe's result."""
+        match recipe:
+            case Read(path):
+                moment = self.moments[path]
+                return (
+                    Read(moment.path)
+                    if lost in self._lost_axes(self.parameters[path], moment.shape)
+                    else None
+                )
+            case Index(source, axis, index):
+                inner = lost if lost < axis else lost + 1
+                moved = self._without_axis(source, inner)
+                return None if moved is None else Index(moved, axis - (inner < axis), index)
+            case Slice(source, axis, start, size) if lost != axis:
+                moved = self._without_axis(source, lost)
+                return None if moved is None else Slice(moved, axis - (lost < axis), start, size)
+            case Transpose(source, permutation):
+                inner = permutation[lost]
+                moved = self._without_axis(source, inner)
+                kept = tuple(axis - (axis > inner) for axis in permutation if axis != inner)
+                return None if moved is None else Transpose(moved, kept)
+            case Stack(sources, axis) if lost != axis:
+                parts = self._parts(sources, lost if lost < axis else lost - 1)
+                return None if parts is None else Stack(parts, axis - (lost < axis))
+            case Concat(sources, axis) if lost != axis:
+                parts = self._parts(sources, lost)
+                return None if parts is None else Concat(parts, axis - (lost < axis))
+            case _:
+                return None
+
+    def _parts(self, sources: Iterable[Recipe], lost: int) -> tuple[Recipe, ...] | None:
+        parts = [self._without_axis(part, lost) for part in sources]
+        whole = tuple(part for part in parts if part is not None)
+        return whole if len(whole) == len(parts) else None
+
+
+_FACTORED = {"v_row": 0, "v_col": 1}
 
 
 def missing_layers(recipe: Recipe) -> tuple[int, ...]:

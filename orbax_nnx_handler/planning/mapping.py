@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from orbax_nnx_handler.planning.entries import Entry, model_entries
+from orbax_nnx_handler.planning.entries import model_entries
+from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.following import follow, missing_layers
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.matching import Found, Matcher, ModelMatch, Rivals
@@ -17,12 +18,14 @@ from orbax_nnx_handler.planning.moments import (
 )
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+from orbax_nnx_handler.planning.plan import Discarded
 from orbax_nnx_handler.planning.random_state import find_random
 from orbax_nnx_handler.planning.recipes import Read, reads
 from orbax_nnx_handler.planning.restacking import UnclearAxis
 from orbax_nnx_handler.planning.roles import Wanted, of_role
 from orbax_nnx_handler.planning.roots import Roots, Tokens, find_roots, strip
-from orbax_nnx_handler.planning.rules import Rule, apply_rules
+from orbax_nnx_handler.planning.rule_faults import StuckMoment, moment_faults, rule_faults, why_stuck
+from orbax_nnx_handler.planning.rules import Casts, Rule, RulesApplied, apply_rules
 from orbax_nnx_handler.planning.structures import Homeless
 
 
@@ -38,7 +41,9 @@ class LeafMapping:
         rivals: Wanted leaves that several stored leaves claim.
         unclear: Layer groups whose stacked axis is open.
         homeless: Stored values that NNX has no home for; they must be zero.
-        hits: For each rule, the entries it changed.
+        discarded: Stored values that the user's rules leave behind, moments included.
+        applied: What the user's rules made of the stored model.
+        faults: What is wrong with single rules: moments that cannot follow, axes that do not fit.
     """
 
     layout: Layout
@@ -48,7 +53,9 @@ class LeafMapping:
     rivals: tuple[Rivals, ...]
     unclear: tuple[UnclearAxis, ...]
     homeless: tuple[Homeless, ...]
-    hits: Mapping[Rule, Sequence[Entry]]
+    discarded: Mapping[Path, Discarded]
+    applied: RulesApplied
+    faults: tuple[RestoreError, ...] = ()
 
     def used(self) -> set[Path]:
         """Returns the stored paths that the result is made from."""
@@ -71,18 +78,20 @@ def map_leaves(
     """
     placements = layout.place(stored)
     original = model_entries(placements)
-    entries, hits = apply_rules(original, rules)
+    applied = apply_rules(original, rules)
+    entries = applied.entries
     moments_wanted = of_role(wanted, "optimizer")
     model = of_role(wanted, "model", "transient", "random")
     roots = find_roots([w.tokens for w in model if w.role == "model"], [e.tokens for e in entries])
     moments = read_moments(placements, parameter_paths(original, roots.stored))
     split = _split(moments_wanted, model, moments, roots)
     virtual = [] if of_role(model, "model") else _virtual_parameters(split)
-    match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots).match()
+    match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots, axes=applied.axes).match()
     found = dict(match.found)
     _add_outside_model(found, wanted, placements, roots)
     parameters = {strip(w.tokens, roots.wanted): w.leaf.path for w in [*of_role(model, "model"), *virtual]}
-    _add_moments(found, split, moments, parameters, stored)
+    stuck = _add_moments(found, split, moments, parameters, stored, applied.casts)
+    faults = [*rule_faults(applied, match, found), *moment_faults(stuck)]
     return LeafMapping(
         layout=layout,
         found={item.leaf.path: found[item.leaf.path] for item in wanted if item.leaf.path in found},
@@ -91,7 +100,9 @@ def map_leaves(
         rivals=match.rivals,
         unclear=match.unclear,
         homeless=_homeless(match, moments, stored),
-        hits=hits,
+        discarded=_discarded(applied, moments, stored),
+        applied=applied,
+        faults=tuple(faults),
     )
 
 
@@ -137,10 +148,12 @@ def _add_moments(
     moments: StoredMoments,
     parameters: Mapping[Tokens, Path],
     stored: Stored,
-) -> None:
+    casts: Casts,
+) -> list[StuckMoment]:
     slots = {item.slot for item in split if item.parameter is not None}
     scalars = {item.slot for item in split if item.parameter is None}
     shapes = {path: leaf.shape for path, leaf in stored.items()}
+    stuck: list[StuckMoment] = []
     for item in split:
         path = item.wanted.leaf.path
         if item.parameter is None:
@@ -151,14 +164,18 @@ def _add_moments(
         slot = moments.slot(item.slot, slots)
         parameter = found.get(parameters[item.parameter]) if item.parameter in parameters else None
         if slot is None or parameter is None:
-            orphan = moments.orphan(item.slot, item.parameter)
-            if orphan is not None:
-                found[path] = Found(recipe=Read(orphan.path))
             continue
-        recipe = follow(parameter.recipe, moments.slots[slot], shapes, item.wanted.leaf.shape)
+        why = why_stuck(parameter.recipe, moments.slots[slot], stored, casts)
+        if why:
+            stuck.append(StuckMoment(path=path, parameter=parameter.recipe, reason=parameter.reason, why=why))
+            continue
+        recipe = follow(
+            parameter.recipe, moments.slots[slot], shapes, item.wanted.leaf.shape, slot[-1] if slot else ""
+        )
         if recipe is not None:
             gaps = parameter.missing_layers or missing_layers(recipe)
             found[path] = dataclasses.replace(parameter, recipe=recipe, missing_layers=gaps)
+    return stuck
 
 
 def _homeless(match: ModelMatch, moments: StoredMoments, stored: Stored) -> tuple[Homeless, ...]:
@@ -170,3 +187,13 @@ def _homeless(match: ModelMatch, moments: StoredMoments, stored: Stored) -> tupl
             if moment is not None:
                 found.append(dataclasses.replace(item, leaf=stored[moment.path]))
     return tuple(found)
+
+
+def _discarded(applied: RulesApplied, moments: StoredMoments, stored: Stored) -> dict[Path, Discarded]:
+    found = {path: Discarded(leaf=stored[path], reason=reason) for path, reason in applied.discarded.items()}
+    for slot in moments.slots.values():
+        for parameter, reason in applied.discarded.items():
+            if parameter in slot:
+                path = slot[parameter].path
+                found[path] = Discarded(leaf=stored[path], reason=reason)
+    return found

@@ -4,17 +4,17 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import cast
 
 from flax import nnx
 
 from orbax_nnx_handler.planning.entries import Entry
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.paths import Path, segments
-from orbax_nnx_handler.planning.recipes import Read, Recipe, reads, shape_of
+from orbax_nnx_handler.planning.recipes import Read, Recipe, reads, shape_of, substitute
 from orbax_nnx_handler.planning.restacking import Piece, Side, UnclearAxis, pieces_of, restack
 from orbax_nnx_handler.planning.roles import Wanted
 from orbax_nnx_handler.planning.roots import Roots, Tokens, strip
+from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.structures import Homeless, derive
 
 
@@ -45,12 +45,13 @@ class Rivals:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelMatch:
-    """The model's part of a mapping."""
+    """The model's part of a mapping; `groups` are the layer groups that had to be arranged anew."""
 
     found: Mapping[Path, Found]
     rivals: tuple[Rivals, ...] = ()
     unclear: tuple[UnclearAxis, ...] = ()
     homeless: tuple[Homeless, ...] = ()
+    groups: frozenset[Tokens] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Matcher:
     wanted: Sequence[Wanted]
     entries: Sequence[Entry]
     roots: Roots
+    axes: Sequence[ScanAxis] = ()
 
     @cached_property
     def index(self) -> Mapping[Tokens, list[Entry]]:
@@ -90,7 +92,7 @@ class Matcher:
         used = {id(entry) for entry in fitting.values()}
         free = [entry for entry in self.entries if id(entry) not in used]
         derived, homeless = self._derived(free)
-        restacked, unclear = self._restacked(left, [*free, *derived.values()])
+        restacked, unclear, groups = self._restacked(left, [*free, *derived.values()])
         found = {path: Found(recipe=e.recipe, reason=e.reason) for path, e in fitting.items()}
         for item in left:
             by_structure = derived.get(self._below[item.leaf.path])
@@ -100,13 +102,19 @@ class Matcher:
         # A leaf with the right path and the wrong shape: better shown as that than as missing.
         for item, entry in direct:
             found.setdefault(item.leaf.path, Found(recipe=entry.recipe, reason=entry.reason))
-        return ModelMatch(found=found, rivals=tuple(rivals), unclear=tuple(unclear), homeless=tuple(homeless))
+        return ModelMatch(
+            found=found,
+            rivals=tuple(rivals),
+            unclear=tuple(unclear),
+            homeless=tuple(homeless),
+            groups=frozenset(groups),
+        )
 
     def _readings(self, entry: Entry) -> list[Tokens]:
         readings = [strip(entry.tokens, self.roots.stored)]
         if entry.unboxed is not None:
             readings.append(strip(entry.unboxed, self.roots.stored))
-        if any(entry.fixed) and self.roots.wanted:
+        if entry.named and self.roots.wanted:
             # A rename may have been written with the wanted path from the target's root.
             readings += [strip(tokens, self.roots.wanted) for tokens in readings]
         return list(dict.fromkeys(readings))
@@ -130,7 +138,7 @@ class Matcher:
             own = [entry for entry in own if entry.collection is None]
         if not own and self._may_stray(item):
             own = [entry for entry in claims if not self._shadows(entry.collection)]
-        if len(own) > 1 and not any(any(entry.fixed) for entry in own):
+        if len(own) > 1 and not any(entry.named for entry in own):
             exact = [entry for entry in own if entry.segments == self._segments(item)]
             own = exact or own
         return own
@@ -157,17 +165,19 @@ class Matcher:
         return len(paths & self._collections.get("params", set())) * 2 > len(paths)
 
     def _derived(self, free: Sequence[Entry]) -> tuple[dict[Tokens, Entry], list[Homeless]]:
-        plain = {strip(e.tokens, self.roots.stored): e for e in free if isinstance(e.recipe, Read)}
-        leaves = {tokens: _as_leaf(entry) for tokens, entry in plain.items()}
+        leaves = {
+            strip(entry.tokens, self.roots.stored): _as_leaf(entry, at) for at, entry in enumerate(free)
+        }
         derived, homeless = derive(leaves)
-        shapes = {entry.sources[0]: entry for entry in plain.values()}
-        entries = {item.path: _entry_of(item.path, item.recipe, item.reason, shapes) for item in derived}
-        return entries, homeless
+        sources = {_as_leaf(entry, at).path: entry for at, entry in enumerate(free)}
+        entries = {item.path: _entry_of(item.path, item.recipe, item.reason, sources) for item in derived}
+        return entries, [item for item in homeless if isinstance(sources[item.leaf.path].recipe, Read)]
 
     def _restacked(
         self, left: Sequence[Wanted], free: Sequence[Entry]
-    ) -> tuple[dict[Path, Found], list[UnclearAxis]]:
+    ) -> tuple[dict[Path, Found], list[UnclearAxis], set[Tokens]]:
         found: dict[Path, Found] = {}
+        groups: set[Tokens] = set()
         unclear: list[UnclearAxis] = []
         for collection in dict.fromkeys(item.collection for item in left):
             some = [item for item in left if item.collection == collection]
@@ -180,14 +190,17 @@ class Matcher:
                 list(self._stored_pieces(free, collection)),
                 list(self._stored_pieces(self.entries, collection)),
             )
-            made, open_groups = restack(wanted, stored)
+            made, open_groups = restack(wanted, stored, {rule.tokens: rule.axis for rule in self.axes})
             unclear += open_groups
+            groups |= {
+                (*group.parent, group.name) for group, _ in wanted.by_key.keys() & stored.by_key.keys()
+            }
             for tokens, item in made.items():
                 leaf = paths[tokens].leaf
                 found[leaf.path] = Found(
                     recipe=item.recipe, missing_layers=item.missing, surplus=item.surplus
                 )
-        return found, unclear
+        return found, unclear, groups
 
     def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[Piece]:
         for entry in free:
@@ -200,18 +213,20 @@ def _transient(item: Wanted) -> bool:
     return item.role == "transient"
 
 
-def _as_leaf(entry: Entry) -> StoredLeaf:
-    return StoredLeaf(path=cast(Read, entry.recipe).path, shape=entry.shape, dtype=entry.dtype)
+def _as_leaf(entry: Entry, number: int) -> StoredLeaf:
+    """Returns an entry as a stored leaf; its path is made up where a rule acted on its value."""
+    path: Path = entry.recipe.path if isinstance(entry.recipe, Read) else ("(by rule)", number)
+    return StoredLeaf(path=path, shape=entry.shape, dtype=entry.dtype)
 
 
 def _entry_of(tokens: Tokens, recipe: Recipe, reason: str, sources: Mapping[Path, Entry]) -> Entry:
-    first = sources[next(iter(reads(recipe)))]
-    shapes = {path: entry.shape for path, entry in sources.items()}
+    parts = [sources[path] for path in reads(recipe)]
     return dataclasses.replace(
-        first,
+        parts[0],
         segments=tokens,
-        recipe=recipe,
-        shape=shape_of(recipe, shapes),
-        reason=reason,
+        recipe=substitute(recipe, lambda path: sources[path].recipe),
+        shape=shape_of(recipe, {path: entry.shape for path, entry in sources.items()}),
+        reason="; ".join(dict.fromkeys(filter(None, (*(part.reason for part in parts), reason)))),
         fixed=(),
+        named=False,
     )

@@ -1,17 +1,21 @@
 """The plan: what each wanted leaf will be, and what the checkpoint holds beside it."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from orbax_nnx_handler.planning.dtypes import Cast
 from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.evidence import Evidence
 from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.policies import Policy
 from orbax_nnx_handler.planning.recipes import Recipe, describe
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 UnexpectedPolicy = Literal["error", "warn", "ignore"]
 DefaultSource = Literal["target", "init", "seed", "zeros"]
@@ -74,6 +78,7 @@ class Mismatched:
         stored_shape: The shape that the recipe gives.
         stored_dtype: The stored dtype; the implementation's name for keys.
         detail: One more fact where shapes and dtypes do not say it all.
+        surplus: How many layers the stored group has more than the wanted one.
     """
 
     wanted: WantedLeaf
@@ -82,6 +87,7 @@ class Mismatched:
     stored_shape: Shape
     stored_dtype: str
     detail: str = ""
+    surplus: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,14 @@ class Defaulted:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropped:
     """A stored value that NNX has no home for; it must be zero."""
+
+    leaf: StoredLeaf
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Discarded:
+    """A stored value that a rule of the user's leaves behind, whatever it is."""
 
     leaf: StoredLeaf
     reason: str
@@ -119,9 +133,10 @@ class RestorePlan:
         defaulted: State that a Linen layout never holds.
         unexpected: Stored leaves that the target does not want.
         skipped: Stored leaves of parts the target does not ask for (an optimizer).
-        dropped: Stored values that NNX has no home for.
+        dropped: Stored values that NNX has no home for, and those that the user's rules drop.
         unexpected_policy: What to do about unexpected leaves.
         faults: Errors that no single leaf has: ambiguous mappings.
+        evidence: Both sides as the planner saw them, for the diagnosis.
     """
 
     directory: str
@@ -133,9 +148,10 @@ class RestorePlan:
     defaulted: Mapping[Path, Defaulted]
     unexpected: Mapping[Path, StoredLeaf]
     skipped: Mapping[Path, StoredLeaf]
-    dropped: Mapping[Path, Dropped]
+    dropped: Mapping[Path, Dropped | Discarded]
     unexpected_policy: UnexpectedPolicy = "warn"
     faults: tuple[RestoreError, ...] = ()
+    evidence: Evidence = Evidence()
 
     @property
     def wanted_count(self) -> int:
@@ -145,7 +161,9 @@ class RestorePlan:
     @property
     def fits(self) -> bool:
         """Whether `check` would pass."""
-        return self.error() is None
+        from orbax_nnx_handler.planning.verdict import problems_of
+
+        return not problems_of(self)
 
     def error(self) -> RestoreError | None:
         """Returns the one error that lists every problem, or None."""
@@ -183,3 +201,13 @@ class RestorePlan:
         from orbax_nnx_handler.planning.rendering import render_plan
 
         return render_plan(self)
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterable[RenderableType]":
+        from orbax_nnx_handler.planning.rendering import plan_sheet, sheet_on_console
+
+        return sheet_on_console(plan_sheet(self), console, options)
+
+    def _repr_html_(self) -> str:
+        from orbax_nnx_handler.planning.rendering import plan_sheet, sheet_to_html
+
+        return sheet_to_html(plan_sheet(self))

@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
 
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.ambiguity import faults_of, two_layouts
-from orbax_nnx_handler.planning.dtypes import cast_between, is_count_dtype, same_key
+from orbax_nnx_handler.planning.dtypes import Cast, cast_between, changes_values, is_count_dtype, same_key
 from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.evidence import Evidence
+from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.matching import Found
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -16,15 +20,17 @@ from orbax_nnx_handler.planning.placement import Placement, Stored
 from orbax_nnx_handler.planning.plan import (
     Defaulted,
     DefaultSource,
+    Discarded,
     Dropped,
     Mismatched,
     Missing,
-    RestorePlan,
     Restored,
+    RestorePlan,
 )
 from orbax_nnx_handler.planning.policies import Policy, resolve
 from orbax_nnx_handler.planning.recipes import Read, RecipeError, reads, shape_of
 from orbax_nnx_handler.planning.roles import Wanted, is_key, roles_of
+from orbax_nnx_handler.planning.rules import cast_of
 from orbax_nnx_handler.planning.target import Target
 
 
@@ -65,9 +71,18 @@ def make_plan(
         defaulted={path: v for path, v in verdicts.items() if isinstance(v, Defaulted)},
         unexpected={item.leaf.path: item.leaf for item in unexpected},
         skipped={item.leaf.path: item.leaf for item in skipped},
-        dropped={item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in mapping.homeless},
+        dropped=_dropped(mapping),
         unexpected_policy=options.unexpected,
-        faults=(*faults, *faults_of(mapping)),
+        faults=(*faults, *mapping.faults, *faults_of(mapping)),
+        evidence=_evidence(wanted, mapping),
+    )
+
+
+def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Evidence:
+    return Evidence(
+        wanted={item.leaf.path: item for item in wanted},
+        placements={item.leaf.path: item for item in mapping.placements},
+        roots=mapping.roots,
     )
 
 
@@ -145,22 +160,27 @@ class _Judge:
             return self._compare_key(item, found, shape)
         if shape != item.leaf.shape or found.surplus:
             return _mismatch(item, found, "shape", shape, str(sources[0].dtype), _surplus(found))
-        dtypes = [leaf.dtype for leaf in sources if leaf.dtype is not None]
+        by_rule = cast_of(found.recipe, self.mapping.applied.casts)
+        dtypes = [by_rule] if by_rule else [leaf.dtype for leaf in sources if leaf.dtype is not None]
         is_count = item.leaf.shape == () and item.role in ("step", "optimizer")
         is_count = (is_count or item.tokens[-1] == "step") and is_count_dtype(item.leaf.dtype)
-        casts = [cast_between(dtype, item.leaf.dtype, is_count) for dtype in dtypes]
-        if len(casts) < len(sources) or None in casts:
+        casts: list[Cast | None] = [cast_between(dtype, item.leaf.dtype, is_count) for dtype in dtypes]
+        kept = self.options.dtype == "stored"
+        if (
+            (len(casts) < len(sources) and not by_rule)
+            or None in casts
+            or (by_rule and not kept and casts != ["same"])
+        ):
             strange = next((d for d, c in zip(dtypes, casts, strict=True) if c is None), None)
-            return _mismatch(item, found, "dtype", shape, str(strange or "not an array"), "")
+            return _mismatch(item, found, "dtype", shape, str(strange or by_rule or "not an array"), "")
         if found.missing_layers:
             return self._missing(item, found)
-        kept = self.options.dtype == "stored"
         return Restored(
             wanted=item.leaf,
             recipe=found.recipe,
-            stored_dtype=dtypes[0],
+            stored_dtype=cast("np.dtype[Any]", sources[0].dtype),
             dtype=dtypes[0] if kept else item.leaf.dtype,
-            cast="same" if kept else max((c for c in casts if c), key=_severity),
+            cast=_cast_by_rule(sources, by_rule) if by_rule else _worst(casts, kept),
             reason=found.reason,
         )
 
@@ -172,12 +192,24 @@ class _Judge:
             return _mismatch(item, found, "key", shape, impl, "")
         dtype = item.leaf.dtype
         return Restored(
-            wanted=item.leaf, recipe=found.recipe, stored_dtype=dtype, dtype=dtype, cast="same", reason=found.reason
+            wanted=item.leaf,
+            recipe=found.recipe,
+            stored_dtype=dtype,
+            dtype=dtype,
+            cast="same",
+            reason=found.reason,
         )
 
 
-def _severity(cast: str) -> int:
-    return ("same", "wider", "narrower", "count").index(cast)
+def _worst(casts: Sequence[Cast | None], kept: bool) -> Cast:
+    order: tuple[Cast, ...] = ("same", "wider", "narrower", "count")
+    return "same" if kept else next(worst for worst in reversed(order) if worst in casts)
+
+
+def _cast_by_rule(sources: Sequence[StoredLeaf], dtype: "np.dtype[Any]") -> Cast:
+    if all(leaf.dtype == dtype for leaf in sources):
+        return "same"
+    return "narrower" if any(changes_values(leaf.dtype, dtype) for leaf in sources) else "wider"
 
 
 def _surplus(found: Found) -> str:
@@ -192,12 +224,20 @@ def _mismatch(item: Wanted, found: Found, kind: str, shape: Shape, dtype: str, d
         stored_shape=shape,
         stored_dtype=dtype,
         detail=detail,
+        surplus=found.surplus,
     )
+
+
+def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
+    """Returns the stored leaves that are left behind on purpose; a part of one may be used all the same."""
+    used = mapping.used()
+    homeless = {item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in mapping.homeless}
+    return homeless | {path: item for path, item in mapping.discarded.items() if path not in used}
 
 
 def _left_over(wanted: Sequence[Wanted], mapping: LeafMapping) -> tuple[list[Placement], list[Placement]]:
     """Returns the stored leaves nobody wants: unexpected ones, and those of parts not asked for."""
-    used = mapping.used() | {item.leaf.path for item in mapping.homeless}
+    used = mapping.used() | _dropped(mapping).keys()
     roles = {item.role for item in wanted}
     asked = {"model"} | (roles & {"optimizer", "step"})
     left = [item for item in mapping.placements if item.leaf.path not in used]

@@ -116,6 +116,13 @@ def reads(recipe: Recipe) -> Iterator[Path]:
         yield from reads(child)
 
 
+def parts_of(recipe: Recipe) -> Iterator[Recipe]:
+    """Yields a recipe and every recipe inside it."""
+    yield recipe
+    for child in children(recipe):
+        yield from parts_of(child)
+
+
 def fills(recipe: Recipe) -> bool:
     """Tells whether a part of the recipe comes from no stored leaf."""
     return isinstance(recipe, Fill) or any(fills(child) for child in children(recipe))

@@ -47,7 +47,14 @@ class Restacked:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnclearAxis:
-    """A layer group whose shapes allow several stacked axes."""
+    """A layer group whose shapes allow several stacked axes, or not the one that the user says.
+
+    Attributes:
+        group: The group.
+        axes: The axes that are possible; empty if the user said another one.
+        tokens: Its wanted leaves.
+        sources: Its stored leaves.
+    """
 
     group: Group
     axes: tuple[int, ...]
@@ -91,16 +98,19 @@ def pieces_of(tokens: Tokens, shape: Shape, entry: Entry | None = None) -> list[
     return [Piece(seat, shape, tokens, entry) for seat in seats(tokens)]
 
 
-def restack(wanted: Side, stored: Side) -> tuple[dict[Tokens, Restacked], list[UnclearAxis]]:
+def restack(
+    wanted: Side, stored: Side, axes: Mapping[Tokens, int] | None = None
+) -> tuple[dict[Tokens, Restacked], list[UnclearAxis]]:
     """Finds wanted leaves that can be made from a stored layer group.
 
     Args:
         wanted: The wanted leaves that no stored leaf matches by path and shape.
         stored: The stored entries that no wanted leaf matches.
+        axes: The stacked axis that the user says, by the group's canonical path.
 
     Returns:
         What was found, by canonical wanted path, and the groups whose stacked
-        axis the shapes leave open.
+        axis the shapes leave open, or do not allow to be the one the user says.
     """
     shared: dict[Group, list[Key]] = defaultdict(list)
     for key in wanted.by_key:
@@ -109,8 +119,8 @@ def restack(wanted: Side, stored: Side) -> tuple[dict[Tokens, Restacked], list[U
     found: dict[Tokens, Restacked] = {}
     unclear: list[UnclearAxis] = []
     # The group with most leaves is the real one; a stray reading never takes a leaf twice.
-    for _, keys in sorted(shared.items(), key=lambda item: -len(item[1])):
-        result = _Join(wanted, stored, keys).solve()
+    for group, keys in sorted(shared.items(), key=lambda item: -len(item[1])):
+        result = _Join(wanted, stored, keys, _said(group, axes or {})).solve()
         if isinstance(result, UnclearAxis):
             unclear.append(result)
         else:
@@ -126,11 +136,12 @@ class _Join:
     wanted: Side
     stored: Side
     keys: Sequence[Key]
+    said: int | None = None
 
     def solve(self) -> dict[Tokens, Restacked] | UnclearAxis:
         axes = self._axes()
         if not axes:
-            return {}
+            return {} if self.said is None else self._unclear(())
         if len(axes) > 1:
             return self._unclear(axes)
         surplus = self._count(self.stored, axes[0][0]) - self._count(self.wanted, axes[0][1])
@@ -155,7 +166,7 @@ class _Join:
         """Returns the pairs of stacked axes that fit the most leaves of the group."""
         votes: Counter[Axes] = Counter()
         for key in self.keys:
-            votes.update(self._fitting(key))
+            votes.update(axes for axes in self._fitting(key) if self._agrees(axes))
         if not votes:
             return [(None, None)] if self._only_flat() else []
         top = max(votes.values())
@@ -168,6 +179,11 @@ class _Join:
             # Two stacks of one program family share their axis; a move of it would be a guess.
             best = [axes for axes in best if axes[0] == axes[1]] or best
         return sorted(best, key=str)
+
+    def _agrees(self, axes: Axes) -> bool:
+        """Tells whether the user allows the axes: the first that is stacked is the one meant."""
+        stacked = [axis for axis in axes if axis is not None]
+        return self.said is None or not stacked or stacked[0] == self.said
 
     def _only_flat(self) -> bool:
         pieces = (
@@ -260,3 +276,9 @@ def _without(shape: Shape, axis: int | None) -> Shape:
 
 def _length(piece: Piece, axis: int | None) -> int:
     return piece.shape[axis] if axis is not None and axis < len(piece.shape) else 0
+
+
+def _said(group: Group, axes: Mapping[Tokens, int]) -> int | None:
+    """Returns the axis that the user says for a group, by its path from the model's or the target's root."""
+    path = (*group.parent, group.name)
+    return next((axis for said, axis in axes.items() if said[-len(path) :] == path), None)

@@ -31,11 +31,12 @@ class Roots:
 def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     """Returns the roots under which the most leaves meet; shorter ones win ties."""
     skeletons_wanted = {root: _skeletons(wanted, root) for root in _chain(wanted)}
-    skeletons_stored = {root: _skeletons(stored, root) for root in _chain(stored)}
+    skeletons_stored = {root: _skeletons(stored, root).keys() for root in _chain(stored)}
     best = Roots(wanted=(), stored=(), overlap=-1)
     pairs = itertools.product(skeletons_wanted, skeletons_stored)
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
-        overlap = len(skeletons_wanted[left] & skeletons_stored[right])
+        # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
+        overlap = sum(count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right])
         if overlap > best.overlap:
             best = Roots(wanted=left, stored=right, overlap=overlap)
     return best
@@ -71,9 +72,9 @@ def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
     return not root or len({strip(path, root) for path in paths}) == len(set(paths))
 
 
-def _skeletons(paths: Collection[Tokens], root: Tokens) -> set[Tokens]:
-    """Returns the paths below a root without layer numbers and scan levels."""
-    return {_skeleton(strip(path, root)) for path in paths}
+def _skeletons(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:
+    """Counts the paths below a root without layer numbers and scan levels."""
+    return Counter(_skeleton(strip(path, root)) for path in paths)
 
 
 def _skeleton(path: Tokens) -> Tokens:

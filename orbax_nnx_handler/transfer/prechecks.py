@@ -25,7 +25,8 @@ def check_values(checkpoint: Checkpoint, plan: RestorePlan) -> None:
         UnmappedValueError: A value that NNX has no home for is not zero.
     """
     _check_counts(checkpoint, [item for item in plan.restored.values() if item.cast == "count"])
-    _check_dropped(checkpoint, plan.dropped.values())
+    homeless = [item for item in plan.dropped.values() if isinstance(item, Dropped)]
+    _check_dropped(checkpoint, homeless)
 
 
 def _check_counts(checkpoint: Checkpoint, counts: Iterable[Restored]) -> None:

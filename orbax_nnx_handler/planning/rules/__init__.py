@@ -1,39 +1,134 @@
 """What a user says about names and shapes that nobody else can know."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from orbax_nnx_handler.planning.entries import Entry
-from orbax_nnx_handler.planning.errors import UnusedRuleError
+from orbax_nnx_handler.planning.errors import RuleError, UnusedRuleError
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.recipes import Fill, Recipe, children
+from orbax_nnx_handler.planning.rules.base import Rule
+from orbax_nnx_handler.planning.rules.parts import Fuse, Split
 from orbax_nnx_handler.planning.rules.rename import Rename
+from orbax_nnx_handler.planning.rules.stacks import ScanAxis, StackLayers, UnstackLayers
+from orbax_nnx_handler.planning.rules.values import Cast, Drop, Reshape, Scale, Transpose
 
-__all__ = ["Rename", "Rule", "apply_rules", "as_rules"]
+__all__ = [
+    "Cast",
+    "Casts",
+    "Drop",
+    "Fuse",
+    "Rename",
+    "Reshape",
+    "Rule",
+    "RulesApplied",
+    "Scale",
+    "ScanAxis",
+    "Split",
+    "StackLayers",
+    "Transpose",
+    "UnstackLayers",
+    "apply_rules",
+    "as_rules",
+    "cast_of",
+    "invert",
+]
 
-Rule = Rename
+Casts = Mapping[Recipe, np.dtype[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RulesApplied:
+    """What a list of rules made of the stored model.
+
+    Attributes:
+        entries: The entries after all rules.
+        made: Each rule with the entries it made, as they were when it had made them.
+        discarded: The stored leaves that rules drop, each with the reason.
+        axes: The rules that say along which axis a group's layers are stacked.
+        casts: The dtype that a rule casts the value of a recipe to.
+    """
+
+    entries: Sequence[Entry]
+    made: Sequence[tuple[Rule, Sequence[Entry]]]
+    discarded: Mapping[Path, str]
+    axes: tuple[ScanAxis, ...]
+    casts: Casts
 
 
 def as_rules(renames: Iterable[Rule | tuple[str, str]]) -> tuple[Rule, ...]:
-    """Returns rules from what a user may write: rule values or (pattern, replacement) pairs."""
-    return tuple(rule if isinstance(rule, Rename) else Rename(*rule) for rule in renames)
+    """Returns rules from what a user may write: rule values or (pattern, replacement) pairs.
+
+    Raises:
+        RuleError: Something is neither.
+    """
+    return tuple(rule if isinstance(rule, Rule) else _rename(rule) for rule in renames)
 
 
-def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> tuple[list[Entry], dict[Rule, list[Entry]]]:
+def _rename(pair: object) -> Rename:
+    if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return Rename(*pair)  # pyright: ignore[reportUnknownArgumentType]
+    raise RuleError(
+        f"{pair!r} is no rule.\n"
+        "hint: renames lists (pattern, replacement) pairs and rules such as Transpose(pattern, (1, 0))."
+    )
+
+
+def invert(renames: Iterable[Rule | tuple[str, str]]) -> tuple[Rule, ...]:
+    """Returns the rules that lead back from the wanted to the stored arrangement.
+
+    Raises:
+        RuleError: Some rules cannot be undone; names each with what it loses.
+    """
+    back, lost = list[Rule](), list[str]()
+    for rule in reversed(as_rules(renames)):
+        try:
+            back.append(rule.inverse())
+        except RuleError as error:
+            lost.append(str(error))
+    if lost:
+        raise RuleError("\n".join(lost))
+    return tuple(back)
+
+
+def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied:
     """Applies the rules in order.
-
-    Returns:
-        The entries after all rules, and for each rule the entries it changed, as
-        they were when it had changed them.
 
     Raises:
         UnusedRuleError: A rule matches no stored leaf.
+        RuleError: A rule does not fit a leaf that it matches.
     """
-    after, changed = list(entries), dict[Rule, list[Entry]]()
+    after: Sequence[Entry] = entries
+    made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[Rule](), dict[Path, str]()
+    axes = tuple(rule for rule in rules if isinstance(rule, ScanAxis))
     for rule in rules:
-        after, changed[rule] = rule.apply(after)
-    unused = [rule for rule, hits in changed.items() if not hits]
+        applied = rule.apply(after)
+        after = applied.entries
+        made.append((rule, applied.changed))
+        discarded |= applied.discarded
+        if not applied.matched and not isinstance(rule, ScanAxis):
+            unused.append(rule)
     if unused:
-        quoted = "\n".join(f"  {rule}" for rule in unused)
-        raise UnusedRuleError(
-            f"{len(unused)} of the {len(rules)} rules match no stored leaf:\n{quoted}\n"
-            "hint: a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
-        )
-    return after, changed
+        raise unused_rules(unused, len(rules))
+    casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
+    return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)
+
+
+def cast_of(recipe: Recipe, casts: Casts) -> np.dtype[Any] | None:
+    """Returns the dtype that rules cast all of a recipe's value to; None if no rule does."""
+    if not casts or recipe in casts:
+        return casts.get(recipe)
+    found = {cast_of(child, casts) for child in children(recipe) if not isinstance(child, Fill)}
+    return found.pop() if len(found) == 1 else None
+
+
+def unused_rules(unused: Sequence[Rule], count: int) -> UnusedRuleError:
+    """Returns the error for rules that match nothing."""
+    quoted = "\n".join(f"  {rule}" for rule in unused)
+    return UnusedRuleError(
+        f"{len(unused)} of the {count} rules match no stored leaf:\n{quoted}\n"
+        "hint: a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
+    )

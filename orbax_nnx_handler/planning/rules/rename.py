@@ -1,19 +1,25 @@
 """Renames: whole path segments of a stored path become segments of a wanted path."""
 
 import dataclasses
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.entries import Entry
-from orbax_nnx_handler.planning.paths import parse
-
-_PLACE = re.compile(r"\{(\w+)\}")
-_Match = dict[str, str]
+from orbax_nnx_handler.planning.errors import RuleError
+from orbax_nnx_handler.planning.rules.base import (
+    Applied,
+    Match,
+    Rule,
+    at_root,
+    check_pattern,
+    check_places,
+    reason_of,
+)
+from orbax_nnx_handler.planning.rules.patterns import Pattern, Span
 
 
 @dataclasses.dataclass(frozen=True)
-class Rename:
+class Rename(Rule):
     """Segments that match `pattern` become `replacement`.
 
     A pattern is one or more segments (`"Dense_0"`, `"encoder/Block_{i}"`). `*`
@@ -21,97 +27,81 @@ class Rename:
     `Rename("Block_{i}", "blocks/{i}")`. It applies wherever it matches, to the
     path below the collection, or from the root of the stored path if it begins
     there (`"params/params/logits_dense"`). Rules apply in order; a segment that
-    one rule wrote is not rewritten by a later one, so two names can be swapped.
+    one rename wrote is not rewritten by a later one, so two names can be swapped.
 
     Attributes:
         pattern: Stored segments, joined by slashes.
         replacement: Wanted segments, joined by slashes; empty to take them away.
+
+    Raises:
+        RuleError: The pattern is empty, or lacks a place that the replacement repeats.
     """
 
     pattern: str
     replacement: str
 
+    def __post_init__(self) -> None:
+        check_pattern(self, self._left)
+        check_places(self, self._left, self._right)
+
     def __str__(self) -> str:
         return f"({self.pattern!r}, {self.replacement!r})"
 
     @cached_property
-    def _parts(self) -> tuple["str | re.Pattern[str]", ...]:
-        stars = iter(range(len(self.pattern)))
-        return tuple(_compile(part, stars) for part in parse(self.pattern))
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
 
     @cached_property
-    def _result(self) -> tuple[str, ...]:
-        stars = iter(range(len(self.replacement)))
-        return tuple(f"{{_{next(stars)}}}" if part == "*" else part for part in parse(self.replacement))
+    def _right(self) -> Pattern:
+        return Pattern(self.replacement)
 
-    def apply(self, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
-        """Returns all entries after the rule, and those that it changed."""
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule."""
         after = [self._rewrite(entry) for entry in entries]
         changed = [new for old, new in zip(entries, after, strict=True) if new is not old]
         if not changed:
             after = [self._rewrite_from_root(entry) for entry in entries]
             changed = [new for old, new in zip(entries, after, strict=True) if new is not old]
-        return after, changed
+        return Applied(entries=after, matched=len(changed), changed=changed)
+
+    def inverse(self) -> Rule:
+        """Returns the rename back."""
+        if not self._right.width or self._left.places != self._right.places:
+            return super().inverse()
+        return Rename(self.replacement, self.pattern)
+
+    @property
+    def _loss(self) -> str:
+        if not self._right.width:
+            return "what it takes away can be put back in many places"
+        return f"{self.replacement!r} does not hold every part that {self.pattern!r} leaves open"
 
     def _rewrite(self, entry: Entry) -> Entry:
-        first, width = self._parts[0], len(self._parts)
-        names = entry.segments
-        if isinstance(first, str) and first not in names:
+        spans = list(self._left.spans(entry.segments, entry.fixed))
+        if not spans:
             return entry
-        written: list[tuple[str, bool]] = []
-        at, hit = 0, False
-        while at < len(names):
-            match = None if any(entry.fixed[at : at + width]) else self._match(names[at : at + width])
-            if match is None:
-                written.append((names[at], bool(entry.fixed) and entry.fixed[at]))
-                at += 1
-            else:
-                written.extend((part, True) for part in self._fill(match))
-                at, hit = at + width, True
-        return _renamed(entry, written, self) if hit else entry
+        names, fixed = list[str](), list[bool]()
+        at = 0
+        for span in [*spans, Span(len(entry.segments), len(entry.segments), {})]:
+            names += entry.segments[at : span.start]
+            fixed += entry.fixed[at : span.start] or [False] * (span.start - at)
+            if span.start < span.stop:
+                written = self._right.fill(span.bindings)
+                names += written
+                fixed += [True] * len(written)
+            at = span.stop
+        return self._renamed(entry, names, fixed)
 
     def _rewrite_from_root(self, entry: Entry) -> Entry:
-        width, depth = len(self._parts), len(entry.prefix)
-        if width <= depth:
-            return entry
-        match = self._match((entry.prefix + entry.segments)[:width])
-        if match is None:
-            return entry
-        rest = [(name, False) for name in entry.segments[width - depth :]]
-        return _renamed(entry, [(part, True) for part in self._fill(match)] + rest, self)
+        for span in at_root(self._left, entry):
+            names = Match(entry, span).renamed(self._right)
+            kept = len(entry.segments) - span.stop
+            return self._renamed(entry, names, [True] * (len(names) - kept) + [False] * kept)
+        return entry
 
-    def _match(self, names: tuple[str, ...]) -> _Match | None:
-        if len(names) < len(self._parts):
-            return None
-        found: _Match = {}
-        for part, name in zip(self._parts, names, strict=True):
-            if isinstance(part, str):
-                if part != name:
-                    return None
-                continue
-            hit = part.fullmatch(name)
-            if hit is None:
-                return None
-            found.update(hit.groupdict())
-        return found
-
-    def _fill(self, found: _Match) -> list[str]:
-        return [_PLACE.sub(lambda place: found.get(place[1], place[0]), part) for part in self._result]
-
-
-def _compile(part: str, stars: Iterator[int]) -> "str | re.Pattern[str]":
-    if part == "*":
-        return re.compile(rf"(?P<_{next(stars)}>.+)")
-    if not _PLACE.search(part):
-        return part
-    bits = _PLACE.split(part)
-    return re.compile("".join(re.escape(b) if i % 2 == 0 else f"(?P<{b}>.+)" for i, b in enumerate(bits)))
-
-
-def _renamed(entry: Entry, written: list[tuple[str, bool]], rule: Rename) -> Entry:
-    return dataclasses.replace(
-        entry,
-        segments=tuple(name for name, _ in written),
-        fixed=tuple(fixed for _, fixed in written),
-        reason=f"rename {rule}",
-    )
+    def _renamed(self, entry: Entry, names: Sequence[str], fixed: Sequence[bool]) -> Entry:
+        if not names:
+            raise RuleError(f"{self} leaves no name for {'/'.join((*entry.prefix, *entry.segments))}.")
+        return dataclasses.replace(
+            entry, segments=tuple(names), fixed=tuple(fixed), named=True, reason=reason_of(self, entry)
+        )

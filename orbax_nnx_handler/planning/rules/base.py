@@ -1,0 +1,166 @@
+"""What every rule is: a value that rewrites the stored model, leaf by leaf."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NoReturn
+
+from orbax_nnx_handler.planning.entries import Entry
+from orbax_nnx_handler.planning.errors import RuleError
+from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.paths import Path, render
+from orbax_nnx_handler.planning.recipes import RecipeError, render_reads
+from orbax_nnx_handler.planning.rules.patterns import Bindings, Pattern, Span
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What one rule made of the stored model.
+
+    Attributes:
+        entries: All entries after the rule.
+        matched: How many entries the rule matched.
+        changed: Those of `entries` that it made.
+        discarded: The stored leaves that it takes away, each with the reason.
+    """
+
+    entries: Sequence[Entry]
+    matched: int
+    changed: Sequence[Entry] = ()
+    discarded: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+
+
+class Rule(abc.ABC):
+    """One thing that a user says about stored leaves; a frozen, printable value."""
+
+    @abc.abstractmethod
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Applies the rule.
+
+        Raises:
+            RuleError: The rule does not fit a leaf that it matches.
+        """
+
+    def inverse(self) -> "Rule":
+        """Returns the rule that undoes this one.
+
+        Raises:
+            RuleError: Nothing undoes it.
+        """
+        raise RuleError(f"{self} cannot be undone, so it cannot save: {self._loss}.")
+
+    @property
+    def _loss(self) -> str:
+        return "what it changes is not known afterwards"
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """An entry and the segments of it that a pattern matches."""
+
+    entry: Entry
+    span: Span
+
+    def renamed(self, pattern: Pattern, bindings: Bindings | None = None) -> tuple[str, ...]:
+        """Returns the path with the matched segments replaced by a filled pattern."""
+        names = self.entry.segments
+        written = pattern.fill(self.span.bindings if bindings is None else bindings)
+        return (*names[: self.span.start], *written, *names[self.span.stop :])
+
+
+def find(pattern: Pattern, entries: Iterable[Entry]) -> dict[int, Match]:
+    """Returns the entries that a pattern matches, by position.
+
+    It is looked for below the collection first; where nothing matches there, at
+    the root of the stored path (`"params/params/logits_dense"`).
+    """
+    listed = list(entries)
+    found = {at: Match(entry, span) for at, entry in enumerate(listed) for span in _first(pattern, entry)}
+    if found:
+        return found
+    return {at: Match(entry, span) for at, entry in enumerate(listed) for span in at_root(pattern, entry)}
+
+
+def _first(pattern: Pattern, entry: Entry) -> list[Span]:
+    return list(pattern.spans(entry.segments))[:1]
+
+
+def at_root(pattern: Pattern, entry: Entry) -> list[Span]:
+    """Returns the match of a pattern that begins at the root of the stored path, if there is one."""
+    width, depth = pattern.width, len(entry.prefix)
+    if width <= depth:
+        return []
+    bindings = pattern.match((entry.prefix + entry.segments)[:width])
+    return [] if bindings is None else [Span(0, width - depth, bindings)]
+
+
+def change_each(
+    rule: Rule, pattern: Pattern, entries: Sequence[Entry], change: Callable[[Entry], Entry]
+) -> Applied:
+    """Applies a change to every entry that a pattern matches.
+
+    Raises:
+        RuleError: The change fits some of them not; quotes the rule and their shapes.
+    """
+    matches = find(pattern, entries)
+    after, bad = list(entries), list[tuple[Entry, str]]()
+    for at, match in matches.items():
+        try:
+            after[at] = dataclasses.replace(change(match.entry), reason=reason_of(rule, match.entry))
+        except RecipeError as error:
+            bad.append((match.entry, str(error)))
+    if bad:
+        refuse(rule, bad)
+    return Applied(entries=after, matched=len(matches), changed=[after[at] for at in matches])
+
+
+def reason_of(rule: Rule, *before: Entry) -> str:
+    """Returns the reason of what a rule makes: the rule, after those before it."""
+    reasons = dict.fromkeys(entry.reason for entry in before if entry.reason)
+    return "; ".join((*reasons, str(rule)))
+
+
+def refuse(rule: Rule, bad: Sequence[tuple[Entry, str]]) -> NoReturn:
+    """Raises the error of a rule whose shapes do not come out."""
+    rows = "\n".join(f"  {_written(entry)} {entry.shape}: {why}" for entry, why in bad[:20])
+    more = f"\n  … and {len(bad) - 20} more" if len(bad) > 20 else ""
+    paths = [path for entry, _ in bad for path in entry.sources]
+    raise RuleError(f"{rule} does not fit {len(bad)} stored leaves:\n{rows}{more}", paths=paths)
+
+
+def _written(entry: Entry) -> str:
+    name, source = render(entry.segments), render_reads(entry.recipe)
+    return source if source.endswith(name) else f"{name} (from {source})"
+
+
+def normal_axis(axis: int, rank: int, shape: Shape) -> int:
+    """Returns an axis counted from the front.
+
+    Raises:
+        RecipeError: A value of that rank has no such axis.
+    """
+    if not -rank <= axis < rank:
+        raise RecipeError(f"shape {shape} has no axis {axis}")
+    return axis % rank
+
+
+def check_pattern(rule: Rule, *patterns: Pattern) -> None:
+    """Raises where a pattern is empty.
+
+    Raises:
+        RuleError: Quotes the rule.
+    """
+    if any(not pattern.width for pattern in patterns):
+        raise RuleError(f"{rule} has an empty pattern: it would match every leaf.")
+
+
+def check_places(rule: Rule, pattern: Pattern, result: Pattern) -> None:
+    """Raises where a result uses a place that its pattern does not bind.
+
+    Raises:
+        RuleError: Names the places.
+    """
+    unbound = sorted(result.places - pattern.places)
+    if unbound:
+        listed = ", ".join("*" if place.startswith("__star") else f"{{{place}}}" for place in unbound)
+        raise RuleError(f"{rule} writes {listed}, which {pattern.text!r} does not hold.")

@@ -1,0 +1,123 @@
+"""Patterns on paths: whole segments, with places for the parts that vary."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+from orbax_nnx_handler.planning.paths import parse
+
+Bindings = Mapping[str, str]
+"""What each place of a pattern stood for; the nth star is `__star<n>`."""
+
+_PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Segments `start` to `stop` of a path match, with the places bound so."""
+
+    start: int
+    stop: int
+    bindings: Bindings
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """One or more segments: `Dense_0`, `encoder/Block_{i}`, `*/kernel`.
+
+    `*` is any one segment, `{name}` any part of one; a place that occurs twice
+    stands for the same text.
+    """
+
+    text: str
+
+    @cached_property
+    def _templates(self) -> tuple[str, ...]:
+        """The segments with every star as a named place."""
+        stars = iter(range(len(self.text)))
+        return tuple(f"{{__star{next(stars)}}}" if part == "*" else part for part in parse(self.text))
+
+    @cached_property
+    def _parts(self) -> tuple["str | re.Pattern[str]", ...]:
+        return tuple(_compile(part) for part in self._templates)
+
+    @cached_property
+    def places(self) -> frozenset[str]:
+        """The names of its places, stars included."""
+        return frozenset(name for part in self._templates for name in _PLACE.findall(part))
+
+    @property
+    def width(self) -> int:
+        """How many segments it has."""
+        return len(self._parts)
+
+    def spans(self, names: Sequence[str], fixed: Sequence[bool] = ()) -> Iterator[Span]:
+        """Yields the matches in a path from left to right; none overlaps another, nor a fixed segment."""
+        if not self._may_match(names):
+            return
+        at = 0
+        while at + self.width <= len(names):
+            bindings = None if any(fixed[at : at + self.width]) else self.match(names[at : at + self.width])
+            if bindings is None:
+                at += 1
+            else:
+                yield Span(at, at + self.width, bindings)
+                at += self.width
+
+    def match(self, names: Sequence[str]) -> Bindings | None:
+        """Returns what the places stand for if the segments match, all of them."""
+        if len(names) != self.width:
+            return None
+        found: dict[str, str] = {}
+        for part, name in zip(self._parts, names, strict=True):
+            if isinstance(part, str):
+                if part != name:
+                    return None
+                continue
+            hit = part.fullmatch(name)
+            if hit is None or any(found.get(place, text) != text for place, text in hit.groupdict().items()):
+                return None
+            found.update(hit.groupdict())
+        return found
+
+    def fill(self, bindings: Bindings) -> tuple[str, ...]:
+        """Returns the segments with every place replaced by its text."""
+        return tuple(_PLACE.sub(lambda place: bindings[place[1]], part) for part in self._templates)
+
+    @cached_property
+    def _anchor(self) -> "str | re.Pattern[str]":
+        literal = [part for part in self._parts if isinstance(part, str)]
+        return literal[-1] if literal else self._parts[0]
+
+    @cached_property
+    def _known(self) -> dict[str, bool]:
+        return {}
+
+    def _may_match(self, names: Sequence[str]) -> bool:
+        """Tells quickly for most paths that they cannot match: 50 rules meet 20,000 leaves."""
+        anchor = self._anchor
+        if isinstance(anchor, str):
+            return anchor in names
+        known = self._known
+        for name in names:
+            hit = known.get(name)
+            if hit is None:
+                hit = known[name] = anchor.fullmatch(name) is not None
+            if hit:
+                return True
+        return False
+
+
+def _compile(part: str) -> "str | re.Pattern[str]":
+    if not _PLACE.search(part):
+        return part
+    seen: set[str] = set()
+    text = ""
+    for position, bit in enumerate(_PLACE.split(part)):
+        if position % 2 == 0:
+            text += re.escape(bit)
+        else:
+            text += f"(?P={bit})" if bit in seen else f"(?P<{bit}>.+)"
+            seen.add(bit)
+    return re.compile(text, re.DOTALL)

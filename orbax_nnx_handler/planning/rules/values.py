@@ -1,0 +1,223 @@
+"""Rules on the value of one leaf: its axes, its shape, its dtype, its size."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import jax.numpy as jnp
+import numpy as np
+
+from orbax_nnx_handler.planning import recipes
+from orbax_nnx_handler.planning.entries import Entry
+from orbax_nnx_handler.planning.errors import RuleError
+from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.recipes import Recipe, RecipeError
+from orbax_nnx_handler.planning.rules.base import Applied, Rule, change_each, check_pattern, find
+from orbax_nnx_handler.planning.rules.patterns import Pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnLeaves(Rule):
+    """A rule on each leaf that its pattern matches."""
+
+    pattern: str
+
+    @cached_property
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule."""
+        return change_each(self, self._left, entries, self._change)
+
+    def _change(self, entry: Entry) -> Entry:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose(_OnLeaves):
+    """The axes of every leaf that matches are put in another order.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`: `"Dense_0/kernel"`.
+        permutation: The stored axis that each axis comes from, as `numpy.transpose` reads it.
+
+    Raises:
+        RuleError: The pattern is empty or the axes are no permutation.
+    """
+
+    permutation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _set_integers(self, "permutation", self.permutation)
+        check_pattern(self, self._left)
+        if sorted(self.permutation) != list(range(len(self.permutation))):
+            raise RuleError(f"{self} has no permutation of the axes 0..{len(self.permutation) - 1}.")
+
+    def inverse(self) -> Rule:
+        """Returns the transpose back."""
+        return Transpose(self.pattern, tuple(int(axis) for axis in np.argsort(self.permutation)))
+
+    def _change(self, entry: Entry) -> Entry:
+        return _through(entry, lambda source: recipes.Transpose(source, self.permutation))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshape(_OnLeaves):
+    """Every leaf that matches gets another shape; its elements stay in C order.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        shape: The shape to come out.
+        before: The stored shape. Needed to save with the same rule; checked if given.
+
+    Raises:
+        RuleError: The pattern is empty, or the shapes hold different numbers of elements.
+    """
+
+    shape: Shape
+    before: Shape | None = None
+
+    def __post_init__(self) -> None:
+        _set_integers(self, "shape", self.shape)
+        if self.before is not None:
+            _set_integers(self, "before", self.before)
+        check_pattern(self, self._left)
+        if min(self.shape, default=0) < 0 or min(self.before or (0,)) < 0:
+            raise RuleError(f"{self} has a negative size; write every axis out.")
+        if self.before is not None and math.prod(self.before) != math.prod(self.shape):
+            raise RuleError(f"{self} has two shapes with different numbers of elements.")
+
+    def inverse(self) -> Rule:
+        """Returns the reshape back."""
+        return super().inverse() if self.before is None else Reshape(self.pattern, self.before, self.shape)
+
+    @property
+    def _loss(self) -> str:
+        return "the shape before it is not known; say it with before=(...)"
+
+    def _change(self, entry: Entry) -> Entry:
+        if self.before is not None and entry.shape != self.before:
+            raise RecipeError(f"the shape before is {self.before} in the rule")
+        return _through(entry, lambda source: recipes.Reshape(source, self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(_OnLeaves):
+    """Every element of the leaves that match is multiplied with a constant.
+
+    Refused where the target wants optimizer moments of such a leaf: a gradient
+    scales the other way, its square twice, and an optimizer may scale neither.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        factor: The constant, in the units of the stored value.
+
+    Raises:
+        RuleError: The pattern is empty, or the factor is zero or not finite.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", float(self.factor))
+        check_pattern(self, self._left)
+        if not math.isfinite(self.factor) or self.factor == 0:
+            raise RuleError(f"{self} has a factor that is zero or not finite.")
+
+    def inverse(self) -> Rule:
+        """Returns the division, where it gives back every value exactly."""
+        exact = abs(math.frexp(self.factor)[0]) == 0.5
+        return Scale(self.pattern, 1 / self.factor) if exact else super().inverse()
+
+    @property
+    def _loss(self) -> str:
+        return "dividing rounds, unless the factor is a power of two"
+
+    def _change(self, entry: Entry) -> Entry:
+        if entry.dtype is not None and not jnp.issubdtype(entry.cast or entry.dtype, jnp.inexact):
+            raise RecipeError(
+                f"values of dtype {entry.cast or entry.dtype} cannot be scaled; cast them first"
+            )
+        return _through(entry, lambda source: recipes.Scale(source, self.factor))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast(_OnLeaves):
+    """The leaves that match become another kind of number, as `numpy.astype` casts.
+
+    Needed only where the restore would refuse: integers to floats, floats to
+    integers, complex numbers to their real part. The target must want this dtype.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        dtype: The name of the dtype (`"bfloat16"`); a dtype is taken by its name.
+
+    Raises:
+        RuleError: The pattern is empty or there is no such dtype.
+    """
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        except TypeError as error:
+            raise RuleError(f"Cast({self.pattern!r}, {self.dtype!r}) names no dtype: {error}") from error
+        check_pattern(self, self._left)
+
+    @property
+    def _loss(self) -> str:
+        return "the dtype before it is not known"
+
+    def _change(self, entry: Entry) -> Entry:
+        if entry.dtype is None:
+            raise RecipeError("it is not an array")
+        return dataclasses.replace(entry, cast=np.dtype(jnp.dtype(self.dtype)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop(_OnLeaves):
+    """The leaves that match, and their moments, are left behind on purpose.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        reason: Why, for reports.
+
+    Raises:
+        RuleError: The pattern or the reason is empty.
+    """
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self._left)
+        if not self.reason.strip():
+            raise RuleError(f"{self} gives no reason.")
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns the entries that are left."""
+        matches = find(self._left, entries)
+        after = [entry for at, entry in enumerate(entries) if at not in matches]
+        discarded: dict[Path, str] = {
+            path: self.reason for match in matches.values() for path in match.entry.sources
+        }
+        return Applied(entries=after, matched=len(matches), discarded=discarded)
+
+    @property
+    def _loss(self) -> str:
+        return "the values that it drops are gone"
+
+
+def _through(entry: Entry, step: Callable[[Recipe], Recipe]) -> Entry:
+    """Returns the entry with one more step, its shape checked."""
+    here: Path = ("(before)",)
+    shape = recipes.shape_of(step(recipes.Read(here)), {here: entry.shape})
+    return dataclasses.replace(entry, recipe=step(entry.recipe), shape=shape)
+
+
+def _set_integers(rule: Rule, name: str, values: Iterable[int]) -> None:
+    """Makes a tuple of ints of what the user wrote, so that the rule is hashable."""
+    object.__setattr__(rule, name, tuple(int(value) for value in values))

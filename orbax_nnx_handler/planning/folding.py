@@ -7,21 +7,32 @@ from collections.abc import Iterable, Sequence
 
 from orbax_nnx_handler.planning.paths import Path, natural_key, render
 
-_NUMBER = re.compile(r"(\d+)")
+# A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
+_NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
+_INDEX = re.compile(r"(?<=\[)(\d+)(?=\])")
 _Numbers = frozenset[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a list: a path and what must be equal for two lines to fold."""
+    """One line of a list.
+
+    Attributes:
+        path: The leaf.
+        columns: What must be equal for two lines to fold.
+        source: A path whose numbers may run along with the leaf's.
+        transform: A text of which `[3]` may run along with the leaf's numbers.
+    """
 
     path: Path
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    source: str = ""
+    transform: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Folded:
-    """Some rows as one: the text of their paths, the columns, and how many they are."""
+    """Some rows as one: the text of their paths, their columns, and how many they are."""
 
     text: str
     columns: tuple[str, ...]
@@ -29,58 +40,143 @@ class Folded:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pattern:
-    """A path split at its numbers: fixed text and a set of numbers in turn."""
+class _Text:
+    """A text split at its numbers: fixed text and a set of numbers in turn."""
 
     texts: tuple[str, ...]
     numbers: tuple[_Numbers, ...]
+
+    @classmethod
+    def of(cls, text: str, number: re.Pattern[str] = _NUMBER) -> "_Text":
+        bits = number.split(text)
+        return cls(tuple(bits[::2]), tuple(frozenset({int(bit)}) for bit in bits[1::2]))
+
+    def __or__(self, other: "_Text") -> "_Text":
+        return _Text(self.texts, tuple(a | b for a, b in zip(self.numbers, other.numbers, strict=True)))
+
+    def __str__(self) -> str:
+        parts = [self.texts[0]]
+        for numbers, text in zip(self.numbers, self.texts[1:], strict=True):
+            parts += [ranges(numbers), text]
+        return "".join(parts)
+
+    def moves_on(self, later: "_Text") -> bool:
+        """Tells whether every number stays as it is or rises from here to `later`."""
+        pairs = zip(self.numbers, later.numbers, strict=True)
+        return all(before == after or max(before) < min(after) for before, after in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pattern:
+    """Rows that were folded so far; `last` is the newest of them, for what comes next."""
+
+    path: _Text
     columns: tuple[str, ...]
+    source: _Text
+    transform: _Text
+    last: tuple[_Text, _Text]
+
+    def joined(self, later: "_Pattern") -> "_Pattern":
+        return dataclasses.replace(
+            self,
+            path=self.path | later.path,
+            source=self.source | later.source,
+            transform=self.transform | later.transform,
+            last=later.last,
+        )
+
+    def leads_to(self, later: "_Pattern") -> bool:
+        """Tells whether a later row is the next of this sequence, and no jump back in its sources."""
+        return all(before.moves_on(after) for before, after in zip(self.last, later.last, strict=True))
+
+    @property
+    def count(self) -> int:
+        total = 1
+        for numbers in self.path.numbers:
+            total *= len(numbers)
+        return total
 
 
 def fold(rows: Iterable[Row]) -> list[Folded]:
     """Returns the rows in natural order, folded; rows with different columns stay apart."""
     patterns = [_pattern(row) for row in sorted(rows, key=lambda row: natural_key(row.path))]
-    depth = max((len(pattern.numbers) for pattern in patterns), default=0)
+    depth = max((len(pattern.path.numbers) for pattern in patterns), default=0)
     for position in range(depth):
         patterns = _merge(patterns, position)
-    return [Folded(_text(p), p.columns, _count(p)) for p in patterns]
+    return [_folded(pattern) for pattern in patterns]
+
+
+def fold_names(lines: Sequence[Folded]) -> list[Folded]:
+    """Returns folded rows with their last two names folded too: `rngs/{dropout,params}/{count,key}`."""
+    return _gather(_gather(lines, 1), 2)
+
+
+def _gather(lines: Sequence[Folded], depth: int) -> list[Folded]:
+    groups: dict[object, list[tuple[str, Folded]]] = {}
+    for line in lines:
+        head, _, rest = line.text.rpartition("/") if depth == 1 else _two_from_last(line.text)
+        groups.setdefault((head, rest if depth == 2 else "", line.columns), []).append((_name(line.text, depth), line))
+    return [_gathered(group, depth) for group in groups.values()]
+
+
+def _two_from_last(text: str) -> tuple[str, str, str]:
+    rest, _, last = text.rpartition("/")
+    head, _, name = rest.rpartition("/")
+    return head, name, last
+
+
+def _name(text: str, depth: int) -> str:
+    parts = text.split("/")
+    return parts[-depth] if len(parts) >= depth else ""
+
+
+def _gathered(group: Sequence[tuple[str, Folded]], depth: int) -> Folded:
+    first = group[0][1]
+    if len(group) == 1:
+        return first
+    parts = first.text.split("/")
+    parts[-depth] = "{" + ",".join(name for name, _ in group) + "}"
+    return Folded(text="/".join(parts), columns=first.columns, count=sum(line.count for _, line in group))
+
+
+def fold_paths(paths: Iterable[Path]) -> str:
+    """Returns paths as one short text: `a/layers_{0..3}/kernel`, several apart by `+`."""
+    return " + ".join(line.text for line in fold(Row(path=path) for path in dict.fromkeys(paths)))
 
 
 def _pattern(row: Row) -> _Pattern:
-    bits = _NUMBER.split(render(row.path))
-    return _Pattern(tuple(bits[::2]), tuple(frozenset({int(bit)}) for bit in bits[1::2]), row.columns)
+    source, transform = _Text.of(row.source), _Text.of(row.transform, _INDEX)
+    return _Pattern(_Text.of(render(row.path)), row.columns, source, transform, (source, transform))
+
+
+def _folded(pattern: _Pattern) -> Folded:
+    transform = str(pattern.transform).replace("[{", "[").replace("}]", "]")
+    source = f"<- {pattern.source}" if pattern.source.texts != ("",) else ""
+    columns = (*pattern.columns, source, transform)
+    return Folded(text=str(pattern.path), columns=columns, count=pattern.count)
 
 
 def _merge(patterns: Sequence[_Pattern], position: int) -> list[_Pattern]:
     groups: dict[object, list[_Pattern]] = defaultdict(list)
     for at, pattern in enumerate(patterns):
-        others = (*pattern.numbers[:position], *pattern.numbers[position + 1 :])
-        foldable = position < len(pattern.numbers)
-        groups[(pattern.texts, others, pattern.columns) if foldable else at].append(pattern)
-    merged: list[_Pattern] = []
-    for group in groups.values():
-        first = group[0]
-        if len(group) == 1:
-            merged.append(first)
-            continue
-        union: _Numbers = frozenset().union(*(pattern.numbers[position] for pattern in group))
-        numbers = (*first.numbers[:position], union, *first.numbers[position + 1 :])
-        merged.append(dataclasses.replace(first, numbers=numbers))
-    return merged
+        groups[_key(pattern, position) if position < len(pattern.path.numbers) else at].append(pattern)
+    return [run for group in groups.values() for run in _runs(group)]
 
 
-def _count(pattern: _Pattern) -> int:
-    total = 1
-    for numbers in pattern.numbers:
-        total *= len(numbers)
-    return total
+def _key(pattern: _Pattern, position: int) -> object:
+    numbers = pattern.path.numbers
+    others = (*numbers[:position], *numbers[position + 1 :])
+    return pattern.path.texts, others, pattern.columns, pattern.source.texts, pattern.transform.texts
 
 
-def _text(pattern: _Pattern) -> str:
-    parts = [pattern.texts[0]]
-    for numbers, text in zip(pattern.numbers, pattern.texts[1:], strict=True):
-        parts += [ranges(numbers), text]
-    return "".join(parts)
+def _runs(group: Sequence[_Pattern]) -> list[_Pattern]:
+    runs: list[_Pattern] = []
+    for pattern in group:
+        if runs and runs[-1].leads_to(pattern):
+            runs[-1] = runs[-1].joined(pattern)
+        else:
+            runs.append(pattern)
+    return runs
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -97,13 +193,24 @@ def ranges(numbers: Iterable[int]) -> str:
     return "{" + ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"
 
 
-def aligned(rows: Iterable[Row], limit: int = 60, indent: str = "  ") -> str:
+def aligned(rows: Iterable[Row], limit: int = 40, indent: str = "  ") -> str:
     """Returns folded rows as lines with aligned columns, cut with a count after `limit` lines."""
-    lines = fold(rows)
+    return "\n".join(align(fold(rows), limit=limit, indent=indent))
+
+
+def align(lines: Sequence[Folded], limit: int = 40, indent: str = "  ") -> list[str]:
+    """Returns folded rows as text lines; a column that is empty everywhere takes no room."""
     shown = lines[:limit]
-    width = min(max((len(line.text) for line in shown), default=0), 72)
-    texts = [f"{indent}{line.text:<{width}}   {'   '.join(line.columns)}".rstrip() for line in shown]
+    table = [(line.text, *line.columns) for line in shown]
+    width = max((len(cells) for cells in table), default=0)
+    table = [(*cells, *[""] * (width - len(cells))) for cells in table]
+    used = [at for at in range(width) if any(cells[at] for cells in table)]
+    # One very long cell must not push everybody's next column out of sight.
+    widths = {at: min(max(len(cells[at]) for cells in table), 96) for at in used}
+    texts = [
+        (indent + "   ".join(f"{cells[at]:<{widths[at]}}" for at in used)).rstrip() for cells in table
+    ]
     if len(lines) > limit:
         rest = sum(line.count for line in lines[limit:])
         texts.append(f"{indent}… and {rest} more")
-    return "\n".join(texts)
+    return texts

@@ -1,12 +1,14 @@
 """What a restore really did, leaf by leaf."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.plan import Defaulted, Missing, RestorePlan, Restored
-from orbax_nnx_handler.planning.rendering import plan_to_dict, render_plan
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,21 @@ class RestoreReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain dicts, lists, strings and numbers."""
+        from orbax_nnx_handler.planning.rendering import plan_to_dict
+
         return {"seconds": self.seconds, "bytes": self.nbytes, **plan_to_dict(self.plan)}
 
     def __str__(self) -> str:
-        return f"{self.summary}\n{render_plan(self.plan)}"
+        from orbax_nnx_handler.planning.rendering import render_sheet, report_sheet
+
+        return render_sheet(report_sheet(self))
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterable[RenderableType]":
+        from orbax_nnx_handler.planning.rendering import report_sheet, sheet_on_console
+
+        return sheet_on_console(report_sheet(self), console, options)
+
+    def _repr_html_(self) -> str:
+        from orbax_nnx_handler.planning.rendering import report_sheet, sheet_to_html
+
+        return sheet_to_html(report_sheet(self))

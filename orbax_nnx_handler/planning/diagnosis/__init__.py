@@ -1,0 +1,45 @@
+"""Why a plan does not fit, from the plan's own evidence; without evidence, no guess."""
+
+from collections.abc import Callable, Iterable
+
+from orbax_nnx_handler.planning.diagnosis.causes import Cause
+from orbax_nnx_handler.planning.diagnosis.depth import find_layer_counts, find_scanned
+from orbax_nnx_handler.planning.diagnosis.dimensions import find_dimensions
+from orbax_nnx_handler.planning.diagnosis.overlap import find_another_model, find_other_names
+from orbax_nnx_handler.planning.diagnosis.parts import find_collections, find_new_parts, find_optimizers
+from orbax_nnx_handler.planning.diagnosis.randomness import find_keys, find_random_layouts
+from orbax_nnx_handler.planning.diagnosis.scene import Scene
+from orbax_nnx_handler.planning.plan import RestorePlan
+
+_FINDERS: tuple[Callable[[Scene], Iterable[Cause]], ...] = (
+    find_another_model,
+    find_layer_counts,
+    find_scanned,
+    find_collections,
+    find_optimizers,
+    find_other_names,
+    find_new_parts,
+    find_dimensions,
+    find_keys,
+    find_random_layouts,
+)
+"""In this order: what one finder explains, the later ones do not look at again."""
+
+
+def diagnose(plan: RestorePlan) -> tuple[Cause, ...]:
+    """Returns the causes that a plan holds evidence for.
+
+    Args:
+        plan: A plan, fitting or not.
+
+    Returns:
+        The causes, those that explain everything first; none where nothing is
+        wrong or nothing tells why.
+    """
+    scene = Scene(plan=plan)
+    causes: list[Cause] = []
+    for find in _FINDERS:
+        found = list(find(scene))
+        causes += found
+        scene = scene.without(path for cause in found for path in cause.paths)
+    return tuple(causes)

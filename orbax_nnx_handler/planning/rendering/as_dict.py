@@ -1,0 +1,74 @@
+"""Plans as plain dicts: everything, nothing folded, nothing cut."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from orbax_nnx_handler.planning.diagnosis import diagnose
+from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.paths import Path, render
+from orbax_nnx_handler.planning.plan import Mismatched, Missing, RestorePlan, Restored
+from orbax_nnx_handler.planning.recipes import reads, render_reads
+
+
+def plan_to_dict(plan: RestorePlan) -> dict[str, Any]:
+    """Returns a plan as plain dicts, lists, strings and numbers."""
+    return {
+        "directory": plan.directory,
+        "layout": plan.layout,
+        "stored_leaves": plan.stored_count,
+        "fits": plan.fits,
+        "restored": [_restored(item) for item in plan.restored.values()],
+        "missing": [_missing(item) for item in plan.missing.values()],
+        "mismatched": [_mismatched(item) for item in plan.mismatched.values()],
+        "defaulted": [
+            _leaf(item.wanted) | {"source": item.source, "reason": item.reason}
+            for item in plan.defaulted.values()
+        ],
+        "unexpected": _stored(plan.unexpected),
+        "skipped": _stored(plan.skipped),
+        "dropped": [{"path": render(path), "reason": item.reason} for path, item in plan.dropped.items()],
+        "causes": [
+            {
+                "kind": type(cause).__name__,
+                "cause": cause.cause,
+                "hint": cause.hint,
+                "paths": [render(path) for path in cause.paths],
+            }
+            for cause in diagnose(plan)
+        ],
+    }
+
+
+def _restored(item: Restored) -> dict[str, Any]:
+    return _leaf(item.wanted) | {
+        "stored": [render(source) for source in dict.fromkeys(reads(item.recipe))],
+        "stored_dtype": str(item.stored_dtype),
+        "result_dtype": str(item.dtype),
+        "transform": item.transform,
+    }
+
+
+def _missing(item: Missing) -> dict[str, Any]:
+    return _leaf(item.wanted) | {
+        "policy": item.policy,
+        "filled_by": item.filled_by,
+        "layers": list(item.layers),
+    }
+
+
+def _mismatched(item: Mismatched) -> dict[str, Any]:
+    return _leaf(item.wanted) | {
+        "kind": item.kind,
+        "stored": render_reads(item.recipe),
+        "stored_shape": list(item.stored_shape),
+        "stored_dtype": item.stored_dtype,
+        "detail": item.detail,
+    }
+
+
+def _stored(leaves: Mapping[Path, StoredLeaf]) -> list[dict[str, Any]]:
+    return [_leaf(leaf) for leaf in leaves.values()]
+
+
+def _leaf(leaf: WantedLeaf | StoredLeaf) -> dict[str, Any]:
+    return {"path": render(leaf.path), "shape": list(leaf.shape), "dtype": str(leaf.dtype)}

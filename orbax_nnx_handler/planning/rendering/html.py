@@ -1,0 +1,60 @@
+"""Sheets in a notebook: tables that fold, and a bar of the bytes."""
+
+import html
+
+from orbax_nnx_handler.planning.rendering.share import COLOURS, Share, sized
+from orbax_nnx_handler.planning.rendering.sheet import Section, Sheet
+
+_LIMIT = 200
+_OPEN = ("missing", "filled", "mismatched", "unexpected")
+"""What a reader has to see comes unfolded."""
+
+
+def sheet_to_html(sheet: Sheet) -> str:
+    """Returns a sheet as HTML that carries its own style: nothing is fetched, no script runs."""
+    advice = "".join(f"<div>{html.escape(line)}</div>" for line in sheet.advice)
+    return (
+        '<div style="font-family: monospace; font-size: 12px">'
+        f"<div><b>{html.escape(sheet.head)}</b>: {html.escape(sheet.counts)}</div>"
+        f"<div>checkpoint: {html.escape(sheet.checkpoint)}</div>"
+        f"{_bar(sheet.share)}{''.join(map(_section, sheet.sections))}{advice}</div>"
+    )
+
+
+def _section(section: Section) -> str:
+    opened = " open" if section.title.startswith(_OPEN) else ""
+    rows = "".join(_row((line.text, *line.columns)) for line in section.lines[:_LIMIT])
+    rest = sum(line.count for line in section.lines[_LIMIT:])
+    if rest:
+        rows += _row((f"… and {rest} more",))
+    return (
+        f"<details{opened}><summary>{html.escape(section.title)} ({section.count})</summary>"
+        f"<table>{rows}</table></details>"
+    )
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    style = ' style="text-align: left; padding-right: 1em"'
+    return "<tr>" + "".join(f"<td{style}>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _bar(share: Share) -> str:
+    parts = share.parts()
+    total = max(1, sum(nbytes for _, nbytes in parts))
+    boxes: list[str] = []
+    left = 0.0
+    for part, nbytes in parts:
+        width = 100 * nbytes / total
+        title = f"{part}: {sized(nbytes)}"
+        boxes.append(
+            f'<rect x="{left:.3f}" y="0" width="{width:.3f}" height="10" fill="{COLOURS[part]}">'
+            f"<title>{title}</title></rect>"
+        )
+        left += width
+    words = " ".join(
+        f'<span style="color: {COLOURS[part]}">■</span> {part} {sized(nbytes)}' for part, nbytes in parts
+    )
+    return (
+        '<svg viewBox="0 0 100 10" preserveAspectRatio="none" width="480" height="12" role="img">'
+        f"{''.join(boxes)}</svg><div>{words}</div>"
+    )

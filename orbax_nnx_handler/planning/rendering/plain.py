@@ -1,0 +1,14 @@
+"""Sheets as plain text: for logs, files and `print`."""
+
+from orbax_nnx_handler.planning.folding import align
+from orbax_nnx_handler.planning.rendering.sheet import Sheet
+
+_LIMIT = 30
+
+
+def render_sheet(sheet: Sheet) -> str:
+    """Returns a sheet as text: counts first, then aligned rows, then the way out."""
+    lines = [f"{sheet.head}: {sheet.counts}", f"checkpoint: {sheet.checkpoint}"]
+    for section in sheet.sections:
+        lines += [f"  {section.title}", *align(section.lines, limit=_LIMIT, indent="    ")]
+    return "\n".join([*lines, *sheet.advice])

@@ -1,0 +1,118 @@
+"""What there is to say about a plan or a report, before it becomes text, colour or HTML."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from orbax_nnx_handler.planning.diagnosis import diagnose
+from orbax_nnx_handler.planning.folding import Folded, Row, fold, fold_names
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.rendering.share import Share, sized
+from orbax_nnx_handler.planning.report import RestoreReport
+from orbax_nnx_handler.planning.rows import (
+    defaulted_rows,
+    dropped_rows,
+    mismatched_rows,
+    missing_rows,
+    restored_rows,
+    stored_rows,
+)
+from orbax_nnx_handler.planning.verdict import advice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A titled list of folded rows.
+
+    Attributes:
+        title: What the rows have in common.
+        count: Leaves, before folding.
+        lines: The folded rows.
+    """
+
+    title: str
+    count: int
+    lines: Sequence[Folded]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A plan or a report, ready to be shown.
+
+    Attributes:
+        head: One line: what it is, and the verdict or what was done.
+        counts: One line: how many leaves of each kind.
+        checkpoint: One line: where it lies and how it is arranged.
+        sections: The lists that are not empty.
+        advice: Causes and ways out, one line each; empty for a plan that fits.
+        share: The bytes of each part.
+    """
+
+    head: str
+    counts: str
+    checkpoint: str
+    sections: tuple[Section, ...]
+    advice: tuple[str, ...]
+    share: Share
+
+
+def plan_sheet(plan: RestorePlan) -> Sheet:
+    """Returns what there is to say about a plan."""
+    fits = plan.fits
+    notes = tuple(f"note: {cause.cause}" for cause in diagnose(plan)) if fits else ()
+    return Sheet(
+        head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
+        counts=_counts(plan, "missing"),
+        checkpoint=_checkpoint(plan),
+        sections=_sections(plan, "missing"),
+        advice=notes if fits else tuple(advice(plan)),
+        share=Share.of(plan),
+    )
+
+
+def report_sheet(report: RestoreReport) -> Sheet:
+    """Returns what there is to say about a restore."""
+    rate = report.nbytes / max(report.seconds, 1e-9) / 1e9
+    return Sheet(
+        head=f"RestoreReport: {sized(report.nbytes)} in {report.seconds:.2f} s ({rate:.2f} GB/s)",
+        counts=_counts(report.plan, "filled"),
+        checkpoint=_checkpoint(report.plan),
+        sections=_sections(report.plan, "filled"),
+        advice=(),
+        share=Share.of(report.plan),
+    )
+
+
+def _counts(plan: RestorePlan, missing: str) -> str:
+    parts = [
+        f"{len(plan.restored)} restored",
+        f"{len(plan.defaulted)} defaulted",
+        f"{len(plan.missing)} {missing}",
+        f"{len(plan.mismatched)} mismatched",
+        f"{len(plan.unexpected)} unexpected",
+    ]
+    parts += [f"{len(plan.skipped)} skipped"] if plan.skipped else []
+    parts += [f"{len(plan.dropped)} dropped"] if plan.dropped else []
+    return ", ".join(parts)
+
+
+def _checkpoint(plan: RestorePlan) -> str:
+    return f"{plan.directory} (layout: {plan.layout}, {plan.stored_count} stored leaves)"
+
+
+def _sections(plan: RestorePlan, missing: str) -> tuple[Section, ...]:
+    lists: list[tuple[str, list[Row]]] = [
+        ("restored", restored_rows(plan.restored.values())),
+        ("defaulted", defaulted_rows(plan.defaulted.values())),
+        ("skipped: stored, but of a part that the target does not ask for", stored_rows(plan.skipped.values())),
+        ("dropped", dropped_rows(plan.dropped.values())),
+        ("unexpected: stored, but not wanted", stored_rows(plan.unexpected.values())),
+        (missing, missing_rows(plan.missing.values(), with_policy=True)),
+        ("mismatched", mismatched_rows(plan.mismatched.values())),
+    ]
+    return tuple(_section(title, rows) for title, rows in lists if rows)
+
+
+def _section(title: str, rows: Sequence[Row]) -> Section:
+    lines = fold(rows)
+    # A model has more random streams than layers, all alike.
+    return Section(title=title, count=len(rows), lines=fold_names(lines) if title == "defaulted" else lines)

@@ -35,6 +35,8 @@ def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     best = Roots(wanted=(), stored=(), overlap=-1)
     pairs = itertools.product(skeletons_wanted, skeletons_stored)
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
+        if left and right and not (_holds_all(wanted, left) and _holds_all(stored, right)):
+            continue  # Part of a model is not part of another by size alone: `encoder` is no `decoder`.
         # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
         overlap = sum(count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right])
         if overlap > best.overlap:
@@ -64,12 +66,22 @@ def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
             break
         chain.append((*chain[-1], name))
         inside = [path for path in inside if len(path) > depth + 1 and path[depth] == name]
-    return [root for root in chain if _keeps_apart(paths, root)]
+    return [root for root in chain if _keeps_apart(paths, root) and not _names_layers(paths, root)]
+
+
+def _holds_all(paths: Collection[Tokens], root: Tokens) -> bool:
+    return all(path[: len(root)] == root for path in paths)
 
 
 def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
     """Tells whether no two paths become one when the root is taken away."""
     return not root or len({strip(path, root) for path in paths}) == len(set(paths))
+
+
+def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
+    """Tells whether a root ends in the name of layers: without it, no one knows what their numbers count."""
+    below = [path[len(root)] for path in paths if path[: len(root)] == root]
+    return bool(root) and all(token.startswith("#") for token in below)
 
 
 def _skeletons(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:

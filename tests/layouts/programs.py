@@ -117,12 +117,17 @@ def vision_transformer(optimizer: Callable[[], optax.GradientTransformation]) ->
 def trained(program: Program) -> Trained:
     """The Linen train state after three steps from random weights."""
     shapes = jax.eval_shape(lambda x: program.linen.init(jax.random.key(0), x, train=False), program.inputs)
-    variables = jax.tree_util.tree_map_with_path(_draw, shapes)
+    variables = random_tree(shapes)
     params, statistics = variables["params"], variables.get("batch_stats", {})
     state = Trained(params=params, statistics=statistics, opt_state=program.optimizer.init(params), step=0)
     for _ in range(STEP):
         _, state = _linen_step(program, state)
     return state
+
+
+def random_tree(shapes: Any) -> Any:
+    """Returns a tree of random values, each leaf's drawn from its path."""
+    return jax.tree_util.tree_map_with_path(_draw, shapes)
 
 
 def _draw(keys: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:

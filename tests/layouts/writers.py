@@ -5,6 +5,7 @@ by the calls that their savers make (Orbax, `flax.serialization`, TensorStore).
 The functions say where in the source that is.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,31 @@ def flax_optim_slots(state: Trained) -> dict[str, Any]:
     if isinstance(moments, optax.TraceState):
         return {"momentum": moments.trace}
     return {"grad_ema": moments.mu, "grad_sq_ema": moments.nu}
+
+
+def gemma_tree(params: Any, form: str, kinds: int) -> Any:
+    """gm/ckpts/_checkpoint.py: the model's own params as the released files have them."""
+    if form == "nested":
+        return params
+    flat = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        path = (*path, "w") if path[-1] in ("linear", "gating_einsum") else path
+        flat["/".join(("transformer", *path[:-1])), path[-1]] = leaf
+    return traverse_util.unflatten_dict(flat if form == "flat" else _stack_gemma(flat, kinds))
+
+
+def _stack_gemma(flat: Mapping[tuple[str, str], Any], kinds: int) -> dict[tuple[str, str], Any]:
+    """gm/ckpts/_compat.py `stack_params`."""
+    stacked: dict[tuple[str, str], Any] = {}
+    slices: dict[tuple[str, str], dict[int, Any]] = {}
+    for (key, name), leaf in flat.items():
+        match = re.match(r"(.*?)layer_(\d+)(.*)", key)
+        if match is None:
+            stacked[key, name] = leaf
+            continue
+        prefix, number, suffix = match[1], int(match[2]), match[3]
+        group = f"{prefix}stacked_layers/attention_type_{number % kinds}{suffix}"
+        slices.setdefault((group, name), {})[number // kinds] = leaf
+    for path, layers in slices.items():
+        stacked[path] = np.stack([layer for _, layer in sorted(layers.items())])
+    return stacked

@@ -16,13 +16,17 @@ from orbax_nnx_handler.planning.layouts import (
 )
 from orbax_nnx_handler.planning.placement import Layout, Stored
 
-LAYOUTS: tuple[Layout, ...] = (
+_TELLING: tuple[Layout, ...] = (
     t5x.T5X,
     scenic.SCENIC,
     kauldron.KAULDRON,
     big_vision.BIG_VISION,
     gemma.GEMMA,
     tunix.TUNIX,
+)
+"""Layouts with names of their own: where one fits, no general one is meant."""
+
+_GENERAL: tuple[Layout, ...] = (
     linen.MAXTEXT,
     linen.TRAIN_STATE,
     linen.VARIABLES,
@@ -31,7 +35,10 @@ LAYOUTS: tuple[Layout, ...] = (
     bare.NNX_PURE_DICT,
     bare.PARAMS,
 )
-"""Every known layout; more telling ones first."""
+"""Layouts that may fit the same tree; the one under which the most leaves are found is taken."""
+
+LAYOUTS: tuple[Layout, ...] = (*_TELLING, *_GENERAL)
+"""Every known layout."""
 
 _ALIASES = {"linen": "train_state"}
 
@@ -48,7 +55,8 @@ def candidates(stored: Stored, name: str) -> Sequence[Layout]:
     """
     if name != "auto":
         return (_named(name),)
-    found = [layout for layout in LAYOUTS if layout.fits(stored)]
+    telling = [layout for layout in _TELLING if layout.fits(stored)]
+    found = telling or [layout for layout in _GENERAL if layout.fits(stored)]
     if not found:
         raise UnknownLayoutError(
             f"the checkpoint has {len(stored)} leaves in no layout that this library knows.\n"

@@ -1,0 +1,58 @@
+"""Gemma's released weights: nested, flat with slashes in the keys, stacked by kind of attention."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import restore
+from orbax_nnx_handler.planning.layouts.gemma import GEMMA
+from orbax_nnx_handler.planning.leaves import StoredLeaf
+from tests.layouts import language, writers
+from tests.layouts.programs import TOLERANCE, random_tree
+
+# The forms, and the one name that the NNX program has otherwise.
+FORMS = {
+    "nested": ("layer_{number}", "layers/{number}"),
+    "flat": ("layer_{number}", "layers/{number}"),
+    "stacked": ("layer", "layers"),
+}
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    shapes = jax.eval_shape(lambda: language.LinenGemma().init(jax.random.key(0), language.TOKENS))
+    return random_tree(shapes)["params"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_released_weights_give_the_same_logits_in_nnx(tmp_path: Path, params: Any, form: str) -> None:
+    path = writers.write_standard(tmp_path / "gemma", writers.gemma_tree(params, form, language.KINDS))
+    target = nnx.eval_shape(language.NnxGemma)
+
+    model = restore(path, target, renames=[FORMS[form]], unexpected="error")
+
+    expected = language.LinenGemma().apply({"params": params}, language.TOKENS)
+    np.testing.assert_allclose(model(language.TOKENS), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["flat", "stacked"])
+def test_a_module_with_gemmas_own_names_needs_no_rename(tmp_path: Path, params: Any, form: str) -> None:
+    path = writers.write_standard(tmp_path / "gemma", writers.gemma_tree(params, form, language.KINDS))
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+
+    tree = restore(path, target, unexpected="error")
+
+    jax.tree.map(np.testing.assert_array_equal, tree, params)
+
+
+def test_the_image_encoder_is_placed_as_gemmas_loader_does() -> None:
+    path = ("SigLiPFromPatches_0/siglip_encoder/Transformer/encoder_norm", "scale")
+    leaf = StoredLeaf(path=path, shape=(8,), dtype=np.dtype(np.float32))
+
+    (placement,) = GEMMA.place({path: leaf})
+
+    assert placement.path == ("vision_encoder", "siglip_encoder", "Transformer", "encoder_norm", "scale")

@@ -1,0 +1,292 @@
+"""Every way an Orbax pipeline can hold the handler."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import (
+    MissingParamError,
+    NNXLinenHandler,
+    NNXLinenRestore,
+    NNXLinenSave,
+    RestoreError,
+    handler_registry,
+    restore,
+    save,
+)
+from tests.handler.programs import LinenNet, abstract_net, linen_state, make_net, save_stock, train_target
+
+TX = optax.adamw(1e-2)
+
+
+def _kernel(model: Any) -> Any:
+    return np.asarray(model.up.kernel.get_value())
+
+
+@pytest.fixture
+def linen() -> Any:
+    return linen_state(TX)
+
+
+@pytest.fixture
+def trained(linen, tmp_path_factory) -> Any:
+    """Model and optimizer of the NNX program, with the Linen program's values."""
+    return restore(save_stock(tmp_path_factory.mktemp("linen") / "item", linen), train_target(TX))
+
+
+def _linen_manager(path: Any, linen: Any) -> None:
+    """Writes step 3 as a Linen program with a stock manager does."""
+    with ocp.CheckpointManager(path) as manager:
+        manager.save(3, args=ocp.args.StandardSave(linen))
+
+
+def test_a_manager_with_one_item_restores_and_saves(tmp_path, linen) -> None:
+    _linen_manager(tmp_path, linen)
+
+    with ocp.CheckpointManager(tmp_path, item_handlers=NNXLinenHandler(policy="error")) as manager:
+        model, optimizer = manager.restore(3, args=NNXLinenRestore(train_target(TX)))
+        manager.save(4, args=NNXLinenSave((model, optimizer)))
+        manager.wait_until_finished()
+        again, _ = manager.restore(4, args=NNXLinenRestore(train_target(TX)))
+
+    np.testing.assert_array_equal(_kernel(model), linen.params["up"]["kernel"])
+    np.testing.assert_array_equal(_kernel(again), linen.params["up"]["kernel"])
+
+
+def test_a_restore_without_a_target_gives_the_stored_tree_as_stock_orbax_does(tmp_path, linen) -> None:
+    _linen_manager(tmp_path, linen)
+    with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        stock = manager.restore(3)
+
+    with ocp.CheckpointManager(tmp_path, item_handlers=NNXLinenHandler()) as manager:
+        bare, explicit = manager.restore(3), manager.restore(3, args=NNXLinenRestore())
+
+    for tree in (bare, explicit):
+        assert jax.tree.structure(tree) == jax.tree.structure(stock)
+        jax.tree.map(np.testing.assert_array_equal, tree, stock)
+
+
+def test_several_items_each_have_their_own_handler(tmp_path, trained) -> None:
+    handlers = {"items": NNXLinenHandler(), "iter": ocp.JsonCheckpointHandler()}
+
+    with ocp.CheckpointManager(tmp_path, item_handlers=handlers) as manager:
+        manager.save(
+            1, args=ocp.args.Composite(items=NNXLinenSave(trained), iter=ocp.args.JsonSave({"position": 5}))
+        )
+        manager.wait_until_finished()
+        found = manager.restore(
+            1, args=ocp.args.Composite(items=NNXLinenRestore(train_target(TX)), iter=ocp.args.JsonRestore())
+        )
+
+    np.testing.assert_array_equal(_kernel(found["items"][0]), _kernel(trained[0]))
+    assert found["iter"] == {"position": 5}
+
+
+SAVES = {"PyTree": ocp.args.PyTreeSave, "Standard": ocp.args.StandardSave, "own": NNXLinenSave}
+RESTORES = {"PyTree": ocp.args.PyTreeRestore, "Standard": ocp.args.StandardRestore, "own": NNXLinenRestore}
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_a_pipeline_that_names_orbaxs_own_args_runs_unchanged(tmp_path, trained, kind: str) -> None:
+    with ocp.CheckpointManager(tmp_path, handler_registry=handler_registry()) as manager:
+        manager.save(1, args=SAVES[kind](nnx.state(trained[0])))
+        manager.wait_until_finished()
+        state = manager.restore(1, args=RESTORES[kind](nnx.state(abstract_net())))
+
+    assert isinstance(state, nnx.State)
+    np.testing.assert_array_equal(state["up"]["kernel"].get_value(), _kernel(trained[0]))
+
+
+def test_a_registry_serves_one_named_item_beside_others(tmp_path, trained) -> None:
+    registry = handler_registry(NNXLinenHandler(), item="state")
+
+    with ocp.CheckpointManager(tmp_path, handler_registry=registry) as manager:
+        manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(nnx.state(trained[0]))))
+        manager.wait_until_finished()
+        found = manager.restore(
+            1, args=ocp.args.Composite(state=ocp.args.StandardRestore(nnx.state(abstract_net())))
+        )
+
+    np.testing.assert_array_equal(found["state"]["up"]["kernel"].get_value(), _kernel(trained[0]))
+
+
+def test_the_old_calling_form_still_works(tmp_path, trained) -> None:
+    manager = ocp.CheckpointManager(tmp_path, ocp.AsyncCheckpointer(NNXLinenHandler()))
+
+    manager.save(1, items=trained)
+    manager.wait_until_finished()
+    model, _ = manager.restore(1, items=train_target(TX))
+    manager.close()
+
+    np.testing.assert_array_equal(_kernel(model), _kernel(trained[0]))
+
+
+def test_the_old_calling_form_works_with_item_handlers(tmp_path, trained) -> None:
+    with ocp.CheckpointManager(tmp_path, item_handlers=NNXLinenHandler()) as manager:
+        if "items" not in inspect.signature(manager.save).parameters:
+            pytest.skip("this Orbax has no items=")
+        manager.save(1, items=trained)
+        manager.wait_until_finished()
+        model, _ = manager.restore(1, items=train_target(TX))
+
+    np.testing.assert_array_equal(_kernel(model), _kernel(trained[0]))
+
+
+@pytest.mark.parametrize("make", [ocp.Checkpointer, ocp.AsyncCheckpointer])
+def test_plain_checkpointers_take_both_calling_forms(tmp_path, trained, make: Any) -> None:
+    with make(NNXLinenHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "new", args=NNXLinenSave(trained))
+        checkpointer.save(tmp_path / "old", trained)
+        if make is ocp.AsyncCheckpointer:
+            checkpointer.wait_until_finished()
+        models = [
+            checkpointer.restore(tmp_path / "new", args=NNXLinenRestore(train_target(TX)))[0],
+            checkpointer.restore(tmp_path / "old", train_target(TX))[0],
+            checkpointer.restore(tmp_path / "old", item=train_target(TX))[0],
+        ]
+
+    for model in models:
+        np.testing.assert_array_equal(_kernel(model), _kernel(trained[0]))
+
+
+def test_item_metadata_tells_shapes_and_dtypes(tmp_path, linen) -> None:
+    _linen_manager(tmp_path, linen)
+
+    with ocp.CheckpointManager(tmp_path, item_handlers=NNXLinenHandler()) as manager:
+        metadata = manager.item_metadata(3)
+
+    leaf = metadata["params"]["up"]["kernel"]
+    assert leaf.shape == linen.params["up"]["kernel"].shape
+    assert leaf.dtype == np.float32
+
+
+def test_what_it_saves_stock_orbax_reads_without_this_package(tmp_path, trained, linen) -> None:
+    with ocp.CheckpointManager(tmp_path, item_handlers=NNXLinenHandler()) as manager:
+        manager.save(1, args=NNXLinenSave(trained))
+
+    with ocp.CheckpointManager(tmp_path) as manager:
+        restored = manager.restore(1, args=ocp.args.StandardRestore(linen))
+
+    assert "orbax_nnx_handler" not in (tmp_path / "1" / "_CHECKPOINT_METADATA").read_text()
+    jax.tree.map(np.testing.assert_array_equal, restored.params, linen.params)
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, linen.opt_state)
+    logits = LinenNet().apply(
+        {"params": restored.params, "batch_stats": restored.batch_stats}, jnp.ones((1, 8))
+    )
+    assert np.isfinite(np.asarray(logits)).all()
+
+
+def test_items_that_are_not_nnx_are_saved_as_the_parent_would(tmp_path) -> None:
+    tree = {"a": np.arange(3), "b": [1.5, {"c": "text"}], "d": 7}
+    for name, handler in (("own", NNXLinenHandler()), ("stock", ocp.PyTreeCheckpointHandler())):
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(tmp_path / name, tree)
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        own, stock = checkpointer.restore(tmp_path / "own"), checkpointer.restore(tmp_path / "stock")
+
+    assert jax.tree.structure(own) == jax.tree.structure(stock)
+    assert (tmp_path / "own" / "_METADATA").read_text() == (tmp_path / "stock" / "_METADATA").read_text()
+
+
+def test_every_keyword_of_the_parent_passes_through(tmp_path, trained) -> None:
+    handler = NNXLinenHandler(use_ocdbt=False, use_zarr3=True, restore_concurrent_gb=1, save_concurrent_gb=1)
+
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(tmp_path / "item", args=NNXLinenSave(trained))
+        model, _ = checkpointer.restore(tmp_path / "item", args=NNXLinenRestore(train_target(TX)))
+
+    assert not (tmp_path / "item" / "manifest.ocdbt").exists()
+    assert list((tmp_path / "item").glob("params.up.kernel/zarr.json"))
+    np.testing.assert_array_equal(_kernel(model), _kernel(trained[0]))
+
+
+def test_settings_of_one_restore_win_over_the_handlers(tmp_path) -> None:
+    state = linen_state(TX)
+    item = save_stock(tmp_path / "item", {"params": {"up": state.params["up"], "norm": state.params["norm"]}})
+    handler = NNXLinenHandler(policy="error", unexpected="error")
+
+    with pytest.raises(MissingParamError):
+        handler.restore(item, args=NNXLinenRestore(abstract_net()))
+    model = handler.restore(item, args=NNXLinenRestore(abstract_net(), policy="warn"))
+
+    assert not np.any(model.down.kernel.get_value())
+    assert handler.report is not None
+    assert ("down", "kernel") in handler.report.filled
+
+
+def test_the_report_gives_every_leaf_exactly_one_origin(tmp_path, linen) -> None:
+    item = save_stock(tmp_path / "item", linen)
+    handler = NNXLinenHandler()
+
+    handler.restore(item, args=NNXLinenRestore(abstract_net()))
+
+    report = handler.report
+    assert report is not None
+    wanted = {path for path, _ in nnx.to_flat_state(nnx.state(abstract_net()))}
+    parts = [set(report.restored), set(report.filled), set(report.defaulted)]
+    assert set.union(*parts) == wanted
+    assert sum(map(len, parts)) == len(wanted)
+    assert report.to_dict()["layout"] == "Flax TrainState"
+    assert str(report)
+
+
+def test_transforms_are_refused(tmp_path, linen) -> None:
+    item = save_stock(tmp_path / "item", linen)
+
+    with pytest.raises(ValueError, match="renames"):
+        NNXLinenHandler().restore(item, args=ocp.args.PyTreeRestore(abstract_net(), transforms={}))
+
+
+def test_a_failed_restore_leaves_the_last_report_and_the_checkpoint_alone(tmp_path, linen) -> None:
+    item = save_stock(tmp_path / "item", linen)
+    handler = NNXLinenHandler()
+    handler.restore(item, args=NNXLinenRestore(abstract_net()))
+    report, files = handler.report, sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(RestoreError):
+        handler.restore(item, args=NNXLinenRestore({"nothing": jax.ShapeDtypeStruct((2,), jnp.float32)}))
+
+    assert handler.report is report
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_save_and_restore_without_a_manager(tmp_path, trained) -> None:
+    save(tmp_path / "item", trained)
+
+    model, optimizer = restore(tmp_path / "item", train_target(TX), unexpected="error")
+
+    np.testing.assert_array_equal(_kernel(model), _kernel(trained[0]))
+    for left, right in zip(
+        jax.tree.leaves(nnx.state(optimizer)), jax.tree.leaves(nnx.state(trained[1])), strict=True
+    ):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_save_refuses_to_overwrite_unless_forced(tmp_path, trained) -> None:
+    save(tmp_path / "item", trained)
+
+    with pytest.raises(ValueError, match="exists"):
+        save(tmp_path / "item", make_net())
+    save(tmp_path / "item", make_net(), force=True)
+
+    assert restore(tmp_path / "item", abstract_net()).up is not None
+
+
+def test_a_manager_saves_asynchronously_and_the_caller_may_go_on(tmp_path, trained) -> None:
+    expected = _kernel(trained[0]).copy()
+
+    with ocp.CheckpointManager(tmp_path, item_handlers=NNXLinenHandler()) as manager:
+        manager.save(1, args=NNXLinenSave(trained))
+        trained[0].up.kernel.set_value(jnp.zeros_like(trained[0].up.kernel.get_value()))
+        manager.wait_until_finished()
+        model, _ = manager.restore(1, args=NNXLinenRestore(train_target(TX)))
+
+    np.testing.assert_array_equal(_kernel(model), expected)

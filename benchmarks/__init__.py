@@ -1,0 +1,1 @@
+"""How fast, how much memory, and whether the result is right."""

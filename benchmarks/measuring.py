@@ -1,0 +1,161 @@
+"""Rounds of trials, each in a fresh process, interleaved; their medians, tables and files."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Literal
+
+from benchmarks.models import Model
+
+ROOT = pathlib.Path(__file__).parent
+SCRATCH = ROOT / "scratch"
+RESULTS = ROOT / "results"
+
+Cache = Literal["warm", "cold"]
+Row = dict[str, Any]
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Reads the options that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--toy", action="store_true", help="tiny models and one round: for correctness only")
+    parser.add_argument(
+        "--gb", type=float, default=None, help="bytes of the model in 1e9 (default: by memory)"
+    )
+    parser.add_argument("--rounds", type=int, default=None, help="trials of each contestant (default 5)")
+    parser.add_argument("--scratch", type=pathlib.Path, default=SCRATCH, help="where the checkpoints go")
+    parser.add_argument("--out", type=pathlib.Path, default=None, help="where the results go (JSON)")
+    options = parser.parse_args()
+    if options.rounds is None:
+        options.rounds = 1 if options.toy else 5
+    if options.gb is None:
+        options.gb = 0.002 if options.toy else _fitting_gb()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def _fitting_gb() -> float:
+    """Returns a size that a machine of any memory can hold several times over, 2 GB at most."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return round(min(2.0, memory / 1e9 / 20), 2)
+
+
+def trial(settings: Mapping[str, Any], *, module: str = "benchmarks.trial", cache: Cache = "warm") -> Row:
+    """Runs one trial in a fresh process.
+
+    Raises:
+        RuntimeError: The trial failed: a wrong value, or an error; its output is quoted.
+    """
+    if cache == "cold":
+        _forget(pathlib.Path(settings["path"]))
+    done = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(settings)], capture_output=True, text=True, cwd=ROOT.parent
+    )
+    if done.returncode:
+        raise RuntimeError(f"trial {settings} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _forget(path: pathlib.Path) -> None:
+    """Drops a checkpoint's files from the page cache, as far as the system lets a user do so."""
+    for file in [*path.rglob("*"), path.with_name(f"{path.name}.safetensors")]:
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def interleaved(
+    contestants: Sequence[str], rounds: int, settings: Mapping[str, Any], cache: Cache = "warm"
+) -> dict[str, list[Row]]:
+    """Runs every contestant once per round, so that a slow minute of the machine hits all alike."""
+    found: dict[str, list[Row]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name in contestants:
+            found[name].append(trial({**settings, "contestant": name}, cache=cache))
+    return found
+
+
+def summary(model: Model, trials: Sequence[Row]) -> Row:
+    """Returns medians, the spread of the time, and figures per byte of the model."""
+    seconds = [row["seconds"] for row in trials]
+    middle = statistics.median(seconds)
+    return {
+        "seconds": middle,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "GB/s": model.nbytes / middle / 1e9,
+        "cpu_seconds": statistics.median(row["cpu_seconds"] for row in trials),
+        "peak": statistics.median(row["peak_bytes"] for row in trials) / model.nbytes,
+        "read": statistics.median(row["read_bytes"] for row in trials) / model.nbytes,
+    }
+
+
+def with_ratios(rows: Mapping[str, Row], reference: str) -> dict[str, Row]:
+    """Adds each contestant's time over the reference's, and the range that the spread allows."""
+    base = rows[reference]
+    return {
+        name: {
+            **row,
+            f"x {reference}": row["seconds"] / base["seconds"],
+            f"x {reference}, from-to": [row["fastest"] / base["slowest"], row["slowest"] / base["fastest"]],
+        }
+        for name, row in rows.items()
+    }
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns rows as a Markdown table."""
+    listed = list(rows)
+    columns = list(dict.fromkeys(column for row in listed for column in row))
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([_cell(row.get(column)) for column in columns] for row in listed),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return "–".join(_cell(part) for part in value)
+    return "" if value is None else str(value)
+
+
+def report(name: str, options: argparse.Namespace, results: Any, tables: Mapping[str, str]) -> None:
+    """Prints the tables and writes everything to JSON, with machine, versions and command."""
+    for title, content in tables.items():
+        print(f"\n{title}\n\n{content}")
+    out = options.out or (None if options.toy else RESULTS / f"{name}.json")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"circumstances": circumstances(), "results": results}, indent=1) + "\n")
+        print(f"\nresults: {out}")
+
+
+def circumstances() -> Row:
+    """Returns machine, versions and command."""
+    packages = ("jax", "flax", "orbax-checkpoint", "tensorstore", "numpy", "zstandard")
+    return {
+        "command": f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9),
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in packages},
+    }
+
+
+def settings_of(model: Model, path: pathlib.Path, **more: Any) -> Row:
+    """Returns what a trial needs to know of a model."""
+    return {"model": dataclasses.asdict(model), "path": str(path), "placement": "one", **more}

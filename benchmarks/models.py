@@ -1,0 +1,157 @@
+"""Models of any size and number of leaves: a Linen checkpoint and the NNX target it becomes."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import zlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+PROJECTIONS = ("key", "out", "query", "value")
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+Arrangement = Literal["layers", "stacked"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A stack of layers with four square projections each.
+
+    Attributes:
+        layers: How many.
+        width: Rows and columns of each projection.
+        dtype: "float32" or "bfloat16".
+        stored: Layers one by one (`layers_3`), or stacked on axis 1 as MaxText scans them.
+        wanted: The same choice for the NNX target.
+        compressed: Whether chunks are packed with zstd, Orbax's default.
+        zarr3: Whether the arrays are Zarr 3.
+    """
+
+    layers: int
+    width: int
+    dtype: str = "float32"
+    stored: Arrangement = "layers"
+    wanted: Arrangement = "layers"
+    compressed: bool = False
+    zarr3: bool = True
+
+    @property
+    def leaves(self) -> int:
+        """Number of stored arrays, the step included."""
+        return 1 + len(PROJECTIONS) * (self.layers if self.stored == "layers" else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return self.layers * len(PROJECTIONS) * self.width**2 * DTYPES[self.dtype].itemsize
+
+    @property
+    def name(self) -> str:
+        """A directory name that tells the models on disk apart."""
+        packed = "zstd" if self.compressed else "raw"
+        version = "zarr3" if self.zarr3 else "zarr2"
+        return f"{self.stored}-{self.layers}x{self.width}-{self.dtype}-{version}-{packed}"
+
+    def values(self, layer: int) -> dict[str, np.ndarray]:
+        """Returns one layer's projections; the same on every call and every machine."""
+        random = np.random.default_rng(layer)
+        shape = (self.width, self.width)
+        return {
+            name: random.standard_normal(shape, np.float32).astype(DTYPES[self.dtype]) for name in PROJECTIONS
+        }
+
+
+def sized(leaves: int, nbytes: int, **options: object) -> Model:
+    """Returns the model with about so many leaves and bytes."""
+    layers = max(1, round((leaves - 1) / len(PROJECTIONS)))
+    itemsize = DTYPES[str(options.get("dtype", "float32"))].itemsize
+    width = max(4, int(math.sqrt(nbytes / (layers * len(PROJECTIONS) * itemsize))) // 4 * 4)
+    return Model(layers=layers, width=width, **options)  # type: ignore[arg-type]
+
+
+def write(model: Model, root: pathlib.Path, shardings: Sharding | None = None) -> pathlib.Path:
+    """Writes the model's checkpoint with stock Orbax, once; notes a checksum of every layer.
+
+    Args:
+        model: The model.
+        root: The directory of all benchmark checkpoints.
+        shardings: Where the parameters lie when saved, which decides the chunks.
+    """
+    path = root / model.name
+    if (path / "checksums.json").exists():
+        return path
+    layers = [model.values(number) for number in range(model.layers)]
+    sums = {
+        f"{n}/{name}": zlib.crc32(v.tobytes()) for n, layer in enumerate(layers) for name, v in layer.items()
+    }
+    tree = {"params": _params(model, layers), "step": np.int32(7)}
+    if shardings is not None:
+        tree["params"] = jax.device_put(tree["params"], shardings)
+    handler = ocp.PyTreeCheckpointHandler(use_zarr3=model.zarr3, use_compression=model.compressed)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)
+    (path / "checksums.json").write_text(json.dumps(sums))
+    return path
+
+
+def _params(model: Model, layers: list[dict[str, np.ndarray]]) -> dict[str, object]:
+    if model.stored == "layers":
+        return {
+            f"layers_{n}": {name: {"kernel": jnp.asarray(v)} for name, v in layer.items()}
+            for n, layer in enumerate(layers)
+        }
+    stacked = {name: np.stack([layer[name] for layer in layers], 1) for name in PROJECTIONS}
+    return {"layers": {name: {"kernel": jnp.asarray(value)} for name, value in stacked.items()}}
+
+
+def target(model: Model, sharding: Sharding) -> nnx.State:
+    """Returns the abstract NNX state to restore into."""
+    dtype = DTYPES[model.dtype]
+    square = (model.width, model.width)
+    if model.wanted == "layers":
+        keys = [("layers", n, name, "kernel") for n in range(model.layers) for name in PROJECTIONS]
+        shape = square
+    else:
+        keys = [("layers", name, "kernel") for name in PROJECTIONS]
+        shape = (model.width, model.layers, model.width)
+    leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return nnx.from_flat_state([(key, nnx.Param(leaf)) for key in keys])
+
+
+def check(model: Model, path: pathlib.Path, arrays: dict[tuple[object, ...], jax.Array]) -> None:
+    """Compares every value with what was saved.
+
+    Args:
+        model: The model.
+        path: Its checkpoint.
+        arrays: The restored arrays by NNX path.
+
+    Raises:
+        AssertionError: A value differs, or a leaf is absent.
+    """
+    sums = json.loads((path / "checksums.json").read_text())
+    found: dict[str, int] = {}
+    for key, array in arrays.items():
+        host = np.asarray(array)
+        if len(key) == 4:
+            found[f"{key[1]}/{key[2]}"] = zlib.crc32(np.ascontiguousarray(host).tobytes())
+            continue
+        for layer in range(model.layers):
+            found[f"{layer}/{key[1]}"] = zlib.crc32(np.ascontiguousarray(host[:, layer]).tobytes())
+    assert found == sums, f"{len(set(found.items()) ^ set(sums.items()))} values differ in {path}"
+
+
+def placement(kind: str) -> Sharding:
+    """Returns where parameters live: `one` device, or `sharded` or `replicated` over all."""
+    if kind == "one":
+        return NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec())
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    return NamedSharding(mesh, PartitionSpec("x") if kind == "sharded" else PartitionSpec())

@@ -7,6 +7,7 @@ from etils import epath
 
 from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.transfer import legacy
+from orbax_nnx_handler.transfer.together import parts_of
 
 _STEP = re.compile(r"(?:.*[_-])?(?P<step>\d+)")
 _USUAL_ITEMS = ("default", "items", "state", "params")
@@ -58,7 +59,7 @@ def _newest_step(root: epath.Path) -> epath.Path | None:
 def _item_of_step(step: epath.Path, item: str | None) -> epath.Path:
     if item is not None:
         return _named_item(step, item)
-    if step.is_file() or is_item(step):
+    if step.is_file() or is_item(step) or parts_of(step):
         return step
     items = [child for child in sorted(step.iterdir()) if child.is_dir() and is_item(child)]
     usual = [child for name in _USUAL_ITEMS for child in items if child.name == name]

@@ -22,6 +22,7 @@ from orbax_nnx_handler.transfer import stores
 from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.leftovers import Leftover, read_leftovers
 from orbax_nnx_handler.transfer.stores import Store
+from orbax_nnx_handler.transfer.together import join_items, parts_of
 from orbax_nnx_handler.transfer.trees import STRING_TYPE, Tree, read_tree
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY, Driver, Encoding, parse_encoding
 
@@ -85,8 +86,9 @@ def read_metadata(directory: epath.PathLike) -> Checkpoint:
     """Reads what an item directory holds, without reading any array.
 
     Args:
-        directory: An item directory that Orbax wrote, in any of its formats, or
-            a msgpack file that `flax.serialization` wrote.
+        directory: An item directory that Orbax wrote, in any of its formats, a
+            msgpack file that `flax.serialization` wrote, or a step whose items are
+            one train state (`together`).
 
     Returns:
         The checkpoint's leaves, and where to read them.
@@ -94,8 +96,12 @@ def read_metadata(directory: epath.PathLike) -> Checkpoint:
     Raises:
         NotACheckpointError: The path is no item; says what it is instead.
     """
+    directory = epath.Path(directory)
     with paused_collection():
-        return _read(epath.Path(directory))
+        parts = parts_of(directory)
+        if parts:
+            return join_items(directory, {name: _read(directory / name) for name in parts})
+        return _read(directory)
 
 
 def _read(directory: epath.Path) -> Checkpoint:

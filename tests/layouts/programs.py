@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -148,15 +149,43 @@ def expected(program: Program) -> list[np.ndarray]:
     return logits
 
 
+def build(program: Program) -> tuple[Any, Any]:
+    """Builds the NNX model and its optimizer."""
+    model = program.nnx(nnx.Rngs(0))
+    return model, nnx.Optimizer(model, program.optimizer, wrt=nnx.Param)
+
+
+def nnx_state(program: Program) -> tuple[Any, Any]:
+    """The trained weights and statistics as one tree of NNX names, and the moments of the weights.
+
+    Only for the perceptron, whose names are the same on both sides.
+    """
+    state = trained(program)
+    modules = {**state.params}
+    for name, statistics in state.statistics.items():
+        modules[name] = {**modules[name], **statistics}
+    return modules, state.opt_state
+
+
+def trained_nnx(program: Program) -> tuple[Any, Any]:
+    """The NNX program in the state of the Linen one: what an NNX codebase would save."""
+    weights, opt_state = nnx_state(program)
+    model, optimizer = build(program)
+    nnx.update(model, weights)
+    optimizer.step.set_value(jnp.uint32(STEP))
+    stored = {
+        jax.tree_util.keystr(keys, simple=True): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+    }
+    for path, variable in nnx.to_flat_state(nnx.state(optimizer.opt_state)):
+        variable.set_value(stored["".join(map(str, path))])
+    return model, optimizer
+
+
 def restored(program: Program, path: Path, **options: Any) -> tuple[Any, Any]:
     """Restores model and optimizer; nothing may be missing or left over."""
-
-    def build() -> tuple[Any, Any]:
-        model = program.nnx(nnx.Rngs(0))
-        return model, nnx.Optimizer(model, program.optimizer, wrt=nnx.Param)
-
     options = {"policy": "error", "unexpected": "error", "renames": program.renames, **options}
-    return restore(path, nnx.eval_shape(build), **options)
+    return restore(path, nnx.eval_shape(lambda: build(program)), **options)
 
 
 def goes_on(program: Program, model: Any, optimizer: Any) -> None:

@@ -325,3 +325,16 @@ def _stack_gemma(flat: Mapping[tuple[str, str], Any], kinds: int) -> dict[tuple[
     for path, layers in slices.items():
         stacked[path] = np.stack([layer for _, layer in sorted(layers.items())])
     return stacked
+
+
+def boxed(tree: Any) -> Any:
+    """What Orbax makes of an `nnx.State`: a last key `value` to every leaf."""
+    return jax.tree.map(lambda leaf: {"value": leaf}, tree)
+
+
+def boxed_moments(opt_state: Any) -> Any:
+    """An optax state over an `nnx.State`: moments are states, counts are arrays."""
+    return tuple(
+        type(part)(*(boxed(field) if isinstance(field, Mapping) else field for field in part))
+        for part in opt_state
+    )

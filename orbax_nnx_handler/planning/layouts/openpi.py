@@ -5,7 +5,8 @@ openpi/training/checkpoints.py saves each step as two items: `params`, the tree
 Every path of `params` ends in `value` (the released checkpoints have it taken
 away and are Linen variables to all appearance). Where the training kept an
 average of its weights, `params` holds the average and `train_state/params` the
-weights that the optimizer's moments belong to.
+weights that the optimizer's moments belong to; the two items are then not read
+together, since only the caller knows which weights are wanted.
 """
 
 from orbax_nnx_handler.planning.layouts.linen import tops
@@ -13,7 +14,6 @@ from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 
 _WEIGHTS: Path = ("params", "params")
-_TRAINED: Path = ("train_state", "params")
 
 
 def _fits(stored: Stored) -> bool:
@@ -32,28 +32,23 @@ def _is_step(stored: Stored) -> bool:
 def _place(stored: Stored) -> tuple[Placement, ...]:
     if not _is_step(stored):
         # The whole state of an NNX model, so statistics and random state are in it too.
-        return tuple(_model(stored, path, path[1:], None) for path in stored)
-    averaged = any(path[:2] == _TRAINED for path in stored)
-    return tuple(_placement(stored, path, averaged) for path in stored)
+        return tuple(_model(stored, path, path[1:]) for path in stored)
+    return tuple(_placement(stored, path) for path in stored)
 
 
-def _placement(stored: Stored, path: Path, averaged: bool) -> Placement:
+def _placement(stored: Stored, path: Path) -> Placement:
     leaf, rest = stored[path], path[2:]
     if path == ("train_state", "step"):
         return Placement(leaf=leaf, section="step", path=path)
     if path[:2] == ("train_state", "opt_state") and rest:
         return Placement(leaf=leaf, section="optimizer", path=rest)
-    if path[:2] == _TRAINED and rest:
-        return _model(stored, path, rest, None)
-    if path[:2] == _WEIGHTS and rest:
-        return _model(stored, path, rest, "ema_params" if averaged else None)
+    if path[:2] == _WEIGHTS:
+        return _model(stored, path, rest)
     return Placement(leaf=leaf, section="other", path=path)
 
 
-def _model(stored: Stored, path: Path, rest: Path, collection: str | None) -> Placement:
-    if not rest:
-        return Placement(leaf=stored[path], section="other", path=path)
-    return Placement(leaf=stored[path], section="model", collection=collection, path=rest)
+def _model(stored: Stored, path: Path, rest: Path) -> Placement:
+    return Placement(leaf=stored[path], section="model" if rest else "other", path=rest or path)
 
 
 OPENPI = Layout(name="openpi", title="openpi", fits=_fits, place=_place)

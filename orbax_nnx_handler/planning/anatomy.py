@@ -190,14 +190,25 @@ def _root(leaves: Leaves, parent: Path, opt_state: Any, model_key: Hashable) -> 
     weights = [path for path, leaf in leaves.items() if not isinstance(leaf, nnx.RngState)]
     below = [path for path in weights if path[: len(parent)] == parent and len(path) > len(parent)]
     keys = dict.fromkeys(path[len(parent)] for path in below)
-    candidates = [parent, *((*parent, key) for key in keys)]
-    scores = {root: _matches(below, root, moments) for root in candidates}
-    best = max(candidates, key=lambda root: scores[root])
-    if scores[best]:
-        return best
+    scores = {root: _matches(below, root, moments) for root in [parent, *((*parent, key) for key in keys)]}
+    best = [root for root, score in scores.items() if score == max(scores.values())]
+    if not scores[best[0]]:
+        return _root_by_name(parent, list(keys), model_key)
+    named = (*parent, model_key)
+    if parent in best or len(best) == 1 or named in best:
+        return named if named in best and parent not in best else best[0]
+    listed = ", ".join(render(root) for root in best)
+    raise ValueError(
+        f"the optimizer fits several models of the item: {listed}.\n"
+        f"hint: call the one it trains {str(model_key)!r}."
+    )
+
+
+def _root_by_name(parent: Path, keys: list[Hashable], model_key: Hashable) -> Path:
     if model_key in keys:
         return (*parent, model_key)
-    return candidates[1] if len(candidates) == 2 and isinstance(candidates[1][-1], int) else parent
+    # The place in a tuple is no name of the model's own.
+    return (*parent, keys[0]) if len(keys) == 1 and isinstance(keys[0], int) else parent
 
 
 def _matches(paths: Iterable[Path], root: Path, moments: Iterable[tuple[str, ...]]) -> int:

@@ -1,0 +1,388 @@
+"""Rules with transforms: values compared with NumPy's own operations, errors word for word."""
+
+import math
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import orbax_nnx_handler as onh
+from orbax_nnx_handler import (
+    Cast,
+    Drop,
+    Fuse,
+    Rename,
+    Reshape,
+    RuleError,
+    Scale,
+    ScanAxis,
+    Split,
+    StackLayers,
+    Transpose,
+    UnstackLayers,
+    invert,
+)
+from tests.planning.plans import params, plan_of, values_of
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype("float32")
+
+
+def restored(target: object, stored: object, *rules: object) -> dict[str, np.ndarray]:
+    plan = plan_of(nnx.State(params(target)), stored, rules)
+    plan.check()
+    return values_of(plan, stored)
+
+
+def failure(target: object, stored: object, *rules: object) -> str:
+    """Returns the message of the error that the rules lead to, without the checkpoint's line."""
+    with pytest.raises(RuleError) as raised:
+        restored(target, stored, *rules)
+    return str(raised.value).split("\ncheckpoint:")[0]
+
+
+KERNEL, BIAS = normal(3, 4), normal(4)
+DENSE = {"params": {"dense": {"kernel": KERNEL, "bias": BIAS}}}
+
+
+def test_transpose_moves_the_axes_of_what_it_matches_and_of_nothing_else():
+    values = restored({"dense": {"kernel": (4, 3), "bias": (4,)}}, DENSE, Transpose("dense/kernel", (1, 0)))
+
+    np.testing.assert_array_equal(values["dense/kernel"], KERNEL.T)
+    np.testing.assert_array_equal(values["dense/bias"], BIAS)
+
+
+def test_reshape_keeps_the_elements_in_c_order():
+    values = restored({"dense": {"kernel": (2, 6), "bias": (4,)}}, DENSE, Reshape("kernel", (2, 6)))
+
+    np.testing.assert_array_equal(values["dense/kernel"], KERNEL.reshape(2, 6))
+
+
+def test_split_cuts_every_leaf_below_the_pattern_in_order():
+    stored = {"params": {"qkv": {"kernel": normal(2, 6), "bias": normal(6)}}}
+    wanted = {name: {"kernel": (2, 2), "bias": (2,)} for name in ("q", "k", "v")}
+
+    values = restored(wanted, stored, Split("qkv", ("q", "k", "v"), axis=-1))
+
+    for at, name in enumerate(("q", "k", "v")):
+        for leaf in ("kernel", "bias"):
+            expected = np.split(stored["params"]["qkv"][leaf], 3, axis=-1)[at]
+            np.testing.assert_array_equal(values[f"{name}/{leaf}"], expected)
+
+
+def test_split_takes_sizes():
+    stored = {"params": {"wide": normal(5, 2)}}
+
+    values = restored({"a": (1, 2), "b": (4, 2)}, stored, Split("wide", ("a", "b"), axis=0, sizes=(1, 4)))
+
+    np.testing.assert_array_equal(values["a"], stored["params"]["wide"][:1])
+    np.testing.assert_array_equal(values["b"], stored["params"]["wide"][1:])
+
+
+def test_fuse_joins_in_the_order_of_the_patterns_in_every_place_they_occur():
+    stored = {"params": {f"layer_{i}": {"up": normal(2, 3), "gate": normal(2, 3)} for i in range(2)}}
+
+    values = restored(
+        {"layer": {i: {"both": (2, 6)} for i in range(2)}}, stored, Fuse(("gate", "up"), "both", axis=1)
+    )
+
+    for i in range(2):
+        layer = stored["params"][f"layer_{i}"]
+        expected = np.concatenate([layer["gate"], layer["up"]], axis=1)
+        np.testing.assert_array_equal(values[f"layer/{i}/both"], expected)
+
+
+def test_layers_are_stacked_by_number_not_by_name():
+    stored = {"params": {f"Block_{i}": {"kernel": normal(2, 3)} for i in range(11)}}
+
+    values = restored({"blocks": {"kernel": (2, 11, 3)}}, stored, StackLayers("Block_{i}", "blocks", axis=1))
+
+    expected = np.stack([stored["params"][f"Block_{i}"]["kernel"] for i in range(11)], axis=1)
+    np.testing.assert_array_equal(values["blocks/kernel"], expected)
+
+
+def test_stacked_layers_are_taken_apart():
+    stored = {"params": {"ScanBlock_0": {"kernel": normal(2, 3, 4)}}}
+
+    values = restored(
+        {"blocks": {i: {"kernel": (2, 4)} for i in range(3)}},
+        stored,
+        UnstackLayers("ScanBlock_0", "blocks/{i}", axis=1),
+    )
+
+    for i in range(3):
+        expected = stored["params"]["ScanBlock_0"]["kernel"][:, i]
+        np.testing.assert_array_equal(values[f"blocks/{i}/kernel"], expected)
+
+
+def test_cast_lets_integers_become_floats():
+    stored = {"params": {"table": np.arange(6, dtype="int8").reshape(2, 3)}}
+
+    refused = plan_of(nnx.State(params({"table": (2, 3)})), stored)
+    values = restored({"table": (2, 3)}, stored, Cast("table", "float32"))
+
+    assert isinstance(refused.error(), onh.DtypeMismatchError)
+    np.testing.assert_array_equal(values["table"], np.arange(6, dtype="float32").reshape(2, 3))
+
+
+def test_a_cast_must_give_the_dtype_that_the_target_wants():
+    plan = plan_of(nnx.State(params({"dense": {"kernel": (3, 4), "bias": (4,)}})), DENSE, [Cast("kernel", "bfloat16")])
+
+    (found,) = plan.mismatched.values()
+
+    assert (found.kind, found.stored_dtype, str(found.wanted.dtype)) == ("dtype", "bfloat16", "float32")
+
+
+def test_scale_multiplies_every_element():
+    values = restored({"dense": {"kernel": (3, 4), "bias": (4,)}}, DENSE, Scale("kernel", 0.25))
+
+    np.testing.assert_array_equal(values["dense/kernel"], KERNEL * np.float32(0.25))
+
+
+def test_a_dropped_leaf_is_shown_with_its_reason_and_is_not_unexpected():
+    plan = plan_of(
+        nnx.State(params({"dense": {"kernel": (3, 4)}})),
+        DENSE,
+        [Drop("dense/bias", "the new model has none")],
+        unexpected="error",
+    )
+
+    plan.check()
+
+    assert not plan.unexpected
+    assert [(path, item.reason) for path, item in plan.dropped.items()] == [
+        (("params", "dense", "bias"), "the new model has none")
+    ]
+
+
+def test_rules_apply_in_order_each_on_what_the_last_one_left():
+    stored = {"params": {"attn": {"qkv": normal(6, 2)}}}
+
+    values = restored(
+        {"attention": {"query": (2, 3), "key": (2, 3)}},
+        stored,
+        ("attn", "attention"),
+        Transpose("attention/qkv", (1, 0)),
+        Split("attention/qkv", ("attention/q", "attention/k"), axis=1),
+        ("q", "query"),
+        Rename("k", "key"),
+    )
+
+    query, key = np.split(stored["params"]["attn"]["qkv"].T, 2, axis=1)
+    np.testing.assert_array_equal(values["attention/query"], query)
+    np.testing.assert_array_equal(values["attention/key"], key)
+
+
+def test_a_pattern_may_begin_at_the_root_of_the_stored_path():
+    values = restored(
+        {"dense": {"kernel": (4, 3), "bias": (4,)}}, DENSE, Transpose("params/dense/kernel", (1, 0))
+    )
+
+    np.testing.assert_array_equal(values["dense/kernel"], KERNEL.T)
+
+
+def test_a_transposed_gate_still_goes_into_the_fused_cell():
+    gates = {side + gate: {"kernel": normal(2, 3)} for side in "ih" for gate in "ifgo"}
+
+    values = restored(
+        {"cell": {"dense_i": {"kernel": (3, 8)}, "dense_h": {"kernel": (3, 8)}}},
+        {"params": {"cell": gates}},
+        Transpose("cell/*/kernel", (1, 0)),
+    )
+
+    expected = np.concatenate([gates["i" + gate]["kernel"].T for gate in "ifgo"], axis=1)
+    np.testing.assert_array_equal(values["cell/dense_i/kernel"], expected)
+
+
+def test_the_scan_axis_decides_what_shapes_leave_open():
+    stored = {"params": {"layers": {"kernel": normal(3, 3, 5)}}}
+    wanted = {"layers": {i: {"kernel": (3, 5)} for i in range(3)}}
+
+    unclear = plan_of(nnx.State(params(wanted)), stored).error()
+    values = {axis: restored(wanted, stored, ScanAxis("layers", axis)) for axis in (0, 1)}
+
+    assert isinstance(unclear, onh.AmbiguousMappingError)
+    assert "renames=[ScanAxis('layers', 0)]" in str(unclear)
+    for axis in (0, 1):
+        expected = np.take(stored["params"]["layers"]["kernel"], 2, axis)
+        np.testing.assert_array_equal(values[axis]["layers/2/kernel"], expected)
+
+
+# What cannot be done, word for word.
+
+
+def test_a_shape_that_does_not_come_out_is_quoted_with_its_rule():
+    message = failure({"dense": {"kernel": (4, 3), "bias": (4,)}}, DENSE, Transpose("dense", (1, 0)))
+
+    assert message == (
+        "Transpose(pattern='dense', permutation=(1, 0)) does not fit 1 stored leaves:\n"
+        "  params/dense/bias (4,): permutation (1, 0) does not fit shape (4,)"
+    )
+
+
+def test_a_split_that_leaves_a_rest_says_what_the_axis_holds():
+    message = failure({}, {"params": {"wide": normal(5, 2)}}, Split("wide", ("a", "b"), axis=0))
+
+    assert message == (
+        "Split(pattern='wide', into=('a', 'b'), axis=0, sizes=None) does not fit 1 stored leaves:\n"
+        "  params/wide (5, 2): axis 0 has 5 elements, which are not 2 equal parts"
+    )
+
+
+def test_a_fuse_names_the_part_that_is_not_there():
+    message = failure({}, {"params": {"q": normal(2), "k": normal(2)}}, Fuse(("q", "k", "v"), "qkv", axis=0))
+
+    assert message == (
+        "Fuse(patterns=('q', 'k', 'v'), into='qkv', axis=0, sizes=None) does not fit 2 stored leaves:\n"
+        "  params/q (2,): for qkv, 'v' is not there\n"
+        "  params/k (2,): for qkv, 'v' is not there"
+    )
+
+
+def test_unequal_parts_need_their_sizes_said():
+    stored = {"params": {"q": normal(4), "k": normal(2)}}
+
+    message = failure({"qk": (6,)}, stored, Fuse(("q", "k"), "qk", axis=0))
+    values = restored({"qk": (6,)}, stored, Fuse(("q", "k"), "qk", axis=0, sizes=(4, 2)))
+
+    assert "the parts have (4, 2) elements on axis 0; unequal parts need sizes=(...)" in message
+    np.testing.assert_array_equal(values["qk"], np.concatenate([stored["params"]["q"], stored["params"]["k"]]))
+
+
+def test_a_gap_in_the_layers_is_refused():
+    stored = {"params": {f"b_{i}": normal(2) for i in (0, 2)}}
+
+    message = failure({"b": (2, 2)}, stored, StackLayers("b_{i}", "b", axis=0))
+
+    assert "for b, the layers are [0, 2], not 0, 1, 2, …" in message
+
+
+def test_a_scan_axis_that_does_not_fit_is_refused_and_an_unneeded_one_too():
+    stored = {"params": {"layers": {"kernel": normal(3, 3, 5)}}}
+    wanted = {"layers": {i: {"kernel": (3, 5)} for i in range(3)}}
+
+    refused = failure(wanted, stored, ScanAxis("layers", 2))
+    with pytest.raises(onh.UnusedRuleError, match=r"1 of the 1 rules match no stored leaf") as idle:
+        restored(wanted, stored, ScanAxis("blocks", 0))
+
+    assert "ScanAxis(group='layers', axis=2)" in refused
+    assert "ScanAxis(group='blocks', axis=0)" in str(idle.value)
+
+
+def test_a_part_of_a_split_leaf_that_nobody_wants_is_an_error():
+    stored = {"params": {"qk": normal(4)}}
+
+    message = failure({"q": (2,)}, stored, Split("qk", ("q", "kk"), axis=0))
+    dropped = restored({"q": (2,)}, stored, Split("qk", ("q", "kk"), axis=0), Drop("kk", "tied to q"))
+
+    assert message.startswith("1 parts of split leaves are no wanted leaf:\n  kk (2,)  <-  params/qk by Split(")
+    np.testing.assert_array_equal(dropped["q"], stored["params"]["qk"][:2])
+
+
+def test_two_rules_that_land_on_one_leaf_are_both_quoted():
+    stored = {"params": {"a": normal(2), "b": normal(2)}}
+
+    with pytest.raises(onh.AmbiguousMappingError) as raised:
+        restored({"c": (2,)}, stored, ("a", "c"), ("b", "c"))
+
+    assert "  c\n    <- params/a (2,)  by ('a', 'c')\n    <- params/b (2,)  by ('b', 'c')" in str(raised.value)
+
+
+def test_a_rule_that_matches_nothing_is_quoted():
+    with pytest.raises(onh.UnusedRuleError) as raised:
+        restored({"dense": {"kernel": (3, 4), "bias": (4,)}}, DENSE, Drop("dens", "typo"))
+
+    assert "  Drop(pattern='dens', reason='typo')" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Rename("", "a"),
+        lambda: Rename("a", "{i}"),
+        lambda: Rename("a", "*"),
+        lambda: Transpose("a", (0, 2)),
+        lambda: Reshape("a", (-1, 2)),
+        lambda: Reshape("a", (4,), before=(5,)),
+        lambda: Split("a", ("b",), axis=0),
+        lambda: Split("a", ("b", "b"), axis=0),
+        lambda: Split("a", ("b", "c"), axis=0, sizes=(1,)),
+        lambda: Split("a", "bc", axis=0),
+        lambda: Fuse(("a", ""), "b", axis=0),
+        lambda: StackLayers("a_{i}", "a/{i}", axis=0),
+        lambda: StackLayers("a_{i}_{j}", "a", axis=0),
+        lambda: UnstackLayers("a", "b", axis=0),
+        lambda: Cast("a", "flaot32"),
+        lambda: Scale("a", 0),
+        lambda: Scale("a", math.inf),
+        lambda: Drop("a", " "),
+        lambda: ScanAxis("", 0),
+        lambda: ScanAxis("a", -1),
+    ],
+)
+def test_a_rule_without_a_meaning_cannot_be_made(make):
+    with pytest.raises(RuleError):
+        make()
+
+
+def test_what_is_no_rule_is_refused():
+    with pytest.raises(RuleError, match="is no rule"):
+        plan_of(nnx.State({}), DENSE, ["dense"])
+
+
+# Printing and undoing.
+
+INVERTIBLE = (
+    Rename("Block_{i}/*/w", "blocks/{i}/*/kernel"),
+    Transpose("kernel", (2, 0, 1)),
+    Reshape("kernel", (2, 6), before=(3, 4)),
+    Split("qkv", ("q", "k"), axis=-1, sizes=(1, 2)),
+    Fuse(("q_{i}", "k_{i}"), "{i}/qk", axis=0),
+    StackLayers("Block_{i}", "blocks", axis=1),
+    UnstackLayers("blocks", "Block_{i}", axis=0),
+    Scale("kernel", -0.125),
+)
+LOSSY = (
+    Rename("a/b", ""),
+    Rename("{i}_b", "b"),
+    Reshape("kernel", (2, 6)),
+    Split("q_{i}", ("q", "k"), axis=0),
+    Scale("kernel", 3),
+    Cast("kernel", np.dtype("float32")),
+    Drop("kernel", "tied"),
+    ScanAxis("layers", 1),
+)
+
+
+@pytest.mark.parametrize("rule", [*INVERTIBLE, *LOSSY], ids=repr)
+def test_a_printed_rule_is_the_python_that_makes_it(rule):
+    assert eval(repr(rule), vars(onh)) == rule
+    assert hash(eval(repr(rule), vars(onh))) == hash(rule)
+
+
+def test_lists_are_taken_for_tuples():
+    assert Transpose("a", [1, 0]) == Transpose("a", (1, 0))
+    assert hash(Split("a", ["b", "c"], 0, [1, 2])) == hash(Split("a", ("b", "c"), 0, (1, 2)))
+
+
+@pytest.mark.parametrize("rule", INVERTIBLE, ids=repr)
+def test_undoing_twice_is_the_rule_itself(rule):
+    assert invert(invert([rule])) == (rule,)
+
+
+@pytest.mark.parametrize("rule", LOSSY, ids=repr)
+def test_a_rule_that_cannot_be_undone_is_named(rule):
+    with pytest.raises(RuleError) as raised:
+        invert([rule])
+
+    assert str(raised.value).startswith(f"{rule} cannot be undone, so it cannot save: ")
+
+
+def test_all_rules_that_cannot_be_undone_are_named_at_once():
+    with pytest.raises(RuleError) as raised:
+        invert([Scale("a", 3), ("b", "c"), Drop("d", "gone")])
+
+    assert [line.split("(")[0] for line in str(raised.value).splitlines()] == ["Drop", "Scale"]

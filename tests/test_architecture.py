@@ -77,7 +77,9 @@ def test_only_the_facade_knows_both_planning_and_transfer():
 
     both = {name_of(file) for file in outside if {"planning", "transfer"} <= rooms_known(file)}
 
-    assert both <= {f"orbax_nnx_handler/{name}" for name in FACADE}
+    # Each command of the command line is a façade of its own.
+    commands = {name for name in both if name.startswith("orbax_nnx_handler/commands/")}
+    assert both - commands <= {f"orbax_nnx_handler/{name}" for name in FACADE}
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)

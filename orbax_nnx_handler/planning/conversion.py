@@ -104,15 +104,12 @@ def _parameter(placement: Placement, parameters: set[tuple[str, ...]]) -> Path |
 
 
 def planned_leaves(plan: RestorePlan) -> list[Written]:
-    """Returns the leaves that a plan restores, as a saved `nnx.State` has them.
-
-    Flax saves the value of a Variable one level below its path, under `value`.
-    """
+    """Returns the leaves that a plan restores, under their wanted paths."""
     sections: dict[str, Section] = {"optimizer": "optimizer", "step": "step"}
     roles = {item.leaf.path: item.role for item in roles_of({p: i.wanted for p, i in plan.restored.items()})}
     return [
         Written(
-            path=(*path, "value") if item.wanted.kind is not None else path,
+            path=path,
             recipe=item.recipe,
             shape=item.wanted.shape,
             dtype=item.dtype,

@@ -44,15 +44,14 @@ class Conversion:
     Attributes:
         source: The checkpoint that is read.
         leaves: The leaves to write.
-        given: Values that are in no checkpoint, by path.
-        empty: Paths of nodes that hold nothing, as optax states have them.
+        given: Values that are in no checkpoint, by path: random state, and the
+            empty nodes of an optax state.
         lists: Whether int keys number a list; an `nnx.State` keeps them as keys.
     """
 
     source: Checkpoint
     leaves: Sequence[Written]
     given: Mapping[Path, Any] = dataclasses.field(default_factory=dict[Path, Any])
-    empty: Sequence[Path] = ()
     lists: bool = True
 
     @property
@@ -130,7 +129,7 @@ def _appearing(destination: epath.Path) -> Generator[epath.Path]:
 
 def _save(conversion: Conversion, writer: "_SlabWriter", directory: epath.Path) -> None:
     values: dict[Path, Any] = {leaf.path: _Pending(leaf) for leaf in writer.leaves}
-    values |= _read_keys(conversion) | dict(conversion.given) | dict.fromkeys(conversion.empty)
+    values |= _read_keys(conversion) | dict(conversion.given)
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Pending, writer), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
     )

@@ -1,0 +1,79 @@
+"""The command line `orbax-nnx`: the verdict on a restore before the job starts."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+import jax
+
+from orbax_nnx_handler.commands import convert, demo, diff, plan, tree
+from orbax_nnx_handler.commands.factories import UsageError
+from orbax_nnx_handler.commands.screen import Screen
+from orbax_nnx_handler.planning.errors import RestoreError
+
+_COMMANDS = (tree, plan, diff, convert, demo)
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The arguments after the program's name; None for the process's own.
+
+    Returns:
+        The exit status: 0 for yes or done, 1 for no, 2 for a mistake in the
+        command itself, 130 for an interrupt.
+    """
+    screen = Screen.standard()
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    _stay_off_accelerators(arguments)
+    try:
+        return int(arguments.run(arguments, screen))
+    except UsageError as error:
+        screen.error("usage", str(error))
+        return 2
+    except RestoreError as error:
+        screen.error(type(error).__name__, str(error))
+        return 1
+    except KeyboardInterrupt:
+        screen.error("interrupted", "nothing was changed")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    whole = argparse.ArgumentParser(
+        prog="orbax-nnx",
+        description="Linen checkpoints in NNX: what is in them, whether they fit, and how to convert them.",
+        epilog="Exit status: 0 for yes or done, 1 for no, 2 for a mistake in the command.",
+    )
+    whole.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_to(commands)
+    return whole
+
+
+def _version() -> str:
+    try:
+        return metadata.version("orbax-nnx-handler")
+    except metadata.PackageNotFoundError:
+        # Run from a source tree.
+        return "(not installed)"
+
+
+def _stay_off_accelerators(arguments: argparse.Namespace) -> None:
+    """Keeps JAX on the host: nothing here needs an accelerator, and a running job may hold it."""
+    if getattr(arguments, "any_device", False) or "JAX_PLATFORMS" in os.environ:
+        return
+    jax.config.update("jax_platforms", "cpu")

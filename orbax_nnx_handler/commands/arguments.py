@@ -1,0 +1,132 @@
+"""Arguments that several commands take."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+from flax import nnx
+
+from orbax_nnx_handler.commands.factories import UsageError
+from orbax_nnx_handler.planning.layouts import LAYOUTS
+from orbax_nnx_handler.planning.policies import POLICIES, Policies, Policy
+
+TARGET_HELP = (
+    "what builds the target: package.module:function or file.py:function, maybe with literal arguments, "
+    "as in 'model.py:make(layers=12)'; called under nnx.eval_shape, so that no array is made"
+)
+
+
+def add_path(parser: argparse.ArgumentParser, name: str = "path", help_text: str = "") -> None:
+    """Adds a checkpoint's path."""
+    parser.add_argument(
+        name,
+        metavar=name.upper(),
+        help=help_text or "a manager's root (its newest step is taken), a step, an item, or a msgpack file",
+    )
+
+
+def add_item(parser: argparse.ArgumentParser) -> None:
+    """Adds the name of an item within a step."""
+    parser.add_argument("--item", metavar="NAME", help="the item, where a step holds several")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of JSON."""
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Adds the bound of the memory."""
+    parser.add_argument(
+        "--memory",
+        metavar="GB",
+        type=float,
+        default=2.0,
+        help="upper bound of this program's memory in GB (default: %(default)s)",
+    )
+
+
+def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Adds the factory of a target and what the mapping to it needs to know."""
+    parser.add_argument(
+        "target", metavar="MODULE:FACTORY", help=TARGET_HELP, nargs="?" if optional else None
+    )
+    parser.add_argument(
+        "--rename",
+        metavar="STORED=WANTED",
+        action="append",
+        default=[],
+        help="rename whole path segments of stored paths; may be repeated, applied in order",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=["auto", "linen", *(layout.name for layout in LAYOUTS)],
+        default="auto",
+        help="how the checkpoint is arranged (default: found out)",
+    )
+    parser.add_argument("--weights-only", action="store_true", help="leave optimizer and step out")
+    parser.add_argument(
+        "--devices",
+        metavar="N",
+        type=int,
+        help="pretend to have N devices, for factories that build a mesh",
+    )
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """Adds the policies for missing weights."""
+    parser.add_argument(
+        "--policy",
+        metavar="[KEY=]POLICY",
+        action="append",
+        default=[],
+        help=f"what a missing weight becomes: {', '.join(POLICIES)} (default: error); with KEY=, only those "
+        "with that key in their path; may be repeated",
+    )
+
+
+def policies_of(texts: list[str]) -> Policies:
+    """Returns the policies of `--policy`.
+
+    Raises:
+        UsageError: One is no policy, or two are for the rest.
+    """
+    chosen: dict[Any, Policy] = {}
+    for text in texts:
+        key, _, policy = text.rpartition("=")
+        if policy not in POLICIES:
+            raise UsageError(f"--policy {text}: {policy!r} is none of {', '.join(POLICIES)}.")
+        place: Any = nnx.PathContains(key) if key else ...
+        if place in chosen:
+            raise UsageError(f"--policy is given twice for {key or 'all missing weights'}.")
+        chosen[place] = policy
+    rest = chosen.pop(..., "error")
+    return cast("Mapping[Any, Policy]", chosen | {...: rest}) if chosen else rest
+
+
+def renames_of(texts: list[str]) -> list[tuple[str, str]]:
+    """Returns the rules of `--rename`.
+
+    Raises:
+        UsageError: One has no equals sign.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for text, (stored, equals, wanted) in zip(texts, pairs, strict=True):
+        if not (stored and equals and wanted):
+            raise UsageError(f"--rename {text} is no STORED=WANTED, such as Dense_0=up.")
+    return [(stored, wanted) for stored, _, wanted in pairs]
+
+
+def pretend_devices(arguments: argparse.Namespace) -> None:
+    """Makes as many host devices as `--devices` asks for.
+
+    Raises:
+        UsageError: JAX has started already.
+    """
+    if arguments.devices is None:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+    except RuntimeError as error:
+        raise UsageError(f"--devices {arguments.devices}: {error}") from error

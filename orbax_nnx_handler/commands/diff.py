@@ -1,0 +1,170 @@
+"""`orbax-nnx diff`: how two checkpoints differ."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from orbax_nnx_handler.commands.arguments import add_item, add_json, add_memory, add_path
+from orbax_nnx_handler.commands.screen import Screen, count
+from orbax_nnx_handler.planning.folding import Row, aligned
+from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.paths import Path, render, segments, sort_paths
+from orbax_nnx_handler.transfer.converting import window_of
+from orbax_nnx_handler.transfer.digests import Difference, as_stored, differences
+from orbax_nnx_handler.transfer.locating import find_item
+from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two checkpoints side by side; leaves are matched by the segments of their paths.
+
+    Attributes:
+        left: The first checkpoint.
+        right: The second.
+        only_left: Leaves of the first alone.
+        only_right: Leaves of the second alone.
+        changed: Pairs whose shape or dtype differs.
+        values: The differences of values, where they were read.
+    """
+
+    left: Checkpoint
+    right: Checkpoint
+    only_left: tuple[StoredLeaf, ...]
+    only_right: tuple[StoredLeaf, ...]
+    changed: tuple[tuple[StoredLeaf, StoredLeaf], ...]
+    values: Mapping[Path, Difference]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing differs, as far as was looked."""
+        unequal = any(difference.unequal for difference in self.values.values())
+        return not (self.only_left or self.only_right or self.changed or unequal)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values."""
+        return {
+            "a": str(self.left.directory),
+            "b": str(self.right.directory),
+            "same": self.is_same,
+            "only_a": [_leaf(leaf) for leaf in self.only_left],
+            "only_b": [_leaf(leaf) for leaf in self.only_right],
+            "changed": [
+                {"path": render(one.path), "a": _kind(one), "b": _kind(other)} for one, other in self.changed
+            ],
+            "values": [
+                {"path": render(path), "unequal": item.unequal, "largest": item.largest}
+                for path, item in self.values.items()
+            ],
+        }
+
+
+def add_to(commands: Any) -> None:
+    """Declares the command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "diff",
+        help="how two checkpoints differ",
+        description="Compares paths, shapes and dtypes of two checkpoints, and their values if asked to. "
+        "Exit status: 0 nothing differs, 1 something does.",
+    )
+    add_path(parser, "path_a")
+    add_path(parser, "path_b")
+    add_item(parser)
+    parser.add_argument("--values", action="store_true", help="read both and compare every value")
+    add_memory(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Shows the differences."""
+    sides = [
+        read_metadata(find_item(path, arguments.item)) for path in (arguments.path_a, arguments.path_b)
+    ]
+    compared = compare(sides[0], sides[1])
+    if arguments.values:
+        window = window_of(int(arguments.memory * 1e9))
+        compared = dataclasses.replace(compared, values=_values(sides[0], sides[1], window, screen))
+    if arguments.json:
+        screen.json(compared.to_dict())
+    else:
+        _show(compared, screen)
+    return 0 if compared.is_same else 1
+
+
+def compare(left: Checkpoint, right: Checkpoint) -> Comparison:
+    """Compares two checkpoints by their metadata."""
+    ours, theirs = _by_segments(left), _by_segments(right)
+    pairs = [(ours[key], theirs[key]) for key in sort_paths(ours.keys() & theirs.keys())]
+    return Comparison(
+        left=left,
+        right=right,
+        only_left=tuple(ours[key] for key in sort_paths(ours.keys() - theirs.keys())),
+        only_right=tuple(theirs[key] for key in sort_paths(theirs.keys() - ours.keys())),
+        changed=tuple((one, other) for one, other in pairs if _kind(one) != _kind(other)),
+        values={},
+    )
+
+
+def _by_segments(checkpoint: Checkpoint) -> dict[Path, StoredLeaf]:
+    # A list's index is an int for one writer and a string for another.
+    return {segments(path): leaf for path, leaf in checkpoint.leaves.items()}
+
+
+def _values(left: Checkpoint, right: Checkpoint, window: int, screen: Screen) -> Mapping[Path, Difference]:
+    """Compares the values of all leaves that have one shape, in the wider of their dtypes."""
+    ours = {segments(path): item for path, item in as_stored(left).items()}
+    theirs = {segments(path): item for path, item in as_stored(right).items()}
+    keys = [key for key in ours if key in theirs and ours[key].shape == theirs[key].shape]
+    dtypes = [jnp.promote_types(ours[key].dtype, theirs[key].dtype) for key in keys]
+    sides = [
+        [dataclasses.replace(side[key], dtype=dtype) for key, dtype in zip(keys, dtypes, strict=True)]
+        for side in (ours, theirs)
+    ]
+    with screen.progress("comparing", sum(leaf.nbytes for leaf in sides[0])) as progress:
+        return differences((left, sides[0]), (right, sides[1]), window, progress)
+
+
+def _show(compared: Comparison, screen: Screen) -> None:
+    screen.facts([("A", str(compared.left.directory)), ("B", str(compared.right.directory))])
+    _list(screen, "only in A", ((leaf.path, _columns(leaf)) for leaf in compared.only_left))
+    _list(screen, "only in B", ((leaf.path, _columns(leaf)) for leaf in compared.only_right))
+    pairs = ((one.path, ("A", *_columns(one), "B", *_columns(other))) for one, other in compared.changed)
+    _list(screen, "of another shape or dtype", pairs)
+    unequal = {path: item for path, item in compared.values.items() if item.unequal}
+    lines = ((p, (f"{i.unequal:,} values", f"largest difference {i.largest:.3g}")) for p, i in unequal.items())
+    _list(screen, "of other values", lines)
+    screen.say()
+    what = "values" if compared.values else "paths, shapes and dtypes"
+    if compared.is_same:
+        screen.say(f"Nothing differs in {what}: {count(len(compared.left.leaves), 'leaf', 'leaves')}.", "bold green")
+    elif compared.values:
+        equal = len(compared.values) - len(unequal)
+        screen.say(f"{count(equal, 'leaf has', 'leaves have')} equal values, {len(unequal)} differ.")
+
+
+def _list(screen: Screen, title: str, rows: Iterable[tuple[Path, tuple[str, ...]]]) -> None:
+    listed = [Row(path, columns) for path, columns in rows]
+    if listed:
+        screen.say()
+        screen.head(f"{count(len(listed), 'leaf', 'leaves')} {title}")
+        screen.say(aligned(listed))
+
+
+def _columns(leaf: StoredLeaf) -> tuple[str, str]:
+    return str(leaf.shape), _dtype(leaf)
+
+
+def _dtype(leaf: StoredLeaf) -> str:
+    return str(leaf.dtype) if leaf.dtype is not None else "string"
+
+
+def _kind(leaf: StoredLeaf) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": _dtype(leaf)}
+
+
+def _leaf(leaf: StoredLeaf) -> dict[str, Any]:
+    return {"path": render(leaf.path)} | _kind(leaf)

@@ -1,0 +1,160 @@
+"""Targets from the command line: `package.module:make` or `"model.py:make(layers=12)"`."""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+from flax import nnx
+
+from orbax_nnx_handler.planning.roles import roles_of
+from orbax_nnx_handler.planning.target import flatten_target
+
+
+class UsageError(ValueError):
+    """The command itself is wrong; exit status 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Factory:
+    """A call that builds a target.
+
+    Attributes:
+        text: The call as it was written.
+        make: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    text: str
+    make: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self) -> Any:
+        """Builds the target with real values."""
+        return self.make(*self.args, **self.kwargs)
+
+    def target(self, *, weights_only: bool = False) -> Any:
+        """Returns the abstract target: no array is made.
+
+        Args:
+            weights_only: Leave optimizer and step out.
+
+        Raises:
+            UsageError: The call fails; says where and why.
+        """
+        made: list[Any] = []
+
+        def trace() -> Any:
+            made[:] = [self()]
+            # A factory may have called `nnx.eval_shape` itself: then there is nothing left to trace.
+            return None if _is_abstract(made[0]) else made[0]
+
+        try:
+            traced = nnx.eval_shape(trace)
+        # The user's code may raise anything; what it is and where tells them more than our own traceback.
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise UsageError(
+                f"{self.text} fails under nnx.eval_shape: {type(error).__name__}: {error}\n"
+                f"at {where.filename}:{where.lineno}"
+            ) from error
+        target = made[0] if traced is None else traced
+        return _weights_of(target) if weights_only else target
+
+
+def load_factory(text: str) -> Factory:
+    """Returns the factory that an argument names.
+
+    Args:
+        text: Module or file, a colon, a function, and maybe a call with literal
+            arguments. Nothing of the arguments is evaluated as code.
+
+    Raises:
+        UsageError: The text names no function, or its arguments are no literals.
+    """
+    place, colon, call = text.partition(":")
+    if not colon or not place or not call:
+        raise UsageError(f"{text!r} is no MODULE:FACTORY, such as model.py:make or 'model:make(layers=12)'.")
+    names, args, kwargs = _parse_call(text, call)
+    found: Any = _load_module(place)
+    for name in names:
+        if not hasattr(found, name):
+            raise UsageError(f"{place} has no {'.'.join(names)}; it has: {_functions(found)}.")
+        found = getattr(found, name)
+    if not callable(found):
+        raise UsageError(f"{text} is a {type(found).__name__}, not a function.")
+    return Factory(text, found, args, kwargs)
+
+
+def _parse_call(text: str, call: str) -> tuple[list[str], tuple[Any, ...], dict[str, Any]]:
+    try:
+        parsed = ast.parse(call, mode="eval").body
+        function = parsed.func if isinstance(parsed, ast.Call) else parsed
+        args = tuple(map(ast.literal_eval, parsed.args)) if isinstance(parsed, ast.Call) else ()
+        keywords = parsed.keywords if isinstance(parsed, ast.Call) else []
+        kwargs = {str(word.arg): ast.literal_eval(word.value) for word in keywords if word.arg}
+        unpacked = any(word.arg is None for word in keywords)
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(
+            f"the arguments in {text!r} are not all literals (numbers, strings, True, None, tuples, lists, dicts)."
+        ) from error
+    names = ast.unparse(function).split(".")
+    if unpacked or not all(name.isidentifier() for name in names):
+        raise UsageError(f"{call!r} is no function, nor a call with literal arguments.")
+    return names, args, kwargs
+
+
+def _load_module(place: str) -> ModuleType:
+    # As `python -m` would: what lies in the current directory can be imported.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return _load_file(pathlib.Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{place} cannot be imported: {error}") from error
+
+
+def _load_file(file: pathlib.Path) -> ModuleType:
+    if not file.exists():
+        raise UsageError(f"there is no file {file}.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{file} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickles look their module up by name.
+    sys.modules[file.stem] = module
+    # The file's neighbours, as Python itself does for a script.
+    folder = str(file.parent.resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _functions(place: Any) -> str:
+    own = [
+        name
+        for name, value in vars(place).items()
+        if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == place.__name__
+    ]
+    return ", ".join(own) or "no function"
+
+
+def _is_abstract(made: Any) -> bool:
+    leaves: list[Any] = jax.tree.leaves(made)
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def _weights_of(target: Any) -> Any:
+    parts = flatten_target(target)
+    weights = {item.leaf.path for item in roles_of(parts.leaves) if item.role not in ("optimizer", "step")}
+    return nnx.from_flat_state([(path, node) for path, node in parts.variables.items() if path in weights])

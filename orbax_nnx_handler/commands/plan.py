@@ -1,0 +1,67 @@
+"""`orbax-nnx plan`: whether a checkpoint becomes a target, from metadata alone."""
+
+import argparse
+from typing import Any
+
+from orbax_nnx_handler.api import plan_restore
+from orbax_nnx_handler.commands.arguments import (
+    add_item,
+    add_json,
+    add_path,
+    add_policy,
+    add_target,
+    policies_of,
+    pretend_devices,
+    renames_of,
+)
+from orbax_nnx_handler.commands.factories import load_factory
+from orbax_nnx_handler.commands.screen import Screen
+from orbax_nnx_handler.planning.plan import RestorePlan
+
+
+def add_to(commands: Any) -> None:
+    """Declares the command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        help="whether a checkpoint becomes a target",
+        description="Says whether a checkpoint becomes a target, and what is wrong if it does not. Reads metadata "
+        "only. Exit status: 0 it fits, 1 it does not.",
+    )
+    add_path(parser)
+    add_target(parser)
+    add_policy(parser)
+    add_item(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, screen: Screen) -> int:
+    """Prints the verdict."""
+    plan = plan_for(arguments)
+    error = plan.error()
+    if arguments.json:
+        wrong = None if error is None else {"type": type(error).__name__, "message": str(error)}
+        screen.json(plan.to_dict() | {"error": wrong})
+    else:
+        screen.out.print(plan, soft_wrap=not screen.out.is_terminal)
+    return 0 if error is None else 1
+
+
+def plan_for(arguments: argparse.Namespace) -> RestorePlan:
+    """Returns the plan that the arguments ask for.
+
+    Raises:
+        UsageError: The factory or an option is wrong.
+    """
+    pretend_devices(arguments)
+    factory = load_factory(arguments.target)
+    policies = policies_of(arguments.policy)
+    return plan_restore(
+        arguments.path,
+        factory.target(weights_only=arguments.weights_only),
+        policy=policies,
+        layout=arguments.layout,
+        renames=renames_of(arguments.rename),
+        init=factory if "init" in str(policies) else None,
+        item=arguments.item,
+    )

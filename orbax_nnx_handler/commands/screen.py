@@ -1,0 +1,128 @@
+"""What a command says: on a terminal as wide as that is, in a pipe as plain lines."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+_GAP = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Screen:
+    """Standard output and standard error."""
+
+    out: Console
+    err: Console
+
+    @classmethod
+    def standard(cls) -> "Screen":
+        """Returns the process's own."""
+        return cls(Console(highlight=False), Console(stderr=True, highlight=False))
+
+    def say(self, text: str = "", style: str = "") -> None:
+        """Prints text as it is; a pipe gets no line that was broken for a terminal's sake."""
+        self.out.print(Text(text, style), soft_wrap=True)
+
+    def head(self, text: str) -> None:
+        """Prints a heading."""
+        self.say(text, "bold")
+
+    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
+        """Prints one named fact a line."""
+        self.table(facts, styles=("dim", ""))
+
+    def table(self, rows: Sequence[Sequence[str]], *, styles: Sequence[str] = (), right: Sequence[int] = ()) -> None:
+        """Prints rows with aligned columns.
+
+        Args:
+            rows: The cells of each row, as many in each.
+            styles: A style for each column.
+            right: The columns aligned to the right.
+        """
+        if not self.out.is_terminal:
+            for line in _plain(rows, right):
+                self.say(line)
+            return
+        grid = Table.grid(padding=(0, _GAP, 0, 0))
+        for number in range(max(map(len, rows), default=0)):
+            style = styles[number] if number < len(styles) else ""
+            # Only the first column may break where the terminal is narrow: it holds the paths.
+            grid.add_column(
+                style=style,
+                justify="right" if number in right else "left",
+                no_wrap=number > 0 and not styles,
+                overflow="fold",
+            )
+        for row in rows:
+            grid.add_row(*(Text(("  " if at == 0 else "") + cell) for at, cell in enumerate(row)))
+        self.out.print(grid)
+
+    def json(self, value: Any) -> None:
+        """Prints a value as JSON that a program can read."""
+        self.out.print(Text(json.dumps(value, indent=2, ensure_ascii=False)), soft_wrap=True)
+
+    def error(self, kind: str, message: str) -> None:
+        """Prints an error to standard error."""
+        self.err.print(Text(f"{kind}: ", "bold red").append(message, "default not bold"), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, nbytes: int) -> Generator[Callable[[int], None]]:
+        """Shows a bar with rate and time left on a terminal; nothing in a pipe.
+
+        Args:
+            what: What is under way.
+            nbytes: How many bytes there are.
+
+        Yields:
+            To be called with the bytes done since the last call.
+        """
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        disable = not self.err.is_terminal
+        with Progress(*columns, console=self.err, transient=True, disable=disable) as bars:
+            task = bars.add_task(what, total=nbytes)
+            yield lambda done: bars.update(task, advance=done)
+
+
+def _plain(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    widths = [max(len(row[at]) for row in rows) for at in range(max(map(len, rows), default=0))]
+    lines: list[str] = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if at in right else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + (" " * _GAP).join(cells).rstrip())
+    return lines
+
+
+def size(nbytes: int) -> str:
+    """Returns a number of bytes as a person reads it; kB, MB and GB are powers of 1,000."""
+    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.95 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{nbytes} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun: `1 leaf`, `1,200 leaves`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -49,13 +49,12 @@ def _module_rows() -> Iterator[Sequence[str]]:
         yield f"`{key[0]}`", f"`{key[1]}`", shown, compared, _share(pair.renames for pair in pairs)
 
 
+_STEPS = {0: "", 1: "one training step, ", 2: "two training steps, "}
+
+
 def _compared(pair: Pair) -> str:
-    if pair.training is None:
-        text = "forward"
-    else:
-        steps = pair.training.steps
-        text = f"{steps} training step{'s' if steps > 1 else ''} with state, then forward"
-    return f"{text}; `{pair.homeless[0].split('/', 1)[1]}` must be zero" if pair.homeless else text
+    steps = "forward" if pair.training is None else f"{_STEPS[pair.training.steps]}state, forward"
+    return f"{steps}; `{pair.homeless[0].split('/', 1)[1]}` must be zero" if pair.homeless else steps
 
 
 def _share(renames: Iterable[object]) -> str:

@@ -29,6 +29,30 @@ class LinenTranslator(nn.Module):
         return self.head(self.writer(self.prefix(prefix), initial_carry=carry))
 
 
+class LinenSummary(nn.Module):
+    """A GRU whose last output is classified."""
+
+    def setup(self) -> None:
+        self.source = nn.Embed(VOCABULARY, WIDTH)
+        self.reader = nn.RNN(nn.GRUCell(HIDDEN))
+        self.head = nn.Dense(3)
+
+    def __call__(self, source: Any) -> Any:
+        return self.head(self.reader(self.source(source))[:, -1])
+
+
+class NnxSummary(nnx.Module):
+    """The same; its cell has no `hn/bias`."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.source = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.reader = nnx.RNN(nnx.GRUCell(WIDTH, HIDDEN, rngs=rngs))
+        self.head = nnx.Linear(HIDDEN, 3, rngs=rngs)
+
+    def __call__(self, source: Any) -> Any:
+        return self.head(self.reader(self.source(source))[:, -1])
+
+
 class LinenAutoTranslator(nn.Module):
     """The same under Linen's own names."""
 
@@ -100,5 +124,16 @@ MODELS = (
             ("Dense_0", "head"),
         ),
         determined="nothing",
+    ),
+    ModelPair(
+        name="GRU classifier, its one extra bias at zero",
+        linen=LinenSummary(),
+        nnx=NnxSummary,
+        inputs=BATCH[:1],
+        labels=np.arange(4) % 3,
+        optimizer=optax.adamw(1e-2, eps=1e-4),
+        optimizer_name="adamw",
+        as_nnx=lambda leaves: fused(leaves, ("r", "z", "n")),
+        homeless=("reader/cell/hn/bias",),
     ),
 )

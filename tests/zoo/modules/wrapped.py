@@ -88,6 +88,15 @@ def inside_nnx(linen_name: str, module: nn.Module, *inputs: Any, **fields: Any) 
 IMAGE = values(2, 4, 4, 3)
 IMAGE_CARRY = (values(2, 4, 4, 2, seed=1), values(2, 4, 4, 2, seed=2))
 TRAINING = Training(linen={"train": True}, nnx={"train": True})
+# They change through gradients only, so no step is made: what came back is compared as it is.
+FLOAT8 = "_overwrite_with_gradient"
+FLOAT8_STATISTICS = Training(
+    linen={},
+    nnx={},
+    collections=(FLOAT8,),
+    statistics=nnx.variable_type_from_name(FLOAT8, allow_register=True),
+    steps=0,
+)
 
 PAIRS = (
     inside_nnx("Dense", nn.Dense(3), X),
@@ -95,7 +104,12 @@ PAIRS = (
     inside_nnx("MGUCell", nn.MGUCell(4), LSTM_CARRY[0], INPUT),
     inside_nnx("ConvLSTMCell", nn.ConvLSTMCell(2, (3, 3)), IMAGE_CARRY, IMAGE),
     inside_nnx("ConvLocal", nn.ConvLocal(3, (2,)), values(2, 4, 3)),
-    inside_nnx("Fp8DotGeneralOp", nn.Dense(3, dot_general_cls=nn.Fp8DotGeneralOp), X),
+    inside_nnx(
+        "Fp8DirectDotGeneralOp",
+        nn.Dense(3, dot_general_cls=nn.Fp8DirectDotGeneralOp),
+        X,
+        training=FLOAT8_STATISTICS,
+    ),
     Pair(
         linen_name="several collections",
         nnx_name="bridge.ToNNX",

@@ -117,13 +117,18 @@ def vision_transformer(optimizer: Callable[[], optax.GradientTransformation]) ->
 @functools.cache
 def trained(program: Program) -> Trained:
     """The Linen train state after three steps from random weights."""
-    shapes = jax.eval_shape(lambda x: program.linen.init(jax.random.key(0), x, train=False), program.inputs)
-    variables = random_tree(shapes)
+    variables = random_variables(program)
     params, statistics = variables["params"], variables.get("batch_stats", {})
     state = Trained(params=params, statistics=statistics, opt_state=program.optimizer.init(params), step=0)
     for _ in range(STEP):
         _, state = _linen_step(program, state)
     return state
+
+
+def random_variables(program: Program) -> Any:
+    """Returns the Linen model's variables with random values."""
+    initialise = functools.partial(program.linen.init, train=False)
+    return random_tree(jax.eval_shape(initialise, jax.random.key(0), program.inputs))
 
 
 def random_tree(shapes: Any) -> Any:

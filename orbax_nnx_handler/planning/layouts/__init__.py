@@ -23,6 +23,7 @@ _TELLING: tuple[Layout, ...] = (
     big_vision.BIG_VISION,
     gemma.GEMMA,
     tunix.TUNIX,
+    openpi.OPENPI,
 )
 """Layouts with names of their own: where one fits, no general one is meant."""
 
@@ -30,7 +31,7 @@ _GENERAL: tuple[Layout, ...] = (
     linen.MAXTEXT,
     linen.TRAIN_STATE,
     linen.VARIABLES,
-    openpi.OPENPI,
+    openpi.OPENPI_WEIGHTS,
     bare.NNX_STATE,
     bare.NNX_PURE_DICT,
     bare.PARAMS,

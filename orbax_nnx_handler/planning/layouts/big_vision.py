@@ -119,4 +119,3 @@ def _masked(state: Path) -> Path:
 
 
 BIG_VISION = Layout(name="big_vision", title="big_vision", fits=_fits, place=_place)
-LAYOUT = BIG_VISION

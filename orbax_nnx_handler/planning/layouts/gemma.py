@@ -47,4 +47,3 @@ def _nested(path: Path) -> Path:
 
 
 GEMMA = Layout(name="gemma", title="Gemma", fits=_fits, place=_place)
-LAYOUT = GEMMA

@@ -35,4 +35,3 @@ def _placement(stored: Stored, path: Path) -> Placement:
 
 
 KAULDRON = Layout(name="kauldron", title="Kauldron", fits=_fits, place=_place)
-LAYOUT = KAULDRON

@@ -16,23 +16,13 @@ from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 _WEIGHTS: Path = ("params", "params")
 
 
-def _fits(stored: Stored) -> bool:
-    if tops(stored) == {"params"}:
-        return all(len(path) > 2 and path[-1] == "value" for path in stored)
-    return _is_step(stored)
-
-
 def _is_step(stored: Stored) -> bool:
-    """Tells whether the tree is a whole step, its items side by side."""
-    weights = [path for path in stored if path[0] == "params"]
+    weights = [path for path in stored if path[:1] == ("params",)]
     in_place = bool(weights) and all(path[:2] == _WEIGHTS and len(path) > 2 for path in weights)
     return in_place and tops(stored) == {"params", "train_state"} and ("train_state", "step") in stored
 
 
-def _place(stored: Stored) -> tuple[Placement, ...]:
-    if not _is_step(stored):
-        # The whole state of an NNX model, so statistics and random state are in it too.
-        return tuple(_model(stored, path, path[1:]) for path in stored)
+def _place_step(stored: Stored) -> tuple[Placement, ...]:
     return tuple(_placement(stored, path) for path in stored)
 
 
@@ -47,9 +37,19 @@ def _placement(stored: Stored, path: Path) -> Placement:
     return Placement(leaf=leaf, section="other", path=path)
 
 
+def _is_weights(stored: Stored) -> bool:
+    boxed = all(len(path) > 2 and path[-1] == "value" for path in stored)
+    return boxed and tops(stored) == {"params"}
+
+
+def _place_weights(stored: Stored) -> tuple[Placement, ...]:
+    return tuple(_model(stored, path, path[1:]) for path in stored)
+
+
 def _model(stored: Stored, path: Path, rest: Path) -> Placement:
+    # No collection: it is the whole state of an NNX model, statistics and random state included.
     return Placement(leaf=stored[path], section="model" if rest else "other", path=rest or path)
 
 
-OPENPI = Layout(name="openpi", title="openpi", fits=_fits, place=_place)
-LAYOUT = OPENPI
+OPENPI = Layout(name="openpi", title="openpi", fits=_is_step, place=_place_step)
+OPENPI_WEIGHTS = Layout(name="openpi_weights", title="openpi weights", fits=_is_weights, place=_place_weights)

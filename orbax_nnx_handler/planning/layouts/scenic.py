@@ -55,4 +55,3 @@ def _lacks_collections(stored: Stored) -> bool:
 
 
 SCENIC = Layout(name="scenic", title="Scenic", fits=_fits, place=_place)
-LAYOUT = SCENIC

@@ -90,4 +90,3 @@ def _place(stored: Stored) -> tuple[Placement, ...]:
 
 
 T5X = Layout(name="t5x", title="T5X", fits=_fits, place=_place)
-LAYOUT = T5X

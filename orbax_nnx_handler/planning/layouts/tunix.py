@@ -33,4 +33,3 @@ def _placement(stored: Stored, path: Path) -> Placement:
 
 
 TUNIX = Layout(name="tunix", title="Tunix", fits=_fits, place=_place)
-LAYOUT = TUNIX

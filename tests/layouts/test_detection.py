@@ -1,0 +1,56 @@
+"""Which layouts claim which checkpoints."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from orbax_nnx_handler.planning.layouts import LAYOUTS, candidates
+from orbax_nnx_handler.planning.placement import Layout, Stored
+from orbax_nnx_handler.transfer.locating import find_item
+from orbax_nnx_handler.transfer.metadata import read_metadata
+from tests.layouts.fixtures import FIXTURES, Fixture
+
+pytestmark = pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated")
+
+# Two general layouts read these the same, except that the second keeps no collections apart.
+ALSO = {"openpi, weights only": {"variables"}, "MaxText": {"train_state"}}
+FOREIGN = {"t5x", "scenic", "kauldron", "big_vision", "gemma", "tunix", "openpi", "openpi_weights"}
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Stored]:
+    """The stored leaves of every fixture."""
+    roots = {fixture.name: tmp_path_factory.mktemp("fixture") for fixture in FIXTURES}
+    return {
+        fixture.name: read_metadata(find_item(fixture.write(roots[fixture.name]))).leaves
+        for fixture in FIXTURES
+    }
+
+
+@pytest.mark.parametrize("fixture", FIXTURES, ids=str)
+def test_each_checkpoint_is_read_under_its_own_layout(trees: Mapping[str, Stored], fixture: Fixture) -> None:
+    found = candidates(trees[fixture.name], "auto")
+
+    assert {layout.name for layout in found} == {fixture.layout} | ALSO.get(fixture.name, set())
+
+
+@pytest.mark.parametrize(
+    "layout", [item for item in LAYOUTS if item.name in FOREIGN], ids=lambda item: item.name
+)
+def test_a_foreign_layout_claims_its_own_checkpoints_and_no_others(
+    trees: Mapping[str, Stored], layout: Layout
+) -> None:
+    claimed = {name for name, stored in trees.items() if layout.fits(stored)}
+
+    assert claimed == {fixture.name for fixture in FIXTURES if fixture.layout == layout.name}
+
+
+@pytest.mark.parametrize("fixture", FIXTURES, ids=str)
+def test_every_stored_leaf_has_one_placement(trees: Mapping[str, Stored], fixture: Fixture) -> None:
+    stored = trees[fixture.name]
+    (layout,) = candidates(stored, fixture.layout)
+
+    placed = [placement.leaf.path for placement in layout.place(stored)]
+
+    assert len(placed) == len(stored)
+    assert set(placed) == set(stored)

@@ -32,15 +32,19 @@ def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     """Returns the roots under which the most leaves meet; shorter ones win ties."""
     skeletons_wanted = {root: _skeletons(wanted, root) for root in _chain(wanted)}
     skeletons_stored = {root: _skeletons(stored, root).keys() for root in _chain(stored)}
-    best = Roots(wanted=(), stored=(), overlap=-1)
+    best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1)
     pairs = itertools.product(skeletons_wanted, skeletons_stored)
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
         if left and right and not (_holds_all(wanted, left) and _holds_all(stored, right)):
             continue  # Part of a model is not part of another by size alone: `encoder` is no `decoder`.
         # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
-        overlap = sum(count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right])
-        if overlap > best.overlap:
-            best = Roots(wanted=left, stored=right, overlap=overlap)
+        overlap = sum(
+            count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right]
+        )
+        # Where scanned blocks name their layers otherwise, no whole path meets; the model's parts still do.
+        meeting = (overlap, _sharing_heads(wanted, left, stored, right))
+        if meeting > most:
+            best, most = Roots(wanted=left, stored=right, overlap=overlap), meeting
     return best
 
 
@@ -56,17 +60,25 @@ def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
     models of equal size (a smoothed copy) neither is the root.
     """
     chain: list[Tokens] = [()]
-    inside = list(paths)
+    inside: list[Tokens] = list(paths)
     while inside:
         depth = len(chain[-1])
         # The last key names the leaf itself and is never part of a root.
-        heads = Counter(path[depth] for path in inside if len(path) > depth + 1)
+        heads: Counter[str] = Counter(path[depth] for path in inside if len(path) > depth + 1)
         name, count = heads.most_common(1)[0] if heads else ("", 0)
         if count * 2 <= len(paths):
             break
         chain.append((*chain[-1], name))
         inside = [path for path in inside if len(path) > depth + 1 and path[depth] == name]
     return [root for root in chain if _keeps_apart(paths, root) and not _names_layers(paths, root)]
+
+
+def _sharing_heads(
+    wanted: Collection[Tokens], left: Tokens, stored: Collection[Tokens], right: Tokens
+) -> int:
+    """Counts the wanted paths whose first key below the root is one of the stored model's."""
+    heads = {strip(path, right)[:1] for path in stored}
+    return sum(strip(path, left)[:1] in heads for path in wanted)
 
 
 def _holds_all(paths: Collection[Tokens], root: Tokens) -> bool:

@@ -112,14 +112,17 @@ def restack(
         What was found, by canonical wanted path, and the groups whose stacked
         axis the shapes leave open, or do not allow to be the one the user says.
     """
-    shared: dict[Group, list[Key]] = defaultdict(list)
+    shared: dict[tuple[Group, str, str], list[Key]] = defaultdict(list)
     for key in wanted.by_key:
         if key in stored.by_key:
-            shared[key[0]].append(key)
+            forms = (_arrangement(wanted.by_key[key]), _arrangement(stored.by_key[key]))
+            # The same arrangement would have matched by path: what differs then is not the arrangement.
+            if forms[0] != forms[1] or forms[0] == "blocks":
+                shared[key[0], *forms].append(key)
     found: dict[Tokens, Restacked] = {}
     unclear: list[UnclearAxis] = []
     # The group with most leaves is the real one; a stray reading never takes a leaf twice.
-    for group, keys in sorted(shared.items(), key=lambda item: -len(item[1])):
+    for (group, *_), keys in sorted(shared.items(), key=lambda item: -len(item[1])):
         result = _Join(wanted, stored, keys, _said(group, axes or {})).solve()
         if isinstance(result, UnclearAxis):
             unclear.append(result)
@@ -127,6 +130,11 @@ def restack(
             found = result | found
     taken = set(found)
     return found, [item for item in unclear if not taken.issuperset(item.tokens)]
+
+
+def _arrangement(pieces: Sequence[Piece]) -> str:
+    forms = {piece.seat.form for piece in pieces}
+    return "blocks" if forms & {"block", "remainder"} else min(forms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +176,7 @@ class _Join:
         for key in self.keys:
             votes.update(axes for axes in self._fitting(key) if self._agrees(axes))
         if not votes:
-            return [(None, None)] if self._only_flat() else []
+            return []
         top = max(votes.values())
         best = [axes for axes, count in votes.items() if count == top]
         same_count = [
@@ -184,12 +192,6 @@ class _Join:
         """Tells whether the user allows the axes: the first that is stacked is the one meant."""
         stacked = [axis for axis in axes if axis is not None]
         return self.said is None or not stacked or stacked[0] == self.said
-
-    def _only_flat(self) -> bool:
-        pieces = (
-            piece for key in self.keys for side in (self.wanted, self.stored) for piece in side.by_key[key]
-        )
-        return all(piece.seat.form == "flat" for piece in pieces)
 
     def _fitting(self, key: Key) -> set[Axes]:
         pairs = itertools.product(self.wanted.by_key[key], self.stored.by_key[key])

@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from benchmarks.models import DTYPES, PROJECTIONS, Model, target
 
 Arrays = Mapping[tuple[Any, ...], Any]
-Trial = tuple[Callable[[], Any], Callable[[Any], Arrays]]
+Trial = tuple[Callable[[], Any], Callable[[Any], Arrays | None]]
 Contestant = Callable[[Model, pathlib.Path, Sharding], Trial]
 
 

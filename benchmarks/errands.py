@@ -1,0 +1,109 @@
+"""What is timed besides restores: verdicts on broken checkpoints, and saves.
+
+As with contestants: prepared outside the clock, timed, then checked.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+
+from benchmarks.contestants import Arrays, Trial, orbax, ours
+from benchmarks.models import PROJECTIONS, Model, check, target
+
+
+def verdict(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
+    """From the call to the error, for a checkpoint that lacks the last layer."""
+    import orbax_nnx_handler as library
+
+    wanted = target(dataclasses.replace(model, layers=model.layers + 1), sharding)
+
+    def run() -> Any:
+        try:
+            library.restore(path, wanted)
+        except library.MissingParamError as error:
+            return error
+        raise AssertionError("a checkpoint that lacks a layer was restored")
+
+    def collect(error: Any) -> None:
+        assert set(error.paths) == {("layers", model.layers, name, "kernel") for name in PROJECTIONS}, error
+
+    return run, collect
+
+
+def read_then_check(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
+    """The same verdict without a plan: stock Orbax reads everything, then the paths are compared."""
+    restore, collect_tree = orbax(model, path, sharding)
+    wanted = {
+        key
+        for key, _ in nnx.to_flat_state(target(dataclasses.replace(model, layers=model.layers + 1), sharding))
+    }
+
+    def run() -> Any:
+        tree = jax.block_until_ready(restore())
+        return wanted - set(collect_tree(tree) or ())
+
+    def collect(missing: Any) -> None:
+        assert len(missing) == len(PROJECTIONS), missing
+
+    return run, collect
+
+
+def save_ours(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
+    """`orbax_nnx_handler.save` of an NNX state in the Linen layout."""
+    import orbax_nnx_handler as library
+
+    restore, collect = ours(model, path, sharding)
+    state = restore()
+    out = path.with_name(f"{path.name}-saved-by-us")
+    shutil.rmtree(out, ignore_errors=True)
+    return lambda: library.save(out, state), lambda _: _compare(model, path, out, collect(state))
+
+
+def save_orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
+    """The parent handler saves the same values as the Linen tree they came from."""
+    import orbax.checkpoint as ocp
+
+    restore, collect = orbax(model, path, sharding)
+    tree = restore()
+    out = path.with_name(f"{path.name}-saved-by-orbax")
+    shutil.rmtree(out, ignore_errors=True)
+
+    def run() -> None:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(out, args=ocp.args.PyTreeSave(tree))
+
+    return run, lambda _: _compare(model, path, out, collect(tree))
+
+
+def _compare(model: Model, path: pathlib.Path, out: pathlib.Path, before: Arrays | None) -> None:
+    """Reads a save back with stock Orbax and compares every value with the original."""
+    import orbax.checkpoint as ocp
+
+    assert before is not None
+    metadata = ocp.PyTreeCheckpointHandler().metadata(out).tree
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+    tree = ocp.PyTreeCheckpointer().restore(out, restore_args=args)
+    flat = jax.tree_util.tree_flatten_with_path(tree["params"])[0]
+    arrays = {_numbered(tuple(key.key for key in keys)): value for keys, value in flat}
+    check(model, path, arrays)
+    shutil.rmtree(out)
+
+
+def _numbered(key: tuple[str, ...]) -> tuple[Any, ...]:
+    layer, *rest = key
+    return ("layers", int(layer.removeprefix("layers_")), *rest)
+
+
+ERRANDS: dict[str, Callable[[Model, pathlib.Path, Sharding], Trial]] = {
+    "verdict": verdict,
+    "read_then_check": read_then_check,
+    "save_ours": save_ours,
+    "save_orbax": save_orbax,
+}

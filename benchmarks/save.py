@@ -1,0 +1,24 @@
+"""Saves against the parent handler's: `python -m benchmarks.save`."""
+
+from benchmarks.measuring import arguments, interleaved, report, settings_of, summary, table, with_ratios
+from benchmarks.models import sized, write
+
+
+def main() -> None:
+    """Measures saves of few and of many leaves; every value is read back by stock Orbax."""
+    options = arguments(__doc__ or "")
+    size = int(options.gb * 1e9)
+    results, tables = {}, {}
+    for leaves in (37, 100 if options.toy else 2169):
+        model = sized(leaves, size)
+        path = write(model, options.scratch)
+        found = interleaved(["save_ours", "save_orbax"], options.rounds, settings_of(model, path))
+        rows = with_ratios({name: summary(model, trials) for name, trials in found.items()}, "save_orbax")
+        results[f"{model.leaves} leaves"] = rows
+        heading = f"**{model.leaves} leaves**, {model.nbytes / 1e9:.3g} GB"
+        tables[heading] = table({"": name, **row} for name, row in rows.items())
+    report("save", options, results, tables)
+
+
+if __name__ == "__main__":
+    main()

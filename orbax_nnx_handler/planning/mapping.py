@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.moments import (
     split_by_slots,
     split_wanted,
 )
-from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.paths import Path, canonical
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 from orbax_nnx_handler.planning.plan import Discarded
 from orbax_nnx_handler.planning.random_state import find_random
@@ -82,7 +82,7 @@ def map_leaves(
     entries = applied.entries
     moments_wanted = of_role(wanted, "optimizer")
     model = of_role(wanted, "model", "transient", "random")
-    roots = find_roots([w.tokens for w in model if w.role == "model"], [e.tokens for e in entries])
+    roots = find_roots(_within_model(model, placements), [e.tokens for e in entries])
     moments = read_moments(placements, parameter_paths(original, roots.stored))
     split = _split(moments_wanted, model, moments, roots)
     virtual = [] if of_role(model, "model") else _virtual_parameters(split)
@@ -104,6 +104,16 @@ def map_leaves(
         applied=applied,
         faults=tuple(faults),
     )
+
+
+def _within_model(model: Sequence[Wanted], placements: Sequence[Placement]) -> list[Tokens]:
+    """Returns the paths that say where the model sits.
+
+    What `nnx_aux` holds under its own path (averaged weights) lies beside the model.
+    """
+    aside = {canonical(placement.path) for placement in placements if placement.section == "aux"}
+    tokens = [item.tokens for item in model if item.role == "model"]
+    return [path for path in tokens if path not in aside] or tokens
 
 
 def _split(

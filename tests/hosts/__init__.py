@@ -1,0 +1,1 @@
+"""Several processes on one machine, joined by `jax.distributed` on loopback."""

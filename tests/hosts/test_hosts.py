@@ -1,0 +1,101 @@
+"""The same code on every host: all restore, or all raise the same error and none waits."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+Seen = list[dict[str, Any]]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each process saw of every scene."""
+    count, directory, port = request.param, tmp_path_factory.mktemp("hosts"), _free_port()
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "tests.hosts.worker", str(port), str(count)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(number), str(directory)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    try:
+        output = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(output)[-8000:]
+    return [json.loads((directory / f"{number}.json").read_text()) for number in range(count)]
+
+
+def _each(seen: Seen, scene: str) -> list[Any]:
+    results = [process[scene] for process in seen]
+    for result in results:
+        assert "crashed" not in result, result["crashed"]
+    return results
+
+
+@pytest.mark.parametrize("scene", ["restore", "unstack", "stack"])
+def test_every_process_holds_its_part_of_the_stored_values(seen: Seen, scene: str) -> None:
+    results = _each(seen, scene)
+
+    assert results == [{"wrong": []}] * len(seen)
+
+
+def test_a_missing_weight_raises_the_same_error_on_every_process(seen: Seen) -> None:
+    results = _each(seen, "missing_weight")
+
+    assert {result["kind"] for result in results} == {"MissingParamError"}
+    assert len({result["message"] for result in results}) == 1
+    assert "model/decoder/extra/kernel" in results[0]["message"]
+
+
+def test_a_filter_fills_a_missing_weight_in_place_on_all_processes(seen: Seen) -> None:
+    results = _each(seen, "filled_by_filter")
+
+    assert results == [{"wrong": [], "filled": True}] * len(seen)
+
+
+def test_a_file_that_one_process_cannot_read_stops_them_all(seen: Seen) -> None:
+    results = _each(seen, "unreadable_on_one")
+
+    others = [result for number, result in enumerate(results) if number != 1]
+    assert results[1] == {"kind": "OSError", "message": "the disk of process 1 is gone"}
+    assert {result["kind"] for result in others} == {"OtherProcessError"}
+    assert all("the disk of process 1 is gone" in result["message"] for result in others)
+
+
+def test_derived_random_state_is_the_same_on_every_process(seen: Seen) -> None:
+    results = _each(seen, "same_random_state")
+
+    assert all(result == results[0] for result in results)
+    distinct = {str(key) for key in results[0]["keys"]}
+    assert len(distinct) == len(results[0]["keys"]) > 10
+
+
+def test_what_many_processes_save_they_restore(seen: Seen) -> None:
+    results = _each(seen, "saves_and_restores")
+
+    assert results == [{"wrong": []}] * len(seen)

@@ -1,0 +1,181 @@
+"""One process of several: plays every scene and writes what it saw.
+
+python -m tests.hosts.worker PORT PROCESSES PROCESS DIRECTORY
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, RestoreError, restore
+from orbax_nnx_handler.transfer import restoring
+from tests.cases import digest, load_case
+
+EXTRA = ("model", "decoder", "extra", "kernel")
+SHAPE = (16, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What every scene needs."""
+
+    directory: pathlib.Path
+    mesh: Mesh
+
+
+def _place(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shards the first axis that all devices divide, over both axes of the mesh."""
+    axes: list[Any] = [None] * len(leaf.shape)
+    for at, length in enumerate(leaf.shape):
+        if length % mesh.size == 0:
+            axes[at] = ("hosts", "local")
+            break
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def _target(name: str, mesh: Mesh) -> nnx.State:
+    return jax.tree.map(lambda leaf: _place(leaf, mesh), load_case(name).target)
+
+
+def _with_extra(target: nnx.State, mesh: Mesh) -> nnx.State:
+    leaf = nnx.Param(_place(jax.ShapeDtypeStruct(SHAPE, np.float32), mesh))
+    return nnx.merge_state(target, nnx.from_flat_state([(EXTRA, leaf)]))
+
+
+def _wrong(name: str, state: nnx.State) -> list[str]:
+    """Returns the leaves whose values, gathered from all processes, are not the stored ones."""
+    case, wrong = load_case(name), []
+    for path, variable in nnx.to_flat_state(state):
+        expected = case.digests.get(path)
+        if expected is None:
+            continue
+        whole = multihost_utils.process_allgather(variable.get_value(), tiled=True)
+        if digest(whole) != expected:
+            wrong.append("/".join(map(str, path)))
+    return wrong
+
+
+def _restores(name: str) -> Callable[[Stage], Any]:
+    def scene(stage: Stage) -> Any:
+        state = restore(load_case(name).path, _target(name, stage.mesh))
+        return {"wrong": _wrong(name, state)}
+
+    return scene
+
+
+def missing_weight(stage: Stage) -> Any:
+    name = "llama2_scanned_to_scanned"
+    try:
+        restore(load_case(name).path, _with_extra(_target(name, stage.mesh), stage.mesh))
+    except RestoreError as error:
+        return {"kind": type(error).__name__, "message": str(error)}
+    return {"kind": "none"}
+
+
+def _zeros(target: nnx.State) -> nnx.State:
+    def leaf(value: jax.ShapeDtypeStruct) -> jax.Array:
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), value.shape)
+        return jax.numpy.zeros(value.shape, value.dtype)
+
+    return jax.tree.map(leaf, target)
+
+
+def filled_by_filter(stage: Stage) -> Any:
+    name = "llama2_scanned_to_scanned"
+    target = _with_extra(_target(name, stage.mesh), stage.mesh)
+
+    def init() -> nnx.State:
+        extra = nnx.Param(jax.random.normal(jax.random.key(4), SHAPE))
+        values = {path: leaf for path, leaf in nnx.to_flat_state(_zeros(target)) if path != EXTRA}
+        return nnx.from_flat_state([*values.items(), (EXTRA, extra)])
+
+    policy = {nnx.PathContains("extra"): "init", ...: "error"}
+    state = restore(load_case(name).path, target, policy=policy, init=init)
+    value = dict(nnx.to_flat_state(state))[EXTRA].get_value()
+    whole = multihost_utils.process_allgather(value, tiled=True)
+    expected = np.asarray(jax.random.normal(jax.random.key(4), SHAPE))
+    return {"wrong": _wrong(name, state), "filled": bool(np.allclose(whole, expected, atol=1e-6))}
+
+
+def unreadable_on_one(stage: Stage) -> Any:
+    name = "llama2_scanned_to_scanned"
+    read = restoring.read_arrays
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if jax.process_index() == 1:
+            raise OSError("the disk of process 1 is gone")
+        return read(*args, **kwargs)
+
+    restoring.read_arrays = fail
+    try:
+        restore(load_case(name).path, _target(name, stage.mesh))
+    except Exception as error:  # Whatever a process raises is what the test looks at.
+        return {"kind": type(error).__name__, "message": str(error)}
+    finally:
+        restoring.read_arrays = read
+    return {"kind": "none"}
+
+
+def same_random_state(stage: Stage) -> Any:
+    name = "llama2_scanned_to_unscanned"
+    state = restore(load_case(name).path, _target(name, stage.mesh))
+    keys = [
+        np.asarray(jax.random.key_data(leaf).addressable_shards[0].data).tolist()
+        for leaf in jax.tree.leaves(nnx.filter_state(state, nnx.RngKey))
+    ]
+    return {"keys": keys}
+
+
+def saves_and_restores(stage: Stage) -> Any:
+    name = "llama2_scanned_to_scanned"
+    target = _target(name, stage.mesh)
+    state = restore(load_case(name).path, target)
+    with ocp.CheckpointManager(stage.directory / "saved", item_handlers=NNXLinenHandler()) as manager:
+        manager.save(1, args=NNXLinenSave(state, layout="maxtext"))
+        manager.wait_until_finished()
+        again = manager.restore(1, args=NNXLinenRestore(target))
+    return {"wrong": _wrong(name, again)}
+
+
+SCENES: dict[str, Callable[[Stage], Any]] = {
+    "restore": _restores("llama2_scanned_to_scanned"),
+    "unstack": _restores("llama2_scanned_to_unscanned"),
+    "stack": _restores("llama2_unscanned_to_scanned"),
+    "missing_weight": missing_weight,
+    "filled_by_filter": filled_by_filter,
+    "unreadable_on_one": unreadable_on_one,
+    "same_random_state": same_random_state,
+    "saves_and_restores": saves_and_restores,
+}
+
+
+def main(port: str, processes: str, process: str, directory: str) -> None:
+    """Joins the others, plays every scene and writes `PROCESS.json`."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+    devices = np.array(jax.devices()).reshape(int(processes), -1)
+    stage = Stage(pathlib.Path(directory), Mesh(devices, ("hosts", "local")))
+    seen: dict[str, Any] = {}
+    for name, scene in SCENES.items():
+        try:
+            seen[name] = scene(stage)
+        except Exception:  # One scene's failure must not leave the others waiting.
+            seen[name] = {"crashed": traceback.format_exc()}
+        multihost_utils.sync_global_devices(name)
+    (stage.directory / f"{process}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

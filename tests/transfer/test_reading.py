@@ -169,6 +169,7 @@ def test_a_chunk_larger_than_a_block_is_read_piece_by_piece(
     tmp_path, mesh, monkeypatch, disk_format, spec, dtype
 ):
     monkeypatch.setattr("orbax_nnx_handler.transfer.reading.chunks.BLOCK_BYTES", 256)
+    monkeypatch.setattr("orbax_nnx_handler.transfer.reading.chunks._ONE_CALL_BYTES", 256)
     monkeypatch.setattr("orbax_nnx_handler.transfer.reading.chunks._RUN_BYTES", 16)
     monkeypatch.setattr("orbax_nnx_handler.transfer.reading.leaf_reader._PIECE_BYTES", 1024)
     array = numbers((16, 4, 32))

@@ -31,6 +31,10 @@ BLOCK_BYTES = 2 << 20
 # Below this, reading the gaps costs less than a call for each run.
 _RUN_BYTES = 8 << 10
 
+# Up to here zstd decodes fastest in one call; above, the fresh memory that such a
+# call needs costs more than decoding in steps straight into place.
+_ONE_CALL_BYTES = 64 << 10
+
 # The index behind a shard's one chunk: offset, length, checksum.
 _INDEX = struct.Struct("<QQI")
 _NOTHING = 2**64 - 1
@@ -99,7 +103,7 @@ def _fill_from_raw(stream: RawStream, encoding: Encoding, targets: Sequence[Targ
 def _fill_from_zstd(
     source: Source, start: int, size: int, encoding: Encoding, targets: Sequence[Target]
 ) -> None:
-    if encoding.chunk_nbytes <= BLOCK_BYTES:
+    if encoding.chunk_nbytes <= _ONE_CALL_BYTES:
         packed = bytearray(size)
         source.read_into(start, memoryview(packed))
         content = _decompressor().decompress(packed, max_output_size=encoding.chunk_nbytes)

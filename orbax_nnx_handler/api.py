@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.report import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target import Target, flatten_like, flatten_target
 from orbax_nnx_handler.transfer.agreement import agree
+from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.transfer.restoring import carry_out
@@ -144,6 +145,7 @@ def save(
         checkpointer.save(epath.Path(path).absolute(), args=arguments, force=force)
 
 
+@paused_collection()
 def restore_item(
     directory: epath.Path,
     target: Any,
@@ -177,6 +179,7 @@ def restore_item(
     return result, report
 
 
+@paused_collection()
 def _decide(
     directory: epath.Path, target: Any, restore_args: Any, options: RestoreOptions
 ) -> tuple[RestorePlan, Target, Checkpoint]:

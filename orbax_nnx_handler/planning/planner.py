@@ -12,16 +12,15 @@ from orbax_nnx_handler.planning.dtypes import Cast, cast_between, changes_values
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.evidence import Evidence
 from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.leftover import left_over
 from orbax_nnx_handler.planning.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.matching import Found
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.placement import Placement, Stored
+from orbax_nnx_handler.planning.placement import Stored
 from orbax_nnx_handler.planning.plan import (
     Defaulted,
     DefaultSource,
-    Discarded,
-    Dropped,
     Mismatched,
     Missing,
     Restored,
@@ -60,7 +59,8 @@ def make_plan(
     mapping, faults = _best_mapping(wanted, stored, options)
     judge = _Judge(mapping, stored, options, policies)
     verdicts = {item.leaf.path: judge.verdict(item) for item in wanted}
-    unexpected, skipped = _left_over(wanted, mapping)
+    used = [v.recipe for v in verdicts.values() if not isinstance(v, Defaulted) and v.recipe is not None]
+    left = left_over(wanted, mapping, used)
     return RestorePlan(
         directory=directory,
         layout=mapping.layout.title,
@@ -69,9 +69,9 @@ def make_plan(
         missing={path: v for path, v in verdicts.items() if isinstance(v, Missing)},
         mismatched={path: v for path, v in verdicts.items() if isinstance(v, Mismatched)},
         defaulted={path: v for path, v in verdicts.items() if isinstance(v, Defaulted)},
-        unexpected={item.leaf.path: item.leaf for item in unexpected},
-        skipped={item.leaf.path: item.leaf for item in skipped},
-        dropped=_dropped(mapping),
+        unexpected=left.unexpected,
+        skipped=left.skipped,
+        dropped=left.dropped,
         unexpected_policy=options.unexpected,
         faults=(*faults, *mapping.faults, *faults_of(mapping)),
         evidence=_evidence(wanted, mapping),
@@ -226,21 +226,3 @@ def _mismatch(item: Wanted, found: Found, kind: str, shape: Shape, dtype: str, d
         detail=detail,
         surplus=found.surplus,
     )
-
-
-def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
-    """Returns the stored leaves that are left behind on purpose; a part of one may be used all the same."""
-    used = mapping.used()
-    homeless = {item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in mapping.homeless}
-    return homeless | {path: item for path, item in mapping.discarded.items() if path not in used}
-
-
-def _left_over(wanted: Sequence[Wanted], mapping: LeafMapping) -> tuple[list[Placement], list[Placement]]:
-    """Returns the stored leaves nobody wants: unexpected ones, and those of parts not asked for."""
-    used = mapping.used() | _dropped(mapping).keys()
-    roles = {item.role for item in wanted}
-    asked = {"model"} | (roles & {"optimizer", "step"})
-    left = [item for item in mapping.placements if item.leaf.path not in used]
-    unexpected = [item for item in left if item.section in asked and item.leaf.dtype is not None]
-    chosen = {item.leaf.path for item in unexpected}
-    return unexpected, [item for item in left if item.leaf.path not in chosen]

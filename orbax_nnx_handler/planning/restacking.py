@@ -208,7 +208,7 @@ class _Join:
         return max((_length(piece, axis) for piece in blocks), default=0)
 
     def _last_layer(self, side: Side, piece: Piece, axis: int | None, cycles: int) -> int:
-        return self._layers(side, piece, axis, cycles)[-1]
+        return max(self._layers(side, piece, axis, cycles), default=-1)
 
     def _layers(self, side: Side, piece: Piece, axis: int | None, cycles: int) -> Sequence[int]:
         seat = piece.seat

@@ -92,7 +92,7 @@ def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
 
 def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
     """Tells whether a root ends in the name of layers: without it, no one knows what their numbers count."""
-    below = [path[len(root)] for path in paths if path[: len(root)] == root]
+    below = [path[len(root)] for path in paths if path[: len(root)] == root and len(path) > len(root)]
     return bool(root) and all(token.startswith("#") for token in below)
 
 

@@ -104,12 +104,21 @@ class NnxModule(nnx.Module):
             setattr(self, name, NnxModule(inner))
 
 
+# Tunix and Flax's own example (tunix/models/gemma/model.py `FeedForward`) have a `nnx.Linear` for each projection.
+PORTED_SHAPES = {
+    **{path: shape for path, shape in SHAPES.items() if not path.startswith("mlp/")},
+    "mlp/gate_proj/kernel": (WIDTH, HIDDEN),
+    "mlp/up_proj/kernel": (WIDTH, HIDDEN),
+    "mlp/down_proj/kernel": (HIDDEN, WIDTH),
+}
+
+
 class NnxGemma(nnx.Module):
     """The NNX program: Google's ports have the layers in a list, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]] = SHAPES) -> None:
         self.embedder = NnxModule({"input_embedding": (VOCABULARY, WIDTH)})
-        self.layers = nnx.List([NnxModule(SHAPES) for _ in range(DEPTH)])
+        self.layers = nnx.List([NnxModule(shapes) for _ in range(DEPTH)])
         self.final_norm = NnxModule({"scale": (WIDTH,)})
 
     def __call__(self, tokens: Any) -> Any:
@@ -118,5 +127,12 @@ class NnxGemma(nnx.Module):
         for number, layer in enumerate(self.layers):
             leaves = nnx.to_flat_state(nnx.state(layer))
             weights = {"/".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
-            x = run_layer(weights, x, number)
+            x = run_layer(_with_gemmas_names(weights), x, number)
         return _norm(x, self.final_norm.scale[...]) @ table.T
+
+
+def _with_gemmas_names(weights: dict[str, Any]) -> dict[str, Any]:
+    if "mlp/linear" in weights:
+        return weights
+    gates = jnp.stack([weights["mlp/gate_proj/kernel"].T, weights["mlp/up_proj/kernel"].T])
+    return {**weights, "mlp/gating_einsum": gates, "mlp/linear": weights["mlp/down_proj/kernel"]}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import restore
+from orbax_nnx_handler import Rename, Reshape, Split, Transpose, restore
 from orbax_nnx_handler.planning.layouts.gemma import GEMMA
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from tests.layouts import language, writers
@@ -47,6 +47,28 @@ def test_a_module_with_gemmas_own_names_needs_no_rename(tmp_path: Path, params: 
     tree = restore(path, target, unexpected="error")
 
     jax.tree.map(np.testing.assert_array_equal, tree, params)
+
+
+@pytest.mark.parametrize("form", ["nested", "flat"])
+def test_a_port_with_a_linear_layer_for_each_projection_needs_rules_only(
+    tmp_path: Path, params: Any, form: str
+) -> None:
+    path = writers.write_standard(tmp_path / "gemma", writers.gemma_tree(params, form, language.KINDS))
+    target = nnx.eval_shape(lambda: language.NnxGemma(language.PORTED_SHAPES))
+    rules = [
+        Rename("layer_{number}", "layers/{number}"),
+        Rename("mlp/linear", "mlp/down_proj/kernel"),
+        Split("mlp/gating_einsum", ("mlp/gate_proj/kernel", "mlp/up_proj/kernel"), axis=0),
+        Reshape("mlp/gate_proj/kernel", (language.HIDDEN, language.WIDTH)),
+        Reshape("mlp/up_proj/kernel", (language.HIDDEN, language.WIDTH)),
+        Transpose("mlp/gate_proj/kernel", (1, 0)),
+        Transpose("mlp/up_proj/kernel", (1, 0)),
+    ]
+
+    model = restore(path, target, renames=rules, unexpected="error")
+
+    expected = language.LinenGemma().apply({"params": params}, language.TOKENS)
+    np.testing.assert_allclose(model(language.TOKENS), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_the_image_encoder_is_placed_as_gemmas_loader_does() -> None:

@@ -7,6 +7,8 @@ import pytest
 from tests.layouts import writers
 from tests.layouts.programs import assert_goes_on, perceptron, restored, trained
 
+pytestmark = pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated")
+
 
 def test_a_t5x_train_state_with_a_wrapped_optax_optimizer_goes_on_in_nnx(tmp_path: Path) -> None:
     root = writers.write_t5x(tmp_path / "model", writers.t5x_tree(trained(perceptron("adam"))))

@@ -13,11 +13,11 @@ Other programs that save `{"params", "opt"}` through Orbax have names already;
 these stay as they are.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from orbax_nnx_handler.planning.layouts.linen import has_subtree
-from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.paths import Path, natural_key
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 
 _FIELDS_OF_STATE = frozenset({"params", "opt", "chrono", "rng"})
@@ -36,15 +36,15 @@ _AFTER_FACTORED = {"cp": ("count", "ema")}
 
 def _fits(stored: Stored) -> bool:
     has_both = has_subtree(stored, "params") and has_subtree(stored, "opt")
-    return has_both and all(path[0] in _FIELDS_OF_STATE for path in stored)
+    return has_both and {path[0] for path in stored} <= _FIELDS_OF_STATE
 
 
 def _place(stored: Stored) -> tuple[Placement, ...]:
     parameters = {_text(path[1:]) for path in stored if path[0] == "params"}
-    slots = {path: _slot(path[1:], parameters) for path in stored if path[0] == "opt"}
-    kinds = {_slot_kind(path[1:], parameters) for path in slots}
-    names = _named(set(slots.values()), kinds)
-    step = _step(slots, names, kinds)
+    slots = {path: _slot(path[1:], parameters) for path in stored if path[0] == "opt" and len(path) > 1}
+    kinds = {slot: "c" if len(slot) == len(path) - 1 else "p" for path, slot in slots.items()}
+    names = _named(kinds)
+    step = _step(slots, names)
     return tuple(
         Placement(leaf=stored[path], section="step", path=path, slot=("count",))
         if path == step
@@ -53,16 +53,15 @@ def _place(stored: Stored) -> tuple[Placement, ...]:
     )
 
 
-def _step(
-    slots: Mapping[Path, Path], names: Mapping[Path, Path], kinds: Collection[tuple[Path, str]]
-) -> Path | None:
-    """Returns the count of the schedule, which is the step (big_vision/optax.py `get_count`)."""
-    states = {slot[:-1] for slot, _ in kinds}
-    alone = {state for state in states if sum(slot[:-1] == state for slot, _ in kinds) == 1}
+def _step(slots: Mapping[Path, Path], names: Mapping[Path, Path]) -> Path | None:
+    """Returns the count of the first schedule, which is the step (big_vision/optax.py `get_count`)."""
+    fields = Counter(slot[:-1] for slot in set(slots.values()))
     counts = [
-        path for path, slot in slots.items() if slot[:-1] in alone and names.get(slot, slot)[-1] == "count"
+        path
+        for path, slot in slots.items()
+        if slot in names and names[slot][-1] == "count" and fields[slot[:-1]] == 1
     ]
-    return min(counts, default=None, key=lambda path: int(str(path[1])))
+    return min(counts, default=None, key=natural_key)
 
 
 def _placement(
@@ -87,18 +86,13 @@ def _slot(path: Path, parameters: Collection[Path]) -> Path:
     return next((text[:at] for at in range(len(text)) if text[at:] in parameters), text)
 
 
-def _slot_kind(path: Path, parameters: Collection[Path]) -> tuple[Path, str]:
-    slot = _slot(path, parameters)
-    return slot, "c" if len(slot) == len(path) else "p"
-
-
-def _named(slots: Collection[Path], kinds: Collection[tuple[Path, str]]) -> Mapping[Path, Path]:
+def _named(kinds: Mapping[Path, str]) -> Mapping[Path, Path]:
     """Returns optax's names of numbered slots; none if any slot has a name already."""
-    if not all(str(key).isdecimal() for slot in slots for key in slot):
+    if not all(slot and all(str(key).isdecimal() for key in slot) for slot in kinds):
         return {}
-    fields: dict[Path, dict[int, str]] = defaultdict(dict)
-    for slot, kind in kinds:
-        fields[slot[:-1]][int(str(slot[-1]))] = kind
+    fields: dict[Path, dict[str, str]] = defaultdict(dict)
+    for slot, kind in kinds.items():
+        fields[slot[:-1]][str(slot[-1])] = kind
     factored = {state[:-1] for state, of_kind in fields.items() if _signature(of_kind) == "cppp"}
     names: dict[Path, Path] = {}
     for state, of_kind in fields.items():
@@ -108,9 +102,9 @@ def _named(slots: Collection[Path], kinds: Collection[tuple[Path, str]]) -> Mapp
     return names
 
 
-def _signature(of_kind: Mapping[int, str]) -> str:
-    """Returns the kinds of fields 0, 1, ...; one that is absent shows as a blank."""
-    return "".join(of_kind.get(number, " ") for number in range(max(of_kind) + 1))
+def _signature(of_kind: Mapping[str, str]) -> str:
+    """Returns the kinds of fields 0, 1, ...; where one is absent, there is a blank."""
+    return "".join(of_kind.get(str(number), " ") for number in range(len(of_kind)))
 
 
 def _masked(state: Path) -> Path:

@@ -24,7 +24,7 @@ def _fits(stored: Stored) -> bool:
 
 
 def _is_flat(path: Path) -> bool:
-    return str(path[0]).startswith((f"{_TEXT}/", f"{_IMAGES}/")) and len(path) > 1
+    return len(path) > 1 and str(path[0]).startswith((f"{_TEXT}/", f"{_IMAGES}/"))
 
 
 def _place(stored: Stored) -> tuple[Placement, ...]:

@@ -13,8 +13,8 @@ _FIELDS = frozenset({"step", "params", "collections", "opt_state"})
 
 
 def _fits(stored: Stored) -> bool:
-    named = any(path[0] == "collections" and len(path) > 2 for path in stored)
-    return named and has_subtree(stored, "params") and all(path[0] in _FIELDS for path in stored)
+    named = any(len(path) > 2 and path[0] == "collections" for path in stored)
+    return named and has_subtree(stored, "params") and {path[0] for path in stored if path} <= _FIELDS
 
 
 def _place(stored: Stored) -> tuple[Placement, ...]:

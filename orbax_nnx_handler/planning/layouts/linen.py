@@ -34,7 +34,7 @@ def _placement(stored: Stored, path: Path, params_depth: int) -> Placement:
 
 def _locate(path: Path, params_depth: int) -> tuple[Section, str | None, Path]:
     top, rest = str(path[0]), path[1:]
-    if top == "opt_state":
+    if top == "opt_state" and rest:
         return "optimizer", None, rest
     if top == "step" and rest in ((), ("value",)):
         return "step", None, path

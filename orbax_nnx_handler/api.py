@@ -154,8 +154,11 @@ def restore_item(
     *,
     concurrent_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
+    orbax: ocp.PyTreeCheckpointHandler | None = None,
 ) -> tuple[Any, RestoreReport]:
     """Restores one item directory and reports what was done.
+
+    With `orbax`, a handler with type handlers of its own reads the arrays.
 
     Raises:
         RestoreError: See `restore`.
@@ -169,7 +172,12 @@ def restore_item(
 
     plan, parts, checkpoint = agree(decide)
     arrays = carry_out(
-        checkpoint, plan, init=options.init, concurrent_bytes=concurrent_bytes, progress=progress
+        checkpoint,
+        plan,
+        init=options.init,
+        concurrent_bytes=concurrent_bytes,
+        progress=progress,
+        orbax=orbax,
     )
     _check_materialised(arrays)
     result = parts.assemble(arrays)

@@ -75,6 +75,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         """
         super().__init__(**pytree_handler_options)
         limit = pytree_handler_options.get("restore_concurrent_gb")
+        self._has_own_type_handlers = "type_handler_registry" in pytree_handler_options
         self._concurrent_bytes = None if limit is None else int(limit * 10**9)
         self._options = RestoreOptions.of(
             policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
@@ -109,6 +110,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
             wanted.restore_args,
             wanted.options(self._options),
             concurrent_bytes=self._concurrent_bytes,
+            orbax=self if self._has_own_type_handlers else None,
         )
         return result
 

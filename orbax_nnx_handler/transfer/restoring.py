@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from orbax_nnx_handler.planning.paths import Path
@@ -24,6 +25,7 @@ def carry_out(
     init: Callable[[], Any] | None,
     concurrent_bytes: int | None,
     progress: Callable[[int], None] | None = None,
+    orbax: ocp.PyTreeCheckpointHandler | None = None,
 ) -> dict[Path, jax.Array]:
     """Returns the value of every leaf of a plan that passed its check.
 
@@ -33,6 +35,7 @@ def carry_out(
         init: Builds the target, for `policy="init"`.
         concurrent_bytes: Upper bound of the bytes read but not yet in place.
         progress: Called with the bytes put in place since the last call.
+        orbax: A handler with type handlers of its own, which then reads the arrays.
 
     Raises:
         RestoreError: A stored value cannot be read or does not fit, on any process.
@@ -41,7 +44,9 @@ def carry_out(
     def read() -> dict[Path, jax.Array]:
         check_init(plan, init)
         check_values(checkpoint, plan)
-        return read_arrays(checkpoint, _jobs(plan), concurrent_bytes=concurrent_bytes, progress=progress)
+        return read_arrays(
+            checkpoint, _jobs(plan), concurrent_bytes=concurrent_bytes, progress=progress, orbax=orbax
+        )
 
     arrays = agree(read)
     filled = fill_leaves(plan, init)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore
 from orbax_nnx_handler.planning.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.recipes import Concat, Index, Read, Reshape, Scale, Slice, Stack, Transpose
 from orbax_nnx_handler.transfer.metadata import read_metadata
@@ -500,3 +501,39 @@ def test_values_for_a_decision_come_as_numpy_arrays(tmp_path):
     assert values[("step",)] == 12
     np.testing.assert_array_equal(values[("host",)], np.arange(6.0).reshape(2, 3))
     np.testing.assert_array_equal(values[("key",)], jax.random.key_data(jax.random.key(3)))
+
+
+def test_a_handler_with_type_handlers_of_its_own_reads_with_them(tmp_path, mesh):
+    names = []
+
+    class Noting(ocp.type_handlers.ArrayHandler):
+        async def deserialize(self, infos, args=None):
+            names.extend(info.name for info in infos)
+            return await super().deserialize(infos, args)
+
+    path = save(tmp_path / "item", {"params": {"w": numbers((8, 8)), "v": numbers((8,))}})
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, Noting()))
+    sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+    target = nnx.State({"w": nnx.Param(jax.ShapeDtypeStruct((8, 8), np.float32, sharding=sharding))})
+    handler = NNXLinenHandler(type_handler_registry=registry)
+
+    state = handler.restore(path, args=NNXLinenRestore(target))
+
+    np.testing.assert_array_equal(np.asarray(state["w"].get_value()), np.asarray(numbers((8, 8))))
+    assert names == ["params.w"]
+
+
+def test_single_replica_restore_is_orbaxs_own(tmp_path, mesh):
+    path = save(tmp_path / "item", {"w": numbers((8, 8)), "s": numbers((8, 4, 8), seed=1)})
+    single = ocp.type_handlers.SingleReplicaArrayHandler(replica_axis_index=0)
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, single))
+    )
+    sharding = NamedSharding(mesh, PartitionSpec("tensor"))
+    layer = dataclasses.replace(job(Index(Read(("s",)), 1, 2), (8, 8), sharding), path=("layer",))
+
+    found = read_arrays(read_metadata(path), [job(Read(("w",)), (8, 8), sharding), layer], orbax=handler)
+
+    assert found[("x",)].sharding == sharding
+    np.testing.assert_array_equal(np.asarray(found[("x",)]), np.asarray(numbers((8, 8))))
+    np.testing.assert_array_equal(np.asarray(found[("layer",)]), np.asarray(numbers((8, 4, 8), seed=1))[:, 2])

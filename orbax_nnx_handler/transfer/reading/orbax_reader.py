@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from orbax.checkpoint.type_handlers import SingleReplicaArrayRestoreArgs
 
 from orbax_nnx_handler.planning import recipes
 from orbax_nnx_handler.planning.errors import UnreadableLeafError
@@ -68,7 +69,8 @@ def read_with_orbax(
 
 def _restore_args(checkpoint: Checkpoint, path: Path, sharding: Sharding) -> ocp.ArrayRestoreArgs:
     leaf = checkpoint.leaves[path]
-    return ocp.ArrayRestoreArgs(
+    # A subclass of the plain args that every array handler takes and the single-replica one insists on.
+    return SingleReplicaArrayRestoreArgs(
         restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
     )
 

@@ -49,9 +49,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Adds the factory of a target and what the mapping to it needs to know."""
-    parser.add_argument(
-        "target", metavar="MODULE:FACTORY", help=TARGET_HELP, nargs="?" if optional else None
-    )
+    parser.add_argument("target", metavar="MODULE:FACTORY", help=TARGET_HELP, nargs="?" if optional else None)
     parser.add_argument(
         "--rename",
         metavar="STORED=WANTED",

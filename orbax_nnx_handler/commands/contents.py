@@ -96,10 +96,8 @@ def read_contents(path: epath.Path, item: str | None) -> Contents:
     return Contents(
         checkpoint=checkpoint,
         candidates=_candidates(checkpoint),
-        steps=_steps(path, step),
-        items=tuple(sorted(child.name for child in step.iterdir() if child.is_dir() and is_item(child)))
-        if directory.is_dir() and not _is_step(directory)
-        else (),
+        steps=_steps(path, directory if _is_step(directory) else step),
+        items=_items(step) if path == step or _is_step(step) else (),
     )
 
 
@@ -120,14 +118,18 @@ def _steps(path: epath.Path, step: epath.Path) -> tuple[int, ...]:
     return tuple(found) if step in found.values() else ()
 
 
+def _items(step: epath.Path) -> tuple[str, ...]:
+    return tuple(sorted(child.name for child in step.iterdir() if child.is_dir() and is_item(child)))
+
+
 def _is_step(directory: epath.Path) -> bool:
-    return directory in steps_of(directory.parent).values()
+    return directory.parent.is_dir() and directory in steps_of(directory.parent).values()
 
 
 def _part(placement: Placement) -> str:
     if placement.section == "model":
         return placement.collection or "model"
-    return {"optimizer": "optimizer", "step": "step", "aux": "NNX leftovers", "other": "other"}[placement.section]
+    return "NNX leftovers" if placement.section == "aux" else placement.section
 
 
 def _leaf(leaf: StoredLeaf, parts: Mapping[Any, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from orbax_nnx_handler.api import plan_restore
 from orbax_nnx_handler.commands.arguments import policies_of, pretend_devices, renames_of
@@ -17,6 +18,8 @@ from orbax_nnx_handler.planning.conversion import (
     check_distinct,
     every_leaf,
     in_layout,
+    is_empty,
+    nodes_of,
     planned_leaves,
     weights_only,
     with_dtype,
@@ -27,7 +30,7 @@ from orbax_nnx_handler.planning.paths import Path, parse, render
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.regrouping import scan, unscan
 from orbax_nnx_handler.planning.target import flatten_like
-from orbax_nnx_handler.transfer.converting import Conversion
+from orbax_nnx_handler.transfer.converting import Conversion, check_free
 from orbax_nnx_handler.transfer.filling import fill_leaves
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
@@ -59,8 +62,10 @@ def request_of(arguments: argparse.Namespace) -> Request:
         RestoreError: The source cannot become what is asked for.
     """
     _check(arguments)
+    check_free(epath.Path(arguments.dst))
     checkpoint = read_metadata(find_item(arguments.src, arguments.item))
-    request = _rearranged(checkpoint, arguments) if arguments.target is None else _fitted(checkpoint, arguments)
+    find = _rearranged if arguments.target is None else _fitted
+    request = find(checkpoint, arguments)
     leaves = request.conversion.leaves
     if arguments.dtype is not None:
         leaves = with_dtype(leaves, _dtype(arguments.dtype))
@@ -71,11 +76,11 @@ def request_of(arguments: argparse.Namespace) -> Request:
 def _check(arguments: argparse.Namespace) -> None:
     grouped = arguments.scan or arguments.unscan
     if grouped and arguments.target is not None:
-        raise UsageError("--scan and --unscan are for a conversion without a factory; the factory's layers decide.")
+        raise UsageError("--scan and --unscan are for conversions without a factory, whose layers decide.")
     if grouped and arguments.axis is None:
-        raise UsageError("--scan and --unscan need --axis, the axis that counts the layers (MaxText: 1, else 0).")
+        raise UsageError("--scan and --unscan need --axis, which counts the layers (MaxText: 1, else 0).")
     if arguments.target is None and arguments.to == "nnx":
-        raise UsageError("--to nnx needs the MODULE:FACTORY of the NNX model: its names are not in the checkpoint.")
+        raise UsageError("--to nnx needs the MODULE:FACTORY of the NNX model, which knows its names.")
     if arguments.target is None and (arguments.rename or arguments.policy):
         raise UsageError("--rename and --policy need a MODULE:FACTORY.")
 
@@ -98,7 +103,8 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Reques
     left_out: dict[str, list[Path]] = {}
     if arguments.weights_only:
         kept = weights_only(leaves)
-        left_out["no weights"] = sorted({leaf.path for leaf in leaves} - {leaf.path for leaf in kept}, key=str)
+        weights = {leaf.path for leaf in kept}
+        left_out["of optimizer, step and others"] = [leaf.path for leaf in leaves if leaf.path not in weights]
         leaves, empty = kept, {}
     if arguments.to is not None:
         leaves = in_layout(leaves, layout.name, arguments.to)
@@ -132,17 +138,17 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     )
     plan.check()
     check_values(checkpoint, plan)
-    planned = {path: (*path, "value") if kind else path for path, kind in _kinds(plan).items()}
-    lists = arguments.to in ("linen", "maxtext")
-    places, empty = _linen_places(target, arguments.to) if lists else (planned, {})
-    restored = {leaf.path: leaf for leaf in planned_leaves(plan)}
-    filled = _filled(plan, factory)
+    in_linen = arguments.to in ("linen", "maxtext")
+    planned = _nnx_places(plan)
+    places, empty = _linen_places(target, arguments.to) if in_linen else (planned, {})
+    leaves = [leaf for leaf in planned_leaves(plan) if leaf.path in places]
+    filled = {path: value for path, value in _filled(plan, factory).items() if path in places}
     return Request(
         conversion=Conversion(
             source=checkpoint,
-            leaves=[dataclasses.replace(leaf, path=places[path]) for path, leaf in restored.items() if path in places],
-            given=empty | {places[path]: value for path, value in filled.items() if path in places},
-            lists=lists,
+            leaves=[dataclasses.replace(leaf, path=places[leaf.path]) for leaf in leaves],
+            given=empty | {places[path]: value for path, value in filled.items()},
+            lists=in_linen,
         ),
         title=plan.layout,
         left_out={
@@ -153,9 +159,11 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     )
 
 
-def _kinds(plan: RestorePlan) -> dict[Path, type[Any] | None]:
+def _nnx_places(plan: RestorePlan) -> dict[Path, Path]:
+    """Returns where a saved `nnx.State` keeps each leaf: a Variable's value one level deeper."""
     groups = (plan.restored, plan.missing, plan.defaulted)
-    return {path: item.wanted.kind for group in groups for path, item in group.items()}
+    kinds = {path: item.wanted.kind for group in groups for path, item in group.items()}
+    return {path: (*path, "value") if kind is not None else path for path, kind in kinds.items()}
 
 
 def _filled(plan: RestorePlan, init: Any) -> Mapping[Path, jax.Array]:
@@ -163,24 +171,18 @@ def _filled(plan: RestorePlan, init: Any) -> Mapping[Path, jax.Array]:
     partly = [path for path, item in plan.missing.items() if item.recipe is not None]
     if partly:
         listed = ", ".join(map(render, partly))
-        raise RestoreError(f"some layers of {listed} are missing; convert does not mix stored and new layers.")
+        raise RestoreError(f"some layers are missing, and convert does not mix stored and new ones: {listed}")
     return fill_leaves(plan, init)
 
 
 def _linen_places(target: Any, flavour: Flavour) -> tuple[dict[Path, Path], dict[Path, Any]]:
     """Returns where a Linen program keeps each leaf of a target, and its empty nodes."""
     by_identity = {id(value): path for path, value in flatten_like(target).items()}
-    flat, _ = jax.tree.flatten_with_path(arrange(target, flavour).tree, is_leaf=_is_empty)
     places: dict[Path, Path] = {}
     empty: dict[Path, Any] = {}
-    for keys, value in flat:
-        path = tuple(getattr(key, "idx", getattr(key, "key", None)) for key in keys)
-        if _is_empty(value):
+    for path, value in nodes_of(arrange(target, flavour).tree):
+        if is_empty(value):
             empty[path] = value
         else:
             places[by_identity[id(value)]] = path
     return places, empty
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or value in ({}, [], ())

@@ -20,9 +20,9 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
         help="write a checkpoint in another layout",
-        description="Writes a checkpoint again in another layout, arrangement of layers or dtype, as an item that "
-        "stock Orbax reads. Values are streamed; the destination appears only when it is complete and was read "
-        "again. Nothing is overwritten.",
+        description="Writes a checkpoint again in another layout, arrangement of layers or dtype, as an item "
+        "that stock Orbax reads. Values are streamed; the destination appears only when it is complete and "
+        "was read again. Nothing is overwritten.",
     )
     add_path(parser, "src")
     add_path(parser, "dst", "the item directory to create, such as new/1200/items")
@@ -39,7 +39,11 @@ def add_to(commands: Any) -> None:
         "--scan", metavar="GROUP", action="append", default=[], help="stack GROUP_0, GROUP_1, ... to GROUP"
     )
     parser.add_argument(
-        "--unscan", metavar="GROUP", action="append", default=[], help="take GROUP apart to GROUP_0, GROUP_1, ..."
+        "--unscan",
+        metavar="GROUP",
+        action="append",
+        default=[],
+        help="take GROUP apart to GROUP_0, GROUP_1, ...",
     )
     parser.add_argument("--axis", metavar="N", type=int, help="the axis that counts the layers of a stack")
     parser.add_argument("--dtype", metavar="DTYPE", help="another dtype for floating-point weights")

@@ -12,7 +12,7 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
         help="a Linen model trained, and carried on in NNX",
-        description="Trains a small Linen model, restores it into NNX on eight pretended devices, and carries on.",
+        description="Trains a small Linen model, restores it into NNX on eight pretended devices, goes on.",
     )
     parser.set_defaults(run=run, any_device=True)
 

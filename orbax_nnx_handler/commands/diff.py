@@ -81,9 +81,7 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Shows the differences."""
-    sides = [
-        read_metadata(find_item(path, arguments.item)) for path in (arguments.path_a, arguments.path_b)
-    ]
+    sides = [read_metadata(find_item(path, arguments.item)) for path in (arguments.path_a, arguments.path_b)]
     compared = compare(sides[0], sides[1])
     if arguments.values:
         window = window_of(int(arguments.memory * 1e9))
@@ -135,12 +133,12 @@ def _show(compared: Comparison, screen: Screen) -> None:
     pairs = ((one.path, ("A", *_columns(one), "B", *_columns(other))) for one, other in compared.changed)
     _list(screen, "of another shape or dtype", pairs)
     unequal = {path: item for path, item in compared.values.items() if item.unequal}
-    lines = ((p, (f"{i.unequal:,} values", f"largest difference {i.largest:.3g}")) for p, i in unequal.items())
-    _list(screen, "of other values", lines)
+    _list(screen, "of other values", ((path, _apart(item)) for path, item in unequal.items()))
     screen.say()
     what = "values" if compared.values else "paths, shapes and dtypes"
     if compared.is_same:
-        screen.say(f"Nothing differs in {what}: {count(len(compared.left.leaves), 'leaf', 'leaves')}.", "bold green")
+        leaves = count(len(compared.left.leaves), "leaf", "leaves")
+        screen.say(f"Nothing differs in {what}: {leaves}.", "bold green")
     elif compared.values:
         equal = len(compared.values) - len(unequal)
         screen.say(f"{count(equal, 'leaf has', 'leaves have')} equal values, {len(unequal)} differ.")
@@ -152,6 +150,10 @@ def _list(screen: Screen, title: str, rows: Iterable[tuple[Path, tuple[str, ...]
         screen.say()
         screen.head(f"{count(len(listed), 'leaf', 'leaves')} {title}")
         screen.say(aligned(listed))
+
+
+def _apart(item: Difference) -> tuple[str, str]:
+    return count(item.unequal, "value"), f"largest difference {item.largest:.3g}"
 
 
 def _columns(leaf: StoredLeaf) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -105,7 +105,7 @@ def _parse_call(text: str, call: str) -> tuple[list[str], tuple[Any, ...], dict[
         unpacked = any(word.arg is None for word in keywords)
     except (SyntaxError, ValueError) as error:
         raise UsageError(
-            f"the arguments in {text!r} are not all literals (numbers, strings, True, None, tuples, lists, dicts)."
+            f"the arguments in {text!r} are not all literals: numbers, strings, True, None, tuples, lists."
         ) from error
     names = ast.unparse(function).split(".")
     if unpacked or not all(name.isidentifier() for name in names):
@@ -143,7 +143,7 @@ def _load_file(file: pathlib.Path) -> ModuleType:
 def _functions(place: Any) -> str:
     own = [
         name
-        for name, value in vars(place).items()
+        for name, value in cast("dict[str, Any]", vars(place)).items()
         if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == place.__name__
     ]
     return ", ".join(own) or "no function"
@@ -157,4 +157,5 @@ def _is_abstract(made: Any) -> bool:
 def _weights_of(target: Any) -> Any:
     parts = flatten_target(target)
     weights = {item.leaf.path for item in roles_of(parts.leaves) if item.role not in ("optimizer", "step")}
-    return nnx.from_flat_state([(path, node) for path, node in parts.variables.items() if path in weights])
+    flat = [(path, node) for path, node in parts.variables.items() if path in weights]
+    return cast(Any, nnx.from_flat_state)(flat)

@@ -24,8 +24,8 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
         help="whether a checkpoint becomes a target",
-        description="Says whether a checkpoint becomes a target, and what is wrong if it does not. Reads metadata "
-        "only. Exit status: 0 it fits, 1 it does not.",
+        description="Says whether a checkpoint becomes a target, and what is wrong if it does not. "
+        "Reads metadata only. Exit status: 0 it fits, 1 it does not.",
     )
     add_path(parser)
     add_target(parser)

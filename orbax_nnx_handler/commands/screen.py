@@ -45,7 +45,9 @@ class Screen:
         """Prints one named fact a line."""
         self.table(facts, styles=("dim", ""))
 
-    def table(self, rows: Sequence[Sequence[str]], *, styles: Sequence[str] = (), right: Sequence[int] = ()) -> None:
+    def table(
+        self, rows: Sequence[Sequence[str]], *, styles: Sequence[str] = (), right: Sequence[int] = ()
+    ) -> None:
         """Prints rows with aligned columns.
 
         Args:

@@ -17,7 +17,9 @@ _SHOWN = 200
 def add_to(commands: Any) -> None:
     """Declares the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "tree", help="what is in a checkpoint", description="Shows what is in a checkpoint, from its metadata."
+        "tree",
+        help="what is in a checkpoint",
+        description="Shows what is in a checkpoint, from its metadata.",
     )
     add_path(parser)
     add_item(parser)
@@ -79,9 +81,7 @@ def _leaves(contents: Contents) -> list[tuple[str, ...]]:
         Row(leaf.path, (str(leaf.shape), str(leaf.dtype or "string"), _chunks(leaf), str(leaf.nbytes)))
         for leaf in contents.checkpoint.leaves.values()
     ]
-    return [
-        (row.text, *row.columns[:3], size(int(row.columns[3]) * row.count)) for row in fold(rows)
-    ]
+    return [(row.text, *row.columns[:3], size(int(row.columns[3]) * row.count)) for row in fold(rows)]
 
 
 def _chunks(leaf: Any) -> str:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -148,7 +147,7 @@ def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[
     leaves = list(leaves)
     if layout in _WITHOUT_COLLECTIONS:
         raise RestoreError(
-            "a saved NNX state does not tell parameters from statistics, so it cannot be converted by itself.\n"
+            "a saved NNX state does not tell parameters from statistics, so its layout cannot change alone.\n"
             "hint: give the factory of the model too; Variable types tell its collections."
         )
     foreign = [leaf.path for leaf in leaves if leaf.section == "optimizer" and layout not in _OPTAX]
@@ -202,9 +201,26 @@ def tree_of(leaves: Mapping[Path, Any], *, lists: bool) -> Any:
     return _contained(root, lists)
 
 
+def nodes_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yields every leaf and every empty node of nested containers."""
+    if is_empty(tree) or not isinstance(tree, dict | list | tuple):
+        yield path, tree
+        return
+    inner = (
+        cast("dict[Any, Any]", tree).items() if isinstance(tree, dict) else enumerate(cast("list[Any]", tree))
+    )
+    for key, value in inner:
+        yield from nodes_of(value, (*path, key))
+
+
+def is_empty(value: Any) -> bool:
+    """Tells whether a node holds nothing, as the empty states of an optax chain do."""
+    return value is None or (isinstance(value, dict | list | tuple) and not value)
+
+
 def _contained(node: Any, lists: bool) -> Any:
-    if not isinstance(node, dict):
-        return node
+    if not isinstance(node, dict) or not node:
+        return cast(Any, node)
     inner = {key: _contained(value, lists) for key, value in cast("dict[Any, Any]", node).items()}
     if inner and all(isinstance(key, int) for key in inner):
         if lists:
@@ -216,4 +232,5 @@ def _contained(node: Any, lists: bool) -> Any:
 def _refusal(what: str, paths: list[Path], hint: str = "") -> RestoreError:
     shown = "\n".join(f"  {render(path)}" for path in paths[:20])
     rest = f"\n  … and {len(paths) - 20} more" if len(paths) > 20 else ""
-    return RestoreError(f"{len(paths)} {what}:\n{shown}{rest}" + (f"\nhint: {hint}" if hint else ""), paths=paths)
+    way_out = f"\nhint: {hint}" if hint else ""
+    return RestoreError(f"{len(paths)} {what}:\n{shown}{rest}{way_out}", paths=paths)

@@ -99,7 +99,8 @@ def _stacked(path: Path, layers: dict[int, Written], group: _Group, axis: int) -
 
 
 def _starts_with(leaf: Written, group: _Group) -> bool:
-    return leaf.parameter is not None and segments(leaf.parameter)[: len(group)] == group
+    keys = segments(leaf.parameter or ())
+    return len(keys) > len(group) and keys[: len(group)] == group
 
 
 def _number(leaf: Written, group: _Group) -> int | None:

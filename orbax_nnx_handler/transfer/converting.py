@@ -18,17 +18,17 @@ from etils import epath
 from orbax_nnx_handler.planning.conversion import Written, tree_of
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.folding import Row, aligned
-from orbax_nnx_handler.planning.paths import Path, render
+from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import Read
 from orbax_nnx_handler.planning.regions import slices
 from orbax_nnx_handler.planning.roles import is_key
 from orbax_nnx_handler.transfer.digests import Digests, Progress, digests_of
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.transfer.reading import Job, read_arrays
-from orbax_nnx_handler.transfer.slabs import by_source, read_slabs, slab_shape
+from orbax_nnx_handler.transfer.slabs import Slab, by_source, read_slabs, slab_shape
 
-# A batch of slabs exists up to this often at a time: as read, as compressed, as the store's file in the making.
-# Measured: 2.2 (see `benchmarks`).
+# A batch of slabs exists this often at a time: as read, as compressed, as a file in the making.
+# Measured: 2.2.
 _COPIES = 2.5
 # What Orbax, TensorStore and their threads come to take in the course of a save.
 _PROGRAM_BYTES = 250 << 20
@@ -94,6 +94,16 @@ def write_converted(
     return writer.digests.done
 
 
+def check_free(destination: epath.Path) -> None:
+    """Raises where a destination is taken.
+
+    Raises:
+        RestoreError: Names it.
+    """
+    if destination.exists():
+        raise RestoreError(f"there is something at {destination} already; nothing is overwritten.")
+
+
 def window_of(memory_bytes: int) -> int:
     """Returns how many bytes of values may be read at a time.
 
@@ -114,8 +124,7 @@ def window_of(memory_bytes: int) -> int:
 @contextlib.contextmanager
 def _appearing(destination: epath.Path) -> Generator[epath.Path]:
     """Gives a directory beside the destination that takes its name at the end, or goes."""
-    if destination.exists():
-        raise RestoreError(f"there is something at {destination} already; convert overwrites nothing.")
+    check_free(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     unfinished = destination.parent / f"{destination.name}.converting-{os.getpid()}"
     try:
@@ -134,9 +143,9 @@ def _save(conversion: Conversion, writer: "_SlabWriter", directory: epath.Path) 
         (_Pending, writer), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True, use_zarr3=True)
-    custom = cast("dict[str, Any] | None", dict(conversion.source.custom_metadata) or None)
+    custom = dict(conversion.source.custom_metadata) or None
     tree = tree_of(values, lists=conversion.lists)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with cast(Any, ocp.Checkpointer(handler)) as checkpointer:
         # The bound of a data file is also what the store holds of one in memory before it is written.
         checkpointer.save(
             directory,
@@ -147,7 +156,7 @@ def _save(conversion: Conversion, writer: "_SlabWriter", directory: epath.Path) 
 
 def _read_keys(conversion: Conversion) -> dict[Path, jax.Array]:
     """Reads the random keys: a few bytes, which Orbax writes in its own way."""
-    local = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    local = jax.sharding.SingleDeviceSharding(cast(Any, jax.local_devices(backend="cpu")[0]))
     jobs = [
         Job(path=leaf.path, recipe=leaf.recipe, shape=leaf.shape, dtype=leaf.dtype, sharding=local)
         for leaf in conversion.leaves
@@ -214,25 +223,29 @@ class _SlabWriter(ocp.type_handlers.TypeHandler):
             new = {slab.leaf.path: slab.leaf for slab in batch if slab.leaf.path not in arrays}
             opened = {path: self._open(leaf, places[path]) for path, leaf in new.items()}
             arrays |= {path: future.result() for path, future in opened.items()}
-            writes = [
-                arrays[slab.leaf.path][slices(slab.region)].write(
-                    slab.values, can_reference_source_data_indefinitely=True
-                )
-                for slab in batch
-                if slab.values.size
-            ]
+            self._write(batch, arrays)
             for slab in batch:
-                self.digests.add(slab)
                 if slab.is_last:
                     del arrays[slab.leaf.path]
-            for write in writes:
-                write.result()
-            if self._progress is not None:
-                self._progress(sum(slab.values.nbytes for slab in batch))
             batch.clear()
             # An interrupt arrives here where the event loop has taken over the signal.
             await asyncio.sleep(0)
         return []
+
+    def _write(self, batch: Sequence[Slab], arrays: Mapping[Path, ts.TensorStore]) -> None:
+        writes: list[Any] = [
+            arrays[slab.leaf.path][slices(slab.region)].write(
+                slab.values, can_reference_source_data_indefinitely=True
+            )
+            for slab in batch
+            if slab.values.size
+        ]
+        for slab in batch:
+            self.digests.add(slab)
+        for write in writes:
+            write.result()
+        if self._progress is not None:
+            self._progress(sum(slab.values.nbytes for slab in batch))
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
         """Not called: this handler only writes."""

@@ -105,7 +105,9 @@ def _cuts(leaves: Sequence[Written], window_bytes: int) -> Iterator[tuple[Writte
             yield leaf, region, number == len(regions) - 1
 
 
-def _fill(checkpoint: Checkpoint, batch: Sequence[Slab], stored: Mapping[Path, Shape], window_bytes: int) -> None:
+def _fill(
+    checkpoint: Checkpoint, batch: Sequence[Slab], stored: Mapping[Path, Shape], window_bytes: int
+) -> None:
     work = Work()
     for slab in batch:
         if slab.values.size:

@@ -1,0 +1,105 @@
+"""`orbax-nnx diff`: what differs, and in values by how much."""
+
+import math
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two items: one leaf alone in each, one of another shape, one of other values, one equal."""
+    left = {
+        "same": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "other": np.array([1.0, 2.0, np.nan, 4.0], np.float32),
+        "shape": np.zeros((2, 2), np.float32),
+        "mine": np.zeros(1, np.int32),
+    }
+    right = {
+        "same": left["same"],
+        "other": np.array([1.0, 2.5, np.nan, 1.0], np.float32),
+        "shape": np.zeros((2, 3), np.float32),
+        "yours": np.zeros(2, np.int32),
+    }
+    for name, tree in (("a", left), ("b", right)):
+        ocp.PyTreeCheckpointer().save(tmp_path / name, {"params": tree})
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_the_whole_of_what_differs_is_in_the_json(cli, pair) -> None:
+    said = cli("diff", *pair, "--values", "--json")
+
+    assert said.status == 1
+    assert said.json == {
+        "a": str(pair[0]),
+        "b": str(pair[1]),
+        "same": False,
+        "only_a": [{"path": "params/mine", "shape": [1], "dtype": "int32"}],
+        "only_b": [{"path": "params/yours", "shape": [2], "dtype": "int32"}],
+        "changed": [
+            {
+                "path": "params/shape",
+                "a": {"shape": [2, 2], "dtype": "float32"},
+                "b": {"shape": [2, 3], "dtype": "float32"},
+            }
+        ],
+        "values": [
+            {"path": "params/other", "unequal": 2, "largest": 3.0},
+            {"path": "params/same", "unequal": 0, "largest": 0.0},
+        ],
+    }
+
+
+def test_the_text_lists_each_kind_of_difference(cli, pair) -> None:
+    said = cli("diff", *pair, "--values")
+
+    assert (
+        said.out
+        == f"""\
+  A   {pair[0]}
+  B   {pair[1]}
+
+1 leaf only in A
+  params/mine   (1,)   int32
+
+1 leaf only in B
+  params/yours   (2,)   int32
+
+1 leaf of another shape or dtype
+  params/shape   A   (2, 2)   float32   B   (2, 3)   float32
+
+1 leaf of other values
+  params/other   2 values   largest difference 3
+
+1 leaf has equal values, 1 differ.
+"""
+    )
+
+
+def test_a_checkpoint_does_not_differ_from_itself(cli, root) -> None:
+    said = cli("diff", root, root, "--values")
+
+    assert said.status == 0
+    assert said.out.splitlines()[-1] == "Nothing differs in values: 40 leaves."
+
+
+def test_two_steps_differ_in_the_step_alone(cli, root) -> None:
+    said = cli("diff", root / "100", root / "200", "--values", "--json")
+
+    assert said.status == 1
+    assert [item for item in said.json["values"] if item["unequal"]] == [
+        {"path": "step", "unequal": 1, "largest": 100.0}
+    ]
+
+
+def test_a_nan_against_a_number_is_a_difference(cli, tmp_path) -> None:
+    for name, value in (("a", np.nan), ("b", 1.0)):
+        ocp.PyTreeCheckpointer().save(tmp_path / name, {"params": {"w": np.array([value, 1.0], np.float32)}})
+
+    said = cli("diff", tmp_path / "a", tmp_path / "b", "--values", "--json")
+
+    assert said.status == 1
+    (difference,) = said.json["values"]
+    assert difference["unequal"] == 1
+    assert math.isnan(difference["largest"])

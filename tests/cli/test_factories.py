@@ -1,0 +1,86 @@
+"""What may stand for MODULE:FACTORY, and what is said of everything else."""
+
+import pathlib
+
+import jax
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler.commands.factories import UsageError, load_factory
+from tests.cli.conftest import MODEL
+
+
+def leaves(target: object) -> list[object]:
+    return jax.tree.leaves(nnx.state(target))
+
+
+@pytest.mark.parametrize("text", [f"{MODEL}:make", "tests.cli.nnx_program:make", f"{MODEL}:make_abstract"])
+def test_a_file_a_module_and_an_abstract_factory_give_the_same_target(text: str) -> None:
+    target = load_factory(text).target()
+
+    kernel = target.hidden[2].kernel.get_value()
+    assert isinstance(kernel, jax.ShapeDtypeStruct)
+    assert kernel.shape == (8, 8)
+
+
+def test_arguments_are_handed_to_the_factory() -> None:
+    target = load_factory(f"{MODEL}:make(5, width=4)").target()
+
+    assert len(target.hidden) == 5
+    assert target.up.kernel.get_value().shape == (16, 4)
+
+
+def test_no_array_is_made() -> None:
+    target = load_factory(f"{MODEL}:make_train").target()
+
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(target))
+
+
+def test_weights_only_leaves_optimizer_and_step_out() -> None:
+    target = load_factory(f"{MODEL}:make_train").target(weights_only=True)
+
+    names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(target)}
+    assert "0/up/kernel" in names
+    assert not [name for name in names if name.startswith("1/")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("make", "'make' is no MODULE:FACTORY, such as model.py:make or 'model:make(layers=12)'."),
+        ("no/such.py:make", "there is no file no/such.py."),
+        ("no_such_module:make", "no_such_module cannot be imported: No module named 'no_such_module'"),
+        (f"{MODEL}:A_NUMBER", f"{MODEL}:A_NUMBER is a int, not a function."),
+        (
+            f"{MODEL}:nothing",
+            f"{MODEL} has no nothing; it has: Mlp, Named, make, make_train, make_abstract, make_named, make_broken.",
+        ),
+        (f"{MODEL}:make(**x)", "'make(**x)' is no function, nor a call with literal arguments."),
+        (f"{MODEL}:make()()", "'make()()' is no function, nor a call with literal arguments."),
+    ],
+)
+def test_what_is_no_factory_is_named_with_the_reason(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_factory(text)
+
+    assert str(caught.value) == message
+
+
+def test_arguments_are_never_evaluated(tmp_path: pathlib.Path) -> None:
+    trace = tmp_path / "trace"
+    text = f"{MODEL}:make(layers=__import__('pathlib').Path({str(trace)!r}).touch())"
+
+    with pytest.raises(UsageError, match="are not all literals"):
+        load_factory(text)
+
+    assert not trace.exists()
+
+
+def test_a_factory_that_fails_says_where() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_factory(f"{MODEL}:make_broken").target()
+
+    line = MODEL.read_text().splitlines().index('    raise KeyError("no such size")') + 1
+    assert str(caught.value) == (
+        f"{MODEL}:make_broken fails under nnx.eval_shape: KeyError: 'no such size'\nat {MODEL}:{line}"
+    )

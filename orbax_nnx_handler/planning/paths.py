@@ -4,8 +4,11 @@ A key may hold a slash (Gemma, `WeightNorm`), be an int (lists, optax chains) or
 a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
 """
 
+import functools
 import re
 from collections.abc import Hashable, Iterable
+from typing import cast
+from typing import cast
 
 Path = tuple[Hashable, ...]
 """The keys from the root of a tree to one leaf."""
@@ -18,10 +21,12 @@ def render(path: Path) -> str:
 
 def segments(path: Path) -> tuple[str, ...]:
     """Returns the keys as strings; a tuple key or a slash gives several."""
+    if all(type(key) is str and "/" not in key for key in path):
+        return cast(tuple[str, ...], path)  # Nearly every path, and asked for again and again.
     parts: list[str] = []
     for key in path:
         if isinstance(key, tuple):
-            parts.extend(segments(key))
+            parts.extend(segments(cast(Path, key)))
         else:
             parts.extend(str(key).split("/"))
     return tuple(parts)
@@ -45,6 +50,7 @@ def canonical(path: Path) -> tuple[str, ...]:
     return tuple(tokens)
 
 
+@functools.lru_cache(maxsize=65536)  # A model has few names and many leaves.
 def _tokens(part: str) -> tuple[str, ...]:
     if part.isdecimal():
         return (f"#{int(part)}",)

@@ -112,6 +112,7 @@ def reads(recipe: Recipe) -> Iterator[Path]:
     """Yields the stored paths of a recipe, in order, repeats included."""
     if isinstance(recipe, Read):
         yield recipe.path
+        return
     for child in children(recipe):
         yield from reads(child)
 

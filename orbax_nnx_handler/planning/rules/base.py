@@ -75,7 +75,8 @@ def find(pattern: Pattern, entries: Iterable[Entry]) -> dict[int, Match]:
     the root of the stored path (`"params/params/logits_dense"`).
     """
     listed = list(entries)
-    found = {at: Match(entry, span) for at, entry in enumerate(listed) for span in _first(pattern, entry)}
+    likely = pattern.candidates([entry.segments for entry in listed])
+    found = {at: Match(listed[at], span) for at in likely for span in _first(pattern, listed[at])}
     if found:
         return found
     return {at: Match(entry, span) for at, entry in enumerate(listed) for span in at_root(pattern, entry)}

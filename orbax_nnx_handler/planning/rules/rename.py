@@ -57,12 +57,16 @@ class Rename(Rule):
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule."""
-        after = [self._rewrite(entry) for entry in entries]
-        changed = [new for old, new in zip(entries, after, strict=True) if new is not old]
+        likely = self._left.candidates([entry.segments for entry in entries])
+        rewritten = {at: self._rewrite(entries[at]) for at in likely}
+        changed = {at: new for at, new in rewritten.items() if new is not entries[at]}
         if not changed:
-            after = [self._rewrite_from_root(entry) for entry in entries]
-            changed = [new for old, new in zip(entries, after, strict=True) if new is not old]
-        return Applied(entries=after, matched=len(changed), changed=changed)
+            from_root = {at: self._rewrite_from_root(entry) for at, entry in enumerate(entries)}
+            changed = {at: new for at, new in from_root.items() if new is not entries[at]}
+        after = list(entries)
+        for at, new in changed.items():
+            after[at] = new
+        return Applied(entries=after, matched=len(changed), changed=list(changed.values()))
 
     def inverse(self) -> Rule:
         """Returns the rename back."""

@@ -1,0 +1,93 @@
+"""How long a plan of 20,000 leaves under 50 rules takes, and whether it is right.
+
+    python -m benchmarks.planning [--leaves 20000] [--rules 50]
+
+The model is made up: blocks of dense layers under automatic names, each with its
+moments. Every restored leaf is compared with the stored path that a loop over
+the same names gives, so that a fast wrong plan fails.
+"""
+
+import argparse
+import cProfile
+import json
+import pstats
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orbax_nnx_handler import Rename, Transpose
+from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.planner import make_plan
+from orbax_nnx_handler.planning.recipes import reads
+from orbax_nnx_handler.planning.target import flatten_target
+
+FLOAT = np.dtype("float32")
+SHAPE = (4, 8)
+
+
+def names_of(rules: int) -> list[tuple[str, str]]:
+    """Returns the stored and the wanted name of each module of a block; a rule for each, less one."""
+    return [(f"Dense_{at}", f"part_{chr(97 + at // 26)}{chr(97 + at % 26)}") for at in range(rules - 1)]
+
+
+def problem(leaves: int, rules: int) -> tuple[Any, dict[Path, StoredLeaf], tuple[Any, ...], dict[Path, Path]]:
+    """Returns target, stored leaves, rules, and the stored path of each wanted one."""
+    names = names_of(rules)
+    blocks = leaves // (len(names) * 3)
+    stored, wanted, expected = dict[Path, StoredLeaf](), list[tuple[Path, Any]](), dict[Path, Path]()
+    for block in range(blocks):
+        for before, after in names:
+            theirs, ours = (f"Block_{block}", before, "kernel"), ("blocks", block, after, "kernel")
+            tops: tuple[tuple[Path, Path, type[Any]], ...] = (
+                (("params",), ("model",), nnx.Param),
+                (("opt_state", 0, "mu"), ("optimizer", "opt_state", 0, "mu"), nnx.optimizer.OptArray),
+                (("opt_state", 0, "nu"), ("optimizer", "opt_state", 0, "nu"), nnx.optimizer.OptArray),
+            )
+            for top, top_wanted, kind in tops:
+                path = (*top, *theirs)
+                stored[path] = StoredLeaf(path=path, shape=SHAPE, dtype=FLOAT)
+                wanted.append(((*top_wanted, *ours), kind(jax.ShapeDtypeStruct(SHAPE[::-1], FLOAT))))
+                expected[(*top_wanted, *ours)] = path
+    renames = tuple(Rename(f"Block_{{i}}/{a}", f"blocks/{{i}}/{b}") for a, b in names)
+    return nnx.from_flat_state(wanted), stored, (*renames, Transpose("*/kernel", (1, 0))), expected
+
+
+def check(plan: RestorePlan, expected: dict[Path, Path]) -> None:
+    """Raises where the plan is not the expected one."""
+    plan.check()
+    found = {path: tuple(reads(item.recipe)) for path, item in plan.restored.items()}
+    if found != {path: (source,) for path, source in expected.items()}:
+        raise SystemExit("the plan is wrong")
+
+
+def main() -> None:
+    """Prints one line of JSON: seconds of the planner alone."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--leaves", type=int, default=20_000)
+    parser.add_argument("--rules", type=int, default=50)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    chosen = parser.parse_args()
+    state, stored, rules, expected = problem(chosen.leaves, chosen.rules)
+    target, options = flatten_target(state), RestoreOptions.of(renames=rules)
+    profile = cProfile.Profile(builtins=False)
+    if chosen.profile:
+        profile.enable()
+    start = time.process_time()
+    plan = make_plan(target, stored, options)
+    seconds = time.process_time() - start
+    if chosen.profile:
+        profile.disable()
+        pstats.Stats(profile, stream=sys.stderr).sort_stats("cumtime").print_stats(35)
+    check(plan, expected)
+    print(json.dumps({"leaves": len(stored), "rules": len(rules), "cpu_seconds": round(seconds, 3)}))
+
+
+if __name__ == "__main__":
+    main()

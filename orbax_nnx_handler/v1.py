@@ -1,0 +1,191 @@
+"""The handler for `orbax.checkpoint.v1`: Linen checkpoints into NNX state, and back.
+
+    import orbax.checkpoint.experimental.v1 as ocp
+    from orbax_nnx_handler import v1
+
+    with v1.context(policy="error"):
+        state = ocp.load(path, nnx.eval_shape(make_train_state))
+        ocp.save(path, state)
+
+As of Orbax 0.12 it is found under `orbax.checkpoint.experimental.v1`; versions whose
+v1 has no `ocp.save` yet are not supported here.
+
+Orbax builds a handler of its own accord, from its class alone, so the options
+belong to the class: `configured` returns one that carries them.
+"""
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar
+
+import orbax.checkpoint as ocp_v0
+from etils import epath
+from orbax.checkpoint.experimental import v1 as ocp
+
+from orbax_nnx_handler.api import restore_item
+from orbax_nnx_handler.handler import Renames
+from orbax_nnx_handler.planning.linen_tree import Flavour, is_nnx
+from orbax_nnx_handler.planning.optax_tree import Transformation
+from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
+from orbax_nnx_handler.planning.plan import UnexpectedPolicy
+from orbax_nnx_handler.planning.policies import Policies
+from orbax_nnx_handler.planning.report import RestoreReport
+from orbax_nnx_handler.transfer.writing import linen_save
+
+_TREE_FILE = "_METADATA"
+
+
+class NNXLinenHandler:
+    """Reads Linen checkpoints into NNX state and writes NNX state as Linen would.
+
+    An `ocp.handlers.CheckpointableHandler` in the place of `ocp.handlers.PyTreeHandler`,
+    which still does everything that holds no NNX object.
+
+    Attributes:
+        options: How checkpoints are read.
+        save_layout: The layout in which NNX state is written.
+        tx: The optimizer's transformation, for bare `nnx.State`s; see `NNXLinenSave`.
+        primary_host: The process that writes an item's metadata, or None for each.
+        report: What the last restore of this class did, or None.
+    """
+
+    options: ClassVar[RestoreOptions] = RestoreOptions.of()
+    save_layout: ClassVar[Flavour] = "linen"
+    tx: ClassVar[Transformation | None] = None
+    primary_host: ClassVar[int | None] = 0
+    report: ClassVar[RestoreReport | None] = None
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        """Tells whether a value can be saved."""
+        return is_nnx(checkpointable) or _stock().is_handleable(checkpointable)
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool:
+        """Tells whether a target can be restored into."""
+        return is_nnx(abstract_checkpointable) or _stock().is_abstract_handleable(abstract_checkpointable)
+
+    async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+        """Takes the values to be saved; the returned awaitable writes them.
+
+        Args:
+            directory: The item directory, which Orbax is about to create.
+            checkpointable: NNX state, written in the layout of a Linen program, or a
+                pytree, written as it is.
+        """
+        arguments = linen_save(ocp_v0.args.PyTreeSave(checkpointable), self.save_layout, self.tx)
+        writing = await _stock().save(directory, arguments.item)
+        return self._finish(directory, writing, arguments.custom_metadata)
+
+    async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Awaitable[Any]:
+        """Restores an item.
+
+        Args:
+            directory: The item directory.
+            abstract_checkpointable: The NNX target. Anything else is restored as
+                Orbax does it.
+
+        Returns:
+            An awaitable of the target's own type.
+        """
+        if not is_nnx(abstract_checkpointable):
+            return await _stock().load(directory, abstract_checkpointable)
+        return self._restore(epath.Path(directory), abstract_checkpointable)
+
+    async def metadata(self, directory: Any) -> Any:
+        """Returns the stored tree, as Orbax describes it."""
+        return await _stock().metadata(directory)
+
+    async def _restore(self, directory: epath.Path, target: Any) -> Any:
+        result, report = restore_item(directory, target, None, self.options)
+        type(self).report = report
+        return result
+
+    async def _finish(self, directory: Any, writing: Awaitable[None], custom_metadata: Any) -> None:
+        """Waits until the tree is written, then adds what Orbax v1 gives a handler no way to pass."""
+        await writing
+        if custom_metadata is None or not ocp.multihost.is_primary_host(self.primary_host):
+            return
+        file = epath.Path(await directory.await_creation()) / _TREE_FILE
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps(content | {"custom_metadata": custom_metadata}))
+
+
+def configured(
+    policy: Policies = "error",
+    *,
+    layout: str = "auto",
+    renames: Renames = (),
+    init: Callable[[], Any] | None = None,
+    unexpected: UnexpectedPolicy = "warn",
+    dtype: DtypeChoice = "target",
+    save_layout: Flavour = "linen",
+    tx: Transformation | None = None,
+    primary_host: int | None = 0,
+) -> type[NNXLinenHandler]:
+    """Returns a handler class with options of its own.
+
+    Args:
+        policy: What a missing weight becomes, or NNX filters that choose it.
+        layout: How checkpoints are arranged; `auto` finds out.
+        renames: Rules from stored to wanted names.
+        init: Builds the target with real values, for `policy="init"`.
+        unexpected: What to do about stored leaves that the target does not want.
+        dtype: `target` casts to the target's dtypes, `stored` keeps the disk's.
+        save_layout: `linen` (Flax TrainState) or `maxtext`.
+        tx: The optimizer's transformation, for bare `nnx.State`s.
+        primary_host: As in the context's `multiprocessing_options`.
+
+    Raises:
+        ValueError: A value is none of the choices.
+    """
+    options = RestoreOptions.of(
+        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+    )
+    attributes = {"options": options, "save_layout": save_layout, "tx": tx, "primary_host": primary_host}
+    # Orbax writes a handler's full name into the checkpoint. What is on disk is a plain PyTree checkpoint,
+    # so the class goes by the stock handler's name there; another one makes every stock reader warn.
+    stock = ocp.handlers.PyTreeHandler
+    name = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (NNXLinenHandler,), attributes | name)
+
+
+def registry(handler: type[NNXLinenHandler] | None = None) -> Any:
+    """Returns Orbax's own registry with this handler in the place of `PyTreeHandler`.
+
+    Args:
+        handler: What `configured` returns; by default without options.
+
+    Returns:
+        An `ocp.handlers.CheckpointableHandlerRegistry`, for
+        `ocp.Context().checkpointables.registry`.
+    """
+    replaced = ocp.handlers.PyTreeHandler
+    ours = handler or configured()
+    known: Any = ocp.handlers.global_registry()
+    result = ocp.handlers.local_registry(include_global_registry=False)
+    for kind, name in known.get_all_entries():
+        result.add(
+            ours if kind is replaced else kind,
+            checkpointable_name=name,
+            # The names of Orbax's older handlers, whose checkpoints are read as well.
+            secondary_typestrs=known.get_secondary_typestrs(kind),
+        )
+    return result
+
+
+def context(policy: Policies = "error", *, base: ocp.Context | None = None, **options: Any) -> ocp.Context:
+    """Returns a context in which Orbax saves and loads NNX state in Linen's layout.
+
+    Args:
+        policy: What a missing weight becomes.
+        base: A context whose other settings are kept.
+        **options: The other options of `configured`.
+    """
+    made = ocp.Context(base)
+    options.setdefault("primary_host", made.multiprocessing_options.primary_host)
+    made.checkpointables.registry = registry(configured(policy, **options))
+    return made
+
+
+def _stock() -> Any:
+    # Made anew for each call: it takes its settings from the context in force.
+    return ocp.handlers.PyTreeHandler()

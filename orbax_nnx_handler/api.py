@@ -140,8 +140,9 @@ def save(
     Raises:
         ValueError: Something is at `path` already and `force` is not set.
     """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx)
+    arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx)
+    opened: Any = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    with opened as checkpointer:
         checkpointer.save(epath.Path(path).absolute(), args=arguments, force=force)
 
 
@@ -217,11 +218,6 @@ def _log(report: RestoreReport) -> None:
     if jax.process_index() != 0:
         return
     logging.info("%s", report.summary)
-    zeroed = [path for path, item in report.filled.items() if item.policy == "warn"]
-    if zeroed:
-        listed = ", ".join(render(path) for path in zeroed)
-        logging.warning("%d missing weights were filled with zeros: %s", len(zeroed), listed)
-    plan = report.plan
-    if plan.unexpected and plan.unexpected_policy == "warn":
-        listed = ", ".join(render(path) for path in plan.unexpected)
-        logging.warning("%d stored leaves were not wanted: %s", len(plan.unexpected), listed)
+    warning = report.warning
+    if warning:
+        logging.warning("%s", warning)

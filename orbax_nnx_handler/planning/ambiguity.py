@@ -24,10 +24,14 @@ def two_layouts(first: LeafMapping, second: LeafMapping) -> AmbiguousMappingErro
     ]
     return AmbiguousMappingError(
         f"the checkpoint can be read as {first.layout.title} or as {second.layout.title}, "
-        f"and {len(paths)} leaves would differ:\n" + "\n".join(rows) + "\n"
+        f"and {_leaves(len(paths))} would differ:\n" + "\n".join(rows) + "\n"
         f"hint: pass layout={first.layout.name!r} or layout={second.layout.name!r}.",
         paths=paths,
     )
+
+
+def _leaves(count: int, kind: str = "") -> str:
+    return f"1 {kind}leaf" if count == 1 else f"{count} {kind}leaves"
 
 
 def _source(mapping: LeafMapping, path: Path) -> str:
@@ -54,7 +58,8 @@ def _rivals(rivals: tuple[Rivals, ...]) -> AmbiguousMappingError:
             rule = f"  by {entry.reason}" if entry.reason else ""
             rows.append(f"    <- {render_reads(entry.recipe)} {entry.shape}{rule}")
     return AmbiguousMappingError(
-        f"{len(rivals)} wanted leaves are claimed by several stored leaves:\n" + "\n".join(rows) + "\n"
+        f"{_leaves(len(rivals), 'wanted ')} {'is' if len(rivals) == 1 else 'are'} claimed by several stored "
+        "leaves:\n" + "\n".join(rows) + "\n"
         "hint: renames=[...] decides: give one of the stored leaves another name.",
         paths=[rival.wanted.leaf.path for rival in rivals],
     )
@@ -65,14 +70,14 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
     if not group.axes:
         listed = "\n".join(f"  {rule}" for rule in rules)
         return RuleError(
-            f"the layers of {name} cannot be stacked on the axis that a rule says: the shapes of its "
+            f"the layers of {name!r} cannot be stacked on the axis that a rule says: the shapes of its "
             f"{len(group.tokens)} wanted leaves do not come out.\n{listed}",
             paths=[tuple(tokens) for tokens in group.tokens],
         )
     axes = " or ".join(map(str, group.axes))
     return AmbiguousMappingError(
-        f"the layers of {name} can be stacked on axis {axes}: the shapes of its "
-        f"{len(group.tokens)} wanted leaves fit both.\n"
+        f"the layers of {name!r} can be stacked on axis {axes}: the shapes of its "
+        f"{_leaves(len(group.tokens), 'wanted ')} fit each of them.\n"
         "hint: renames=[ScanAxis(" + repr(name) + f", {group.axes[0]})] says which axis.",
         paths=[tuple(tokens) for tokens in group.tokens],
     )
@@ -80,7 +85,8 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
 
 def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     """Returns the error for rules whose every result is no wanted leaf."""
-    used = mapping.used()
+    # A rule whose result is contested does lead somewhere; that it does so is the other error.
+    used = mapping.used() | {path for rival in mapping.rivals for e in rival.entries for path in e.sources}
     idle = [
         (rule, entries[0])
         for rule, entries in mapping.applied.made
@@ -92,7 +98,9 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
         f"  {rule}: {render_reads(entry.recipe)} becomes {'/'.join(entry.segments)}" for rule, entry in idle
     ]
     return UnusedRuleError(
-        f"{len(idle)} rules lead to no wanted leaf:\n" + "\n".join(rows) + "\n"
+        f"{'1 rule leads' if len(idle) == 1 else f'{len(idle)} rules lead'} to no wanted leaf:\n"
+        + "\n".join(rows)
+        + "\n"
         "hint: a rule writes the wanted path as the target spells it; correct it or take it out.",
         paths=[entry.sources[0] for _, entry in idle],
     )

@@ -8,6 +8,9 @@ import numpy as np
 
 Cast = Literal["same", "wider", "narrower", "count"]
 
+KEY_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
+"""The implementations of random keys that JAX brings (`jax.random.key`)."""
+
 
 def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -> Cast | None:
     """Returns what a cast does, or None where it would change a value's meaning.
@@ -43,7 +46,7 @@ def same_key(impl: str | None, dtype: Any) -> bool:
 
 def is_count_dtype(dtype: Any) -> bool:
     """Tells whether a leaf of this dtype may be a step or a count."""
-    return not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and _is_integer(dtype)
+    return not jnp.issubdtype(dtype, jax.dtypes.prng_key) and _is_integer(dtype)
 
 
 def _is_integer(dtype: Any) -> bool:

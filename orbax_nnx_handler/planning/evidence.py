@@ -21,4 +21,4 @@ class Evidence:
 
     wanted: Mapping[Path, Wanted] = dataclasses.field(default_factory=dict[Path, Wanted])
     placements: Mapping[Path, Placement] = dataclasses.field(default_factory=dict[Path, Placement])
-    roots: Roots = Roots(wanted=(), stored=(), overlap=0)
+    roots: Roots = dataclasses.field(default_factory=lambda: Roots(wanted=(), stored=(), overlap=0))

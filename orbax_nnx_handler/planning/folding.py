@@ -9,6 +9,7 @@ from orbax_nnx_handler.planning.paths import Path, natural_key, render
 
 # A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
+_FROM = "<- "
 _INDEX = re.compile(r"(?<=\[)(\d+)(?=\])")
 _Numbers = frozenset[int]
 
@@ -98,50 +99,20 @@ class _Pattern:
 
 
 def fold(rows: Iterable[Row]) -> list[Folded]:
-    """Returns the rows in natural order, folded; rows with different columns stay apart."""
+    """Returns the rows in natural order, folded; rows with different columns stay apart.
+
+    Numbers fold to ranges (`layers_{0..31}`), then names to lists (`{key,query,value}`).
+    """
     patterns = [_pattern(row) for row in sorted(rows, key=lambda row: natural_key(row.path))]
     depth = max((len(pattern.path.numbers) for pattern in patterns), default=0)
     for position in range(depth):
         patterns = _merge(patterns, position)
-    return [_folded(pattern) for pattern in patterns]
-
-
-def fold_names(lines: Sequence[Folded]) -> list[Folded]:
-    """Returns folded rows with their last two names folded too: `rngs/{dropout,params}/{count,key}`."""
-    return _gather(_gather(lines, 1), 2)
-
-
-def _gather(lines: Sequence[Folded], depth: int) -> list[Folded]:
-    groups: dict[object, list[tuple[str, Folded]]] = {}
-    for line in lines:
-        head, _, rest = line.text.rpartition("/") if depth == 1 else _two_from_last(line.text)
-        groups.setdefault((head, rest if depth == 2 else "", line.columns), []).append((_name(line.text, depth), line))
-    return [_gathered(group, depth) for group in groups.values()]
-
-
-def _two_from_last(text: str) -> tuple[str, str, str]:
-    rest, _, last = text.rpartition("/")
-    head, _, name = rest.rpartition("/")
-    return head, name, last
-
-
-def _name(text: str, depth: int) -> str:
-    parts = text.split("/")
-    return parts[-depth] if len(parts) >= depth else ""
-
-
-def _gathered(group: Sequence[tuple[str, Folded]], depth: int) -> Folded:
-    first = group[0][1]
-    if len(group) == 1:
-        return first
-    parts = first.text.split("/")
-    parts[-depth] = "{" + ",".join(name for name, _ in group) + "}"
-    return Folded(text="/".join(parts), columns=first.columns, count=sum(line.count for _, line in group))
+    return fold_names([_folded(pattern) for pattern in patterns])
 
 
 def fold_paths(paths: Iterable[Path]) -> str:
-    """Returns paths as one short text: `a/layers_{0..3}/kernel`, several apart by `+`."""
-    return " + ".join(line.text for line in fold(Row(path=path) for path in dict.fromkeys(paths)))
+    """Returns paths as one short text: `a/layers_{0..3}/kernel`, several apart by commas."""
+    return ", ".join(line.text for line in fold(Row(path=path) for path in dict.fromkeys(paths)))
 
 
 def _pattern(row: Row) -> _Pattern:
@@ -151,7 +122,7 @@ def _pattern(row: Row) -> _Pattern:
 
 def _folded(pattern: _Pattern) -> Folded:
     transform = str(pattern.transform).replace("[{", "[").replace("}]", "]")
-    source = f"<- {pattern.source}" if pattern.source.texts != ("",) else ""
+    source = f"{_FROM}{pattern.source}" if pattern.source.texts != ("",) else ""
     columns = (*pattern.columns, source, transform)
     return Folded(text=str(pattern.path), columns=columns, count=pattern.count)
 
@@ -177,6 +148,45 @@ def _runs(group: Sequence[_Pattern]) -> list[_Pattern]:
         else:
             runs.append(pattern)
     return runs
+
+
+def fold_names(lines: Sequence[Folded]) -> list[Folded]:
+    """Returns lines that differ in one name, and in nothing else, as one: `{key,query}/kernel`."""
+    depth = max((line.text.count("/") for line in lines), default=0) + 1
+    for position in range(depth):
+        groups: dict[object, list[Folded]] = {}
+        for line in lines:
+            groups.setdefault(_but_for_name(line, position), []).append(line)
+        lines = [_with_names(group, position) for group in groups.values()]
+    return list(lines)
+
+
+def _but_for_name(line: Folded, position: int) -> object:
+    names = line.text.split("/")
+    if position >= len(names):
+        return line
+    return (*names[:position], "*", *names[position + 1 :]), _swapped(line.columns, names[position], "*")
+
+
+def _swapped(columns: tuple[str, ...], name: str, other: str) -> tuple[str, ...]:
+    """Returns the columns with a name replaced in the source: there it changes along with the leaf's."""
+    return tuple(
+        "/".join(other if part == name else part for part in column.split("/"))
+        if column[:3] == _FROM
+        else column
+        for column in columns
+    )
+
+
+def _with_names(group: Sequence[Folded], position: int) -> Folded:
+    first = group[0]
+    if len(group) == 1:
+        return first
+    names = first.text.split("/")
+    every = "{" + ",".join(line.text.split("/")[position] for line in group) + "}"
+    columns = _swapped(first.columns, names[position], every)
+    text = "/".join([*names[:position], every, *names[position + 1 :]])
+    return Folded(text=text, columns=columns, count=sum(line.count for line in group))
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -207,9 +217,7 @@ def align(lines: Sequence[Folded], limit: int = 40, indent: str = "  ") -> list[
     used = [at for at in range(width) if any(cells[at] for cells in table)]
     # One very long cell must not push everybody's next column out of sight.
     widths = {at: min(max(len(cells[at]) for cells in table), 96) for at in used}
-    texts = [
-        (indent + "   ".join(f"{cells[at]:<{widths[at]}}" for at in used)).rstrip() for cells in table
-    ]
+    texts = [(indent + "   ".join(f"{cells[at]:<{widths[at]}}" for at in used)).rstrip() for cells in table]
     if len(lines) > limit:
         rest = sum(line.count for line in lines[limit:])
         texts.append(f"{indent}… and {rest} more")

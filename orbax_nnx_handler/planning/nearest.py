@@ -5,13 +5,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.paths import Path, is_number, canonical, render
+from orbax_nnx_handler.planning.paths import Path, canonical, is_number, render
 
 _PAIRS = 6
 _CANDIDATES = 400
 
 
-def nearest(missing: Iterable[WantedLeaf], unexpected: Mapping[Path, StoredLeaf]) -> list[tuple[WantedLeaf, StoredLeaf]]:
+def nearest(
+    missing: Iterable[WantedLeaf], unexpected: Mapping[Path, StoredLeaf]
+) -> list[tuple[WantedLeaf, StoredLeaf]]:
     """Returns the first few missing leaves, one of each layer group, with the closest unexpected leaf.
 
     A leaf is close where it has the same shape, or the same last name and most

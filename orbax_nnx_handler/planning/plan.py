@@ -151,7 +151,7 @@ class RestorePlan:
     dropped: Mapping[Path, Dropped | Discarded]
     unexpected_policy: UnexpectedPolicy = "warn"
     faults: tuple[RestoreError, ...] = ()
-    evidence: Evidence = Evidence()
+    evidence: Evidence = dataclasses.field(default_factory=Evidence, repr=False)
 
     @property
     def wanted_count(self) -> int:

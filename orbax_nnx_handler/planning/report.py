@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from orbax_nnx_handler.planning.folding import fold_paths
 from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.plan import Defaulted, Missing, RestorePlan, Restored
+from orbax_nnx_handler.planning.plan import Defaulted, Missing, Restored, RestorePlan
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -66,6 +67,21 @@ class RestoreReport:
             f"{len(self.plan.unexpected)} unexpected; layout {self.plan.layout}"
         )
 
+    @property
+    def warning(self) -> str:
+        """What a reader of logs should know, every path folded in; empty for nothing."""
+        zeroed = [path for path, item in self.filled.items() if item.policy == "warn"]
+        parts: list[str] = []
+        if zeroed:
+            parts.append(
+                f"{_counted(len(zeroed), 'missing weight was', 'missing weights were')} filled with zeros: "
+                f"{fold_paths(zeroed)}"
+            )
+        if self.plan.unexpected and self.plan.unexpected_policy == "warn":
+            count = _counted(len(self.plan.unexpected), "stored leaf was", "stored leaves were")
+            parts.append(f"{count} not wanted: {fold_paths(self.plan.unexpected)}")
+        return "; ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain dicts, lists, strings and numbers."""
         from orbax_nnx_handler.planning.rendering import plan_to_dict
@@ -86,3 +102,7 @@ class RestoreReport:
         from orbax_nnx_handler.planning.rendering import report_sheet, sheet_to_html
 
         return sheet_to_html(report_sheet(self))
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"

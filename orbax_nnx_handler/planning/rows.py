@@ -1,24 +1,45 @@
 """The rows of lists: the same look in errors, plans, reports and logs."""
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
+from orbax_nnx_handler.planning.dtypes import KEY_IMPLEMENTATIONS, same_key
 from orbax_nnx_handler.planning.folding import Row, fold_paths, ranges
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.plan import Defaulted, Dropped, Mismatched, Missing, Restored
+from orbax_nnx_handler.planning.plan import Defaulted, Discarded, Dropped, Mismatched, Missing, Restored
 from orbax_nnx_handler.planning.recipes import Recipe, describe, reads
+from orbax_nnx_handler.planning.roles import is_key
 
 
 def look(leaf: WantedLeaf | StoredLeaf) -> str:
     """Returns shape and dtype: `(4096, 32000) bfloat16`."""
-    dtype = "not an array" if leaf.dtype is None else str(leaf.dtype)
-    return f"{leaf.shape} {dtype}"
+    return f"{leaf.shape} {dtype_name(leaf.dtype)}"
+
+
+def dtype_name(dtype: Any) -> str:
+    """Returns a dtype as a person knows it: a random key's by its implementation."""
+    if dtype is None:
+        return "not an array"
+    return _key_name(dtype) if is_key(dtype) else str(dtype)
+
+
+@functools.cache
+def _key_name(dtype: Any) -> str:
+    known = next((name for name in KEY_IMPLEMENTATIONS if same_key(name, dtype)), None)
+    return f"key<{known}>" if known else str(dtype)
 
 
 def restored_rows(items: Iterable[Restored]) -> list[Row]:
     """Returns leaf, shape, dtype, source and transform."""
     return [
-        Row(item.wanted.path, (f"{item.wanted.shape} {item.dtype}",), _sources(item.recipe), item.transform)
+        Row(
+            item.wanted.path,
+            (f"{item.wanted.shape} {dtype_name(item.dtype)}",),
+            _sources(item.recipe),
+            item.transform,
+        )
         for item in items
     ]
 
@@ -32,10 +53,19 @@ def missing_rows(items: Iterable[Missing], *, with_policy: bool = False) -> list
 
 
 def _layers(item: Missing) -> str:
-    return f"{'layer' if len(item.layers) == 1 else 'layers'} {ranges(item.layers)} missing" if item.layers else ""
+    return (
+        f"{'layer' if len(item.layers) == 1 else 'layers'} {ranges(item.layers)} missing"
+        if item.layers
+        else ""
+    )
 
 
-_SOURCES = {"target": "its value in the target", "init": "computed by init", "zeros": "zeros", "seed": "derived from its path"}
+_SOURCES = {
+    "target": "its value in the target",
+    "init": "computed by init",
+    "zeros": "zeros",
+    "seed": "derived from its path",
+}
 
 
 def _settled(item: Missing) -> str:
@@ -49,12 +79,19 @@ def mismatched_rows(items: Iterable[Mismatched]) -> list[Row]:
     return [
         Row(
             item.wanted.path,
-            (f"stored {item.stored_shape} {item.stored_dtype}", f"wanted {look(item.wanted)}", item.detail),
+            _differences(item),
             _sources(item.recipe),
             describe(item.recipe),
         )
         for item in items
     ]
+
+
+def _differences(item: Mismatched) -> tuple[str, ...]:
+    stored, wanted = f"{item.stored_shape} {item.stored_dtype}", look(item.wanted)
+    return (
+        (wanted, item.detail) if stored == wanted else (f"stored {stored}", f"wanted {wanted}", item.detail)
+    )
 
 
 def defaulted_rows(items: Iterable[Defaulted]) -> list[Row]:
@@ -67,7 +104,7 @@ def stored_rows(leaves: Iterable[StoredLeaf]) -> list[Row]:
     return [Row(leaf.path, (look(leaf),)) for leaf in leaves]
 
 
-def dropped_rows(items: Iterable[Dropped]) -> list[Row]:
+def dropped_rows(items: Iterable[Dropped | Discarded]) -> list[Row]:
     """Returns stored leaf, shape, dtype and the reason."""
     return [Row(item.leaf.path, (look(item.leaf), item.reason)) for item in items]
 

@@ -1,10 +1,11 @@
 """The one error of a plan that cannot be carried out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from orbax_nnx_handler.planning.diagnosis import diagnose
-from orbax_nnx_handler.planning.diagnosis.causes import AnotherModel, Cause
+from orbax_nnx_handler.planning.diagnosis.causes import AnotherModel, OtherNames
 from orbax_nnx_handler.planning.errors import (
+    AmbiguousMappingError,
     DtypeMismatchError,
     KeyMismatchError,
     MissingParamError,
@@ -14,8 +15,9 @@ from orbax_nnx_handler.planning.errors import (
 )
 from orbax_nnx_handler.planning.folding import Row, aligned
 from orbax_nnx_handler.planning.nearest import nearest
-from orbax_nnx_handler.planning.paths import render
+from orbax_nnx_handler.planning.paths import Path, canonical, render
 from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.roots import strip
 from orbax_nnx_handler.planning.rows import look, mismatched_rows, missing_rows, stored_rows
 
 
@@ -39,25 +41,41 @@ def problems_of(plan: RestorePlan) -> list[RestoreError]:
 
 def _first(plan: RestorePlan) -> list[str]:
     # The list of a foreign model's leaves would bury the one fact that matters.
+    if plan.faults:
+        return []
     return [cause.cause for cause in diagnose(plan) if isinstance(cause, AnotherModel)]
 
 
 def advice(plan: RestorePlan) -> list[str]:
     """Returns the lines that say what is probably wrong and what to do about it."""
+    if any(isinstance(fault, AmbiguousMappingError) for fault in plan.faults):
+        # Until it is decided how to read the checkpoint, whatever is missing may be the other reading's.
+        return []
     causes = diagnose(plan)
     lines: list[str] = []
-    if not any(isinstance(cause, AnotherModel) for cause in causes):
-        lines += _closest(plan)
+    elsewhere = {path for cause in causes if not isinstance(cause, OtherNames) for path in cause.paths}
+    lines += _closest(plan, elsewhere)
     for cause in causes:
         if not isinstance(cause, AnotherModel):
             lines.append(f"cause: {cause.cause}")
         lines.append(f"hint: {cause.hint}")
     explained = {path for cause in causes for path in cause.paths}
-    return [*lines, *(f"hint: {text}" for text in _general(plan, explained))]
+    lines += [f"hint: {text}" for text in _general(plan, explained)]
+    if any('"init"' in line for line in lines) and _has_no_source(plan):
+        lines.append(f"hint: {_SOURCE}")
+    return lines
 
 
-def _closest(plan: RestorePlan) -> list[str]:
-    missing = [item.wanted for item in plan.missing.values() if item.policy == "error"]
+_SOURCE = "the target is abstract, so initial values need init=..., a function that builds the target."
+
+
+def _has_no_source(plan: RestorePlan) -> bool:
+    return any(item.policy == "error" and item.filled_by is None for item in plan.missing.values())
+
+
+def _closest(plan: RestorePlan, explained: Collection[Path]) -> list[str]:
+    """Returns the nearest names of leaves that nothing but another name may explain."""
+    missing = [i.wanted for path, i in plan.missing.items() if i.policy == "error" and path not in explained]
     pairs = nearest(missing, plan.unexpected)
     if len(pairs) == 1:
         return [f"closest unexpected: {render(pairs[0][1].path)} {look(pairs[0][1])}"]
@@ -70,6 +88,8 @@ def _general(plan: RestorePlan, explained: Iterable[object]) -> Iterable[str]:
     known = set(explained)
     missing = [p for p, item in plan.missing.items() if item.policy == "error" and p not in known]
     kinds = {item.kind for path, item in plan.mismatched.items() if path not in known}
+    if any(item.policy == "init" and item.filled_by is None for item in plan.missing.values()):
+        yield _SOURCE
     if missing:
         if plan.unexpected:
             yield 'where only the name differs, pass renames=[("stored", "wanted")].'
@@ -77,7 +97,7 @@ def _general(plan: RestorePlan, explained: Iterable[object]) -> Iterable[str]:
     if "shape" in kinds:
         yield "a weight is never cut, padded or reshaped: build the target with the stored shapes."
     if "dtype" in kinds:
-        yield "integers, booleans and floats never turn into each other: give the target the stored kind."
+        yield "integers, booleans and floats never become each other: give the target's leaf the stored kind."
     if "key" in kinds:
         yield "build the target with random keys of the stored implementation and shape."
     if plan.unexpected_policy == "error" and any(path not in known for path in plan.unexpected):
@@ -85,24 +105,33 @@ def _general(plan: RestorePlan, explained: Iterable[object]) -> Iterable[str]:
 
 
 def _missing(plan: RestorePlan) -> Sequence[RestoreError]:
-    bad = [item for item in plan.missing.values() if item.policy == "error"]
+    contested = _contested(plan)
+    bad = [item for path, item in plan.missing.items() if item.policy == "error" and path not in contested]
     if not bad:
         return []
     total = plan.wanted_count - len(plan.defaulted)
+    share = f"all {total} leaves" if len(bad) == total else f"{len(bad)} of the {total} leaves"
     rows = aligned(missing_rows(bad))
-    message = f"the checkpoint lacks {len(bad)} of the {total} leaves that the target needs from it:\n{rows}"
+    message = f"the checkpoint lacks {share} that the target needs:\n{rows}"
     return [MissingParamError(message, paths=[item.wanted.path for item in bad])]
+
+
+def _contested(plan: RestorePlan) -> set[Path]:
+    """Returns wanted leaves that another fault names already: not missing, but claimed in two ways."""
+    named = {
+        path for fault in plan.faults if isinstance(fault, AmbiguousMappingError) for path in fault.paths
+    }
+    if not named:
+        return set()
+    root = plan.evidence.roots.wanted
+    return {path for path in plan.missing if path in named or strip(canonical(path), root) in named}
 
 
 def _sourceless(plan: RestorePlan) -> Sequence[RestoreError]:
     bad = [item for item in plan.missing.values() if item.policy == "init" and item.filled_by is None]
     if not bad:
         return []
-    message = (
-        f'policy "init" has no initial value for {_weights(len(bad))}:\n{aligned(missing_rows(bad))}\n'
-        "cause: the target is abstract and no init was given.\n"
-        "hint: pass init=..., a function that builds the target with real values, or a concrete target."
-    )
+    message = f'policy "init" has no initial value for {_weights(len(bad))}:\n{aligned(missing_rows(bad))}'
     return [MissingParamError(message, paths=[item.wanted.path for item in bad])]
 
 
@@ -110,7 +139,9 @@ def _weights(count: int) -> str:
     return "1 missing weight" if count == 1 else f"{count} missing weights"
 
 
-def _mismatches(kind: str, error: type[RestoreError], what: str) -> Callable[[RestorePlan], Sequence[RestoreError]]:
+def _mismatches(
+    kind: str, error: type[RestoreError], what: str
+) -> Callable[[RestorePlan], Sequence[RestoreError]]:
     def find(plan: RestorePlan) -> Sequence[RestoreError]:
         bad = [item for item in plan.mismatched.values() if item.kind == kind]
         if not bad:

@@ -57,7 +57,8 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
     if bad:
         rows = "\n".join(f"  {render(item.leaf.path)}   {item.leaf.shape}   {item.reason}" for item in bad)
         raise UnmappedValueError(
-            f"{len(bad)} stored values have no home in NNX and are not zero:\n{rows}\n"
+            f"{'1 stored value has' if len(bad) == 1 else f'{len(bad)} stored values have'} "
+            f"no home in NNX and {'is' if len(bad) == 1 else 'are'} not zero:\n{rows}\n"
             f"checkpoint: {checkpoint.directory}\n"
             "hint: dropping them would change what the model computes; fold them into another weight first, "
             "or drop them with a rule that says why.",

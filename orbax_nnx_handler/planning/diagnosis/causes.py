@@ -7,7 +7,6 @@ evidence is, in one sentence, and `hint` what to do about it.
 import dataclasses
 from abc import ABC, abstractmethod
 
-from orbax_nnx_handler.planning.folding import ranges
 from orbax_nnx_handler.planning.paths import Path
 
 
@@ -22,18 +21,30 @@ class Cause(ABC):
     paths: tuple[Path, ...]
 
     @property
-    @abstractmethod
     def cause(self) -> str:
         """What differs, and how that shows: one sentence."""
+        return self._cause()
 
     @property
-    @abstractmethod
     def hint(self) -> str:
         """The way out: what to change or to pass."""
+        return self._hint()
+
+    @abstractmethod
+    def _cause(self) -> str: ...
+
+    @abstractmethod
+    def _hint(self) -> str: ...
 
 
-def _counted(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"
+def _share(count: int, total: int) -> str:
+    if total == 1:
+        return "the missing weight has"
+    return (
+        f"all {total} missing weights have"
+        if count == total
+        else f"{count} of the {total} missing weights have"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,15 +61,13 @@ class AnotherModel(Cause):
     named_alike: int
     shaped_alike: int
 
-    @property
-    def cause(self) -> str:
+    def _cause(self) -> str:
         return (
-            f"this looks like a checkpoint of another model: of the target's {self.weights} weights, "
-            f"{self.named_alike} have a stored leaf of their name and {self.shaped_alike} one of their shape."
+            f"this looks like a checkpoint of another model: it shares {self.named_alike} of the target's "
+            f"{self.weights} names and {self.shaped_alike} of its {self.weights} shapes."
         )
 
-    @property
-    def hint(self) -> str:
+    def _hint(self) -> str:
         return "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target."
 
 
@@ -78,137 +87,16 @@ class OtherNames(Cause):
     automatic: tuple[str, ...]
     rename: tuple[str, str] | None
 
-    @property
-    def cause(self) -> str:
-        each = f"{self.count} of the {self.weights} missing weights have" if self.weights > 1 else "the missing weight has"
-        found = f"{each} an unexpected stored leaf of the same shape and dtype"
+    def _cause(self) -> str:
+        found = f"{_share(self.count, self.weights)} an unexpected stored leaf of the same shape and dtype"
         if self.automatic:
             return f"{found}; the stored ones carry names that Linen gave ({', '.join(self.automatic)})."
         return f"{found}: the modules have other names."
 
-    @property
-    def hint(self) -> str:
+    def _hint(self) -> str:
         if self.rename is not None:
             return f"if they are the same, pass renames=[{self.rename!r}]."
         return "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes renames=[...] to check and paste."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerCount(Cause):
-    """A group of layers has another length.
-
-    Attributes:
-        group: The group, as its path is written.
-        stored: Layers in the checkpoint.
-        wanted: Layers in the target.
-        kind: What is counted: experts where the path says so.
-    """
-
-    group: str
-    stored: int
-    wanted: int
-    kind: str = "layers"
-
-    @property
-    def cause(self) -> str:
-        return f"the stored {self.group} has {self.stored} {self.kind}, the target wants {self.wanted}."
-
-    @property
-    def hint(self) -> str:
-        same = f"restore into a model with {self.stored} {self.kind}"
-        if self.stored > self.wanted or self.kind != "layers":
-            return f"{same}."
-        return f'{same}, or pass policy="init" to initialise the {self.wanted - self.stored} new ones.'
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayersAbsent(Cause):
-    """Single layers of a group are not stored, though later ones are.
-
-    Attributes:
-        group: The group.
-        layers: The absent layers.
-        stored: How many are stored.
-    """
-
-    group: str
-    layers: tuple[int, ...]
-    stored: int
-
-    @property
-    def cause(self) -> str:
-        return (
-            f"{self.group} lacks {'layer' if len(self.layers) == 1 else 'layers'} {ranges(self.layers)}, "
-            f"while {_counted(self.stored, 'other layer is', 'other layers are')} stored: "
-            "the checkpoint has a hole, the model does not differ in depth."
-        )
-
-    @property
-    def hint(self) -> str:
-        return "restore another step, or find out why these layers were not saved."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScannedOnOneSide(Cause):
-    """Layers are stacked on one side only, and could not be rearranged.
-
-    Attributes:
-        group: The group of layers.
-        stacked: The side on which they are stacked.
-        why: Why the rearrangement did not work out.
-    """
-
-    group: str
-    stacked: str
-    why: str
-
-    @property
-    def cause(self) -> str:
-        one, other = ("checkpoint", "target") if self.stacked == "checkpoint" else ("target", "checkpoint")
-        return (
-            f"the layers of {self.group} are stacked in the {one} and one by one in the {other}; "
-            f"they could not be rearranged, since {self.why}."
-        )
-
-    @property
-    def hint(self) -> str:
-        return "compare the two shapes: once one layer has the wanted shape, stacking is done by itself."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DimensionDiffers(Cause):
-    """One dimension explains several mismatches.
-
-    Attributes:
-        pairs: The dimension in the checkpoint and in the target; several that
-            share one ratio.
-        ratio: Target over checkpoint, as text (`2`, `1/2`).
-        count: Mismatched weights that it explains.
-        mismatches: Mismatched weights in all.
-        name: What the dimension is, where the places it stands at tell; or empty.
-    """
-
-    pairs: tuple[tuple[int, int], ...]
-    ratio: str
-    count: int
-    mismatches: int
-    name: str = ""
-
-    @property
-    def cause(self) -> str:
-        what = f"{self.name} differs" if self.name else "a dimension differs"
-        if len(self.pairs) > 1:
-            what = "the model's width differs"
-        sizes = ", ".join(f"{stored} stored, {wanted} wanted" for stored, wanted in self.pairs)
-        share = f"{self.count} of the {self.mismatches} mismatches" if self.mismatches > 1 else "the mismatch"
-        ratio = f" (ratio {self.ratio})" if self.ratio else ""
-        return f"{what}: {sizes}{ratio}. This explains {share}."
-
-    @property
-    def hint(self) -> str:
-        if len(self.pairs) == 1:
-            return f"build the target with {self.pairs[0][0]} there; a weight is never cut or padded."
-        return "build the target with the stored sizes; a weight is never cut or padded."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,13 +111,11 @@ class NoOptimizer(Cause):
     moments: int
     weights: int | None
 
-    @property
-    def cause(self) -> str:
+    def _cause(self) -> str:
         found = f"all {self.weights} weights are there" if self.weights is not None else "weights are there"
         return f"no optimizer was saved: {found}, and 0 of the optimizer's {self.moments} leaves."
 
-    @property
-    def hint(self) -> str:
+    def _hint(self) -> str:
         return _FRESH_OPTIMIZER
 
 
@@ -245,16 +131,14 @@ class OtherOptimizer(Cause):
     stored: tuple[str, ...]
     wanted: tuple[str, ...]
 
-    @property
-    def cause(self) -> str:
+    def _cause(self) -> str:
         stored = " and ".join(self.stored) or "no moments"
         return (
             f"the checkpoint was written with another optimizer: it keeps {stored}, "
             f"the target's wants {' and '.join(self.wanted)}."
         )
 
-    @property
-    def hint(self) -> str:
+    def _hint(self) -> str:
         return _FRESH_OPTIMIZER
 
 
@@ -280,15 +164,13 @@ class CollectionMissing(Cause):
     count: int
     stored: tuple[str, ...]
 
-    @property
-    def cause(self) -> str:
+    def _cause(self) -> str:
         return (
             f"the collection {self.collection!r} was not saved: 0 of its {self.count} leaves are stored, "
             f"the checkpoint holds {' and '.join(map(repr, self.stored))}."
         )
 
-    @property
-    def hint(self) -> str:
+    def _hint(self) -> str:
         return (
             f"save it from the Linen program too (a field {self.collection} of the train state); "
             f'to start it from its initial values, pass policy={{{self.filter}: "init", ...: "error"}}.'
@@ -309,15 +191,13 @@ class NewPart(Cause):
     filters: tuple[str, ...]
     complete: int
 
-    @property
-    def cause(self) -> str:
+    def _cause(self) -> str:
         return (
-            f"nothing is stored for {' and '.join(self.names)}, "
-            f"and everything for the other {self.complete} weights: a part that the checkpoint's model did not have."
+            f"nothing is stored for {' and '.join(self.names)}, and everything for the other "
+            f"{self.complete} weights: the checkpoint's model did not have this part."
         )
 
-    @property
-    def hint(self) -> str:
+    def _hint(self) -> str:
         rules = ", ".join(f'{rule}: "init"' for rule in self.filters)
         return f'pass policy={{{rules}, ...: "error"}} to initialise it and nothing else.'
 
@@ -334,12 +214,10 @@ class KeyImplementation(Cause):
     stored: str
     wanted: str
 
-    @property
-    def cause(self) -> str:
+    def _cause(self) -> str:
         return f"the checkpoint's random keys are {self.stored}, the target's {self.wanted}."
 
-    @property
-    def hint(self) -> str:
+    def _hint(self) -> str:
         return (
             "build the target under the writer's jax_default_prng_impl, or with keys of that implementation; "
             "another one would draw other numbers."
@@ -353,20 +231,16 @@ class RandomLayout(Cause):
     Attributes:
         stored: One stored stream, as its path is written.
         wanted: The wanted stream beside it.
-        count: Wanted random leaves that start anew because of it.
     """
 
     stored: str
     wanted: str
-    count: int
 
-    @property
-    def cause(self) -> str:
+    def _cause(self) -> str:
         return (
-            f"the checkpoint holds random streams in the layout of another Flax ({self.stored}), and which of them "
-            f"is {self.wanted} is open: {_counted(self.count, 'random leaf starts', 'random leaves start')} anew."
+            f"the checkpoint holds random streams in the layout of another Flax ({self.stored}), and it is "
+            f"open which of them is {self.wanted}: it starts anew."
         )
 
-    @property
-    def hint(self) -> str:
+    def _hint(self) -> str:
         return f"pass renames=[({self.stored!r}, {self.wanted!r})] to go on with that stream."

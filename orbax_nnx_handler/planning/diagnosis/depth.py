@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 
-from orbax_nnx_handler.planning.diagnosis.causes import Cause, LayerCount, LayersAbsent, ScannedOnOneSide
+from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens, spell
+from orbax_nnx_handler.planning.diagnosis.size_causes import LayerCount, LayersAbsent, ScannedOnOneSide
 from orbax_nnx_handler.planning.layers import Group, Seat, seats
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path
@@ -34,7 +36,12 @@ def _flat_groups(scene: Scene) -> Iterable[Cause]:
         name = _name(group)
         if _whole(have) and _whole(want):
             yield LayerCount(
-                paths=(*lost, *more), group=name, stored=len(have), wanted=len(want), kind=_kind(group)
+                paths=(*lost, *more),
+                group=name,
+                stored=len(have),
+                wanted=len(want),
+                kind=_kind((*group.parent, group.name)),
+                fillable=True,
             )
         elif absent:
             yield LayersAbsent(paths=lost, group=name, layers=tuple(sorted(absent)), stored=len(have & want))
@@ -71,7 +78,7 @@ def _partial_stacks(scene: Scene) -> Iterable[Cause]:
         explained = scene.with_moments(paths)
         stored = wanted - len(layers)
         if layers == tuple(range(stored, wanted)):
-            yield LayerCount(paths=explained, group=group, stored=stored, wanted=wanted)
+            yield LayerCount(paths=explained, group=group, stored=stored, wanted=wanted, fillable=True)
         else:
             yield LayersAbsent(paths=explained, group=group, layers=layers, stored=stored)
 
@@ -91,9 +98,7 @@ def _surplus(scene: Scene) -> Iterable[Cause]:
             groups[_container(scene, path), item.surplus].append(path)
     for (group, surplus), paths in groups.items():
         wanted = _wanted_layers(scene, paths)
-        yield LayerCount(
-            paths=scene.with_moments(paths), group=group, stored=wanted + surplus, wanted=wanted
-        )
+        yield LayerCount(paths=scene.with_moments(paths), group=group, stored=wanted + surplus, wanted=wanted)
 
 
 def _wanted_layers(scene: Scene, paths: Sequence[Path]) -> int:
@@ -121,7 +126,7 @@ def _is_layer_name(name: str) -> bool:
 
 def _stacked_groups(scene: Scene) -> Iterable[Cause]:
     """Stacked on both sides: every leaf below one module differs on the same axis, by the same sizes."""
-    for group, paths in _common_modules(scene).items():
+    for paths in _common_modules(scene).values():
         changes = {_one_axis(scene, path) for path in paths}
         ranks = {len(scene.mismatched[path].wanted.shape) for path in paths}
         change = changes.pop() if len(changes) == 1 else None
@@ -129,9 +134,21 @@ def _stacked_groups(scene: Scene) -> Iterable[Cause]:
         if change is None or len(ranks) < 2:
             continue
         _, stored, wanted = change
+        module = _shared([scene.below[path][:-1] for path in paths])
         yield LayerCount(
-            paths=scene.with_moments(paths), group=_name(group), stored=stored, wanted=wanted, kind=_kind(group)
+            paths=scene.with_moments(paths),
+            group=spell(module),
+            stored=stored,
+            wanted=wanted,
+            kind=_kind(module),
         )
+
+
+def _shared(modules: Sequence[Tokens]) -> Tokens:
+    """Returns the path that all modules lie below."""
+    first, last = min(modules), max(modules)
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return tuple(token for token, _ in same)
 
 
 def _common_modules(scene: Scene) -> dict[Group, list[Path]]:
@@ -164,8 +181,8 @@ def differing_axes(stored: Shape, wanted: Shape) -> list[int]:
     return [at for at, (a, b) in enumerate(zip(stored, wanted, strict=True)) if a != b]
 
 
-def _kind(group: Group) -> str:
-    return "experts" if any("expert" in token.lower() for token in (*group.parent, group.name)) else "layers"
+def _kind(module: Sequence[str]) -> str:
+    return "experts" if any("expert" in token.lower() for token in module) else "layers"
 
 
 def _name(group: Group) -> str:
@@ -177,7 +194,12 @@ def find_scanned(scene: Scene) -> Iterable[Cause]:
     wanted = {path: scene.below[path] for path in scene.missing_weights}
     stored = {path: scene.stored_below(item) for path, item in scene.free_weights.items()}
     for side, stacked, flat in (("checkpoint", stored, wanted), ("target", wanted, stored)):
-        stacks = {(s.group, s.rest): p for p, tokens in stacked.items() for s in seats(tokens) if s.form == "stacked"}
+        stacks = {
+            (s.group, s.rest): p
+            for p, tokens in stacked.items()
+            for s in seats(tokens)
+            if s.form == "stacked"
+        }
         found: dict[Group, list[tuple[Path, Path]]] = defaultdict(list)
         for path, tokens in flat.items():
             for seat in _flat_seats(tokens):

@@ -25,6 +25,7 @@ def find_optimizers(scene: Scene) -> Iterable[Cause]:
     stored = [item for item in scene.plan.evidence.placements.values() if item.section == "optimizer"]
     if not stored:
         complete = len(scene.weights) if scene.weights_complete else None
+        lost += scene.of_role(scene.missing, "step")
         yield NoOptimizer(paths=tuple(lost), moments=len(wanted), weights=complete)
         return
     slots = {slot[-1] for slot, _ in scene.moments.values() if slot}
@@ -87,7 +88,7 @@ def find_new_parts(scene: Scene) -> Iterable[Cause]:
     if not missing or not rest or scene.free_weights or any(path not in scene.plan.restored for path in rest):
         return
     lora = [path for path in missing if issubclass(scene.missing[path].wanted.kind or object, nnx.LoRAParam)]
-    modules = {_new_module(scene, path, rest) for path in missing if path not in lora}
+    modules = {_new_module(path, rest) for path in missing if path not in lora}
     if None in modules or len(missing) >= len(rest) + len(lora):
         return
     names = [render(module) for module in sorted(filter(None, modules), key=render)]
@@ -107,7 +108,7 @@ def _lora_filters(scene: Scene, lora: Sequence[Path]) -> list[str]:
     return [f'nnx.PathContains("{name}")' for name in sorted({str(path[-1]) for path in lora})]
 
 
-def _new_module(scene: Scene, path: Path, rest: Sequence[Path]) -> Path | None:
+def _new_module(path: Path, rest: Sequence[Path]) -> Path | None:
     """Returns the highest module above a weight under which nothing is stored; None for a lone weight."""
     for length in range(1, len(path)):
         prefix = path[:length]

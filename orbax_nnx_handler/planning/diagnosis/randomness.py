@@ -5,11 +5,10 @@ from collections.abc import Iterable
 
 from orbax_nnx_handler.planning.diagnosis.causes import Cause, KeyImplementation, RandomLayout
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens
-from orbax_nnx_handler.planning.dtypes import same_key
+from orbax_nnx_handler.planning.dtypes import KEY_IMPLEMENTATIONS, same_key
 from orbax_nnx_handler.planning.paths import Path, canonical, render, segments
 
-_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
-"""Those that JAX brings (`jax.random.key`)."""
+_NONE: list[Path] = []
 
 
 def find_keys(scene: Scene) -> Iterable[Cause]:
@@ -17,8 +16,8 @@ def find_keys(scene: Scene) -> Iterable[Cause]:
     groups: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for path, item in scene.mismatched.items():
         stored = item.stored_dtype.removeprefix("key<").removesuffix(">")
-        wanted = next((name for name in _IMPLEMENTATIONS if same_key(name, item.wanted.dtype)), "")
-        if item.kind == "key" and wanted and stored in _IMPLEMENTATIONS and stored != wanted:
+        wanted = next((name for name in KEY_IMPLEMENTATIONS if same_key(name, item.wanted.dtype)), "")
+        if item.kind == "key" and wanted and stored in KEY_IMPLEMENTATIONS and stored != wanted:
             groups[stored, wanted].append(path)
     for (stored, wanted), paths in groups.items():
         yield KeyImplementation(paths=tuple(paths), stored=stored, wanted=wanted)
@@ -38,10 +37,10 @@ def find_random_layouts(scene: Scene) -> Iterable[Cause]:
     for path, item in scene.plan.defaulted.items():
         wanted = scene.plan.evidence.wanted[path]
         module = _module_of(wanted.tokens)
-        sources = next((s for m, s in stored.items() if module and m and _same_end(m, module)), [])
+        sources = next((s for m, s in stored.items() if module and m and _same_end(m, module)), _NONE)
         if item.source != "target" and wanted.role == "random" and path[-1] == "key" and sources:
             source = next((s for s in sources if "key" in segments(s)), sources[0])
-            yield RandomLayout(paths=(path, *sources), stored=render(source), wanted=render(path), count=1)
+            yield RandomLayout(paths=(path, *sources), stored=render(source), wanted=render(path))
 
 
 def _module_of(tokens: Tokens) -> Tokens | None:

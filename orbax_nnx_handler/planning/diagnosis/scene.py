@@ -37,7 +37,7 @@ class Scene:
         return {
             path: item
             for path, item in self.plan.missing.items()
-            if path not in self.explained and (item.policy == "error" or item.filled_by is None)
+            if path not in self.explained and item.policy == "error"
         }
 
     @cached_property
@@ -111,7 +111,9 @@ class Scene:
         """Returns weights and those of their moments that are wrong as well."""
         parameters = {self.below[path] for path in weights if path in self.below}
         wrong = self.missing.keys() | self.mismatched.keys()
-        followers = [p for p, (_, parameter) in self.moments.items() if parameter in parameters and p in wrong]
+        followers = [
+            p for p, (_, parameter) in self.moments.items() if parameter in parameters and p in wrong
+        ]
         return (*weights, *followers)
 
 

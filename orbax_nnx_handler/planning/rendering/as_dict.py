@@ -6,7 +6,7 @@ from typing import Any
 from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.paths import Path, render
-from orbax_nnx_handler.planning.plan import Mismatched, Missing, RestorePlan, Restored
+from orbax_nnx_handler.planning.plan import Mismatched, Missing, Restored, RestorePlan
 from orbax_nnx_handler.planning.recipes import reads, render_reads
 
 

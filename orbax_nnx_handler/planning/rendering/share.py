@@ -30,7 +30,9 @@ class Share:
     def of(cls, plan: RestorePlan) -> "Share":
         """Returns the shares of a plan."""
         open_ = [item for item in plan.missing.values() if item.policy == "error" or item.filled_by is None]
-        settled = [item for item in plan.missing.values() if item.policy != "error" and item.filled_by is not None]
+        settled = [
+            item for item in plan.missing.values() if item.policy != "error" and item.filled_by is not None
+        ]
         return cls(
             restored=_bytes(item.wanted for item in plan.restored.values()),
             filled=_bytes(item.wanted for item in (*settled, *plan.defaulted.values())),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from orbax_nnx_handler.planning.diagnosis import diagnose
-from orbax_nnx_handler.planning.folding import Folded, Row, fold, fold_names
+from orbax_nnx_handler.planning.folding import Folded, Row, fold
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rendering.share import Share, sized
 from orbax_nnx_handler.planning.report import RestoreReport
@@ -58,13 +58,13 @@ class Sheet:
 def plan_sheet(plan: RestorePlan) -> Sheet:
     """Returns what there is to say about a plan."""
     fits = plan.fits
-    notes = tuple(f"note: {cause.cause}" for cause in diagnose(plan)) if fits else ()
+    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in diagnose(plan)] if fits else advice(plan)
     return Sheet(
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
         counts=_counts(plan, "missing"),
         checkpoint=_checkpoint(plan),
         sections=_sections(plan, "missing"),
-        advice=notes if fits else tuple(advice(plan)),
+        advice=tuple(notes),
         share=Share.of(plan),
     )
 
@@ -103,16 +103,13 @@ def _sections(plan: RestorePlan, missing: str) -> tuple[Section, ...]:
     lists: list[tuple[str, list[Row]]] = [
         ("restored", restored_rows(plan.restored.values())),
         ("defaulted", defaulted_rows(plan.defaulted.values())),
-        ("skipped: stored, but of a part that the target does not ask for", stored_rows(plan.skipped.values())),
+        (
+            "skipped: stored, but of a part that the target does not ask for",
+            stored_rows(plan.skipped.values()),
+        ),
         ("dropped", dropped_rows(plan.dropped.values())),
         ("unexpected: stored, but not wanted", stored_rows(plan.unexpected.values())),
         (missing, missing_rows(plan.missing.values(), with_policy=True)),
         ("mismatched", mismatched_rows(plan.mismatched.values())),
     ]
-    return tuple(_section(title, rows) for title, rows in lists if rows)
-
-
-def _section(title: str, rows: Sequence[Row]) -> Section:
-    lines = fold(rows)
-    # A model has more random streams than layers, all alike.
-    return Section(title=title, count=len(rows), lines=fold_names(lines) if title == "defaulted" else lines)
+    return tuple(Section(title=title, count=len(rows), lines=fold(rows)) for title, rows in lists if rows)

@@ -18,7 +18,7 @@ _STYLES = {"missing": "red", "mismatched": "red", "unexpected": "yellow", "resto
 def sheet_on_console(sheet: Sheet, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
     """Yields a sheet in the width of a terminal; just its text where the output is none."""
     if not console.is_terminal:
-        yield Text(render_sheet(sheet), no_wrap=True, overflow="ignore")
+        yield Text(render_sheet(sheet), overflow="fold")
         return
     bad = "does not fit" in sheet.head
     yield Text.assemble((sheet.head, "bold red" if bad else "bold green"), ": ", sheet.counts)

@@ -1,0 +1,35 @@
+"""What a directory is: one stored tree, or a manager's root with steps."""
+
+import re
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from orbax_nnx_handler.transfer import legacy
+from orbax_nnx_handler.transfer.zarr import METADATA_KEY
+
+_STEP = re.compile(r"(?:.*[_-])?(?P<step>\d+)")
+_ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
+
+
+def is_item(path: epath.Path) -> bool:
+    """Tells whether a directory is one stored tree."""
+    if any((path / name).exists() for name in _ITEM_FILES):
+        return True
+    children = [child for child in path.iterdir() if child.is_dir()]
+    return any((child / key).exists() for child in children for key in METADATA_KEY.values())
+
+
+def steps_of(root: epath.Path) -> dict[int, epath.Path]:
+    """Returns a manager's finished steps, in rising order."""
+    found: dict[int, epath.Path] = {}
+    for child in root.iterdir():
+        match = _STEP.fullmatch(child.name)
+        if match and (legacy.is_flax_file(child) or ocp.utils.is_checkpoint_finalized(child)):
+            found[int(match["step"])] = child
+    return dict(sorted(found.items()))
+
+
+def items_of(step: epath.Path) -> list[epath.Path]:
+    """Returns the items of a step that hold a stored tree, by name."""
+    return [child for child in sorted(step.iterdir()) if child.is_dir() and is_item(child)]

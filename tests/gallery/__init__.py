@@ -1,0 +1,1 @@
+"""Broken restores and the message of each; `python -m tests.gallery` writes them to docs/errors.md."""

@@ -1,0 +1,391 @@
+"""The broken restores, each as short as a user's own mistake."""
+
+import dataclasses
+import inspect
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from orbax_nnx_handler import restore
+from tests.gallery import models
+from tests.gallery.models import Size, decoder, linen_decoder, save, train_state, training
+
+ADAM = optax.adam(1e-3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A restore that must fail.
+
+    Attributes:
+        title: What went wrong, in the reader's words.
+        topic: The chapter of the page.
+        story: What the checkpoint holds and what the target wants.
+        provoke: Makes the checkpoint under a directory and restores from it.
+    """
+
+    title: str
+    topic: str
+    story: str
+    provoke: Callable[[pathlib.Path], Any]
+
+
+GALLERY: list[Broken] = []
+
+
+def broken(
+    topic: str, title: str
+) -> Callable[[Callable[[pathlib.Path], Any]], Callable[[pathlib.Path], Any]]:
+    """Adds a function to the gallery; its docstring tells the story."""
+
+    def add(provoke: Callable[[pathlib.Path], Any]) -> Callable[[pathlib.Path], Any]:
+        story = inspect.cleandoc(provoke.__doc__ or "")
+        GALLERY.append(Broken(title=title, topic=topic, story=story, provoke=provoke))
+        return provoke
+
+    return add
+
+
+DEPTH, WIDTH, NAMES = "Layers", "Sizes", "Names"
+PARTS, TYPES, RULES, PLACES = "Parts", "Types and values", "Rules and policies", "Paths"
+
+
+@broken(DEPTH, "Another number of layers")
+def fewer_layers(root: pathlib.Path) -> Any:
+    """The stored decoder has four layers, the target's has six; layers one by one on both sides."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(layers=4)), ADAM))
+    return restore(root, training(lambda: models.Decoder(Size(layers=6), nnx.Rngs(0)), ADAM))
+
+
+@broken(DEPTH, "Another number of layers, stacked on both sides")
+def fewer_scanned_layers(root: pathlib.Path) -> Any:
+    """Four layers stacked by `nn.scan` are stored, the target stacks six."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(layers=4), scanned=True), None))
+    return restore(root, decoder(Size(layers=6), scanned=True))
+
+
+@broken(DEPTH, "Fewer layers one by one than the target stacks")
+def fewer_layers_to_stack(root: pathlib.Path) -> Any:
+    """Four layers are stored one by one, the target stacks six: the plan knows which are missing."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(layers=4)), None))
+    return restore(root, decoder(Size(layers=6), scanned=True))
+
+
+@broken(DEPTH, "More layers stacked than the target wants")
+def more_scanned_layers(root: pathlib.Path) -> Any:
+    """Six stacked layers are stored, the target has four, one by one. Nothing is truncated."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(layers=6), scanned=True), None))
+    return restore(root, decoder(Size(layers=4)))
+
+
+@broken(DEPTH, "A layer in the middle is absent")
+def hole_in_the_layers(root: pathlib.Path) -> Any:
+    """Somebody took layer 1 of four out of the checkpoint: no difference in depth, but a hole."""
+    params = linen_decoder(Size(layers=4))
+    del params["layers_1"]
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder(Size(layers=4)))
+
+
+@broken(DEPTH, "Stacked on one side, and another width as well")
+def scanned_and_wider(root: pathlib.Path) -> Any:
+    """Layers are stacked in the checkpoint and one by one in the target, and no layer has its shape."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(width=16, hidden=64), scanned=True), None))
+    return restore(root, decoder(Size(width=24, hidden=72, heads=2)))
+
+
+@broken(DEPTH, "Stacked, but on which axis?")
+def unclear_axis(root: pathlib.Path) -> Any:
+    """As many layers as features: a square kernel tells no axis."""
+    rows = {"kernel": np.zeros((4, 4, 4), np.float32)}
+    save(
+        root / "1200" / "default",
+        {"params": {"layers": {"mix": rows}, "head": {"kernel": np.zeros((4, 2), np.float32)}}},
+    )
+    kernel = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    layers = {at: {"mix": {"kernel": nnx.Param(kernel)}} for at in range(4)}
+    head = {"kernel": nnx.Param(jax.ShapeDtypeStruct((4, 2), jnp.float32))}
+    return restore(root, nnx.State({"layers": layers, "head": head}))
+
+
+@broken(WIDTH, "Another width")
+def other_width(root: pathlib.Path) -> Any:
+    """The target is twice as wide as the checkpoint: one factor explains all mismatches."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(width=16, hidden=64)), ADAM))
+    size = Size(width=32, hidden=128, heads=4)
+    return restore(root, training(lambda: models.Decoder(size, nnx.Rngs(0)), ADAM))
+
+
+@broken(WIDTH, "Another vocabulary")
+def other_vocabulary(root: pathlib.Path) -> Any:
+    """The tokenizer has 259 entries, and the target pads them to 320."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(vocabulary=259)), None))
+    return restore(root, decoder(Size(vocabulary=320)))
+
+
+@broken(WIDTH, "Another number of heads")
+def other_heads(root: pathlib.Path) -> Any:
+    """The same width divided among four heads on disk and eight in the target."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(heads=4)), None))
+    return restore(root, decoder(Size(heads=8)))
+
+
+@broken(WIDTH, "Another number of experts")
+def other_experts(root: pathlib.Path) -> Any:
+    """Eight experts are stored, the target routes to sixteen."""
+    save(root / "1200" / "default", {"params": _experts(8, np.zeros)})
+    target = jax.tree.map(nnx.Param, _experts(16, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)))
+    return restore(root, nnx.State(target))
+
+
+def _experts(count: int, make: Callable[..., Any]) -> dict[str, Any]:
+    layer = {
+        "up": make((count, 16, 64), np.float32),
+        "down": make((count, 64, 16), np.float32),
+        "bias": make((count, 64), np.float32),
+    }
+    return {
+        "moe": {"experts": layer, "router": {"kernel": make((16, count), np.float32)}},
+        "head": {"kernel": make((16, 32), np.float32)},
+    }
+
+
+@broken(NAMES, "Names that Linen gave")
+def automatic_names(root: pathlib.Path) -> Any:
+    """The Linen program named no module, so the checkpoint says `Dense_0`; the target says `encode`."""
+    params = models.variables(models.LinenMlp(), jnp.zeros((1, 32)))["params"]
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, nnx.eval_shape(lambda: models.Mlp(nnx.Rngs(0))))
+
+
+@broken(NAMES, "A module of another name")
+def renamed_module(root: pathlib.Path) -> Any:
+    """The output layer is called `logits_dense` on disk and `head` in the target."""
+    params = linen_decoder()
+    params["logits_dense"] = params.pop("head")
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
+
+
+@broken(NAMES, "A checkpoint of another model")
+def another_model(root: pathlib.Path) -> Any:
+    """The path of an image classifier, the target of a language model."""
+    tree = models.variables(models.LinenConvNet(), jnp.zeros((1, 8, 8, 3)))
+    save(root / "1200" / "default", train_state(tree["params"], None, batch_stats=tree["batch_stats"]))
+    return restore(root, decoder())
+
+
+@broken(PARTS, "No optimizer was saved")
+def no_optimizer(root: pathlib.Path) -> Any:
+    """The checkpoint holds weights only, the target a whole train state."""
+    save(root / "1200" / "default", {"params": linen_decoder()})
+    return restore(root, training(lambda: models.Decoder(Size(), nnx.Rngs(0)), ADAM))
+
+
+@broken(PARTS, "Another optimizer")
+def other_optimizer(root: pathlib.Path) -> Any:
+    """Trained with SGD and momentum, to be continued with Adam."""
+    save(root / "1200" / "default", train_state(linen_decoder(), optax.sgd(0.1, momentum=0.9)))
+    return restore(root, training(lambda: models.Decoder(Size(), nnx.Rngs(0)), ADAM))
+
+
+@broken(PARTS, "A collection was not saved")
+def no_statistics(root: pathlib.Path) -> Any:
+    """The Linen program saved `params` and forgot `batch_stats`."""
+    tree = models.variables(models.LinenConvNet(), jnp.zeros((1, 8, 8, 3)))
+    save(root / "1200" / "default", train_state(tree["params"], None))
+    return restore(root, nnx.eval_shape(lambda: models.ConvNet(nnx.Rngs(0))))
+
+
+@broken(PARTS, "LoRA weights on a base checkpoint")
+def lora(root: pathlib.Path) -> Any:
+    """The base model is stored; the target carries LoRA weights beside two of its layers."""
+
+    def build() -> models.Decoder:
+        model = models.Decoder(Size(), nnx.Rngs(0))
+        for block in model.layers:
+            block.adapter = nnx.LoRA(16, 2, 64, rngs=nnx.Rngs(0))
+        return model
+
+    save(root / "1200" / "default", train_state(linen_decoder(), None))
+    return restore(root, nnx.eval_shape(build))
+
+
+@broken(PARTS, "A new head")
+def new_head(root: pathlib.Path) -> Any:
+    """A classifier on top of a pretrained decoder: its head was never trained."""
+
+    def build() -> models.Decoder:
+        model = models.Decoder(Size(), nnx.Rngs(0))
+        model.classifier = nnx.Linear(16, 5, rngs=nnx.Rngs(0))
+        return model
+
+    save(root / "1200" / "default", train_state(linen_decoder(), None))
+    return restore(root, nnx.eval_shape(build))
+
+
+@broken(PARTS, "Leaves that nobody wants")
+def unexpected(root: pathlib.Path) -> Any:
+    """With `unexpected="error"`, leftovers are as wrong as gaps."""
+    params = linen_decoder()
+    params["draft_head"] = {"kernel": np.zeros((16, 256), np.float32)}
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder(), unexpected="error")
+
+
+@broken(PARTS, "Two layouts at once")
+def two_layouts(root: pathlib.Path) -> Any:
+    """A tree that can be read in two ways, which would give two results."""
+    kernel = np.zeros((4, 2), np.float32)
+    save(
+        root / "1200" / "default",
+        {"params": {"params": {"head": {"kernel": kernel}}, "head": {"kernel": kernel}}},
+    )
+    leaf = nnx.Param(jax.ShapeDtypeStruct((4, 2), jnp.float32))
+    return restore(root, nnx.State({"head": {"kernel": leaf}}))
+
+
+@broken(TYPES, "Integers for floats")
+def quantised(root: pathlib.Path) -> Any:
+    """The head was stored as int8; without its scale it is no weight."""
+    params = linen_decoder()
+    params["head"]["kernel"] = np.zeros((16, 256), np.int8)
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
+
+
+@broken(TYPES, "Random keys of another implementation")
+def other_keys(root: pathlib.Path) -> Any:
+    """An `rbg` key is stored, the target draws from `threefry2x32`."""
+
+    def build(impl: str) -> nnx.State:
+        leaves = {"rngs": {"key": nnx.RngKey(jax.random.key(0, impl=impl))}, "scale": nnx.Param(jnp.zeros(3))}
+        return nnx.State(leaves)
+
+    save(root / "1200" / "default", nnx.to_pure_dict(build("rbg")))
+    return restore(root, build("threefry2x32"))
+
+
+@broken(TYPES, "A stored value without a home")
+def gru_bias(root: pathlib.Path) -> Any:
+    """Linen's `GRUCell` has a bias in `hn` that NNX's has not. Zero, it may go; this one is not zero."""
+    cell = models.nn.GRUCell(4, parent=None)
+    params = models.variables(cell, jnp.zeros((1, 4)), jnp.zeros((1, 3)))["params"]
+    params["hn"]["bias"] += 0.5
+    save(root / "1200" / "default", {"params": {"cell": params}})
+    target = nnx.eval_shape(lambda: nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0))))
+    return restore(root, target)
+
+
+@broken(TYPES, "A damaged file")
+def damaged(root: pathlib.Path) -> Any:
+    """A chunk of one array is gone from the disk. It does not come back as zeros."""
+    item = root / "1200" / "default"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(
+            item, args=ocp.args.PyTreeSave({"params": {"head": {"kernel": np.ones((4, 2), np.float32)}}})
+        )
+    (item / "params.head.kernel" / "0.0").unlink()
+    leaf = nnx.Param(jax.ShapeDtypeStruct((4, 2), jnp.float32))
+    return restore(root, nnx.State({"head": {"kernel": leaf}}))
+
+
+@broken(TYPES, "Everything at once")
+def everything(root: pathlib.Path) -> Any:
+    """A missing norm, a vocabulary of another size, and a head of the wrong kind: one error lists all."""
+    params = linen_decoder()
+    del params["norm"]
+    params["embed"]["embedding"] = np.zeros((250, 16), np.float32)
+    params["head"]["kernel"] = np.zeros((16, 256), np.int32)
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
+
+
+@broken(RULES, "A filter that matches nothing")
+def unused_filter(root: pathlib.Path) -> Any:
+    """A typo in a filter would leave the rule without effect."""
+    save(root / "1200" / "default", train_state(linen_decoder(), None))
+    return restore(root, decoder(), policy={nnx.PathContains("clasifier"): "init", ...: "error"})
+
+
+@broken(RULES, "A rename that matches nothing")
+def unused_rename(root: pathlib.Path) -> Any:
+    """A rename whose left side is stored nowhere."""
+    save(root / "1200" / "default", train_state(linen_decoder(), None))
+    return restore(root, decoder(), renames=[("logits_dense", "head")])
+
+
+@broken(RULES, "Two leaves renamed to one")
+def two_to_one(root: pathlib.Path) -> Any:
+    """After the rename two stored leaves claim one wanted leaf."""
+    params = linen_decoder()
+    params["old_head"] = {"kernel": np.zeros((16, 256), np.float32)}
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder(), renames=[("old_head", "head")])
+
+
+@broken(RULES, 'Policy "init" without initial values')
+def no_init(root: pathlib.Path) -> Any:
+    """The target is abstract, so somebody has to say how its weights begin."""
+    params = linen_decoder()
+    del params["head"]
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder(), policy="init")
+
+
+@broken(PLACES, "A step that is not there")
+def no_such_step(root: pathlib.Path) -> Any:
+    """Steps 1000 and 1200 exist, the path says 1100."""
+    for step in ("1000", "1200"):
+        save(root / step / "default", {"params": {"scale": np.zeros(3, np.float32)}})
+    return restore(root / "1100", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
+
+
+@broken(PLACES, "A directory above the manager's")
+def above_the_root(root: pathlib.Path) -> Any:
+    """The path names the experiment; its checkpoints lie one level below."""
+    save(
+        root / "experiment" / "checkpoints" / "1200" / "default",
+        {"params": {"scale": np.zeros(3, np.float32)}},
+    )
+    return restore(root / "experiment", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
+
+
+@broken(PLACES, "A directory inside an item")
+def inside_an_item(root: pathlib.Path) -> Any:
+    """The path names a directory of the database, a part of the item."""
+    item = save(root / "1200" / "default", {"params": {"scale": np.zeros(3, np.float32)}})
+    return restore(item / "d", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
+
+
+@broken(PLACES, "A save that was interrupted")
+def interrupted(root: pathlib.Path) -> Any:
+    """The job died while it wrote its first checkpoint."""
+    whole = save(root / "whole", {"params": {"scale": np.zeros(3, np.float32)}})
+    shutil.move(whole, root / "run" / "1200.orbax-checkpoint-tmp-1731" / "default")
+    return restore(root / "run", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
+
+
+@broken(PLACES, "Several items, and none of the usual names")
+def several_items(root: pathlib.Path) -> Any:
+    """The step holds a generator and a discriminator."""
+    for item in ("discriminator", "generator"):
+        save(root / "1200" / item, {"params": {"scale": np.zeros(3, np.float32)}})
+    return restore(root, nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
+
+
+@broken(PLACES, "An item that holds no arrays")
+def another_item(root: pathlib.Path) -> Any:
+    """The path names the position of the data pipeline, which lies beside the weights."""
+    save(root / "1200" / "default", {"params": {"scale": np.zeros(3, np.float32)}})
+    (root / "1200" / "iter").mkdir()
+    (root / "1200" / "iter" / "process_0-of-1.json").write_text('{"position": 4800}')
+    return restore(root / "1200" / "iter", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))

@@ -1,0 +1,126 @@
+"""One look for text, terminals and notebooks."""
+
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from orbax_nnx_handler import MissingParamError, RestoreReport
+from tests.planning.test_diagnosis import model, plan
+
+STORED = model(2)
+PLANS = {
+    "fits": plan(STORED, model(2, "", "layers/{}")),
+    "does not fit": plan(STORED, model(3, "", "layers/{}")),
+}
+
+
+def printed(shown: object, *, terminal: bool, width: int = 200) -> str:
+    out = io.StringIO()
+    Console(file=out, force_terminal=terminal, width=width).print(shown, end="")
+    return out.getvalue()
+
+
+def test_a_plan_reads_counts_first_and_then_aligned_rows():
+    assert str(PLANS["fits"]) == (
+        "RestorePlan: fits: 8 restored, 0 defaulted, 0 missing, 0 mismatched, 0 unexpected\n"
+        "checkpoint:  (layout: Linen variables, 8 stored leaves)\n"
+        "  restored\n"
+        "    embed/embedding            (11, 4) float32   <- params/embed/embedding\n"
+        "    head/kernel                (4, 11) float32   <- params/head/kernel\n"
+        "    layers/{0..1}/norm/scale   (4,) float32      <- params/layers_{0..1}/norm/scale\n"
+        "    layers/{0..1}/up/bias      (6,) float32      <- params/layers_{0..1}/up/bias\n"
+        "    layers/{0..1}/up/kernel    (4, 6) float32    <- params/layers_{0..1}/up/kernel"
+    )
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_without_a_terminal_rich_prints_the_plain_text(name):
+    assert printed(PLANS[name], terminal=False, width=400).strip() == str(PLANS[name])
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_terminal_shows_every_leaf_in_its_width(width):
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", printed(PLANS["does not fit"], terminal=True, width=width))
+
+    assert "layers/2/up/kernel" in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_an_error_and_a_plain_plan_have_no_colour_codes():
+    with pytest.raises(MissingParamError) as caught:
+        PLANS["does not fit"].check()
+
+    assert "\x1b" not in str(caught.value) + str(PLANS["does not fit"])
+
+
+class _Balance(HTMLParser):
+    """Fails on a tag that closes another than the one open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_notebook_shows_tables_that_fold_and_the_share_of_bytes(name):
+    page = PLANS[name]._repr_html_()
+
+    balance = _Balance()
+    balance.feed(page)
+    assert balance.open == []
+    assert "<details" in page
+    widths = [float(width) for width in re.findall(r'width="([0-9.]+)" height="10"', page)]
+    assert sum(widths) == pytest.approx(100, abs=0.1)
+
+
+def test_the_share_of_bytes_is_that_of_the_leaves():
+    page = PLANS["does not fit"]._repr_html_()
+
+    restored = 4 * (11 * 4 + 4 * 11 + 2 * (4 * 6 + 6 + 4))
+    missing = 4 * (4 * 6 + 6 + 4)
+    assert f"restored: {restored} B" in page
+    assert f"missing: {missing} B" in page
+
+
+def test_names_in_a_notebook_are_text_and_no_markup():
+    page = plan({"params/<b>/kernel": (2,)}, {"<b>/kernel": (2,)})._repr_html_()
+
+    assert "<b>/kernel" not in page
+    assert "&lt;b&gt;/kernel" in page
+
+
+def test_a_report_says_what_was_done_and_how_fast():
+    report = RestoreReport(plan=PLANS["fits"], seconds=0.5, nbytes=10**9)
+
+    assert str(report).splitlines()[0] == (
+        "RestoreReport: 1.00 GB in 0.50 s (2.00 GB/s): "
+        "8 restored, 0 defaulted, 0 filled, 0 mismatched, 0 unexpected"
+    )
+
+
+def test_the_warning_folds_its_paths():
+    made = plan(STORED | {"params/extra/kernel": (2,)}, model(4, "", "layers/{}"), policy="warn")
+
+    assert RestoreReport(plan=made, seconds=1, nbytes=1).warning == (
+        "6 missing weights were filled with zeros: layers/{2..3}/norm/scale, layers/{2..3}/up/{bias,kernel}; "
+        "1 stored leaf was not wanted: params/extra/kernel"
+    )
+
+
+def test_the_whole_list_is_in_the_exception_and_in_the_dict_where_the_message_is_cut():
+    names = ["".join(chr(97 + int(digit)) for digit in f"{at:03d}") for at in range(90)]
+    made = plan({"params/x/kernel": (1,)}, {f"{name}/kernel": (at + 2,) for at, name in enumerate(names)})
+
+    error = made.error()
+
+    assert "… and 50 more" in str(error)
+    assert len(error.paths) == len(made.to_dict()["missing"]) == 90

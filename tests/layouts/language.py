@@ -104,7 +104,7 @@ class NnxModule(nnx.Module):
             setattr(self, name, NnxModule(inner))
 
 
-# Tunix and Flax's own example (tunix/models/gemma/model.py `FeedForward`) have a `nnx.Linear` for each projection.
+# As Tunix has them (tunix/models/gemma/model.py `FeedForward`), and the example in Flax.
 PORTED_SHAPES = {
     **{path: shape for path, shape in SHAPES.items() if not path.startswith("mlp/")},
     "mlp/gate_proj/kernel": (WIDTH, HIDDEN),

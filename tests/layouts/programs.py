@@ -64,9 +64,10 @@ class LinenPerceptron(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, *, train: bool) -> Any:
-        x = nn.Dense(8, name="up")(x)
+        # An activation before the norm too: else the bias had no gradient, and its moments no say.
+        x = nn.gelu(nn.Dense(8, name="up")(x))
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
-        return nn.Dense(3, name="down")(nn.relu(x))
+        return nn.Dense(3, name="down")(nn.gelu(x))
 
 
 class NnxPerceptron(nnx.Module):
@@ -78,7 +79,8 @@ class NnxPerceptron(nnx.Module):
         self.down = nnx.Linear(8, 3, rngs=rngs)
 
     def __call__(self, x: Any, *, train: bool) -> Any:
-        return self.down(nnx.relu(self.norm(self.up(x), use_running_average=not train)))
+        x = self.norm(nnx.gelu(self.up(x)), use_running_average=not train)
+        return self.down(nnx.gelu(x))
 
 
 OPTIMIZERS = {

@@ -23,8 +23,8 @@ Cache = Literal["warm", "cold"]
 Row = dict[str, Any]
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Reads the options that all benchmarks share."""
+def arguments(description: str, *, choosable: bool = False) -> argparse.Namespace:
+    """Reads the options that all benchmarks share, and `--only` where cases can be chosen."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--toy", action="store_true", help="tiny models and one round: for correctness only")
     parser.add_argument(
@@ -33,6 +33,10 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=None, help="trials of each contestant (default 5)")
     parser.add_argument("--scratch", type=pathlib.Path, default=SCRATCH, help="where the checkpoints go")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="where the results go (JSON)")
+    if choosable:
+        parser.add_argument(
+            "--only", default="", help="cases whose title holds this; the others' results stay"
+        )
     options = parser.parse_args()
     if options.rounds is None:
         options.rounds = 1 if options.toy else 5
@@ -144,6 +148,12 @@ def report(name: str, options: argparse.Namespace, results: Any, tables: Mapping
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"circumstances": circumstances(), "results": results}, indent=1) + "\n")
         print(f"\nresults: {out}")
+
+
+def earlier(name: str, options: argparse.Namespace) -> Any:
+    """Returns the results that an earlier run left where this one will write."""
+    out = options.out or RESULTS / f"{name}.json"
+    return json.loads(out.read_text())["results"] if out.exists() else {}
 
 
 def circumstances() -> Row:

@@ -12,6 +12,7 @@ from benchmarks.measuring import (
     Cache,
     Row,
     arguments,
+    earlier,
     interleaved,
     report,
     settings_of,
@@ -116,10 +117,12 @@ def run(case: Case, rounds: int, scratch: object) -> dict[str, Row]:
 
 def main() -> None:
     """Runs all comparisons."""
-    options = arguments(__doc__ or "")
-    results: dict[str, dict[str, Row]] = {}
+    options = arguments(__doc__ or "", choosable=True)
+    results: dict[str, dict[str, Row]] = earlier("restore", options) if options.only else {}
     tables: dict[str, str] = {}
     for case in cases(options.gb, toy=options.toy):
+        if options.only not in case.title:
+            continue
         rows = run(case, options.rounds, options.scratch)
         results[case.title] = rows
         title = f"**{case.title}** ({case.model.nbytes / 1e9:.3g} GB, {case.cache} cache)"

@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import orbax.checkpoint as ocp
 import pytest
 from flax.training.train_state import TrainState
 
+from orbax_nnx_handler import save
 from tests.zoo.models import MODELS
 from tests.zoo.models.base import (
     ModelPair,
+    flat,
     float_leaves,
     linen_step,
     nnx_step,
@@ -33,10 +37,18 @@ def state(pair: ModelPair) -> TrainState:
 
 
 @pytest.fixture(scope="module")
-def outcome(pair: ModelPair, state: TrainState, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """What one NNX step shows, from the checkpoint that the Linen side wrote."""
+def continued(
+    pair: ModelPair, state: TrainState, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Outcome, Any]:
+    """What one NNX step shows and leaves behind, from the checkpoint that the Linen side wrote."""
     path = saved(state, tmp_path_factory.mktemp("model") / "checkpoint")
-    return nnx_step(pair, *restored_state(pair, path))
+    model, optimizer = restored_state(pair, path)
+    return nnx_step(pair, model, optimizer), (model, optimizer)
+
+
+@pytest.fixture(scope="module")
+def outcome(continued: tuple[Outcome, Any]) -> Outcome:
+    return continued[0]
 
 
 def test_logits_gradients_and_the_next_step_are_linens(
@@ -76,3 +88,17 @@ def test_a_weight_swapped_on_disk_is_noticed(pair: ModelPair, state: TrainState,
 
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_same({"logits": expected["logits"]}, {"logits": actual["logits"]}, TOLERANCE)
+
+
+def test_linen_goes_on_from_what_nnx_saves(
+    pair: ModelPair, state: TrainState, continued: tuple[Outcome, Any], tmp_path: Path
+) -> None:
+    if not pair.saves_back:
+        pytest.skip("NNX has other names or other layers, and saves its own")
+    expected, _ = linen_step(pair, state)
+
+    save(tmp_path / "checkpoint", continued[1])
+
+    with ocp.StandardCheckpointer() as stock:
+        actual = stock.restore(tmp_path / "checkpoint", jax.eval_shape(lambda: expected))
+    assert_same(flat(expected), flat(actual), TOLERANCE)

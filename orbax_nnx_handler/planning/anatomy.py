@@ -124,11 +124,19 @@ def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:
     """Yields each optimizer's path with its state, in optax's containers where they are left."""
     if is_graph(item):
         for path, node in cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)):
-            if isinstance(node, nnx.Pytree | nnx.Module) and _OPT_STATE in vars(node):
+            if isinstance(node, nnx.Pytree | nnx.Module) and _is_opt_state(vars(node).get(_OPT_STATE)):
                 yield path, getattr(node, _OPT_STATE)
         return
     found = list(_opt_states(item, ()))
     yield from found or _without_state(item)
+
+
+def _is_opt_state(node: Any) -> bool:
+    """Tells an optimizer's state, empty or not, from a module of the model that has its name."""
+    if node is None:
+        return False
+    state = cast(Any, nnx.state(node)) if isinstance(node, nnx.Module) else node
+    return not any(isinstance(leaf, nnx.Param | nnx.BatchStat) for leaf in flatten(state).values())
 
 
 def _without_state(item: Any) -> Iterator[tuple[Path, Any]]:
@@ -140,7 +148,7 @@ def _without_state(item: Any) -> Iterator[tuple[Path, Any]]:
 
 def _opt_states(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     for key, child in children(node) or ():
-        if key == _OPT_STATE:
+        if key == _OPT_STATE and _is_opt_state(child):
             yield path, child
         else:
             yield from _opt_states(child, (*path, key))

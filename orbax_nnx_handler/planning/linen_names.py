@@ -22,8 +22,11 @@ def linen_path(path: Path) -> tuple[str, ...]:
             names[-1] = f"{names[-1]}_{key}"
         elif key == "if_":
             names.append("if")
+        elif isinstance(key, tuple):
+            names.extend(segments(cast(Path, key)))
         else:
-            names.extend(segments((key,)))
+            # With its slashes: `bridge.ToNNX` keeps the keys of `nn.WeightNorm` as Linen has them.
+            names.append(str(key))
     return tuple(names)
 
 

@@ -62,11 +62,10 @@ def derive(model: Model) -> tuple[list[Derived], list[Homeless]]:
 # A cell by the weights of its gates: ("ii", "kernel") -> leaf.
 _Gates = dict[tuple[str, str], StoredLeaf]
 
-_FUSED = (
-    # nnx.OptimizedLSTMCell and nnx.GRUCell split their product in this order.
-    ("LSTMCell gates fused", "ifgo"),
-    ("GRUCell gates fused", "rzn"),
-)
+LSTM_GATES, GRU_GATES = "ifgo", "rzn"
+"""The gates in the order in which `nnx.OptimizedLSTMCell` and `nnx.GRUCell` split their product."""
+
+_FUSED = (("LSTMCell gates fused", LSTM_GATES), ("GRUCell gates fused", GRU_GATES))
 
 
 def _cells(model: Model) -> dict[Tokens, _Gates]:
@@ -113,7 +112,7 @@ def _gru_bias(cells: Mapping[Tokens, _Gates]) -> Iterator[Homeless]:
     """Yields Linen's bias of the candidate gate, which nnx.GRUCell has not."""
     for gates in cells.values():
         bias = gates.get(("hn", "bias"))
-        if bias is not None and ("hr", "bias") not in gates and _has_kernels(gates, "rzn"):
+        if bias is not None and ("hr", "bias") not in gates and _has_kernels(gates, GRU_GATES):
             yield Homeless(leaf=bias, reason="nnx.GRUCell has no bias in its recurrent layer")
 
 

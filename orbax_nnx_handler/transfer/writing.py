@@ -8,8 +8,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from orbax_nnx_handler.planning.linen_names import Nested
 from orbax_nnx_handler.planning.linen_tree import Flavour, arrange, is_nnx
 from orbax_nnx_handler.planning.optax_tree import Transformation
+from orbax_nnx_handler.transfer.gates import with_gates
 from orbax_nnx_handler.transfer.leftovers import add_leftovers
 
 _UNCERTAIN = (
@@ -24,8 +26,9 @@ def linen_save(
 ) -> ocp.args.PyTreeSave:
     """Returns the save arguments for NNX state in the layout of a Linen program.
 
-    Nothing is copied but the step, which Linen counts as int32; arrays stay where
-    they are, for Orbax to write in the background.
+    Nothing is copied but the step, which Linen counts as int32, and the gates of
+    recurrent cells, which Linen stores one by one; arrays stay where they are, for
+    Orbax to write in the background.
 
     Args:
         given: Stock arguments; `save_args` mirror the item. Returned as they are where
@@ -41,16 +44,21 @@ def linen_save(
     arranged = arrange(given.item, flavour, tx)
     if not arranged.certain and flavour == "linen" and jax.process_index() == 0:
         logging.log_first_n(logging.WARNING, _UNCERTAIN, 1)
-    tree = dict(arranged.tree)
+    tree = with_gates(arranged.tree)
     if "step" in tree:
         tree["step"] = linen_step(tree["step"])
-    save_args = given.save_args
     return dataclasses.replace(
         given,
         item=tree,
-        save_args=None if save_args is None else arrange(save_args, flavour, tx, like=given.item).tree,
+        save_args=_save_args(given, flavour, tx, arranged.tree),
         custom_metadata=add_leftovers(given.custom_metadata, arranged.random),
     )
+
+
+def _save_args(given: ocp.args.PyTreeSave, flavour: Flavour, tx: Transformation | None, like: Nested) -> Any:
+    if given.save_args is None:
+        return None
+    return with_gates(arrange(given.save_args, flavour, tx, like=given.item).tree, like)
 
 
 def linen_step(step: Any) -> Any:

@@ -48,6 +48,7 @@ class ModelPair:
         determined: For automatic names: what tells which Linen module is which
             attribute, where the NNX program creates its attributes in the order
             in which the Linen program calls its modules (`shapes and order`).
+        rearranged: Whether layers are stacked on one side and apart on the other.
         homeless: Stored parameters with no variable in NNX.
     """
 
@@ -62,7 +63,13 @@ class ModelPair:
     renames: Renames = ()
     has_statistics: bool = False
     determined: Determined | None = None
+    rearranged: bool = False
     homeless: tuple[str, ...] = ()
+
+    @property
+    def saves_back(self) -> bool:
+        """Whether NNX keeps Linen's names and layers, so that a Linen program can go on."""
+        return not self.renames and not self.rearranged
 
     def __str__(self) -> str:
         return self.name.replace(" ", "_")

@@ -152,6 +152,7 @@ def named(stored_scanned: bool, wanted_scanned: bool) -> ModelPair:
     return decoder(
         f"decoder, {words[stored_scanned]} to {words[wanted_scanned]}",
         LinenDecoder(scanned=stored_scanned),
+        rearranged=stored_scanned != wanted_scanned,
         nnx=lambda rngs: NnxDecoder(rngs, scanned=wanted_scanned),
         as_nnx=lambda leaves: converted(leaves, stored_scanned=stored_scanned, wanted_scanned=wanted_scanned),
     )

@@ -211,7 +211,7 @@ def _restore_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> NNXLinenRest
     if isinstance(given, NNXLinenRestore):
         return given
     older = dict(zip(("item", "restore_args"), args, strict=False)) | kwargs
-    source = older if given is None else vars(given)
+    source = older if given is None else _fields(given)
     if source.get("transforms") is not None or source.get("legacy_transform_fn") is not None:
         raise ValueError(
             "transforms are not supported: they pass absent leaves through silently.\n"
@@ -233,4 +233,8 @@ def _save_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _shared_fields(given: Any) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cast(Any, ocp.args.PyTreeSave))}
-    return {name: value for name, value in vars(given).items() if name in names}
+    return {name: value for name, value in _fields(given).items() if name in names}
+
+
+def _fields(given: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", vars(given))

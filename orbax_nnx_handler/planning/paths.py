@@ -8,7 +8,6 @@ import functools
 import re
 from collections.abc import Hashable, Iterable
 from typing import cast
-from typing import cast
 
 Path = tuple[Hashable, ...]
 """The keys from the root of a tree to one leaf."""
@@ -67,10 +66,12 @@ def is_number(token: str) -> bool:
 
 def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:
     """Returns a sort key under which `Conv_10` comes after `Conv_2`."""
-    return tuple(
-        tuple((0, int(bit)) if bit.isdecimal() else (1, bit) for bit in re.split(r"(\d+)", part) if bit)
-        for part in segments(path)
-    )
+    return tuple(_natural(part) for part in segments(path))
+
+
+@functools.lru_cache(maxsize=65536)
+def _natural(part: str) -> tuple[tuple[int, int | str], ...]:
+    return tuple((0, int(bit)) if bit.isdecimal() else (1, bit) for bit in re.split(r"(\d+)", part) if bit)
 
 
 def sort_paths(paths: Iterable[Path]) -> list[Path]:

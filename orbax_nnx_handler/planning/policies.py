@@ -28,7 +28,9 @@ def check_policy(policy: Any) -> None:
             raise ValueError(f"policy is one of {', '.join(map(repr, POLICIES))}, not {value!r}")
 
 
-def resolve(policies: Policies, variables: Mapping[Path, Any], overrides: Mapping[Path, Policy]) -> dict[Path, Policy]:
+def resolve(
+    policies: Policies, variables: Mapping[Path, Any], overrides: Mapping[Path, Policy]
+) -> dict[Path, Policy]:
     """Returns the policy of every leaf.
 
     Args:
@@ -44,22 +46,25 @@ def resolve(policies: Policies, variables: Mapping[Path, Any], overrides: Mappin
         chosen: dict[Path, Policy] = dict.fromkeys(variables, policies)
     else:
         chosen = _by_filter(policies, variables)
-    return chosen | overrides
+    return {**chosen, **overrides}
 
 
 def _by_filter(policies: Mapping[Any, Policy], variables: Mapping[Path, Any]) -> dict[Path, Policy]:
+    rules: list[tuple[Any, Callable[[Path, Any], bool], Policy]]
     rules = [(key, _predicate(key), policy) for key, policy in policies.items()]
     used: set[int] = set()
     chosen: dict[Path, Policy] = {}
+    rest: Policy = "error"
     for path, variable in variables.items():
-        for at, (_, predicate, policy) in enumerate(rules):
-            if predicate(path, variable):
-                used.add(at)
-                chosen.setdefault(path, policy)
-    unused = [key for at, (key, _, _) in enumerate(rules) if at not in used and not isinstance(key, EllipsisType)]
+        matching = [at for at, (_, predicate, _) in enumerate(rules) if predicate(path, variable)]
+        used.update(matching)
+        chosen[path] = rules[matching[0]][2] if matching else rest
+    unused = [
+        key for at, (key, _, _) in enumerate(rules) if at not in used and not isinstance(key, EllipsisType)
+    ]
     if unused:
         _raise_unused(unused, variables)
-    return {path: chosen.get(path, "error") for path in variables}
+    return chosen
 
 
 def _predicate(key: Any) -> Callable[[Path, Any], bool]:

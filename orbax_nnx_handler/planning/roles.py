@@ -7,9 +7,10 @@ A pure dict has no Variable types; there the structure decides (`opt_state`, the
 import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from orbax_nnx_handler.planning.leaves import WantedLeaf
@@ -51,14 +52,14 @@ def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
 
 def is_key(dtype: Any) -> bool:
     """Tells whether a dtype is a random key's."""
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 def collection_of(kind: type[Any] | None) -> str | None:
     """Returns the Linen collection of a Variable type, as Flax itself names it."""
     if kind is None or not issubclass(kind, nnx.Variable):
         return None
-    return nnx.variable_name_from_type(kind, allow_register=True)
+    return nnx.variable_name_from_type(cast(Any, kind), allow_register=True)
 
 
 def _owner(path: Path) -> Path | None:

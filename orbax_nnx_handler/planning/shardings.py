@@ -9,7 +9,7 @@ first local device, or replicated over all devices when there are several hosts.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ class Placer:
     def of(cls, nodes: Iterable[Any]) -> "Placer":
         """Returns the placer of a target's leaves under the mesh in force."""
         current = jax.sharding.get_mesh()
-        if isinstance(current, Mesh) and not current.empty:
+        if not current.empty:
             return cls(mesh=current)
         meshes = (getattr(_own_sharding(node), "mesh", None) for node in nodes)
         return cls(mesh=next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None))
@@ -57,7 +57,8 @@ class Placer:
         if not isinstance(node, nnx.Variable) or not node.get_metadata().get("out_sharding"):
             return None
         mesh = node.get_metadata().get("mesh") or self.mesh
-        spec = nnx.get_partition_spec({"leaf": node})["leaf"].get_value()
+        annotated: Any = nnx.get_partition_spec({"leaf": cast(Any, node)})
+        spec: PartitionSpec | None = annotated["leaf"].get_value()
         return NamedSharding(mesh, spec) if mesh is not None and spec is not None else None
 
     def _concrete(self, sharding: Sharding) -> Sharding:
@@ -77,12 +78,12 @@ class Placer:
         if self.mesh is not None:
             return NamedSharding(self.mesh, PartitionSpec())
         if jax.process_count() == 1:
-            return SingleDeviceSharding(jax.local_devices()[0])
-        return NamedSharding(Mesh(np.array(jax.devices()), ("hosts",)), PartitionSpec())
+            return SingleDeviceSharding(cast(Any, jax.local_devices())[0])
+        return NamedSharding(Mesh(np.array(cast(Any, jax.devices())), ("hosts",)), PartitionSpec())
 
 
 def _own_sharding(node: Any) -> Sharding | None:
-    value = node.get_value() if isinstance(node, nnx.Variable) else node
+    value: Any = cast(Any, node).get_value() if isinstance(node, nnx.Variable) else node
     sharding = getattr(value, "sharding", None)
     return sharding if isinstance(sharding, Sharding) else None
 

@@ -64,7 +64,7 @@ def flatten_like(tree: Any) -> Flat:
 
 def value_of(node: Any) -> Any:
     """Returns the value inside a Variable, or the bare leaf itself."""
-    return node.get_value() if isinstance(node, nnx.Variable) else node
+    return cast(Any, node).get_value() if isinstance(node, nnx.Variable) else node
 
 
 def _take_apart(item: Any) -> tuple[Flat, Callable[[Flat], Any]]:
@@ -74,7 +74,7 @@ def _take_apart(item: Any) -> tuple[Flat, Callable[[Flat], Any]]:
 
 
 def _take_apart_graph(item: Any) -> tuple[Flat, Callable[[Flat], Any]]:
-    graphdef, state = nnx.split(item)
+    graphdef, state = cast("tuple[Any, Any]", nnx.split(item))
     flat, rebuild = _take_apart(state)
     bare = _bare_leaves(item)
 
@@ -94,13 +94,15 @@ def _bare_leaves(item: Any) -> Flat:
     static attribute (`nnx.WeightNorm.scales` under `nnx.eval_shape`): left
     alone, it would come back unmaterialised.
     """
-    return {tuple(path): node for path, node in nnx.iter_graph(item) if isinstance(node, jax.ShapeDtypeStruct)}
+    return {
+        tuple(path): node for path, node in nnx.iter_graph(item) if isinstance(node, jax.ShapeDtypeStruct)
+    }
 
 
 def _set_bare(root: Any, path: Path, value: Any) -> None:
     parent = root
     for key in path[:-1]:
-        parent = getattr(parent, key) if isinstance(parent, nnx.Pytree) else parent[key]
+        parent = getattr(parent, cast(str, key)) if isinstance(parent, nnx.Pytree) else parent[key]
     if isinstance(parent, nnx.Pytree):
         setattr(parent, cast(str, path[-1]), nnx.data(value))
     else:
@@ -123,11 +125,15 @@ def _entries(item: Any) -> list[tuple[Any, Any]] | None:
         return None
     if isinstance(item, Mapping):
         return list(cast(Mapping[Any, Any], item).items())
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return [(name, getattr(item, name)) for name in cast(Any, item)._fields]
+    if _is_named_tuple(item):
+        return [(name, getattr(item, name)) for name in item._fields]
     if isinstance(item, tuple | list):
         return list(enumerate(cast(list[Any], item)))
     return None
+
+
+def _is_named_tuple(item: Any) -> bool:
+    return isinstance(item, tuple) and hasattr(cast(Any, item), "_fields")
 
 
 def _is_empty(item: Any) -> bool:
@@ -149,8 +155,8 @@ def _rebuild(item: Any, prefix: Path, nodes: Flat) -> Any:
     if isinstance(item, nnx.State):
         return nnx.State(_rebuild_state(cast("nnx.State[Any, Any]", item), prefix, nodes))
     parts = {key: _rebuild(part, (*prefix, key), nodes) for key, part in entries}
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(cast(Any, item))(**parts)
+    if _is_named_tuple(item):
+        return type(item)(**parts)
     if isinstance(item, tuple | list):
         return type(cast(Any, item))(parts.values())
     return parts
@@ -173,12 +179,16 @@ def _wanted(path: Path, node: Any, override: Any, placer: Placer) -> WantedLeaf:
     dtype = getattr(override, "dtype", None)
     return WantedLeaf(
         path=path,
-        kind=cast("type[Any]", type(node)) if isinstance(node, nnx.Variable) else None,
+        kind=_kind(node),
         shape=tuple(value.shape),
         dtype=np.dtype(dtype) if dtype is not None else value.dtype,
         sharding=placer.place(node, override),
         value=None if isinstance(value, jax.ShapeDtypeStruct) else value,
     )
+
+
+def _kind(node: Any) -> type[Any] | None:
+    return cast("type[Any]", type(cast(object, node))) if isinstance(node, nnx.Variable) else None
 
 
 def _as_array(path: Path, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,9 @@ def fill_leaves(plan: RestorePlan, init: Callable[[], Any] | None) -> dict[Path,
 
 
 def _sources(plan: RestorePlan) -> list[tuple[WantedLeaf, DefaultSource]]:
+    missing: list[tuple[WantedLeaf, DefaultSource | None]]
     missing = [(item.wanted, item.filled_by) for item in plan.missing.values()]
+    defaulted: list[tuple[WantedLeaf, DefaultSource | None]]
     defaulted = [(item.wanted, item.source) for item in plan.defaulted.values()]
     return [(leaf, source) for leaf, source in [*missing, *defaulted] if source is not None]
 
@@ -83,7 +85,7 @@ def _compute(leaves: Sequence[WantedLeaf], build: Callable[[], Mapping[Path, Any
     """
     groups: dict[Any, list[WantedLeaf]] = {}
     for leaf in leaves:
-        devices = leaf.sharding.device_set if leaf.sharding is not None else frozenset[Any]()
+        devices = cast("set[Any]", leaf.sharding.device_set) if leaf.sharding is not None else set[Any]()
         groups.setdefault(frozenset(devices), []).append(leaf)
     filled: dict[Path, jax.Array] = {}
     for group in groups.values():
@@ -99,7 +101,8 @@ def _compute_on(
         return [_cast(built[leaf.path], leaf) for leaf in leaves]
 
     with _mesh_of(leaves):
-        values = jax.jit(outputs, out_shardings=[leaf.sharding for leaf in leaves])()
+        compiled: Any = jax.jit(outputs, out_shardings=[leaf.sharding for leaf in leaves])
+        values: list[jax.Array] = compiled()
     return dict(zip([leaf.path for leaf in leaves], values, strict=True))
 
 
@@ -111,7 +114,7 @@ def _cast(value: Any, leaf: WantedLeaf) -> Any:
 def _mesh_of(leaves: Sequence[WantedLeaf]) -> AbstractContextManager[Any]:
     """Puts the leaves' mesh in force, which annotated Variables need to be built under."""
     current = jax.sharding.get_mesh()
-    if isinstance(current, Mesh) and not current.empty:
+    if not current.empty:
         return nullcontext()
     for leaf in leaves:
         if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):

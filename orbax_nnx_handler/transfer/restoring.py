@@ -112,4 +112,5 @@ def _overlay(item: Missing, whole: jax.Array, layers: jax.Array) -> jax.Array:
             stack.axis,
         )
 
-    return jax.jit(put, out_shardings=item.wanted.sharding, donate_argnums=0)(whole, layers)
+    compiled: Any = jax.jit(put, out_shardings=item.wanted.sharding, donate_argnums=0)
+    return compiled(whole, layers)

@@ -15,7 +15,7 @@ from orbax_nnx_handler.commands.arguments import (
     renames_of,
 )
 from orbax_nnx_handler.commands.factories import load_factory
-from orbax_nnx_handler.commands.screen import Screen
+from orbax_nnx_handler.commands.screen import Screen, without_collection
 from orbax_nnx_handler.planning.plan import RestorePlan
 
 
@@ -37,13 +37,21 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Prints the verdict."""
-    plan = plan_for(arguments)
+    # Thousands of small objects, none of them garbage before the verdict: a fifth of the time.
+    with without_collection():
+        plan = plan_for(arguments)
+        return _show(plan, arguments, screen)
+
+
+def _show(plan: RestorePlan, arguments: argparse.Namespace, screen: Screen) -> int:
     error = plan.error()
     if arguments.json:
         wrong = None if error is None else {"type": type(error).__name__, "message": str(error)}
         screen.json(plan.to_dict() | {"error": wrong})
+    elif screen.out.is_terminal:
+        screen.out.print(plan)
     else:
-        screen.out.print(plan, soft_wrap=not screen.out.is_terminal)
+        screen.say(str(plan))
     return 0 if error is None else 1
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -115,6 +116,18 @@ def _plain(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
         ]
         lines.append("  " + (" " * _GAP).join(cells).rstrip())
     return lines
+
+
+@contextlib.contextmanager
+def without_collection() -> Generator[None]:
+    """Puts off the search for unreachable objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def size(nbytes: int) -> str:

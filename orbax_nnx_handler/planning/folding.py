@@ -49,11 +49,15 @@ class _Text:
 
     @classmethod
     def of(cls, text: str, number: re.Pattern[str] = _NUMBER) -> "_Text":
+        if not text:
+            return _NO_TEXT
         bits = number.split(text)
         return cls(tuple(bits[::2]), tuple(frozenset({int(bit)}) for bit in bits[1::2]))
 
-    def __or__(self, other: "_Text") -> "_Text":
-        return _Text(self.texts, tuple(a | b for a, b in zip(self.numbers, other.numbers, strict=True)))
+    @classmethod
+    def united(cls, texts: Sequence["_Text"]) -> "_Text":
+        columns = zip(*(text.numbers for text in texts), strict=True)
+        return cls(texts[0].texts, tuple(frozenset[int]().union(*column) for column in columns))
 
     def __str__(self) -> str:
         parts = [self.texts[0]]
@@ -67,6 +71,9 @@ class _Text:
         return all(before == after or max(before) < min(after) for before, after in pairs)
 
 
+_NO_TEXT = _Text(("",), ())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pattern:
     """Rows that were folded so far; `last` is the newest of them, for what comes next."""
@@ -77,13 +84,16 @@ class _Pattern:
     transform: _Text
     last: tuple[_Text, _Text]
 
-    def joined(self, later: "_Pattern") -> "_Pattern":
+    @classmethod
+    def joined(cls, run: Sequence["_Pattern"]) -> "_Pattern":
+        if len(run) == 1:
+            return run[0]
         return dataclasses.replace(
-            self,
-            path=self.path | later.path,
-            source=self.source | later.source,
-            transform=self.transform | later.transform,
-            last=later.last,
+            run[0],
+            path=_Text.united([pattern.path for pattern in run]),
+            source=_Text.united([pattern.source for pattern in run]),
+            transform=_Text.united([pattern.transform for pattern in run]),
+            last=run[-1].last,
         )
 
     def leads_to(self, later: "_Pattern") -> bool:
@@ -141,13 +151,13 @@ def _key(pattern: _Pattern, position: int) -> object:
 
 
 def _runs(group: Sequence[_Pattern]) -> list[_Pattern]:
-    runs: list[_Pattern] = []
+    runs: list[list[_Pattern]] = []
     for pattern in group:
-        if runs and runs[-1].leads_to(pattern):
-            runs[-1] = runs[-1].joined(pattern)
+        if runs and runs[-1][-1].leads_to(pattern):
+            runs[-1].append(pattern)
         else:
-            runs.append(pattern)
-    return runs
+            runs.append([pattern])
+    return [_Pattern.joined(run) for run in runs]
 
 
 def fold_names(lines: Sequence[Folded]) -> list[Folded]:

@@ -7,9 +7,9 @@ from typing import Any
 from orbax_nnx_handler.planning.dtypes import KEY_IMPLEMENTATIONS, same_key
 from orbax_nnx_handler.planning.folding import Row, fold_paths, ranges
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import Defaulted, Discarded, Dropped, Mismatched, Missing, Restored
-from orbax_nnx_handler.planning.recipes import Recipe, describe, reads
+from orbax_nnx_handler.planning.recipes import Read, Recipe, describe, reads
 from orbax_nnx_handler.planning.roles import is_key
 
 
@@ -110,5 +110,7 @@ def dropped_rows(items: Iterable[Dropped | Discarded]) -> list[Row]:
 
 
 def _sources(recipe: Recipe) -> str:
+    if isinstance(recipe, Read):
+        return render(recipe.path)  # Nearly every leaf: there is nothing to fold.
     paths: list[Path] = list(dict.fromkeys(reads(recipe)))
     return fold_paths(paths)

@@ -9,9 +9,7 @@ from flax import nnx
 from orbax_nnx_handler.commands.factories import UsageError, load_factory
 from tests.cli.conftest import MODEL
 
-
-def leaves(target: object) -> list[object]:
-    return jax.tree.leaves(nnx.state(target))
+FUNCTIONS = ["Mlp", "Named", "make", "make_train", "make_abstract", "make_named", "make_broken"]
 
 
 @pytest.mark.parametrize("text", [f"{MODEL}:make", "tests.cli.nnx_program:make", f"{MODEL}:make_abstract"])
@@ -53,7 +51,7 @@ def test_weights_only_leaves_optimizer_and_step_out() -> None:
         (f"{MODEL}:A_NUMBER", f"{MODEL}:A_NUMBER is a int, not a function."),
         (
             f"{MODEL}:nothing",
-            f"{MODEL} has no nothing; it has: Mlp, Named, make, make_train, make_abstract, make_named, make_broken.",
+            f"{MODEL} has no nothing; it has: {', '.join(FUNCTIONS)}.",
         ),
         (f"{MODEL}:make(**x)", "'make(**x)' is no function, nor a call with literal arguments."),
         (f"{MODEL}:make()()", "'make()()' is no function, nor a call with literal arguments."),

@@ -36,7 +36,7 @@ def test_leaves_have_shape_dtype_chunks_and_bytes_and_layers_are_folded(cli, roo
 
     rows = [line.split() for line in said.out.splitlines() if line]
     layers = next(row for row in rows if row[0] == "params/hidden_{0..2}/kernel")
-    assert layers == "params/hidden_{0..2}/kernel (8, 8) float32 one chunk 768 B".split()
+    assert layers == ["params/hidden_{0..2}/kernel", "(8,", "8)", "float32", "one", "chunk", "768", "B"]
 
 
 def test_depth_sums_up_what_lies_deeper(cli) -> None:

@@ -23,6 +23,8 @@ def find_layer_counts(scene: Scene) -> Iterable[Cause]:
 
 def _flat_groups(scene: Scene) -> Iterable[Cause]:
     """Layers one by one on both sides: the numbers in the paths tell."""
+    if not (scene.missing or scene.unexpected):
+        return
     wanted = _flat_positions(scene.below)
     stored = _flat_positions({path: scene.stored_below(item) for path, item in scene.stored_weights.items()})
     for group, (want, paths) in wanted.items():

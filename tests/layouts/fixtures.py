@@ -22,6 +22,12 @@ from tests.layouts.programs import (
 CHECKPOINTS = Path(__file__).parent.parent / "cases" / "checkpoints"
 
 
+TRAINING = "model, statistics and optimizer; logits now and after two more steps"
+WEIGHTS_AND_MOMENTS = "model and optimizer; logits now and after two more steps"
+LOGITS = "weights; logits"
+VALUES = "weights; every value"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fixture:
     """A checkpoint and the layout it must be read under.
@@ -29,11 +35,13 @@ class Fixture:
     Attributes:
         name: The codebase and the form.
         layout: The name of its layout.
+        shown: What the suite restores of it, and how it compares.
         write: Writes it below a directory and returns the path that a user would pass.
     """
 
     name: str
     layout: str
+    shown: str
     write: Callable[[Path], Path]
 
     def __str__(self) -> str:
@@ -104,46 +112,63 @@ FIXTURES = (
     Fixture(
         name="T5X, optax",
         layout="t5x",
+        shown=TRAINING,
         write=lambda root: writers.write_t5x(root / "m", writers.t5x_tree(_adam())),
     ),
     Fixture(
         name="T5X, Adafactor",
         layout="t5x",
+        shown=TRAINING,
         write=lambda root: writers.write_t5x(root / "m", writers.t5x_adafactor_tree(_adafactor())),
     ),
     Fixture(
         name="T5X, its own format",
         layout="t5x",
+        shown=TRAINING,
         write=lambda root: writers.write_t5x_native(root, writers.t5x_adafactor_tree(_adafactor())),
     ),
     Fixture(
         name="Scenic",
         layout="scenic",
+        shown=TRAINING,
         write=lambda root: writers.write_flax(root, writers.scenic_state(_adam()), orbax=False),
     ),
-    Fixture(name="Scenic, early", layout="scenic", write=_early_scenic),
+    Fixture(name="Scenic, early", layout="scenic", shown=TRAINING, write=_early_scenic),
     Fixture(
         name="Kauldron",
         layout="kauldron",
+        shown=TRAINING,
         write=lambda root: writers.write_kauldron(root / "m", _adam()),
     ),
-    Fixture(name="big_vision", layout="big_vision", write=_big_vision),
-    Fixture(name="Gemma, flat", layout="gemma", write=_gemma("flat")),
-    Fixture(name="Gemma, stacked", layout="gemma", write=_gemma("stacked")),
-    Fixture(name="Gemma, nested", layout="params", write=_gemma("nested")),
-    Fixture(name="openpi", layout="openpi", write=_openpi),
-    Fixture(name="openpi, weights only", layout="openpi_weights", write=_openpi_weights),
-    Fixture(name="Tunix", layout="tunix", write=_tunix),
+    Fixture(name="big_vision", layout="big_vision", shown=WEIGHTS_AND_MOMENTS, write=_big_vision),
+    Fixture(name="Gemma, flat", layout="gemma", shown=LOGITS, write=_gemma("flat")),
+    Fixture(name="Gemma, stacked", layout="gemma", shown=LOGITS, write=_gemma("stacked")),
+    Fixture(name="Gemma, nested", layout="params", shown=LOGITS, write=_gemma("nested")),
+    Fixture(name="openpi", layout="openpi", shown=TRAINING, write=_openpi),
+    Fixture(name="openpi, weights only", layout="openpi_weights", shown=VALUES, write=_openpi_weights),
+    Fixture(name="Tunix", layout="tunix", shown=TRAINING, write=_tunix),
     Fixture(
         name="flax.training, msgpack",
         layout="train_state",
+        shown=TRAINING,
         write=lambda root: writers.write_flax(root, writers.flax_state(_adam()), orbax=False),
     ),
     Fixture(
         name="flax.training, Orbax",
         layout="train_state",
+        shown=TRAINING,
         write=lambda root: writers.write_flax(root, writers.flax_state(_adam()), orbax=True),
     ),
-    Fixture(name="Linen variables", layout="variables", write=_variables),
-    Fixture(name="MaxText", layout="maxtext", write=lambda _: CHECKPOINTS / "llama2_scanned"),
+    Fixture(
+        name="Linen variables",
+        layout="variables",
+        shown="weights and statistics; the modules above",
+        write=_variables,
+    ),
+    Fixture(
+        name="MaxText",
+        layout="maxtext",
+        shown="model and optimizer; digests of every value",
+        write=lambda _: CHECKPOINTS / "llama2_scanned",
+    ),
 )

@@ -14,22 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax_nnx_handler import plan_restore, restore
 from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.transfer.metadata import read_metadata
+from tests.layouts.formats import OLD, OPTIONS, VERSIONS
 from tests.layouts.old.write import tree
-
-OLD = Path(__file__).parent / "old"
-VERSIONS = {
-    "orbax_0.2.3/zarr": "zarr",
-    "orbax_0.2.3/msgpack": "msgpack",
-    "orbax_0.2.3/mixed": "zarr and msgpack",
-    "orbax_0.4.2/ocdbt": "ocdbt+zarr",
-    "orbax_0.5.3/mixed": "ocdbt+zarr and msgpack",
-}
-OPTIONS = {
-    "ocdbt+zarr": {"use_ocdbt": True, "use_zarr3": False},
-    "ocdbt+zarr3": {"use_ocdbt": True, "use_zarr3": True},
-    "zarr": {"use_ocdbt": False, "use_zarr3": False},
-    "zarr3": {"use_ocdbt": False, "use_zarr3": True},
-}
 
 
 def target(sharding: Any = None) -> Any:

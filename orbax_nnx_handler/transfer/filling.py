@@ -27,16 +27,14 @@ def check_init(plan: RestorePlan, init: Callable[[], Any] | None) -> None:
         return
     with _mesh_of(leaves):
         built = jax.eval_shape(lambda: flatten_like(init()))
-    rows = [
-        f"  {render(leaf.path)}   wanted {leaf.shape}, init gives {getattr(built.get(leaf.path), 'shape', 'nothing')}"
-        for leaf in leaves
-        if getattr(built.get(leaf.path), "shape", None) != leaf.shape
-    ]
-    if rows:
+    given = {leaf.path: getattr(built.get(leaf.path), "shape", "nothing") for leaf in leaves}
+    bad = [leaf for leaf in leaves if given[leaf.path] != leaf.shape]
+    if bad:
+        rows = [f"  {render(leaf.path)}   wanted {leaf.shape}, init gives {given[leaf.path]}" for leaf in bad]
         raise RestoreError(
-            f"init does not build {len(rows)} leaves of the target:\n" + "\n".join(rows) + "\n"
+            f"init does not build {len(bad)} leaves of the target:\n" + "\n".join(rows) + "\n"
             "hint: init must build the target itself: the same containers, attributes and shapes.",
-            paths=[leaf.path for leaf in leaves],
+            paths=[leaf.path for leaf in bad],
         )
 
 

@@ -398,7 +398,7 @@ def test_missing_layers_of_a_stack_are_named_and_only_they_are_filled(tmp_path) 
     item = save_stock(tmp_path / "item", {"params": layers})
     target = nnx.State({"layers": nnx.State({"kernel": nnx.Param(jnp.full((4, 3, 5), 7.0))})})
 
-    with pytest.raises(MissingParamError, match="layers 2 missing") as caught:
+    with pytest.raises(MissingParamError, match="layer 2 missing") as caught:
         restore(item, target)
     zeros = restore(item, target, policy="warn")
     own = restore(item, target, policy="init")

@@ -48,6 +48,16 @@ class Store:
         value = self.catalog.get(key) if self.catalog is not None else None
         return value if isinstance(value, Extent) else None
 
+    def inline(self, key: str) -> bytes | None:
+        """Returns a value small enough to lie in the catalog itself."""
+        value = self.catalog.get(key) if self.catalog is not None else None
+        return value if isinstance(value, bytes) else None
+
+    def size_of(self, key: str) -> int | None:
+        """Returns the length of a key's value, or None where only reading it can tell."""
+        value = self.catalog.get(key) if self.catalog is not None else None
+        return value.size if isinstance(value, Extent) else None
+
     def lacks(self, key: str) -> bool:
         """Tells whether the catalog shows that a key is absent."""
         return self.catalog is not None and key not in self.catalog

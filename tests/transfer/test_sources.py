@@ -1,5 +1,6 @@
 """Bytes by position: what is there is read, and what is not there is noticed."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 
 from orbax_nnx_handler.planning.errors import UnreadableLeafError
 from orbax_nnx_handler.transfer.metadata import read_metadata
-from orbax_nnx_handler.transfer.reading import read_values
+from orbax_nnx_handler.transfer.reading import leaf_reader, read_values, sources
 from orbax_nnx_handler.transfer.reading.arena import ALIGNMENT, SHARED_BLOCK_BYTES, Arena
 from orbax_nnx_handler.transfer.reading.sources import FileSource, ShortReadError, StoreSource
-from tests.transfer.checkpoints import DiskFormat, numbers, save
+from tests.transfer.checkpoints import FORMATS, DiskFormat, numbers, save
 
 
 @pytest.fixture
@@ -68,3 +69,46 @@ def test_small_leaves_share_blocks_and_keep_alive_one_block_at_most():
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
     assert owner.size <= SHARED_BLOCK_BYTES + (2 << 20)
+
+
+@pytest.mark.parametrize("disk_format", FORMATS, ids=str)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_store_without_files_of_its_own_gives_the_same_values(tmp_path, monkeypatch, disk_format, listed):
+    monkeypatch.setattr(sources, "_WHOLE_BYTES", 512)
+    monkeypatch.setattr(leaf_reader, "_PIECE_BYTES", 256)
+    tree = {"w": numbers((16, 32)), "v": numbers((5,))}
+    checkpoint = as_remote(read_metadata(save(tmp_path / "item", tree, disk_format)), listed=listed)
+
+    values = read_values(checkpoint, [("w",), ("v",)])
+
+    for name, value in tree.items():
+        np.testing.assert_array_equal(values[(name,)], np.asarray(value))
+
+
+def test_a_large_remote_chunk_is_requested_once_per_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_WHOLE_BYTES", 512)
+    monkeypatch.setattr(leaf_reader, "_PIECE_BYTES", 256)
+    path = save(tmp_path / "item", {"w": numbers((16, 32))}, DiskFormat(True, True, False))
+    requested = []
+    original = sources.RangeSource.read_into
+
+    def noting(self, start, target):
+        requested.append(len(target))
+        original(self, start, target)
+
+    monkeypatch.setattr(sources.RangeSource, "read_into", noting)
+
+    read_values(as_remote(read_metadata(path), listed=True), [("w",)])
+
+    pieces = 16 * 32 * 4 // 256
+    assert sum(requested) == 16 * 32 * 4 + pieces * 20
+
+
+def as_remote(checkpoint, *, listed):
+    """The same checkpoint as if its store were behind a network."""
+    arrays = {}
+    for path, array in checkpoint.arrays.items():
+        catalog = array.store.catalog if listed else None
+        store = dataclasses.replace(array.store, local=False, catalog=catalog)
+        arrays[path] = dataclasses.replace(array, store=store)
+    return dataclasses.replace(checkpoint, arrays=arrays)

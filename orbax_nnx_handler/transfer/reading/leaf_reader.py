@@ -56,7 +56,9 @@ class LeafReader:
             return
         for index, targets in self._by_chunk(places).items():
             key = self.array.key(index)
-            for piece in self._pieces(targets):
+            # What can only be fetched whole is fetched once.
+            divisible = self.array.store.local or self.array.store.size_of(key) is not None
+            for piece in self._pieces(targets) if divisible else [targets]:
                 run = functools.partial(self._read_chunk, key, piece)
                 yield Task(self.path, _nbytes(piece, encoding.dtype.itemsize), run)
 

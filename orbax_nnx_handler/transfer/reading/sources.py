@@ -7,7 +7,13 @@ import threading
 from collections.abc import Generator
 from typing import Protocol
 
+import tensorstore as ts
+
 from orbax_nnx_handler.transfer.stores import Store
+
+# Up to here one request for all bytes of a value costs less than one for its index
+# and one for what is needed of it.
+_WHOLE_BYTES = 4 << 20
 
 
 class AbsentError(LookupError):
@@ -68,6 +74,23 @@ class StoreSource:
         target[:] = piece
 
 
+@dataclasses.dataclass(frozen=True)
+class RangeSource:
+    """A large value in a store without files of its own: asked for piece by piece."""
+
+    kvstore: ts.KvStore
+    key: str
+    size: int
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Requests the bytes and copies them."""
+        wanted = slice(start, start + len(target))
+        result = self.kvstore.read(self.key, byte_range=wanted).result()
+        if result.state != "value":
+            raise AbsentError(self.key)
+        target[:] = result.value
+
+
 class Opener:
     """Opens the values of a store; a file that holds many values is opened once."""
 
@@ -85,8 +108,14 @@ class Opener:
             AbsentError: The store does not hold the key.
             OSError: The file cannot be opened.
         """
+        inline = self.store.inline(key)
         extent = self.store.extent(key)
-        if extent is None:
+        size = self.store.size_of(key)
+        if inline is not None:
+            yield StoreSource(inline)
+        elif extent is None and size is not None and size > _WHOLE_BYTES:
+            yield RangeSource(self.store.kvstore, key, size)
+        elif extent is None:
             yield self._fetch(key)
         elif self.store.kind == "ocdbt":
             yield FileSource(self._shared_descriptor(extent.file), extent.start, extent.size)

@@ -1,0 +1,19 @@
+"""The pages that the suite runs, each with the world it begins in."""
+
+import pathlib
+from collections.abc import Callable
+
+from tests.docs import worlds
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+PAGES: dict[str, Callable[[pathlib.Path], worlds.World]] = {
+    "README.md": worlds.tiny,
+    "docs/getting_started.md": worlds.nothing,
+    "docs/migrating.md": worlds.migration,
+    "docs/policies.md": worlds.policies,
+    "docs/rules.md": worlds.rules,
+    "docs/how_it_works.md": worlds.migration,
+    "docs/performance.md": worlds.nothing,
+    "docs/command_line.md": worlds.nothing,
+}

@@ -1,0 +1,81 @@
+"""The API reference, from the docstrings of the public names."""
+
+import enum
+import inspect
+import pathlib
+from typing import Any
+
+import orbax_nnx_handler
+from orbax_nnx_handler import v1
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "reference.md"
+_HEAD = """# API reference
+
+Written by `python -m tests.docs` from the docstrings; a test compares. The command line describes itself:
+`orbax-nnx --help`.
+"""
+_GROUPS = ("Functions", "Classes", "Errors")
+
+
+def reference() -> str:
+    """Returns the whole page."""
+    parts: dict[str, list[str]] = {group: [] for group in _GROUPS}
+    for name in orbax_nnx_handler.__all__:
+        value = getattr(orbax_nnx_handler, name)
+        parts[_group(value)].append(_entry(name, value))
+    sections = [f"## {group}\n\n" + "\n".join(entries) for group, entries in parts.items()]
+    later = "\n".join(_entry(f"v1.{name}", getattr(v1, name)) for name in ("NNXLinenHandler", "configured", "context"))
+    return "\n".join([_HEAD, *sections, f"## `orbax_nnx_handler.v1`\n\n{later}"]).rstrip() + "\n"
+
+
+def _group(value: Any) -> str:
+    if not inspect.isclass(value):
+        return "Functions"
+    return "Errors" if issubclass(value, Exception) else "Classes"
+
+
+def _entry(name: str, value: Any) -> str:
+    text = f"### `{name}`\n\n{_prose(value)}"
+    if inspect.isclass(value) and not issubclass(value, Exception | enum.Enum):
+        text += "".join(f"\n#### `{name}.{own}`\n\n{_prose(member)}" for own, member in _own_members(value))
+    elif not inspect.isclass(value):
+        text = f"### `{name}({_arguments(value)})`\n\n{_prose(value)}"
+    return text
+
+
+def _arguments(value: Any) -> str:
+    """Returns names and defaults; types are in the docstring's own words."""
+    shown: list[str] = []
+    keyword_only = False
+    for parameter in inspect.signature(value).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            shown.append("*")
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        shown.append(f"{prefix}{parameter.name}{default}")
+    return ", ".join(shown)
+
+
+def _own_members(kind: type) -> list[tuple[str, Any]]:
+    found = [(name, member) for name, member in vars(kind).items() if not name.startswith("_")]
+    documented = [(name, member) for name, member in found if callable(member) or isinstance(member, property)]
+    return [(name, member) for name, member in documented if inspect.getdoc(member)]
+
+
+def _prose(value: Any) -> str:
+    """Returns a docstring as Markdown: each section of arguments as a list."""
+    lines: list[str] = []
+    inside = False
+    for line in (inspect.getdoc(value) or "").splitlines():
+        if line.rstrip(":") in ("Args", "Attributes", "Returns", "Raises", "Yields") and line.endswith(":"):
+            lines += [f"*{line}*", ""]
+            inside = True
+        elif inside and line.startswith("    ") and not line.startswith("     ") and ":" in line:
+            name, _, rest = line.strip().partition(":")
+            lines.append(f"- `{name}`:{rest}" if " " not in name.strip("*") else f"- {line.strip()}")
+        elif inside and line.startswith("    "):
+            lines.append(f"  {line.strip()}")
+        else:
+            lines.append(line)
+    return "\n".join(lines).rstrip() + "\n"

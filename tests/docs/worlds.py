@@ -1,0 +1,117 @@
+"""What lies on disk, and which names are known, before a page begins."""
+
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from tests.cases import load_case
+from tests.gallery import models
+from tests.gallery.models import Size, linen_decoder, save, train_state
+
+World = dict[str, Any]
+
+
+def nothing(_: pathlib.Path) -> World:
+    """A page that makes everything itself."""
+    return {}
+
+
+def decoder(directory: pathlib.Path) -> World:
+    """A Linen decoder's train state at step 1200, and the NNX program for it."""
+    optimizer = optax.adamw(1e-3)
+    path = directory / "run"
+    tree = train_state(linen_decoder(Size(layers=4)), optimizer)
+    with ocp.CheckpointManager(path, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        manager.save(1200, args=ocp.args.PyTreeSave(tree))
+
+    def make_model() -> nnx.Module:
+        return models.Decoder(Size(layers=4), nnx.Rngs(0))
+
+    def make_train_state() -> nnx.Module:
+        return models.Training(make_model(), optimizer)
+
+    return {"path": path, "make_model": make_model, "make_train_state": make_train_state, "nnx": nnx}
+
+
+class _Tiny(nnx.Module):
+    """A model whose plan fits on the first page of the README."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(256, 16, rngs=rngs)
+        self.layers = nnx.List(nnx.Linear(16, 16, use_bias=False, rngs=rngs) for _ in range(4))
+        self.head = nnx.Linear(16, 256, use_bias=False, rngs=rngs)
+
+
+def tiny(directory: pathlib.Path) -> World:
+    """A Linen program's train state, its layers stacked, and an NNX program with layers one by one."""
+    optimizer = optax.sgd(1e-3, momentum=0.9)
+    params = {
+        "embed": {"embedding": np.zeros((256, 16), np.float32)},
+        "layers": {"kernel": np.zeros((16, 4, 16), np.float32)},
+        "head": {"kernel": np.zeros((16, 256), np.float32)},
+    }
+    path = directory / "run"
+    with ocp.CheckpointManager(path, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        manager.save(1200, args=ocp.args.PyTreeSave(train_state(params, optimizer)))
+
+    def make_train_state() -> nnx.Module:
+        return models.Training(_Tiny(nnx.Rngs(0)), optimizer)
+
+    return {"path": path, "make_train_state": make_train_state, "nnx": nnx}
+
+
+def migration(directory: pathlib.Path) -> World:
+    """What MaxText, openpi and a plain Linen loop left behind."""
+    case = load_case("llama2_scanned_to_unscanned")
+    shutil.copytree(case.step_path, directory / "maxtext" / "3")
+    params = linen_decoder()
+    save(directory / "openpi" / "params", {"params": _boxed(params)})
+    plain = decoder(directory)
+    return plain | {
+        "maxtext_root": directory / "maxtext",
+        "maxtext_target": case.target,
+        "openpi_params": directory / "openpi" / "params",
+        "make_openpi_model": lambda: models.Decoder(Size(), nnx.Rngs(0)),
+        "linen_params": linen_decoder(Size(layers=4)),
+        "optimizer": optax.adamw(1e-3),
+    }
+
+
+def _boxed(tree: Any) -> Any:
+    return {key: _boxed(part) for key, part in tree.items()} if isinstance(tree, dict) else {"value": tree}
+
+
+def policies(directory: pathlib.Path) -> World:
+    """A pretrained decoder, and a program that puts a new classifier on top of it."""
+    world = decoder(directory)
+
+    class Tagger(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            for name, part in vars(models.Decoder(Size(layers=4), rngs)).items():
+                if not name.startswith("_"):
+                    setattr(self, name, part)
+            self.classifier = nnx.Linear(16, 5, rngs=rngs)
+
+    return world | {"make_tagger": lambda: Tagger(nnx.Rngs(0))}
+
+
+def rules(directory: pathlib.Path) -> World:
+    """A Linen program with names and shapes of its own."""
+    chance = np.random.default_rng(0)
+
+    def values(*shape: int) -> np.ndarray[Any, Any]:
+        return chance.normal(size=shape).astype(np.float32)
+
+    tree = {
+        "Dense_0": {"kernel": values(8, 16), "bias": values(16)},
+        "attention": {"qkv": {"kernel": values(16, 48)}},
+        "head": {"kernel": values(10, 16)},
+        "probe": {"kernel": values(3, 3)},
+    }
+    save(directory / "run" / "1200" / "default", {"params": tree})
+    return {"path": directory / "run", "nnx": nnx}

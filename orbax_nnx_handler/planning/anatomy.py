@@ -133,8 +133,9 @@ def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:
 
 def _is_opt_state(node: Any) -> bool:
     """Tells an optimizer's state, empty or not, from a module of the model that has its name."""
-    if node is None:
-        return False
+    if node is None or isinstance(node, tuple | list):
+        # Optax's own containers. In a functional train state their leaves may be `nnx.Param`s.
+        return node is not None
     state = cast(Any, nnx.state(node)) if isinstance(node, nnx.Module) else node
     return not any(isinstance(leaf, nnx.Param | nnx.BatchStat) for leaf in flatten(state).values())
 

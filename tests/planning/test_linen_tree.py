@@ -253,6 +253,24 @@ def test_an_inner_list_of_the_model_is_no_chain_of_the_optimizer() -> None:
         assert set(tree["opt_state"][0]["trace"]["layers_0"]) == {"kernel", "bias"}
 
 
+def test_a_module_called_opt_state_is_no_optimizer() -> None:
+    model = net()
+    model.opt_state = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+    for item in (model, nnx.state(model)):
+        assert paths(to_linen_tree(item)) == MODEL | {"params/opt_state/kernel", "params/opt_state/bias"}
+
+
+def test_a_parameter_that_the_optimizer_leaves_alone_has_no_moment() -> None:
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    tx = optax.masked(optax.adam(0.1), lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree))
+
+    tree = to_linen_tree((model, nnx.Optimizer(model, tx, wrt=nnx.Param)))
+
+    assert tree["opt_state"]["inner_state"][0]["mu"]["bias"] is None
+    assert tree["opt_state"]["inner_state"][0]["mu"]["kernel"].shape == (2, 2)
+
+
 def test_two_leaves_of_one_linen_name_are_refused() -> None:
     state = nnx.from_flat_state(
         [(("layers", 0, "w"), nnx.Param(jnp.ones(1))), (("layers_0", "w"), nnx.Param(jnp.ones(1)))]

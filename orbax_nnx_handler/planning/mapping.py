@@ -174,6 +174,9 @@ def _add_moments(
         slot = moments.slot(item.slot, slots)
         parameter = found.get(parameters[item.parameter]) if item.parameter in parameters else None
         if slot is None or parameter is None:
+            orphan = moments.orphan(item.slot, item.parameter)
+            if orphan is not None:
+                found[path] = Found(recipe=Read(orphan.path))
             continue
         why = why_stuck(parameter.recipe, moments.slots[slot], stored, casts)
         if why:

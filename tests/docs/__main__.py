@@ -5,13 +5,13 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-import pathlib  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
+import pathlib
+import sys
+import tempfile
 
-from tests.docs.blocks import run  # noqa: E402
-from tests.docs.pages import PAGES, ROOT  # noqa: E402
-from tests.docs.reference import PAGE, reference  # noqa: E402
+from tests.docs.blocks import run
+from tests.docs.pages import PAGES, ROOT
+from tests.docs.reference import PAGE, reference
 
 PAGE.write_text(reference())
 for name in sys.argv[1:] or PAGES:
@@ -25,6 +25,10 @@ for name in sys.argv[1:] or PAGES:
             text = text.replace(f"```text\n{block.code}```", f"```text\n{printed}\n```", 1)
         page.write_text(text)
         sys.path.remove(directory)
-        for module in [name for name, m in sys.modules.items() if getattr(m, "__file__", None) and directory in str(m.__file__)]:
+        for module in [
+            name
+            for name, m in sys.modules.items()
+            if getattr(m, "__file__", None) and directory in str(m.__file__)
+        ]:
             del sys.modules[module]
         os.chdir(ROOT)

@@ -13,7 +13,8 @@ PAGES: dict[str, Callable[[pathlib.Path], worlds.World]] = {
     "docs/migrating.md": worlds.migration,
     "docs/policies.md": worlds.policies,
     "docs/rules.md": worlds.rules,
+    "docs/layouts.md": worlds.layouts,
+    "docs/command_line.md": worlds.nothing,
     "docs/how_it_works.md": worlds.migration,
     "docs/performance.md": worlds.nothing,
-    "docs/command_line.md": worlds.nothing,
 }

@@ -24,7 +24,9 @@ def reference() -> str:
         value = getattr(orbax_nnx_handler, name)
         parts[_group(value)].append(_entry(name, value))
     sections = [f"## {group}\n\n" + "\n".join(entries) for group, entries in parts.items()]
-    later = "\n".join(_entry(f"v1.{name}", getattr(v1, name)) for name in ("NNXLinenHandler", "configured", "context"))
+    later = "\n".join(
+        _entry(f"v1.{name}", getattr(v1, name)) for name in ("NNXLinenHandler", "configured", "context")
+    )
     return "\n".join([_HEAD, *sections, f"## `orbax_nnx_handler.v1`\n\n{later}"]).rstrip() + "\n"
 
 
@@ -59,7 +61,9 @@ def _arguments(value: Any) -> str:
 
 def _own_members(kind: type) -> list[tuple[str, Any]]:
     found = [(name, member) for name, member in vars(kind).items() if not name.startswith("_")]
-    documented = [(name, member) for name, member in found if callable(member) or isinstance(member, property)]
+    documented = [
+        (name, member) for name, member in found if callable(member) or isinstance(member, property)
+    ]
     return [(name, member) for name, member in documented if inspect.getdoc(member)]
 
 

@@ -4,14 +4,17 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from orbax_nnx_handler import plan_restore, restore
 from tests.cases import load_case
 from tests.gallery import models
 from tests.gallery.models import Size, linen_decoder, save, train_state
+from tests.layouts import language, writers
 
 World = dict[str, Any]
 
@@ -35,7 +38,8 @@ def decoder(directory: pathlib.Path) -> World:
     def make_train_state() -> nnx.Module:
         return models.Training(make_model(), optimizer)
 
-    return {"path": path, "make_model": make_model, "make_train_state": make_train_state, "nnx": nnx}
+    programs = {"make_model": make_model, "make_train_state": make_train_state, "optimizer": optimizer}
+    return {"path": path, "nnx": nnx, **programs}
 
 
 class _Tiny(nnx.Module):
@@ -78,7 +82,6 @@ def migration(directory: pathlib.Path) -> World:
         "openpi_params": directory / "openpi" / "params",
         "make_openpi_model": lambda: models.Decoder(Size(), nnx.Rngs(0)),
         "linen_params": linen_decoder(Size(layers=4)),
-        "optimizer": optax.adamw(1e-3),
     }
 
 
@@ -115,3 +118,32 @@ def rules(directory: pathlib.Path) -> World:
     }
     save(directory / "run" / "1200" / "default", {"params": tree})
     return {"path": directory / "run", "nnx": nnx}
+
+
+def layouts(directory: pathlib.Path) -> World:
+    """A train state, Gemma's weights in two forms, and a step of openpi's with averaged weights."""
+    world = decoder(directory)
+    params = models.zeros(
+        jax.eval_shape(lambda: language.LinenGemma().init(jax.random.key(0), language.TOKENS))
+    )
+    forms = {
+        form: writers.write_standard(
+            directory / form, writers.gemma_tree(params["params"], form, language.KINDS)
+        )
+        for form in ("nested", "stacked")
+    }
+    weights = nnx.to_pure_dict(nnx.state(world["make_model"]()))
+    moments = writers.boxed_moments(world["optimizer"].init(weights))
+    items = {
+        "params": {"params": writers.boxed(weights)},
+        "train_state": {"step": np.int32(3), "opt_state": moments},
+    }
+    return world | {
+        "plan_restore": plan_restore,
+        "restore": restore,
+        "target": nnx.eval_shape(world["make_train_state"]),
+        **forms,
+        "gemma": nnx.eval_shape(language.NnxGemma),
+        "root": writers.write_items(directory / "openpi", items),
+        **{part: getattr(nnx.eval_shape(world["make_train_state"]), part) for part in ("model", "optimizer")},
+    }

@@ -1,6 +1,6 @@
 """Restores Orbax checkpoints that a Flax Linen program wrote into Flax NNX state."""
 
-from orbax_nnx_handler.api import plan_restore, restore, save
+from orbax_nnx_handler.api import plan_restore, restore, save, suggest
 from orbax_nnx_handler.handler import (
     MissingParamRestoreArgs,
     NNXLinenHandler,
@@ -38,6 +38,7 @@ from orbax_nnx_handler.planning.rules import (
     UnstackLayers,
     invert,
 )
+from orbax_nnx_handler.planning.suggesting import Suggestion
 
 __all__ = [
     "AmbiguousMappingError",
@@ -63,6 +64,7 @@ __all__ = [
     "ShapeMismatchError",
     "Split",
     "StackLayers",
+    "Suggestion",
     "Transpose",
     "UnexpectedParamError",
     "UnknownLayoutError",
@@ -74,4 +76,5 @@ __all__ = [
     "plan_restore",
     "restore",
     "save",
+    "suggest",
 ]

@@ -8,6 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import nnx
 
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.linen_tree import Flavour
@@ -19,6 +20,7 @@ from orbax_nnx_handler.planning.planner import make_plan
 from orbax_nnx_handler.planning.policies import Policies, Policy
 from orbax_nnx_handler.planning.report import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.suggesting import Order, Suggestion, creation_order, propose
 from orbax_nnx_handler.planning.target import Target, flatten_like, flatten_target
 from orbax_nnx_handler.transfer.agreement import agree
 from orbax_nnx_handler.transfer.collection import paused_collection
@@ -117,6 +119,51 @@ def restore(
         directory, target, restore_args, options, concurrent_bytes=limit, progress=progress
     )
     return result
+
+
+def suggest(
+    path: epath.PathLike,
+    target: Any,
+    *,
+    init: Callable[[], Any] | None = None,
+    layout: str = "auto",
+    renames: Iterable[Rule | tuple[str, str]] = (),
+    item: str | None = None,
+) -> Suggestion:
+    """Proposes `renames` for a target whose names are not the checkpoint's; reads metadata only.
+
+    Args:
+        path: See `plan_restore`.
+        target: See `plan_restore`.
+        init: Builds the target. It tells in which order modules are created, which
+            an abstract target has forgotten; traced, nothing is computed.
+        layout: See `plan_restore`.
+        renames: Rules that are settled; they are not proposed again.
+        item: See `plan_restore`.
+
+    Returns:
+        The proposal. Nothing is applied: print it, check it, paste it.
+
+    Raises:
+        RestoreError: The path is no checkpoint, its layout is unknown, or `renames` do not fit.
+    """
+    options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
+    stored = read_metadata(find_item(path, item)).leaves
+    return propose(flatten_target(target), stored, options, _order_of(target, init))
+
+
+def _order_of(target: Any, init: Callable[[], Any] | None) -> Order:
+    if init is None:
+        return creation_order(target)
+    found: list[Order] = []
+
+    def build() -> Any:
+        built = init()
+        found.append(creation_order(built))
+        return built
+
+    nnx.eval_shape(build)
+    return found[0]
 
 
 def save(

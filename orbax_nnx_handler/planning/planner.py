@@ -56,7 +56,7 @@ def make_plan(
     """
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
-    mapping, faults = _best_mapping(wanted, stored, options)
+    mapping, faults = best_mapping(wanted, stored, options)
     judge = _Judge(mapping, stored, options, policies)
     verdicts = {item.leaf.path: judge.verdict(item) for item in wanted}
     used = [v.recipe for v in verdicts.values() if not isinstance(v, Defaulted) and v.recipe is not None]
@@ -86,12 +86,22 @@ def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Evidence:
     )
 
 
-def _best_mapping(
+def best_mapping(
     wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions
 ) -> tuple[LeafMapping, list[RestoreError]]:
-    """Returns the reading that finds the most leaves, and what is wrong with the choice."""
-    options_found = layouts.candidates(stored, options.layout)
-    mappings = [map_leaves(wanted, stored, layout, options.renames) for layout in options_found]
+    """Returns the reading that finds the most leaves, and what is wrong with the choice.
+
+    Raises:
+        RestoreError: No layout fits, or the rules fit under none of those that do.
+    """
+    mappings, refused = list[LeafMapping](), list[RestoreError]()
+    for layout in layouts.candidates(stored, options.layout):
+        try:
+            mappings.append(map_leaves(wanted, stored, layout, options.renames))
+        except RestoreError as error:  # A rule may be meant for one layout of several.
+            refused.append(error)
+    if not mappings:
+        raise refused[0]
     scores = [_score(mapping, wanted, stored) for mapping in mappings]
     best = mappings[scores.index(max(scores))]
     rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]

@@ -21,7 +21,9 @@ Arrays = Mapping[Path, np.ndarray]
 def leaves_of(tree: Any, prefix: Path = ()) -> dict[Path, Any]:
     """Returns the leaves of nested dicts and lists by path."""
     if isinstance(tree, dict):
-        return {path: leaf for key, part in tree.items() for path, leaf in leaves_of(part, (*prefix, key)).items()}
+        return {
+            path: leaf for key, part in tree.items() for path, leaf in leaves_of(part, (*prefix, key)).items()
+        }
     if isinstance(tree, list):
         parts = enumerate(tree)
         return {path: leaf for key, part in parts for path, leaf in leaves_of(part, (*prefix, key)).items()}

@@ -30,15 +30,62 @@ from orbax_nnx_handler.planning.target import flatten_target
 from tests.planning.plans import leaves_of
 
 ODD_NAMES = (
-    *("params", "params", "opt_state", "step", "value", "key", "rngs", "count", "batch_stats", "nnx_aux", "mu"),
-    *("layers", "layers_0", "layers_1", "layers_10", "layers_remainder", "blocks", "x_0_1", "_0", "0", "1", "#0"),
-    *("kernel", "bias", "scale", "a/b", "Dense_0/kernel/u", "hn", "ir", "if", "if_", "dense_i", "target", "", " "),
+    *(
+        "params",
+        "params",
+        "opt_state",
+        "step",
+        "value",
+        "key",
+        "rngs",
+        "count",
+        "batch_stats",
+        "nnx_aux",
+        "mu",
+    ),
+    *(
+        "layers",
+        "layers_0",
+        "layers_1",
+        "layers_10",
+        "layers_remainder",
+        "blocks",
+        "x_0_1",
+        "_0",
+        "0",
+        "1",
+        "#0",
+    ),
+    *(
+        "kernel",
+        "bias",
+        "scale",
+        "a/b",
+        "Dense_0/kernel/u",
+        "hn",
+        "ir",
+        "if",
+        "if_",
+        "dense_i",
+        "target",
+        "",
+        " ",
+    ),
 )
 KEYS = st.one_of(st.sampled_from(ODD_NAMES), st.integers(0, 2), st.just(("a", "b")), st.just(("tuple", 0)))
 SHAPES = st.sampled_from([(), (0,), (1,), (2,), (2, 2), (2, 3), (3, 2, 3), (2, 2, 2)])
 DTYPES = st.sampled_from(["float32", "bfloat16", "int32", "uint32", "bool", "complex64"])
 KINDS = st.sampled_from(
-    [nnx.Param, nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.RngKey, nnx.RngCount, nnx.OptState, nnx.LoRAParam]
+    [
+        nnx.Param,
+        nnx.BatchStat,
+        nnx.Cache,
+        nnx.Intermediate,
+        nnx.RngKey,
+        nnx.RngCount,
+        nnx.OptState,
+        nnx.LoRAParam,
+    ]
 )
 
 

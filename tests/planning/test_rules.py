@@ -129,7 +129,9 @@ def test_cast_lets_integers_become_floats():
 
 
 def test_a_cast_must_give_the_dtype_that_the_target_wants():
-    plan = plan_of(nnx.State(params({"dense": {"kernel": (3, 4), "bias": (4,)}})), DENSE, [Cast("kernel", "bfloat16")])
+    plan = plan_of(
+        nnx.State(params({"dense": {"kernel": (3, 4), "bias": (4,)}})), DENSE, [Cast("kernel", "bfloat16")]
+    )
 
     (found,) = plan.mismatched.values()
 
@@ -249,7 +251,9 @@ def test_unequal_parts_need_their_sizes_said():
     values = restored({"qk": (6,)}, stored, Fuse(("q", "k"), "qk", axis=0, sizes=(4, 2)))
 
     assert "the parts have (4, 2) elements on axis 0; unequal parts need sizes=(...)" in message
-    np.testing.assert_array_equal(values["qk"], np.concatenate([stored["params"]["q"], stored["params"]["k"]]))
+    np.testing.assert_array_equal(
+        values["qk"], np.concatenate([stored["params"]["q"], stored["params"]["k"]])
+    )
 
 
 def test_a_gap_in_the_layers_is_refused():
@@ -278,7 +282,9 @@ def test_a_part_of_a_split_leaf_that_nobody_wants_is_an_error():
     message = failure({"q": (2,)}, stored, Split("qk", ("q", "kk"), axis=0))
     dropped = restored({"q": (2,)}, stored, Split("qk", ("q", "kk"), axis=0), Drop("kk", "tied to q"))
 
-    assert message.startswith("1 parts of split leaves are no wanted leaf:\n  kk (2,)  <-  params/qk by Split(")
+    assert message.startswith(
+        "1 parts of split leaves are no wanted leaf:\n  kk (2,)  <-  params/qk by Split("
+    )
     np.testing.assert_array_equal(dropped["q"], stored["params"]["qk"][:2])
 
 
@@ -288,7 +294,9 @@ def test_two_rules_that_land_on_one_leaf_are_both_quoted():
     with pytest.raises(onh.AmbiguousMappingError) as raised:
         restored({"c": (2,)}, stored, ("a", "c"), ("b", "c"))
 
-    assert "  c\n    <- params/a (2,)  by ('a', 'c')\n    <- params/b (2,)  by ('b', 'c')" in str(raised.value)
+    assert "  c\n    <- params/a (2,)  by ('a', 'c')\n    <- params/b (2,)  by ('b', 'c')" in str(
+        raised.value
+    )
 
 
 def test_a_rule_that_matches_nothing_is_quoted():

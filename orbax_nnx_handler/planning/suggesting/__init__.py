@@ -1,0 +1,166 @@
+"""Proposes rules where the names of checkpoint and target differ."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from orbax_nnx_handler.planning.entries import Entry
+from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.paths import Path, segments
+from orbax_nnx_handler.planning.placement import Stored
+from orbax_nnx_handler.planning.planner import best_mapping, make_plan
+from orbax_nnx_handler.planning.recipes import Read, reads, shape_of
+from orbax_nnx_handler.planning.roles import of_role, roles_of
+from orbax_nnx_handler.planning.structures import derive
+from orbax_nnx_handler.planning.suggesting.creation import Order, creation_order
+from orbax_nnx_handler.planning.suggesting.pairing import Pairing
+from orbax_nnx_handler.planning.suggesting.suggestion import Confidence, Question, Suggestion
+from orbax_nnx_handler.planning.suggesting.trees import Leaf, Module, Signatures, Tokens, tree_of
+from orbax_nnx_handler.planning.suggesting.wording import Proposal, proposals_of
+from orbax_nnx_handler.planning.target import Target
+
+__all__ = ["Confidence", "Order", "Proposal", "Question", "Suggestion", "creation_order", "propose"]
+
+
+def propose(
+    target: Target, stored: Stored, options: RestoreOptions, order: Order | None = None
+) -> Suggestion:
+    """Proposes rules for the weights that have no stored leaf of their name and shape.
+
+    Structure counts first, then shapes, then the order of creation (Linen numbers
+    its automatic names in it), then names.
+
+    Args:
+        target: What the caller wants.
+        stored: What the checkpoint holds.
+        options: As for a plan; its rules are applied first and not proposed again.
+        order: The order in which the target's modules are created, where it is known.
+    """
+    plan = make_plan(target, stored, options)
+    mapping, _ = best_mapping(roles_of(target.leaves), stored, options)
+    wanted = [
+        Leaf(
+            tokens=item.tokens,
+            names=segments(item.path),
+            collection=item.collection,
+            shape=item.leaf.shape,
+            source=item.leaf.path,
+        )
+        for item in of_role(roles_of(target.leaves), "model")
+        if item.leaf.path not in plan.restored
+    ]
+    used = {path for item in plan.restored.values() for path in reads(item.recipe)}
+    entries = [entry for entry in mapping.applied.entries if not used.intersection(entry.sources)]
+    pairing, wanted_root = _best_pairing(wanted, entries, order or {})
+    return _suggestion(pairing, wanted_root, target, stored, options)
+
+
+def _best_pairing(wanted: Sequence[Leaf], entries: Sequence[Entry], order: Order) -> tuple[Pairing, int]:
+    """Pairs the two trees at the depths, and in NNX's own arrangement or not, that pair the most."""
+    typed = all(leaf.collection for leaf in wanted) and all(entry.collection for entry in entries)
+    ours = tree_of(wanted if typed else _untyped(wanted), order)
+    # The order may be that of a larger item than the target.
+    ordered = all(leaf.tokens[0] in order.get((), ()) for leaf in wanted)
+    best: tuple[Pairing, int] | None = None
+    for leaves in (_plain(entries), _arranged(entries)):
+        theirs = tree_of(leaves if typed else _untyped(leaves))
+        for left in _depths(ours):
+            for right in _depths(theirs):
+                pairing = Pairing(Signatures(), ordered)
+                pairing.pair(left, right)
+                if best is None or len(_covered(pairing)) > len(_covered(best[0])):
+                    best = (pairing, max(0, len(left.path) - len(right.path)))
+    assert best is not None
+    return best
+
+
+def _covered(pairing: Pairing) -> set[Path]:
+    return {pair.wanted.source for pair in pairing.pairs}
+
+
+def _untyped(leaves: Iterable[Leaf]) -> list[Leaf]:
+    return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
+
+
+def _depths(module: Module) -> list[Module]:
+    """Returns the tree and what it wraps: a target's model may stand below other names."""
+    inner = module.wraps
+    return [module] if inner is None else [module, *_depths(inner)]
+
+
+def _plain(entries: Sequence[Entry]) -> list[Leaf]:
+    return [_leaf(entry, entry.tokens, entry.segments) for entry in entries]
+
+
+def _leaf(entry: Entry, tokens: Tokens, names: tuple[str, ...]) -> Leaf:
+    return Leaf(
+        tokens=tokens, names=names, collection=entry.collection, shape=entry.shape, source=entry.sources[0]
+    )
+
+
+def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
+    """Returns the stored leaves with the gates of recurrent cells as NNX fuses them."""
+    plain = {entry.tokens: entry for entry in entries if isinstance(entry.recipe, Read)}
+    by_path = {entry.sources[0]: entry for entry in plain.values()}
+    derived, homeless = derive(
+        {
+            tokens: StoredLeaf(path=e.sources[0], shape=e.shape, dtype=e.dtype, key_impl=None)
+            for tokens, e in plain.items()
+        }
+    )
+    shapes = {path: entry.shape for path, entry in by_path.items()}
+    consumed = {path for item in derived for path in reads(item.recipe)} | {
+        item.leaf.path for item in homeless
+    }
+    kept = [entry for entry in entries if entry.sources[0] not in consumed]
+    made: list[Leaf] = []
+    for item in derived:
+        first = by_path[next(iter(reads(item.recipe)))]
+        leaf = _leaf(first, item.path, (*first.segments[:-2], *item.path[-2:]))
+        made.append(dataclasses.replace(leaf, shape=shape_of(item.recipe, shapes)))
+    return [*_plain(kept), *made]
+
+
+def _suggestion(
+    pairing: Pairing, above: int, target: Target, stored: Stored, options: RestoreOptions
+) -> Suggestion:
+    """Returns the proposal with what is left when it is followed."""
+    proposals = proposals_of(pairing.pairs, above)
+    rules = (*options.renames, *(proposal.rule for proposal in proposals))
+    problem = ""
+    try:
+        plan = make_plan(target, stored, dataclasses.replace(options, renames=rules))
+        problem = "\n".join(str(fault) for fault in plan.faults)
+    except RestoreError as error:
+        problem = str(error)
+        plan = make_plan(target, stored, options)
+    weights = {item.leaf.path for item in of_role(roles_of(target.leaves), "model")}
+    return Suggestion(
+        proposals=proposals,
+        questions=_questions(pairing, above),
+        unmatched_wanted=tuple(path for path in (*plan.missing, *plan.mismatched) if path in weights),
+        unmatched_stored=tuple(
+            path for path in plan.unexpected if plan.evidence.placements[path].section == "model"
+        ),
+        problem=problem,
+    )
+
+
+def _questions(pairing: Pairing, above: int) -> tuple[Question, ...]:
+    """Returns the choices as questions; one for all layers of a group that leave the same choice."""
+    found = (
+        Question(
+            stored=tuple(_spelled(path) for path in choice.stored),
+            wanted=tuple(_spelled(path[above:]) for path in choice.wanted),
+            grounds=choice.grounds,
+        )
+        for choice in pairing.choices
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def _spelled(tokens: Tokens) -> str:
+    """Returns a module's path with its own number, but `*` for the layers it is in."""
+    above = ("#*" if token.startswith("#") else token for token in tokens[:-2])
+    return "/".join((*above, *tokens[-2:])).replace("/#", "_").removeprefix("#")

@@ -1,0 +1,170 @@
+"""Proposals on trees: what structure, shapes, order and names tell, and what they leave open."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.suggesting import creation_order, propose
+from orbax_nnx_handler.planning.target import flatten_target
+from tests.planning.plans import leaves_of, params, stored_of
+
+DENSE = {"kernel": (2, 3), "bias": (3,)}
+OTHER = {"kernel": (3, 2), "bias": (2,)}
+
+
+def arrays(tree):
+    if isinstance(tree, dict):
+        return {key: arrays(part) for key, part in tree.items()}
+    return np.zeros(tree, "float32")
+
+
+def proposal(wanted, stored, order=None):
+    target = flatten_target(nnx.State(params(wanted)))
+    return propose(target, stored_of(leaves_of({"params": arrays(stored)})), RestoreOptions.of(), order)
+
+
+def renames(found):
+    return [(rule.pattern, rule.replacement) for rule in found.renames]
+
+
+def test_shapes_alone_tell_modules_apart():
+    found = proposal({"up": DENSE, "down": OTHER}, {"Dense_0": OTHER, "Dense_1": DENSE})
+
+    assert sorted(renames(found)) == [("Dense_0", "down"), ("Dense_1", "up")]
+    assert (found.confidence, found.questions, found.unmatched_wanted) == ("certain", (), ())
+
+
+def test_equal_modules_go_by_the_order_of_creation_where_it_is_known():
+    wanted, stored = {"zeta": DENSE, "alpha": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE}
+
+    found = proposal(wanted, stored, {(): ["zeta", "alpha"]})
+
+    assert renames(found) == [("Dense_0", "zeta"), ("Dense_1", "alpha")]
+    assert found.confidence == "likely"
+    assert [str(question) for question in found.questions] == [
+        "Dense_0, Dense_1 are taken for zeta, alpha by order of creation; is that so?"
+    ]
+
+
+def test_equal_modules_are_a_question_where_the_order_is_not_known():
+    found = proposal({"zeta": DENSE, "alpha": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE})
+
+    assert found.confidence == "open"
+    assert [str(question) for question in found.questions] == [
+        "which of Dense_0, Dense_1 is which of alpha, zeta? The shapes allow every order."
+    ]
+
+
+def test_a_tenth_module_comes_after_the_second():
+    stored = {f"Dense_{i}": DENSE for i in range(11)}
+
+    found = proposal({"layers": {i: DENSE for i in range(11)}}, stored)
+
+    assert renames(found) == [("Dense_{i}", "layers/{i}")]
+    assert found.confidence == "certain"
+
+
+def test_layers_under_one_name_are_one_rule_with_a_place():
+    block = {"Dense_0": DENSE, "Dense_1": OTHER}
+
+    found = proposal(
+        {"blocks": {i: {"up": DENSE, "down": OTHER} for i in range(3)}},
+        {f"Block_{i}": block for i in range(3)},
+    )
+
+    assert sorted(renames(found)) == [
+        ("Block_{i}/Dense_0", "blocks/{i}/up"),
+        ("Block_{i}/Dense_1", "blocks/{i}/down"),
+    ]
+
+
+def test_a_stored_stack_of_layers_is_found_by_its_shapes():
+    stacked = {"Dense_0": {"kernel": (4, 2, 3), "bias": (4, 3)}}
+
+    found = proposal({"blocks": {i: {"up": DENSE} for i in range(4)}}, {"ScanBlock_0": stacked})
+
+    assert renames(found) == [("ScanBlock_0/Dense_0", "blocks/up")]
+    assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_layers_that_the_target_stacks_are_found_by_their_shapes():
+    stored = {f"Block_{i}": {"Dense_0": DENSE} for i in range(4)}
+
+    found = proposal({"blocks": {"up": {"kernel": (4, 2, 3), "bias": (4, 3)}}}, stored)
+
+    assert renames(found) == [("Block_{i}/Dense_0", "blocks/{i}/up")]
+    assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_names_decide_between_equal_modules_that_have_names():
+    found = proposal({"enc": DENSE, "dec": DENSE}, {"decoder": DENSE, "encoder": DENSE})
+
+    assert sorted(renames(found)) == [("decoder", "dec"), ("encoder", "enc")]
+    assert found.confidence == "likely"
+
+
+def test_a_module_with_one_leaf_more_is_still_recognised():
+    found = proposal(
+        {"mlp": {"up": DENSE, "down": OTHER, "gate": {"scale": (7,)}}},
+        {"Mlp_0": {"Dense_0": DENSE, "Dense_1": OTHER}},
+    )
+
+    assert sorted(renames(found)) == [("Mlp_0/Dense_0", "mlp/up"), ("Mlp_0/Dense_1", "mlp/down")]
+    assert found.unmatched_wanted == (("mlp", "gate", "scale"),)
+
+
+def test_a_model_below_other_names_is_found():
+    found = proposal({"state": {"model": {"up": DENSE, "down": OTHER}}}, {"Dense_0": DENSE, "Dense_1": OTHER})
+
+    assert sorted(renames(found)) == [("Dense_0", "up"), ("Dense_1", "down")]
+    assert found.unmatched_wanted == ()
+
+
+def test_more_stored_modules_than_wanted_ones_are_a_question():
+    found = proposal({"up": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE})
+
+    assert found.confidence == "open"
+    assert [str(question) for question in found.questions] == [
+        "2 stored (Dense_0, Dense_1) but 1 wanted (up): which is which?"
+    ]
+    assert set(found.unmatched_wanted) == {("up", "bias"), ("up", "kernel")}
+
+
+def test_where_every_name_is_right_nothing_is_proposed():
+    found = proposal({"dense": DENSE, "layers": {0: OTHER}}, {"dense": DENSE, "layers_0": OTHER})
+
+    assert (found.renames, found.questions, found.confidence) == ((), (), "certain")
+
+
+def test_the_proposal_prints_as_python():
+    found = proposal(
+        {"up": DENSE, "down": OTHER}, {"Dense_0": DENSE, "Dense_1": OTHER, "Dense_2": {"kernel": (5,)}}
+    )
+
+    scope = {}
+    exec(str(found), scope)
+
+    assert sorted(scope["renames"]) == [("Dense_0", "up"), ("Dense_1", "down")]
+    assert str(found).splitlines()[0] == "# confidence: certain"
+    assert str(found).splitlines()[-1] == "# stored, and nothing wants it: params/Dense_2/kernel"
+
+
+class Two(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.zeta = nnx.Linear(2, 3, rngs=rngs)
+        self.inner = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
+        self.alpha_1 = nnx.Linear(2, 3, rngs=rngs)
+
+
+def test_a_module_remembers_in_which_order_its_parts_were_created():
+    order = creation_order((Two(nnx.Rngs(0)), 1))
+
+    assert order["#0",] == ["zeta", "inner", "alpha"]
+    assert order["#0", "inner"] == ["#0"]
+    assert order["#0", "zeta"] == ["kernel", "bias"]
+
+
+def test_an_abstract_module_has_forgotten_the_order():
+    assert creation_order(nnx.eval_shape(lambda: Two(nnx.Rngs(0)))) == {}
+    assert creation_order(jax.ShapeDtypeStruct((), "float32")) == {}

@@ -1,0 +1,69 @@
+"""The first proposal for whole models under automatic names, from the checkpoint to the logits."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from orbax_nnx_handler import Suggestion, restore, suggest
+from tests.zoo.models import MODELS
+from tests.zoo.models.base import ModelPair, build, initial_state
+from tests.zoo.pairs import saved
+
+UNNAMED = [pair for pair in MODELS if pair.determined is not None]
+
+
+@pytest.fixture(scope="module", params=UNNAMED, ids=str)
+def pair(request: pytest.FixtureRequest) -> ModelPair:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def state(pair: ModelPair) -> TrainState:
+    return initial_state(pair)
+
+
+@pytest.fixture(scope="module")
+def path(state: TrainState, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(state, tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def target(pair: ModelPair) -> Any:
+    return nnx.eval_shape(lambda: build(pair))
+
+
+@pytest.fixture(scope="module")
+def proposal(pair: ModelPair, path: Path, target: Any) -> Suggestion:
+    return suggest(path, target, init=functools.partial(build, pair))
+
+
+def test_the_first_proposal_gives_linens_logits_wherever_shapes_and_order_tell(
+    pair: ModelPair, state: TrainState, path: Path, target: Any, proposal: Suggestion
+) -> None:
+    model, _ = restore(path, target, renames=proposal.renames, unexpected="error")
+
+    variables = {"params": state.params}
+    if hasattr(state, "batch_stats"):
+        variables["batch_stats"] = state.batch_stats
+    mode = {"train": False} if pair.has_statistics else {}
+    expected = pair.linen.apply(variables, *pair.inputs, **mode)
+    same = np.allclose(model(*pair.inputs, **mode), expected, rtol=2e-5, atol=2e-5)
+    assert same == (pair.determined != "nothing")
+
+
+def test_it_says_what_it_rests_on(pair: ModelPair, proposal: Suggestion) -> None:
+    assert proposal.problem == ""
+    assert proposal.unmatched_wanted == proposal.unmatched_stored == ()
+    assert bool(proposal.questions) == (pair.determined != "shapes")
+    assert proposal.confidence == ("certain" if pair.determined == "shapes" else "likely")
+
+
+def test_where_the_order_is_forgotten_it_asks(pair: ModelPair, path: Path, target: Any) -> None:
+    proposal = suggest(path, target)
+
+    assert proposal.confidence == ("certain" if pair.determined == "shapes" else "open")

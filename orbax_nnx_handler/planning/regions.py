@@ -7,7 +7,6 @@ straight into its place in the shard's buffer: there is no second copy.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,9 +17,21 @@ from orbax_nnx_handler.planning import recipes
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import Recipe
+from orbax_nnx_handler.planning.refolding import Region, rectangles, whole
 
-Region = tuple[tuple[int, int], ...]
-"""Start and stop along each axis, in elements."""
+__all__ = [
+    "Folded",
+    "Part",
+    "Region",
+    "cut",
+    "intersect",
+    "place",
+    "shape_of_region",
+    "shift",
+    "slices",
+    "starts",
+    "whole",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +68,6 @@ class Part:
     region: Region
     axes: tuple[int | None, ...]
     factor: float = 1.0
-
-
-def whole(shape: Shape) -> Region:
-    """Returns the region that covers an array of this shape."""
-    return tuple((0, size) for size in shape)
 
 
 def shape_of_region(region: Region) -> Shape:
@@ -220,50 +226,9 @@ def _cut_transpose(
 
 def _cut_reshape(source: Recipe, shape: Shape, region: Region, stored: Mapping[Path, Shape]) -> list[Part]:
     """Reads the smallest rectangle below the reshape that the region folds out of."""
-    before = recipes.shape_of(source, stored)
-    below: list[tuple[int, int]] = []
-    above: list[tuple[int, int]] = []
-    for old, new in _groups(before, shape):
-        low, high = _narrow(
-            tuple(before[axis] for axis in old),
-            tuple(shape[axis] for axis in new),
-            tuple(region[axis] for axis in new),
-        )
-        below += low
-        above += high
-    folded = Folded(source, tuple(below), shape_of_region(tuple(above)))
-    inside = shift(region, starts(tuple(above)))
+    below, above = rectangles(recipes.shape_of(source, stored), shape, region)
+    folded = Folded(source, below, shape_of_region(above))
+    inside = shift(region, starts(above))
     place_in_region = shift(region, starts(region))
     axes = tuple(range(len(shape)))
     return [Part(source=folded, source_region=inside, region=place_in_region, axes=axes)]
-
-
-def _groups(before: Shape, after: Shape) -> list[tuple[range, range]]:
-    """Pairs the runs of axes of two shapes that hold the same elements."""
-    groups: list[tuple[range, range]] = []
-    old = new = 0
-    while old < len(before) or new < len(after):
-        old_end, new_end = min(old + 1, len(before)), min(new + 1, len(after))
-        while math.prod(before[old:old_end]) != math.prod(after[new:new_end]):
-            if math.prod(before[old:old_end]) < math.prod(after[new:new_end]) and old_end < len(before):
-                old_end += 1
-            elif new_end < len(after):
-                new_end += 1
-            else:
-                old_end += 1
-        groups.append((range(old, old_end), range(new, new_end)))
-        old, new = old_end, new_end
-    return groups
-
-
-def _narrow(before: Shape, after: Shape, wanted: Region) -> tuple[Region, Region]:
-    """Narrows one run of axes along its leading axis, where rows of both shapes end together."""
-    if not before or not after or math.prod(before) == 0:
-        return whole(before), whole(after)
-    old_row, new_row = math.prod(before[1:]), math.prod(after[1:])
-    step = math.lcm(old_row, new_row)
-    start = wanted[0][0] * new_row // step * step
-    stop = min(-(-wanted[0][1] * new_row // step) * step, math.prod(before))
-    low = ((start // old_row, stop // old_row), *whole(before[1:]))
-    high = ((start // new_row, stop // new_row), *whole(after[1:]))
-    return low, high

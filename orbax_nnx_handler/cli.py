@@ -8,12 +8,12 @@ from importlib import metadata
 
 import jax
 
-from orbax_nnx_handler.commands import convert, demo, diff, plan, tree
+from orbax_nnx_handler.commands import convert, demo, diff, plan, suggest, tree
 from orbax_nnx_handler.commands.factories import UsageError
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planning.errors import RestoreError
 
-_COMMANDS = (tree, plan, diff, convert, demo)
+_COMMANDS = (tree, plan, suggest, diff, convert, demo)
 _INTERRUPTED = 130
 
 

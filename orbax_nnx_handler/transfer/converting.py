@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
 import resource
 import sys
 from collections.abc import Generator, Mapping, Sequence
@@ -94,6 +95,15 @@ def write_converted(
     return writer.digests.done
 
 
+def _resident_bytes() -> int:
+    """Returns the memory that this process has now."""
+    now = pathlib.Path("/proc/self/statm")
+    if now.exists():
+        return int(now.read_text().split()[1]) * resource.getpagesize()
+    # Elsewhere the most it ever had, which also counts the process that started it.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+
+
 def check_free(destination: epath.Path) -> None:
     """Raises where a destination is taken.
 
@@ -110,7 +120,7 @@ def window_of(memory_bytes: int) -> int:
     Raises:
         RestoreError: The program itself leaves too little of the memory.
     """
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT + _PROGRAM_BYTES
+    used = _resident_bytes() + _PROGRAM_BYTES
     window = int((memory_bytes - used) / _COPIES)
     if window < _LEAST_WINDOW_BYTES:
         least = (used + _COPIES * _LEAST_WINDOW_BYTES) / 1e9

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ from orbax_nnx_handler.planning.recipes import Recipe, describe
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+
+    from orbax_nnx_handler.planning.diagnosis.causes import Cause
 
 UnexpectedPolicy = Literal["error", "warn", "ignore"]
 DefaultSource = Literal["target", "init", "seed", "zeros"]
@@ -157,6 +160,13 @@ class RestorePlan:
     def wanted_count(self) -> int:
         """How many leaves the target has."""
         return len(self.restored) + len(self.missing) + len(self.mismatched) + len(self.defaulted)
+
+    @cached_property
+    def causes(self) -> "tuple[Cause, ...]":
+        """Why it does not fit, as far as there is evidence; see `planning.diagnosis`."""
+        from orbax_nnx_handler.planning.diagnosis import diagnose
+
+        return diagnose(self)
 
     @property
     def fits(self) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.diagnosis.causes import AnotherModel, OtherNames
 from orbax_nnx_handler.planning.errors import (
     AmbiguousMappingError,
@@ -43,7 +42,7 @@ def _first(plan: RestorePlan) -> list[str]:
     # The list of a foreign model's leaves would bury the one fact that matters.
     if plan.faults:
         return []
-    return [cause.cause for cause in diagnose(plan) if isinstance(cause, AnotherModel)]
+    return [cause.cause for cause in plan.causes if isinstance(cause, AnotherModel)]
 
 
 def advice(plan: RestorePlan) -> list[str]:
@@ -51,7 +50,7 @@ def advice(plan: RestorePlan) -> list[str]:
     if any(isinstance(fault, AmbiguousMappingError) for fault in plan.faults):
         # Until it is decided how to read the checkpoint, whatever is missing may be the other reading's.
         return []
-    causes = diagnose(plan)
+    causes = plan.causes
     lines: list[str] = []
     elsewhere = {path for cause in causes if not isinstance(cause, OtherNames) for path in cause.paths}
     lines += _closest(plan, elsewhere)

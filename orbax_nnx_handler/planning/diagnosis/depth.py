@@ -25,8 +25,15 @@ def _flat_groups(scene: Scene) -> Iterable[Cause]:
     """Layers one by one on both sides: the numbers in the paths tell."""
     if not (scene.missing or scene.unexpected):
         return
-    wanted = _flat_positions(scene.below)
-    stored = _flat_positions({path: scene.stored_below(item) for path, item in scene.stored_weights.items()})
+    open_ends = [scene.below[path] for path in scene.missing_weights]
+    open_ends += [scene.stored_below(item) for item in scene.free_weights.values()]
+    groups = {seat.group for tokens in open_ends for seat in _flat_seats(tokens)}
+    if not groups:
+        return
+    wanted = _flat_positions(scene.below, groups)
+    stored = _flat_positions(
+        {path: scene.stored_below(item) for path, item in scene.stored_weights.items()}, groups
+    )
     for group, (want, paths) in wanted.items():
         have, sources = stored.get(group, (set[int](), {}))
         absent = {at for at in want - have if all(path in scene.missing for path in paths[at])}
@@ -49,10 +56,14 @@ def _flat_groups(scene: Scene) -> Iterable[Cause]:
             yield LayersAbsent(paths=lost, group=name, layers=tuple(sorted(absent)), stored=len(have & want))
 
 
-def _flat_positions(leaves: Mapping[Path, Tokens]) -> dict[Group, tuple[set[int], dict[int, list[Path]]]]:
+def _flat_positions(
+    leaves: Mapping[Path, Tokens], groups: set[Group]
+) -> dict[Group, tuple[set[int], dict[int, list[Path]]]]:
     found: dict[Group, tuple[set[int], dict[int, list[Path]]]] = {}
     for path, tokens in leaves.items():
         for seat in _flat_seats(tokens):
+            if seat.group not in groups:
+                continue
             positions, by_position = found.setdefault(seat.group, (set(), defaultdict(list)))
             positions.add(seat.position)
             by_position[seat.position].append(path)
@@ -156,6 +167,8 @@ def _shared(modules: Sequence[Tokens]) -> Tokens:
 def _common_modules(scene: Scene) -> dict[Group, list[Path]]:
     """Returns the highest modules of which every weight is mismatched."""
     wrong = set(scene.mismatched_weights)
+    if not wrong:
+        return {}
     below: dict[Group, list[Path]] = defaultdict(list)
     for path, tokens in scene.below.items():
         for seat in seats(tokens):

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import Mismatched, Missing, Restored, RestorePlan
@@ -34,7 +33,7 @@ def plan_to_dict(plan: RestorePlan) -> dict[str, Any]:
                 "hint": cause.hint,
                 "paths": [render(path) for path in cause.paths],
             }
-            for cause in diagnose(plan)
+            for cause in plan.causes
         ],
     }
 

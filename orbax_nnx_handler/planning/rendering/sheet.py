@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.folding import Folded, Row, fold
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rendering.share import Share, sized
@@ -58,7 +57,7 @@ class Sheet:
 def plan_sheet(plan: RestorePlan) -> Sheet:
     """Returns what there is to say about a plan."""
     fits = plan.fits
-    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in diagnose(plan)] if fits else advice(plan)
+    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in plan.causes] if fits else advice(plan)
     return Sheet(
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
         counts=_counts(plan, "missing"),

@@ -99,3 +99,9 @@ def test_what_many_processes_save_they_restore(seen: Seen) -> None:
     results = _each(seen, "saves_and_restores")
 
     assert results == [{"wrong": []}] * len(seen)
+
+
+def test_random_state_that_no_process_holds_whole_is_saved_and_restored(seen: Seen) -> None:
+    results = _each(seen, "divided_random_state")
+
+    assert results == [{"wrong": False}] * len(seen)

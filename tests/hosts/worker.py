@@ -149,6 +149,25 @@ def saves_and_restores(stage: Stage) -> Any:
     return {"wrong": _wrong(name, again)}
 
 
+def divided_random_state(stage: Stage) -> Any:
+    """Saves streams that no process holds whole, in the layout that keeps them beside the tree."""
+    divided = NamedSharding(stage.mesh, PartitionSpec(("hosts", "local")))
+
+    def build() -> nnx.State:
+        keys = nnx.RngKey(jax.random.split(jax.random.key(3), stage.mesh.size), tag="dropout")
+        return nnx.from_flat_state([(("drop", "rngs", "key"), keys), (("w",), nnx.Param(jax.numpy.ones(8)))])
+
+    state = jax.jit(build, out_shardings=divided)()
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=divided), state)
+    with ocp.CheckpointManager(stage.directory / "divided", item_handlers=NNXLinenHandler()) as manager:
+        manager.save(1, args=NNXLinenSave(state))
+        manager.wait_until_finished()
+        again = manager.restore(1, args=NNXLinenRestore(target))
+    bits = jax.random.key_data(again["drop"]["rngs"]["key"].get_value())
+    expected = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(3), stage.mesh.size)))
+    return {"wrong": not np.array_equal(multihost_utils.process_allgather(bits, tiled=True), expected)}
+
+
 SCENES: dict[str, Callable[[Stage], Any]] = {
     "restore": _restores("llama2_scanned_to_scanned"),
     "unstack": _restores("llama2_scanned_to_unscanned"),
@@ -158,6 +177,7 @@ SCENES: dict[str, Callable[[Stage], Any]] = {
     "unreadable_on_one": unreadable_on_one,
     "same_random_state": same_random_state,
     "saves_and_restores": saves_and_restores,
+    "divided_random_state": divided_random_state,
 }
 
 

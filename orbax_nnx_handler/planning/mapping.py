@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from orbax_nnx_handler.planning.entries import model_entries
 from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.following import follow, missing_layers
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.matching import Found, Matcher, ModelMatch, Rivals
+from orbax_nnx_handler.planning.moment_follower import MomentFollower
 from orbax_nnx_handler.planning.moments import (
     StoredMoments,
     WantedMoment,
@@ -24,8 +24,8 @@ from orbax_nnx_handler.planning.recipes import Read, reads
 from orbax_nnx_handler.planning.restacking import UnclearAxis
 from orbax_nnx_handler.planning.roles import Wanted, of_role
 from orbax_nnx_handler.planning.roots import Roots, Tokens, find_roots, strip
-from orbax_nnx_handler.planning.rule_faults import StuckMoment, moment_faults, rule_faults, why_stuck
-from orbax_nnx_handler.planning.rules import Casts, Rule, RulesApplied, apply_rules
+from orbax_nnx_handler.planning.rule_faults import moment_faults, rule_faults
+from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules
 from orbax_nnx_handler.planning.structures import Homeless
 
 
@@ -80,18 +80,17 @@ def map_leaves(
     original = model_entries(placements)
     applied = apply_rules(original, rules)
     entries = applied.entries
-    moments_wanted = of_role(wanted, "optimizer")
     model = of_role(wanted, "model", "transient", "random")
     roots = find_roots(_within_model(model, placements), [e.tokens for e in entries])
     moments = read_moments(placements, parameter_paths(original, roots.stored))
-    split = _split(moments_wanted, model, moments, roots)
+    split = _split(of_role(wanted, "optimizer"), model, moments, roots)
     virtual = [] if of_role(model, "model") else _virtual_parameters(split)
     match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots, axes=applied.axes).match()
     found = dict(match.found)
     _add_outside_model(found, wanted, placements, roots)
     parameters = {strip(w.tokens, roots.wanted): w.leaf.path for w in [*of_role(model, "model"), *virtual]}
-    stuck = _add_moments(found, split, moments, parameters, stored, applied.casts)
-    faults = [*rule_faults(applied, match, found), *moment_faults(stuck)]
+    follower = MomentFollower(moments, split, parameters, stored, applied.casts)
+    stuck = follower.add_to(found)
     return LeafMapping(
         layout=layout,
         found={item.leaf.path: found[item.leaf.path] for item in wanted if item.leaf.path in found},
@@ -102,7 +101,7 @@ def map_leaves(
         homeless=_homeless(match, moments, stored),
         discarded=_discarded(applied, moments, stored),
         applied=applied,
-        faults=tuple(faults),
+        faults=(*rule_faults(applied, match, found), *moment_faults(stuck)),
     )
 
 
@@ -150,45 +149,6 @@ def _add_outside_model(
         if lone_step and steps:
             found[item.leaf.path] = Found(recipe=Read(steps[0].path))
     find_random(found, of_role(wanted, "random", "model"), placements, roots)
-
-
-def _add_moments(
-    found: dict[Path, Found],
-    split: Sequence[WantedMoment],
-    moments: StoredMoments,
-    parameters: Mapping[Tokens, Path],
-    stored: Stored,
-    casts: Casts,
-) -> list[StuckMoment]:
-    slots = {item.slot for item in split if item.parameter is not None}
-    scalars = {item.slot for item in split if item.parameter is None}
-    shapes = {path: leaf.shape for path, leaf in stored.items()}
-    stuck: list[StuckMoment] = []
-    for item in split:
-        path = item.wanted.leaf.path
-        if item.parameter is None:
-            leaf = moments.scalar(item.slot, scalars)
-            if leaf is not None:
-                found[path] = Found(recipe=Read(leaf.path))
-            continue
-        slot = moments.slot(item.slot, slots)
-        parameter = found.get(parameters[item.parameter]) if item.parameter in parameters else None
-        if slot is None or parameter is None:
-            orphan = moments.orphan(item.slot, item.parameter)
-            if orphan is not None:
-                found[path] = Found(recipe=Read(orphan.path))
-            continue
-        why = why_stuck(parameter.recipe, moments.slots[slot], stored, casts)
-        if why:
-            stuck.append(StuckMoment(path=path, parameter=parameter.recipe, reason=parameter.reason, why=why))
-            continue
-        recipe = follow(
-            parameter.recipe, moments.slots[slot], shapes, item.wanted.leaf.shape, slot[-1] if slot else ""
-        )
-        if recipe is not None:
-            gaps = parameter.missing_layers or missing_layers(recipe)
-            found[path] = dataclasses.replace(parameter, recipe=recipe, missing_layers=gaps)
-    return stuck
 
 
 def _homeless(match: ModelMatch, moments: StoredMoments, stored: Stored) -> tuple[Homeless, ...]:

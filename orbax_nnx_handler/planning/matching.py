@@ -10,8 +10,9 @@ from flax import nnx
 from orbax_nnx_handler.planning.entries import Entry
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.paths import Path, segments
+from orbax_nnx_handler.planning.pieces import Piece, Side, pieces_of
 from orbax_nnx_handler.planning.recipes import Read, Recipe, reads, shape_of, substitute
-from orbax_nnx_handler.planning.restacking import Piece, Side, UnclearAxis, pieces_of, restack
+from orbax_nnx_handler.planning.restacking import UnclearAxis, restack
 from orbax_nnx_handler.planning.roles import Wanted
 from orbax_nnx_handler.planning.roots import Roots, Tokens, strip
 from orbax_nnx_handler.planning.rules import ScanAxis

@@ -4,30 +4,16 @@ import dataclasses
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 
-from orbax_nnx_handler.planning.entries import Entry
-from orbax_nnx_handler.planning.layers import Form, Group, Seat, Tokens, seats
+from orbax_nnx_handler.planning.layers import Form, Group, Tokens
 from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.pieces import Key, Piece, Side
 from orbax_nnx_handler.planning.recipes import Fill, Index, Recipe, Stack
-
-Key = tuple[Group, Tokens]
-"""A group and the path below one layer: what both sides must agree on."""
 
 Axes = tuple[int | None, int | None]
 """The stacked axis of the stored leaf and of the wanted leaf; None where flat."""
 
 _FLAT: frozenset[Form] = frozenset({"flat", "remainder"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A leaf of either side in one reading."""
-
-    seat: Seat
-    shape: Shape
-    tokens: Tokens
-    entry: Entry | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,42 +46,6 @@ class UnclearAxis:
     axes: tuple[int, ...]
     tokens: tuple[Tokens, ...]
     sources: tuple[Tokens, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """One side's pieces, by key and by group.
-
-    Attributes:
-        pieces: The leaves that are still to be placed, in every reading.
-        all_pieces: Every leaf of the side: what counts the positions of a block.
-    """
-
-    pieces: Sequence[Piece]
-    all_pieces: Sequence[Piece]
-
-    @cached_property
-    def by_key(self) -> Mapping[Key, list[Piece]]:
-        """The pieces by group and path below the layer."""
-        found: dict[Key, list[Piece]] = defaultdict(list)
-        for piece in self.pieces:
-            found[piece.seat.group, piece.seat.rest].append(piece)
-        return found
-
-    @cached_property
-    def block_size(self) -> Mapping[tuple[Group, str], int]:
-        """Positions in one block, by group and inner name."""
-        sizes: dict[tuple[Group, str], int] = defaultdict(int)
-        for piece in self.all_pieces:
-            if piece.seat.form == "block":
-                key = (piece.seat.group, piece.seat.inner)
-                sizes[key] = max(sizes[key], piece.seat.position + 1)
-        return sizes
-
-
-def pieces_of(tokens: Tokens, shape: Shape, entry: Entry | None = None) -> list[Piece]:
-    """Returns a leaf in every reading."""
-    return [Piece(seat, shape, tokens, entry) for seat in seats(tokens)]
 
 
 def restack(

@@ -1,0 +1,81 @@
+"""Finds the stored value of each wanted optimizer leaf: where its parameter goes, it goes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from orbax_nnx_handler.planning.following import follow, missing_layers
+from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.matching import Found
+from orbax_nnx_handler.planning.moments import StoredMoments, Tokens, WantedMoment
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.placement import Stored
+from orbax_nnx_handler.planning.recipes import Read
+from orbax_nnx_handler.planning.rule_faults import StuckMoment, why_stuck
+from orbax_nnx_handler.planning.rules import Casts
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentFollower:
+    """Carries what was found for the parameters over to their moments.
+
+    Attributes:
+        moments: The stored optimizer state.
+        wanted: The wanted optimizer leaves.
+        parameters: The wanted path of each parameter by canonical path below the root.
+        stored: All stored leaves.
+        casts: What rules cast.
+    """
+
+    moments: StoredMoments
+    wanted: Sequence[WantedMoment]
+    parameters: Mapping[Tokens, Path]
+    stored: Stored
+    casts: Casts
+
+    def add_to(self, found: dict[Path, Found]) -> list[StuckMoment]:
+        """Adds what the moments are made from; returns those that cannot follow their parameter."""
+        stuck: list[StuckMoment] = []
+        for item in self.wanted:
+            made = self._scalar(item) if item.parameter is None else self._moment(item, item.parameter, found)
+            if isinstance(made, StuckMoment):
+                stuck.append(made)
+            elif made is not None:
+                found[item.wanted.leaf.path] = made
+        return stuck
+
+    @cached_property
+    def _slots(self) -> set[Tokens]:
+        return {item.slot for item in self.wanted if item.parameter is not None}
+
+    @cached_property
+    def _scalars(self) -> set[Tokens]:
+        return {item.slot for item in self.wanted if item.parameter is None}
+
+    @cached_property
+    def _shapes(self) -> Mapping[Path, Shape]:
+        return {path: leaf.shape for path, leaf in self.stored.items()}
+
+    def _scalar(self, item: WantedMoment) -> Found | None:
+        leaf = self.moments.scalar(item.slot, self._scalars)
+        return None if leaf is None else Found(recipe=Read(leaf.path))
+
+    def _moment(
+        self, item: WantedMoment, tokens: Tokens, found: Mapping[Path, Found]
+    ) -> Found | StuckMoment | None:
+        slot = self.moments.slot(item.slot, self._slots)
+        parameter = found.get(self.parameters[tokens]) if tokens in self.parameters else None
+        if slot is None or parameter is None:
+            orphan = self.moments.orphan(item.slot, tokens)
+            return None if orphan is None else Found(recipe=Read(orphan.path))
+        stored = self.moments.slots[slot]
+        why = why_stuck(parameter.recipe, stored, self.stored, self.casts)
+        if why:
+            path, reason = item.wanted.leaf.path, parameter.reason
+            return StuckMoment(path=path, parameter=parameter.recipe, reason=reason, why=why)
+        name = slot[-1] if slot else ""
+        recipe = follow(parameter.recipe, stored, self._shapes, item.wanted.leaf.shape, name)
+        if recipe is None:
+            return None
+        gaps = parameter.missing_layers or missing_layers(recipe)
+        return dataclasses.replace(parameter, recipe=recipe, missing_layers=gaps)

@@ -35,8 +35,8 @@ def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1)
     pairs = itertools.product(skeletons_wanted, skeletons_stored)
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
-        if left and right and not (_holds_all(wanted, left) and _holds_all(stored, right)):
-            continue  # Part of a model is not part of another by size alone: `encoder` is no `decoder`.
+        if right and not (_holds_all(wanted, left) and _holds_all(stored, right)):
+            continue  # The larger part of a stored model is not the wanted one by size alone.
         # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
         overlap = sum(
             count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right]

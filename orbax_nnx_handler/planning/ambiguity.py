@@ -1,6 +1,7 @@
 """Mappings with two possible readings, as errors that show both."""
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.errors import (
     AmbiguousMappingError,
@@ -11,7 +12,7 @@ from orbax_nnx_handler.planning.errors import (
 from orbax_nnx_handler.planning.mapping import LeafMapping
 from orbax_nnx_handler.planning.matching import Rivals
 from orbax_nnx_handler.planning.paths import Path, render
-from orbax_nnx_handler.planning.recipes import reads, render_reads
+from orbax_nnx_handler.planning.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.restacking import UnclearAxis
 from orbax_nnx_handler.planning.rules import ScanAxis
 
@@ -48,6 +49,33 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
     idle = _idle_rules(mapping)
     if idle is not None:
         yield idle
+    shared = _read_twice(mapping)
+    if shared:
+        yield _shared_weights(shared)
+
+
+def _read_twice(mapping: LeafMapping) -> dict[Path, list[Path]]:
+    """Returns the stored weights that several wanted leaves would be: `layers_0` and `layers/0`, say.
+
+    A tied weight is one leaf of an NNX state, so two leaves are never one weight.
+    """
+    weights = {placement.leaf.path for placement in mapping.placements if placement.section == "model"}
+    users: dict[Path, list[Path]] = defaultdict(list)
+    for path, found in mapping.found.items():
+        if isinstance(found.recipe, Read) and found.recipe.path in weights:
+            users[found.recipe.path].append(path)
+    return {source: paths for source, paths in users.items() if len(paths) > 1}
+
+
+def _shared_weights(shared: Mapping[Path, Sequence[Path]]) -> AmbiguousMappingError:
+    rows = [f"  {render(source)}  ->  {', '.join(map(render, paths))}" for source, paths in shared.items()]
+    return AmbiguousMappingError(
+        f"{_leaves(len(shared), 'stored ')} would become several wanted leaves each:\n"
+        + "\n".join(rows)
+        + "\n"
+        "hint: renames=[...] decides: say which wanted leaf each stored leaf is.",
+        paths=[path for paths in shared.values() for path in paths],
+    )
 
 
 def _rivals(rivals: tuple[Rivals, ...]) -> AmbiguousMappingError:

@@ -50,7 +50,12 @@ def add_leftovers(metadata: Any, leftovers: Mapping[Path, Any]) -> Json | None:
             f"custom_metadata must be a dict without a key {AUX!r}: random state is stored there.\n"
             "hint: pass a dict, or save the state without it: nnx.split_state(state, nnx.RngState, ...)[1]."
         )
-    entries = [_entry(path, value) for path, value in leftovers.items()]
+    numbers = {path: _numbers(value) for path, value in leftovers.items()}
+    for value in numbers.values():
+        if isinstance(value, jax.Array):
+            # All on their way before the first is waited for: a large model has hundreds of streams.
+            value.copy_to_host_async()
+    entries = [_entry(path, leftovers[path], np.asarray(value)) for path, value in numbers.items()]
     return {**cast(Json, metadata or {}), AUX: entries}
 
 
@@ -64,23 +69,27 @@ def read_leftovers(metadata: Any) -> dict[Path, Leftover]:
     return {(AUX, *entry["path"]): _leftover(entry) for entry in cast(list[Json], entries)}
 
 
-def _entry(path: Path, value: Any) -> Json:
-    keys = isinstance(value, jax.Array) and is_key(value.dtype)
-    numbers = _on_host(jax.random.key_data(value) if keys else value)
+def _entry(path: Path, value: Any, numbers: np.ndarray[Any, Any]) -> Json:
     return {
         "path": list(segments(path)),
-        "key_impl": str(jax.random.key_impl(value)) if keys else None,
+        "key_impl": str(jax.random.key_impl(value)) if _is_key(value) else None,
         "dtype": numbers.dtype.name,
         "shape": list(numbers.shape),
         "value": numbers.ravel().tolist(),
     }
 
 
-def _on_host(value: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(value, jax.Array) or value.is_fully_addressable:
-        return np.asarray(value)
-    whole = value if value.is_fully_replicated else _replicated(value)
-    return np.asarray(whole.addressable_data(0))
+def _is_key(value: Any) -> bool:
+    return isinstance(value, jax.Array) and is_key(value.dtype)
+
+
+def _numbers(value: Any) -> Any:
+    """Returns a value's numbers, a key's bits, as an array that this process holds whole."""
+    numbers = jax.random.key_data(value) if _is_key(value) else value
+    if not isinstance(numbers, jax.Array) or numbers.is_fully_addressable:
+        return numbers
+    whole = numbers if numbers.is_fully_replicated else _replicated(numbers)
+    return whole.addressable_data(0)
 
 
 def _replicated(value: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """From NNX state to the arguments with which stock Orbax saves it as a Linen program would."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from absl import logging
 from orbax_nnx_handler.planning.linen_names import Nested
 from orbax_nnx_handler.planning.linen_tree import Flavour, arrange, is_nnx
 from orbax_nnx_handler.planning.optax_tree import Transformation
+from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.transfer.gates import with_gates
 from orbax_nnx_handler.transfer.leftovers import add_leftovers
+from orbax_nnx_handler.transfer.unruling import without_rules
 
 _UNCERTAIN = (
     "The optimizer state of a bare nnx.State does not tell how many empty states end it; they were left out. "
@@ -22,7 +25,10 @@ _UNCERTAIN = (
 
 
 def linen_save(
-    given: ocp.args.PyTreeSave, flavour: Flavour = "linen", tx: Transformation | None = None
+    given: ocp.args.PyTreeSave,
+    flavour: Flavour = "linen",
+    tx: Transformation | None = None,
+    rules: Sequence[Rule] = (),
 ) -> ocp.args.PyTreeSave:
     """Returns the save arguments for NNX state in the layout of a Linen program.
 
@@ -35,30 +41,40 @@ def linen_save(
             the item is no NNX state.
         flavour: The layout.
         tx: The optimizer's transformation, for the empty states of a bare State.
+        rules: The rules of the restore; they are undone.
 
     Raises:
+        RuleError: See `without_rules`.
         ValueError: See `arrange` and `add_leftovers`.
     """
     if not is_nnx(given.item):
         return given
     arranged = arrange(given.item, flavour, tx)
     if not arranged.certain and flavour == "linen" and jax.process_index() == 0:
-        logging.log_first_n(logging.WARNING, _UNCERTAIN, 1)
-    tree = with_gates(arranged.tree)
+        logging.warning(_UNCERTAIN)
+    plain = with_gates(arranged.tree)
+    tree = without_rules(plain, rules, flavour)
     if "step" in tree:
         tree["step"] = linen_step(tree["step"])
     return dataclasses.replace(
         given,
         item=tree,
-        save_args=_save_args(given, flavour, tx, arranged.tree),
+        save_args=_save_args(given, flavour, tx, rules, arranged.tree),
         custom_metadata=add_leftovers(given.custom_metadata, arranged.random),
     )
 
 
-def _save_args(given: ocp.args.PyTreeSave, flavour: Flavour, tx: Transformation | None, like: Nested) -> Any:
+def _save_args(
+    given: ocp.args.PyTreeSave,
+    flavour: Flavour,
+    tx: Transformation | None,
+    rules: Sequence[Rule],
+    like: Nested,
+) -> Any:
     if given.save_args is None:
         return None
-    return with_gates(arrange(given.save_args, flavour, tx, like=given.item).tree, like)
+    plain = with_gates(arrange(given.save_args, flavour, tx, like=given.item).tree, like)
+    return without_rules(plain, rules, flavour, with_gates(like))
 
 
 def linen_step(step: Any) -> Any:

@@ -212,13 +212,7 @@ def restore_item(
         RestoreError: See `restore`.
     """
     start = time.monotonic()
-
-    def decide() -> tuple[RestorePlan, Target, Checkpoint]:
-        decided = _decide(directory, target, restore_args, options)
-        decided[0].check()
-        return decided
-
-    plan, parts, checkpoint = agree(decide)
+    plan, parts, checkpoint = agree(lambda: _decide_and_check(directory, target, restore_args, options))
     arrays = carry_out(
         checkpoint,
         plan,
@@ -229,10 +223,17 @@ def restore_item(
     )
     _check_materialised(arrays)
     result = parts.assemble(arrays)
-    nbytes = sum(item.wanted.nbytes for item in plan.restored.values())
-    report = RestoreReport(plan=plan, seconds=time.monotonic() - start, nbytes=nbytes)
+    report = RestoreReport.of(plan, time.monotonic() - start)
     _log(report)
     return result, report
+
+
+def _decide_and_check(
+    directory: epath.Path, target: Any, restore_args: Any, options: RestoreOptions
+) -> tuple[RestorePlan, Target, Checkpoint]:
+    decided = _decide(directory, target, restore_args, options)
+    decided[0].check()
+    return decided
 
 
 @paused_collection()

@@ -26,6 +26,13 @@ class RestoreReport:
     seconds: float
     nbytes: int
 
+    @classmethod
+    def of(cls, plan: RestorePlan, seconds: float) -> "RestoreReport":
+        """Returns the report of a plan that was carried out in that time."""
+        return cls(
+            plan=plan, seconds=seconds, nbytes=sum(item.wanted.nbytes for item in plan.restored.values())
+        )
+
     @property
     def restored(self) -> Mapping[Path, Restored]:
         """Leaves that came from disk."""

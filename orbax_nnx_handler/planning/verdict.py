@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from orbax_nnx_handler.planning.diagnosis.causes import AnotherModel, OtherNames
+from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel, OtherNames
 from orbax_nnx_handler.planning.errors import (
     AmbiguousMappingError,
     DtypeMismatchError,

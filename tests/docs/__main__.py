@@ -10,10 +10,12 @@ import sys
 import tempfile
 
 from tests.docs.blocks import run
+from tests.docs.figures import rewritten
 from tests.docs.pages import PAGES, ROOT
 from tests.docs.reference import PAGE, reference
 
 PAGE.write_text(reference())
+(ROOT / "README.md").write_text(rewritten((ROOT / "README.md").read_text()))
 for name in sys.argv[1:] or PAGES:
     page = ROOT / name
     with tempfile.TemporaryDirectory() as directory:

@@ -2,9 +2,9 @@
 
 A page runs from top to bottom in one namespace and one empty directory:
 
-- a `python` block that begins with the name of a file as a comment (`# model.py`) is written to it;
+- a `python` block that begins with a file's name as a comment (`# model.py`) is written to it;
 - any other `python` block is executed;
-- a `shell` block runs line by line: `orbax-nnx` in this process, `make` and `pip` are checked to exist and not run;
+- a `shell` block runs line by line: `orbax-nnx` in this process; `make` is looked up, `pip` is not run;
 - a `text` block after a block that printed something is what it must have printed.
 """
 

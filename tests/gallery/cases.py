@@ -175,6 +175,15 @@ def renamed_module(root: pathlib.Path) -> Any:
     return restore(root, decoder())
 
 
+@broken(NAMES, "Layers of another name, stacked")
+def renamed_layers(root: pathlib.Path) -> Any:
+    """The stacked layers are called `blocks` on disk; the target wants `layers`, one by one."""
+    params = linen_decoder(scanned=True)
+    params["blocks"] = params.pop("layers")
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
+
+
 @broken(NAMES, "A checkpoint of another model")
 def another_model(root: pathlib.Path) -> Any:
     """The path of an image classifier, the target of a language model."""
@@ -230,6 +239,15 @@ def new_head(root: pathlib.Path) -> Any:
 
     save(root / "1200" / "default", train_state(linen_decoder(), None))
     return restore(root, nnx.eval_shape(build))
+
+
+@broken(PARTS, "A weight was lost")
+def lost_weight(root: pathlib.Path) -> Any:
+    """The head is gone from the checkpoint, but Adam's moments of it are there: it is not new."""
+    tree = train_state(linen_decoder(), ADAM)
+    del tree["params"]["head"]
+    save(root / "1200" / "default", tree)
+    return restore(root, training(lambda: models.Decoder(Size(), nnx.Rngs(0)), ADAM))
 
 
 @broken(PARTS, "Leaves that nobody wants")

@@ -12,16 +12,16 @@ from flax import nnx
 from orbax_nnx_handler import RestorePlan
 from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.diagnosis.causes import (
-    AnotherModel,
     Cause,
     CollectionMissing,
     KeyImplementation,
+    LostWeights,
     NewPart,
     NoOptimizer,
-    OtherNames,
     OtherOptimizer,
     RandomLayout,
 )
+from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel, OtherGroup, OtherNames
 from orbax_nnx_handler.planning.diagnosis.size_causes import (
     DimensionDiffers,
     LayerCount,
@@ -235,6 +235,18 @@ def test_the_same_model_in_another_width_is_not_another_model():
     assert AnotherModel not in kinds(found)
 
 
+def test_layers_under_another_name_are_not_another_model_and_the_rename_restores():
+    stored = {f"params/{path}": shape for path, shape in (stacked(3) | {"head/kernel": (4, 11)}).items()}
+    stored = {path.replace("layers", "strata"): shape for path, shape in stored.items()}
+    wanted = {"head/kernel": (4, 11)} | {k: v for at in range(3) for k, v in layer(f"layers/{at}").items()}
+
+    (cause,) = diagnose(plan(stored, wanted))
+
+    assert isinstance(cause, OtherGroup)
+    assert (cause.stored, cause.wanted, cause.count) == ("strata", "layers", 3)
+    assert plan(stored, wanted, renames=[("strata", "layers")]).fits
+
+
 def test_automatic_names_are_recognised_by_their_form_and_the_shapes():
     stored = {"params/Dense_0/kernel": (4, 6), "params/Dense_1/kernel": (6, 2)}
 
@@ -342,6 +354,17 @@ def test_a_missing_weight_beside_an_unexpected_one_is_no_new_part():
     found = diagnose(plan(stored, model(2, "", "layers/{}") | {"classifier/kernel": (4, 3)}))
 
     assert NewPart not in kinds(found)
+
+
+def test_a_weight_whose_moment_is_stored_is_lost_and_not_new():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    checkpoint = weights | moments("mu", weights, "params/") | {"step": ()}
+    del checkpoint["params/head/kernel"]
+
+    found = diagnose(plan(checkpoint, wanted | wanted_moments("mu", wanted)))
+
+    assert kinds(found) == [LostWeights]
+    assert found[0].names == "model/head/kernel"
 
 
 def test_a_missing_bias_of_a_stored_module_is_no_new_part():

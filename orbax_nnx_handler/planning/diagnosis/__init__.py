@@ -5,8 +5,17 @@ from collections.abc import Callable, Iterable
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.depth import find_layer_counts, find_scanned
 from orbax_nnx_handler.planning.diagnosis.dimensions import find_dimensions
-from orbax_nnx_handler.planning.diagnosis.overlap import find_another_model, find_other_names
-from orbax_nnx_handler.planning.diagnosis.parts import find_collections, find_new_parts, find_optimizers
+from orbax_nnx_handler.planning.diagnosis.overlap import (
+    find_another_model,
+    find_other_groups,
+    find_other_names,
+)
+from orbax_nnx_handler.planning.diagnosis.parts import (
+    find_collections,
+    find_lost_weights,
+    find_new_parts,
+    find_optimizers,
+)
 from orbax_nnx_handler.planning.diagnosis.randomness import find_keys, find_random_layouts
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
 from orbax_nnx_handler.planning.plan import RestorePlan
@@ -17,7 +26,9 @@ _FINDERS: tuple[Callable[[Scene], Iterable[Cause]], ...] = (
     find_scanned,
     find_collections,
     find_optimizers,
+    find_other_groups,
     find_other_names,
+    find_lost_weights,
     find_new_parts,
     find_dimensions,
     find_keys,

@@ -7,7 +7,7 @@ from itertools import takewhile
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens, spell
 from orbax_nnx_handler.planning.diagnosis.size_causes import LayerCount, LayersAbsent, ScannedOnOneSide
-from orbax_nnx_handler.planning.layers import Group, Seat, seats
+from orbax_nnx_handler.planning.layers import Form, Group, Seat, seats
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import Recipe, Stack, children
@@ -86,7 +86,7 @@ def _partial_stacks(scene: Scene) -> Iterable[Cause]:
         item = scene.missing[path]
         stack = _stack_in(item.recipe)
         if item.layers and stack is not None:
-            groups[_container(scene, path), len(stack.sources), item.layers].append(path)
+            groups[_container(scene, path, "stacked"), len(stack.sources), item.layers].append(path)
     for (group, wanted, layers), paths in groups.items():
         explained = scene.with_moments(paths)
         stored = wanted - len(layers)
@@ -108,7 +108,8 @@ def _surplus(scene: Scene) -> Iterable[Cause]:
     for path in scene.mismatched_weights:
         item = scene.mismatched[path]
         if item.surplus and item.stored_shape == item.wanted.shape:
-            groups[_container(scene, path), item.surplus].append(path)
+            form: Form = "flat" if _stack_in(item.recipe) is None else "stacked"
+            groups[_container(scene, path, form), item.surplus].append(path)
     for (group, surplus), paths in groups.items():
         wanted = _wanted_layers(scene, paths)
         yield LayerCount(paths=scene.with_moments(paths), group=group, stored=wanted + surplus, wanted=wanted)
@@ -122,15 +123,12 @@ def _wanted_layers(scene: Scene, paths: Sequence[Path]) -> int:
     return len(positions)
 
 
-def _container(scene: Scene, path: Path) -> str:
+def _container(scene: Scene, path: Path, form: Form) -> str:
     """Returns the name of the group that a weight's layers belong to, as the target spells it."""
-    found = [seat for seat in seats(scene.below[path]) if seat.form == "flat"]
-    if found:
-        return _name(found[0].group)
-    # Stacked: the deepest module that all rearranged leaves share cannot be told from one leaf alone.
-    names = [seat.group for seat in seats(scene.below[path]) if seat.form == "stacked"]
-    named = [group for group in names if _is_layer_name(group.name)]
-    return _name((named or names)[0]) if names else spell(scene.below[path])
+    groups = [seat.group for seat in seats(scene.below[path]) if seat.form == form]
+    # `layers/wi_0` counts layers and gates: the name of the group tells which is which.
+    named = [group for group in groups if _is_layer_name(group.name)]
+    return _name((named or groups)[0]) if groups else spell(scene.below[path])
 
 
 def _is_layer_name(name: str) -> bool:

@@ -1,12 +1,15 @@
 """Whether the two sides are the same model at all, and whether only names differ."""
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.diagnosis.causes import AnotherModel, Cause, OtherNames
+from orbax_nnx_handler.planning.diagnosis.causes import Cause
+from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel, OtherGroup, OtherNames
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens
+from orbax_nnx_handler.planning.layers import Group, seats
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.paths import Path, is_number, segments
 
@@ -22,8 +25,8 @@ def find_another_model(scene: Scene) -> Iterable[Cause]:
     if len(weights) < 4 or not scene.stored_weights or not scene.missing_weights:
         return
     met = sum(path not in scene.plan.missing for path in weights)
-    stored_names = {_skeleton(scene.stored_below(item)) for item in scene.stored_weights.values()}
-    named = max(met, sum(_skeleton(tokens) in stored_names for tokens in scene.below.values()))
+    stored_names = {_ending(scene.stored_below(item)) for item in scene.stored_weights.values()}
+    named = max(met, sum(_ending(tokens) in stored_names for tokens in scene.below.values()))
     shapes = Counter(item.leaf.shape for item in weights.values())
     shaped = (shapes & Counter(item.leaf.shape for item in scene.stored_weights.values())).total()
     if named <= _FEW * len(weights) and shaped <= _FEW * len(weights):
@@ -33,6 +36,39 @@ def find_another_model(scene: Scene) -> Iterable[Cause]:
             named_alike=named,
             shaped_alike=shaped,
         )
+
+
+def find_other_groups(scene: Scene) -> Iterable[Cause]:
+    """Yields the verdict that a group of layers, or a module, has another name and the same contents."""
+    wanted = _contents({path: scene.below[path] for path in scene.missing_weights})
+    stored = _contents({path: scene.stored_below(item) for path, item in scene.free_weights.items()})
+    pairs = [
+        (left, right)
+        for left, right in itertools.product(wanted, stored)
+        if left.parent == right.parent and left.name != right.name
+        # One weight alone proves nothing: many modules hold just a `kernel`.
+        if len(wanted[left]) > 1 and wanted[left].keys() == stored[right].keys()
+    ]
+    if len(pairs) != 1:
+        return
+    (left, right) = pairs[0]
+    lost = [path for paths in wanted[left].values() for path in paths]
+    sources = [path for paths in stored[right].values() for path in paths]
+    yield OtherGroup(
+        paths=(*scene.with_moments(lost), *sources),
+        stored=right.name,
+        wanted=left.name,
+        count=len(wanted[left]),
+    )
+
+
+def _contents(leaves: Mapping[Path, Tokens]) -> Mapping[Group, Mapping[Tokens, list[Path]]]:
+    found: dict[Group, dict[Tokens, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for path, tokens in leaves.items():
+        for seat in seats(tokens):
+            if seat.form in ("flat", "stacked") and seat.rest:
+                found[seat.group][seat.rest].append(path)
+    return found
 
 
 def find_other_names(scene: Scene) -> Iterable[Cause]:
@@ -63,8 +99,9 @@ def _look(leaf: WantedLeaf | StoredLeaf) -> tuple[tuple[int, ...], str]:
     return leaf.shape, str(leaf.dtype)
 
 
-def _skeleton(tokens: Tokens) -> Tokens:
-    return tuple(token for token in tokens if not is_number(token))
+def _ending(tokens: Tokens) -> Tokens:
+    # Module and weight: a parent of another name, or layers arranged otherwise, is the same model still.
+    return tuple(token for token in tokens if not is_number(token))[-2:]
 
 
 def _one_rename(scene: Scene, wanted: Sequence[Path], stored: Sequence[Path]) -> tuple[str, str] | None:

@@ -8,11 +8,13 @@ from flax import nnx
 from orbax_nnx_handler.planning.diagnosis.causes import (
     Cause,
     CollectionMissing,
+    LostWeights,
     NewPart,
     NoOptimizer,
     OtherOptimizer,
 )
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
+from orbax_nnx_handler.planning.folding import fold_paths
 from orbax_nnx_handler.planning.paths import Path, canonical, render
 
 
@@ -78,6 +80,14 @@ def find_collections(scene: Scene) -> Iterable[Cause]:
 
 def _filter(kind: type) -> str:
     return f"nnx.{kind.__name__}" if getattr(nnx, kind.__name__, None) is kind else kind.__name__
+
+
+def find_lost_weights(scene: Scene) -> Iterable[Cause]:
+    """Yields missing weights whose moments are restored."""
+    kept = {parameter for path, (_, parameter) in scene.moments.items() if path in scene.plan.restored}
+    lost = [path for path in scene.missing_weights if scene.below[path] in kept]
+    if lost:
+        yield LostWeights(paths=scene.with_moments(lost), names=fold_paths(lost))
 
 
 def find_new_parts(scene: Scene) -> Iterable[Cause]:

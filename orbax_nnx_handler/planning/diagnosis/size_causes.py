@@ -52,8 +52,8 @@ class LayersAbsent(Cause):
     def _cause(self) -> str:
         return (
             f"of {self.group!r}, {'layer' if len(self.layers) == 1 else 'layers'} {ranges(self.layers)} "
-            f"{'is' if len(self.layers) == 1 else 'are'} not stored, while {self.stored} others are: "
-            "the checkpoint has a hole."
+            f"{'is' if len(self.layers) == 1 else 'are'} not stored, while "
+            f"{'another is' if self.stored == 1 else f'{self.stored} others are'}: the checkpoint has a hole."
         )
 
     def _hint(self) -> str:

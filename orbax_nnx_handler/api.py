@@ -8,7 +8,6 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from flax import nnx
 
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.linen_tree import Flavour
@@ -19,8 +18,8 @@ from orbax_nnx_handler.planning.plan import RestorePlan, UnexpectedPolicy
 from orbax_nnx_handler.planning.planner import make_plan
 from orbax_nnx_handler.planning.policies import Policies, Policy
 from orbax_nnx_handler.planning.report import RestoreReport
-from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.suggesting import Order, Suggestion, creation_order, propose
+from orbax_nnx_handler.planning.rules import Rule, as_rules
+from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target import Target, flatten_like, flatten_target
 from orbax_nnx_handler.transfer.agreement import agree
 from orbax_nnx_handler.transfer.collection import paused_collection
@@ -149,21 +148,7 @@ def suggest(
     """
     options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
     stored = read_metadata(find_item(path, item)).leaves
-    return propose(flatten_target(target), stored, options, _order_of(target, init))
-
-
-def _order_of(target: Any, init: Callable[[], Any] | None) -> Order:
-    if init is None:
-        return creation_order(target)
-    found: list[Order] = []
-
-    def build() -> Any:
-        built = init()
-        found.append(creation_order(built))
-        return built
-
-    nnx.eval_shape(build)
-    return found[0]
+    return propose(flatten_target(target), stored, options, order_of(target, init))
 
 
 def save(
@@ -172,6 +157,7 @@ def save(
     *,
     layout: Flavour = "linen",
     tx: Transformation | None = None,
+    renames: Iterable[Rule | tuple[str, str]] = (),
     force: bool = False,
 ) -> None:
     """Saves an NNX state as one item in the Linen layout.
@@ -182,12 +168,14 @@ def save(
         layout: `linen` (Flax TrainState) or `maxtext`.
         tx: The optimizer's transformation, where `state` is a bare `nnx.State`; see
             `NNXLinenSave`.
+        renames: The rules of the restore; they are undone, so that they restore what is saved.
         force: Replace what is at `path`.
 
     Raises:
+        RuleError: A rule cannot be undone.
         ValueError: Something is at `path` already and `force` is not set.
     """
-    arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx)
+    arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx, as_rules(renames))
     opened: Any = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with opened as checkpointer:
         checkpointer.save(epath.Path(path).absolute(), args=arguments, force=force)

@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
 from orbax_nnx_handler.planning.plan import UnexpectedPolicy
 from orbax_nnx_handler.planning.policies import Policies, Policy, check_policy
 from orbax_nnx_handler.planning.report import RestoreReport
-from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.transfer.writing import linen_save
 
 Renames = Iterable[Rule | tuple[str, str]]
@@ -173,12 +173,15 @@ class NNXLinenSave(ocp.args.PyTreeSave):
         tx: The optimizer's optax transformation, where the item is a bare `nnx.State`:
             a State does not tell which empty states end a chain, and a Linen program
             refuses a list of another length. Modules carry theirs.
+        renames: The rules of the restore; they are undone, so that the same rules
+            restore what is saved. A rule that cannot be undone is a `RuleError`.
     """
 
     item: Any = None
     _: dataclasses.KW_ONLY
     layout: Flavour = "linen"
     tx: Transformation | None = None
+    renames: Renames = ()
 
 
 def handler_registry(handler: NNXLinenHandler | None = None, item: str | None = None) -> Any:
@@ -227,7 +230,7 @@ def _save_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = NNXLinenSave(older.get("item"), older.get("save_args"))
     stock = ocp.args.PyTreeSave(**_shared_fields(given))
     if isinstance(given, NNXLinenSave):
-        return linen_save(stock, given.layout, given.tx)
+        return linen_save(stock, given.layout, given.tx, as_rules(given.renames))
     return linen_save(stock)
 
 

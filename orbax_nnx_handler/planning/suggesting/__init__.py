@@ -13,14 +13,23 @@ from orbax_nnx_handler.planning.planner import best_mapping, make_plan
 from orbax_nnx_handler.planning.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.roles import of_role, roles_of
 from orbax_nnx_handler.planning.structures import derive
-from orbax_nnx_handler.planning.suggesting.creation import Order, creation_order
+from orbax_nnx_handler.planning.suggesting.creation import Order, creation_order, order_of
 from orbax_nnx_handler.planning.suggesting.pairing import Pairing
 from orbax_nnx_handler.planning.suggesting.suggestion import Confidence, Question, Suggestion
 from orbax_nnx_handler.planning.suggesting.trees import Leaf, Module, Signatures, Tokens, tree_of
 from orbax_nnx_handler.planning.suggesting.wording import Proposal, proposals_of
 from orbax_nnx_handler.planning.target import Target
 
-__all__ = ["Confidence", "Order", "Proposal", "Question", "Suggestion", "creation_order", "propose"]
+__all__ = [
+    "Confidence",
+    "Order",
+    "Proposal",
+    "Question",
+    "Suggestion",
+    "creation_order",
+    "order_of",
+    "propose",
+]
 
 
 def propose(

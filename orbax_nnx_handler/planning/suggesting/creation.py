@@ -1,6 +1,6 @@
 """In which order a program creates its modules."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from flax import nnx
@@ -24,6 +24,26 @@ def creation_order(item: Any) -> Order:
     """
     found = dict(_walk(item, ()))
     return {} if all(list(names) == sorted(names) for names in found.values()) else found
+
+
+def order_of(target: Any, init: Callable[[], Any] | None) -> Order:
+    """Returns the order of a target's modules, from the function that builds it where there is one.
+
+    Args:
+        target: The target.
+        init: Builds the target; traced only, nothing is computed.
+    """
+    if init is None:
+        return creation_order(target)
+    found: list[Order] = []
+
+    def build() -> Any:
+        built = init()
+        found.append(creation_order(built))
+        return built
+
+    nnx.eval_shape(build)
+    return found[0]
 
 
 def _walk(item: Any, path: Tokens) -> Iterator[tuple[Tokens, list[str]]]:

@@ -13,7 +13,7 @@ def rewritten(readme: str) -> str:
     tables = {found["title"]: _by_contestant(found["rows"]) for found in _TABLE.finditer(_benchmarks())}
     rows = [_row(title, table) for title, table in tables.items() if {"ours", "orbax"} <= table.keys()]
     head = [
-        "| restore of | time ÷ Orbax's | processor time ÷ Orbax's | peak memory ÷ bytes | Orbax's peak ÷ bytes |",
+        "| restore of | time ÷ Orbax's | CPU time ÷ Orbax's | peak memory ÷ bytes | Orbax's peak ÷ bytes |",
         "| --- | --- | --- | --- | --- |",
     ]
     return _PLACE.sub(lambda place: place[1] + "\n".join([*head, *rows]) + "\n" + place[2], readme)

@@ -23,50 +23,50 @@ def find_layer_counts(scene: Scene) -> Iterable[Cause]:
 
 def _flat_groups(scene: Scene) -> Iterable[Cause]:
     """Layers one by one on both sides: the numbers in the paths tell."""
-    if not (scene.missing or scene.unexpected):
-        return
-    open_ends = [scene.below[path] for path in scene.missing_weights]
-    open_ends += [scene.stored_below(item) for item in scene.free_weights.values()]
-    groups = {seat.group for tokens in open_ends for seat in _flat_seats(tokens)}
+    groups = _open_groups(scene)
     if not groups:
         return
-    wanted = _flat_positions(scene.below, groups)
-    stored = _flat_positions(
-        {path: scene.stored_below(item) for path, item in scene.stored_weights.items()}, groups
-    )
-    for group, (want, paths) in wanted.items():
-        have, sources = stored.get(group, (set[int](), {}))
-        absent = {at for at in want - have if all(path in scene.missing for path in paths[at])}
-        extra = {at for at in have - want if all(path in scene.unexpected for path in sources[at])}
-        if not have & want or not (absent or extra) or (absent and extra):
-            continue
-        lost = scene.with_moments([path for at in sorted(absent) for path in paths[at]])
-        more = tuple(path for at in sorted(extra) for path in sources[at])
-        name = _name(group)
-        if _whole(have) and _whole(want):
-            yield LayerCount(
-                paths=(*lost, *more),
-                group=name,
-                stored=len(have),
-                wanted=len(want),
-                kind=_kind((*group.parent, group.name)),
-                fillable=True,
-            )
-        elif absent:
-            yield LayersAbsent(paths=lost, group=name, layers=tuple(sorted(absent)), stored=len(have & want))
+    below = {path: scene.stored_below(item) for path, item in scene.stored_weights.items()}
+    wanted, stored = _flat_positions(scene.below, groups), _flat_positions(below, groups)
+    for group in [group for group in wanted if group in stored]:
+        yield from _compare(scene, group, wanted[group], stored[group])
 
 
-def _flat_positions(
-    leaves: Mapping[Path, Tokens], groups: set[Group]
-) -> dict[Group, tuple[set[int], dict[int, list[Path]]]]:
-    found: dict[Group, tuple[set[int], dict[int, list[Path]]]] = {}
+def _open_groups(scene: Scene) -> set[Group]:
+    """Returns the groups that something missing or unexpected belongs to."""
+    open_ends = [scene.below[path] for path in scene.missing_weights]
+    open_ends += [scene.stored_below(item) for item in scene.free_weights.values()]
+    return {seat.group for tokens in open_ends for seat in _flat_seats(tokens)}
+
+
+def _compare(scene: Scene, group: Group, wanted: "_Positions", stored: "_Positions") -> Iterable[Cause]:
+    want, have = wanted.keys(), stored.keys()
+    absent = {at for at in want - have if all(path in scene.missing for path in wanted[at])}
+    extra = {at for at in have - want if all(path in scene.unexpected for path in stored[at])}
+    if not have & want or bool(absent) == bool(extra):
+        return
+    lost = scene.with_moments([path for at in sorted(absent) for path in wanted[at]])
+    more = tuple(path for at in sorted(extra) for path in stored[at])
+    name = _name(group)
+    if _whole(set(have)) and _whole(set(want)):
+        kind = _kind((*group.parent, group.name))
+        yield LayerCount(
+            paths=(*lost, *more), group=name, stored=len(have), wanted=len(want), kind=kind, fillable=True
+        )
+    elif absent:
+        yield LayersAbsent(paths=lost, group=name, layers=tuple(sorted(absent)), stored=len(have & want))
+
+
+_Positions = Mapping[int, Sequence[Path]]
+"""The leaves of each layer of a group."""
+
+
+def _flat_positions(leaves: Mapping[Path, Tokens], groups: set[Group]) -> Mapping[Group, _Positions]:
+    found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path, tokens in leaves.items():
         for seat in _flat_seats(tokens):
-            if seat.group not in groups:
-                continue
-            positions, by_position = found.setdefault(seat.group, (set(), defaultdict(list)))
-            positions.add(seat.position)
-            by_position[seat.position].append(path)
+            if seat.group in groups:
+                found[seat.group][seat.position].append(path)
     return found
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave, restore, save
+from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, restore, save
 from orbax_nnx_handler.transfer.writing import linen_save, linen_step
 from tests.cases import load_case
 
@@ -221,6 +221,27 @@ def test_restoring_what_was_saved_is_the_identity_random_state_included(layout: 
     ):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_random_state_comes_back_where_type_handlers_of_the_callers_own_read(tmp_path: Path) -> None:
+    item = regular()
+    read: list[str] = []
+
+    class Noting(ocp.type_handlers.ArrayHandler):
+        async def deserialize(self, infos: Any, args: Any = None) -> Any:
+            read.extend(info.name for info in infos)
+            return await super().deserialize(infos, args)
+
+    own = ocp.type_handlers.create_type_handler_registry((jax.Array, Noting()))
+    save(tmp_path / "item", item)
+
+    with ocp.Checkpointer(NNXLinenHandler(type_handler_registry=own)) as checkpointer:
+        restored = checkpointer.restore(tmp_path / "item", args=NNXLinenRestore(nnx.eval_shape(regular)))
+
+    for ours, theirs in zip(random_state(restored), random_state(item), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(restored[0].dense.kernel[...], item[0].dense.kernel[...])
+    assert "params.dense.kernel" in read
 
 
 def test_a_copy_of_the_weights_beside_the_model_comes_back_to_its_place(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.recipes import reads
 from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.reading.arena import Arena
@@ -50,8 +51,13 @@ def read_arrays(
             files.
     """
     arrays: dict[Path, jax.Array] = {}
-    if orbax is not None and checkpoint.values is None:
-        return read_with_orbax(checkpoint, jobs, orbax)
+    held = checkpoint.values or {}
+    # Values that are nodes of the tree come from a msgpack file, which Orbax cannot read leaf by leaf.
+    if orbax is not None and not any(path in checkpoint.nodes for path in held):
+        beside = [job for job in jobs if any(path in held for path in reads(job.recipe))]
+        stored = [job for job in jobs if not any(path in held for path in reads(job.recipe))]
+        read = read_with_orbax(checkpoint, stored, orbax) if stored else {}
+        return read | (read_arrays(checkpoint, beside) if beside else {})
     with paused_collection():
         plain = [plain_job(job) for job in jobs]
         under_way: dict[Path, jax.Array] = {}

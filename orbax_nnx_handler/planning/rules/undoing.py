@@ -116,10 +116,11 @@ def _is_same(recipe: Recipe, path: Path, shape: Shape, shapes: Mapping[Path, Sha
         return False
     if any(isinstance(part, Reshape) for part in parts_of(recipe)):
         return set(reads(recipe)) == {path}
+    # Every part must lie where it comes from; an axis taken apart and put together again has no source axis.
     return all(
         part.source == path
         and part.source_region == part.region
-        and part.axes == tuple(range(len(shape)))
+        and all(axis in (at, None) for at, axis in enumerate(part.axes))
         and part.factor == 1
         for part in cut(recipe, whole(shape), shapes)
     )

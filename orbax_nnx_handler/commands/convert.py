@@ -2,12 +2,14 @@
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
 from orbax_nnx_handler.commands.arguments import add_item, add_memory, add_path, add_policy, add_target
 from orbax_nnx_handler.commands.conversions import Request, request_of
+from orbax_nnx_handler.commands.interrupts import interrupts
 from orbax_nnx_handler.commands.screen import Screen, count, size
 from orbax_nnx_handler.planning.paths import render
 from orbax_nnx_handler.transfer.converting import write_converted
@@ -58,6 +60,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     conversion = request.conversion
     _announce(request, screen)
     with (
+        interrupts() as check,
         screen.progress("writing", conversion.nbytes) as writing,
         screen.progress("reading again", conversion.nbytes) as verifying,
     ):
@@ -65,13 +68,21 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
             conversion,
             epath.Path(arguments.dst),
             memory_bytes=int(arguments.memory * 1e9),
-            progress=writing,
-            verifying=verifying,
+            progress=_checking(check, writing),
+            verifying=_checking(check, verifying),
         )
     seconds = time.monotonic() - began
     rate = size(int(conversion.nbytes / max(seconds, 1e-9)))
     screen.say(f"{arguments.dst}: written and read again in {seconds:.1f} s ({rate}/s).", "bold green")
     return 0
+
+
+def _checking(check: Callable[[], None], progress: Callable[[int], None]) -> Callable[[int], None]:
+    def step(done: int) -> None:
+        check()
+        progress(done)
+
+    return step
 
 
 def _announce(request: Request, screen: Screen) -> None:

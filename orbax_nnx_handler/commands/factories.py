@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, cast
 
-import jax
 from flax import nnx
 
 from orbax_nnx_handler.planning.roles import roles_of
@@ -51,15 +50,9 @@ class Factory:
         Raises:
             UsageError: The call fails; says where and why.
         """
-        made: list[Any] = []
-
-        def trace() -> Any:
-            made[:] = [self()]
-            # A factory may have called `nnx.eval_shape` itself: then there is nothing left to trace.
-            return None if _is_abstract(made[0]) else made[0]
-
         try:
-            traced = nnx.eval_shape(trace)
+            # A factory that has called `nnx.eval_shape` itself gives the same.
+            target = nnx.eval_shape(self)
         # The user's code may raise anything; what it is and where tells them more than our own traceback.
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -67,7 +60,6 @@ class Factory:
                 f"{self.text} fails under nnx.eval_shape: {type(error).__name__}: {error}\n"
                 f"at {where.filename}:{where.lineno}"
             ) from error
-        target = made[0] if traced is None else traced
         return _weights_of(target) if weights_only else target
 
 
@@ -147,11 +139,6 @@ def _functions(place: Any) -> str:
         if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == place.__name__
     ]
     return ", ".join(own) or "no function"
-
-
-def _is_abstract(made: Any) -> bool:
-    leaves: list[Any] = jax.tree.leaves(made)
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def _weights_of(target: Any) -> Any:

@@ -133,16 +133,24 @@ def window_of(memory_bytes: int) -> int:
 
 @contextlib.contextmanager
 def _appearing(destination: epath.Path) -> Generator[epath.Path]:
-    """Gives a directory beside the destination that takes its name at the end, or goes."""
+    """Gives a directory that takes the destination's name at the end, or goes.
+
+    Directories above the destination that do not exist yet appear with it: an empty
+    `new/1200` would be a finished step to a manager.
+    """
     check_free(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = destination.parent / f"{destination.name}.converting-{os.getpid()}"
+    top = destination
+    while not top.parent.exists():
+        top = top.parent
+    unfinished = top.parent / f"{top.name}.converting-{os.getpid()}"
     try:
-        yield unfinished
-        unfinished.rename(destination)
+        inside = unfinished / destination.relative_to(top)
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        yield inside
+        unfinished.rename(top)
     finally:
         # Orbax writes to a sibling too, which an interrupt leaves behind.
-        for left in [*destination.parent.glob(f"{unfinished.name}*")]:
+        for left in [*top.parent.glob(f"{unfinished.name}*")]:
             left.rmtree()
 
 

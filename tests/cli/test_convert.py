@@ -1,5 +1,6 @@
 """`orbax-nnx convert`: what it writes, compared with what stock Orbax reads on both sides."""
 
+import contextlib
 import pathlib
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import restore
+from orbax_nnx_handler.commands.interrupts import interrupts
 from orbax_nnx_handler.transfer import converting
 from tests.cases import load_case, problems
 from tests.cli import nnx_program
@@ -166,20 +168,34 @@ def test_nothing_is_overwritten(cli, root, tmp_path) -> None:
     assert names_in(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("place", ["out", "new/1200/items"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_conversion_that_stops_midway_leaves_nothing(cli, root, tmp_path, monkeypatch, error) -> None:
+def test_a_conversion_that_stops_midway_leaves_nothing(
+    cli, root, tmp_path, monkeypatch, error, place
+) -> None:
     def fail(self, batch, arrays) -> None:
         raise error
 
     monkeypatch.setattr(converting._SlabWriter, "_write", fail)
 
     if isinstance(error, KeyboardInterrupt):
-        assert cli("convert", root, tmp_path / "out").status == 130
+        assert cli("convert", root, tmp_path / place).status == 130
     else:
         with pytest.raises(OSError, match="disk full"):
-            cli("convert", root, tmp_path / "out")
+            cli("convert", root, tmp_path / place)
 
     assert names_in(tmp_path) == []
+
+
+def test_an_interrupt_that_python_drops_is_raised_at_the_next_step() -> None:
+    with interrupts() as check:
+        check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_values_that_come_back_changed_leave_nothing(cli, root, tmp_path, monkeypatch) -> None:
@@ -204,7 +220,8 @@ def test_values_that_come_back_changed_leave_nothing(cli, root, tmp_path, monkey
     assert names_in(tmp_path) == []
 
 
-def test_an_interrupt_from_the_keyboard_leaves_nothing(tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_from_the_keyboard_or_a_scheduler_leaves_nothing(tmp_path, number) -> None:
     value = np.random.default_rng(0).random((256, 1024, 128), np.float32)
     ocp.PyTreeCheckpointer().save(tmp_path / "in", {"params": {"w": value}})
     out = tmp_path / "out"
@@ -215,11 +232,11 @@ def test_an_interrupt_from_the_keyboard_leaves_nothing(tmp_path) -> None:
     while not names_in(out) and time.monotonic() < deadline:
         time.sleep(0.01)
 
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
 
     assert process.returncode == 130, errors
-    assert errors == "interrupted: nothing was changed\n"
+    assert errors.endswith("interrupted: nothing was changed\n")
     assert names_in(out) == []
 
 

@@ -90,9 +90,9 @@ class Model(nnx.Module):
         self.blocks = nnx.List([nnx.Dict(kernel=nnx.Param(jax.numpy.zeros((5, 2)))) for _ in range(3)])
 
 
-def build(optimizer: optax.GradientTransformation = optax.adam(0.1)) -> Any:
+def build() -> Any:
     model = Model()
-    return model, nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    return model, nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
 
 
 def train_state() -> dict[str, Any]:

@@ -12,6 +12,8 @@ PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
 endif
 RUN := $(VENV)/bin/python
+# A file's tests stay on one worker, so that what they set up once is set up once.
+WORKERS ?= 2
 ARGS ?=
 
 .PHONY: demo test lint types layers format check environment clean
@@ -20,7 +22,7 @@ demo: environment
 	@$(RUN) -m orbax_nnx_handler.demo
 
 test: environment
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: environment
 	@$(VENV)/bin/ruff check .

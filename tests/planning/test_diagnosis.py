@@ -169,6 +169,17 @@ def test_a_wider_layer_is_a_dimension_and_no_other_number_of_layers():
     assert (cause.pairs, cause.ratio, cause.count) == (((4, 8),), "2", 6)
 
 
+def test_heads_that_differ_on_one_axis_are_no_other_number_of_layers():
+    def attention(heads: int) -> dict[str, tuple[int, ...]]:
+        return {f"attention/{name}/kernel": (4, heads, 3) for name in ("query", "key", "value")}
+
+    found = diagnose(plan({f"params/{path}": shape for path, shape in attention(2).items()}, attention(6)))
+
+    (cause,) = found
+    assert isinstance(cause, DimensionDiffers)
+    assert cause.name == "the number of heads"
+
+
 def test_several_dimensions_of_one_ratio_are_said_once():
     stored = {"params/up/kernel": (4, 16), "params/down/kernel": (16, 4), "params/norm/scale": (4,)}
     wanted = {"up/kernel": (8, 32), "down/kernel": (32, 8), "norm/scale": (8,)}
@@ -277,6 +288,21 @@ def test_names_of_other_shapes_are_not_other_names():
     assert OtherNames not in kinds(found)
 
 
+def test_one_shape_in_common_is_not_other_names():
+    stored = {"params/x/kernel": (4, 6), "params/head/kernel": (6, 2)}
+    wanted = {
+        "a/kernel": (4, 6),
+        "b/kernel": (5, 7),
+        "c/kernel": (8, 9),
+        "d/kernel": (3, 3),
+        "head/kernel": (6, 2),
+    }
+
+    found = diagnose(plan(stored, wanted))
+
+    assert OtherNames not in kinds(found)
+
+
 def test_no_saved_optimizer_leaves_weights_complete_and_all_moments_missing():
     wanted = model(1, "model/", "layers/{}")
 
@@ -306,6 +332,18 @@ def test_one_missing_moment_is_not_another_optimizer():
     assert not {NoOptimizer, OtherOptimizer} & set(kinds(found))
 
 
+def test_moments_of_the_same_name_in_two_places_are_not_another_optimizer():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    first = moments("mu", weights, "params/")
+    second = {path.replace("opt_state/0", "opt_state/1"): shape for path, shape in first.items()}
+    third = {path.replace("/0/", "/2/"): leaf for path, leaf in wanted_moments("mu", wanted).items()}
+
+    made = plan(weights | first | second | {"step": ()}, wanted | third)
+
+    assert set(made.missing) == {keys(path) for path in third}
+    assert OtherOptimizer not in kinds(diagnose(made))
+
+
 def statistics(prefix: str = "") -> dict[str, Any]:
     shape = (4,)
     return {
@@ -324,6 +362,14 @@ def test_a_collection_of_which_nothing_is_stored_was_not_saved():
 
 def test_a_collection_with_one_leaf_missing_was_saved():
     checkpoint = {"params/norm/scale": (4,), "batch_stats/norm/mean": (4,)}
+
+    found = diagnose(plan(checkpoint, {"norm/scale": (4,)} | statistics()))
+
+    assert CollectionMissing not in kinds(found)
+
+
+def test_a_collection_of_which_other_leaves_are_stored_was_saved():
+    checkpoint = {"params/norm/scale": (4,), "batch_stats/other/gain": (9,)}
 
     found = diagnose(plan(checkpoint, {"norm/scale": (4,)} | statistics()))
 

@@ -64,6 +64,5 @@ class NotACheckpointError(RestoreError):
     """The path is no Orbax checkpoint; says what it is and which was probably meant."""
 
 
-
 class UnreadableLeafError(RestoreError):
     """Stored bytes that the plan needs are absent or damaged; names leaf and file."""

@@ -63,7 +63,9 @@ class RestoreOptions:
     def override(self, **chosen: Any) -> "RestoreOptions":
         """Returns the options with every value that is not None replaced."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return RestoreOptions.of(**settings | {name: value for name, value in chosen.items() if value is not None})
+        return RestoreOptions.of(
+            **settings | {name: value for name, value in chosen.items() if value is not None}
+        )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -171,7 +171,9 @@ def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:
         case Reshape(source, shape):
             before = shape_of(source, stored)
             if math.prod(before) != math.prod(shape):
-                raise RecipeError(f"{before} has {math.prod(before)} elements, {shape} has {math.prod(shape)}")
+                raise RecipeError(
+                    f"{before} has {math.prod(before)} elements, {shape} has {math.prod(shape)}"
+                )
             return shape
         case Scale(source, _):
             return shape_of(source, stored)

@@ -63,8 +63,8 @@ def moment_faults(stuck: Collection[StuckMoment]) -> Iterator[RestoreError]:
         )
         yield RuleError(
             f"{len(stuck)} optimizer moments cannot follow what a rule does to their parameters:\n{rows}\n"
-            "hint: restore the model without its optimizer, or leave the rule out and change the value in the "
-            "program.",
+            "hint: restore the model without its optimizer, or leave the rule out and change the "
+            "value in the program.",
             paths=[item.path for item in stuck],
         )
 

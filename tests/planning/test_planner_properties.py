@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,7 +152,7 @@ def rules(draw: st.DrawFn) -> list[Any]:
         lambda: Drop(p, q),
         lambda: ScanAxis(p, axis),
     )
-    return [make for make in draw(st.lists(st.sampled_from(makers), max_size=3))]
+    return list(draw(st.lists(st.sampled_from(makers), max_size=3)))
 
 
 def accounts(target: Any, stored: Any, made: list[Any]) -> None:

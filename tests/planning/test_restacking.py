@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orbax_nnx_handler.planning.errors import AmbiguousMappingError, RestoreError
+from orbax_nnx_handler.planning.errors import AmbiguousMappingError
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import RestorePlan
@@ -132,11 +132,10 @@ def test_every_arrangement_becomes_every_other(
 
     plan, disk = _plan(left, right)
 
-    try:
-        _assert_exact(plan, disk, right)
-    except RestoreError as error:
-        # Two stacks may share the path and differ in the axis alone; that is a shape, not a rearrangement.
-        assert stored in ("stacked", "blocks") and wanted in ("stacked", "blocks"), error  # noqa: PT018
+    stacks = {"stacked", "blocks"}
+    if not plan.fits and {stored, wanted} <= stacks:
+        return  # Two stacks may share the path and differ in the axis alone: a shape, not a rearrangement.
+    _assert_exact(plan, disk, right)
 
 
 @given(

@@ -59,7 +59,7 @@ def test_equal_modules_are_a_question_where_the_order_is_not_known():
 def test_a_tenth_module_comes_after_the_second():
     stored = {f"Dense_{i}": DENSE for i in range(11)}
 
-    found = proposal({"layers": {i: DENSE for i in range(11)}}, stored)
+    found = proposal({"layers": dict.fromkeys(range(11), DENSE)}, stored)
 
     assert renames(found) == [("Dense_{i}", "layers/{i}")]
     assert found.confidence == "certain"

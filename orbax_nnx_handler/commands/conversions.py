@@ -15,6 +15,7 @@ from orbax_nnx_handler.commands.arguments import policies_of, pretend_devices, r
 from orbax_nnx_handler.commands.factories import UsageError, load_factory
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.conversion import (
+    Written,
     check_distinct,
     every_leaf,
     in_layout,
@@ -110,10 +111,7 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Reques
         leaves = in_layout(leaves, layout.name, arguments.to)
         # Only the optimizer's chain needs its empty states to keep its length.
         empty = {path: value for path, value in empty.items() if path[0] == "opt_state"}
-    for group in arguments.unscan:
-        leaves = unscan(leaves, parse(group), arguments.axis)
-    for group in arguments.scan:
-        leaves = scan(leaves, parse(group), arguments.axis)
+    leaves = _regrouped(leaves, arguments)
     if not leaves:
         raise RestoreError(f"{checkpoint.directory} holds nothing of that ({layout.title}).")
     return Request(
@@ -121,6 +119,15 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Reques
         title=layout.title,
         left_out=left_out,
     )
+
+
+def _regrouped(leaves: Sequence[Written], arguments: argparse.Namespace) -> list[Written]:
+    regrouped = list(leaves)
+    for group in arguments.unscan:
+        regrouped = unscan(regrouped, parse(group), arguments.axis)
+    for group in arguments.scan:
+        regrouped = scan(regrouped, parse(group), arguments.axis)
+    return regrouped
 
 
 def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
@@ -138,11 +145,15 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     )
     plan.check()
     check_values(checkpoint, plan)
-    in_linen = arguments.to in ("linen", "maxtext")
+    return _placed(checkpoint, plan, target, factory, arguments.to)
+
+
+def _placed(checkpoint: Checkpoint, plan: RestorePlan, target: Any, init: Any, to: str | None) -> Request:
+    in_linen = to in ("linen", "maxtext")
     planned = _nnx_places(plan)
-    places, empty = _linen_places(target, arguments.to) if in_linen else (planned, {})
+    places, empty = _linen_places(target, to) if in_linen else (planned, {})
     leaves = [leaf for leaf in planned_leaves(plan) if leaf.path in places]
-    filled = {path: value for path, value in _filled(plan, factory).items() if path in places}
+    filled = {path: value for path, value in _filled(plan, init).items() if path in places}
     return Request(
         conversion=Conversion(
             source=checkpoint,

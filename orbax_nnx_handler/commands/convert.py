@@ -31,6 +31,12 @@ def add_to(commands: Any) -> None:
     add_target(parser, optional=True)
     add_policy(parser)
     add_item(parser)
+    _add_changes(parser)
+    add_memory(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=["linen", "maxtext", "nnx"],
@@ -49,8 +55,6 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--axis", metavar="N", type=int, help="the axis that counts the layers of a stack")
     parser.add_argument("--dtype", metavar="DTYPE", help="another dtype for floating-point weights")
-    add_memory(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:

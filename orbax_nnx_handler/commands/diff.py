@@ -12,9 +12,9 @@ from orbax_nnx_handler.commands.screen import Screen, count
 from orbax_nnx_handler.planning.folding import Row, aligned
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.paths import Path, render, segments, sort_paths
-from orbax_nnx_handler.transfer.converting import window_of
 from orbax_nnx_handler.transfer.digests import Difference, as_stored, differences
 from orbax_nnx_handler.transfer.locating import find_item
+from orbax_nnx_handler.transfer.memory import window_of
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
 
 

@@ -1,19 +1,13 @@
 """Writes a converted checkpoint slab by slab; it appears under its name only when it is complete."""
 
-import asyncio
 import contextlib
 import dataclasses
-import math
 import os
-import pathlib
-import resource
-import sys
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from etils import epath
 
 from orbax_nnx_handler.planning.conversion import Written, tree_of
@@ -21,21 +15,13 @@ from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.folding import Row, aligned
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import Read
-from orbax_nnx_handler.planning.regions import slices
 from orbax_nnx_handler.planning.roles import is_key
-from orbax_nnx_handler.transfer.digests import Digests, Progress, digests_of
+from orbax_nnx_handler.transfer.digests import Progress, digests_of
+from orbax_nnx_handler.transfer.memory import window_of
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.transfer.reading import Job, read_arrays
-from orbax_nnx_handler.transfer.slabs import Slab, by_source, read_slabs, slab_shape
-
-# A batch of slabs exists this often at a time: as read, as compressed, as a file in the making.
-# Measured: 2.2.
-_COPIES = 2.5
-# What Orbax, TensorStore and their threads come to take in the course of a save.
-_PROGRAM_BYTES = 250 << 20
-_LEAST_WINDOW_BYTES = 8 << 20
-# `ru_maxrss` counts kilobytes, but bytes on a Mac.
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+from orbax_nnx_handler.transfer.slab_writer import Pending, SlabWriter
+from orbax_nnx_handler.transfer.slabs import by_source
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,19 +75,10 @@ def write_converted(
     window = window_of(memory_bytes)
     with _appearing(destination) as unfinished:
         plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
-        writer = _SlabWriter(conversion.source, by_source(plain, conversion.source), window, progress)
+        writer = SlabWriter(conversion.source, by_source(plain, conversion.source), window, progress)
         _save(conversion, writer, unfinished)
         _verify(unfinished, plain, writer.digests.done, window, verifying)
     return writer.digests.done
-
-
-def _resident_bytes() -> int:
-    """Returns the memory that this process has now."""
-    now = pathlib.Path("/proc/self/statm")
-    if now.exists():
-        return int(now.read_text().split()[1]) * resource.getpagesize()
-    # Elsewhere the most it ever had, which also counts the process that started it.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def check_free(destination: epath.Path) -> None:
@@ -112,23 +89,6 @@ def check_free(destination: epath.Path) -> None:
     """
     if destination.exists():
         raise RestoreError(f"there is something at {destination} already; nothing is overwritten.")
-
-
-def window_of(memory_bytes: int) -> int:
-    """Returns how many bytes of values may be read at a time.
-
-    Raises:
-        RestoreError: The program itself leaves too little of the memory.
-    """
-    used = _resident_bytes() + _PROGRAM_BYTES
-    window = int((memory_bytes - used) / _COPIES)
-    if window < _LEAST_WINDOW_BYTES:
-        least = (used + _COPIES * _LEAST_WINDOW_BYTES) / 1e9
-        raise RestoreError(
-            f"{memory_bytes / 1e9:.2f} GB of memory are too little: the program itself takes "
-            f"{used / 1e9:.2f} GB.\nhint: allow {math.ceil(least * 10) / 10:.1f} GB or more."
-        )
-    return window
 
 
 @contextlib.contextmanager
@@ -154,11 +114,11 @@ def _appearing(destination: epath.Path) -> Generator[epath.Path]:
             left.rmtree()
 
 
-def _save(conversion: Conversion, writer: "_SlabWriter", directory: epath.Path) -> None:
-    values: dict[Path, Any] = {leaf.path: _Pending(leaf) for leaf in writer.leaves}
+def _save(conversion: Conversion, writer: SlabWriter, directory: epath.Path) -> None:
+    values: dict[Path, Any] = {leaf.path: Pending(leaf) for leaf in writer.leaves}
     values |= _read_keys(conversion) | dict(conversion.given)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (_Pending, writer), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
+        (Pending, writer), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True, use_zarr3=True)
     custom = dict(conversion.source.custom_metadata) or None
@@ -203,85 +163,3 @@ def _verify(
             "hint: the disk or the memory is at fault; nothing was left at the destination.",
             paths=[leaf.path for leaf in wrong],
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """Stands in Orbax's tree for a leaf whose values come later."""
-
-    leaf: Written
-
-
-class _SlabWriter(ocp.type_handlers.TypeHandler):
-    """Writes leaves in slabs while Orbax does the rest of a save: tree, merge, commit."""
-
-    def __init__(
-        self, source: Checkpoint, leaves: Sequence[Written], window: int, progress: Progress | None
-    ) -> None:
-        self.digests = Digests()
-        self.leaves = leaves
-        self.window = window
-        self._source = source
-        self._progress = progress
-
-    def typestr(self) -> str:
-        """Returns the name under which any Orbax reads the leaves: whole arrays of no sharding."""
-        return "np.ndarray"
-
-    async def serialize(
-        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
-    ) -> Sequence[Any]:
-        """Writes all leaves; done when it returns."""
-        del args
-        places = {value.leaf.path: info for value, info in zip(values, infos, strict=True)}
-        for info in infos[:1]:
-            await info.await_path_creation()
-        arrays: dict[Path, ts.TensorStore] = {}
-        for batch in read_slabs(self._source, self.leaves, self.window):
-            new = {slab.leaf.path: slab.leaf for slab in batch if slab.leaf.path not in arrays}
-            opened = {path: self._open(leaf, places[path]) for path, leaf in new.items()}
-            arrays |= {path: future.result() for path, future in opened.items()}
-            self._write(batch, arrays)
-            for slab in batch:
-                if slab.is_last:
-                    del arrays[slab.leaf.path]
-            batch.clear()
-            # An interrupt arrives here where the event loop has taken over the signal.
-            await asyncio.sleep(0)
-        return []
-
-    def _write(self, batch: Sequence[Slab], arrays: Mapping[Path, ts.TensorStore]) -> None:
-        writes: list[Any] = [
-            arrays[slab.leaf.path][slices(slab.region)].write(
-                slab.values, can_reference_source_data_indefinitely=True
-            )
-            for slab in batch
-            if slab.values.size
-        ]
-        for slab in batch:
-            self.digests.add(slab)
-        for write in writes:
-            write.result()
-        if self._progress is not None:
-            self._progress(sum(slab.values.nbytes for slab in batch))
-
-    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        """Not called: this handler only writes."""
-        raise NotImplementedError
-
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
-        """Not called: this handler only writes."""
-        raise NotImplementedError
-
-    def _open(self, leaf: Written, info: Any) -> Any:
-        # Public, though marked as being for those who know what they do: Orbax's own description of an array
-        # on disk. Written by hand it would go stale with the next option that Orbax adds.
-        spec = ocp.type_handlers.get_json_tspec_write(
-            info,
-            use_ocdbt=True,
-            global_shape=leaf.shape,
-            local_shape=slab_shape(leaf.shape, leaf.dtype, self.window),
-            dtype=leaf.dtype,
-            process_index=0,
-        )
-        return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)

@@ -17,6 +17,7 @@ from flax import nnx
 from orbax_nnx_handler import restore
 from orbax_nnx_handler.commands.interrupts import interrupts
 from orbax_nnx_handler.transfer import converting
+from orbax_nnx_handler.transfer.slab_writer import SlabWriter
 from tests.cases import load_case, problems
 from tests.cli import nnx_program
 from tests.cli.conftest import MODEL, stock
@@ -176,7 +177,7 @@ def test_a_conversion_that_stops_midway_leaves_nothing(
     def fail(self, batch, arrays) -> None:
         raise error
 
-    monkeypatch.setattr(converting._SlabWriter, "_write", fail)
+    monkeypatch.setattr(SlabWriter, "_write", fail)
 
     if isinstance(error, KeyboardInterrupt):
         assert cli("convert", root, tmp_path / place).status == 130
@@ -199,7 +200,7 @@ def test_an_interrupt_that_python_drops_is_raised_at_the_next_step() -> None:
 
 
 def test_values_that_come_back_changed_leave_nothing(cli, root, tmp_path, monkeypatch) -> None:
-    honest = converting._SlabWriter._write
+    honest = SlabWriter._write
 
     def flip(self, batch, arrays) -> None:
         honest(self, batch, arrays)
@@ -209,7 +210,7 @@ def test_values_that_come_back_changed_leave_nothing(cli, root, tmp_path, monkey
                 wrong.flat[3] += 1
                 arrays[slab.leaf.path].write(wrong).result()
 
-    monkeypatch.setattr(converting._SlabWriter, "_write", flip)
+    monkeypatch.setattr(SlabWriter, "_write", flip)
 
     said = cli("convert", root, tmp_path / "out")
 

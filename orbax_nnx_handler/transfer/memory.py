@@ -1,0 +1,43 @@
+"""How much may be held at a time, so that the whole program stays within its memory."""
+
+import math
+import pathlib
+import resource
+import sys
+
+from orbax_nnx_handler.planning.errors import RestoreError
+
+# A batch of slabs exists this often at a time: as read, as compressed, as a file in the making.
+# Measured: 2.2.
+_COPIES = 2.5
+# What Orbax, TensorStore and their threads come to take in the course of a save.
+_PROGRAM_BYTES = 250 << 20
+_LEAST_WINDOW_BYTES = 8 << 20
+# `ru_maxrss` counts kilobytes, but bytes on a Mac.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def window_of(memory_bytes: int) -> int:
+    """Returns how many bytes of values may be read at a time.
+
+    Raises:
+        RestoreError: The program itself leaves too little of the memory.
+    """
+    used = _resident_bytes() + _PROGRAM_BYTES
+    window = int((memory_bytes - used) / _COPIES)
+    if window < _LEAST_WINDOW_BYTES:
+        least = (used + _COPIES * _LEAST_WINDOW_BYTES) / 1e9
+        raise RestoreError(
+            f"{memory_bytes / 1e9:.2f} GB of memory are too little: the program itself takes "
+            f"{used / 1e9:.2f} GB.\nhint: allow {math.ceil(least * 10) / 10:.1f} GB or more."
+        )
+    return window
+
+
+def _resident_bytes() -> int:
+    """Returns the memory that this process has now."""
+    now = pathlib.Path("/proc/self/statm")
+    if now.exists():
+        return int(now.read_text().split()[1]) * resource.getpagesize()
+    # Elsewhere the most it ever had, which also counts the process that started it.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT

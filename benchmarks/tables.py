@@ -42,7 +42,7 @@ def main() -> None:
         print(f"\n**{title}**, seconds\n\n{table(_curve(curves))}")
     processes = _results("multihost")
     if processes:
-        print(f"\n**Processes**\n\n{table(processes)}")
+        print(f"\n**Processes, 0.3 GB**\n\n{table(processes)}")
 
 
 def _results(name: str) -> Any:

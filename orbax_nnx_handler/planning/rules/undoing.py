@@ -7,9 +7,9 @@ from orbax_nnx_handler.planning.entries import Entry
 from orbax_nnx_handler.planning.errors import RuleError
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path, canonical, is_number, segments
-from orbax_nnx_handler.planning.recipes import Read, Recipe, Reshape, parts_of, reads, substitute
-from orbax_nnx_handler.planning.regions import cut, whole
+from orbax_nnx_handler.planning.recipes import Read, Recipe, substitute
 from orbax_nnx_handler.planning.rules import Rule, apply_rules, invert
+from orbax_nnx_handler.planning.simplifying import simplify
 
 Key = tuple[str | None, tuple[str, ...]]
 
@@ -112,15 +112,4 @@ def _key(entry: Entry) -> Key:
 
 def _is_same(recipe: Recipe, path: Path, shape: Shape, shapes: Mapping[Path, Shape]) -> bool:
     """Tells whether a recipe gives the leaf at `path`, element for element."""
-    if shape != shapes[path]:
-        return False
-    if any(isinstance(part, Reshape) for part in parts_of(recipe)):
-        return set(reads(recipe)) == {path}
-    # Every part must lie where it comes from; an axis taken apart and put together again has no source axis.
-    return all(
-        part.source == path
-        and part.source_region == part.region
-        and all(axis in (at, None) for at, axis in enumerate(part.axes))
-        and part.factor == 1
-        for part in cut(recipe, whole(shape), shapes)
-    )
+    return shape == shapes[path] and simplify(recipe, shapes) == Read(path)

@@ -67,8 +67,14 @@ def run_tasks(
     if threads == 1 or len(batches) <= 1:
         for batch in batches:
             run(batch)
-        return
-    with ThreadPoolExecutor(min(threads, len(batches)), thread_name_prefix="restore") as pool:
+    else:
+        _run_together(run, batches, min(threads, len(batches)), stop)
+
+
+def _run_together(
+    run: Callable[[list[Task]], None], batches: Sequence[list[Task]], threads: int, stop: threading.Event
+) -> None:
+    with ThreadPoolExecutor(threads, thread_name_prefix="restore") as pool:
         futures = [pool.submit(run, batch) for batch in batches]
         try:
             for future in futures:

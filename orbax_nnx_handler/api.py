@@ -26,6 +26,7 @@ from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.transfer.restoring import carry_out
+from orbax_nnx_handler.transfer.single_replica import single_replica_leaves
 from orbax_nnx_handler.transfer.writing import linen_save
 
 
@@ -67,7 +68,8 @@ def plan_restore(
     options = RestoreOptions.of(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
-    plan, _, _ = _decide(find_item(path, item), target, restore_args, options)
+    overrides = flatten_like(restore_args) if restore_args is not None else {}
+    plan, _, _ = _decide(find_item(path, item), target, overrides, options)
     return plan
 
 
@@ -84,6 +86,7 @@ def restore(
     dtype: DtypeChoice = "target",
     item: str | None = None,
     concurrent_gb: float | None = None,
+    single_replica: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Any:
     """Restores a Linen checkpoint into a target; takes what `plan_restore` takes.
@@ -100,6 +103,8 @@ def restore(
         dtype: See `plan_restore`.
         item: See `plan_restore`.
         concurrent_gb: Upper bound in GB (1e9 bytes) of what is read but not yet in place.
+        single_replica: Whether what several processes hold alike is read by one of them
+            and comes to the others over the mesh.
         progress: Called with the bytes put in place since the last call.
 
     Returns:
@@ -110,7 +115,13 @@ def restore(
             array is read, and lists every problem.
     """
     options = RestoreOptions.of(
-        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+        policy=policy,
+        layout=layout,
+        renames=renames,
+        init=init,
+        unexpected=unexpected,
+        dtype=dtype,
+        single_replica=single_replica,
     )
     limit = None if concurrent_gb is None else int(concurrent_gb * 1e9)
     directory = find_item(path, item)
@@ -200,7 +211,8 @@ def restore_item(
         RestoreError: See `restore`.
     """
     start = time.monotonic()
-    plan, parts, checkpoint = agree(lambda: _decide_and_check(directory, target, restore_args, options))
+    overrides = flatten_like(restore_args) if restore_args is not None else {}
+    plan, parts, checkpoint = agree(lambda: _decide_and_check(directory, target, overrides, options))
     arrays = carry_out(
         checkpoint,
         plan,
@@ -208,6 +220,7 @@ def restore_item(
         concurrent_bytes=concurrent_bytes,
         progress=progress,
         orbax=orbax,
+        single_replica=single_replica_leaves(options.single_replica, overrides),
     )
     _check_materialised(arrays)
     result = parts.assemble(arrays)
@@ -217,19 +230,18 @@ def restore_item(
 
 
 def _decide_and_check(
-    directory: epath.Path, target: Any, restore_args: Any, options: RestoreOptions
+    directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
 ) -> tuple[RestorePlan, Target, Checkpoint]:
-    decided = _decide(directory, target, restore_args, options)
+    decided = _decide(directory, target, overrides, options)
     decided[0].check()
     return decided
 
 
 @paused_collection()
 def _decide(
-    directory: epath.Path, target: Any, restore_args: Any, options: RestoreOptions
+    directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
 ) -> tuple[RestorePlan, Target, Checkpoint]:
     checkpoint = read_metadata(directory)
-    overrides = flatten_like(restore_args) if restore_args is not None else {}
     parts = flatten_target(target, overrides)
     plan = make_plan(
         parts, checkpoint.leaves, options, directory=str(directory), overrides=_policies_of(overrides)

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.plan import UnexpectedPolicy
 from orbax_nnx_handler.planning.policies import Policies, Policy, check_policy
 from orbax_nnx_handler.planning.report import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
+from orbax_nnx_handler.transfer.single_replica import is_single_replica
 from orbax_nnx_handler.transfer.writing import linen_save
 
 Renames = Iterable[Rule | tuple[str, str]]
@@ -57,6 +58,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         init: Callable[[], Any] | None = None,
         unexpected: UnexpectedPolicy = "warn",
         dtype: DtypeChoice = "target",
+        single_replica: bool = False,
         **pytree_handler_options: Any,
     ):
         """Creates a handler.
@@ -68,6 +70,9 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
             init: Builds the target with real values, for `policy="init"`.
             unexpected: What to do about stored leaves that the target does not want.
             dtype: `target` casts to the target's dtypes, `stored` keeps the disk's.
+            single_replica: Whether what several processes hold alike is read by one of
+                them and comes to the others over the mesh. Orbax's own ways of asking for it
+                (`SingleReplicaArrayHandler`, `SingleReplicaArrayRestoreArgs`) work as well.
             **pytree_handler_options: Keywords of `ocp.PyTreeCheckpointHandler`.
 
         Raises:
@@ -75,10 +80,18 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         """
         super().__init__(**pytree_handler_options)
         limit = pytree_handler_options.get("restore_concurrent_gb")
-        self._has_own_type_handlers = "type_handler_registry" in pytree_handler_options
+        own: Any = pytree_handler_options.get("type_handler_registry")
+        asked = own is not None and is_single_replica(own)
+        self._has_own_type_handlers = own is not None and not asked
         self._concurrent_bytes = None if limit is None else int(limit * 10**9)
         self._options = RestoreOptions.of(
-            policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+            policy=policy,
+            layout=layout,
+            renames=renames,
+            init=init,
+            unexpected=unexpected,
+            dtype=dtype,
+            single_replica=single_replica or asked,
         )
         self.report = None
         # Written into the checkpoint: the parent's name, so that any Orbax can read it. On the instance,
@@ -138,6 +151,7 @@ class NNXLinenRestore(ocp.args.PyTreeRestore):
         init: Builds the target with real values, for `policy="init"`.
         unexpected: What to do about stored leaves that the target does not want.
         dtype: `target` or `stored`.
+        single_replica: Whether what several processes hold alike is read by one of them.
     """
 
     _: dataclasses.KW_ONLY
@@ -147,6 +161,7 @@ class NNXLinenRestore(ocp.args.PyTreeRestore):
     init: Callable[[], Any] | None = None
     unexpected: UnexpectedPolicy | None = None
     dtype: DtypeChoice | None = None
+    single_replica: bool | None = None
 
     def options(self, defaults: RestoreOptions) -> RestoreOptions:
         """Returns the handler's options with this restore's own in front."""
@@ -157,6 +172,7 @@ class NNXLinenRestore(ocp.args.PyTreeRestore):
             init=self.init,
             unexpected=self.unexpected,
             dtype=self.dtype,
+            single_replica=self.single_replica,
         )
 
 

@@ -54,7 +54,7 @@ def no_chunk_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an array was read before the verdict")
 
-    monkeypatch.setattr(restoring, "read_arrays", refuse)
+    monkeypatch.setattr(restoring, "read_everywhere", refuse)
     monkeypatch.setattr(restoring, "check_values", refuse)
     return
 

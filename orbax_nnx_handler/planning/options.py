@@ -23,6 +23,8 @@ class RestoreOptions:
         init: Builds the target with real values, for `policy="init"`.
         unexpected: What to do about stored leaves that the target does not want.
         dtype: `target` casts to the target's dtypes, `stored` keeps the disk's.
+        single_replica: Whether one of the processes that hold a part of a leaf alike
+            reads it, and the others get it over the mesh.
     """
 
     policy: Policies = "error"
@@ -31,6 +33,7 @@ class RestoreOptions:
     init: Callable[[], Any] | None = None
     unexpected: UnexpectedPolicy = "warn"
     dtype: DtypeChoice = "target"
+    single_replica: bool = False
 
     @classmethod
     def of(
@@ -42,6 +45,7 @@ class RestoreOptions:
         init: Callable[[], Any] | None = None,
         unexpected: UnexpectedPolicy = "warn",
         dtype: DtypeChoice = "target",
+        single_replica: bool = False,
     ) -> "RestoreOptions":
         """Returns checked options.
 
@@ -58,6 +62,7 @@ class RestoreOptions:
             init=init,
             unexpected=unexpected,
             dtype=dtype,
+            single_replica=single_replica,
         )
 
     def override(self, **chosen: Any) -> "RestoreOptions":

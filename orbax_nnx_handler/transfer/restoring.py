@@ -15,7 +15,7 @@ from orbax_nnx_handler.transfer.agreement import agree
 from orbax_nnx_handler.transfer.filling import check_init, fill_leaves
 from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.prechecks import check_values
-from orbax_nnx_handler.transfer.reading import Job, read_arrays
+from orbax_nnx_handler.transfer.reading import Job, read_everywhere
 
 
 def carry_out(
@@ -26,6 +26,7 @@ def carry_out(
     concurrent_bytes: int | None,
     progress: Callable[[int], None] | None = None,
     orbax: ocp.PyTreeCheckpointHandler | None = None,
+    single_replica: Callable[[Path], bool] = lambda _: False,
 ) -> dict[Path, jax.Array]:
     """Returns the value of every leaf of a plan that passed its check.
 
@@ -36,19 +37,25 @@ def carry_out(
         concurrent_bytes: Upper bound of the bytes read but not yet in place.
         progress: Called with the bytes put in place since the last call.
         orbax: A handler with type handlers of its own, which then reads the arrays.
+        single_replica: Whether a wanted leaf that several processes hold alike is read
+            by one of them.
 
     Raises:
         RestoreError: A stored value cannot be read or does not fit, on any process.
     """
 
-    def read() -> dict[Path, jax.Array]:
+    def check() -> None:
         check_init(plan, init)
         check_values(checkpoint, plan)
-        return read_arrays(
-            checkpoint, _jobs(plan), concurrent_bytes=concurrent_bytes, progress=progress, orbax=orbax
-        )
 
-    arrays = agree(read)
+    agree(check)
+    arrays = read_everywhere(
+        checkpoint,
+        _jobs(plan, single_replica),
+        concurrent_bytes=concurrent_bytes,
+        progress=progress,
+        orbax=orbax,
+    )
     filled = fill_leaves(plan, init)
     for path, item in plan.missing.items():
         if item.recipe is not None:
@@ -56,7 +63,7 @@ def carry_out(
     return arrays | filled
 
 
-def _jobs(plan: RestorePlan) -> list[Job]:
+def _jobs(plan: RestorePlan, single_replica: Callable[[Path], bool]) -> list[Job]:
     jobs = [
         Job(
             path=path,
@@ -64,6 +71,7 @@ def _jobs(plan: RestorePlan) -> list[Job]:
             shape=item.wanted.shape,
             dtype=item.dtype,
             sharding=cast(Sharding, item.wanted.sharding),
+            single_replica=single_replica(path),
         )
         for path, item in plan.restored.items()
     ]

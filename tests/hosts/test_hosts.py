@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.hosts.bits import bits_in, write_bits
+
 ROOT = pathlib.Path(__file__).parents[2]
 Seen = list[dict[str, Any]]
 
@@ -24,6 +26,7 @@ def _free_port() -> int:
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each process saw of every scene."""
     count, directory, port = request.param, tmp_path_factory.mktemp("hosts"), _free_port()
+    write_bits(directory)
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
         "JAX_PLATFORMS": "cpu",
@@ -47,7 +50,15 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * count, "\n".join(output)[-8000:]
-    return [json.loads((directory / f"{number}.json").read_text()) for number in range(count)]
+    return [
+        {
+            **json.loads((directory / f"{number}.json").read_text()),
+            "bytes": sum(value.nbytes for value in bits_in(directory).values()),
+            # int4 has no whole bytes that could be copied.
+            "odd_bytes": sum(value.nbytes for name, value in bits_in(directory).items() if "int4" in name),
+        }
+        for number in range(count)
+    ]
 
 
 def _each(seen: Seen, scene: str) -> list[Any]:
@@ -78,8 +89,9 @@ def test_a_filter_fills_a_missing_weight_in_place_on_all_processes(seen: Seen) -
     assert results == [{"wrong": [], "filled": True}] * len(seen)
 
 
-def test_a_file_that_one_process_cannot_read_stops_them_all(seen: Seen) -> None:
-    results = _each(seen, "unreadable_on_one")
+@pytest.mark.parametrize("scene", ["unreadable_on_one", "unreadable_on_the_reader"])
+def test_a_file_that_one_process_cannot_read_stops_them_all(seen: Seen, scene: str) -> None:
+    results = _each(seen, scene)
 
     others = [result for number, result in enumerate(results) if number != 1]
     assert results[1] == {"kind": "OSError", "message": "the disk of process 1 is gone"}
@@ -105,3 +117,38 @@ def test_random_state_that_no_process_holds_whole_is_saved_and_restored(seen: Se
     results = _each(seen, "divided_random_state")
 
     assert results == [{"wrong": False}] * len(seen)
+
+
+@pytest.mark.parametrize(
+    "scene", ["copied", "copied_rows", "copied_columns_explicit", "copied_in_small_waves", "nothing_to_copy"]
+)
+def test_with_single_replica_each_byte_is_read_by_one_process_and_all_have_it(seen: Seen, scene: str) -> None:
+    results = _each(seen, scene)
+
+    assert [result["wrong"] for result in results] == [[]] * len(seen)
+    read_by_each = (len(seen) - 1) * seen[0]["odd_bytes"]
+    assert sum(result["read"] for result in results) <= seen[0]["bytes"] + read_by_each
+
+
+@pytest.mark.parametrize("scene", ["copied", "copied_rows", "copied_columns_explicit"])
+def test_with_single_replica_all_processes_read_equally_much(seen: Seen, scene: str) -> None:
+    results = _each(seen, scene)
+
+    read = [result["read"] for result in results]
+    assert max(read) - min(read) <= 0.1 * seen[0]["bytes"]
+
+
+def test_without_single_replica_each_process_reads_the_whole_of_what_it_holds(seen: Seen) -> None:
+    results = _each(seen, "read_by_each")
+
+    assert [result["wrong"] for result in results] == [[]] * len(seen)
+    assert {result["read"] for result in results} == {seen[0]["bytes"]}
+
+
+@pytest.mark.parametrize(
+    "scene", ["asked_with_restore_args", "asked_with_a_type_handler", "asked_for_all_handlers"]
+)
+def test_orbaxs_own_ways_of_asking_for_single_replica_do_the_same(seen: Seen, scene: str) -> None:
+    results = _each(seen, scene)
+
+    assert results == [{key: process["copied"][key] for key in ("wrong", "read")} for process in seen]

@@ -3,12 +3,13 @@
 python -m tests.hosts.worker PORT PROCESSES PROCESS DIRECTORY
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,11 +17,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, RestoreError, restore
-from orbax_nnx_handler.transfer import restoring
+from orbax_nnx_handler.transfer.reading import everywhere
 from tests.cases import digest, load_case
+from tests.hosts.bits import bits_in
 
 EXTRA = ("model", "decoder", "extra", "kernel")
 SHAPE = (16, 8)
@@ -109,23 +111,25 @@ def filled_by_filter(stage: Stage) -> Any:
     return {"wrong": _wrong(name, state), "filled": bool(np.allclose(whole, expected, atol=1e-6))}
 
 
-def unreadable_on_one(stage: Stage) -> Any:
-    name = "llama2_scanned_to_scanned"
-    read = restoring.read_arrays
+def _unreadable_on_one(reader: str, **options: Any) -> Callable[[Stage], Any]:
+    def scene(stage: Stage) -> Any:
+        read = getattr(everywhere, reader)
 
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        if jax.process_index() == 1:
-            raise OSError("the disk of process 1 is gone")
-        return read(*args, **kwargs)
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            if jax.process_index() == 1:
+                raise OSError("the disk of process 1 is gone")
+            return read(*args, **kwargs)
 
-    restoring.read_arrays = fail
-    try:
-        restore(load_case(name).path, _target(name, stage.mesh))
-    except Exception as error:  # Whatever a process raises is what the test looks at.
-        return {"kind": type(error).__name__, "message": str(error)}
-    finally:
-        restoring.read_arrays = read
-    return {"kind": "none"}
+        setattr(everywhere, reader, fail)
+        try:
+            restore(stage.directory / "bits", _copies(stage), **options)
+        except Exception as error:  # Whatever a process raises is what the test looks at.
+            return {"kind": type(error).__name__, "message": str(error)}
+        finally:
+            setattr(everywhere, reader, read)
+        return {"kind": "none"}
+
+    return scene
 
 
 def same_random_state(stage: Stage) -> Any:
@@ -168,13 +172,118 @@ def divided_random_state(stage: Stage) -> Any:
     return {"wrong": not np.array_equal(multihost_utils.process_allgather(bits, tiled=True), expected)}
 
 
+def _copies(stage: Stage, *spec: str | None) -> nnx.State:
+    """Returns the target for the values of every kind of bits, in copies on all hosts."""
+
+    def leaf(value: np.ndarray) -> nnx.Param:
+        sharding = NamedSharding(stage.mesh, PartitionSpec(*spec[: value.ndim]))
+        return nnx.Param(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+
+    return nnx.State({name: leaf(value) for name, value in bits_in(stage.directory).items()})
+
+
+def _wrong_bits(stage: Stage, state: nnx.State, target: nnx.State) -> list[str]:
+    """Returns the leaves of which a shard is not what was stored, to the bit, or not where it was wanted."""
+    wrong = []
+    for name, value in bits_in(stage.directory).items():
+        array = state[name].get_value()
+        same = [
+            np.asarray(shard.data).tobytes() == np.ascontiguousarray(value[shard.index]).tobytes()
+            for shard in array.addressable_shards
+        ]
+        if not all(same) or array.sharding != target[name].get_value().sharding:
+            wrong.append(name)
+    return wrong
+
+
+def _copied(*spec: str | None, explicit: bool = False, **options: Any) -> Callable[[Stage], Any]:
+    def scene(stage: Stage) -> Any:
+        if explicit:
+            devices = stage.mesh.devices
+            mesh = Mesh(devices, stage.mesh.axis_names, axis_types=(AxisType.Explicit,) * 2)
+            stage = dataclasses.replace(stage, mesh=mesh)
+        target = _copies(stage, *spec)
+        read: list[int] = []
+        with jax.set_mesh(stage.mesh):
+            state = restore(stage.directory / "bits", target, progress=read.append, **options)
+        return {"wrong": _wrong_bits(stage, state, target), "read": sum(read)}
+
+    return scene
+
+
+def asked_with_restore_args(stage: Stage) -> Any:
+    """Asks leaf by leaf, as Orbax's own pipelines do."""
+    target = _copies(stage)
+    args = jax.tree.map(
+        lambda leaf: ocp.type_handlers.SingleReplicaArrayRestoreArgs(sharding=leaf.sharding), target
+    )
+    read: list[int] = []
+    state = restore(stage.directory / "bits", target, args, progress=read.append)
+    return {"wrong": _wrong_bits(stage, state, target), "read": sum(read)}
+
+
+def asked_with_a_type_handler(stage: Stage) -> Any:
+    """Asks with Orbax's type handler, for one handler."""
+    target = _copies(stage)
+    single = ocp.type_handlers.SingleReplicaArrayHandler(replica_axis_index=0)
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, single))
+    with _bytes_read() as read:
+        handler = NNXLinenHandler(type_handler_registry=types)
+        state = handler.restore(stage.directory / "bits", args=NNXLinenRestore(target))
+    return {"wrong": _wrong_bits(stage, state, target), "read": sum(read)}
+
+
+def asked_for_all_handlers(stage: Stage) -> Any:
+    """Asks with Orbax's type handler, registered for every handler of the program."""
+    before = ocp.type_handlers.get_type_handler(jax.Array)
+    single = ocp.type_handlers.SingleReplicaArrayHandler(replica_axis_index=0)
+    ocp.type_handlers.register_type_handler(jax.Array, single, override=True)
+    target = _copies(stage)
+    try:
+        with _bytes_read() as read:
+            state = NNXLinenHandler().restore(stage.directory / "bits", args=NNXLinenRestore(target))
+    finally:
+        ocp.type_handlers.register_type_handler(jax.Array, before, override=True)
+    return {"wrong": _wrong_bits(stage, state, target), "read": sum(read)}
+
+
+@contextlib.contextmanager
+def _bytes_read() -> Iterator[list[int]]:
+    """Gives the sizes of what the readers put in place; a handler has no `progress` of its own."""
+    read: list[int] = []
+    originals = {name: getattr(everywhere, name) for name in ("read_arrays", "read_shards")}
+
+    def noting_arrays(*args: Any, **kwargs: Any) -> Any:
+        return originals["read_arrays"](*args, **kwargs | {"progress": read.append})
+
+    def noting_shards(checkpoint: Any, wave: Any, limit: Any, _: Any) -> Any:
+        return originals["read_shards"](checkpoint, wave, limit, read.append)
+
+    everywhere.read_arrays, everywhere.read_shards = noting_arrays, noting_shards
+    try:
+        yield read
+    finally:
+        for name, function in originals.items():
+            setattr(everywhere, name, function)
+
+
 SCENES: dict[str, Callable[[Stage], Any]] = {
     "restore": _restores("llama2_scanned_to_scanned"),
     "unstack": _restores("llama2_scanned_to_unscanned"),
     "stack": _restores("llama2_unscanned_to_scanned"),
     "missing_weight": missing_weight,
     "filled_by_filter": filled_by_filter,
-    "unreadable_on_one": unreadable_on_one,
+    "unreadable_on_one": _unreadable_on_one("read_arrays"),
+    "unreadable_on_the_reader": _unreadable_on_one("read_shards", single_replica=True),
+    "read_by_each": _copied(),
+    "copied": _copied(single_replica=True),
+    "copied_rows": _copied("local", single_replica=True),
+    "copied_columns_explicit": _copied(None, "local", single_replica=True, explicit=True),
+    "copied_in_small_waves": _copied(single_replica=True, concurrent_gb=1e-6),
+    "nothing_to_copy": _copied("hosts", "local", single_replica=True),
+    "asked_with_restore_args": asked_with_restore_args,
+    "asked_with_a_type_handler": asked_with_a_type_handler,
+    "asked_for_all_handlers": asked_for_all_handlers,
     "same_random_state": same_random_state,
     "saves_and_restores": saves_and_restores,
     "divided_random_state": divided_random_state,

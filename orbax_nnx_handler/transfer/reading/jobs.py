@@ -22,6 +22,8 @@ class Job:
         dtype: Its dtype, a cast from the stored one included; a key dtype gives
             an array of random keys.
         sharding: Where it must live.
+        single_replica: Whether one of the processes that hold the same part reads
+            it and the others get it over the mesh.
     """
 
     path: Path
@@ -29,3 +31,4 @@ class Job:
     shape: Shape
     dtype: np.dtype[Any]
     sharding: jax.sharding.Sharding
+    single_replica: bool = False

@@ -25,6 +25,11 @@ def place_array(job: PlainJob, shards: Mapping[Region, Buffer]) -> jax.Array:
         lambda index: shards[region_of(index, job.shape)] if only is None else only,
         dtype=job.dtype,
     )
+    return as_asked(job, array)
+
+
+def as_asked(job: PlainJob, array: jax.Array) -> jax.Array:
+    """Returns the array in the dtype of the job as asked for: bits as random keys."""
     if not is_key(job.job.dtype):
         return array
     return cast(jax.Array, jax.random.wrap_key_data(array, impl=_impl_of(job.job.dtype)))

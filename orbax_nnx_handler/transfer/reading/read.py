@@ -7,6 +7,7 @@ import orbax.checkpoint as ocp
 
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import reads
+from orbax_nnx_handler.planning.regions import Region
 from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.reading.arena import Arena
@@ -14,7 +15,7 @@ from orbax_nnx_handler.transfer.reading.gathering import fill_targets
 from orbax_nnx_handler.transfer.reading.jobs import Job
 from orbax_nnx_handler.transfer.reading.orbax_reader import read_with_orbax
 from orbax_nnx_handler.transfer.reading.placing import place_array
-from orbax_nnx_handler.transfer.reading.shards import PlainJob, allocate_shards, plain_job
+from orbax_nnx_handler.transfer.reading.shards import Buffer, PlainJob, allocate_shards, plain_job
 from orbax_nnx_handler.transfer.reading.targets import Work, stored_shapes
 from orbax_nnx_handler.transfer.reading.tasks import Progress
 from orbax_nnx_handler.transfer.reading.waves import waves
@@ -76,12 +77,23 @@ def _read_wave(
     concurrent_bytes: int | None,
     progress: Progress | None,
 ) -> dict[Path, jax.Array]:
+    filled = read_shards(checkpoint, wave, concurrent_bytes, progress)
+    return {job.job.path: place_array(job, shards) for job, shards in zip(wave, filled, strict=True)}
+
+
+def read_shards(
+    checkpoint: Checkpoint,
+    wave: Sequence[PlainJob],
+    concurrent_bytes: int | None,
+    progress: Progress | None,
+) -> list[dict[Region, Buffer]]:
+    """Reads the shards of each job into fresh host memory."""
     arena, work, stored = Arena(), Work(), stored_shapes(checkpoint)
-    filled = [(job, allocate_shards(job, arena.allocate)) for job in wave]
-    for job, shards in filled:
+    filled = [allocate_shards(job, arena.allocate) for job in wave]
+    for job, shards in zip(wave, filled, strict=True):
         for region, buffer in shards.items():
             work.fill(job.recipe, region, buffer, stored)
     fill_targets(checkpoint, work.targets, concurrent_bytes, progress)
     for step in work.finish:
         step()
-    return {job.job.path: place_array(job, shards) for job, shards in filled}
+    return filled

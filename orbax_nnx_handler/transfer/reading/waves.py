@@ -5,7 +5,8 @@ nothing to bound. Elsewhere they are copied to the device, and only as many as
 the window allows exist on the host at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from orbax_nnx_handler.planning import recipes
 from orbax_nnx_handler.planning.paths import Path
@@ -13,6 +14,8 @@ from orbax_nnx_handler.transfer.reading.shards import PlainJob
 
 # Without a bound of the caller's: enough to keep disk and device busy.
 DEFAULT_WINDOW_BYTES = 4 << 30
+
+_Item = TypeVar("_Item")
 
 
 def waves(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[list[PlainJob]]:
@@ -26,23 +29,30 @@ def waves(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[li
         return
     # Half: while one wave is on its way to the devices, the next is read.
     limit = (concurrent_bytes or DEFAULT_WINDOW_BYTES) // 2
-    wave: list[PlainJob] = []
+    yield from packed(sorted(families(jobs), key=_size, reverse=True), _size, limit)
+
+
+def packed(
+    families: Iterable[Sequence[_Item]], size_of: Callable[[Sequence[_Item]], int], limit: int
+) -> Iterator[list[_Item]]:
+    """Yields families in groups of bounded size, in order; one may exceed the bound on its own."""
+    wave: list[_Item] = []
     size = 0
-    for family in sorted(_families(jobs), key=_size, reverse=True):
-        if wave and size + _size(family) > limit:
+    for family in families:
+        if wave and size + size_of(family) > limit:
             yield wave
             wave, size = [], 0
         wave += family
-        size += _size(family)
+        size += size_of(family)
     if wave:
         yield wave
 
 
-def _size(family: list[PlainJob]) -> int:
+def _size(family: Sequence[PlainJob]) -> int:
     return sum(job.host_nbytes for job in family)
 
 
-def _families(jobs: Sequence[PlainJob]) -> list[list[PlainJob]]:
+def families(jobs: Sequence[PlainJob]) -> list[list[PlainJob]]:
     """Groups the jobs that share a stored leaf, directly or through others."""
     family_of: dict[Path, list[PlainJob]] = {}
     for job in jobs:

@@ -1,0 +1,166 @@
+"""Parts of leaves that several processes hold alike, and which of them reads each.
+
+A leaf that a mesh holds in copies on several processes is read by one process and
+copied over the mesh to the others (single-replica restore). Who reads is decided
+leaf by leaf, so that all processes read equally much. Everything here is a pure
+function of jobs and meshes and comes out alike on every process.
+"""
+
+import dataclasses
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from orbax_nnx_handler.transfer.reading.shards import Device, PlainJob
+from orbax_nnx_handler.transfer.reading.waves import families
+
+_BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copied:
+    """A job that one copy's devices read and the others get over the mesh.
+
+    Attributes:
+        job: The job; its shards are those that this process reads.
+        axes: The mesh axes along which the copies lie.
+        reader: Which of the copies is read from the store, counted along the axes.
+    """
+
+    job: PlainJob
+    axes: tuple[str, ...]
+    reader: int
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """The sharding of the job's array."""
+        return cast(NamedSharding, self.job.sharding)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the job's array."""
+        return cast(Mesh, self.sharding.mesh)
+
+    @property
+    def copies(self) -> int:
+        """How many copies the mesh holds."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    @property
+    def bits(self) -> np.dtype[Any]:
+        """The unsigned integers under which values are copied bit by bit."""
+        return _BITS[self.job.dtype.itemsize]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts of one process, the same figure on each of them."""
+        part = math.prod(self.sharding.shard_shape(self.job.shape)) * self.job.dtype.itemsize
+        return max(1, part * self.mesh.size // jax.process_count())
+
+
+def copy_axes(job: PlainJob) -> tuple[str, ...]:
+    """Returns the mesh axes along which a job's parts lie in copies on different processes.
+
+    None where a copy over the mesh is not possible: processes outside of the mesh could not
+    take part in it, and of dtypes without whole bytes or with two parts there are no plain bits.
+    """
+    return _copy_axes(job.sharding) if _has_plain_bits(job.dtype) else ()
+
+
+def share_out(jobs: Sequence[PlainJob]) -> list[list[Copied]]:
+    """Chooses which copy of each job is read, so that all processes read equally much.
+
+    Args:
+        jobs: Jobs that have `copy_axes`.
+
+    Returns:
+        The jobs, largest first; those that read the same stored leaf are together and, where they
+        lie on one mesh, read by the same copy, so that a packed chunk is fetched once.
+    """
+    loads: dict[int, int] = defaultdict(int)
+    shared: list[list[Copied]] = []
+    for family in sorted(families(jobs), key=_global_nbytes, reverse=True):
+        by_mesh: dict[Any, list[PlainJob]] = defaultdict(list)
+        for job in family:
+            by_mesh[cast(NamedSharding, job.sharding).mesh, copy_axes(job)].append(job)
+        shared.append([item for (_, axes), same in by_mesh.items() for item in _assign(same, axes, loads)])
+    return shared
+
+
+def _assign(jobs: Sequence[PlainJob], axes: tuple[str, ...], loads: dict[int, int]) -> Iterator[Copied]:
+    groups = _processes(cast(NamedSharding, jobs[0].sharding).mesh, axes)
+    reader = min(range(len(groups)), key=lambda copy: max(loads[process] for process in groups[copy]))
+    for job in jobs:
+        mine = set(own_devices(cast(NamedSharding, job.sharding), axes, reader))
+        shards = [shard for shard in job.shards if mine & set(shard.devices)]
+        item = Copied(job=dataclasses.replace(job, shards=tuple(shards)), axes=axes, reader=reader)
+        for process in groups[reader]:
+            loads[process] += item.nbytes
+        yield item
+
+
+def own_devices(sharding: NamedSharding, axes: tuple[str, ...], copy: int) -> tuple[Device, ...]:
+    """Returns this process's devices that hold one of the copies."""
+    here = jax.process_index()
+    devices = cast("list[Device]", _by_copy(cast(Mesh, sharding.mesh), axes)[copy].ravel().tolist())
+    return tuple(device for device in devices if device.process_index == here)
+
+
+@functools.lru_cache(maxsize=64)
+def _processes(mesh: Mesh, axes: tuple[str, ...]) -> list[frozenset[int]]:
+    """Returns the processes whose devices hold each copy."""
+    return [frozenset(_process_of(copy).ravel().tolist()) for copy in _by_copy(mesh, axes)]
+
+
+@functools.lru_cache(maxsize=64)
+def _by_copy(mesh: Mesh, axes: tuple[str, ...]) -> np.ndarray[Any, Any]:
+    """Returns the mesh's devices with the copies counted on the first axis."""
+    first = [mesh.axis_names.index(axis) for axis in axes]
+    rest = [axis for axis in range(mesh.devices.ndim) if axis not in first]
+    return mesh.devices.transpose(*first, *rest).reshape(math.prod(mesh.shape[axis] for axis in axes), -1)
+
+
+@functools.lru_cache(maxsize=256)
+def _copy_axes(sharding: jax.sharding.Sharding) -> tuple[str, ...]:
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return ()
+    processes = _process_of(sharding.mesh.devices)
+    if set(processes.ravel().tolist()) != set(range(jax.process_count())):
+        return ()
+    used = _axes_of(sharding.spec)
+    return tuple(
+        name
+        for axis, name in enumerate(sharding.mesh.axis_names)
+        if name not in used and bool(np.any(processes != processes.take([0], axis)))
+    )
+
+
+def _process_of(devices: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.array([device.process_index for device in devices.ravel()], np.int64).reshape(devices.shape)
+
+
+def _axes_of(spec: PartitionSpec) -> set[str]:
+    used: set[str] = set()
+    for part in cast("tuple[str | tuple[str, ...] | None, ...]", spec):
+        used |= {part} if isinstance(part, str) else set(part or ())
+    return used
+
+
+@functools.cache
+def _has_plain_bits(dtype: np.dtype[Any]) -> bool:
+    if dtype == np.dtype(bool):
+        return True
+    if jnp.issubdtype(dtype, np.integer):
+        return jnp.iinfo(dtype).bits == 8 * dtype.itemsize
+    return jnp.issubdtype(dtype, np.floating) and bool(jnp.finfo(dtype).bits == 8 * dtype.itemsize)
+
+
+def _global_nbytes(family: Sequence[PlainJob]) -> int:
+    return sum(math.prod(job.shape) * job.dtype.itemsize for job in family)

@@ -117,6 +117,7 @@ def configured(
     init: Callable[[], Any] | None = None,
     unexpected: UnexpectedPolicy = "warn",
     dtype: DtypeChoice = "target",
+    single_replica: bool = False,
     save_layout: Flavour = "linen",
     tx: Transformation | None = None,
     primary_host: int | None = 0,
@@ -130,6 +131,7 @@ def configured(
         init: Builds the target with real values, for `policy="init"`.
         unexpected: What to do about stored leaves that the target does not want.
         dtype: `target` casts to the target's dtypes, `stored` keeps the disk's.
+        single_replica: Whether what several processes hold alike is read by one of them.
         save_layout: `linen` (Flax TrainState) or `maxtext`.
         tx: The optimizer's transformation, for bare `nnx.State`s.
         primary_host: As in the context's `multiprocessing_options`.
@@ -138,7 +140,13 @@ def configured(
         ValueError: A value is none of the choices.
     """
     options = RestoreOptions.of(
-        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+        policy=policy,
+        layout=layout,
+        renames=renames,
+        init=init,
+        unexpected=unexpected,
+        dtype=dtype,
+        single_replica=single_replica,
     )
     attributes = {"options": options, "save_layout": save_layout, "tx": tx, "primary_host": primary_host}
     # Orbax writes a handler's full name into the checkpoint. What is on disk is a plain PyTree checkpoint,
@@ -177,11 +185,14 @@ def context(policy: Policies = "error", *, base: ocp.Context | None = None, **op
 
     Args:
         policy: What a missing weight becomes.
-        base: A context whose other settings are kept.
+        base: A context whose other settings are kept. Its `use_load_and_broadcast` asks for
+            `single_replica`.
         **options: The other options of `configured`.
     """
     made = ocp.Context(base)
     options.setdefault("primary_host", made.multiprocessing_options.primary_host)
+    # Orbax gives no public way to the context in force, so what is set in it later goes unseen.
+    options.setdefault("single_replica", made.array_options.loading.use_load_and_broadcast)
     made.checkpointables.registry = registry(configured(policy, **options))
     return made
 

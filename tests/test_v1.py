@@ -168,3 +168,17 @@ def test_both_generations_of_orbax_write_the_same_item(tmp_path: Path) -> None:
 
     assert_equal(restored, item)
     assert [entry["path"][-1] for entry in metadata.custom_metadata["nnx_aux"]] == ["count", "key"]
+
+
+def test_a_context_that_loads_and_broadcasts_asks_for_single_replica() -> None:
+    base = ocp.Context()
+    base.array_options.loading.use_load_and_broadcast = True
+
+    asked = [v1.context(base=base), v1.context(single_replica=True), v1.context()]
+
+    assert [_handler_of(context).options.single_replica for context in asked] == [True, True, False]
+
+
+def _handler_of(context: ocp.Context) -> Any:
+    kinds = [kind for kind, _ in context.checkpointables.registry.get_all_entries()]
+    return next(kind for kind in kinds if issubclass(kind, v1.NNXLinenHandler))

@@ -159,7 +159,7 @@ def _has_plain_bits(dtype: np.dtype[Any]) -> bool:
         return True
     if jnp.issubdtype(dtype, np.integer):
         return jnp.iinfo(dtype).bits == 8 * dtype.itemsize
-    return jnp.issubdtype(dtype, np.floating) and bool(jnp.finfo(dtype).bits == 8 * dtype.itemsize)
+    return jnp.issubdtype(dtype, np.floating) and cast(int, jnp.finfo(dtype).bits) == 8 * dtype.itemsize
 
 
 def _global_nbytes(family: Sequence[PlainJob]) -> int:

@@ -52,20 +52,18 @@ def _fitting_gb() -> float:
     return round(min(2.0, memory / 1e9 / 20), 2)
 
 
-def trial(settings: Mapping[str, Any], *, module: str = "benchmarks.trial", cache: Cache = "warm") -> Row:
-    """Runs one trial in a fresh process.
+def trials(settings: Sequence[Mapping[str, Any]], *, module: str = "benchmarks.trial") -> list[Row]:
+    """Runs trials one after the other in one fresh process, of as many devices as the first asks for.
 
     Raises:
-        RuntimeError: The trial failed: a wrong value, or an error; its output is quoted.
+        RuntimeError: A trial failed: a wrong value, or an error; its output is quoted.
     """
-    if cache == "cold":
-        _forget(pathlib.Path(settings["path"]))
     done = subprocess.run(
         [sys.executable, "-m", module, json.dumps(settings)], capture_output=True, text=True, cwd=ROOT.parent
     )
     if done.returncode:
-        raise RuntimeError(f"trial {settings} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"trials {settings} failed:\n{done.stderr[-3000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(settings) :]]
 
 
 def _forget(path: pathlib.Path) -> None:
@@ -79,13 +77,26 @@ def _forget(path: pathlib.Path) -> None:
 
 
 def interleaved(
-    contestants: Sequence[str], rounds: int, settings: Mapping[str, Any], cache: Cache = "warm"
+    contestants: Sequence[str],
+    rounds: int,
+    settings: Mapping[str, Any],
+    cache: Cache = "warm",
+    *,
+    toy: bool = False,
 ) -> dict[str, list[Row]]:
-    """Runs every contestant once per round, so that a slow minute of the machine hits all alike."""
+    """Runs every contestant once per round, so that a slow minute of the machine hits all alike.
+
+    Each trial has a process of its own, except for toys, of which only the values count.
+    """
+    wanted = [{**settings, "contestant": name} for name in contestants]
+    if toy:
+        return {name: [row] for name, row in zip(contestants, trials(wanted), strict=True)}
     found: dict[str, list[Row]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name in contestants:
-            found[name].append(trial({**settings, "contestant": name}, cache=cache))
+        for each in wanted:
+            if cache == "cold":
+                _forget(pathlib.Path(settings["path"]))
+            found[each["contestant"]] += trials([each])
     return found
 
 

@@ -18,7 +18,12 @@ from typing import Any
 from benchmarks.measuring import ROOT, Row, arguments, report, settings_of, table
 from benchmarks.models import Model, sized, write
 
-_DISTRIBUTIONS = ("sharded", "replicated")
+# What is shown: where the parameters live, and whether what several processes hold alike is read once.
+_DISTRIBUTIONS = {
+    "sharded": ("sharded", False),
+    "replicated": ("replicated", False),
+    "replicated, single replica": ("replicated", True),
+}
 # What a scheduler sets where there is something to join.
 _CLUSTER_SIGNS = (
     "JAX_COORDINATOR_ADDRESS",
@@ -44,13 +49,11 @@ def _on_this_machine(options: argparse.Namespace) -> None:
     model = sized(37 if options.toy else 301, int(options.gb * 1e9))
     path = write(model, options.scratch)
     rows: list[Row] = []
-    for distribution in _DISTRIBUTIONS:
-        for count in (1, 2) if options.toy else (1, 2, 4):
-            trials = [
-                _started(count, settings_of(model, path, placement=distribution))
-                for _ in range(options.rounds)
-            ]
-            rows.append({"parameters": distribution, "processes": count, **_joined(model, trials)})
+    for title, (distribution, single) in _DISTRIBUTIONS.items():
+        for count in (2,) if options.toy else (1, 2, 4):
+            settings = settings_of(model, path, placement=distribution, single_replica=single)
+            trials = [_started(count, settings) for _ in range(options.rounds)]
+            rows.append({"parameters": title, "processes": count, **_joined(model, trials)})
     report("multihost", options, rows, {f"{model.nbytes / 1e9:.3g} GB": table(rows)})
 
 
@@ -100,27 +103,26 @@ def one_process(settings: dict[str, Any]) -> Row:
         jax.config.update("jax_platforms", "cpu")
         if count > 1:
             jax.distributed.initialize(address, count, number, local_device_ids=[0])
-    return _restored(Model(**settings["model"]), pathlib.Path(settings["path"]), settings["placement"])
+    path = pathlib.Path(settings["path"])
+    return _restored(Model(**settings["model"]), path, settings["placement"], settings["single_replica"])
 
 
-def _restored(model: Model, path: pathlib.Path, distribution: str) -> Row:
+def _restored(model: Model, path: pathlib.Path, distribution: str, single_replica: bool) -> Row:
     import dataclasses
 
-    import jax
     from jax.experimental import multihost_utils
 
     from benchmarks.contestants import ours
     from benchmarks.models import placement
     from benchmarks.trial import measured
 
-    call, collect = ours(model, path, placement(distribution))
+    call, collect = ours(model, path, placement(distribution), single_replica=single_replica)
     multihost_utils.sync_global_devices("start")
     result, figures = measured(call)
     arrays = collect(result) or {}
     _check_own(model, arrays)
     needed = sum(shard.data.nbytes for array in arrays.values() for shard in array.addressable_shards)
     multihost_utils.sync_global_devices("end")
-    del jax
     return {**dataclasses.asdict(figures), "needed_bytes": needed}
 
 
@@ -143,10 +145,10 @@ def _on_cluster(options: argparse.Namespace) -> None:
         write_alone(model, options.scratch)
     multihost_utils.sync_global_devices("written")
     rows: list[Row] = []
-    for distribution in _DISTRIBUTIONS:
+    for title, (distribution, single) in _DISTRIBUTIONS.items():
         for _ in range(options.rounds):
-            row = _restored(model, options.scratch / model.name, distribution)
-            rows.append({"parameters": distribution, "processes": jax.process_count(), **row})
+            row = _restored(model, options.scratch / model.name, distribution, single)
+            rows.append({"parameters": title, "processes": jax.process_count(), **row})
     if jax.process_index() == 0:
         report("multihost", options, rows, {f"{model.nbytes / 1e9:.3g} GB, process 0": table(rows)})
 

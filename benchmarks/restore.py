@@ -103,11 +103,11 @@ def cases(gb: float, *, toy: bool) -> list[Case]:
     ]
 
 
-def run(case: Case, rounds: int, scratch: object) -> dict[str, Row]:
+def run(case: Case, rounds: int, scratch: object, *, toy: bool) -> dict[str, Row]:
     """Returns the figures of each contestant, with ratios to stock Orbax where it takes part."""
     path = write(case.model, scratch)  # type: ignore[arg-type]
     settings = settings_of(case.model, path, placement=case.placement, devices=case.devices)
-    trials = interleaved(case.contestants, min(rounds, case.rounds), settings, case.cache)
+    trials = interleaved(case.contestants, min(rounds, case.rounds), settings, case.cache, toy=toy)
     rows = {name: summary(case.model, found) for name, found in trials.items()}
     for reference in ("orbax", "tensorstore"):
         if reference in rows:
@@ -123,7 +123,7 @@ def main() -> None:
     for case in cases(options.gb, toy=options.toy):
         if options.only not in case.title:
             continue
-        rows = run(case, options.rounds, options.scratch)
+        rows = run(case, options.rounds, options.scratch, toy=options.toy)
         results[case.title] = rows
         title = f"**{case.title}** ({case.model.nbytes / 1e9:.3g} GB, {case.cache} cache)"
         tables[title] = table({"": name, **row} for name, row in rows.items())

@@ -12,7 +12,9 @@ def main() -> None:
     for leaves in (37, 100 if options.toy else 2169):
         model = sized(leaves, size)
         path = write(model, options.scratch)
-        found = interleaved(["save_ours", "save_orbax"], options.rounds, settings_of(model, path))
+        found = interleaved(
+            ["save_ours", "save_orbax"], options.rounds, settings_of(model, path), toy=options.toy
+        )
         rows = with_ratios({name: summary(model, trials) for name, trials in found.items()}, "save_orbax")
         results[f"{model.leaves} leaves"] = rows
         heading = f"**{model.leaves} leaves**, {model.nbytes / 1e9:.3g} GB"

@@ -44,7 +44,9 @@ def curve(
         path = write(model, options.scratch)
         # Stock Orbax needs half a minute at 20,000 leaves.
         rounds = min(options.rounds, 3) if count > 5000 else options.rounds
-        for name, trials in interleaved(contestants, rounds, settings_of(model, path)).items():
+        for name, trials in interleaved(
+            contestants, rounds, settings_of(model, path), toy=options.toy
+        ).items():
             found[name][str(count)] = summary(model, trials)
     return {name: {"exponent": exponent(rows), "points": rows} for name, rows in found.items()}
 

@@ -1,7 +1,7 @@
-"""One measurement in a process of its own: `python -m benchmarks.trial '<settings>'`.
+"""Measurements in a process of their own: `python -m benchmarks.trial '[<settings>, ...]'`.
 
-Prints one line of JSON. Nothing that an earlier trial left behind (compiled
-code, thread pools, memory) can help or hurt.
+Prints one line of JSON for each. Alone in its process, nothing that an earlier trial left behind (compiled
+code, thread pools, memory) can help or hurt a trial.
 """
 
 import contextlib
@@ -90,4 +90,5 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    for one in json.loads(sys.argv[1]):
+        print(json.dumps(main(one)))

@@ -16,7 +16,9 @@ def main() -> None:
     for title, model in models.items():
         path = write(model, options.scratch)
         rounds = min(options.rounds, 3) if model.leaves > 5000 else options.rounds
-        found = interleaved(["verdict", "ours", "read_then_check"], rounds, settings_of(model, path))
+        found = interleaved(
+            ["verdict", "ours", "read_then_check"], rounds, settings_of(model, path), toy=options.toy
+        )
         rows = {name: summary(model, trials) for name, trials in found.items()}
         for row in rows.values():
             row["of a restore"] = row["seconds"] / rows["ours"]["seconds"]

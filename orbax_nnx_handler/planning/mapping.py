@@ -1,6 +1,7 @@
 """Wanted path to stored paths and transform, for every leaf of a target."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 from orbax_nnx_handler.planning.entries import model_entries
@@ -140,15 +141,31 @@ def _virtual_parameters(split: Sequence[WantedMoment]) -> list[Wanted]:
 def _add_outside_model(
     found: dict[Path, Found], wanted: Sequence[Wanted], placements: Sequence[Placement], roots: Roots
 ) -> None:
-    steps = [placement.leaf for placement in placements if placement.section == "step"]
-    for item in of_role(wanted, "step"):
-        if steps:
-            found[item.leaf.path] = Found(recipe=Read(steps[0].path))
-    for item in of_role(wanted, "model"):
-        lone_step = item.leaf.shape == () and item.tokens[-1] == "step" and item.leaf.path not in found
-        if lone_step and steps:
-            found[item.leaf.path] = Found(recipe=Read(steps[0].path))
+    steps = [placement for placement in placements if placement.section == "step"]
+    for item in of_role(wanted, "step", "model"):
+        lone = item.leaf.shape == () and item.tokens[-1] == "step" and item.leaf.path not in found
+        own = _own_step(item, steps) if item.role == "step" or lone else None
+        if own is not None:
+            found[item.leaf.path] = Found(recipe=Read(own.leaf.path))
     find_random(found, of_role(wanted, "random", "model"), placements, roots)
+
+
+def _own_step(item: Wanted, steps: Sequence[Placement]) -> Placement | None:
+    """Returns the count of steps that belongs to a wanted one.
+
+    A train state has one, which every wanted step is. Of two train states (a GAN) each has
+    its own: the one whose path has the most of its keys in common, if that is a single one.
+    """
+    if len(steps) < 2:
+        return next(iter(steps), None)
+    shared = [_common(item.tokens[:-1], canonical(step.path)[:-1]) for step in steps]
+    return steps[shared.index(max(shared))] if shared.count(max(shared)) == 1 else None
+
+
+def _common(left: Tokens, right: Tokens) -> int:
+    """Counts the keys that two paths begin with alike."""
+    pairs = zip(left, right, strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _homeless(match: ModelMatch, moments: StoredMoments, stored: Stored) -> tuple[Homeless, ...]:

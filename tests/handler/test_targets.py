@@ -320,3 +320,23 @@ def test_a_plan_says_where_every_leaf_comes_from(item) -> None:
 
 def _paths(target: tuple[Any, Any]) -> list[tuple[Any, ...]]:
     return [(at, *path) for at, part in enumerate(target) for path, _ in nnx.to_flat_state(nnx.state(part))]
+
+
+@pytest.mark.parametrize("form", [nnx.state, lambda tree: nnx.to_pure_dict(nnx.state(tree))])
+def test_each_of_two_train_states_gets_its_own_step(tmp_path, form):
+    def build():
+        def part(width):
+            model = nnx.Linear(2, width, rngs=nnx.Rngs(0))
+            return {"model": model, "optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)}
+
+        return {"generator": part(4), "discriminator": part(3)}
+
+    steps = {"generator": 3, "discriminator": 15}
+    trained = build()
+    for name, count in steps.items():
+        trained[name]["optimizer"].step.set_value(jnp.uint32(count))
+    ocp.PyTreeCheckpointer().save(tmp_path / "item", form(trained))
+
+    found = restore(tmp_path / "item", nnx.eval_shape(build))
+
+    assert {name: int(found[name]["optimizer"].step.get_value()) for name in steps} == steps

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.report import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target import Target, flatten_like, flatten_target
-from orbax_nnx_handler.transfer.agreement import agree
+from orbax_nnx_handler.transfer.agreement import agree, agree_on
 from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
@@ -124,7 +124,7 @@ def restore(
         single_replica=single_replica,
     )
     limit = None if concurrent_gb is None else int(concurrent_gb * 1e9)
-    directory = find_item(path, item)
+    directory = agree_on("checkpoint", lambda: find_item(path, item))
     result, _ = restore_item(
         directory, target, restore_args, options, concurrent_bytes=limit, progress=progress
     )

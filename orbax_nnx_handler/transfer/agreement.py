@@ -21,6 +21,10 @@ class OtherProcessError(RestoreError):
     """Another process failed; its message is quoted."""
 
 
+class DisagreementError(RestoreError):
+    """The processes of one program look at different checkpoints."""
+
+
 def agree(step: Callable[[], T]) -> T:
     """Runs a step on every process; raises on all if it fails on any.
 
@@ -43,6 +47,30 @@ def agree(step: Callable[[], T]) -> T:
         if message:
             raise OtherProcessError(f"process {process} failed, so all stop: {message}")
     return result  # type: ignore[return-value]
+
+
+def agree_on(what: str, step: Callable[[], T]) -> T:
+    """Runs a step on every process; raises on all if it fails on any or if their results differ.
+
+    Args:
+        what: What the results are, for the message ("checkpoint").
+        step: Gives a result whose text tells it from others.
+
+    Raises:
+        DisagreementError: The processes found different things; all are listed.
+        OtherProcessError: The step failed on another process only.
+    """
+    result = agree(step)
+    if jax.process_count() == 1:
+        return result
+    found = _exchange(str(result))
+    if len(set(found)) > 1:
+        listed = "\n".join(f"  process {process}: {text}" for process, text in enumerate(found))
+        raise DisagreementError(
+            f"the processes do not see the same {what}:\n{listed}\n"
+            "hint: name the step, or wait until every host sees the same files."
+        )
+    return result
 
 
 def _exchange(message: str) -> list[str]:

@@ -12,10 +12,11 @@ _COPIES = 3
 
 
 def write_bits(directory: pathlib.Path) -> None:
-    """Saves the values as `bits` with stock Orbax, and once more as plain bytes."""
+    """Saves the values with stock Orbax as `bits` and `bits_again`, and once more as plain bytes."""
     values = {f"{name}_{number}": _value(name, number) for name in _DTYPES for number in range(_COPIES)}
     values["scalar"] = np.array(-0.0, np.float32)
-    ocp.PyTreeCheckpointer().save(directory / "bits", {"params": values})
+    for name in ("bits", "bits_again"):
+        ocp.PyTreeCheckpointer().save(directory / name, {"params": values})
     np.savez(directory / "bits.npz", values=np.array(values, dtype=object))
 
 

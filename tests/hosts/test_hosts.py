@@ -99,6 +99,23 @@ def test_a_file_that_one_process_cannot_read_stops_them_all(seen: Seen, scene: s
     assert all("the disk of process 1 is gone" in result["message"] for result in others)
 
 
+def test_a_checkpoint_that_one_process_does_not_see_stops_them_all(seen: Seen) -> None:
+    results = _each(seen, "absent_on_one")
+
+    kinds = ["OtherProcessError", "NotACheckpointError"] * (len(seen) // 2)
+    assert [result["kind"] for result in results] == kinds
+
+
+def test_processes_that_see_different_checkpoints_say_so(seen: Seen) -> None:
+    results = _each(seen, "another_on_one")
+
+    assert {result["kind"] for result in results} == {"DisagreementError"}
+    first, *rest = results[0]["message"].splitlines()
+    assert first == "the processes do not see the same checkpoint:"
+    assert [line.rpartition("/")[2] for line in rest[:-1]] == ["bits", "bits_again"] * (len(seen) // 2)
+    assert rest[-1] == "hint: name the step, or wait until every host sees the same files."
+
+
 def test_derived_random_state_is_the_same_on_every_process(seen: Seen) -> None:
     results = _each(seen, "same_random_state")
 

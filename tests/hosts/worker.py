@@ -172,6 +172,20 @@ def divided_random_state(stage: Stage) -> Any:
     return {"wrong": not np.array_equal(multihost_utils.process_allgather(bits, tiled=True), expected)}
 
 
+def _from_other_roots(*names: str) -> Callable[[Stage], Any]:
+    """Gives each process a root of its own: what one sees, another may not see yet."""
+
+    def scene(stage: Stage) -> Any:
+        root = stage.directory / names[jax.process_index() % len(names)]
+        try:
+            restore(root, _copies(stage))
+        except RestoreError as error:
+            return {"kind": type(error).__name__, "message": str(error)}
+        return {"kind": "none"}
+
+    return scene
+
+
 def _copies(stage: Stage, *spec: str | None) -> nnx.State:
     """Returns the target for the values of every kind of bits, in copies on all hosts."""
 
@@ -275,6 +289,8 @@ SCENES: dict[str, Callable[[Stage], Any]] = {
     "filled_by_filter": filled_by_filter,
     "unreadable_on_one": _unreadable_on_one("read_arrays"),
     "unreadable_on_the_reader": _unreadable_on_one("read_shards", single_replica=True),
+    "absent_on_one": _from_other_roots("bits", "nowhere"),
+    "another_on_one": _from_other_roots("bits", "bits_again"),
     "read_by_each": _copied(),
     "copied": _copied(single_replica=True),
     "copied_rows": _copied("local", single_replica=True),

@@ -102,12 +102,8 @@ class Matcher:
             if by_structure is not None:
                 found[item.leaf.path] = Found(recipe=by_structure.recipe, reason=by_structure.reason)
         found |= restacked
-        arranged = self._arranged(left, free, found)
-        found |= {
-            item.leaf.path: Found(recipe=made.recipe, missing_layers=made.missing)
-            for item in left
-            if (made := arranged.found.get(self._below[item.leaf.path])) and item.leaf.path not in found
-        }
+        placed, arranged = self._arranged(left, free, found)
+        found |= placed
         # A leaf with the right path and the wrong shape: better shown as that than as missing.
         for item, entry in direct:
             found.setdefault(item.leaf.path, Found(recipe=entry.recipe, reason=entry.reason))
@@ -213,7 +209,7 @@ class Matcher:
 
     def _arranged(
         self, left: Sequence[Wanted], free: Iterable[Entry], found: Mapping[Path, Found]
-    ) -> Arranged:
+    ) -> tuple[dict[Path, Found], Arranged]:
         """Joins what is left by the order and the shapes of layers."""
         open_places = [item for item in left if item.role == "model" and item.leaf.path not in found]
         used = {path for item in found.values() for path in reads(item.recipe)}
@@ -228,7 +224,13 @@ class Matcher:
             for entry in unused
             for tokens in self._readings(entry)
         ]
-        return arrange(wanted, stored, {rule.tokens: rule.axis for rule in self.axes})
+        arranged = arrange(wanted, stored, {rule.tokens: rule.axis for rule in self.axes})
+        placed = {
+            item.leaf.path: Found(recipe=made.recipe, missing_layers=made.missing)
+            for item in open_places
+            if (made := arranged.found.get(self._below[item.leaf.path])) is not None
+        }
+        return placed, arranged
 
     def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[Piece]:
         for entry in free:

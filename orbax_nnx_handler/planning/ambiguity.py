@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from orbax_nnx_handler.planning.arranging import UnclearOrder
 from orbax_nnx_handler.planning.errors import (
     AmbiguousMappingError,
     RestoreError,
@@ -45,7 +46,11 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
     if mapping.rivals:
         yield _rivals(mapping.rivals)
     for group in mapping.unclear:
-        yield _unclear(group, mapping.applied.axes)
+        yield (
+            _unclear_order(group)
+            if isinstance(group, UnclearOrder)
+            else _unclear(group, mapping.applied.axes)
+        )
     idle = _idle_rules(mapping)
     if idle is not None:
         yield idle
@@ -108,6 +113,18 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
         f"{_leaves(len(group.tokens), 'wanted ')} fit each of them.\n"
         "hint: renames=[ScanAxis(" + repr(name) + f", {group.axes[0]})] says which axis.",
         paths=[tuple(tokens) for tokens in group.tokens],
+    )
+
+
+def _unclear_order(order: UnclearOrder) -> AmbiguousMappingError:
+    module = "/".join(order.parent).replace("/#", "_") or "the model"
+    names = "\n".join(f"  {name}".replace("/#", "_") for name in order.names)
+    return AmbiguousMappingError(
+        f"the layers of {module!r} can follow each other in several orders: the shapes of its "
+        f"{_leaves(len(order.tokens), 'wanted ')} fit each of them.\n{names}\n"
+        "hint: renames=[...] decides: UnstackLayers takes a stack apart or StackLayers makes one, "
+        "and a pair of names gives a layer its number.",
+        paths=[tuple(tokens) for tokens in order.tokens],
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
+from orbax_nnx_handler.planning.arranging import UnclearOrder
 from orbax_nnx_handler.planning.entries import model_entries
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.leaves import StoredLeaf
@@ -40,7 +41,7 @@ class LeafMapping:
         placements: What each stored leaf is.
         roots: Where the model sits on both sides.
         rivals: Wanted leaves that several stored leaves claim.
-        unclear: Layer groups whose stacked axis is open.
+        unclear: Layer groups whose stacked axis or order is open.
         homeless: Stored values that NNX has no home for; they must be zero.
         discarded: Stored values that the user's rules leave behind, moments included.
         applied: What the user's rules made of the stored model.
@@ -52,7 +53,7 @@ class LeafMapping:
     placements: Sequence[Placement]
     roots: Roots
     rivals: tuple[Rivals, ...]
-    unclear: tuple[UnclearAxis, ...]
+    unclear: tuple[UnclearAxis | UnclearOrder, ...]
     homeless: tuple[Homeless, ...]
     discarded: Mapping[Path, Discarded]
     applied: RulesApplied

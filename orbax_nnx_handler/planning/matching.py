@@ -7,6 +7,7 @@ from functools import cached_property
 
 from flax import nnx
 
+from orbax_nnx_handler.planning.arranging import Arranged, UnclearOrder, arrange
 from orbax_nnx_handler.planning.entries import Entry
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.paths import Path, segments
@@ -16,6 +17,7 @@ from orbax_nnx_handler.planning.restacking import UnclearAxis, restack
 from orbax_nnx_handler.planning.roles import Wanted
 from orbax_nnx_handler.planning.roots import Roots, Tokens, strip
 from orbax_nnx_handler.planning.rules import ScanAxis
+from orbax_nnx_handler.planning.sections import Part
 from orbax_nnx_handler.planning.structures import Homeless, derive
 
 
@@ -50,7 +52,7 @@ class ModelMatch:
 
     found: Mapping[Path, Found]
     rivals: tuple[Rivals, ...] = ()
-    unclear: tuple[UnclearAxis, ...] = ()
+    unclear: tuple[UnclearAxis | UnclearOrder, ...] = ()
     homeless: tuple[Homeless, ...] = ()
     groups: frozenset[Tokens] = frozenset()
 
@@ -100,15 +102,17 @@ class Matcher:
             if by_structure is not None:
                 found[item.leaf.path] = Found(recipe=by_structure.recipe, reason=by_structure.reason)
         found |= restacked
+        placed, arranged = self._arranged(left, free, found)
+        found |= placed
         # A leaf with the right path and the wrong shape: better shown as that than as missing.
         for item, entry in direct:
             found.setdefault(item.leaf.path, Found(recipe=entry.recipe, reason=entry.reason))
         return ModelMatch(
             found=found,
             rivals=tuple(rivals),
-            unclear=tuple(unclear),
+            unclear=(*unclear, *arranged.unclear),
             homeless=tuple(homeless),
-            groups=frozenset(groups),
+            groups=frozenset(groups | arranged.groups),
         )
 
     def _readings(self, entry: Entry) -> list[Tokens]:
@@ -202,6 +206,31 @@ class Matcher:
                     recipe=item.recipe, missing_layers=item.missing, surplus=item.surplus
                 )
         return found, unclear, groups
+
+    def _arranged(
+        self, left: Sequence[Wanted], free: Iterable[Entry], found: Mapping[Path, Found]
+    ) -> tuple[dict[Path, Found], Arranged]:
+        """Joins what is left by the order and the shapes of layers."""
+        open_places = [item for item in left if item.role == "model" and item.leaf.path not in found]
+        used = {path for item in found.values() for path in reads(item.recipe)}
+        unused = [entry for entry in free if used.isdisjoint(entry.sources)]
+        told = all(item.collection for item in (*open_places, *unused))
+        wanted = [
+            Part(self._below[item.leaf.path], item.leaf.shape, item.collection if told else None)
+            for item in open_places
+        ]
+        stored = [
+            Part(tokens, entry.shape, entry.collection if told else None, entry)
+            for entry in unused
+            for tokens in self._readings(entry)
+        ]
+        arranged = arrange(wanted, stored, {rule.tokens: rule.axis for rule in self.axes})
+        placed = {
+            item.leaf.path: Found(recipe=made.recipe, missing_layers=made.missing)
+            for item in open_places
+            if (made := arranged.found.get(self._below[item.leaf.path])) is not None
+        }
+        return placed, arranged
 
     def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[Piece]:
         for entry in free:

@@ -73,7 +73,7 @@ def restack(
     unclear: list[UnclearAxis] = []
     # The group with most leaves is the real one; a stray reading never takes a leaf twice.
     for (group, *_), keys in sorted(shared.items(), key=lambda item: -len(item[1])):
-        result = _Join(wanted, stored, keys, _said(group, axes or {})).solve()
+        result = _Join(wanted, stored, keys, said_axis(group, axes or {})).solve()
         if isinstance(result, UnclearAxis):
             unclear.append(result)
         else:
@@ -103,8 +103,8 @@ class _Join:
         if len(axes) > 1:
             return self._unclear(axes)
         surplus = self._count(self.stored, axes[0][0]) - self._count(self.wanted, axes[0][1])
-        if surplus and self._has_blocks(self.stored):
-            # With a position or a cycle missing, every layer number behind it would be off by some.
+        if surplus and (self._has_blocks(self.stored) or axes == [(None, None)]):
+            # With a position, a cycle or all cycles missing, every layer number behind would be off by some.
             return {}
         layers = {key: self._stored_layers(key, axes[0][0]) for key in self.keys}
         found: dict[Tokens, Restacked] = {}
@@ -126,7 +126,8 @@ class _Join:
         for key in self.keys:
             votes.update(axes for axes in self._fitting(key) if self._agrees(axes))
         if not votes:
-            return []
+            # Fewer layers than a block has: all of them are a remainder, and nothing is stacked.
+            return [(None, None)] if self._all_flat() else []
         top = max(votes.values())
         best = [axes for axes, count in votes.items() if count == top]
         same_count = [
@@ -137,6 +138,11 @@ class _Join:
             # Two stacks of one program family share their axis; a move of it would be a guess.
             best = [axes for axes in best if axes[0] == axes[1]] or best
         return sorted(best, key=str)
+
+    def _all_flat(self) -> bool:
+        pieces = (piece for side in (self.wanted, self.stored) for piece in side.all_pieces)
+        groups = {key[0] for key in self.keys}
+        return {piece.seat.form for piece in pieces if piece.seat.group in groups} <= {"flat", "remainder"}
 
     def _agrees(self, axes: Axes) -> bool:
         """Tells whether the user allows the axes: the first that is stacked is the one meant."""
@@ -230,7 +236,7 @@ def _length(piece: Piece, axis: int | None) -> int:
     return piece.shape[axis] if axis is not None and axis < len(piece.shape) else 0
 
 
-def _said(group: Group, axes: Mapping[Tokens, int]) -> int | None:
+def said_axis(group: Group, axes: Mapping[Tokens, int]) -> int | None:
     """Returns the axis that the user says for a group, by its path from the model's or the target's root."""
     path = (*group.parent, group.name)
     return next((axis for said, axis in axes.items() if said[-len(path) :] == path), None)

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         write_converted(
             conversion,
             epath.Path(arguments.dst),
-            memory_bytes=int(arguments.memory * 1e9),
+            memory_bytes=arguments.memory,
             progress=_checking(check, writing),
             verifying=_checking(check, verifying),
         )

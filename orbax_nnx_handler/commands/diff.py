@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     sides = [read_metadata(find_item(path, arguments.item)) for path in (arguments.path_a, arguments.path_b)]
     compared = compare(sides[0], sides[1])
     if arguments.values:
-        window = window_of(int(arguments.memory * 1e9))
+        window = window_of(arguments.memory)
         compared = dataclasses.replace(compared, values=_values(sides[0], sides[1], window, screen))
     if arguments.json:
         screen.json(compared.to_dict())

@@ -51,7 +51,7 @@ def write_converted(
     conversion: Conversion,
     destination: epath.PathLike,
     *,
-    memory_bytes: int,
+    memory_bytes: int | None,
     progress: Progress | None = None,
     verifying: Progress | None = None,
 ) -> dict[Path, str]:
@@ -60,7 +60,7 @@ def write_converted(
     Args:
         conversion: What to write.
         destination: The item directory to create.
-        memory_bytes: Upper bound of this process's memory.
+        memory_bytes: Upper bound of this process's memory; None as for `window_of`.
         progress: Called with the bytes written since the last call.
         verifying: Called with the bytes read again since the last call.
 

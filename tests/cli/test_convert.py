@@ -241,14 +241,6 @@ def test_an_interrupt_from_the_keyboard_or_a_scheduler_leaves_nothing(tmp_path, 
     assert names_in(out) == []
 
 
-def test_too_little_memory_is_said_before_anything_is_written(cli, root, tmp_path) -> None:
-    said = cli("convert", root, tmp_path / "out", "--memory", 0.01)
-
-    assert said.status == 1
-    assert said.err.startswith("RestoreError: 0.01 GB of memory are too little: the program itself takes ")
-    assert names_in(tmp_path) == []
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

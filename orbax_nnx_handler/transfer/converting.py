@@ -10,7 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from orbax_nnx_handler.planning.conversion import Written, tree_of
+from orbax_nnx_handler.planning.containers import tree_of
+from orbax_nnx_handler.planning.conversion import Written
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.folding import Row, aligned
 from orbax_nnx_handler.planning.paths import Path

@@ -113,7 +113,6 @@ def test_a_factory_gives_a_state_that_nnx_programs_restore_with_stock_orbax(cli,
 
 def test_a_factory_and_a_linen_layout_give_what_the_linen_program_wrote(cli, root, tmp_path) -> None:
     source = stock(root / "200" / "default")
-    source["step"] = np.uint32(source["step"])
 
     said = cli("convert", root, tmp_path / "out", f"{MODEL}:make_train", "--to", "linen")
 

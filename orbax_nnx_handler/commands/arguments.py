@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -49,10 +49,24 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """Returns what reads a whole number from a lower bound on."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return int(text)
+
+    return read
+
+
 def _gigabytes(text: str) -> int:
-    amount = float(text)
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = 0.0
     if not (amount > 0 and math.isfinite(amount)):
-        raise argparse.ArgumentTypeError(f"{text} is no amount of memory in GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory in GB")
     return int(amount * 1e9)
 
 
@@ -76,7 +90,7 @@ def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     parser.add_argument(
         "--devices",
         metavar="N",
-        type=int,
+        type=whole(1),
         help="pretend to have N devices, for factories that build a mesh",
     )
 

@@ -122,7 +122,7 @@ def _values(left: Checkpoint, right: Checkpoint, window: int, screen: Screen) ->
         [dataclasses.replace(side[key], dtype=dtype) for key, dtype in zip(keys, dtypes, strict=True)]
         for side in (ours, theirs)
     ]
-    with screen.progress("comparing", sum(leaf.nbytes for leaf in sides[0])) as progress:
+    with screen.progress(sum(leaf.nbytes for leaf in sides[0]), "comparing") as (progress,):
         return differences((left, sides[0]), (right, sides[1]), window, progress)
 
 

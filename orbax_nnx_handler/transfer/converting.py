@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.roles import is_key
 from orbax_nnx_handler.transfer.digests import Progress, digests_of
 from orbax_nnx_handler.transfer.memory import window_of
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.transfer.places import is_item
 from orbax_nnx_handler.transfer.reading import Job, read_arrays
 from orbax_nnx_handler.transfer.slab_writer import Pending, SlabWriter
 from orbax_nnx_handler.transfer.slabs import by_source
@@ -74,7 +75,7 @@ def write_converted(
     """
     destination = epath.Path(destination).absolute()
     window = window_of(memory_bytes)
-    with _appearing(destination) as unfinished:
+    with _writing(destination), _appearing(destination) as unfinished:
         plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
         writer = SlabWriter(conversion.source, by_source(plain, conversion.source), window, progress)
         _save(conversion, writer, unfinished)
@@ -90,6 +91,27 @@ def check_free(destination: epath.Path) -> None:
     """
     if destination.exists():
         raise RestoreError(f"there is something at {destination} already; nothing is overwritten.")
+    above = next((part for part in destination.absolute().parents if part.exists()), destination)
+    if not above.is_dir():
+        raise RestoreError(f"{above} is a file, so nothing can be written to {destination}.")
+    inside = next((part for part in (above, *above.parents) if is_item(part)), None)
+    if inside is not None:
+        raise RestoreError(f"{destination} lies inside the checkpoint {inside}, which would be changed.")
+
+
+@contextlib.contextmanager
+def _writing(destination: epath.Path) -> Generator[None]:
+    """Says that it was the destination which failed: a full disk, a permission, an interface that is down."""
+    try:
+        yield
+    except RestoreError:
+        raise
+    # TensorStore raises ValueError for most of what a disk refuses.
+    except (OSError, ValueError) as error:
+        reason = str(error).partition(" [source locations=")[0]
+        raise RestoreError(
+            f"{destination} cannot be written: {reason}\nhint: nothing was left at the destination."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli.conftest import MODEL
 
+MISSING = "needs() missing 1 required positional argument: 'layers'\n"
 PROGRAM = """\
 from flax import nnx
 

@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Literal
@@ -128,6 +129,35 @@ def with_ratios(rows: Mapping[str, Row], reference: str) -> dict[str, Row]:
         }
         for name, row in rows.items()
     }
+
+
+def command(*words: str) -> list[str]:
+    """Returns what Python runs for a command of `orbax-nnx`."""
+    return ["-m", "orbax_nnx_handler", *words]
+
+
+def program(words: Sequence[str], status: int) -> Row:
+    """Runs Python once; returns its time, its processor time and its peak of memory."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, cwd=ROOT.parent)
+    peak, code = 0, 0
+    done, used = 0, None
+    while not done:
+        # The high-water mark of this program alone: `ru_maxrss` also counts the process that started it.
+        peak = max(peak, _high_water(process.pid))
+        done, code, used = os.wait4(process.pid, os.WNOHANG)
+        time.sleep(0.02)
+    seconds = time.monotonic() - start
+    if os.waitstatus_to_exitcode(code) != status:
+        raise RuntimeError(f"{words} ended with {os.waitstatus_to_exitcode(code)}, not {status}")
+    return {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak GB": peak / 1e9}
+
+
+def _high_water(pid: int) -> int:
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -5,7 +5,8 @@ import json
 import math
 import pathlib
 import zlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ class Model:
         wanted: The same choice for the NNX target.
         compressed: Whether chunks are packed with zstd, Orbax's default.
         zarr3: Whether the arrays are Zarr 3.
+        projections: How many of the four a layer has.
     """
 
     layers: int
@@ -42,38 +44,53 @@ class Model:
     wanted: Arrangement = "layers"
     compressed: bool = False
     zarr3: bool = True
+    projections: int = len(PROJECTIONS)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The projections of a layer."""
+        return PROJECTIONS[: self.projections]
 
     @property
     def leaves(self) -> int:
         """Number of stored arrays, the step included."""
-        return 1 + len(PROJECTIONS) * (self.layers if self.stored == "layers" else 1)
+        return 1 + self.projections * (self.layers if self.stored == "layers" else 1)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters."""
-        return self.layers * len(PROJECTIONS) * self.width**2 * DTYPES[self.dtype].itemsize
+        return self.layers * self.projections * self.width**2 * DTYPES[self.dtype].itemsize
 
     @property
     def name(self) -> str:
         """A directory name that tells the models on disk apart."""
         packed = "zstd" if self.compressed else "raw"
         version = "zarr3" if self.zarr3 else "zarr2"
-        return f"{self.stored}-{self.layers}x{self.width}-{self.dtype}-{version}-{packed}"
+        layers = f"{self.layers}x{self.width}" + ("" if self.names == PROJECTIONS else f"x{self.projections}")
+        return f"{self.stored}-{layers}-{self.dtype}-{version}-{packed}"
 
     def values(self, layer: int) -> dict[str, np.ndarray]:
         """Returns one layer's projections; the same on every call and every machine."""
         random = np.random.default_rng(layer)
         shape = (self.width, self.width)
+        dtype = DTYPES[self.dtype]
+        return {name: random.standard_normal(shape, np.float32).astype(dtype) for name in self.names}
+
+    def checksums(self) -> dict[str, int]:
+        """Returns the checksum of every projection, made layer by layer."""
         return {
-            name: random.standard_normal(shape, np.float32).astype(DTYPES[self.dtype]) for name in PROJECTIONS
+            f"{layer}/{name}": zlib.crc32(value.tobytes())
+            for layer in range(self.layers)
+            for name, value in self.values(layer).items()
         }
 
 
 def sized(leaves: int, nbytes: int, **options: object) -> Model:
     """Returns the model with about so many leaves and bytes."""
-    layers = max(1, round((leaves - 1) / len(PROJECTIONS)))
+    projections = int(str(options.get("projections", len(PROJECTIONS))))
+    layers = max(1, round((leaves - 1) / projections))
     itemsize = DTYPES[str(options.get("dtype", "float32"))].itemsize
-    width = max(4, int(math.sqrt(nbytes / (layers * len(PROJECTIONS) * itemsize))) // 4 * 4)
+    width = max(4, int(math.sqrt(nbytes / (layers * projections * itemsize))) // 4 * 4)
     return Model(layers=layers, width=width, **options)  # type: ignore[arg-type]
 
 
@@ -89,16 +106,13 @@ def write(model: Model, root: pathlib.Path, shardings: Sharding | None = None) -
     if (path / "checksums.json").exists():
         return path
     layers = [model.values(number) for number in range(model.layers)]
-    sums = {
-        f"{n}/{name}": zlib.crc32(v.tobytes()) for n, layer in enumerate(layers) for name, v in layer.items()
-    }
     tree = {"params": _params(model, layers), "step": np.int32(7)}
     if shardings is not None:
         tree["params"] = jax.device_put(tree["params"], shardings)
     handler = ocp.PyTreeCheckpointHandler(use_zarr3=model.zarr3, use_compression=model.compressed)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)
-    (path / "checksums.json").write_text(json.dumps(sums))
+    (path / "checksums.json").write_text(json.dumps(model.checksums()))
     return path
 
 
@@ -108,7 +122,7 @@ def _params(model: Model, layers: list[dict[str, np.ndarray]]) -> dict[str, obje
             f"layers_{n}": {name: {"kernel": jnp.asarray(v)} for name, v in layer.items()}
             for n, layer in enumerate(layers)
         }
-    stacked = {name: np.stack([layer[name] for layer in layers], 1) for name in PROJECTIONS}
+    stacked = {name: np.stack([layer[name] for layer in layers], 1) for name in model.names}
     return {"layers": {name: {"kernel": jnp.asarray(value)} for name, value in stacked.items()}}
 
 
@@ -117,10 +131,10 @@ def target(model: Model, sharding: Sharding) -> nnx.State:
     dtype = DTYPES[model.dtype]
     square = (model.width, model.width)
     if model.wanted == "layers":
-        keys = [("layers", n, name, "kernel") for n in range(model.layers) for name in PROJECTIONS]
+        keys = [("layers", n, name, "kernel") for n in range(model.layers) for name in model.names]
         shape = square
     else:
-        keys = [("layers", name, "kernel") for name in PROJECTIONS]
+        keys = [("layers", name, "kernel") for name in model.names]
         shape = (model.width, model.layers, model.width)
     leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return nnx.from_flat_state([(key, nnx.Param(leaf)) for key in keys])
@@ -137,7 +151,13 @@ def check(model: Model, path: pathlib.Path, arrays: dict[tuple[object, ...], jax
     Raises:
         AssertionError: A value differs, or a leaf is absent.
     """
-    sums = json.loads((path / "checksums.json").read_text())
+    found = found_checksums(model, arrays)
+    differ = set(found.items()) ^ set(json.loads((path / "checksums.json").read_text()).items())
+    assert not differ, f"{len(differ)} values differ in {path}"
+
+
+def found_checksums(model: Model, arrays: Mapping[tuple[object, ...], Any]) -> dict[str, int]:
+    """Returns the checksums of arrays by NNX path, of one layer each or of all layers stacked on axis 1."""
     found: dict[str, int] = {}
     for key, array in arrays.items():
         host = np.asarray(array)
@@ -146,7 +166,7 @@ def check(model: Model, path: pathlib.Path, arrays: dict[tuple[object, ...], jax
             continue
         for layer in range(model.layers):
             found[f"{layer}/{key[1]}"] = zlib.crc32(np.ascontiguousarray(host[:, layer]).tobytes())
-    assert found == sums, f"{len(set(found.items()) ^ set(sums.items()))} values differ in {path}"
+    return found
 
 
 def placement(kind: str) -> Sharding:

@@ -24,6 +24,7 @@ _VERDICT = {
     "cpu_seconds": "CPU s",
     "of a restore": "× restore",
 }
+_CONVERT = {"peak GB": "peak GB", "peak ÷ bound": "peak ÷ bound"}
 _SAVE = {
     "seconds": "s",
     "fastest": "fastest",
@@ -31,11 +32,12 @@ _SAVE = {
     "cpu_seconds": "CPU s",
     "x save_orbax": "× parent",
 }
+_TABLES = (("restore", _RESTORE), ("verdict", _VERDICT), ("save", _SAVE), ("convert", _CONVERT))
 
 
 def main() -> None:
     """Prints every result that is there."""
-    for name, columns in (("restore", _RESTORE), ("verdict", _VERDICT), ("save", _SAVE)):
+    for name, columns in _TABLES:
         for title, rows in _results(name).items():
             print(f"\n**{title}**\n\n{table(_chosen(rows, columns))}")
     for title, curves in _results("scaling").items():

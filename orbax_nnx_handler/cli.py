@@ -41,13 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RestoreError as error:
         screen.error(type(error).__name__, str(error))
         return 1
+    except (OSError, ImportError) as error:
+        return _outside(error, screen)
     except KeyboardInterrupt:
         screen.error("interrupted", "nothing was changed")
         return _INTERRUPTED
-    except BrokenPipeError:
+
+
+def _outside(error: OSError | ImportError, screen: Screen) -> int:
+    """Says what the system refused: a disk, a permission, or a package that a `gs://` path needs."""
+    if isinstance(error, BrokenPipeError):
         # The reader (`| head`) has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    screen.error(type(error).__name__, str(error))
+    return 1
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,8 @@
 """Arguments that several commands take."""
 
 import argparse
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from orbax_nnx_handler.commands.factories import UsageError
 from orbax_nnx_handler.planning.layouts import LAYOUTS
 from orbax_nnx_handler.planning.policies import POLICIES, Policies, Policy
+from orbax_nnx_handler.transfer.memory import DEFAULT_BYTES
 
 TARGET_HELP = (
     "what builds the target: package.module:function or file.py:function, maybe with literal arguments, "
@@ -37,14 +39,35 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
-    """Adds the bound of the memory."""
+    """Adds the bound of the memory, in bytes; None where it is not given."""
     parser.add_argument(
         "--memory",
         metavar="GB",
-        type=float,
-        default=2.0,
-        help="upper bound of this program's memory in GB (default: %(default)s)",
+        type=_gigabytes,
+        help="upper bound of this process's memory in GB (default: "
+        f"{DEFAULT_BYTES / 1e9:.0f} more than it holds when it starts to read)",
     )
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Returns what reads a whole number from a lower bound on."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return int(text)
+
+    return read
+
+
+def _gigabytes(text: str) -> int:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = 0.0
+    if not (amount > 0 and math.isfinite(amount)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory in GB")
+    return int(amount * 1e9)
 
 
 def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -67,7 +90,7 @@ def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     parser.add_argument(
         "--devices",
         metavar="N",
-        type=int,
+        type=whole(1),
         help="pretend to have N devices, for factories that build a mesh",
     )
 

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -13,26 +12,23 @@ from etils import epath
 from orbax_nnx_handler.api import plan_restore
 from orbax_nnx_handler.commands.arguments import policies_of, pretend_devices, renames_of
 from orbax_nnx_handler.commands.factories import UsageError, load_factory
+from orbax_nnx_handler.commands.placing import fit, in_linen, in_nnx
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.conversion import (
+    WITHOUT_COLLECTIONS,
     Written,
     check_distinct,
+    check_linen_names,
     every_leaf,
     in_layout,
-    is_empty,
-    nodes_of,
-    planned_leaves,
     weights_only,
     with_dtype,
 )
 from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.linen_tree import Flavour, arrange
-from orbax_nnx_handler.planning.paths import Path, parse, render
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.paths import Path, parse
 from orbax_nnx_handler.planning.regrouping import scan, unscan
-from orbax_nnx_handler.planning.target import flatten_like
+from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.transfer.converting import Conversion, check_free
-from orbax_nnx_handler.transfer.filling import fill_leaves
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.transfer.prechecks import check_values
@@ -67,11 +63,8 @@ def request_of(arguments: argparse.Namespace) -> Request:
     checkpoint = read_metadata(find_item(arguments.src, arguments.item))
     find = _rearranged if arguments.target is None else _fitted
     request = find(checkpoint, arguments)
-    leaves = request.conversion.leaves
-    if arguments.dtype is not None:
-        leaves = with_dtype(leaves, _dtype(arguments.dtype))
-    check_distinct(leaves)
-    return dataclasses.replace(request, conversion=dataclasses.replace(request.conversion, leaves=leaves))
+    check_distinct(request.conversion.leaves)
+    return request
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -86,7 +79,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--rename and --policy need a MODULE:FACTORY.")
 
 
-def _dtype(name: str) -> np.dtype[Any]:
+def _dtype(name: str | None) -> np.dtype[Any] | None:
+    if name is None:
+        return None
     try:
         dtype = jnp.dtype(name)
     except TypeError as error:
@@ -99,7 +94,7 @@ def _dtype(name: str) -> np.dtype[Any]:
 def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     """Returns the stored leaves, moved and regrouped; the model itself need not be known."""
     layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0]
-    leaves = every_leaf(checkpoint.leaves, layout.name)
+    leaves = with_dtype(every_leaf(checkpoint.leaves, layout.name), _dtype(arguments.dtype))
     empty = {p: _EMPTY.get(t) for p, t in checkpoint.nodes.items() if p not in checkpoint.leaves}
     left_out: dict[str, list[Path]] = {}
     if arguments.weights_only:
@@ -108,6 +103,8 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Reques
         left_out["of optimizer, step and others"] = [leaf.path for leaf in leaves if leaf.path not in weights]
         leaves, empty = kept, {}
     if arguments.to is not None:
+        if layout.name == "params" and arguments.layout == "auto":
+            check_linen_names(leaves)
         leaves = in_layout(leaves, layout.name, arguments.to)
         # Only the optimizer's chain needs its empty states to keep its length.
         empty = {path: value for path, value in empty.items() if path[0] == "opt_state"}
@@ -130,70 +127,43 @@ def _regrouped(leaves: Sequence[Written], arguments: argparse.Namespace) -> list
     return regrouped
 
 
+def _has_names_of(target: Any, checkpoint: Checkpoint, arguments: argparse.Namespace) -> bool:
+    """Tells whether a target's own names are stored, so that rules say what Linen is to read instead."""
+    layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0].name
+    if layout != "params" or not arguments.rename:
+        return layout in WITHOUT_COLLECTIONS
+    # A pure dict of weights alone looks like a Linen program's bare params.
+    return not plan_restore(checkpoint.directory, target, layout=arguments.layout).missing
+
+
 def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     """Returns the leaves of a target, under NNX names or those of a Linen program."""
     pretend_devices(arguments)
     factory = load_factory(arguments.target)
     target = factory.target(weights_only=arguments.weights_only)
+    flavour = arguments.to if arguments.to in ("linen", "maxtext") else None
+    renames = renames_of(arguments.rename)
+    undone = renames if flavour is not None and _has_names_of(target, checkpoint, arguments) else []
     plan = plan_restore(
         checkpoint.directory,
         target,
         policy=policies_of(arguments.policy),
         layout=arguments.layout,
-        renames=renames_of(arguments.rename),
+        renames=[] if undone else renames,
         init=factory,
     )
     plan.check()
     check_values(checkpoint, plan)
-    return _placed(checkpoint, plan, target, factory, arguments.to)
-
-
-def _placed(checkpoint: Checkpoint, plan: RestorePlan, target: Any, init: Any, to: str | None) -> Request:
-    in_linen = to in ("linen", "maxtext")
-    planned = _nnx_places(plan)
-    places, empty = _linen_places(target, to) if in_linen else (planned, {})
-    leaves = [leaf for leaf in planned_leaves(plan) if leaf.path in places]
-    filled = {path: value for path, value in _filled(plan, init).items() if path in places}
+    fitted = fit(plan, factory, _dtype(arguments.dtype))
+    placed = in_nnx(fitted) if flavour is None else in_linen(fitted, target, flavour, as_rules(undone))
     return Request(
         conversion=Conversion(
-            source=checkpoint,
-            leaves=[dataclasses.replace(leaf, path=places[leaf.path]) for leaf in leaves],
-            given=empty | {places[path]: value for path, value in filled.items()},
-            lists=in_linen,
+            source=checkpoint, leaves=placed.leaves, given=placed.given, lists=flavour is not None
         ),
         title=plan.layout,
         left_out={
             "not wanted by the target": list(plan.unexpected),
             "of parts that the target does not have": list(plan.skipped),
-            "without a home in Linen": [path for path in planned if path not in places],
+            "without a home in Linen": placed.homeless,
         },
     )
-
-
-def _nnx_places(plan: RestorePlan) -> dict[Path, Path]:
-    """Returns where a saved `nnx.State` keeps each leaf: a Variable's value one level deeper."""
-    groups = (plan.restored, plan.missing, plan.defaulted)
-    kinds = {path: item.wanted.kind for group in groups for path, item in group.items()}
-    return {path: (*path, "value") if kind is not None else path for path, kind in kinds.items()}
-
-
-def _filled(plan: RestorePlan, init: Any) -> Mapping[Path, jax.Array]:
-    """Computes what no checkpoint holds: random state, and missing weights where the policy allows."""
-    partly = [path for path, item in plan.missing.items() if item.recipe is not None]
-    if partly:
-        listed = ", ".join(map(render, partly))
-        raise RestoreError(f"some layers are missing, and convert does not mix stored and new ones: {listed}")
-    return fill_leaves(plan, init)
-
-
-def _linen_places(target: Any, flavour: Flavour) -> tuple[dict[Path, Path], dict[Path, Any]]:
-    """Returns where a Linen program keeps each leaf of a target, and its empty nodes."""
-    by_identity = {id(value): path for path, value in flatten_like(target).items()}
-    places: dict[Path, Path] = {}
-    empty: dict[Path, Any] = {}
-    for path, value in nodes_of(arrange(target, flavour).tree):
-        if is_empty(value):
-            empty[path] = value
-        else:
-            places[by_identity[id(value)]] = path
-    return places, empty

@@ -7,7 +7,14 @@ from typing import Any
 
 from etils import epath
 
-from orbax_nnx_handler.commands.arguments import add_item, add_memory, add_path, add_policy, add_target
+from orbax_nnx_handler.commands.arguments import (
+    add_item,
+    add_memory,
+    add_path,
+    add_policy,
+    add_target,
+    whole,
+)
 from orbax_nnx_handler.commands.conversions import Request, request_of
 from orbax_nnx_handler.commands.interrupts import interrupts
 from orbax_nnx_handler.commands.screen import Screen, count, size
@@ -53,7 +60,9 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="take GROUP apart to GROUP_0, GROUP_1, ...",
     )
-    parser.add_argument("--axis", metavar="N", type=int, help="the axis that counts the layers of a stack")
+    parser.add_argument(
+        "--axis", metavar="N", type=whole(0), help="the axis that counts the layers of a stack"
+    )
     parser.add_argument("--dtype", metavar="DTYPE", help="another dtype for floating-point weights")
 
 
@@ -65,13 +74,12 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     _announce(request, screen)
     with (
         interrupts() as check,
-        screen.progress("writing", conversion.nbytes) as writing,
-        screen.progress("reading again", conversion.nbytes) as verifying,
+        screen.progress(conversion.nbytes, "writing", "reading again") as (writing, verifying),
     ):
         write_converted(
             conversion,
             epath.Path(arguments.dst),
-            memory_bytes=int(arguments.memory * 1e9),
+            memory_bytes=arguments.memory,
             progress=_checking(check, writing),
             verifying=_checking(check, verifying),
         )

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     sides = [read_metadata(find_item(path, arguments.item)) for path in (arguments.path_a, arguments.path_b)]
     compared = compare(sides[0], sides[1])
     if arguments.values:
-        window = window_of(int(arguments.memory * 1e9))
+        window = window_of(arguments.memory)
         compared = dataclasses.replace(compared, values=_values(sides[0], sides[1], window, screen))
     if arguments.json:
         screen.json(compared.to_dict())
@@ -122,7 +122,7 @@ def _values(left: Checkpoint, right: Checkpoint, window: int, screen: Screen) ->
         [dataclasses.replace(side[key], dtype=dtype) for key, dtype in zip(keys, dtypes, strict=True)]
         for side in (ours, theirs)
     ]
-    with screen.progress("comparing", sum(leaf.nbytes for leaf in sides[0])) as progress:
+    with screen.progress(sum(leaf.nbytes for leaf in sides[0]), "comparing") as (progress,):
         return differences((left, sides[0]), (right, sides[1]), window, progress)
 
 

@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, cast
 
+import jax
 from flax import nnx
 
 from orbax_nnx_handler.planning.roles import roles_of
 from orbax_nnx_handler.planning.target import flatten_target
+
+_OWN = str(pathlib.Path(__file__).parents[1])
 
 
 class UsageError(ValueError):
@@ -54,12 +57,10 @@ class Factory:
             # A factory that has called `nnx.eval_shape` itself gives the same.
             target = nnx.eval_shape(self)
         # The user's code may raise anything; what it is and where tells them more than our own traceback.
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise UsageError(
-                f"{self.text} fails under nnx.eval_shape: {type(error).__name__}: {error}\n"
-                f"at {where.filename}:{where.lineno}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            raise UsageError(f"{self.text} fails under nnx.eval_shape: {_told(error)}") from error
+        if not jax.tree.leaves(target):
+            raise UsageError(f"{self.text} builds nothing; it must return the module or the train state.")
         return _weights_of(target) if weights_only else target
 
 
@@ -105,19 +106,41 @@ def _parse_call(text: str, call: str) -> tuple[list[str], tuple[Any, ...], dict[
     return names, args, kwargs
 
 
+def _existing(place: str) -> pathlib.Path:
+    file = pathlib.Path(place)
+    if not file.exists():
+        raise UsageError(f"there is no file {file}.")
+    return file
+
+
 def _load_module(place: str) -> ModuleType:
     # As `python -m` would: what lies in the current directory can be imported.
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return _load_file(pathlib.Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{place} cannot be imported: {error}") from error
+        return _load_file(_existing(place)) if place.endswith(".py") else importlib.import_module(place)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{place} cannot be imported: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """Returns what an error of the user's code is, and where in that code it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((frame for frame in reversed(frames) if not _is_installed(frame.filename)), None)
+    where = f"\nat {place.filename}:{place.lineno}" if place is not None else ""
+    if isinstance(error, SyntaxError):
+        where = f"\nat {error.filename}:{error.lineno}"
+    kind = "" if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: "
+    return f"{kind}{error}{where}"
+
+
+def _is_installed(file: str) -> bool:
+    return "site-packages" in file or file.startswith(("<frozen", _OWN)) or "/importlib/" in file
 
 
 def _load_file(file: pathlib.Path) -> ModuleType:
-    if not file.exists():
-        raise UsageError(f"there is no file {file}.")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise UsageError(f"{file} is no Python file.")

@@ -12,6 +12,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -20,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 _GAP = 3
+# A first column narrower than this is no help: the terminal may break the lines itself.
+_LEAST_FIRST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Screen:
             styles: A style for each column.
             right: The columns aligned to the right.
         """
-        if not self.out.is_terminal:
+        if not self.out.is_terminal or self.out.width - _beside_first(rows) < _LEAST_FIRST:
             for line in _plain(rows, right):
                 self.say(line)
             return
@@ -83,15 +86,16 @@ class Screen:
         self.err.print(Text(f"{kind}: ", "bold red").append(message, "default not bold"), soft_wrap=True)
 
     @contextlib.contextmanager
-    def progress(self, what: str, nbytes: int) -> Generator[Callable[[int], None]]:
+    def progress(self, nbytes: int, *phases: str) -> Generator[tuple[Callable[[int], None], ...]]:
         """Shows a bar with rate and time left on a terminal; nothing in a pipe.
 
         Args:
-            what: What is under way.
-            nbytes: How many bytes there are.
+            nbytes: How many bytes each phase goes through.
+            phases: What is done with them, one after the other. The bar of a phase, and
+                with it its time left, starts with its first bytes.
 
         Yields:
-            To be called with the bytes done since the last call.
+            For each phase, what is to be called with the bytes done since the last call.
         """
         columns = (
             TextColumn("{task.description}"),
@@ -102,8 +106,21 @@ class Screen:
         )
         disable = not self.err.is_terminal
         with Progress(*columns, console=self.err, transient=True, disable=disable) as bars:
-            task = bars.add_task(what, total=nbytes)
-            yield lambda done: bars.update(task, advance=done)
+            yield tuple(_step(bars, bars.add_task(phase, total=nbytes, start=False)) for phase in phases)
+
+
+def _step(bars: Progress, task: TaskID) -> Callable[[int], None]:
+    def step(done: int) -> None:
+        bars.start_task(task)
+        bars.update(task, advance=done)
+
+    return step
+
+
+def _beside_first(rows: Sequence[Sequence[str]]) -> int:
+    """Returns how wide the columns after the first are."""
+    columns = range(1, max(map(len, rows), default=0))
+    return sum(_GAP + max(len(row[at]) for row in rows if at < len(row)) for at in columns)
 
 
 def _plain(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:

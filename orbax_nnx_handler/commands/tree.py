@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from orbax_nnx_handler.commands.arguments import add_item, add_json, add_path
+from orbax_nnx_handler.commands.arguments import add_item, add_json, add_path, whole
 from orbax_nnx_handler.commands.contents import Contents, read_contents
 from orbax_nnx_handler.commands.screen import Screen, count, size
 from orbax_nnx_handler.planning.folding import Row, fold
@@ -23,16 +23,9 @@ def add_to(commands: Any) -> None:
     )
     add_path(parser)
     add_item(parser)
-    parser.add_argument("--depth", metavar="N", type=_positive, help="sum up what lies deeper than N keys")
+    parser.add_argument("--depth", metavar="N", type=whole(1), help="sum up what lies deeper than N keys")
     add_json(parser)
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("is at least 1")
-    return number
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:

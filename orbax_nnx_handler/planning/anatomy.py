@@ -52,7 +52,7 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
             f"the item holds {len(optimizers)} optimizers ({listed}), a Linen train state just one.\n"
             "hint: save each with its model as an item of its own (ocp.args.Composite)."
         )
-    leaves = flatten(_state_of(item))
+    leaves = flatten(_state_of(item)) | _abstract_arrays(item)
     if not optimizers:
         return _without_optimizer(item, leaves, model_key)
     ((owner, opt_state),) = optimizers.items()
@@ -118,6 +118,12 @@ def _key(entry: Any) -> Hashable:
 
 def _state_of(item: Any) -> Any:
     return cast(Any, nnx.split(item)[1]) if is_graph(item) else item
+
+
+def _abstract_arrays(item: Any) -> Leaves:
+    """Returns the arrays outside any Variable of an abstract module, which `nnx.split` takes for settings."""
+    nodes = cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)) if is_graph(item) else ()
+    return {tuple(path): node for path, node in nodes if isinstance(node, jax.ShapeDtypeStruct)}
 
 
 def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.entries import model_entries
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.moments import parameter_paths
+from orbax_nnx_handler.planning.nnx_marks import marks_of_nnx
 from orbax_nnx_handler.planning.paths import Path, canonical, render
 from orbax_nnx_handler.planning.placement import Placement, Section, Stored
 from orbax_nnx_handler.planning.plan import RestorePlan
@@ -23,8 +24,9 @@ Flavour = Literal["linen", "maxtext"]
 
 # Layouts whose optimizer state has the shape that optax gives it.
 _OPTAX = frozenset({"train_state", "maxtext", "variables", "params"})
-# Layouts that keep variables of all types together.
-_WITHOUT_COLLECTIONS = frozenset({"nnx_state", "nnx_pure_dict"})
+
+WITHOUT_COLLECTIONS = frozenset({"nnx_state", "nnx_pure_dict"})
+"""Layouts under NNX's names, which keep variables of all types together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,14 +125,19 @@ def weights_only(leaves: Iterable[Written]) -> list[Written]:
     return [leaf for leaf in leaves if leaf.section == "model"]
 
 
-def with_dtype(leaves: Iterable[Written], dtype: np.dtype[Any]) -> list[Written]:
+def with_dtype(leaves: Iterable[Written], dtype: np.dtype[Any] | None) -> list[Written]:
     """Returns the leaves with floating-point weights in another dtype; moments and counts keep theirs."""
     return [
         dataclasses.replace(leaf, dtype=dtype)
-        if leaf.section == "model" and not is_key(leaf.dtype) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if dtype is not None and takes_dtype(leaf.section, leaf.dtype)
         else leaf
         for leaf in leaves
     ]
+
+
+def takes_dtype(section: Section, dtype: np.dtype[Any]) -> bool:
+    """Tells a floating-point weight."""
+    return section == "model" and not is_key(dtype) and jnp.issubdtype(dtype, jnp.floating)
 
 
 def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[Written]:
@@ -145,10 +152,11 @@ def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[
         RestoreError: The layout does not tell what Linen needs to know.
     """
     leaves = list(leaves)
-    if layout in _WITHOUT_COLLECTIONS:
+    if layout in WITHOUT_COLLECTIONS:
         raise RestoreError(
             "a saved NNX state does not tell parameters from statistics, so its layout cannot change alone.\n"
-            "hint: give the factory of the model too; Variable types tell its collections."
+            "hint: give the factory of the model too (SRC DST MODULE:FACTORY --to linen); its Variable types "
+            "tell the collections, and its modules what Linen stores in another form."
         )
     foreign = [leaf.path for leaf in leaves if leaf.section == "optimizer" and layout not in _OPTAX]
     if foreign:
@@ -156,6 +164,22 @@ def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[
             "optimizer leaves are not arranged as optax arranges them", foreign, "pass --weights-only."
         )
     return [_moved(leaf, ("params",) if flavour == "maxtext" else ()) for leaf in leaves]
+
+
+def check_linen_names(leaves: Iterable[Written]) -> None:
+    """Raises where bare weights are under names that NNX gives.
+
+    Raises:
+        RestoreError: Names the leaves.
+    """
+    marked = marks_of_nnx(leaf.parameter for leaf in leaves if leaf.parameter and leaf.section == "model")
+    if marked:
+        raise _refusal(
+            "leaves are named as NNX names them, so parameters and statistics cannot be told apart",
+            marked,
+            "give the factory of the model too (SRC DST MODULE:FACTORY --to linen); "
+            "--layout params where a Linen program wrote this all the same.",
+        )
 
 
 def _moved(leaf: Written, level: Path) -> Written:
@@ -182,51 +206,6 @@ def check_distinct(leaves: Iterable[Written]) -> None:
         (twice.append if leaf.path in seen else seen.add)(leaf.path)
     if twice:
         raise _refusal("leaves would be written to a path that another leaf has", twice)
-
-
-def tree_of(leaves: Mapping[Path, Any], *, lists: bool) -> Any:
-    """Returns nested containers with a value at each path.
-
-    Args:
-        leaves: The values; None stands for an empty node.
-        lists: Whether int keys number a list, as in optax states. An `nnx.State`
-            keeps them as keys.
-    """
-    root: dict[Any, Any] = {}
-    for path, value in leaves.items():
-        node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return _contained(root, lists)
-
-
-def nodes_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yields every leaf and every empty node of nested containers."""
-    if is_empty(tree) or not isinstance(tree, dict | list | tuple):
-        yield path, tree
-        return
-    inner = (
-        cast("dict[Any, Any]", tree).items() if isinstance(tree, dict) else enumerate(cast("list[Any]", tree))
-    )
-    for key, value in inner:
-        yield from nodes_of(value, (*path, key))
-
-
-def is_empty(value: Any) -> bool:
-    """Tells whether a node holds nothing, as the empty states of an optax chain do."""
-    return value is None or (isinstance(value, dict | list | tuple) and not value)
-
-
-def _contained(node: Any, lists: bool) -> Any:
-    if not isinstance(node, dict) or not node:
-        return cast(Any, node)
-    inner = {key: _contained(value, lists) for key, value in cast("dict[Any, Any]", node).items()}
-    if inner and all(isinstance(key, int) for key in inner):
-        if lists:
-            return [inner.get(number) for number in range(max(inner) + 1)]
-        return {str(key): value for key, value in inner.items()}
-    return inner
 
 
 def _refusal(what: str, paths: list[Path], hint: str = "") -> RestoreError:

@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.linen_names import Nested, nest, nest_as_is
 from orbax_nnx_handler.planning.optax_tree import OptaxTree, Transformation, keeps_containers, with_containers
 from orbax_nnx_handler.planning.paths import Path, canonical
 from orbax_nnx_handler.planning.roles import collection_of
+from orbax_nnx_handler.planning.wrappers import in_linen_wrappers, is_scale
 
 Flavour = Literal["linen", "maxtext"]
 
@@ -92,13 +93,19 @@ def _linen_model(leaves: Leaves) -> tuple[Nested, Leaves]:
     """Returns one subtree for each collection, and what belongs to none."""
     collections: dict[str, Leaves] = {}
     leftovers: Leaves = {}
+    wrapped = in_linen_wrappers(leaves)
     for path, leaf in _lasting(leaves).items():
-        collection = None if isinstance(leaf, nnx.RngState) else collection_of(cast("type[Any]", type(leaf)))
+        place = wrapped.get(path, path)
+        collection = _collection(leaf) if path not in wrapped or not is_scale(place) else "params"
         if collection is None:
             leftovers[path] = leaf
         else:
-            collections.setdefault(collection, {})[path] = _value(leaf)
+            collections.setdefault(collection, {})[place] = _value(leaf)
     return {name: nest(part.items()) for name, part in collections.items()}, leftovers
+
+
+def _collection(leaf: Any) -> str | None:
+    return None if isinstance(leaf, nnx.RngState) else collection_of(cast("type[Any]", type(leaf)))
 
 
 def _maxtext_model(leaves: Leaves) -> tuple[Nested, Leaves]:

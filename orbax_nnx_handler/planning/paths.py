@@ -4,6 +4,7 @@ A key may hold a slash (Gemma, `WeightNorm`), be an int (lists, optax chains) or
 a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
 """
 
+import ast
 import functools
 import re
 from collections.abc import Hashable, Iterable
@@ -20,15 +21,26 @@ def render(path: Path) -> str:
 
 def segments(path: Path) -> tuple[str, ...]:
     """Returns the keys as strings; a tuple key or a slash gives several."""
-    if all(type(key) is str and "/" not in key for key in path):
+    if all(type(key) is str and "/" not in key and key[:1] != "(" for key in path):
         return cast(tuple[str, ...], path)  # Nearly every path, and asked for again and again.
     parts: list[str] = []
     for key in path:
+        key = _stored_tuple(key) if isinstance(key, str) and key[:1] == "(" else key
         if isinstance(key, tuple):
             parts.extend(segments(cast(Path, key)))
         else:
             parts.extend(str(key).split("/"))
     return tuple(parts)
+
+
+def _stored_tuple(key: str) -> Hashable:
+    """Returns the tuple that Orbax wrote as a string, `('kernel',)`; any other key as it is."""
+    try:
+        found = ast.literal_eval(key)
+    except (SyntaxError, ValueError):
+        return key
+    named = isinstance(found, tuple) and all(isinstance(part, str | int) for part in cast(Path, found))
+    return cast(Hashable, found) if named else key
 
 
 def parse(text: str) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from orbax_nnx_handler.planning.conversion import Written, tree_of
+from orbax_nnx_handler.planning.containers import tree_of
+from orbax_nnx_handler.planning.conversion import Written
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.folding import Row, aligned
 from orbax_nnx_handler.planning.paths import Path
@@ -19,6 +20,7 @@ from orbax_nnx_handler.planning.roles import is_key
 from orbax_nnx_handler.transfer.digests import Progress, digests_of
 from orbax_nnx_handler.transfer.memory import window_of
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.transfer.places import is_item
 from orbax_nnx_handler.transfer.reading import Job, read_arrays
 from orbax_nnx_handler.transfer.slab_writer import Pending, SlabWriter
 from orbax_nnx_handler.transfer.slabs import by_source
@@ -51,7 +53,7 @@ def write_converted(
     conversion: Conversion,
     destination: epath.PathLike,
     *,
-    memory_bytes: int,
+    memory_bytes: int | None,
     progress: Progress | None = None,
     verifying: Progress | None = None,
 ) -> dict[Path, str]:
@@ -60,7 +62,7 @@ def write_converted(
     Args:
         conversion: What to write.
         destination: The item directory to create.
-        memory_bytes: Upper bound of this process's memory.
+        memory_bytes: Upper bound of this process's memory; None as for `window_of`.
         progress: Called with the bytes written since the last call.
         verifying: Called with the bytes read again since the last call.
 
@@ -73,7 +75,7 @@ def write_converted(
     """
     destination = epath.Path(destination).absolute()
     window = window_of(memory_bytes)
-    with _appearing(destination) as unfinished:
+    with _writing(destination), _appearing(destination) as unfinished:
         plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
         writer = SlabWriter(conversion.source, by_source(plain, conversion.source), window, progress)
         _save(conversion, writer, unfinished)
@@ -89,6 +91,27 @@ def check_free(destination: epath.Path) -> None:
     """
     if destination.exists():
         raise RestoreError(f"there is something at {destination} already; nothing is overwritten.")
+    above = next((part for part in destination.absolute().parents if part.exists()), destination)
+    if not above.is_dir():
+        raise RestoreError(f"{above} is a file, so nothing can be written to {destination}.")
+    inside = next((part for part in (above, *above.parents) if is_item(part)), None)
+    if inside is not None:
+        raise RestoreError(f"{destination} lies inside the checkpoint {inside}, which would be changed.")
+
+
+@contextlib.contextmanager
+def _writing(destination: epath.Path) -> Generator[None]:
+    """Says that it was the destination which failed: a full disk, a permission, an interface that is down."""
+    try:
+        yield
+    except RestoreError:
+        raise
+    # TensorStore raises ValueError for most of what a disk refuses.
+    except (OSError, ValueError) as error:
+        reason = str(error).partition(" [source locations=")[0]
+        raise RestoreError(
+            f"{destination} cannot be written: {reason}\nhint: nothing was left at the destination."
+        ) from error
 
 
 @contextlib.contextmanager

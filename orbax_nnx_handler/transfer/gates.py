@@ -4,14 +4,17 @@ The opposite of the rules in `planning.structures`. Only names and shapes tell a
 cell: `dense_i` and `dense_h` side by side, four, three or one hidden widths wide.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 
+from orbax_nnx_handler.planning.conversion import Written
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.linen_names import Nested
+from orbax_nnx_handler.planning.recipes import Slice
 from orbax_nnx_handler.planning.structures import GRU_GATES, LSTM_GATES
 
 Cell = Literal["LSTM", "GRU", "simple"]
@@ -33,7 +36,8 @@ def with_gates(tree: Nested, like: Nested | None = None) -> Nested:
     which both programs agree.
 
     Args:
-        tree: Nested dicts and lists, modules under their Linen names.
+        tree: Nested dicts and lists, modules under their Linen names; its values are
+            arrays, abstract arrays, leaves of a conversion, or save args.
         like: The tree whose shapes tell the cells, where the values of `tree` have
             none (save args); the same containers.
     """
@@ -87,10 +91,13 @@ def _part(value: Any, start: int, size: int) -> Any:
     """Returns a part of the last axis; what is no array (save args) holds for each part."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((*value.shape[:-1], size), value.dtype)
+    if isinstance(value, Written):
+        recipe = Slice(value.recipe, axis=len(value.shape) - 1, start=start, size=size)
+        return dataclasses.replace(value, recipe=recipe, shape=(*value.shape[:-1], size))
     return value[..., start : start + size] if _shape(value) else value
 
 
 def _zeros_like(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct) or not _shape(value):
         return value
-    return jnp.zeros_like(value)
+    return jnp.zeros(value.shape, value.dtype) if isinstance(value, Written) else jnp.zeros_like(value)

@@ -6,7 +6,7 @@ from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.transfer import legacy
 from orbax_nnx_handler.transfer.places import is_item, items_of, steps_of
 from orbax_nnx_handler.transfer.together import parts_of
-from orbax_nnx_handler.transfer.wrong_paths import why_no_checkpoint, why_no_item
+from orbax_nnx_handler.transfer.wrong_paths import is_part, is_unfinished, why_no_checkpoint, why_no_item
 
 __all__ = ["find_item", "is_item", "steps_of"]
 
@@ -25,7 +25,7 @@ def find_item(path: epath.PathLike, item: str | None = None) -> epath.Path:
         NotACheckpointError: Says what the path is and which was probably meant.
     """
     root = legacy.last_of_big_vision(epath.Path(path))
-    if not root.exists():
+    if not root.exists() or is_unfinished(root) or is_part(root):
         raise NotACheckpointError(why_no_checkpoint(root))
     if root.is_file() or is_item(root):
         return root

@@ -9,12 +9,12 @@ from orbax_nnx_handler.transfer import legacy
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY
 
 _STEP = re.compile(r"(?:.*[_-])?(?P<step>\d+)")
-_ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
+ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
 
 
 def is_item(path: epath.Path) -> bool:
     """Tells whether a directory is one stored tree."""
-    if any((path / name).exists() for name in _ITEM_FILES):
+    if any((path / name).exists() for name in ITEM_FILES):
         return True
     children = [child for child in path.iterdir() if child.is_dir()]
     return any((child / key).exists() for child in children for key in METADATA_KEY.values())

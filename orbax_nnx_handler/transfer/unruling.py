@@ -1,5 +1,6 @@
 """Takes a Linen tree back to the names and shapes before the user's rules."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_nnx_handler.planning import recipes
+from orbax_nnx_handler.planning.conversion import Written
 from orbax_nnx_handler.planning.entries import model_entries
 from orbax_nnx_handler.planning.errors import RuleError
 from orbax_nnx_handler.planning.layouts.linen import MAXTEXT, TRAIN_STATE
@@ -15,7 +17,16 @@ from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.linen_names import Nested, nest_named
 from orbax_nnx_handler.planning.linen_tree import Flavour
 from orbax_nnx_handler.planning.paths import Path, render
-from orbax_nnx_handler.planning.recipes import Read, Recipe, Scale, parts_of, reads, render_reads
+from orbax_nnx_handler.planning.recipes import (
+    Read,
+    Recipe,
+    Scale,
+    parts_of,
+    reads,
+    render_reads,
+    shape_of,
+    substitute,
+)
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.undoing import undo_rules
 
@@ -133,6 +144,8 @@ def _combined(recipe: Recipe, values: Values) -> Any:
     if isinstance(recipe, Read):
         return values[recipe.path]
     sources = {path: values[path] for path in reads(recipe)}
+    if any(isinstance(value, Written) for value in sources.values()):
+        return _composed(recipe, sources)
     if any(not hasattr(value, "dtype") for value in sources.values()):
         return next(iter(sources.values()))
     ordered = list(sources)
@@ -144,6 +157,21 @@ def _combined(recipe: Recipe, values: Values) -> Any:
         return jax.eval_shape(compute, *sources.values())
     # Under jit, so that arrays on many devices and processes stay where they are.
     return cast(Any, jax.jit(compute)(*sources.values()))
+
+
+def _composed(recipe: Recipe, sources: Values) -> Written:
+    """Returns the leaf of a conversion that a recipe makes of others."""
+    computed = [path for path, value in sources.items() if not isinstance(value, Written)]
+    if computed:
+        listed = ", ".join(map(render, computed))
+        raise RuleError(
+            f"{render_reads(recipe)} cannot be joined: {listed} is not in the checkpoint.", paths=computed
+        )
+    return dataclasses.replace(
+        next(iter(sources.values())),
+        recipe=substitute(recipe, lambda path: sources[path].recipe),
+        shape=shape_of(recipe, {path: value.shape for path, value in sources.items()}),
+    )
 
 
 def _evaluate(recipe: Recipe, values: Values) -> Any:

@@ -9,8 +9,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from orbax_nnx_handler.planning.conversion import Written
 from orbax_nnx_handler.planning.linen_names import Nested
-from orbax_nnx_handler.planning.linen_tree import Flavour, arrange, is_nnx
+from orbax_nnx_handler.planning.linen_tree import Flavour, LinenTree, arrange, is_nnx
 from orbax_nnx_handler.planning.optax_tree import Transformation
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.transfer.gates import with_gates
@@ -49,19 +50,46 @@ def linen_save(
     """
     if not is_nnx(given.item):
         return given
-    arranged = arrange(given.item, flavour, tx)
-    if not arranged.certain and flavour == "linen" and jax.process_index() == 0:
-        logging.warning(_UNCERTAIN)
-    plain = with_gates(arranged.tree)
-    tree = without_rules(plain, rules, flavour)
-    if "step" in tree:
-        tree["step"] = linen_step(tree["step"])
+    arranged = arrange_certain(given.item, flavour, tx)
     return dataclasses.replace(
         given,
-        item=tree,
+        item=in_linen_form(arranged.tree, flavour, rules),
         save_args=_save_args(given, flavour, tx, rules, arranged.tree),
         custom_metadata=add_leftovers(given.custom_metadata, arranged.random),
     )
+
+
+def arrange_certain(item: Any, flavour: Flavour, tx: Transformation | None = None) -> LinenTree:
+    """Arranges as `arrange` does, and warns where the optimizer's empty states are not known."""
+    arranged = arrange(item, flavour, tx)
+    if not arranged.certain and flavour == "linen" and jax.process_index() == 0:
+        logging.warning(_UNCERTAIN)
+    return arranged
+
+
+def in_linen_form(
+    tree: Nested, flavour: Flavour, rules: Sequence[Rule] = (), like: Nested | None = None
+) -> Nested:
+    """Returns an arranged tree with its values in the form that a Linen program reads.
+
+    The gates of recurrent cells are apart, rules are undone, and steps are counted
+    in int32.
+
+    Args:
+        tree: The tree of `arrange`; its values are arrays, abstract arrays, leaves of
+            a conversion, or save args.
+        flavour: Its layout.
+        rules: The rules of the restore.
+        like: Where the tree is one of save args, the tree that they are for.
+
+    Raises:
+        RuleError: See `without_rules`.
+    """
+    shown = None if like is None else with_gates(like)
+    written = without_rules(with_gates(tree, like), rules, flavour, shown)
+    if "step" in written:
+        written["step"] = linen_step(written["step"])
+    return written
 
 
 def _save_args(
@@ -73,8 +101,8 @@ def _save_args(
 ) -> Any:
     if given.save_args is None:
         return None
-    plain = with_gates(arrange(given.save_args, flavour, tx, like=given.item).tree, like)
-    return without_rules(plain, rules, flavour, with_gates(like))
+    arranged = arrange(given.save_args, flavour, tx, like=given.item)
+    return in_linen_form(arranged.tree, flavour, rules, like)
 
 
 def linen_step(step: Any) -> Any:
@@ -83,4 +111,6 @@ def linen_step(step: Any) -> Any:
         return step
     if isinstance(step, jax.ShapeDtypeStruct):
         return step.update(dtype=np.dtype(np.int32))
+    if isinstance(step, Written):
+        return dataclasses.replace(step, dtype=np.dtype(np.int32))
     return step.astype(np.int32)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from orbax_nnx_handler.transfer.places import is_item, items_of, steps_of
+from orbax_nnx_handler.transfer.places import ITEM_FILES, is_item, items_of, steps_of
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _SHOWN = 8
@@ -29,6 +29,17 @@ def why_no_checkpoint(path: epath.Path) -> str:
     return (
         f"{path} is no Orbax checkpoint; it holds: {_listed(names)}.\nhint: {_below(path) or _around(path)}"
     )
+
+
+def is_unfinished(path: epath.Path) -> bool:
+    """Tells a directory that Orbax had not finished: some of its arrays may be written in part."""
+    return any(_UNFINISHED in part.name for part in (path, *path.parents))
+
+
+def is_part(path: epath.Path) -> bool:
+    """Tells one file of a checkpoint's own."""
+    # `checkpoint` alone is a tree of its own in the formats that have it.
+    return path.is_file() and path.name in ITEM_FILES and path.name != "checkpoint"
 
 
 def why_no_item(step: epath.Path, item: str) -> str:

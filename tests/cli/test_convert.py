@@ -113,7 +113,6 @@ def test_a_factory_gives_a_state_that_nnx_programs_restore_with_stock_orbax(cli,
 
 def test_a_factory_and_a_linen_layout_give_what_the_linen_program_wrote(cli, root, tmp_path) -> None:
     source = stock(root / "200" / "default")
-    source["step"] = np.uint32(source["step"])
 
     said = cli("convert", root, tmp_path / "out", f"{MODEL}:make_train", "--to", "linen")
 
@@ -179,13 +178,17 @@ def test_a_conversion_that_stops_midway_leaves_nothing(
 
     monkeypatch.setattr(SlabWriter, "_write", fail)
 
-    if isinstance(error, KeyboardInterrupt):
-        assert cli("convert", root, tmp_path / place).status == 130
-    else:
-        with pytest.raises(OSError, match="disk full"):
-            cli("convert", root, tmp_path / place)
+    said = cli("convert", root, tmp_path / place)
 
     assert names_in(tmp_path) == []
+    if isinstance(error, KeyboardInterrupt):
+        assert said.status == 130
+    else:
+        assert said.status == 1
+        assert said.err == (
+            f"RestoreError: {tmp_path / place} cannot be written: disk full\n"
+            "hint: nothing was left at the destination.\n"
+        )
 
 
 def test_an_interrupt_that_python_drops_is_raised_at_the_next_step() -> None:
@@ -239,14 +242,6 @@ def test_an_interrupt_from_the_keyboard_or_a_scheduler_leaves_nothing(tmp_path, 
     assert process.returncode == 130, errors
     assert errors.endswith("interrupted: nothing was changed\n")
     assert names_in(out) == []
-
-
-def test_too_little_memory_is_said_before_anything_is_written(cli, root, tmp_path) -> None:
-    said = cli("convert", root, tmp_path / "out", "--memory", 0.01)
-
-    assert said.status == 1
-    assert said.err.startswith("RestoreError: 0.01 GB of memory are too little: the program itself takes ")
-    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ def said(*, terminal: bool, width: int) -> str:
     screen.head("a heading")
     screen.table(ROWS)
     screen.error("RestoreError", "something is [wrong]")
-    with screen.progress("writing", 10) as progress:
-        progress(10)
+    with screen.progress(10, "writing", "reading again") as (write, read):
+        write(10)
+        read(10)
     return file.getvalue()
 
 
@@ -35,6 +36,15 @@ def test_a_narrow_terminal_breaks_the_paths_alone() -> None:
 
     assert "\x1b[" in text
     assert "(4096, 14336)   bfloat16" in text
+
+
+def test_a_terminal_too_narrow_for_paths_beside_columns_breaks_lines_and_drops_nothing() -> None:
+    lines = said(terminal=True, width=30).splitlines()
+
+    assert lines[1:3] == [
+        "  params/decoder/layers/mlp/kernel   (4096, 14336)   bfloat16",
+        "  step                               ()              int32",
+    ]
 
 
 def test_sizes_and_counts_read_as_a_person_writes_them() -> None:

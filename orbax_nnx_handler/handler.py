@@ -77,7 +77,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         limit = pytree_handler_options.get("restore_concurrent_gb")
         self._has_own_type_handlers = "type_handler_registry" in pytree_handler_options
         self._concurrent_bytes = None if limit is None else int(limit * 10**9)
-        self._options = RestoreOptions.of(
+        self._options = RestoreOptions().override(
             policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
         )
         self.report = None

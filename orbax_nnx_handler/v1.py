@@ -137,7 +137,7 @@ def configured(
     Raises:
         ValueError: A value is none of the choices.
     """
-    options = RestoreOptions.of(
+    options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     attributes = {"options": options, "save_layout": save_layout, "tx": tx, "primary_host": primary_host}

@@ -64,7 +64,7 @@ def plan_restore(
         NotACheckpointError: The path is no checkpoint.
         UnusedRuleError: A rule or a policy filter has no effect.
     """
-    options = RestoreOptions.of(
+    options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     plan, _, _ = _decide(find_item(path, item), target, restore_args, options)
@@ -109,7 +109,7 @@ def restore(
         RestoreError: The checkpoint cannot become the target; raised before any
             array is read, and lists every problem.
     """
-    options = RestoreOptions.of(
+    options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     limit = None if concurrent_gb is None else int(concurrent_gb * 1e9)
@@ -250,10 +250,11 @@ def _check_materialised(arrays: Mapping[Path, Any]) -> None:
 
 
 def _log(report: RestoreReport) -> None:
-    """Writes one INFO line, and one WARNING for what a reader should know; primary host only."""
+    """Writes what was done as INFO, and one WARNING for what a reader should know; primary host only."""
     if jax.process_index() != 0:
         return
     logging.info("%s", report.summary)
-    warning = report.warning
-    if warning:
-        logging.warning("%s", warning)
+    if report.initialised:
+        logging.info("%s", report.initialised)
+    if report.warning:
+        logging.warning("%s", report.warning)

@@ -65,7 +65,7 @@ def plan_restore(
         NotACheckpointError: The path is no checkpoint.
         UnusedRuleError: A rule or a policy filter has no effect.
     """
-    options = RestoreOptions.of(
+    options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     overrides = flatten_like(restore_args) if restore_args is not None else {}
@@ -114,7 +114,7 @@ def restore(
         RestoreError: The checkpoint cannot become the target; raised before any
             array is read, and lists every problem.
     """
-    options = RestoreOptions.of(
+    options = RestoreOptions().override(
         policy=policy,
         layout=layout,
         renames=renames,
@@ -262,10 +262,11 @@ def _check_materialised(arrays: Mapping[Path, Any]) -> None:
 
 
 def _log(report: RestoreReport) -> None:
-    """Writes one INFO line, and one WARNING for what a reader should know; primary host only."""
+    """Writes what was done as INFO, and one WARNING for what a reader should know; primary host only."""
     if jax.process_index() != 0:
         return
     logging.info("%s", report.summary)
-    warning = report.warning
-    if warning:
-        logging.warning("%s", warning)
+    if report.initialised:
+        logging.info("%s", report.initialised)
+    if report.warning:
+        logging.warning("%s", report.warning)

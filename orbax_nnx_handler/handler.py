@@ -84,7 +84,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         asked = own is not None and is_single_replica(own)
         self._has_own_type_handlers = own is not None and not asked
         self._concurrent_bytes = None if limit is None else int(limit * 10**9)
-        self._options = RestoreOptions.of(
+        self._options = RestoreOptions().override(
             policy=policy,
             layout=layout,
             renames=renames,

@@ -139,7 +139,7 @@ def configured(
     Raises:
         ValueError: A value is none of the choices.
     """
-    options = RestoreOptions.of(
+    options = RestoreOptions().override(
         policy=policy,
         layout=layout,
         renames=renames,

@@ -42,15 +42,24 @@ def test_one_line_says_leaves_bytes_seconds_rate_and_layout(path, caplog):
     assert not [text for text in lines(caplog, logging.WARNING) if "wanted" in text]
 
 
-def test_one_warning_lists_zeros_and_leftovers_with_their_paths_folded(path, caplog):
+def test_one_warning_lists_zeros_and_leftovers_with_every_path(path, caplog):
     with caplog.at_level(logging.WARNING, logger="absl"):
         restore(path, target(5), policy="warn")
 
     found = [text for text in lines(caplog, logging.WARNING) if "missing" in text or "wanted" in text]
     assert found == [
         (
-            "3 missing weights were filled with zeros: layers/{2..4}/kernel; "
+            "3 missing weights were filled with zeros: layers/2/kernel, layers/3/kernel, layers/4/kernel; "
             "1 stored leaf was not wanted: params/extra/kernel"
         )
     ]
     assert "\x1b" not in found[0]
+
+
+def test_one_line_says_which_weights_were_given_initial_values_and_from_where(path, caplog):
+    with caplog.at_level(logging.INFO, logger="absl"):
+        restore(path, target(4), policy="init", unexpected="ignore")
+
+    assert [text for text in lines(caplog, logging.INFO) if "initialised" in text] == [
+        "2 missing weights were initialised, the target's own values: layers/2/kernel, layers/3/kernel"
+    ]

@@ -1,5 +1,6 @@
 """Which stored dtypes may become which wanted dtypes."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -31,6 +32,13 @@ def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -
     return None
 
 
+def worst(casts: Iterable[Cast | None]) -> Cast:
+    """Returns the cast of several that takes the most care."""
+    order: tuple[Cast, ...] = ("count", "narrower", "wider", "same")
+    found = set(casts)
+    return next(cast for cast in order if cast in found)
+
+
 def changes_values(stored: np.dtype[Any] | None, wanted: np.dtype[Any]) -> bool:
     """Tells whether a cast does more than round: floats to integers, complex to real, integers cut off."""
     if stored is None:
@@ -49,10 +57,38 @@ def is_count_dtype(dtype: Any) -> bool:
     return not jnp.issubdtype(dtype, jax.dtypes.prng_key) and _is_integer(dtype)
 
 
+def held_dtype(dtype: Any) -> Any:
+    """Returns the dtype that a JAX array of this dtype has: float32 for float64 without x64."""
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return dtype if is_key else jax.dtypes.canonicalize_dtype(dtype)
+
+
 def _is_integer(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
 def _holds(wide: Any, narrow: Any) -> bool:
     """Tells whether every value of `narrow` is a value of `wide`."""
-    return jnp.promote_types(wide, narrow) == wide
+    if jnp.issubdtype(wide, jnp.inexact) and jnp.issubdtype(narrow, jnp.inexact):
+        loses_a_part = jnp.issubdtype(narrow, jnp.complexfloating) and jnp.issubdtype(wide, jnp.floating)
+        return not loses_a_part and _float_holds(jnp.finfo(wide), jnp.finfo(narrow))
+    if _is_integer(wide) and _is_integer(narrow):
+        outer, inner = jnp.iinfo(wide), jnp.iinfo(narrow)
+        return outer.min <= inner.min and inner.max <= outer.max
+    return _rank(narrow) <= _rank(wide)
+
+
+def _float_holds(wide: Any, narrow: Any) -> bool:
+    # Not jnp.promote_types: it refuses the 8-bit floats.
+    return bool(
+        wide.nmant >= narrow.nmant
+        and wide.max >= narrow.max
+        and wide.smallest_subnormal <= narrow.smallest_subnormal
+    )
+
+
+def _rank(dtype: Any) -> int:
+    """Returns the place of a dtype's kind in a row where each kind holds the ones before it."""
+    return next(
+        at for at, kind in enumerate((jnp.bool_, jnp.integer, jnp.inexact)) if jnp.issubdtype(dtype, kind)
+    )

@@ -40,6 +40,10 @@ class KeyMismatchError(RestoreError):
     """A stored random key has another implementation or shape than the target's."""
 
 
+class ShardingMismatchError(RestoreError):
+    """A wanted leaf cannot be divided over its devices as its sharding says."""
+
+
 class AmbiguousMappingError(RestoreError):
     """Two readings are possible; the message says which argument decides."""
 

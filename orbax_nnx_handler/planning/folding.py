@@ -10,6 +10,8 @@ from orbax_nnx_handler.planning.paths import Path, natural_key, render
 # A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 _FROM = "<- "
+# In a short list every name stands in full: people search messages for the name they know.
+_FEW = 12
 _INDEX = re.compile(r"(?<=\[)(\d+)(?=\])")
 _Numbers = frozenset[int]
 
@@ -111,13 +113,21 @@ class _Pattern:
 def fold(rows: Iterable[Row]) -> list[Folded]:
     """Returns the rows in natural order, folded; rows with different columns stay apart.
 
-    Numbers fold to ranges (`layers_{0..31}`), then names to lists (`{key,query,value}`).
+    Numbers fold to ranges (`layers_{0..31}`); where many lines are left, names fold to lists
+    (`{key,query,value}`).
     """
     patterns = [_pattern(row) for row in sorted(rows, key=lambda row: natural_key(row.path))]
     depth = max((len(pattern.path.numbers) for pattern in patterns), default=0)
     for position in range(depth):
         patterns = _merge(patterns, position)
-    return fold_names([_folded(pattern) for pattern in patterns])
+    lines = [_folded(pattern) for pattern in patterns]
+    return lines if len(lines) <= _FEW else fold_names(lines)
+
+
+def list_paths(paths: Iterable[Path]) -> str:
+    """Returns every path in full where they are few; else what `fold_paths` makes of them."""
+    few = list(dict.fromkeys(paths))
+    return ", ".join(map(render, few)) if len(few) <= _FEW else fold_paths(few)
 
 
 def fold_paths(paths: Iterable[Path]) -> str:

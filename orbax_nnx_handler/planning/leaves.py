@@ -22,6 +22,8 @@ class WantedLeaf:
         dtype: The dtype to come back; a key dtype for random keys.
         sharding: Where the value must live, or None for the documented default.
         value: The concrete value the target carries, or None when abstract.
+        dtype_is_chosen: Whether the leaf's restore args chose the dtype: it then wins
+            over `dtype="stored"` too.
     """
 
     path: Path
@@ -30,6 +32,7 @@ class WantedLeaf:
     dtype: np.dtype[Any]
     sharding: jax.sharding.Sharding | None = None
     value: Any = None
+    dtype_is_chosen: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -66,7 +66,11 @@ class RestoreOptions:
         )
 
     def override(self, **chosen: Any) -> "RestoreOptions":
-        """Returns the options with every value that is not None replaced."""
+        """Returns the options with every value that is not None replaced.
+
+        Raises:
+            ValueError: A value is none of the choices.
+        """
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return RestoreOptions.of(
             **settings | {name: value for name, value in chosen.items() if value is not None}

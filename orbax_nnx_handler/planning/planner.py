@@ -6,14 +6,19 @@ from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning import layouts
-from orbax_nnx_handler.planning.ambiguity import faults_of, two_layouts
-from orbax_nnx_handler.planning.dtypes import Cast, cast_between, changes_values, is_count_dtype, same_key
-from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.ambiguity import faults_of
+from orbax_nnx_handler.planning.dtypes import (
+    Cast,
+    cast_between,
+    changes_values,
+    held_dtype,
+    same_key,
+    worst,
+)
 from orbax_nnx_handler.planning.evidence import Evidence
 from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.leftover import left_over
-from orbax_nnx_handler.planning.mapping import LeafMapping, map_leaves
+from orbax_nnx_handler.planning.mapping import LeafMapping
 from orbax_nnx_handler.planning.matching import Found
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.paths import Path
@@ -27,9 +32,11 @@ from orbax_nnx_handler.planning.plan import (
     RestorePlan,
 )
 from orbax_nnx_handler.planning.policies import Policy, resolve
-from orbax_nnx_handler.planning.recipes import Read, RecipeError, reads, shape_of
+from orbax_nnx_handler.planning.readings import best_mapping, shape_under
+from orbax_nnx_handler.planning.recipes import Read, reads
 from orbax_nnx_handler.planning.roles import Wanted, is_key, roles_of
 from orbax_nnx_handler.planning.rules import cast_of
+from orbax_nnx_handler.planning.shardings import indivisible
 from orbax_nnx_handler.planning.target import Target
 
 
@@ -73,7 +80,7 @@ def make_plan(
         skipped=left.skipped,
         dropped=left.dropped,
         unexpected_policy=options.unexpected,
-        faults=(*faults, *mapping.faults, *faults_of(mapping)),
+        faults=(*faults, *mapping.faults, *faults_of(mapping), *indivisible(target.leaves.values())),
         evidence=_evidence(wanted, mapping),
     )
 
@@ -84,42 +91,6 @@ def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Evidence:
         placements={item.leaf.path: item for item in mapping.placements},
         roots=mapping.roots,
     )
-
-
-def best_mapping(
-    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions
-) -> tuple[LeafMapping, list[RestoreError]]:
-    """Returns the reading that finds the most leaves, and what is wrong with the choice.
-
-    Raises:
-        RestoreError: No layout fits, or the rules fit under none of those that do.
-    """
-    mappings, refused = list[LeafMapping](), list[RestoreError]()
-    for layout in layouts.candidates(stored, options.layout):
-        try:
-            mappings.append(map_leaves(wanted, stored, layout, options.renames))
-        except RestoreError as error:  # A rule may be meant for one layout of several.
-            refused.append(error)
-    if not mappings:
-        raise refused[0]
-    scores = [_score(mapping, wanted, stored) for mapping in mappings]
-    best = mappings[scores.index(max(scores))]
-    rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
-    different = [mapping for mapping in rivals if mapping.found != best.found]
-    return best, [two_layouts(best, different[0])] if different else []
-
-
-def _score(mapping: LeafMapping, wanted: Sequence[Wanted], stored: Stored) -> int:
-    shapes = {path: leaf.shape for path, leaf in stored.items()}
-    wants = {item.leaf.path: item.leaf.shape for item in wanted}
-    return sum(_shape(found, shapes) == wants[path] for path, found in mapping.found.items())
-
-
-def _shape(found: Found, shapes: Mapping[Path, Shape]) -> Shape | None:
-    try:
-        return shape_of(found.recipe, shapes)
-    except RecipeError:
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,32 +136,42 @@ class _Judge:
 
     def _compare(self, item: Wanted, found: Found) -> Restored | Missing | Mismatched:
         sources = [self.stored[path] for path in dict.fromkeys(reads(found.recipe))]
-        shape = _shape(found, {leaf.path: leaf.shape for leaf in sources}) or ()
+        shape = shape_under(found, {leaf.path: leaf.shape for leaf in sources}) or ()
         if is_key(item.leaf.dtype) or any(leaf.key_impl for leaf in sources):
             return self._compare_key(item, found, shape)
         if shape != item.leaf.shape or found.surplus:
             return _mismatch(item, found, "shape", shape, str(sources[0].dtype), _surplus(found))
+        verdict = self._compare_dtype(item, found, sources)
+        if found.missing_layers and isinstance(verdict, Restored):
+            return self._missing(item, found)
+        return verdict
+
+    def _compare_dtype(
+        self, item: Wanted, found: Found, sources: Sequence[StoredLeaf]
+    ) -> Restored | Mismatched:
         by_rule = cast_of(found.recipe, self.mapping.applied.casts)
         dtypes = [by_rule] if by_rule else [leaf.dtype for leaf in sources if leaf.dtype is not None]
-        is_count = item.leaf.shape == () and item.role in ("step", "optimizer")
-        is_count = (is_count or item.tokens[-1] == "step") and is_count_dtype(item.leaf.dtype)
+        is_count = item.is_count
         casts: list[Cast | None] = [cast_between(dtype, item.leaf.dtype, is_count) for dtype in dtypes]
-        kept = self.options.dtype == "stored"
+        kept = self.options.dtype == "stored" and not item.leaf.dtype_is_chosen
         if (
             (len(casts) < len(sources) and not by_rule)
             or None in casts
             or (by_rule and not kept and casts != ["same"])
         ):
             strange = next((d for d, c in zip(dtypes, casts, strict=True) if c is None), None)
-            return _mismatch(item, found, "dtype", shape, str(strange or by_rule or "not an array"), "")
-        if found.missing_layers:
-            return self._missing(item, found)
+            return _mismatch(item, found, "dtype", item.leaf.shape, str(strange or by_rule or "not an array"))
+        dtype = held_dtype(dtypes[0]) if kept else item.leaf.dtype
+        shortened = kept and dtype != dtypes[0]
+        if shortened and not is_count:
+            return _mismatch(item, found, "dtype", item.leaf.shape, str(dtypes[0]), _NO_X64)
+        done = "same" if kept and not shortened else worst(casts)
         return Restored(
             wanted=item.leaf,
             recipe=found.recipe,
             stored_dtype=cast("np.dtype[Any]", sources[0].dtype),
-            dtype=dtypes[0] if kept else item.leaf.dtype,
-            cast=_cast_by_rule(sources, by_rule) if by_rule else _worst(casts, kept),
+            dtype=dtype,
+            cast=_cast_by_rule(sources, by_rule) if by_rule else done,
             reason=found.reason,
         )
 
@@ -199,7 +180,7 @@ class _Judge:
         is_plain = isinstance(found.recipe, Read)
         if not is_plain or shape != item.leaf.shape or not same_key(source.key_impl, item.leaf.dtype):
             impl = f"key<{source.key_impl}>" if source.key_impl else str(source.dtype)
-            return _mismatch(item, found, "key", shape, impl, "")
+            return _mismatch(item, found, "key", shape, impl)
         dtype = item.leaf.dtype
         return Restored(
             wanted=item.leaf,
@@ -211,9 +192,7 @@ class _Judge:
         )
 
 
-def _worst(casts: Sequence[Cast | None], kept: bool) -> Cast:
-    order: tuple[Cast, ...] = ("same", "wider", "narrower", "count")
-    return "same" if kept else next(worst for worst in reversed(order) if worst in casts)
+_NO_X64 = 'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"'
 
 
 def _cast_by_rule(sources: Sequence[StoredLeaf], dtype: "np.dtype[Any]") -> Cast:
@@ -226,7 +205,9 @@ def _surplus(found: Found) -> str:
     return f"the stored group has {found.surplus} more layers" if found.surplus else ""
 
 
-def _mismatch(item: Wanted, found: Found, kind: str, shape: Shape, dtype: str, detail: str) -> Mismatched:
+def _mismatch(
+    item: Wanted, found: Found, kind: str, shape: Shape, dtype: str, detail: str = ""
+) -> Mismatched:
     return Mismatched(
         wanted=item.leaf,
         recipe=found.recipe,

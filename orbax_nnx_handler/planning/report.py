@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from orbax_nnx_handler.planning.folding import fold_paths
+from orbax_nnx_handler.planning.folding import list_paths
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.plan import Defaulted, Missing, Restored, RestorePlan
 
@@ -75,18 +75,30 @@ class RestoreReport:
         )
 
     @property
+    def initialised(self) -> str:
+        """Which missing weights were given initial values, and from where; empty for none."""
+        paths: dict[str, list[Path]] = {"init": [], "target": []}
+        for path, item in self.filled.items():
+            if item.policy == "init" and item.filled_by in paths:
+                paths[item.filled_by].append(path)
+        words = {"init": "computed by init", "target": "the target's own values"}
+        parts = [f"{words[source]}: {list_paths(found)}" for source, found in paths.items() if found]
+        count = _counted(sum(map(len, paths.values())), "missing weight was", "missing weights were")
+        return f"{count} initialised, {'; '.join(parts)}" if parts else ""
+
+    @property
     def warning(self) -> str:
-        """What a reader of logs should know, every path folded in; empty for nothing."""
+        """What a reader of logs should know, with every path; empty for nothing."""
         zeroed = [path for path, item in self.filled.items() if item.policy == "warn"]
         parts: list[str] = []
         if zeroed:
             parts.append(
                 f"{_counted(len(zeroed), 'missing weight was', 'missing weights were')} filled with zeros: "
-                f"{fold_paths(zeroed)}"
+                f"{list_paths(zeroed)}"
             )
         if self.plan.unexpected and self.plan.unexpected_policy == "warn":
             count = _counted(len(self.plan.unexpected), "stored leaf was", "stored leaves were")
-            parts.append(f"{count} not wanted: {fold_paths(self.plan.unexpected)}")
+            parts.append(f"{count} not wanted: {list_paths(self.plan.unexpected)}")
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from orbax_nnx_handler.planning.dtypes import is_count_dtype
 from orbax_nnx_handler.planning.leaves import WantedLeaf
 from orbax_nnx_handler.planning.paths import Path, canonical
 
 Role = Literal["model", "optimizer", "step", "random", "transient"]
+
+
+WEIGHTS: tuple[Role, ...] = ("model", "optimizer", "step")
+"""What a checkpoint must hold; the rest may be absent."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,12 @@ class Wanted:
     def tokens(self) -> tuple[str, ...]:
         """The canonical path."""
         return canonical(self.path)
+
+    @property
+    def is_count(self) -> bool:
+        """Whether the leaf is a step or an optimizer's count: an integer of any width, if the value fits."""
+        named = self.tokens[-1] == "step" or (self.leaf.shape == () and self.role in ("step", "optimizer"))
+        return named and is_count_dtype(self.leaf.dtype)
 
 
 def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:

@@ -37,6 +37,8 @@ def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
         if right and not (_holds_all(wanted, left) and _holds_all(stored, right)):
             continue  # The larger part of a stored model is not the wanted one by size alone.
+        if left and right and not _names_modules(wanted, left):
+            continue  # Two modules of other names that both have a `kernel` are not one module.
         # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
         overlap = sum(
             count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right]
@@ -83,6 +85,11 @@ def _sharing_heads(
 
 def _holds_all(paths: Collection[Tokens], root: Tokens) -> bool:
     return all(path[: len(root)] == root for path in paths)
+
+
+def _names_modules(paths: Collection[Tokens], root: Tokens) -> bool:
+    """Tells whether any path below a root names more than the leaf itself."""
+    return any(len(strip(path, root)) > 1 for path in paths if path[: len(root)] == root)
 
 
 def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:

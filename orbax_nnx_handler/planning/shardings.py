@@ -8,7 +8,8 @@ first local device, or replicated over all devices when there are several hosts.
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import jax
@@ -16,7 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.errors import RestoreError, ShardingMismatchError
+from orbax_nnx_handler.planning.folding import Row, aligned
+from orbax_nnx_handler.planning.leaves import Shape, WantedLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,40 @@ class Placer:
         if jax.process_count() == 1:
             return SingleDeviceSharding(cast(Any, jax.local_devices())[0])
         return NamedSharding(Mesh(np.array(cast(Any, jax.devices())), ("hosts",)), PartitionSpec())
+
+
+def indivisible(leaves: Iterable[WantedLeaf]) -> Iterator[ShardingMismatchError]:
+    """Yields one error for all leaves that their shardings do not divide; nothing if all are divided.
+
+    JAX finds it out when it makes the array: after the bytes were read, and without the leaf's name.
+    """
+    divides = functools.cache(_divides)
+    bad = [leaf for leaf in leaves if leaf.sharding is not None and not divides(leaf.sharding, leaf.shape)]
+    if not bad:
+        return
+    rows = [Row(leaf.path, (f"{leaf.shape} {leaf.dtype}", _in_words(leaf.sharding))) for leaf in bad]
+    count = "1 leaf" if len(bad) == 1 else f"{len(bad)} leaves"
+    yield ShardingMismatchError(
+        f"{count} cannot be divided over the devices as asked:\n{aligned(rows)}\n"
+        "hint: shard a dimension that the number of devices divides, or none: PartitionSpec().",
+        paths=[leaf.path for leaf in bad],
+    )
+
+
+def _divides(sharding: Sharding, shape: Shape) -> bool:
+    try:
+        sharding.shard_shape(shape)
+    # A spec with more entries than the shape has dimensions is an IndexError.
+    except (ValueError, IndexError):
+        return False
+    return not isinstance(sharding, NamedSharding) or len(sharding.spec) <= len(shape)
+
+
+def _in_words(sharding: Any) -> str:
+    if not isinstance(sharding, NamedSharding):
+        return str(sharding)
+    spec = ", ".join(map(repr, sharding.spec))
+    return f"PartitionSpec({spec}) over {dict(sharding.mesh.shape)}"
 
 
 def _own_sharding(node: Any) -> Sharding | None:

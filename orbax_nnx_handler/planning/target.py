@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from orbax_nnx_handler.planning.anatomy import children
+from orbax_nnx_handler.planning.dtypes import held_dtype
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.leaves import WantedLeaf
 from orbax_nnx_handler.planning.paths import Path, render
@@ -36,7 +38,8 @@ def flatten_target(item: Any, overrides: Mapping[Path, Any] | None = None) -> Ta
 
     Args:
         item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, a pure dict of
-            arrays or `jax.ShapeDtypeStruct`, or a tuple, list or dict of these.
+            arrays or `jax.ShapeDtypeStruct`, or a tuple, list, dict or other
+            container of these that JAX knows, such as a Linen `TrainState`.
         overrides: Restore args by path; `sharding` and `dtype` attributes that
             are set win over the leaf's own.
 
@@ -112,24 +115,26 @@ def _set_bare(root: Any, path: Path, value: Any) -> None:
 def _has_graph_node(item: Any) -> bool:
     if isinstance(item, nnx.State | nnx.Variable):
         return False
-    if isinstance(item, dict):
-        return any(_has_graph_node(part) for part in cast(dict[Any, Any], item).values())
-    if isinstance(item, tuple | list):
-        return any(_has_graph_node(part) for part in cast(list[Any], item))
-    return isinstance(item, nnx.Pytree | nnx.Module)
+    if isinstance(item, nnx.Pytree | nnx.Module):
+        return True
+    return any(_has_graph_node(part) for _, part in _entries(item) or ())
 
 
 def _entries(item: Any) -> list[tuple[Any, Any]] | None:
     """Returns the children of a container by key; None for a leaf."""
     if isinstance(item, nnx.Variable):
         return None
-    if isinstance(item, Mapping):
+    if type(item) is dict or isinstance(item, nnx.State):
         return list(cast(Mapping[Any, Any], item).items())
     if _is_named_tuple(item):
         return [(name, getattr(item, name)) for name in item._fields]
     if isinstance(item, tuple | list):
         return list(enumerate(cast(list[Any], item)))
-    return None
+    # Whatever else JAX knows as a container: a Linen `TrainState`, a `Partitioned` box, a `FrozenDict`.
+    known = children(item)
+    if not known and isinstance(item, Mapping):
+        return list(cast(Mapping[Any, Any], item).items())
+    return known or None
 
 
 def _is_named_tuple(item: Any) -> bool:
@@ -155,11 +160,18 @@ def _rebuild(item: Any, prefix: Path, nodes: Flat) -> Any:
     if isinstance(item, nnx.State):
         return nnx.State(_rebuild_state(cast("nnx.State[Any, Any]", item), prefix, nodes))
     parts = {key: _rebuild(part, (*prefix, key), nodes) for key, part in entries}
+    if type(item) is dict:
+        return parts
     if _is_named_tuple(item):
         return type(item)(**parts)
     if isinstance(item, tuple | list):
         return type(cast(Any, item))(parts.values())
-    return parts
+    return jax.tree.unflatten(_structure(item), parts.values()) if children(item) else parts
+
+
+def _structure(node: Any) -> Any:
+    """Returns the structure of one container, its children taken for leaves."""
+    return cast(Any, jax.tree.structure(node, is_leaf=lambda part: part is not node))
 
 
 def _rebuild_state(state: "nnx.State[Any, Any]", prefix: Path, nodes: Flat) -> dict[Any, Any]:
@@ -181,9 +193,10 @@ def _wanted(path: Path, node: Any, override: Any, placer: Placer) -> WantedLeaf:
         path=path,
         kind=_kind(node),
         shape=tuple(value.shape),
-        dtype=np.dtype(dtype) if dtype is not None else value.dtype,
+        dtype=held_dtype(value.dtype if dtype is None else np.dtype(dtype)),
         sharding=placer.place(node, override),
         value=None if isinstance(value, jax.ShapeDtypeStruct) else value,
+        dtype_is_chosen=dtype is not None,
     )
 
 

@@ -95,7 +95,12 @@ def _general(plan: RestorePlan, explained: Iterable[object]) -> Iterable[str]:
         yield 'pass policy="init" to initialise what is missing, or filters for a part of it.'
     if "shape" in kinds:
         yield "a weight is never cut, padded or reshaped: build the target with the stored shapes."
-    if "dtype" in kinds:
+    # A mismatch with a detail says itself what to do.
+    if any(
+        item.kind == "dtype" and not item.detail
+        for path, item in plan.mismatched.items()
+        if path not in known
+    ):
         yield "integers, booleans and floats never become each other: give the target's leaf the stored kind."
     if "key" in kinds:
         yield "build the target with random keys of the stored implementation and shape."

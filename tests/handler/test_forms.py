@@ -18,6 +18,7 @@ from orbax_nnx_handler import (
     NNXLinenSave,
     RestoreError,
     handler_registry,
+    plan_restore,
     restore,
     save,
 )
@@ -220,6 +221,31 @@ def test_settings_of_one_restore_win_over_the_handlers(tmp_path) -> None:
     assert not np.any(model.down.kernel.get_value())
     assert handler.report is not None
     assert ("down", "kernel") in handler.report.filled
+
+
+def test_none_is_the_default_everywhere(tmp_path, linen) -> None:
+    item = save_stock(tmp_path / "item", linen)
+    nothing: dict[str, Any] = dict.fromkeys(("policy", "layout", "renames", "init", "unexpected", "dtype"))
+
+    plan_restore(item, abstract_net(), **nothing).check()
+    results = [
+        restore(item, abstract_net(), **nothing),
+        NNXLinenHandler(**nothing).restore(item, args=NNXLinenRestore(abstract_net(), **nothing)),
+    ]
+
+    for model in results:
+        np.testing.assert_array_equal(_kernel(model), linen.params["up"]["kernel"])
+
+
+def test_a_linen_program_runs_unchanged_under_the_registry(tmp_path, linen) -> None:
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, linen)
+
+    with ocp.CheckpointManager(tmp_path / "run", handler_registry=handler_registry()) as manager:
+        manager.save(0, args=ocp.args.StandardSave(linen))
+        again = manager.restore(0, args=ocp.args.StandardRestore(target))
+
+    assert jax.tree.structure(again) == jax.tree.structure(target)
+    jax.tree.map(np.testing.assert_array_equal, again, linen)
 
 
 def test_the_report_gives_every_leaf_exactly_one_origin(tmp_path, linen) -> None:

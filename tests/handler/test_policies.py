@@ -210,6 +210,33 @@ def test_random_state_comes_from_init_when_the_target_is_abstract(item) -> None:
     _same_key(model.drop.rngs.key, make_net().drop.rngs.key)
 
 
+@pytest.mark.parametrize("source", ["target", "init"])
+def test_counts_go_on_where_their_stream_is_kept(item, source: str) -> None:
+    def used() -> Any:
+        net = make_net()
+        net.drop.rngs()
+        net.drop.rngs()
+        return net
+
+    model = restore(item, used()) if source == "target" else restore(item, abstract_net(), init=used)
+
+    assert int(model.drop.rngs.count.get_value()) == 2
+
+
+def test_init_is_traced_and_never_run(item) -> None:
+    seen: list[bool] = []
+
+    def init() -> Any:
+        model = make_with_head()
+        seen.extend(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(nnx.state(model)))
+        return model
+
+    restore(item, nnx.eval_shape(make_with_head), policy="init", init=init)
+
+    assert seen
+    assert all(seen)
+
+
 def _same_key(left: Any, right: Any) -> None:
     bits = [jax.random.key_data(key.get_value()) for key in (left, right)]
     np.testing.assert_array_equal(*bits)
@@ -271,12 +298,18 @@ def test_caches_and_intermediates_may_be_absent(tmp_path) -> None:
     from_init = restore(item, nnx.eval_shape(Transient), init=Transient)
     from_target = restore(item, Transient())
 
-    np.testing.assert_array_equal(abstract.cache.get_value(), np.zeros(2))
-    np.testing.assert_array_equal(from_init.cache.get_value(), np.full(2, 5.0))
-    np.testing.assert_array_equal(from_target.seen.get_value(), np.full(2, 6.0))
+    for model, cache, seen in ((abstract, 0, 0), (from_init, 5, 6), (from_target, 5, 6)):
+        np.testing.assert_array_equal(model.cache.get_value(), np.full(2, cache))
+        np.testing.assert_array_equal(model.seen.get_value(), np.full(2, seen))
 
 
-@pytest.mark.parametrize("kind", [nnx.Param, nnx.BatchStat, nnx.Variable, nnx.LoRAParam])
+class Custom(nnx.Variable[Any]):
+    """A Variable type of the program's own."""
+
+
+@pytest.mark.parametrize(
+    "kind", [nnx.Param, nnx.BatchStat, nnx.Variable, nnx.LoRAParam, nnx.OptState, nnx.OptVariable, Custom]
+)
 def test_every_other_variable_type_is_a_weight(tmp_path, kind: type[nnx.Variable[Any]]) -> None:
     target = nnx.State({"a": nnx.Param(jnp.ones(3)), "b": kind(jnp.ones(2))})
     item = save_stock(tmp_path / "item", {"params": {"a": jnp.ones(3)}})

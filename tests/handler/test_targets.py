@@ -1,14 +1,18 @@
 """Every kind of target, every source of sharding, every rule about dtypes."""
 
+import collections
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import linen as nn
+from flax import nnx, struct
+from flax.training import train_state
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from orbax_nnx_handler import (
@@ -16,6 +20,7 @@ from orbax_nnx_handler import (
     NNXLinenHandler,
     NNXLinenRestore,
     RestoreError,
+    ShardingMismatchError,
     plan_restore,
     restore,
 )
@@ -119,6 +124,60 @@ def test_a_shared_parameter_stays_shared(tmp_path) -> None:
     assert model.out is model.embed
 
 
+@pytest.mark.parametrize("abstract", [True, False])
+@pytest.mark.parametrize("boxed", [True, False])
+def test_a_linen_train_state_comes_back_as_it_was_written(tmp_path, abstract: bool, boxed: bool) -> None:
+    model = nn.Dense(
+        4,
+        kernel_init=nn.with_partitioning(nn.initializers.ones, ("x", None))
+        if boxed
+        else nn.initializers.ones,
+    )
+    params = model.init(jax.random.key(0), X)["params"]
+    state = train_state.TrainState.create(apply_fn=model.apply, params=params, tx=optax.adamw(1e-2))
+    state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
+    item = save_stock(tmp_path / "item", state)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state) if abstract else state
+
+    again = restore(item, target)
+
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+@struct.dataclass
+class Both:
+    """A program's own container: what JAX knows as a pytree is a target."""
+
+    model: Any
+    optimizer: Any
+    name: str = struct.field(pytree_node=False, default="both")
+
+
+@pytest.mark.parametrize("part", [lambda part: part, nnx.state], ids=["modules", "states"])
+def test_a_programs_own_container_comes_back_with_its_parts_filled(item, part: Any) -> None:
+    target = Both(*map(part, train_target(optax.adamw(1e-2))))
+
+    both = restore(item, target)
+
+    assert (type(both), both.name) == (Both, "both")
+    assert type(both.model) is type(target.model)
+    np.testing.assert_array_equal(
+        both.model["up"]["kernel"] if part is nnx.state else both.model.up.kernel,
+        linen_state().params["up"]["kernel"],
+    )
+
+
+@pytest.mark.parametrize("kind", [flax.core.freeze, collections.OrderedDict])
+def test_a_mapping_comes_back_as_the_mapping_it_was(item, kind: Any) -> None:
+    target = kind({"step": jax.ShapeDtypeStruct((), jnp.int32), "params": {}})
+
+    result = restore(item, target)
+
+    assert type(result) is type(target)
+    assert int(result["step"]) == 7
+
+
 def test_a_concrete_target_is_never_modified(item) -> None:
     target = make_net()
     kernel = target.up.kernel
@@ -195,6 +254,40 @@ def test_restore_args_that_do_not_mirror_the_target_are_refused(item) -> None:
         restore(item, abstract_net(), {"up": {"kernl": ocp.ArrayRestoreArgs()}})
 
 
+@pytest.mark.parametrize(
+    ("asked", "spec"),
+    [
+        ("target", PartitionSpec("fsdp")),
+        ("restore_args", PartitionSpec("fsdp")),
+        ("restore_args", PartitionSpec(None, "fsdp")),
+    ],
+)
+def test_a_sharding_that_does_not_divide_a_leaf_is_an_error_before_any_read(
+    tmp_path, mesh: Mesh, asked: str, spec: PartitionSpec
+) -> None:
+    item = save_stock(
+        tmp_path / "item", {"params": {"w": np.zeros(6, np.float32), "v": np.zeros(8, np.float32)}}
+    )
+    sharding = NamedSharding(mesh, spec)
+    own = sharding if asked == "target" else None
+    target = {name: jax.ShapeDtypeStruct((size,), jnp.float32) for name, size in (("w", 6), ("v", 8))}
+    target["w"] = jax.ShapeDtypeStruct((6,), jnp.float32, sharding=own)
+    args = None if own else {"w": ocp.ArrayRestoreArgs(sharding=sharding)}
+
+    plan = plan_restore(item, target, args)
+
+    with pytest.raises(ShardingMismatchError) as error:
+        plan.check()
+    entries = ", ".join(map(repr, spec))
+    assert str(error.value) == (
+        "1 leaf cannot be divided over the devices as asked:\n"
+        f"  w   (6,) float32   PartitionSpec({entries}) over {dict(mesh.shape)}\n"
+        "hint: shard a dimension that the number of devices divides, or none: PartitionSpec().\n"
+        f"checkpoint: {item} (layout: Linen variables, 2 stored leaves)"
+    )
+    assert error.value.paths == (("w",),)
+
+
 def test_a_target_without_any_sharding_goes_to_the_first_device(item) -> None:
     model = restore(item, abstract_net())
 
@@ -228,6 +321,10 @@ def _pair(tmp_path, stored: Any, wanted: Any) -> tuple[Any, nnx.State]:
         ("float16", "float32", "wider"),
         ("float32", jnp.bfloat16, "narrower"),
         (jnp.bfloat16, "float16", "narrower"),
+        (jnp.float8_e4m3fn, "float32", "wider"),
+        (jnp.float8_e5m2, jnp.bfloat16, "wider"),
+        ("float32", jnp.float8_e4m3fn, "narrower"),
+        (jnp.float8_e4m3fn, jnp.float8_e5m2, "narrower"),
         ("int32", "int32", "same"),
     ],
 )
@@ -278,6 +375,49 @@ def test_dtype_stored_keeps_the_disks(tmp_path) -> None:
     state = restore(item, target, dtype="stored")
 
     assert state["w"].get_value().dtype == jnp.bfloat16
+
+
+def test_the_dtype_of_restore_args_wins_over_the_stored_one(tmp_path) -> None:
+    item, target = _pair(tmp_path, "float32", "float32")
+    args = {"w": ocp.ArrayRestoreArgs(dtype=jnp.bfloat16)}
+
+    state = restore(item, target, args, dtype="stored")
+
+    assert state["w"].dtype == jnp.bfloat16
+
+
+def test_64_bits_that_jax_cannot_hold_are_an_error_where_the_stored_dtype_is_asked_for(tmp_path) -> None:
+    item, target = _pair(tmp_path, np.float64, "float32")
+
+    with pytest.raises(DtypeMismatchError) as error:
+        restore(item, target, dtype="stored")
+
+    assert str(error.value) == (
+        "1 leaf has another kind of dtype in the checkpoint:\n"
+        "  w   stored (3,) float64   wanted (3,) float32   "
+        'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"   <- params/w\n'
+        f"checkpoint: {item} (layout: Linen variables, 1 stored leaves)"
+    )
+
+
+def test_a_target_of_64_bits_is_what_jax_makes_of_it_and_the_plan_says_so(tmp_path) -> None:
+    item, target = _pair(tmp_path, np.float64, np.float64)
+
+    plan = plan_restore(item, target)
+
+    assert (plan.restored[("w",)].dtype, plan.restored[("w",)].cast) == (jnp.float32, "narrower")
+    assert restore(item, target)["w"].dtype == jnp.float32
+
+
+def test_a_stored_step_of_64_bits_is_checked_where_the_stored_dtype_is_asked_for(tmp_path) -> None:
+    items = [save_stock(tmp_path / str(step), {"params": {}, "step": np.int64(step)}) for step in (7, 2**40)]
+    target = {"step": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    step = restore(items[0], target, dtype="stored")["step"]
+
+    assert (int(step), step.dtype) == (7, jnp.int32)
+    with pytest.raises(DtypeMismatchError, match=str(2**40)):
+        restore(items[1], target, dtype="stored")
 
 
 @pytest.mark.parametrize("stored", [np.int32(7), np.int64(7), 7, np.uint32(7)])

@@ -1,13 +1,20 @@
 """Which layouts claim which checkpoints."""
 
+import pathlib
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
+from orbax_nnx_handler import restore
 from orbax_nnx_handler.planning.layouts import LAYOUTS, candidates
 from orbax_nnx_handler.planning.placement import Layout, Stored
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import read_metadata
+from tests.handler.programs import save_stock
 from tests.layouts.fixtures import FIXTURES, Fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated")
@@ -43,6 +50,16 @@ def test_a_foreign_layout_claims_its_own_checkpoints_and_no_others(
     claimed = {name for name, stored in trees.items() if layout.fits(stored)}
 
     assert claimed == {fixture.name for fixture in FIXTURES if fixture.layout == layout.name}
+
+
+@pytest.mark.parametrize("name", ["params", "opt_state", "step", "batch_stats", "target", "value"])
+def test_a_module_of_bare_params_may_have_any_name(tmp_path: pathlib.Path, name: str) -> None:
+    tree = {name: {"kernel": np.ones((2, 3), np.float32)}, "other": {"bias": np.full(3, 2, np.float32)}}
+    target = nnx.State(jax.tree.map(lambda leaf: nnx.Param(jnp.zeros(leaf.shape)), tree))
+
+    state = restore(save_stock(tmp_path / "item", tree), target)
+
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(state), tree)
 
 
 @pytest.mark.parametrize("fixture", FIXTURES, ids=str)

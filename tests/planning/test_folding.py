@@ -47,13 +47,16 @@ def test_two_numbers_fold_only_where_every_pair_is_there():
     assert len(texts(*whole[:-1])) == 2
 
 
-def test_names_fold_where_shape_and_rest_agree():
+def test_names_fold_where_shape_and_rest_agree_and_the_list_is_long():
+    rows = [row(f"{part}/{name}", "(4, 2)") for part in "abcde" for name in ("query", "key", "value")]
+
+    assert texts(*rows, row("a/out", "(2, 4)")) == ["{a,b,c,d,e}/{key,query,value}", "a/out"]
+
+
+def test_in_a_short_list_every_name_stands_in_full():
     rows = [row(f"attention/{name}/kernel", "(4, 2)") for name in ("query", "key", "value")]
 
-    assert texts(*rows, row("attention/out/kernel", "(2, 4)")) == [
-        "attention/{key,query,value}/kernel",
-        "attention/out/kernel",
-    ]
+    assert texts(*rows) == ["attention/key/kernel", "attention/query/kernel", "attention/value/kernel"]
 
 
 def test_unstacked_rows_fold_and_keep_which_element_goes_where():

@@ -107,13 +107,36 @@ def test_a_report_says_what_was_done_and_how_fast():
     )
 
 
-def test_the_warning_folds_its_paths():
-    made = plan(STORED | {"params/extra/kernel": (2,)}, model(4, "", "layers/{}"), policy="warn")
+def test_the_warning_names_every_path_in_full():
+    made = plan(STORED | {"params/extra/kernel": (2,)}, model(3, "", "layers/{}"), policy="warn")
 
     assert RestoreReport(plan=made, seconds=1, nbytes=1).warning == (
-        "6 missing weights were filled with zeros: layers/{2..3}/norm/scale, layers/{2..3}/up/{bias,kernel}; "
+        "3 missing weights were filled with zeros: "
+        "layers/2/up/kernel, layers/2/up/bias, layers/2/norm/scale; "
         "1 stored leaf was not wanted: params/extra/kernel"
     )
+
+
+def test_the_warning_folds_many_paths():
+    made = plan(STORED, model(8, "", "layers/{}"), policy="warn")
+
+    assert RestoreReport(plan=made, seconds=1, nbytes=1).warning == (
+        "18 missing weights were filled with zeros: layers/{2..7}/norm/scale, layers/{2..7}/up/bias, "
+        "layers/{2..7}/up/kernel"
+    )
+
+
+@pytest.mark.parametrize("show", [str, lambda shown: printed(shown, terminal=True)], ids=["text", "terminal"])
+def test_a_plan_shows_what_no_list_does(show):
+    made = plan({"params/a/kernel": (2,)}, {"b/kernel": (2,)}, renames=[("a", "c")])
+
+    lines = [line.rstrip() for line in show(made).splitlines()]
+
+    assert "1 rule leads to no wanted leaf:" in lines
+    assert "  ('a', 'c'): params/a/kernel becomes c/kernel" in lines
+    assert made.to_dict()["faults"] == [
+        {"kind": "UnusedRuleError", "message": str(made.faults[0]), "paths": ["params/a/kernel"]}
+    ]
 
 
 def test_the_whole_list_is_in_the_exception_and_in_the_dict_where_the_message_is_cut():

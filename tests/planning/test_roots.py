@@ -33,3 +33,9 @@ def test_the_larger_halves_of_two_models_are_not_taken_for_each_other() -> None:
     roots = find_roots(wanted, stored)
 
     assert (roots.wanted, roots.stored, roots.overlap) == ((), (), 1)
+
+
+def test_two_modules_of_other_names_are_not_one_because_both_have_a_kernel() -> None:
+    roots = find_roots(paths("head/kernel", "head/bias"), paths("embed/kernel", "embed/bias"))
+
+    assert (roots.wanted, roots.stored, roots.overlap) == ((), (), 0)

@@ -41,6 +41,9 @@ _GENERAL: tuple[Layout, ...] = (
 LAYOUTS: tuple[Layout, ...] = (*_TELLING, *_GENERAL)
 """Every known layout."""
 
+UNNAMED: Layout = bare.PARAMS
+"""The layout in which no key has a meaning: fits no tree with Linen's own keys, and may still be meant."""
+
 _ALIASES = {"linen": "train_state"}
 
 

@@ -16,6 +16,14 @@ def _place(stored: Stored) -> tuple[Placement, ...]:
     return tuple(_placement(stored, path, owners, len(owners) > 1) for path in stored)
 
 
+def _place_params(stored: Stored) -> tuple[Placement, ...]:
+    # Modules may be called anything, `params` and `opt_state` included.
+    return tuple(
+        Placement(leaf=leaf, section="step" if path == ("step",) else "model", path=path)
+        for path, leaf in stored.items()
+    )
+
+
 def _owner(path: Path) -> Path | None:
     """Returns the keys above `opt_state`: the attribute that holds an optimizer."""
     keys = [str(key) for key in path]
@@ -56,4 +64,4 @@ def _is_bare(stored: Stored) -> bool:
 
 NNX_STATE = Layout(name="nnx_state", title="nnx.State", fits=_is_nnx_state, place=_place)
 NNX_PURE_DICT = Layout(name="nnx_pure_dict", title="NNX pure dict", fits=_is_pure_dict, place=_place)
-PARAMS = Layout(name="params", title="bare params", fits=_is_params, place=_place)
+PARAMS = Layout(name="params", title="bare params", fits=_is_params, place=_place_params)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from orbax_nnx_handler.planning.diagnosis.causes import Cause
+from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import Mismatched, Missing, Restored, RestorePlan
@@ -26,15 +28,21 @@ def plan_to_dict(plan: RestorePlan) -> dict[str, Any]:
         "unexpected": _stored(plan.unexpected),
         "skipped": _stored(plan.skipped),
         "dropped": [{"path": render(path), "reason": item.reason} for path, item in plan.dropped.items()],
-        "causes": [
-            {
-                "kind": type(cause).__name__,
-                "cause": cause.cause,
-                "hint": cause.hint,
-                "paths": [render(path) for path in cause.paths],
-            }
-            for cause in plan.causes
-        ],
+        "faults": [_fault(fault) for fault in plan.faults],
+        "causes": [_cause(cause) for cause in plan.causes],
+    }
+
+
+def _fault(fault: RestoreError) -> dict[str, Any]:
+    return {"kind": type(fault).__name__, "message": str(fault), "paths": [render(p) for p in fault.paths]}
+
+
+def _cause(cause: Cause) -> dict[str, Any]:
+    return {
+        "kind": type(cause).__name__,
+        "cause": cause.cause,
+        "hint": cause.hint,
+        "paths": [render(path) for path in cause.paths],
     }
 
 

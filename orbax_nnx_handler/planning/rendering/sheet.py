@@ -42,7 +42,7 @@ class Sheet:
         counts: One line: how many leaves of each kind.
         checkpoint: One line: where it lies and how it is arranged.
         sections: The lists that are not empty.
-        advice: Causes and ways out, one line each; empty for a plan that fits.
+        advice: Faults that no list shows, causes and ways out; empty for a plan that fits.
         share: The bytes of each part.
     """
 
@@ -57,7 +57,7 @@ class Sheet:
 def plan_sheet(plan: RestorePlan) -> Sheet:
     """Returns what there is to say about a plan."""
     fits = plan.fits
-    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in plan.causes] if fits else advice(plan)
+    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in plan.causes] if fits else _faults(plan)
     return Sheet(
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
         counts=_counts(plan, "missing"),
@@ -66,6 +66,11 @@ def plan_sheet(plan: RestorePlan) -> Sheet:
         advice=tuple(notes),
         share=Share.of(plan),
     )
+
+
+def _faults(plan: RestorePlan) -> list[str]:
+    # What no list shows: an ambiguous mapping, a rule without effect, a sharding that divides no leaf.
+    return [*(line for fault in plan.faults for line in str(fault).splitlines()), *advice(plan)]
 
 
 def report_sheet(report: RestoreReport) -> Sheet:

@@ -9,7 +9,8 @@ from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.paths import Path, segments
 from orbax_nnx_handler.planning.placement import Stored
-from orbax_nnx_handler.planning.planner import best_mapping, make_plan
+from orbax_nnx_handler.planning.planner import make_plan
+from orbax_nnx_handler.planning.readings import best_mapping
 from orbax_nnx_handler.planning.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.roles import of_role, roles_of
 from orbax_nnx_handler.planning.structures import derive

@@ -1,5 +1,6 @@
 """Which stored dtypes may become which wanted dtypes."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -53,6 +54,28 @@ def _is_integer(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
+@functools.cache
 def _holds(wide: Any, narrow: Any) -> bool:
-    """Tells whether every value of `narrow` is a value of `wide`."""
-    return jnp.promote_types(wide, narrow) == wide
+    """Tells whether every value of `narrow` is a value of `wide`, but for the rounding of an integer.
+
+    Read off the limits: `jnp.promote_types` has no answer where 4- or 8-bit numbers meet others.
+    """
+    if wide == narrow or narrow == jnp.bool_:
+        return True
+    if not jnp.issubdtype(wide, jnp.inexact):
+        return _is_integer(wide) and _is_integer(narrow) and _reaches(jnp.iinfo(wide), jnp.iinfo(narrow))
+    if jnp.issubdtype(narrow, jnp.complexfloating) and not jnp.issubdtype(wide, jnp.complexfloating):
+        return False
+    if _is_integer(narrow):
+        return _reaches(jnp.finfo(wide), jnp.iinfo(narrow))
+    one, other = jnp.finfo(wide), jnp.finfo(narrow)
+    return (
+        _reaches(one, other)
+        and one.nmant >= other.nmant
+        and float(one.smallest_subnormal) <= float(other.smallest_subnormal)
+    )
+
+
+def _reaches(wide: Any, narrow: Any) -> bool:
+    """Tells whether the limits of one kind of number lie within another's."""
+    return float(wide.min) <= float(narrow.min) and float(narrow.max) <= float(wide.max)

@@ -1,5 +1,7 @@
 """Proposals on trees: what structure, shapes, order and names tell, and what they leave open."""
 
+import time
+
 import jax
 import numpy as np
 from flax import nnx
@@ -168,3 +170,22 @@ def test_a_module_remembers_in_which_order_its_parts_were_created():
 def test_an_abstract_module_has_forgotten_the_order():
     assert creation_order(nnx.eval_shape(lambda: Two(nnx.Rngs(0)))) == {}
     assert creation_order(jax.ShapeDtypeStruct((), "float32")) == {}
+
+
+def test_what_is_printed_stays_python_whatever_the_names_are():
+    found = proposal({"up\nrules": DENSE}, {"down\r*": {"kernel": (7, 7)}})
+
+    assert found.unmatched_wanted and found.unmatched_stored
+    assert all(line.startswith(("#", "renames=[", "]", "    (")) for line in str(found).split("\n"))
+    exec(str(found).replace("\r", "\n"), {})
+
+
+def test_a_model_below_many_names_is_found_without_trying_every_depth_against_every_other():
+    def below(names, tree):
+        return below(names[1:], {names[0]: tree}) if names else tree
+
+    started = time.process_time()
+
+    proposal(below(["a"] * 80, {"up": DENSE}), below(["b"] * 80, {"Dense_0": DENSE}))
+
+    assert time.process_time() - started < 5

@@ -92,10 +92,16 @@ def _untyped(leaves: Iterable[Leaf]) -> list[Leaf]:
     return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
 
 
+_WRAPPERS = 8
+"""How many names above a model are tried; each is tried against each of the other side's."""
+
+
 def _depths(module: Module) -> list[Module]:
     """Returns the tree and what it wraps: a target's model may stand below other names."""
-    inner = module.wraps
-    return [module] if inner is None else [module, *_depths(inner)]
+    found = [module]
+    while found[-1].wraps is not None and len(found) <= _WRAPPERS:
+        found.append(found[-1].wraps)
+    return found
 
 
 def _plain(entries: Sequence[Entry]) -> list[Leaf]:

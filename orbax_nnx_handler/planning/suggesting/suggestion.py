@@ -85,7 +85,7 @@ class Suggestion:
             words = _WORDS[proposal.grounds]
             lines.append(f"    {proposal.rule}," + (f"  # {words}" if words else ""))
         lines.append("]")
-        lines += [f"# question: {question}" for question in self.questions]
+        lines += [_comment(f"question: {question}") for question in self.questions]
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
         lines += _rest("stored, and nothing wants it", self.unmatched_stored)
         lines += [f"# {line}" for line in self.problem.splitlines()]
@@ -97,7 +97,12 @@ def _listed(names: tuple[str, ...]) -> str:
     return shown if len(names) <= 8 else f"{shown}, … ({len(names)})"
 
 
+def _comment(text: str) -> str:
+    """Returns a line that stays a comment when it is pasted: a key may hold a line break."""
+    return f"# {text if text.isprintable() else repr(text)[1:-1]}"
+
+
 def _rest(what: str, paths: tuple[Path, ...]) -> list[str]:
     ordered = sorted(paths, key=natural_key)
-    lines = [f"# {what}: {render(path)}" for path in ordered[:20]]
+    lines = [_comment(f"{what}: {render(path)}") for path in ordered[:20]]
     return [*lines, f"# … and {len(ordered) - 20} more"] if len(ordered) > 20 else lines

@@ -1,7 +1,7 @@
 """Which stored dtypes may become which wanted dtypes."""
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +67,10 @@ def _holds(wide: Any, narrow: Any) -> bool:
     if jnp.issubdtype(narrow, jnp.complexfloating) and not jnp.issubdtype(wide, jnp.complexfloating):
         return False
     if _is_integer(narrow):
-        return _reaches(jnp.finfo(wide), jnp.iinfo(narrow))
-    one, other = jnp.finfo(wide), jnp.finfo(narrow)
-    return (
-        _reaches(one, other)
-        and one.nmant >= other.nmant
-        and float(one.smallest_subnormal) <= float(other.smallest_subnormal)
-    )
+        return _reaches(cast(Any, jnp.finfo(wide)), jnp.iinfo(narrow))
+    one, other = cast(Any, jnp.finfo(wide)), cast(Any, jnp.finfo(narrow))
+    finer = bool(one.nmant >= other.nmant and one.smallest_subnormal <= other.smallest_subnormal)
+    return finer and _reaches(one, other)
 
 
 def _reaches(wide: Any, narrow: Any) -> bool:

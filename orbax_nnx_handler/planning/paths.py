@@ -24,8 +24,9 @@ def segments(path: Path) -> tuple[str, ...]:
         return cast(tuple[str, ...], path)  # Nearly every path, and asked for again and again.
     parts: list[str] = []
     for key in path:
-        if isinstance(key, tuple) and key:  # An empty tuple has no parts to be known by, so its own text is one.
-            parts.extend(segments(cast(Path, key)))
+        if isinstance(key, tuple):
+            # An empty tuple has no parts to be known by, so its own text is one.
+            parts.extend(segments(cast(Path, key)) or ("()",))
         else:
             parts.extend(str(key).split("/"))
     return tuple(parts)

@@ -11,7 +11,7 @@ SMALL_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn
 
 @pytest.mark.parametrize("small", SMALL_FLOATS)
 @pytest.mark.parametrize("large", ["float32", "float64", "bfloat16"])
-def test_a_small_float_becomes_wider_in_a_large_one_and_narrower_the_other_way(small: str, large: str) -> None:
+def test_a_small_float_is_wider_in_a_large_one_and_a_large_one_narrower_in_it(small: str, large: str) -> None:
     to_large = cast_between(jnp.dtype(small), jnp.dtype(large), is_count=False)
     to_small = cast_between(jnp.dtype(large), jnp.dtype(small), is_count=False)
 

@@ -71,11 +71,13 @@ class Suggestion:
     def confidence(self) -> Confidence:
         """How sure the whole is.
 
-        `certain`: structure and shapes allow nothing else. `likely`: order or
-        names decide. `open`: nothing does, or a plan with the rules has faults.
+        `certain`: structure, shapes and the numbers that both sides count by
+        allow nothing else. `likely`: order or names decide. `open`: nothing
+        does, nothing was found, or a plan with the rules has faults.
         """
         grounds = {item.grounds for item in (*self.proposals, *self.questions)}
-        if "nothing" in grounds or self.problem:
+        nothing_found = bool(self.unmatched_wanted) and not self.proposals
+        if "nothing" in grounds or nothing_found or self.problem:
             return "open"
         return "certain" if grounds <= {"shapes"} else "likely"
 

@@ -90,7 +90,7 @@ class Suggestion:
         lines += [_comment(f"question: {question}") for question in self.questions]
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
         lines += _rest("stored, and nothing wants it", self.unmatched_stored)
-        lines += [f"# {line}" for line in self.problem.splitlines()]
+        lines += [_comment(line) for line in self.problem.splitlines()]
         return "\n".join(lines)
 
 

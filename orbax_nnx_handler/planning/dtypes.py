@@ -1,7 +1,8 @@
 """Which stored dtypes may become which wanted dtypes."""
 
+import functools
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def worst(casts: Iterable[Cast | None]) -> Cast:
     """Returns the cast of several that takes the most care."""
     order: tuple[Cast, ...] = ("count", "narrower", "wider", "same")
     found = set(casts)
-    return next(cast for cast in order if cast in found)
+    return next(kind for kind in order if kind in found)
 
 
 def changes_values(stored: np.dtype[Any] | None, wanted: np.dtype[Any]) -> bool:
@@ -67,28 +68,25 @@ def _is_integer(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
+@functools.cache
 def _holds(wide: Any, narrow: Any) -> bool:
-    """Tells whether every value of `narrow` is a value of `wide`."""
-    if jnp.issubdtype(wide, jnp.inexact) and jnp.issubdtype(narrow, jnp.inexact):
-        loses_a_part = jnp.issubdtype(narrow, jnp.complexfloating) and jnp.issubdtype(wide, jnp.floating)
-        return not loses_a_part and _float_holds(jnp.finfo(wide), jnp.finfo(narrow))
-    if _is_integer(wide) and _is_integer(narrow):
-        outer, inner = jnp.iinfo(wide), jnp.iinfo(narrow)
-        return outer.min <= inner.min and inner.max <= outer.max
-    return _rank(narrow) <= _rank(wide)
+    """Tells whether every value of `narrow` is a value of `wide`, but for the rounding of an integer.
+
+    Read off the limits: `jnp.promote_types` has no answer where 4- or 8-bit numbers meet others.
+    """
+    if wide == narrow or narrow == jnp.bool_:
+        return True
+    if not jnp.issubdtype(wide, jnp.inexact):
+        return _is_integer(wide) and _is_integer(narrow) and _reaches(jnp.iinfo(wide), jnp.iinfo(narrow))
+    if jnp.issubdtype(narrow, jnp.complexfloating) and not jnp.issubdtype(wide, jnp.complexfloating):
+        return False
+    if _is_integer(narrow):
+        return _reaches(cast(Any, jnp.finfo(wide)), jnp.iinfo(narrow))
+    one, other = cast(Any, jnp.finfo(wide)), cast(Any, jnp.finfo(narrow))
+    finer = bool(one.nmant >= other.nmant and one.smallest_subnormal <= other.smallest_subnormal)
+    return finer and _reaches(one, other)
 
 
-def _float_holds(wide: Any, narrow: Any) -> bool:
-    # Not jnp.promote_types: it refuses the 8-bit floats.
-    return bool(
-        wide.nmant >= narrow.nmant
-        and wide.max >= narrow.max
-        and wide.smallest_subnormal <= narrow.smallest_subnormal
-    )
-
-
-def _rank(dtype: Any) -> int:
-    """Returns the place of a dtype's kind in a row where each kind holds the ones before it."""
-    return next(
-        at for at, kind in enumerate((jnp.bool_, jnp.integer, jnp.inexact)) if jnp.issubdtype(dtype, kind)
-    )
+def _reaches(wide: Any, narrow: Any) -> bool:
+    """Tells whether the limits of one kind of number lie within another's."""
+    return float(wide.min) <= float(narrow.min) and float(narrow.max) <= float(wide.max)

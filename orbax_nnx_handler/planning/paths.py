@@ -20,14 +20,15 @@ def render(path: Path) -> str:
 
 
 def segments(path: Path) -> tuple[str, ...]:
-    """Returns the keys as strings; a tuple key or a slash gives several."""
+    """Returns the keys as strings; a tuple key or a slash gives several, and none gives nothing."""
     if all(type(key) is str and "/" not in key and key[:1] != "(" for key in path):
         return cast(tuple[str, ...], path)  # Nearly every path, and asked for again and again.
     parts: list[str] = []
     for key in path:
         key = _stored_tuple(key) if isinstance(key, str) and key[:1] == "(" else key
         if isinstance(key, tuple):
-            parts.extend(segments(cast(Path, key)))
+            # An empty tuple has no parts to be known by, so its own text is one.
+            parts.extend(segments(cast(Path, key)) or ("()",))
         else:
             parts.extend(str(key).split("/"))
     return tuple(parts)

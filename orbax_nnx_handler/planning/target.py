@@ -44,10 +44,13 @@ def flatten_target(item: Any, overrides: Mapping[Path, Any] | None = None) -> Ta
             are set win over the leaf's own.
 
     Raises:
-        RestoreError: A leaf has neither shape nor dtype, or an override names
-            no leaf of the target.
+        RestoreError: A leaf has neither shape nor dtype, an override names no
+            leaf of the target, or the target is nested too deep.
     """
-    flat, rebuild = _take_apart(item)
+    try:
+        flat, rebuild = _take_apart(item)
+    except RecursionError as error:
+        raise RestoreError("the target is nested deeper than Python can follow.") from error
     overrides = overrides or {}
     _check_overrides(overrides, flat)
     placer = Placer.of(flat.values())

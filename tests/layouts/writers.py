@@ -6,7 +6,7 @@ The functions say where in the source that is.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,12 @@ def t5x_tree(state: Trained) -> dict[str, Any]:
     }
 
 
-def t5x_adafactor_tree(state: Trained) -> dict[str, Any]:
-    """T5X with its own Adafactor: adafactor.py `init_state`, slots below each parameter."""
+def t5x_adafactor_tree(state: Trained, *, row_last: Collection[str] = ()) -> dict[str, Any]:
+    """T5X with its own Adafactor: adafactor.py `init_state`, slots below each parameter.
+
+    Its `logical_factor_rules` go by the names of axes (`embed` is the row). In the modules of
+    `row_last` that is the second axis, so that T5X's `v_row` has lost the first one.
+    """
     factored, average = state.opt_state[0], state.opt_state[4]
     slots = {"v_row": factored.v_row, "v_col": factored.v_col, "v": factored.v, "m": average.ema}
     flat = {
@@ -46,6 +50,9 @@ def t5x_adafactor_tree(state: Trained) -> dict[str, Any]:
         for slot, tree in slots.items()
         for path, leaf in traverse_util.flatten_dict(tree).items()
     }
+    for module in row_last:
+        row, column = (module, "kernel", "v_row"), (module, "kernel", "v_col")
+        flat[row], flat[column] = flat[column], flat[row]
     return {
         "target": state.params,
         "state": {
@@ -237,9 +244,9 @@ def big_vision_adafactor() -> optax.GradientTransformation:
     )
 
 
-def write_big_vision(root: Path, params: Any, opt_state: Any) -> Path:
+def write_big_vision(root: Path, params: Any, opt_state: Any, **more: Any) -> Path:
     """utils.py `save_checkpoint_ts`: one array a directory, `~` between the keys of its path."""
-    tree = {"params": params, "opt": opt_state, "chrono": {"accum_train_time": np.float32(12.5)}}
+    tree = {"params": params, "opt": opt_state, "chrono": {"accum_train_time": np.float32(12.5)}, **more}
     names, leaves = zip(*_names_as_big_vision(tree), strict=True)
     folder = root / f"checkpoint.bv-{STEP:09d}"
     manager = GlobalAsyncCheckpointManager()

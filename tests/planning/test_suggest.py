@@ -1,5 +1,7 @@
 """Proposals on trees: what structure, shapes, order and names tell, and what they leave open."""
 
+import time
+
 import jax
 import numpy as np
 from flax import nnx
@@ -157,6 +159,12 @@ class Two(nnx.Module):
         self.alpha_1 = nnx.Linear(2, 3, rngs=rngs)
 
 
+class Many(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.zeta = nnx.Linear(2, 2, rngs=rngs)
+        self.alpha = nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(11)])
+
+
 def test_a_module_remembers_in_which_order_its_parts_were_created():
     order = creation_order((Two(nnx.Rngs(0)), 1))
 
@@ -167,4 +175,85 @@ def test_a_module_remembers_in_which_order_its_parts_were_created():
 
 def test_an_abstract_module_has_forgotten_the_order():
     assert creation_order(nnx.eval_shape(lambda: Two(nnx.Rngs(0)))) == {}
+    assert creation_order(nnx.eval_shape(lambda: Many(nnx.Rngs(0)))) == {}
     assert creation_order(jax.ShapeDtypeStruct((), "float32")) == {}
+
+
+def test_what_is_printed_stays_python_whatever_the_names_are():
+    found = proposal({"up\nrules": DENSE}, {"down\r*": {"scale": (7, 7)}})
+
+    assert len(found.unmatched_wanted) == len(found.unmatched_stored) + 1 == 2
+    assert all(line.startswith(("#", "renames=[", "]", "    (")) for line in str(found).split("\n"))
+    exec(str(found).replace("\r", "\n"), {})
+
+
+def test_a_model_below_many_names_is_found_without_trying_every_depth_against_every_other():
+    def below(names, tree):
+        return below(names[1:], {names[0]: tree}) if names else tree
+
+    started = time.process_time()
+
+    proposal(below(["a"] * 80, {"up": DENSE}), below(["b"] * 80, {"Dense_0": DENSE}))
+
+    assert time.process_time() - started < 5
+
+
+def test_layers_that_one_name_counts_through_several_lists_are_named_one_by_one():
+    stored = {f"Dense_{i}": DENSE for i in range(4)}
+    wanted = {"first": {0: DENSE, 1: DENSE}, "second": {0: DENSE, 1: DENSE}}
+
+    found = proposal(wanted, stored, {(): ["first", "second"]})
+
+    assert renames(found) == [
+        ("Dense_0", "first/0"),
+        ("Dense_1", "first/1"),
+        ("Dense_2", "second/0"),
+        ("Dense_3", "second/1"),
+    ]
+    assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_a_rule_leaves_a_module_of_the_same_name_alone_that_is_right_already():
+    block = {"Dense_0": {"kernel": (5, 5)}}
+
+    found = proposal({"head": DENSE, "block": block}, {"Dense_0": DENSE, "block": block})
+
+    assert renames(found) == [("params/Dense_0", "head")]
+    assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_where_nothing_is_found_nothing_is_certain():
+    found = proposal({"up": DENSE, "down": {"scale": (9,)}}, {"Dense_0": OTHER, "Norm_0": {"scale": (7,)}})
+
+    assert (found.renames, found.confidence) == ((), "open")
+
+
+def test_a_module_with_no_leaf_of_its_shapes_is_not_taken_for_another():
+    found = proposal({"up": {"kernel": (2, 3)}}, {"Dense_0": {"kernel": (7, 7)}})
+
+    assert found.renames == ()
+
+
+def test_a_module_with_one_leaf_of_another_shape_is_only_alike():
+    stored = {"Dense_0": {"kernel": (7, 3), "bias": (3,), "scale": (4,)}, "Other_0": {"table": (8, 8)}}
+
+    found = proposal({"up": DENSE | {"scale": (4,)}, "table": {"table": (8, 8)}}, stored)
+
+    assert sorted(renames(found)) == [("Dense_0", "up"), ("Other_0", "table")]
+    assert found.confidence == "likely"
+    assert found.unmatched_wanted == (("up", "kernel"),)
+
+
+def test_integers_are_not_taken_for_floats_of_the_same_shape():
+    stored = {"Table_0": {"kernel": np.zeros((2, 3), "int32")}, "Table_1": {"kernel": np.zeros((2, 3))}}
+    wanted = {
+        name: {"kernel": nnx.Param(jax.ShapeDtypeStruct((2, 3), dtype))}
+        for name, dtype in (("first", "float32"), ("second", "int32"))
+    }
+
+    found = propose(
+        flatten_target(nnx.State(wanted)), stored_of(leaves_of({"params": stored})), RestoreOptions.of()
+    )
+
+    assert sorted(renames(found)) == [("Table_0", "second"), ("Table_1", "first")]
+    assert found.confidence == "certain"

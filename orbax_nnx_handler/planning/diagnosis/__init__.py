@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.depth import find_layer_counts, find_scanned
 from orbax_nnx_handler.planning.diagnosis.dimensions import find_dimensions
+from orbax_nnx_handler.planning.diagnosis.factoring import find_open_factoring
 from orbax_nnx_handler.planning.diagnosis.overlap import (
     find_another_model,
     find_other_groups,
@@ -22,6 +23,7 @@ from orbax_nnx_handler.planning.plan import RestorePlan
 
 _FINDERS: tuple[Callable[[Scene], Iterable[Cause]], ...] = (
     find_another_model,
+    find_open_factoring,
     find_layer_counts,
     find_scanned,
     find_collections,

@@ -20,7 +20,9 @@ from orbax_nnx_handler.planning.layouts.linen import has_subtree
 from orbax_nnx_handler.planning.paths import Path, natural_key
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 
-_FIELDS_OF_STATE = frozenset({"params", "opt", "chrono", "rng"})
+# `rng` by trainers/proj/cappa, `state` by trainers/proj/uvim/vqvae.py: Linen's collection of that name.
+_FIELDS_OF_STATE = frozenset({"params", "state", "opt", "chrono", "rng"})
+_COLLECTIONS = frozenset({"params", "state"})
 
 # Fields of optax states by the kinds of their fields: `c` is a scalar count, `p` a tree like the parameters.
 _FIELDS = {
@@ -71,8 +73,8 @@ def _placement(
     if top == "opt" and rest:
         slot = slots[path]
         return Placement(leaf=leaf, section="optimizer", path=(*names.get(slot, slot), *rest[len(slot) :]))
-    if top == "params" and rest:
-        return Placement(leaf=leaf, section="model", collection="params", path=rest)
+    if top in _COLLECTIONS and rest:
+        return Placement(leaf=leaf, section="model", collection=str(top), path=rest)
     return Placement(leaf=leaf, section="other", path=path)
 
 

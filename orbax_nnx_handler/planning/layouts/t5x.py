@@ -9,11 +9,16 @@ msgpack file of T5X's own format holds that tree under `optimizer`, beside a
 An optimizer written for T5X or `flax.optim` keeps its slots below each
 parameter (`param_states/<parameter>/v_row`), a wrapped optax one keeps the
 parameters below each slot (`param_states/0/mu/<parameter>`). Which it is shows
-in the tree: the former ends one level below a parameter's path.
+in the tree: the former ends one level below a parameter's path. Adafactor's
+`v_row` and `v_col` are not always optax's (`factoring`).
 """
 
 import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
+from orbax_nnx_handler.planning.layouts.factoring import FACTORED, Naming, optax_naming
+from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 
@@ -43,10 +48,37 @@ def place_optimizer(stored: Stored, prefix: Path) -> tuple[Placement, ...]:
     mine = [path for path in stored if path[:depth] == prefix]
     parameters = {path[depth + 1 :] for path in mine if path[depth : depth + 1] == ("target",)}
     placed = [_placement(stored, path, path[depth:], parameters) for path in mine]
+    placed = _named_as_in_optax(
+        placed, {path: stored[(*prefix, "target", *path)].shape for path in parameters}
+    )
     if not any(item.section == "optimizer" and item.slot is None for item in placed):
         # No optax here: these optimizers count their steps in `state/step` and nowhere else.
         placed = [_as_count(item) if item.section == "step" else item for item in placed]
     return tuple(placed)
+
+
+def _named_as_in_optax(placed: Sequence[Placement], parameters: Mapping[Path, Shape]) -> list[Placement]:
+    """Gives factored moments optax's names; those that nothing tells apart belong to no one."""
+    moments: dict[Path, dict[str, Shape]] = defaultdict(dict)
+    for item in placed:
+        if item.slot is not None and item.slot[-1] in FACTORED:
+            moments[item.path][str(item.slot[-1])] = item.leaf.shape
+    naming: dict[Path, Naming] = {
+        path: optax_naming(parameters[path], shapes) for path, shapes in moments.items()
+    }
+    return [
+        _renamed(item, naming[item.path]) if item.slot is not None and item.slot[-1] in FACTORED else item
+        for item in placed
+    ]
+
+
+def _renamed(moment: Placement, naming: Naming) -> Placement:
+    if naming == "unknown":
+        return dataclasses.replace(moment, section="other")
+    if naming == "swapped":
+        row, column = FACTORED
+        return dataclasses.replace(moment, slot=(column if moment.slot == (row,) else row,))
+    return moment
 
 
 def _as_count(step: Placement) -> Placement:

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.structures import derive
 from orbax_nnx_handler.planning.suggesting.creation import Order, creation_order, order_of
 from orbax_nnx_handler.planning.suggesting.pairing import Pairing
 from orbax_nnx_handler.planning.suggesting.suggestion import Confidence, Question, Suggestion
-from orbax_nnx_handler.planning.suggesting.trees import Leaf, Module, Signatures, Tokens, tree_of
+from orbax_nnx_handler.planning.suggesting.trees import Leaf, Module, Signatures, Tokens, number_of, tree_of
 from orbax_nnx_handler.planning.suggesting.wording import Proposal, proposals_of
 from orbax_nnx_handler.planning.target import Target
 
@@ -46,6 +46,9 @@ def propose(
         stored: What the checkpoint holds.
         options: As for a plan; its rules are applied first and not proposed again.
         order: The order in which the target's modules are created, where it is known.
+
+    Raises:
+        RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
     """
     plan = make_plan(target, stored, options)
     mapping, _ = best_mapping(roles_of(target.leaves), stored, options)
@@ -55,6 +58,7 @@ def propose(
             names=segments(item.path),
             collection=item.collection,
             shape=item.leaf.shape,
+            number=number_of(item.leaf.dtype),
             source=item.leaf.path,
         )
         for item in of_role(roles_of(target.leaves), "model")
@@ -62,8 +66,12 @@ def propose(
     ]
     used = {path for item in plan.restored.values() for path in reads(item.recipe)}
     entries = [entry for entry in mapping.applied.entries if not used.intersection(entry.sources)]
-    pairing, wanted_root = _best_pairing(wanted, entries, order or {})
-    return _suggestion(pairing, wanted_root, target, stored, options)
+    try:
+        pairing, wanted_root = _best_pairing(wanted, entries, order or {})
+    except RecursionError as error:
+        raise RestoreError("target or checkpoint is nested deeper than Python can follow.") from error
+    proposals = proposals_of(pairing.pairs, wanted_root, mapping.applied.entries, used)
+    return _suggestion(proposals, _questions(pairing, wanted_root), target, stored, options)
 
 
 def _best_pairing(wanted: Sequence[Leaf], entries: Sequence[Entry], order: Order) -> tuple[Pairing, int]:
@@ -93,10 +101,16 @@ def _untyped(leaves: Iterable[Leaf]) -> list[Leaf]:
     return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
 
 
+_WRAPPERS = 8
+"""How many names above a model are tried; each is tried against each of the other side's."""
+
+
 def _depths(module: Module) -> list[Module]:
     """Returns the tree and what it wraps: a target's model may stand below other names."""
-    inner = module.wraps
-    return [module] if inner is None else [module, *_depths(inner)]
+    found = [module]
+    while found[-1].wraps is not None and len(found) <= _WRAPPERS:
+        found.append(found[-1].wraps)
+    return found
 
 
 def _plain(entries: Sequence[Entry]) -> list[Leaf]:
@@ -105,7 +119,12 @@ def _plain(entries: Sequence[Entry]) -> list[Leaf]:
 
 def _leaf(entry: Entry, tokens: Tokens, names: tuple[str, ...]) -> Leaf:
     return Leaf(
-        tokens=tokens, names=names, collection=entry.collection, shape=entry.shape, source=entry.sources[0]
+        tokens=tokens,
+        names=names,
+        collection=entry.collection,
+        shape=entry.shape,
+        number=number_of(entry.cast or entry.dtype),
+        source=entry.sources[0],
     )
 
 
@@ -133,10 +152,13 @@ def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
 
 
 def _suggestion(
-    pairing: Pairing, above: int, target: Target, stored: Stored, options: RestoreOptions
+    proposals: tuple[Proposal, ...],
+    questions: tuple[Question, ...],
+    target: Target,
+    stored: Stored,
+    options: RestoreOptions,
 ) -> Suggestion:
     """Returns the proposal with what is left when it is followed."""
-    proposals = proposals_of(pairing.pairs, above)
     rules = (*options.renames, *(proposal.rule for proposal in proposals))
     problem = ""
     try:
@@ -148,7 +170,7 @@ def _suggestion(
     weights = {item.leaf.path for item in of_role(roles_of(target.leaves), "model")}
     return Suggestion(
         proposals=proposals,
-        questions=_questions(pairing, above),
+        questions=questions,
         unmatched_wanted=tuple(path for path in (*plan.missing, *plan.mismatched) if path in weights),
         unmatched_stored=tuple(
             path for path in plan.unexpected if plan.evidence.placements[path].section == "model"
@@ -172,5 +194,5 @@ def _questions(pairing: Pairing, above: int) -> tuple[Question, ...]:
 
 def _spelled(tokens: Tokens) -> str:
     """Returns a module's path with its own number, but `*` for the layers it is in."""
-    above = ("#*" if token.startswith("#") else token for token in tokens[:-2])
-    return "/".join((*above, *tokens[-2:])).replace("/#", "_").removeprefix("#")
+    above = ("#*" if token.startswith("#") else token for token in tokens[:-1])
+    return "/".join((*above, *tokens[-1:])).replace("/#", "_").removeprefix("#")

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.paths import canonical
+from orbax_nnx_handler.planning.paths import canonical, is_number
 
 Tokens = tuple[str, ...]
 Order = Mapping[Tokens, Sequence[str]]
@@ -23,7 +23,8 @@ def creation_order(item: Any) -> Order:
         item: A module, or a tuple, list or dict of modules.
     """
     found = dict(_walk(item, ()))
-    return {} if all(list(names) == sorted(names) for names in found.values()) else found
+    named = [[name for name in names if not is_number(name)] for names in found.values()]
+    return {} if all(names == sorted(names) for names in named) else found
 
 
 def order_of(target: Any, init: Callable[[], Any] | None) -> Order:

@@ -183,12 +183,16 @@ class Pairing:
 
     def _pair_leaves(self, wanted: Module, stored: Module, grounds: Grounds) -> None:
         left, right = dict(wanted.leaves), dict(stored.leaves)
-        for name in [name for name in left if name in right]:
-            self.pairs.append(Pair(stored=right.pop(name), wanted=left.pop(name), grounds=grounds))
+        both = [name for name in left if name in right]
+        alike = {name for name in both if left[name].kind == right[name].kind}
+        for name in both if alike else ():
+            # One leaf of another shape makes the others no more than alike.
+            found = grounds if len(alike) == len(both) else weakest(grounds, "likeness")
+            self.pairs.append(Pair(stored=right.pop(name), wanted=left.pop(name), grounds=found))
         kinds: dict[object, tuple[list[Leaf], list[Leaf]]] = defaultdict(lambda: ([], []))
         for side, leaves in enumerate((left, right)):
             for leaf in leaves.values():
-                kinds[str(leaf.collection), leaf.shape][side].append(leaf)
+                kinds[leaf.kind][side].append(leaf)
         for ours, theirs in kinds.values():
             if len(ours) == len(theirs) == 1:
                 self.pairs.append(Pair(stored=theirs[0], wanted=ours[0], grounds=grounds))
@@ -248,7 +252,7 @@ def _series(modules: Sequence[Module]) -> list[list[Module]]:
 
 
 def _likeness(one: Module, other: Module) -> float:
-    left = sorted((leaf.tokens[-1], leaf.shape) for leaf in one.every_leaf)
-    right = sorted((leaf.tokens[-1], leaf.shape) for leaf in other.every_leaf)
+    left = [(leaf.tokens[-1], leaf.kind) for leaf in one.every_leaf]
+    right = [(leaf.tokens[-1], leaf.kind) for leaf in other.every_leaf]
     both = sum(min(left.count(kind), right.count(kind)) for kind in set(left))
     return both / max(len(left), len(right), 1)

@@ -71,11 +71,13 @@ class Suggestion:
     def confidence(self) -> Confidence:
         """How sure the whole is.
 
-        `certain`: structure and shapes allow nothing else. `likely`: order or
-        names decide. `open`: nothing does, or a plan with the rules has faults.
+        `certain`: structure, shapes and the numbers that both sides count by
+        allow nothing else. `likely`: order or names decide. `open`: nothing
+        does, nothing was found, or a plan with the rules has faults.
         """
         grounds = {item.grounds for item in (*self.proposals, *self.questions)}
-        if "nothing" in grounds or self.problem:
+        nothing_found = bool(self.unmatched_wanted) and not self.proposals
+        if "nothing" in grounds or nothing_found or self.problem:
             return "open"
         return "certain" if grounds <= {"shapes"} else "likely"
 
@@ -85,10 +87,10 @@ class Suggestion:
             words = _WORDS[proposal.grounds]
             lines.append(f"    {proposal.rule}," + (f"  # {words}" if words else ""))
         lines.append("]")
-        lines += [f"# question: {question}" for question in self.questions]
+        lines += [_comment(f"question: {question}") for question in self.questions]
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
         lines += _rest("stored, and nothing wants it", self.unmatched_stored)
-        lines += [f"# {line}" for line in self.problem.splitlines()]
+        lines += [_comment(line) for line in self.problem.splitlines()]
         return "\n".join(lines)
 
 
@@ -97,7 +99,12 @@ def _listed(names: tuple[str, ...]) -> str:
     return shown if len(names) <= 8 else f"{shown}, … ({len(names)})"
 
 
+def _comment(text: str) -> str:
+    """Returns a line that stays a comment when it is pasted: a key may hold a line break."""
+    return f"# {text if text.isprintable() else repr(text)[1:-1]}"
+
+
 def _rest(what: str, paths: tuple[Path, ...]) -> list[str]:
     ordered = sorted(paths, key=natural_key)
-    lines = [f"# {what}: {render(path)}" for path in ordered[:20]]
+    lines = [_comment(f"{what}: {render(path)}") for path in ordered[:20]]
     return [*lines, f"# … and {len(ordered) - 20} more"] if len(ordered) > 20 else lines

@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
 
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path, is_number
@@ -18,6 +21,7 @@ class Leaf:
         names: Its path as the program writes it: the segments of a rule.
         collection: Its Linen collection, or None where the side tells none.
         shape: Its shape.
+        number: The kind of number it holds, as far as no cast crosses it: `floating`, `integer`, …
         source: Its path on disk or in the target.
     """
 
@@ -25,7 +29,13 @@ class Leaf:
     names: tuple[str, ...]
     collection: str | None
     shape: Shape
+    number: str
     source: Path
+
+    @property
+    def kind(self) -> tuple[str, Shape, str]:
+        """What another leaf must share to be this one: collection, shape and kind of number."""
+        return str(self.collection), self.shape, self.number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +80,13 @@ class Module:
     def wraps(self) -> "Module | None":
         """The only module in it, where it has nothing else."""
         return next(iter(self.parts.values())) if len(self.parts) == 1 and not self.leaves else None
+
+
+def number_of(dtype: Any) -> str:
+    """Returns the kind of number of a dtype; a restore casts within one kind and never between two."""
+    kinds = ("floating", "complexfloating", "integer", "bool_")
+    found = [kind for kind in kinds if dtype is not None and jnp.issubdtype(dtype, getattr(jnp, kind))]
+    return found[0] if found else "other"
 
 
 def tree_of(leaves: Iterable[Leaf], order: Mapping[Tokens, Sequence[str]] | None = None) -> Module:
@@ -117,6 +134,6 @@ class Signatures:
     def _number(self, module: Module) -> int:
         if module.wraps is not None:
             return self.of(module.wraps)
-        own = sorted((name, str(leaf.collection), leaf.shape) for name, leaf in module.leaves.items())
+        own = sorted((name, leaf.kind) for name, leaf in module.leaves.items())
         parts = sorted(self.of(item) for item in module.items)
         return self._numbers.setdefault((tuple(own), tuple(parts)), len(self._numbers))

@@ -1,18 +1,19 @@
 """Rules out of pairs of leaves: as few and as general as the pairs allow."""
 
 import dataclasses
+import itertools
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.paths import canonical
+from orbax_nnx_handler.planning.entries import Entry
+from orbax_nnx_handler.planning.paths import Path, canonical
 from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.suggesting.pairing import Grounds, Pair, weakest
+from orbax_nnx_handler.planning.suggesting.strays import Members, Names, Renaming, in_order, without_strays
 
 _NUMBERED = re.compile(r"(.*_)?(\d+)")
 _PLACES = "ijkl"
-
-Names = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,35 +29,59 @@ class Proposal:
     grounds: Grounds
 
 
-def proposals_of(pairs: Iterable[Pair], above: int) -> tuple[Proposal, ...]:
-    """Returns rules that take every stored leaf of the pairs to its wanted path.
+def proposals_of(
+    pairs: Sequence[Pair], above: int, entries: Sequence[Entry], settled: Collection[Path]
+) -> tuple[Proposal, ...]:
+    """Returns rules that take every stored leaf of the pairs to its wanted path, and no other one away.
 
     Longer patterns come first: a segment that one rule wrote is safe from later ones.
 
     Args:
         pairs: The pairs.
         above: How many segments of the wanted paths stand above the model.
+        entries: The stored model, which the rules will meet.
+        settled: The stored leaves that have their wanted path already.
     """
-    grounds: dict[tuple[Names, Names], Grounds] = {}
+    found: dict[Renaming, list[Grounds]] = defaultdict(list)
     for pair in pairs:
         names = _names(pair, above)
         if names is not None:
-            grounds[names] = weakest(grounds.get(names, "shapes"), pair.grounds)
-    merged = _merged(grounds)
-    ordered = sorted(merged, key=lambda names: (-len(names[0]), list(merged).index(names)))
+            found[names].append(pair.grounds)
+    aims = _aims(pairs, above, entries, settled)
+    members = without_strays(_merged({names: (names,) for names in found}), entries, aims)
     return tuple(
-        Proposal(rule=Rename("/".join(stored), "/".join(wanted)), grounds=merged[stored, wanted])
-        for stored, wanted in ordered
+        Proposal(
+            rule=Rename("/".join(stored), "/".join(wanted)),
+            grounds=weakest(*itertools.chain(*(found[member] for member in members[stored, wanted]))),
+        )
+        for stored, wanted in in_order(members)
     )
 
 
-def _names(pair: Pair, above: int) -> tuple[Names, Names] | None:
-    """Returns what of the stored path becomes what of the wanted one; None where the paths are equal."""
+def _aims(
+    pairs: Iterable[Pair], above: int, entries: Sequence[Entry], settled: Collection[Path]
+) -> Mapping[Path, Names]:
+    """Returns the segments that each stored leaf must have after the rules, where that is known."""
+    sources = Counter(entry.sources[0] for entry in entries)
+    # A leaf that a rule of the user's has split is several entries of one source.
+    segments = {path: e.segments for e in entries for path in e.sources[:1] if sources[path] == 1}
+    aims = {path: names for path, names in segments.items() if path in settled}
+    for pair in pairs:
+        own = segments.get(pair.stored.source)
+        stored, wanted = _names(pair, above) or ((), ())
+        # The gates of a recurrent cell are paired under names that only NNX has.
+        if own is not None and own[: len(stored)] == stored:
+            aims[pair.stored.source] = (*wanted, *own[len(stored) :])
+    return aims
+
+
+def _names(pair: Pair, above: int) -> Renaming | None:
+    """Returns what becomes what; None where the paths are equal, or the wanted one has no name left."""
     stored, wanted = pair.stored.names, _wanted_names(pair)[above:]
     while len(stored) > 1 and len(wanted) > 1 and canonical(stored[-1:]) == canonical(wanted[-1:]):
         stored, wanted = stored[:-1], wanted[:-1]
     # Linen keeps a list's number in the name.
-    return None if canonical(stored) == canonical(wanted) else (stored, wanted)
+    return None if not wanted or canonical(stored) == canonical(wanted) else (stored, wanted)
 
 
 def _wanted_names(pair: Pair) -> Names:
@@ -80,36 +105,31 @@ def _stack_name(pair: Pair) -> int:
     return max(1, len(pair.wanted.names) - below)
 
 
-def _merged(grounds: dict[tuple[Names, Names], Grounds]) -> dict[tuple[Names, Names], Grounds]:
+def _merged(members: Members) -> Members:
     """Writes a place where pairs of names differ in one number that both sides count."""
-    current = grounds
+    current = members
     for place in _PLACES:
-        templates: dict[tuple[Names, Names], list[tuple[Names, Names]]] = defaultdict(list)
+        templates: dict[Renaming, list[Renaming]] = defaultdict(list)
         for names in current:
             for template in _templates(names, place):
                 templates[template].append(names)
-        best = {names: _best(names, templates, place) for names in current}
-        after: dict[tuple[Names, Names], Grounds] = {}
-        for names, template in best.items():
-            after[template] = weakest(after.get(template, "shapes"), current[names])
+        after: dict[Renaming, tuple[Renaming, ...]] = defaultdict(tuple)
+        for names, covered in current.items():
+            after[_best(names, templates, place)] += tuple(covered)
         if after == current:
             break
-        current = after
+        current = dict(after)
     return current
 
 
-def _best(
-    names: tuple[Names, Names],
-    templates: dict[tuple[Names, Names], list[tuple[Names, Names]]],
-    place: str,
-) -> tuple[Names, Names]:
+def _best(names: Renaming, templates: Mapping[Renaming, Sequence[Renaming]], place: str) -> Renaming:
     found = [template for template in _templates(names, place) if len(templates[template]) > 1]
     return max(found, key=lambda template: len(templates[template]), default=names)
 
 
-def _templates(names: tuple[Names, Names], place: str) -> Sequence[tuple[Names, Names]]:
+def _templates(names: Renaming, place: str) -> Sequence[Renaming]:
     stored, wanted = names
-    found: list[tuple[Names, Names]] = []
+    found: list[Renaming] = []
     for at, name in enumerate(stored):
         number = _NUMBERED.fullmatch(name)
         if number is None:

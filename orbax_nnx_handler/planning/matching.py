@@ -1,6 +1,7 @@
 """Finds the stored value of each wanted model leaf, by path first."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -185,11 +186,11 @@ class Matcher:
             paths = {self._below[item.leaf.path]: item for item in some}
             wanted = Side(
                 [p for tokens, item in paths.items() for p in pieces_of(tokens, item.leaf.shape)],
-                [p for item in self.wanted for p in pieces_of(self._below[item.leaf.path], item.leaf.shape)],
+                self._wanted_pieces,
             )
             stored = Side(
                 list(self._stored_pieces(free, collection)),
-                list(self._stored_pieces(self.entries, collection)),
+                functools.partial(self._stored_pieces, self.entries, collection),
             )
             made, open_groups = restack(wanted, stored, {rule.tokens: rule.axis for rule in self.axes})
             unclear += open_groups
@@ -202,6 +203,10 @@ class Matcher:
                     recipe=item.recipe, missing_layers=item.missing, surplus=item.surplus
                 )
         return found, unclear, groups
+
+    def _wanted_pieces(self) -> Iterable[Piece]:
+        for item in self.wanted:
+            yield from pieces_of(self._below[item.leaf.path], item.leaf.shape)
 
     def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[Piece]:
         for entry in free:

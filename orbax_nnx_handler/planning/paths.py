@@ -20,11 +20,11 @@ def render(path: Path) -> str:
 
 def segments(path: Path) -> tuple[str, ...]:
     """Returns the keys as strings; a tuple key or a slash gives several."""
-    if all(type(key) is str and "/" not in key for key in path):
-        return cast(tuple[str, ...], path)  # Nearly every path, and asked for again and again.
     parts: list[str] = []
     for key in path:
-        if isinstance(key, tuple):
+        if type(key) is str and "/" not in key:  # Nearly every key.
+            parts.append(key)
+        elif isinstance(key, tuple):
             parts.extend(segments(cast(Path, key)))
         else:
             parts.extend(str(key).split("/"))
@@ -44,12 +44,19 @@ def canonical(path: Path) -> tuple[str, ...]:
     is no Python attribute, hence `if_` in NNX.
     """
     tokens: list[str] = []
-    for part in segments(path):
-        tokens.extend(_tokens(part))
+    for key in path:
+        if isinstance(key, tuple):
+            tokens += canonical(segments((key,)))
+        else:
+            tokens += _tokens_of(key if type(key) is str else str(key))
     return tuple(tokens)
 
 
 @functools.lru_cache(maxsize=65536)  # A model has few names and many leaves.
+def _tokens_of(key: str) -> tuple[str, ...]:
+    return tuple(token for part in key.split("/") for token in _tokens(part))
+
+
 def _tokens(part: str) -> tuple[str, ...]:
     if part.isdecimal():
         return (f"#{int(part)}",)
@@ -61,7 +68,7 @@ def _tokens(part: str) -> tuple[str, ...]:
 
 def is_number(token: str) -> bool:
     """Tells whether a canonical token counts a layer (`#3`)."""
-    return token.startswith("#") and token[1:].isdecimal()
+    return token[:1] == "#" and token[1:].isdecimal()
 
 
 def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:

@@ -40,15 +40,14 @@ class Broken:
     unexpected: str = "warn"
 
 
-def _projections(model: Model, layers: int) -> Iterator[tuple[int, str]]:
+def _projections(layers: int) -> Iterator[tuple[int, str]]:
     return ((layer, name) for layer in range(layers) for name in PROJECTIONS)
 
 
 def _fitting(model: Model) -> list[Leaf]:
     shape = (model.width, model.width)
     return [
-        (("layers", layer, name, "kernel"), nnx.Param, shape)
-        for layer, name in _projections(model, model.layers)
+        (("layers", layer, name, "kernel"), nnx.Param, shape) for layer, name in _projections(model.layers)
     ]
 
 
@@ -99,7 +98,7 @@ def _deep_names(model: Model) -> Broken:
 def _another_model(model: Model) -> Broken:
     leaves = [
         ((f"stage{layer % 7}", layer // 7, f"unit_{name}", "scale"), nnx.Param, (3, 5 + layer % 11))
-        for layer, name in _projections(model, model.layers)
+        for layer, name in _projections(model.layers)
     ]
     return Broken(leaves=leaves, error=library.MissingParamError, count=len(leaves))
 

@@ -46,7 +46,7 @@ class Entry:
         """The canonical path within the collection."""
         return canonical(self.segments)
 
-    @cached_property
+    @property
     def unboxed(self) -> tuple[str, ...] | None:
         """The canonical path without a last level `value`, where there is one.
 

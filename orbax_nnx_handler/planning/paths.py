@@ -73,7 +73,7 @@ def is_number(token: str) -> bool:
 
 def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:
     """Returns a sort key under which `Conv_10` comes after `Conv_2`."""
-    return tuple(_natural(part) for part in segments(path))
+    return tuple([_natural(part) for part in segments(path)])
 
 
 @functools.lru_cache(maxsize=65536)

@@ -23,6 +23,8 @@ _VERDICT = {
     "slowest": "slowest",
     "cpu_seconds": "CPU s",
     "of a restore": "× restore",
+    "MB": "MB",
+    "exponent": "exponent",
 }
 _SAVE = {
     "seconds": "s",

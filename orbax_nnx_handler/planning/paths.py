@@ -46,7 +46,7 @@ def canonical(path: Path) -> tuple[str, ...]:
     tokens: list[str] = []
     for key in path:
         if isinstance(key, tuple):
-            tokens += canonical(segments((key,)))
+            tokens += canonical(segments(cast(Path, (key,))))
         else:
             tokens += _tokens_of(key if type(key) is str else str(key))
     return tuple(tokens)

@@ -235,7 +235,7 @@ def _with_value(node: Any, value: Any) -> Any:
     if metadata.get("ref") or metadata.get("hijax"):
         return variable.replace(value)
     # As `replace` does, but for the search for references, which a restored array has none of.
-    return type(variable).from_metadata(value, metadata)
+    return cast(Any, type(variable)).from_metadata(value, metadata)
 
 
 def _check_overrides(overrides: Mapping[Path, Any], flat: Flat) -> None:

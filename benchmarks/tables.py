@@ -23,6 +23,8 @@ _VERDICT = {
     "slowest": "slowest",
     "cpu_seconds": "CPU s",
     "of a restore": "× restore",
+    "MB": "MB",
+    "exponent": "exponent",
 }
 _CONVERT = {"peak GB": "peak GB", "peak ÷ bound": "peak ÷ bound"}
 _SAVE = {

@@ -74,13 +74,14 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={settings['devices']}"
     import jax
 
+    from benchmarks.broken import VERDICTS
     from benchmarks.contestants import CONTESTANTS
     from benchmarks.errands import ERRANDS
     from benchmarks.models import check, placement
 
     model, path = Model(**settings["model"]), pathlib.Path(settings["path"])
     jax.block_until_ready(jax.numpy.zeros(()))
-    prepare = {**CONTESTANTS, **ERRANDS}[settings["contestant"]]
+    prepare = {**CONTESTANTS, **ERRANDS, **VERDICTS}[settings["contestant"]]
     call, collect = prepare(model, path, placement(settings["placement"]))
     result, figures = measured(call)
     arrays = collect(result)

@@ -130,6 +130,8 @@ def _unclear_order(order: UnclearOrder) -> AmbiguousMappingError:
 
 def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     """Returns the error for rules whose every result is no wanted leaf."""
+    if not mapping.applied.made:
+        return None
     # A rule whose result is contested does lead somewhere; that it does so is the other error.
     used = mapping.used() | {path for rival in mapping.rivals for e in rival.entries for path in e.sources}
     idle = [

@@ -46,7 +46,7 @@ class Entry:
         """The canonical path within the collection."""
         return canonical(self.segments)
 
-    @cached_property
+    @property
     def unboxed(self) -> tuple[str, ...] | None:
         """The canonical path without a last level `value`, where there is one.
 
@@ -63,15 +63,16 @@ class Entry:
 
 def model_entries(placements: Iterable[Placement]) -> list[Entry]:
     """Returns one entry for each stored leaf of the model."""
-    return [
-        Entry(
-            segments=segments(placement.path),
-            collection=placement.collection,
-            recipe=Read(placement.leaf.path),
-            shape=placement.leaf.shape,
-            dtype=placement.leaf.dtype,
-            prefix=segments(placement.leaf.path)[: -len(segments(placement.path))],
-        )
-        for placement in placements
-        if placement.section == "model"
-    ]
+    return [_entry(placement) for placement in placements if placement.section == "model"]
+
+
+def _entry(placement: Placement) -> Entry:
+    leaf, below = placement.leaf, segments(placement.path)
+    return Entry(
+        segments=below,
+        collection=placement.collection,
+        recipe=Read(leaf.path),
+        shape=leaf.shape,
+        dtype=leaf.dtype,
+        prefix=segments(leaf.path)[: -len(below)],
+    )

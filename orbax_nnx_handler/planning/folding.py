@@ -1,6 +1,7 @@
 """Folds rows that differ in one number: `layers/{0..31}/mlp/kernel`."""
 
 import dataclasses
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -54,7 +55,7 @@ class _Text:
         if not text:
             return _NO_TEXT
         bits = number.split(text)
-        return cls(tuple(bits[::2]), tuple(frozenset({int(bit)}) for bit in bits[1::2]))
+        return cls(tuple(bits[::2]), tuple([_only(bit) for bit in bits[1::2]]))
 
     @classmethod
     def united(cls, texts: Sequence["_Text"]) -> "_Text":
@@ -71,6 +72,11 @@ class _Text:
         """Tells whether every number stays as it is or rises from here to `later`."""
         pairs = zip(self.numbers, later.numbers, strict=True)
         return all(before == after or max(before) < min(after) for before, after in pairs)
+
+
+@functools.lru_cache(maxsize=65536)  # A model has few numbers and many leaves.
+def _only(number: str) -> _Numbers:
+    return frozenset({int(number)})
 
 
 _NO_TEXT = _Text(("",), ())
@@ -100,7 +106,8 @@ class _Pattern:
 
     def leads_to(self, later: "_Pattern") -> bool:
         """Tells whether a later row is the next of this sequence, and no jump back in its sources."""
-        return all(before.moves_on(after) for before, after in zip(self.last, later.last, strict=True))
+        pairs = zip(self.last, later.last, strict=True)
+        return all(before is after or before.moves_on(after) for before, after in pairs)
 
     @property
     def count(self) -> int:

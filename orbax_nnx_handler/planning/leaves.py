@@ -1,6 +1,7 @@
 """The two sides of a restore: what the caller wants and what the disk holds."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ class WantedLeaf:
     @property
     def nbytes(self) -> int:
         """Size in bytes of the whole array, over all devices."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,4 +64,4 @@ class StoredLeaf:
         """Size in bytes, uncompressed."""
         if self.dtype is None:
             return 0
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize

@@ -1,6 +1,7 @@
 """Finds the stored value of each wanted model leaf, by path first."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -117,8 +118,11 @@ class Matcher:
 
     def _readings(self, entry: Entry) -> list[Tokens]:
         readings = [strip(entry.tokens, self.roots.stored)]
-        if entry.unboxed is not None:
-            readings.append(strip(entry.unboxed, self.roots.stored))
+        unboxed = entry.unboxed
+        if unboxed is None and not entry.named:
+            return readings
+        if unboxed is not None:
+            readings.append(strip(unboxed, self.roots.stored))
         if entry.named and self.roots.wanted:
             # A rename may have been written with the wanted path from the target's root.
             readings += [strip(tokens, self.roots.wanted) for tokens in readings]
@@ -128,7 +132,8 @@ class Matcher:
         direct: list[tuple[Wanted, Entry]] = []
         rivals: list[Rivals] = []
         for item in self.wanted:
-            claims = self._eligible(item, self.index.get(self._below[item.leaf.path], []))
+            named = self.index.get(self._below[item.leaf.path])
+            claims = self._eligible(item, named) if named else ()
             if len(claims) > 1:
                 rivals.append(Rivals(wanted=item, entries=tuple(claims)))
             elif claims:
@@ -142,7 +147,7 @@ class Matcher:
         if item.role == "random":
             own = [entry for entry in own if entry.collection is None]
         if not own and self._may_stray(item):
-            own = [entry for entry in claims if not self._shadows(entry.collection)]
+            own = [entry for entry in claims if entry.collection not in self._shadows]
         if len(own) > 1 and not any(entry.named for entry in own):
             exact = [entry for entry in own if entry.segments == self._segments(item)]
             own = exact or own
@@ -163,18 +168,23 @@ class Matcher:
             return False
         return item.leaf.kind is not nnx.Param or "params" not in self._collections
 
-    def _shadows(self, collection: str | None) -> bool:
-        if collection in ("params", None):
-            return False
-        paths = self._collections[collection]
-        return len(paths & self._collections.get("params", set())) * 2 > len(paths)
+    @cached_property
+    def _shadows(self) -> set[str | None]:
+        """The collections that are copies of the parameters, more than half of them."""
+        params = self._collections.get("params", set[Tokens]())
+        return {
+            name
+            for name, paths in self._collections.items()
+            if name not in ("params", None) and len(paths & params) * 2 > len(paths)
+        }
 
     def _derived(self, free: Sequence[Entry]) -> tuple[dict[Tokens, Entry], list[Homeless]]:
-        leaves = {
-            strip(entry.tokens, self.roots.stored): _as_leaf(entry, at) for at, entry in enumerate(free)
-        }
+        leaves, sources = dict[Tokens, StoredLeaf](), dict[Path, Entry]()
+        for at, entry in enumerate(free):
+            leaf = _as_leaf(entry, at)
+            leaves[strip(entry.tokens, self.roots.stored)] = leaf
+            sources[leaf.path] = entry
         derived, homeless = derive(leaves)
-        sources = {_as_leaf(entry, at).path: entry for at, entry in enumerate(free)}
         entries = {item.path: _entry_of(item.path, item.recipe, item.reason, sources) for item in derived}
         return entries, [item for item in homeless if isinstance(sources[item.leaf.path].recipe, Read)]
 
@@ -189,11 +199,11 @@ class Matcher:
             paths = {self._below[item.leaf.path]: item for item in some}
             wanted = Side(
                 [p for tokens, item in paths.items() for p in pieces_of(tokens, item.leaf.shape)],
-                [p for item in self.wanted for p in pieces_of(self._below[item.leaf.path], item.leaf.shape)],
+                self._wanted_pieces,
             )
             stored = Side(
                 list(self._stored_pieces(free, collection)),
-                list(self._stored_pieces(self.entries, collection)),
+                functools.partial(self._stored_pieces, self.entries, collection),
             )
             made, open_groups = restack(wanted, stored, {rule.tokens: rule.axis for rule in self.axes})
             unclear += open_groups
@@ -232,6 +242,10 @@ class Matcher:
         }
         return placed, arranged
 
+    def _wanted_pieces(self) -> Iterable[Piece]:
+        for item in self.wanted:
+            yield from pieces_of(self._below[item.leaf.path], item.leaf.shape)
+
     def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[Piece]:
         for entry in free:
             if entry.collection == collection or None in (entry.collection, collection):
@@ -255,7 +269,7 @@ def _entry_of(tokens: Tokens, recipe: Recipe, reason: str, sources: Mapping[Path
         parts[0],
         segments=tokens,
         recipe=substitute(recipe, lambda path: sources[path].recipe),
-        shape=shape_of(recipe, {path: entry.shape for path, entry in sources.items()}),
+        shape=shape_of(recipe, {path: sources[path].shape for path in reads(recipe)}),
         reason="; ".join(dict.fromkeys(filter(None, (*(part.reason for part in parts), reason)))),
         fixed=(),
         named=False,

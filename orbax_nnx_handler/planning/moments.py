@@ -14,7 +14,9 @@ from orbax_nnx_handler.planning.entries import Entry
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.paths import Path, canonical
 from orbax_nnx_handler.planning.placement import Placement
+from orbax_nnx_handler.planning.recipes import reads
 from orbax_nnx_handler.planning.roles import Wanted
+from orbax_nnx_handler.planning.roots import strip
 
 Tokens = tuple[str, ...]
 
@@ -144,13 +146,15 @@ def parameter_paths(entries: Iterable[Entry], root: Tokens) -> dict[Tokens, Path
     """Returns stored path by canonical path, for stored parameters as they are on disk."""
     found: dict[Tokens, Path] = {}
     for entry in entries:
-        (path,) = entry.sources
-        below = entry.tokens[len(root) :] if entry.tokens[: len(root)] == root else entry.tokens
-        readings = [entry.tokens, below]
+        (path,) = reads(entry.recipe)
+        tokens = entry.tokens
+        below = strip(tokens, root)
+        found.setdefault(tokens, path)
+        if below is not tokens:
+            found.setdefault(below, path)
         if entry.unboxed is not None:
-            readings += [entry.unboxed, below[:-1]]
-        for tokens in readings:
-            found.setdefault(tokens, path)
+            found.setdefault(entry.unboxed, path)
+            found.setdefault(below[:-1], path)
     return found
 
 

@@ -48,5 +48,21 @@ def _one_of_each_group(leaves: Iterable[WantedLeaf]) -> list[WantedLeaf]:
 
 def _closest(leaf: WantedLeaf, candidates: Sequence[StoredLeaf], cutoff: float) -> StoredLeaf | None:
     names = {render(candidate.path): candidate for candidate in candidates[:_CANDIDATES]}
-    close = difflib.get_close_matches(render(leaf.path), list(names), n=1, cutoff=cutoff)
-    return names[close[0]] if close else None
+    close = _most_alike(render(leaf.path), names, cutoff)
+    return names[close] if close is not None else None
+
+
+def _most_alike(name: str, others: Iterable[str], cutoff: float) -> str | None:
+    """Returns what `difflib.get_close_matches` puts first, without working out what cannot be it."""
+    best: tuple[float, str] | None = None
+    matcher = difflib.SequenceMatcher[str](b=name)
+    for other in others:
+        least = cutoff if best is None else best[0]
+        matcher.set_seq1(other)
+        # Upper bounds of the ratio, each dearer and closer than the one before.
+        if matcher.real_quick_ratio() < least or matcher.quick_ratio() < least:
+            continue
+        ratio = matcher.ratio()
+        if ratio >= least and (best is None or (ratio, other) > best):
+            best = (ratio, other)
+    return None if best is None else best[1]

@@ -21,10 +21,11 @@ def render(path: Path) -> str:
 
 def segments(path: Path) -> tuple[str, ...]:
     """Returns the keys as strings; a tuple key or a slash gives several, and none gives nothing."""
-    if all(type(key) is str and "/" not in key and key[:1] != "(" for key in path):
-        return cast(tuple[str, ...], path)  # Nearly every path, and asked for again and again.
     parts: list[str] = []
     for key in path:
+        if type(key) is str and "/" not in key and key[:1] != "(":  # Nearly every key.
+            parts.append(key)
+            continue
         key = _stored_tuple(key) if isinstance(key, str) and key[:1] == "(" else key
         if isinstance(key, tuple):
             # An empty tuple has no parts to be known by, so its own text is one.
@@ -57,12 +58,19 @@ def canonical(path: Path) -> tuple[str, ...]:
     is no Python attribute, hence `if_` in NNX.
     """
     tokens: list[str] = []
-    for part in segments(path):
-        tokens.extend(_tokens(part))
+    for key in path:
+        if isinstance(key, tuple):
+            tokens += canonical(segments(cast(Path, (key,))))
+        else:
+            tokens += _tokens_of(key if type(key) is str else str(key))
     return tuple(tokens)
 
 
 @functools.lru_cache(maxsize=65536)  # A model has few names and many leaves.
+def _tokens_of(key: str) -> tuple[str, ...]:
+    return tuple(token for part in key.split("/") for token in _tokens(part))
+
+
 def _tokens(part: str) -> tuple[str, ...]:
     if part.isdecimal():
         return (f"#{int(part)}",)
@@ -74,12 +82,12 @@ def _tokens(part: str) -> tuple[str, ...]:
 
 def is_number(token: str) -> bool:
     """Tells whether a canonical token counts a layer (`#3`)."""
-    return token.startswith("#") and token[1:].isdecimal()
+    return token[:1] == "#" and token[1:].isdecimal()
 
 
 def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:
     """Returns a sort key under which `Conv_10` comes after `Conv_2`."""
-    return tuple(_natural(part) for part in segments(path))
+    return tuple([_natural(part) for part in segments(path)])
 
 
 @functools.lru_cache(maxsize=65536)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.entries import Entry
@@ -29,11 +29,11 @@ class Side:
 
     Attributes:
         pieces: The leaves that are still to be placed, in every reading.
-        all_pieces: Every leaf of the side: what counts the positions of a block.
+        every_piece: Gives every leaf of the side.
     """
 
     pieces: Sequence[Piece]
-    all_pieces: Sequence[Piece]
+    every_piece: Callable[[], Iterable[Piece]]
 
     @cached_property
     def by_key(self) -> Mapping[Key, list[Piece]]:
@@ -42,6 +42,11 @@ class Side:
         for piece in self.pieces:
             found[piece.seat.group, piece.seat.rest].append(piece)
         return found
+
+    @cached_property
+    def all_pieces(self) -> Sequence[Piece]:
+        """Every leaf of the side: what counts the positions of a block, where there is one."""
+        return list(self.every_piece())
 
     @cached_property
     def block_size(self) -> Mapping[tuple[Group, str], int]:

@@ -105,7 +105,7 @@ class _Judge:
     def verdict(self, item: Wanted) -> Restored | Missing | Mismatched | Defaulted:
         found = self.mapping.found.get(item.leaf.path)
         if found is not None:
-            verdict = self._compare(item, found)
+            verdict = self._as_it_is(item, found) or self._compare(item, found)
             # A cache of another batch size is not a fault: the program recomputes it.
             if item.role != "transient" or isinstance(verdict, Restored):
                 return verdict
@@ -133,6 +133,23 @@ class _Judge:
         what = "random state" if item.role == "random" else "recomputed by the program"
         reason = f"{what}, never in a Linen checkpoint"
         return Defaulted(wanted=item.leaf, source=self._initial(item) or last, reason=reason)
+
+    def _as_it_is(self, item: Wanted, found: Found) -> Restored | None:
+        """Returns the verdict on a leaf that is stored as it is wanted: nearly every one."""
+        recipe, leaf = found.recipe, item.leaf
+        if not isinstance(recipe, Read) or found.surplus or self.mapping.applied.casts:
+            return None
+        source = self.stored[recipe.path]
+        if source.dtype != leaf.dtype or source.shape != leaf.shape or source.key_impl:
+            return None
+        return Restored(
+            wanted=leaf,
+            recipe=recipe,
+            stored_dtype=leaf.dtype,
+            dtype=leaf.dtype,
+            cast="same",
+            reason=found.reason,
+        )
 
     def _compare(self, item: Wanted, found: Found) -> Restored | Missing | Mismatched:
         sources = [self.stored[path] for path in dict.fromkeys(reads(found.recipe))]

@@ -27,22 +27,23 @@ def find_random(
         placements: What each stored leaf is.
         roots: Where the model sits on both sides.
     """
+    left = [item for item in wanted if item.leaf.path not in found]
+    if not left:
+        return
     aux = _index(placements, "aux", ("model",))
     inline = _index([p for p in placements if p.collection is None], "model", roots.stored)
     stored = {**inline, **aux}
     streams = _by_stream(stored)
-    siblings = Counter(_unnamed(strip(item.tokens, roots.wanted)) for item in wanted)
-    for item in wanted:
-        path = item.leaf.path
-        if path in found:
-            continue
+    random = any(item.role == "random" for item in left)
+    siblings = Counter(_unnamed(strip(item.tokens, roots.wanted)) for item in (wanted if random else ()))
+    for item in left:
         below = strip(item.tokens, roots.wanted)
         source = aux.get(below) or aux.get(item.tokens)
         if source is None and item.role == "random":
             lone = siblings[_unnamed(below)] == 1
             source = _other_layout(below, stored if lone else {}, streams)
         if source is not None:
-            found[path] = Found(recipe=Read(source))
+            found[item.leaf.path] = Found(recipe=Read(source))
 
 
 def _index(placements: Sequence[Placement], section: str, root: Tokens) -> dict[Tokens, Path]:

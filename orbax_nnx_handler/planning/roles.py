@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from orbax_nnx_handler.planning.dtypes import is_count_dtype
@@ -58,12 +59,14 @@ def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
     """Returns every leaf with its role, in the target's order."""
     owners = {_owner(path) for path in leaves} - {None}
     streams = {path[:-1] for path, leaf in leaves.items() if is_key(leaf.dtype)}
-    return [_wanted(leaf, owners, streams) for leaf in leaves.values()]
+    collections = {kind: collection_of(kind) for kind in {leaf.kind for leaf in leaves.values()}}
+    return [_wanted(leaf, owners, streams, collections[leaf.kind]) for leaf in leaves.values()]
 
 
 def is_key(dtype: Any) -> bool:
     """Tells whether a dtype is a random key's."""
-    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+    # NumPy has no dtype of keys: nearly every leaf is answered here.
+    return not isinstance(dtype, np.dtype) and bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 def collection_of(kind: type[Any] | None) -> str | None:
@@ -74,15 +77,17 @@ def collection_of(kind: type[Any] | None) -> str | None:
 
 
 def _owner(path: Path) -> Path | None:
-    keys = [str(key) for key in path]
-    return path[: keys.index("opt_state")] if "opt_state" in keys[:-1] else None
+    for at, key in enumerate(path[:-1]):
+        if str(key) == "opt_state":
+            return path[:at]
+    return None
 
 
-def _wanted(leaf: WantedLeaf, owners: set[Path | None], streams: set[Path]) -> Wanted:
+def _wanted(leaf: WantedLeaf, owners: set[Path | None], streams: set[Path], collection: str | None) -> Wanted:
     owner = _owner(leaf.path)
     role = _role(leaf, owner, owners, streams)
     if role != "optimizer":
-        return Wanted(leaf=leaf, role=role, path=leaf.path, collection=collection_of(leaf.kind))
+        return Wanted(leaf=leaf, role=role, path=leaf.path, collection=collection)
     rest = leaf.path[len(owner) + 1 :] if owner is not None else leaf.path
     # Two optimizers (a GAN) keep their attribute in the path, one needs none.
     path = (*owner, *rest) if owner is not None and len(owners) > 1 else rest

@@ -32,6 +32,8 @@ def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     """Returns the roots under which the most leaves meet; shorter ones win ties."""
     skeletons_wanted = {root: _skeletons(wanted, root) for root in _chain(wanted)}
     skeletons_stored = {root: _skeletons(stored, root).keys() for root in _chain(stored)}
+    heads_wanted = {root: _heads(wanted, root) for root in skeletons_wanted}
+    heads_stored = {root: _heads(stored, root).keys() for root in skeletons_stored}
     best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1)
     pairs = itertools.product(skeletons_wanted, skeletons_stored)
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
@@ -44,7 +46,7 @@ def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
             count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right]
         )
         # Where scanned blocks name their layers otherwise, no whole path meets; the model's parts still do.
-        meeting = (overlap, _sharing_heads(wanted, left, stored, right))
+        meeting = (overlap, sum(n for head, n in heads_wanted[left].items() if head in heads_stored[right]))
         if meeting > most:
             best, most = Roots(wanted=left, stored=right, overlap=overlap), meeting
     return best
@@ -75,12 +77,9 @@ def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
     return [root for root in chain if _keeps_apart(paths, root) and not _names_layers(paths, root)]
 
 
-def _sharing_heads(
-    wanted: Collection[Tokens], left: Tokens, stored: Collection[Tokens], right: Tokens
-) -> int:
-    """Counts the wanted paths whose first key below the root is one of the stored model's."""
-    heads = {strip(path, right)[:1] for path in stored}
-    return sum(strip(path, left)[:1] in heads for path in wanted)
+def _heads(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:
+    """Counts the paths by their first key below a root."""
+    return Counter([strip(path, root)[:1] for path in paths])
 
 
 def _holds_all(paths: Collection[Tokens], root: Tokens) -> bool:
@@ -94,7 +93,13 @@ def _names_modules(paths: Collection[Tokens], root: Tokens) -> bool:
 
 def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
     """Tells whether no two paths become one when the root is taken away."""
-    return not root or len({strip(path, root) for path in paths}) == len(set(paths))
+    if not root:
+        return True
+    # Only a path beside the root can be what one below it becomes.
+    inside, outside = set[Tokens](), set[Tokens]()
+    for path in paths:
+        (inside if path[: len(root)] == root else outside).add(path)
+    return outside.isdisjoint(path[len(root) :] for path in inside)
 
 
 def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
@@ -105,12 +110,20 @@ def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
 
 def _skeletons(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:
     """Counts the paths below a root without layer numbers and scan levels."""
-    return Counter(_skeleton(strip(path, root)) for path in paths)
+    found: Counter[Tokens] = Counter()
+    # Most of a model's paths differ in the numbers alone, and those are taken out first.
+    for path, count in Counter([_without_numbers(strip(path, root)) for path in paths]).items():
+        found[_skeleton(path)] += count
+    return found
+
+
+def _without_numbers(path: Tokens) -> Tokens:
+    # A number at the very start is no layer of the model but the model's place in a tuple of targets.
+    return (*path[:1], *[token for token in path[1:] if token[:1] != "#"])
 
 
 def _skeleton(path: Tokens) -> Tokens:
-    # A number at the very start is no layer of the model but the model's place in a tuple of targets.
-    names = [token.removesuffix("_remainder") for i, token in enumerate(path) if i == 0 or token[0:1] != "#"]
+    names = [token.removesuffix("_remainder") for token in path]
     if len(names) > 1 and names[-1] == "value":
         names.pop()
     return tuple(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])

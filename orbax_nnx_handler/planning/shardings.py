@@ -33,31 +33,36 @@ class Placer:
     mesh: Mesh | None
 
     @classmethod
-    def of(cls, nodes: Iterable[Any]) -> "Placer":
-        """Returns the placer of a target's leaves under the mesh in force."""
+    def of(cls, values: Iterable[Any]) -> "Placer":
+        """Returns the placer of a target, given the values of its leaves, under the mesh in force."""
         current = jax.sharding.get_mesh()
         if not current.empty:
             return cls(mesh=current)
-        meshes = (getattr(_own_sharding(node), "mesh", None) for node in nodes)
+        meshes = (getattr(_own_sharding(value), "mesh", None) for value in values)
         return cls(mesh=next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None))
 
-    def place(self, node: Any, override: Any) -> Sharding:
+    def place(self, node: Any, value: Any, override: Any) -> Sharding:
         """Returns the sharding of one leaf.
 
         Args:
             node: The target's Variable or bare leaf.
+            value: The value in it.
             override: The leaf's restore args, or None.
 
         Raises:
             RestoreError: The sharding names an abstract mesh and none is in force.
         """
-        for candidate in (_override_sharding(override), _own_sharding(node), self._annotated(node)):
-            if candidate is not None:
-                return self._concrete(candidate)
-        return self._default()
+        said = _override_sharding(override) if override is not None else None
+        if said is None:
+            said = _own_sharding(value)
+        if said is None:
+            said = self._annotated(node)
+        return self._default if said is None else self._concrete(said)
 
     def _annotated(self, node: Any) -> Sharding | None:
-        if not isinstance(node, nnx.Variable) or not node.get_metadata().get("out_sharding"):
+        if not isinstance(node, nnx.Variable) or not node.has_metadata("out_sharding"):
+            return None
+        if not node.get_metadata().get("out_sharding"):
             return None
         mesh = node.get_metadata().get("mesh") or self.mesh
         annotated: Any = nnx.get_partition_spec({"leaf": cast(Any, node)})
@@ -68,7 +73,7 @@ class Placer:
         if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
             return sharding
         if sharding.mesh.empty:
-            return self._default()
+            return self._default
         if self.mesh is None or tuple(self.mesh.shape.items()) != tuple(sharding.mesh.shape.items()):
             raise RestoreError(
                 f"the target is sharded over the abstract mesh {dict(sharding.mesh.shape)}, "
@@ -77,6 +82,7 @@ class Placer:
             )
         return NamedSharding(self.mesh, sharding.spec)
 
+    @functools.cached_property
     def _default(self) -> Sharding:
         if self.mesh is not None:
             return NamedSharding(self.mesh, PartitionSpec())
@@ -119,8 +125,7 @@ def _in_words(sharding: Any) -> str:
     return f"PartitionSpec({spec}) over {dict(sharding.mesh.shape)}"
 
 
-def _own_sharding(node: Any) -> Sharding | None:
-    value: Any = cast(Any, node).get_value() if isinstance(node, nnx.Variable) else node
+def _own_sharding(value: Any) -> Sharding | None:
     sharding = getattr(value, "sharding", None)
     return sharding if isinstance(sharding, Sharding) else None
 

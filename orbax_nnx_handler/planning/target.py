@@ -1,7 +1,7 @@
 """What the caller wants filled, as flat leaves, and how to put it together again."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import jax
@@ -48,40 +48,55 @@ def flatten_target(item: Any, overrides: Mapping[Path, Any] | None = None) -> Ta
             leaf of the target, or the target is nested too deep.
     """
     try:
-        flat, rebuild = _take_apart(item)
+        nodes, values, rebuild = _take_apart(item)
     except RecursionError as error:
         raise RestoreError("the target is nested deeper than Python can follow.") from error
     overrides = overrides or {}
-    _check_overrides(overrides, flat)
-    placer = Placer.of(flat.values())
-    leaves = {path: _wanted(path, node, overrides.get(path), placer) for path, node in flat.items()}
+    _check_overrides(overrides, nodes)
+    placer = Placer.of(values.values())
+    leaves = {
+        path: _wanted(path, node, values[path], overrides.get(path), placer) for path, node in nodes.items()
+    }
 
-    def assemble(values: Mapping[Path, Any]) -> Any:
-        return rebuild({path: _with_value(node, values[path]) for path, node in flat.items()})
+    def assemble(restored: Mapping[Path, Any]) -> Any:
+        return rebuild({path: _with_value(node, restored[path]) for path, node in nodes.items()})
 
-    return Target(leaves=leaves, variables=flat, assemble=assemble)
+    return Target(leaves=leaves, variables=nodes, assemble=assemble)
 
 
 def flatten_like(tree: Any) -> Flat:
     """Returns the leaves of a tree that mirrors a target, such as restore args."""
-    flat, _ = _take_apart(tree)
-    return {path: value_of(node) for path, node in flat.items()}
+    _, values, _ = _take_apart(tree)
+    return values
 
 
 def value_of(node: Any) -> Any:
     """Returns the value inside a Variable, or the bare leaf itself."""
-    return cast(Any, node).get_value() if isinstance(node, nnx.Variable) else node
+    if not isinstance(node, nnx.Variable):
+        return node
+    variable = cast(Any, node)
+    raw = variable.get_raw_value()
+    # `get_value` looks for references and copies containers; of a bare description there is nothing to copy.
+    if isinstance(raw, jax.ShapeDtypeStruct) and not variable.has_metadata("on_get_value"):
+        return raw
+    return variable.get_value()
 
 
-def _take_apart(item: Any) -> tuple[Flat, Callable[[Flat], Any]]:
+_Apart = tuple[Flat, Flat, Callable[[Flat], Any]]
+"""The nodes of a target by path, their values, and how to put nodes together again."""
+
+
+def _take_apart(item: Any) -> _Apart:
     if _has_graph_node(item):
         return _take_apart_graph(item)
-    return dict(_walk(item, ())), lambda nodes: _rebuild(item, (), nodes)
+    nodes, values = dict[Path, Any](), dict[Path, Any]()
+    _walk(item, (), nodes, values)
+    return nodes, values, lambda filled: _rebuild(item, (), filled)
 
 
-def _take_apart_graph(item: Any) -> tuple[Flat, Callable[[Flat], Any]]:
+def _take_apart_graph(item: Any) -> _Apart:
     graphdef, state = cast("tuple[Any, Any]", nnx.split(item))
-    flat, rebuild = _take_apart(state)
+    flat, values, rebuild = _take_apart(state)
     bare = _bare_leaves(item)
 
     def merge(nodes: Flat) -> Any:
@@ -90,7 +105,7 @@ def _take_apart_graph(item: Any) -> tuple[Flat, Callable[[Flat], Any]]:
             _set_bare(merged, path, nodes[path])
         return merged
 
-    return flat | bare, merge
+    return flat | bare, values | bare, merge
 
 
 def _bare_leaves(item: Any) -> Flat:
@@ -125,10 +140,13 @@ def _has_graph_node(item: Any) -> bool:
 
 def _entries(item: Any) -> list[tuple[Any, Any]] | None:
     """Returns the children of a container by key; None for a leaf."""
-    if isinstance(item, nnx.Variable):
+    if type(item) is dict:
+        return list(cast(dict[Any, Any], item).items())
+    if isinstance(item, nnx.Variable | jax.Array | jax.ShapeDtypeStruct | np.ndarray):
         return None
-    if type(item) is dict or isinstance(item, nnx.State):
-        return list(cast(Mapping[Any, Any], item).items())
+    if isinstance(item, nnx.State):
+        # Its own dicts: asked for one by one, a State wraps each in a new State.
+        return list(cast("nnx.State[Any, Any]", item).raw_mapping.items())
     if _is_named_tuple(item):
         return [(name, getattr(item, name)) for name in item._fields]
     if isinstance(item, tuple | list):
@@ -144,24 +162,30 @@ def _is_named_tuple(item: Any) -> bool:
     return isinstance(item, tuple) and hasattr(cast(Any, item), "_fields")
 
 
-def _is_empty(item: Any) -> bool:
-    """Tells whether a leaf holds no value: None, or `optax.MaskedNode` inside a Variable."""
-    return not jax.tree.leaves(value_of(item))
+def _is_empty(value: Any) -> bool:
+    """Tells whether a leaf's value is none: None, or `optax.MaskedNode` inside a Variable."""
+    return not hasattr(value, "shape") and not jax.tree.leaves(value)
 
 
-def _walk(item: Any, prefix: Path) -> list[tuple[Path, Any]]:
+def _walk(item: Any, prefix: Path, nodes: Flat, values: Flat) -> None:
+    """Adds every leaf below an item, and its value, by path."""
     entries = _entries(item)
     if entries is None:
-        return [] if _is_empty(item) else [(prefix, item)]
-    return [pair for key, part in entries for pair in _walk(part, (*prefix, key))]
+        value = value_of(item)
+        if not _is_empty(value):
+            nodes[prefix], values[prefix] = item, value
+        return
+    for key, part in entries:
+        _walk(part, (*prefix, key), nodes, values)
 
 
 def _rebuild(item: Any, prefix: Path, nodes: Flat) -> Any:
     entries = _entries(item)
     if entries is None:
-        return item if _is_empty(item) else nodes[prefix]
+        # A leaf without a value is none of the target's, and stays what it is.
+        return nodes.get(prefix, item)
     if isinstance(item, nnx.State):
-        return nnx.State(_rebuild_state(cast("nnx.State[Any, Any]", item), prefix, nodes))
+        return nnx.State(_rebuild_state(entries, prefix, nodes))
     parts = {key: _rebuild(part, (*prefix, key), nodes) for key, part in entries}
     if type(item) is dict:
         return parts
@@ -177,34 +201,32 @@ def _structure(node: Any) -> Any:
     return cast(Any, jax.tree.structure(node, is_leaf=lambda part: part is not node))
 
 
-def _rebuild_state(state: "nnx.State[Any, Any]", prefix: Path, nodes: Flat) -> dict[Any, Any]:
-    # A State hands out its inner dicts wrapped as States; stored wrapped, they would change the treedef.
+def _rebuild_state(entries: Iterable[tuple[Any, Any]], prefix: Path, nodes: Flat) -> dict[Any, Any]:
+    # A State that was put into a State counts as a dict there; left wrapped, it would change the treedef.
     return {
-        key: _rebuild_state(cast("nnx.State[Any, Any]", part), (*prefix, key), nodes)
+        key: _rebuild_state(_entries(part) or (), (*prefix, key), nodes)
         if isinstance(part, nnx.State)
         else _rebuild(part, (*prefix, key), nodes)
-        for key, part in state.items()
+        for key, part in entries
     }
 
 
-def _wanted(path: Path, node: Any, override: Any, placer: Placer) -> WantedLeaf:
-    value = value_of(node)
+def _wanted(path: Path, node: Any, value: Any, override: Any, placer: Placer) -> WantedLeaf:
+    # A bare leaf is its own value.
+    kind = None if value is node else cast("type[Any]", type(node))
+    sharding = placer.place(node, value, override)
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         value = _as_array(path, value)
     dtype = getattr(override, "dtype", None)
     return WantedLeaf(
         path=path,
-        kind=_kind(node),
+        kind=kind,
         shape=tuple(value.shape),
         dtype=held_dtype(value.dtype if dtype is None else np.dtype(dtype)),
-        sharding=placer.place(node, override),
+        sharding=sharding,
         value=None if isinstance(value, jax.ShapeDtypeStruct) else value,
         dtype_is_chosen=dtype is not None,
     )
-
-
-def _kind(node: Any) -> type[Any] | None:
-    return cast("type[Any]", type(cast(object, node))) if isinstance(node, nnx.Variable) else None
 
 
 def _as_array(path: Path, value: Any) -> Any:
@@ -218,7 +240,14 @@ def _as_array(path: Path, value: Any) -> Any:
 
 
 def _with_value(node: Any, value: Any) -> Any:
-    return node.replace(value) if isinstance(node, nnx.Variable) else value
+    if not isinstance(node, nnx.Variable):
+        return value
+    variable = cast(Any, node)
+    metadata = variable.get_metadata()
+    if metadata.get("ref") or metadata.get("hijax"):
+        return variable.replace(value)
+    # As `replace` does, but for the search for references, which a restored array has none of.
+    return cast(Any, type(variable)).from_metadata(value, metadata)
 
 
 def _check_overrides(overrides: Mapping[Path, Any], flat: Flat) -> None:

@@ -12,6 +12,7 @@ store is asked key by key.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -72,5 +73,10 @@ def _value(entry: dict[str, Any]) -> bytes | Extent:
         return entry["inline_value"]
     # value:<directory of the process>:<file>:<offset>:<length>
     place, start, size = entry["indirect_value"].rsplit(":", 2)
+    return Extent(_file(place), int(start), int(size))
+
+
+@functools.lru_cache(maxsize=1024)  # Thousands of values lie in each file.
+def _file(place: str) -> str:
     _, folder, file = place.split(":")
-    return Extent(unquote(folder) + unquote(file), int(start), int(size))
+    return unquote(folder) + unquote(file)

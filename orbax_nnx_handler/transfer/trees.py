@@ -95,8 +95,8 @@ def _metadata_tree(file: epath.Path) -> Tree:
 
 def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
     keys = entry["key_metadata"]
-    path = tuple(int(key["key"]) if key["key_type"] == _SEQUENCE else key["key"] for key in keys)
-    return path, ".".join(key["key"] for key in keys), entry["value_metadata"]["value_type"]
+    path = tuple([int(key["key"]) if key["key_type"] == _SEQUENCE else key["key"] for key in keys])
+    return path, ".".join([key["key"] for key in keys]), entry["value_metadata"]["value_type"]
 
 
 def _packed_tree(path: epath.Path) -> Tree | None:

@@ -19,6 +19,10 @@ _AUTOMATIC = re.compile(r"[A-Z]\w*_\d+")
 """A name that Linen gives: the class's own and a count (`flax.linen.Module`)."""
 
 
+_Contents = Mapping[Group, Mapping[Tokens, list[Path]]]
+"""The leaves of each group by their path below one layer."""
+
+
 def find_another_model(scene: Scene) -> Iterable[Cause]:
     """Yields the verdict that a checkpoint is another model's: neither names nor shapes agree."""
     weights = scene.weights
@@ -42,13 +46,8 @@ def find_other_groups(scene: Scene) -> Iterable[Cause]:
     """Yields the verdict that a group of layers, or a module, has another name and the same contents."""
     wanted = _contents({path: scene.below[path] for path in scene.missing_weights})
     stored = _contents({path: scene.stored_below(item) for path, item in scene.free_weights.items()})
-    pairs = [
-        (left, right)
-        for left, right in itertools.product(wanted, stored)
-        if left.parent == right.parent and left.name != right.name
-        # One weight alone proves nothing: many modules hold just a `kernel`.
-        if len(wanted[left]) > 1 and wanted[left].keys() == stored[right].keys()
-    ]
+    # Two are enough to know that it is not clear.
+    pairs = list(itertools.islice(_like_groups(wanted, stored), 2))
     if len(pairs) != 1:
         return
     (left, right) = pairs[0]
@@ -62,7 +61,21 @@ def find_other_groups(scene: Scene) -> Iterable[Cause]:
     )
 
 
-def _contents(leaves: Mapping[Path, Tokens]) -> Mapping[Group, Mapping[Tokens, list[Path]]]:
+def _like_groups(wanted: _Contents, stored: _Contents) -> Iterable[tuple[Group, Group]]:
+    """Yields groups under one parent that have another name and hold the same leaves."""
+    # Looked up by what they hold: of 20,000 modules on either side, each pair would be 400 million.
+    alike: dict[tuple[Tokens, frozenset[Tokens]], list[Group]] = defaultdict(list)
+    for group, leaves in stored.items():
+        alike[group.parent, frozenset(leaves)].append(group)
+    for left, leaves in wanted.items():
+        # One weight alone proves nothing: many modules hold just a `kernel`.
+        if len(leaves) > 1:
+            for right in alike.get((left.parent, frozenset(leaves)), ()):
+                if left.name != right.name:
+                    yield left, right
+
+
+def _contents(leaves: Mapping[Path, Tokens]) -> _Contents:
     found: dict[Group, dict[Tokens, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path, tokens in leaves.items():
         for seat in seats(tokens):

@@ -29,7 +29,13 @@ class Scene:
 
     def without(self, paths: Iterable[Path]) -> "Scene":
         """Returns the scene with some paths explained."""
-        return dataclasses.replace(self, explained=self.explained | frozenset(paths))
+        added = frozenset(paths) - self.explained
+        if not added:
+            return self
+        later = dataclasses.replace(self, explained=self.explained | added)
+        # What both sides hold does not depend on what is explained, and a big model is not worked out anew.
+        vars(later).update((name, value) for name, value in vars(self).items() if name in _LASTING)
+        return later
 
     @cached_property
     def missing(self) -> Mapping[Path, Missing]:
@@ -96,8 +102,16 @@ class Scene:
 
     def stored_below(self, placement: Placement) -> Tokens:
         """Returns the canonical path of a stored leaf below the stored root."""
-        tokens = strip(canonical(placement.path), self.plan.evidence.roots.stored)
-        return tokens[:-1] if len(tokens) > 1 and tokens[-1] == "value" else tokens
+        path = placement.leaf.path
+        if path not in self._stored_below:
+            tokens = strip(canonical(placement.path), self.plan.evidence.roots.stored)
+            boxed = len(tokens) > 1 and tokens[-1] == "value"
+            self._stored_below[path] = tokens[:-1] if boxed else tokens
+        return self._stored_below[path]
+
+    @cached_property
+    def _stored_below(self) -> dict[Path, Tokens]:
+        return {}
 
     @cached_property
     def moments(self) -> Mapping[Path, tuple[Tokens, Tokens]]:
@@ -115,6 +129,10 @@ class Scene:
             p for p, (_, parameter) in self.moments.items() if parameter in parameters and p in wrong
         ]
         return (*weights, *followers)
+
+
+_LASTING = frozenset({"weights", "stored_weights", "weights_complete", "below", "moments", "_stored_below"})
+"""The properties of a scene that stay what they are whatever is explained."""
 
 
 def spell(tokens: Tokens) -> str:

@@ -26,8 +26,10 @@ def _place_params(stored: Stored) -> tuple[Placement, ...]:
 
 def _owner(path: Path) -> Path | None:
     """Returns the keys above `opt_state`: the attribute that holds an optimizer."""
-    keys = [str(key) for key in path]
-    return path[: keys.index("opt_state")] if "opt_state" in keys[:-1] else None
+    for at, key in enumerate(path[:-1]):
+        if str(key) == "opt_state":
+            return path[:at]
+    return None
 
 
 def _placement(stored: Stored, path: Path, owners: set[Path | None], several: bool) -> Placement:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.paths import is_number
+from orbax_nnx_handler.planning.suggesting.likeness import lone_pairs
 from orbax_nnx_handler.planning.suggesting.trees import Leaf, Module, Signatures, Tokens
 
 Grounds = Literal["shapes", "order", "names", "likeness", "nothing"]
@@ -70,15 +71,15 @@ class Pairing:
         """Pairs two modules that belong together, leaf by leaf."""
         self._pair_leaves(wanted, stored, grounds)
         left, right = wanted.items, stored.items
-        same = [
-            (a, b) for a in left for b in right if a.path[len(wanted.path) :] == b.path[len(stored.path) :]
-        ]
+        named = {b.path[len(stored.path) :]: b for b in right}
+        same = [(a, named[name]) for a in left if (name := a.path[len(wanted.path) :]) in named]
         alike = [(a, b) for a, b in same if self._equal(a, b)]
         self._take(alike, left, right, grounds)
         for ours, theirs in self._classes(left, right):
             self._pair_equal(ours, theirs, left, right, grounds)
         self._pair_stacks(left, right, grounds)
-        self._take([(a, b) for a, b in same if a in left and b in right], left, right, grounds)
+        still = {id(module) for module in (*left, *right)}
+        self._take([(a, b) for a, b in same if id(a) in still and id(b) in still], left, right, grounds)
         self._pair_like(left, right, grounds)
 
     def _equal(self, one: Module, other: Module) -> bool:
@@ -175,10 +176,8 @@ class Pairing:
 
     def _pair_like(self, left: list[Module], right: list[Module], grounds: Grounds) -> None:
         """Pairs what is left by how many leaves are alike, the best pairs first."""
-        scored = [(_likeness(a, b), a, b) for a in left for b in right]
-        for score, ours, theirs in sorted(scored, key=lambda item: -item[0]):
-            rivals = [s for s, a, b in scored if (a is ours) != (b is theirs) and s == score]
-            if score > 0.5 and not rivals and ours in left and theirs in right:
+        for _, ours, theirs in lone_pairs(left, right):
+            if ours in left and theirs in right:
                 self._take([(ours, theirs)], left, right, weakest(grounds, "likeness"))
 
     def _pair_leaves(self, wanted: Module, stored: Module, grounds: Grounds) -> None:
@@ -249,10 +248,3 @@ def _series(modules: Sequence[Module]) -> list[list[Module]]:
         if is_number(module.path[-1]):
             groups[module.path[:-1]].append(module)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _likeness(one: Module, other: Module) -> float:
-    left = [(leaf.tokens[-1], leaf.kind) for leaf in one.every_leaf]
-    right = [(leaf.tokens[-1], leaf.kind) for leaf in other.every_leaf]
-    both = sum(min(left.count(kind), right.count(kind)) for kind in set(left))
-    return both / max(len(left), len(right), 1)

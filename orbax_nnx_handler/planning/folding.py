@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from orbax_nnx_handler.planning.paths import Path, natural_key, render
+from orbax_nnx_handler.planning.prose import WIDTH
 
 # A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
@@ -219,16 +220,48 @@ def aligned(rows: Iterable[Row], limit: int = 40, indent: str = "  ") -> str:
 
 
 def align(lines: Sequence[Folded], limit: int = 40, indent: str = "  ") -> list[str]:
-    """Returns folded rows as text lines; a column that is empty everywhere takes no room."""
+    """Returns folded rows as text lines; a column that is empty everywhere takes no room.
+
+    What does not fit into a line goes on below it: in most rows, the source.
+    """
     shown = lines[:limit]
     table = [(line.text, *line.columns) for line in shown]
     width = max((len(cells) for cells in table), default=0)
     table = [(*cells, *[""] * (width - len(cells))) for cells in table]
     used = [at for at in range(width) if any(cells[at] for cells in table)]
-    # One very long cell must not push everybody's next column out of sight.
-    widths = {at: min(max(len(cells[at]) for cells in table), 96) for at in used}
-    texts = [(indent + "   ".join(f"{cells[at]:<{widths[at]}}" for at in used)).rstrip() for cells in table]
+    widths = _widths([[cells[at] for at in used] for cells in table], len(indent))
+    texts = [text for cells in table for text in _row([cells[at] for at in used], widths, indent)]
     if len(lines) > limit:
         rest = sum(line.count for line in lines[limit:])
         texts.append(f"{indent}… and {rest} more")
     return texts
+
+
+_GAP = "   "
+
+
+def _widths(table: Sequence[Sequence[str]], indent: int) -> list[int]:
+    """Returns the width of each column; a very long path must not push shapes out of everybody's line."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    sources = [
+        at for at, column in enumerate(zip(*table, strict=True)) if any(c.startswith(_FROM) for c in column)
+    ]
+    beside = widths[1 : sources[0] if sources else None]
+    room = WIDTH - indent - sum(beside) - len(_GAP) * len(beside)
+    return [min(widths[0], max(room, WIDTH // 3)), *widths[1:]] if widths else []
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], indent: str) -> list[str]:
+    """Returns one row as lines: as many cells as fit, and the rest below."""
+    lines, current = list[str](), indent
+    for at, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        text = f"{cell:<{width}}" if not lines else cell
+        # Both shapes are compared with each other, so they stand in one line.
+        pair = [*cells[at + 1 : at + 2]] if cell.startswith("stored ") else []
+        room = len(_GAP.join([current, text, *pair]).rstrip())
+        if at and cell and room > WIDTH and current.strip():
+            lines.append(current.rstrip())
+            current = f"{indent}    {cell}"
+        elif cell or not lines:
+            current = f"{current}{_GAP}{text}" if current.strip() else current + text
+    return [*lines, current.rstrip()]

@@ -31,7 +31,8 @@ def advice(plan: RestorePlan) -> list[str]:
     anew = [path for cause in causes if cause.may_begin_anew for path in cause.paths]
     word = "or " if any(cause.may_begin_anew and cause.way for cause in causes) else ""
     # What has another name has not to begin anew, and the rest of a renamed model may be renamed as well.
-    rest = [] if any(isinstance(cause, OtherNames) for cause in causes) else _open(plan, explained)
+    renamed = any(isinstance(cause, OtherNames) for cause in causes)
+    rest = [] if renamed or not plan.restored else _open(plan, explained)
     lines += [f"hint: {word}{text}" for text in _fill(plan, {*anew, *rest})]
     if any('"init"' in line for line in lines) and _has_no_source(plan):
         lines.append(f"hint: {_SOURCE}")
@@ -85,6 +86,8 @@ def _general(plan: RestorePlan, explained: Collection[Path]) -> Iterable[str]:
         yield _SOURCE
     if _is_renamed(plan, _open(plan, explained)):
         yield 'where only a name differs, pass renames=[("name in the checkpoint", "name in the target")].'
+    elif not plan.restored and _open(plan, explained):
+        yield "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target."
     if "shape" in kinds:
         yield "a weight is never cut, padded or reshaped: build the target with the stored shapes."
     if "dtype" in kinds:

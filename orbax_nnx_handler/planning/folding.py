@@ -233,7 +233,7 @@ def align(lines: Sequence[Folded], limit: int = 40, indent: str = "  ") -> list[
     texts = [text for cells in table for text in _row([cells[at] for at in used], widths, indent)]
     if len(lines) > limit:
         rest = sum(line.count for line in lines[limit:])
-        texts.append(f"{indent}… and {rest} more")
+        texts.append(f"{indent}... and {rest} more")
     return texts
 
 
@@ -258,10 +258,17 @@ def _row(cells: Sequence[str], widths: Sequence[int], indent: str) -> list[str]:
         text = f"{cell:<{width}}" if not lines else cell
         # Both shapes are compared with each other, so they stand in one line.
         pair = [*cells[at + 1 : at + 2]] if cell.startswith("stored ") else []
-        room = len(_GAP.join([current, text, *pair]).rstrip())
-        if at and cell and room > WIDTH and current.strip():
-            lines.append(current.rstrip())
-            current = f"{indent}    {cell}"
-        elif cell or not lines:
+        if at and cell and not _fits([current, text, *pair]):
+            if not _fits([current.rstrip(), cell, *pair]):
+                lines.append(current.rstrip())
+                current = f"{indent}    {cell}"
+                continue
+            current = current.rstrip()  # Out of its column, but in its line.
+        if cell or not lines:
             current = f"{current}{_GAP}{text}" if current.strip() else current + text
     return [*lines, current.rstrip()]
+
+
+def _fits(cells: Sequence[str]) -> bool:
+    # A few columns more than a sentence may have: a row that breaks is harder to read.
+    return len(_GAP.join(cells).rstrip()) <= WIDTH + 4

@@ -30,6 +30,16 @@ def steps_of(root: epath.Path) -> dict[int, epath.Path]:
     return dict(sorted(found.items()))
 
 
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""What Orbax has in the name of a directory until everything in it is written."""
+
+
+def is_unfinished(path: epath.Path) -> bool:
+    """Tells whether a path lies in a save that was never finished."""
+    return any(UNFINISHED in part for part in path.parts)
+
+
 def items_of(step: epath.Path) -> list[epath.Path]:
-    """Returns the items of a step that hold a stored tree, by name."""
-    return [child for child in sorted(step.iterdir()) if child.is_dir() and is_item(child)]
+    """Returns the finished items of a step that hold a stored tree, by name."""
+    folders = [child for child in sorted(step.iterdir()) if UNFINISHED not in child.name and child.is_dir()]
+    return [child for child in folders if is_item(child)]

@@ -110,7 +110,7 @@ def test_every_row_is_counted_once():
 def test_a_long_list_ends_in_a_count():
     rows = [row(f"m/{name}", name) for name in "abcdefgh"]
 
-    assert align(fold(rows), limit=3)[-1] == "  … and 5 more"
+    assert align(fold(rows), limit=3)[-1] == "  ... and 5 more"
 
 
 def test_columns_are_aligned():

@@ -49,7 +49,10 @@ def _offers(scene: Scene, wanted: Collection[Path]) -> list[tuple[str, set[Path]
                 names[key].add(path)
     # A module's name says more than `kernel` does.
     keys = [key for path in wanted for key in reversed(path[:-1])] + [path[-1] for path in wanted]
-    used = dict.fromkeys(key for key in keys if isinstance(key, str))
+    # What every weight has in its path (`model`) would fill whatever else is missing later.
+    paths = list(scene.weights)
+    everywhere = {key for key in paths[0] if all(key in path for path in paths)} if paths else set[object]()
+    used = dict.fromkeys(key for key in keys if isinstance(key, str) and key not in everywhere)
     return [*kinds.items(), *((f"nnx.PathContains({_quoted(key)})", names[key]) for key in used)]
 
 

@@ -48,7 +48,7 @@ class OtherNames(Cause):
     def _cause(self) -> str:
         found = f"{self._each} an unexpected stored leaf of the same shape and dtype"
         if self.automatic:
-            names = ", ".join(self.automatic[:_NAMES]) + (", …" if len(self.automatic) > _NAMES else "")
+            names = ", ".join(self.automatic[:_NAMES]) + (", ..." if len(self.automatic) > _NAMES else "")
             return f"{found}; the stored ones carry names that Linen gave ({names})."
         return f"{found}: only names differ."
 

@@ -94,10 +94,10 @@ class Suggestion:
 
 def _listed(names: tuple[str, ...]) -> str:
     shown = ", ".join(names[:8])
-    return shown if len(names) <= 8 else f"{shown}, … ({len(names)})"
+    return shown if len(names) <= 8 else f"{shown}, ... ({len(names)})"
 
 
 def _rest(what: str, paths: tuple[Path, ...]) -> list[str]:
     ordered = sorted(paths, key=natural_key)
     lines = [f"# {what}: {render(path)}" for path in ordered[:20]]
-    return [*lines, f"# … and {len(ordered) - 20} more"] if len(ordered) > 20 else lines
+    return [*lines, f"# ... and {len(ordered) - 20} more"] if len(ordered) > 20 else lines

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
+from orbax_nnx_handler.planning.aligning import align
 from orbax_nnx_handler.planning.diagnosis.causes import Cause, fill_hint
 from orbax_nnx_handler.planning.diagnosis.filters import selecting
 from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel, OtherNames
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
 from orbax_nnx_handler.planning.errors import AmbiguousMappingError, UnreadableLeafError
-from orbax_nnx_handler.planning.folding import Row, align, fold
+from orbax_nnx_handler.planning.folding import Row, fold
 from orbax_nnx_handler.planning.nearest import nearest
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import RestorePlan

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
+from orbax_nnx_handler.planning.aligning import aligned
 from orbax_nnx_handler.planning.errors import UnreadableLeafError
-from orbax_nnx_handler.planning.folding import Row, aligned
+from orbax_nnx_handler.planning.folding import Row
 from orbax_nnx_handler.planning.paths import Path, segments
 from orbax_nnx_handler.planning.plan import RestorePlan
 

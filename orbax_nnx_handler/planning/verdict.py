@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from orbax_nnx_handler.planning.advice import advice
+from orbax_nnx_handler.planning.aligning import aligned
 from orbax_nnx_handler.planning.diagnosis.causes import counted
 from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel
 from orbax_nnx_handler.planning.errors import (
@@ -14,7 +15,6 @@ from orbax_nnx_handler.planning.errors import (
     ShapeMismatchError,
     UnexpectedParamError,
 )
-from orbax_nnx_handler.planning.folding import aligned
 from orbax_nnx_handler.planning.paths import Path, canonical
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.prose import wrapped

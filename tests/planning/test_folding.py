@@ -1,6 +1,7 @@
 """Layers and names fold where nothing else differs, and the folded line says the same."""
 
-from orbax_nnx_handler.planning.folding import Row, align, fold, fold_paths, ranges
+from orbax_nnx_handler.planning.aligning import align
+from orbax_nnx_handler.planning.folding import Row, fold, fold_paths, ranges
 
 
 def texts(*rows: Row) -> list[str]:

@@ -1,6 +1,6 @@
 """Sheets as plain text: for logs, files and `print`."""
 
-from orbax_nnx_handler.planning.folding import align
+from orbax_nnx_handler.planning.aligning import align
 from orbax_nnx_handler.planning.prose import wrapped
 from orbax_nnx_handler.planning.rendering.sheet import Sheet
 

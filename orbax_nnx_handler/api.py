@@ -1,5 +1,6 @@
 """Plan, restore and save without a manager."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from etils import epath
 
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.linen_tree import Flavour
+from orbax_nnx_handler.planning.lost import lost_leaves, unreadable
 from orbax_nnx_handler.planning.optax_tree import Transformation
 from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
 from orbax_nnx_handler.planning.paths import Path, render
@@ -242,11 +244,14 @@ def _decide(
     directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
 ) -> tuple[RestorePlan, Target, Checkpoint]:
     checkpoint = read_metadata(directory)
+    if checkpoint.lost and not checkpoint.leaves:
+        raise unreadable(checkpoint.lost)
     parts = flatten_target(target, overrides)
     plan = make_plan(
         parts, checkpoint.leaves, options, directory=str(directory), overrides=_policies_of(overrides)
     )
-    return plan, parts, checkpoint
+    faults = (*plan.faults, *lost_leaves(plan, checkpoint.lost))
+    return dataclasses.replace(plan, faults=faults), parts, checkpoint
 
 
 def _policies_of(overrides: Mapping[Path, Any]) -> dict[Path, Policy]:

@@ -35,7 +35,7 @@ def test_an_error_carries_its_paths_and_is_of_all_the_types_that_it_names(case):
 def test_a_message_has_a_way_out_that_python_can_read(case):
     _, message = error_of(case)
 
-    for line in message.splitlines():
+    for line in message.replace("\n      ", " ").splitlines():
         for opening in ("policy={", "renames=["):
             if line.startswith("hint:") and opening in line:
                 call = line[line.index(opening) :]

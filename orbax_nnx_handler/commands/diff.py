@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from orbax_nnx_handler.commands.arguments import add_item, add_json, add_memory, add_path
 from orbax_nnx_handler.commands.screen import Screen, count
-from orbax_nnx_handler.planning.folding import Row, aligned
+from orbax_nnx_handler.planning.aligning import aligned
+from orbax_nnx_handler.planning.folding import Row
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.paths import Path, render, segments, sort_paths
 from orbax_nnx_handler.transfer.digests import Difference, as_stored, differences

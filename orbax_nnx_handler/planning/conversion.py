@@ -210,6 +210,6 @@ def check_distinct(leaves: Iterable[Written]) -> None:
 
 def _refusal(what: str, paths: list[Path], hint: str = "") -> RestoreError:
     shown = "\n".join(f"  {render(path)}" for path in paths[:20])
-    rest = f"\n  … and {len(paths) - 20} more" if len(paths) > 20 else ""
+    rest = f"\n  ... and {len(paths) - 20} more" if len(paths) > 20 else ""
     way_out = f"\nhint: {hint}" if hint else ""
     return RestoreError(f"{len(paths)} {what}:\n{shown}{rest}{way_out}", paths=paths)

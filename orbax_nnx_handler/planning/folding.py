@@ -10,7 +10,7 @@ from orbax_nnx_handler.planning.paths import Path, natural_key, render
 
 # A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
-_FROM = "<- "
+FROM = "<- "
 # In a short list every name stands in full: people search messages for the name they know.
 _FEW = 12
 _INDEX = re.compile(r"(?<=\[)(\d+)(?=\])")
@@ -149,7 +149,7 @@ def _pattern(row: Row) -> _Pattern:
 
 def _folded(pattern: _Pattern) -> Folded:
     transform = str(pattern.transform).replace("[{", "[").replace("}]", "]")
-    source = f"{_FROM}{pattern.source}" if pattern.source.texts != ("",) else ""
+    source = f"{FROM}{pattern.source}" if pattern.source.texts != ("",) else ""
     columns = (*pattern.columns, source, transform)
     return Folded(text=str(pattern.path), columns=columns, count=pattern.count)
 
@@ -199,7 +199,7 @@ def _swapped(columns: tuple[str, ...], name: str, other: str) -> tuple[str, ...]
     """Returns the columns with a name replaced in the source: there it changes along with the leaf's."""
     return tuple(
         "/".join(other if part == name else part for part in column.split("/"))
-        if column[:3] == _FROM
+        if column[:3] == FROM
         else column
         for column in columns
     )
@@ -228,24 +228,3 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return "{" + ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"
-
-
-def aligned(rows: Iterable[Row], limit: int = 40, indent: str = "  ") -> str:
-    """Returns folded rows as lines with aligned columns, cut with a count after `limit` lines."""
-    return "\n".join(align(fold(rows), limit=limit, indent=indent))
-
-
-def align(lines: Sequence[Folded], limit: int = 40, indent: str = "  ") -> list[str]:
-    """Returns folded rows as text lines; a column that is empty everywhere takes no room."""
-    shown = lines[:limit]
-    table = [(line.text, *line.columns) for line in shown]
-    width = max((len(cells) for cells in table), default=0)
-    table = [(*cells, *[""] * (width - len(cells))) for cells in table]
-    used = [at for at in range(width) if any(cells[at] for cells in table)]
-    # One very long cell must not push everybody's next column out of sight.
-    widths = {at: min(max(len(cells[at]) for cells in table), 96) for at in used}
-    texts = [(indent + "   ".join(f"{cells[at]:<{widths[at]}}" for at in used)).rstrip() for cells in table]
-    if len(lines) > limit:
-        rest = sum(line.count for line in lines[limit:])
-        texts.append(f"{indent}… and {rest} more")
-    return texts

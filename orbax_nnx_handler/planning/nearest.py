@@ -2,34 +2,43 @@
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.paths import Path, canonical, is_number, render
+from orbax_nnx_handler.planning.paths import canonical, is_number, render
+from orbax_nnx_handler.planning.placement import Placement
+from orbax_nnx_handler.planning.roles import Wanted
 
-_PAIRS = 6
+_GROUPS = 24
 _CANDIDATES = 400
 
 
 def nearest(
-    missing: Iterable[WantedLeaf], unexpected: Mapping[Path, StoredLeaf]
+    missing: Iterable[Wanted], unexpected: Iterable[Placement]
 ) -> list[tuple[WantedLeaf, StoredLeaf]]:
-    """Returns the first few missing leaves, one of each layer group, with the closest unexpected leaf.
+    """Returns missing leaves, one of each layer group, with the closest unexpected leaf of the same part.
 
     A leaf is close where it has the same shape, or the same last name and most
-    of the path.
+    of the path. A scalar has the shape of any other: its name has to be the same.
+    No stored leaf is the closest of two.
     """
-    by_shape: dict[tuple[int, ...], list[StoredLeaf]] = defaultdict(list)
-    by_name: dict[str, list[StoredLeaf]] = defaultdict(list)
-    for leaf in unexpected.values():
-        by_shape[leaf.shape].append(leaf)
-        by_name[_last(leaf)].append(leaf)
+    by_shape: dict[object, list[StoredLeaf]] = defaultdict(list)
+    by_name: dict[object, list[StoredLeaf]] = defaultdict(list)
+    for item in unexpected:
+        if item.leaf.shape:
+            by_shape[item.section, item.leaf.shape].append(item.leaf)
+        by_name[item.section, _last(item.leaf)].append(item.leaf)
     pairs: list[tuple[WantedLeaf, StoredLeaf]] = []
-    for leaf in _one_of_each_group(missing):
-        close = _closest(leaf, by_shape[leaf.shape], 0.3) or _closest(leaf, by_name[_last(leaf)], 0.6)
+    taken: set[int] = set()
+    for item in _one_of_each_group(missing):
+        leaf = item.leaf
+        close = _closest(leaf, by_shape[item.role, leaf.shape], 0.3, taken) or _closest(
+            leaf, by_name[item.role, _last(leaf)], 0.6, taken
+        )
         if close is not None:
             pairs.append((leaf, close))
-    return pairs[:_PAIRS]
+            taken.add(id(close))
+    return pairs
 
 
 def _last(leaf: WantedLeaf | StoredLeaf) -> str:
@@ -37,17 +46,20 @@ def _last(leaf: WantedLeaf | StoredLeaf) -> str:
     return str(keys[-1]) if keys else ""
 
 
-def _one_of_each_group(leaves: Iterable[WantedLeaf]) -> list[WantedLeaf]:
-    found: dict[tuple[str, ...], WantedLeaf] = {}
-    for leaf in leaves:
-        found.setdefault(tuple(token for token in canonical(leaf.path) if not is_number(token)), leaf)
-        if len(found) > 4 * _PAIRS:
+def _one_of_each_group(leaves: Iterable[Wanted]) -> list[Wanted]:
+    found: dict[tuple[str, ...], Wanted] = {}
+    for item in leaves:
+        names = tuple(token for token in canonical(item.leaf.path) if not is_number(token))
+        found.setdefault(names, item)
+        if len(found) > _GROUPS:
             break
     return list(found.values())
 
 
-def _closest(leaf: WantedLeaf, candidates: Sequence[StoredLeaf], cutoff: float) -> StoredLeaf | None:
-    names = {render(candidate.path): candidate for candidate in candidates[:_CANDIDATES]}
+def _closest(
+    leaf: WantedLeaf, candidates: Sequence[StoredLeaf], cutoff: float, taken: set[int]
+) -> StoredLeaf | None:
+    names = {render(other.path): other for other in candidates[:_CANDIDATES] if id(other) not in taken}
     close = _most_alike(render(leaf.path), names, cutoff)
     return names[close] if close is not None else None
 

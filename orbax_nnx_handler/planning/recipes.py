@@ -242,10 +242,10 @@ def _join(first: str, then: str) -> str:
 
 
 def render_reads(recipe: Recipe) -> str:
-    """Returns the stored paths of a recipe for a person: one, or first … last."""
+    """Returns the stored paths of a recipe for a person: one, or first ... last."""
     paths = list(dict.fromkeys(reads(recipe)))
     if not paths:
         return "(nothing stored)"
     if len(paths) == 1:
         return render(paths[0])
-    return f"{render(paths[0])} … {render(paths[-1])} ({len(paths)})"
+    return f"{render(paths[0])} ... {render(paths[-1])} ({len(paths)})"

@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from orbax_nnx_handler.planning.aligning import aligned
 from orbax_nnx_handler.planning.errors import RestoreError, ShardingMismatchError
-from orbax_nnx_handler.planning.folding import Row, aligned
+from orbax_nnx_handler.planning.folding import Row
 from orbax_nnx_handler.planning.leaves import Shape, WantedLeaf
 
 

@@ -10,10 +10,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from orbax_nnx_handler.planning.aligning import aligned
 from orbax_nnx_handler.planning.containers import tree_of
 from orbax_nnx_handler.planning.conversion import Written
 from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.folding import Row, aligned
+from orbax_nnx_handler.planning.folding import Row
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import Read
 from orbax_nnx_handler.planning.roles import is_key

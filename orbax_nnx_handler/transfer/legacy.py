@@ -119,7 +119,10 @@ def _unpack(file: epath.Path) -> object:
         tree = cast(object, serialization.msgpack_restore(file.read_bytes()))
     # msgpack raises many types for a file that is something else.
     except Exception as error:
-        raise NotACheckpointError(f"{file} is no msgpack file of a checkpoint: {error}") from error
+        raise NotACheckpointError(
+            f"{file} is no msgpack file of a checkpoint: {str(error).removesuffix('.')}.\n"
+            "hint: pass a CheckpointManager's root, one of its steps, or an item in a step."
+        ) from error
     if not isinstance(tree, dict | list | tuple):
         raise NotACheckpointError(f"{file} holds one {type(tree).__name__}, not the tree of a checkpoint")
     return cast(object, tree)

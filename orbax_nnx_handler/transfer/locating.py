@@ -4,9 +4,9 @@ from etils import epath
 
 from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.transfer import legacy
-from orbax_nnx_handler.transfer.places import is_item, items_of, steps_of
+from orbax_nnx_handler.transfer.places import is_item, is_unfinished, items_of, steps_of
 from orbax_nnx_handler.transfer.together import parts_of
-from orbax_nnx_handler.transfer.wrong_paths import is_part, is_unfinished, why_no_checkpoint, why_no_item
+from orbax_nnx_handler.transfer.wrong_paths import why_no_checkpoint, why_no_item
 
 __all__ = ["find_item", "is_item", "steps_of"]
 
@@ -24,13 +24,34 @@ def find_item(path: epath.PathLike, item: str | None = None) -> epath.Path:
     Raises:
         NotACheckpointError: Says what the path is and which was probably meant.
     """
-    root = legacy.last_of_big_vision(epath.Path(path))
-    if not root.exists() or is_unfinished(root) or is_part(root):
+    given = epath.Path(path).expanduser()
+    try:
+        return _find_item(legacy.last_of_big_vision(given), item)
+    # A store that cannot be reached, no permission, a library for the scheme that is not installed.
+    except (OSError, ImportError) as error:
+        raise NotACheckpointError(f"{given} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _find_item(root: epath.Path, item: str | None) -> epath.Path:
+    # What an interrupted save left may look whole, and lack what was not yet written.
+    if not root.exists() or is_unfinished(root):
         raise NotACheckpointError(why_no_checkpoint(root))
-    if root.is_file() or is_item(root):
+    if root.is_file():
+        return _file(root)
+    if is_item(root):
         return root
     newest = _newest_step(root)
     return _item_of_step(newest or root, item)
+
+
+def _file(path: epath.Path) -> epath.Path:
+    try:
+        is_part = is_item(path.parent) and not legacy.is_flax_file(path)
+    except OSError:
+        is_part = False
+    if is_part:
+        raise NotACheckpointError(why_no_checkpoint(path))
+    return path
 
 
 def _newest_step(root: epath.Path) -> epath.Path | None:
@@ -60,4 +81,6 @@ def _named_item(step: epath.Path, item: str) -> epath.Path:
     found = step / item
     if not found.exists():
         raise NotACheckpointError(why_no_item(step, item))
+    if not is_item(found):
+        raise NotACheckpointError(why_no_checkpoint(found))
     return found

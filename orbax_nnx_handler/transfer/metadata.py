@@ -24,6 +24,7 @@ from orbax_nnx_handler.transfer.leftovers import Leftover, read_leftovers
 from orbax_nnx_handler.transfer.stores import Store
 from orbax_nnx_handler.transfer.together import join_items, parts_of
 from orbax_nnx_handler.transfer.trees import STRING_TYPE, Tree, read_tree
+from orbax_nnx_handler.transfer.wrong_paths import damaged
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY, Driver, Encoding, parse_encoding
 
 
@@ -139,7 +140,12 @@ def _open_database(directory: epath.Path) -> Store | None:
     try:
         return stores.open_ocdbt(directory)
     except ValueError as error:
-        raise NotACheckpointError(f"the database in {directory} cannot be opened: {error}") from error
+        raise _damaged(f"the database in {directory} cannot be opened", directory, error) from error
+
+
+def _damaged(what: str, directory: epath.Path, error: Exception) -> NotACheckpointError:
+    reason = str(error).removesuffix(".")
+    return NotACheckpointError(f"{what}: {reason}.\nhint: {damaged(directory)}")
 
 
 def _locate(
@@ -157,7 +163,7 @@ def _locate(
     try:
         found = stores.first_found(wanted, [(s, f"/{METADATA_KEY[d]}") for s, d in places])
     except ValueError as error:
-        raise NotACheckpointError(f"the store in {directory} cannot be read: {error}") from error
+        raise _damaged(f"the store in {directory} cannot be read", directory, error) from error
     arrays: dict[Path, StoredArray] = {}
     lost: dict[Path, str] = {}
     for path, name in wanted.items():

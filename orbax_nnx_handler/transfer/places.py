@@ -9,12 +9,12 @@ from orbax_nnx_handler.transfer import legacy
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY
 
 _STEP = re.compile(r"(?:.*[_-])?(?P<step>\d+)")
-ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
+_ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
 
 
 def is_item(path: epath.Path) -> bool:
     """Tells whether a directory is one stored tree."""
-    if any((path / name).exists() for name in ITEM_FILES):
+    if any((path / name).exists() for name in _ITEM_FILES):
         return True
     children = [child for child in path.iterdir() if child.is_dir()]
     return any((child / key).exists() for child in children for key in METADATA_KEY.values())
@@ -30,6 +30,16 @@ def steps_of(root: epath.Path) -> dict[int, epath.Path]:
     return dict(sorted(found.items()))
 
 
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""What Orbax has in the name of a directory until everything in it is written."""
+
+
+def is_unfinished(path: epath.Path) -> bool:
+    """Tells whether a path lies in a save that was never finished."""
+    return any(UNFINISHED in part for part in path.parts)
+
+
 def items_of(step: epath.Path) -> list[epath.Path]:
-    """Returns the items of a step that hold a stored tree, by name."""
-    return [child for child in sorted(step.iterdir()) if child.is_dir() and is_item(child)]
+    """Returns the finished items of a step that hold a stored tree, by name."""
+    folders = [child for child in sorted(step.iterdir()) if UNFINISHED not in child.name and child.is_dir()]
+    return [child for child in folders if is_item(child)]

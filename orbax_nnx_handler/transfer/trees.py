@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.transfer import legacy
 from orbax_nnx_handler.transfer.stores import Store
+from orbax_nnx_handler.transfer.wrong_paths import damaged
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY
 
 TREE_FILE = "_METADATA"
@@ -81,7 +82,8 @@ def _metadata_tree(file: epath.Path) -> Tree:
         content = json.loads(file.read_text())
         entries = [_entry(entry) for entry in content["tree_metadata"].values()]
     except (ValueError, KeyError, TypeError) as error:
-        raise NotACheckpointError(f"{file} cannot be read as the tree of a checkpoint: {error}") from error
+        reason = f"cannot be read as the tree of a checkpoint: {str(error).removesuffix('.')}"
+        raise NotACheckpointError(f"{file} {reason}.\nhint: {damaged(file)}") from error
     nodes = {path: value_type for path, _, value_type in entries}
     names = {path: name for path, name, value_type in entries if value_type not in EMPTY_TYPES}
     return Tree(

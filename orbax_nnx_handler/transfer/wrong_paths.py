@@ -5,41 +5,33 @@ nothing does, only the kinds of path that would do are named.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from etils import epath
 
-from orbax_nnx_handler.transfer.places import ITEM_FILES, is_item, items_of, steps_of
+from orbax_nnx_handler.transfer.places import UNFINISHED, is_item, is_unfinished, items_of, steps_of
 
-_UNFINISHED = ".orbax-checkpoint-tmp"
 _SHOWN = 8
 _LOOKED_AT = 50
+_DEPTH = 3
 
 
 def why_no_checkpoint(path: epath.Path) -> str:
     """Returns what a path is instead of a checkpoint, and a hint."""
     if not path.exists():
         return f"there is nothing at {path}.\nhint: {_instead_of(path)}"
+    if is_unfinished(path):
+        return f"{path} is a save that was interrupted.\nhint: {_finished_near(path)}"
     unfinished = _unfinished(path)
     if unfinished:
-        return f"{path} is a save that was interrupted: {_listed(unfinished)}.\nhint: {_finished_near(path)}"
+        saves = "a save that was interrupted" if len(unfinished) == 1 else "saves that were interrupted"
+        return f"{path} holds only {saves}: {_listed(unfinished)}.\nhint: {_finished_near(path)}"
     if path.is_file():
         return f"{path} is a file.\nhint: {_around(path)}"
     names = [child.name for child in sorted(path.iterdir())]
     return (
         f"{path} is no Orbax checkpoint; it holds: {_listed(names)}.\nhint: {_below(path) or _around(path)}"
     )
-
-
-def is_unfinished(path: epath.Path) -> bool:
-    """Tells a directory that Orbax had not finished: some of its arrays may be written in part."""
-    return any(_UNFINISHED in part.name for part in (path, *path.parents))
-
-
-def is_part(path: epath.Path) -> bool:
-    """Tells one file of a checkpoint's own."""
-    # `checkpoint` alone is a tree of its own in the formats that have it.
-    return path.is_file() and path.name in ITEM_FILES and path.name != "checkpoint"
 
 
 def why_no_item(step: epath.Path, item: str) -> str:
@@ -54,24 +46,21 @@ def why_no_item(step: epath.Path, item: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     every = list(names)
-    more = f", … and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    more = f", ... and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return (", ".join(every[:_SHOWN]) or "nothing") + more
 
 
 def _unfinished(path: epath.Path) -> list[str]:
-    """Returns the directories that an interrupted save left: the path itself, or what is in it."""
-    for part in (path, *path.parents):
-        if _UNFINISHED in part.name:
-            return [part.name]
+    """Returns the directories that an interrupted save left in a path."""
     if not path.is_dir():
         return []
-    return [child.name for child in sorted(path.iterdir()) if _UNFINISHED in child.name]
+    return [child.name for child in sorted(path.iterdir()) if UNFINISHED in child.name]
 
 
 def _finished_near(path: epath.Path) -> str:
-    root = next((part.parent for part in (path, *path.parents) if _UNFINISHED in part.name), path)
+    root = next((part.parent for part in (path, *path.parents) if UNFINISHED in part.name), path)
     for folder in (root, root.parent):
-        steps = steps_of(folder)
+        steps = {step: child for step, child in steps_of(folder).items() if child not in (path, root)}
         if steps:
             return f"the newest finished step is {steps[max(steps)]}."
     return "no finished step lies beside it: the job has to save again."
@@ -79,6 +68,7 @@ def _finished_near(path: epath.Path) -> str:
 
 def _instead_of(path: epath.Path) -> str:
     """Returns what lies near a path that does not exist."""
+    path = path.absolute()
     parent = next(part for part in path.parents if part.exists())
     if not parent.is_dir():
         return f"{parent} is a file."
@@ -86,20 +76,46 @@ def _instead_of(path: epath.Path) -> str:
         return f"{parent} is an item directory; pass that."
     steps = steps_of(parent)
     if steps:
-        return f"{parent} holds the steps {_listed(map(str, list(steps)[-_SHOWN:]))}."
+        return _steps(parent, steps)
     names = [child.name for child in sorted(parent.iterdir())]
     missing = path.relative_to(parent).parts[0]
     close = difflib.get_close_matches(missing, names, n=1)
     return f"did you mean {parent / close[0]}?" if close else f"{parent} holds: {_listed(names)}."
 
 
+def _steps(root: epath.Path, steps: Mapping[int, epath.Path]) -> str:
+    """Returns the newest of a manager's steps, with the number of the older ones."""
+    newest = list(steps)[-_SHOWN:]
+    older = f" and {len(steps) - len(newest)} older ones" if len(steps) > len(newest) else ""
+    word = "step" if len(steps) == 1 else "steps"
+    return f"{root} holds the {word} {', '.join(map(str, newest))}{older}."
+
+
+def damaged(path: epath.Path) -> str:
+    """Returns a hint where a checkpoint's own files are damaged: which other step there is."""
+    item = path if path.is_dir() else path.parent
+    for step in (item, item.parent):
+        others = {at: child for at, child in steps_of(step.parent).items() if child != step}
+        if others:
+            return f"copy it again, or restore another step: {_steps(step.parent, others)}"
+    return "copy it again from where it was written: a file is truncated, or was not copied."
+
+
 def _below(path: epath.Path) -> str:
-    """Returns the checkpoint right below a path, if there is one."""
-    for child in [child for child in sorted(path.iterdir()) if child.is_dir()][:_LOOKED_AT]:
-        if steps_of(child):
-            return f"{child} is a manager's root; pass that."
-        if is_item(child):
-            return f"{child} is an item; pass that."
+    """Returns the checkpoint below a path, if there is one."""
+    folders = [path]
+    for _ in range(_DEPTH):
+        folders = [child for folder in folders for child in sorted(folder.iterdir()) if child.is_dir()]
+        folders = folders[:_LOOKED_AT]
+        roots = [child for child in folders if steps_of(child)]
+        found = roots or [child for child in folders if is_item(child)]
+        what = "a manager's root" if roots else "an item"
+        if len(found) == 1:
+            return f"{found[0]} is {what}; pass that."
+        if found:
+            several = "managers' roots" if roots else "items"
+            names = [str(child.relative_to(path)) for child in found]
+            return f"it holds several {several}; pass one of them: {_listed(names)}."
     return ""
 
 
@@ -111,7 +127,7 @@ def _around(path: epath.Path) -> str:
     beside = items_of(path.parent)
     if beside:
         return f"it lies beside the item {beside[0]}; pass that, or the step {path.parent}."
-    steps = steps_of(path.parent)
+    steps = {step: child for step, child in steps_of(path.parent).items() if child != path}
     if steps:
-        return f"{path.parent} holds the steps {_listed(map(str, list(steps)[-_SHOWN:]))}."
+        return _steps(path.parent, steps)
     return "pass a CheckpointManager's root, one of its steps, or an item in a step."

@@ -55,7 +55,13 @@ def broken(
 
 
 DEPTH, WIDTH, NAMES = "Layers", "Sizes", "Names"
-PARTS, TYPES, RULES, PLACES = "Parts", "Types and values", "Rules and policies", "Paths"
+ARRANGED, PARTS, TYPES, RULES, PLACES = (
+    "Arrangement",
+    "Parts",
+    "Types and values",
+    "Rules and policies",
+    "Paths",
+)
 
 
 @broken(DEPTH, "Another number of layers")
@@ -158,6 +164,51 @@ def _experts(count: int, make: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+@broken(WIDTH, "Another number of classes")
+def other_classes(root: pathlib.Path) -> Any:
+    """A classifier for 10 classes is stored, the target tells 5 apart: the rest of the model fits."""
+    tree = models.variables(models.LinenConvNet(), jnp.zeros((1, 8, 8, 3)))
+    save(root / "1200" / "default", train_state(tree["params"], None, batch_stats=tree["batch_stats"]))
+
+    def build() -> models.ConvNet:
+        model = models.ConvNet(nnx.Rngs(0))
+        model.classes = nnx.Linear(24, 5, rngs=nnx.Rngs(0))
+        return model
+
+    return restore(root, nnx.eval_shape(build))
+
+
+@broken(ARRANGED, "Queries, keys and values in one array")
+def fused(root: pathlib.Path) -> Any:
+    """The Linen program computed all three with one kernel, the target has three."""
+    params = linen_decoder()
+    for block in (params["layers_0"], params["layers_1"]):
+        parts = [block["attention"].pop(name)["kernel"] for name in ("query", "key", "value")]
+        block["attention"]["qkv"] = {"kernel": np.stack(parts, axis=1)}
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
+
+
+@broken(ARRANGED, "Heads and head size as one axis")
+def merged_heads(root: pathlib.Path) -> Any:
+    """The queries are stored as a matrix, as a Dense layer has them."""
+    params = linen_decoder()
+    for block in (params["layers_0"], params["layers_1"]):
+        kernel = block["attention"]["query"]["kernel"]
+        block["attention"]["query"]["kernel"] = kernel.reshape(16, 16)
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
+
+
+@broken(ARRANGED, "A kernel turned")
+def turned(root: pathlib.Path) -> Any:
+    """The head was stored as (outputs, inputs), as other frameworks have it."""
+    params = linen_decoder()
+    params["head"]["kernel"] = params["head"]["kernel"].T
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
+
+
 @broken(NAMES, "Names that Linen gave")
 def automatic_names(root: pathlib.Path) -> Any:
     """The Linen program named no module, so the checkpoint says `Dense_0`; the target says `encode`."""
@@ -184,6 +235,16 @@ def renamed_layers(root: pathlib.Path) -> Any:
     return restore(root, decoder())
 
 
+@broken(NAMES, "Layers that are counted from one")
+def counted_from_one(root: pathlib.Path) -> Any:
+    """`layers_1` to `layers_3` are stored, the target's list begins at 0. By name two of three would fit."""
+    params = linen_decoder(Size(layers=3))
+    params |= {f"layers_{at + 1}": params[f"layers_{at}"] for at in (2, 1, 0)}
+    del params["layers_0"]
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder(Size(layers=3)))
+
+
 @broken(NAMES, "A checkpoint of another model")
 def another_model(root: pathlib.Path) -> Any:
     """The path of an image classifier, the target of a language model."""
@@ -204,6 +265,46 @@ def other_optimizer(root: pathlib.Path) -> Any:
     """Trained with SGD and momentum, to be continued with Adam."""
     save(root / "1200" / "default", train_state(linen_decoder(), optax.sgd(0.1, momentum=0.9)))
     return restore(root, training(lambda: models.Decoder(Size(), nnx.Rngs(0)), ADAM))
+
+
+@broken(PARTS, "A moment more")
+def moment_more(root: pathlib.Path) -> Any:
+    """Trained with Adam, to be continued with AMSGrad, which keeps the largest second moment as well."""
+    save(root / "1200" / "default", train_state(linen_decoder(), ADAM))
+    amsgrad = optax.amsgrad(1e-3)
+    return restore(root, training(lambda: models.Decoder(Size(), nnx.Rngs(0)), amsgrad))
+
+
+@broken(PARTS, "No optimizer, a new head and more layers")
+def several_parts(root: pathlib.Path) -> Any:
+    """Three causes at once: the one policy at the end fills all of them and nothing else."""
+
+    def build() -> models.Decoder:
+        model = models.Decoder(Size(layers=3), nnx.Rngs(0))
+        model.classifier = nnx.Linear(16, 5, rngs=nnx.Rngs(0))
+        return model
+
+    save(root / "1200" / "default", {"params": linen_decoder()})
+    return restore(root, training(build, ADAM))
+
+
+@broken(PARTS, "No biases")
+def no_biases(root: pathlib.Path) -> Any:
+    """The Linen program was built with `use_bias=False`, the target was not."""
+    tree = models.variables(models.LinenMlp(), jnp.zeros((1, 32)))["params"]
+    names = {"Dense_0": "encode", "Dense_1": "mix", "Dense_2": "classes"}
+    params = {names[name]: {"kernel": layer["kernel"]} for name, layer in tree.items()}
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, nnx.eval_shape(lambda: models.Mlp(nnx.Rngs(0))))
+
+
+@broken(PARTS, "An embedding that is the output layer too")
+def tied(root: pathlib.Path) -> Any:
+    """The Linen program used its embedding twice and stored no output layer."""
+    params = linen_decoder()
+    del params["head"]
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
 
 
 @broken(PARTS, "A collection was not saved")
@@ -280,6 +381,17 @@ def quantised(root: pathlib.Path) -> Any:
     return restore(root, decoder())
 
 
+@broken(TYPES, "A quantised checkpoint")
+def quantised_with_scales(root: pathlib.Path) -> Any:
+    """The kernels of one layer are int8, with a scale beside each."""
+    params = linen_decoder()
+    for name in ("up", "down"):
+        kernel = params["layers_0"][name]["kernel"]
+        params["layers_0"][name] = {"kernel": kernel.astype(np.int8), "kernel_scale": kernel[0]}
+    save(root / "1200" / "default", train_state(params, None))
+    return restore(root, decoder())
+
+
 @broken(TYPES, "Random keys of another implementation")
 def other_keys(root: pathlib.Path) -> Any:
     """An `rbg` key is stored, the target draws from `threefry2x32`."""
@@ -314,6 +426,18 @@ def damaged(root: pathlib.Path) -> Any:
     (item / "params.head.kernel" / "0.0").unlink()
     leaf = nnx.Param(jax.ShapeDtypeStruct((4, 2), jnp.float32))
     return restore(root, nnx.State({"head": {"kernel": leaf}}))
+
+
+@broken(TYPES, "An array that is gone")
+def gone(root: pathlib.Path) -> Any:
+    """The whole array was not copied. It is no missing weight, so no policy fills it."""
+    item = root / "1200" / "default"
+    tree = {"params": {"head": {"kernel": np.ones((4, 2), np.float32)}, "norm": {"scale": np.ones(4)}}}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(item, args=ocp.args.PyTreeSave(tree))
+    shutil.rmtree(item / "params.head.kernel")
+    leaf = nnx.Param(jax.ShapeDtypeStruct((4, 2), jnp.float32))
+    return restore(root, nnx.State({"head": {"kernel": leaf}}), policy="warn")
 
 
 @broken(TYPES, "Everything at once")
@@ -407,3 +531,25 @@ def another_item(root: pathlib.Path) -> Any:
     (root / "1200" / "iter").mkdir()
     (root / "1200" / "iter" / "process_0-of-1.json").write_text('{"position": 4800}')
     return restore(root / "1200" / "iter", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
+
+
+@broken(PLACES, "Several runs below a directory")
+def several_runs(root: pathlib.Path) -> Any:
+    """The path names the folder of all experiments."""
+    for run in ("large", "small"):
+        save(root / "runs" / run / "1200" / "default", {"params": {"scale": np.zeros(3, np.float32)}})
+    return restore(root / "runs", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
+
+
+@broken(PLACES, "A checkpoint that holds no weights")
+def no_weights(root: pathlib.Path) -> Any:
+    """The item holds the step only: the program saved its weights elsewhere."""
+    save(root / "1200" / "default", {"step": np.int32(1200)})
+    return restore(root, decoder())
+
+
+@broken(PLACES, "The wrong layout, named")
+def named_layout(root: pathlib.Path) -> Any:
+    """The checkpoint is no T5X checkpoint."""
+    save(root / "1200" / "default", train_state(linen_decoder(), None))
+    return restore(root, decoder(), layout="t5x")

@@ -17,11 +17,10 @@ from orbax_nnx_handler.planning.diagnosis.causes import (
     KeyImplementation,
     LostWeights,
     NewPart,
-    NoOptimizer,
-    OtherOptimizer,
     RandomLayout,
 )
 from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel, OtherGroup, OtherNames
+from orbax_nnx_handler.planning.diagnosis.optimizer_causes import NoOptimizer, OtherOptimizer
 from orbax_nnx_handler.planning.diagnosis.size_causes import (
     DimensionDiffers,
     LayerCount,
@@ -147,7 +146,7 @@ def test_stacks_of_another_length_are_another_number_of_layers():
 
     (cause,) = found
     assert isinstance(cause, LayerCount)
-    assert (cause.stored, cause.wanted, cause.fillable) == (3, 5, False)
+    assert (cause.stored, cause.wanted, cause.filters) == (3, 5, ())
 
 
 def test_stacked_experts_are_called_experts():
@@ -158,7 +157,7 @@ def test_stacked_experts_are_called_experts():
 
     (cause,) = found
     assert isinstance(cause, LayerCount)
-    assert cause.kind == "experts"
+    assert cause.kind == "expert"
 
 
 def test_a_wider_layer_is_a_dimension_and_no_other_number_of_layers():
@@ -276,8 +275,8 @@ def test_one_other_name_is_proposed_as_the_rename_that_restores():
     (cause,) = diagnose(plan(stored, wanted))
 
     assert isinstance(cause, OtherNames)
-    assert cause.rename == ("logits_dense", "head")
-    assert plan(stored, wanted, renames=[cause.rename]).fits
+    assert cause.renames == (("logits_dense", "head"),)
+    assert plan(stored, wanted, renames=cause.renames).fits
 
 
 def test_names_of_other_shapes_are_not_other_names():
@@ -357,7 +356,7 @@ def test_a_collection_of_which_nothing_is_stored_was_not_saved():
 
     (cause,) = found
     assert isinstance(cause, CollectionMissing)
-    assert (cause.collection, cause.filter, cause.count) == ("batch_stats", "nnx.BatchStat", 2)
+    assert (cause.collection, cause.filters, cause.count) == ("batch_stats", ("nnx.BatchStat",), 2)
 
 
 def test_a_collection_with_one_leaf_missing_was_saved():

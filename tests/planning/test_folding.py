@@ -1,6 +1,7 @@
 """Layers and names fold where nothing else differs, and the folded line says the same."""
 
-from orbax_nnx_handler.planning.folding import Row, align, fold, fold_paths, ranges
+from orbax_nnx_handler.planning.aligning import align
+from orbax_nnx_handler.planning.folding import Row, fold, fold_paths, ranges
 
 
 def texts(*rows: Row) -> list[str]:
@@ -113,7 +114,7 @@ def test_every_row_is_counted_once():
 def test_a_long_list_ends_in_a_count():
     rows = [row(f"m/{name}", name) for name in "abcdefgh"]
 
-    assert align(fold(rows), limit=3)[-1] == "  … and 5 more"
+    assert align(fold(rows), limit=3)[-1] == "  ... and 5 more"
 
 
 def test_columns_are_aligned():

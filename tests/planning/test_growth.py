@@ -1,4 +1,4 @@
-"""The benchmarks' own problems at toy size: the right verdict on each, in work that grows with the leaves."""
+"""The right verdict on every broken restore that is measured, in work that grows with the leaves."""
 
 import sys
 from collections.abc import Callable

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError, RestoreReport
+from orbax_nnx_handler.planning.prose import wrapped
 from tests.planning.test_diagnosis import model, plan
 
 STORED = model(2)
@@ -145,5 +146,55 @@ def test_the_whole_list_is_in_the_exception_and_in_the_dict_where_the_message_is
 
     error = made.error()
 
-    assert "… and 50 more" in str(error)
+    assert "... and 50 more" in str(error)
     assert len(error.paths) == len(made.to_dict()["missing"]) == 90
+
+
+def test_a_terminal_or_a_log_that_knows_only_ascii_is_enough():
+    names = ["".join(chr(97 + int(digit)) for digit in f"{at:03d}") for at in range(90)]
+    made = plan({"params/x/kernel": (1,)}, {f"{name}/kernel": (at + 2,) for at, name in enumerate(names)})
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+    Console(file=terminal, force_terminal=True, width=80).print(made)
+
+    terminal.flush()
+    assert f"{made}{made.error()}".isascii()
+
+
+def test_a_model_of_no_bytes_has_no_bar():
+    page = plan({"params/a/kernel": (0, 4)}, {"a/kernel": (0, 4)})._repr_html_()
+
+    assert "<svg" not in page
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_no_line_of_an_error_is_wider_than_it_must_be(width):
+    layers = {
+        f"decoder/layers/{at}/self_attention/{name}/kernel": (64, 4, width)
+        for at in range(3)
+        for name in "qkvo"
+    }
+    have = {f"params/{path}": (*shape[:2], 9) for path, shape in layers.items()}
+
+    message = str(plan(have, layers | {"head/kernel": (64, 9)}).error())
+
+    assert max(map(len, message.splitlines())) <= 124
+    assert all(
+        f"stored (64, 4, 9) float32   wanted (64, 4, {width}) float32" in line
+        for line in message.splitlines()
+        if "stored (" in line
+    )
+
+
+def test_code_in_a_hint_is_never_broken_inside_a_string():
+    text = (
+        "hint: pass renames=["
+        + ", ".join(f"Transpose('a module of {at}/kernel', (1, 0))" for at in range(9))
+        + "]."
+    )
+
+    lines = wrapped(text).splitlines()
+
+    assert max(map(len, lines)) <= 120
+    assert " ".join(line.strip() for line in lines) == text
+    assert all(line.count("'") % 2 == 0 for line in lines)

@@ -261,7 +261,7 @@ def test_a_gap_in_the_layers_is_refused():
 
     message = failure({"b": (2, 2)}, stored, StackLayers("b_{i}", "b", axis=0))
 
-    assert "for b, the layers are [0, 2], not 0, 1, 2, …" in message
+    assert "for b, the layers are [0, 2], not 0, 1, 2, ..." in message
 
 
 def test_a_scan_axis_that_does_not_fit_is_refused_and_an_unneeded_one_too():

@@ -6,6 +6,8 @@ evidence is, in one sentence, and `hint` what to do about it.
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar
 
 from orbax_nnx_handler.planning.paths import Path
 
@@ -16,9 +18,14 @@ class Cause(ABC):
 
     Attributes:
         paths: The leaves that it explains, wanted ones before stored ones.
+        filters: NNX filters, as Python, that select the missing ones among them and no
+            other missing leaf; empty where initial values are no way out.
     """
 
     paths: tuple[Path, ...]
+    filters: tuple[str, ...] = ()
+    may_begin_anew: ClassVar[bool] = False
+    """Whether initial values are a way out for what is missing: it was never there, or is left behind."""
 
     @property
     def cause(self) -> str:
@@ -26,64 +33,41 @@ class Cause(ABC):
         return self._cause()
 
     @property
+    def way(self) -> str:
+        """What to change or to pass, initial values left aside; may be empty."""
+        return self._way()
+
+    @property
     def hint(self) -> str:
-        """The way out: what to change or to pass."""
-        return self._hint()
+        """The whole way out: what to change or to pass, and the policy that fills the rest."""
+        if not self.filters:
+            return self.way
+        fill = fill_hint(self.filters)
+        return f"{self.way.removesuffix('.')}; or {fill}" if self.way else fill
 
     @abstractmethod
     def _cause(self) -> str: ...
 
     @abstractmethod
-    def _hint(self) -> str: ...
+    def _way(self) -> str: ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoOptimizer(Cause):
-    """The checkpoint holds no optimizer state.
-
-    Attributes:
-        moments: Optimizer leaves that the target wants.
-        weights: Weights that the checkpoint gives, or None if not all of them.
-    """
-
-    moments: int
-    weights: int | None
-
-    def _cause(self) -> str:
-        found = f"all {self.weights} weights are there" if self.weights is not None else "weights are there"
-        return f"no optimizer was saved: {found}, and 0 of the optimizer's {self.moments} leaves."
-
-    def _hint(self) -> str:
-        return _FRESH_OPTIMIZER
+def fill_hint(filters: Iterable[str], count: int = 0) -> str:
+    """Returns the sentence that passes a policy for what these filters select, so many leaves if known."""
+    leaves = "this leaf" if count == 1 else f"these {count} leaves" if count else "these leaves"
+    rules = ", ".join(f'{rule}: "init"' for rule in dict.fromkeys(filters))
+    return f'pass policy={{{rules}, ...: "error"}} to initialise {leaves} and nothing else.'
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OtherOptimizer(Cause):
-    """The stored optimizer keeps other moments than the target's.
-
-    Attributes:
-        stored: Names of the stored moments.
-        wanted: Names of the wanted ones.
-    """
-
-    stored: tuple[str, ...]
-    wanted: tuple[str, ...]
-
-    def _cause(self) -> str:
-        stored = " and ".join(self.stored) or "no moments"
-        return (
-            f"the checkpoint was written with another optimizer: it keeps {stored}, "
-            f"the target's wants {' and '.join(self.wanted)}."
-        )
-
-    def _hint(self) -> str:
-        return _FRESH_OPTIMIZER
+def counted(count: int, one: str, many: str = "") -> str:
+    """Returns a count with its noun: `1 layer`, `4 layers`."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
-_FRESH_OPTIMIZER = (
-    "restore the weights alone: pass the model (or nnx.state of it) as target; "
-    'or start the optimizer anew with policy={nnx.OptState: "init", ...: "error"}.'
-)
+def listed(names: Iterable[str]) -> str:
+    """Returns names as a sentence lists them: `mu`, `mu and nu`, `a, b and c`."""
+    every = list(names)
+    return " and ".join([", ".join(every[:-1]), every[-1]] if len(every) > 1 else every)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,27 +76,24 @@ class CollectionMissing(Cause):
 
     Attributes:
         collection: Its name in Linen.
-        filter: The NNX filter that selects its variables.
         count: Wanted leaves of it.
         stored: The collections that are there.
     """
 
     collection: str
-    filter: str
     count: int
     stored: tuple[str, ...]
+    may_begin_anew: ClassVar[bool] = True
 
     def _cause(self) -> str:
+        there = listed(map(repr, self.stored)) if self.stored else "bare parameters"
         return (
             f"the collection {self.collection!r} was not saved: 0 of its {self.count} leaves are stored, "
-            f"the checkpoint holds {' and '.join(map(repr, self.stored))}."
+            f"the checkpoint holds {there}."
         )
 
-    def _hint(self) -> str:
-        return (
-            f"save it from the Linen program too (a field {self.collection} of the train state); "
-            f'to start it from its initial values, pass policy={{{self.filter}: "init", ...: "error"}}.'
-        )
+    def _way(self) -> str:
+        return f"save it from the Linen program too (a field {self.collection} of the train state)."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,23 +102,22 @@ class NewPart(Cause):
 
     Attributes:
         names: What is new, in a few words.
-        filters: NNX filters that select it, as Python.
         complete: Weights outside the part, all of which are stored.
     """
 
     names: tuple[str, ...]
-    filters: tuple[str, ...]
     complete: int
+    may_begin_anew: ClassVar[bool] = True
 
     def _cause(self) -> str:
+        rest = f"{self.complete} weights" if self.complete != 1 else "weight"
         return (
-            f"nothing is stored for {' and '.join(self.names)}, and everything for the other "
-            f"{self.complete} weights: the checkpoint's model did not have this part."
+            f"nothing is stored for {listed(self.names)}, and everything for the other {rest}: "
+            f"the checkpoint's model did not have {'this part' if len(self.names) == 1 else 'these parts'}."
         )
 
-    def _hint(self) -> str:
-        rules = ", ".join(f'{rule}: "init"' for rule in self.filters)
-        return f'pass policy={{{rules}, ...: "error"}} to initialise it and nothing else.'
+    def _way(self) -> str:
+        return ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +135,7 @@ class KeyImplementation(Cause):
     def _cause(self) -> str:
         return f"the checkpoint's random keys are {self.stored}, the target's {self.wanted}."
 
-    def _hint(self) -> str:
+    def _way(self) -> str:
         return (
             "build the target under the writer's jax_default_prng_impl, or with keys of that implementation; "
             "another one would draw other numbers."
@@ -180,7 +160,7 @@ class RandomLayout(Cause):
             f"open which of them is {self.wanted}: it starts anew."
         )
 
-    def _hint(self) -> str:
+    def _way(self) -> str:
         return f"pass renames=[({self.stored!r}, {self.wanted!r})] to go on with that stream."
 
 
@@ -190,15 +170,21 @@ class LostWeights(Cause):
 
     Attributes:
         names: The weights' paths, folded.
+        count: How many they are.
     """
 
     names: str
+    count: int = 1
 
     def _cause(self) -> str:
+        itself = "the weight itself is" if self.count == 1 else "the weights themselves are"
         return (
-            f"the optimizer's moments of {self.names} are stored and the weight itself is not: "
-            "it is no new part of the model, it was left out of the checkpoint."
+            f"the optimizer's moments of {self.names} are stored and {itself} not: "
+            f"{'it is' if self.count == 1 else 'they are'} no new part of the model, "
+            "but left out of the checkpoint."
         )
 
-    def _hint(self) -> str:
-        return "restore another step, or find out why it was not saved."
+    def _way(self) -> str:
+        return (
+            f"restore another step, or find out why {'it was' if self.count == 1 else 'they were'} not saved."
+        )

@@ -1,16 +1,17 @@
-"""Layers: another number of them, single ones absent, stacked on one side only."""
+"""Layers: another number of them, and single ones absent."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
+from orbax_nnx_handler.planning.diagnosis.filters import selecting
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens, spell
-from orbax_nnx_handler.planning.diagnosis.size_causes import LayerCount, LayersAbsent, ScannedOnOneSide
+from orbax_nnx_handler.planning.diagnosis.size_causes import LayerCount, LayersAbsent
 from orbax_nnx_handler.planning.layers import Form, Group, Seat, seats
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.recipes import Recipe, Stack, children
+from orbax_nnx_handler.planning.recipes import Read, Recipe, Stack, children
 
 
 def find_layer_counts(scene: Scene) -> Iterable[Cause]:
@@ -28,15 +29,49 @@ def _flat_groups(scene: Scene) -> Iterable[Cause]:
         return
     below = {path: scene.stored_below(item) for path, item in scene.stored_weights.items()}
     wanted, stored = _flat_positions(scene.below, groups), _flat_positions(below, groups)
-    for group in [group for group in wanted if group in stored]:
-        yield from _compare(scene, group, wanted[group], stored[group])
+    for group in wanted:
+        if group in stored:
+            yield from _compare(scene, group, wanted[group], stored[group])
+        else:
+            yield from _unstacked(scene, group, wanted[group])
+
+
+def _unstacked(scene: Scene, group: Group, wanted: "_Positions") -> Iterable[Cause]:
+    """Layers one by one in the target only: those that a stack gives, and those it has not."""
+    paths = [path for each in wanted.values() for path in each]
+    present = {at for at, each in wanted.items() if any(_is_moved(scene, path) for path in each)}
+    absent = {at for at in wanted if all(path in scene.missing for path in wanted[at])}
+    if (
+        present
+        and absent
+        and is_whole(present)
+        and is_whole(present | absent)
+        and len(wanted) == len(present | absent)
+    ):
+        lost = scene.with_moments([path for path in paths if path in scene.missing])
+        yield LayerCount(
+            paths=lost,
+            group=name_of_group(group),
+            stored=len(present),
+            wanted=len(wanted),
+            filters=selecting(scene, lost),
+        )
+
+
+def _is_moved(scene: Scene, path: Path) -> bool:
+    """Tells whether a weight comes out of a stack, or from a layer of another name by a rule."""
+    item = scene.plan.restored.get(path) or scene.plan.mismatched.get(path)
+    if item is None or not isinstance(item.recipe, Read):
+        return item is not None
+    source = scene.stored_weights.get(item.recipe.path)
+    return source is not None and any(seat.rest for seat in flat_seats(scene.stored_below(source)))
 
 
 def _open_groups(scene: Scene) -> set[Group]:
     """Returns the groups that something missing or unexpected belongs to."""
     open_ends = [scene.below[path] for path in scene.missing_weights]
     open_ends += [scene.stored_below(item) for item in scene.free_weights.values()]
-    return {seat.group for tokens in open_ends for seat in _flat_seats(tokens)}
+    return {seat.group for tokens in open_ends for seat in flat_seats(tokens)}
 
 
 def _compare(scene: Scene, group: Group, wanted: "_Positions", stored: "_Positions") -> Iterable[Cause]:
@@ -47,11 +82,16 @@ def _compare(scene: Scene, group: Group, wanted: "_Positions", stored: "_Positio
         return
     lost = scene.with_moments([path for at in sorted(absent) for path in wanted[at]])
     more = tuple(path for at in sorted(extra) for path in stored[at])
-    name = _name(group)
-    if _whole(set(have)) and _whole(set(want)):
+    name = name_of_group(group)
+    if is_whole(set(have)) and is_whole(set(want)):
         kind = _kind((*group.parent, group.name))
         yield LayerCount(
-            paths=(*lost, *more), group=name, stored=len(have), wanted=len(want), kind=kind, fillable=True
+            paths=(*lost, *more),
+            group=name,
+            stored=len(have),
+            wanted=len(want),
+            kind=kind,
+            filters=selecting(scene, lost),
         )
     elif absent:
         yield LayersAbsent(paths=lost, group=name, layers=tuple(sorted(absent)), stored=len(have & want))
@@ -64,18 +104,20 @@ _Positions = Mapping[int, Sequence[Path]]
 def _flat_positions(leaves: Mapping[Path, Tokens], groups: set[Group]) -> Mapping[Group, _Positions]:
     found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path, tokens in leaves.items():
-        for seat in _flat_seats(tokens):
+        for seat in flat_seats(tokens):
             if seat.group in groups:
                 found[seat.group][seat.position].append(path)
     return found
 
 
-def _flat_seats(tokens: Tokens) -> list[Seat]:
+def flat_seats(tokens: Tokens) -> list[Seat]:
+    """Returns the readings of a path as a part of layers one by one."""
     # `Dense_0/kernel` alone is no layer of a group; a module with something below it may be.
     return [seat for seat in seats(tokens) if seat.form == "flat" and seat.rest]
 
 
-def _whole(numbers: set[int]) -> bool:
+def is_whole(numbers: set[int]) -> bool:
+    """Tells whether numbers count from zero without a gap."""
     return numbers == set(range(len(numbers)))
 
 
@@ -91,7 +133,13 @@ def _partial_stacks(scene: Scene) -> Iterable[Cause]:
         explained = scene.with_moments(paths)
         stored = wanted - len(layers)
         if layers == tuple(range(stored, wanted)):
-            yield LayerCount(paths=explained, group=group, stored=stored, wanted=wanted, fillable=True)
+            yield LayerCount(
+                paths=explained,
+                group=group,
+                stored=stored,
+                wanted=wanted,
+                filters=selecting(scene, explained),
+            )
         else:
             yield LayersAbsent(paths=explained, group=group, layers=layers, stored=stored)
 
@@ -119,7 +167,7 @@ def _wanted_layers(scene: Scene, paths: Sequence[Path]) -> int:
     stacks = [stack for path in paths if (stack := _stack_in(scene.mismatched[path].recipe)) is not None]
     if stacks:
         return len(stacks[0].sources)
-    positions = {seat.position for path in paths for seat in _flat_seats(scene.below[path])[:1]}
+    positions = {seat.position for path in paths for seat in flat_seats(scene.below[path])[:1]}
     return len(positions)
 
 
@@ -128,7 +176,7 @@ def _container(scene: Scene, path: Path, form: Form) -> str:
     groups = [seat.group for seat in seats(scene.below[path]) if seat.form == form]
     # `layers/wi_0` counts layers and gates: the name of the group tells which is which.
     named = [group for group in groups if _is_layer_name(group.name)]
-    return _name((named or groups)[0]) if groups else spell(scene.below[path])
+    return name_of_group((named or groups)[0]) if groups else spell(scene.below[path])
 
 
 def _is_layer_name(name: str) -> bool:
@@ -195,49 +243,9 @@ def differing_axes(stored: Shape, wanted: Shape) -> list[int]:
 
 
 def _kind(module: Sequence[str]) -> str:
-    return "experts" if any("expert" in token.lower() for token in module) else "layers"
+    return "expert" if any("expert" in token.lower() for token in module) else "layer"
 
 
-def _name(group: Group) -> str:
+def name_of_group(group: Group) -> str:
+    """Returns a group as its path is written."""
     return spell((*group.parent, group.name))
-
-
-def find_scanned(scene: Scene) -> Iterable[Cause]:
-    """Yields groups that are stacked on one side only and were not rearranged."""
-    wanted = {path: scene.below[path] for path in scene.missing_weights}
-    stored = {path: scene.stored_below(item) for path, item in scene.free_weights.items()}
-    for side, stacked, flat in (("checkpoint", stored, wanted), ("target", wanted, stored)):
-        stacks = {
-            (s.group, s.rest): p
-            for p, tokens in stacked.items()
-            for s in seats(tokens)
-            if s.form == "stacked"
-        }
-        found: dict[Group, list[tuple[Path, Path]]] = defaultdict(list)
-        for path, tokens in flat.items():
-            for seat in _flat_seats(tokens):
-                if (seat.group, seat.rest) in stacks:
-                    found[seat.group].append((stacks[seat.group, seat.rest], path))
-        for group, pairs in found.items():
-            explained = [path for pair in pairs for path in pair]
-            lost = [path for path in dict.fromkeys(explained) if path in wanted]
-            rest = [path for path in dict.fromkeys(explained) if path not in wanted]
-            yield ScannedOnOneSide(
-                paths=(*scene.with_moments(lost), *rest),
-                group=_name(group),
-                stacked=side,
-                why=_why(scene, *pairs[0]),
-            )
-
-
-def _why(scene: Scene, stacked: Path, flat: Path) -> str:
-    whole, layer = _shape(scene, stacked), _shape(scene, flat)
-    slices = {(*whole[:axis], *whole[axis + 1 :]) for axis in range(len(whole))}
-    if layer not in slices:
-        return f"{whole} without any one axis is not {layer}"
-    return "the layers of other leaves of the group do not come out"
-
-
-def _shape(scene: Scene, path: Path) -> Shape:
-    placement = scene.plan.evidence.placements.get(path)
-    return placement.leaf.shape if placement else scene.plan.evidence.wanted[path].leaf.shape

@@ -2,130 +2,136 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.depth import differing_axes
+from orbax_nnx_handler.planning.diagnosis.places import (
+    Place,
+    is_attention,
+    modules_of,
+    name_of,
+    output_module,
+)
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
-from orbax_nnx_handler.planning.diagnosis.size_causes import DimensionDiffers
-from orbax_nnx_handler.planning.leaves import Shape
-from orbax_nnx_handler.planning.paths import Path, segments
+from orbax_nnx_handler.planning.diagnosis.size_causes import DimensionDiffers, HeadsDivided, OtherOutput
+from orbax_nnx_handler.planning.paths import Path, render
+from orbax_nnx_handler.planning.recipes import Read
 
 Pair = tuple[int, int]
+"""A size in the checkpoint and in the target."""
+
+
+def find_heads(scene: Scene) -> Iterable[Cause]:
+    """Yields the verdict that the same features are divided among another number of heads."""
+    divided: dict[tuple[Pair, ...], list[Path]] = defaultdict(list)
+    for path in scene.mismatched_weights:
+        item = scene.mismatched[path]
+        pairs = tuple((place.stored, place.wanted) for place in _places(scene, path))
+        same_size = math.prod(item.stored_shape) == math.prod(item.wanted.shape)
+        if len(pairs) == 2 and same_size and is_attention(path):
+            divided[pairs].append(path)
+    if len(divided) == 1:
+        ((heads, size), paths) = divided.popitem()
+        yield HeadsDivided(
+            paths=scene.with_moments(paths),
+            stored=(heads[0], size[0]),
+            wanted=(heads[1], size[1]),
+            count=len(paths),
+            mismatches=len(scene.mismatched_weights),
+        )
 
 
 def find_dimensions(scene: Scene) -> Iterable[Cause]:
     """Yields the dimensions that explain the mismatched shapes: few of them, or none."""
-    changes = {path: _changes(scene, path) for path in scene.mismatched_weights}
-    changes = {path: pairs for path, pairs in changes.items() if pairs}
-    if not changes:
-        return
-    regrouped = {tuple(_ordered(scene, path)) for path in changes if _same_size(scene, path)}
-    if len(regrouped) == 1 and all(_same_size(scene, path) for path in changes):
-        # Heads of another size: the same features, divided otherwise.
-        yield _cause(
-            scene, regrouped.pop(), list(changes), "the division into heads" if _all_heads(changes) else ""
-        )
-        return
-    pairs = {pair for found in changes.values() for pair in found}
+    places: dict[Pair, list[Place]] = defaultdict(list)
+    for path in scene.mismatched_weights:
+        for place in _places(scene, path):
+            places[place.stored, place.wanted].append(place)
+    most = _most(scene)
+    named = {pair: name_of(found, most) for pair, found in places.items()}
+    widths = [pair for pair in places if named[pair] not in _NO_WIDTH and output_module(places[pair]) is None]
+    if _one_width(widths, places, most):
+        yield _cause(scene, sorted(widths), places, "")
+        places = {pair: found for pair, found in places.items() if pair not in widths}
+    outputs = {pair: output_module(found) for pair, found in places.items() if not named[pair]}
+    # A model has one head; where several modules differ so, it is not a head that differs.
+    heads = {pair: module for pair, module in outputs.items() if module is not None}
+    for pair, found in sorted(places.items(), key=lambda item: -len(_paths(item[1]))):
+        if pair in heads and len(heads) == 1:
+            yield _output(scene, pair, found, heads[pair])
+        # A size that stands in one weight explains nothing: its row says as much.
+        elif named[pair] or len(_paths(found)) > 1:
+            yield _cause(scene, [pair], places, named[pair] or modules_of(found))
+
+
+_NO_WIDTH = ("the vocabulary", "the number of positions", "the number of experts")
+
+
+def _places(scene: Scene, path: Path) -> list[Place]:
+    item = scene.mismatched[path]
+    stored, wanted = item.stored_shape, item.wanted.shape
+    return [
+        Place(path=path, axis=axis, rank=len(wanted), stored=stored[axis], wanted=wanted[axis])
+        for axis in differing_axes(stored, wanted)
+    ]
+
+
+def _paths(places: Iterable[Place]) -> list[Path]:
+    return list(dict.fromkeys(place.path for place in places))
+
+
+def _most(scene: Scene) -> int:
+    """Returns how many weights a dimension must differ in to be that of the whole model."""
+    compared = [
+        path for path in scene.weights if path in scene.plan.restored or path in scene.plan.mismatched
+    ]
+    return len(compared) // 2 + 1
+
+
+def _one_width(pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], most: int) -> bool:
+    """Tells whether several sizes grow together: by one ratio, and in most of the model.
+
+    Two sizes that happen to double, each in a few weights, are two differences.
+    """
+    paths = {place.path for pair in pairs for place in places[pair]}
     ratios = {Fraction(wanted, stored) for stored, wanted in pairs if stored}
-    if len(ratios) == 1 and len(pairs) > 1:
-        yield _cause(scene, sorted(pairs), list(changes), "")
-        return
-    by_pair: dict[Pair, list[Path]] = defaultdict(list)
-    for path, found in changes.items():
-        for pair in found:
-            by_pair[pair].append(path)
-    # With as many dimensions as mismatches nothing is explained: the rows say as much.
-    if len(by_pair) * 2 > len(changes) and len(changes) > 1:
-        return
-    for pair, paths in sorted(by_pair.items(), key=lambda item: -len(item[1])):
-        yield _cause(scene, [pair], paths, _what(scene, pair, paths))
+    return len(pairs) > 1 and len(ratios) == 1 and all(stored for stored, _ in pairs) and len(paths) >= most
 
 
-def _ordered(scene: Scene, path: Path) -> list[Pair]:
-    item = scene.mismatched[path]
-    axes = differing_axes(item.stored_shape, item.wanted.shape)
-    return [(item.stored_shape[axis], item.wanted.shape[axis]) for axis in axes]
-
-
-def _same_size(scene: Scene, path: Path) -> bool:
-    item = scene.mismatched[path]
-    return math.prod(item.stored_shape) == math.prod(item.wanted.shape)
-
-
-def _changes(scene: Scene, path: Path) -> set[Pair]:
-    return set(_ordered(scene, path))
-
-
-def _cause(scene: Scene, pairs: Sequence[Pair], paths: Sequence[Path], name: str) -> DimensionDiffers:
-    ratio = Fraction(pairs[0][1], pairs[0][0]) if pairs[0][0] else Fraction(0)
+def _cause(
+    scene: Scene, pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], name: str
+) -> DimensionDiffers:
+    paths = _paths(place for pair in pairs for place in places[pair])
     return DimensionDiffers(
         paths=scene.with_moments(paths),
         pairs=tuple(pairs),
-        # A vocabulary padded from 32000 to 32128 has a ratio that tells nothing.
-        ratio=str(ratio) if _one_ratio(pairs) and max(ratio.numerator, ratio.denominator) <= 64 else "",
+        ratio=_ratio(pairs[0]),
         count=len(paths),
         mismatches=len(scene.mismatched_weights),
+        alone=all((p.stored, p.wanted) in pairs for path in paths for p in _places(scene, path)),
         name=name,
     )
 
 
-def _one_ratio(pairs: Sequence[Pair]) -> bool:
-    return all(stored for stored, _ in pairs) and len({Fraction(w, s) for s, w in pairs}) == 1
+def _ratio(pair: Pair) -> str:
+    """Returns wanted over stored where it tells something: 32000 padded to 32128 has no telling ratio."""
+    if not pair[0]:
+        return ""
+    ratio = Fraction(pair[1], pair[0])
+    return str(ratio) if max(ratio.numerator, ratio.denominator) <= 64 else ""
 
 
-def _what(scene: Scene, pair: Pair, paths: Sequence[Path]) -> str:
-    """Returns what a dimension is where its places tell: never from its size."""
-    names = [[part.lower() for part in segments(path)] for path in paths]
-    if all(any("expert" in part or "moe" in part for part in parts) for parts in names):
-        return "the number of experts" if _leads(scene, pair, paths) else ""
-    embeds = [parts for parts in names if _embeds(parts)]
-    if (
-        embeds
-        and all(_embeds(parts) or _is_output(parts) for parts in names)
-        and _is_vocabulary(scene, pair, paths)
-    ):
-        return "the vocabulary"
-    if _all_heads(paths):
-        return "the number of heads" if _is_heads(scene, pair, paths) else ""
-    stored = [item.leaf.shape for item in scene.stored_weights.values()]
-    if len(paths) > 2 and 2 * sum(pair[0] in shape for shape in stored) > len(stored):
-        return "the hidden size"
-    return ""
-
-
-def _all_heads(paths: Iterable[Path]) -> bool:
-    words = ("query", "key", "value", "out", "attention", "attn")
-    return all(any(word in part.lower() for word in words for part in segments(path)) for path in paths)
-
-
-def _embeds(parts: Sequence[str]) -> bool:
-    return any("embed" in part for part in parts)
-
-
-def _is_output(parts: Sequence[str]) -> bool:
-    return any(word in part for word in ("head", "logits", "output") for part in parts)
-
-
-def _shapes(scene: Scene, paths: Sequence[Path]) -> list[Shape]:
-    return [scene.mismatched[path].stored_shape for path in paths]
-
-
-def _leads(scene: Scene, pair: Pair, paths: Sequence[Path]) -> bool:
-    return all(pair[0] in shape[:2] for shape in _shapes(scene, paths))
-
-
-def _is_vocabulary(scene: Scene, pair: Pair, paths: Sequence[Path]) -> bool:
-    """Embeddings have the vocabulary first, output layers last."""
-    return all(
-        (shape[0] if _embeds([part.lower() for part in segments(path)]) else shape[-1]) == pair[0]
-        for path, shape in zip(paths, _shapes(scene, paths), strict=True)
+def _output(scene: Scene, pair: Pair, places: Sequence[Place], module: Path) -> OtherOutput:
+    paths = _paths(places)
+    recipe = scene.mismatched[paths[0]].recipe
+    source = scene.stored_weights.get(recipe.path) if isinstance(recipe, Read) else None
+    return OtherOutput(
+        paths=scene.with_moments(paths),
+        module=render(module),
+        key=str(module[-1]),
+        pattern=render(source.path[:-1]) if source is not None and len(source.path) > 1 else "",
+        stored=pair[0],
+        wanted=pair[1],
     )
-
-
-def _is_heads(scene: Scene, pair: Pair, paths: Sequence[Path]) -> bool:
-    """Heads are an inner axis of kernels of three axes and more; their biases have it first."""
-    kernels = [shape for shape in _shapes(scene, paths) if len(shape) > 2]
-    return bool(kernels) and all(pair[0] in shape[:-1] for shape in kernels)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import ClassVar
 
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
@@ -20,6 +21,7 @@ class OpenFactoring(Cause):
 
     moments: int
     stored: int
+    may_begin_anew: ClassVar[bool] = True
 
     def _cause(self) -> str:
         return (
@@ -27,11 +29,8 @@ class OpenFactoring(Cause):
             "does not store which axis it took for the row: optax may call them the other way round."
         )
 
-    def _hint(self) -> str:
-        return (
-            'pass policy={nnx.PathContains("v_row"): "init", nnx.PathContains("v_col"): "init", '
-            '...: "error"} to begin these moments anew.'
-        )
+    def _way(self) -> str:
+        return ""
 
 
 def find_open_factoring(scene: Scene) -> Iterable[Cause]:

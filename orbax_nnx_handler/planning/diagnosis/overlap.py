@@ -4,10 +4,10 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel, OtherGroup, OtherNames
+from orbax_nnx_handler.planning.diagnosis.renaming import renames
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens
 from orbax_nnx_handler.planning.layers import Group, seats
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
@@ -58,6 +58,7 @@ def find_other_groups(scene: Scene) -> Iterable[Cause]:
         stored=right.name,
         wanted=left.name,
         count=len(wanted[left]),
+        rename=_group_rename(left.name, right.name, sources),
     )
 
 
@@ -73,6 +74,14 @@ def _like_groups(wanted: _Contents, stored: _Contents) -> Iterable[tuple[Group, 
             for right in alike.get((left.parent, frozenset(leaves)), ()):
                 if left.name != right.name:
                     yield left, right
+
+
+def _group_rename(wanted: str, stored: str, sources: Sequence[Path]) -> tuple[str, str]:
+    """Returns the rule that renames a group: layers one by one carry their number in the name."""
+    names = {part for path in sources for part in segments(path)}
+    if stored in names:
+        return stored, wanted
+    return f"{stored}_{{i}}", f"{wanted}_{{i}}"
 
 
 def _contents(leaves: Mapping[Path, Tokens]) -> _Contents:
@@ -103,8 +112,8 @@ def find_other_names(scene: Scene) -> Iterable[Cause]:
         paths=(*scene.with_moments(explained), *sources),
         count=alike.total(),
         weights=len(missing),
-        automatic=tuple(sorted(names)[:3]),
-        rename=_one_rename(scene, explained, sources),
+        automatic=tuple(sorted(names)),
+        renames=renames(scene, explained, sources),
     )
 
 
@@ -115,26 +124,3 @@ def _look(leaf: WantedLeaf | StoredLeaf) -> tuple[tuple[int, ...], str]:
 def _ending(tokens: Tokens) -> Tokens:
     # Module and weight: a parent of another name, or layers arranged otherwise, is the same model still.
     return tuple(token for token in tokens if not is_number(token))[-2:]
-
-
-def _one_rename(scene: Scene, wanted: Sequence[Path], stored: Sequence[Path]) -> tuple[str, str] | None:
-    """Returns the change of one name that leads from the stored leaves to the wanted ones."""
-    if len(wanted) != len(stored):
-        return None
-    left = _by_rest([scene.plan.evidence.wanted[path].leaf for path in wanted])
-    right = _by_rest([scene.free_weights[path].leaf for path in stored])
-    changes = {(old, new) for rest, new in left.items() for old in [right.get(rest)] if old is not None}
-    if len(left) != len(wanted) or len(changes) != 1 or left.keys() != right.keys():
-        return None
-    old, new = changes.pop()
-    return None if old == new else (old, new)
-
-
-def _by_rest(leaves: Iterable[WantedLeaf | StoredLeaf]) -> Mapping[Any, str]:
-    """Returns the name that may differ, by last key and shape: the module's own, right above the weight."""
-    found: dict[Any, set[str]] = defaultdict(set)
-    for leaf in leaves:
-        parts = [part for part in segments(leaf.path) if part != "value"]
-        if len(parts) > 1:
-            found[parts[-1], leaf.shape].add(parts[-2])
-    return {rest: names.pop() for rest, names in found.items() if len(names) == 1}

@@ -1,4 +1,4 @@
-"""Parts that one side has and the other has not: an optimizer, a collection, a head, LoRA."""
+"""Parts that one side has and the other has not: a collection, a head, LoRA."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,54 +10,21 @@ from orbax_nnx_handler.planning.diagnosis.causes import (
     CollectionMissing,
     LostWeights,
     NewPart,
-    NoOptimizer,
-    OtherOptimizer,
+    counted,
 )
+from orbax_nnx_handler.planning.diagnosis.filters import selecting
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
 from orbax_nnx_handler.planning.folding import fold_paths
-from orbax_nnx_handler.planning.paths import Path, canonical, render
-
-
-def find_optimizers(scene: Scene) -> Iterable[Cause]:
-    """Yields what is wrong with the optimizer as a whole; a single missing moment is no cause."""
-    wanted = [path for path, item in scene.plan.evidence.wanted.items() if item.role == "optimizer"]
-    lost = scene.of_role(scene.missing, "optimizer")
-    if not lost or not any(path in scene.plan.restored for path in scene.weights):
-        return
-    stored = [item for item in scene.plan.evidence.placements.values() if item.section == "optimizer"]
-    if not stored:
-        complete = len(scene.weights) if scene.weights_complete else None
-        lost += scene.of_role(scene.missing, "step")
-        yield NoOptimizer(paths=tuple(lost), moments=len(wanted), weights=complete)
-        return
-    slots = {slot[-1] for slot, _ in scene.moments.values() if slot}
-    kept = {path: slot[-1] for path, (slot, _) in scene.moments.items() if slot}
-    restored = {kept[path] for path in kept if path in scene.plan.restored}
-    names = _stored_slots(scene)
-    if names and slots - restored and not (slots - restored) & names:
-        yield OtherOptimizer(paths=tuple(lost), stored=tuple(sorted(names)), wanted=tuple(sorted(slots)))
-
-
-def _stored_slots(scene: Scene) -> set[str]:
-    """Returns the names of the stored moments: the keys right above a parameter's path."""
-    lasts = {scene.stored_below(item)[-1] for item in scene.stored_weights.values()}
-    tops = {scene.stored_below(item)[0] for item in scene.stored_weights.values()} | {"params"}
-    found: set[str] = set()
-    for item in scene.plan.evidence.placements.values():
-        tokens = canonical(item.path)
-        tokens = tokens[:-1] if tokens[-1] == "value" else tokens
-        if item.section != "optimizer" or tokens[-1] not in lasts:
-            continue
-        at = next((at for at, token in enumerate(tokens) if token in tops), 0)
-        slot = item.slot[-1] if item.slot else tokens[at - 1] if at else ""
-        found |= {slot} if slot and not slot.startswith("#") else set()
-    return found
+from orbax_nnx_handler.planning.paths import Path
 
 
 def find_collections(scene: Scene) -> Iterable[Cause]:
-    """Yields collections of which nothing is stored, where the layout keeps collections apart."""
+    """Yields collections of which nothing is stored, where it can be told."""
     stored = {item.collection for item in scene.stored_weights.values()}
-    if None in stored or not any(path in scene.plan.restored for path in scene.weights):
+    if not any(path in scene.plan.restored for path in scene.weights):
+        return
+    # A layout without collections holds them all in one tree: what is left over may be the missing one.
+    if None in stored and scene.free_weights:
         return
     missing: dict[str, list[Path]] = defaultdict(list)
     for path in scene.missing_weights:
@@ -72,14 +39,10 @@ def find_collections(scene: Scene) -> Iterable[Cause]:
             yield CollectionMissing(
                 paths=tuple(paths),
                 collection=collection,
-                filter=_filter(kind),
+                filters=selecting(scene, paths),
                 count=len(paths),
                 stored=tuple(sorted(name for name in stored if name)),
             )
-
-
-def _filter(kind: type) -> str:
-    return f"nnx.{kind.__name__}" if getattr(nnx, kind.__name__, None) is kind else kind.__name__
 
 
 def find_lost_weights(scene: Scene) -> Iterable[Cause]:
@@ -87,7 +50,7 @@ def find_lost_weights(scene: Scene) -> Iterable[Cause]:
     kept = {parameter for path, (_, parameter) in scene.moments.items() if path in scene.plan.restored}
     lost = [path for path in scene.missing_weights if scene.below[path] in kept]
     if lost:
-        yield LostWeights(paths=scene.with_moments(lost), names=fold_paths(lost))
+        yield LostWeights(paths=scene.with_moments(lost), names=fold_paths(lost), count=len(lost))
 
 
 def find_new_parts(scene: Scene) -> Iterable[Cause]:
@@ -101,21 +64,10 @@ def find_new_parts(scene: Scene) -> Iterable[Cause]:
     modules = {_new_module(path, rest) for path in missing if path not in lora}
     if None in modules or len(missing) >= len(rest) + len(lora):
         return
-    names = [render(module) for module in sorted(filter(None, modules), key=render)]
-    filters = list(dict.fromkeys(f'nnx.PathContains("{module[-1]}")' for module in filter(None, modules)))
-    if lora:
-        names.append(f"{len(lora)} LoRA weights")
-        filters = [*_lora_filters(scene, lora), *filters]
-    yield NewPart(
-        paths=scene.with_moments(missing), names=tuple(names), filters=tuple(filters), complete=len(rest)
-    )
-
-
-def _lora_filters(scene: Scene, lora: Sequence[Path]) -> list[str]:
-    if len(scene.with_moments(lora)) == len(lora):
-        return ["nnx.LoRAParam"]
-    # Their moments are no LoRAParams; the name they share with them selects both.
-    return [f'nnx.PathContains("{name}")' for name in sorted({str(path[-1]) for path in lora})]
+    paths = scene.with_moments(missing)
+    names = [fold_paths(filter(None, modules))] if modules else []
+    names += [counted(len(lora), "LoRA weight")] if lora else []
+    yield NewPart(paths=paths, names=tuple(names), filters=selecting(scene, paths), complete=len(rest))
 
 
 def _new_module(path: Path, rest: Sequence[Path]) -> Path | None:

@@ -47,6 +47,11 @@ class Scene:
         }
 
     @cached_property
+    def open_leaves(self) -> Mapping[Path, Missing]:
+        """Missing leaves that make the restore fail, explained ones included."""
+        return {path: item for path, item in self.plan.missing.items() if item.policy == "error"}
+
+    @cached_property
     def mismatched(self) -> Mapping[Path, Mismatched]:
         """Mismatched leaves."""
         return {path: item for path, item in self.plan.mismatched.items() if path not in self.explained}
@@ -95,10 +100,20 @@ class Scene:
         return all(path in self.plan.restored for path in self.weights)
 
     @cached_property
+    def root(self) -> Tokens:
+        """Where the model sits in the target; told by its optimizer where no name meets a stored one."""
+        root = self.plan.evidence.roots.wanted
+        tops = {item.tokens[:1] for item in self.weights.values() if len(item.tokens) > 1}
+        moments = [i.tokens for i in self.plan.evidence.wanted.values() if i.role == "optimizer"]
+        if root or len(tops) != 1 or not moments:
+            return root
+        (top,) = tops
+        return root if any(top[0] in tokens for tokens in moments) else top
+
+    @cached_property
     def below(self) -> Mapping[Path, Tokens]:
         """The canonical path of each weight below the target's root."""
-        root = self.plan.evidence.roots.wanted
-        return {path: strip(item.tokens, root) for path, item in self.weights.items()}
+        return {path: strip(item.tokens, self.root) for path, item in self.weights.items()}
 
     def stored_below(self, placement: Placement) -> Tokens:
         """Returns the canonical path of a stored leaf below the stored root."""
@@ -131,7 +146,18 @@ class Scene:
         return (*weights, *followers)
 
 
-_LASTING = frozenset({"weights", "stored_weights", "weights_complete", "below", "moments", "_stored_below"})
+_LASTING = frozenset(
+    {
+        "weights",
+        "stored_weights",
+        "weights_complete",
+        "root",
+        "below",
+        "moments",
+        "_stored_below",
+        "open_leaves",
+    }
+)
 """The properties of a scene that stay what they are whatever is explained."""
 
 

@@ -1,8 +1,9 @@
 """Causes that are a matter of size: layers, dimensions, and how layers are arranged."""
 
 import dataclasses
+from typing import ClassVar
 
-from orbax_nnx_handler.planning.diagnosis.causes import Cause
+from orbax_nnx_handler.planning.diagnosis.causes import Cause, counted, listed
 from orbax_nnx_handler.planning.folding import ranges
 
 
@@ -15,24 +16,20 @@ class LayerCount(Cause):
         stored: Layers in the checkpoint.
         wanted: Layers in the target.
         kind: What is counted: experts where the path says so.
-        fillable: Whether the policy `init` can make the layers that are not stored:
-            a stack of another length is another shape, which no policy fills.
     """
 
     group: str
     stored: int
     wanted: int
-    kind: str = "layers"
-    fillable: bool = False
+    kind: str = "layer"
+    may_begin_anew: ClassVar[bool] = True
 
     def _cause(self) -> str:
-        return f"the stored {self.group!r} has {self.stored} {self.kind}, the target's has {self.wanted}."
+        stored = counted(self.stored, self.kind)
+        return f"{self.group!r} has {stored} in the checkpoint and {self.wanted} in the target."
 
-    def _hint(self) -> str:
-        same = f"restore into a model with {self.stored} {self.kind}"
-        if self.stored > self.wanted or not self.fillable:
-            return f"{same}."
-        return f'{same}, or pass policy="init" to initialise the {self.wanted - self.stored} new ones.'
+    def _way(self) -> str:
+        return f"restore into a model with {counted(self.stored, self.kind)}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +53,9 @@ class LayersAbsent(Cause):
             f"{'another is' if self.stored == 1 else f'{self.stored} others are'}: the checkpoint has a hole."
         )
 
-    def _hint(self) -> str:
-        return "restore another step, or find out why these layers were not saved."
+    def _way(self) -> str:
+        layers = "this layer was" if len(self.layers) == 1 else "these layers were"
+        return f"restore another step, or find out why {layers} not saved."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ class ScannedOnOneSide(Cause):
             f"they could not be rearranged, since {self.why}."
         )
 
-    def _hint(self) -> str:
+    def _way(self) -> str:
         return "correct the sizes first: stacking is done by itself once one layer has the wanted shape."
 
 
@@ -93,8 +91,9 @@ class DimensionDiffers(Cause):
         pairs: The dimension in the checkpoint and in the target; several that
             share one ratio.
         ratio: Target over checkpoint, as text (`2`, `1/2`).
-        count: Mismatched weights that it explains.
+        count: Mismatched weights that have the dimension.
         mismatches: Mismatched weights in all.
+        alone: Whether the weights that have it differ in nothing else.
         name: What the dimension is, where the places it stands at tell; or empty.
     """
 
@@ -102,27 +101,96 @@ class DimensionDiffers(Cause):
     ratio: str
     count: int
     mismatches: int
+    alone: bool = True
     name: str = ""
 
     def _cause(self) -> str:
-        what = f"{self.name or 'a dimension'} differs"
-        if len(self.pairs) > 1 and not self.name:
-            what = "the model's width differs"
-        sizes = ", ".join(f"{stored} stored, {wanted} wanted" for stored, wanted in self.pairs)
-        if len(self.pairs) > 1:
-            sizes = " and ".join(f"{stored} stored for {wanted} wanted" for stored, wanted in self.pairs)
         ratio = f" (ratio {self.ratio})" if self.ratio else ""
-        return f"{what}: {sizes}{ratio}. This explains {self._share}."
+        return f"{self._what}{ratio}. This {'explains' if self.alone else 'shows in'} {self._share}."
+
+    @property
+    def _what(self) -> str:
+        if len(self.pairs) == 1:
+            stored, wanted = self.pairs[0]
+            return f"{self.name or 'a dimension'} differs: {stored} stored, {wanted} wanted"
+        sizes = [f"{stored} stored for {wanted} wanted" for stored, wanted in self.pairs]
+        return f"{self.name or 'the width of the model'} differs: {listed(sizes)}"
 
     @property
     def _share(self) -> str:
-        if self.mismatches == 1:
-            return "the mismatch"
-        if self.count == self.mismatches:
-            return f"all {self.count} mismatched weights"
-        return f"{self.count} of the {self.mismatches} mismatched weights"
+        return share(self.count, self.mismatches, "mismatched weight")
 
-    def _hint(self) -> str:
-        if len(self.pairs) == 1:
-            return f"build the target with {self.pairs[0][0]}; a weight is never cut or padded."
-        return "build the target with the stored sizes; a weight is never cut or padded."
+    def _way(self) -> str:
+        return SIZES
+
+
+SIZES = "build the target with the stored sizes; a weight is never cut or padded."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadsDivided(Cause):
+    """The same features are divided among another number of heads.
+
+    Attributes:
+        stored: Heads and size of one in the checkpoint.
+        wanted: Heads and size of one in the target.
+        count: Mismatched weights that it explains.
+        mismatches: Mismatched weights in all.
+    """
+
+    stored: tuple[int, int]
+    wanted: tuple[int, int]
+    count: int
+    mismatches: int
+
+    def _cause(self) -> str:
+        stored, wanted = (f"{counted(heads, 'head')} of {size}" for heads, size in (self.stored, self.wanted))
+        return (
+            f"the division into heads differs: {stored} stored, {wanted} wanted. "
+            f"This explains {share(self.count, self.mismatches, 'mismatched weight')}."
+        )
+
+    def _way(self) -> str:
+        return SIZES
+
+
+def share(count: int, total: int, noun: str) -> str:
+    """Returns a part of a whole in words: `the only mismatch`, `both`, `all 19`, `4 of the 19`."""
+    if total == 1:
+        return f"the {noun}"
+    if count == total:
+        return f"both {noun}s" if total == 2 else f"all {total} {noun}s"
+    return f"{count} of the {total} {noun}s"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherOutput(Cause):
+    """One module has another number of outputs, and nothing else differs with it: a head.
+
+    Attributes:
+        module: The module in the target, as its path is written.
+        key: Its own name.
+        pattern: Its stored path below the collection; empty where it is made from several.
+        stored: The stored number of outputs.
+        wanted: The wanted number.
+    """
+
+    module: str
+    key: str
+    pattern: str
+    stored: int
+    wanted: int
+
+    def _cause(self) -> str:
+        stored = counted(self.stored, "output")
+        return f"{self.module!r} has {stored} in the checkpoint and {self.wanted} in the target."
+
+    def _way(self) -> str:
+        same = f"build the target with {self.stored}"
+        if not self.pattern:
+            return f"{same}; a weight is never cut or padded."
+        return (
+            f"{same}; or leave the stored one behind and begin a new one, with "
+            f"renames=[Drop({self.pattern!r}, 'a new head')] and "
+            f'policy={{nnx.PathContains("{self.key}"): "init", ...: "error"}}.'
+        )

@@ -40,7 +40,9 @@ def _row(cells: tuple[str, ...]) -> str:
 
 def _bar(share: Share) -> str:
     parts = share.parts()
-    total = max(1, sum(nbytes for _, nbytes in parts))
+    if not parts:
+        return ""
+    total = sum(nbytes for _, nbytes in parts)
     boxes: list[str] = []
     left = 0.0
     for part, nbytes in parts:

@@ -1,6 +1,7 @@
 """Sheets as plain text: for logs, files and `print`."""
 
-from orbax_nnx_handler.planning.folding import align
+from orbax_nnx_handler.planning.aligning import align
+from orbax_nnx_handler.planning.prose import wrapped
 from orbax_nnx_handler.planning.rendering.sheet import Sheet
 
 _LIMIT = 30
@@ -11,4 +12,4 @@ def render_sheet(sheet: Sheet) -> str:
     lines = [f"{sheet.head}: {sheet.counts}", f"checkpoint: {sheet.checkpoint}"]
     for section in sheet.sections:
         lines += [f"  {section.title}", *align(section.lines, limit=_LIMIT, indent="    ")]
-    return "\n".join([*lines, *sheet.advice])
+    return wrapped("\n".join([*lines, *sheet.advice]))

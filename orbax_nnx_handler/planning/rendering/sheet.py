@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from orbax_nnx_handler.planning.advice import advice
+from orbax_nnx_handler.planning.diagnosis.causes import counted
 from orbax_nnx_handler.planning.folding import Folded, Row, fold
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rendering.share import Share, sized
@@ -15,7 +17,6 @@ from orbax_nnx_handler.planning.rows import (
     restored_rows,
     stored_rows,
 )
-from orbax_nnx_handler.planning.verdict import advice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,8 @@ def _counts(plan: RestorePlan, missing: str) -> str:
 
 
 def _checkpoint(plan: RestorePlan) -> str:
-    return f"{plan.directory} (layout: {plan.layout}, {plan.stored_count} stored leaves)"
+    stored = counted(plan.stored_count, "stored leaf", "stored leaves")
+    return f"{plan.directory} (layout: {plan.layout}, {stored})"
 
 
 def _sections(plan: RestorePlan, missing: str) -> tuple[Section, ...]:

@@ -23,7 +23,7 @@ def sheet_on_console(sheet: Sheet, console: Console, options: ConsoleOptions) ->
     bad = "does not fit" in sheet.head
     yield Text.assemble((sheet.head, "bold red" if bad else "bold green"), ": ", sheet.counts)
     yield Text.assemble(("checkpoint: ", "dim"), sheet.checkpoint)
-    yield _bar(sheet.share, min(options.max_width, 60))
+    yield _bar(sheet.share, min(options.max_width, 60), "#" if options.ascii_only else "█")
     for section in sheet.sections:
         yield Text(f"  {section.title}", style=_style(section.title))
         yield _rows(section, options.max_width)
@@ -43,7 +43,7 @@ def _rows(section: Section, width: int) -> RenderableType:
     rows = [[cells[at] if at < len(cells) else "" for at in used] for cells in shown]
     rest = sum(line.count for line in section.lines[_LIMIT:])
     if rest:
-        rows.append([f"    … and {rest} more", *[""] * (len(used) - 1)])
+        rows.append([f"    ... and {rest} more", *[""] * (len(used) - 1)])
     natural = sum(max(len(row[at]) for row in rows) + 2 for at in range(len(used)))
     return _table(rows) if natural <= width else _pairs_of_lines(rows)
 
@@ -65,11 +65,11 @@ def _pairs_of_lines(rows: Sequence[Sequence[str]]) -> Group:
     return Group(*lines)
 
 
-def _bar(share: Share, width: int) -> Text:
+def _bar(share: Share, width: int, block: str) -> Text:
     total = max(1, sum(nbytes for _, nbytes in share.parts()))
     bar = Text()
     for part, nbytes in share.parts():
-        bar.append("█" * max(1, round(width * nbytes / total)), style=COLOURS[part])
+        bar.append(block * max(1, round(width * nbytes / total)), style=COLOURS[part])
     for part, nbytes in share.parts():
         bar.append(f"  {part} {sized(nbytes)}", style=COLOURS[part])
     return bar

@@ -124,7 +124,7 @@ def reason_of(rule: Rule, *before: Entry) -> str:
 def refuse(rule: Rule, bad: Sequence[tuple[Entry, str]]) -> NoReturn:
     """Raises the error of a rule whose shapes do not come out."""
     rows = "\n".join(f"  {_written(entry)} {entry.shape}: {why}" for entry, why in bad[:20])
-    more = f"\n  … and {len(bad) - 20} more" if len(bad) > 20 else ""
+    more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
     paths = [path for entry, _ in bad for path in entry.sources]
     raise RuleError(f"{rule} does not fit {len(bad)} stored leaves:\n{rows}{more}", paths=paths)
 

@@ -75,7 +75,7 @@ class StackLayers(Rule):
 
     def _join(self, name: tuple[str, ...], layers: Mapping[str, int]) -> Join:
         numbers = sorted(map(int, layers))
-        fault = "" if numbers == list(range(len(numbers))) else f"the layers are {numbers}, not 0, 1, 2, …"
+        fault = "" if numbers == list(range(len(numbers))) else f"the layers are {numbers}, not 0, 1, 2, ..."
         return Join(name=name, members=tuple(layers[str(n)] for n in numbers), fault=fault, make=self._make)
 
     def _make(self, parts: Sequence[Entry]) -> Entry:

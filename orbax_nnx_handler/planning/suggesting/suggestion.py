@@ -96,7 +96,7 @@ class Suggestion:
 
 def _listed(names: tuple[str, ...]) -> str:
     shown = ", ".join(names[:8])
-    return shown if len(names) <= 8 else f"{shown}, … ({len(names)})"
+    return shown if len(names) <= 8 else f"{shown}, ... ({len(names)})"
 
 
 def _comment(text: str) -> str:
@@ -107,4 +107,4 @@ def _comment(text: str) -> str:
 def _rest(what: str, paths: tuple[Path, ...]) -> list[str]:
     ordered = sorted(paths, key=natural_key)
     lines = [_comment(f"{what}: {render(path)}") for path in ordered[:20]]
-    return [*lines, f"# … and {len(ordered) - 20} more"] if len(ordered) > 20 else lines
+    return [*lines, f"# ... and {len(ordered) - 20} more"] if len(ordered) > 20 else lines

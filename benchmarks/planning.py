@@ -1,17 +1,13 @@
 """How long a plan of 20,000 leaves under 50 rules takes, and whether it is right.
 
-    python -m benchmarks.planning [--leaves 20000] [--rules 50]
+    python -m benchmarks.planning
 
 The model is made up: blocks of dense layers under automatic names, each with its
 moments. Every restored leaf is compared with the stored path that a loop over
 the same names gives, so that a fast wrong plan fails.
 """
 
-import argparse
-import cProfile
-import json
-import pstats
-import sys
+import statistics
 import time
 from typing import Any
 
@@ -19,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.measuring import Row, arguments, report, table
 from orbax_nnx_handler import Rename, Transpose
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -27,6 +24,7 @@ from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.planner import make_plan
 from orbax_nnx_handler.planning.recipes import reads
 from orbax_nnx_handler.planning.target import flatten_target
+from orbax_nnx_handler.transfer.collection import paused_collection
 
 FLOAT = np.dtype("float32")
 SHAPE = (4, 8)
@@ -67,26 +65,28 @@ def check(plan: RestorePlan, expected: dict[Path, Path]) -> None:
         raise SystemExit("the plan is wrong")
 
 
-def main() -> None:
-    """Prints one line of JSON: seconds of the planner alone."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--leaves", type=int, default=20_000)
-    parser.add_argument("--rules", type=int, default=50)
-    parser.add_argument("--profile", action="store_true", help="print where the time goes")
-    chosen = parser.parse_args()
-    state, stored, rules, expected = problem(chosen.leaves, chosen.rules)
-    target, options = flatten_target(state), RestoreOptions.of(renames=rules)
-    profile = cProfile.Profile(builtins=False)
-    if chosen.profile:
-        profile.enable()
-    start = time.process_time()
-    plan = make_plan(target, stored, options)
-    seconds = time.process_time() - start
-    if chosen.profile:
-        profile.disable()
-        pstats.Stats(profile, stream=sys.stderr).sort_stats("cumtime").print_stats(35)
+def planned(leaves: int, rules: int) -> Row:
+    """Plans once, checks the plan, and returns what the planner alone took."""
+    state, stored, renames, expected = problem(leaves, rules)
+    target, options = flatten_target(state), RestoreOptions.of(renames=renames)
+    cpu, start = time.process_time(), time.perf_counter()
+    with paused_collection():  # As `plan_restore` and `restore` plan.
+        plan = make_plan(target, stored, options)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     check(plan, expected)
-    print(json.dumps({"leaves": len(stored), "rules": len(rules), "cpu_seconds": round(seconds, 3)}))
+    return {"leaves": len(stored), "rules": len(renames), "seconds": seconds, "cpu_seconds": cpu}
+
+
+def main() -> None:
+    """Measures the planner in this process; the profile is `python -m cProfile -m benchmarks.planning`."""
+    options = arguments(__doc__ or "")
+    sizes = [(600, 11)] if options.toy else [(20_000, 2), (20_000, 50), (5_000, 50)]
+    rows: list[Row] = []
+    for leaves, rules in sizes:
+        trials = [planned(leaves, rules) for _ in range(options.rounds)]
+        medians = {key: statistics.median(row[key] for row in trials) for key in ("seconds", "cpu_seconds")}
+        rows.append(trials[0] | medians)
+    report("planning", options, rows, {"**plan in memory**": table(rows)})
 
 
 if __name__ == "__main__":

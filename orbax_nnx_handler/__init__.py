@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.errors import (
     UnexpectedParamError,
     UnknownLayoutError,
     UnmappedValueError,
+    UnreadableLeafError,
     UnusedRuleError,
 )
 from orbax_nnx_handler.planning.plan import RestorePlan
@@ -40,10 +41,12 @@ from orbax_nnx_handler.planning.rules import (
     invert,
 )
 from orbax_nnx_handler.planning.suggesting import Suggestion
+from orbax_nnx_handler.transfer.agreement import DisagreementError, OtherProcessError
 
 __all__ = [
     "AmbiguousMappingError",
     "Cast",
+    "DisagreementError",
     "Drop",
     "DtypeMismatchError",
     "Fuse",
@@ -54,6 +57,7 @@ __all__ = [
     "NNXLinenRestore",
     "NNXLinenSave",
     "NotACheckpointError",
+    "OtherProcessError",
     "Rename",
     "Reshape",
     "RestoreError",
@@ -71,6 +75,7 @@ __all__ = [
     "UnexpectedParamError",
     "UnknownLayoutError",
     "UnmappedValueError",
+    "UnreadableLeafError",
     "UnstackLayers",
     "UnusedRuleError",
     "handler_registry",

@@ -110,11 +110,16 @@ def children(recipe: Recipe) -> tuple[Recipe, ...]:
 
 def reads(recipe: Recipe) -> Iterator[Path]:
     """Yields the stored paths of a recipe, in order, repeats included."""
-    if isinstance(recipe, Read):
-        yield recipe.path
-        return
-    for child in children(recipe):
-        yield from reads(child)
+    # A chain of steps is walked, not recursed into: planning asks this of every leaf, several times.
+    while not isinstance(recipe, Read):
+        if isinstance(recipe, Fill):
+            return
+        if isinstance(recipe, Stack | Concat):
+            for child in recipe.sources:
+                yield from reads(child)
+            return
+        recipe = recipe.source
+    yield recipe.path
 
 
 def parts_of(recipe: Recipe) -> Iterator[Recipe]:
@@ -137,9 +142,11 @@ def substitute(recipe: Recipe, swap: Callable[[Path], Recipe]) -> Recipe:
         case Fill():
             return recipe
         case Stack(sources) | Concat(sources):
-            return dataclasses.replace(recipe, sources=tuple(substitute(s, swap) for s in sources))
+            return type(recipe)(tuple(substitute(source, swap) for source in sources), recipe.axis)
         case _:
-            return dataclasses.replace(recipe, source=substitute(recipe.source, swap))
+            # Not `dataclasses.replace`, which takes longer than all the rest of it.
+            rest = [getattr(recipe, name) for name in recipe.__match_args__[1:]]
+            return type(recipe)(substitute(recipe.source, swap), *rest)
 
 
 def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:

@@ -77,10 +77,7 @@ def collection_of(kind: type[Any] | None) -> str | None:
 
 
 def _owner(path: Path) -> Path | None:
-    for at, key in enumerate(path[:-1]):
-        if str(key) == "opt_state":
-            return path[:at]
-    return None
+    return path[: path.index("opt_state")] if "opt_state" in path[:-1] else None
 
 
 def _wanted(leaf: WantedLeaf, owners: set[Path | None], streams: set[Path], collection: str | None) -> Wanted:

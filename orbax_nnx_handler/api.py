@@ -1,6 +1,5 @@
 """Plan, restore and save without a manager."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,21 +11,20 @@ from etils import epath
 
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.linen_tree import Flavour
-from orbax_nnx_handler.planning.lost import lost_leaves, unreadable
 from orbax_nnx_handler.planning.optax_tree import Transformation
 from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import RestorePlan, UnexpectedPolicy
-from orbax_nnx_handler.planning.planner import make_plan
-from orbax_nnx_handler.planning.policies import Policies, Policy
+from orbax_nnx_handler.planning.policies import Policies
 from orbax_nnx_handler.planning.report import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
-from orbax_nnx_handler.planning.target import Target, flatten_like, flatten_target
+from orbax_nnx_handler.planning.target import flatten_like, flatten_target
 from orbax_nnx_handler.transfer.agreement import agree, agree_on
 from orbax_nnx_handler.transfer.collection import paused_collection
+from orbax_nnx_handler.transfer.deciding import decide, decide_and_check
 from orbax_nnx_handler.transfer.locating import find_item
-from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.transfer.metadata import read_metadata
 from orbax_nnx_handler.transfer.restoring import carry_out
 from orbax_nnx_handler.transfer.single_replica import single_replica_leaves
 from orbax_nnx_handler.transfer.writing import linen_save
@@ -71,7 +69,7 @@ def plan_restore(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     overrides = flatten_like(restore_args) if restore_args is not None else {}
-    plan, _, _ = _decide(find_item(path, item), target, overrides, options)
+    plan, _, _ = decide(find_item(path, item), target, overrides, options)
     return plan
 
 
@@ -116,14 +114,8 @@ def restore(
         RestoreError: The checkpoint cannot become the target; raised before any
             array is read, and lists every problem.
     """
-    options = RestoreOptions().override(
-        policy=policy,
-        layout=layout,
-        renames=renames,
-        init=init,
-        unexpected=unexpected,
-        dtype=dtype,
-        single_replica=single_replica,
+    options = RestoreOptions(single_replica=bool(single_replica)).override(
+        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     limit = None if concurrent_gb is None else int(concurrent_gb * 1e9)
     directory = agree_on("checkpoint", lambda: find_item(path, item))
@@ -214,7 +206,7 @@ def restore_item(
     """
     start = time.monotonic()
     overrides = flatten_like(restore_args) if restore_args is not None else {}
-    plan, parts, checkpoint = agree(lambda: _decide_and_check(directory, target, overrides, options))
+    plan, parts, checkpoint = agree(lambda: decide_and_check(directory, target, overrides, options))
     arrays = carry_out(
         checkpoint,
         plan,
@@ -229,34 +221,6 @@ def restore_item(
     report = RestoreReport.of(plan, time.monotonic() - start)
     _log(report)
     return result, report
-
-
-def _decide_and_check(
-    directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
-) -> tuple[RestorePlan, Target, Checkpoint]:
-    decided = _decide(directory, target, overrides, options)
-    decided[0].check()
-    return decided
-
-
-@paused_collection()
-def _decide(
-    directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
-) -> tuple[RestorePlan, Target, Checkpoint]:
-    checkpoint = read_metadata(directory)
-    if checkpoint.lost and not checkpoint.leaves:
-        raise unreadable(checkpoint.lost)
-    parts = flatten_target(target, overrides)
-    plan = make_plan(
-        parts, checkpoint.leaves, options, directory=str(directory), overrides=_policies_of(overrides)
-    )
-    faults = (*plan.faults, *lost_leaves(plan, checkpoint.lost))
-    return dataclasses.replace(plan, faults=faults), parts, checkpoint
-
-
-def _policies_of(overrides: Mapping[Path, Any]) -> dict[Path, Policy]:
-    found = {path: getattr(args, "policy", None) for path, args in overrides.items()}
-    return {path: policy for path, policy in found.items() if policy is not None}
 
 
 def _check_materialised(arrays: Mapping[Path, Any]) -> None:

@@ -84,14 +84,8 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         asked = own is not None and is_single_replica(own)
         self._has_own_type_handlers = own is not None and not asked
         self._concurrent_bytes = None if limit is None else int(limit * 10**9)
-        self._options = RestoreOptions().override(
-            policy=policy,
-            layout=layout,
-            renames=renames,
-            init=init,
-            unexpected=unexpected,
-            dtype=dtype,
-            single_replica=single_replica or asked,
+        self._options = RestoreOptions(single_replica=bool(single_replica) or asked).override(
+            policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
         )
         self.report = None
         # Written into the checkpoint: the parent's name, so that any Orbax can read it. On the instance,

@@ -139,14 +139,8 @@ def configured(
     Raises:
         ValueError: A value is none of the choices.
     """
-    options = RestoreOptions().override(
-        policy=policy,
-        layout=layout,
-        renames=renames,
-        init=init,
-        unexpected=unexpected,
-        dtype=dtype,
-        single_replica=single_replica,
+    options = RestoreOptions(single_replica=bool(single_replica)).override(
+        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     attributes = {"options": options, "save_layout": save_layout, "tx": tx, "primary_host": primary_host}
     # Orbax writes a handler's full name into the checkpoint. What is on disk is a plain PyTree checkpoint,

@@ -10,8 +10,8 @@ from orbax_nnx_handler.planning.errors import (
     RuleError,
     UnusedRuleError,
 )
+from orbax_nnx_handler.planning.found import Rivals
 from orbax_nnx_handler.planning.mapping import LeafMapping
-from orbax_nnx_handler.planning.matching import Rivals
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.restacking import UnclearAxis
@@ -105,14 +105,14 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
         return RuleError(
             f"the layers of {name!r} cannot be stacked on the axis that a rule says: the shapes of its "
             f"{len(group.tokens)} wanted leaves do not come out.\n{listed}",
-            paths=[tuple(tokens) for tokens in group.tokens],
+            paths=group.paths,
         )
     axes = " or ".join(map(str, group.axes))
     return AmbiguousMappingError(
         f"the layers of {name!r} can be stacked on axis {axes}: the shapes of its "
         f"{_leaves(len(group.tokens), 'wanted ')} fit each of them.\n"
         "hint: renames=[ScanAxis(" + repr(name) + f", {group.axes[0]})] says which axis.",
-        paths=[tuple(tokens) for tokens in group.tokens],
+        paths=group.paths,
     )
 
 
@@ -124,7 +124,7 @@ def _unclear_order(order: UnclearOrder) -> AmbiguousMappingError:
         f"{_leaves(len(order.tokens), 'wanted ')} fit each of them.\n{names}\n"
         "hint: renames=[...] decides: UnstackLayers takes a stack apart or StackLayers makes one, "
         "and a pair of names gives a layer its number.",
-        paths=[tuple(tokens) for tokens in order.tokens],
+        paths=order.paths,
     )
 
 

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.cutting import Bases, Cut, Cuts, readings
 from orbax_nnx_handler.planning.entries import Entry
 from orbax_nnx_handler.planning.layers import Group, Tokens
 from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import Fill, Recipe
 from orbax_nnx_handler.planning.restacking import Restacked, UnclearAxis, said_axis
 from orbax_nnx_handler.planning.sections import Member, Part, Rest, Section, nouns, parents, sections
@@ -27,12 +28,14 @@ class UnclearOrder:
     Attributes:
         parent: The module that runs the layers.
         names: The sections and members in question, as paths below the parent.
-        tokens: The wanted leaves.
+        tokens: The wanted leaves, below the model's root.
+        paths: The same as the target has them.
     """
 
     parent: Tokens
     names: tuple[str, ...]
     tokens: tuple[Tokens, ...]
+    paths: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

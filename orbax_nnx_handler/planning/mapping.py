@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from orbax_nnx_handler.planning.arranging import UnclearOrder
 from orbax_nnx_handler.planning.entries import model_entries
 from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.found import Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.leaves import StoredLeaf
-from orbax_nnx_handler.planning.matching import Found, Matcher, ModelMatch, Rivals
+from orbax_nnx_handler.planning.matching import Matcher
 from orbax_nnx_handler.planning.moment_follower import MomentFollower
 from orbax_nnx_handler.planning.moments import (
     StoredMoments,

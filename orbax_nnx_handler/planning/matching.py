@@ -10,6 +10,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.arranging import Arranged, UnclearOrder, arrange
 from orbax_nnx_handler.planning.entries import Entry
+from orbax_nnx_handler.planning.found import Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.paths import Path, segments
 from orbax_nnx_handler.planning.pieces import Piece, Side, pieces_of
@@ -20,42 +21,6 @@ from orbax_nnx_handler.planning.roots import Roots, Tokens, strip
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.sections import Part
 from orbax_nnx_handler.planning.structures import Homeless, derive
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    """Where a wanted leaf comes from.
-
-    Attributes:
-        recipe: How it is made from stored leaves.
-        reason: The rule or structure that led there; empty for the path itself.
-        missing_layers: Layers of a stack that no stored leaf holds.
-        surplus: Layers that the stored group has and the wanted one has not.
-    """
-
-    recipe: Recipe
-    reason: str = ""
-    missing_layers: tuple[int, ...] = ()
-    surplus: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rivals:
-    """One wanted leaf that several stored leaves claim."""
-
-    wanted: Wanted
-    entries: tuple[Entry, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelMatch:
-    """The model's part of a mapping; `groups` are the layer groups that had to be arranged anew."""
-
-    found: Mapping[Path, Found]
-    rivals: tuple[Rivals, ...] = ()
-    unclear: tuple[UnclearAxis | UnclearOrder, ...] = ()
-    homeless: tuple[Homeless, ...] = ()
-    groups: frozenset[Tokens] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,10 +76,15 @@ class Matcher:
         return ModelMatch(
             found=found,
             rivals=tuple(rivals),
-            unclear=(*unclear, *arranged.unclear),
+            unclear=tuple(map(self._with_paths, (*unclear, *arranged.unclear))),
             homeless=tuple(homeless),
             groups=frozenset(groups | arranged.groups),
         )
+
+    def _with_paths(self, group: UnclearAxis | UnclearOrder) -> UnclearAxis | UnclearOrder:
+        tokens = set(group.tokens)
+        paths = tuple(path for path, below in self._below.items() if below in tokens)
+        return dataclasses.replace(group, paths=paths)
 
     def _readings(self, entry: Entry) -> list[Tokens]:
         readings = [strip(entry.tokens, self.roots.stored)]

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.following import follow, missing_layers
+from orbax_nnx_handler.planning.found import Found
 from orbax_nnx_handler.planning.leaves import Shape
-from orbax_nnx_handler.planning.matching import Found
 from orbax_nnx_handler.planning.moments import StoredMoments, Tokens, WantedMoment
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Stored

@@ -16,10 +16,10 @@ from orbax_nnx_handler.planning.dtypes import (
     worst,
 )
 from orbax_nnx_handler.planning.evidence import Evidence
+from orbax_nnx_handler.planning.found import Found
 from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.leftover import left_over
 from orbax_nnx_handler.planning.mapping import LeafMapping
-from orbax_nnx_handler.planning.matching import Found
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Stored

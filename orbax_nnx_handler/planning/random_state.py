@@ -8,7 +8,7 @@ module's own stream: `drop/rngs/default/{count,key}` became
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from orbax_nnx_handler.planning.matching import Found
+from orbax_nnx_handler.planning.found import Found
 from orbax_nnx_handler.planning.paths import Path, canonical
 from orbax_nnx_handler.planning.placement import Placement
 from orbax_nnx_handler.planning.recipes import Read

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.ambiguity import two_layouts
 from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.found import Found
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.mapping import LeafMapping, map_leaves
-from orbax_nnx_handler.planning.matching import Found
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Stored

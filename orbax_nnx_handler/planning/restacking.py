@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.layers import Form, Group, Tokens
 from orbax_nnx_handler.planning.leaves import Shape
+from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.pieces import Key, Piece, Side
 from orbax_nnx_handler.planning.recipes import Fill, Index, Recipe, Stack
 
@@ -38,14 +39,16 @@ class UnclearAxis:
     Attributes:
         group: The group.
         axes: The axes that are possible; empty if the user said another one.
-        tokens: Its wanted leaves.
+        tokens: Its wanted leaves, below the model's root.
         sources: Its stored leaves.
+        paths: Its wanted leaves as the target has them.
     """
 
     group: Group
     axes: tuple[int, ...]
     tokens: tuple[Tokens, ...]
     sources: tuple[Tokens, ...]
+    paths: tuple[Path, ...] = ()
 
 
 def restack(

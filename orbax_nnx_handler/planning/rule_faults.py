@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 from orbax_nnx_handler.planning.dtypes import changes_values
 from orbax_nnx_handler.planning.errors import RestoreError, RuleError
+from orbax_nnx_handler.planning.found import Found, ModelMatch
 from orbax_nnx_handler.planning.leaves import StoredLeaf
-from orbax_nnx_handler.planning.matching import Found, ModelMatch
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.recipes import Recipe, Scale, Slice, parts_of, reads, render_reads
 from orbax_nnx_handler.planning.roots import Tokens

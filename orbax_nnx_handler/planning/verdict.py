@@ -6,6 +6,7 @@ from orbax_nnx_handler.planning.advice import advice
 from orbax_nnx_handler.planning.aligning import aligned
 from orbax_nnx_handler.planning.diagnosis.causes import counted
 from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel
+from orbax_nnx_handler.planning.diagnosis.scene import Scene
 from orbax_nnx_handler.planning.errors import (
     AmbiguousMappingError,
     DtypeMismatchError,
@@ -15,10 +16,9 @@ from orbax_nnx_handler.planning.errors import (
     ShapeMismatchError,
     UnexpectedParamError,
 )
-from orbax_nnx_handler.planning.paths import Path, canonical
+from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.prose import wrapped
-from orbax_nnx_handler.planning.roots import strip
 from orbax_nnx_handler.planning.rows import mismatched_rows, missing_rows, stored_rows
 
 
@@ -62,14 +62,18 @@ def _missing(plan: RestorePlan) -> Sequence[RestoreError]:
 
 
 def _contested(plan: RestorePlan) -> set[Path]:
-    """Returns wanted leaves that another fault names already: not missing, but claimed in two ways."""
+    """Returns wanted leaves that another fault names already: not missing, but claimed in two ways.
+
+    Their moments follow them, and are as open.
+    """
     named = {
         path for fault in plan.faults if isinstance(fault, AmbiguousMappingError) for path in fault.paths
     }
     if not named:
         return set()
-    root = plan.evidence.roots.wanted
-    return {path for path in plan.missing if path in named or strip(canonical(path), root) in named}
+    scene = Scene(plan=plan)
+    parameters = {scene.below[path] for path in named if path in scene.below}
+    return named | {path for path, (_, parameter) in scene.moments.items() if parameter in parameters}
 
 
 def _sourceless(plan: RestorePlan) -> Sequence[RestoreError]:

@@ -59,11 +59,18 @@ def _unfinished(path: epath.Path) -> list[str]:
 
 def _finished_near(path: epath.Path) -> str:
     root = next((part.parent for part in (path, *path.parents) if UNFINISHED in part.name), path)
-    for folder in (root, root.parent):
-        steps = {step: child for step, child in steps_of(folder).items() if child not in (path, root)}
+    # An unfinished item lies in a step; what lies beside that is one too if it is called the same.
+    beside = {step: child for step, child in steps_of(root.parent).items() if _prefix(child) == _prefix(root)}
+    for found in (steps_of(root), beside):
+        steps = {step: child for step, child in found.items() if child not in (path, root)}
         if steps:
             return f"the newest finished step is {steps[max(steps)]}."
     return "no finished step lies beside it: the job has to save again."
+
+
+def _prefix(step: epath.Path) -> str:
+    """Returns what stands before the number in a step's name."""
+    return step.name.rstrip("0123456789")
 
 
 def _instead_of(path: epath.Path) -> str:

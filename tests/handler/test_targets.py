@@ -395,8 +395,9 @@ def test_64_bits_that_jax_cannot_hold_are_an_error_where_the_stored_dtype_is_ask
     assert str(error.value) == (
         "1 leaf has another kind of dtype in the checkpoint:\n"
         "  w   stored (3,) float64   wanted (3,) float32   "
-        'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"   <- params/w\n'
-        f"checkpoint: {item} (layout: Linen variables, 1 stored leaves)"
+        'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"\n'
+        "      <- params/w\n"
+        f"checkpoint: {item} (layout: Linen variables, 1 stored leaf)"
     )
 
 

@@ -15,12 +15,13 @@ from tests.layouts.programs import assert_goes_on, perceptron, restored, trained
 pytestmark = pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated")
 
 SQUARE_MESSAGE = """the checkpoint lacks 2 of the 6 leaves that the target needs:
-  1/opt_state/{{v_col,v_row}}/out/kernel   (8,) float32
+  1/opt_state/v_col/out/kernel   (8,) float32
+  1/opt_state/v_row/out/kernel   (8,) float32
 checkpoint: {}/checkpoint_3/state (layout: T5X, 6 stored leaves, 1 of them unexpected)
-cause: 2 stored v_row and v_col belong to parameters with two axes of one size, and T5X does not store which \
-axis it took for the row: optax may call them the other way round.
-hint: pass policy={{nnx.PathContains("v_row"): "init", nnx.PathContains("v_col"): "init", ...: "error"}} to \
-begin these moments anew.
+cause: 2 stored v_row and v_col belong to parameters with two axes of one size, and T5X does not \
+store which axis it
+       took for the row: optax may call them the other way round.
+hint: pass policy={{nnx.OptState: "init", ...: "error"}} to initialise these 2 leaves and nothing else.
 hint: the target is abstract, so initial values need init=..., a function that builds the target."""
 
 

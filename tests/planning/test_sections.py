@@ -288,7 +288,9 @@ the shapes of its 12 wanted leaves fit each of them.
   scanned_blocks/global_layer
   scanned_blocks/local_layers
 hint: renames=[...] decides: UnstackLayers takes a stack apart or StackLayers makes one, \
-and a pair of names gives a layer its number."""
+and a pair of names gives a
+      layer its number.
+checkpoint:"""
 
 
 def test_members_of_one_shape_have_no_order() -> None:

@@ -1,0 +1,49 @@
+"""What the matcher finds: where each wanted leaf comes from, and what stays open."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from orbax_nnx_handler.planning.arranging import UnclearOrder
+from orbax_nnx_handler.planning.entries import Entry
+from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.recipes import Recipe
+from orbax_nnx_handler.planning.restacking import UnclearAxis
+from orbax_nnx_handler.planning.roles import Wanted
+from orbax_nnx_handler.planning.roots import Tokens
+from orbax_nnx_handler.planning.structures import Homeless
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """Where a wanted leaf comes from.
+
+    Attributes:
+        recipe: How it is made from stored leaves.
+        reason: The rule or structure that led there; empty for the path itself.
+        missing_layers: Layers of a stack that no stored leaf holds.
+        surplus: Layers that the stored group has and the wanted one has not.
+    """
+
+    recipe: Recipe
+    reason: str = ""
+    missing_layers: tuple[int, ...] = ()
+    surplus: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rivals:
+    """One wanted leaf that several stored leaves claim."""
+
+    wanted: Wanted
+    entries: tuple[Entry, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelMatch:
+    """The model's part of a mapping; `groups` are the layer groups that had to be arranged anew."""
+
+    found: Mapping[Path, Found]
+    rivals: tuple[Rivals, ...] = ()
+    unclear: tuple[UnclearAxis | UnclearOrder, ...] = ()
+    homeless: tuple[Homeless, ...] = ()
+    groups: frozenset[Tokens] = frozenset()

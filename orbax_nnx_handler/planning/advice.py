@@ -7,6 +7,7 @@ from orbax_nnx_handler.planning.diagnosis.causes import Cause, fill_hint
 from orbax_nnx_handler.planning.diagnosis.filters import selecting
 from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel, OtherNames
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
+from orbax_nnx_handler.planning.dtypes import name_of
 from orbax_nnx_handler.planning.errors import AmbiguousMappingError, UnreadableLeafError
 from orbax_nnx_handler.planning.folding import Row, fold
 from orbax_nnx_handler.planning.nearest import nearest
@@ -103,7 +104,7 @@ def _general(plan: RestorePlan, explained: Collection[Path]) -> Iterable[str]:
 
 def _is_renamed(plan: RestorePlan, missing: Iterable[Path]) -> bool:
     """Tells whether a missing leaf may be an unexpected one of another name: the shape has to agree."""
-    shapes = {(leaf.shape, str(leaf.dtype)) for leaf in plan.unexpected.values() if leaf.shape}
+    shapes = {(leaf.shape, name_of(leaf.dtype)) for leaf in plan.unexpected.values() if leaf.shape}
     wanted = [plan.evidence.wanted[path] for path in missing if path in plan.evidence.wanted]
     weights = [item.leaf for item in wanted if item.role == "model"]
-    return any((leaf.shape, str(leaf.dtype)) in shapes for leaf in weights)
+    return any((leaf.shape, name_of(leaf.dtype)) in shapes for leaf in weights)

@@ -53,6 +53,12 @@ def same_key(impl: str | None, dtype: Any) -> bool:
     return impl is not None and jax.random.key(0, impl=impl).dtype == dtype
 
 
+@functools.cache
+def name_of(dtype: Any) -> str:
+    """Returns a dtype's name, which NumPy puts together anew each time; there are few dtypes to many leaves."""
+    return str(dtype)
+
+
 def is_count_dtype(dtype: Any) -> bool:
     """Tells whether a leaf of this dtype may be a step or a count."""
     return not jnp.issubdtype(dtype, jax.dtypes.prng_key) and _is_integer(dtype)

@@ -63,6 +63,15 @@ def seats(tokens: Tokens) -> Iterator[Seat]:
             yield from _block_seats(tokens[: at - 2], tokens[at - 2], name, rest, number)
 
 
+def flat_seats(tokens: Tokens) -> list[Seat]:
+    """Returns the readings of a canonical path as a part of layers one by one."""
+    return [
+        Seat(Group(tokens[: at - 1], tokens[at - 1]), tokens[at + 1 :], "flat", int(token[1:]))
+        for at, token in enumerate(tokens[:-1])
+        if at and is_number(token)
+    ]
+
+
 def _block_seats(parent: Tokens, container: str, inner: str, rest: Tokens, number: int) -> Iterator[Seat]:
     yield Seat(Group(parent, container), rest, "block", number, inner)
     name = container.removesuffix("_remainder")

@@ -51,7 +51,7 @@ def _plain_mapping(
     So a module may be called `params`, and a Linen `TrainState` is found as it was written.
     """
     weights = of_role(wanted, *WEIGHTS)
-    if best >= len(weights):
+    if best >= len(weights) or not _may_be_plain(weights, options):
         return None
     untyped = [dataclasses.replace(w, role="model", path=w.leaf.path) for w in wanted if w.leaf.kind is None]
     plain = untyped if len(untyped) == len(wanted) else wanted
@@ -61,6 +61,23 @@ def _plain_mapping(
         return None
     score = _score(mapping, weights, stored)
     return mapping if score == len(weights) or (plain is untyped and score > best) else None
+
+
+_TELLING_KEYS = frozenset(
+    {"collections", "model_params", "nnx_aux", "opt", "opt_state", "optimizer_state", "params"}
+    | {"state", "step", "target", "train_state"}
+)
+"""The keys by which layouts tell the parts of a train state."""
+
+
+def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
+    """Tells whether a model may hold a module that is called like a part of a train state.
+
+    A second mapping is as dear as the first, and nearly every model has no such module.
+    """
+    return bool(options.renames) or any(
+        item.leaf.kind is None or not _TELLING_KEYS.isdisjoint(item.tokens[:-1]) for item in weights
+    )
 
 
 def _score(mapping: LeafMapping, wanted: Sequence[Wanted], stored: Stored) -> int:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from orbax_nnx_handler.planning.dtypes import KEY_IMPLEMENTATIONS, same_key
+from orbax_nnx_handler.planning.dtypes import KEY_IMPLEMENTATIONS, name_of, same_key
 from orbax_nnx_handler.planning.folding import Row, fold_paths, ranges
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.paths import Path, render
@@ -22,13 +22,13 @@ def dtype_name(dtype: Any) -> str:
     """Returns a dtype as a person knows it: a random key's by its implementation."""
     if dtype is None:
         return "not an array"
-    return _key_name(dtype) if is_key(dtype) else str(dtype)
+    return _key_name(dtype) if is_key(dtype) else name_of(dtype)
 
 
 @functools.cache
 def _key_name(dtype: Any) -> str:
     known = next((name for name in KEY_IMPLEMENTATIONS if same_key(name, dtype)), None)
-    return f"key<{known}>" if known else str(dtype)
+    return f"key<{known}>" if known else name_of(dtype)
 
 
 def restored_rows(items: Iterable[Restored]) -> list[Row]:

@@ -8,7 +8,7 @@ from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.filters import selecting
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens, spell
 from orbax_nnx_handler.planning.diagnosis.size_causes import LayerCount, LayersAbsent
-from orbax_nnx_handler.planning.layers import Form, Group, Seat, seats
+from orbax_nnx_handler.planning.layers import Form, Group, flat_seats, seats
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import Read, Recipe, Stack, children
@@ -108,12 +108,6 @@ def _flat_positions(leaves: Mapping[Path, Tokens], groups: set[Group]) -> Mappin
             if seat.group in groups:
                 found[seat.group][seat.position].append(path)
     return found
-
-
-def flat_seats(tokens: Tokens) -> list[Seat]:
-    """Returns the readings of a path as a part of layers one by one."""
-    # `Dense_0/kernel` alone is no layer of a group; a module with something below it may be.
-    return [seat for seat in seats(tokens) if seat.form == "flat" and seat.rest]
 
 
 def is_whole(numbers: set[int]) -> bool:

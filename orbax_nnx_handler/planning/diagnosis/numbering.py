@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
-from orbax_nnx_handler.planning.diagnosis.depth import flat_seats, name_of_group
+from orbax_nnx_handler.planning.diagnosis.depth import name_of_group
 from orbax_nnx_handler.planning.diagnosis.name_causes import LayersShifted
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
 from orbax_nnx_handler.planning.diagnosis.size_causes import ScannedOnOneSide
-from orbax_nnx_handler.planning.layers import Group, seats
+from orbax_nnx_handler.planning.layers import Group, flat_seats, seats
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path, segments
 

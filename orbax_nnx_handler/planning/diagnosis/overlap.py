@@ -9,6 +9,7 @@ from orbax_nnx_handler.planning.diagnosis.causes import Cause
 from orbax_nnx_handler.planning.diagnosis.name_causes import AnotherModel, OtherGroup, OtherNames
 from orbax_nnx_handler.planning.diagnosis.renaming import renames
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens
+from orbax_nnx_handler.planning.dtypes import name_of
 from orbax_nnx_handler.planning.layers import Group, seats
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.paths import Path, is_number, segments
@@ -118,7 +119,7 @@ def find_other_names(scene: Scene) -> Iterable[Cause]:
 
 
 def _look(leaf: WantedLeaf | StoredLeaf) -> tuple[tuple[int, ...], str]:
-    return leaf.shape, str(leaf.dtype)
+    return leaf.shape, name_of(leaf.dtype)
 
 
 def _ending(tokens: Tokens) -> Tokens:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens
+from orbax_nnx_handler.planning.dtypes import name_of
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path, is_number
 
@@ -26,7 +27,7 @@ def renames(scene: Scene, wanted: Sequence[Path], stored: Sequence[Path]) -> tup
         leaf = scene.free_weights[path].leaf
         for at, name in enumerate(tokens):
             if not is_number(name):
-                places[_without(tokens, at), at, leaf.shape, str(leaf.dtype)].add(name)
+                places[_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)].add(name)
     changes: set[Change] = set()
     for path in wanted:
         found = _changes(scene, path, places)
@@ -42,7 +43,7 @@ def _changes(
     tokens, leaf = scene.below[path], scene.plan.evidence.wanted[path].leaf
     found: set[Change] = set()
     for at, new in enumerate(tokens):
-        old = places.get((_without(tokens, at), at, leaf.shape, str(leaf.dtype)), set[str]())
+        old = places.get((_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)), set[str]())
         found |= {(name, new) for name in old if not is_number(new)}
     return found
 

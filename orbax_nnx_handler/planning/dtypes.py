@@ -55,7 +55,7 @@ def same_key(impl: str | None, dtype: Any) -> bool:
 
 @functools.cache
 def name_of(dtype: Any) -> str:
-    """Returns a dtype's name, which NumPy puts together anew each time; there are few dtypes to many leaves."""
+    """Returns a dtype's name, which NumPy puts together anew each time it is asked."""
     return str(dtype)
 
 

@@ -53,7 +53,9 @@ def follow(
     if not stored:
         return None
     if all(moments[path].shape == parameters[path] for path in stored):
-        return _prune(recipe, moments, parameters)
+        # Nearly every moment: one source, of the parameter's shape.
+        whole = len(sources) == 1 and not isinstance(recipe, Stack)
+        return _moved(recipe, moments) if whole else _prune(recipe, moments, parameters)
     if isinstance(recipe, Read):
         return Read(moments[recipe.path].path)
     shapes = {moments[path].path: moments[path].shape for path in stored}
@@ -75,6 +77,10 @@ def _prune(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shape
         return recipe
     if any(path not in moments for path in reads(recipe)):
         return None
+    return _moved(recipe, moments)
+
+
+def _moved(recipe: Recipe, moments: Mapping[Path, StoredLeaf]) -> Recipe:
     return substitute(recipe, lambda path: Read(moments[path].path))
 
 

@@ -46,7 +46,7 @@ def why_stuck(
     for part in parts_of(recipe):
         if isinstance(part, Scale):
             return "a moment of a scaled parameter is not the scaled moment"
-        if part in casts:
+        if casts and part in casts:  # Not without casts: the hash of a recipe is that of all its parts.
             lossy = [path for path in reads(part) if changes_values(stored[path].dtype, casts[part])]
             if lossy:
                 before = stored[lossy[0]].dtype

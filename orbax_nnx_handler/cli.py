@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 
@@ -45,7 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _outside(error, screen)
     except KeyboardInterrupt:
         screen.error("interrupted", "nothing was changed")
+        _say_no_more()
         return _INTERRUPTED
+
+
+def _say_no_more() -> None:
+    """Silences what is left of an event loop that an interrupt cut off: what nobody awaited is no news."""
+    sys.unraisablehook = lambda _: None
+    warnings.simplefilter("ignore", RuntimeWarning)
 
 
 def _outside(error: OSError | ImportError, screen: Screen) -> int:

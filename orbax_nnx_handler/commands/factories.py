@@ -54,8 +54,7 @@ class Factory:
             UsageError: The call fails; says where and why.
         """
         try:
-            # A factory that has called `nnx.eval_shape` itself gives the same.
-            target = nnx.eval_shape(self)
+            target = _abstract(self)
         # The user's code may raise anything; what it is and where tells them more than our own traceback.
         except (Exception, SystemExit) as error:
             raise UsageError(f"{self.text} fails under nnx.eval_shape: {_told(error)}") from error
@@ -162,6 +161,28 @@ def _functions(place: Any) -> str:
         if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == place.__name__
     ]
     return ", ".join(own) or "no function"
+
+
+def _abstract(make: Callable[[], Any]) -> Any:
+    """Returns what a factory builds, without a value; as it is where the factory has abstracted it itself."""
+    states: list[Any] = []
+
+    def traced() -> Any:
+        made = make()
+        if not _is_abstract_state(made):
+            return made
+        # `nnx.eval_shape` would take its Variables apart and build them anew, one by one.
+        states.append(made)
+        return None
+
+    target = nnx.eval_shape(traced)
+    return states[0] if states else target
+
+
+def _is_abstract_state(made: Any) -> bool:
+    return isinstance(made, nnx.State) and all(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(made)
+    )
 
 
 def _weights_of(target: Any) -> Any:

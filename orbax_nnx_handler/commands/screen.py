@@ -8,15 +8,6 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -97,24 +88,11 @@ class Screen:
         Yields:
             For each phase, what is to be called with the bytes done since the last call.
         """
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        disable = not self.err.is_terminal
-        with Progress(*columns, console=self.err, transient=True, disable=disable) as bars:
-            yield tuple(_step(bars, bars.add_task(phase, total=nbytes, start=False)) for phase in phases)
+        # Here, for it is a tenth of a second that `plan` need not wait.
+        from orbax_nnx_handler.commands.bars import bars
 
-
-def _step(bars: Progress, task: TaskID) -> Callable[[int], None]:
-    def step(done: int) -> None:
-        bars.start_task(task)
-        bars.update(task, advance=done)
-
-    return step
+        with bars(self.err, nbytes, phases) as steps:
+            yield steps
 
 
 def _beside_first(rows: Sequence[Sequence[str]]) -> int:

@@ -64,6 +64,9 @@ def _read_twice(mapping: LeafMapping) -> dict[Path, list[Path]]:
 
     A tied weight is one leaf of an NNX state, so two leaves are never one weight.
     """
+    read = [found.recipe.path for found in mapping.found.values() if isinstance(found.recipe, Read)]
+    if len(set(read)) == len(read):
+        return {}
     weights = {placement.leaf.path for placement in mapping.placements if placement.section == "model"}
     users: dict[Path, list[Path]] = defaultdict(list)
     for path, found in mapping.found.items():

@@ -48,9 +48,9 @@ class Arranged:
         groups: The stacked sections that were compared, by canonical path.
     """
 
-    found: Mapping[Tokens, Restacked]
-    unclear: tuple[UnclearOrder | UnclearAxis, ...]
-    groups: frozenset[Tokens]
+    found: Mapping[Tokens, Restacked] = dataclasses.field(default_factory=dict[Tokens, Restacked])
+    unclear: tuple[UnclearOrder | UnclearAxis, ...] = ()
+    groups: frozenset[Tokens] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

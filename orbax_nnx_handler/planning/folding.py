@@ -5,6 +5,7 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from orbax_nnx_handler.planning.paths import Path, natural_key, render
 
@@ -17,8 +18,7 @@ _INDEX = re.compile(r"(?<=\[)(\d+)(?=\])")
 _Numbers = frozenset[int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of a list.
 
     Attributes:
@@ -27,6 +27,8 @@ class Row:
         source: A path whose numbers may run along with the leaf's.
         transform: A text of which `[3]` may run along with the leaf's numbers.
     """
+
+    # A named tuple, as `_Text` and `_Pattern` are: they are made quickly, and a model has 20,000 of each.
 
     path: Path
     columns: tuple[str, ...] = ()
@@ -43,8 +45,7 @@ class Folded:
     count: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     """A text split at its numbers: fixed text and a set of numbers in turn."""
 
     texts: tuple[str, ...]
@@ -55,7 +56,7 @@ class _Text:
         if not text:
             return _NO_TEXT
         bits = number.split(text)
-        return cls(tuple(bits[::2]), tuple([_only(bit) for bit in bits[1::2]]))
+        return cls(tuple(bits[::2]), tuple(map(_only, bits[1::2])))
 
     @classmethod
     def united(cls, texts: Sequence["_Text"]) -> "_Text":
@@ -70,6 +71,8 @@ class _Text:
 
     def moves_on(self, later: "_Text") -> bool:
         """Tells whether every number stays as it is or rises from here to `later`."""
+        if self.numbers == later.numbers:
+            return True
         pairs = zip(self.numbers, later.numbers, strict=True)
         return all(before == after or max(before) < min(after) for before, after in pairs)
 
@@ -82,8 +85,7 @@ def _only(number: str) -> _Numbers:
 _NO_TEXT = _Text(("",), ())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pattern:
+class _Pattern(NamedTuple):
     """Rows that were folded so far; `last` is the newest of them, for what comes next."""
 
     path: _Text
@@ -96,8 +98,7 @@ class _Pattern:
     def joined(cls, run: Sequence["_Pattern"]) -> "_Pattern":
         if len(run) == 1:
             return run[0]
-        return dataclasses.replace(
-            run[0],
+        return run[0]._replace(
             path=_Text.united([pattern.path for pattern in run]),
             source=_Text.united([pattern.source for pattern in run]),
             transform=_Text.united([pattern.transform for pattern in run]),
@@ -106,11 +107,11 @@ class _Pattern:
 
     def leads_to(self, later: "_Pattern") -> bool:
         """Tells whether a later row is the next of this sequence, and no jump back in its sources."""
-        pairs = zip(self.last, later.last, strict=True)
-        return all(before is after or before.moves_on(after) for before, after in pairs)
+        source, transform = self.last
+        return source.moves_on(later.last[0]) and transform.moves_on(later.last[1])
 
     @property
-    def count(self) -> int:
+    def leaves(self) -> int:
         total = 1
         for numbers in self.path.numbers:
             total *= len(numbers)
@@ -151,7 +152,7 @@ def _folded(pattern: _Pattern) -> Folded:
     transform = str(pattern.transform).replace("[{", "[").replace("}]", "]")
     source = f"{FROM}{pattern.source}" if pattern.source.texts != ("",) else ""
     columns = (*pattern.columns, source, transform)
-    return Folded(text=str(pattern.path), columns=columns, count=pattern.count)
+    return Folded(text=str(pattern.path), columns=columns, count=pattern.leaves)
 
 
 def _merge(patterns: Sequence[_Pattern], position: int) -> list[_Pattern]:

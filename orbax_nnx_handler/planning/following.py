@@ -161,6 +161,8 @@ _FACTORED = {"v_row": 0, "v_col": 1}
 
 def missing_layers(recipe: Recipe) -> tuple[int, ...]:
     """Returns which parts of a stack no stored leaf holds."""
+    if isinstance(recipe, Read):
+        return ()
     if isinstance(recipe, Stack):
         return tuple(at for at, part in enumerate(recipe.sources) if isinstance(part, Fill))
     return tuple(at for child in children(recipe) for at in missing_layers(child))

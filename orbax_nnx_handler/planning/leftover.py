@@ -42,13 +42,10 @@ def left_over(wanted: Sequence[Wanted], mapping: LeafMapping, used: Iterable[Rec
     ]
     roles = {item.role for item in wanted}
     asked = {"model"} | (roles & {"optimizer", "step"})
+    open_ends = [item.leaf for item in left if item.section in asked and item.leaf.dtype is not None]
     # A leaf that was found and is not used all the same is a cache that the program recomputes.
-    passed_over = mapping.used()
-    unexpected = {
-        item.leaf.path: item.leaf
-        for item in left
-        if item.section in asked and item.leaf.dtype is not None and item.leaf.path not in passed_over
-    }
+    passed_over = mapping.used() if open_ends else ()
+    unexpected = {leaf.path: leaf for leaf in open_ends if leaf.path not in passed_over}
     skipped = {item.leaf.path: item.leaf for item in left if item.leaf.path not in unexpected}
     return Leftover(unexpected=unexpected, skipped=skipped, dropped=dropped)
 

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from orbax_nnx_handler.planning.arranging import UnclearOrder
 from orbax_nnx_handler.planning.entries import model_entries
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.found import Found, ModelMatch, Rivals
-from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.matching import Matcher
 from orbax_nnx_handler.planning.moment_follower import MomentFollower
 from orbax_nnx_handler.planning.moments import (
@@ -23,7 +24,7 @@ from orbax_nnx_handler.planning.paths import Path, canonical
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 from orbax_nnx_handler.planning.plan import Discarded
 from orbax_nnx_handler.planning.random_state import find_random
-from orbax_nnx_handler.planning.recipes import Read, reads
+from orbax_nnx_handler.planning.recipes import Read, Recipe, RecipeError, reads, shape_of
 from orbax_nnx_handler.planning.restacking import UnclearAxis
 from orbax_nnx_handler.planning.roles import Wanted, of_role
 from orbax_nnx_handler.planning.roots import Roots, Tokens, find_roots, strip
@@ -60,9 +61,22 @@ class LeafMapping:
     applied: RulesApplied
     faults: tuple[RestoreError, ...] = ()
 
+    @cached_property
+    def shapes(self) -> Mapping[Path, Shape | None]:
+        """The shape that each wanted path would have; None where its recipe does not come out."""
+        stored = {item.leaf.path: item.leaf.shape for item in self.placements}
+        return {path: _shape_under(found.recipe, stored) for path, found in self.found.items()}
+
     def used(self) -> set[Path]:
         """Returns the stored paths that the result is made from."""
         return {path for found in self.found.values() for path in reads(found.recipe)}
+
+
+def _shape_under(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape | None:
+    try:
+        return shape_of(recipe, stored)
+    except RecipeError:
+        return None
 
 
 def map_leaves(
@@ -85,14 +99,15 @@ def map_leaves(
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
     roots = find_roots(_within_model(model, placements), [e.tokens for e in entries])
-    moments = read_moments(placements, parameter_paths(original, roots.stored))
+    has_moments = any(placement.section == "optimizer" for placement in placements)
+    moments = read_moments(placements, parameter_paths(original, roots.stored) if has_moments else {})
     split = _split(of_role(wanted, "optimizer"), model, moments, roots)
     virtual = [] if of_role(model, "model") else _virtual_parameters(split)
     match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots, axes=applied.axes).match()
     found = dict(match.found)
     _add_outside_model(found, wanted, placements, roots)
     parameters = {strip(w.tokens, roots.wanted): w.leaf.path for w in [*of_role(model, "model"), *virtual]}
-    follower = MomentFollower(moments, split, parameters, stored, applied.casts)
+    follower = MomentFollower(moments, split, parameters, stored, applied)
     stuck = follower.add_to(found)
     return LeafMapping(
         layout=layout,

@@ -101,8 +101,9 @@ class Matcher:
     def _by_path(self) -> tuple[list[tuple[Wanted, Entry]], list[Rivals]]:
         direct: list[tuple[Wanted, Entry]] = []
         rivals: list[Rivals] = []
+        index, below = self.index, self._below
         for item in self.wanted:
-            named = self.index.get(self._below[item.leaf.path])
+            named = index.get(below[item.leaf.path])
             claims = self._eligible(item, named) if named else ()
             if len(claims) > 1:
                 rivals.append(Rivals(wanted=item, entries=tuple(claims)))
@@ -110,7 +111,9 @@ class Matcher:
                 direct.append((item, claims[0]))
         return direct, rivals
 
-    def _eligible(self, item: Wanted, claims: Sequence[Entry]) -> list[Entry]:
+    def _eligible(self, item: Wanted, claims: Sequence[Entry]) -> Sequence[Entry]:
+        if len(claims) == 1 and claims[0].collection == item.collection and item.role == "model":
+            return claims  # Nearly every leaf.
         own = [
             e for e in claims if e.collection == item.collection or None in (e.collection, item.collection)
         ]
@@ -192,6 +195,8 @@ class Matcher:
     ) -> tuple[dict[Path, Found], Arranged]:
         """Joins what is left by the order and the shapes of layers."""
         open_places = [item for item in left if item.role == "model" and item.leaf.path not in found]
+        if not open_places:
+            return {}, Arranged()
         used = {path for item in found.values() for path in reads(item.recipe)}
         unused = [entry for entry in free if used.isdisjoint(entry.sources)]
         told = all(item.collection for item in (*open_places, *unused))

@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Stored
 from orbax_nnx_handler.planning.recipes import Read
 from orbax_nnx_handler.planning.rule_faults import StuckMoment, why_stuck
-from orbax_nnx_handler.planning.rules import Casts
+from orbax_nnx_handler.planning.rules import RulesApplied, Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +24,14 @@ class MomentFollower:
         wanted: The wanted optimizer leaves.
         parameters: The wanted path of each parameter by canonical path below the root.
         stored: All stored leaves.
-        casts: What rules cast.
+        applied: What the user's rules did to the parameters.
     """
 
     moments: StoredMoments
     wanted: Sequence[WantedMoment]
     parameters: Mapping[Tokens, Path]
     stored: Stored
-    casts: Casts
+    applied: RulesApplied
 
     def add_to(self, found: dict[Path, Found]) -> list[StuckMoment]:
         """Adds what the moments are made from; returns those that cannot follow their parameter."""
@@ -53,6 +53,10 @@ class MomentFollower:
         return {item.slot for item in self.wanted if item.parameter is None}
 
     @cached_property
+    def _may_stick(self) -> bool:
+        return bool(self.applied.casts) or any(isinstance(rule, Scale) for rule, _ in self.applied.made)
+
+    @cached_property
     def _shapes(self) -> Mapping[Path, Shape]:
         return {path: leaf.shape for path, leaf in self.stored.items()}
 
@@ -69,7 +73,7 @@ class MomentFollower:
             orphan = self.moments.orphan(item.slot, tokens)
             return None if orphan is None else Found(recipe=Read(orphan.path))
         stored = self.moments.slots[slot]
-        why = why_stuck(parameter.recipe, stored, self.stored, self.casts)
+        why = why_stuck(parameter.recipe, stored, self.stored, self.applied.casts) if self._may_stick else ""
         if why:
             path, reason = item.wanted.leaf.path, parameter.reason
             return StuckMoment(path=path, parameter=parameter.recipe, reason=reason, why=why)
@@ -78,4 +82,6 @@ class MomentFollower:
         if recipe is None:
             return None
         gaps = parameter.missing_layers or missing_layers(recipe)
-        return dataclasses.replace(parameter, recipe=recipe, missing_layers=gaps)
+        return Found(
+            recipe=recipe, reason=parameter.reason, missing_layers=gaps, surplus=parameter.surplus
+        )

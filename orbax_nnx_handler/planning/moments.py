@@ -152,8 +152,9 @@ def parameter_paths(entries: Iterable[Entry], root: Tokens) -> dict[Tokens, Path
         found.setdefault(tokens, path)
         if below is not tokens:
             found.setdefault(below, path)
-        if entry.unboxed is not None:
-            found.setdefault(entry.unboxed, path)
+        unboxed = entry.unboxed
+        if unboxed is not None:
+            found.setdefault(unboxed, path)
             found.setdefault(below[:-1], path)
     return found
 

@@ -6,6 +6,7 @@ a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
 
 import ast
 import functools
+import itertools
 import re
 from collections.abc import Hashable, Iterable
 from typing import cast
@@ -16,23 +17,24 @@ Path = tuple[Hashable, ...]
 
 def render(path: Path) -> str:
     """Returns a path as a person writes it: `('a', 0, 'b/c')` is `a/0/b/c`."""
-    return "/".join(segments(path)) or "(root)"
+    joined = "/".join(map(str, path))
+    return joined if joined and "(" not in joined else "/".join(segments(path)) or "(root)"
 
 
 def segments(path: Path) -> tuple[str, ...]:
     """Returns the keys as strings; a tuple key or a slash gives several, and none gives nothing."""
-    parts: list[str] = []
-    for key in path:
-        if type(key) is str and "/" not in key and key[:1] != "(":  # Nearly every key.
-            parts.append(key)
-            continue
-        key = _stored_tuple(key) if isinstance(key, str) and key[:1] == "(" else key
-        if isinstance(key, tuple):
-            # An empty tuple has no parts to be known by, so its own text is one.
-            parts.extend(segments(cast(Path, key)) or ("()",))
-        else:
-            parts.extend(str(key).split("/"))
-    return tuple(parts)
+    joined = "/".join(map(str, path))
+    if path and "(" not in joined:  # Nearly every path: no key is a tuple, nor a tuple's text.
+        return tuple(joined.split("/"))
+    return tuple(part for key in path for part in _parts(key))
+
+
+def _parts(key: Hashable) -> tuple[str, ...]:
+    key = _stored_tuple(key) if isinstance(key, str) and key[:1] == "(" else key
+    if isinstance(key, tuple):
+        # An empty tuple has no parts to be known by, so its own text is one.
+        return segments(cast(Path, key)) or ("()",)
+    return tuple(str(key).split("/"))
 
 
 def _stored_tuple(key: str) -> Hashable:
@@ -57,18 +59,13 @@ def canonical(path: Path) -> tuple[str, ...]:
     (`layers/0`); both become `layers`, `#0`. `LSTMCell` calls a gate `if`, which
     is no Python attribute, hence `if_` in NNX.
     """
-    tokens: list[str] = []
-    for key in path:
-        if isinstance(key, tuple):
-            tokens += canonical(segments(cast(Path, (key,))))
-        else:
-            tokens += _tokens_of(key if type(key) is str else str(key))
-    return tuple(tokens)
+    return tuple(itertools.chain.from_iterable(map(_tokens_of, path)))
 
 
-@functools.lru_cache(maxsize=65536)  # A model has few names and many leaves.
-def _tokens_of(key: str) -> tuple[str, ...]:
-    return tuple(token for part in key.split("/") for token in _tokens(part))
+@functools.lru_cache(maxsize=65536, typed=True)  # A model has few names and many leaves; 1 is not True.
+def _tokens_of(key: Hashable) -> tuple[str, ...]:
+    parts = segments(cast(Path, (key,))) if isinstance(key, tuple) else str(key).split("/")
+    return tuple(token for part in parts for token in _tokens(part))
 
 
 def _tokens(part: str) -> tuple[str, ...]:
@@ -87,7 +84,7 @@ def is_number(token: str) -> bool:
 
 def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:
     """Returns a sort key under which `Conv_10` comes after `Conv_2`."""
-    return tuple([_natural(part) for part in segments(path)])
+    return tuple(map(_natural, segments(path)))
 
 
 @functools.lru_cache(maxsize=65536)

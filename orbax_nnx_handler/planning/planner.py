@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from orbax_nnx_handler.planning.plan import (
     RestorePlan,
 )
 from orbax_nnx_handler.planning.policies import Policy, resolve
-from orbax_nnx_handler.planning.readings import best_mapping, shape_under
+from orbax_nnx_handler.planning.readings import best_mapping
 from orbax_nnx_handler.planning.recipes import Read, reads
 from orbax_nnx_handler.planning.roles import Wanted, is_key, roles_of
 from orbax_nnx_handler.planning.rules import cast_of
@@ -72,10 +72,10 @@ def make_plan(
         directory=directory,
         layout=mapping.layout.title,
         stored_count=len(stored),
-        restored={path: v for path, v in verdicts.items() if isinstance(v, Restored)},
-        missing={path: v for path, v in verdicts.items() if isinstance(v, Missing)},
-        mismatched={path: v for path, v in verdicts.items() if isinstance(v, Mismatched)},
-        defaulted={path: v for path, v in verdicts.items() if isinstance(v, Defaulted)},
+        restored=_of_kind(Restored, verdicts),
+        missing=_of_kind(Missing, verdicts),
+        mismatched=_of_kind(Mismatched, verdicts),
+        defaulted=_of_kind(Defaulted, verdicts),
         unexpected=left.unexpected,
         skipped=left.skipped,
         dropped=left.dropped,
@@ -83,6 +83,14 @@ def make_plan(
         faults=(*faults, *mapping.faults, *faults_of(mapping), *indivisible(target.leaves.values())),
         evidence=_evidence(wanted, mapping),
     )
+
+
+_Verdict = Restored | Missing | Mismatched | Defaulted
+_Kind = TypeVar("_Kind", bound=_Verdict)
+
+
+def _of_kind(kind: type[_Kind], verdicts: Mapping[Path, _Verdict]) -> dict[Path, _Kind]:
+    return {path: verdict for path, verdict in verdicts.items() if isinstance(verdict, kind)}
 
 
 def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Evidence:
@@ -102,7 +110,7 @@ class _Judge:
     options: RestoreOptions
     policies: Mapping[Path, Policy]
 
-    def verdict(self, item: Wanted) -> Restored | Missing | Mismatched | Defaulted:
+    def verdict(self, item: Wanted) -> _Verdict:
         found = self.mapping.found.get(item.leaf.path)
         if found is not None:
             verdict = self._as_it_is(item, found) or self._compare(item, found)
@@ -135,16 +143,19 @@ class _Judge:
         return Defaulted(wanted=item.leaf, source=self._initial(item) or last, reason=reason)
 
     def _as_it_is(self, item: Wanted, found: Found) -> Restored | None:
-        """Returns the verdict on a leaf that is stored as it is wanted: nearly every one."""
-        recipe, leaf = found.recipe, item.leaf
-        if not isinstance(recipe, Read) or found.surplus or self.mapping.applied.casts:
+        """Returns the verdict on a leaf that comes out as it is wanted: nearly every one."""
+        leaf = item.leaf
+        if found.surplus or found.missing_layers or self.mapping.applied.casts:
             return None
-        source = self.stored[recipe.path]
-        if source.dtype != leaf.dtype or source.shape != leaf.shape or source.key_impl:
+        if self.mapping.shapes[leaf.path] != leaf.shape:
             return None
+        for path in reads(found.recipe):
+            source = self.stored[path]
+            if source.dtype != leaf.dtype or source.key_impl:
+                return None
         return Restored(
             wanted=leaf,
-            recipe=recipe,
+            recipe=found.recipe,
             stored_dtype=leaf.dtype,
             dtype=leaf.dtype,
             cast="same",
@@ -153,7 +164,7 @@ class _Judge:
 
     def _compare(self, item: Wanted, found: Found) -> Restored | Missing | Mismatched:
         sources = [self.stored[path] for path in dict.fromkeys(reads(found.recipe))]
-        shape = shape_under(found, {leaf.path: leaf.shape for leaf in sources}) or ()
+        shape = self.mapping.shapes[item.leaf.path] or ()
         if is_key(item.leaf.dtype) or any(leaf.key_impl for leaf in sources):
             return self._compare_key(item, found, shape)
         if shape != item.leaf.shape or found.surplus:

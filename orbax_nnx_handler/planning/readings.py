@@ -1,18 +1,14 @@
 """Which of the possible readings of a stored tree a restore goes by."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.ambiguity import two_layouts
 from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.found import Found
-from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Stored
-from orbax_nnx_handler.planning.recipes import RecipeError, shape_of
 from orbax_nnx_handler.planning.roles import WEIGHTS, Wanted, of_role
 
 
@@ -32,7 +28,7 @@ def best_mapping(
             refused.append(error)
     if not mappings:
         raise refused[0]
-    scores = [_score(mapping, wanted, stored) for mapping in mappings]
+    scores = [_score(mapping, wanted) for mapping in mappings]
     best = mappings[scores.index(max(scores))]
     rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
     different = [mapping for mapping in rivals if mapping.found != best.found]
@@ -59,7 +55,7 @@ def _plain_mapping(
         mapping = map_leaves(plain, stored, layouts.UNNAMED, options.renames)
     except RestoreError:
         return None
-    score = _score(mapping, weights, stored)
+    score = _score(mapping, weights)
     return mapping if score == len(weights) or (plain is untyped and score > best) else None
 
 
@@ -80,15 +76,6 @@ def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
     )
 
 
-def _score(mapping: LeafMapping, wanted: Sequence[Wanted], stored: Stored) -> int:
-    shapes = {path: leaf.shape for path, leaf in stored.items()}
-    wants = {item.leaf.path: item.leaf.shape for item in wanted}
-    return sum(shape_under(found, shapes) == wants.get(path) for path, found in mapping.found.items())
-
-
-def shape_under(found: Found, shapes: Mapping[Path, Shape]) -> Shape | None:
-    """Returns the shape that a mapped leaf would have; None where its recipe does not come out."""
-    try:
-        return shape_of(found.recipe, shapes)
-    except RecipeError:
-        return None
+def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> int:
+    shapes = mapping.shapes
+    return sum(shapes.get(item.leaf.path) == item.leaf.shape for item in wanted)

@@ -108,18 +108,16 @@ def children(recipe: Recipe) -> tuple[Recipe, ...]:
             return (recipe.source,)
 
 
-def reads(recipe: Recipe) -> Iterator[Path]:
-    """Yields the stored paths of a recipe, in order, repeats included."""
+def reads(recipe: Recipe) -> tuple[Path, ...]:
+    """Returns the stored paths of a recipe, in order, repeats included."""
     # A chain of steps is walked, not recursed into: planning asks this of every leaf, several times.
     while not isinstance(recipe, Read):
         if isinstance(recipe, Fill):
-            return
+            return ()
         if isinstance(recipe, Stack | Concat):
-            for child in recipe.sources:
-                yield from reads(child)
-            return
+            return tuple(path for child in recipe.sources for path in reads(child))
         recipe = recipe.source
-    yield recipe.path
+    return (recipe.path,)
 
 
 def parts_of(recipe: Recipe) -> Iterator[Recipe]:
@@ -159,9 +157,9 @@ def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:
     Raises:
         RecipeError: The shapes do not fit; says which step and the shapes.
     """
+    if isinstance(recipe, Read):
+        return stored[recipe.path]
     match recipe:
-        case Read(path):
-            return stored[path]
         case Fill(shape):
             return shape
         case Stack(sources, axis):

@@ -74,7 +74,7 @@ def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
             break
         chain.append((*chain[-1], name))
         inside = [path for path in inside if len(path) > depth + 1 and path[depth] == name]
-    return [root for root in chain if _keeps_apart(paths, root) and not _names_layers(paths, root)]
+    return [root for root in chain if not _names_layers(paths, root) and _keeps_apart(paths, root)]
 
 
 def _heads(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:
@@ -96,16 +96,15 @@ def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
     if not root:
         return True
     # Only a path beside the root can be what one below it becomes.
-    inside, outside = set[Tokens](), set[Tokens]()
-    for path in paths:
-        (inside if path[: len(root)] == root else outside).add(path)
-    return outside.isdisjoint(path[len(root) :] for path in inside)
+    outside = {path for path in paths if path[: len(root)] != root}
+    return not outside or outside.isdisjoint(strip(path, root) for path in paths if path not in outside)
 
 
 def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
     """Tells whether a root ends in the name of layers: without it, no one knows what their numbers count."""
-    below = [path[len(root)] for path in paths if path[: len(root)] == root and len(path) > len(root)]
-    return bool(root) and all(token.startswith("#") for token in below)
+    depth = len(root)
+    below = (path[depth] for path in paths if len(path) > depth and path[:depth] == root)
+    return bool(root) and all(token[:1] == "#" for token in below)
 
 
 def _skeletons(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:

@@ -8,7 +8,7 @@ from orbax_nnx_handler.planning.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.found import Found, ModelMatch
 from orbax_nnx_handler.planning.leaves import StoredLeaf
 from orbax_nnx_handler.planning.paths import Path, render
-from orbax_nnx_handler.planning.recipes import Recipe, Scale, Slice, parts_of, reads, render_reads
+from orbax_nnx_handler.planning.recipes import Read, Recipe, Scale, Slice, parts_of, reads, render_reads
 from orbax_nnx_handler.planning.roots import Tokens
 from orbax_nnx_handler.planning.rules import Casts, RulesApplied, ScanAxis, unused_rules
 
@@ -41,6 +41,8 @@ def why_stuck(
         stored: The stored leaves.
         casts: What rules cast.
     """
+    if isinstance(recipe, Read) and not casts:
+        return ""  # Nearly every parameter.
     if not any(path in moments for path in reads(recipe)):
         return ""
     for part in parts_of(recipe):
@@ -85,9 +87,8 @@ def _meets(rule: ScanAxis, group: Tokens) -> bool:
 
 def _loose_parts(applied: RulesApplied, found: Mapping[Path, Found]) -> Iterator[RestoreError]:
     """A leaf that is split is used when one of its parts is; the others must not get lost."""
-    parts = [
-        entry for entry in applied.entries if any(isinstance(part, Slice) for part in parts_of(entry.recipe))
-    ]
+    changed = [entry for entry in applied.entries if not isinstance(entry.recipe, Read)]
+    parts = [entry for entry in changed if any(isinstance(part, Slice) for part in parts_of(entry.recipe))]
     if not parts:
         return
     taken = {part for item in found.values() for part in parts_of(item.recipe)}

@@ -11,11 +11,10 @@ Should a later version print another form, `read_catalog` returns None and the
 store is asked key by key.
 """
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import tensorstore as ts
@@ -23,8 +22,7 @@ import tensorstore as ts
 _logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """A run of bytes in a file below the database's directory."""
 
     file: str

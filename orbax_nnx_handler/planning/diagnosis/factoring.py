@@ -39,9 +39,11 @@ def find_open_factoring(scene: Scene) -> Iterable[Cause]:
     stored = [
         path for path, item in placements.items() if item.section == "other" and _is_factored(item.slot)
     ]
+    if not stored:
+        return
     missing: list[Path] = [path for path, (slot, _) in scene.moments.items() if _is_factored(slot[-1:])]
     missing = [path for path in missing if path in scene.missing]
-    if stored and missing:
+    if missing:
         yield OpenFactoring(paths=(*missing, *stored), moments=len(missing), stored=len(stored))
 
 

@@ -57,6 +57,8 @@ def _shape(scene: Scene, path: Path) -> Shape:
 
 def find_shifted(scene: Scene) -> Iterable[Cause]:
     """Yields groups of as many layers on both sides that are numbered from another beginning."""
+    if not scene.missing_weights or not scene.free_weights:
+        return
     wanted = _numbers(scene.below)
     stored = _numbers({path: scene.stored_below(item) for path, item in scene.stored_weights.items()})
     for group in wanted.keys() & stored.keys():

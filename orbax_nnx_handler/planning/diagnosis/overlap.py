@@ -30,6 +30,8 @@ def find_another_model(scene: Scene) -> Iterable[Cause]:
     if len(weights) < 4 or not scene.stored_weights or not scene.missing_weights:
         return
     met = sum(path not in scene.plan.missing for path in weights)
+    if met > _FEW * len(weights):
+        return
     stored_names = {_ending(scene.stored_below(item)) for item in scene.stored_weights.values()}
     named = max(met, sum(_ending(tokens) in stored_names for tokens in scene.below.values()))
     shapes = Counter(item.leaf.shape for item in weights.values())

@@ -20,6 +20,8 @@ def find_biases(scene: Scene) -> Iterable[Cause]:
     for path in scene.missing_weights:
         if scene.below[path][-1] == "bias":
             groups[_module_name(scene.below[path])].append(path)
+    if not groups:
+        return
     stored = {
         _module_name(scene.stored_below(i)) for i in scene.stored_weights.values() if _is_bias(scene, i)
     }

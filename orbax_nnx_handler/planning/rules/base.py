@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import NoReturn
 
 from orbax_nnx_handler.planning.entries import Entry
@@ -41,6 +42,11 @@ class Rule(abc.ABC):
             RuleError: The rule does not fit a leaf that it matches.
         """
 
+    @cached_property
+    def quoted(self) -> str:
+        """The rule as its user wrote it; asked for once a leaf."""
+        return str(self)
+
     def inverse(self) -> "Rule":
         """Returns the rule that undoes this one.
 
@@ -75,7 +81,7 @@ def find(pattern: Pattern, entries: Iterable[Entry]) -> dict[int, Match]:
     the root of the stored path (`"params/params/logits_dense"`).
     """
     listed = list(entries)
-    likely = pattern.candidates([entry.segments for entry in listed])
+    likely = pattern.candidates(entry.segments for entry in listed)
     found = {at: Match(listed[at], span) for at in likely for span in _first(pattern, listed[at])}
     if found:
         return found
@@ -96,9 +102,15 @@ def at_root(pattern: Pattern, entry: Entry) -> list[Span]:
 
 
 def change_each(
-    rule: Rule, pattern: Pattern, entries: Sequence[Entry], change: Callable[[Entry], Entry]
+    rule: Rule, pattern: Pattern, entries: Sequence[Entry], change: Callable[[Entry, str], Entry]
 ) -> Applied:
     """Applies a change to every entry that a pattern matches.
+
+    Args:
+        rule: The rule whose change it is.
+        pattern: What it matches.
+        entries: All entries.
+        change: Returns the changed entry, given the entry and its new reason.
 
     Raises:
         RuleError: The change fits some of them not; quotes the rule and their shapes.
@@ -107,7 +119,7 @@ def change_each(
     after, bad = list(entries), list[tuple[Entry, str]]()
     for at, match in matches.items():
         try:
-            after[at] = dataclasses.replace(change(match.entry), reason=reason_of(rule, match.entry))
+            after[at] = change(match.entry, reason_of(rule, match.entry))
         except RecipeError as error:
             bad.append((match.entry, str(error)))
     if bad:
@@ -118,7 +130,7 @@ def change_each(
 def reason_of(rule: Rule, *before: Entry) -> str:
     """Returns the reason of what a rule makes: the rule, after those before it."""
     reasons = dict.fromkeys(entry.reason for entry in before if entry.reason)
-    return "; ".join((*reasons, str(rule)))
+    return "; ".join((*reasons, rule.quoted)) if reasons else rule.quoted
 
 
 def refuse(rule: Rule, bad: Sequence[tuple[Entry, str]]) -> NoReturn:

@@ -69,18 +69,18 @@ class Pattern:
 
     def spans(self, names: Sequence[str], fixed: Sequence[bool] = ()) -> Iterator[Span]:
         """Yields the matches in a path from left to right; none overlaps another, nor a fixed segment."""
-        at = 0
-        while at + self.width <= len(names):
-            bindings = None if any(fixed[at : at + self.width]) else self.match(names[at : at + self.width])
+        at, width = 0, self.width
+        while at + width <= len(names):
+            bindings = None if any(fixed[at : at + width]) else self.match(names[at : at + width])
             if bindings is None:
                 at += 1
             else:
-                yield Span(at, at + self.width, bindings)
-                at += self.width
+                yield Span(at, at + width, bindings)
+                at += width
 
     def match(self, names: Sequence[str]) -> Bindings | None:
         """Returns what the places stand for if the segments match, all of them."""
-        if len(names) != self.width:
+        if len(names) != len(self._parts):
             return None
         found: dict[str, str] = {}
         for part, name in zip(self._parts, names, strict=True):
@@ -89,9 +89,10 @@ class Pattern:
                     return None
                 continue
             hit = part.fullmatch(name)
-            if hit is None or any(found.get(place, text) != text for place, text in hit.groupdict().items()):
+            places = hit.groupdict() if hit is not None else {}
+            if hit is None or any(found.get(place, text) != text for place, text in places.items()):
                 return None
-            found.update(hit.groupdict())
+            found.update(places)
         return found
 
     def fill(self, bindings: Bindings) -> tuple[str, ...]:

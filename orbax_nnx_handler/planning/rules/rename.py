@@ -57,7 +57,7 @@ class Rename(Rule):
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule."""
-        likely = self._left.candidates([entry.segments for entry in entries])
+        likely = self._left.candidates(entry.segments for entry in entries)
         rewritten = {at: self._rewrite(entries[at]) for at in likely}
         changed = {at: new for at, new in rewritten.items() if new is not entries[at]}
         if not changed:

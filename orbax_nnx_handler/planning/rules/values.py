@@ -32,7 +32,7 @@ class _OnLeaves(Rule):
         """Returns all entries after the rule."""
         return change_each(self, self._left, entries, self._change)
 
-    def _change(self, entry: Entry) -> Entry:
+    def _change(self, entry: Entry, reason: str) -> Entry:
         raise NotImplementedError
 
 
@@ -60,8 +60,8 @@ class Transpose(_OnLeaves):
         """Returns the transpose back."""
         return Transpose(self.pattern, tuple(int(axis) for axis in np.argsort(self.permutation)))
 
-    def _change(self, entry: Entry) -> Entry:
-        return _through(entry, lambda source: recipes.Transpose(source, self.permutation))
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        return _through(entry, reason, lambda source: recipes.Transpose(source, self.permutation))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Reshape(_OnLeaves):
     def _loss(self) -> str:
         return "the shape before it is not known; say it with before=(...)"
 
-    def _change(self, entry: Entry) -> Entry:
+    def _change(self, entry: Entry, reason: str) -> Entry:
         if self.before is not None and entry.shape != self.before:
             raise RecipeError(f"the shape before is {self.before} in the rule")
-        return _through(entry, lambda source: recipes.Reshape(source, self.shape))
+        return _through(entry, reason, lambda source: recipes.Reshape(source, self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +136,12 @@ class Scale(_OnLeaves):
     def _loss(self) -> str:
         return "dividing rounds, unless the factor is a power of two"
 
-    def _change(self, entry: Entry) -> Entry:
+    def _change(self, entry: Entry, reason: str) -> Entry:
         if entry.dtype is not None and not jnp.issubdtype(entry.cast or entry.dtype, jnp.inexact):
             raise RecipeError(
                 f"values of dtype {entry.cast or entry.dtype} cannot be scaled; cast them first"
             )
-        return _through(entry, lambda source: recipes.Scale(source, self.factor))
+        return _through(entry, reason, lambda source: recipes.Scale(source, self.factor))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +172,10 @@ class Cast(_OnLeaves):
     def _loss(self) -> str:
         return "the dtype before it is not known"
 
-    def _change(self, entry: Entry) -> Entry:
+    def _change(self, entry: Entry, reason: str) -> Entry:
         if entry.dtype is None:
             raise RecipeError("it is not an array")
-        return dataclasses.replace(entry, cast=np.dtype(jnp.dtype(self.dtype)))
+        return dataclasses.replace(entry, cast=np.dtype(jnp.dtype(self.dtype)), reason=reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +211,11 @@ class Drop(_OnLeaves):
         return "the values that it drops are gone"
 
 
-def _through(entry: Entry, step: Callable[[Recipe], Recipe]) -> Entry:
+def _through(entry: Entry, reason: str, step: Callable[[Recipe], Recipe]) -> Entry:
     """Returns the entry with one more step, its shape checked."""
     here: Path = ("(before)",)
     shape = recipes.shape_of(step(recipes.Read(here)), {here: entry.shape})
-    return dataclasses.replace(entry, recipe=step(entry.recipe), shape=shape)
+    return dataclasses.replace(entry, recipe=step(entry.recipe), shape=shape, reason=reason)
 
 
 def _set_integers(rule: Rule, name: str, values: Iterable[int]) -> None:

@@ -1,47 +1,56 @@
-"""Restores Orbax checkpoints that a Flax Linen program wrote into Flax NNX state."""
+"""Restores Orbax checkpoints that a Flax Linen program wrote into Flax NNX state.
 
-from orbax_nnx_handler.api import plan_restore, restore, save, suggest
-from orbax_nnx_handler.handler import (
-    MissingParamRestoreArgs,
-    NNXLinenHandler,
-    NNXLinenRestore,
-    NNXLinenSave,
-    handler_registry,
-)
-from orbax_nnx_handler.planning.errors import (
-    AmbiguousMappingError,
-    DtypeMismatchError,
-    KeyMismatchError,
-    MissingParamError,
-    NotACheckpointError,
-    RestoreError,
-    RuleError,
-    ShapeMismatchError,
-    ShardingMismatchError,
-    UnexpectedParamError,
-    UnknownLayoutError,
-    UnmappedValueError,
-    UnreadableLeafError,
-    UnusedRuleError,
-)
-from orbax_nnx_handler.planning.plan import RestorePlan
-from orbax_nnx_handler.planning.report import RestoreReport
-from orbax_nnx_handler.planning.rules import (
-    Cast,
-    Drop,
-    Fuse,
-    Rename,
-    Reshape,
-    Scale,
-    ScanAxis,
-    Split,
-    StackLayers,
-    Transpose,
-    UnstackLayers,
-    invert,
-)
-from orbax_nnx_handler.planning.suggesting import Suggestion
-from orbax_nnx_handler.transfer.agreement import DisagreementError, OtherProcessError
+Names are imported when they are first asked for: `orbax-nnx plan` needs none of
+what reads and writes arrays, and importing that takes longer than many a plan.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orbax_nnx_handler.api import restore, save, suggest
+    from orbax_nnx_handler.handler import (
+        MissingParamRestoreArgs,
+        NNXLinenHandler,
+        NNXLinenRestore,
+        NNXLinenSave,
+        handler_registry,
+    )
+    from orbax_nnx_handler.planning.errors import (
+        AmbiguousMappingError,
+        DtypeMismatchError,
+        KeyMismatchError,
+        MissingParamError,
+        NotACheckpointError,
+        RestoreError,
+        RuleError,
+        ShapeMismatchError,
+        ShardingMismatchError,
+        UnexpectedParamError,
+        UnknownLayoutError,
+        UnmappedValueError,
+        UnreadableLeafError,
+        UnusedRuleError,
+    )
+    from orbax_nnx_handler.planning.plan import RestorePlan
+    from orbax_nnx_handler.planning.report import RestoreReport
+    from orbax_nnx_handler.planning.rules import (
+        Cast,
+        Drop,
+        Fuse,
+        Rename,
+        Reshape,
+        Scale,
+        ScanAxis,
+        Split,
+        StackLayers,
+        Transpose,
+        UnstackLayers,
+        invert,
+    )
+    from orbax_nnx_handler.planning.suggesting import Suggestion
+    from orbax_nnx_handler.preview import plan_restore
+    from orbax_nnx_handler.transfer.agreement import DisagreementError, OtherProcessError
 
 __all__ = [
     "AmbiguousMappingError",
@@ -85,3 +94,71 @@ __all__ = [
     "save",
     "suggest",
 ]
+
+_HOMES = {
+    "api": (
+        "restore",
+        "save",
+        "suggest",
+    ),
+    "handler": (
+        "MissingParamRestoreArgs",
+        "NNXLinenHandler",
+        "NNXLinenRestore",
+        "NNXLinenSave",
+        "handler_registry",
+    ),
+    "planning.errors": (
+        "AmbiguousMappingError",
+        "DtypeMismatchError",
+        "KeyMismatchError",
+        "MissingParamError",
+        "NotACheckpointError",
+        "RestoreError",
+        "RuleError",
+        "ShapeMismatchError",
+        "ShardingMismatchError",
+        "UnexpectedParamError",
+        "UnknownLayoutError",
+        "UnmappedValueError",
+        "UnreadableLeafError",
+        "UnusedRuleError",
+    ),
+    "planning.plan": ("RestorePlan",),
+    "planning.report": ("RestoreReport",),
+    "planning.rules": (
+        "Cast",
+        "Drop",
+        "Fuse",
+        "Rename",
+        "Reshape",
+        "Scale",
+        "ScanAxis",
+        "Split",
+        "StackLayers",
+        "Transpose",
+        "UnstackLayers",
+        "invert",
+    ),
+    "planning.suggesting": ("Suggestion",),
+    "transfer.agreement": (
+        "DisagreementError",
+        "OtherProcessError",
+    ),
+    "preview": ("plan_restore",),
+}
+"""The public names of each module."""
+
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

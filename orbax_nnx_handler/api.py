@@ -1,4 +1,4 @@
-"""Plan, restore and save without a manager."""
+"""Restore, suggest and save without a manager; the plan alone is in `preview`."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.linen_tree import Flavour
 from orbax_nnx_handler.planning.optax_tree import Transformation
 from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
 from orbax_nnx_handler.planning.paths import Path, render
-from orbax_nnx_handler.planning.plan import RestorePlan, UnexpectedPolicy
+from orbax_nnx_handler.planning.plan import UnexpectedPolicy
 from orbax_nnx_handler.planning.policies import Policies
 from orbax_nnx_handler.planning.report import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
@@ -22,55 +22,12 @@ from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target import flatten_like, flatten_target
 from orbax_nnx_handler.transfer.agreement import agree, agree_on
 from orbax_nnx_handler.transfer.collection import paused_collection
-from orbax_nnx_handler.transfer.deciding import decide, decide_and_check
+from orbax_nnx_handler.transfer.deciding import decide_and_check
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import read_metadata
 from orbax_nnx_handler.transfer.restoring import carry_out
 from orbax_nnx_handler.transfer.single_replica import single_replica_leaves
 from orbax_nnx_handler.transfer.writing import linen_save
-
-
-def plan_restore(
-    path: epath.PathLike,
-    target: Any,
-    restore_args: Any = None,
-    *,
-    policy: Policies = "error",
-    layout: str = "auto",
-    renames: Iterable[Rule | tuple[str, str]] = (),
-    init: Callable[[], Any] | None = None,
-    unexpected: UnexpectedPolicy = "warn",
-    dtype: DtypeChoice = "target",
-    item: str | None = None,
-) -> RestorePlan:
-    """Decides what every leaf of a target would be; reads metadata only.
-
-    Args:
-        path: A manager's root (its newest step), a step, or an item directory.
-        target: An abstract or concrete `nnx.State`, `nnx.Module`, `nnx.Optimizer`,
-            a pure dict of arrays or `jax.ShapeDtypeStruct`, or a tuple or dict of these.
-        restore_args: A tree like the target whose leaves override sharding, dtype and policy.
-        policy: What a missing weight becomes, or NNX filters that choose it.
-        layout: How the checkpoint is arranged; `auto` finds out.
-        renames: Rules from stored to wanted names.
-        init: Builds the target with real values, for `policy="init"`.
-        unexpected: What to do about stored leaves that the target does not want.
-        dtype: `target` or `stored`.
-        item: The item's name, where a step holds several.
-
-    Returns:
-        The plan. It is not checked: `plan.check()` raises what `restore` would.
-
-    Raises:
-        NotACheckpointError: The path is no checkpoint.
-        UnusedRuleError: A rule or a policy filter has no effect.
-    """
-    options = RestoreOptions().override(
-        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
-    )
-    overrides = flatten_like(restore_args) if restore_args is not None else {}
-    plan, _, _ = decide(find_item(path, item), target, overrides, options)
-    return plan
 
 
 def restore(

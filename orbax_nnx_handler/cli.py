@@ -1,6 +1,7 @@
 """The command line `orbax-nnx`: the verdict on a restore before the job starts."""
 
 import argparse
+import importlib
 import os
 import sys
 import warnings
@@ -9,12 +10,11 @@ from importlib import metadata
 
 import jax
 
-from orbax_nnx_handler.commands import convert, demo, diff, plan, suggest, tree
 from orbax_nnx_handler.commands.factories import UsageError
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planning.errors import RestoreError
 
-_COMMANDS = (tree, plan, suggest, diff, convert, demo)
+_COMMANDS = ("tree", "plan", "suggest", "diff", "convert", "demo")
 _INTERRUPTED = 130
 
 
@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command itself, 130 for an interrupt.
     """
     screen = Screen.standard()
+    words = sys.argv[1:] if argv is None else argv
     try:
-        arguments = parser().parse_args(argv)
+        arguments = parser(*[word for word in words[:1] if word in _COMMANDS]).parse_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
     _stay_off_accelerators(arguments)
@@ -66,8 +67,8 @@ def _outside(error: OSError | ImportError, screen: Screen) -> int:
     return 1
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of all commands."""
+def parser(*chosen: str) -> argparse.ArgumentParser:
+    """Returns the parser of the chosen commands, or of all: what a command needs is imported with it."""
     whole = argparse.ArgumentParser(
         prog="orbax-nnx",
         description="Linen checkpoints in NNX: what is in them, whether they fit, and how to convert them.",
@@ -75,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add_to(commands)
+    for command in chosen or _COMMANDS:
+        importlib.import_module(f"orbax_nnx_handler.commands.{command}").add_to(commands)
     return whole
 
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "orbax_nnx_handler"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FACADE = {"handler.py", "v1.py", "api.py", "cli.py", "__init__.py"}
+FACADE = {"handler.py", "v1.py", "api.py", "preview.py", "cli.py", "__init__.py"}
 MODULE_LINES = 270
 FUNCTION_LINES = 30
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}

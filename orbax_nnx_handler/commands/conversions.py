@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from orbax_nnx_handler.api import plan_restore
 from orbax_nnx_handler.commands.arguments import policies_of, pretend_devices, renames_of
 from orbax_nnx_handler.commands.factories import UsageError, load_factory
 from orbax_nnx_handler.commands.placing import fit, in_linen, in_nnx
@@ -28,6 +27,7 @@ from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.paths import Path, parse
 from orbax_nnx_handler.planning.regrouping import scan, unscan
 from orbax_nnx_handler.planning.rules import as_rules
+from orbax_nnx_handler.preview import plan_restore
 from orbax_nnx_handler.transfer.converting import Conversion, check_free
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata

@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from orbax_nnx_handler.api import plan_restore
 from orbax_nnx_handler.commands.arguments import (
     add_item,
     add_json,
@@ -17,6 +16,7 @@ from orbax_nnx_handler.commands.arguments import (
 from orbax_nnx_handler.commands.factories import load_factory
 from orbax_nnx_handler.commands.screen import Screen, without_collection
 from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.preview import plan_restore
 
 
 def add_to(commands: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.arranging import UnclearOrder
-from orbax_nnx_handler.planning.entries import model_entries
+from orbax_nnx_handler.planning.entries import Entry, model_entries
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.found import Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
@@ -99,8 +99,7 @@ def map_leaves(
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
     roots = find_roots(_within_model(model, placements), [e.tokens for e in entries])
-    has_moments = any(placement.section == "optimizer" for placement in placements)
-    moments = read_moments(placements, parameter_paths(original, roots.stored) if has_moments else {})
+    moments = _moments(placements, original, roots)
     split = _split(of_role(wanted, "optimizer"), model, moments, roots)
     virtual = [] if of_role(model, "model") else _virtual_parameters(split)
     match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots, axes=applied.axes).match()
@@ -131,6 +130,11 @@ def _within_model(model: Sequence[Wanted], placements: Sequence[Placement]) -> l
     aside = {canonical(placement.path) for placement in placements if placement.section == "aux"}
     tokens = [item.tokens for item in model if item.role == "model"]
     return [path for path in tokens if path not in aside] or tokens
+
+
+def _moments(placements: Sequence[Placement], entries: Sequence[Entry], roots: Roots) -> StoredMoments:
+    has_moments = any(placement.section == "optimizer" for placement in placements)
+    return read_moments(placements, parameter_paths(entries, roots.stored) if has_moments else {})
 
 
 def _split(

@@ -82,6 +82,4 @@ class MomentFollower:
         if recipe is None:
             return None
         gaps = parameter.missing_layers or missing_layers(recipe)
-        return Found(
-            recipe=recipe, reason=parameter.reason, missing_layers=gaps, surplus=parameter.surplus
-        )
+        return Found(recipe=recipe, reason=parameter.reason, missing_layers=gaps, surplus=parameter.surplus)

@@ -2,7 +2,6 @@
 
 import re
 
-import orbax.checkpoint as ocp
 from etils import epath
 
 from orbax_nnx_handler.transfer import legacy
@@ -22,6 +21,9 @@ def is_item(path: epath.Path) -> bool:
 
 def steps_of(root: epath.Path) -> dict[int, epath.Path]:
     """Returns a manager's finished steps, in rising order."""
+    # Here, for the verdict on an item needs nothing of Orbax, and importing it takes a quarter of a second.
+    import orbax.checkpoint as ocp
+
     found: dict[int, epath.Path] = {}
     for child in root.iterdir():
         match = _STEP.fullmatch(child.name)

@@ -82,3 +82,23 @@ def test_a_factory_that_fails_says_where() -> None:
     assert str(caught.value) == (
         f"{MODEL}:make_broken fails under nnx.eval_shape: KeyError: 'no such size'\nat {MODEL}:{line}"
     )
+
+
+def test_a_state_that_is_abstract_already_stays_what_it_is(tmp_path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(
+        "import jax\nfrom flax import nnx\n"
+        "LEAF = jax.ShapeDtypeStruct((2, 3), 'bfloat16')\n"
+        "def make(more=()):\n"
+        "    return nnx.State({'w': nnx.Param(LEAF, note='mine'), **{name: nnx.Param(jax.numpy.ones(4))"
+        " for name in more}})\n"
+    )
+
+    abstract = load_factory(f"{file}:make").target()
+    mixed = load_factory(f"{file}:make(more=('v',))").target()
+
+    assert abstract["w"].get_metadata("note") == "mine"
+    for state in (abstract, mixed):
+        assert type(state["w"]) is nnx.Param
+        assert state["w"].get_raw_value() == jax.ShapeDtypeStruct((2, 3), "bfloat16")
+    assert isinstance(mixed["v"].get_raw_value(), jax.ShapeDtypeStruct)

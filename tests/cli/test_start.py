@@ -1,0 +1,40 @@
+"""What is imported before a verdict is printed: importing takes longer than many a plan."""
+
+import subprocess
+import sys
+
+import orbax_nnx_handler
+
+_PROGRAM = """
+import sys
+from orbax_nnx_handler.cli import main
+status = main(sys.argv[1:])
+print(status, *(name for name in sys.modules if name.startswith(("orbax.", "rich.progress", "orbax_nnx"))))
+"""
+
+
+def test_a_verdict_on_an_item_needs_nothing_that_reads_or_writes_arrays(root, tmp_path) -> None:
+    model = tmp_path / "model.py"
+    model.write_text(
+        "import jax\nfrom flax import nnx\n"
+        "def make():\n"
+        "    return nnx.State({'only': nnx.Param(jax.ShapeDtypeStruct((2,), 'float32'))})\n"
+    )
+    words = ["plan", str(root / "200" / "default"), f"{model}:make"]
+
+    ran = subprocess.run([sys.executable, "-c", _PROGRAM, *words], capture_output=True, text=True, check=True)
+
+    status, *imported = ran.stdout.splitlines()[-1].split()
+    assert status == "1"
+    assert "orbax_nnx_handler.planning.planner" in imported
+    assert not {"orbax.checkpoint", "rich.progress", "orbax_nnx_handler.handler"} & set(imported)
+    assert not {name for name in imported if name.startswith("orbax_nnx_handler.transfer.reading")}
+
+
+def test_every_public_name_has_a_home() -> None:
+    assert {name for name in orbax_nnx_handler.__all__ if hasattr(orbax_nnx_handler, name)} == {
+        *orbax_nnx_handler.__all__
+    }
+    assert set(orbax_nnx_handler._HOME_OF) == set(orbax_nnx_handler.__all__)
+    assert set(orbax_nnx_handler.__all__) <= set(dir(orbax_nnx_handler))
+    assert not hasattr(orbax_nnx_handler, "no_such_name")

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.diagnosis.arrangement_causes import AxesMerged, AxesPermuted
 from orbax_nnx_handler.planning.diagnosis.causes import Cause
@@ -18,54 +18,54 @@ Permutation = tuple[int, ...]
 
 def find_permuted(scene: Scene) -> Iterable[Cause]:
     """Yields weights whose stored shape is the wanted one with its axes in another order."""
-    found: dict[Permutation, list[Path]] = defaultdict(list)
-    for path in _plain(scene):
-        item = scene.mismatched[path]
-        permutation = _permutation(item.stored_shape, item.wanted.shape)
-        if permutation is not None:
-            found[permutation].append(path)
-    if not found:
-        return
-    paths = [path for each in found.values() for path in each]
-    first = scene.mismatched[paths[0]]
-    rules = [
-        f"Transpose({pattern!r}, {permutation})"
-        for permutation, each in found.items()
-        for pattern in patterns_of(scene, _sources(scene, each))
-    ]
-    yield AxesPermuted(
-        paths=scene.with_moments(paths),
-        stored=first.stored_shape,
-        wanted=first.wanted.shape,
-        count=len(paths),
-        rules=tuple(rules),
-        swapped=_swapped(scene, paths),
-    )
+    found = _explained(scene, _permutation)
+    if found:
+        paths = [path for each in found.values() for path in each]
+        first = scene.mismatched[paths[0]]
+        yield AxesPermuted(
+            paths=scene.with_moments(paths),
+            stored=first.stored_shape,
+            wanted=first.wanted.shape,
+            count=len(paths),
+            rules=_rules(scene, "Transpose", found),
+            swapped=_swapped(scene, paths),
+        )
 
 
 def find_merged(scene: Scene) -> Iterable[Cause]:
     """Yields weights of which neighbouring axes are one axis on the other side."""
-    found: dict[Shape, list[Path]] = defaultdict(list)
+    found = _explained(scene, _merged)
+    if found:
+        paths = [path for each in found.values() for path in each]
+        first = scene.mismatched[paths[0]]
+        yield AxesMerged(
+            paths=scene.with_moments(paths),
+            stored=first.stored_shape,
+            wanted=first.wanted.shape,
+            count=len(paths),
+            rules=_rules(scene, "Reshape", found),
+        )
+
+
+_Explained = Mapping[tuple[int, ...], Sequence[Path]]
+"""Mismatched weights by what makes the stored shape the wanted one: an order of axes, or a shape."""
+
+
+def _explained(scene: Scene, explain: Callable[[Shape, Shape], tuple[int, ...] | None]) -> _Explained:
+    found: dict[tuple[int, ...], list[Path]] = defaultdict(list)
     for path in _plain(scene):
         item = scene.mismatched[path]
-        long, short = sorted((item.stored_shape, item.wanted.shape), key=len, reverse=True)
-        if len(long) > len(short) > 0 and _merges(long, short):
-            found[item.wanted.shape].append(path)
-    if not found:
-        return
-    paths = [path for each in found.values() for path in each]
-    first = scene.mismatched[paths[0]]
-    rules = [
-        f"Reshape({pattern!r}, {shape})"
-        for shape, each in found.items()
-        for pattern in patterns_of(scene, _sources(scene, each))
-    ]
-    yield AxesMerged(
-        paths=scene.with_moments(paths),
-        stored=first.stored_shape,
-        wanted=first.wanted.shape,
-        count=len(paths),
-        rules=tuple(rules),
+        change = explain(item.stored_shape, item.wanted.shape)
+        if change is not None:
+            found[change].append(path)
+    return found
+
+
+def _rules(scene: Scene, rule: str, found: _Explained) -> tuple[str, ...]:
+    return tuple(
+        f"{rule}({pattern!r}, {change})"
+        for change, paths in found.items()
+        for pattern in patterns_of(scene, _sources(scene, paths))
     )
 
 
@@ -86,6 +86,12 @@ def _permutation(stored: Shape, wanted: Shape) -> Permutation | None:
     orders = itertools.permutations(range(len(stored)))
     fitting = [order for order in orders if tuple(stored[axis] for axis in order) == wanted]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _merged(stored: Shape, wanted: Shape) -> Shape | None:
+    """Returns the wanted shape where merging axes, or cutting one, leads there."""
+    long, short = sorted((stored, wanted), key=len, reverse=True)
+    return wanted if len(long) > len(short) > 0 and _merges(long, short) else None
 
 
 def _merges(long: Shape, short: Shape) -> bool:

@@ -41,12 +41,12 @@ class Copied:
     @property
     def sharding(self) -> NamedSharding:
         """The sharding of the job's array."""
-        return cast(NamedSharding, self.job.sharding)
+        return _sharding_of(self.job)
 
     @property
     def mesh(self) -> Mesh:
         """The mesh of the job's array."""
-        return cast(Mesh, self.sharding.mesh)
+        return _mesh_of(self.job)
 
     @property
     def copies(self) -> int:
@@ -87,23 +87,32 @@ def share_out(jobs: Sequence[PlainJob]) -> list[list[Copied]]:
     loads: dict[int, int] = defaultdict(int)
     shared: list[list[Copied]] = []
     for family in sorted(families(jobs), key=_global_nbytes, reverse=True):
-        by_mesh: dict[Any, list[PlainJob]] = defaultdict(list)
+        by_mesh: dict[tuple[Mesh, tuple[str, ...]], list[PlainJob]] = defaultdict(list)
         for job in family:
-            by_mesh[cast(NamedSharding, job.sharding).mesh, copy_axes(job)].append(job)
+            by_mesh[_mesh_of(job), copy_axes(job)].append(job)
         shared.append([item for (_, axes), same in by_mesh.items() for item in _assign(same, axes, loads)])
     return shared
 
 
 def _assign(jobs: Sequence[PlainJob], axes: tuple[str, ...], loads: dict[int, int]) -> Iterator[Copied]:
-    groups = _processes(cast(NamedSharding, jobs[0].sharding).mesh, axes)
+    groups = _processes(_mesh_of(jobs[0]), axes)
     reader = min(range(len(groups)), key=lambda copy: max(loads[process] for process in groups[copy]))
     for job in jobs:
-        mine = set(own_devices(cast(NamedSharding, job.sharding), axes, reader))
+        mine = set(own_devices(_sharding_of(job), axes, reader))
         shards = [shard for shard in job.shards if mine & set(shard.devices)]
         item = Copied(job=dataclasses.replace(job, shards=tuple(shards)), axes=axes, reader=reader)
         for process in groups[reader]:
             loads[process] += item.nbytes
         yield item
+
+
+def _sharding_of(job: PlainJob) -> NamedSharding:
+    """Returns the sharding of a job that has `copy_axes`, which no other kind of sharding has."""
+    return cast(NamedSharding, job.sharding)
+
+
+def _mesh_of(job: PlainJob) -> Mesh:
+    return cast(Mesh, _sharding_of(job).mesh)
 
 
 def own_devices(sharding: NamedSharding, axes: tuple[str, ...], copy: int) -> tuple[Device, ...]:

@@ -1,0 +1,26 @@
+"""The command line; and that no benchmark is without a test."""
+
+import pathlib
+
+import pytest
+
+from tests.benchmarks import toys
+
+_TESTED = {"restore", "save", "scaling", "multihost", "verdict", "planning", "convert", "command_line"}
+# Not benchmarks by themselves: one trial, and the tables of results.
+_OTHER = {"trial", "tables"}
+
+
+@pytest.mark.parametrize("name", ["convert", "command_line"])
+def test_a_benchmark_checks_what_it_measures(name: str, tmp_path: pathlib.Path) -> None:
+    toys.check(name, tmp_path)
+
+
+def test_every_benchmark_is_tested() -> None:
+    programs = {
+        file.stem
+        for file in (toys.ROOT / "benchmarks").glob("*.py")
+        if 'if __name__ == "__main__"' in file.read_text()
+    }
+
+    assert programs == _TESTED | _OTHER

@@ -118,9 +118,6 @@ def _check_type(dtype: np.dtype[Any]) -> None:
     if dtype.fields is not None:
         raise ForeignError("records of several fields")
     if dtype.kind == "V" and dtype.itemsize != _BFLOAT16_BYTES:
-        raise ForeignError(
-            f"raw values of {dtype.itemsize} bytes each: NumPy does not say of which type, "
-            f"and only those of {_BFLOAT16_BYTES} are known to be bfloat16"
-        )
+        raise ForeignError(f"raw bytes (V{dtype.itemsize}), whose type NumPy does not store; V2 is bfloat16")
     if dtype.kind not in _NUMBERS + "V":
-        raise ForeignError(f"values of the type {dtype}, which is none of numbers")
+        raise ForeignError(f"values of the type {dtype}, which are no numbers")

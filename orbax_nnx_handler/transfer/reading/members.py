@@ -40,7 +40,9 @@ def fill_from_member(source: Source, encoding: NpyEncoding, targets: Sequence[Ta
         OSError: The bytes cannot be read.
     """
     values = _Values(source, encoding)
-    laid, places = _in_order_of_bytes(encoding, targets)
+    laid, places = _in_order_of_bytes(encoding, [target for target in targets if target.view.size])
+    if not places:
+        return
     try:
         if len(places) == 1 and places[0].region == whole(laid.shape) and takes_bytes(places[0], laid):
             values.read_into(memory_of(places[0].view))

@@ -83,9 +83,20 @@ def test_published_weights_compute_in_nnx_what_they_compute_in_linen(tmp_path: P
     np.testing.assert_allclose(model(program.inputs, train=False), expected(program)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_the_weights_of_a_multi_optimizer_are_restored_without_it(tmp_path: Path) -> None:
+    """`flax.optim.MultiOptimizer` kept a list of states, each with a step of its own."""
+    program = vision_transformer(adam)
+    tree = early_tree(trained(program))["opt"]
+    path = writers.write_big_vision_npz(tmp_path, {"opt": {**tree, "state": [tree["state"], tree["state"]]}})
+
+    model = restored_model(program, path, unexpected="ignore")
+
+    np.testing.assert_allclose(model(program.inputs, train=False), expected(program)[0], rtol=1e-5, atol=1e-5)
+
+
 def restored_model(program: Program, path: Path, **options: Any) -> Any:
     target = nnx.eval_shape(lambda: program.nnx(nnx.Rngs(0)))
-    return restore(path, target, renames=program.renames, unexpected="error", **options)
+    return restore(path, target, renames=program.renames, **{"unexpected": "error", **options})
 
 
 def test_weights_in_bfloat16_are_those_of_linen_to_the_bit(tmp_path: Path) -> None:

@@ -273,6 +273,7 @@ def write_big_vision_npz(
     save = np.savez_compressed if packed else np.savez
     # `jax.tree.map(np.asarray)` is done by the trainers; a bfloat16 array becomes raw bytes in `savez`.
     save(content, **{name: np.asarray(leaf) for name, leaf in _names_as_big_vision(tree)})
+    root.mkdir(parents=True, exist_ok=True)
     path = root / name
     unfinished = Path(f"{path}-TEMPORARY")
     unfinished.write_bytes(content.getvalue())

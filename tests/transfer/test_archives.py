@@ -16,16 +16,20 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from orbax_nnx_handler import RestoreError, plan_restore, restore
+from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, plan_restore, restore
 from orbax_nnx_handler.planning.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.regions import slices
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import read_metadata
-from orbax_nnx_handler.transfer.reading import members, read_values, sources
+from orbax_nnx_handler.transfer.reading import members, read_arrays, read_values, sources
 from orbax_nnx_handler.transfer.reading.gathering import fill_targets
 from orbax_nnx_handler.transfer.reading.targets import Target
+from tests.gallery.models import save
+from tests.transfer.test_reading import plain_jobs
 from tests.transfer.test_sources import as_remote
 
 SAVES = {"stored": np.savez, "deflated": np.savez_compressed}
@@ -327,6 +331,49 @@ def said_of_directory(path: pathlib.Path) -> str:
     with pytest.raises(RestoreError) as caught:
         find_item(path)
     return str(caught.value).replace(str(path), "RUN")
+
+
+def test_an_archive_in_an_item_is_no_part_of_it(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "checkpoint").write_bytes(b"")
+    (tmp_path / "weights.npz").write_bytes(packed({"a": np.zeros(3, np.float32)}))
+
+    assert find_item(tmp_path / "weights.npz") == epath.Path(tmp_path / "weights.npz")
+
+
+def test_an_item_of_orbax_beside_archives_is_what_its_directory_means(tmp_path: pathlib.Path) -> None:
+    save(tmp_path / "run" / "100" / "default", {"a": np.zeros(3, np.float32)})
+    (tmp_path / "run" / "evaluation.npz").write_bytes(packed({"a": np.zeros(3, np.float32)}))
+
+    assert find_item(tmp_path / "run") == epath.Path(tmp_path / "run" / "100" / "default")
+
+
+def test_a_handler_with_type_handlers_of_its_own_leaves_archives_to_this_library(
+    tmp_path: pathlib.Path,
+) -> None:
+    (tmp_path / "x.npz").write_bytes(packed({"a": np.arange(3, dtype=np.float32)}))
+    checkpoint = read_metadata(tmp_path / "x.npz")
+
+    found = read_arrays(checkpoint, plain_jobs(checkpoint), orbax=ocp.PyTreeCheckpointHandler())
+
+    np.testing.assert_array_equal(found[("a",)], [0, 1, 2])
+
+
+def test_the_handler_restores_an_archive(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x.npz").write_bytes(packed({"a": np.arange(3, dtype=np.float32)}))
+    target = {"a": jax.ShapeDtypeStruct((3,), np.float32)}
+
+    # Orbax's own `Checkpointer` takes directories only.
+    found = NNXLinenHandler().restore(epath.Path(tmp_path / "x.npz"), args=NNXLinenRestore(target))
+
+    np.testing.assert_array_equal(found["a"], [0, 1, 2])
+
+
+def test_a_member_that_would_end_behind_the_file_is_damage(tmp_path: pathlib.Path) -> None:
+    content = bytearray(packed({"a": np.zeros(3, np.float32)}, "deflated"))
+    content[content.index(b"PK\x01\x02") + 21] = 0xFF  # The packed size, as the directory has it.
+    (tmp_path / "x.npz").write_bytes(content)
+
+    assert "a.npy in RUN/x.npz is damaged: the file ends before it does\n" in said(tmp_path / "x.npz")
 
 
 def test_an_archive_of_any_name_is_known_by_its_first_bytes(tmp_path: pathlib.Path) -> None:

@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from orbax_nnx_handler.planning.layouts.linen import has_subtree
-from orbax_nnx_handler.planning.layouts.t5x import holds_optimizer, place_optimizer
+from orbax_nnx_handler.planning.layouts.t5x import place_optimizer
 from orbax_nnx_handler.planning.paths import Path, natural_key
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 
@@ -30,6 +30,7 @@ from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 _FIELDS_OF_STATE = frozenset({"params", "state", "opt", "chrono", "rng"})
 _COLLECTIONS = frozenset({"params", "state"})
 _FLAX_OPTIM: Path = ("opt",)
+_FIELDS_OF_FLAX_OPTIM = {"target", "state"}
 
 # Fields of optax states by the kinds of their fields: `c` is a scalar count, `p` a tree like the parameters.
 _FIELDS = {
@@ -51,7 +52,9 @@ def _fits(stored: Stored) -> bool:
 
 
 def _is_of_flax_optim(stored: Stored) -> bool:
-    return not has_subtree(stored, "params") and holds_optimizer(stored, _FLAX_OPTIM)
+    fields = {path[1] for path in stored if path[:1] == _FLAX_OPTIM and len(path) > 2}
+    # Not only one optimizer's: the list of states of a `MultiOptimizer` is no reason to miss the weights.
+    return fields == _FIELDS_OF_FLAX_OPTIM and not has_subtree(stored, "params")
 
 
 def _place(stored: Stored) -> tuple[Placement, ...]:

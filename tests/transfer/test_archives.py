@@ -219,6 +219,7 @@ def test_what_is_no_number_and_not_wanted_is_no_obstacle(tmp_path: pathlib.Path)
     found = restore(tmp_path / "x.npz", target_of(tree), unexpected="ignore")
 
     np.testing.assert_array_equal(found["a"], tree["a"])
+    assert read_metadata(tmp_path / "x.npz").leaves[("name",)].dtype is None
 
 
 def test_a_file_of_nothing_else_is_refused_as_a_whole(tmp_path: pathlib.Path) -> None:
@@ -280,11 +281,26 @@ def test_members_that_numpy_does_not_write_are_refused(tmp_path: pathlib.Path) -
     for name, content, what in (
         ("bzip2", zipped([("a.npy", ONE)], zipfile.ZIP_BZIP2), "neither stored nor deflated"),
         ("encrypted", bytes(encrypted), "a   encrypted"),
-        ("text", zipped([("a.txt", b"text"), ("b.npy", ONE)]), ""),
+        ("text", zipped([("a", b"text"), ("b.npy", ONE)]), "a   a file that is no array"),
     ):
         (tmp_path / name).write_bytes(content)
 
         assert what in said(tmp_path / name)
+
+
+def test_packed_bytes_that_do_not_unpack_are_damage(tmp_path: pathlib.Path) -> None:
+    value = np.random.default_rng(0).normal(size=1 << 15).astype(np.float32)
+    content = bytearray(packed({"a": value}, "deflated"))
+    middle = len(content) // 2
+    content[middle : middle + 20_000] = b"\xff" * 20_000
+    (tmp_path / "x.npz").write_bytes(content)
+
+    with pytest.raises(UnreadableLeafError) as caught:
+        restore(tmp_path / "x.npz", target_of({"a": value}))
+
+    message = str(caught.value)
+    assert message.startswith("stored leaf a cannot be read: Error -3 while decompressing data: ")
+    assert message.endswith(f"\nfile: {tmp_path}/x.npz (a.npy)")
 
 
 def test_a_header_that_promises_other_bytes_than_there_are_is_damage(tmp_path: pathlib.Path) -> None:

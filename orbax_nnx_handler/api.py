@@ -49,7 +49,8 @@ def restore(
     """Restores a Linen checkpoint into a target; takes what `plan_restore` takes.
 
     Args:
-        path: A manager's root (its newest step), a step, or an item directory.
+        path: A manager's root (its newest step), a step, an item directory, or one file
+            of `flax.training.checkpoints` or `numpy.savez`.
         target: See `plan_restore`.
         restore_args: See `plan_restore`.
         policy: See `plan_restore`.

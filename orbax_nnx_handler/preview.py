@@ -33,7 +33,8 @@ def plan_restore(
     """Decides what every leaf of a target would be; reads metadata only.
 
     Args:
-        path: A manager's root (its newest step), a step, or an item directory.
+        path: A manager's root (its newest step), a step, an item directory, or one file
+            of `flax.training.checkpoints` or `numpy.savez`.
         target: An abstract or concrete `nnx.State`, `nnx.Module`, `nnx.Optimizer`,
             a pure dict of arrays or `jax.ShapeDtypeStruct`, or a tuple or dict of these.
         restore_args: A tree like the target whose leaves override sharding, dtype and policy.

@@ -81,6 +81,7 @@ class Contents:
             "bytes": self.nbytes,
             "leaves": [_leaf(leaf, parts) for leaf in self.checkpoint.leaves.values()],
             "lost": {render(path): reason for path, reason in self.checkpoint.lost.items()},
+            "foreign": {render(path): what for path, what in self.checkpoint.foreign.items()},
         }
 
 

@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.conversion import (
     with_dtype,
 )
 from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.planning.lost import check_readable
 from orbax_nnx_handler.planning.paths import Path, parse
 from orbax_nnx_handler.planning.regrouping import scan, unscan
 from orbax_nnx_handler.planning.rules import as_rules
@@ -93,6 +94,7 @@ def _dtype(name: str | None) -> np.dtype[Any] | None:
 
 def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     """Returns the stored leaves, moved and regrouped; the model itself need not be known."""
+    check_readable(checkpoint.lost, checkpoint.foreign)
     layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0]
     leaves = with_dtype(every_leaf(checkpoint.leaves, layout.name), _dtype(arguments.dtype))
     empty = {p: _EMPTY.get(t) for p, t in checkpoint.nodes.items() if p not in checkpoint.leaves}

@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         screen.say(f"  … and {len(rows) - _SHOWN} more rows; --depth sums up, --json lists all.")
     for path, reason in contents.checkpoint.lost.items():
         screen.error("lost", f"{render(path)}: {reason}")
+    for path, what in contents.checkpoint.foreign.items():
+        screen.error("no numbers", f"{render(path)}: {what}")
     return 0
 
 

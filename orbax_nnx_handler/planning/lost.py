@@ -1,4 +1,4 @@
-"""Leaves that a checkpoint's tree names and whose arrays cannot be found: damage, never a missing weight."""
+"""Leaves that a checkpoint's tree names and that cannot be read: damaged, or no numbers; never missing."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,17 +9,37 @@ from orbax_nnx_handler.planning.paths import Path, segments
 from orbax_nnx_handler.planning.plan import RestorePlan
 
 
-def lost_leaves(plan: RestorePlan, lost: Mapping[Path, str]) -> Iterable[UnreadableLeafError]:
-    """Yields the fault that a missing leaf may be one that is damaged; no policy fills that one.
+def lost_leaves(
+    plan: RestorePlan, lost: Mapping[Path, str], foreign: Mapping[Path, str]
+) -> Iterable[UnreadableLeafError]:
+    """Yields the faults that a missing leaf may be one that cannot be read; no policy fills that one.
 
     Args:
         plan: The plan, made from the leaves that can be read.
-        lost: The others, each with the reason.
+        lost: Those that are damaged, each with the reason.
+        foreign: Those that hold no numbers, each with what they hold.
     """
     missing = {_last(path) for path in plan.missing}
-    found = {path: reason for path, reason in lost.items() if _last(path) in missing}
-    if found:
-        yield unreadable(found)
+    for leaves, error in ((lost, unreadable), (foreign, not_numbers)):
+        found = {path: reason for path, reason in leaves.items() if _last(path) in missing}
+        if found:
+            yield error(found)
+
+
+def check_readable(lost: Mapping[Path, str], foreign: Mapping[Path, str]) -> None:
+    """Raises if any leaf of a checkpoint cannot be read.
+
+    Args:
+        lost: See `lost_leaves`.
+        foreign: See `lost_leaves`.
+
+    Raises:
+        UnreadableLeafError: Lists the damaged ones, or else those that hold no numbers.
+    """
+    if lost:
+        raise unreadable(lost)
+    if foreign:
+        raise not_numbers(foreign)
 
 
 def unreadable(lost: Mapping[Path, str]) -> UnreadableLeafError:
@@ -30,6 +50,17 @@ def unreadable(lost: Mapping[Path, str]) -> UnreadableLeafError:
         f"the checkpoint names {leaves} cannot be read:\n{rows}\n"
         "hint: a part of it is damaged, or was not copied: copy it again, or restore another step.",
         paths=list(lost),
+    )
+
+
+def not_numbers(foreign: Mapping[Path, str]) -> UnreadableLeafError:
+    """Returns the error that lists leaves which are whole and hold no numbers."""
+    leaves = "1 leaf that holds" if len(foreign) == 1 else f"{len(foreign)} leaves that hold"
+    rows = aligned(Row(path, (what,)) for path, what in foreign.items())
+    return UnreadableLeafError(
+        f"the checkpoint has {leaves} no numbers of a known type:\n{rows}\n"
+        "hint: load it where it was written, and save them again as arrays of float32 or of integers.",
+        paths=list(foreign),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from orbax_nnx_handler.planning.lost import lost_leaves, unreadable
+from orbax_nnx_handler.planning.lost import check_readable, lost_leaves
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.plan import RestorePlan
@@ -46,13 +46,13 @@ def decide(
         UnreadableLeafError: Nothing of the checkpoint can be read.
     """
     checkpoint = read_metadata(directory)
-    if checkpoint.lost and not checkpoint.leaves:
-        raise unreadable(checkpoint.lost)
+    if not checkpoint.leaves:
+        check_readable(checkpoint.lost, checkpoint.foreign)
     parts = flatten_target(target, overrides)
     plan = make_plan(
         parts, checkpoint.leaves, options, directory=str(directory), overrides=_policies_of(overrides)
     )
-    faults = (*plan.faults, *lost_leaves(plan, checkpoint.lost))
+    faults = (*plan.faults, *lost_leaves(plan, checkpoint.lost, checkpoint.foreign))
     return dataclasses.replace(plan, faults=faults), parts, checkpoint
 
 

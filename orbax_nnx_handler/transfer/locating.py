@@ -3,7 +3,7 @@
 from etils import epath
 
 from orbax_nnx_handler.planning.errors import NotACheckpointError
-from orbax_nnx_handler.transfer import legacy
+from orbax_nnx_handler.transfer import legacy, npz_files
 from orbax_nnx_handler.transfer.places import is_item, is_unfinished, items_of, steps_of
 from orbax_nnx_handler.transfer.together import parts_of
 from orbax_nnx_handler.transfer.wrong_paths import why_no_checkpoint, why_no_item
@@ -17,8 +17,9 @@ def find_item(path: epath.PathLike, item: str | None = None) -> epath.Path:
     """Returns the item directory that a path means.
 
     Args:
-        path: A manager's root (its newest step is taken), a step, an item, or a
-            msgpack file of `flax.serialization`.
+        path: A manager's root (its newest step is taken), a step, an item, a msgpack
+            file of `flax.serialization`, a NumPy archive, or a directory with one
+            run's archives.
         item: The item's name within the step, where it holds several.
 
     Raises:
@@ -41,12 +42,30 @@ def _find_item(root: epath.Path, item: str | None) -> epath.Path:
     if is_item(root):
         return root
     newest = _newest_step(root)
+    if newest is None or npz_files.is_numbered(newest):
+        newest = _only_archive(root) or newest
     return _item_of_step(newest or root, item)
+
+
+def _only_archive(root: epath.Path) -> epath.Path | None:
+    """Returns the NumPy archive that a directory of nothing else means.
+
+    Raises:
+        NotACheckpointError: It has those of several runs.
+    """
+    newest = [] if parts_of(root) or items_of(root) else npz_files.newest_in(root)
+    if len(newest) > 1:
+        names = ", ".join(path.name for path in newest)
+        raise NotACheckpointError(
+            f"{root} holds several NumPy archives: {names}.\nhint: pass the path of one of them."
+        )
+    return newest[0] if newest else None
 
 
 def _file(path: epath.Path) -> epath.Path:
     try:
-        is_part = is_item(path.parent) and not legacy.is_flax_file(path)
+        is_alone = legacy.is_flax_file(path) or npz_files.is_archive(path)
+        is_part = not is_alone and is_item(path.parent)
     except OSError:
         is_part = False
     if is_part:
@@ -60,9 +79,11 @@ def _newest_step(root: epath.Path) -> epath.Path | None:
 
 
 def _item_of_step(step: epath.Path, item: str | None) -> epath.Path:
+    if step.is_file():
+        return step
     if item is not None:
         return _named_item(step, item)
-    if step.is_file() or is_item(step) or parts_of(step):
+    if is_item(step) or parts_of(step):
         return step
     items = items_of(step)
     usual = [child for name in _USUAL_ITEMS for child in items if child.name == name]

@@ -5,7 +5,6 @@ plan and the read alike. Shapes and dtypes come from each array's own Zarr
 metadata, all of them read through one handle on the store.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping
@@ -18,69 +17,18 @@ from etils import epath
 from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.transfer import stores
+from orbax_nnx_handler.transfer import archives, stores
+from orbax_nnx_handler.transfer.checkpoint import Checkpoint, StoredArray
 from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.leftovers import Leftover, read_leftovers
+from orbax_nnx_handler.transfer.npz_files import is_archive
 from orbax_nnx_handler.transfer.stores import Store
 from orbax_nnx_handler.transfer.together import join_items, parts_of
 from orbax_nnx_handler.transfer.trees import STRING_TYPE, Tree, read_tree
 from orbax_nnx_handler.transfer.wrong_paths import damaged
-from orbax_nnx_handler.transfer.zarr import METADATA_KEY, Driver, Encoding, parse_encoding
+from orbax_nnx_handler.transfer.zarr import METADATA_KEY, Encoding, ZarrDriver, parse_encoding
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StoredArray:
-    """Where and how one array is stored.
-
-    Attributes:
-        name: Its name in the store, dots between the keys of its path.
-        store: The store that holds it.
-        encoding: Its layout there; for a random key, that of the key's bits.
-    """
-
-    name: str
-    store: Store
-    encoding: Encoding
-
-    def key(self, index: tuple[int, ...]) -> str:
-        """Returns the store's key of one chunk."""
-        return f"{self.name}/{self.encoding.chunk_key(index)}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """What is known of one item from its metadata.
-
-    Attributes:
-        directory: The item directory (or the msgpack file itself).
-        leaves: All leaves by path, as the disk's tree has them: a string for a
-            dict key, an int for a list index. `None` and empty containers are no
-            leaves. A random key has its key dtype and no trailing axis of bits.
-        lost: Leaves that the tree names but whose array metadata cannot be read,
-            with the reason.
-        disk_format: The format, such as "ocdbt+zarr3", "zarr" or "msgpack".
-        custom_metadata: What the program stored with the item.
-        step_metadata: What the program stored with the step (MaxText says there
-            whether layers are scanned).
-        values: The values that an older msgpack file held, and random state that
-            this library saved in the custom metadata; None without any.
-        nodes: Every path of the disk's tree with its value type, empty nodes
-            included: the containers that Orbax expects an item to have.
-        arrays: Where each array lies; the values of a msgpack file are not in it.
-        writes_fill: Whether the writer stored chunks even where they equal the
-            fill value. Then an absent chunk is a loss, otherwise it is zeros.
-    """
-
-    directory: epath.Path
-    leaves: Mapping[Path, StoredLeaf]
-    lost: Mapping[Path, str]
-    disk_format: str
-    custom_metadata: Mapping[str, Any]
-    step_metadata: Mapping[str, Any]
-    values: Mapping[Path, np.ndarray[Any, Any]] | None
-    nodes: Mapping[Path, str]
-    arrays: Mapping[Path, StoredArray]
-    writes_fill: bool
+__all__ = ["Checkpoint", "StoredArray", "read_metadata"]
 
 
 def read_metadata(directory: epath.PathLike) -> Checkpoint:
@@ -88,8 +36,8 @@ def read_metadata(directory: epath.PathLike) -> Checkpoint:
 
     Args:
         directory: An item directory that Orbax wrote, in any of its formats, a
-            msgpack file that `flax.serialization` wrote, or a step whose items are
-            one train state (`together`).
+            msgpack file that `flax.serialization` wrote, a NumPy archive, or a step
+            whose items are one train state (`together`).
 
     Returns:
         The checkpoint's leaves, and where to read them.
@@ -99,6 +47,8 @@ def read_metadata(directory: epath.PathLike) -> Checkpoint:
     """
     directory = epath.Path(directory)
     with paused_collection():
+        if is_archive(directory):
+            return archives.read_archive(directory)
         parts = parts_of(directory)
         if parts:
             return join_items(directory, {name: _read(directory / name) for name in parts})
@@ -155,11 +105,11 @@ def _locate(
     wanted = {path: name for path, name in tree.names.items() if tree.nodes[path] != STRING_TYPE}
     if not wanted:
         return {}, {}
-    drivers: tuple[Driver, Driver] = ("zarr3", "zarr") if tree.zarr3 else ("zarr", "zarr3")
+    drivers: tuple[ZarrDriver, ZarrDriver] = ("zarr3", "zarr") if tree.zarr3 else ("zarr", "zarr3")
     # Older checkpoints mix both: a database beside one directory per leaf.
     files = stores.open_files(tree.folder or directory)
     holders = [store for store in (database, files) if store is not None]
-    places: list[tuple[Store, Driver]] = [(store, driver) for store in holders for driver in drivers]
+    places: list[tuple[Store, ZarrDriver]] = [(store, driver) for store in holders for driver in drivers]
     try:
         found = stores.first_found(wanted, [(s, f"/{METADATA_KEY[d]}") for s, d in places])
     except ValueError as error:
@@ -181,7 +131,7 @@ def _locate(
 
 
 @functools.lru_cache(maxsize=1024)
-def _parse(driver: Driver, content: bytes) -> Encoding:
+def _parse(driver: ZarrDriver, content: bytes) -> Encoding:
     # Cached: the layers of a model share a few dozen layouts between them.
     return parse_encoding(driver, content)
 

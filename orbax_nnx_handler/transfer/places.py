@@ -4,7 +4,7 @@ import re
 
 from etils import epath
 
-from orbax_nnx_handler.transfer import legacy
+from orbax_nnx_handler.transfer import legacy, npz_files
 from orbax_nnx_handler.transfer.zarr import METADATA_KEY
 
 _STEP = re.compile(r"(?:.*[_-])?(?P<step>\d+)")
@@ -27,9 +27,15 @@ def steps_of(root: epath.Path) -> dict[int, epath.Path]:
     found: dict[int, epath.Path] = {}
     for child in root.iterdir():
         match = _STEP.fullmatch(child.name)
-        if match and (legacy.is_flax_file(child) or ocp.utils.is_checkpoint_finalized(child)):
+        if match and _is_finished(child):
             found[int(match["step"])] = child
     return dict(sorted(found.items()))
+
+
+def _is_finished(step: epath.Path) -> bool:
+    if legacy.is_flax_file(step) or npz_files.is_numbered(step):
+        return True
+    return ocp.utils.is_checkpoint_finalized(step)
 
 
 UNFINISHED = ".orbax-checkpoint-tmp"
@@ -38,7 +44,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 
 def is_unfinished(path: epath.Path) -> bool:
     """Tells whether a path lies in a save that was never finished."""
-    return any(UNFINISHED in part for part in path.parts)
+    return npz_files.is_unfinished(path) or any(UNFINISHED in part for part in path.parts)
 
 
 def items_of(step: epath.Path) -> list[epath.Path]:

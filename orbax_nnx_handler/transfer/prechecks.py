@@ -15,6 +15,8 @@ from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import Dropped, Restored, RestorePlan
 from orbax_nnx_handler.planning.recipes import reads
 from orbax_nnx_handler.transfer.metadata import Checkpoint
+from orbax_nnx_handler.transfer.npy import NpyEncoding
+from orbax_nnx_handler.transfer.reading import read_values
 
 
 def check_values(checkpoint: Checkpoint, plan: RestorePlan) -> None:
@@ -70,6 +72,8 @@ def _read(checkpoint: Checkpoint, path: Path) -> np.ndarray[Any, Any]:
     if checkpoint.values and path in checkpoint.values:
         return checkpoint.values[path]
     array = checkpoint.arrays[path]
+    if isinstance(array.encoding, NpyEncoding):
+        return read_values(checkpoint, [path])[path]
     spec = {
         "driver": array.encoding.driver,
         "kvstore": {**array.store.spec, "path": f"{array.store.spec.get('path', '')}{array.name}/"},

@@ -12,6 +12,8 @@ from orbax_nnx_handler.transfer.catalog import Catalog, Extent, read_catalog
 
 _Key = TypeVar("_Key", bound=Hashable)
 
+StoreKind = Literal["ocdbt", "files", "archive"]
+
 # B-tree nodes only; array bytes never pass a cache.
 _CACHE_BYTES = 100_000_000
 _CONTEXT_SPEC = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}, "file_io_concurrency": {"limit": 128}}
@@ -22,16 +24,16 @@ class Store:
     """An open key-value store that holds arrays.
 
     Attributes:
-        kind: One database, or one directory per array.
-        directory: Where it lies.
+        kind: One database, one directory per array, or one file with all of them.
+        directory: Where it lies; for a file, the directory that it is in.
         local: Whether its files can be opened by this process directly.
         spec: TensorStore's description, to open single arrays with.
         kvstore: The handle that all reads share.
         context: TensorStore's limits and caches.
-        catalog: The database's contents, where they can be listed.
+        catalog: The contents of the database or the file, where they can be listed.
     """
 
-    kind: Literal["ocdbt", "files"]
+    kind: StoreKind
     directory: epath.Path
     local: bool
     spec: dict[str, Any]
@@ -45,6 +47,10 @@ class Store:
             return None
         if self.kind == "files":
             return Extent(key, 0, -1)
+        return self.listed_extent(key)
+
+    def listed_extent(self, key: str) -> Extent | None:
+        """Returns the file that the catalog has for a key's value, here or behind a network."""
         value = self.catalog.get(key) if self.catalog is not None else None
         return value if isinstance(value, Extent) else None
 
@@ -55,8 +61,8 @@ class Store:
 
     def size_of(self, key: str) -> int | None:
         """Returns the length of a key's value, or None where only reading it can tell."""
-        value = self.catalog.get(key) if self.catalog is not None else None
-        return value.size if isinstance(value, Extent) else None
+        extent = self.listed_extent(key)
+        return extent.size if extent is not None else None
 
     def lacks(self, key: str) -> bool:
         """Tells whether the catalog shows that a key is absent."""
@@ -86,6 +92,16 @@ def open_files(directory: epath.Path) -> Store:
     return _open("files", directory, _base_spec(directory), ts.Context(_CONTEXT_SPEC), None)
 
 
+def open_archive(file: epath.Path, catalog: Catalog) -> Store:
+    """Opens the directory of a file that holds many arrays.
+
+    Args:
+        file: The file.
+        catalog: Where in it each value lies.
+    """
+    return _open("archive", file.parent, _base_spec(file.parent), ts.Context(_CONTEXT_SPEC), catalog)
+
+
 def _base_spec(directory: epath.Path) -> Any:
     path = os.fspath(directory)
     if "://" in path:
@@ -94,7 +110,7 @@ def _base_spec(directory: epath.Path) -> Any:
 
 
 def _open(
-    kind: Literal["ocdbt", "files"],
+    kind: StoreKind,
     directory: epath.Path,
     spec: Any,
     context: ts.Context,

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping
 
 from etils import epath
 
+from orbax_nnx_handler.transfer import npz_files
 from orbax_nnx_handler.transfer.places import UNFINISHED, is_item, is_unfinished, items_of, steps_of
 
 _SHOWN = 8
 _LOOKED_AT = 50
 _DEPTH = 3
+_NONE_FINISHED = "no finished step lies beside it: the job has to save again."
 
 
 def why_no_checkpoint(path: epath.Path) -> str:
@@ -58,6 +60,10 @@ def _unfinished(path: epath.Path) -> list[str]:
 
 
 def _finished_near(path: epath.Path) -> str:
+    if npz_files.is_unfinished(path):
+        archives = npz_files.newest_in(path.parent)
+        newest = _listed(map(str, archives))
+        return f"the newest finished one is {newest}." if archives else _NONE_FINISHED
     root = next((part.parent for part in (path, *path.parents) if UNFINISHED in part.name), path)
     # An unfinished item lies in a step; what lies beside that is one too if it is called the same.
     beside = {step: child for step, child in steps_of(root.parent).items() if _prefix(child) == _prefix(root)}
@@ -65,7 +71,7 @@ def _finished_near(path: epath.Path) -> str:
         steps = {step: child for step, child in found.items() if child not in (path, root)}
         if steps:
             return f"the newest finished step is {steps[max(steps)]}."
-    return "no finished step lies beside it: the job has to save again."
+    return _NONE_FINISHED
 
 
 def _prefix(step: epath.Path) -> str:
@@ -100,12 +106,19 @@ def _steps(root: epath.Path, steps: Mapping[int, epath.Path]) -> str:
 
 def damaged(path: epath.Path) -> str:
     """Returns a hint where a checkpoint's own files are damaged: which other step there is."""
+    archives = _archives_beside(path) if npz_files.is_archive(path) else []
+    if archives:
+        return f"copy it again, or restore another one that lies beside it: {_listed(map(str, archives))}."
     item = path if path.is_dir() else path.parent
     for step in (item, item.parent):
         others = {at: child for at, child in steps_of(step.parent).items() if child != step}
         if others:
             return f"copy it again, or restore another step: {_steps(step.parent, others)}"
     return "copy it again from where it was written: a file is truncated, or was not copied."
+
+
+def _archives_beside(path: epath.Path) -> list[epath.Path]:
+    return [other for other in npz_files.archives_in(path.parent) if other != path]
 
 
 def _below(path: epath.Path) -> str:

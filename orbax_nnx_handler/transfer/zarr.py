@@ -18,10 +18,11 @@ import numpy as np
 from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.regions import Region
 
-Driver = Literal["zarr", "zarr3"]
-Codec = Literal["raw", "zstd", "other"]
+ZarrDriver = Literal["zarr", "zarr3"]
+Driver = ZarrDriver | Literal["npy"]
+Codec = Literal["raw", "zstd", "other", "stored", "deflated"]
 
-METADATA_KEY: dict[Driver, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
+METADATA_KEY: dict[ZarrDriver, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,11 @@ class Encoding:
     """The layout of one array.
 
     Attributes:
-        driver: TensorStore's name of the format.
+        driver: TensorStore's name of the format; `npy` for a member of a NumPy archive.
         shape: The array's shape.
         dtype: The stored dtype, little-endian.
         chunk_shape: Shape of one chunk; those at the edge are stored whole.
-        codec: How a chunk's bytes are packed.
+        codec: How a chunk's bytes are packed; `stored` and `deflated` are those of archives.
         sharded: Whether a chunk is a Zarr 3 shard that holds one inner chunk,
             with its index behind it, as Orbax writes.
         separator: What stands between the grid indices in a chunk's key.
@@ -78,7 +79,7 @@ class Encoding:
         return self.separator.join(map(str, index)) or "0"
 
 
-def parse_encoding(driver: Driver, content: bytes) -> Encoding:
+def parse_encoding(driver: ZarrDriver, content: bytes) -> Encoding:
     """Returns the encoding that an array's metadata file describes.
 
     Raises:

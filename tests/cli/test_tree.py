@@ -102,6 +102,7 @@ def test_json_lists_every_leaf(cli, auto_named) -> None:
             leaf("params/LayerNorm_0/scale", [8]),
         ],
         "lost": {},
+        "foreign": {},
     }
 
 

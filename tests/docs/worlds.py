@@ -121,7 +121,7 @@ def rules(directory: pathlib.Path) -> World:
 
 
 def layouts(directory: pathlib.Path) -> World:
-    """A train state, Gemma's weights in two forms, and a step of openpi's with averaged weights."""
+    """A train state, Gemma's weights in two forms, a step of openpi's with averages, and an archive."""
     world = decoder(directory)
     params = models.zeros(
         jax.eval_shape(lambda: language.LinenGemma().init(jax.random.key(0), language.TOKENS))
@@ -138,9 +138,12 @@ def layouts(directory: pathlib.Path) -> World:
         "params": {"params": writers.boxed(weights)},
         "train_state": {"step": np.int32(3), "opt_state": moments},
     }
+    towers = {"img": linen_decoder(Size(layers=4)), "t": np.zeros(1, np.float32)}
+    writers.write_big_vision_npz(directory / "vit", {"params": towers})
     return world | {
         "plan_restore": plan_restore,
         "restore": restore,
+        "vit": nnx.eval_shape(world["make_model"]),
         "target": nnx.eval_shape(world["make_train_state"]),
         **forms,
         "gemma": nnx.eval_shape(language.NnxGemma),

@@ -451,6 +451,16 @@ def everything(root: pathlib.Path) -> Any:
     return restore(root, decoder())
 
 
+@broken(TYPES, "Pickled objects in a NumPy archive")
+def pickled(root: pathlib.Path) -> Any:
+    """Arrays of two lengths were stored as one, for which NumPy took an array of objects."""
+    ragged = np.empty(2, object)
+    ragged[:] = [np.zeros(2), np.zeros(3)]
+    np.savez(root / "weights.npz", scale=ragged, bias=np.zeros(3, np.float32))
+    target = {"scale": nnx.Param(jnp.zeros(3)), "bias": nnx.Param(jnp.zeros(3))}
+    return restore(root / "weights.npz", nnx.State(target))
+
+
 @broken(RULES, "A filter that matches nothing")
 def unused_filter(root: pathlib.Path) -> Any:
     """A typo in a filter would leave the rule without effect."""
@@ -514,6 +524,15 @@ def interrupted(root: pathlib.Path) -> Any:
     whole = save(root / "whole", {"params": {"scale": np.zeros(3, np.float32)}})
     shutil.move(whole, root / "run" / "1200.orbax-checkpoint-tmp-1731" / "default")
     return restore(root / "run", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
+
+
+@broken(PLACES, "A NumPy archive that was cut off")
+def cut_off(root: pathlib.Path) -> Any:
+    """The disk was full when big_vision copied `checkpoint.npz` for its step 1200."""
+    np.savez(root / "checkpoint.npz", **{"params/scale": np.zeros(3, np.float32)})
+    whole = (root / "checkpoint.npz").read_bytes()
+    (root / "checkpoint.npz-000001200").write_bytes(whole[:200])
+    return restore(root / "checkpoint.npz-000001200", nnx.State({"scale": nnx.Param(jnp.zeros(3))}))
 
 
 @broken(PLACES, "Several items, and none of the usual names")

@@ -71,6 +71,17 @@ def _big_vision(root: Path) -> Path:
     return writers.write_big_vision(root, params, big_vision_adam().init(params))
 
 
+def _big_vision_npz(root: Path) -> Path:
+    params = random_variables(vision_transformer(big_vision_adam))["params"]
+    tree = writers.big_vision_tree(params, big_vision_adam().init(params))
+    return writers.write_big_vision_npz(root, tree, copies=[2])
+
+
+def _early_big_vision(root: Path) -> Path:
+    tree = writers.flax_optim_tree(_adam(), writers.flax_optim_slots(_adam()))
+    return writers.write_big_vision_npz(root, {"opt": tree, "extra": {"accum_train_time": np.float64(12.5)}})
+
+
 def _gemma(form: str) -> Callable[[Path], Path]:
     def write(root: Path) -> Path:
         shapes = jax.eval_shape(lambda: language.LinenGemma().init(jax.random.key(0), language.TOKENS))
@@ -141,6 +152,10 @@ FIXTURES = (
         write=lambda root: writers.write_kauldron(root / "m", _adam()),
     ),
     Fixture(name="big_vision", layout="big_vision", shown=WEIGHTS_AND_MOMENTS, write=_big_vision),
+    Fixture(name="big_vision, npz", layout="big_vision", shown=WEIGHTS_AND_MOMENTS, write=_big_vision_npz),
+    Fixture(
+        name="big_vision, early", layout="big_vision", shown=WEIGHTS_AND_MOMENTS, write=_early_big_vision
+    ),
     Fixture(name="Gemma, flat", layout="gemma", shown=LOGITS, write=_gemma("flat")),
     Fixture(name="Gemma, stacked", layout="gemma", shown=LOGITS, write=_gemma("stacked")),
     Fixture(name="Gemma, nested", layout="params", shown=LOGITS, write=_gemma("nested")),

@@ -28,4 +28,5 @@ OTHERS = {
     "flax.training.checkpoints, one file": "msgpack",
     "T5X's own: tree in msgpack, arrays in gzip": "zarr and msgpack",
     "big_vision: directories named by paths": "zarr",
+    "big_vision and published weights: `np.savez`, `np.savez_compressed`": "npz",
 }

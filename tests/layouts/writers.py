@@ -5,7 +5,9 @@ by the calls that their savers make (Orbax, `flax.serialization`, TensorStore).
 The functions say where in the source that is.
 """
 
+import io
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -246,7 +248,7 @@ def big_vision_adafactor() -> optax.GradientTransformation:
 
 def write_big_vision(root: Path, params: Any, opt_state: Any, **more: Any) -> Path:
     """utils.py `save_checkpoint_ts`: one array a directory, `~` between the keys of its path."""
-    tree = {"params": params, "opt": opt_state, "chrono": {"accum_train_time": np.float32(12.5)}, **more}
+    tree = big_vision_tree(params, opt_state, **more)
     names, leaves = zip(*_names_as_big_vision(tree), strict=True)
     folder = root / f"checkpoint.bv-{STEP:09d}"
     manager = GlobalAsyncCheckpointManager()
@@ -256,6 +258,29 @@ def write_big_vision(root: Path, params: Any, opt_state: Any, **more: Any) -> Pa
     )
     manager.wait_until_finished()
     return folder
+
+
+def big_vision_tree(params: Any, opt_state: Any, **more: Any) -> dict[str, Any]:
+    """train.py: what is handed to the saver, for all of big_vision's time with optax."""
+    return {"params": params, "opt": opt_state, "chrono": {"accum_train_time": np.float32(12.5)}, **more}
+
+
+def write_big_vision_npz(
+    root: Path, tree: Any, *, name: str = "checkpoint.npz", copies: Collection[int] = (), packed: bool = False
+) -> Path:
+    """utils.py `save_checkpoint`, until `save_checkpoint_ts`: one file, and copies of it at some steps."""
+    content = io.BytesIO()
+    save = np.savez_compressed if packed else np.savez
+    # `jax.tree.map(np.asarray)` is done by the trainers; a bfloat16 array becomes raw bytes in `savez`.
+    save(content, **{name: np.asarray(leaf) for name, leaf in _names_as_big_vision(tree)})
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / name
+    unfinished = Path(f"{path}-TEMPORARY")
+    unfinished.write_bytes(content.getvalue())
+    unfinished.replace(path)
+    for step in copies:
+        shutil.copy(path, f"{path}-{step:09d}")
+    return path
 
 
 def _names_as_big_vision(tree: Any) -> list[tuple[str, Any]]:

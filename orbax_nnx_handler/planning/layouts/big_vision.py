@@ -11,18 +11,26 @@ their fields.
 
 Other programs that save `{"params", "opt"}` through Orbax have names already;
 these stay as they are.
+
+Before it came to optax, `opt` was a whole `flax.optim` optimizer, parameters
+included: `opt/target/...`, `opt/state/step`, `opt/state/param_states/...`
+(big_vision/utils.py `load_params` still reads the first of these). What else lay
+beside it is none of the train state.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from orbax_nnx_handler.planning.layouts.linen import has_subtree
+from orbax_nnx_handler.planning.layouts.t5x import place_optimizer
 from orbax_nnx_handler.planning.paths import Path, natural_key
 from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 
 # `rng` by trainers/proj/cappa, `state` by trainers/proj/uvim/vqvae.py: Linen's collection of that name.
 _FIELDS_OF_STATE = frozenset({"params", "state", "opt", "chrono", "rng"})
 _COLLECTIONS = frozenset({"params", "state"})
+_FLAX_OPTIM: Path = ("opt",)
+_FIELDS_OF_FLAX_OPTIM = {"target", "state"}
 
 # Fields of optax states by the kinds of their fields: `c` is a scalar count, `p` a tree like the parameters.
 _FIELDS = {
@@ -37,11 +45,27 @@ _AFTER_FACTORED = {"cp": ("count", "ema")}
 
 
 def _fits(stored: Stored) -> bool:
+    if _is_of_flax_optim(stored):
+        return True
     has_both = has_subtree(stored, "params") and has_subtree(stored, "opt")
     return has_both and {path[0] for path in stored} <= _FIELDS_OF_STATE
 
 
+def _is_of_flax_optim(stored: Stored) -> bool:
+    fields = {path[1] for path in stored if path[:1] == _FLAX_OPTIM and len(path) > 2}
+    # Not only one optimizer's: the list of states of a `MultiOptimizer` is no reason to miss the weights.
+    return fields == _FIELDS_OF_FLAX_OPTIM and not has_subtree(stored, "params")
+
+
 def _place(stored: Stored) -> tuple[Placement, ...]:
+    if not _is_of_flax_optim(stored):
+        return _place_numbered(stored)
+    beside = [path for path in stored if path[:1] != _FLAX_OPTIM]
+    others = [Placement(leaf=stored[path], section="other", path=path) for path in beside]
+    return (*place_optimizer(stored, _FLAX_OPTIM), *others)
+
+
+def _place_numbered(stored: Stored) -> tuple[Placement, ...]:
     parameters = {_text(path[1:]) for path in stored if path[0] == "params"}
     slots = {path: _slot(path[1:], parameters) for path in stored if path[0] == "opt" and len(path) > 1}
     kinds = {slot: "c" if len(slot) == len(path) - 1 else "p" for path, slot in slots.items()}

@@ -91,13 +91,13 @@ def _fill_from_raw(stream: RawStream, encoding: Encoding, targets: Sequence[Targ
     scattered: list[Target] = []
     for target in targets:
         first = _run_start(target.region, encoding.chunk_shape)
-        if first is None or not _takes_bytes(target, encoding):
+        if first is None or not takes_bytes(target, encoding):
             scattered.append(target)
             continue
         stream.skip_to(first * encoding.dtype.itemsize)
-        stream.read_into(_memory(target.view))
+        stream.read_into(memory_of(target.view))
     if scattered:
-        _scatter(stream, encoding, scattered)
+        scatter(stream, encoding, scattered)
 
 
 def _fill_from_zstd(
@@ -117,11 +117,11 @@ def _fill_from_zstd(
     if (
         len(targets) == 1
         and targets[0].region == whole(encoding.chunk_shape)
-        and _takes_bytes(targets[0], encoding)
+        and takes_bytes(targets[0], encoding)
     ):
-        stream.read_into(_memory(targets[0].view))
+        stream.read_into(memory_of(targets[0].view))
     else:
-        _scatter(stream, encoding, targets)
+        scatter(stream, encoding, targets)
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
@@ -131,11 +131,12 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return _own.decompressor
 
 
-def _takes_bytes(target: Target, encoding: Encoding) -> bool:
+def takes_bytes(target: Target, encoding: Encoding) -> bool:
+    """Tells whether a target's memory can take the stored bytes as they are."""
     return target.view.dtype == encoding.dtype and target.view.flags.c_contiguous
 
 
-def _memory(view: Buffer) -> memoryview:
+def memory_of(view: Buffer) -> memoryview:
     """Returns a contiguous array's bytes; `bfloat16` has no buffer format of its own."""
     return view.reshape(-1).view(np.uint8).data
 
@@ -152,8 +153,14 @@ def _run_start(region: Region, shape: Shape) -> int | None:
     return position
 
 
-def _scatter(stream: Stream, encoding: Encoding, targets: Sequence[Target]) -> None:
-    """Decodes what the targets span block by block and copies each block's values to their places."""
+def scatter(stream: Stream, encoding: Encoding, targets: Sequence[Target]) -> None:
+    """Decodes what the targets span block by block and copies each block's values to their places.
+
+    Args:
+        stream: The decoded bytes of a chunk in C order.
+        encoding: Its shape and dtype.
+        targets: Rectangles of it.
+    """
     spans = zip(*(target.region for target in targets), strict=True)
     box = tuple((min(start for start, _ in span), max(stop for _, stop in span)) for span in spans)
     itemsize = encoding.dtype.itemsize

@@ -21,8 +21,10 @@ from orbax_nnx_handler.planning.regions import (
     whole,
 )
 from orbax_nnx_handler.transfer.metadata import StoredArray
+from orbax_nnx_handler.transfer.npy import NpyEncoding
 from orbax_nnx_handler.transfer.reading.chunks import DamagedError, fill_from_chunk
-from orbax_nnx_handler.transfer.reading.sources import AbsentError, Opener
+from orbax_nnx_handler.transfer.reading.members import fill_from_member
+from orbax_nnx_handler.transfer.reading.sources import AbsentError, Opener, Source
 from orbax_nnx_handler.transfer.reading.targets import Target
 from orbax_nnx_handler.transfer.reading.tasks import Task
 
@@ -89,13 +91,20 @@ class LeafReader:
     def _read_chunk(self, key: str, targets: Sequence[Target]) -> None:
         try:
             with self.opener.open(key) as source:
-                fill_from_chunk(source, self.array.encoding, targets)
+                self._fill_from(source, targets)
         except AbsentError as error:
             if self.writes_fill:
                 raise self._unreadable(self.opener.file_of(key), "absent") from error
             self._fill(targets)
         except (DamagedError, OSError, ValueError) as error:
             raise self._unreadable(self.opener.file_of(key), str(error)) from error
+
+    def _fill_from(self, source: Source, targets: Sequence[Target]) -> None:
+        encoding = self.array.encoding
+        if isinstance(encoding, NpyEncoding):
+            fill_from_member(source, encoding, targets)
+        else:
+            fill_from_chunk(source, encoding, targets)
 
     def _fill(self, targets: Sequence[Target]) -> None:
         # A writer that leaves out chunks of fill value; null and absent mean zero.

@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import reads
 from orbax_nnx_handler.planning.regions import Region
+from orbax_nnx_handler.transfer.archives import DISK_FORMAT
 from orbax_nnx_handler.transfer.collection import paused_collection
 from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.reading.arena import Arena
@@ -53,8 +54,7 @@ def read_arrays(
     """
     arrays: dict[Path, jax.Array] = {}
     held = checkpoint.values or {}
-    # Values that are nodes of the tree come from a msgpack file, which Orbax cannot read leaf by leaf.
-    if orbax is not None and not any(path in checkpoint.nodes for path in held):
+    if orbax is not None and _is_orbaxs(checkpoint):
         beside = [job for job in jobs if any(path in held for path in reads(job.recipe))]
         stored = [job for job in jobs if not any(path in held for path in reads(job.recipe))]
         read = read_with_orbax(checkpoint, stored, orbax) if stored else {}
@@ -69,6 +69,13 @@ def read_arrays(
             arrays |= placed
             under_way = placed
     return {job.path: arrays[job.path] for job in jobs}
+
+
+def _is_orbaxs(checkpoint: Checkpoint) -> bool:
+    """Tells whether Orbax can read the checkpoint leaf by leaf: no msgpack file, no NumPy archive."""
+    # Values that are nodes of the tree come from a msgpack file.
+    held = checkpoint.values or {}
+    return checkpoint.disk_format != DISK_FORMAT and not any(path in checkpoint.nodes for path in held)
 
 
 def _read_wave(

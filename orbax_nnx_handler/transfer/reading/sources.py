@@ -76,16 +76,17 @@ class StoreSource:
 
 @dataclasses.dataclass(frozen=True)
 class RangeSource:
-    """A large value in a store without files of its own: asked for piece by piece."""
+    """A run of bytes in a store without files of its own: asked for piece by piece."""
 
     kvstore: ts.KvStore
     key: str
     size: int
+    start: int = 0
 
     def read_into(self, start: int, target: memoryview) -> None:
         """Requests the bytes and copies them."""
-        wanted = slice(start, start + len(target))
-        result = self.kvstore.read(self.key, byte_range=wanted).result()
+        first = self.start + start
+        result = self.kvstore.read(self.key, byte_range=slice(first, first + len(target))).result()
         if result.state != "value":
             raise AbsentError(self.key)
         target[:] = result.value
@@ -113,11 +114,13 @@ class Opener:
         size = self.store.size_of(key)
         if inline is not None:
             yield StoreSource(inline)
+        elif self.store.kind == "archive" and extent is None:
+            yield self._part_of_archive(key)
         elif extent is None and size is not None and size > _WHOLE_BYTES:
             yield RangeSource(self.store.kvstore, key, size)
         elif extent is None:
             yield self._fetch(key)
-        elif self.store.kind == "ocdbt":
+        elif self.store.kind != "files":
             yield FileSource(self._shared_descriptor(extent.file), extent.start, extent.size)
         else:
             # One file per chunk: there may be more of them than descriptors.
@@ -129,7 +132,7 @@ class Opener:
 
     def file_of(self, key: str) -> str:
         """Returns the file that holds a key's value, for messages."""
-        extent = self.store.extent(key)
+        extent = self.store.extent(key) or self.store.listed_extent(key)
         return f"{self._root}/{extent.file if extent else key}"
 
     def close(self) -> None:
@@ -143,6 +146,17 @@ class Opener:
         if result.state != "value":
             raise AbsentError(key)
         return StoreSource(result.value)
+
+    def _part_of_archive(self, key: str) -> Source:
+        extent = self.store.listed_extent(key)
+        if extent is None:
+            raise AbsentError(key)
+        part = RangeSource(self.store.kvstore, extent.file, extent.size, extent.start)
+        if extent.size > _WHOLE_BYTES:
+            return part
+        content = bytearray(extent.size)
+        part.read_into(0, memoryview(content))
+        return StoreSource(bytes(content))
 
     def _descriptor(self, file: str) -> int:
         try:

@@ -1,5 +1,6 @@
-"""The decoded bytes of one chunk, in order."""
+"""The decoded bytes of one chunk or member, in order."""
 
+import zlib
 from typing import IO, Protocol, cast
 
 import zstandard
@@ -81,3 +82,30 @@ class _Packed:
         self._source.read_into(self._position, memoryview(content))
         self._position += wanted
         return bytes(content)
+
+
+class InflateStream:
+    """A member of a zip file that is deflated: what is skipped is unpacked all the same."""
+
+    def __init__(self, source: Source) -> None:
+        self._packed = _Packed(source, 0, source.size)
+        # Without the header that zlib would put before it (APPNOTE.TXT 5.5 is bare DEFLATE).
+        self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        self._position = 0
+
+    def skip_to(self, position: int) -> None:
+        """Unpacks up to a position."""
+        while self._position < position:
+            self.read_into(memoryview(bytearray(min(position - self._position, _PACKED_BYTES))))
+
+    def read_into(self, target: memoryview) -> None:
+        """Fills the target with the next bytes."""
+        left = target
+        while left:
+            packed = self._inflater.unconsumed_tail or self._packed.read()
+            piece = self._inflater.decompress(packed, len(left))
+            if not piece and not packed:
+                raise ShortReadError(f"the packed array ends {len(left)} bytes early")
+            left[: len(piece)] = piece
+            left = left[len(piece) :]
+        self._position += len(target)

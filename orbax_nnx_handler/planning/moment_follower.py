@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.placement import Stored
 from orbax_nnx_handler.planning.recipes import Read
 from orbax_nnx_handler.planning.rule_faults import StuckMoment, why_stuck
 from orbax_nnx_handler.planning.rules import Casts
+from orbax_nnx_handler.planning.scalars import pair_scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +50,20 @@ class MomentFollower:
         return {item.slot for item in self.wanted if item.parameter is not None}
 
     @cached_property
-    def _scalars(self) -> set[Tokens]:
-        return {item.slot for item in self.wanted if item.parameter is None}
+    def _scalars(self) -> Mapping[Tokens, Tokens]:
+        wanted = {item.slot: item.wanted.leaf.shape for item in self.wanted if item.parameter is None}
+        stored = {slot: leaf.shape for slot, leaf in self.moments.scalars.items()}
+        found = {slot: self.moments.slot(slot, self._slots) for slot in self._slots}
+        return pair_scalars(wanted, stored, found, self.moments.slots)
 
     @cached_property
     def _shapes(self) -> Mapping[Path, Shape]:
         return {path: leaf.shape for path, leaf in self.stored.items()}
 
     def _scalar(self, item: WantedMoment) -> Found | None:
-        leaf = self.moments.scalar(item.slot, self._scalars)
+        slot = self._scalars.get(item.slot)
+        leaf = self.moments.count if item.slot[-1:] == ("count",) else None
+        leaf = leaf if slot is None else self.moments.scalars[slot]
         return None if leaf is None else Found(recipe=Read(leaf.path))
 
     def _moment(

@@ -90,6 +90,7 @@ def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Evidence:
         wanted={item.leaf.path: item for item in wanted},
         placements={item.leaf.path: item for item in mapping.placements},
         roots=mapping.roots,
+        stuck=mapping.stuck,
     )
 
 

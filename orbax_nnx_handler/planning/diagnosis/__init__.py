@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.diagnosis.parts import (
 )
 from orbax_nnx_handler.planning.diagnosis.randomness import find_keys, find_random_layouts
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
+from orbax_nnx_handler.planning.diagnosis.stuck_moments import find_stuck_moments
 from orbax_nnx_handler.planning.diagnosis.variants import find_biases, find_quantised, find_tied
 from orbax_nnx_handler.planning.plan import RestorePlan
 
@@ -32,6 +33,7 @@ _FINDERS: tuple[Callable[[Scene], Iterable[Cause]], ...] = (
     find_fused,
     find_another_model,
     find_open_factoring,
+    find_stuck_moments,
     find_layer_counts,
     find_scanned,
     find_shifted,

@@ -31,9 +31,17 @@ from orbax_nnx_handler.planning.recipes import (
 
 Shapes = Mapping[Path, Shape]
 
+FACTORED = ("v_row", "v_col")
+"""The moments without the largest and without the second axis, as optax calls them."""
+
 
 def follow(
-    recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shapes, wanted: Shape, slot: str = ""
+    recipe: Recipe,
+    moments: Mapping[Path, StoredLeaf],
+    parameters: Shapes,
+    wanted: Shape,
+    slot: str = "",
+    wanted_slot: str | None = None,
 ) -> Recipe | None:
     """Returns how a moment is made, given how its parameter is made.
 
@@ -42,7 +50,8 @@ def follow(
         moments: The stored moments of one slot, by their parameters' stored paths.
         parameters: Shapes of the stored parameters.
         wanted: The wanted moment's shape.
-        slot: The last name of the slot (`v_row`).
+        slot: The last name of the stored slot (`v_row`).
+        wanted_slot: That of the wanted one, where it is another.
 
     Returns:
         The recipe, with `Fill` for layers whose moment is not stored; None if
@@ -63,7 +72,8 @@ def follow(
     if placeholder and shapes[moments[stored[0]].path] == wanted:
         # An unused slot: optax keeps one zero for it whatever the layer count.
         return Read(moments[stored[0]].path)
-    return _Reduced(moments=moments, parameters=parameters, slot=slot).recipe(recipe, wanted)
+    reduced = _Reduced(moments=moments, parameters=parameters, slot=slot)
+    return reduced.recipe(recipe, wanted, slot if wanted_slot is None else wanted_slot)
 
 
 def _prune(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shapes) -> Recipe | None:
@@ -92,11 +102,11 @@ class _Reduced:
     parameters: Shapes
     slot: str
 
-    def recipe(self, recipe: Recipe, wanted: Shape) -> Recipe | None:
+    def recipe(self, recipe: Recipe, wanted: Shape, wanted_slot: str) -> Recipe | None:
         """Returns a parameter's recipe with its axes rewritten for the moment."""
         if any(path not in self.moments for path in reads(recipe)):
             return None
-        for axis in self._lost_axes(shape_of(recipe, self.parameters), wanted):
+        for axis in _lost_axes(shape_of(recipe, self.parameters), wanted, wanted_slot):
             moved = self._without_axis(recipe, axis)
             shapes = {self.moments[path].path: self.moments[path].shape for path in reads(recipe)}
             try:
@@ -106,19 +116,6 @@ class _Reduced:
                 continue
         return None
 
-    def _lost_axes(self, parameter: Shape, moment: Shape) -> list[int]:
-        """Returns the axes whose loss explains a moment's shape.
-
-        optax factors the two largest axes, the later one of equal size winning,
-        as `numpy.argsort` orders them: `v_row` lacks the largest, `v_col` the
-        second (`optax.scale_by_factored_rms`). Where the name does not tell,
-        every axis is possible that the shapes allow.
-        """
-        order = [int(axis) for axis in np.argsort(parameter)[::-1]]
-        possible = [axis for axis in order if (*parameter[:axis], *parameter[axis + 1 :]) == moment]
-        rank = _FACTORED.get(self.slot, len(order))
-        return [order[rank]] if rank < len(order) and order[rank] in possible else possible
-
     def _without_axis(self, recipe: Recipe, lost: int) -> Recipe | None:
         """Returns the recipe on moments that lack axis `lost` of the recipe's result."""
         match recipe:
@@ -126,7 +123,7 @@ class _Reduced:
                 moment = self.moments[path]
                 return (
                     Read(moment.path)
-                    if lost in self._lost_axes(self.parameters[path], moment.shape)
+                    if lost in _lost_axes(self.parameters[path], moment.shape, self.slot)
                     else None
                 )
             case Index(source, axis, index):
@@ -156,7 +153,18 @@ class _Reduced:
         return whole if len(whole) == len(parts) else None
 
 
-_FACTORED = {"v_row": 0, "v_col": 1}
+def _lost_axes(parameter: Shape, moment: Shape, slot: str) -> list[int]:
+    """Returns the axes whose loss explains a moment's shape.
+
+    optax factors the two largest axes, the later one of equal size winning,
+    as `numpy.argsort` orders them: `v_row` lacks the largest, `v_col` the
+    second (`optax.scale_by_factored_rms`). Where the name does not tell,
+    every axis is possible that the shapes allow.
+    """
+    order = [int(axis) for axis in np.argsort(parameter)[::-1]]
+    possible = [axis for axis in order if (*parameter[:axis], *parameter[axis + 1 :]) == moment]
+    rank = FACTORED.index(slot) if slot in FACTORED else len(order)
+    return [order[rank]] if rank < len(order) and order[rank] in possible else possible
 
 
 def missing_layers(recipe: Recipe) -> tuple[int, ...]:

@@ -22,12 +22,14 @@ class Found:
         reason: The rule or structure that led there; empty for the path itself.
         missing_layers: Layers of a stack that no stored leaf holds.
         surplus: Layers that the stored group has and the wanted one has not.
+        spare: Stored leaves that say the same as those of the recipe.
     """
 
     recipe: Recipe
     reason: str = ""
     missing_layers: tuple[int, ...] = ()
     surplus: int = 0
+    spare: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,10 @@ from orbax_nnx_handler.planning.recipes import Read, Recipe, RecipeError, reads,
 from orbax_nnx_handler.planning.restacking import UnclearAxis
 from orbax_nnx_handler.planning.roles import Wanted, of_role
 from orbax_nnx_handler.planning.roots import Roots, Tokens, find_roots, strip
-from orbax_nnx_handler.planning.rule_faults import moment_faults, rule_faults
+from orbax_nnx_handler.planning.rule_faults import rule_faults
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules
 from orbax_nnx_handler.planning.structures import Homeless
+from orbax_nnx_handler.planning.stuck import StuckMoment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class LeafMapping:
         homeless: Stored values that NNX has no home for; they must be zero.
         discarded: Stored values that the user's rules leave behind, moments included.
         applied: What the user's rules made of the stored model.
-        faults: What is wrong with single rules: moments that cannot follow, axes that do not fit.
+        faults: What is wrong with single rules: parts that go nowhere, axes that nothing asks for.
+        stuck: Moments that cannot follow their parameters.
     """
 
     layout: Layout
@@ -60,6 +62,7 @@ class LeafMapping:
     discarded: Mapping[Path, Discarded]
     applied: RulesApplied
     faults: tuple[RestoreError, ...] = ()
+    stuck: tuple[StuckMoment, ...] = ()
 
     @cached_property
     def shapes(self) -> Mapping[Path, Shape | None]:
@@ -68,8 +71,8 @@ class LeafMapping:
         return {path: _shape_under(found.recipe, stored) for path, found in self.found.items()}
 
     def used(self) -> set[Path]:
-        """Returns the stored paths that the result is made from."""
-        return {path for found in self.found.values() for path in reads(found.recipe)}
+        """Returns the stored paths that the result is made from, and those that say the same."""
+        return {path for found in self.found.values() for path in (*reads(found.recipe), *found.spare)}
 
 
 def _shape_under(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape | None:
@@ -106,8 +109,7 @@ def map_leaves(
     found = dict(match.found)
     _add_outside_model(found, wanted, placements, roots)
     parameters = {strip(w.tokens, roots.wanted): w.leaf.path for w in [*of_role(model, "model"), *virtual]}
-    follower = MomentFollower(moments, split, parameters, stored, applied)
-    stuck = follower.add_to(found)
+    stuck = MomentFollower(moments, split, parameters, stored, applied).add_to(found)
     return LeafMapping(
         layout=layout,
         found={item.leaf.path: found[item.leaf.path] for item in wanted if item.leaf.path in found},
@@ -118,7 +120,8 @@ def map_leaves(
         homeless=_homeless(match, moments, stored),
         discarded=_discarded(applied, moments, stored),
         applied=applied,
-        faults=(*rule_faults(applied, match, found), *moment_faults(stuck)),
+        faults=tuple(rule_faults(applied, match, found)),
+        stuck=tuple(stuck),
     )
 
 

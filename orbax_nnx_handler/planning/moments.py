@@ -45,20 +45,9 @@ class StoredMoments:
     def _tails(self) -> Mapping[str, list[Tokens]]:
         return _by_tail(self.slots)
 
-    @cached_property
-    def _scalar_tails(self) -> Mapping[str, list[Tokens]]:
-        return _by_tail(self.scalars)
-
     def slot(self, wanted: Tokens, all_wanted: Collection[Tokens]) -> Tokens | None:
         """Returns the stored slot of a wanted one: the same, or the only one of that last name."""
         return _choose(wanted, all_wanted, self.slots, self._tails)
-
-    def scalar(self, wanted: Tokens, all_wanted: Collection[Tokens]) -> StoredLeaf | None:
-        """Returns the stored leaf of a wanted slot without parameter."""
-        slot = _choose(wanted, all_wanted, self.scalars, self._scalar_tails)
-        if slot is None and wanted[-1:] == ("count",):
-            return self.count
-        return self.scalars[slot] if slot is not None else None
 
 
 @dataclasses.dataclass(frozen=True)

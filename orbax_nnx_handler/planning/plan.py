@@ -82,6 +82,7 @@ class Mismatched:
         stored_dtype: The stored dtype; the implementation's name for keys.
         detail: One more fact where shapes and dtypes do not say it all.
         surplus: How many layers the stored group has more than the wanted one.
+        reason: The rule or structure that made it what it is; empty for none.
     """
 
     wanted: WantedLeaf
@@ -91,6 +92,7 @@ class Mismatched:
     stored_dtype: str
     detail: str = ""
     surplus: int = 0
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

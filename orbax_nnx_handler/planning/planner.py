@@ -98,6 +98,7 @@ def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Evidence:
         wanted={item.leaf.path: item for item in wanted},
         placements={item.leaf.path: item for item in mapping.placements},
         roots=mapping.roots,
+        stuck=mapping.stuck,
     )
 
 
@@ -188,7 +189,8 @@ class _Judge:
             or (by_rule and not kept and casts != ["same"])
         ):
             strange = next((d for d, c in zip(dtypes, casts, strict=True) if c is None), None)
-            return _mismatch(item, found, "dtype", item.leaf.shape, str(strange or by_rule or "not an array"))
+            held = str(strange or by_rule or "not an array")
+            return _mismatch(item, found, "dtype", item.leaf.shape, held, found.reason if by_rule else "")
         dtype = held_dtype(dtypes[0]) if kept else item.leaf.dtype
         shortened = kept and dtype != dtypes[0]
         if shortened and not is_count:
@@ -244,4 +246,5 @@ def _mismatch(
         stored_dtype=dtype,
         detail=detail,
         surplus=found.surplus,
+        reason=found.reason,
     )

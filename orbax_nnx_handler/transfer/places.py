@@ -21,9 +21,6 @@ def is_item(path: epath.Path) -> bool:
 
 def steps_of(root: epath.Path) -> dict[int, epath.Path]:
     """Returns a manager's finished steps, in rising order."""
-    # Here, for the verdict on an item needs nothing of Orbax, and importing it takes a quarter of a second.
-    import orbax.checkpoint as ocp
-
     found: dict[int, epath.Path] = {}
     for child in root.iterdir():
         match = _STEP.fullmatch(child.name)
@@ -35,6 +32,9 @@ def steps_of(root: epath.Path) -> dict[int, epath.Path]:
 def _is_finished(step: epath.Path) -> bool:
     if legacy.is_flax_file(step) or npz_files.is_numbered(step):
         return True
+    # Here, for the verdict on an item needs nothing of Orbax, and importing it takes a quarter of a second.
+    import orbax.checkpoint as ocp
+
     return ocp.utils.is_checkpoint_finalized(step)
 
 

@@ -215,13 +215,18 @@ def test_the_scan_axis_decides_what_shapes_leave_open():
 
 # What cannot be done, word for word.
 
+WAY_OUT = (
+    "hint: a rule meets leaves as the rules before it made them; correct it, or write more of the path\n"
+    "      in its pattern to leave others out."
+)
+
 
 def test_a_shape_that_does_not_come_out_is_quoted_with_its_rule():
     message = failure({"dense": {"kernel": (4, 3), "bias": (4,)}}, DENSE, Transpose("dense", (1, 0)))
 
     assert message == (
-        "Transpose(pattern='dense', permutation=(1, 0)) does not fit 1 stored leaves:\n"
-        "  params/dense/bias (4,): permutation (1, 0) does not fit shape (4,)"
+        "Transpose(pattern='dense', permutation=(1, 0)) does not fit 1 stored leaf:\n"
+        "  params/dense/bias (4,): permutation (1, 0) does not fit shape (4,)\n" + WAY_OUT
     )
 
 
@@ -229,8 +234,8 @@ def test_a_split_that_leaves_a_rest_says_what_the_axis_holds():
     message = failure({}, {"params": {"wide": normal(5, 2)}}, Split("wide", ("a", "b"), axis=0))
 
     assert message == (
-        "Split(pattern='wide', into=('a', 'b'), axis=0, sizes=None) does not fit 1 stored leaves:\n"
-        "  params/wide (5, 2): axis 0 has 5 elements, which are not 2 equal parts"
+        "Split(pattern='wide', into=('a', 'b'), axis=0, sizes=None) does not fit 1 stored leaf:\n"
+        "  params/wide (5, 2): axis 0 has 5 elements, which are not 2 equal parts\n" + WAY_OUT
     )
 
 
@@ -240,7 +245,7 @@ def test_a_fuse_names_the_part_that_is_not_there():
     assert message == (
         "Fuse(patterns=('q', 'k', 'v'), into='qkv', axis=0, sizes=None) does not fit 2 stored leaves:\n"
         "  params/q (2,): for qkv, 'v' is not there\n"
-        "  params/k (2,): for qkv, 'v' is not there"
+        "  params/k (2,): for qkv, 'v' is not there\n" + WAY_OUT
     )
 
 
@@ -269,7 +274,7 @@ def test_a_scan_axis_that_does_not_fit_is_refused_and_an_unneeded_one_too():
     wanted = {"layers": {i: {"kernel": (3, 5)} for i in range(3)}}
 
     refused = failure(wanted, stored, ScanAxis("layers", 2))
-    with pytest.raises(onh.UnusedRuleError, match=r"1 of the 1 rules match no stored leaf") as idle:
+    with pytest.raises(onh.UnusedRuleError, match=r"the rule matches no stored leaf") as idle:
         restored(wanted, stored, ScanAxis("blocks", 0))
 
     assert "ScanAxis(group='layers', axis=2)" in refused
@@ -394,3 +399,46 @@ def test_all_rules_that_cannot_be_undone_are_named_at_once():
         invert([Scale("a", 3), ("b", "c"), Drop("d", "gone")])
 
     assert [line.split("(")[0] for line in str(raised.value).splitlines()] == ["Drop", "Scale"]
+
+
+def verdict(target: object, stored: object, *rules: object) -> str:
+    with pytest.raises(onh.RestoreError) as caught:
+        restored(target, stored, *rules)
+    return str(caught.value)
+
+
+def test_a_weight_that_a_rule_drops_is_missing_because_of_the_rule():
+    stored = {"params": {"a": {"kernel": normal(2, 3)}, "b": {"kernel": normal(3, 2)}}}
+    wanted = {name: {"kernel": value["kernel"].shape} for name, value in stored["params"].items()}
+
+    message = verdict(wanted, stored, Drop("a", "no longer used"))
+
+    assert "cause: a Drop rule leaves params/a/kernel behind ('no longer used'), and the target" in message
+    assert message.count("cause:") == 1
+
+
+def test_a_rule_without_which_a_weight_would_fit_is_named():
+    stored = {"params": {"a": {"kernel": normal(2, 3)}, "b": {"kernel": normal(3, 2)}}}
+    wanted = {name: {"kernel": value["kernel"].shape} for name, value in stored["params"].items()}
+
+    message = " ".join(verdict(wanted, stored, Transpose("a/kernel", (1, 0))).split())
+
+    assert (
+        "cause: 1 weight fits as it is stored: Transpose(pattern='a/kernel', permutation=(1, 0)) "
+        "makes (3, 2) of (2, 3), which is wanted." in message
+    )
+    assert message.count("cause:") == 1
+
+
+def test_a_cast_to_what_nobody_wants_is_named():
+    message = verdict({"a": (2,)}, {"params": {"a": normal(2)}}, Cast("a", "int8"))
+
+    assert "Cast(pattern='a', dtype='int8')" in message
+    assert "never become each other" not in message
+
+
+def test_a_rename_of_what_a_rename_wrote_says_why_it_has_no_effect():
+    message = verdict({"c": (2,)}, {"params": {"a": normal(2)}}, ("a", "b"), ("b", "c"))
+
+    assert message.startswith("1 of the 2 rules match no stored leaf:\n  ('b', 'c')\n")
+    assert "what a rename wrote is not renamed again" in message

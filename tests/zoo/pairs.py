@@ -252,6 +252,8 @@ def _wrong_value(leaves: Mapping[str, np.ndarray], path: str) -> np.ndarray:
         alike = other != path and (value.shape, value.dtype) == (right.shape, right.dtype)
         if alike and not np.allclose(value, right):
             return value
+    if right.dtype == bool:
+        return ~right
     if right.size > 1 and np.ptp(right) > 0:
         return np.roll(right.reshape(-1), 1).reshape(right.shape)
     return right + np.asarray(1, right.dtype)

@@ -22,7 +22,9 @@ from orbax_nnx_handler.planning.diagnosis.parts import (
     find_new_parts,
 )
 from orbax_nnx_handler.planning.diagnosis.randomness import find_keys, find_random_layouts
+from orbax_nnx_handler.planning.diagnosis.rule_effects import find_dropped, find_unneeded
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
+from orbax_nnx_handler.planning.diagnosis.stuck_moments import find_stuck_moments
 from orbax_nnx_handler.planning.diagnosis.variants import find_biases, find_quantised, find_tied
 from orbax_nnx_handler.planning.plan import RestorePlan
 
@@ -32,6 +34,9 @@ _FINDERS: tuple[Callable[[Scene], Iterable[Cause]], ...] = (
     find_fused,
     find_another_model,
     find_open_factoring,
+    find_stuck_moments,
+    find_dropped,
+    find_unneeded,
     find_layer_counts,
     find_scanned,
     find_shifted,

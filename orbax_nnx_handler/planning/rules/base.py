@@ -133,12 +133,19 @@ def reason_of(rule: Rule, *before: Entry) -> str:
     return "; ".join((*reasons, rule.quoted)) if reasons else rule.quoted
 
 
+_HINT = (
+    "hint: a rule meets leaves as the rules before it made them; correct it, or write more of the path\n"
+    "      in its pattern to leave others out."
+)
+
+
 def refuse(rule: Rule, bad: Sequence[tuple[Entry, str]]) -> NoReturn:
     """Raises the error of a rule whose shapes do not come out."""
     rows = "\n".join(f"  {_written(entry)} {entry.shape}: {why}" for entry, why in bad[:20])
     more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
     paths = [path for entry, _ in bad for path in entry.sources]
-    raise RuleError(f"{rule} does not fit {len(bad)} stored leaves:\n{rows}{more}", paths=paths)
+    leaves = "1 stored leaf" if len(bad) == 1 else f"{len(bad)} stored leaves"
+    raise RuleError(f"{rule} does not fit {leaves}:\n{rows}{more}\n{_HINT}", paths=paths)
 
 
 def _written(entry: Entry) -> str:

@@ -1,7 +1,7 @@
 """Renames: whole path segments of a stored path become segments of a wanted path."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.entries import Entry
@@ -67,6 +67,10 @@ class Rename(Rule):
         for at, new in changed.items():
             after[at] = new
         return Applied(entries=after, matched=len(changed), changed=list(changed.values()))
+
+    def comes_late(self, entries: Iterable[Entry]) -> bool:
+        """Tells whether it would match only what a rename before it has written."""
+        return any(True for entry in entries for _ in self._left.spans(entry.segments))
 
     def inverse(self) -> Rule:
         """Returns the rename back."""

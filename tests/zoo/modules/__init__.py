@@ -5,6 +5,7 @@ from tests.zoo.modules import (
     convolution,
     custom,
     lifted,
+    lifts,
     linear,
     normalisation,
     recurrent,
@@ -19,6 +20,7 @@ PAIRS: tuple[Pair, ...] = (
     *attention.PAIRS,
     *recurrent.PAIRS,
     *lifted.PAIRS,
+    *lifts.PAIRS,
     *wrapped.PAIRS,
     *custom.PAIRS,
 )

@@ -112,6 +112,38 @@ class NnxMisnamed(nnx.Module):
         return x * self.count[...]
 
 
+class LinenNumbers(nn.Module):
+    """Values of many kinds, as pytrees of one `self.param` or `self.variable`."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        shapes = {"in": jnp.zeros((4, 4)), "gain": jnp.zeros(()), "wave": jnp.zeros(4, jnp.complex64)}
+        weights = self.param("weights", lambda _: shapes)
+        seen = self.variable("seen", "masks", lambda: {"on": [jnp.zeros(4, bool), jnp.zeros(4, jnp.uint8)]})
+        wave = weights["wave"].real - weights["wave"].imag
+        return (x @ weights["in"]) * weights["gain"] + wave + seen.value["on"][0] + 2 * seen.value["on"][1]
+
+
+class NnxNumbers(nnx.Module):
+    """The same, one Variable for each leaf."""
+
+    def __init__(self, _rngs: nnx.Rngs):
+        self.weights = nnx.Dict(
+            {
+                "in": nnx.Param(jnp.zeros((4, 4))),
+                "gain": nnx.Param(jnp.zeros(())),
+                "wave": nnx.Param(jnp.zeros(4, jnp.complex64)),
+            }
+        )
+        self.masks = nnx.Dict(on=nnx.List([Seen(jnp.zeros(4, bool)), Seen(jnp.zeros(4, jnp.uint8))]))
+
+    def __call__(self, x: Any) -> Any:
+        wave = self.weights["wave"][...]
+        on = self.masks["on"]
+        y = (x @ self.weights["in"][...]) * self.weights["gain"][...]
+        return y + wave.real - wave.imag + on[0][...] + 2 * on[1][...]
+
+
 PAIRS = (
     Pair(
         linen_name="low-rank module",
@@ -161,6 +193,14 @@ PAIRS = (
         variant="misleading names",
         linen=LinenMisnamed(),
         nnx=NnxMisnamed,
+        inputs=(X,),
+    ),
+    Pair(
+        linen_name="pytrees of params and variables",
+        nnx_name="Dict, List",
+        variant="bool, uint8, complex, scalar",
+        linen=LinenNumbers(),
+        nnx=NnxNumbers,
         inputs=(X,),
     ),
 )

@@ -78,6 +78,25 @@ PAIRS = (
         training=BATCH_NORM,
     ),
     Pair(
+        linen_name="BatchNorm",
+        nnx_name="BatchNorm",
+        variant="features on axis 1, no scale",
+        linen=nn.BatchNorm(axis=1, use_scale=False),
+        nnx=lambda rngs: nnx.BatchNorm(3, axis=1, use_scale=False, rngs=rngs),
+        inputs=(values(6, 3, 4),),
+        linen_kwargs={"use_running_average": True},
+        nnx_kwargs={"use_running_average": True},
+        training=BATCH_NORM,
+    ),
+    Pair(
+        linen_name="LayerNorm",
+        nnx_name="LayerNorm",
+        variant="over two axes, no bias",
+        linen=nn.LayerNorm(reduction_axes=(1, 2), use_bias=False),
+        nnx=lambda rngs: nnx.LayerNorm(4, reduction_axes=(1, 2), use_bias=False, rngs=rngs),
+        inputs=(values(2, 3, 4),),
+    ),
+    Pair(
         linen_name="LayerNorm",
         nnx_name="LayerNorm",
         linen=nn.LayerNorm(),
@@ -97,6 +116,22 @@ PAIRS = (
         linen=nn.GroupNorm(2),
         nnx=lambda rngs: nnx.GroupNorm(4, 2, rngs=rngs),
         inputs=(values(3, 5, 4),),
+    ),
+    Pair(
+        linen_name="GroupNorm",
+        nnx_name="GroupNorm",
+        variant="by group size, no bias",
+        linen=nn.GroupNorm(num_groups=None, group_size=2, use_bias=False),
+        nnx=lambda rngs: nnx.GroupNorm(4, num_groups=None, group_size=2, use_bias=False, rngs=rngs),
+        inputs=(values(3, 5, 4),),
+    ),
+    Pair(
+        linen_name="InstanceNorm",
+        nnx_name="InstanceNorm",
+        variant="features on axis 1",
+        linen=nn.InstanceNorm(feature_axes=(1,)),
+        nnx=lambda rngs: nnx.InstanceNorm(3, feature_axes=(1,), rngs=rngs),
+        inputs=(values(2, 3, 4),),
     ),
     Pair(
         linen_name="InstanceNorm",
@@ -119,6 +154,17 @@ PAIRS = (
         linen=LinenNormalisedBlock(),
         nnx=NnxNormalisedBlock,
         inputs=(values(2, 4),),
+    ),
+    Pair(
+        linen_name="WeightNorm",
+        nnx_name="WeightNorm",
+        variant="of attention",
+        linen=nn.WeightNorm(nn.MultiHeadAttention(2), feature_axes=-1),
+        nnx=lambda rngs: nnx.WeightNorm(
+            nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs), feature_axes=-1, rngs=rngs
+        ),
+        inputs=(values(2, 5, 8),),
+        unseen=("params/layer_instance/key/bias",),
     ),
     Pair(
         linen_name="SpectralNorm",

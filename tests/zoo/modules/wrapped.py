@@ -110,6 +110,20 @@ PAIRS = (
         X,
         training=FLOAT8_STATISTICS,
     ),
+    inside_nnx("Fp8DotGeneral", nn.Dense(3, dot_general_cls=nn.Fp8DotGeneral), X, training=FLOAT8_STATISTICS),
+    inside_nnx(
+        "Fp8Einsum",
+        nn.MultiHeadAttention(
+            2, qk_attn_weights_einsum_cls=nn.Fp8Einsum, attn_weights_value_einsum_cls=nn.Fp8Einsum
+        ),
+        values(2, 5, 8),
+        training=FLOAT8_STATISTICS,
+    ),
+    inside_nnx(
+        "Bidirectional",
+        nn.Bidirectional(nn.RNN(nn.MGUCell(4)), nn.RNN(nn.MGUCell(4, reset_gate=False))),
+        values(2, 5, 3),
+    ),
     Pair(
         linen_name="several collections",
         nnx_name="bridge.ToNNX",

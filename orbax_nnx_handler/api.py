@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from orbax_nnx_handler.planning.emptiness import refuse_empty
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.linen_tree import Flavour
 from orbax_nnx_handler.planning.optax_tree import Transformation
@@ -64,6 +65,7 @@ def plan_restore(
     Raises:
         NotACheckpointError: The path is no checkpoint.
         UnusedRuleError: A rule or a policy filter has no effect.
+        RestoreError: The target has no leaf.
     """
     options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
@@ -149,11 +151,14 @@ def suggest(
         The proposal. Nothing is applied: print it, check it, paste it.
 
     Raises:
-        RestoreError: The path is no checkpoint, its layout is unknown, or `renames` do not fit.
+        RestoreError: The path is no checkpoint, its layout is unknown, the target has no leaf,
+            or `renames` do not fit.
     """
     options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
     stored = read_metadata(find_item(path, item)).leaves
-    return propose(flatten_target(target), stored, options, order_of(target, init))
+    parts = flatten_target(target)
+    refuse_empty(target, parts)
+    return propose(parts, stored, options, order_of(target, init))
 
 
 def save(

@@ -28,6 +28,7 @@ from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.paths import Path, parse
 from orbax_nnx_handler.planning.regrouping import scan, unscan
 from orbax_nnx_handler.planning.rules import as_rules
+from orbax_nnx_handler.planning.wrappers import layers_inside
 from orbax_nnx_handler.transfer.converting import Conversion, check_free
 from orbax_nnx_handler.transfer.locating import find_item
 from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
@@ -44,11 +45,13 @@ class Request:
         conversion: What to write.
         title: The layout of the source, in words.
         left_out: Stored leaves that are not written, by why.
+        note: What to know before a program reads the result; empty for nothing.
     """
 
     conversion: Conversion
     title: str
     left_out: Mapping[str, Sequence[Path]]
+    note: str = ""
 
 
 def request_of(arguments: argparse.Namespace) -> Request:
@@ -166,4 +169,5 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
             "of parts that the target does not have": list(plan.skipped),
             "without a home in Linen": placed.homeless,
         },
+        note="" if flavour is None else layers_inside(leaf.path for leaf in placed.leaves),
     )

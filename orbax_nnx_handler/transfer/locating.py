@@ -62,7 +62,7 @@ def _newest_step(root: epath.Path) -> epath.Path | None:
 
 
 def _is_no_step(path: epath.Path) -> bool:
-    """Tells what only ends in a number: another run (`run-2`), or a directory of something else (`polkit-1`)."""
+    """Tells what only ends in a number: another run (`run-2`), or something else (`polkit-1`)."""
     if path.is_dir() and is_root(path):
         return True
     return not (path.name.isdecimal() or holds_tree(path) or any(map(is_unfinished, path.iterdir())))

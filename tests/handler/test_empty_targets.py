@@ -16,13 +16,12 @@ WAY_OUT = (
     "hint: pass the module, optimizer or state that is to be filled, such as nnx.eval_shape(make_model).\n"
     "hint: to read the stored tree as it is, use Orbax alone: ocp.PyTreeCheckpointer().restore(ITEM)."
 )
+FILTERED = "hint: a State that nnx.state(model, FILTER) made is empty where the filter matches nothing."
 EMPTY = {
     "None": (lambda: None, f"the target is None: there is nothing to restore into.\n{WAY_OUT}"),
     "State": (
         lambda: nnx.State({}),
-        "the target is a State without a leaf: there is nothing to restore into.\n"
-        f"{WAY_OUT}\n"
-        "hint: a State that nnx.state(model, FILTER) made is empty where the filter matches nothing.",
+        f"the target is a State without a leaf: there is nothing to restore into.\n{WAY_OUT}\n{FILTERED}",
     ),
     "module": (
         lambda: nnx.Dropout(0.1),

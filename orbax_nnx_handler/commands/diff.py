@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ class Comparison:
                 {"path": render(one.path), "a": _kind(one), "b": _kind(other)} for one, other in self.changed
             ],
             "values": [
-                {"path": render(path), "unequal": item.unequal, "largest": item.largest}
+                {"path": render(path), "unequal": item.unequal, "largest": _number(item.largest)}
                 for path, item in self.values.items()
             ],
         }
@@ -143,6 +144,10 @@ def _show(compared: Comparison, screen: Screen) -> None:
     elif compared.values:
         equal = len(compared.values) - len(unequal)
         screen.say(f"{count(equal, 'leaf has', 'leaves have')} equal values, {len(unequal)} differ.")
+    else:
+        left, changed = len(compared.left.leaves) - len(compared.only_left), len(compared.changed)
+        agree = count(left - changed, "leaf agrees", "leaves agree")
+        screen.say(f"{agree} in path, shape and dtype; --values compares their values.")
 
 
 def _list(screen: Screen, title: str, rows: Iterable[tuple[Path, tuple[str, ...]]]) -> None:
@@ -155,6 +160,13 @@ def _list(screen: Screen, title: str, rows: Iterable[tuple[Path, tuple[str, ...]
 
 def _apart(item: Difference) -> tuple[str, str]:
     return count(item.unequal, "value"), f"largest difference {item.largest:.3g}"
+
+
+def _number(value: float) -> float | str:
+    """Returns a number as JSON can hold it; `NaN` and `Infinity` are words, as Protobuf's JSON has them."""
+    if math.isnan(value):
+        return "NaN"
+    return value if math.isfinite(value) else "Infinity"
 
 
 def _columns(leaf: StoredLeaf) -> tuple[str, str]:

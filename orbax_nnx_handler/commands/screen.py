@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -27,15 +28,24 @@ _LEAST_FIRST = 16
 
 @dataclasses.dataclass(frozen=True)
 class Screen:
-    """Standard output and standard error."""
+    """Standard output and standard error.
+
+    Attributes:
+        out: Standard output.
+        err: Standard error.
+        as_json: Whether errors are JSON on standard output, as everything else then is.
+    """
 
     out: Console
     err: Console
+    as_json: bool = False
 
     @classmethod
-    def standard(cls) -> "Screen":
+    def standard(cls, *, as_json: bool = False) -> "Screen":
         """Returns the process's own."""
-        return cls(Console(highlight=False), Console(stderr=True, highlight=False))
+        # The stream of now: what is printed elsewhere may be turned away from it later.
+        out = Console(file=sys.stdout, highlight=False)
+        return cls(out, Console(stderr=True, highlight=False), as_json)
 
     def say(self, text: str = "", style: str = "") -> None:
         """Prints text as it is; a pipe gets no line that was broken for a terminal's sake."""
@@ -79,11 +89,21 @@ class Screen:
 
     def json(self, value: Any) -> None:
         """Prints a value as JSON that a program can read."""
-        self.out.print(Text(json.dumps(value, indent=2, ensure_ascii=False)), soft_wrap=True)
+        self.out.print(Text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)), soft_wrap=True)
 
-    def error(self, kind: str, message: str) -> None:
-        """Prints an error to standard error."""
-        self.err.print(Text(f"{kind}: ", "bold red").append(message, "default not bold"), soft_wrap=True)
+    def error(self, kind: str, message: str, *, plain: str = "") -> None:
+        """Prints an error to standard error; under `--json`, as JSON to standard output.
+
+        Args:
+            kind: The type of the error.
+            message: What is wrong.
+            plain: The whole text for a person, where it is not just kind and message.
+        """
+        if self.as_json:
+            self.json({"error": {"type": kind, "message": message}})
+            return
+        word, colon, rest = (plain or f"{kind}: {message}").partition(": ")
+        self.err.print(Text(word + colon, "bold red").append(rest, "default not bold"), soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, nbytes: int, *phases: str) -> Generator[tuple[Callable[[int], None], ...]]:

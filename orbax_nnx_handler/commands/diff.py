@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,7 +57,7 @@ class Comparison:
                 {"path": render(one.path), "a": _kind(one), "b": _kind(other)} for one, other in self.changed
             ],
             "values": [
-                {"path": render(path), "unequal": item.unequal, "largest": _number(item.largest)}
+                {"path": render(path), "unequal": item.unequal, "largest": item.largest}
                 for path, item in self.values.items()
             ],
         }
@@ -160,13 +159,6 @@ def _list(screen: Screen, title: str, rows: Iterable[tuple[Path, tuple[str, ...]
 
 def _apart(item: Difference) -> tuple[str, str]:
     return count(item.unequal, "value"), f"largest difference {item.largest:.3g}"
-
-
-def _number(value: float) -> float | str:
-    """Returns a number as JSON can hold it; `NaN` and `Infinity` are words, as Protobuf's JSON has them."""
-    if math.isnan(value):
-        return "NaN"
-    return value if math.isfinite(value) else "Infinity"
 
 
 def _columns(leaf: StoredLeaf) -> tuple[str, str]:

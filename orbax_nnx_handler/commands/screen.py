@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import sys
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -89,7 +90,9 @@ class Screen:
 
     def json(self, value: Any) -> None:
         """Prints a value as JSON that a program can read."""
-        self.out.print(Text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)), soft_wrap=True)
+        self.out.print(
+            Text(json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False)), soft_wrap=True
+        )
 
     def error(self, kind: str, message: str, *, plain: str = "") -> None:
         """Prints an error to standard error; under `--json`, as JSON to standard output.
@@ -127,6 +130,17 @@ class Screen:
         disable = not self.err.is_terminal
         with Progress(*columns, console=self.err, transient=True, disable=disable) as bars:
             yield tuple(_step(bars, bars.add_task(phase, total=nbytes, start=False)) for phase in phases)
+
+
+def _for_json(value: Any) -> Any:
+    """Returns a value with `NaN` and `Infinity` as words, as in Protobuf's JSON: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: _for_json(part) for key, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(part) for part in cast("list[Any]", value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+    return value
 
 
 def _step(bars: Progress, task: TaskID) -> Callable[[int], None]:

@@ -239,8 +239,9 @@ def _log(report: RestoreReport) -> None:
     """Writes what was done as INFO, and one WARNING for what a reader should know; primary host only."""
     if jax.process_index() != 0:
         return
+    # A step may hold several items, so each line says which one it is about.
     logging.info("%s", report.summary)
     if report.initialised:
-        logging.info("%s", report.initialised)
+        logging.info("restored from %s: %s", report.plan.directory, report.initialised)
     if report.warning:
-        logging.warning("%s", report.warning)
+        logging.warning("restored from %s: %s", report.plan.directory, report.warning)

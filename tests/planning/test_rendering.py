@@ -99,6 +99,14 @@ def test_names_in_a_notebook_are_text_and_no_markup():
     assert "&lt;b&gt;/kernel" in page
 
 
+def test_a_notebook_keeps_the_columns_of_advice_and_shows_no_empty_ones():
+    page = PLANS["does not fit"]._repr_html_()
+
+    assert "<td></td>" not in re.sub(r"<td [^>]*>", "<td>", page)
+    assert '<div style="white-space: pre-wrap">hint: ' in page
+    assert re.search(r'<svg [^>]*role="img" aria-label="restored \d+ B, missing \d+ B"', page)
+
+
 def test_a_report_says_what_was_done_and_how_fast():
     report = RestoreReport(plan=PLANS["fits"], seconds=0.5, nbytes=10**9)
 

@@ -112,7 +112,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
         if not applied.matched and not isinstance(rule, ScanAxis):
             unused.append(rule)
     if unused:
-        raise unused_rules(unused, len(rules))
+        raise unused_rules(unused)
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
     return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)
 
@@ -125,10 +125,11 @@ def cast_of(recipe: Recipe, casts: Casts) -> np.dtype[Any] | None:
     return found.pop() if len(found) == 1 else None
 
 
-def unused_rules(unused: Sequence[Rule], count: int) -> UnusedRuleError:
+def unused_rules(unused: Sequence[Rule]) -> UnusedRuleError:
     """Returns the error for rules that match nothing."""
     quoted = "\n".join(f"  {rule}" for rule in unused)
+    count = "1 rule matches" if len(unused) == 1 else f"{len(unused)} rules match"
     return UnusedRuleError(
-        f"{len(unused)} of the {count} rules match no stored leaf:\n{quoted}\n"
+        f"{count} no stored leaf:\n{quoted}\n"
         "hint: a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
     )

@@ -13,6 +13,7 @@ import jax
 
 from orbax_nnx_handler.commands import convert, demo, diff, plan, suggest, tree
 from orbax_nnx_handler.commands.factories import UsageError
+from orbax_nnx_handler.commands.hints import options_of
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planning.errors import RestoreError
 
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.error("UsageError", str(error), plain=f"usage: {error}")
         return 2
     except RestoreError as error:
-        screen.error(type(error).__name__, str(error))
+        options = options_of(str(error))
+        more = f"\non the command line: {options}" if options else ""
+        screen.error(type(error).__name__, str(error), plain=f"{type(error).__name__}: {error}{more}")
         return 1
     except (OSError, ImportError) as error:
         return _outside(error, screen)

@@ -159,15 +159,15 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     check_values(checkpoint, plan)
     fitted = fit(plan, factory, _dtype(arguments.dtype))
     placed = in_nnx(fitted) if flavour is None else in_linen(fitted, target, flavour, as_rules(undone))
+    leaves, given = placed.leaves, placed.given
+    conversion = Conversion(source=checkpoint, leaves=leaves, given=given, lists=flavour is not None)
     return Request(
-        conversion=Conversion(
-            source=checkpoint, leaves=placed.leaves, given=placed.given, lists=flavour is not None
-        ),
+        conversion=conversion,
         title=plan.layout,
         left_out={
             "not wanted by the target": list(plan.unexpected),
             "of parts that the target does not have": list(plan.skipped),
             "without a home in Linen": placed.homeless,
         },
-        note="" if flavour is None else layers_inside(leaf.path for leaf in placed.leaves),
+        note="" if flavour is None else layers_inside(leaf.path for leaf in leaves),
     )

@@ -23,8 +23,6 @@ from rich.table import Table
 from rich.text import Text
 
 _GAP = 3
-# A first column narrower than this is no help: the terminal may break the lines itself.
-_LEAST_FIRST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,36 +55,34 @@ class Screen:
         self.say(text, "bold")
 
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
-        """Prints one named fact a line."""
-        self.table(facts, styles=("dim", ""))
+        """Prints one named fact a line; on a terminal a long one goes on below itself."""
+        if not self.out.is_terminal:
+            self.table(facts)
+            return
+        grid = Table.grid(padding=(0, _GAP, 0, 0))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in facts:
+            grid.add_row(Text(f"  {name}"), Text(value))
+        self.out.print(grid)
 
-    def table(
-        self, rows: Sequence[Sequence[str]], *, styles: Sequence[str] = (), right: Sequence[int] = ()
-    ) -> None:
-        """Prints rows with aligned columns.
+    def table(self, rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+        """Prints rows with aligned columns; where a terminal is too narrow, a path has a line of its own.
 
         Args:
             rows: The cells of each row, as many in each.
-            styles: A style for each column.
             right: The columns aligned to the right.
         """
-        if not self.out.is_terminal or self.out.width - _beside_first(rows) < _LEAST_FIRST:
-            for line in _plain(rows, right):
-                self.say(line)
-            return
-        grid = Table.grid(padding=(0, _GAP, 0, 0))
-        for number in range(max(map(len, rows), default=0)):
-            style = styles[number] if number < len(styles) else ""
-            # Only the first column may break where the terminal is narrow: it holds the paths.
-            grid.add_column(
-                style=style,
-                justify="right" if number in right else "left",
-                no_wrap=number > 0 and not styles,
-                overflow="fold",
-            )
-        for row in rows:
-            grid.add_row(*(Text(("  " if at == 0 else "") + cell) for at, cell in enumerate(row)))
-        self.out.print(grid)
+        lines = _plain(rows, right)
+        if self.out.is_terminal and max(map(len, lines), default=0) > self.out.width:
+            others = _plain([row[1:] for row in rows], [at - 1 for at in right])
+            lines = [
+                text
+                for row, rest in zip(rows, others, strict=True)
+                for text in (f"  {row[0]}", f"    {rest}")
+            ]
+        for line in lines:
+            self.say(line)
 
     def json(self, value: Any) -> None:
         """Prints a value as JSON that a program can read."""
@@ -149,12 +145,6 @@ def _step(bars: Progress, task: TaskID) -> Callable[[int], None]:
         bars.update(task, advance=done)
 
     return step
-
-
-def _beside_first(rows: Sequence[Sequence[str]]) -> int:
-    """Returns how wide the columns after the first are."""
-    columns = range(1, max(map(len, rows), default=0))
-    return sum(_GAP + max(len(row[at]) for row in rows if at < len(row)) for at in columns)
 
 
 def _plain(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:

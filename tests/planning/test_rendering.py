@@ -206,3 +206,16 @@ def test_code_in_a_hint_is_never_broken_inside_a_string():
     assert max(map(len, lines)) <= 120
     assert " ".join(line.strip() for line in lines) == text
     assert all(line.count("'") % 2 == 0 for line in lines)
+
+
+def test_a_narrow_terminal_hangs_sentences_and_keeps_the_legend_off_the_bar():
+    file = io.StringIO()
+    Console(file=file, force_terminal=True, width=60, no_color=True).print(PLANS["does not fit"])
+
+    lines = [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in file.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 60
+    (bar,) = [at for at, line in enumerate(lines) if line.startswith("██")]
+    assert set(lines[bar]) == {"█"}
+    assert lines[bar + 1].startswith("restored ")
+    (cause,) = [at for at, line in enumerate(lines) if line.startswith("cause: ")]
+    assert lines[cause + 1].startswith("       ")

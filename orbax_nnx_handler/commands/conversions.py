@@ -160,9 +160,8 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     fitted = fit(plan, factory, _dtype(arguments.dtype))
     placed = in_nnx(fitted) if flavour is None else in_linen(fitted, target, flavour, as_rules(undone))
     leaves, given = placed.leaves, placed.given
-    conversion = Conversion(source=checkpoint, leaves=leaves, given=given, lists=flavour is not None)
     return Request(
-        conversion=conversion,
+        conversion=Conversion(source=checkpoint, leaves=leaves, given=given, lists=flavour is not None),
         title=plan.layout,
         left_out={
             "not wanted by the target": list(plan.unexpected),

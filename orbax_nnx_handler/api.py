@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from orbax_nnx_handler.planning.emptiness import refuse_empty
 from orbax_nnx_handler.planning.errors import RestoreError
 from orbax_nnx_handler.planning.linen_tree import Flavour
 from orbax_nnx_handler.planning.optax_tree import Transformation
@@ -107,11 +108,14 @@ def suggest(
         The proposal. Nothing is applied: print it, check it, paste it.
 
     Raises:
-        RestoreError: The path is no checkpoint, its layout is unknown, or `renames` do not fit.
+        RestoreError: The path is no checkpoint, its layout is unknown, the target has no leaf,
+            or `renames` do not fit.
     """
     options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
     stored = read_metadata(find_item(path, item)).leaves
-    return propose(flatten_target(target), stored, options, order_of(target, init))
+    parts = flatten_target(target)
+    refuse_empty(target, parts)
+    return propose(parts, stored, options, order_of(target, init))
 
 
 def save(
@@ -192,8 +196,9 @@ def _log(report: RestoreReport) -> None:
     """Writes what was done as INFO, and one WARNING for what a reader should know; primary host only."""
     if jax.process_index() != 0:
         return
+    # A step may hold several items, so each line says which one it is about.
     logging.info("%s", report.summary)
     if report.initialised:
-        logging.info("%s", report.initialised)
+        logging.info("restored from %s: %s", report.plan.directory, report.initialised)
     if report.warning:
-        logging.warning("%s", report.warning)
+        logging.warning("restored from %s: %s", report.plan.directory, report.warning)

@@ -1,16 +1,19 @@
 """The command line `orbax-nnx`: the verdict on a restore before the job starts."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
+from typing import NoReturn
 
 import jax
 
 from orbax_nnx_handler.commands.factories import UsageError
+from orbax_nnx_handler.commands.hints import options_of
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planning.errors import RestoreError
 
@@ -28,27 +31,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 for yes or done, 1 for no, 2 for a mistake in the
         command itself, 130 for an interrupt.
     """
-    screen = Screen.standard()
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    screen = Screen.standard(as_json=_wants_json(words))
     try:
-        arguments = parser(*[word for word in words[:1] if word in _COMMANDS]).parse_args(words)
+        return _run(words, screen)
     except SystemExit as stop:
+        # Of `--help` and `--version`.
         return int(stop.code or 0)
-    _stay_off_accelerators(arguments)
-    try:
-        return int(arguments.run(arguments, screen))
+    except CommandError as error:
+        screen.error("UsageError", str(error), plain=error.usage)
+        return 2
     except UsageError as error:
-        screen.error("usage", str(error))
+        screen.error("UsageError", str(error), plain=f"usage: {error}")
         return 2
     except RestoreError as error:
-        screen.error(type(error).__name__, str(error))
+        options = options_of(str(error))
+        more = f"\non the command line: {options}" if options else ""
+        screen.error(type(error).__name__, str(error), plain=f"{type(error).__name__}: {error}{more}")
         return 1
     except (OSError, ImportError) as error:
         return _outside(error, screen)
     except KeyboardInterrupt:
-        screen.error("interrupted", "nothing was changed")
+        message = "nothing was changed"
+        screen.error("KeyboardInterrupt", message, plain=f"interrupted: {message}")
         _say_no_more()
         return _INTERRUPTED
+
+
+def _run(words: Sequence[str], screen: Screen) -> int:
+    arguments = parser(*[word for word in words[:1] if word in _COMMANDS]).parse_args(words)
+    _stay_off_accelerators(arguments)
+    # What the user's own module prints is no part of the JSON.
+    aside = contextlib.redirect_stdout(sys.stderr) if screen.as_json else contextlib.nullcontext()
+    with aside:
+        return int(arguments.run(arguments, screen))
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    """Tells it before the words are parsed, since they may be what is wrong; argparse takes `--js` too."""
+    return any(len(word) > 2 and "--json".startswith(word) for word in words)
 
 
 def _say_no_more() -> None:
@@ -67,9 +88,28 @@ def _outside(error: OSError | ImportError, screen: Screen) -> int:
     return 1
 
 
+class CommandError(ValueError):
+    """The words of a command are none that the parser takes.
+
+    Attributes:
+        usage: The message below the usage of the command, as argparse writes it.
+    """
+
+    def __init__(self, message: str, usage: str):
+        super().__init__(message)
+        self.usage = usage
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print, since under `--json` it has another form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message, f"{self.format_usage()}{self.prog}: error: {message}")
+
+
 def parser(*chosen: str) -> argparse.ArgumentParser:
     """Returns the parser of the chosen commands, or of all: what a command needs is imported with it."""
-    whole = argparse.ArgumentParser(
+    whole = _Parser(
         prog="orbax-nnx",
         description="Linen checkpoints in NNX: what is in them, whether they fit, and how to convert them.",
         epilog="Exit status: 0 for yes or done, 1 for no, 2 for a mistake in the command.",

@@ -52,6 +52,7 @@ def plan_restore(
     Raises:
         NotACheckpointError: The path is no checkpoint.
         UnusedRuleError: A rule or a policy filter has no effect.
+        RestoreError: The target has no leaf.
     """
     options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype

@@ -28,6 +28,7 @@ from orbax_nnx_handler.planning.lost import check_readable
 from orbax_nnx_handler.planning.paths import Path, parse
 from orbax_nnx_handler.planning.regrouping import scan, unscan
 from orbax_nnx_handler.planning.rules import as_rules
+from orbax_nnx_handler.planning.wrappers import layers_inside
 from orbax_nnx_handler.preview import plan_restore
 from orbax_nnx_handler.transfer.converting import Conversion, check_free
 from orbax_nnx_handler.transfer.locating import find_item
@@ -45,11 +46,13 @@ class Request:
         conversion: What to write.
         title: The layout of the source, in words.
         left_out: Stored leaves that are not written, by why.
+        note: What to know before a program reads the result; empty for nothing.
     """
 
     conversion: Conversion
     title: str
     left_out: Mapping[str, Sequence[Path]]
+    note: str = ""
 
 
 def request_of(arguments: argparse.Namespace) -> Request:
@@ -158,14 +161,14 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     check_values(checkpoint, plan)
     fitted = fit(plan, factory, _dtype(arguments.dtype))
     placed = in_nnx(fitted) if flavour is None else in_linen(fitted, target, flavour, as_rules(undone))
+    leaves, given = placed.leaves, placed.given
     return Request(
-        conversion=Conversion(
-            source=checkpoint, leaves=placed.leaves, given=placed.given, lists=flavour is not None
-        ),
+        conversion=Conversion(source=checkpoint, leaves=leaves, given=given, lists=flavour is not None),
         title=plan.layout,
         left_out={
             "not wanted by the target": list(plan.unexpected),
             "of parts that the target does not have": list(plan.skipped),
             "without a home in Linen": placed.homeless,
         },
+        note="" if flavour is None else layers_inside(leaf.path for leaf in leaves),
     )

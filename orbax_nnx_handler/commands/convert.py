@@ -108,6 +108,7 @@ def _announce(request: Request, screen: Screen) -> None:
                 for why, paths in request.left_out.items()
                 if paths
             ),
+            *([("note", request.note)] if request.note else []),
         ]
     )
 

@@ -143,6 +143,10 @@ def _show(compared: Comparison, screen: Screen) -> None:
     elif compared.values:
         equal = len(compared.values) - len(unequal)
         screen.say(f"{count(equal, 'leaf has', 'leaves have')} equal values, {len(unequal)} differ.")
+    else:
+        left, changed = len(compared.left.leaves) - len(compared.only_left), len(compared.changed)
+        agree = count(left - changed, "leaf agrees", "leaves agree")
+        screen.say(f"{agree} in path, shape and dtype; --values compares their values.")
 
 
 def _list(screen: Screen, title: str, rows: Iterable[tuple[Path, tuple[str, ...]]]) -> None:

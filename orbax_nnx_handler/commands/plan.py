@@ -14,6 +14,7 @@ from orbax_nnx_handler.commands.arguments import (
     renames_of,
 )
 from orbax_nnx_handler.commands.factories import load_factory
+from orbax_nnx_handler.commands.hints import options_of
 from orbax_nnx_handler.commands.screen import Screen, without_collection
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.preview import plan_restore
@@ -48,10 +49,14 @@ def _show(plan: RestorePlan, arguments: argparse.Namespace, screen: Screen) -> i
     if arguments.json:
         wrong = None if error is None else {"type": type(error).__name__, "message": str(error)}
         screen.json(plan.to_dict() | {"error": wrong})
-    elif screen.out.is_terminal:
+        return 0 if error is None else 1
+    if screen.out.is_terminal:
         screen.out.print(plan)
     else:
         screen.say(str(plan))
+    options = "" if error is None else options_of(str(error))
+    if options:
+        screen.say(f"on the command line: {options}")
     return 0 if error is None else 1
 
 

@@ -4,29 +4,38 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
+import sys
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 _GAP = 3
-# A first column narrower than this is no help: the terminal may break the lines itself.
-_LEAST_FIRST = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Screen:
-    """Standard output and standard error."""
+    """Standard output and standard error.
+
+    Attributes:
+        out: Standard output.
+        err: Standard error.
+        as_json: Whether errors are JSON on standard output, as everything else then is.
+    """
 
     out: Console
     err: Console
+    as_json: bool = False
 
     @classmethod
-    def standard(cls) -> "Screen":
+    def standard(cls, *, as_json: bool = False) -> "Screen":
         """Returns the process's own."""
-        return cls(Console(highlight=False), Console(stderr=True, highlight=False))
+        # The stream of now: what is printed elsewhere may be turned away from it later.
+        out = Console(file=sys.stdout, highlight=False)
+        return cls(out, Console(stderr=True, highlight=False), as_json)
 
     def say(self, text: str = "", style: str = "") -> None:
         """Prints text as it is; a pipe gets no line that was broken for a terminal's sake."""
@@ -37,44 +46,54 @@ class Screen:
         self.say(text, "bold")
 
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
-        """Prints one named fact a line."""
-        self.table(facts, styles=("dim", ""))
+        """Prints one named fact a line; on a terminal a long one goes on below itself."""
+        if not self.out.is_terminal:
+            self.table(facts)
+            return
+        grid = Table.grid(padding=(0, _GAP, 0, 0))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in facts:
+            grid.add_row(Text(f"  {name}"), Text(value))
+        self.out.print(grid)
 
-    def table(
-        self, rows: Sequence[Sequence[str]], *, styles: Sequence[str] = (), right: Sequence[int] = ()
-    ) -> None:
-        """Prints rows with aligned columns.
+    def table(self, rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+        """Prints rows with aligned columns; where a terminal is too narrow, a path has a line of its own.
 
         Args:
             rows: The cells of each row, as many in each.
-            styles: A style for each column.
             right: The columns aligned to the right.
         """
-        if not self.out.is_terminal or self.out.width - _beside_first(rows) < _LEAST_FIRST:
-            for line in _plain(rows, right):
-                self.say(line)
-            return
-        grid = Table.grid(padding=(0, _GAP, 0, 0))
-        for number in range(max(map(len, rows), default=0)):
-            style = styles[number] if number < len(styles) else ""
-            # Only the first column may break where the terminal is narrow: it holds the paths.
-            grid.add_column(
-                style=style,
-                justify="right" if number in right else "left",
-                no_wrap=number > 0 and not styles,
-                overflow="fold",
-            )
-        for row in rows:
-            grid.add_row(*(Text(("  " if at == 0 else "") + cell) for at, cell in enumerate(row)))
-        self.out.print(grid)
+        lines = _plain(rows, right)
+        if self.out.is_terminal and max(map(len, lines), default=0) > self.out.width:
+            others = _plain([row[1:] for row in rows], [at - 1 for at in right])
+            lines = [
+                text
+                for row, rest in zip(rows, others, strict=True)
+                for text in (f"  {row[0]}", f"    {rest}")
+            ]
+        for line in lines:
+            self.say(line)
 
     def json(self, value: Any) -> None:
         """Prints a value as JSON that a program can read."""
-        self.out.print(Text(json.dumps(value, indent=2, ensure_ascii=False)), soft_wrap=True)
+        self.out.print(
+            Text(json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False)), soft_wrap=True
+        )
 
-    def error(self, kind: str, message: str) -> None:
-        """Prints an error to standard error."""
-        self.err.print(Text(f"{kind}: ", "bold red").append(message, "default not bold"), soft_wrap=True)
+    def error(self, kind: str, message: str, *, plain: str = "") -> None:
+        """Prints an error to standard error; under `--json`, as JSON to standard output.
+
+        Args:
+            kind: The type of the error.
+            message: What is wrong.
+            plain: The whole text for a person, where it is not just kind and message.
+        """
+        if self.as_json:
+            self.json({"error": {"type": kind, "message": message}})
+            return
+        word, colon, rest = (plain or f"{kind}: {message}").partition(": ")
+        self.err.print(Text(word + colon, "bold red").append(rest, "default not bold"), soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, nbytes: int, *phases: str) -> Generator[tuple[Callable[[int], None], ...]]:
@@ -95,10 +114,15 @@ class Screen:
             yield steps
 
 
-def _beside_first(rows: Sequence[Sequence[str]]) -> int:
-    """Returns how wide the columns after the first are."""
-    columns = range(1, max(map(len, rows), default=0))
-    return sum(_GAP + max(len(row[at]) for row in rows if at < len(row)) for at in columns)
+def _for_json(value: Any) -> Any:
+    """Returns a value with `NaN` and `Infinity` as words, as in Protobuf's JSON: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: _for_json(part) for key, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(part) for part in cast("list[Any]", value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+    return value
 
 
 def _plain(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:

@@ -96,8 +96,20 @@ def _rivals(rivals: tuple[Rivals, ...]) -> AmbiguousMappingError:
     return AmbiguousMappingError(
         f"{_leaves(len(rivals), 'wanted ')} {'is' if len(rivals) == 1 else 'are'} claimed by several stored "
         "leaves:\n" + "\n".join(rows) + "\n"
-        "hint: renames=[...] decides: give one of the stored leaves another name.",
+        f"hint: {_one_left_behind(rivals[0])}",
         paths=[rival.wanted.leaf.path for rival in rivals],
+    )
+
+
+def _one_left_behind(rival: Rivals) -> str:
+    """Returns the way out: no name is free for the one that loses, so it has to be dropped."""
+    own = [entry for entry in rival.entries if not entry.reason]
+    if not own:
+        return "take out the rule that brings the leaf which is not meant."
+    pattern = "/".join(own[0].segments)
+    return (
+        f"pass renames=[Drop({pattern!r}, 'why'), ...] in front of the other rules to leave the stored one "
+        "behind, or take out the rule that brings the other."
     )
 
 

@@ -74,8 +74,10 @@ def _predicate(key: Any) -> Callable[[Path, Any], bool]:
 def _raise_unused(unused: list[Any], variables: Mapping[Path, Any]) -> None:
     quoted = "\n".join(f"  {_render_filter(key)}" for key in unused)
     example = render(next(iter(variables), ()))
+    one = len(unused) == 1
     raise UnusedRuleError(
-        f"{len(unused)} of the policy's filters match no leaf of the target:\n{quoted}\n"
+        f"{'1 filter' if one else f'{len(unused)} filters'} of the policy {'matches' if one else 'match'} "
+        f"no leaf of the target:\n{quoted}\n"
         f"hint: a filter sees paths such as {example!r} key by key, and Variable types; "
         "correct it or take it out."
     )

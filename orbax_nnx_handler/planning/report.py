@@ -66,12 +66,16 @@ class RestoreReport:
 
     @property
     def summary(self) -> str:
-        """One line: leaves, bytes, seconds, rate, layout."""
+        """One line: leaves, bytes, seconds, rate, layout, place."""
+        from orbax_nnx_handler.planning.rendering import sized
+
         rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
+        leaves = _counted(len(self.restored), "leaf", "leaves")
         return (
-            f"restored {len(self.restored)} leaves ({self.nbytes / 1e9:.3f} GB) in {self.seconds:.2f} s "
+            f"restored {leaves} ({sized(self.nbytes)}) in {self.seconds:.2f} s "
             f"({rate:.2f} GB/s), filled {len(self.filled)}, defaulted {len(self.defaulted)}, "
-            f"{len(self.plan.unexpected)} unexpected; layout {self.plan.layout}"
+            f"{len(self.plan.unexpected)} unexpected; layout {self.plan.layout}; "
+            f"from {self.plan.directory}"
         )
 
     @property

@@ -70,8 +70,8 @@ _SOURCES = {
 
 def _settled(item: Missing) -> str:
     if item.policy == "error" or item.filled_by is None:
-        return "error" if item.policy == "error" else f"{item.policy}: no initial value"
-    return f"{item.policy}: {_SOURCES[item.filled_by]}"
+        return "policy error" if item.policy == "error" else f"policy {item.policy}: no initial value"
+    return f"policy {item.policy}: {_SOURCES[item.filled_by]}"
 
 
 def mismatched_rows(items: Iterable[Mismatched]) -> list[Row]:

@@ -17,7 +17,7 @@ def rule_faults(
     yield from _loose_parts(applied, found)
     idle = [rule for rule in applied.axes if not any(_meets(rule, group) for group in match.groups)]
     if idle:
-        yield unused_rules(idle, len(applied.made))
+        yield unused_rules(idle)
 
 
 def _meets(rule: ScanAxis, group: Tokens) -> bool:

@@ -6,9 +6,10 @@ keeps a dict whose keys are the weights' paths. The opposite of what
 `planning.structures` does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from orbax_nnx_handler.planning.folding import list_paths
 from orbax_nnx_handler.planning.paths import Path
 
 _LAYER = "layer_instance"
@@ -43,3 +44,23 @@ def _linen_key(path: Path, leaves: Mapping[Path, Any]) -> Path | None:
     if (*wrapper, _LAYER, *weight) not in leaves:
         return None
     return (*wrapper, "/".join(map(str, (_LAYER, *weight, name))))
+
+
+def layers_inside(paths: Iterable[Path]) -> str:
+    """Returns what to know of wrappers that are written with their layer inside; empty for none.
+
+    NNX has one form of a wrapper, Linen has two, and nothing in the NNX model tells which one
+    the Linen program is: under `@nn.compact` the layer belongs to the module around.
+
+    Args:
+        paths: The paths of a tree in Linen's form, collections included.
+    """
+    found = {path[1:-1]: None for path in paths if str(path[-1]).startswith(f"{_LAYER}/")}
+    if not found:
+        return ""
+    named = list_paths(list(found))
+    return (
+        f"normalising wrappers are written with their layer inside ({_LAYER}): {named}. Linen reads that "
+        "where setup() makes the wrapper: self.norm = nn.WeightNorm(nn.Dense(4)). Under @nn.compact the "
+        "layer is kept beside the wrapper (Dense_0), and that program does not find these values."
+    )

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from orbax_nnx_handler.planning.emptiness import refuse_empty
 from orbax_nnx_handler.planning.lost import check_readable, lost_leaves
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.paths import Path
@@ -44,11 +45,13 @@ def decide(
 
     Raises:
         UnreadableLeafError: Nothing of the checkpoint can be read.
+        RestoreError: The target has no leaf.
     """
     checkpoint = read_metadata(directory)
     if not checkpoint.leaves:
         check_readable(checkpoint.lost, checkpoint.foreign)
     parts = flatten_target(target, overrides)
+    refuse_empty(target, parts)
     plan = make_plan(
         parts, checkpoint.leaves, options, directory=str(directory), overrides=_policies_of(overrides)
     )

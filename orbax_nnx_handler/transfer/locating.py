@@ -4,7 +4,7 @@ from etils import epath
 
 from orbax_nnx_handler.planning.errors import NotACheckpointError
 from orbax_nnx_handler.transfer import legacy, npz_files
-from orbax_nnx_handler.transfer.places import is_item, is_unfinished, items_of, steps_of
+from orbax_nnx_handler.transfer.places import holds_tree, is_item, is_root, is_unfinished, items_of, steps_of
 from orbax_nnx_handler.transfer.together import parts_of
 from orbax_nnx_handler.transfer.wrong_paths import why_no_checkpoint, why_no_item
 
@@ -44,6 +44,8 @@ def _find_item(root: epath.Path, item: str | None) -> epath.Path:
     newest = _newest_step(root)
     if newest is None or npz_files.is_numbered(newest):
         newest = _only_archive(root) or newest
+    elif _is_no_step(newest):
+        raise NotACheckpointError(why_no_checkpoint(root))
     return _item_of_step(newest or root, item)
 
 
@@ -76,6 +78,13 @@ def _file(path: epath.Path) -> epath.Path:
 def _newest_step(root: epath.Path) -> epath.Path | None:
     steps = steps_of(root)
     return steps[max(steps)] if steps else None
+
+
+def _is_no_step(path: epath.Path) -> bool:
+    """Tells what only ends in a number: another run (`run-2`), or something else (`polkit-1`)."""
+    if path.is_dir() and is_root(path):
+        return True
+    return not (path.name.isdecimal() or holds_tree(path) or any(map(is_unfinished, path.iterdir())))
 
 
 def _item_of_step(step: epath.Path, item: str | None) -> epath.Path:

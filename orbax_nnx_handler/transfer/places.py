@@ -38,6 +38,21 @@ def _is_finished(step: epath.Path) -> bool:
     return ocp.utils.is_checkpoint_finalized(step)
 
 
+def holds_tree(step: epath.Path) -> bool:
+    """Tells whether a step is a stored tree or holds one."""
+    return step.is_file() or is_item(step) or bool(items_of(step))
+
+
+def is_root(path: epath.Path) -> bool:
+    """Tells a manager's root from a step: below it lie steps, or items that are called by numbers alone."""
+    if not path.is_dir() or is_item(path):
+        return False
+    if any(not is_item(step) and holds_tree(step) for step in steps_of(path).values() if step.is_dir()):
+        return True
+    items = items_of(path)
+    return bool(items) and all(item.name.isdecimal() for item in items)
+
+
 UNFINISHED = ".orbax-checkpoint-tmp"
 """What Orbax has in the name of a directory until everything in it is written."""
 

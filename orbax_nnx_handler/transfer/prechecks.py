@@ -58,12 +58,14 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
     bad = [item for item in dropped if np.any(_read(checkpoint, item.leaf.path))]
     if bad:
         rows = "\n".join(f"  {render(item.leaf.path)}   {item.leaf.shape}   {item.reason}" for item in bad)
+        patterns = dict.fromkeys("/".join(map(str, item.leaf.path[-2:])) for item in bad)
+        rules = ", ".join(f"Drop({pattern!r}, 'why')" for pattern in patterns)
         raise UnmappedValueError(
             f"{'1 stored value has' if len(bad) == 1 else f'{len(bad)} stored values have'} "
             f"no home in NNX and {'is' if len(bad) == 1 else 'are'} not zero:\n{rows}\n"
             f"checkpoint: {checkpoint.directory}\n"
-            "hint: dropping them would change what the model computes; fold them into another weight first, "
-            "or drop them with a rule that says why.",
+            "hint: without them the model computes something else: fold them into another weight first, or "
+            f"leave them behind on purpose with renames=[{rules}].",
             paths=[item.leaf.path for item in bad],
         )
 

@@ -9,11 +9,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from orbax_nnx_handler.planning.containers import nodes_of
 from orbax_nnx_handler.planning.conversion import Written
 from orbax_nnx_handler.planning.linen_names import Nested
 from orbax_nnx_handler.planning.linen_tree import Flavour, LinenTree, arrange, is_nnx
 from orbax_nnx_handler.planning.optax_tree import Transformation
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.wrappers import layers_inside
 from orbax_nnx_handler.transfer.gates import with_gates
 from orbax_nnx_handler.transfer.leftovers import add_leftovers
 from orbax_nnx_handler.transfer.unruling import without_rules
@@ -51,9 +53,11 @@ def linen_save(
     if not is_nnx(given.item):
         return given
     arranged = arrange_certain(given.item, flavour, tx)
+    tree = in_linen_form(arranged.tree, flavour, rules)
+    _warn(layers_inside(path for path, _ in nodes_of(tree)))
     return dataclasses.replace(
         given,
-        item=in_linen_form(arranged.tree, flavour, rules),
+        item=tree,
         save_args=_save_args(given, flavour, tx, rules, arranged.tree),
         custom_metadata=add_leftovers(given.custom_metadata, arranged.random),
     )
@@ -62,9 +66,14 @@ def linen_save(
 def arrange_certain(item: Any, flavour: Flavour, tx: Transformation | None = None) -> LinenTree:
     """Arranges as `arrange` does, and warns where the optimizer's empty states are not known."""
     arranged = arrange(item, flavour, tx)
-    if not arranged.certain and flavour == "linen" and jax.process_index() == 0:
-        logging.warning(_UNCERTAIN)
+    if not arranged.certain and flavour == "linen":
+        _warn(_UNCERTAIN)
     return arranged
+
+
+def _warn(text: str) -> None:
+    if text and jax.process_index() == 0:
+        logging.warning("%s", text)
 
 
 def in_linen_form(

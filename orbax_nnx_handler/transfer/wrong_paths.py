@@ -10,7 +10,15 @@ from collections.abc import Iterable, Mapping
 from etils import epath
 
 from orbax_nnx_handler.transfer import npz_files
-from orbax_nnx_handler.transfer.places import UNFINISHED, is_item, is_unfinished, items_of, steps_of
+from orbax_nnx_handler.transfer.places import (
+    UNFINISHED,
+    holds_tree,
+    is_item,
+    is_root,
+    is_unfinished,
+    items_of,
+    steps_of,
+)
 
 _SHOWN = 8
 _LOOKED_AT = 50
@@ -127,7 +135,8 @@ def _below(path: epath.Path) -> str:
     for _ in range(_DEPTH):
         folders = [child for folder in folders for child in sorted(folder.iterdir()) if child.is_dir()]
         folders = folders[:_LOOKED_AT]
-        roots = [child for child in folders if steps_of(child)]
+        # An item's own `ocdbt.process_0` ends in a number as a step does.
+        roots = [child for child in folders if is_root(child)]
         found = roots or [child for child in folders if is_item(child)]
         what = "a manager's root" if roots else "an item"
         if len(found) == 1:
@@ -147,7 +156,9 @@ def _around(path: epath.Path) -> str:
     beside = items_of(path.parent)
     if beside:
         return f"it lies beside the item {beside[0]}; pass that, or the step {path.parent}."
-    steps = {step: child for step, child in steps_of(path.parent).items() if child != path}
+    # Names that end in a number are many; a step that is named to a reader holds something.
+    others = {step: child for step, child in steps_of(path.parent).items() if child != path}
+    steps = {step: child for step, child in others.items() if holds_tree(child)}
     if steps:
         return _steps(path.parent, steps)
     return "pass a CheckpointManager's root, one of its steps, or an item in a step."

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
+from orbax_nnx_handler import save
 from tests.cli.conftest import stock
 from tests.zoo.modules import PAIRS
 from tests.zoo.pairs import Pair, path_of, restored_module, saved, stored_variables
@@ -178,3 +180,62 @@ def test_bare_params_of_a_linen_program_need_no_factory(cli, tmp_path: Path) -> 
 
     assert said.status == 0, said.err
     assert differing({"params": params}, stock(tmp_path / "out")) == []
+
+
+class InSetup(nn.Module):
+    """Its wrapper owns the layer."""
+
+    def setup(self) -> None:
+        self.norm = nn.WeightNorm(nn.Dense(4))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(x)
+
+
+class InCompact(nn.Module):
+    """The layer of its wrapper belongs to this module."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.WeightNorm(nn.Dense(4), name="norm")(x)
+
+
+class Wrapped(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.WeightNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs)
+
+
+def make_wrapped() -> Wrapped:
+    return Wrapped(nnx.Rngs(0))
+
+
+NOTE = (
+    "normalising wrappers are written with their layer inside (layer_instance): norm. Linen reads that where "
+    "setup() makes the wrapper: self.norm = nn.WeightNorm(nn.Dense(4)). Under @nn.compact the layer is kept "
+    "beside the wrapper (Dense_0), and that program does not find these values."
+)
+
+
+def test_a_wrapper_that_linen_reads_in_one_of_its_two_forms_alone_is_said_so(cli, tmp_path: Path) -> None:
+    x = jnp.ones((2, 3))
+    ocp.PyTreeCheckpointer().save(tmp_path / "in", InCompact().init(jax.random.key(0), x))
+
+    said = cli("convert", tmp_path / "in", tmp_path / "out", f"{__name__}:make_wrapped", "--to", "linen")
+    as_nnx = cli("convert", tmp_path / "in", tmp_path / "nnx", f"{__name__}:make_wrapped")
+
+    assert said.status == as_nnx.status == 0
+    assert f"  note       {NOTE}\n" in said.out
+    assert "note" not in as_nnx.out
+    written = stock(tmp_path / "out")
+    InSetup().apply(written, x)
+    with pytest.raises(flax.errors.FlaxError):
+        InCompact().apply(written, x)
+
+
+def test_a_save_of_a_wrapper_warns_of_its_other_form(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_wrapped()
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+
+    save(tmp_path / "linen", {"model": model, "optimizer": optimizer})
+
+    assert [record.getMessage() for record in caplog.records if record.name == "absl"] == [NOTE]

@@ -1,7 +1,5 @@
 """`orbax-nnx diff`: what differs, and in values by how much."""
 
-import math
-
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -100,6 +98,14 @@ def test_a_nan_against_a_number_is_a_difference(cli, tmp_path) -> None:
     said = cli("diff", tmp_path / "a", tmp_path / "b", "--values", "--json")
 
     assert said.status == 1
-    (difference,) = said.json["values"]
-    assert difference["unequal"] == 1
-    assert math.isnan(difference["largest"])
+    assert said.json["values"] == [{"path": "params/w", "unequal": 1, "largest": "NaN"}]
+
+
+def test_without_values_the_last_line_counts_what_agrees(cli, pair) -> None:
+    said = cli("diff", *pair)
+
+    assert said.status == 1
+    assert said.out.splitlines()[-2:] == [
+        "",
+        "2 leaves agree in path, shape and dtype; --values compares their values.",
+    ]

@@ -1,7 +1,9 @@
 """What a command says on a terminal and in a pipe."""
 
 import io
+import re
 
+import pytest
 from rich.console import Console
 
 from orbax_nnx_handler.commands.screen import Screen, count, size
@@ -31,20 +33,27 @@ def test_a_pipe_gets_whole_lines_without_colours_or_bars() -> None:
     )
 
 
-def test_a_narrow_terminal_breaks_the_paths_alone() -> None:
-    text = said(terminal=True, width=50)
+@pytest.mark.parametrize("width", [30, 50])
+def test_a_narrow_terminal_gives_each_path_a_line_of_its_own(width: int) -> None:
+    lines = said(terminal=True, width=width).splitlines()
 
-    assert "\x1b[" in text
-    assert "(4096, 14336)   bfloat16" in text
-
-
-def test_a_terminal_too_narrow_for_paths_beside_columns_breaks_lines_and_drops_nothing() -> None:
-    lines = said(terminal=True, width=30).splitlines()
-
-    assert lines[1:3] == [
-        "  params/decoder/layers/mlp/kernel   (4096, 14336)   bfloat16",
-        "  step                               ()              int32",
+    assert "\x1b[" in lines[0]
+    assert lines[1:5] == [
+        "  params/decoder/layers/mlp/kernel",
+        "      (4096, 14336)   bfloat16",
+        "  step",
+        "      ()              int32",
     ]
+
+
+def test_a_long_fact_goes_on_below_itself_on_a_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=30, highlight=False, no_color=True)
+
+    Screen(console, console).facts([("left out", "7 leaves of optimizer, step and others")])
+
+    lines = [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in file.getvalue().splitlines()]
+    assert lines == ["  left out   7 leaves of", "             optimizer, step", "             and others"]
 
 
 def test_sizes_and_counts_read_as_a_person_writes_them() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import restore
 from tests.gallery import models
@@ -55,10 +56,11 @@ def broken(
 
 
 DEPTH, WIDTH, NAMES = "Layers", "Sizes", "Names"
-ARRANGED, PARTS, TYPES, RULES, PLACES = (
+ARRANGED, PARTS, TYPES, TARGETS, RULES, PLACES = (
     "Arrangement",
     "Parts",
     "Types and values",
+    "Targets",
     "Rules and policies",
     "Paths",
 )
@@ -459,6 +461,22 @@ def pickled(root: pathlib.Path) -> Any:
     np.savez(root / "weights.npz", scale=ragged, bias=np.zeros(3, np.float32))
     target = {"scale": nnx.Param(jnp.zeros(3)), "bias": nnx.Param(jnp.zeros(3))}
     return restore(root / "weights.npz", nnx.State(target))
+
+
+@broken(TARGETS, "An empty target")
+def empty_target(root: pathlib.Path) -> Any:
+    """The filter of `nnx.state` matched nothing: the model has no LoRA weights."""
+    save(root / "1200" / "default", train_state(linen_decoder(), None))
+    return restore(root, nnx.state(decoder(), nnx.LoRAParam))
+
+
+@broken(TARGETS, "A sharding that does not divide")
+def indivisible(root: pathlib.Path) -> Any:
+    """A vocabulary of 259 is to be divided over eight devices."""
+    save(root / "1200" / "default", train_state(linen_decoder(Size(vocabulary=259)), None))
+    sharding = NamedSharding(jax.make_mesh((8,), ("model",)), PartitionSpec(None, "model"))
+    args = {"head": {"kernel": ocp.ArrayRestoreArgs(sharding=sharding)}}
+    return restore(root, decoder(Size(vocabulary=259)), args)
 
 
 @broken(RULES, "A filter that matches nothing")

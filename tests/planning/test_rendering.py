@@ -99,6 +99,14 @@ def test_names_in_a_notebook_are_text_and_no_markup():
     assert "&lt;b&gt;/kernel" in page
 
 
+def test_a_notebook_keeps_the_columns_of_advice_and_shows_no_empty_ones():
+    page = PLANS["does not fit"]._repr_html_()
+
+    assert "<td></td>" not in re.sub(r"<td [^>]*>", "<td>", page)
+    assert '<div style="white-space: pre-wrap">hint: ' in page
+    assert re.search(r'<svg [^>]*role="img" aria-label="restored \d+ B, missing \d+ B"', page)
+
+
 def test_a_report_says_what_was_done_and_how_fast():
     report = RestoreReport(plan=PLANS["fits"], seconds=0.5, nbytes=10**9)
 
@@ -198,3 +206,16 @@ def test_code_in_a_hint_is_never_broken_inside_a_string():
     assert max(map(len, lines)) <= 120
     assert " ".join(line.strip() for line in lines) == text
     assert all(line.count("'") % 2 == 0 for line in lines)
+
+
+def test_a_narrow_terminal_hangs_sentences_and_keeps_the_legend_off_the_bar():
+    file = io.StringIO()
+    Console(file=file, force_terminal=True, width=60, no_color=True).print(PLANS["does not fit"])
+
+    lines = [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in file.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 60
+    (bar,) = [at for at, line in enumerate(lines) if line.startswith("██")]
+    assert set(lines[bar]) == {"█"}
+    assert lines[bar + 1].startswith("restored ")
+    (cause,) = [at for at, line in enumerate(lines) if line.startswith("cause: ")]
+    assert lines[cause + 1].startswith("       ")

@@ -274,7 +274,7 @@ def test_a_scan_axis_that_does_not_fit_is_refused_and_an_unneeded_one_too():
     wanted = {"layers": {i: {"kernel": (3, 5)} for i in range(3)}}
 
     refused = failure(wanted, stored, ScanAxis("layers", 2))
-    with pytest.raises(onh.UnusedRuleError, match=r"the rule matches no stored leaf") as idle:
+    with pytest.raises(onh.UnusedRuleError, match=r"1 rule matches no stored leaf") as idle:
         restored(wanted, stored, ScanAxis("blocks", 0))
 
     assert "ScanAxis(group='layers', axis=2)" in refused

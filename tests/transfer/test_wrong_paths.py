@@ -159,3 +159,40 @@ def test_an_array_that_is_gone_and_that_nobody_wants_is_no_error(tmp_path):
     restored = restore(item, nnx.State({"norm": {"scale": nnx.Param(np.zeros(2, np.float32))}}))
 
     assert restored["norm"]["scale"].get_value().tolist() == [1, 1]
+
+
+def test_runs_that_are_called_by_numbers_are_no_steps_of_the_directory_above(run):
+    run.rename(run.parent / "run-1")
+    save(run.parent / "run-2" / "7" / "default", {"params": {"scale": np.zeros(3, np.float32)}})
+
+    assert said(run.parent, run.parent) == (
+        "RUN is no Orbax checkpoint; it holds: run-1, run-2.\n"
+        "hint: it holds several managers' roots; pass one of them: run-1, run-2."
+    )
+
+
+@pytest.mark.parametrize("step", ["7", "7/default"])
+def test_a_run_that_is_called_by_a_number_is_a_root_whether_or_not_its_steps_hold_items(tmp_path, step):
+    save(tmp_path / "exp_3" / step, {"params": {"scale": np.zeros(3, np.float32)}})
+
+    assert said(tmp_path, tmp_path) == (
+        "RUN is no Orbax checkpoint; it holds: exp_3.\nhint: RUN/exp_3 is a manager's root; pass that."
+    )
+
+
+def test_a_step_that_holds_no_tree_is_called_so_though_older_ones_do(run):
+    (run / "400" / "metrics").mkdir(parents=True)
+
+    assert said(run, run) == (
+        "RUN/400 is no Orbax checkpoint; it holds: metrics.\nhint: RUN holds the steps 100, 200."
+    )
+
+
+def test_a_directory_whose_name_ends_in_a_number_by_chance_is_no_step(tmp_path):
+    (tmp_path / "etc" / "polkit-1" / "rules").mkdir(parents=True)
+    (tmp_path / "etc" / "hosts").touch()
+
+    assert said(tmp_path / "etc", tmp_path / "etc") == (
+        "RUN is no Orbax checkpoint; it holds: hosts, polkit-1.\n"
+        "hint: pass a CheckpointManager's root, one of its steps, or an item in a step."
+    )

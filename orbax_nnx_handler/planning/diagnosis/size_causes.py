@@ -192,5 +192,6 @@ class OtherOutput(Cause):
         return (
             f"{same}; or leave the stored one behind and begin a new one, with "
             f"renames=[Drop({self.pattern!r}, 'a new head')] and "
-            f'policy={{nnx.PathContains("{self.key}"): "init", ...: "error"}}.'
+            f'policy={{nnx.PathContains("{self.key}"): "init", ...: "error"}}; '
+            "an abstract target needs init=..., a function that builds it, as well."
         )

@@ -12,7 +12,8 @@ _OPEN = ("missing", "filled", "mismatched", "unexpected")
 
 def sheet_to_html(sheet: Sheet) -> str:
     """Returns a sheet as HTML that carries its own style: nothing is fetched, no script runs."""
-    advice = "".join(f"<div>{html.escape(line)}</div>" for line in sheet.advice)
+    # Rows among the advice are aligned by spaces. No colour is set: a dark notebook has its own.
+    advice = "".join(f'<div style="white-space: pre-wrap">{html.escape(line)}</div>' for line in sheet.advice)
     return (
         '<div style="font-family: monospace; font-size: 12px">'
         f"<div><b>{html.escape(sheet.head)}</b>: {html.escape(sheet.counts)}</div>"
@@ -23,7 +24,9 @@ def sheet_to_html(sheet: Sheet) -> str:
 
 def _section(section: Section) -> str:
     opened = " open" if section.title.startswith(_OPEN) else ""
-    rows = "".join(_row((line.text, *line.columns)) for line in section.lines[:_LIMIT])
+    shown = [(line.text, *line.columns) for line in section.lines[:_LIMIT]]
+    used = [at for at in range(max(map(len, shown))) if any(cells[at : at + 1] > ("",) for cells in shown)]
+    rows = "".join(_row(tuple(cells[at] if at < len(cells) else "" for at in used)) for cells in shown)
     rest = sum(line.count for line in section.lines[_LIMIT:])
     if rest:
         rows += _row((f"… and {rest} more",))
@@ -34,7 +37,7 @@ def _section(section: Section) -> str:
 
 
 def _row(cells: tuple[str, ...]) -> str:
-    style = ' style="text-align: left; padding-right: 1em"'
+    style = ' style="text-align: left; padding-right: 1em; white-space: nowrap"'
     return "<tr>" + "".join(f"<td{style}>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
@@ -53,10 +56,12 @@ def _bar(share: Share) -> str:
             f"<title>{title}</title></rect>"
         )
         left += width
+    spoken = ", ".join(f"{part} {sized(nbytes)}" for part, nbytes in parts)
     words = " ".join(
         f'<span style="color: {COLOURS[part]}">■</span> {part} {sized(nbytes)}' for part, nbytes in parts
     )
     return (
-        '<svg viewBox="0 0 100 10" preserveAspectRatio="none" width="480" height="12" role="img">'
+        '<svg viewBox="0 0 100 10" preserveAspectRatio="none" width="480" height="12" role="img" '
+        f'aria-label="{html.escape(spoken)}">'
         f"{''.join(boxes)}</svg><div>{words}</div>"
     )

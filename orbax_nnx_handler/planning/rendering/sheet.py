@@ -63,7 +63,7 @@ def plan_sheet(plan: RestorePlan) -> Sheet:
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
         counts=_counts(plan, "missing"),
         checkpoint=_checkpoint(plan),
-        sections=_sections(plan, "missing"),
+        sections=_sections(plan, "missing: wanted, but not stored"),
         advice=tuple(notes),
         share=Share.of(plan),
     )

@@ -28,8 +28,21 @@ def sheet_on_console(sheet: Sheet, console: Console, options: ConsoleOptions) ->
         yield Text(f"  {section.title}", style=_style(section.title))
         yield _rows(section, options.max_width)
     for line in sheet.advice:
-        word, colon, rest = line.partition(": ")
-        yield Text.assemble((word + colon, "bold"), rest) if colon and " " not in word else Text(line)
+        yield from _advice(line, options.max_width)
+
+
+def _advice(line: str, width: int) -> Iterable[RenderableType]:
+    """Yields a sentence with its first word in front, or a row with its source below where it is too wide."""
+    word, colon, rest = line.partition(": ")
+    if colon and " " not in word:
+        grid = Table.grid()
+        grid.add_row(Text(word + colon, style="bold"), Text(rest, overflow="fold"))
+        yield grid
+        return
+    first, arrow, source = line.partition(" <- ") if len(line) > width else (line, "", "")
+    yield Text(first.rstrip(), overflow="fold")
+    if arrow:
+        yield Padding(Text(f"<- {source}", overflow="fold"), (0, 0, 0, 6))
 
 
 def _style(title: str) -> str:
@@ -70,6 +83,8 @@ def _bar(share: Share, width: int, block: str) -> Text:
     bar = Text()
     for part, nbytes in share.parts():
         bar.append(block * max(1, round(width * nbytes / total)), style=COLOURS[part])
-    for part, nbytes in share.parts():
-        bar.append(f"  {part} {sized(nbytes)}", style=COLOURS[part])
+    words = [(f"{part} {sized(nbytes)}", COLOURS[part]) for part, nbytes in share.parts()]
+    if words:
+        # On a line of its own: beside the bar it would break where the terminal is narrow.
+        bar.append("\n").append_text(Text("  ").join(Text(*word) for word in words))
     return bar

@@ -113,7 +113,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
             unused.append(rule)
     if unused:
         late = [rule for rule in unused if isinstance(rule, Rename) and rule.comes_late(after)]
-        raise unused_rules(unused, len(rules), late)
+        raise unused_rules(unused, late)
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
     return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)
 
@@ -126,10 +126,10 @@ def cast_of(recipe: Recipe, casts: Casts) -> np.dtype[Any] | None:
     return found.pop() if len(found) == 1 else None
 
 
-def unused_rules(unused: Sequence[Rule], count: int, late: Sequence[Rule] = ()) -> UnusedRuleError:
+def unused_rules(unused: Sequence[Rule], late: Sequence[Rule] = ()) -> UnusedRuleError:
     """Returns the error for rules that match nothing; `late` ones match only what a rename wrote."""
     quoted = "\n".join(f"  {rule}" for rule in unused)
-    share = "the rule matches" if count == 1 else f"{len(unused)} of the {count} rules match"
+    count = "1 rule matches" if len(unused) == 1 else f"{len(unused)} rules match"
     hint = (
         "hint: a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
     )
@@ -138,4 +138,4 @@ def unused_rules(unused: Sequence[Rule], count: int, late: Sequence[Rule] = ()) 
             "hint: what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
         )
         hint = f"{again}what it becomes in the end."
-    return UnusedRuleError(f"{share} no stored leaf:\n{quoted}\n{hint}")
+    return UnusedRuleError(f"{count} no stored leaf:\n{quoted}\n{hint}")

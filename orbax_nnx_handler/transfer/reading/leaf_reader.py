@@ -127,7 +127,8 @@ class LeafReader:
 
     def _unreadable(self, file: str, reason: str) -> UnreadableLeafError:
         return UnreadableLeafError(
-            f"stored leaf {render(self.path)} cannot be read: {reason}\nfile: {file} ({self.array.name})",
+            f"stored leaf {render(self.path)} cannot be read: {reason}\nfile: {file} ({self.array.name})\n"
+            "hint: a part of it is damaged, or was not copied: copy it again, or restore another step.",
             paths=[self.path],
         )
 

@@ -1,0 +1,126 @@
+"""A hint is followed to the letter: what it tells to pass makes the restore succeed."""
+
+import ast
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import orbax_nnx_handler
+from orbax_nnx_handler import RestoreError
+from tests.gallery import cases
+from tests.gallery.cases import GALLERY, Broken
+
+NAMES = {name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__all__} | {"nnx": nnx}
+FOR_A_PERSON = {
+    "fewer_scanned_layers": "restore into a model with 4 layers",
+    "more_scanned_layers": "restore into a model with 6 layers",
+    "hole_in_the_layers": "restore another step",
+    "scanned_and_wider": "correct the sizes first",
+    "other_width": "build the target",
+    "other_vocabulary": "build the target",
+    "other_heads": "build the target",
+    "other_experts": "build the target",
+    "automatic_names": "orbax-nnx suggest",
+    "another_model": "orbax-nnx tree",
+    "lost_weight": "restore another step",
+    "quantised": "the stored kind",
+    "quantised_with_scales": "dequantise",
+    "other_keys": "jax_default_prng_impl",
+    "damaged": "copy it again",
+    "gone": "copy it again",
+    "everything": "build the target",
+    "empty_target": "pass the module",
+    "indivisible": "shard a dimension",
+    "interrupted": "has to save again",
+    "no_weights": "another item or step",
+}
+"""What only a person can do: the name of the case, and the words that tell it."""
+
+
+def hints_of(error: RestoreError) -> list[str]:
+    """Returns the hints, each on one line."""
+    joined = re.sub(r"\n {6}(?=\S)", " ", str(error))
+    return [line.removeprefix("hint: ") for line in joined.splitlines() if line.startswith("hint: ")]
+
+
+def python_after(text: str, word: str) -> list[str]:
+    """Returns each expression that stands behind `word=`."""
+    found: list[str] = []
+    for match in re.finditer(rf"{word}=(?=[\[{{'\"])", text):
+        rest = text[match.end() :]
+        for end in range(1, len(rest) + 1):
+            try:
+                ast.parse(rest[:end], mode="eval")
+            except SyntaxError:
+                continue
+            found.append(rest[:end])
+            break
+    return found
+
+
+def values_of(target: Any) -> Any:
+    """Returns a target with arrays in the place of descriptions: what a program's `init` would build."""
+
+    def value(leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(value, target)
+
+
+def told(hints: list[str], path: Any, target: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns the path and the arguments that the hints tell to pass."""
+    arguments: dict[str, Any] = {}
+    for hint in hints:
+        for word in ("policy", "renames", "layout", "item", "unexpected"):
+            for expression in python_after(hint, word)[:1]:
+                arguments[word] = eval(expression, dict(NAMES))
+        if "init=..." in hint:
+            arguments["init"] = lambda: values_of(target)
+        if "take it out" in hint:
+            arguments |= {"renames": (), "policy": "error"}
+        if "leave layout=... out" in hint:
+            arguments["layout"] = "auto"
+        for pattern in (r"the item (/\S+?)[;,] pass that", r"^(/\S+) is (?:a manager's root|an item)"):
+            path = next((found[1] for found in [re.search(pattern, hint)] if found), path)
+        if found := re.search(r"pass one of them: (\w+)", hint):
+            path = pathlib.Path(path) / found[1]
+        if found := re.search(r"^(/\S+) holds the steps? (\d+)", hint):
+            path = pathlib.Path(found[1]) / found[2]
+    return path, arguments
+
+
+@pytest.mark.parametrize("case", GALLERY, ids=lambda case: case.provoke.__name__)
+def test_what_a_hint_tells_to_pass_makes_the_restore_succeed(
+    case: Broken, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, followed = cases.restore, list[list[str]]()
+
+    def restore(path: Any, target: Any, *args: Any, **given: Any) -> Any:
+        with pytest.raises(RestoreError) as error:
+            really(path, target, *args, **given)
+        followed.append(hints_of(error.value))
+        if case.provoke.__name__ not in FOR_A_PERSON:
+            path, arguments = told(followed[0], path, target)
+            # An ellipsis in a list stands for the rules that were passed before.
+            if ... in arguments.get("renames", ()):
+                arguments["renames"] = [*arguments["renames"][:-1], *given["renames"]]
+            assert arguments or "pass that" in followed[0][0] or "holds" in followed[0][0]
+            really(path, target, *args, **given | arguments)
+
+    monkeypatch.setattr(cases, "restore", restore)
+
+    case.provoke(tmp_path)
+
+    (hints,) = followed
+    assert FOR_A_PERSON.get(case.provoke.__name__, "") in "\n".join(hints)
+
+
+def test_the_cases_for_a_person_are_cases() -> None:
+    assert FOR_A_PERSON.keys() <= {case.provoke.__name__ for case in GALLERY}

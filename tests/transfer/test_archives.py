@@ -275,6 +275,14 @@ def test_a_zip_file_of_something_else_is_called_that(tmp_path: pathlib.Path) -> 
     )
 
 
+def test_entries_for_folders_are_no_leaves(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x.npz").write_bytes(zipped([("b/", b""), ("b/a.npy", ONE)]))
+
+    checkpoint = read_metadata(tmp_path / "x.npz")
+
+    assert (list(checkpoint.leaves), dict(checkpoint.foreign)) == ([("b", "a")], {})
+
+
 def test_members_that_numpy_does_not_write_are_refused(tmp_path: pathlib.Path) -> None:
     encrypted = bytearray(zipped([("a.npy", ONE)]))
     encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1

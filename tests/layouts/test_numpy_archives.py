@@ -59,7 +59,7 @@ def test_a_train_state_of_flax_optim_goes_on_in_nnx_and_its_step_is_every_count(
 
     model, optimizer = restored(program, path)
 
-    assert plan_restore(path, {}).layout == "big_vision"
+    assert plan_restore(path, model).layout == "big_vision"
     counts = (optimizer.step, optimizer.opt_state[0].count)
     assert [int(count.get_value()) for count in counts] == [STEP, STEP]
     goes_on(program, model, optimizer)

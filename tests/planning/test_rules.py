@@ -440,5 +440,5 @@ def test_a_cast_to_what_nobody_wants_is_named():
 def test_a_rename_of_what_a_rename_wrote_says_why_it_has_no_effect():
     message = verdict({"c": (2,)}, {"params": {"a": normal(2)}}, ("a", "b"), ("b", "c"))
 
-    assert message.startswith("1 of the 2 rules match no stored leaf:\n  ('b', 'c')\n")
+    assert message.startswith("1 rule matches no stored leaf:\n  ('b', 'c')\n")
     assert "what a rename wrote is not renamed again" in message

@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import Fill, Recipe, children
 from orbax_nnx_handler.planning.rules.base import Rule
 from orbax_nnx_handler.planning.rules.parts import Fuse, Split
-from orbax_nnx_handler.planning.rules.rename import Rename
+from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
 from orbax_nnx_handler.planning.rules.stacks import ScanAxis, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.values import Cast, Drop, Reshape, Scale, Transpose
 
@@ -112,7 +112,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
         if not applied.matched and not isinstance(rule, ScanAxis):
             unused.append(rule)
     if unused:
-        late = [rule for rule in unused if isinstance(rule, Rename) and rule.comes_late(after)]
+        late = [rule for rule in unused if isinstance(rule, Rename) and comes_late(rule, after)]
         raise unused_rules(unused, late)
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
     return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)

@@ -68,10 +68,6 @@ class Rename(Rule):
             after[at] = new
         return Applied(entries=after, matched=len(changed), changed=list(changed.values()))
 
-    def comes_late(self, entries: Iterable[Entry]) -> bool:
-        """Tells whether it would match only what a rename before it has written."""
-        return any(True for entry in entries for _ in self._left.spans(entry.segments))
-
     def inverse(self) -> Rule:
         """Returns the rename back."""
         if not self._right.width or self._left.places != self._right.places:
@@ -113,3 +109,9 @@ class Rename(Rule):
         return dataclasses.replace(
             entry, segments=tuple(names), fixed=tuple(fixed), named=True, reason=reason_of(self, entry)
         )
+
+
+def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
+    """Tells whether a rename without effect would match what one before it has written."""
+    left = Pattern(rule.pattern)
+    return any(True for entry in entries for _ in left.spans(entry.segments))

@@ -31,11 +31,13 @@ FOR_A_PERSON = {
     "quantised": "the stored kind",
     "quantised_with_scales": "dequantise",
     "other_keys": "jax_default_prng_impl",
+    "cut_off": "copy it again",
     "damaged": "copy it again",
     "gone": "copy it again",
     "everything": "build the target",
     "empty_target": "pass the module",
     "indivisible": "shard a dimension",
+    "pickled": "load it where it was written",
     "interrupted": "has to save again",
     "no_weights": "another item or step",
 }

@@ -1,6 +1,7 @@
 """The stored model, leaf by leaf, as rules and structure rules rewrite it."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -67,12 +68,21 @@ def model_entries(placements: Iterable[Placement]) -> list[Entry]:
 
 
 def _entry(placement: Placement) -> Entry:
-    leaf, below = placement.leaf, segments(placement.path)
+    leaf, below = placement.leaf, placement.path
+    above = leaf.path[: -len(below)]
+    names = segments(below)
+    # Nearly every path within its collection is an end of the stored path.
+    is_end = leaf.path[len(above) :] == below
     return Entry(
-        segments=below,
+        segments=names,
         collection=placement.collection,
         recipe=Read(leaf.path),
         shape=leaf.shape,
         dtype=leaf.dtype,
-        prefix=segments(leaf.path)[: -len(below)],
+        prefix=_prefix(above) if is_end else segments(leaf.path)[: -len(names)],
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _prefix(path: Path) -> tuple[str, ...]:
+    return segments(path)

@@ -1,21 +1,19 @@
 """Folds rows that differ in one number: `layers/{0..31}/mlp/kernel`."""
 
 import dataclasses
-import functools
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from orbax_nnx_handler.planning.numbered import NUMBER, Text
 from orbax_nnx_handler.planning.paths import Path, natural_key, render
 
-# A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
-_NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 FROM = "<- "
 # In a short list every name stands in full: people search messages for the name they know.
 _FEW = 12
 _INDEX = re.compile(r"(?<=\[)(\d+)(?=\])")
-_Numbers = frozenset[int]
 
 
 class Row(NamedTuple):
@@ -28,7 +26,7 @@ class Row(NamedTuple):
         transform: A text of which `[3]` may run along with the leaf's numbers.
     """
 
-    # A named tuple, as `_Text` and `_Pattern` are: they are made quickly, and a model has 20,000 of each.
+    # A named tuple, as `Text` and `_Pattern` are: they are made quickly, and a model has 20,000 of each.
 
     path: Path
     columns: tuple[str, ...] = ()
@@ -45,63 +43,27 @@ class Folded:
     count: int
 
 
-class _Text(NamedTuple):
-    """A text split at its numbers: fixed text and a set of numbers in turn."""
-
-    texts: tuple[str, ...]
-    numbers: tuple[_Numbers, ...]
-
-    @classmethod
-    def of(cls, text: str, number: re.Pattern[str] = _NUMBER) -> "_Text":
-        if not text:
-            return _NO_TEXT
-        bits = number.split(text)
-        return cls(tuple(bits[::2]), tuple(map(_only, bits[1::2])))
-
-    @classmethod
-    def united(cls, texts: Sequence["_Text"]) -> "_Text":
-        columns = zip(*(text.numbers for text in texts), strict=True)
-        return cls(texts[0].texts, tuple(frozenset[int]().union(*column) for column in columns))
-
-    def __str__(self) -> str:
-        parts = [self.texts[0]]
-        for numbers, text in zip(self.numbers, self.texts[1:], strict=True):
-            parts += [ranges(numbers), text]
-        return "".join(parts)
-
-    def moves_on(self, later: "_Text") -> bool:
-        """Tells whether every number stays as it is or rises from here to `later`."""
-        if self.numbers == later.numbers:
-            return True
-        pairs = zip(self.numbers, later.numbers, strict=True)
-        return all(before == after or max(before) < min(after) for before, after in pairs)
-
-
-@functools.lru_cache(maxsize=65536)  # A model has few numbers and many leaves.
-def _only(number: str) -> _Numbers:
-    return frozenset({int(number)})
-
-
-_NO_TEXT = _Text(("",), ())
-
-
 class _Pattern(NamedTuple):
-    """Rows that were folded so far; `last` is the newest of them, for what comes next."""
+    """Rows that were folded so far; `last` is the newest of them, for what comes next.
 
-    path: _Text
+    `is_whole` says that all rows which differ in a number only are folded.
+    """
+
+    path: Text
     columns: tuple[str, ...]
-    source: _Text
-    transform: _Text
-    last: tuple[_Text, _Text]
+    source: Text
+    transform: Text
+    last: tuple[Text, Text]
+    is_whole: bool = False
 
     @classmethod
     def joined(cls, run: Sequence["_Pattern"]) -> "_Pattern":
         if len(run) == 1:
             return run[0]
         return run[0]._replace(
-            path=_Text.united([pattern.path for pattern in run]),
-            source=_Text.united([pattern.source for pattern in run]),
-            transform=_Text.united([pattern.transform for pattern in run]),
+            path=Text.united([pattern.path for pattern in run]),
+            source=Text.united([pattern.source for pattern in run]),
+            transform=Text.united([pattern.transform for pattern in run]),
             last=run[-1].last,
         )
 
@@ -124,7 +86,7 @@ def fold(rows: Iterable[Row]) -> list[Folded]:
     Numbers fold to ranges (`layers_{0..31}`); where many lines are left, names fold to lists
     (`{key,query,value}`).
     """
-    patterns = [_pattern(row) for row in sorted(rows, key=lambda row: natural_key(row.path))]
+    patterns = _patterns(sorted(rows, key=lambda row: natural_key(row.path)))
     depth = max((len(pattern.path.numbers) for pattern in patterns), default=0)
     for position in range(depth):
         patterns = _merge(patterns, position)
@@ -143,9 +105,51 @@ def fold_paths(paths: Iterable[Path]) -> str:
     return ", ".join(line.text for line in fold(Row(path=path) for path in dict.fromkeys(paths)))
 
 
+_Numbered = tuple[int, tuple[int, ...]]
+"""The only number of a row's path, and the numbers of its source."""
+
+
+def _patterns(rows: Iterable[Row]) -> list[_Pattern]:
+    """Returns rows as patterns; those whose path has a single number, nearly all of a model's, folded."""
+    groups: dict[object, tuple[Row, list[_Numbered]]] = {}
+    for at, row in enumerate(rows):
+        path, source = NUMBER.split(render(row.path)), NUMBER.split(row.source)
+        if len(path) != 3 or row.transform:
+            groups[at] = (row, [])
+            continue
+        texts = (path[0], path[2], row.columns, *source[::2])
+        found = groups.get(texts)
+        if found is None:
+            found = groups[texts] = (row, [])
+        found[1].append((int(path[1]), tuple(map(int, source[1::2]))))
+    return [pattern for row, numbered in groups.values() for pattern in _folded_runs(row, numbered)]
+
+
+def _folded_runs(row: Row, numbered: Sequence[_Numbered]) -> list[_Pattern]:
+    first = _pattern(row)
+    if not numbered:
+        return [first]
+    runs: list[list[_Numbered]] = []
+    for number, sources in numbered:
+        # As in `_Pattern.leads_to`: no number of the source may jump back.
+        if not runs or any(map(operator.gt, runs[-1][-1][1], sources)):
+            runs.append([])
+        runs[-1].append((number, sources))
+    return [_run(first, run) for run in runs]
+
+
+def _run(first: _Pattern, run: Sequence[_Numbered]) -> _Pattern:
+    sources = tuple(map(frozenset, zip(*(sources for _, sources in run), strict=True)))
+    return first._replace(
+        path=Text(first.path.texts, (frozenset(number for number, _ in run),)),
+        source=Text(first.source.texts, sources),
+        is_whole=True,
+    )
+
+
 def _pattern(row: Row) -> _Pattern:
-    source, transform = _Text.of(row.source), _Text.of(row.transform, _INDEX)
-    return _Pattern(_Text.of(render(row.path)), row.columns, source, transform, (source, transform))
+    source, transform = Text.of(row.source), Text.of(row.transform, _INDEX)
+    return _Pattern(Text.of(render(row.path)), row.columns, source, transform, (source, transform))
 
 
 def _folded(pattern: _Pattern) -> Folded:
@@ -158,7 +162,8 @@ def _folded(pattern: _Pattern) -> Folded:
 def _merge(patterns: Sequence[_Pattern], position: int) -> list[_Pattern]:
     groups: dict[object, list[_Pattern]] = defaultdict(list)
     for at, pattern in enumerate(patterns):
-        groups[_key(pattern, position) if position < len(pattern.path.numbers) else at].append(pattern)
+        is_done = pattern.is_whole or position >= len(pattern.path.numbers)
+        groups[at if is_done else _key(pattern, position)].append(pattern)
     return [run for group in groups.values() for run in _runs(group)]
 
 
@@ -215,17 +220,3 @@ def _with_names(group: Sequence[Folded], position: int) -> Folded:
     columns = _swapped(first.columns, names[position], every)
     text = "/".join([*names[:position], every, *names[position + 1 :]])
     return Folded(text=text, columns=columns, count=sum(line.count for line in group))
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Returns numbers as a person writes them: `3`, `{0..31}`, `{0..3,7}`."""
-    ordered = sorted(set(numbers))
-    if len(ordered) == 1:
-        return str(ordered[0])
-    runs: list[list[int]] = []
-    for number in ordered:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return "{" + ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"

@@ -36,9 +36,13 @@ class Matcher:
     def index(self) -> Mapping[Tokens, list[Entry]]:
         """Entries by canonical path below the root; a `value` box in both readings."""
         found: dict[Tokens, list[Entry]] = defaultdict(list)
+        root = self.roots.stored
         for entry in self.entries:
-            for tokens in self._readings(entry):
-                found[tokens].append(entry)
+            if entry.named or entry.segments[-1:] == ("value",):
+                for tokens in self._readings(entry):
+                    found[tokens].append(entry)
+            else:
+                found[strip(entry.tokens, root)].append(entry)  # Nearly every entry.
         return found
 
     @cached_property
@@ -72,7 +76,8 @@ class Matcher:
         found |= placed
         # A leaf with the right path and the wrong shape: better shown as that than as missing.
         for item, entry in direct:
-            found.setdefault(item.leaf.path, Found(recipe=entry.recipe, reason=entry.reason))
+            if item.leaf.path not in found:
+                found[item.leaf.path] = Found(recipe=entry.recipe, reason=entry.reason)
         return ModelMatch(
             found=found,
             rivals=tuple(rivals),

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from orbax_nnx_handler.planning.aligning import aligned
 from orbax_nnx_handler.planning.conversion import Written
 from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.folding import Row, ranges
+from orbax_nnx_handler.planning.folding import Row
+from orbax_nnx_handler.planning.numbered import ranges
 from orbax_nnx_handler.planning.paths import Path, render, segments
 from orbax_nnx_handler.planning.recipes import Index, Stack
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from orbax_nnx_handler.planning.dtypes import KEY_IMPLEMENTATIONS, name_of, same_key
-from orbax_nnx_handler.planning.folding import Row, fold_paths, ranges
+from orbax_nnx_handler.planning.folding import Row, fold_paths
 from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.numbered import ranges
 from orbax_nnx_handler.planning.paths import Path, render
 from orbax_nnx_handler.planning.plan import Defaulted, Discarded, Dropped, Mismatched, Missing, Restored
 from orbax_nnx_handler.planning.recipes import Read, Recipe, describe, reads

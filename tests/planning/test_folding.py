@@ -1,7 +1,12 @@
 """Layers and names fold where nothing else differs, and the folded line says the same."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orbax_nnx_handler.planning import folding
 from orbax_nnx_handler.planning.aligning import align
-from orbax_nnx_handler.planning.folding import Row, fold, fold_paths, ranges
+from orbax_nnx_handler.planning.folding import Row, fold, fold_paths
+from orbax_nnx_handler.planning.numbered import ranges
 
 
 def texts(*rows: Row) -> list[str]:
@@ -121,3 +126,25 @@ def test_columns_are_aligned():
     lines = align(fold([row("a/kernel", "(4,)", "x"), row("bb/kernel", "(16, 4)", "y")]))
 
     assert lines == ["  a/kernel    (4,)      x", "  bb/kernel   (16, 4)   y"]
+
+
+_NAMES = st.sampled_from(["layers", "out", "Dense_0", "Dense_1", "mlp"])
+_KEYS = st.one_of(_NAMES, st.integers(0, 4), st.integers(0, 4).map(lambda number: f"layers_{number}"))
+_ROWS = st.builds(
+    Row,
+    st.lists(_KEYS, min_size=1, max_size=3).map(tuple),
+    st.sampled_from([(), ("(2,)",), ("(3,)",)]),
+    st.lists(_KEYS, max_size=2).map(lambda keys: "/".join(map(str, keys))),
+    st.sampled_from(["", "", "unstack axis 0 [1]", "unstack axis 0 [2]"]),
+)
+
+
+@given(st.lists(_ROWS, max_size=25))
+def test_rows_with_a_single_number_fold_as_all_rows_do(rows: list[Row]) -> None:
+    """They take a shorter way: nearly all rows of a model are of that kind."""
+    quick = folding._patterns(rows)
+    slow = [folding._pattern(row) for row in rows]
+    for position in range(3):
+        quick, slow = folding._merge(quick, position), folding._merge(slow, position)
+
+    assert [folding._folded(pattern) for pattern in quick] == [folding._folded(pattern) for pattern in slow]

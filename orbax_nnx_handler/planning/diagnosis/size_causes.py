@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from orbax_nnx_handler.planning.diagnosis.causes import Cause, counted, listed
-from orbax_nnx_handler.planning.folding import ranges
+from orbax_nnx_handler.planning.numbered import ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

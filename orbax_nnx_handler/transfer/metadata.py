@@ -8,6 +8,7 @@ metadata, all of them read through one handle on the store.
 import functools
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import jax
@@ -56,15 +57,15 @@ def read_metadata(directory: epath.PathLike) -> Checkpoint:
 
 
 def _read(directory: epath.Path) -> Checkpoint:
-    database = _open_database(directory)
-    tree = read_tree(directory, database)
+    tree, database = _read_tree(directory)
     arrays, lost = _locate(directory, tree, database)
     values = {path: np.asarray(value) for path, value in tree.values.items() if path not in arrays}
     key_impls = _read_key_impls(directory)
     leaves: dict[Path, StoredLeaf] = {}
     for path, value_type in tree.nodes.items():
-        if path in arrays:
-            leaves[path] = _array_leaf(path, arrays[path].encoding, key_impls.get(arrays[path].name))
+        array = arrays.get(path)
+        if array is not None:
+            leaves[path] = _array_leaf(path, array.encoding, key_impls.get(array.name))
         elif path in values:
             leaves[path] = StoredLeaf(path=path, shape=values[path].shape, dtype=values[path].dtype)
         elif value_type == STRING_TYPE:
@@ -82,6 +83,18 @@ def _read(directory: epath.Path) -> Checkpoint:
         arrays=arrays,
         writes_fill=tree.writes_fill,
     )
+
+
+def _read_tree(directory: epath.Path) -> tuple[Tree, Store | None]:
+    """Returns tree and database; TensorStore walks the one while Python parses the other."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        opened = pool.submit(_open_database, directory)
+        try:
+            return read_tree(directory, opened.result), opened.result()
+        except NotACheckpointError:
+            # A database that is damaged says more than the absence of a tree.
+            opened.result()
+            raise
 
 
 def _open_database(directory: epath.Path) -> Store | None:
@@ -117,11 +130,12 @@ def _locate(
     arrays: dict[Path, StoredArray] = {}
     lost: dict[Path, str] = {}
     for path, name in wanted.items():
-        if path not in found:
+        place = found.get(path)
+        if place is None:
             if path not in tree.values:
                 lost[path] = "the tree names it, but no store holds it"
             continue
-        number, content = found[path]
+        number, content = place
         store, driver = places[number]
         try:
             arrays[path] = StoredArray(name=name, store=store, encoding=_parse(driver, content))
@@ -204,8 +218,6 @@ def _read_step_metadata(directory: epath.Path) -> Mapping[str, Any]:
 
 
 def _disk_format(arrays: Iterable[StoredArray], has_values: bool) -> str:
-    kinds = {
-        f"ocdbt+{array.encoding.driver}" if array.store.kind == "ocdbt" else array.encoding.driver
-        for array in arrays
-    }
-    return " and ".join([*sorted(kinds), *(["msgpack"] if has_values else [])]) or "empty"
+    found = {(array.store.kind, array.encoding.driver) for array in arrays}
+    kinds = sorted(f"ocdbt+{driver}" if kind == "ocdbt" else driver for kind, driver in found)
+    return " and ".join([*kinds, *(["msgpack"] if has_values else [])]) or "empty"

@@ -41,7 +41,7 @@ def _has_weights(train_state: epath.Path) -> bool:
     The item `params` then holds the average and this one the weights in
     training. Which of the two is wanted, only the caller knows, by `item=`.
     """
-    nodes = read_tree(train_state, None).nodes
+    nodes = read_tree(train_state, lambda: None).nodes
     return any(path[:1] == ("params",) for path, kind in nodes.items() if kind not in EMPTY_TYPES)
 
 

@@ -6,7 +6,7 @@ read by `legacy`.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -53,12 +53,12 @@ class Tree:
     folder: epath.Path | None = None
 
 
-def read_tree(directory: epath.Path, database: Store | None) -> Tree:
+def read_tree(directory: epath.Path, database: Callable[[], Store | None]) -> Tree:
     """Reads the tree of an item directory, or of a msgpack file.
 
     Args:
         directory: The item directory, or a file that `flax.serialization` wrote.
-        database: The directory's OCDBT store, if it has one.
+        database: Returns the directory's OCDBT store, if any; asked where nothing else names the arrays.
 
     Raises:
         NotACheckpointError: There is no tree; says what is there instead.
@@ -71,7 +71,7 @@ def read_tree(directory: epath.Path, database: Store | None) -> Tree:
     listed = _metadata_tree(directory / TREE_FILE) if (directory / TREE_FILE).exists() else None
     if listed and packed:
         return dataclasses.replace(listed, values=packed.values, names={**listed.names, **packed.names})
-    tree = listed or packed or _named_tree(directory, database)
+    tree = listed or packed or _named_tree(directory, database())
     if not tree.nodes:
         raise NotACheckpointError(_what_is(directory))
     return tree

@@ -143,7 +143,8 @@ def test_a_plan_needs_the_headers_alone(tmp_path: pathlib.Path) -> None:
 
     assert str(caught.value) == (
         "stored leaf a cannot be read: its checksum is not the one that was stored with it\n"
-        f"file: {tmp_path}/x.npz (a.npy)"
+        f"file: {tmp_path}/x.npz (a.npy)\n"
+        "hint: a part of it is damaged, or was not copied: copy it again, or restore another step."
     )
 
 

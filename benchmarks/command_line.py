@@ -4,25 +4,14 @@
 beside it. The verdict is checked by its exit status.
 """
 
-import dataclasses
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-from flax import nnx
-
 from benchmarks.measuring import Row, arguments, command, program, report, table
-from benchmarks.models import sized, target, write
+from benchmarks.models import sized, write
 
 MANY = 20005
-
-
-def wanted(leaves: int, layers_more: int = 0) -> nnx.State:
-    """Returns an abstract state of so many leaves: the factory of `plan`."""
-    model = sized(leaves, 50_000_000, compressed=True)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return target(dataclasses.replace(model, layers=model.layers + layers_more), place)
 
 
 def main() -> None:
@@ -42,9 +31,9 @@ def _plans(options: Any) -> dict[str, Row]:
     commands = {
         "import jax": (["-c", "import jax"], 0),
         "import orbax_nnx_handler": (["-c", "import orbax_nnx_handler"], 0),
-        "plan, fits": (command("plan", path, f"benchmarks.command_line:wanted({leaves})"), 0),
+        "plan, fits": (command("plan", path, f"benchmarks.factory:wanted({leaves})"), 0),
         "plan, a layer is missing": (
-            command("plan", path, f"benchmarks.command_line:wanted({leaves}, 1)"),
+            command("plan", path, f"benchmarks.factory:wanted({leaves}, 1)"),
             1,
         ),
     }

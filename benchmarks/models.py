@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -109,6 +108,9 @@ def write(model: Model, root: pathlib.Path, shardings: Sharding | None = None) -
     tree = {"params": _params(model, layers), "step": np.int32(7)}
     if shardings is not None:
         tree["params"] = jax.device_put(tree["params"], shardings)
+    # Here, for a target of the command line is built without Orbax, as a user's is.
+    import orbax.checkpoint as ocp
+
     handler = ocp.PyTreeCheckpointHandler(use_zarr3=model.zarr3, use_compression=model.compressed)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(tree), force=True)

@@ -48,9 +48,12 @@ class Layout:
         title: The name in messages ("MaxText").
         fits: Tells from paths, shapes and dtypes whether a tree can be read so.
         place: Reads the tree; gives every stored leaf exactly one placement.
+        keys: The keys by which it tells the parts of a checkpoint. A model may have a
+            module of that name, and then the tree may be meant as it is.
     """
 
     name: str
     title: str
     fits: Callable[[Stored], bool]
     place: Callable[[Stored], tuple[Placement, ...]]
+    keys: frozenset[str] = frozenset()

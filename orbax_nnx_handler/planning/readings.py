@@ -59,11 +59,7 @@ def _plain_mapping(
     return mapping if score == len(weights) or (plain is untyped and score > best) else None
 
 
-_TELLING_KEYS = frozenset(
-    {"collections", "model_params", "nnx_aux", "opt", "opt_state", "optimizer_state", "params"}
-    | {"state", "step", "target", "train_state"}
-)
-"""The keys by which layouts tell the parts of a train state."""
+_TELLING_KEYS = frozenset[str]().union(*(layout.keys for layout in layouts.LAYOUTS))
 
 
 def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:

@@ -309,7 +309,7 @@ def test_packed_bytes_that_do_not_unpack_are_damage(tmp_path: pathlib.Path) -> N
 
     message = str(caught.value)
     assert message.startswith("stored leaf a cannot be read: Error -3 while decompressing data: ")
-    assert message.endswith(f"\nfile: {tmp_path}/x.npz (a.npy)")
+    assert f"\nfile: {tmp_path}/x.npz (a.npy)\nhint: a part of it is damaged" in message
 
 
 def test_a_header_that_promises_other_bytes_than_there_are_is_damage(tmp_path: pathlib.Path) -> None:

@@ -138,4 +138,6 @@ def _masked(state: Path) -> Path:
     return (state[0], "inner_state", *state[2:]) if len(state) > 1 and state[1] == "0" else state
 
 
-BIG_VISION = Layout(name="big_vision", title="big_vision", fits=_fits, place=_place)
+BIG_VISION = Layout(
+    name="big_vision", title="big_vision", fits=_fits, place=_place, keys=_COLLECTIONS | {"opt"}
+)

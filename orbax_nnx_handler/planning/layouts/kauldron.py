@@ -34,4 +34,4 @@ def _placement(stored: Stored, path: Path) -> Placement:
     return Placement(leaf=leaf, section="other", path=path)
 
 
-KAULDRON = Layout(name="kauldron", title="Kauldron", fits=_fits, place=_place)
+KAULDRON = Layout(name="kauldron", title="Kauldron", fits=_fits, place=_place, keys=_FIELDS)

@@ -4,6 +4,7 @@ from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.placement import Layout, Placement, Section, Stored
 
 _TRAIN_STATE_KEYS = frozenset({"opt_state", "step"})
+_KEYS = _TRAIN_STATE_KEYS | {"params", "nnx_aux"}
 
 
 def tops(stored: Stored) -> set[str]:
@@ -66,12 +67,14 @@ TRAIN_STATE = Layout(
     title="Flax TrainState",
     fits=_is_train_state,
     place=lambda stored: place_with(stored, 1),
+    keys=_KEYS,
 )
 MAXTEXT = Layout(
     name="maxtext",
     title="MaxText",
     fits=_is_maxtext,
     place=lambda stored: place_with(stored, 2),
+    keys=_KEYS,
 )
 VARIABLES = Layout(
     name="variables",

@@ -51,5 +51,7 @@ def _model(stored: Stored, path: Path, rest: Path) -> Placement:
     return Placement(leaf=stored[path], section="model" if rest else "other", path=rest or path)
 
 
-OPENPI = Layout(name="openpi", title="openpi", fits=_is_step, place=_place_step)
+OPENPI = Layout(
+    name="openpi", title="openpi", fits=_is_step, place=_place_step, keys=frozenset({"params", "train_state"})
+)
 OPENPI_WEIGHTS = Layout(name="openpi_weights", title="openpi weights", fits=_is_weights, place=_place_weights)

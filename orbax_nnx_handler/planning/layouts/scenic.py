@@ -54,4 +54,4 @@ def _lacks_collections(stored: Stored) -> bool:
     return bool(below) and _STATISTICS not in below and below <= modules
 
 
-SCENIC = Layout(name="scenic", title="Scenic", fits=_fits, place=_place)
+SCENIC = Layout(name="scenic", title="Scenic", fits=_fits, place=_place, keys=frozenset({WRAPPER}))

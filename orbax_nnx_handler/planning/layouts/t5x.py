@@ -121,4 +121,4 @@ def _place(stored: Stored) -> tuple[Placement, ...]:
     return (*placed, *(Placement(leaf=stored[path], section="other", path=path) for path in others))
 
 
-T5X = Layout(name="t5x", title="T5X", fits=_fits, place=_place)
+T5X = Layout(name="t5x", title="T5X", fits=_fits, place=_place, keys=_FIELDS)

@@ -32,4 +32,4 @@ def _placement(stored: Stored, path: Path) -> Placement:
     return Placement(leaf=leaf, section="other", path=path)
 
 
-TUNIX = Layout(name="tunix", title="Tunix", fits=_fits, place=_place)
+TUNIX = Layout(name="tunix", title="Tunix", fits=_fits, place=_place, keys=frozenset({_MODEL, _OPTIMIZER}))

@@ -4,11 +4,15 @@ import io
 import re
 from html.parser import HTMLParser
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError, RestoreReport
 from orbax_nnx_handler.planning.prose import wrapped
+from tests.planning.plans import plan_of
 from tests.planning.test_diagnosis import model, plan
 
 STORED = model(2)
@@ -35,6 +39,26 @@ def test_a_plan_reads_counts_first_and_then_aligned_rows():
         "    layers/{0..1}/up/bias      (6,) float32      <- params/layers_{0..1}/up/bias\n"
         "    layers/{0..1}/up/kernel    (4, 6) float32    <- params/layers_{0..1}/up/kernel"
     )
+
+
+def test_a_plan_that_fits_because_policies_fill_everything_says_so():
+    note = "note: nothing of the checkpoint is used: a policy fills every leaf."
+    target = nnx.State({"other": nnx.Param(jax.ShapeDtypeStruct((2,), "float32"))})
+    stored = {"params": {"dense": {"kernel": np.ones(3, np.float32)}}}
+
+    filled, wrong = plan_of(target, stored, policy="warn"), plan_of(target, stored)
+    partly = plan_of(
+        nnx.State({**target, "dense": {"kernel": nnx.Param(jax.ShapeDtypeStruct((3,), "float32"))}}),
+        stored,
+        policy="warn",
+    )
+
+    assert filled.fits
+    assert note in str(filled)
+    assert partly.fits
+    assert note not in str(partly)
+    assert not wrong.fits
+    assert note not in str(wrong)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -58,7 +58,7 @@ class Sheet:
 def plan_sheet(plan: RestorePlan) -> Sheet:
     """Returns what there is to say about a plan."""
     fits = plan.fits
-    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in plan.causes] if fits else _faults(plan)
+    notes = _notes(plan) if fits else _faults(plan)
     return Sheet(
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
         counts=_counts(plan, "missing"),
@@ -67,6 +67,16 @@ def plan_sheet(plan: RestorePlan) -> Sheet:
         advice=tuple(notes),
         share=Share.of(plan),
     )
+
+
+def _notes(plan: RestorePlan) -> list[str]:
+    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in plan.causes]
+    if plan.missing and not plan.restored:
+        notes.append(
+            "note: nothing of the checkpoint is used: a policy fills every leaf.\n"
+            'hint: policy="error" says what keeps checkpoint and target apart.'
+        )
+    return notes
 
 
 def _faults(plan: RestorePlan) -> list[str]:

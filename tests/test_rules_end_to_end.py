@@ -161,6 +161,19 @@ def test_a_manager_restores_and_saves_under_the_same_rules(
     assert_equal(read(tmp_path / "run" / "1" / "default"), read(checkpoint))
 
 
+class Matrix(nnx.Module):
+    """One parameter."""
+
+    def __init__(self) -> None:
+        self.w = nnx.Param(jax.numpy.zeros((6, 4)))
+
+
+def factored() -> Any:
+    """Returns a model whose second moments are kept as rows and columns."""
+    model = Matrix()
+    return model, nnx.Optimizer(model, optax.scale_by_factored_rms(min_dim_size_to_factor=2), wrt=nnx.Param)
+
+
 def test_factored_moments_follow_a_transpose(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     moments = {
@@ -172,16 +185,7 @@ def test_factored_moments_follow_a_transpose(tmp_path: Path) -> None:
     state = {"params": {"w": normal(rng, 4, 6)}, "opt_state": [moments], "step": np.int32(1)}
     path = saved(state, tmp_path / "checkpoint")
 
-    class Matrix(nnx.Module):
-        def __init__(self) -> None:
-            self.w = nnx.Param(jax.numpy.zeros((6, 4)))
-
-    def make() -> Any:
-        model = Matrix()
-        factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
-        return model, nnx.Optimizer(model, factored, wrt=nnx.Param)
-
-    plan = plan_restore(path, nnx.eval_shape(make), renames=[Transpose("w", (1, 0))])
+    plan = plan_restore(path, nnx.eval_shape(factored), renames=[Transpose("w", (1, 0))])
 
     # optax.factorized: v_row lacks the largest axis, v_col the second, whichever way the matrix lies.
     assert {tuple(reads(item.recipe)) for path, item in plan.restored.items() if "v_row" in path} == {
@@ -259,3 +263,15 @@ def test_rules_that_cannot_save_are_refused_before_anything_is_written(
 def test_a_scaled_weight_is_not_saved_beside_its_moments(tmp_path: Path) -> None:
     with pytest.raises(RuleError, match="its parameter is scaled"):
         save(tmp_path / "back", build(), renames=[Scale("head/bias", 0.5)])
+
+
+def test_factored_moments_that_rules_do_not_speak_of_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(RuleError) as refused:
+        save(tmp_path / "back", factored(), renames=[Transpose("w", (1, 0))])
+
+    assert str(refused.value).startswith(
+        "a moment of params/w cannot be saved under these rules (transpose (1, 0)): "
+        "its shape is (4,), that of its parameter (6, 4); rules speak of the parameter's axes.\n"
+        "hint: save the model without its optimizer"
+    )
+    assert not (tmp_path / "back").exists()

@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.recipes import (
     Read,
     Recipe,
     Scale,
+    describe,
     parts_of,
     reads,
     render_reads,
@@ -105,15 +106,21 @@ class _Moments:
     def _check(self, way: Recipe, shown: Values) -> None:
         if isinstance(way, Read):
             return
-        alike = all(getattr(shown.get(path), "shape", None) == self._shapes[path] for path in reads(way))
+        pairs = [(getattr(shown.get(path), "shape", None), self._shapes[path]) for path in reads(way)]
+        unlike = next((pair for pair in pairs if pair[0] != pair[1]), None)
         scaled = any(isinstance(part, Scale) for part in parts_of(way))
-        if scaled or not alike:
-            why = "its parameter is scaled" if scaled else "it has another shape than its parameter"
+        if scaled or unlike:
+            why = "its parameter is scaled" if scaled or not unlike else _unlike(*unlike)
             raise RuleError(
-                f"the moments of {render_reads(way)} cannot be saved under these rules: {why}.\n"
+                f"a moment of {render_reads(way)} cannot be saved under these rules "
+                f"({describe(way)}): {why}.\n"
                 "hint: save the model without its optimizer, or without renames.",
                 paths=list(reads(way)),
             )
+
+
+def _unlike(moment: object, parameter: object) -> str:
+    return f"its shape is {moment}, that of its parameter {parameter}; rules speak of the parameter's axes"
 
 
 def _nested(values: Values) -> Nested:

@@ -58,6 +58,9 @@ _FINDERS: tuple[Callable[[Scene], Iterable[Cause]], ...] = (
 )
 """In this order: what one finder explains, the later ones do not look at again."""
 
+_OF_DEFAULTS = (find_random_layouts,)
+"""Finders that look at more than what is missing, mismatched or unexpected."""
+
 
 def diagnose(plan: RestorePlan) -> tuple[Cause, ...]:
     """Returns the causes that a plan holds evidence for.
@@ -71,7 +74,8 @@ def diagnose(plan: RestorePlan) -> tuple[Cause, ...]:
     """
     scene = Scene(plan=plan)
     causes: list[Cause] = []
-    for find in _FINDERS:
+    is_whole = not (scene.missing or scene.mismatched or scene.unexpected)
+    for find in _OF_DEFAULTS if is_whole else _FINDERS:
         found = list(find(scene))
         causes += found
         scene = scene.without(path for cause in found for path in cause.paths)

@@ -1,9 +1,12 @@
 """How much may be held at a time, so that the whole process stays within its memory."""
 
+import ctypes
+import functools
 import math
 import pathlib
 import resource
 import sys
+from typing import Any
 
 from orbax_nnx_handler.planning.errors import RestoreError
 
@@ -21,6 +24,33 @@ _LEAST_WINDOW_BYTES = 8 << 20
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
+# `M_ARENA_MAX` of glibc's malloc.h.
+_ARENA_MAX = -8
+
+
+def release_freed() -> None:
+    """Gives memory that was freed back to the system.
+
+    glibc keeps it in the arena of each thread that allocated it: after 20,000 small
+    leaves, through TensorStore's threads, 0.6 GB that nobody uses.
+    """
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _share_arena() -> None:
+    """Lets threads that are new allocate from one arena, so that less lies in it unused."""
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_ARENA_MAX, 1)
+
+
+@functools.cache
+def _glibc() -> Any:
+    """Returns the C library where it is glibc; None elsewhere, which is left to its own ways."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None
+
+
 def window_of(bound_bytes: int | None) -> int:
     """Returns how many bytes of values may be read at a time.
 
@@ -31,6 +61,8 @@ def window_of(bound_bytes: int | None) -> int:
     Raises:
         RestoreError: The process holds so much already that the bound leaves too little.
     """
+    if bound_bytes is not None:
+        _share_arena()
     held = _resident_bytes()
     used = held + _PROGRAM_BYTES
     window = int(((held + DEFAULT_BYTES if bound_bytes is None else bound_bytes) - used) / _COPIES)

@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.recipes import reads
 from orbax_nnx_handler.planning.regions import Region, shape_of_region
+from orbax_nnx_handler.transfer.memory import release_freed
 from orbax_nnx_handler.transfer.metadata import Checkpoint
 from orbax_nnx_handler.transfer.reading.gathering import fill_targets
 from orbax_nnx_handler.transfer.reading.shards import Buffer
@@ -65,6 +66,7 @@ def read_slabs(checkpoint: Checkpoint, leaves: Sequence[Written], window_bytes: 
             yield batch
             # The caller holds the last batch until it asks for the next: forget it before more is allocated.
             batch, size = [], 0
+            release_freed()
         batch.append(Slab(leaf, region, np.empty(shape_of_region(region), leaf.dtype), is_last))
         size += nbytes
     if batch:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orbax_nnx_handler.transfer import memory
+from orbax_nnx_handler.transfer import memory, slabs
 
 
 @pytest.fixture(params=[0.4e9, 40e9], ids=["small process", "large process"])
@@ -58,3 +58,32 @@ def test_the_default_is_in_the_help(cli) -> None:
     said = cli("convert", "--help")
 
     assert "(default: 1 more than it holds" in " ".join(said.out.split())
+
+
+def test_freed_memory_goes_back_after_every_batch(cli, root, tmp_path, monkeypatch) -> None:
+    released: list[None] = []
+    monkeypatch.setattr(slabs, "_BATCH_LEAVES", 4)
+    monkeypatch.setattr(slabs, "release_freed", lambda: released.append(None))
+
+    said = cli("convert", root, tmp_path / "out")
+
+    assert said.status == 0
+    # 40 leaves in batches of 4, written once and read again once; the last batch has none after it.
+    assert len(released) == 2 * 9
+
+
+@pytest.mark.parametrize(("bound", "shared"), [(None, 0), (int(1e12), 1)])
+def test_threads_share_an_arena_where_the_process_is_bounded(monkeypatch, bound, shared) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(memory, "_share_arena", lambda: calls.append(None))
+
+    memory.window_of(bound)
+
+    assert len(calls) == shared
+
+
+def test_without_glibc_nothing_is_asked_of_it(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_glibc", lambda: None)
+
+    memory.release_freed()
+    memory._share_arena()

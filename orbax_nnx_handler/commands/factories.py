@@ -58,7 +58,7 @@ class Factory:
         # The user's code may raise anything; what it is and where tells them more than our own traceback.
         except (Exception, SystemExit) as error:
             raise UsageError(f"{self.text} fails under nnx.eval_shape: {_told(error)}") from error
-        if not jax.tree.leaves(target):
+        if target is None:
             raise UsageError(f"{self.text} builds nothing; it must return the module or the train state.")
         return _weights_of(target) if weights_only else target
 
@@ -164,7 +164,10 @@ def _functions(place: Any) -> str:
 
 
 def _abstract(make: Callable[[], Any]) -> Any:
-    """Returns what a factory builds, without a value; as it is where the factory has abstracted it itself."""
+    """Returns what a factory builds, without a value; None where that is nothing.
+
+    As it is where the factory has abstracted it itself.
+    """
     states: list[Any] = []
 
     def traced() -> Any:
@@ -176,13 +179,14 @@ def _abstract(make: Callable[[], Any]) -> Any:
         return None
 
     target = nnx.eval_shape(traced)
-    return states[0] if states else target
+    if states:
+        return states[0]
+    return target if jax.tree.leaves(target) else None
 
 
 def _is_abstract_state(made: Any) -> bool:
-    return isinstance(made, nnx.State) and all(
-        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(made)
-    )
+    leaves = jax.tree.leaves(made) if isinstance(made, nnx.State) else []
+    return bool(leaves) and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def _weights_of(target: Any) -> Any:

@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 import orbax_nnx_handler as library
 from benchmarks.contestants import Contestant, Trial
 from benchmarks.models import DTYPES, PROJECTIONS, Model
+from orbax_nnx_handler import restore
 
 Leaf = tuple[tuple[Any, ...], type[Any], tuple[int, ...]]
 """Path, Variable type and shape of a wanted leaf."""
@@ -169,7 +170,7 @@ def _contestant(way: str) -> Contestant:
 
         def run() -> library.RestoreError:
             try:
-                library.restore(path, wanted, unexpected=broken.unexpected)  # type: ignore[arg-type]
+                restore(path, wanted, unexpected=broken.unexpected)  # type: ignore[arg-type]
             except library.RestoreError as error:
                 return error
             raise AssertionError(f"a checkpoint was restored although {way}")

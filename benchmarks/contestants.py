@@ -23,10 +23,10 @@ Contestant = Callable[[Model, pathlib.Path, Sharding], Trial]
 
 def ours(model: Model, path: pathlib.Path, sharding: Sharding, *, single_replica: bool = False) -> Trial:
     """`orbax_nnx_handler.restore`: metadata, plan, check, read, assemble, report."""
-    import orbax_nnx_handler as library
+    from orbax_nnx_handler import restore
 
     wanted = target(model, sharding)
-    return lambda: library.restore(path, wanted, single_replica=single_replica), _of_state
+    return lambda: restore(path, wanted, single_replica=single_replica), _of_state
 
 
 def orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:

@@ -20,14 +20,14 @@ from benchmarks.models import PROJECTIONS, Model, check, target
 
 def verdict(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """From the call to the error, for a checkpoint that lacks the last layer."""
-    import orbax_nnx_handler as library
+    from orbax_nnx_handler import MissingParamError, restore
 
     wanted = target(dataclasses.replace(model, layers=model.layers + 1), sharding)
 
     def run() -> Any:
         try:
-            library.restore(path, wanted)
-        except library.MissingParamError as error:
+            restore(path, wanted)
+        except MissingParamError as error:
             return error
         raise AssertionError("a checkpoint that lacks a layer was restored")
 
@@ -57,13 +57,13 @@ def read_then_check(model: Model, path: pathlib.Path, sharding: Sharding) -> Tri
 
 def save_ours(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """`orbax_nnx_handler.save` of an NNX state in the Linen layout."""
-    import orbax_nnx_handler as library
+    from orbax_nnx_handler import save
 
     restore, collect = ours(model, path, sharding)
     state = restore()
     out = path.with_name(f"{path.name}-saved-by-us")
     shutil.rmtree(out, ignore_errors=True)
-    return lambda: library.save(out, state), lambda _: _compare(model, path, out, collect(state))
+    return lambda: save(out, state), lambda _: _compare(model, path, out, collect(state))
 
 
 def save_orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import json
 import math
 import sys
@@ -135,18 +134,6 @@ def _plain(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
         ]
         lines.append("  " + (" " * _GAP).join(cells).rstrip())
     return lines
-
-
-@contextlib.contextmanager
-def without_collection() -> Generator[None]:
-    """Puts off the search for unreachable objects."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def size(nbytes: int) -> str:

@@ -109,14 +109,17 @@ class _Moments:
         pairs = [(getattr(shown.get(path), "shape", None), self._shapes[path]) for path in reads(way)]
         unlike = next((pair for pair in pairs if pair[0] != pair[1]), None)
         scaled = any(isinstance(part, Scale) for part in parts_of(way))
-        if scaled or unlike:
-            why = "its parameter is scaled" if scaled or not unlike else _unlike(*unlike)
-            raise RuleError(
-                f"a moment of {render_reads(way)} cannot be saved under these rules "
-                f"({describe(way)}): {why}.\n"
-                "hint: save the model without its optimizer, or without renames.",
-                paths=list(reads(way)),
-            )
+        if scaled:
+            why = "its parameter is scaled"
+        elif unlike:
+            why = _unlike(*unlike)
+        else:
+            return
+        raise RuleError(
+            f"a moment of {render_reads(way)} cannot be saved under these rules ({describe(way)}): {why}.\n"
+            "hint: save the model without its optimizer, or without renames.",
+            paths=list(reads(way)),
+        )
 
 
 def _unlike(moment: object, parameter: object) -> str:

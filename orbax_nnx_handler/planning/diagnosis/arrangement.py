@@ -20,31 +20,14 @@ def find_permuted(scene: Scene) -> Iterable[Cause]:
     """Yields weights whose stored shape is the wanted one with its axes in another order."""
     found = _explained(scene, _permutation)
     if found:
-        paths = [path for each in found.values() for path in each]
-        first = scene.mismatched[paths[0]]
-        yield AxesPermuted(
-            paths=scene.with_moments(paths),
-            stored=first.stored_shape,
-            wanted=first.wanted.shape,
-            count=len(paths),
-            rules=_rules(scene, "Transpose", found),
-            swapped=_swapped(scene, paths),
-        )
+        yield _cause(AxesPermuted, scene, "Transpose", found, swapped=_swapped(scene, _paths(found)))
 
 
 def find_merged(scene: Scene) -> Iterable[Cause]:
     """Yields weights of which neighbouring axes are one axis on the other side."""
     found = _explained(scene, _merged)
     if found:
-        paths = [path for each in found.values() for path in each]
-        first = scene.mismatched[paths[0]]
-        yield AxesMerged(
-            paths=scene.with_moments(paths),
-            stored=first.stored_shape,
-            wanted=first.wanted.shape,
-            count=len(paths),
-            rules=_rules(scene, "Reshape", found),
-        )
+        yield _cause(AxesMerged, scene, "Reshape", found)
 
 
 _Explained = Mapping[tuple[int, ...], Sequence[Path]]
@@ -59,6 +42,23 @@ def _explained(scene: Scene, explain: Callable[[Shape, Shape], tuple[int, ...] |
         if change is not None:
             found[change].append(path)
     return found
+
+
+def _paths(found: _Explained) -> list[Path]:
+    return [path for each in found.values() for path in each]
+
+
+def _cause(kind: Callable[..., Cause], scene: Scene, rule: str, found: _Explained, **more: object) -> Cause:
+    paths = _paths(found)
+    first = scene.mismatched[paths[0]]
+    return kind(
+        paths=scene.with_moments(paths),
+        stored=first.stored_shape,
+        wanted=first.wanted.shape,
+        count=len(paths),
+        rules=_rules(scene, rule, found),
+        **more,
+    )
 
 
 def _rules(scene: Scene, rule: str, found: _Explained) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def find_fused(scene: Scene) -> Iterable[Cause]:
 def _joins(scene: Scene, leaf: str, wholes: Siblings, parts: Siblings) -> Iterable[tuple[_Join, Path]]:
     for whole, path in wholes.items():
         names = _spelled(whole, parts) or sorted(parts)
-        shape, shapes = _shape(scene, path), tuple(_shape(scene, parts[name]) for name in names)
+        shape, shapes = scene.shape(path), tuple(scene.shape(parts[name]) for name in names)
         axes = [
             axis
             for axis in range(len(shape))
@@ -69,11 +69,6 @@ def _siblings(leaves: Mapping[Path, Tokens]) -> Mapping[tuple[Tokens, str], Sibl
         if len(tokens) > 1 and not is_number(tokens[-2]):
             found[tokens[:-2], tokens[-1]][tokens[-2]] = path
     return found
-
-
-def _shape(scene: Scene, path: Path) -> Shape:
-    placement = scene.plan.evidence.placements.get(path)
-    return placement.leaf.shape if placement else scene.plan.evidence.wanted[path].leaf.shape
 
 
 def _spelled(whole: str, names: Iterable[str]) -> list[str]:

@@ -10,7 +10,6 @@ from orbax_nnx_handler.planning.diagnosis.name_causes import LayersShifted
 from orbax_nnx_handler.planning.diagnosis.scene import Scene
 from orbax_nnx_handler.planning.diagnosis.size_causes import ScannedOnOneSide
 from orbax_nnx_handler.planning.layers import Group, flat_seats, seats
-from orbax_nnx_handler.planning.leaves import Shape
 from orbax_nnx_handler.planning.paths import Path, segments
 
 
@@ -43,16 +42,11 @@ def find_scanned(scene: Scene) -> Iterable[Cause]:
 
 
 def _why(scene: Scene, stacked: Path, flat: Path) -> str:
-    whole, layer = _shape(scene, stacked), _shape(scene, flat)
+    whole, layer = scene.shape(stacked), scene.shape(flat)
     slices = {(*whole[:axis], *whole[axis + 1 :]) for axis in range(len(whole))}
     if layer not in slices:
         return f"{whole} without any one axis is not {layer}"
     return "the layers of other leaves of the group do not come out"
-
-
-def _shape(scene: Scene, path: Path) -> Shape:
-    placement = scene.plan.evidence.placements.get(path)
-    return placement.leaf.shape if placement else scene.plan.evidence.wanted[path].leaf.shape
 
 
 def find_shifted(scene: Scene) -> Iterable[Cause]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
-from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.moments import split
 from orbax_nnx_handler.planning.paths import Path, canonical
 from orbax_nnx_handler.planning.placement import Placement
@@ -64,6 +64,11 @@ class Scene:
     def role(self, path: Path) -> Role:
         """Returns what a wanted leaf is."""
         return self.plan.evidence.wanted[path].role
+
+    def shape(self, path: Path) -> Shape:
+        """Returns the shape of a stored leaf, or of a wanted one."""
+        placement = self.plan.evidence.placements.get(path)
+        return placement.leaf.shape if placement else self.plan.evidence.wanted[path].leaf.shape
 
     def of_role(self, paths: Collection[Path], role: Role) -> list[Path]:
         """Returns the wanted paths of one role."""

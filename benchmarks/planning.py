@@ -17,14 +17,14 @@ from flax import nnx
 
 from benchmarks.measuring import Row, arguments, report, table
 from orbax_nnx_handler import Rename, Transpose
-from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.plan import RestorePlan
-from orbax_nnx_handler.planning.planner import make_plan
-from orbax_nnx_handler.planning.recipes import reads
-from orbax_nnx_handler.planning.target import flatten_target
-from orbax_nnx_handler.transfer.collection import paused_collection
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.judge import make_plan
+from orbax_nnx_handler.storage.gc_pause import paused_collection
 
 FLOAT = np.dtype("float32")
 SHAPE = (4, 8)

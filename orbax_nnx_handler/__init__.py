@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orbax_nnx_handler.api import restore, save, suggest
+    from orbax_nnx_handler.decide import plan_restore
     from orbax_nnx_handler.handler import (
         MissingParamRestoreArgs,
         NNXLinenHandler,
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
         NNXLinenSave,
         handler_registry,
     )
-    from orbax_nnx_handler.planning.errors import (
+    from orbax_nnx_handler.planning.core.errors import (
         AmbiguousMappingError,
         DtypeMismatchError,
         KeyMismatchError,
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
         UnreadableLeafError,
         UnusedRuleError,
     )
-    from orbax_nnx_handler.planning.plan import RestorePlan
-    from orbax_nnx_handler.planning.report import RestoreReport
+    from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
     from orbax_nnx_handler.planning.rules import (
         Cast,
         Drop,
@@ -49,8 +49,7 @@ if TYPE_CHECKING:
         invert,
     )
     from orbax_nnx_handler.planning.suggesting import Suggestion
-    from orbax_nnx_handler.preview import plan_restore
-    from orbax_nnx_handler.transfer.agreement import DisagreementError, OtherProcessError
+    from orbax_nnx_handler.storage.reading.agreement import DisagreementError, OtherProcessError
 
 __all__ = [
     "AmbiguousMappingError",
@@ -108,7 +107,7 @@ _HOMES = {
         "NNXLinenSave",
         "handler_registry",
     ),
-    "planning.errors": (
+    "planning.core.errors": (
         "AmbiguousMappingError",
         "DtypeMismatchError",
         "KeyMismatchError",
@@ -124,8 +123,7 @@ _HOMES = {
         "UnreadableLeafError",
         "UnusedRuleError",
     ),
-    "planning.plan": ("RestorePlan",),
-    "planning.report": ("RestoreReport",),
+    "planning.plan": ("RestorePlan", "RestoreReport"),
     "planning.rules": (
         "Cast",
         "Drop",
@@ -141,11 +139,11 @@ _HOMES = {
         "invert",
     ),
     "planning.suggesting": ("Suggestion",),
-    "transfer.agreement": (
+    "storage.reading.agreement": (
         "DisagreementError",
         "OtherProcessError",
     ),
-    "preview": ("plan_restore",),
+    "decide": ("plan_restore",),
 }
 """The public names of each module."""
 

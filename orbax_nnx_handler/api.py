@@ -9,26 +9,23 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from orbax_nnx_handler.planning.emptiness import refuse_empty
-from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.linen_tree import Flavour
-from orbax_nnx_handler.planning.optax_tree import Transformation
-from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
-from orbax_nnx_handler.planning.paths import Path, render
-from orbax_nnx_handler.planning.plan import UnexpectedPolicy
-from orbax_nnx_handler.planning.policies import Policies
-from orbax_nnx_handler.planning.report import RestoreReport
+from orbax_nnx_handler.decide import decide_and_check
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
+from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
-from orbax_nnx_handler.planning.target import flatten_like, flatten_target
-from orbax_nnx_handler.transfer.agreement import agree, agree_on
-from orbax_nnx_handler.transfer.collection import paused_collection
-from orbax_nnx_handler.transfer.deciding import decide_and_check
-from orbax_nnx_handler.transfer.locating import find_item
-from orbax_nnx_handler.transfer.metadata import read_metadata
-from orbax_nnx_handler.transfer.restoring import carry_out
-from orbax_nnx_handler.transfer.single_replica import single_replica_leaves
-from orbax_nnx_handler.transfer.writing import linen_save
+from orbax_nnx_handler.planning.target.target import flatten_like, flatten_target, refuse_empty
+from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.gc_pause import paused_collection
+from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
+from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
+from orbax_nnx_handler.storage.restoring.restore import carry_out
+from orbax_nnx_handler.storage.saving.linen_tree import Flavour
+from orbax_nnx_handler.storage.saving.optax_tree import Transformation
+from orbax_nnx_handler.storage.saving.save import linen_save
 
 
 def restore(

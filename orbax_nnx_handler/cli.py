@@ -13,9 +13,8 @@ from typing import NoReturn
 import jax
 
 from orbax_nnx_handler.commands.factories import UsageError
-from orbax_nnx_handler.commands.hints import options_of
-from orbax_nnx_handler.commands.screen import Screen
-from orbax_nnx_handler.planning.errors import RestoreError
+from orbax_nnx_handler.commands.screen import Screen, options_of
+from orbax_nnx_handler.planning.core.errors import RestoreError
 
 _COMMANDS = ("tree", "plan", "suggest", "diff", "convert", "demo")
 _INTERRUPTED = 130

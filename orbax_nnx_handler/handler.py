@@ -8,15 +8,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from orbax_nnx_handler.api import restore_item
-from orbax_nnx_handler.planning.linen_tree import Flavour
-from orbax_nnx_handler.planning.optax_tree import Transformation
-from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
-from orbax_nnx_handler.planning.plan import UnexpectedPolicy
-from orbax_nnx_handler.planning.policies import Policies, Policy, check_policy
-from orbax_nnx_handler.planning.report import RestoreReport
+from orbax_nnx_handler.planning.options import (
+    DtypeChoice,
+    Policies,
+    Policy,
+    RestoreOptions,
+    UnexpectedPolicy,
+    check_policy,
+)
+from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
-from orbax_nnx_handler.transfer.single_replica import is_single_replica
-from orbax_nnx_handler.transfer.writing import linen_save
+from orbax_nnx_handler.storage.reading.single_replica import is_single_replica
+from orbax_nnx_handler.storage.saving.linen_tree import Flavour
+from orbax_nnx_handler.storage.saving.optax_tree import Transformation
+from orbax_nnx_handler.storage.saving.save import linen_save
 
 Renames = Iterable[Rule | tuple[str, str]]
 

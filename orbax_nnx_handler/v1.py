@@ -24,13 +24,11 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from orbax_nnx_handler.api import restore_item
 from orbax_nnx_handler.handler import Renames
-from orbax_nnx_handler.planning.linen_tree import Flavour, is_nnx
-from orbax_nnx_handler.planning.optax_tree import Transformation
-from orbax_nnx_handler.planning.options import DtypeChoice, RestoreOptions
-from orbax_nnx_handler.planning.plan import UnexpectedPolicy
-from orbax_nnx_handler.planning.policies import Policies
-from orbax_nnx_handler.planning.report import RestoreReport
-from orbax_nnx_handler.transfer.writing import linen_save
+from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
+from orbax_nnx_handler.planning.plan import RestoreReport
+from orbax_nnx_handler.storage.saving.linen_tree import Flavour, is_nnx
+from orbax_nnx_handler.storage.saving.optax_tree import Transformation
+from orbax_nnx_handler.storage.saving.save import linen_save
 
 _TREE_FILE = "_METADATA"
 

@@ -13,9 +13,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "orbax_nnx_handler"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FACADE = {"handler.py", "v1.py", "api.py", "preview.py", "cli.py", "__init__.py"}
-MODULE_LINES = 270
-FUNCTION_LINES = 30
+FACADE = {"handler.py", "v1.py", "api.py", "decide.py", "cli.py", "__init__.py"}
+MODULE_LINES = 450
+FUNCTION_LINES = 60
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
 """Import names that differ from the name of the project that brings them."""
 
@@ -72,10 +72,10 @@ def rooms_known(file: pathlib.Path) -> set[str]:
     return {name.split(".")[1] for name, _ in imports(file) if name.startswith("orbax_nnx_handler.")}
 
 
-def test_only_the_facade_knows_both_planning_and_transfer():
-    outside = [file for file in MODULES if file.relative_to(PACKAGE).parts[0] not in ("planning", "transfer")]
+def test_only_the_facade_knows_both_planning_and_storage():
+    outside = [file for file in MODULES if file.relative_to(PACKAGE).parts[0] not in ("planning", "storage")]
 
-    both = {name_of(file) for file in outside if {"planning", "transfer"} <= rooms_known(file)}
+    both = {name_of(file) for file in outside if {"planning", "storage"} <= rooms_known(file)}
 
     # Each command of the command line is a façade of its own.
     commands = {name for name in both if name.startswith("orbax_nnx_handler/commands/")}
@@ -90,7 +90,7 @@ def test_a_module_is_one_idea_long(file):
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_a_function_fits_on_half_a_screen(file):
+def test_a_function_fits_on_a_screen(file):
     long = {name: lines for name, lines in functions(file) if lines > FUNCTION_LINES}
 
     assert not long

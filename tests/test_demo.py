@@ -8,10 +8,8 @@ import pytest
 from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError
-from orbax_nnx_handler.demo.size import Size
-from orbax_nnx_handler.demo.story import Ending, tell
-from orbax_nnx_handler.demo.text import ENCODED, TEXT, batch_at, decode
-from orbax_nnx_handler.demo.voice import Voice
+from orbax_nnx_handler.demo.data import ENCODED, TEXT, Size, batch_at, decode
+from orbax_nnx_handler.demo.story import Ending, Voice, tell
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from flax import nnx
 
 from orbax_nnx_handler.commands.factories import UsageError
 from orbax_nnx_handler.planning.layouts import LAYOUTS
-from orbax_nnx_handler.planning.policies import POLICIES, Policies, Policy
-from orbax_nnx_handler.transfer.memory import DEFAULT_BYTES
+from orbax_nnx_handler.planning.options import POLICIES, Policies, Policy
+from orbax_nnx_handler.storage.converting.memory import DEFAULT_BYTES
 
 TARGET_HELP = (
     "what builds the target: package.module:function or file.py:function, maybe with literal arguments, "

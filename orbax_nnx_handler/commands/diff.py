@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from orbax_nnx_handler.commands.arguments import add_item, add_json, add_memory, add_path
 from orbax_nnx_handler.commands.screen import Screen, count
-from orbax_nnx_handler.planning.aligning import aligned
-from orbax_nnx_handler.planning.folding import Row
-from orbax_nnx_handler.planning.leaves import StoredLeaf
-from orbax_nnx_handler.planning.paths import Path, render, segments, sort_paths
-from orbax_nnx_handler.transfer.digests import Difference, as_stored, differences
-from orbax_nnx_handler.transfer.locating import find_item
-from orbax_nnx_handler.transfer.memory import window_of
-from orbax_nnx_handler.transfer.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path, render, segments, sort_paths
+from orbax_nnx_handler.planning.text.folding import Row
+from orbax_nnx_handler.planning.text.lines import aligned
+from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.converting.digests import Difference, as_stored, differences
+from orbax_nnx_handler.storage.converting.memory import window_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,10 @@ from orbax_nnx_handler.commands.arguments import (
     renames_of,
 )
 from orbax_nnx_handler.commands.factories import load_factory
-from orbax_nnx_handler.commands.hints import options_of
-from orbax_nnx_handler.commands.screen import Screen
+from orbax_nnx_handler.commands.screen import Screen, options_of
+from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning.plan import RestorePlan
-from orbax_nnx_handler.preview import plan_restore
-from orbax_nnx_handler.transfer.collection import paused_collection
+from orbax_nnx_handler.storage.gc_pause import paused_collection
 
 
 def add_to(commands: Any) -> None:

@@ -15,7 +15,7 @@ from orbax_nnx_handler.commands.arguments import (
 )
 from orbax_nnx_handler.commands.factories import load_factory
 from orbax_nnx_handler.commands.screen import Screen
-from orbax_nnx_handler.planning.paths import render
+from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.suggesting import Suggestion
 

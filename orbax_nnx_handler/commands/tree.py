@@ -1,15 +1,155 @@
-"""`orbax-nnx tree`: what is in a checkpoint."""
+"""What a path holds: the item that is meant, and the steps and items around it.
+
+`orbax-nnx tree`: what is in a checkpoint.
+"""
 
 import argparse
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from orbax_nnx_handler.commands.arguments import add_item, add_json, add_path, whole
-from orbax_nnx_handler.commands.contents import Contents, read_contents
 from orbax_nnx_handler.commands.screen import Screen, count, size
-from orbax_nnx_handler.planning.folding import Row, fold
-from orbax_nnx_handler.planning.paths import render
+from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import render
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement
+from orbax_nnx_handler.planning.text.folding import Row, fold
+from orbax_nnx_handler.storage.checkpoint.find import find_item, is_item, steps_of
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A checkpoint and its surroundings.
+
+    Attributes:
+        checkpoint: The item.
+        candidates: The layouts it can be read under, more telling ones first.
+        steps: The finished steps beside it.
+        items: The items of its step.
+    """
+
+    checkpoint: Checkpoint
+    candidates: tuple[Layout, ...]
+    steps: tuple[int, ...]
+    items: tuple[str, ...]
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The titles of the layouts."""
+        return tuple(layout.title for layout in self.candidates)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves, uncompressed."""
+        return sum(leaf.nbytes for leaf in self.checkpoint.leaves.values())
+
+    @property
+    def custom(self) -> Mapping[str, Any]:
+        """What the program stored beside the tree."""
+        return {**self.checkpoint.step_metadata, **self.checkpoint.custom_metadata}
+
+    @property
+    def steps_in_words(self) -> str:
+        """The steps, the long list cut."""
+        if len(self.steps) <= 8:
+            return ", ".join(map(str, self.steps))
+        first, last = ", ".join(map(str, self.steps[:3])), ", ".join(map(str, self.steps[-3:]))
+        return f"{first}, … {last} ({len(self.steps)})"
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """What each leaf is, under the first layout."""
+        return self.candidates[0].place(self.checkpoint.leaves) if self.candidates else ()
+
+    @property
+    def parts(self) -> Mapping[str, list[StoredLeaf]]:
+        """The leaves by part of the train state: the model's collections, optimizer, step, the rest."""
+        found: dict[str, list[StoredLeaf]] = {}
+        for placement in self.placements:
+            found.setdefault(_part(placement), []).append(placement.leaf)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values."""
+        parts = {placement.leaf.path: _part(placement) for placement in self.placements}
+        return {
+            "directory": str(self.checkpoint.directory),
+            "layout": self.candidates[0].name if self.candidates else None,
+            "layouts": [layout.name for layout in self.candidates],
+            "disk_format": self.checkpoint.disk_format,
+            "steps": list(self.steps),
+            "items": list(self.items),
+            "metadata": dict(self.custom),
+            "bytes": self.nbytes,
+            "leaves": [_leaf(leaf, parts) for leaf in self.checkpoint.leaves.values()],
+            "lost": {render(path): reason for path, reason in self.checkpoint.lost.items()},
+            "foreign": {render(path): what for path, what in self.checkpoint.foreign.items()},
+        }
+
+
+def read_contents(path: epath.Path, item: str | None) -> Contents:
+    """Reads what is at a path.
+
+    Raises:
+        NotACheckpointError: The path is no checkpoint; says what it is.
+    """
+    directory = find_item(path, item)
+    checkpoint = read_metadata(directory)
+    step = directory.parent
+    return Contents(
+        checkpoint=checkpoint,
+        candidates=_candidates(checkpoint),
+        steps=_steps(path, directory if _is_step(directory) else step),
+        items=_items(step) if path == step or _is_step(step) else (),
+    )
+
+
+def _candidates(checkpoint: Checkpoint) -> tuple[Layout, ...]:
+    try:
+        return tuple(layouts.candidates(checkpoint.leaves, "auto"))
+    except UnknownLayoutError:
+        return ()
+
+
+def _steps(path: epath.Path, step: epath.Path) -> tuple[int, ...]:
+    """Returns the steps of the root that was meant: the path itself, or what lies above the step."""
+    if path.is_dir() and not is_item(path) and steps_of(path):
+        return tuple(steps_of(path))
+    if not step.parent.is_dir():
+        return ()
+    found = steps_of(step.parent)
+    return tuple(found) if step in found.values() else ()
+
+
+def _items(step: epath.Path) -> tuple[str, ...]:
+    return tuple(sorted(child.name for child in step.iterdir() if child.is_dir() and is_item(child)))
+
+
+def _is_step(directory: epath.Path) -> bool:
+    return directory.parent.is_dir() and directory in steps_of(directory.parent).values()
+
+
+def _part(placement: Placement) -> str:
+    if placement.section == "model":
+        return placement.collection or "model"
+    return "NNX leftovers" if placement.section == "aux" else placement.section
+
+
+def _leaf(leaf: StoredLeaf, parts: Mapping[Any, str]) -> dict[str, Any]:
+    return {
+        "path": render(leaf.path),
+        "part": parts.get(leaf.path),
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype) if leaf.dtype is not None else "string",
+        "chunk_shape": list(leaf.chunk_shape) if leaf.chunk_shape is not None else None,
+        "bytes": leaf.nbytes,
+    }
+
 
 _SHOWN = 200
 

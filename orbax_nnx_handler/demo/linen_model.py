@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from orbax_nnx_handler.demo.size import Size
+from orbax_nnx_handler.demo.data import Size
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from orbax_nnx_handler.demo.size import Size
+from orbax_nnx_handler.demo.data import Size
 
 
 class Block(nnx.Module):

@@ -1,9 +1,19 @@
-"""The story: a Linen program stops, an NNX program carries on, and a layer goes missing."""
+"""Text that the model writes by itself.
+
+The disk between the two programs, through stock Orbax alone.
+
+How the demo speaks: headings, a sentence, figures, and what the library itself prints.
+
+The story: a Linen program stops, an NNX program carries on, and a layer goes missing.
+"""
 
 import dataclasses
 import pathlib
 import tempfile
+import textwrap
 import time
+from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +23,146 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh
+from rich.console import Console
+from rich.text import Text
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, plan_restore, restore
-from orbax_nnx_handler.demo.checkpoints import copy_without, save_linen, size_on_disk
-from orbax_nnx_handler.demo.mesh import make_mesh, make_target
+from orbax_nnx_handler.demo.data import ENCODED, TEXT, Size, batch_at, decode
 from orbax_nnx_handler.demo.nnx_model import Decoder, Training
-from orbax_nnx_handler.demo.sample import write_on
-from orbax_nnx_handler.demo.size import Size
-from orbax_nnx_handler.demo.text import TEXT, batch_at
-from orbax_nnx_handler.demo.train import make_optimizer, start_linen, train_linen, train_nnx
-from orbax_nnx_handler.demo.voice import Voice
+from orbax_nnx_handler.demo.train import (
+    make_mesh,
+    make_optimizer,
+    make_target,
+    start_linen,
+    train_linen,
+    train_nnx,
+)
+
+TEMPERATURE = 0.6
+
+
+def write_on(training: Training, size: Size, letters: int) -> str:
+    """Returns how the model continues the end of the text, drawing from its stream of chance."""
+    ending = jnp.asarray(ENCODED[-size.time :])
+    written = _write(training.model, ending, jax.random.split(training.sampling(), letters))
+    return " ".join(decode(np.asarray(written)).split())
+
+
+@nnx.jit
+def _write(model: Decoder, window: jax.Array, keys: jax.Array) -> jax.Array:
+    def write_one(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model(window[None])[0, -1]
+        letter = jax.random.categorical(key, logits / TEMPERATURE).astype(window.dtype)
+        return jnp.append(window[1:], letter), letter
+
+    return jax.lax.scan(write_one, window, keys)[1]
+
+
+def save_linen(root: pathlib.Path, step: int, state: TrainState) -> None:
+    """Saves a Linen program's state as such programs do."""
+    with ocp.CheckpointManager(root) as manager:
+        manager.save(step, args=ocp.args.StandardSave(state))
+
+
+def copy_without(name: str, source: pathlib.Path, destination: pathlib.Path, step: int) -> None:
+    """Writes the checkpoint again without the module of that name and its moments."""
+    with ocp.CheckpointManager(source) as manager:
+        tree = manager.restore(step, args=ocp.args.StandardRestore())
+    with ocp.CheckpointManager(destination) as manager:
+        manager.save(step, args=ocp.args.StandardSave(_without(name, tree)))
+
+
+def size_on_disk(root: pathlib.Path) -> int:
+    """Returns the bytes of all files below a directory."""
+    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+
+
+def _without(name: str, tree: Any) -> Any:
+    if isinstance(tree, dict):
+        branches = cast(dict[str, Any], tree)
+        return {key: _without(name, branch) for key, branch in branches.items() if key != name}
+    if isinstance(tree, list | tuple):
+        return [_without(name, branch) for branch in cast(list[Any], tree)]
+    return tree
+
+
+MARGIN = "   "
+WIDEST = 96
+
+
+class Voice:
+    """Speaks to one terminal, in colour; plain, without a trailing space, where that is a pipe."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self.chapters = 0
+
+    def title(self, title: str, sentence: str) -> None:
+        """Opens the demo."""
+        self._line()
+        self._line(Text(title, style="bold"))
+        self._line(Text(sentence, style="dim"))
+
+    def chapter(self, heading: str) -> None:
+        """Opens a chapter."""
+        self.chapters += 1
+        self._line()
+        self._line(Text(f"{self.chapters}  {heading}", style="bold cyan"))
+        self._line()
+
+    def say(self, sentence: str) -> None:
+        """Says one sentence."""
+        width = min(self.console.width, WIDEST) - len(MARGIN)
+        for line in textwrap.wrap(sentence, width):
+            self._line(Text(MARGIN).append(line))
+
+    def code(self, *lines: str) -> None:
+        """Shows lines of the user's program, before what they print."""
+        for line in lines:
+            self._line(Text(MARGIN).append(line, "green"))
+        self._line()
+
+    def figures(self, **figures: str) -> None:
+        """Shows one figure a row, its name before it."""
+        longest = max(map(len, figures))
+        for name, figure in figures.items():
+            label = name.replace("_", " ").ljust(longest)
+            self._line(Text(MARGIN).append(label, "dim").append(f"   {figure}"))
+
+    def columns(self, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Shows a table of figures, right-aligned."""
+        widths = [max(len(row[i]) for row in (names, *rows)) for i in range(len(names))]
+        for row in (names, *rows):
+            cells = "   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            self._line(Text(MARGIN).append(cells, "dim" if row is names else ""))
+
+    def quote(self, words: object, most: int | None = None) -> None:
+        """Shows what the library itself prints, word for word.
+
+        Args:
+            words: Anything that prints itself.
+            most: Lines to show; the rest is counted. None for all.
+        """
+        lines = str(words).splitlines()
+        shown = lines[:most]
+        if len(shown) < len(lines):
+            shown.append(f"… and {len(lines) - len(shown)} more lines")
+        for line in shown:
+            self._line(Text(MARGIN).append("│ ", "dim").append(line))
+
+    def pause(self) -> None:
+        """Leaves a line empty."""
+        self._line()
+
+    def end(self, sentence: str) -> None:
+        """Closes the demo."""
+        self._line()
+        self._line(Text(sentence, style="dim"))
+
+    def _line(self, line: Text | None = None) -> None:
+        # Soft-wrapped: a path in a message stays whole, for the reader to copy.
+        self.console.print(line or Text(), soft_wrap=True)
+
 
 LOST = 1
 """The layer that goes missing."""

@@ -1,12 +1,104 @@
-"""What a caller may choose, once for a handler and again for one restore."""
+"""What becomes of a missing weight: one policy, or filters that choose one.
+
+What a caller may choose, once for a handler and again for one restore.
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from orbax_nnx_handler.planning.plan import UnexpectedPolicy
-from orbax_nnx_handler.planning.policies import Policies, check_policy
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.errors import UnusedRuleError
+from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.rules import Rule, as_rules
+
+if TYPE_CHECKING:
+    pass
+
+
+UnexpectedPolicy = Literal["error", "warn", "ignore"]
+DefaultSource = Literal["target", "init", "seed", "zeros"]
+
+
+Policy = Literal["error", "warn", "init"]
+Policies = Policy | Mapping[Any, Policy]
+"""One policy, or NNX filters to policies; the first match wins, `...` is the rest."""
+
+POLICIES: tuple[Policy, ...] = ("error", "warn", "init")
+
+
+def check_policy(policy: Any) -> None:
+    """Raises where a value is no policy.
+
+    Raises:
+        ValueError: Names the value and the three policies.
+    """
+    values = list(cast(Mapping[Any, Any], policy).values()) if isinstance(policy, Mapping) else [policy]
+    for value in values:
+        if value not in POLICIES:
+            raise ValueError(f"policy is one of {', '.join(map(repr, POLICIES))}, not {value!r}")
+
+
+def resolve(
+    policies: Policies, variables: Mapping[Path, Any], overrides: Mapping[Path, Policy]
+) -> dict[Path, Policy]:
+    """Returns the policy of every leaf.
+
+    Args:
+        policies: The policy or the filters.
+        variables: The target's Variables (or bare leaves) by path.
+        overrides: Policies of single leaves, from `MissingParamRestoreArgs`.
+
+    Raises:
+        UnusedRuleError: A filter other than `...` matches no leaf.
+    """
+    check_policy(policies)
+    if not isinstance(policies, Mapping):
+        chosen: dict[Path, Policy] = dict.fromkeys(variables, policies)
+    else:
+        chosen = _by_filter(policies, variables)
+    return {**chosen, **overrides}
+
+
+def _by_filter(policies: Mapping[Any, Policy], variables: Mapping[Path, Any]) -> dict[Path, Policy]:
+    rules: list[tuple[Any, Callable[[Path, Any], bool], Policy]]
+    rules = [(key, _predicate(key), policy) for key, policy in policies.items()]
+    used: set[int] = set()
+    chosen: dict[Path, Policy] = {}
+    rest: Policy = "error"
+    for path, variable in variables.items():
+        matching = [at for at, (_, predicate, _) in enumerate(rules) if predicate(path, variable)]
+        used.update(matching)
+        chosen[path] = rules[matching[0]][2] if matching else rest
+    unused = [
+        key for at, (key, _, _) in enumerate(rules) if at not in used and not isinstance(key, EllipsisType)
+    ]
+    if unused:
+        _raise_unused(unused, variables)
+    return chosen
+
+
+def _predicate(key: Any) -> Callable[[Path, Any], bool]:
+    return cast(Callable[[Path, Any], bool], nnx.filterlib.to_predicate(key))
+
+
+def _raise_unused(unused: list[Any], variables: Mapping[Path, Any]) -> None:
+    quoted = "\n".join(f"  {_render_filter(key)}" for key in unused)
+    example = render(next(iter(variables), ()))
+    one = len(unused) == 1
+    raise UnusedRuleError(
+        f"{'1 filter' if one else f'{len(unused)} filters'} of the policy {'matches' if one else 'match'} "
+        f"no leaf of the target:\n{quoted}\n"
+        f"hint: a filter sees paths such as {example!r} key by key, and Variable types; "
+        "correct it or take it out."
+    )
+
+
+def _render_filter(key: Any) -> str:
+    return f"nnx.{key.__name__}" if isinstance(key, type) else repr(key)
+
 
 DtypeChoice = Literal["target", "stored"]
 

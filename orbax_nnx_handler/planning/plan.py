@@ -1,123 +1,25 @@
-"""The plan: what each wanted leaf will be, and what the checkpoint holds beside it."""
+"""The plan: what each wanted leaf will be, and what the checkpoint holds beside it.
+
+What a restore really did, leaf by leaf.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from orbax_nnx_handler.planning.dtypes import Cast
-from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.evidence import Evidence
-from orbax_nnx_handler.planning.leaves import Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.policies import Policy
-from orbax_nnx_handler.planning.recipes import Recipe, describe
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
+from orbax_nnx_handler.planning.options import Policy, UnexpectedPolicy
+from orbax_nnx_handler.planning.text.folding import list_paths
+from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Evidence, Mismatched, Missing, Restored
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-    from orbax_nnx_handler.planning.diagnosis.causes import Cause
-
-UnexpectedPolicy = Literal["error", "warn", "ignore"]
-DefaultSource = Literal["target", "init", "seed", "zeros"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Restored:
-    """A leaf that comes from disk.
-
-    Attributes:
-        wanted: The leaf.
-        recipe: The stored leaves and the transform.
-        stored_dtype: The dtype on disk.
-        dtype: The dtype in the result.
-        cast: What the cast does; `count` is checked to fit when it is read.
-        reason: The rule or module structure behind the mapping; empty for the path itself.
-    """
-
-    wanted: WantedLeaf
-    recipe: Recipe
-    stored_dtype: np.dtype[Any]
-    dtype: np.dtype[Any]
-    cast: Cast
-    reason: str = ""
-
-    @property
-    def transform(self) -> str:
-        """What is done to the stored value, in a few words; empty for nothing."""
-        cast = "" if self.cast == "same" else f"cast {self.stored_dtype} to {self.dtype}"
-        return ", ".join(part for part in (self.reason, describe(self.recipe), cast) if part)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Missing:
-    """A weight that the checkpoint lacks, whole or in some layers.
-
-    Attributes:
-        wanted: The leaf.
-        policy: What is to become of it.
-        filled_by: Where an initial value comes from; None where `init` has no source.
-        layers: The layers that are missing; empty if the whole leaf is.
-        recipe: How to make the layers that are stored, with `Fill` for the others.
-    """
-
-    wanted: WantedLeaf
-    policy: Policy
-    filled_by: DefaultSource | None = None
-    layers: tuple[int, ...] = ()
-    recipe: Recipe | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mismatched:
-    """A leaf whose stored counterpart cannot become it.
-
-    Attributes:
-        wanted: The leaf.
-        recipe: What it was mapped to.
-        kind: What differs.
-        stored_shape: The shape that the recipe gives.
-        stored_dtype: The stored dtype; the implementation's name for keys.
-        detail: One more fact where shapes and dtypes do not say it all.
-        surplus: How many layers the stored group has more than the wanted one.
-        reason: The rule or structure that made it what it is; empty for none.
-    """
-
-    wanted: WantedLeaf
-    recipe: Recipe
-    kind: Literal["shape", "dtype", "key"]
-    stored_shape: Shape
-    stored_dtype: str
-    detail: str = ""
-    surplus: int = 0
-    reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Defaulted:
-    """State that a Linen layout never holds: random state, caches, intermediates."""
-
-    wanted: WantedLeaf
-    source: DefaultSource
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dropped:
-    """A stored value that NNX has no home for; it must be zero."""
-
-    leaf: StoredLeaf
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Discarded:
-    """A stored value that a rule of the user's leaves behind, whatever it is."""
-
-    leaf: StoredLeaf
-    reason: str
+    from orbax_nnx_handler.planning.diagnosis.cause import Cause
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,13 +75,13 @@ class RestorePlan:
     @property
     def fits(self) -> bool:
         """Whether `check` would pass."""
-        from orbax_nnx_handler.planning.verdict import problems_of
+        from orbax_nnx_handler.planning.diagnosis.error import problems_of
 
         return not problems_of(self)
 
     def error(self) -> RestoreError | None:
         """Returns the one error that lists every problem, or None."""
-        from orbax_nnx_handler.planning.verdict import error_of
+        from orbax_nnx_handler.planning.diagnosis.error import error_of
 
         return error_of(self)
 
@@ -223,3 +125,122 @@ class RestorePlan:
         from orbax_nnx_handler.planning.rendering import plan_sheet, sheet_to_html
 
         return sheet_to_html(plan_sheet(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestoreReport:
+    """Every leaf of a result with its one origin.
+
+    Attributes:
+        plan: The plan that was carried out.
+        seconds: Wall time of the restore, metadata and plan included.
+        nbytes: Bytes of the restored leaves in the result, over all devices once.
+    """
+
+    plan: RestorePlan
+    seconds: float
+    nbytes: int
+
+    @classmethod
+    def of(cls, plan: RestorePlan, seconds: float) -> "RestoreReport":
+        """Returns the report of a plan that was carried out in that time."""
+        return cls(
+            plan=plan, seconds=seconds, nbytes=sum(item.wanted.nbytes for item in plan.restored.values())
+        )
+
+    @property
+    def restored(self) -> Mapping[Path, Restored]:
+        """Leaves that came from disk."""
+        return self.plan.restored
+
+    @property
+    def filled(self) -> Mapping[Path, Missing]:
+        """Weights that were missing, with the policy that filled them."""
+        return self.plan.missing
+
+    @property
+    def defaulted(self) -> Mapping[Path, Defaulted]:
+        """State that a Linen layout never holds."""
+        return self.plan.defaulted
+
+    @property
+    def narrowed(self) -> Mapping[Path, Restored]:
+        """Restored leaves that lost precision in a cast."""
+        return {path: item for path, item in self.plan.restored.items() if item.cast == "narrower"}
+
+    def origin(self, path: Path) -> Restored | Missing | Defaulted:
+        """Returns where one leaf came from.
+
+        Raises:
+            KeyError: The target has no such leaf.
+        """
+        for part in (self.restored, self.filled, self.defaulted):
+            if path in part:
+                return part[path]
+        raise KeyError(path)
+
+    @property
+    def summary(self) -> str:
+        """One line: leaves, bytes, seconds, rate, layout, place."""
+        from orbax_nnx_handler.planning.rendering import sized
+
+        rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
+        leaves = _counted(len(self.restored), "leaf", "leaves")
+        return (
+            f"restored {leaves} ({sized(self.nbytes)}) in {self.seconds:.2f} s "
+            f"({rate:.2f} GB/s), filled {len(self.filled)}, defaulted {len(self.defaulted)}, "
+            f"{len(self.plan.unexpected)} unexpected; layout {self.plan.layout}; "
+            f"from {self.plan.directory}"
+        )
+
+    @property
+    def initialised(self) -> str:
+        """Which missing weights were given initial values, and from where; empty for none."""
+        paths: dict[str, list[Path]] = {"init": [], "target": []}
+        for path, item in self.filled.items():
+            if item.policy == "init" and item.filled_by in paths:
+                paths[item.filled_by].append(path)
+        words = {"init": "computed by init", "target": "the target's own values"}
+        parts = [f"{words[source]}: {list_paths(found)}" for source, found in paths.items() if found]
+        count = _counted(sum(map(len, paths.values())), "missing weight was", "missing weights were")
+        return f"{count} initialised, {'; '.join(parts)}" if parts else ""
+
+    @property
+    def warning(self) -> str:
+        """What a reader of logs should know, with every path; empty for nothing."""
+        zeroed = [path for path, item in self.filled.items() if item.policy == "warn"]
+        parts: list[str] = []
+        if zeroed:
+            parts.append(
+                f"{_counted(len(zeroed), 'missing weight was', 'missing weights were')} filled with zeros: "
+                f"{list_paths(zeroed)}"
+            )
+        if self.plan.unexpected and self.plan.unexpected_policy == "warn":
+            count = _counted(len(self.plan.unexpected), "stored leaf was", "stored leaves were")
+            parts.append(f"{count} not wanted: {list_paths(self.plan.unexpected)}")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain dicts, lists, strings and numbers."""
+        from orbax_nnx_handler.planning.rendering import plan_to_dict
+
+        return {"seconds": self.seconds, "bytes": self.nbytes, **plan_to_dict(self.plan)}
+
+    def __str__(self) -> str:
+        from orbax_nnx_handler.planning.rendering import render_sheet, report_sheet
+
+        return render_sheet(report_sheet(self))
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterable[RenderableType]":
+        from orbax_nnx_handler.planning.rendering import report_sheet, sheet_on_console
+
+        return sheet_on_console(report_sheet(self), console, options)
+
+    def _repr_html_(self) -> str:
+        from orbax_nnx_handler.planning.rendering import report_sheet, sheet_to_html
+
+        return sheet_to_html(report_sheet(self))
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"

@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import restore
-from orbax_nnx_handler.commands.interrupts import interrupts
-from orbax_nnx_handler.transfer import converting
-from orbax_nnx_handler.transfer.slab_writer import SlabWriter
+from orbax_nnx_handler.commands.convert import interrupts
+from orbax_nnx_handler.storage.converting import write as converting
+from orbax_nnx_handler.storage.converting.write import SlabWriter
 from tests.cases import load_case, problems
 from tests.cli import nnx_program
 from tests.cli.conftest import MODEL, stock

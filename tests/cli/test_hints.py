@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 import pytest
 
-from orbax_nnx_handler.commands.hints import options_of
+from orbax_nnx_handler.commands.screen import options_of
 from tests.cli.conftest import MODEL
 from tests.gallery.models import save
 

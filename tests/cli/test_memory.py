@@ -2,7 +2,8 @@
 
 import pytest
 
-from orbax_nnx_handler.transfer import memory, slabs
+from orbax_nnx_handler.storage.converting import blocks as slabs
+from orbax_nnx_handler.storage.converting import memory
 
 
 @pytest.fixture(params=[0.4e9, 40e9], ids=["small process", "large process"])

@@ -135,7 +135,7 @@ def test_a_store_whose_package_is_not_installed_is_one_line(cli, root, monkeypat
     def refuse(*_: object) -> None:
         raise ImportError("Please install gcsfs to access Google Storage")
 
-    monkeypatch.setattr("orbax_nnx_handler.commands.contents.find_item", refuse)
+    monkeypatch.setattr("orbax_nnx_handler.commands.tree.find_item", refuse)
 
     said = cli("tree", "gs://bucket/run")
 

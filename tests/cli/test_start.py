@@ -26,9 +26,9 @@ def test_a_verdict_on_an_item_needs_nothing_that_reads_or_writes_arrays(root, tm
 
     status, *imported = ran.stdout.splitlines()[-1].split()
     assert status == "1"
-    assert "orbax_nnx_handler.planning.planner" in imported
+    assert "orbax_nnx_handler.planning.verdict.judge" in imported
     assert not {"orbax.checkpoint", "rich.progress", "orbax_nnx_handler.handler"} & set(imported)
-    assert not {name for name in imported if name.startswith("orbax_nnx_handler.transfer.reading")}
+    assert not {name for name in imported if name.startswith("orbax_nnx_handler.storage.reading")}
 
 
 def test_every_public_name_has_a_home() -> None:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, RestoreError, restore
-from orbax_nnx_handler.transfer.reading import everywhere
+from orbax_nnx_handler.storage.reading import read as everywhere
 from tests.cases import digest, load_case
 from tests.hosts.bits import bits_in
 

@@ -11,9 +11,9 @@ from flax import nnx
 
 from orbax_nnx_handler import restore
 from orbax_nnx_handler.planning.layouts import LAYOUTS, candidates
-from orbax_nnx_handler.planning.placement import Layout, Stored
-from orbax_nnx_handler.transfer.locating import find_item
-from orbax_nnx_handler.transfer.metadata import read_metadata
+from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
+from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from tests.handler.programs import save_stock
 from tests.layouts.fixtures import FIXTURES, Fixture
 

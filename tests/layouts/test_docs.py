@@ -3,7 +3,7 @@
 import pytest
 
 from orbax_nnx_handler.planning.layouts import LAYOUTS
-from orbax_nnx_handler.planning.placement import Layout
+from orbax_nnx_handler.planning.layouts.layout import Layout
 from tests.layouts.table import PAGE, rewritten
 
 

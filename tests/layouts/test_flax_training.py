@@ -9,7 +9,7 @@ import pytest
 from flax import serialization
 
 from orbax_nnx_handler import plan_restore
-from orbax_nnx_handler.planning.errors import NotACheckpointError
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from tests.layouts import writers
 from tests.layouts.programs import assert_goes_on, perceptron, trained
 

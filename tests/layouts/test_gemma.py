@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Rename, Reshape, Split, Transpose, restore
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.layouts.gemma import GEMMA
-from orbax_nnx_handler.planning.leaves import StoredLeaf
 from tests.layouts import language, writers
 from tests.layouts.programs import TOLERANCE, random_tree
 

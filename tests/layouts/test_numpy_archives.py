@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import plan_restore, restore
-from orbax_nnx_handler.planning.errors import NotACheckpointError
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from tests.layouts import writers
 from tests.layouts.programs import (
     STEP,

@@ -12,8 +12,8 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import plan_restore, restore
-from orbax_nnx_handler.planning.errors import NotACheckpointError
-from orbax_nnx_handler.transfer.metadata import read_metadata
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from tests.layouts.formats import OLD, OPTIONS, VERSIONS
 from tests.layouts.old.write import tree
 

@@ -7,10 +7,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts import LAYOUTS
-from orbax_nnx_handler.planning.leaves import StoredLeaf
-from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.placement import Layout, Stored
+from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 
 # Names that mean something to a layout, in any place, and keys that mean something to the path language.
 WORDS = [

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from orbax_nnx_handler.planning import recipes
-from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core import recipes
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.paths import Path
 from orbax_nnx_handler.planning.plan import RestorePlan
-from orbax_nnx_handler.planning.planner import make_plan
-from orbax_nnx_handler.planning.target import flatten_target
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.judge import make_plan
 
 Arrays = Mapping[Path, np.ndarray]
 

@@ -2,30 +2,29 @@
 
 from collections.abc import Callable, Iterable
 
-from orbax_nnx_handler.planning.diagnosis.arrangement import find_merged, find_permuted
-from orbax_nnx_handler.planning.diagnosis.causes import Cause
-from orbax_nnx_handler.planning.diagnosis.contents import find_given_layout, find_no_weights
-from orbax_nnx_handler.planning.diagnosis.depth import find_layer_counts
-from orbax_nnx_handler.planning.diagnosis.dimensions import find_dimensions, find_heads
-from orbax_nnx_handler.planning.diagnosis.factoring import find_open_factoring
-from orbax_nnx_handler.planning.diagnosis.fusing import find_fused
-from orbax_nnx_handler.planning.diagnosis.numbering import find_scanned, find_shifted
-from orbax_nnx_handler.planning.diagnosis.optimizers import find_optimizers
-from orbax_nnx_handler.planning.diagnosis.overlap import (
-    find_another_model,
-    find_other_groups,
-    find_other_names,
+from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
+from orbax_nnx_handler.planning.diagnosis.cause import Cause
+from orbax_nnx_handler.planning.diagnosis.evidence import Scene
+from orbax_nnx_handler.planning.diagnosis.layers import find_layer_counts, find_scanned, find_shifted
+from orbax_nnx_handler.planning.diagnosis.names import find_another_model, find_other_groups, find_other_names
+from orbax_nnx_handler.planning.diagnosis.optimizers import (
+    find_open_factoring,
+    find_optimizers,
+    find_stuck_moments,
 )
 from orbax_nnx_handler.planning.diagnosis.parts import (
+    find_biases,
     find_collections,
+    find_given_layout,
     find_lost_weights,
     find_new_parts,
+    find_no_weights,
+    find_quantised,
+    find_tied,
 )
-from orbax_nnx_handler.planning.diagnosis.randomness import find_keys, find_random_layouts
-from orbax_nnx_handler.planning.diagnosis.rule_effects import find_dropped, find_unneeded
-from orbax_nnx_handler.planning.diagnosis.scene import Scene
-from orbax_nnx_handler.planning.diagnosis.stuck_moments import find_stuck_moments
-from orbax_nnx_handler.planning.diagnosis.variants import find_biases, find_quantised, find_tied
+from orbax_nnx_handler.planning.diagnosis.random_state import find_keys, find_random_layouts
+from orbax_nnx_handler.planning.diagnosis.rules import find_dropped, find_unneeded
+from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
 from orbax_nnx_handler.planning.plan import RestorePlan
 
 _FINDERS: tuple[Callable[[Scene], Iterable[Cause]], ...] = (

@@ -1,15 +1,121 @@
-"""Optimizers: none saved, another one, one that is nested otherwise."""
+"""Causes that are a matter of the optimizer: none saved, another one, one that is nested otherwise.
 
+Optimizers: none saved, another one, one that is nested otherwise.
+
+Moments that are stored and cannot follow what a rule, or another arrangement, does to their parameters.
+
+Adafactor's factored moments whose axes a T5X checkpoint leaves open.
+"""
+
+import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
-from orbax_nnx_handler.planning.diagnosis.causes import Cause
-from orbax_nnx_handler.planning.diagnosis.filters import selecting
-from orbax_nnx_handler.planning.diagnosis.optimizer_causes import NoOptimizer, OptimizerNested, OtherOptimizer
-from orbax_nnx_handler.planning.diagnosis.scene import Scene, Tokens, spell
-from orbax_nnx_handler.planning.folding import fold_paths
-from orbax_nnx_handler.planning.moments import split
-from orbax_nnx_handler.planning.paths import Path, canonical
-from orbax_nnx_handler.planning.placement import Placement
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, listed
+from orbax_nnx_handler.planning.diagnosis.evidence import Scene, selecting, spell
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.t5x import FACTORED
+from orbax_nnx_handler.planning.mapping.moments import StuckMoment
+from orbax_nnx_handler.planning.mapping.optimizer import split
+from orbax_nnx_handler.planning.text.folding import fold_paths
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoOptimizer(Cause):
+    """The checkpoint holds no optimizer state.
+
+    Attributes:
+        moments: Optimizer leaves that the target wants.
+        weights: Weights that the checkpoint gives, or None if not all of them.
+        model: Where the model sits in the target; empty at its root.
+    """
+
+    moments: int
+    weights: int | None
+    model: str = ""
+    may_begin_anew: ClassVar[bool] = True
+
+    def _cause(self) -> str:
+        found = (
+            "there are weights"
+            if self.weights is None
+            else f"all {counted(self.weights, 'weight')} are there"
+        )
+        return f"no optimizer was saved: {found}, and 0 of the optimizer's {self.moments} leaves."
+
+    def _way(self) -> str:
+        return weights_alone(self.model)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherOptimizer(Cause):
+    """The stored optimizer keeps other state than the target's.
+
+    Attributes:
+        stored: What the stored optimizer keeps, by name.
+        wanted: What the target's optimizer keeps.
+        kept: What of that is restored; the rest is what is missing.
+        counts: How many counts are missing.
+        model: Where the model sits in the target; empty at its root.
+    """
+
+    stored: tuple[str, ...]
+    wanted: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    counts: int = 0
+    model: str = ""
+    may_begin_anew: ClassVar[bool] = True
+
+    def _cause(self) -> str:
+        stored = listed(self.stored) or "no moments"
+        if not self.kept:
+            return (
+                f"the checkpoint was written with another optimizer: it keeps {stored}, "
+                f"the target's keeps {listed(self.wanted)}."
+            )
+        new = listed(name for name in self.wanted if name not in self.kept)
+        return (
+            f"the target's optimizer keeps {new} as well, which the stored one does not: it keeps {stored}."
+        )
+
+    def _way(self) -> str:
+        if not self.kept or not self.counts:
+            return weights_alone(self.model)
+        count = "a count that begins at 0 begins" if self.counts == 1 else "counts that begin at 0 begin"
+        return f"{weights_alone(self.model).removesuffix('.')}; {count} a schedule anew."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerNested(Cause):
+    """The stored optimizer keeps its moments at other places than the target's.
+
+    Attributes:
+        stored: The stored places that nobody takes, folded.
+        wanted: The wanted places that nothing fills, folded.
+        model: Where the model sits in the target; empty at its root.
+    """
+
+    stored: str
+    wanted: str
+    model: str = ""
+    may_begin_anew: ClassVar[bool] = True
+
+    def _cause(self) -> str:
+        return (
+            f"the stored optimizer is built otherwise: its moments lie at {self.stored}, the target's at "
+            f"{self.wanted}, and which of them belong together no name tells."
+        )
+
+    def _way(self) -> str:
+        return weights_alone(self.model)
+
+
+def weights_alone(model: str) -> str:
+    """Returns the way out that leaves the optimizer aside."""
+    part = f"the target's {model!r} by itself" if model else "the model by itself"
+    return f"to restore the weights alone, pass {part} as target."
 
 
 def find_optimizers(scene: Scene) -> Iterable[Cause]:
@@ -94,3 +200,98 @@ def _stored_slots(scene: Scene) -> set[str]:
         slot = item.slot[-1] if item.slot else tokens[at - 1] if at else ""
         found |= {slot} if slot and not slot.startswith("#") else set()
     return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MomentsStay(Cause):
+    """Optimizer moments that stay behind where their parameters are changed.
+
+    Attributes:
+        count: How many wanted moments.
+        reason: What changes the parameters: a rule, or several, as Python; empty where
+            layers are stacked otherwise.
+        why: Why a moment cannot follow.
+        model: Where the model sits in the target; empty at its root.
+    """
+
+    count: int
+    reason: str
+    why: str
+    model: str = ""
+    may_begin_anew: ClassVar[bool] = True
+
+    def _cause(self) -> str:
+        moments = counted(self.count, "optimizer moment")
+        by = self.reason or "another arrangement of the layers"
+        owners = "its parameter" if self.count == 1 else "their parameters"
+        return f"{moments} cannot follow what {by} does to {owners}: {self.why}."
+
+    def _way(self) -> str:
+        rule = "leave the rule out and change the value in the program; or, " if self.reason else ""
+        return rule + weights_alone(self.model)
+
+
+def find_stuck_moments(scene: Scene) -> Iterable[Cause]:
+    """Yields, for each rule, the missing moments that cannot follow."""
+    groups: dict[str, list[StuckMoment]] = defaultdict(list)
+    for item in scene.plan.evidence.stuck:
+        if item.path in scene.missing:
+            groups[item.reason].append(item)
+    for reason, moments in groups.items():
+        missing = [item.path for item in moments]
+        stored = dict.fromkeys(path for item in moments for path in item.stored if path in scene.unexpected)
+        yield MomentsStay(
+            paths=(*missing, *stored),
+            count=len(missing),
+            reason=reason,
+            why=_why(moments),
+            model=spell(scene.root),
+            filters=selecting(scene, missing),
+        )
+
+
+def _why(moments: Iterable[StuckMoment]) -> str:
+    """Returns the reasons, at most two: a rule on many layers would list a pair of shapes for each kind."""
+    reasons = list(dict.fromkeys(item.why for item in moments))
+    return "; ".join([*reasons[:2], *(["and so on"] if len(reasons) > 2 else [])])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenFactoring(Cause):
+    """Factored moments of square parameters: shapes do not tell which axis each has lost.
+
+    Attributes:
+        moments: How many wanted moments.
+        stored: How many stored ones nobody can name.
+    """
+
+    moments: int
+    stored: int
+    may_begin_anew: ClassVar[bool] = True
+
+    def _cause(self) -> str:
+        return (
+            f"{self.stored} stored v_row and v_col belong to parameters with two axes of one size, and T5X "
+            "does not store which axis it took for the row: optax may call them the other way round."
+        )
+
+    def _way(self) -> str:
+        return ""
+
+
+def find_open_factoring(scene: Scene) -> Iterable[Cause]:
+    """Yields the missing factored moments, where the checkpoint has some that no one can name."""
+    placements = scene.plan.evidence.placements
+    stored = [
+        path for path, item in placements.items() if item.section == "other" and _is_factored(item.slot)
+    ]
+    if not stored:
+        return
+    missing: list[Path] = [path for path, (slot, _) in scene.moments.items() if _is_factored(slot[-1:])]
+    missing = [path for path in missing if path in scene.missing]
+    if missing:
+        yield OpenFactoring(paths=(*missing, *stored), moments=len(missing), stored=len(stored))
+
+
+def _is_factored(slot: Path | None) -> bool:
+    return slot is not None and slot[-1:] in {(name,) for name in FACTORED}

@@ -1,21 +1,115 @@
-"""Parts that one side has and the other has not: a collection, a head, LoRA."""
+"""Causes that are variants of one model: without biases, with tied embeddings, quantised.
 
+Parts that one side has and the other has not: a collection, a head, LoRA.
+
+The same model built otherwise: without biases, with tied embeddings, quantised.
+
+What the checkpoint is as a whole: without a weight, or of another layout than was asked for.
+"""
+
+import dataclasses
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 
-from orbax_nnx_handler.planning.diagnosis.causes import (
+from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
+from orbax_nnx_handler.planning.diagnosis.cause import (
     Cause,
     CollectionMissing,
     LostWeights,
     NewPart,
     counted,
+    listed,
 )
-from orbax_nnx_handler.planning.diagnosis.filters import selecting
-from orbax_nnx_handler.planning.diagnosis.scene import Scene
-from orbax_nnx_handler.planning.folding import fold_paths
-from orbax_nnx_handler.planning.paths import Path
+from orbax_nnx_handler.planning.diagnosis.evidence import Scene, selecting
+from orbax_nnx_handler.planning.diagnosis.names import LayoutGiven, NoWeights
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.text.folding import fold_paths
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoBias(Cause):
+    """The checkpoint's modules have no bias.
+
+    Attributes:
+        count: Missing biases.
+        modules: The names of their modules; empty where no module at all has a stored bias.
+    """
+
+    count: int
+    modules: tuple[str, ...]
+    may_begin_anew: ClassVar[bool] = True
+
+    def _cause(self) -> str:
+        where = f"no {listed(self.modules)} has a stored bias" if self.modules else "no bias is stored at all"
+        return (
+            f"{where}, while the other weights of the same modules are there: the checkpoint's modules were "
+            f"built without ({counted(self.count, 'bias', 'biases')} missing)."
+        )
+
+    def _way(self) -> str:
+        return "build the target's with use_bias=False. A bias that begins at zero computes the same."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiedEmbedding(Cause):
+    """An output layer is missing that has the shape of a stored embedding, turned.
+
+    Attributes:
+        output: The missing weight, as its path is written.
+        shape: Its shape.
+        embedding: The stored embedding.
+    """
+
+    output: str
+    shape: Shape
+    embedding: str
+    may_begin_anew: ClassVar[bool] = True
+
+    def _cause(self) -> str:
+        return (
+            f"nothing is stored for {self.output}, and its shape {self.shape} is that of {self.embedding} "
+            "turned: the checkpoint's model may use its embedding as output layer (tied)."
+        )
+
+    def _way(self) -> str:
+        return (
+            "if so, build the target tied as well (nnx.Embed.attend); "
+            "an output layer of its own begins untrained."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantised(Cause):
+    """Integers stand where floats are wanted, with scales beside them.
+
+    Attributes:
+        dtype: The stored dtype.
+        scales: The names of the leaves beside them.
+        count: How many.
+    """
+
+    dtype: str
+    scales: tuple[str, ...]
+    count: int
+
+    def _cause(self) -> str:
+        weights = "1 weight is" if self.count == 1 else f"{self.count} weights are"
+        scales = listed(self.scales)
+        return f"{weights} stored as {self.dtype} with {scales} beside: the checkpoint is quantised."
+
+    def _way(self) -> str:
+        return (
+            "restore the checkpoint from before, or dequantise in the program that wrote it: "
+            "an integer never becomes a float here."
+        )
 
 
 def find_collections(scene: Scene) -> Iterable[Cause]:
@@ -77,3 +171,128 @@ def _new_module(path: Path, rest: Sequence[Path]) -> Path | None:
         if not any(other[:length] == prefix for other in rest):
             return prefix if isinstance(prefix[-1], str) else None
     return None
+
+
+def find_biases(scene: Scene) -> Iterable[Cause]:
+    """Yields modules that have no stored bias, though all else of them is stored."""
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for path in scene.missing_weights:
+        if scene.below[path][-1] == "bias":
+            groups[_module_name(scene.below[path])].append(path)
+    if not groups:
+        return
+    stored = {
+        _module_name(scene.stored_below(i)) for i in scene.stored_weights.values() if _is_bias(scene, i)
+    }
+    wanted = {_module_name(tokens) for tokens in scene.below.values() if tokens[-1] == "bias"}
+    without = {name: paths for name, paths in groups.items() if name not in stored}
+    paths = [path for each in without.values() for path in each]
+    # One bias that is not there proves nothing about how the module was built.
+    if len(paths) < 2 or not all(_has_siblings(scene, path) for path in paths):
+        return
+    everywhere = not stored and without.keys() == wanted
+    explained = scene.with_moments(paths)
+    yield NoBias(
+        paths=explained,
+        count=len(paths),
+        modules=() if everywhere else tuple(sorted(without)),
+        filters=selecting(scene, explained),
+    )
+
+
+def _is_bias(scene: Scene, placement: Placement) -> bool:
+    return scene.stored_below(placement)[-1] == "bias"
+
+
+def _module_name(tokens: Tokens) -> str:
+    """Returns the name of a weight's module without its number: `norm` for `norm1` and `norm_1`."""
+    names = [token for token in tokens[:-1] if not is_number(token)]
+    return re.sub(r"\d+$", "", names[-1]) if names else ""
+
+
+def _has_siblings(scene: Scene, path: Path) -> bool:
+    module = scene.below[path][:-1]
+    return any(
+        tokens[:-1] == module and other in scene.plan.restored
+        for other, tokens in scene.below.items()
+        if len(tokens) == len(module) + 1
+    )
+
+
+def find_tied(scene: Scene) -> Iterable[Cause]:
+    """Yields an output layer that is missing and has the shape of a stored embedding, turned."""
+    if len(scene.missing_weights) != 1 or scene.free_weights:
+        return
+    (path,) = scene.missing_weights
+    leaf = scene.missing[path].wanted
+    # The words of an output layer, or else any square kernel would do.
+    is_output = any(w in str(key).lower() for key in path for w in ("head", "logits", "output", "unembed"))
+    embeddings = [
+        item.leaf
+        for item in scene.stored_weights.values()
+        if item.leaf.shape == leaf.shape[::-1] and "embed" in render(item.leaf.path).lower()
+    ]
+    if is_output and len(leaf.shape) == 2 and len(embeddings) == 1:
+        explained = scene.with_moments([path])
+        yield TiedEmbedding(
+            paths=explained,
+            output=render(path),
+            shape=leaf.shape,
+            embedding=render(embeddings[0].path),
+            filters=selecting(scene, explained),
+        )
+
+
+def find_quantised(scene: Scene) -> Iterable[Cause]:
+    """Yields weights stored as integers that have scales beside them."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    scales: dict[Tokens, set[str]] = defaultdict(set)
+    for item in scene.free_weights.values():
+        *module, name = scene.stored_below(item)
+        if "scale" in name.lower():
+            scales[tuple(module)].add(name)
+    for path, item in scene.mismatched.items():
+        is_weight = scene.role(path) == "model" and item.kind == "dtype"
+        if (
+            is_weight
+            and jnp.issubdtype(item.wanted.dtype, jnp.floating)
+            and scales.get(scene.below[path][:-1])
+        ):
+            found[item.stored_dtype].append(path)
+    for dtype, paths in found.items():
+        names = {name for path in paths for name in scales[scene.below[path][:-1]]}
+        yield Quantised(
+            paths=scene.with_moments(paths), dtype=dtype, scales=tuple(sorted(names)), count=len(paths)
+        )
+
+
+_SHORT = 3
+
+
+def find_given_layout(scene: Scene) -> Iterable[Cause]:
+    """Yields the verdict that the layout was named, and is not that of the checkpoint."""
+    placements = scene.plan.evidence.placements
+    if not scene.missing_weights or not placements:
+        return
+    stored = {path: item.leaf for path, item in placements.items()}
+    try:
+        fitting = [layout.title for layout in layouts.candidates(stored, "auto")]
+    except UnknownLayoutError:
+        return
+    if scene.plan.layout not in fitting:
+        yield LayoutGiven(
+            paths=scene.with_moments(scene.missing_weights),
+            given=scene.plan.layout,
+            found=tuple(fitting[:_SHORT]),
+        )
+
+
+def find_no_weights(scene: Scene) -> Iterable[Cause]:
+    """Yields the verdict that nothing in the checkpoint is a weight."""
+    leaves = [item.leaf for item in scene.plan.evidence.placements.values()]
+    # A few scalars are a step and counts, whichever names they carry.
+    if not scene.missing_weights or len(leaves) > _SHORT or any(leaf.shape for leaf in leaves):
+        return
+    if all(path in scene.plan.missing for path in scene.weights):
+        paths = [*scene.missing_weights, *scene.of_role(scene.missing, "optimizer")]
+        yield NoWeights(paths=tuple(paths), stored=fold_paths(leaf.path for leaf in leaves))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from orbax_nnx_handler.planning.errors import UnknownLayoutError
+from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
 from orbax_nnx_handler.planning.layouts import (
     bare,
     big_vision,
@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.layouts import (
     t5x,
     tunix,
 )
-from orbax_nnx_handler.planning.placement import Layout, Stored
+from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 
 _TELLING: tuple[Layout, ...] = (
     t5x.T5X,

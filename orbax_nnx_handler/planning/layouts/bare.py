@@ -6,9 +6,8 @@ the optimizer under its attribute, so only `opt_state` and the `step` beside it
 tell anything about a leaf.
 """
 
-from orbax_nnx_handler.planning.layouts.linen import has_subtree
-from orbax_nnx_handler.planning.paths import Path, segments
-from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
 
 
 def _place(stored: Stored) -> tuple[Placement, ...]:

@@ -21,10 +21,9 @@ beside it is none of the train state.
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
-from orbax_nnx_handler.planning.layouts.linen import has_subtree
+from orbax_nnx_handler.planning.core.paths import Path, natural_key
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
 from orbax_nnx_handler.planning.layouts.t5x import place_optimizer
-from orbax_nnx_handler.planning.paths import Path, natural_key
-from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 
 # `rng` by trainers/proj/cappa, `state` by trainers/proj/uvim/vqvae.py: Linen's collection of that name.
 _FIELDS_OF_STATE = frozenset({"params", "state", "opt", "chrono", "rng"})

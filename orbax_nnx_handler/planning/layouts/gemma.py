@@ -12,8 +12,8 @@ the `w` that only the released files have below `mlp/linear` and
 `mlp/gating_einsum`.
 """
 
-from orbax_nnx_handler.planning.paths import Path, segments
-from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
 
 _TEXT, _IMAGES = "transformer", "SigLiPFromPatches_0"
 _STACKED, _KIND = "stacked_layers", "attention_type_"

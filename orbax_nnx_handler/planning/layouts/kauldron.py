@@ -5,9 +5,8 @@ kauldron/train/train_step.py `TrainState`: `step`, `params`, `collections`,
 collections leaves `collections` empty; that tree is a Flax TrainState.
 """
 
-from orbax_nnx_handler.planning.layouts.linen import has_subtree
-from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
 
 _FIELDS = frozenset({"step", "params", "collections", "opt_state"})
 

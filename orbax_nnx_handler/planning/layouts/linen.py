@@ -1,20 +1,14 @@
 """The layouts that Flax's own Linen training loops write."""
 
-from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.placement import Layout, Placement, Section, Stored
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Section, Stored, has_subtree, tops
+
+AUX = "nnx_aux"
+"""Where NNX state without a home in a Linen program is stored, as MaxText names it."""
+
 
 _TRAIN_STATE_KEYS = frozenset({"opt_state", "step"})
 _KEYS = _TRAIN_STATE_KEYS | {"params", "nnx_aux"}
-
-
-def tops(stored: Stored) -> set[str]:
-    """Returns the first keys of a tree, as strings."""
-    return {str(path[0]) for path in stored if path}
-
-
-def has_subtree(stored: Stored, key: str) -> bool:
-    """Tells whether a first key holds a subtree rather than one leaf."""
-    return any(len(path) > 1 and path[0] == key for path in stored)
 
 
 def place_with(stored: Stored, params_depth: int) -> tuple[Placement, ...]:

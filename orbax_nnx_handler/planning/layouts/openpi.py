@@ -9,9 +9,8 @@ weights that the optimizer's moments belong to; the two items are then not read
 together, since only the caller knows which weights are wanted.
 """
 
-from orbax_nnx_handler.planning.layouts.linen import tops
-from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, tops
 
 _WEIGHTS: Path = ("params", "params")
 

@@ -6,10 +6,9 @@ and the batch statistics without their collection's name under `model_state`
 (scenic/train_lib/pretrain_utils.py reads both still).
 """
 
-from orbax_nnx_handler.planning.layouts.linen import has_subtree
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
 from orbax_nnx_handler.planning.layouts.t5x import WRAPPER, holds_optimizer, place_optimizer
-from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
 
 _STATISTICS = "batch_stats"
 

@@ -5,9 +5,8 @@ tunix/sft/checkpoint_manager.py saves `nnx.state(model)` as `model_params` and
 ends in `value`. One of the items alone is an `nnx.State`.
 """
 
-from orbax_nnx_handler.planning.layouts.linen import tops
-from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.placement import Layout, Placement, Stored
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, tops
 
 _MODEL, _OPTIMIZER = "model_params", "optimizer_state"
 

@@ -4,8 +4,7 @@ from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rendering.as_dict import plan_to_dict
 from orbax_nnx_handler.planning.rendering.html import sheet_to_html
 from orbax_nnx_handler.planning.rendering.plain import render_sheet
-from orbax_nnx_handler.planning.rendering.share import sized
-from orbax_nnx_handler.planning.rendering.sheet import Sheet, plan_sheet, report_sheet
+from orbax_nnx_handler.planning.rendering.sheet import Sheet, plan_sheet, report_sheet, sized
 from orbax_nnx_handler.planning.rendering.terminal import sheet_on_console
 
 __all__ = [

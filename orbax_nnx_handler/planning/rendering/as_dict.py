@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from orbax_nnx_handler.planning.diagnosis.causes import Cause
-from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.leaves import StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.paths import Path, render
-from orbax_nnx_handler.planning.plan import Mismatched, Missing, Restored, RestorePlan
-from orbax_nnx_handler.planning.recipes import reads, render_reads
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import reads, render_reads
+from orbax_nnx_handler.planning.diagnosis.cause import Cause
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored
 
 
 def plan_to_dict(plan: RestorePlan) -> dict[str, Any]:

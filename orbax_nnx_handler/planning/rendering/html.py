@@ -2,8 +2,7 @@
 
 import html
 
-from orbax_nnx_handler.planning.rendering.share import COLOURS, Share, sized
-from orbax_nnx_handler.planning.rendering.sheet import Section, Sheet
+from orbax_nnx_handler.planning.rendering.sheet import COLOURS, Section, Share, Sheet, sized
 
 _LIMIT = 200
 _OPEN = ("missing", "filled", "mismatched", "unexpected")

@@ -1,8 +1,7 @@
 """Sheets as plain text: for logs, files and `print`."""
 
-from orbax_nnx_handler.planning.aligning import align
-from orbax_nnx_handler.planning.prose import wrapped
 from orbax_nnx_handler.planning.rendering.sheet import Sheet
+from orbax_nnx_handler.planning.text.lines import align, wrapped
 
 _LIMIT = 30
 

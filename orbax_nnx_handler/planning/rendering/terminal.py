@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orbax_nnx_handler.planning.rendering.plain import render_sheet
-from orbax_nnx_handler.planning.rendering.share import COLOURS, Share, sized
-from orbax_nnx_handler.planning.rendering.sheet import Section, Sheet
+from orbax_nnx_handler.planning.rendering.sheet import COLOURS, Section, Share, Sheet, sized
 
 _LIMIT = 30
 _STYLES = {"missing": "red", "mismatched": "red", "unexpected": "yellow", "restored": "green"}

@@ -6,15 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from orbax_nnx_handler.planning.entries import Entry
-from orbax_nnx_handler.planning.errors import RuleError, UnusedRuleError
-from orbax_nnx_handler.planning.paths import Path
-from orbax_nnx_handler.planning.recipes import Fill, Recipe, children
-from orbax_nnx_handler.planning.rules.base import Rule
-from orbax_nnx_handler.planning.rules.parts import Fuse, Split
-from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
-from orbax_nnx_handler.planning.rules.stacks import ScanAxis, StackLayers, UnstackLayers
-from orbax_nnx_handler.planning.rules.values import Cast, Drop, Reshape, Scale, Transpose
+from orbax_nnx_handler.planning.core.errors import RuleError, UnusedRuleError
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.one_leaf import (
+    Cast,
+    Drop,
+    Rename,
+    Reshape,
+    Scale,
+    Transpose,
+    comes_late,
+)
+from orbax_nnx_handler.planning.rules.rule import Rule
+from orbax_nnx_handler.planning.rules.several_leaves import Fuse, ScanAxis, Split, StackLayers, UnstackLayers
 
 __all__ = [
     "Cast",

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.paths import parse
+from orbax_nnx_handler.planning.core.paths import parse
 
 Bindings = Mapping[str, str]
 """What each place of a pattern stood for; the nth star is `__star<n>`."""

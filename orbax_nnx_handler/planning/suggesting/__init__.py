@@ -3,23 +3,31 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from orbax_nnx_handler.planning.entries import Entry
-from orbax_nnx_handler.planning.errors import RestoreError
-from orbax_nnx_handler.planning.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
+from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
+from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.mapping.choice import best_mapping
+from orbax_nnx_handler.planning.mapping.modules import derive
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.paths import Path, segments
-from orbax_nnx_handler.planning.placement import Stored
-from orbax_nnx_handler.planning.planner import make_plan
-from orbax_nnx_handler.planning.readings import best_mapping
-from orbax_nnx_handler.planning.recipes import Read, reads, shape_of
-from orbax_nnx_handler.planning.roles import of_role, roles_of
-from orbax_nnx_handler.planning.structures import derive
-from orbax_nnx_handler.planning.suggesting.creation import Order, creation_order, order_of
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.suggesting.modules import (
+    Leaf,
+    Module,
+    Order,
+    Signatures,
+    creation_order,
+    number_of,
+    order_of,
+    tree_of,
+)
 from orbax_nnx_handler.planning.suggesting.pairing import Pairing
+from orbax_nnx_handler.planning.suggesting.proposals import Proposal, proposals_of
 from orbax_nnx_handler.planning.suggesting.suggestion import Confidence, Question, Suggestion
-from orbax_nnx_handler.planning.suggesting.trees import Leaf, Module, Signatures, Tokens, number_of, tree_of
-from orbax_nnx_handler.planning.suggesting.wording import Proposal, proposals_of
-from orbax_nnx_handler.planning.target import Target
+from orbax_nnx_handler.planning.target.roles import of_role, roles_of
+from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.verdict.judge import make_plan
 
 __all__ = [
     "Confidence",

@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from orbax_nnx_handler.planning.paths import is_number
-from orbax_nnx_handler.planning.suggesting.likeness import lone_pairs
-from orbax_nnx_handler.planning.suggesting.trees import Leaf, Module, Signatures, Tokens
+from orbax_nnx_handler.planning.core.paths import Tokens, is_number
+from orbax_nnx_handler.planning.suggesting.modules import Leaf, Module, Signatures, lone_pairs
 
 Grounds = Literal["shapes", "order", "names", "likeness", "nothing"]
 """What tells the pair: shapes allow no other; equal modules in the order of their

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Literal
 
-from orbax_nnx_handler.planning.paths import Path, natural_key, render
+from orbax_nnx_handler.planning.core.paths import Path, natural_key, render
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.pairing import Grounds
-from orbax_nnx_handler.planning.suggesting.wording import Proposal
+from orbax_nnx_handler.planning.suggesting.proposals import Proposal
 
 Confidence = Literal["certain", "likely", "open"]
 

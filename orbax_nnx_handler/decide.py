@@ -1,0 +1,114 @@
+"""The decision on one item directory: metadata read, target taken apart, plan made.
+
+The verdict on a restore, from metadata alone.
+
+Apart from `api`, so that the command line has it without what reads and writes arrays.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.target.target import Target, flatten_like, flatten_target, refuse_empty
+from orbax_nnx_handler.planning.verdict.judge import make_plan
+from orbax_nnx_handler.planning.verdict.unreadable import check_readable, lost_leaves
+from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.gc_pause import paused_collection
+
+
+def decide_and_check(
+    directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
+) -> tuple[RestorePlan, Target, Checkpoint]:
+    """Decides, and raises where the restore must fail.
+
+    Raises:
+        RestoreError: Lists every problem.
+    """
+    decided = decide(directory, target, overrides, options)
+    decided[0].check()
+    return decided
+
+
+@paused_collection()
+def decide(
+    directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
+) -> tuple[RestorePlan, Target, Checkpoint]:
+    """Returns plan, target and checkpoint; the plan is not checked.
+
+    Args:
+        directory: The item directory.
+        target: What the caller wants.
+        overrides: Restore args by wanted path.
+        options: The caller's choices.
+
+    Raises:
+        UnreadableLeafError: Nothing of the checkpoint can be read.
+        RestoreError: The target has no leaf.
+    """
+    checkpoint = read_metadata(directory)
+    if not checkpoint.leaves:
+        check_readable(checkpoint.lost, checkpoint.foreign)
+    parts = flatten_target(target, overrides)
+    refuse_empty(target, parts)
+    plan = make_plan(
+        parts, checkpoint.leaves, options, directory=str(directory), overrides=_policies_of(overrides)
+    )
+    faults = (*plan.faults, *lost_leaves(plan, checkpoint.lost, checkpoint.foreign))
+    return dataclasses.replace(plan, faults=faults), parts, checkpoint
+
+
+def _policies_of(overrides: Mapping[Path, Any]) -> dict[Path, Policy]:
+    found = {path: getattr(args, "policy", None) for path, args in overrides.items()}
+    return {path: policy for path, policy in found.items() if policy is not None}
+
+
+def plan_restore(
+    path: epath.PathLike,
+    target: Any,
+    restore_args: Any = None,
+    *,
+    policy: Policies = "error",
+    layout: str = "auto",
+    renames: Iterable[Rule | tuple[str, str]] = (),
+    init: Callable[[], Any] | None = None,
+    unexpected: UnexpectedPolicy = "warn",
+    dtype: DtypeChoice = "target",
+    item: str | None = None,
+) -> RestorePlan:
+    """Decides what every leaf of a target would be; reads metadata only.
+
+    Args:
+        path: A manager's root (its newest step), a step, an item directory, or one file
+            of `flax.training.checkpoints` or `numpy.savez`.
+        target: An abstract or concrete `nnx.State`, `nnx.Module`, `nnx.Optimizer`,
+            a pure dict of arrays or `jax.ShapeDtypeStruct`, or a tuple or dict of these.
+        restore_args: A tree like the target whose leaves override sharding, dtype and policy.
+        policy: What a missing weight becomes, or NNX filters that choose it.
+        layout: How the checkpoint is arranged; `auto` finds out.
+        renames: Rules from stored to wanted names.
+        init: Builds the target with real values, for `policy="init"`.
+        unexpected: What to do about stored leaves that the target does not want.
+        dtype: `target` or `stored`.
+        item: The item's name, where a step holds several.
+
+    Returns:
+        The plan. It is not checked: `plan.check()` raises what `restore` would.
+
+    Raises:
+        NotACheckpointError: The path is no checkpoint.
+        UnusedRuleError: A rule or a policy filter has no effect.
+        RestoreError: The target has no leaf.
+    """
+    options = RestoreOptions().override(
+        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+    )
+    overrides = flatten_like(restore_args) if restore_args is not None else {}
+    plan, _, _ = decide(find_item(path, item), target, overrides, options)
+    return plan

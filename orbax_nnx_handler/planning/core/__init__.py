@@ -1,0 +1,1 @@
+"""Words that every stage uses: paths, leaves, dtypes, recipes, regions, errors."""

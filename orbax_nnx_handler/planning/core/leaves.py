@@ -1,0 +1,67 @@
+"""The two sides of a restore: what the caller wants and what the disk holds."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from orbax_nnx_handler.planning.core.paths import Path
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WantedLeaf:
+    """One variable of the target.
+
+    Attributes:
+        path: Keys from the target's root, the indices of tuples included.
+        kind: The Variable's type; None where the target is a pure dict.
+        shape: The shape to come back.
+        dtype: The dtype to come back; a key dtype for random keys.
+        sharding: Where the value must live, or None for the documented default.
+        value: The concrete value the target carries, or None when abstract.
+        dtype_is_chosen: Whether the leaf's restore args chose the dtype: it then wins
+            over `dtype="stored"` too.
+    """
+
+    path: Path
+    kind: type[Any] | None
+    shape: Shape
+    dtype: np.dtype[Any]
+    sharding: jax.sharding.Sharding | None = None
+    value: Any = None
+    dtype_is_chosen: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of the whole array, over all devices."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredLeaf:
+    """One array of the checkpoint, from metadata alone.
+
+    Attributes:
+        path: Keys from the item's root, as the writing program had them.
+        shape: The stored shape.
+        dtype: The stored dtype, or None for a value that is no array (a string).
+        chunk_shape: Shape of one chunk on disk, where the metadata tells.
+        key_impl: The PRNG implementation ("threefry2x32") of a stored random key.
+    """
+
+    path: Path
+    shape: Shape
+    dtype: np.dtype[Any] | None
+    chunk_shape: Shape | None = None
+    key_impl: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, uncompressed."""
+        if self.dtype is None:
+            return 0
+        return math.prod(self.shape) * self.dtype.itemsize

@@ -1,0 +1,100 @@
+"""Paths of leaves: tuples of keys, never joined strings.
+
+A key may hold a slash (Gemma, `WeightNorm`), be an int (lists, optax chains) or
+a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
+"""
+
+import ast
+import functools
+import itertools
+import re
+from collections.abc import Hashable, Iterable
+from typing import cast
+
+Tokens = tuple[str, ...]
+
+
+Path = tuple[Hashable, ...]
+"""The keys from the root of a tree to one leaf."""
+
+
+def render(path: Path) -> str:
+    """Returns a path as a person writes it: `('a', 0, 'b/c')` is `a/0/b/c`."""
+    joined = "/".join(map(str, path))
+    return joined if joined and "(" not in joined else "/".join(segments(path)) or "(root)"
+
+
+def segments(path: Path) -> tuple[str, ...]:
+    """Returns the keys as strings; a tuple key or a slash gives several, and none gives nothing."""
+    joined = "/".join(map(str, path))
+    if path and "(" not in joined:  # Nearly every path: no key is a tuple, nor a tuple's text.
+        return tuple(joined.split("/"))
+    return tuple(part for key in path for part in _parts(key))
+
+
+def _parts(key: Hashable) -> tuple[str, ...]:
+    key = _stored_tuple(key) if isinstance(key, str) and key[:1] == "(" else key
+    if isinstance(key, tuple):
+        # An empty tuple has no parts to be known by, so its own text is one.
+        return segments(cast(Path, key)) or ("()",)
+    return tuple(str(key).split("/"))
+
+
+def _stored_tuple(key: str) -> Hashable:
+    """Returns the tuple that Orbax wrote as a string, `('kernel',)`; any other key as it is."""
+    try:
+        found = ast.literal_eval(key)
+    except (SyntaxError, ValueError):
+        return key
+    named = isinstance(found, tuple) and all(isinstance(part, str | int) for part in cast(Path, found))
+    return cast(Hashable, found) if named else key
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """Returns the segments of a path as a person writes it."""
+    return tuple(part for part in text.split("/") if part)
+
+
+def canonical(path: Path) -> tuple[str, ...]:
+    """Returns the one spelling under which Linen and NNX paths are compared.
+
+    Linen numbers modules in the name (`layers_0`), NNX lists in the path
+    (`layers/0`); both become `layers`, `#0`. `LSTMCell` calls a gate `if`, which
+    is no Python attribute, hence `if_` in NNX.
+    """
+    return tuple(itertools.chain.from_iterable(map(_tokens_of, path)))
+
+
+@functools.lru_cache(maxsize=65536, typed=True)  # A model has few names and many leaves; 1 is not True.
+def _tokens_of(key: Hashable) -> tuple[str, ...]:
+    parts = segments(cast(Path, (key,))) if isinstance(key, tuple) else str(key).split("/")
+    return tuple(token for part in parts for token in _tokens(part))
+
+
+def _tokens(part: str) -> tuple[str, ...]:
+    if part.isdecimal():
+        return (f"#{int(part)}",)
+    name, _, number = part.rpartition("_")
+    if name and number.isdecimal():
+        return (*_tokens(name), f"#{int(number)}")  # Nested lists: `grid_0_1` is `grid/0/1`.
+    return ("if",) if part == "if_" else (part,)
+
+
+def is_number(token: str) -> bool:
+    """Tells whether a canonical token counts a layer (`#3`)."""
+    return token[:1] == "#" and token[1:].isdecimal()
+
+
+def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:
+    """Returns a sort key under which `Conv_10` comes after `Conv_2`."""
+    return tuple(map(_natural, segments(path)))
+
+
+@functools.lru_cache(maxsize=65536)
+def _natural(part: str) -> tuple[tuple[int, int | str], ...]:
+    return tuple((0, int(bit)) if bit.isdecimal() else (1, bit) for bit in re.split(r"(\d+)", part) if bit)
+
+
+def sort_paths(paths: Iterable[Path]) -> list[Path]:
+    """Returns the paths in natural order."""
+    return sorted(paths, key=natural_key)

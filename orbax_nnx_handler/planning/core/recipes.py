@@ -1,0 +1,338 @@
+"""How one wanted leaf is made from stored leaves: a small, pure expression.
+
+A recipe names stored paths and the array operations between them and the
+wanted value. It can be checked against shapes before anything is read, printed,
+rewritten to another leaf with the same layout (a moment of its parameter), and
+run on whole arrays or, in `transfer`, region by region.
+
+Takes out of a recipe the steps that undo each other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, render
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """The stored leaf at `path`, as it is."""
+
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Element `index` along `axis`; the axis goes away."""
+
+    source: "Recipe"
+    axis: int
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """`size` elements along `axis` from `start`; the axis stays."""
+
+    source: "Recipe"
+    axis: int
+    start: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The sources side by side along a new `axis`."""
+
+    sources: tuple["Recipe", ...]
+    axis: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Concat:
+    """The sources end to end along an existing `axis`."""
+
+    sources: tuple["Recipe", ...]
+    axis: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose:
+    """The axes in the order `permutation`, as `numpy.transpose` reads it."""
+
+    source: "Recipe"
+    permutation: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshape:
+    """The same elements in C order under another shape."""
+
+    source: "Recipe"
+    shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Every element times `factor`, computed in the wanted dtype."""
+
+    source: "Recipe"
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """The part of the wanted value that no stored leaf holds (a missing layer).
+
+    Only appears inside a `Stack`; the policy decides what it becomes.
+    """
+
+    shape: Shape
+
+
+Recipe = Read | Index | Slice | Stack | Concat | Transpose | Reshape | Scale | Fill
+
+
+class RecipeError(ValueError):
+    """A recipe whose shapes do not come out."""
+
+
+def children(recipe: Recipe) -> tuple[Recipe, ...]:
+    """Returns the recipes that this one is made from."""
+    match recipe:
+        case Read() | Fill():
+            return ()
+        case Stack(sources) | Concat(sources):
+            return sources
+        case _:
+            return (recipe.source,)
+
+
+def reads(recipe: Recipe) -> tuple[Path, ...]:
+    """Returns the stored paths of a recipe, in order, repeats included."""
+    # A chain of steps is walked, not recursed into: planning asks this of every leaf, several times.
+    while not isinstance(recipe, Read):
+        if isinstance(recipe, Fill):
+            return ()
+        if isinstance(recipe, Stack | Concat):
+            return tuple(path for child in recipe.sources for path in reads(child))
+        recipe = recipe.source
+    return (recipe.path,)
+
+
+def parts_of(recipe: Recipe) -> Iterator[Recipe]:
+    """Yields a recipe and every recipe inside it."""
+    yield recipe
+    for child in children(recipe):
+        yield from parts_of(child)
+
+
+def fills(recipe: Recipe) -> bool:
+    """Tells whether a part of the recipe comes from no stored leaf."""
+    return isinstance(recipe, Fill) or any(fills(child) for child in children(recipe))
+
+
+def substitute(recipe: Recipe, swap: Callable[[Path], Recipe]) -> Recipe:
+    """Returns the recipe with every `Read` replaced by `swap` of its path."""
+    match recipe:
+        case Read(path):
+            return swap(path)
+        case Fill():
+            return recipe
+        case Stack(sources) | Concat(sources):
+            return type(recipe)(tuple(substitute(source, swap) for source in sources), recipe.axis)
+        case _:
+            # Not `dataclasses.replace`, which takes longer than all the rest of it.
+            rest = [getattr(recipe, name) for name in recipe.__match_args__[1:]]
+            return type(recipe)(substitute(recipe.source, swap), *rest)
+
+
+def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:
+    """Returns the shape that a recipe gives.
+
+    Args:
+        recipe: The recipe.
+        stored: Shape of each stored leaf by path.
+
+    Raises:
+        RecipeError: The shapes do not fit; says which step and the shapes.
+    """
+    if isinstance(recipe, Read):
+        return stored[recipe.path]
+    match recipe:
+        case Fill(shape):
+            return shape
+        case Stack(sources, axis):
+            return _stack_shape([shape_of(s, stored) for s in sources], axis)
+        case Concat(sources, axis):
+            return _concat_shape([shape_of(s, stored) for s in sources], axis)
+        case Index() | Slice():
+            return _part_shape(recipe, shape_of(recipe.source, stored))
+        case Transpose(source, permutation):
+            shape = shape_of(source, stored)
+            if sorted(permutation) != list(range(len(shape))):
+                raise RecipeError(f"permutation {permutation} does not fit shape {shape}")
+            return tuple(shape[axis] for axis in permutation)
+        case Reshape(source, shape):
+            before = shape_of(source, stored)
+            if math.prod(before) != math.prod(shape):
+                raise RecipeError(
+                    f"{before} has {math.prod(before)} elements, {shape} has {math.prod(shape)}"
+                )
+            return shape
+        case Scale(source, _):
+            return shape_of(source, stored)
+
+
+def _stack_shape(shapes: list[Shape], axis: int) -> Shape:
+    first = shapes[0]
+    if any(shape != first for shape in shapes):
+        raise RecipeError(f"cannot stack shapes that differ: {sorted(set(shapes))}")
+    if not 0 <= axis <= len(first):
+        raise RecipeError(f"cannot stack {first} on axis {axis}")
+    return (*first[:axis], len(shapes), *first[axis:])
+
+
+def _concat_shape(shapes: list[Shape], axis: int) -> Shape:
+    first = shapes[0]
+    rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}
+    if not 0 <= axis < len(first) or len(rest) > 1 or len({len(s) for s in shapes}) > 1:
+        raise RecipeError(f"cannot join shapes {shapes} on axis {axis}")
+    return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
+
+
+def _part_shape(recipe: Index | Slice, shape: Shape) -> Shape:
+    axis = recipe.axis
+    if not 0 <= axis < len(shape):
+        raise RecipeError(f"shape {shape} has no axis {axis}")
+    if isinstance(recipe, Index):
+        if not 0 <= recipe.index < shape[axis]:
+            raise RecipeError(f"shape {shape} has no element {recipe.index} on axis {axis}")
+        return (*shape[:axis], *shape[axis + 1 :])
+    if recipe.start < 0 or recipe.start + recipe.size > shape[axis]:
+        raise RecipeError(f"shape {shape} has no {recipe.start}..{recipe.start + recipe.size} on axis {axis}")
+    return (*shape[:axis], recipe.size, *shape[axis + 1 :])
+
+
+def describe(recipe: Recipe) -> str:
+    """Returns what a recipe does, in a few words: `unstack axis 1 [3]`."""
+    match recipe:
+        case Read():
+            return ""
+        case Fill(shape):
+            return f"fill {shape}"
+        case Stack(sources, axis):
+            return _join(_inner(sources), f"stack {len(sources)} on axis {axis}")
+        case Concat(sources, axis):
+            return _join(_inner(sources), f"fuse {len(sources)} on axis {axis}")
+        case Index(source, axis, index):
+            return _join(describe(source), f"unstack axis {axis} [{index}]")
+        case Slice(source, axis, start, size):
+            return _join(describe(source), f"split axis {axis} [{start}:{start + size}]")
+        case Transpose(source, permutation):
+            return _join(describe(source), f"transpose {permutation}")
+        case Reshape(source, shape):
+            return _join(describe(source), f"reshape {shape}")
+        case Scale(source, factor):
+            return _join(describe(source), f"scale {factor:g}")
+
+
+def _inner(sources: tuple[Recipe, ...]) -> str:
+    kinds = {describe(source) for source in sources}
+    return kinds.pop() if len(kinds) == 1 else "each part"
+
+
+def _join(first: str, then: str) -> str:
+    return f"{first}, {then}" if first else then
+
+
+def render_reads(recipe: Recipe) -> str:
+    """Returns the stored paths of a recipe for a person: one, or first ... last."""
+    paths = list(dict.fromkeys(reads(recipe)))
+    if not paths:
+        return "(nothing stored)"
+    if len(paths) == 1:
+        return render(paths[0])
+    return f"{render(paths[0])} ... {render(paths[-1])} ({len(paths)})"
+
+
+Shapes = Mapping[Path, Shape]
+
+
+def simplify(recipe: Recipe, shapes: Shapes) -> Recipe:
+    """Returns a recipe of the same value with fewer steps.
+
+    Args:
+        recipe: A recipe whose shapes come out.
+        shapes: The stored shapes.
+    """
+    match recipe:
+        case Read() | Fill():
+            return recipe
+        case Stack(sources, axis):
+            return _stack(tuple(simplify(source, shapes) for source in sources), axis, shapes)
+        case Concat(sources, axis):
+            return _concat(tuple(simplify(source, shapes) for source in sources), axis, shapes)
+        case _:
+            return _step(dataclasses.replace(recipe, source=simplify(recipe.source, shapes)), shapes)
+
+
+def _step(recipe: Index | Slice | Transpose | Reshape | Scale, shapes: Shapes) -> Recipe:
+    match recipe:
+        case Index(Stack(sources, axis), at, index) if at == axis:
+            return sources[index]
+        case Slice(source, axis, 0, size) if shape_of(source, shapes)[axis] == size:
+            return source
+        case Slice(Concat(sources, axis), at, start, size) if at == axis:
+            return _part(recipe, sources, start, size, shapes)
+        case Transpose(Transpose(source, first), second):
+            return _step(Transpose(source, tuple(first[axis] for axis in second)), shapes)
+        case Transpose(source, permutation) if permutation == tuple(range(len(permutation))):
+            return source
+        case Reshape(Reshape(source, _), shape):
+            return _step(Reshape(source, shape), shapes)
+        case Reshape(source, shape) if shape_of(source, shapes) == shape:
+            return source
+        case Scale(Scale(source, first), second):
+            return _step(Scale(source, first * second), shapes)
+        case Scale(source, 1.0):
+            return source
+        case _:
+            return recipe
+
+
+def _part(recipe: Slice, sources: tuple[Recipe, ...], start: int, size: int, shapes: Shapes) -> Recipe:
+    """Returns the one source that a slice cuts out of several, if it is one."""
+    at = 0
+    for source in sources:
+        length = shape_of(source, shapes)[recipe.axis]
+        if (at, length) == (start, size):
+            return source
+        at += length
+    return recipe
+
+
+def _concat(sources: tuple[Recipe, ...], axis: int, shapes: Shapes) -> Recipe:
+    at = 0
+    for part in sources:
+        first = sources[0]
+        if not isinstance(part, Slice) or not isinstance(first, Slice):
+            return Concat(sources, axis)
+        if (part.source, part.axis, part.start) != (first.source, axis, at):
+            return Concat(sources, axis)
+        at += part.size
+    whole = sources[0].source if isinstance(sources[0], Slice) else sources[0]
+    return whole if shape_of(whole, shapes)[axis] == at else Concat(sources, axis)
+
+
+def _stack(sources: tuple[Recipe, ...], axis: int, shapes: Shapes) -> Recipe:
+    for at, part in enumerate(sources):
+        first = sources[0]
+        if not isinstance(part, Index) or not isinstance(first, Index):
+            return Stack(sources, axis)
+        if (part.source, part.axis, part.index) != (first.source, axis, at):
+            return Stack(sources, axis)
+    whole = sources[0].source if isinstance(sources[0], Index) else sources[0]
+    return whole if shape_of(whole, shapes)[axis] == len(sources) else Stack(sources, axis)

@@ -1,0 +1,352 @@
+"""Causes that are a matter of how the same numbers are arranged in arrays; each comes with the rules.
+
+The same numbers in arrays of another arrangement: axes in another order, axes merged.
+
+Several weights of one module that are one array on the other side: queries, keys and values, gates.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
+from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, listed
+from orbax_nnx_handler.planning.diagnosis.evidence import Scene, patterns_of
+
+_RULES = 8
+"""Rules that a hint writes out; more of them are a matter for `suggest` or a loop."""
+
+
+def _renames(rules: tuple[str, ...]) -> str:
+    if len(rules) <= _RULES:
+        return f"renames=[{', '.join(rules)}]"
+    return f"{len(rules)} such rules in renames, of which the first is {rules[0]}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxesPermuted(Cause):
+    """Weights are stored with their axes in another order.
+
+    Attributes:
+        stored: The stored shape of one of them.
+        wanted: The wanted shape of it.
+        count: How many.
+        rules: What puts the axes right, as Python.
+        swapped: Two names that may have been exchanged instead; empty if none fit.
+    """
+
+    stored: Shape
+    wanted: Shape
+    count: int
+    rules: tuple[str, ...]
+    swapped: tuple[str, ...] = ()
+
+    def _cause(self) -> str:
+        weights = "1 weight is" if self.count == 1 else f"{self.count} weights are"
+        # Both readings give the same shapes: only the writer knows.
+        other = f", or {listed(map(repr, self.swapped))} carry each other's names" if self.swapped else ""
+        return f"{weights} stored with the axes in another order ({self.stored} for {self.wanted}){other}."
+
+    def _way(self) -> str:
+        turned = f"pass {_renames(self.rules)}"
+        if not self.swapped:
+            return f"{turned}."
+        one, other = self.swapped
+        return f"{turned} for the first, renames=[{(one, other)!r}, {(other, one)!r}] for the second."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxesMerged(Cause):
+    """Weights have neighbouring axes as one on one side: heads and head size, mostly.
+
+    Attributes:
+        stored: The stored shape of one of them.
+        wanted: The wanted shape of it.
+        count: How many.
+        rules: What gives them the wanted shape, as Python.
+    """
+
+    stored: Shape
+    wanted: Shape
+    count: int
+    rules: tuple[str, ...]
+
+    def _cause(self) -> str:
+        weights = "1 weight has" if self.count == 1 else f"{self.count} weights have"
+        side = "in the checkpoint" if len(self.stored) < len(self.wanted) else "in the target"
+        return (
+            f"{weights} neighbouring axes merged into one {side} ({self.stored} for {self.wanted}): "
+            "the same number of elements."
+        )
+
+    def _way(self) -> str:
+        return f"if the elements are in the same order, pass {_renames(self.rules)}."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fused(Cause):
+    """Several weights of one module are one array on one side.
+
+    Attributes:
+        whole: The name of the one.
+        parts: The names of the several.
+        side: Where they are one: `checkpoint` or `target`.
+        shape: The shape of the one.
+        part_shape: The shape of the first of the several.
+        count: How many times in the model.
+        rules: What takes them apart or joins them, as Python.
+        ordered: Whether the name of the one tells the order (`qkv`).
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    side: str
+    shape: Shape
+    part_shape: Shape
+    count: int
+    rules: tuple[str, ...]
+    ordered: bool
+
+    def _cause(self) -> str:
+        other = "target" if self.side == "checkpoint" else "checkpoint"
+        times = f", in {counted(self.count, 'module')}" if self.count > 1 else ""
+        parts = listed(map(repr, self.parts))
+        return (
+            f"{parts} are one array {self.whole!r} in the {self.side} {self.shape} and "
+            f"{len(self.parts)} in the {other} {self.part_shape}{times}."
+        )
+
+    def _way(self) -> str:
+        order = "" if self.ordered else " (in the order in which they were joined, which no metadata tells)"
+        return f"pass {_renames(self.rules)}{order}."
+
+
+Permutation = tuple[int, ...]
+
+
+def find_permuted(scene: Scene) -> Iterable[Cause]:
+    """Yields weights whose stored shape is the wanted one with its axes in another order."""
+    found = _explained(scene, _permutation)
+    if found:
+        yield _cause(AxesPermuted, scene, "Transpose", found, swapped=_swapped(scene, _paths(found)))
+
+
+def find_merged(scene: Scene) -> Iterable[Cause]:
+    """Yields weights of which neighbouring axes are one axis on the other side."""
+    found = _explained(scene, _merged)
+    if found:
+        yield _cause(AxesMerged, scene, "Reshape", found)
+
+
+_Explained = Mapping[tuple[int, ...], Sequence[Path]]
+"""Mismatched weights by what makes the stored shape the wanted one: an order of axes, or a shape."""
+
+
+def _explained(scene: Scene, explain: Callable[[Shape, Shape], tuple[int, ...] | None]) -> _Explained:
+    found: dict[tuple[int, ...], list[Path]] = defaultdict(list)
+    for path in _plain(scene):
+        item = scene.mismatched[path]
+        change = explain(item.stored_shape, item.wanted.shape)
+        if change is not None:
+            found[change].append(path)
+    return found
+
+
+def _paths(found: _Explained) -> list[Path]:
+    return [path for each in found.values() for path in each]
+
+
+def _cause(kind: Callable[..., Cause], scene: Scene, rule: str, found: _Explained, **more: object) -> Cause:
+    paths = _paths(found)
+    first = scene.mismatched[paths[0]]
+    return kind(
+        paths=scene.with_moments(paths),
+        stored=first.stored_shape,
+        wanted=first.wanted.shape,
+        count=len(paths),
+        rules=_rules(scene, rule, found),
+        **more,
+    )
+
+
+def _rules(scene: Scene, rule: str, found: _Explained) -> tuple[str, ...]:
+    return tuple(
+        f"{rule}({pattern!r}, {change})"
+        for change, paths in found.items()
+        for pattern in patterns_of(scene, _sources(scene, paths))
+    )
+
+
+def _plain(scene: Scene) -> list[Path]:
+    """Returns mismatched weights that are one stored leaf each, as it is."""
+    return [path for path in scene.mismatched_weights if isinstance(scene.mismatched[path].recipe, Read)]
+
+
+def _sources(scene: Scene, paths: Iterable[Path]) -> list[Path]:
+    recipes = [scene.mismatched[path].recipe for path in paths]
+    return [recipe.path for recipe in recipes if isinstance(recipe, Read)]
+
+
+def _permutation(stored: Shape, wanted: Shape) -> Permutation | None:
+    """Returns the order of the stored axes that gives the wanted shape; None for none, and for several."""
+    if sorted(stored) != sorted(wanted) or stored == wanted or len(stored) > 6:
+        return None
+    orders = itertools.permutations(range(len(stored)))
+    fitting = [order for order in orders if tuple(stored[axis] for axis in order) == wanted]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _merged(stored: Shape, wanted: Shape) -> Shape | None:
+    """Returns the wanted shape where merging axes, or cutting one, leads there."""
+    long, short = sorted((stored, wanted), key=len, reverse=True)
+    return wanted if len(long) > len(short) > 0 and _merges(long, short) else None
+
+
+def _merges(long: Shape, short: Shape) -> bool:
+    """Tells whether products of neighbouring axes of one shape give the other."""
+    rest = list(long)
+    for size in short:
+        product = 1
+        while rest and (product < size or (product == size and rest[0] == 1 and len(rest) > 1)):
+            product *= rest.pop(0)
+        if product != size:
+            return False
+    return math.prod(rest) == 1
+
+
+def _swapped(scene: Scene, paths: Sequence[Path]) -> tuple[str, ...]:
+    """Returns two names whose weights have each other's shapes throughout."""
+    modules: dict[tuple[Path, object], dict[str, tuple[Shape, Shape]]] = defaultdict(dict)
+    for path in paths:
+        item = scene.mismatched[path]
+        if len(path) < 2 or not isinstance(path[-2], str):
+            return ()
+        modules[path[:-2], path[-1]][path[-2]] = (item.stored_shape, item.wanted.shape)
+    names = {tuple(sorted(shapes)) for shapes in modules.values()}
+    if len(names) != 1 or not all(_crossed(shapes) for shapes in modules.values()):
+        return ()
+    return names.pop()
+
+
+def _crossed(shapes: Mapping[str, tuple[Shape, Shape]]) -> bool:
+    if len(shapes) != 2:
+        return False
+    (stored, wanted), (other_stored, other_wanted) = shapes.values()
+    return stored == other_wanted and wanted == other_stored
+
+
+Siblings = Mapping[str, Path]
+"""Weights of one kind below one parent, by the name of their module."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Join:
+    """How several arrays make one.
+
+    Attributes:
+        whole: The name of the one.
+        parts: The names of the several, in order.
+        leaf: What all of them end in (`kernel`).
+        axis: Along which axis.
+        shape: The shape of the one.
+        shapes: Those of the several.
+    """
+
+    whole: str
+    parts: tuple[str, ...]
+    leaf: str
+    axis: int
+    shape: Shape
+    shapes: tuple[Shape, ...]
+
+
+def find_fused(scene: Scene) -> Iterable[Cause]:
+    """Yields weights that are one array on one side and several on the other."""
+    wanted = _siblings({path: scene.below[path] for path in scene.missing_weights})
+    stored = _siblings({path: scene.stored_below(item) for path, item in scene.free_weights.items()})
+    found: dict[tuple[_Join, str], list[Path]] = defaultdict(list)
+    for place in wanted.keys() & stored.keys():
+        sides = (("checkpoint", stored[place], wanted[place]), ("target", wanted[place], stored[place]))
+        for side, wholes, parts in sides:
+            for join, path in _joins(scene, place[1], wholes, parts):
+                found[join, side] += [path, *(parts[name] for name in join.parts)]
+    for (join, side), paths in found.items():
+        yield _fused_cause(scene, join, side, paths)
+
+
+def _joins(scene: Scene, leaf: str, wholes: Siblings, parts: Siblings) -> Iterable[tuple[_Join, Path]]:
+    for whole, path in wholes.items():
+        names = _spelled(whole, parts) or sorted(parts)
+        shape, shapes = scene.shape(path), tuple(scene.shape(parts[name]) for name in names)
+        axes = [
+            axis
+            for axis in range(len(shape))
+            if _end_to_end(shape, shapes, axis) or _side_by_side(shape, shapes, axis)
+        ]
+        # Along which of two axes, no shape tells.
+        if len(names) > 1 and len(axes) == 1:
+            yield _Join(whole, tuple(names), leaf, axes[0], shape, shapes), path
+
+
+def _siblings(leaves: Mapping[Path, Tokens]) -> Mapping[tuple[Tokens, str], Siblings]:
+    found: dict[tuple[Tokens, str], dict[str, Path]] = defaultdict(dict)
+    for path, tokens in leaves.items():
+        if len(tokens) > 1 and not is_number(tokens[-2]):
+            found[tokens[:-2], tokens[-1]][tokens[-2]] = path
+    return found
+
+
+def _spelled(whole: str, names: Iterable[str]) -> list[str]:
+    """Returns the parts that a name spells, in its order (`qkv`, `gate_up`); empty if it spells none."""
+    every = sorted(names)
+    for beginnings in (whole.split("_"), list(whole)):
+        found = [[name for name in every if name.startswith(part)] for part in beginnings]
+        if len(found) > 1 and all(len(each) == 1 for each in found):
+            return [each[0] for each in found]
+    return []
+
+
+def _end_to_end(whole: Shape, parts: Sequence[Shape], axis: int) -> bool:
+    if any(len(part) != len(whole) for part in parts):
+        return False
+    others = {(*part[:axis], *part[axis + 1 :]) for part in parts}
+    return (
+        others == {(*whole[:axis], *whole[axis + 1 :])} and sum(part[axis] for part in parts) == whole[axis]
+    )
+
+
+def _side_by_side(whole: Shape, parts: Sequence[Shape], axis: int) -> bool:
+    return whole[axis] == len(parts) and set(parts) == {(*whole[:axis], *whole[axis + 1 :])}
+
+
+def _fused_cause(scene: Scene, join: _Join, side: str, paths: Sequence[Path]) -> Fused:
+    lost = [path for path in paths if path in scene.missing]
+    return Fused(
+        paths=(*scene.with_moments(lost), *(path for path in paths if path not in scene.missing)),
+        whole=join.whole,
+        parts=join.parts,
+        side=side,
+        shape=join.shape,
+        part_shape=join.shapes[0],
+        count=len(paths) // (len(join.parts) + 1),
+        rules=_fused_rules(join, side),
+        ordered=bool(_spelled(join.whole, join.parts)),
+    )
+
+
+def _fused_rules(join: _Join, side: str) -> tuple[str, ...]:
+    whole, parts = f"{join.whole}/{join.leaf}", tuple(f"{name}/{join.leaf}" for name in join.parts)
+    part, axis = join.shapes[0], join.axis
+    stacked = len(part) < len(join.shape)
+    if side == "checkpoint":
+        sizes = tuple(shape[axis] for shape in join.shapes) if len(set(join.shapes)) > 1 else None
+        by = f", sizes={sizes}" if sizes else ""
+        split = f"Split({whole!r}, {parts!r}, axis={axis}{by})"
+        return (split, *(f"Reshape({name!r}, {part})" for name in parts if stacked))
+    one = (*part[:axis], 1, *part[axis:])
+    fuse = f"Fuse({parts!r}, {whole!r}, axis={axis})"
+    return (*(f"Reshape({name!r}, {one})" for name in parts if stacked), fuse)

@@ -1,0 +1,431 @@
+"""Layers: another number of them, and single ones absent.
+
+Layers that are stacked on one side only, or numbered from another beginning.
+"""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import ClassVar
+
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Stack, children
+from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
+from orbax_nnx_handler.planning.diagnosis.evidence import Scene, differing_axes, selecting, spell
+from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_seats, seats
+from orbax_nnx_handler.planning.text.folding import ranges
+
+
+def find_layer_counts(scene: Scene) -> Iterable[Cause]:
+    """Yields groups of layers whose number differs, and those with holes."""
+    yield from _flat_groups(scene)
+    yield from _partial_stacks(scene)
+    yield from _surplus(scene)
+    yield from _stacked_groups(scene)
+
+
+def _flat_groups(scene: Scene) -> Iterable[Cause]:
+    """Layers one by one on both sides: the numbers in the paths tell."""
+    groups = _open_groups(scene)
+    if not groups:
+        return
+    below = {path: scene.stored_below(item) for path, item in scene.stored_weights.items()}
+    wanted, stored = _flat_positions(scene.below, groups), _flat_positions(below, groups)
+    for group in wanted:
+        if group in stored:
+            yield from _compare(scene, group, wanted[group], stored[group])
+        else:
+            yield from _unstacked(scene, group, wanted[group])
+
+
+def _unstacked(scene: Scene, group: Group, wanted: "_Positions") -> Iterable[Cause]:
+    """Layers one by one in the target only: those that a stack gives, and those it has not."""
+    paths = [path for each in wanted.values() for path in each]
+    present = {at for at, each in wanted.items() if any(_is_moved(scene, path) for path in each)}
+    absent = {at for at in wanted if all(path in scene.missing for path in wanted[at])}
+    if (
+        present
+        and absent
+        and is_whole(present)
+        and is_whole(present | absent)
+        and len(wanted) == len(present | absent)
+    ):
+        lost = scene.with_moments([path for path in paths if path in scene.missing])
+        yield LayerCount(
+            paths=lost,
+            group=name_of_group(group),
+            stored=len(present),
+            wanted=len(wanted),
+            filters=selecting(scene, lost),
+        )
+
+
+def _is_moved(scene: Scene, path: Path) -> bool:
+    """Tells whether a weight comes out of a stack, or from a layer of another name by a rule."""
+    item = scene.plan.restored.get(path) or scene.plan.mismatched.get(path)
+    if item is None or not isinstance(item.recipe, Read):
+        return item is not None
+    source = scene.stored_weights.get(item.recipe.path)
+    return source is not None and any(seat.rest for seat in flat_seats(scene.stored_below(source)))
+
+
+def _open_groups(scene: Scene) -> set[Group]:
+    """Returns the groups that something missing or unexpected belongs to."""
+    open_ends = [scene.below[path] for path in scene.missing_weights]
+    open_ends += [scene.stored_below(item) for item in scene.free_weights.values()]
+    return {seat.group for tokens in open_ends for seat in flat_seats(tokens)}
+
+
+def _compare(scene: Scene, group: Group, wanted: "_Positions", stored: "_Positions") -> Iterable[Cause]:
+    want, have = wanted.keys(), stored.keys()
+    absent = {at for at in want - have if all(path in scene.missing for path in wanted[at])}
+    extra = {at for at in have - want if all(path in scene.unexpected for path in stored[at])}
+    if not have & want or bool(absent) == bool(extra):
+        return
+    lost = scene.with_moments([path for at in sorted(absent) for path in wanted[at]])
+    more = tuple(path for at in sorted(extra) for path in stored[at])
+    name = name_of_group(group)
+    if is_whole(set(have)) and is_whole(set(want)):
+        kind = _kind((*group.parent, group.name))
+        yield LayerCount(
+            paths=(*lost, *more),
+            group=name,
+            stored=len(have),
+            wanted=len(want),
+            kind=kind,
+            filters=selecting(scene, lost),
+        )
+    elif absent:
+        yield LayersAbsent(paths=lost, group=name, layers=tuple(sorted(absent)), stored=len(have & want))
+
+
+_Positions = Mapping[int, Sequence[Path]]
+"""The leaves of each layer of a group."""
+
+
+def _flat_positions(leaves: Mapping[Path, Tokens], groups: set[Group]) -> Mapping[Group, _Positions]:
+    found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for path, tokens in leaves.items():
+        for seat in flat_seats(tokens):
+            if seat.group in groups:
+                found[seat.group][seat.position].append(path)
+    return found
+
+
+def is_whole(numbers: set[int]) -> bool:
+    """Tells whether numbers count from zero without a gap."""
+    return numbers == set(range(len(numbers)))
+
+
+def _partial_stacks(scene: Scene) -> Iterable[Cause]:
+    """Stacked in the target and one by one on disk: the plan knows which layers are absent."""
+    groups: dict[tuple[str, int, tuple[int, ...]], list[Path]] = defaultdict(list)
+    for path in scene.missing_weights:
+        item = scene.missing[path]
+        stack = _stack_in(item.recipe)
+        if item.layers and stack is not None:
+            groups[_container(scene, path, "stacked"), len(stack.sources), item.layers].append(path)
+    for (group, wanted, layers), paths in groups.items():
+        explained = scene.with_moments(paths)
+        stored = wanted - len(layers)
+        if layers == tuple(range(stored, wanted)):
+            yield LayerCount(
+                paths=explained,
+                group=group,
+                stored=stored,
+                wanted=wanted,
+                filters=selecting(scene, explained),
+            )
+        else:
+            yield LayersAbsent(paths=explained, group=group, layers=layers, stored=stored)
+
+
+def _stack_in(recipe: Recipe | None) -> Stack | None:
+    if recipe is None or isinstance(recipe, Stack):
+        return recipe
+    return next((found for child in children(recipe) if (found := _stack_in(child))), None)
+
+
+def _surplus(scene: Scene) -> Iterable[Cause]:
+    """More layers on disk than in the target, in a group that was rearranged."""
+    groups: dict[tuple[str, int], list[Path]] = defaultdict(list)
+    for path in scene.mismatched_weights:
+        item = scene.mismatched[path]
+        if item.surplus and item.stored_shape == item.wanted.shape:
+            form: Form = "flat" if _stack_in(item.recipe) is None else "stacked"
+            groups[_container(scene, path, form), item.surplus].append(path)
+    for (group, surplus), paths in groups.items():
+        wanted = _wanted_layers(scene, paths)
+        yield LayerCount(paths=scene.with_moments(paths), group=group, stored=wanted + surplus, wanted=wanted)
+
+
+def _wanted_layers(scene: Scene, paths: Sequence[Path]) -> int:
+    stacks = [stack for path in paths if (stack := _stack_in(scene.mismatched[path].recipe)) is not None]
+    if stacks:
+        return len(stacks[0].sources)
+    positions = {seat.position for path in paths for seat in flat_seats(scene.below[path])[:1]}
+    return len(positions)
+
+
+def _container(scene: Scene, path: Path, form: Form) -> str:
+    """Returns the name of the group that a weight's layers belong to, as the target spells it."""
+    groups = [seat.group for seat in seats(scene.below[path]) if seat.form == form]
+    # `layers/wi_0` counts layers and gates: the name of the group tells which is which.
+    named = [group for group in groups if _is_layer_name(group.name)]
+    return name_of_group((named or groups)[0]) if groups else spell(scene.below[path])
+
+
+def _is_layer_name(name: str) -> bool:
+    return any(word in name.lower() for word in ("layer", "block", "stage", "scan"))
+
+
+def _stacked_groups(scene: Scene) -> Iterable[Cause]:
+    """Stacked on both sides: every leaf below one module differs on the same axis, by the same sizes."""
+    for paths in _common_modules(scene).values():
+        changes = {_one_axis(scene, path) for path in paths}
+        ranks = {len(scene.mismatched[path].wanted.shape) for path in paths}
+        change = changes.pop() if len(changes) == 1 else None
+        # Leaves of one rank may share a feature axis; a bias and a kernel share none but the stacked one.
+        if change is None or len(ranks) < 2:
+            continue
+        _, stored, wanted = change
+        module = _shared([scene.below[path][:-1] for path in paths])
+        yield LayerCount(
+            paths=scene.with_moments(paths),
+            group=spell(module),
+            stored=stored,
+            wanted=wanted,
+            kind=_kind(module),
+        )
+
+
+def _shared(modules: Sequence[Tokens]) -> Tokens:
+    """Returns the path that all modules lie below."""
+    first, last = min(modules), max(modules)
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return tuple(token for token, _ in same)
+
+
+def _common_modules(scene: Scene) -> dict[Group, list[Path]]:
+    """Returns the highest modules of which every weight is mismatched."""
+    wrong = set(scene.mismatched_weights)
+    if not wrong:
+        return {}
+    below: dict[Group, list[Path]] = defaultdict(list)
+    for path, tokens in scene.below.items():
+        for seat in seats(tokens):
+            if seat.form == "stacked":
+                below[seat.group].append(path)
+    whole = {group: paths for group, paths in below.items() if len(paths) > 1 and wrong.issuperset(paths)}
+    return {
+        group: paths
+        for group, paths in whole.items()
+        if not any(Group(group.parent[:at], group.parent[at]) in whole for at in range(len(group.parent)))
+    }
+
+
+def _one_axis(scene: Scene, path: Path) -> tuple[int, int, int] | None:
+    """Returns axis, stored and wanted size where a mismatch is on one axis only."""
+    item = scene.mismatched[path]
+    axes = differing_axes(item.stored_shape, item.wanted.shape)
+    return (axes[0], item.stored_shape[axes[0]], item.wanted.shape[axes[0]]) if len(axes) == 1 else None
+
+
+def _kind(module: Sequence[str]) -> str:
+    return "expert" if any("expert" in token.lower() for token in module) else "layer"
+
+
+def name_of_group(group: Group) -> str:
+    """Returns a group as its path is written."""
+    return spell((*group.parent, group.name))
+
+
+def find_scanned(scene: Scene) -> Iterable[Cause]:
+    """Yields groups that are stacked on one side only and were not rearranged."""
+    wanted = {path: scene.below[path] for path in scene.missing_weights}
+    stored = {path: scene.stored_below(item) for path, item in scene.free_weights.items()}
+    for side, stacked, flat in (("checkpoint", stored, wanted), ("target", wanted, stored)):
+        stacks = {
+            (s.group, s.rest): p
+            for p, tokens in stacked.items()
+            for s in seats(tokens)
+            if s.form == "stacked"
+        }
+        found: dict[Group, list[tuple[Path, Path]]] = defaultdict(list)
+        for path, tokens in flat.items():
+            for seat in flat_seats(tokens):
+                if (seat.group, seat.rest) in stacks:
+                    found[seat.group].append((stacks[seat.group, seat.rest], path))
+        for group, pairs in found.items():
+            explained = [path for pair in pairs for path in pair]
+            lost = [path for path in dict.fromkeys(explained) if path in wanted]
+            rest = [path for path in dict.fromkeys(explained) if path not in wanted]
+            yield ScannedOnOneSide(
+                paths=(*scene.with_moments(lost), *rest),
+                group=name_of_group(group),
+                stacked=side,
+                why=_why(scene, *pairs[0]),
+            )
+
+
+def _why(scene: Scene, stacked: Path, flat: Path) -> str:
+    whole, layer = scene.shape(stacked), scene.shape(flat)
+    slices = {(*whole[:axis], *whole[axis + 1 :]) for axis in range(len(whole))}
+    if layer not in slices:
+        return f"{whole} without any one axis is not {layer}"
+    return "the layers of other leaves of the group do not come out"
+
+
+def find_shifted(scene: Scene) -> Iterable[Cause]:
+    """Yields groups of as many layers on both sides that are numbered from another beginning."""
+    if not scene.missing_weights or not scene.free_weights:
+        return
+    wanted = _numbers(scene.below)
+    stored = _numbers({path: scene.stored_below(item) for path, item in scene.stored_weights.items()})
+    for group in wanted.keys() & stored.keys():
+        ours, theirs = wanted[group], stored[group]
+        lost = [path for at in ours.keys() - theirs.keys() for path in ours[at] if path in scene.missing]
+        free = [path for at in theirs.keys() - ours.keys() for path in theirs[at] if path in scene.unexpected]
+        if lost and free and len(ours) == len(theirs) and _is_run(ours) and _is_run(theirs):
+            pattern = _pattern(free[0], group)
+            if pattern:
+                yield LayersShifted(
+                    paths=(*scene.with_moments(lost), *free),
+                    group=name_of_group(group),
+                    pattern=pattern,
+                    stored=min(theirs),
+                    wanted=min(ours),
+                    count=len(ours),
+                )
+
+
+def _numbers(leaves: Mapping[Path, tuple[str, ...]]) -> Mapping[Group, Mapping[int, list[Path]]]:
+    found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for path, tokens in leaves.items():
+        for seat in flat_seats(tokens):
+            found[seat.group][seat.position].append(path)
+    return found
+
+
+def _is_run(numbers: Iterable[int]) -> bool:
+    ordered = sorted(numbers)
+    return ordered == list(range(ordered[0], ordered[0] + len(ordered)))
+
+
+def _pattern(path: Path, group: Group) -> str:
+    """Returns how the checkpoint writes one layer of a group, `layers_{}`; empty for a number alone."""
+    names = [part for part in segments(path) if re.fullmatch(re.escape(group.name) + r"_\d+", part)]
+    return f"{group.name}_{{}}" if names else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCount(Cause):
+    """A group of layers has another length.
+
+    Attributes:
+        group: The group, as its path is written.
+        stored: Layers in the checkpoint.
+        wanted: Layers in the target.
+        kind: What is counted: experts where the path says so.
+    """
+
+    group: str
+    stored: int
+    wanted: int
+    kind: str = "layer"
+    may_begin_anew: ClassVar[bool] = True
+
+    def _cause(self) -> str:
+        stored = counted(self.stored, self.kind)
+        return f"{self.group!r} has {stored} in the checkpoint and {self.wanted} in the target."
+
+    def _way(self) -> str:
+        return f"restore into a model with {counted(self.stored, self.kind)}."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayersAbsent(Cause):
+    """Single layers of a group are not stored, though later ones are.
+
+    Attributes:
+        group: The group.
+        layers: The absent layers.
+        stored: How many are stored.
+    """
+
+    group: str
+    layers: tuple[int, ...]
+    stored: int
+
+    def _cause(self) -> str:
+        return (
+            f"of {self.group!r}, {'layer' if len(self.layers) == 1 else 'layers'} {ranges(self.layers)} "
+            f"{'is' if len(self.layers) == 1 else 'are'} not stored, while "
+            f"{'another is' if self.stored == 1 else f'{self.stored} others are'}: the checkpoint has a hole."
+        )
+
+    def _way(self) -> str:
+        layers = "this layer was" if len(self.layers) == 1 else "these layers were"
+        return f"restore another step, or find out why {layers} not saved."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScannedOnOneSide(Cause):
+    """Layers are stacked on one side only, and could not be rearranged.
+
+    Attributes:
+        group: The group of layers.
+        stacked: The side on which they are stacked.
+        why: Why the rearrangement did not work out.
+    """
+
+    group: str
+    stacked: str
+    why: str
+
+    def _cause(self) -> str:
+        one, other = ("checkpoint", "target") if self.stacked == "checkpoint" else ("target", "checkpoint")
+        return (
+            f"the layers of {self.group!r} are stacked in the {one} and one by one in the {other}; "
+            f"they could not be rearranged, since {self.why}."
+        )
+
+    def _way(self) -> str:
+        return "correct the sizes first: stacking is done by itself once one layer has the wanted shape."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayersShifted(Cause):
+    """The layers of a group are numbered from another beginning.
+
+    Attributes:
+        group: The group, as its path is written.
+        pattern: How the checkpoint writes one layer, with `{}` for its number.
+        stored: The number of the first stored layer.
+        wanted: The number of the first wanted layer.
+        count: Layers on each side.
+    """
+
+    group: str
+    pattern: str
+    stored: int
+    wanted: int
+    count: int
+
+    def _cause(self) -> str:
+        stored, wanted = (f"{first} to {first + self.count - 1}" for first in (self.stored, self.wanted))
+        return (
+            f"the {counted(self.count, 'layer')} of {self.group!r} are numbered {stored} in the checkpoint "
+            f"and {wanted} in the target."
+        )
+
+    def _way(self) -> str:
+        old, new = (
+            self.pattern.replace("{}", f"{{i + {first}}}" if first else "{i}")
+            for first in (self.stored, self.wanted)
+        )
+        return (
+            f'if they are the same layers, pass renames=[(f"{old}", f"{new}") for i in range({self.count})].'
+        )

@@ -1,0 +1,393 @@
+"""Causes that are a matter of names: another model, or the same one under other names.
+
+The renames that lead from stored names to wanted ones, where path and shape leave no choice.
+
+Stored names close to missing ones, where shape or name speak for it.
+
+Whether the two sides are the same model at all, and whether only names differ.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.dtypes import name_of
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
+from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
+from orbax_nnx_handler.planning.diagnosis.evidence import Scene
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.mapping.layers import Group, seats
+from orbax_nnx_handler.planning.target.roles import Wanted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnotherModel(Cause):
+    """The checkpoint and the target have little in common.
+
+    Attributes:
+        weights: Weights of the target.
+        named_alike: How many of them have a stored counterpart by name.
+        shaped_alike: How many of them have a stored leaf of their shape.
+    """
+
+    weights: int
+    named_alike: int
+    shaped_alike: int
+
+    def _cause(self) -> str:
+        return (
+            f"this looks like a checkpoint of another model: it shares {self.named_alike} of the target's "
+            f"{self.weights} names and {self.shaped_alike} of its shapes."
+        )
+
+    def _way(self) -> str:
+        return "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherNames(Cause):
+    """Leaves that are missing and leaves that are unexpected have the same shapes.
+
+    Attributes:
+        count: How many.
+        weights: Missing weights in all.
+        automatic: Names among the stored ones that Linen gave (`Dense_0`).
+        renames: The rules that explain all of them, if path and shape leave no choice.
+    """
+
+    count: int
+    weights: int
+    automatic: tuple[str, ...]
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def _cause(self) -> str:
+        found = f"{self._each} an unexpected stored leaf of the same shape and dtype"
+        if self.automatic:
+            names = ", ".join(self.automatic[:_NAMES]) + (", ..." if len(self.automatic) > _NAMES else "")
+            return f"{found}; the stored ones carry names that Linen gave ({names})."
+        return f"{found}: only names differ."
+
+    @property
+    def _each(self) -> str:
+        if self.weights == 1:
+            return "for the missing weight there is"
+        if self.count == self.weights:
+            return f"for each of the {self.weights} missing weights there is"
+        return f"for {self.count} of the {self.weights} missing weights there is"
+
+    def _way(self) -> str:
+        if self.renames:
+            return f"if they are the same, pass renames={list(self.renames)!r}."
+        return "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes renames to check and paste."
+
+
+_NAMES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherGroup(Cause):
+    """A group of layers, or a module, is stored with the same contents under another name.
+
+    Attributes:
+        stored: Its name in the checkpoint.
+        wanted: Its name in the target.
+        count: The different weights that both hold.
+        rename: The rule that leads from one to the other.
+    """
+
+    stored: str
+    wanted: str
+    count: int
+    rename: tuple[str, str]
+
+    def _cause(self) -> str:
+        return (
+            f"the stored {self.stored!r} holds the same {counted(self.count, 'weight')}, by name, as the "
+            f"wanted {self.wanted!r}, which is not stored."
+        )
+
+    def _way(self) -> str:
+        return f"if they are the same, pass renames=[{self.rename!r}]."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoWeights(Cause):
+    """The checkpoint holds no weight at all.
+
+    Attributes:
+        stored: What it holds instead, folded.
+    """
+
+    stored: str
+
+    def _cause(self) -> str:
+        held = f"all it holds is {self.stored}" if self.stored else "it is empty"
+        return f"the checkpoint holds no weights: {held}."
+
+    def _way(self) -> str:
+        return "look for another item or step: `orbax-nnx tree CHECKPOINT` lists them."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutGiven(Cause):
+    """The checkpoint was read under a layout that it does not have.
+
+    Attributes:
+        given: The layout that was asked for.
+        found: Those that it looks like.
+    """
+
+    given: str
+    found: tuple[str, ...]
+
+    def _cause(self) -> str:
+        return (
+            f"the checkpoint was read as {self.given}, as layout=... asks, but has not the form of one: "
+            f"it looks like {' or '.join(self.found)}."
+        )
+
+    def _way(self) -> str:
+        return "leave layout=... out: it is found out from the metadata."
+
+
+_MOST = 6
+"""More renames than this are a matter for `suggest`."""
+
+Change = tuple[str, str]
+"""One name in the checkpoint and in the target."""
+
+
+def renames(scene: Scene, wanted: Sequence[Path], stored: Sequence[Path]) -> tuple[Change, ...]:
+    """Returns the renames of single names that explain all these leaves; none if there is a choice.
+
+    Every wanted leaf has to have just one stored leaf of its shape whose path is
+    its own but for one name, and the same name has to change everywhere.
+    """
+    sources = {path: scene.stored_below(scene.free_weights[path]) for path in stored}
+    places: dict[tuple[Tokens, int, Shape, str], set[str]] = defaultdict(set)
+    for path, tokens in sources.items():
+        leaf = scene.free_weights[path].leaf
+        for at, name in enumerate(tokens):
+            if not is_number(name):
+                places[_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)].add(name)
+    changes: set[Change] = set()
+    for path in wanted:
+        found = _changes(scene, path, places)
+        if len(found) != 1:
+            return ()
+        changes |= found
+    return tuple(sorted(changes)) if _is_safe(scene, changes, sources) else ()
+
+
+def _changes(
+    scene: Scene, path: Path, places: Mapping[tuple[Tokens, int, Shape, str], set[str]]
+) -> set[Change]:
+    tokens, leaf = scene.below[path], scene.plan.evidence.wanted[path].leaf
+    found: set[Change] = set()
+    for at, new in enumerate(tokens):
+        old = places.get((_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)), set[str]())
+        found |= {(name, new) for name in old if not is_number(new)}
+    return found
+
+
+def _without(tokens: Tokens, at: int) -> Tokens:
+    return (*tokens[:at], *tokens[at + 1 :])
+
+
+def _is_safe(scene: Scene, changes: set[Change], sources: Mapping[Path, Tokens]) -> bool:
+    """Tells whether the renames are few, single-valued, and touch nothing that is restored already."""
+    old, new = ({change[side] for change in changes} for side in (0, 1))
+    if not 0 < len(changes) <= _MOST or len(old) != len(changes) or len(new) != len(changes):
+        return False
+    others = [scene.stored_below(i) for path, i in scene.stored_weights.items() if path not in sources]
+    return not any(name in old for tokens in others for name in tokens)
+
+
+_GROUPS = 24
+_CANDIDATES = 400
+
+
+def nearest(
+    missing: Iterable[Wanted], unexpected: Iterable[Placement]
+) -> list[tuple[WantedLeaf, StoredLeaf]]:
+    """Returns missing leaves, one of each layer group, with the closest unexpected leaf of the same part.
+
+    A leaf is close where it has the same shape, or the same last name and most
+    of the path. A scalar has the shape of any other: its name has to be the same.
+    No stored leaf is the closest of two.
+    """
+    by_shape: dict[object, list[StoredLeaf]] = defaultdict(list)
+    by_name: dict[object, list[StoredLeaf]] = defaultdict(list)
+    for item in unexpected:
+        if item.leaf.shape:
+            by_shape[item.section, item.leaf.shape].append(item.leaf)
+        by_name[item.section, _last(item.leaf)].append(item.leaf)
+    pairs: list[tuple[WantedLeaf, StoredLeaf]] = []
+    taken: set[int] = set()
+    for item in _one_of_each_group(missing):
+        leaf = item.leaf
+        close = _closest(leaf, by_shape[item.role, leaf.shape], 0.3, taken) or _closest(
+            leaf, by_name[item.role, _last(leaf)], 0.6, taken
+        )
+        if close is not None:
+            pairs.append((leaf, close))
+            taken.add(id(close))
+    return pairs
+
+
+def _last(leaf: WantedLeaf | StoredLeaf) -> str:
+    keys = [key for key in leaf.path if str(key) != "value"]
+    return str(keys[-1]) if keys else ""
+
+
+def _one_of_each_group(leaves: Iterable[Wanted]) -> list[Wanted]:
+    found: dict[tuple[str, ...], Wanted] = {}
+    for item in leaves:
+        names = tuple(token for token in canonical(item.leaf.path) if not is_number(token))
+        found.setdefault(names, item)
+        if len(found) > _GROUPS:
+            break
+    return list(found.values())
+
+
+def _closest(
+    leaf: WantedLeaf, candidates: Sequence[StoredLeaf], cutoff: float, taken: set[int]
+) -> StoredLeaf | None:
+    names = {render(other.path): other for other in candidates[:_CANDIDATES] if id(other) not in taken}
+    close = _most_alike(render(leaf.path), names, cutoff)
+    return names[close] if close is not None else None
+
+
+def _most_alike(name: str, others: Iterable[str], cutoff: float) -> str | None:
+    """Returns what `difflib.get_close_matches` puts first, without working out what cannot be it."""
+    best: tuple[float, str] | None = None
+    matcher = difflib.SequenceMatcher[str](b=name)
+    for other in others:
+        least = cutoff if best is None else best[0]
+        matcher.set_seq1(other)
+        # Upper bounds of the ratio, each dearer and closer than the one before.
+        if matcher.real_quick_ratio() < least or matcher.quick_ratio() < least:
+            continue
+        ratio = matcher.ratio()
+        if ratio >= least and (best is None or (ratio, other) > best):
+            best = (ratio, other)
+    return None if best is None else best[1]
+
+
+_FEW = 0.25
+_MOST_ALIKE = 0.75
+_AUTOMATIC = re.compile(r"[A-Z]\w*_\d+")
+"""A name that Linen gives: the class's own and a count (`flax.linen.Module`)."""
+
+
+_Contents = Mapping[Group, Mapping[Tokens, list[Path]]]
+"""The leaves of each group by their path below one layer."""
+
+
+def find_another_model(scene: Scene) -> Iterable[Cause]:
+    """Yields the verdict that a checkpoint is another model's: neither names nor shapes agree."""
+    weights = scene.weights
+    if len(weights) < 4 or not scene.stored_weights or not scene.missing_weights:
+        return
+    met = sum(path not in scene.plan.missing for path in weights)
+    if met > _FEW * len(weights):
+        return
+    stored_names = {_ending(scene.stored_below(item)) for item in scene.stored_weights.values()}
+    named = max(met, sum(_ending(tokens) in stored_names for tokens in scene.below.values()))
+    shapes = Counter(item.leaf.shape for item in weights.values())
+    shaped = (shapes & Counter(item.leaf.shape for item in scene.stored_weights.values())).total()
+    if named <= _FEW * len(weights) and shaped <= _FEW * len(weights):
+        yield AnotherModel(
+            paths=scene.with_moments(scene.missing_weights),
+            weights=len(weights),
+            named_alike=named,
+            shaped_alike=shaped,
+        )
+
+
+def find_other_groups(scene: Scene) -> Iterable[Cause]:
+    """Yields the verdict that a group of layers, or a module, has another name and the same contents."""
+    wanted = _contents({path: scene.below[path] for path in scene.missing_weights})
+    stored = _contents({path: scene.stored_below(item) for path, item in scene.free_weights.items()})
+    # Two are enough to know that it is not clear.
+    pairs = list(itertools.islice(_like_groups(wanted, stored), 2))
+    if len(pairs) != 1:
+        return
+    (left, right) = pairs[0]
+    lost = [path for paths in wanted[left].values() for path in paths]
+    sources = [path for paths in stored[right].values() for path in paths]
+    yield OtherGroup(
+        paths=(*scene.with_moments(lost), *sources),
+        stored=right.name,
+        wanted=left.name,
+        count=len(wanted[left]),
+        rename=_group_rename(left.name, right.name, sources),
+    )
+
+
+def _like_groups(wanted: _Contents, stored: _Contents) -> Iterable[tuple[Group, Group]]:
+    """Yields groups under one parent that have another name and hold the same leaves."""
+    # Looked up by what they hold: of 20,000 modules on either side, each pair would be 400 million.
+    alike: dict[tuple[Tokens, frozenset[Tokens]], list[Group]] = defaultdict(list)
+    for group, leaves in stored.items():
+        alike[group.parent, frozenset(leaves)].append(group)
+    for left, leaves in wanted.items():
+        # One weight alone proves nothing: many modules hold just a `kernel`.
+        if len(leaves) > 1:
+            for right in alike.get((left.parent, frozenset(leaves)), ()):
+                if left.name != right.name:
+                    yield left, right
+
+
+def _group_rename(wanted: str, stored: str, sources: Sequence[Path]) -> tuple[str, str]:
+    """Returns the rule that renames a group: layers one by one carry their number in the name."""
+    names = {part for path in sources for part in segments(path)}
+    if stored in names:
+        return stored, wanted
+    return f"{stored}_{{i}}", f"{wanted}_{{i}}"
+
+
+def _contents(leaves: Mapping[Path, Tokens]) -> _Contents:
+    found: dict[Group, dict[Tokens, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for path, tokens in leaves.items():
+        for seat in seats(tokens):
+            if seat.form in ("flat", "stacked") and seat.rest:
+                found[seat.group][seat.rest].append(path)
+    return found
+
+
+def find_other_names(scene: Scene) -> Iterable[Cause]:
+    """Yields the verdict that the missing weights are stored under other names."""
+    missing, free = scene.missing_weights, scene.free_weights
+    if not missing or not free:
+        return
+    wanted = Counter(_look(scene.missing[path].wanted) for path in missing)
+    stored = Counter(_look(item.leaf) for item in free.values())
+    alike = wanted & stored
+    # Scalars and small vectors agree by chance; most of the weights have to, matrices among them.
+    has_matrix = any(len(shape) > 1 for shape, _ in alike) or not any(len(shape) > 1 for shape, _ in wanted)
+    if alike.total() < _MOST_ALIKE * len(missing) or not has_matrix:
+        return
+    explained = [path for path in missing if _look(scene.missing[path].wanted) in alike]
+    sources = [path for path, item in free.items() if _look(item.leaf) in alike]
+    names = {part for path in sources for part in segments(path) if _AUTOMATIC.fullmatch(part)}
+    yield OtherNames(
+        paths=(*scene.with_moments(explained), *sources),
+        count=alike.total(),
+        weights=len(missing),
+        automatic=tuple(sorted(names)),
+        renames=renames(scene, explained, sources),
+    )
+
+
+def _look(leaf: WantedLeaf | StoredLeaf) -> tuple[tuple[int, ...], str]:
+    return leaf.shape, name_of(leaf.dtype)
+
+
+def _ending(tokens: Tokens) -> Tokens:
+    # Module and weight: a parent of another name, or layers arranged otherwise, is the same model still.
+    return tuple(token for token in tokens if not is_number(token))[-2:]

@@ -1,0 +1,369 @@
+"""Causes that are a matter of size: layers, dimensions, and how layers are arranged.
+
+What a dimension is: told by the places it stands at, never by its size.
+
+One dimension behind many mismatches.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+
+from orbax_nnx_handler.planning.core.paths import Path, render, segments
+from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, listed
+from orbax_nnx_handler.planning.diagnosis.evidence import Scene, differing_axes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DimensionDiffers(Cause):
+    """One dimension explains several mismatches.
+
+    Attributes:
+        pairs: The dimension in the checkpoint and in the target; several that
+            share one ratio.
+        ratio: Target over checkpoint, as text (`2`, `1/2`).
+        count: Mismatched weights that have the dimension.
+        mismatches: Mismatched weights in all.
+        alone: Whether the weights that have it differ in nothing else.
+        name: What the dimension is, where the places it stands at tell; or empty.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    ratio: str
+    count: int
+    mismatches: int
+    alone: bool = True
+    name: str = ""
+
+    def _cause(self) -> str:
+        ratio = f" (ratio {self.ratio})" if self.ratio else ""
+        return f"{self._what}{ratio}. This {'explains' if self.alone else 'shows in'} {self._share}."
+
+    @property
+    def _what(self) -> str:
+        if len(self.pairs) == 1:
+            stored, wanted = self.pairs[0]
+            return f"{self.name or 'a dimension'} differs: {stored} stored, {wanted} wanted"
+        sizes = [f"{stored} stored for {wanted} wanted" for stored, wanted in self.pairs]
+        return f"{self.name or 'the width of the model'} differs: {listed(sizes)}"
+
+    @property
+    def _share(self) -> str:
+        return share(self.count, self.mismatches, "mismatched weight")
+
+    def _way(self) -> str:
+        return SIZES
+
+
+SIZES = "build the target with the stored sizes; a weight is never cut or padded."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadsDivided(Cause):
+    """The same features are divided among another number of heads.
+
+    Attributes:
+        stored: Heads and size of one in the checkpoint.
+        wanted: Heads and size of one in the target.
+        count: Mismatched weights that it explains.
+        mismatches: Mismatched weights in all.
+    """
+
+    stored: tuple[int, int]
+    wanted: tuple[int, int]
+    count: int
+    mismatches: int
+
+    def _cause(self) -> str:
+        stored, wanted = (f"{counted(heads, 'head')} of {size}" for heads, size in (self.stored, self.wanted))
+        return (
+            f"the division into heads differs: {stored} stored, {wanted} wanted. "
+            f"This explains {share(self.count, self.mismatches, 'mismatched weight')}."
+        )
+
+    def _way(self) -> str:
+        return SIZES
+
+
+def share(count: int, total: int, noun: str) -> str:
+    """Returns a part of a whole in words: `the only mismatch`, `both`, `all 19`, `4 of the 19`."""
+    if total == 1:
+        return f"the {noun}"
+    if count == total:
+        return f"both {noun}s" if total == 2 else f"all {total} {noun}s"
+    return f"{count} of the {total} {noun}s"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherOutput(Cause):
+    """One module has another number of outputs, and nothing else differs with it: a head.
+
+    Attributes:
+        module: The module in the target, as its path is written.
+        key: Its own name.
+        pattern: Its stored path below the collection; empty where it is made from several.
+        stored: The stored number of outputs.
+        wanted: The wanted number.
+    """
+
+    module: str
+    key: str
+    pattern: str
+    stored: int
+    wanted: int
+
+    def _cause(self) -> str:
+        stored = counted(self.stored, "output")
+        return f"{self.module!r} has {stored} in the checkpoint and {self.wanted} in the target."
+
+    def _way(self) -> str:
+        same = f"build the target with {self.stored}"
+        if not self.pattern:
+            return f"{same}; a weight is never cut or padded."
+        return (
+            f"{same}; or leave the stored one behind and begin a new one, with "
+            f"renames=[Drop({self.pattern!r}, 'a new head')] and "
+            f'policy={{nnx.PathContains("{self.key}"): "init", ...: "error"}}; '
+            "an abstract target needs init=..., a function that builds it, as well."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """One axis of one weight on which the two sides differ.
+
+    Attributes:
+        path: The wanted weight.
+        axis: The axis.
+        rank: How many axes it has.
+        stored: The stored size.
+        wanted: The wanted size.
+    """
+
+    path: Path
+    axis: int
+    rank: int
+    stored: int
+    wanted: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The path's names in lower case."""
+        return tuple(part.lower() for part in segments(self.path))
+
+    @property
+    def module(self) -> str:
+        """The name of the module that has the weight."""
+        return self.names[-2] if len(self.names) > 1 else ""
+
+
+def name_of(places: Sequence[Place], most: int) -> str:
+    """Returns what a dimension is, or an empty text.
+
+    Args:
+        places: Where it stands.
+        most: In how many weights the size of the whole model would differ.
+    """
+    for name, is_it in _NAMES:
+        if all(is_it(place) for place in places):
+            return name
+    embeds = any(_embeds(place) for place in places)
+    if embeds and all(_is_vocabulary(place) for place in places):
+        return "the vocabulary"
+    return "the hidden size" if len({place.path for place in places}) >= max(most, 3) else ""
+
+
+def output_module(places: Sequence[Place]) -> Path | None:
+    """Returns the one module of which only the output differs in size; None if it is not that."""
+    modules = {place.path[:-1] for place in places}
+    is_last = all(place.axis == place.rank - 1 for place in places)
+    return modules.pop() if len(modules) == 1 and is_last and places[0].path[:-1] else None
+
+
+def modules_of(places: Sequence[Place]) -> str:
+    """Returns where a dimension stands that has no name of its own: `a dimension of down and up`."""
+    modules = {names[-2] for place in places if len(names := segments(place.path)) > 1}
+    return f"a dimension of {listed(sorted(modules))}" if 0 < len(modules) <= _FEW else ""
+
+
+_FEW = 3
+
+
+def is_attention(path: Path) -> bool:
+    """Tells from its path whether a weight is an attention's."""
+    words = ("query", "key", "value", "attention", "attn")
+    return any(any(word in part.lower() for word in words) for part in segments(path)[:-1])
+
+
+def _is_experts(place: Place) -> bool:
+    if any("router" in part for part in place.names) or place.module == "gate":
+        return place.axis == place.rank - 1
+    # Axis 1 where the layers are stacked before the experts.
+    return any("expert" in part or "moe" in part for part in place.names) and place.axis < min(
+        2, place.rank - 1
+    )
+
+
+def _is_positions(place: Place) -> bool:
+    return any("pos" in part for part in place.names) and place.axis == place.rank - 2
+
+
+def _embeds(place: Place) -> bool:
+    return any("embed" in part for part in place.names) and not any("pos" in part for part in place.names)
+
+
+def _is_vocabulary(place: Place) -> bool:
+    """Embeddings have the vocabulary first, output layers last."""
+    is_output = any(word in part for part in place.names for word in ("head", "logits", "output"))
+    return place.axis == 0 if _embeds(place) else is_output and place.axis == place.rank - 1
+
+
+def _is_out(place: Place) -> bool:
+    return any(part in ("out", "o", "o_proj", "output", "attn_vec_einsum") for part in place.names[-2:])
+
+
+def _is_heads(place: Place) -> bool:
+    """Queries, keys and values have heads and head size last; the way out has them first."""
+    if not is_attention(place.path) or place.rank < 2:
+        return False
+    return place.rank > 2 and place.axis < place.rank - 2 if _is_out(place) else place.axis == place.rank - 2
+
+
+def _is_shared_heads(place: Place) -> bool:
+    return _is_heads(place) and any(part in ("key", "value", "k", "v", "kv") for part in place.names[-2:])
+
+
+def _is_head_size(place: Place) -> bool:
+    if not is_attention(place.path) or place.rank < 2:
+        return False
+    return place.rank > 2 and place.axis == place.rank - (2 if _is_out(place) else 1)
+
+
+_NAMES: Iterable[tuple[str, Callable[[Place], bool]]] = (
+    ("the number of experts", _is_experts),
+    ("the number of positions", _is_positions),
+    ("the number of key and value heads", _is_shared_heads),
+    ("the number of heads", _is_heads),
+    ("the size of a head", _is_head_size),
+)
+
+
+Pair = tuple[int, int]
+"""A size in the checkpoint and in the target."""
+
+
+def find_heads(scene: Scene) -> Iterable[Cause]:
+    """Yields the verdict that the same features are divided among another number of heads."""
+    divided: dict[tuple[Pair, ...], list[Path]] = defaultdict(list)
+    for path in scene.mismatched_weights:
+        item = scene.mismatched[path]
+        pairs = tuple((place.stored, place.wanted) for place in _places(scene, path))
+        same_size = math.prod(item.stored_shape) == math.prod(item.wanted.shape)
+        if len(pairs) == 2 and same_size and is_attention(path):
+            divided[pairs].append(path)
+    if len(divided) == 1:
+        ((heads, size), paths) = divided.popitem()
+        yield HeadsDivided(
+            paths=scene.with_moments(paths),
+            stored=(heads[0], size[0]),
+            wanted=(heads[1], size[1]),
+            count=len(paths),
+            mismatches=len(scene.mismatched_weights),
+        )
+
+
+def find_dimensions(scene: Scene) -> Iterable[Cause]:
+    """Yields the dimensions that explain the mismatched shapes: few of them, or none."""
+    places: dict[Pair, list[Place]] = defaultdict(list)
+    for path in scene.mismatched_weights:
+        for place in _places(scene, path):
+            places[place.stored, place.wanted].append(place)
+    most = _most(scene)
+    named = {pair: name_of(found, most) for pair, found in places.items()}
+    widths = [pair for pair in places if named[pair] not in _NO_WIDTH and output_module(places[pair]) is None]
+    if _one_width(widths, places, most):
+        yield _cause(scene, sorted(widths), places, "")
+        places = {pair: found for pair, found in places.items() if pair not in widths}
+    outputs = {pair: output_module(found) for pair, found in places.items() if not named[pair]}
+    # A model has one head; where several modules differ so, it is not a head that differs.
+    heads = {pair: module for pair, module in outputs.items() if module is not None}
+    for pair, found in sorted(places.items(), key=lambda item: -len(_paths(item[1]))):
+        if pair in heads and len(heads) == 1:
+            yield _output(scene, pair, found, heads[pair])
+        # A size that stands in one weight explains nothing: its row says as much.
+        elif named[pair] or len(_paths(found)) > 1:
+            yield _cause(scene, [pair], places, named[pair] or modules_of(found))
+
+
+_NO_WIDTH = ("the vocabulary", "the number of positions", "the number of experts")
+
+
+def _places(scene: Scene, path: Path) -> list[Place]:
+    item = scene.mismatched[path]
+    stored, wanted = item.stored_shape, item.wanted.shape
+    return [
+        Place(path=path, axis=axis, rank=len(wanted), stored=stored[axis], wanted=wanted[axis])
+        for axis in differing_axes(stored, wanted)
+    ]
+
+
+def _paths(places: Iterable[Place]) -> list[Path]:
+    return list(dict.fromkeys(place.path for place in places))
+
+
+def _most(scene: Scene) -> int:
+    """Returns how many weights a dimension must differ in to be that of the whole model."""
+    compared = [
+        path for path in scene.weights if path in scene.plan.restored or path in scene.plan.mismatched
+    ]
+    return len(compared) // 2 + 1
+
+
+def _one_width(pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], most: int) -> bool:
+    """Tells whether several sizes grow together: by one ratio, and in most of the model.
+
+    Two sizes that happen to double, each in a few weights, are two differences.
+    """
+    paths = {place.path for pair in pairs for place in places[pair]}
+    ratios = {Fraction(wanted, stored) for stored, wanted in pairs if stored}
+    return len(pairs) > 1 and len(ratios) == 1 and all(stored for stored, _ in pairs) and len(paths) >= most
+
+
+def _cause(
+    scene: Scene, pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], name: str
+) -> DimensionDiffers:
+    paths = _paths(place for pair in pairs for place in places[pair])
+    return DimensionDiffers(
+        paths=scene.with_moments(paths),
+        pairs=tuple(pairs),
+        ratio=_ratio(pairs[0]),
+        count=len(paths),
+        mismatches=len(scene.mismatched_weights),
+        alone=all((p.stored, p.wanted) in pairs for path in paths for p in _places(scene, path)),
+        name=name,
+    )
+
+
+def _ratio(pair: Pair) -> str:
+    """Returns wanted over stored where it tells something: 32000 padded to 32128 has no telling ratio."""
+    if not pair[0]:
+        return ""
+    ratio = Fraction(pair[1], pair[0])
+    return str(ratio) if max(ratio.numerator, ratio.denominator) <= 64 else ""
+
+
+def _output(scene: Scene, pair: Pair, places: Sequence[Place], module: Path) -> OtherOutput:
+    paths = _paths(places)
+    recipe = scene.mismatched[paths[0]].recipe
+    source = scene.stored_weights.get(recipe.path) if isinstance(recipe, Read) else None
+    return OtherOutput(
+        paths=scene.with_moments(paths),
+        module=render(module),
+        key=str(module[-1]),
+        pattern=render(source.path[:-1]) if source is not None and len(source.path) > 1 else "",
+        stored=pair[0],
+        wanted=pair[1],
+    )

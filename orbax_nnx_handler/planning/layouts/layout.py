@@ -1,0 +1,69 @@
+"""What each stored leaf is, in the words of a Linen program."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path
+
+Stored = Mapping[Path, StoredLeaf]
+"""All stored leaves of a checkpoint, by path."""
+
+Section = Literal["model", "optimizer", "step", "aux", "other"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One stored leaf and the part of a train state it belongs to.
+
+    Attributes:
+        leaf: The stored leaf.
+        section: `model` (a variable of a collection), `optimizer`, `step`, `aux`
+            (an NNX leftover under `nnx_aux`, or a random key that the program
+            kept), or `other` (a dataset position, metadata: never wanted).
+        path: Keys within the collection, within the optimizer state, or within
+            the NNX module for `aux`.
+        collection: The Linen collection of a model leaf; None where the layout
+            keeps no collections apart (an `nnx.State`, a pure dict).
+        slot: The optimizer slot (`("0", "mu")`) where the layout itself tells
+            slot and parameter apart (T5X keeps the slot last); None where the
+            planner finds it by comparing with the parameters, as optax needs.
+            On a `step`, `("count",)` where the optimizers keep no count of their own.
+    """
+
+    leaf: StoredLeaf
+    section: Section
+    path: Path
+    collection: str | None = None
+    slot: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one family of programs arranges a checkpoint.
+
+    Attributes:
+        name: The value of the argument `layout=`.
+        title: The name in messages ("MaxText").
+        fits: Tells from paths, shapes and dtypes whether a tree can be read so.
+        place: Reads the tree; gives every stored leaf exactly one placement.
+        keys: The keys by which it tells the parts of a checkpoint. A model may have a
+            module of that name, and then the tree may be meant as it is.
+    """
+
+    name: str
+    title: str
+    fits: Callable[[Stored], bool]
+    place: Callable[[Stored], tuple[Placement, ...]]
+    keys: frozenset[str] = frozenset()
+
+
+def tops(stored: Stored) -> set[str]:
+    """Returns the first keys of a tree, as strings."""
+    return {str(path[0]) for path in stored if path}
+
+
+def has_subtree(stored: Stored, key: str) -> bool:
+    """Tells whether a first key holds a subtree rather than one leaf."""
+    return any(len(path) > 1 and path[0] == key for path in stored)

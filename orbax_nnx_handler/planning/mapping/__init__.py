@@ -1,0 +1,1 @@
+"""Which stored leaf becomes which wanted one."""

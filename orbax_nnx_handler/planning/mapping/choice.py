@@ -1,0 +1,241 @@
+"""Mappings with two possible readings, as errors that show both.
+
+Which of the possible readings of a stored tree a restore goes by.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.errors import (
+    AmbiguousMappingError,
+    RestoreError,
+    RuleError,
+    UnusedRuleError,
+)
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
+from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.mapping.arrange import UnclearOrder
+from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
+from orbax_nnx_handler.planning.mapping.matches import Rivals
+from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.rules import ScanAxis
+from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
+
+
+def two_layouts(first: LeafMapping, second: LeafMapping) -> AmbiguousMappingError:
+    """Returns the error for a tree that two layouts read differently, equally well."""
+    paths = [path for path in first.found if second.found.get(path) != first.found[path]]
+    rows = [
+        f"  {render(path)}  <-  {_source(first, path)}  or  {_source(second, path)}" for path in paths[:10]
+    ]
+    return AmbiguousMappingError(
+        f"the checkpoint can be read as {first.layout.title} or as {second.layout.title}, "
+        f"and {_leaves(len(paths))} would differ:\n" + "\n".join(rows) + "\n"
+        f"hint: pass layout={first.layout.name!r} or layout={second.layout.name!r}.",
+        paths=paths,
+    )
+
+
+def _leaves(count: int, kind: str = "") -> str:
+    return f"1 {kind}leaf" if count == 1 else f"{count} {kind}leaves"
+
+
+def _source(mapping: LeafMapping, path: Path) -> str:
+    found = mapping.found.get(path)
+    return render_reads(found.recipe) if found else "(missing)"
+
+
+def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
+    """Yields what is wrong with a mapping itself, whatever the policy."""
+    if mapping.rivals:
+        yield _rivals(mapping.rivals)
+    for group in mapping.unclear:
+        yield (
+            _unclear_order(group)
+            if isinstance(group, UnclearOrder)
+            else _unclear(group, mapping.applied.axes)
+        )
+    idle = _idle_rules(mapping)
+    if idle is not None:
+        yield idle
+    shared = _read_twice(mapping)
+    if shared:
+        yield _shared_weights(shared)
+
+
+def _read_twice(mapping: LeafMapping) -> dict[Path, list[Path]]:
+    """Returns the stored weights that several wanted leaves would be: `layers_0` and `layers/0`, say.
+
+    A tied weight is one leaf of an NNX state, so two leaves are never one weight.
+    """
+    read = [found.recipe.path for found in mapping.found.values() if isinstance(found.recipe, Read)]
+    if len(set(read)) == len(read):
+        return {}
+    weights = {placement.leaf.path for placement in mapping.placements if placement.section == "model"}
+    users: dict[Path, list[Path]] = defaultdict(list)
+    for path, found in mapping.found.items():
+        if isinstance(found.recipe, Read) and found.recipe.path in weights:
+            users[found.recipe.path].append(path)
+    return {source: paths for source, paths in users.items() if len(paths) > 1}
+
+
+def _shared_weights(shared: Mapping[Path, Sequence[Path]]) -> AmbiguousMappingError:
+    rows = [f"  {render(source)}  ->  {', '.join(map(render, paths))}" for source, paths in shared.items()]
+    return AmbiguousMappingError(
+        f"{_leaves(len(shared), 'stored ')} would become several wanted leaves each:\n"
+        + "\n".join(rows)
+        + "\n"
+        "hint: renames=[...] decides: say which wanted leaf each stored leaf is.",
+        paths=[path for paths in shared.values() for path in paths],
+    )
+
+
+def _rivals(rivals: tuple[Rivals, ...]) -> AmbiguousMappingError:
+    rows: list[str] = []
+    for rival in rivals:
+        rows.append(f"  {render(rival.wanted.leaf.path)}")
+        for entry in rival.entries:
+            rule = f"  by {entry.reason}" if entry.reason else ""
+            rows.append(f"    <- {render_reads(entry.recipe)} {entry.shape}{rule}")
+    return AmbiguousMappingError(
+        f"{_leaves(len(rivals), 'wanted ')} {'is' if len(rivals) == 1 else 'are'} claimed by several stored "
+        "leaves:\n" + "\n".join(rows) + "\n"
+        f"hint: {_one_left_behind(rivals[0])}",
+        paths=[rival.wanted.leaf.path for rival in rivals],
+    )
+
+
+def _one_left_behind(rival: Rivals) -> str:
+    """Returns the way out: no name is free for the one that loses, so it has to be dropped."""
+    own = [entry for entry in rival.entries if not entry.reason]
+    if not own:
+        return "take out the rule that brings the leaf which is not meant."
+    pattern = "/".join(own[0].segments)
+    return (
+        f"pass renames=[Drop({pattern!r}, 'why'), ...] in front of the other rules to leave the stored one "
+        "behind, or take out the rule that brings the other."
+    )
+
+
+def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
+    name = "/".join((*group.group.parent, group.group.name)).replace("/#", "_")
+    if not group.axes:
+        listed = "\n".join(f"  {rule}" for rule in rules)
+        return RuleError(
+            f"the layers of {name!r} cannot be stacked on the axis that a rule says: the shapes of its "
+            f"{len(group.tokens)} wanted leaves do not come out.\n{listed}",
+            paths=group.paths,
+        )
+    axes = " or ".join(map(str, group.axes))
+    return AmbiguousMappingError(
+        f"the layers of {name!r} can be stacked on axis {axes}: the shapes of its "
+        f"{_leaves(len(group.tokens), 'wanted ')} fit each of them.\n"
+        "hint: renames=[ScanAxis(" + repr(name) + f", {group.axes[0]})] says which axis.",
+        paths=group.paths,
+    )
+
+
+def _unclear_order(order: UnclearOrder) -> AmbiguousMappingError:
+    module = "/".join(order.parent).replace("/#", "_") or "the model"
+    names = "\n".join(f"  {name}".replace("/#", "_") for name in order.names)
+    return AmbiguousMappingError(
+        f"the layers of {module!r} can follow each other in several orders: the shapes of its "
+        f"{_leaves(len(order.tokens), 'wanted ')} fit each of them.\n{names}\n"
+        "hint: renames=[...] decides: UnstackLayers takes a stack apart or StackLayers makes one, "
+        "and a pair of names gives a layer its number.",
+        paths=order.paths,
+    )
+
+
+def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
+    """Returns the error for rules whose every result is no wanted leaf."""
+    if not mapping.applied.made:
+        return None
+    # A rule whose result is contested does lead somewhere; that it does so is the other error.
+    used = mapping.used() | {path for rival in mapping.rivals for e in rival.entries for path in e.sources}
+    idle = [
+        (rule, entries[0])
+        for rule, entries in mapping.applied.made
+        if entries and not any(path in used for entry in entries for path in reads(entry.recipe))
+    ]
+    if not idle:
+        return None
+    rows = [
+        f"  {rule}: {render_reads(entry.recipe)} becomes {'/'.join(entry.segments)}" for rule, entry in idle
+    ]
+    return UnusedRuleError(
+        f"{'1 rule leads' if len(idle) == 1 else f'{len(idle)} rules lead'} to no wanted leaf:\n"
+        + "\n".join(rows)
+        + "\n"
+        "hint: a rule writes the wanted path as the target spells it; correct it or take it out.",
+        paths=[entry.sources[0] for _, entry in idle],
+    )
+
+
+def best_mapping(
+    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions
+) -> tuple[LeafMapping, list[RestoreError]]:
+    """Returns the reading that finds the most leaves, and what is wrong with the choice.
+
+    Raises:
+        RestoreError: No layout fits, or the rules fit under none of those that do.
+    """
+    mappings, refused = list[LeafMapping](), list[RestoreError]()
+    for layout in layouts.candidates(stored, options.layout):
+        try:
+            mappings.append(map_leaves(wanted, stored, layout, options.renames))
+        except RestoreError as error:  # A rule may be meant for one layout of several.
+            refused.append(error)
+    if not mappings:
+        raise refused[0]
+    scores = [_score(mapping, wanted) for mapping in mappings]
+    best = mappings[scores.index(max(scores))]
+    rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
+    different = [mapping for mapping in rivals if mapping.found != best.found]
+    if options.layout == "auto":
+        plain = _plain_mapping(wanted, stored, options, max(scores))
+        if plain is not None:
+            return plain, []
+    return best, [two_layouts(best, different[0])] if different else []
+
+
+def _plain_mapping(
+    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, best: int
+) -> LeafMapping | None:
+    """Returns the reading under which no key has a meaning, where it is the better one.
+
+    So a module may be called `params`, and a Linen `TrainState` is found as it was written.
+    """
+    weights = of_role(wanted, *WEIGHTS)
+    if best >= len(weights) or not _may_be_plain(weights, options):
+        return None
+    untyped = [dataclasses.replace(w, role="model", path=w.leaf.path) for w in wanted if w.leaf.kind is None]
+    plain = untyped if len(untyped) == len(wanted) else wanted
+    try:
+        mapping = map_leaves(plain, stored, layouts.UNNAMED, options.renames)
+    except RestoreError:
+        return None
+    score = _score(mapping, weights)
+    return mapping if score == len(weights) or (plain is untyped and score > best) else None
+
+
+_TELLING_KEYS = frozenset[str]().union(*(layout.keys for layout in layouts.LAYOUTS))
+
+
+def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
+    """Tells whether a model may hold a module that is called like a part of a train state.
+
+    A second mapping is as dear as the first, and nearly every model has no such module.
+    """
+    return bool(options.renames) or any(
+        item.leaf.kind is None or not _TELLING_KEYS.isdisjoint(item.tokens[:-1]) for item in weights
+    )
+
+
+def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> int:
+    shapes = mapping.shapes
+    return sum(shapes.get(item.leaf.path) == item.leaf.shape for item in wanted)

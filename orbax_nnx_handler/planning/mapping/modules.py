@@ -1,0 +1,239 @@
+"""Modules whose parameters Linen and NNX arrange differently.
+
+Most modules keep their parameters' names from Linen to NNX. A few do not:
+recurrent cells fuse their gates into two layers, and the normalising wrappers
+store their statistics under other names. Each rule here recognises one such
+module by the stored names alone and says how NNX's parameters come out of it.
+The results are candidates: the mapping asks for one only where a wanted path
+has no stored path of the same name.
+
+The values of `nnx.WeightNorm` and `nnx.SpectralNorm` where Linen's modules keep theirs.
+
+Linen names a value after the layer and the weight that it belongs to, in one key
+with slashes: `layer_instance/kernel/scale`, where the wrapper owns the layer. NNX
+keeps a dict whose keys are the weights' paths. The opposite of what
+`planning.structures` does.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
+from orbax_nnx_handler.planning.core.recipes import Concat, Read, Recipe
+from orbax_nnx_handler.planning.text.folding import list_paths
+
+Model = Mapping[Tokens, StoredLeaf]
+"""The stored leaves of a model by canonical path, collections joined."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Derived:
+    """A wanted path that the stored leaves can give under another arrangement.
+
+    Attributes:
+        path: The canonical path that NNX calls it, from the model's root.
+        recipe: How it comes out of the stored leaves.
+        reason: The rule in a few words, for reports.
+    """
+
+    path: Tokens
+    recipe: Recipe
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Homeless:
+    """A stored leaf that NNX's module has no variable for.
+
+    It may be dropped only when all its values are zero, where it changes no
+    output; the reader of the values checks that.
+    """
+
+    leaf: StoredLeaf
+    reason: str
+
+
+def derive(model: Model) -> tuple[list[Derived], list[Homeless]]:
+    """Returns what NNX's own arrangement of the stored modules holds.
+
+    Args:
+        model: The stored leaves by canonical path, renames already applied.
+    """
+    cells = _cells(model)
+    derived = [*_fused_gates(cells), *_simple_cells(cells), *_normalising_wrappers(model)]
+    return derived, list(_gru_bias(cells))
+
+
+# A cell by the weights of its gates: ("ii", "kernel") -> leaf.
+_Gates = dict[tuple[str, str], StoredLeaf]
+
+LSTM_GATES, GRU_GATES = "ifgo", "rzn"
+"""The gates in the order in which `nnx.OptimizedLSTMCell` and `nnx.GRUCell` split their product."""
+
+_FUSED = (("LSTMCell gates fused", LSTM_GATES), ("GRUCell gates fused", GRU_GATES))
+
+
+def _cells(model: Model) -> dict[Tokens, _Gates]:
+    """Groups the leaves that may be gate weights by the module they belong to."""
+    cells: dict[Tokens, _Gates] = defaultdict(dict)
+    for path, leaf in model.items():
+        if len(path) >= 2 and path[-2][:1] in ("i", "h") and len(path[-2]) <= 2:
+            cells[path[:-2]][path[-2], path[-1]] = leaf
+    return cells
+
+
+def _fused_gates(cells: Mapping[Tokens, _Gates]) -> Iterator[Derived]:
+    for cell, gates in cells.items():
+        for reason, letters in _FUSED:
+            if not _has_kernels(gates, letters):
+                continue
+            for side in ("i", "h"):
+                yield from _fused_side(cell, gates, [side + letter for letter in letters], reason)
+
+
+def _fused_side(cell: Tokens, gates: _Gates, names: Sequence[str], reason: str) -> Iterator[Derived]:
+    for weight in ("kernel", "bias"):
+        parts = [gates[name, weight] for name in names if (name, weight) in gates]
+        fits = len({part.shape[:-1] for part in parts}) == 1 and all(part.shape for part in parts)
+        if fits and len(parts) == len(names):
+            recipe = Concat(tuple(Read(part.path) for part in parts), axis=len(parts[0].shape) - 1)
+            yield Derived(path=(*cell, f"dense_{names[0][0]}", weight), recipe=recipe, reason=reason)
+
+
+def _has_kernels(gates: _Gates, letters: str) -> bool:
+    return all((side + letter, "kernel") in gates for side in ("i", "h") for letter in letters)
+
+
+def _simple_cells(cells: Mapping[Tokens, _Gates]) -> Iterator[Derived]:
+    for cell, gates in cells.items():
+        if ("i", "kernel") in gates and ("h", "kernel") in gates:
+            for (name, weight), leaf in gates.items():
+                if name in ("i", "h"):
+                    path = (*cell, f"dense_{name}", weight)
+                    yield Derived(path=path, recipe=Read(leaf.path), reason="SimpleCell layers renamed")
+
+
+def _gru_bias(cells: Mapping[Tokens, _Gates]) -> Iterator[Homeless]:
+    """Yields Linen's bias of the candidate gate, which nnx.GRUCell has not."""
+    for gates in cells.values():
+        bias = gates.get(("hn", "bias"))
+        if bias is not None and ("hr", "bias") not in gates and _has_kernels(gates, GRU_GATES):
+            yield Homeless(leaf=bias, reason="nnx.GRUCell has no bias in its recurrent layer")
+
+
+_STATISTICS = {"scale": "WeightNorm", "u": "SpectralNorm", "sigma": "SpectralNorm"}
+
+
+def _normalising_wrappers(model: Model) -> Iterator[Derived]:
+    """Moves the layer under its wrapper, and the wrapper's own values to NNX's names.
+
+    Linen names the value after the layer, in one key (`Dense_1/kernel/scale`),
+    and keeps the layer beside the wrapper, or inside when the wrapper owns it.
+    """
+    homes: dict[Tokens, dict[Tokens, None]] = defaultdict(dict)  # A set, in the order of the leaves.
+    for path, leaf in model.items():
+        found = _wrapped(model, path, leaf)
+        if found is None:
+            continue
+        wrapper, layer, weight = found
+        home = ("scales", *weight) if path[-1] == "scale" else ("batch_stats", *weight, path[-1])
+        reason = f"{_STATISTICS[path[-1]]} statistics"
+        yield Derived(path=(*wrapper, *home), recipe=Read(leaf.path), reason=reason)
+        homes[layer][(*wrapper, "layer_instance")] = None
+    yield from _moved_layers(model, homes)
+
+
+def _wrapped(model: Model, path: Tokens, leaf: StoredLeaf) -> tuple[Tokens, Tokens, Tokens] | None:
+    """Returns the wrapper, the layer, and the weight's path within the layer.
+
+    A rename may have changed the names of wrapper and layer, so that they are
+    found by where the layer's own weight is. It is absent where the weight has
+    its home already (a layer inside its wrapper); then the key tells.
+    """
+    key = leaf.path[-1] if leaf.path else None
+    if not isinstance(key, str) or key.count("/") < 2 or path[-1] not in _STATISTICS:
+        return None
+    weight = canonical((*key.split("/")[1:-1],))
+    stem = path[: -1 - len(weight)]
+    if path[len(stem) : -1] != weight:
+        return None
+    for cut in reversed(range(len(stem))):
+        wrapper, name = stem[:cut], stem[cut:]
+        for owner in (wrapper, _parent(wrapper)):
+            if (*owner, *name, *weight) in model:
+                return wrapper, (*owner, *name), weight
+    name = canonical((key.split("/")[0],))
+    wrapper = stem[: -len(name)]
+    return (wrapper, stem, weight) if stem == (*wrapper, *name) else None
+
+
+def _parent(module: Tokens) -> Tokens:
+    return module[:-2] if module and is_number(module[-1]) else module[:-1]
+
+
+def _moved_layers(model: Model, homes: Mapping[Tokens, Mapping[Tokens, None]]) -> Iterator[Derived]:
+    if not homes:
+        return
+    for path, leaf in model.items():
+        for depth in range(1, len(path)):
+            for home in homes.get(path[:depth], ()):
+                if home != path[:depth]:
+                    reason = "layer inside its normalising wrapper"
+                    yield Derived(path=(*home, *path[depth:]), recipe=Read(leaf.path), reason=reason)
+
+
+_LAYER = "layer_instance"
+_SCALES, _BATCH_STATS = "scales", "batch_stats"
+
+
+def in_linen_wrappers(leaves: Mapping[Path, Any]) -> dict[Path, Path]:
+    """Returns, for each value of a normalising wrapper, its path under Linen's key.
+
+    Args:
+        leaves: The leaves of a model by NNX path.
+    """
+    found = {path: _linen_key(path, leaves) for path in leaves}
+    return {path: place for path, place in found.items() if place is not None}
+
+
+def is_scale(path: Path) -> bool:
+    """Tells a scale of `WeightNorm` by Linen's key: NNX keeps it in no Variable, Linen as a parameter."""
+    return str(path[-1]).endswith("/scale")
+
+
+def _linen_key(path: Path, leaves: Mapping[Path, Any]) -> Path | None:
+    if len(path) < 2 or not isinstance(path[-1], tuple):
+        return None
+    wrapper, home, keys = path[:-2], path[-2], cast(Path, path[-1])
+    if home == _SCALES:
+        weight, name = keys, "scale"
+    elif home == _BATCH_STATS:
+        weight, name = keys[:-1], str(keys[-1])
+    else:
+        return None
+    if (*wrapper, _LAYER, *weight) not in leaves:
+        return None
+    return (*wrapper, "/".join(map(str, (_LAYER, *weight, name))))
+
+
+def layers_inside(paths: Iterable[Path]) -> str:
+    """Returns what to know of wrappers that are written with their layer inside; empty for none.
+
+    NNX has one form of a wrapper, Linen has two, and nothing in the NNX model tells which one
+    the Linen program is: under `@nn.compact` the layer belongs to the module around.
+
+    Args:
+        paths: The paths of a tree in Linen's form, collections included.
+    """
+    found = {path[1:-1]: None for path in paths if str(path[-1]).startswith(f"{_LAYER}/")}
+    if not found:
+        return ""
+    named = list_paths(list(found))
+    return (
+        f"normalising wrappers are written with their layer inside ({_LAYER}): {named}. Linen reads that "
+        "where setup() makes the wrapper: self.norm = nn.WeightNorm(nn.Dense(4)). Under @nn.compact the "
+        "layer is kept beside the wrapper (Dense_0), and that program does not find these values."
+    )

@@ -1,0 +1,128 @@
+"""Which part of each path is the model's own, and which says where the model sits.
+
+`model/decoder/norm/scale` in a train state module and `decoder/norm/scale` in a
+params tree are the same leaf. The root is the prefix under which most leaves of
+the two sides meet.
+"""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from orbax_nnx_handler.planning.core.paths import Tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roots:
+    """The canonical prefixes above the model.
+
+    Attributes:
+        wanted: Tokens above the model in the target.
+        stored: Tokens above the model below the stored collection.
+        overlap: How many wanted leaves the stored side meets under these roots.
+    """
+
+    wanted: Tokens
+    stored: Tokens
+    overlap: int
+
+
+def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
+    """Returns the roots under which the most leaves meet; shorter ones win ties."""
+    skeletons_wanted = {root: _skeletons(wanted, root) for root in _chain(wanted)}
+    skeletons_stored = {root: _skeletons(stored, root).keys() for root in _chain(stored)}
+    heads_wanted = {root: _heads(wanted, root) for root in skeletons_wanted}
+    heads_stored = {root: _heads(stored, root).keys() for root in skeletons_stored}
+    best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1)
+    pairs = itertools.product(skeletons_wanted, skeletons_stored)
+    for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
+        if right and not (_holds_all(wanted, left) and _holds_all(stored, right)):
+            continue  # The larger part of a stored model is not the wanted one by size alone.
+        if left and right and not _names_modules(wanted, left):
+            continue  # Two modules of other names that both have a `kernel` are not one module.
+        # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
+        overlap = sum(
+            count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right]
+        )
+        # Where scanned blocks name their layers otherwise, no whole path meets; the model's parts still do.
+        meeting = (overlap, sum(n for head, n in heads_wanted[left].items() if head in heads_stored[right]))
+        if meeting > most:
+            best, most = Roots(wanted=left, stored=right, overlap=overlap), meeting
+    return best
+
+
+def strip(tokens: Tokens, root: Tokens) -> Tokens:
+    """Returns the tokens below a root; unchanged where they are not below it."""
+    return tokens[len(root) :] if root and tokens[: len(root)] == root else tokens
+
+
+def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
+    """Returns every prefix that more than half of the paths share, the empty one first.
+
+    More than half, not all: a model may be wrapped beside a new head. Of two
+    models of equal size (a smoothed copy) neither is the root.
+    """
+    chain: list[Tokens] = [()]
+    inside: list[Tokens] = list(paths)
+    while inside:
+        depth = len(chain[-1])
+        # The last key names the leaf itself and is never part of a root.
+        heads: Counter[str] = Counter(path[depth] for path in inside if len(path) > depth + 1)
+        name, count = heads.most_common(1)[0] if heads else ("", 0)
+        if count * 2 <= len(paths):
+            break
+        chain.append((*chain[-1], name))
+        inside = [path for path in inside if len(path) > depth + 1 and path[depth] == name]
+    return [root for root in chain if not _names_layers(paths, root) and _keeps_apart(paths, root)]
+
+
+def _heads(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:
+    """Counts the paths by their first key below a root."""
+    return Counter([strip(path, root)[:1] for path in paths])
+
+
+def _holds_all(paths: Collection[Tokens], root: Tokens) -> bool:
+    return all(path[: len(root)] == root for path in paths)
+
+
+def _names_modules(paths: Collection[Tokens], root: Tokens) -> bool:
+    """Tells whether any path below a root names more than the leaf itself."""
+    return any(len(strip(path, root)) > 1 for path in paths if path[: len(root)] == root)
+
+
+def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
+    """Tells whether no two paths become one when the root is taken away."""
+    if not root:
+        return True
+    # Only a path beside the root can be what one below it becomes.
+    outside = {path for path in paths if path[: len(root)] != root}
+    return not outside or outside.isdisjoint(strip(path, root) for path in paths if path not in outside)
+
+
+def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
+    """Tells whether a root ends in the name of layers: without it, no one knows what their numbers count."""
+    depth = len(root)
+    below = (path[depth] for path in paths if len(path) > depth and path[:depth] == root)
+    return bool(root) and all(token[:1] == "#" for token in below)
+
+
+def _skeletons(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:
+    """Counts the paths below a root without layer numbers and scan levels."""
+    found: Counter[Tokens] = Counter()
+    # Most of a model's paths differ in the numbers alone, and those are taken out first.
+    for path, count in Counter([_without_numbers(strip(path, root)) for path in paths]).items():
+        found[_skeleton(path)] += count
+    return found
+
+
+def _without_numbers(path: Tokens) -> Tokens:
+    # A number at the very start is no layer of the model but the model's place in a tuple of targets.
+    return (*path[:1], *[token for token in path[1:] if token[:1] != "#"])
+
+
+def _skeleton(path: Tokens) -> Tokens:
+    names = [token.removesuffix("_remainder") for token in path]
+    if len(names) > 1 and names[-1] == "value":
+        names.pop()
+    return tuple(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])

@@ -1,0 +1,335 @@
+"""Renames: whole path segments of a stored path become segments of a wanted path.
+
+Rules on the value of one leaf: its axes, its shape, its dtype, its size.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import jax.numpy as jnp
+import numpy as np
+
+from orbax_nnx_handler.planning.core import recipes
+from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.patterns import Pattern, Span
+from orbax_nnx_handler.planning.rules.rule import (
+    Applied,
+    Match,
+    Rule,
+    at_root,
+    change_each,
+    check_pattern,
+    check_places,
+    find,
+    reason_of,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rename(Rule):
+    """Segments that match `pattern` become `replacement`.
+
+    A pattern is one or more segments (`"Dense_0"`, `"encoder/Block_{i}"`). `*`
+    is any one segment, `{name}` any part of one; the replacement repeats them:
+    `Rename("Block_{i}", "blocks/{i}")`. It applies wherever it matches, to the
+    path below the collection, or from the root of the stored path if it begins
+    there (`"params/params/logits_dense"`). Rules apply in order; a segment that
+    one rename wrote is not rewritten by a later one, so two names can be swapped.
+
+    Attributes:
+        pattern: Stored segments, joined by slashes.
+        replacement: Wanted segments, joined by slashes; empty to take them away.
+
+    Raises:
+        RuleError: The pattern is empty, or lacks a place that the replacement repeats.
+    """
+
+    pattern: str
+    replacement: str
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self._left)
+        check_places(self, self._left, self._right)
+
+    def __str__(self) -> str:
+        return f"({self.pattern!r}, {self.replacement!r})"
+
+    @cached_property
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
+
+    @cached_property
+    def _right(self) -> Pattern:
+        return Pattern(self.replacement)
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule."""
+        likely = self._left.candidates(entry.segments for entry in entries)
+        rewritten = {at: self._rewrite(entries[at]) for at in likely}
+        changed = {at: new for at, new in rewritten.items() if new is not entries[at]}
+        if not changed:
+            from_root = {at: self._rewrite_from_root(entry) for at, entry in enumerate(entries)}
+            changed = {at: new for at, new in from_root.items() if new is not entries[at]}
+        after = list(entries)
+        for at, new in changed.items():
+            after[at] = new
+        return Applied(entries=after, matched=len(changed), changed=list(changed.values()))
+
+    def inverse(self) -> Rule:
+        """Returns the rename back."""
+        if not self._right.width or self._left.places != self._right.places:
+            return super().inverse()
+        return Rename(self.replacement, self.pattern)
+
+    @property
+    def _loss(self) -> str:
+        if not self._right.width:
+            return "what it takes away can be put back in many places"
+        return f"{self.replacement!r} does not hold every part that {self.pattern!r} leaves open"
+
+    def _rewrite(self, entry: Entry) -> Entry:
+        spans = list(self._left.spans(entry.segments, entry.fixed))
+        if not spans:
+            return entry
+        names, fixed = list[str](), list[bool]()
+        at = 0
+        for span in [*spans, Span(len(entry.segments), len(entry.segments), {})]:
+            names += entry.segments[at : span.start]
+            fixed += entry.fixed[at : span.start] or [False] * (span.start - at)
+            if span.start < span.stop:
+                written = self._right.fill(span.bindings)
+                names += written
+                fixed += [True] * len(written)
+            at = span.stop
+        return self._renamed(entry, names, fixed)
+
+    def _rewrite_from_root(self, entry: Entry) -> Entry:
+        for span in at_root(self._left, entry):
+            names = Match(entry, span).renamed(self._right)
+            kept = len(entry.segments) - span.stop
+            return self._renamed(entry, names, [True] * (len(names) - kept) + [False] * kept)
+        return entry
+
+    def _renamed(self, entry: Entry, names: Sequence[str], fixed: Sequence[bool]) -> Entry:
+        if not names:
+            raise RuleError(f"{self} leaves no name for {'/'.join((*entry.prefix, *entry.segments))}.")
+        return dataclasses.replace(
+            entry, segments=tuple(names), fixed=tuple(fixed), named=True, reason=reason_of(self, entry)
+        )
+
+
+def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
+    """Tells whether a rename without effect would match what one before it has written."""
+    left = Pattern(rule.pattern)
+    return any(True for entry in entries for _ in left.spans(entry.segments))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnLeaves(Rule):
+    """A rule on each leaf that its pattern matches."""
+
+    pattern: str
+
+    @cached_property
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule."""
+        return change_each(self, self._left, entries, self._change)
+
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose(_OnLeaves):
+    """The axes of every leaf that matches are put in another order.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`: `"Dense_0/kernel"`.
+        permutation: The stored axis that each axis comes from, as `numpy.transpose` reads it.
+
+    Raises:
+        RuleError: The pattern is empty or the axes are no permutation.
+    """
+
+    permutation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _set_integers(self, "permutation", self.permutation)
+        check_pattern(self, self._left)
+        if sorted(self.permutation) != list(range(len(self.permutation))):
+            raise RuleError(f"{self} has no permutation of the axes 0..{len(self.permutation) - 1}.")
+
+    def inverse(self) -> Rule:
+        """Returns the transpose back."""
+        return Transpose(self.pattern, tuple(int(axis) for axis in np.argsort(self.permutation)))
+
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        return _through(entry, reason, lambda source: recipes.Transpose(source, self.permutation))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshape(_OnLeaves):
+    """Every leaf that matches gets another shape; its elements stay in C order.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        shape: The shape to come out.
+        before: The stored shape. Needed to save with the same rule; checked if given.
+
+    Raises:
+        RuleError: The pattern is empty, or the shapes hold different numbers of elements.
+    """
+
+    shape: Shape
+    before: Shape | None = None
+
+    def __post_init__(self) -> None:
+        _set_integers(self, "shape", self.shape)
+        if self.before is not None:
+            _set_integers(self, "before", self.before)
+        check_pattern(self, self._left)
+        if min(self.shape, default=0) < 0 or min(self.before or (0,)) < 0:
+            raise RuleError(f"{self} has a negative size; write every axis out.")
+        if self.before is not None and math.prod(self.before) != math.prod(self.shape):
+            raise RuleError(f"{self} has two shapes with different numbers of elements.")
+
+    def inverse(self) -> Rule:
+        """Returns the reshape back."""
+        return super().inverse() if self.before is None else Reshape(self.pattern, self.before, self.shape)
+
+    @property
+    def _loss(self) -> str:
+        return "the shape before it is not known; say it with before=(...)"
+
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        if self.before is not None and entry.shape != self.before:
+            raise RecipeError(f"the shape before is {self.before} in the rule")
+        return _through(entry, reason, lambda source: recipes.Reshape(source, self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(_OnLeaves):
+    """Every element of the leaves that match is multiplied with a constant.
+
+    Refused where the target wants optimizer moments of such a leaf: a gradient
+    scales the other way, its square twice, and an optimizer may scale neither.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        factor: The constant, in the units of the stored value.
+
+    Raises:
+        RuleError: The pattern is empty, or the factor is zero or not finite.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", float(self.factor))
+        check_pattern(self, self._left)
+        if not math.isfinite(self.factor) or self.factor == 0:
+            raise RuleError(f"{self} has a factor that is zero or not finite.")
+
+    def inverse(self) -> Rule:
+        """Returns the division, where it gives back every value exactly."""
+        exact = abs(math.frexp(self.factor)[0]) == 0.5
+        return Scale(self.pattern, 1 / self.factor) if exact else super().inverse()
+
+    @property
+    def _loss(self) -> str:
+        return "dividing rounds, unless the factor is a power of two"
+
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        if entry.dtype is not None and not jnp.issubdtype(entry.cast or entry.dtype, jnp.inexact):
+            raise RecipeError(
+                f"values of dtype {entry.cast or entry.dtype} cannot be scaled; cast them first"
+            )
+        return _through(entry, reason, lambda source: recipes.Scale(source, self.factor))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast(_OnLeaves):
+    """The leaves that match become another kind of number, as `numpy.astype` casts.
+
+    Needed only where the restore would refuse: integers to floats, floats to
+    integers, complex numbers to their real part. The target must want this dtype.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        dtype: The name of the dtype (`"bfloat16"`); a dtype is taken by its name.
+
+    Raises:
+        RuleError: The pattern is empty or there is no such dtype.
+    """
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        except TypeError as error:
+            raise RuleError(f"Cast({self.pattern!r}, {self.dtype!r}) names no dtype: {error}") from error
+        check_pattern(self, self._left)
+
+    @property
+    def _loss(self) -> str:
+        return "the dtype before it is not known"
+
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        if entry.dtype is None:
+            raise RecipeError("it is not an array")
+        return dataclasses.replace(entry, cast=np.dtype(jnp.dtype(self.dtype)), reason=reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop(_OnLeaves):
+    """The leaves that match, and their moments, are left behind on purpose.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        reason: Why, for reports.
+
+    Raises:
+        RuleError: The pattern or the reason is empty.
+    """
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self._left)
+        if not self.reason.strip():
+            raise RuleError(f"{self} gives no reason.")
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns the entries that are left."""
+        matches = find(self._left, entries)
+        after = [entry for at, entry in enumerate(entries) if at not in matches]
+        discarded: dict[Path, str] = {
+            path: self.reason for match in matches.values() for path in match.entry.sources
+        }
+        return Applied(entries=after, matched=len(matches), discarded=discarded)
+
+    @property
+    def _loss(self) -> str:
+        return "the values that it drops are gone"
+
+
+def _through(entry: Entry, reason: str, step: Callable[[Recipe], Recipe]) -> Entry:
+    """Returns the entry with one more step, its shape checked."""
+    here: Path = ("(before)",)
+    shape = recipes.shape_of(step(recipes.Read(here)), {here: entry.shape})
+    return dataclasses.replace(entry, recipe=step(entry.recipe), shape=shape, reason=reason)
+
+
+def _set_integers(rule: Rule, name: str, values: Iterable[int]) -> None:
+    """Makes a tuple of ints of what the user wrote, so that the rule is hashable."""
+    object.__setattr__(rule, name, tuple(int(value) for value in values))

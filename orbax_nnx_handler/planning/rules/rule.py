@@ -1,0 +1,248 @@
+"""What every rule is: a value that rewrites the stored model, leaf by leaf.
+
+Several entries that become one: what fuse and stack have in common.
+"""
+
+import abc
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import NoReturn
+
+from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import RecipeError, render_reads
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.patterns import Bindings, Pattern, Span
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What one rule made of the stored model.
+
+    Attributes:
+        entries: All entries after the rule.
+        matched: How many entries the rule matched.
+        changed: Those of `entries` that it made.
+        discarded: The stored leaves that it takes away, each with the reason.
+    """
+
+    entries: Sequence[Entry]
+    matched: int
+    changed: Sequence[Entry] = ()
+    discarded: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+
+
+class Rule(abc.ABC):
+    """One thing that a user says about stored leaves; a frozen, printable value."""
+
+    @abc.abstractmethod
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Applies the rule.
+
+        Raises:
+            RuleError: The rule does not fit a leaf that it matches.
+        """
+
+    @cached_property
+    def quoted(self) -> str:
+        """The rule as its user wrote it; asked for once a leaf."""
+        return str(self)
+
+    def inverse(self) -> "Rule":
+        """Returns the rule that undoes this one.
+
+        Raises:
+            RuleError: Nothing undoes it.
+        """
+        raise RuleError(f"{self} cannot be undone, so it cannot save: {self._loss}.")
+
+    @property
+    def _loss(self) -> str:
+        return "what it changes is not known afterwards"
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """An entry and the segments of it that a pattern matches."""
+
+    entry: Entry
+    span: Span
+
+    def renamed(self, pattern: Pattern, bindings: Bindings | None = None) -> tuple[str, ...]:
+        """Returns the path with the matched segments replaced by a filled pattern."""
+        names = self.entry.segments
+        written = pattern.fill(self.span.bindings if bindings is None else bindings)
+        return (*names[: self.span.start], *written, *names[self.span.stop :])
+
+
+def find(pattern: Pattern, entries: Iterable[Entry]) -> dict[int, Match]:
+    """Returns the entries that a pattern matches, by position.
+
+    It is looked for below the collection first; where nothing matches there, at
+    the root of the stored path (`"params/params/logits_dense"`).
+    """
+    listed = list(entries)
+    likely = pattern.candidates(entry.segments for entry in listed)
+    found = {at: Match(listed[at], span) for at in likely for span in _first(pattern, listed[at])}
+    if found:
+        return found
+    return {at: Match(entry, span) for at, entry in enumerate(listed) for span in at_root(pattern, entry)}
+
+
+def _first(pattern: Pattern, entry: Entry) -> list[Span]:
+    return list(pattern.spans(entry.segments))[:1]
+
+
+def at_root(pattern: Pattern, entry: Entry) -> list[Span]:
+    """Returns the match of a pattern that begins at the root of the stored path, if there is one."""
+    width, depth = pattern.width, len(entry.prefix)
+    if width <= depth:
+        return []
+    bindings = pattern.match((entry.prefix + entry.segments)[:width])
+    return [] if bindings is None else [Span(0, width - depth, bindings)]
+
+
+def change_each(
+    rule: Rule, pattern: Pattern, entries: Sequence[Entry], change: Callable[[Entry, str], Entry]
+) -> Applied:
+    """Applies a change to every entry that a pattern matches.
+
+    Args:
+        rule: The rule whose change it is.
+        pattern: What it matches.
+        entries: All entries.
+        change: Returns the changed entry, given the entry and its new reason.
+
+    Raises:
+        RuleError: The change fits some of them not; quotes the rule and their shapes.
+    """
+    matches = find(pattern, entries)
+    after, bad = list(entries), list[tuple[Entry, str]]()
+    for at, match in matches.items():
+        try:
+            after[at] = change(match.entry, reason_of(rule, match.entry))
+        except RecipeError as error:
+            bad.append((match.entry, str(error)))
+    if bad:
+        refuse(rule, bad)
+    return Applied(entries=after, matched=len(matches), changed=[after[at] for at in matches])
+
+
+def reason_of(rule: Rule, *before: Entry) -> str:
+    """Returns the reason of what a rule makes: the rule, after those before it."""
+    reasons = dict.fromkeys(entry.reason for entry in before if entry.reason)
+    return "; ".join((*reasons, rule.quoted)) if reasons else rule.quoted
+
+
+_HINT = (
+    "hint: a rule meets leaves as the rules before it made them; correct it, or write more of the path\n"
+    "      in its pattern to leave others out."
+)
+
+
+def refuse(rule: Rule, bad: Sequence[tuple[Entry, str]]) -> NoReturn:
+    """Raises the error of a rule whose shapes do not come out."""
+    rows = "\n".join(f"  {_written(entry)} {entry.shape}: {why}" for entry, why in bad[:20])
+    more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
+    paths = [path for entry, _ in bad for path in entry.sources]
+    leaves = "1 stored leaf" if len(bad) == 1 else f"{len(bad)} stored leaves"
+    raise RuleError(f"{rule} does not fit {leaves}:\n{rows}{more}\n{_HINT}", paths=paths)
+
+
+def _written(entry: Entry) -> str:
+    name, source = render(entry.segments), render_reads(entry.recipe)
+    return source if source.endswith(name) else f"{name} (from {source})"
+
+
+def normal_axis(axis: int, rank: int, shape: Shape) -> int:
+    """Returns an axis counted from the front.
+
+    Raises:
+        RecipeError: A value of that rank has no such axis.
+    """
+    if not -rank <= axis < rank:
+        raise RecipeError(f"shape {shape} has no axis {axis}")
+    return axis % rank
+
+
+def check_pattern(rule: Rule, *patterns: Pattern) -> None:
+    """Raises where a pattern is empty.
+
+    Raises:
+        RuleError: Quotes the rule.
+    """
+    if any(not pattern.width for pattern in patterns):
+        raise RuleError(f"{rule} has an empty pattern: it would match every leaf.")
+
+
+def check_places(rule: Rule, pattern: Pattern, result: Pattern) -> None:
+    """Raises where a result uses a place that its pattern does not bind.
+
+    Raises:
+        RuleError: Names the places.
+    """
+    unbound = sorted(result.places - pattern.places)
+    if unbound:
+        listed = ", ".join("*" if place.startswith("__star") else f"{{{place}}}" for place in unbound)
+        raise RuleError(f"{rule} writes {listed}, which {pattern.text!r} does not hold.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Join:
+    """Entries to become one.
+
+    Attributes:
+        name: The segments of the result.
+        members: Their positions among all entries, in the order of the parts.
+        fault: Why they cannot be joined, as far as names tell; empty if they can.
+        make: Makes recipe and shape from the parts.
+    """
+
+    name: tuple[str, ...]
+    members: tuple[int, ...]
+    fault: str
+    make: Callable[[Sequence[Entry]], Entry]
+
+
+def join(rule: Rule, entries: Sequence[Entry], joins: Iterable[Join]) -> Applied:
+    """Replaces the members of each join by its result, at the first member's place.
+
+    Raises:
+        RuleError: Parts do not fit together; quotes the rule and their shapes.
+    """
+    listed = list(joins)
+    made, bad = dict[int, Entry](), list[tuple[Entry, str]]()
+    uses = Counter(at for item in listed for at in item.members)
+    for item in listed:
+        parts = [entries[at] for at in item.members]
+        twice = any(uses[at] > 1 for at in item.members)
+        try:
+            made[min(item.members)] = _joined(rule, item, parts, twice)
+        except RecipeError as error:
+            bad += [(part, str(error)) for part in parts]
+    if bad:
+        refuse(rule, bad)
+    gone = {at for item in listed for at in item.members}
+    after = [made.get(at, entry) for at, entry in enumerate(entries) if at in made or at not in gone]
+    return Applied(entries=after, matched=len(gone), changed=list(made.values()))
+
+
+def _joined(rule: Rule, item: Join, parts: Sequence[Entry], twice: bool) -> Entry:
+    fault = item.fault or ("it is a part of two results" if twice else "") or _difference(parts)
+    if fault:
+        raise RecipeError(f"for {'/'.join(item.name)}, {fault}")
+    return dataclasses.replace(
+        item.make(parts), segments=item.name, fixed=(), named=True, reason=reason_of(rule, *parts)
+    )
+
+
+def _difference(parts: Sequence[Entry]) -> str:
+    """Returns what keeps entries apart besides their shapes."""
+    kinds = {(part.collection, part.prefix) for part in parts}
+    if len(kinds) > 1:
+        return "the parts come from different collections"
+    dtypes = {str(part.cast or part.dtype) for part in parts}
+    return f"the parts have different dtypes: {', '.join(sorted(dtypes))}" if len(dtypes) > 1 else ""

@@ -1,0 +1,397 @@
+"""Rules between one leaf and several: split and fuse along an axis.
+
+Rules between layers one by one and layers stacked along an axis.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from orbax_nnx_handler.planning.core import recipes
+from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.paths import Path, canonical, parse
+from orbax_nnx_handler.planning.core.recipes import RecipeError
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.patterns import Pattern
+from orbax_nnx_handler.planning.rules.rule import (
+    Applied,
+    Join,
+    Match,
+    Rule,
+    check_pattern,
+    check_places,
+    find,
+    join,
+    normal_axis,
+    reason_of,
+    refuse,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split(Rule):
+    """Every leaf that matches is cut along an axis into several.
+
+    `Split("qkv", ("query", "key", "value"), axis=1)` cuts `attention/qkv/kernel`
+    into `attention/query/kernel` and so on.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        into: What the segments become, one for each part, in order.
+        axis: The axis; negative ones count from the end.
+        sizes: Elements of each part along the axis; equal parts if None.
+
+    Raises:
+        RuleError: A pattern is empty or repeated, or names a place that is not bound.
+    """
+
+    pattern: str
+    into: tuple[str, ...]
+    axis: int
+    sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _set_names(self, "into", self.into)
+        _set_sizes(self, self.sizes, len(self.into))
+        check_pattern(self, self._left, *self._parts)
+        for part in self._parts:
+            check_places(self, self._left, part)
+
+    @cached_property
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
+
+    @cached_property
+    def _parts(self) -> tuple[Pattern, ...]:
+        return tuple(Pattern(part) for part in self.into)
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule; the parts take their leaf's place."""
+        matches = find(self._left, entries)
+        after, changed, bad = list[Entry](), list[Entry](), list[tuple[Entry, str]]()
+        for at, entry in enumerate(entries):
+            if at not in matches:
+                after.append(entry)
+                continue
+            try:
+                parts = self._cut(matches[at])
+            except RecipeError as error:
+                bad.append((entry, str(error)))
+            else:
+                after += parts
+                changed += parts
+        if bad:
+            refuse(self, bad)
+        return Applied(entries=after, matched=len(matches), changed=changed)
+
+    def inverse(self) -> Rule:
+        """Returns the fuse of the parts."""
+        if any(part.places != self._left.places for part in self._parts):
+            return super().inverse()
+        return Fuse(self.into, self.pattern, self.axis, self.sizes)
+
+    @property
+    def _loss(self) -> str:
+        return f"its parts do not each hold every part that {self.pattern!r} leaves open"
+
+    def _cut(self, match: Match) -> list[Entry]:
+        entry = match.entry
+        axis = normal_axis(self.axis, len(entry.shape), entry.shape)
+        sizes = self.sizes or (entry.shape[axis] // len(self.into),) * len(self.into)
+        if sum(sizes) != entry.shape[axis]:
+            parts = f"sizes {sizes}" if self.sizes else f"{len(self.into)} equal parts"
+            raise RecipeError(f"axis {axis} has {entry.shape[axis]} elements, which are not {parts}")
+        starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        return [
+            dataclasses.replace(
+                entry,
+                segments=match.renamed(part),
+                recipe=recipes.Slice(entry.recipe, axis, start, size),
+                shape=(*entry.shape[:axis], size, *entry.shape[axis + 1 :]),
+                fixed=(),
+                named=True,
+                reason=reason_of(self, entry),
+            )
+            for part, start, size in zip(self._parts, starts, sizes, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fuse(Rule):
+    """Several leaves are joined end to end along an axis.
+
+    `Fuse(("query", "key", "value"), "qkv", axis=1)` makes `attention/qkv/kernel`
+    of the three kernels, and `attention/qkv/bias` of the biases.
+
+    Attributes:
+        patterns: Stored segments of each part, in the order in which they are joined.
+        into: What they become.
+        axis: The axis; negative ones count from the end.
+        sizes: Elements of each part along the axis; equal parts if None.
+
+    Raises:
+        RuleError: A pattern is empty or repeated, or names a place that is not bound.
+    """
+
+    patterns: tuple[str, ...]
+    into: str
+    axis: int
+    sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _set_names(self, "patterns", self.patterns)
+        _set_sizes(self, self.sizes, len(self.patterns))
+        check_pattern(self, *self._parts, self._right)
+        for part in self._parts:
+            check_places(self, part, self._right)
+
+    @cached_property
+    def _parts(self) -> tuple[Pattern, ...]:
+        return tuple(Pattern(pattern) for pattern in self.patterns)
+
+    @cached_property
+    def _right(self) -> Pattern:
+        return Pattern(self.into)
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule; what is joined takes the first part's place."""
+        groups: dict[tuple[str, ...], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for order, part in enumerate(self._parts):
+            for at, match in find(part, entries).items():
+                groups[match.renamed(self._right)][order].append(at)
+        joins = [self._join(name, places, entries) for name, places in groups.items()]
+        return join(self, entries, joins)
+
+    def inverse(self) -> Rule:
+        """Returns the split into the parts."""
+        if any(part.places != self._right.places for part in self._parts):
+            return super().inverse()
+        return Split(self.into, self.patterns, self.axis, self.sizes)
+
+    @property
+    def _loss(self) -> str:
+        return f"{self.into!r} does not hold every part that its patterns leave open"
+
+    def _join(
+        self, name: tuple[str, ...], places: Mapping[int, Sequence[int]], entries: Sequence[Entry]
+    ) -> Join:
+        absent = [self.patterns[order] for order in range(len(self.patterns)) if order not in places]
+        several = [at for found in places.values() for at in found if len(found) > 1]
+        fault = f"{', '.join(map(repr, absent))} is not there" if absent else ""
+        if several:
+            listed = ", ".join("/".join(entries[at].segments) for at in several)
+            fault = f"a part is there more than once: {listed}"
+        members = tuple(places[order][0] for order in sorted(places))
+        return Join(name=name, members=members, fault=fault, make=self._make)
+
+    def _make(self, parts: Sequence[Entry]) -> Entry:
+        first = parts[0]
+        axis = normal_axis(self.axis, len(first.shape), first.shape)
+        recipe = recipes.Concat(tuple(part.recipe for part in parts), axis)
+        keys: list[Path] = [("(part)", at) for at in range(len(parts))]
+        shapes = {key: part.shape for key, part in zip(keys, parts, strict=True)}
+        shape = recipes.shape_of(recipes.Concat(tuple(recipes.Read(key) for key in keys), axis), shapes)
+        found = tuple(part.shape[axis] for part in parts)
+        wanted = self.sizes or found[:1] * len(found)
+        if found != wanted:
+            said = f"sizes is {wanted}" if self.sizes else "unequal parts need sizes=(...)"
+            raise RecipeError(f"the parts have {found} elements on axis {axis}; {said}")
+        return dataclasses.replace(first, recipe=recipe, shape=shape)
+
+
+def _set_names(rule: Rule, field: str, names: Sequence[str]) -> None:
+    # A lone string is a sequence of its letters, which nobody means.
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    object.__setattr__(rule, field, listed)
+    if len(listed) < 2 or len(set(listed)) < len(listed):
+        raise RuleError(f"{rule} needs two different parts or more.")
+
+
+def _set_sizes(rule: Rule, sizes: Sequence[int] | None, count: int) -> None:
+    if sizes is None:
+        return
+    listed = tuple(int(size) for size in sizes)
+    object.__setattr__(rule, "sizes", listed)
+    if len(listed) != count or min(listed) < 1:
+        raise RuleError(f"{rule} needs a positive size for each of its {count} parts.")
+
+
+@dataclasses.dataclass(frozen=True)
+class StackLayers(Rule):
+    """Layers that are stored one by one are stacked along a new axis.
+
+    `StackLayers("Block_{i}", "blocks", axis=0)` makes `blocks/mlp/kernel` of
+    `Block_0/mlp/kernel`, `Block_1/mlp/kernel`, … The layers are counted by the
+    place that the result does not repeat, from 0 without a gap.
+
+    Attributes:
+        pattern: Stored segments with the place that counts.
+        into: What they become.
+        axis: The new axis; negative ones count from the end of the result.
+
+    Raises:
+        RuleError: Not exactly one place of the pattern is left to count by.
+    """
+
+    pattern: str
+    into: str
+    axis: int
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self._left, self._right)
+        check_places(self, self._left, self._right)
+        _check_counter(self, self._left, self._right)
+
+    @cached_property
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
+
+    @cached_property
+    def _right(self) -> Pattern:
+        return Pattern(self.into)
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule; a stack takes its first layer's place."""
+        counter = _counter(self._left, self._right)
+        groups: dict[tuple[str, ...], dict[str, int]] = defaultdict(dict)
+        for at, match in find(self._left, entries).items():
+            number = match.span.bindings[counter]
+            if number.isdecimal():
+                groups[match.renamed(self._right)][str(int(number))] = at
+        return join(self, entries, [self._join(name, layers) for name, layers in groups.items()])
+
+    def inverse(self) -> Rule:
+        """Returns the unstacking."""
+        return UnstackLayers(self.into, self.pattern, self.axis)
+
+    def _join(self, name: tuple[str, ...], layers: Mapping[str, int]) -> Join:
+        numbers = sorted(map(int, layers))
+        fault = "" if numbers == list(range(len(numbers))) else f"the layers are {numbers}, not 0, 1, 2, ..."
+        return Join(name=name, members=tuple(layers[str(n)] for n in numbers), fault=fault, make=self._make)
+
+    def _make(self, parts: Sequence[Entry]) -> Entry:
+        first = parts[0]
+        different = sorted({part.shape for part in parts})
+        if len(different) > 1:
+            raise RecipeError(f"the layers have different shapes: {different}")
+        axis = normal_axis(self.axis, len(first.shape) + 1, first.shape)
+        recipe = recipes.Stack(tuple(part.recipe for part in parts), axis)
+        return dataclasses.replace(
+            first, recipe=recipe, shape=(*first.shape[:axis], len(parts), *first.shape[axis:])
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnstackLayers(Rule):
+    """Layers that are stored stacked along an axis are taken apart.
+
+    Attributes:
+        pattern: Stored segments: `"ScanBlock_0"`.
+        into: What they become, with a place for the layer's number: `"blocks/{i}"`.
+        axis: The stacked axis; negative ones count from the end.
+
+    Raises:
+        RuleError: Not exactly one place of the result is left to count with.
+    """
+
+    pattern: str
+    into: str
+    axis: int
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self._left, self._right)
+        check_places(self, self._right, self._left)
+        _check_counter(self, self._right, self._left)
+
+    @cached_property
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
+
+    @cached_property
+    def _right(self) -> Pattern:
+        return Pattern(self.into)
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule; the layers take their stack's place."""
+        matches = find(self._left, entries)
+        after, changed, bad = list[Entry](), list[Entry](), list[tuple[Entry, str]]()
+        for at, entry in enumerate(entries):
+            if at not in matches:
+                after.append(entry)
+                continue
+            try:
+                layers = self._layers(matches[at])
+            except RecipeError as error:
+                bad.append((entry, str(error)))
+            else:
+                after += layers
+                changed += layers
+        if bad:
+            refuse(self, bad)
+        return Applied(entries=after, matched=len(matches), changed=changed)
+
+    def inverse(self) -> Rule:
+        """Returns the stacking."""
+        return StackLayers(self.into, self.pattern, self.axis)
+
+    def _layers(self, match: Match) -> list[Entry]:
+        entry, counter = match.entry, _counter(self._right, self._left)
+        axis = normal_axis(self.axis, len(entry.shape), entry.shape)
+        if not entry.shape[axis]:
+            raise RecipeError(f"axis {axis} has no layer")
+        return [
+            dataclasses.replace(
+                entry,
+                segments=match.renamed(self._right, {**match.span.bindings, counter: str(layer)}),
+                recipe=recipes.Index(entry.recipe, axis, layer),
+                shape=(*entry.shape[:axis], *entry.shape[axis + 1 :]),
+                fixed=(),
+                named=True,
+                reason=reason_of(self, entry),
+            )
+            for layer in range(entry.shape[axis])
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanAxis(Rule):
+    """Says along which axis the layers of a stored group are stacked, where their shapes leave it open.
+
+    Attributes:
+        group: The group's path without layer numbers, from the model's root: `"decoder/layers"`.
+        axis: The stacked axis of its stored leaves, or of its wanted ones where
+            only those are stacked; not negative.
+
+    Raises:
+        RuleError: The group is empty or the axis is negative.
+    """
+
+    group: str
+    axis: int
+
+    def __post_init__(self) -> None:
+        if not self.tokens or self.axis < 0:
+            raise RuleError(f"{self} needs a group's name and an axis counted from the front.")
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The group's canonical path."""
+        return canonical(parse(self.group))
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns the entries as they are: the rule is for the mapping of layer groups."""
+        return Applied(entries=entries, matched=0)
+
+    @property
+    def _loss(self) -> str:
+        return "it says how to read a group; StackLayers and UnstackLayers also write one"
+
+
+def _counter(counting: Pattern, other: Pattern) -> str:
+    return next(iter(counting.places - other.places))
+
+
+def _check_counter(rule: Rule, counting: Pattern, other: Pattern) -> None:
+    if len(counting.places - other.places) != 1:
+        raise RuleError(f"{rule} needs exactly one place, such as {{i}}, that counts the layers.")

@@ -1,0 +1,114 @@
+"""Rules backwards: how the leaves of a Linen tree are stored under the names and shapes before the rules."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, segments
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, simplify, substitute
+from orbax_nnx_handler.planning.rules import Rule, apply_rules, invert
+from orbax_nnx_handler.planning.rules.entries import Entry
+
+Key = tuple[str | None, tuple[str, ...]]
+
+
+def undo_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> dict[Path, Recipe]:
+    """Returns how each leaf is stored so that the rules restore it.
+
+    Args:
+        entries: The leaves of the tree to save, each a plain `Read`.
+        rules: The rules of the restore.
+
+    Returns:
+        For each path to store, from the tree's root, its recipe over the tree's own leaves.
+
+    Raises:
+        RuleError: A rule cannot be undone, matches nothing, or would not restore what is saved.
+    """
+    after: Sequence[Entry] = entries
+    for rule in invert(rules):
+        after = _applied(rule, after)
+    stored: dict[Path, Entry] = {_path(entry): entry for entry in after}
+    if len(stored) < len(after):
+        raise RuleError("the rules, undone, would store two leaves under one name; name more of their paths.")
+    _check_way_back(entries, stored, rules)
+    return {path: entry.recipe for path, entry in stored.items()}
+
+
+def _applied(rule: Rule, entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Applies a rule to paths as NNX spells them (`layers/0`); to Linen's spelling where nothing matches."""
+    spelled = rule.apply([_respelled(entry, canonical(entry.segments)) for entry in entries])
+    if spelled.matched:
+        return [_respelled(entry, _joined(entry.segments)) for entry in spelled.entries]
+    applied = rule.apply(entries)
+    if not applied.matched:
+        raise RuleError(f"the rule that saves, {rule}, matches no leaf of the state.")
+    return applied.entries
+
+
+def _path(entry: Entry) -> Path:
+    """Returns where an entry is stored; a key that holds slashes (`WeightNorm`) stays one key."""
+    path: Path = (*entry.prefix, *entry.segments)
+    source = entry.sources[0]
+    if segments(source) == path:
+        return source
+    tail = segments(source[-1:])
+    return (*path[: -len(tail)], source[-1]) if len(tail) > 1 and path[-len(tail) :] == tail else path
+
+
+def _respelled(entry: Entry, names: Sequence[str]) -> Entry:
+    plain = tuple(name.removeprefix("#") if is_number(name) else name for name in names)
+    fixed = entry.fixed if len(entry.fixed) == len(plain) else ()
+    return dataclasses.replace(entry, segments=plain, fixed=fixed)
+
+
+def _joined(names: Sequence[str]) -> tuple[str, ...]:
+    joined: list[str] = []
+    for name in names:
+        if name.isdecimal() and joined:
+            joined[-1] = f"{joined[-1]}_{name}"
+        else:
+            joined.append(name)
+    return tuple(joined)
+
+
+def _check_way_back(entries: Sequence[Entry], stored: Mapping[Path, Entry], rules: Sequence[Rule]) -> None:
+    """Restores in thought what would be saved: every leaf must come back from itself, unchanged."""
+    fresh = [
+        Entry(
+            segments=entry.segments,
+            collection=entry.collection,
+            recipe=Read(path),
+            shape=entry.shape,
+            dtype=entry.dtype,
+            prefix=entry.prefix,
+        )
+        for path, entry in stored.items()
+    ]
+    back = {_key(entry): entry for entry in apply_rules(fresh, rules).entries}
+    shapes = {entry.sources[0]: entry.shape for entry in entries}
+    lost: list[str] = []
+    for entry in entries:
+        found = back.pop(_key(entry), None)
+        path = entry.sources[0]
+        if found is None or not _is_same(
+            substitute(found.recipe, lambda read: stored[read].recipe), path, found.shape, shapes
+        ):
+            lost.append("/".join(entry.segments))
+    lost += ["/".join(entry.segments) for entry in back.values()]
+    if lost:
+        listed = "\n".join(f"  {name}" for name in lost[:20])
+        raise RuleError(
+            f"what these rules save, they would not restore: {len(lost)} leaves end elsewhere:\n{listed}\n"
+            "hint: undone, a rule meets every leaf of that name; name more of the path in it."
+        )
+
+
+def _key(entry: Entry) -> Key:
+    return entry.collection, canonical(entry.segments)
+
+
+def _is_same(recipe: Recipe, path: Path, shape: Shape, shapes: Mapping[Path, Shape]) -> bool:
+    """Tells whether a recipe gives the leaf at `path`, element for element."""
+    return shape == shapes[path] and simplify(recipe, shapes) == Read(path)

@@ -1,0 +1,114 @@
+"""What each wanted leaf is: decided by Variable type, never by name.
+
+A pure dict has no Variable types; there the structure decides (`opt_state`, the
+`step` beside it) and random state shows itself by its key dtype.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, Literal, cast
+
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, is_key
+from orbax_nnx_handler.planning.core.leaves import WantedLeaf
+from orbax_nnx_handler.planning.core.paths import Path, canonical
+
+Role = Literal["model", "optimizer", "step", "random", "transient"]
+
+
+WEIGHTS: tuple[Role, ...] = ("model", "optimizer", "step")
+"""What a checkpoint must hold; the rest may be absent."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A wanted leaf with its role.
+
+    Attributes:
+        leaf: The leaf.
+        role: `model` is a weight or statistic, `random` a key or count,
+            `transient` a cache or intermediate that the program recomputes.
+        path: The leaf's path; for an optimizer leaf, the part below `opt_state`.
+        collection: The Linen collection that belongs to the Variable's type, or
+            None for a pure dict.
+    """
+
+    leaf: WantedLeaf
+    role: Role
+    path: Path
+    collection: str | None = None
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The canonical path."""
+        return canonical(self.path)
+
+    @property
+    def is_count(self) -> bool:
+        """Whether the leaf is a step or an optimizer's count: an integer of any width, if the value fits."""
+        named = self.tokens[-1] == "step" or (self.leaf.shape == () and self.role in ("step", "optimizer"))
+        return named and is_count_dtype(self.leaf.dtype)
+
+
+def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
+    """Returns every leaf with its role, in the target's order."""
+    owners = {_owner(path) for path in leaves} - {None}
+    streams = {path[:-1] for path, leaf in leaves.items() if is_key(leaf.dtype)}
+    collections = {kind: collection_of(kind) for kind in {leaf.kind for leaf in leaves.values()}}
+    return [_wanted(leaf, owners, streams, collections[leaf.kind]) for leaf in leaves.values()]
+
+
+def collection_of(kind: type[Any] | None) -> str | None:
+    """Returns the Linen collection of a Variable type, as Flax itself names it."""
+    if kind is None or not issubclass(kind, nnx.Variable):
+        return None
+    return nnx.variable_name_from_type(cast(Any, kind), allow_register=True)
+
+
+def _owner(path: Path) -> Path | None:
+    return path[: path.index("opt_state")] if "opt_state" in path[:-1] else None
+
+
+def _wanted(leaf: WantedLeaf, owners: set[Path | None], streams: set[Path], collection: str | None) -> Wanted:
+    owner = _owner(leaf.path)
+    role = _role(leaf, owner, owners, streams)
+    if role != "optimizer":
+        return Wanted(leaf=leaf, role=role, path=leaf.path, collection=collection)
+    rest = leaf.path[len(owner) + 1 :] if owner is not None else leaf.path
+    # Two optimizers (a GAN) keep their attribute in the path, one needs none.
+    path = (*owner, *rest) if owner is not None and len(owners) > 1 else rest
+    return Wanted(leaf=leaf, role=role, path=path)
+
+
+def _role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], streams: set[Path]) -> Role:
+    kind = leaf.kind
+    if kind is None:
+        return _untyped_role(leaf, owner, owners, streams)
+    if issubclass(kind, nnx.RngState):
+        return "random"
+    if issubclass(kind, nnx.Cache | nnx.Intermediate):
+        return "transient"
+    if issubclass(kind, nnx.OptState):
+        return "step" if owner is None and str(leaf.path[-1]) == "step" else "optimizer"
+    # Not by the path: a module of the model may be called `opt_state`.
+    if owner is not None and not issubclass(kind, nnx.Param | nnx.BatchStat):
+        return "optimizer"
+    return "model"
+
+
+def _untyped_role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], streams: set[Path]) -> Role:
+    path = leaf.path
+    if owner is not None:
+        return "optimizer"
+    if is_key(leaf.dtype) or (path[:-1] in streams and leaf.shape == () and str(path[-1]) == "count"):
+        return "random"
+    if str(path[-1]) == "step" and (path[:-1] in owners or len(path) == 1):
+        return "step"
+    return "model"
+
+
+def of_role(wanted: Iterable[Wanted], *roles: Role) -> list[Wanted]:
+    """Returns the wanted leaves of these roles."""
+    return [item for item in wanted if item.role in roles]

@@ -1,0 +1,139 @@
+"""Where each wanted leaf must live.
+
+Order of decision, first that says something wins: the leaf's restore args, the
+target's own leaf, the Variable's `out_sharding` metadata with the mesh in force,
+the default. The default keeps a target in one place: replicated over the mesh
+that the target's other leaves (or `jax.set_mesh`) use; with no mesh at all, the
+first local device, or replicated over all devices when there are several hosts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from orbax_nnx_handler.planning.core.errors import RestoreError, ShardingMismatchError
+from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
+from orbax_nnx_handler.planning.text.folding import Row
+from orbax_nnx_handler.planning.text.lines import aligned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placer:
+    """Decides the sharding of each leaf of one target.
+
+    Attributes:
+        mesh: The mesh in force or the one the target's leaves use, or None.
+    """
+
+    mesh: Mesh | None
+
+    @classmethod
+    def of(cls, values: Iterable[Any]) -> "Placer":
+        """Returns the placer of a target, given the values of its leaves, under the mesh in force."""
+        current = jax.sharding.get_mesh()
+        if not current.empty:
+            return cls(mesh=current)
+        meshes = (getattr(_own_sharding(value), "mesh", None) for value in values)
+        return cls(mesh=next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None))
+
+    def place(self, node: Any, value: Any, override: Any) -> Sharding:
+        """Returns the sharding of one leaf.
+
+        Args:
+            node: The target's Variable or bare leaf.
+            value: The value in it.
+            override: The leaf's restore args, or None.
+
+        Raises:
+            RestoreError: The sharding names an abstract mesh and none is in force.
+        """
+        said = _override_sharding(override) if override is not None else None
+        if said is None:
+            said = _own_sharding(value)
+        if said is None:
+            said = self._annotated(node)
+        return self._default if said is None else self._concrete(said)
+
+    def _annotated(self, node: Any) -> Sharding | None:
+        if not isinstance(node, nnx.Variable) or not node.has_metadata("out_sharding"):
+            return None
+        if not node.get_metadata().get("out_sharding"):
+            return None
+        mesh = node.get_metadata().get("mesh") or self.mesh
+        annotated: Any = nnx.get_partition_spec({"leaf": cast(Any, node)})
+        spec: PartitionSpec | None = annotated["leaf"].get_value()
+        return NamedSharding(mesh, spec) if mesh is not None and spec is not None else None
+
+    def _concrete(self, sharding: Sharding) -> Sharding:
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
+            return sharding
+        if sharding.mesh.empty:
+            return self._default
+        if self.mesh is None or tuple(self.mesh.shape.items()) != tuple(sharding.mesh.shape.items()):
+            raise RestoreError(
+                f"the target is sharded over the abstract mesh {dict(sharding.mesh.shape)}, "
+                f"but the mesh in force is {dict(self.mesh.shape) if self.mesh else 'none'}.\n"
+                "hint: restore under `with jax.set_mesh(mesh):`, with the mesh the target was built for."
+            )
+        return NamedSharding(self.mesh, sharding.spec)
+
+    @functools.cached_property
+    def _default(self) -> Sharding:
+        if self.mesh is not None:
+            return NamedSharding(self.mesh, PartitionSpec())
+        if jax.process_count() == 1:
+            return SingleDeviceSharding(cast(Any, jax.local_devices())[0])
+        return NamedSharding(Mesh(np.array(cast(Any, jax.devices())), ("hosts",)), PartitionSpec())
+
+
+def indivisible(leaves: Iterable[WantedLeaf]) -> Iterator[ShardingMismatchError]:
+    """Yields one error for all leaves that their shardings do not divide; nothing if all are divided.
+
+    JAX finds it out when it makes the array: after the bytes were read, and without the leaf's name.
+    """
+    divides = functools.cache(_divides)
+    bad = [leaf for leaf in leaves if leaf.sharding is not None and not divides(leaf.sharding, leaf.shape)]
+    if not bad:
+        return
+    rows = [Row(leaf.path, (f"{leaf.shape} {leaf.dtype}", _in_words(leaf.sharding))) for leaf in bad]
+    count = "1 leaf" if len(bad) == 1 else f"{len(bad)} leaves"
+    yield ShardingMismatchError(
+        f"{count} cannot be divided over the devices as asked:\n{aligned(rows)}\n"
+        "hint: shard a dimension that the number of devices divides, or none: PartitionSpec().",
+        paths=[leaf.path for leaf in bad],
+    )
+
+
+def _divides(sharding: Sharding, shape: Shape) -> bool:
+    try:
+        sharding.shard_shape(shape)
+    # A spec with more entries than the shape has dimensions is an IndexError.
+    except (ValueError, IndexError):
+        return False
+    return not isinstance(sharding, NamedSharding) or len(sharding.spec) <= len(shape)
+
+
+def _in_words(sharding: Any) -> str:
+    if not isinstance(sharding, NamedSharding):
+        return str(sharding)
+    spec = ", ".join(map(repr, sharding.spec))
+    return f"PartitionSpec({spec}) over {dict(sharding.mesh.shape)}"
+
+
+def _own_sharding(value: Any) -> Sharding | None:
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, Sharding) else None
+
+
+def _override_sharding(override: Any) -> Sharding | None:
+    sharding = getattr(override, "sharding", None)
+    if isinstance(sharding, Sharding):
+        return sharding
+    mesh, axes = getattr(override, "mesh", None), getattr(override, "mesh_axes", None)
+    return NamedSharding(mesh, axes) if mesh is not None and axes is not None else None

@@ -1,0 +1,289 @@
+"""What the caller wants filled, as flat leaves, and how to put it together again.
+
+Targets that ask for nothing: always a mistake, which a restore of nothing would hide.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.dtypes import held_dtype
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.leaves import WantedLeaf
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.target.shardings import Placer
+from orbax_nnx_handler.planning.target.train_state import children
+
+Flat = dict[Path, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A target taken apart; nothing of the caller's is ever written to.
+
+    Attributes:
+        leaves: Every wanted leaf by path, in the target's order.
+        variables: The target's own Variable (or bare array) behind each leaf.
+        assemble: Builds the target's own type from values by path.
+    """
+
+    leaves: Mapping[Path, WantedLeaf]
+    variables: Mapping[Path, Any]
+    assemble: Callable[[Mapping[Path, Any]], Any]
+
+
+def flatten_target(item: Any, overrides: Mapping[Path, Any] | None = None) -> Target:
+    """Takes a target apart.
+
+    Args:
+        item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, a pure dict of
+            arrays or `jax.ShapeDtypeStruct`, or a tuple, list, dict or other
+            container of these that JAX knows, such as a Linen `TrainState`.
+        overrides: Restore args by path; `sharding` and `dtype` attributes that
+            are set win over the leaf's own.
+
+    Raises:
+        RestoreError: A leaf has neither shape nor dtype, an override names no
+            leaf of the target, or the target is nested too deep.
+    """
+    try:
+        nodes, values, rebuild = _take_apart(item)
+    except RecursionError as error:
+        raise RestoreError("the target is nested deeper than Python can follow.") from error
+    overrides = overrides or {}
+    _check_overrides(overrides, nodes)
+    placer = Placer.of(values.values())
+    leaves = {
+        path: _wanted(path, node, values[path], overrides.get(path), placer) for path, node in nodes.items()
+    }
+
+    def assemble(restored: Mapping[Path, Any]) -> Any:
+        return rebuild({path: _with_value(node, restored[path]) for path, node in nodes.items()})
+
+    return Target(leaves=leaves, variables=nodes, assemble=assemble)
+
+
+def flatten_like(tree: Any) -> Flat:
+    """Returns the leaves of a tree that mirrors a target, such as restore args."""
+    _, values, _ = _take_apart(tree)
+    return values
+
+
+def value_of(node: Any) -> Any:
+    """Returns the value inside a Variable, or the bare leaf itself."""
+    if not isinstance(node, nnx.Variable):
+        return node
+    variable = cast(Any, node)
+    raw = variable.get_raw_value()
+    # `get_value` looks for references and copies containers; of a bare description there is nothing to copy.
+    if isinstance(raw, jax.ShapeDtypeStruct) and not variable.has_metadata("on_get_value"):
+        return raw
+    return variable.get_value()
+
+
+_Apart = tuple[Flat, Flat, Callable[[Flat], Any]]
+"""The nodes of a target by path, their values, and how to put nodes together again."""
+
+
+def _take_apart(item: Any) -> _Apart:
+    if _has_graph_node(item):
+        return _take_apart_graph(item)
+    nodes, values = dict[Path, Any](), dict[Path, Any]()
+    _walk(item, (), nodes, values)
+    return nodes, values, lambda filled: _rebuild(item, (), filled)
+
+
+def _take_apart_graph(item: Any) -> _Apart:
+    graphdef, state = cast("tuple[Any, Any]", nnx.split(item))
+    flat, values, rebuild = _take_apart(state)
+    bare = _bare_leaves(item)
+
+    def merge(nodes: Flat) -> Any:
+        merged = nnx.merge(graphdef, rebuild(nodes))
+        for path in bare:
+            _set_bare(merged, path, nodes[path])
+        return merged
+
+    return flat | bare, values | bare, merge
+
+
+def _bare_leaves(item: Any) -> Flat:
+    """Returns abstract arrays that sit in modules outside any Variable.
+
+    `nnx.split` sees bare arrays but takes a bare `jax.ShapeDtypeStruct` for a
+    static attribute (`nnx.WeightNorm.scales` under `nnx.eval_shape`): left
+    alone, it would come back unmaterialised.
+    """
+    return {
+        tuple(path): node for path, node in nnx.iter_graph(item) if isinstance(node, jax.ShapeDtypeStruct)
+    }
+
+
+def _set_bare(root: Any, path: Path, value: Any) -> None:
+    parent = root
+    for key in path[:-1]:
+        parent = getattr(parent, cast(str, key)) if isinstance(parent, nnx.Pytree) else parent[key]
+    if isinstance(parent, nnx.Pytree):
+        setattr(parent, cast(str, path[-1]), nnx.data(value))
+    else:
+        parent[path[-1]] = value
+
+
+def _has_graph_node(item: Any) -> bool:
+    if isinstance(item, nnx.State | nnx.Variable):
+        return False
+    if isinstance(item, nnx.Pytree | nnx.Module):
+        return True
+    return any(_has_graph_node(part) for _, part in _entries(item) or ())
+
+
+def _entries(item: Any) -> list[tuple[Any, Any]] | None:
+    """Returns the children of a container by key; None for a leaf."""
+    if type(item) is dict:
+        return list(cast(dict[Any, Any], item).items())
+    if isinstance(item, nnx.Variable | jax.Array | jax.ShapeDtypeStruct | np.ndarray):
+        return None
+    if isinstance(item, nnx.State):
+        # Its own dicts: asked for one by one, a State wraps each in a new State.
+        return list(cast("nnx.State[Any, Any]", item).raw_mapping.items())
+    if _is_named_tuple(item):
+        return [(name, getattr(item, name)) for name in item._fields]
+    if isinstance(item, tuple | list):
+        return list(enumerate(cast(list[Any], item)))
+    # Whatever else JAX knows as a container: a Linen `TrainState`, a `Partitioned` box, a `FrozenDict`.
+    known = children(item)
+    if not known and isinstance(item, Mapping):
+        return list(cast(Mapping[Any, Any], item).items())
+    return known or None
+
+
+def _is_named_tuple(item: Any) -> bool:
+    return isinstance(item, tuple) and hasattr(cast(Any, item), "_fields")
+
+
+def _is_empty(value: Any) -> bool:
+    """Tells whether a leaf's value is none: None, or `optax.MaskedNode` inside a Variable."""
+    return not hasattr(value, "shape") and not jax.tree.leaves(value)
+
+
+def _walk(item: Any, prefix: Path, nodes: Flat, values: Flat) -> None:
+    """Adds every leaf below an item, and its value, by path."""
+    entries = _entries(item)
+    if entries is None:
+        value = value_of(item)
+        if not _is_empty(value):
+            nodes[prefix], values[prefix] = item, value
+        return
+    for key, part in entries:
+        _walk(part, (*prefix, key), nodes, values)
+
+
+def _rebuild(item: Any, prefix: Path, nodes: Flat) -> Any:
+    entries = _entries(item)
+    if entries is None:
+        # A leaf without a value is none of the target's, and stays what it is.
+        return nodes.get(prefix, item)
+    if isinstance(item, nnx.State):
+        return nnx.State(_rebuild_state(entries, prefix, nodes))
+    parts = {key: _rebuild(part, (*prefix, key), nodes) for key, part in entries}
+    if type(item) is dict:
+        return parts
+    if _is_named_tuple(item):
+        return type(item)(**parts)
+    if isinstance(item, tuple | list):
+        return type(cast(Any, item))(parts.values())
+    return jax.tree.unflatten(_structure(item), parts.values()) if children(item) else parts
+
+
+def _structure(node: Any) -> Any:
+    """Returns the structure of one container, its children taken for leaves."""
+    return cast(Any, jax.tree.structure(node, is_leaf=lambda part: part is not node))
+
+
+def _rebuild_state(entries: Iterable[tuple[Any, Any]], prefix: Path, nodes: Flat) -> dict[Any, Any]:
+    # A State that was put into a State counts as a dict there; left wrapped, it would change the treedef.
+    return {
+        key: _rebuild_state(_entries(part) or (), (*prefix, key), nodes)
+        if isinstance(part, nnx.State)
+        else _rebuild(part, (*prefix, key), nodes)
+        for key, part in entries
+    }
+
+
+def _wanted(path: Path, node: Any, value: Any, override: Any, placer: Placer) -> WantedLeaf:
+    # A bare leaf is its own value.
+    kind = None if value is node else cast("type[Any]", type(node))
+    sharding = placer.place(node, value, override)
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        value = _as_array(path, value)
+    dtype = getattr(override, "dtype", None)
+    return WantedLeaf(
+        path=path,
+        kind=kind,
+        shape=tuple(value.shape),
+        dtype=held_dtype(value.dtype if dtype is None else np.dtype(dtype)),
+        sharding=sharding,
+        value=None if isinstance(value, jax.ShapeDtypeStruct) else value,
+        dtype_is_chosen=dtype is not None,
+    )
+
+
+def _as_array(path: Path, value: Any) -> Any:
+    if isinstance(value, bool | int | float | complex):
+        return np.asarray(value, dtype=jax.dtypes.canonicalize_dtype(type(value)))
+    raise RestoreError(
+        f"target leaf {render(path)} is a {type(value).__name__}: it has no shape and dtype.\n"
+        "hint: build the target with nnx.eval_shape, or give it arrays or jax.ShapeDtypeStruct leaves.",
+        paths=(path,),
+    )
+
+
+def _with_value(node: Any, value: Any) -> Any:
+    if not isinstance(node, nnx.Variable):
+        return value
+    variable = cast(Any, node)
+    metadata = variable.get_metadata()
+    if metadata.get("ref") or metadata.get("hijax"):
+        return variable.replace(value)
+    # As `replace` does, but for the search for references, which a restored array has none of.
+    return cast(Any, type(variable)).from_metadata(value, metadata)
+
+
+def _check_overrides(overrides: Mapping[Path, Any], flat: Flat) -> None:
+    strange = [path for path in overrides if path not in flat]
+    if strange:
+        listed = "\n".join(f"  {render(path)}" for path in strange)
+        raise RestoreError(
+            f"restore_args has {len(strange)} leaves that the target does not have:\n{listed}\n"
+            "hint: restore_args must mirror the target, for example jax.tree.map(make_args, target).",
+            paths=strange,
+        )
+
+
+_WAYS_OUT = (
+    "pass the module, optimizer or state that is to be filled, such as nnx.eval_shape(make_model).",
+    "to read the stored tree as it is, use Orbax alone: ocp.PyTreeCheckpointer().restore(ITEM).",
+)
+_FILTERED = "a State that nnx.state(model, FILTER) made is empty where the filter matches nothing."
+
+
+def refuse_empty(item: Any, target: Target) -> None:
+    """Raises where a target has no leaf.
+
+    Args:
+        item: What the caller passed.
+        target: The same, taken apart.
+
+    Raises:
+        RestoreError: Nothing is wanted.
+    """
+    if target.leaves:
+        return
+    what = "None" if item is None else f"a {type(item).__name__} without a leaf"
+    hints = (*_WAYS_OUT, _FILTERED) if isinstance(item, nnx.State) else _WAYS_OUT
+    listed = "".join(f"\nhint: {hint}" for hint in hints)
+    raise RestoreError(f"the target is {what}: there is nothing to restore into.{listed}")

@@ -1,0 +1,231 @@
+"""The parts of a train state, whatever NNX containers hold them."""
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import jax
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render
+
+Leaves = dict[Path, Any]
+
+_OPT_STATE = "opt_state"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A train state taken apart; leaves are Variables, or arrays outside any Variable.
+
+    Attributes:
+        model: The model's leaves, by path below the model.
+        outside: Leaves beside model and optimizer (averaged weights, a program's
+            own random streams), by path in the item.
+        opt_state: The optimizer's state: optax's own containers where the item is
+            an `nnx.Optimizer` or holds one, nested mappings where it is a State;
+            None without an optimizer.
+        step: The number of steps done, or None.
+    """
+
+    model: Leaves
+    outside: Leaves
+    opt_state: Any = None
+    step: Any = None
+
+
+def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
+    """Finds model, optimizer and step of an item.
+
+    Args:
+        item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, or a tuple, list, dict or
+            dataclass of these.
+        model_key: The key under which the model sits where nothing else tells.
+
+    Raises:
+        ValueError: The item holds more than one optimizer.
+    """
+    optimizers = dict(_optimizers(item))
+    if len(optimizers) > 1:
+        listed = ", ".join(render(path) for path in optimizers)
+        raise ValueError(
+            f"the item holds {len(optimizers)} optimizers ({listed}), a Linen train state just one.\n"
+            "hint: save each with its model as an item of its own (ocp.args.Composite)."
+        )
+    leaves = flatten(_state_of(item)) | _abstract_arrays(item)
+    if not optimizers:
+        return _without_optimizer(item, leaves, model_key)
+    ((owner, opt_state),) = optimizers.items()
+    step = leaves.pop((*owner, "step"), None)
+    rest = {path: leaf for path, leaf in leaves.items() if path[: len(owner) + 1] != (*owner, _OPT_STATE)}
+    root = _root(rest, owner[:-1], opt_state, model_key)
+    return Parts(**_divide(rest, root), opt_state=opt_state, step=step)
+
+
+def holds_nnx(item: Any) -> bool:
+    """Tells whether any part of an item is an NNX object."""
+    return any(_is_nnx(part) for part in _outermost(item))
+
+
+def is_graph(item: Any) -> bool:
+    """Tells whether any part of an item is an NNX module rather than a state."""
+    return any(isinstance(part, nnx.Pytree | nnx.Module) for part in _outermost(item))
+
+
+def flatten(tree: Any) -> Leaves:
+    """Returns the leaves of a pytree by path; an `nnx.Variable` is a leaf."""
+    pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0])
+    return {tuple(_key(entry) for entry in path): leaf for path, leaf in pairs}
+
+
+def children(node: Any) -> list[tuple[Hashable, Any]] | None:
+    """Returns the direct children of a pytree node by key; None for a leaf."""
+    if _is_variable(node):
+        return None
+    if node is None:
+        return []
+
+    def is_child(part: Any) -> bool:
+        return part is not node
+
+    pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(node, is_leaf=is_child)[0])
+    if any(len(path) != 1 for path, _ in pairs):
+        return None
+    return [(_key(path[0]), child) for path, child in pairs]
+
+
+_NNX = (nnx.State, nnx.Pytree, nnx.Module, nnx.Variable)
+
+
+def _outermost(item: Any) -> list[Any]:
+    return jax.tree.leaves(item, is_leaf=_is_nnx)
+
+
+def _is_nnx(node: Any) -> bool:
+    return isinstance(node, _NNX)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _key(entry: Any) -> Hashable:
+    for name in ("key", "idx", "name"):
+        if hasattr(entry, name):
+            return cast(Hashable, getattr(entry, name))
+    return str(entry)
+
+
+def _state_of(item: Any) -> Any:
+    return cast(Any, nnx.split(item)[1]) if is_graph(item) else item
+
+
+def _abstract_arrays(item: Any) -> Leaves:
+    """Returns the arrays outside any Variable of an abstract module, which `nnx.split` takes for settings."""
+    nodes = cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)) if is_graph(item) else ()
+    return {tuple(path): node for path, node in nodes if isinstance(node, jax.ShapeDtypeStruct)}
+
+
+def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:
+    """Yields each optimizer's path with its state, in optax's containers where they are left."""
+    if is_graph(item):
+        for path, node in cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)):
+            if isinstance(node, nnx.Pytree | nnx.Module) and _is_opt_state(vars(node).get(_OPT_STATE)):
+                yield path, getattr(node, _OPT_STATE)
+        return
+    found = list(_opt_states(item, ()))
+    yield from found or _without_state(item)
+
+
+def _is_opt_state(node: Any) -> bool:
+    """Tells an optimizer's state, empty or not, from a module of the model that has its name."""
+    if node is None or isinstance(node, tuple | list):
+        # Optax's own containers. In a functional train state their leaves may be `nnx.Param`s.
+        return node is not None
+    state = cast(Any, nnx.state(node)) if isinstance(node, nnx.Module) else node
+    return not any(isinstance(leaf, nnx.Param | nnx.BatchStat) for leaf in flatten(state).values())
+
+
+def _without_state(item: Any) -> Iterator[tuple[Path, Any]]:
+    """Yields optimizers of which a State keeps the step alone, as of plain `sgd`."""
+    for path, leaf in flatten(item).items():
+        if path[-1:] == ("step",) and isinstance(leaf, nnx.OptState):
+            yield path[:-1], nnx.State({})
+
+
+def _opt_states(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    for key, child in children(node) or ():
+        if key == _OPT_STATE and _is_opt_state(child):
+            yield path, child
+        else:
+            yield from _opt_states(child, (*path, key))
+
+
+def _without_optimizer(item: Any, leaves: Leaves, model_key: Hashable) -> Parts:
+    keys = {path[0] for path in leaves}
+    if isinstance(item, tuple | list):
+        # What `nnx.split` returns: several states of one model.
+        return Parts(model=_merge(leaves), outside={})
+    container = isinstance(item, Mapping) and not isinstance(item, nnx.State)
+    if model_key in keys and (container or (keys == {model_key} and _names_its_model(item))):
+        return Parts(**_divide(leaves, (model_key,)))
+    return Parts(model=leaves, outside={})
+
+
+def _names_its_model(item: Any) -> bool:
+    """Tells whether an item is a train state without an optimizer, as for inference."""
+    return isinstance(item, nnx.Pytree) and "optimizer" in vars(item)
+
+
+def _merge(leaves: Leaves) -> Leaves:
+    merged: Leaves = {}
+    for path, leaf in leaves.items():
+        if path[1:] in merged:
+            raise ValueError(
+                f"two parts of the item hold {render(path[1:])}.\n"
+                "hint: name the parts with a dict: {'model': ..., 'ema': ...}."
+            )
+        merged[path[1:]] = leaf
+    return merged
+
+
+def _divide(leaves: Leaves, root: Path) -> dict[str, Leaves]:
+    model = {path[len(root) :]: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
+    outside = {path: leaf for path, leaf in leaves.items() if path[: len(root)] != root}
+    return {"model": model, "outside": outside}
+
+
+def _root(leaves: Leaves, parent: Path, opt_state: Any, model_key: Hashable) -> Path:
+    """Returns the path of the model that an optimizer was built for.
+
+    Optimizer leaves end with their parameter's path, so the model is where the
+    most of them find a parameter; without moments, its name decides.
+    """
+    moments = [canonical(path) for path in flatten(opt_state)]
+    weights = [path for path, leaf in leaves.items() if not isinstance(leaf, nnx.RngState)]
+    below = [path for path in weights if path[: len(parent)] == parent and len(path) > len(parent)]
+    keys = dict.fromkeys(path[len(parent)] for path in below)
+    scores = {root: _matches(below, root, moments) for root in [parent, *((*parent, key) for key in keys)]}
+    best = [root for root, score in scores.items() if score == max(scores.values())]
+    if not scores[best[0]]:
+        return _root_by_name(parent, list(keys), model_key)
+    named = (*parent, model_key)
+    if parent in best or len(best) == 1 or named in best:
+        return named if named in best and parent not in best else best[0]
+    listed = ", ".join(render(root) for root in best)
+    raise ValueError(
+        f"the optimizer fits several models of the item: {listed}.\n"
+        f"hint: call the one it trains {str(model_key)!r}."
+    )
+
+
+def _root_by_name(parent: Path, keys: list[Hashable], model_key: Hashable) -> Path:
+    if model_key in keys:
+        return (*parent, model_key)
+    # The place in a tuple is no name of the model's own.
+    return (*parent, keys[0]) if len(keys) == 1 and isinstance(keys[0], int) else parent
+
+
+def _matches(paths: Iterable[Path], root: Path, moments: Iterable[tuple[str, ...]]) -> int:
+    names = {canonical(path[len(root) :]) for path in paths if path[: len(root)] == root}
+    return sum(any(moment[at:] in names for at in range(len(moment))) for moment in moments)

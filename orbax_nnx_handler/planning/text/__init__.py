@@ -1,0 +1,1 @@
+"""How lists of paths and sentences are laid out as text."""

@@ -1,0 +1,286 @@
+"""Texts split at their numbers, and numbers as a person writes them.
+
+Folds rows that differ in one number: `layers/{0..31}/mlp/kernel`.
+"""
+
+import dataclasses
+import functools
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from orbax_nnx_handler.planning.core.paths import Path, natural_key, render
+
+# A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
+NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
+_Numbers = frozenset[int]
+
+
+class Text(NamedTuple):
+    """A text split at its numbers: fixed text and a set of numbers in turn."""
+
+    texts: tuple[str, ...]
+    numbers: tuple[_Numbers, ...]
+
+    @classmethod
+    def of(cls, text: str, number: re.Pattern[str] = NUMBER) -> "Text":
+        """Returns a text split at what is a number in it."""
+        if not text:
+            return NO_TEXT
+        bits = number.split(text)
+        return cls(tuple(bits[::2]), tuple(map(_only, bits[1::2])))
+
+    @classmethod
+    def united(cls, texts: Sequence["Text"]) -> "Text":
+        """Returns texts that differ in their numbers alone as one."""
+        columns = zip(*(text.numbers for text in texts), strict=True)
+        return cls(texts[0].texts, tuple(frozenset[int]().union(*column) for column in columns))
+
+    def __str__(self) -> str:
+        parts = [self.texts[0]]
+        for numbers, text in zip(self.numbers, self.texts[1:], strict=True):
+            parts += [ranges(numbers), text]
+        return "".join(parts)
+
+    def moves_on(self, later: "Text") -> bool:
+        """Tells whether every number stays as it is or rises from here to `later`."""
+        if self.numbers == later.numbers:
+            return True
+        pairs = zip(self.numbers, later.numbers, strict=True)
+        return all(before == after or max(before) < min(after) for before, after in pairs)
+
+
+@functools.lru_cache(maxsize=65536)  # A model has few numbers and many leaves.
+def _only(number: str) -> _Numbers:
+    return frozenset({int(number)})
+
+
+NO_TEXT = Text(("",), ())
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Returns numbers as a person writes them: `3`, `{0..31}`, `{0..3,7}`."""
+    ordered = sorted(set(numbers))
+    if len(ordered) == 1:
+        return str(ordered[0])
+    runs: list[list[int]] = []
+    for number in ordered:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) + "}"
+
+
+FROM = "<- "
+# In a short list every name stands in full: people search messages for the name they know.
+_FEW = 12
+_INDEX = re.compile(r"(?<=\[)(\d+)(?=\])")
+
+
+class Row(NamedTuple):
+    """One line of a list.
+
+    Attributes:
+        path: The leaf.
+        columns: What must be equal for two lines to fold.
+        source: A path whose numbers may run along with the leaf's.
+        transform: A text of which `[3]` may run along with the leaf's numbers.
+    """
+
+    # A named tuple, as `Text` and `_Pattern` are: they are made quickly, and a model has 20,000 of each.
+
+    path: Path
+    columns: tuple[str, ...] = ()
+    source: str = ""
+    transform: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folded:
+    """Some rows as one: the text of their paths, their columns, and how many they are."""
+
+    text: str
+    columns: tuple[str, ...]
+    count: int
+
+
+class _Pattern(NamedTuple):
+    """Rows that were folded so far; `last` is the newest of them, for what comes next.
+
+    `is_whole` says that all rows which differ in a number only are folded.
+    """
+
+    path: Text
+    columns: tuple[str, ...]
+    source: Text
+    transform: Text
+    last: tuple[Text, Text]
+    is_whole: bool = False
+
+    @classmethod
+    def joined(cls, run: Sequence["_Pattern"]) -> "_Pattern":
+        if len(run) == 1:
+            return run[0]
+        return run[0]._replace(
+            path=Text.united([pattern.path for pattern in run]),
+            source=Text.united([pattern.source for pattern in run]),
+            transform=Text.united([pattern.transform for pattern in run]),
+            last=run[-1].last,
+        )
+
+    def leads_to(self, later: "_Pattern") -> bool:
+        """Tells whether a later row is the next of this sequence, and no jump back in its sources."""
+        source, transform = self.last
+        return source.moves_on(later.last[0]) and transform.moves_on(later.last[1])
+
+    @property
+    def leaves(self) -> int:
+        total = 1
+        for numbers in self.path.numbers:
+            total *= len(numbers)
+        return total
+
+
+def fold(rows: Iterable[Row]) -> list[Folded]:
+    """Returns the rows in natural order, folded; rows with different columns stay apart.
+
+    Numbers fold to ranges (`layers_{0..31}`); where many lines are left, names fold to lists
+    (`{key,query,value}`).
+    """
+    patterns = _patterns(sorted(rows, key=lambda row: natural_key(row.path)))
+    depth = max((len(pattern.path.numbers) for pattern in patterns), default=0)
+    for position in range(depth):
+        patterns = _merge(patterns, position)
+    lines = [_folded(pattern) for pattern in patterns]
+    return lines if len(lines) <= _FEW else fold_names(lines)
+
+
+def list_paths(paths: Iterable[Path]) -> str:
+    """Returns every path in full where they are few; else what `fold_paths` makes of them."""
+    few = list(dict.fromkeys(paths))
+    return ", ".join(map(render, few)) if len(few) <= _FEW else fold_paths(few)
+
+
+def fold_paths(paths: Iterable[Path]) -> str:
+    """Returns paths as one short text: `a/layers_{0..3}/kernel`, several apart by commas."""
+    return ", ".join(line.text for line in fold(Row(path=path) for path in dict.fromkeys(paths)))
+
+
+_Numbered = tuple[int, tuple[int, ...]]
+"""The only number of a row's path, and the numbers of its source."""
+
+
+def _patterns(rows: Iterable[Row]) -> list[_Pattern]:
+    """Returns rows as patterns; those whose path has a single number, nearly all of a model's, folded."""
+    groups: dict[object, tuple[Row, list[_Numbered]]] = {}
+    for at, row in enumerate(rows):
+        path, source = NUMBER.split(render(row.path)), NUMBER.split(row.source)
+        if len(path) != 3 or row.transform:
+            groups[at] = (row, [])
+            continue
+        texts = (path[0], path[2], row.columns, *source[::2])
+        found = groups.get(texts)
+        if found is None:
+            found = groups[texts] = (row, [])
+        found[1].append((int(path[1]), tuple(map(int, source[1::2]))))
+    return [pattern for row, numbered in groups.values() for pattern in _folded_runs(row, numbered)]
+
+
+def _folded_runs(row: Row, numbered: Sequence[_Numbered]) -> list[_Pattern]:
+    first = _pattern(row)
+    if not numbered:
+        return [first]
+    runs: list[list[_Numbered]] = []
+    for number, sources in numbered:
+        # As in `_Pattern.leads_to`: no number of the source may jump back.
+        if not runs or any(map(operator.gt, runs[-1][-1][1], sources)):
+            runs.append([])
+        runs[-1].append((number, sources))
+    return [_run(first, run) for run in runs]
+
+
+def _run(first: _Pattern, run: Sequence[_Numbered]) -> _Pattern:
+    sources = tuple(map(frozenset, zip(*(sources for _, sources in run), strict=True)))
+    return first._replace(
+        path=Text(first.path.texts, (frozenset(number for number, _ in run),)),
+        source=Text(first.source.texts, sources),
+        is_whole=True,
+    )
+
+
+def _pattern(row: Row) -> _Pattern:
+    source, transform = Text.of(row.source), Text.of(row.transform, _INDEX)
+    return _Pattern(Text.of(render(row.path)), row.columns, source, transform, (source, transform))
+
+
+def _folded(pattern: _Pattern) -> Folded:
+    transform = str(pattern.transform).replace("[{", "[").replace("}]", "]")
+    source = f"{FROM}{pattern.source}" if pattern.source.texts != ("",) else ""
+    columns = (*pattern.columns, source, transform)
+    return Folded(text=str(pattern.path), columns=columns, count=pattern.leaves)
+
+
+def _merge(patterns: Sequence[_Pattern], position: int) -> list[_Pattern]:
+    groups: dict[object, list[_Pattern]] = defaultdict(list)
+    for at, pattern in enumerate(patterns):
+        is_done = pattern.is_whole or position >= len(pattern.path.numbers)
+        groups[at if is_done else _key(pattern, position)].append(pattern)
+    return [run for group in groups.values() for run in _runs(group)]
+
+
+def _key(pattern: _Pattern, position: int) -> object:
+    numbers = pattern.path.numbers
+    others = (*numbers[:position], *numbers[position + 1 :])
+    return pattern.path.texts, others, pattern.columns, pattern.source.texts, pattern.transform.texts
+
+
+def _runs(group: Sequence[_Pattern]) -> list[_Pattern]:
+    runs: list[list[_Pattern]] = []
+    for pattern in group:
+        if runs and runs[-1][-1].leads_to(pattern):
+            runs[-1].append(pattern)
+        else:
+            runs.append([pattern])
+    return [_Pattern.joined(run) for run in runs]
+
+
+def fold_names(lines: Sequence[Folded]) -> list[Folded]:
+    """Returns lines that differ in one name, and in nothing else, as one: `{key,query}/kernel`."""
+    depth = max((line.text.count("/") for line in lines), default=0) + 1
+    for position in range(depth):
+        groups: dict[object, list[Folded]] = {}
+        for line in lines:
+            groups.setdefault(_but_for_name(line, position), []).append(line)
+        lines = [_with_names(group, position) for group in groups.values()]
+    return list(lines)
+
+
+def _but_for_name(line: Folded, position: int) -> object:
+    names = line.text.split("/")
+    if position >= len(names):
+        return line
+    return (*names[:position], "*", *names[position + 1 :]), _swapped(line.columns, names[position], "*")
+
+
+def _swapped(columns: tuple[str, ...], name: str, other: str) -> tuple[str, ...]:
+    """Returns the columns with a name replaced in the source: there it changes along with the leaf's."""
+    return tuple(
+        "/".join(other if part == name else part for part in column.split("/"))
+        if column[:3] == FROM
+        else column
+        for column in columns
+    )
+
+
+def _with_names(group: Sequence[Folded], position: int) -> Folded:
+    first = group[0]
+    if len(group) == 1:
+        return first
+    names = first.text.split("/")
+    every = "{" + ",".join(line.text.split("/")[position] for line in group) + "}"
+    columns = _swapped(first.columns, names[position], every)
+    text = "/".join([*names[:position], every, *names[position + 1 :]])
+    return Folded(text=text, columns=columns, count=sum(line.count for line in group))

@@ -1,0 +1,116 @@
+"""Sentences on lines of a readable width; code in them stays in one piece.
+
+Folded rows as lines of text: aligned, cut with a count, no wider than they must be.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from orbax_nnx_handler.planning.text.folding import FROM, Folded, Row, fold
+
+WIDTH = 120
+"""Columns of a line in an error, a plan or a log, where nothing forces more."""
+
+_SENTENCES = ("cause: ", "hint: ", "note: ")
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+def wrapped(text: str, width: int = WIDTH) -> str:
+    """Returns a text whose causes and hints are no wider than they must be; rows stay as they are."""
+    return "\n".join(line for whole in text.splitlines() for line in _lines(whole, width))
+
+
+def _lines(line: str, width: int) -> Iterator[str]:
+    if len(line) <= width or not line.startswith(_SENTENCES):
+        yield line
+        return
+    indent = " " * (line.index(": ") + 2)
+    current = ""
+    for word in _words(line, width - len(indent)):
+        if current.strip() and len(current) + 1 + len(word) > width:
+            yield current
+            current = indent + word
+        else:
+            current = f"{current} {word}" if current.strip() else current + word
+    yield current
+
+
+def _words(line: str, room: int) -> Iterator[str]:
+    """Yields the words of a line; what stands in brackets or backticks is one word, so that it can be pasted.
+
+    A list that is wider than a line is taken apart between its elements, where Python allows it too.
+    """
+    for word in _split(line, depth=0):
+        yield from _split(word, depth=1) if len(word) > room else [word]
+
+
+def _split(text: str, depth: int) -> Iterator[str]:
+    level, quoted, word = 0, False, ""
+    for letter in text:
+        if letter == " " and level <= depth and not quoted and (not level or word.endswith(",")):
+            yield word
+            word = ""
+            continue
+        quoted ^= letter == "`"
+        level = max(0, level + (letter in _OPENING) - (letter in _CLOSING))
+        word += letter
+    yield word
+
+
+def aligned(rows: Iterable[Row], limit: int = 40, indent: str = "  ") -> str:
+    """Returns folded rows as lines with aligned columns, cut with a count after `limit` lines."""
+    return "\n".join(align(fold(rows), limit=limit, indent=indent))
+
+
+def align(lines: Sequence[Folded], limit: int = 40, indent: str = "  ") -> list[str]:
+    """Returns folded rows as text lines; a column that is empty everywhere takes no room.
+
+    What does not fit into a line goes on below it: in most rows, the source.
+    """
+    shown = lines[:limit]
+    table = [(line.text, *line.columns) for line in shown]
+    width = max((len(cells) for cells in table), default=0)
+    table = [(*cells, *[""] * (width - len(cells))) for cells in table]
+    used = [at for at in range(width) if any(cells[at] for cells in table)]
+    widths = _widths([[cells[at] for at in used] for cells in table], len(indent))
+    texts = [text for cells in table for text in _row([cells[at] for at in used], widths, indent)]
+    if len(lines) > limit:
+        rest = sum(line.count for line in lines[limit:])
+        texts.append(f"{indent}... and {rest} more")
+    return texts
+
+
+_GAP = "   "
+
+
+def _widths(table: Sequence[Sequence[str]], indent: int) -> list[int]:
+    """Returns the width of each column; a very long path must not push shapes out of everybody's line."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    sources = [
+        at for at, column in enumerate(zip(*table, strict=True)) if any(c.startswith(FROM) for c in column)
+    ]
+    beside = widths[1 : sources[0] if sources else None]
+    room = WIDTH - indent - sum(beside) - len(_GAP) * len(beside)
+    return [min(widths[0], max(room, WIDTH // 3)), *widths[1:]] if widths else []
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], indent: str) -> list[str]:
+    """Returns one row as lines: as many cells as fit, and the rest below."""
+    lines, current = list[str](), indent
+    for at, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        text = f"{cell:<{width}}" if not lines else cell
+        # Both shapes are compared with each other, so they stand in one line.
+        pair = [*cells[at + 1 : at + 2]] if cell.startswith("stored ") else []
+        if at and cell and not _fits([current, text, *pair]):
+            if not _fits([current.rstrip(), cell, *pair]):
+                lines.append(current.rstrip())
+                current = f"{indent}    {cell}"
+                continue
+            current = current.rstrip()  # Out of its column, but in its line.
+        if cell or not lines:
+            current = f"{current}{_GAP}{text}" if current.strip() else current + text
+    return [*lines, current.rstrip()]
+
+
+def _fits(cells: Sequence[str]) -> bool:
+    # A few columns more than a sentence may have: a row that breaks is harder to read.
+    return len(_GAP.join(cells).rstrip()) <= WIDTH + 4

@@ -1,0 +1,1 @@
+"""Whether a mapping fits: what is restored, missing, mismatched, defaulted."""

@@ -1,0 +1,288 @@
+"""The stored leaves that no wanted leaf is made from, and why.
+
+Compares a mapping with the target: the pure function behind every verdict.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from orbax_nnx_handler.planning.core.dtypes import (
+    Cast,
+    cast_between,
+    changes_values,
+    held_dtype,
+    is_key,
+    same_key,
+    worst,
+)
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
+from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.mapping.choice import best_mapping, faults_of
+from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
+from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
+from orbax_nnx_handler.planning.options import DefaultSource, Policy, RestoreOptions, resolve
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.rules import cast_of
+from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
+from orbax_nnx_handler.planning.target.shardings import indivisible
+from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Evidence, Mismatched, Missing, Restored
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leftover:
+    """The stored leaves beside the ones that are used; each in exactly one place.
+
+    Attributes:
+        unexpected: Leaves of the parts that the target asks for.
+        skipped: Leaves of parts it does not ask for, caches of another shape, and
+            values that are no arrays.
+        dropped: Leaves without a home in NNX, and those that rules leave behind.
+    """
+
+    unexpected: Mapping[Path, StoredLeaf]
+    skipped: Mapping[Path, StoredLeaf]
+    dropped: Mapping[Path, Dropped | Discarded]
+
+
+def left_over(wanted: Sequence[Wanted], mapping: LeafMapping, used: Iterable[Recipe]) -> Leftover:
+    """Sorts the stored leaves that are not used.
+
+    Args:
+        wanted: The target's leaves.
+        mapping: What the checkpoint can give them.
+        used: The recipes of the leaves that come from it.
+    """
+    taken = {path for recipe in used for path in reads(recipe)}
+    dropped = {path: item for path, item in _dropped(mapping).items() if path not in taken}
+    left = [
+        item for item in mapping.placements if item.leaf.path not in taken and item.leaf.path not in dropped
+    ]
+    roles = {item.role for item in wanted}
+    asked = {"model"} | (roles & {"optimizer", "step"})
+    open_ends = [item.leaf for item in left if item.section in asked and item.leaf.dtype is not None]
+    # A leaf that was found and is not used all the same is a cache that the program recomputes.
+    passed_over = mapping.used() if open_ends else ()
+    unexpected = {leaf.path: leaf for leaf in open_ends if leaf.path not in passed_over}
+    skipped = {item.leaf.path: item.leaf for item in left if item.leaf.path not in unexpected}
+    return Leftover(unexpected=unexpected, skipped=skipped, dropped=dropped)
+
+
+def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
+    homeless = {item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in mapping.homeless}
+    return {**homeless, **mapping.discarded}
+
+
+def make_plan(
+    target: Target,
+    stored: Stored,
+    options: RestoreOptions,
+    *,
+    directory: str = "",
+    overrides: Mapping[Path, Policy] | None = None,
+) -> RestorePlan:
+    """Decides what every leaf of a target will be.
+
+    Args:
+        target: What the caller wants.
+        stored: What the checkpoint holds, from metadata.
+        options: The caller's choices.
+        directory: The item directory, for messages.
+        overrides: Policies of single leaves.
+
+    Raises:
+        UnusedRuleError: A policy filter or a rule has no effect.
+        UnknownLayoutError: The tree is in no known layout.
+    """
+    wanted = roles_of(target.leaves)
+    policies = resolve(options.policy, target.variables, overrides or {})
+    mapping, faults = best_mapping(wanted, stored, options)
+    judge = _Judge(mapping, stored, options, policies)
+    verdicts = {item.leaf.path: judge.verdict(item) for item in wanted}
+    used = [v.recipe for v in verdicts.values() if not isinstance(v, Defaulted) and v.recipe is not None]
+    left = left_over(wanted, mapping, used)
+    return RestorePlan(
+        directory=directory,
+        layout=mapping.layout.title,
+        stored_count=len(stored),
+        restored=_of_kind(Restored, verdicts),
+        missing=_of_kind(Missing, verdicts),
+        mismatched=_of_kind(Mismatched, verdicts),
+        defaulted=_of_kind(Defaulted, verdicts),
+        unexpected=left.unexpected,
+        skipped=left.skipped,
+        dropped=left.dropped,
+        unexpected_policy=options.unexpected,
+        faults=(*faults, *mapping.faults, *faults_of(mapping), *indivisible(target.leaves.values())),
+        evidence=_evidence(wanted, mapping),
+    )
+
+
+_Verdict = Restored | Missing | Mismatched | Defaulted
+_Kind = TypeVar("_Kind", bound=_Verdict)
+
+
+def _of_kind(kind: type[_Kind], verdicts: Mapping[Path, _Verdict]) -> dict[Path, _Kind]:
+    return {path: verdict for path, verdict in verdicts.items() if isinstance(verdict, kind)}
+
+
+def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Evidence:
+    return Evidence(
+        wanted={item.leaf.path: item for item in wanted},
+        placements={item.leaf.path: item for item in mapping.placements},
+        roots=mapping.roots,
+        stuck=mapping.stuck,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """Judges single leaves against one mapping."""
+
+    mapping: LeafMapping
+    stored: Stored
+    options: RestoreOptions
+    policies: Mapping[Path, Policy]
+
+    def verdict(self, item: Wanted) -> _Verdict:
+        found = self.mapping.found.get(item.leaf.path)
+        if found is not None:
+            verdict = self._as_it_is(item, found) or self._compare(item, found)
+            # A cache of another batch size is not a fault: the program recomputes it.
+            if item.role != "transient" or isinstance(verdict, Restored):
+                return verdict
+        if item.role in ("random", "transient"):
+            return self._default(item)
+        return self._missing(item, None)
+
+    def _missing(self, item: Wanted, found: Found | None) -> Missing:
+        policy = self.policies[item.leaf.path]
+        return Missing(
+            wanted=item.leaf,
+            policy=policy,
+            filled_by="zeros" if policy == "warn" else self._initial(item),
+            layers=found.missing_layers if found else (),
+            recipe=found.recipe if found else None,
+        )
+
+    def _initial(self, item: Wanted) -> DefaultSource | None:
+        if item.leaf.value is not None:
+            return "target"
+        return "init" if self.options.init is not None else None
+
+    def _default(self, item: Wanted) -> Defaulted:
+        last: DefaultSource = "seed" if item.role == "random" else "zeros"
+        what = "random state" if item.role == "random" else "recomputed by the program"
+        reason = f"{what}, never in a Linen checkpoint"
+        return Defaulted(wanted=item.leaf, source=self._initial(item) or last, reason=reason)
+
+    def _as_it_is(self, item: Wanted, found: Found) -> Restored | None:
+        """Returns the verdict on a leaf that comes out as it is wanted: nearly every one."""
+        leaf = item.leaf
+        if found.surplus or found.missing_layers or self.mapping.applied.casts:
+            return None
+        if self.mapping.shapes[leaf.path] != leaf.shape:
+            return None
+        for path in reads(found.recipe):
+            source = self.stored[path]
+            if source.dtype != leaf.dtype or source.key_impl:
+                return None
+        return Restored(
+            wanted=leaf,
+            recipe=found.recipe,
+            stored_dtype=leaf.dtype,
+            dtype=leaf.dtype,
+            cast="same",
+            reason=found.reason,
+        )
+
+    def _compare(self, item: Wanted, found: Found) -> Restored | Missing | Mismatched:
+        sources = [self.stored[path] for path in dict.fromkeys(reads(found.recipe))]
+        shape = self.mapping.shapes[item.leaf.path] or ()
+        if is_key(item.leaf.dtype) or any(leaf.key_impl for leaf in sources):
+            return self._compare_key(item, found, shape)
+        if shape != item.leaf.shape or found.surplus:
+            return _mismatch(item, found, "shape", shape, str(sources[0].dtype), _surplus(found))
+        verdict = self._compare_dtype(item, found, sources)
+        if found.missing_layers and isinstance(verdict, Restored):
+            return self._missing(item, found)
+        return verdict
+
+    def _compare_dtype(
+        self, item: Wanted, found: Found, sources: Sequence[StoredLeaf]
+    ) -> Restored | Mismatched:
+        by_rule = cast_of(found.recipe, self.mapping.applied.casts)
+        dtypes = [by_rule] if by_rule else [leaf.dtype for leaf in sources if leaf.dtype is not None]
+        is_count = item.is_count
+        casts: list[Cast | None] = [cast_between(dtype, item.leaf.dtype, is_count) for dtype in dtypes]
+        kept = self.options.dtype == "stored" and not item.leaf.dtype_is_chosen
+        if (
+            (len(casts) < len(sources) and not by_rule)
+            or None in casts
+            or (by_rule and not kept and casts != ["same"])
+        ):
+            strange = next((d for d, c in zip(dtypes, casts, strict=True) if c is None), None)
+            held = str(strange or by_rule or "not an array")
+            return _mismatch(item, found, "dtype", item.leaf.shape, held, found.reason if by_rule else "")
+        dtype = held_dtype(dtypes[0]) if kept else item.leaf.dtype
+        shortened = kept and dtype != dtypes[0]
+        if shortened and not is_count:
+            return _mismatch(item, found, "dtype", item.leaf.shape, str(dtypes[0]), _NO_X64)
+        done = "same" if kept and not shortened else worst(casts)
+        return Restored(
+            wanted=item.leaf,
+            recipe=found.recipe,
+            stored_dtype=cast("np.dtype[Any]", sources[0].dtype),
+            dtype=dtype,
+            cast=_cast_by_rule(sources, by_rule) if by_rule else done,
+            reason=found.reason,
+        )
+
+    def _compare_key(self, item: Wanted, found: Found, shape: Shape) -> Restored | Mismatched:
+        source = self.stored[next(iter(reads(found.recipe)))]
+        is_plain = isinstance(found.recipe, Read)
+        if not is_plain or shape != item.leaf.shape or not same_key(source.key_impl, item.leaf.dtype):
+            impl = f"key<{source.key_impl}>" if source.key_impl else str(source.dtype)
+            return _mismatch(item, found, "key", shape, impl)
+        dtype = item.leaf.dtype
+        return Restored(
+            wanted=item.leaf,
+            recipe=found.recipe,
+            stored_dtype=dtype,
+            dtype=dtype,
+            cast="same",
+            reason=found.reason,
+        )
+
+
+_NO_X64 = 'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"'
+
+
+def _cast_by_rule(sources: Sequence[StoredLeaf], dtype: "np.dtype[Any]") -> Cast:
+    if all(leaf.dtype == dtype for leaf in sources):
+        return "same"
+    return "narrower" if any(changes_values(leaf.dtype, dtype) for leaf in sources) else "wider"
+
+
+def _surplus(found: Found) -> str:
+    return f"the stored group has {found.surplus} more layers" if found.surplus else ""
+
+
+def _mismatch(
+    item: Wanted, found: Found, kind: str, shape: Shape, dtype: str, detail: str = ""
+) -> Mismatched:
+    return Mismatched(
+        wanted=item.leaf,
+        recipe=found.recipe,
+        kind=kind,  # type: ignore[arg-type]
+        stored_shape=shape,
+        stored_dtype=dtype,
+        detail=detail,
+        surplus=found.surplus,
+        reason=found.reason,
+    )

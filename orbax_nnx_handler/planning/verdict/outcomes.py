@@ -1,0 +1,118 @@
+"""What a verdict was based on: kept with the plan, for whoever asks why."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from orbax_nnx_handler.planning.core.dtypes import Cast
+from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Recipe, describe
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.mapping.moments import StuckMoment
+from orbax_nnx_handler.planning.mapping.roots import Roots
+from orbax_nnx_handler.planning.options import Policy
+from orbax_nnx_handler.planning.target.roles import Wanted
+
+if TYPE_CHECKING:
+    pass
+from orbax_nnx_handler.planning.options import DefaultSource
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Both sides of a plan, leaf by leaf.
+
+    Attributes:
+        wanted: Every wanted leaf with its role.
+        placements: Every stored leaf with the part of a train state it belongs to.
+        roots: Where the model sits on both sides.
+        stuck: Moments that cannot follow their parameters.
+    """
+
+    wanted: Mapping[Path, Wanted] = dataclasses.field(default_factory=dict[Path, Wanted])
+    placements: Mapping[Path, Placement] = dataclasses.field(default_factory=dict[Path, Placement])
+    roots: Roots = dataclasses.field(default_factory=lambda: Roots(wanted=(), stored=(), overlap=0))
+    stuck: tuple[StuckMoment, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A leaf that comes from disk.
+
+    Attributes:
+        wanted: The leaf.
+        recipe: The stored leaves and the transform.
+        stored_dtype: The dtype on disk.
+        dtype: The dtype in the result.
+        cast: What the cast does; `count` is checked to fit when it is read.
+        reason: The rule or module structure behind the mapping; empty for the path itself.
+    """
+
+    wanted: WantedLeaf
+    recipe: Recipe
+    stored_dtype: np.dtype[Any]
+    dtype: np.dtype[Any]
+    cast: Cast
+    reason: str = ""
+
+    @property
+    def transform(self) -> str:
+        """What is done to the stored value, in a few words; empty for nothing."""
+        cast = "" if self.cast == "same" else f"cast {self.stored_dtype} to {self.dtype}"
+        return ", ".join(part for part in (self.reason, describe(self.recipe), cast) if part)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A weight that the checkpoint lacks, whole or in some layers.
+
+    Attributes:
+        wanted: The leaf.
+        policy: What is to become of it.
+        filled_by: Where an initial value comes from; None where `init` has no source.
+        layers: The layers that are missing; empty if the whole leaf is.
+        recipe: How to make the layers that are stored, with `Fill` for the others.
+    """
+
+    wanted: WantedLeaf
+    policy: Policy
+    filled_by: DefaultSource | None = None
+    layers: tuple[int, ...] = ()
+    recipe: Recipe | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mismatched:
+    """A leaf whose stored counterpart cannot become it.
+
+    Attributes:
+        wanted: The leaf.
+        recipe: What it was mapped to.
+        kind: What differs.
+        stored_shape: The shape that the recipe gives.
+        stored_dtype: The stored dtype; the implementation's name for keys.
+        detail: One more fact where shapes and dtypes do not say it all.
+        surplus: How many layers the stored group has more than the wanted one.
+        reason: The rule or structure that made it what it is; empty for none.
+    """
+
+    wanted: WantedLeaf
+    recipe: Recipe
+    kind: Literal["shape", "dtype", "key"]
+    stored_shape: Shape
+    stored_dtype: str
+    detail: str = ""
+    surplus: int = 0
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaulted:
+    """State that a Linen layout never holds: random state, caches, intermediates."""
+
+    wanted: WantedLeaf
+    source: DefaultSource
+    reason: str

@@ -1,0 +1,1 @@
+"""What is stored: finding a checkpoint and reading its metadata."""

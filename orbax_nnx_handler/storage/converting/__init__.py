@@ -1,0 +1,1 @@
+"""A checkpoint written anew in another layout, arrangement or dtype."""

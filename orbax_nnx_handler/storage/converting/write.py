@@ -1,0 +1,276 @@
+"""Writes leaves slab by slab while Orbax does the rest of a save: tree, merge, commit.
+
+Writes a converted checkpoint slab by slab; it appears under its name only when it is complete.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from orbax_nnx_handler.planning.core.containers import tree_of
+from orbax_nnx_handler.planning.core.dtypes import is_key
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.core.regions import slices
+from orbax_nnx_handler.planning.text.folding import Row
+from orbax_nnx_handler.planning.text.lines import aligned
+from orbax_nnx_handler.storage.checkpoint.directories import is_item
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.converting.blocks import Slab, by_source, read_slabs, slab_shape
+from orbax_nnx_handler.storage.converting.digests import Digests, Progress, digests_of
+from orbax_nnx_handler.storage.converting.memory import window_of
+from orbax_nnx_handler.storage.reading import Job, read_arrays
+from orbax_nnx_handler.storage.saving.written import Written
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """Stands in Orbax's tree for a leaf whose values come later."""
+
+    leaf: Written
+
+
+class SlabWriter(ocp.type_handlers.TypeHandler):
+    """Writes leaves in slabs while Orbax does the rest of a save: tree, merge, commit."""
+
+    def __init__(
+        self, source: Checkpoint, leaves: Sequence[Written], window: int, progress: Progress | None
+    ) -> None:
+        self.digests = Digests()
+        self.leaves = leaves
+        self.window = window
+        self._source = source
+        self._progress = progress
+
+    def typestr(self) -> str:
+        """Returns the name under which any Orbax reads the leaves: whole arrays of no sharding."""
+        return "np.ndarray"
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        """Writes all leaves; done when it returns."""
+        del args
+        places = {value.leaf.path: info for value, info in zip(values, infos, strict=True)}
+        for info in infos[:1]:
+            await info.await_path_creation()
+        arrays: dict[Path, ts.TensorStore] = {}
+        for batch in read_slabs(self._source, self.leaves, self.window):
+            new = {slab.leaf.path: slab.leaf for slab in batch if slab.leaf.path not in arrays}
+            opened = {path: self._open(leaf, places[path]) for path, leaf in new.items()}
+            arrays |= {path: future.result() for path, future in opened.items()}
+            self._write(batch, arrays)
+            for slab in batch:
+                if slab.is_last:
+                    del arrays[slab.leaf.path]
+            batch.clear()
+            # An interrupt arrives here where the event loop has taken over the signal.
+            await asyncio.sleep(0)
+        return []
+
+    def _write(self, batch: Sequence[Slab], arrays: Mapping[Path, ts.TensorStore]) -> None:
+        writes: list[Any] = [
+            arrays[slab.leaf.path][slices(slab.region)].write(
+                slab.values, can_reference_source_data_indefinitely=True
+            )
+            for slab in batch
+            if slab.values.size
+        ]
+        for slab in batch:
+            self.digests.add(slab)
+        for write in writes:
+            write.result()
+        if self._progress is not None:
+            self._progress(sum(slab.values.nbytes for slab in batch))
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        """Not called: this handler only writes."""
+        raise NotImplementedError
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        """Not called: this handler only writes."""
+        raise NotImplementedError
+
+    def _open(self, leaf: Written, info: Any) -> Any:
+        # Public, though marked as being for those who know what they do: Orbax's own description of an array
+        # on disk. Written by hand it would go stale with the next option that Orbax adds.
+        spec = ocp.type_handlers.get_json_tspec_write(
+            info,
+            use_ocdbt=True,
+            global_shape=leaf.shape,
+            local_shape=slab_shape(leaf.shape, leaf.dtype, self.window),
+            dtype=leaf.dtype,
+            process_index=0,
+        )
+        return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is to be written.
+
+    Attributes:
+        source: The checkpoint that is read.
+        leaves: The leaves to write.
+        given: Values that are in no checkpoint, by path: random state, and the
+            empty nodes of an optax state.
+        lists: Whether int keys number a list; an `nnx.State` keeps them as keys.
+    """
+
+    source: Checkpoint
+    leaves: Sequence[Written]
+    given: Mapping[Path, Any] = dataclasses.field(default_factory=dict[Path, Any])
+    lists: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+
+def write_converted(
+    conversion: Conversion,
+    destination: epath.PathLike,
+    *,
+    memory_bytes: int | None,
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+) -> dict[Path, str]:
+    """Writes a conversion as one item that stock Orbax reads, and reads it again to compare.
+
+    Args:
+        conversion: What to write.
+        destination: The item directory to create.
+        memory_bytes: Upper bound of this process's memory; None as for `window_of`.
+        progress: Called with the bytes written since the last call.
+        verifying: Called with the bytes read again since the last call.
+
+    Returns:
+        The digest of each leaf.
+
+    Raises:
+        RestoreError: Something is at the destination, the memory does not do, or
+            what was read again is not what was written. Nothing was left behind.
+    """
+    destination = epath.Path(destination).absolute()
+    window = window_of(memory_bytes)
+    with _writing(destination), _appearing(destination) as unfinished:
+        plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
+        writer = SlabWriter(conversion.source, by_source(plain, conversion.source), window, progress)
+        _save(conversion, writer, unfinished)
+        _verify(unfinished, plain, writer.digests.done, window, verifying)
+    return writer.digests.done
+
+
+def check_free(destination: epath.Path) -> None:
+    """Raises where a destination is taken.
+
+    Raises:
+        RestoreError: Names it.
+    """
+    if destination.exists():
+        raise RestoreError(f"there is something at {destination} already; nothing is overwritten.")
+    above = next((part for part in destination.absolute().parents if part.exists()), destination)
+    if not above.is_dir():
+        raise RestoreError(f"{above} is a file, so nothing can be written to {destination}.")
+    inside = next((part for part in (above, *above.parents) if is_item(part)), None)
+    if inside is not None:
+        raise RestoreError(f"{destination} lies inside the checkpoint {inside}, which would be changed.")
+
+
+@contextlib.contextmanager
+def _writing(destination: epath.Path) -> Generator[None]:
+    """Says that it was the destination which failed: a full disk, a permission, an interface that is down."""
+    try:
+        yield
+    except RestoreError:
+        raise
+    # TensorStore raises ValueError for most of what a disk refuses.
+    except (OSError, ValueError) as error:
+        reason = str(error).partition(" [source locations=")[0]
+        raise RestoreError(
+            f"{destination} cannot be written: {reason}\nhint: nothing was left at the destination."
+        ) from error
+
+
+@contextlib.contextmanager
+def _appearing(destination: epath.Path) -> Generator[epath.Path]:
+    """Gives a directory that takes the destination's name at the end, or goes.
+
+    Directories above the destination that do not exist yet appear with it: an empty
+    `new/1200` would be a finished step to a manager.
+    """
+    check_free(destination)
+    top = destination
+    while not top.parent.exists():
+        top = top.parent
+    unfinished = top.parent / f"{top.name}.converting-{os.getpid()}"
+    try:
+        inside = unfinished / destination.relative_to(top)
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        yield inside
+        unfinished.rename(top)
+    finally:
+        # Orbax writes to a sibling too, which an interrupt leaves behind.
+        for left in [*top.parent.glob(f"{unfinished.name}*")]:
+            left.rmtree()
+
+
+def _save(conversion: Conversion, writer: SlabWriter, directory: epath.Path) -> None:
+    values: dict[Path, Any] = {leaf.path: Pending(leaf) for leaf in writer.leaves}
+    values |= _read_keys(conversion) | dict(conversion.given)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Pending, writer), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True, use_zarr3=True)
+    custom = dict(conversion.source.custom_metadata) or None
+    tree = tree_of(values, lists=conversion.lists)
+    with cast(Any, ocp.Checkpointer(handler)) as checkpointer:
+        # The bound of a data file is also what the store holds of one in memory before it is written.
+        checkpointer.save(
+            directory,
+            args=ocp.args.PyTreeSave(tree, custom_metadata=custom, ocdbt_target_data_file_size=writer.window),
+            custom_metadata=dict(conversion.source.step_metadata) or None,
+        )
+
+
+def _read_keys(conversion: Conversion) -> dict[Path, jax.Array]:
+    """Reads the random keys: a few bytes, which Orbax writes in its own way."""
+    local = jax.sharding.SingleDeviceSharding(cast(Any, jax.local_devices(backend="cpu")[0]))
+    jobs = [
+        Job(path=leaf.path, recipe=leaf.recipe, shape=leaf.shape, dtype=leaf.dtype, sharding=local)
+        for leaf in conversion.leaves
+        if is_key(leaf.dtype)
+    ]
+    return read_arrays(conversion.source, jobs) if jobs else {}
+
+
+def _verify(
+    directory: epath.Path,
+    leaves: Sequence[Written],
+    written: Mapping[Path, str],
+    window: int,
+    progress: Progress | None,
+) -> None:
+    again = read_metadata(directory)
+    stored = {tuple(map(str, path)): leaf for path, leaf in again.leaves.items()}
+    paths = {leaf.path: stored[tuple(map(str, leaf.path))].path for leaf in leaves}
+    plain = [dataclasses.replace(leaf, recipe=Read(paths[leaf.path])) for leaf in leaves]
+    found = digests_of(again, by_source(plain, again), window, progress)
+    wrong = [leaf for leaf in leaves if found[leaf.path] != written[leaf.path]]
+    if wrong:
+        rows = aligned(Row(leaf.path, (str(leaf.shape), str(leaf.dtype))) for leaf in wrong)
+        raise RestoreError(
+            f"{len(wrong)} leaves were read again with other values than were written:\n{rows}\n"
+            "hint: the disk or the memory is at fault; nothing was left at the destination.",
+            paths=[leaf.path for leaf in wrong],
+        )

@@ -1,0 +1,209 @@
+"""What the planner asks of a reader: one array per job.
+
+The host buffers behind a job: one for each distinct shard of this process.
+
+Which jobs are on their way at the same time.
+
+On CPU devices the buffers that are read into become the arrays, so there is
+nothing to bound. Elsewhere they are copied to the device, and only as many as
+the window allows exist on the host at once.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from orbax_nnx_handler.planning.core import recipes
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Recipe
+from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One array to come back.
+
+    Attributes:
+        path: The wanted path: the key of the result.
+        recipe: How it is made from stored leaves; holds no `Fill`.
+        shape: The shape of the array, over all devices and processes.
+        dtype: Its dtype, a cast from the stored one included; a key dtype gives
+            an array of random keys.
+        sharding: Where it must live.
+        single_replica: Whether one of the processes that hold the same part reads
+            it and the others get it over the mesh.
+    """
+
+    path: Path
+    recipe: Recipe
+    shape: Shape
+    dtype: np.dtype[Any]
+    sharding: jax.sharding.Sharding
+    single_replica: bool = False
+
+
+Buffer = npt.NDArray[Any]
+Device = Any  # `jax.Device` is no class to a type checker.
+_Indices = Mapping[Device, tuple[slice, ...] | None]
+Allocate = Callable[[Shape, "np.dtype[Any]"], Buffer]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A region of a job and the devices of this process that hold it.
+
+    Replicas share one shard: it is read once and copied to each device.
+    """
+
+    region: Region
+    devices: tuple[Device, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainJob:
+    """A job on plain numbers: random keys are their bits, with trailing axes.
+
+    Attributes:
+        job: The job as asked for.
+        recipe: The recipe on stored arrays.
+        shape: The shape with the trailing axes of key bits.
+        dtype: The dtype of the numbers.
+        sharding: The sharding, which leaves trailing axes whole.
+        shards: The distinct regions of this process.
+    """
+
+    job: Job
+    recipe: Recipe
+    shape: Shape
+    dtype: np.dtype[Any]
+    sharding: jax.sharding.Sharding
+    shards: tuple[Shard, ...]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the host's own memory is the devices' memory."""
+        return all(device.platform == "cpu" for shard in self.shards for device in shard.devices)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes that the shards take on the host, each distinct one once."""
+        elements = sum(math.prod(shape_of_region(shard.region)) for shard in self.shards)
+        return elements * self.dtype.itemsize
+
+
+def plain_job(job: Job) -> PlainJob:
+    """Returns the job with random keys seen as their bits, and its shards."""
+    recipe, shape, dtype = job.recipe, job.shape, job.dtype
+    if is_key(dtype):
+        bits = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
+        recipe, shape, dtype = _with_trailing(recipe, bits.shape), (*shape, *bits.shape), bits.dtype
+    # A partition says nothing about axes behind its own, so the axes of bits stay whole.
+    shards = _shards(job.sharding, shape)
+    return PlainJob(job=job, recipe=recipe, shape=shape, dtype=dtype, sharding=job.sharding, shards=shards)
+
+
+def is_key(dtype: np.dtype[Any]) -> bool:
+    """Tells whether a dtype is one of random keys."""
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def allocate_shards(job: PlainJob, allocate: Allocate) -> dict[Region, Buffer]:
+    """Returns an uninitialised buffer for each shard."""
+    return {shard.region: allocate(shape_of_region(shard.region), job.dtype) for shard in job.shards}
+
+
+def region_of(index: tuple[slice, ...] | None, shape: Shape) -> Region:
+    """Returns the region that a sharding's index means."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shards(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Shard, ...]:
+    # Cached: a model has thousands of leaves and a few dozen shapes.
+    holders: dict[Region, list[Device]] = {}
+    indices = cast(_Indices, sharding.addressable_devices_indices_map(shape))
+    for device, index in indices.items():
+        holders.setdefault(region_of(index, shape), []).append(device)
+    return tuple(Shard(region=region, devices=tuple(devices)) for region, devices in holders.items())
+
+
+def _with_trailing(recipe: Recipe, extra: Shape) -> Recipe:
+    """Extends what a recipe says about all axes to axes behind them."""
+    match recipe:
+        case recipes.Read() | recipes.Fill():
+            return recipe
+        case recipes.Stack(sources, axis):
+            return recipes.Stack(tuple(_with_trailing(source, extra) for source in sources), axis)
+        case recipes.Concat(sources, axis):
+            return recipes.Concat(tuple(_with_trailing(source, extra) for source in sources), axis)
+        case recipes.Transpose(source, permutation):
+            last = range(len(permutation), len(permutation) + len(extra))
+            return recipes.Transpose(_with_trailing(source, extra), (*permutation, *last))
+        case recipes.Reshape(source, shape):
+            return recipes.Reshape(_with_trailing(source, extra), (*shape, *extra))
+        case _:
+            return dataclasses.replace(recipe, source=_with_trailing(recipe.source, extra))
+
+
+# Without a bound of the caller's: enough to keep disk and device busy.
+DEFAULT_WINDOW_BYTES = 4 << 30
+
+_Item = TypeVar("_Item")
+
+
+def waves(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[list[PlainJob]]:
+    """Yields the jobs in groups that fit the window, largest first.
+
+    Jobs that read the same stored leaf stay together, so that it is read once;
+    such a family may exceed the window on its own.
+    """
+    if all(job.on_cpu for job in jobs):
+        yield list(jobs)
+        return
+    # Half: while one wave is on its way to the devices, the next is read.
+    limit = (concurrent_bytes or DEFAULT_WINDOW_BYTES) // 2
+    yield from packed(sorted(families(jobs), key=_size, reverse=True), _size, limit)
+
+
+def packed(
+    families: Iterable[Sequence[_Item]], size_of: Callable[[Sequence[_Item]], int], limit: int
+) -> Iterator[list[_Item]]:
+    """Yields families in groups of bounded size, in order; one may exceed the bound on its own."""
+    wave: list[_Item] = []
+    size = 0
+    for family in families:
+        if wave and size + size_of(family) > limit:
+            yield wave
+            wave, size = [], 0
+        wave += family
+        size += size_of(family)
+    if wave:
+        yield wave
+
+
+def _size(family: Sequence[PlainJob]) -> int:
+    return sum(job.host_nbytes for job in family)
+
+
+def families(jobs: Sequence[PlainJob]) -> list[list[PlainJob]]:
+    """Groups the jobs that share a stored leaf, directly or through others."""
+    family_of: dict[Path, list[PlainJob]] = {}
+    for job in jobs:
+        paths = set(recipes.reads(job.recipe))
+        relatives = {id(family_of[path]): family_of[path] for path in paths if path in family_of}
+        home = max(relatives.values(), key=len, default=list[PlainJob]())
+        for other in relatives.values():
+            if other is not home:
+                home += other
+                paths |= {path for member in other for path in recipes.reads(member.recipe)}
+        home.append(job)
+        family_of |= dict.fromkeys(paths, home)
+    return list({id(family): family for family in family_of.values()}.values())

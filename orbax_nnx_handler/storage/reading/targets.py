@@ -1,0 +1,79 @@
+"""All places that one stored leaf's values go to, gathered over all jobs.
+
+A stacked leaf that feeds eighty layers is read once and scattered, not read
+eighty times.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe
+from orbax_nnx_handler.planning.core.regions import Folded, Part, Region, cut, place, shape_of_region, slices
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
+from orbax_nnx_handler.storage.reading.jobs import Buffer
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One rectangle of a stored leaf and the view that it fills.
+
+    Attributes:
+        region: The rectangle.
+        view: Writable, of the rectangle's shape; a cast happens on assignment.
+    """
+
+    region: Region
+    view: Buffer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What fills a set of buffers: reads, then what is left to do on the host.
+
+    Attributes:
+        targets: The places of each stored leaf.
+        finish: To be called in order once all targets are filled.
+    """
+
+    targets: dict[Path, list[Target]] = dataclasses.field(default_factory=dict[Path, list[Target]])
+    finish: list[Callable[[], None]] = dataclasses.field(default_factory=list[Callable[[], None]])
+
+    def fill(self, recipe: Recipe, region: Region, buffer: Buffer, stored: Mapping[Path, Shape]) -> None:
+        """Adds what fills a buffer with a region of a recipe's value."""
+        if isinstance(recipe, Read):
+            # Most leaves of most models: nothing to cut, and thousands of them.
+            self.targets.setdefault(recipe.path, []).append(Target(region, buffer))
+            return
+        for part in cut(recipe, region, stored):
+            view = place(part, buffer)
+            if isinstance(part.source, Folded):
+                self._fold(part, part.source, view, stored)
+            else:
+                self.targets.setdefault(part.source, []).append(Target(part.source_region, view))
+            if part.factor != 1.0:
+                self.finish.append(lambda view=view, factor=part.factor: _scale(view, factor))
+
+    def _fold(self, part: Part, folded: Folded, view: Buffer, stored: Mapping[Path, Shape]) -> None:
+        rectangle = shape_of_region(folded.region)
+        if view.shape == folded.shape and view.flags.c_contiguous:
+            # The place itself can take the rectangle's shape: no second copy.
+            self.fill(folded.recipe, folded.region, view.reshape(rectangle), stored)
+            return
+        below = np.empty(rectangle, view.dtype)
+        self.fill(folded.recipe, folded.region, below, stored)
+        chosen = below.reshape(folded.shape)[(..., *slices(part.source_region))]
+        self.finish.append(lambda: np.copyto(view, chosen))
+
+
+def _scale(view: Buffer, factor: float) -> None:
+    np.multiply(view, np.asarray(factor, view.dtype), out=view)
+
+
+def stored_shapes(checkpoint: Checkpoint) -> dict[Path, Shape]:
+    """Returns the shape of everything that can be read, the bits of random keys included."""
+    shapes = {path: array.encoding.shape for path, array in checkpoint.arrays.items()}
+    return shapes | {path: value.shape for path, value in (checkpoint.values or {}).items()}

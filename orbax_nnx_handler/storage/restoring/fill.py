@@ -1,0 +1,180 @@
+"""Random state that nobody gives: keys from a base seed and each leaf's path.
+
+Two streams never share a key, since their paths differ, and every process
+derives the same. Computed on the host: compiling hundreds of small outputs onto
+a mesh would take longer than the restore.
+
+Values that do not come from disk: initial values, zeros, and derived random state.
+"""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding
+
+from orbax_nnx_handler.planning.core.dtypes import is_key
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render
+from orbax_nnx_handler.planning.options import DefaultSource
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.target.target import flatten_like
+
+BASE_SEED = 0
+"""Seed of keys that neither the checkpoint nor the target nor `init` gives."""
+
+_KEY_IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
+
+
+def derive_random(leaves: Sequence[WantedLeaf]) -> dict[Path, jax.Array]:
+    """Returns a key for each key leaf, and zero for each count, on their own devices."""
+    groups: dict[tuple[str, Shape], list[WantedLeaf]] = defaultdict(list)
+    derived: dict[Path, jax.Array] = {}
+    for leaf in leaves:
+        if is_key(leaf.dtype):
+            groups[_impl(leaf.dtype), leaf.shape].append(leaf)
+        else:
+            derived[leaf.path] = _place(np.zeros(leaf.shape, leaf.dtype), leaf)
+    for (impl, shape), some in groups.items():
+        bits = _key_bits(impl, shape, [_path_number(leaf.path) for leaf in some])
+        for leaf, own in zip(some, bits, strict=True):
+            derived[leaf.path] = jax.random.wrap_key_data(_place(own, leaf), impl=impl)
+    return derived
+
+
+def _impl(dtype: Any) -> str:
+    return next(name for name in _KEY_IMPLS if jax.random.key(0, impl=name).dtype == dtype)
+
+
+def _path_number(path: Path) -> int:
+    # crc32, not hash(): string hashes differ between processes.
+    return zlib.crc32("/".join(canonical(path)).encode())
+
+
+def _key_bits(impl: str, shape: Shape, numbers: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Returns the bits of one key (or array of keys) for each number."""
+    base = jax.random.key(BASE_SEED, impl=impl)
+
+    def bits(number: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(base, number)
+        return jax.random.key_data(jax.random.split(key, shape) if shape else key)
+
+    with jax.default_device(jax.local_devices()[0]):
+        return np.asarray(jax.vmap(bits)(jnp.array(numbers, jnp.uint32)))
+
+
+def _place(value: np.ndarray[Any, Any], leaf: WantedLeaf) -> jax.Array:
+    # A key array's spec names its leading axes; the axis of bits behind them stays whole.
+    return jax.make_array_from_callback(
+        value.shape, cast(Sharding, leaf.sharding), lambda index: value[index]
+    )
+
+
+def check_init(plan: RestorePlan, init: Callable[[], Any] | None) -> None:
+    """Raises where `init` does not build what it must fill; computes nothing.
+
+    Raises:
+        RestoreError: Names the leaves that `init` lacks or gives in another shape.
+    """
+    leaves = [leaf for leaf, source in _sources(plan) if source == "init"]
+    if not leaves or init is None:
+        return
+    with _mesh_of(leaves):
+        built = jax.eval_shape(lambda: flatten_like(init()))
+    given = {leaf.path: getattr(built.get(leaf.path), "shape", "nothing") for leaf in leaves}
+    bad = [leaf for leaf in leaves if given[leaf.path] != leaf.shape]
+    if bad:
+        rows = [f"  {render(leaf.path)}   wanted {leaf.shape}, init gives {given[leaf.path]}" for leaf in bad]
+        raise RestoreError(
+            f"init does not build {len(bad)} leaves of the target:\n" + "\n".join(rows) + "\n"
+            "hint: init must build the target itself: the same containers, attributes and shapes.",
+            paths=[leaf.path for leaf in bad],
+        )
+
+
+def fill_leaves(plan: RestorePlan, init: Callable[[], Any] | None) -> dict[Path, jax.Array]:
+    """Returns the values of all missing and defaulted leaves, each on its own devices.
+
+    A leaf of which some layers are stored is filled whole; the stored layers are
+    put over it afterwards.
+
+    Args:
+        plan: A plan that passed its check.
+        init: Builds the target; traced, never run whole.
+    """
+    by_source: dict[DefaultSource, list[WantedLeaf]] = {"target": [], "init": [], "seed": [], "zeros": []}
+    for leaf, source in _sources(plan):
+        by_source[source].append(leaf)
+    filled = {leaf.path: _from_target(leaf) for leaf in by_source["target"]}
+    if init is not None:
+        filled |= _compute(by_source["init"], lambda: flatten_like(init()))
+    filled |= derive_random(by_source["seed"])
+    zeros = by_source["zeros"]
+    filled |= _compute(zeros, lambda: {leaf.path: jnp.zeros(leaf.shape, leaf.dtype) for leaf in zeros})
+    return filled
+
+
+def _sources(plan: RestorePlan) -> list[tuple[WantedLeaf, DefaultSource]]:
+    missing: list[tuple[WantedLeaf, DefaultSource | None]]
+    missing = [(item.wanted, item.filled_by) for item in plan.missing.values()]
+    defaulted: list[tuple[WantedLeaf, DefaultSource | None]]
+    defaulted = [(item.wanted, item.source) for item in plan.defaulted.values()]
+    return [(leaf, source) for leaf, source in [*missing, *defaulted] if source is not None]
+
+
+def _from_target(leaf: WantedLeaf) -> jax.Array:
+    # A copy: a train step that donates the restored state must not delete the caller's arrays.
+    value = jnp.copy(leaf.value) if isinstance(leaf.value, jax.Array) else jnp.asarray(leaf.value)
+    if value.dtype != leaf.dtype:
+        value = value.astype(leaf.dtype)
+    return jax.device_put(value, leaf.sharding)
+
+
+def _compute(leaves: Sequence[WantedLeaf], build: Callable[[], Mapping[Path, Any]]) -> dict[Path, jax.Array]:
+    """Computes only these leaves of what `build` gives, in place on their devices.
+
+    One compilation for all: XLA drops everything that the outputs do not need.
+    """
+    groups: dict[Any, list[WantedLeaf]] = {}
+    for leaf in leaves:
+        devices = cast("set[Any]", leaf.sharding.device_set) if leaf.sharding is not None else set[Any]()
+        groups.setdefault(frozenset(devices), []).append(leaf)
+    filled: dict[Path, jax.Array] = {}
+    for group in groups.values():
+        filled |= _compute_on(group, build)
+    return filled
+
+
+def _compute_on(
+    leaves: Sequence[WantedLeaf], build: Callable[[], Mapping[Path, Any]]
+) -> dict[Path, jax.Array]:
+    def outputs() -> list[Any]:
+        built = build()
+        return [_cast(built[leaf.path], leaf) for leaf in leaves]
+
+    with _mesh_of(leaves):
+        compiled: Any = jax.jit(outputs, out_shardings=[leaf.sharding for leaf in leaves])
+        values: list[jax.Array] = compiled()
+    return dict(zip([leaf.path for leaf in leaves], values, strict=True))
+
+
+def _cast(value: Any, leaf: WantedLeaf) -> Any:
+    value = jnp.asarray(value) if not isinstance(value, jax.Array) else value
+    return value if value.dtype == leaf.dtype else value.astype(leaf.dtype)
+
+
+def _mesh_of(leaves: Sequence[WantedLeaf]) -> AbstractContextManager[Any]:
+    """Puts the leaves' mesh in force, which annotated Variables need to be built under."""
+    current = jax.sharding.get_mesh()
+    if not current.empty:
+        return nullcontext()
+    for leaf in leaves:
+        if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):
+            return jax.set_mesh(leaf.sharding.mesh)
+    return nullcontext()

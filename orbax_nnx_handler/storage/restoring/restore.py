@@ -1,0 +1,205 @@
+"""The few stored values that decide a verdict: counts that must fit, leftovers that must be zero.
+
+They are read before anything else, so that a failure is known before the first
+weight is read.
+
+Carries a plan out: reads, fills and puts together the values of every leaf.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, UnmappedValueError, UnreadableLeafError
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, Stack, reads
+from orbax_nnx_handler.planning.mapping.matches import Dropped
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
+from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
+from orbax_nnx_handler.storage.reading import Job, read_everywhere, read_values
+from orbax_nnx_handler.storage.reading.agreement import agree
+from orbax_nnx_handler.storage.restoring.fill import check_init, fill_leaves
+
+
+def check_values(checkpoint: Checkpoint, plan: RestorePlan) -> None:
+    """Reads and judges the values that a plan leaves open.
+
+    Raises:
+        DtypeMismatchError: A step or count does not fit the wanted integer type.
+        UnmappedValueError: A value that NNX has no home for is not zero.
+    """
+    _check_counts(checkpoint, [item for item in plan.restored.values() if item.cast == "count"])
+    homeless = [item for item in plan.dropped.values() if isinstance(item, Dropped)]
+    _check_dropped(checkpoint, homeless)
+
+
+def _check_counts(checkpoint: Checkpoint, counts: Iterable[Restored]) -> None:
+    bad: list[tuple[Path, str]] = []
+    for item in counts:
+        limits = np.iinfo(item.dtype)
+        for path in reads(item.recipe):
+            value = _read(checkpoint, path)
+            if int(value.min()) < limits.min or int(value.max()) > limits.max:
+                bad.append(
+                    (
+                        item.wanted.path,
+                        f"stored {value} ({value.dtype}) from {render(path)}, wanted {item.dtype}",
+                    )
+                )
+    if bad:
+        rows = "\n".join(f"  {render(path)}   {text}" for path, text in bad)
+        raise DtypeMismatchError(
+            f"{len(bad)} counts do not fit the wanted integer type:\n{rows}\n"
+            f"checkpoint: {checkpoint.directory}\n"
+            'hint: give the target a wider integer type for them, or pass dtype="stored".',
+            paths=[path for path, _ in bad],
+        )
+
+
+def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
+    bad = [item for item in dropped if np.any(_read(checkpoint, item.leaf.path))]
+    if bad:
+        rows = "\n".join(f"  {render(item.leaf.path)}   {item.leaf.shape}   {item.reason}" for item in bad)
+        patterns = dict.fromkeys("/".join(map(str, item.leaf.path[-2:])) for item in bad)
+        rules = ", ".join(f"Drop({pattern!r}, 'why')" for pattern in patterns)
+        raise UnmappedValueError(
+            f"{'1 stored value has' if len(bad) == 1 else f'{len(bad)} stored values have'} "
+            f"no home in NNX and {'is' if len(bad) == 1 else 'are'} not zero:\n{rows}\n"
+            f"checkpoint: {checkpoint.directory}\n"
+            "hint: without them the model computes something else: fold them into another weight first, or "
+            f"leave them behind on purpose with renames=[{rules}].",
+            paths=[item.leaf.path for item in bad],
+        )
+
+
+def _read(checkpoint: Checkpoint, path: Path) -> np.ndarray[Any, Any]:
+    if checkpoint.values and path in checkpoint.values:
+        return checkpoint.values[path]
+    array = checkpoint.arrays[path]
+    if isinstance(array.encoding, NpyEncoding):
+        return read_values(checkpoint, [path])[path]
+    spec = {
+        "driver": array.encoding.driver,
+        "kvstore": {**array.store.spec, "path": f"{array.store.spec.get('path', '')}{array.name}/"},
+        "fill_missing_data_reads": not checkpoint.writes_fill,
+    }
+    try:
+        return ts.open(spec, open=True, read=True, context=array.store.context).result().read().result()
+    except ValueError as error:
+        raise UnreadableLeafError(
+            f"{render(path)} cannot be read from {array.store.directory}: {error}", paths=[path]
+        ) from error
+
+
+def carry_out(
+    checkpoint: Checkpoint,
+    plan: RestorePlan,
+    *,
+    init: Callable[[], Any] | None,
+    concurrent_bytes: int | None,
+    progress: Callable[[int], None] | None = None,
+    orbax: ocp.PyTreeCheckpointHandler | None = None,
+    single_replica: Callable[[Path], bool] = lambda _: False,
+) -> dict[Path, jax.Array]:
+    """Returns the value of every leaf of a plan that passed its check.
+
+    Args:
+        checkpoint: Where the stored leaves lie.
+        plan: The plan.
+        init: Builds the target, for `policy="init"`.
+        concurrent_bytes: Upper bound of the bytes read but not yet in place.
+        progress: Called with the bytes put in place since the last call.
+        orbax: A handler with type handlers of its own, which then reads the arrays.
+        single_replica: Whether a wanted leaf that several processes hold alike is read
+            by one of them.
+
+    Raises:
+        RestoreError: A stored value cannot be read or does not fit, on any process.
+    """
+
+    def check() -> None:
+        check_init(plan, init)
+        check_values(checkpoint, plan)
+
+    agree(check)
+    arrays = read_everywhere(
+        checkpoint,
+        _jobs(plan, single_replica),
+        concurrent_bytes=concurrent_bytes,
+        progress=progress,
+        orbax=orbax,
+    )
+    filled = fill_leaves(plan, init)
+    for path, item in plan.missing.items():
+        if item.recipe is not None:
+            filled[path] = _overlay(item, filled[path], arrays.pop(path))
+    return arrays | filled
+
+
+def _jobs(plan: RestorePlan, single_replica: Callable[[Path], bool]) -> list[Job]:
+    jobs = [
+        Job(
+            path=path,
+            recipe=item.recipe,
+            shape=item.wanted.shape,
+            dtype=item.dtype,
+            sharding=cast(Sharding, item.wanted.sharding),
+            single_replica=single_replica(path),
+        )
+        for path, item in plan.restored.items()
+    ]
+    partly = [item for item in plan.missing.values() if item.recipe is not None]
+    return [*jobs, *(_stored_layers(item) for item in partly)]
+
+
+def _stored_layers(item: Missing) -> Job:
+    """Returns the job for the layers that are stored, side by side."""
+    stack = _stack(item.recipe)
+    present = tuple(part for part in stack.sources if not isinstance(part, Fill))
+    shape = item.wanted.shape
+    return Job(
+        path=item.wanted.path,
+        recipe=Stack(present, stack.axis),
+        shape=(*shape[: stack.axis], len(present), *shape[stack.axis + 1 :]),
+        dtype=item.wanted.dtype,
+        sharding=_unsharded_axis(cast(Sharding, item.wanted.sharding), stack.axis),
+    )
+
+
+def _stack(recipe: Recipe | None) -> Stack:
+    if not isinstance(recipe, Stack):
+        raise TypeError(f"only a stack can hold a part of a leaf, not {recipe}")
+    return recipe
+
+
+def _unsharded_axis(sharding: Sharding, axis: int) -> Sharding:
+    """Returns the sharding with one axis whole: the stored layers may not divide over the mesh."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = [*sharding.spec]
+    if axis < len(spec):
+        spec[axis] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _overlay(item: Missing, whole: jax.Array, layers: jax.Array) -> jax.Array:
+    stack = _stack(item.recipe)
+    present = jnp.array([at for at, part in enumerate(stack.sources) if not isinstance(part, Fill)])
+
+    def put(whole: jax.Array, layers: jax.Array) -> jax.Array:
+        return jnp.moveaxis(
+            jnp.moveaxis(whole, stack.axis, 0).at[present].set(jnp.moveaxis(layers, stack.axis, 0)),
+            0,
+            stack.axis,
+        )
+
+    compiled: Any = jax.jit(put, out_shardings=item.wanted.sharding, donate_argnums=0)
+    return compiled(whole, layers)

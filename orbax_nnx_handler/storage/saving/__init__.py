@@ -1,0 +1,1 @@
+"""NNX state as a Linen program stores it."""

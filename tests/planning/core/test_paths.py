@@ -1,0 +1,32 @@
+"""Paths are read key by key: what one key gives does not depend on its neighbours."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orbax_nnx_handler.planning.core.paths import canonical, natural_key, render, segments
+
+TEXTS = st.text("ab_/()'0,1 ", max_size=5) | st.sampled_from(["('kernel',)", "(1, 'a')", "layers_3", "if_"])
+KEYS = TEXTS | st.integers(0, 3) | st.booleans() | st.tuples(TEXTS) | st.tuples() | st.tuples(TEXTS, TEXTS)
+PATHS = st.lists(KEYS, max_size=4).map(tuple)
+
+
+@given(PATHS, PATHS)
+def test_a_path_is_read_key_by_key(left, right):
+    for read in (segments, canonical, natural_key):
+        assert read(left + right) == read(left) + read(right)
+
+
+@given(PATHS)
+def test_a_path_is_printed_by_its_segments(path):
+    assert render(path) == ("/".join(segments(path)) or "(root)")
+
+
+def test_kinds_of_keys():
+    assert segments(("a/b", 0, ("c", 1), "('d',)", "(e", "f(g)", ())) == (
+        *("a", "b", "0", "c", "1", "d", "(e", "f(g)", "()"),
+    )
+    assert segments(()) == ()
+    assert segments(("",)) == ("",)
+    assert canonical(("layers_0_1", 2, True, "if_", ("scale", "kernel_3"))) == (
+        *("layers", "#0", "#1", "#2", "True", "if", "scale", "kernel", "#3"),
+    )

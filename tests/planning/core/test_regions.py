@@ -1,0 +1,174 @@
+"""Regions of recipes against the same operations on whole NumPy arrays."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orbax_nnx_handler.planning.core import recipes
+from orbax_nnx_handler.planning.core.recipes import (
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Reshape,
+    Scale,
+    Slice,
+    Stack,
+    Transpose,
+)
+from orbax_nnx_handler.planning.core.regions import (
+    Folded,
+    cut,
+    intersect,
+    place,
+    shape_of_region,
+    slices,
+    whole,
+)
+
+
+def evaluate(recipe, arrays):
+    """What the recipe means, on whole arrays."""
+    match recipe:
+        case Read(path):
+            return arrays[path]
+        case Index(source, axis, index):
+            return np.take(evaluate(source, arrays), index, axis)
+        case Slice(source, axis, start, size):
+            return np.take(evaluate(source, arrays), range(start, start + size), axis)
+        case Stack(sources, axis):
+            return np.stack([evaluate(source, arrays) for source in sources], axis)
+        case Concat(sources, axis):
+            return np.concatenate([evaluate(source, arrays) for source in sources], axis)
+        case Transpose(source, permutation):
+            return np.transpose(evaluate(source, arrays), permutation)
+        case Reshape(source, shape):
+            return np.reshape(evaluate(source, arrays), shape)
+        case Scale(source, factor):
+            return evaluate(source, arrays) * factor
+
+
+def assemble(recipe, region, arrays):
+    """Builds a region of the recipe's value from its parts, each element exactly once."""
+    shapes = {path: array.shape for path, array in arrays.items()}
+    buffer = np.zeros(shape_of_region(region))
+    touched = np.zeros(shape_of_region(region), dtype=int)
+    for part in cut(recipe, region, shapes):
+        if isinstance(part.source, Folded):
+            below = assemble(part.source.recipe, part.source.region, arrays)
+            source = below.reshape(part.source.shape)
+        else:
+            source = arrays[part.source]
+        place(part, buffer)[...] = source[slices(part.source_region)] * part.factor
+        place(part, touched)[...] += 1
+    assert (touched == 1).all()
+    return buffer
+
+
+@st.composite
+def shaped_recipes(draw, shape=None, depth=3):
+    """Draws a recipe and the shape it gives; leaves are drawn as `(path, shape)`."""
+    if shape is None:
+        shape = tuple(draw(st.lists(st.integers(1, 4), max_size=3)))
+    choices = ["read"]
+    if depth:
+        choices += ["index", "transpose", "reshape", "scale"]
+        choices += ["slice", "stack", "concat"] if shape else []
+    kind = draw(st.sampled_from(choices))
+    if kind == "read":
+        return Read((draw(st.integers(0, 10**6)), shape))
+    axis = draw(st.integers(0, len(shape) - 1)) if shape else 0
+    inner = lambda wanted: draw(shaped_recipes(shape=wanted, depth=depth - 1))  # noqa: E731
+    if kind == "index":
+        size = draw(st.integers(1, 3))
+        axis = draw(st.integers(0, len(shape)))
+        return Index(inner((*shape[:axis], size, *shape[axis:])), axis, draw(st.integers(0, size - 1)))
+    if kind == "slice":
+        before, after = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+        size = shape[axis]
+        return Slice(inner((*shape[:axis], before + size + after, *shape[axis + 1 :])), axis, before, size)
+    if kind == "stack":
+        return Stack(tuple(inner((*shape[:axis], *shape[axis + 1 :])) for _ in range(shape[axis])), axis)
+    if kind == "concat":
+        sizes = draw(st.sampled_from([(shape[axis],), (1, shape[axis] - 1) if shape[axis] > 1 else (1,)]))
+        return Concat(tuple(inner((*shape[:axis], s, *shape[axis + 1 :])) for s in sizes), axis)
+    if kind == "transpose":
+        permutation = tuple(draw(st.permutations(range(len(shape)))))
+        below = [0] * len(shape)
+        for to, source in enumerate(permutation):
+            below[source] = shape[to]
+        return Transpose(inner(tuple(below)), permutation)
+    if kind == "reshape":
+        return Reshape(inner(draw(refactored(shape))), shape)
+    return Scale(inner(shape), draw(st.sampled_from([0.5, 2.0])))
+
+
+@st.composite
+def refactored(draw, shape):
+    """Draws another shape with the same number of elements."""
+    left, found = math.prod(shape), []
+    while left > 1:
+        size = draw(st.sampled_from([d for d in range(2, left + 1) if left % d == 0]))
+        found.append(size)
+        left //= size
+    if draw(st.booleans()):
+        found.insert(draw(st.integers(0, len(found))), 1)
+    return tuple(found)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_region_of_any_recipe_is_the_same_region_of_numpys_value(data):
+    recipe = data.draw(shaped_recipes())
+    arrays = {path: _numbers(path) for path in recipes.reads(recipe)}
+    value = evaluate(recipe, arrays)
+    region = tuple(
+        (start, data.draw(st.integers(start, size)))
+        for size in value.shape
+        for start in [data.draw(st.integers(0, size))]
+    )
+
+    found = assemble(recipe, region, arrays)
+
+    np.testing.assert_array_equal(found, value[slices(region)])
+
+
+def _numbers(path):
+    return np.random.default_rng(path[0]).integers(0, 1000, path[1]).astype(float)
+
+
+def test_a_shard_of_a_stack_touches_only_its_own_layers():
+    recipe = Stack((Read(("a",)), Read(("b",)), Read(("c",))), 1)
+    stored = {("a",): (4, 2), ("b",): (4, 2), ("c",): (4, 2)}
+
+    parts = cut(recipe, ((0, 2), (1, 3), (0, 2)), stored)
+
+    assert [(part.source, part.source_region) for part in parts] == [
+        (("b",), ((0, 2), (0, 2))),
+        (("c",), ((0, 2), (0, 2))),
+    ]
+
+
+def test_merging_axes_reads_only_the_rows_and_heads_of_the_shard():
+    recipe = Reshape(Read(("q",)), (8, 6))
+    stored = {("q",): (8, 2, 3)}
+
+    (part,) = cut(recipe, ((2, 4), (0, 3)), stored)
+
+    assert isinstance(part.source, Folded)
+    assert part.source.region == ((2, 4), (0, 1), (0, 3))
+
+
+def test_a_fill_cannot_be_cut():
+    recipe = Stack((Read(("a",)), Fill((2,))), 0)
+
+    with pytest.raises(recipes.RecipeError, match="fill"):
+        cut(recipe, whole((2, 2)), {("a",): (2,)})
+
+
+def test_regions_that_only_touch_share_nothing():
+    assert intersect(((0, 2), (0, 4)), ((2, 3), (0, 4))) is None
+    assert intersect(((0, 3), (1, 4)), ((2, 5), (0, 2))) == ((2, 3), (1, 2))

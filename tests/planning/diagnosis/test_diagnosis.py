@@ -1,0 +1,462 @@
+"""Each cause is found where its evidence is, and nowhere else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import RestorePlan
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.diagnosis import diagnose
+from orbax_nnx_handler.planning.diagnosis.cause import (
+    Cause,
+    CollectionMissing,
+    KeyImplementation,
+    LostWeights,
+    NewPart,
+    RandomLayout,
+)
+from orbax_nnx_handler.planning.diagnosis.layers import LayerCount, LayersAbsent, ScannedOnOneSide
+from orbax_nnx_handler.planning.diagnosis.names import AnotherModel, OtherGroup, OtherNames
+from orbax_nnx_handler.planning.diagnosis.optimizers import NoOptimizer, OtherOptimizer
+from orbax_nnx_handler.planning.diagnosis.sizes import DimensionDiffers
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.judge import make_plan
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def keys(path: str) -> tuple[Any, ...]:
+    return tuple(int(part) if part.isdecimal() else part for part in path.split("/"))
+
+
+def stored_leaves(shapes: Shapes, **impls: str) -> dict[Any, StoredLeaf]:
+    return {
+        keys(path): StoredLeaf(path=keys(path), shape=shape, dtype=np.dtype(np.float32))
+        for path, shape in shapes.items()
+    }
+
+
+def plan(stored: Shapes, wanted: Mapping[str, Any], **options: Any) -> RestorePlan:
+    """Plans a restore of float32 leaves; a wanted shape is a Param, anything else a Variable itself."""
+    variables = [(keys(path), as_variable(value)) for path, value in wanted.items()]
+    target = flatten_target(nnx.from_flat_state(variables))
+    return make_plan(target, stored_leaves(stored), RestoreOptions.of(**options))
+
+
+def as_variable(value: Any) -> nnx.Variable[Any]:
+    return value if isinstance(value, nnx.Variable) else nnx.Param(abstract(value))
+
+
+def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def kinds(found: tuple[Cause, ...]) -> list[type[Cause]]:
+    return [type(cause) for cause in found]
+
+
+def layer(at: str, width: int = 4) -> dict[str, tuple[int, ...]]:
+    return {f"{at}/up/kernel": (width, 6), f"{at}/up/bias": (6,), f"{at}/norm/scale": (width,)}
+
+
+def model(layers: int, prefix: str = "params/", name: str = "layers_{}", width: int = 4) -> dict[str, Any]:
+    found: dict[str, Any] = {f"{prefix}embed/embedding": (11, width), f"{prefix}head/kernel": (width, 11)}
+    for at in range(layers):
+        found |= layer(prefix + name.format(at), width)
+    return found
+
+
+def moments(slot: str, shapes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {f"opt_state/0/{slot}/{path.removeprefix(prefix)}": shape for path, shape in shapes.items()}
+
+
+def wanted_moments(slot: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"optimizer/opt_state/0/{slot}/{path.removeprefix('model/')}": nnx.OptVariable(abstract(shape))
+        for path, shape in shapes.items()
+    }
+
+
+def test_a_plan_that_fits_has_no_cause():
+    found = diagnose(plan(model(2), model(2, "", "layers/{}")))
+
+    assert found == ()
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(3, 5), (5, 3)])
+def test_another_number_of_layers_is_counted_on_both_sides(stored, wanted):
+    found = diagnose(plan(model(stored), model(wanted, "", "layers/{}")))
+
+    (cause,) = found
+    assert isinstance(cause, LayerCount)
+    assert (cause.group, cause.stored, cause.wanted) == ("layers", stored, wanted)
+
+
+def test_the_moments_of_missing_layers_are_explained_with_them():
+    weights, wanted = model(2), model(3, "model/", "layers/{}")
+    checkpoint = weights | moments("mu", weights, "params/") | {"step": ()}
+    made = plan(checkpoint, wanted | wanted_moments("mu", wanted))
+
+    found = diagnose(made)
+
+    assert kinds(found) == [LayerCount]
+    assert set(found[0].paths) == set(made.missing)
+
+
+def test_a_hole_between_layers_is_no_other_number_of_layers():
+    checkpoint = {path: shape for path, shape in model(4).items() if "layers_1/" not in path}
+
+    found = diagnose(plan(checkpoint, model(4, "", "layers/{}")))
+
+    (cause,) = found
+    assert isinstance(cause, LayersAbsent)
+    assert (cause.layers, cause.stored) == ((1,), 3)
+
+
+def test_one_missing_weight_of_one_layer_is_no_missing_layer():
+    checkpoint = model(3)
+    del checkpoint["params/layers_2/up/bias"]
+
+    found = diagnose(plan(checkpoint, model(3, "", "layers/{}")))
+
+    assert not {LayerCount, LayersAbsent} & set(kinds(found))
+
+
+def stacked(count: int, axis: int = 1) -> dict[str, tuple[int, ...]]:
+    return {
+        f"layers/{path.removeprefix('x/')}": (*shape[:axis], count, *shape[axis:])
+        for path, shape in layer("x").items()
+    }
+
+
+def test_stacks_of_another_length_are_another_number_of_layers():
+    checkpoint = {f"params/{path}": shape for path, shape in (stacked(3) | {"head/kernel": (4, 11)}).items()}
+
+    found = diagnose(plan(checkpoint, stacked(5) | {"head/kernel": (4, 11)}))
+
+    (cause,) = found
+    assert isinstance(cause, LayerCount)
+    assert (cause.stored, cause.wanted, cause.filters) == (3, 5, ())
+
+
+def test_stacked_experts_are_called_experts():
+    def experts(count: int) -> dict[str, tuple[int, ...]]:
+        return {"moe/experts/up": (count, 4, 6), "moe/experts/bias": (count, 6), "head/kernel": (4, 11)}
+
+    found = diagnose(plan({f"params/{path}": s for path, s in experts(4).items()}, experts(8)))
+
+    (cause,) = found
+    assert isinstance(cause, LayerCount)
+    assert cause.kind == "expert"
+
+
+def test_a_wider_layer_is_a_dimension_and_no_other_number_of_layers():
+    found = diagnose(plan(model(2, width=4), model(2, "", "layers/{}", width=8)))
+
+    (cause,) = found
+    assert isinstance(cause, DimensionDiffers)
+    assert (cause.pairs, cause.ratio, cause.count) == (((4, 8),), "2", 6)
+
+
+def test_heads_that_differ_on_one_axis_are_no_other_number_of_layers():
+    def attention(heads: int) -> dict[str, tuple[int, ...]]:
+        return {f"attention/{name}/kernel": (4, heads, 3) for name in ("query", "key", "value")}
+
+    found = diagnose(plan({f"params/{path}": shape for path, shape in attention(2).items()}, attention(6)))
+
+    (cause,) = found
+    assert isinstance(cause, DimensionDiffers)
+    assert cause.name == "the number of heads"
+
+
+def test_several_dimensions_of_one_ratio_are_said_once():
+    stored = {"params/up/kernel": (4, 16), "params/down/kernel": (16, 4), "params/norm/scale": (4,)}
+    wanted = {"up/kernel": (8, 32), "down/kernel": (32, 8), "norm/scale": (8,)}
+
+    (cause,) = diagnose(plan(stored, wanted))
+
+    assert isinstance(cause, DimensionDiffers)
+    assert (cause.pairs, cause.ratio) == (((4, 8), (16, 32)), "2")
+
+
+def test_mismatches_with_nothing_in_common_get_no_guess():
+    stored = {"params/a/kernel": (4, 5), "params/b/kernel": (6, 7), "params/c/kernel": (8, 9)}
+    wanted = {"a/kernel": (4, 6), "b/kernel": (9, 7), "c/kernel": (8, 4)}
+
+    assert diagnose(plan(stored, wanted)) == ()
+
+
+def test_the_vocabulary_is_named_only_where_embedding_and_output_have_it():
+    stored = {"params/embed/embedding": (250, 4), "params/head/kernel": (4, 250), "params/up/kernel": (4, 4)}
+    vocabulary = {"embed/embedding": (256, 4), "head/kernel": (4, 256), "up/kernel": (4, 4)}
+    width = {"embed/embedding": (250, 8), "head/kernel": (8, 250), "up/kernel": (8, 8)}
+
+    names = [diagnose(plan(stored, wanted))[0].name for wanted in (vocabulary, width)]
+
+    assert names[0] == "the vocabulary"
+    assert names[1] != "the vocabulary"
+
+
+def test_layers_stacked_on_one_side_that_do_not_fit_say_why():
+    stored = {f"params/{path}": shape for path, shape in (stacked(2) | {"head/kernel": (4, 11)}).items()}
+    wanted = {"head/kernel": (4, 11)}
+    for at in range(2):
+        wanted |= {
+            f"layers/{at}/up/kernel": (5, 7),
+            f"layers/{at}/up/bias": (7,),
+            f"layers/{at}/norm/scale": (5,),
+        }
+
+    (cause,) = diagnose(plan(stored, wanted))
+
+    assert isinstance(cause, ScannedOnOneSide)
+    assert cause.stacked == "checkpoint"
+    assert "(4, 2, 6) without any one axis is not (5, 7)" in cause.cause
+
+
+def test_layers_that_can_be_rearranged_are_no_cause():
+    stored = {f"params/{path}": shape for path, shape in (stacked(2) | {"head/kernel": (4, 11)}).items()}
+    wanted = {"head/kernel": (4, 11)} | layer("layers/0") | layer("layers/1")
+
+    assert diagnose(plan(stored, wanted)) == ()
+
+
+def test_another_model_shares_neither_names_nor_shapes():
+    stored = {f"params/conv_{at}/{leaf}": (3, 3, at + 1, 2) for at in range(3) for leaf in ("kernel", "gain")}
+
+    found = diagnose(plan(stored, model(2, "", "layers/{}")))
+
+    assert kinds(found) == [AnotherModel]
+
+
+def test_the_same_model_in_another_width_is_not_another_model():
+    found = diagnose(plan(model(2, width=4), model(2, "", "layers/{}", width=6)))
+
+    assert AnotherModel not in kinds(found)
+
+
+def test_layers_under_another_name_are_not_another_model_and_the_rename_restores():
+    stored = {f"params/{path}": shape for path, shape in (stacked(3) | {"head/kernel": (4, 11)}).items()}
+    stored = {path.replace("layers", "strata"): shape for path, shape in stored.items()}
+    wanted = {"head/kernel": (4, 11)} | {k: v for at in range(3) for k, v in layer(f"layers/{at}").items()}
+
+    (cause,) = diagnose(plan(stored, wanted))
+
+    assert isinstance(cause, OtherGroup)
+    assert (cause.stored, cause.wanted, cause.count) == ("strata", "layers", 3)
+    assert plan(stored, wanted, renames=[("strata", "layers")]).fits
+
+
+def test_automatic_names_are_recognised_by_their_form_and_the_shapes():
+    stored = {"params/Dense_0/kernel": (4, 6), "params/Dense_1/kernel": (6, 2)}
+
+    (cause,) = diagnose(plan(stored, {"up/kernel": (4, 6), "down/kernel": (6, 2)}))
+
+    assert isinstance(cause, OtherNames)
+    assert cause.automatic == ("Dense_0", "Dense_1")
+    assert "suggest" in cause.hint
+
+
+def test_one_other_name_is_proposed_as_the_rename_that_restores():
+    stored = model(1) | {"params/logits_dense/kernel": (4, 11)}
+    del stored["params/head/kernel"]
+    wanted = model(1, "", "layers/{}")
+
+    (cause,) = diagnose(plan(stored, wanted))
+
+    assert isinstance(cause, OtherNames)
+    assert cause.renames == (("logits_dense", "head"),)
+    assert plan(stored, wanted, renames=cause.renames).fits
+
+
+def test_names_of_other_shapes_are_not_other_names():
+    stored = {"params/Dense_0/kernel": (4, 6), "params/head/kernel": (6, 2)}
+
+    found = diagnose(plan(stored, {"up/kernel": (5, 7), "head/kernel": (6, 2)}))
+
+    assert OtherNames not in kinds(found)
+
+
+def test_one_shape_in_common_is_not_other_names():
+    stored = {"params/x/kernel": (4, 6), "params/head/kernel": (6, 2)}
+    wanted = {
+        "a/kernel": (4, 6),
+        "b/kernel": (5, 7),
+        "c/kernel": (8, 9),
+        "d/kernel": (3, 3),
+        "head/kernel": (6, 2),
+    }
+
+    found = diagnose(plan(stored, wanted))
+
+    assert OtherNames not in kinds(found)
+
+
+def test_no_saved_optimizer_leaves_weights_complete_and_all_moments_missing():
+    wanted = model(1, "model/", "layers/{}")
+
+    found = diagnose(plan(model(1), wanted | wanted_moments("mu", wanted)))
+
+    assert kinds(found) == [NoOptimizer]
+    assert found[0].weights == len(wanted)
+
+
+def test_another_optimizer_keeps_other_moments():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    checkpoint = weights | moments("trace", weights, "params/") | {"step": ()}
+
+    found = diagnose(plan(checkpoint, wanted | wanted_moments("mu", wanted) | wanted_moments("nu", wanted)))
+
+    assert kinds(found) == [OtherOptimizer]
+    assert (found[0].stored, found[0].wanted) == (("trace",), ("mu", "nu"))
+
+
+def test_one_missing_moment_is_not_another_optimizer():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    checkpoint = weights | moments("mu", weights, "params/") | {"step": ()}
+    del checkpoint["opt_state/0/mu/head/kernel"]
+
+    found = diagnose(plan(checkpoint, wanted | wanted_moments("mu", wanted)))
+
+    assert not {NoOptimizer, OtherOptimizer} & set(kinds(found))
+
+
+def test_moments_of_the_same_name_in_two_places_are_not_another_optimizer():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    first = moments("mu", weights, "params/")
+    second = {path.replace("opt_state/0", "opt_state/1"): shape for path, shape in first.items()}
+    third = {path.replace("/0/", "/2/"): leaf for path, leaf in wanted_moments("mu", wanted).items()}
+
+    made = plan(weights | first | second | {"step": ()}, wanted | third)
+
+    assert set(made.missing) == {keys(path) for path in third}
+    assert OtherOptimizer not in kinds(diagnose(made))
+
+
+def statistics(prefix: str = "") -> dict[str, Any]:
+    shape = (4,)
+    return {
+        f"{prefix}norm/{name}": shape if prefix else nnx.BatchStat(abstract(shape))
+        for name in ("mean", "var")
+    }
+
+
+def test_a_collection_of_which_nothing_is_stored_was_not_saved():
+    found = diagnose(plan({"params/norm/scale": (4,)}, {"norm/scale": (4,)} | statistics()))
+
+    (cause,) = found
+    assert isinstance(cause, CollectionMissing)
+    assert (cause.collection, cause.filters, cause.count) == ("batch_stats", ("nnx.BatchStat",), 2)
+
+
+def test_a_collection_with_one_leaf_missing_was_saved():
+    checkpoint = {"params/norm/scale": (4,), "batch_stats/norm/mean": (4,)}
+
+    found = diagnose(plan(checkpoint, {"norm/scale": (4,)} | statistics()))
+
+    assert CollectionMissing not in kinds(found)
+
+
+def test_a_collection_of_which_other_leaves_are_stored_was_saved():
+    checkpoint = {"params/norm/scale": (4,), "batch_stats/other/gain": (9,)}
+
+    found = diagnose(plan(checkpoint, {"norm/scale": (4,)} | statistics()))
+
+    assert CollectionMissing not in kinds(found)
+
+
+def with_lora() -> dict[str, Any]:
+    leaves = {"head/lora/lora_a": (4, 2), "head/lora/lora_b": (2, 11)}
+    return model(2, "", "layers/{}") | {
+        path: nnx.LoRAParam(abstract(shape)) for path, shape in leaves.items()
+    }
+
+
+@pytest.mark.parametrize("concrete", [with_lora(), model(2, "", "layers/{}") | {"classifier/kernel": (4, 3)}])
+def test_a_new_part_comes_with_the_policy_that_initialises_it(concrete):
+    found = diagnose(plan(model(2), concrete))
+
+    (cause,) = found
+    assert isinstance(cause, NewPart)
+    rules = {eval(rule, {"nnx": nnx}): "init" for rule in cause.filters}
+    made = plan(model(2), concrete, policy={**rules, ...: "error"}, init=lambda: None)
+    assert made.fits
+
+
+def test_a_missing_weight_beside_an_unexpected_one_is_no_new_part():
+    stored = model(2) | {"params/decoder_head/kernel": (4, 12)}
+
+    found = diagnose(plan(stored, model(2, "", "layers/{}") | {"classifier/kernel": (4, 3)}))
+
+    assert NewPart not in kinds(found)
+
+
+def test_a_weight_whose_moment_is_stored_is_lost_and_not_new():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    checkpoint = weights | moments("mu", weights, "params/") | {"step": ()}
+    del checkpoint["params/head/kernel"]
+
+    found = diagnose(plan(checkpoint, wanted | wanted_moments("mu", wanted)))
+
+    assert kinds(found) == [LostWeights]
+    assert found[0].names == "model/head/kernel"
+
+
+def test_a_missing_bias_of_a_stored_module_is_no_new_part():
+    checkpoint = model(1)
+    del checkpoint["params/layers_0/up/bias"]
+
+    assert diagnose(plan(checkpoint, model(1, "", "layers/{}"))) == ()
+
+
+def key_plan(stored_impl: str, shape: tuple[int, ...] = ()) -> RestorePlan:
+    target = flatten_target(nnx.State({"rngs": {"key": nnx.RngKey(jax.random.key(0))}}))
+    leaf = StoredLeaf(path=("rngs", "key"), shape=shape, dtype=np.dtype(np.uint32), key_impl=stored_impl)
+    return make_plan(target, {leaf.path: leaf}, RestoreOptions.of())
+
+
+def test_random_keys_of_another_implementation_are_named():
+    (cause,) = diagnose(key_plan("rbg"))
+
+    assert isinstance(cause, KeyImplementation)
+    assert (cause.stored, cause.wanted) == ("rbg", "threefry2x32")
+
+
+def test_random_keys_of_another_shape_are_not_another_implementation():
+    assert diagnose(key_plan("threefry2x32", (3,))) == ()
+
+
+def streams(*paths: str) -> RestorePlan:
+    target = flatten_target(
+        nnx.State(
+            {
+                "drop": {"rngs": {"key": nnx.RngKey(jax.eval_shape(jax.random.key, 0))}},
+                "scale": as_variable((3,)),
+            }
+        )
+    )
+    leaves = {
+        keys(path): StoredLeaf(path=keys(path), shape=(), dtype=np.dtype(np.uint32), key_impl="threefry2x32")
+        for path in paths
+    } | stored_leaves({"scale": (3,)})
+    return make_plan(target, leaves, RestoreOptions.of())
+
+
+def test_two_streams_of_an_older_flax_are_named_where_one_is_wanted():
+    found = diagnose(streams("drop/rngs/dropout/key", "drop/rngs/params/key"))
+
+    assert kinds(found) == [RandomLayout]
+    assert found[0].wanted == "drop/rngs/key"
+
+
+def test_one_stream_of_an_older_flax_is_taken_and_no_cause():
+    made = streams("drop/rngs/default/key")
+
+    assert not made.defaulted
+    assert diagnose(made) == ()

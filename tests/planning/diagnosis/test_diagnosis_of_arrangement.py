@@ -1,0 +1,264 @@
+"""The same numbers in another arrangement: every hint is pasted and has to make the restore fit."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import orbax_nnx_handler
+from orbax_nnx_handler import RestorePlan
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.diagnosis import diagnose
+from orbax_nnx_handler.planning.diagnosis.axes import AxesMerged, AxesPermuted, Fused
+from orbax_nnx_handler.planning.diagnosis.layers import LayerCount, LayersShifted
+from orbax_nnx_handler.planning.diagnosis.names import LayoutGiven, NoWeights, OtherGroup, OtherNames
+from orbax_nnx_handler.planning.diagnosis.optimizers import OptimizerNested, OtherOptimizer
+from orbax_nnx_handler.planning.diagnosis.parts import NoBias, Quantised, TiedEmbedding
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.judge import make_plan
+from tests.planning.diagnosis.test_diagnosis import (
+    abstract,
+    keys,
+    kinds,
+    model,
+    moments,
+    plan,
+    stacked,
+    wanted_moments,
+)
+
+Shapes = dict[str, Any]
+SCOPE = {"nnx": nnx, **{name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__all__}}
+
+
+def stored(shapes: Shapes) -> Shapes:
+    return {f"params/{path}": shape for path, shape in shapes.items()}
+
+
+def pasted(text: str, argument: str) -> Any:
+    """Returns an argument of a hint as Python reads it."""
+    start = text.index(f"{argument}=") + len(argument) + 1
+    depth = 0
+    for at, letter in enumerate(text[start:], start):
+        depth += (letter in "([{") - (letter in ")]}")
+        if not depth:
+            return eval(text[start : at + 1], SCOPE)
+    raise AssertionError(text)
+
+
+def projections(shape: tuple[int, ...]) -> Shapes:
+    return {f"layers/{at}/{name}/kernel": shape for at in range(2) for name in ("query", "key", "value")}
+
+
+def other(count: int = 2) -> Shapes:
+    return {f"layers/{at}/out/kernel": (7, 12) for at in range(count)}
+
+
+FUSED = {f"layers/{at}/qkv/kernel": (12, 3, 4, 3) for at in range(2)}
+JOINED = {f"layers/{at}/qkv/kernel": (12, 24) for at in range(2)}
+TURNED = {"layers/0/up/kernel": (8, 12), "layers/1/up/kernel": (12, 8)}
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "kind"),
+    [
+        (FUSED, projections((12, 4, 3)), Fused),
+        (projections((12, 4, 3)), FUSED, Fused),
+        (JOINED, projections((12, 8)), Fused),
+        (projections((12, 8)), JOINED, Fused),
+        (projections((12, 12)), projections((12, 4, 3)), AxesMerged),
+        (projections((12, 4, 3)), projections((12, 12)), AxesMerged),
+        ({"head/kernel": (11, 12)}, {"head/kernel": (12, 11)}, AxesPermuted),
+        (TURNED, {f"layers/{at}/up/kernel": (12, 8) for at in range(2)}, AxesPermuted),
+    ],
+)
+def test_the_rules_of_the_hint_make_it_fit(have, want, kind):
+    have, want = stored(have | other()), want | other()
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, kind)
+    assert plan(have, want, renames=pasted(cause.hint, "renames")).fits
+
+
+def test_weights_that_carry_each_others_names_are_read_in_both_ways():
+    have = stored({"up/kernel": (8, 12), "down/kernel": (12, 8)} | other())
+    want = {"up/kernel": (12, 8), "down/kernel": (8, 12)} | other()
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, AxesPermuted)
+    assert cause.swapped == ("down", "up")
+    assert plan(have, want, renames=[("down", "up"), ("up", "down")]).fits
+    assert plan(have, want, renames=pasted(cause.hint, "renames")).fits
+
+
+def test_a_fused_array_of_another_size_is_no_fused_array():
+    have = stored({"qkv/kernel": (12, 25)} | other())
+    want = {f"{name}/kernel": (12, 8) for name in ("query", "key", "value")} | other()
+
+    assert Fused not in kinds(diagnose(plan(have, want)))
+
+
+def test_a_square_kernel_is_not_said_to_be_turned():
+    assert diagnose(plan(stored({"up/kernel": (8, 8)}), {"up/kernel": (8, 8)})) == ()
+
+
+def test_a_stack_with_fewer_layers_than_wanted_one_by_one_is_another_number_of_layers():
+    have = stored(stacked(3) | {"head/kernel": (4, 11)})
+
+    (cause,) = diagnose(plan(have, model(5, "", "layers/{}") | {"embed/embedding": (11, 4)} | {}))[:1]
+
+    assert isinstance(cause, LayerCount)
+    assert (cause.stored, cause.wanted) == (3, 5)
+
+
+def test_layers_that_are_numbered_from_one_are_shifted_and_the_renames_restore():
+    have = {re.sub(r"layers_(\d)", lambda m: f"layers_{int(m[1]) + 1}", k): v for k, v in model(3).items()}
+    want = model(3, "", "layers/{}")
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, LayersShifted)
+    assert plan(have, want, renames=pasted(cause.hint, "renames")).fits
+
+
+def test_layers_one_by_one_under_another_name_come_with_the_rename_that_restores():
+    have, want = model(2, name="block_{}"), model(2, "", "layers/{}")
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, OtherGroup)
+    assert plan(have, want, renames=pasted(cause.hint, "renames")).fits
+
+
+def test_several_other_names_are_renames_where_path_and_shape_leave_no_choice():
+    want = model(2, "", "layers/{}")
+    have = {k.replace("/up/", "/wi/").replace("head", "output"): v for k, v in model(2).items()}
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, OtherNames)
+    assert cause.renames == (("output", "head"), ("wi", "up"))
+    assert plan(have, want, renames=cause.renames).fits
+
+
+def test_names_that_could_go_either_way_are_left_to_suggest():
+    want = {f"attention/{name}/kernel": (4, 6) for name in ("query", "key")} | other()
+    have = stored({f"attention/{name}/kernel": (4, 6) for name in ("a", "b")} | other())
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, OtherNames)
+    assert cause.renames == ()
+
+
+def test_biases_that_are_stored_nowhere_were_never_there():
+    want = {
+        f"{name}/{leaf}": shape
+        for name in ("up", "down")
+        for leaf, shape in (("kernel", (4, 6)), ("bias", (6,)))
+    }
+    have = stored({path: shape for path, shape in want.items() if "bias" not in path})
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, NoBias)
+    assert cause.modules == ()
+    assert plan(have, want, policy=pasted(cause.hint, "policy"), init=lambda: None).fits
+
+
+def test_biases_of_one_kind_of_module_are_told_from_those_of_the_others():
+    norms = {f"norm{at}/scale": (4,) for at in range(2)}
+    want = {"up/kernel": (4, 6), "up/bias": (6,)} | norms | {f"norm{at}/bias": (4,) for at in range(2)}
+    have = stored({"up/kernel": (4, 6), "up/bias": (6,)} | norms)
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, NoBias)
+    assert cause.modules == ("norm",)
+
+
+def test_an_output_layer_that_is_the_embedding_turned_may_be_tied():
+    want = {"embed/embedding": (11, 4), "head/kernel": (4, 11)} | other()
+    have = stored({"embed/embedding": (11, 4)} | other())
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert isinstance(cause, TiedEmbedding)
+
+
+def test_an_output_layer_of_another_shape_is_a_new_part():
+    have = stored({"embed/embedding": (11, 4)} | other())
+
+    found = diagnose(plan(have, {"embed/embedding": (11, 4), "head/kernel": (4, 9)} | other()))
+
+    assert TiedEmbedding not in kinds(found)
+
+
+def test_a_checkpoint_of_scalars_holds_no_weights():
+    (cause,) = diagnose(plan({"step": ()}, model(1, "", "layers/{}")))
+
+    assert isinstance(cause, NoWeights)
+    assert cause.cause == "the checkpoint holds no weights: all it holds is step."
+
+
+def test_a_layout_that_was_named_and_does_not_fit_is_said_so():
+    (cause,) = diagnose(plan(model(1), model(1, "", "layers/{}"), layout="t5x"))
+
+    assert isinstance(cause, LayoutGiven)
+    assert plan(model(1), model(1, "", "layers/{}")).fits
+
+
+def test_a_moment_more_is_told_from_another_optimizer():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    have = weights | moments("mu", weights, "params/") | {"step": ()}
+
+    (cause,) = diagnose(plan(have, wanted | wanted_moments("mu", wanted) | wanted_moments("nu", wanted)))
+
+    assert isinstance(cause, OtherOptimizer)
+    assert (
+        cause.cause == "the target's optimizer keeps nu as well, which the stored one does not: it keeps mu."
+    )
+
+
+def test_moments_in_other_places_are_an_optimizer_that_is_nested_otherwise():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    first = moments("mu", weights, "params/")
+    second = {path.replace("opt_state/0", "opt_state/1"): shape for path, shape in first.items()}
+    third = {path.replace("/0/", "/2/"): leaf for path, leaf in wanted_moments("mu", wanted).items()}
+
+    (cause,) = diagnose(plan(weights | first | second | {"step": ()}, wanted | third))
+
+    assert isinstance(cause, OptimizerNested)
+    assert (cause.stored, cause.wanted) == ("{0..1}/mu", "2/mu")
+
+
+def quantised(scale: str) -> RestorePlan:
+    leaves = {"params/up/kernel": ((4, 6), np.int8), f"params/up/{scale}": ((6,), np.float32)}
+    have = {keys(k): StoredLeaf(path=keys(k), shape=s, dtype=np.dtype(d)) for k, (s, d) in leaves.items()}
+    want = flatten_target(nnx.State({"up": {"kernel": nnx.Param(abstract((4, 6)))}}))
+    return make_plan(want, have, RestoreOptions.of())
+
+
+def test_integers_with_scales_beside_them_are_quantised():
+    assert kinds(diagnose(quantised("kernel_scale"))) == [Quantised]
+
+
+def test_integers_without_scales_are_not_said_to_be_quantised():
+    assert diagnose(quantised("bias")) == ()
+
+
+def test_a_policy_of_several_causes_fills_all_of_them_and_nothing_else():
+    weights, wanted = model(2), model(3, "model/", "layers/{}") | {"model/classifier/kernel": (4, 3)}
+    wanted |= wanted_moments("mu", wanted)
+
+    message = str(plan(weights, wanted).error())
+
+    policy = pasted(message, "policy")
+    assert plan(weights, wanted, policy=policy, init=lambda: None).fits
+    del weights["params/embed/embedding"]
+    assert not plan(weights, wanted, policy=policy, init=lambda: None).fits

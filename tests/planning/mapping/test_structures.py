@@ -1,0 +1,129 @@
+"""The structure rules, on stored trees as Linen names them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path, canonical
+from orbax_nnx_handler.planning.core.recipes import Concat, Read
+from orbax_nnx_handler.planning.mapping.modules import Derived, derive
+
+Model = dict[tuple[str, ...], StoredLeaf]
+
+
+def stored(module: nn.Module, *inputs: Any, **kwargs: Any) -> Model:
+    """Returns what a checkpoint of the module holds, by canonical path."""
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **kwargs))
+    model: Model = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
+        path: Path = tuple(key.key for key in keys)
+        model[canonical(path[1:])] = StoredLeaf(path=path, shape=leaf.shape, dtype=np.dtype(leaf.dtype))
+    return model
+
+
+def by_path(derived: list[Derived]) -> Mapping[str, Derived]:
+    return {"/".join(item.path): item for item in derived}
+
+
+CARRY = np.zeros((2, 4), np.float32)
+X = np.zeros((2, 3), np.float32)
+
+
+def test_lstm_gates_are_fused_in_the_order_in_which_nnx_splits_them() -> None:
+    derived, homeless = derive(stored(nn.LSTMCell(4), (CARRY, CARRY), X))
+
+    gates = [Read(("params", f"h{gate}", "bias")) for gate in "ifgo"]
+    assert by_path(derived)["dense_h/bias"].recipe == Concat(tuple(gates), axis=0)
+    assert sorted(by_path(derived)) == ["dense_h/bias", "dense_h/kernel", "dense_i/kernel"]
+    assert homeless == []
+
+
+def test_gru_gates_are_fused_and_the_bias_that_nnx_lacks_is_named() -> None:
+    derived, homeless = derive(stored(nn.GRUCell(4), CARRY, X))
+
+    gates = [Read(("params", f"i{gate}", "kernel")) for gate in "rzn"]
+    assert by_path(derived)["dense_i/kernel"].recipe == Concat(tuple(gates), axis=1)
+    assert sorted(by_path(derived)) == ["dense_h/kernel", "dense_i/bias", "dense_i/kernel"]
+    assert [item.leaf.path for item in homeless] == [("params", "hn", "bias")]
+
+
+@pytest.mark.parametrize("gate", ["if", "hg"])
+def test_a_cell_that_lacks_a_gate_is_no_cell(gate: str) -> None:
+    model = stored(nn.LSTMCell(4), (CARRY, CARRY), X)
+    del model[gate, "kernel"]
+
+    derived, _ = derive(model)
+
+    assert derived == []
+
+
+def test_gates_of_different_widths_are_not_fused() -> None:
+    model = stored(nn.LSTMCell(4), (CARRY, CARRY), X)
+    model["ig", "kernel"] = StoredLeaf(path=("params", "ig", "kernel"), shape=(7, 4), dtype=np.dtype("f4"))
+
+    derived, _ = derive(model)
+
+    assert sorted(by_path(derived)) == ["dense_h/bias", "dense_h/kernel"]
+
+
+def test_a_minimal_gated_unit_is_taken_for_no_other_cell() -> None:
+    assert derive(stored(nn.MGUCell(4), CARRY, X)) == ([], [])
+
+
+def test_a_simple_cells_layers_are_renamed() -> None:
+    derived, _ = derive(stored(nn.SimpleCell(4), CARRY, X))
+
+    assert {path: item.recipe for path, item in by_path(derived).items()} == {
+        "dense_i/bias": Read(("params", "i", "bias")),
+        "dense_i/kernel": Read(("params", "i", "kernel")),
+        "dense_h/kernel": Read(("params", "h", "kernel")),
+    }
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(3)(x)
+        x = nn.WeightNorm(nn.Dense(3))(x)
+        return nn.SpectralNorm(nn.Dense(2))(x, update_stats=True)
+
+
+def test_a_layer_beside_its_normalising_wrapper_moves_inside() -> None:
+    derived, _ = derive(stored(Normalised(), X))
+
+    assert {path: item.recipe for path, item in by_path(derived).items()} == {
+        "WeightNorm/#0/scales/kernel": Read(("params", "WeightNorm_0", "Dense_1/kernel/scale")),
+        "WeightNorm/#0/layer_instance/bias": Read(("params", "Dense_1", "bias")),
+        "WeightNorm/#0/layer_instance/kernel": Read(("params", "Dense_1", "kernel")),
+        "SpectralNorm/#0/batch_stats/kernel/u": Read(("batch_stats", "SpectralNorm_0", "Dense_2/kernel/u")),
+        "SpectralNorm/#0/batch_stats/kernel/sigma": Read(
+            ("batch_stats", "SpectralNorm_0", "Dense_2/kernel/sigma")
+        ),
+        "SpectralNorm/#0/layer_instance/bias": Read(("params", "Dense_2", "bias")),
+        "SpectralNorm/#0/layer_instance/kernel": Read(("params", "Dense_2", "kernel")),
+    }
+
+
+def test_a_wrapper_is_found_under_a_new_name_of_its_layer_too() -> None:
+    model = stored(nn.WeightNorm(nn.Dense(3)), X)
+    path = ("params", "norm", "Dense_0/kernel/scale")
+    leaf = StoredLeaf(path=path, shape=(3,), dtype=np.dtype("f4"))
+    renamed = {("up", *tokens[1:]): leaf for tokens, leaf in model.items() if tokens[-1] != "scale"}
+    renamed["norm", "up", "kernel", "scale"] = leaf
+
+    derived, _ = derive(renamed)
+
+    assert by_path(derived)["norm/scales/kernel"].recipe == Read(path)
+    assert "norm/layer_instance/bias" in by_path(derived)
+
+
+def test_slashes_in_keys_alone_make_no_wrapper() -> None:
+    path = ("transformer/layer_0/pre_attention_norm", "scale")
+    gemma = {canonical(path): StoredLeaf(path=path, shape=(3,), dtype=np.dtype("f4"))}
+
+    assert derive(gemma) == ([], [])

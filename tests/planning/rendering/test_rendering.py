@@ -1,0 +1,245 @@
+"""One look for text, terminals and notebooks."""
+
+import io
+import re
+from html.parser import HTMLParser
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from orbax_nnx_handler import MissingParamError, RestoreReport
+from orbax_nnx_handler.planning.text.lines import wrapped
+from tests.planning.diagnosis.test_diagnosis import model, plan
+from tests.planning.plans import plan_of
+
+STORED = model(2)
+PLANS = {
+    "fits": plan(STORED, model(2, "", "layers/{}")),
+    "does not fit": plan(STORED, model(3, "", "layers/{}")),
+}
+
+
+def printed(shown: object, *, terminal: bool, width: int = 200) -> str:
+    out = io.StringIO()
+    Console(file=out, force_terminal=terminal, width=width).print(shown, end="")
+    return out.getvalue()
+
+
+def test_a_plan_reads_counts_first_and_then_aligned_rows():
+    assert str(PLANS["fits"]) == (
+        "RestorePlan: fits: 8 restored, 0 defaulted, 0 missing, 0 mismatched, 0 unexpected\n"
+        "checkpoint:  (layout: Linen variables, 8 stored leaves)\n"
+        "  restored\n"
+        "    embed/embedding            (11, 4) float32   <- params/embed/embedding\n"
+        "    head/kernel                (4, 11) float32   <- params/head/kernel\n"
+        "    layers/{0..1}/norm/scale   (4,) float32      <- params/layers_{0..1}/norm/scale\n"
+        "    layers/{0..1}/up/bias      (6,) float32      <- params/layers_{0..1}/up/bias\n"
+        "    layers/{0..1}/up/kernel    (4, 6) float32    <- params/layers_{0..1}/up/kernel"
+    )
+
+
+def test_a_plan_that_fits_because_policies_fill_everything_says_so():
+    note = "note: nothing of the checkpoint is used: a policy fills every leaf."
+    target = nnx.State({"other": nnx.Param(jax.ShapeDtypeStruct((2,), "float32"))})
+    stored = {"params": {"dense": {"kernel": np.ones(3, np.float32)}}}
+
+    filled, wrong = plan_of(target, stored, policy="warn"), plan_of(target, stored)
+    partly = plan_of(
+        nnx.State({**target, "dense": {"kernel": nnx.Param(jax.ShapeDtypeStruct((3,), "float32"))}}),
+        stored,
+        policy="warn",
+    )
+
+    assert filled.fits
+    assert note in str(filled)
+    assert partly.fits
+    assert note not in str(partly)
+    assert not wrong.fits
+    assert note not in str(wrong)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_without_a_terminal_rich_prints_the_plain_text(name):
+    assert printed(PLANS[name], terminal=False, width=400).strip() == str(PLANS[name])
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_terminal_shows_every_leaf_in_its_width(width):
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", printed(PLANS["does not fit"], terminal=True, width=width))
+
+    assert "layers/2/up/kernel" in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_an_error_and_a_plain_plan_have_no_colour_codes():
+    with pytest.raises(MissingParamError) as caught:
+        PLANS["does not fit"].check()
+
+    assert "\x1b" not in str(caught.value) + str(PLANS["does not fit"])
+
+
+class _Balance(HTMLParser):
+    """Fails on a tag that closes another than the one open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_notebook_shows_tables_that_fold_and_the_share_of_bytes(name):
+    page = PLANS[name]._repr_html_()
+
+    balance = _Balance()
+    balance.feed(page)
+    assert balance.open == []
+    assert "<details" in page
+    widths = [float(width) for width in re.findall(r'width="([0-9.]+)" height="10"', page)]
+    assert sum(widths) == pytest.approx(100, abs=0.1)
+
+
+def test_the_share_of_bytes_is_that_of_the_leaves():
+    page = PLANS["does not fit"]._repr_html_()
+
+    restored = 4 * (11 * 4 + 4 * 11 + 2 * (4 * 6 + 6 + 4))
+    missing = 4 * (4 * 6 + 6 + 4)
+    assert f"restored: {restored} B" in page
+    assert f"missing: {missing} B" in page
+
+
+def test_names_in_a_notebook_are_text_and_no_markup():
+    page = plan({"params/<b>/kernel": (2,)}, {"<b>/kernel": (2,)})._repr_html_()
+
+    assert "<b>/kernel" not in page
+    assert "&lt;b&gt;/kernel" in page
+
+
+def test_a_notebook_keeps_the_columns_of_advice_and_shows_no_empty_ones():
+    page = PLANS["does not fit"]._repr_html_()
+
+    assert "<td></td>" not in re.sub(r"<td [^>]*>", "<td>", page)
+    assert '<div style="white-space: pre-wrap">hint: ' in page
+    assert re.search(r'<svg [^>]*role="img" aria-label="restored \d+ B, missing \d+ B"', page)
+
+
+def test_a_report_says_what_was_done_and_how_fast():
+    report = RestoreReport(plan=PLANS["fits"], seconds=0.5, nbytes=10**9)
+
+    assert str(report).splitlines()[0] == (
+        "RestoreReport: 1.00 GB in 0.50 s (2.00 GB/s): "
+        "8 restored, 0 defaulted, 0 filled, 0 mismatched, 0 unexpected"
+    )
+
+
+def test_the_warning_names_every_path_in_full():
+    made = plan(STORED | {"params/extra/kernel": (2,)}, model(3, "", "layers/{}"), policy="warn")
+
+    assert RestoreReport(plan=made, seconds=1, nbytes=1).warning == (
+        "3 missing weights were filled with zeros: "
+        "layers/2/up/kernel, layers/2/up/bias, layers/2/norm/scale; "
+        "1 stored leaf was not wanted: params/extra/kernel"
+    )
+
+
+def test_the_warning_folds_many_paths():
+    made = plan(STORED, model(8, "", "layers/{}"), policy="warn")
+
+    assert RestoreReport(plan=made, seconds=1, nbytes=1).warning == (
+        "18 missing weights were filled with zeros: layers/{2..7}/norm/scale, layers/{2..7}/up/bias, "
+        "layers/{2..7}/up/kernel"
+    )
+
+
+@pytest.mark.parametrize("show", [str, lambda shown: printed(shown, terminal=True)], ids=["text", "terminal"])
+def test_a_plan_shows_what_no_list_does(show):
+    made = plan({"params/a/kernel": (2,)}, {"b/kernel": (2,)}, renames=[("a", "c")])
+
+    lines = [line.rstrip() for line in show(made).splitlines()]
+
+    assert "1 rule leads to no wanted leaf:" in lines
+    assert "  ('a', 'c'): params/a/kernel becomes c/kernel" in lines
+    assert made.to_dict()["faults"] == [
+        {"kind": "UnusedRuleError", "message": str(made.faults[0]), "paths": ["params/a/kernel"]}
+    ]
+
+
+def test_the_whole_list_is_in_the_exception_and_in_the_dict_where_the_message_is_cut():
+    names = ["".join(chr(97 + int(digit)) for digit in f"{at:03d}") for at in range(90)]
+    made = plan({"params/x/kernel": (1,)}, {f"{name}/kernel": (at + 2,) for at, name in enumerate(names)})
+
+    error = made.error()
+
+    assert "... and 50 more" in str(error)
+    assert len(error.paths) == len(made.to_dict()["missing"]) == 90
+
+
+def test_a_terminal_or_a_log_that_knows_only_ascii_is_enough():
+    names = ["".join(chr(97 + int(digit)) for digit in f"{at:03d}") for at in range(90)]
+    made = plan({"params/x/kernel": (1,)}, {f"{name}/kernel": (at + 2,) for at, name in enumerate(names)})
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+    Console(file=terminal, force_terminal=True, width=80).print(made)
+
+    terminal.flush()
+    assert f"{made}{made.error()}".isascii()
+
+
+def test_a_model_of_no_bytes_has_no_bar():
+    page = plan({"params/a/kernel": (0, 4)}, {"a/kernel": (0, 4)})._repr_html_()
+
+    assert "<svg" not in page
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_no_line_of_an_error_is_wider_than_it_must_be(width):
+    layers = {
+        f"decoder/layers/{at}/self_attention/{name}/kernel": (64, 4, width)
+        for at in range(3)
+        for name in "qkvo"
+    }
+    have = {f"params/{path}": (*shape[:2], 9) for path, shape in layers.items()}
+
+    message = str(plan(have, layers | {"head/kernel": (64, 9)}).error())
+
+    assert max(map(len, message.splitlines())) <= 124
+    assert all(
+        f"stored (64, 4, 9) float32   wanted (64, 4, {width}) float32" in line
+        for line in message.splitlines()
+        if "stored (" in line
+    )
+
+
+def test_code_in_a_hint_is_never_broken_inside_a_string():
+    text = (
+        "hint: pass renames=["
+        + ", ".join(f"Transpose('a module of {at}/kernel', (1, 0))" for at in range(9))
+        + "]."
+    )
+
+    lines = wrapped(text).splitlines()
+
+    assert max(map(len, lines)) <= 120
+    assert " ".join(line.strip() for line in lines) == text
+    assert all(line.count("'") % 2 == 0 for line in lines)
+
+
+def test_a_narrow_terminal_hangs_sentences_and_keeps_the_legend_off_the_bar():
+    file = io.StringIO()
+    Console(file=file, force_terminal=True, width=60, no_color=True).print(PLANS["does not fit"])
+
+    lines = [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in file.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 60
+    (bar,) = [at for at, line in enumerate(lines) if line.startswith("██")]
+    assert set(lines[bar]) == {"█"}
+    assert lines[bar + 1].startswith("restored ")
+    (cause,) = [at for at, line in enumerate(lines) if line.startswith("cause: ")]
+    assert lines[cause + 1].startswith("       ")

@@ -1,0 +1,259 @@
+"""Proposals on trees: what structure, shapes, order and names tell, and what they leave open."""
+
+import time
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.suggesting import creation_order, propose
+from orbax_nnx_handler.planning.target.target import flatten_target
+from tests.planning.plans import leaves_of, params, stored_of
+
+DENSE = {"kernel": (2, 3), "bias": (3,)}
+OTHER = {"kernel": (3, 2), "bias": (2,)}
+
+
+def arrays(tree):
+    if isinstance(tree, dict):
+        return {key: arrays(part) for key, part in tree.items()}
+    return np.zeros(tree, "float32")
+
+
+def proposal(wanted, stored, order=None):
+    target = flatten_target(nnx.State(params(wanted)))
+    return propose(target, stored_of(leaves_of({"params": arrays(stored)})), RestoreOptions.of(), order)
+
+
+def renames(found):
+    return [(rule.pattern, rule.replacement) for rule in found.renames]
+
+
+def test_shapes_alone_tell_modules_apart():
+    found = proposal({"up": DENSE, "down": OTHER}, {"Dense_0": OTHER, "Dense_1": DENSE})
+
+    assert sorted(renames(found)) == [("Dense_0", "down"), ("Dense_1", "up")]
+    assert (found.confidence, found.questions, found.unmatched_wanted) == ("certain", (), ())
+
+
+def test_equal_modules_go_by_the_order_of_creation_where_it_is_known():
+    wanted, stored = {"zeta": DENSE, "alpha": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE}
+
+    found = proposal(wanted, stored, {(): ["zeta", "alpha"]})
+
+    assert renames(found) == [("Dense_0", "zeta"), ("Dense_1", "alpha")]
+    assert found.confidence == "likely"
+    assert [str(question) for question in found.questions] == [
+        "Dense_0, Dense_1 are taken for zeta, alpha by order of creation; is that so?"
+    ]
+
+
+def test_equal_modules_are_a_question_where_the_order_is_not_known():
+    found = proposal({"zeta": DENSE, "alpha": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE})
+
+    assert found.confidence == "open"
+    assert [str(question) for question in found.questions] == [
+        "which of Dense_0, Dense_1 is which of alpha, zeta? The shapes allow every order."
+    ]
+
+
+def test_a_tenth_module_comes_after_the_second():
+    stored = {f"Dense_{i}": DENSE for i in range(11)}
+
+    found = proposal({"layers": dict.fromkeys(range(11), DENSE)}, stored)
+
+    assert renames(found) == [("Dense_{i}", "layers/{i}")]
+    assert found.confidence == "certain"
+
+
+def test_layers_under_one_name_are_one_rule_with_a_place():
+    block = {"Dense_0": DENSE, "Dense_1": OTHER}
+
+    found = proposal(
+        {"blocks": {i: {"up": DENSE, "down": OTHER} for i in range(3)}},
+        {f"Block_{i}": block for i in range(3)},
+    )
+
+    assert sorted(renames(found)) == [
+        ("Block_{i}/Dense_0", "blocks/{i}/up"),
+        ("Block_{i}/Dense_1", "blocks/{i}/down"),
+    ]
+
+
+def test_a_stored_stack_of_layers_is_found_by_its_shapes():
+    stacked = {"Dense_0": {"kernel": (4, 2, 3), "bias": (4, 3)}}
+
+    found = proposal({"blocks": {i: {"up": DENSE} for i in range(4)}}, {"ScanBlock_0": stacked})
+
+    assert renames(found) == [("ScanBlock_0/Dense_0", "blocks/up")]
+    assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_layers_that_the_target_stacks_are_found_by_their_shapes():
+    stored = {f"Block_{i}": {"Dense_0": DENSE} for i in range(4)}
+
+    found = proposal({"blocks": {"up": {"kernel": (4, 2, 3), "bias": (4, 3)}}}, stored)
+
+    assert renames(found) == [("Block_{i}/Dense_0", "blocks/{i}/up")]
+    assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_names_decide_between_equal_modules_that_have_names():
+    found = proposal({"enc": DENSE, "dec": DENSE}, {"decoder": DENSE, "encoder": DENSE})
+
+    assert sorted(renames(found)) == [("decoder", "dec"), ("encoder", "enc")]
+    assert found.confidence == "likely"
+
+
+def test_a_module_with_one_leaf_more_is_still_recognised():
+    found = proposal(
+        {"mlp": {"up": DENSE, "down": OTHER, "gate": {"scale": (7,)}}},
+        {"Mlp_0": {"Dense_0": DENSE, "Dense_1": OTHER}},
+    )
+
+    assert sorted(renames(found)) == [("Mlp_0/Dense_0", "mlp/up"), ("Mlp_0/Dense_1", "mlp/down")]
+    assert found.unmatched_wanted == (("mlp", "gate", "scale"),)
+
+
+def test_a_model_below_other_names_is_found():
+    found = proposal({"state": {"model": {"up": DENSE, "down": OTHER}}}, {"Dense_0": DENSE, "Dense_1": OTHER})
+
+    assert sorted(renames(found)) == [("Dense_0", "up"), ("Dense_1", "down")]
+    assert found.unmatched_wanted == ()
+
+
+def test_more_stored_modules_than_wanted_ones_are_a_question():
+    found = proposal({"up": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE})
+
+    assert found.confidence == "open"
+    assert [str(question) for question in found.questions] == [
+        "2 stored (Dense_0, Dense_1) but 1 wanted (up): which is which?"
+    ]
+    assert set(found.unmatched_wanted) == {("up", "bias"), ("up", "kernel")}
+
+
+def test_where_every_name_is_right_nothing_is_proposed():
+    found = proposal({"dense": DENSE, "layers": {0: OTHER}}, {"dense": DENSE, "layers_0": OTHER})
+
+    assert (found.renames, found.questions, found.confidence) == ((), (), "certain")
+
+
+def test_the_proposal_prints_as_python():
+    found = proposal(
+        {"up": DENSE, "down": OTHER}, {"Dense_0": DENSE, "Dense_1": OTHER, "Dense_2": {"kernel": (5,)}}
+    )
+
+    scope = {}
+    exec(str(found), scope)
+
+    assert sorted(scope["renames"]) == [("Dense_0", "up"), ("Dense_1", "down")]
+    assert str(found).splitlines()[0] == "# confidence: certain"
+    assert str(found).splitlines()[-1] == "# stored, and nothing wants it: params/Dense_2/kernel"
+
+
+class Two(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.zeta = nnx.Linear(2, 3, rngs=rngs)
+        self.inner = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
+        self.alpha_1 = nnx.Linear(2, 3, rngs=rngs)
+
+
+class Many(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.zeta = nnx.Linear(2, 2, rngs=rngs)
+        self.alpha = nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(11)])
+
+
+def test_a_module_remembers_in_which_order_its_parts_were_created():
+    order = creation_order((Two(nnx.Rngs(0)), 1))
+
+    assert order["#0",] == ["zeta", "inner", "alpha"]
+    assert order["#0", "inner"] == ["#0"]
+    assert order["#0", "zeta"] == ["kernel", "bias"]
+
+
+def test_an_abstract_module_has_forgotten_the_order():
+    assert creation_order(nnx.eval_shape(lambda: Two(nnx.Rngs(0)))) == {}
+    assert creation_order(nnx.eval_shape(lambda: Many(nnx.Rngs(0)))) == {}
+    assert creation_order(jax.ShapeDtypeStruct((), "float32")) == {}
+
+
+def test_what_is_printed_stays_python_whatever_the_names_are():
+    found = proposal({"up\nrules": DENSE}, {"down\r*": {"scale": (7, 7)}})
+
+    assert len(found.unmatched_wanted) == len(found.unmatched_stored) + 1 == 2
+    assert all(line.startswith(("#", "renames=[", "]", "    (")) for line in str(found).split("\n"))
+    exec(str(found).replace("\r", "\n"), {})
+
+
+def test_a_model_below_many_names_is_found_without_trying_every_depth_against_every_other():
+    def below(names, tree):
+        return below(names[1:], {names[0]: tree}) if names else tree
+
+    started = time.process_time()
+
+    proposal(below(["a"] * 80, {"up": DENSE}), below(["b"] * 80, {"Dense_0": DENSE}))
+
+    assert time.process_time() - started < 5
+
+
+def test_layers_that_one_name_counts_through_several_lists_are_named_one_by_one():
+    stored = {f"Dense_{i}": DENSE for i in range(4)}
+    wanted = {"first": {0: DENSE, 1: DENSE}, "second": {0: DENSE, 1: DENSE}}
+
+    found = proposal(wanted, stored, {(): ["first", "second"]})
+
+    assert renames(found) == [
+        ("Dense_0", "first/0"),
+        ("Dense_1", "first/1"),
+        ("Dense_2", "second/0"),
+        ("Dense_3", "second/1"),
+    ]
+    assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_a_rule_leaves_a_module_of_the_same_name_alone_that_is_right_already():
+    block = {"Dense_0": {"kernel": (5, 5)}}
+
+    found = proposal({"head": DENSE, "block": block}, {"Dense_0": DENSE, "block": block})
+
+    assert renames(found) == [("params/Dense_0", "head")]
+    assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_where_nothing_is_found_nothing_is_certain():
+    found = proposal({"up": DENSE, "down": {"scale": (9,)}}, {"Dense_0": OTHER, "Norm_0": {"scale": (7,)}})
+
+    assert (found.renames, found.confidence) == ((), "open")
+
+
+def test_a_module_with_no_leaf_of_its_shapes_is_not_taken_for_another():
+    found = proposal({"up": {"kernel": (2, 3)}}, {"Dense_0": {"kernel": (7, 7)}})
+
+    assert found.renames == ()
+
+
+def test_a_module_with_one_leaf_of_another_shape_is_only_alike():
+    stored = {"Dense_0": {"kernel": (7, 3), "bias": (3,), "scale": (4,)}, "Other_0": {"table": (8, 8)}}
+
+    found = proposal({"up": DENSE | {"scale": (4,)}, "table": {"table": (8, 8)}}, stored)
+
+    assert sorted(renames(found)) == [("Dense_0", "up"), ("Other_0", "table")]
+    assert found.confidence == "likely"
+    assert found.unmatched_wanted == (("up", "kernel"),)
+
+
+def test_integers_are_not_taken_for_floats_of_the_same_shape():
+    stored = {"Table_0": {"kernel": np.zeros((2, 3), "int32")}, "Table_1": {"kernel": np.zeros((2, 3))}}
+    wanted = {
+        name: {"kernel": nnx.Param(jax.ShapeDtypeStruct((2, 3), dtype))}
+        for name, dtype in (("first", "float32"), ("second", "int32"))
+    }
+
+    found = propose(
+        flatten_target(nnx.State(wanted)), stored_of(leaves_of({"params": stored})), RestoreOptions.of()
+    )
+
+    assert sorted(renames(found)) == [("Table_0", "second"), ("Table_1", "first")]
+    assert found.confidence == "certain"

@@ -1,0 +1,106 @@
+"""The right verdict on every broken restore that is measured, in work that grows with the leaves."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import planning
+from benchmarks.broken import VERDICTS, WAYS, target_of
+from benchmarks.models import Model, placement, write
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.suggesting import propose
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.judge import make_plan
+
+TOY = Model(layers=10, width=4, compressed=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return write(TOY, tmp_path_factory.mktemp("benchmarks"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_broken_in_this_way_gets_its_verdict(way: str, checkpoint: Any) -> None:
+    call, collect = VERDICTS[way](TOY, checkpoint, placement("one"))
+
+    error = call()
+
+    collect(error)
+
+
+def test_a_plan_under_many_rules_is_the_expected_one() -> None:
+    state, stored, rules, expected = planning.problem(600, 11)
+
+    plan = make_plan(flatten_target(state), stored, RestoreOptions.of(renames=rules))
+
+    planning.check(plan, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_work_of_a_verdict_grows_no_faster_than_the_leaves(way: str) -> None:
+    def work(layers: int) -> int:
+        target, stored, options = problem(way, layers)
+        return lines_run(lambda: str(make_plan(target, stored, options).error()))
+
+    few, more, most = (work(layers) for layers in (60, 120, 180))
+
+    assert bent(few, more, most) < 0.05
+
+
+# These ask for a rule for each layer, and each rule is tried on every leaf.
+RULE_BY_RULE = {"all names differ", "all names differ, deep", "all names differ, one level", "another model"}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in RULE_BY_RULE])
+def test_the_work_of_a_suggestion_grows_no_faster_than_the_leaves(way: str) -> None:
+    def work(layers: int) -> int:
+        target, stored, _ = problem(way, layers)
+        return lines_run(lambda: str(propose(target, stored, RestoreOptions.of(policy="warn"))))
+
+    few, more, most = (work(layers) for layers in (30, 60, 90))
+
+    assert bent(few, more, most) < 0.1
+
+
+def problem(way: str, layers: int) -> tuple[Any, dict[Any, StoredLeaf], RestoreOptions]:
+    """Returns target, stored leaves and options of a broken restore, in memory."""
+    model = Model(layers=layers, width=4)
+    broken = WAYS[way](model)
+    paths = [
+        ("params", f"layers_{n}", name, "kernel")
+        for n in range(layers)
+        for name in ("key", "out", "query", "value")
+    ]
+    stored = {path: StoredLeaf(path=path, shape=(4, 4), dtype=np.dtype("float32")) for path in paths}
+    stored["step",] = StoredLeaf(path=("step",), shape=(), dtype=np.dtype("int32"))
+    options = RestoreOptions.of(unexpected=broken.unexpected)
+    return flatten_target(target_of(broken, model)), stored, options
+
+
+def lines_run(call: Callable[[], object]) -> int:
+    """Counts the lines of Python that a call runs, each pass of a loop anew: no clock, no noise."""
+    count = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    call()  # What is set up once and kept is no part of it.
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def bent(few: int, more: int, most: int) -> float:
+    """Returns how far counts at one, two and three times the size are from a line, over the first."""
+    return (most - 2 * more + few) / few

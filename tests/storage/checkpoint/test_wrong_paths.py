@@ -1,0 +1,198 @@
+"""A path that is no checkpoint is called what it is, and the one that was probably meant is named."""
+
+import pathlib
+import shutil
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+from flax import nnx
+
+from orbax_nnx_handler import NotACheckpointError, plan_restore, restore
+from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
+from orbax_nnx_handler.storage.checkpoint.find import find_item
+from tests.gallery.models import save
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A manager's root with two finished steps and one that was interrupted."""
+    tree = {"params": {"scale": np.zeros(3, np.float32)}}
+    for step in ("100", "200"):
+        save(tmp_path / "run" / step / "default", tree)
+    (tmp_path / "run" / "300.orbax-checkpoint-tmp-17" / "default").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def said(path: pathlib.Path, root: pathlib.Path, item: str | None = None) -> str:
+    with pytest.raises(NotACheckpointError) as caught:
+        find_item(path, item)
+    return str(caught.value).replace(str(root), "RUN")
+
+
+def test_an_unfinished_save_is_passed_over(run):
+    assert find_item(run) == epath.Path(run / "200" / "default")
+
+
+def test_an_unfinished_save_named_outright_leads_to_the_newest_finished_step(run):
+    assert said(run / "300.orbax-checkpoint-tmp-17", run) == (
+        "RUN/300.orbax-checkpoint-tmp-17 is a save that was interrupted.\n"
+        "hint: the newest finished step is RUN/200."
+    )
+
+
+def test_a_step_that_does_not_exist_leads_to_those_that_do(run):
+    assert said(run / "150", run) == "there is nothing at RUN/150.\nhint: RUN holds the steps 100, 200."
+
+
+def test_a_misspelt_directory_leads_to_the_one_of_the_nearest_name(run):
+    assert said(run.parent / "rum", run.parent) == "there is nothing at RUN/rum.\nhint: did you mean RUN/run?"
+
+
+def test_an_item_that_the_step_has_not_leads_to_the_one_it_has(run):
+    assert said(run, run, item="items") == (
+        "RUN/200 has no item 'items'; it holds: default.\nhint: pass item='default'."
+    )
+
+
+def test_a_path_below_an_item_leads_to_the_item(run):
+    assert said(run / "200" / "default" / "params" / "scale", run) == (
+        "there is nothing at RUN/200/default/params/scale.\n"
+        "hint: RUN/200/default is an item directory; pass that."
+    )
+
+
+def test_a_directory_with_nothing_near_it_gets_no_guess(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+
+    assert said(tmp_path / "a" / "b", tmp_path) == (
+        "RUN/a/b is no Orbax checkpoint; it holds: nothing.\n"
+        "hint: pass a CheckpointManager's root, one of its steps, or an item in a step."
+    )
+
+
+def test_an_unfinished_save_is_never_restored_though_it_looks_whole(tmp_path):
+    whole = save(tmp_path / "run" / "whole", {"params": {"scale": np.zeros(3, np.float32)}})
+    whole.rename(tmp_path / "run" / "default.orbax-checkpoint-tmp-17")
+
+    assert said(tmp_path / "run" / "default.orbax-checkpoint-tmp-17", tmp_path / "run") == (
+        "RUN/default.orbax-checkpoint-tmp-17 is a save that was interrupted.\n"
+        "hint: no finished step lies beside it: the job has to save again."
+    )
+
+
+def test_an_unfinished_item_is_no_item_of_its_step(run):
+    (run / "200" / "default").rename(run / "200" / "default.orbax-checkpoint-tmp-17")
+
+    assert said(run, run) == (
+        "RUN/200 holds only a save that was interrupted: default.orbax-checkpoint-tmp-17.\n"
+        "hint: the newest finished step is RUN/100."
+    )
+
+
+def test_several_runs_below_a_directory_are_all_named(run):
+    (run.parent / "other").mkdir()
+    run.rename(run.parent / "other" / "first")
+    save(run.parent / "other" / "second" / "7" / "default", {"params": {"scale": np.zeros(3, np.float32)}})
+
+    assert said(run.parent, run.parent) == (
+        "RUN is no Orbax checkpoint; it holds: other.\n"
+        "hint: it holds several managers' roots; pass one of them: other/first, other/second."
+    )
+
+
+def test_a_file_of_an_item_leads_to_the_item(run):
+    assert said(run / "200" / "default" / "_METADATA", run) == (
+        "RUN/200/default/_METADATA is a file.\nhint: it is a part of the item RUN/200/default; pass that."
+    )
+
+
+def test_an_item_without_arrays_that_was_asked_for_leads_to_the_one_with(run):
+    (run / "200" / "metrics").mkdir()
+
+    assert said(run, run, item="metrics") == (
+        "RUN/200/metrics is no Orbax checkpoint; it holds: nothing.\n"
+        "hint: it lies beside the item RUN/200/default; pass that, or the step RUN/200."
+    )
+
+
+def test_a_store_that_cannot_be_reached_is_no_traceback_of_a_library():
+    message = said(epath.Path("gs://no-such-bucket/run"), pathlib.Path("/nowhere"))
+
+    assert message.startswith("gs://no-such-bucket/run cannot be read: ")
+
+
+def test_a_damaged_tree_leads_to_another_step(run):
+    file = run / "200" / "default" / "_METADATA"
+    file.write_text(file.read_text()[:80])
+
+    with pytest.raises(
+        NotACheckpointError, match=r"copy it again, or restore another step: .* holds the step 100"
+    ):
+        plan_restore(run, nnx.State({"scale": nnx.Param(np.zeros(3))}))
+
+
+@pytest.mark.parametrize("policy", ["error", "warn", "init"])
+def test_an_array_that_is_gone_is_no_missing_weight_under_any_policy(tmp_path, policy):
+    item = tmp_path / "item"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        tree = {"params": {"head": {"kernel": np.ones((4, 2), np.float32)}, "norm": {"scale": np.ones(2)}}}
+        checkpointer.save(item, args=ocp.args.PyTreeSave(tree))
+    shutil.rmtree(item / "params.head.kernel")
+    target = nnx.State({"head": {"kernel": nnx.Param(np.zeros((4, 2), np.float32))}})
+
+    with pytest.raises(UnreadableLeafError) as caught:
+        restore(item, target, policy=policy)
+
+    assert ("params", "head", "kernel") in caught.value.paths
+    assert "policy=" not in str(caught.value)
+
+
+def test_an_array_that_is_gone_and_that_nobody_wants_is_no_error(tmp_path):
+    item = tmp_path / "item"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        tree = {"params": {"head": {"kernel": np.ones((4, 2))}, "norm": {"scale": np.ones(2, np.float32)}}}
+        checkpointer.save(item, args=ocp.args.PyTreeSave(tree))
+    shutil.rmtree(item / "params.head.kernel")
+
+    restored = restore(item, nnx.State({"norm": {"scale": nnx.Param(np.zeros(2, np.float32))}}))
+
+    assert restored["norm"]["scale"].get_value().tolist() == [1, 1]
+
+
+def test_runs_that_are_called_by_numbers_are_no_steps_of_the_directory_above(run):
+    run.rename(run.parent / "run-1")
+    save(run.parent / "run-2" / "7" / "default", {"params": {"scale": np.zeros(3, np.float32)}})
+
+    assert said(run.parent, run.parent) == (
+        "RUN is no Orbax checkpoint; it holds: run-1, run-2.\n"
+        "hint: it holds several managers' roots; pass one of them: run-1, run-2."
+    )
+
+
+@pytest.mark.parametrize("step", ["7", "7/default"])
+def test_a_run_that_is_called_by_a_number_is_a_root_whether_or_not_its_steps_hold_items(tmp_path, step):
+    save(tmp_path / "exp_3" / step, {"params": {"scale": np.zeros(3, np.float32)}})
+
+    assert said(tmp_path, tmp_path) == (
+        "RUN is no Orbax checkpoint; it holds: exp_3.\nhint: RUN/exp_3 is a manager's root; pass that."
+    )
+
+
+def test_a_step_that_holds_no_tree_is_called_so_though_older_ones_do(run):
+    (run / "400" / "metrics").mkdir(parents=True)
+
+    assert said(run, run) == (
+        "RUN/400 is no Orbax checkpoint; it holds: metrics.\nhint: RUN holds the steps 100, 200."
+    )
+
+
+def test_a_directory_whose_name_ends_in_a_number_by_chance_is_no_step(tmp_path):
+    (tmp_path / "etc" / "polkit-1" / "rules").mkdir(parents=True)
+    (tmp_path / "etc" / "hosts").touch()
+
+    assert said(tmp_path / "etc", tmp_path / "etc") == (
+        "RUN is no Orbax checkpoint; it holds: hosts, polkit-1.\n"
+        "hint: pass a CheckpointManager's root, one of its steps, or an item in a step."
+    )

@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
 from orbax_nnx_handler.planning.options import Policy, UnexpectedPolicy
 from orbax_nnx_handler.planning.text.folding import list_paths
-from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Evidence, Mismatched, Missing, Restored
+from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Mismatched, Missing, Restored, Sides
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -58,7 +58,7 @@ class RestorePlan:
     dropped: Mapping[Path, Dropped | Discarded]
     unexpected_policy: UnexpectedPolicy = "warn"
     faults: tuple[RestoreError, ...] = ()
-    evidence: Evidence = dataclasses.field(default_factory=Evidence, repr=False)
+    evidence: Sides = dataclasses.field(default_factory=Sides, repr=False)
 
     @property
     def wanted_count(self) -> int:

@@ -87,8 +87,8 @@ def _narrow(before: Shape, after: Shape, wanted: Region) -> tuple[Region, Region
 
 
 __all__ = [
-    "Folded",
-    "Part",
+    "Piece",
+    "Refolded",
     "Region",
     "cut",
     "intersect",
@@ -102,7 +102,7 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Folded:
+class Refolded:
     """A rectangle of a recipe's value, read whole and then given another shape.
 
     Attributes:
@@ -117,7 +117,7 @@ class Folded:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class Piece:
     """A rectangle of one source and its place in the wanted region.
 
     Attributes:
@@ -130,7 +130,7 @@ class Part:
         factor: What every element is multiplied with.
     """
 
-    source: Path | Folded
+    source: Path | Refolded
     source_region: Region
     region: Region
     axes: tuple[int | None, ...]
@@ -163,7 +163,7 @@ def starts(region: Region) -> tuple[int, ...]:
     return tuple(start for start, _ in region)
 
 
-def place(part: Part, buffer: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def place(part: Piece, buffer: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Returns the view of the buffer that the part's source rectangle fills.
 
     Args:
@@ -185,7 +185,7 @@ def place(part: Part, buffer: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.expand_dims(view, dropped)
 
 
-def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Part]:
+def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Piece]:
     """Returns the parts that together make a region of a recipe's value.
 
     Args:
@@ -204,7 +204,7 @@ def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Pa
     match recipe:
         case recipes.Read(path):
             axes = tuple(range(len(region)))
-            return [Part(source=path, source_region=region, region=shift(region, starts(region)), axes=axes)]
+            return [Piece(source=path, source_region=region, region=shift(region, starts(region)), axes=axes)]
         case recipes.Fill(shape):
             raise recipes.RecipeError(f"a fill of shape {shape} cannot be read")
         case recipes.Index(source, axis, index):
@@ -231,7 +231,7 @@ def _moved(region: Region, axis: int, by: int) -> Region:
     return (*region[:axis], (start + by, stop + by), *region[axis + 1 :])
 
 
-def _drop_axis(part: Part, axis: int) -> Part:
+def _drop_axis(part: Piece, axis: int) -> Piece:
     return dataclasses.replace(
         part,
         region=(*part.region[:axis], *part.region[axis + 1 :]),
@@ -241,10 +241,10 @@ def _drop_axis(part: Part, axis: int) -> Part:
 
 def _cut_stack(
     sources: tuple[Recipe, ...], axis: int, region: Region, stored: Mapping[Path, Shape]
-) -> list[Part]:
+) -> list[Piece]:
     first, last = region[axis]
     inner = (*region[:axis], *region[axis + 1 :])
-    found: list[Part] = []
+    found: list[Piece] = []
     for layer in range(first, last):
         at = (layer - first, layer - first + 1)
         for part in cut(sources[layer], inner, stored):
@@ -260,9 +260,9 @@ def _cut_stack(
 
 def _cut_concat(
     sources: tuple[Recipe, ...], axis: int, region: Region, stored: Mapping[Path, Shape]
-) -> list[Part]:
+) -> list[Piece]:
     first, last = region[axis]
-    found: list[Part] = []
+    found: list[Piece] = []
     offset = 0
     for source in sources:
         size = recipes.shape_of(source, stored)[axis]
@@ -279,7 +279,7 @@ def _cut_concat(
 
 def _cut_transpose(
     source: Recipe, permutation: tuple[int, ...], region: Region, stored: Mapping[Path, Shape]
-) -> list[Part]:
+) -> list[Piece]:
     inner = tuple(region[permutation.index(axis)] for axis in range(len(permutation)))
     return [
         dataclasses.replace(
@@ -291,11 +291,11 @@ def _cut_transpose(
     ]
 
 
-def _cut_reshape(source: Recipe, shape: Shape, region: Region, stored: Mapping[Path, Shape]) -> list[Part]:
+def _cut_reshape(source: Recipe, shape: Shape, region: Region, stored: Mapping[Path, Shape]) -> list[Piece]:
     """Reads the smallest rectangle below the reshape that the region folds out of."""
     below, above = rectangles(recipes.shape_of(source, stored), shape, region)
-    folded = Folded(source, below, shape_of_region(above))
+    folded = Refolded(source, below, shape_of_region(above))
     inside = shift(region, starts(above))
     place_in_region = shift(region, starts(region))
     axes = tuple(range(len(shape)))
-    return [Part(source=folded, source_region=inside, region=place_in_region, axes=axes)]
+    return [Piece(source=folded, source_region=inside, region=place_in_region, axes=axes)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
 from orbax_nnx_handler.planning.diagnosis.cause import Cause
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.layers import find_layer_counts, find_scanned, find_shifted
 from orbax_nnx_handler.planning.diagnosis.names import find_another_model, find_other_groups, find_other_names
 from orbax_nnx_handler.planning.diagnosis.optimizers import (
@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.diagnosis.rules import find_dropped, find_unneed
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
 from orbax_nnx_handler.planning.plan import RestorePlan
 
-_FINDERS: tuple[Callable[[Scene], Iterable[Cause]], ...] = (
+_FINDERS: tuple[Callable[[Evidence], Iterable[Cause]], ...] = (
     find_given_layout,
     find_no_weights,
     find_fused,
@@ -71,7 +71,7 @@ def diagnose(plan: RestorePlan) -> tuple[Cause, ...]:
         The causes, those that explain everything first; none where nothing is
         wrong or nothing tells why.
     """
-    scene = Scene(plan=plan)
+    scene = Evidence(plan=plan)
     causes: list[Cause] = []
     is_whole = not (scene.missing or scene.mismatched or scene.unexpected)
     for find in _OF_DEFAULTS if is_whole else _FINDERS:

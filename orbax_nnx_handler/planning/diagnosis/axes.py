@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, listed
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene, patterns_of
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, patterns_of
 
 _RULES = 8
 """Rules that a hint writes out; more of them are a matter for `suggest` or a loop."""
@@ -128,14 +128,14 @@ class Fused(Cause):
 Permutation = tuple[int, ...]
 
 
-def find_permuted(scene: Scene) -> Iterable[Cause]:
+def find_permuted(scene: Evidence) -> Iterable[Cause]:
     """Yields weights whose stored shape is the wanted one with its axes in another order."""
     found = _explained(scene, _permutation)
     if found:
         yield _cause(AxesPermuted, scene, "Transpose", found, swapped=_swapped(scene, _paths(found)))
 
 
-def find_merged(scene: Scene) -> Iterable[Cause]:
+def find_merged(scene: Evidence) -> Iterable[Cause]:
     """Yields weights of which neighbouring axes are one axis on the other side."""
     found = _explained(scene, _merged)
     if found:
@@ -146,7 +146,7 @@ _Explained = Mapping[tuple[int, ...], Sequence[Path]]
 """Mismatched weights by what makes the stored shape the wanted one: an order of axes, or a shape."""
 
 
-def _explained(scene: Scene, explain: Callable[[Shape, Shape], tuple[int, ...] | None]) -> _Explained:
+def _explained(scene: Evidence, explain: Callable[[Shape, Shape], tuple[int, ...] | None]) -> _Explained:
     found: dict[tuple[int, ...], list[Path]] = defaultdict(list)
     for path in _plain(scene):
         item = scene.mismatched[path]
@@ -160,7 +160,9 @@ def _paths(found: _Explained) -> list[Path]:
     return [path for each in found.values() for path in each]
 
 
-def _cause(kind: Callable[..., Cause], scene: Scene, rule: str, found: _Explained, **more: object) -> Cause:
+def _cause(
+    kind: Callable[..., Cause], scene: Evidence, rule: str, found: _Explained, **more: object
+) -> Cause:
     paths = _paths(found)
     first = scene.mismatched[paths[0]]
     return kind(
@@ -173,7 +175,7 @@ def _cause(kind: Callable[..., Cause], scene: Scene, rule: str, found: _Explaine
     )
 
 
-def _rules(scene: Scene, rule: str, found: _Explained) -> tuple[str, ...]:
+def _rules(scene: Evidence, rule: str, found: _Explained) -> tuple[str, ...]:
     return tuple(
         f"{rule}({pattern!r}, {change})"
         for change, paths in found.items()
@@ -181,12 +183,12 @@ def _rules(scene: Scene, rule: str, found: _Explained) -> tuple[str, ...]:
     )
 
 
-def _plain(scene: Scene) -> list[Path]:
+def _plain(scene: Evidence) -> list[Path]:
     """Returns mismatched weights that are one stored leaf each, as it is."""
     return [path for path in scene.mismatched_weights if isinstance(scene.mismatched[path].recipe, Read)]
 
 
-def _sources(scene: Scene, paths: Iterable[Path]) -> list[Path]:
+def _sources(scene: Evidence, paths: Iterable[Path]) -> list[Path]:
     recipes = [scene.mismatched[path].recipe for path in paths]
     return [recipe.path for recipe in recipes if isinstance(recipe, Read)]
 
@@ -218,7 +220,7 @@ def _merges(long: Shape, short: Shape) -> bool:
     return math.prod(rest) == 1
 
 
-def _swapped(scene: Scene, paths: Sequence[Path]) -> tuple[str, ...]:
+def _swapped(scene: Evidence, paths: Sequence[Path]) -> tuple[str, ...]:
     """Returns two names whose weights have each other's shapes throughout."""
     modules: dict[tuple[Path, object], dict[str, tuple[Shape, Shape]]] = defaultdict(dict)
     for path in paths:
@@ -264,7 +266,7 @@ class _Join:
     shapes: tuple[Shape, ...]
 
 
-def find_fused(scene: Scene) -> Iterable[Cause]:
+def find_fused(scene: Evidence) -> Iterable[Cause]:
     """Yields weights that are one array on one side and several on the other."""
     wanted = _siblings({path: scene.below[path] for path in scene.missing_weights})
     stored = _siblings({path: scene.stored_below(item) for path, item in scene.free_weights.items()})
@@ -278,7 +280,7 @@ def find_fused(scene: Scene) -> Iterable[Cause]:
         yield _fused_cause(scene, join, side, paths)
 
 
-def _joins(scene: Scene, leaf: str, wholes: Siblings, parts: Siblings) -> Iterable[tuple[_Join, Path]]:
+def _joins(scene: Evidence, leaf: str, wholes: Siblings, parts: Siblings) -> Iterable[tuple[_Join, Path]]:
     for whole, path in wholes.items():
         names = _spelled(whole, parts) or sorted(parts)
         shape, shapes = scene.shape(path), tuple(scene.shape(parts[name]) for name in names)
@@ -323,7 +325,7 @@ def _side_by_side(whole: Shape, parts: Sequence[Shape], axis: int) -> bool:
     return whole[axis] == len(parts) and set(parts) == {(*whole[:axis], *whole[axis + 1 :])}
 
 
-def _fused_cause(scene: Scene, join: _Join, side: str, paths: Sequence[Path]) -> Fused:
+def _fused_cause(scene: Evidence, join: _Join, side: str, paths: Sequence[Path]) -> Fused:
     lost = [path for path in paths if path in scene.missing]
     return Fused(
         paths=(*scene.with_moments(lost), *(path for path in paths if path not in scene.missing)),

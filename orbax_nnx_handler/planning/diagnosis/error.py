@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.core.errors import (
 )
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, fill_hint
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene, selecting
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.diagnosis.names import AnotherModel, OtherNames, nearest
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.text.folding import Row, fold
@@ -65,7 +65,7 @@ def _ways(causes: Sequence[Cause]) -> list[str]:
 def _fill(plan: RestorePlan, paths: Collection[Path]) -> Iterable[str]:
     """Yields the one policy that fills what may begin anew, and nothing that is merely named otherwise."""
     missing = {path for path in _open(plan, ()) if path in paths}
-    filters = selecting(Scene(plan=plan), missing)
+    filters = selecting(Evidence(plan=plan), missing)
     if filters:
         yield fill_hint(filters, len(missing))
     elif missing and len(missing) == len(_open(plan, ())):
@@ -169,7 +169,7 @@ def _contested(plan: RestorePlan) -> set[Path]:
     }
     if not named:
         return set()
-    scene = Scene(plan=plan)
+    scene = Evidence(plan=plan)
     parameters = {scene.below[path] for path in named if path in scene.below}
     return named | {path for path, (_, parameter) in scene.moments.items() if parameter in parameters}
 

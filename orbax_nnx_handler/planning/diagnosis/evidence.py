@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scene:
+class Evidence:
     """A plan, less what was explained already.
 
     Attributes:
@@ -36,7 +36,7 @@ class Scene:
     plan: RestorePlan
     explained: frozenset[Path] = frozenset()
 
-    def without(self, paths: Iterable[Path]) -> "Scene":
+    def without(self, paths: Iterable[Path]) -> "Evidence":
         """Returns the scene with some paths explained."""
         added = frozenset(paths) - self.explained
         if not added:
@@ -184,7 +184,7 @@ _MOST = 4
 """Filters that one policy may need before `policy="init"` is easier to read."""
 
 
-def selecting(scene: Scene, paths: Iterable[Path]) -> tuple[str, ...]:
+def selecting(scene: Evidence, paths: Iterable[Path]) -> tuple[str, ...]:
     """Returns filters that select the missing leaves among some paths and no other missing leaf.
 
     A policy speaks of missing leaves only, so what is restored may be selected as well.
@@ -210,7 +210,7 @@ def selecting(scene: Scene, paths: Iterable[Path]) -> tuple[str, ...]:
     return () if wanted else tuple(chosen)
 
 
-def _offers(scene: Scene, wanted: Collection[Path]) -> list[tuple[str, set[Path]]]:
+def _offers(scene: Evidence, wanted: Collection[Path]) -> list[tuple[str, set[Path]]]:
     kinds: dict[str, set[Path]] = defaultdict(set)
     names: dict[str, set[Path]] = defaultdict(set)
     for path, item in scene.open_leaves.items():
@@ -246,7 +246,7 @@ def _quoted(key: str) -> str:
 _NUMBER = re.compile(r"\d+$")
 
 
-def patterns_of(scene: Scene, paths: Iterable[Path]) -> list[str]:
+def patterns_of(scene: Evidence, paths: Iterable[Path]) -> list[str]:
     """Returns few patterns that match these stored weights and no other.
 
     A pattern is the end of a path, as short as it can be and still match nothing
@@ -260,7 +260,7 @@ def patterns_of(scene: Scene, paths: Iterable[Path]) -> list[str]:
     ]
 
 
-def _names(scene: Scene, path: Path) -> tuple[str, ...]:
+def _names(scene: Evidence, path: Path) -> tuple[str, ...]:
     names = segments(scene.stored_weights[path].path)
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 

@@ -13,12 +13,12 @@ from typing import ClassVar
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene, differing_axes, selecting, spell
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, selecting, spell
 from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_seats, seats
 from orbax_nnx_handler.planning.text.folding import ranges
 
 
-def find_layer_counts(scene: Scene) -> Iterable[Cause]:
+def find_layer_counts(scene: Evidence) -> Iterable[Cause]:
     """Yields groups of layers whose number differs, and those with holes."""
     yield from _flat_groups(scene)
     yield from _partial_stacks(scene)
@@ -26,7 +26,7 @@ def find_layer_counts(scene: Scene) -> Iterable[Cause]:
     yield from _stacked_groups(scene)
 
 
-def _flat_groups(scene: Scene) -> Iterable[Cause]:
+def _flat_groups(scene: Evidence) -> Iterable[Cause]:
     """Layers one by one on both sides: the numbers in the paths tell."""
     groups = _open_groups(scene)
     if not groups:
@@ -40,7 +40,7 @@ def _flat_groups(scene: Scene) -> Iterable[Cause]:
             yield from _unstacked(scene, group, wanted[group])
 
 
-def _unstacked(scene: Scene, group: Group, wanted: "_Positions") -> Iterable[Cause]:
+def _unstacked(scene: Evidence, group: Group, wanted: "_Positions") -> Iterable[Cause]:
     """Layers one by one in the target only: those that a stack gives, and those it has not."""
     paths = [path for each in wanted.values() for path in each]
     present = {at for at, each in wanted.items() if any(_is_moved(scene, path) for path in each)}
@@ -62,7 +62,7 @@ def _unstacked(scene: Scene, group: Group, wanted: "_Positions") -> Iterable[Cau
         )
 
 
-def _is_moved(scene: Scene, path: Path) -> bool:
+def _is_moved(scene: Evidence, path: Path) -> bool:
     """Tells whether a weight comes out of a stack, or from a layer of another name by a rule."""
     item = scene.plan.restored.get(path) or scene.plan.mismatched.get(path)
     if item is None or not isinstance(item.recipe, Read):
@@ -71,14 +71,14 @@ def _is_moved(scene: Scene, path: Path) -> bool:
     return source is not None and any(seat.rest for seat in flat_seats(scene.stored_below(source)))
 
 
-def _open_groups(scene: Scene) -> set[Group]:
+def _open_groups(scene: Evidence) -> set[Group]:
     """Returns the groups that something missing or unexpected belongs to."""
     open_ends = [scene.below[path] for path in scene.missing_weights]
     open_ends += [scene.stored_below(item) for item in scene.free_weights.values()]
     return {seat.group for tokens in open_ends for seat in flat_seats(tokens)}
 
 
-def _compare(scene: Scene, group: Group, wanted: "_Positions", stored: "_Positions") -> Iterable[Cause]:
+def _compare(scene: Evidence, group: Group, wanted: "_Positions", stored: "_Positions") -> Iterable[Cause]:
     want, have = wanted.keys(), stored.keys()
     absent = {at for at in want - have if all(path in scene.missing for path in wanted[at])}
     extra = {at for at in have - want if all(path in scene.unexpected for path in stored[at])}
@@ -119,7 +119,7 @@ def is_whole(numbers: set[int]) -> bool:
     return numbers == set(range(len(numbers)))
 
 
-def _partial_stacks(scene: Scene) -> Iterable[Cause]:
+def _partial_stacks(scene: Evidence) -> Iterable[Cause]:
     """Stacked in the target and one by one on disk: the plan knows which layers are absent."""
     groups: dict[tuple[str, int, tuple[int, ...]], list[Path]] = defaultdict(list)
     for path in scene.missing_weights:
@@ -148,7 +148,7 @@ def _stack_in(recipe: Recipe | None) -> Stack | None:
     return next((found for child in children(recipe) if (found := _stack_in(child))), None)
 
 
-def _surplus(scene: Scene) -> Iterable[Cause]:
+def _surplus(scene: Evidence) -> Iterable[Cause]:
     """More layers on disk than in the target, in a group that was rearranged."""
     groups: dict[tuple[str, int], list[Path]] = defaultdict(list)
     for path in scene.mismatched_weights:
@@ -161,7 +161,7 @@ def _surplus(scene: Scene) -> Iterable[Cause]:
         yield LayerCount(paths=scene.with_moments(paths), group=group, stored=wanted + surplus, wanted=wanted)
 
 
-def _wanted_layers(scene: Scene, paths: Sequence[Path]) -> int:
+def _wanted_layers(scene: Evidence, paths: Sequence[Path]) -> int:
     stacks = [stack for path in paths if (stack := _stack_in(scene.mismatched[path].recipe)) is not None]
     if stacks:
         return len(stacks[0].sources)
@@ -169,7 +169,7 @@ def _wanted_layers(scene: Scene, paths: Sequence[Path]) -> int:
     return len(positions)
 
 
-def _container(scene: Scene, path: Path, form: Form) -> str:
+def _container(scene: Evidence, path: Path, form: Form) -> str:
     """Returns the name of the group that a weight's layers belong to, as the target spells it."""
     groups = [seat.group for seat in seats(scene.below[path]) if seat.form == form]
     # `layers/wi_0` counts layers and gates: the name of the group tells which is which.
@@ -181,7 +181,7 @@ def _is_layer_name(name: str) -> bool:
     return any(word in name.lower() for word in ("layer", "block", "stage", "scan"))
 
 
-def _stacked_groups(scene: Scene) -> Iterable[Cause]:
+def _stacked_groups(scene: Evidence) -> Iterable[Cause]:
     """Stacked on both sides: every leaf below one module differs on the same axis, by the same sizes."""
     for paths in _common_modules(scene).values():
         changes = {_one_axis(scene, path) for path in paths}
@@ -208,7 +208,7 @@ def _shared(modules: Sequence[Tokens]) -> Tokens:
     return tuple(token for token, _ in same)
 
 
-def _common_modules(scene: Scene) -> dict[Group, list[Path]]:
+def _common_modules(scene: Evidence) -> dict[Group, list[Path]]:
     """Returns the highest modules of which every weight is mismatched."""
     wrong = set(scene.mismatched_weights)
     if not wrong:
@@ -226,7 +226,7 @@ def _common_modules(scene: Scene) -> dict[Group, list[Path]]:
     }
 
 
-def _one_axis(scene: Scene, path: Path) -> tuple[int, int, int] | None:
+def _one_axis(scene: Evidence, path: Path) -> tuple[int, int, int] | None:
     """Returns axis, stored and wanted size where a mismatch is on one axis only."""
     item = scene.mismatched[path]
     axes = differing_axes(item.stored_shape, item.wanted.shape)
@@ -242,7 +242,7 @@ def name_of_group(group: Group) -> str:
     return spell((*group.parent, group.name))
 
 
-def find_scanned(scene: Scene) -> Iterable[Cause]:
+def find_scanned(scene: Evidence) -> Iterable[Cause]:
     """Yields groups that are stacked on one side only and were not rearranged."""
     wanted = {path: scene.below[path] for path in scene.missing_weights}
     stored = {path: scene.stored_below(item) for path, item in scene.free_weights.items()}
@@ -270,7 +270,7 @@ def find_scanned(scene: Scene) -> Iterable[Cause]:
             )
 
 
-def _why(scene: Scene, stacked: Path, flat: Path) -> str:
+def _why(scene: Evidence, stacked: Path, flat: Path) -> str:
     whole, layer = scene.shape(stacked), scene.shape(flat)
     slices = {(*whole[:axis], *whole[axis + 1 :]) for axis in range(len(whole))}
     if layer not in slices:
@@ -278,7 +278,7 @@ def _why(scene: Scene, stacked: Path, flat: Path) -> str:
     return "the layers of other leaves of the group do not come out"
 
 
-def find_shifted(scene: Scene) -> Iterable[Cause]:
+def find_shifted(scene: Evidence) -> Iterable[Cause]:
     """Yields groups of as many layers on both sides that are numbered from another beginning."""
     if not scene.missing_weights or not scene.free_weights:
         return

@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.core.dtypes import name_of
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
 from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.layers import Group, seats
 from orbax_nnx_handler.planning.target.roles import Wanted
@@ -161,7 +161,7 @@ Change = tuple[str, str]
 """One name in the checkpoint and in the target."""
 
 
-def renames(scene: Scene, wanted: Sequence[Path], stored: Sequence[Path]) -> tuple[Change, ...]:
+def renames(scene: Evidence, wanted: Sequence[Path], stored: Sequence[Path]) -> tuple[Change, ...]:
     """Returns the renames of single names that explain all these leaves; none if there is a choice.
 
     Every wanted leaf has to have just one stored leaf of its shape whose path is
@@ -184,7 +184,7 @@ def renames(scene: Scene, wanted: Sequence[Path], stored: Sequence[Path]) -> tup
 
 
 def _changes(
-    scene: Scene, path: Path, places: Mapping[tuple[Tokens, int, Shape, str], set[str]]
+    scene: Evidence, path: Path, places: Mapping[tuple[Tokens, int, Shape, str], set[str]]
 ) -> set[Change]:
     tokens, leaf = scene.below[path], scene.plan.evidence.wanted[path].leaf
     found: set[Change] = set()
@@ -198,7 +198,7 @@ def _without(tokens: Tokens, at: int) -> Tokens:
     return (*tokens[:at], *tokens[at + 1 :])
 
 
-def _is_safe(scene: Scene, changes: set[Change], sources: Mapping[Path, Tokens]) -> bool:
+def _is_safe(scene: Evidence, changes: set[Change], sources: Mapping[Path, Tokens]) -> bool:
     """Tells whether the renames are few, single-valued, and touch nothing that is restored already."""
     old, new = ({change[side] for change in changes} for side in (0, 1))
     if not 0 < len(changes) <= _MOST or len(old) != len(changes) or len(new) != len(changes):
@@ -288,7 +288,7 @@ _Contents = Mapping[Group, Mapping[Tokens, list[Path]]]
 """The leaves of each group by their path below one layer."""
 
 
-def find_another_model(scene: Scene) -> Iterable[Cause]:
+def find_another_model(scene: Evidence) -> Iterable[Cause]:
     """Yields the verdict that a checkpoint is another model's: neither names nor shapes agree."""
     weights = scene.weights
     if len(weights) < 4 or not scene.stored_weights or not scene.missing_weights:
@@ -309,7 +309,7 @@ def find_another_model(scene: Scene) -> Iterable[Cause]:
         )
 
 
-def find_other_groups(scene: Scene) -> Iterable[Cause]:
+def find_other_groups(scene: Evidence) -> Iterable[Cause]:
     """Yields the verdict that a group of layers, or a module, has another name and the same contents."""
     wanted = _contents({path: scene.below[path] for path in scene.missing_weights})
     stored = _contents({path: scene.stored_below(item) for path, item in scene.free_weights.items()})
@@ -360,7 +360,7 @@ def _contents(leaves: Mapping[Path, Tokens]) -> _Contents:
     return found
 
 
-def find_other_names(scene: Scene) -> Iterable[Cause]:
+def find_other_names(scene: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the missing weights are stored under other names."""
     missing, free = scene.missing_weights, scene.free_weights
     if not missing or not free:

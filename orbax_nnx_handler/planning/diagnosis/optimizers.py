@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, listed
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene, selecting, spell
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting, spell
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.layouts.t5x import FACTORED
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
@@ -118,7 +118,7 @@ def weights_alone(model: str) -> str:
     return f"to restore the weights alone, pass {part} as target."
 
 
-def find_optimizers(scene: Scene) -> Iterable[Cause]:
+def find_optimizers(scene: Evidence) -> Iterable[Cause]:
     """Yields what is wrong with the optimizer as a whole; a single missing moment is no cause."""
     wanted = [path for path, item in scene.plan.evidence.wanted.items() if item.role == "optimizer"]
     lost = scene.of_role(scene.missing, "optimizer")
@@ -140,7 +140,7 @@ def find_optimizers(scene: Scene) -> Iterable[Cause]:
     yield from _other_optimizer(scene, lost, model)
 
 
-def _other_optimizer(scene: Scene, lost: Sequence[Path], model: str) -> Iterable[Cause]:
+def _other_optimizer(scene: Evidence, lost: Sequence[Path], model: str) -> Iterable[Cause]:
     kept = {path: slot[-1] for path, (slot, _) in scene.moments.items() if slot}
     restored = {kept[path] for path in kept if path in scene.plan.restored}
     names, new = _stored_slots(scene), set(kept.values()) - restored
@@ -162,7 +162,7 @@ def _other_optimizer(scene: Scene, lost: Sequence[Path], model: str) -> Iterable
     yield from _nested(scene, lost, model)
 
 
-def _nested(scene: Scene, lost: Sequence[Path], model: str) -> Iterable[Cause]:
+def _nested(scene: Evidence, lost: Sequence[Path], model: str) -> Iterable[Cause]:
     parameters = {scene.stored_below(item) for item in scene.stored_weights.values()}
     free = [split(_unboxed(canonical(item.path)), parameters) for item in _free_optimizer(scene)]
     stored = {slot for slot, parameter in free if parameter is not None}
@@ -177,7 +177,7 @@ def _nested(scene: Scene, lost: Sequence[Path], model: str) -> Iterable[Cause]:
         )
 
 
-def _free_optimizer(scene: Scene) -> list[Placement]:
+def _free_optimizer(scene: Evidence) -> list[Placement]:
     placements = scene.plan.evidence.placements
     return [placements[path] for path in scene.unexpected if placements[path].section == "optimizer"]
 
@@ -186,7 +186,7 @@ def _unboxed(tokens: Tokens) -> Tokens:
     return tokens[:-1] if tokens[-1] == "value" else tokens
 
 
-def _stored_slots(scene: Scene) -> set[str]:
+def _stored_slots(scene: Evidence) -> set[str]:
     """Returns the names of the stored moments: the keys right above a parameter's path."""
     lasts = {scene.stored_below(item)[-1] for item in scene.stored_weights.values()}
     tops = {scene.stored_below(item)[0] for item in scene.stored_weights.values()} | {"params"}
@@ -231,7 +231,7 @@ class MomentsStay(Cause):
         return rule + weights_alone(self.model)
 
 
-def find_stuck_moments(scene: Scene) -> Iterable[Cause]:
+def find_stuck_moments(scene: Evidence) -> Iterable[Cause]:
     """Yields, for each rule, the missing moments that cannot follow."""
     groups: dict[str, list[StuckMoment]] = defaultdict(list)
     for item in scene.plan.evidence.stuck:
@@ -279,7 +279,7 @@ class OpenFactoring(Cause):
         return ""
 
 
-def find_open_factoring(scene: Scene) -> Iterable[Cause]:
+def find_open_factoring(scene: Evidence) -> Iterable[Cause]:
     """Yields the missing factored moments, where the checkpoint has some that no one can name."""
     placements = scene.plan.evidence.placements
     stored = [

@@ -28,7 +28,7 @@ from orbax_nnx_handler.planning.diagnosis.cause import (
     counted,
     listed,
 )
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene, selecting
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.diagnosis.names import LayoutGiven, NoWeights
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.text.folding import fold_paths
@@ -112,7 +112,7 @@ class Quantised(Cause):
         )
 
 
-def find_collections(scene: Scene) -> Iterable[Cause]:
+def find_collections(scene: Evidence) -> Iterable[Cause]:
     """Yields collections of which nothing is stored, where it can be told."""
     stored = {item.collection for item in scene.stored_weights.values()}
     if not any(path in scene.plan.restored for path in scene.weights):
@@ -139,7 +139,7 @@ def find_collections(scene: Scene) -> Iterable[Cause]:
             )
 
 
-def find_lost_weights(scene: Scene) -> Iterable[Cause]:
+def find_lost_weights(scene: Evidence) -> Iterable[Cause]:
     """Yields missing weights whose moments are restored."""
     kept = {parameter for path, (_, parameter) in scene.moments.items() if path in scene.plan.restored}
     lost = [path for path in scene.missing_weights if scene.below[path] in kept]
@@ -147,7 +147,7 @@ def find_lost_weights(scene: Scene) -> Iterable[Cause]:
         yield LostWeights(paths=scene.with_moments(lost), names=fold_paths(lost), count=len(lost))
 
 
-def find_new_parts(scene: Scene) -> Iterable[Cause]:
+def find_new_parts(scene: Evidence) -> Iterable[Cause]:
     """Yields a part of the target of which nothing is stored, where all the rest is there."""
     missing = scene.missing_weights
     rest = [path for path in scene.weights if path not in set(missing) and path not in scene.explained]
@@ -173,7 +173,7 @@ def _new_module(path: Path, rest: Sequence[Path]) -> Path | None:
     return None
 
 
-def find_biases(scene: Scene) -> Iterable[Cause]:
+def find_biases(scene: Evidence) -> Iterable[Cause]:
     """Yields modules that have no stored bias, though all else of them is stored."""
     groups: dict[str, list[Path]] = defaultdict(list)
     for path in scene.missing_weights:
@@ -200,7 +200,7 @@ def find_biases(scene: Scene) -> Iterable[Cause]:
     )
 
 
-def _is_bias(scene: Scene, placement: Placement) -> bool:
+def _is_bias(scene: Evidence, placement: Placement) -> bool:
     return scene.stored_below(placement)[-1] == "bias"
 
 
@@ -210,7 +210,7 @@ def _module_name(tokens: Tokens) -> str:
     return re.sub(r"\d+$", "", names[-1]) if names else ""
 
 
-def _has_siblings(scene: Scene, path: Path) -> bool:
+def _has_siblings(scene: Evidence, path: Path) -> bool:
     module = scene.below[path][:-1]
     return any(
         tokens[:-1] == module and other in scene.plan.restored
@@ -219,7 +219,7 @@ def _has_siblings(scene: Scene, path: Path) -> bool:
     )
 
 
-def find_tied(scene: Scene) -> Iterable[Cause]:
+def find_tied(scene: Evidence) -> Iterable[Cause]:
     """Yields an output layer that is missing and has the shape of a stored embedding, turned."""
     if len(scene.missing_weights) != 1 or scene.free_weights:
         return
@@ -243,7 +243,7 @@ def find_tied(scene: Scene) -> Iterable[Cause]:
         )
 
 
-def find_quantised(scene: Scene) -> Iterable[Cause]:
+def find_quantised(scene: Evidence) -> Iterable[Cause]:
     """Yields weights stored as integers that have scales beside them."""
     found: dict[str, list[Path]] = defaultdict(list)
     scales: dict[Tokens, set[str]] = defaultdict(set)
@@ -269,7 +269,7 @@ def find_quantised(scene: Scene) -> Iterable[Cause]:
 _SHORT = 3
 
 
-def find_given_layout(scene: Scene) -> Iterable[Cause]:
+def find_given_layout(scene: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the layout was named, and is not that of the checkpoint."""
     placements = scene.plan.evidence.placements
     if not scene.missing_weights or not placements:
@@ -287,7 +287,7 @@ def find_given_layout(scene: Scene) -> Iterable[Cause]:
         )
 
 
-def find_no_weights(scene: Scene) -> Iterable[Cause]:
+def find_no_weights(scene: Evidence) -> Iterable[Cause]:
     """Yields the verdict that nothing in the checkpoint is a weight."""
     leaves = [item.leaf for item in scene.plan.evidence.placements.values()]
     # A few scalars are a step and counts, whichever names they carry.

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, same_key
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.diagnosis.cause import Cause, KeyImplementation, RandomLayout
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 
 _NONE: list[Path] = []
 
 
-def find_keys(scene: Scene) -> Iterable[Cause]:
+def find_keys(scene: Evidence) -> Iterable[Cause]:
     """Yields random keys of another implementation, once for each."""
     groups: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for path, item in scene.mismatched.items():
@@ -23,7 +23,7 @@ def find_keys(scene: Scene) -> Iterable[Cause]:
         yield KeyImplementation(paths=tuple(paths), stored=stored, wanted=wanted)
 
 
-def find_random_layouts(scene: Scene) -> Iterable[Cause]:
+def find_random_layouts(scene: Evidence) -> Iterable[Cause]:
     """Yields stored streams beside wanted ones of the same module, under names that do not meet.
 
     Flax 0.11 took the stream's name out of a module's own stream:

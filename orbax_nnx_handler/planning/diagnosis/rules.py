@@ -9,7 +9,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene, selecting
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.text.folding import fold_paths
 
@@ -59,7 +59,7 @@ class UnneededRule(Cause):
         return "take the rule out, or write more of the path in its pattern."
 
 
-def find_dropped(scene: Scene) -> Iterable[Cause]:
+def find_dropped(scene: Evidence) -> Iterable[Cause]:
     """Yields the missing weights that a rule leaves behind, by its reason."""
     discarded = {path: i for path, i in scene.plan.dropped.items() if isinstance(i, Discarded)}
     if not discarded:
@@ -77,7 +77,7 @@ def find_dropped(scene: Scene) -> Iterable[Cause]:
         yield DroppedByRule(paths=paths, stored=stored, reason=reason, filters=selecting(scene, paths))
 
 
-def find_unneeded(scene: Scene) -> Iterable[Cause]:
+def find_unneeded(scene: Evidence) -> Iterable[Cause]:
     """Yields the weights of another shape that would fit without the rule that made them."""
     groups: dict[str, list[Path]] = defaultdict(list)
     for path in scene.mismatched_weights:

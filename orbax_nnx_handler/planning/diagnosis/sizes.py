@@ -14,7 +14,7 @@ from fractions import Fraction
 from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, listed
-from orbax_nnx_handler.planning.diagnosis.evidence import Scene, differing_axes
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,7 +255,7 @@ Pair = tuple[int, int]
 """A size in the checkpoint and in the target."""
 
 
-def find_heads(scene: Scene) -> Iterable[Cause]:
+def find_heads(scene: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the same features are divided among another number of heads."""
     divided: dict[tuple[Pair, ...], list[Path]] = defaultdict(list)
     for path in scene.mismatched_weights:
@@ -275,7 +275,7 @@ def find_heads(scene: Scene) -> Iterable[Cause]:
         )
 
 
-def find_dimensions(scene: Scene) -> Iterable[Cause]:
+def find_dimensions(scene: Evidence) -> Iterable[Cause]:
     """Yields the dimensions that explain the mismatched shapes: few of them, or none."""
     places: dict[Pair, list[Place]] = defaultdict(list)
     for path in scene.mismatched_weights:
@@ -301,7 +301,7 @@ def find_dimensions(scene: Scene) -> Iterable[Cause]:
 _NO_WIDTH = ("the vocabulary", "the number of positions", "the number of experts")
 
 
-def _places(scene: Scene, path: Path) -> list[Place]:
+def _places(scene: Evidence, path: Path) -> list[Place]:
     item = scene.mismatched[path]
     stored, wanted = item.stored_shape, item.wanted.shape
     return [
@@ -314,7 +314,7 @@ def _paths(places: Iterable[Place]) -> list[Path]:
     return list(dict.fromkeys(place.path for place in places))
 
 
-def _most(scene: Scene) -> int:
+def _most(scene: Evidence) -> int:
     """Returns how many weights a dimension must differ in to be that of the whole model."""
     compared = [
         path for path in scene.weights if path in scene.plan.restored or path in scene.plan.mismatched
@@ -333,7 +333,7 @@ def _one_width(pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], mo
 
 
 def _cause(
-    scene: Scene, pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], name: str
+    scene: Evidence, pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], name: str
 ) -> DimensionDiffers:
     paths = _paths(place for pair in pairs for place in places[pair])
     return DimensionDiffers(
@@ -355,7 +355,7 @@ def _ratio(pair: Pair) -> str:
     return str(ratio) if max(ratio.numerator, ratio.denominator) <= 64 else ""
 
 
-def _output(scene: Scene, pair: Pair, places: Sequence[Place], module: Path) -> OtherOutput:
+def _output(scene: Evidence, pair: Pair, places: Sequence[Place], module: Path) -> OtherOutput:
     paths = _paths(places)
     recipe = scene.mismatched[paths[0]].recipe
     source = scene.stored_weights.get(recipe.path) if isinstance(recipe, Read) else None

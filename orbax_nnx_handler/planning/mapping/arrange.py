@@ -18,12 +18,12 @@ from orbax_nnx_handler.planning.mapping.layers import Group
 from orbax_nnx_handler.planning.mapping.restack import Restacked, UnclearAxis, said_axis
 from orbax_nnx_handler.planning.mapping.sections import (
     Bases,
-    Cut,
     Cuts,
+    LayerRun,
     Member,
     Part,
     Rest,
-    Section,
+    StackAxes,
     nouns,
     parents,
     readings,
@@ -69,7 +69,7 @@ class _Layer:
     """One layer in one reading of its side."""
 
     member: Member
-    cuts: Mapping[str | None, Cut]
+    cuts: Mapping[str | None, StackAxes]
     cycle: int
     layer: int
 
@@ -85,7 +85,7 @@ class _Layer:
         return id(self.member), self.cycle, self.layer
 
     @property
-    def axes(self) -> tuple[Cut, ...]:
+    def axes(self) -> tuple[StackAxes, ...]:
         return tuple(self.cuts.values())
 
 
@@ -123,8 +123,8 @@ class _Join:
     """The sections of one module on both sides."""
 
     parent: Tokens
-    wanted: Sequence[Section]
-    stored: Sequence[Section]
+    wanted: Sequence[LayerRun]
+    stored: Sequence[LayerRun]
     axes: Mapping[Tokens, int]
 
     def solve(self) -> dict[Tokens, Restacked] | UnclearOrder | UnclearAxis:
@@ -151,7 +151,7 @@ class _Join:
                 best.append(pairs)
         return best
 
-    def _runs(self, side: Sequence[Section], bases: Bases) -> list[_Run]:
+    def _runs(self, side: Sequence[LayerRun], bases: Bases) -> list[_Run]:
         """Returns the layers of one side in every order that names and shapes allow."""
         found: list[_Run] = []
         for cuts in itertools.product(*(readings(section, bases, self._said(section)) for section in side)):
@@ -163,7 +163,7 @@ class _Join:
                 found += [tuple(itertools.chain.from_iterable(run)) for run in itertools.product(*parts)]
         return found
 
-    def _said(self, section: Section) -> int | None:
+    def _said(self, section: LayerRun) -> int | None:
         return said_axis(Group(self.parent, section.name), self.axes)
 
     def _bases(self) -> Bases:
@@ -195,7 +195,7 @@ class _Join:
         )
 
 
-def _tokens(side: Sequence[Section]) -> tuple[Tokens, ...]:
+def _tokens(side: Sequence[LayerRun]) -> tuple[Tokens, ...]:
     return tuple(
         part.tokens for section in side for member in section.members for part in member.parts.values()
     )
@@ -205,7 +205,7 @@ _MOST = 5
 """Members without a number; more of them leave more orders than shapes could ever tell apart."""
 
 
-def _readable(side: Sequence[Section]) -> bool:
+def _readable(side: Sequence[LayerRun]) -> bool:
     """Tells whether a side has at most one section of a kind, without a gap in its numbers."""
     kinds = [section.kind for section in side]
     loose = [member for section in side for member in section.members if member.number is None]
@@ -219,7 +219,7 @@ def _order(pairs: _Pairs, *, with_axes: bool = False) -> Hashable:
     return frozenset((left.place, right.place, own) for (left, right), own in zip(pairs, axes, strict=True))
 
 
-def _laid_out(section: Section, cuts: Cuts) -> Iterator[_Run]:
+def _laid_out(section: LayerRun, cuts: Cuts) -> Iterator[_Run]:
     """Yields the layers of one section in every order of its members."""
     own = {
         member: {name: cut for (place, name), cut in cuts.items() if place == at}

@@ -35,7 +35,7 @@ class Group(NamedTuple):
     name: str
 
 
-class Seat(NamedTuple):
+class LayerPath(NamedTuple):
     """One reading of a path as a part of a layer group.
 
     Attributes:
@@ -53,36 +53,38 @@ class Seat(NamedTuple):
     inner: str = ""
 
 
-def seats(tokens: Tokens) -> Iterator[Seat]:
+def seats(tokens: Tokens) -> Iterator[LayerPath]:
     """Yields every reading of a canonical path as a part of a layer group."""
     numbered = [is_number(token) for token in tokens]
     for at, token in enumerate(tokens[:-1]):
         if not numbered[at]:
             if not numbered[at + 1]:
-                yield Seat(Group(tokens[:at], token), tokens[at + 1 :], "stacked")
+                yield LayerPath(Group(tokens[:at], token), tokens[at + 1 :], "stacked")
             continue
         if at == 0:
             continue
         number, name, rest = int(token[1:]), tokens[at - 1], tokens[at + 1 :]
-        yield Seat(Group(tokens[: at - 1], name), rest, "flat", number)
+        yield LayerPath(Group(tokens[: at - 1], name), rest, "flat", number)
         if at >= 2 and not numbered[at - 2]:
             yield from _block_seats(tokens[: at - 2], tokens[at - 2], name, rest, number)
 
 
-def flat_seats(tokens: Tokens) -> list[Seat]:
+def flat_seats(tokens: Tokens) -> list[LayerPath]:
     """Returns the readings of a canonical path as a part of layers one by one."""
     return [
-        Seat(Group(tokens[: at - 1], tokens[at - 1]), tokens[at + 1 :], "flat", int(token[1:]))
+        LayerPath(Group(tokens[: at - 1], tokens[at - 1]), tokens[at + 1 :], "flat", int(token[1:]))
         for at, token in enumerate(tokens[:-1])
         if at and is_number(token)
     ]
 
 
-def _block_seats(parent: Tokens, container: str, inner: str, rest: Tokens, number: int) -> Iterator[Seat]:
-    yield Seat(Group(parent, container), rest, "block", number, inner)
+def _block_seats(
+    parent: Tokens, container: str, inner: str, rest: Tokens, number: int
+) -> Iterator[LayerPath]:
+    yield LayerPath(Group(parent, container), rest, "block", number, inner)
     name = container.removesuffix("_remainder")
     if name != container and name:
-        yield Seat(Group(parent, name), rest, "remainder", number, inner)
+        yield LayerPath(Group(parent, name), rest, "remainder", number, inner)
 
 
 Key = tuple[Group, Tokens]
@@ -90,10 +92,10 @@ Key = tuple[Group, Tokens]
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class LayerPiece:
     """A leaf of either side in one reading."""
 
-    seat: Seat
+    seat: LayerPath
     shape: Shape
     tokens: Tokens
     entry: Entry | None = None
@@ -108,19 +110,19 @@ class Side:
         every_piece: Gives every leaf of the side.
     """
 
-    pieces: Sequence[Piece]
-    every_piece: Callable[[], Iterable[Piece]]
+    pieces: Sequence[LayerPiece]
+    every_piece: Callable[[], Iterable[LayerPiece]]
 
     @cached_property
-    def by_key(self) -> Mapping[Key, list[Piece]]:
+    def by_key(self) -> Mapping[Key, list[LayerPiece]]:
         """The pieces by group and path below the layer."""
-        found: dict[Key, list[Piece]] = defaultdict(list)
+        found: dict[Key, list[LayerPiece]] = defaultdict(list)
         for piece in self.pieces:
             found[piece.seat.group, piece.seat.rest].append(piece)
         return found
 
     @cached_property
-    def all_pieces(self) -> Sequence[Piece]:
+    def all_pieces(self) -> Sequence[LayerPiece]:
         """Every leaf of the side: what counts the positions of a block, where there is one."""
         return list(self.every_piece())
 
@@ -135,6 +137,6 @@ class Side:
         return sizes
 
 
-def pieces_of(tokens: Tokens, shape: Shape, entry: Entry | None = None) -> list[Piece]:
+def pieces_of(tokens: Tokens, shape: Shape, entry: Entry | None = None) -> list[LayerPiece]:
     """Returns a leaf in every reading."""
-    return [Piece(seat, shape, tokens, entry) for seat in seats(tokens)]
+    return [LayerPiece(seat, shape, tokens, entry) for seat in seats(tokens)]

@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, shape_of, substitute
 from orbax_nnx_handler.planning.mapping.arrange import Arranged, UnclearOrder, arrange
-from orbax_nnx_handler.planning.mapping.layers import Piece, Side, pieces_of
+from orbax_nnx_handler.planning.mapping.layers import LayerPiece, Side, pieces_of
 from orbax_nnx_handler.planning.mapping.matches import Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.modules import Homeless, derive
 from orbax_nnx_handler.planning.mapping.restack import UnclearAxis, restack
@@ -222,11 +222,11 @@ class Matcher:
         }
         return placed, arranged
 
-    def _wanted_pieces(self) -> Iterable[Piece]:
+    def _wanted_pieces(self) -> Iterable[LayerPiece]:
         for item in self.wanted:
             yield from pieces_of(self._below[item.leaf.path], item.leaf.shape)
 
-    def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[Piece]:
+    def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[LayerPiece]:
         for entry in free:
             if entry.collection == collection or None in (entry.collection, collection):
                 for tokens in self._readings(entry):

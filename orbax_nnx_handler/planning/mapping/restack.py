@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import Fill, Index, Recipe, Stack
-from orbax_nnx_handler.planning.mapping.layers import Form, Group, Key, Piece, Side
+from orbax_nnx_handler.planning.mapping.layers import Form, Group, Key, LayerPiece, Side
 
 Axes = tuple[int | None, int | None]
 """The stacked axis of the stored leaf and of the wanted leaf; None where flat."""
@@ -84,7 +84,7 @@ def restack(
     return found, [item for item in unclear if not taken.issuperset(item.tokens)]
 
 
-def _arrangement(pieces: Sequence[Piece]) -> str:
+def _arrangement(pieces: Sequence[LayerPiece]) -> str:
     forms = {piece.seat.form for piece in pieces}
     return "blocks" if forms & {"block", "remainder"} else min(forms)
 
@@ -165,10 +165,10 @@ class _Join:
         blocks = (p for key in self.keys for p in side.by_key[key] if p.seat.form == "block")
         return max((_length(piece, axis) for piece in blocks), default=0)
 
-    def _last_layer(self, side: Side, piece: Piece, axis: int | None, cycles: int) -> int:
+    def _last_layer(self, side: Side, piece: LayerPiece, axis: int | None, cycles: int) -> int:
         return max(self._layers(side, piece, axis, cycles), default=-1)
 
-    def _layers(self, side: Side, piece: Piece, axis: int | None, cycles: int) -> Sequence[int]:
+    def _layers(self, side: Side, piece: LayerPiece, axis: int | None, cycles: int) -> Sequence[int]:
         seat = piece.seat
         match seat.form:
             case "flat":
@@ -192,7 +192,7 @@ class _Join:
         return layers
 
     def _make(
-        self, piece: Piece, layers: Mapping[int, Recipe], axis: int | None, surplus: int
+        self, piece: LayerPiece, layers: Mapping[int, Recipe], axis: int | None, surplus: int
     ) -> Restacked | None:
         numbers = self._layers(self.wanted, piece, axis, self._cycles(self.wanted, axis))
         missing = tuple(number for number in numbers if number not in layers)
@@ -214,7 +214,7 @@ class _Join:
         )
 
 
-def _axes_between(wanted: Piece, stored: Piece) -> Iterable[Axes]:
+def _axes_between(wanted: LayerPiece, stored: LayerPiece) -> Iterable[Axes]:
     """Yields the axes under which two pieces hold layers of one shape."""
     forms = {wanted.seat.form, stored.seat.form}
     # What is left over after the blocks is flat on either side and tells no axis.
@@ -226,7 +226,7 @@ def _axes_between(wanted: Piece, stored: Piece) -> Iterable[Axes]:
                 yield left, right
 
 
-def _axis_options(piece: Piece) -> Iterable[int | None]:
+def _axis_options(piece: LayerPiece) -> Iterable[int | None]:
     return (None,) if piece.seat.form in _FLAT else range(len(piece.shape))
 
 
@@ -234,7 +234,7 @@ def _without(shape: Shape, axis: int | None) -> Shape:
     return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
 
 
-def _length(piece: Piece, axis: int | None) -> int:
+def _length(piece: LayerPiece, axis: int | None) -> int:
     return piece.shape[axis] if axis is not None and axis < len(piece.shape) else 0
 
 

@@ -58,7 +58,7 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Section:
+class LayerRun:
     """Layers of one side that follow each other.
 
     Attributes:
@@ -112,7 +112,7 @@ def nouns(parts: Iterable[Part], parent: Tokens) -> set[str]:
     return found
 
 
-def sections(parts: Iterable[Part], parent: Tokens, noun: str) -> list[Section]:
+def sections(parts: Iterable[Part], parent: Tokens, noun: str) -> list[LayerRun]:
     """Returns the sections of one side below a parent.
 
     Args:
@@ -127,7 +127,7 @@ def sections(parts: Iterable[Part], parent: Tokens, noun: str) -> list[Section]:
             kind, section, name, number, rest = seat
             members = found.setdefault((kind, section), {})
             members.setdefault((name, number), {})[part.collection, rest] = part
-    return [Section(kind, name, _members(members)) for (kind, name), members in found.items()]
+    return [LayerRun(kind, name, _members(members)) for (kind, name), members in found.items()]
 
 
 def _members(found: Mapping[tuple[str, int | None], Mapping[Rest, Part]]) -> tuple[Member, ...]:
@@ -182,7 +182,7 @@ Bases = Mapping[Rest, set[Shape]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cut:
+class StackAxes:
     """How the leaves of one member and one collection hold their layers.
 
     Attributes:
@@ -213,11 +213,11 @@ class Cut:
         return _stack(cycles, self.outer)
 
 
-Cuts = Mapping[tuple[int, str | None], Cut]
+Cuts = Mapping[tuple[int, str | None], StackAxes]
 """The cuts of a section's members, by the member's place and the collection."""
 
 
-def readings(section: Section, bases: Bases, said: int | None = None) -> Sequence[Cuts]:
+def readings(section: LayerRun, bases: Bases, said: int | None = None) -> Sequence[Cuts]:
     """Returns the ways in which the members of a section can be cut into layers.
 
     One scan stacks all parameters along one axis, so all members of a section share
@@ -249,9 +249,11 @@ _MOST = 4096
 """Readings looked at; shapes that leave more than that open tell nothing."""
 
 
-def _options(kind: Kind, member: Member, collection: str | None, bases: Bases, said: int | None) -> list[Cut]:
+def _options(
+    kind: Kind, member: Member, collection: str | None, bases: Bases, said: int | None
+) -> list[StackAxes]:
     """Returns the cuts that most leaves of a member allow."""
-    votes: Counter[Cut] = Counter()
+    votes: Counter[StackAxes] = Counter()
     for rest, part in member.parts.items():
         if rest[0] == collection:
             votes.update({cut for base in bases.get(rest, ()) for cut in _cuts(kind, part.shape, base)})
@@ -259,14 +261,14 @@ def _options(kind: Kind, member: Member, collection: str | None, bases: Bases, s
     return [cut for cut, count in allowed.items() if count == max(allowed.values())]
 
 
-def _cuts(kind: Kind, shape: Shape, base: Shape) -> Iterable[Cut]:
+def _cuts(kind: Kind, shape: Shape, base: Shape) -> Iterable[StackAxes]:
     extra = len(shape) - len(base)
     outers: Iterable[int | None] = range(len(shape)) if kind == "scan" and extra else (None,)
     for outer in outers:
         left = _without(shape, outer)
         inners: Iterable[int | None] = range(len(left)) if len(left) > len(base) else (None,)
         for inner in inners:
-            cut = Cut(
+            cut = StackAxes(
                 outer=outer,
                 inner=inner,
                 cycles=1 if outer is None else shape[outer],

@@ -4,11 +4,11 @@ from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rendering.as_dict import plan_to_dict
 from orbax_nnx_handler.planning.rendering.html import sheet_to_html
 from orbax_nnx_handler.planning.rendering.plain import render_sheet
-from orbax_nnx_handler.planning.rendering.sheet import Sheet, plan_sheet, report_sheet, sized
+from orbax_nnx_handler.planning.rendering.sheet import Summary, plan_sheet, report_sheet, sized
 from orbax_nnx_handler.planning.rendering.terminal import sheet_on_console
 
 __all__ = [
-    "Sheet",
+    "Summary",
     "plan_sheet",
     "plan_to_dict",
     "render_plan",

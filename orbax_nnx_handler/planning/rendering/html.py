@@ -2,14 +2,14 @@
 
 import html
 
-from orbax_nnx_handler.planning.rendering.sheet import COLOURS, Section, Share, Sheet, sized
+from orbax_nnx_handler.planning.rendering.sheet import COLOURS, Block, ByteCounts, Summary, sized
 
 _LIMIT = 200
 _OPEN = ("missing", "filled", "mismatched", "unexpected")
 """What a reader has to see comes unfolded."""
 
 
-def sheet_to_html(sheet: Sheet) -> str:
+def sheet_to_html(sheet: Summary) -> str:
     """Returns a sheet as HTML that carries its own style: nothing is fetched, no script runs."""
     # Rows among the advice are aligned by spaces. No colour is set: a dark notebook has its own.
     advice = "".join(f'<div style="white-space: pre-wrap">{html.escape(line)}</div>' for line in sheet.advice)
@@ -21,7 +21,7 @@ def sheet_to_html(sheet: Sheet) -> str:
     )
 
 
-def _section(section: Section) -> str:
+def _section(section: Block) -> str:
     opened = " open" if section.title.startswith(_OPEN) else ""
     shown = [(line.text, *line.columns) for line in section.lines[:_LIMIT]]
     used = [at for at in range(max(map(len, shown))) if any(cells[at : at + 1] > ("",) for cells in shown)]
@@ -40,7 +40,7 @@ def _row(cells: tuple[str, ...]) -> str:
     return "<tr>" + "".join(f"<td{style}>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
-def _bar(share: Share) -> str:
+def _bar(share: ByteCounts) -> str:
     parts = share.parts()
     if not parts:
         return ""

@@ -32,7 +32,7 @@ COLOURS: dict[Part, str] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Share:
+class ByteCounts:
     """Bytes of each part; mismatched leaves count as missing, defaulted ones as filled."""
 
     restored: int
@@ -41,7 +41,7 @@ class Share:
     unexpected: int
 
     @classmethod
-    def of(cls, plan: RestorePlan) -> "Share":
+    def of(cls, plan: RestorePlan) -> "ByteCounts":
         """Returns the shares of a plan."""
         open_ = [item for item in plan.missing.values() if item.policy == "error" or item.filled_by is None]
         settled = [
@@ -78,7 +78,7 @@ def sized(nbytes: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
+class Block:
     """A titled list of folded rows.
 
     Attributes:
@@ -93,7 +93,7 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sheet:
+class Summary:
     """A plan or a report, ready to be shown.
 
     Attributes:
@@ -108,22 +108,22 @@ class Sheet:
     head: str
     counts: str
     checkpoint: str
-    sections: tuple[Section, ...]
+    sections: tuple[Block, ...]
     advice: tuple[str, ...]
-    share: Share
+    share: ByteCounts
 
 
-def plan_sheet(plan: RestorePlan) -> Sheet:
+def plan_sheet(plan: RestorePlan) -> Summary:
     """Returns what there is to say about a plan."""
     fits = plan.fits
     notes = _notes(plan) if fits else _faults(plan)
-    return Sheet(
+    return Summary(
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
         counts=_counts(plan, "missing"),
         checkpoint=_checkpoint(plan),
         sections=_sections(plan, "missing: wanted, but not stored"),
         advice=tuple(notes),
-        share=Share.of(plan),
+        share=ByteCounts.of(plan),
     )
 
 
@@ -142,16 +142,16 @@ def _faults(plan: RestorePlan) -> list[str]:
     return [*(line for fault in plan.faults for line in str(fault).splitlines()), *advice(plan)]
 
 
-def report_sheet(report: RestoreReport) -> Sheet:
+def report_sheet(report: RestoreReport) -> Summary:
     """Returns what there is to say about a restore."""
     rate = report.nbytes / max(report.seconds, 1e-9) / 1e9
-    return Sheet(
+    return Summary(
         head=f"RestoreReport: {sized(report.nbytes)} in {report.seconds:.2f} s ({rate:.2f} GB/s)",
         counts=_counts(report.plan, "filled"),
         checkpoint=_checkpoint(report.plan),
         sections=_sections(report.plan, "filled"),
         advice=(),
-        share=Share.of(report.plan),
+        share=ByteCounts.of(report.plan),
     )
 
 
@@ -173,7 +173,7 @@ def _checkpoint(plan: RestorePlan) -> str:
     return f"{plan.directory} (layout: {plan.layout}, {stored})"
 
 
-def _sections(plan: RestorePlan, missing: str) -> tuple[Section, ...]:
+def _sections(plan: RestorePlan, missing: str) -> tuple[Block, ...]:
     lists: list[tuple[str, list[Row]]] = [
         ("restored", restored_rows(plan.restored.values())),
         ("defaulted", defaulted_rows(plan.defaulted.values())),
@@ -186,4 +186,4 @@ def _sections(plan: RestorePlan, missing: str) -> tuple[Section, ...]:
         (missing, missing_rows(plan.missing.values(), with_policy=True)),
         ("mismatched", mismatched_rows(plan.mismatched.values())),
     ]
-    return tuple(Section(title=title, count=len(rows), lines=fold(rows)) for title, rows in lists if rows)
+    return tuple(Block(title=title, count=len(rows), lines=fold(rows)) for title, rows in lists if rows)

@@ -8,13 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from orbax_nnx_handler.planning.rendering.plain import render_sheet
-from orbax_nnx_handler.planning.rendering.sheet import COLOURS, Section, Share, Sheet, sized
+from orbax_nnx_handler.planning.rendering.sheet import COLOURS, Block, ByteCounts, Summary, sized
 
 _LIMIT = 30
 _STYLES = {"missing": "red", "mismatched": "red", "unexpected": "yellow", "restored": "green"}
 
 
-def sheet_on_console(sheet: Sheet, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+def sheet_on_console(sheet: Summary, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
     """Yields a sheet in the width of a terminal; just its text where the output is none."""
     if not console.is_terminal:
         yield Text(render_sheet(sheet), overflow="fold")
@@ -48,7 +48,7 @@ def _style(title: str) -> str:
     return next((style for word, style in _STYLES.items() if title.startswith(word)), "cyan")
 
 
-def _rows(section: Section, width: int) -> RenderableType:
+def _rows(section: Block, width: int) -> RenderableType:
     """Returns a table where it fits, and two lines for each leaf where it does not."""
     shown = [(f"    {line.text}", *line.columns) for line in section.lines[:_LIMIT]]
     used = [at for at in range(max(map(len, shown))) if any(cells[at : at + 1] > ("",) for cells in shown)]
@@ -77,7 +77,7 @@ def _pairs_of_lines(rows: Sequence[Sequence[str]]) -> Group:
     return Group(*lines)
 
 
-def _bar(share: Share, width: int, block: str) -> Text:
+def _bar(share: ByteCounts, width: int, block: str) -> Text:
     total = max(1, sum(nbytes for _, nbytes in share.parts()))
     bar = Text()
     for part, nbytes in share.parts():

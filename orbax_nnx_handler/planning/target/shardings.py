@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.text.lines import aligned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Placer:
+class ShardingRule:
     """Decides the sharding of each leaf of one target.
 
     Attributes:
@@ -34,7 +34,7 @@ class Placer:
     mesh: Mesh | None
 
     @classmethod
-    def of(cls, values: Iterable[Any]) -> "Placer":
+    def of(cls, values: Iterable[Any]) -> "ShardingRule":
         """Returns the placer of a target, given the values of its leaves, under the mesh in force."""
         current = jax.sharding.get_mesh()
         if not current.empty:

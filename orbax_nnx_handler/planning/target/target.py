@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.target.shardings import Placer
+from orbax_nnx_handler.planning.target.shardings import ShardingRule
 from orbax_nnx_handler.planning.target.train_state import children
 
 Flat = dict[Path, Any]
@@ -56,7 +56,7 @@ def flatten_target(item: Any, overrides: Mapping[Path, Any] | None = None) -> Ta
         raise RestoreError("the target is nested deeper than Python can follow.") from error
     overrides = overrides or {}
     _check_overrides(overrides, nodes)
-    placer = Placer.of(values.values())
+    placer = ShardingRule.of(values.values())
     leaves = {
         path: _wanted(path, node, values[path], overrides.get(path), placer) for path, node in nodes.items()
     }
@@ -214,7 +214,7 @@ def _rebuild_state(entries: Iterable[tuple[Any, Any]], prefix: Path, nodes: Flat
     }
 
 
-def _wanted(path: Path, node: Any, value: Any, override: Any, placer: Placer) -> WantedLeaf:
+def _wanted(path: Path, node: Any, value: Any, override: Any, placer: ShardingRule) -> WantedLeaf:
     # A bare leaf is its own value.
     kind = None if value is node else cast("type[Any]", type(node))
     sharding = placer.place(node, value, override)

@@ -18,14 +18,14 @@ NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 _Numbers = frozenset[int]
 
 
-class Text(NamedTuple):
+class NumberedText(NamedTuple):
     """A text split at its numbers: fixed text and a set of numbers in turn."""
 
     texts: tuple[str, ...]
     numbers: tuple[_Numbers, ...]
 
     @classmethod
-    def of(cls, text: str, number: re.Pattern[str] = NUMBER) -> "Text":
+    def of(cls, text: str, number: re.Pattern[str] = NUMBER) -> "NumberedText":
         """Returns a text split at what is a number in it."""
         if not text:
             return NO_TEXT
@@ -33,7 +33,7 @@ class Text(NamedTuple):
         return cls(tuple(bits[::2]), tuple(map(_only, bits[1::2])))
 
     @classmethod
-    def united(cls, texts: Sequence["Text"]) -> "Text":
+    def united(cls, texts: Sequence["NumberedText"]) -> "NumberedText":
         """Returns texts that differ in their numbers alone as one."""
         columns = zip(*(text.numbers for text in texts), strict=True)
         return cls(texts[0].texts, tuple(frozenset[int]().union(*column) for column in columns))
@@ -44,7 +44,7 @@ class Text(NamedTuple):
             parts += [ranges(numbers), text]
         return "".join(parts)
 
-    def moves_on(self, later: "Text") -> bool:
+    def moves_on(self, later: "NumberedText") -> bool:
         """Tells whether every number stays as it is or rises from here to `later`."""
         if self.numbers == later.numbers:
             return True
@@ -57,7 +57,7 @@ def _only(number: str) -> _Numbers:
     return frozenset({int(number)})
 
 
-NO_TEXT = Text(("",), ())
+NO_TEXT = NumberedText(("",), ())
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -113,11 +113,11 @@ class _Pattern(NamedTuple):
     `is_whole` says that all rows which differ in a number only are folded.
     """
 
-    path: Text
+    path: NumberedText
     columns: tuple[str, ...]
-    source: Text
-    transform: Text
-    last: tuple[Text, Text]
+    source: NumberedText
+    transform: NumberedText
+    last: tuple[NumberedText, NumberedText]
     is_whole: bool = False
 
     @classmethod
@@ -125,9 +125,9 @@ class _Pattern(NamedTuple):
         if len(run) == 1:
             return run[0]
         return run[0]._replace(
-            path=Text.united([pattern.path for pattern in run]),
-            source=Text.united([pattern.source for pattern in run]),
-            transform=Text.united([pattern.transform for pattern in run]),
+            path=NumberedText.united([pattern.path for pattern in run]),
+            source=NumberedText.united([pattern.source for pattern in run]),
+            transform=NumberedText.united([pattern.transform for pattern in run]),
             last=run[-1].last,
         )
 
@@ -205,15 +205,15 @@ def _folded_runs(row: Row, numbered: Sequence[_Numbered]) -> list[_Pattern]:
 def _run(first: _Pattern, run: Sequence[_Numbered]) -> _Pattern:
     sources = tuple(map(frozenset, zip(*(sources for _, sources in run), strict=True)))
     return first._replace(
-        path=Text(first.path.texts, (frozenset(number for number, _ in run),)),
-        source=Text(first.source.texts, sources),
+        path=NumberedText(first.path.texts, (frozenset(number for number, _ in run),)),
+        source=NumberedText(first.source.texts, sources),
         is_whole=True,
     )
 
 
 def _pattern(row: Row) -> _Pattern:
-    source, transform = Text.of(row.source), Text.of(row.transform, _INDEX)
-    return _Pattern(Text.of(render(row.path)), row.columns, source, transform, (source, transform))
+    source, transform = NumberedText.of(row.source), NumberedText.of(row.transform, _INDEX)
+    return _Pattern(NumberedText.of(render(row.path)), row.columns, source, transform, (source, transform))
 
 
 def _folded(pattern: _Pattern) -> Folded:

@@ -31,7 +31,7 @@ from orbax_nnx_handler.planning.rules import cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Evidence, Mismatched, Missing, Restored
+from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Mismatched, Missing, Restored, Sides
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,8 +131,8 @@ def _of_kind(kind: type[_Kind], verdicts: Mapping[Path, _Verdict]) -> dict[Path,
     return {path: verdict for path, verdict in verdicts.items() if isinstance(verdict, kind)}
 
 
-def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Evidence:
-    return Evidence(
+def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Sides:
+    return Sides(
         wanted={item.leaf.path: item for item in wanted},
         placements={item.leaf.path: item for item in mapping.placements},
         roots=mapping.roots,

@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.options import DefaultSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evidence:
+class Sides:
     """Both sides of a plan, leaf by leaf.
 
     Attributes:

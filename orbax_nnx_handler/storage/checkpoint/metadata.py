@@ -29,7 +29,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.storage.checkpoint import npz, stores
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
 from orbax_nnx_handler.storage.checkpoint.directories import is_archive
-from orbax_nnx_handler.storage.checkpoint.random_state import Leftover, read_leftovers
+from orbax_nnx_handler.storage.checkpoint.random_state import StoredRandom, read_leftovers
 from orbax_nnx_handler.storage.checkpoint.stores import Store
 from orbax_nnx_handler.storage.checkpoint.trees import EMPTY_TYPES, STRING_TYPE, TREE_FILE, Tree, read_tree
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
@@ -226,7 +226,7 @@ def _array_leaf(path: Path, encoding: Encoding, key_impl: str | None) -> StoredL
     )
 
 
-def _leftover_leaf(path: Path, leftover: Leftover) -> StoredLeaf:
+def _leftover_leaf(path: Path, leftover: StoredRandom) -> StoredLeaf:
     shape, impl = leftover.value.shape, leftover.key_impl
     if impl is None:
         return StoredLeaf(path=path, shape=shape, dtype=leftover.value.dtype)

@@ -79,11 +79,11 @@ class NpyEncoding(Encoding):
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class TextArray:
     """A member that holds one text, which is no array to JAX."""
 
 
-def read_header(info: zipfile.ZipInfo, member: IO[bytes]) -> NpyEncoding | Text:
+def read_header(info: zipfile.ZipInfo, member: IO[bytes]) -> NpyEncoding | TextArray:
     """Reads what a member's header says.
 
     Args:
@@ -96,7 +96,7 @@ def read_header(info: zipfile.ZipInfo, member: IO[bytes]) -> NpyEncoding | Text:
     """
     shape, is_fortran, dtype = _parse(member)
     if dtype.kind in _TEXT and not shape:
-        return Text()
+        return TextArray()
     _check_type(dtype)
     if dtype.kind == "V":
         dtype = np.dtype(jnp.bfloat16)
@@ -240,7 +240,7 @@ def _look(
         except _DAMAGE as error:
             found.lost[keys] = f"{info.filename} in {path} is damaged: {str(error).removesuffix('.')}"
         else:
-            if isinstance(header, Text):
+            if isinstance(header, TextArray):
                 found.texts.add(keys)
             else:
                 found.encodings[keys], found.extents[keys] = header, extent

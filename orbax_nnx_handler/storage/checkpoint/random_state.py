@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Leftover:
+class StoredRandom:
     """One value that was stored in the metadata.
 
     Attributes:
@@ -59,7 +59,7 @@ def add_leftovers(metadata: Any, leftovers: Mapping[Path, Any]) -> Json | None:
     return {**cast(Json, metadata or {}), AUX: entries}
 
 
-def read_leftovers(metadata: Any) -> dict[Path, Leftover]:
+def read_leftovers(metadata: Any) -> dict[Path, StoredRandom]:
     """Returns the random state in an item's custom metadata, by its path had it been in the tree."""
     if not isinstance(metadata, Mapping):
         return {}
@@ -102,6 +102,6 @@ def _replicated(value: jax.Array) -> jax.Array:
     return cast(jax.Array, jax.jit(same, out_shardings=NamedSharding(mesh, PartitionSpec()))(value))
 
 
-def _leftover(entry: Json) -> Leftover:
+def _leftover(entry: Json) -> StoredRandom:
     numbers = np.asarray(entry["value"], dtype=entry["dtype"]).reshape(entry["shape"])
-    return Leftover(value=numbers, key_impl=entry["key_impl"])
+    return StoredRandom(value=numbers, key_impl=entry["key_impl"])

@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.core.regions import (
 from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
 from orbax_nnx_handler.storage.reading.jobs import Buffer
 from orbax_nnx_handler.storage.reading.sources import AbsentError, ShortReadError, Source
-from orbax_nnx_handler.storage.reading.targets import Target
+from orbax_nnx_handler.storage.reading.targets import Destination
 
 # Packed bytes read from the source at a time.
 _PACKED_BYTES = 1 << 20
@@ -154,7 +154,7 @@ class DamagedError(ValueError):
     """The bytes are not what the metadata says."""
 
 
-def fill_from_chunk(source: Source, encoding: Encoding, targets: Sequence[Target]) -> None:
+def fill_from_chunk(source: Source, encoding: Encoding, targets: Sequence[Destination]) -> None:
     """Reads what the targets need from one chunk.
 
     Args:
@@ -195,8 +195,8 @@ def _payload(source: Source, encoding: Encoding) -> tuple[int, int]:
     return start, size
 
 
-def _fill_from_raw(stream: RawStream, encoding: Encoding, targets: Sequence[Target]) -> None:
-    scattered: list[Target] = []
+def _fill_from_raw(stream: RawStream, encoding: Encoding, targets: Sequence[Destination]) -> None:
+    scattered: list[Destination] = []
     for target in targets:
         first = _run_start(target.region, encoding.chunk_shape)
         if first is None or not takes_bytes(target, encoding):
@@ -209,7 +209,7 @@ def _fill_from_raw(stream: RawStream, encoding: Encoding, targets: Sequence[Targ
 
 
 def _fill_from_zstd(
-    source: Source, start: int, size: int, encoding: Encoding, targets: Sequence[Target]
+    source: Source, start: int, size: int, encoding: Encoding, targets: Sequence[Destination]
 ) -> None:
     if encoding.chunk_nbytes <= _ONE_CALL_BYTES:
         packed = bytearray(size)
@@ -239,7 +239,7 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return _own.decompressor
 
 
-def takes_bytes(target: Target, encoding: Encoding) -> bool:
+def takes_bytes(target: Destination, encoding: Encoding) -> bool:
     """Tells whether a target's memory can take the stored bytes as they are."""
     return target.view.dtype == encoding.dtype and target.view.flags.c_contiguous
 
@@ -261,7 +261,7 @@ def _run_start(region: Region, shape: Shape) -> int | None:
     return position
 
 
-def scatter(stream: Stream, encoding: Encoding, targets: Sequence[Target]) -> None:
+def scatter(stream: Stream, encoding: Encoding, targets: Sequence[Destination]) -> None:
     """Decodes what the targets span block by block and copies each block's values to their places.
 
     Args:

@@ -34,7 +34,7 @@ from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
 from orbax_nnx_handler.storage.reading.chunks import DamagedError, fill_from_chunk
 from orbax_nnx_handler.storage.reading.members import fill_from_member
 from orbax_nnx_handler.storage.reading.sources import AbsentError, Opener, Source
-from orbax_nnx_handler.storage.reading.targets import Target
+from orbax_nnx_handler.storage.reading.targets import Destination
 from orbax_nnx_handler.storage.reading.tasks import Progress, Task, run_tasks
 
 
@@ -101,7 +101,7 @@ class LeafReader:
     opener: Opener
     writes_fill: bool
 
-    def tasks(self, places: Sequence[Target]) -> Iterator[Task]:
+    def tasks(self, places: Sequence[Destination]) -> Iterator[Task]:
         """Yields one task per chunk, several for a large uncompressed one."""
         encoding = self.array.encoding
         if encoding.codec == "other":
@@ -117,17 +117,17 @@ class LeafReader:
                 run = functools.partial(self._read_chunk, key, piece)
                 yield Task(self.path, _nbytes(piece, encoding.dtype.itemsize), run)
 
-    def _by_chunk(self, places: Sequence[Target]) -> dict[tuple[int, ...], list[Target]]:
+    def _by_chunk(self, places: Sequence[Destination]) -> dict[tuple[int, ...], list[Destination]]:
         encoding = self.array.encoding
         if encoding.is_one_chunk:
             return {(0,) * len(encoding.shape): list(places)}
-        chunks: dict[tuple[int, ...], list[Target]] = {}
+        chunks: dict[tuple[int, ...], list[Destination]] = {}
         for place in places:
             for index in encoding.chunks(place.region):
                 chunks.setdefault(index, []).extend(_within([place], encoding.chunk_region(index)))
         return chunks
 
-    def _pieces(self, targets: list[Target]) -> list[list[Target]]:
+    def _pieces(self, targets: list[Destination]) -> list[list[Destination]]:
         """Cuts a large uncompressed chunk into rows that several threads can read."""
         encoding = self.array.encoding
         axis = next((axis for axis, size in enumerate(encoding.chunk_shape) if size > 1), None)
@@ -141,7 +141,7 @@ class LeafReader:
         pieces = [_within(targets, slab, counted_from=(0,) * len(slab)) for slab in slabs]
         return [piece for piece in pieces if piece]
 
-    def _read_chunk(self, key: str, targets: Sequence[Target]) -> None:
+    def _read_chunk(self, key: str, targets: Sequence[Destination]) -> None:
         try:
             with self.opener.open(key) as source:
                 self._fill_from(source, targets)
@@ -152,20 +152,20 @@ class LeafReader:
         except (DamagedError, OSError, ValueError) as error:
             raise self._unreadable(self.opener.file_of(key), str(error)) from error
 
-    def _fill_from(self, source: Source, targets: Sequence[Target]) -> None:
+    def _fill_from(self, source: Source, targets: Sequence[Destination]) -> None:
         encoding = self.array.encoding
         if isinstance(encoding, NpyEncoding):
             fill_from_member(source, encoding, targets)
         else:
             fill_from_chunk(source, encoding, targets)
 
-    def _fill(self, targets: Sequence[Target]) -> None:
+    def _fill(self, targets: Sequence[Destination]) -> None:
         # A writer that leaves out chunks of fill value; null and absent mean zero.
         value = np.asarray(self.array.encoding.fill_value or 0).astype(self.array.encoding.dtype)
         for target in targets:
             target.view[...] = value
 
-    def _read_with_tensorstore(self, place: Target) -> None:
+    def _read_with_tensorstore(self, place: Destination) -> None:
         store = self.array.store
         spec = {
             "driver": self.array.encoding.driver,
@@ -186,25 +186,27 @@ class LeafReader:
         )
 
 
-def _within(targets: Sequence[Target], covered: Region, *, counted_from: Shape | None = None) -> list[Target]:
+def _within(
+    targets: Sequence[Destination], covered: Region, *, counted_from: Shape | None = None
+) -> list[Destination]:
     """Returns the parts of targets inside a region, counted from its start or as told."""
     origin = starts(covered) if counted_from is None else counted_from
-    found: list[Target] = []
+    found: list[Destination] = []
     for target in targets:
         shared = intersect(target.region, covered)
         if shared is not None:
             view = target.view[(..., *slices(shift(shared, starts(target.region))))]
-            found.append(Target(shift(shared, origin), view))
+            found.append(Destination(shift(shared, origin), view))
     return found
 
 
-def _nbytes(targets: Sequence[Target], itemsize: int) -> int:
+def _nbytes(targets: Sequence[Destination], itemsize: int) -> int:
     return sum(math.prod(shape_of_region(target.region)) for target in targets) * itemsize
 
 
 def fill_targets(
     checkpoint: Checkpoint,
-    targets: Mapping[Path, Sequence[Target]],
+    targets: Mapping[Path, Sequence[Destination]],
     concurrent_bytes: int | None,
     progress: Progress | None,
 ) -> None:
@@ -236,7 +238,7 @@ def fill_targets(
         run_tasks(tasks, local=local, concurrent_bytes=concurrent_bytes, progress=progress)
 
 
-def _copy_task(path: Path, value: np.ndarray[Any, Any], places: Sequence[Target]) -> Task:
+def _copy_task(path: Path, value: np.ndarray[Any, Any], places: Sequence[Destination]) -> Task:
     def run() -> None:
         for place in places:
             np.copyto(place.view, value[(..., *slices(place.region))], casting="unsafe")
@@ -258,6 +260,8 @@ def read_values(checkpoint: Checkpoint, paths: Iterable[Path]) -> dict[Path, np.
     values = {path: held[path] for path in paths if path in held}
     layouts = {path: checkpoint.arrays[path].encoding for path in paths if path not in held}
     buffers = {path: np.empty(layout.shape, layout.dtype) for path, layout in layouts.items()}
-    targets = {path: [Target(whole(buffer.shape), buffer)] for path, buffer in buffers.items() if buffer.size}
+    targets = {
+        path: [Destination(whole(buffer.shape), buffer)] for path, buffer in buffers.items() if buffer.size
+    }
     fill_targets(checkpoint, targets, None, None)
     return values | buffers

@@ -23,13 +23,13 @@ from orbax_nnx_handler.storage.reading.chunks import (
     takes_bytes,
 )
 from orbax_nnx_handler.storage.reading.sources import Source
-from orbax_nnx_handler.storage.reading.targets import Target
+from orbax_nnx_handler.storage.reading.targets import Destination
 
 # Gaps up to here are read rather than skipped, so that the checksum stays known.
 _GAP_BYTES = 64 << 10
 
 
-def fill_from_member(source: Source, encoding: NpyEncoding, targets: Sequence[Target]) -> None:
+def fill_from_member(source: Source, encoding: NpyEncoding, targets: Sequence[Destination]) -> None:
     """Reads what the targets need from one member.
 
     Args:
@@ -56,8 +56,8 @@ def fill_from_member(source: Source, encoding: NpyEncoding, targets: Sequence[Ta
 
 
 def _in_order_of_bytes(
-    encoding: NpyEncoding, targets: Sequence[Target]
-) -> tuple[NpyEncoding, Sequence[Target]]:
+    encoding: NpyEncoding, targets: Sequence[Destination]
+) -> tuple[NpyEncoding, Sequence[Destination]]:
     """Returns the array as its bytes lie: one in Fortran order is its transpose in C order."""
     dtype = encoding.stored_dtype
     if encoding.order == "C":
@@ -65,7 +65,7 @@ def _in_order_of_bytes(
     turned = dataclasses.replace(
         encoding, dtype=dtype, shape=encoding.shape[::-1], chunk_shape=encoding.chunk_shape[::-1]
     )
-    return turned, [Target(target.region[::-1], target.view.T) for target in targets]
+    return turned, [Destination(target.region[::-1], target.view.T) for target in targets]
 
 
 class _Values:

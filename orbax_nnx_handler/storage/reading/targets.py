@@ -12,13 +12,21 @@ import numpy as np
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe
-from orbax_nnx_handler.planning.core.regions import Folded, Part, Region, cut, place, shape_of_region, slices
+from orbax_nnx_handler.planning.core.regions import (
+    Piece,
+    Refolded,
+    Region,
+    cut,
+    place,
+    shape_of_region,
+    slices,
+)
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading.jobs import Buffer
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Destination:
     """One rectangle of a stored leaf and the view that it fills.
 
     Attributes:
@@ -39,25 +47,25 @@ class Work:
         finish: To be called in order once all targets are filled.
     """
 
-    targets: dict[Path, list[Target]] = dataclasses.field(default_factory=dict[Path, list[Target]])
+    targets: dict[Path, list[Destination]] = dataclasses.field(default_factory=dict[Path, list[Destination]])
     finish: list[Callable[[], None]] = dataclasses.field(default_factory=list[Callable[[], None]])
 
     def fill(self, recipe: Recipe, region: Region, buffer: Buffer, stored: Mapping[Path, Shape]) -> None:
         """Adds what fills a buffer with a region of a recipe's value."""
         if isinstance(recipe, Read):
             # Most leaves of most models: nothing to cut, and thousands of them.
-            self.targets.setdefault(recipe.path, []).append(Target(region, buffer))
+            self.targets.setdefault(recipe.path, []).append(Destination(region, buffer))
             return
         for part in cut(recipe, region, stored):
             view = place(part, buffer)
-            if isinstance(part.source, Folded):
+            if isinstance(part.source, Refolded):
                 self._fold(part, part.source, view, stored)
             else:
-                self.targets.setdefault(part.source, []).append(Target(part.source_region, view))
+                self.targets.setdefault(part.source, []).append(Destination(part.source_region, view))
             if part.factor != 1.0:
                 self.finish.append(lambda view=view, factor=part.factor: _scale(view, factor))
 
-    def _fold(self, part: Part, folded: Folded, view: Buffer, stored: Mapping[Path, Shape]) -> None:
+    def _fold(self, part: Piece, folded: Refolded, view: Buffer, stored: Mapping[Path, Shape]) -> None:
         rectangle = shape_of_region(folded.region)
         if view.shape == folded.shape and view.flags.c_contiguous:
             # The place itself can take the rectangle's shape: no second copy.

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Transpose,
 )
 from orbax_nnx_handler.planning.core.regions import (
-    Folded,
+    Refolded,
     cut,
     intersect,
     place,
@@ -57,7 +57,7 @@ def assemble(recipe, region, arrays):
     buffer = np.zeros(shape_of_region(region))
     touched = np.zeros(shape_of_region(region), dtype=int)
     for part in cut(recipe, region, shapes):
-        if isinstance(part.source, Folded):
+        if isinstance(part.source, Refolded):
             below = assemble(part.source.recipe, part.source.region, arrays)
             source = below.reshape(part.source.shape)
         else:
@@ -158,7 +158,7 @@ def test_merging_axes_reads_only_the_rows_and_heads_of_the_shard():
 
     (part,) = cut(recipe, ((2, 4), (0, 3)), stored)
 
-    assert isinstance(part.source, Folded)
+    assert isinstance(part.source, Refolded)
     assert part.source.region == ((2, 4), (0, 1), (0, 3))
 
 

@@ -27,7 +27,7 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.reading import members, read_arrays, read_values, sources
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
-from orbax_nnx_handler.storage.reading.targets import Target
+from orbax_nnx_handler.storage.reading.targets import Destination
 from tests.gallery.models import save
 from tests.storage.reading.test_reading import plain_jobs
 from tests.storage.reading.test_sources import as_remote
@@ -89,7 +89,7 @@ def test_every_region_of_every_array_is_numpys_to_the_bit(data: st.DataObject, h
     for name, array in tree.items():
         wanted = data.draw(st.lists(regions(array.shape), min_size=1, max_size=3))
         views = [np.zeros(array[slices(region)].shape, array.dtype.newbyteorder("=")) for region in wanted]
-        places[tuple(name.split("/"))] = [Target(*pair) for pair in zip(wanted, views, strict=True)]
+        places[tuple(name.split("/"))] = [Destination(*pair) for pair in zip(wanted, views, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch, file_of(packed(tree, how)) as path:
         patch.setattr(members, "_GAP_BYTES", data.draw(st.sampled_from([0, 1 << 16])))
@@ -155,7 +155,7 @@ def test_memory_stays_that_of_a_few_blocks(tmp_path: pathlib.Path, how: str) -> 
     checkpoint, kept = read_metadata(tmp_path / "x.npz"), np.ones((1 << 11, 8), np.float16)
 
     tracemalloc.start()
-    fill_targets(checkpoint, {("a",): [Target(((0, 1 << 11), (0, 8)), kept)]}, None, None)
+    fill_targets(checkpoint, {("a",): [Destination(((0, 1 << 11), (0, 8)), kept)]}, None, None)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 

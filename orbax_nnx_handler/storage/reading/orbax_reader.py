@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -23,7 +22,8 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.checkpoint.trees import EMPTY_TYPES
-from orbax_nnx_handler.storage.reading.jobs import Job, is_key
+from orbax_nnx_handler.storage.evaluate import evaluate
+from orbax_nnx_handler.storage.reading.jobs import Job
 
 _EMPTY_VALUES: dict[str, Any] = {"None": None, "NamedTuple": None, "Dict": {}, "List": [], "Tuple": ()}
 
@@ -100,45 +100,11 @@ def _look_up(tree: Any, path: Path) -> jax.Array:
 
 
 def _carry_out(job: Job, tree: Any) -> jax.Array:
-    paths = list(dict.fromkeys(recipes.reads(job.recipe)))
-    position = {path: (number,) for number, path in enumerate(paths)}
-    # Layers differ in their paths only, so they share one compiled function.
-    pattern = recipes.substitute(job.recipe, lambda path: recipes.Read(position[path]))
-    run = _compiled(pattern, job.dtype, job.sharding)
-    own = _source_shardings(job)
     # A source that another job read to other devices moves here; otherwise this is nothing.
-    return run(*[jax.device_put(_look_up(tree, path), own[path]) for path in paths])
-
-
-@functools.lru_cache(maxsize=512)
-def _compiled(pattern: Recipe, dtype: np.dtype[Any], sharding: Sharding) -> Any:
-    def run(*sources: jax.Array) -> jax.Array:
-        value = _evaluate(pattern, sources, dtype)
-        return value if is_key(dtype) else value.astype(dtype)
-
-    return jax.jit(run, out_shardings=sharding)
-
-
-def _evaluate(recipe: Recipe, sources: Sequence[jax.Array], dtype: np.dtype[Any]) -> jax.Array:
-    match recipe:
-        case recipes.Read(path):
-            return sources[cast(int, path[0])]
-        case recipes.Index(source, axis, index):
-            return jax.lax.index_in_dim(_evaluate(source, sources, dtype), index, axis, keepdims=False)
-        case recipes.Slice(source, axis, start, size):
-            return jax.lax.slice_in_dim(_evaluate(source, sources, dtype), start, start + size, axis=axis)
-        case recipes.Stack(parts, axis):
-            return jnp.stack([_evaluate(part, sources, dtype) for part in parts], axis)
-        case recipes.Concat(parts, axis):
-            return jnp.concatenate([_evaluate(part, sources, dtype) for part in parts], axis)
-        case recipes.Transpose(source, permutation):
-            return jnp.transpose(_evaluate(source, sources, dtype), permutation)
-        case recipes.Reshape(source, shape):
-            return jnp.reshape(_evaluate(source, sources, dtype), shape)
-        case recipes.Scale(source, factor):
-            return _evaluate(source, sources, dtype).astype(dtype) * factor
-        case recipes.Fill(shape):
-            raise recipes.RecipeError(f"a fill of shape {shape} cannot be read")
+    sources = {
+        path: jax.device_put(_look_up(tree, path), own) for path, own in _source_shardings(job).items()
+    }
+    return cast(jax.Array, evaluate(job.recipe, sources, job.dtype, job.sharding))
 
 
 def _source_shardings(job: Job) -> dict[Path, Sharding]:

@@ -1,0 +1,70 @@
+"""Recipes on whole arrays, of the host and of devices, beside an evaluator that shares no code with it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import (
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Recipe,
+    Reshape,
+    Scale,
+    Slice,
+    Stack,
+    Transpose,
+)
+from orbax_nnx_handler.storage.evaluate import evaluate
+from tests.planning import plans
+
+A, B = Read(("a",)), Read(("b",))
+RECIPES: list[Recipe] = [
+    A,
+    Index(A, 1, 2),
+    Slice(A, 0, 1, 3),
+    Stack((A, B), 1),
+    Concat((A, Slice(B, 0, 0, 2), A), 0),
+    Transpose(Stack((B, A), 2), (2, 0, 1)),
+    Reshape(Index(A, 0, 3), (2, 4)),
+    Scale(Concat((B, A), 1), -0.5),
+]
+VALUES: dict[Path, Any] = {
+    ("a",): np.arange(32, dtype="float32").reshape(4, 8),
+    ("b",): np.ones((4, 8), "float32"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_a_recipe_gives_what_numpy_gives_wherever_the_arrays_are(recipe: Recipe, mesh: Mesh) -> None:
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    expected = plans.evaluate(recipe, VALUES)
+
+    host = evaluate(recipe, VALUES, np.dtype("float32"))
+    sharded = evaluate(recipe, {path: jax.device_put(x, rows) for path, x in VALUES.items()}, jnp.float32)
+
+    assert isinstance(host, np.ndarray)
+    assert sharded.sharding.device_set == rows.device_set
+    np.testing.assert_array_equal(host, expected)
+    np.testing.assert_array_equal(sharded, expected)
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["host", "device"])
+def test_products_are_computed_in_the_wider_type_and_cast_last(of: Any) -> None:
+    fractions: dict[Path, Any] = {("a",): of(np.array([0.25, 0.5], "float32"))}
+    integers: dict[Path, Any] = {("a",): of(np.array([100_000], "int32"))}
+
+    assert evaluate(Scale(A, 127.0), fractions, np.dtype("int8")).tolist() == [31, 63]
+    assert evaluate(Scale(A, 1e-3), integers, np.dtype("float16")).tolist() == [100.0]
+
+
+def test_a_part_that_is_stored_nowhere_is_zeros() -> None:
+    stack = evaluate(Stack((A, Fill((4, 8))), 0), VALUES, np.dtype("float32"))
+
+    np.testing.assert_array_equal(stack, [VALUES["a",], np.zeros((4, 8))])

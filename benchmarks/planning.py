@@ -21,9 +21,8 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.judge import make_plan
 from orbax_nnx_handler.storage.gc_pause import paused_collection
 
 FLOAT = np.dtype("float32")

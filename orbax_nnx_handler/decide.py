@@ -1,11 +1,8 @@
-"""The decision on one item directory: metadata read, target taken apart, plan made.
-
-The verdict on a restore, from metadata alone.
+"""The decision on one item directory, from metadata alone.
 
 Apart from `api`, so that the command line has it without what reads and writes arrays.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,11 +10,10 @@ from etils import epath
 
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target.target import Target, flatten_like, flatten_target, refuse_empty
-from orbax_nnx_handler.planning.verdict.judge import make_plan
-from orbax_nnx_handler.planning.verdict.unreadable import check_readable, lost_leaves
+from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.gc_pause import paused_collection
@@ -58,10 +54,15 @@ def decide(
     parts = flatten_target(target, overrides)
     refuse_empty(target, parts)
     plan = make_plan(
-        parts, checkpoint.leaves, options, directory=str(directory), overrides=_policies_of(overrides)
+        parts,
+        checkpoint.leaves,
+        options,
+        directory=str(directory),
+        overrides=_policies_of(overrides),
+        lost=checkpoint.lost,
+        foreign=checkpoint.foreign,
     )
-    faults = (*plan.faults, *lost_leaves(plan, checkpoint.lost, checkpoint.foreign))
-    return dataclasses.replace(plan, faults=faults), parts, checkpoint
+    return plan, parts, checkpoint
 
 
 def _policies_of(overrides: Mapping[Path, Any]) -> dict[Path, Policy]:

@@ -1,7 +1,4 @@
-"""The plan: what each wanted leaf will be, and what the checkpoint holds beside it.
-
-What a restore really did, leaf by leaf.
-"""
+"""The plan of a restore and the report on one: a verdict with its explanation, to check, print and keep."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -9,81 +6,50 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
-from orbax_nnx_handler.planning.options import Policy, UnexpectedPolicy
+from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
+from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
+from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.options import Policy, RestoreOptions
+from orbax_nnx_handler.planning.rendering.as_dict import to_dict
+from orbax_nnx_handler.planning.rendering.html import summary_as_html
+from orbax_nnx_handler.planning.rendering.plain import summary_as_text
+from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, rated, report_summary, sized
+from orbax_nnx_handler.planning.rendering.terminal import summary_on_console
+from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.text.folding import list_paths
-from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Mismatched, Missing, Restored, Sides
+from orbax_nnx_handler.planning.verdict.judge import judge
+from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-    from orbax_nnx_handler.planning.diagnosis.cause import Cause
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RestorePlan:
+class RestorePlan(Verdict):
     """The verdict on one checkpoint and one target, from metadata alone.
 
     The mappings are keyed by path: wanted paths in `restored`, `missing`,
     `mismatched` and `defaulted`, stored paths in `unexpected`, `skipped` and
     `dropped`. `print(plan)` shows it, `plan.check()` raises what is wrong with it.
-
-    Attributes:
-        directory: The item directory.
-        layout: Title of the layout it was read under.
-        stored_count: Leaves in the checkpoint.
-        restored: Leaves that come from disk.
-        missing: Weights that the checkpoint lacks.
-        mismatched: Leaves whose shape, dtype or key differs.
-        defaulted: State that a Linen layout never holds.
-        unexpected: Stored leaves that the target does not want.
-        skipped: Stored leaves of parts the target does not ask for (an optimizer).
-        dropped: Stored values that NNX has no home for, and those that the user's rules drop.
-        unexpected_policy: What to do about unexpected leaves.
-        faults: Errors that no single leaf has: ambiguous mappings.
-        evidence: Both sides as the planner saw them, for the diagnosis.
     """
 
-    directory: str
-    layout: str
-    stored_count: int
-    restored: Mapping[Path, Restored]
-    missing: Mapping[Path, Missing]
-    mismatched: Mapping[Path, Mismatched]
-    defaulted: Mapping[Path, Defaulted]
-    unexpected: Mapping[Path, StoredLeaf]
-    skipped: Mapping[Path, StoredLeaf]
-    dropped: Mapping[Path, Dropped | Discarded]
-    unexpected_policy: UnexpectedPolicy = "warn"
-    faults: tuple[RestoreError, ...] = ()
-    evidence: Sides = dataclasses.field(default_factory=Sides, repr=False)
+    @cached_property
+    def _explanation(self) -> Explanation:
+        return Explanation(self)
 
     @property
-    def wanted_count(self) -> int:
-        """How many leaves the target has."""
-        return len(self.restored) + len(self.missing) + len(self.mismatched) + len(self.defaulted)
-
-    @cached_property
-    def causes(self) -> "tuple[Cause, ...]":
-        """Why it does not fit, as far as there is evidence; see `planning.diagnosis`."""
-        from orbax_nnx_handler.planning.diagnosis import diagnose
-
-        return diagnose(self)
+    def causes(self) -> tuple[Cause, ...]:
+        """Why it does not fit, as far as there is evidence."""
+        return self._explanation.causes
 
     @property
     def fits(self) -> bool:
         """Whether `check` would pass."""
-        from orbax_nnx_handler.planning.diagnosis.error import problems_of
-
-        return not problems_of(self)
+        return not self._explanation.problems
 
     def error(self) -> RestoreError | None:
         """Returns the one error that lists every problem, or None."""
-        from orbax_nnx_handler.planning.diagnosis.error import error_of
-
-        return error_of(self)
+        return self._explanation.error()
 
     def check(self, policy: Policy | None = None) -> None:
         """Raises if the restore must fail.
@@ -100,31 +66,39 @@ class RestorePlan:
         if error is not None:
             raise error
 
-    def under(self, policy: Policy) -> "RestorePlan":
-        """Returns the plan with every missing weight under another policy."""
-        changed = {path: dataclasses.replace(item, policy=policy) for path, item in self.missing.items()}
-        return dataclasses.replace(self, missing=changed)
-
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole plan as plain dicts, lists, strings and numbers."""
-        from orbax_nnx_handler.planning.rendering import plan_to_dict
+        return to_dict(self, self._explanation)
 
-        return plan_to_dict(self)
+    @property
+    def _summary(self) -> Summary:
+        return plan_summary(self, self._explanation)
 
     def __str__(self) -> str:
-        from orbax_nnx_handler.planning.rendering import render_plan
-
-        return render_plan(self)
+        return summary_as_text(self._summary)
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterable[RenderableType]":
-        from orbax_nnx_handler.planning.rendering import plan_sheet, sheet_on_console
-
-        return sheet_on_console(plan_sheet(self), console, options)
+        return summary_on_console(self._summary, console, options)
 
     def _repr_html_(self) -> str:
-        from orbax_nnx_handler.planning.rendering import plan_sheet, sheet_to_html
+        return summary_as_html(self._summary)
 
-        return sheet_to_html(plan_sheet(self))
+
+def make_plan(
+    target: Target,
+    stored: Stored,
+    options: RestoreOptions,
+    *,
+    directory: str = "",
+    overrides: Mapping[Path, Policy] | None = None,
+    lost: Mapping[Path, str] | None = None,
+    foreign: Mapping[Path, str] | None = None,
+) -> RestorePlan:
+    """Returns the verdict of `judge`, which takes the same arguments, as a plan."""
+    verdict = judge(
+        target, stored, options, directory=directory, overrides=overrides, lost=lost, foreign=foreign
+    )
+    return RestorePlan(**{field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,14 +156,12 @@ class RestoreReport:
     @property
     def summary(self) -> str:
         """One line: leaves, bytes, seconds, rate, layout, place."""
-        from orbax_nnx_handler.planning.rendering import sized
-
-        rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
-        leaves = _counted(len(self.restored), "leaf", "leaves")
+        leaves = counted(len(self.restored), "leaf", "leaves")
         return (
             f"restored {leaves} ({sized(self.nbytes)}) in {self.seconds:.2f} s "
-            f"({rate:.2f} GB/s), filled {len(self.filled)}, defaulted {len(self.defaulted)}, "
-            f"{len(self.plan.unexpected)} unexpected; layout {self.plan.layout}; "
+            f"({rated(self.nbytes, self.seconds)}), filled {len(self.filled)}, "
+            f"defaulted {len(self.defaulted)}, {len(self.plan.unexpected)} unexpected; "
+            f"layout {self.plan.layout}; "
             f"from {self.plan.directory}"
         )
 
@@ -202,7 +174,7 @@ class RestoreReport:
                 paths[item.filled_by].append(path)
         words = {"init": "computed by init", "target": "the target's own values"}
         parts = [f"{words[source]}: {list_paths(found)}" for source, found in paths.items() if found]
-        count = _counted(sum(map(len, paths.values())), "missing weight was", "missing weights were")
+        count = counted(sum(map(len, paths.values())), "missing weight was", "missing weights were")
         return f"{count} initialised, {'; '.join(parts)}" if parts else ""
 
     @property
@@ -212,35 +184,27 @@ class RestoreReport:
         parts: list[str] = []
         if zeroed:
             parts.append(
-                f"{_counted(len(zeroed), 'missing weight was', 'missing weights were')} filled with zeros: "
+                f"{counted(len(zeroed), 'missing weight was', 'missing weights were')} filled with zeros: "
                 f"{list_paths(zeroed)}"
             )
         if self.plan.unexpected and self.plan.unexpected_policy == "warn":
-            count = _counted(len(self.plan.unexpected), "stored leaf was", "stored leaves were")
+            count = counted(len(self.plan.unexpected), "stored leaf was", "stored leaves were")
             parts.append(f"{count} not wanted: {list_paths(self.plan.unexpected)}")
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain dicts, lists, strings and numbers."""
-        from orbax_nnx_handler.planning.rendering import plan_to_dict
+        return {"seconds": self.seconds, "bytes": self.nbytes, **self.plan.to_dict()}
 
-        return {"seconds": self.seconds, "bytes": self.nbytes, **plan_to_dict(self.plan)}
+    @property
+    def _summary(self) -> Summary:
+        return report_summary(self.plan, self.seconds, self.nbytes)
 
     def __str__(self) -> str:
-        from orbax_nnx_handler.planning.rendering import render_sheet, report_sheet
-
-        return render_sheet(report_sheet(self))
+        return summary_as_text(self._summary)
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterable[RenderableType]":
-        from orbax_nnx_handler.planning.rendering import report_sheet, sheet_on_console
-
-        return sheet_on_console(report_sheet(self), console, options)
+        return summary_on_console(self._summary, console, options)
 
     def _repr_html_(self) -> str:
-        from orbax_nnx_handler.planning.rendering import report_sheet, sheet_to_html
-
-        return sheet_to_html(report_sheet(self))
-
-
-def _counted(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"
+        return summary_as_html(self._summary)

@@ -1,5 +1,6 @@
 """The API reference, from the docstrings of the public names."""
 
+import dataclasses
 import enum
 import inspect
 import pathlib
@@ -37,7 +38,7 @@ def _group(value: Any) -> str:
 
 
 def _entry(name: str, value: Any) -> str:
-    text = f"### `{name}`\n\n{_prose(value)}"
+    text = f"### `{name}`\n\n{_prose(value)}{_inherited_attributes(value)}"
     if inspect.isclass(value) and not issubclass(value, Exception | enum.Enum):
         text += "".join(f"\n#### `{name}.{own}`\n\n{_prose(member)}" for own, member in _own_members(value))
     elif not inspect.isclass(value):
@@ -60,11 +61,23 @@ def _arguments(value: Any) -> str:
 
 
 def _own_members(kind: type) -> list[tuple[str, Any]]:
-    found = [(name, member) for name, member in vars(kind).items() if not name.startswith("_")]
+    owners = [*_dataclasses_below(kind), kind]
+    found = [(name, m) for owner in owners for name, m in vars(owner).items() if not name.startswith("_")]
     documented = [
         (name, member) for name, member in found if callable(member) or isinstance(member, property)
     ]
     return [(name, member) for name, member in documented if inspect.getdoc(member)]
+
+
+def _dataclasses_below(kind: type) -> list[type]:
+    """Returns the dataclasses whose fields a class has, where it adds none of its own."""
+    bases = [] if "__dataclass_fields__" in vars(kind) else kind.__mro__[1:]
+    return [base for base in bases if dataclasses.is_dataclass(base)]
+
+
+def _inherited_attributes(kind: Any) -> str:
+    bases = _dataclasses_below(kind) if inspect.isclass(kind) else []
+    return "".join("\n*Attributes:*" + _prose(base).partition("*Attributes:*")[2] for base in bases)
 
 
 def _prose(value: Any) -> str:

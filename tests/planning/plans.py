@@ -11,9 +11,8 @@ from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.judge import make_plan
 
 Arrays = Mapping[Path, np.ndarray]
 

@@ -128,28 +128,28 @@ class Fused(Cause):
 Permutation = tuple[int, ...]
 
 
-def find_permuted(scene: Evidence) -> Iterable[Cause]:
+def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights whose stored shape is the wanted one with its axes in another order."""
-    found = _explained(scene, _permutation)
+    found = _explained(evidence, _permutation)
     if found:
-        yield _cause(AxesPermuted, scene, "Transpose", found, swapped=_swapped(scene, _paths(found)))
+        yield _cause(AxesPermuted, evidence, "Transpose", found, swapped=_swapped(evidence, _paths(found)))
 
 
-def find_merged(scene: Evidence) -> Iterable[Cause]:
+def find_merged(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights of which neighbouring axes are one axis on the other side."""
-    found = _explained(scene, _merged)
+    found = _explained(evidence, _merged)
     if found:
-        yield _cause(AxesMerged, scene, "Reshape", found)
+        yield _cause(AxesMerged, evidence, "Reshape", found)
 
 
 _Explained = Mapping[tuple[int, ...], Sequence[Path]]
 """Mismatched weights by what makes the stored shape the wanted one: an order of axes, or a shape."""
 
 
-def _explained(scene: Evidence, explain: Callable[[Shape, Shape], tuple[int, ...] | None]) -> _Explained:
+def _explained(evidence: Evidence, explain: Callable[[Shape, Shape], tuple[int, ...] | None]) -> _Explained:
     found: dict[tuple[int, ...], list[Path]] = defaultdict(list)
-    for path in _plain(scene):
-        item = scene.mismatched[path]
+    for path in _plain(evidence):
+        item = evidence.mismatched[path]
         change = explain(item.stored_shape, item.wanted.shape)
         if change is not None:
             found[change].append(path)
@@ -161,35 +161,37 @@ def _paths(found: _Explained) -> list[Path]:
 
 
 def _cause(
-    kind: Callable[..., Cause], scene: Evidence, rule: str, found: _Explained, **more: object
+    kind: Callable[..., Cause], evidence: Evidence, rule: str, found: _Explained, **more: object
 ) -> Cause:
     paths = _paths(found)
-    first = scene.mismatched[paths[0]]
+    first = evidence.mismatched[paths[0]]
     return kind(
-        paths=scene.with_moments(paths),
+        paths=evidence.with_moments(paths),
         stored=first.stored_shape,
         wanted=first.wanted.shape,
         count=len(paths),
-        rules=_rules(scene, rule, found),
+        rules=_rules(evidence, rule, found),
         **more,
     )
 
 
-def _rules(scene: Evidence, rule: str, found: _Explained) -> tuple[str, ...]:
+def _rules(evidence: Evidence, rule: str, found: _Explained) -> tuple[str, ...]:
     return tuple(
         f"{rule}({pattern!r}, {change})"
         for change, paths in found.items()
-        for pattern in patterns_of(scene, _sources(scene, paths))
+        for pattern in patterns_of(evidence, _sources(evidence, paths))
     )
 
 
-def _plain(scene: Evidence) -> list[Path]:
+def _plain(evidence: Evidence) -> list[Path]:
     """Returns mismatched weights that are one stored leaf each, as it is."""
-    return [path for path in scene.mismatched_weights if isinstance(scene.mismatched[path].recipe, Read)]
+    return [
+        path for path in evidence.mismatched_weights if isinstance(evidence.mismatched[path].recipe, Read)
+    ]
 
 
-def _sources(scene: Evidence, paths: Iterable[Path]) -> list[Path]:
-    recipes = [scene.mismatched[path].recipe for path in paths]
+def _sources(evidence: Evidence, paths: Iterable[Path]) -> list[Path]:
+    recipes = [evidence.mismatched[path].recipe for path in paths]
     return [recipe.path for recipe in recipes if isinstance(recipe, Read)]
 
 
@@ -220,11 +222,11 @@ def _merges(long: Shape, short: Shape) -> bool:
     return math.prod(rest) == 1
 
 
-def _swapped(scene: Evidence, paths: Sequence[Path]) -> tuple[str, ...]:
+def _swapped(evidence: Evidence, paths: Sequence[Path]) -> tuple[str, ...]:
     """Returns two names whose weights have each other's shapes throughout."""
     modules: dict[tuple[Path, object], dict[str, tuple[Shape, Shape]]] = defaultdict(dict)
     for path in paths:
-        item = scene.mismatched[path]
+        item = evidence.mismatched[path]
         if len(path) < 2 or not isinstance(path[-2], str):
             return ()
         modules[path[:-2], path[-1]][path[-2]] = (item.stored_shape, item.wanted.shape)
@@ -266,24 +268,24 @@ class _Join:
     shapes: tuple[Shape, ...]
 
 
-def find_fused(scene: Evidence) -> Iterable[Cause]:
+def find_fused(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights that are one array on one side and several on the other."""
-    wanted = _siblings({path: scene.below[path] for path in scene.missing_weights})
-    stored = _siblings({path: scene.stored_below(item) for path, item in scene.free_weights.items()})
+    wanted = _siblings({path: evidence.below[path] for path in evidence.missing_weights})
+    stored = _siblings({path: evidence.stored_below(item) for path, item in evidence.free_weights.items()})
     found: dict[tuple[_Join, str], list[Path]] = defaultdict(list)
     for place in wanted.keys() & stored.keys():
         sides = (("checkpoint", stored[place], wanted[place]), ("target", wanted[place], stored[place]))
         for side, wholes, parts in sides:
-            for join, path in _joins(scene, place[1], wholes, parts):
+            for join, path in _joins(evidence, place[1], wholes, parts):
                 found[join, side] += [path, *(parts[name] for name in join.parts)]
     for (join, side), paths in found.items():
-        yield _fused_cause(scene, join, side, paths)
+        yield _fused_cause(evidence, join, side, paths)
 
 
-def _joins(scene: Evidence, leaf: str, wholes: Siblings, parts: Siblings) -> Iterable[tuple[_Join, Path]]:
+def _joins(evidence: Evidence, leaf: str, wholes: Siblings, parts: Siblings) -> Iterable[tuple[_Join, Path]]:
     for whole, path in wholes.items():
         names = _spelled(whole, parts) or sorted(parts)
-        shape, shapes = scene.shape(path), tuple(scene.shape(parts[name]) for name in names)
+        shape, shapes = evidence.shape(path), tuple(evidence.shape(parts[name]) for name in names)
         axes = [
             axis
             for axis in range(len(shape))
@@ -325,10 +327,10 @@ def _side_by_side(whole: Shape, parts: Sequence[Shape], axis: int) -> bool:
     return whole[axis] == len(parts) and set(parts) == {(*whole[:axis], *whole[axis + 1 :])}
 
 
-def _fused_cause(scene: Evidence, join: _Join, side: str, paths: Sequence[Path]) -> Fused:
-    lost = [path for path in paths if path in scene.missing]
+def _fused_cause(evidence: Evidence, join: _Join, side: str, paths: Sequence[Path]) -> Fused:
+    lost = [path for path in paths if path in evidence.missing]
     return Fused(
-        paths=(*scene.with_moments(lost), *(path for path in paths if path not in scene.missing)),
+        paths=(*evidence.with_moments(lost), *(path for path in paths if path not in evidence.missing)),
         whole=join.whole,
         parts=join.parts,
         side=side,

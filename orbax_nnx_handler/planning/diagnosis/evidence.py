@@ -19,65 +19,74 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segme
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.optimizer import split
 from orbax_nnx_handler.planning.mapping.roots import strip
-from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
-from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing
+from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored, Sides, Verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A plan, less what was explained already.
+    """A verdict, less what was explained already.
 
     Attributes:
-        plan: The plan.
+        verdict: The verdict.
         explained: Wanted and stored paths that a cause accounts for.
     """
 
-    plan: RestorePlan
+    verdict: Verdict
     explained: frozenset[Path] = frozenset()
 
     def without(self, paths: Iterable[Path]) -> "Evidence":
-        """Returns the scene with some paths explained."""
+        """Returns the evidence with some paths explained."""
         added = frozenset(paths) - self.explained
         if not added:
             return self
         later = dataclasses.replace(self, explained=self.explained | added)
-        # What both sides hold does not depend on what is explained, and a big model is not worked out anew.
+        # What both sides hold does not depend on what is explained, and a big model takes long to work out.
         vars(later).update((name, value) for name, value in vars(self).items() if name in _LASTING)
         return later
+
+    @property
+    def sides(self) -> Sides:
+        """Both sides, leaf by leaf."""
+        return self.verdict.sides
+
+    @property
+    def restored(self) -> Mapping[Path, Restored]:
+        """Leaves that come from disk."""
+        return self.verdict.restored
 
     @cached_property
     def missing(self) -> Mapping[Path, Missing]:
         """Missing leaves that make the restore fail."""
         return {
             path: item
-            for path, item in self.plan.missing.items()
+            for path, item in self.verdict.missing.items()
             if path not in self.explained and item.policy == "error"
         }
 
     @cached_property
     def open_leaves(self) -> Mapping[Path, Missing]:
         """Missing leaves that make the restore fail, explained ones included."""
-        return {path: item for path, item in self.plan.missing.items() if item.policy == "error"}
+        return {path: item for path, item in self.verdict.missing.items() if item.policy == "error"}
 
     @cached_property
     def mismatched(self) -> Mapping[Path, Mismatched]:
         """Mismatched leaves."""
-        return {path: item for path, item in self.plan.mismatched.items() if path not in self.explained}
+        return {path: item for path, item in self.verdict.mismatched.items() if path not in self.explained}
 
     @cached_property
     def unexpected(self) -> Mapping[Path, StoredLeaf]:
         """Stored leaves that nobody wants."""
-        return {path: leaf for path, leaf in self.plan.unexpected.items() if path not in self.explained}
+        return {path: leaf for path, leaf in self.verdict.unexpected.items() if path not in self.explained}
 
     def role(self, path: Path) -> Role:
         """Returns what a wanted leaf is."""
-        return self.plan.evidence.wanted[path].role
+        return self.sides.wanted[path].role
 
     def shape(self, path: Path) -> Shape:
         """Returns the shape of a stored leaf, or of a wanted one."""
-        placement = self.plan.evidence.placements.get(path)
-        return placement.leaf.shape if placement else self.plan.evidence.wanted[path].leaf.shape
+        placement = self.sides.placements.get(path)
+        return placement.leaf.shape if placement else self.sides.wanted[path].leaf.shape
 
     def of_role(self, paths: Collection[Path], role: Role) -> list[Path]:
         """Returns the wanted paths of one role."""
@@ -86,7 +95,7 @@ class Evidence:
     @cached_property
     def weights(self) -> Mapping[Path, Wanted]:
         """All wanted weights, statistics included."""
-        return {path: item for path, item in self.plan.evidence.wanted.items() if item.role == "model"}
+        return {path: item for path, item in self.sides.wanted.items() if item.role == "model"}
 
     @cached_property
     def missing_weights(self) -> list[Path]:
@@ -101,7 +110,7 @@ class Evidence:
     @cached_property
     def stored_weights(self) -> Mapping[Path, Placement]:
         """All stored leaves of the model."""
-        return {path: item for path, item in self.plan.evidence.placements.items() if item.section == "model"}
+        return {path: item for path, item in self.sides.placements.items() if item.section == "model"}
 
     @cached_property
     def free_weights(self) -> Mapping[Path, Placement]:
@@ -111,14 +120,14 @@ class Evidence:
     @cached_property
     def weights_complete(self) -> bool:
         """Whether every weight is restored."""
-        return all(path in self.plan.restored for path in self.weights)
+        return all(path in self.restored for path in self.weights)
 
     @cached_property
     def root(self) -> Tokens:
         """Where the model sits in the target; told by its optimizer where no name meets a stored one."""
-        root = self.plan.evidence.roots.wanted
+        root = self.sides.roots.wanted
         tops = {item.tokens[:1] for item in self.weights.values() if len(item.tokens) > 1}
-        moments = [i.tokens for i in self.plan.evidence.wanted.values() if i.role == "optimizer"]
+        moments = [i.tokens for i in self.sides.wanted.values() if i.role == "optimizer"]
         if root or len(tops) != 1 or not moments:
             return root
         (top,) = tops
@@ -133,7 +142,7 @@ class Evidence:
         """Returns the canonical path of a stored leaf below the stored root."""
         path = placement.leaf.path
         if path not in self._stored_below:
-            tokens = strip(canonical(placement.path), self.plan.evidence.roots.stored)
+            tokens = strip(canonical(placement.path), self.sides.roots.stored)
             boxed = len(tokens) > 1 and tokens[-1] == "value"
             self._stored_below[path] = tokens[:-1] if boxed else tokens
         return self._stored_below[path]
@@ -146,7 +155,7 @@ class Evidence:
     def moments(self) -> Mapping[Path, tuple[Tokens, Tokens]]:
         """Slot and parameter of each wanted optimizer leaf that belongs to a parameter."""
         parameters = set(self.below.values())
-        wanted = self.plan.evidence.wanted
+        wanted = self.sides.wanted
         apart = {path: split(i.tokens, parameters) for path, i in wanted.items() if i.role == "optimizer"}
         return {path: (slot, parameter) for path, (slot, parameter) in apart.items() if parameter is not None}
 
@@ -172,7 +181,7 @@ _LASTING = frozenset(
         "open_leaves",
     }
 )
-"""The properties of a scene that stay what they are whatever is explained."""
+"""The properties of a evidence that stay what they are whatever is explained."""
 
 
 def spell(tokens: Tokens) -> str:
@@ -184,21 +193,21 @@ _MOST = 4
 """Filters that one policy may need before `policy="init"` is easier to read."""
 
 
-def selecting(scene: Evidence, paths: Iterable[Path]) -> tuple[str, ...]:
+def selecting(evidence: Evidence, paths: Iterable[Path]) -> tuple[str, ...]:
     """Returns filters that select the missing leaves among some paths and no other missing leaf.
 
     A policy speaks of missing leaves only, so what is restored may be selected as well.
 
     Args:
-        scene: The plan.
+        evidence: The plan.
         paths: Wanted paths; stored ones and those that are not missing are left aside.
 
     Returns:
         The filters as Python, Variable types before names; empty where a few do not do.
     """
-    open_leaves = scene.open_leaves
+    open_leaves = evidence.open_leaves
     wanted = {path for path in paths if path in open_leaves}
-    offers = [(text, found) for text, found in _offers(scene, wanted) if found <= wanted]
+    offers = [(text, found) for text, found in _offers(evidence, wanted) if found <= wanted]
     chosen: list[str] = []
     while wanted and offers and len(chosen) < _MOST:
         # At a tie the first one: types come before names, and names deep in the path before those above.
@@ -210,10 +219,10 @@ def selecting(scene: Evidence, paths: Iterable[Path]) -> tuple[str, ...]:
     return () if wanted else tuple(chosen)
 
 
-def _offers(scene: Evidence, wanted: Collection[Path]) -> list[tuple[str, set[Path]]]:
+def _offers(evidence: Evidence, wanted: Collection[Path]) -> list[tuple[str, set[Path]]]:
     kinds: dict[str, set[Path]] = defaultdict(set)
     names: dict[str, set[Path]] = defaultdict(set)
-    for path, item in scene.open_leaves.items():
+    for path, item in evidence.open_leaves.items():
         for kind in _kinds(item.wanted.kind):
             kinds[kind].add(path)
         for key in path:
@@ -222,7 +231,7 @@ def _offers(scene: Evidence, wanted: Collection[Path]) -> list[tuple[str, set[Pa
     # A module's name says more than `kernel` does.
     keys = [key for path in wanted for key in reversed(path[:-1])] + [path[-1] for path in wanted]
     # What every weight has in its path (`model`) would fill whatever else is missing later.
-    paths = list(scene.weights)
+    paths = list(evidence.weights)
     everywhere = {key for key in paths[0] if all(key in path for path in paths)} if paths else set[object]()
     used = dict.fromkeys(key for key in keys if isinstance(key, str) and key not in everywhere)
     return [*kinds.items(), *((f"nnx.PathContains({_quoted(key)})", names[key]) for key in used)]
@@ -246,13 +255,13 @@ def _quoted(key: str) -> str:
 _NUMBER = re.compile(r"\d+$")
 
 
-def patterns_of(scene: Evidence, paths: Iterable[Path]) -> list[str]:
+def patterns_of(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
     """Returns few patterns that match these stored weights and no other.
 
     A pattern is the end of a path, as short as it can be and still match nothing
     else: `up/kernel`, `encoder/up/kernel`, `layers_{i}/up/kernel`.
     """
-    every = {path: _names(scene, path) for path in scene.stored_weights}
+    every = {path: _names(evidence, path) for path in evidence.stored_weights}
     meant = {path: every[path] for path in dict.fromkeys(paths)}
     others = [names for path, names in every.items() if path not in meant]
     return [
@@ -260,8 +269,8 @@ def patterns_of(scene: Evidence, paths: Iterable[Path]) -> list[str]:
     ]
 
 
-def _names(scene: Evidence, path: Path) -> tuple[str, ...]:
-    names = segments(scene.stored_weights[path].path)
+def _names(evidence: Evidence, path: Path) -> tuple[str, ...]:
+    names = segments(evidence.stored_weights[path].path)
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 

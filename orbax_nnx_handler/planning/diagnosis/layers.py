@@ -18,33 +18,33 @@ from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_seats, s
 from orbax_nnx_handler.planning.text.folding import ranges
 
 
-def find_layer_counts(scene: Evidence) -> Iterable[Cause]:
+def find_layer_counts(evidence: Evidence) -> Iterable[Cause]:
     """Yields groups of layers whose number differs, and those with holes."""
-    yield from _flat_groups(scene)
-    yield from _partial_stacks(scene)
-    yield from _surplus(scene)
-    yield from _stacked_groups(scene)
+    yield from _flat_groups(evidence)
+    yield from _partial_stacks(evidence)
+    yield from _surplus(evidence)
+    yield from _stacked_groups(evidence)
 
 
-def _flat_groups(scene: Evidence) -> Iterable[Cause]:
+def _flat_groups(evidence: Evidence) -> Iterable[Cause]:
     """Layers one by one on both sides: the numbers in the paths tell."""
-    groups = _open_groups(scene)
+    groups = _open_groups(evidence)
     if not groups:
         return
-    below = {path: scene.stored_below(item) for path, item in scene.stored_weights.items()}
-    wanted, stored = _flat_positions(scene.below, groups), _flat_positions(below, groups)
+    below = {path: evidence.stored_below(item) for path, item in evidence.stored_weights.items()}
+    wanted, stored = _flat_positions(evidence.below, groups), _flat_positions(below, groups)
     for group in wanted:
         if group in stored:
-            yield from _compare(scene, group, wanted[group], stored[group])
+            yield from _compare(evidence, group, wanted[group], stored[group])
         else:
-            yield from _unstacked(scene, group, wanted[group])
+            yield from _unstacked(evidence, group, wanted[group])
 
 
-def _unstacked(scene: Evidence, group: Group, wanted: "_Positions") -> Iterable[Cause]:
+def _unstacked(evidence: Evidence, group: Group, wanted: "_Positions") -> Iterable[Cause]:
     """Layers one by one in the target only: those that a stack gives, and those it has not."""
     paths = [path for each in wanted.values() for path in each]
-    present = {at for at, each in wanted.items() if any(_is_moved(scene, path) for path in each)}
-    absent = {at for at in wanted if all(path in scene.missing for path in wanted[at])}
+    present = {at for at, each in wanted.items() if any(_is_moved(evidence, path) for path in each)}
+    absent = {at for at in wanted if all(path in evidence.missing for path in wanted[at])}
     if (
         present
         and absent
@@ -52,39 +52,39 @@ def _unstacked(scene: Evidence, group: Group, wanted: "_Positions") -> Iterable[
         and is_whole(present | absent)
         and len(wanted) == len(present | absent)
     ):
-        lost = scene.with_moments([path for path in paths if path in scene.missing])
+        lost = evidence.with_moments([path for path in paths if path in evidence.missing])
         yield LayerCount(
             paths=lost,
             group=name_of_group(group),
             stored=len(present),
             wanted=len(wanted),
-            filters=selecting(scene, lost),
+            filters=selecting(evidence, lost),
         )
 
 
-def _is_moved(scene: Evidence, path: Path) -> bool:
+def _is_moved(evidence: Evidence, path: Path) -> bool:
     """Tells whether a weight comes out of a stack, or from a layer of another name by a rule."""
-    item = scene.plan.restored.get(path) or scene.plan.mismatched.get(path)
+    item = evidence.restored.get(path) or evidence.verdict.mismatched.get(path)
     if item is None or not isinstance(item.recipe, Read):
         return item is not None
-    source = scene.stored_weights.get(item.recipe.path)
-    return source is not None and any(seat.rest for seat in flat_seats(scene.stored_below(source)))
+    source = evidence.stored_weights.get(item.recipe.path)
+    return source is not None and any(seat.rest for seat in flat_seats(evidence.stored_below(source)))
 
 
-def _open_groups(scene: Evidence) -> set[Group]:
+def _open_groups(evidence: Evidence) -> set[Group]:
     """Returns the groups that something missing or unexpected belongs to."""
-    open_ends = [scene.below[path] for path in scene.missing_weights]
-    open_ends += [scene.stored_below(item) for item in scene.free_weights.values()]
+    open_ends = [evidence.below[path] for path in evidence.missing_weights]
+    open_ends += [evidence.stored_below(item) for item in evidence.free_weights.values()]
     return {seat.group for tokens in open_ends for seat in flat_seats(tokens)}
 
 
-def _compare(scene: Evidence, group: Group, wanted: "_Positions", stored: "_Positions") -> Iterable[Cause]:
+def _compare(evidence: Evidence, group: Group, wanted: "_Positions", stored: "_Positions") -> Iterable[Cause]:
     want, have = wanted.keys(), stored.keys()
-    absent = {at for at in want - have if all(path in scene.missing for path in wanted[at])}
-    extra = {at for at in have - want if all(path in scene.unexpected for path in stored[at])}
+    absent = {at for at in want - have if all(path in evidence.missing for path in wanted[at])}
+    extra = {at for at in have - want if all(path in evidence.unexpected for path in stored[at])}
     if not have & want or bool(absent) == bool(extra):
         return
-    lost = scene.with_moments([path for at in sorted(absent) for path in wanted[at]])
+    lost = evidence.with_moments([path for at in sorted(absent) for path in wanted[at]])
     more = tuple(path for at in sorted(extra) for path in stored[at])
     name = name_of_group(group)
     if is_whole(set(have)) and is_whole(set(want)):
@@ -95,7 +95,7 @@ def _compare(scene: Evidence, group: Group, wanted: "_Positions", stored: "_Posi
             stored=len(have),
             wanted=len(want),
             kind=kind,
-            filters=selecting(scene, lost),
+            filters=selecting(evidence, lost),
         )
     elif absent:
         yield LayersAbsent(paths=lost, group=name, layers=tuple(sorted(absent)), stored=len(have & want))
@@ -119,16 +119,16 @@ def is_whole(numbers: set[int]) -> bool:
     return numbers == set(range(len(numbers)))
 
 
-def _partial_stacks(scene: Evidence) -> Iterable[Cause]:
+def _partial_stacks(evidence: Evidence) -> Iterable[Cause]:
     """Stacked in the target and one by one on disk: the plan knows which layers are absent."""
     groups: dict[tuple[str, int, tuple[int, ...]], list[Path]] = defaultdict(list)
-    for path in scene.missing_weights:
-        item = scene.missing[path]
+    for path in evidence.missing_weights:
+        item = evidence.missing[path]
         stack = _stack_in(item.recipe)
         if item.layers and stack is not None:
-            groups[_container(scene, path, "stacked"), len(stack.sources), item.layers].append(path)
+            groups[_container(evidence, path, "stacked"), len(stack.sources), item.layers].append(path)
     for (group, wanted, layers), paths in groups.items():
-        explained = scene.with_moments(paths)
+        explained = evidence.with_moments(paths)
         stored = wanted - len(layers)
         if layers == tuple(range(stored, wanted)):
             yield LayerCount(
@@ -136,7 +136,7 @@ def _partial_stacks(scene: Evidence) -> Iterable[Cause]:
                 group=group,
                 stored=stored,
                 wanted=wanted,
-                filters=selecting(scene, explained),
+                filters=selecting(evidence, explained),
             )
         else:
             yield LayersAbsent(paths=explained, group=group, layers=layers, stored=stored)
@@ -148,52 +148,54 @@ def _stack_in(recipe: Recipe | None) -> Stack | None:
     return next((found for child in children(recipe) if (found := _stack_in(child))), None)
 
 
-def _surplus(scene: Evidence) -> Iterable[Cause]:
+def _surplus(evidence: Evidence) -> Iterable[Cause]:
     """More layers on disk than in the target, in a group that was rearranged."""
     groups: dict[tuple[str, int], list[Path]] = defaultdict(list)
-    for path in scene.mismatched_weights:
-        item = scene.mismatched[path]
+    for path in evidence.mismatched_weights:
+        item = evidence.mismatched[path]
         if item.surplus and item.stored_shape == item.wanted.shape:
             form: Form = "flat" if _stack_in(item.recipe) is None else "stacked"
-            groups[_container(scene, path, form), item.surplus].append(path)
+            groups[_container(evidence, path, form), item.surplus].append(path)
     for (group, surplus), paths in groups.items():
-        wanted = _wanted_layers(scene, paths)
-        yield LayerCount(paths=scene.with_moments(paths), group=group, stored=wanted + surplus, wanted=wanted)
+        wanted = _wanted_layers(evidence, paths)
+        yield LayerCount(
+            paths=evidence.with_moments(paths), group=group, stored=wanted + surplus, wanted=wanted
+        )
 
 
-def _wanted_layers(scene: Evidence, paths: Sequence[Path]) -> int:
-    stacks = [stack for path in paths if (stack := _stack_in(scene.mismatched[path].recipe)) is not None]
+def _wanted_layers(evidence: Evidence, paths: Sequence[Path]) -> int:
+    stacks = [stack for path in paths if (stack := _stack_in(evidence.mismatched[path].recipe)) is not None]
     if stacks:
         return len(stacks[0].sources)
-    positions = {seat.position for path in paths for seat in flat_seats(scene.below[path])[:1]}
+    positions = {seat.position for path in paths for seat in flat_seats(evidence.below[path])[:1]}
     return len(positions)
 
 
-def _container(scene: Evidence, path: Path, form: Form) -> str:
+def _container(evidence: Evidence, path: Path, form: Form) -> str:
     """Returns the name of the group that a weight's layers belong to, as the target spells it."""
-    groups = [seat.group for seat in seats(scene.below[path]) if seat.form == form]
+    groups = [seat.group for seat in seats(evidence.below[path]) if seat.form == form]
     # `layers/wi_0` counts layers and gates: the name of the group tells which is which.
     named = [group for group in groups if _is_layer_name(group.name)]
-    return name_of_group((named or groups)[0]) if groups else spell(scene.below[path])
+    return name_of_group((named or groups)[0]) if groups else spell(evidence.below[path])
 
 
 def _is_layer_name(name: str) -> bool:
     return any(word in name.lower() for word in ("layer", "block", "stage", "scan"))
 
 
-def _stacked_groups(scene: Evidence) -> Iterable[Cause]:
+def _stacked_groups(evidence: Evidence) -> Iterable[Cause]:
     """Stacked on both sides: every leaf below one module differs on the same axis, by the same sizes."""
-    for paths in _common_modules(scene).values():
-        changes = {_one_axis(scene, path) for path in paths}
-        ranks = {len(scene.mismatched[path].wanted.shape) for path in paths}
+    for paths in _common_modules(evidence).values():
+        changes = {_one_axis(evidence, path) for path in paths}
+        ranks = {len(evidence.mismatched[path].wanted.shape) for path in paths}
         change = changes.pop() if len(changes) == 1 else None
         # Leaves of one rank may share a feature axis; a bias and a kernel share none but the stacked one.
         if change is None or len(ranks) < 2:
             continue
         _, stored, wanted = change
-        module = _shared([scene.below[path][:-1] for path in paths])
+        module = _shared([evidence.below[path][:-1] for path in paths])
         yield LayerCount(
-            paths=scene.with_moments(paths),
+            paths=evidence.with_moments(paths),
             group=spell(module),
             stored=stored,
             wanted=wanted,
@@ -208,13 +210,13 @@ def _shared(modules: Sequence[Tokens]) -> Tokens:
     return tuple(token for token, _ in same)
 
 
-def _common_modules(scene: Evidence) -> dict[Group, list[Path]]:
+def _common_modules(evidence: Evidence) -> dict[Group, list[Path]]:
     """Returns the highest modules of which every weight is mismatched."""
-    wrong = set(scene.mismatched_weights)
+    wrong = set(evidence.mismatched_weights)
     if not wrong:
         return {}
     below: dict[Group, list[Path]] = defaultdict(list)
-    for path, tokens in scene.below.items():
+    for path, tokens in evidence.below.items():
         for seat in seats(tokens):
             if seat.form == "stacked":
                 below[seat.group].append(path)
@@ -226,9 +228,9 @@ def _common_modules(scene: Evidence) -> dict[Group, list[Path]]:
     }
 
 
-def _one_axis(scene: Evidence, path: Path) -> tuple[int, int, int] | None:
+def _one_axis(evidence: Evidence, path: Path) -> tuple[int, int, int] | None:
     """Returns axis, stored and wanted size where a mismatch is on one axis only."""
-    item = scene.mismatched[path]
+    item = evidence.mismatched[path]
     axes = differing_axes(item.stored_shape, item.wanted.shape)
     return (axes[0], item.stored_shape[axes[0]], item.wanted.shape[axes[0]]) if len(axes) == 1 else None
 
@@ -242,10 +244,10 @@ def name_of_group(group: Group) -> str:
     return spell((*group.parent, group.name))
 
 
-def find_scanned(scene: Evidence) -> Iterable[Cause]:
+def find_scanned(evidence: Evidence) -> Iterable[Cause]:
     """Yields groups that are stacked on one side only and were not rearranged."""
-    wanted = {path: scene.below[path] for path in scene.missing_weights}
-    stored = {path: scene.stored_below(item) for path, item in scene.free_weights.items()}
+    wanted = {path: evidence.below[path] for path in evidence.missing_weights}
+    stored = {path: evidence.stored_below(item) for path, item in evidence.free_weights.items()}
     for side, stacked, flat in (("checkpoint", stored, wanted), ("target", wanted, stored)):
         stacks = {
             (s.group, s.rest): p
@@ -263,36 +265,38 @@ def find_scanned(scene: Evidence) -> Iterable[Cause]:
             lost = [path for path in dict.fromkeys(explained) if path in wanted]
             rest = [path for path in dict.fromkeys(explained) if path not in wanted]
             yield ScannedOnOneSide(
-                paths=(*scene.with_moments(lost), *rest),
+                paths=(*evidence.with_moments(lost), *rest),
                 group=name_of_group(group),
                 stacked=side,
-                why=_why(scene, *pairs[0]),
+                why=_why(evidence, *pairs[0]),
             )
 
 
-def _why(scene: Evidence, stacked: Path, flat: Path) -> str:
-    whole, layer = scene.shape(stacked), scene.shape(flat)
+def _why(evidence: Evidence, stacked: Path, flat: Path) -> str:
+    whole, layer = evidence.shape(stacked), evidence.shape(flat)
     slices = {(*whole[:axis], *whole[axis + 1 :]) for axis in range(len(whole))}
     if layer not in slices:
         return f"{whole} without any one axis is not {layer}"
     return "the layers of other leaves of the group do not come out"
 
 
-def find_shifted(scene: Evidence) -> Iterable[Cause]:
+def find_shifted(evidence: Evidence) -> Iterable[Cause]:
     """Yields groups of as many layers on both sides that are numbered from another beginning."""
-    if not scene.missing_weights or not scene.free_weights:
+    if not evidence.missing_weights or not evidence.free_weights:
         return
-    wanted = _numbers(scene.below)
-    stored = _numbers({path: scene.stored_below(item) for path, item in scene.stored_weights.items()})
+    wanted = _numbers(evidence.below)
+    stored = _numbers({path: evidence.stored_below(item) for path, item in evidence.stored_weights.items()})
     for group in wanted.keys() & stored.keys():
         ours, theirs = wanted[group], stored[group]
-        lost = [path for at in ours.keys() - theirs.keys() for path in ours[at] if path in scene.missing]
-        free = [path for at in theirs.keys() - ours.keys() for path in theirs[at] if path in scene.unexpected]
+        lost = [path for at in ours.keys() - theirs.keys() for path in ours[at] if path in evidence.missing]
+        free = [
+            path for at in theirs.keys() - ours.keys() for path in theirs[at] if path in evidence.unexpected
+        ]
         if lost and free and len(ours) == len(theirs) and _is_run(ours) and _is_run(theirs):
             pattern = _pattern(free[0], group)
             if pattern:
                 yield LayersShifted(
-                    paths=(*scene.with_moments(lost), *free),
+                    paths=(*evidence.with_moments(lost), *free),
                     group=name_of_group(group),
                     pattern=pattern,
                     stored=min(theirs),

@@ -161,32 +161,32 @@ Change = tuple[str, str]
 """One name in the checkpoint and in the target."""
 
 
-def renames(scene: Evidence, wanted: Sequence[Path], stored: Sequence[Path]) -> tuple[Change, ...]:
+def renames(evidence: Evidence, wanted: Sequence[Path], stored: Sequence[Path]) -> tuple[Change, ...]:
     """Returns the renames of single names that explain all these leaves; none if there is a choice.
 
     Every wanted leaf has to have just one stored leaf of its shape whose path is
     its own but for one name, and the same name has to change everywhere.
     """
-    sources = {path: scene.stored_below(scene.free_weights[path]) for path in stored}
+    sources = {path: evidence.stored_below(evidence.free_weights[path]) for path in stored}
     places: dict[tuple[Tokens, int, Shape, str], set[str]] = defaultdict(set)
     for path, tokens in sources.items():
-        leaf = scene.free_weights[path].leaf
+        leaf = evidence.free_weights[path].leaf
         for at, name in enumerate(tokens):
             if not is_number(name):
                 places[_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)].add(name)
     changes: set[Change] = set()
     for path in wanted:
-        found = _changes(scene, path, places)
+        found = _changes(evidence, path, places)
         if len(found) != 1:
             return ()
         changes |= found
-    return tuple(sorted(changes)) if _is_safe(scene, changes, sources) else ()
+    return tuple(sorted(changes)) if _is_safe(evidence, changes, sources) else ()
 
 
 def _changes(
-    scene: Evidence, path: Path, places: Mapping[tuple[Tokens, int, Shape, str], set[str]]
+    evidence: Evidence, path: Path, places: Mapping[tuple[Tokens, int, Shape, str], set[str]]
 ) -> set[Change]:
-    tokens, leaf = scene.below[path], scene.plan.evidence.wanted[path].leaf
+    tokens, leaf = evidence.below[path], evidence.sides.wanted[path].leaf
     found: set[Change] = set()
     for at, new in enumerate(tokens):
         old = places.get((_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)), set[str]())
@@ -198,12 +198,12 @@ def _without(tokens: Tokens, at: int) -> Tokens:
     return (*tokens[:at], *tokens[at + 1 :])
 
 
-def _is_safe(scene: Evidence, changes: set[Change], sources: Mapping[Path, Tokens]) -> bool:
+def _is_safe(evidence: Evidence, changes: set[Change], sources: Mapping[Path, Tokens]) -> bool:
     """Tells whether the renames are few, single-valued, and touch nothing that is restored already."""
     old, new = ({change[side] for change in changes} for side in (0, 1))
     if not 0 < len(changes) <= _MOST or len(old) != len(changes) or len(new) != len(changes):
         return False
-    others = [scene.stored_below(i) for path, i in scene.stored_weights.items() if path not in sources]
+    others = [evidence.stored_below(i) for path, i in evidence.stored_weights.items() if path not in sources]
     return not any(name in old for tokens in others for name in tokens)
 
 
@@ -288,31 +288,31 @@ _Contents = Mapping[Group, Mapping[Tokens, list[Path]]]
 """The leaves of each group by their path below one layer."""
 
 
-def find_another_model(scene: Evidence) -> Iterable[Cause]:
+def find_another_model(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that a checkpoint is another model's: neither names nor shapes agree."""
-    weights = scene.weights
-    if len(weights) < 4 or not scene.stored_weights or not scene.missing_weights:
+    weights = evidence.weights
+    if len(weights) < 4 or not evidence.stored_weights or not evidence.missing_weights:
         return
-    met = sum(path not in scene.plan.missing for path in weights)
+    met = sum(path not in evidence.verdict.missing for path in weights)
     if met > _FEW * len(weights):
         return
-    stored_names = {_ending(scene.stored_below(item)) for item in scene.stored_weights.values()}
-    named = max(met, sum(_ending(tokens) in stored_names for tokens in scene.below.values()))
+    stored_names = {_ending(evidence.stored_below(item)) for item in evidence.stored_weights.values()}
+    named = max(met, sum(_ending(tokens) in stored_names for tokens in evidence.below.values()))
     shapes = Counter(item.leaf.shape for item in weights.values())
-    shaped = (shapes & Counter(item.leaf.shape for item in scene.stored_weights.values())).total()
+    shaped = (shapes & Counter(item.leaf.shape for item in evidence.stored_weights.values())).total()
     if named <= _FEW * len(weights) and shaped <= _FEW * len(weights):
         yield AnotherModel(
-            paths=scene.with_moments(scene.missing_weights),
+            paths=evidence.with_moments(evidence.missing_weights),
             weights=len(weights),
             named_alike=named,
             shaped_alike=shaped,
         )
 
 
-def find_other_groups(scene: Evidence) -> Iterable[Cause]:
+def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that a group of layers, or a module, has another name and the same contents."""
-    wanted = _contents({path: scene.below[path] for path in scene.missing_weights})
-    stored = _contents({path: scene.stored_below(item) for path, item in scene.free_weights.items()})
+    wanted = _contents({path: evidence.below[path] for path in evidence.missing_weights})
+    stored = _contents({path: evidence.stored_below(item) for path, item in evidence.free_weights.items()})
     # Two are enough to know that it is not clear.
     pairs = list(itertools.islice(_like_groups(wanted, stored), 2))
     if len(pairs) != 1:
@@ -321,7 +321,7 @@ def find_other_groups(scene: Evidence) -> Iterable[Cause]:
     lost = [path for paths in wanted[left].values() for path in paths]
     sources = [path for paths in stored[right].values() for path in paths]
     yield OtherGroup(
-        paths=(*scene.with_moments(lost), *sources),
+        paths=(*evidence.with_moments(lost), *sources),
         stored=right.name,
         wanted=left.name,
         count=len(wanted[left]),
@@ -360,27 +360,27 @@ def _contents(leaves: Mapping[Path, Tokens]) -> _Contents:
     return found
 
 
-def find_other_names(scene: Evidence) -> Iterable[Cause]:
+def find_other_names(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the missing weights are stored under other names."""
-    missing, free = scene.missing_weights, scene.free_weights
+    missing, free = evidence.missing_weights, evidence.free_weights
     if not missing or not free:
         return
-    wanted = Counter(_look(scene.missing[path].wanted) for path in missing)
+    wanted = Counter(_look(evidence.missing[path].wanted) for path in missing)
     stored = Counter(_look(item.leaf) for item in free.values())
     alike = wanted & stored
     # Scalars and small vectors agree by chance; most of the weights have to, matrices among them.
     has_matrix = any(len(shape) > 1 for shape, _ in alike) or not any(len(shape) > 1 for shape, _ in wanted)
     if alike.total() < _MOST_ALIKE * len(missing) or not has_matrix:
         return
-    explained = [path for path in missing if _look(scene.missing[path].wanted) in alike]
+    explained = [path for path in missing if _look(evidence.missing[path].wanted) in alike]
     sources = [path for path, item in free.items() if _look(item.leaf) in alike]
     names = {part for path in sources for part in segments(path) if _AUTOMATIC.fullmatch(part)}
     yield OtherNames(
-        paths=(*scene.with_moments(explained), *sources),
+        paths=(*evidence.with_moments(explained), *sources),
         count=alike.total(),
         weights=len(missing),
         automatic=tuple(sorted(names)),
-        renames=renames(scene, explained, sources),
+        renames=renames(evidence, explained, sources),
     )
 
 

@@ -118,35 +118,35 @@ def weights_alone(model: str) -> str:
     return f"to restore the weights alone, pass {part} as target."
 
 
-def find_optimizers(scene: Evidence) -> Iterable[Cause]:
+def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
     """Yields what is wrong with the optimizer as a whole; a single missing moment is no cause."""
-    wanted = [path for path, item in scene.plan.evidence.wanted.items() if item.role == "optimizer"]
-    lost = scene.of_role(scene.missing, "optimizer")
-    if not lost or not any(path in scene.plan.restored for path in scene.weights):
+    wanted = [path for path, item in evidence.sides.wanted.items() if item.role == "optimizer"]
+    lost = evidence.of_role(evidence.missing, "optimizer")
+    if not lost or not any(path in evidence.restored for path in evidence.weights):
         return
-    stored = [item for item in scene.plan.evidence.placements.values() if item.section == "optimizer"]
-    model = spell(scene.root)
+    stored = [item for item in evidence.sides.placements.values() if item.section == "optimizer"]
+    model = spell(evidence.root)
     if not stored:
-        complete = len(scene.weights) if scene.weights_complete else None
-        lost += scene.of_role(scene.missing, "step")
+        complete = len(evidence.weights) if evidence.weights_complete else None
+        lost += evidence.of_role(evidence.missing, "step")
         yield NoOptimizer(
             paths=tuple(lost),
             moments=len(wanted),
             weights=complete,
             model=model,
-            filters=selecting(scene, lost),
+            filters=selecting(evidence, lost),
         )
         return
-    yield from _other_optimizer(scene, lost, model)
+    yield from _other_optimizer(evidence, lost, model)
 
 
-def _other_optimizer(scene: Evidence, lost: Sequence[Path], model: str) -> Iterable[Cause]:
-    kept = {path: slot[-1] for path, (slot, _) in scene.moments.items() if slot}
-    restored = {kept[path] for path in kept if path in scene.plan.restored}
-    names, new = _stored_slots(scene), set(kept.values()) - restored
-    alone = [path for path in lost if path not in scene.moments]
+def _other_optimizer(evidence: Evidence, lost: Sequence[Path], model: str) -> Iterable[Cause]:
+    kept = {path: slot[-1] for path, (slot, _) in evidence.moments.items() if slot}
+    restored = {kept[path] for path in kept if path in evidence.restored}
+    names, new = _stored_slots(evidence), set(kept.values()) - restored
+    alone = [path for path in lost if path not in evidence.moments]
     # A count alone: every moment is there, and no stored count is left over that it might be.
-    if len(alone) == len(lost) and not _free_optimizer(scene):
+    if len(alone) == len(lost) and not _free_optimizer(evidence):
         new = {fold_paths(alone)}
     if names and new and not new & names:
         yield OtherOptimizer(
@@ -156,42 +156,42 @@ def _other_optimizer(scene: Evidence, lost: Sequence[Path], model: str) -> Itera
             kept=tuple(sorted(restored)),
             counts=sum(path[-1] == "count" for path in alone),
             model=model,
-            filters=selecting(scene, lost),
+            filters=selecting(evidence, lost),
         )
         return
-    yield from _nested(scene, lost, model)
+    yield from _nested(evidence, lost, model)
 
 
-def _nested(scene: Evidence, lost: Sequence[Path], model: str) -> Iterable[Cause]:
-    parameters = {scene.stored_below(item) for item in scene.stored_weights.values()}
-    free = [split(_unboxed(canonical(item.path)), parameters) for item in _free_optimizer(scene)]
+def _nested(evidence: Evidence, lost: Sequence[Path], model: str) -> Iterable[Cause]:
+    parameters = {evidence.stored_below(item) for item in evidence.stored_weights.values()}
+    free = [split(_unboxed(canonical(item.path)), parameters) for item in _free_optimizer(evidence)]
     stored = {slot for slot, parameter in free if parameter is not None}
-    wanted = {scene.moments[path][0] for path in lost if path in scene.moments}
+    wanted = {evidence.moments[path][0] for path in lost if path in evidence.moments}
     if stored and wanted:
         yield OptimizerNested(
             paths=tuple(lost),
             stored=fold_paths(tuple(spell(slot).split("/")) for slot in sorted(stored)),
             wanted=fold_paths(tuple(spell(slot).split("/")) for slot in sorted(wanted)),
             model=model,
-            filters=selecting(scene, lost),
+            filters=selecting(evidence, lost),
         )
 
 
-def _free_optimizer(scene: Evidence) -> list[Placement]:
-    placements = scene.plan.evidence.placements
-    return [placements[path] for path in scene.unexpected if placements[path].section == "optimizer"]
+def _free_optimizer(evidence: Evidence) -> list[Placement]:
+    placements = evidence.sides.placements
+    return [placements[path] for path in evidence.unexpected if placements[path].section == "optimizer"]
 
 
 def _unboxed(tokens: Tokens) -> Tokens:
     return tokens[:-1] if tokens[-1] == "value" else tokens
 
 
-def _stored_slots(scene: Evidence) -> set[str]:
+def _stored_slots(evidence: Evidence) -> set[str]:
     """Returns the names of the stored moments: the keys right above a parameter's path."""
-    lasts = {scene.stored_below(item)[-1] for item in scene.stored_weights.values()}
-    tops = {scene.stored_below(item)[0] for item in scene.stored_weights.values()} | {"params"}
+    lasts = {evidence.stored_below(item)[-1] for item in evidence.stored_weights.values()}
+    tops = {evidence.stored_below(item)[0] for item in evidence.stored_weights.values()} | {"params"}
     found: set[str] = set()
-    for item in scene.plan.evidence.placements.values():
+    for item in evidence.sides.placements.values():
         tokens = canonical(item.path)
         tokens = _unboxed(tokens)
         if item.section != "optimizer" or tokens[-1] not in lasts:
@@ -231,22 +231,24 @@ class MomentsStay(Cause):
         return rule + weights_alone(self.model)
 
 
-def find_stuck_moments(scene: Evidence) -> Iterable[Cause]:
+def find_stuck_moments(evidence: Evidence) -> Iterable[Cause]:
     """Yields, for each rule, the missing moments that cannot follow."""
     groups: dict[str, list[StuckMoment]] = defaultdict(list)
-    for item in scene.plan.evidence.stuck:
-        if item.path in scene.missing:
+    for item in evidence.sides.stuck:
+        if item.path in evidence.missing:
             groups[item.reason].append(item)
     for reason, moments in groups.items():
         missing = [item.path for item in moments]
-        stored = dict.fromkeys(path for item in moments for path in item.stored if path in scene.unexpected)
+        stored = dict.fromkeys(
+            path for item in moments for path in item.stored if path in evidence.unexpected
+        )
         yield MomentsStay(
             paths=(*missing, *stored),
             count=len(missing),
             reason=reason,
             why=_why(moments),
-            model=spell(scene.root),
-            filters=selecting(scene, missing),
+            model=spell(evidence.root),
+            filters=selecting(evidence, missing),
         )
 
 
@@ -279,16 +281,16 @@ class OpenFactoring(Cause):
         return ""
 
 
-def find_open_factoring(scene: Evidence) -> Iterable[Cause]:
+def find_open_factoring(evidence: Evidence) -> Iterable[Cause]:
     """Yields the missing factored moments, where the checkpoint has some that no one can name."""
-    placements = scene.plan.evidence.placements
+    placements = evidence.sides.placements
     stored = [
         path for path, item in placements.items() if item.section == "other" and _is_factored(item.slot)
     ]
     if not stored:
         return
-    missing: list[Path] = [path for path, (slot, _) in scene.moments.items() if _is_factored(slot[-1:])]
-    missing = [path for path in missing if path in scene.missing]
+    missing: list[Path] = [path for path, (slot, _) in evidence.moments.items() if _is_factored(slot[-1:])]
+    missing = [path for path in missing if path in evidence.missing]
     if missing:
         yield OpenFactoring(paths=(*missing, *stored), moments=len(missing), stored=len(stored))
 

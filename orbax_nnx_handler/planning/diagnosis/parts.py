@@ -112,56 +112,63 @@ class Quantised(Cause):
         )
 
 
-def find_collections(scene: Evidence) -> Iterable[Cause]:
+def find_collections(evidence: Evidence) -> Iterable[Cause]:
     """Yields collections of which nothing is stored, where it can be told."""
-    stored = {item.collection for item in scene.stored_weights.values()}
-    if not any(path in scene.plan.restored for path in scene.weights):
+    stored = {item.collection for item in evidence.stored_weights.values()}
+    if not any(path in evidence.restored for path in evidence.weights):
         return
     # A layout without collections holds them all in one tree: what is left over may be the missing one.
-    if None in stored and scene.free_weights:
+    if None in stored and evidence.free_weights:
         return
     missing: dict[str, list[Path]] = defaultdict(list)
-    for path in scene.missing_weights:
-        collection = scene.weights[path].collection
+    for path in evidence.missing_weights:
+        collection = evidence.weights[path].collection
         if collection is not None and collection != "params" and collection not in stored:
             missing[collection].append(path)
-    wanted = Counter(item.collection for item in scene.weights.values())
+    wanted = Counter(item.collection for item in evidence.weights.values())
     for collection, paths in missing.items():
-        kind = scene.missing[paths[0]].wanted.kind
+        kind = evidence.missing[paths[0]].wanted.kind
         # A parameter of a subclass of nnx.Param is looked for in `params` as well: new, not left out.
         if len(paths) == wanted[collection] and kind is not None and not issubclass(kind, nnx.Param):
             yield CollectionMissing(
                 paths=tuple(paths),
                 collection=collection,
-                filters=selecting(scene, paths),
+                filters=selecting(evidence, paths),
                 count=len(paths),
                 stored=tuple(sorted(name for name in stored if name)),
             )
 
 
-def find_lost_weights(scene: Evidence) -> Iterable[Cause]:
+def find_lost_weights(evidence: Evidence) -> Iterable[Cause]:
     """Yields missing weights whose moments are restored."""
-    kept = {parameter for path, (_, parameter) in scene.moments.items() if path in scene.plan.restored}
-    lost = [path for path in scene.missing_weights if scene.below[path] in kept]
+    kept = {parameter for path, (_, parameter) in evidence.moments.items() if path in evidence.restored}
+    lost = [path for path in evidence.missing_weights if evidence.below[path] in kept]
     if lost:
-        yield LostWeights(paths=scene.with_moments(lost), names=fold_paths(lost), count=len(lost))
+        yield LostWeights(paths=evidence.with_moments(lost), names=fold_paths(lost), count=len(lost))
 
 
-def find_new_parts(scene: Evidence) -> Iterable[Cause]:
+def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
     """Yields a part of the target of which nothing is stored, where all the rest is there."""
-    missing = scene.missing_weights
-    rest = [path for path in scene.weights if path not in set(missing) and path not in scene.explained]
+    missing = evidence.missing_weights
+    rest = [path for path in evidence.weights if path not in set(missing) and path not in evidence.explained]
     # With anything else wrong, the missing leaves may be what the wrong ones were renamed from.
-    if not missing or not rest or scene.free_weights or any(path not in scene.plan.restored for path in rest):
+    if (
+        not missing
+        or not rest
+        or evidence.free_weights
+        or any(path not in evidence.restored for path in rest)
+    ):
         return
-    lora = [path for path in missing if issubclass(scene.missing[path].wanted.kind or object, nnx.LoRAParam)]
+    lora = [
+        path for path in missing if issubclass(evidence.missing[path].wanted.kind or object, nnx.LoRAParam)
+    ]
     modules = {_new_module(path, rest) for path in missing if path not in lora}
     if None in modules or len(missing) >= len(rest) + len(lora):
         return
-    paths = scene.with_moments(missing)
+    paths = evidence.with_moments(missing)
     names = [fold_paths(filter(None, modules))] if modules else []
     names += [counted(len(lora), "LoRA weight")] if lora else []
-    yield NewPart(paths=paths, names=tuple(names), filters=selecting(scene, paths), complete=len(rest))
+    yield NewPart(paths=paths, names=tuple(names), filters=selecting(evidence, paths), complete=len(rest))
 
 
 def _new_module(path: Path, rest: Sequence[Path]) -> Path | None:
@@ -173,35 +180,37 @@ def _new_module(path: Path, rest: Sequence[Path]) -> Path | None:
     return None
 
 
-def find_biases(scene: Evidence) -> Iterable[Cause]:
+def find_biases(evidence: Evidence) -> Iterable[Cause]:
     """Yields modules that have no stored bias, though all else of them is stored."""
     groups: dict[str, list[Path]] = defaultdict(list)
-    for path in scene.missing_weights:
-        if scene.below[path][-1] == "bias":
-            groups[_module_name(scene.below[path])].append(path)
+    for path in evidence.missing_weights:
+        if evidence.below[path][-1] == "bias":
+            groups[_module_name(evidence.below[path])].append(path)
     if not groups:
         return
     stored = {
-        _module_name(scene.stored_below(i)) for i in scene.stored_weights.values() if _is_bias(scene, i)
+        _module_name(evidence.stored_below(i))
+        for i in evidence.stored_weights.values()
+        if _is_bias(evidence, i)
     }
-    wanted = {_module_name(tokens) for tokens in scene.below.values() if tokens[-1] == "bias"}
+    wanted = {_module_name(tokens) for tokens in evidence.below.values() if tokens[-1] == "bias"}
     without = {name: paths for name, paths in groups.items() if name not in stored}
     paths = [path for each in without.values() for path in each]
     # One bias that is not there proves nothing about how the module was built.
-    if len(paths) < 2 or not all(_has_siblings(scene, path) for path in paths):
+    if len(paths) < 2 or not all(_has_siblings(evidence, path) for path in paths):
         return
     everywhere = not stored and without.keys() == wanted
-    explained = scene.with_moments(paths)
+    explained = evidence.with_moments(paths)
     yield NoBias(
         paths=explained,
         count=len(paths),
         modules=() if everywhere else tuple(sorted(without)),
-        filters=selecting(scene, explained),
+        filters=selecting(evidence, explained),
     )
 
 
-def _is_bias(scene: Evidence, placement: Placement) -> bool:
-    return scene.stored_below(placement)[-1] == "bias"
+def _is_bias(evidence: Evidence, placement: Placement) -> bool:
+    return evidence.stored_below(placement)[-1] == "bias"
 
 
 def _module_name(tokens: Tokens) -> str:
@@ -210,89 +219,89 @@ def _module_name(tokens: Tokens) -> str:
     return re.sub(r"\d+$", "", names[-1]) if names else ""
 
 
-def _has_siblings(scene: Evidence, path: Path) -> bool:
-    module = scene.below[path][:-1]
+def _has_siblings(evidence: Evidence, path: Path) -> bool:
+    module = evidence.below[path][:-1]
     return any(
-        tokens[:-1] == module and other in scene.plan.restored
-        for other, tokens in scene.below.items()
+        tokens[:-1] == module and other in evidence.restored
+        for other, tokens in evidence.below.items()
         if len(tokens) == len(module) + 1
     )
 
 
-def find_tied(scene: Evidence) -> Iterable[Cause]:
+def find_tied(evidence: Evidence) -> Iterable[Cause]:
     """Yields an output layer that is missing and has the shape of a stored embedding, turned."""
-    if len(scene.missing_weights) != 1 or scene.free_weights:
+    if len(evidence.missing_weights) != 1 or evidence.free_weights:
         return
-    (path,) = scene.missing_weights
-    leaf = scene.missing[path].wanted
+    (path,) = evidence.missing_weights
+    leaf = evidence.missing[path].wanted
     # The words of an output layer, or else any square kernel would do.
     is_output = any(w in str(key).lower() for key in path for w in ("head", "logits", "output", "unembed"))
     embeddings = [
         item.leaf
-        for item in scene.stored_weights.values()
+        for item in evidence.stored_weights.values()
         if item.leaf.shape == leaf.shape[::-1] and "embed" in render(item.leaf.path).lower()
     ]
     if is_output and len(leaf.shape) == 2 and len(embeddings) == 1:
-        explained = scene.with_moments([path])
+        explained = evidence.with_moments([path])
         yield TiedEmbedding(
             paths=explained,
             output=render(path),
             shape=leaf.shape,
             embedding=render(embeddings[0].path),
-            filters=selecting(scene, explained),
+            filters=selecting(evidence, explained),
         )
 
 
-def find_quantised(scene: Evidence) -> Iterable[Cause]:
+def find_quantised(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights stored as integers that have scales beside them."""
     found: dict[str, list[Path]] = defaultdict(list)
     scales: dict[Tokens, set[str]] = defaultdict(set)
-    for item in scene.free_weights.values():
-        *module, name = scene.stored_below(item)
+    for item in evidence.free_weights.values():
+        *module, name = evidence.stored_below(item)
         if "scale" in name.lower():
             scales[tuple(module)].add(name)
-    for path, item in scene.mismatched.items():
-        is_weight = scene.role(path) == "model" and item.kind == "dtype"
+    for path, item in evidence.mismatched.items():
+        is_weight = evidence.role(path) == "model" and item.kind == "dtype"
         if (
             is_weight
             and jnp.issubdtype(item.wanted.dtype, jnp.floating)
-            and scales.get(scene.below[path][:-1])
+            and scales.get(evidence.below[path][:-1])
         ):
             found[item.stored_dtype].append(path)
     for dtype, paths in found.items():
-        names = {name for path in paths for name in scales[scene.below[path][:-1]]}
+        names = {name for path in paths for name in scales[evidence.below[path][:-1]]}
         yield Quantised(
-            paths=scene.with_moments(paths), dtype=dtype, scales=tuple(sorted(names)), count=len(paths)
+            paths=evidence.with_moments(paths), dtype=dtype, scales=tuple(sorted(names)), count=len(paths)
         )
 
 
 _SHORT = 3
 
 
-def find_given_layout(scene: Evidence) -> Iterable[Cause]:
+def find_given_layout(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the layout was named, and is not that of the checkpoint."""
-    placements = scene.plan.evidence.placements
-    if not scene.missing_weights or not placements:
+    placements = evidence.sides.placements
+    if not evidence.missing_weights or not placements:
         return
     stored = {path: item.leaf for path, item in placements.items()}
     try:
         fitting = [layout.title for layout in layouts.candidates(stored, "auto")]
     except UnknownLayoutError:
         return
-    if scene.plan.layout not in fitting:
+    if evidence.verdict.layout not in fitting:
         yield LayoutGiven(
-            paths=scene.with_moments(scene.missing_weights),
-            given=scene.plan.layout,
+            paths=evidence.with_moments(evidence.missing_weights),
+            given=evidence.verdict.layout,
             found=tuple(fitting[:_SHORT]),
         )
 
 
-def find_no_weights(scene: Evidence) -> Iterable[Cause]:
+def find_no_weights(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that nothing in the checkpoint is a weight."""
-    leaves = [item.leaf for item in scene.plan.evidence.placements.values()]
+    leaves = [item.leaf for item in evidence.sides.placements.values()]
     # A few scalars are a step and counts, whichever names they carry.
-    if not scene.missing_weights or len(leaves) > _SHORT or any(leaf.shape for leaf in leaves):
+    if not evidence.missing_weights or len(leaves) > _SHORT or any(leaf.shape for leaf in leaves):
         return
-    if all(path in scene.plan.missing for path in scene.weights):
-        paths = [*scene.missing_weights, *scene.of_role(scene.missing, "optimizer")]
+    if all(path in evidence.verdict.missing for path in evidence.weights):
+        paths = [*evidence.missing_weights, *evidence.of_role(evidence.missing, "optimizer")]
         yield NoWeights(paths=tuple(paths), stored=fold_paths(leaf.path for leaf in leaves))

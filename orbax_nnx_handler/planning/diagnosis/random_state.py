@@ -11,10 +11,10 @@ from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 _NONE: list[Path] = []
 
 
-def find_keys(scene: Evidence) -> Iterable[Cause]:
+def find_keys(evidence: Evidence) -> Iterable[Cause]:
     """Yields random keys of another implementation, once for each."""
     groups: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    for path, item in scene.mismatched.items():
+    for path, item in evidence.mismatched.items():
         stored = item.stored_dtype.removeprefix("key<").removesuffix(">")
         wanted = next((name for name in KEY_IMPLEMENTATIONS if same_key(name, item.wanted.dtype)), "")
         if item.kind == "key" and wanted and stored in KEY_IMPLEMENTATIONS and stored != wanted:
@@ -23,19 +23,19 @@ def find_keys(scene: Evidence) -> Iterable[Cause]:
         yield KeyImplementation(paths=tuple(paths), stored=stored, wanted=wanted)
 
 
-def find_random_layouts(scene: Evidence) -> Iterable[Cause]:
+def find_random_layouts(evidence: Evidence) -> Iterable[Cause]:
     """Yields stored streams beside wanted ones of the same module, under names that do not meet.
 
     Flax 0.11 took the stream's name out of a module's own stream:
     `drop/rngs/default/key` became `drop/rngs/key`.
     """
     stored: dict[Tokens, list[Path]] = defaultdict(list)
-    for path in [*scene.plan.unexpected, *scene.plan.skipped]:
-        module = _module_of(canonical(scene.plan.evidence.placements[path].path))
+    for path in [*evidence.verdict.unexpected, *evidence.verdict.skipped]:
+        module = _module_of(canonical(evidence.sides.placements[path].path))
         if module is not None:
             stored[module].append(path)
-    for path, item in scene.plan.defaulted.items():
-        wanted = scene.plan.evidence.wanted[path]
+    for path, item in evidence.verdict.defaulted.items():
+        wanted = evidence.sides.wanted[path]
         module = _module_of(wanted.tokens)
         sources = next((s for m, s in stored.items() if module and m and _same_end(m, module)), _NONE)
         if item.source != "target" and wanted.role == "random" and path[-1] == "key" and sources:

@@ -59,38 +59,38 @@ class UnneededRule(Cause):
         return "take the rule out, or write more of the path in its pattern."
 
 
-def find_dropped(scene: Evidence) -> Iterable[Cause]:
+def find_dropped(evidence: Evidence) -> Iterable[Cause]:
     """Yields the missing weights that a rule leaves behind, by its reason."""
-    discarded = {path: i for path, i in scene.plan.dropped.items() if isinstance(i, Discarded)}
+    discarded = {path: i for path, i in evidence.verdict.dropped.items() if isinstance(i, Discarded)}
     if not discarded:
         return
-    below = {scene.below[path]: path for path in scene.missing_weights}
+    below = {evidence.below[path]: path for path in evidence.missing_weights}
     groups: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
     for path, item in discarded.items():
-        placement = scene.stored_weights.get(path)
-        wanted = below.get(scene.stored_below(placement)) if placement is not None else None
+        placement = evidence.stored_weights.get(path)
+        wanted = below.get(evidence.stored_below(placement)) if placement is not None else None
         if wanted is not None:
             groups[item.reason].append((path, wanted))
     for reason, pairs in groups.items():
-        paths = scene.with_moments([wanted for _, wanted in pairs])
+        paths = evidence.with_moments([wanted for _, wanted in pairs])
         stored = fold_paths([path for path, _ in pairs])
-        yield DroppedByRule(paths=paths, stored=stored, reason=reason, filters=selecting(scene, paths))
+        yield DroppedByRule(paths=paths, stored=stored, reason=reason, filters=selecting(evidence, paths))
 
 
-def find_unneeded(scene: Evidence) -> Iterable[Cause]:
+def find_unneeded(evidence: Evidence) -> Iterable[Cause]:
     """Yields the weights of another shape that would fit without the rule that made them."""
     groups: dict[str, list[Path]] = defaultdict(list)
-    for path in scene.mismatched_weights:
-        item = scene.mismatched[path]
+    for path in evidence.mismatched_weights:
+        item = evidence.mismatched[path]
         if not item.reason or isinstance(item.recipe, Read):
             continue
-        sources = [scene.stored_weights[source].leaf for source in dict.fromkeys(reads(item.recipe))]
+        sources = [evidence.stored_weights[source].leaf for source in dict.fromkeys(reads(item.recipe))]
         if len(sources) == 1 and sources[0].shape == item.wanted.shape:
             groups[item.reason].append(path)
     for reason, paths in groups.items():
-        first = scene.mismatched[paths[0]]
+        first = evidence.mismatched[paths[0]]
         yield UnneededRule(
-            paths=scene.with_moments(paths),
+            paths=evidence.with_moments(paths),
             count=len(paths),
             rule=reason,
             stored=first.wanted.shape,

@@ -255,54 +255,54 @@ Pair = tuple[int, int]
 """A size in the checkpoint and in the target."""
 
 
-def find_heads(scene: Evidence) -> Iterable[Cause]:
+def find_heads(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the same features are divided among another number of heads."""
     divided: dict[tuple[Pair, ...], list[Path]] = defaultdict(list)
-    for path in scene.mismatched_weights:
-        item = scene.mismatched[path]
-        pairs = tuple((place.stored, place.wanted) for place in _places(scene, path))
+    for path in evidence.mismatched_weights:
+        item = evidence.mismatched[path]
+        pairs = tuple((place.stored, place.wanted) for place in _places(evidence, path))
         same_size = math.prod(item.stored_shape) == math.prod(item.wanted.shape)
         if len(pairs) == 2 and same_size and is_attention(path):
             divided[pairs].append(path)
     if len(divided) == 1:
         ((heads, size), paths) = divided.popitem()
         yield HeadsDivided(
-            paths=scene.with_moments(paths),
+            paths=evidence.with_moments(paths),
             stored=(heads[0], size[0]),
             wanted=(heads[1], size[1]),
             count=len(paths),
-            mismatches=len(scene.mismatched_weights),
+            mismatches=len(evidence.mismatched_weights),
         )
 
 
-def find_dimensions(scene: Evidence) -> Iterable[Cause]:
+def find_dimensions(evidence: Evidence) -> Iterable[Cause]:
     """Yields the dimensions that explain the mismatched shapes: few of them, or none."""
     places: dict[Pair, list[Place]] = defaultdict(list)
-    for path in scene.mismatched_weights:
-        for place in _places(scene, path):
+    for path in evidence.mismatched_weights:
+        for place in _places(evidence, path):
             places[place.stored, place.wanted].append(place)
-    most = _most(scene)
+    most = _most(evidence)
     named = {pair: name_of(found, most) for pair, found in places.items()}
     widths = [pair for pair in places if named[pair] not in _NO_WIDTH and output_module(places[pair]) is None]
     if _one_width(widths, places, most):
-        yield _cause(scene, sorted(widths), places, "")
+        yield _cause(evidence, sorted(widths), places, "")
         places = {pair: found for pair, found in places.items() if pair not in widths}
     outputs = {pair: output_module(found) for pair, found in places.items() if not named[pair]}
     # A model has one head; where several modules differ so, it is not a head that differs.
     heads = {pair: module for pair, module in outputs.items() if module is not None}
     for pair, found in sorted(places.items(), key=lambda item: -len(_paths(item[1]))):
         if pair in heads and len(heads) == 1:
-            yield _output(scene, pair, found, heads[pair])
+            yield _output(evidence, pair, found, heads[pair])
         # A size that stands in one weight explains nothing: its row says as much.
         elif named[pair] or len(_paths(found)) > 1:
-            yield _cause(scene, [pair], places, named[pair] or modules_of(found))
+            yield _cause(evidence, [pair], places, named[pair] or modules_of(found))
 
 
 _NO_WIDTH = ("the vocabulary", "the number of positions", "the number of experts")
 
 
-def _places(scene: Evidence, path: Path) -> list[Place]:
-    item = scene.mismatched[path]
+def _places(evidence: Evidence, path: Path) -> list[Place]:
+    item = evidence.mismatched[path]
     stored, wanted = item.stored_shape, item.wanted.shape
     return [
         Place(path=path, axis=axis, rank=len(wanted), stored=stored[axis], wanted=wanted[axis])
@@ -314,10 +314,10 @@ def _paths(places: Iterable[Place]) -> list[Path]:
     return list(dict.fromkeys(place.path for place in places))
 
 
-def _most(scene: Evidence) -> int:
+def _most(evidence: Evidence) -> int:
     """Returns how many weights a dimension must differ in to be that of the whole model."""
     compared = [
-        path for path in scene.weights if path in scene.plan.restored or path in scene.plan.mismatched
+        path for path in evidence.weights if path in evidence.restored or path in evidence.verdict.mismatched
     ]
     return len(compared) // 2 + 1
 
@@ -333,16 +333,16 @@ def _one_width(pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], mo
 
 
 def _cause(
-    scene: Evidence, pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], name: str
+    evidence: Evidence, pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], name: str
 ) -> DimensionDiffers:
     paths = _paths(place for pair in pairs for place in places[pair])
     return DimensionDiffers(
-        paths=scene.with_moments(paths),
+        paths=evidence.with_moments(paths),
         pairs=tuple(pairs),
         ratio=_ratio(pairs[0]),
         count=len(paths),
-        mismatches=len(scene.mismatched_weights),
-        alone=all((p.stored, p.wanted) in pairs for path in paths for p in _places(scene, path)),
+        mismatches=len(evidence.mismatched_weights),
+        alone=all((p.stored, p.wanted) in pairs for path in paths for p in _places(evidence, path)),
         name=name,
     )
 
@@ -355,12 +355,12 @@ def _ratio(pair: Pair) -> str:
     return str(ratio) if max(ratio.numerator, ratio.denominator) <= 64 else ""
 
 
-def _output(scene: Evidence, pair: Pair, places: Sequence[Place], module: Path) -> OtherOutput:
+def _output(evidence: Evidence, pair: Pair, places: Sequence[Place], module: Path) -> OtherOutput:
     paths = _paths(places)
-    recipe = scene.mismatched[paths[0]].recipe
-    source = scene.stored_weights.get(recipe.path) if isinstance(recipe, Read) else None
+    recipe = evidence.mismatched[paths[0]].recipe
+    source = evidence.stored_weights.get(recipe.path) if isinstance(recipe, Read) else None
     return OtherOutput(
-        paths=scene.with_moments(paths),
+        paths=evidence.with_moments(paths),
         module=render(module),
         key=str(module[-1]),
         pattern=render(source.path[:-1]) if source is not None and len(source.path) > 1 else "",

@@ -1,4 +1,4 @@
-"""Plans as plain dicts: everything, nothing folded, nothing cut."""
+"""Verdicts as plain dicts: everything, nothing folded, nothing cut."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,29 +8,29 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads, render_reads
 from orbax_nnx_handler.planning.diagnosis.cause import Cause
-from orbax_nnx_handler.planning.plan import RestorePlan
-from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored
+from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
+from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored, Verdict
 
 
-def plan_to_dict(plan: RestorePlan) -> dict[str, Any]:
-    """Returns a plan as plain dicts, lists, strings and numbers."""
+def to_dict(verdict: Verdict, explanation: Explanation) -> dict[str, Any]:
+    """Returns a verdict and its explanation as plain dicts, lists, strings and numbers."""
     return {
-        "directory": plan.directory,
-        "layout": plan.layout,
-        "stored_leaves": plan.stored_count,
-        "fits": plan.fits,
-        "restored": [_restored(item) for item in plan.restored.values()],
-        "missing": [_missing(item) for item in plan.missing.values()],
-        "mismatched": [_mismatched(item) for item in plan.mismatched.values()],
+        "directory": verdict.directory,
+        "layout": verdict.layout,
+        "stored_leaves": verdict.stored_count,
+        "fits": not explanation.problems,
+        "restored": [_restored(item) for item in verdict.restored.values()],
+        "missing": [_missing(item) for item in verdict.missing.values()],
+        "mismatched": [_mismatched(item) for item in verdict.mismatched.values()],
         "defaulted": [
             _leaf(item.wanted) | {"source": item.source, "reason": item.reason}
-            for item in plan.defaulted.values()
+            for item in verdict.defaulted.values()
         ],
-        "unexpected": _stored(plan.unexpected),
-        "skipped": _stored(plan.skipped),
-        "dropped": [{"path": render(path), "reason": item.reason} for path, item in plan.dropped.items()],
-        "faults": [_fault(fault) for fault in plan.faults],
-        "causes": [_cause(cause) for cause in plan.causes],
+        "unexpected": _stored(verdict.unexpected),
+        "skipped": _stored(verdict.skipped),
+        "dropped": [{"path": render(path), "reason": item.reason} for path, item in verdict.dropped.items()],
+        "faults": [_fault(fault) for fault in verdict.faults],
+        "causes": [_cause(cause) for cause in explanation.causes],
     }
 
 

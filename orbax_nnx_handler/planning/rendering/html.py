@@ -1,23 +1,25 @@
-"""Sheets in a notebook: tables that fold, and a bar of the bytes."""
+"""Summaries in a notebook: tables that fold, and a bar of the bytes."""
 
 import html
 
-from orbax_nnx_handler.planning.rendering.sheet import COLOURS, Block, ByteCounts, Summary, sized
+from orbax_nnx_handler.planning.rendering.summary import COLOURS, Block, ByteCounts, Summary, sized
 
 _LIMIT = 200
 _OPEN = ("missing", "filled", "mismatched", "unexpected")
 """What a reader has to see comes unfolded."""
 
 
-def sheet_to_html(sheet: Summary) -> str:
-    """Returns a sheet as HTML that carries its own style: nothing is fetched, no script runs."""
+def summary_as_html(summary: Summary) -> str:
+    """Returns a summary as HTML that carries its own style: nothing is fetched, no script runs."""
     # Rows among the advice are aligned by spaces. No colour is set: a dark notebook has its own.
-    advice = "".join(f'<div style="white-space: pre-wrap">{html.escape(line)}</div>' for line in sheet.advice)
+    advice = "".join(
+        f'<div style="white-space: pre-wrap">{html.escape(line)}</div>' for line in summary.advice
+    )
     return (
         '<div style="font-family: monospace; font-size: 12px">'
-        f"<div><b>{html.escape(sheet.head)}</b>: {html.escape(sheet.counts)}</div>"
-        f"<div>checkpoint: {html.escape(sheet.checkpoint)}</div>"
-        f"{_bar(sheet.share)}{''.join(map(_section, sheet.sections))}{advice}</div>"
+        f"<div><b>{html.escape(summary.head)}</b>: {html.escape(summary.counts)}</div>"
+        f"<div>checkpoint: {html.escape(summary.checkpoint)}</div>"
+        f"{_bar(summary.share)}{''.join(map(_section, summary.sections))}{advice}</div>"
     )
 
 

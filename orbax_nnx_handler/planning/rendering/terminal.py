@@ -1,4 +1,4 @@
-"""Sheets on a terminal: colours and a bar where there is one, plain text where there is none."""
+"""Summaries on a terminal: colours and a bar where there is one, plain text where there is none."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,26 +7,28 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from orbax_nnx_handler.planning.rendering.plain import render_sheet
-from orbax_nnx_handler.planning.rendering.sheet import COLOURS, Block, ByteCounts, Summary, sized
+from orbax_nnx_handler.planning.rendering.plain import summary_as_text
+from orbax_nnx_handler.planning.rendering.summary import COLOURS, Block, ByteCounts, Summary, sized
 
 _LIMIT = 30
 _STYLES = {"missing": "red", "mismatched": "red", "unexpected": "yellow", "restored": "green"}
 
 
-def sheet_on_console(sheet: Summary, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
-    """Yields a sheet in the width of a terminal; just its text where the output is none."""
+def summary_on_console(
+    summary: Summary, console: Console, options: ConsoleOptions
+) -> Iterable[RenderableType]:
+    """Yields a summary in the width of a terminal; just its text where the output is none."""
     if not console.is_terminal:
-        yield Text(render_sheet(sheet), overflow="fold")
+        yield Text(summary_as_text(summary), overflow="fold")
         return
-    bad = "does not fit" in sheet.head
-    yield Text.assemble((sheet.head, "bold red" if bad else "bold green"), ": ", sheet.counts)
-    yield Text.assemble(("checkpoint: ", "dim"), sheet.checkpoint)
-    yield _bar(sheet.share, min(options.max_width, 60), "#" if options.ascii_only else "█")
-    for section in sheet.sections:
+    bad = "does not fit" in summary.head
+    yield Text.assemble((summary.head, "bold red" if bad else "bold green"), ": ", summary.counts)
+    yield Text.assemble(("checkpoint: ", "dim"), summary.checkpoint)
+    yield _bar(summary.share, min(options.max_width, 60), "#" if options.ascii_only else "█")
+    for section in summary.sections:
         yield Text(f"  {section.title}", style=_style(section.title))
         yield _rows(section, options.max_width)
-    for line in sheet.advice:
+    for line in summary.advice:
         yield from _advice(line, options.max_width)
 
 

@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.suggesting.proposals import Proposal, proposals_
 from orbax_nnx_handler.planning.suggesting.suggestion import Confidence, Question, Suggestion
 from orbax_nnx_handler.planning.target.roles import of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.verdict.judge import make_plan
+from orbax_nnx_handler.planning.verdict.judge import judge
 
 __all__ = [
     "Confidence",
@@ -58,7 +58,7 @@ def propose(
     Raises:
         RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
     """
-    plan = make_plan(target, stored, options)
+    verdict = judge(target, stored, options)
     mapping, _ = best_mapping(roles_of(target.leaves), stored, options)
     wanted = [
         Leaf(
@@ -70,9 +70,9 @@ def propose(
             source=item.leaf.path,
         )
         for item in of_role(roles_of(target.leaves), "model")
-        if item.leaf.path not in plan.restored
+        if item.leaf.path not in verdict.restored
     ]
-    used = {path for item in plan.restored.values() for path in reads(item.recipe)}
+    used = {path for item in verdict.restored.values() for path in reads(item.recipe)}
     entries = [entry for entry in mapping.applied.entries if not used.intersection(entry.sources)]
     try:
         pairing, wanted_root = _best_pairing(wanted, entries, order or {})
@@ -170,18 +170,18 @@ def _suggestion(
     rules = (*options.renames, *(proposal.rule for proposal in proposals))
     problem = ""
     try:
-        plan = make_plan(target, stored, dataclasses.replace(options, renames=rules))
-        problem = "\n".join(str(fault) for fault in plan.faults)
+        verdict = judge(target, stored, dataclasses.replace(options, renames=rules))
+        problem = "\n".join(str(fault) for fault in verdict.faults)
     except RestoreError as error:
         problem = str(error)
-        plan = make_plan(target, stored, options)
+        verdict = judge(target, stored, options)
     weights = {item.leaf.path for item in of_role(roles_of(target.leaves), "model")}
     return Suggestion(
         proposals=proposals,
         questions=questions,
-        unmatched_wanted=tuple(path for path in (*plan.missing, *plan.mismatched) if path in weights),
+        unmatched_wanted=tuple(path for path in (*verdict.missing, *verdict.mismatched) if path in weights),
         unmatched_stored=tuple(
-            path for path in plan.unexpected if plan.evidence.placements[path].section == "model"
+            path for path in verdict.unexpected if verdict.sides.placements[path].section == "model"
         ),
         problem=problem,
     )

@@ -1,7 +1,4 @@
-"""The stored leaves that no wanted leaf is made from, and why.
-
-Compares a mapping with the target: the pure function behind every verdict.
-"""
+"""Compares a mapping with the target: the pure function behind every verdict."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +23,19 @@ from orbax_nnx_handler.planning.mapping.choice import best_mapping, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, RestoreOptions, resolve
-from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Mismatched, Missing, Restored, Sides
+from orbax_nnx_handler.planning.verdict.outcomes import (
+    Defaulted,
+    Mismatched,
+    Missing,
+    Restored,
+    Sides,
+    Verdict,
+)
+from orbax_nnx_handler.planning.verdict.unreadable import unreadable_leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,14 +82,16 @@ def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
     return {**homeless, **mapping.discarded}
 
 
-def make_plan(
+def judge(
     target: Target,
     stored: Stored,
     options: RestoreOptions,
     *,
     directory: str = "",
     overrides: Mapping[Path, Policy] | None = None,
-) -> RestorePlan:
+    lost: Mapping[Path, str] | None = None,
+    foreign: Mapping[Path, str] | None = None,
+) -> Verdict:
     """Decides what every leaf of a target will be.
 
     Args:
@@ -94,6 +100,8 @@ def make_plan(
         options: The caller's choices.
         directory: The item directory, for messages.
         overrides: Policies of single leaves.
+        lost: Stored leaves that are damaged, each with the reason.
+        foreign: Stored leaves that hold no numbers, each with what they hold.
 
     Raises:
         UnusedRuleError: A policy filter or a rule has no effect.
@@ -102,36 +110,43 @@ def make_plan(
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     mapping, faults = best_mapping(wanted, stored, options)
-    judge = _Judge(mapping, stored, options, policies)
-    verdicts = {item.leaf.path: judge.verdict(item) for item in wanted}
-    used = [v.recipe for v in verdicts.values() if not isinstance(v, Defaulted) and v.recipe is not None]
+    leaves = _Leaves(mapping, stored, options, policies)
+    outcomes = {item.leaf.path: leaves.outcome(item) for item in wanted}
+    used = [v.recipe for v in outcomes.values() if not isinstance(v, Defaulted) and v.recipe is not None]
     left = left_over(wanted, mapping, used)
-    return RestorePlan(
+    missing = _of_kind(Missing, outcomes)
+    return Verdict(
         directory=directory,
         layout=mapping.layout.title,
         stored_count=len(stored),
-        restored=_of_kind(Restored, verdicts),
-        missing=_of_kind(Missing, verdicts),
-        mismatched=_of_kind(Mismatched, verdicts),
-        defaulted=_of_kind(Defaulted, verdicts),
+        restored=_of_kind(Restored, outcomes),
+        missing=missing,
+        mismatched=_of_kind(Mismatched, outcomes),
+        defaulted=_of_kind(Defaulted, outcomes),
         unexpected=left.unexpected,
         skipped=left.skipped,
         dropped=left.dropped,
         unexpected_policy=options.unexpected,
-        faults=(*faults, *mapping.faults, *faults_of(mapping), *indivisible(target.leaves.values())),
-        evidence=_evidence(wanted, mapping),
+        faults=(
+            *faults,
+            *mapping.faults,
+            *faults_of(mapping),
+            *indivisible(target.leaves.values()),
+            *unreadable_leaves(missing, lost or {}, foreign or {}),
+        ),
+        sides=_sides(wanted, mapping),
     )
 
 
-_Verdict = Restored | Missing | Mismatched | Defaulted
-_Kind = TypeVar("_Kind", bound=_Verdict)
+_Outcome = Restored | Missing | Mismatched | Defaulted
+_Kind = TypeVar("_Kind", bound=_Outcome)
 
 
-def _of_kind(kind: type[_Kind], verdicts: Mapping[Path, _Verdict]) -> dict[Path, _Kind]:
-    return {path: verdict for path, verdict in verdicts.items() if isinstance(verdict, kind)}
+def _of_kind(kind: type[_Kind], outcomes: Mapping[Path, _Outcome]) -> dict[Path, _Kind]:
+    return {path: outcome for path, outcome in outcomes.items() if isinstance(outcome, kind)}
 
 
-def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Sides:
+def _sides(wanted: Sequence[Wanted], mapping: LeafMapping) -> Sides:
     return Sides(
         wanted={item.leaf.path: item for item in wanted},
         placements={item.leaf.path: item for item in mapping.placements},
@@ -141,7 +156,7 @@ def _evidence(wanted: Sequence[Wanted], mapping: LeafMapping) -> Sides:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Judge:
+class _Leaves:
     """Judges single leaves against one mapping."""
 
     mapping: LeafMapping
@@ -149,13 +164,13 @@ class _Judge:
     options: RestoreOptions
     policies: Mapping[Path, Policy]
 
-    def verdict(self, item: Wanted) -> _Verdict:
+    def outcome(self, item: Wanted) -> _Outcome:
         found = self.mapping.found.get(item.leaf.path)
         if found is not None:
-            verdict = self._as_it_is(item, found) or self._compare(item, found)
+            outcome = self._as_it_is(item, found) or self._compare(item, found)
             # A cache of another batch size is not a fault: the program recomputes it.
-            if item.role != "transient" or isinstance(verdict, Restored):
-                return verdict
+            if item.role != "transient" or isinstance(outcome, Restored):
+                return outcome
         if item.role in ("random", "transient"):
             return self._default(item)
         return self._missing(item, None)
@@ -182,7 +197,7 @@ class _Judge:
         return Defaulted(wanted=item.leaf, source=self._initial(item) or last, reason=reason)
 
     def _as_it_is(self, item: Wanted, found: Found) -> Restored | None:
-        """Returns the verdict on a leaf that comes out as it is wanted: nearly every one."""
+        """Returns what becomes of a leaf that comes out as it is wanted: nearly every one."""
         leaf = item.leaf
         if found.surplus or found.missing_layers or self.mapping.applied.casts:
             return None
@@ -208,10 +223,10 @@ class _Judge:
             return self._compare_key(item, found, shape)
         if shape != item.leaf.shape or found.surplus:
             return _mismatch(item, found, "shape", shape, str(sources[0].dtype), _surplus(found))
-        verdict = self._compare_dtype(item, found, sources)
-        if found.missing_layers and isinstance(verdict, Restored):
+        outcome = self._compare_dtype(item, found, sources)
+        if found.missing_layers and isinstance(outcome, Restored):
             return self._missing(item, found)
-        return verdict
+        return outcome
 
     def _compare_dtype(
         self, item: Wanted, found: Found, sources: Sequence[StoredLeaf]

@@ -1,24 +1,22 @@
-"""What a verdict was based on: kept with the plan, for whoever asks why."""
+"""A verdict as data: what becomes of every leaf, and both sides as it saw them, for whoever asks why."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from orbax_nnx_handler.planning.core.dtypes import Cast
-from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe
 from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.roots import Roots
-from orbax_nnx_handler.planning.options import Policy
+from orbax_nnx_handler.planning.options import DefaultSource, Policy, UnexpectedPolicy
 from orbax_nnx_handler.planning.target.roles import Wanted
-
-if TYPE_CHECKING:
-    pass
-from orbax_nnx_handler.planning.options import DefaultSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,3 +114,52 @@ class Defaulted:
     wanted: WantedLeaf
     source: DefaultSource
     reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What every leaf of one target will be, given one checkpoint's metadata.
+
+    The mappings are keyed by path: wanted paths in `restored`, `missing`,
+    `mismatched` and `defaulted`, stored paths in `unexpected`, `skipped` and
+    `dropped`.
+
+    Attributes:
+        directory: The item directory.
+        layout: Title of the layout it was read under.
+        stored_count: Leaves in the checkpoint.
+        restored: Leaves that come from disk.
+        missing: Weights that the checkpoint lacks.
+        mismatched: Leaves whose shape, dtype or key differs.
+        defaulted: State that a Linen layout never holds.
+        unexpected: Stored leaves that the target does not want.
+        skipped: Stored leaves of parts the target does not ask for (an optimizer).
+        dropped: Stored values that NNX has no home for, and those that the user's rules drop.
+        unexpected_policy: What to do about unexpected leaves.
+        faults: Errors that no single leaf has: ambiguous mappings.
+        sides: Both sides, leaf by leaf, for the diagnosis.
+    """
+
+    directory: str
+    layout: str
+    stored_count: int
+    restored: Mapping[Path, Restored]
+    missing: Mapping[Path, Missing]
+    mismatched: Mapping[Path, Mismatched]
+    defaulted: Mapping[Path, Defaulted]
+    unexpected: Mapping[Path, StoredLeaf]
+    skipped: Mapping[Path, StoredLeaf]
+    dropped: Mapping[Path, Dropped | Discarded]
+    unexpected_policy: UnexpectedPolicy = "warn"
+    faults: tuple[RestoreError, ...] = ()
+    sides: Sides = dataclasses.field(default_factory=Sides, repr=False)
+
+    @property
+    def wanted_count(self) -> int:
+        """How many leaves the target has."""
+        return len(self.restored) + len(self.missing) + len(self.mismatched) + len(self.defaulted)
+
+    def under(self, policy: Policy) -> Self:
+        """Returns the same with every missing weight under another policy."""
+        changed = {path: dataclasses.replace(item, policy=policy) for path, item in self.missing.items()}
+        return dataclasses.replace(self, missing=changed)

@@ -4,24 +4,23 @@ from collections.abc import Iterable, Mapping
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path, segments
-from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.text.folding import Row
 from orbax_nnx_handler.planning.text.lines import aligned
 
 
-def lost_leaves(
-    plan: RestorePlan, lost: Mapping[Path, str], foreign: Mapping[Path, str]
+def unreadable_leaves(
+    missing: Iterable[Path], lost: Mapping[Path, str], foreign: Mapping[Path, str]
 ) -> Iterable[UnreadableLeafError]:
     """Yields the faults that a missing leaf may be one that cannot be read; no policy fills that one.
 
     Args:
-        plan: The plan, made from the leaves that can be read.
-        lost: Those that are damaged, each with the reason.
-        foreign: Those that hold no numbers, each with what they hold.
+        missing: The wanted leaves for which no stored one can be read.
+        lost: Stored leaves that are damaged, each with the reason.
+        foreign: Stored leaves that hold no numbers, each with what they hold.
     """
-    missing = {_last(path) for path in plan.missing}
+    names = {_last(path) for path in missing}
     for leaves, error in ((lost, unreadable), (foreign, not_numbers)):
-        found = {path: reason for path, reason in leaves.items() if _last(path) in missing}
+        found = {path: reason for path, reason in leaves.items() if _last(path) in names}
         if found:
             yield error(found)
 
@@ -30,8 +29,8 @@ def check_readable(lost: Mapping[Path, str], foreign: Mapping[Path, str]) -> Non
     """Raises if any leaf of a checkpoint cannot be read.
 
     Args:
-        lost: See `lost_leaves`.
-        foreign: See `lost_leaves`.
+        lost: See `unreadable_leaves`.
+        foreign: See `unreadable_leaves`.
 
     Raises:
         UnreadableLeafError: Lists the damaged ones, or else those that hold no numbers.

@@ -11,7 +11,6 @@ from flax import nnx
 
 from orbax_nnx_handler import RestorePlan
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.diagnosis.cause import (
     Cause,
     CollectionMissing,
@@ -20,13 +19,14 @@ from orbax_nnx_handler.planning.diagnosis.cause import (
     NewPart,
     RandomLayout,
 )
+from orbax_nnx_handler.planning.diagnosis.finders import diagnose
 from orbax_nnx_handler.planning.diagnosis.layers import LayerCount, LayersAbsent, ScannedOnOneSide
 from orbax_nnx_handler.planning.diagnosis.names import AnotherModel, OtherGroup, OtherNames
 from orbax_nnx_handler.planning.diagnosis.optimizers import NoOptimizer, OtherOptimizer
 from orbax_nnx_handler.planning.diagnosis.sizes import DimensionDiffers
 from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.judge import make_plan
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -10,15 +10,15 @@ from flax import nnx
 import orbax_nnx_handler
 from orbax_nnx_handler import RestorePlan
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.diagnosis import diagnose
 from orbax_nnx_handler.planning.diagnosis.axes import AxesMerged, AxesPermuted, Fused
+from orbax_nnx_handler.planning.diagnosis.finders import diagnose
 from orbax_nnx_handler.planning.diagnosis.layers import LayerCount, LayersShifted
 from orbax_nnx_handler.planning.diagnosis.names import LayoutGiven, NoWeights, OtherGroup, OtherNames
 from orbax_nnx_handler.planning.diagnosis.optimizers import OptimizerNested, OtherOptimizer
 from orbax_nnx_handler.planning.diagnosis.parts import NoBias, Quantised, TiedEmbedding
 from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.judge import make_plan
 from tests.planning.diagnosis.test_diagnosis import (
     abstract,
     keys,

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.judge import make_plan
 from tests.planning.plans import evaluate
 
 Array = np.ndarray[Any, Any]

@@ -11,6 +11,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.recipes import reads, shape_of
 from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.rules import (
     Cast,
     Drop,
@@ -25,7 +26,6 @@ from orbax_nnx_handler.planning.rules import (
     UnstackLayers,
 )
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.judge import make_plan
 from tests.planning.plans import leaves_of
 
 ODD_NAMES = (

@@ -1,17 +1,14 @@
-"""How the bytes of a target divide: restored, filled, missing; and what is stored beside them.
-
-What there is to say about a plan or a report, before it becomes text, colour or HTML.
-"""
+"""What there is to say about a plan or a report, before it becomes text, colour or HTML."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.diagnosis.cause import counted
-from orbax_nnx_handler.planning.diagnosis.error import advice
-from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
+from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
+from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.text.folding import Folded, Row, fold
+from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 from orbax_nnx_handler.planning.verdict.rows import (
     defaulted_rows,
     dropped_rows,
@@ -41,17 +38,19 @@ class ByteCounts:
     unexpected: int
 
     @classmethod
-    def of(cls, plan: RestorePlan) -> "ByteCounts":
-        """Returns the shares of a plan."""
-        open_ = [item for item in plan.missing.values() if item.policy == "error" or item.filled_by is None]
+    def of(cls, verdict: Verdict) -> "ByteCounts":
+        """Returns the shares of a verdict."""
+        open_ = [
+            item for item in verdict.missing.values() if item.policy == "error" or item.filled_by is None
+        ]
         settled = [
-            item for item in plan.missing.values() if item.policy != "error" and item.filled_by is not None
+            item for item in verdict.missing.values() if item.policy != "error" and item.filled_by is not None
         ]
         return cls(
-            restored=_bytes(item.wanted for item in plan.restored.values()),
-            filled=_bytes(item.wanted for item in (*settled, *plan.defaulted.values())),
-            missing=_bytes(item.wanted for item in (*open_, *plan.mismatched.values())),
-            unexpected=_bytes(plan.unexpected.values()),
+            restored=_bytes(item.wanted for item in verdict.restored.values()),
+            filled=_bytes(item.wanted for item in (*settled, *verdict.defaulted.values())),
+            missing=_bytes(item.wanted for item in (*open_, *verdict.mismatched.values())),
+            unexpected=_bytes(verdict.unexpected.values()),
         )
 
     def parts(self) -> list[tuple[Part, int]]:
@@ -75,6 +74,11 @@ def sized(nbytes: int) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes} B"
+
+
+def rated(nbytes: int, seconds: float) -> str:
+    """Returns how fast bytes were restored: `3.21 GB/s`."""
+    return f"{nbytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,23 +117,23 @@ class Summary:
     share: ByteCounts
 
 
-def plan_sheet(plan: RestorePlan) -> Summary:
-    """Returns what there is to say about a plan."""
-    fits = plan.fits
-    notes = _notes(plan) if fits else _faults(plan)
+def plan_summary(verdict: Verdict, explanation: Explanation) -> Summary:
+    """Returns what there is to say about a verdict."""
+    fits = not explanation.problems
+    notes = _notes(verdict, explanation.causes) if fits else _faults(verdict, explanation)
     return Summary(
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
-        counts=_counts(plan, "missing"),
-        checkpoint=_checkpoint(plan),
-        sections=_sections(plan, "missing: wanted, but not stored"),
+        counts=_counts(verdict, "missing"),
+        checkpoint=_checkpoint(verdict),
+        sections=_sections(verdict, "missing: wanted, but not stored"),
         advice=tuple(notes),
-        share=ByteCounts.of(plan),
+        share=ByteCounts.of(verdict),
     )
 
 
-def _notes(plan: RestorePlan) -> list[str]:
-    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in plan.causes]
-    if plan.missing and not plan.restored:
+def _notes(verdict: Verdict, causes: Iterable[Cause]) -> list[str]:
+    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in causes]
+    if verdict.missing and not verdict.restored:
         notes.append(
             "note: nothing of the checkpoint is used: a policy fills every leaf.\n"
             'hint: policy="error" says what keeps checkpoint and target apart.'
@@ -137,53 +141,52 @@ def _notes(plan: RestorePlan) -> list[str]:
     return notes
 
 
-def _faults(plan: RestorePlan) -> list[str]:
+def _faults(verdict: Verdict, explanation: Explanation) -> list[str]:
     # What no list shows: an ambiguous mapping, a rule without effect, a sharding that divides no leaf.
-    return [*(line for fault in plan.faults for line in str(fault).splitlines()), *advice(plan)]
+    return [*(line for fault in verdict.faults for line in str(fault).splitlines()), *explanation.advice]
 
 
-def report_sheet(report: RestoreReport) -> Summary:
+def report_summary(verdict: Verdict, seconds: float, nbytes: int) -> Summary:
     """Returns what there is to say about a restore."""
-    rate = report.nbytes / max(report.seconds, 1e-9) / 1e9
     return Summary(
-        head=f"RestoreReport: {sized(report.nbytes)} in {report.seconds:.2f} s ({rate:.2f} GB/s)",
-        counts=_counts(report.plan, "filled"),
-        checkpoint=_checkpoint(report.plan),
-        sections=_sections(report.plan, "filled"),
+        head=f"RestoreReport: {sized(nbytes)} in {seconds:.2f} s ({rated(nbytes, seconds)})",
+        counts=_counts(verdict, "filled"),
+        checkpoint=_checkpoint(verdict),
+        sections=_sections(verdict, "filled"),
         advice=(),
-        share=ByteCounts.of(report.plan),
+        share=ByteCounts.of(verdict),
     )
 
 
-def _counts(plan: RestorePlan, missing: str) -> str:
+def _counts(verdict: Verdict, missing: str) -> str:
     parts = [
-        f"{len(plan.restored)} restored",
-        f"{len(plan.defaulted)} defaulted",
-        f"{len(plan.missing)} {missing}",
-        f"{len(plan.mismatched)} mismatched",
-        f"{len(plan.unexpected)} unexpected",
+        f"{len(verdict.restored)} restored",
+        f"{len(verdict.defaulted)} defaulted",
+        f"{len(verdict.missing)} {missing}",
+        f"{len(verdict.mismatched)} mismatched",
+        f"{len(verdict.unexpected)} unexpected",
     ]
-    parts += [f"{len(plan.skipped)} skipped"] if plan.skipped else []
-    parts += [f"{len(plan.dropped)} dropped"] if plan.dropped else []
+    parts += [f"{len(verdict.skipped)} skipped"] if verdict.skipped else []
+    parts += [f"{len(verdict.dropped)} dropped"] if verdict.dropped else []
     return ", ".join(parts)
 
 
-def _checkpoint(plan: RestorePlan) -> str:
-    stored = counted(plan.stored_count, "stored leaf", "stored leaves")
-    return f"{plan.directory} (layout: {plan.layout}, {stored})"
+def _checkpoint(verdict: Verdict) -> str:
+    stored = counted(verdict.stored_count, "stored leaf", "stored leaves")
+    return f"{verdict.directory} (layout: {verdict.layout}, {stored})"
 
 
-def _sections(plan: RestorePlan, missing: str) -> tuple[Block, ...]:
+def _sections(verdict: Verdict, missing: str) -> tuple[Block, ...]:
     lists: list[tuple[str, list[Row]]] = [
-        ("restored", restored_rows(plan.restored.values())),
-        ("defaulted", defaulted_rows(plan.defaulted.values())),
+        ("restored", restored_rows(verdict.restored.values())),
+        ("defaulted", defaulted_rows(verdict.defaulted.values())),
         (
             "skipped: stored, but of a part that the target does not ask for",
-            stored_rows(plan.skipped.values()),
+            stored_rows(verdict.skipped.values()),
         ),
-        ("dropped", dropped_rows(plan.dropped.values())),
-        ("unexpected: stored, but not wanted", stored_rows(plan.unexpected.values())),
-        (missing, missing_rows(plan.missing.values(), with_policy=True)),
-        ("mismatched", mismatched_rows(plan.mismatched.values())),
+        ("dropped", dropped_rows(verdict.dropped.values())),
+        ("unexpected: stored, but not wanted", stored_rows(verdict.unexpected.values())),
+        (missing, missing_rows(verdict.missing.values(), with_policy=True)),
+        ("mismatched", mismatched_rows(verdict.mismatched.values())),
     ]
     return tuple(Block(title=title, count=len(rows), lines=fold(rows)) for title, rows in lists if rows)

@@ -1,0 +1,164 @@
+"""The explanation of a verdict: what is wrong, what probably caused it, what to do about it."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
+
+from orbax_nnx_handler.planning.core.dtypes import name_of
+from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, RestoreError, UnreadableLeafError
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, fill_hint
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
+from orbax_nnx_handler.planning.diagnosis.finders import diagnose
+from orbax_nnx_handler.planning.diagnosis.names import AnotherModel, OtherNames, nearest
+from orbax_nnx_handler.planning.diagnosis.problems import problems_of
+from orbax_nnx_handler.planning.text.folding import Row, fold
+from orbax_nnx_handler.planning.text.lines import align, wrapped
+from orbax_nnx_handler.planning.verdict.outcomes import Verdict
+from orbax_nnx_handler.planning.verdict.rows import look
+
+_SHOWN = 6
+_SOURCE = "the target is abstract, so initial values need init=..., a function that builds the target."
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Why a verdict is what it is; each part is worked out when somebody first asks for it."""
+
+    verdict: Verdict
+
+    @cached_property
+    def problems(self) -> tuple[RestoreError, ...]:
+        """What is wrong, one error for each kind; empty if the restore can be carried out."""
+        return tuple(problems_of(self.verdict))
+
+    @cached_property
+    def causes(self) -> tuple[Cause, ...]:
+        """Why it does not fit, as far as there is evidence."""
+        return diagnose(self.verdict)
+
+    @cached_property
+    def advice(self) -> tuple[str, ...]:
+        """The lines that say what probably caused the problems and what to do about them."""
+        return tuple(_advice(self.verdict, self.causes))
+
+    def error(self) -> RestoreError | None:
+        """Returns the one error that lists every problem, or None."""
+        if not self.problems:
+            return None
+        kinds = list(dict.fromkeys(type(problem) for problem in self.problems))
+        combined = (
+            kinds[0] if len(kinds) == 1 else type(" + ".join(k.__name__ for k in kinds), tuple(kinds), {})
+        )
+        body = [str(problem) for problem in self.problems]
+        paths = list(dict.fromkeys(path for problem in self.problems for path in problem.paths))
+        # The list of a foreign model's leaves would bury the one fact that matters.
+        first = [cause.cause for cause in self.causes if isinstance(cause, AnotherModel)]
+        lines = [*(() if self.verdict.faults else first), *body, _checkpoint(self.verdict), *self.advice]
+        return combined(
+            wrapped("\n".join(lines)),
+            paths=paths,
+            problems=self.problems if len(self.problems) > 1 else (),
+        )
+
+
+def _advice(verdict: Verdict, causes: Sequence[Cause]) -> list[str]:
+    if any(isinstance(fault, AmbiguousMappingError | UnreadableLeafError) for fault in verdict.faults):
+        # Until it is decided how to read the checkpoint, whatever is missing may be the other reading's;
+        # and what cannot be read may be what is missing.
+        return []
+    lines = _closest(
+        verdict, {p for cause in causes if not isinstance(cause, OtherNames) for p in cause.paths}
+    )
+    lines += _ways(causes)
+    explained = {path for cause in causes for path in cause.paths}
+    lines += [f"hint: {text}" for text in _general(verdict, explained)]
+    anew = [path for cause in causes if cause.may_begin_anew for path in cause.paths]
+    word = "or " if any(cause.may_begin_anew and cause.way for cause in causes) else ""
+    # What has another name has not to begin anew, and the rest of a renamed model may be renamed as well.
+    renamed = any(isinstance(cause, OtherNames) for cause in causes)
+    rest = [] if renamed or not verdict.restored else _open(verdict, explained)
+    lines += [f"hint: {word}{text}" for text in _fill(verdict, {*anew, *rest})]
+    if any('"init"' in line for line in lines) and _has_no_source(verdict):
+        lines.append(f"hint: {_SOURCE}")
+    return lines
+
+
+def _ways(causes: Sequence[Cause]) -> list[str]:
+    """Returns causes with their ways out; a way that several share comes once, after the last of them."""
+    lines: list[str] = []
+    for at, cause in enumerate(causes):
+        if not isinstance(cause, AnotherModel):
+            lines.append(f"cause: {cause.cause}")
+        if cause.way and all(cause.way != later.way for later in causes[at + 1 :]):
+            lines.append(f"hint: {cause.way}")
+    return lines
+
+
+def _fill(verdict: Verdict, paths: Collection[Path]) -> Iterable[str]:
+    """Yields the one policy that fills what may begin anew, and nothing that is merely named otherwise."""
+    missing = {path for path in _open(verdict, ()) if path in paths}
+    filters = selecting(Evidence(verdict=verdict), missing)
+    if filters:
+        yield fill_hint(filters, len(missing))
+    elif missing and len(missing) == len(_open(verdict, ())):
+        yield 'pass policy="init" to initialise all that is missing, or filters for a part of it.'
+
+
+def _open(verdict: Verdict, explained: Collection[Path]) -> list[Path]:
+    return [
+        path for path, item in verdict.missing.items() if item.policy == "error" and path not in explained
+    ]
+
+
+def _has_no_source(verdict: Verdict) -> bool:
+    return any(item.policy == "error" and item.filled_by is None for item in verdict.missing.values())
+
+
+def _closest(verdict: Verdict, explained: Collection[Path]) -> list[str]:
+    """Returns the nearest names of leaves that nothing but another name may explain."""
+    missing = [
+        verdict.sides.wanted[path] for path in _open(verdict, explained) if path in verdict.sides.wanted
+    ]
+    unexpected = [verdict.sides.placements[p] for p in verdict.unexpected if p in verdict.sides.placements]
+    pairs = nearest(missing, unexpected)
+    if len(pairs) == 1:
+        return [f"closest unexpected: {render(pairs[0][1].path)} {look(pairs[0][1])}"]
+    rows = [Row(wanted.path, (look(stored),), render(stored.path)) for wanted, stored in pairs]
+    return ["closest unexpected:", *align(fold(rows), limit=_SHOWN)] if rows else []
+
+
+def _general(verdict: Verdict, explained: Collection[Path]) -> Iterable[str]:
+    """Yields the way out of what no cause explains."""
+    left = [item for path, item in verdict.mismatched.items() if path not in explained]
+    kinds = {item.kind for item in left}
+    if any(item.policy == "init" and item.filled_by is None for item in verdict.missing.values()):
+        yield _SOURCE
+    if _is_renamed(verdict, _open(verdict, explained)):
+        yield 'where only a name differs, pass renames=[("name in the checkpoint", "name in the target")].'
+    elif not verdict.restored and _open(verdict, explained):
+        yield "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target."
+    if "shape" in kinds:
+        yield "a weight is never cut, padded or reshaped: build the target with the stored shapes."
+    # A mismatch with a detail says itself what to do.
+    if any(item.kind == "dtype" and not item.detail for item in left):
+        yield "integers, booleans and floats never become each other: give the target's leaf the stored kind."
+    if "key" in kinds:
+        yield "build the target with random keys of the stored implementation and shape."
+    if verdict.unexpected_policy == "error" and any(path not in explained for path in verdict.unexpected):
+        yield 'pass unexpected="warn" if nobody needs what is left over.'
+
+
+def _is_renamed(verdict: Verdict, missing: Iterable[Path]) -> bool:
+    """Tells whether a missing leaf may be an unexpected one of another name: the shape has to agree."""
+    shapes = {(leaf.shape, name_of(leaf.dtype)) for leaf in verdict.unexpected.values() if leaf.shape}
+    wanted = [verdict.sides.wanted[path] for path in missing if path in verdict.sides.wanted]
+    weights = [item.leaf for item in wanted if item.role == "model"]
+    return any((leaf.shape, name_of(leaf.dtype)) in shapes for leaf in weights)
+
+
+def _checkpoint(verdict: Verdict) -> str:
+    about = f"layout: {verdict.layout}, {counted(verdict.stored_count, 'stored leaf', 'stored leaves')}"
+    if verdict.unexpected:
+        about += f", {len(verdict.unexpected)} of them unexpected"
+    return f"checkpoint: {verdict.directory} ({about})"

@@ -1,0 +1,215 @@
+"""Law 2: a collection is a part of the name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+from orbax_nnx_handler import UnmappedValueError, restore
+from tests.laws import worlds
+from tests.laws.worlds import (
+    FORMS,
+    Numbers,
+    check,
+    model_target,
+    pure_target,
+    refused,
+    right_or_refused,
+    stacked,
+    target_of,
+    training_target,
+    write,
+)
+
+# Names that sort before `params` and behind it.
+COPIES = ("ema_params", "grads", "old_params", "slow_params", "target_params", "teacher_params")
+
+
+def _lstm(numbers, features=2, inputs=3):
+    gates = {gate: {"kernel": numbers(inputs, features)} for gate in ("ii", "if", "ig", "io")}
+    return gates | {gate: numbers.dense(features, features) for gate in ("hi", "hf", "hg", "ho")}
+
+
+def _gru(numbers, features=2, inputs=3, last_bias=0.0):
+    cell = {gate: numbers.dense(inputs, features) for gate in ("ir", "iz", "in")}
+    cell |= {gate: {"kernel": numbers(features, features)} for gate in ("hr", "hz")}
+    return cell | {
+        "hn": {"kernel": numbers(features, features), "bias": np.full(features, last_bias, np.float32)}
+    }
+
+
+def _joined(cell, gates, name):
+    return np.concatenate([cell[gate][name] for gate in gates], -1)
+
+
+class _Cell(nnx.Module):
+    def __init__(self, cell):
+        self.cell = cell(3, 2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_gates_are_joined_from_params(tmp_path, copy):
+    numbers = Numbers()
+    params = {"cell": _lstm(numbers)}
+    path = write(tmp_path, {"params": params, copy: {"cell": _lstm(numbers)}, "step": np.int32(3)})
+    result = restore(path, nnx.eval_shape(lambda: _Cell(nnx.OptimizedLSTMCell)), unexpected="ignore")
+    cell = result.cell
+    inputs, hidden = ("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho")
+    np.testing.assert_array_equal(cell.dense_i.kernel[...], _joined(params["cell"], inputs, "kernel"))
+    np.testing.assert_array_equal(cell.dense_h.kernel[...], _joined(params["cell"], hidden, "kernel"))
+    np.testing.assert_array_equal(cell.dense_h.bias[...], _joined(params["cell"], hidden, "bias"))
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_gates_of_a_gru_are_joined_from_params(tmp_path, copy):
+    numbers = Numbers()
+    params = {"cell": _gru(numbers)}
+    path = write(tmp_path, {"params": params, copy: {"cell": _gru(numbers)}, "step": np.int32(3)})
+    cell = restore(path, nnx.eval_shape(lambda: _Cell(nnx.GRUCell)), unexpected="ignore").cell
+    for part, gates in (("dense_i", ("ir", "iz", "in")), ("dense_h", ("hr", "hz", "hn"))):
+        np.testing.assert_array_equal(
+            getattr(cell, part).kernel[...], _joined(params["cell"], gates, "kernel")
+        )
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_bias_that_nnx_cannot_hold_is_seen_beside_a_copy(tmp_path, copy):
+    numbers = Numbers()
+    params, other = {"cell": _gru(numbers, last_bias=0.5)}, {"cell": _gru(numbers)}
+    path = write(tmp_path, {"params": params, copy: other, "step": np.int32(3)})
+    error = refused(path, nnx.eval_shape(lambda: _Cell(nnx.GRUCell)), unexpected="ignore")
+    assert isinstance(error, UnmappedValueError)
+
+
+@pytest.mark.parametrize("copy", ["ema_params", "target_params"])
+def test_a_weight_norm_takes_all_its_parts_from_params(tmp_path, copy):
+    numbers = Numbers()
+    variables = linen.WeightNorm(linen.Dense(4)).init(jax.random.key(0), jnp.ones((1, 3)))
+    params = numbers.like(variables["params"])
+    path = write(tmp_path, {"params": params, copy: numbers.like(params), "step": np.int32(3)})
+    target = nnx.WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    result = restore(path, target, unexpected="ignore")
+    kernel, bias = params["layer_instance"]["kernel"], params["layer_instance"]["bias"]
+    scale = params["layer_instance/kernel/scale"]
+    np.testing.assert_array_equal(result.layer_instance.kernel[...], kernel)
+    np.testing.assert_array_equal(result.layer_instance.bias[...], bias)
+    np.testing.assert_array_equal(result.scales[("kernel",)], scale)
+
+
+@pytest.mark.parametrize("form", ["module", "state"])
+@pytest.mark.parametrize("copy", COPIES)
+def test_layers_are_taken_out_of_the_stack_in_params(tmp_path, copy, form):
+    numbers = Numbers()
+    layers = {at: numbers.dense(2, 4) for at in range(3)}
+    scanned = {"layers": stacked(list(layers.values()))}
+    path = write(tmp_path, {"params": scanned, copy: numbers.like(scanned), "step": np.int32(1)})
+    result = restore(path, target_of(form, {"layers": layers}), unexpected="ignore")
+    check(result, {"layers": layers})
+
+
+@pytest.mark.parametrize("copy", ["ema_params", "target_params"])
+def test_layers_for_a_pure_dict_are_never_those_of_the_copy(tmp_path, copy):
+    numbers = Numbers()
+    layers = {f"layers_{at}": {"kernel": numbers(2, 4)} for at in range(3)}
+    scanned = {"layers": stacked(list(layers.values()))}
+    path = write(
+        tmp_path, {"params": scanned, copy: numbers.like(scanned), "opt_state": [], "step": np.int32(1)}
+    )
+    refused(path, pure_target(layers), unexpected="ignore")
+
+
+@pytest.mark.parametrize("copy", ["ema_params", "target_params"])
+def test_a_stack_for_a_pure_dict_is_never_made_from_the_copy(tmp_path, copy):
+    numbers = Numbers()
+    layers = {f"layers_{at}": {"kernel": numbers(2, 4)} for at in range(3)}
+    scanned = {"layers": stacked(list(layers.values()))}
+    path = write(tmp_path, {"params": layers, copy: numbers.like(layers), "step": np.int32(1)})
+    right_or_refused(path, pure_target(scanned), scanned, unexpected="ignore")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("copy", ["ema_params", "grads", "masks", "target_params"])
+def test_a_weight_that_only_a_copy_holds_is_missing(tmp_path, copy, form):
+    numbers = Numbers()
+    whole = {"hidden": numbers.dense(), "head": numbers.dense()}
+    path = write(
+        tmp_path,
+        {"params": {"hidden": whole["hidden"]}, copy: numbers.like(whole), "step": np.int32(1)},
+    )
+    refused(path, target_of(form, whole), unexpected="ignore")
+
+
+@pytest.mark.parametrize(
+    "name", ["ema_stats", "ema_batch_stats", "teacher_batch_stats", "initial_batch_stats"]
+)
+@pytest.mark.parametrize("unexpected", ["ignore", "error"])
+def test_statistics_are_not_taken_from_a_collection_of_another_name(tmp_path, name, unexpected):
+    numbers = Numbers()
+    params = {"bn": {"scale": numbers(4), "bias": numbers(4)}}
+    stats = {"bn": {"mean": numbers(4), "var": numbers(4)}}
+    path = write(tmp_path, {"params": params, name: stats, "step": np.int32(1)})
+    whole = {"bn": params["bn"] | stats["bn"]}
+    refused(path, model_target(whole), unexpected=unexpected)
+
+
+@pytest.mark.parametrize("name", ["ema_batch_stats", "old_batch_stats", "test_batch_stats"])
+@pytest.mark.parametrize("form", ["module", "state"])
+def test_statistics_come_from_their_own_collection_beside_another(tmp_path, name, form):
+    numbers = Numbers()
+    params = {"bn": {"scale": numbers(4), "bias": numbers(4)}}
+    stats = {"bn": {"mean": numbers(4), "var": numbers(4)}}
+    stored = {"params": params, "batch_stats": stats, name: numbers.like(stats), "step": np.int32(1)}
+    whole = {"bn": params["bn"] | stats["bn"]}
+    check(restore(write(tmp_path, stored), target_of(form, whole), unexpected="ignore"), whole)
+
+
+@pytest.mark.parametrize("field", ["model_state", "extra_variables", "mutable", "state", "variables", "aux"])
+def test_statistics_one_level_down_are_found(tmp_path, field):
+    numbers = Numbers()
+    params = {"hidden": numbers.dense(), "bn": {"scale": numbers(4)}}
+    stats = {"bn": {"mean": numbers(4), "var": numbers(4)}}
+    tx = optax.adam(1e-3)
+    opt_state = numbers.optimizer(tx, params)
+    stored = {"params": params, field: {"batch_stats": stats}, "opt_state": opt_state, "step": np.int32(7)}
+    whole = {"hidden": params["hidden"], "bn": params["bn"] | stats["bn"]}
+    path = write(tmp_path, stored)
+    check(restore(path, model_target(whole)), whole)
+    result = restore(path, training_target(whole, tx))
+    check(result, worlds.below("model", whole) | worlds.below("optimizer/opt_state", opt_state))
+
+
+class Cached(nnx.Variable):
+    pass
+
+
+@pytest.mark.parametrize("other", ["metric", "kept", "state"])
+def test_a_type_of_its_own_comes_from_its_own_collection(tmp_path, other):
+    numbers = Numbers()
+    name = nnx.variable_name_from_type(Cached, allow_register=True)
+    params, own = {"hidden": numbers.dense()}, {"hidden": {"table": numbers(5)}}
+    stored = {"params": params, name: own, other: numbers.like(own), "step": np.int32(1)}
+    whole = {"hidden": params["hidden"] | own["hidden"]}
+    target = model_target(whole, {"table": Cached})
+    check(restore(write(tmp_path, stored), target, unexpected="ignore"), whole)
+    del stored[name]
+    refused(write(tmp_path, stored), target, unexpected="ignore")
+
+
+@pytest.mark.parametrize("copy", [*COPIES, "masks", "last_batch"])
+def test_a_copy_beside_params_does_not_take_the_moments(tmp_path, copy):
+    numbers = Numbers()
+    params, tx = {"hidden": numbers.dense(), "out": numbers.dense(4, 2)}, optax.adam(1e-3)
+    other = {"hidden": {"kernel": numbers(2)}} if copy == "last_batch" else numbers.like(params)
+    opt_state = numbers.optimizer(tx, params)
+    path = write(tmp_path, {"params": params, copy: other, "opt_state": opt_state, "step": np.int32(7)})
+    result = restore(path, training_target(params, tx), unexpected="ignore")
+    check(result, worlds.below("model", params) | worlds.below("optimizer/opt_state", opt_state))
+
+
+def test_a_copy_beside_params_is_seen_under_strict_unexpected(tmp_path):
+    numbers = Numbers()
+    params = {"hidden": numbers.dense()}
+    path = write(tmp_path, {"params": params, "ema_params": numbers.like(params)})
+    refused(path, model_target(params), unexpected="error")

@@ -1,0 +1,181 @@
+"""Law 3: an owner is a part of the name."""
+
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, restore
+from tests.laws import worlds
+from tests.laws.worlds import Branch, Numbers, Training, check, refused, training_target, write
+
+ADAM = optax.adam(1e-3)
+
+
+def _model(numbers):
+    return {"hidden": numbers.dense(4, 8), "out": numbers.dense(8, 3)}
+
+
+def _train_state(numbers, params, step, tx=ADAM, cls=TrainState, **fields):
+    made = cls.create(apply_fn=None, params=params, tx=tx, **fields)
+    return made.replace(opt_state=numbers.optimizer(tx, params), step=step)
+
+
+def _expected(state, owner="", stats=None):
+    model = worlds.below(f"{owner}model", state.params)
+    if stats:
+        model |= worlds.below(f"{owner}model", stats)
+    moments = worlds.below(f"{owner}optimizer/opt_state", state.opt_state)
+    step = {(*filter(None, owner.split("/")), "optimizer", "step"): np.uint32(state.step)}
+    return model | moments | step
+
+
+class _Owner(nnx.Module):
+    def __init__(self, **parts):
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+@pytest.mark.parametrize("names", [("gen", "disc"), ("a", "b"), ("online", "target")])
+def test_another_networks_optimizer_is_not_lent(tmp_path, names):
+    numbers = Numbers()
+    one, other = _model(numbers), _model(numbers)
+    optimizer = {"opt_state": numbers.optimizer(ADAM, one), "step": np.uint32(7)}
+    path = write(tmp_path, {names[0]: one, names[1]: other, f"{names[0]}_opt": optimizer})
+
+    def make():
+        model = Branch(other, {})
+        return _Owner(**{names[1]: model, f"{names[1]}_opt": nnx.Optimizer(model, ADAM, wrt=nnx.Param)})
+
+    refused(path, nnx.eval_shape(make), unexpected="ignore")
+
+
+@pytest.mark.parametrize("names", [("teacher", "student"), ("student", "teacher")])
+def test_the_teachers_moments_are_not_the_students(tmp_path, names):
+    numbers = Numbers()
+    one, other = _model(numbers), _model(numbers)
+    optimizer = {"opt_state": numbers.optimizer(ADAM, one), "step": np.uint32(7)}
+    path = write(tmp_path, {names[0]: {"model": one, "optimizer": optimizer}, names[1]: {"model": other}})
+    target = nnx.eval_shape(lambda: _Owner(**{names[1]: Training(other, ADAM, {})}))
+    refused(path, target, unexpected="ignore")
+
+
+def test_a_rule_for_the_weights_of_one_network_lends_no_optimizer_of_the_other(tmp_path):
+    numbers = Numbers()
+    one, other = _model(numbers), _model(numbers)
+    path = write(tmp_path, {"gen": _train_state(numbers, one, 7), "disc": {"params": other}})
+    target = training_target(other, ADAM)
+    refused(path, target, renames=[("disc/params", "model")], unexpected="ignore")
+
+
+def test_moments_of_one_of_two_networks_below_params_are_not_the_others(tmp_path):
+    numbers = Numbers()
+    params = {"gen": _model(numbers), "disc": _model(numbers)}
+    stored = {
+        "params": params,
+        "opt_state": numbers.optimizer(ADAM, {"gen": params["gen"]}),
+        "step": np.int32(7),
+    }
+    target = training_target(params["disc"], ADAM)
+    refused(write(tmp_path, stored), target, renames=[("disc", "model")], unexpected="ignore")
+
+
+@pytest.mark.parametrize("key", ["model", "state", "train_state", "agent", "a/b"])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_train_state_below_a_key_is_restored(tmp_path, key, statistics):
+    class WithStatistics(TrainState):
+        batch_stats: dict
+
+    numbers = Numbers()
+    params, stats = _model(numbers), {"bn": {"mean": numbers(8), "var": numbers(8)}}
+    if statistics:
+        state = _train_state(numbers, params, 7, cls=WithStatistics, batch_stats=stats)
+    else:
+        state, stats = _train_state(numbers, params, 7), {}
+    tree = {"config": {"dims": np.array([5, 3])}, "data": [np.ones(2)]}
+    inner = state
+    for name in reversed(key.split("/")):
+        inner = {name: inner}
+    path = write(tmp_path, tree | inner)
+    result = restore(path, training_target(params | stats, ADAM), unexpected="ignore")
+    check(result, _expected(state, stats=stats))
+
+
+@pytest.mark.parametrize("names", [("gen", "disc"), ("actor", "critic")])
+def test_two_train_states_are_restored_each_into_its_own(tmp_path, names):
+    numbers = Numbers()
+    states = {name: _train_state(numbers, _model(numbers), 7 + 2 * at) for at, name in enumerate(names)}
+    path = write(tmp_path, states)
+    target = nnx.eval_shape(
+        lambda: _Owner(**{name: Training(state.params, ADAM, {}) for name, state in states.items()})
+    )
+    expected = [_expected(state, f"{name}/") for name, state in states.items()]
+    check(restore(path, target), expected[0] | expected[1])
+
+
+@pytest.mark.parametrize("name", ["gen", "disc"])
+def test_one_of_two_train_states_is_restored_below_its_name(tmp_path, name):
+    numbers = Numbers()
+    states = {each: _train_state(numbers, _model(numbers), step) for each, step in (("gen", 7), ("disc", 9))}
+    path = write(tmp_path, states)
+    target = nnx.eval_shape(lambda: _Owner(**{name: Training(states[name].params, ADAM, {})}))
+    check(restore(path, target, unexpected="ignore"), _expected(states[name], f"{name}/"))
+
+
+@pytest.mark.parametrize("name", ["gen", "disc"])
+def test_one_of_two_train_states_is_restored_by_rules(tmp_path, name):
+    numbers = Numbers()
+    states = {each: _train_state(numbers, _model(numbers), step) for each, step in (("gen", 7), ("disc", 9))}
+    path = write(tmp_path, states)
+    renames = [(f"{name}/params", "model"), (f"{name}/opt_state", "optimizer/opt_state")]
+    target = training_target(states[name].params, ADAM)
+    check(restore(path, target, renames=renames, unexpected="ignore"), _expected(states[name]))
+
+
+def test_which_of_two_train_states_is_meant_is_asked(tmp_path):
+    numbers = Numbers()
+    states = {each: _train_state(numbers, _model(numbers), step) for each, step in (("gen", 7), ("disc", 9))}
+    refused(write(tmp_path, states), training_target(states["gen"].params, ADAM), unexpected="ignore")
+
+
+def test_the_one_stored_step_is_not_the_step_of_two_networks(tmp_path):
+    numbers = Numbers()
+    models = {"gen": _model(numbers), "disc": _model(numbers)}
+    path = write(
+        tmp_path,
+        models | {"gen_opt": {"opt_state": numbers.optimizer(ADAM, models["gen"]), "step": np.uint32(7)}},
+    )
+
+    def make():
+        parts = {name: Branch(tree, {}) for name, tree in models.items()}
+        optimizers = {f"{name}_opt": nnx.Optimizer(part, ADAM, wrt=nnx.Param) for name, part in parts.items()}
+        return _Owner(**parts, **optimizers)
+
+    try:
+        result = restore(path, nnx.eval_shape(make), policy="init", init=make, unexpected="ignore")
+    except RestoreError:
+        return
+    assert int(result.disc_opt.step[...]) != 7
+    assert not np.any(result.disc_opt.opt_state[0].mu.hidden.kernel[...])
+
+
+def test_weights_and_optax_state_in_two_items_are_restored_each_into_its_part(tmp_path):
+    numbers = Numbers()
+    params = _model(numbers)
+    opt_state = numbers.optimizer(ADAM, params)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        save = ocp.args.StandardSave
+        manager.save(7, args=ocp.args.Composite(params=save(params), opt_state=save(opt_state)))
+    target = training_target(params, ADAM)
+    policy = {nnx.PathContains("step"): "warn", ...: "error"}
+    handlers = {"params": NNXLinenHandler(), "opt_state": NNXLinenHandler()}
+    with ocp.CheckpointManager(tmp_path, item_handlers=handlers) as manager:
+        args = ocp.args.Composite(
+            params=NNXLinenRestore(target.model),
+            opt_state=NNXLinenRestore(target.optimizer, policy=policy),
+        )
+        result = manager.restore(7, args=args)
+    check(result["params"], params)
+    check(result["opt_state"], worlds.below("opt_state", opt_state))

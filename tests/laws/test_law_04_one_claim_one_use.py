@@ -1,0 +1,151 @@
+"""Law 4: no two stored elements claim one wanted element, and none lands in two wanted leaves."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import StackLayers, restore
+from tests.laws.worlds import (
+    FORMS,
+    Numbers,
+    check,
+    model_target,
+    pure_target,
+    refused,
+    right_or_refused,
+    stacked,
+    target_of,
+    write,
+)
+
+
+def _kernels(numbers, *names):
+    return {name: {"kernel": numbers(3, 4)} for name in names}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("double", ["layers_00", "layers_000"])
+def test_two_spellings_of_layer_zero_are_two_claims(tmp_path, double, form):
+    numbers = Numbers()
+    layers = _kernels(numbers, "layers_0", double, "layers_1")
+    wanted = {"layers": stacked([layers["layers_0"], layers["layers_1"]])}
+    refused(write(tmp_path, {"params": layers}), target_of(form, wanted), unexpected="ignore")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_in_the_name_and_one_in_the_path_are_two_claims(tmp_path, form):
+    numbers = Numbers()
+    layers = _kernels(numbers, "layers_0", "layers_1")
+    stored = layers | {"layers": _kernels(numbers, "0")}
+    wanted = {"layers": stacked([layers["layers_0"], layers["layers_1"]])}
+    refused(write(tmp_path, {"params": stored}), target_of(form, wanted), unexpected="ignore")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("names", [("attn", "mlp"), ("mlp", "attn"), ("a", "b")])
+def test_two_kinds_of_layer_do_not_become_one(tmp_path, names, form):
+    numbers = Numbers()
+    stored = {"blocks": {f"{name}_{at}": {"scale": numbers(4)} for name in names for at in range(2)}}
+    wanted = {f"blocks_{at}": {"scale": np.zeros(4, np.float32)} for at in range(2)}
+    refused(write(tmp_path, {"params": stored}), target_of(form, wanted), unexpected="ignore")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("old", ["old", "extra", "zzz"])
+def test_a_rename_onto_a_stored_group_is_a_second_claim(tmp_path, old, form):
+    numbers = Numbers()
+    layers = _kernels(numbers, "layers_0", "layers_1")
+    stored = layers | _kernels(numbers, f"{old}_0", f"{old}_1")
+    path = write(tmp_path, {"params": stored})
+    rules = [(f"{old}_{{i}}", "layers_{i}")]
+    wanted = {"layers": stacked(list(layers.values()))}
+    refused(path, target_of(form, wanted), renames=rules, unexpected="ignore")
+    refused(path, target_of(form, layers), renames=rules, unexpected="ignore")
+
+
+def test_a_rule_that_stacks_layers_counts_each_once(tmp_path):
+    numbers = Numbers()
+    layers = _kernels(numbers, "layers_0", "layers_00", "layers_1")
+    wanted = {"layers": stacked([layers["layers_0"], layers["layers_1"]])}
+    path = write(tmp_path, {"params": layers})
+    refused(path, pure_target(wanted), renames=[StackLayers("layers_{i}", "layers", 0)], unexpected="ignore")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("submodule", ["dense_0", "Dense_0", "mlp_0"])
+@pytest.mark.parametrize("policy", ["error", "warn"])
+def test_a_new_bias_of_a_layer_is_not_that_of_its_submodule(tmp_path, submodule, policy, form):
+    numbers = Numbers()
+    stored = {"blocks": {submodule: {"kernel": numbers(3, 4, 4), "bias": numbers(3, 4)}}}
+    layer = {
+        "bias": np.zeros(4, np.float32),
+        submodule: {"kernel": np.zeros((4, 4), np.float32), "bias": np.zeros(4, np.float32)},
+    }
+    wanted = (
+        {"blocks": dict.fromkeys(range(3), layer)}
+        if form != "pure"
+        else {f"blocks_{at}": layer for at in range(3)}
+    )
+    path = write(tmp_path, {"params": stored})
+    if policy == "error":
+        refused(path, target_of(form, wanted), unexpected="error")
+        return
+    result = restore(path, target_of(form, wanted), policy="warn")
+    inner = jax.tree.map(lambda leaf: leaf, stored["blocks"][submodule])
+    layers = [
+        {"bias": np.zeros(4, np.float32), submodule: {key: value[at] for key, value in inner.items()}}
+        for at in range(3)
+    ]
+    check(
+        result,
+        {"blocks": dict(enumerate(layers))}
+        if form != "pure"
+        else {f"blocks_{at}": layers[at] for at in range(3)},
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_bias_does_not_become_two(tmp_path, form):
+    numbers = Numbers()
+    stored = {f"blocks_{at}": {"bias": numbers(4)} for at in range(3)}
+    wanted = {
+        "blocks": {"bias": np.zeros((3, 4), np.float32), "dense_0": {"bias": np.zeros((3, 4), np.float32)}}
+    }
+    refused(write(tmp_path, {"params": stored}), target_of(form, wanted), unexpected="ignore")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_stored_once_is_not_used_under_two_names(tmp_path, form):
+    numbers = Numbers()
+    stored = {"embed": {"embedding": numbers(5, 4)}}
+    wanted = {
+        "embed": {"embedding": np.zeros((5, 4), np.float32)},
+        "head": {"embedding": np.zeros((5, 4), np.float32)},
+    }
+    refused(write(tmp_path, {"params": stored}), target_of(form, wanted), unexpected="ignore")
+
+
+class _Tied(nnx.Module):
+    def __init__(self):
+        self.embed = nnx.Embed(5, 4, rngs=nnx.Rngs(0))
+        self.head = self.embed
+
+
+def test_a_variable_that_the_target_shares_is_filled_once(tmp_path):
+    stored = {"embed": {"embedding": Numbers()(5, 4)}}
+    result = restore(write(tmp_path, {"params": stored}), nnx.eval_shape(_Tied))
+    assert result.head is result.embed
+    np.testing.assert_array_equal(result.head.embedding[...], stored["embed"]["embedding"])
+
+
+def test_a_layer_stored_both_alone_and_in_a_stack_is_asked_for(tmp_path):
+    numbers = Numbers()
+    layers = _kernels(numbers, "layers_0", "layers_1")
+    stored = layers | {"layers": stacked(list(_kernels(numbers, "layers_0", "layers_1").values()))}
+    right_or_refused(write(tmp_path, {"params": stored}), pure_target(layers), layers, unexpected="ignore")
+    refused(
+        write(tmp_path, {"params": stored}),
+        model_target({"layers": {0: layers["layers_0"], 1: layers["layers_1"]}}),
+        unexpected="ignore",
+    )

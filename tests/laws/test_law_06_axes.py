@@ -1,0 +1,120 @@
+"""Law 6: each leaf has its own axis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+from orbax_nnx_handler import AmbiguousMappingError, ScanAxis, restore
+from tests.laws.worlds import FORMS, Numbers, check, pure_target, refused, stacked, target_of, write
+
+
+def _single(layers, name="layers"):
+    return {f"{name}_{at}": layer for at, layer in enumerate(layers)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [3, 4])
+def test_features_are_not_taken_for_layers_on_axis_minus_one(tmp_path, size, form):
+    numbers = Numbers()
+    layers = [{"dense": numbers.dense(3, size)} for _ in range(size)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, -1)}})
+    refused(path, target_of(form, _single(layers)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_shapes_that_allow_one_axis_only_decide_each_for_itself(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"dense": numbers.dense(3, 5)} for _ in range(4)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, axis)}})
+    check(restore(path, target_of(form, _single(layers))), _single(layers))
+
+
+class _Tower(linen.Module):
+    """Four networks side by side, their weights on the last axis."""
+
+    @linen.compact
+    def __call__(self, x):
+        towers = linen.vmap(
+            linen.Dense, variable_axes={"params": -1}, split_rngs={"params": True}, in_axes=None, axis_size=4
+        )
+        return towers(4, name="towers")(x)
+
+
+def test_a_vmap_over_the_last_axis_is_not_transposed(tmp_path):
+    variables = _Tower().init(jax.random.key(0), jnp.ones((1, 4)))
+    numbers = Numbers()
+    params = numbers.like(variables["params"])
+    wanted = {
+        f"towers_{at}": {"kernel": np.zeros((4, 4), np.float32), "bias": np.zeros(4, np.float32)}
+        for at in range(4)
+    }
+    refused(write(tmp_path, {"params": params}), pure_target(wanted))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_statistics_may_lie_on_another_axis_than_parameters(tmp_path, form):
+    numbers = Numbers()
+    size = 4
+    params = [{"bn": {"scale": numbers(3, size)}} for _ in range(size)]
+    stats = [{"bn": {"mean": numbers(size)}} for _ in range(size)]
+    stored = {"params": {"layers": stacked(params, 0)}, "batch_stats": {"layers": stacked(stats, 1)}}
+    wanted = {f"layers_{at}": {"bn": params[at]["bn"] | stats[at]["bn"]} for at in range(size)}
+    refused(write(tmp_path, stored), target_of(form, wanted))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("said", "open_group"), [("encoder/layers", "layers"), ("layers", "encoder/layers")])
+def test_a_rule_for_the_axis_of_one_group_says_nothing_of_another(tmp_path, said, open_group, form):
+    numbers = Numbers()
+
+    def square():
+        return [{"kernel": numbers(4, 4)} for _ in range(4)]
+
+    top, inner = square(), square()
+    stored = {"layers": stacked(top, 1), "encoder": {"layers": stacked(inner, 1)}}
+    wanted = {"layers": dict(enumerate(top)), "encoder": {"layers": dict(enumerate(inner))}}
+    if form == "pure":
+        wanted = _single(top) | {"encoder": _single(inner)}
+    path = write(tmp_path, {"params": stored})
+    error = refused(path, target_of(form, wanted), renames=[ScanAxis(said, 1)])
+    assert isinstance(error, AmbiguousMappingError)
+    assert open_group in str(error)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_rule_for_exactly_a_group_decides_its_axis(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(4, 4)} for _ in range(4)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, axis)}})
+    result = restore(path, target_of(form, _single(layers)), renames=[ScanAxis("layers", axis)])
+    check(result, _single(layers))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_leaf_of_equal_axes_is_not_decided_apart_from_its_group(tmp_path, form):
+    numbers = Numbers()
+    layers = [{"bias": numbers(3), "dense_0": numbers.dense(5, 7)} for _ in range(3)]
+    path = write(tmp_path, {"params": {"blocks": stacked(layers, 1)}})
+    wanted = {"blocks": dict(enumerate(layers))} if form != "pure" else _single(layers, "blocks")
+    check(restore(path, target_of(form, wanted)), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_leaves_that_allow_two_axes_each_are_asked_for(tmp_path, form):
+    numbers = Numbers()
+    layers = [{"a": {"kernel": numbers(3, 5)}, "b": {"kernel": numbers(5, 3)}} for _ in range(3)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, 0)}})
+    refused(path, target_of(form, _single(layers)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_group_decides_where_every_other_leaf_allows_the_same_one_axis(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"a": {"kernel": numbers(3, 3)}, "b": {"kernel": numbers(5, 7)}} for _ in range(3)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, axis)}})
+    check(restore(path, target_of(form, _single(layers))), _single(layers))

@@ -1,0 +1,135 @@
+"""Law 8: a moment is its parameter's, and optimizer states are matched as wholes, in order."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from orbax_nnx_handler import RestoreError, Transpose, restore
+from tests.laws import worlds
+from tests.laws.worlds import Numbers, check, stacked, training_target, write
+
+
+def _schedule(count):
+    return 1.0 + 0 * count
+
+
+CHAINS = {
+    "adam, schedule, plateau": lambda: [
+        optax.scale_by_adam(),
+        optax.scale_by_schedule(_schedule),
+        optax.contrib.reduce_on_plateau(accumulation_size=10),
+    ],
+    "noise, schedule": lambda: [optax.add_noise(0.1, 0.5, 3), optax.scale_by_schedule(_schedule)],
+    "two plateaus": lambda: [
+        optax.contrib.reduce_on_plateau(accumulation_size=3),
+        optax.scale_by_adam(),
+        optax.contrib.reduce_on_plateau(accumulation_size=5),
+    ],
+    "inject, schedule": lambda: [
+        optax.inject_hyperparams(optax.adam)(learning_rate=1e-3),
+        optax.scale_by_schedule(_schedule),
+    ],
+    "two schedules": lambda: [
+        optax.scale_by_schedule(_schedule),
+        optax.scale_by_adam(),
+        optax.scale_by_schedule(_schedule),
+    ],
+    "adam, trace, ema": lambda: [optax.scale_by_adam(), optax.trace(0.9), optax.ema(0.9)],
+}
+GROWN = {
+    "the same": lambda parts: parts,
+    "clip first": lambda parts: [optax.clip_by_global_norm(1.0), *parts],
+    "decay last": lambda parts: [*parts, optax.add_decayed_weights(0.1)],
+    "clip and decay within": lambda parts: [
+        optax.clip(1.0),
+        parts[0],
+        optax.add_decayed_weights(0.1),
+        *parts[1:],
+    ],
+    "nested": lambda parts: [optax.clip(1.0), optax.chain(*parts)],
+}
+
+
+def _states(state):
+    """Returns the states of a chain that hold anything, in order, whatever they are nested in."""
+    if isinstance(state, tuple) and not hasattr(state, "_fields"):
+        return [inner for part in state for inner in _states(part)]
+    return [state] if jax.tree.leaves(state) else []
+
+
+@pytest.mark.parametrize("grown", GROWN)
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_states_of_a_chain_keep_their_numbers_when_it_grows_or_shrinks(tmp_path, chain, grown, backwards):
+    numbers = Numbers()
+    params = {"dense": numbers.dense()}
+    plain, other = optax.chain(*CHAINS[chain]()), optax.chain(*GROWN[grown](CHAINS[chain]()))
+    old, new = (other, plain) if backwards else (plain, other)
+    opt_state = numbers.optimizer(old, params)
+    path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(2)})
+    try:
+        result = restore(path, training_target(params, new))
+    except RestoreError:
+        if grown == "the same":
+            raise
+        return
+    have = [worlds.flat(part) for part in _states(result.optimizer.opt_state)]
+    want = [worlds.flat(part) for part in _states(opt_state)]
+
+    def values(parts):
+        return [[value.tolist() for value in part.values()] for part in parts]
+
+    assert values(have) == values(want)
+
+
+@pytest.mark.parametrize("name", ["mu", "nu", "trace", "count"])
+def test_a_module_called_like_a_moment_is_not_one(tmp_path, name):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params = {"dense": {"kernel": numbers(4, 4)}, name: {"dense": {"kernel": numbers(4, 4)}}}
+    opt_state = numbers.optimizer(tx, params)
+    path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(1)})
+    rules = [Transpose(f"{name}/dense/kernel", (1, 0))]
+    result = restore(path, training_target(params, tx), renames=rules)
+    for slot in ("mu", "nu"):
+        stored = getattr(opt_state[0], slot)
+        turned = {"dense": stored["dense"], name: {"dense": {"kernel": stored[name]["dense"]["kernel"].T}}}
+        have = getattr(result.optimizer.opt_state[0], slot)
+        for key, part in turned.items():
+            check(have[key], part)
+
+
+@pytest.mark.parametrize("names", [("mu", "nu"), ("nu", "mu"), ("mu", "dense")])
+def test_modules_called_mu_and_nu_beside_each_other_keep_their_moments(tmp_path, names):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params = {name: numbers.dense(4, 4) for name in names}
+    opt_state = numbers.optimizer(tx, params)
+    path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(1)})
+    result = restore(path, training_target(params, tx))
+    check(result, worlds.below("model", params) | worlds.below("optimizer/opt_state", opt_state))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_moments_are_unstacked_with_their_parameters(tmp_path, axis):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    layers = [numbers.dense(3, 5) for _ in range(4)]
+    scanned = {"layers": stacked(layers, axis)}
+    opt_state = numbers.optimizer(tx, scanned)
+    path = write(tmp_path, {"params": scanned, "opt_state": opt_state, "step": np.int32(1)})
+    result = restore(path, training_target({"layers": dict(enumerate(layers))}, tx))
+    for slot in ("mu", "nu"):
+        stored = getattr(opt_state[0], slot)["layers"]
+        for at in range(4):
+            have = getattr(result.optimizer.opt_state[0], slot)["layers"][at]
+            check(worlds.flat(have), {key: np.take(value, at, axis) for key, value in stored.items()})
+
+
+@pytest.mark.parametrize("wanted", ["nu only", "mu only"])
+def test_one_moment_is_not_taken_for_another(tmp_path, wanted):
+    numbers = Numbers()
+    params = {"dense": numbers.dense()}
+    stored_tx, wanted_tx = optax.trace(0.9), optax.scale_by_rms()
+    if wanted == "mu only":
+        stored_tx, wanted_tx = wanted_tx, stored_tx
+    stored = {"params": params, "opt_state": numbers.optimizer(stored_tx, params), "step": np.int32(1)}
+    worlds.refused(write(tmp_path, stored), training_target(params, wanted_tx), unexpected="ignore")

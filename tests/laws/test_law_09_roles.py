@@ -1,0 +1,138 @@
+"""Law 9: a role is a place, not a name."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import restore, save
+from tests.laws import worlds
+from tests.laws.worlds import Branch, Numbers, Training, check, refused, training_target, write
+
+ADAM = optax.adam(1e-3)
+
+
+class Count(nnx.Variable):
+    pass
+
+
+KINDS = {"count": Count, "statistic": nnx.BatchStat, "param": nnx.Param}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["average", "ema", "quantised"])
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_a_models_own_step_is_not_the_train_states(tmp_path, place, kind, optimizer):
+    numbers = Numbers()
+    params = {place: {"dense": numbers.dense()}}
+    stored = {"params": params, "opt_state": numbers.optimizer(ADAM, params), "step": np.int32(777)}
+
+    class Train(Training):
+        def __init__(self):
+            if optimizer:
+                super().__init__(params, ADAM, {})
+            else:
+                self.model = Branch(params, {})
+            getattr(self.model, place).step = KINDS[kind](jnp.int32(0))
+
+    path = write(tmp_path, stored)
+    for unexpected in ("ignore", "error"):
+        refused(path, nnx.eval_shape(Train), unexpected=unexpected)
+
+
+@pytest.mark.parametrize("place", ["quantiser", "ema"])
+def test_a_field_beside_the_model_called_step_is_not_the_train_states(tmp_path, place):
+    numbers = Numbers()
+    params = {"dense": numbers.dense()}
+    stored = {"params": params, "opt_state": numbers.optimizer(ADAM, params), "step": np.int32(777)}
+
+    class Train(Training):
+        def __init__(self):
+            super().__init__(params, ADAM, {})
+            setattr(self, place, nnx.Dict(step=Count(jnp.int32(0))))
+
+    refused(write(tmp_path, stored), nnx.eval_shape(Train), unexpected="ignore")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
+def test_a_new_parameter_called_step_is_initialised(tmp_path, dtype):
+    numbers = Numbers()
+    params = {"quantised": {"dense": numbers.dense()}}
+
+    class Model(Branch):
+        def __init__(self):
+            super().__init__(params, {})
+            self.quantised.step = nnx.Param(jnp.asarray(3, dtype))
+
+    path = write(tmp_path, {"params": params, "opt_state": [], "step": np.int32(777)})
+    result = restore(path, nnx.eval_shape(Model), policy="init", init=Model)
+    assert float(result.quantised.step[...]) == 3
+    check(result.quantised.dense, params["quantised"]["dense"])
+
+
+@pytest.mark.parametrize("kind", ["statistic", "param"])
+def test_a_models_own_step_is_restored_where_it_is_stored(tmp_path, kind):
+    numbers = Numbers()
+    params = {"average": {"dense": numbers.dense()}}
+    own = {"average": {"step": np.int32(41)}}
+    stored = {"params": params, "opt_state": [], "step": np.int32(777)}
+    if kind == "param":
+        stored["params"] = {"average": params["average"] | own["average"]}
+    else:
+        stored["batch_stats"] = own
+    whole = {"average": params["average"] | own["average"]}
+    target = worlds.model_target(whole, {"step": KINDS[kind]})
+    check(restore(write(tmp_path, stored), target, unexpected="ignore"), whole)
+
+
+NAMES = ("step", "params", "value", "mu", "nu", "opt_state", "model", "count", "batch_stats", "optimizer")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_may_have_any_name(tmp_path, name):
+    numbers = Numbers()
+    params = {name: {"dense": numbers.dense()}, "other": numbers.dense()}
+    opt_state = numbers.optimizer(ADAM, params)
+    path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(777)})
+    expected = worlds.below("model", params) | worlds.below("optimizer/opt_state", opt_state)
+    check(restore(path, training_target(params, ADAM)), expected | {("optimizer", "step"): np.uint32(777)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_may_have_any_name(tmp_path, name):
+    numbers = Numbers()
+    params = {"layer": {name: numbers(4), "kernel": numbers(4)}}
+    opt_state = numbers.optimizer(ADAM, params)
+    path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(777)})
+    expected = worlds.below("model", params) | worlds.below("optimizer/opt_state", opt_state)
+    check(restore(path, training_target(params, ADAM)), expected | {("optimizer", "step"): np.uint32(777)})
+
+
+class step(nnx.Variable):  # noqa: N801 its collection is called like the train state's field
+    pass
+
+
+class opt_state(nnx.Variable):  # noqa: N801
+    pass
+
+
+@pytest.mark.parametrize("kind", [step, opt_state])
+def test_a_variable_type_called_like_a_field_of_the_train_state_is_stored_or_refused(tmp_path, kind):
+    numbers = Numbers()
+    params = {"dense": numbers.dense()}
+
+    class Train(Training):
+        def __init__(self):
+            super().__init__(params, ADAM, {})
+            self.model.clock = kind(jnp.arange(3.0) + 0.5)
+
+    path = tmp_path / "saved"
+    try:
+        save(path, Train())
+    except ValueError:
+        return
+    with ocp.PyTreeCheckpointer() as reader:
+        stored = worlds.flat(reader.restore(path))
+    assert any(np.array_equal(value, np.arange(3.0) + 0.5) for value in stored.values())

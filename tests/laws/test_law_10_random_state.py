@@ -1,0 +1,92 @@
+"""Law 10: random state that is stored and wanted is restored, and two streams of one name stay two."""
+
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import restore, save
+from tests.laws.worlds import flat
+
+ADAM = optax.adam(1e-3)
+
+
+class Model(nnx.Module):
+    def __init__(self, names, seed):
+        self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.rngs = nnx.Rngs(**{name: seed + at for at, name in enumerate(names)})
+
+
+class Train(nnx.Module):
+    def __init__(self, inner=("dropout",), outer=("dropout",)):
+        self.model = Model(inner, 11)
+        self.optimizer = nnx.Optimizer(self.model, ADAM, wrt=nnx.Param)
+        self.rngs = nnx.Rngs(**{name: 22 + at for at, name in enumerate(outer)})
+
+
+class TwoModels(nnx.Module):
+    def __init__(self):
+        self.gen, self.disc = Model(("dropout", "noise"), 11), Model(("dropout", "noise"), 44)
+
+
+def _advance(state):
+    """Draws from every stream, from each another number of times."""
+    draws = itertools.count(1)
+    for _, node in nnx.iter_graph(state):
+        if isinstance(node, nnx.RngStream):
+            for _ in range(next(draws)):
+                node()
+    return state
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize(
+    "streams",
+    [
+        (("dropout",), ("dropout",)),
+        (("dropout", "params"), ("params", "dropout")),
+        (("default",), ("default",)),
+        (("dropout",), ("noise",)),
+        (("rngs",), ("model",)),
+    ],
+)
+def test_streams_of_a_model_and_of_its_train_state_stay_apart(tmp_path, streams, layout):
+    state = _advance(Train(*streams))
+    save(tmp_path / "saved", state, layout=layout)
+    result = restore(tmp_path / "saved", nnx.eval_shape(lambda: Train(*streams)))
+    have, want = flat(result), flat(state)
+    for path, value in want.items():
+        np.testing.assert_array_equal(have[path], value, str(path))
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_streams_of_two_models_stay_apart(tmp_path, layout):
+    state = _advance(TwoModels())
+    save(tmp_path / "saved", state, layout=layout)
+    have, want = flat(restore(tmp_path / "saved", nnx.eval_shape(TwoModels))), flat(state)
+    for path, value in want.items():
+        np.testing.assert_array_equal(have[path], value, str(path))
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_streams_of_a_dict_of_states_stay_apart(tmp_path, layout):
+    state = _advance(Train())
+    parts = {"model": nnx.state(state.model), "rngs": nnx.state(state.rngs)}
+    save(tmp_path / "saved", parts, layout=layout)
+    result = restore(tmp_path / "saved", parts)
+    for name, part in parts.items():
+        have = flat(result[name])
+        for path, value in flat(part).items():
+            np.testing.assert_array_equal(have[path], value, f"{name} {path}")
+
+
+def test_streams_that_are_not_stored_differ_from_each_other(tmp_path):
+    state = Train()
+    save(tmp_path / "saved", nnx.state(state, nnx.Not(nnx.RngState)))
+    result = restore(tmp_path / "saved", nnx.eval_shape(Train))
+    keys = [jax.random.key_data(part.rngs.dropout.key[...]).tolist() for part in (result, result.model)]
+    assert keys[0] != keys[1]
+    assert int(result.rngs.dropout.count[...]) == 0

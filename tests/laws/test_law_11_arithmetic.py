@@ -1,0 +1,90 @@
+"""Law 11: arithmetic in the wider type, cast last; a value that does not fit is never silent."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import Cast, RestoreError, Scale, restore, save
+from tests.laws.worlds import write
+
+
+def _restored(path, shape, dtype, **options):
+    target = {"dense": {"kernel": jnp.zeros(shape, dtype)}}
+    return np.asarray(restore(path, target, **options)["dense"]["kernel"])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint8])
+def test_a_weight_is_scaled_before_it_is_rounded(tmp_path, dtype):
+    weights = np.array([[0.3, 0.9], [0.5, 1.0]], np.float32)
+    path = write(tmp_path, {"params": {"dense": {"kernel": weights}}})
+    rules = [Scale("dense/kernel", 127.0), Cast("dense/kernel", np.dtype(dtype).name)]
+    try:
+        have = _restored(path, (2, 2), dtype, renames=rules)
+    except RestoreError:
+        return
+    np.testing.assert_array_equal(have, (weights * 127).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("factor", [1e-3, 0.25])
+def test_a_weight_is_scaled_in_the_wider_of_two_types(tmp_path, dtype, factor):
+    weights = np.array([[100_000.0, -200_000.0], [3.0, 70_001.0]], np.float32)
+    path = write(tmp_path, {"params": {"dense": {"kernel": weights}}})
+    want = (weights * np.float32(factor)).astype(dtype)
+    have = _restored(path, (2, 2), dtype, renames=[Scale("dense/kernel", factor)])
+    np.testing.assert_array_equal(have, want)
+
+
+@pytest.mark.parametrize("value", [3_000_000_000, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_a_step_beyond_int32_is_stored_as_it_is_or_refused(tmp_path, value, layout):
+    class Train(nnx.Module):
+        def __init__(self):
+            self.model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.optimizer = nnx.Optimizer(self.model, optax.adam(1e-3), wrt=nnx.Param)
+
+    state = Train()
+    state.optimizer.step[...] = jnp.uint32(value)
+    try:
+        save(tmp_path / "saved", state, layout=layout)
+    except RestoreError:
+        return
+    with ocp.PyTreeCheckpointer() as reader:
+        assert int(reader.restore(tmp_path / "saved")["step"]) == value
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 2**40])
+def test_an_integer_out_of_range_is_refused(tmp_path, value):
+    path = write(tmp_path, {"params": {"dense": {"kernel": np.array([[value]], np.int64)}}})
+    with pytest.raises(RestoreError):
+        _restored(path, (1, 1), np.int32)
+
+
+def test_an_int64_that_fits_is_restored(tmp_path):
+    path = write(tmp_path, {"params": {"dense": {"kernel": np.array([[2**31 - 1, -(2**31)]], np.int64)}}})
+    np.testing.assert_array_equal(_restored(path, (1, 2), np.int32), [[2**31 - 1, -(2**31)]])
+
+
+def test_convert_does_not_write_infinities_in_silence(tmp_path):
+    weights = np.array([[100_000.0, 1.0]], np.float32)
+    path, out = write(tmp_path, {"params": {"dense": {"kernel": weights}}}), tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "orbax_nnx_handler",
+        "convert",
+        str(path),
+        str(out),
+        "--dtype",
+        "float16",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        assert "dense/kernel" in done.stderr + done.stdout, json.dumps(done.stdout)

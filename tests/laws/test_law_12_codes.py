@@ -1,0 +1,75 @@
+"""Law 12: codes are not weights."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orbax_nnx_handler import restore
+from tests.laws.worlds import FORMS, Numbers, refused, target_of, write
+
+FLOATS = {jnp.float8_e4m3fn: 448, jnp.float8_e5m2: 57344, jnp.float4_e2m1fn: 6}
+INTEGERS = {jnp.int8: 127, jnp.int4: 7}
+SCALES = ("kernel_scale", "kernel_scale_inv", "scale", "weight_scale_inv")
+
+
+def _model(numbers):
+    return {"hidden": numbers.dense(4, 8), "out": numbers.dense(8, 3)}
+
+
+def _codes(kernel, dtype, top):
+    scale = np.abs(kernel).max(0, keepdims=True) / top
+    return jnp.asarray(np.round(kernel / scale) if top == 127 else kernel / scale).astype(dtype), scale
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=lambda dtype: jnp.dtype(dtype).name)
+def test_codes_with_a_scale_beside_them_are_said_to_be_quantised(tmp_path, dtype, name):
+    model = _model(Numbers())
+    stored = {}
+    for layer, parts in model.items():
+        codes, scale = _codes(parts["kernel"], dtype, (FLOATS | INTEGERS)[dtype])
+        stored[layer] = {"bias": parts["bias"], "kernel": codes, name: scale}
+    error = refused(write(tmp_path, {"params": stored}), target_of("module", model), unexpected="ignore")
+    assert "quantis" in str(error)
+
+
+WRAPPED = {
+    "aqt": lambda codes, scale: {"qvalue": codes, "scale": scale},
+    "qwix": lambda codes, scale: {"array": {"qvalue": codes, "scale": scale}},
+    "boxed": lambda codes, scale: {"value": codes, "scale": scale},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: jnp.dtype(dtype).name)
+def test_a_tree_per_kernel_is_said_to_be_quantised(tmp_path, dtype, wrapped, form):
+    model = _model(Numbers())
+    stored = {}
+    for layer, parts in model.items():
+        codes, scale = _codes(parts["kernel"], dtype, (FLOATS | INTEGERS)[dtype])
+        stored[layer] = {"bias": parts["bias"], "kernel": WRAPPED[wrapped](codes, scale)}
+    error = refused(write(tmp_path, {"params": stored}), target_of(form, model), unexpected="ignore")
+    assert "quantis" in str(error)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: jnp.dtype(dtype).name)
+def test_scales_in_a_collection_of_their_own_are_seen(tmp_path, dtype):
+    model = _model(Numbers())
+    params, scales = {}, {}
+    for layer, parts in model.items():
+        codes, scale = _codes(parts["kernel"], dtype, FLOATS[dtype])
+        params[layer], scales[layer] = {"bias": parts["bias"], "kernel": codes}, {"kernel": scale}
+    path = write(tmp_path, {"params": params, "scales": scales})
+    refused(path, target_of("module", model), unexpected="ignore")
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, jnp.int8], ids=lambda dtype: jnp.dtype(dtype).name)
+def test_codes_into_codes_of_the_same_type_are_restored(tmp_path, dtype):
+    codes = jnp.asarray(np.arange(6).reshape(2, 3), jnp.float32).astype(dtype)
+    stored = {"dense": {"kernel": codes, "kernel_scale": np.float32(3.5)}}
+    path = write(tmp_path, {"params": stored})
+    result = restore(path, target_of("pure", stored))
+    np.testing.assert_array_equal(
+        np.asarray(result["dense"]["kernel"]).astype(np.float32), np.asarray(codes).astype(np.float32)
+    )

@@ -23,7 +23,7 @@ from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.storage.saving.linen_tree import Flavour
+from orbax_nnx_handler.storage.saving.arrange import Flavour
 from orbax_nnx_handler.storage.saving.optax_tree import Transformation
 from orbax_nnx_handler.storage.saving.save import linen_save
 

@@ -54,8 +54,8 @@ from orbax_nnx_handler.storage.converting.leaves import (
     with_dtype,
 )
 from orbax_nnx_handler.storage.converting.write import Conversion, check_free, write_converted
+from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.restoring.restore import check_values
-from orbax_nnx_handler.storage.saving.written import Written
 
 
 @contextlib.contextmanager

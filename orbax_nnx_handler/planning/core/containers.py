@@ -3,10 +3,10 @@
 How a Linen program would name the modules of an NNX model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from orbax_nnx_handler.planning.core.paths import Path, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, segments
 
 
 def tree_of(leaves: Mapping[Path, Any], *, lists: bool) -> Any:
@@ -77,53 +77,3 @@ def linen_path(path: Path) -> tuple[str, ...]:
             # With its slashes: `bridge.ToNNX` keeps the keys of `nn.WeightNorm` as Linen has them.
             names.append(str(key))
     return tuple(names)
-
-
-def nest(leaves: Iterable[tuple[Path, Any]]) -> Nested:
-    """Returns leaves as nested dicts under their Linen names.
-
-    Args:
-        leaves: Values by NNX path.
-
-    Raises:
-        ValueError: Two leaves would be stored under one name, or one inside the
-            other; names both.
-    """
-    return nest_named((linen_path(path), value, path) for path, value in leaves)
-
-
-def nest_as_is(leaves: Mapping[Path, Any]) -> Nested:
-    """Returns leaves as nested dicts under the very keys of their paths, as strings."""
-    return nest_named((segments(path), value, path) for path, value in leaves.items())
-
-
-def nest_named(leaves: Iterable[tuple[tuple[str, ...], Any, Path]]) -> Nested:
-    """Returns leaves as nested dicts.
-
-    Args:
-        leaves: For each leaf its stored path, its value, and its path in the item.
-
-    Raises:
-        ValueError: As `nest`.
-    """
-    tree: Nested = {}
-    origins: dict[tuple[str, ...], Path] = {}
-    for names, value, path in leaves:
-        node = tree
-        for depth, name in enumerate(names[:-1], start=1):
-            if names[:depth] in origins:
-                raise _collision(origins[names[:depth]], path, names)
-            node = cast(Nested, node.setdefault(name, {}))
-        if names[-1] in node:
-            raise _collision(origins.get(names, names), path, names)
-        node[names[-1]] = value
-        origins[names] = path
-    return tree
-
-
-def _collision(first: Path, second: Path, names: tuple[str, ...]) -> ValueError:
-    return ValueError(
-        f"{render(first)} and {render(second)} would both be stored at {render(names)}.\n"
-        "hint: a Linen program tells its variables apart by name; save the parts as items of their own, "
-        "or rename one of the two."
-    )

@@ -15,8 +15,8 @@ from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.target.nodes import children
 from orbax_nnx_handler.planning.target.shardings import ShardingRule
-from orbax_nnx_handler.planning.target.train_state import children
 
 Flat = dict[Path, Any]
 

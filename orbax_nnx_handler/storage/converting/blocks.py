@@ -14,10 +14,10 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.converting.memory import release_freed
+from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import Buffer
 from orbax_nnx_handler.storage.reading.targets import Work, stored_shapes
-from orbax_nnx_handler.storage.saving.written import Written
 
 # One chunk of a written leaf: large enough for disks, small enough to be read in parallel.
 _SLAB_BYTES = 64 << 20

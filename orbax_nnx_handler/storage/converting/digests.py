@@ -11,8 +11,8 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.converting.blocks import Slab, read_slabs
+from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading.jobs import Buffer
-from orbax_nnx_handler.storage.saving.written import Written
 
 Progress = Callable[[int], None]
 

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orbax_nnx_handler.planning.core.containers import is_empty, nodes_of, tree_of
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import fills, render_reads, substitute
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.converting.leaves import planned_leaves, takes_dtype, with_dtype
+from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.restoring.fill import fill_leaves
-from orbax_nnx_handler.storage.saving.linen_tree import Flavour
-from orbax_nnx_handler.storage.saving.save import arrange_certain, in_linen_form
-from orbax_nnx_handler.storage.saving.written import Written
+from orbax_nnx_handler.storage.saving.arrange import Flavour
+from orbax_nnx_handler.storage.saving.save import plan_save
+from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,22 +103,37 @@ def in_linen(fitted: Fitted, target: Any, flavour: Flavour, rules: Sequence[Rule
     Raises:
         RuleError: A rule cannot be undone.
     """
-    by_identity = {id(value): path for path, value in flatten_like(target).items()}
-    values: Mapping[Path, Any] = {**fitted.filled, **fitted.leaves}
-    nodes = dict(nodes_of(arrange_certain(target, flavour).tree))
-    paths = {at: by_identity[id(node)] for at, node in nodes.items() if not is_empty(node)}
-    empty = {at: node for at, node in nodes.items() if is_empty(node)}
-    tree = tree_of(empty | {at: values[path] for at, path in paths.items()}, lists=True)
-    written = dict(nodes_of(in_linen_form(tree, flavour, rules)))
-    kept = set(paths.values())
-    return Placed(
-        leaves=[
-            dataclasses.replace(node, path=at) for at, node in written.items() if isinstance(node, Written)
-        ],
-        given={
-            at: node if is_empty(node) else jnp.asarray(node)
-            for at, node in written.items()
-            if not isinstance(node, Written)
-        },
-        homeless=[path for path in values if path not in kept],
+    plan = plan_save(target, flavour, rules=rules)
+    leaves, given = list[Written](), dict[Path, Any](plan.empty)
+    for at, leaf in plan.leaves.items():
+        stored = [path for path in leaf.sources if path in fitted.leaves]
+        if not leaf.sources:
+            like = fitted.leaves.get(leaf.like) or fitted.filled[leaf.like]
+            given[at] = jnp.zeros(leaf.shape, like.dtype)
+        elif not stored:
+            given[at] = jnp.asarray(leaf.value({**plan.values, **fitted.filled}))
+        elif len(stored) < len(leaf.sources) or fills(leaf.recipe):
+            raise _not_joined(leaf, [path for path in leaf.sources if path not in stored])
+        else:
+            leaves.append(_written(at, leaf, fitted.leaves))
+    kept = {path for leaf in plan.leaves.values() for path in leaf.sources}
+    paths = (*fitted.filled, *fitted.leaves)
+    return Placed(leaves=leaves, given=given, homeless=[path for path in paths if path not in kept])
+
+
+def _written(at: Path, leaf: SavedLeaf, fitted: Mapping[Path, Written]) -> Written:
+    first = fitted[leaf.sources[0]]
+    return dataclasses.replace(
+        first,
+        path=at,
+        recipe=substitute(leaf.recipe, lambda path: fitted[path].recipe),
+        shape=leaf.shape,
+        dtype=leaf.dtype if first.section == "step" else first.dtype,
+    )
+
+
+def _not_joined(leaf: SavedLeaf, paths: list[Path]) -> RuleError:
+    listed = ", ".join(map(render, paths))
+    return RuleError(
+        f"{render_reads(leaf.recipe)} cannot be joined: {listed} is not in the checkpoint.", paths=paths
     )

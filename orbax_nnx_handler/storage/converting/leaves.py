@@ -26,7 +26,7 @@ from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.planning.target.roles import roles_of
 from orbax_nnx_handler.planning.text.folding import Row, ranges
 from orbax_nnx_handler.planning.text.lines import aligned
-from orbax_nnx_handler.storage.saving.written import Written
+from orbax_nnx_handler.storage.converting.written import Written
 
 # What stands side by side in NNX and never among the parameters of a Linen program: the fused gates of
 # a cell, the statistics of a normalisation.

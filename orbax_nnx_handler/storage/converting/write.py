@@ -28,8 +28,8 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metad
 from orbax_nnx_handler.storage.converting.blocks import Slab, by_source, read_slabs, slab_shape
 from orbax_nnx_handler.storage.converting.digests import Digests, Progress, digests_of
 from orbax_nnx_handler.storage.converting.memory import window_of
+from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading import Job, read_arrays
-from orbax_nnx_handler.storage.saving.written import Written
 
 
 @dataclasses.dataclass(frozen=True)

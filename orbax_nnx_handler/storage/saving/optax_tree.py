@@ -6,15 +6,16 @@ containers; an `nnx.State` keeps an int-keyed mapping without the empty states.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
 from typing import Any, Protocol, cast
 
 import jax
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.containers import Nested, nest
+from orbax_nnx_handler.planning.core.containers import linen_path
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
-from orbax_nnx_handler.planning.target.train_state import Leaves, children, flatten
+from orbax_nnx_handler.planning.target.nodes import children, flatten
+from orbax_nnx_handler.storage.saving.item import Leaf, Leaves
 
 # Named-tuple fields of optax under which another optimizer's state lies.
 _NESTING = frozenset({"opt_state", "inner_state", "inner_opt_state", "inner_states"})
@@ -31,36 +32,39 @@ class Transformation(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptaxTree:
-    """Writes one optimizer's state.
+    """Says where each leaf of one optimizer's state is stored.
 
     Attributes:
         parameters: Canonical paths of the model's leaves; empty where the item has
             no model.
-        wrap: Puts a tree like the parameters under its collection, if any.
+        level: The collection's level above a tree like the parameters, if any.
     """
 
     parameters: Set[tuple[str, ...]]
-    wrap: Callable[[Nested], Any]
+    level: Path = ()
 
-    def write(self, node: Any, key: Hashable = "opt_state") -> Any:
-        """Returns a node of an optimizer state as it is stored."""
-        if isinstance(node, nnx.Variable):
-            return self.write(cast(Any, node).get_raw_value(), key)
-        entries = children(node)
-        if entries is None:
-            return node
+    def places(self, node: Any, at: Path, path: Path) -> Iterator[tuple[Path, Leaf]]:
+        """Yields the stored path of each leaf and each empty node.
+
+        Args:
+            node: A part of the optimizer's state.
+            at: Where it is stored.
+            path: Its path in the item.
+        """
+        value = cast(Any, node).get_raw_value() if isinstance(node, nnx.Variable) else node
+        entries = children(value)
         if not entries:
-            return _empty(node)
-        if isinstance(node, Mapping) and self._mirrors_parameters(cast(Mapping[Hashable, Any], node), key):
-            return self.wrap(nest((path, _value(leaf)) for path, leaf in flatten(node).items()))
-        written = {name: self.write(child, name) for name, child in entries}
-        if _is_sequence(node, written):
-            return [written.get(at) for at in range(max(cast(int, name) for name in written) + 1)]
-        # A named tuple's fields without a leaf (`MultiSteps.skip_state`) are stored as empty, not left out.
-        return {str(name): value for name, value in written.items()}
+            yield at, Leaf(path, node)
+        elif isinstance(value, Mapping) and self._mirrors_parameters(flatten(value), path[-1]):
+            for below, leaf in flatten(value).items():
+                yield (*at, *self.level, *linen_path(below)), Leaf((*path, *below), leaf)
+        else:
+            # A named tuple's fields without a leaf (`MultiSteps.skip_state`) are stored too, as empty.
+            listed = _is_sequence(value, [name for name, _ in entries])
+            for name, child in entries:
+                yield from self.places(child, (*at, name if listed else str(name)), (*path, name))
 
-    def _mirrors_parameters(self, node: Mapping[Hashable, Any], key: Hashable) -> bool:
-        leaves = flatten(node)
+    def _mirrors_parameters(self, leaves: Mapping[Path, Any], key: Hashable) -> bool:
         if self.parameters:
             return bool(leaves) and all(canonical(path) in self.parameters for path in leaves)
         # Without the model, Flax's own mark of a moment tells: it is made from a Variable.
@@ -68,22 +72,10 @@ class OptaxTree:
         return named and bool(leaves) and all(isinstance(leaf, nnx.OptVariable) for leaf in leaves.values())
 
 
-def _value(leaf: Any) -> Any:
-    value = cast(Any, leaf).get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
-    # `optax.MaskedNode`: a parameter that this optimizer leaves alone.
-    return None if children(value) == [] else value
-
-
-def _empty(node: Any) -> Any:
-    if node is None or hasattr(node, "_fields"):
-        return None
-    return {} if isinstance(node, Mapping) else ()
-
-
-def _is_sequence(node: Any, written: Mapping[Hashable, Any]) -> bool:
+def _is_sequence(node: Any, names: Iterable[Hashable]) -> bool:
     if hasattr(node, "_fields"):
         return False
-    return isinstance(node, tuple | list) or all(isinstance(name, int) for name in written)
+    return isinstance(node, tuple | list) or all(isinstance(name, int) for name in names)
 
 
 def keeps_containers(opt_state: Any) -> bool:
@@ -107,7 +99,9 @@ def with_containers(opt_state: Any, tx: Transformation, model: Leaves) -> Any:
     template: Any = jax.eval_shape(tx.init, parameters)
     expected = flatten(template)
     strange = [path for path in leaves if path not in expected]
-    absent = [path for path, leaf in expected.items() if path not in leaves and _value(leaf) is not None]
+    absent = [
+        path for path, node in expected.items() if path not in leaves and Leaf(path, node).value is not None
+    ]
     if strange or absent:
         raise ValueError(_misfit(strange, absent))
     filled = iter([leaves.get(path, leaf) for path, leaf in expected.items()])
@@ -118,11 +112,13 @@ def with_containers(opt_state: Any, tx: Transformation, model: Leaves) -> Any:
     return jax.tree.map(fill, template, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def _trained(model: Leaves, moments: Leaves) -> Leaves:
+def _trained(model: Leaves, moments: Mapping[Path, Any]) -> Mapping[Path, Any]:
     """Returns the parameters that an optimizer was built for: those with a moment, else all."""
     ends = {canonical(path)[at:] for path in moments for at in range(len(path))}
-    trained = {path: leaf for path, leaf in model.items() if canonical(path) in ends}
-    return trained or {path: leaf for path, leaf in model.items() if issubclass(type(leaf), nnx.Param)}
+    trained = {path: leaf.node for path, leaf in model.items() if canonical(path) in ends}
+    return trained or {
+        path: leaf.node for path, leaf in model.items() if issubclass(type(leaf.node), nnx.Param)
+    }
 
 
 def _misfit(strange: list[Path], absent: list[Path]) -> str:

@@ -1,7 +1,7 @@
-"""From NNX state to the arguments with which stock Orbax saves it as a Linen program would."""
+"""What a save writes of an NNX item, and the arguments with which stock Orbax writes it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,20 +9,89 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from orbax_nnx_handler.planning.core.containers import Nested, nodes_of
+from orbax_nnx_handler.planning.core.containers import tree_of
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
-from orbax_nnx_handler.storage.saving.linen_tree import Flavour, LinenTree, arrange, is_nnx
+from orbax_nnx_handler.storage.saving.arrange import Flavour, arrange, check_distinct, is_nnx
+from orbax_nnx_handler.storage.saving.cells import with_gates
+from orbax_nnx_handler.storage.saving.item import Leaf
 from orbax_nnx_handler.storage.saving.optax_tree import Transformation
-from orbax_nnx_handler.storage.saving.values import with_gates, without_rules
-from orbax_nnx_handler.storage.saving.written import Written
+from orbax_nnx_handler.storage.saving.saved import SavedLeaf
+from orbax_nnx_handler.storage.saving.undo import without_rules
 
 _UNCERTAIN = (
     "The optimizer state of a bare nnx.State does not tell how many empty states end it; they were left out. "
     "A Linen program whose optimizer has some refuses the shorter list. Save the module that holds the "
     "nnx.Optimizer, or pass tx= with the state."
 )
+_MAX_STEP = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavePlan:
+    """What a save writes.
+
+    Attributes:
+        leaves: The leaves by stored path.
+        empty: The nodes that hold nothing, by stored path.
+        random: Random state for the item's metadata, by path below `nnx_aux`.
+        values: The item's values by path in the item.
+    """
+
+    leaves: Mapping[Path, SavedLeaf]
+    empty: Mapping[Path, Any]
+    random: Mapping[Path, Leaf]
+    values: Mapping[Path, Any]
+
+    def tree(self) -> Any:
+        """Returns the tree to be stored, its values computed."""
+        _check_step(self)
+        return self._nested(leaf.value(self.values) for leaf in self.leaves.values())
+
+    def like(self, given: Mapping[Path, Any], default: Any) -> Any:
+        """Returns a tree of the same structure with what is given for the leaf that each is made from."""
+        return self._nested(given.get(leaf.like, default) for leaf in self.leaves.values())
+
+    def _nested(self, values: Iterable[Any]) -> Any:
+        return tree_of({**self.empty, **dict(zip(self.leaves, values, strict=True))}, lists=True)
+
+
+def plan_save(
+    item: Any, flavour: Flavour = "linen", tx: Transformation | None = None, rules: Sequence[Rule] = ()
+) -> SavePlan:
+    """Decides where each leaf of an item goes and what it is made from.
+
+    The gates of recurrent cells are apart, rules are undone, and steps are counted in int32.
+
+    Args:
+        item: NNX state; see `arrange`.
+        flavour: The layout.
+        tx: The optimizer's transformation, for the empty states of a bare State.
+        rules: The rules of the restore; they are undone.
+
+    Raises:
+        RuleError: See `without_rules`.
+        ValueError: See `arrange`.
+    """
+    arranged = arrange(item, flavour, tx)
+    if not arranged.certain and flavour == "linen":
+        _warn(_UNCERTAIN)
+    leaves = with_gates({at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()})
+    leaves, empty = without_rules(leaves, arranged.empty, rules, flavour)
+    check_distinct((at, leaf.like) for at, leaf in leaves.items())
+    step = leaves.get(("step",))
+    if step is not None and step.dtype == np.uint32:
+        # NNX counts in uint32, Linen in int32.
+        leaves = {**leaves, ("step",): dataclasses.replace(step, dtype=np.dtype(np.int32))}
+    return SavePlan(
+        leaves=leaves,
+        empty=empty,
+        random=arranged.random,
+        values={leaf.path: leaf.value for leaf in arranged.leaves.values()},
+    )
 
 
 def linen_save(
@@ -45,28 +114,24 @@ def linen_save(
         rules: The rules of the restore; they are undone.
 
     Raises:
-        RuleError: See `without_rules`.
-        ValueError: See `arrange` and `add_leftovers`.
+        RuleError: See `plan_save`.
+        ValueError: See `plan_save` and `add_leftovers`; the step is beyond int32.
     """
     if not is_nnx(given.item):
         return given
-    arranged = arrange_certain(given.item, flavour, tx)
-    tree = in_linen_form(arranged.tree, flavour, rules)
-    _warn(layers_inside(path for path, _ in nodes_of(tree)))
+    plan = plan_save(given.item, flavour, tx, rules)
+    _warn(layers_inside(plan.leaves))
+    save_args = given.save_args
+    if save_args is not None:
+        save_args = plan.like(flatten_like(save_args), ocp.SaveArgs())
     return dataclasses.replace(
         given,
-        item=tree,
-        save_args=_save_args(given, flavour, tx, rules, arranged.tree),
-        custom_metadata=add_leftovers(given.custom_metadata, arranged.random),
+        item=plan.tree(),
+        save_args=save_args,
+        custom_metadata=add_leftovers(
+            given.custom_metadata, {path: leaf.value for path, leaf in plan.random.items()}
+        ),
     )
-
-
-def arrange_certain(item: Any, flavour: Flavour, tx: Transformation | None = None) -> LinenTree:
-    """Arranges as `arrange` does, and warns where the optimizer's empty states are not known."""
-    arranged = arrange(item, flavour, tx)
-    if not arranged.certain and flavour == "linen":
-        _warn(_UNCERTAIN)
-    return arranged
 
 
 def _warn(text: str) -> None:
@@ -74,50 +139,20 @@ def _warn(text: str) -> None:
         logging.warning("%s", text)
 
 
-def in_linen_form(
-    tree: Nested, flavour: Flavour, rules: Sequence[Rule] = (), like: Nested | None = None
-) -> Nested:
-    """Returns an arranged tree with its values in the form that a Linen program reads.
+def _check_step(plan: SavePlan) -> None:
+    """Raises where the step does not fit the int32 in which a Linen program counts.
 
-    The gates of recurrent cells are apart, rules are undone, and steps are counted
-    in int32.
-
-    Args:
-        tree: The tree of `arrange`; its values are arrays, abstract arrays, leaves of
-            a conversion, or save args.
-        flavour: Its layout.
-        rules: The rules of the restore.
-        like: Where the tree is one of save args, the tree that they are for.
-
-    Raises:
-        RuleError: See `without_rules`.
+    A stock reader would cast it into the program's int32 unseen, whatever dtype it is stored in.
     """
-    shown = None if like is None else with_gates(like)
-    written = without_rules(with_gates(tree, like), rules, flavour, shown)
-    if "step" in written:
-        written["step"] = linen_step(written["step"])
-    return written
-
-
-def _save_args(
-    given: ocp.args.PyTreeSave,
-    flavour: Flavour,
-    tx: Transformation | None,
-    rules: Sequence[Rule],
-    like: Nested,
-) -> Any:
-    if given.save_args is None:
-        return None
-    arranged = arrange(given.save_args, flavour, tx, like=given.item)
-    return in_linen_form(arranged.tree, flavour, rules, like)
-
-
-def linen_step(step: Any) -> Any:
-    """Returns a step count in Linen's dtype: NNX counts in uint32, Linen in int32."""
-    if getattr(step, "dtype", None) != np.uint32:
-        return step
-    if isinstance(step, jax.ShapeDtypeStruct):
-        return step.update(dtype=np.dtype(np.int32))
-    if isinstance(step, Written):
-        return dataclasses.replace(step, dtype=np.dtype(np.int32))
-    return step.astype(np.int32)
+    leaf = plan.leaves.get(("step",))
+    step = None if leaf is None else plan.values[leaf.like]
+    if leaf is None or leaf.dtype != np.int32 or isinstance(step, jax.ShapeDtypeStruct):
+        return
+    if isinstance(step, jax.Array) and not step.is_fully_addressable:
+        step = step.addressable_data(0)
+    largest = int(np.max(np.asarray(step), initial=0))
+    if largest > _MAX_STEP:
+        raise ValueError(
+            f"step {largest} cannot be saved: a Linen program counts steps in int32, up to {_MAX_STEP}.\n"
+            "hint: count from a smaller number: optimizer.step.set_value(jnp.uint32(0))."
+        )

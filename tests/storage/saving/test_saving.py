@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, restore, save
-from orbax_nnx_handler.storage.saving.save import linen_save, linen_step
+from orbax_nnx_handler.storage.saving.save import linen_save, plan_save
 from tests.cases import load_case
 
 FEATURES = 4
@@ -295,8 +295,13 @@ def test_the_step_is_stored_as_linen_counts_it(step: Any, tmp_path: Path) -> Non
 
 def test_a_step_of_another_kind_is_left_alone() -> None:
     for step in (3, jnp.int32(3), jax.ShapeDtypeStruct((), jnp.int64)):
-        assert linen_step(step) is step
-    assert linen_step(jax.ShapeDtypeStruct((), jnp.uint32)) == jax.ShapeDtypeStruct((), jnp.int32)
+        item = {"opt_state": nnx.OptState(jnp.ones(2)), "step": nnx.OptState(step)}
+        assert plan_save(item).tree()["step"] is step
+    item = {
+        "opt_state": nnx.OptState(jnp.ones(2)),
+        "step": nnx.OptState(jax.ShapeDtypeStruct((), jnp.uint32)),
+    }
+    assert plan_save(item).tree()["step"] == jax.ShapeDtypeStruct((), jnp.int32)
 
 
 def test_items_without_nnx_state_are_saved_exactly_as_the_parent_saves_them(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a train state, whatever NNX containers hold them."""
+"""An NNX item taken apart: its model, its optimizer, its step, and what lies beside them."""
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -8,15 +8,35 @@ import jax
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
-
-Leaves = dict[Path, Any]
+from orbax_nnx_handler.planning.target.nodes import children, flatten, is_graph
 
 _OPT_STATE = "opt_state"
 
 
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of an item: an `nnx.Variable`, or an array outside any, at its path in the item."""
+
+    path: Path
+    node: Any
+
+    @property
+    def value(self) -> Any:
+        """Its array; an empty container where it holds none, None for an empty state of optax."""
+        value = cast(Any, self.node).get_raw_value() if isinstance(self.node, nnx.Variable) else self.node
+        if hasattr(value, "shape") or children(value) != []:
+            return value
+        if value is None or hasattr(value, "_fields"):
+            return None
+        return {} if isinstance(value, Mapping) else ()
+
+
+Leaves = Mapping[Path, Leaf]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A train state taken apart; leaves are Variables, or arrays outside any Variable.
+    """A train state taken apart.
 
     Attributes:
         model: The model's leaves, by path below the model.
@@ -25,13 +45,15 @@ class Parts:
         opt_state: The optimizer's state: optax's own containers where the item is
             an `nnx.Optimizer` or holds one, nested mappings where it is a State;
             None without an optimizer.
+        owner: The keys above `opt_state`.
         step: The number of steps done, or None.
     """
 
     model: Leaves
     outside: Leaves
     opt_state: Any = None
-    step: Any = None
+    owner: Path = ()
+    step: Leaf | None = None
 
 
 def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
@@ -52,75 +74,23 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
             f"the item holds {len(optimizers)} optimizers ({listed}), a Linen train state just one.\n"
             "hint: save each with its model as an item of its own (ocp.args.Composite)."
         )
-    leaves = flatten(_state_of(item)) | _abstract_arrays(item)
+    nodes = flatten(_state_of(item)) | _abstract_arrays(item)
+    leaves = {path: Leaf(path, node) for path, node in nodes.items()}
     if not optimizers:
         return _without_optimizer(item, leaves, model_key)
     ((owner, opt_state),) = optimizers.items()
     step = leaves.pop((*owner, "step"), None)
     rest = {path: leaf for path, leaf in leaves.items() if path[: len(owner) + 1] != (*owner, _OPT_STATE)}
     root = _root(rest, owner[:-1], opt_state, model_key)
-    return Parts(**_divide(rest, root), opt_state=opt_state, step=step)
-
-
-def holds_nnx(item: Any) -> bool:
-    """Tells whether any part of an item is an NNX object."""
-    return any(_is_nnx(part) for part in _outermost(item))
-
-
-def is_graph(item: Any) -> bool:
-    """Tells whether any part of an item is an NNX module rather than a state."""
-    return any(isinstance(part, nnx.Pytree | nnx.Module) for part in _outermost(item))
-
-
-def flatten(tree: Any) -> Leaves:
-    """Returns the leaves of a pytree by path; an `nnx.Variable` is a leaf."""
-    pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0])
-    return {tuple(_key(entry) for entry in path): leaf for path, leaf in pairs}
-
-
-def children(node: Any) -> list[tuple[Hashable, Any]] | None:
-    """Returns the direct children of a pytree node by key; None for a leaf."""
-    if _is_variable(node):
-        return None
-    if node is None:
-        return []
-
-    def is_child(part: Any) -> bool:
-        return part is not node
-
-    pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(node, is_leaf=is_child)[0])
-    if any(len(path) != 1 for path, _ in pairs):
-        return None
-    return [(_key(path[0]), child) for path, child in pairs]
-
-
-_NNX = (nnx.State, nnx.Pytree, nnx.Module, nnx.Variable)
-
-
-def _outermost(item: Any) -> list[Any]:
-    return jax.tree.leaves(item, is_leaf=_is_nnx)
-
-
-def _is_nnx(node: Any) -> bool:
-    return isinstance(node, _NNX)
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
-def _key(entry: Any) -> Hashable:
-    for name in ("key", "idx", "name"):
-        if hasattr(entry, name):
-            return cast(Hashable, getattr(entry, name))
-    return str(entry)
+    model, outside = _divide(rest, root)
+    return Parts(model=model, outside=outside, opt_state=opt_state, owner=owner, step=step)
 
 
 def _state_of(item: Any) -> Any:
     return cast(Any, nnx.split(item)[1]) if is_graph(item) else item
 
 
-def _abstract_arrays(item: Any) -> Leaves:
+def _abstract_arrays(item: Any) -> dict[Path, Any]:
     """Returns the arrays outside any Variable of an abstract module, which `nnx.split` takes for settings."""
     nodes = cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)) if is_graph(item) else ()
     return {tuple(path): node for path, node in nodes if isinstance(node, jax.ShapeDtypeStruct)}
@@ -168,7 +138,8 @@ def _without_optimizer(item: Any, leaves: Leaves, model_key: Hashable) -> Parts:
         return Parts(model=_merge(leaves), outside={})
     container = isinstance(item, Mapping) and not isinstance(item, nnx.State)
     if model_key in keys and (container or (keys == {model_key} and _names_its_model(item))):
-        return Parts(**_divide(leaves, (model_key,)))
+        model, outside = _divide(leaves, (model_key,))
+        return Parts(model=model, outside=outside)
     return Parts(model=leaves, outside={})
 
 
@@ -178,7 +149,7 @@ def _names_its_model(item: Any) -> bool:
 
 
 def _merge(leaves: Leaves) -> Leaves:
-    merged: Leaves = {}
+    merged: dict[Path, Leaf] = {}
     for path, leaf in leaves.items():
         if path[1:] in merged:
             raise ValueError(
@@ -189,10 +160,10 @@ def _merge(leaves: Leaves) -> Leaves:
     return merged
 
 
-def _divide(leaves: Leaves, root: Path) -> dict[str, Leaves]:
+def _divide(leaves: Leaves, root: Path) -> tuple[Leaves, Leaves]:
     model = {path[len(root) :]: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
     outside = {path: leaf for path, leaf in leaves.items() if path[: len(root)] != root}
-    return {"model": model, "outside": outside}
+    return model, outside
 
 
 def _root(leaves: Leaves, parent: Path, opt_state: Any, model_key: Hashable) -> Path:
@@ -202,7 +173,7 @@ def _root(leaves: Leaves, parent: Path, opt_state: Any, model_key: Hashable) -> 
     most of them find a parameter; without moments, its name decides.
     """
     moments = [canonical(path) for path in flatten(opt_state)]
-    weights = [path for path, leaf in leaves.items() if not isinstance(leaf, nnx.RngState)]
+    weights = [path for path, leaf in leaves.items() if not isinstance(leaf.node, nnx.RngState)]
     below = [path for path in weights if path[: len(parent)] == parent and len(path) > len(parent)]
     keys = dict.fromkeys(path[len(parent)] for path in below)
     scores = {root: _matches(below, root, moments) for root in [parent, *((*parent, key) for key in keys)]}

@@ -1,0 +1,173 @@
+"""Where a Linen program would have stored each leaf of an NNX item: names alone, no value is touched."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, cast
+
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.containers import is_empty, linen_path
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
+from orbax_nnx_handler.planning.layouts.linen import AUX
+from orbax_nnx_handler.planning.mapping.modules import in_linen_wrappers, is_scale
+from orbax_nnx_handler.planning.target.nodes import holds_nnx
+from orbax_nnx_handler.planning.target.roles import collection_of
+from orbax_nnx_handler.storage.saving.item import Leaf, Leaves, Parts, take_apart
+from orbax_nnx_handler.storage.saving.optax_tree import (
+    OptaxTree,
+    Transformation,
+    keeps_containers,
+    with_containers,
+)
+
+Flavour = Literal["linen", "maxtext"]
+
+# Fields of a train state: a collection of that name cannot be told from them.
+_FIELDS = frozenset({"opt_state", "step", AUX})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arranged:
+    """An item as a Linen program stores it.
+
+    Attributes:
+        leaves: The leaves by stored path.
+        empty: Nodes that hold nothing, such as the empty states of an optax chain, by stored path.
+        random: Random state that a Linen program would not store and whose
+            structure check it would fail, by path below `nnx_aux`; empty for
+            MaxText, which stores it in the tree.
+        certain: Whether the optimizer's empty states are known, and with them the
+            lengths of its lists. A bare `nnx.State` does not tell.
+    """
+
+    leaves: Leaves
+    empty: Mapping[Path, Any]
+    random: Leaves
+    certain: bool
+
+
+def is_nnx(item: Any) -> bool:
+    """Tells whether an item holds NNX state; anything else is stored as it is."""
+    return holds_nnx(item)
+
+
+def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = None) -> Arranged:
+    """Says where each leaf of an item is stored.
+
+    Caches and intermediates are left out: the program computes them again.
+
+    Args:
+        item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, or a tuple or dict of
+            these.
+        flavour: `linen`: a Flax `TrainState`, or a variables dict where there is no
+            optimizer. `maxtext`: MaxText's train state.
+        tx: The optimizer's transformation. Needed for the empty states of a bare
+            `nnx.State`; modules carry theirs.
+
+    Raises:
+        ValueError: The item holds two optimizers, two leaves of it would be stored
+            at one path, or `tx` does not fit.
+    """
+    parts = take_apart(item)
+    if tx is not None and parts.opt_state is not None:
+        parts = dataclasses.replace(parts, opt_state=with_containers(parts.opt_state, tx, parts.model))
+    placed = dict(_without_collisions(_places(parts, flavour)))
+    random = {
+        at: leaf
+        for at, leaf in placed.items()
+        if flavour == "linen" and at[0] == AUX and isinstance(leaf.node, nnx.RngState)
+    }
+    kept = {at: leaf for at, leaf in placed.items() if at not in random}
+    values = {at: leaf.value for at, leaf in kept.items()}
+    return Arranged(
+        leaves={at: leaf for at, leaf in kept.items() if not is_empty(values[at])},
+        empty={at: value for at, value in values.items() if is_empty(value)},
+        random={at[1:]: leaf for at, leaf in random.items()},
+        certain=parts.opt_state is None or keeps_containers(parts.opt_state),
+    )
+
+
+def _places(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, Leaf]]:
+    yield from (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
+    yield from _optimizer(parts, flavour)
+    for path, leaf in _lasting(parts.outside).items():
+        yield (AUX, *segments(path)), leaf
+
+
+def _linen_model(leaves: Leaves) -> Iterator[tuple[Path, Leaf]]:
+    """Yields the leaves below one key a collection; what belongs to none is kept aside."""
+    wrapped = in_linen_wrappers(leaves)
+    for path, leaf in leaves.items():
+        place = wrapped.get(path, path)
+        collection = "params" if path in wrapped and is_scale(place) else _collection(leaf)
+        if collection is None or collection in _FIELDS:
+            yield (AUX, "model", *segments(path)), leaf
+        else:
+            yield (collection, *linen_path(place)), leaf
+
+
+def _collection(leaf: Leaf) -> str | None:
+    kind = cast("type[Any]", type(leaf.node))
+    return None if issubclass(kind, nnx.RngState) else collection_of(kind)
+
+
+def _maxtext_model(leaves: Leaves) -> Iterator[tuple[Path, Leaf]]:
+    """Yields the weights below `params/params`; MaxText keeps everything else aside."""
+    for path, leaf in leaves.items():
+        is_weight = isinstance(leaf.node, nnx.Param)
+        yield ("params", "params", *linen_path(path)) if is_weight else (AUX, "model", *segments(path)), leaf
+
+
+def _optimizer(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, Leaf]]:
+    if parts.opt_state is not None:
+        # MaxText's optimizer runs on the variables dict, so its moments have the collection's level.
+        tree = OptaxTree(
+            parameters=frozenset(canonical(path) for path in parts.model),
+            level=("params",) if flavour == "maxtext" else (),
+        )
+        yield from tree.places(parts.opt_state, ("opt_state",), (*parts.owner, "opt_state"))
+    if parts.step is not None:
+        yield ("step",), parts.step
+
+
+def _lasting(leaves: Leaves) -> Leaves:
+    return {
+        path: leaf for path, leaf in leaves.items() if not isinstance(leaf.node, nnx.Cache | nnx.Intermediate)
+    }
+
+
+def _without_collisions(places: Iterable[tuple[Path, Leaf]]) -> Iterator[tuple[Path, Leaf]]:
+    """Yields the places, no two of them one path nor one inside the other."""
+    listed = list(places)
+    check_distinct((at, leaf.path) for at, leaf in listed)
+    yield from listed
+
+
+def check_distinct(places: Iterable[tuple[Path, Path]]) -> None:
+    """Raises where two leaves would be stored at one path, or one inside the other.
+
+    Args:
+        places: For each leaf its stored path, and its path in the item.
+
+    Raises:
+        ValueError: Names both leaves.
+    """
+    origins: dict[Path, Path] = {}
+    inner: dict[Path, Path] = {}
+    for at, path in places:
+        names = tuple(map(str, at))
+        above = [names[:depth] for depth in range(len(names) + 1)]
+        other = next((origins[name] for name in above if name in origins), inner.get(names))
+        if other is not None:
+            raise _collision(other, path, at)
+        origins[names] = path
+        for name in above[:-1]:
+            inner.setdefault(name, path)
+
+
+def _collision(first: Path, second: Path, at: Path) -> ValueError:
+    return ValueError(
+        f"{render(first)} and {render(second)} would both be stored at {render(at)}.\n"
+        "hint: a Linen program tells its variables apart by name; save the parts as items of their own, "
+        "or rename one of the two."
+    )

@@ -1,0 +1,140 @@
+"""The leaves of a save under the names and shapes before the user's rules."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import (
+    Read,
+    Recipe,
+    Scale,
+    describe,
+    parts_of,
+    reads,
+    render_reads,
+    shape_of,
+    substitute,
+)
+from orbax_nnx_handler.planning.layouts.linen import MAXTEXT, TRAIN_STATE
+from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules.entries import model_entries
+from orbax_nnx_handler.planning.rules.undo import undo_rules
+from orbax_nnx_handler.storage.saving.arrange import Flavour
+from orbax_nnx_handler.storage.saving.saved import SavedLeaf
+
+Leaves = Mapping[Path, SavedLeaf]
+Empty = Mapping[Path, Any]
+
+
+def without_rules(
+    leaves: Leaves, empty: Empty, rules: Sequence[Rule], flavour: Flavour
+) -> tuple[Leaves, Empty]:
+    """Returns the leaves and empty nodes as they must be stored for the rules to restore them.
+
+    Args:
+        leaves: The leaves as they would be stored without rules.
+        empty: The nodes that hold nothing.
+        rules: The rules of the restore.
+        flavour: The layout.
+
+    Raises:
+        RuleError: A rule cannot be undone, or a moment cannot follow its parameter.
+    """
+    if not rules:
+        return leaves, empty
+    model = {path: leaf for path, leaf in leaves.items() if path[0] != "opt_state"}
+    stored = {path: StoredLeaf(path=path, shape=leaf.shape, dtype=leaf.dtype) for path, leaf in model.items()}
+    entries = model_entries((MAXTEXT if flavour == "maxtext" else TRAIN_STATE).place(stored))
+    ways = undo_rules(entries, rules)
+    touched = {path for entry in entries for path in entry.sources}
+    undone = {path: _combined(way, model) for path, way in ways.items()}
+    undone |= {path: leaf for path, leaf in model.items() if path not in touched}
+    shapes = {path: leaf.shape for path, leaf in model.items()}
+    moments = _Moments(ways, shapes, depth=2 if flavour == "maxtext" else 1)
+    return moments.added(undone, leaves, empty)
+
+
+def _combined(recipe: Recipe, leaves: Leaves) -> SavedLeaf:
+    """Returns what a recipe over stored paths makes of the leaves at them."""
+    first = leaves[reads(recipe)[0]]
+    if isinstance(recipe, Read):
+        return first
+    shapes = {path: leaves[path].shape for path in reads(recipe)}
+    return first.through(substitute(recipe, lambda path: leaves[path].recipe), shape_of(recipe, shapes))
+
+
+class _Moments:
+    """Undoes, for every part of an optimizer that mirrors the parameters, what is undone for these."""
+
+    def __init__(self, ways: Mapping[Path, Recipe], shapes: Mapping[Path, Shape], depth: int):
+        heads = {path[:depth] for path in shapes if path[:depth] == ("params",) * depth}
+        self._head: Path = next(iter(heads), ())
+        self._ways = {path: way for path, way in ways.items() if path[:depth] == self._head}
+        self._shapes = {path: shape for path, shape in shapes.items() if path[:depth] == self._head}
+
+    def added(self, undone: Leaves, leaves: Leaves, empty: Empty) -> tuple[Leaves, Empty]:
+        """Returns the model's leaves with those of the optimizer, and what holds nothing."""
+        written, nothing = (
+            dict(undone),
+            {path: value for path, value in empty.items() if path[0] != "opt_state"},
+        )
+        nodes = [path for path in (*leaves, *empty) if path[0] == "opt_state"]
+        for at, below in self._subtrees(nodes, 1):
+            if at is None:
+                written |= {path: leaves[path] for path in below if path in leaves}
+                nothing |= {path: empty[path] for path in below if path in empty}
+                continue
+            moments = {(*self._head, *path[len(at) :]): path for path in below}
+            for name, way in self._ways.items():
+                found = [moments[path] for path in reads(way) if path in moments]
+                if not found:
+                    continue
+                to = (*at, *name[len(self._head) :])
+                if all(path in empty for path in found):
+                    nothing[to] = None
+                else:
+                    written[to] = self._moved(way, {p: leaves[q] for p, q in moments.items() if q in leaves})
+        return written, nothing
+
+    def _subtrees(self, paths: Sequence[Path], depth: int) -> Iterator[tuple[Path | None, Sequence[Path]]]:
+        """Yields the paths of each subtree that mirrors the parameters with where it is, and the others."""
+        if all((*self._head, *path[depth:]) in self._shapes for path in paths):
+            yield (paths[0][:depth] if paths else None), paths
+            return
+        inner: dict[Path, list[Path]] = defaultdict(list)
+        for path in paths:
+            inner[path[: depth + 1]].append(path)
+        for at, below in inner.items():
+            if below == [at]:
+                yield None, below
+            else:
+                yield from self._subtrees(below, depth + 1)
+
+    def _moved(self, way: Recipe, moments: Leaves) -> SavedLeaf:
+        if not isinstance(way, Read):
+            self._check(way, moments)
+        return _combined(way, moments)
+
+    def _check(self, way: Recipe, moments: Leaves) -> None:
+        absent = [path for path in reads(way) if path not in moments]
+        pairs = [(moments[path].shape, self._shapes[path]) for path in reads(way) if path in moments]
+        unlike = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        if any(isinstance(part, Scale) for part in parts_of(way)):
+            why = "its parameter is scaled"
+        elif unlike:
+            why = (
+                f"its shape is {unlike[0]}, that of its parameter {unlike[1]}; "
+                "rules speak of the parameter's axes"
+            )
+        elif absent:
+            why = "the optimizer leaves a part of it alone"
+        else:
+            return
+        raise RuleError(
+            f"a moment of {render_reads(way)} cannot be saved under these rules ({describe(way)}): {why}.\n"
+            "hint: save the model without its optimizer, or without renames.",
+            paths=list(reads(way)),
+        )

@@ -70,6 +70,8 @@ def evaluate(recipe: recipes.Recipe, arrays: Arrays) -> np.ndarray:
             return np.reshape(evaluate(source, arrays), shape)
         case recipes.Scale(source, factor):
             return evaluate(source, arrays) * np.float32(factor)
+        case recipes.Add(source, constant):
+            return evaluate(source, arrays) + np.float32(constant)
     raise TypeError(recipe)
 
 

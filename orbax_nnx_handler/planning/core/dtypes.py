@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Cast = Literal["same", "wider", "narrower", "count"]
+Cast = Literal["same", "wider", "narrower", "count", "integer"]
+"""What a cast does: `count` and `integer` keep every value that fits, and refuse the others."""
 
 KEY_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 """The implementations of random keys that JAX brings (`jax.random.key`)."""
@@ -25,17 +26,17 @@ def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -
     """
     if stored == wanted:
         return "same"
-    if is_count and _is_integer(stored) and _is_integer(wanted):
-        return "count"
+    if _is_integer(stored) and _is_integer(wanted):
+        return "count" if is_count else "wider" if holds(wanted, stored) else "integer"
     for family in (jnp.floating, jnp.complexfloating):
         if jnp.issubdtype(stored, family) and jnp.issubdtype(wanted, family):
-            return "wider" if _holds(wanted, stored) else "narrower"
+            return "wider" if holds(wanted, stored) else "narrower"
     return None
 
 
 def worst(casts: Iterable[Cast | None]) -> Cast:
     """Returns the cast of several that takes the most care."""
-    order: tuple[Cast, ...] = ("count", "narrower", "wider", "same")
+    order: tuple[Cast, ...] = ("count", "integer", "narrower", "wider", "same")
     found = set(casts)
     return next(kind for kind in order if kind in found)
 
@@ -45,7 +46,20 @@ def changes_values(stored: np.dtype[Any] | None, wanted: np.dtype[Any]) -> bool:
     if stored is None:
         return True
     both_floats = jnp.issubdtype(stored, jnp.floating) and jnp.issubdtype(wanted, jnp.floating)
-    return not both_floats and not _holds(wanted, stored)
+    return not both_floats and not holds(wanted, stored)
+
+
+def wide_dtype(*dtypes: Any) -> Any:
+    """Returns the dtype in which values of these dtypes are computed: float32, or the widest of them.
+
+    Args:
+        *dtypes: The stored dtypes and the wanted one.
+    """
+    wide: Any = np.dtype(np.float32)
+    for dtype in dtypes:
+        if not _is_integer(dtype) and not holds(wide, dtype):
+            wide = np.promote_types(wide, dtype)
+    return wide
 
 
 def same_key(impl: str | None, dtype: Any) -> bool:
@@ -75,7 +89,7 @@ def _is_integer(dtype: Any) -> bool:
 
 
 @functools.cache
-def _holds(wide: Any, narrow: Any) -> bool:
+def holds(wide: Any, narrow: Any) -> bool:
     """Tells whether every value of `narrow` is a value of `wide`, but for the rounding of an integer.
 
     Read off the limits: `jnp.promote_types` has no answer where 4- or 8-bit numbers meet others.

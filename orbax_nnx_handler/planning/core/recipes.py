@@ -76,10 +76,18 @@ class Reshape:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Every element times `factor`, computed in the wanted dtype."""
+    """Every element times `factor`, computed as `dtypes.wide_dtype` says."""
 
     source: "Recipe"
     factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """Every element plus `constant`, computed as `dtypes.wide_dtype` says."""
+
+    source: "Recipe"
+    constant: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +100,15 @@ class Fill:
     shape: Shape
 
 
-Recipe = Read | Index | Slice | Stack | Concat | Transpose | Reshape | Scale | Fill
+Recipe = Read | Index | Slice | Stack | Concat | Transpose | Reshape | Scale | Add | Fill
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """What `Scale` and `Add` do to every element: times `factor`, then plus `constant`."""
+
+    factor: float = 1.0
+    constant: float = 0.0
 
 
 class RecipeError(ValueError):
@@ -127,6 +143,26 @@ def parts_of(recipe: Recipe) -> Iterator[Recipe]:
     yield recipe
     for child in children(recipe):
         yield from parts_of(child)
+
+
+def computes(recipe: Recipe) -> bool:
+    """Tells whether the recipe changes values, beside moving them."""
+    return isinstance(recipe, Scale | Add) or any(computes(child) for child in children(recipe))
+
+
+def without_arithmetic(recipe: Recipe) -> Recipe:
+    """Returns a recipe that moves values as this one does, and leaves them as they are."""
+    if not computes(recipe):
+        return recipe
+    match recipe:
+        case Scale(source, _) | Add(source, _):
+            return without_arithmetic(source)
+        case Stack(sources, axis) | Concat(sources, axis):
+            return type(recipe)(tuple(without_arithmetic(source) for source in sources), axis)
+        case Read() | Fill():
+            return recipe
+        case _:
+            return dataclasses.replace(recipe, source=without_arithmetic(recipe.source))
 
 
 def fills(recipe: Recipe) -> bool:
@@ -182,7 +218,7 @@ def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:
                     f"{before} has {math.prod(before)} elements, {shape} has {math.prod(shape)}"
                 )
             return shape
-        case Scale(source, _):
+        case Scale(source, _) | Add(source, _):
             return shape_of(source, stored)
 
 
@@ -237,6 +273,8 @@ def describe(recipe: Recipe) -> str:
             return _join(describe(source), f"reshape {shape}")
         case Scale(source, factor):
             return _join(describe(source), f"scale {factor:g}")
+        case Add(source, constant):
+            return _join(describe(source), f"add {constant:g}")
 
 
 def _inner(sources: tuple[Recipe, ...]) -> str:
@@ -279,7 +317,7 @@ def simplify(recipe: Recipe, shapes: Shapes) -> Recipe:
             return _step(dataclasses.replace(recipe, source=simplify(recipe.source, shapes)), shapes)
 
 
-def _step(recipe: Index | Slice | Transpose | Reshape | Scale, shapes: Shapes) -> Recipe:
+def _step(recipe: Index | Slice | Transpose | Reshape | Scale | Add, shapes: Shapes) -> Recipe:
     match recipe:
         case Index(Stack(sources, axis), at, index) if at == axis:
             return sources[index]
@@ -297,7 +335,9 @@ def _step(recipe: Index | Slice | Transpose | Reshape | Scale, shapes: Shapes) -
             return source
         case Scale(Scale(source, first), second):
             return _step(Scale(source, first * second), shapes)
-        case Scale(source, 1.0):
+        case Scale(source, 1.0) | Add(source, 0.0):
+            return source
+        case Add(Add(source, first), second) if second == -first:
             return source
         case _:
             return recipe

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Recipe
+from orbax_nnx_handler.planning.core.recipes import Arithmetic, Recipe
 
 Region = tuple[tuple[int, int], ...]
 """Start and stop along each axis, in elements."""
@@ -127,14 +127,14 @@ class Piece:
             region's own start.
         axes: For each axis of the place, the source axis that runs along it;
             None for an axis that a stack adds.
-        factor: What every element is multiplied with.
+        arithmetic: What is done to every element, in this order.
     """
 
     source: Path | Refolded
     source_region: Region
     region: Region
     axes: tuple[int | None, ...]
-    factor: float = 1.0
+    arithmetic: tuple[Arithmetic, ...] = ()
 
 
 def shape_of_region(region: Region) -> Shape:
@@ -222,8 +222,13 @@ def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Pi
         case recipes.Reshape(source, shape):
             return _cut_reshape(source, shape, region, stored)
         case recipes.Scale(source, factor):
-            parts = cut(source, region, stored)
-            return [dataclasses.replace(part, factor=part.factor * factor) for part in parts]
+            return _computed(cut(source, region, stored), Arithmetic(factor=factor))
+        case recipes.Add(source, constant):
+            return _computed(cut(source, region, stored), Arithmetic(constant=constant))
+
+
+def _computed(parts: Iterable[Piece], step: Arithmetic) -> list[Piece]:
+    return [dataclasses.replace(part, arithmetic=(*part.arithmetic, step)) for part in parts]
 
 
 def _moved(region: Region, axis: int, by: int) -> Region:

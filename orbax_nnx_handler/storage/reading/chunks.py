@@ -219,7 +219,7 @@ def _fill_from_zstd(
             raise DamagedError(f"unpacks to {len(content)} bytes where a chunk has {encoding.chunk_nbytes}")
         chunk = np.frombuffer(content, encoding.dtype).reshape(encoding.chunk_shape)
         for target in targets:
-            target.view[...] = chunk[slices(target.region)]
+            target.put(chunk[slices(target.region)])
         return
     stream = ZstdStream(source, start, size, _decompressor())
     if (
@@ -241,7 +241,7 @@ def _decompressor() -> zstandard.ZstdDecompressor:
 
 def takes_bytes(target: Destination, encoding: Encoding) -> bool:
     """Tells whether a target's memory can take the stored bytes as they are."""
-    return target.view.dtype == encoding.dtype and target.view.flags.c_contiguous
+    return target.view.dtype == encoding.dtype and target.view.flags.c_contiguous and not target.steps
 
 
 def memory_of(view: Buffer) -> memoryview:
@@ -280,7 +280,7 @@ def scatter(stream: Stream, encoding: Encoding, targets: Sequence[Destination]) 
             shared = intersect(target.region, block)
             if shared is not None:
                 inside = slices(shift(shared, starts(target.region)))
-                target.view[(..., *inside)] = values[(..., *slices(shift(shared, starts(block))))]
+                target.part(shared, inside).put(values[(..., *slices(shift(shared, starts(block))))])
 
 
 def _widened(box: Region, shape: Shape, itemsize: int) -> Region:

@@ -163,7 +163,7 @@ class LeafReader:
         # A writer that leaves out chunks of fill value; null and absent mean zero.
         value = np.asarray(self.array.encoding.fill_value or 0).astype(self.array.encoding.dtype)
         for target in targets:
-            target.view[...] = value
+            target.put(value)
 
     def _read_with_tensorstore(self, place: Destination) -> None:
         store = self.array.store
@@ -174,7 +174,7 @@ class LeafReader:
         }
         try:
             opened = ts.open(spec, open=True, read=True, context=store.context).result()
-            place.view[...] = opened[slices(place.region)].read().result()
+            place.put(opened[slices(place.region)].read().result())
         except ValueError as error:
             raise self._unreadable(f"{store.directory}/{self.array.name}", str(error)) from error
 
@@ -195,8 +195,8 @@ def _within(
     for target in targets:
         shared = intersect(target.region, covered)
         if shared is not None:
-            view = target.view[(..., *slices(shift(shared, starts(target.region))))]
-            found.append(Destination(shift(shared, origin), view))
+            inside = slices(shift(shared, starts(target.region)))
+            found.append(target.part(shift(shared, origin), inside))
     return found
 
 
@@ -241,7 +241,7 @@ def fill_targets(
 def _copy_task(path: Path, value: np.ndarray[Any, Any], places: Sequence[Destination]) -> Task:
     def run() -> None:
         for place in places:
-            np.copyto(place.view, value[(..., *slices(place.region))], casting="unsafe")
+            place.put(value[(..., *slices(place.region))])
 
     return Task(path, value.nbytes, run)
 

@@ -65,7 +65,7 @@ def _in_order_of_bytes(
     turned = dataclasses.replace(
         encoding, dtype=dtype, shape=encoding.shape[::-1], chunk_shape=encoding.chunk_shape[::-1]
     )
-    return turned, [Destination(target.region[::-1], target.view.T) for target in targets]
+    return turned, [Destination(target.region[::-1], target.view.T, target.steps) for target in targets]
 
 
 class _Values:

@@ -140,7 +140,7 @@ def _specs(recipe: Recipe, spec: tuple[Any, ...]) -> list[tuple[Path, tuple[Any,
             return _specs(source, tuple(spec[permutation.index(axis)] for axis in range(len(permutation))))
         case recipes.Reshape():
             return [(path, ()) for path in recipes.reads(recipe)]
-        case recipes.Scale(source, _):
+        case recipes.Scale(source, _) | recipes.Add(source, _):
             return _specs(source, spec)
         case recipes.Fill():
             return []

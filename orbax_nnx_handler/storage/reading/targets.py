@@ -11,7 +11,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe
+from orbax_nnx_handler.planning.core.recipes import Arithmetic, Read, Recipe
 from orbax_nnx_handler.planning.core.regions import (
     Piece,
     Refolded,
@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.core.regions import (
     shape_of_region,
     slices,
 )
+from orbax_nnx_handler.storage.arithmetic import put
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading.jobs import Buffer
 
@@ -31,11 +32,30 @@ class Destination:
 
     Attributes:
         region: The rectangle.
-        view: Writable, of the rectangle's shape; a cast happens on assignment.
+        view: Writable, of the rectangle's shape and the wanted dtype.
+        steps: What is done to the stored values before they are cast.
     """
 
     region: Region
     view: Buffer
+    steps: tuple[Arithmetic, ...] = ()
+
+    def put(self, values: Buffer) -> None:
+        """Computes stored values of the rectangle, or of a shape that spreads over it, into place.
+
+        Raises:
+            LostValueError: A value does not fit the wanted dtype.
+        """
+        put(self.view, np.broadcast_to(values, self.view.shape), self.steps)
+
+    def part(self, region: Region, inside: tuple[slice, ...]) -> "Destination":
+        """Returns the destination of a part of the rectangle.
+
+        Args:
+            region: The part, as the caller counts it.
+            inside: Where the part is in the view.
+        """
+        return Destination(region, self.view[(..., *inside)], self.steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,35 +70,44 @@ class Work:
     targets: dict[Path, list[Destination]] = dataclasses.field(default_factory=dict[Path, list[Destination]])
     finish: list[Callable[[], None]] = dataclasses.field(default_factory=list[Callable[[], None]])
 
-    def fill(self, recipe: Recipe, region: Region, buffer: Buffer, stored: Mapping[Path, Shape]) -> None:
-        """Adds what fills a buffer with a region of a recipe's value."""
+    def fill(
+        self,
+        recipe: Recipe,
+        region: Region,
+        buffer: Buffer,
+        stored: Mapping[Path, Shape],
+        steps: tuple[Arithmetic, ...] = (),
+    ) -> None:
+        """Adds what fills a buffer with a region of a recipe's value, and does some steps to that."""
         if isinstance(recipe, Read):
             # Most leaves of most models: nothing to cut, and thousands of them.
-            self.targets.setdefault(recipe.path, []).append(Destination(region, buffer))
+            self.targets.setdefault(recipe.path, []).append(Destination(region, buffer, steps))
             return
         for part in cut(recipe, region, stored):
-            view = place(part, buffer)
+            view, all_steps = place(part, buffer), (*part.arithmetic, *steps)
             if isinstance(part.source, Refolded):
-                self._fold(part, part.source, view, stored)
+                self._fold(part, part.source, view, stored, all_steps)
             else:
-                self.targets.setdefault(part.source, []).append(Destination(part.source_region, view))
-            if part.factor != 1.0:
-                self.finish.append(lambda view=view, factor=part.factor: _scale(view, factor))
+                destination = Destination(part.source_region, view, all_steps)
+                self.targets.setdefault(part.source, []).append(destination)
 
-    def _fold(self, part: Piece, folded: Refolded, view: Buffer, stored: Mapping[Path, Shape]) -> None:
+    def _fold(
+        self,
+        part: Piece,
+        folded: Refolded,
+        view: Buffer,
+        stored: Mapping[Path, Shape],
+        steps: tuple[Arithmetic, ...],
+    ) -> None:
         rectangle = shape_of_region(folded.region)
         if view.shape == folded.shape and view.flags.c_contiguous:
             # The place itself can take the rectangle's shape: no second copy.
-            self.fill(folded.recipe, folded.region, view.reshape(rectangle), stored)
+            self.fill(folded.recipe, folded.region, view.reshape(rectangle), stored, steps)
             return
         below = np.empty(rectangle, view.dtype)
-        self.fill(folded.recipe, folded.region, below, stored)
+        self.fill(folded.recipe, folded.region, below, stored, steps)
         chosen = below.reshape(folded.shape)[(..., *slices(part.source_region))]
         self.finish.append(lambda: np.copyto(view, chosen))
-
-
-def _scale(view: Buffer, factor: float) -> None:
-    np.multiply(view, np.asarray(factor, view.dtype), out=view)
 
 
 def stored_shapes(checkpoint: Checkpoint) -> dict[Path, Shape]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.storage.arithmetic import LostValueError
 
 Progress = Callable[[int], None]
 
@@ -59,7 +60,10 @@ def run_tasks(
             for task in batch:
                 if stop.is_set():
                     return
-                task.run()
+                try:
+                    task.run()
+                except LostValueError as error:
+                    raise error.of(task.path) from None
         if progress is not None:
             progress(size)
 

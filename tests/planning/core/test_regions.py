@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.recipes import (
+    Add,
     Concat,
     Fill,
     Index,
@@ -49,6 +50,14 @@ def evaluate(recipe, arrays):
             return np.reshape(evaluate(source, arrays), shape)
         case Scale(source, factor):
             return evaluate(source, arrays) * factor
+        case Add(source, constant):
+            return evaluate(source, arrays) + constant
+
+
+def computed(values, steps):
+    for step in steps:
+        values = values * step.factor + step.constant
+    return values
 
 
 def assemble(recipe, region, arrays):
@@ -62,7 +71,7 @@ def assemble(recipe, region, arrays):
             source = below.reshape(part.source.shape)
         else:
             source = arrays[part.source]
-        place(part, buffer)[...] = source[slices(part.source_region)] * part.factor
+        place(part, buffer)[...] = computed(source[slices(part.source_region)], part.arithmetic)
         place(part, touched)[...] += 1
     assert (touched == 1).all()
     return buffer
@@ -75,7 +84,7 @@ def shaped_recipes(draw, shape=None, depth=3):
         shape = tuple(draw(st.lists(st.integers(1, 4), max_size=3)))
     choices = ["read"]
     if depth:
-        choices += ["index", "transpose", "reshape", "scale"]
+        choices += ["index", "transpose", "reshape", "scale", "add"]
         choices += ["slice", "stack", "concat"] if shape else []
     kind = draw(st.sampled_from(choices))
     if kind == "read":
@@ -103,6 +112,8 @@ def shaped_recipes(draw, shape=None, depth=3):
         return Transpose(inner(tuple(below)), permutation)
     if kind == "reshape":
         return Reshape(inner(draw(refactored(shape))), shape)
+    if kind == "add":
+        return Add(inner(shape), draw(st.sampled_from([-1.0, 0.5])))
     return Scale(inner(shape), draw(st.sampled_from([0.5, 2.0])))
 
 

@@ -6,14 +6,16 @@ module's own stream: `drop/rngs/default/{count,key}` became
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import Found
-from orbax_nnx_handler.planning.mapping.roots import Roots, strip
+from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.target.roles import Wanted
+
+_MODEL = ("model",)
 
 
 def find_random(
@@ -30,30 +32,35 @@ def find_random(
     left = [item for item in wanted if item.leaf.path not in found]
     if not left:
         return
-    aux = _index(placements, "aux", ("model",))
-    inline = _index([p for p in placements if p.collection is None], "model", roots.stored)
+    aux = _index(placement for placement in placements if placement.section == "aux")
+    inline = _index((p for p in placements if p.section == "model" and p.collection is None), roots.stored)
     stored = {**inline, **aux}
     streams = _by_stream(stored)
     random = any(item.role == "random" for item in left)
-    siblings = Counter(_unnamed(strip(item.tokens, roots.wanted)) for item in (wanted if random else ()))
+    siblings = Counter(_unnamed(_in_model(item.tokens, roots.wanted)) for item in (wanted if random else ()))
     for item in left:
-        below = strip(item.tokens, roots.wanted)
-        source = aux.get(below) or aux.get(item.tokens)
+        tokens = _in_model(item.tokens, roots.wanted)
+        source = aux.get(tokens) or aux.get(item.tokens)
         if source is None and item.role == "random":
-            lone = siblings[_unnamed(below)] == 1
-            source = _other_layout(below, stored if lone else {}, streams)
+            lone = siblings[_unnamed(tokens)] == 1
+            source = _other_layout(tokens, stored if lone else {}, streams)
         if source is not None:
             found[item.leaf.path] = Found(recipe=Read(source))
 
 
-def _index(placements: Sequence[Placement], section: str, root: Tokens) -> dict[Tokens, Path]:
+def _in_model(tokens: Tokens, root: Tokens) -> Tokens:
+    """Returns a path as `nnx_aux` has it: the model's own leaves below `model`, others where they are."""
+    return (*_MODEL, *tokens[len(root) :]) if tokens[: len(root)] == root else tokens
+
+
+def _index(placements: Iterable[Placement], root: Tokens | None = None) -> dict[Tokens, Path]:
     found: dict[Tokens, Path] = {}
     for placement in placements:
-        if placement.section == section:
-            tokens = strip(canonical(placement.path), root)
-            found[tokens] = placement.leaf.path
-            if tokens[-1:] == ("value",):
-                found.setdefault(tokens[:-1], placement.leaf.path)
+        tokens = canonical(placement.path)
+        tokens = tokens if root is None else _in_model(tokens, root)
+        found[tokens] = placement.leaf.path
+        if tokens[-1:] == ("value",):
+            found.setdefault(tokens[:-1], placement.leaf.path)
     return found
 
 
@@ -65,7 +72,7 @@ def _by_stream(index: Mapping[Tokens, Path]) -> Mapping[Tokens, list[Path]]:
     """Returns stored leaves by path without the stream's name."""
     found: dict[Tokens, list[Path]] = defaultdict(list)
     for tokens, path in index.items():
-        if len(tokens) > 2 and tokens[-1] in ("key", "count"):
+        if _names_stream(tokens) and tokens[-1] in ("key", "count"):
             found[_unnamed(tokens)].append(path)
     return found
 
@@ -77,4 +84,8 @@ def _other_layout(
     named = streams.get(tokens, [])
     if len(named) == 1:
         return named[0]
-    return index.get(_unnamed(tokens)) if len(tokens) > 2 else None
+    return index.get(_unnamed(tokens)) if _names_stream(tokens) else None
+
+
+def _names_stream(tokens: Tokens) -> bool:
+    return len(tokens) > 2 + len(_MODEL) * (tokens[:1] == _MODEL)

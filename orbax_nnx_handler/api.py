@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target.target import flatten_like, flatten_target, refuse_empty
 from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.locations import absolute
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
@@ -142,7 +143,7 @@ def save(
     arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx, as_rules(renames))
     opened: Any = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with opened as checkpointer:
-        checkpointer.save(epath.Path(path).absolute(), args=arguments, force=force)
+        checkpointer.save(absolute(path), args=arguments, force=force)
 
 
 @paused_collection()

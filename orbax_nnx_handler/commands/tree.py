@@ -1,7 +1,4 @@
-"""What a path holds: the item that is meant, and the steps and items around it.
-
-`orbax-nnx tree`: what is in a checkpoint.
-"""
+"""`orbax-nnx tree`: what is in a checkpoint, and the steps and items around it."""
 
 import argparse
 import dataclasses
@@ -18,8 +15,12 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement
 from orbax_nnx_handler.planning.text.folding import Row, fold
-from orbax_nnx_handler.storage.checkpoint.find import find_item, is_item, steps_of
+from orbax_nnx_handler.storage.checkpoint.directories import is_item, items_of, steps_of
+from orbax_nnx_handler.storage.checkpoint.files import Files
+from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.locations import as_path, parents_of
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.checkpoint.stores import files_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,25 +88,36 @@ class Contents:
             "metadata": dict(self.custom),
             "bytes": self.nbytes,
             "leaves": [_leaf(leaf, parts) for leaf in self.checkpoint.leaves.values()],
-            "lost": {render(path): reason for path, reason in self.checkpoint.lost.items()},
+            "lost": {
+                render(path): reason
+                for path, reason in {**self.checkpoint.lost, **self.checkpoint.damaged}.items()
+            },
             "foreign": {render(path): what for path, what in self.checkpoint.foreign.items()},
         }
 
 
-def read_contents(path: epath.Path, item: str | None) -> Contents:
+def read_contents(path: epath.PathLike, item: str | None) -> Contents:
     """Reads what is at a path.
 
     Raises:
         NotACheckpointError: The path is no checkpoint; says what it is.
     """
-    directory = find_item(path, item)
-    checkpoint = read_metadata(directory)
-    step = directory.parent
+    given = as_path(path)
+    files = files_at(given)
+    directory = find_item(given, item, files)
+    checkpoint = read_metadata(directory, files)
+    above = parents_of(directory)[:2]
+    files.look_into(above)
+    steps = [steps_of(folder, files) for folder in above]
+    is_step = bool(steps) and directory in steps[0].values()
+    in_step = len(steps) > 1 and directory.parent in steps[1].values()
+    root_steps = steps_of(given, files) if files.is_folder(given) and not is_item(given, files) else {}
+    beside = steps[0] if is_step else steps[1] if in_step else {}
     return Contents(
         checkpoint=checkpoint,
         candidates=_candidates(checkpoint),
-        steps=_steps(path, directory if _is_step(directory) else step),
-        items=_items(step) if path == step or _is_step(step) else (),
+        steps=tuple(root_steps or beside),
+        items=_items(directory.parent, files) if in_step or directory.parent == given else (),
     )
 
 
@@ -116,22 +128,8 @@ def _candidates(checkpoint: Checkpoint) -> tuple[Layout, ...]:
         return ()
 
 
-def _steps(path: epath.Path, step: epath.Path) -> tuple[int, ...]:
-    """Returns the steps of the root that was meant: the path itself, or what lies above the step."""
-    if path.is_dir() and not is_item(path) and steps_of(path):
-        return tuple(steps_of(path))
-    if not step.parent.is_dir():
-        return ()
-    found = steps_of(step.parent)
-    return tuple(found) if step in found.values() else ()
-
-
-def _items(step: epath.Path) -> tuple[str, ...]:
-    return tuple(sorted(child.name for child in step.iterdir() if child.is_dir() and is_item(child)))
-
-
-def _is_step(directory: epath.Path) -> bool:
-    return directory.parent.is_dir() and directory in steps_of(directory.parent).values()
+def _items(step: epath.Path, files: Files) -> tuple[str, ...]:
+    return tuple(child.name for child in items_of(step, files))
 
 
 def _part(placement: Placement) -> str:
@@ -170,7 +168,7 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Shows the tree."""
-    contents = read_contents(epath.Path(arguments.path), arguments.item)
+    contents = read_contents(arguments.path, arguments.item)
     if arguments.json:
         screen.json(contents.to_dict())
         return 0
@@ -185,6 +183,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         screen.say(f"  … and {len(rows) - _SHOWN} more rows; --depth sums up, --json lists all.")
     for path, reason in contents.checkpoint.lost.items():
         screen.error("lost", f"{render(path)}: {reason}")
+    for path, reason in contents.checkpoint.damaged.items():
+        screen.error("damaged", f"{render(path)}: {reason}")
     for path, what in contents.checkpoint.foreign.items():
         screen.error("no numbers", f"{render(path)}: {what}")
     return 0

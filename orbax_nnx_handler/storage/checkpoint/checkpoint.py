@@ -43,6 +43,7 @@ class Checkpoint:
             leaves. A random key has its key dtype and no trailing axis of bits.
         lost: Leaves that the tree names but whose array metadata cannot be read,
             with the reason.
+        damaged: Leaves whose shapes are known and whose bytes are not all there, with the reason.
         disk_format: The format, such as "ocdbt+zarr3", "zarr", "msgpack" or "npz".
         custom_metadata: What the program stored with the item.
         step_metadata: What the program stored with the step (MaxText says there
@@ -68,4 +69,5 @@ class Checkpoint:
     nodes: Mapping[Path, str]
     arrays: Mapping[Path, StoredArray]
     writes_fill: bool
+    damaged: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
     foreign: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])

@@ -1,57 +1,68 @@
-"""Which files are NumPy archives, and which one a directory of them means.
+"""What a directory or a file is: a manager's root, a step, an item, a NumPy archive.
+
+Orbax names a step by its number, padded with zeros or not, or by a prefix, an underscore
+and the number (`orbax.checkpoint.path.step`); all steps of a manager have the same prefix.
+Other names that end in a number (`4_bak_20240101`, `backup-5`, `3.converting-815`) are a user's.
 
 big_vision wrote `checkpoint.npz` over and over, and at some steps a copy of it,
 `checkpoint.npz-000012000` (big_vision/utils.py `save_checkpoint`, until it came to
 `tssave`). So the file without a number is the newest state, if it is there.
 Weights are published in files of any name that ends in `.npz`.
-
-What a directory is: one stored tree, or a manager's root with steps.
 """
 
+import os
 import re
-from typing import IO, cast
+from collections.abc import Iterable
 
 from etils import epath
 
+from orbax_nnx_handler.storage.checkpoint.commits import UNFINISHED, lacks_commit
+from orbax_nnx_handler.storage.checkpoint.files import Files, Read
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY
 
-_NAME = re.compile(r"(?P<run>.*)\.npz(?:-(?P<step>\d+))?")
+_NAME = re.compile(r"(?P<run>.*)\.npz(?:-(?P<step>[0-9]+))?")
 # Written under this name first and renamed when it is complete.
-_UNFINISHED = re.compile(r".*\.npz-TEMPORARY")
+_UNFINISHED_ARCHIVE = re.compile(r".*\.npz-TEMPORARY")
 # What a zip file begins with: its first member, or its directory if it has none.
 _BEGINNINGS = (b"PK\x03\x04", b"PK\x05\x06")
+_FLAX_FILE = re.compile(r"checkpoint_[0-9]+")
+_STEP = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>[0-9]{1,18})")
+_PROCESS_PART = re.compile(r"ocdbt\.process_[0-9]+")
+_ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
+# How many folders are looked into to see whether they hold an array; behind a network each costs a request.
+_PROBED, _PROBED_REMOTE = 64, 4
 
 
-def is_archive(path: epath.Path) -> bool:
+def is_archive(path: epath.Path, files: Files) -> bool:
     """Tells whether a path is a NumPy archive, by its name or else by its first bytes."""
-    if not path.is_file():
+    if not files.is_file(path):
         return False
     if _NAME.fullmatch(path.name):
         return True
-    with cast(IO[bytes], path.open("rb")) as file:
-        return file.read(4) in _BEGINNINGS
+    return files.beginning(path, len(_BEGINNINGS[0])) in _BEGINNINGS
 
 
-def is_numbered(path: epath.Path) -> bool:
+def is_numbered(path: epath.Path, files: Files) -> bool:
     """Tells whether a file is big_vision's copy of one step."""
     named = _NAME.fullmatch(path.name)
-    return named is not None and named["step"] is not None and path.is_file()
+    return named is not None and named["step"] is not None and files.is_file(path)
 
 
 def is_unfinished_archive(path: epath.Path) -> bool:
     """Tells whether a file is one that big_vision was still writing."""
-    return _UNFINISHED.fullmatch(path.name) is not None
+    return _UNFINISHED_ARCHIVE.fullmatch(path.name) is not None
 
 
-def archives_in(directory: epath.Path) -> list[epath.Path]:
+def archives_in(directory: epath.Path, files: Files) -> list[epath.Path]:
     """Returns all archives of a directory, by name."""
-    return [child for child in sorted(directory.iterdir()) if _NAME.fullmatch(child.name) and child.is_file()]
+    names = [name for name in files.entries(directory) if _NAME.fullmatch(name)]
+    return [directory / name for name in names if files.has_file(directory, name)]
 
 
-def newest_in(directory: epath.Path) -> list[epath.Path]:
+def newest_in(directory: epath.Path, files: Files) -> list[epath.Path]:
     """Returns the newest archive of each run that has any in a directory."""
     newest: dict[str, epath.Path] = {}
-    for path in sorted(archives_in(directory), key=_age):
+    for path in sorted(archives_in(directory, files), key=_age):
         newest[_match(path)["run"]] = path
     return list(newest.values())
 
@@ -68,76 +79,118 @@ def _match(path: epath.Path) -> re.Match[str]:
     return named
 
 
-_STEP = re.compile(r"(?:.*[_-])?(?P<step>\d+)")
-_ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
-
-
-def is_item(path: epath.Path) -> bool:
+def is_item(path: epath.Path, files: Files) -> bool:
     """Tells whether a directory is one stored tree."""
-    if any((path / name).exists() for name in _ITEM_FILES):
-        return True
-    children = [child for child in path.iterdir() if child.is_dir()]
-    return any((child / key).exists() for child in children for key in METADATA_KEY.values())
+    return _is_listed_item(path, files) or bool(_array_folders(path, files))
 
 
-def steps_of(root: epath.Path) -> dict[int, epath.Path]:
-    """Returns a manager's finished steps, in rising order."""
-    found: dict[int, epath.Path] = {}
-    for child in root.iterdir():
-        match = _STEP.fullmatch(child.name)
-        if match and _is_finished(child):
-            found[int(match["step"])] = child
+def _is_listed_item(path: epath.Path, files: Files) -> bool:
+    if _PROCESS_PART.fullmatch(path.name):
+        return False
+    return any(files.has_file(path, name) for name in _ITEM_FILES)
+
+
+def _array_folders(path: epath.Path, files: Files) -> list[epath.Path]:
+    """Returns folders in a directory that each hold an array, some of them if there are many."""
+    folders = files.folders(path)
+    if files.remote and any(folder.name.isdecimal() for folder in folders):
+        # A root with steps: what lies in each of them is of no interest yet.
+        return []
+    folders = folders[: _PROBED_REMOTE if files.remote else _PROBED]
+    files.look_into(folders)
+    keys = METADATA_KEY.values()
+    return [folder for folder in folders if any(files.has_file(folder, key) for key in keys)]
+
+
+def items_of(step: epath.Path, files: Files) -> list[epath.Path]:
+    """Returns the finished items of a step that hold a stored tree, by name."""
+    folders = [child for child in files.folders(step) if UNFINISHED not in child.name]
+    if files.remote:
+        # A step has few items, each with a file that tells; a directory of thousands is none.
+        folders = folders[: 2 * _PROBED_REMOTE]
+    files.look_into(folders)
+    listed = [child for child in folders if _is_listed_item(child, files)]
+    if listed and files.remote:
+        return listed
+    return [child for child in folders if is_item(child, files)]
+
+
+def step_names(names: Iterable[str]) -> dict[int, str]:
+    """Returns the names of a root's steps, in rising order of the steps.
+
+    Numbers alone are the steps wherever there are any; else the names with a prefix are,
+    of which there may be several groups. Of two names of one number the shorter one is taken.
+    """
+    found: dict[bool, dict[int, str]] = {True: {}, False: {}}
+    for name in sorted(names, key=lambda name: (-len(name), name)):
+        match = _STEP.fullmatch(name.partition(UNFINISHED)[0])
+        if match and not _PROCESS_PART.fullmatch(name):
+            found[match["prefix"] is None][int(match["step"])] = name
+    return dict(sorted((found[True] or found[False]).items()))
+
+
+def prefixes_of(names: Iterable[str]) -> list[str]:
+    """Returns the different prefixes of steps' names."""
+    matches = [_STEP.fullmatch(name) for name in names]
+    return sorted({match["prefix"] or "" for match in matches if match})
+
+
+def steps_of(root: epath.Path, files: Files) -> dict[int, epath.Path]:
+    """Returns a manager's finished steps, in rising order.
+
+    Behind a network only the newest is looked into, and those before it until one is
+    finished; the others are taken to be.
+    """
+    entries = files.entries(root)
+    found = {_age(path)[1]: path for path in archives_in(root, files) if not _age(path)[0]}
+    found |= {
+        step: root / name
+        for step, name in step_names(entries).items()
+        if UNFINISHED not in name and (entries[name].kind == "folder" or _FLAX_FILE.fullmatch(name))
+    }
+    if not files.remote:
+        files.look_into(path for path in found.values() if entries[path.name].kind == "folder")
+    for step in sorted(found, reverse=True):
+        if entries[found[step].name].kind == "folder" and lacks_commit(found[step], files):
+            del found[step]
+        elif files.remote:
+            break
     return dict(sorted(found.items()))
 
 
-def _is_finished(step: epath.Path) -> bool:
-    if is_flax_file(step) or is_numbered(step):
-        return True
-    # Here, for the verdict on an item needs nothing of Orbax, and importing it takes a quarter of a second.
-    import orbax.checkpoint as ocp
-
-    return ocp.utils.is_checkpoint_finalized(step)
-
-
-def holds_tree(step: epath.Path) -> bool:
+def holds_tree(step: epath.Path, files: Files) -> bool:
     """Tells whether a step is a stored tree or holds one."""
-    return step.is_file() or is_item(step) or bool(items_of(step))
+    return files.is_file(step) or is_item(step, files) or bool(items_of(step, files))
 
 
-def is_root(path: epath.Path) -> bool:
+def is_root(path: epath.Path, files: Files) -> bool:
     """Tells a manager's root from a step: below it lie steps, or items that are called by numbers alone."""
-    if not path.is_dir() or is_item(path):
+    if not files.is_folder(path) or is_item(path, files):
         return False
-    if any(not is_item(step) and holds_tree(step) for step in steps_of(path).values() if step.is_dir()):
+    steps = [step for step in steps_of(path, files).values() if files.is_folder(step)]
+    if any(not is_item(step, files) and holds_tree(step, files) for step in steps):
         return True
-    items = items_of(path)
+    items = items_of(path, files)
     return bool(items) and all(item.name.isdecimal() for item in items)
 
 
-UNFINISHED = ".orbax-checkpoint-tmp"
-"""What Orbax has in the name of a directory until everything in it is written."""
-
-
 def is_unfinished(path: epath.Path) -> bool:
-    """Tells whether a path lies in a save that was never finished."""
+    """Tells from its name whether a path lies in a save that was never finished."""
     return is_unfinished_archive(path) or any(UNFINISHED in part for part in path.parts)
 
 
-def items_of(step: epath.Path) -> list[epath.Path]:
-    """Returns the finished items of a step that hold a stored tree, by name."""
-    folders = [child for child in sorted(step.iterdir()) if UNFINISHED not in child.name and child.is_dir()]
-    return [child for child in folders if is_item(child)]
-
-
-_FLAX_FILE = re.compile(r"checkpoint_\d+")
-
-
-def is_flax_file(path: epath.Path) -> bool:
+def is_flax_file(path: epath.Path, files: Files) -> bool:
     """Tells whether a file is named as `flax.training.checkpoints` names a step's."""
-    return _FLAX_FILE.fullmatch(path.name) is not None and path.is_file()
+    return _FLAX_FILE.fullmatch(path.name) is not None and files.is_file(path)
 
 
-def last_of_big_vision(path: epath.Path) -> epath.Path:
+def last_of_big_vision(path: epath.Path, files: Files) -> epath.Path:
     """Returns the checkpoint that `<path>-LAST` points to, or the path itself if there is no such file."""
-    pointer = path.parent / f"{path.name}-LAST"
-    return path.parent / f"{path.name}-{pointer.read_text().strip()}" if pointer.is_file() else path
+    last = files.optional(path.parent / f"{path.name}-LAST")
+    name = (last or b"").decode(errors="replace").strip()
+    return path.parent / f"{path.name}-{name}" if name and "/" not in name else path
+
+
+def last_question(path: epath.Path) -> Read:
+    """Returns what `last_of_big_vision` asks."""
+    return Read(os.fspath(path.parent / f"{path.name}-LAST"))

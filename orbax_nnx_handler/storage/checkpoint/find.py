@@ -13,18 +13,21 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     is_unfinished,
     items_of,
     last_of_big_vision,
+    last_question,
     newest_in,
+    prefixes_of,
     steps_of,
 )
+from orbax_nnx_handler.storage.checkpoint.files import Files, List
+from orbax_nnx_handler.storage.checkpoint.locations import as_path
 from orbax_nnx_handler.storage.checkpoint.metadata import parts_of
-from orbax_nnx_handler.storage.checkpoint.wrong_paths import why_no_checkpoint, why_no_item
-
-__all__ = ["find_item", "is_item", "steps_of"]
+from orbax_nnx_handler.storage.checkpoint.stores import files_at
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import why_no_checkpoint, why_no_item, why_several
 
 _USUAL_ITEMS = ("default", "items", "state", "params")
 
 
-def find_item(path: epath.PathLike, item: str | None = None) -> epath.Path:
+def find_item(path: epath.PathLike, item: str | None = None, files: Files | None = None) -> epath.Path:
     """Returns the item directory that a path means.
 
     Args:
@@ -32,80 +35,86 @@ def find_item(path: epath.PathLike, item: str | None = None) -> epath.Path:
             file of `flax.serialization`, a NumPy archive, or a directory with one
             run's archives.
         item: The item's name within the step, where it holds several.
+        files: The files of the path's store, if they are of use afterwards.
 
     Raises:
-        NotACheckpointError: Says what the path is and which was probably meant.
+        NotACheckpointError: Says what the path is and which was probably meant, or why
+            the store does not hand it out.
     """
-    given = epath.Path(path).expanduser()
-    try:
-        return _find_item(last_of_big_vision(given), item)
-    # A store that cannot be reached, no permission, a library for the scheme that is not installed.
-    except (OSError, ImportError) as error:
-        raise NotACheckpointError(f"{given} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _find_item(root: epath.Path, item: str | None) -> epath.Path:
+    given = as_path(path)
+    files = files or files_at(given)
+    files.ask(List(str(given)), last_question(given))
+    root = last_of_big_vision(given, files)
     # What an interrupted save left may look whole, and lack what was not yet written.
-    if not root.exists() or is_unfinished(root):
-        raise NotACheckpointError(why_no_checkpoint(root))
-    if root.is_file():
-        return _file(root)
-    if is_item(root):
+    if not files.exists(root) or is_unfinished(root):
+        raise NotACheckpointError(why_no_checkpoint(root, files))
+    if not files.is_folder(root):
+        return _file(root, files)
+    if is_item(root, files):
         return root
-    newest = _newest_step(root)
-    if newest is None or is_numbered(newest):
-        newest = _only_archive(root) or newest
-    elif _is_no_step(newest):
-        raise NotACheckpointError(why_no_checkpoint(root))
-    return _item_of_step(newest or root, item)
+    newest = _newest_step(root, files)
+    if newest is None or is_numbered(newest, files):
+        newest = _only_archive(root, files) or newest
+    elif _is_no_step(newest, files):
+        raise NotACheckpointError(why_no_checkpoint(root, files))
+    return _item_of_step(newest or root, item, files)
 
 
-def _only_archive(root: epath.Path) -> epath.Path | None:
+def _only_archive(root: epath.Path, files: Files) -> epath.Path | None:
     """Returns the NumPy archive that a directory of nothing else means.
 
     Raises:
         NotACheckpointError: It has those of several runs.
     """
-    newest = [] if parts_of(root) or items_of(root) else newest_in(root)
+    newest = newest_in(root, files)
+    if not newest or parts_of(root, files) or items_of(root, files):
+        return None
     if len(newest) > 1:
         names = ", ".join(path.name for path in newest)
         raise NotACheckpointError(
             f"{root} holds several NumPy archives: {names}.\nhint: pass the path of one of them."
         )
-    return newest[0] if newest else None
+    return newest[0]
 
 
-def _file(path: epath.Path) -> epath.Path:
+def _file(path: epath.Path, files: Files) -> epath.Path:
+    if not files.is_file(path):
+        raise NotACheckpointError(why_no_checkpoint(path, files))
     try:
-        is_alone = is_flax_file(path) or is_archive(path)
-        is_part = not is_alone and is_item(path.parent)
-    except OSError:
+        is_alone = is_flax_file(path, files) or is_archive(path, files)
+        is_part = not is_alone and is_item(path.parent, files)
+    except NotACheckpointError:
         is_part = False
     if is_part:
-        raise NotACheckpointError(why_no_checkpoint(path))
+        raise NotACheckpointError(why_no_checkpoint(path, files))
     return path
 
 
-def _newest_step(root: epath.Path) -> epath.Path | None:
-    steps = steps_of(root)
+def _newest_step(root: epath.Path, files: Files) -> epath.Path | None:
+    steps = steps_of(root, files)
+    if len(prefixes_of(path.name for path in steps.values())) > 1:
+        steps = {step: path for step, path in steps.items() if holds_tree(path, files)}
+        if len(prefixes_of(path.name for path in steps.values())) > 1:
+            raise NotACheckpointError(why_several(root, steps.values()))
     return steps[max(steps)] if steps else None
 
 
-def _is_no_step(path: epath.Path) -> bool:
-    """Tells what only ends in a number: another run (`run-2`), or something else (`polkit-1`)."""
-    if path.is_dir() and is_root(path):
+def _is_no_step(path: epath.Path, files: Files) -> bool:
+    """Tells what only ends in a number: another run (`run_2`), or something else (`log_1`)."""
+    if files.is_folder(path) and is_root(path, files):
         return True
-    return not (path.name.isdecimal() or holds_tree(path) or any(map(is_unfinished, path.iterdir())))
+    unfinished = any(is_unfinished(path / name) for name in files.entries(path))
+    return not (path.name.isdecimal() or holds_tree(path, files) or unfinished)
 
 
-def _item_of_step(step: epath.Path, item: str | None) -> epath.Path:
-    if step.is_file():
+def _item_of_step(step: epath.Path, item: str | None, files: Files) -> epath.Path:
+    if files.is_file(step):
         return step
     if item is not None:
-        return _named_item(step, item)
-    if is_item(step) or parts_of(step):
+        return _named_item(step, item, files)
+    if is_item(step, files) or parts_of(step, files):
         return step
-    items = items_of(step)
+    items = items_of(step, files)
     usual = [child for name in _USUAL_ITEMS for child in items if child.name == name]
     if len(items) == 1 or usual:
         return (usual or items)[0]
@@ -115,13 +124,13 @@ def _item_of_step(step: epath.Path, item: str | None) -> epath.Path:
             f"{step} holds several items: {names}.\n"
             f"hint: pass item={items[0].name!r}, or the path of one of them."
         )
-    raise NotACheckpointError(why_no_checkpoint(step))
+    raise NotACheckpointError(why_no_checkpoint(step, files))
 
 
-def _named_item(step: epath.Path, item: str) -> epath.Path:
+def _named_item(step: epath.Path, item: str, files: Files) -> epath.Path:
     found = step / item
-    if not found.exists():
-        raise NotACheckpointError(why_no_item(step, item))
-    if not is_item(found):
-        raise NotACheckpointError(why_no_checkpoint(found))
+    if not files.exists(found):
+        raise NotACheckpointError(why_no_item(step, item, files))
+    if not is_item(found, files):
+        raise NotACheckpointError(why_no_checkpoint(found, files))
     return found

@@ -1,22 +1,21 @@
-"""Steps whose train state lies in two items: read together, they are one tree.
-
-Tunix saves `model_params` and `optimizer_state`, openpi `params` and
-`train_state`. Each item can be restored by itself (`item=`); a target that wants
-model and optimizer needs both. The tree has the items' names as its first keys,
-as the layouts `tunix` and `openpi` expect.
-
-What a checkpoint holds, from its metadata alone: no array byte is read.
+"""What a checkpoint holds, from its metadata alone: no array byte is read.
 
 The tree is parsed once (it is megabytes of JSON at 20,000 leaves) and serves the
-plan and the read alike. Shapes and dtypes come from each array's own Zarr
-metadata, all of them read through one handle on the store.
+plan and the read alike. Shapes and dtypes come from each array's own Zarr metadata.
+Behind a network it takes a listing of the item, then all small files together, then the
+levels of the database's B-tree.
+
+A step whose train state lies in two items is read as one tree: Tunix saves
+`model_params` and `optimizer_state`, openpi `params` and `train_state`. Each item can be
+restored by itself (`item=`); a target that wants model and optimizer needs both. The tree
+has the items' names as its first keys, as the layouts `tunix` and `openpi` expect.
 """
 
 import dataclasses
 import functools
-import json
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import jax
@@ -27,49 +26,80 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.storage.checkpoint import npz, stores
+from orbax_nnx_handler.storage.checkpoint.catalog import MANIFEST
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
-from orbax_nnx_handler.storage.checkpoint.directories import is_archive
+from orbax_nnx_handler.storage.checkpoint.commits import STEP_FILE, commit_questions, was_interrupted
+from orbax_nnx_handler.storage.checkpoint.directories import is_archive, is_item, is_unfinished
+from orbax_nnx_handler.storage.checkpoint.fields import (
+    FieldError,
+    object_of,
+    objects_of,
+    optional_object,
+    parse_object,
+    text_of,
+)
+from orbax_nnx_handler.storage.checkpoint.files import Files, List, Question, Read
+from orbax_nnx_handler.storage.checkpoint.ocdbt import DamagedDatabaseError
 from orbax_nnx_handler.storage.checkpoint.random_state import StoredRandom, read_leftovers
 from orbax_nnx_handler.storage.checkpoint.stores import Store
-from orbax_nnx_handler.storage.checkpoint.trees import EMPTY_TYPES, STRING_TYPE, TREE_FILE, Tree, read_tree
-from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
+from orbax_nnx_handler.storage.checkpoint.trees import (
+    EMPTY_TYPES,
+    MSGPACK_FILE,
+    STRING_TYPE,
+    TREE_FILE,
+    Tree,
+    read_tree,
+)
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, why_no_checkpoint
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY, Encoding, ZarrDriver, parse_encoding
 from orbax_nnx_handler.storage.gc_pause import paused_collection
+
+__all__ = ["Checkpoint", "StoredArray", "parts_of", "read_metadata"]
 
 _TUNIX = ("model_params", "optimizer_state")
 _OPENPI = ("params", "train_state")
 
+_KEY_FILES, _KEY_FILE = "array_metadatas", "process_0"
+# Zarr's codecs pack zeros to a thirty-thousandth; what takes more than that is not there.
+_PACKED_AT_MOST = 1 << 15
+_ANY_ARRAY = 1 << 30
+
 _Value = TypeVar("_Value")
 
 
-def parts_of(step: epath.Path) -> tuple[str, ...]:
+def parts_of(step: epath.Path, files: Files) -> tuple[str, ...]:
     """Returns the items of a step that are one train state; none for any other directory."""
-    if (step / TREE_FILE).exists():
+    if files.has_file(step, TREE_FILE):
         return ()
+    folders = {folder.name for folder in files.folders(step)}
     for names in (_TUNIX, _OPENPI):
-        if all((step / name / TREE_FILE).exists() for name in names):
-            return () if names == _OPENPI and _has_weights(step / "train_state") else names
+        if folders.issuperset(names):
+            files.look_into(step / name for name in names)
+            if all(files.has_file(step / name, TREE_FILE) for name in names):
+                return () if names == _OPENPI and _has_weights(step / "train_state", files) else names
     return ()
 
 
-def _has_weights(train_state: epath.Path) -> bool:
+def _has_weights(train_state: epath.Path, files: Files) -> bool:
     """Tells whether openpi kept an average of its weights.
 
     The item `params` then holds the average and this one the weights in
     training. Which of the two is wanted, only the caller knows, by `item=`.
     """
-    nodes = read_tree(train_state, lambda: None).nodes
-    return any(path[:1] == ("params",) for path, kind in nodes.items() if kind not in EMPTY_TYPES)
+    tree = read_tree(train_state, files, None)
+    return tree is not None and any(
+        path[:1] == ("params",) for path, kind in tree.nodes.items() if kind not in EMPTY_TYPES
+    )
 
 
-def join_items(step: epath.Path, items: Mapping[str, "Checkpoint"]) -> "Checkpoint":
-    """Returns the items of a step as one checkpoint, their names as first keys."""
+def _join_items(step: epath.Path, items: Mapping[str, Checkpoint]) -> Checkpoint:
     first = next(iter(items.values()))
     return dataclasses.replace(
         first,
         directory=step,
         leaves={path: _moved(leaf, path) for path, leaf in _joined(items, lambda item: item.leaves).items()},
         lost=_joined(items, lambda item: item.lost),
+        damaged=_joined(items, lambda item: item.damaged),
         disk_format=" and ".join(dict.fromkeys(item.disk_format for item in items.values())),
         values=_joined(items, lambda item: item.values or {}) or None,
         nodes=_joined(items, lambda item: item.nodes),
@@ -80,7 +110,7 @@ def join_items(step: epath.Path, items: Mapping[str, "Checkpoint"]) -> "Checkpoi
 
 
 def _joined(
-    items: Mapping[str, "Checkpoint"], field: Callable[["Checkpoint"], Mapping[Path, _Value]]
+    items: Mapping[str, Checkpoint], field: Callable[[Checkpoint], Mapping[Path, _Value]]
 ) -> dict[Path, _Value]:
     return {(name, *path): value for name, item in items.items() for path, value in field(item).items()}
 
@@ -89,38 +119,46 @@ def _moved(leaf: StoredLeaf, path: Path) -> StoredLeaf:
     return dataclasses.replace(leaf, path=path)
 
 
-__all__ = ["Checkpoint", "StoredArray", "read_metadata"]
-
-
-def read_metadata(directory: epath.PathLike) -> Checkpoint:
+def read_metadata(directory: epath.PathLike, files: Files | None = None) -> Checkpoint:
     """Reads what an item directory holds, without reading any array.
 
     Args:
         directory: An item directory that Orbax wrote, in any of its formats, a
             msgpack file that `flax.serialization` wrote, a NumPy archive, or a step
-            whose items are one train state (`together`).
+            whose items are one train state.
+        files: The files of its store, where some are known already.
 
     Returns:
         The checkpoint's leaves, and where to read them.
 
     Raises:
-        NotACheckpointError: The path is no item; says what it is instead.
+        NotACheckpointError: The path is no item, or its save was interrupted; says what
+            it is instead, or which file is damaged.
     """
     directory = epath.Path(directory)
+    files = files or stores.files_at(directory)
     with paused_collection():
-        if is_archive(directory):
-            return npz.read_archive(directory)
-        parts = parts_of(directory)
-        if parts:
-            return join_items(directory, {name: _read(directory / name) for name in parts})
-        return _read(directory)
+        if is_archive(directory, files):
+            return npz.read_archive(directory, files)
+        parts = parts_of(directory, files)
+        if not parts:
+            return _read(directory, files)
+        _ask(files, [directory / name for name in parts])
+        return _join_items(directory, {name: _read(directory / name, files) for name in parts})
 
 
-def _read(directory: epath.Path) -> Checkpoint:
-    tree, database = _read_tree(directory)
-    arrays, lost = _locate(directory, tree, database)
+def _read(directory: epath.Path, files: Files) -> Checkpoint:
+    if not files.exists(directory) or is_unfinished(directory):
+        raise NotACheckpointError(why_no_checkpoint(directory, files))
+    _ask(files, [directory])
+    _check_was_finished(directory, files)
+    database = _open_database(directory, files)
+    tree = read_tree(directory, files, database)
+    if tree is None:
+        raise NotACheckpointError(why_no_checkpoint(directory, files))
+    arrays, lost = _locate(directory, tree, database, files)
     values = {path: np.asarray(value) for path, value in tree.values.items() if path not in arrays}
-    key_impls = _read_key_impls(directory)
+    key_impls = _read_key_impls(directory, files)
     leaves: dict[Path, StoredLeaf] = {}
     for path, value_type in tree.nodes.items():
         array = arrays.get(path)
@@ -135,9 +173,10 @@ def _read(directory: epath.Path) -> Checkpoint:
         directory=directory,
         leaves=leaves | {path: _leftover_leaf(path, leftover) for path, leftover in leftovers.items()},
         lost=lost,
+        damaged=dict(_damaged_arrays(arrays, writes_fill=tree.writes_fill)),
         disk_format=_disk_format(arrays.values(), bool(values)),
         custom_metadata=tree.custom,
-        step_metadata=_read_step_metadata(directory),
+        step_metadata=_read_step_metadata(directory, files),
         values=values | {path: leftover.value for path, leftover in leftovers.items()} or None,
         nodes=tree.nodes,
         arrays=arrays,
@@ -145,50 +184,72 @@ def _read(directory: epath.Path) -> Checkpoint:
     )
 
 
-def _read_tree(directory: epath.Path) -> tuple[Tree, Store | None]:
-    """Returns tree and database; TensorStore walks the one while Python parses the other."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        opened = pool.submit(_open_database, directory)
-        try:
-            return read_tree(directory, opened.result), opened.result()
-        except NotACheckpointError:
-            # A database that is damaged says more than the absence of a tree.
-            opened.result()
-            raise
+def _ask(files: Files, directories: Iterable[epath.Path]) -> None:
+    """Asks for all small files of items in one trip."""
+    questions: list[Question] = []
+    for directory in directories:
+        entries = files.entries(directory)
+        questions += commit_questions(directory)
+        questions += [
+            Read(os.fspath(directory / name)) for name in (TREE_FILE, MSGPACK_FILE) if name in entries
+        ]
+        if MANIFEST in entries:
+            questions += stores.database_questions(directory)
+        if _KEY_FILES in entries:
+            folder = os.fspath(directory / _KEY_FILES)
+            questions += [List(folder), Read(f"{folder}/{_KEY_FILE}")]
+    files.ask(*questions)
 
 
-def _open_database(directory: epath.Path) -> Store | None:
-    if not stores.is_ocdbt(directory):
+def _check_was_finished(directory: epath.Path, files: Files) -> None:
+    if not files.is_folder(directory) or not is_item(directory, files):
+        return
+    unfinished = was_interrupted(directory, files)
+    if unfinished is not None and _is_orbax(directory, files):
+        raise NotACheckpointError(interrupted(unfinished, files))
+
+
+def _is_orbax(directory: epath.Path, files: Files) -> bool:
+    """Tells whether Orbax wrote an item; T5X and big_vision mark no finished save."""
+    if files.has_file(directory, TREE_FILE) or files.has_file(directory, MANIFEST):
+        return True
+    tree = read_tree(directory, files, None)
+    return tree is not None and tree.by_orbax
+
+
+def _open_database(directory: epath.Path, files: Files) -> Store | None:
+    if not files.is_folder(directory) or not files.has_file(directory, MANIFEST):
         return None
     try:
-        return stores.open_ocdbt(directory)
-    except ValueError as error:
-        raise _damaged(f"the database in {directory} cannot be opened", directory, error) from error
-
-
-def _damaged(what: str, directory: epath.Path, error: Exception) -> NotACheckpointError:
-    reason = str(error).removesuffix(".")
-    return NotACheckpointError(f"{what}: {reason}.\nhint: {damaged(directory)}")
+        return stores.open_ocdbt(directory, files)
+    except DamagedDatabaseError as error:
+        raise NotACheckpointError(
+            f"the database in {directory} cannot be read: {error}.\nhint: {damaged(directory, files)}"
+        ) from error
 
 
 def _locate(
-    directory: epath.Path, tree: Tree, database: Store | None
+    directory: epath.Path, tree: Tree, database: Store | None, files: Files
 ) -> tuple[dict[Path, StoredArray], dict[Path, str]]:
     """Finds each array's metadata: in the database first, then in its own directory."""
     wanted = {path: name for path, name in tree.names.items() if tree.nodes[path] != STRING_TYPE}
+    lost = {
+        path: f"its name {name!r} leads out of the checkpoint"
+        for path, name in wanted.items()
+        if _leads_out(name)
+    }
+    wanted = {path: name for path, name in wanted.items() if path not in lost}
     if not wanted:
-        return {}, {}
+        return {}, lost
     drivers: tuple[ZarrDriver, ZarrDriver] = ("zarr3", "zarr") if tree.zarr3 else ("zarr", "zarr3")
     # Older checkpoints mix both: a database beside one directory per leaf.
-    files = stores.open_files(tree.folder or directory)
-    holders = [store for store in (database, files) if store is not None]
+    beside = stores.open_files(tree.folder or directory)
+    holders = [store for store in (database, beside) if store is not None]
     places: list[tuple[Store, ZarrDriver]] = [(store, driver) for store in holders for driver in drivers]
-    try:
-        found = stores.first_found(wanted, [(s, f"/{METADATA_KEY[d]}") for s, d in places])
-    except ValueError as error:
-        raise _damaged(f"the store in {directory} cannot be read", directory, error) from error
+    found = stores.first_found(
+        wanted, [(store, f"/{METADATA_KEY[driver]}") for store, driver in places], files
+    )
     arrays: dict[Path, StoredArray] = {}
-    lost: dict[Path, str] = {}
     for path, name in wanted.items():
         place = found.get(path)
         if place is None:
@@ -198,10 +259,16 @@ def _locate(
         number, content = place
         store, driver = places[number]
         try:
+            if isinstance(content, NotACheckpointError):
+                raise content
             arrays[path] = StoredArray(name=name, store=store, encoding=_parse(driver, content))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             lost[path] = f"{name}/{METADATA_KEY[driver]} in {store.directory} is damaged: {error}"
     return arrays, lost
+
+
+def _leads_out(name: str) -> bool:
+    return any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name
 
 
 @functools.lru_cache(maxsize=1024)
@@ -244,35 +311,90 @@ def _key_type(impl: str) -> tuple[np.dtype[Any], Shape]:
     return dtype, jax.eval_shape(jax.random.key_data, key).shape
 
 
-def _read_key_impls(directory: epath.Path) -> dict[str, str]:
+def _damaged_arrays(arrays: Mapping[Path, StoredArray], *, writes_fill: bool) -> Iterable[tuple[Path, str]]:
+    """Yields the leaves whose shapes are known and whose bytes cannot all be there."""
+    broken = {id(array.store): _by_array(array.store) for array in arrays.values()}
+    for path, array in arrays.items():
+        reason = broken[id(array.store)].get(array.name) or _implausible(array, writes_fill=writes_fill)
+        if reason:
+            yield path, reason
+
+
+def _by_array(store: Store) -> dict[str, str]:
+    """Returns the reason for each array of which the catalog shows a damaged chunk."""
+    found: dict[str, str] = {}
+    for key, reason in store.damaged.items():
+        # A chunk's key below the array's name: `c/0/1`, or `0.1`, or `0/1`.
+        parts = key.split("/")
+        for end in range(1, len(parts)):
+            found.setdefault("/".join(parts[:end]), f"{key}: {reason}")
+    return found
+
+
+def _implausible(array: StoredArray, *, writes_fill: bool) -> str | None:
+    """Returns why an array of more than a gigabyte cannot be stored in the bytes that there are."""
+    encoding = array.encoding
+    catalog = array.store.catalog
+    size = math.prod(encoding.shape) * encoding.dtype.itemsize
+    if size < _ANY_ARRAY or catalog is None:
+        return None
+    stored = array.store.sizes
+    if size > _PACKED_AT_MOST * max(1, sum(stored.values())):
+        return f"an array of {size} bytes cannot be in files of {sum(stored.values())}"
+    chunks = math.prod(
+        -(-length // chunk) for length, chunk in zip(encoding.shape, encoding.chunk_shape, strict=True)
+    )
+    if writes_fill and chunks > len(catalog):
+        return f"it has {chunks} chunks, and the database holds {len(catalog)} values"
+    return None
+
+
+def _read_key_impls(directory: epath.Path, files: Files) -> dict[str, str]:
     """Returns the PRNG implementation of each stored random key, by array name.
 
     Orbax notes it in `array_metadatas/process_*`, beside the chunk shapes; every
     process's file names every array.
     """
-    folder = directory / "array_metadatas"
-    if not directory.is_dir() or not folder.exists():
+    if not files.is_folder(directory) or _KEY_FILES not in files.entries(directory):
         return {}
-    for file in sorted(folder.glob("process_*")):
-        content = file.read_text()
-        # The file is megabytes at thousands of leaves, and most hold no key.
-        if "random_key_impl" not in content:
-            return {}
-        entries = [entry["array_metadata"] for entry in json.loads(content)["array_metadatas"]]
-        keys = [entry for entry in entries if (entry.get("ext_metadata") or {}).get("random_key_impl")]
-        return {entry["param_name"]: entry["ext_metadata"]["random_key_impl"] for entry in keys}
-    return {}
+    folder = directory / _KEY_FILES
+    names = [name for name in files.entries(folder) if name.startswith("process_")]
+    if not names:
+        return {}
+    file = folder / (_KEY_FILE if _KEY_FILE in names else names[0])
+    content = files.content(file) or b""
+    # The file is megabytes at thousands of leaves, and most hold no key.
+    if b"random_key_impl" not in content:
+        return {}
+    try:
+        entries = [
+            object_of(entry, "array_metadata")
+            for entry in objects_of(parse_object(content), "array_metadatas")
+        ]
+        keys = {text_of(entry, "param_name"): optional_object(entry, "ext_metadata") for entry in entries}
+        found = {
+            name: text_of(key, "random_key_impl") for name, key in keys.items() if key.get("random_key_impl")
+        }
+        for impl in found.values():
+            _key_type(impl)
+    except (FieldError, ValueError) as error:
+        raise NotACheckpointError(
+            f"{file} cannot be read: {error}.\nhint: {damaged(directory, files)}"
+        ) from error
+    return found
 
 
-def _read_step_metadata(directory: epath.Path) -> Mapping[str, Any]:
+def _read_step_metadata(directory: epath.Path, files: Files) -> Mapping[str, Any]:
     """Returns the program's metadata of the step: beside the item, or above it."""
     for folder in (directory, directory.parent):
-        file = folder / "_CHECKPOINT_METADATA"
-        if folder.is_dir() and file.exists():
+        content = (
+            files.optional(folder / STEP_FILE) if files.is_folder(directory) or folder != directory else None
+        )
+        if content is not None:
             try:
-                return json.loads(file.read_text()).get("custom_metadata") or {}
+                return optional_object(parse_object(content), "custom_metadata")
             # Nothing of the restore depends on it, so a damaged file is no reason to stop.
-            except ValueError:
+            except FieldError:
                 return {}
     return {}
 

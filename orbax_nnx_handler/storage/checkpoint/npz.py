@@ -35,6 +35,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.storage.checkpoint import stores
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
+from orbax_nnx_handler.storage.checkpoint.files import Files
 from orbax_nnx_handler.storage.checkpoint.stores import Extent
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
@@ -170,26 +171,27 @@ class _Found:
     foreign: dict[Path, str] = dataclasses.field(default_factory=dict[Path, str])
 
 
-def read_archive(path: epath.Path) -> Checkpoint:
+def read_archive(path: epath.Path, files: Files) -> Checkpoint:
     """Reads what an archive holds: its directory and headers, no values.
 
     Args:
         path: The file.
+        files: The files of its store.
 
     Raises:
         NotACheckpointError: It is no whole archive of arrays, or its names are those of no tree.
     """
-    with cast(IO[bytes], path.open("rb")) as file, _opened(path, file) as archive:
+    with cast(IO[bytes], path.open("rb")) as file, _opened(path, file, files) as archive:
         members = _members(path, archive.infolist())
         return _checkpoint(path, members, _look(path, file, archive, members))
 
 
-def _opened(path: epath.Path, file: IO[bytes]) -> zipfile.ZipFile:
+def _opened(path: epath.Path, file: IO[bytes], files: Files) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(file)
     except _DAMAGE as error:
         raise NotACheckpointError(
-            f"{path} is no whole NumPy archive: {str(error).removesuffix('.')}.\nhint: {damaged(path)}"
+            f"{path} is no whole NumPy archive: {str(error).removesuffix('.')}.\nhint: {damaged(path, files)}"
         ) from error
 
 

@@ -1,6 +1,7 @@
-"""Checkpoints without `_METADATA`: what the tree is, and where its arrays lie.
+"""The tree of a checkpoint: which paths there are, before any shape is known.
 
-Four programs wrote such, and all of them are read here to one form:
+Orbax keeps it in `_METADATA` (JSON). Before that, four programs wrote other forms, and
+all of them are read here to one:
 
 - Orbax 0.2 to 0.4: a msgpack file `checkpoint` with the tree. A leaf is its
   value, or `PLACEHOLDER://name` for an array of that name beside the file, in a
@@ -15,16 +16,10 @@ Four programs wrote such, and all of them are read here to one form:
   (big_vision/utils.py `tssave`).
 
 Orbax without any tree is the fifth: names joined by dots.
-
-The tree of a checkpoint: which paths there are, before any shape is known.
-
-Newer checkpoints have it in `_METADATA` (JSON); what older ones have instead is
-read by `legacy`.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from etils import epath
@@ -32,14 +27,25 @@ from flax import serialization
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.storage.checkpoint.fields import (
+    FieldError,
+    object_of,
+    objects_of,
+    optional_object,
+    parse_object,
+    text_of,
+)
+from orbax_nnx_handler.storage.checkpoint.files import Files
 from orbax_nnx_handler.storage.checkpoint.stores import Store
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY
 
-MSGPACK_FILE = "checkpoint"
+TREE_FILE, MSGPACK_FILE = "_METADATA", "checkpoint"
 
 # The value types of `_METADATA`, for what older trees tell.
 UNKNOWN_TYPE, STRING_TYPE = "Unknown", "string"
+EMPTY_TYPES = frozenset({"None", "Dict", "List", "Tuple", "NamedTuple"})
+"""The value types of nodes that hold nothing, in the words of `_METADATA`."""
 _NODE_TYPES: Mapping[type, str] = {
     type(None): "None",
     str: STRING_TYPE,
@@ -47,72 +53,126 @@ _NODE_TYPES: Mapping[type, str] = {
     list: "List",
     tuple: "Tuple",
 }
+_SEQUENCE = 1
 
 _ORBAX_PLACEHOLDERS = ("PLACEHOLDER://", "AGGREGATED://")
 _FLAX_PLACEHOLDER = "//GDAPlaceholder:"
 _FLAX_FOLDER = "_gda"
 _BIG_VISION_SEPARATOR = "~"
+# Folders of an item that are no array.
+_NO_ARRAYS = frozenset({"array_metadatas", "d"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LegacyTree:
-    """A tree from before `_METADATA`.
+class Tree:
+    """The tree of one item.
 
     Attributes:
         nodes: The value type of each path, empty nodes included.
-        names: The name in the store of each path that is an array there.
-        values: The values that the msgpack file itself holds.
-        folder: Where the arrays lie.
+        names: The name in the store of each path that has a value there.
+        values: The values that the tree's file itself held.
+        zarr3: Whether the arrays are said to be Zarr 3.
+        custom: What the program stored with the item.
+        writes_fill: Whether an absent chunk is a loss: the writer stores chunks also where
+            they equal the fill value, or nothing tells that it was done.
+        by_orbax: Whether Orbax wrote it, which marks a finished save.
+        folder: Where arrays lie that are not in the directory itself.
     """
 
     nodes: Mapping[Path, str]
     names: Mapping[Path, str]
-    values: Mapping[Path, Any]
-    folder: epath.Path
+    values: Mapping[Path, Any] = dataclasses.field(default_factory=dict[Path, Any])
+    zarr3: bool = False
+    custom: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    writes_fill: bool = False
+    by_orbax: bool = True
+    folder: epath.Path | None = None
 
 
-def read_packed_tree(path: epath.Path) -> LegacyTree | None:
-    """Reads a msgpack tree: the file itself, or `checkpoint` in a directory.
+def read_tree(directory: epath.Path, files: Files, database: Store | None) -> Tree | None:
+    """Reads the tree of an item directory, or of a msgpack file.
+
+    Args:
+        directory: The item directory, or a file that `flax.serialization` wrote.
+        files: The files of its store.
+        database: The directory's OCDBT store, if it has one.
 
     Returns:
-        The tree, or None if there is no such file.
+        The tree, or None if there is none.
 
     Raises:
-        NotACheckpointError: The file is no msgpack file of a checkpoint.
+        NotACheckpointError: The file of the tree is damaged.
     """
-    if path.is_dir():
-        file, folder = path / MSGPACK_FILE, path
-        if not file.is_file():
-            return None
-    else:
-        file, folder = path, path.parent / (path.name + _FLAX_FOLDER)
+    if files.is_file(directory):
+        return _packed_tree(directory, directory.parent / (directory.name + _FLAX_FOLDER), files)
+    listed = packed = None
+    if files.has_file(directory, TREE_FILE):
+        listed = _metadata_tree(directory / TREE_FILE, files)
+    if files.has_file(directory, MSGPACK_FILE):
+        packed = _packed_tree(directory / MSGPACK_FILE, directory, files)
+    if listed and packed:
+        return dataclasses.replace(listed, values=packed.values, names={**listed.names, **packed.names})
+    tree = listed or packed or _named_tree(directory, files, database)
+    return tree if tree.nodes else None
+
+
+def _metadata_tree(file: epath.Path, files: Files) -> Tree:
+    try:
+        content = parse_object(files.content(file))
+        tree = object_of(content, "tree_metadata")
+        entries = [_entry(object_of(tree, name)) for name in tree]
+        custom = optional_object(content, "custom_metadata")
+    except FieldError as error:
+        reason = f"cannot be read as the tree of a checkpoint: {str(error).removesuffix('.')}"
+        raise NotACheckpointError(f"{file} {reason}.\nhint: {damaged(file, files)}") from error
+    nodes = {path: value_type for path, _, value_type in entries}
+    names = {path: name for path, name, value_type in entries if value_type not in EMPTY_TYPES}
+    return Tree(
+        nodes=nodes,
+        names=names,
+        zarr3=bool(content.get("use_zarr3")),
+        custom=custom,
+        writes_fill=bool(content.get("store_array_data_equal_to_fill_value")),
+    )
+
+
+def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
+    keys = objects_of(entry, "key_metadata")
+    names = [text_of(key, "key") for key in keys]
+    path = tuple(
+        _number(name) if key.get("key_type") == _SEQUENCE else name
+        for key, name in zip(keys, names, strict=True)
+    )
+    return path, ".".join(names), text_of(object_of(entry, "value_metadata"), "value_type")
+
+
+def _number(name: str) -> int:
+    if not name.isdecimal() or len(name) > 9:
+        raise FieldError(f"key is {name!r}, where the index of a list should be")
+    return int(name)
+
+
+def _packed_tree(file: epath.Path, folder: epath.Path, files: Files) -> Tree:
     nodes: dict[Path, str] = {}
     names: dict[Path, str] = {}
     values: dict[Path, Any] = {}
-    for keys, leaf in _walk(_unpack(file), ()):
+    by_orbax = file.name == MSGPACK_FILE
+    for keys, leaf in _walk(_unpack(file, files), ()):
         name = _array_name(leaf)
         nodes[keys] = _node_type(leaf) if name is None else UNKNOWN_TYPE
         if name is not None:
             names[keys] = name
+            by_orbax = by_orbax and not isinstance(leaf, dict)
         elif nodes[keys] == UNKNOWN_TYPE:
             values[keys] = leaf
-    return LegacyTree(nodes=nodes, names=names, values=values, folder=folder)
+    return Tree(nodes=nodes, names=names, values=values, folder=folder, by_orbax=by_orbax)
 
 
-def split_names(names: Iterable[str]) -> dict[Path, str]:
-    """Returns the names of arrays by the paths they spell, where no tree tells.
-
-    Orbax joins the keys of a path by dots, big_vision by `~`. A key of a
-    big_vision tree may hold a dot, so one `~` anywhere decides.
-    """
-    names = sorted(names)
-    separator = _BIG_VISION_SEPARATOR if any(_BIG_VISION_SEPARATOR in name for name in names) else "."
-    return {tuple(name.split(separator)): name for name in names}
-
-
-def _unpack(file: epath.Path) -> object:
+def _unpack(file: epath.Path, files: Files) -> object:
     try:
-        tree = cast(object, serialization.msgpack_restore(file.read_bytes()))
+        tree = cast(object, serialization.msgpack_restore(files.content(file) or b""))
+    except NotACheckpointError:
+        raise
     # msgpack raises many types for a file that is something else.
     except Exception as error:
         raise NotACheckpointError(
@@ -160,126 +220,37 @@ def _node_type(leaf: object) -> str:
     return _NODE_TYPES.get(type(leaf), UNKNOWN_TYPE)
 
 
-TREE_FILE = "_METADATA"
+def _named_tree(directory: epath.Path, files: Files, database: Store | None) -> Tree:
+    """Splits the names of the arrays, which is all that is left to do.
 
-# The value types of nodes that hold nothing, in the words of `_METADATA`.
-EMPTY_TYPES = frozenset({"None", "Dict", "List", "Tuple", "NamedTuple"})
-# Entries of an item directory that are no array.
-_NO_ARRAYS = frozenset({TREE_FILE, MSGPACK_FILE, "_sharding", "array_metadatas", "d", "_strings.json"})
-_SEQUENCE = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tree:
-    """The tree of one item.
-
-    Attributes:
-        nodes: The value type of each path, empty nodes included.
-        names: The name in the store of each path that has a value there.
-        values: The values that the tree's file itself held.
-        zarr3: Whether the arrays are said to be Zarr 3.
-        custom: What the program stored with the item.
-        writes_fill: Whether the writer stored chunks even where they equal the
-            fill value, so that an absent chunk is a loss.
-        folder: Where arrays lie that are not in the directory itself.
+    Orbax joins the keys of a path by dots, big_vision by `~`. A key of a big_vision tree
+    may hold a dot, so one `~` anywhere decides.
     """
-
-    nodes: Mapping[Path, str]
-    names: Mapping[Path, str]
-    values: Mapping[Path, Any] = dataclasses.field(default_factory=dict[Path, Any])
-    zarr3: bool = False
-    custom: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    writes_fill: bool = False
-    folder: epath.Path | None = None
-
-
-def read_tree(directory: epath.Path, database: Callable[[], Store | None]) -> Tree:
-    """Reads the tree of an item directory, or of a msgpack file.
-
-    Args:
-        directory: The item directory, or a file that `flax.serialization` wrote.
-        database: Returns the directory's OCDBT store, if any; asked where nothing else names the arrays.
-
-    Raises:
-        NotACheckpointError: There is no tree; says what is there instead.
-    """
-    if not directory.exists():
-        raise NotACheckpointError(f"{directory} does not exist")
-    packed = _packed_tree(directory)
-    if packed and not directory.is_dir():
-        return packed
-    listed = _metadata_tree(directory / TREE_FILE) if (directory / TREE_FILE).exists() else None
-    if listed and packed:
-        return dataclasses.replace(listed, values=packed.values, names={**listed.names, **packed.names})
-    tree = listed or packed or _named_tree(directory, database())
-    if not tree.nodes:
-        raise NotACheckpointError(_what_is(directory))
-    return tree
-
-
-def _metadata_tree(file: epath.Path) -> Tree:
-    try:
-        content = json.loads(file.read_text())
-        entries = [_entry(entry) for entry in content["tree_metadata"].values()]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"cannot be read as the tree of a checkpoint: {str(error).removesuffix('.')}"
-        raise NotACheckpointError(f"{file} {reason}.\nhint: {damaged(file)}") from error
-    nodes = {path: value_type for path, _, value_type in entries}
-    names = {path: name for path, name, value_type in entries if value_type not in EMPTY_TYPES}
+    found = sorted(_array_names(directory, files, database))
+    by_big_vision = any(_BIG_VISION_SEPARATOR in name for name in found)
+    separator = _BIG_VISION_SEPARATOR if by_big_vision else "."
+    names: dict[Path, str] = {tuple(name.split(separator)): name for name in found}
     return Tree(
-        nodes=nodes,
+        nodes=dict.fromkeys(names, UNKNOWN_TYPE),
         names=names,
-        zarr3=bool(content.get("use_zarr3")),
-        custom=content.get("custom_metadata") or {},
-        writes_fill=bool(content.get("store_array_data_equal_to_fill_value")),
+        # Orbax writes its tree last, and nobody knows which chunks should have been there.
+        writes_fill=not (by_big_vision and _is_pointed_to(directory, files)),
+        by_orbax=not by_big_vision,
     )
 
 
-def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
-    keys = entry["key_metadata"]
-    path = tuple([int(key["key"]) if key["key_type"] == _SEQUENCE else key["key"] for key in keys])
-    return path, ".".join([key["key"] for key in keys]), entry["value_metadata"]["value_type"]
+def _array_names(directory: epath.Path, files: Files, database: Store | None) -> Iterable[str]:
+    keys = tuple(METADATA_KEY.values())
+    if database is not None and database.catalog is not None:
+        return [key.rpartition("/")[0] for key in database.catalog if key.endswith(keys)]
+    folders = [child for child in files.folders(directory) if child.name not in _NO_ARRAYS]
+    files.look_into(folders)
+    return [child.name for child in folders if any(files.has_file(child, key) for key in keys)]
 
 
-def _packed_tree(path: epath.Path) -> Tree | None:
-    packed = read_packed_tree(path)
-    if packed is None:
-        return None
-    return Tree(nodes=packed.nodes, names=packed.names, values=packed.values, folder=packed.folder)
-
-
-def _named_tree(directory: epath.Path, database: Store | None) -> Tree:
-    """Splits the names of the arrays, which is all that is left to do."""
-    endings = tuple(f"/{key}" for key in METADATA_KEY.values())
-    if database is not None:
-        keys = [key.decode() for key in database.kvstore.list().result()]
-        found = [key.rpartition("/")[0] for key in keys if key.endswith(endings)]
-    else:
-        found = [
-            entry.name
-            for entry in directory.iterdir()
-            if entry.name not in _NO_ARRAYS and any((entry / key).exists() for key in METADATA_KEY.values())
-        ]
-    names = split_names(found)
-    return Tree(nodes=dict.fromkeys(names, UNKNOWN_TYPE), names=names)
-
-
-def _what_is(directory: epath.Path) -> str:
-    """Says what a directory is that is no item, and which item was probably meant."""
-    below = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
-    items = [name for name in below if _is_item(directory / name)]
-    if items:
-        named = ", ".join(items)
-        return f"{directory} is a step, not an item. It holds: {named}. hint: pass {directory / items[-1]}"
-    steps = [name for name in below if any(_is_item(entry) for entry in (directory / name).iterdir())]
-    if steps:
-        newest = max(steps, key=lambda name: (len(name), name))
-        return (
-            f"{directory} is the root of a checkpoint manager, not an item. It holds the steps "
-            f"{', '.join(steps)}. hint: pass an item of a step, below {directory / newest}"
-        )
-    return f"{directory} is no checkpoint: it holds neither {TREE_FILE}, nor a msgpack file, nor arrays"
-
-
-def _is_item(directory: epath.Path) -> bool:
-    return (directory / TREE_FILE).exists() or (directory / MSGPACK_FILE).is_file()
+def _is_pointed_to(directory: epath.Path, files: Files) -> bool:
+    """Tells whether big_vision finished this save, or a later one of the same run."""
+    run, _, step = directory.name.rpartition("-")
+    last = files.content(directory.parent / f"{run}-LAST") if run else None
+    newest = (last or b"").strip().decode(errors="replace")
+    return newest == step or (newest.isdecimal() and step.isdecimal() and int(newest) >= int(step))

@@ -1,16 +1,18 @@
 """What a path is that is no checkpoint, and which one was probably meant.
 
 Every sentence rests on what lies at the path, above it or right below it; where
-nothing does, only the kinds of path that would do are named.
+nothing does, only the kinds of path that would do are named. Behind a network only a
+few folders are looked into, and none above the bucket.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.storage.checkpoint.commits import COMMIT_FILE, STEP_FILE, UNFINISHED, lacks_commit
 from orbax_nnx_handler.storage.checkpoint.directories import (
-    UNFINISHED,
     archives_in,
     holds_tree,
     is_archive,
@@ -20,41 +22,95 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     is_unfinished_archive,
     items_of,
     newest_in,
+    prefixes_of,
     steps_of,
 )
+from orbax_nnx_handler.storage.checkpoint.files import Files
+from orbax_nnx_handler.storage.checkpoint.locations import parents_of
 
 _SHOWN = 8
-_LOOKED_AT = 50
-_DEPTH = 3
+# How many folders are looked into on each level, and how many levels.
+_LOOKED_AT, _LOOKED_AT_REMOTE = 50, 3
+_DEPTH, _DEPTH_REMOTE = 3, 1
 _NONE_FINISHED = "no finished step lies beside it: the job has to save again."
+_KINDS = "pass a CheckpointManager's root, one of its steps, or an item in a step."
 
 
-def why_no_checkpoint(path: epath.Path) -> str:
+def why_no_checkpoint(path: epath.Path, files: Files) -> str:
     """Returns what a path is instead of a checkpoint, and a hint."""
-    if not path.exists():
-        return f"there is nothing at {path}.\nhint: {_instead_of(path)}"
+    if not files.exists(path):
+        return f"there is nothing at {path}.\nhint: {_hint(_instead_of, path, files)}"
     if is_unfinished(path):
-        return f"{path} is a save that was interrupted.\nhint: {_finished_near(path)}"
-    unfinished = _unfinished(path)
+        return interrupted(path, files)
+    unfinished = [name for name in files.entries(path) if UNFINISHED in name]
     if unfinished:
         saves = "a save that was interrupted" if len(unfinished) == 1 else "saves that were interrupted"
-        return f"{path} holds only {saves}: {_listed(unfinished)}.\nhint: {_finished_near(path)}"
-    if path.is_file():
-        return f"{path} is a file.\nhint: {_around(path)}"
-    names = [child.name for child in sorted(path.iterdir())]
-    return (
-        f"{path} is no Orbax checkpoint; it holds: {_listed(names)}.\nhint: {_below(path) or _around(path)}"
-    )
+        hint = _hint(_finished_near, path, files)
+        return f"{path} holds only {saves}: {_listed(unfinished)}.\nhint: {hint}"
+    if files.is_folder(path) and files.has_file(path, STEP_FILE) and lacks_commit(path, files):
+        return interrupted(path, files)
+    if not files.is_folder(path):
+        what = "a file" if files.is_file(path) else "no file and no directory"
+        return f"{path} is {what}.\nhint: {_hint(_around, path, files)}"
+    return _of_folder(path, files)
 
 
-def why_no_item(step: epath.Path, item: str) -> str:
+def _of_folder(path: epath.Path, files: Files) -> str:
+    items = items_of(path, files)
+    if items and not is_root(path, files):
+        others = f", or pass item={items[0].name!r} to restore" if len(items) > 1 else ""
+        return (
+            f"{path} is a step, not an item; it holds: {_listed(item.name for item in items)}.\n"
+            f"hint: pass {items[0]}{others}."
+        )
+    steps = steps_of(path, files)
+    newest = items_of(steps[max(steps)], files) if steps else []
+    if newest and not is_root(steps[max(steps)], files):
+        return (
+            f"{path} is the root of a CheckpointManager, not an item; "
+            f"it holds {_steps(steps)}\nhint: pass {newest[0]}."
+        )
+    hint = _hint(_below, path, files) or _hint(_around, path, files)
+    return f"{path} is no Orbax checkpoint; it holds: {_listed(files.entries(path))}.\nhint: {hint}"
+
+
+def interrupted(path: epath.Path, files: Files) -> str:
+    """Returns that a save was never finished, and which one was."""
+    how = "" if is_unfinished(path) else f": it has no {COMMIT_FILE}"
+    return f"{path} is a save that was interrupted{how}.\nhint: {_hint(_finished_near, path, files)}"
+
+
+def why_no_item(step: epath.Path, item: str, files: Files) -> str:
     """Returns which items a step holds instead of the one that was asked for."""
-    names = [child.name for child in sorted(step.iterdir()) if child.is_dir()]
+    names = [child.name for child in files.folders(step)]
     close = difflib.get_close_matches(item, names, n=1)
-    trees = [child.name for child in items_of(step)]
+    trees = [child.name for child in items_of(step, files)]
     meant = close[0] if close else trees[0] if len(trees) == 1 else ""
     hint = f"\nhint: pass item={meant!r}." if meant else ""
     return f"{step} has no item {item!r}; it holds: {_listed(names)}.{hint}"
+
+
+def why_several(root: epath.Path, steps: Iterable[epath.Path]) -> str:
+    """Returns that the steps of a root have names of several kinds."""
+    names = [step.name for step in steps]
+    kinds = _listed(f"{prefix}_*" for prefix in prefixes_of(names))
+    return (
+        f"{root} holds steps of several kinds of names: {kinds}.\n"
+        f"hint: pass one step, such as {root / names[-1]}."
+    )
+
+
+def damaged(path: epath.Path, files: Files) -> str:
+    """Returns a hint where a checkpoint's own files are damaged: which other step there is."""
+    return _hint(_undamaged_near, path, files)
+
+
+def _hint(find: Callable[[epath.Path, Files], str], path: epath.Path, files: Files) -> str:
+    """Looks around; where that is not allowed, the kinds of paths are named."""
+    try:
+        return find(path, files)
+    except NotACheckpointError:
+        return _KINDS
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -63,23 +119,21 @@ def _listed(names: Iterable[str]) -> str:
     return (", ".join(every[:_SHOWN]) or "nothing") + more
 
 
-def _unfinished(path: epath.Path) -> list[str]:
-    """Returns the directories that an interrupted save left in a path."""
-    if not path.is_dir():
-        return []
-    return [child.name for child in sorted(path.iterdir()) if UNFINISHED in child.name]
-
-
-def _finished_near(path: epath.Path) -> str:
+def _finished_near(path: epath.Path, files: Files) -> str:
     if is_unfinished_archive(path):
-        archives = newest_in(path.parent)
+        archives = newest_in(path.parent, files)
         newest = _listed(map(str, archives))
         return f"the newest finished one is {newest}." if archives else _NONE_FINISHED
     root = next((part.parent for part in (path, *path.parents) if UNFINISHED in part.name), path)
     # An unfinished item lies in a step; what lies beside that is one too if it is called the same.
-    beside = {step: child for step, child in steps_of(root.parent).items() if _prefix(child) == _prefix(root)}
-    for found in (steps_of(root), beside):
-        steps = {step: child for step, child in found.items() if child not in (path, root)}
+    places = [root, *parents_of(root)[:1]]
+    files.look_into(places)
+    for place in places:
+        steps = {
+            step: child
+            for step, child in steps_of(place, files).items()
+            if child not in (path, root) and (place == root or _prefix(child) == _prefix(root))
+        }
         if steps:
             return f"the newest finished step is {steps[max(steps)]}."
     return _NONE_FINISHED
@@ -90,57 +144,58 @@ def _prefix(step: epath.Path) -> str:
     return step.name.rstrip("0123456789")
 
 
-def _instead_of(path: epath.Path) -> str:
+def _instead_of(path: epath.Path, files: Files) -> str:
     """Returns what lies near a path that does not exist."""
-    path = path.absolute()
-    parent = next(part for part in path.parents if part.exists())
-    if not parent.is_dir():
+    parents = parents_of(path)
+    parent = next((part for part in parents if files.exists(part)), None)
+    if parent is None:
+        return _KINDS
+    if not files.is_folder(parent):
         return f"{parent} is a file."
-    if is_item(parent):
+    if is_item(parent, files):
         return f"{parent} is an item directory; pass that."
-    steps = steps_of(parent)
+    steps = steps_of(parent, files)
     if steps:
-        return _steps(parent, steps)
-    names = [child.name for child in sorted(parent.iterdir())]
-    missing = path.relative_to(parent).parts[0]
+        return f"{parent} holds {_steps(steps)}"
+    names = list(files.entries(parent))
+    missing = [path, *parents][parents.index(parent)].name
     close = difflib.get_close_matches(missing, names, n=1)
     return f"did you mean {parent / close[0]}?" if close else f"{parent} holds: {_listed(names)}."
 
 
-def _steps(root: epath.Path, steps: Mapping[int, epath.Path]) -> str:
+def _steps(steps: Mapping[int, epath.Path]) -> str:
     """Returns the newest of a manager's steps, with the number of the older ones."""
     newest = list(steps)[-_SHOWN:]
     older = f" and {len(steps) - len(newest)} older ones" if len(steps) > len(newest) else ""
     word = "step" if len(steps) == 1 else "steps"
-    return f"{root} holds the {word} {', '.join(map(str, newest))}{older}."
+    return f"the {word} {', '.join(map(str, newest))}{older}."
 
 
-def damaged(path: epath.Path) -> str:
-    """Returns a hint where a checkpoint's own files are damaged: which other step there is."""
-    archives = _archives_beside(path) if is_archive(path) else []
-    if archives:
-        return f"copy it again, or restore another one that lies beside it: {_listed(map(str, archives))}."
-    item = path if path.is_dir() else path.parent
-    for step in (item, item.parent):
-        others = {at: child for at, child in steps_of(step.parent).items() if child != step}
-        if others:
-            return f"copy it again, or restore another step: {_steps(step.parent, others)}"
+def _undamaged_near(path: epath.Path, files: Files) -> str:
+    archives = archives_in(path.parent, files) if is_archive(path, files) else []
+    others = _listed(str(archive) for archive in archives if archive != path)
+    if len(archives) > 1:
+        return f"copy it again, or restore another one that lies beside it: {others}."
+    item = path if files.is_folder(path) else path.parent
+    roots = parents_of(item)[:2]
+    files.look_into(roots)
+    for step, root in zip((item, item.parent), roots, strict=False):
+        steps = {at: child for at, child in steps_of(root, files).items() if child != step}
+        if steps:
+            return f"copy it again, or restore another step: {root} holds {_steps(steps)}"
     return "copy it again from where it was written: a file is truncated, or was not copied."
 
 
-def _archives_beside(path: epath.Path) -> list[epath.Path]:
-    return [other for other in archives_in(path.parent) if other != path]
-
-
-def _below(path: epath.Path) -> str:
+def _below(path: epath.Path, files: Files) -> str:
     """Returns the checkpoint below a path, if there is one."""
+    most = _LOOKED_AT_REMOTE if files.remote else _LOOKED_AT
     folders = [path]
-    for _ in range(_DEPTH):
-        folders = [child for folder in folders for child in sorted(folder.iterdir()) if child.is_dir()]
-        folders = folders[:_LOOKED_AT]
+    for _ in range(_DEPTH_REMOTE if files.remote else _DEPTH):
+        folders = [child for folder in folders for child in files.folders(folder)][:most]
+        files.look_into(folders)
         # An item's own `ocdbt.process_0` ends in a number as a step does.
-        roots = [child for child in folders if is_root(child)]
-        found = roots or [child for child in folders if is_item(child)]
+        roots = [child for child in folders if is_root(child, files)]
+        found = roots or [child for child in folders if is_item(child, files)]
         what = "a manager's root" if roots else "an item"
         if len(found) == 1:
             return f"{found[0]} is {what}; pass that."
@@ -151,17 +206,21 @@ def _below(path: epath.Path) -> str:
     return ""
 
 
-def _around(path: epath.Path) -> str:
+def _around(path: epath.Path, files: Files) -> str:
     """Returns the checkpoint that a path lies in or beside."""
-    above = next((part for part in path.parents if part.is_dir() and is_item(part)), None)
+    parents = parents_of(path)
+    if files.remote:
+        parents = parents[:2]
+    files.look_into(parents)
+    above = next((part for part in parents if files.is_folder(part) and is_item(part, files)), None)
     if above is not None:
         return f"it is a part of the item {above}; pass that."
-    beside = items_of(path.parent)
+    if not parents:
+        return _KINDS
+    beside = items_of(parents[0], files)
     if beside:
-        return f"it lies beside the item {beside[0]}; pass that, or the step {path.parent}."
+        return f"it lies beside the item {beside[0]}; pass that, or the step {parents[0]}."
     # Names that end in a number are many; a step that is named to a reader holds something.
-    others = {step: child for step, child in steps_of(path.parent).items() if child != path}
-    steps = {step: child for step, child in others.items() if holds_tree(child)}
-    if steps:
-        return _steps(path.parent, steps)
-    return "pass a CheckpointManager's root, one of its steps, or an item in a step."
+    others = {step: child for step, child in steps_of(parents[0], files).items() if child != path}
+    steps = {step: child for step, child in others.items() if files.remote or holds_tree(child, files)}
+    return f"{parents[0]} holds {_steps(steps)}" if steps else _KINDS

@@ -7,7 +7,6 @@ detail; any other codec is left to TensorStore.
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -17,10 +16,21 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.regions import Region
+from orbax_nnx_handler.storage.checkpoint.fields import (
+    FieldError,
+    object_of,
+    objects_of,
+    optional_object,
+    parse_object,
+    shape_of,
+    text_of,
+)
 
 ZarrDriver = Literal["zarr", "zarr3"]
 Driver = ZarrDriver | Literal["npy"]
 Codec = Literal["raw", "zstd", "other", "stored", "deflated"]
+
+_SEPARATORS = (".", "/")
 
 METADATA_KEY: dict[ZarrDriver, str] = {"zarr": ".zarray", "zarr3": "zarr.json"}
 
@@ -83,82 +93,103 @@ def parse_encoding(driver: ZarrDriver, content: bytes) -> Encoding:
     """Returns the encoding that an array's metadata file describes.
 
     Raises:
-        ValueError: The content is no array metadata.
-        KeyError: A required field is absent.
+        ValueError: The content is no array metadata; the message names the field.
     """
-    fields = json.loads(content)
-    return _parse_zarr3(fields) if driver == "zarr3" else _parse_zarr2(fields)
+    fields = parse_object(content)
+    encoding = _parse_zarr3(fields) if driver == "zarr3" else _parse_zarr2(fields)
+    if len(encoding.shape) != len(encoding.chunk_shape):
+        raise FieldError(f"a chunk of shape {encoding.chunk_shape} in an array of shape {encoding.shape}")
+    if encoding.separator not in _SEPARATORS:
+        # It would lead to other directories.
+        raise FieldError(f"the separator of chunk keys is {encoding.separator!r}")
+    return encoding
 
 
 def _parse_zarr2(fields: dict[str, Any]) -> Encoding:
-    compressor = fields["compressor"]
+    compressor = optional_object(fields, "compressor")
     codec: Codec = "other"
     plain = not fields.get("filters") and fields.get("order", "C") == "C"
-    if plain and compressor is None:
+    if plain and not compressor:
         codec = "raw"
     elif plain and compressor.get("id") == "zstd":
         codec = "zstd"
-    name = fields["dtype"]
-    big_endian = isinstance(name, str) and name.startswith(">")
+    name = text_of(fields, "dtype")
     return Encoding(
         driver="zarr",
-        shape=tuple(fields["shape"]),
+        shape=shape_of(fields, "shape", least=0),
         dtype=_dtype(name),
-        chunk_shape=tuple(fields["chunks"]),
-        codec="other" if big_endian else codec,
+        chunk_shape=shape_of(fields, "chunks", least=1),
+        codec="other" if name.startswith(">") else codec,
         sharded=False,
         separator=fields.get("dimension_separator", "."),
-        fill_value=fields.get("fill_value"),
+        fill_value=_fill_value(fields),
     )
 
 
 def _parse_zarr3(fields: dict[str, Any]) -> Encoding:
     if fields.get("node_type") != "array":
-        raise ValueError(f"a Zarr {fields.get('node_type')}, not an array")
-    chunk_shape = tuple(fields["chunk_grid"]["configuration"]["chunk_shape"])
-    codecs, sharded = _inner_codecs(fields["codecs"], chunk_shape)
-    key = fields.get("chunk_key_encoding", {"name": "default"})
-    default_key = key["name"] == "default"
+        raise FieldError(f"node_type is {fields.get('node_type')!r}, not 'array'")
+    grid = object_of(object_of(fields, "chunk_grid"), "configuration")
+    chunk_shape = shape_of(grid, "chunk_shape", least=1)
+    codecs, sharded = _inner_codecs(objects_of(fields, "codecs"), chunk_shape)
+    key = optional_object(fields, "chunk_key_encoding") or {"name": "default"}
     return Encoding(
         driver="zarr3",
-        shape=tuple(fields["shape"]),
-        dtype=_dtype(fields["data_type"]),
+        shape=shape_of(fields, "shape", least=0),
+        dtype=_dtype(text_of(fields, "data_type")),
         chunk_shape=chunk_shape,
-        codec=_codec(codecs) if default_key else "other",
+        codec=_codec(codecs) if text_of(key, "name") == "default" else "other",
         sharded=sharded,
-        separator=key.get("configuration", {}).get("separator", "/"),
-        fill_value=fields.get("fill_value"),
+        separator=optional_object(key, "configuration").get("separator", "/"),
+        fill_value=_fill_value(fields),
     )
+
+
+def _fill_value(fields: dict[str, Any]) -> Any:
+    match fields.get("fill_value"):
+        case str() | int() | float() | bool() | None as value:
+            return value
+        # How Zarr 3 spells a complex number.
+        case [int() | float() as real, int() | float() as imaginary]:
+            return complex(real, imaginary)
+        case other:
+            raise FieldError(f"fill_value is {str(other)[:80]}, which is no number")
 
 
 def _inner_codecs(codecs: list[dict[str, Any]], chunk_shape: Shape) -> tuple[list[dict[str, Any]], bool]:
     """Looks into a shard that holds exactly one chunk; any other is TensorStore's."""
-    if [codec["name"] for codec in codecs] != ["sharding_indexed"]:
+    if _names(codecs) != ["sharding_indexed"]:
         return codecs, False
-    shard = codecs[0]["configuration"]
-    one_chunk = tuple(shard["chunk_shape"]) == chunk_shape and shard.get("index_location", "end") == "end"
-    index = [codec["name"] for codec in shard["index_codecs"]]
-    if not one_chunk or index != ["bytes", "crc32c"]:
+    shard = object_of(codecs[0], "configuration")
+    inner = shape_of(shard, "chunk_shape", least=1)
+    one_chunk = inner == chunk_shape and shard.get("index_location", "end") == "end"
+    if not one_chunk or _names(objects_of(shard, "index_codecs")) != ["bytes", "crc32c"]:
         return [], False
-    return shard["codecs"], True
+    return objects_of(shard, "codecs"), True
 
 
 def _codec(codecs: list[dict[str, Any]]) -> Codec:
-    match [codec["name"] for codec in codecs]:
+    match _names(codecs):
         case ["bytes"]:
             found: Codec = "raw"
         case ["bytes", "zstd"]:
             found = "zstd"
         case _:
             return "other"
-    endian = codecs[0].get("configuration", {}).get("endian", "little")
+    endian = optional_object(codecs[0], "configuration").get("endian", "little")
     return found if endian == "little" else "other"
 
 
-def _dtype(name: Any) -> np.dtype[Any]:
-    if not isinstance(name, str):
-        raise ValueError(f"the dtype {name!r} is none of an array")
-    if name[:1] in "<>|":
+def _names(codecs: list[dict[str, Any]]) -> list[str]:
+    return [text_of(codec, "name") for codec in codecs]
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    try:
         # Bytes arrive in this machine's order, whatever order they have on disk.
-        return np.dtype(name).newbyteorder("=")
-    return jnp.dtype(name)
+        found = np.dtype(name).newbyteorder("=") if name[:1] in "<>|" else jnp.dtype(name)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise FieldError(f"the dtype {name!r} is none of an array") from error
+    if found.hasobject or found.fields is not None or not found.itemsize:
+        raise FieldError(f"the dtype {name!r} is none of numbers")
+    return found

@@ -24,12 +24,17 @@ from orbax_nnx_handler.planning.core.regions import slices
 from orbax_nnx_handler.planning.text.folding import Row
 from orbax_nnx_handler.planning.text.lines import aligned
 from orbax_nnx_handler.storage.checkpoint.directories import is_item
+from orbax_nnx_handler.storage.checkpoint.locations import absolute, parents_of
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.checkpoint.stores import files_at
 from orbax_nnx_handler.storage.converting.blocks import Slab, by_source, read_slabs, slab_shape
 from orbax_nnx_handler.storage.converting.digests import Digests, Progress, digests_of
 from orbax_nnx_handler.storage.converting.memory import window_of
 from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading import Job, read_arrays
+
+# How many directories above a destination might be an item that would be changed.
+_LOOKED_AT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +166,7 @@ def write_converted(
         RestoreError: Something is at the destination, the memory does not do, or
             what was read again is not what was written. Nothing was left behind.
     """
-    destination = epath.Path(destination).absolute()
+    destination = absolute(destination)
     window = window_of(memory_bytes)
     with _writing(destination), _appearing(destination) as unfinished:
         plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
@@ -177,12 +182,14 @@ def check_free(destination: epath.Path) -> None:
     Raises:
         RestoreError: Names it.
     """
-    if destination.exists():
+    files = files_at(destination)
+    if files.exists(destination):
         raise RestoreError(f"there is something at {destination} already; nothing is overwritten.")
-    above = next((part for part in destination.absolute().parents if part.exists()), destination)
-    if not above.is_dir():
+    parents = parents_of(destination)
+    above = next((part for part in parents if files.exists(part)), destination)
+    if files.exists(above) and not files.is_folder(above):
         raise RestoreError(f"{above} is a file, so nothing can be written to {destination}.")
-    inside = next((part for part in (above, *above.parents) if is_item(part)), None)
+    inside = next((part for part in parents[:_LOOKED_AT] if is_item(part, files)), None)
     if inside is not None:
         raise RestoreError(f"{destination} lies inside the checkpoint {inside}, which would be changed.")
 

@@ -1,7 +1,5 @@
 """What metadata tells about a checkpoint, against what stock Orbax restores from it."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,7 +134,7 @@ def test_a_step_is_no_item_and_the_error_names_its_items(tmp_path):
         read_metadata(tmp_path / "5")
 
     assert str(raised.value) == (
-        f"{tmp_path / '5'} is a step, not an item. It holds: items. hint: pass {tmp_path / '5' / 'items'}"
+        f"{tmp_path / '5'} is a step, not an item; it holds: items.\nhint: pass {tmp_path / '5' / 'items'}."
     )
 
 
@@ -144,8 +142,13 @@ def test_a_manager_root_is_no_item_and_the_error_names_its_steps(tmp_path):
     for step in (5, 10):
         save(tmp_path / str(step) / "items", {"a": numbers((2,))})
 
-    with pytest.raises(NotACheckpointError, match=r"root of a checkpoint manager.*steps 10, 5.*below .*/10"):
+    with pytest.raises(NotACheckpointError) as raised:
         read_metadata(tmp_path)
+
+    assert str(raised.value) == (
+        f"{tmp_path} is the root of a CheckpointManager, not an item; it holds the steps 5, 10.\n"
+        f"hint: pass {tmp_path / '10' / 'items'}."
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"tree_metadata": {"x": 1}}'])
@@ -166,7 +169,7 @@ def test_a_damaged_database_is_an_error_that_names_it(tmp_path):
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(NotACheckpointError, match="nowhere does not exist"):
+    with pytest.raises(NotACheckpointError, match=r"there is nothing at .*nowhere"):
         read_metadata(tmp_path / "nowhere")
 
 
@@ -175,16 +178,3 @@ def test_damaged_step_metadata_does_not_stop_a_restore(tmp_path):
     (path / "_CHECKPOINT_METADATA").write_text("{")
 
     assert read_metadata(path).step_metadata == {}
-
-
-def test_a_catalog_in_an_unknown_form_falls_back_to_asking_the_store(tmp_path, monkeypatch):
-    path = save(tmp_path / "item", mixed_tree())
-    with_catalog = read_metadata(path)
-    monkeypatch.setattr(
-        "orbax_nnx_handler.storage.checkpoint.stores._walk", lambda *_: json.loads("{}")["versions"]
-    )
-
-    without = read_metadata(path)
-
-    assert without.arrays[("key",)].store.catalog is None
-    assert without.leaves == with_catalog.leaves

@@ -1,0 +1,73 @@
+"""The fields of small JSON files that a stranger wrote: each has the type that is expected, or an error."""
+
+import json
+from typing import Any, cast
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+
+# NumPy arrays have at most 64 axes, and no length that int64 cannot count.
+_MAX_RANK = 64
+_MAX_LENGTH = (1 << 63) - 1
+
+
+class FieldError(ValueError):
+    """A field is absent or of another type; the message names it."""
+
+
+def parse_object(content: bytes | None) -> dict[str, Any]:
+    """Returns the JSON object that a file holds.
+
+    Raises:
+        FieldError: It holds something else.
+    """
+    try:
+        parsed = json.loads(content or b"")
+    # Nested a thousand deep, the parser gives up with the interpreter's own error.
+    except (ValueError, RecursionError) as error:
+        raise FieldError(f"no JSON: {error or type(error).__name__}") from error
+    if not isinstance(parsed, dict):
+        raise FieldError(f"a JSON {type(parsed).__name__} where an object should be")
+    return cast(dict[str, Any], parsed)
+
+
+def object_of(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns a field that is an object."""
+    return cast(dict[str, Any], _of_type(fields, name, dict, "an object"))
+
+
+def optional_object(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns a field that is an object, or an empty one where it is absent or null."""
+    return {} if fields.get(name) is None else object_of(fields, name)
+
+
+def objects_of(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Returns a field that is a list of objects."""
+    items = cast(list[Any], _of_type(fields, name, list, "a list"))
+    if not all(isinstance(item, dict) for item in items):
+        raise FieldError(f"{name} holds something else than objects")
+    return items
+
+
+def text_of(fields: dict[str, Any], name: str) -> str:
+    """Returns a field that is a text, of characters that can be written."""
+    text = cast(str, _of_type(fields, name, str, "a text"))
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise FieldError(f"{name} is {text!r}, which is no text")
+    return text
+
+
+def shape_of(fields: dict[str, Any], name: str, *, least: int) -> Shape:
+    """Returns a field that is a shape, no length below `least`."""
+    lengths = cast(list[Any], _of_type(fields, name, list, "a list"))
+    whole = all(type(length) is int and least <= length <= _MAX_LENGTH for length in lengths)
+    if not whole or len(lengths) > _MAX_RANK:
+        raise FieldError(f"{name} is {str(lengths)[:80]}, which is no shape")
+    return tuple(lengths)
+
+
+def _of_type(fields: dict[str, Any], name: str, kind: type, what: str) -> Any:
+    if name not in fields:
+        raise FieldError(f"{name} is absent")
+    if not isinstance(fields[name], kind):
+        raise FieldError(f"{name} is {str(fields[name])[:80]}, where {what} should be")
+    return fields[name]

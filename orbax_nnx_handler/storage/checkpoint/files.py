@@ -1,0 +1,202 @@
+"""What lies at the paths of a store: every question is asked once, the questions of one call together.
+
+A checkpoint's metadata is a dozen small files. Behind a network each of them costs a
+round trip of 20 to 100 ms, so what is known from a listing (what exists, which kind it
+is, how large it is) is never asked for again, and what does not depend on an answer
+is asked for in the same trip.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+from etils import epath
+
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.storage.checkpoint.ocdbt import Extent
+
+_logger = logging.getLogger(__name__)
+
+Kind = Literal["file", "folder", "other"]
+
+
+class Entry(NamedTuple):
+    """What a name stands for; `other` is a pipe, a device, or a link to nothing."""
+
+    kind: Kind
+    size: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What lies at a path.
+
+    Attributes:
+        kind: What the path itself is.
+        size: Bytes of a file.
+        entries: What lies in a folder, by name.
+    """
+
+    kind: Kind
+    size: int = 0
+    entries: Mapping[str, Entry] = dataclasses.field(default_factory=dict[str, Entry])
+
+
+class List(NamedTuple):
+    """Asks what lies at a path; the answer is a `Listing`, or None."""
+
+    path: str
+
+
+class Sizes(NamedTuple):
+    """Asks for all files below a folder whose path in it begins with `prefix`; the answer is their sizes."""
+
+    path: str
+    prefix: str
+
+
+class Read(NamedTuple):
+    """Asks for the bytes of a file, or a run of them; the answer is None where there is no file."""
+
+    path: str
+    start: int = 0
+    size: int | None = None
+
+
+Question = List | Sizes | Read
+Answer = Listing | dict[str, int] | bytes | NotACheckpointError | None
+
+
+class Backend(Protocol):
+    """Answers questions about one kind of store.
+
+    Attributes:
+        remote: Whether each question costs a round trip.
+    """
+
+    remote: bool
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers all questions in one round trip, or as few as the store allows.
+
+        An answer is an error where the store does not answer, or refuses.
+        """
+        ...
+
+
+class Files:
+    """The files of a store as they were when first asked for.
+
+    One is made for one restore and shared by its stages: nothing is kept longer, so that
+    the next one sees what was written since.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._known: dict[Question, Answer] = {}
+
+    @property
+    def remote(self) -> bool:
+        """Whether each question costs a round trip."""
+        return self._backend.remote
+
+    def ask(self, *questions: Question) -> None:
+        """Asks, in one trip, whatever of this is not known."""
+        new = [question for question in dict.fromkeys(questions) if question not in self._known]
+        if new:
+            self._known |= dict(zip(new, self._backend.answer(new), strict=True))
+
+    def look_into(self, paths: Iterable[epath.Path]) -> None:
+        """Lists several folders in one trip."""
+        self.ask(*(List(os.fspath(path)) for path in paths))
+
+    def listing(self, path: epath.Path) -> Listing | None:
+        """Returns what lies at a path, or None.
+
+        Raises:
+            NotACheckpointError: The store does not tell.
+        """
+        return _expect(Listing, self._answer(List(os.fspath(path))))
+
+    def entries(self, folder: epath.Path) -> Mapping[str, Entry]:
+        """Returns what lies in a folder, in order of the names."""
+        listing = self.listing(folder)
+        return listing.entries if listing is not None else {}
+
+    def exists(self, path: epath.Path) -> bool:
+        """Tells whether anything lies at a path."""
+        return self.listing(path) is not None
+
+    def is_folder(self, path: epath.Path) -> bool:
+        """Tells whether a path is a folder."""
+        listing = self.listing(path)
+        return listing is not None and listing.kind == "folder"
+
+    def is_file(self, path: epath.Path) -> bool:
+        """Tells whether a path is a file."""
+        listing = self.listing(path)
+        return listing is not None and listing.kind == "file"
+
+    def folders(self, folder: epath.Path) -> list[epath.Path]:
+        """Returns the folders in a folder, by name."""
+        return [folder / name for name, entry in self.entries(folder).items() if entry.kind == "folder"]
+
+    def has_file(self, folder: epath.Path, name: str) -> bool:
+        """Tells from its listing whether a folder holds something by this name that is no folder."""
+        entry = self.entries(folder).get(name)
+        return entry is not None and entry.kind != "folder"
+
+    def content(self, path: epath.Path) -> bytes | None:
+        """Returns the bytes of a small file, or None if there is none.
+
+        Raises:
+            NotACheckpointError: It cannot be read.
+        """
+        return _expect(bytes, self._answer(Read(os.fspath(path))))
+
+    def beginning(self, path: epath.Path, size: int) -> bytes:
+        """Returns the first bytes of a file."""
+        return _expect(bytes, self._answer(Read(os.fspath(path), 0, size))) or b""
+
+    def optional(self, path: epath.Path) -> bytes | None:
+        """Returns the bytes of a file that can be done without, or None."""
+        try:
+            return self.content(path)
+        except NotACheckpointError as error:
+            _logger.warning("going on without a file: %s", error)
+            return None
+
+    def contents(self, paths: Sequence[epath.Path]) -> list[bytes | NotACheckpointError | None]:
+        """Returns the bytes of many small files, asked for together; an error for one that cannot be read."""
+        questions = [Read(os.fspath(path)) for path in paths]
+        self.ask(*questions)
+        answers = [self._known[question] for question in questions]
+        return [answer if isinstance(answer, bytes | NotACheckpointError) else None for answer in answers]
+
+    def extents(self, folder: epath.Path, extents: Sequence[Extent]) -> list[bytes]:
+        """Returns runs of bytes in files below a folder, asked for together and not kept."""
+        root = os.fspath(folder)
+        answers = self._backend.answer([Read(f"{root}/{file}", start, size) for file, start, size in extents])
+        return [_expect(bytes, answer) or b"" for answer in answers]
+
+    def sizes(self, folder: epath.Path, prefix: str) -> Mapping[str, int]:
+        """Returns the size of every file below a folder whose path in it begins with `prefix`."""
+        found = self._answer(Sizes(os.fspath(folder), prefix))
+        if isinstance(found, NotACheckpointError):
+            raise found
+        return found if isinstance(found, dict) else {}
+
+    def _answer(self, question: Question) -> Answer:
+        self.ask(question)
+        return self._known[question]
+
+
+_Expected = TypeVar("_Expected")
+
+
+def _expect(kind: type[_Expected], answer: Answer) -> _Expected | None:
+    if isinstance(answer, NotACheckpointError):
+        raise answer
+    return answer if isinstance(answer, kind) else None

@@ -1,0 +1,154 @@
+"""Files of a bucket: fsspec lists them with their sizes, TensorStore reads them."""
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import tensorstore as ts
+from etils import epath
+
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.storage.checkpoint.files import Answer, Entry, List, Listing, Question, Read, Sizes
+from orbax_nnx_handler.storage.checkpoint.locations import kvstore_spec
+from orbax_nnx_handler.storage.checkpoint.store_errors import cannot_read
+
+_logger = logging.getLogger(__name__)
+
+# A trip takes a tenth of a second; a store that has said nothing for a minute has a fault.
+TIME_LIMIT_S = 60.0
+_SAY_SO_AFTER_S = 10.0
+
+_RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+_CONCURRENCY = {"limit": 128}
+
+CONTEXT_SPEC: Mapping[str, Any] = {
+    "gcs_request_retries": _RETRIES,
+    "s3_request_retries": _RETRIES,
+    "gcs_request_concurrency": _CONCURRENCY,
+    "s3_request_concurrency": _CONCURRENCY,
+}
+"""TensorStore's limits: half a minute of retries, where it would try for several."""
+
+
+class _Pending(Protocol):
+    """An answer that is on its way."""
+
+    def result(self, timeout: float | None = None) -> Any: ...
+
+    def cancel(self) -> Any: ...
+
+
+class RemoteFiles:
+    """Answers from a bucket; the questions of a call are on their way together."""
+
+    remote = True
+
+    def __init__(self, path: epath.PathLike) -> None:
+        scheme, _, rest = os.fspath(path).partition("://")
+        self._root = f"{scheme}://{rest.partition('/')[0]}"
+        self._scheme = scheme
+        self._kvstore: ts.KvStore | None = None
+        self._filesystem: Any = None
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """See `Backend`."""
+        deadline = time.monotonic() + TIME_LIMIT_S
+        pending = [self._begin(question) for question in questions]
+        try:
+            return [
+                begun if isinstance(begun, NotACheckpointError) else _finish(question, begun, deadline)
+                for question, begun in zip(questions, pending, strict=True)
+            ]
+        finally:
+            # After an interrupt nothing is waited for.
+            for begun in pending:
+                if not isinstance(begun, NotACheckpointError):
+                    begun.cancel()
+
+    def _begin(self, question: Question) -> "_Pending | NotACheckpointError":
+        try:
+            return self._start(question)
+        # A library is not installed, credentials are missing: each library has errors of its own.
+        except Exception as error:
+            return cannot_read(question.path, error)
+
+    def _start(self, question: Question) -> _Pending:
+        if isinstance(question, Read):
+            key = question.path.removeprefix(self._root).lstrip("/")
+            stop = None if question.size is None else question.start + question.size
+            whole = not question.start and stop is None
+            return cast(
+                _Pending, self._store().read(key, byte_range=None if whole else slice(question.start, stop))
+            )
+        filesystem = self._files()
+        # A process that lives long would otherwise see the listing of an earlier call.
+        filesystem.invalidate_cache()
+        # The coroutines of an asynchronous file system are a public part of fsspec, underscore or not:
+        # https://filesystem-spec.readthedocs.io/en/latest/async.html
+        if isinstance(question, List):
+            asked = filesystem._ls(question.path, detail=True)
+        else:
+            asked = filesystem._find(question.path, prefix=question.prefix, detail=True)
+        return cast(_Pending, asyncio.run_coroutine_threadsafe(asked, filesystem.loop))
+
+    def _store(self) -> ts.KvStore:
+        if self._kvstore is None:
+            context = ts.Context(dict(CONTEXT_SPEC))
+            self._kvstore = ts.KvStore.open(kvstore_spec(epath.Path(self._root)), context=context).result()
+        return self._kvstore
+
+    def _files(self) -> Any:
+        if self._filesystem is None:
+            # Here, for a checkpoint on this machine needs none of it.
+            import fsspec  # pyright: ignore[reportMissingTypeStubs]
+
+            self._filesystem = cast(Any, fsspec).filesystem(self._scheme)
+        return self._filesystem
+
+
+def _finish(question: Question, future: _Pending, deadline: float) -> Answer:
+    try:
+        result = _wait(question, future, deadline)
+    except FileNotFoundError:
+        return {} if isinstance(question, Sizes) else None
+    except Exception as error:
+        return cannot_read(question.path, error)
+    if isinstance(question, Read):
+        return result.value if result.state == "value" else None
+    path = question.path.partition("://")[2].strip("/")
+    if isinstance(question, List):
+        return _listing(path, result)
+    return {
+        name[len(path) + 1 :]: int(info["size"]) for name, info in result.items() if info["type"] == "file"
+    }
+
+
+def _wait(question: Question, future: _Pending, deadline: float) -> Any:
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return future.result(timeout=max(0.0, min(left, _SAY_SO_AFTER_S)))
+        except (TimeoutError, concurrent.futures.TimeoutError):
+            if left <= _SAY_SO_AFTER_S:
+                raise TimeoutError(f"no answer within {TIME_LIMIT_S:.0f} s") from None
+            _logger.warning(
+                "still waiting for %s; giving up in %.0f s", question.path, left - _SAY_SO_AFTER_S
+            )
+
+
+def _listing(path: str, infos: Sequence[Mapping[str, Any]]) -> Listing:
+    entries: dict[str, Entry] = {}
+    for info in infos:
+        name = str(info["name"]).strip("/")
+        is_file = info["type"] == "file"
+        if name != path:
+            entries[name.rpartition("/")[2]] = (
+                Entry("file", int(info["size"])) if is_file else Entry("folder")
+            )
+        elif is_file and "/" in path:
+            return Listing(kind="file", size=int(info["size"]))
+    return Listing(kind="folder", entries=dict(sorted(entries.items())))

@@ -122,7 +122,11 @@ def flat(tree: Any) -> Flat:
             for path, leaf in pairs
         }
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {tuple(map(_key, path)): np.asarray(_bits(leaf)) for path, leaf in found}
+    return {tuple(map(_key, path)): _array(leaf) for path, leaf in found}
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(_bits(leaf))
 
 
 def _bits(value: Any) -> Any:

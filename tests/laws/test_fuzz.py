@@ -1,0 +1,77 @@
+"""Random trees, the short form; the long one is `python -m tests.laws.fuzz --trees 20000`."""
+
+import random
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.laws.fuzz import models, optimizers
+from tests.laws.fuzz.__main__ import needless, table
+from tests.laws.fuzz.trial import draw, try_seed
+from tests.laws.worlds import Branch
+
+TREES = 150
+EVERY = 15
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return [
+        try_seed(seed, tmp_path_factory.mktemp("tree") if seed % EVERY == 0 else None)
+        for seed in range(TREES)
+    ]
+
+
+def test_no_random_tree_is_silently_wrong(outcomes):
+    wrong = [outcome for outcome in outcomes if outcome.result in ("wrong", "crashed")]
+    assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
+
+
+def test_few_random_trees_with_one_reading_are_refused(outcomes):
+    assert needless(outcomes) <= 0.02, table(outcomes)
+
+
+def test_the_same_seed_is_the_same_tree():
+    one, other = draw(11)[0], draw(11)[0]
+    assert one.stored.keys() == other.stored.keys()
+    for path, value in one.expected().items():
+        np.testing.assert_array_equal(value, other.expected()[path])
+
+
+def test_optimizer_states_of_the_oracle_are_those_of_optax():
+    rng = random.Random(3)
+    for _ in range(20):
+        parts, chain = models.draw_model(rng, models.Habits()), optimizers.draw_chain(rng)
+        values = {
+            path: np.zeros(leaf.shape, leaf.dtype)
+            for path, leaf in models.leaves_of(parts)
+            if leaf.collection in ("params", models.ZERO)
+        }
+        params = models.arrange(parts, values, "stored")
+        shapes = {path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in params.items()}
+        state = jax.eval_shape(chain.build().init, optimizers.nested(shapes))
+        want = {
+            tuple(
+                getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path
+            ): leaf.shape
+            for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+        }
+        assert {slot.path: slot.shape for slot in optimizers.slots_of(chain, params)} == want
+
+
+def test_optimizer_states_of_the_oracle_lie_where_nnx_has_them():
+    rng = random.Random(4)
+    for _ in range(5):
+        chain = optimizers.draw_chain(rng)
+        tree = {"blocks": {at: {"kernel": np.zeros((2, 3), np.float32)} for at in range(2)}}
+        optimizer = nnx.eval_shape(
+            lambda c=chain, t=tree: nnx.Optimizer(Branch(t, {}), c.build(), wrt=nnx.Param)
+        )
+        have = {tuple(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(optimizer))}
+        params = {("blocks", at, "kernel"): np.zeros((2, 3), np.float32) for at in range(2)}
+        want = {("opt_state", *slot.path): slot for slot in optimizers.slots_of(chain, params)}
+        assert have.keys() == want.keys() | {("step",)}
+        for path, slot in want.items():
+            assert type(have[path]) is (nnx.OptVariable if slot.parameter else nnx.OptArray)

@@ -244,8 +244,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 NAMES = _words(
-    "dense hidden out attn mlp norm encoder decoder head embed mu nu step params value model opt_state count trace "
-    "dense_0 dense_1 Dense_0 Conv_0 conv_3 batch_stats scan q k v query key block inner_state ema grads 0"
+    "dense hidden out attn mlp norm encoder decoder head embed mu nu step params value model opt_state count "
+    "trace dense_0 dense_1 Dense_0 Conv_0 conv_3 batch_stats scan q k v query key block inner_state ema "
+    "grads 0"
 )
 GROUP_NAMES = _words("layers blocks Block encoder_layers h resblocks layers block mu stage")
 LEAF_NAMES = _words("kernel bias scale embedding w gamma step value mu params pos lora_a")

@@ -1,20 +1,24 @@
-"""The decoded bytes of one chunk or member, in order.
+"""One stored chunk: which of its bytes are needed, and how they get to their places.
 
-One stored chunk, decoded straight into the places it goes to.
+Nothing here reads. A chunk becomes pieces: runs of bytes of a file, and either the memory that takes
+them as they are, or what is to be done with them once they are there.
 """
 
+import dataclasses
+import functools
 import itertools
 import math
 import struct
 import threading
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import IO, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, cast
 
 import numpy as np
 import zstandard
 
+from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.regions import (
     Region,
     intersect,
@@ -24,123 +28,19 @@ from orbax_nnx_handler.planning.core.regions import (
     starts,
     whole,
 )
+from orbax_nnx_handler.storage.checkpoint.stores import Extent
 from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
+from orbax_nnx_handler.storage.reading.base_store import AbsentError
+from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted, cut_run
 from orbax_nnx_handler.storage.reading.jobs import Buffer
-from orbax_nnx_handler.storage.reading.sources import AbsentError, ShortReadError, Source
+from orbax_nnx_handler.storage.reading.streams import ByteStream, Content, Unpacked, Zstd, decompressor
 from orbax_nnx_handler.storage.reading.targets import Destination
 
-# Packed bytes read from the source at a time.
-_PACKED_BYTES = 1 << 20
-
-
-class Stream(Protocol):
-    """Decoded bytes that are read forward; positions count from the chunk's first byte."""
-
-    def skip_to(self, position: int) -> None:
-        """Goes to a position, never backward."""
-        ...
-
-    def read_into(self, target: memoryview) -> None:
-        """Fills the target with the next bytes."""
-        ...
-
-
-class RawStream:
-    """A chunk that is stored as it is: skipping costs nothing."""
-
-    def __init__(self, source: Source, start: int) -> None:
-        self._source = source
-        self._start = start
-        self._position = 0
-
-    def skip_to(self, position: int) -> None:
-        """Goes to a position."""
-        self._position = position
-
-    def read_into(self, target: memoryview) -> None:
-        """Fills the target with the next bytes."""
-        self._source.read_into(self._start + self._position, target)
-        self._position += len(target)
-
-
-class ZstdStream:
-    """A chunk packed with zstd: what is skipped is decoded all the same."""
-
-    def __init__(
-        self, source: Source, start: int, size: int, decompressor: zstandard.ZstdDecompressor
-    ) -> None:
-        self._reader = decompressor.stream_reader(cast(IO[bytes], _Packed(source, start, size)))
-        self._position = 0
-
-    def skip_to(self, position: int) -> None:
-        """Decodes up to a position."""
-        while self._position < position:
-            self._position += len(self._reader.read(min(position - self._position, _PACKED_BYTES)))
-
-    def read_into(self, target: memoryview) -> None:
-        """Fills the target with the next bytes."""
-        left = target
-        while left:
-            done = self._reader.readinto(left)
-            if not done:
-                raise ShortReadError(f"the packed chunk ends {len(left)} bytes early")
-            left = left[done:]
-        self._position += len(target)
-
-
-class _Packed:
-    """The packed bytes as a file to read from."""
-
-    def __init__(self, source: Source, start: int, size: int) -> None:
-        self._source = source
-        self._position = start
-        self._end = start + size
-
-    def read(self, size: int = -1) -> bytes:
-        """Returns the next bytes; an empty result is the end."""
-        left = self._end - self._position
-        wanted = min(left, _PACKED_BYTES if size < 0 else max(size, _PACKED_BYTES))
-        content = bytearray(wanted)
-        self._source.read_into(self._position, memoryview(content))
-        self._position += wanted
-        return bytes(content)
-
-
-class InflateStream:
-    """A member of a zip file that is deflated: what is skipped is unpacked all the same."""
-
-    def __init__(self, source: Source) -> None:
-        self._packed = _Packed(source, 0, source.size)
-        # Without the header that zlib would put before it (APPNOTE.TXT 5.5 is bare DEFLATE).
-        self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        self._position = 0
-
-    def skip_to(self, position: int) -> None:
-        """Unpacks up to a position."""
-        while self._position < position:
-            self.read_into(memoryview(bytearray(min(position - self._position, _PACKED_BYTES))))
-
-    def read_into(self, target: memoryview) -> None:
-        """Fills the target with the next bytes."""
-        left = target
-        while left:
-            packed = self._inflater.unconsumed_tail or self._packed.read()
-            piece = self._inflater.decompress(packed, len(left))
-            if not piece and not packed:
-                raise ShortReadError(f"the packed array ends {len(left)} bytes early")
-            left[: len(piece)] = piece
-            left = left[len(piece) :]
-        self._position += len(target)
-
-
-# Bytes decoded at a time where values are scattered or cast: they stay in the
+# Bytes unpacked at a time where values are scattered or cast: they stay in the
 # processor's cache until they are copied on.
 BLOCK_BYTES = 2 << 20
-# Below this, reading the gaps costs less than a call for each run.
-_RUN_BYTES = 8 << 10
 
-# Up to here zstd decodes fastest in one call; above, the fresh memory that such a
-# call needs costs more than decoding in steps straight into place.
+# Up to here zstd unpacks fastest in one call into memory of its own.
 _ONE_CALL_BYTES = 64 << 10
 
 # The index behind a shard's one chunk: offset, length, checksum.
@@ -154,89 +54,209 @@ class DamagedError(ValueError):
     """The bytes are not what the metadata says."""
 
 
-def fill_from_chunk(source: Source, encoding: Encoding, targets: Sequence[Destination]) -> None:
-    """Reads what the targets need from one chunk.
+class Owner(Protocol):
+    """Whose bytes a piece holds."""
+
+    @property
+    def path(self) -> Path:
+        """The stored leaf."""
+        ...
+
+    def unreadable(self, error: Exception) -> UnreadableLeafError:
+        """Returns the error that names leaf and file."""
+        ...
+
+    def fill_absent(self) -> None:
+        """Puts the fill value into the places of an absent chunk, or raises if there must be none."""
+        ...
+
+
+@dataclasses.dataclass(slots=True)
+class Piece:
+    """Bytes that are needed together, and what is done with them.
+
+    Attributes:
+        owner: Whose they are.
+        wanted: Where they are stored.
+        nbytes: Size of the values that they become.
+        target: The memory that takes them as they are; None if they are unpacked, cast or scattered.
+        use: What is done with them, where no memory takes them.
+        streamed: Whether they are so many that `use` gets a stream of them.
+        content: The bytes themselves, where they are known without a read.
+    """
+
+    owner: Owner
+    wanted: Wanted
+    nbytes: int
+    target: memoryview | None = None
+    use: Callable[[Content], None] | None = None
+    streamed: bool = False
+    content: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """How many bytes they are."""
+        return sum(size for _, size in self.wanted.runs)
+
+
+def pieces_of_chunk(
+    owner: Owner, encoding: Encoding, extent: Extent, targets: Sequence[Destination], limits: Limits
+) -> Iterator[Piece]:
+    """Yields what the targets need of one chunk.
 
     Args:
-        source: The chunk's stored bytes.
-        encoding: How they are packed.
+        owner: Whose chunk it is.
+        encoding: How its values are stored.
+        extent: Where its bytes lie.
         targets: Rectangles of the chunk, counted from its own start.
+        limits: What the store makes cheap.
 
     Raises:
-        AbsentError: The shard is there but its chunk is not.
-        DamagedError: The bytes do not decode to a chunk.
-        OSError: The bytes cannot be read.
+        DamagedError: The chunk has not the length that its metadata says.
     """
-    start, size = _payload(source, encoding)
-    if encoding.codec == "raw":
-        if size != encoding.chunk_nbytes:
-            raise DamagedError(f"holds {size} bytes where a chunk has {encoding.chunk_nbytes}")
-        _fill_from_raw(RawStream(source, start), encoding, targets)
+    behind = _INDEX.size if encoding.sharded else 0
+    payload = extent.size - behind
+    if payload < 0:
+        raise DamagedError(f"holds {extent.size} bytes, less than a shard's index")
+    if encoding.codec == "zstd":
+        use = functools.partial(_fill_from_zstd, encoding, targets, extent.size)
+        wanted = Wanted(extent.file, ((extent.start, extent.size),))
+        yield Piece(owner, wanted, _nbytes(targets), use=use, streamed=extent.size > limits.packed_bytes)
         return
+    if payload != encoding.chunk_nbytes:
+        raise DamagedError(f"holds {payload} bytes where a chunk has {encoding.chunk_nbytes}")
+    yield from raw_pieces(owner, encoding, extent, targets, limits)
+    if behind:
+        # The chunk fills the shard, so that its place is known before the index is read. The index
+        # comes along to be compared, with the last bytes of the chunk where these are wanted.
+        wanted = Wanted(extent.file, ((extent.start + payload, behind),))
+        yield Piece(owner, wanted, 0, use=functools.partial(_compare_index, payload))
+
+
+def raw_pieces(
+    owner: Owner, encoding: Encoding, extent: Extent, targets: Sequence[Destination], limits: Limits
+) -> Iterator[Piece]:
+    """Yields what the targets need of values that are stored as they are, in C order.
+
+    Args:
+        owner: Whose values they are.
+        encoding: Their shape and dtype.
+        extent: Where they lie; what is behind them is not looked at.
+        targets: Rectangles of them.
+        limits: What the store makes cheap.
+    """
+    itemsize = encoding.dtype.itemsize
+    direct = _direct_runs(encoding, targets)
+    for (first, size), target in zip(direct, targets, strict=False):
+        memory = memory_of(target.view)
+        for start, length in cut_run(first, size, limits.range_bytes):
+            wanted = Wanted(extent.file, ((extent.start + start, length),))
+            yield Piece(owner, wanted, length, target=memory[start - first : start - first + length])
+    if direct:
+        return
+    box = _widened(box_of(targets), encoding.chunk_shape, itemsize, limits.gap_bytes)
+    for block in _blocks(box, itemsize):
+        size = math.prod(shape_of_region(block)) * itemsize
+        places = [target for target in targets if intersect(target.region, block) is not None]
+        if places:
+            at = tuple(
+                (extent.start + first, run) for first, run in _runs(block, encoding.chunk_shape, itemsize)
+            )
+            use = functools.partial(_scatter_bytes, encoding, block, places)
+            yield Piece(owner, Wanted(extent.file, at), _nbytes_within(places, block), use=use)
+
+
+def _direct_runs(encoding: Encoding, targets: Sequence[Destination]) -> list[tuple[int, int]]:
+    """Returns the run of bytes of each target where all of them can be read straight into place."""
+    runs: list[tuple[int, int]] = []
+    for target in targets:
+        first = _run_start(target.region, encoding.chunk_shape) if takes_bytes(target, encoding) else None
+        if first is None:
+            return []
+        runs.append((first * encoding.dtype.itemsize, target.view.nbytes))
+    ordered = sorted(runs)
+    # Bytes that two targets want are read once and copied.
+    if any(start + size > after for (start, size), (after, _) in itertools.pairwise(ordered)):
+        return []
+    return runs
+
+
+def _compare_index(payload: int, content: Content) -> None:
+    start, size, _ = _INDEX.unpack(_bytes_of(content, _INDEX.size))
+    if (start, size) != (0, payload):
+        raise DamagedError("the index of the shard points elsewhere than to its one chunk")
+
+
+def _bytes_of(content: Content, size: int) -> bytes:
+    return bytes(content) if isinstance(content, memoryview) else content.read(size)
+
+
+def _fill_from_zstd(encoding: Encoding, targets: Sequence[Destination], size: int, content: Content) -> None:
     try:
-        _fill_from_zstd(source, start, size, encoding, targets)
+        if isinstance(content, memoryview):
+            _unpack(encoding, targets, _payload(encoding, content))
+        else:
+            _unpack(encoding, targets, _without_index(encoding, size, content))
     except zstandard.ZstdError as error:
         raise DamagedError(str(error)) from error
 
 
-def _payload(source: Source, encoding: Encoding) -> tuple[int, int]:
-    """Returns where the chunk lies within its value: behind it, a shard has an index."""
+def _payload(encoding: Encoding, content: memoryview) -> memoryview:
+    """Returns the chunk within its value: behind it, a shard has an index."""
     if not encoding.sharded:
-        return 0, source.size
-    if source.size < _INDEX.size:
-        raise DamagedError(f"holds {source.size} bytes, less than a shard's index")
-    content = bytearray(_INDEX.size)
-    source.read_into(source.size - _INDEX.size, memoryview(content))
-    start, size, _ = _INDEX.unpack(content)
+        return content
+    start, size, _ = _INDEX.unpack(content[-_INDEX.size :])
     if start == _NOTHING and size == _NOTHING:
         raise AbsentError("the shard is empty")
-    if start + size > source.size - _INDEX.size:
+    if start + size > len(content) - _INDEX.size:
         raise DamagedError("the index of the shard points outside it")
-    return start, size
+    return content[start : start + size]
 
 
-def _fill_from_raw(stream: RawStream, encoding: Encoding, targets: Sequence[Destination]) -> None:
-    scattered: list[Destination] = []
-    for target in targets:
-        first = _run_start(target.region, encoding.chunk_shape)
-        if first is None or not takes_bytes(target, encoding):
-            scattered.append(target)
-            continue
-        stream.skip_to(first * encoding.dtype.itemsize)
-        stream.read_into(memory_of(target.view))
-    if scattered:
-        scatter(stream, encoding, scattered)
+def _without_index(encoding: Encoding, size: int, content: ByteStream) -> ByteStream:
+    # A shard so large is unpacked from its start; what is not there is noticed by zstd.
+    return _First(content, size - _INDEX.size) if encoding.sharded else content
 
 
-def _fill_from_zstd(
-    source: Source, start: int, size: int, encoding: Encoding, targets: Sequence[Destination]
-) -> None:
-    if encoding.chunk_nbytes <= _ONE_CALL_BYTES:
-        packed = bytearray(size)
-        source.read_into(start, memoryview(packed))
-        content = _decompressor().decompress(packed, max_output_size=encoding.chunk_nbytes)
-        if len(content) != encoding.chunk_nbytes:
-            raise DamagedError(f"unpacks to {len(content)} bytes where a chunk has {encoding.chunk_nbytes}")
-        chunk = np.frombuffer(content, encoding.dtype).reshape(encoding.chunk_shape)
+class _First:
+    """The first bytes of a stream."""
+
+    def __init__(self, stream: ByteStream, size: int) -> None:
+        self._stream = stream
+        self._left = size
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns some of the next bytes; an empty result is the end."""
+        piece = self._stream.read(min(size, self._left) if size >= 0 else self._left)
+        self._left -= len(piece)
+        return piece
+
+    def read_into(self, target: memoryview) -> None:
+        """Fills the target with the next bytes."""
+        self._stream.read_into(target)
+        self._left -= len(target)
+
+    def skip(self, size: int) -> None:
+        """Passes over some bytes."""
+        self._stream.skip(size)
+        self._left -= size
+
+
+def _unpack(encoding: Encoding, targets: Sequence[Destination], content: Content) -> None:
+    is_small = encoding.chunk_nbytes <= _ONE_CALL_BYTES
+    if is_small and isinstance(content, memoryview):
+        values = decompressor().decompress(content, max_output_size=encoding.chunk_nbytes)
+        if len(values) != encoding.chunk_nbytes:
+            raise DamagedError(f"unpacks to {len(values)} bytes where a chunk has {encoding.chunk_nbytes}")
+        chunk = np.frombuffer(values, encoding.dtype).reshape(encoding.chunk_shape)
         for target in targets:
             target.put(chunk[slices(target.region)])
         return
-    stream = ZstdStream(source, start, size, _decompressor())
-    if (
-        len(targets) == 1
-        and targets[0].region == whole(encoding.chunk_shape)
-        and takes_bytes(targets[0], encoding)
-    ):
-        stream.read_into(memory_of(targets[0].view))
+    only = targets[0] if len(targets) == 1 else None
+    if only is not None and only.region == whole(encoding.chunk_shape) and takes_bytes(only, encoding):
+        Zstd(content).read_into(memory_of(only.view))
     else:
-        scatter(stream, encoding, targets)
-
-
-def _decompressor() -> zstandard.ZstdDecompressor:
-    # Not safe to share between threads, and costly to make for each chunk.
-    if not hasattr(_own, "decompressor"):
-        _own.decompressor = zstandard.ZstdDecompressor()
-    return _own.decompressor
+        scatter(Zstd(content), encoding, targets)
 
 
 def takes_bytes(target: Destination, encoding: Encoding) -> bool:
@@ -247,6 +267,15 @@ def takes_bytes(target: Destination, encoding: Encoding) -> bool:
 def memory_of(view: Buffer) -> memoryview:
     """Returns a contiguous array's bytes; `bfloat16` has no buffer format of its own."""
     return view.reshape(-1).view(np.uint8).data
+
+
+def _nbytes(targets: Sequence[Destination]) -> int:
+    return sum(target.view.nbytes for target in targets)
+
+
+def _nbytes_within(targets: Sequence[Destination], block: Region) -> int:
+    shared = [(intersect(target.region, block), target.view.itemsize) for target in targets]
+    return sum(math.prod(shape_of_region(part)) * size for part, size in shared if part is not None)
 
 
 def _run_start(region: Region, shape: Shape) -> int | None:
@@ -261,35 +290,51 @@ def _run_start(region: Region, shape: Shape) -> int | None:
     return position
 
 
-def scatter(stream: Stream, encoding: Encoding, targets: Sequence[Destination]) -> None:
-    """Decodes what the targets span block by block and copies each block's values to their places.
+def scatter(stream: Unpacked, encoding: Encoding, targets: Sequence[Destination]) -> None:
+    """Unpacks what the targets span block by block and copies each block's values to their places.
 
     Args:
-        stream: The decoded bytes of a chunk in C order.
+        stream: The unpacked bytes of a chunk in C order.
         encoding: Its shape and dtype.
         targets: Rectangles of it.
     """
-    spans = zip(*(target.region for target in targets), strict=True)
-    box = tuple((min(start for start, _ in span), max(stop for _, stop in span)) for span in spans)
     itemsize = encoding.dtype.itemsize
-    for block in _blocks(_widened(box, encoding.chunk_shape, itemsize), itemsize):
+    # All bytes pass anyway, so gaps cost nothing.
+    box = _widened(box_of(targets), encoding.chunk_shape, itemsize, encoding.chunk_nbytes)
+    for block in _blocks(box, itemsize):
         content = _scratch(math.prod(shape_of_region(block)) * itemsize)
-        _gather(stream, block, encoding.chunk_shape, itemsize, content.data)
-        values = content.view(encoding.dtype).reshape(shape_of_region(block))
-        for target in targets:
-            shared = intersect(target.region, block)
-            if shared is not None:
-                inside = slices(shift(shared, starts(target.region)))
-                target.part(shared, inside).put(values[(..., *slices(shift(shared, starts(block))))])
+        filled = 0
+        for start, size in _runs(block, encoding.chunk_shape, itemsize):
+            stream.skip_to(start)
+            stream.read_into(content.data[filled : filled + size])
+            filled += size
+        _scatter_bytes(encoding, block, targets, content.data)
 
 
-def _widened(box: Region, shape: Shape, itemsize: int) -> Region:
+def _scatter_bytes(
+    encoding: Encoding, block: Region, targets: Sequence[Destination], content: Content
+) -> None:
+    values = cast(Buffer, np.frombuffer(cast(bytes, content), encoding.dtype)).reshape(shape_of_region(block))
+    for target in targets:
+        shared = intersect(target.region, block)
+        if shared is not None:
+            inside = slices(shift(shared, starts(target.region)))
+            target.part(shared, inside).put(values[(..., *slices(shift(shared, starts(block))))])
+
+
+def box_of(targets: Sequence[Destination]) -> Region:
+    """Returns the smallest rectangle that holds all targets."""
+    spans = zip(*(target.region for target in targets), strict=True)
+    return tuple((min(start for start, _ in span), max(stop for _, stop in span)) for span in spans)
+
+
+def _widened(box: Region, shape: Shape, itemsize: int, gap_bytes: int) -> Region:
     """Grows a box over gaps that are cheaper to read than to skip."""
     grown, row = list(box), itemsize
     for axis in reversed(range(len(shape))):
         start, stop = grown[axis]
         alone = all(last - first == 1 for first, last in grown[:axis])
-        if alone or (stop - start < shape[axis] and (stop - start) * row >= _RUN_BYTES):
+        if alone or (shape[axis] - (stop - start)) * row > gap_bytes:
             break
         grown[axis] = (0, shape[axis])
         row *= shape[axis]
@@ -311,16 +356,13 @@ def _blocks(box: Region, itemsize: int) -> Iterator[Region]:
         yield from _blocks(piece, itemsize)
 
 
-def _gather(stream: Stream, block: Region, shape: Shape, itemsize: int, target: memoryview) -> None:
-    """Fills the target with a block's elements, run by run."""
+def _runs(block: Region, shape: Shape, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Yields start and length of the runs of bytes that a block of a C-order array is made of."""
     split = next((a for a in reversed(range(len(shape))) if block[a] != (0, shape[a])), 0)
-    run = math.prod(shape_of_region(block[split:])) * itemsize
-    filled = 0
+    size = math.prod(shape_of_region(block[split:])) * itemsize
     for index in itertools.product(*(range(start, stop) for start, stop in block[:split])):
         first = (*((at, at + 1) for at in index), *block[split:])
-        stream.skip_to((_run_start(first, shape) or 0) * itemsize)
-        stream.read_into(target[filled : filled + run])
-        filled += run
+        yield (_run_start(first, shape) or 0) * itemsize, size
 
 
 def _scratch(size: int) -> Buffer:

@@ -1,16 +1,13 @@
-"""Which chunks are absent, as far as metadata shows: known before anything is read.
+"""Stored leaves, read into all their places: what is needed of each chunk, and who reads it.
 
-One stored leaf: which chunks are read for which places, and what can go wrong.
-
-All stored leaves of a wave, read into all their places.
-
-A few stored values on the host, for decisions that need them.
+One rule chooses: what is stored raw or packed with zstd, a chunk a value or a chunk a shard, and the members
+of NumPy archives are read by this package's engine; an array in any other encoding (codec "other") is
+opened by TensorStore. Which chunks are absent is known from the catalog before anything is read.
 """
 
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,24 +15,33 @@ import numpy as np
 import tensorstore as ts
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.regions import (
     Region,
     intersect,
-    shape_of_region,
     shift,
     slices,
     starts,
     whole,
 )
+from orbax_nnx_handler.storage.arithmetic import LostValueError
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, StoredArray
 from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
-from orbax_nnx_handler.storage.reading.chunks import DamagedError, fill_from_chunk
-from orbax_nnx_handler.storage.reading.members import fill_from_member
-from orbax_nnx_handler.storage.reading.sources import AbsentError, Opener, Source
+from orbax_nnx_handler.storage.checkpoint.store_errors import reason_and_hint
+from orbax_nnx_handler.storage.checkpoint.stores import Extent, Store
+from orbax_nnx_handler.storage.reading.base_store import (
+    AbsentError,
+    DataFiles,
+    LocalData,
+    ShortReadError,
+    open_data,
+)
+from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted, limits_of
+from orbax_nnx_handler.storage.reading.chunks import DamagedError, Piece, pieces_of_chunk
+from orbax_nnx_handler.storage.reading.engine import Progress, Task, naming_lost_values, read_pieces
+from orbax_nnx_handler.storage.reading.members import pieces_of_member
+from orbax_nnx_handler.storage.reading.streams import Content
 from orbax_nnx_handler.storage.reading.targets import Destination
-from orbax_nnx_handler.storage.reading.tasks import Progress, Task, run_tasks
 
 
 def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region]]) -> dict[Path, list[str]]:
@@ -81,91 +87,35 @@ def check_presence(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Regio
         )
 
 
-# A large uncompressed chunk is read by several threads, this much by each.
-_PIECE_BYTES = 32 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafReader:
-    """Reads one stored leaf.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """A stored leaf and what its absence means.
 
     Attributes:
         path: The leaf, for messages.
         array: Where it lies.
-        opener: Opens the values of its store.
         writes_fill: Whether an absent chunk is a loss.
     """
 
     path: Path
     array: StoredArray
-    opener: Opener
     writes_fill: bool
 
-    def tasks(self, places: Sequence[Destination]) -> Iterator[Task]:
-        """Yields one task per chunk, several for a large uncompressed one."""
-        encoding = self.array.encoding
-        if encoding.codec == "other":
-            for place in places:
-                run = functools.partial(self._read_with_tensorstore, place)
-                yield Task(self.path, _nbytes([place], encoding.dtype.itemsize), run)
-            return
-        for index, targets in self._by_chunk(places).items():
-            key = self.array.key(index)
-            # What can only be fetched whole is fetched once.
-            divisible = self.array.store.local or self.array.store.size_of(key) is not None
-            for piece in self._pieces(targets) if divisible else [targets]:
-                run = functools.partial(self._read_chunk, key, piece)
-                yield Task(self.path, _nbytes(piece, encoding.dtype.itemsize), run)
+    def unreadable(self, file: str, error: Exception) -> UnreadableLeafError:
+        """Returns the error that names leaf and file."""
+        reason = str(error)
+        hint = "a part of it is damaged, or was not copied: copy it again, or restore another step."
+        if not isinstance(error, AbsentError | ShortReadError | DamagedError):
+            # What a store or a disk answers has a remedy of its own.
+            reason, hint = reason_and_hint(file, error)
+        return UnreadableLeafError(
+            f"stored leaf {render(self.path)} cannot be read: {reason}\nfile: {file} ({self.array.name})\n"
+            f"hint: {hint}",
+            paths=[self.path],
+        )
 
-    def _by_chunk(self, places: Sequence[Destination]) -> dict[tuple[int, ...], list[Destination]]:
-        encoding = self.array.encoding
-        if encoding.is_one_chunk:
-            return {(0,) * len(encoding.shape): list(places)}
-        chunks: dict[tuple[int, ...], list[Destination]] = {}
-        for place in places:
-            for index in encoding.chunks(place.region):
-                chunks.setdefault(index, []).extend(_within([place], encoding.chunk_region(index)))
-        return chunks
-
-    def _pieces(self, targets: list[Destination]) -> list[list[Destination]]:
-        """Cuts a large uncompressed chunk into rows that several threads can read."""
-        encoding = self.array.encoding
-        axis = next((axis for axis, size in enumerate(encoding.chunk_shape) if size > 1), None)
-        if encoding.codec != "raw" or encoding.chunk_nbytes <= _PIECE_BYTES or axis is None:
-            return [targets]
-        length = encoding.chunk_shape[axis]
-        step = max(1, _PIECE_BYTES * length // encoding.chunk_nbytes)
-        cuts = [(first, min(first + step, length)) for first in range(0, length, step)]
-        covering = whole(encoding.chunk_shape)
-        slabs = [(*covering[:axis], cut, *covering[axis + 1 :]) for cut in cuts]
-        pieces = [_within(targets, slab, counted_from=(0,) * len(slab)) for slab in slabs]
-        return [piece for piece in pieces if piece]
-
-    def _read_chunk(self, key: str, targets: Sequence[Destination]) -> None:
-        try:
-            with self.opener.open(key) as source:
-                self._fill_from(source, targets)
-        except AbsentError as error:
-            if self.writes_fill:
-                raise self._unreadable(self.opener.file_of(key), "absent") from error
-            self._fill(targets)
-        except (DamagedError, OSError, ValueError) as error:
-            raise self._unreadable(self.opener.file_of(key), str(error)) from error
-
-    def _fill_from(self, source: Source, targets: Sequence[Destination]) -> None:
-        encoding = self.array.encoding
-        if isinstance(encoding, NpyEncoding):
-            fill_from_member(source, encoding, targets)
-        else:
-            fill_from_chunk(source, encoding, targets)
-
-    def _fill(self, targets: Sequence[Destination]) -> None:
-        # A writer that leaves out chunks of fill value; null and absent mean zero.
-        value = np.asarray(self.array.encoding.fill_value or 0).astype(self.array.encoding.dtype)
-        for target in targets:
-            target.put(value)
-
-    def _read_with_tensorstore(self, place: Destination) -> None:
+    def read_with_tensorstore(self, place: Destination) -> None:
+        """Has TensorStore read and decode what one place needs."""
         store = self.array.store
         spec = {
             "driver": self.array.encoding.driver,
@@ -175,33 +125,71 @@ class LeafReader:
         try:
             opened = ts.open(spec, open=True, read=True, context=store.context).result()
             place.put(opened[slices(place.region)].read().result())
-        except ValueError as error:
-            raise self._unreadable(f"{store.directory}/{self.array.name}", str(error)) from error
-
-    def _unreadable(self, file: str, reason: str) -> UnreadableLeafError:
-        return UnreadableLeafError(
-            f"stored leaf {render(self.path)} cannot be read: {reason}\nfile: {file} ({self.array.name})\n"
-            "hint: a part of it is damaged, or was not copied: copy it again, or restore another step.",
-            paths=[self.path],
-        )
+        except LostValueError as error:
+            raise error.of(self.path) from None
+        except (ValueError, OSError) as error:
+            raise self.unreadable(f"{store.directory}/{self.array.name}", error) from error
 
 
-def _within(
-    targets: Sequence[Destination], covered: Region, *, counted_from: Shape | None = None
-) -> list[Destination]:
-    """Returns the parts of targets inside a region, counted from its start or as told."""
-    origin = starts(covered) if counted_from is None else counted_from
-    found: list[Destination] = []
-    for target in targets:
-        shared = intersect(target.region, covered)
-        if shared is not None:
-            inside = slices(shift(shared, starts(target.region)))
-            found.append(target.part(shift(shared, origin), inside))
-    return found
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """One chunk of a leaf and the places that its values go to, counted from its own start."""
+
+    leaf: Leaf
+    key: str
+    targets: Sequence[Destination]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(target.view.nbytes for target in self.targets)
+
+    @property
+    def path(self) -> Path:
+        """The leaf."""
+        return self.leaf.path
+
+    def unreadable(self, error: Exception) -> UnreadableLeafError:
+        """Returns the error that names leaf and file."""
+        store = self.leaf.array.store
+        extent = store.listed_extent(self.key)
+        return self.leaf.unreadable(f"{store.directory}/{extent.file if extent else self.key}", error)
+
+    def fill_absent(self) -> None:
+        """Puts the fill value into the places of an absent chunk; null and none mean zero.
+
+        Raises:
+            UnreadableLeafError: The writer left out no chunk, so that this one is lost.
+        """
+        if self.leaf.writes_fill:
+            raise self.unreadable(AbsentError("absent"))
+        encoding = self.leaf.array.encoding
+        value = np.asarray(encoding.fill_value or 0).astype(encoding.dtype)
+        for target in self.targets:
+            target.put(value)
+
+    def pieces(self, extent: Extent, limits: Limits) -> list[Piece]:
+        """Returns what is needed of the chunk's bytes."""
+        encoding = self.leaf.array.encoding
+        try:
+            if isinstance(encoding, NpyEncoding):
+                return list(pieces_of_member(self, encoding, extent, self.targets, limits))
+            return list(pieces_of_chunk(self, encoding, extent, self.targets, limits))
+        except DamagedError as error:
+            raise self.unreadable(error) from error
+
+    def fill_from(self, content: Content) -> None:
+        """Puts the values into place from the whole of the chunk's bytes."""
+        assert isinstance(content, memoryview)
+        for piece in self.pieces(Extent(self.key, 0, len(content)), _AT_ONCE):
+            runs = [content[start : start + size] for start, size in piece.wanted.runs]
+            if piece.target is not None:
+                piece.target[:] = runs[0]
+            elif piece.use is not None:
+                piece.use(runs[0] if len(runs) == 1 else memoryview(b"".join(runs)))
 
 
-def _nbytes(targets: Sequence[Destination], itemsize: int) -> int:
-    return sum(math.prod(shape_of_region(target.region)) for target in targets) * itemsize
+# For bytes that are in memory: nothing is cut, nothing streamed.
+_AT_ONCE = Limits(gap_bytes=0, range_bytes=1 << 62, requests=1, packed_bytes=1 << 62, member_bytes=1 << 62)
 
 
 def fill_targets(
@@ -210,10 +198,10 @@ def fill_targets(
     concurrent_bytes: int | None,
     progress: Progress | None,
 ) -> None:
-    """Reads the values of stored leaves into all the places they go to.
+    """Reads stored leaves into all their places, each stored byte once.
 
     Args:
-        checkpoint: Where the leaves lie.
+        checkpoint: What `read_metadata` returned.
         targets: The places of each leaf.
         concurrent_bytes: Upper bound of the bytes under way between store and place.
         progress: Called with the number of bytes put in place since the last call.
@@ -222,28 +210,111 @@ def fill_targets(
         UnreadableLeafError: Stored bytes are absent or damaged.
     """
     values = checkpoint.values or {}
-    tasks = [_copy_task(path, values[path], places) for path, places in targets.items() if path in values]
+    tasks = [_copy(path, values[path], places) for path, places in targets.items() if path in values]
     stored = {path: places for path, places in targets.items() if path not in values}
     check_presence(checkpoint, {path: [place.region for place in places] for path, places in stored.items()})
-    stores = {id(store): store for store in (checkpoint.arrays[path].store for path in stored)}
-    with contextlib.ExitStack() as stack:
-        openers = {
-            key: stack.enter_context(contextlib.closing(Opener(store))) for key, store in stores.items()
-        }
-        for path, places in stored.items():
-            array = checkpoint.arrays[path]
-            reader = LeafReader(path, array, openers[id(array.store)], checkpoint.writes_fill)
-            tasks += reader.tasks(places)
-        local = all(store.local for store in stores.values())
-        run_tasks(tasks, local=local, concurrent_bytes=concurrent_bytes, progress=progress)
+    by_store: dict[int, dict[Path, Sequence[Destination]]] = {}
+    for path, places in stored.items():
+        by_store.setdefault(id(checkpoint.arrays[path].store), {})[path] = places
+    for group in by_store.values() or [{}]:
+        _read_from_one_store(checkpoint, group, tasks, concurrent_bytes, progress)
+        tasks = []
 
 
-def _copy_task(path: Path, value: np.ndarray[Any, Any], places: Sequence[Destination]) -> Task:
+def _copy(path: Path, value: np.ndarray[Any, Any], places: Sequence[Destination]) -> Task:
     def run() -> None:
-        for place in places:
-            place.put(value[(..., *slices(place.region))])
+        with naming_lost_values(path):
+            for place in places:
+                place.put(value[(..., *slices(place.region))])
 
-    return Task(path, value.nbytes, run)
+    return Task(run=run, nbytes=value.nbytes)
+
+
+def _read_from_one_store(
+    checkpoint: Checkpoint,
+    targets: Mapping[Path, Sequence[Destination]],
+    tasks: Sequence[Task],
+    concurrent_bytes: int | None,
+    progress: Progress | None,
+) -> None:
+    store = next((checkpoint.arrays[path].store for path in targets), None)
+    limits = limits_of(local=store is None or store.local)
+    if concurrent_bytes is not None:
+        most = max(limits.range_bytes, concurrent_bytes // 4)
+        limits = dataclasses.replace(limits, packed_bytes=min(limits.packed_bytes, most))
+    chunks: list[_Chunk] = []
+    beside = list(tasks)
+    for path, places in targets.items():
+        leaf = Leaf(path=path, array=checkpoint.arrays[path], writes_fill=checkpoint.writes_fill)
+        if leaf.array.encoding.codec == "other":
+            beside += [_tensorstore_task(leaf, place) for place in places]
+        else:
+            chunks += _chunks_of(leaf, places)
+    with contextlib.closing(open_data(store)) as files:
+        read_pieces(
+            files,
+            list(_pieces(store, files, chunks, limits)) if store is not None else [],
+            limits,
+            tasks=beside,
+            concurrent_bytes=concurrent_bytes,
+            progress=progress,
+        )
+
+
+def _tensorstore_task(leaf: Leaf, place: Destination) -> Task:
+    return Task(run=functools.partial(leaf.read_with_tensorstore, place), nbytes=place.view.nbytes)
+
+
+def _chunks_of(leaf: Leaf, places: Sequence[Destination]) -> Iterator[_Chunk]:
+    """Yields the chunks that the places need, each with its parts of them."""
+    encoding = leaf.array.encoding
+    filled = [place for place in places if place.view.size]
+    if encoding.is_one_chunk:
+        if filled:
+            key = leaf.array.key((0,) * len(encoding.shape))
+            yield _Chunk(leaf=leaf, key=key, targets=filled)
+        return
+    chunks: dict[tuple[int, ...], list[Destination]] = {}
+    for place in filled:
+        for index in encoding.chunks(place.region):
+            part = _within(place, encoding.chunk_region(index))
+            if part is not None:
+                chunks.setdefault(index, []).append(part)
+    for index, targets in chunks.items():
+        yield _Chunk(leaf=leaf, key=leaf.array.key(index), targets=targets)
+
+
+def _within(target: Destination, covered: Region) -> Destination | None:
+    """Returns the part of a target inside a region, counted from the region's start."""
+    shared = intersect(target.region, covered)
+    if shared is None:
+        return None
+    inside = slices(shift(shared, starts(target.region)))
+    return target.part(shift(shared, starts(covered)), inside)
+
+
+def _pieces(store: Store, files: DataFiles, chunks: Sequence[_Chunk], limits: Limits) -> Iterator[Piece]:
+    """Yields the pieces of all chunks, as far as a chunk is there."""
+    sizes: Mapping[str, int | None] = {}
+    if store.kind == "files" and isinstance(files, LocalData):
+        sizes = files.sizes_of([chunk.key for chunk in chunks])
+    for chunk in chunks:
+        extent, size = store.listed_extent(chunk.key), sizes.get(chunk.key)
+        if extent is None and size is not None:
+            extent = Extent(chunk.key, 0, size)
+        if extent is not None:
+            yield from chunk.pieces(extent, limits)
+        elif chunk.key in sizes or store.lacks(chunk.key):
+            chunk.fill_absent()
+        else:
+            # A value in the catalog itself; or nobody knows how long it is, and it is asked for as a whole.
+            yield Piece(
+                chunk,
+                Wanted(chunk.key, ()),
+                chunk.nbytes,
+                use=chunk.fill_from,
+                content=store.inline(chunk.key),
+            )
 
 
 def read_values(checkpoint: Checkpoint, paths: Iterable[Path]) -> dict[Path, np.ndarray[Any, Any]]:

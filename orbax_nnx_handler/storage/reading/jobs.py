@@ -159,7 +159,7 @@ DEFAULT_WINDOW_BYTES = 4 << 30
 _Item = TypeVar("_Item")
 
 
-def waves(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[list[PlainJob]]:
+def groups(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[list[PlainJob]]:
     """Yields the jobs in groups that fit the window, largest first.
 
     Jobs that read the same stored leaf stay together, so that it is read once;
@@ -168,25 +168,25 @@ def waves(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[li
     if all(job.on_cpu for job in jobs):
         yield list(jobs)
         return
-    # Half: while one wave is on its way to the devices, the next is read.
+    # Half: while one group is on its way to the devices, the next is read.
     limit = (concurrent_bytes or DEFAULT_WINDOW_BYTES) // 2
-    yield from packed(sorted(families(jobs), key=_size, reverse=True), _size, limit)
+    yield from grouped(sorted(families(jobs), key=_size, reverse=True), _size, limit)
 
 
-def packed(
+def grouped(
     families: Iterable[Sequence[_Item]], size_of: Callable[[Sequence[_Item]], int], limit: int
 ) -> Iterator[list[_Item]]:
     """Yields families in groups of bounded size, in order; one may exceed the bound on its own."""
-    wave: list[_Item] = []
+    group: list[_Item] = []
     size = 0
     for family in families:
-        if wave and size + size_of(family) > limit:
-            yield wave
-            wave, size = [], 0
-        wave += family
+        if group and size + size_of(family) > limit:
+            yield group
+            group, size = [], 0
+        group += family
         size += size_of(family)
-    if wave:
-        yield wave
+    if group:
+        yield group
 
 
 def _size(family: Sequence[PlainJob]) -> int:

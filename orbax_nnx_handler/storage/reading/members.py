@@ -1,58 +1,60 @@
-"""One member of a NumPy archive, decoded straight into the places its values go to.
+"""One member of a NumPy archive: which of its bytes are needed, and how they get to their places.
 
-A zip file has a checksum of each member's unpacked bytes. It is compared where
-one call reads a member from end to end, which is every leaf that this process
-holds whole or in shards that together are whole. A process that holds only a
-part reads only that part of a stored member and cannot compare.
+A zip file has a checksum of each member's unpacked bytes. It is compared wherever all bytes of a member
+pass, which is every leaf that this process holds whole or in shards that together are whole. Of a member
+that is stored as it is, a process that needs only a part reads only that part and cannot compare.
 """
 
 import dataclasses
+import functools
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from orbax_nnx_handler.planning.core.regions import whole
+from orbax_nnx_handler.planning.core.regions import shape_of_region, whole
 from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
+from orbax_nnx_handler.storage.checkpoint.stores import Extent
+from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted
 from orbax_nnx_handler.storage.reading.chunks import (
     BLOCK_BYTES,
     DamagedError,
-    InflateStream,
-    RawStream,
-    Stream,
+    Owner,
+    Piece,
+    box_of,
     memory_of,
+    raw_pieces,
     scatter,
     takes_bytes,
 )
-from orbax_nnx_handler.storage.reading.sources import Source
+from orbax_nnx_handler.storage.reading.streams import Content, Deflated, Stored, Unpacked
 from orbax_nnx_handler.storage.reading.targets import Destination
 
-# Gaps up to here are read rather than skipped, so that the checksum stays known.
-_GAP_BYTES = 64 << 10
+# So much more than is needed is read, so that the checksum can be compared.
+_SPARE_BYTES = 1 << 20
 
 
-def fill_from_member(source: Source, encoding: NpyEncoding, targets: Sequence[Destination]) -> None:
-    """Reads what the targets need from one member.
+def pieces_of_member(
+    owner: Owner, encoding: NpyEncoding, extent: Extent, targets: Sequence[Destination], limits: Limits
+) -> Iterator[Piece]:
+    """Yields what the targets need of one member.
 
     Args:
-        source: The member's packed bytes.
-        encoding: How the values lie in them.
-        targets: Rectangles of the array.
-
-    Raises:
-        DamagedError: The bytes do not unpack, or their checksum is another one.
-        OSError: The bytes cannot be read.
+        owner: Whose member it is.
+        encoding: How the values lie in it.
+        extent: Where its packed bytes lie.
+        targets: Rectangles of the array, none of them empty.
+        limits: What the store makes cheap.
     """
-    values = _Values(source, encoding)
-    laid, places = _in_order_of_bytes(encoding, [target for target in targets if target.view.size])
-    if not places:
+    laid, places = _in_order_of_bytes(encoding, targets)
+    needed = math.prod(shape_of_region(box_of(places))) * laid.dtype.itemsize
+    if encoding.codec == "stored" and needed + _SPARE_BYTES < extent.size:
+        values = Extent(extent.file, extent.start + encoding.prefix, extent.size - encoding.prefix)
+        yield from raw_pieces(owner, laid, values, places, limits)
         return
-    try:
-        if len(places) == 1 and places[0].region == whole(laid.shape) and takes_bytes(places[0], laid):
-            values.read_into(memory_of(places[0].view))
-        else:
-            scatter(values, laid, places)
-    except zlib.error as error:
-        raise DamagedError(str(error)) from error
-    values.check()
+    use = functools.partial(_fill_from_member, laid, places)
+    nbytes = sum(place.view.nbytes for place in places)
+    wanted = Wanted(extent.file, ((extent.start, extent.size),))
+    yield Piece(owner, wanted, nbytes, use=use, streamed=extent.size > limits.member_bytes)
 
 
 def _in_order_of_bytes(
@@ -68,23 +70,31 @@ def _in_order_of_bytes(
     return turned, [Destination(target.region[::-1], target.view.T, target.steps) for target in targets]
 
 
+def _fill_from_member(laid: NpyEncoding, places: Sequence[Destination], content: Content) -> None:
+    values = _Values(content, laid)
+    try:
+        if len(places) == 1 and places[0].region == whole(laid.shape) and takes_bytes(places[0], laid):
+            values.read_into(memory_of(places[0].view))
+        else:
+            scatter(values, laid, places)
+    except zlib.error as error:
+        raise DamagedError(str(error)) from error
+    values.check()
+
+
 class _Values:
     """The values of a member as a stream that keeps the checksum of what it has passed."""
 
-    def __init__(self, source: Source, encoding: NpyEncoding) -> None:
-        self._is_packed = encoding.codec == "deflated"
-        self._bytes: Stream = InflateStream(source) if self._is_packed else RawStream(source, 0)
+    def __init__(self, content: Content, encoding: NpyEncoding) -> None:
+        is_packed = encoding.codec == "deflated"
+        self._bytes: Unpacked = Deflated(content) if is_packed else Stored(content)
         self._encoding = encoding
         self._position = 0  # As of the member: the header comes first.
         self._crc = 0
-        self._has_all = True
 
     def skip_to(self, position: int) -> None:
         """Goes to a position among the values, never backward."""
         goal = self._encoding.prefix + position
-        if not self._is_packed and goal - self._position > _GAP_BYTES:
-            self._bytes.skip_to(goal)
-            self._position, self._has_all = goal, False
         while self._position < goal:
             self._take(memoryview(bytearray(min(goal - self._position, BLOCK_BYTES))))
 
@@ -107,6 +117,5 @@ class _Values:
         Raises:
             DamagedError: It is another one.
         """
-        is_whole = self._has_all and self._position == self._encoding.nbytes
-        if is_whole and self._crc != self._encoding.crc:
+        if self._position == self._encoding.nbytes and self._crc != self._encoding.crc:
             raise DamagedError("its checksum is not the one that was stored with it")

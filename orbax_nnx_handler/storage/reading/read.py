@@ -18,6 +18,7 @@ from orbax_nnx_handler.storage.checkpoint.npz import DISK_FORMAT
 from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.arrays import Arena, place_array
+from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import (
     DEFAULT_WINDOW_BYTES,
@@ -25,14 +26,13 @@ from orbax_nnx_handler.storage.reading.jobs import (
     Job,
     PlainJob,
     allocate_shards,
-    packed,
+    grouped,
+    groups,
     plain_job,
-    waves,
 )
 from orbax_nnx_handler.storage.reading.orbax_reader import read_with_orbax
 from orbax_nnx_handler.storage.reading.single_replica import Copied, copy_axes, copy_to_all, share_out
 from orbax_nnx_handler.storage.reading.targets import Work, stored_shapes
-from orbax_nnx_handler.storage.reading.tasks import Progress
 
 
 def read_arrays(
@@ -75,9 +75,9 @@ def read_arrays(
     with paused_collection():
         plain = [plain_job(job) for job in jobs]
         under_way: dict[Path, jax.Array] = {}
-        for wave in waves(plain, concurrent_bytes):
-            placed = _read_wave(checkpoint, wave, concurrent_bytes, progress)
-            # The host buffers of a wave live until its transfer is done.
+        for group in groups(plain, concurrent_bytes):
+            placed = _read_group(checkpoint, group, concurrent_bytes, progress)
+            # The host buffers of a group live until its transfer is done.
             jax.block_until_ready(under_way)
             arrays |= placed
             under_way = placed
@@ -91,26 +91,26 @@ def _is_orbaxs(checkpoint: Checkpoint) -> bool:
     return checkpoint.disk_format != DISK_FORMAT and not any(path in checkpoint.nodes for path in held)
 
 
-def _read_wave(
+def _read_group(
     checkpoint: Checkpoint,
-    wave: Sequence[PlainJob],
+    group: Sequence[PlainJob],
     concurrent_bytes: int | None,
     progress: Progress | None,
 ) -> dict[Path, jax.Array]:
-    filled = read_shards(checkpoint, wave, concurrent_bytes, progress)
-    return {job.job.path: place_array(job, shards) for job, shards in zip(wave, filled, strict=True)}
+    filled = read_shards(checkpoint, group, concurrent_bytes, progress)
+    return {job.job.path: place_array(job, shards) for job, shards in zip(group, filled, strict=True)}
 
 
 def read_shards(
     checkpoint: Checkpoint,
-    wave: Sequence[PlainJob],
+    group: Sequence[PlainJob],
     concurrent_bytes: int | None,
     progress: Progress | None,
 ) -> list[dict[Region, Buffer]]:
     """Reads the shards of each job into fresh host memory."""
     arena, work, stored = Arena(), Work(), stored_shapes(checkpoint)
-    filled = [allocate_shards(job, arena.allocate) for job in wave]
-    for job, shards in zip(wave, filled, strict=True):
+    filled = [allocate_shards(job, arena.allocate) for job in group]
+    for job, shards in zip(group, filled, strict=True):
         for region, buffer in shards.items():
             work.fill(job.recipe, region, buffer, stored)
     fill_targets(checkpoint, work.targets, concurrent_bytes, progress)
@@ -177,15 +177,15 @@ def _read_copied(
     progress: Progress | None,
 ) -> dict[Path, jax.Array]:
     arrays: dict[Path, jax.Array] = {}
-    # Half: the contributions of a wave are on the devices beside its results.
+    # Half: the contributions of a group are on the devices beside its results.
     limit = (concurrent_bytes or DEFAULT_WINDOW_BYTES) // 2
     with paused_collection():
-        for wave in packed(share_out(jobs), _nbytes, limit):
-            read = functools.partial(read_shards, checkpoint, [item.job for item in wave])
+        for group in grouped(share_out(jobs), _nbytes, limit):
+            read = functools.partial(read_shards, checkpoint, [item.job for item in group])
             # A process that cannot read must say so before the others wait for it in the copy.
             shards = agree(functools.partial(read, concurrent_bytes, progress))
-            placed = copy_to_all(wave, shards)
-            # The host memory of a wave goes before the next is read.
+            placed = copy_to_all(group, shards)
+            # The host memory of a group goes before the next is read.
             jax.block_until_ready(placed)
             arrays |= placed
     return arrays

@@ -25,12 +25,12 @@ from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.regions import slices
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.reading import members, read_arrays, read_values, sources
+from orbax_nnx_handler.storage.reading import chunks, members, read_arrays, read_values
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.targets import Destination
 from tests.gallery.models import save
+from tests.storage.reading.test_base_store import as_remote
 from tests.storage.reading.test_reading import plain_jobs
-from tests.storage.reading.test_sources import as_remote
 
 SAVES = {"stored": np.savez, "deflated": np.savez_compressed}
 DTYPES = ["<f4", ">f4", "<f8", "<f2", "<i4", ">i8", "|u1", "|i1", "|b1", "<c8"]
@@ -92,8 +92,10 @@ def test_every_region_of_every_array_is_numpys_to_the_bit(data: st.DataObject, h
         places[tuple(name.split("/"))] = [Destination(*pair) for pair in zip(wanted, views, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch, file_of(packed(tree, how)) as path:
-        patch.setattr(members, "_GAP_BYTES", data.draw(st.sampled_from([0, 1 << 16])))
-        patch.setattr(members, "BLOCK_BYTES", data.draw(st.sampled_from([7, 2 << 20])))
+        patch.setattr(members, "_SPARE_BYTES", data.draw(st.sampled_from([0, 1 << 16])))
+        patch.setattr(chunks, "BLOCK_BYTES", data.draw(st.sampled_from([7, 2 << 20])))
+        patch.setattr(members, "BLOCK_BYTES", chunks.BLOCK_BYTES)
+        patch.setenv("ORBAX_NNX_GAP_BYTES", data.draw(st.sampled_from(["0", "10"])))
         leaves = read_metadata(path).leaves
         fill_targets(read_metadata(path), places, None, None)
 
@@ -105,13 +107,13 @@ def test_every_region_of_every_array_is_numpys_to_the_bit(data: st.DataObject, h
 
 
 @pytest.mark.parametrize("how", SAVES)
-@pytest.mark.parametrize("listed", ["in one piece", "in ranges"])
+@pytest.mark.parametrize("asked", ["in one piece", "in ranges"])
 def test_an_archive_behind_a_network_gives_the_same_values(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str, listed: str
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str, asked: str
 ) -> None:
     tree = {"a": np.arange(600, dtype=np.float32), "b": np.asfortranarray(np.arange(6).reshape(2, 3))}
     (tmp_path / "x.npz").write_bytes(packed(tree, how))
-    monkeypatch.setattr(sources, "_WHOLE_BYTES", 0 if listed == "in ranges" else 1 << 20)
+    monkeypatch.setenv("ORBAX_NNX_RANGE_BYTES", "100" if asked == "in ranges" else "10000")
 
     values = read_values(as_remote(read_metadata(tmp_path / "x.npz"), listed=True), [("a",), ("b",)])
 

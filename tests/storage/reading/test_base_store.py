@@ -1,0 +1,167 @@
+"""Bytes by position: what is there is read, and what is not there is noticed."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.reading import base_store, read_values
+from orbax_nnx_handler.storage.reading.arrays import ALIGNMENT, SHARED_BLOCK_BYTES, Arena
+from orbax_nnx_handler.storage.reading.base_store import (
+    AbsentError,
+    LocalData,
+    LocalStream,
+    RemoteData,
+    RemoteStream,
+    ShortReadError,
+    content_of,
+)
+from tests.storage.checkpoints import FORMATS, DiskFormat, numbers, save
+
+CONTENT = bytes(range(10))
+
+
+@pytest.fixture
+def local(tmp_path):
+    (tmp_path / "file").write_bytes(CONTENT)
+    files = LocalData(str(tmp_path), shared=True)
+    yield files
+    files.close()
+
+
+@pytest.fixture
+def remote(tmp_path):
+    (tmp_path / "file").write_bytes(CONTENT)
+    return RemoteData(ts.KvStore.open({"driver": "file", "path": f"{tmp_path}/"}).result())
+
+
+def filled(files, start, *sizes):
+    """What a local read puts into buffers of these sizes."""
+    buffers = [bytearray(size) for size in sizes]
+    files.read_into("file", start, [memoryview(buffer) for buffer in buffers])
+    return [bytes(buffer) for buffer in buffers]
+
+
+def test_a_range_of_a_local_file_goes_to_several_places_at_once(local):
+    assert filled(local, 2, 3, 0, 4) == [CONTENT[2:5], b"", CONTENT[5:9]]
+
+
+def test_more_places_than_one_call_takes_are_filled(local, monkeypatch):
+    monkeypatch.setattr(base_store, "_BUFFERS", 2)
+
+    assert filled(local, 1, 1, 2, 3, 2) == [CONTENT[1:2], CONTENT[2:4], CONTENT[4:7], CONTENT[7:9]]
+
+
+def test_a_call_that_returns_less_than_asked_for_is_followed_by_another(local, monkeypatch):
+    original = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, buffers, at: original(f, [buffers[0][:2]], at))
+
+    assert filled(local, 0, 5, 4) == [CONTENT[:5], CONTENT[5:9]]
+
+
+def test_a_range_of_an_object_is_the_same_bytes(remote):
+    assert content_of(remote.begin("file", 2, 5), 5) == CONTENT[2:7]
+    assert content_of(remote.begin_whole("file")) == CONTENT
+
+
+def test_a_read_past_the_end_is_an_error(local, remote):
+    with pytest.raises(ShortReadError, match="the file ends 2 bytes early"):
+        filled(local, 6, 6)
+    with pytest.raises(ValueError, match="OUT_OF_RANGE"):
+        content_of(remote.begin("file", 6, 6), 6)
+
+
+def test_an_answer_of_another_length_is_an_error(remote):
+    with pytest.raises(ShortReadError, match="the store returned 4 of 6 bytes"):
+        content_of(remote.begin("file", 6, 4), 6)
+
+
+def test_what_is_not_there_is_absent(local, remote):
+    with pytest.raises(AbsentError):
+        local.read_into("other", 0, [memoryview(bytearray(1))])
+    with pytest.raises(AbsentError):
+        content_of(remote.begin("other", 0, 1), 1)
+
+
+def test_a_stream_gives_the_bytes_of_a_run_in_order(local, remote):
+    ranges = iter([(1, 3), (4, 3), (7, 2)])
+    for stream in (LocalStream(local, "file", 1, 8), RemoteStream(remote, "file", ranges, 2)):
+        first = bytearray(2)
+        stream.read_into(memoryview(first))
+        stream.skip(3)
+        rest = b"".join(iter(lambda stream=stream: stream.read(2), b""))
+
+        assert (first, rest) == (CONTENT[1:3], CONTENT[6:9])
+
+
+def test_sizes_of_many_files_are_asked_for_together(local, tmp_path):
+    names = [f"f{number}" for number in range(200)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes(number))
+
+    assert local.sizes_of([*names, "none"]) == {**{f"f{n}": n for n in range(200)}, "none": None}
+
+
+def test_a_file_longer_than_its_chunk_is_damaged(tmp_path):
+    path = save(tmp_path / "item", {"w": numbers((8, 8))}, DiskFormat(False, False, False))
+    with (path / "w" / "0.0").open("ab") as file:
+        file.write(b"more")
+
+    with pytest.raises(UnreadableLeafError, match="holds 260 bytes where a chunk has 256"):
+        read_values(read_metadata(path), [("w",)])
+
+
+def test_buffers_are_aligned_and_do_not_overlap():
+    arena = Arena()
+
+    buffers = [arena.allocate((size,), np.dtype(np.uint8)) for size in (1, 63, 64, 65, 0, 3 << 20, 1)]
+
+    starts = [buffer.ctypes.data for buffer in buffers]
+    ends = [start + buffer.size for start, buffer in zip(starts, buffers, strict=True)]
+    assert all(start % ALIGNMENT == 0 for start in starts)
+    for number, start in enumerate(starts):
+        assert not any(
+            start < ends[n] and starts[n] < ends[number] for n in range(len(starts)) if n != number
+        )
+
+
+def test_small_leaves_share_blocks_and_keep_alive_one_block_at_most():
+    arena = Arena()
+
+    small = arena.allocate((16,), np.dtype(np.uint8))
+
+    owner = small
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    assert owner.size <= SHARED_BLOCK_BYTES + (2 << 20)
+
+
+@pytest.mark.parametrize("disk_format", FORMATS, ids=str)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_store_without_files_of_its_own_gives_the_same_values(tmp_path, monkeypatch, disk_format, listed):
+    monkeypatch.setenv("ORBAX_NNX_RANGE_BYTES", "256")
+    tree = {"w": numbers((16, 32)), "v": numbers((5,))}
+    checkpoint = as_remote(read_metadata(save(tmp_path / "item", tree, disk_format)), listed=listed)
+
+    values = read_values(checkpoint, [("w",), ("v",)])
+
+    for name, value in tree.items():
+        np.testing.assert_array_equal(values[(name,)], np.asarray(value))
+
+
+def as_remote(checkpoint, *, listed):
+    """The same checkpoint as if its store were behind a network."""
+    stores = {id(array.store): array.store for array in checkpoint.arrays.values()}
+    remote = {
+        number: dataclasses.replace(store, local=False, catalog=store.catalog if listed else None)
+        for number, store in stores.items()
+    }
+    arrays = {
+        path: dataclasses.replace(array, store=remote[id(array.store)])
+        for path, array in checkpoint.arrays.items()
+    }
+    return dataclasses.replace(checkpoint, arrays=arrays)

@@ -40,7 +40,7 @@ def _plans(options: Any) -> dict[str, Row]:
     trials: dict[str, list[Row]] = {name: [] for name in commands}
     for _ in range(options.rounds):
         for name, (words, status) in commands.items():
-            trials[name].append(program(words, status))
+            trials[name].append(program(words, status, toy=options.toy))
     rows = {name: _medians(found) for name, found in trials.items()}
     alone = rows["import jax"]
     return {

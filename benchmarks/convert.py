@@ -21,8 +21,8 @@ from benchmarks.measuring import Row, arguments, command, earlier, program, repo
 from benchmarks.models import Model, found_checksums, sized, target, write
 
 LOOSE_GB = 2.0
+_TOY_GB = 64.0
 _AXIS = ("--axis", "1")
-_HERE = ("-m", "benchmarks.convert")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,8 @@ def main() -> None:
     results = {} if options.toy else earlier("convert", options)
     for title, case in cases(int(options.gb * 1e9), toy=options.toy).items():
         if options.only in title:
-            results[f"{title}, {case.source.nbytes / 1e9:.3g} GB"] = _rows(
-                case, options.scratch, (LOOSE_GB,) if options.toy else (case.least_gb, LOOSE_GB)
-            )
+            heading = f"{title}, {case.source.nbytes / 1e9:.3g} GB"
+            results[heading] = _rows(case, options.scratch, toy=options.toy)
     tables = {
         f"**{title}**": table({"": name, **row} for name, row in rows.items())
         for title, rows in results.items()
@@ -106,22 +105,31 @@ def main() -> None:
         raise RuntimeError("more memory than allowed:\n" + "\n".join(exceeded))
 
 
-def _rows(case: Case, scratch: pathlib.Path, bounds: Sequence[float]) -> dict[str, Row]:
-    # In a process of its own, whose memory is then free again.
-    program([*_HERE, "write", json.dumps(dataclasses.asdict(case.source)), str(scratch)], 0)
-    source = scratch / case.source.name
-    return {f"--memory {bound}": _converted(case, source, scratch / "converted", bound) for bound in bounds}
+def _rows(case: Case, scratch: pathlib.Path, *, toy: bool) -> dict[str, Row]:
+    _errand("write", case.source, scratch, toy=toy)
+    source, out = scratch / case.source.name, scratch / "converted"
+    # A toy runs in this process, which may hold anything already.
+    bounds = (_TOY_GB,) if toy else (case.least_gb, LOOSE_GB)
+    return {f"--memory {bound}": _converted(case, source, out, bound, toy=toy) for bound in bounds}
 
 
-def _converted(case: Case, source: pathlib.Path, out: pathlib.Path, bound: float) -> Row:
+def _converted(case: Case, source: pathlib.Path, out: pathlib.Path, bound: float, *, toy: bool) -> Row:
     shutil.rmtree(out, ignore_errors=True)
     words = command("convert", str(source), str(out), *case.options, "--memory", str(bound))
-    row = program(words, 0)
-    program([*_HERE, "check", json.dumps(dataclasses.asdict(case.written)), str(out)], 0)
+    row = program(words, 0, toy=toy)
+    _errand("check", case.written, out, toy=toy)
     shutil.rmtree(out)
     row = row | {"peak ÷ bound": row["peak GB"] / bound}
     print(f"{source.name} {' '.join(case.options)} --memory {bound}: {row}", file=sys.stderr)
     return row
+
+
+def _errand(name: str, model: Model, path: pathlib.Path, *, toy: bool) -> None:
+    """Runs an errand in a process of its own, whose memory is then free again; a toy here."""
+    if toy:
+        ERRANDS[name](model, path)
+    else:
+        program(["-m", "benchmarks.convert", name, json.dumps(dataclasses.asdict(model)), str(path)], 0)
 
 
 def check(model: Model, path: pathlib.Path) -> None:
@@ -144,8 +152,10 @@ def _nnx_path(keys: tuple[str, ...]) -> tuple[str | int, ...]:
     return (*(int(word) if word.isdigit() else word for word in words.split("/")[:-1]), "kernel")
 
 
+ERRANDS = {"check": check, "write": write}
+
 if __name__ == "__main__":
-    errand = {"check": check, "write": write}.get(next(iter(sys.argv[1:]), ""))
+    errand = ERRANDS.get(next(iter(sys.argv[1:]), ""))
     if errand is None:
         main()
     else:

@@ -1,7 +1,12 @@
-"""Rounds of trials, each in a fresh process, interleaved; their medians, tables and files."""
+"""Rounds of trials, each in a fresh process, interleaved; their medians, tables and files.
+
+Toys, which only show that the values are right, all run in one process.
+"""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -43,6 +48,9 @@ def arguments(description: str, *, choosable: bool = False) -> argparse.Namespac
         options.rounds = 1 if options.toy else 5
     if options.gb is None:
         options.gb = 0.002 if options.toy else _fitting_gb()
+    if options.toy:
+        # Toys share this process, so it needs the devices of all cases; what is set already stays.
+        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     options.scratch.mkdir(parents=True, exist_ok=True)
     return options
 
@@ -53,15 +61,21 @@ def _fitting_gb() -> float:
     return round(min(2.0, memory / 1e9 / 20), 2)
 
 
-def trials(settings: Sequence[Mapping[str, Any]], *, module: str = "benchmarks.trial") -> list[Row]:
+def trials(settings: Sequence[Mapping[str, Any]], *, toy: bool = False) -> list[Row]:
     """Runs trials one after the other in one fresh process, of as many devices as the first asks for.
 
+    Toys, of which only the values count, run in this process.
+
     Raises:
-        RuntimeError: A trial failed: a wrong value, or an error; its output is quoted.
+        RuntimeError: A trial failed in its process: a wrong value, or an error; its output is quoted.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", module, json.dumps(settings)], capture_output=True, text=True, cwd=ROOT.parent
-    )
+    if toy:
+        # Here, for it imports this package's readers only when it runs.
+        from benchmarks.trial import main as run
+
+        return [run(dict(each)) for each in settings]
+    command = [sys.executable, "-m", "benchmarks.trial", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
     if done.returncode:
         raise RuntimeError(f"trials {settings} failed:\n{done.stderr[-3000:]}")
     return [json.loads(line) for line in done.stdout.splitlines()[-len(settings) :]]
@@ -91,7 +105,7 @@ def interleaved(
     """
     wanted = [{**settings, "contestant": name} for name in contestants]
     if toy:
-        return {name: [row] for name, row in zip(contestants, trials(wanted), strict=True)}
+        return {name: [row] for name, row in zip(contestants, trials(wanted, toy=True), strict=True)}
     found: dict[str, list[Row]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for each in wanted:
@@ -136,8 +150,16 @@ def command(*words: str) -> list[str]:
     return ["-m", "orbax_nnx_handler", *words]
 
 
-def program(words: Sequence[str], status: int) -> Row:
-    """Runs Python once; returns its time, its processor time and its peak of memory."""
+def program(words: Sequence[str], status: int, *, toy: bool = False) -> Row:
+    """Runs Python once; returns its time, its processor time and its peak of memory.
+
+    As a toy, a command of `orbax-nnx` runs in this process, whose peak says nothing.
+
+    Raises:
+        RuntimeError: It ended with another exit status.
+    """
+    if toy and words[: len(command())] == command():
+        return _command_here(words[len(command()) :], status)
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, cwd=ROOT.parent)
     peak, code = 0, 0
@@ -151,6 +173,20 @@ def program(words: Sequence[str], status: int) -> Row:
     if os.waitstatus_to_exitcode(code) != status:
         raise RuntimeError(f"{words} ended with {os.waitstatus_to_exitcode(code)}, not {status}")
     return {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak GB": peak / 1e9}
+
+
+def _command_here(words: Sequence[str], status: int) -> Row:
+    """Runs a command of `orbax-nnx` in this process."""
+    # Here, for what is measured must not be imported by what measures.
+    from orbax_nnx_handler.cli import main
+
+    start, cpu = time.monotonic(), time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        ended = main(list(words))
+    if ended != status:
+        raise RuntimeError(f"{words} ended with {ended}, not {status}")
+    seconds, cpu = time.monotonic() - start, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak GB": 0.0}
 
 
 def _high_water(pid: int) -> int:

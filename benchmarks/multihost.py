@@ -6,6 +6,7 @@ this machine, joined over loopback.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -36,7 +37,7 @@ _CLUSTER_SIGNS = (
 def main() -> None:
     """Runs on the cluster that this process belongs to, or on local processes."""
     if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
-        print(json.dumps(one_process(json.loads(sys.argv[1]))))
+        print(json.dumps(one_process(**json.loads(sys.argv[1]))))
         return
     options = arguments(__doc__ or "")
     if any(sign in os.environ for sign in _CLUSTER_SIGNS):
@@ -48,28 +49,37 @@ def main() -> None:
 def _on_this_machine(options: argparse.Namespace) -> None:
     model = sized(37 if options.toy else 301, int(options.gb * 1e9))
     path = write(model, options.scratch)
+    settings = {
+        title: settings_of(model, path, placement=distribution, single_replica=single)
+        for title, (distribution, single) in _DISTRIBUTIONS.items()
+    }
     rows: list[Row] = []
-    for title, (distribution, single) in _DISTRIBUTIONS.items():
-        for count in (2,) if options.toy else (1, 2, 4):
-            settings = settings_of(model, path, placement=distribution, single_replica=single)
-            trials = [_started(count, settings) for _ in range(options.rounds)]
+    if options.toy:
+        for title, trial in zip(settings, _started(2, list(settings.values())), strict=True):
+            rows.append({"parameters": title, "processes": 2, **_joined(model, [trial])})
+    else:
+        for title, count in itertools.product(settings, (1, 2, 4)):
+            trials = [_started(count, [settings[title]])[0] for _ in range(options.rounds)]
             rows.append({"parameters": title, "processes": count, **_joined(model, trials)})
     report("multihost", options, rows, {f"{model.nbytes / 1e9:.3g} GB": table(rows)})
 
 
-def _started(count: int, settings: Row) -> list[Row]:
-    """Starts the processes, joins them, and returns the figures of each."""
+def _started(count: int, settings: list[Row]) -> list[list[Row]]:
+    """Starts the processes, joins them, and returns for each restore the figures of each process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "benchmarks.multihost"]
+    # Each process has one device, whatever this one was given.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     running = [
         subprocess.Popen(
-            [*command, json.dumps({**settings, "join": [address, count, number]})],
+            [*command, json.dumps({"settings": settings, "join": [address, count, number]})],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT.parent,
+            env=environment,
         )
         for number in range(count)
     ]
@@ -77,7 +87,8 @@ def _started(count: int, settings: Row) -> list[Row]:
     for process, (_, errors) in zip(running, outputs, strict=True):
         if process.returncode:
             raise RuntimeError(f"a process failed:\n{errors[-3000:]}")
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    figures = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    return [list(rows) for rows in zip(*figures, strict=True)]
 
 
 def _joined(model: Model, trials: list[list[Row]]) -> Row:
@@ -94,17 +105,20 @@ def _joined(model: Model, trials: list[list[Row]]) -> Row:
     }
 
 
-def one_process(settings: dict[str, Any]) -> Row:
-    """Joins the others, restores, checks this process's shards; returns its figures."""
+def one_process(settings: list[Row], join: tuple[str, int, int]) -> list[Row]:
+    """Joins the others; returns its figures of each restore, after a check of this process's shards."""
     import jax
 
-    if "join" in settings:
-        address, count, number = settings["join"]
-        jax.config.update("jax_platforms", "cpu")
-        if count > 1:
-            jax.distributed.initialize(address, count, number, local_device_ids=[0])
-    path = pathlib.Path(settings["path"])
-    return _restored(Model(**settings["model"]), path, settings["placement"], settings["single_replica"])
+    address, count, number = join
+    jax.config.update("jax_platforms", "cpu")
+    if count > 1:
+        jax.distributed.initialize(address, count, number, local_device_ids=[0])
+    return [
+        _restored(
+            Model(**each["model"]), pathlib.Path(each["path"]), each["placement"], each["single_replica"]
+        )
+        for each in settings
+    ]
 
 
 def _restored(model: Model, path: pathlib.Path, distribution: str, single_replica: bool) -> Row:

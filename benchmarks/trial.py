@@ -80,6 +80,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.models import check, placement
 
     model, path = Model(**settings["model"]), pathlib.Path(settings["path"])
+    assert len(jax.devices()) >= settings.get("devices", 1), "JAX was started with fewer devices"
     jax.block_until_ready(jax.numpy.zeros(()))
     prepare = {**CONTESTANTS, **ERRANDS, **VERDICTS}[settings["contestant"]]
     call, collect = prepare(model, path, placement(settings["placement"]))

@@ -77,7 +77,7 @@ def _way(way: str, options: argparse.Namespace) -> Row:
         leaves = count // share
         model = sized(leaves, leaves * _TINY_BYTES, compressed=True)
         settings = settings_of(model, write(model, options.scratch), contestant=way)
-        points[count] = [trials([settings])[0] for _ in range(min(options.rounds, 3))]
+        points[count] = [trials([settings], toy=options.toy)[0] for _ in range(min(options.rounds, 3))]
     fewer, many = (statistics.median(row["cpu_seconds"] for row in rows) for rows in points.values())
     seconds = [row["seconds"] for row in points[counts[-1]]]
     return {

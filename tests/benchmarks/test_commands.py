@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from benchmarks.measuring import command, program
 from tests.benchmarks import toys
 
 _TESTED = {"restore", "save", "scaling", "multihost", "verdict", "planning", "convert", "command_line"}
@@ -14,6 +15,16 @@ _OTHER = {"trial", "tables"}
 @pytest.mark.parametrize("name", ["convert", "command_line"])
 def test_a_benchmark_checks_what_it_measures(name: str, tmp_path: pathlib.Path) -> None:
     toys.check(name, tmp_path)
+
+
+def test_a_program_is_measured_by_itself_and_its_exit_status_checked() -> None:
+    row = program(["-c", "import jax"], 0)
+
+    # This process holds more.
+    assert 0 < row["peak GB"] < 0.3
+    assert row["cpu_seconds"] > 0
+    with pytest.raises(RuntimeError, match="ended with 1, not 0"):
+        program(command("tree", "nowhere"), 0)
 
 
 def test_every_benchmark_is_tested() -> None:

@@ -1,10 +1,15 @@
 """Restores and saves beside stock Orbax; and that the benchmarks notice wrong values."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
+from benchmarks.measuring import settings_of, trials
+from benchmarks.models import sized, write
 from tests.benchmarks import toys
 
 
@@ -13,13 +18,35 @@ def test_a_benchmark_checks_the_values_that_it_measures(name: str, tmp_path: pat
     toys.check(name, tmp_path)
 
 
-def test_a_benchmark_of_wrong_values_fails(tmp_path: pathlib.Path) -> None:
-    assert toys.run("save", tmp_path).returncode == 0
-    for file in tmp_path.glob("*/checksums.json"):
+def _with_wrong_checksums(scratch: pathlib.Path) -> None:
+    for file in scratch.glob("*/checksums.json"):
         sums = json.loads(file.read_text())
         file.write_text(json.dumps({name: value ^ 1 for name, value in sums.items()}))
 
-    done = toys.run("save", tmp_path)
+
+def test_a_benchmark_of_wrong_values_fails(tmp_path: pathlib.Path) -> None:
+    toys.run("save", tmp_path)
+    _with_wrong_checksums(tmp_path)
+
+    command = [sys.executable, "-m", "benchmarks.save", *toys.arguments("save", tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=toys.ROOT, env=environment, capture_output=True, text=True)
 
     assert done.returncode == 1
     assert "values differ in" in done.stderr
+
+
+def test_a_trial_in_a_process_of_its_own_gives_figures_and_notices_wrong_values(
+    tmp_path: pathlib.Path,
+) -> None:
+    model = sized(9, 10_000)
+    settings = settings_of(
+        model, write(model, tmp_path), contestant="ours", devices=2, placement="replicated"
+    )
+
+    (figures,) = trials([settings])
+
+    assert figures["seconds"] > 0
+    _with_wrong_checksums(tmp_path)
+    with pytest.raises(RuntimeError, match="values differ in"):
+        trials([settings])

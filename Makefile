@@ -12,7 +12,8 @@ PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
 endif
 RUN := $(VENV)/bin/python
-# A file's tests stay on one worker, so that what they set up once is set up once.
+# A file's tests stay on one worker, so that what they set up once is set up once; tests/conftest.py puts the
+# slowest files first.
 WORKERS ?= 2
 ARGS ?=
 
@@ -22,7 +23,7 @@ demo: environment
 	@$(RUN) -m orbax_nnx_handler.demo
 
 test: environment
-	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: environment
 	@$(VENV)/bin/ruff check .

@@ -2,10 +2,9 @@
 
 A recipe names stored paths and the array operations between them and the
 wanted value. It can be checked against shapes before anything is read, printed,
-rewritten to another leaf with the same layout (a moment of its parameter), and
-run on whole arrays or, in `transfer`, region by region.
-
-Takes out of a recipe the steps that undo each other.
+rewritten to another leaf with the same layout (a moment of its parameter),
+simplified where steps undo each other, and run on whole arrays or, in
+`storage.reading`, region by region.
 """
 
 import dataclasses
@@ -207,19 +206,23 @@ def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:
         case Index() | Slice():
             return _part_shape(recipe, shape_of(recipe.source, stored))
         case Transpose(source, permutation):
-            shape = shape_of(source, stored)
-            if sorted(permutation) != list(range(len(shape))):
-                raise RecipeError(f"permutation {permutation} does not fit shape {shape}")
-            return tuple(shape[axis] for axis in permutation)
+            return _transposed_shape(shape_of(source, stored), permutation)
         case Reshape(source, shape):
-            before = shape_of(source, stored)
-            if math.prod(before) != math.prod(shape):
-                raise RecipeError(
-                    f"{before} has {math.prod(before)} elements, {shape} has {math.prod(shape)}"
-                )
-            return shape
+            return _reshaped_shape(shape_of(source, stored), shape)
         case Scale(source, _) | Add(source, _):
             return shape_of(source, stored)
+
+
+def _transposed_shape(shape: Shape, permutation: tuple[int, ...]) -> Shape:
+    if sorted(permutation) != list(range(len(shape))):
+        raise RecipeError(f"permutation {permutation} does not fit shape {shape}")
+    return tuple(shape[axis] for axis in permutation)
+
+
+def _reshaped_shape(before: Shape, shape: Shape) -> Shape:
+    if math.prod(before) != math.prod(shape):
+        raise RecipeError(f"{before} has {math.prod(before)} elements, {shape} has {math.prod(shape)}")
+    return shape
 
 
 def _stack_shape(shapes: list[Shape], axis: int) -> Shape:

@@ -1,11 +1,10 @@
-"""Which rectangle of an array a region folds out of when the array is reshaped.
-
-Which part of which stored leaf lands where in a wanted region.
+"""Which part of which stored leaf lands where in a region of a wanted leaf.
 
 A host holds only its own shards of a wanted array. `cut` pushes the region of
 one shard down through a recipe and returns the parts of stored leaves it is made
 of. Stack, unstack, fuse, split and transpose only rename axes, so a part is read
-straight into its place in the shard's buffer: there is no second copy.
+straight into its place in the shard's buffer: there is no second copy. Below a
+reshape a region is no rectangle; there the smallest rectangle that holds it is read.
 """
 
 import dataclasses
@@ -201,6 +200,11 @@ def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Pi
     """
     if any(start >= stop for start, stop in region):
         return []
+    return _cut(recipe, region, stored)
+
+
+def _cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Piece]:
+    """Cuts a region that is not empty; then no region further down is."""
     match recipe:
         case recipes.Read(path):
             axes = tuple(range(len(region)))
@@ -209,10 +213,10 @@ def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Pi
             raise recipes.RecipeError(f"a fill of shape {shape} cannot be read")
         case recipes.Index(source, axis, index):
             inner = (*region[:axis], (index, index + 1), *region[axis:])
-            return [_drop_axis(part, axis) for part in cut(source, inner, stored)]
+            return [_drop_axis(part, axis) for part in _cut(source, inner, stored)]
         case recipes.Slice(source, axis, start, _):
             inner = _moved(region, axis, start)
-            return cut(source, inner, stored)
+            return _cut(source, inner, stored)
         case recipes.Stack(sources, axis):
             return _cut_stack(sources, axis, region, stored)
         case recipes.Concat(sources, axis):
@@ -221,13 +225,19 @@ def cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[Pi
             return _cut_transpose(source, permutation, region, stored)
         case recipes.Reshape(source, shape):
             return _cut_reshape(source, shape, region, stored)
-        case recipes.Scale(source, factor):
-            return _computed(cut(source, region, stored), Arithmetic(factor=factor))
-        case recipes.Add(source, constant):
-            return _computed(cut(source, region, stored), Arithmetic(constant=constant))
+        case recipes.Scale() | recipes.Add():
+            return _cut_arithmetic(recipe, region, stored)
 
 
-def _computed(parts: Iterable[Piece], step: Arithmetic) -> list[Piece]:
+def _cut_arithmetic(
+    recipe: recipes.Scale | recipes.Add, region: Region, stored: Mapping[Path, Shape]
+) -> list[Piece]:
+    match recipe:
+        case recipes.Scale(_, factor):
+            step = Arithmetic(factor=factor)
+        case recipes.Add(_, constant):
+            step = Arithmetic(constant=constant)
+    parts = _cut(recipe.source, region, stored)
     return [dataclasses.replace(part, arithmetic=(*part.arithmetic, step)) for part in parts]
 
 
@@ -252,7 +262,7 @@ def _cut_stack(
     found: list[Piece] = []
     for layer in range(first, last):
         at = (layer - first, layer - first + 1)
-        for part in cut(sources[layer], inner, stored):
+        for part in _cut(sources[layer], inner, stored):
             found.append(
                 dataclasses.replace(
                     part,
@@ -274,7 +284,7 @@ def _cut_concat(
         start, stop = max(first, offset), min(last, offset + size)
         if start < stop:
             inner = (*region[:axis], (start - offset, stop - offset), *region[axis + 1 :])
-            parts = cut(source, inner, stored)
+            parts = _cut(source, inner, stored)
             found += [
                 dataclasses.replace(part, region=_moved(part.region, axis, start - first)) for part in parts
             ]
@@ -292,7 +302,7 @@ def _cut_transpose(
             region=tuple(part.region[axis] for axis in permutation),
             axes=tuple(part.axes[axis] for axis in permutation),
         )
-        for part in cut(source, inner, stored)
+        for part in _cut(source, inner, stored)
     ]
 
 

@@ -87,34 +87,70 @@ def shaped_recipes(draw, shape=None, depth=3):
         choices += ["index", "transpose", "reshape", "scale", "add"]
         choices += ["slice", "stack", "concat"] if shape else []
     kind = draw(st.sampled_from(choices))
-    if kind == "read":
-        return Read((draw(st.integers(0, 10**6)), shape))
-    axis = draw(st.integers(0, len(shape) - 1)) if shape else 0
-    inner = lambda wanted: draw(shaped_recipes(shape=wanted, depth=depth - 1))  # noqa: E731
-    if kind == "index":
-        size = draw(st.integers(1, 3))
-        axis = draw(st.integers(0, len(shape)))
-        return Index(inner((*shape[:axis], size, *shape[axis:])), axis, draw(st.integers(0, size - 1)))
-    if kind == "slice":
-        before, after = draw(st.integers(0, 2)), draw(st.integers(0, 2))
-        size = shape[axis]
-        return Slice(inner((*shape[:axis], before + size + after, *shape[axis + 1 :])), axis, before, size)
-    if kind == "stack":
-        return Stack(tuple(inner((*shape[:axis], *shape[axis + 1 :])) for _ in range(shape[axis])), axis)
-    if kind == "concat":
-        sizes = draw(st.sampled_from([(shape[axis],), (1, shape[axis] - 1) if shape[axis] > 1 else (1,)]))
-        return Concat(tuple(inner((*shape[:axis], s, *shape[axis + 1 :])) for s in sizes), axis)
-    if kind == "transpose":
-        permutation = tuple(draw(st.permutations(range(len(shape)))))
-        below = [0] * len(shape)
-        for to, source in enumerate(permutation):
-            below[source] = shape[to]
-        return Transpose(inner(tuple(below)), permutation)
-    if kind == "reshape":
-        return Reshape(inner(draw(refactored(shape))), shape)
-    if kind == "add":
-        return Add(inner(shape), draw(st.sampled_from([-1.0, 0.5])))
+    return DRAWN[kind](draw, shape, lambda wanted: draw(shaped_recipes(shape=wanted, depth=depth - 1)))
+
+
+def drawn_read(draw, shape, inner):
+    return Read((draw(st.integers(0, 10**6)), shape))
+
+
+def drawn_index(draw, shape, inner):
+    size, axis = draw(st.integers(1, 3)), draw(st.integers(0, len(shape)))
+    return Index(inner((*shape[:axis], size, *shape[axis:])), axis, draw(st.integers(0, size - 1)))
+
+
+def drawn_slice(draw, shape, inner):
+    axis, before, after = drawn_axis(draw, shape), draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    size = shape[axis]
+    return Slice(inner((*shape[:axis], before + size + after, *shape[axis + 1 :])), axis, before, size)
+
+
+def drawn_stack(draw, shape, inner):
+    axis = drawn_axis(draw, shape)
+    return Stack(tuple(inner((*shape[:axis], *shape[axis + 1 :])) for _ in range(shape[axis])), axis)
+
+
+def drawn_concat(draw, shape, inner):
+    axis = drawn_axis(draw, shape)
+    sizes = draw(st.sampled_from([(shape[axis],), (1, shape[axis] - 1) if shape[axis] > 1 else (1,)]))
+    return Concat(tuple(inner((*shape[:axis], size, *shape[axis + 1 :])) for size in sizes), axis)
+
+
+def drawn_transpose(draw, shape, inner):
+    permutation = tuple(draw(st.permutations(range(len(shape)))))
+    below = [0] * len(shape)
+    for to, source in enumerate(permutation):
+        below[source] = shape[to]
+    return Transpose(inner(tuple(below)), permutation)
+
+
+def drawn_reshape(draw, shape, inner):
+    return Reshape(inner(draw(refactored(shape))), shape)
+
+
+def drawn_scale(draw, shape, inner):
     return Scale(inner(shape), draw(st.sampled_from([0.5, 2.0])))
+
+
+def drawn_add(draw, shape, inner):
+    return Add(inner(shape), draw(st.sampled_from([-1.0, 0.5])))
+
+
+def drawn_axis(draw, shape):
+    return draw(st.integers(0, len(shape) - 1))
+
+
+DRAWN = {
+    "read": drawn_read,
+    "index": drawn_index,
+    "slice": drawn_slice,
+    "stack": drawn_stack,
+    "concat": drawn_concat,
+    "transpose": drawn_transpose,
+    "reshape": drawn_reshape,
+    "scale": drawn_scale,
+    "add": drawn_add,
+}
 
 
 @st.composite

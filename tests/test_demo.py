@@ -9,47 +9,48 @@ from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError
 from orbax_nnx_handler.demo.data import ENCODED, TEXT, Size, batch_at, decode
-from orbax_nnx_handler.demo.story import Ending, Voice, tell
+from orbax_nnx_handler.demo.printer import Printer
+from orbax_nnx_handler.demo.walkthrough import Outcome, run
 
 
 @pytest.fixture(scope="module")
-def told() -> tuple[Ending, str]:
+def printed_run() -> tuple[Outcome, str]:
     paper = io.StringIO()
-    voice = Voice(Console(file=paper, highlight=False))
+    printer = Printer(Console(file=paper, highlight=False))
     size = Size(layers=2, width=16, heads=2, time=16, batch=8)
-    ending = tell(voice, size, stop=12, end=16)
-    return ending, paper.getvalue()
+    outcome = run(printer, size, stop=12, end=16)
+    return outcome, paper.getvalue()
 
 
-def test_both_programs_give_the_same_logits(told):
-    ending, _ = told
+def test_both_programs_give_the_same_logits(printed_run):
+    outcome, _ = printed_run
 
-    assert ending.logits_apart < 1e-5
-
-
-def test_training_goes_on_at_the_same_loss_with_the_optimizer_intact(told):
-    ending, _ = told
-
-    np.testing.assert_allclose(ending.nnx_losses, ending.linen_losses, rtol=1e-5)
+    assert outcome.logit_difference < 1e-5
 
 
-def test_a_checkpoint_without_a_layer_is_refused_by_the_names_of_what_it_lacks(told):
-    ending, _ = told
+def test_training_goes_on_at_the_same_loss_with_the_optimizer_intact(printed_run):
+    outcome, _ = printed_run
 
-    assert isinstance(ending.error, MissingParamError)
-    assert len(ending.error.paths) == 3 * 16
-    assert all("blocks" in path and 1 in path for path in ending.error.paths)
+    np.testing.assert_allclose(outcome.nnx_losses, outcome.linen_losses, rtol=1e-5)
 
 
-def test_a_layer_that_was_initialised_anew_gives_other_losses(told):
-    ending, _ = told
+def test_a_checkpoint_without_a_layer_is_refused_by_the_names_of_what_it_lacks(printed_run):
+    outcome, _ = printed_run
 
-    assert np.all(np.isfinite(ending.filled_losses))
-    assert not np.allclose(ending.filled_losses, ending.linen_losses, rtol=1e-4)
+    assert isinstance(outcome.error, MissingParamError)
+    assert len(outcome.error.paths) == 3 * 16
+    assert all("blocks" in path and 1 in path for path in outcome.error.paths)
 
 
-def test_the_story_is_plain_where_it_is_piped_and_has_seven_chapters(told):
-    _, printed = told
+def test_a_layer_that_was_initialised_gives_other_losses(printed_run):
+    outcome, _ = printed_run
+
+    assert np.all(np.isfinite(outcome.filled_losses))
+    assert not np.allclose(outcome.filled_losses, outcome.linen_losses, rtol=1e-4)
+
+
+def test_the_output_is_plain_where_it_is_piped_and_has_seven_sections(printed_run):
+    _, printed = printed_run
 
     assert re.findall(r"^(\d)  ", printed, re.MULTILINE) == list("1234567")
     assert "\x1b" not in printed

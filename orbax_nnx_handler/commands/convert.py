@@ -1,8 +1,6 @@
-"""Interrupts that are never lost: from the keyboard, or from a scheduler that ends a job.
+"""`orbax-nnx convert`: a checkpoint under another layout, dtype or arrangement of layers.
 
-What `orbax-nnx convert` is to write, from its arguments.
-
-`orbax-nnx convert`: a checkpoint under another layout, dtype or arrangement of layers.
+An interrupt, from the keyboard or from a scheduler that ends a job, leaves nothing half written.
 """
 
 import argparse

@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
-    """Tells the story."""
+    """Runs the demo."""
     del arguments, screen
     demo.main()
     return 0

@@ -1,6 +1,6 @@
-"""Hints are written as Python; whoever reads them at a prompt needs the options instead.
+"""What a command prints: as wide as the terminal is, and as plain lines in a pipe.
 
-What a command says: on a terminal as wide as that is, in a pipe as plain lines.
+Hints are written as Python; at a prompt they are followed by the options that do the same.
 """
 
 import ast

@@ -4,12 +4,12 @@ import logging
 
 
 def main() -> None:
-    """Tells the whole story on this terminal, in under two minutes on two cores."""
-    # Orbax warns of every default that a script leaves it; the story is told without them.
+    """Runs the demo on this terminal, in under two minutes on two cores."""
+    # Orbax warns of every default that a script leaves it; the demo goes without.
     logging.getLogger("absl").setLevel(logging.ERROR)
     # Inside, so that `orbax-nnx` starts without the demo's own imports.
-    from orbax_nnx_handler.demo.story import tell
-    from orbax_nnx_handler.demo.train import claim_devices
+    from orbax_nnx_handler.demo.train import use_virtual_devices
+    from orbax_nnx_handler.demo.walkthrough import run
 
-    claim_devices()
-    tell()
+    use_virtual_devices()
+    run()

@@ -1,9 +1,7 @@
-"""The text the demo learns: one letter after the other.
+"""What both programs of the demo share: the text that they learn, its batches, and the model's size.
 
-The first six chapters of Lewis Carroll, "Alice's Adventures in Wonderland"
-(1865), in the public domain.
-
-How large the demo's model is, the same in both programs.
+The text is the first six chapters of Lewis Carroll, "Alice's Adventures in
+Wonderland" (1865), in the public domain.
 """
 
 import dataclasses
@@ -39,13 +37,7 @@ ENCODED = encode(TEXT)
 
 
 def batch_at(step: int, *, size: int, time: int) -> Batch:
-    """Returns the batch of one step, the same in every program and every run.
-
-    Args:
-        step: The training step.
-        size: Excerpts in the batch.
-        time: Letters that each excerpt predicts.
-    """
+    """Returns the batch of one step, (size, time + 1); the same in every program and every run."""
     starts = np.random.default_rng(step).integers(0, len(ENCODED) - time - 1, size)
     return ENCODED[starts[:, None] + np.arange(time + 1)]
 

@@ -34,14 +34,14 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Names the parts; those of a list become `blocks_0`, `blocks_1` and so on."""
         self.letters = nn.Embed(self.size.letters, self.size.width)
-        self.places = nn.Embed(self.size.time, self.size.width)
+        self.positions = nn.Embed(self.size.time, self.size.width)
         self.blocks = [Block(self.size) for _ in range(self.size.layers)]
         self.norm = nn.LayerNorm()
         self.head = nn.Dense(self.size.letters)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns logits, (batch, time, letters), for tokens (batch, time)."""
-        x = self.letters(tokens) + self.places(jnp.arange(tokens.shape[-1]))
+        x = self.letters(tokens) + self.positions(jnp.arange(tokens.shape[-1]))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

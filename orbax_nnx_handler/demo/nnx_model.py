@@ -1,4 +1,4 @@
-"""The program that carries on: the same decoder in Flax NNX, with its optimizer."""
+"""The program that continues: the same decoder in Flax NNX, with its optimizer."""
 
 import jax
 import jax.numpy as jnp
@@ -30,21 +30,21 @@ class Decoder(nnx.Module):
 
     def __init__(self, size: Size, rngs: nnx.Rngs):
         self.letters = nnx.Embed(size.letters, size.width, rngs=rngs)
-        self.places = nnx.Embed(size.time, size.width, rngs=rngs)
+        self.positions = nnx.Embed(size.time, size.width, rngs=rngs)
         self.blocks = nnx.List([Block(size, rngs) for _ in range(size.layers)])
         self.norm = nnx.LayerNorm(size.width, rngs=rngs)
         self.head = nnx.Linear(size.width, size.letters, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns logits, (batch, time, letters), for tokens (batch, time)."""
-        x = self.letters(tokens) + self.places(jnp.arange(tokens.shape[-1]))
+        x = self.letters(tokens) + self.positions(jnp.arange(tokens.shape[-1]))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
 
 
 class Training(nnx.Module):
-    """All that training needs: the model, its optimizer, and a stream of chance to sample with."""
+    """All that training needs: the model, its optimizer, and a random stream to sample with."""
 
     def __init__(self, size: Size, optimizer: optax.GradientTransformation, rngs: nnx.Rngs):
         self.model = Decoder(size, rngs)

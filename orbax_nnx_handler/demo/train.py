@@ -1,7 +1,4 @@
-"""Eight devices on any machine, and where each leaf of the target lives on them.
-
-The two training loops: the same optimizer, the same batches, two libraries.
-"""
+"""Both training loops, in Linen and in NNX: same optimizer, same batches; and the mesh of the second."""
 
 from typing import Any
 
@@ -13,18 +10,20 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler.demo.data import Size, batch_at
-from orbax_nnx_handler.demo.linen_model import Decoder
-from orbax_nnx_handler.demo.nnx_model import Training
+from orbax_nnx_handler.demo.data import ENCODED, Size, batch_at, decode
+from orbax_nnx_handler.demo.linen_model import Decoder as LinenDecoder
+from orbax_nnx_handler.demo.nnx_model import Decoder, Training
 
 DEVICES = 8
+TEMPERATURE = 0.6
+"""Of the text that is sampled."""
 
 
-def claim_devices() -> None:
+def use_virtual_devices() -> None:
     """Makes the CPU look like eight devices.
 
     Raises:
-        RuntimeError: JAX is running already, so that it is too late.
+        RuntimeError: JAX has been initialised already.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -41,11 +40,11 @@ def make_target(size: Size, optimizer: optax.GradientTransformation, mesh: Mesh)
     """Returns what the restore must fill: shapes, dtypes and shardings, no values."""
     abstract = nnx.eval_shape(lambda: Training(size, optimizer, nnx.Rngs(1)))
     graphdef, state = nnx.split(abstract)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: _spread(leaf, mesh), state))
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: _sharded(leaf, mesh), state))
 
 
-def _spread(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Splits a kernel's last two axes over the mesh, where they divide; copies the rest."""
+def _sharded(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shards a leaf's last two axes over the mesh where it divides them; replicates the rest."""
     axes: list[Any] = [None] * len(leaf.shape)
     if len(leaf.shape) >= 2:
         axes[-2] = "data" if leaf.shape[-2] % mesh.shape["data"] == 0 else None
@@ -66,7 +65,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def start_linen(size: Size, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state of a Linen program before its first step."""
-    model = Decoder(size)
+    model = LinenDecoder(size)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size.time), jnp.int32))["params"]
     return TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
 
@@ -102,7 +101,24 @@ def nnx_step(training: Training, batch: jax.Array) -> jax.Array:
 
 
 def train_nnx(training: Training, steps: range, size: Size, mesh: Mesh) -> list[float]:
-    """Takes these steps in place, each batch spread over the mesh; returns the loss of each."""
-    spread = NamedSharding(mesh, PartitionSpec("data"))
+    """Takes these steps in place, each batch sharded over the mesh; returns the loss of each."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
     batches = (batch_at(step, size=size.batch, time=size.time) for step in steps)
-    return [float(nnx_step(training, jax.device_put(batch, spread))) for batch in batches]
+    return [float(nnx_step(training, jax.device_put(batch, sharding))) for batch in batches]
+
+
+def sample(training: Training, size: Size, letters: int) -> str:
+    """Returns how the model continues the end of the text, sampled with its own random stream."""
+    ending = jnp.asarray(ENCODED[-size.time :])
+    letters_drawn = _sample(training.model, ending, jax.random.split(training.sampling(), letters))
+    return " ".join(decode(np.asarray(letters_drawn)).split())
+
+
+@nnx.jit
+def _sample(model: Decoder, window: jax.Array, keys: jax.Array) -> jax.Array:
+    def sample_one(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model(window[None])[0, -1]
+        letter = jax.random.categorical(key, logits / TEMPERATURE).astype(window.dtype)
+        return jnp.append(window[1:], letter), letter
+
+    return jax.lax.scan(sample_one, window, keys)[1]

@@ -93,27 +93,31 @@ def _values(xp: Any, recipe: Recipe, sources: Sequence[Any], dtype: Any) -> tupl
 
 
 def _value(xp: Any, recipe: Recipe, sources: Sequence[Any], dtype: Any) -> Any:
-    def of(source: Recipe) -> Any:
-        return _value(xp, source, sources, dtype)
-
     match recipe:
         case recipes.Read(path):
             return sources[cast(int, path[0])]
-        case recipes.Index(source, axis, index):
-            return of(source)[(*[slice(None)] * axis, index)]
-        case recipes.Slice(source, axis, start, size):
-            return of(source)[(*[slice(None)] * axis, slice(start, start + size))]
-        case recipes.Stack(parts, axis):
-            return xp.stack([of(part) for part in parts], axis)
-        case recipes.Concat(parts, axis):
-            return xp.concatenate([of(part) for part in parts], axis)
-        case recipes.Transpose(source, permutation):
-            return xp.transpose(of(source), permutation)
-        case recipes.Reshape(source, shape):
-            return xp.reshape(of(source), shape)
-        case recipes.Scale(source, factor):
-            return compute(of(source), [Arithmetic(factor=factor)], dtype)
-        case recipes.Add(source, constant):
-            return compute(of(source), [Arithmetic(constant=constant)], dtype)
         case recipes.Fill(shape):
             return xp.zeros(shape, dtype)
+        case recipes.Stack(parts, axis):
+            return xp.stack([_value(xp, part, sources, dtype) for part in parts], axis)
+        case recipes.Concat(parts, axis):
+            return xp.concatenate([_value(xp, part, sources, dtype) for part in parts], axis)
+        case _:
+            return _applied(xp, recipe, _value(xp, recipe.source, sources, dtype), dtype)
+
+
+def _applied(xp: Any, recipe: recipes.OneSource, value: Any, dtype: Any) -> Any:
+    """Returns what the outermost step of a recipe makes of its source's value."""
+    match recipe:
+        case recipes.Index(_, axis, index):
+            return value[(*[slice(None)] * axis, index)]
+        case recipes.Slice(_, axis, start, size):
+            return value[(*[slice(None)] * axis, slice(start, start + size))]
+        case recipes.Transpose(_, permutation):
+            return xp.transpose(value, permutation)
+        case recipes.Reshape(_, shape):
+            return xp.reshape(value, shape)
+        case recipes.Scale(_, factor):
+            return compute(value, [Arithmetic(factor=factor)], dtype)
+        case recipes.Add(_, constant):
+            return compute(value, [Arithmetic(constant=constant)], dtype)

@@ -17,7 +17,7 @@ from flax import nnx
 from orbax_nnx_handler import restore
 from orbax_nnx_handler.commands.convert import interrupts
 from orbax_nnx_handler.storage.converting import write as converting
-from orbax_nnx_handler.storage.converting.write import SlabWriter
+from orbax_nnx_handler.storage.converting.write import BlockWriter
 from tests.cases import load_case, problems
 from tests.cli import nnx_program
 from tests.cli.conftest import MODEL, stock
@@ -176,7 +176,7 @@ def test_a_conversion_that_stops_midway_leaves_nothing(
     def fail(self, batch, arrays) -> None:
         raise error
 
-    monkeypatch.setattr(SlabWriter, "_write", fail)
+    monkeypatch.setattr(BlockWriter, "_write", fail)
 
     said = cli("convert", root, tmp_path / place)
 
@@ -203,17 +203,17 @@ def test_an_interrupt_that_python_drops_is_raised_at_the_next_step() -> None:
 
 
 def test_values_that_come_back_changed_leave_nothing(cli, root, tmp_path, monkeypatch) -> None:
-    honest = SlabWriter._write
+    honest = BlockWriter._write
 
     def flip(self, batch, arrays) -> None:
         honest(self, batch, arrays)
-        for slab in batch:
-            if slab.leaf.path[-2:] == ("up", "kernel"):
-                wrong = slab.values.copy()
+        for block in batch:
+            if block.leaf.path[-2:] == ("up", "kernel"):
+                wrong = block.values.copy()
                 wrong.flat[3] += 1
-                arrays[slab.leaf.path].write(wrong).result()
+                arrays[block.leaf.path].write(wrong).result()
 
-    monkeypatch.setattr(SlabWriter, "_write", flip)
+    monkeypatch.setattr(BlockWriter, "_write", flip)
 
     said = cli("convert", root, tmp_path / "out")
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from orbax_nnx_handler.storage.converting import blocks as slabs
-from orbax_nnx_handler.storage.converting import memory
+from orbax_nnx_handler.storage.converting import blocks, memory
 
 
 @pytest.fixture(params=[0.4e9, 40e9], ids=["small process", "large process"])
@@ -63,8 +62,8 @@ def test_the_default_is_in_the_help(cli) -> None:
 
 def test_freed_memory_goes_back_after_every_batch(cli, root, tmp_path, monkeypatch) -> None:
     released: list[None] = []
-    monkeypatch.setattr(slabs, "_BATCH_LEAVES", 4)
-    monkeypatch.setattr(slabs, "release_freed", lambda: released.append(None))
+    monkeypatch.setattr(blocks, "_BATCH_LEAVES", 4)
+    monkeypatch.setattr(blocks, "release_freed", lambda: released.append(None))
 
     said = cli("convert", root, tmp_path / "out")
 

@@ -1,7 +1,4 @@
-"""Nested containers as Orbax stores them, and the values in them by path.
-
-How a Linen program would name the modules of an NNX model.
-"""
+"""Nested containers and their leaves by path, as Orbax stores them and as Linen names them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast

@@ -99,7 +99,8 @@ class Fill:
     shape: Shape
 
 
-Recipe = Read | Index | Slice | Stack | Concat | Transpose | Reshape | Scale | Add | Fill
+OneSource = Index | Slice | Transpose | Reshape | Scale | Add
+Recipe = Read | Stack | Concat | OneSource | Fill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,18 +267,25 @@ def describe(recipe: Recipe) -> str:
             return _join(_inner(sources), f"stack {len(sources)} on axis {axis}")
         case Concat(sources, axis):
             return _join(_inner(sources), f"fuse {len(sources)} on axis {axis}")
-        case Index(source, axis, index):
-            return _join(describe(source), f"unstack axis {axis} [{index}]")
-        case Slice(source, axis, start, size):
-            return _join(describe(source), f"split axis {axis} [{start}:{start + size}]")
-        case Transpose(source, permutation):
-            return _join(describe(source), f"transpose {permutation}")
-        case Reshape(source, shape):
-            return _join(describe(source), f"reshape {shape}")
-        case Scale(source, factor):
-            return _join(describe(source), f"scale {factor:g}")
-        case Add(source, constant):
-            return _join(describe(source), f"add {constant:g}")
+        case _:
+            return _join(describe(recipe.source), _described(recipe))
+
+
+def _described(recipe: OneSource) -> str:
+    """Returns what the outermost step alone does."""
+    match recipe:
+        case Index(_, axis, index):
+            return f"unstack axis {axis} [{index}]"
+        case Slice(_, axis, start, size):
+            return f"split axis {axis} [{start}:{start + size}]"
+        case Transpose(_, permutation):
+            return f"transpose {permutation}"
+        case Reshape(_, shape):
+            return f"reshape {shape}"
+        case Scale(_, factor):
+            return f"scale {factor:g}"
+        case Add(_, constant):
+            return f"add {constant:g}"
 
 
 def _inner(sources: tuple[Recipe, ...]) -> str:
@@ -320,7 +328,7 @@ def simplify(recipe: Recipe, shapes: Shapes) -> Recipe:
             return _step(dataclasses.replace(recipe, source=simplify(recipe.source, shapes)), shapes)
 
 
-def _step(recipe: Index | Slice | Transpose | Reshape | Scale | Add, shapes: Shapes) -> Recipe:
+def _step(recipe: OneSource, shapes: Shapes) -> Recipe:
     match recipe:
         case Index(Stack(sources, axis), at, index) if at == axis:
             return sources[index]
@@ -336,8 +344,16 @@ def _step(recipe: Index | Slice | Transpose | Reshape | Scale | Add, shapes: Sha
             return _step(Reshape(source, shape), shapes)
         case Reshape(source, shape) if shape_of(source, shapes) == shape:
             return source
+        case Scale() | Add():
+            return _arithmetic(recipe)
+        case _:
+            return recipe
+
+
+def _arithmetic(recipe: Scale | Add) -> Recipe:
+    match recipe:
         case Scale(Scale(source, first), second):
-            return _step(Scale(source, first * second), shapes)
+            return _arithmetic(Scale(source, first * second))
         case Scale(source, 1.0) | Add(source, 0.0):
             return source
         case Add(Add(source, first), second) if second == -first:

@@ -1,7 +1,4 @@
-"""Texts split at their numbers, and numbers as a person writes them.
-
-Folds rows that differ in one number: `layers/{0..31}/mlp/kernel`.
-"""
+"""Rows that differ in one number become one: `layers/{0..31}/mlp/kernel`."""
 
 import dataclasses
 import functools

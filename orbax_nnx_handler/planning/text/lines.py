@@ -1,7 +1,4 @@
-"""Sentences on lines of a readable width; code in them stays in one piece.
-
-Folded rows as lines of text: aligned, cut with a count, no wider than they must be.
-"""
+"""Sentences and aligned rows on lines of a readable width; code in them is never broken."""
 
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Values of leaves in slabs of bounded size, each leaf's in the order of its bytes."""
+"""Values of leaves in blocks of bounded size, each leaf's in the order of its bytes."""
 
 import dataclasses
 import itertools
@@ -20,13 +20,13 @@ from orbax_nnx_handler.storage.reading.jobs import Buffer
 from orbax_nnx_handler.storage.reading.targets import Work, stored_shapes
 
 # One chunk of a written leaf: large enough for disks, small enough to be read in parallel.
-_SLAB_BYTES = 64 << 20
+_BLOCK_BYTES = 64 << 20
 # Leaves are opened and written together; thousands at a time gain nothing.
 _BATCH_LEAVES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Slab:
+class Block:
     """A run of a leaf's elements.
 
     Attributes:
@@ -42,8 +42,10 @@ class Slab:
     is_last: bool
 
 
-def read_slabs(checkpoint: Checkpoint, leaves: Sequence[Written], window_bytes: int) -> Iterator[list[Slab]]:
-    """Yields the values of leaves, some slabs at a time.
+def read_blocks(
+    checkpoint: Checkpoint, leaves: Sequence[Written], window_bytes: int
+) -> Iterator[list[Block]]:
+    """Yields the values of leaves, some blocks at a time.
 
     A stored leaf that several of them are made from is read once for each batch
     that it appears in, so such leaves should be neighbours: see `by_source`.
@@ -57,7 +59,7 @@ def read_slabs(checkpoint: Checkpoint, leaves: Sequence[Written], window_bytes: 
         UnreadableLeafError: Stored bytes are absent or damaged.
     """
     stored = stored_shapes(checkpoint)
-    batch: list[Slab] = []
+    batch: list[Block] = []
     size = 0
     for leaf, region, is_last in _cuts(leaves, window_bytes):
         nbytes = math.prod(shape_of_region(region)) * leaf.dtype.itemsize
@@ -67,7 +69,7 @@ def read_slabs(checkpoint: Checkpoint, leaves: Sequence[Written], window_bytes: 
             # The caller holds the last batch until it asks for the next: forget it before more is allocated.
             batch, size = [], 0
             release_freed()
-        batch.append(Slab(leaf, region, np.empty(shape_of_region(region), leaf.dtype), is_last))
+        batch.append(Block(leaf, region, np.empty(shape_of_region(region), leaf.dtype), is_last))
         size += nbytes
     if batch:
         _fill(checkpoint, batch, stored, window_bytes)
@@ -80,12 +82,12 @@ def by_source(leaves: Sequence[Written], checkpoint: Checkpoint) -> list[Written
     return sorted(leaves, key=lambda leaf: min((order[path] for path in reads(leaf.recipe)), default=0))
 
 
-def slab_shape(shape: Shape, dtype: np.dtype[Any], window_bytes: int) -> Shape:
-    """Returns the shape of a leaf's slabs, which is also that of its chunks on disk.
+def block_shape(shape: Shape, dtype: np.dtype[Any], window_bytes: int) -> Shape:
+    """Returns the shape of a leaf's blocks, which is also that of its chunks on disk.
 
-    The first axes are cut, so that a slab is one run of the leaf's bytes.
+    The first axes are cut, so that a block is one run of the leaf's bytes.
     """
-    limit = max(1, min(_SLAB_BYTES, window_bytes) // dtype.itemsize)
+    limit = max(1, min(_BLOCK_BYTES, window_bytes) // dtype.itemsize)
     cut = list(shape)
     for axis, length in enumerate(shape):
         below = math.prod(shape[axis + 1 :])
@@ -97,7 +99,7 @@ def slab_shape(shape: Shape, dtype: np.dtype[Any], window_bytes: int) -> Shape:
 
 def _cuts(leaves: Sequence[Written], window_bytes: int) -> Iterator[tuple[Written, Region, bool]]:
     for leaf in leaves:
-        cut = slab_shape(leaf.shape, leaf.dtype, window_bytes)
+        cut = block_shape(leaf.shape, leaf.dtype, window_bytes)
         pieces = [
             [(start, min(start + step, length)) for start in range(0, length, step)] or [(0, 0)]
             for length, step in zip(leaf.shape, cut, strict=True)
@@ -108,12 +110,12 @@ def _cuts(leaves: Sequence[Written], window_bytes: int) -> Iterator[tuple[Writte
 
 
 def _fill(
-    checkpoint: Checkpoint, batch: Sequence[Slab], stored: Mapping[Path, Shape], window_bytes: int
+    checkpoint: Checkpoint, batch: Sequence[Block], stored: Mapping[Path, Shape], window_bytes: int
 ) -> None:
     work = Work()
-    for slab in batch:
-        if slab.values.size:
-            work.fill(slab.leaf.recipe, slab.region, slab.values, stored)
+    for block in batch:
+        if block.values.size:
+            work.fill(block.leaf.recipe, block.region, block.values, stored)
     fill_targets(checkpoint, work.targets, window_bytes, None)
     for step in work.finish:
         step()

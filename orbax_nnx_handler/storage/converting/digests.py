@@ -10,30 +10,30 @@ import numpy as np
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.storage.converting.blocks import Slab, read_slabs
+from orbax_nnx_handler.storage.converting.blocks import Block, read_blocks
 from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading.jobs import Buffer
 
 Progress = Callable[[int], None]
 
 # Elements compared at a time: they are widened to 64 bits for it.
-_BLOCK = 1 << 20
+_PART = 1 << 20
 
 
 class Digests:
-    """Digests of leaves that come slab by slab."""
+    """Digests of leaves that come block by block."""
 
     def __init__(self) -> None:
         self.done: dict[Path, str] = {}
         self._open: dict[Path, Any] = {}
 
-    def add(self, slab: Slab) -> None:
-        """Takes the next slab of a leaf in."""
-        path = slab.leaf.path
+    def add(self, block: Block) -> None:
+        """Takes the next block of a leaf in."""
+        path = block.leaf.path
         # SHA-256 for its speed: processors compute it themselves.
         digest = self._open.get(path) or self._open.setdefault(path, hashlib.sha256())
-        digest.update(bytes_of(slab.values))
-        if slab.is_last:
+        digest.update(bytes_of(block.values))
+        if block.is_last:
             self.done[path] = self._open.pop(path).hexdigest()[:32]
 
 
@@ -66,11 +66,11 @@ def digests_of(
         progress: Called with the bytes digested since the last call.
     """
     digests = Digests()
-    for batch in read_slabs(checkpoint, leaves, window_bytes):
-        for slab in batch:
-            digests.add(slab)
+    for batch in read_blocks(checkpoint, leaves, window_bytes):
+        for block in batch:
+            digests.add(block)
         if progress is not None:
-            progress(sum(slab.values.nbytes for slab in batch))
+            progress(sum(block.values.nbytes for block in batch))
         batch.clear()
     return digests.done
 
@@ -108,7 +108,7 @@ def differences(
             before = found.get(one.leaf.path, Difference(unequal=0, largest=0.0))
             found[one.leaf.path] = _combined(before, _compare(one.values, other.values))
         if progress is not None:
-            progress(sum(slab.values.nbytes for slab in ours))
+            progress(sum(block.values.nbytes for block in ours))
         ours.clear()
         theirs.clear()
     return found
@@ -116,21 +116,21 @@ def differences(
 
 def _together(
     left: tuple[Checkpoint, Sequence[Written]], right: tuple[Checkpoint, Sequence[Written]], window_bytes: int
-) -> Iterator[tuple[list[Slab], list[Slab]]]:
-    yield from zip(read_slabs(*left, window_bytes), read_slabs(*right, window_bytes), strict=True)
+) -> Iterator[tuple[list[Block], list[Block]]]:
+    yield from zip(read_blocks(*left, window_bytes), read_blocks(*right, window_bytes), strict=True)
 
 
 def _compare(one: Buffer, other: Buffer) -> Difference:
     found = Difference(unequal=0, largest=0.0)
     left, right = one.reshape(-1), other.reshape(-1)
-    for start in range(0, left.size, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        if bytes_of(left[block]) != bytes_of(right[block]):
-            found = _combined(found, _compare_block(left[block], right[block]))
+    for start in range(0, left.size, _PART):
+        part = slice(start, start + _PART)
+        if bytes_of(left[part]) != bytes_of(right[part]):
+            found = _combined(found, _compare_part(left[part], right[part]))
     return found
 
 
-def _compare_block(one: Buffer, other: Buffer) -> Difference:
+def _compare_part(one: Buffer, other: Buffer) -> Difference:
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
     left, right = one.astype(wide), other.astype(wide)
     unequal = ~((left == right) | (np.isnan(left) & np.isnan(right)))

@@ -1,8 +1,7 @@
-"""What shows that a tree of bare weights was saved by an NNX program.
+"""What a converted checkpoint holds: every leaf, and the stored leaves it is made from.
 
-What a converted checkpoint holds: every leaf, and the stored leaves it is made from.
-
-Layers of a group stacked into one leaf, or taken apart, without a target to compare with.
+There is no target to compare with: layers are stacked or taken apart as the arguments say, and a
+tree of bare weights is searched for what shows that an NNX program saved it.
 """
 
 import dataclasses

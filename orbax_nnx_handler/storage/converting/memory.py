@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 DEFAULT_BYTES = 1_000_000_000
 """How much a process may grow where no bound is given."""
 
-# A batch of slabs exists this often at a time: as read, as compressed, as a file in the making.
+# A batch of blocks exists this often at a time: as read, as compressed, as a file in the making.
 # Measured: 2.2.
 _COPIES = 2.5
 # What Orbax, TensorStore and their threads come to take in the course of a save. Measured: up to 250 MiB,

@@ -1,6 +1,6 @@
-"""Writes leaves slab by slab while Orbax does the rest of a save: tree, merge, commit.
+"""Writes a converted checkpoint block by block; it appears under its name only when it is complete.
 
-Writes a converted checkpoint slab by slab; it appears under its name only when it is complete.
+Orbax does the rest of the save: tree, merge and commit.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import is_item
 from orbax_nnx_handler.storage.checkpoint.locations import absolute, parents_of
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.checkpoint.stores import files_at
-from orbax_nnx_handler.storage.converting.blocks import Slab, by_source, read_slabs, slab_shape
+from orbax_nnx_handler.storage.converting.blocks import Block, block_shape, by_source, read_blocks
 from orbax_nnx_handler.storage.converting.digests import Digests, Progress, digests_of
 from orbax_nnx_handler.storage.converting.memory import window_of
 from orbax_nnx_handler.storage.converting.written import Written
@@ -44,8 +44,8 @@ class Pending:
     leaf: Written
 
 
-class SlabWriter(ocp.type_handlers.TypeHandler):
-    """Writes leaves in slabs while Orbax does the rest of a save: tree, merge, commit."""
+class BlockWriter(ocp.type_handlers.TypeHandler):
+    """Writes leaves in blocks while Orbax does the rest of a save: tree, merge, commit."""
 
     def __init__(
         self, source: Checkpoint, leaves: Sequence[Written], window: int, progress: Progress | None
@@ -69,33 +69,33 @@ class SlabWriter(ocp.type_handlers.TypeHandler):
         for info in infos[:1]:
             await info.await_path_creation()
         arrays: dict[Path, ts.TensorStore] = {}
-        for batch in read_slabs(self._source, self.leaves, self.window):
-            new = {slab.leaf.path: slab.leaf for slab in batch if slab.leaf.path not in arrays}
+        for batch in read_blocks(self._source, self.leaves, self.window):
+            new = {block.leaf.path: block.leaf for block in batch if block.leaf.path not in arrays}
             opened = {path: self._open(leaf, places[path]) for path, leaf in new.items()}
             arrays |= {path: future.result() for path, future in opened.items()}
             self._write(batch, arrays)
-            for slab in batch:
-                if slab.is_last:
-                    del arrays[slab.leaf.path]
+            for block in batch:
+                if block.is_last:
+                    del arrays[block.leaf.path]
             batch.clear()
             # An interrupt arrives here where the event loop has taken over the signal.
             await asyncio.sleep(0)
         return []
 
-    def _write(self, batch: Sequence[Slab], arrays: Mapping[Path, ts.TensorStore]) -> None:
+    def _write(self, batch: Sequence[Block], arrays: Mapping[Path, ts.TensorStore]) -> None:
         writes: list[Any] = [
-            arrays[slab.leaf.path][slices(slab.region)].write(
-                slab.values, can_reference_source_data_indefinitely=True
+            arrays[block.leaf.path][slices(block.region)].write(
+                block.values, can_reference_source_data_indefinitely=True
             )
-            for slab in batch
-            if slab.values.size
+            for block in batch
+            if block.values.size
         ]
-        for slab in batch:
-            self.digests.add(slab)
+        for block in batch:
+            self.digests.add(block)
         for write in writes:
             write.result()
         if self._progress is not None:
-            self._progress(sum(slab.values.nbytes for slab in batch))
+            self._progress(sum(block.values.nbytes for block in batch))
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
         """Not called: this handler only writes."""
@@ -112,7 +112,7 @@ class SlabWriter(ocp.type_handlers.TypeHandler):
             info,
             use_ocdbt=True,
             global_shape=leaf.shape,
-            local_shape=slab_shape(leaf.shape, leaf.dtype, self.window),
+            local_shape=block_shape(leaf.shape, leaf.dtype, self.window),
             dtype=leaf.dtype,
             process_index=0,
         )
@@ -170,7 +170,7 @@ def write_converted(
     window = window_of(memory_bytes)
     with _writing(destination), _appearing(destination) as unfinished:
         plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
-        writer = SlabWriter(conversion.source, by_source(plain, conversion.source), window, progress)
+        writer = BlockWriter(conversion.source, by_source(plain, conversion.source), window, progress)
         _save(conversion, writer, unfinished)
         _verify(unfinished, plain, writer.digests.done, window, verifying)
     return writer.digests.done
@@ -232,7 +232,7 @@ def _appearing(destination: epath.Path) -> Generator[epath.Path]:
             left.rmtree()
 
 
-def _save(conversion: Conversion, writer: SlabWriter, directory: epath.Path) -> None:
+def _save(conversion: Conversion, writer: BlockWriter, directory: epath.Path) -> None:
     values: dict[Path, Any] = {leaf.path: Pending(leaf) for leaf in writer.leaves}
     values |= _read_keys(conversion) | dict(conversion.given)
     registry = ocp.type_handlers.create_type_handler_registry(

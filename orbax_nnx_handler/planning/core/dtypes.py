@@ -11,6 +11,9 @@ import numpy as np
 Cast = Literal["same", "wider", "narrower", "count", "integer"]
 """What a cast does: `count` and `integer` keep every value that fits, and refuse the others."""
 
+_WITHOUT_X64 = {("int64", "int32"), ("uint64", "uint32")}
+"""What JAX makes of 64-bit integers where it holds no 64 bits."""
+
 KEY_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 """The implementations of random keys that JAX brings (`jax.random.key`)."""
 
@@ -26,8 +29,10 @@ def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -
     """
     if stored == wanted:
         return "same"
-    if _is_integer(stored) and _is_integer(wanted):
-        return "count" if is_count else "wider" if holds(wanted, stored) else "integer"
+    if is_count and _is_integer(stored) and _is_integer(wanted):
+        return "count"
+    if (stored.name, wanted.name) in _WITHOUT_X64:
+        return "integer"
     for family in (jnp.floating, jnp.complexfloating):
         if jnp.issubdtype(stored, family) and jnp.issubdtype(wanted, family):
             return "wider" if holds(wanted, stored) else "narrower"

@@ -1,21 +1,28 @@
 """Random state and other NNX leftovers, where a checkpoint does hold them.
 
-MaxText keeps them under `nnx_aux/model/...`. Flax 0.11 changed the layout of a
-module's own stream: `drop/rngs/default/{count,key}` became
-`drop/rngs/{count,key}`; both are read.
+A leaf is looked for under its whole path first, then below `nnx_aux`, where the
+model's own lies under `model/...` and what lies beside the model under its own
+path, then below the model's root. Flax 0.11 changed the layout of a module's own
+stream: `drop/rngs/default/{count,key}` became `drop/rngs/{count,key}`; both are read.
+No stored stream is given out twice.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import Found
-from orbax_nnx_handler.planning.mapping.roots import Roots
+from orbax_nnx_handler.planning.mapping.roots import Roots, strip
 from orbax_nnx_handler.planning.target.roles import Wanted
 
-_MODEL = ("model",)
+_MODEL = "model"
+"""The level of `nnx_aux` that holds what belongs to the model, whatever the target calls it."""
+
+Index = Mapping[Tokens, Path]
+Streams = Mapping[Tokens, list[Path]]
 
 
 def find_random(
@@ -32,60 +39,128 @@ def find_random(
     left = [item for item in wanted if item.leaf.path not in found]
     if not left:
         return
-    aux = _index(placement for placement in placements if placement.section == "aux")
-    inline = _index((p for p in placements if p.section == "model" and p.collection is None), roots.stored)
-    stored = {**inline, **aux}
-    streams = _by_stream(stored)
-    random = any(item.role == "random" for item in left)
-    siblings = Counter(_unnamed(_in_model(item.tokens, roots.wanted)) for item in (wanted if random else ()))
-    for item in left:
-        tokens = _in_model(item.tokens, roots.wanted)
-        source = aux.get(tokens) or aux.get(item.tokens)
-        if source is None and item.role == "random":
-            lone = siblings[_unnamed(tokens)] == 1
-            source = _other_layout(tokens, stored if lone else {}, streams)
-        if source is not None:
-            found[item.leaf.path] = Found(recipe=Read(source))
+    places = _Places(wanted, placements, roots)
+    taken: set[Path] = set()
+    # What all leaves may be with most right comes before what any leaf may be with less.
+    for find in (places.whole, places.kept, places.inline, places.of_another_flax):
+        for item in left:
+            if item.leaf.path in found:
+                continue
+            source = next((path for path in find(item) if path not in taken), None)
+            if source is not None:
+                found[item.leaf.path] = Found(recipe=Read(source))
+                taken.add(source)
 
 
-def _in_model(tokens: Tokens, root: Tokens) -> Tokens:
-    """Returns a path as `nnx_aux` has it: the model's own leaves below `model`, others where they are."""
-    return (*_MODEL, *tokens[len(root) :]) if tokens[: len(root)] == root else tokens
+class _Places:
+    """Where random state may be stored, one way of looking a method."""
+
+    def __init__(self, wanted: Sequence[Wanted], placements: Sequence[Placement], roots: Roots) -> None:
+        self._wanted, self._placements, self._roots = wanted, placements, roots
+        self._root = roots.wanted
+
+    @cached_property
+    def _whole(self) -> Index:
+        return _index({item.leaf.path: item.leaf.path for item in self._placements})
+
+    @cached_property
+    def _aux(self) -> Index:
+        return _index({item.leaf.path: item.path for item in self._placements if item.section == "aux"})
+
+    @cached_property
+    def _inline(self) -> Index:
+        own = [item for item in self._placements if item.section == "model" and item.collection is None]
+        index = _index({item.leaf.path: item.path for item in own})
+        return {strip(tokens, self._roots.stored): path for tokens, path in index.items()}
+
+    @cached_property
+    def _model(self) -> Index:
+        """What belongs to the model, by its path there."""
+        own = {tokens[1:]: path for tokens, path in self._aux.items() if tokens[:1] == (_MODEL,)}
+        beside = {tokens: path for tokens, path in self._aux.items() if tokens[:1] != (_MODEL,)}
+        return {**self._inline, **beside, **own}
+
+    @cached_property
+    def _model_streams(self) -> Streams:
+        return _by_stream(self._model)
+
+    @cached_property
+    def _all(self) -> Index:
+        return {**self._inline, **self._aux}
+
+    @cached_property
+    def _all_streams(self) -> Streams:
+        return _by_stream(self._all)
+
+    @cached_property
+    def _siblings(self) -> Mapping[Tokens, int]:
+        return Counter(_unnamed(strip(item.tokens, self._root)) for item in self._wanted)
+
+    @cached_property
+    def _named(self) -> bool:
+        """Whether, without a root, a first level `model` is part of the wanted paths themselves."""
+        return not self._root and any(item.tokens[:1] == (_MODEL,) for item in self._wanted)
+
+    def whole(self, item: Wanted) -> Iterator[Path]:
+        """Yields the leaf of the same whole path."""
+        if item.role == "random":
+            yield from _at(self._whole, canonical(item.leaf.path))
+
+    def kept(self, item: Wanted) -> Iterator[Path]:
+        """Yields what `nnx_aux` holds: for the model's own below `model`, else under its own path."""
+        if self._inside(item):
+            yield from _at(self._aux, (_MODEL, *strip(item.tokens, self._root)))
+        yield from _at(self._aux, item.tokens)
+        if self._inside(item):
+            yield from _at(self._aux, strip(item.tokens, self._root))
+
+    def inline(self, item: Wanted) -> Iterator[Path]:
+        """Yields the leaf of the same path below the model's roots."""
+        if item.role == "random":
+            yield from _at(self._inline, strip(item.tokens, self._root))
+
+    def of_another_flax(self, item: Wanted) -> Iterator[Path]:
+        """Yields the same stream as another Flax wrote it, if just one can be meant."""
+        tokens = strip(item.tokens, self._root)
+        if item.role != "random" or len(tokens) < 2:
+            return
+        inside = self._inside(item)
+        stored, streams = (self._model, self._model_streams) if inside else (self._all, self._all_streams)
+        named = streams.get(tokens, [])
+        if len(named) == 1:
+            yield named[0]
+        elif len(tokens) > 2 and self._siblings[_unnamed(tokens)] == 1:
+            yield from _at(stored, _unnamed(tokens))
+
+    def _inside(self, item: Wanted) -> bool:
+        return item.tokens[: len(self._root)] == self._root and not self._named
 
 
-def _index(placements: Iterable[Placement], root: Tokens | None = None) -> dict[Tokens, Path]:
+def _at(index: Index, tokens: Tokens) -> Iterator[Path]:
+    if tokens in index:
+        yield index[tokens]
+
+
+def _index(paths: Mapping[Path, Path]) -> dict[Tokens, Path]:
+    """Returns stored leaves by canonical path, with and without a last level `value`."""
     found: dict[Tokens, Path] = {}
-    for placement in placements:
-        tokens = canonical(placement.path)
-        tokens = tokens if root is None else _in_model(tokens, root)
-        found[tokens] = placement.leaf.path
+    boxed: dict[Tokens, Path] = {}
+    for stored, path in paths.items():
+        tokens = canonical(path)
+        found[tokens] = stored
         if tokens[-1:] == ("value",):
-            found.setdefault(tokens[:-1], placement.leaf.path)
-    return found
+            boxed[tokens[:-1]] = stored
+    return {**boxed, **found}
 
 
 def _unnamed(tokens: Tokens) -> Tokens:
     return (*tokens[:-2], *tokens[-1:])
 
 
-def _by_stream(index: Mapping[Tokens, Path]) -> Mapping[Tokens, list[Path]]:
+def _by_stream(index: Index) -> Streams:
     """Returns stored leaves by path without the stream's name."""
     found: dict[Tokens, list[Path]] = defaultdict(list)
     for tokens, path in index.items():
-        if _names_stream(tokens) and tokens[-1] in ("key", "count"):
+        if len(tokens) > 2 and tokens[-1] in ("key", "count"):
             found[_unnamed(tokens)].append(path)
     return found
-
-
-def _other_layout(
-    tokens: Tokens, index: Mapping[Tokens, Path], streams: Mapping[Tokens, list[Path]]
-) -> Path | None:
-    """Returns the same stream as another Flax wrote it, if just one can be meant."""
-    named = streams.get(tokens, [])
-    if len(named) == 1:
-        return named[0]
-    return index.get(_unnamed(tokens)) if _names_stream(tokens) else None
-
-
-def _names_stream(tokens: Tokens) -> bool:
-    return len(tokens) > 2 + len(_MODEL) * (tokens[:1] == _MODEL)

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.core.dtypes import (
     same_key,
     worst,
 )
+from orbax_nnx_handler.planning.core.errors import UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
@@ -23,7 +24,7 @@ from orbax_nnx_handler.planning.mapping.choice import best_mapping, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, RestoreOptions, resolve
-from orbax_nnx_handler.planning.rules import cast_of
+from orbax_nnx_handler.planning.rules import Drop, ScanAxis, cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
@@ -35,7 +36,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     Sides,
     Verdict,
 )
-from orbax_nnx_handler.planning.verdict.unreadable import unreadable_leaves
+from orbax_nnx_handler.planning.verdict.unreadable import unreadable, unreadable_leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,16 +106,23 @@ def judge(
 
     Raises:
         UnusedRuleError: A policy filter or a rule has no effect.
+        UnreadableLeafError: A rule has none because leaves are damaged.
         UnknownLayoutError: The tree is in no known layout.
     """
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
-    mapping, faults = best_mapping(wanted, stored, options)
+    try:
+        mapping, faults = best_mapping(wanted, stored, options)
+    except UnusedRuleError as error:
+        if lost:  # It may be what the rule is for.
+            raise unreadable(lost) from error
+        raise
     leaves = _Leaves(mapping, stored, options, policies)
     outcomes = {item.leaf.path: leaves.outcome(item) for item in wanted}
     used = [v.recipe for v in outcomes.values() if not isinstance(v, Defaulted) and v.recipe is not None]
     left = left_over(wanted, mapping, used)
-    missing = _of_kind(Missing, outcomes)
+    missing, defaulted = _of_kind(Missing, outcomes), _of_kind(Defaulted, outcomes)
+    roles = {item.leaf.path: item.role for item in wanted}
     return Verdict(
         directory=directory,
         layout=mapping.layout.title,
@@ -122,7 +130,7 @@ def judge(
         restored=_of_kind(Restored, outcomes),
         missing=missing,
         mismatched=_of_kind(Mismatched, outcomes),
-        defaulted=_of_kind(Defaulted, outcomes),
+        defaulted=defaulted,
         unexpected=left.unexpected,
         skipped=left.skipped,
         dropped=left.dropped,
@@ -132,7 +140,13 @@ def judge(
             *mapping.faults,
             *faults_of(mapping),
             *indivisible(target.leaves.values()),
-            *unreadable_leaves(missing, lost or {}, foreign or {}),
+            *unreadable_leaves(
+                missing,
+                [path for path in defaulted if roles[path] == "random"],
+                lost or {},
+                foreign or {},
+                renamed=any(not isinstance(rule, Drop | ScanAxis) for rule in options.renames),
+            ),
         ),
         sides=_sides(wanted, mapping),
     )
@@ -192,8 +206,9 @@ class _Leaves:
 
     def _default(self, item: Wanted) -> Defaulted:
         last: DefaultSource = "seed" if item.role == "random" else "zeros"
-        what = "random state" if item.role == "random" else "recomputed by the program"
-        reason = f"{what}, never in a Linen checkpoint"
+        reason = "recomputed by the program, never in a Linen checkpoint"
+        if item.role == "random":
+            reason = "random state that is not stored"
         return Defaulted(wanted=item.leaf, source=self._initial(item) or last, reason=reason)
 
     def _as_it_is(self, item: Wanted, found: Found) -> Restored | None:

@@ -3,26 +3,56 @@
 from collections.abc import Iterable, Mapping
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
-from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.text.folding import Row
 from orbax_nnx_handler.planning.text.lines import aligned
 
 
 def unreadable_leaves(
-    missing: Iterable[Path], lost: Mapping[Path, str], foreign: Mapping[Path, str]
+    missing: Iterable[Path],
+    defaulted: Iterable[Path],
+    lost: Mapping[Path, str],
+    foreign: Mapping[Path, str],
+    *,
+    renamed: bool = False,
 ) -> Iterable[UnreadableLeafError]:
     """Yields the faults that a missing leaf may be one that cannot be read; no policy fills that one.
 
     Args:
         missing: The wanted leaves for which no stored one can be read.
+        defaulted: The wanted random state for which none can be read.
         lost: Stored leaves that are damaged, each with the reason.
         foreign: Stored leaves that hold no numbers, each with what they hold.
+        renamed: Whether rules give stored leaves other names: a damaged leaf may then be any
+            missing one.
     """
     names = {_last(path) for path in missing}
-    for leaves, error in ((lost, unreadable), (foreign, not_numbers)):
-        found = {path: reason for path, reason in leaves.items() if _last(path) in names}
-        if found:
-            yield error(found)
+    streams = [_plain(path) for path in defaulted]
+
+    def may_be_wanted(path: Path) -> bool:
+        return _last(path) in names or _is_stream(_plain(path), streams)
+
+    damaged = {path: why for path, why in lost.items() if may_be_wanted(path) or (renamed and names)}
+    without_numbers = {path: what for path, what in foreign.items() if may_be_wanted(path)}
+    if damaged:
+        yield unreadable(damaged)
+    if without_numbers:
+        yield not_numbers(without_numbers)
+
+
+def _is_stream(stored: Tokens, wanted: Iterable[Tokens]) -> bool:
+    """Tells whether a stored leaf may be one of these random streams, in the layout of any Flax."""
+    unnamed = (*stored[:-2], *stored[-1:])
+    return any(
+        _ends(stored, tokens) or _ends(stored, (*tokens[:-2], *tokens[-1:])) or _ends(unnamed, tokens)
+        for tokens in wanted
+    )
+
+
+def _ends(stored: Tokens, wanted: Tokens) -> bool:
+    """Tells whether two paths end alike: in two keys, or in all of the shorter one."""
+    size = min(2, len(stored), len(wanted))
+    return bool(size) and stored[-size:] == wanted[-size:]
 
 
 def check_readable(lost: Mapping[Path, str], foreign: Mapping[Path, str]) -> None:
@@ -64,5 +94,9 @@ def not_numbers(foreign: Mapping[Path, str]) -> UnreadableLeafError:
 
 
 def _last(path: Path) -> str:
-    names = [name for name in segments(path) if name != "value"]
+    names = _plain(path)
     return names[-1] if names else ""
+
+
+def _plain(path: Path) -> Tokens:
+    return tuple(name for name in segments(path) if name != "value")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orbax_nnx_handler.planning.core.dtypes import cast_between, changes_values
+from orbax_nnx_handler.planning.core.dtypes import cast_between, changes_values, wide_dtype
 
 SMALL_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn")
 
@@ -54,3 +54,35 @@ def _every_float4() -> np.ndarray:
 )
 def test_a_cast_that_leaves_the_range_changes_values(stored: str, wanted: str, changes: bool) -> None:
     assert changes_values(jnp.dtype(stored), jnp.dtype(wanted)) is changes
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "cast"),
+    [
+        ("int64", "int32", "integer"),
+        ("uint64", "uint32", "integer"),
+        ("int32", "int64", None),
+        ("int32", "uint32", None),
+        ("int64", "int16", None),
+        ("int8", "int32", None),
+    ],
+)
+def test_integers_become_others_only_where_jax_holds_no_64_bits(
+    stored: str, wanted: str, cast: str | None
+) -> None:
+    assert cast_between(jnp.dtype(stored), jnp.dtype(wanted), is_count=False) == cast
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wide"),
+    [
+        (("bfloat16", "float16"), "float32"),
+        (("int8", "float32"), "float32"),
+        (("float64", "bfloat16"), "float64"),
+        (("float32", "float64"), "float64"),
+        (("float8_e4m3fn", "int4"), "float32"),
+        (("float32", "complex64"), "complex64"),
+    ],
+)
+def test_arithmetic_is_done_in_float32_or_wider(dtypes: tuple[str, str], wide: str) -> None:
+    assert wide_dtype(*map(jnp.dtype, dtypes)) == jnp.dtype(wide)

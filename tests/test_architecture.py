@@ -138,3 +138,19 @@ def test_no_file_names_a_place_on_one_machine():
     named = {name: found.group() for name, text in tracked_texts() if (found := absolute.search(text))}
 
     assert not named
+
+
+def test_every_file_that_answers_a_question_of_a_contributor_exists():
+    rows = re.findall(r"^\| .*\? \| `(.+)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+
+    assert len(rows) >= 15
+    assert [name for name in rows if not (PACKAGE / name).is_file()] == []
+
+
+def test_the_tree_in_the_readme_has_every_folder_and_file_of_the_package():
+    tree = (ROOT / "README.md").read_text().split("```text\norbax_nnx_handler/\n")[1].split("```")[0]
+    shown = set(re.findall(r"^ +([\w.]+)/? ", tree, re.MULTILINE))
+
+    folders = {file.parent.name for file in MODULES} - {PACKAGE.name}
+    top = {file.name for file in PACKAGE.glob("*.py")} - {"__main__.py"}
+    assert shown == folders | top

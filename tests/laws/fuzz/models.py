@@ -327,7 +327,7 @@ class _Drawing:
         )
         dtype = "float32"
         if self.rng.random() < self.habits.odd_dtypes:
-            dtype = self.rng.choice(("bfloat16", "bfloat16", "int32", "int8", "uint8"))
+            dtype = self.rng.choice(("bfloat16", "bfloat16", "int32", "int8"))
         return Leaf(name, tuple(self.dimension() for _ in range(rank)), dtype=np.dtype(_extended(dtype)))
 
     def group(self, depth: int) -> Group:

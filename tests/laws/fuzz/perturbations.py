@@ -29,8 +29,7 @@ def perturb(tree: Tree, rng: random.Random) -> str:
 
 def _is_wanted(tree: Tree, state: TrainState) -> bool:
     """Tells whether a train state's model is wanted: whole, and not keyed like the stored tree."""
-    stored = {entry.path for entry in tree.entries}
-    if tree.wanted and all(item.path in stored for item in tree.wanted):
+    if tree.like_stored:
         return False
     roots = {item.path[: len(state.owner)] for item in tree.wanted}
     return len(tree.states) == 1 or state.owner in roots
@@ -93,12 +92,25 @@ def _with_a_hole(tree: Tree, state: TrainState, rng: random.Random) -> bool:
         return False
     above, group = rng.choice(places)
     hole = rng.randrange(group.count)
-    close = rng.random() < 0.3
+    filled = rng.random() < 0.3
+    close = rng.random() < 0.3 and not filled
     _renumbered(
         tree, state, above, group, lambda at: None if at == hole else at + 1 if close and at > hole else at
     )
-    tree.refuse(f"layer {hole} of {group.name} is not stored")
+    said = f"layer {hole} of {group.name} is not stored"
+    if not filled:
+        tree.refuse(said)
+        return True
+    absent = state.made_from((*above, (group.name, hole)))
+    own = {item.path for item in tree.wanted if item.inner in absent and _wanted_of(tree, state, item)}
+    tree.absent |= own
+    tree.options["policy"] = "warn"
+    tree.may_refuse(said)
     return True
+
+
+def _wanted_of(tree: Tree, state: TrainState, item: Wanted) -> bool:
+    return len(tree.states) == 1 or item.path[: len(state.owner)] == state.owner
 
 
 def _doubled(tree: Tree, state: TrainState, rng: random.Random) -> bool:

@@ -45,11 +45,12 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """A wanted leaf, with the value that must come back."""
+    """A wanted leaf and the value that must come back; `inner` is its parameter's path in the model."""
 
     path: Path
     kind: str
     value: np.ndarray
+    inner: Path = ()
 
 
 Key = tuple[int, Path]
@@ -159,7 +160,7 @@ class TrainState:
         found: list[Wanted] = []
         for name in ("params", *self.collections):
             arrays = arrange(self.parts, self.of(name), "wanted")
-            found += [Wanted(path, name, value) for path, value in arrays.items()]
+            found += [Wanted(path, name, value, path) for path, value in arrays.items()]
         return found
 
     def wanted_optimizer(self) -> list[Wanted]:
@@ -174,8 +175,15 @@ class TrainState:
                 found.append(Wanted(slot.path, "scalar", value))
             else:
                 arrays = arrange(self.parts, self.moment(key, slot.dtype, self.parts), "wanted")
-                found.append(Wanted(slot.path, "moment", arrays[slot.parameter]))
+                found.append(Wanted(slot.path, "moment", arrays[slot.parameter], slot.parameter))
         return found
+
+    def made_from(self, below: Path) -> set[Path]:
+        """Returns the wanted paths in the model that hold anything from below a path of the description."""
+        every = {
+            path: np.full(leaf.shape, path[: len(below)] == below) for path, leaf in leaves_of(self.parts)
+        }
+        return {path for path, value in arrange(self.parts, every, "wanted").items() if value.any()}
 
 
 def keyed_slots(chain: Chain, params: dict[Path, np.ndarray]) -> Iterator[tuple[Key, Any]]:

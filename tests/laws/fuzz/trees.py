@@ -44,7 +44,6 @@ KINDS: dict[str, Any] = {
     "moment": nnx.OptVariable,
     "scalar": nnx.OptArray,
     "step": nnx.OptState,
-    "random": nnx.RngKey,
 }
 for _name in ("memory", "cached_value"):
     nnx.register_variable_name(_name, KINDS[_name], overwrite=True)
@@ -77,6 +76,11 @@ class Tree:
         why: Why it is not `must restore`; where it is, empty.
         options: The options of the restore.
         states: The train states that the tree was made from.
+        concrete: Whether the target carries values of its own.
+        dtypes: The wanted dtypes that differ from the stored ones.
+        absent: Wanted leaves that no stored leaf may become, whole or in part.
+        random: Random keys that are wanted too, and stored nowhere.
+        like_stored: Whether every wanted path is a stored one.
     """
 
     entries: list[Entry]
@@ -88,6 +92,9 @@ class Tree:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     concrete: bool = False
     dtypes: dict[Path, Any] = dataclasses.field(default_factory=dict)
+    absent: set[Path] = dataclasses.field(default_factory=set)
+    random: tuple[Path, ...] = ()
+    like_stored: bool = False
 
     @property
     def stored(self) -> dict[Path, np.ndarray]:
@@ -104,7 +111,8 @@ class Tree:
 
     def expected(self) -> dict[Path, np.ndarray]:
         """Returns the value of every wanted leaf, in the dtype in which it is wanted."""
-        return {item.path: item.value.astype(self.dtype_of(item)) for item in self.wanted}
+        present = (item for item in self.wanted if item.path not in self.absent)
+        return {item.path: item.value.astype(self.dtype_of(item)) for item in present}
 
     def dtype_of(self, item: Wanted) -> Any:
         return self.dtypes.get(item.path, item.value.dtype)
@@ -112,6 +120,7 @@ class Tree:
     def target(self, sharding: Callable[[tuple[int, ...]], Any] | None = None) -> Any:
         """Returns the target: nested dicts, or a State where its leaves have types."""
         leaves = {item.path: self._leaf(item, sharding) for item in self.wanted}
+        leaves |= {path: nnx.RngKey(jax.eval_shape(lambda: jax.random.key(0))) for path in self.random}
         return nnx.State(nested(leaves)) if self.typed else nested(leaves)
 
     def _leaf(self, item: Wanted, sharding: Callable[[tuple[int, ...]], Any] | None) -> Any:
@@ -133,6 +142,8 @@ def draw_tree(rng: random.Random) -> Tree:
         odd_dtypes=rng.choice((0.0, 0.0, 0.3)),
     )
     several = rng.random() < 0.2
+    if rng.random() < 0.07:
+        return _nnx_tree(rng, habits)
     states = _several(rng, habits) if several else [_lone(rng, habits)]
     for state in states:
         _dress(state, rng, several)
@@ -144,6 +155,29 @@ def draw_tree(rng: random.Random) -> Tree:
     _want(tree, rng, several)
     _judge(tree)
     _choose_options(tree, rng)
+    if tree.typed and rng.random() < 0.1:
+        tree.random = (("rngs", "dropout", "key"),)
+    return tree
+
+
+def _nnx_tree(rng: random.Random, habits: Habits) -> Tree:
+    """A checkpoint of NNX states as pure dicts, some of them wanted: every wanted path is a stored one."""
+    states = _several(rng, habits)
+    found: dict[str, list[Wanted]] = {}
+    for state in states:
+        _dress(state, rng, several=True)
+        state.stored()
+        (name,) = state.owner
+        for item in _train(state, ()):
+            key = name if item.path[0] == "model" else f"{name}_opt"
+            found.setdefault(key, []).append(dataclasses.replace(item, path=(key, *item.path[1:])))
+    leaves = [item for part in found.values() for item in part]
+    entries = [Entry((), tuple(map(str, item.path)), item.value, "nnx") for item in leaves]
+    chosen = rng.sample(list(found), rng.randint(1, len(found)))
+    wanted = [item for key in chosen for item in found[key]]
+    tree = Tree(entries=entries, wanted=wanted, typed=rng.random() < 0.75, states=states)
+    tree.options["unexpected"] = "ignore"
+    tree.like_stored = True
     return tree
 
 
@@ -257,6 +291,7 @@ def _want_like_stored(tree: Tree, rng: random.Random) -> None:
     whole = [entry for entry in tree.entries if entry.what in ("params", "copy", "batch_stats")]
     keys = sorted({entry.path[0] for entry in whole})
     chosen = set(rng.sample(keys, rng.randint(1, len(keys))))
+    tree.like_stored = True
     tree.wanted = [
         Wanted(entry.path, "batch_stats" if "stats" in entry.path[0] else "params", entry.value)
         for entry in whole
@@ -266,11 +301,10 @@ def _want_like_stored(tree: Tree, rng: random.Random) -> None:
 
 def _judge(tree: Tree) -> None:
     """Finds what the laws leave open in a tree in which nothing is wrong on purpose."""
-    keyed = {entry.path for entry in tree.entries} >= {item.path for item in tree.wanted}
     for state in tree.states:
-        if not keyed and any(not one_axis(group) for group in groups_of(state.parts)):
+        if not tree.like_stored and any(not one_axis(group) for group in groups_of(state.parts)):
             tree.may_refuse("an axis that the shapes leave open")
-        if not keyed and not tree.typed and any("stats" not in name for name in state.copies):
+        if not tree.like_stored and not tree.typed and any("stats" not in name for name in state.copies):
             tree.may_refuse("a pure dict beside a copy")
         if state.form != "plain" and _odd_names(state):
             tree.may_refuse("odd names in another program's layout")

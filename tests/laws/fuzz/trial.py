@@ -53,13 +53,16 @@ def try_seed(seed: int, place: pathlib.Path | None = None, shard: bool = False) 
 
 def _judged(tree: Tree, place: pathlib.Path | None, shard: bool) -> tuple[Result, str]:
     try:
-        values = _restored(tree, place, shard) if place else _planned(tree)
+        values = _restored(tree, place, shard) if place and not tree.absent else _planned(tree)
     except RestoreError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = f"{type(error).__name__}: {' | '.join(lines[:3])}"
         return "refused without need" if tree.answer == "must restore" else "refused", detail
     except Exception as error:
         return "crashed", f"{type(error).__name__}: {error}"
+    lent = sorted(values.keys() & tree.absent, key=str)
+    if lent:
+        return "wrong", f"{lent[0]} was restored, but is not stored"
     if tree.answer == "must refuse":
         return "wrong", f"restored, although: {'; '.join(tree.why)}"
     differing = _differing(values, tree)
@@ -92,7 +95,11 @@ def _restored(tree: Tree, place: pathlib.Path, shard: bool) -> Flat:
     path = _written(tree, place)
     result = restore(path, tree.target(_sharding if shard else None), **tree.options)
     pairs = nnx.to_flat_state(result) if tree.typed else _flat_dict(result)
-    return {tuple(path): np.asarray(leaf.get_value() if tree.typed else leaf) for path, leaf in pairs}
+    return {
+        tuple(path): np.asarray(leaf.get_value() if tree.typed else leaf)
+        for path, leaf in pairs
+        if tuple(path) not in tree.random
+    }
 
 
 def _sharding(shape: tuple[int, ...]) -> jax.sharding.Sharding:

@@ -148,7 +148,9 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path], model: str) -> It
     # A count alone: every moment is there, and no stored count is left over that it might be.
     if len(alone) == len(lost) and not _free_optimizer(evidence):
         new = {fold_paths(alone)}
-    if names and new and not new & names:
+    # A state is restored whole or not at all: of Lion's one moment and Adam's two, neither is the other's.
+    other = not new & names or (not restored and new != names)
+    if names and new and other:
         yield OtherOptimizer(
             paths=tuple(lost),
             stored=tuple(sorted(names)),

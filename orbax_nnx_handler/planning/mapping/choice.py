@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.arrange import UnclearOrder
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import Rivals
+from orbax_nnx_handler.planning.mapping.optimizer import UndecidedState
 from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import ScanAxis
@@ -59,6 +60,8 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
             if isinstance(group, UnclearOrder)
             else _unclear(group, mapping.applied.axes)
         )
+    if mapping.undecided:
+        yield _undecided(mapping.undecided)
     idle = _idle_rules(mapping)
     if idle is not None:
         yield idle
@@ -148,6 +151,19 @@ def _unclear_order(order: UnclearOrder) -> AmbiguousMappingError:
         "hint: renames=[...] decides: UnstackLayers takes a stack apart or StackLayers makes one, "
         "and a pair of names gives a layer its number.",
         paths=order.paths,
+    )
+
+
+def _undecided(states: Sequence[UndecidedState]) -> AmbiguousMappingError:
+    rows = [f"  {item.wanted}  <-  {' or '.join(map(str, item.stored))}" for item in states]
+    count = "1 state" if len(states) == 1 else f"{len(states)} states"
+    return AmbiguousMappingError(
+        f"{count} of the optimizer may be several stored ones, which their fields do not tell apart:\n"
+        + "\n".join(rows)
+        + "\n"
+        "hint: restore into the optimizer that was saved, and carry its values over in the program; "
+        "or restore the weights alone: pass the model by itself as target.",
+        paths=[path for item in states for path in item.paths],
     )
 
 

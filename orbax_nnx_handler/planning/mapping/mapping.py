@@ -8,8 +8,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
+from flax import nnx
+
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import (
     Read,
@@ -28,12 +30,13 @@ from orbax_nnx_handler.planning.mapping.matching import Matcher
 from orbax_nnx_handler.planning.mapping.modules import Homeless
 from orbax_nnx_handler.planning.mapping.moments import MomentFollower, StuckMoment
 from orbax_nnx_handler.planning.mapping.optimizer import (
-    StoredMoments,
-    WantedMoment,
+    OptimizerLeaf,
+    OptimizerState,
+    StoredOptimizer,
+    UndecidedState,
     parameter_paths,
-    read_moments,
-    split_by_slots,
-    split_wanted,
+    read_states,
+    read_stored,
 )
 from orbax_nnx_handler.planning.mapping.random_state import find_random
 from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
@@ -88,6 +91,7 @@ class LeafMapping:
         roots: Where the model sits on both sides.
         rivals: Wanted leaves that several stored leaves claim.
         unclear: Layer groups whose stacked axis or order is open.
+        undecided: States of the optimizer that may be several stored ones.
         homeless: Stored values that NNX has no home for; they must be zero.
         discarded: Stored values that the user's rules leave behind, moments included.
         applied: What the user's rules made of the stored model.
@@ -106,6 +110,7 @@ class LeafMapping:
     applied: RulesApplied
     faults: tuple[RestoreError, ...] = ()
     stuck: tuple[StuckMoment, ...] = ()
+    undecided: tuple[UndecidedState, ...] = ()
 
     @cached_property
     def shapes(self) -> Mapping[Path, Shape | None]:
@@ -145,14 +150,14 @@ def map_leaves(
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
     roots = find_roots(_within_model(model, placements), [e.tokens for e in entries])
-    moments = _moments(placements, original, roots)
-    split = _split(of_role(wanted, "optimizer"), model, moments, roots)
-    virtual = [] if of_role(model, "model") else _virtual_parameters(split)
+    optimizer = _stored_optimizer(placements, original, model, roots)
+    states = _wanted_states(wanted, model, roots)
+    virtual = [] if of_role(model, "model") else _virtual_parameters(states, wanted)
     match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots, axes=applied.axes).match()
     found = dict(match.found)
     _add_outside_model(found, wanted, placements, roots)
     parameters = {strip(w.tokens, roots.wanted): w.leaf.path for w in [*of_role(model, "model"), *virtual]}
-    stuck = MomentFollower(moments, split, parameters, stored, applied).add_to(found)
+    followed = MomentFollower(optimizer, states, parameters, stored, applied).add_to(found)
     return LeafMapping(
         layout=layout,
         found={item.leaf.path: found[item.leaf.path] for item in wanted if item.leaf.path in found},
@@ -160,11 +165,12 @@ def map_leaves(
         roots=roots,
         rivals=match.rivals,
         unclear=match.unclear,
-        homeless=_homeless(match, moments, stored),
-        discarded=_discarded(applied, moments, stored),
+        homeless=_homeless(match, optimizer, stored),
+        discarded=_discarded(applied, optimizer, stored),
         applied=applied,
         faults=tuple(rule_faults(applied, match, found)),
-        stuck=tuple(stuck),
+        stuck=followed.stuck,
+        undecided=tuple(followed.states.undecided),
     )
 
 
@@ -178,30 +184,50 @@ def _within_model(model: Sequence[Wanted], placements: Sequence[Placement]) -> l
     return [path for path in tokens if path not in aside] or tokens
 
 
-def _moments(placements: Sequence[Placement], entries: Sequence[Entry], roots: Roots) -> StoredMoments:
-    has_moments = any(placement.section == "optimizer" for placement in placements)
-    return read_moments(placements, parameter_paths(entries, roots.stored) if has_moments else {})
+def _stored_optimizer(
+    placements: Sequence[Placement], entries: Sequence[Entry], model: Sequence[Wanted], roots: Roots
+) -> StoredOptimizer:
+    leaves = [
+        OptimizerLeaf(
+            path=item.leaf.path,
+            tokens=canonical(item.path),
+            shape=item.leaf.shape,
+            slot=None if item.slot is None else canonical(item.slot),
+        )
+        for item in placements
+        if item.section == "optimizer"
+    ]
+    trained = {"params", None} | {item.collection for item in model if _is_trained(item)}
+    parameters = parameter_paths(entries, roots.stored, trained) if leaves else {}
+    counts = (item for item in placements if item.section == "step" and item.slot == ("count",))
+    count = next(counts, None)
+    return read_stored(leaves, parameters, None if count is None else count.leaf.path)
 
 
-def _split(
-    wanted: Sequence[Wanted], model: Sequence[Wanted], moments: StoredMoments, roots: Roots
-) -> list[WantedMoment]:
-    parameters = {strip(item.tokens, roots.wanted) for item in model if item.role == "model"}
-    if not parameters:
-        return [split_by_slots(item, moments.slots) for item in wanted]
-    return [split_wanted(item, parameters, roots.wanted) for item in wanted]
+def _is_trained(item: Wanted) -> bool:
+    kind = item.leaf.kind
+    return kind is not None and issubclass(kind, nnx.Param)
 
 
-def _virtual_parameters(split: Sequence[WantedMoment]) -> list[Wanted]:
+def _wanted_states(wanted: Sequence[Wanted], model: Sequence[Wanted], roots: Roots) -> list[OptimizerState]:
+    leaves = [
+        OptimizerLeaf(path=item.leaf.path, tokens=item.tokens, shape=item.leaf.shape)
+        for item in of_role(wanted, "optimizer")
+    ]
+    parameters = [strip(item.tokens, roots.wanted) for item in model if item.role == "model"]
+    return read_states(leaves, {tokens: tokens for tokens in parameters}, roots.wanted)
+
+
+def _virtual_parameters(states: Sequence[OptimizerState], wanted: Sequence[Wanted]) -> list[Wanted]:
     """Returns the parameters that an optimizer without its model was built for."""
-    found: dict[Tokens, Wanted] = {}
-    for item in split:
-        if item.parameter is None:
-            continue
-        leaf = dataclasses.replace(item.wanted.leaf, path=("(parameter)", *item.parameter), kind=None)
-        known = found.get(item.parameter)
-        if known is None or len(known.leaf.shape) < len(leaf.shape):
-            found[item.parameter] = Wanted(leaf=leaf, role="model", path=item.parameter)
+    leaves = {item.leaf.path: item.leaf for item in wanted}
+    found: dict[Path, Wanted] = {}
+    for state in states:
+        for key, moment in ((k, m) for field in state.moments.values() for k, m in field.items()):
+            known = found.get(key)
+            if known is None or len(known.leaf.shape) < len(moment.shape):
+                leaf = dataclasses.replace(leaves[moment.path], path=key, kind=None)
+                found[key] = Wanted(leaf=leaf, role="model", path=key[1:])
     return list(found.values())
 
 
@@ -235,22 +261,19 @@ def _common(left: Tokens, right: Tokens) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def _homeless(match: ModelMatch, moments: StoredMoments, stored: Stored) -> tuple[Homeless, ...]:
+def _homeless(match: ModelMatch, optimizer: StoredOptimizer, stored: Stored) -> tuple[Homeless, ...]:
     """Returns the values without a home, and the moments that belong to them."""
-    found = list(match.homeless)
-    for item in match.homeless:
-        for slot in moments.slots.values():
-            moment: StoredLeaf | None = slot.get(item.leaf.path)
-            if moment is not None:
-                found.append(dataclasses.replace(item, leaf=stored[moment.path]))
-    return tuple(found)
+    moments = [
+        dataclasses.replace(item, leaf=stored[moment])
+        for item in match.homeless
+        for moment in optimizer.of_parameter(item.leaf.path)
+    ]
+    return (*match.homeless, *moments)
 
 
-def _discarded(applied: RulesApplied, moments: StoredMoments, stored: Stored) -> dict[Path, Discarded]:
+def _discarded(applied: RulesApplied, optimizer: StoredOptimizer, stored: Stored) -> dict[Path, Discarded]:
     found = {path: Discarded(leaf=stored[path], reason=reason) for path, reason in applied.discarded.items()}
-    for slot in moments.slots.values():
-        for parameter, reason in applied.discarded.items():
-            if parameter in slot:
-                path = slot[parameter].path
-                found[path] = Discarded(leaf=stored[path], reason=reason)
+    for parameter, reason in applied.discarded.items():
+        for path in optimizer.of_parameter(parameter):
+            found[path] = Discarded(leaf=stored[path], reason=reason)
     return found

@@ -11,8 +11,9 @@ Finds the stored value of each wanted optimizer leaf: where its parameter goes, 
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 
@@ -39,7 +40,14 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.matches import Found
-from orbax_nnx_handler.planning.mapping.optimizer import StoredMoments, WantedMoment, pair_scalars
+from orbax_nnx_handler.planning.mapping.optimizer import (
+    ORPHAN,
+    OptimizerLeaf,
+    OptimizerState,
+    PairedStates,
+    StoredOptimizer,
+    pair_states,
+)
 from orbax_nnx_handler.planning.rules import Casts
 
 
@@ -96,6 +104,8 @@ def why_lost(slot: str, stored: Shape, before: Shape, wanted: Shape, after: Shap
 
 
 Shapes = Mapping[Path, Shape]
+Moments = Mapping[Path, OptimizerLeaf]
+Fields = Mapping[Tokens, Moments]
 
 FACTORED = ("v_row", "v_col")
 """The moments without the largest and without the second axis, as optax calls them."""
@@ -103,7 +113,7 @@ FACTORED = ("v_row", "v_col")
 
 def follow(
     recipe: Recipe,
-    moments: Mapping[Path, StoredLeaf],
+    moments: Moments,
     parameters: Shapes,
     wanted: Shape,
     slot: str = "",
@@ -142,7 +152,7 @@ def follow(
     return reduced.recipe(recipe, wanted, slot if wanted_slot is None else wanted_slot)
 
 
-def _prune(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shapes) -> Recipe | None:
+def _prune(recipe: Recipe, moments: Moments, parameters: Shapes) -> Recipe | None:
     """Replaces parameters by moments; a stack keeps a `Fill` where one is absent."""
     if isinstance(recipe, Stack):
         empty = Fill(shape_of(recipe.sources[0], parameters))
@@ -156,7 +166,7 @@ def _prune(recipe: Recipe, moments: Mapping[Path, StoredLeaf], parameters: Shape
     return _moved(recipe, moments)
 
 
-def _moved(recipe: Recipe, moments: Mapping[Path, StoredLeaf]) -> Recipe:
+def _moved(recipe: Recipe, moments: Moments) -> Recipe:
     return substitute(recipe, lambda path: Read(moments[path].path))
 
 
@@ -164,7 +174,7 @@ def _moved(recipe: Recipe, moments: Mapping[Path, StoredLeaf]) -> Recipe:
 class _Reduced:
     """Moments that lack one axis of their parameters."""
 
-    moments: Mapping[Path, StoredLeaf]
+    moments: Moments
     parameters: Shapes
     slot: str
 
@@ -242,45 +252,65 @@ def missing_layers(recipe: Recipe) -> tuple[int, ...]:
     return tuple(at for child in children(recipe) for at in missing_layers(child))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FollowedMoments:
+    """What became of a target's optimizer, beside the leaves that were found.
+
+    Attributes:
+        states: Which stored state each wanted one is, and what has no counterpart.
+        stuck: Moments that cannot follow their parameter.
+    """
+
+    states: PairedStates
+    stuck: tuple[StuckMoment, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class MomentFollower:
     """Carries what was found for the parameters over to their moments.
 
     Attributes:
-        moments: The stored optimizer state.
-        wanted: The wanted optimizer leaves.
+        optimizer: The stored optimizer.
+        wanted: The wanted one's states; their parameters by canonical path.
         parameters: The wanted path of each parameter by canonical path below the root.
         stored: All stored leaves.
         applied: What the user's rules did to the parameters.
     """
 
-    moments: StoredMoments
-    wanted: Sequence[WantedMoment]
+    optimizer: StoredOptimizer
+    wanted: Sequence[OptimizerState]
     parameters: Mapping[Tokens, Path]
     stored: Stored
     applied: rules.RulesApplied
 
-    def add_to(self, found: dict[Path, Found]) -> list[StuckMoment]:
-        """Adds what the moments are made from; returns those that cannot follow their parameter."""
+    def add_to(self, found: dict[Path, Found]) -> FollowedMoments:
+        """Adds what the optimizer's leaves are made from, state by state."""
+        states = pair_states(self.wanted, self.optimizer.states, lambda key: self._sources(key, found))
         stuck: list[StuckMoment] = []
-        for item in self.wanted:
-            made = self._scalar(item) if item.parameter is None else self._moment(item, item.parameter, found)
-            if isinstance(made, StuckMoment):
-                stuck.append(made)
-            elif made is not None:
-                found[item.wanted.leaf.path] = made
-        return stuck
+        for wanted, stored in states.pairs:
+            for name, leaf in wanted.scalars.items():
+                found[leaf.path] = Found(recipe=Read(stored.scalars[name].path))
+            stuck += self._add_moments(wanted.moments, stored.moments, found)
+        for wanted in states.missing:
+            slots = {name: self.optimizer.slots[name] for name in wanted.moments if self._is_slot(name)}
+            stuck += self._add_moments(wanted.moments, self.optimizer.slots if slots else {}, found)
+            count = wanted.scalars.get(("count",))
+            if count is not None and self.optimizer.count is not None:
+                found[count.path] = Found(recipe=Read(self.optimizer.count))
+        return FollowedMoments(states=states, stuck=tuple(stuck))
 
-    @cached_property
-    def _slots(self) -> set[Tokens]:
-        return {item.slot for item in self.wanted if item.parameter is not None}
+    def _is_slot(self, name: Tokens) -> bool:
+        """Tells whether a field is the only wanted one of a name that is stored without any state."""
+        return name in self.optimizer.slots and sum(name in state.moments for state in self.wanted) == 1
 
-    @cached_property
-    def _scalars(self) -> Mapping[Tokens, Tokens]:
-        wanted = {item.slot: item.wanted.leaf.shape for item in self.wanted if item.parameter is None}
-        stored = {slot: leaf.shape for slot, leaf in self.moments.scalars.items()}
-        found = {slot: self.moments.slot(slot, self._slots) for slot in self._slots}
-        return pair_scalars(wanted, stored, found, self.moments.slots)
+    def _add_moments(self, wanted: Fields, stored: Fields, found: dict[Path, Found]) -> Iterator[StuckMoment]:
+        for name in (name for name in wanted if name in stored):
+            for key, leaf in wanted[name].items():
+                made = self._moment(leaf, name, key, stored, found)
+                if isinstance(made, StuckMoment):
+                    yield made
+                elif made is not None:
+                    found[leaf.path] = made
 
     @cached_property
     def _may_stick(self) -> bool:
@@ -290,63 +320,68 @@ class MomentFollower:
     def _shapes(self) -> Mapping[Path, Shape]:
         return {path: leaf.shape for path, leaf in self.stored.items()}
 
-    def _scalar(self, item: WantedMoment) -> Found | None:
-        slot = self._scalars.get(item.slot)
-        leaf = self.moments.count if item.slot[-1:] == ("count",) else None
-        leaf = leaf if slot is None else self.moments.scalars[slot]
-        return None if leaf is None else Found(recipe=Read(leaf.path))
+    def _parameter(self, key: Path, found: Mapping[Path, Found]) -> Found | None:
+        path = self.parameters.get(_name(key))
+        return None if path is None else found.get(path)
+
+    def _sources(self, key: Path, found: Mapping[Path, Found]) -> Collection[Path]:
+        parameter = self._parameter(key, found)
+        return ((ORPHAN, *_name(key)),) if parameter is None else tuple(reads(parameter.recipe))
 
     def _moment(
-        self, item: WantedMoment, tokens: Tokens, found: Mapping[Path, Found]
+        self, leaf: OptimizerLeaf, name: Tokens, key: Path, fields: Fields, found: Mapping[Path, Found]
     ) -> Found | StuckMoment | None:
-        slot = self.moments.slot(item.slot, self._slots)
-        parameter = found.get(self.parameters[tokens]) if tokens in self.parameters else None
-        if slot is None or parameter is None:
-            orphan = self.moments.orphan(item.slot, tokens)
+        moments, parameter = fields[name], self._parameter(key, found)
+        if parameter is None:
+            orphan = moments.get((ORPHAN, *_name(key)))
             return None if orphan is None else Found(recipe=Read(orphan.path))
-        stored = [
-            self.moments.slots[slot][p] for p in reads(parameter.recipe) if p in self.moments.slots[slot]
-        ]
+        stored = {path: moments[path] for path in reads(parameter.recipe) if path in moments}
         may_stick = stored and self._may_stick
         why = why_stuck(parameter.recipe, self.stored, self.applied.casts) if may_stick else ""
-        recipe = None if why else self._follow(item, slot, parameter.recipe)
+        recipe = None if why else self._follow(leaf.shape, name, fields, parameter.recipe)
         if recipe is not None:
             gaps = parameter.missing_layers or missing_layers(recipe)
-            spare = tuple({leaf.path for leaf in stored} - set(reads(recipe))) if len(stored) > 1 else ()
+            spare = {item.path for item in stored.values()} - set(reads(recipe)) if len(stored) > 1 else ()
             return Found(
                 recipe=recipe,
                 reason=parameter.reason,
                 missing_layers=gaps,
                 surplus=parameter.surplus,
-                spare=spare,
+                spare=tuple(spare),
             )
-        return self._stuck(item, slot, parameter, why) if stored else None
+        return self._stuck(leaf, name, stored, parameter, why) if stored else None
 
-    def _follow(self, item: WantedMoment, slot: Tokens, parameter: Recipe) -> Recipe | None:
+    def _follow(self, wanted: Shape, field: Tokens, fields: Fields, parameter: Recipe) -> Recipe | None:
         """Returns how a moment is made; a factored one may be stored under the other's name.
 
         Which of two axes is the largest may change where a parameter is transposed: of
         equal ones, optax takes the last.
         """
-        shape, wanted = item.wanted.leaf.shape, slot[-1] if slot else ""
-        names = FACTORED if wanted in FACTORED else (wanted,)
-        for name in sorted(names, key=lambda name: name != wanted):
-            stored = self.moments.slots.get((*slot[:-1], name) if slot else slot, {})
-            recipe = follow(parameter, stored, self._shapes, shape, name, wanted)
+        own = field[-1] if field else ""
+        names = FACTORED if own in FACTORED else (own,)
+        for name in sorted(names, key=lambda name: name != own):
+            stored = fields.get((*field[:-1], name) if field else field, {})
+            recipe = follow(parameter, stored, self._shapes, wanted, name, own)
             if recipe is not None:
                 return recipe
         return None
 
-    def _stuck(self, item: WantedMoment, slot: Tokens, parameter: Found, why: str) -> StuckMoment | None:
-        pairs = {path: self.moments.slots[slot].get(path) for path in reads(parameter.recipe)}
-        stored = {path: leaf for path, leaf in pairs.items() if leaf is not None}
-        if not why and len(stored) < len(pairs):
+    def _stuck(
+        self, wanted: OptimizerLeaf, field: Tokens, stored: Moments, parameter: Found, why: str
+    ) -> StuckMoment | None:
+        if not why and any(path not in stored for path in reads(parameter.recipe)):
             return None
         first, leaf = next(iter(stored.items()))
         after = shape_of(parameter.recipe, self._shapes)
+        name = field[-1] if field else "moment"
         return StuckMoment(
-            path=item.wanted.leaf.path,
-            stored=tuple(leaf.path for leaf in stored.values()),
+            path=wanted.path,
+            stored=tuple(item.path for item in stored.values()),
             reason=parameter.reason,
-            why=why or why_lost(slot[-1], leaf.shape, self._shapes[first], item.wanted.leaf.shape, after),
+            why=why or why_lost(name, leaf.shape, self._shapes[first], wanted.shape, after),
         )
+
+
+def _name(parameter: Path) -> Tokens:
+    """Returns the canonical path of a wanted optimizer's parameter, known or not."""
+    return cast(Tokens, parameter[1:] if parameter[:1] == (ORPHAN,) else parameter)

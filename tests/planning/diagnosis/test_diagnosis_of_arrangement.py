@@ -217,11 +217,25 @@ def test_a_moment_more_is_told_from_another_optimizer():
     weights, wanted = model(1), model(1, "model/", "layers/{}")
     have = weights | moments("mu", weights, "params/") | {"step": ()}
 
-    (cause,) = diagnose(plan(have, wanted | wanted_moments("mu", wanted) | wanted_moments("nu", wanted)))
+    ema = {path.replace("/0/", "/1/"): leaf for path, leaf in wanted_moments("ema", wanted).items()}
+
+    (cause,) = diagnose(plan(have, wanted | wanted_moments("mu", wanted) | ema))
 
     assert isinstance(cause, OtherOptimizer)
     assert (
-        cause.cause == "the target's optimizer keeps nu as well, which the stored one does not: it keeps mu."
+        cause.cause == "the target's optimizer keeps ema as well, which the stored one does not: it keeps mu."
+    )
+
+
+def test_a_state_with_a_moment_more_is_another_optimizers():
+    weights, wanted = model(1), model(1, "model/", "layers/{}")
+    have = weights | moments("mu", weights, "params/") | {"step": ()}
+
+    (cause,) = diagnose(plan(have, wanted | wanted_moments("mu", wanted) | wanted_moments("nu", wanted)))
+
+    assert isinstance(cause, OtherOptimizer)
+    assert cause.cause == (
+        "the checkpoint was written with another optimizer: it keeps mu, the target's keeps mu and nu."
     )
 
 

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.arrange import UnclearOrder
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import Rivals
-from orbax_nnx_handler.planning.mapping.optimizer import UndecidedState
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import UndecidedState
 from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import ScanAxis
@@ -60,8 +60,7 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
             if isinstance(group, UnclearOrder)
             else _unclear(group, mapping.applied.axes)
         )
-    if mapping.undecided:
-        yield _undecided(mapping.undecided)
+    yield from _undecided(mapping.states.undecided)
     idle = _idle_rules(mapping)
     if idle is not None:
         yield idle
@@ -154,13 +153,23 @@ def _unclear_order(order: UnclearOrder) -> AmbiguousMappingError:
     )
 
 
-def _undecided(states: Sequence[UndecidedState]) -> AmbiguousMappingError:
-    rows = [f"  {item.wanted}  <-  {' or '.join(map(str, item.stored))}" for item in states]
+def _undecided(states: Sequence[UndecidedState]) -> Iterable[AmbiguousMappingError]:
+    several = [item for item in states if not item.doubtful]
+    if several:
+        rows = [f"  {item.wanted}  <-  {' or '.join(map(str, item.stored))}" for item in several]
+        yield _states_error("can be stored ones in several ways, and no field tells which", several, rows)
+    unclear = [item for item in states if item.doubtful]
+    if unclear:
+        rows = [f"  {item.wanted}" for item in unclear]
+        cause = "can be read in two ways: a module of the model is called like one of their fields"
+        yield _states_error(cause, unclear, rows)
+
+
+def _states_error(cause: str, states: Sequence[UndecidedState], rows: Sequence[str]) -> AmbiguousMappingError:
     count = "1 state" if len(states) == 1 else f"{len(states)} states"
+    listed = "\n".join(rows)
     return AmbiguousMappingError(
-        f"{count} of the optimizer may be several stored ones, which their fields do not tell apart:\n"
-        + "\n".join(rows)
-        + "\n"
+        f"{count} of the optimizer {cause}:\n{listed}\n"
         "hint: restore into the optimizer that was saved, and carry its values over in the program; "
         "or restore the weights alone: pass the model by itself as target.",
         paths=[path for item in states for path in item.paths],

@@ -30,14 +30,13 @@ from orbax_nnx_handler.planning.mapping.matching import Matcher
 from orbax_nnx_handler.planning.mapping.modules import Homeless
 from orbax_nnx_handler.planning.mapping.moments import MomentFollower, StuckMoment
 from orbax_nnx_handler.planning.mapping.optimizer import (
-    OptimizerLeaf,
-    OptimizerState,
-    StoredOptimizer,
-    UndecidedState,
+    StoredStates,
     parameter_paths,
-    read_states,
     read_stored,
+    virtual_parameters,
+    wanted_states,
 )
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates
 from orbax_nnx_handler.planning.mapping.random_state import find_random
 from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
 from orbax_nnx_handler.planning.mapping.roots import Roots, find_roots, strip
@@ -91,7 +90,7 @@ class LeafMapping:
         roots: Where the model sits on both sides.
         rivals: Wanted leaves that several stored leaves claim.
         unclear: Layer groups whose stacked axis or order is open.
-        undecided: States of the optimizer that may be several stored ones.
+        states: Which stored state of the optimizer each wanted one is.
         homeless: Stored values that NNX has no home for; they must be zero.
         discarded: Stored values that the user's rules leave behind, moments included.
         applied: What the user's rules made of the stored model.
@@ -110,7 +109,7 @@ class LeafMapping:
     applied: RulesApplied
     faults: tuple[RestoreError, ...] = ()
     stuck: tuple[StuckMoment, ...] = ()
-    undecided: tuple[UndecidedState, ...] = ()
+    states: PairedStates = dataclasses.field(default_factory=PairedStates)
 
     @cached_property
     def shapes(self) -> Mapping[Path, Shape | None]:
@@ -150,9 +149,10 @@ def map_leaves(
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
     roots = find_roots(_within_model(model, placements), [e.tokens for e in entries])
-    optimizer = _stored_optimizer(placements, original, model, roots)
-    states = _wanted_states(wanted, model, roots)
-    virtual = [] if of_role(model, "model") else _virtual_parameters(states, wanted)
+    optimizer = _stored_states(placements, original, model, roots)
+    weights = [strip(item.tokens, roots.wanted) for item in of_role(model, "model")]
+    states = wanted_states(of_role(wanted, "optimizer"), weights, roots.wanted)
+    virtual = [] if of_role(model, "model") else virtual_parameters(states, of_role(wanted, "optimizer"))
     match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots, axes=applied.axes).match()
     found = dict(match.found)
     _add_outside_model(found, wanted, placements, roots)
@@ -170,7 +170,7 @@ def map_leaves(
         applied=applied,
         faults=tuple(rule_faults(applied, match, found)),
         stuck=followed.stuck,
-        undecided=tuple(followed.states.undecided),
+        states=followed.states,
     )
 
 
@@ -184,51 +184,17 @@ def _within_model(model: Sequence[Wanted], placements: Sequence[Placement]) -> l
     return [path for path in tokens if path not in aside] or tokens
 
 
-def _stored_optimizer(
+def _stored_states(
     placements: Sequence[Placement], entries: Sequence[Entry], model: Sequence[Wanted], roots: Roots
-) -> StoredOptimizer:
-    leaves = [
-        OptimizerLeaf(
-            path=item.leaf.path,
-            tokens=canonical(item.path),
-            shape=item.leaf.shape,
-            slot=None if item.slot is None else canonical(item.slot),
-        )
-        for item in placements
-        if item.section == "optimizer"
-    ]
+) -> StoredStates:
+    has_moments = any(placement.section == "optimizer" for placement in placements)
     trained = {"params", None} | {item.collection for item in model if _is_trained(item)}
-    parameters = parameter_paths(entries, roots.stored, trained) if leaves else {}
-    counts = (item for item in placements if item.section == "step" and item.slot == ("count",))
-    count = next(counts, None)
-    return read_stored(leaves, parameters, None if count is None else count.leaf.path)
+    return read_stored(placements, parameter_paths(entries, roots.stored, trained) if has_moments else {})
 
 
 def _is_trained(item: Wanted) -> bool:
     kind = item.leaf.kind
     return kind is not None and issubclass(kind, nnx.Param)
-
-
-def _wanted_states(wanted: Sequence[Wanted], model: Sequence[Wanted], roots: Roots) -> list[OptimizerState]:
-    leaves = [
-        OptimizerLeaf(path=item.leaf.path, tokens=item.tokens, shape=item.leaf.shape)
-        for item in of_role(wanted, "optimizer")
-    ]
-    parameters = [strip(item.tokens, roots.wanted) for item in model if item.role == "model"]
-    return read_states(leaves, {tokens: tokens for tokens in parameters}, roots.wanted)
-
-
-def _virtual_parameters(states: Sequence[OptimizerState], wanted: Sequence[Wanted]) -> list[Wanted]:
-    """Returns the parameters that an optimizer without its model was built for."""
-    leaves = {item.leaf.path: item.leaf for item in wanted}
-    found: dict[Path, Wanted] = {}
-    for state in states:
-        for key, moment in ((k, m) for field in state.moments.values() for k, m in field.items()):
-            known = found.get(key)
-            if known is None or len(known.leaf.shape) < len(moment.shape):
-                leaf = dataclasses.replace(leaves[moment.path], path=key, kind=None)
-                found[key] = Wanted(leaf=leaf, role="model", path=key[1:])
-    return list(found.values())
 
 
 def _add_outside_model(
@@ -261,7 +227,7 @@ def _common(left: Tokens, right: Tokens) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def _homeless(match: ModelMatch, optimizer: StoredOptimizer, stored: Stored) -> tuple[Homeless, ...]:
+def _homeless(match: ModelMatch, optimizer: StoredStates, stored: Stored) -> tuple[Homeless, ...]:
     """Returns the values without a home, and the moments that belong to them."""
     moments = [
         dataclasses.replace(item, leaf=stored[moment])
@@ -271,7 +237,7 @@ def _homeless(match: ModelMatch, optimizer: StoredOptimizer, stored: Stored) -> 
     return (*match.homeless, *moments)
 
 
-def _discarded(applied: RulesApplied, optimizer: StoredOptimizer, stored: Stored) -> dict[Path, Discarded]:
+def _discarded(applied: RulesApplied, optimizer: StoredStates, stored: Stored) -> dict[Path, Discarded]:
     found = {path: Discarded(leaf=stored[path], reason=reason) for path, reason in applied.discarded.items()}
     for parameter, reason in applied.discarded.items():
         for path in optimizer.of_parameter(parameter):

@@ -1,12 +1,10 @@
-"""Stored moments that cannot follow what happens to their parameter.
+"""What each wanted leaf of an optimizer is made from: a moment takes its parameter's recipe.
 
-Carries a parameter's recipe over to its moments.
-
-Most moments have their parameter's shape and take its recipe as it is. Factored
-ones (`adafactor`'s `v_row`, `v_col`) lack an axis, and the ones that an
-optimizer does not use for a parameter are placeholders of one element.
-
-Finds the stored value of each wanted optimizer leaf: where its parameter goes, it goes.
+Most moments have their parameter's shape and take the recipe as it is. Factored
+ones (`adafactor`'s `v_row`, `v_col`) lack an axis, and those that an optimizer does
+not use for a parameter are placeholders of one element. Where a recipe does something
+that no moment can follow (a scale, a cast that changes values), the moment is stuck,
+with the reason.
 """
 
 import dataclasses
@@ -44,10 +42,9 @@ from orbax_nnx_handler.planning.mapping.optimizer import (
     ORPHAN,
     OptimizerLeaf,
     OptimizerState,
-    PairedStates,
-    StoredOptimizer,
-    pair_states,
+    StoredStates,
 )
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates, pair_states
 from orbax_nnx_handler.planning.rules import Casts
 
 
@@ -277,7 +274,7 @@ class MomentFollower:
         applied: What the user's rules did to the parameters.
     """
 
-    optimizer: StoredOptimizer
+    optimizer: StoredStates
     wanted: Sequence[OptimizerState]
     parameters: Mapping[Tokens, Path]
     stored: Stored

@@ -1,25 +1,24 @@
-"""An optimizer's leaves as states of optax, and which stored state each wanted one is.
+"""An optimizer's leaves as states of optax.
 
 A leaf's path below `opt_state` is a place, a field and, for a moment, the path of a
 parameter: `1/inner_state/0`, `mu`, `dense/kernel`. The place is made of containers
 alone (numbers of a chain, `inner_state`), and the leaves of one place are one state.
-
-A state is told by its fields and by the parameters that it keeps moments of, never by
-a single name: nearly every state has a `count`. States are paired in order (`alignment`);
-a state that changed its fields, or whose parameters are others, is another state.
+A module of the model may be called like a field or a container: what stands below a
+field is the parameter's.
 """
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.mapping.alignment import align
+from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.target.roles import Wanted
 
 _CONTAINERS = frozenset(
     {
@@ -45,15 +44,13 @@ class OptimizerLeaf:
 
     Attributes:
         path: The leaf's whole path.
-        tokens: The canonical path below `opt_state`; of a leaf with a `slot`, its parameter's.
+        tokens: The canonical path below `opt_state`.
         shape: Its shape.
-        slot: The field, where the layout itself tells field and parameter apart and keeps no states.
     """
 
     path: Path
     tokens: Tokens
     shape: Shape
-    slot: Tokens | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,7 @@ class OptimizerState:
         place: The containers down to it, as canonical keys.
         moments: The moments of each field, by parameter.
         scalars: The other leaves, by field.
-        doubtful: Whether its leaves are moments under another reading of their paths as well.
+        doubtful: Whether its leaves may be other moments: a module is called like a field.
     """
 
     place: Tokens
@@ -82,7 +79,7 @@ class OptimizerState:
     def _numbers(self) -> frozenset[Tokens]:
         """The fields with one number a parameter beside others of its shape, as Novograd's `nu`."""
         single = {name for name, field in self.moments.items() if not any(m.shape for m in field.values())}
-        return frozenset(single) if single != self.moments.keys() else frozenset()
+        return frozenset(single) if len(single) < len(self.moments) else frozenset()
 
     @cached_property
     def label(self) -> Tokens:
@@ -102,43 +99,7 @@ class OptimizerState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UndecidedState:
-    """A wanted state that may be several stored ones, or whose paths can be read in two ways.
-
-    Attributes:
-        wanted: The state.
-        stored: The stored ones that it may be.
-    """
-
-    wanted: OptimizerState
-    stored: tuple[OptimizerState, ...]
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The wanted leaves that it is about."""
-        moments = [leaf for field in self.wanted.moments.values() for leaf in field.values()]
-        return tuple(leaf.path for leaf in (*self.wanted.scalars.values(), *moments))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PairedStates:
-    """Which stored state each wanted one is; what is in none of these has no counterpart.
-
-    Attributes:
-        pairs: The pairs, wanted first.
-        undecided: Wanted states that may be several stored ones.
-        missing: Wanted states that are not stored.
-        unexpected: Stored states that are not wanted.
-    """
-
-    pairs: Sequence[tuple[OptimizerState, OptimizerState]]
-    undecided: Sequence[UndecidedState]
-    missing: Sequence[OptimizerState]
-    unexpected: Sequence[OptimizerState]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StoredOptimizer:
+class StoredStates:
     """What a checkpoint holds of one optimizer.
 
     Attributes:
@@ -159,21 +120,60 @@ class StoredOptimizer:
                     yield field[parameter].path
 
 
-def read_stored(
-    leaves: Sequence[OptimizerLeaf], parameters: Mapping[Tokens, Path], count: Path | None = None
-) -> StoredOptimizer:
-    """Takes a stored optimizer apart.
+def read_stored(placements: Iterable[Placement], parameters: Mapping[Tokens, Path]) -> StoredStates:
+    """Takes one stored optimizer apart.
 
     Args:
-        leaves: Its leaves.
+        placements: Its leaves and its step; those of other sections are left out.
         parameters: The stored paths of the parameters that it may train, by canonical path.
-        count: The step, where the layout keeps no other count.
     """
+    leaves: list[OptimizerLeaf] = []
     slots: dict[Tokens, dict[Path, OptimizerLeaf]] = defaultdict(dict)
-    for leaf in leaves:
-        if leaf.slot is not None:
-            slots[leaf.slot][parameters.get(leaf.tokens, (ORPHAN, *leaf.tokens))] = leaf
-    return StoredOptimizer(states=read_states(leaves, parameters), slots=dict(slots), count=count)
+    count: Path | None = None
+    for item in placements:
+        if item.section == "step" and item.slot == ("count",):
+            count = item.leaf.path
+        if item.section != "optimizer":
+            continue
+        leaf = OptimizerLeaf(path=item.leaf.path, tokens=canonical(item.path), shape=item.leaf.shape)
+        if item.slot is None:
+            leaves.append(leaf)
+        else:
+            slots[canonical(item.slot)][parameters.get(leaf.tokens, (ORPHAN, *leaf.tokens))] = leaf
+    return StoredStates(states=read_states(leaves, parameters), slots=dict(slots), count=count)
+
+
+def wanted_states(
+    wanted: Iterable[Wanted], parameters: Iterable[Tokens], above: Tokens = ()
+) -> list[OptimizerState]:
+    """Takes one wanted optimizer apart.
+
+    Args:
+        wanted: Its leaves.
+        parameters: The canonical paths of the weights below the target's root; none for an
+            optimizer without its model.
+        above: That root.
+    """
+    leaves = [OptimizerLeaf(path=w.leaf.path, tokens=w.tokens, shape=w.leaf.shape) for w in wanted]
+    return read_states(leaves, {tokens: tokens for tokens in parameters}, above)
+
+
+def virtual_parameters(states: Iterable[OptimizerState], wanted: Iterable[Wanted]) -> list[Wanted]:
+    """Returns the parameters that an optimizer without its model was built for.
+
+    Args:
+        states: The wanted states.
+        wanted: The leaves that they were read from.
+    """
+    leaves = {item.leaf.path: item.leaf for item in wanted}
+    found: dict[Path, Wanted] = {}
+    for state in states:
+        for key, moment in ((k, m) for field in state.moments.values() for k, m in field.items()):
+            known = found.get(key)
+            if known is None or len(known.leaf.shape) < len(moment.shape):
+                leaf = dataclasses.replace(leaves[moment.path], path=key, kind=None)
+                found[key] = Wanted(leaf=leaf, role="model", path=key[1:])
+    return list(found.values())
 
 
 def read_states(
@@ -189,7 +189,7 @@ def read_states(
             way to it, so an end of them may stand between a field and a parameter.
     """
     reader = _Reader(parameters, above)
-    listed = [leaf for leaf in leaves if leaf.slot is None]
+    listed = list(leaves)
     boxed = bool(listed) and all(leaf.tokens[-1:] == ("value",) for leaf in listed)
     left = [leaf for leaf in listed if not reader.add_known(leaf)]
     reader.add_others(left, boxed)
@@ -208,8 +208,8 @@ class _Reader:
         )
         self.scalars: dict[Tokens, dict[Tokens, OptimizerLeaf]] = defaultdict(dict)
         self.between: set[Tokens] = set()
+        self.contested: set[Tokens] = set()
         # Where one parameter's path ends in another's, a leaf may be a moment of either.
-        self.inner = any(_ends(tokens[1:], parameters) for tokens in parameters)
         self.either: set[Tokens] = set()
         self.sure: set[Tokens] = set()
 
@@ -219,7 +219,7 @@ class _Reader:
         at = _depth(tokens)
         rest = tokens[at + 1 :]
         if rest in self.parameters:
-            if self.inner and tokens[at] not in _MOMENTS:
+            if tokens[at] not in _MOMENTS:
                 (self.either if _ends(rest[1:], self.parameters) else self.sure).add(tokens[: at + 1])
             self.between.add(())
             return self._add_moment(tokens[:at], tokens[at : at + 1], rest, leaf)
@@ -241,7 +241,8 @@ class _Reader:
     def _add_moment(self, place: Tokens, field: Tokens, parameter: Tokens, leaf: OptimizerLeaf) -> bool:
         known = self.parameters[parameter]
         if known in self.moments[place][field]:
-            # Two leaves claim one moment: neither reading of the second is any better.
+            # Two leaves claim one moment, and neither more than the other.
+            self.contested.add(place)
             known = (ORPHAN, *leaf.tokens)
         self.moments[place][field][known] = leaf
         return True
@@ -266,7 +267,7 @@ class _Reader:
 
     def states(self) -> list[OptimizerState]:
         """Returns the states in the order of their places."""
-        doubtful = {field[:-1] for field in self.either - self.sure}
+        doubtful = self.contested | {field[:-1] for field in self.either - self.sure}
         return [
             OptimizerState(
                 place=place,
@@ -279,7 +280,7 @@ class _Reader:
 
     def _is_bare(self, place: Tokens) -> bool:
         """Tells whether a state could be the moments themselves, its field a module of the model."""
-        if place in self.scalars or not self.inner or () in self.moments[place]:
+        if place in self.scalars or () in self.moments[place]:
             return False
         leaves = [leaf for field in self.moments[place].values() for leaf in field.values()]
         return all(leaf.tokens[len(place) :] in self.parameters for leaf in leaves)
@@ -317,90 +318,6 @@ def _in_order(place: Tokens) -> list[tuple[bool, int, str]]:
 def _ends(tokens: Tokens, parameters: Collection[Tokens]) -> bool:
     """Tells whether a path, or an end of it, is a parameter."""
     return any(tokens[at:] in parameters for at in range(len(tokens)))
-
-
-Sources = Callable[[Path], Collection[Path]]
-"""The stored parameters that a wanted one is made from, by the wanted one."""
-
-
-def pair_states(
-    wanted: Sequence[OptimizerState], stored: Sequence[OptimizerState], sources: Sources
-) -> PairedStates:
-    """Pairs the states of two optimizers.
-
-    Args:
-        wanted: The target's states.
-        stored: The checkpoint's.
-        sources: The stored parameters that each wanted one is made from.
-    """
-    needs = [{source for item in state.parameters for source in sources(item)} for state in wanted]
-    pairing = _Pairing(wanted, stored, needs)
-    pairing.pair(exact=True)
-    # A group of parameters that has grown or shrunk.
-    pairing.pair(exact=False)
-    return pairing.result()
-
-
-class _Pairing:
-    """Pairs states round by round; every round with what the ones before it left."""
-
-    def __init__(
-        self, wanted: Sequence[OptimizerState], stored: Sequence[OptimizerState], needs: Sequence[set[Path]]
-    ) -> None:
-        self.wanted, self.stored, self.needs = wanted, stored, needs
-        everything = {parameter for state in stored for parameter in state.parameters}
-        self.shared = everything & set[Path]().union(*needs)
-        self.labels = {s.label for s in wanted} & {s.label for s in stored} - {()}
-        self.pairs: dict[int, int] = {}
-        self.undecided: dict[int, tuple[int, ...]] = {}
-
-    def pair(self, *, exact: bool) -> None:
-        here = [at for at in range(len(self.wanted)) if at not in self.pairs and at not in self.undecided]
-        taken = {*self.pairs.values(), *(at for there in self.undecided.values() for at in there)}
-        there = [at for at in range(len(self.stored)) if at not in taken]
-        by_fields: dict[object, list[int]] = defaultdict(list)
-        for index, at in enumerate(there):
-            by_fields[self.stored[at].fields].append(index)
-        choices = [
-            {
-                index
-                for index in by_fields.get(self.wanted[at].fields, ())
-                if self._fits(at, there[index], exact)
-            }
-            for at in here
-        ]
-        found = align(choices, len(there))
-        self.pairs |= {here[left]: there[right] for left, right in found.pairs.items()}
-        self.undecided |= {
-            here[left]: tuple(there[at] for at in right) for left, right in found.undecided.items()
-        }
-
-    def _fits(self, here: int, there: int, exact: bool) -> bool:
-        wanted, stored = self.wanted[here], self.stored[there]
-        if wanted.label != stored.label and {wanted.label, stored.label} & self.labels:
-            # A label of both sides is its own counterpart.
-            return False
-        if not wanted.moments:
-            return exact
-        needs, has = self.needs[here] & self.shared, stored.parameters & self.shared
-        return bool(needs & has) and (not exact or not needs ^ has)
-
-    def result(self) -> PairedStates:
-        pairs = [(self.wanted[here], self.stored[there]) for here, there in self.pairs.items()]
-        sure = [pair for pair in pairs if not (pair[0].doubtful or pair[1].doubtful)]
-        unsure = [UndecidedState(wanted=a, stored=(b,)) for a, b in pairs if a.doubtful or b.doubtful]
-        open_ones = [
-            UndecidedState(wanted=self.wanted[here], stored=tuple(self.stored[at] for at in there))
-            for here, there in self.undecided.items()
-        ]
-        known = self.pairs.keys() | self.undecided.keys()
-        used = {*self.pairs.values(), *(at for there in self.undecided.values() for at in there)}
-        return PairedStates(
-            pairs=sure,
-            undecided=[*open_ones, *unsure],
-            missing=[state for at, state in enumerate(self.wanted) if at not in known],
-            unexpected=[state for at, state in enumerate(self.stored) if at not in used],
-        )
 
 
 def split(tokens: Tokens, parameters: Collection[Tokens]) -> tuple[Tokens, Tokens | None]:

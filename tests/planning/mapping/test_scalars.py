@@ -8,10 +8,9 @@ from orbax_nnx_handler.planning.core.paths import canonical
 from orbax_nnx_handler.planning.mapping.optimizer import (
     OptimizerLeaf,
     OptimizerState,
-    PairedStates,
-    pair_states,
     read_states,
 )
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates, pair_states
 
 PARAMETERS = {("w",): ("w",), ("b",): ("b",)}
 

@@ -1,0 +1,216 @@
+"""Which stored state of an optimizer each wanted one is.
+
+A state is told by its fields and by the parameters that it keeps moments of, never by
+a single name: nearly every state has a `count`. A state whose fields have changed, or whose
+parameters are others, is another state.
+
+Like states are paired in order: as many as can be, and as few of them moved as can be.
+That is a longest common subsequence, and then whatever else has a counterpart. There may be
+several best pairings. What is the same in all of them is certain; the rest is undecided.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.mapping.optimizer import OptimizerState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UndecidedState:
+    """A wanted state that may be several stored ones, or whose paths can be read in two ways.
+
+    Attributes:
+        wanted: The state.
+        stored: The stored ones that it may be.
+    """
+
+    wanted: OptimizerState
+    stored: tuple[OptimizerState, ...]
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether paths can be read in two ways, rather than states paired in several."""
+        return self.wanted.doubtful or any(state.doubtful for state in self.stored)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The wanted leaves that it is about."""
+        moments = [leaf for field in self.wanted.moments.values() for leaf in field.values()]
+        return tuple(leaf.path for leaf in (*self.wanted.scalars.values(), *moments))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairedStates:
+    """Which stored state each wanted one is; what is in none of these has no counterpart.
+
+    Attributes:
+        pairs: The pairs, wanted first.
+        undecided: Wanted states that may be several stored ones.
+        missing: Wanted states that are not stored.
+        unexpected: Stored states that are not wanted.
+    """
+
+    pairs: Sequence[tuple[OptimizerState, OptimizerState]] = ()
+    undecided: Sequence[UndecidedState] = ()
+    missing: Sequence[OptimizerState] = ()
+    unexpected: Sequence[OptimizerState] = ()
+
+
+Sources = Callable[[Path], Collection[Path]]
+"""The stored parameters that a wanted one is made from, by the wanted one."""
+
+
+def pair_states(
+    wanted: Sequence[OptimizerState], stored: Sequence[OptimizerState], sources: Sources
+) -> PairedStates:
+    """Pairs the states of two optimizers.
+
+    Args:
+        wanted: The target's states.
+        stored: The checkpoint's.
+        sources: The stored parameters that each wanted one is made from.
+    """
+    needs = [{source for item in state.parameters for source in sources(item)} for state in wanted]
+    pairing = _Pairing(wanted, stored, needs)
+    pairing.pair(exact=True)
+    # A group of parameters that has grown or shrunk.
+    pairing.pair(exact=False)
+    return pairing.result()
+
+
+class _Pairing:
+    """Pairs states round by round; every round with what the ones before it left."""
+
+    def __init__(
+        self, wanted: Sequence[OptimizerState], stored: Sequence[OptimizerState], needs: Sequence[set[Path]]
+    ) -> None:
+        self.wanted, self.stored, self.needs = wanted, stored, needs
+        everything = {parameter for state in stored for parameter in state.parameters}
+        self.shared = everything & set[Path]().union(*needs)
+        self.labels = {s.label for s in wanted} & {s.label for s in stored} - {()}
+        self.pairs: dict[int, int] = {}
+        self.undecided: dict[int, tuple[int, ...]] = {}
+
+    def pair(self, *, exact: bool) -> None:
+        here = [at for at in range(len(self.wanted)) if at not in self.pairs and at not in self.undecided]
+        taken = {*self.pairs.values(), *(at for there in self.undecided.values() for at in there)}
+        there = [at for at in range(len(self.stored)) if at not in taken]
+        by_fields: dict[object, list[int]] = defaultdict(list)
+        for index, at in enumerate(there):
+            by_fields[self.stored[at].fields].append(index)
+        choices = [
+            {
+                index
+                for index in by_fields.get(self.wanted[at].fields, ())
+                if self._fits(at, there[index], exact)
+            }
+            for at in here
+        ]
+        found = align(choices, len(there))
+        self.pairs |= {here[left]: there[right] for left, right in found.pairs.items()}
+        self.undecided |= {
+            here[left]: tuple(there[at] for at in right) for left, right in found.undecided.items()
+        }
+
+    def _fits(self, here: int, there: int, exact: bool) -> bool:
+        wanted, stored = self.wanted[here], self.stored[there]
+        if wanted.label != stored.label and {wanted.label, stored.label} & self.labels:
+            # A label of both sides is its own counterpart.
+            return False
+        if not wanted.moments:
+            return exact
+        needs, has = self.needs[here] & self.shared, stored.parameters & self.shared
+        return bool(needs & has) and (not exact or not needs ^ has)
+
+    def result(self) -> PairedStates:
+        pairs = [(self.wanted[here], self.stored[there]) for here, there in self.pairs.items()]
+        sure = [pair for pair in pairs if not (pair[0].doubtful or pair[1].doubtful)]
+        unsure = [UndecidedState(wanted=a, stored=(b,)) for a, b in pairs if a.doubtful or b.doubtful]
+        open_ones = [
+            UndecidedState(wanted=self.wanted[here], stored=tuple(self.stored[at] for at in there))
+            for here, there in self.undecided.items()
+        ]
+        known = self.pairs.keys() | self.undecided.keys()
+        used = {*self.pairs.values(), *(at for there in self.undecided.values() for at in there)}
+        return PairedStates(
+            pairs=sure,
+            undecided=[*open_ones, *unsure],
+            missing=[state for at, state in enumerate(self.wanted) if at not in known],
+            unexpected=[state for at, state in enumerate(self.stored) if at not in used],
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """What the best alignments of two sequences agree on.
+
+    Attributes:
+        pairs: The stored index of each wanted one, where all of them agree.
+        undecided: The stored indices that a wanted one may be, where they do not.
+    """
+
+    pairs: Mapping[int, int]
+    undecided: Mapping[int, tuple[int, ...]]
+
+
+def align(choices: Sequence[Collection[int]], count: int) -> Alignment:
+    """Aligns two sequences.
+
+    Args:
+        choices: For each wanted element, the stored ones that it may be, by index.
+        count: How many stored elements there are.
+    """
+    if all(at in there for at, there in enumerate(choices)) and len(choices) == count:
+        return Alignment(pairs={at: at for at in range(count)}, undecided={})
+    claims = _reversed(choices, count)
+    pairs = {here: there for here, there in _lone(choices) if len(claims[there]) == 1}
+    pairs |= _in_every_subsequence(choices, count)
+    left = {here: set(there) - set(pairs.values()) for here, there in enumerate(choices) if here not in pairs}
+    # What is left has moved. It is certain where only one is left on either side.
+    moved = {here: next(iter(there)) for here, there in left.items() if len(there) == 1}
+    for here, there in moved.items():
+        if sum(there in others for others in left.values()) == 1:
+            pairs[here] = there
+    undecided = {here: tuple(sorted(there)) for here, there in left.items() if there and here not in pairs}
+    return Alignment(pairs=pairs, undecided=undecided)
+
+
+def _lone(choices: Sequence[Collection[int]]) -> list[tuple[int, int]]:
+    return [(here, next(iter(there))) for here, there in enumerate(choices) if len(there) == 1]
+
+
+def _reversed(choices: Sequence[Collection[int]], count: int) -> list[list[int]]:
+    claims: list[list[int]] = [[] for _ in range(count)]
+    for here, there in enumerate(choices):
+        for at in there:
+            claims[at].append(here)
+    return claims
+
+
+def _in_every_subsequence(choices: Sequence[Collection[int]], count: int) -> dict[int, int]:
+    """Returns the pairs that every longest common subsequence has."""
+    ahead = _lengths(choices, count)
+    mirrored = [[count - 1 - at for at in there] for there in reversed(choices)]
+    # behind[i][j]: the longest of choices[i:] and the stored ones from j on.
+    behind = [row[::-1] for row in reversed(_lengths(mirrored, count))]
+    longest = ahead[-1][-1]
+    pairs: dict[int, int] = {}
+    for here, row in enumerate(choices):
+        possible = [at for at in row if ahead[here][at] + 1 + behind[here + 1][at + 1] == longest]
+        without = max(ahead[here][at] + behind[here + 1][at] for at in range(count + 1))
+        if len(possible) == 1 and without < longest:
+            pairs[here] = possible[0]
+    return pairs
+
+
+def _lengths(choices: Sequence[Collection[int]], count: int) -> list[list[int]]:
+    """Returns the length of the longest common subsequence of every pair of beginnings."""
+    table = [[0] * (count + 1)]
+    for there in choices:
+        last, row = table[-1], [0]
+        for at in range(count):
+            row.append(last[at] + 1 if at in there else max(last[at + 1], row[at]))
+        table.append(row)
+    return table

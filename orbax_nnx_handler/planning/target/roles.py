@@ -54,7 +54,8 @@ class Wanted:
 
 def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
     """Returns every leaf with its role, in the target's order."""
-    owners = {_owner(path) for path in leaves} - {None}
+    # A module of the model may be called `opt_state`.
+    owners = {_owner(path) for path, leaf in leaves.items() if not _is_weight(leaf.kind)} - {None}
     streams = {path[:-1] for path, leaf in leaves.items() if is_key(leaf.dtype)}
     collections = {kind: collection_of(kind) for kind in {leaf.kind for leaf in leaves.values()}}
     return [_wanted(leaf, owners, streams, collections[leaf.kind]) for leaf in leaves.values()]
@@ -65,6 +66,10 @@ def collection_of(kind: type[Any] | None) -> str | None:
     if kind is None or not issubclass(kind, nnx.Variable):
         return None
     return nnx.variable_name_from_type(cast(Any, kind), allow_register=True)
+
+
+def _is_weight(kind: type[Any] | None) -> bool:
+    return kind is not None and issubclass(kind, nnx.Param | nnx.BatchStat)
 
 
 def _owner(path: Path) -> Path | None:
@@ -92,8 +97,7 @@ def _role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], stream
         return "transient"
     if issubclass(kind, nnx.OptState):
         return "step" if owner is None and str(leaf.path[-1]) == "step" else "optimizer"
-    # Not by the path: a module of the model may be called `opt_state`.
-    if owner is not None and not issubclass(kind, nnx.Param | nnx.BatchStat):
+    if owner is not None and not _is_weight(kind):
         return "optimizer"
     return "model"
 

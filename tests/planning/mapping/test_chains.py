@@ -15,8 +15,8 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.judge import make_plan
 from tests.planning.mapping.chains import Keys, Program, flat, readings, states_of
 
 Outcome = Literal["right", "asked", "refused", "wrong"]

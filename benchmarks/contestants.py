@@ -33,22 +33,22 @@ def orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """Stock Orbax: `PyTreeCheckpointHandler` restores the disk's own tree."""
     import orbax.checkpoint as ocp
 
-    item = _disk_tree(model, sharding)
+    item = disk_tree(model, sharding)
     args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype),
         item,
     )
     handler = ocp.PyTreeCheckpointHandler()
     restore_args = ocp.args.PyTreeRestore(item=item, restore_args=args)
-    return lambda: ocp.Checkpointer(handler).restore(path, args=restore_args), _of_disk_tree
+    return lambda: ocp.Checkpointer(handler).restore(path, args=restore_args), of_disk_tree
 
 
 def orbax_v1(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """Stock Orbax: `load` of the version 1 API."""
     from orbax.checkpoint.experimental import v1
 
-    item = _disk_tree(model, sharding)
-    return lambda: v1.load(path, item), _of_disk_tree
+    item = disk_tree(model, sharding)
+    return lambda: v1.load(path, item), of_disk_tree
 
 
 def orbax_then_reshape(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
@@ -120,7 +120,7 @@ CONTESTANTS: dict[str, Contestant] = {
 
 def _disk_keys(model: Model) -> list[tuple[str, ...]]:
     layers = [f"layers_{n}" for n in range(model.layers)] if model.stored == "layers" else ["layers"]
-    return [(layer, name, "kernel") for layer in layers for name in PROJECTIONS]
+    return [(layer, name, "kernel") for layer in layers for name in model.names]
 
 
 def _nnx_key(key: tuple[str, ...]) -> tuple[Any, ...]:
@@ -128,7 +128,7 @@ def _nnx_key(key: tuple[str, ...]) -> tuple[Any, ...]:
     return ("layers", int(layer.removeprefix("layers_")), *rest) if layer != "layers" else key
 
 
-def _disk_tree(model: Model, sharding: Sharding) -> dict[str, Any]:
+def disk_tree(model: Model, sharding: Sharding) -> dict[str, Any]:
     square = (model.width, model.width)
     shape = square if model.stored == "layers" else (model.width, model.layers, model.width)
     leaf = jax.ShapeDtypeStruct(shape, DTYPES[model.dtype], sharding=sharding)
@@ -143,14 +143,14 @@ def _of_state(state: Any) -> Arrays:
     return {key: variable.get_value() for key, variable in nnx.to_flat_state(state)}
 
 
-def _of_disk_tree(tree: Any) -> Arrays:
+def of_disk_tree(tree: Any) -> Arrays:
     flat = jax.tree_util.tree_flatten_with_path(tree["params"])[0]
     return {_nnx_key(tuple(key.key for key in keys)): value for keys, value in flat}
 
 
 def _reshaped(model: Model, params: Any, sharding: Sharding) -> list[tuple[tuple[Any, ...], jax.Array]]:
     if model.stored == model.wanted:
-        return list(_of_disk_tree({"params": params}).items())
+        return list(of_disk_tree({"params": params}).items())
     if model.stored == "stacked":
         take = jax.jit(
             lambda value, n: jax.lax.dynamic_index_in_dim(value, n, 1, False), out_shardings=sharding

@@ -172,8 +172,9 @@ def found_checksums(model: Model, arrays: Mapping[tuple[object, ...], Any]) -> d
 
 
 def placement(kind: str) -> Sharding:
-    """Returns where parameters live: `one` device, or `sharded` or `replicated` over all."""
+    """Returns where parameters live: on `one` device, or `sharded` (rows), `columns`, `replicated` on all."""
     if kind == "one":
         return NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec())
     mesh = Mesh(np.array(jax.devices()), ("x",))
-    return NamedSharding(mesh, PartitionSpec("x") if kind == "sharded" else PartitionSpec())
+    specs = {"sharded": PartitionSpec("x"), "columns": PartitionSpec(None, "x")}
+    return NamedSharding(mesh, specs.get(kind, PartitionSpec()))

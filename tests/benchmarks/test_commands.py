@@ -7,9 +7,19 @@ import pytest
 from benchmarks.measuring import command, program
 from tests.benchmarks import toys
 
-_TESTED = {"restore", "save", "scaling", "multihost", "verdict", "planning", "convert", "command_line"}
-# Not benchmarks by themselves: one trial, and the tables of results.
-_OTHER = {"trial", "tables"}
+_TESTED = {
+    "restore",
+    "save",
+    "scaling",
+    "multihost",
+    "verdict",
+    "planning",
+    "convert",
+    "command_line",
+    "remote",
+}
+# Not benchmarks by themselves: one trial, a bucket, and the tables of results.
+_OTHER = {"trial", "tables", "bucket"}
 
 
 @pytest.mark.parametrize("name", ["convert", "command_line"])

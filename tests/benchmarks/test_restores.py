@@ -13,7 +13,7 @@ from benchmarks.models import sized, write
 from tests.benchmarks import toys
 
 
-@pytest.mark.parametrize("name", ["restore", "save"])
+@pytest.mark.parametrize("name", ["restore", "save", "remote"])
 def test_a_benchmark_checks_the_values_that_it_measures(name: str, tmp_path: pathlib.Path) -> None:
     toys.check(name, tmp_path)
 

@@ -17,9 +17,11 @@ from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target.target import flatten_like, flatten_target, refuse_empty
+from orbax_nnx_handler.storage.checkpoint.files import Files
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.locations import absolute
+from orbax_nnx_handler.storage.checkpoint.locations import absolute, as_path
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.checkpoint.stores import files_at
 from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
@@ -75,9 +77,11 @@ def restore(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     limit = None if concurrent_gb is None else int(concurrent_gb * 1e9)
-    directory = agree_on("checkpoint", lambda: find_item(path, item))
+    given = as_path(path)
+    files = files_at(given)
+    directory = agree_on("checkpoint", lambda: find_item(given, item, files))
     result, _ = restore_item(
-        directory, target, restore_args, options, concurrent_bytes=limit, progress=progress
+        directory, target, restore_args, options, concurrent_bytes=limit, progress=progress, files=files
     )
     return result
 
@@ -110,7 +114,9 @@ def suggest(
             or `renames` do not fit.
     """
     options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
-    stored = read_metadata(find_item(path, item)).leaves
+    given = as_path(path)
+    files = files_at(given)
+    stored = read_metadata(find_item(given, item, files), files).leaves
     parts = flatten_target(target)
     refuse_empty(target, parts)
     return propose(parts, stored, options, order_of(target, init))
@@ -156,6 +162,7 @@ def restore_item(
     concurrent_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
     orbax: ocp.PyTreeCheckpointHandler | None = None,
+    files: Files | None = None,
 ) -> tuple[Any, RestoreReport]:
     """Restores one item directory and reports what was done.
 
@@ -166,7 +173,7 @@ def restore_item(
     """
     start = time.monotonic()
     overrides = flatten_like(restore_args) if restore_args is not None else {}
-    plan, parts, checkpoint = agree(lambda: decide_and_check(directory, target, overrides, options))
+    plan, parts, checkpoint = agree(lambda: decide_and_check(directory, target, overrides, options, files))
     arrays = carry_out(
         checkpoint,
         plan,

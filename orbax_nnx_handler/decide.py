@@ -14,27 +14,38 @@ from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target.target import Target, flatten_like, flatten_target, refuse_empty
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
+from orbax_nnx_handler.storage.checkpoint.files import Files
 from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.locations import as_path
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.checkpoint.stores import files_at
 from orbax_nnx_handler.storage.gc_pause import paused_collection
 
 
 def decide_and_check(
-    directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
+    directory: epath.Path,
+    target: Any,
+    overrides: Mapping[Path, Any],
+    options: RestoreOptions,
+    files: Files | None = None,
 ) -> tuple[RestorePlan, Target, Checkpoint]:
     """Decides, and raises where the restore must fail.
 
     Raises:
         RestoreError: Lists every problem.
     """
-    decided = decide(directory, target, overrides, options)
+    decided = decide(directory, target, overrides, options, files)
     decided[0].check()
     return decided
 
 
 @paused_collection()
 def decide(
-    directory: epath.Path, target: Any, overrides: Mapping[Path, Any], options: RestoreOptions
+    directory: epath.Path,
+    target: Any,
+    overrides: Mapping[Path, Any],
+    options: RestoreOptions,
+    files: Files | None = None,
 ) -> tuple[RestorePlan, Target, Checkpoint]:
     """Returns plan, target and checkpoint; the plan is not checked.
 
@@ -43,12 +54,13 @@ def decide(
         target: What the caller wants.
         overrides: Restore args by wanted path.
         options: The caller's choices.
+        files: The files of the checkpoint's store, where some are known already.
 
     Raises:
         UnreadableLeafError: Nothing of the checkpoint can be read.
         RestoreError: The target has no leaf.
     """
-    checkpoint = read_metadata(directory)
+    checkpoint = read_metadata(directory, files)
     if not checkpoint.leaves:
         check_readable(checkpoint.lost, checkpoint.foreign)
     parts = flatten_target(target, overrides)
@@ -111,5 +123,7 @@ def plan_restore(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     overrides = flatten_like(restore_args) if restore_args is not None else {}
-    plan, _, _ = decide(find_item(path, item), target, overrides, options)
+    given = as_path(path)
+    files = files_at(given)
+    plan, _, _ = decide(find_item(given, item, files), target, overrides, options, files)
     return plan

@@ -62,7 +62,7 @@ def decide(
     """
     checkpoint = read_metadata(directory, files)
     if not checkpoint.leaves:
-        check_readable(checkpoint.lost, checkpoint.foreign)
+        check_readable(checkpoint.broken)
     parts = flatten_target(target, overrides)
     refuse_empty(target, parts)
     plan = make_plan(
@@ -71,8 +71,7 @@ def decide(
         options,
         directory=str(directory),
         overrides=_policies_of(overrides),
-        lost=checkpoint.lost,
-        foreign=checkpoint.foreign,
+        broken=checkpoint.broken,
     )
     return plan, parts, checkpoint
 

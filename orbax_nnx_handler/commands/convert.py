@@ -148,7 +148,7 @@ def _dtype(name: str | None) -> np.dtype[Any] | None:
 
 def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     """Returns the stored leaves, moved and regrouped; the model itself need not be known."""
-    check_readable(checkpoint.lost, checkpoint.foreign)
+    check_readable(checkpoint.broken)
     layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0]
     leaves = with_dtype(every_leaf(checkpoint.leaves, layout.name), _dtype(arguments.dtype))
     empty = {p: _EMPTY.get(t) for p, t in checkpoint.nodes.items() if p not in checkpoint.leaves}

@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render, segments, sort_paths
 from orbax_nnx_handler.planning.text.folding import Row
 from orbax_nnx_handler.planning.text.lines import aligned
+from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.digests import Difference, as_stored, differences
@@ -83,6 +84,8 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Shows the differences."""
     sides = [read_metadata(find_item(path, arguments.item)) for path in (arguments.path_a, arguments.path_b)]
+    for side in sides:
+        check_readable(side.broken)
     compared = compare(sides[0], sides[1])
     if arguments.values:
         window = window_of(arguments.memory)

@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.text.folding import list_paths
 from orbax_nnx_handler.planning.verdict.judge import judge
 from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict
+from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -91,13 +92,10 @@ def make_plan(
     *,
     directory: str = "",
     overrides: Mapping[Path, Policy] | None = None,
-    lost: Mapping[Path, str] | None = None,
-    foreign: Mapping[Path, str] | None = None,
+    broken: Unreadable | None = None,
 ) -> RestorePlan:
     """Returns the verdict of `judge`, which takes the same arguments, as a plan."""
-    verdict = judge(
-        target, stored, options, directory=directory, overrides=overrides, lost=lost, foreign=foreign
-    )
+    verdict = judge(target, stored, options, directory=directory, overrides=overrides, broken=broken)
     return RestorePlan(**{field.name: getattr(verdict, field.name) for field in dataclasses.fields(verdict)})
 
 

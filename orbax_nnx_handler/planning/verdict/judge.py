@@ -1,7 +1,7 @@
 """Compares a mapping with the target: the pure function behind every verdict."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -36,7 +36,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     Sides,
     Verdict,
 )
-from orbax_nnx_handler.planning.verdict.unreadable import unreadable, unreadable_leaves
+from orbax_nnx_handler.planning.verdict.unreadable import Unreadable, unreadable, unreadable_leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,7 @@ def judge(
     *,
     directory: str = "",
     overrides: Mapping[Path, Policy] | None = None,
-    lost: Mapping[Path, str] | None = None,
-    foreign: Mapping[Path, str] | None = None,
+    broken: Unreadable | None = None,
 ) -> Verdict:
     """Decides what every leaf of a target will be.
 
@@ -101,8 +100,7 @@ def judge(
         options: The caller's choices.
         directory: The item directory, for messages.
         overrides: Policies of single leaves.
-        lost: Stored leaves that are damaged, each with the reason.
-        foreign: Stored leaves that hold no numbers, each with what they hold.
+        broken: Stored leaves that cannot be read.
 
     Raises:
         UnusedRuleError: A policy filter or a rule has no effect.
@@ -114,8 +112,8 @@ def judge(
     try:
         mapping, faults = best_mapping(wanted, stored, options)
     except UnusedRuleError as error:
-        if lost:  # It may be what the rule is for.
-            raise unreadable(lost) from error
+        if broken is not None and broken.lost:  # It may be what the rule is for.
+            raise unreadable(broken.lost) from error
         raise
     leaves = _Leaves(mapping, stored, options, policies)
     outcomes = {item.leaf.path: leaves.outcome(item) for item in wanted}
@@ -141,15 +139,22 @@ def judge(
             *faults_of(mapping),
             *indivisible(target.leaves.values()),
             *unreadable_leaves(
-                missing,
-                [path for path in defaulted if roles[path] == "random"],
-                lost or {},
-                foreign or {},
+                broken or Unreadable(),
+                used=_read_by(used, left.dropped.values()),
+                missing=missing,
+                defaulted=[path for path in defaulted if roles[path] == "random"],
                 renamed=any(not isinstance(rule, Drop | ScanAxis) for rule in options.renames),
             ),
         ),
         sides=_sides(wanted, mapping),
     )
+
+
+def _read_by(recipes: Iterable[Recipe], dropped: Iterable[Dropped | Discarded]) -> Iterator[Path]:
+    """Yields the stored leaves that are read: for a wanted leaf, or to see that they are zero."""
+    for recipe in recipes:
+        yield from reads(recipe)
+    yield from (item.leaf.path for item in dropped if isinstance(item, Dropped))
 
 
 _Outcome = Restored | Missing | Mismatched | Defaulted

@@ -1,5 +1,6 @@
 """Leaves that a checkpoint's tree names and that cannot be read: damaged, or no numbers; never missing."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
@@ -8,36 +9,59 @@ from orbax_nnx_handler.planning.text.folding import Row
 from orbax_nnx_handler.planning.text.lines import aligned
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unreadable:
+    """Stored leaves that cannot be read, each with the reason.
+
+    Attributes:
+        lost: Those whose metadata is damaged: not even their shapes are known.
+        damaged: Those whose shapes are known and whose bytes are not all there.
+        foreign: Those that hold no numbers, with what they hold.
+    """
+
+    lost: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+    damaged: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+    foreign: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+
+
 def unreadable_leaves(
+    found: Unreadable,
+    *,
+    used: Iterable[Path],
     missing: Iterable[Path],
     defaulted: Iterable[Path],
-    lost: Mapping[Path, str],
-    foreign: Mapping[Path, str],
-    *,
     renamed: bool = False,
 ) -> Iterable[UnreadableLeafError]:
-    """Yields the faults that a missing leaf may be one that cannot be read; no policy fills that one.
+    """Yields the faults that a wanted leaf is, or may be, one that cannot be read; no policy fills that one.
 
     Args:
+        found: The stored leaves that cannot be read.
+        used: The stored leaves that the plan reads.
         missing: The wanted leaves for which no stored one can be read.
         defaulted: The wanted random state for which none can be read.
-        lost: Stored leaves that are damaged, each with the reason.
-        foreign: Stored leaves that hold no numbers, each with what they hold.
-        renamed: Whether rules give stored leaves other names: a damaged leaf may then be any
+        renamed: Whether rules give stored leaves other names: a lost leaf may then be any
             missing one.
     """
-    names = {_last(path) for path in missing}
+    wanted = [_plain(path) for path in missing]
     streams = [_plain(path) for path in defaulted]
 
     def may_be_wanted(path: Path) -> bool:
-        return _last(path) in names or _is_stream(_plain(path), streams)
+        plain = _plain(path)
+        return any(_may_be(plain, other) for other in wanted) or _is_stream(plain, streams)
 
-    damaged = {path: why for path, why in lost.items() if may_be_wanted(path) or (renamed and names)}
-    without_numbers = {path: what for path, what in foreign.items() if may_be_wanted(path)}
+    damaged = {path: found.damaged[path] for path in dict.fromkeys(used) if path in found.damaged}
+    damaged |= {path: why for path, why in found.lost.items() if may_be_wanted(path) or (renamed and wanted)}
+    without_numbers = {path: what for path, what in found.foreign.items() if may_be_wanted(path)}
     if damaged:
         yield unreadable(damaged)
     if without_numbers:
         yield not_numbers(without_numbers)
+
+
+def _may_be(stored: Tokens, wanted: Tokens) -> bool:
+    """Tells whether a stored leaf may be a wanted one: by its last name, or by most of the other's names."""
+    names = {name for name in wanted if not name.isdecimal()}
+    return stored[-1:] == wanted[-1:] or 2 * len(names & set(stored)) >= len(names) > 0
 
 
 def _is_stream(stored: Tokens, wanted: Iterable[Tokens]) -> bool:
@@ -55,20 +79,16 @@ def _ends(stored: Tokens, wanted: Tokens) -> bool:
     return bool(size) and stored[-size:] == wanted[-size:]
 
 
-def check_readable(lost: Mapping[Path, str], foreign: Mapping[Path, str]) -> None:
+def check_readable(found: Unreadable) -> None:
     """Raises if any leaf of a checkpoint cannot be read.
-
-    Args:
-        lost: See `unreadable_leaves`.
-        foreign: See `unreadable_leaves`.
 
     Raises:
         UnreadableLeafError: Lists the damaged ones, or else those that hold no numbers.
     """
-    if lost:
-        raise unreadable(lost)
-    if foreign:
-        raise not_numbers(foreign)
+    if found.lost or found.damaged:
+        raise unreadable({**found.lost, **found.damaged})
+    if found.foreign:
+        raise not_numbers(found.foreign)
 
 
 def unreadable(lost: Mapping[Path, str]) -> UnreadableLeafError:
@@ -91,11 +111,6 @@ def not_numbers(foreign: Mapping[Path, str]) -> UnreadableLeafError:
         "hint: load it where it was written, and save them again as arrays of float32 or of integers.",
         paths=list(foreign),
     )
-
-
-def _last(path: Path) -> str:
-    names = _plain(path)
-    return names[-1] if names else ""
 
 
 def _plain(path: Path) -> Tokens:

@@ -9,6 +9,7 @@ from etils import epath
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 from orbax_nnx_handler.storage.checkpoint.stores import Store
 from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
 
@@ -71,3 +72,8 @@ class Checkpoint:
     writes_fill: bool
     damaged: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
     foreign: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+
+    @property
+    def broken(self) -> Unreadable:
+        """Every leaf that cannot be read, for a verdict."""
+        return Unreadable(lost=self.lost, damaged=self.damaged, foreign=self.foreign)

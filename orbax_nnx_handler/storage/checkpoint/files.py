@@ -160,12 +160,13 @@ class Files:
         """Returns the first bytes of a file."""
         return _expect(bytes, self._answer(Read(os.fspath(path), 0, size))) or b""
 
-    def optional(self, path: epath.Path) -> bytes | None:
+    def optional(self, path: epath.Path, *, warn: bool = False) -> bytes | None:
         """Returns the bytes of a file that can be done without, or None."""
         try:
             return self.content(path)
         except NotACheckpointError as error:
-            _logger.warning("going on without a file: %s", error)
+            if warn:
+                _logger.warning("going on without a file: %s", str(error).splitlines()[0])
             return None
 
     def contents(self, paths: Sequence[epath.Path]) -> list[bytes | NotACheckpointError | None]:

@@ -13,6 +13,7 @@ has the items' names as its first keys, as the layouts `tunix` and `openpi` expe
 
 import dataclasses
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -55,6 +56,8 @@ from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY, Encoding, Za
 from orbax_nnx_handler.storage.gc_pause import paused_collection
 
 __all__ = ["Checkpoint", "StoredArray", "parts_of", "read_metadata"]
+
+_logger = logging.getLogger(__name__)
 
 _TUNIX = ("model_params", "optimizer_state")
 _OPENPI = ("params", "train_state")
@@ -386,16 +389,18 @@ def _read_key_impls(directory: epath.Path, files: Files) -> dict[str, str]:
 
 def _read_step_metadata(directory: epath.Path, files: Files) -> Mapping[str, Any]:
     """Returns the program's metadata of the step: beside the item, or above it."""
+    if not files.is_folder(directory):
+        return {}
     for folder in (directory, directory.parent):
-        content = (
-            files.optional(folder / STEP_FILE) if files.is_folder(directory) or folder != directory else None
-        )
-        if content is not None:
-            try:
-                return optional_object(parse_object(content), "custom_metadata")
+        content = files.optional(folder / STEP_FILE, warn=True)
+        if content is None:
+            continue
+        try:
+            return optional_object(parse_object(content), "custom_metadata")
+        except FieldError as error:
             # Nothing of the restore depends on it, so a damaged file is no reason to stop.
-            except FieldError:
-                return {}
+            _logger.warning("going on without %s: %s", folder / STEP_FILE, error)
+            return {}
     return {}
 
 

@@ -20,14 +20,15 @@ _LOGIN = {
 }
 _RIGHTS = {"gs": "storage.objects.list and storage.objects.get", "s3": "s3:ListBucket and s3:GetObject"}
 _LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
-# TensorStore adds where in its own source a status was made.
-_SOURCES = re.compile(r"\s*\[(source locations|tensorstore_spec)=.*", re.DOTALL)
+# TensorStore adds where in its own source a status was made, and what the store's answer looked like.
+_DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec|http_response_body)=.*?\](?=\s|$)", re.DOTALL)
+_CODE = re.compile(r"\s*\[http_response_code='(\d+)'\]")
 
 
 def cannot_read(path: str | os.PathLike[str], error: BaseException) -> NotACheckpointError:
     """Returns the error that says why a path could not be read."""
     reason, hint = reason_and_hint(path, error)
-    return NotACheckpointError(f"{os.fspath(path)} cannot be read: {reason}\nhint: {hint}")
+    return NotACheckpointError(f"{os.fspath(path)} cannot be read: {reason}.\nhint: {hint}")
 
 
 def reason_and_hint(path: str | os.PathLike[str], error: BaseException) -> tuple[str, str]:
@@ -37,9 +38,12 @@ def reason_and_hint(path: str | os.PathLike[str], error: BaseException) -> tuple
         path: The file or folder that was asked for.
         error: What fsspec, TensorStore or the operating system raised.
     """
-    text = _SOURCES.sub("", str(error)).strip().splitlines()
+    text = _CODE.sub(r" (HTTP \1)", _DETAILS.sub("", str(error))).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no reason is given'}".removesuffix(".")
-    return reason, _hint(os.fspath(path), error, f"{type(error).__name__} {error}")
+    key = os.fspath(path).rpartition("://")[2].partition("/")[2]
+    # A step's number is no status code.
+    said = str(error).replace(key, "") if key else str(error)
+    return reason, _hint(os.fspath(path), error, f"{type(error).__name__} {said}")
 
 
 def _hint(path: str, error: BaseException, text: str) -> str:

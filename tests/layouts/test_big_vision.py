@@ -1,24 +1,16 @@
 """big_vision: arrays named by their paths, optimizer fields by their numbers."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from orbax_nnx_handler import plan_restore, restore
 from tests.layouts import fixtures, writers
 from tests.layouts.programs import assert_goes_on, trained, vision_transformer
-
-# What its configurations call `optax_name`.
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adam": lambda: writers.big_vision_optimizer(optax.scale_by_adam(b2=0.95, eps=1e-4)),
-    "adafactor": lambda: writers.big_vision_optimizer(writers.big_vision_adafactor()),
-    "momentum": lambda: writers.big_vision_optimizer(optax.trace(decay=0.9)),
-}
+from tests.layouts.writers import OPTIMIZERS
 
 
 def written(root: Path, optimizer: str) -> Path:

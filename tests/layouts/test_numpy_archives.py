@@ -27,7 +27,7 @@ from tests.layouts.programs import (
     trained,
     vision_transformer,
 )
-from tests.layouts.test_big_vision import OPTIMIZERS
+from tests.layouts.writers import OPTIMIZERS
 
 
 def adam() -> optax.GradientTransformation:

@@ -8,7 +8,7 @@ The functions say where in the source that is.
 import io
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -370,3 +370,11 @@ def boxed_moments(opt_state: Any) -> Any:
         type(part)(*(boxed(field) if isinstance(field, Mapping) else field for field in part))
         for part in opt_state
     )
+
+
+# What big_vision's configurations call `optax_name`.
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": lambda: big_vision_optimizer(optax.scale_by_adam(b2=0.95, eps=1e-4)),
+    "adafactor": lambda: big_vision_optimizer(big_vision_adafactor()),
+    "momentum": lambda: big_vision_optimizer(optax.trace(decay=0.9)),
+}

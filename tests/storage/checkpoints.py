@@ -64,3 +64,17 @@ def mixed_tree():
         "keys": jax.random.split(jax.random.key(4, impl="rbg"), 3),
         "old_key": jax.random.PRNGKey(5),
     }
+
+
+def as_remote(checkpoint, *, listed):
+    """The same checkpoint as if its store were behind a network."""
+    stores = {id(array.store): array.store for array in checkpoint.arrays.values()}
+    remote = {
+        number: dataclasses.replace(store, local=False, catalog=store.catalog if listed else None)
+        for number, store in stores.items()
+    }
+    arrays = {
+        path: dataclasses.replace(array, store=remote[id(array.store)])
+        for path, array in checkpoint.arrays.items()
+    }
+    return dataclasses.replace(checkpoint, arrays=arrays)

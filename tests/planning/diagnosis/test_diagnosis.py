@@ -1,10 +1,8 @@
 """Each cause is found where its evidence is, and nowhere else."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +10,6 @@ from flax import nnx
 from orbax_nnx_handler import RestorePlan
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.diagnosis.cause import (
-    Cause,
     CollectionMissing,
     KeyImplementation,
     LostWeights,
@@ -27,60 +24,19 @@ from orbax_nnx_handler.planning.diagnosis.sizes import DimensionDiffers
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def keys(path: str) -> tuple[Any, ...]:
-    return tuple(int(part) if part.isdecimal() else part for part in path.split("/"))
-
-
-def stored_leaves(shapes: Shapes, **impls: str) -> dict[Any, StoredLeaf]:
-    return {
-        keys(path): StoredLeaf(path=keys(path), shape=shape, dtype=np.dtype(np.float32))
-        for path, shape in shapes.items()
-    }
-
-
-def plan(stored: Shapes, wanted: Mapping[str, Any], **options: Any) -> RestorePlan:
-    """Plans a restore of float32 leaves; a wanted shape is a Param, anything else a Variable itself."""
-    variables = [(keys(path), as_variable(value)) for path, value in wanted.items()]
-    target = flatten_target(nnx.from_flat_state(variables))
-    return make_plan(target, stored_leaves(stored), RestoreOptions.of(**options))
-
-
-def as_variable(value: Any) -> nnx.Variable[Any]:
-    return value if isinstance(value, nnx.Variable) else nnx.Param(abstract(value))
-
-
-def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def kinds(found: tuple[Cause, ...]) -> list[type[Cause]]:
-    return [type(cause) for cause in found]
-
-
-def layer(at: str, width: int = 4) -> dict[str, tuple[int, ...]]:
-    return {f"{at}/up/kernel": (width, 6), f"{at}/up/bias": (6,), f"{at}/norm/scale": (width,)}
-
-
-def model(layers: int, prefix: str = "params/", name: str = "layers_{}", width: int = 4) -> dict[str, Any]:
-    found: dict[str, Any] = {f"{prefix}embed/embedding": (11, width), f"{prefix}head/kernel": (width, 11)}
-    for at in range(layers):
-        found |= layer(prefix + name.format(at), width)
-    return found
-
-
-def moments(slot: str, shapes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {f"opt_state/0/{slot}/{path.removeprefix(prefix)}": shape for path, shape in shapes.items()}
-
-
-def wanted_moments(slot: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        f"optimizer/opt_state/0/{slot}/{path.removeprefix('model/')}": nnx.OptVariable(abstract(shape))
-        for path, shape in shapes.items()
-    }
+from tests.planning.models import (
+    abstract,
+    as_variable,
+    keys,
+    kinds,
+    layer,
+    model,
+    moments,
+    plan,
+    stacked,
+    stored_leaves,
+    wanted_moments,
+)
 
 
 def test_a_plan_that_fits_has_no_cause():
@@ -126,13 +82,6 @@ def test_one_missing_weight_of_one_layer_is_no_missing_layer():
     found = diagnose(plan(checkpoint, model(3, "", "layers/{}")))
 
     assert not {LayerCount, LayersAbsent} & set(kinds(found))
-
-
-def stacked(count: int, axis: int = 1) -> dict[str, tuple[int, ...]]:
-    return {
-        f"layers/{path.removeprefix('x/')}": (*shape[:axis], count, *shape[axis:])
-        for path, shape in layer("x").items()
-    }
 
 
 def test_stacks_of_another_length_are_another_number_of_layers():

@@ -19,16 +19,7 @@ from orbax_nnx_handler.planning.diagnosis.parts import NoBias, Quantised, TiedEm
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from tests.planning.diagnosis.test_diagnosis import (
-    abstract,
-    keys,
-    kinds,
-    model,
-    moments,
-    plan,
-    stacked,
-    wanted_moments,
-)
+from tests.planning.models import abstract, keys, kinds, model, moments, plan, stacked, wanted_moments
 
 Shapes = dict[str, Any]
 SCOPE = {"nnx": nnx, **{name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__all__}}

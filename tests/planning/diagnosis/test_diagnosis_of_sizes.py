@@ -4,7 +4,7 @@ import pytest
 
 from orbax_nnx_handler.planning.diagnosis.finders import diagnose
 from orbax_nnx_handler.planning.diagnosis.sizes import DimensionDiffers, HeadsDivided, OtherOutput
-from tests.planning.diagnosis.test_diagnosis import model, plan
+from tests.planning.models import model, plan
 
 
 def attention(

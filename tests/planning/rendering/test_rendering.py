@@ -12,7 +12,7 @@ from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError, RestoreReport
 from orbax_nnx_handler.planning.text.lines import wrapped
-from tests.planning.diagnosis.test_diagnosis import model, plan
+from tests.planning.models import model, plan
 from tests.planning.plans import plan_of
 
 STORED = model(2)

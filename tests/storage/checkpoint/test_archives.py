@@ -29,8 +29,8 @@ from orbax_nnx_handler.storage.reading import chunks, members, read_arrays, read
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.targets import Destination
 from tests.gallery.models import save
-from tests.storage.reading.test_base_store import as_remote
-from tests.storage.reading.test_reading import plain_jobs
+from tests.storage.checkpoints import as_remote
+from tests.storage.jobs import plain_jobs
 
 SAVES = {"stored": np.savez, "deflated": np.savez_compressed}
 DTYPES = ["<f4", ">f4", "<f8", "<f2", "<i4", ">i8", "|u1", "|i1", "|b1", "<c8"]

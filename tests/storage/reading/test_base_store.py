@@ -1,6 +1,5 @@
 """Bytes by position: what is there is read, and what is not there is noticed."""
 
-import dataclasses
 import os
 
 import numpy as np
@@ -20,7 +19,7 @@ from orbax_nnx_handler.storage.reading.base_store import (
     ShortReadError,
     content_of,
 )
-from tests.storage.checkpoints import FORMATS, DiskFormat, numbers, save
+from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, numbers, save
 
 CONTENT = bytes(range(10))
 
@@ -151,17 +150,3 @@ def test_a_store_without_files_of_its_own_gives_the_same_values(tmp_path, monkey
 
     for name, value in tree.items():
         np.testing.assert_array_equal(values[(name,)], np.asarray(value))
-
-
-def as_remote(checkpoint, *, listed):
-    """The same checkpoint as if its store were behind a network."""
-    stores = {id(array.store): array.store for array in checkpoint.arrays.values()}
-    remote = {
-        number: dataclasses.replace(store, local=False, catalog=store.catalog if listed else None)
-        for number, store in stores.items()
-    }
-    arrays = {
-        path: dataclasses.replace(array, store=remote[id(array.store)])
-        for path, array in checkpoint.arrays.items()
-    }
-    return dataclasses.replace(checkpoint, arrays=arrays)

@@ -14,10 +14,9 @@ from orbax_nnx_handler.storage.reading import read_arrays, read_values
 from orbax_nnx_handler.storage.reading.base_store import LocalData
 from orbax_nnx_handler.storage.reading.byte_plan import DISK
 from orbax_nnx_handler.storage.reading.engine import Task, read_pieces
-from tests.storage.checkpoints import FORMATS, DiskFormat, save
+from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, save
+from tests.storage.jobs import plain_jobs
 from tests.storage.reading.networks import behind_a_network
-from tests.storage.reading.test_base_store import as_remote
-from tests.storage.reading.test_reading import plain_jobs
 
 RAW, ZSTD = DiskFormat(True, True, False), DiskFormat(True, True, True)
 

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
@@ -30,28 +30,10 @@ from orbax_nnx_handler.storage.reading import Job, read_arrays, read_values
 from orbax_nnx_handler.storage.reading.base_store import LocalData
 from tests.cases import load_case, names
 from tests.storage.checkpoints import FORMATS, DiskFormat, mixed_tree, numbers, save
+from tests.storage.jobs import one_device, plain_jobs
 
 RAW = DiskFormat(True, True, False)
 ZSTD = DiskFormat(True, True, True)
-
-
-def one_device():
-    return SingleDeviceSharding(jax.devices()[0])
-
-
-def plain_jobs(checkpoint, sharding=None):
-    """One job per leaf, as stored."""
-    return [
-        Job(
-            path=leaf.path,
-            recipe=Read(leaf.path),
-            shape=leaf.shape,
-            dtype=leaf.dtype,
-            sharding=sharding or one_device(),
-        )
-        for leaf in checkpoint.leaves.values()
-        if leaf.dtype is not None
-    ]
 
 
 def job(recipe, shape, sharding=None, dtype=np.float32):

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orbax_nnx_handler.api import restore, save, suggest
+    from orbax_nnx_handler.api import restore, save, suggest, to_linen
     from orbax_nnx_handler.decide import plan_restore
     from orbax_nnx_handler.handler import (
         MissingParamRestoreArgs,
@@ -92,6 +92,7 @@ __all__ = [
     "restore",
     "save",
     "suggest",
+    "to_linen",
 ]
 
 _HOMES = {
@@ -99,6 +100,7 @@ _HOMES = {
         "restore",
         "save",
         "suggest",
+        "to_linen",
     ),
     "handler": (
         "MissingParamRestoreArgs",

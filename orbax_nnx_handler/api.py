@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestoreReport
-from orbax_nnx_handler.planning.rules import Rule, as_rules
+from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target.target import flatten_like, flatten_target, refuse_empty
 from orbax_nnx_handler.storage.checkpoint.files import Files
@@ -26,9 +26,9 @@ from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.storage.saving.arrange import Flavour
+from orbax_nnx_handler.storage.saving.arrange import Flavour, is_nnx
 from orbax_nnx_handler.storage.saving.optax_tree import Transformation
-from orbax_nnx_handler.storage.saving.save import linen_save
+from orbax_nnx_handler.storage.saving.save import Undone, linen_save, plan_save
 
 
 def restore(
@@ -128,7 +128,7 @@ def save(
     *,
     layout: Flavour = "linen",
     tx: Transformation | None = None,
-    renames: Iterable[Rule | tuple[str, str]] = (),
+    renames: Undone = (),
     force: bool = False,
 ) -> None:
     """Saves an NNX state as one item in the Linen layout.
@@ -140,16 +140,53 @@ def save(
         tx: The optimizer's transformation, where `state` is a bare `nnx.State`; see
             `NNXLinenSave`.
         renames: The rules of the restore; they are undone, so that they restore what is saved.
+            Or the plan or report of the restore: each leaf goes back to the path, shape and count
+            type that it came from, also where rules alone do not tell (a level taken away).
         force: Replace what is at `path`.
 
     Raises:
-        RuleError: A rule cannot be undone.
-        ValueError: Something is at `path` already and `force` is not set.
+        RuleError: A rule or a step of the plan cannot be undone.
+        ValueError: Two leaves would be stored at one path, the step is beyond int32, the plan is of
+            another item, or something is at `path` already and `force` is not set.
     """
-    arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx, as_rules(renames))
+    arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx, renames)
     opened: Any = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with opened as checkpointer:
         checkpointer.save(absolute(path), args=arguments, force=force)
+
+
+def to_linen(
+    state: Any,
+    layout: Flavour = "linen",
+    tx: Transformation | None = None,
+    renames: Undone = (),
+) -> dict[str, Any]:
+    """Returns the tree that `save` would write, in memory.
+
+    ```python
+    variables = to_linen(model)
+    logits = linen_model.apply({"params": variables["params"]}, tokens)
+    ```
+
+    Args:
+        state: What `save` takes. `jax.ShapeDtypeStruct` leaves give a tree of these.
+        layout: See `save`.
+        tx: See `save`.
+        renames: See `save`.
+
+    Returns:
+        Nested dicts as a Linen program has them (`params/...`, `batch_stats/...`), optax's tuples as
+        lists with None for empty states. An array that is stored as it is, is the state's own. Random
+        streams that a Linen program does not store are left out; `save` writes them to the item's
+        metadata.
+
+    Raises:
+        RuleError: See `save`.
+        ValueError: `state` holds no NNX object; see `save` for the rest.
+    """
+    if not is_nnx(state):
+        raise ValueError(f"a {type(state).__name__} without an NNX object is stored as it is.")
+    return plan_save(state, layout, tx, renames).tree()
 
 
 @paused_collection()

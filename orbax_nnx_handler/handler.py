@@ -17,11 +17,11 @@ from orbax_nnx_handler.planning.options import (
     check_policy,
 )
 from orbax_nnx_handler.planning.plan import RestoreReport
-from orbax_nnx_handler.planning.rules import Rule, as_rules
+from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.storage.reading.single_replica import is_single_replica
 from orbax_nnx_handler.storage.saving.arrange import Flavour
 from orbax_nnx_handler.storage.saving.optax_tree import Transformation
-from orbax_nnx_handler.storage.saving.save import linen_save
+from orbax_nnx_handler.storage.saving.save import Undone, linen_save
 
 Renames = Iterable[Rule | tuple[str, str]]
 
@@ -189,14 +189,15 @@ class NNXLinenSave(ocp.args.PyTreeSave):
             a State does not tell which empty states end a chain, and a Linen program
             refuses a list of another length. Modules carry theirs.
         renames: The rules of the restore; they are undone, so that the same rules
-            restore what is saved. A rule that cannot be undone is a `RuleError`.
+            restore what is saved. A rule that cannot be undone is a `RuleError`. Or the
+            report of the restore (`handler.report`), which is undone leaf by leaf.
     """
 
     item: Any = None
     _: dataclasses.KW_ONLY
     layout: Flavour = "linen"
     tx: Transformation | None = None
-    renames: Renames = ()
+    renames: Undone = ()
 
 
 def handler_registry(handler: NNXLinenHandler | None = None, item: str | None = None) -> Any:
@@ -245,7 +246,7 @@ def _save_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = NNXLinenSave(older.get("item"), older.get("save_args"))
     stock = ocp.args.PyTreeSave(**_shared_fields(given))
     if isinstance(given, NNXLinenSave):
-        return linen_save(stock, given.layout, given.tx, as_rules(given.renames))
+        return linen_save(stock, given.layout, given.tx, given.renames)
     return linen_save(stock)
 
 

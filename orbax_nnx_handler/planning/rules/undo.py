@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, segments
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, simplify, substitute
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, render_reads, simplify, substitute
 from orbax_nnx_handler.planning.rules import Rule, apply_rules, invert
 from orbax_nnx_handler.planning.rules.entries import Entry
 
@@ -29,22 +29,70 @@ def undo_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> dict[Path, Re
     after: Sequence[Entry] = entries
     for rule in invert(rules):
         after = _applied(rule, after)
-    stored: dict[Path, Entry] = {_path(entry): entry for entry in after}
-    if len(stored) < len(after):
-        raise RuleError("the rules, undone, would store two leaves under one name; name more of their paths.")
+    stored: dict[Path, Entry] = {}
+    for entry in after:
+        path = _path(entry)
+        if path in stored:
+            names = [render_reads(one.recipe) for one in (stored[path], entry)]
+            raise RuleError(
+                f"{names[0]} and {names[1]} would both be stored at {render(path)}: "
+                "undone, the rules give them one name.\nhint: name more of their paths in the rules.",
+                paths=[*stored[path].sources, *entry.sources],
+            )
+        stored[path] = entry
     _check_way_back(entries, stored, rules)
     return {path: entry.recipe for path, entry in stored.items()}
 
 
+class _Number(str):
+    """A number that Linen joins to the name in front of it: `layers`, `0` of `layers_0`."""
+
+    name: str
+
+
 def _applied(rule: Rule, entries: Sequence[Entry]) -> Sequence[Entry]:
-    """Applies a rule to paths as NNX spells them (`layers/0`); to Linen's spelling where nothing matches."""
-    spelled = rule.apply([_respelled(entry, canonical(entry.segments)) for entry in entries])
+    """Applies a rule to paths as NNX spells them (`layers/0`); to Linen's spelling where nothing matches.
+
+    What the rule writes stays as it stands there, and so does everything else.
+    """
+    spelled = rule.apply([_respelled(entry, _split(entry.segments)) for entry in entries])
     if spelled.matched:
         return [_respelled(entry, _joined(entry.segments)) for entry in spelled.entries]
     applied = rule.apply(entries)
     if not applied.matched:
         raise RuleError(f"the rule that saves, {rule}, matches no leaf of the state.")
     return applied.entries
+
+
+def _respelled(entry: Entry, names: tuple[str, ...]) -> Entry:
+    fixed = entry.fixed if len(entry.fixed) == len(names) else ()
+    return dataclasses.replace(entry, segments=names, fixed=fixed)
+
+
+def _split(names: Sequence[str]) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in names:
+        stem, numbers = name, list[str]()
+        while (parts := stem.rpartition("_"))[0] and parts[2].isdecimal():
+            stem = parts[0]
+            numbers.insert(0, parts[2])
+        found.append(stem)
+        for number in numbers:
+            part = _Number(number)
+            part.name = found[-1]
+            found.append(part)
+    return tuple(found)
+
+
+def _joined(names: Sequence[str]) -> tuple[str, ...]:
+    """Joins the numbers again that are still behind their names."""
+    found: list[str] = []
+    for at, name in enumerate(names):
+        if isinstance(name, _Number) and at and names[at - 1] is name.name:
+            found[-1] = f"{found[-1]}_{name}"
+        else:
+            found.append(str(name))
+    return tuple(found)
 
 
 def _path(entry: Entry) -> Path:
@@ -57,24 +105,8 @@ def _path(entry: Entry) -> Path:
     return (*path[: -len(tail)], source[-1]) if len(tail) > 1 and path[-len(tail) :] == tail else path
 
 
-def _respelled(entry: Entry, names: Sequence[str]) -> Entry:
-    plain = tuple(name.removeprefix("#") if is_number(name) else name for name in names)
-    fixed = entry.fixed if len(entry.fixed) == len(plain) else ()
-    return dataclasses.replace(entry, segments=plain, fixed=fixed)
-
-
-def _joined(names: Sequence[str]) -> tuple[str, ...]:
-    joined: list[str] = []
-    for name in names:
-        if name.isdecimal() and joined:
-            joined[-1] = f"{joined[-1]}_{name}"
-        else:
-            joined.append(name)
-    return tuple(joined)
-
-
 def _check_way_back(entries: Sequence[Entry], stored: Mapping[Path, Entry], rules: Sequence[Rule]) -> None:
-    """Restores in thought what would be saved: every leaf must come back from itself, unchanged."""
+    """Applies the rules to what would be saved: every leaf must come back from itself, unchanged."""
     fresh = [
         Entry(
             segments=entry.segments,

@@ -103,7 +103,7 @@ def in_linen(fitted: Fitted, target: Any, flavour: Flavour, rules: Sequence[Rule
     Raises:
         RuleError: A rule cannot be undone.
     """
-    plan = plan_save(target, flavour, rules=rules)
+    plan = plan_save(target, flavour, undone=rules)
     leaves, given = list[Written](), dict[Path, Any](plan.empty)
     for at, leaf in plan.leaves.items():
         stored = [path for path in leaf.sources if path in fitted.leaves]

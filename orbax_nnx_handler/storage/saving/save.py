@@ -1,7 +1,7 @@
 """What a save writes of an NNX item, and the arguments with which stock Orbax writes it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ from absl import logging
 from orbax_nnx_handler.planning.core.containers import tree_of
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
-from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
+from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import Flavour, arrange, check_distinct, is_nnx
@@ -20,7 +21,10 @@ from orbax_nnx_handler.storage.saving.cells import with_gates
 from orbax_nnx_handler.storage.saving.item import Leaf
 from orbax_nnx_handler.storage.saving.optax_tree import Transformation
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
-from orbax_nnx_handler.storage.saving.undo import without_rules
+from orbax_nnx_handler.storage.saving.undo import Leaves, as_restored, without_rules
+
+Undone = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport
+"""The rules of a restore, or what it did: a save writes what the restore has read."""
 
 _UNCERTAIN = (
     "The optimizer state of a bare nnx.State does not tell how many empty states end it; they were left out. "
@@ -60,27 +64,33 @@ class SavePlan:
 
 
 def plan_save(
-    item: Any, flavour: Flavour = "linen", tx: Transformation | None = None, rules: Sequence[Rule] = ()
+    item: Any, flavour: Flavour = "linen", tx: Transformation | None = None, undone: Undone = ()
 ) -> SavePlan:
     """Decides where each leaf of an item goes and what it is made from.
 
-    The gates of recurrent cells are apart, rules are undone, and steps are counted in int32.
+    The gates of recurrent cells are apart, rules or a restore are undone, and steps are counted in int32.
 
     Args:
         item: NNX state; see `arrange`.
         flavour: The layout.
         tx: The optimizer's transformation, for the empty states of a bare State.
-        rules: The rules of the restore; they are undone.
+        undone: The rules of the restore, its plan or its report.
 
     Raises:
-        RuleError: See `without_rules`.
+        RuleError: See `without_rules` and `as_restored`.
         ValueError: See `arrange`.
     """
     arranged = arrange(item, flavour, tx)
     if not arranged.certain and flavour == "linen":
         _warn(_UNCERTAIN)
-    leaves = with_gates({at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()})
-    leaves, empty = without_rules(leaves, arranged.empty, rules, flavour)
+    leaves: Leaves = {at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()}
+    empty = arranged.empty
+    if isinstance(undone, RestorePlan | RestoreReport):
+        plan = undone if isinstance(undone, RestorePlan) else undone.plan
+        leaves, empty = as_restored(leaves, empty, plan)
+    leaves = with_gates(leaves)
+    if not isinstance(undone, RestorePlan | RestoreReport):
+        leaves, empty = without_rules(leaves, empty, as_rules(undone), flavour)
     check_distinct((at, leaf.like) for at, leaf in leaves.items())
     step = leaves.get(("step",))
     if step is not None and step.dtype == np.uint32:
@@ -98,7 +108,7 @@ def linen_save(
     given: ocp.args.PyTreeSave,
     flavour: Flavour = "linen",
     tx: Transformation | None = None,
-    rules: Sequence[Rule] = (),
+    undone: Undone = (),
 ) -> ocp.args.PyTreeSave:
     """Returns the save arguments for NNX state in the layout of a Linen program.
 
@@ -111,7 +121,7 @@ def linen_save(
             the item is no NNX state.
         flavour: The layout.
         tx: The optimizer's transformation, for the empty states of a bare State.
-        rules: The rules of the restore; they are undone.
+        undone: The rules of the restore, its plan or its report.
 
     Raises:
         RuleError: See `plan_save`.
@@ -119,7 +129,7 @@ def linen_save(
     """
     if not is_nnx(given.item):
         return given
-    plan = plan_save(given.item, flavour, tx, rules)
+    plan = plan_save(given.item, flavour, tx, undone)
     _warn(layers_inside(plan.leaves))
     save_args = given.save_args
     if save_args is not None:

@@ -1,13 +1,18 @@
-"""The leaves of a save under the names and shapes before the user's rules."""
+"""The leaves of a save under the names and shapes before the user's rules, or before a restore."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flax import nnx
+
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.inverse import inverse
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import (
+    Fill,
     Read,
     Recipe,
     Scale,
@@ -19,6 +24,8 @@ from orbax_nnx_handler.planning.core.recipes import (
     substitute,
 )
 from orbax_nnx_handler.planning.layouts.linen import MAXTEXT, TRAIN_STATE
+from orbax_nnx_handler.planning.mapping.matches import Dropped
+from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.planning.rules.undo import undo_rules
@@ -55,6 +62,72 @@ def without_rules(
     shapes = {path: leaf.shape for path, leaf in model.items()}
     moments = _Moments(ways, shapes, depth=2 if flavour == "maxtext" else 1)
     return moments.added(undone, leaves, empty)
+
+
+def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves, Empty]:
+    """Returns the leaves and empty nodes as the checkpoint had them from which they were restored.
+
+    Args:
+        leaves: The leaves as they would be stored without a restore, cells whole.
+        empty: The nodes that hold nothing.
+        plan: What the restore did. Leaves that it has not restored stay where they are.
+
+    Raises:
+        RuleError: What was done to a leaf cannot be undone.
+        ValueError: The plan is of another item.
+    """
+    restored = {path: item for path, item in plan.restored.items() if not _is_random(item.wanted)}
+    shapes = {leaf.like: leaf.shape for leaf in leaves.values()}
+    strange = [path for path, item in restored.items() if shapes.get(path) != item.wanted.shape]
+    if strange:
+        listed = "\n".join(f"  {render(path)}" for path in strange[:20])
+        raise ValueError(
+            f"the plan in renames= is of another item: {len(strange)} of its leaves are not in this one, "
+            f"or have another shape:\n{listed}\nhint: pass what was restored, or the rules themselves."
+        )
+    stored = {path: placement.leaf for path, placement in plan.sides.placements.items()}
+    ways = inverse(
+        {path: item.recipe for path, item in restored.items()},
+        {path: leaf.shape for path, leaf in stored.items()},
+        shapes,
+    )
+    written = {at: leaf for at, leaf in leaves.items() if leaf.like not in restored}
+    by_item = {leaf.like: leaf for leaf in leaves.values()}
+    for at, way in ways.items():
+        source = by_item[reads(way)[0]]
+        is_count = restored[source.like].cast == "count"
+        dtype = restored[source.like].stored_dtype if is_count else source.dtype
+        shape = shape_of(way, shapes)
+        written[at] = dataclasses.replace(source, recipe=way, shape=shape, dtype=dtype)
+    for at, dropped in plan.dropped.items():
+        beside = next((leaf for path, leaf in written.items() if path[:-2] == at[:-2]), None)
+        if isinstance(dropped, Dropped) and beside is not None:
+            # It was zero, or it would not have been restored, and has no counterpart in the state.
+            written[at] = beside.through(Fill(dropped.leaf.shape), dropped.leaf.shape)
+    return written, _moved(empty, leaves, written)
+
+
+def _is_random(leaf: WantedLeaf) -> bool:
+    return leaf.kind is not None and issubclass(leaf.kind, nnx.RngState)
+
+
+def _moved(empty: Empty, before: Leaves, after: Leaves) -> Empty:
+    """Returns the empty nodes: where they are, a parameter's under its stored name, none in another chain."""
+    now = {leaf.like: at for at, leaf in after.items()}
+    names = {
+        at[1:]: now[leaf.like][1:] for at, leaf in before.items() if at[0] == "params" and leaf.like in now
+    }
+    chain = all(_slots(at) == _slots(now[leaf.like]) for at, leaf in before.items() if leaf.like in now)
+    moved: dict[Path, Any] = {}
+    for at, value in empty.items():
+        cut = next((cut for cut in range(len(at)) if at[cut:] in names), len(at))
+        if chain or at[0] != "opt_state":
+            moved[(*at[:cut], *names.get(at[cut:], ()))] = value
+    return moved
+
+
+def _slots(path: Path) -> list[tuple[int, int]]:
+    return [(depth, key) for depth, key in enumerate(path) if isinstance(key, int)]
 
 
 def _combined(recipe: Recipe, leaves: Leaves) -> SavedLeaf:

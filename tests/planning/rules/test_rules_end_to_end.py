@@ -248,7 +248,7 @@ def test_a_cast_of_stored_integers_reads_their_values(tmp_path: Path) -> None:
     [
         (lambda: [Drop("a", "why")], "cannot be undone"),
         (lambda: [("stored", "nowhere")], "matches no leaf of the state"),
-        (lambda: [("query", "key")], "two leaves under one name"),
+        (lambda: [("query", "key")], "would both be stored at"),
     ],
 )
 def test_rules_that_cannot_save_are_refused_before_anything_is_written(

@@ -1,0 +1,87 @@
+"""The tree that a save would write, in memory, beside what stock Orbax reads of that save."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from orbax_nnx_handler import save, to_linen
+from tests.storage.saving.trees import flat, leaves
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(2)])
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.cell = nnx.GRUCell(3, 4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.mask = jnp.arange(3)
+
+
+def training() -> tuple[Model, nnx.Optimizer]:
+    model = Model(nnx.Rngs(0))
+    tx = optax.chain(optax.clip(1.0), optax.adamw(1e-3))
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("renames", [(), [("stem", "layers/0")]], ids=["no rules", "rules"])
+def test_the_tree_holds_what_stock_orbax_reads_of_a_save(layout: Any, renames: Any, tmp_path: Path) -> None:
+    item = training()
+    save(tmp_path / "saved", item, layout=layout, renames=renames)
+
+    tree = to_linen(item, layout, renames=renames)
+
+    stored, ours = flat(tmp_path / "saved"), leaves(tree)
+    assert {key: (np.shape(x), str(x.dtype)) for key, x in ours.items()} == {
+        key: (np.shape(x), str(x.dtype)) for key, x in stored.items()
+    }
+    for key, value in ours.items():
+        bits = jax.random.key_data if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else np.asarray
+        np.testing.assert_array_equal(bits(value), bits(stored[key]), "/".join(key))
+    assert isinstance(tree["opt_state"], list)
+
+
+def test_a_linen_program_runs_on_the_tree() -> None:
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    x = jnp.arange(6.0).reshape(2, 3)
+
+    np.testing.assert_allclose(nn.Dense(4).apply(to_linen(model), x), model(x), rtol=1e-6)
+
+
+def test_arrays_are_the_states_own_and_abstract_leaves_stay_abstract() -> None:
+    item = training()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.state(item))
+
+    tree, shapes = to_linen(item), to_linen(abstract, tx=item[1].tx)
+
+    assert tree["params"]["layers_1"]["kernel"] is item[0].layers[1].kernel.get_raw_value()
+    described = [
+        {key: (np.shape(x), x.dtype) for key, x in leaves(found).items()} for found in (tree, shapes)
+    ]
+    assert described[0] == described[1]
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
+
+
+def test_gates_stay_on_the_devices_of_their_cell(mesh: Mesh) -> None:
+    cell = nnx.GRUCell(4, 8, rngs=nnx.Rngs(0))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    nnx.update(cell, jax.tree.map(lambda x: jax.device_put(x, sharding), nnx.state(cell, nnx.Param)))
+
+    tree = to_linen(cell)
+
+    # The bias that NNX lacks too: an array on one device beside others on eight could not be saved with them.
+    assert {leaf.sharding.device_set == sharding.device_set for leaf in jax.tree.leaves(tree)} == {True}
+    assert set(tree["params"]) == {side + gate for side in "ih" for gate in "rzn"}
+
+
+def test_what_holds_no_nnx_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="a dict without an NNX object"):
+        to_linen({"params": {"w": jnp.ones(2)}})

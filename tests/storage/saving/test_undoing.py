@@ -1,0 +1,224 @@
+"""A save undoes what rules or a restore did: a checkpoint gets its own paths, shapes and dtypes back."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import (
+    Fuse,
+    NNXLinenHandler,
+    NNXLinenRestore,
+    NNXLinenSave,
+    Rename,
+    Reshape,
+    RuleError,
+    StackLayers,
+    Transpose,
+    UnstackLayers,
+    plan_restore,
+    restore,
+    save,
+    to_linen,
+)
+from tests.storage.saving.trees import described_leaves, flat, numbered, written
+
+ADAM = optax.adam(0.1)
+
+
+class Dense(nnx.Module):
+    def __init__(self) -> None:
+        self.kernel = nnx.Param(jnp.zeros((3, 4)))
+        self.bias = nnx.Param(jnp.zeros(4))
+
+
+class Net(nnx.Module):
+    def __init__(self) -> None:
+        self.layers = nnx.List([Dense(), Dense()])
+        self.head = Dense()
+
+
+def training() -> tuple[Net, nnx.Optimizer]:
+    model = Net()
+    return model, nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+
+
+def train_state(params: Any) -> Any:
+    """Returns a train state whose elements are all different, as a Linen program stores it."""
+    state = {"params": params, "opt_state": ADAM.init(params), "step": np.int32(0)}
+    return numbered(state)
+
+
+def dense() -> dict[str, Any]:
+    return {"kernel": np.zeros((3, 4), "float32"), "bias": np.zeros(4, "float32")}
+
+
+STORED: dict[str, tuple[Any, list[Any]]] = {
+    "a number that is a key of its own": (
+        {"encoder": {"layer": {"0": dense(), "1": dense()}}, "out": dense()},
+        [Rename("encoder/layer/{i}", "layers/{i}"), Rename("out", "head")],
+    ),
+    "a number beside a rule, in the name": (
+        {"layers_0": dense(), "layers_1": dense(), "out": dense()},
+        [Rename("out", "head")],
+    ),
+    "a number beside a rule, as a key": (
+        {"layers": {"0": dense(), "1": dense()}, "out": dense()},
+        [Rename("out", "head")],
+    ),
+    "a level of the root": (
+        {"net": {"layers_0": dense(), "layers_1": dense(), "head": dense()}},
+        [],
+    ),
+    "a level that a rule takes away": (
+        {"stack": {"layers_0": dense(), "layers_1": dense()}, "head": dense()},
+        [Rename("stack", "")],
+    ),
+    "scanned layers": (
+        {"layers": jax.tree.map(lambda x: np.stack([x, x]), dense()), "head": dense()},
+        [],
+    ),
+    "scanned layers by a rule, another order of axes": (
+        {"scan": jax.tree.map(lambda x: np.stack([x, x], -1), dense()), "head": dense()},
+        [UnstackLayers("scan", "layers/{i}", -1)],
+    ),
+    "a matrix of another shape without its shape before": (
+        {
+            "layers_0": dense(),
+            "layers_1": dense(),
+            "head": {"kernel": np.zeros((2, 6), "float32"), "bias": dense()["bias"]},
+        },
+        [Reshape("head/kernel", (3, 4))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_save_after_a_restore_writes_the_checkpoints_own_tree(name: str, tmp_path: Path) -> None:
+    params, rules = STORED[name]
+    path = written(train_state(params), tmp_path / "linen")
+    handler = NNXLinenHandler(renames=rules)
+    with ocp.Checkpointer(handler) as checkpointer:
+        state = checkpointer.restore(path, args=NNXLinenRestore(nnx.eval_shape(training)))
+        checkpointer.save(tmp_path / "back", args=NNXLinenSave(state, renames=handler.report))
+
+    assert described_leaves(tmp_path / "back") == described_leaves(path)
+    before, after = flat(path), flat(tmp_path / "back")
+    for key, value in before.items():
+        np.testing.assert_array_equal(after[key], value, "/".join(key))
+
+
+NOT_TOLD_BY_RULES = {"a level that a rule takes away", "a matrix of another shape without its shape before"}
+
+
+@pytest.mark.parametrize("name", [name for name in STORED if STORED[name][1]])
+def test_rules_alone_undo_what_they_tell(name: str, tmp_path: Path) -> None:
+    params, rules = STORED[name]
+    path = written(train_state(params), tmp_path / "linen")
+    state = restore(path, nnx.eval_shape(training), renames=rules)
+    if name in NOT_TOLD_BY_RULES:
+        with pytest.raises(RuleError, match="cannot be undone"):
+            save(tmp_path / "back", state, renames=rules)
+        return
+
+    save(tmp_path / "back", state, renames=rules)
+    again = restore(tmp_path / "back", nnx.eval_shape(training), renames=rules)
+
+    before, after = (jax.tree.leaves(nnx.state(item)) for item in (state, again))
+    for ours, theirs in zip(after, before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    spelled = name != "a number beside a rule, as a key"  # Nothing in the state tells it from a name.
+    assert not spelled or described_leaves(tmp_path / "back") == described_leaves(path)
+
+
+def test_names_that_only_look_numbered_stay_what_they_are() -> None:
+    state = nnx.from_flat_state(
+        [((name, "w"), nnx.Param(jnp.full(1, at))) for at, name in enumerate(["l_00", "l_1", "l", "a"])]
+        + [(("k", "0", "w"), nnx.Param(jnp.full(1, 9.0)))]
+    )
+
+    tree = to_linen(state, renames=[("b", "a")])["params"]
+
+    assert {key: float(tree[key]["w"][0]) for key in ("l_00", "l_1", "l", "b")} == {
+        "l_00": 0,
+        "l_1": 1,
+        "l": 2,
+        "b": 3,
+    }
+    assert float(tree["k"]["0"]["w"][0]) == 9
+
+
+def test_the_bias_that_nnx_lacks_is_put_back(tmp_path: Path) -> None:
+    cell = nnx.GRUCell(3, 4, rngs=nnx.Rngs(0))
+    save(tmp_path / "linen", cell)
+    plan = plan_restore(tmp_path / "linen", cell)
+    assert len(plan.dropped) == 1
+
+    save(tmp_path / "back", restore(tmp_path / "linen", cell), renames=plan)
+
+    assert described_leaves(tmp_path / "back") == described_leaves(tmp_path / "linen")
+    np.testing.assert_array_equal(flat(tmp_path / "back")["params", "hn", "bias"], np.zeros(4))
+
+
+def test_leaves_that_no_checkpoint_held_are_stored_under_their_own_names(tmp_path: Path) -> None:
+    params = {"stem": {"layers_0": dense(), "layers_1": dense()}}
+    path = written(numbered({"params": params}), tmp_path / "linen")
+    target = nnx.eval_shape(Net)
+    plan = plan_restore(path, target, renames=[("stem/layers_{i}", "layers/{i}")], policy="warn")
+    state = restore(path, target, renames=[("stem/layers_{i}", "layers/{i}")], policy="warn")
+
+    tree = to_linen(state, renames=plan)["params"]
+
+    assert set(tree) == {"stem", "head"}
+
+
+def test_a_plan_of_another_item_is_refused(tmp_path: Path) -> None:
+    params = {"layers_0": dense(), "layers_1": dense(), "head": dense()}
+    plan = plan_restore(written(numbered({"params": params}), tmp_path / "a"), nnx.eval_shape(Net))
+
+    with pytest.raises(ValueError, match="of another item: 6 of its leaves are not in this one"):
+        to_linen(Dense(), renames=plan)
+
+
+def test_two_leaves_that_rules_would_store_at_one_path_are_both_named() -> None:
+    model = Net()
+
+    with pytest.raises(RuleError) as caught:
+        to_linen(model, renames=[("layers_0", "head")])
+
+    assert str(caught.value) == (
+        "params/head/bias and params/layers_0/bias would both be stored at params/layers_0/bias: "
+        "undone, the rules give them one name.\nhint: name more of their paths in the rules."
+    )
+
+
+def test_rules_that_join_and_move_axes_are_undone_from_the_report_too(tmp_path: Path) -> None:
+    class Fused(nnx.Module):
+        def __init__(self) -> None:
+            self.qkv = nnx.Param(jnp.zeros((6, 2, 3)))
+
+    params = {name: {"w": np.zeros((3, 2), "float32")} for name in ("q_0", "k_0", "v_0", "q_1", "k_1", "v_1")}
+    path = written(numbered({"params": params}), tmp_path / "linen")
+    rules = [
+        *[StackLayers(f"{name}_{{i}}/w", f"{name}/w", 0) for name in "qkv"],
+        Fuse(("q/w", "k/w", "v/w"), "qkv", 0),
+        Transpose("qkv", (0, 2, 1)),
+    ]
+    state = restore(path, nnx.eval_shape(Fused), renames=rules)
+    expected = np.concatenate([[params_of(path, f"{n}_{i}").T for i in range(2)] for n in "qkv"])
+    np.testing.assert_array_equal(state.qkv[...], expected)
+
+    for undone in (rules, plan_restore(path, nnx.eval_shape(Fused), renames=rules)):
+        tree = to_linen(state, renames=undone)["params"]
+        for name in params:
+            np.testing.assert_array_equal(tree[name]["w"], params_of(path, name))
+
+
+def params_of(path: Path, name: str) -> Any:
+    return flat(path)["params", name, "w"]

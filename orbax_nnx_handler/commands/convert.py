@@ -42,10 +42,12 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metad
 from orbax_nnx_handler.storage.converting.fitted import fit, in_linen, in_nnx
 from orbax_nnx_handler.storage.converting.leaves import (
     WITHOUT_COLLECTIONS,
+    check_codes,
     check_distinct,
     check_linen_names,
     every_leaf,
     in_layout,
+    rounded,
     scan,
     unscan,
     weights_only,
@@ -119,6 +121,8 @@ def request_of(arguments: argparse.Namespace) -> Request:
     find = _rearranged if arguments.target is None else _fitted
     request = find(checkpoint, arguments)
     check_distinct(request.conversion.leaves)
+    if arguments.dtype is not None:
+        check_codes(request.conversion.leaves, checkpoint.leaves)
     return request
 
 
@@ -303,10 +307,12 @@ def _checking(check: Callable[[], None], progress: Callable[[int], None]) -> Cal
 
 def _announce(request: Request, screen: Screen) -> None:
     conversion = request.conversion
+    narrow = rounded(conversion.leaves, conversion.source.leaves)
     screen.facts(
         [
             ("from", f"{conversion.source.directory} ({request.title})"),
             ("to write", f"{count(len(conversion.leaves), 'leaf', 'leaves')}, {size(conversion.nbytes)}"),
+            *([("rounded", f"{count(len(narrow), 'leaf', 'leaves')}: {_some(narrow)}")] if narrow else []),
             *(
                 ("left out", f"{count(len(paths), 'leaf', 'leaves')} {why}: {_some(paths)}")
                 for why, paths in request.left_out.items()

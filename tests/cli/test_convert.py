@@ -309,3 +309,40 @@ def test_source_paths_are_not_touched(cli, root, tmp_path) -> None:
     cli("convert", root, tmp_path / "out")
 
     assert stamp(root) == before
+
+
+def _stored(path: pathlib.Path, **leaves: np.ndarray | jax.Array) -> pathlib.Path:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path, {"params": {"up": leaves}})
+    return path
+
+
+def test_values_that_are_rounded_are_listed(cli, tmp_path) -> None:
+    source = _stored(tmp_path / "src", kernel=np.ones((2, 2), np.float32))
+
+    said = cli("convert", source, tmp_path / "dst", "--dtype", "bfloat16")
+
+    assert said.status == 0
+    assert "rounded    1 leaf: params/up/kernel" in said.err + said.out
+
+
+def test_a_value_that_a_dtype_cannot_hold_is_refused(cli, tmp_path) -> None:
+    source = _stored(tmp_path / "src", kernel=np.array([[1.0, 1e5]], np.float32))
+
+    said = cli("convert", source, tmp_path / "dst", "--dtype", "float16")
+
+    assert said.status == 1
+    assert "stored leaf params/up/kernel (float32) holds 100000.0, which float16 cannot hold." in said.err
+    assert names_in(tmp_path) == ["src"]
+
+
+def test_codes_are_not_written_as_weights_of_another_dtype(cli, tmp_path) -> None:
+    codes = jnp.ones((4, 6), jnp.float8_e4m3fn)
+    source = _stored(tmp_path / "src", kernel=codes, kernel_scale=np.ones(6, np.float32))
+
+    said = cli("convert", source, tmp_path / "dst", "--dtype", "bfloat16")
+
+    assert said.status == 1
+    assert "quantised, with scales such as params/up/kernel_scale" in said.err
+    assert names_in(tmp_path) == ["src"]
+    assert cli("convert", source, tmp_path / "dst").status == 0

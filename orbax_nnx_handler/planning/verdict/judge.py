@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from orbax_nnx_handler.planning.core.codes import scales_of
 from orbax_nnx_handler.planning.core.dtypes import (
     Cast,
     cast_between,
@@ -17,8 +19,8 @@ from orbax_nnx_handler.planning.core.dtypes import (
 )
 from orbax_nnx_handler.planning.core.errors import UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.choice import best_mapping, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
@@ -264,6 +266,10 @@ class _Leaves:
             strange = next((d for d, c in zip(dtypes, casts, strict=True) if c is None), None)
             held = str(strange or by_rule or "not an array")
             return _mismatch(item, found, "dtype", item.leaf.shape, held, found.reason if by_rule else "")
+        scales = () if by_rule or kept or computes(found.recipe) else self._scales(item, sources)
+        if scales:
+            detail = f"quantised: {render(scales[0])} is a scale of it"
+            return _mismatch(item, found, "dtype", item.leaf.shape, str(sources[0].dtype), detail)
         dtype = held_dtype(dtypes[0]) if kept else item.leaf.dtype
         shortened = kept and dtype != dtypes[0]
         if shortened and not is_count:
@@ -277,6 +283,15 @@ class _Leaves:
             cast=_cast_by_rule(sources, by_rule) if by_rule else done,
             reason=found.reason,
         )
+
+    def _scales(self, item: Wanted, sources: Sequence[StoredLeaf]) -> tuple[Path, ...]:
+        """Returns the scales without which stored codes are not the wanted floats."""
+        changed = [leaf.path for leaf in sources if leaf.dtype != item.leaf.dtype]
+        return tuple(scale for path in changed for scale in self._codes.get(path, ()))
+
+    @cached_property
+    def _codes(self) -> Mapping[Path, tuple[Path, ...]]:
+        return scales_of(self.stored.values(), self.mapping.used())
 
     def _compare_key(self, item: Wanted, found: Found, shape: Shape) -> Restored | Mismatched:
         source = self.stored[next(iter(reads(found.recipe)))]

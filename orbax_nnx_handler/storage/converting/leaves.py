@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_nnx_handler.planning import layouts
-from orbax_nnx_handler.planning.core.dtypes import is_key
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.codes import scales_of
+from orbax_nnx_handler.planning.core.dtypes import cast_between, is_key
+from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RestoreError
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
-from orbax_nnx_handler.planning.core.recipes import Index, Read, Stack
+from orbax_nnx_handler.planning.core.recipes import Index, Read, Stack, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, Section, Stored
 from orbax_nnx_handler.planning.mapping.optimizer import parameter_paths
 from orbax_nnx_handler.planning.plan import RestorePlan
@@ -133,6 +135,45 @@ def with_dtype(leaves: Iterable[Written], dtype: np.dtype[Any] | None) -> list[W
         else leaf
         for leaf in leaves
     ]
+
+
+def check_codes(leaves: Iterable[Written], stored: Stored) -> None:
+    """Raises where codes of a quantised leaf would become floats of another type.
+
+    Raises:
+        DtypeMismatchError: Names the leaves.
+    """
+    scales = scales_of(stored.values())
+    bad = [leaf for leaf in leaves if _changed(leaf, stored) & scales.keys()] if scales else []
+    if bad:
+        rows = aligned(Row(leaf.path, (str(leaf.shape), str(leaf.dtype))) for leaf in bad)
+        beside = render(next(scales[path][0] for path in reads(bad[0].recipe) if path in scales))
+        raise DtypeMismatchError(
+            f"{len(bad)} leaves are quantised, with scales such as {beside} beside them:\n{rows}\n"
+            "hint: leave --dtype out: codes of another dtype are no weights either.",
+            paths=[leaf.path for leaf in bad],
+        )
+
+
+def rounded(leaves: Iterable[Written], stored: Stored) -> list[Path]:
+    """Returns the leaves that are written in a narrower floating-point type than they are stored in."""
+    return [
+        leaf.path
+        for leaf in leaves
+        if any(
+            not is_key(leaf.dtype) and cast_between(_dtype(stored[path]), leaf.dtype, False) == "narrower"
+            for path in _changed(leaf, stored)
+        )
+    ]
+
+
+def _changed(leaf: Written, stored: Stored) -> set[Path]:
+    """Returns the stored leaves that a leaf is made from and that have another dtype."""
+    return {path for path in reads(leaf.recipe) if stored[path].dtype not in (None, leaf.dtype)}
+
+
+def _dtype(leaf: StoredLeaf) -> np.dtype[Any]:
+    return cast("np.dtype[Any]", leaf.dtype)
 
 
 def takes_dtype(section: Section, dtype: np.dtype[Any]) -> bool:

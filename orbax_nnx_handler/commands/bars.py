@@ -21,11 +21,6 @@ def bars(
 ) -> Generator[tuple[Callable[[int], None], ...]]:
     """Shows a bar for each phase on a terminal; nothing in a pipe.
 
-    Args:
-        console: Where.
-        nbytes: How many bytes each phase goes through.
-        phases: What is done with them, one after the other.
-
     Yields:
         For each phase, what is to be called with the bytes done since the last call.
     """

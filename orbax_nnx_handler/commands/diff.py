@@ -22,16 +22,7 @@ from orbax_nnx_handler.storage.converting.memory import window_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two checkpoints side by side; leaves are matched by the segments of their paths.
-
-    Attributes:
-        left: The first checkpoint.
-        right: The second.
-        only_left: Leaves of the first alone.
-        only_right: Leaves of the second alone.
-        changed: Pairs whose shape or dtype differs.
-        values: The differences of values, where they were read.
-    """
+    """Two checkpoints side by side; leaves are matched by the segments of their paths."""
 
     left: Checkpoint
     right: Checkpoint

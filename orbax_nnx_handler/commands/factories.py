@@ -26,14 +26,7 @@ class UsageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Factory:
-    """A call that builds a target.
-
-    Attributes:
-        text: The call as it was written.
-        make: The function.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-    """
+    """A call that builds a target."""
 
     text: str
     make: Callable[..., Any]
@@ -46,9 +39,6 @@ class Factory:
 
     def target(self, *, weights_only: bool = False) -> Any:
         """Returns the abstract target: no array is made.
-
-        Args:
-            weights_only: Leave optimizer and step out.
 
         Raises:
             UsageError: The call fails; says where and why.

@@ -23,11 +23,7 @@ _FILTERED = re.compile(r'nnx\.PathContains\("([^"]+)"\): ("\w+")')
 
 
 def options_of(message: str) -> str:
-    """Returns the options that do what the hints of a message tell; empty where none does.
-
-    Args:
-        message: An error or a plan, with its hints.
-    """
+    """Returns the options that do what the hints of a message tell; empty where none does."""
     hints = re.sub(r"\n +", " ", message).splitlines()
     words = [word for hint in hints if hint.startswith("hint: ") for word in _options(hint)]
     return " ".join(dict.fromkeys(words))
@@ -119,12 +115,7 @@ class Screen:
         self.out.print(grid)
 
     def table(self, rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-        """Prints rows with aligned columns; where a terminal is too narrow, a path has a line of its own.
-
-        Args:
-            rows: The cells of each row, as many in each.
-            right: The columns aligned to the right.
-        """
+        """Prints rows with aligned columns; where a terminal is too narrow, a path has a line of its own."""
         lines = _plain(rows, right)
         if self.out.is_terminal and max(map(len, lines), default=0) > self.out.width:
             others = _plain([row[1:] for row in rows], [at - 1 for at in right])

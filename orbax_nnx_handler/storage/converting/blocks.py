@@ -50,11 +50,6 @@ def read_blocks(
     A stored leaf that several of them are made from is read once for each batch
     that it appears in, so such leaves should be neighbours: see `by_source`.
 
-    Args:
-        checkpoint: Where the stored leaves lie.
-        leaves: The leaves, none of them a random key.
-        window_bytes: Upper bound of the bytes in one batch.
-
     Raises:
         UnreadableLeafError: Stored bytes are absent or damaged.
     """

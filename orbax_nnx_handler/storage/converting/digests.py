@@ -57,14 +57,7 @@ def as_stored(checkpoint: Checkpoint) -> dict[Path, Written]:
 def digests_of(
     checkpoint: Checkpoint, leaves: Sequence[Written], window_bytes: int, progress: Progress | None = None
 ) -> dict[Path, str]:
-    """Returns the digest of each leaf's bytes in C order: half of its SHA-256, in hex.
-
-    Args:
-        checkpoint: Where the stored leaves lie.
-        leaves: The leaves, none of them a random key.
-        window_bytes: Upper bound of the bytes held at a time.
-        progress: Called with the bytes digested since the last call.
-    """
+    """Returns the digest of each leaf's bytes in C order: half of its SHA-256, in hex."""
     digests = Digests()
     for batch in read_blocks(checkpoint, leaves, window_bytes):
         for block in batch:
@@ -94,14 +87,7 @@ def differences(
     window_bytes: int,
     progress: Progress | None = None,
 ) -> Mapping[Path, Difference]:
-    """Compares the values of the same leaves of two checkpoints.
-
-    Args:
-        left: A checkpoint and its leaves.
-        right: Another one, with leaves of the same shapes and dtypes, in the same order.
-        window_bytes: Upper bound of the bytes held of each at a time.
-        progress: Called with the bytes compared since the last call.
-    """
+    """Compares the values of two checkpoints, whose leaves have the same shapes and dtypes and one order."""
     found: dict[Path, Difference] = {}
     for ours, theirs in _together(left, right, window_bytes):
         for one, other in zip(ours, theirs, strict=True):

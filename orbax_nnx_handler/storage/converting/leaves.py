@@ -68,10 +68,6 @@ WITHOUT_COLLECTIONS = frozenset({"nnx_state", "nnx_pure_dict"})
 def every_leaf(stored: Stored, layout: str = "auto") -> list[Written]:
     """Returns the leaves of a checkpoint as they are.
 
-    Args:
-        stored: All stored leaves.
-        layout: How to read them; `auto` finds out.
-
     Raises:
         UnknownLayoutError: The tree is in no known layout.
         RestoreError: A leaf is no array.

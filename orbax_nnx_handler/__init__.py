@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
     from orbax_nnx_handler.planning.rules import (
+        Add,
         Cast,
         Drop,
         Fuse,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from orbax_nnx_handler.storage.reading.agreement import DisagreementError, OtherProcessError
 
 __all__ = [
+    "Add",
     "AmbiguousMappingError",
     "Cast",
     "DisagreementError",
@@ -127,6 +129,7 @@ _HOMES = {
     ),
     "planning.plan": ("RestorePlan", "RestoreReport"),
     "planning.rules": (
+        "Add",
         "Cast",
         "Drop",
         "Fuse",

@@ -165,6 +165,16 @@ def without_arithmetic(recipe: Recipe) -> Recipe:
             return dataclasses.replace(recipe, source=without_arithmetic(recipe.source))
 
 
+_COPIES = frozenset({"x0", "z", "params0"})
+"""Fields that hold copies of the parameters themselves (optax.contrib: `_madgrad.py`, `_mechanic.py`,
+`_schedule_free.py`, `_prodigy.py`)."""
+
+
+def of_moment(recipe: Recipe, field: str) -> Recipe:
+    """Returns the recipe of an optimizer's field from its parameter's: a constant is added to copies only."""
+    return recipe if field in _COPIES else without_arithmetic(recipe)
+
+
 def fills(recipe: Recipe) -> bool:
     """Tells whether a part of the recipe comes from no stored leaf."""
     return isinstance(recipe, Fill) or any(fills(child) for child in children(recipe))

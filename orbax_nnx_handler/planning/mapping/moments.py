@@ -31,6 +31,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Stack,
     Transpose,
     children,
+    of_moment,
     parts_of,
     reads,
     shape_of,
@@ -358,7 +359,7 @@ class MomentFollower:
         names = FACTORED if own in FACTORED else (own,)
         for name in sorted(names, key=lambda name: name != own):
             stored = fields.get((*field[:-1], name) if field else field, {})
-            recipe = follow(parameter, stored, self._shapes, wanted, name, own)
+            recipe = follow(of_moment(parameter, own), stored, self._shapes, wanted, name, own)
             if recipe is not None:
                 return recipe
         return None

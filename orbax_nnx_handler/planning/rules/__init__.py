@@ -11,6 +11,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.one_leaf import (
+    Add,
     Cast,
     Drop,
     Rename,
@@ -23,6 +24,7 @@ from orbax_nnx_handler.planning.rules.rule import Rule
 from orbax_nnx_handler.planning.rules.several_leaves import Fuse, ScanAxis, Split, StackLayers, UnstackLayers
 
 __all__ = [
+    "Add",
     "Cast",
     "Casts",
     "Drop",

@@ -220,6 +220,7 @@ class Reshape(_OnLeaves):
 class Scale(_OnLeaves):
     """Every element of the leaves that match is multiplied with a constant.
 
+    Computed in float32, or in the stored dtype if that is wider, and cast last.
     Refused where the target wants optimizer moments of such a leaf: a gradient
     scales the other way, its square twice, and an optimizer may scale neither.
 
@@ -249,11 +250,50 @@ class Scale(_OnLeaves):
         return "dividing rounds, unless the factor is a power of two"
 
     def _change(self, entry: Entry, reason: str) -> Entry:
-        if entry.dtype is not None and not jnp.issubdtype(entry.cast or entry.dtype, jnp.inexact):
-            raise RecipeError(
-                f"values of dtype {entry.cast or entry.dtype} cannot be scaled; cast them first"
-            )
+        _check_inexact(entry, "be scaled")
         return _through(entry, reason, lambda source: recipes.Scale(source, self.factor))
+
+
+@dataclasses.dataclass(frozen=True)
+class Add(_OnLeaves):
+    """A constant is added to every element of the leaves that match.
+
+    For a norm that multiplies with `1 + scale` on one side and with `scale` on the
+    other: `Add("norm/scale", 1.0)`. Computed in float32 or wider and rounded last.
+    Moments follow as they are: a gradient does not change with a constant; copies of
+    the parameters that an optimizer keeps (`z` of `optax.contrib.schedule_free`) get
+    the constant as well. Saved with the same rule, the constant is subtracted, which
+    rounds values that are much smaller than it.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        constant: The constant, in the units of the stored value.
+
+    Raises:
+        RuleError: The pattern is empty, or the constant is not finite.
+    """
+
+    constant: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "constant", float(self.constant))
+        check_pattern(self, self._left)
+        if not math.isfinite(self.constant):
+            raise RuleError(f"{self} has a constant that is not finite.")
+
+    def inverse(self) -> Rule:
+        """Returns the subtraction."""
+        return Add(self.pattern, -self.constant)
+
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        _check_inexact(entry, "be added to")
+        return _through(entry, reason, lambda source: recipes.Add(source, self.constant))
+
+
+def _check_inexact(entry: Entry, what: str) -> None:
+    dtype = entry.cast or entry.dtype
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise RecipeError(f"values of dtype {dtype} cannot {what}; cast them first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +301,8 @@ class Cast(_OnLeaves):
     """The leaves that match become another kind of number, as `numpy.astype` casts.
 
     Needed only where the restore would refuse: integers to floats, floats to
-    integers, complex numbers to their real part. The target must want this dtype.
+    integers (fractions are cut off), complex numbers to their real part. The target
+    must want this dtype. Done after all arithmetic; a value out of its range is an error.
 
     Attributes:
         pattern: Stored segments, as in `Rename`.

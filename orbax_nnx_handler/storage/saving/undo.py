@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Recipe,
     Scale,
     describe,
+    of_moment,
     parts_of,
     reads,
     render_reads,
@@ -169,7 +170,8 @@ class _Moments:
                 if all(path in empty for path in found):
                     nothing[to] = None
                 else:
-                    written[to] = self._moved(way, {p: leaves[q] for p, q in moments.items() if q in leaves})
+                    known = {p: leaves[q] for p, q in moments.items() if q in leaves}
+                    written[to] = self._moved(way, known, str(at[-1]))
         return written, nothing
 
     def _subtrees(self, paths: Sequence[Path], depth: int) -> Iterator[tuple[Path | None, Sequence[Path]]]:
@@ -186,10 +188,10 @@ class _Moments:
             else:
                 yield from self._subtrees(below, depth + 1)
 
-    def _moved(self, way: Recipe, moments: Leaves) -> SavedLeaf:
+    def _moved(self, way: Recipe, moments: Leaves, field: str) -> SavedLeaf:
         if not isinstance(way, Read):
             self._check(way, moments)
-        return _combined(way, moments)
+        return _combined(of_moment(way, field), moments)
 
     def _check(self, way: Recipe, moments: Leaves) -> None:
         absent = [path for path in reads(way) if path not in moments]

@@ -42,7 +42,7 @@ def find_random(
     places = _Places(wanted, placements, roots)
     taken: set[Path] = set()
     # What all leaves may be with most right comes before what any leaf may be with less.
-    for find in (places.whole, places.kept, places.inline, places.of_another_flax):
+    for find in (places.whole, places.kept, places.rootless, places.inline, places.of_another_flax):
         for item in left:
             if item.leaf.path in found:
                 continue
@@ -113,6 +113,10 @@ class _Places:
         yield from _at(self._aux, item.tokens)
         if self._inside(item):
             yield from _at(self._aux, strip(item.tokens, self._root))
+
+    def rootless(self, item: Wanted) -> Iterator[Path]:
+        """Yields what `nnx_aux` holds of the model where the whole target is the model, whatever its root."""
+        yield from _at(self._aux, (_MODEL, *item.tokens))
 
     def inline(self, item: Wanted) -> Iterator[Path]:
         """Yields the leaf of the same path below the model's roots."""

@@ -304,6 +304,23 @@ def test_a_step_of_another_kind_is_left_alone() -> None:
     assert plan_save(item).tree()["step"] == jax.ShapeDtypeStruct((), jnp.int32)
 
 
+def test_a_step_beyond_int32_is_refused_and_what_the_hint_says_works(tmp_path: Path) -> None:
+    model, optimizer = trained(ADAMW)
+    optimizer = nnx.Optimizer(model, ADAMW, wrt=nnx.Param)
+    optimizer.step.set_value(jnp.uint32(3_000_000_000))
+
+    with pytest.raises(
+        ValueError, match=r"step 3000000000 cannot be saved: .* int32, up to 2147483647"
+    ) as caught:
+        save(tmp_path / "item", (model, optimizer))
+    hint = str(caught.value).split("hint: count from a smaller number: ")[1].rstrip(".")
+    eval(hint, {"optimizer": optimizer, "jnp": jnp})
+    save(tmp_path / "item", (model, optimizer))
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        assert int(checkpointer.restore(tmp_path / "item")["step"]) == 0
+
+
 def test_items_without_nnx_state_are_saved_exactly_as_the_parent_saves_them(tmp_path: Path) -> None:
     item = {"params": {"w": jnp.ones(2)}, "opt_state": (optax.EmptyState(), [1, None]), "step": np.uint32(3)}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -30,6 +30,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 _FINDERS: tuple[Callable[[Evidence], Iterable[Cause]], ...] = (
     find_given_layout,
     find_no_weights,
+    find_quantised,
     find_fused,
     find_another_model,
     find_open_factoring,
@@ -51,7 +52,6 @@ _FINDERS: tuple[Callable[[Evidence], Iterable[Cause]], ...] = (
     find_merged,
     find_heads,
     find_dimensions,
-    find_quantised,
     find_keys,
     find_random_layouts,
 )

@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 
 from orbax_nnx_handler.planning import layouts
@@ -30,6 +29,7 @@ from orbax_nnx_handler.planning.diagnosis.cause import (
 )
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.diagnosis.names import LayoutGiven, NoWeights
+from orbax_nnx_handler.planning.diagnosis.quantised import quantised_weights
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.text.folding import fold_paths
 
@@ -88,7 +88,7 @@ class TiedEmbedding(Cause):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantised(Cause):
-    """Integers stand where floats are wanted, with scales beside them.
+    """Codes stand where floats are wanted, with scales beside them.
 
     Attributes:
         dtype: The stored dtype.
@@ -108,7 +108,7 @@ class Quantised(Cause):
     def _way(self) -> str:
         return (
             "restore the checkpoint from before, or dequantise in the program that wrote it: "
-            "an integer never becomes a float here."
+            "codes without their scales are no weights."
         )
 
 
@@ -253,25 +253,12 @@ def find_tied(evidence: Evidence) -> Iterable[Cause]:
 
 
 def find_quantised(evidence: Evidence) -> Iterable[Cause]:
-    """Yields weights stored as integers that have scales beside them."""
-    found: dict[str, list[Path]] = defaultdict(list)
-    scales: dict[Tokens, set[str]] = defaultdict(set)
-    for item in evidence.free_weights.values():
-        *module, name = evidence.stored_below(item)
-        if "scale" in name.lower():
-            scales[tuple(module)].add(name)
-    for path, item in evidence.mismatched.items():
-        is_weight = evidence.role(path) == "model" and item.kind == "dtype"
-        if (
-            is_weight
-            and jnp.issubdtype(item.wanted.dtype, jnp.floating)
-            and scales.get(evidence.below[path][:-1])
-        ):
-            found[item.stored_dtype].append(path)
-    for dtype, paths in found.items():
-        names = {name for path in paths for name in scales[evidence.below[path][:-1]]}
+    """Yields weights stored as codes that have scales beside them."""
+    for dtype, weights in quantised_weights(evidence).items():
+        names = sorted({name for scales in weights.values() for name in scales})
+        paths = list(weights)
         yield Quantised(
-            paths=evidence.with_moments(paths), dtype=dtype, scales=tuple(sorted(names)), count=len(paths)
+            paths=evidence.with_moments(paths), dtype=dtype, scales=tuple(names), count=len(paths)
         )
 
 

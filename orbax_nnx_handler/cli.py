@@ -13,7 +13,7 @@ from typing import NoReturn
 import jax
 
 from orbax_nnx_handler.commands.factories import UsageError
-from orbax_nnx_handler.commands.screen import Screen, options_of
+from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planning.core.errors import RestoreError
 
 _COMMANDS = ("tree", "plan", "suggest", "diff", "convert", "demo")
@@ -38,21 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Of `--help` and `--version`.
         return int(stop.code or 0)
     except CommandError as error:
-        screen.error("UsageError", str(error), plain=error.usage)
+        screen.error("UsageError", str(error), word="usage", text=error.usage)
         return 2
     except UsageError as error:
-        screen.error("UsageError", str(error), plain=f"usage: {error}")
+        screen.error("UsageError", str(error), word="usage")
         return 2
     except RestoreError as error:
-        options = options_of(str(error))
-        more = f"\non the command line: {options}" if options else ""
-        screen.error(type(error).__name__, str(error), plain=f"{type(error).__name__}: {error}{more}")
+        screen.refusal(error)
         return 1
     except (OSError, ImportError) as error:
         return _outside(error, screen)
     except KeyboardInterrupt:
-        message = "nothing was changed"
-        screen.error("KeyboardInterrupt", message, plain=f"interrupted: {message}")
+        screen.error("KeyboardInterrupt", "nothing was changed", word="interrupted")
         _say_no_more()
         return _INTERRUPTED
 
@@ -91,7 +88,7 @@ class CommandError(ValueError):
     """The words of a command are none that the parser takes.
 
     Attributes:
-        usage: The message below the usage of the command, as argparse writes it.
+        usage: The usage of the command and the message below it, as argparse writes them.
     """
 
     def __init__(self, message: str, usage: str):
@@ -103,7 +100,8 @@ class _Parser(argparse.ArgumentParser):
     """Raises what argparse would print, since under `--json` it has another form."""
 
     def error(self, message: str) -> NoReturn:
-        raise CommandError(message, f"{self.format_usage()}{self.prog}: error: {message}")
+        usage = self.format_usage().removeprefix("usage: ")
+        raise CommandError(message, f"{usage}{self.prog}: error: {message}")
 
 
 def parser(*chosen: str) -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ def _show(plan: RestorePlan, arguments: argparse.Namespace, screen: Screen) -> i
         screen.out.print(plan)
     else:
         screen.say(str(plan))
-    options = "" if error is None else options_of(str(error))
+    options = "" if error is None else options_of(error.hints)
     if options:
         screen.say(f"on the command line: {options}")
     return 0 if error is None else 1

@@ -1,73 +1,81 @@
-"""What a command prints: as wide as the terminal is, and as plain lines in a pipe.
+"""What a command says: on a terminal as wide as that is, in a pipe as plain lines, under `--json` as JSON.
 
-Hints are written as Python; at a prompt they are followed by the options that do the same.
+Hints propose arguments; whoever reads them at a prompt gets the options instead.
 """
 
-import ast
 import contextlib
 import dataclasses
 import json
 import math
-import re
 import shlex
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, cast
 
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WORD = re.compile(r"\b(item|layout|policy|renames)=(?=['\"{\[])")
-_FILTERED = re.compile(r'nnx\.PathContains\("([^"]+)"\): ("\w+")')
+from orbax_nnx_handler.planning.core.causes import Hint
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.options import Policy
+from orbax_nnx_handler.planning.rendering.as_dict import error_to_dict
+from orbax_nnx_handler.planning.rules import Rename, Rule, as_rules
+from orbax_nnx_handler.planning.text.words import counted, sized
+
+_MANY = 8
+"""Options that fit at a prompt; more of them are a matter for a program."""
 
 
-def options_of(message: str) -> str:
-    """Returns the options that do what the hints of a message tell; empty where none does."""
-    hints = re.sub(r"\n +", " ", message).splitlines()
-    words = [word for hint in hints if hint.startswith("hint: ") for word in _options(hint)]
+def options_of(hints: Iterable[Hint]) -> str:
+    """Returns the options that do what hints propose; empty where none can be said at a prompt."""
+    words = [word for hint in hints for word in _options(hint)]
     return " ".join(dict.fromkeys(words))
 
 
-def _options(hint: str) -> Iterator[str]:
-    for found in _WORD.finditer(hint):
-        source = _expression(hint[found.end() :])
-        if found[1] in ("item", "layout"):
-            yield f"--{found[1]} {shlex.quote(str(ast.literal_eval(source)))}"
-            # Of several layouts or items the hint names, the first stands for all.
-            return
-        yield from _policies(source) if found[1] == "policy" else _renames(source)
+def _options(hint: Hint) -> list[str]:
+    words: list[str] = []
+    for name, value in hint.arguments.items():
+        said = _SAID[name](value) if name in _SAID else None
+        if said is None:
+            return []  # A part of a way out would mislead.
+        words += said
+    return words if len(words) <= _MANY else []
 
 
-def _expression(text: str) -> str:
-    """Returns the Python at the start of a text."""
-    for end in range(1, len(text) + 1):
-        try:
-            ast.parse(text[:end], mode="eval")
-        except SyntaxError:
-            continue
-        return text[:end]
-    return "None"
+def _option(name: str) -> Callable[[Any], list[str]]:
+    return lambda value: [f"--{name} {shlex.quote(str(value))}"]
 
 
-def _policies(source: str) -> Iterator[str]:
-    if source.startswith(('"', "'")):
-        yield f"--policy {ast.literal_eval(source)}"
-        return
-    # Only keys of paths can be said at a prompt, no types of Variables; a part of a policy would mislead.
-    found = _FILTERED.findall(source)
-    if len(found) == source.count(": ") - source.count("...: "):
-        yield from (f"--policy {shlex.quote(f'{key}={ast.literal_eval(value)}')}" for key, value in found)
+def _policies(policy: Any) -> list[str] | None:
+    if isinstance(policy, str):
+        return [f"--policy {policy}"]
+    words: list[str] = []
+    for key, choice in cast("Mapping[Any, Policy]", policy).items():
+        if isinstance(key, nnx.PathContains) and isinstance(key.key, str):
+            words.append(f"--policy {shlex.quote(f'{key.key}={choice}')}")
+        elif not isinstance(key, EllipsisType):
+            return None  # Types of Variables have no spelling at a prompt.
+    return words
 
 
-def _renames(source: str) -> Iterator[str]:
-    try:
-        rules = cast("list[tuple[str, str]]", ast.literal_eval(source))
-    except ValueError:
-        return
-    # A name with a space stands for one that the reader knows.
-    if not any(" " in name for rule in rules for name in rule):
-        yield from (f"--rename {shlex.quote(f'{stored}={wanted}')}" for stored, wanted in rules)
+def rename_options(renames: Iterable[Rule | tuple[str, str]]) -> list[str] | None:
+    """Returns rules as options; None where one of them is more than another name."""
+    rules = as_rules(renames)
+    pairs = [(rule.pattern, rule.replacement) for rule in rules if isinstance(rule, Rename)]
+    if len(pairs) < len(rules):
+        return None
+    return [f"--rename {shlex.quote(f'{stored}={wanted}')}" for stored, wanted in pairs]
+
+
+_SAID: Mapping[str, Callable[[Any], list[str] | None]] = {
+    "item": _option("item"),
+    "layout": _option("layout"),
+    "policy": _policies,
+    "renames": rename_options,
+}
 
 
 _GAP = 3
@@ -90,7 +98,7 @@ class Screen:
     @classmethod
     def standard(cls, *, as_json: bool = False) -> "Screen":
         """Returns the process's own."""
-        # The stream of now: what is printed elsewhere may be turned away from it later.
+        # Bound at this moment: what the user's own module prints may be sent elsewhere later.
         out = Console(file=sys.stdout, highlight=False)
         return cls(out, Console(stderr=True, highlight=False), as_json)
 
@@ -133,19 +141,29 @@ class Screen:
             Text(json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False)), soft_wrap=True
         )
 
-    def error(self, kind: str, message: str, *, plain: str = "") -> None:
+    def error(self, kind: str, message: str, *, word: str = "", text: str = "") -> None:
         """Prints an error to standard error; under `--json`, as JSON to standard output.
 
         Args:
             kind: The type of the error.
             message: What is wrong.
-            plain: The whole text for a person, where it is not just kind and message.
+            word: What a person reads in front, if not the type.
+            text: What a person reads behind it, if not the message.
         """
         if self.as_json:
             self.json({"error": {"type": kind, "message": message}})
             return
-        word, colon, rest = (plain or f"{kind}: {message}").partition(": ")
-        self.err.print(Text(word + colon, "bold red").append(rest, "default not bold"), soft_wrap=True)
+        shown = Text(f"{word or kind}: ", "bold red").append(text or message, "default not bold")
+        self.err.print(shown, soft_wrap=True)
+
+    def refusal(self, error: RestoreError) -> None:
+        """Prints why a checkpoint cannot become a target, and the options that its hints propose."""
+        if self.as_json:
+            self.json({"error": error_to_dict(error)})
+            return
+        options = options_of(error.hints)
+        more = f"\non the command line: {options}" if options else ""
+        self.error(type(error).__name__, f"{error}{more}")
 
     @contextlib.contextmanager
     def progress(self, nbytes: int, *phases: str) -> Generator[tuple[Callable[[int], None], ...]]:
@@ -190,13 +208,10 @@ def _plain(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
 
 
 def size(nbytes: int) -> str:
-    """Returns a number of bytes as a person reads it; kB, MB and GB are powers of 1,000."""
-    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.95 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{nbytes} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+    """Returns a number of bytes as a table has it; kB, MB and GB are powers of 1,000."""
+    return sized(nbytes, digits=1)
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
     """Returns a number with its noun: `1 leaf`, `1,200 leaves`."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    return counted(number, noun, plural, thousands=",")

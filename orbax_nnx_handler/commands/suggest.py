@@ -1,7 +1,6 @@
 """`orbax-nnx suggest`: rules for names that nobody but the user can know."""
 
 import argparse
-import shlex
 from typing import Any
 
 from orbax_nnx_handler import api
@@ -14,9 +13,8 @@ from orbax_nnx_handler.commands.arguments import (
     renames_of,
 )
 from orbax_nnx_handler.commands.factories import load_factory
-from orbax_nnx_handler.commands.screen import Screen
+from orbax_nnx_handler.commands.screen import Screen, rename_options
 from orbax_nnx_handler.planning.core.paths import render
-from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.suggesting import Suggestion
 
 
@@ -59,11 +57,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
 
 def _options(suggestion: Suggestion) -> str:
     """Returns the rules as options, where all of them can be."""
-    rules = suggestion.renames
-    renames = [rule for rule in rules if isinstance(rule, Rename)]
-    if len(renames) < len(rules):
-        return ""
-    return " ".join(f"--rename {shlex.quote(f'{rule.pattern}={rule.replacement}')}" for rule in renames)
+    return " ".join(rename_options(suggestion.renames) or ())
 
 
 def _to_dict(suggestion: Suggestion) -> dict[str, Any]:

@@ -1,22 +1,16 @@
-"""What becomes of a missing weight: one policy, or filters that choose one.
-
-What a caller may choose, once for a handler and again for one restore.
-"""
+"""What a caller may choose, once for a handler and again for one restore."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from flax import nnx
 
+from orbax_nnx_handler.planning.core.causes import Hint, as_python
 from orbax_nnx_handler.planning.core.errors import UnusedRuleError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.rules import Rule, as_rules
-
-if TYPE_CHECKING:
-    pass
-
 
 UnexpectedPolicy = Literal["error", "warn", "ignore"]
 DefaultSource = Literal["target", "init", "seed", "zeros"]
@@ -85,19 +79,23 @@ def _predicate(key: Any) -> Callable[[Path, Any], bool]:
 
 
 def _raise_unused(unused: list[Any], variables: Mapping[Path, Any]) -> None:
-    quoted = "\n".join(f"  {_render_filter(key)}" for key in unused)
+    quoted = "\n".join(f"  {_quoted(key)}" for key in unused)
     example = render(next(iter(variables), ()))
     one = len(unused) == 1
     raise UnusedRuleError(
         f"{'1 filter' if one else f'{len(unused)} filters'} of the policy {'matches' if one else 'match'} "
-        f"no leaf of the target:\n{quoted}\n"
-        f"hint: a filter sees paths such as {example!r} key by key, and Variable types; "
-        "correct it or take it out."
+        f"no leaf of the target:\n{quoted}",
+        hints=[
+            Hint(
+                f"a filter sees paths such as {example!r} key by key, and Variable types; "
+                "correct it or take it out."
+            )
+        ],
     )
 
 
-def _render_filter(key: Any) -> str:
-    return f"nnx.{key.__name__}" if isinstance(key, type) else repr(key)
+def _quoted(key: Any) -> str:
+    return as_python(key) if isinstance(key, type) else repr(key)
 
 
 DtypeChoice = Literal["target", "stored"]

@@ -5,19 +5,20 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from orbax_nnx_handler.planning.core.causes import Cause
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions
 from orbax_nnx_handler.planning.rendering.as_dict import to_dict
 from orbax_nnx_handler.planning.rendering.html import summary_as_html
 from orbax_nnx_handler.planning.rendering.plain import summary_as_text
-from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, rated, report_summary, sized
+from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, report_summary
 from orbax_nnx_handler.planning.rendering.terminal import summary_on_console
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.text.folding import list_paths
+from orbax_nnx_handler.planning.text.words import counted, rated, sized
 from orbax_nnx_handler.planning.verdict.judge import judge
 from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
@@ -32,7 +33,11 @@ class RestorePlan(Verdict):
     The mappings are keyed by path: wanted paths in `restored`, `missing`,
     `mismatched` and `defaulted`, stored paths in `unexpected`, `skipped` and
     `dropped`. `print(plan)` shows it, `plan.check()` raises what is wrong with it.
+    A pickled plan says the same, but for shardings and values, which stay in their process.
     """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @cached_property
     def _explanation(self) -> Explanation:

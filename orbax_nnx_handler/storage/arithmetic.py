@@ -47,9 +47,9 @@ class LostValueError(Exception):
         way = "change the rules, or choose a dtype that can" if by_rules else f"choose {self._holding}"
         return DtypeMismatchError(
             f"stored leaf {render(path)} ({self.stored}) holds {self.value}{made}, "
-            f"which {self.wanted} cannot hold.\n"
-            f"hint: {way}, for the target's leaf or as --dtype of convert.",
+            f"which {self.wanted} cannot hold.",
             paths=[path],
+            hints=[f"{way}, for the target's leaf or as --dtype of convert."],
         )
 
     @property

@@ -4,29 +4,45 @@ import shlex
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from orbax_nnx_handler import Drop, Transpose
 from orbax_nnx_handler.commands.screen import options_of
+from orbax_nnx_handler.planning.core.causes import Hint
 from tests.cli.conftest import MODEL
 from tests.gallery.models import save
 
 
 @pytest.mark.parametrize(
-    ("hint", "options"),
+    ("arguments", "options"),
     [
-        ("pass item='default'.", "--item default"),
-        ("pass layout='maxtext' or layout='variables'.", "--layout maxtext"),
-        ('or pass policy={nnx.PathContains("a"): "init",\n      ...: "error"} to', "--policy a=init"),
-        ('pass policy={nnx.OptState: "init", nnx.PathContains("a"): "init", ...: "error"}.', ""),
-        ('pass policy="init" to initialise all.', "--policy init"),
-        ("pass renames=[('blocks', 'layers')].", "--rename blocks=layers"),
-        ("pass renames=[('Block_{i}', 'a b')].", ""),
-        ('pass renames=[(f"layers_{i + 1}", f"layers_{i}") for i in range(3)].', ""),
-        ("pass renames=[Transpose('head/kernel', (1, 0))].", ""),
-        ("leave layout=... out: it is found out from the metadata.", ""),
+        ({"item": "default"}, "--item default"),
+        ({"layout": "maxtext"}, "--layout maxtext"),
+        ({"policy": {nnx.PathContains("a"): "init", ...: "error"}}, "--policy a=init"),
+        ({"policy": {nnx.OptState: "init", nnx.PathContains("a"): "init", ...: "error"}}, ""),
+        ({"policy": "init"}, "--policy init"),
+        ({"renames": [("blocks", "layers")]}, "--rename blocks=layers"),
+        ({"renames": [("a b", "c")]}, "--rename 'a b=c'"),
+        ({"renames": [Transpose("head/kernel", (1, 0))]}, ""),
+        ({"renames": [("a", "b"), Transpose("head/kernel", (1, 0))]}, ""),
+        ({"renames": [Drop("head", "new")], "policy": {nnx.PathContains("head"): "init", ...: "error"}}, ""),
+        ({"renames": [(f"layers_{at + 1}", f"layers_{at}") for at in range(48)]}, ""),
+        ({"unexpected": "warn"}, ""),
+        ({}, ""),
     ],
 )
-def test_a_hint_is_said_in_options_where_there_are_some(hint, options) -> None:
-    assert options_of(f"something is wrong\nhint: {hint}") == options
+def test_a_hint_is_said_in_options_where_all_of_it_can_be(arguments, options) -> None:
+    assert options_of([Hint("do it", arguments)]) == options
+
+
+def test_options_of_several_hints_come_once_each() -> None:
+    hints = [
+        Hint("one", {"policy": "init"}),
+        Hint("two", {"layout": "t5x"}),
+        Hint("three", {"policy": "init"}),
+    ]
+
+    assert options_of(hints) == "--policy init --layout t5x"
 
 
 def test_a_missing_layer_is_initialised_by_the_options_that_the_verdict_ends_with(cli, root) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from orbax_nnx_handler import RestorePlan
+from orbax_nnx_handler.planning.core.causes import Cause
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.diagnosis.cause import Cause
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -44,8 +44,8 @@ def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def kinds(found: tuple[Cause, ...]) -> list[type[Cause]]:
-    return [type(cause) for cause in found]
+def kinds(found: tuple[Cause, ...]) -> list[str]:
+    return [cause.kind for cause in found]
 
 
 def layer(at: str, width: int = 4) -> dict[str, tuple[int, ...]]:

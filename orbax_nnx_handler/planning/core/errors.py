@@ -1,7 +1,10 @@
-"""What can be wrong with a restore, as types that carry their paths."""
+"""What can be wrong with a restore, as types that carry their paths, causes and ways out."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from orbax_nnx_handler.planning.core.causes import Cause, Hint
 from orbax_nnx_handler.planning.core.paths import Path
 
 
@@ -9,15 +12,48 @@ class RestoreError(ValueError):
     """A checkpoint cannot become the target; nothing was read, nothing changed.
 
     Attributes:
+        what: What is wrong, without causes and hints.
         paths: Every path the error is about, wanted paths first.
+        hints: The ways out, in words and as the arguments that they propose.
+        causes: Why it is wrong, as far as there is evidence.
         problems: The errors of each kind when several kinds occur at once; just
             this error otherwise.
     """
 
-    def __init__(self, message: str, *, paths: Sequence[Path] = (), problems: Sequence["RestoreError"] = ()):
-        super().__init__(message)
+    def __init__(
+        self,
+        what: str,
+        *,
+        paths: Sequence[Path] = (),
+        hints: Iterable[Hint | str] = (),
+        causes: Sequence[Cause] = (),
+        problems: Sequence["RestoreError"] = (),
+        message: str = "",
+    ):
+        self.what = what
         self.paths = tuple(paths)
+        self.hints = tuple(Hint(hint) if isinstance(hint, str) else hint for hint in hints)
+        self.causes = tuple(causes)
+        super().__init__(message or "\n".join([what, *(f"hint: {hint.words}" for hint in self.hints)]))
         self.problems = tuple(problems) or (self,)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kinds = vars(type(self)).get("_kinds", (type(self),))
+        return _rebuilt, (kinds, self.args), vars(self)
+
+
+@functools.cache
+def error_of_kinds(*kinds: type[RestoreError]) -> type[RestoreError]:
+    """Returns the type of an error that is of all these kinds: the one, or a type below all of them."""
+    if len(kinds) == 1:
+        return kinds[0]
+    return type(" + ".join(kind.__name__ for kind in kinds), kinds, {"_kinds": kinds})
+
+
+def _rebuilt(kinds: tuple[type[RestoreError], ...], args: tuple[Any, ...]) -> RestoreError:
+    """Makes an error of a pickle: a type of several kinds has no module to be found in."""
+    kind = error_of_kinds(*kinds)
+    return kind.__new__(kind, *args)
 
 
 class MissingParamError(RestoreError):

@@ -85,8 +85,9 @@ def _check_whole(
         listed = "\n".join(f"  {render(path)}" for path in lost)
         raise RuleError(
             f"{len(lost)} stored leaves are only in part in the state, so they cannot be written again:\n"
-            f"{listed}\nhint: save without renames: NNX's own names and shapes are written.",
+            f"{listed}",
             paths=list(lost),
+            hints=["save without renames: NNX's own names and shapes are written."],
         )
 
 
@@ -125,16 +126,16 @@ def _undone(recipe: Recipe, value: Recipe, stored: Mapping[Path, Shape]) -> Iter
             return []
         case _:
             raise RuleError(
-                f"{render_reads(recipe)} cannot be written again: {describe(recipe)} is not undone exactly.\n"
-                "hint: save without renames: NNX's own names and values are written.",
+                f"{render_reads(recipe)} cannot be written again: {describe(recipe)} is not undone exactly.",
                 paths=list(reads(recipe)),
+                hints=["save without renames: NNX's own names and values are written."],
             )
 
 
 def _twice(recipe: Recipe, first: Recipe, second: Recipe) -> RuleError:
     return RuleError(
         f"{render_reads(first)} and {render_reads(second)} were both restored from {render_reads(recipe)}, "
-        "which cannot be written twice.\n"
-        "hint: save without renames: NNX's own names are written, one leaf each.",
+        "which cannot be written twice.",
         paths=[*reads(first), *reads(second)],
+        hints=["save without renames: NNX's own names are written, one leaf each."],
     )

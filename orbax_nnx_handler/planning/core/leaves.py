@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
+import sys
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -35,10 +36,31 @@ class WantedLeaf:
     value: Any = None
     dtype_is_chosen: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Devices and arrays belong to this process; what a plan says of the leaf does not need them.
+        return vars(self) | {"kind": _importable(self.kind), "sharding": None, "value": None}
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
     @property
     def nbytes(self) -> int:
         """Size in bytes of the whole array, over all devices."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _importable(kind: type[Any] | None) -> type[Any] | None:
+    """Returns the type, or the first one above it that a pickle can name: a class may live in a function."""
+    if kind is None:
+        return None
+    return next(
+        each
+        for each in kind.__mro__
+        if getattr(sys.modules.get(each.__module__), each.__qualname__, 0) is each
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,6 @@
-"""Causes that are a matter of how the same numbers are arranged in arrays; each comes with the rules.
+"""The same numbers in other arrays: axes in another order, axes merged, several weights fused into one.
 
-The same numbers in arrays of another arrangement: axes in another order, axes merged.
-
-Several weights of one module that are one array on the other side: queries, keys and values, gates.
+Each cause comes with the rules that put it right. Fused are queries, keys and values, or the gates of a cell.
 """
 
 import dataclasses
@@ -11,118 +9,23 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.causes import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
 from orbax_nnx_handler.planning.core.recipes import Read
-from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, listed
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, patterns_of
+from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
+from orbax_nnx_handler.planning.text.words import counted, listed
 
 _RULES = 8
 """Rules that a hint writes out; more of them are a matter for `suggest` or a loop."""
 
 
-def _renames(rules: tuple[str, ...]) -> str:
-    if len(rules) <= _RULES:
-        return f"renames=[{', '.join(rules)}]"
-    return f"{len(rules)} such rules in renames, of which the first is {rules[0]}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AxesPermuted(Cause):
-    """Weights are stored with their axes in another order.
-
-    Attributes:
-        stored: The stored shape of one of them.
-        wanted: The wanted shape of it.
-        count: How many.
-        rules: What puts the axes right, as Python.
-        swapped: Two names that may have been exchanged instead; empty if none fit.
-    """
-
-    stored: Shape
-    wanted: Shape
-    count: int
-    rules: tuple[str, ...]
-    swapped: tuple[str, ...] = ()
-
-    def _cause(self) -> str:
-        weights = "1 weight is" if self.count == 1 else f"{self.count} weights are"
-        # Both readings give the same shapes: only the writer knows.
-        other = f", or {listed(map(repr, self.swapped))} carry each other's names" if self.swapped else ""
-        return f"{weights} stored with the axes in another order ({self.stored} for {self.wanted}){other}."
-
-    def _way(self) -> str:
-        turned = f"pass {_renames(self.rules)}"
-        if not self.swapped:
-            return f"{turned}."
-        one, other = self.swapped
-        return f"{turned} for the first, renames=[{(one, other)!r}, {(other, one)!r}] for the second."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AxesMerged(Cause):
-    """Weights have neighbouring axes as one on one side: heads and head size, mostly.
-
-    Attributes:
-        stored: The stored shape of one of them.
-        wanted: The wanted shape of it.
-        count: How many.
-        rules: What gives them the wanted shape, as Python.
-    """
-
-    stored: Shape
-    wanted: Shape
-    count: int
-    rules: tuple[str, ...]
-
-    def _cause(self) -> str:
-        weights = "1 weight has" if self.count == 1 else f"{self.count} weights have"
-        side = "in the checkpoint" if len(self.stored) < len(self.wanted) else "in the target"
-        return (
-            f"{weights} neighbouring axes merged into one {side} ({self.stored} for {self.wanted}): "
-            "the same number of elements."
-        )
-
-    def _way(self) -> str:
-        return f"if the elements are in the same order, pass {_renames(self.rules)}."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fused(Cause):
-    """Several weights of one module are one array on one side.
-
-    Attributes:
-        whole: The name of the one.
-        parts: The names of the several.
-        side: Where they are one: `checkpoint` or `target`.
-        shape: The shape of the one.
-        part_shape: The shape of the first of the several.
-        count: How many times in the model.
-        rules: What takes them apart or joins them, as Python.
-        ordered: Whether the name of the one tells the order (`qkv`).
-    """
-
-    whole: str
-    parts: tuple[str, ...]
-    side: str
-    shape: Shape
-    part_shape: Shape
-    count: int
-    rules: tuple[str, ...]
-    ordered: bool
-
-    def _cause(self) -> str:
-        other = "target" if self.side == "checkpoint" else "checkpoint"
-        times = f", in {counted(self.count, 'module')}" if self.count > 1 else ""
-        parts = listed(map(repr, self.parts))
-        return (
-            f"{parts} are one array {self.whole!r} in the {self.side} {self.shape} and "
-            f"{len(self.parts)} in the {other} {self.part_shape}{times}."
-        )
-
-    def _way(self) -> str:
-        order = "" if self.ordered else " (in the order in which they were joined, which no metadata tells)"
-        return f"pass {_renames(self.rules)}{order}."
+def _pass(rules: Sequence[Rule], before: str = "", after: str = ".") -> Hint:
+    text = f"renames={as_python(list(rules))}"
+    if len(rules) > _RULES:
+        text = f"{len(rules)} such rules in renames, of which the first is {as_python(rules[0])}"
+    return Hint(f"{before}pass {text}{after}", {"renames": list(rules)})
 
 
 Permutation = tuple[int, ...]
@@ -131,15 +34,46 @@ Permutation = tuple[int, ...]
 def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights whose stored shape is the wanted one with its axes in another order."""
     found = _explained(evidence, _permutation)
-    if found:
-        yield _cause(AxesPermuted, evidence, "Transpose", found, swapped=_swapped(evidence, _paths(found)))
+    if not found:
+        return
+    paths = _paths(found)
+    first = evidence.mismatched[paths[0]]
+    swapped = _swapped(evidence, paths)
+    rules = [Transpose(pattern, order) for pattern, order in _patterns(evidence, found)]
+    # Both readings give the same shapes: only the writer knows.
+    other = f", or {listed(map(repr, swapped))} carry each other's names" if swapped else ""
+    exchange = ""
+    if swapped:
+        one, two = swapped
+        exchange = f" for the first, renames={[(one, two), (two, one)]!r} for the second"
+    yield Cause(
+        kind="AxesPermuted",
+        text=f"{counted(len(paths), 'weight is', 'weights are')} stored with the axes in another order "
+        f"({first.stored_shape} for {first.wanted.shape}){other}.",
+        paths=evidence.with_moments(paths),
+        way=_pass(rules, after=f"{exchange}."),
+        facts={"stored": first.stored_shape, "wanted": first.wanted.shape, "swapped": swapped},
+    )
 
 
 def find_merged(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights of which neighbouring axes are one axis on the other side."""
     found = _explained(evidence, _merged)
-    if found:
-        yield _cause(AxesMerged, evidence, "Reshape", found)
+    if not found:
+        return
+    paths = _paths(found)
+    first = evidence.mismatched[paths[0]]
+    stored, wanted = first.stored_shape, first.wanted.shape
+    side = "in the checkpoint" if len(stored) < len(wanted) else "in the target"
+    rules = [Reshape(pattern, shape) for pattern, shape in _patterns(evidence, found)]
+    yield Cause(
+        kind="AxesMerged",
+        text=f"{counted(len(paths), 'weight has', 'weights have')} neighbouring axes merged into one {side} "
+        f"({stored} for {wanted}): the same number of elements.",
+        paths=evidence.with_moments(paths),
+        way=_pass(rules, before="if the elements are in the same order, "),
+        facts={"stored": stored, "wanted": wanted},
+    )
 
 
 _Explained = Mapping[tuple[int, ...], Sequence[Path]]
@@ -160,27 +94,10 @@ def _paths(found: _Explained) -> list[Path]:
     return [path for each in found.values() for path in each]
 
 
-def _cause(
-    kind: Callable[..., Cause], evidence: Evidence, rule: str, found: _Explained, **more: object
-) -> Cause:
-    paths = _paths(found)
-    first = evidence.mismatched[paths[0]]
-    return kind(
-        paths=evidence.with_moments(paths),
-        stored=first.stored_shape,
-        wanted=first.wanted.shape,
-        count=len(paths),
-        rules=_rules(evidence, rule, found),
-        **more,
-    )
-
-
-def _rules(evidence: Evidence, rule: str, found: _Explained) -> tuple[str, ...]:
-    return tuple(
-        f"{rule}({pattern!r}, {change})"
-        for change, paths in found.items()
-        for pattern in patterns_of(evidence, _sources(evidence, paths))
-    )
+def _patterns(evidence: Evidence, found: _Explained) -> Iterable[tuple[str, tuple[int, ...]]]:
+    for change, paths in found.items():
+        for pattern in patterns_of(evidence, _sources(evidence, paths)):
+            yield pattern, change
 
 
 def _plain(evidence: Evidence) -> list[Path]:
@@ -327,30 +244,30 @@ def _side_by_side(whole: Shape, parts: Sequence[Shape], axis: int) -> bool:
     return whole[axis] == len(parts) and set(parts) == {(*whole[:axis], *whole[axis + 1 :])}
 
 
-def _fused_cause(evidence: Evidence, join: _Join, side: str, paths: Sequence[Path]) -> Fused:
+def _fused_cause(evidence: Evidence, join: _Join, side: str, paths: Sequence[Path]) -> Cause:
     lost = [path for path in paths if path in evidence.missing]
-    return Fused(
+    count = len(paths) // (len(join.parts) + 1)
+    other = "target" if side == "checkpoint" else "checkpoint"
+    times = f", in {counted(count, 'module')}" if count > 1 else ""
+    is_ordered = bool(_spelled(join.whole, join.parts))
+    order = "" if is_ordered else " (in the order in which they were joined, which no metadata tells)"
+    return Cause(
+        kind="Fused",
+        text=f"{listed(map(repr, join.parts))} are one array {join.whole!r} in the {side} {join.shape} and "
+        f"{len(join.parts)} in the {other} {join.shapes[0]}{times}.",
         paths=(*evidence.with_moments(lost), *(path for path in paths if path not in evidence.missing)),
-        whole=join.whole,
-        parts=join.parts,
-        side=side,
-        shape=join.shape,
-        part_shape=join.shapes[0],
-        count=len(paths) // (len(join.parts) + 1),
-        rules=_fused_rules(join, side),
-        ordered=bool(_spelled(join.whole, join.parts)),
+        way=_pass(_fused_rules(join, side), after=f"{order}."),
+        facts={"whole": join.whole, "parts": join.parts, "side": side, "count": count},
     )
 
 
-def _fused_rules(join: _Join, side: str) -> tuple[str, ...]:
+def _fused_rules(join: _Join, side: str) -> tuple[Rule, ...]:
     whole, parts = f"{join.whole}/{join.leaf}", tuple(f"{name}/{join.leaf}" for name in join.parts)
     part, axis = join.shapes[0], join.axis
     stacked = len(part) < len(join.shape)
     if side == "checkpoint":
         sizes = tuple(shape[axis] for shape in join.shapes) if len(set(join.shapes)) > 1 else None
-        by = f", sizes={sizes}" if sizes else ""
-        split = f"Split({whole!r}, {parts!r}, axis={axis}{by})"
-        return (split, *(f"Reshape({name!r}, {part})" for name in parts if stacked))
+        split = Split(whole, parts, axis=axis, sizes=sizes)
+        return (split, *(Reshape(name, part) for name in parts if stacked))
     one = (*part[:axis], 1, *part[axis:])
-    fuse = f"Fuse({parts!r}, {whole!r}, axis={axis})"
-    return (*(f"Reshape({name!r}, {one})" for name in parts if stacked), fuse)
+    return (*(Reshape(name, one) for name in parts if stacked), Fuse(parts, whole, axis=axis))

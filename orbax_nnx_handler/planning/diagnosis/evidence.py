@@ -1,8 +1,6 @@
-"""A plan as the diagnosis looks at it: what is wrong and not yet explained.
+"""A verdict as the diagnosis looks at it: what is wrong and not yet explained.
 
-NNX filters that select some missing leaves and no other missing one, as Python to paste.
-
-Patterns of rules that match some stored weights and no other one.
+With what a hint needs to speak of some leaves and no others: NNX filters of a policy, patterns of rules.
 """
 
 import dataclasses
@@ -11,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from flax import nnx
 
@@ -193,7 +192,7 @@ _MOST = 4
 """Filters that one policy may need before `policy="init"` is easier to read."""
 
 
-def selecting(evidence: Evidence, paths: Iterable[Path]) -> tuple[str, ...]:
+def selecting(evidence: Evidence, paths: Iterable[Path]) -> tuple[Any, ...]:
     """Returns filters that select the missing leaves among some paths and no other missing leaf.
 
     A policy speaks of missing leaves only, so what is restored may be selected as well.
@@ -203,24 +202,24 @@ def selecting(evidence: Evidence, paths: Iterable[Path]) -> tuple[str, ...]:
         paths: Wanted paths; stored ones and those that are not missing are left aside.
 
     Returns:
-        The filters as Python, Variable types before names; empty where a few do not do.
+        The filters, Variable types before names; empty where a few do not do.
     """
     open_leaves = evidence.open_leaves
     wanted = {path for path in paths if path in open_leaves}
-    offers = [(text, found) for text, found in _offers(evidence, wanted) if found <= wanted]
-    chosen: list[str] = []
+    offers = [(each, found) for each, found in _offers(evidence, wanted) if found <= wanted]
+    chosen: list[Any] = []
     while wanted and offers and len(chosen) < _MOST:
         # At a tie the first one: types come before names, and names deep in the path before those above.
-        text, found = max(offers, key=lambda offer: len(offer[1] & wanted))
+        best, found = max(offers, key=lambda offer: len(offer[1] & wanted))
         if not found & wanted:
             break
-        chosen.append(text)
+        chosen.append(best)
         wanted -= found
     return () if wanted else tuple(chosen)
 
 
-def _offers(evidence: Evidence, wanted: Collection[Path]) -> list[tuple[str, set[Path]]]:
-    kinds: dict[str, set[Path]] = defaultdict(set)
+def _offers(evidence: Evidence, wanted: Collection[Path]) -> list[tuple[Any, set[Path]]]:
+    kinds: dict[type, set[Path]] = defaultdict(set)
     names: dict[str, set[Path]] = defaultdict(set)
     for path, item in evidence.open_leaves.items():
         for kind in _kinds(item.wanted.kind):
@@ -234,22 +233,18 @@ def _offers(evidence: Evidence, wanted: Collection[Path]) -> list[tuple[str, set
     paths = list(evidence.weights)
     everywhere = {key for key in paths[0] if all(key in path for path in paths)} if paths else set[object]()
     used = dict.fromkeys(key for key in keys if isinstance(key, str) and key not in everywhere)
-    return [*kinds.items(), *((f"nnx.PathContains({_quoted(key)})", names[key]) for key in used)]
+    return [*kinds.items(), *((nnx.PathContains(key), names[key]) for key in used)]
 
 
-def _kinds(kind: type | None) -> list[str]:
+def _kinds(kind: type | None) -> list[type]:
     """Returns the narrow types that Flax itself names; `nnx.Param` would say nothing."""
     if kind is None:
         return []
     types = (nnx.LoRAParam, nnx.BatchStat, nnx.OptState)
-    found = [f"nnx.{each.__name__}" for each in types if issubclass(kind, each)]
+    found: list[type] = [each for each in types if issubclass(kind, each)]
     is_own = getattr(nnx, kind.__name__, None) is kind and kind not in (*types, nnx.Param, nnx.Variable)
-    narrow = [f"nnx.{kind.__name__}"] if is_own and not issubclass(kind, nnx.OptState) else []
+    narrow: list[type] = [kind] if is_own and not issubclass(kind, nnx.OptState) else []
     return [*found, *narrow]
-
-
-def _quoted(key: str) -> str:
-    return '"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 _NUMBER = re.compile(r"\d+$")

@@ -4,21 +4,30 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 
+from orbax_nnx_handler.planning.core.causes import Cause, Hint, fill_hint
 from orbax_nnx_handler.planning.core.dtypes import name_of
-from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, RestoreError, UnreadableLeafError
+from orbax_nnx_handler.planning.core.errors import (
+    AmbiguousMappingError,
+    RestoreError,
+    UnreadableLeafError,
+    error_of_kinds,
+)
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, fill_hint
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.diagnosis.finders import diagnose
-from orbax_nnx_handler.planning.diagnosis.names import AnotherModel, OtherNames, nearest
+from orbax_nnx_handler.planning.diagnosis.names import LOOK, nearest
 from orbax_nnx_handler.planning.diagnosis.problems import problems_of
 from orbax_nnx_handler.planning.text.folding import Row, fold
-from orbax_nnx_handler.planning.text.lines import align, wrapped
+from orbax_nnx_handler.planning.text.lines import Line, Sentence, align, joined, lines_of
+from orbax_nnx_handler.planning.text.words import counted
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 from orbax_nnx_handler.planning.verdict.rows import look
 
 _SHOWN = 6
-_SOURCE = "the target is abstract, so initial values need init=..., a function that builds the target."
+_SOURCE = Hint(
+    "the target is abstract, so initial values need init=..., a function that builds the target.",
+    needs_init=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,71 +47,86 @@ class Explanation:
         return diagnose(self.verdict)
 
     @cached_property
-    def advice(self) -> tuple[str, ...]:
-        """The lines that say what probably caused the problems and what to do about them."""
-        return tuple(_advice(self.verdict, self.causes))
+    def _said(self) -> list[str | Cause | Hint]:
+        return _advice(self.verdict, self.causes)
+
+    @property
+    def advice(self) -> list[Line]:
+        """What probably caused the problems and what to do about them, line by line."""
+        return [_line(item) for item in self._said]
+
+    @property
+    def hints(self) -> list[Hint]:
+        """The ways out, those of single problems first."""
+        own = [hint for problem in self.problems for hint in problem.hints]
+        return [*own, *(item for item in self._said if isinstance(item, Hint))]
 
     def error(self) -> RestoreError | None:
         """Returns the one error that lists every problem, or None."""
         if not self.problems:
             return None
-        kinds = list(dict.fromkeys(type(problem) for problem in self.problems))
-        combined = (
-            kinds[0] if len(kinds) == 1 else type(" + ".join(k.__name__ for k in kinds), tuple(kinds), {})
-        )
-        body = [str(problem) for problem in self.problems]
-        paths = list(dict.fromkeys(path for problem in self.problems for path in problem.paths))
+        kind = error_of_kinds(*dict.fromkeys(type(problem) for problem in self.problems))
         # The list of a foreign model's leaves would bury the one fact that matters.
-        first = [cause.cause for cause in self.causes if isinstance(cause, AnotherModel)]
+        first = [cause.text for cause in self.causes if cause.kind == "AnotherModel"]
+        body = [line for problem in self.problems for line in lines_of(problem)]
         lines = [*(() if self.verdict.faults else first), *body, _checkpoint(self.verdict), *self.advice]
-        return combined(
-            wrapped("\n".join(lines)),
-            paths=paths,
+        return kind(
+            "\n".join(problem.what for problem in self.problems),
+            paths=list(dict.fromkeys(path for problem in self.problems for path in problem.paths)),
+            hints=self.hints,
+            causes=self.causes,
             problems=self.problems if len(self.problems) > 1 else (),
+            message=joined(lines),
         )
 
 
-def _advice(verdict: Verdict, causes: Sequence[Cause]) -> list[str]:
+def _line(item: str | Cause | Hint) -> Line:
+    if isinstance(item, Cause):
+        return Sentence("cause", item.text)
+    return Sentence("hint", item.words) if isinstance(item, Hint) else item
+
+
+def _advice(verdict: Verdict, causes: Sequence[Cause]) -> list[str | Cause | Hint]:
     if any(isinstance(fault, AmbiguousMappingError | UnreadableLeafError) for fault in verdict.faults):
         # Until it is decided how to read the checkpoint, whatever is missing may be the other reading's;
         # and what cannot be read may be what is missing.
         return []
-    lines = _closest(
-        verdict, {p for cause in causes if not isinstance(cause, OtherNames) for p in cause.paths}
-    )
-    lines += _ways(causes)
+    # What has another name need not begin anew, and the rest of a renamed model may be renamed as well.
+    renamed = any(cause.kind == "OtherNames" for cause in causes)
     explained = {path for cause in causes for path in cause.paths}
-    lines += [f"hint: {text}" for text in _general(verdict, explained)]
     anew = [path for cause in causes if cause.may_begin_anew for path in cause.paths]
-    word = "or " if any(cause.may_begin_anew and cause.way for cause in causes) else ""
-    # What has another name has not to begin anew, and the rest of a renamed model may be renamed as well.
-    renamed = any(isinstance(cause, OtherNames) for cause in causes)
     rest = [] if renamed or not verdict.restored else _open(verdict, explained)
-    lines += [f"hint: {word}{text}" for text in _fill(verdict, {*anew, *rest})]
-    if any('"init"' in line for line in lines) and _has_no_source(verdict):
-        lines.append(f"hint: {_SOURCE}")
-    return lines
+    is_other_way = any(cause.may_begin_anew and cause.way.words for cause in causes)
+    said = [
+        *_closest(verdict, {p for cause in causes if cause.kind != "OtherNames" for p in cause.paths}),
+        *_ways(causes),
+        *_general(verdict, explained),
+        *_fill(verdict, {*anew, *rest}, "or " if is_other_way else ""),
+    ]
+    if any(isinstance(item, Hint) and item.fills for item in said) and _has_no_source(verdict):
+        said.append(_SOURCE)
+    return said
 
 
-def _ways(causes: Sequence[Cause]) -> list[str]:
-    """Returns causes with their ways out; a way that several share comes once, after the last of them."""
-    lines: list[str] = []
+def _ways(causes: Sequence[Cause]) -> Iterable[Cause | Hint]:
+    """Yields causes with their ways out; a way that several share comes once, after the last of them."""
     for at, cause in enumerate(causes):
-        if not isinstance(cause, AnotherModel):
-            lines.append(f"cause: {cause.cause}")
-        if cause.way and all(cause.way != later.way for later in causes[at + 1 :]):
-            lines.append(f"hint: {cause.way}")
-    return lines
+        if cause.kind != "AnotherModel":
+            yield cause
+        if cause.way.words and all(cause.way != later.way for later in causes[at + 1 :]):
+            yield cause.way
 
 
-def _fill(verdict: Verdict, paths: Collection[Path]) -> Iterable[str]:
+def _fill(verdict: Verdict, paths: Collection[Path], word: str) -> Iterable[Hint]:
     """Yields the one policy that fills what may begin anew, and nothing that is merely named otherwise."""
     missing = {path for path in _open(verdict, ()) if path in paths}
     filters = selecting(Evidence(verdict=verdict), missing)
     if filters:
-        yield fill_hint(filters, len(missing))
+        fill = fill_hint(filters, len(missing))
+        yield dataclasses.replace(fill, words=word + fill.words)
     elif missing and len(missing) == len(_open(verdict, ())):
-        yield 'pass policy="init" to initialise all that is missing, or filters for a part of it.'
+        words = 'pass policy="init" to initialise all that is missing, or filters for a part of it.'
+        yield Hint(word + words, {"policy": "init"})
 
 
 def _open(verdict: Verdict, explained: Collection[Path]) -> list[Path]:
@@ -128,25 +152,29 @@ def _closest(verdict: Verdict, explained: Collection[Path]) -> list[str]:
     return ["closest unexpected:", *align(fold(rows), limit=_SHOWN)] if rows else []
 
 
-def _general(verdict: Verdict, explained: Collection[Path]) -> Iterable[str]:
+def _general(verdict: Verdict, explained: Collection[Path]) -> Iterable[Hint]:
     """Yields the way out of what no cause explains."""
     left = [item for path, item in verdict.mismatched.items() if path not in explained]
     kinds = {item.kind for item in left}
     if any(item.policy == "init" and item.filled_by is None for item in verdict.missing.values()):
         yield _SOURCE
     if _is_renamed(verdict, _open(verdict, explained)):
-        yield 'where only a name differs, pass renames=[("name in the checkpoint", "name in the target")].'
+        yield Hint(
+            'where only a name differs, pass renames=[("name in the checkpoint", "name in the target")].'
+        )
     elif not verdict.restored and _open(verdict, explained):
-        yield "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target."
+        yield LOOK
     if "shape" in kinds:
-        yield "a weight is never cut, padded or reshaped: build the target with the stored shapes."
+        yield Hint("a weight is never cut, padded or reshaped: build the target with the stored shapes.")
     # A mismatch with a detail says itself what to do.
     if any(item.kind == "dtype" and not item.detail for item in left):
-        yield "integers, booleans and floats never become each other: give the target's leaf the stored kind."
+        yield Hint(
+            "integers, booleans and floats never become each other: give the target's leaf the stored kind."
+        )
     if "key" in kinds:
-        yield "build the target with random keys of the stored implementation and shape."
+        yield Hint("build the target with random keys of the stored implementation and shape.")
     if verdict.unexpected_policy == "error" and any(path not in explained for path in verdict.unexpected):
-        yield 'pass unexpected="warn" if nobody needs what is left over.'
+        yield Hint('pass unexpected="warn" if nobody needs what is left over.', {"unexpected": "warn"})
 
 
 def _is_renamed(verdict: Verdict, missing: Iterable[Path]) -> bool:

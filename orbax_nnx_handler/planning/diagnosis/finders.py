@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
+from orbax_nnx_handler.planning.core.causes import Cause
+from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
-from orbax_nnx_handler.planning.diagnosis.cause import Cause
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.layers import find_layer_counts, find_scanned, find_shifted
 from orbax_nnx_handler.planning.diagnosis.names import find_another_model, find_other_groups, find_other_names
@@ -27,7 +28,9 @@ from orbax_nnx_handler.planning.diagnosis.rules import find_dropped, find_unneed
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
-_FINDERS: tuple[Callable[[Evidence], Iterable[Cause]], ...] = (
+_Finder = Callable[[Evidence], Iterable[Cause]]
+
+_FINDERS: tuple[_Finder, ...] = (
     find_given_layout,
     find_no_weights,
     find_quantised,
@@ -75,7 +78,15 @@ def diagnose(verdict: Verdict) -> tuple[Cause, ...]:
     causes: list[Cause] = []
     is_whole = not (evidence.missing or evidence.mismatched or evidence.unexpected)
     for find in _OF_DEFAULTS if is_whole else _FINDERS:
-        found = list(find(evidence))
+        found = _found(find, evidence)
         causes += found
         evidence = evidence.without(path for cause in found for path in cause.paths)
     return tuple(causes)
+
+
+def _found(find: _Finder, evidence: Evidence) -> list[Cause]:
+    try:
+        return list(find(evidence))
+    except RuleError:
+        # The rule that would help cannot be written: a stored name is no pattern (`{x}`).
+        return []

@@ -1,21 +1,18 @@
-"""Layers: another number of them, and single ones absent.
+"""Layers: another number of them, single ones absent, stacked on one side only, numbered from elsewhere."""
 
-Layers that are stacked on one side only, or numbered from another beginning.
-"""
-
-import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
-from typing import ClassVar
+from typing import Any
 
+from orbax_nnx_handler.planning.core.causes import Cause, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Stack, children
-from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, selecting, spell
 from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_seats, seats
 from orbax_nnx_handler.planning.text.folding import ranges
+from orbax_nnx_handler.planning.text.words import counted
 
 
 def find_layer_counts(evidence: Evidence) -> Iterable[Cause]:
@@ -53,12 +50,8 @@ def _unstacked(evidence: Evidence, group: Group, wanted: "_Positions") -> Iterab
         and len(wanted) == len(present | absent)
     ):
         lost = evidence.with_moments([path for path in paths if path in evidence.missing])
-        yield LayerCount(
-            paths=lost,
-            group=name_of_group(group),
-            stored=len(present),
-            wanted=len(wanted),
-            filters=selecting(evidence, lost),
+        yield _another_number(
+            name_of_group(group), len(present), len(wanted), lost, filters=selecting(evidence, lost)
         )
 
 
@@ -88,28 +81,60 @@ def _compare(evidence: Evidence, group: Group, wanted: "_Positions", stored: "_P
     more = tuple(path for at in sorted(extra) for path in stored[at])
     name = name_of_group(group)
     if is_whole(set(have)) and is_whole(set(want)):
-        kind = _kind((*group.parent, group.name))
-        yield LayerCount(
-            paths=(*lost, *more),
-            group=name,
-            stored=len(have),
-            wanted=len(want),
-            kind=kind,
-            filters=selecting(evidence, lost),
-        )
+        unit = _unit((*group.parent, group.name))
+        filters = selecting(evidence, lost)
+        yield _another_number(name, len(have), len(want), (*lost, *more), unit, filters)
     elif absent:
-        yield LayersAbsent(paths=lost, group=name, layers=tuple(sorted(absent)), stored=len(have & want))
+        yield _hole(name, tuple(sorted(absent)), len(have & want), lost)
+
+
+def _another_number(
+    group: str,
+    stored: int,
+    wanted: int,
+    paths: Sequence[Path],
+    unit: str = "layer",
+    filters: Sequence[Any] = (),
+) -> Cause:
+    there = counted(stored, unit)
+    return Cause(
+        kind="LayerCount",
+        text=f"{group!r} has {there} in the checkpoint and {wanted} in the target.",
+        paths=tuple(paths),
+        way=Hint(f"restore into a model with {there}."),
+        filters=tuple(filters),
+        may_begin_anew=True,
+        facts={"group": group, "stored": stored, "wanted": wanted, "unit": unit},
+    )
+
+
+def _hole(group: str, layers: tuple[int, ...], stored: int, paths: tuple[Path, ...]) -> Cause:
+    one = len(layers) == 1
+    others = "another is" if stored == 1 else f"{stored} others are"
+    return Cause(
+        kind="LayersAbsent",
+        text=f"of {group!r}, {'layer' if one else 'layers'} {ranges(layers)} {'is' if one else 'are'} not "
+        f"stored, while {others}: the checkpoint has a hole.",
+        paths=paths,
+        way=Hint(
+            "restore another step, or find out why "
+            f"{'this layer was' if one else 'these layers were'} not saved."
+        ),
+        facts={"group": group, "layers": layers, "stored": stored},
+    )
 
 
 _Positions = Mapping[int, Sequence[Path]]
 """The leaves of each layer of a group."""
 
 
-def _flat_positions(leaves: Mapping[Path, Tokens], groups: set[Group]) -> Mapping[Group, _Positions]:
+def _flat_positions(
+    leaves: Mapping[Path, Tokens], groups: Collection[Group] | None = None
+) -> Mapping[Group, _Positions]:
     found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path, tokens in leaves.items():
         for seat in flat_seats(tokens):
-            if seat.group in groups:
+            if groups is None or seat.group in groups:
                 found[seat.group][seat.position].append(path)
     return found
 
@@ -131,15 +156,10 @@ def _partial_stacks(evidence: Evidence) -> Iterable[Cause]:
         explained = evidence.with_moments(paths)
         stored = wanted - len(layers)
         if layers == tuple(range(stored, wanted)):
-            yield LayerCount(
-                paths=explained,
-                group=group,
-                stored=stored,
-                wanted=wanted,
-                filters=selecting(evidence, explained),
-            )
+            filters = selecting(evidence, explained)
+            yield _another_number(group, stored, wanted, explained, filters=filters)
         else:
-            yield LayersAbsent(paths=explained, group=group, layers=layers, stored=stored)
+            yield _hole(group, layers, stored, explained)
 
 
 def _stack_in(recipe: Recipe | None) -> Stack | None:
@@ -158,9 +178,7 @@ def _surplus(evidence: Evidence) -> Iterable[Cause]:
             groups[_container(evidence, path, form), item.surplus].append(path)
     for (group, surplus), paths in groups.items():
         wanted = _wanted_layers(evidence, paths)
-        yield LayerCount(
-            paths=evidence.with_moments(paths), group=group, stored=wanted + surplus, wanted=wanted
-        )
+        yield _another_number(group, wanted + surplus, wanted, evidence.with_moments(paths))
 
 
 def _wanted_layers(evidence: Evidence, paths: Sequence[Path]) -> int:
@@ -194,13 +212,8 @@ def _stacked_groups(evidence: Evidence) -> Iterable[Cause]:
             continue
         _, stored, wanted = change
         module = _shared([evidence.below[path][:-1] for path in paths])
-        yield LayerCount(
-            paths=evidence.with_moments(paths),
-            group=spell(module),
-            stored=stored,
-            wanted=wanted,
-            kind=_kind(module),
-        )
+        explained = evidence.with_moments(paths)
+        yield _another_number(spell(module), stored, wanted, explained, _unit(module))
 
 
 def _shared(modules: Sequence[Tokens]) -> Tokens:
@@ -235,7 +248,7 @@ def _one_axis(evidence: Evidence, path: Path) -> tuple[int, int, int] | None:
     return (axes[0], item.stored_shape[axes[0]], item.wanted.shape[axes[0]]) if len(axes) == 1 else None
 
 
-def _kind(module: Sequence[str]) -> str:
+def _unit(module: Sequence[str]) -> str:
     return "expert" if any("expert" in token.lower() for token in module) else "layer"
 
 
@@ -248,7 +261,8 @@ def find_scanned(evidence: Evidence) -> Iterable[Cause]:
     """Yields groups that are stacked on one side only and were not rearranged."""
     wanted = {path: evidence.below[path] for path in evidence.missing_weights}
     stored = {path: evidence.stored_below(item) for path, item in evidence.free_weights.items()}
-    for side, stacked, flat in (("checkpoint", stored, wanted), ("target", wanted, stored)):
+    sides = (("checkpoint", "target", stored, wanted), ("target", "checkpoint", wanted, stored))
+    for side, other, stacked, flat in sides:
         stacks = {
             (s.group, s.rest): p
             for p, tokens in stacked.items()
@@ -264,11 +278,16 @@ def find_scanned(evidence: Evidence) -> Iterable[Cause]:
             explained = [path for pair in pairs for path in pair]
             lost = [path for path in dict.fromkeys(explained) if path in wanted]
             rest = [path for path in dict.fromkeys(explained) if path not in wanted]
-            yield ScannedOnOneSide(
+            name, why = name_of_group(group), _why(evidence, *pairs[0])
+            yield Cause(
+                kind="ScannedOnOneSide",
+                text=f"the layers of {name!r} are stacked in the {side} and one by one in the {other}; "
+                f"they could not be rearranged, since {why}.",
                 paths=(*evidence.with_moments(lost), *rest),
-                group=name_of_group(group),
-                stacked=side,
-                why=_why(evidence, *pairs[0]),
+                way=Hint(
+                    "correct the sizes first: stacking is done by itself once one layer has the wanted shape."
+                ),
+                facts={"group": name, "stacked": side},
             )
 
 
@@ -284,8 +303,10 @@ def find_shifted(evidence: Evidence) -> Iterable[Cause]:
     """Yields groups of as many layers on both sides that are numbered from another beginning."""
     if not evidence.missing_weights or not evidence.free_weights:
         return
-    wanted = _numbers(evidence.below)
-    stored = _numbers({path: evidence.stored_below(item) for path, item in evidence.stored_weights.items()})
+    wanted = _flat_positions(evidence.below)
+    stored = _flat_positions(
+        {path: evidence.stored_below(item) for path, item in evidence.stored_weights.items()}
+    )
     for group in wanted.keys() & stored.keys():
         ours, theirs = wanted[group], stored[group]
         lost = [path for at in ours.keys() - theirs.keys() for path in ours[at] if path in evidence.missing]
@@ -295,22 +316,30 @@ def find_shifted(evidence: Evidence) -> Iterable[Cause]:
         if lost and free and len(ours) == len(theirs) and _is_run(ours) and _is_run(theirs):
             pattern = _pattern(free[0], group)
             if pattern:
-                yield LayersShifted(
-                    paths=(*evidence.with_moments(lost), *free),
-                    group=name_of_group(group),
-                    pattern=pattern,
-                    stored=min(theirs),
-                    wanted=min(ours),
-                    count=len(ours),
-                )
+                paths = (*evidence.with_moments(lost), *free)
+                yield _shifted(name_of_group(group), pattern, min(theirs), min(ours), len(ours), paths)
 
 
-def _numbers(leaves: Mapping[Path, tuple[str, ...]]) -> Mapping[Group, Mapping[int, list[Path]]]:
-    found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for path, tokens in leaves.items():
-        for seat in flat_seats(tokens):
-            found[seat.group][seat.position].append(path)
-    return found
+def _shifted(
+    group: str, pattern: str, stored: int, wanted: int, count: int, paths: tuple[Path, ...]
+) -> Cause:
+    there, here = (f"{first} to {first + count - 1}" for first in (stored, wanted))
+    old, new = (pattern.replace("{}", f"{{i + {first}}}" if first else "{i}") for first in (stored, wanted))
+    renames = [
+        (pattern.replace("{}", str(stored + at)), pattern.replace("{}", str(wanted + at)))
+        for at in range(count)
+    ]
+    return Cause(
+        kind="LayersShifted",
+        text=f"the {counted(count, 'layer')} of {group!r} are numbered {there} in the checkpoint and {here} "
+        "in the target.",
+        paths=paths,
+        way=Hint(
+            f'if they are the same layers, pass renames=[(f"{old}", f"{new}") for i in range({count})].',
+            {"renames": renames},
+        ),
+        facts={"group": group, "stored": stored, "wanted": wanted, "count": count},
+    )
 
 
 def _is_run(numbers: Iterable[int]) -> bool:
@@ -322,114 +351,3 @@ def _pattern(path: Path, group: Group) -> str:
     """Returns how the checkpoint writes one layer of a group, `layers_{}`; empty for a number alone."""
     names = [part for part in segments(path) if re.fullmatch(re.escape(group.name) + r"_\d+", part)]
     return f"{group.name}_{{}}" if names else ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerCount(Cause):
-    """A group of layers has another length.
-
-    Attributes:
-        group: The group, as its path is written.
-        stored: Layers in the checkpoint.
-        wanted: Layers in the target.
-        kind: What is counted: experts where the path says so.
-    """
-
-    group: str
-    stored: int
-    wanted: int
-    kind: str = "layer"
-    may_begin_anew: ClassVar[bool] = True
-
-    def _cause(self) -> str:
-        stored = counted(self.stored, self.kind)
-        return f"{self.group!r} has {stored} in the checkpoint and {self.wanted} in the target."
-
-    def _way(self) -> str:
-        return f"restore into a model with {counted(self.stored, self.kind)}."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayersAbsent(Cause):
-    """Single layers of a group are not stored, though later ones are.
-
-    Attributes:
-        group: The group.
-        layers: The absent layers.
-        stored: How many are stored.
-    """
-
-    group: str
-    layers: tuple[int, ...]
-    stored: int
-
-    def _cause(self) -> str:
-        return (
-            f"of {self.group!r}, {'layer' if len(self.layers) == 1 else 'layers'} {ranges(self.layers)} "
-            f"{'is' if len(self.layers) == 1 else 'are'} not stored, while "
-            f"{'another is' if self.stored == 1 else f'{self.stored} others are'}: the checkpoint has a hole."
-        )
-
-    def _way(self) -> str:
-        layers = "this layer was" if len(self.layers) == 1 else "these layers were"
-        return f"restore another step, or find out why {layers} not saved."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScannedOnOneSide(Cause):
-    """Layers are stacked on one side only, and could not be rearranged.
-
-    Attributes:
-        group: The group of layers.
-        stacked: The side on which they are stacked.
-        why: Why the rearrangement did not work out.
-    """
-
-    group: str
-    stacked: str
-    why: str
-
-    def _cause(self) -> str:
-        one, other = ("checkpoint", "target") if self.stacked == "checkpoint" else ("target", "checkpoint")
-        return (
-            f"the layers of {self.group!r} are stacked in the {one} and one by one in the {other}; "
-            f"they could not be rearranged, since {self.why}."
-        )
-
-    def _way(self) -> str:
-        return "correct the sizes first: stacking is done by itself once one layer has the wanted shape."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayersShifted(Cause):
-    """The layers of a group are numbered from another beginning.
-
-    Attributes:
-        group: The group, as its path is written.
-        pattern: How the checkpoint writes one layer, with `{}` for its number.
-        stored: The number of the first stored layer.
-        wanted: The number of the first wanted layer.
-        count: Layers on each side.
-    """
-
-    group: str
-    pattern: str
-    stored: int
-    wanted: int
-    count: int
-
-    def _cause(self) -> str:
-        stored, wanted = (f"{first} to {first + self.count - 1}" for first in (self.stored, self.wanted))
-        return (
-            f"the {counted(self.count, 'layer')} of {self.group!r} are numbered {stored} in the checkpoint "
-            f"and {wanted} in the target."
-        )
-
-    def _way(self) -> str:
-        old, new = (
-            self.pattern.replace("{}", f"{{i + {first}}}" if first else "{i}")
-            for first in (self.stored, self.wanted)
-        )
-        return (
-            f'if they are the same layers, pass renames=[(f"{old}", f"{new}") for i in range({self.count})].'
-        )

@@ -1,158 +1,23 @@
-"""Causes that are a matter of names: another model, or the same one under other names.
+"""Names: another model, or the same one under other names, with the renames that lead there.
 
-The renames that lead from stored names to wanted ones, where path and shape leave no choice.
-
-Stored names close to missing ones, where shape or name speak for it.
-
-Whether the two sides are the same model at all, and whether only names differ.
+A rename is proposed where path and shape leave no choice; else the closest stored names are shown.
 """
 
-import dataclasses
 import difflib
 import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.causes import Cause, Hint
 from orbax_nnx_handler.planning.core.dtypes import name_of
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
-from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.layers import Group, seats
 from orbax_nnx_handler.planning.target.roles import Wanted
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AnotherModel(Cause):
-    """The checkpoint and the target have little in common.
-
-    Attributes:
-        weights: Weights of the target.
-        named_alike: How many of them have a stored counterpart by name.
-        shaped_alike: How many of them have a stored leaf of their shape.
-    """
-
-    weights: int
-    named_alike: int
-    shaped_alike: int
-
-    def _cause(self) -> str:
-        return (
-            f"this looks like a checkpoint of another model: it shares {self.named_alike} of the target's "
-            f"{self.weights} names and {self.shaped_alike} of its shapes."
-        )
-
-    def _way(self) -> str:
-        return "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OtherNames(Cause):
-    """Leaves that are missing and leaves that are unexpected have the same shapes.
-
-    Attributes:
-        count: How many.
-        weights: Missing weights in all.
-        automatic: Names among the stored ones that Linen gave (`Dense_0`).
-        renames: The rules that explain all of them, if path and shape leave no choice.
-    """
-
-    count: int
-    weights: int
-    automatic: tuple[str, ...]
-    renames: tuple[tuple[str, str], ...] = ()
-
-    def _cause(self) -> str:
-        found = f"{self._each} an unexpected stored leaf of the same shape and dtype"
-        if self.automatic:
-            names = ", ".join(self.automatic[:_NAMES]) + (", ..." if len(self.automatic) > _NAMES else "")
-            return f"{found}; the stored ones carry names that Linen gave ({names})."
-        return f"{found}: only names differ."
-
-    @property
-    def _each(self) -> str:
-        if self.weights == 1:
-            return "for the missing weight there is"
-        if self.count == self.weights:
-            return f"for each of the {self.weights} missing weights there is"
-        return f"for {self.count} of the {self.weights} missing weights there is"
-
-    def _way(self) -> str:
-        if self.renames:
-            return f"if they are the same, pass renames={list(self.renames)!r}."
-        return "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes renames to check and paste."
-
-
-_NAMES = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OtherGroup(Cause):
-    """A group of layers, or a module, is stored with the same contents under another name.
-
-    Attributes:
-        stored: Its name in the checkpoint.
-        wanted: Its name in the target.
-        count: The different weights that both hold.
-        rename: The rule that leads from one to the other.
-    """
-
-    stored: str
-    wanted: str
-    count: int
-    rename: tuple[str, str]
-
-    def _cause(self) -> str:
-        return (
-            f"the stored {self.stored!r} holds the same {counted(self.count, 'weight')}, by name, as the "
-            f"wanted {self.wanted!r}, which is not stored."
-        )
-
-    def _way(self) -> str:
-        return f"if they are the same, pass renames=[{self.rename!r}]."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoWeights(Cause):
-    """The checkpoint holds no weight at all.
-
-    Attributes:
-        stored: What it holds instead, folded.
-    """
-
-    stored: str
-
-    def _cause(self) -> str:
-        held = f"all it holds is {self.stored}" if self.stored else "it is empty"
-        return f"the checkpoint holds no weights: {held}."
-
-    def _way(self) -> str:
-        return "look for another item or step: `orbax-nnx tree CHECKPOINT` lists them."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayoutGiven(Cause):
-    """The checkpoint was read under a layout that it does not have.
-
-    Attributes:
-        given: The layout that was asked for.
-        found: Those that it looks like.
-    """
-
-    given: str
-    found: tuple[str, ...]
-
-    def _cause(self) -> str:
-        return (
-            f"the checkpoint was read as {self.given}, as layout=... asks, but has not the form of one: "
-            f"it looks like {' or '.join(self.found)}."
-        )
-
-    def _way(self) -> str:
-        return "leave layout=... out: it is found out from the metadata."
-
+from orbax_nnx_handler.planning.text.words import counted
 
 _MOST = 6
 """More renames than this are a matter for `suggest`."""
@@ -269,7 +134,7 @@ def _most_alike(name: str, others: Iterable[str], cutoff: float) -> str | None:
     for other in others:
         least = cutoff if best is None else best[0]
         matcher.set_seq1(other)
-        # Upper bounds of the ratio, each dearer and closer than the one before.
+        # Upper bounds of the ratio, each more expensive and closer than the one before.
         if matcher.real_quick_ratio() < least or matcher.quick_ratio() < least:
             continue
         ratio = matcher.ratio()
@@ -278,6 +143,7 @@ def _most_alike(name: str, others: Iterable[str], cutoff: float) -> str | None:
     return None if best is None else best[1]
 
 
+_NAMES = 4
 _FEW = 0.25
 _MOST_ALIKE = 0.75
 _AUTOMATIC = re.compile(r"[A-Z]\w*_\d+")
@@ -301,11 +167,13 @@ def find_another_model(evidence: Evidence) -> Iterable[Cause]:
     shapes = Counter(item.leaf.shape for item in weights.values())
     shaped = (shapes & Counter(item.leaf.shape for item in evidence.stored_weights.values())).total()
     if named <= _FEW * len(weights) and shaped <= _FEW * len(weights):
-        yield AnotherModel(
+        yield Cause(
+            kind="AnotherModel",
+            text=f"this looks like a checkpoint of another model: it shares {named} of the target's "
+            f"{len(weights)} names and {shaped} of its shapes.",
             paths=evidence.with_moments(evidence.missing_weights),
-            weights=len(weights),
-            named_alike=named,
-            shaped_alike=shaped,
+            way=LOOK,
+            facts={"weights": len(weights), "named_alike": named, "shaped_alike": shaped},
         )
 
 
@@ -320,12 +188,14 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
     (left, right) = pairs[0]
     lost = [path for paths in wanted[left].values() for path in paths]
     sources = [path for paths in stored[right].values() for path in paths]
-    yield OtherGroup(
+    count, rename = len(wanted[left]), _group_rename(left.name, right.name, sources)
+    yield Cause(
+        kind="OtherGroup",
+        text=f"the stored {right.name!r} holds the same {counted(count, 'weight')}, by name, as the wanted "
+        f"{left.name!r}, which is not stored.",
         paths=(*evidence.with_moments(lost), *sources),
-        stored=right.name,
-        wanted=left.name,
-        count=len(wanted[left]),
-        rename=_group_rename(left.name, right.name, sources),
+        way=_if_the_same([rename]),
+        facts={"stored": right.name, "wanted": left.name, "count": count},
     )
 
 
@@ -374,14 +244,40 @@ def find_other_names(evidence: Evidence) -> Iterable[Cause]:
         return
     explained = [path for path in missing if _look(evidence.missing[path].wanted) in alike]
     sources = [path for path, item in free.items() if _look(item.leaf) in alike]
-    names = {part for path in sources for part in segments(path) if _AUTOMATIC.fullmatch(part)}
-    yield OtherNames(
+    names = sorted({part for path in sources for part in segments(path) if _AUTOMATIC.fullmatch(part)})
+    only = "only names differ"
+    if names:
+        shown = ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
+        only = f"the stored ones carry names that Linen gave ({shown})"
+    found = _for_each(alike.total(), len(missing))
+    changes = renames(evidence, explained, sources)
+    yield Cause(
+        kind="OtherNames",
+        text=f"{found} there is an unexpected stored leaf of the same shape and dtype"
+        f"{';' if names else ':'} {only}.",
         paths=(*evidence.with_moments(explained), *sources),
-        count=alike.total(),
-        weights=len(missing),
-        automatic=tuple(sorted(names)),
-        renames=renames(evidence, explained, sources),
+        way=_if_the_same(changes) if changes else _SUGGEST,
+        facts={
+            "count": alike.total(),
+            "weights": len(missing),
+            "automatic": tuple(names),
+            "renames": changes,
+        },
     )
+
+
+LOOK = Hint("look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target.")
+_SUGGEST = Hint("`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes renames to check and paste.")
+
+
+def _if_the_same(changes: Sequence[Change]) -> Hint:
+    return Hint(f"if they are the same, pass renames={list(changes)!r}.", {"renames": list(changes)})
+
+
+def _for_each(count: int, weights: int) -> str:
+    if weights == 1:
+        return "for the missing weight"
+    return f"for {'each' if count == weights else count} of the {weights} missing weights"
 
 
 def _look(leaf: WantedLeaf | StoredLeaf) -> tuple[tuple[int, ...], str]:

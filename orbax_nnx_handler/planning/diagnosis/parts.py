@@ -1,115 +1,23 @@
-"""Causes that are variants of one model: without biases, with tied embeddings, quantised.
+"""Parts that one side has and the other has not: a collection, biases, a head, LoRA, scales of integers.
 
-Parts that one side has and the other has not: a collection, a head, LoRA.
-
-The same model built otherwise: without biases, with tied embeddings, quantised.
-
-What the checkpoint is as a whole: without a weight, or of another layout than was asked for.
+And what the checkpoint is as a whole: without a weight, or of another layout than was asked for.
 """
 
-import dataclasses
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
 
 from flax import nnx
 
 from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.causes import Cause, Hint
 from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
-from orbax_nnx_handler.planning.diagnosis.cause import (
-    Cause,
-    CollectionMissing,
-    LostWeights,
-    NewPart,
-    counted,
-    listed,
-)
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
-from orbax_nnx_handler.planning.diagnosis.names import LayoutGiven, NoWeights
 from orbax_nnx_handler.planning.diagnosis.quantised import quantised_weights
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.text.folding import fold_paths
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoBias(Cause):
-    """The checkpoint's modules have no bias.
-
-    Attributes:
-        count: Missing biases.
-        modules: The names of their modules; empty where no module at all has a stored bias.
-    """
-
-    count: int
-    modules: tuple[str, ...]
-    may_begin_anew: ClassVar[bool] = True
-
-    def _cause(self) -> str:
-        where = f"no {listed(self.modules)} has a stored bias" if self.modules else "no bias is stored at all"
-        return (
-            f"{where}, while the other weights of the same modules are there: the checkpoint's modules were "
-            f"built without ({counted(self.count, 'bias', 'biases')} missing)."
-        )
-
-    def _way(self) -> str:
-        return "build the target's with use_bias=False. A bias that begins at zero computes the same."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TiedEmbedding(Cause):
-    """An output layer is missing that has the shape of a stored embedding, turned.
-
-    Attributes:
-        output: The missing weight, as its path is written.
-        shape: Its shape.
-        embedding: The stored embedding.
-    """
-
-    output: str
-    shape: Shape
-    embedding: str
-    may_begin_anew: ClassVar[bool] = True
-
-    def _cause(self) -> str:
-        return (
-            f"nothing is stored for {self.output}, and its shape {self.shape} is that of {self.embedding} "
-            "turned: the checkpoint's model may use its embedding as output layer (tied)."
-        )
-
-    def _way(self) -> str:
-        return (
-            "if so, build the target tied as well (nnx.Embed.attend); "
-            "an output layer of its own begins untrained."
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantised(Cause):
-    """Codes stand where floats are wanted, with scales beside them.
-
-    Attributes:
-        dtype: The stored dtype.
-        scales: The names of the leaves beside them.
-        count: How many.
-    """
-
-    dtype: str
-    scales: tuple[str, ...]
-    count: int
-
-    def _cause(self) -> str:
-        weights = "1 weight is" if self.count == 1 else f"{self.count} weights are"
-        scales = listed(self.scales)
-        return f"{weights} stored as {self.dtype} with {scales} beside: the checkpoint is quantised."
-
-    def _way(self) -> str:
-        return (
-            "restore the checkpoint from before, or dequantise in the program that wrote it: "
-            "codes without their scales are no weights."
-        )
+from orbax_nnx_handler.planning.text.words import counted, listed
 
 
 def find_collections(evidence: Evidence) -> Iterable[Cause]:
@@ -130,12 +38,16 @@ def find_collections(evidence: Evidence) -> Iterable[Cause]:
         kind = evidence.missing[paths[0]].wanted.kind
         # A parameter of a subclass of nnx.Param is looked for in `params` as well: new, not left out.
         if len(paths) == wanted[collection] and kind is not None and not issubclass(kind, nnx.Param):
-            yield CollectionMissing(
+            there = listed(sorted(repr(name) for name in stored if name)) or "bare parameters"
+            yield Cause(
+                kind="CollectionMissing",
+                text=f"the collection {collection!r} was not saved: 0 of its {len(paths)} leaves are stored, "
+                f"the checkpoint holds {there}.",
                 paths=tuple(paths),
-                collection=collection,
+                way=Hint(f"save it from the Linen program too (a field {collection} of the train state)."),
                 filters=selecting(evidence, paths),
-                count=len(paths),
-                stored=tuple(sorted(name for name in stored if name)),
+                may_begin_anew=True,
+                facts={"collection": collection, "count": len(paths)},
             )
 
 
@@ -144,7 +56,16 @@ def find_lost_weights(evidence: Evidence) -> Iterable[Cause]:
     kept = {parameter for path, (_, parameter) in evidence.moments.items() if path in evidence.restored}
     lost = [path for path in evidence.missing_weights if evidence.below[path] in kept]
     if lost:
-        yield LostWeights(paths=evidence.with_moments(lost), names=fold_paths(lost), count=len(lost))
+        names, one = fold_paths(lost), len(lost) == 1
+        yield Cause(
+            kind="LostWeights",
+            text=f"the optimizer's moments of {names} are stored and "
+            f"{'the weight itself is' if one else 'the weights themselves are'} not: "
+            f"{'it is' if one else 'they are'} no new part of the model, but left out of the checkpoint.",
+            paths=evidence.with_moments(lost),
+            way=Hint(f"restore another step, or find out why {'it was' if one else 'they were'} not saved."),
+            facts={"names": names},
+        )
 
 
 def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
@@ -168,7 +89,16 @@ def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
     paths = evidence.with_moments(missing)
     names = [fold_paths(filter(None, modules))] if modules else []
     names += [counted(len(lora), "LoRA weight")] if lora else []
-    yield NewPart(paths=paths, names=tuple(names), filters=selecting(evidence, paths), complete=len(rest))
+    yield Cause(
+        kind="NewPart",
+        text=f"nothing is stored for {listed(names)}, and everything for the other "
+        f"{'weight' if len(rest) == 1 else f'{len(rest)} weights'}: the checkpoint's model did not have "
+        f"{'this part' if len(names) == 1 else 'these parts'}.",
+        paths=paths,
+        filters=selecting(evidence, paths),
+        may_begin_anew=True,
+        facts={"names": tuple(names), "complete": len(rest)},
+    )
 
 
 def _new_module(path: Path, rest: Sequence[Path]) -> Path | None:
@@ -201,11 +131,17 @@ def find_biases(evidence: Evidence) -> Iterable[Cause]:
         return
     everywhere = not stored and without.keys() == wanted
     explained = evidence.with_moments(paths)
-    yield NoBias(
+    modules = [] if everywhere else sorted(without)
+    where = f"no {listed(modules)} has a stored bias" if modules else "no bias is stored at all"
+    yield Cause(
+        kind="NoBias",
+        text=f"{where}, while the other weights of the same modules are there: the checkpoint's modules were "
+        f"built without ({counted(len(paths), 'bias', 'biases')} missing).",
         paths=explained,
-        count=len(paths),
-        modules=() if everywhere else tuple(sorted(without)),
+        way=Hint("build the target's with use_bias=False. A bias that begins at zero computes the same."),
         filters=selecting(evidence, explained),
+        may_begin_anew=True,
+        facts={"count": len(paths), "modules": tuple(modules)},
     )
 
 
@@ -243,12 +179,19 @@ def find_tied(evidence: Evidence) -> Iterable[Cause]:
     ]
     if is_output and len(leaf.shape) == 2 and len(embeddings) == 1:
         explained = evidence.with_moments([path])
-        yield TiedEmbedding(
+        output, embedding = render(path), render(embeddings[0].path)
+        yield Cause(
+            kind="TiedEmbedding",
+            text=f"nothing is stored for {output}, and its shape {leaf.shape} is that of {embedding} "
+            "turned: the checkpoint's model may use its embedding as output layer (tied).",
             paths=explained,
-            output=render(path),
-            shape=leaf.shape,
-            embedding=render(embeddings[0].path),
+            way=Hint(
+                "if so, build the target tied as well (nnx.Embed.attend); "
+                "an output layer of its own begins untrained."
+            ),
             filters=selecting(evidence, explained),
+            may_begin_anew=True,
+            facts={"output": output, "embedding": embedding},
         )
 
 
@@ -256,9 +199,16 @@ def find_quantised(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights stored as codes that have scales beside them."""
     for dtype, weights in quantised_weights(evidence).items():
         names = sorted({name for scales in weights.values() for name in scales})
-        paths = list(weights)
-        yield Quantised(
-            paths=evidence.with_moments(paths), dtype=dtype, scales=tuple(names), count=len(paths)
+        yield Cause(
+            kind="Quantised",
+            text=f"{counted(len(weights), 'weight is', 'weights are')} stored as {dtype} with {listed(names)} "
+            "beside: the checkpoint is quantised.",
+            paths=evidence.with_moments(list(weights)),
+            way=Hint(
+                "restore the checkpoint from before, or dequantise in the program that wrote it: "
+                "codes without their scales are no weights."
+            ),
+            facts={"dtype": dtype, "scales": tuple(names)},
         )
 
 
@@ -276,10 +226,14 @@ def find_given_layout(evidence: Evidence) -> Iterable[Cause]:
     except UnknownLayoutError:
         return
     if evidence.verdict.layout not in fitting:
-        yield LayoutGiven(
+        given, found = evidence.verdict.layout, fitting[:_SHORT]
+        yield Cause(
+            kind="LayoutGiven",
+            text=f"the checkpoint was read as {given}, as layout=... asks, but has not the form of one: "
+            f"it looks like {' or '.join(found)}.",
             paths=evidence.with_moments(evidence.missing_weights),
-            given=evidence.verdict.layout,
-            found=tuple(fitting[:_SHORT]),
+            way=Hint("leave layout=... out: it is found out from the metadata.", {"layout": "auto"}),
+            facts={"given": given, "found": tuple(found)},
         )
 
 
@@ -291,4 +245,12 @@ def find_no_weights(evidence: Evidence) -> Iterable[Cause]:
         return
     if all(path in evidence.verdict.missing for path in evidence.weights):
         paths = [*evidence.missing_weights, *evidence.of_role(evidence.missing, "optimizer")]
-        yield NoWeights(paths=tuple(paths), stored=fold_paths(leaf.path for leaf in leaves))
+        stored = fold_paths(leaf.path for leaf in leaves)
+        held = f"all it holds is {stored}" if stored else "it is empty"
+        yield Cause(
+            kind="NoWeights",
+            text=f"the checkpoint holds no weights: {held}.",
+            paths=tuple(paths),
+            way=Hint("look for another item or step: `orbax-nnx tree CHECKPOINT` lists them."),
+            facts={"stored": stored},
+        )

@@ -12,9 +12,9 @@ from orbax_nnx_handler.planning.core.errors import (
     UnexpectedParamError,
 )
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.diagnosis.cause import counted
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.text.lines import aligned
+from orbax_nnx_handler.planning.text.words import counted
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 from orbax_nnx_handler.planning.verdict.rows import mismatched_rows, missing_rows, stored_rows
 
@@ -57,12 +57,9 @@ def _sourceless(verdict: Verdict) -> Sequence[RestoreError]:
     bad = [item for item in verdict.missing.values() if item.policy == "init" and item.filled_by is None]
     if not bad:
         return []
-    message = f'policy "init" has no initial value for {_weights(len(bad))}:\n{aligned(missing_rows(bad))}'
+    leaves = counted(len(bad), "missing weight")
+    message = f'policy "init" has no initial value for {leaves}:\n{aligned(missing_rows(bad))}'
     return [MissingParamError(message, paths=[item.wanted.path for item in bad])]
-
-
-def _weights(count: int) -> str:
-    return "1 missing weight" if count == 1 else f"{count} missing weights"
 
 
 def _mismatches(
@@ -72,7 +69,7 @@ def _mismatches(
         bad = [item for item in verdict.mismatched.values() if item.kind == kind]
         if not bad:
             return []
-        leaves = "1 leaf has" if len(bad) == 1 else f"{len(bad)} leaves have"
+        leaves = counted(len(bad), "leaf has", "leaves have")
         message = f"{leaves} another {what} in the checkpoint:\n{aligned(mismatched_rows(bad))}"
         return [error(message, paths=[item.wanted.path for item in bad])]
 
@@ -83,8 +80,9 @@ def _unexpected(verdict: Verdict) -> Sequence[RestoreError]:
     if verdict.unexpected_policy != "error" or not verdict.unexpected:
         return []
     count, rows = len(verdict.unexpected), aligned(stored_rows(verdict.unexpected.values()))
-    leaves = "1 leaf" if count == 1 else f"{count} leaves"
-    message = f"the checkpoint holds {leaves} that the target does not want:\n{rows}"
+    message = (
+        f"the checkpoint holds {counted(count, 'leaf', 'leaves')} that the target does not want:\n{rows}"
+    )
     return [UnexpectedParamError(message, paths=list(verdict.unexpected))]
 
 

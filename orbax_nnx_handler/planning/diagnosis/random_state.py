@@ -1,11 +1,11 @@
-"""Random state that the checkpoint holds otherwise than the target wants it."""
+"""Random state that the checkpoint holds in another form than the target wants."""
 
 from collections import defaultdict
 from collections.abc import Iterable
 
+from orbax_nnx_handler.planning.core.causes import Cause, Hint
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, same_key
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
-from orbax_nnx_handler.planning.diagnosis.cause import Cause, KeyImplementation, RandomLayout
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 
 _NONE: list[Path] = []
@@ -20,7 +20,16 @@ def find_keys(evidence: Evidence) -> Iterable[Cause]:
         if item.kind == "key" and wanted and stored in KEY_IMPLEMENTATIONS and stored != wanted:
             groups[stored, wanted].append(path)
     for (stored, wanted), paths in groups.items():
-        yield KeyImplementation(paths=tuple(paths), stored=stored, wanted=wanted)
+        yield Cause(
+            kind="KeyImplementation",
+            text=f"the checkpoint's random keys are {stored}, the target's {wanted}.",
+            paths=tuple(paths),
+            way=Hint(
+                "build the target under the writer's jax_default_prng_impl, or with keys of that "
+                "implementation; another one would draw other numbers."
+            ),
+            facts={"stored": stored, "wanted": wanted},
+        )
 
 
 def find_random_layouts(evidence: Evidence) -> Iterable[Cause]:
@@ -39,8 +48,17 @@ def find_random_layouts(evidence: Evidence) -> Iterable[Cause]:
         module = _module_of(wanted.tokens)
         sources = next((s for m, s in stored.items() if module and m and _same_end(m, module)), _NONE)
         if item.source != "target" and wanted.role == "random" and path[-1] == "key" and sources:
-            source = next((s for s in sources if "key" in segments(s)), sources[0])
-            yield RandomLayout(paths=(path, *sources), stored=render(source), wanted=render(path))
+            there = render(next((s for s in sources if "key" in segments(s)), sources[0]))
+            here = render(path)
+            renames = [(there, here)]
+            yield Cause(
+                kind="RandomLayout",
+                text=f"the checkpoint holds random streams in the layout of another Flax ({there}), and it "
+                f"is open which of them is {here}: it starts anew.",
+                paths=(path, *sources),
+                way=Hint(f"pass renames={renames!r} to go on with that stream.", {"renames": renames}),
+                facts={"stored": there, "wanted": here},
+            )
 
 
 def _module_of(tokens: Tokens) -> Tokens | None:

@@ -1,9 +1,4 @@
-"""Causes that are a matter of size: layers, dimensions, and how layers are arranged.
-
-What a dimension is: told by the places it stands at, never by its size.
-
-One dimension behind many mismatches.
-"""
+"""Sizes: one dimension behind many mismatches, told by the places it stands at, never by its size."""
 
 import dataclasses
 import math
@@ -11,124 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.causes import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read
-from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted, listed
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes
+from orbax_nnx_handler.planning.rules import Drop
+from orbax_nnx_handler.planning.text.words import counted, listed, share
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DimensionDiffers(Cause):
-    """One dimension explains several mismatches.
-
-    Attributes:
-        pairs: The dimension in the checkpoint and in the target; several that
-            share one ratio.
-        ratio: Target over checkpoint, as text (`2`, `1/2`).
-        count: Mismatched weights that have the dimension.
-        mismatches: Mismatched weights in all.
-        alone: Whether the weights that have it differ in nothing else.
-        name: What the dimension is, where the places it stands at tell; or empty.
-    """
-
-    pairs: tuple[tuple[int, int], ...]
-    ratio: str
-    count: int
-    mismatches: int
-    alone: bool = True
-    name: str = ""
-
-    def _cause(self) -> str:
-        ratio = f" (ratio {self.ratio})" if self.ratio else ""
-        return f"{self._what}{ratio}. This {'explains' if self.alone else 'shows in'} {self._share}."
-
-    @property
-    def _what(self) -> str:
-        if len(self.pairs) == 1:
-            stored, wanted = self.pairs[0]
-            return f"{self.name or 'a dimension'} differs: {stored} stored, {wanted} wanted"
-        sizes = [f"{stored} stored for {wanted} wanted" for stored, wanted in self.pairs]
-        return f"{self.name or 'the width of the model'} differs: {listed(sizes)}"
-
-    @property
-    def _share(self) -> str:
-        return share(self.count, self.mismatches, "mismatched weight")
-
-    def _way(self) -> str:
-        return SIZES
-
-
-SIZES = "build the target with the stored sizes; a weight is never cut or padded."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadsDivided(Cause):
-    """The same features are divided among another number of heads.
-
-    Attributes:
-        stored: Heads and size of one in the checkpoint.
-        wanted: Heads and size of one in the target.
-        count: Mismatched weights that it explains.
-        mismatches: Mismatched weights in all.
-    """
-
-    stored: tuple[int, int]
-    wanted: tuple[int, int]
-    count: int
-    mismatches: int
-
-    def _cause(self) -> str:
-        stored, wanted = (f"{counted(heads, 'head')} of {size}" for heads, size in (self.stored, self.wanted))
-        return (
-            f"the division into heads differs: {stored} stored, {wanted} wanted. "
-            f"This explains {share(self.count, self.mismatches, 'mismatched weight')}."
-        )
-
-    def _way(self) -> str:
-        return SIZES
-
-
-def share(count: int, total: int, noun: str) -> str:
-    """Returns a part of a whole in words: `the only mismatch`, `both`, `all 19`, `4 of the 19`."""
-    if total == 1:
-        return f"the {noun}"
-    if count == total:
-        return f"both {noun}s" if total == 2 else f"all {total} {noun}s"
-    return f"{count} of the {total} {noun}s"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OtherOutput(Cause):
-    """One module has another number of outputs, and nothing else differs with it: a head.
-
-    Attributes:
-        module: The module in the target, as its path is written.
-        key: Its own name.
-        pattern: Its stored path below the collection; empty where it is made from several.
-        stored: The stored number of outputs.
-        wanted: The wanted number.
-    """
-
-    module: str
-    key: str
-    pattern: str
-    stored: int
-    wanted: int
-
-    def _cause(self) -> str:
-        stored = counted(self.stored, "output")
-        return f"{self.module!r} has {stored} in the checkpoint and {self.wanted} in the target."
-
-    def _way(self) -> str:
-        same = f"build the target with {self.stored}"
-        if not self.pattern:
-            return f"{same}; a weight is never cut or padded."
-        return (
-            f"{same}; or leave the stored one behind and begin a new one, with "
-            f"renames=[Drop({self.pattern!r}, 'a new head')] and "
-            f'policy={{nnx.PathContains("{self.key}"): "init", ...: "error"}}; '
-            "an abstract target needs init=..., a function that builds it, as well."
-        )
+_SIZES = Hint("build the target with the stored sizes; a weight is never cut or padded.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,12 +153,15 @@ def find_heads(evidence: Evidence) -> Iterable[Cause]:
             divided[pairs].append(path)
     if len(divided) == 1:
         ((heads, size), paths) = divided.popitem()
-        yield HeadsDivided(
+        stored, wanted = (f"{counted(heads[side], 'head')} of {size[side]}" for side in (0, 1))
+        explained = share(len(paths), len(evidence.mismatched_weights), "mismatched weight")
+        yield Cause(
+            kind="HeadsDivided",
+            text=f"the division into heads differs: {stored} stored, {wanted} wanted. "
+            f"This explains {explained}.",
             paths=evidence.with_moments(paths),
-            stored=(heads[0], size[0]),
-            wanted=(heads[1], size[1]),
-            count=len(paths),
-            mismatches=len(evidence.mismatched_weights),
+            way=_SIZES,
+            facts={"stored": (heads[0], size[0]), "wanted": (heads[1], size[1])},
         )
 
 
@@ -334,16 +224,23 @@ def _one_width(pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], mo
 
 def _cause(
     evidence: Evidence, pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], name: str
-) -> DimensionDiffers:
+) -> Cause:
     paths = _paths(place for pair in pairs for place in places[pair])
-    return DimensionDiffers(
+    alone = all((p.stored, p.wanted) in pairs for path in paths for p in _places(evidence, path))
+    ratio = _ratio(pairs[0])
+    if len(pairs) == 1:
+        what = f"{name or 'a dimension'} differs: {pairs[0][0]} stored, {pairs[0][1]} wanted"
+    else:
+        sizes = listed(f"{stored} stored for {wanted} wanted" for stored, wanted in pairs)
+        what = f"{name or 'the width of the model'} differs: {sizes}"
+    explained = share(len(paths), len(evidence.mismatched_weights), "mismatched weight")
+    return Cause(
+        kind="DimensionDiffers",
+        text=f"{what}{f' (ratio {ratio})' if ratio else ''}. "
+        f"This {'explains' if alone else 'shows in'} {explained}.",
         paths=evidence.with_moments(paths),
-        pairs=tuple(pairs),
-        ratio=_ratio(pairs[0]),
-        count=len(paths),
-        mismatches=len(evidence.mismatched_weights),
-        alone=all((p.stored, p.wanted) in pairs for path in paths for p in _places(evidence, path)),
-        name=name,
+        way=_SIZES,
+        facts={"name": name, "pairs": tuple(pairs), "ratio": ratio, "count": len(paths)},
     )
 
 
@@ -355,15 +252,29 @@ def _ratio(pair: Pair) -> str:
     return str(ratio) if max(ratio.numerator, ratio.denominator) <= 64 else ""
 
 
-def _output(evidence: Evidence, pair: Pair, places: Sequence[Place], module: Path) -> OtherOutput:
+def _output(evidence: Evidence, pair: Pair, places: Sequence[Place], module: Path) -> Cause:
+    """One module has another number of outputs, and nothing else differs with it: a head."""
     paths = _paths(places)
     recipe = evidence.mismatched[paths[0]].recipe
     source = evidence.stored_weights.get(recipe.path) if isinstance(recipe, Read) else None
-    return OtherOutput(
+    stored, wanted = pair
+    same = f"build the target with {stored}"
+    way = Hint(f"{same}; a weight is never cut or padded.")
+    if source is not None and len(source.path) > 1:
+        renames = [Drop(render(source.path[:-1]), "a new head")]
+        policy = {nnx.PathContains(str(module[-1])): "init", ...: "error"}
+        way = Hint(
+            f"{same}; or leave the stored one behind and begin a new one, with "
+            f"renames={as_python(renames)} and policy={as_python(policy)}; "
+            "an abstract target needs init=..., a function that builds it, as well.",
+            {"renames": renames, "policy": policy},
+            needs_init=True,
+        )
+    return Cause(
+        kind="OtherOutput",
+        text=f"{render(module)!r} has {counted(stored, 'output')} in the checkpoint and {wanted} "
+        "in the target.",
         paths=evidence.with_moments(paths),
-        module=render(module),
-        key=str(module[-1]),
-        pattern=render(source.path[:-1]) if source is not None and len(source.path) > 1 else "",
-        stored=pair[0],
-        wanted=pair[1],
+        way=way,
+        facts={"module": render(module), "stored": stored, "wanted": wanted},
     )

@@ -62,9 +62,10 @@ def candidates(stored: Stored, name: str) -> Sequence[Layout]:
     telling = [layout for layout in _TELLING if layout.fits(stored)]
     found = telling or [layout for layout in _GENERAL if layout.fits(stored)]
     if not found:
+        known = ", ".join(sorted(layout.name for layout in LAYOUTS))
         raise UnknownLayoutError(
-            f"the checkpoint has {len(stored)} leaves in no layout that this library knows.\n"
-            f"hint: name one with layout=...: {', '.join(sorted(layout.name for layout in LAYOUTS))}."
+            f"the checkpoint has {len(stored)} leaves in no layout that this library knows.",
+            hints=[f"name one with layout=...: {known}."],
         )
     return found
 
@@ -75,4 +76,4 @@ def _named(name: str) -> Layout:
         if layout.name == wanted:
             return layout
     known = ", ".join(["auto", *(layout.name for layout in LAYOUTS)])
-    raise UnknownLayoutError(f"there is no layout {name!r}.\nhint: layout is one of {known}.")
+    raise UnknownLayoutError(f"there is no layout {name!r}.", hints=[f"layout is one of {known}."])

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import (
     AmbiguousMappingError,
     RestoreError,
@@ -35,9 +36,14 @@ def two_layouts(first: LeafMapping, second: LeafMapping) -> AmbiguousMappingErro
     ]
     return AmbiguousMappingError(
         f"the checkpoint can be read as {first.layout.title} or as {second.layout.title}, "
-        f"and {_leaves(len(paths))} would differ:\n" + "\n".join(rows) + "\n"
-        f"hint: pass layout={first.layout.name!r} or layout={second.layout.name!r}.",
+        f"and {_leaves(len(paths))} would differ:\n" + "\n".join(rows),
         paths=paths,
+        hints=[
+            Hint(
+                f"pass layout={first.layout.name!r} or layout={second.layout.name!r}.",
+                {"layout": first.layout.name},
+            )
+        ],
     )
 
 
@@ -88,11 +94,9 @@ def _read_twice(mapping: LeafMapping) -> dict[Path, list[Path]]:
 def _shared_weights(shared: Mapping[Path, Sequence[Path]]) -> AmbiguousMappingError:
     rows = [f"  {render(source)}  ->  {', '.join(map(render, paths))}" for source, paths in shared.items()]
     return AmbiguousMappingError(
-        f"{_leaves(len(shared), 'stored ')} would become several wanted leaves each:\n"
-        + "\n".join(rows)
-        + "\n"
-        "hint: renames=[...] decides: say which wanted leaf each stored leaf is.",
+        f"{_leaves(len(shared), 'stored ')} would become several wanted leaves each:\n" + "\n".join(rows),
         paths=[path for paths in shared.values() for path in paths],
+        hints=["renames=[...] decides: say which wanted leaf each stored leaf is."],
     )
 
 
@@ -105,9 +109,9 @@ def _rivals(rivals: tuple[Rivals, ...]) -> AmbiguousMappingError:
             rows.append(f"    <- {render_reads(entry.recipe)} {entry.shape}{rule}")
     return AmbiguousMappingError(
         f"{_leaves(len(rivals), 'wanted ')} {'is' if len(rivals) == 1 else 'are'} claimed by several stored "
-        "leaves:\n" + "\n".join(rows) + "\n"
-        f"hint: {_one_left_behind(rivals[0])}",
+        "leaves:\n" + "\n".join(rows),
         paths=[rival.wanted.leaf.path for rival in rivals],
+        hints=[_one_left_behind(rivals[0])],
     )
 
 
@@ -135,9 +139,14 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
     axes = " or ".join(map(str, group.axes))
     return AmbiguousMappingError(
         f"the layers of {name!r} can be stacked on axis {axes}: the shapes of its "
-        f"{_leaves(len(group.tokens), 'wanted ')} fit each of them.\n"
-        "hint: renames=[ScanAxis(" + repr(name) + f", {group.axes[0]})] says which axis.",
+        f"{_leaves(len(group.tokens), 'wanted ')} fit each of them.",
         paths=group.paths,
+        hints=[
+            Hint(
+                f"renames=[ScanAxis({name!r}, {group.axes[0]})] says which axis.",
+                {"renames": [ScanAxis(name, group.axes[0])]},
+            )
+        ],
     )
 
 
@@ -146,10 +155,14 @@ def _unclear_order(order: UnclearOrder) -> AmbiguousMappingError:
     names = "\n".join(f"  {name}".replace("/#", "_") for name in order.names)
     return AmbiguousMappingError(
         f"the layers of {module!r} can follow each other in several orders: the shapes of its "
-        f"{_leaves(len(order.tokens), 'wanted ')} fit each of them.\n{names}\n"
-        "hint: renames=[...] decides: UnstackLayers takes a stack apart or StackLayers makes one, "
-        "and a pair of names gives a layer its number.",
+        f"{_leaves(len(order.tokens), 'wanted ')} fit each of them.\n{names}",
         paths=order.paths,
+        hints=[
+            Hint(
+                "renames=[...] decides: UnstackLayers takes a stack apart or StackLayers makes one, "
+                "and a pair of names gives a layer its number."
+            )
+        ],
     )
 
 
@@ -169,10 +182,14 @@ def _states_error(cause: str, states: Sequence[UndecidedState], rows: Sequence[s
     count = "1 state" if len(states) == 1 else f"{len(states)} states"
     listed = "\n".join(rows)
     return AmbiguousMappingError(
-        f"{count} of the optimizer {cause}:\n{listed}\n"
-        "hint: restore into the optimizer that was saved, and carry its values over in the program; "
-        "or restore the weights alone: pass the model by itself as target.",
+        f"{count} of the optimizer {cause}:\n{listed}",
         paths=[path for item in states for path in item.paths],
+        hints=[
+            Hint(
+                "restore into the optimizer that was saved, and carry its values over in the program; "
+                "or restore the weights alone: pass the model by itself as target."
+            )
+        ],
     )
 
 
@@ -194,10 +211,9 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     ]
     return UnusedRuleError(
         f"{'1 rule leads' if len(idle) == 1 else f'{len(idle)} rules lead'} to no wanted leaf:\n"
-        + "\n".join(rows)
-        + "\n"
-        "hint: a rule writes the wanted path as the target spells it; correct it or take it out.",
+        + "\n".join(rows),
         paths=[entry.sources[0] for _, entry in idle],
+        hints=["a rule writes the wanted path as the target spells it; correct it or take it out."],
     )
 
 

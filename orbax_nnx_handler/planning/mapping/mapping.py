@@ -73,9 +73,9 @@ def _loose_parts(applied: RulesApplied, found: Mapping[Path, Found]) -> Iterator
             for entry in loose
         )
         yield RuleError(
-            f"{len(loose)} parts of split leaves are no wanted leaf:\n{rows}\n"
-            "hint: correct their names, or leave them behind with Drop(name, reason).",
+            f"{len(loose)} parts of split leaves are no wanted leaf:\n{rows}",
             paths=[path for entry in loose for path in entry.sources],
+            hints=["correct their names, or leave them behind with Drop(name, reason)."],
         )
 
 

@@ -1,13 +1,13 @@
 """Verdicts as plain dicts: everything, nothing folded, nothing cut."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+from orbax_nnx_handler.planning.core.causes import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads, render_reads
-from orbax_nnx_handler.planning.diagnosis.cause import Cause
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored, Verdict
 
@@ -31,6 +31,17 @@ def to_dict(verdict: Verdict, explanation: Explanation) -> dict[str, Any]:
         "dropped": [{"path": render(path), "reason": item.reason} for path, item in verdict.dropped.items()],
         "faults": [_fault(fault) for fault in verdict.faults],
         "causes": [_cause(cause) for cause in explanation.causes],
+        "hints": [_hint(hint) for hint in explanation.hints],
+    }
+
+
+def error_to_dict(error: RestoreError) -> dict[str, Any]:
+    """Returns an error with its paths and its ways out as plain dicts, lists and strings."""
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "paths": [render(path) for path in error.paths],
+        "hints": [_hint(hint) for hint in error.hints],
     }
 
 
@@ -40,11 +51,24 @@ def _fault(fault: RestoreError) -> dict[str, Any]:
 
 def _cause(cause: Cause) -> dict[str, Any]:
     return {
-        "kind": type(cause).__name__,
-        "cause": cause.cause,
-        "hint": cause.hint,
+        "kind": cause.kind,
+        "cause": cause.text,
+        "hint": cause.hint.words,
         "paths": [render(path) for path in cause.paths],
+        "facts": {name: _plain(fact) for name, fact in cause.facts.items()},
     }
+
+
+def _hint(hint: Hint) -> dict[str, Any]:
+    """Returns a way out with the arguments that it proposes, each as Python to paste."""
+    return {
+        "words": hint.words,
+        "arguments": {name: as_python(value) for name, value in hint.arguments.items()},
+    }
+
+
+def _plain(fact: Any) -> Any:
+    return [_plain(part) for part in cast("list[Any]", fact)] if isinstance(fact, list | tuple) else fact
 
 
 def _restored(item: Restored) -> dict[str, Any]:

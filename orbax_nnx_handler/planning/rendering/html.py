@@ -2,7 +2,8 @@
 
 import html
 
-from orbax_nnx_handler.planning.rendering.summary import COLOURS, Block, ByteCounts, Summary, sized
+from orbax_nnx_handler.planning.rendering.summary import COLOURS, Block, ByteCounts, Summary
+from orbax_nnx_handler.planning.text.words import sized
 
 _LIMIT = 200
 _OPEN = ("missing", "filled", "mismatched", "unexpected")
@@ -13,26 +14,24 @@ def summary_as_html(summary: Summary) -> str:
     """Returns a summary as HTML that carries its own style: nothing is fetched, no script runs."""
     # Rows among the advice are aligned by spaces. No colour is set: a dark notebook has its own.
     advice = "".join(
-        f'<div style="white-space: pre-wrap">{html.escape(line)}</div>' for line in summary.advice
+        f'<div style="white-space: pre-wrap">{html.escape(str(line))}</div>' for line in summary.advice
     )
     return (
         '<div style="font-family: monospace; font-size: 12px">'
         f"<div><b>{html.escape(summary.head)}</b>: {html.escape(summary.counts)}</div>"
         f"<div>checkpoint: {html.escape(summary.checkpoint)}</div>"
-        f"{_bar(summary.share)}{''.join(map(_section, summary.sections))}{advice}</div>"
+        f"{_bar(summary.share)}{''.join(map(_table, summary.blocks))}{advice}</div>"
     )
 
 
-def _section(section: Block) -> str:
-    opened = " open" if section.title.startswith(_OPEN) else ""
-    shown = [(line.text, *line.columns) for line in section.lines[:_LIMIT]]
-    used = [at for at in range(max(map(len, shown))) if any(cells[at : at + 1] > ("",) for cells in shown)]
-    rows = "".join(_row(tuple(cells[at] if at < len(cells) else "" for at in used)) for cells in shown)
-    rest = sum(line.count for line in section.lines[_LIMIT:])
+def _table(block: Block) -> str:
+    opened = " open" if block.kind in _OPEN else ""
+    rows = "".join(map(_row, block.cells(_LIMIT)))
+    rest = block.left_out(_LIMIT)
     if rest:
         rows += _row((f"… and {rest} more",))
     return (
-        f"<details{opened}><summary>{html.escape(section.title)} ({section.count})</summary>"
+        f"<details{opened}><summary>{html.escape(block.title)} ({block.count})</summary>"
         f"<table>{rows}</table></details>"
     )
 

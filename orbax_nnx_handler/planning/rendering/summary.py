@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from orbax_nnx_handler.planning.core.causes import Cause
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.diagnosis.cause import Cause, counted
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.text.folding import Folded, Row, fold
+from orbax_nnx_handler.planning.text.lines import Line, Sentence, lines_of
+from orbax_nnx_handler.planning.text.words import counted, rated, sized
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 from orbax_nnx_handler.planning.verdict.rows import (
     defaulted_rows,
@@ -68,17 +70,9 @@ def _bytes(leaves: Iterable[WantedLeaf | StoredLeaf]) -> int:
     return sum(leaf.nbytes for leaf in leaves)
 
 
-def sized(nbytes: int) -> str:
-    """Returns bytes as a person writes them, in powers of ten: `1.50 GB`."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes} B"
-
-
-def rated(nbytes: int, seconds: float) -> str:
-    """Returns how fast bytes were restored: `3.21 GB/s`."""
-    return f"{nbytes / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+BlockKind = Literal[
+    "restored", "defaulted", "skipped", "dropped", "unexpected", "missing", "filled", "mismatched"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,14 +80,28 @@ class Block:
     """A titled list of folded rows.
 
     Attributes:
-        title: What the rows have in common.
+        kind: What the rows are.
+        title: The same in words.
         count: Leaves, before folding.
         lines: The folded rows.
     """
 
+    kind: BlockKind
     title: str
     count: int
     lines: Sequence[Folded]
+
+    def cells(self, limit: int) -> list[tuple[str, ...]]:
+        """Returns the cells of the first rows, without the columns that are empty in all of them."""
+        shown = [(line.text, *line.columns) for line in self.lines[:limit]]
+        width = max(map(len, shown))
+        shown = [(*cells, *[""] * (width - len(cells))) for cells in shown]
+        used = [at for at in range(width) if any(cells[at] for cells in shown)]
+        return [tuple(cells[at] for at in used) for cells in shown]
+
+    def left_out(self, limit: int) -> int:
+        """Returns how many leaves the rows after the first ones stand for."""
+        return sum(line.count for line in self.lines[limit:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,18 +110,20 @@ class Summary:
 
     Attributes:
         head: One line: what it is, and the verdict or what was done.
+        is_good: Whether it fits, or was done.
         counts: One line: how many leaves of each kind.
-        checkpoint: One line: where it lies and how it is arranged.
-        sections: The lists that are not empty.
-        advice: Faults that no list shows, causes and ways out; empty for a plan that fits.
+        checkpoint: One line: where it is and how it is arranged.
+        blocks: The lists that are not empty.
+        advice: Faults that no list shows, causes and ways out.
         share: The bytes of each part.
     """
 
     head: str
+    is_good: bool
     counts: str
     checkpoint: str
-    sections: tuple[Block, ...]
-    advice: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    advice: Sequence[Line]
     share: ByteCounts
 
 
@@ -123,36 +133,40 @@ def plan_summary(verdict: Verdict, explanation: Explanation) -> Summary:
     notes = _notes(verdict, explanation.causes) if fits else _faults(verdict, explanation)
     return Summary(
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
+        is_good=fits,
         counts=_counts(verdict, "missing"),
         checkpoint=_checkpoint(verdict),
-        sections=_sections(verdict, "missing: wanted, but not stored"),
-        advice=tuple(notes),
+        blocks=_blocks(verdict, "missing", "missing: wanted, but not stored"),
+        advice=notes,
         share=ByteCounts.of(verdict),
     )
 
 
-def _notes(verdict: Verdict, causes: Iterable[Cause]) -> list[str]:
-    notes = [f"note: {cause.cause}\nhint: {cause.hint}" for cause in causes]
+def _notes(verdict: Verdict, causes: Iterable[Cause]) -> list[Line]:
+    notes: list[Line] = []
+    for cause in causes:
+        notes += [Sentence("note", cause.text), Sentence("hint", cause.hint.words)]
     if verdict.missing and not verdict.restored:
-        notes.append(
-            "note: nothing of the checkpoint is used: a policy fills every leaf.\n"
-            'hint: policy="error" says what keeps checkpoint and target apart.'
-        )
+        notes += [
+            Sentence("note", "nothing of the checkpoint is used: a policy fills every leaf."),
+            Sentence("hint", 'policy="error" says what keeps checkpoint and target apart.'),
+        ]
     return notes
 
 
-def _faults(verdict: Verdict, explanation: Explanation) -> list[str]:
+def _faults(verdict: Verdict, explanation: Explanation) -> list[Line]:
     # What no list shows: an ambiguous mapping, a rule without effect, a sharding that divides no leaf.
-    return [*(line for fault in verdict.faults for line in str(fault).splitlines()), *explanation.advice]
+    return [*(line for fault in verdict.faults for line in lines_of(fault)), *explanation.advice]
 
 
 def report_summary(verdict: Verdict, seconds: float, nbytes: int) -> Summary:
     """Returns what there is to say about a restore."""
     return Summary(
         head=f"RestoreReport: {sized(nbytes)} in {seconds:.2f} s ({rated(nbytes, seconds)})",
+        is_good=True,
         counts=_counts(verdict, "filled"),
         checkpoint=_checkpoint(verdict),
-        sections=_sections(verdict, "filled"),
+        blocks=_blocks(verdict, "filled", "filled"),
         advice=(),
         share=ByteCounts.of(verdict),
     )
@@ -176,17 +190,19 @@ def _checkpoint(verdict: Verdict) -> str:
     return f"{verdict.directory} (layout: {verdict.layout}, {stored})"
 
 
-def _sections(verdict: Verdict, missing: str) -> tuple[Block, ...]:
-    lists: list[tuple[str, list[Row]]] = [
-        ("restored", restored_rows(verdict.restored.values())),
-        ("defaulted", defaulted_rows(verdict.defaulted.values())),
-        (
-            "skipped: stored, but of a part that the target does not ask for",
-            stored_rows(verdict.skipped.values()),
-        ),
-        ("dropped", dropped_rows(verdict.dropped.values())),
-        ("unexpected: stored, but not wanted", stored_rows(verdict.unexpected.values())),
-        (missing, missing_rows(verdict.missing.values(), with_policy=True)),
-        ("mismatched", mismatched_rows(verdict.mismatched.values())),
+def _blocks(verdict: Verdict, missing: BlockKind, missing_title: str) -> tuple[Block, ...]:
+    skipped = "skipped: stored, but of a part that the target does not ask for"
+    blocks: list[tuple[BlockKind, str, list[Row]]] = [
+        ("restored", "restored", restored_rows(verdict.restored.values())),
+        ("defaulted", "defaulted", defaulted_rows(verdict.defaulted.values())),
+        ("skipped", skipped, stored_rows(verdict.skipped.values())),
+        ("dropped", "dropped", dropped_rows(verdict.dropped.values())),
+        ("unexpected", "unexpected: stored, but not wanted", stored_rows(verdict.unexpected.values())),
+        (missing, missing_title, missing_rows(verdict.missing.values(), with_policy=True)),
+        ("mismatched", "mismatched", mismatched_rows(verdict.mismatched.values())),
     ]
-    return tuple(Block(title=title, count=len(rows), lines=fold(rows)) for title, rows in lists if rows)
+    return tuple(
+        Block(kind=kind, title=title, count=len(rows), lines=fold(rows))
+        for kind, title, rows in blocks
+        if rows
+    )

@@ -8,10 +8,17 @@ from rich.table import Table
 from rich.text import Text
 
 from orbax_nnx_handler.planning.rendering.plain import summary_as_text
-from orbax_nnx_handler.planning.rendering.summary import COLOURS, Block, ByteCounts, Summary, sized
+from orbax_nnx_handler.planning.rendering.summary import COLOURS, Block, ByteCounts, Summary
+from orbax_nnx_handler.planning.text.lines import Line, Sentence
+from orbax_nnx_handler.planning.text.words import sized
 
 _LIMIT = 30
-_STYLES = {"missing": "red", "mismatched": "red", "unexpected": "yellow", "restored": "green"}
+_STYLES: dict[str, str] = {
+    "missing": "red",
+    "mismatched": "red",
+    "unexpected": "yellow",
+    "restored": "green",
+}
 
 
 def summary_on_console(
@@ -21,44 +28,32 @@ def summary_on_console(
     if not console.is_terminal:
         yield Text(summary_as_text(summary), overflow="fold")
         return
-    bad = "does not fit" in summary.head
-    yield Text.assemble((summary.head, "bold red" if bad else "bold green"), ": ", summary.counts)
+    yield Text.assemble((summary.head, "bold green" if summary.is_good else "bold red"), ": ", summary.counts)
     yield Text.assemble(("checkpoint: ", "dim"), summary.checkpoint)
     yield _bar(summary.share, min(options.max_width, 60), "#" if options.ascii_only else "█")
-    for section in summary.sections:
-        yield Text(f"  {section.title}", style=_style(section.title))
-        yield _rows(section, options.max_width)
+    for block in summary.blocks:
+        yield Text(f"  {block.title}", style=_STYLES.get(block.kind, "cyan"))
+        yield _rows(block, options.max_width)
     for line in summary.advice:
-        yield from _advice(line, options.max_width)
+        yield _line(line)
 
 
-def _advice(line: str, width: int) -> Iterable[RenderableType]:
-    """Yields a sentence with its first word in front, or a row with its source below where it is too wide."""
-    word, colon, rest = line.partition(": ")
-    if colon and " " not in word:
-        grid = Table.grid()
-        grid.add_row(Text(word + colon, style="bold"), Text(rest, overflow="fold"))
-        yield grid
-        return
-    first, arrow, source = line.partition(" <- ") if len(line) > width else (line, "", "")
-    yield Text(first.rstrip(), overflow="fold")
-    if arrow:
-        yield Padding(Text(f"<- {source}", overflow="fold"), (0, 0, 0, 6))
+def _line(line: Line) -> RenderableType:
+    """Returns a row as it is, or a sentence that goes on beside its first word."""
+    if not isinstance(line, Sentence):
+        return Text(line, overflow="fold")
+    grid = Table.grid()
+    grid.add_row(Text(f"{line.word}: ", style="bold"), Text(line.text, overflow="fold"))
+    return grid
 
 
-def _style(title: str) -> str:
-    return next((style for word, style in _STYLES.items() if title.startswith(word)), "cyan")
-
-
-def _rows(section: Block, width: int) -> RenderableType:
+def _rows(block: Block, width: int) -> RenderableType:
     """Returns a table where it fits, and two lines for each leaf where it does not."""
-    shown = [(f"    {line.text}", *line.columns) for line in section.lines[:_LIMIT]]
-    used = [at for at in range(max(map(len, shown))) if any(cells[at : at + 1] > ("",) for cells in shown)]
-    rows = [[cells[at] if at < len(cells) else "" for at in used] for cells in shown]
-    rest = sum(line.count for line in section.lines[_LIMIT:])
+    rows = [(f"    {first}", *others) for first, *others in block.cells(_LIMIT)]
+    rest = block.left_out(_LIMIT)
     if rest:
-        rows.append([f"    ... and {rest} more", *[""] * (len(used) - 1)])
-    natural = sum(max(len(row[at]) for row in rows) + 2 for at in range(len(used)))
+        rows.append((f"    ... and {rest} more", *[""] * (len(rows[0]) - 1)))
+    natural = sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
     return _table(rows) if natural <= width else _pairs_of_lines(rows)
 
 

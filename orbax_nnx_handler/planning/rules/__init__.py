@@ -80,8 +80,8 @@ def _rename(pair: object) -> Rename:
     if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         return Rename(*pair)  # pyright: ignore[reportUnknownArgumentType]
     raise RuleError(
-        f"{pair!r} is no rule.\n"
-        "hint: renames lists (pattern, replacement) pairs and rules such as Transpose(pattern, (1, 0))."
+        f"{pair!r} is no rule.",
+        hints=["renames lists (pattern, replacement) pairs and rules such as Transpose(pattern, (1, 0))."],
     )
 
 
@@ -138,12 +138,10 @@ def unused_rules(unused: Sequence[Rule], late: Sequence[Rule] = ()) -> UnusedRul
     """Returns the error for rules that match nothing; `late` ones match only what a rename wrote."""
     quoted = "\n".join(f"  {rule}" for rule in unused)
     count = "1 rule matches" if len(unused) == 1 else f"{len(unused)} rules match"
-    hint = (
-        "hint: a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
-    )
+    hint = "a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
     if late:
-        again = (
-            "hint: what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
+        hint = (
+            "what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
+            "what it becomes in the end."
         )
-        hint = f"{again}what it becomes in the end."
-    return UnusedRuleError(f"{count} no stored leaf:\n{quoted}\n{hint}")
+    return UnusedRuleError(f"{count} no stored leaf:\n{quoted}", hints=[hint])

@@ -138,7 +138,7 @@ def reason_of(rule: Rule, *before: Entry) -> str:
 
 
 _HINT = (
-    "hint: a rule meets leaves as the rules before it made them; correct it, or write more of the path\n"
+    "a rule meets leaves as the rules before it made them; correct it, or write more of the path\n"
     "      in its pattern to leave others out."
 )
 
@@ -149,7 +149,7 @@ def refuse(rule: Rule, bad: Sequence[tuple[Entry, str]]) -> NoReturn:
     more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
     paths = [path for entry, _ in bad for path in entry.sources]
     leaves = "1 stored leaf" if len(bad) == 1 else f"{len(bad)} stored leaves"
-    raise RuleError(f"{rule} does not fit {leaves}:\n{rows}{more}\n{_HINT}", paths=paths)
+    raise RuleError(f"{rule} does not fit {leaves}:\n{rows}{more}", paths=paths, hints=[_HINT])
 
 
 def _written(entry: Entry) -> str:

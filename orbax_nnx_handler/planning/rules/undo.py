@@ -36,8 +36,9 @@ def undo_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> dict[Path, Re
             names = [render_reads(one.recipe) for one in (stored[path], entry)]
             raise RuleError(
                 f"{names[0]} and {names[1]} would both be stored at {render(path)}: "
-                "undone, the rules give them one name.\nhint: name more of their paths in the rules.",
+                "undone, the rules give them one name.",
                 paths=[*stored[path].sources, *entry.sources],
+                hints=["name more of their paths in the rules."],
             )
         stored[path] = entry
     _check_way_back(entries, stored, rules)
@@ -132,8 +133,8 @@ def _check_way_back(entries: Sequence[Entry], stored: Mapping[Path, Entry], rule
     if lost:
         listed = "\n".join(f"  {name}" for name in lost[:20])
         raise RuleError(
-            f"what these rules save, they would not restore: {len(lost)} leaves end elsewhere:\n{listed}\n"
-            "hint: undone, a rule meets every leaf of that name; name more of the path in it."
+            f"what these rules save, they would not restore: {len(lost)} leaves end elsewhere:\n{listed}",
+            hints=["undone, a rule meets every leaf of that name; name more of the path in it."],
         )
 
 

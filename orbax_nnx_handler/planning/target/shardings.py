@@ -78,8 +78,8 @@ class ShardingRule:
         if self.mesh is None or tuple(self.mesh.shape.items()) != tuple(sharding.mesh.shape.items()):
             raise RestoreError(
                 f"the target is sharded over the abstract mesh {dict(sharding.mesh.shape)}, "
-                f"but the mesh in force is {dict(self.mesh.shape) if self.mesh else 'none'}.\n"
-                "hint: restore under `with jax.set_mesh(mesh):`, with the mesh the target was built for."
+                f"but the mesh in force is {dict(self.mesh.shape) if self.mesh else 'none'}.",
+                hints=["restore under `with jax.set_mesh(mesh):`, with the mesh the target was built for."],
             )
         return NamedSharding(self.mesh, sharding.spec)
 
@@ -104,9 +104,9 @@ def indivisible(leaves: Iterable[WantedLeaf]) -> Iterator[ShardingMismatchError]
     rows = [Row(leaf.path, (f"{leaf.shape} {leaf.dtype}", _in_words(leaf.sharding))) for leaf in bad]
     count = "1 leaf" if len(bad) == 1 else f"{len(bad)} leaves"
     yield ShardingMismatchError(
-        f"{count} cannot be divided over the devices as asked:\n{aligned(rows)}\n"
-        "hint: shard a dimension that the number of devices divides, or none: PartitionSpec().",
+        f"{count} cannot be divided over the devices as asked:\n{aligned(rows)}",
         paths=[leaf.path for leaf in bad],
+        hints=["shard a dimension that the number of devices divides, or none: PartitionSpec()."],
     )
 
 

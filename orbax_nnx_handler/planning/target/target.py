@@ -236,9 +236,9 @@ def _as_array(path: Path, value: Any) -> Any:
     if isinstance(value, bool | int | float | complex):
         return np.asarray(value, dtype=jax.dtypes.canonicalize_dtype(type(value)))
     raise RestoreError(
-        f"target leaf {render(path)} is a {type(value).__name__}: it has no shape and dtype.\n"
-        "hint: build the target with nnx.eval_shape, or give it arrays or jax.ShapeDtypeStruct leaves.",
+        f"target leaf {render(path)} is a {type(value).__name__}: it has no shape and dtype.",
         paths=(path,),
+        hints=["build the target with nnx.eval_shape, or give it arrays or jax.ShapeDtypeStruct leaves."],
     )
 
 
@@ -258,9 +258,9 @@ def _check_overrides(overrides: Mapping[Path, Any], flat: Flat) -> None:
     if strange:
         listed = "\n".join(f"  {render(path)}" for path in strange)
         raise RestoreError(
-            f"restore_args has {len(strange)} leaves that the target does not have:\n{listed}\n"
-            "hint: restore_args must mirror the target, for example jax.tree.map(make_args, target).",
+            f"restore_args has {len(strange)} leaves that the target does not have:\n{listed}",
             paths=strange,
+            hints=["restore_args must mirror the target, for example jax.tree.map(make_args, target)."],
         )
 
 
@@ -285,5 +285,4 @@ def refuse_empty(item: Any, target: Target) -> None:
         return
     what = "None" if item is None else f"a {type(item).__name__} without a leaf"
     hints = (*_WAYS_OUT, _FILTERED) if isinstance(item, nnx.State) else _WAYS_OUT
-    listed = "".join(f"\nhint: {hint}" for hint in hints)
-    raise RestoreError(f"the target is {what}: there is nothing to restore into.{listed}")
+    raise RestoreError(f"the target is {what}: there is nothing to restore into.", hints=hints)

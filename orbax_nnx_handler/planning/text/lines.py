@@ -1,26 +1,49 @@
-"""Sentences and aligned rows on lines of a readable width; code in them is never broken."""
+"""Lines of text: sentences in a readable width, their code in one piece; rows aligned, cut with a count."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.text.folding import FROM, Folded, Row, fold
 
 WIDTH = 120
 """Columns of a line in an error, a plan or a log, where nothing forces more."""
 
-_SENTENCES = ("cause: ", "hint: ", "note: ")
 _OPENING, _CLOSING = "([{", ")]}"
 
 
-def wrapped(text: str, width: int = WIDTH) -> str:
-    """Returns a text whose causes and hints are no wider than they must be; rows stay as they are."""
-    return "\n".join(line for whole in text.splitlines() for line in _lines(whole, width))
+class Sentence(NamedTuple):
+    """A sentence with the word in front that says what it is: `cause`, `hint` or `note`."""
+
+    word: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.text}"
 
 
-def _lines(line: str, width: int) -> Iterator[str]:
-    if len(line) <= width or not line.startswith(_SENTENCES):
+Line = str | Sentence
+"""A row as it is, or a sentence that may go on below itself."""
+
+
+def lines_of(error: RestoreError) -> list[Line]:
+    """Returns what an error says: its rows, and its hints as sentences."""
+    return [*error.what.splitlines(), *(Sentence("hint", hint.words) for hint in error.hints)]
+
+
+def joined(lines: Iterable[Line], width: int = WIDTH) -> str:
+    """Returns lines as one text, sentences no wider than they must be; rows stay as they are."""
+    return "\n".join(
+        part for line in lines for part in (_wrapped(line, width) if isinstance(line, Sentence) else [line])
+    )
+
+
+def _wrapped(sentence: Sentence, width: int) -> Iterator[str]:
+    line = str(sentence)
+    if len(line) <= width:
         yield line
         return
-    indent = " " * (line.index(": ") + 2)
+    indent = " " * (len(sentence.word) + 2)
     current = ""
     for word in _words(line, width - len(indent)):
         if current.strip() and len(current) + 1 + len(word) > width:

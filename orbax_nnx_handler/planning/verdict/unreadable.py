@@ -7,6 +7,7 @@ from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.text.folding import Row
 from orbax_nnx_handler.planning.text.lines import aligned
+from orbax_nnx_handler.planning.text.words import counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,23 +94,23 @@ def check_readable(found: Unreadable) -> None:
 
 def unreadable(lost: Mapping[Path, str]) -> UnreadableLeafError:
     """Returns the error that lists leaves whose arrays cannot be found."""
-    leaves = "1 leaf whose array" if len(lost) == 1 else f"{len(lost)} leaves whose arrays"
+    leaves = counted(len(lost), "leaf whose array", "leaves whose arrays")
     rows = aligned(Row(path, (reason,)) for path, reason in lost.items())
     return UnreadableLeafError(
-        f"the checkpoint names {leaves} cannot be read:\n{rows}\n"
-        "hint: a part of it is damaged, or was not copied: copy it again, or restore another step.",
+        f"the checkpoint names {leaves} cannot be read:\n{rows}",
         paths=list(lost),
+        hints=["a part of it is damaged, or was not copied: copy it again, or restore another step."],
     )
 
 
 def not_numbers(foreign: Mapping[Path, str]) -> UnreadableLeafError:
     """Returns the error that lists leaves which are whole and hold no numbers."""
-    leaves = "1 leaf that holds" if len(foreign) == 1 else f"{len(foreign)} leaves that hold"
+    leaves = counted(len(foreign), "leaf that holds", "leaves that hold")
     rows = aligned(Row(path, (what,)) for path, what in foreign.items())
     return UnreadableLeafError(
-        f"the checkpoint has {leaves} no numbers of a known type:\n{rows}\n"
-        "hint: load it where it was written, and save them again as arrays of float32 or of integers.",
+        f"the checkpoint has {leaves} no numbers of a known type:\n{rows}",
         paths=list(foreign),
+        hints=["load it where it was written, and save them again as arrays of float32 or of integers."],
     )
 
 

@@ -2,6 +2,7 @@
 
 from etils import epath
 
+from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.directories import (
     holds_tree,
@@ -22,7 +23,7 @@ from orbax_nnx_handler.storage.checkpoint.files import Files, List
 from orbax_nnx_handler.storage.checkpoint.locations import as_path
 from orbax_nnx_handler.storage.checkpoint.metadata import parts_of
 from orbax_nnx_handler.storage.checkpoint.stores import files_at
-from orbax_nnx_handler.storage.checkpoint.wrong_paths import why_no_checkpoint, why_no_item, why_several
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import no_checkpoint, no_item, several_kinds
 
 _USUAL_ITEMS = ("default", "items", "state", "params")
 
@@ -47,7 +48,7 @@ def find_item(path: epath.PathLike, item: str | None = None, files: Files | None
     root = last_of_big_vision(given, files)
     # What an interrupted save left may look whole, and lack what was not yet written.
     if not files.exists(root) or is_unfinished(root):
-        raise NotACheckpointError(why_no_checkpoint(root, files))
+        raise no_checkpoint(root, files)
     if not files.is_folder(root):
         return _file(root, files)
     if is_item(root, files):
@@ -56,7 +57,7 @@ def find_item(path: epath.PathLike, item: str | None = None, files: Files | None
     if newest is None or is_numbered(newest, files):
         newest = _only_archive(root, files) or newest
     elif _is_no_step(newest, files):
-        raise NotACheckpointError(why_no_checkpoint(root, files))
+        raise no_checkpoint(root, files)
     return _item_of_step(newest or root, item, files)
 
 
@@ -72,21 +73,21 @@ def _only_archive(root: epath.Path, files: Files) -> epath.Path | None:
     if len(newest) > 1:
         names = ", ".join(path.name for path in newest)
         raise NotACheckpointError(
-            f"{root} holds several NumPy archives: {names}.\nhint: pass the path of one of them."
+            f"{root} holds several NumPy archives: {names}.", hints=["pass the path of one of them."]
         )
     return newest[0]
 
 
 def _file(path: epath.Path, files: Files) -> epath.Path:
     if not files.is_file(path):
-        raise NotACheckpointError(why_no_checkpoint(path, files))
+        raise no_checkpoint(path, files)
     try:
         is_alone = is_flax_file(path, files) or is_archive(path, files)
         is_part = not is_alone and is_item(path.parent, files)
     except NotACheckpointError:
         is_part = False
     if is_part:
-        raise NotACheckpointError(why_no_checkpoint(path, files))
+        raise no_checkpoint(path, files)
     return path
 
 
@@ -95,7 +96,7 @@ def _newest_step(root: epath.Path, files: Files) -> epath.Path | None:
     if len(prefixes_of(path.name for path in steps.values())) > 1:
         steps = {step: path for step, path in steps.items() if holds_tree(path, files)}
         if len(prefixes_of(path.name for path in steps.values())) > 1:
-            raise NotACheckpointError(why_several(root, steps.values()))
+            raise several_kinds(root, steps.values())
     return steps[max(steps)] if steps else None
 
 
@@ -120,17 +121,16 @@ def _item_of_step(step: epath.Path, item: str | None, files: Files) -> epath.Pat
         return (usual or items)[0]
     if items:
         names = ", ".join(child.name for child in items)
-        raise NotACheckpointError(
-            f"{step} holds several items: {names}.\n"
-            f"hint: pass item={items[0].name!r}, or the path of one of them."
-        )
-    raise NotACheckpointError(why_no_checkpoint(step, files))
+        first = items[0].name
+        hint = Hint(f"pass item={first!r}, or the path of one of them.", {"item": first})
+        raise NotACheckpointError(f"{step} holds several items: {names}.", hints=[hint])
+    raise no_checkpoint(step, files)
 
 
 def _named_item(step: epath.Path, item: str, files: Files) -> epath.Path:
     found = step / item
     if not files.exists(found):
-        raise NotACheckpointError(why_no_item(step, item, files))
+        raise no_item(step, item, files)
     if not is_item(found, files):
-        raise NotACheckpointError(why_no_checkpoint(found, files))
+        raise no_checkpoint(found, files)
     return found

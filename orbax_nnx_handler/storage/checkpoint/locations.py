@@ -25,11 +25,11 @@ def as_path(path: epath.PathLike) -> epath.Path:
         return epath.Path(text).expanduser()
     if scheme not in _SCHEMES:
         raise NotACheckpointError(
-            f"{text} cannot be read: {scheme}:// is not supported.\n"
-            "hint: pass a gs:// or s3:// URL, or copy the checkpoint to a directory of this machine."
+            f"{text} cannot be read: {scheme}:// is not supported.",
+            hints=["pass a gs:// or s3:// URL, or copy the checkpoint to a directory of this machine."],
         )
     if not rest.strip("/"):
-        raise NotACheckpointError(f"{text} names no bucket.\nhint: pass {scheme}://BUCKET/PATH.")
+        raise NotACheckpointError(f"{text} names no bucket.", hints=[f"pass {scheme}://BUCKET/PATH."])
     return epath.Path(text)
 
 

@@ -51,7 +51,7 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
     Tree,
     read_tree,
 )
-from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, why_no_checkpoint
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY, Encoding, ZarrDriver, parse_encoding
 from orbax_nnx_handler.storage.gc_pause import paused_collection
 
@@ -152,13 +152,13 @@ def read_metadata(directory: epath.PathLike, files: Files | None = None) -> Chec
 
 def _read(directory: epath.Path, files: Files) -> Checkpoint:
     if not files.exists(directory) or is_unfinished(directory):
-        raise NotACheckpointError(why_no_checkpoint(directory, files))
+        raise no_checkpoint(directory, files)
     _ask(files, [directory])
     _check_was_finished(directory, files)
     database = _open_database(directory, files)
     tree = read_tree(directory, files, database)
     if tree is None:
-        raise NotACheckpointError(why_no_checkpoint(directory, files))
+        raise no_checkpoint(directory, files)
     arrays, lost = _locate(directory, tree, database, files)
     values = {path: np.asarray(value) for path, value in tree.values.items() if path not in arrays}
     key_impls = _read_key_impls(directory, files)
@@ -209,7 +209,7 @@ def _check_was_finished(directory: epath.Path, files: Files) -> None:
         return
     unfinished = was_interrupted(directory, files)
     if unfinished is not None and _is_orbax(directory, files):
-        raise NotACheckpointError(interrupted(unfinished, files))
+        raise interrupted(unfinished, files)
 
 
 def _is_orbax(directory: epath.Path, files: Files) -> bool:
@@ -227,7 +227,7 @@ def _open_database(directory: epath.Path, files: Files) -> Store | None:
         return stores.open_ocdbt(directory, files)
     except DamagedDatabaseError as error:
         raise NotACheckpointError(
-            f"the database in {directory} cannot be read: {error}.\nhint: {damaged(directory, files)}"
+            f"the database in {directory} cannot be read: {error}.", hints=[damaged(directory, files)]
         ) from error
 
 
@@ -382,7 +382,7 @@ def _read_key_impls(directory: epath.Path, files: Files) -> dict[str, str]:
             _key_type(impl)
     except (FieldError, ValueError) as error:
         raise NotACheckpointError(
-            f"{file} cannot be read: {error}.\nhint: {damaged(directory, files)}"
+            f"{file} cannot be read: {error}.", hints=[damaged(directory, files)]
         ) from error
     return found
 

@@ -191,7 +191,8 @@ def _opened(path: epath.Path, file: IO[bytes], files: Files) -> zipfile.ZipFile:
         return zipfile.ZipFile(file)
     except _DAMAGE as error:
         raise NotACheckpointError(
-            f"{path} is no whole NumPy archive: {str(error).removesuffix('.')}.\nhint: {damaged(path, files)}"
+            f"{path} is no whole NumPy archive: {str(error).removesuffix('.')}.",
+            hints=[damaged(path, files)],
         ) from error
 
 
@@ -208,21 +209,23 @@ def _members(path: epath.Path, infos: Iterable[zipfile.ZipInfo]) -> dict[Path, z
         members[keys] = info
     if not any(info.filename.endswith(_ENDING) for info in members.values()):
         raise NotACheckpointError(
-            f"{path} is a zip file without arrays.\n"
-            "hint: pass a file that numpy.savez wrote, or a checkpoint of Orbax."
+            f"{path} is a zip file without arrays.",
+            hints=["pass a file that numpy.savez wrote, or a checkpoint of Orbax."],
         )
     if twice:
-        raise NotACheckpointError(_no_tree(path, "holds several arrays under one name", twice))
+        raise _no_tree(path, "holds several arrays under one name", twice)
     inner = {keys[:depth] for keys in members for depth in range(1, len(keys))}
     both = [keys for keys in members if keys in inner]
     if both:
-        raise NotACheckpointError(_no_tree(path, "has an array and a subtree under one name", both))
+        raise _no_tree(path, "has an array and a subtree under one name", both)
     return members
 
 
-def _no_tree(path: epath.Path, what: str, paths: Iterable[Path]) -> str:
+def _no_tree(path: epath.Path, what: str, paths: Iterable[Path]) -> NotACheckpointError:
     listed = "\n".join(f"  {render(keys)}" for keys in dict.fromkeys(paths))
-    return f"{path} {what}:\n{listed}\nhint: save it again with a name of its own for each array."
+    return NotACheckpointError(
+        f"{path} {what}:\n{listed}", hints=["save it again with a name of its own for each array."]
+    )
 
 
 def _look(

@@ -28,7 +28,7 @@ _CODE = re.compile(r"\s*\[http_response_code='(\d+)'\]")
 def cannot_read(path: str | os.PathLike[str], error: BaseException) -> NotACheckpointError:
     """Returns the error that says why a path could not be read."""
     reason, hint = reason_and_hint(path, error)
-    return NotACheckpointError(f"{os.fspath(path)} cannot be read: {reason}.\nhint: {hint}")
+    return NotACheckpointError(f"{os.fspath(path)} cannot be read: {reason}.", hints=[hint])
 
 
 def reason_and_hint(path: str | os.PathLike[str], error: BaseException) -> tuple[str, str]:

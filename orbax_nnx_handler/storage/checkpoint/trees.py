@@ -37,7 +37,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
 )
 from orbax_nnx_handler.storage.checkpoint.files import Files
 from orbax_nnx_handler.storage.checkpoint.stores import Store
-from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, damaged
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY
 
 TREE_FILE, MSGPACK_FILE = "_METADATA", "checkpoint"
@@ -124,7 +124,7 @@ def _metadata_tree(file: epath.Path, files: Files) -> Tree:
         custom = optional_object(content, "custom_metadata")
     except FieldError as error:
         reason = f"cannot be read as the tree of a checkpoint: {str(error).removesuffix('.')}"
-        raise NotACheckpointError(f"{file} {reason}.\nhint: {damaged(file, files)}") from error
+        raise NotACheckpointError(f"{file} {reason}.", hints=[damaged(file, files)]) from error
     nodes = {path: value_type for path, _, value_type in entries}
     names = {path: name for path, name, value_type in entries if value_type not in EMPTY_TYPES}
     return Tree(
@@ -176,8 +176,7 @@ def _unpack(file: epath.Path, files: Files) -> object:
     # msgpack raises many types for a file that is something else.
     except Exception as error:
         raise NotACheckpointError(
-            f"{file} is no msgpack file of a checkpoint: {str(error).removesuffix('.')}.\n"
-            "hint: pass a CheckpointManager's root, one of its steps, or an item in a step."
+            f"{file} is no msgpack file of a checkpoint: {str(error).removesuffix('.')}.", hints=[ANY_KIND]
         ) from error
     if not isinstance(tree, dict | list | tuple):
         raise NotACheckpointError(f"{file} holds one {type(tree).__name__}, not the tree of a checkpoint")

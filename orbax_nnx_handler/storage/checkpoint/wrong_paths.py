@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
+from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.commits import COMMIT_FILE, STEP_FILE, UNFINISHED, lacks_commit
 from orbax_nnx_handler.storage.checkpoint.directories import (
@@ -32,85 +33,94 @@ _SHOWN = 8
 # How many folders are looked into on each level, and how many levels.
 _LOOKED_AT, _LOOKED_AT_REMOTE = 50, 3
 _DEPTH, _DEPTH_REMOTE = 3, 1
-_NONE_FINISHED = "no finished step lies beside it: the job has to save again."
-_KINDS = "pass a CheckpointManager's root, one of its steps, or an item in a step."
+_NONE_FINISHED = Hint("no finished step lies beside it: the job has to save again.")
+ANY_KIND = Hint("pass a CheckpointManager's root, one of its steps, or an item in a step.")
 
 
-def why_no_checkpoint(path: epath.Path, files: Files) -> str:
-    """Returns what a path is instead of a checkpoint, and a hint."""
+def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:
+    """Returns the error that says what a path is instead of a checkpoint, with a hint."""
     if not files.exists(path):
-        return f"there is nothing at {path}.\nhint: {_hint(_instead_of, path, files)}"
+        return _refusal(f"there is nothing at {path}.", _hint(_instead_of, path, files))
     if is_unfinished(path):
         return interrupted(path, files)
     unfinished = [name for name in files.entries(path) if UNFINISHED in name]
     if unfinished:
         saves = "a save that was interrupted" if len(unfinished) == 1 else "saves that were interrupted"
         hint = _hint(_finished_near, path, files)
-        return f"{path} holds only {saves}: {_listed(unfinished)}.\nhint: {hint}"
+        return _refusal(f"{path} holds only {saves}: {_listed(unfinished)}.", hint)
     if files.is_folder(path) and files.has_file(path, STEP_FILE) and lacks_commit(path, files):
         return interrupted(path, files)
     if not files.is_folder(path):
         what = "a file" if files.is_file(path) else "no file and no directory"
-        return f"{path} is {what}.\nhint: {_hint(_around, path, files)}"
+        return _refusal(f"{path} is {what}.", _hint(_around, path, files))
     return _of_folder(path, files)
 
 
-def _of_folder(path: epath.Path, files: Files) -> str:
+def _refusal(what: str, hint: Hint) -> NotACheckpointError:
+    return NotACheckpointError(what, hints=[hint])
+
+
+def _pass(path: epath.Path, words: str) -> Hint:
+    return Hint(words, {"path": str(path)})
+
+
+def _of_folder(path: epath.Path, files: Files) -> NotACheckpointError:
     items = items_of(path, files)
     if items and not is_root(path, files):
         others = f", or pass item={items[0].name!r} to restore" if len(items) > 1 else ""
-        return (
-            f"{path} is a step, not an item; it holds: {_listed(item.name for item in items)}.\n"
-            f"hint: pass {items[0]}{others}."
+        return _refusal(
+            f"{path} is a step, not an item; it holds: {_listed(item.name for item in items)}.",
+            _pass(items[0], f"pass {items[0]}{others}."),
         )
     steps = steps_of(path, files)
     newest = items_of(steps[max(steps)], files) if steps else []
     if newest and not is_root(steps[max(steps)], files):
-        return (
-            f"{path} is the root of a CheckpointManager, not an item; "
-            f"it holds {_steps(steps)}\nhint: pass {newest[0]}."
+        return _refusal(
+            f"{path} is the root of a CheckpointManager, not an item; it holds {_steps(steps)}",
+            _pass(newest[0], f"pass {newest[0]}."),
         )
-    hint = _hint(_below, path, files) or _hint(_around, path, files)
-    return f"{path} is no Orbax checkpoint; it holds: {_listed(files.entries(path))}.\nhint: {hint}"
+    hint = _hint(_near, path, files)
+    return _refusal(f"{path} is no Orbax checkpoint; it holds: {_listed(files.entries(path))}.", hint)
 
 
-def interrupted(path: epath.Path, files: Files) -> str:
-    """Returns that a save was never finished, and which one was."""
+def interrupted(path: epath.Path, files: Files) -> NotACheckpointError:
+    """Returns the error that a save was never finished, and which one was."""
     how = "" if is_unfinished(path) else f": it has no {COMMIT_FILE}"
-    return f"{path} is a save that was interrupted{how}.\nhint: {_hint(_finished_near, path, files)}"
+    return _refusal(f"{path} is a save that was interrupted{how}.", _hint(_finished_near, path, files))
 
 
-def why_no_item(step: epath.Path, item: str, files: Files) -> str:
-    """Returns which items a step holds instead of the one that was asked for."""
+def no_item(step: epath.Path, item: str, files: Files) -> NotACheckpointError:
+    """Returns the error that says which items a step holds instead of the one that was asked for."""
     names = [child.name for child in files.folders(step)]
     close = difflib.get_close_matches(item, names, n=1)
     trees = [child.name for child in items_of(step, files)]
     meant = close[0] if close else trees[0] if len(trees) == 1 else ""
-    hint = f"\nhint: pass item={meant!r}." if meant else ""
-    return f"{step} has no item {item!r}; it holds: {_listed(names)}.{hint}"
+    hints = [Hint(f"pass item={meant!r}.", {"item": meant})] if meant else []
+    return NotACheckpointError(f"{step} has no item {item!r}; it holds: {_listed(names)}.", hints=hints)
 
 
-def why_several(root: epath.Path, steps: Iterable[epath.Path]) -> str:
-    """Returns that the steps of a root have names of several kinds."""
+def several_kinds(root: epath.Path, steps: Iterable[epath.Path]) -> NotACheckpointError:
+    """Returns the error that the steps of a root have names of several kinds."""
     names = [step.name for step in steps]
     kinds = _listed(f"{prefix}_*" for prefix in prefixes_of(names))
-    return (
-        f"{root} holds steps of several kinds of names: {kinds}.\n"
-        f"hint: pass one step, such as {root / names[-1]}."
+    step = root / names[-1]
+    return _refusal(
+        f"{root} holds steps of several kinds of names: {kinds}.",
+        _pass(step, f"pass one step, such as {step}."),
     )
 
 
-def damaged(path: epath.Path, files: Files) -> str:
+def damaged(path: epath.Path, files: Files) -> Hint:
     """Returns a hint where a checkpoint's own files are damaged: which other step there is."""
     return _hint(_undamaged_near, path, files)
 
 
-def _hint(find: Callable[[epath.Path, Files], str], path: epath.Path, files: Files) -> str:
+def _hint(find: Callable[[epath.Path, Files], Hint], path: epath.Path, files: Files) -> Hint:
     """Looks around; where that is not allowed, the kinds of paths are named."""
     try:
         return find(path, files)
     except NotACheckpointError:
-        return _KINDS
+        return ANY_KIND
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -119,11 +129,11 @@ def _listed(names: Iterable[str]) -> str:
     return (", ".join(every[:_SHOWN]) or "nothing") + more
 
 
-def _finished_near(path: epath.Path, files: Files) -> str:
+def _finished_near(path: epath.Path, files: Files) -> Hint:
     if is_unfinished_archive(path):
         archives = newest_in(path.parent, files)
         newest = _listed(map(str, archives))
-        return f"the newest finished one is {newest}." if archives else _NONE_FINISHED
+        return _pass(archives[0], f"the newest finished one is {newest}.") if archives else _NONE_FINISHED
     root = next((part.parent for part in (path, *path.parents) if UNFINISHED in part.name), path)
     # An unfinished item lies in a step; what lies beside that is one too if it is called the same.
     places = [root, *parents_of(root)[:1]]
@@ -135,7 +145,8 @@ def _finished_near(path: epath.Path, files: Files) -> str:
             if child not in (path, root) and (place == root or _prefix(child) == _prefix(root))
         }
         if steps:
-            return f"the newest finished step is {steps[max(steps)]}."
+            newest = steps[max(steps)]
+            return _pass(newest, f"the newest finished step is {newest}.")
     return _NONE_FINISHED
 
 
@@ -144,23 +155,29 @@ def _prefix(step: epath.Path) -> str:
     return step.name.rstrip("0123456789")
 
 
-def _instead_of(path: epath.Path, files: Files) -> str:
+def _instead_of(path: epath.Path, files: Files) -> Hint:
     """Returns what lies near a path that does not exist."""
     parents = parents_of(path)
     parent = next((part for part in parents if files.exists(part)), None)
     if parent is None:
-        return _KINDS
+        return ANY_KIND
     if not files.is_folder(parent):
-        return f"{parent} is a file."
+        return Hint(f"{parent} is a file.")
     if is_item(parent, files):
-        return f"{parent} is an item directory; pass that."
+        return _pass(parent, f"{parent} is an item directory; pass that.")
     steps = steps_of(parent, files)
     if steps:
-        return f"{parent} holds {_steps(steps)}"
+        return _newest_of(parent, steps)
     names = list(files.entries(parent))
     missing = [path, *parents][parents.index(parent)].name
     close = difflib.get_close_matches(missing, names, n=1)
-    return f"did you mean {parent / close[0]}?" if close else f"{parent} holds: {_listed(names)}."
+    if close:
+        return _pass(parent / close[0], f"did you mean {parent / close[0]}?")
+    return Hint(f"{parent} holds: {_listed(names)}.")
+
+
+def _newest_of(root: epath.Path, steps: Mapping[int, epath.Path], before: str = "") -> Hint:
+    return _pass(steps[max(steps)], f"{before}{root} holds {_steps(steps)}")
 
 
 def _steps(steps: Mapping[int, epath.Path]) -> str:
@@ -171,22 +188,27 @@ def _steps(steps: Mapping[int, epath.Path]) -> str:
     return f"the {word} {', '.join(map(str, newest))}{older}."
 
 
-def _undamaged_near(path: epath.Path, files: Files) -> str:
+def _undamaged_near(path: epath.Path, files: Files) -> Hint:
     archives = archives_in(path.parent, files) if is_archive(path, files) else []
-    others = _listed(str(archive) for archive in archives if archive != path)
+    others = [archive for archive in archives if archive != path]
     if len(archives) > 1:
-        return f"copy it again, or restore another one that lies beside it: {others}."
+        beside = _listed(map(str, others))
+        return _pass(others[0], f"copy it again, or restore another one that lies beside it: {beside}.")
     item = path if files.is_folder(path) else path.parent
     roots = parents_of(item)[:2]
     files.look_into(roots)
     for step, root in zip((item, item.parent), roots, strict=False):
         steps = {at: child for at, child in steps_of(root, files).items() if child != step}
         if steps:
-            return f"copy it again, or restore another step: {root} holds {_steps(steps)}"
-    return "copy it again from where it was written: a file is truncated, or was not copied."
+            return _newest_of(root, steps, before="copy it again, or restore another step: ")
+    return Hint("copy it again from where it was written: a file is truncated, or was not copied.")
 
 
-def _below(path: epath.Path, files: Files) -> str:
+def _near(path: epath.Path, files: Files) -> Hint:
+    return _below(path, files) or _around(path, files)
+
+
+def _below(path: epath.Path, files: Files) -> Hint | None:
     """Returns the checkpoint below a path, if there is one."""
     most = _LOOKED_AT_REMOTE if files.remote else _LOOKED_AT
     folders = [path]
@@ -198,15 +220,15 @@ def _below(path: epath.Path, files: Files) -> str:
         found = roots or [child for child in folders if is_item(child, files)]
         what = "a manager's root" if roots else "an item"
         if len(found) == 1:
-            return f"{found[0]} is {what}; pass that."
+            return _pass(found[0], f"{found[0]} is {what}; pass that.")
         if found:
             several = "managers' roots" if roots else "items"
             names = [str(child.relative_to(path)) for child in found]
-            return f"it holds several {several}; pass one of them: {_listed(names)}."
-    return ""
+            return _pass(found[0], f"it holds several {several}; pass one of them: {_listed(names)}.")
+    return None
 
 
-def _around(path: epath.Path, files: Files) -> str:
+def _around(path: epath.Path, files: Files) -> Hint:
     """Returns the checkpoint that a path lies in or beside."""
     parents = parents_of(path)
     if files.remote:
@@ -214,13 +236,13 @@ def _around(path: epath.Path, files: Files) -> str:
     files.look_into(parents)
     above = next((part for part in parents if files.is_folder(part) and is_item(part, files)), None)
     if above is not None:
-        return f"it is a part of the item {above}; pass that."
+        return _pass(above, f"it is a part of the item {above}; pass that.")
     if not parents:
-        return _KINDS
+        return ANY_KIND
     beside = items_of(parents[0], files)
     if beside:
-        return f"it lies beside the item {beside[0]}; pass that, or the step {parents[0]}."
+        return _pass(beside[0], f"it lies beside the item {beside[0]}; pass that, or the step {parents[0]}.")
     # Names that end in a number are many; a step that is named to a reader holds something.
     others = {step: child for step, child in steps_of(parents[0], files).items() if child != path}
     steps = {step: child for step, child in others.items() if files.remote or holds_tree(child, files)}
-    return f"{parents[0]} holds {_steps(steps)}" if steps else _KINDS
+    return _newest_of(parents[0], steps) if steps else ANY_KIND

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.codes import scales_of
 from orbax_nnx_handler.planning.core.dtypes import cast_between, is_key
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RestoreError
@@ -145,9 +146,9 @@ def check_codes(leaves: Iterable[Written], stored: Stored) -> None:
         rows = aligned(Row(leaf.path, (str(leaf.shape), str(leaf.dtype))) for leaf in bad)
         beside = render(next(scales[path][0] for path in reads(bad[0].recipe) if path in scales))
         raise DtypeMismatchError(
-            f"{len(bad)} leaves are quantised, with scales such as {beside} beside them:\n{rows}\n"
-            "hint: leave --dtype out: codes of another dtype are no weights either.",
+            f"{len(bad)} leaves are quantised, with scales such as {beside} beside them:\n{rows}",
             paths=[leaf.path for leaf in bad],
+            hints=["leave --dtype out: codes of another dtype are no weights either."],
         )
 
 
@@ -191,9 +192,13 @@ def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[
     leaves = list(leaves)
     if layout in WITHOUT_COLLECTIONS:
         raise RestoreError(
-            "a saved NNX state does not tell parameters from statistics, so its layout cannot change alone.\n"
-            "hint: give the factory of the model too (SRC DST MODULE:FACTORY --to linen); its Variable types "
-            "tell the collections, and its modules what Linen stores in another form."
+            "a saved NNX state does not tell parameters from statistics, so its layout cannot change alone.",
+            hints=[
+                Hint(
+                    "give the factory of the model too (SRC DST MODULE:FACTORY --to linen); its Variable "
+                    "types tell the collections, and its modules what Linen stores in another form."
+                )
+            ],
         )
     foreign = [leaf.path for leaf in leaves if leaf.section == "optimizer" and layout not in _OPTAX]
     if foreign:
@@ -248,8 +253,7 @@ def check_distinct(leaves: Iterable[Written]) -> None:
 def _refusal(what: str, paths: list[Path], hint: str = "") -> RestoreError:
     shown = "\n".join(f"  {render(path)}" for path in paths[:20])
     rest = f"\n  ... and {len(paths) - 20} more" if len(paths) > 20 else ""
-    way_out = f"\nhint: {hint}" if hint else ""
-    return RestoreError(f"{len(paths)} {what}:\n{shown}{rest}{way_out}", paths=paths)
+    return RestoreError(f"{len(paths)} {what}:\n{shown}{rest}", paths=paths, hints=[hint] if hint else [])
 
 
 _Group = tuple[str, ...]
@@ -274,9 +278,9 @@ def unscan(leaves: Iterable[Written], group: _Group, axis: int) -> list[Written]
     if thin or len({leaf.shape[axis] for leaf in inside}) > 1:
         rows = aligned(Row(leaf.path, (str(leaf.shape),)) for leaf in inside)
         raise RestoreError(
-            f"the leaves of {'/'.join(group)} do not agree on a number of layers on axis {axis}:\n{rows}\n"
-            "hint: another --axis, or --weights-only where the odd ones are an optimizer's.",
+            f"the leaves of {'/'.join(group)} do not agree on a number of layers on axis {axis}:\n{rows}",
             paths=[leaf.path for leaf in inside],
+            hints=["another --axis, or --weights-only where the odd ones are an optimizer's."],
         )
     return [part for leaf in leaves for part in (_layers(leaf, group, axis) if leaf in inside else [leaf])]
 
@@ -362,6 +366,6 @@ def _renamed(leaf: Written, at: int, name: str) -> Written:
 def _no_group(leaves: Sequence[Written], group: _Group, looked_for: str) -> RestoreError:
     tops = sorted({"/".join(segments(leaf.parameter)[: len(group)]) for leaf in leaves if leaf.parameter})
     return RestoreError(
-        f"no parameter lies under {looked_for}.\n"
-        f"hint: a group is a path below the collection; there are: {', '.join(tops[:20])}."
+        f"no parameter lies under {looked_for}.",
+        hints=[f"a group is a path below the collection; there are: {', '.join(tops[:20])}."],
     )

@@ -71,8 +71,8 @@ def window_of(bound_bytes: int | None) -> int:
         raise RestoreError(
             f"{(bound_bytes or 0) / 1e9:.2f} GB of memory are too little: the process holds "
             f"{held / 1e9:.2f} GB already, and reading and writing take {_PROGRAM_BYTES / 1e9:.2f} GB beside "
-            "the values.\n"
-            f"hint: allow {math.ceil(least * 10) / 10:.1f} GB or more."
+            "the values.",
+            hints=[f"allow {math.ceil(least * 10) / 10:.1f} GB or more."],
         )
     return window
 

@@ -205,7 +205,7 @@ def _writing(destination: epath.Path) -> Generator[None]:
     except (OSError, ValueError) as error:
         reason = str(error).partition(" [source locations=")[0]
         raise RestoreError(
-            f"{destination} cannot be written: {reason}\nhint: nothing was left at the destination."
+            f"{destination} cannot be written: {reason}", hints=["nothing was left at the destination."]
         ) from error
 
 
@@ -277,7 +277,7 @@ def _verify(
     if wrong:
         rows = aligned(Row(leaf.path, (str(leaf.shape), str(leaf.dtype))) for leaf in wrong)
         raise RestoreError(
-            f"{len(wrong)} leaves were read again with other values than were written:\n{rows}\n"
-            "hint: the disk or the memory is at fault; nothing was left at the destination.",
+            f"{len(wrong)} leaves were read again with other values than were written:\n{rows}",
             paths=[leaf.path for leaf in wrong],
+            hints=["the disk or the memory is at fault; nothing was left at the destination."],
         )

@@ -67,8 +67,8 @@ def agree_on(what: str, step: Callable[[], T]) -> T:
     if len(set(found)) > 1:
         listed = "\n".join(f"  process {process}: {text}" for process, text in enumerate(found))
         raise DisagreementError(
-            f"the processes do not see the same {what}:\n{listed}\n"
-            "hint: name the step, or wait until every host sees the same files."
+            f"the processes do not see the same {what}:\n{listed}",
+            hints=["name the step, or wait until every host sees the same files."],
         )
     return result
 

@@ -109,9 +109,9 @@ class Leaf:
             # What a store or a disk answers has a remedy of its own.
             reason, hint = reason_and_hint(file, error)
         return UnreadableLeafError(
-            f"stored leaf {render(self.path)} cannot be read: {reason}\nfile: {file} ({self.array.name})\n"
-            f"hint: {hint}",
+            f"stored leaf {render(self.path)} cannot be read: {reason}\nfile: {file} ({self.array.name})",
             paths=[self.path],
+            hints=[hint],
         )
 
     def read_with_tensorstore(self, place: Destination) -> None:

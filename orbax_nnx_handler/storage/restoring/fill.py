@@ -92,9 +92,9 @@ def check_init(plan: RestorePlan, init: Callable[[], Any] | None) -> None:
     if bad:
         rows = [f"  {render(leaf.path)}   wanted {leaf.shape}, init gives {given[leaf.path]}" for leaf in bad]
         raise RestoreError(
-            f"init does not build {len(bad)} leaves of the target:\n" + "\n".join(rows) + "\n"
-            "hint: init must build the target itself: the same containers, attributes and shapes.",
+            f"init does not build {len(bad)} leaves of the target:\n" + "\n".join(rows),
             paths=[leaf.path for leaf in bad],
+            hints=["init must build the target itself: the same containers, attributes and shapes."],
         )
 
 

@@ -16,11 +16,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from orbax_nnx_handler.planning.core.causes import Hint, as_python
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, UnmappedValueError, UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, Stack, reads
 from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.rules import Drop
 from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
@@ -58,9 +60,14 @@ def _check_counts(checkpoint: Checkpoint, counts: Iterable[Restored]) -> None:
         rows = "\n".join(f"  {render(path)}   {text}" for path, text in bad)
         raise DtypeMismatchError(
             f"{len(bad)} counts do not fit the wanted integer type:\n{rows}\n"
-            f"checkpoint: {checkpoint.directory}\n"
-            'hint: give the target a wider integer type for them, or pass dtype="stored".',
+            f"checkpoint: {checkpoint.directory}",
             paths=[path for path, _ in bad],
+            hints=[
+                Hint(
+                    'give the target a wider integer type for them, or pass dtype="stored".',
+                    {"dtype": "stored"},
+                )
+            ],
         )
 
 
@@ -69,14 +76,19 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
     if bad:
         rows = "\n".join(f"  {render(item.leaf.path)}   {item.leaf.shape}   {item.reason}" for item in bad)
         patterns = dict.fromkeys("/".join(map(str, item.leaf.path[-2:])) for item in bad)
-        rules = ", ".join(f"Drop({pattern!r}, 'why')" for pattern in patterns)
+        rules = [Drop(pattern, "why") for pattern in patterns]
         raise UnmappedValueError(
             f"{'1 stored value has' if len(bad) == 1 else f'{len(bad)} stored values have'} "
             f"no home in NNX and {'is' if len(bad) == 1 else 'are'} not zero:\n{rows}\n"
-            f"checkpoint: {checkpoint.directory}\n"
-            "hint: without them the model computes something else: fold them into another weight first, or "
-            f"leave them behind on purpose with renames=[{rules}].",
+            f"checkpoint: {checkpoint.directory}",
             paths=[item.leaf.path for item in bad],
+            hints=[
+                Hint(
+                    "without them the model computes something else: fold them into another weight first, or "
+                    f"leave them behind on purpose with renames={as_python(rules)}.",
+                    {"renames": rules},
+                )
+            ],
         )
 
 

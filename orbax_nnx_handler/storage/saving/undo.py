@@ -209,7 +209,7 @@ class _Moments:
         else:
             return
         raise RuleError(
-            f"a moment of {render_reads(way)} cannot be saved under these rules ({describe(way)}): {why}.\n"
-            "hint: save the model without its optimizer, or without renames.",
+            f"a moment of {render_reads(way)} cannot be saved under these rules ({describe(way)}): {why}.",
             paths=list(reads(way)),
+            hints=["save the model without its optimizer, or without renames."],
         )

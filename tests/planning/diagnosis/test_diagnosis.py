@@ -9,18 +9,7 @@ from flax import nnx
 
 from orbax_nnx_handler import RestorePlan
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.diagnosis.cause import (
-    CollectionMissing,
-    KeyImplementation,
-    LostWeights,
-    NewPart,
-    RandomLayout,
-)
 from orbax_nnx_handler.planning.diagnosis.finders import diagnose
-from orbax_nnx_handler.planning.diagnosis.layers import LayerCount, LayersAbsent, ScannedOnOneSide
-from orbax_nnx_handler.planning.diagnosis.names import AnotherModel, OtherGroup, OtherNames
-from orbax_nnx_handler.planning.diagnosis.optimizers import NoOptimizer, OtherOptimizer
-from orbax_nnx_handler.planning.diagnosis.sizes import DimensionDiffers
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -50,8 +39,8 @@ def test_another_number_of_layers_is_counted_on_both_sides(stored, wanted):
     found = diagnose(plan(model(stored), model(wanted, "", "layers/{}")))
 
     (cause,) = found
-    assert isinstance(cause, LayerCount)
-    assert (cause.group, cause.stored, cause.wanted) == ("layers", stored, wanted)
+    assert cause.kind == "LayerCount"
+    assert (cause.facts["group"], cause.facts["stored"], cause.facts["wanted"]) == ("layers", stored, wanted)
 
 
 def test_the_moments_of_missing_layers_are_explained_with_them():
@@ -61,7 +50,7 @@ def test_the_moments_of_missing_layers_are_explained_with_them():
 
     found = diagnose(made)
 
-    assert kinds(found) == [LayerCount]
+    assert kinds(found) == ["LayerCount"]
     assert set(found[0].paths) == set(made.missing)
 
 
@@ -71,8 +60,8 @@ def test_a_hole_between_layers_is_no_other_number_of_layers():
     found = diagnose(plan(checkpoint, model(4, "", "layers/{}")))
 
     (cause,) = found
-    assert isinstance(cause, LayersAbsent)
-    assert (cause.layers, cause.stored) == ((1,), 3)
+    assert cause.kind == "LayersAbsent"
+    assert (cause.facts["layers"], cause.facts["stored"]) == ((1,), 3)
 
 
 def test_one_missing_weight_of_one_layer_is_no_missing_layer():
@@ -81,7 +70,7 @@ def test_one_missing_weight_of_one_layer_is_no_missing_layer():
 
     found = diagnose(plan(checkpoint, model(3, "", "layers/{}")))
 
-    assert not {LayerCount, LayersAbsent} & set(kinds(found))
+    assert not {"LayerCount", "LayersAbsent"} & set(kinds(found))
 
 
 def test_stacks_of_another_length_are_another_number_of_layers():
@@ -90,8 +79,8 @@ def test_stacks_of_another_length_are_another_number_of_layers():
     found = diagnose(plan(checkpoint, stacked(5) | {"head/kernel": (4, 11)}))
 
     (cause,) = found
-    assert isinstance(cause, LayerCount)
-    assert (cause.stored, cause.wanted, cause.filters) == (3, 5, ())
+    assert cause.kind == "LayerCount"
+    assert (cause.facts["stored"], cause.facts["wanted"], cause.filters) == (3, 5, ())
 
 
 def test_stacked_experts_are_called_experts():
@@ -101,16 +90,16 @@ def test_stacked_experts_are_called_experts():
     found = diagnose(plan({f"params/{path}": s for path, s in experts(4).items()}, experts(8)))
 
     (cause,) = found
-    assert isinstance(cause, LayerCount)
-    assert cause.kind == "expert"
+    assert cause.kind == "LayerCount"
+    assert cause.facts["unit"] == "expert"
 
 
 def test_a_wider_layer_is_a_dimension_and_no_other_number_of_layers():
     found = diagnose(plan(model(2, width=4), model(2, "", "layers/{}", width=8)))
 
     (cause,) = found
-    assert isinstance(cause, DimensionDiffers)
-    assert (cause.pairs, cause.ratio, cause.count) == (((4, 8),), "2", 6)
+    assert cause.kind == "DimensionDiffers"
+    assert (cause.facts["pairs"], cause.facts["ratio"], cause.facts["count"]) == (((4, 8),), "2", 6)
 
 
 def test_heads_that_differ_on_one_axis_are_no_other_number_of_layers():
@@ -120,8 +109,8 @@ def test_heads_that_differ_on_one_axis_are_no_other_number_of_layers():
     found = diagnose(plan({f"params/{path}": shape for path, shape in attention(2).items()}, attention(6)))
 
     (cause,) = found
-    assert isinstance(cause, DimensionDiffers)
-    assert cause.name == "the number of heads"
+    assert cause.kind == "DimensionDiffers"
+    assert cause.facts["name"] == "the number of heads"
 
 
 def test_several_dimensions_of_one_ratio_are_said_once():
@@ -130,8 +119,8 @@ def test_several_dimensions_of_one_ratio_are_said_once():
 
     (cause,) = diagnose(plan(stored, wanted))
 
-    assert isinstance(cause, DimensionDiffers)
-    assert (cause.pairs, cause.ratio) == (((4, 8), (16, 32)), "2")
+    assert cause.kind == "DimensionDiffers"
+    assert (cause.facts["pairs"], cause.facts["ratio"]) == (((4, 8), (16, 32)), "2")
 
 
 def test_mismatches_with_nothing_in_common_get_no_guess():
@@ -146,7 +135,7 @@ def test_the_vocabulary_is_named_only_where_embedding_and_output_have_it():
     vocabulary = {"embed/embedding": (256, 4), "head/kernel": (4, 256), "up/kernel": (4, 4)}
     width = {"embed/embedding": (250, 8), "head/kernel": (8, 250), "up/kernel": (8, 8)}
 
-    names = [diagnose(plan(stored, wanted))[0].name for wanted in (vocabulary, width)]
+    names = [diagnose(plan(stored, wanted))[0].facts["name"] for wanted in (vocabulary, width)]
 
     assert names[0] == "the vocabulary"
     assert names[1] != "the vocabulary"
@@ -164,9 +153,9 @@ def test_layers_stacked_on_one_side_that_do_not_fit_say_why():
 
     (cause,) = diagnose(plan(stored, wanted))
 
-    assert isinstance(cause, ScannedOnOneSide)
-    assert cause.stacked == "checkpoint"
-    assert "(4, 2, 6) without any one axis is not (5, 7)" in cause.cause
+    assert cause.kind == "ScannedOnOneSide"
+    assert cause.facts["stacked"] == "checkpoint"
+    assert "(4, 2, 6) without any one axis is not (5, 7)" in cause.text
 
 
 def test_layers_that_can_be_rearranged_are_no_cause():
@@ -181,13 +170,13 @@ def test_another_model_shares_neither_names_nor_shapes():
 
     found = diagnose(plan(stored, model(2, "", "layers/{}")))
 
-    assert kinds(found) == [AnotherModel]
+    assert kinds(found) == ["AnotherModel"]
 
 
 def test_the_same_model_in_another_width_is_not_another_model():
     found = diagnose(plan(model(2, width=4), model(2, "", "layers/{}", width=6)))
 
-    assert AnotherModel not in kinds(found)
+    assert "AnotherModel" not in kinds(found)
 
 
 def test_layers_under_another_name_are_not_another_model_and_the_rename_restores():
@@ -197,8 +186,8 @@ def test_layers_under_another_name_are_not_another_model_and_the_rename_restores
 
     (cause,) = diagnose(plan(stored, wanted))
 
-    assert isinstance(cause, OtherGroup)
-    assert (cause.stored, cause.wanted, cause.count) == ("strata", "layers", 3)
+    assert cause.kind == "OtherGroup"
+    assert (cause.facts["stored"], cause.facts["wanted"], cause.facts["count"]) == ("strata", "layers", 3)
     assert plan(stored, wanted, renames=[("strata", "layers")]).fits
 
 
@@ -207,9 +196,9 @@ def test_automatic_names_are_recognised_by_their_form_and_the_shapes():
 
     (cause,) = diagnose(plan(stored, {"up/kernel": (4, 6), "down/kernel": (6, 2)}))
 
-    assert isinstance(cause, OtherNames)
-    assert cause.automatic == ("Dense_0", "Dense_1")
-    assert "suggest" in cause.hint
+    assert cause.kind == "OtherNames"
+    assert cause.facts["automatic"] == ("Dense_0", "Dense_1")
+    assert "suggest" in cause.hint.words
 
 
 def test_one_other_name_is_proposed_as_the_rename_that_restores():
@@ -219,9 +208,9 @@ def test_one_other_name_is_proposed_as_the_rename_that_restores():
 
     (cause,) = diagnose(plan(stored, wanted))
 
-    assert isinstance(cause, OtherNames)
-    assert cause.renames == (("logits_dense", "head"),)
-    assert plan(stored, wanted, renames=cause.renames).fits
+    assert cause.kind == "OtherNames"
+    assert cause.facts["renames"] == (("logits_dense", "head"),)
+    assert plan(stored, wanted, renames=cause.facts["renames"]).fits
 
 
 def test_names_of_other_shapes_are_not_other_names():
@@ -229,7 +218,7 @@ def test_names_of_other_shapes_are_not_other_names():
 
     found = diagnose(plan(stored, {"up/kernel": (5, 7), "head/kernel": (6, 2)}))
 
-    assert OtherNames not in kinds(found)
+    assert "OtherNames" not in kinds(found)
 
 
 def test_one_shape_in_common_is_not_other_names():
@@ -244,7 +233,7 @@ def test_one_shape_in_common_is_not_other_names():
 
     found = diagnose(plan(stored, wanted))
 
-    assert OtherNames not in kinds(found)
+    assert "OtherNames" not in kinds(found)
 
 
 def test_no_saved_optimizer_leaves_weights_complete_and_all_moments_missing():
@@ -252,8 +241,8 @@ def test_no_saved_optimizer_leaves_weights_complete_and_all_moments_missing():
 
     found = diagnose(plan(model(1), wanted | wanted_moments("mu", wanted)))
 
-    assert kinds(found) == [NoOptimizer]
-    assert found[0].weights == len(wanted)
+    assert kinds(found) == ["NoOptimizer"]
+    assert found[0].facts["weights"] == len(wanted)
 
 
 def test_another_optimizer_keeps_other_moments():
@@ -262,8 +251,8 @@ def test_another_optimizer_keeps_other_moments():
 
     found = diagnose(plan(checkpoint, wanted | wanted_moments("mu", wanted) | wanted_moments("nu", wanted)))
 
-    assert kinds(found) == [OtherOptimizer]
-    assert (found[0].stored, found[0].wanted) == (("trace",), ("mu", "nu"))
+    assert kinds(found) == ["OtherOptimizer"]
+    assert (found[0].facts["stored"], found[0].facts["wanted"]) == (("trace",), ("mu", "nu"))
 
 
 def test_one_missing_moment_is_not_another_optimizer():
@@ -273,7 +262,7 @@ def test_one_missing_moment_is_not_another_optimizer():
 
     found = diagnose(plan(checkpoint, wanted | wanted_moments("mu", wanted)))
 
-    assert not {NoOptimizer, OtherOptimizer} & set(kinds(found))
+    assert not {"NoOptimizer", "OtherOptimizer"} & set(kinds(found))
 
 
 def test_moments_of_the_same_name_in_two_places_are_not_another_optimizer():
@@ -285,7 +274,7 @@ def test_moments_of_the_same_name_in_two_places_are_not_another_optimizer():
     made = plan(weights | first | second | {"step": ()}, wanted | third)
 
     assert set(made.missing) == {keys(path) for path in third}
-    assert OtherOptimizer not in kinds(diagnose(made))
+    assert "OtherOptimizer" not in kinds(diagnose(made))
 
 
 def statistics(prefix: str = "") -> dict[str, Any]:
@@ -300,8 +289,12 @@ def test_a_collection_of_which_nothing_is_stored_was_not_saved():
     found = diagnose(plan({"params/norm/scale": (4,)}, {"norm/scale": (4,)} | statistics()))
 
     (cause,) = found
-    assert isinstance(cause, CollectionMissing)
-    assert (cause.collection, cause.filters, cause.count) == ("batch_stats", ("nnx.BatchStat",), 2)
+    assert cause.kind == "CollectionMissing"
+    assert (cause.facts["collection"], cause.filters, cause.facts["count"]) == (
+        "batch_stats",
+        (nnx.BatchStat,),
+        2,
+    )
 
 
 def test_a_collection_with_one_leaf_missing_was_saved():
@@ -309,7 +302,7 @@ def test_a_collection_with_one_leaf_missing_was_saved():
 
     found = diagnose(plan(checkpoint, {"norm/scale": (4,)} | statistics()))
 
-    assert CollectionMissing not in kinds(found)
+    assert "CollectionMissing" not in kinds(found)
 
 
 def test_a_collection_of_which_other_leaves_are_stored_was_saved():
@@ -317,7 +310,7 @@ def test_a_collection_of_which_other_leaves_are_stored_was_saved():
 
     found = diagnose(plan(checkpoint, {"norm/scale": (4,)} | statistics()))
 
-    assert CollectionMissing not in kinds(found)
+    assert "CollectionMissing" not in kinds(found)
 
 
 def with_lora() -> dict[str, Any]:
@@ -332,8 +325,8 @@ def test_a_new_part_comes_with_the_policy_that_initialises_it(concrete):
     found = diagnose(plan(model(2), concrete))
 
     (cause,) = found
-    assert isinstance(cause, NewPart)
-    rules = {eval(rule, {"nnx": nnx}): "init" for rule in cause.filters}
+    assert cause.kind == "NewPart"
+    rules = dict.fromkeys(cause.filters, "init")
     made = plan(model(2), concrete, policy={**rules, ...: "error"}, init=lambda: None)
     assert made.fits
 
@@ -343,7 +336,7 @@ def test_a_missing_weight_beside_an_unexpected_one_is_no_new_part():
 
     found = diagnose(plan(stored, model(2, "", "layers/{}") | {"classifier/kernel": (4, 3)}))
 
-    assert NewPart not in kinds(found)
+    assert "NewPart" not in kinds(found)
 
 
 def test_a_weight_whose_moment_is_stored_is_lost_and_not_new():
@@ -353,8 +346,8 @@ def test_a_weight_whose_moment_is_stored_is_lost_and_not_new():
 
     found = diagnose(plan(checkpoint, wanted | wanted_moments("mu", wanted)))
 
-    assert kinds(found) == [LostWeights]
-    assert found[0].names == "model/head/kernel"
+    assert kinds(found) == ["LostWeights"]
+    assert found[0].facts["names"] == "model/head/kernel"
 
 
 def test_a_missing_bias_of_a_stored_module_is_no_new_part():
@@ -373,8 +366,8 @@ def key_plan(stored_impl: str, shape: tuple[int, ...] = ()) -> RestorePlan:
 def test_random_keys_of_another_implementation_are_named():
     (cause,) = diagnose(key_plan("rbg"))
 
-    assert isinstance(cause, KeyImplementation)
-    assert (cause.stored, cause.wanted) == ("rbg", "threefry2x32")
+    assert cause.kind == "KeyImplementation"
+    assert (cause.facts["stored"], cause.facts["wanted"]) == ("rbg", "threefry2x32")
 
 
 def test_random_keys_of_another_shape_are_not_another_implementation():
@@ -400,8 +393,8 @@ def streams(*paths: str) -> RestorePlan:
 def test_two_streams_of_an_older_flax_are_named_where_one_is_wanted():
     found = diagnose(streams("drop/rngs/dropout/key", "drop/rngs/params/key"))
 
-    assert kinds(found) == [RandomLayout]
-    assert found[0].wanted == "drop/rngs/key"
+    assert kinds(found) == ["RandomLayout"]
+    assert found[0].facts["wanted"] == "drop/rngs/key"
 
 
 def test_one_stream_of_an_older_flax_is_taken_and_no_cause():

@@ -10,12 +10,7 @@ from flax import nnx
 import orbax_nnx_handler
 from orbax_nnx_handler import RestorePlan
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.diagnosis.axes import AxesMerged, AxesPermuted, Fused
 from orbax_nnx_handler.planning.diagnosis.finders import diagnose
-from orbax_nnx_handler.planning.diagnosis.layers import LayerCount, LayersShifted
-from orbax_nnx_handler.planning.diagnosis.names import LayoutGiven, NoWeights, OtherGroup, OtherNames
-from orbax_nnx_handler.planning.diagnosis.optimizers import OptimizerNested, OtherOptimizer
-from orbax_nnx_handler.planning.diagnosis.parts import NoBias, Quantised, TiedEmbedding
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -56,14 +51,14 @@ TURNED = {"layers/0/up/kernel": (8, 12), "layers/1/up/kernel": (12, 8)}
 @pytest.mark.parametrize(
     ("have", "want", "kind"),
     [
-        (FUSED, projections((12, 4, 3)), Fused),
-        (projections((12, 4, 3)), FUSED, Fused),
-        (JOINED, projections((12, 8)), Fused),
-        (projections((12, 8)), JOINED, Fused),
-        (projections((12, 12)), projections((12, 4, 3)), AxesMerged),
-        (projections((12, 4, 3)), projections((12, 12)), AxesMerged),
-        ({"head/kernel": (11, 12)}, {"head/kernel": (12, 11)}, AxesPermuted),
-        (TURNED, {f"layers/{at}/up/kernel": (12, 8) for at in range(2)}, AxesPermuted),
+        (FUSED, projections((12, 4, 3)), "Fused"),
+        (projections((12, 4, 3)), FUSED, "Fused"),
+        (JOINED, projections((12, 8)), "Fused"),
+        (projections((12, 8)), JOINED, "Fused"),
+        (projections((12, 12)), projections((12, 4, 3)), "AxesMerged"),
+        (projections((12, 4, 3)), projections((12, 12)), "AxesMerged"),
+        ({"head/kernel": (11, 12)}, {"head/kernel": (12, 11)}, "AxesPermuted"),
+        (TURNED, {f"layers/{at}/up/kernel": (12, 8) for at in range(2)}, "AxesPermuted"),
     ],
 )
 def test_the_rules_of_the_hint_make_it_fit(have, want, kind):
@@ -71,8 +66,9 @@ def test_the_rules_of_the_hint_make_it_fit(have, want, kind):
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, kind)
-    assert plan(have, want, renames=pasted(cause.hint, "renames")).fits
+    assert cause.kind == kind
+    assert plan(have, want, renames=pasted(cause.hint.words, "renames")).fits
+    assert plan(have, want, **cause.hint.arguments).fits
 
 
 def test_weights_that_carry_each_others_names_are_read_in_both_ways():
@@ -81,17 +77,18 @@ def test_weights_that_carry_each_others_names_are_read_in_both_ways():
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, AxesPermuted)
-    assert cause.swapped == ("down", "up")
+    assert cause.kind == "AxesPermuted"
+    assert cause.facts["swapped"] == ("down", "up")
     assert plan(have, want, renames=[("down", "up"), ("up", "down")]).fits
-    assert plan(have, want, renames=pasted(cause.hint, "renames")).fits
+    assert plan(have, want, renames=pasted(cause.hint.words, "renames")).fits
+    assert plan(have, want, **cause.hint.arguments).fits
 
 
 def test_a_fused_array_of_another_size_is_no_fused_array():
     have = stored({"qkv/kernel": (12, 25)} | other())
     want = {f"{name}/kernel": (12, 8) for name in ("query", "key", "value")} | other()
 
-    assert Fused not in kinds(diagnose(plan(have, want)))
+    assert "Fused" not in kinds(diagnose(plan(have, want)))
 
 
 def test_a_square_kernel_is_not_said_to_be_turned():
@@ -103,8 +100,8 @@ def test_a_stack_with_fewer_layers_than_wanted_one_by_one_is_another_number_of_l
 
     (cause,) = diagnose(plan(have, model(5, "", "layers/{}") | {"embed/embedding": (11, 4)} | {}))[:1]
 
-    assert isinstance(cause, LayerCount)
-    assert (cause.stored, cause.wanted) == (3, 5)
+    assert cause.kind == "LayerCount"
+    assert (cause.facts["stored"], cause.facts["wanted"]) == (3, 5)
 
 
 def test_layers_that_are_numbered_from_one_are_shifted_and_the_renames_restore():
@@ -113,8 +110,9 @@ def test_layers_that_are_numbered_from_one_are_shifted_and_the_renames_restore()
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, LayersShifted)
-    assert plan(have, want, renames=pasted(cause.hint, "renames")).fits
+    assert cause.kind == "LayersShifted"
+    assert plan(have, want, renames=pasted(cause.hint.words, "renames")).fits
+    assert plan(have, want, **cause.hint.arguments).fits
 
 
 def test_layers_one_by_one_under_another_name_come_with_the_rename_that_restores():
@@ -122,8 +120,9 @@ def test_layers_one_by_one_under_another_name_come_with_the_rename_that_restores
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, OtherGroup)
-    assert plan(have, want, renames=pasted(cause.hint, "renames")).fits
+    assert cause.kind == "OtherGroup"
+    assert plan(have, want, renames=pasted(cause.hint.words, "renames")).fits
+    assert plan(have, want, **cause.hint.arguments).fits
 
 
 def test_several_other_names_are_renames_where_path_and_shape_leave_no_choice():
@@ -132,9 +131,9 @@ def test_several_other_names_are_renames_where_path_and_shape_leave_no_choice():
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, OtherNames)
-    assert cause.renames == (("output", "head"), ("wi", "up"))
-    assert plan(have, want, renames=cause.renames).fits
+    assert cause.kind == "OtherNames"
+    assert cause.facts["renames"] == (("output", "head"), ("wi", "up"))
+    assert plan(have, want, renames=cause.facts["renames"]).fits
 
 
 def test_names_that_could_go_either_way_are_left_to_suggest():
@@ -143,8 +142,8 @@ def test_names_that_could_go_either_way_are_left_to_suggest():
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, OtherNames)
-    assert cause.renames == ()
+    assert cause.kind == "OtherNames"
+    assert cause.facts["renames"] == ()
 
 
 def test_biases_that_are_stored_nowhere_were_never_there():
@@ -157,9 +156,9 @@ def test_biases_that_are_stored_nowhere_were_never_there():
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, NoBias)
-    assert cause.modules == ()
-    assert plan(have, want, policy=pasted(cause.hint, "policy"), init=lambda: None).fits
+    assert cause.kind == "NoBias"
+    assert cause.facts["modules"] == ()
+    assert plan(have, want, policy=pasted(cause.hint.words, "policy"), init=lambda: None).fits
 
 
 def test_biases_of_one_kind_of_module_are_told_from_those_of_the_others():
@@ -169,8 +168,8 @@ def test_biases_of_one_kind_of_module_are_told_from_those_of_the_others():
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, NoBias)
-    assert cause.modules == ("norm",)
+    assert cause.kind == "NoBias"
+    assert cause.facts["modules"] == ("norm",)
 
 
 def test_an_output_layer_that_is_the_embedding_turned_may_be_tied():
@@ -179,7 +178,7 @@ def test_an_output_layer_that_is_the_embedding_turned_may_be_tied():
 
     (cause,) = diagnose(plan(have, want))
 
-    assert isinstance(cause, TiedEmbedding)
+    assert cause.kind == "TiedEmbedding"
 
 
 def test_an_output_layer_of_another_shape_is_a_new_part():
@@ -187,20 +186,20 @@ def test_an_output_layer_of_another_shape_is_a_new_part():
 
     found = diagnose(plan(have, {"embed/embedding": (11, 4), "head/kernel": (4, 9)} | other()))
 
-    assert TiedEmbedding not in kinds(found)
+    assert "TiedEmbedding" not in kinds(found)
 
 
 def test_a_checkpoint_of_scalars_holds_no_weights():
     (cause,) = diagnose(plan({"step": ()}, model(1, "", "layers/{}")))
 
-    assert isinstance(cause, NoWeights)
-    assert cause.cause == "the checkpoint holds no weights: all it holds is step."
+    assert cause.kind == "NoWeights"
+    assert cause.text == "the checkpoint holds no weights: all it holds is step."
 
 
 def test_a_layout_that_was_named_and_does_not_fit_is_said_so():
     (cause,) = diagnose(plan(model(1), model(1, "", "layers/{}"), layout="t5x"))
 
-    assert isinstance(cause, LayoutGiven)
+    assert cause.kind == "LayoutGiven"
     assert plan(model(1), model(1, "", "layers/{}")).fits
 
 
@@ -212,9 +211,9 @@ def test_a_moment_more_is_told_from_another_optimizer():
 
     (cause,) = diagnose(plan(have, wanted | wanted_moments("mu", wanted) | ema))
 
-    assert isinstance(cause, OtherOptimizer)
+    assert cause.kind == "OtherOptimizer"
     assert (
-        cause.cause == "the target's optimizer keeps ema as well, which the stored one does not: it keeps mu."
+        cause.text == "the target's optimizer keeps ema as well, which the stored one does not: it keeps mu."
     )
 
 
@@ -224,8 +223,8 @@ def test_a_state_with_a_moment_more_is_another_optimizers():
 
     (cause,) = diagnose(plan(have, wanted | wanted_moments("mu", wanted) | wanted_moments("nu", wanted)))
 
-    assert isinstance(cause, OtherOptimizer)
-    assert cause.cause == (
+    assert cause.kind == "OtherOptimizer"
+    assert cause.text == (
         "the checkpoint was written with another optimizer: it keeps mu, the target's keeps mu and nu."
     )
 
@@ -238,8 +237,8 @@ def test_moments_in_other_places_are_an_optimizer_that_is_nested_otherwise():
 
     (cause,) = diagnose(plan(weights | first | second | {"step": ()}, wanted | third))
 
-    assert isinstance(cause, OptimizerNested)
-    assert (cause.stored, cause.wanted) == ("{0..1}/mu", "2/mu")
+    assert cause.kind == "OptimizerNested"
+    assert (cause.facts["stored"], cause.facts["wanted"]) == ("{0..1}/mu", "2/mu")
 
 
 def quantised(scale: str) -> RestorePlan:
@@ -250,7 +249,7 @@ def quantised(scale: str) -> RestorePlan:
 
 
 def test_integers_with_scales_beside_them_are_quantised():
-    assert kinds(diagnose(quantised("kernel_scale"))) == [Quantised]
+    assert kinds(diagnose(quantised("kernel_scale"))) == ["Quantised"]
 
 
 def test_integers_without_scales_are_not_said_to_be_quantised():

@@ -11,7 +11,7 @@ from flax import nnx
 from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError, RestoreReport
-from orbax_nnx_handler.planning.text.lines import wrapped
+from orbax_nnx_handler.planning.text.lines import Sentence, joined
 from tests.planning.models import model, plan
 from tests.planning.plans import plan_of
 
@@ -219,16 +219,13 @@ def test_no_line_of_an_error_is_wider_than_it_must_be(width):
 
 
 def test_code_in_a_hint_is_never_broken_inside_a_string():
-    text = (
-        "hint: pass renames=["
-        + ", ".join(f"Transpose('a module of {at}/kernel', (1, 0))" for at in range(9))
-        + "]."
-    )
+    rules = ", ".join(f"Transpose('a module of {at}/kernel', (1, 0))" for at in range(9))
+    hint = Sentence("hint", f"pass renames=[{rules}].")
 
-    lines = wrapped(text).splitlines()
+    lines = joined([hint]).splitlines()
 
     assert max(map(len, lines)) <= 120
-    assert " ".join(line.strip() for line in lines) == text
+    assert " ".join(line.strip() for line in lines) == str(hint)
     assert all(line.count("'") % 2 == 0 for line in lines)
 
 

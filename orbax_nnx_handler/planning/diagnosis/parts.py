@@ -201,8 +201,8 @@ def find_quantised(evidence: Evidence) -> Iterable[Cause]:
         names = sorted({name for scales in weights.values() for name in scales})
         yield Cause(
             kind="Quantised",
-            text=f"{counted(len(weights), 'weight is', 'weights are')} stored as {dtype} with {listed(names)} "
-            "beside: the checkpoint is quantised.",
+            text=f"{counted(len(weights), 'weight is', 'weights are')} stored as {dtype} with "
+            f"{listed(names)} beside: the checkpoint is quantised.",
             paths=evidence.with_moments(list(weights)),
             way=Hint(
                 "restore the checkpoint from before, or dequantise in the program that wrote it: "

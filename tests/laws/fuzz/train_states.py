@@ -171,8 +171,8 @@ class TrainState:
         found: list[Wanted] = []
         for key, slot in keyed_slots(self.wanted_chain, params):
             if slot.parameter is None:
-                value = self.scalars.get(key, np.zeros(slot.shape, slot.dtype))
-                found.append(Wanted(slot.path, "scalar", value))
+                self.scalars.setdefault(key, self.numbers.array(slot.shape, slot.dtype))
+                found.append(Wanted(slot.path, "scalar", self.scalars[key]))
             else:
                 arrays = arrange(self.parts, self.moment(key, slot.dtype, self.parts), "wanted")
                 found.append(Wanted(slot.path, "moment", arrays[slot.parameter], slot.parameter))

@@ -168,7 +168,7 @@ def _nnx_tree(rng: random.Random, habits: Habits) -> Tree:
         _dress(state, rng, several=True)
         state.stored()
         (name,) = state.owner
-        for item in _train(state, ()):
+        for item in train_state(state, ()):
             key = name if item.path[0] == "model" else f"{name}_opt"
             found.setdefault(key, []).append(dataclasses.replace(item, path=(key, *item.path[1:])))
     leaves = [item for part in found.values() for item in part]
@@ -238,14 +238,14 @@ def _want(tree: Tree, rng: random.Random, several: bool) -> None:
     elif draw < 0.4 and _is_identity(tree.states[0]) and not tree.states[0].owner:
         _want_like_stored(tree, rng)
     else:
-        tree.wanted = _train(tree.states[0], ())
+        tree.wanted = train_state(tree.states[0], ())
         if not tree.typed and tree.states[0].collections:
             tree.may_refuse("a pure dict of several collections")
 
 
-def _train(state: TrainState, owner: Path) -> list[Wanted]:
+def train_state(state: TrainState, owner: Path) -> list[Wanted]:
     found = [dataclasses.replace(item, path=(*owner, "model", *item.path)) for item in state.wanted_model()]
-    if state.chain:
+    if state.wanted_chain:
         place = (*owner, "optimizer", "opt_state")
         found += [dataclasses.replace(item, path=(*place, *item.path)) for item in state.wanted_optimizer()]
         found.append(Wanted((*owner, "optimizer", "step"), "step", np.asarray(state.step, np.uint32)))
@@ -258,13 +258,13 @@ def _want_networks(tree: Tree, rng: random.Random) -> None:
     if not tree.typed and any(state.collections for state in tree.states):
         tree.may_refuse("a pure dict of several collections")
     if draw < 0.6:
-        tree.wanted = [item for state in tree.states for item in _train(state, state.owner)]
+        tree.wanted = [item for state in tree.states for item in train_state(state, state.owner)]
         return
     state = rng.choice(tree.states)
     if draw < 0.85:
-        tree.wanted = _train(state, state.owner)
+        tree.wanted = train_state(state, state.owner)
         return
-    tree.wanted = _train(state, ())
+    tree.wanted = train_state(state, ())
     if tree.states[0].parts == tree.states[1].parts:
         tree.refuse("which of two networks")
     else:
@@ -306,6 +306,8 @@ def _judge(tree: Tree) -> None:
             tree.may_refuse("an axis that the shapes leave open")
         if not tree.like_stored and not tree.typed and any("stats" not in name for name in state.copies):
             tree.may_refuse("a pure dict beside a copy")
+        if any("0" in path for path, _ in leaves_of(state.parts)):
+            tree.may_refuse("a module called like a layer's number")
         if state.form != "plain" and _odd_names(state):
             tree.may_refuse("odd names in another program's layout")
     if len({item.path for item in tree.wanted}) != len(tree.wanted):

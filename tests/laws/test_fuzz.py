@@ -9,6 +9,7 @@ from flax import nnx
 
 from tests.laws.fuzz import models, optimizers
 from tests.laws.fuzz.__main__ import needless, table
+from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import draw, try_seed
 from tests.laws.worlds import Branch
 
@@ -31,6 +32,12 @@ def test_no_random_tree_is_silently_wrong(outcomes):
 
 def test_few_random_trees_with_one_reading_are_refused(outcomes):
     assert needless(outcomes) <= 0.02, table(outcomes)
+
+
+def test_random_states_come_back_from_their_own_save(tmp_path_factory):
+    found = [try_round_trip(seed, tmp_path_factory.mktemp("saved")) for seed in range(40)]
+    bad = [outcome for outcome in found if outcome.result not in ("right", "refused")]
+    assert not bad, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in bad)
 
 
 def test_the_same_seed_is_the_same_tree():

@@ -17,6 +17,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 from absl import logging
 
+from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import Outcome, try_seed
 
 RESULTS = ("right", "refused", "refused without need", "wrong", "crashed")
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first; each tree has a seed of its own")
     parser.add_argument("--shard", action="store_true", help="restore the written ones over eight devices")
     parser.add_argument("--real", type=int, default=EVERY, help="write and restore one tree in so many")
+    parser.add_argument("--save", action="store_true", help="save random NNX states and restore them instead")
     parser.add_argument("--examples", type=int, default=10, help="how many of each fault are shown")
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
@@ -38,7 +40,10 @@ def main() -> int:
     for seed in range(options.seed, options.seed + options.trees):
         with tempfile.TemporaryDirectory() as place:
             real = seed % options.real == 0
-            outcomes.append(try_seed(seed, pathlib.Path(place) if real else None, shard=options.shard))
+            if options.save:
+                outcomes.append(try_round_trip(seed, pathlib.Path(place)))
+            else:
+                outcomes.append(try_seed(seed, pathlib.Path(place) if real else None, shard=options.shard))
         _show(outcomes, options.examples)
     print(table(outcomes), f"\n{(time.monotonic() - start) / options.trees * 1000:.0f} ms a tree")
     bad = sum(outcome.result in ("wrong", "crashed") for outcome in outcomes)

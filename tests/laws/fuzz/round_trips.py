@@ -57,7 +57,7 @@ def _drawn(rng: random.Random) -> tuple[list[Wanted], dict[str, Any]]:
 
 
 def _drawn_streams(rng: random.Random, taken: set[Any]) -> dict[Path, np.ndarray]:
-    """Returns keys and counts of random streams, some in the model and some beside it under the same names."""
+    """Returns keys and counts of random streams, in the model and beside it under the same names."""
     places = [("model", "rngs"), ("rngs",)] if "model" in taken else [("rngs",)]
     if rng.random() < 0.6 or "rngs" in taken:
         return {}

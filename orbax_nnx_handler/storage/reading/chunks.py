@@ -314,7 +314,7 @@ def scatter(stream: Unpacked, encoding: Encoding, targets: Sequence[Destination]
 def _scatter_bytes(
     encoding: Encoding, block: Region, targets: Sequence[Destination], content: Content
 ) -> None:
-    values = cast(Buffer, np.frombuffer(cast(bytes, content), encoding.dtype)).reshape(shape_of_region(block))
+    values = np.frombuffer(cast(bytes, content), encoding.dtype).reshape(shape_of_region(block))
     for target in targets:
         shared = intersect(target.region, block)
         if shared is not None:

@@ -31,7 +31,13 @@ from orbax_nnx_handler.storage.reading.jobs import (
     plain_job,
 )
 from orbax_nnx_handler.storage.reading.orbax_reader import read_with_orbax
-from orbax_nnx_handler.storage.reading.single_replica import Copied, copy_axes, copy_to_all, share_out
+from orbax_nnx_handler.storage.reading.single_replica import (
+    Copied,
+    copy_axes,
+    copy_through_hosts,
+    copy_to_all,
+    share_out,
+)
 from orbax_nnx_handler.storage.reading.targets import Work, stored_shapes
 
 
@@ -177,14 +183,18 @@ def _read_copied(
     progress: Progress | None,
 ) -> dict[Path, jax.Array]:
     arrays: dict[Path, jax.Array] = {}
-    # Half: the contributions of a group are on the devices beside its results.
+    shared = share_out(jobs)
+    on_cpu = all(item.on_cpu for family in shared for item in family)
+    # What is read into host memory stays there; elsewhere, the contributions of a group are on the devices
+    # beside its results, so that half is let in.
     limit = (concurrent_bytes or DEFAULT_WINDOW_BYTES) // 2
+    groups = [[item for family in shared for item in family]] if on_cpu else grouped(shared, _nbytes, limit)
     with paused_collection():
-        for group in grouped(share_out(jobs), _nbytes, limit):
+        for group in groups:
             read = functools.partial(read_shards, checkpoint, [item.job for item in group])
             # A process that cannot read must say so before the others wait for it in the copy.
             shards = agree(functools.partial(read, concurrent_bytes, progress))
-            placed = copy_to_all(group, shards)
+            placed = copy_through_hosts(group, shards) if on_cpu else copy_to_all(group, shards)
             # The host memory of a group goes before the next is read.
             jax.block_until_ready(placed)
             arrays |= placed

@@ -1,29 +1,23 @@
-"""Whether a restore was asked to read what several processes hold alike on one of them only.
+"""What several processes hold alike is read by one of them and copied to the others.
 
-It can be asked for here (`single_replica=True`) and in each of Orbax's own ways: restore args
-of a leaf, a `SingleReplicaArrayHandler` among a handler's type handlers, and one that is
-registered for all handlers.
+It can be asked for here (`single_replica=True`) and in each of Orbax's own ways: restore args of a
+leaf, a `SingleReplicaArrayHandler` among a handler's type handlers, and one that is registered for
+all handlers. Who reads is decided leaf by leaf, so that all processes read equally much: a pure
+function of jobs and meshes that comes out alike on every process.
 
-Parts of leaves that several processes hold alike, and which of them reads each.
-
-A leaf that a mesh holds in copies on several processes is read by one process and
-copied over the mesh to the others (single-replica restore). Who reads is decided
-leaf by leaf, so that all processes read equally much. Everything here is a pure
-function of jobs and meshes and comes out alike on every process.
-
-Copies what one process read to the devices of all that hold it, over the mesh.
-
-The copies of a part lie along mesh axes. Along these, the one that was read
-contributes its values and each other one zeros; their sum, taken on the values' bits
-as unsigned integers, is the value everywhere, to the bit. It is the way of Orbax's
-own single-replica restore, with a reader chosen leaf by leaf.
+The copies of a part lie along mesh axes. Where the devices are processors, each process sends what
+it has read in blocks of bytes, which are gathered along these axes and put into the final host
+memory: every byte travels once to each process, and one small program is compiled. Elsewhere the
+copy that was read contributes its values and each other one zeros, and their sum, taken on the
+values' bits as unsigned integers, is the value everywhere, to the bit, without leaving the devices.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -34,8 +28,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.regions import Region
-from orbax_nnx_handler.storage.reading.arrays import as_asked
+from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
+from orbax_nnx_handler.storage.reading.arrays import Arena, as_asked, place_array
 from orbax_nnx_handler.storage.reading.jobs import Buffer, Device, PlainJob, families, region_of
 
 
@@ -99,6 +93,11 @@ class Copied:
         return _mesh_of(self.job)
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether the devices of all processes are processors."""
+        return all(device.platform == "cpu" for device in cast("list[Device]", self.mesh.devices.flat))
+
+    @property
     def copies(self) -> int:
         """How many copies the mesh holds."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
@@ -111,8 +110,21 @@ class Copied:
     @property
     def nbytes(self) -> int:
         """Bytes of the parts of one process, the same figure on each of them."""
-        part = math.prod(self.sharding.shard_shape(self.job.shape)) * self.job.dtype.itemsize
-        return max(1, part * self.mesh.size // jax.process_count())
+        return max(1, self.part_nbytes * self.mesh.size // jax.process_count())
+
+    @property
+    def part_nbytes(self) -> int:
+        """Bytes of the part of one device."""
+        return math.prod(self.sharding.shard_shape(self.job.shape)) * self.job.dtype.itemsize
+
+    @functools.cached_property
+    def regions(self) -> Mapping[Device, Region]:
+        """The part of each device of this process."""
+        indices = cast(
+            "Mapping[Device, tuple[slice, ...]]",
+            self.sharding.addressable_devices_indices_map(self.job.shape),
+        )
+        return {device: region_of(index, self.job.shape) for device, index in indices.items()}
 
 
 def copy_axes(job: PlainJob) -> tuple[str, ...]:
@@ -223,6 +235,120 @@ def _has_plain_bits(dtype: np.dtype[Any]) -> bool:
 
 def _global_nbytes(family: Sequence[PlainJob]) -> int:
     return sum(math.prod(job.shape) * job.dtype.itemsize for job in family)
+
+
+# So many blocks carry what a process has read: while a block is on its way, so much less than
+# the values themselves is held twice.
+_ROUNDS = 16
+_LEAST_BLOCK_BYTES = 256 << 10
+_MOST_BLOCK_BYTES = 64 << 20
+
+
+def copy_through_hosts(
+    leaves: Sequence[Copied], read: Sequence[Mapping[Region, Buffer]]
+) -> dict[Path, jax.Array]:
+    """Returns the leaves' arrays on devices that are processors, each complete on all of them.
+
+    Every process must call this with the same leaves in the same order.
+
+    Args:
+        leaves: The leaves.
+        read: For each leaf, what this process read of it; it becomes a part of the arrays.
+    """
+    held = [dict(shards) for shards in read]
+    alike: dict[tuple[Mesh, tuple[str, ...]], list[int]] = defaultdict(list)
+    for number, leaf in enumerate(leaves):
+        alike[leaf.mesh, leaf.axes].append(number)
+    for (mesh, axes), numbers in alike.items():
+        _Exchange(mesh, axes, {number: leaves[number] for number in numbers}, held).run()
+    return {leaf.job.job.path: place_array(leaf.job, held[n]) for n, leaf in enumerate(leaves)}
+
+
+class _Exchange:
+    """Leaves of one mesh, and the bytes of each copy's readers, one leaf after the other."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        axes: tuple[str, ...],
+        leaves: Mapping[int, Copied],
+        held: Sequence[dict[Region, Buffer]],
+    ) -> None:
+        others = tuple(name for name in mesh.axis_names if name not in axes) or None
+        # A mesh of its own: that of the leaves may leave the placing to the program.
+        mesh = Mesh(mesh.devices, mesh.axis_names)
+        self._sent = NamedSharding(mesh, PartitionSpec(axes, others, None))
+        self._gathered = NamedSharding(mesh, PartitionSpec(None, others, None))
+        self._leaves = leaves
+        self._held = held
+        self._read = {(number, region) for number in leaves for region in held[number]}
+        copies = math.prod(mesh.shape[axis] for axis in axes)
+        # Number and first byte of each leaf, by the copy whose devices read it.
+        self._starts: list[list[tuple[int, int]]] = [[] for _ in range(copies)]
+        lengths = [0] * copies
+        for number, leaf in leaves.items():
+            self._starts[leaf.reader].append((lengths[leaf.reader], number))
+            lengths[leaf.reader] += leaf.part_nbytes
+        self._length = max(lengths)
+        block = -(-self._length // _ROUNDS)
+        self._block = min(max(block, _LEAST_BLOCK_BYTES), _MOST_BLOCK_BYTES, max(self._length, 1))
+        self._shape = (copies, mesh.size // copies, self._block)
+
+    def run(self) -> None:
+        """Fills what is not held yet."""
+        arena = Arena()
+        for number, leaf in self._leaves.items():
+            for region in leaf.regions.values():
+                if region not in self._held[number]:
+                    shape = shape_of_region(region)
+                    self._held[number][region] = arena.allocate(shape, leaf.job.dtype)
+        with jax.set_mesh(cast(Mesh, self._sent.mesh)):
+            for start in range(0, self._length, self._block):
+                self._gather(start)
+
+    def _gather(self, start: int) -> None:
+        devices = cast(
+            "Mapping[Device, tuple[slice, ...]]", self._sent.addressable_devices_indices_map(self._shape)
+        )
+        blocks: list[jax.Array] = []
+        for device, (copy, _, _) in devices.items():
+            block = Arena().allocate((1, 1, self._block), np.dtype(np.uint8))
+            for own, within in self._parts(device, copy.start or 0, start):
+                block[0, 0, within] = own
+            blocks.append(jax.device_put(block, device))
+        sent = jax.make_array_from_single_device_arrays(self._shape, self._sent, blocks)
+        gathered = _gathering(self._gathered)(sent)
+        filled = set(self._read)
+        for shard in gathered.addressable_shards:
+            content = np.asarray(shard.data)
+            for copy in range(self._shape[0]):
+                for own, within in self._parts(shard.device, copy, start, filled):
+                    own[:] = content[copy, 0, within]
+            filled |= {(number, leaf.regions[shard.device]) for number, leaf in self._leaves.items()}
+
+    def _parts(
+        self, device: Device, copy: int, start: int, filled: Collection[tuple[int, Region]] = ()
+    ) -> Iterator[tuple[Buffer, slice]]:
+        """Yields the bytes of a device's parts that one copy's block brings, and their place in it."""
+        leaves = self._starts[copy]
+        first = max(0, bisect.bisect_right(leaves, (start, math.inf)) - 1)
+        for begin, number in leaves[first:]:
+            if begin >= start + self._block:
+                return
+            leaf = self._leaves[number]
+            region = leaf.regions[device]
+            low, high = max(begin, start), min(begin + leaf.part_nbytes, start + self._block)
+            if low < high and (number, region) not in filled:
+                content = self._held[number][region].reshape(-1).view(np.uint8)
+                yield content[low - begin : high - begin], slice(low - start, high - start)
+
+
+@functools.lru_cache(maxsize=64)
+def _gathering(sharding: NamedSharding) -> Any:
+    def same(blocks: jax.Array) -> jax.Array:
+        return blocks
+
+    return jax.jit(same, out_shardings=sharding)
 
 
 # Leaves that differ in nothing but their path share a compiled program, so many at a time.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from benchmarks.models import DTYPES, PROJECTIONS, Model, target
 
@@ -39,6 +39,29 @@ def orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
         item,
     )
     handler = ocp.PyTreeCheckpointHandler()
+    restore_args = ocp.args.PyTreeRestore(item=item, restore_args=args)
+    return lambda: ocp.Checkpointer(handler).restore(path, args=restore_args), of_disk_tree
+
+
+def orbax_single_replica(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
+    """Stock Orbax: one process reads what several hold alike and broadcasts it."""
+    import orbax.checkpoint as ocp
+
+    # It takes meshes of two axes or more.
+    copies = Mesh(np.array(jax.devices()).reshape(-1, 1), ("x", "y"))
+    sharding = NamedSharding(copies, PartitionSpec())
+    item = disk_tree(model, sharding)
+    # The step lies on one device, which is no copy of anything.
+    item["step"] = jax.ShapeDtypeStruct((), np.int32, sharding=sharding)
+    args = jax.tree.map(
+        lambda leaf: ocp.type_handlers.SingleReplicaArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        ),
+        item,
+    )
+    single = ocp.type_handlers.SingleReplicaArrayHandler(replica_axis_index=0)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, single))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     restore_args = ocp.args.PyTreeRestore(item=item, restore_args=args)
     return lambda: ocp.Checkpointer(handler).restore(path, args=restore_args), of_disk_tree
 

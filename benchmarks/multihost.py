@@ -1,12 +1,13 @@
 """Restores on several processes: `python -m benchmarks.multihost`.
 
+What several processes hold alike is read by each of them, or by one for all (single replica), by this
+package and by stock Orbax's `SingleReplicaArrayHandler`; from files, and from a bucket on loopback.
 On a cluster (where `jax.distributed` finds something to join) every process runs
 this and the first reports. Anywhere else, 1, 2 and 4 processes are started on
 this machine, joined over loopback.
 """
 
 import argparse
-import itertools
 import json
 import os
 import pathlib
@@ -14,17 +15,23 @@ import socket
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
+from benchmarks.bucket import BUCKET, Served, ask
 from benchmarks.measuring import ROOT, Row, arguments, report, settings_of, table
 from benchmarks.models import Model, sized, write
 
-# What is shown: where the parameters live, and whether what several processes hold alike is read once.
+# What is shown: where the parameters live, and who restores them.
 _DISTRIBUTIONS = {
-    "sharded": ("sharded", False),
-    "replicated": ("replicated", False),
-    "replicated, single replica": ("replicated", True),
+    "sharded": ("sharded", "ours"),
+    "replicated": ("replicated", "ours"),
+    "replicated, single replica": ("replicated", "single"),
+    "replicated, single replica, stock Orbax": ("replicated", "single_orbax"),
 }
+# The same from a bucket: reading takes longer there than copying.
+_FROM_A_BUCKET = ("replicated", "replicated, single replica")
 # What a scheduler sets where there is something to join.
 _CLUSTER_SIGNS = (
     "JAX_COORDINATOR_ADDRESS",
@@ -50,28 +57,49 @@ def _on_this_machine(options: argparse.Namespace) -> None:
     model = sized(37 if options.toy else 301, int(options.gb * 1e9))
     path = write(model, options.scratch)
     settings = {
-        title: settings_of(model, path, placement=distribution, single_replica=single)
-        for title, (distribution, single) in _DISTRIBUTIONS.items()
+        title: settings_of(model, path, placement=distribution, contestant=who, url=str(path))
+        for title, (distribution, who) in _DISTRIBUTIONS.items()
     }
     rows: list[Row] = []
     if options.toy:
         for title, trial in zip(settings, _started(2, list(settings.values())), strict=True):
             rows.append({"parameters": title, "processes": 2, **_joined(model, [trial])})
     else:
-        for title, count in itertools.product(settings, (1, 2, 4)):
-            trials = [_started(count, [settings[title]])[0] for _ in range(options.rounds)]
-            rows.append({"parameters": title, "processes": count, **_joined(model, trials)})
+        for count in (1, 2, 4):
+            # A copy needs two; within a round they take turns, so that a slow minute hits all.
+            titles = [title for title in settings if count > 1 or "single" not in title]
+            rounds = [
+                {title: _started(count, [settings[title]])[0] for title in titles}
+                for _ in range(options.rounds)
+            ]
+            for title in titles:
+                joined = _joined(model, [trials[title] for trials in rounds])
+                rows.append({"parameters": title, "processes": count, **joined})
+        rows += _from_a_bucket(model, path, settings, options.rounds)
     report("multihost", options, rows, {f"{model.nbytes / 1e9:.3g} GB": table(rows)})
 
 
-def _started(count: int, settings: list[Row]) -> list[list[Row]]:
+def _from_a_bucket(
+    model: Model, path: pathlib.Path, settings: Mapping[str, Row], rounds: int
+) -> Iterator[Row]:
+    with Served({path.name: path}) as bucket:
+        ask(bucket.address, "reset", {"delay": 0.03, "bandwidth": 50e6})
+        for title in _FROM_A_BUCKET:
+            remote = {**settings[title], "url": f"gs://{BUCKET}/{path.name}"}
+            trials = [_started(4, [remote], bucket.environment)[0] for _ in range(rounds)]
+            yield {"parameters": f"{title}, bucket", "processes": 4, **_joined(model, trials)}
+
+
+def _started(
+    count: int, settings: list[Row], more: Mapping[str, str] = MappingProxyType({})
+) -> list[list[Row]]:
     """Starts the processes, joins them, and returns for each restore the figures of each process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "benchmarks.multihost"]
     # Each process has one device, whatever this one was given.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | dict(more)
     running = [
         subprocess.Popen(
             [*command, json.dumps({"settings": settings, "join": [address, count, number]})],
@@ -114,23 +142,25 @@ def one_process(settings: list[Row], join: tuple[str, int, int]) -> list[Row]:
     if count > 1:
         jax.distributed.initialize(address, count, number, local_device_ids=[0])
     return [
-        _restored(
-            Model(**each["model"]), pathlib.Path(each["path"]), each["placement"], each["single_replica"]
-        )
+        _restored(Model(**each["model"]), each["url"], each["placement"], each["contestant"])
         for each in settings
     ]
 
 
-def _restored(model: Model, path: pathlib.Path, distribution: str, single_replica: bool) -> Row:
+def _restored(model: Model, url: str, distribution: str, contestant: str) -> Row:
     import dataclasses
+    import functools
 
+    from etils import epath
     from jax.experimental import multihost_utils
 
-    from benchmarks.contestants import ours
+    from benchmarks.contestants import orbax_single_replica, ours
     from benchmarks.models import placement
     from benchmarks.trial import measured
 
-    call, collect = ours(model, path, placement(distribution), single_replica=single_replica)
+    single = functools.partial(ours, single_replica=True)
+    prepare = {"ours": ours, "single": single, "single_orbax": orbax_single_replica}[contestant]
+    call, collect = prepare(model, epath.Path(url), placement(distribution))
     multihost_utils.sync_global_devices("start")
     result, figures = measured(call)
     arrays = collect(result) or {}
@@ -159,9 +189,9 @@ def _on_cluster(options: argparse.Namespace) -> None:
         write_alone(model, options.scratch)
     multihost_utils.sync_global_devices("written")
     rows: list[Row] = []
-    for title, (distribution, single) in _DISTRIBUTIONS.items():
+    for title, (distribution, contestant) in _DISTRIBUTIONS.items():
         for _ in range(options.rounds):
-            row = _restored(model, options.scratch / model.name, distribution, single)
+            row = _restored(model, str(options.scratch / model.name), distribution, contestant)
             rows.append({"parameters": title, "processes": jax.process_count(), **row})
     if jax.process_index() == 0:
         report("multihost", options, rows, {f"{model.nbytes / 1e9:.3g} GB, process 0": table(rows)})

@@ -137,7 +137,11 @@ def test_random_state_that_no_process_holds_whole_is_saved_and_restored(seen: Se
 
 
 @pytest.mark.parametrize(
-    "scene", ["copied", "copied_rows", "copied_columns_explicit", "copied_in_small_waves", "nothing_to_copy"]
+    "scene",
+    [
+        *("copied", "copied_rows", "copied_columns_explicit", "copied_in_small_groups", "nothing_to_copy"),
+        *("copied_over_devices", "copied_rows_over_devices", "copied_columns_over_devices"),
+    ],
 )
 def test_with_single_replica_each_byte_is_read_by_one_process_and_all_have_it(seen: Seen, scene: str) -> None:
     results = _each(seen, scene)

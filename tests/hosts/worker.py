@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, RestoreError, restore
 from orbax_nnx_handler.storage.reading import read as everywhere
+from orbax_nnx_handler.storage.reading.single_replica import Copied
 from tests.cases import digest, load_case
 from tests.hosts.bits import bits_in
 
@@ -225,6 +226,20 @@ def _copied(*spec: str | None, explicit: bool = False, **options: Any) -> Callab
     return scene
 
 
+def _over_devices(scene: Callable[[Stage], Any]) -> Callable[[Stage], Any]:
+    """Has processors copy as devices with memory of their own do."""
+
+    def over_devices(stage: Stage) -> Any:
+        before = Copied.on_cpu
+        Copied.on_cpu = property(lambda _: False)
+        try:
+            return scene(stage)
+        finally:
+            Copied.on_cpu = before
+
+    return over_devices
+
+
 def asked_with_restore_args(stage: Stage) -> Any:
     """Asks leaf by leaf, as Orbax's own pipelines do."""
     target = _copies(stage)
@@ -295,7 +310,10 @@ SCENES: dict[str, Callable[[Stage], Any]] = {
     "copied": _copied(single_replica=True),
     "copied_rows": _copied("local", single_replica=True),
     "copied_columns_explicit": _copied(None, "local", single_replica=True, explicit=True),
-    "copied_in_small_waves": _copied(single_replica=True, concurrent_gb=1e-6),
+    "copied_in_small_groups": _copied(single_replica=True, concurrent_gb=1e-6),
+    "copied_over_devices": _over_devices(_copied(single_replica=True, concurrent_gb=1e-6)),
+    "copied_rows_over_devices": _over_devices(_copied("local", single_replica=True)),
+    "copied_columns_over_devices": _over_devices(_copied(None, "local", single_replica=True, explicit=True)),
     "nothing_to_copy": _copied("hosts", "local", single_replica=True),
     "asked_with_restore_args": asked_with_restore_args,
     "asked_with_a_type_handler": asked_with_a_type_handler,

@@ -43,11 +43,23 @@ def _locate(path: Path, params_depth: int) -> tuple[Section, str | None, Path]:
 
 
 def _is_train_state(stored: Stored) -> bool:
+    if _holds_no_params(stored):
+        return has_subtree(stored, "opt_state") and len(tops(stored) - _TRAIN_STATE_KEYS) > 0
     return has_subtree(stored, "params") and bool(_TRAIN_STATE_KEYS & tops(stored))
 
 
 def _is_variables(stored: Stored) -> bool:
+    if _holds_no_params(stored):
+        return bool(_WITHOUT_PARAMS & tops(stored))
     return has_subtree(stored, "params") and not _TRAIN_STATE_KEYS & tops(stored)
+
+
+_WITHOUT_PARAMS = frozenset({AUX, "batch_stats", "LoRAParam"})
+"""What tells collections from modules where a state without `nnx.Param` was saved (adapters, statistics)."""
+
+
+def _holds_no_params(stored: Stored) -> bool:
+    return not any("params" in path for path in stored)
 
 
 def _is_maxtext(stored: Stored) -> bool:

@@ -146,8 +146,9 @@ def save(
 
     Raises:
         RuleError: A rule or a step of the plan cannot be undone.
-        ValueError: Two leaves would be stored at one path, the step is beyond int32, the plan is of
-            another item, or something is at `path` already and `force` is not set.
+        DtypeMismatchError: The step is beyond int32, in which a Linen program counts.
+        ValueError: Two leaves would be stored at one path, the plan is of another item, or something
+            is at `path` already and `force` is not set.
     """
     arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx, renames)
     opened: Any = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

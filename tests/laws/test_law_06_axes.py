@@ -106,7 +106,7 @@ def test_a_leaf_of_equal_axes_is_not_decided_apart_from_its_group(tmp_path, form
 @pytest.mark.parametrize("form", FORMS)
 def test_two_leaves_that_allow_two_axes_each_are_asked_for(tmp_path, form):
     numbers = Numbers()
-    layers = [{"a": {"kernel": numbers(3, 5)}, "b": {"kernel": numbers(5, 3)}} for _ in range(3)]
+    layers = [{"a": {"kernel": numbers(3, 5)}, "b": {"kernel": numbers(3, 7)}} for _ in range(3)]
     path = write(tmp_path, {"params": {"layers": stacked(layers, 0)}})
     refused(path, target_of(form, _single(layers)))
 

@@ -10,7 +10,7 @@ from orbax_nnx_handler.planning.core.causes import Cause, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, selecting, spell
-from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_seats, seats
+from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.text.folding import ranges
 from orbax_nnx_handler.planning.text.words import counted
 
@@ -61,14 +61,14 @@ def _is_moved(evidence: Evidence, path: Path) -> bool:
     if item is None or not isinstance(item.recipe, Read):
         return item is not None
     source = evidence.stored_weights.get(item.recipe.path)
-    return source is not None and any(seat.rest for seat in flat_seats(evidence.stored_below(source)))
+    return source is not None and any(seat.rest for seat in flat_paths(evidence.stored_below(source)))
 
 
 def _open_groups(evidence: Evidence) -> set[Group]:
     """Returns the groups that something missing or unexpected belongs to."""
     open_ends = [evidence.below[path] for path in evidence.missing_weights]
     open_ends += [evidence.stored_below(item) for item in evidence.free_weights.values()]
-    return {seat.group for tokens in open_ends for seat in flat_seats(tokens)}
+    return {seat.group for tokens in open_ends for seat in flat_paths(tokens)}
 
 
 def _compare(evidence: Evidence, group: Group, wanted: "_Positions", stored: "_Positions") -> Iterable[Cause]:
@@ -103,7 +103,7 @@ def _another_number(
         paths=tuple(paths),
         way=Hint(f"restore into a model with {there}."),
         filters=tuple(filters),
-        may_be_initialised=True,
+        may_begin_anew=True,
         facts={"group": group, "stored": stored, "wanted": wanted, "unit": unit},
     )
 
@@ -133,7 +133,7 @@ def _flat_positions(
 ) -> Mapping[Group, _Positions]:
     found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path, tokens in leaves.items():
-        for seat in flat_seats(tokens):
+        for seat in flat_paths(tokens):
             if groups is None or seat.group in groups:
                 found[seat.group][seat.position].append(path)
     return found
@@ -185,13 +185,13 @@ def _wanted_layers(evidence: Evidence, paths: Sequence[Path]) -> int:
     stacks = [stack for path in paths if (stack := _stack_in(evidence.mismatched[path].recipe)) is not None]
     if stacks:
         return len(stacks[0].sources)
-    positions = {seat.position for path in paths for seat in flat_seats(evidence.below[path])[:1]}
+    positions = {seat.position for path in paths for seat in flat_paths(evidence.below[path])[:1]}
     return len(positions)
 
 
 def _container(evidence: Evidence, path: Path, form: Form) -> str:
     """Returns the name of the group that a weight's layers belong to, as the target spells it."""
-    groups = [seat.group for seat in seats(evidence.below[path]) if seat.form == form]
+    groups = [seat.group for seat in layer_paths(evidence.below[path]) if seat.form == form]
     # `layers/wi_0` counts layers and gates: the name of the group tells which is which.
     named = [group for group in groups if _is_layer_name(group.name)]
     return name_of_group((named or groups)[0]) if groups else spell(evidence.below[path])
@@ -230,7 +230,7 @@ def _common_modules(evidence: Evidence) -> dict[Group, list[Path]]:
         return {}
     below: dict[Group, list[Path]] = defaultdict(list)
     for path, tokens in evidence.below.items():
-        for seat in seats(tokens):
+        for seat in layer_paths(tokens):
             if seat.form == "stacked":
                 below[seat.group].append(path)
     whole = {group: paths for group, paths in below.items() if len(paths) > 1 and wrong.issuperset(paths)}
@@ -266,12 +266,12 @@ def find_scanned(evidence: Evidence) -> Iterable[Cause]:
         stacks = {
             (s.group, s.rest): p
             for p, tokens in stacked.items()
-            for s in seats(tokens)
+            for s in layer_paths(tokens)
             if s.form == "stacked"
         }
         found: dict[Group, list[tuple[Path, Path]]] = defaultdict(list)
         for path, tokens in flat.items():
-            for seat in flat_seats(tokens):
+            for seat in flat_paths(tokens):
                 if (seat.group, seat.rest) in stacks:
                     found[seat.group].append((stacks[seat.group, seat.rest], path))
         for group, pairs in found.items():

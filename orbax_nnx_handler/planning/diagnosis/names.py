@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.layers import Group, seats
+from orbax_nnx_handler.planning.mapping.layers import Group, layer_paths
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.text.words import counted
 
@@ -224,7 +224,7 @@ def _group_rename(wanted: str, stored: str, sources: Sequence[Path]) -> tuple[st
 def _contents(leaves: Mapping[Path, Tokens]) -> _Contents:
     found: dict[Group, dict[Tokens, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path, tokens in leaves.items():
-        for seat in seats(tokens):
+        for seat in layer_paths(tokens):
             if seat.form in ("flat", "stacked") and seat.rest:
                 found[seat.group][seat.rest].append(path)
     return found

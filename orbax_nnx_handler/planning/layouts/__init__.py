@@ -10,6 +10,7 @@ from orbax_nnx_handler.planning.layouts import (
     kauldron,
     linen,
     openpi,
+    optax_state,
     scenic,
     t5x,
     tunix,
@@ -35,6 +36,7 @@ _GENERAL: tuple[Layout, ...] = (
     bare.NNX_STATE,
     bare.NNX_PURE_DICT,
     bare.PARAMS,
+    optax_state.OPTAX_STATE,
 )
 """Layouts that may fit the same tree; the one under which the most leaves are found is taken."""
 

@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored,
 
 def _place(stored: Stored) -> tuple[Placement, ...]:
     owners = {_owner(path) for path in stored} - {None}
-    return tuple(_placement(stored, path, owners, len(owners) > 1) for path in stored)
+    return tuple(_placement(stored, path, owners) for path in stored)
 
 
 def _place_params(stored: Stored) -> tuple[Placement, ...]:
@@ -31,15 +31,13 @@ def _owner(path: Path) -> Path | None:
     return None
 
 
-def _placement(stored: Stored, path: Path, owners: set[Path | None], several: bool) -> Placement:
+def _placement(stored: Stored, path: Path, owners: set[Path | None]) -> Placement:
     owner, leaf = _owner(path), stored[path]
     if owner is not None:
-        rest = path[len(owner) + 1 :]
-        # Two optimizers (a GAN) keep their attribute in the path, one needs none.
-        return Placement(leaf=leaf, section="optimizer", path=(*owner, *rest) if several else rest)
+        return Placement(leaf=leaf, section="optimizer", path=path[len(owner) + 1 :], owner=owner)
     plain = path[:-1] if str(path[-1]) == "value" else path
     if plain and str(plain[-1]) == "step" and (plain[:-1] in owners or len(plain) == 1):
-        return Placement(leaf=leaf, section="step", path=path)
+        return Placement(leaf=leaf, section="step", path=path, owner=plain[:-1])
     return Placement(leaf=leaf, section="model", path=path)
 
 

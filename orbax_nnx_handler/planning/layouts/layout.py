@@ -23,9 +23,11 @@ class Placement:
             (an NNX leftover under `nnx_aux`, or a random key that the program
             kept), or `other` (a dataset position, metadata: never wanted).
         path: Keys within the collection, within the optimizer state, or within
-            the NNX module for `aux`.
+            the NNX module for `aux`; for the rest, all keys.
         collection: The Linen collection of a model leaf; None where the layout
             keeps no collections apart (an `nnx.State`, a pure dict).
+        owner: Keys from the item's root to the train state that the leaf lies in; for
+            an optimizer under an attribute of its own (`g_opt/opt_state`), that included.
         slot: The optimizer slot (`("0", "mu")`) where the layout itself tells
             slot and parameter apart (T5X keeps the slot last); None where the
             planner finds it by comparing with the parameters, as optax needs.
@@ -36,6 +38,7 @@ class Placement:
     section: Section
     path: Path
     collection: str | None = None
+    owner: Path = ()
     slot: tuple[str, ...] | None = None
 
 
@@ -50,6 +53,7 @@ class Layout:
         place: Reads the tree; gives every stored leaf exactly one placement.
         keys: The keys by which it tells the parts of a checkpoint. A model may have a
             module of that name, and then the tree may be meant as it is.
+        scan_axis: The axis along which its program stacks scanned parameters, where that is fixed.
     """
 
     name: str
@@ -57,6 +61,11 @@ class Layout:
     fits: Callable[[Stored], bool]
     place: Callable[[Stored], tuple[Placement, ...]]
     keys: frozenset[str] = frozenset()
+    scan_axis: int | None = None
+
+
+FLAX_COLLECTIONS = ("params", "batch_stats", "cache", "intermediates", "perturbations")
+"""The collections that Flax names itself, by Variable type (flax/nnx/variablelib.py `VariableTypeCache`)."""
 
 
 def tops(stored: Stored) -> set[str]:

@@ -1,71 +1,135 @@
-"""The layouts that Flax's own Linen training loops write."""
+"""The layouts that Flax's own Linen training loops write.
+
+A program may keep several train states in one item, each below keys of its own
+(`{"gen": TrainState, "disc": TrainState}`), and other things beside them
+(`{"model": TrainState, "config": ..., "data": ...}`, Flax's checkpointing guide).
+"""
+
+from collections.abc import Collection, Iterable, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Section, Stored, has_subtree, tops
+from orbax_nnx_handler.planning.layouts.layout import (
+    FLAX_COLLECTIONS,
+    Layout,
+    Placement,
+    Section,
+    Stored,
+)
 
 AUX = "nnx_aux"
-"""Where NNX state without a home in a Linen program is stored, as MaxText names it."""
-
+"""Where NNX state without a counterpart in a Linen program is stored, as MaxText names it."""
 
 _TRAIN_STATE_KEYS = frozenset({"opt_state", "step"})
-_KEYS = _TRAIN_STATE_KEYS | {"params", "nnx_aux"}
+_KEYS = _TRAIN_STATE_KEYS | {"params", AUX}
+
+_VARIABLES_FIELDS = frozenset(
+    {"model_state", "extra_variables", "extra_vars", "variables", "mutable", "mutables", "state", "aux"}
+)
+"""Fields of a train state under which programs keep the collections beside `params`.
+
+`model_state`: Scenic, Flax's ImageNet and WMT examples of 2021; `extra_variables`, `mutable`: user programs.
+"""
 
 
 def place_with(stored: Stored, params_depth: int) -> tuple[Placement, ...]:
-    """Reads a tree whose first level is the fields of a train state.
+    """Reads a tree of train states, or of one whose fields are the first level.
 
     Args:
         stored: The stored leaves.
         params_depth: 1 where `params` holds the parameters, 2 where it holds the
             whole variables dict, one subtree a collection (MaxText).
     """
-    return tuple(_placement(stored, path, params_depth) for path in stored)
+    owners = owners_of(stored) or ((),)
+    return tuple(_placement(stored, path, owners, params_depth) for path in stored)
 
 
-def _placement(stored: Stored, path: Path, params_depth: int) -> Placement:
-    section, collection, rest = _locate(path, params_depth)
-    return Placement(leaf=stored[path], section=section, collection=collection, path=rest)
+def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
+    """Returns the keys above each train state.
+
+    It has `params` with `opt_state` or `step` beside it, or nothing but collections. A
+    module that is called `params` within a train state makes no further one.
+    """
+    paths = list(stored)
+    holds: dict[Path, set[str]] = {}
+    for path in paths:
+        for at in range(len(path)):
+            if path[at] in _KEYS and (at + 1 < len(path) or path[at] == "step"):
+                holds.setdefault(path[:at], set()).add(str(path[at]))
+    above = sorted((owner for owner, keys in holds.items() if "params" in keys), key=len)
+    full = [owner for owner in above if not owner or holds[owner] & _TRAIN_STATE_KEYS]
+    found: list[Path] = []
+    for owner in full:
+        if not any(_within(owner, outer) for outer in found):
+            found.append(owner)
+    bare = [owner for owner in above if owner not in found and not any(_within(owner, o) for o in found)]
+    found += [owner for owner in bare if _only_collections(paths, owner)]
+    return tuple(sorted(found, key=lambda owner: list(map(str, owner))))
+
+
+def _within(path: Path, owner: Path) -> bool:
+    """Tells whether a path lies in a field of a train state, rather than beside its fields."""
+    inside = len(path) > len(owner) and path[: len(owner)] == owner
+    return inside and (path[len(owner)] in _KEYS or path[len(owner)] in FLAX_COLLECTIONS)
+
+
+def _only_collections(paths: Sequence[Path], owner: Path) -> bool:
+    depth = len(owner)
+    below = {path[depth] for path in paths if len(path) > depth and path[:depth] == owner}
+    return below <= set(FLAX_COLLECTIONS)
+
+
+def _placement(stored: Stored, path: Path, owners: Collection[Path], params_depth: int) -> Placement:
+    inside = [owner for owner in owners if path[: len(owner)] == owner]
+    if not inside:
+        return Placement(leaf=stored[path], section="other", path=path)
+    owner = max(inside, key=len)
+    section, collection, rest = _locate(path[len(owner) :], params_depth)
+    return Placement(leaf=stored[path], section=section, collection=collection, path=rest, owner=owner)
 
 
 def _locate(path: Path, params_depth: int) -> tuple[Section, str | None, Path]:
+    if not path:
+        return "other", None, path
     top, rest = str(path[0]), path[1:]
     if top == "opt_state" and rest:
         return "optimizer", None, rest
     if top == "step" and rest in ((), ("value",)):
         return "step", None, path
-    if top == "nnx_aux" and rest:
+    if top == AUX and rest:
         return "aux", None, rest
     if not rest:
         return "other", None, path
     if top == "params" and params_depth == 2 and len(rest) > 1:
         return "model", str(rest[0]), rest[1:]
+    if top in _VARIABLES_FIELDS and len(rest) > 1 and rest[0] in FLAX_COLLECTIONS[1:]:
+        return "model", str(rest[0]), rest[1:]
+    if params_depth == 2 and len(rest) > 1 and rest[0] == "params":
+        return "model", top, rest[1:]  # A copy of the parameters, as deep as they are.
     return "model", top, rest
 
 
+def _has_params(stored: Stored, owner: Path) -> bool:
+    return any(path[: len(owner) + 1] == (*owner, "params") and len(path) > len(owner) + 1 for path in stored)
+
+
 def _is_train_state(stored: Stored) -> bool:
-    if _holds_no_params(stored):
-        return has_subtree(stored, "opt_state") and len(tops(stored) - _TRAIN_STATE_KEYS) > 0
-    return has_subtree(stored, "params") and bool(_TRAIN_STATE_KEYS & tops(stored))
+    owners = owners_of(stored)
+    return bool(owners) and not _is_variables(stored)
 
 
 def _is_variables(stored: Stored) -> bool:
-    if _holds_no_params(stored):
-        return bool(_WITHOUT_PARAMS & tops(stored))
-    return has_subtree(stored, "params") and not _TRAIN_STATE_KEYS & tops(stored)
-
-
-_WITHOUT_PARAMS = frozenset({AUX, "batch_stats", "LoRAParam"})
-"""What tells collections from modules where a state without `nnx.Param` was saved (adapters, statistics)."""
-
-
-def _holds_no_params(stored: Stored) -> bool:
-    return not any("params" in path for path in stored)
+    firsts = {str(path[0]) for path in stored if path}
+    return _has_params(stored, ()) and not _TRAIN_STATE_KEYS & firsts
 
 
 def _is_maxtext(stored: Stored) -> bool:
-    below = [path for path in stored if len(path) > 1 and path[0] == "params"]
     # Collections of one variables dict: `params/params/...`, beside it at most other collections.
-    return any(path[1] == "params" and len(path) > 2 for path in below)
+    owners = owners_of(stored) or ((),)
+    return any(
+        path[: len(owner) + 2] == (*owner, "params", "params") and len(path) > len(owner) + 2
+        for owner in owners
+        for path in stored
+    )
 
 
 TRAIN_STATE = Layout(
@@ -81,6 +145,7 @@ MAXTEXT = Layout(
     fits=_is_maxtext,
     place=lambda stored: place_with(stored, 2),
     keys=_KEYS,
+    scan_axis=1,  # MaxText's src/MaxText/configs/base.yml: param_scan_axis: 1
 )
 VARIABLES = Layout(
     name="variables",

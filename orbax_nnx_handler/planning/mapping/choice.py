@@ -16,9 +16,8 @@ from orbax_nnx_handler.planning.core.errors import (
     UnusedRuleError,
 )
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
+from orbax_nnx_handler.planning.core.recipes import Read, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
-from orbax_nnx_handler.planning.mapping.arrange import UnclearOrder
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import Rivals
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import UndecidedState
@@ -30,7 +29,7 @@ from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
 
 def two_layouts(first: LeafMapping, second: LeafMapping) -> AmbiguousMappingError:
     """Returns the error for a tree that two layouts read differently, equally well."""
-    paths = [path for path in first.found if second.found.get(path) != first.found[path]]
+    paths = [path for path, recipe in first.recipes.items() if second.recipes.get(path) != recipe]
     rows = [
         f"  {render(path)}  <-  {_source(first, path)}  or  {_source(second, path)}" for path in paths[:10]
     ]
@@ -61,12 +60,9 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
     if mapping.rivals:
         yield _rivals(mapping.rivals)
     for group in mapping.unclear:
-        yield (
-            _unclear_order(group)
-            if isinstance(group, UnclearOrder)
-            else _unclear(group, mapping.applied.axes)
-        )
-    yield from _undecided(mapping.states.undecided)
+        yield _unclear(group, mapping.applied.axes)
+    for states in mapping.states:
+        yield from _undecided(states.undecided)
     idle = _idle_rules(mapping)
     if idle is not None:
         yield idle
@@ -150,22 +146,6 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
     )
 
 
-def _unclear_order(order: UnclearOrder) -> AmbiguousMappingError:
-    module = "/".join(order.parent).replace("/#", "_") or "the model"
-    names = "\n".join(f"  {name}".replace("/#", "_") for name in order.names)
-    return AmbiguousMappingError(
-        f"the layers of {module!r} can follow each other in several orders: the shapes of its "
-        f"{_leaves(len(order.tokens), 'wanted ')} fit each of them.\n{names}",
-        paths=order.paths,
-        hints=[
-            Hint(
-                "renames=[...] decides: UnstackLayers takes a stack apart or StackLayers makes one, "
-                "and a pair of names gives a layer its number."
-            )
-        ],
-    )
-
-
 def _undecided(states: Sequence[UndecidedState]) -> Iterable[AmbiguousMappingError]:
     several = [item for item in states if not item.doubtful]
     if several:
@@ -202,7 +182,7 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     idle = [
         (rule, entries[0])
         for rule, entries in mapping.applied.made
-        if entries and not any(path in used for entry in entries for path in reads(entry.recipe))
+        if entries and not any(path in used for entry in entries for path in entry.sources)
     ]
     if not idle:
         return None
@@ -236,7 +216,7 @@ def best_mapping(
     scores = [_score(mapping, wanted) for mapping in mappings]
     best = mappings[scores.index(max(scores))]
     rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
-    different = [mapping for mapping in rivals if mapping.found != best.found]
+    different = [mapping for mapping in rivals if mapping.recipes != best.recipes]
     if options.layout == "auto":
         plain = _plain_mapping(wanted, stored, options, max(scores))
         if plain is not None:

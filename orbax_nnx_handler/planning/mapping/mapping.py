@@ -1,10 +1,9 @@
-"""What is wrong with a user's rules once the whole mapping is known.
+"""Wanted path to stored paths and transform, for every leaf of a target.
 
-Wanted path to stored paths and transform, for every leaf of a target.
+Also what is wrong with a user's rules once the whole mapping is known.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
@@ -12,7 +11,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import (
     Read,
     Recipe,
@@ -24,11 +23,10 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
 )
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
-from orbax_nnx_handler.planning.mapping.arrange import UnclearOrder
-from orbax_nnx_handler.planning.mapping.matches import Discarded, Found, ModelMatch, Rivals
-from orbax_nnx_handler.planning.mapping.matching import Matcher
+from orbax_nnx_handler.planning.mapping.matches import Discarded, Evidence, Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.modules import Homeless
-from orbax_nnx_handler.planning.mapping.moments import MomentFollower, StuckMoment
+from orbax_nnx_handler.planning.mapping.moments import FollowedMoments, MomentFollower, StuckMoment
+from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
 from orbax_nnx_handler.planning.mapping.optimizer import (
     StoredStates,
     parameter_paths,
@@ -39,9 +37,16 @@ from orbax_nnx_handler.planning.mapping.optimizer import (
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates
 from orbax_nnx_handler.planning.mapping.random_state import find_random
 from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
-from orbax_nnx_handler.planning.mapping.roots import Roots, find_roots, strip
+from orbax_nnx_handler.planning.mapping.roots import Roots, strip
+from orbax_nnx_handler.planning.mapping.train_states import (
+    StoredOptimizer,
+    WantedOptimizer,
+    pair_optimizers,
+    stored_optimizers,
+    wanted_optimizers,
+)
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, ScanAxis, apply_rules, unused_rules
-from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
+from orbax_nnx_handler.planning.rules.entries import Entry, every_entry, model_entries
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
 
@@ -103,19 +108,24 @@ class LeafMapping:
     placements: Sequence[Placement]
     roots: Roots
     rivals: tuple[Rivals, ...]
-    unclear: tuple[UnclearAxis | UnclearOrder, ...]
+    unclear: tuple[UnclearAxis, ...]
     homeless: tuple[Homeless, ...]
     discarded: Mapping[Path, Discarded]
     applied: RulesApplied
     faults: tuple[RestoreError, ...] = ()
     stuck: tuple[StuckMoment, ...] = ()
-    states: PairedStates = dataclasses.field(default_factory=PairedStates)
+    states: tuple[PairedStates, ...] = ()
 
     @cached_property
     def shapes(self) -> Mapping[Path, Shape | None]:
         """The shape that each wanted path would have; None where its recipe does not come out."""
         stored = {item.leaf.path: item.leaf.shape for item in self.placements}
         return {path: _shape_under(found.recipe, stored) for path, found in self.found.items()}
+
+    @property
+    def recipes(self) -> Mapping[Path, Recipe]:
+        """How each wanted leaf that has a source is made."""
+        return {path: found.recipe for path, found in self.found.items()}
 
     def used(self) -> set[Path]:
         """Returns the stored paths that the result is made from, and those that say the same."""
@@ -144,20 +154,24 @@ def map_leaves(
         UnusedRuleError: A rule matches no stored leaf.
     """
     placements = layout.place(stored)
-    original = model_entries(placements)
-    applied = apply_rules(original, rules)
+    applied = apply_rules(every_entry(placements), rules)
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
-    roots = find_roots(_within_model(model, placements), [e.tokens for e in entries])
-    optimizer = _stored_states(placements, original, model, roots)
-    weights = [strip(item.tokens, roots.wanted) for item in of_role(model, "model")]
-    states = wanted_states(of_role(wanted, "optimizer"), weights, roots.wanted)
-    virtual = [] if of_role(model, "model") else virtual_parameters(states, of_role(wanted, "optimizer"))
-    match = Matcher(wanted=[*model, *virtual], entries=entries, roots=roots, axes=applied.axes).match()
+    pairs = _pairs(wanted, placements, entries)
+    original = model_entries(placements)
+    virtual = [] if of_role(model, "model") else _virtual_parameters(pairs)
+    match, networks = match_networks([*model, *virtual], entries, applied.axes, layout.scan_axis)
     found = dict(match.found)
-    _add_outside_model(found, wanted, placements, roots)
-    parameters = {strip(w.tokens, roots.wanted): w.leaf.path for w in [*of_role(model, "model"), *virtual]}
-    followed = MomentFollower(optimizer, states, parameters, stored, applied).add_to(found)
+    _add_steps(found, pairs)
+    roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
+    find_random(found, of_role(wanted, "random", "model"), placements, roots)
+    optimizers: list[StoredStates] = []
+    followed: list[FollowedMoments] = []
+    for pair_wanted, pair_stored in pairs:
+        network = _network_of(pair_stored, networks)
+        optimizers.append(_stored_states(pair_stored, original, network, roots))
+        follower = _follower(pair_wanted, optimizers[-1], network, bool(virtual), stored, applied)
+        followed.append(follower.add_to(found))
     return LeafMapping(
         layout=layout,
         found={item.leaf.path: found[item.leaf.path] for item in wanted if item.leaf.path in found},
@@ -165,31 +179,52 @@ def map_leaves(
         roots=roots,
         rivals=match.rivals,
         unclear=match.unclear,
-        homeless=_homeless(match, optimizer, stored),
-        discarded=_discarded(applied, optimizer, stored),
+        homeless=_homeless(match, optimizers, stored),
+        discarded=_discarded(applied, optimizers, stored),
         applied=applied,
         faults=tuple(rule_faults(applied, match, found)),
-        stuck=followed.stuck,
-        states=followed.states,
+        stuck=tuple(item for one in followed for item in one.stuck),
+        states=tuple(one.states for one in followed),
     )
 
 
-def _within_model(model: Sequence[Wanted], placements: Sequence[Placement]) -> list[Tokens]:
-    """Returns the paths that say where the model sits.
+_Pairs = Sequence[tuple[WantedOptimizer, StoredOptimizer]]
 
-    What `nnx_aux` holds under its own path (averaged weights) lies beside the model.
-    """
-    aside = {canonical(placement.path) for placement in placements if placement.section == "aux"}
-    tokens = [item.tokens for item in model if item.role == "model"]
-    return [path for path in tokens if path not in aside] or tokens
+
+def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: Sequence[Entry]) -> _Pairs:
+    """Returns which stored optimizer each wanted one is, where the rules say that they lie."""
+    owners = {
+        path: entry.owner
+        for entry in entries
+        if entry.section in ("optimizer", "step")
+        for path in entry.sources
+    }
+    return pair_optimizers(
+        wanted_optimizers(wanted),
+        stored_optimizers(placements, owners),
+        [item.tokens for item in of_role(wanted, "model")],
+        [(*entry.owner, *entry.tokens) for entry in entries if entry.section == "model"],
+    )
+
+
+def _network_of(optimizer: StoredOptimizer, networks: Sequence[Matched]) -> Matched | None:
+    """Returns the network whose moments an optimizer holds: that of its train state with the most weights."""
+    whole = [item for item in networks if item.network.only is None]
+    own = [item for item in whole if item.network.owner in optimizer.models]
+    return next(iter(own or whole), None)
 
 
 def _stored_states(
-    placements: Sequence[Placement], entries: Sequence[Entry], model: Sequence[Wanted], roots: Roots
+    optimizer: StoredOptimizer, entries: Sequence[Entry], network: Matched | None, roots: Roots
 ) -> StoredStates:
-    has_moments = any(placement.section == "optimizer" for placement in placements)
-    trained = {"params", None} | {item.collection for item in model if _is_trained(item)}
-    return read_stored(placements, parameter_paths(entries, roots.stored, trained) if has_moments else {})
+    placements = (*optimizer.leaves, *optimizer.steps)
+    if not optimizer.leaves:
+        return read_stored(placements, {})
+    own = [entry for entry in entries if entry.collection is None or entry.owner in optimizer.models]
+    weights = network.weights if network is not None else ()
+    trained = {"params", None} | {item.collection for item in weights if _is_trained(item)}
+    root = (network.roots if network is not None else roots).stored
+    return read_stored(placements, parameter_paths(own, root, trained))
 
 
 def _is_trained(item: Wanted) -> bool:
@@ -197,49 +232,70 @@ def _is_trained(item: Wanted) -> bool:
     return kind is not None and issubclass(kind, nnx.Param)
 
 
-def _add_outside_model(
-    found: dict[Path, Found], wanted: Sequence[Wanted], placements: Sequence[Placement], roots: Roots
-) -> None:
-    steps = [placement for placement in placements if placement.section == "step"]
-    for item in of_role(wanted, "step", "model"):
-        lone = item.leaf.shape == () and item.tokens[-1] == "step" and item.leaf.path not in found
-        own = _own_step(item, steps) if item.role == "step" or lone else None
-        if own is not None:
-            found[item.leaf.path] = Found(recipe=Read(own.leaf.path))
-    find_random(found, of_role(wanted, "random", "model"), placements, roots)
+def _follower(
+    optimizer: WantedOptimizer,
+    stored_states: StoredStates,
+    network: Matched | None,
+    lone: bool,
+    stored: Stored,
+    applied: RulesApplied,
+) -> MomentFollower:
+    """Returns what carries the recipes of a network's parameters over to its optimizer's moments.
 
-
-def _own_step(item: Wanted, steps: Sequence[Placement]) -> Placement | None:
-    """Returns the count of steps that belongs to a wanted one.
-
-    A train state has one, which every wanted step is. Of two train states (a GAN) each has
-    its own: the one whose path has the most of its keys in common, if that is a single one.
+    Args:
+        optimizer: The wanted optimizer.
+        stored_states: The stored one.
+        network: The network that it trains, or None.
+        lone: Whether the target holds no weights.
+        stored: All stored leaves.
+        applied: What the user's rules did to the parameters.
     """
-    if len(steps) < 2:
-        return next(iter(steps), None)
-    shared = [_common(item.tokens[:-1], canonical(step.path)[:-1]) for step in steps]
-    return steps[shared.index(max(shared))] if shared.count(max(shared)) == 1 else None
+    weights = network.weights if network is not None else ()
+    root = network.roots.wanted if network is not None and not lone else ()
+    parameters = {strip(item.tokens, root): item.leaf.path for item in weights}
+    states = wanted_states(optimizer.leaves, () if lone else parameters, root)
+    return MomentFollower(stored_states, states, parameters, stored, applied)
 
 
-def _common(left: Tokens, right: Tokens) -> int:
-    """Counts the keys that two paths begin with alike."""
-    pairs = zip(left, right, strict=False)
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+def _virtual_parameters(pairs: _Pairs) -> list[Wanted]:
+    """Returns the parameters that optimizers without their models were built for."""
+    return [
+        parameter
+        for wanted, _ in pairs
+        for parameter in virtual_parameters(wanted_states(wanted.leaves, ()), wanted.leaves)
+    ]
 
 
-def _homeless(match: ModelMatch, optimizer: StoredStates, stored: Stored) -> tuple[Homeless, ...]:
-    """Returns the values without a home, and the moments that belong to them."""
+def _add_steps(found: dict[Path, Found], pairs: _Pairs) -> None:
+    """Adds the step of each train state: its own field, which a model's Variable of that name is not."""
+    for wanted, stored in pairs:
+        if len(stored.steps) != 1:
+            continue
+        (step,) = stored.steps
+        for item in wanted.steps:
+            words = f"the step of {'/'.join(stored.owner) or 'the train state'}"
+            found[item.leaf.path] = Found(
+                recipe=Read(step.leaf.path), evidence=Evidence(kind="step", words=words)
+            )
+
+
+def _homeless(match: ModelMatch, optimizers: Sequence[StoredStates], stored: Stored) -> tuple[Homeless, ...]:
+    """Returns the values that NNX has no place for, and the moments that belong to them."""
     moments = [
         dataclasses.replace(item, leaf=stored[moment])
         for item in match.homeless
+        for optimizer in optimizers
         for moment in optimizer.of_parameter(item.leaf.path)
     ]
     return (*match.homeless, *moments)
 
 
-def _discarded(applied: RulesApplied, optimizer: StoredStates, stored: Stored) -> dict[Path, Discarded]:
+def _discarded(
+    applied: RulesApplied, optimizers: Sequence[StoredStates], stored: Stored
+) -> dict[Path, Discarded]:
     found = {path: Discarded(leaf=stored[path], reason=reason) for path, reason in applied.discarded.items()}
     for parameter, reason in applied.discarded.items():
-        for path in optimizer.of_parameter(parameter):
-            found[path] = Discarded(leaf=stored[path], reason=reason)
+        for optimizer in optimizers:
+            for path in optimizer.of_parameter(parameter):
+                found[path] = Discarded(leaf=stored[path], reason=reason)
     return found

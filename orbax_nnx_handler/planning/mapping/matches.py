@@ -1,20 +1,40 @@
-"""What the matcher finds: where each wanted leaf comes from, and what stays open."""
+"""What the mapping finds: where each wanted leaf comes from, what that rests on, and what stays open."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import Recipe
-from orbax_nnx_handler.planning.mapping.arrange import UnclearOrder
 from orbax_nnx_handler.planning.mapping.modules import Homeless
 from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
-if TYPE_CHECKING:
-    pass
+EvidenceKind = Literal[
+    "same path", "path below roots", "layers", "module", "rule", "moment", "optimizer", "step", "random"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What the mapping of one leaf rests on.
+
+    Attributes:
+        kind: `same path` is the whole path; `path below roots` the path below the train state and
+            the model's root on either side; `layers` layer i of a stack; `module` how Flax's own
+            module keeps the same parameters in Linen and in NNX; `rule` what the user said;
+            `moment` the parameter's own recipe; `optimizer` a field of a whole optimizer state;
+            `step` the train state's field; `random` a stream of its name.
+        words: The same in a few words, for people.
+    """
+
+    kind: EvidenceKind
+    words: str
+
+
+SAME_PATH = Evidence(kind="same path", words="same path")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +47,7 @@ class Found:
         missing_layers: Layers of a stack that no stored leaf holds.
         surplus: Layers that the stored group has and the wanted one has not.
         spare: Stored leaves that say the same as those of the recipe.
+        evidence: What the mapping rests on.
     """
 
     recipe: Recipe
@@ -34,6 +55,7 @@ class Found:
     missing_layers: tuple[int, ...] = ()
     surplus: int = 0
     spare: tuple[Path, ...] = ()
+    evidence: Evidence = SAME_PATH
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +72,14 @@ class ModelMatch:
 
     found: Mapping[Path, Found]
     rivals: tuple[Rivals, ...] = ()
-    unclear: tuple[UnclearAxis | UnclearOrder, ...] = ()
+    unclear: tuple[UnclearAxis, ...] = ()
     homeless: tuple[Homeless, ...] = ()
     groups: frozenset[Tokens] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """A stored value that NNX has no home for; it must be zero."""
+    """A stored value that has no counterpart in NNX; it must be zero."""
 
     leaf: StoredLeaf
     reason: str

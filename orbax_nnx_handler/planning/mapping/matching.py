@@ -1,4 +1,4 @@
-"""Finds the stored value of each wanted model leaf, by path first."""
+"""Finds the stored value of each weight of one network: by path, by Flax's own modules, by layers."""
 
 import dataclasses
 import functools
@@ -6,18 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
-from flax import nnx
-
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, shape_of, substitute
-from orbax_nnx_handler.planning.mapping.arrange import Arranged, UnclearOrder, arrange
+from orbax_nnx_handler.planning.mapping.collections import Collections
+from orbax_nnx_handler.planning.mapping.doubles import stored_twice
 from orbax_nnx_handler.planning.mapping.layers import LayerPiece, Side, pieces_of
-from orbax_nnx_handler.planning.mapping.matches import Found, ModelMatch, Rivals
+from orbax_nnx_handler.planning.mapping.matches import Evidence, Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.modules import Homeless, derive
-from orbax_nnx_handler.planning.mapping.restack import UnclearAxis, restack
+from orbax_nnx_handler.planning.mapping.restack import Restacked, UnclearAxis, restack
 from orbax_nnx_handler.planning.mapping.roots import Roots, strip
-from orbax_nnx_handler.planning.mapping.sections import Part
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
@@ -25,12 +23,25 @@ from orbax_nnx_handler.planning.target.roles import Wanted
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Matcher:
-    """Matches the leaves of one model against the entries of one checkpoint."""
+    """Matches the weights that a target wants of one stored train state.
+
+    Attributes:
+        wanted: The wanted leaves.
+        paths: The canonical path of each below its train state's owner.
+        entries: The entries of the train state.
+        roots: Where the model sits on both sides.
+        only: The stored collection that the target names, if it names one.
+        axes: The rules that say along which axis layers are stacked.
+        known_axis: The axis along which the layout's program stacks layers.
+    """
 
     wanted: Sequence[Wanted]
+    paths: Mapping[Path, Tokens]
     entries: Sequence[Entry]
     roots: Roots
+    only: str | None = None
     axes: Sequence[ScanAxis] = ()
+    known_axis: int | None = None
 
     @cached_property
     def index(self) -> Mapping[Tokens, list[Entry]]:
@@ -47,14 +58,12 @@ class Matcher:
 
     @cached_property
     def _below(self) -> Mapping[Path, Tokens]:
-        return {item.leaf.path: strip(item.tokens, self.roots.wanted) for item in self.wanted}
+        root = self.roots.wanted
+        return {item.leaf.path: strip(self.paths[item.leaf.path], root) for item in self.wanted}
 
     @cached_property
-    def _collections(self) -> Mapping[str | None, set[Tokens]]:
-        found: dict[str | None, set[Tokens]] = defaultdict(set)
-        for entry in self.entries:
-            found[entry.collection].add(entry.tokens)
-        return found
+    def _collections(self) -> Collections:
+        return Collections.of(self.entries, self.only)
 
     def match(self) -> ModelMatch:
         """Matches by path, then by module structure, then by layer groups."""
@@ -64,29 +73,42 @@ class Matcher:
         left = [w for w in self.wanted if w.leaf.path not in fitting and w.leaf.path not in contested]
         used = {id(entry) for entry in fitting.values()}
         free = [entry for entry in self.entries if id(entry) not in used]
+        readings = [(tokens, entry) for entry in free for tokens in self._readings(entry)]
+        rivals += stored_twice(fitting, self.wanted, self._below, readings)
         derived, homeless = self._derived(free)
-        restacked, unclear, groups = self._restacked(left, [*free, *derived.values()])
-        found = {path: Found(recipe=e.recipe, reason=e.reason) for path, e in fitting.items()}
+        restacked, clashes, unclear, groups = self._restacked(left, [*free, *derived.values()])
+        found = {path: self._found(entry) for path, entry in fitting.items()}
         for item in left:
             by_structure = derived.get(self._below[item.leaf.path])
-            if by_structure is not None:
-                found[item.leaf.path] = Found(recipe=by_structure.recipe, reason=by_structure.reason)
+            if by_structure is not None and self._collections.may_give(by_structure, item):
+                found[item.leaf.path] = Found(
+                    recipe=by_structure.recipe,
+                    reason=by_structure.reason,
+                    evidence=Evidence(kind="module", words=by_structure.reason),
+                )
         found |= restacked
-        placed, arranged = self._arranged(left, free, found)
-        found |= placed
         # A leaf with the right path and the wrong shape: better shown as that than as missing.
         for item, entry in direct:
             if item.leaf.path not in found:
-                found[item.leaf.path] = Found(recipe=entry.recipe, reason=entry.reason)
+                found[item.leaf.path] = self._found(entry)
         return ModelMatch(
             found=found,
-            rivals=tuple(rivals),
-            unclear=tuple(map(self._with_paths, (*unclear, *arranged.unclear))),
+            rivals=(*rivals, *clashes),
+            unclear=tuple(map(self._with_paths, unclear)),
             homeless=tuple(homeless),
-            groups=frozenset(groups | arranged.groups),
+            groups=frozenset(groups),
         )
 
-    def _with_paths(self, group: UnclearAxis | UnclearOrder) -> UnclearAxis | UnclearOrder:
+    def _found(self, entry: Entry) -> Found:
+        if entry.reason:
+            evidence = Evidence(kind="rule", words=entry.reason)
+        else:
+            evidence = _below_roots(
+                "/".join(self.roots.wanted), "/".join((*entry.prefix, *self.roots.stored))
+            )
+        return Found(recipe=entry.recipe, reason=entry.reason, evidence=evidence)
+
+    def _with_paths(self, group: UnclearAxis) -> UnclearAxis:
         tokens = set(group.tokens)
         paths = tuple(path for path, below in self._below.items() if below in tokens)
         return dataclasses.replace(group, paths=paths)
@@ -117,15 +139,7 @@ class Matcher:
         return direct, rivals
 
     def _eligible(self, item: Wanted, claims: Sequence[Entry]) -> Sequence[Entry]:
-        if len(claims) == 1 and claims[0].collection == item.collection and item.role == "model":
-            return claims  # Nearly every leaf.
-        own = [
-            e for e in claims if e.collection == item.collection or None in (e.collection, item.collection)
-        ]
-        if item.role == "random":
-            own = [entry for entry in own if entry.collection is None]
-        if not own and self._may_stray(item):
-            own = [entry for entry in claims if entry.collection not in self._shadows]
+        own = self._collections.eligible(item, claims)
         if len(own) > 1 and not any(entry.named for entry in own):
             exact = [entry for entry in own if entry.segments == self._segments(item)]
             own = exact or own
@@ -133,32 +147,14 @@ class Matcher:
 
     def _segments(self, item: Wanted) -> tuple[str, ...]:
         names = segments(item.path)
-        return names[-len(self._below[item.leaf.path]) :] if len(names) == len(item.tokens) else names
-
-    def _may_stray(self, item: Wanted) -> bool:
-        """Tells whether a leaf may come from a collection of another name.
-
-        Linen names custom collections freely, so a custom Variable type may. A
-        parameter comes from `params` wherever the checkpoint has one: a copy of
-        it (`ema_params`) is another value.
-        """
-        if item.role != "model":
-            return False
-        return item.leaf.kind is not nnx.Param or "params" not in self._collections
-
-    @cached_property
-    def _shadows(self) -> set[str | None]:
-        """The collections that are copies of the parameters, more than half of them."""
-        params = self._collections.get("params", set[Tokens]())
-        return {
-            name
-            for name, paths in self._collections.items()
-            if name not in ("params", None) and len(paths & params) * 2 > len(paths)
-        }
+        below = self._below[item.leaf.path]
+        return names[-len(below) :] if len(names) == len(item.tokens) else names
 
     def _derived(self, free: Sequence[Entry]) -> tuple[dict[Tokens, Entry], list[Homeless]]:
         leaves, sources = dict[Tokens, StoredLeaf](), dict[Path, Entry]()
         for at, entry in enumerate(free):
+            if not self._collections.is_network(entry):
+                continue
             leaf = _as_leaf(entry, at)
             leaves[strip(entry.tokens, self.roots.stored)] = leaf
             sources[leaf.path] = entry
@@ -168,59 +164,61 @@ class Matcher:
 
     def _restacked(
         self, left: Sequence[Wanted], free: Sequence[Entry]
-    ) -> tuple[dict[Path, Found], list[UnclearAxis], set[Tokens]]:
+    ) -> tuple[dict[Path, Found], list[Rivals], list[UnclearAxis], set[Tokens]]:
         found: dict[Path, Found] = {}
+        clashes: list[Rivals] = []
         groups: set[Tokens] = set()
         unclear: list[UnclearAxis] = []
-        for collection in dict.fromkeys(item.collection for item in left):
-            some = [item for item in left if item.collection == collection]
-            paths = {self._below[item.leaf.path]: item for item in some}
+        made: dict[Path, list[Restacked]] = defaultdict(list)
+        for collection in dict.fromkeys(entry.collection for entry in self.entries):
+            # An array without a type may be claimed by a copy of the weights too, which makes a question.
+            some = [
+                item
+                for item in left
+                if self._collections.allows(collection, item) or self._collections.contests(collection, item)
+            ]
+            if not some:
+                continue
+            paths = {self._below[item.leaf.path]: item.leaf.path for item in some}
             wanted = Side(
-                [p for tokens, item in paths.items() for p in pieces_of(tokens, item.leaf.shape)],
+                [p for item in some for p in pieces_of(self._below[item.leaf.path], item.leaf.shape)],
                 self._wanted_pieces,
             )
             stored = Side(
                 list(self._stored_pieces(free, collection)),
                 functools.partial(self._stored_pieces, self.entries, collection),
             )
-            made, open_groups = restack(wanted, stored, {rule.tokens: rule.axis for rule in self.axes})
+            wanted, stored = wanted.without_blocks(stored), stored.without_blocks(wanted)
+            restacked, open_groups = restack(wanted, stored, self._said, self.known_axis)
             unclear += open_groups
             groups |= {
                 (*group.parent, group.name) for group, _ in wanted.by_key.keys() & stored.by_key.keys()
             }
-            for tokens, item in made.items():
-                leaf = paths[tokens].leaf
-                found[leaf.path] = Found(
-                    recipe=item.recipe, missing_layers=item.missing, surplus=item.surplus
-                )
-        return found, unclear, groups
+            for tokens, item in restacked.items():
+                made[paths[tokens]].append(item)
+        for item in left:
+            options = made.get(item.leaf.path, [])
+            claims = tuple(entry for option in options for entry in (option.claims or option.sources))
+            own = [o for o in options if self._collections.allows(o.sources[0].collection, item)]
+            if own and (len(options) > 1 or options[0].claims):
+                clashes.append(Rivals(wanted=item, entries=claims))
+            elif own:
+                found[item.leaf.path] = _restacked(own[0])
+        return found, clashes, unclear, groups
 
-    def _arranged(
-        self, left: Sequence[Wanted], free: Iterable[Entry], found: Mapping[Path, Found]
-    ) -> tuple[dict[Path, Found], Arranged]:
-        """Joins what is left by the order and the shapes of layers."""
-        open_places = [item for item in left if item.role == "model" and item.leaf.path not in found]
-        if not open_places:
-            return {}, Arranged()
-        used = {path for item in found.values() for path in reads(item.recipe)}
-        unused = [entry for entry in free if used.isdisjoint(entry.sources)]
-        told = all(item.collection for item in (*open_places, *unused))
-        wanted = [
-            Part(self._below[item.leaf.path], item.leaf.shape, item.collection if told else None)
-            for item in open_places
-        ]
-        stored = [
-            Part(tokens, entry.shape, entry.collection if told else None, entry)
-            for entry in unused
-            for tokens in self._readings(entry)
-        ]
-        arranged = arrange(wanted, stored, {rule.tokens: rule.axis for rule in self.axes})
-        placed = {
-            item.leaf.path: Found(recipe=made.recipe, missing_layers=made.missing)
-            for item in open_places
-            if (made := arranged.found.get(self._below[item.leaf.path])) is not None
+    @cached_property
+    def _said(self) -> Mapping[Tokens, int]:
+        """The axis that a rule says for a group, by the group's path below the model's root.
+
+        A rule may write the path from the model's root, from the target's, or from the stored one.
+        """
+        above = {(), self.roots.wanted, self.roots.stored}
+        return {
+            rule.tokens[len(root) :]: rule.axis
+            for root in sorted(above, key=len)
+            for rule in self.axes
+            if rule.tokens[: len(root)] == root
         }
-        return placed, arranged
 
     def _wanted_pieces(self) -> Iterable[LayerPiece]:
         for item in self.wanted:
@@ -228,9 +226,26 @@ class Matcher:
 
     def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[LayerPiece]:
         for entry in free:
-            if entry.collection == collection or None in (entry.collection, collection):
+            if entry.collection == collection:
                 for tokens in self._readings(entry):
                     yield from pieces_of(tokens, entry.shape, entry)
+
+
+def _restacked(item: Restacked) -> Found:
+    name = "/".join((*item.group.parent, item.group.name)).replace("/#", "_")
+    words = f"layer i of {name}" + (f", axis {item.axis}" if item.axis is not None else "")
+    return Found(
+        recipe=item.recipe,
+        missing_layers=item.missing,
+        surplus=item.surplus,
+        evidence=Evidence(kind="layers", words=words),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _below_roots(wanted: str, stored: str) -> Evidence:
+    words = f"same path below {wanted or '(root)'} and {stored or '(root)'}".replace("/#", "_")
+    return Evidence(kind="path below roots", words=words)
 
 
 def _transient(item: Wanted) -> bool:
@@ -251,6 +266,7 @@ def _entry_of(tokens: Tokens, recipe: Recipe, reason: str, sources: Mapping[Path
         recipe=substitute(recipe, lambda path: sources[path].recipe),
         shape=shape_of(recipe, {path: sources[path].shape for path in reads(recipe)}),
         reason="; ".join(dict.fromkeys(filter(None, (*(part.reason for part in parts), reason)))),
+        prefix=(),
         fixed=(),
         named=False,
     )

@@ -12,6 +12,13 @@ from collections.abc import Collection, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Tokens
 
+PLAIN_LEVELS = frozenset({"model", "train_state", "state"})
+"""Levels that name no network: what a program calls the field that holds a model or a train state.
+
+`model`: MaxText's `TrainStateNNX.model`, Flax's checkpointing guide; `state`, `train_state`:
+Flax's and MaxText's examples.
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roots:
@@ -34,19 +41,22 @@ def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     skeletons_stored = {root: _skeletons(stored, root).keys() for root in _chain(stored)}
     heads_wanted = {root: _heads(wanted, root) for root in skeletons_wanted}
     heads_stored = {root: _heads(stored, root).keys() for root in skeletons_stored}
-    best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1)
+    exact_stored = {root: {strip(path, root) for path in stored} for root in skeletons_stored}
+    best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1, -1)
     pairs = itertools.product(skeletons_wanted, skeletons_stored)
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
         if right and not (_holds_all(wanted, left) and _holds_all(stored, right)):
             continue  # The larger part of a stored model is not the wanted one by size alone.
-        if left and right and not _names_modules(wanted, left):
-            continue  # Two modules of other names that both have a `kernel` are not one module.
+        if left and right and not _may_both_go(wanted, left, right):
+            continue  # Two modules of other names are not one module, though their leaves are called alike.
         # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
         overlap = sum(
             count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right]
         )
         # Where scanned blocks name their layers otherwise, no whole path meets; the model's parts still do.
-        meeting = (overlap, sum(n for head, n in heads_wanted[left].items() if head in heads_stored[right]))
+        heads = sum(n for head, n in heads_wanted[left].items() if head in heads_stored[right])
+        exact = sum(strip(path, left) in exact_stored[right] for path in wanted)
+        meeting = (overlap, exact, heads)
         if meeting > most:
             best, most = Roots(wanted=left, stored=right, overlap=overlap), meeting
     return best
@@ -75,6 +85,12 @@ def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
         chain.append((*chain[-1], name))
         inside = [path for path in inside if len(path) > depth + 1 and path[depth] == name]
     return [root for root in chain if not _names_layers(paths, root) and _keeps_apart(paths, root)]
+
+
+def _may_both_go(wanted: Collection[Tokens], left: Tokens, right: Tokens) -> bool:
+    """Tells whether levels of both sides may go: the target's own field for its model is no module's name."""
+    named = tuple(token for token in left if token not in PLAIN_LEVELS)
+    return _names_modules(wanted, left) and (not named or named == right[-len(named) :])
 
 
 def _heads(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:

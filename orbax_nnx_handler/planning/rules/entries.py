@@ -1,22 +1,24 @@
-"""The stored model, leaf by leaf, as rules and structure rules rewrite it."""
+"""What rules act on: the stored leaves under the paths that `orbax-nnx tree` prints."""
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, canonical, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
+
+OPT_STATE = "opt_state"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A value that the checkpoint can give, under the path the model would know it by.
+    """A value that the checkpoint can give, under the path the target would know it by.
 
     Attributes:
         segments: Path within its collection, after renames.
@@ -25,10 +27,14 @@ class Entry:
         shape: The shape that the recipe gives.
         dtype: The stored dtype.
         reason: What was done to the stored leaf and by whom; empty for nothing.
-        prefix: The stored segments above the collection's paths (`params/params`).
-        fixed: Which segments a rename wrote; those are not renamed again.
+        prefix: The segments above the collection's paths (`params/params`).
+        fixed: Which segments of the whole path a rename wrote; those are not renamed again.
         named: Whether a rule gave it its path, which then is a wanted one.
         cast: The dtype that a rule casts it to, or None.
+        section: The part of a train state that it belongs to. An optimizer is one entry: the
+            path that ends in its `opt_state`, since moments follow their parameters.
+        owner: Canonical keys above its train state.
+        leaves: The stored leaves of an optimizer.
     """
 
     segments: tuple[str, ...]
@@ -41,14 +47,22 @@ class Entry:
     fixed: tuple[bool, ...] = ()
     named: bool = False
     cast: np.dtype[Any] | None = None
+    section: Section = "model"
+    owner: Tokens = ()
+    leaves: tuple[Path, ...] = ()
 
     @cached_property
-    def tokens(self) -> tuple[str, ...]:
+    def tokens(self) -> Tokens:
         """The canonical path within the collection."""
         return canonical(self.segments)
 
+    @cached_property
+    def whole(self) -> tuple[str, ...]:
+        """The whole path, owner and collection included."""
+        return self.prefix + self.segments
+
     @property
-    def unboxed(self) -> tuple[str, ...] | None:
+    def unboxed(self) -> Tokens | None:
         """The canonical path without a last level `value`, where there is one.
 
         `nn.with_partitioning` boxes and `nnx.State` add that level; a module or
@@ -59,12 +73,69 @@ class Entry:
     @property
     def sources(self) -> tuple[Path, ...]:
         """The stored leaves it is made from."""
-        return tuple(dict.fromkeys(reads(self.recipe)))
+        return self.leaves or tuple(dict.fromkeys(reads(self.recipe)))
+
+    def called(self, whole: Sequence[str], fixed: Sequence[bool] = ()) -> "Entry":
+        """Returns the entry under another whole path.
+
+        Where a rule wrote above the collection's own paths, the path is read anew: a key that is
+        a collection of Flax's tells owner and collection, a path without one belongs to none.
+        """
+        depth = len(self.prefix)
+        names, marks = tuple(whole), tuple(fixed)
+        beside = self.section in ("optimizer", "step")
+        if names[:depth] == self.prefix and len(names) > depth and not beside:
+            return dataclasses.replace(self, segments=names[depth:], fixed=marks)
+        if self.section == "optimizer":
+            above = names[:-1] if names[-1:] == (OPT_STATE,) else names
+            return dataclasses.replace(self, segments=names, prefix=(), fixed=marks, owner=canonical(above))
+        if self.section == "step":
+            return dataclasses.replace(
+                self, segments=names, prefix=(), fixed=marks, owner=canonical(names[:-1])
+            )
+        at = next((at for at, name in enumerate(names[:-1]) if name in FLAX_COLLECTIONS), None)
+        if at is None:
+            kept = self.collection if len(names) < len(self.whole) else None
+            return dataclasses.replace(
+                self, segments=names, prefix=(), fixed=marks, collection=kept, owner=()
+            )
+        return dataclasses.replace(
+            self,
+            segments=names[at + 1 :],
+            prefix=names[: at + 1],
+            fixed=marks,
+            collection=names[at],
+            owner=canonical(names[:at]),
+            section="model",
+        )
 
 
 def model_entries(placements: Iterable[Placement]) -> list[Entry]:
-    """Returns one entry for each stored leaf of the model."""
+    """Returns one entry for each stored leaf of the models."""
     return [_entry(placement) for placement in placements if placement.section == "model"]
+
+
+def every_entry(placements: Sequence[Placement]) -> list[Entry]:
+    """Returns the model's entries, those of steps and of leaves beside, and one for each optimizer."""
+    plain = [_entry(placement) for placement in placements if placement.section != "optimizer"]
+    optimizers: dict[Path, list[Placement]] = {}
+    for placement in placements:
+        if placement.section == "optimizer":
+            optimizers.setdefault(placement.owner, []).append(placement)
+    return plain + [_optimizer(owner, items) for owner, items in optimizers.items()]
+
+
+def _optimizer(owner: Path, items: Sequence[Placement]) -> Entry:
+    return Entry(
+        segments=(*segments(owner), OPT_STATE) if owner else (OPT_STATE,),
+        collection=None,
+        recipe=Read(items[0].leaf.path),
+        shape=(),
+        dtype=None,
+        section="optimizer",
+        owner=canonical(owner),
+        leaves=tuple(item.leaf.path for item in items),
+    )
 
 
 def _entry(placement: Placement) -> Entry:
@@ -80,9 +151,16 @@ def _entry(placement: Placement) -> Entry:
         shape=leaf.shape,
         dtype=leaf.dtype,
         prefix=_prefix(above) if is_end else segments(leaf.path)[: -len(names)],
+        section=placement.section,
+        owner=_owner(placement.owner),
     )
 
 
 @functools.lru_cache(maxsize=256)
 def _prefix(path: Path) -> tuple[str, ...]:
-    return segments(path)
+    return segments(path) if path else ()
+
+
+@functools.lru_cache(maxsize=256)
+def _owner(path: Path) -> Tokens:
+    return canonical(path)

@@ -20,9 +20,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.patterns import Pattern, Span
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
-    Match,
     Rule,
-    at_root,
     change_each,
     check_pattern,
     check_places,
@@ -37,10 +35,11 @@ class Rename(Rule):
 
     A pattern is one or more segments (`"Dense_0"`, `"encoder/Block_{i}"`). `*`
     is any one segment, `{name}` any part of one; the replacement repeats them:
-    `Rename("Block_{i}", "blocks/{i}")`. It applies wherever it matches, to the
-    path below the collection, or from the root of the stored path if it begins
-    there (`"params/params/logits_dense"`). Rules apply in order; a segment that
-    one rename wrote is not rewritten by a later one, so two names can be swapped.
+    `Rename("Block_{i}", "blocks/{i}")`. It applies wherever it matches in the
+    stored path as `orbax-nnx tree` prints it, owner and collection included
+    (`("ema_params", "ema")`, `("gen/opt_state", "g_opt/opt_state")`); moments follow
+    the rules that name their parameters. Rules apply in order; a segment that one
+    rename wrote is not rewritten by a later one, so two names can be swapped.
 
     Attributes:
         pattern: Stored segments, joined by slashes.
@@ -70,12 +69,9 @@ class Rename(Rule):
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule."""
-        likely = self._left.candidates(entry.segments for entry in entries)
+        likely = self._left.candidates(entry.whole for entry in entries)
         rewritten = {at: self._rewrite(entries[at]) for at in likely}
         changed = {at: new for at, new in rewritten.items() if new is not entries[at]}
-        if not changed:
-            from_root = {at: self._rewrite_from_root(entry) for at, entry in enumerate(entries)}
-            changed = {at: new for at, new in from_root.items() if new is not entries[at]}
         after = list(entries)
         for at, new in changed.items():
             after[at] = new
@@ -94,40 +90,29 @@ class Rename(Rule):
         return f"{self.replacement!r} does not hold every part that {self.pattern!r} leaves open"
 
     def _rewrite(self, entry: Entry) -> Entry:
-        spans = list(self._left.spans(entry.segments, entry.fixed))
+        before = entry.whole
+        spans = list(self._left.spans(before, entry.fixed))
         if not spans:
             return entry
         names, fixed = list[str](), list[bool]()
         at = 0
-        for span in [*spans, Span(len(entry.segments), len(entry.segments), {})]:
-            names += entry.segments[at : span.start]
+        for span in [*spans, Span(len(before), len(before), {})]:
+            names += before[at : span.start]
             fixed += entry.fixed[at : span.start] or [False] * (span.start - at)
             if span.start < span.stop:
                 written = self._right.fill(span.bindings)
                 names += written
                 fixed += [True] * len(written)
             at = span.stop
-        return self._renamed(entry, names, fixed)
-
-    def _rewrite_from_root(self, entry: Entry) -> Entry:
-        for span in at_root(self._left, entry):
-            names = Match(entry, span).renamed(self._right)
-            kept = len(entry.segments) - span.stop
-            return self._renamed(entry, names, [True] * (len(names) - kept) + [False] * kept)
-        return entry
-
-    def _renamed(self, entry: Entry, names: Sequence[str], fixed: Sequence[bool]) -> Entry:
         if not names:
-            raise RuleError(f"{self} leaves no name for {'/'.join((*entry.prefix, *entry.segments))}.")
-        return dataclasses.replace(
-            entry, segments=tuple(names), fixed=tuple(fixed), named=True, reason=reason_of(self, entry)
-        )
+            raise RuleError(f"{self} leaves no name for {'/'.join(before)}.")
+        return dataclasses.replace(entry.called(names, fixed), named=True, reason=reason_of(self, entry))
 
 
 def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
     """Tells whether a rename without effect would match what one before it has written."""
     left = Pattern(rule.pattern)
-    return any(True for entry in entries for _ in left.spans(entry.segments))
+    return any(True for entry in entries for _ in left.spans(entry.whole))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +337,7 @@ class Drop(_OnLeaves):
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns the entries that are left."""
-        matches = find(self._left, entries)
+        matches = find(self._left, entries, weights_only=False)
         after = [entry for at, entry in enumerate(entries) if at not in matches]
         discarded: dict[Path, str] = {
             path: self.reason for match in matches.values() for path in match.entry.sources

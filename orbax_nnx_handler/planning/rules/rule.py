@@ -71,38 +71,34 @@ class Match:
     entry: Entry
     span: Span
 
-    def renamed(self, pattern: Pattern, bindings: Bindings | None = None) -> tuple[str, ...]:
-        """Returns the path with the matched segments replaced by a filled pattern."""
-        names = self.entry.segments
+    def renamed(self, pattern: Pattern, bindings: Bindings | None = None) -> Entry:
+        """Returns the entry with the matched segments replaced by a filled pattern."""
+        names = self.entry.whole
         written = pattern.fill(self.span.bindings if bindings is None else bindings)
-        return (*names[: self.span.start], *written, *names[self.span.stop :])
+        return self.entry.called((*names[: self.span.start], *written, *names[self.span.stop :]))
 
 
-def find(pattern: Pattern, entries: Iterable[Entry]) -> dict[int, Match]:
-    """Returns the entries that a pattern matches, by position.
+def find(pattern: Pattern, entries: Iterable[Entry], *, weights_only: bool = True) -> dict[int, Match]:
+    """Returns the entries that a pattern matches anywhere in their whole path, by position.
 
-    It is looked for below the collection first; where nothing matches there, at
-    the root of the stored path (`"params/params/logits_dense"`).
+    Args:
+        pattern: The pattern.
+        entries: All entries.
+        weights_only: Leave out optimizers and steps, which no rule on values is for.
     """
     listed = list(entries)
-    likely = pattern.candidates(entry.segments for entry in listed)
-    found = {at: Match(listed[at], span) for at in likely for span in _first(pattern, listed[at])}
-    if found:
-        return found
-    return {at: Match(entry, span) for at, entry in enumerate(listed) for span in at_root(pattern, entry)}
+    found: dict[int, Match] = {}
+    for at in pattern.candidates(entry.whole for entry in listed):
+        entry = listed[at]
+        if weights_only and entry.section in ("optimizer", "step"):
+            continue
+        for span in _first(pattern, entry):
+            found[at] = Match(entry, span)
+    return found
 
 
 def _first(pattern: Pattern, entry: Entry) -> list[Span]:
-    return list(pattern.spans(entry.segments))[:1]
-
-
-def at_root(pattern: Pattern, entry: Entry) -> list[Span]:
-    """Returns the match of a pattern that begins at the root of the stored path, if there is one."""
-    width, depth = pattern.width, len(entry.prefix)
-    if width <= depth:
-        return []
-    bindings = pattern.match((entry.prefix + entry.segments)[:width])
-    return [] if bindings is None else [Span(0, width - depth, bindings)]
+    return list(pattern.spans(entry.whole))[:1]
 
 
 def change_each(
@@ -195,13 +191,13 @@ class Join:
     """Entries to become one.
 
     Attributes:
-        name: The segments of the result.
+        name: The result's entry, as far as names go.
         members: Their positions among all entries, in the order of the parts.
         fault: Why they cannot be joined, as far as names tell; empty if they can.
         make: Makes recipe and shape from the parts.
     """
 
-    name: tuple[str, ...]
+    name: Entry
     members: tuple[int, ...]
     fault: str
     make: Callable[[Sequence[Entry]], Entry]
@@ -233,9 +229,17 @@ def join(rule: Rule, entries: Sequence[Entry], joins: Iterable[Join]) -> Applied
 def _joined(rule: Rule, item: Join, parts: Sequence[Entry], twice: bool) -> Entry:
     fault = item.fault or ("it is a part of two results" if twice else "") or _difference(parts)
     if fault:
-        raise RecipeError(f"for {'/'.join(item.name)}, {fault}")
+        raise RecipeError(f"for {'/'.join(item.name.segments)}, {fault}")
+    made = item.make(parts)
     return dataclasses.replace(
-        item.make(parts), segments=item.name, fixed=(), named=True, reason=reason_of(rule, *parts)
+        item.name,
+        recipe=made.recipe,
+        shape=made.shape,
+        dtype=made.dtype,
+        cast=made.cast,
+        fixed=(),
+        named=True,
+        reason=reason_of(rule, *parts),
     )
 
 

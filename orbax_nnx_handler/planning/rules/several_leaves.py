@@ -105,8 +105,7 @@ class Split(Rule):
         starts = [sum(sizes[:at]) for at in range(len(sizes))]
         return [
             dataclasses.replace(
-                entry,
-                segments=match.renamed(part),
+                match.renamed(part),
                 recipe=recipes.Slice(entry.recipe, axis, start, size),
                 shape=(*entry.shape[:axis], size, *entry.shape[axis + 1 :]),
                 fixed=(),
@@ -157,10 +156,13 @@ class Fuse(Rule):
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule; what is joined takes the first part's place."""
         groups: dict[tuple[str, ...], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        named: dict[tuple[str, ...], Entry] = {}
         for order, part in enumerate(self._parts):
             for at, match in find(part, entries).items():
-                groups[match.renamed(self._right)][order].append(at)
-        joins = [self._join(name, places, entries) for name, places in groups.items()]
+                name = match.renamed(self._right)
+                named.setdefault(name.whole, name)
+                groups[name.whole][order].append(at)
+        joins = [self._join(named[whole], places, entries) for whole, places in groups.items()]
         return join(self, entries, joins)
 
     def inverse(self) -> Rule:
@@ -173,9 +175,7 @@ class Fuse(Rule):
     def _loss(self) -> str:
         return f"{self.into!r} does not hold every part that its patterns leave open"
 
-    def _join(
-        self, name: tuple[str, ...], places: Mapping[int, Sequence[int]], entries: Sequence[Entry]
-    ) -> Join:
+    def _join(self, name: Entry, places: Mapping[int, Sequence[int]], entries: Sequence[Entry]) -> Join:
         absent = [self.patterns[order] for order in range(len(self.patterns)) if order not in places]
         several = [at for found in places.values() for at in found if len(found) > 1]
         fault = f"{', '.join(map(repr, absent))} is not there" if absent else ""
@@ -254,21 +254,25 @@ class StackLayers(Rule):
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule; a stack takes its first layer's place."""
         counter = _counter(self._left, self._right)
-        groups: dict[tuple[str, ...], dict[str, int]] = defaultdict(dict)
+        groups: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
+        named: dict[tuple[str, ...], Entry] = {}
         for at, match in find(self._left, entries).items():
             number = match.span.bindings[counter]
             if number.isdecimal():
-                groups[match.renamed(self._right)][str(int(number))] = at
-        return join(self, entries, [self._join(name, layers) for name, layers in groups.items()])
+                name = match.renamed(self._right)
+                named.setdefault(name.whole, name)
+                groups[name.whole].append((int(number), at))
+        return join(self, entries, [self._join(named[whole], layers) for whole, layers in groups.items()])
 
     def inverse(self) -> Rule:
         """Returns the unstacking."""
         return UnstackLayers(self.into, self.pattern, self.axis)
 
-    def _join(self, name: tuple[str, ...], layers: Mapping[str, int]) -> Join:
-        numbers = sorted(map(int, layers))
+    def _join(self, name: Entry, layers: Sequence[tuple[int, int]]) -> Join:
+        ordered = sorted(layers)
+        numbers = [number for number, _ in ordered]
         fault = "" if numbers == list(range(len(numbers))) else f"the layers are {numbers}, not 0, 1, 2, ..."
-        return Join(name=name, members=tuple(layers[str(n)] for n in numbers), fault=fault, make=self._make)
+        return Join(name=name, members=tuple(at for _, at in ordered), fault=fault, make=self._make)
 
     def _make(self, parts: Sequence[Entry]) -> Entry:
         first = parts[0]
@@ -342,8 +346,7 @@ class UnstackLayers(Rule):
             raise RecipeError(f"axis {axis} has no layer")
         return [
             dataclasses.replace(
-                entry,
-                segments=match.renamed(self._right, {**match.span.bindings, counter: str(layer)}),
+                match.renamed(self._right, {**match.span.bindings, counter: str(layer)}),
                 recipe=recipes.Index(entry.recipe, axis, layer),
                 shape=(*entry.shape[:axis], *entry.shape[axis + 1 :]),
                 fixed=(),

@@ -66,7 +66,7 @@ def _applied(rule: Rule, entries: Sequence[Entry]) -> Sequence[Entry]:
 
 
 def _respelled(entry: Entry, names: tuple[str, ...]) -> Entry:
-    fixed = entry.fixed if len(entry.fixed) == len(names) else ()
+    fixed = entry.fixed if len(entry.fixed) == len(entry.prefix) + len(names) else ()
     return dataclasses.replace(entry, segments=names, fixed=fixed)
 
 

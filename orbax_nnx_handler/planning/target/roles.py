@@ -31,6 +31,7 @@ class Wanted:
         role: `model` is a weight or statistic, `random` a key or count,
             `transient` a cache or intermediate that the program recomputes.
         path: The leaf's path; for an optimizer leaf, the part below `opt_state`.
+        owner: For a leaf of an optimizer, the keys above its `opt_state`; for a step, those above it.
         collection: The Linen collection that belongs to the Variable's type, or
             None for a pure dict.
     """
@@ -39,16 +40,12 @@ class Wanted:
     role: Role
     path: Path
     collection: str | None = None
+    owner: Path = ()
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
         """The canonical path."""
         return canonical(self.path)
-
-    @property
-    def is_bare(self) -> bool:
-        """Whether the leaf is an `nnx.Variable` of no kind of its own: what a module computes once."""
-        return self.leaf.kind is nnx.Variable and self.role == "model"
 
     @property
     def is_count(self) -> bool:
@@ -67,10 +64,16 @@ def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
 
 
 def collection_of(kind: type[Any] | None) -> str | None:
-    """Returns the Linen collection of a Variable type, as Flax itself names it."""
+    """Returns the Linen collection of a Variable type, as Flax itself names it.
+
+    A type that Flax and the program have not registered is called as its class is.
+    """
     if kind is None or not issubclass(kind, nnx.Variable):
         return None
-    return nnx.variable_name_from_type(cast(Any, kind), allow_register=True)
+    try:
+        return nnx.variable_name_from_type(cast(Any, kind))
+    except ValueError:
+        return kind.__name__
 
 
 def _is_weight(kind: type[Any] | None) -> bool:
@@ -84,12 +87,13 @@ def _owner(path: Path) -> Path | None:
 def _wanted(leaf: WantedLeaf, owners: set[Path | None], streams: set[Path], collection: str | None) -> Wanted:
     owner = _owner(leaf.path)
     role = _role(leaf, owner, owners, streams)
+    if role == "step":
+        return Wanted(leaf=leaf, role=role, path=leaf.path, owner=leaf.path[:-1])
     if role != "optimizer":
         return Wanted(leaf=leaf, role=role, path=leaf.path, collection=collection)
-    rest = leaf.path[len(owner) + 1 :] if owner is not None else leaf.path
-    # Two optimizers (a GAN) keep their attribute in the path, one needs none.
-    path = (*owner, *rest) if owner is not None and len(owners) > 1 else rest
-    return Wanted(leaf=leaf, role=role, path=path)
+    above = () if owner is None else owner
+    rest = leaf.path if owner is None else leaf.path[len(owner) + 1 :]
+    return Wanted(leaf=leaf, role=role, path=rest, owner=above)
 
 
 def _role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], streams: set[Path]) -> Role:

@@ -22,8 +22,9 @@ Array = np.ndarray[Any, Any]
 Flat = dict[tuple[str, ...], Array]
 
 # Two kinds of layer, as in a mixture of experts: some weights exist in some layers only.
-SHARED = {("attention", "kernel"): (3, 5), ("norm", "scale"): (7,)}
-BY_TURNS = {("mlp", "kernel"): (3, 4), ("moe", "kernel"): (2, 3, 4)}
+# No size is a number of layers that is tried: what such a leaf leaves open, others may not settle.
+SHARED = {("attention", "kernel"): (13, 15), ("norm", "scale"): (17,)}
+BY_TURNS = {("mlp", "kernel"): (13, 14), ("moe", "kernel"): (12, 13, 14)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,226 @@
+"""Matches the weights of every network: first by whole path, then train state by train state.
+
+A stored leaf whose whole path is the wanted leaf's whole path is its source (law 1).
+What is left is looked for in the train state that the wanted path names, or in the only
+one there is; in a collection beside `params` only where the path names it.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.mapping.collections import Collections
+from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Evidence, Found, ModelMatch, Rivals
+from orbax_nnx_handler.planning.mapping.matching import Matcher
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots, find_roots, strip
+from orbax_nnx_handler.planning.mapping.train_states import owner_of
+from orbax_nnx_handler.planning.rules import ScanAxis
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.target.roles import Wanted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """Wanted leaves that one stored train state, or one named collection of it, may give.
+
+    Attributes:
+        owner: Canonical keys above the stored train state.
+        only: The collection that the wanted paths name, or None.
+        named: Whether the wanted paths name the owner.
+    """
+
+    owner: Tokens
+    only: str | None = None
+    named: bool = False
+
+    def holds(self, entry: Entry) -> bool:
+        """Tells whether an entry is one of the network's."""
+        return entry.owner == self.owner and self.only in (None, entry.collection)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matched:
+    """A network whose weights were looked for.
+
+    Attributes:
+        network: The network.
+        roots: Where its weights sit in the target, and in the stored train state.
+        weights: The wanted weights.
+    """
+
+    network: Network
+    roots: Roots
+    weights: tuple[Wanted, ...]
+
+
+def match_networks(
+    wanted: Sequence[Wanted],
+    entries: Sequence[Entry],
+    axes: Sequence[ScanAxis],
+    known_axis: int | None = None,
+) -> tuple[ModelMatch, list[Matched]]:
+    """Matches wanted weights, network by network.
+
+    Args:
+        wanted: Leaves of the roles `model`, `transient` and `random`.
+        entries: All entries, after the rules.
+        axes: The rules that say along which axis layers are stacked.
+        known_axis: The axis along which the layout's program stacks layers.
+    """
+    found, rivals = by_whole_path(wanted, entries)
+    settled = {*found, *(item.wanted.leaf.path for item in rivals)}
+    taken = {id(entry) for entry in found.values()}
+    free = [entry for entry in entries if entry.section == "model" and id(entry) not in taken]
+    aside = {entry.tokens for entry in entries if entry.section == "aux"}
+    matches = [ModelMatch(found=_as_found(found), rivals=tuple(rivals))]
+    networks: list[Matched] = []
+    for network, paths in _networks(wanted, entries).items():
+        items = [item for item in wanted if item.leaf.path in paths]
+        own = [entry for entry in entries if entry.section == "model" and network.holds(entry)]
+        weights = [item for item in items if item.role == "model"]
+        beside = [item for item in weights if item.tokens not in aside] or weights
+        roots = _roots(network, [paths[item.leaf.path] for item in beside], own)
+        above = network.owner if network.named else ()
+        whole = dataclasses.replace(roots, wanted=(*above, *roots.wanted))
+        networks.append(Matched(network=network, roots=whole, weights=tuple(weights)))
+        left = [item for item in items if item.leaf.path not in settled]
+        if left and not (not network.named and _contradict(roots.wanted, network.owner)):
+            matcher = Matcher(
+                wanted=left,
+                paths=paths,
+                entries=[entry for entry in free if network.holds(entry)],
+                roots=roots,
+                only=network.only,
+                axes=axes,
+                known_axis=known_axis,
+            )
+            matches.append(_questioned(matcher, Collections.of(own, network.only)))
+    return _joined(matches), sorted(networks, key=lambda item: -len(item.weights))
+
+
+def _roots(network: Network, weights: Sequence[Tokens], entries: Sequence[Entry]) -> Roots:
+    collections = Collections.of(entries, network.only)
+    stored = [entry.tokens for entry in entries if collections.is_network(entry)]
+    return find_roots(weights, stored or [entry.tokens for entry in entries])
+
+
+def by_whole_path(
+    wanted: Sequence[Wanted], entries: Iterable[Entry]
+) -> tuple[dict[Path, Entry], list[Rivals]]:
+    """Returns the entries whose whole path is a wanted leaf's whole path, and those that share one."""
+    index: dict[Tokens, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.section == "optimizer":
+            continue
+        tokens = canonical(entry.whole) if entry.prefix else entry.tokens
+        index[tokens].append(entry)
+        if tokens[-1:] == ("value",) and len(tokens) > 1:
+            index[tokens[:-1]].append(entry)
+    found: dict[Path, Entry] = {}
+    rivals: list[Rivals] = []
+    for item in wanted:
+        claims = index.get(item.tokens, [])
+        if item.leaf.kind is not None:
+            # A model's Variable called `step` is a model's: the train state's own field has another role.
+            claims = [entry for entry in claims if entry.section != "step"]
+        if len(claims) > 1:
+            exact = [entry for entry in claims if entry.whole == tuple(map(str, item.leaf.path))]
+            claims = exact if len(exact) == 1 else claims
+        if len(claims) > 1:
+            rivals.append(Rivals(wanted=item, entries=tuple(claims)))
+        elif claims:
+            found[item.leaf.path] = claims[0]
+    return found, rivals
+
+
+def _as_found(entries: Mapping[Path, Entry]) -> dict[Path, Found]:
+    return {
+        path: Found(
+            recipe=entry.recipe,
+            reason=entry.reason,
+            evidence=Evidence(kind="rule", words=entry.reason) if entry.reason else SAME_PATH,
+        )
+        for path, entry in entries.items()
+    }
+
+
+def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network, dict[Path, Tokens]]:
+    """Returns the wanted leaves of each network with their paths below its owner."""
+    names: dict[Tokens, dict[Tokens, str]] = {}
+    for entry in entries:
+        if entry.section == "model":
+            named = names.setdefault(entry.owner, {})
+            if entry.collection is not None:
+                named.setdefault(canonical((entry.collection,)), entry.collection)
+    found: dict[Network, dict[Path, Tokens]] = defaultdict(dict)
+    alone = next(iter(names)) if len(names) == 1 else () if () in names else None
+    for item in left:
+        owner = owner_of(item.tokens, names)
+        tokens = item.tokens[len(owner or ()) :]
+        place = alone if owner is None else owner
+        if place is None:
+            continue
+        only = _named_collection(tokens, names[place])
+        if only is not None:
+            tokens = tokens[len(canonical((only,))) :]
+        forced = only if only != item.collection and (item.collection is None or only != "params") else None
+        found[Network(owner=place, only=forced, named=owner is not None)][item.leaf.path] = tokens
+    return dict(found)
+
+
+def _named_collection(tokens: Tokens, names: Mapping[Tokens, str]) -> str | None:
+    """Returns the stored collection that a wanted path begins with."""
+    found = [name for key, name in names.items() if len(tokens) > len(key) and tokens[: len(key)] == key]
+    return max(found, key=len, default=None)
+
+
+def _contradict(root: Tokens, owner: Tokens) -> bool:
+    """Tells whether the target's own level and the train state's name two networks."""
+    left = [token for token in root if token not in PLAIN_LEVELS]
+    right = [token for token in owner if token not in PLAIN_LEVELS]
+    return bool(left) and bool(right) and left[: len(right)] != right
+
+
+_GENERAL_WORDS = frozenset(
+    {"params", "param", "parameters", "weights", "variables", "state", "net", "network", "model"}
+)
+
+
+def _asked_for(root: Tokens, collections: Collections) -> frozenset[str]:
+    """Returns the copies whose name holds a word of the target's level: `ema_params` for `ema`."""
+    words = {word for token in root for word in token.split("_")} - _GENERAL_WORDS
+    return frozenset(name for name in collections.copies if name is not None and words & set(name.split("_")))
+
+
+def _questioned(matcher: Matcher, collections: Collections) -> ModelMatch:
+    """Returns the match, with a question for each leaf of a copy that the target's level is called after."""
+    match, roots = matcher.match(), matcher.roots
+    copies = _asked_for(roots.wanted, collections)
+    if not copies:
+        return match
+    own: dict[Tokens, list[Entry]] = defaultdict(list)
+    for entry in matcher.entries:
+        if entry.collection in copies or entry.collection == "params":
+            own[strip(entry.tokens, roots.stored)].append(entry)
+    rivals = [
+        Rivals(wanted=item, entries=tuple(claims))
+        for item in matcher.wanted
+        if len(claims := own.get(strip(matcher.paths[item.leaf.path], roots.wanted), [])) > 1
+    ]
+    contested = {rival.wanted.leaf.path for rival in rivals}
+    kept = {path: found for path, found in match.found.items() if path not in contested}
+    return dataclasses.replace(match, found=kept, rivals=(*match.rivals, *rivals))
+
+
+def _joined(matches: Sequence[ModelMatch]) -> ModelMatch:
+    found: dict[Path, Found] = {}
+    for match in matches:
+        found |= match.found
+    return ModelMatch(
+        found=found,
+        rivals=tuple(rival for match in matches for rival in match.rivals),
+        unclear=tuple(group for match in matches for group in match.unclear),
+        homeless=tuple(item for match in matches for item in match.homeless),
+        groups=frozenset[Tokens]().union(*(match.groups for match in matches)),
+    )

@@ -1,0 +1,189 @@
+"""Train states on both sides, and which wanted one is which stored one.
+
+A train state is a model's collections, its optimizer and its step, below one
+owner path. An optimizer and a step are never lent to another train state, also
+where only one is stored or only one is wanted (law 3): pairs are made by owner
+path alone, or because there is one train state on either side and no name
+speaks against it.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
+from orbax_nnx_handler.planning.target.roles import Wanted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredOptimizer:
+    """The optimizer and the step of one stored train state.
+
+    Attributes:
+        owner: Canonical keys above `opt_state`.
+        models: Owners of the parameters that its moments may belong to.
+        leaves: The leaves of its optimizer state.
+        steps: Its step; more than one where a program counts twice.
+        has_attribute: Whether the last key of the owner is the attribute that holds the optimizer, as in NNX.
+    """
+
+    owner: Tokens
+    models: frozenset[Tokens]
+    leaves: tuple[Placement, ...]
+    steps: tuple[Placement, ...]
+    has_attribute: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WantedOptimizer:
+    """The optimizer and the step that a target has below one owner path."""
+
+    owner: Tokens
+    leaves: tuple[Wanted, ...]
+    steps: tuple[Wanted, ...]
+
+    @property
+    def has_attribute(self) -> bool:
+        """Whether the last key of the owner is the attribute that holds the optimizer."""
+        return bool(self.owner)
+
+
+def stored_optimizers(
+    placements: Iterable[Placement], owners: Mapping[Path, Tokens]
+) -> list[StoredOptimizer]:
+    """Returns the stored optimizers, by owner.
+
+    Args:
+        placements: What each stored leaf is.
+        owners: Where the rules say that the leaves of optimizers and steps lie; those that a rule drops
+            are not there.
+    """
+    leaves: dict[Path, list[Placement]] = defaultdict(list)
+    steps: dict[Path, list[Placement]] = defaultdict(list)
+    models: set[Tokens] = set()
+    collections = False
+    for item in placements:
+        collections = collections or item.collection is not None
+        if item.section == "model":
+            models.add(canonical(item.owner))
+        elif item.leaf.path in owners:
+            (leaves if item.section == "optimizer" else steps)[item.owner].append(item)
+    found: list[StoredOptimizer] = []
+    for state in dict.fromkeys((*leaves, *steps)):
+        moved = owners[leaves[state][0].leaf.path] if leaves[state] else None
+        # A step goes where its optimizer goes, unless a rule moves it by itself.
+        placed: dict[Tokens, list[Placement]] = defaultdict(list)
+        for step in steps[state]:
+            own = owners[step.leaf.path]
+            placed[moved if moved is not None and own == canonical(state) else own].append(step)
+        every: list[Tokens] = [*([] if moved is None else [moved]), *placed]
+        for owner in dict.fromkeys(every):
+            found.append(
+                StoredOptimizer(
+                    owner=owner,
+                    models=_models(canonical(state), models),
+                    leaves=tuple(leaves[state]) if owner == moved else (),
+                    steps=tuple(placed[owner]),
+                    # A Linen train state holds `opt_state` itself; NNX puts an attribute between.
+                    has_attribute=bool(owner) and (not collections or owner != canonical(state)),
+                )
+            )
+    return found
+
+
+def _models(owner: Tokens, models: Collection[Tokens]) -> frozenset[Tokens]:
+    """Returns the train state that an optimizer lies in; where a rule moved it away, all of them."""
+    if owner in models:
+        return frozenset({owner})
+    return frozenset(models)
+
+
+def wanted_optimizers(wanted: Iterable[Wanted]) -> list[WantedOptimizer]:
+    """Returns the wanted optimizers, by owner."""
+    leaves: dict[Path, list[Wanted]] = {}
+    steps: dict[Path, list[Wanted]] = {}
+    for item in wanted:
+        if item.role == "optimizer":
+            leaves.setdefault(item.owner, []).append(item)
+        elif item.role == "step":
+            steps.setdefault(item.owner, []).append(item)
+    return [
+        WantedOptimizer(
+            owner=canonical(owner), leaves=tuple(leaves.get(owner, ())), steps=tuple(steps.get(owner, ()))
+        )
+        for owner in dict.fromkeys((*leaves, *steps))
+    ]
+
+
+def pair_optimizers(
+    wanted: Sequence[WantedOptimizer],
+    stored: Sequence[StoredOptimizer],
+    wanted_models: Collection[Tokens],
+    stored_models: Collection[Tokens],
+) -> list[tuple[WantedOptimizer, StoredOptimizer]]:
+    """Returns which stored optimizer each wanted one is.
+
+    Args:
+        wanted: The wanted optimizers.
+        stored: The stored optimizers.
+        wanted_models: Whole canonical paths of the wanted weights.
+        stored_models: Whole canonical paths of the stored weights.
+    """
+    by_owner = {item.owner: item for item in stored}
+    pairs = [(item, by_owner[item.owner]) for item in wanted if item.owner in by_owner]
+    used = {item.owner for item, _ in pairs}
+    left = [item for item in wanted if item.owner not in used]
+    free = [item for item in stored if item.owner not in used]
+    for item in left:
+        alike = [other for other in free if _are_alike(item, other)]
+        if len(alike) == 1 and sum(_are_alike(other, alike[0]) for other in left) == 1:
+            pairs.append((item, alike[0]))
+    if not pairs and len(wanted) == len(stored) == 1:
+        here, there = _state(wanted[0]), _state(stored[0])
+        # A level that only one side has may go where everything lies below it.
+        apart = (here and there) or not _same_attribute(wanted[0], stored[0])
+        if not apart and _hold(here, wanted_models) and _hold(there, stored_models):
+            pairs.append((wanted[0], stored[0]))
+    return pairs
+
+
+def _are_alike(wanted: WantedOptimizer, stored: StoredOptimizer) -> bool:
+    return _state(wanted) == _state(stored) and _same_attribute(wanted, stored)
+
+
+def _state(optimizer: WantedOptimizer | StoredOptimizer) -> Tokens:
+    """Returns the levels above an optimizer that name a network."""
+    return _named(optimizer.owner[:-1] if optimizer.has_attribute else optimizer.owner)
+
+
+def _same_attribute(wanted: WantedOptimizer, stored: StoredOptimizer) -> bool:
+    """Tells whether what holds the optimizers may be one; a train state of Linen's has no such attribute."""
+    if not (wanted.has_attribute and stored.has_attribute):
+        return True
+    here, there = wanted.owner[-1], stored.owner[-1]
+    return here == there or all(is_number(name) or name in _ATTRIBUTES for name in (here, there))
+
+
+_ATTRIBUTES = frozenset({"optimizer", "opt", "tx", "optim"})
+"""What programs call the attribute of a train state that holds its only optimizer."""
+
+
+def _hold(names: Tokens, paths: Collection[Tokens]) -> bool:
+    return not names or all(_named(path)[: len(names)] == names for path in paths)
+
+
+def _named(path: Tokens) -> Tokens:
+    return tuple(token for token in path if token not in PLAIN_LEVELS)
+
+
+def model_owners(placements: Iterable[Placement]) -> list[Tokens]:
+    """Returns the owners of the stored models, each once."""
+    return list(dict.fromkeys(canonical(item.owner) for item in placements if item.section == "model"))
+
+
+def owner_of(tokens: Tokens, owners: Collection[Tokens]) -> Tokens | None:
+    """Returns the stored train state that a wanted path names, the deepest one; None for none."""
+    named = [owner for owner in owners if owner and tokens[: len(owner)] == owner]
+    return max(named, key=len, default=None)

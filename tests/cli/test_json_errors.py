@@ -1,8 +1,10 @@
 """Under `--json` whatever goes wrong is JSON too: a program reads one stream and one form."""
 
+import numpy as np
 import pytest
 
 from tests.cli.conftest import MODEL
+from tests.gallery.models import save
 
 MAKE = f"{MODEL}:make"
 NOWHERE = "no/such/checkpoint"
@@ -25,6 +27,28 @@ def test_a_restore_error_is_json_with_the_status_of_plain_text(cli, command) -> 
     error = said.json["error"]
     assert plain.err == f"{error['type']}: {error['message']}\n"
     assert error["type"] == "NotACheckpointError"
+
+
+def test_a_hint_is_json_with_the_arguments_that_it_proposes(cli, tmp_path) -> None:
+    for item in ("ema", "weights"):
+        save(tmp_path / "1" / item, {"params": {"w": np.zeros(3, np.float32)}})
+
+    said = cli("tree", tmp_path, "--json")
+
+    words = "pass item='ema', or the path of one of them."
+    assert said.json["error"]["hints"] == [{"words": words, "arguments": {"item": "'ema'"}}]
+
+
+def test_a_plan_that_does_not_fit_is_json_with_causes_facts_and_hints(cli, root) -> None:
+    said = cli("plan", root, f"{MODEL}:make(layers=4)", "--json").json
+
+    (cause,) = said["causes"]
+    assert (cause["kind"], cause["facts"]) == (
+        "LayerCount",
+        {"group": "hidden", "stored": 3, "wanted": 4, "unit": "layer"},
+    )
+    policy = '{nnx.PathContains("hidden"): "init", ...: "error"}'
+    assert [hint["arguments"] for hint in said["hints"]] == [{}, {"policy": policy}, {}]
 
 
 @pytest.mark.parametrize(

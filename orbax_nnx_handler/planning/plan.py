@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from orbax_nnx_handler.planning.core.causes import Cause
+from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
@@ -19,6 +20,7 @@ from orbax_nnx_handler.planning.rendering.terminal import summary_on_console
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.text.folding import list_paths
 from orbax_nnx_handler.planning.text.words import counted, rated, sized
+from orbax_nnx_handler.planning.verdict.copies import copies_of_model
 from orbax_nnx_handler.planning.verdict.judge import judge
 from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
@@ -193,6 +195,15 @@ class RestoreReport:
         if self.plan.unexpected and self.plan.unexpected_policy == "warn":
             count = counted(len(self.plan.unexpected), "stored leaf was", "stored leaves were")
             parts.append(f"{count} not wanted: {list_paths(self.plan.unexpected)}")
+        copies = copies_of_model(self.plan.unexpected, self.plan.restored)
+        if copies and self.plan.unexpected_policy == "warn":
+            parts.append(f"a copy of the model is stored beside it and was not wanted: {', '.join(copies)}")
+        shortened = [path for path, item in self.restored.items() if _is_shortened(item)]
+        if shortened:
+            count = counted(
+                len(shortened), "leaf is stored in 64 bits and comes", "leaves are stored in 64 bits and come"
+            )
+            parts.append(f"{count} back in 32, set jax_enable_x64 to keep them: {list_paths(shortened)}")
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -211,3 +222,9 @@ class RestoreReport:
 
     def _repr_html_(self) -> str:
         return summary_as_html(self._summary)
+
+
+def _is_shortened(item: Restored) -> bool:
+    """Tells an array of 64-bit floats that JAX cannot hold; single numbers are a program's settings."""
+    lost = item.cast == "narrower" and held_dtype(item.stored_dtype) != item.stored_dtype
+    return lost and bool(item.wanted.shape)

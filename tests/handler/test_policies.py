@@ -308,7 +308,7 @@ class Custom(nnx.Variable[Any]):
 
 
 @pytest.mark.parametrize(
-    "kind", [nnx.Param, nnx.BatchStat, nnx.Variable, nnx.LoRAParam, nnx.OptState, nnx.OptVariable, Custom]
+    "kind", [nnx.Param, nnx.BatchStat, nnx.LoRAParam, nnx.OptState, nnx.OptVariable, Custom]
 )
 def test_every_other_variable_type_is_a_weight(tmp_path, kind: type[nnx.Variable[Any]]) -> None:
     target = nnx.State({"a": nnx.Param(jnp.ones(3)), "b": kind(jnp.ones(2))})

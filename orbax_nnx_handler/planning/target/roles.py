@@ -48,6 +48,11 @@ class Wanted:
         return canonical(self.path)
 
     @property
+    def is_bare(self) -> bool:
+        """Whether the leaf is an `nnx.Variable` of no kind of its own: what a module computes once."""
+        return self.leaf.kind is nnx.Variable and self.role == "model"
+
+    @property
     def is_count(self) -> bool:
         """Whether the leaf is a step or an optimizer's count: an integer of any width, if the value fits."""
         named = self.tokens[-1] == "step" or (self.leaf.shape == () and self.role in ("step", "optimizer"))

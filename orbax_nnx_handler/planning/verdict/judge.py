@@ -194,6 +194,9 @@ class _Leaves:
                 return outcome
         if item.role in ("random", "transient"):
             return self._default(item)
+        source = self._initial(item)
+        if item.is_bare and source is not None:
+            return Defaulted(wanted=item.leaf, source=source, reason=_CONSTANT)
         return self._missing(item, None)
 
     def _missing(self, item: Wanted, found: Found | None) -> Missing:
@@ -310,6 +313,7 @@ class _Leaves:
         )
 
 
+_CONSTANT = "a constant of the model: no Linen collection holds a bare nnx.Variable"
 _NO_X64 = 'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"'
 
 

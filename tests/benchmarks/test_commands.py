@@ -17,12 +17,13 @@ _TESTED = {
     "convert",
     "command_line",
     "remote",
+    "accelerator",
 }
 # Not benchmarks by themselves: one trial, a bucket, and the tables of results.
 _OTHER = {"trial", "tables", "bucket"}
 
 
-@pytest.mark.parametrize("name", ["convert", "command_line"])
+@pytest.mark.parametrize("name", ["convert", "command_line", "accelerator"])
 def test_a_benchmark_checks_what_it_measures(name: str, tmp_path: pathlib.Path) -> None:
     toys.check(name, tmp_path)
 

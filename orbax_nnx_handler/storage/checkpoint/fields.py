@@ -56,6 +56,12 @@ def text_of(fields: dict[str, Any], name: str) -> str:
     return text
 
 
+def texts_of(fields: dict[str, Any], name: str) -> list[str]:
+    """Returns a field that is a list of texts."""
+    items = cast(list[Any], _of_type(fields, name, list, "a list"))
+    return [text_of({name: item}, name) for item in items]
+
+
 def shape_of(fields: dict[str, Any], name: str, *, least: int) -> Shape:
     """Returns a field that is a shape, no length below `least`."""
     lengths = cast(list[Any], _of_type(fields, name, list, "a list"))

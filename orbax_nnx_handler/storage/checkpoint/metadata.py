@@ -26,6 +26,7 @@ from etils import epath
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.storage.checkpoint import npz, stores
 from orbax_nnx_handler.storage.checkpoint.catalog import MANIFEST
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
@@ -171,16 +172,16 @@ def _read(directory: epath.Path, files: Files) -> Checkpoint:
             leaves[path] = StoredLeaf(path=path, shape=values[path].shape, dtype=values[path].dtype)
         elif value_type == STRING_TYPE:
             leaves[path] = StoredLeaf(path=path, shape=(), dtype=None)
-    leftovers = read_leftovers(tree.custom)
+    leftovers = _read_leftovers(directory, tree, files)
     return Checkpoint(
         directory=directory,
-        leaves=leaves | {path: _leftover_leaf(path, leftover) for path, leftover in leftovers.items()},
+        leaves=leaves | {path: leaf for path, (_, leaf) in leftovers.items()},
         lost=lost,
         damaged=dict(_damaged_arrays(arrays, writes_fill=tree.writes_fill)),
         disk_format=_disk_format(arrays.values(), bool(values)),
         custom_metadata=tree.custom,
         step_metadata=_read_step_metadata(directory, files),
-        values=values | {path: leftover.value for path, leftover in leftovers.items()} or None,
+        values=values | {path: leftover.value for path, (leftover, _) in leftovers.items()} or None,
         nodes=tree.nodes,
         arrays=arrays,
         writes_fill=tree.writes_fill,
@@ -294,6 +295,19 @@ def _array_leaf(path: Path, encoding: Encoding, key_impl: str | None) -> StoredL
         chunk_shape=encoding.chunk_shape[:rank],
         key_impl=key_impl,
     )
+
+
+def _read_leftovers(
+    directory: epath.Path, tree: Tree, files: Files
+) -> dict[Path, tuple[StoredRandom, StoredLeaf]]:
+    try:
+        leftovers = read_leftovers(tree.custom)
+        return {path: (leftover, _leftover_leaf(path, leftover)) for path, leftover in leftovers.items()}
+    except ValueError as error:
+        raise NotACheckpointError(
+            f"{directory / TREE_FILE} cannot be read: the random state in its metadata ({AUX}): {error}.",
+            hints=[damaged(directory, files)],
+        ) from error
 
 
 def _leftover_leaf(path: Path, leftover: StoredRandom) -> StoredLeaf:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.linen import AUX
+from orbax_nnx_handler.storage.checkpoint.fields import FieldError, objects_of, shape_of, text_of, texts_of
 
 Json = dict[str, Any]
 
@@ -59,14 +60,17 @@ def add_leftovers(metadata: Any, leftovers: Mapping[Path, Any]) -> Json | None:
     return {**cast(Json, metadata or {}), AUX: entries}
 
 
-def read_leftovers(metadata: Any) -> dict[Path, StoredRandom]:
-    """Returns the random state in an item's custom metadata, by its path had it been in the tree."""
-    if not isinstance(metadata, Mapping):
+def read_leftovers(metadata: Mapping[str, Any]) -> dict[Path, StoredRandom]:
+    """Returns the random state in an item's custom metadata, by its path had it been in the tree.
+
+    Raises:
+        ValueError: What stands there is no random state; the message names the field.
+    """
+    # A program's own entry of this name is no list.
+    if not isinstance(metadata.get(AUX), list):
         return {}
-    entries = cast(Mapping[str, Any], metadata).get(AUX)
-    if not isinstance(entries, list):
-        return {}
-    return {(AUX, *entry["path"]): _leftover(entry) for entry in cast(list[Json], entries)}
+    entries = objects_of(dict(metadata), AUX)
+    return {(AUX, *texts_of(entry, "path")): _leftover(entry) for entry in entries}
 
 
 def _entry(path: Path, value: Any, numbers: np.ndarray[Any, Any]) -> Json:
@@ -103,5 +107,12 @@ def _replicated(value: jax.Array) -> jax.Array:
 
 
 def _leftover(entry: Json) -> StoredRandom:
-    numbers = np.asarray(entry["value"], dtype=entry["dtype"]).reshape(entry["shape"])
-    return StoredRandom(value=numbers, key_impl=entry["key_impl"])
+    shape, name = shape_of(entry, "shape", least=0), text_of(entry, "dtype")
+    impl = None if entry.get("key_impl") is None else text_of(entry, "key_impl")
+    try:
+        numbers = np.asarray(entry.get("value"), dtype=name).reshape(shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FieldError(f"value is none of shape {shape} and dtype {name!r}: {error}") from error
+    if numbers.dtype.kind not in "biuf":
+        raise FieldError(f"dtype is {name!r}, which is none of numbers")
+    return StoredRandom(value=numbers, key_impl=impl)

@@ -190,6 +190,7 @@ def _dtype(name: str) -> np.dtype[Any]:
         found = np.dtype(name).newbyteorder("=") if name[:1] in "<>|" else jnp.dtype(name)
     except (TypeError, ValueError, SyntaxError) as error:
         raise FieldError(f"the dtype {name!r} is none of an array") from error
-    if found.hasobject or found.fields is not None or not found.itemsize:
+    # bfloat16 and its like are of the kind V too, and no raw bytes.
+    if found.kind in "OSUMm" or found.type is np.void or not found.itemsize:
         raise FieldError(f"the dtype {name!r} is none of numbers")
     return found

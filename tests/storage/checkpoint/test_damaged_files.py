@@ -1,0 +1,188 @@
+"""Every small file of a checkpoint, damaged: one error that names the file and the field, or the leaf."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, plan_restore
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from tests.storage.checkpoints import DiskFormat, save
+
+ZARR2, ZARR3 = DiskFormat(False, False, False), DiskFormat(False, True, False)
+OCDBT = DiskFormat(True, True, False)
+DEEP = b"[" * 100_000
+NO_JSON = [b"", b"{", b"[]", b"7", b"\xff\xfe", DEEP, b'{"a": 1} tail']
+
+
+def item(tmp_path, disk_format, *, key=False):
+    tree = {"w": np.ones((6, 4), np.float32)} | ({"key": jax.random.key(3)} if key else {})
+    return save(tmp_path / "item", tree, disk_format)
+
+
+def changed(fields, path, value):
+    """Returns JSON with one field, at a path of keys, set to another value."""
+    for name in path[:-1]:
+        fields = fields[name]
+    fields[path[-1]] = value
+
+
+@pytest.mark.parametrize("content", NO_JSON, ids=range(len(NO_JSON)))
+def test_a_tree_that_is_no_json_object_names_its_file(tmp_path, content):
+    path = item(tmp_path, OCDBT)
+    (path / "_METADATA").write_bytes(content)
+
+    with pytest.raises(NotACheckpointError, match="_METADATA cannot be read as the tree"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("tree_metadata",), []),
+        (("tree_metadata", "('w',)"), 3),
+        (("tree_metadata", "('w',)", "key_metadata"), [3]),
+        (("tree_metadata", "('w',)", "key_metadata"), [{"key": 3, "key_type": 2}]),
+        (("tree_metadata", "('w',)", "key_metadata"), [{"key": "\ud800", "key_type": 2}]),
+        (("tree_metadata", "('w',)", "key_metadata"), [{"key": "9" * 5000, "key_type": 1}]),
+        (("tree_metadata", "('w',)", "value_metadata"), None),
+        (("custom_metadata",), [1]),
+    ],
+)
+def test_a_tree_with_a_field_of_another_type_names_the_field(tmp_path, where, value):
+    path = item(tmp_path, OCDBT)
+    fields = json.loads((path / "_METADATA").read_text())
+    changed(fields, where, value)
+    (path / "_METADATA").write_text(json.dumps(fields))
+
+    with pytest.raises(NotACheckpointError, match="_METADATA cannot be read as the tree"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc", "a/../../b", ".", "a//b"])
+def test_a_name_that_leads_out_of_the_checkpoint_is_a_lost_leaf(tmp_path, name):
+    path = item(tmp_path, ZARR2)
+    fields = json.loads((path / "_METADATA").read_text())
+    fields["tree_metadata"]["('w',)"]["key_metadata"][0]["key"] = name
+    (path / "_METADATA").write_text(json.dumps(fields))
+
+    assert "leads out of the checkpoint" in read_metadata(path).lost[(name,)]
+
+
+@pytest.mark.parametrize("content", [*NO_JSON, b"{}"], ids=range(len(NO_JSON) + 1))
+@pytest.mark.parametrize("disk_format", [ZARR2, ZARR3], ids=str)
+def test_array_metadata_that_is_none_is_a_lost_leaf(tmp_path, disk_format, content):
+    path = item(tmp_path, disk_format)
+    name = "zarr.json" if disk_format.zarr3 else ".zarray"
+    (path / "w" / name).write_bytes(content)
+
+    assert f"w/{name} in {path} is damaged" in read_metadata(path).lost[("w",)]
+    with pytest.raises(UnreadableLeafError):
+        plan_restore(path, {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32)}, policy="warn").check()
+
+
+ZARR2_FIELDS = [
+    (("shape",), value)
+    for value in (None, 7, [-1, 4], [6.0, 4], ["6", 4], [True, 4], [1 << 70, 4], [6], [1] * 99)
+] + [
+    (("chunks",), value) for value in (None, [0, 4], [-6, 4], [6], [6, 4, 1])
+] + [
+    (("dtype",), value) for value in (None, 7, "<q9", "|O", "<U8", [["a", "<f4"]], "nonsense")
+] + [
+    (("compressor",), 7), (("dimension_separator",), "/../../outside/"), (("dimension_separator",), 7),
+    (("fill_value",), {"a": 1}),
+]  # fmt: skip
+ZARR3_FIELDS = [
+    (("shape",), [-1, 4]), (("node_type",), "group"), (("data_type",), {"name": "x"}),
+    (("codecs",), {"a": 1}),
+    (("codecs",), [1]), (("codecs",), [{}]), (("chunk_grid",), None), (("chunk_grid", "configuration"), 3),
+    (("chunk_grid", "configuration", "chunk_shape"), [0, 4]), (("chunk_key_encoding",), 3),
+    (("chunk_key_encoding",), {"name": "default", "configuration": {"separator": "/../"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("disk_format", "where", "value"),
+    [(ZARR2, *case) for case in ZARR2_FIELDS] + [(ZARR3, *case) for case in ZARR3_FIELDS],
+)
+def test_array_metadata_with_a_wrong_field_is_a_lost_leaf(tmp_path, disk_format, where, value):
+    path = item(tmp_path, disk_format)
+    file = path / "w" / ("zarr.json" if disk_format.zarr3 else ".zarray")
+    fields = json.loads(file.read_text())
+    changed(fields, where, value)
+    file.write_text(json.dumps(fields))
+
+    assert set(read_metadata(path).lost) == {("w",)}
+
+
+def notes(name, impl):
+    """What Orbax notes on one array."""
+    entry = {"param_name": name, "ext_metadata": {"random_key_impl": impl}}
+    return json.dumps({"array_metadatas": [{"array_metadata": entry}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"random_key_impl"',
+        b'["random_key_impl"]',
+        b'{"array_metadatas": [3], "random_key_impl": 1}',
+        notes(3, "rbg"),
+        notes("key", "no"),
+        notes("key", [1]),
+    ],
+    ids=range(6),
+)
+def test_damaged_notes_on_random_keys_name_their_file(tmp_path, content):
+    path = item(tmp_path, OCDBT, key=True)
+    (path / "array_metadatas" / "process_0").write_bytes(content)
+
+    with pytest.raises(NotACheckpointError, match=r"array_metadatas/process_0 cannot be read"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("content", [*NO_JSON, b'{"custom_metadata": 3}', None], ids=range(len(NO_JSON) + 2))
+def test_a_file_that_nothing_depends_on_is_a_warning(tmp_path, content, caplog):
+    path = item(tmp_path, OCDBT)
+    file = path / "_CHECKPOINT_METADATA"
+    file.unlink()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+
+    checkpoint = read_metadata(path)
+
+    assert set(checkpoint.leaves) == {("w",)}
+    assert checkpoint.step_metadata == {}
+    assert b"tail" in (content or b"") or "_CHECKPOINT_METADATA" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "aux",
+    [[3], [{}], [{"path": 3}], [{"path": ["rngs", "key"], "value": "x", "dtype": "uint32", "shape": [2]}],
+     [{"path": ["rngs"], "value": [1], "dtype": "O", "shape": [1], "key_impl": None}],
+     [{"path": ["rngs"], "value": [1], "dtype": "uint32", "shape": [1 << 60], "key_impl": None}],
+     [{"path": ["rngs"], "value": [1, 2], "dtype": "uint32", "shape": [2], "key_impl": "nonsense"}]],
+    ids=range(7),
+)  # fmt: skip
+def test_random_state_of_another_form_in_the_metadata_is_one_clear_error(tmp_path, aux):
+    path = item(tmp_path, OCDBT)
+    fields = json.loads((path / "_METADATA").read_text())
+    fields["custom_metadata"] = {"nnx_aux": aux}
+    (path / "_METADATA").write_text(json.dumps(fields))
+
+    with pytest.raises(NotACheckpointError, match=r"_METADATA cannot be read: the random state .*nnx_aux"):
+        read_metadata(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(tmp_path):
+    path = item(tmp_path, OCDBT)
+    (path / "_METADATA").chmod(0)
+
+    with pytest.raises(NotACheckpointError, match="_METADATA cannot be read: PermissionError"):
+        read_metadata(path)

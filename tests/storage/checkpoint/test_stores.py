@@ -1,0 +1,190 @@
+"""Paths that are URLs, and what stores say when they hand nothing out."""
+
+import logging
+import os
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from flax import nnx
+
+from orbax_nnx_handler import NotACheckpointError, RestoreError, plan_restore, save
+from orbax_nnx_handler.storage.checkpoint import remote_files
+from orbax_nnx_handler.storage.checkpoint.files import List, Read
+from orbax_nnx_handler.storage.checkpoint.locations import absolute, as_path, kvstore_spec, parents_of
+from orbax_nnx_handler.storage.checkpoint.remote_files import RemoteFiles
+from orbax_nnx_handler.storage.checkpoint.store_errors import cannot_read
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/run/1", "s3://bucket/x"])
+def test_a_url_stays_one(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert os.fspath(absolute(url)) == os.fspath(as_path(url)) == url
+    assert [os.fspath(parent) for parent in parents_of(epath.Path("gs://bucket/run/1/x"))] == [
+        "gs://bucket/run/1",
+        "gs://bucket/run",
+        "gs://bucket",
+    ]
+
+
+def test_other_paths_are_those_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert absolute("x") == epath.Path(tmp_path / "x")
+    assert as_path("~/x") == epath.Path("~/x").expanduser()
+    assert as_path(f"file://{tmp_path}/x") == epath.Path(tmp_path / "x")
+
+
+@pytest.mark.parametrize("url", ["http://host/x", "az://container/x", "hf://x/y", "ftp://x"])
+def test_a_scheme_that_nobody_reads_is_one_clear_error(url):
+    with pytest.raises(NotACheckpointError) as raised:
+        plan_restore(url, nnx.State({"w": nnx.Param(jnp.ones(2))}))
+
+    scheme = url.partition("://")[0]
+    assert str(raised.value) == (
+        f"{url} cannot be read: {scheme}:// is not supported.\n"
+        "hint: pass a gs:// or s3:// URL, or copy the checkpoint to a directory of this machine."
+    )
+
+
+def test_the_endpoint_and_the_region_of_the_environment_are_handed_on(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    place = {"driver": "s3", "bucket": "bucket", "path": "run/1/"}
+
+    assert kvstore_spec(epath.Path("s3://bucket/run/1")) == place
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert kvstore_spec(epath.Path("s3://bucket/run/1")) == {**place, "aws_region": "eu-west-1"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
+    assert kvstore_spec(epath.Path("s3://bucket/run/1")) == {
+        **place,
+        "endpoint": "http://minio:9000",
+        "aws_region": "eu-west-1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("s3://bucket/x", "Orbax writes to gs:// and to directories"),
+        ("/run[1]/x", "a directory with '\\[' in its name"),
+    ],
+)
+def test_where_orbax_cannot_write_nothing_is_begun(path, said):
+    with pytest.raises(RestoreError, match=said):
+        save(path, nnx.State({"w": nnx.Param(jnp.ones(2))}))
+
+
+class HttpError(Exception):
+    """As the errors of gcsfs and botocore: of no family but Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (OSError("Forbidden: b/bucket/o"), "the account in use needs storage.objects.list"),
+        (
+            ValueError("PERMISSION_DENIED: Forbidden [http_response_code='403'] [source locations='x.cc:1']"),
+            "the account",
+        ),
+        (
+            HttpError("Anonymous caller does not have storage.objects.list access, 401"),
+            "the store does not know who asks",
+        ),
+        (HttpError("Unable to locate credentials"), "the store does not know who asks"),
+        (HttpError("injected, 503"), "the store did not answer"),
+        (
+            ValueError("ABORTED: All 6 retry attempts failed [http_response_code='503']"),
+            "the store did not answer",
+        ),
+        (TimeoutError("no answer within 60 s"), "the store did not answer"),
+        (ImportError("Please install gcsfs"), "pip install gcsfs"),
+        (HttpError("what nobody expects"), "check the URL"),
+    ],
+    ids=range(9),
+)
+def test_a_store_s_refusal_is_one_sentence_with_a_hint_that_fits(error, hint):
+    message = str(cannot_read("gs://bucket/run/503/_METADATA", error))
+
+    assert message.startswith("gs://bucket/run/503/_METADATA cannot be read: ")
+    assert f"\nhint: {hint}" in message
+    assert "source locations" not in message
+    assert "copy it again" not in message
+
+
+def test_a_step_called_403_is_no_refusal():
+    error = HttpError("cannot parse the answer for bucket/run/403/x")
+
+    assert "the account in use" not in str(cannot_read("gs://bucket/run/403/x", error))
+
+
+class Silent:
+    """An answer that never comes."""
+
+    cancelled = False
+
+    def result(self, **_):
+        raise TimeoutError
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_a_store_that_never_answers_is_given_up_with_words_on_the_way(monkeypatch, caplog):
+    monkeypatch.setattr(remote_files, "TIME_LIMIT_S", 0.0)
+    monkeypatch.setattr(remote_files, "_SAY_SO_AFTER_S", -1.0)
+    silent, files = Silent(), RemoteFiles("gs://bucket/x")
+    clock = iter([0.0, -2.0, -1.5, 5.0])
+    monkeypatch.setattr(remote_files.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(RemoteFiles, "_start", lambda *_: silent)
+
+    with caplog.at_level(logging.WARNING):
+        (answer,) = files.answer([Read("gs://bucket/x/_METADATA")])
+
+    assert isinstance(answer, NotACheckpointError)
+    assert str(answer).startswith("gs://bucket/x/_METADATA cannot be read: TimeoutError: no answer within")
+    assert "still waiting for gs://bucket/x/_METADATA" in caplog.text
+    assert silent.cancelled
+
+
+class Filesystem:
+    """A listing as fsspec gives it, from a cache that is never refreshed."""
+
+    def __init__(self):
+        self.names, self.cached = ["1"], None
+        self.loop = None
+
+    def invalidate_cache(self):
+        self.cached = None
+
+    def _ls(self, _, **__):
+        self.cached = self.cached or [
+            {"name": f"bucket/run/{name}", "type": "directory"} for name in self.names
+        ]
+        return self.cached
+
+
+class Done:
+    def __init__(self, value):
+        self.value = value
+
+    def result(self, **_):
+        return self.value
+
+    def cancel(self):
+        pass
+
+
+def test_a_step_that_was_written_since_is_seen(monkeypatch):
+    filesystem = Filesystem()
+    monkeypatch.setattr(RemoteFiles, "_files", lambda _: filesystem)
+    monkeypatch.setattr(remote_files.asyncio, "run_coroutine_threadsafe", lambda asked, _: Done(asked))
+
+    def steps():
+        (answer,) = RemoteFiles("gs://bucket/run").answer([List("gs://bucket/run")])
+        return list(answer.entries)
+
+    assert steps() == ["1"]
+    filesystem.names.append("2")
+    assert steps() == ["1", "2"]

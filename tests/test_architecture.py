@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,26 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FACADE = {"handler.py", "v1.py", "api.py", "decide.py", "cli.py", "__init__.py"}
 MODULE_LINES = 450
 FUNCTION_LINES = 60
+FOLDER_FILES = 15
+LOCAL_IMPORTS = {
+    (
+        "orbax_nnx_handler.__main__",
+        "orbax_nnx_handler.cli",
+    ),  # An interrupt while JAX is loaded is told in a word.
+    (
+        "orbax_nnx_handler.commands.screen",
+        "orbax_nnx_handler.commands.bars",
+    ),  # A tenth of a second, for `convert` only.
+    ("orbax_nnx_handler.demo", "orbax_nnx_handler.demo.train"),  # Devices are pretended before JAX starts.
+    ("orbax_nnx_handler.demo", "orbax_nnx_handler.demo.walkthrough"),
+}
+"""Modules of ours that are imported inside a function, with the reason: how long a start takes."""
+PUBLIC_TWICE = {"Add", "NNXLinenHandler", "Reshape", "Scale", "Transpose"}
+"""Rules called as the step of a recipe that they are, and the handler of each interface of Orbax."""
+TWICE = {"Arranged", "Block", "Decoder", "Entry", "Leaf", "Part", "Piece", "Read", "Request", "Wanted"}
+"""Names that still mean two things; none may come to them."""
+FULL_FOLDERS = {"storage/checkpoint": 21}
+"""Folders that still hold more files than one can take in; none may grow."""
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
 """Import names that differ from the name of the project that brings them."""
 
@@ -65,6 +86,71 @@ def test_imports_keep_the_direction_that_the_contracts_state():
     ran = subprocess.run([command, "--no-logo"], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def module_of(file: pathlib.Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def modules_imported(tree: ast.AST, known: set[str]) -> set[str]:
+    """Returns our own modules that some code imports: a name that is a module's stands for that module."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & known
+        elif isinstance(node, ast.ImportFrom) and node.module in known:
+            below = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found |= below or {node.module}
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    """Returns what each module imports of the others, imports inside functions and for types included."""
+    known = {module_of(file) for file in MODULES}
+    return {
+        module_of(file): modules_imported(ast.parse(file.read_text()), known) - {module_of(file)}
+        for file in MODULES
+    }
+
+
+def circle_in(edges: dict[str, set[str]]) -> list[str]:
+    """Returns what is left when modules that import none of the others are taken out, again and again."""
+    left = {name: set(others) for name, others in edges.items()}
+    while free := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in free}
+    return sorted(left)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert circle_in(graph()) == []
+
+
+def test_an_import_inside_a_function_is_there_for_the_time_that_a_start_takes():
+    known = {module_of(file) for file in MODULES}
+    found = {
+        (module_of(file), name)
+        for file in MODULES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for name in modules_imported(node, known)
+    }
+
+    assert found == LOCAL_IMPORTS
+
+
+def test_a_folder_holds_no_more_files_than_one_can_take_in():
+    folders = Counter(file.parent.relative_to(PACKAGE).as_posix() for file in MODULES)
+
+    assert {name: count for name, count in folders.items() if count > FOLDER_FILES} == FULL_FOLDERS
+
+
+def test_a_class_name_means_one_thing():
+    trees = [ast.parse(file.read_text()) for file in MODULES]
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+
+    twice = {name for name, count in names.items() if count > 1 and not name.startswith("_")}
+    assert twice == PUBLIC_TWICE | TWICE
 
 
 def rooms_known(file: pathlib.Path) -> set[str]:

@@ -78,7 +78,7 @@ class Cause:
         way: What to change or to pass, initial values left aside.
         filters: NNX filters that select the missing ones among the leaves and no other
             missing leaf; empty where initial values are no way out.
-        may_begin_anew: Whether initial values are a way out for what is missing: it was
+        may_be_initialised: Whether initial values are a way out for what is missing: it was
             never there, or is left behind.
         facts: What the sentence is made of, by name.
     """
@@ -88,7 +88,7 @@ class Cause:
     paths: tuple[Path, ...]
     way: Hint = dataclasses.field(default_factory=Hint)
     filters: tuple[Any, ...] = ()
-    may_begin_anew: bool = False
+    may_be_initialised: bool = False
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     @property

@@ -123,7 +123,7 @@ class Evidence:
 
     @cached_property
     def root(self) -> Tokens:
-        """Where the model sits in the target; told by its optimizer where no name meets a stored one."""
+        """Where the model sits in the target; found by its optimizer where no name meets a stored one."""
         root = self.sides.roots.wanted
         tops = {item.tokens[:1] for item in self.weights.values() if len(item.tokens) > 1}
         moments = [i.tokens for i in self.sides.wanted.values() if i.role == "optimizer"]

@@ -47,19 +47,19 @@ class Explanation:
         return diagnose(self.verdict)
 
     @cached_property
-    def _said(self) -> list[str | Cause | Hint]:
+    def _findings(self) -> list[str | Cause | Hint]:
         return _advice(self.verdict, self.causes)
 
     @property
     def advice(self) -> list[Line]:
         """What probably caused the problems and what to do about them, line by line."""
-        return [_line(item) for item in self._said]
+        return [_line(item) for item in self._findings]
 
     @property
     def hints(self) -> list[Hint]:
         """The ways out, those of single problems first."""
         own = [hint for problem in self.problems for hint in problem.hints]
-        return [*own, *(item for item in self._said if isinstance(item, Hint))]
+        return [*own, *(item for item in self._findings if isinstance(item, Hint))]
 
     def error(self) -> RestoreError | None:
         """Returns the one error that lists every problem, or None."""
@@ -91,21 +91,21 @@ def _advice(verdict: Verdict, causes: Sequence[Cause]) -> list[str | Cause | Hin
         # Until it is decided how to read the checkpoint, whatever is missing may be the other reading's;
         # and what cannot be read may be what is missing.
         return []
-    # What has another name need not begin anew, and the rest of a renamed model may be renamed as well.
+    # What has another name need not be initialised, and the rest of a renamed model may be renamed as well.
     renamed = any(cause.kind == "OtherNames" for cause in causes)
     explained = {path for cause in causes for path in cause.paths}
-    anew = [path for cause in causes if cause.may_begin_anew for path in cause.paths]
+    fresh = [path for cause in causes if cause.may_be_initialised for path in cause.paths]
     rest = [] if renamed or not verdict.restored else _open(verdict, explained)
-    is_other_way = any(cause.may_begin_anew and cause.way.words for cause in causes)
-    said = [
+    is_other_way = any(cause.may_be_initialised and cause.way.words for cause in causes)
+    found = [
         *_closest(verdict, {p for cause in causes if cause.kind != "OtherNames" for p in cause.paths}),
         *_ways(causes),
         *_general(verdict, explained),
-        *_fill(verdict, {*anew, *rest}, "or " if is_other_way else ""),
+        *_fill(verdict, {*fresh, *rest}, "or " if is_other_way else ""),
     ]
-    if any(isinstance(item, Hint) and item.fills for item in said) and _has_no_source(verdict):
-        said.append(_SOURCE)
-    return said
+    if any(isinstance(item, Hint) and item.fills for item in found) and _has_no_source(verdict):
+        found.append(_SOURCE)
+    return found
 
 
 def _ways(causes: Sequence[Cause]) -> Iterable[Cause | Hint]:
@@ -118,7 +118,7 @@ def _ways(causes: Sequence[Cause]) -> Iterable[Cause | Hint]:
 
 
 def _fill(verdict: Verdict, paths: Collection[Path], word: str) -> Iterable[Hint]:
-    """Yields the one policy that fills what may begin anew, and nothing that is merely named otherwise."""
+    """Yields the one policy that fills what may be initialised, and nothing that only has another name."""
     missing = {path for path in _open(verdict, ()) if path in paths}
     filters = selecting(Evidence(verdict=verdict), missing)
     if filters:

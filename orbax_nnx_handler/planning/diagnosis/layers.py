@@ -103,7 +103,7 @@ def _another_number(
         paths=tuple(paths),
         way=Hint(f"restore into a model with {there}."),
         filters=tuple(filters),
-        may_begin_anew=True,
+        may_be_initialised=True,
         facts={"group": group, "stored": stored, "wanted": wanted, "unit": unit},
     )
 

@@ -45,7 +45,7 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
         paths=tuple(lost),
         way=Hint(_weights_alone(evidence)),
         filters=selecting(evidence, lost),
-        may_begin_anew=True,
+        may_be_initialised=True,
         facts={"moments": len(wanted), "weights": len(evidence.weights)},
     )
 
@@ -80,7 +80,7 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
         paths=tuple(lost),
         way=Hint(way),
         filters=selecting(evidence, lost),
-        may_begin_anew=True,
+        may_be_initialised=True,
         facts={
             "stored": tuple(sorted(names)),
             "wanted": tuple(sorted(new | restored)),
@@ -100,12 +100,12 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
         )
         yield Cause(
             kind="OptimizerNested",
-            text=f"the stored optimizer is built otherwise: its moments lie at {there}, the target's at "
-            f"{here}, and which of them belong together no name tells.",
+            text=f"the stored optimizer is structured differently: its moments are at {there}, the target's "
+            f"at {here}, and no name says which of them belong together.",
             paths=tuple(lost),
             way=Hint(_weights_alone(evidence)),
             filters=selecting(evidence, lost),
-            may_begin_anew=True,
+            may_be_initialised=True,
             facts={"stored": there, "wanted": here},
         )
 
@@ -156,7 +156,7 @@ def find_stuck_moments(evidence: Evidence) -> Iterable[Cause]:
             paths=(*missing, *stored),
             way=Hint(rule + _weights_alone(evidence)),
             filters=selecting(evidence, missing),
-            may_begin_anew=True,
+            may_be_initialised=True,
             facts={"reason": reason},
         )
 
@@ -183,7 +183,7 @@ def find_open_factoring(evidence: Evidence) -> Iterable[Cause]:
             text=f"{len(stored)} stored v_row and v_col belong to parameters with two axes of one size, and "
             "T5X does not store which axis it took for the row: optax may call them the other way round.",
             paths=(*missing, *stored),
-            may_begin_anew=True,
+            may_be_initialised=True,
             facts={"moments": len(missing), "stored": len(stored)},
         )
 

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.text.words import counted, listed
 
 
 def find_collections(evidence: Evidence) -> Iterable[Cause]:
-    """Yields collections of which nothing is stored, where it can be told."""
+    """Yields collections of which nothing is stored, where the layout keeps collections apart."""
     stored = {item.collection for item in evidence.stored_weights.values()}
     if not any(path in evidence.restored for path in evidence.weights):
         return
@@ -46,7 +46,7 @@ def find_collections(evidence: Evidence) -> Iterable[Cause]:
                 paths=tuple(paths),
                 way=Hint(f"save it from the Linen program too (a field {collection} of the train state)."),
                 filters=selecting(evidence, paths),
-                may_begin_anew=True,
+                may_be_initialised=True,
                 facts={"collection": collection, "count": len(paths)},
             )
 
@@ -96,7 +96,7 @@ def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
         f"{'this part' if len(names) == 1 else 'these parts'}.",
         paths=paths,
         filters=selecting(evidence, paths),
-        may_begin_anew=True,
+        may_be_initialised=True,
         facts={"names": tuple(names), "complete": len(rest)},
     )
 
@@ -140,7 +140,7 @@ def find_biases(evidence: Evidence) -> Iterable[Cause]:
         paths=explained,
         way=Hint("build the target's with use_bias=False. A bias that begins at zero computes the same."),
         filters=selecting(evidence, explained),
-        may_begin_anew=True,
+        may_be_initialised=True,
         facts={"count": len(paths), "modules": tuple(modules)},
     )
 
@@ -190,7 +190,7 @@ def find_tied(evidence: Evidence) -> Iterable[Cause]:
                 "an output layer of its own begins untrained."
             ),
             filters=selecting(evidence, explained),
-            may_begin_anew=True,
+            may_be_initialised=True,
             facts={"output": output, "embedding": embedding},
         )
 

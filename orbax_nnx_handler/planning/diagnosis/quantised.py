@@ -1,4 +1,4 @@
-"""Weights that are stored as codes with scales beside them, told as the verdict tells them."""
+"""Weights that are stored as codes with scales beside them, found as the verdict finds them."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

@@ -53,8 +53,8 @@ def find_random_layouts(evidence: Evidence) -> Iterable[Cause]:
             renames = [(there, here)]
             yield Cause(
                 kind="RandomLayout",
-                text=f"the checkpoint holds random streams in the layout of another Flax ({there}), and it "
-                f"is open which of them is {here}: it starts anew.",
+                text=f"the checkpoint holds random streams in the layout of another Flax ({there}), and "
+                f"nothing says which of them is {here}: that stream starts afresh.",
                 paths=(path, *sources),
                 way=Hint(f"pass renames={renames!r} to go on with that stream.", {"renames": renames}),
                 facts={"stored": there, "wanted": here},

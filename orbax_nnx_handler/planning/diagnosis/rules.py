@@ -33,7 +33,7 @@ def find_dropped(evidence: Evidence) -> Iterable[Cause]:
             paths=paths,
             way=Hint("take that rule out."),
             filters=selecting(evidence, paths),
-            may_begin_anew=True,
+            may_be_initialised=True,
             facts={"stored": stored, "reason": reason},
         )
 

@@ -1,4 +1,4 @@
-"""Sizes: one dimension behind many mismatches, told by the places it stands at, never by its size."""
+"""Sizes: one dimension behind many mismatches, identified by where it stands, never by its size."""
 
 import dataclasses
 import math

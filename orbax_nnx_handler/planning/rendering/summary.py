@@ -70,13 +70,13 @@ def _bytes(leaves: Iterable[WantedLeaf | StoredLeaf]) -> int:
     return sum(leaf.nbytes for leaf in leaves)
 
 
-BlockKind = Literal[
+ListKind = Literal[
     "restored", "defaulted", "skipped", "dropped", "unexpected", "missing", "filled", "mismatched"
 ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Block:
+class Listing:
     """A titled list of folded rows.
 
     Attributes:
@@ -86,7 +86,7 @@ class Block:
         lines: The folded rows.
     """
 
-    kind: BlockKind
+    kind: ListKind
     title: str
     count: int
     lines: Sequence[Folded]
@@ -122,7 +122,7 @@ class Summary:
     is_good: bool
     counts: str
     checkpoint: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[Listing, ...]
     advice: Sequence[Line]
     share: ByteCounts
 
@@ -190,9 +190,9 @@ def _checkpoint(verdict: Verdict) -> str:
     return f"{verdict.directory} (layout: {verdict.layout}, {stored})"
 
 
-def _blocks(verdict: Verdict, missing: BlockKind, missing_title: str) -> tuple[Block, ...]:
+def _blocks(verdict: Verdict, missing: ListKind, missing_title: str) -> tuple[Listing, ...]:
     skipped = "skipped: stored, but of a part that the target does not ask for"
-    blocks: list[tuple[BlockKind, str, list[Row]]] = [
+    blocks: list[tuple[ListKind, str, list[Row]]] = [
         ("restored", "restored", restored_rows(verdict.restored.values())),
         ("defaulted", "defaulted", defaulted_rows(verdict.defaulted.values())),
         ("skipped", skipped, stored_rows(verdict.skipped.values())),
@@ -202,7 +202,7 @@ def _blocks(verdict: Verdict, missing: BlockKind, missing_title: str) -> tuple[B
         ("mismatched", "mismatched", mismatched_rows(verdict.mismatched.values())),
     ]
     return tuple(
-        Block(kind=kind, title=title, count=len(rows), lines=fold(rows))
+        Listing(kind=kind, title=title, count=len(rows), lines=fold(rows))
         for kind, title, rows in blocks
         if rows
     )

@@ -139,7 +139,8 @@ def test_an_import_inside_a_function_is_there_for_the_time_that_a_start_takes():
 def test_a_folder_holds_no_more_files_than_one_can_take_in():
     folders = Counter(file.parent.relative_to(PACKAGE).as_posix() for file in MODULES)
 
-    assert {name: count for name, count in folders.items() if count > FOLDER_FILES} == FULL_FOLDERS
+    full = {name: count for name, count in folders.items() if count > FULL_FOLDERS.get(name, FOLDER_FILES)}
+    assert full == {}
 
 
 def test_a_class_name_means_one_thing():
@@ -147,7 +148,7 @@ def test_a_class_name_means_one_thing():
     names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
 
     twice = {name for name, count in names.items() if count > 1 and not name.startswith("_")}
-    assert twice == PUBLIC_TWICE | TWICE
+    assert twice <= PUBLIC_TWICE | TWICE
 
 
 def rooms_known(file: pathlib.Path) -> set[str]:

@@ -2,7 +2,7 @@
 
 import html
 
-from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, Listing, Summary
+from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
 from orbax_nnx_handler.planning.text.words import sized
 
 _LIMIT = 200
@@ -24,7 +24,7 @@ def summary_as_html(summary: Summary) -> str:
     )
 
 
-def _table(block: Listing) -> str:
+def _table(block: LeafList) -> str:
     opened = " open" if block.kind in _OPEN else ""
     rows = "".join(map(_row, block.cells(_LIMIT)))
     rest = block.left_out(_LIMIT)

@@ -76,7 +76,7 @@ ListKind = Literal[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Listing:
+class LeafList:
     """A titled list of folded rows.
 
     Attributes:
@@ -122,7 +122,7 @@ class Summary:
     is_good: bool
     counts: str
     checkpoint: str
-    blocks: tuple[Listing, ...]
+    blocks: tuple[LeafList, ...]
     advice: Sequence[Line]
     share: ByteCounts
 
@@ -190,7 +190,7 @@ def _checkpoint(verdict: Verdict) -> str:
     return f"{verdict.directory} (layout: {verdict.layout}, {stored})"
 
 
-def _blocks(verdict: Verdict, missing: ListKind, missing_title: str) -> tuple[Listing, ...]:
+def _blocks(verdict: Verdict, missing: ListKind, missing_title: str) -> tuple[LeafList, ...]:
     skipped = "skipped: stored, but of a part that the target does not ask for"
     blocks: list[tuple[ListKind, str, list[Row]]] = [
         ("restored", "restored", restored_rows(verdict.restored.values())),
@@ -202,7 +202,7 @@ def _blocks(verdict: Verdict, missing: ListKind, missing_title: str) -> tuple[Li
         ("mismatched", "mismatched", mismatched_rows(verdict.mismatched.values())),
     ]
     return tuple(
-        Listing(kind=kind, title=title, count=len(rows), lines=fold(rows))
+        LeafList(kind=kind, title=title, count=len(rows), lines=fold(rows))
         for kind, title, rows in blocks
         if rows
     )

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orbax_nnx_handler.planning.rendering.plain import summary_as_text
-from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, Listing, Summary
+from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
 from orbax_nnx_handler.planning.text.lines import Line, Sentence
 from orbax_nnx_handler.planning.text.words import sized
 
@@ -47,7 +47,7 @@ def _line(line: Line) -> RenderableType:
     return grid
 
 
-def _rows(block: Listing, width: int) -> RenderableType:
+def _rows(block: LeafList, width: int) -> RenderableType:
     """Returns a table where it fits, and two lines for each leaf where it does not."""
     rows = [(f"    {first}", *others) for first, *others in block.cells(_LIMIT)]
     rest = block.left_out(_LIMIT)

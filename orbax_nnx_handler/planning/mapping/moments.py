@@ -356,10 +356,12 @@ class MomentFollower:
         equal ones, optax takes the last.
         """
         own = field[-1] if field else ""
-        names = FACTORED if own in FACTORED else (own,)
-        for name in sorted(names, key=lambda name: name != own):
-            stored = fields.get((*field[:-1], name) if field else field, {})
-            recipe = follow(of_moment(parameter, own), stored, self._shapes, wanted, name, own)
+        made = of_moment(parameter, own)
+        if own not in FACTORED:
+            return follow(made, fields[field], self._shapes, wanted, own)
+        for name in sorted(FACTORED, key=lambda name: name != own):
+            stored = fields.get((*field[:-1], name), {})
+            recipe = follow(made, stored, self._shapes, wanted, name, own)
             if recipe is not None:
                 return recipe
         return None
@@ -382,4 +384,4 @@ class MomentFollower:
 
 def _name(parameter: Path) -> Tokens:
     """Returns the canonical path of a wanted optimizer's parameter, known or not."""
-    return cast(Tokens, parameter[1:] if parameter[:1] == (ORPHAN,) else parameter)
+    return cast(Tokens, parameter[1:] if parameter and parameter[0] == ORPHAN else parameter)

@@ -8,8 +8,9 @@ field is the parameter's.
 """
 
 import dataclasses
+import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -20,13 +21,16 @@ from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
-_CONTAINERS = frozenset(
+_PLAIN_CONTAINERS = frozenset(
     {
-        *("inner_state", "inner_states", "inner_opt_state", "opt_state"),
+        *("inner_state", "inner_opt_state", "opt_state"),
         *("base_optimizer_state", "fast_state", "adv_state", "hessian_fn_state"),
     }
 )
 """Fields of optax's wrappers that hold other states (`optax.transforms`, `optax.contrib`)."""
+
+_LABELLED = "inner_states"
+"""The field of `optax.partition` that holds a state for each label."""
 
 _RECORDS = frozenset({"hyperparams", "hyperparams_states", "skip_state", "measurement", "info"})
 """Fields of optax's states that hold several scalars by name, and no moments."""
@@ -288,17 +292,22 @@ class _Reader:
 
 def _depth(tokens: Tokens, wrappers: Collection[Tokens] = ()) -> int:
     """Returns how many keys at the start of a path are containers."""
-    at = 0
-    for key, label in _kinds(tokens):
-        numbered = at + 1 < len(tokens) and is_number(tokens[at + 1]) and key not in _RECORDS
-        if not (label or _is_container(key) or numbered or tokens[: at + 1] in wrappers):
-            break
+    at, last = 0, len(tokens) - 1
+    while at <= last and (is_number(tokens[at]) or tokens[at] in _PLAIN_CONTAINERS):
         at += 1
-    return at
+    if at > last or not (wrappers or tokens[at] == _LABELLED or (at < last and is_number(tokens[at + 1]))):
+        return at  # Nearly every path.
+    return sum(1 for _ in itertools.takewhile(bool, _are_containers(tokens, wrappers)))
+
+
+def _are_containers(tokens: Tokens, wrappers: Collection[Tokens]) -> Iterator[bool]:
+    for at, (key, label) in enumerate(_kinds(tokens)):
+        numbered = at + 1 < len(tokens) and is_number(tokens[at + 1]) and key not in _RECORDS
+        yield label or numbered or _is_container(key) or tokens[: at + 1] in wrappers
 
 
 def _is_container(key: str) -> bool:
-    return is_number(key) or key in _CONTAINERS
+    return is_number(key) or key in _PLAIN_CONTAINERS or key == _LABELLED
 
 
 def _kinds(place: Tokens) -> Iterable[tuple[str, bool]]:
@@ -308,7 +317,7 @@ def _kinds(place: Tokens) -> Iterable[tuple[str, bool]]:
         labelled = labelled and key != "inner_state"
         yield key, labelled
         # `optax.partition` keeps a masked state under each label; without one, a label is one key.
-        labelled = (key == "inner_states") or (labelled and "inner_state" in place[at + 1 :])
+        labelled = (key == _LABELLED) or (labelled and "inner_state" in place[at + 1 :])
 
 
 def _in_order(place: Tokens) -> list[tuple[bool, int, str]]:

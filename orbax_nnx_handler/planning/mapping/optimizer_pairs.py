@@ -11,7 +11,8 @@ several best pairings. What is the same in all of them is certain; the rest is u
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.mapping.optimizer import OptimizerState
@@ -72,8 +73,8 @@ def pair_states(
         stored: The checkpoint's.
         sources: The stored parameters that each wanted one is made from.
     """
-    needs = [{source for item in state.parameters for source in sources(item)} for state in wanted]
-    pairing = _Pairing(wanted, stored, needs)
+    pairing = _Pairing(wanted, stored, sources)
+    pairing.pair_lone()
     pairing.pair(exact=True)
     # A group of parameters that has grown or shrunk.
     pairing.pair(exact=False)
@@ -84,29 +85,49 @@ class _Pairing:
     """Pairs states round by round; every round with what the ones before it left."""
 
     def __init__(
-        self, wanted: Sequence[OptimizerState], stored: Sequence[OptimizerState], needs: Sequence[set[Path]]
+        self, wanted: Sequence[OptimizerState], stored: Sequence[OptimizerState], sources: Sources
     ) -> None:
-        self.wanted, self.stored, self.needs = wanted, stored, needs
-        everything = {parameter for state in stored for parameter in state.parameters}
-        self.shared = everything & set[Path]().union(*needs)
+        self.wanted, self.stored, self.sources = wanted, stored, sources
         self.labels = {s.label for s in wanted} & {s.label for s in stored} - {()}
         self.pairs: dict[int, int] = {}
         self.undecided: dict[int, tuple[int, ...]] = {}
+
+    @cached_property
+    def needs(self) -> Sequence[frozenset[Path]]:
+        """The stored parameters behind the moments of each wanted state."""
+        return [frozenset(self._needs(state)) for state in self.wanted]
+
+    def _needs(self, state: OptimizerState) -> Iterator[Path]:
+        return (source for parameter in state.parameters for source in self.sources(parameter))
+
+    @cached_property
+    def shared(self) -> frozenset[Path]:
+        """The parameters that moments of both sides are about."""
+        return frozenset[Path]().union(*self.needs) & frozenset[Path]().union(
+            *(s.parameters for s in self.stored)
+        )
+
+    def pair_lone(self) -> None:
+        """Pairs the states whose fields no other state of either side has: most of them, and large ones."""
+        stored = _by_fields(self.stored)
+        for fields, here in _by_fields(self.wanted).items():
+            there = stored.get(fields, [])
+            if len(here) == len(there) == 1 and self._may_be(self.wanted[here[0]], self.stored[there[0]]):
+                self.pairs[here[0]] = there[0]
+
+    def _may_be(self, wanted: OptimizerState, stored: OptimizerState) -> bool:
+        if wanted.label != stored.label and {wanted.label, stored.label} & self.labels:
+            return False  # A label of both sides is its own counterpart.
+        return not wanted.moments or not stored.parameters.isdisjoint(self._needs(wanted))
 
     def pair(self, *, exact: bool) -> None:
         here = [at for at in range(len(self.wanted)) if at not in self.pairs and at not in self.undecided]
         taken = {*self.pairs.values(), *(at for there in self.undecided.values() for at in there)}
         there = [at for at in range(len(self.stored)) if at not in taken]
-        by_fields: dict[object, list[int]] = defaultdict(list)
-        for index, at in enumerate(there):
-            by_fields[self.stored[at].fields].append(index)
+        alike = _by_fields([self.stored[at] for at in there])
         choices = [
-            {
-                index
-                for index in by_fields.get(self.wanted[at].fields, ())
-                if self._fits(at, there[index], exact)
-            }
-            for at in here
+            {at for at in alike.get(self.wanted[it].fields, ()) if self._fits(it, there[at], exact)}
+            for it in here
         ]
         found = align(choices, len(there))
         self.pairs |= {here[left]: there[right] for left, right in found.pairs.items()}
@@ -116,13 +137,13 @@ class _Pairing:
 
     def _fits(self, here: int, there: int, exact: bool) -> bool:
         wanted, stored = self.wanted[here], self.stored[there]
-        if wanted.label != stored.label and {wanted.label, stored.label} & self.labels:
-            # A label of both sides is its own counterpart.
+        if not self._may_be(wanted, stored):
             return False
-        if not wanted.moments:
-            return exact
-        needs, has = self.needs[here] & self.shared, stored.parameters & self.shared
-        return bool(needs & has) and (not exact or not needs ^ has)
+        return (
+            not exact
+            or not wanted.moments
+            or self.needs[here] & self.shared == stored.parameters & self.shared
+        )
 
     def result(self) -> PairedStates:
         pairs = [(self.wanted[here], self.stored[there]) for here, there in self.pairs.items()]
@@ -140,6 +161,13 @@ class _Pairing:
             missing=[state for at, state in enumerate(self.wanted) if at not in known],
             unexpected=[state for at, state in enumerate(self.stored) if at not in used],
         )
+
+
+def _by_fields(states: Sequence[OptimizerState]) -> Mapping[object, list[int]]:
+    found: dict[object, list[int]] = defaultdict(list)
+    for at, state in enumerate(states):
+        found[state.fields].append(at)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

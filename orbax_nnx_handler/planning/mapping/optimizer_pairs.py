@@ -121,12 +121,22 @@ class _Pairing:
         return not wanted.moments or not stored.parameters.isdisjoint(self._needs(wanted))
 
     def pair(self, *, exact: bool) -> None:
-        here = [at for at in range(len(self.wanted)) if at not in self.pairs and at not in self.undecided]
-        taken = {*self.pairs.values(), *(at for there in self.undecided.values() for at in there)}
-        there = [at for at in range(len(self.stored)) if at not in taken]
+        # What is paired already stays in its place: the others are told by what they stand between.
+        here = [at for at in range(len(self.wanted)) if at not in self.undecided]
+        open_to_many = {at for several in self.undecided.values() for at in several}
+        there = [at for at in range(len(self.stored)) if at not in open_to_many]
+        if all(at in self.pairs for at in here):
+            return
+        taken = set(self.pairs.values())
         alike = _by_fields([self.stored[at] for at in there])
         choices = [
-            {at for at in alike.get(self.wanted[it].fields, ()) if self._fits(it, there[at], exact)}
+            {there.index(self.pairs[it])}
+            if it in self.pairs
+            else {
+                at
+                for at in alike.get(self.wanted[it].fields, ())
+                if there[at] not in taken and self._fits(it, there[at], exact)
+            }
             for it in here
         ]
         found = align(choices, len(there))

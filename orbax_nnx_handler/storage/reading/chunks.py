@@ -243,17 +243,20 @@ class _First:
 
 
 def _unpack(encoding: Encoding, targets: Sequence[Destination], content: Content) -> None:
-    is_small = encoding.chunk_nbytes <= _ONE_CALL_BYTES
-    if is_small and isinstance(content, memoryview):
+    only = targets[0] if len(targets) == 1 and takes_bytes(targets[0], encoding) else None
+    if only is not None and only.region != whole(encoding.chunk_shape):
+        only = None
+    if encoding.chunk_nbytes <= _ONE_CALL_BYTES and isinstance(content, memoryview):
         values = decompressor().decompress(content, max_output_size=encoding.chunk_nbytes)
         if len(values) != encoding.chunk_nbytes:
             raise DamagedError(f"unpacks to {len(values)} bytes where a chunk has {encoding.chunk_nbytes}")
+        if only is not None:
+            memory_of(only.view)[:] = values
+            return
         chunk = np.frombuffer(values, encoding.dtype).reshape(encoding.chunk_shape)
         for target in targets:
             target.put(chunk[slices(target.region)])
-        return
-    only = targets[0] if len(targets) == 1 else None
-    if only is not None and only.region == whole(encoding.chunk_shape) and takes_bytes(only, encoding):
+    elif only is not None:
         Zstd(content).read_into(memory_of(only.view))
     else:
         scatter(Zstd(content), encoding, targets)

@@ -46,7 +46,8 @@ class Destination:
         Raises:
             LostValueError: A value does not fit the wanted dtype.
         """
-        put(self.view, np.broadcast_to(values, self.view.shape), self.steps)
+        spread = values if values.shape == self.view.shape else np.broadcast_to(values, self.view.shape)
+        put(self.view, spread, self.steps)
 
     def part(self, region: Region, inside: tuple[slice, ...]) -> "Destination":
         """Returns the destination of a part of the rectangle.

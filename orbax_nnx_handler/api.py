@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target.target import flatten_like, flatten_target, refuse_empty
 from orbax_nnx_handler.storage.checkpoint.files import Files
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.locations import absolute, as_path
+from orbax_nnx_handler.storage.checkpoint.locations import absolute, as_path, check_writable
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.checkpoint.stores import files_at
 from orbax_nnx_handler.storage.gc_pause import paused_collection
@@ -146,13 +146,17 @@ def save(
 
     Raises:
         RuleError: A rule or a step of the plan cannot be undone.
-        ValueError: Two leaves would be stored at one path, the step is beyond int32, the plan is of
-            another item, or something is at `path` already and `force` is not set.
+        DtypeMismatchError: The step is beyond int32, in which a Linen program counts.
+        RestoreError: Orbax cannot write there (`s3://`, a name with `[`).
+        ValueError: Two leaves would be stored at one path, the plan is of another item, or something
+            is at `path` already and `force` is not set.
     """
+    destination = absolute(path)
+    check_writable(destination)
     arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx, renames)
     opened: Any = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with opened as checkpointer:
-        checkpointer.save(absolute(path), args=arguments, force=force)
+        checkpointer.save(destination, args=arguments, force=force)
 
 
 def to_linen(

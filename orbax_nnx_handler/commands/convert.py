@@ -38,6 +38,7 @@ from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.locations import absolute
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.fitted import fit, in_linen, in_nnx
 from orbax_nnx_handler.storage.converting.leaves import (
@@ -116,7 +117,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         RestoreError: The source cannot become what is asked for.
     """
     _check(arguments)
-    check_free(epath.Path(arguments.dst))
+    check_free(absolute(arguments.dst))
     checkpoint = read_metadata(find_item(arguments.src, arguments.item))
     find = _rearranged if arguments.target is None else _fitted
     request = find(checkpoint, arguments)

@@ -14,6 +14,8 @@ from orbax_nnx_handler.planning.layouts.layout import (
     Placement,
     Section,
     Stored,
+    has_subtree,
+    tops,
 )
 
 AUX = "nnx_aux"
@@ -113,13 +115,24 @@ def _has_params(stored: Stored, owner: Path) -> bool:
 
 
 def _is_train_state(stored: Stored) -> bool:
+    if _holds_no_params(stored):
+        return has_subtree(stored, "opt_state") and len(tops(stored) - _TRAIN_STATE_KEYS) > 0
     owners = owners_of(stored)
     return bool(owners) and not _is_variables(stored)
 
 
 def _is_variables(stored: Stored) -> bool:
-    firsts = {str(path[0]) for path in stored if path}
-    return _has_params(stored, ()) and not _TRAIN_STATE_KEYS & firsts
+    if _holds_no_params(stored):
+        return bool(_WITHOUT_PARAMS & tops(stored))
+    return _has_params(stored, ()) and not _TRAIN_STATE_KEYS & tops(stored)
+
+
+_WITHOUT_PARAMS = frozenset({AUX, "batch_stats", "LoRAParam"})
+"""What tells collections from modules where a state without `nnx.Param` was saved (adapters, statistics)."""
+
+
+def _holds_no_params(stored: Stored) -> bool:
+    return not any("params" in path for path in stored)
 
 
 def _is_maxtext(stored: Stored) -> bool:

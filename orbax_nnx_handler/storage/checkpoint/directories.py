@@ -28,6 +28,7 @@ _BEGINNINGS = (b"PK\x03\x04", b"PK\x05\x06")
 _FLAX_FILE = re.compile(r"checkpoint_[0-9]+")
 _STEP = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>[0-9]{1,18})")
 _PROCESS_PART = re.compile(r"ocdbt\.process_[0-9]+")
+_WORKING = re.compile(r".+\.converting-[0-9]+")
 _ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
 # How many folders are looked into to see whether they hold an array; behind a network each costs a request.
 _PROBED, _PROBED_REMOTE = 64, 4
@@ -104,7 +105,7 @@ def _array_folders(path: epath.Path, files: Files) -> list[epath.Path]:
 
 def items_of(step: epath.Path, files: Files) -> list[epath.Path]:
     """Returns the finished items of a step that hold a stored tree, by name."""
-    folders = [child for child in files.folders(step) if UNFINISHED not in child.name]
+    folders = [child for child in files.folders(step) if not is_temporary(child.name)]
     if files.remote:
         # A step has few items, each with a file that tells; a directory of thousands is none.
         folders = folders[: 2 * _PROBED_REMOTE]
@@ -176,7 +177,17 @@ def is_root(path: epath.Path, files: Files) -> bool:
 
 def is_unfinished(path: epath.Path) -> bool:
     """Tells from its name whether a path lies in a save that was never finished."""
-    return is_unfinished_archive(path) or any(UNFINISHED in part for part in path.parts)
+    return is_unfinished_archive(path) or any(map(is_temporary, path.parts))
+
+
+def is_temporary(name: str) -> bool:
+    """Tells whether a name is Orbax's, or this library's, for what is still being written."""
+    return UNFINISHED in name or _WORKING.fullmatch(name) is not None
+
+
+def working_name(name: str) -> str:
+    """Returns the name of the directory in which this process writes what will have a name."""
+    return f"{name}.converting-{os.getpid()}"
 
 
 def is_flax_file(path: epath.Path, files: Files) -> bool:

@@ -5,7 +5,8 @@ from typing import Any
 
 from etils import epath
 
-from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.planning.core.causes import Hint
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError, RestoreError
 
 _SCHEMES = ("gs", "s3")
 _FILE = "file://"
@@ -42,6 +43,26 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """Returns an absolute path; a URL is one. `epath` would put it below the working directory."""
     found = as_path(path)
     return found if is_url(found) else found.absolute()
+
+
+def check_writable(path: epath.Path) -> None:
+    """Raises where Orbax could not write a checkpoint, or would write one that nobody can read.
+
+    Raises:
+        RestoreError: Says what is the matter with the path.
+    """
+    text = os.fspath(path)
+    if text.startswith("s3://"):
+        raise RestoreError(
+            f"{text} cannot be written: Orbax writes to gs:// and to directories of this machine.",
+            hints=[Hint("write to a local directory, and copy it there: aws s3 cp --recursive LOCAL URL.")],
+        )
+    if "[" in text:
+        # It looks for its parts by a pattern, in which brackets have a meaning, and finds none.
+        raise RestoreError(
+            f"{text} cannot be written: Orbax would store nothing below a directory with '[' in its name.",
+            hints=[Hint("choose a path without '['.")],
+        )
 
 
 def parents_of(path: epath.Path) -> list[epath.Path]:

@@ -30,8 +30,13 @@ from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.storage.checkpoint import npz, stores
 from orbax_nnx_handler.storage.checkpoint.catalog import MANIFEST
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
-from orbax_nnx_handler.storage.checkpoint.commits import STEP_FILE, commit_questions, was_interrupted
-from orbax_nnx_handler.storage.checkpoint.directories import is_archive, is_item, is_unfinished
+from orbax_nnx_handler.storage.checkpoint.commits import (
+    STEP_FILE,
+    UNFINISHED,
+    commit_questions,
+    was_interrupted,
+)
+from orbax_nnx_handler.storage.checkpoint.directories import is_archive, is_item
 from orbax_nnx_handler.storage.checkpoint.fields import (
     FieldError,
     object_of,
@@ -152,7 +157,7 @@ def read_metadata(directory: epath.PathLike, files: Files | None = None) -> Chec
 
 
 def _read(directory: epath.Path, files: Files) -> Checkpoint:
-    if not files.exists(directory) or is_unfinished(directory):
+    if not files.exists(directory) or any(UNFINISHED in part for part in directory.parts):
         raise no_checkpoint(directory, files)
     _ask(files, [directory])
     _check_was_finished(directory, files)

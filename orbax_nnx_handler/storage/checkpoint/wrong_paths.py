@@ -12,18 +12,20 @@ from etils import epath
 
 from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.storage.checkpoint.commits import COMMIT_FILE, STEP_FILE, UNFINISHED, lacks_commit
+from orbax_nnx_handler.storage.checkpoint.commits import COMMIT_FILE, STEP_FILE, lacks_commit
 from orbax_nnx_handler.storage.checkpoint.directories import (
     archives_in,
     holds_tree,
     is_archive,
     is_item,
     is_root,
+    is_temporary,
     is_unfinished,
     is_unfinished_archive,
     items_of,
     newest_in,
     prefixes_of,
+    step_names,
     steps_of,
 )
 from orbax_nnx_handler.storage.checkpoint.files import Files
@@ -43,7 +45,7 @@ def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:
         return _refusal(f"there is nothing at {path}.", _hint(_instead_of, path, files))
     if is_unfinished(path):
         return interrupted(path, files)
-    unfinished = [name for name in files.entries(path) if UNFINISHED in name]
+    unfinished = _unfinished_in(path, files)
     if unfinished:
         saves = "a save that was interrupted" if len(unfinished) == 1 else "saves that were interrupted"
         hint = _hint(_finished_near, path, files)
@@ -54,6 +56,16 @@ def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:
         what = "a file" if files.is_file(path) else "no file and no directory"
         return _refusal(f"{path} is {what}.", _hint(_around, path, files))
     return _of_folder(path, files)
+
+
+def _unfinished_in(path: epath.Path, files: Files) -> list[str]:
+    """Returns what interrupted saves left in a directory; steps without a mark only where none has one."""
+    entries = files.entries(path)
+    temporary = [name for name in entries if is_temporary(name)]
+    if temporary or steps_of(path, files):
+        return temporary
+    steps = [path / name for name in step_names(entries).values() if entries[name].kind == "folder"]
+    return [step.name for step in steps[-_SHOWN:] if lacks_commit(step, files)]
 
 
 def _refusal(what: str, hint: Hint) -> NotACheckpointError:
@@ -134,7 +146,7 @@ def _finished_near(path: epath.Path, files: Files) -> Hint:
         archives = newest_in(path.parent, files)
         newest = _listed(map(str, archives))
         return _pass(archives[0], f"the newest finished one is {newest}.") if archives else _NONE_FINISHED
-    root = next((part.parent for part in (path, *path.parents) if UNFINISHED in part.name), path)
+    root = next((part.parent for part in (path, *path.parents) if is_temporary(part.name)), path)
     # An unfinished item lies in a step; what lies beside that is one too if it is called the same.
     places = [root, *parents_of(root)[:1]]
     files.look_into(places)
@@ -198,9 +210,10 @@ def _undamaged_near(path: epath.Path, files: Files) -> Hint:
     roots = parents_of(item)[:2]
     files.look_into(roots)
     for step, root in zip((item, item.parent), roots, strict=False):
-        steps = {at: child for at, child in steps_of(root, files).items() if child != step}
-        if steps:
-            return _newest_of(root, steps, before="copy it again, or restore another step: ")
+        steps = steps_of(root, files)
+        others = {at: child for at, child in steps.items() if child != step}
+        if others and step in steps.values():
+            return _newest_of(root, others, before="copy it again, or restore another step: ")
     return Hint("copy it again from where it was written: a file is truncated, or was not copied.")
 
 
@@ -213,7 +226,8 @@ def _below(path: epath.Path, files: Files) -> Hint | None:
     most = _LOOKED_AT_REMOTE if files.remote else _LOOKED_AT
     folders = [path]
     for _ in range(_DEPTH_REMOTE if files.remote else _DEPTH):
-        folders = [child for folder in folders for child in files.folders(folder)][:most]
+        folders = [child for folder in folders for child in files.folders(folder)]
+        folders = [child for child in folders if not is_temporary(child.name)][:most]
         files.look_into(folders)
         # An item's own `ocdbt.process_0` ends in a number as a step does.
         roots = [child for child in folders if is_root(child, files)]

@@ -6,7 +6,8 @@ Orbax does the rest of the save: tree, merge and commit.
 import asyncio
 import contextlib
 import dataclasses
-import os
+import shutil
+import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 
@@ -23,8 +24,9 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.core.regions import slices
 from orbax_nnx_handler.planning.text.folding import Row
 from orbax_nnx_handler.planning.text.lines import aligned
-from orbax_nnx_handler.storage.checkpoint.directories import is_item
-from orbax_nnx_handler.storage.checkpoint.locations import absolute, parents_of
+from orbax_nnx_handler.storage.checkpoint.commits import COMMIT_FILE
+from orbax_nnx_handler.storage.checkpoint.directories import is_item, working_name
+from orbax_nnx_handler.storage.checkpoint.locations import absolute, check_writable, is_url, parents_of
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.checkpoint.stores import files_at
 from orbax_nnx_handler.storage.converting.blocks import Block, block_shape, by_source, read_blocks
@@ -33,6 +35,8 @@ from orbax_nnx_handler.storage.converting.memory import window_of
 from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading import Job, read_arrays
 
+# How often and at what distance a directory that is to go is looked at.
+_CLEARINGS, _CLEARING_S, _TIMES_ABSENT = 50, 0.02, 3
 # How many directories above a destination might be an item that would be changed.
 _LOOKED_AT = 3
 
@@ -180,8 +184,9 @@ def check_free(destination: epath.Path) -> None:
     """Raises where a destination is taken.
 
     Raises:
-        RestoreError: Names it.
+        RestoreError: Names it, or says why nothing can be written to it.
     """
+    check_writable(destination)
     files = files_at(destination)
     if files.exists(destination):
         raise RestoreError(f"there is something at {destination} already; nothing is overwritten.")
@@ -209,27 +214,53 @@ def _writing(destination: epath.Path) -> Generator[None]:
         ) from error
 
 
+def _appearing(destination: epath.Path) -> contextlib.AbstractContextManager[epath.Path]:
+    """Gives a directory to write to, which is the destination at the end, or goes."""
+    check_free(destination)
+    return _committed(destination) if is_url(destination) else _renamed(destination)
+
+
 @contextlib.contextmanager
-def _appearing(destination: epath.Path) -> Generator[epath.Path]:
-    """Gives a directory that takes the destination's name at the end, or goes.
+def _committed(destination: epath.Path) -> Generator[epath.Path]:
+    """Writes in place: until the commit file is there, no reader takes it for a checkpoint."""
+    try:
+        yield destination
+    except BaseException:
+        with contextlib.suppress(Exception):
+            (destination / COMMIT_FILE).unlink(missing_ok=True)
+            destination.rmtree(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _renamed(destination: epath.Path) -> Generator[epath.Path]:
+    """Writes in a directory of this process's own beside the destination.
 
     Directories above the destination that do not exist yet appear with it: an empty
     `new/1200` would be a finished step to a manager.
     """
-    check_free(destination)
     top = destination
     while not top.parent.exists():
         top = top.parent
-    unfinished = top.parent / f"{top.name}.converting-{os.getpid()}"
+    work = top.parent / working_name(top.name)
     try:
-        inside = unfinished / destination.relative_to(top)
+        inside = work / destination.relative_to(top.parent)
         inside.parent.mkdir(parents=True, exist_ok=True)
         yield inside
-        unfinished.rename(top)
+        (work / top.name).rename(top)
     finally:
-        # Orbax writes to a sibling too, which an interrupt leaves behind.
-        for left in [*top.parent.glob(f"{unfinished.name}*")]:
-            left.rmtree()
+        _clear(work)
+
+
+def _clear(directory: epath.Path) -> None:
+    """Removes a directory into which threads of an interrupted save may still write."""
+    absent = 0
+    for _ in range(_CLEARINGS):
+        absent = 0 if directory.exists() else absent + 1
+        if absent == _TIMES_ABSENT:
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(_CLEARING_S)
 
 
 def _save(conversion: Conversion, writer: BlockWriter, directory: epath.Path) -> None:

@@ -34,8 +34,8 @@ class Arranged:
         leaves: The leaves by stored path.
         empty: Nodes that hold nothing, such as the empty states of an optax chain, by stored path.
         random: Random state that a Linen program would not store and whose
-            structure check it would fail, by path below `nnx_aux`; empty for
-            MaxText, which stores it in the tree.
+            structure check it would fail, by path below `nnx_aux`; empty where it is
+            stored in the tree, for MaxText and where there is nothing else.
         certain: Whether the optimizer's empty states are known, and with them the
             lengths of its lists. A bare `nnx.State` does not tell.
     """
@@ -72,11 +72,10 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
     if tx is not None and parts.opt_state is not None:
         parts = dataclasses.replace(parts, opt_state=with_containers(parts.opt_state, tx, parts.model))
     placed = dict(_without_collisions(_places(parts, flavour)))
-    random = {
-        at: leaf
-        for at, leaf in placed.items()
-        if flavour == "linen" and at[0] == AUX and isinstance(leaf.node, nnx.RngState)
-    }
+    random = {at: leaf for at, leaf in placed.items() if at[0] == AUX and isinstance(leaf.node, nnx.RngState)}
+    if flavour == "maxtext" or len(random) == len(placed):
+        # MaxText keeps random state in the tree; and a tree without a leaf is none to Orbax.
+        random = {}
     kept = {at: leaf for at, leaf in placed.items() if at not in random}
     values = {at: leaf.value for at, leaf in kept.items()}
     return Arranged(

@@ -65,8 +65,13 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
         model_key: The key under which the model sits where nothing else tells.
 
     Raises:
-        ValueError: The item holds more than one optimizer.
+        ValueError: The item holds more than one optimizer, or is a lone Variable.
     """
+    if isinstance(item, nnx.Variable):
+        raise ValueError(
+            f"a lone {type(cast(Any, item)).__name__} has no name to be stored under.\n"
+            "hint: put it into a dict: {'name': variable}."
+        )
     optimizers = dict(_optimizers(item))
     if len(optimizers) > 1:
         listed = ", ".join(render(path) for path in optimizers)

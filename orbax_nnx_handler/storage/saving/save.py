@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from orbax_nnx_handler.planning.core.containers import tree_of
+from orbax_nnx_handler.planning.core.errors import DtypeMismatchError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
@@ -125,7 +126,8 @@ def linen_save(
 
     Raises:
         RuleError: See `plan_save`.
-        ValueError: See `plan_save` and `add_leftovers`; the step is beyond int32.
+        DtypeMismatchError: The step is beyond int32.
+        ValueError: See `plan_save` and `add_leftovers`.
     """
     if not is_nnx(given.item):
         return given
@@ -162,7 +164,8 @@ def _check_step(plan: SavePlan) -> None:
         step = step.addressable_data(0)
     largest = int(np.max(np.asarray(step), initial=0))
     if largest > _MAX_STEP:
-        raise ValueError(
+        raise DtypeMismatchError(
             f"step {largest} cannot be saved: a Linen program counts steps in int32, up to {_MAX_STEP}.\n"
-            "hint: count from a smaller number: optimizer.step.set_value(jnp.uint32(0))."
+            "hint: count from a smaller number: optimizer.step.set_value(jnp.uint32(0)).",
+            paths=[leaf.like],
         )

@@ -77,7 +77,7 @@ def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves
         RuleError: What was done to a leaf cannot be undone.
         ValueError: The plan is of another item.
     """
-    restored = {path: item for path, item in plan.restored.items() if not _is_random(item.wanted)}
+    restored = {path: item for path, item in plan.restored.items() if not _is_kept_apart(item.wanted)}
     shapes = {leaf.like: leaf.shape for leaf in leaves.values()}
     strange = [path for path, item in restored.items() if shapes.get(path) != item.wanted.shape]
     if strange:
@@ -96,8 +96,8 @@ def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves
     by_item = {leaf.like: leaf for leaf in leaves.values()}
     for at, way in ways.items():
         source = by_item[reads(way)[0]]
-        is_count = restored[source.like].cast == "count"
-        dtype = restored[source.like].stored_dtype if is_count else source.dtype
+        origin = restored[source.like]
+        dtype = origin.stored_dtype if origin.cast in ("count", "integer") else source.dtype
         shape = shape_of(way, shapes)
         written[at] = dataclasses.replace(source, recipe=way, shape=shape, dtype=dtype)
     for at, dropped in plan.dropped.items():
@@ -108,8 +108,9 @@ def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves
     return written, _moved(empty, leaves, written)
 
 
-def _is_random(leaf: WantedLeaf) -> bool:
-    return leaf.kind is not None and issubclass(leaf.kind, nnx.RngState)
+def _is_kept_apart(leaf: WantedLeaf) -> bool:
+    """Tells what a save has its own way with: random state, and what a program computes again."""
+    return leaf.kind is not None and issubclass(leaf.kind, nnx.RngState | nnx.Cache | nnx.Intermediate)
 
 
 def _moved(empty: Empty, before: Leaves, after: Leaves) -> Empty:

@@ -306,6 +306,20 @@ def test_a_leaf_inside_another_leaf_is_refused_in_either_order() -> None:
             to_linen_tree(nnx.from_flat_state(order))
 
 
+def test_random_state_alone_is_stored_in_the_tree() -> None:
+    state = nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+
+    assert paths(to_linen_tree(state)) == {"nnx_aux/model/rngs/count", "nnx_aux/model/rngs/key"}
+    assert not arrange(state).random
+
+
+def test_a_lone_variable_is_refused_and_what_the_hint_says_works() -> None:
+    with pytest.raises(ValueError, match="a lone Param has no name to be stored under"):
+        to_linen_tree(nnx.Param(jnp.ones(2)))
+
+    assert paths(to_linen_tree({"name": nnx.Param(jnp.ones(2))})) == {"params/name"}
+
+
 def test_two_optimizers_are_refused() -> None:
     model = net()
 

@@ -1,0 +1,42 @@
+"""A bucket that lies in a local directory and counts what it is asked."""
+
+import os
+
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.storage.checkpoint.files import Files, List, Listing, Sizes
+from orbax_nnx_handler.storage.checkpoint.local_files import LocalFiles
+
+
+class FakeBucket:
+    """Answers for URLs of one bucket; a call is one trip, and each question one request.
+
+    As in a bucket, an empty directory is not there.
+    """
+
+    remote = True
+
+    def __init__(self, directory, bucket="gs://bucket", forbidden=()):
+        self.directory, self.bucket, self.forbidden = os.fspath(directory), bucket, forbidden
+        self.trips, self.requests, self.asked = 0, 0, []
+
+    def answer(self, questions):
+        self.trips += 1
+        self.requests += len(questions)
+        self.asked += questions
+        assert all(question.path.startswith(self.bucket) for question in questions)
+        return [self._answer(question) for question in questions]
+
+    def _answer(self, question):
+        if any(part in question.path for part in self.forbidden):
+            return NotACheckpointError(f"{question.path} cannot be read: 403")
+        local = question._replace(path=question.path.replace(self.bucket, self.directory))
+        if isinstance(question, Sizes | List) or os.path.isfile(local.path):  # noqa: PTH113
+            (answer,) = LocalFiles().answer([local])
+            return None if isinstance(answer, Listing) and answer == Listing(kind="folder") else answer
+        return None
+
+
+def files_of(directory, **options):
+    """Returns files that ask a fake bucket, and the bucket."""
+    bucket = FakeBucket(directory, **options)
+    return Files(bucket), bucket

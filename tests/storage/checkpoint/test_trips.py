@@ -1,0 +1,133 @@
+"""How often a store is asked before a verdict, and how many of the questions wait for an answer."""
+
+import shutil
+
+import numpy as np
+import pytest
+from etils import epath
+
+from orbax_nnx_handler import NotACheckpointError
+from orbax_nnx_handler.storage.checkpoint.files import Sizes
+from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from tests.storage.checkpoint.fake_store import files_of
+from tests.storage.checkpoints import DiskFormat, save
+
+OCDBT, ZARR = DiskFormat(True, True, True), DiskFormat(False, False, True)
+
+
+def weights(count):
+    return {"params": {f"layer_{at}": np.full((2, 2), at, np.float32) for at in range(count)}}
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """A root with forty steps, an item of many leaves, and one with a directory per leaf."""
+    folder = tmp_path_factory.mktemp("bucket")
+    save(folder / "run" / "1" / "default", weights(3), OCDBT)
+    (folder / "run" / "1" / "metrics").mkdir()
+    (folder / "run" / "1" / "metrics" / "metrics").write_text("{}")
+    (folder / "run" / "1" / "commit_success.txt").touch()
+    for step in range(2, 41):
+        shutil.copytree(folder / "run" / "1", folder / "run" / str(step))
+    save(folder / "many", weights(600), OCDBT)
+    save(folder / "zarr", weights(30), ZARR)
+    (folder / "logs").mkdir()
+    (folder / "logs" / "log.txt").touch()
+    return folder
+
+
+def look(folder, path, **options):
+    files, bucket = files_of(folder, **options)
+    directory = find_item(f"gs://bucket/{path}", files=files)
+    return read_metadata(directory, files), bucket
+
+
+@pytest.mark.parametrize(
+    ("path", "leaves", "requests", "trips"),
+    [
+        ("run/7/default", 3, 15, 5),
+        ("many", 600, 15, 5),
+        ("run/7", 3, 16, 6),
+        ("run", 3, 20, 8),
+        ("zarr", 30, 15 + 30, 5),
+    ],
+)
+def test_a_verdict_takes_few_requests_and_few_trips(bucket, path, leaves, requests, trips):
+    checkpoint, asked = look(bucket, path)
+
+    assert len(checkpoint.leaves) == leaves
+    assert asked.requests <= requests
+    assert asked.trips <= trips
+
+
+def test_of_a_root_the_newest_step_is_taken_and_no_other_is_looked_into(bucket):
+    checkpoint, asked = look(bucket, "run")
+
+    assert str(checkpoint.directory) == "gs://bucket/run/40/default"
+    assert not [question for question in asked.asked if "/39" in question.path]
+
+
+def test_a_newest_step_without_its_mark_leads_to_the_one_before(bucket, tmp_path):
+    shutil.copytree(bucket / "run", tmp_path / "run")
+    (tmp_path / "run" / "40" / "commit_success.txt").unlink()
+
+    checkpoint, asked = look(tmp_path, "run")
+
+    assert str(checkpoint.directory) == "gs://bucket/run/39/default"
+    assert asked.requests <= 22
+
+
+@pytest.mark.parametrize(
+    "path", ["logs", "typo", "run/99", "run/7/deflt", "many/params/x", "no/such/run", "run/7/metrics"]
+)
+def test_a_wrong_path_is_explained_in_few_requests_and_never_above_the_bucket(bucket, path):
+    files, asked = files_of(bucket)
+
+    with pytest.raises(NotACheckpointError):
+        find_item(f"gs://bucket/{path}", files=files)
+
+    assert asked.requests <= 20
+    assert {question.path for question in asked.asked} >= {f"gs://bucket/{path}"}
+
+
+def test_a_hint_is_a_url(bucket):
+    files, _ = files_of(bucket)
+
+    with pytest.raises(NotACheckpointError) as raised:
+        find_item("gs://bucket/run/99", files=files)
+
+    assert str(raised.value) == (
+        "there is nothing at gs://bucket/run/99.\n"
+        "hint: gs://bucket/run holds the steps 33, 34, 35, 36, 37, 38, 39, 40 and 32 older ones."
+    )
+
+
+def test_what_the_store_refuses_near_a_wrong_path_does_not_hide_what_is_wrong(bucket):
+    files, _ = files_of(bucket, forbidden=("gs://bucket/run",))
+
+    with pytest.raises(NotACheckpointError, match="gs://bucket/run cannot be read: 403"):
+        find_item("gs://bucket/run", files=files)
+    with pytest.raises(NotACheckpointError, match=r"there is nothing at gs://bucket/typo/x"):
+        find_item("gs://bucket/typo/x", files=files)
+
+
+def test_a_step_file_that_cannot_be_read_is_done_without(bucket):
+    checkpoint, _ = look(bucket, "run/7/default", forbidden=("_CHECKPOINT_METADATA",))
+
+    assert len(checkpoint.leaves) == 3
+
+
+def test_files_are_listed_with_their_sizes_only_where_there_is_a_database(bucket):
+    _, asked = look(bucket, "zarr")
+
+    assert not [question for question in asked.asked if isinstance(question, Sizes)]
+
+
+def test_a_question_is_asked_once(bucket):
+    files, asked = files_of(bucket)
+    for _ in range(3):
+        assert files.exists(epath.Path("gs://bucket/run"))
+        assert not files.exists(epath.Path("gs://bucket/run/99"))
+
+    assert asked.requests == 2

@@ -1,0 +1,223 @@
+"""A save that was not finished is refused from every path that leads to it; its leftovers are no steps."""
+
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+from orbax.checkpoint import path as ocp_path
+
+from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, restore
+from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from tests.storage.checkpoint.fake_store import files_of
+from tests.storage.checkpoints import DiskFormat, save
+
+FILES = DiskFormat(False, False, False)
+TREE = {"a": np.full((3,), 1.0, np.float32), "b": np.full((3,), 2.0, np.float32)}
+TARGET = {name: jax.ShapeDtypeStruct((3,), jnp.float32) for name in TREE}
+
+
+def manager_root(root, steps=(1,)):
+    """Saves with commit files on a local disk, as a store without renames has them."""
+    options = ocp.CheckpointManagerOptions(temporary_path_class=ocp_path.atomicity.CommitFileTemporaryPath)
+    with ocp.CheckpointManager(root, options=options) as manager:
+        for step in steps:
+            manager.save(step, args=ocp.args.PyTreeSave(TREE))
+    return root
+
+
+def uncommitted(root, step=1):
+    """Takes away what an interrupted save has not written yet: the marks of step and item."""
+    for file in (root / str(step)).rglob("commit_success.txt"):
+        file.unlink()
+    file = root / str(step) / "_CHECKPOINT_METADATA"
+    text = file.read_text()
+    value = text.partition('"commit_timestamp_nsecs": ')[2].partition(",")[0].partition("}")[0]
+    file.write_text(text.replace(f'"commit_timestamp_nsecs": {value}', '"commit_timestamp_nsecs": null'))
+    return root
+
+
+@pytest.mark.parametrize("path", ["", "1", "1/default"])
+def test_a_save_without_its_mark_is_refused_from_root_step_and_item(tmp_path, path):
+    root = uncommitted(manager_root(tmp_path / "run"))
+
+    with pytest.raises(NotACheckpointError) as raised:
+        restore(root / path, TARGET)
+
+    message = str(raised.value)
+    assert "default is an item" not in message
+    if path:
+        assert message == (
+            f"{root / '1'} is a save that was interrupted: it has no commit_success.txt.\n"
+            "hint: no finished step lies beside it: the job has to save again."
+        )
+
+
+@pytest.mark.parametrize("path", ["2", "2/default"])
+def test_a_save_without_its_mark_leads_to_the_finished_step_beside_it(tmp_path, path):
+    root = uncommitted(manager_root(tmp_path / "run", (1, 2)), 2)
+
+    assert find_item(root) == epath.Path(root / "1" / "default")
+    with pytest.raises(NotACheckpointError, match=f"the newest finished step is {root / '1'}"):
+        restore(root / path, TARGET)
+
+
+def test_a_finished_save_with_marks_is_restored(tmp_path):
+    root = manager_root(tmp_path / "run")
+
+    assert restore(root, TARGET)["b"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("removed", "refused"),
+    [
+        ((), False),
+        (("run/1/commit_success.txt",), True),
+        (("run/1/default/commit_success.txt",), False),
+        (("run/1/commit_success.txt", "run/1/default/commit_success.txt"), True),
+        (
+            ("run/1/commit_success.txt", "run/1/default/commit_success.txt", "run/1/_CHECKPOINT_METADATA"),
+            True,
+        ),
+    ],
+)
+def test_in_a_bucket_the_mark_alone_says_that_a_save_is_whole(tmp_path, removed, refused):
+    manager_root(tmp_path / "run")
+    for name in removed:
+        (tmp_path / name).unlink()
+
+    for path in ("run/1", "run/1/default"):
+        files, _ = files_of(tmp_path)
+        if refused:
+            with pytest.raises(NotACheckpointError, match="is a save that was interrupted"):
+                read_metadata(find_item(f"gs://bucket/{path}", files=files), files)
+        else:
+            assert len(read_metadata(find_item(f"gs://bucket/{path}", files=files), files).leaves) == 2
+
+
+def test_without_a_tree_an_absent_chunk_is_a_loss_and_never_zeros(tmp_path):
+    path = save(tmp_path / "item", TREE, FILES)
+    (path / "_METADATA").unlink()
+    shutil.rmtree(path / "b" / "0", ignore_errors=True)
+    (path / "b" / "0").unlink(missing_ok=True)
+
+    with pytest.raises(UnreadableLeafError, match="b"):
+        restore(path, TARGET, policy="warn")
+
+
+def test_the_database_of_one_process_is_no_step_and_no_item(tmp_path):
+    item = save(tmp_path / "1" / "default", TREE, DiskFormat(True, True, True))
+    for name in ("manifest.ocdbt", "_METADATA"):
+        (item / name).unlink()
+
+    for path in (item, item / "ocdbt.process_0"):
+        with pytest.raises(NotACheckpointError) as raised:
+            restore(path, TARGET)
+        assert "is an item; pass that" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "4_bak_20240101",
+        "before_lr_change_10",
+        "3.converting-815",
+        "backup-99",
+        "4.tmp-99",
+        "run.5",
+        "ocdbt.process_77",
+    ],
+)
+def test_a_copy_or_a_leftover_beside_steps_is_no_step(tmp_path, name):
+    for step in ("4", "5"):
+        save(tmp_path / step / "default", TREE)
+    shutil.copytree(tmp_path / "4", tmp_path / name)
+
+    assert find_item(tmp_path) == epath.Path(tmp_path / "5" / "default")
+
+
+@pytest.mark.parametrize(
+    "names", [("0004", "0012"), ("step_4", "step_12"), ("ckpt_0004", "ckpt_0012"), ("9", "10")]
+)
+def test_the_newest_step_is_found_by_any_name_that_orbax_gives(tmp_path, names):
+    for name in names:
+        save(tmp_path / name / "default", TREE)
+
+    assert find_item(tmp_path) == epath.Path(tmp_path / names[1] / "default")
+
+
+def test_steps_of_two_kinds_of_names_are_a_question(tmp_path):
+    for name in ("step_4", "best_9"):
+        save(tmp_path / name / "default", TREE)
+    (tmp_path / "log_70").mkdir()
+
+    with pytest.raises(NotACheckpointError) as raised:
+        find_item(tmp_path)
+
+    assert str(raised.value) == (
+        f"{tmp_path} holds steps of several kinds of names: best_*, step_*.\n"
+        f"hint: pass one step, such as {tmp_path / 'best_9'}."
+    )
+
+
+KILLED = """
+import sys, jax.numpy as jnp, orbax.checkpoint as ocp
+from orbax.checkpoint import path as ocp_path
+options = ocp.CheckpointManagerOptions(temporary_path_class=ocp_path.atomicity.CommitFileTemporaryPath)
+tree = {f"w{i}": jnp.full((64, 64), 2.0) for i in range(120)}
+handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+manager = ocp.CheckpointManager(sys.argv[1], options=options, item_handlers=handler)
+print("begins", flush=True)
+manager.save(1, args=ocp.args.PyTreeSave(tree))
+manager.wait_until_finished()
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("after", [3, 60, 119])
+def test_a_save_that_was_killed_is_refused_or_whole(tmp_path, after):
+    root = tmp_path / "run"
+    target = {f"w{i}": jax.ShapeDtypeStruct((64, 64), jnp.float32) for i in range(120)}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(root)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begins\n"
+    deadline = time.monotonic() + 60
+    # Killed when so many arrays have been begun: the rest, tree and marks are not there.
+    while len(list(root.glob("1/default/w*"))) < after and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+    finished = (root / "1" / "commit_success.txt").exists()
+    for path in (root, root / "1", root / "1" / "default"):
+        if finished:
+            values = restore(path, target)
+            assert all(float(value.min()) == float(value.max()) == 2.0 for value in values.values())
+        else:
+            with pytest.raises(NotACheckpointError):
+                restore(path, target, policy="warn")
+
+
+def test_damage_of_a_leaf_is_no_missing_leaf_under_a_rule_and_any_policy(tmp_path):
+    tree = {"params": {f"l_{at}": {"w": np.full((4, 3), 5.0, np.float32)} for at in range(3)}}
+    path = save(tmp_path / "item", tree, FILES)
+    file = pathlib.Path(path) / "params.l_1.w" / ".zarray"
+    file.write_bytes(file.read_bytes()[:40])
+    target = {"l": {"kernel": jax.ShapeDtypeStruct((3, 4, 3), jnp.float32)}}
+
+    for policy in ("error", "warn", "init"):
+        with pytest.raises(UnreadableLeafError) as raised:
+            restore(
+                path, target, policy=policy, renames=[("l_{i}/w", "l_{i}/kernel")],
+                init=lambda: {"l": {"kernel": jnp.full((3, 4, 3), 9.0)}},
+            )  # fmt: skip
+        assert ("params", "l_1", "w") in raised.value.paths

@@ -41,8 +41,10 @@ def find_random(
         return
     places = _Places(wanted, placements, roots)
     taken: set[Path] = set()
-    # What all leaves may be with most right comes before what any leaf may be with less.
-    for find in (places.whole, places.kept, places.rootless, places.inline, places.of_another_flax):
+    # What all leaves may be with most right comes before what any leaf may be with less. Of the two ways
+    # to read `nnx_aux`, the one under which more of it is wanted is how it was written.
+    aside = sorted((places.kept, places.rootless), key=lambda find: -sum(any(find(item)) for item in left))
+    for find in (places.whole, *aside, places.inline, places.of_another_flax):
         for item in left:
             if item.leaf.path in found:
                 continue

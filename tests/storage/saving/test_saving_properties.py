@@ -117,6 +117,11 @@ def test_every_element_of_a_saved_state_comes_back(tree: Any, tx: Any, layout: A
         assert_same(read_with(plan_for(saved, stored), stored), expected)
 
 
+def weights() -> dict[str, Any]:
+    """Returns a layer none of whose axes is as long as a list of layers, so that a stack has one reading."""
+    return {"kernel": np.zeros((5, 7), "float32"), "bias": np.zeros(7, "float32")}
+
+
 @st.composite
 def linen_programs(draw: st.DrawFn) -> tuple[Any, Any, list[Any]]:
     """Draws the parameters of a Linen program, those of an NNX one, and the rules from one to the other."""
@@ -128,28 +133,28 @@ def linen_programs(draw: st.DrawFn) -> tuple[Any, Any, list[Any]]:
         form = draw(
             st.sampled_from(["same", "list", "keys", "scan", "renamed", "moved axes", "level", "by a rule"])
         )
-        layers = {layer: dense() for layer in range(count)}
-        wanted[ours] = layers if form in ("list", "keys", "scan", "by a rule") else dense()
+        layers = {layer: weights() for layer in range(count)}
+        wanted[ours] = layers if form in ("list", "keys", "scan", "by a rule") else weights()
         if form == "same":
-            linen[ours] = dense()
+            linen[ours] = weights()
         elif form == "list":
             linen |= {f"{ours}_{layer}": part for layer, part in layers.items()}
         elif form == "keys":
             linen[theirs] = {"layer": {str(layer): part for layer, part in layers.items()}}
             rules.append(Rename(f"{theirs}/layer/{{i}}", f"{ours}/{{i}}"))
         elif form == "scan":
-            linen[ours] = stacked([dense()] * count)
+            linen[ours] = stacked([weights()] * count)
         elif form == "renamed":
-            linen[theirs] = dense()
+            linen[theirs] = weights()
             rules.append(Rename(theirs, ours))
         elif form == "moved axes":
-            linen[ours] = dense() | {"kernel": np.zeros((3, 2), "float32")}
+            linen[ours] = weights() | {"kernel": np.zeros((7, 5), "float32")}
             rules.append(Transpose(f"{ours}/kernel", (1, 0)))
         elif form == "level":
-            linen[theirs] = {ours: dense()}
+            linen[theirs] = {ours: weights()}
             rules.append(Rename(theirs, ""))
         else:
-            linen[theirs] = stacked([dense()] * count, -1)
+            linen[theirs] = stacked([weights()] * count, -1)
             rules.append(UnstackLayers(theirs, f"{ours}/{{i}}", -1))
     return linen, wanted, rules
 

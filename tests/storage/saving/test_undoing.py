@@ -72,10 +72,6 @@ STORED: dict[str, tuple[Any, list[Any]]] = {
         {"layers": {"0": dense(), "1": dense()}, "out": dense()},
         [Rename("out", "head")],
     ),
-    "a level of the root": (
-        {"net": {"layers_0": dense(), "layers_1": dense(), "head": dense()}},
-        [],
-    ),
     "a level that a rule takes away": (
         {"stack": {"layers_0": dense(), "layers_1": dense()}, "head": dense()},
         [Rename("stack", "")],

@@ -81,6 +81,7 @@ class Tree:
         absent: Wanted leaves that no stored leaf may become, whole or in part.
         random: Random keys that are wanted too, and stored nowhere.
         like_stored: Whether every wanted path is a stored one.
+        module: Whether the target is a module, and no State.
     """
 
     entries: list[Entry]
@@ -95,6 +96,7 @@ class Tree:
     absent: set[Path] = dataclasses.field(default_factory=set)
     random: tuple[Path, ...] = ()
     like_stored: bool = False
+    module: bool = False
 
     @property
     def stored(self) -> dict[Path, np.ndarray]:
@@ -121,6 +123,8 @@ class Tree:
         """Returns the target: nested dicts, or a State where its leaves have types."""
         leaves = {item.path: self._leaf(item, sharding) for item in self.wanted}
         leaves |= {path: nnx.RngKey(jax.eval_shape(lambda: jax.random.key(0))) for path in self.random}
+        if self.module:
+            return _module(nested(leaves))
         return nnx.State(nested(leaves)) if self.typed else nested(leaves)
 
     def _leaf(self, item: Wanted, sharding: Callable[[tuple[int, ...]], Any] | None) -> Any:
@@ -130,6 +134,23 @@ class Tree:
         else:
             value = np.zeros(shape, dtype) if self.concrete else jax.ShapeDtypeStruct(shape, dtype)
         return KINDS[item.kind](value) if self.typed else value
+
+
+class Branch(nnx.Module):
+    """A module with the parts of a nested dict."""
+
+    def __init__(self, parts: dict[Any, Any]):
+        for key, part in parts.items():
+            setattr(self, str(key), _module(part))
+
+
+def _module(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    if part and all(isinstance(key, int) for key in part):
+        # In the state of an optax chain the parts without state are left out.
+        return nnx.List([_module(part[at]) if at in part else None for at in range(max(part) + 1)])
+    return Branch(part)
 
 
 def draw_tree(rng: random.Random) -> Tree:
@@ -155,6 +176,7 @@ def draw_tree(rng: random.Random) -> Tree:
     _want(tree, rng, several)
     _judge(tree)
     _choose_options(tree, rng)
+    tree.module = tree.typed and rng.random() < 0.2
     if tree.typed and rng.random() < 0.1:
         tree.random = (("rngs", "dropout", "key"),)
     return tree

@@ -94,6 +94,7 @@ def _planned(tree: Tree) -> Flat:
 def _restored(tree: Tree, place: pathlib.Path, shard: bool) -> Flat:
     path = _written(tree, place)
     result = restore(path, tree.target(_sharding if shard else None), **tree.options)
+    result = nnx.state(result) if tree.module else result
     pairs = nnx.to_flat_state(result) if tree.typed else _flat_dict(result)
     return {
         tuple(path): np.asarray(leaf.get_value() if tree.typed else leaf)

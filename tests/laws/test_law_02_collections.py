@@ -86,7 +86,8 @@ def test_a_bias_that_nnx_cannot_hold_is_seen_beside_a_copy(tmp_path, copy):
 @pytest.mark.parametrize("copy", ["ema_params", "target_params"])
 def test_a_weight_norm_takes_all_its_parts_from_params(tmp_path, copy):
     numbers = Numbers()
-    variables = linen.WeightNorm(linen.Dense(4)).init(jax.random.key(0), jnp.ones((1, 3)))
+    init = linen.WeightNorm(linen.Dense(4)).init
+    variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 3)))
     params = numbers.like(variables["params"])
     path = write(tmp_path, {"params": params, copy: numbers.like(params), "step": np.int32(3)})
     target = nnx.WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))

@@ -1,14 +1,12 @@
 """Law 7: below the root, module names meet; another wrapper's name is proposed as a rename, never taken."""
 
-import subprocess
-import sys
-
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 
 from orbax_nnx_handler import restore, save
+from orbax_nnx_handler.cli import main
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -94,9 +92,7 @@ def test_convert_keeps_a_module_that_is_called_like_a_collection(tmp_path, name)
     numbers = Numbers()
     params = {name: {"kernel": numbers(2, 3)}, "head": {"kernel": numbers(2, 3)}}
     path, out = write(tmp_path, {"params": params}), tmp_path / "out"
-    command = [sys.executable, "-m", "orbax_nnx_handler", "convert", str(path), str(out), "--to", "linen"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    if main(["convert", str(path), str(out), "--to", "linen"]) == 0:
         with ocp.PyTreeCheckpointer() as reader:
             check(reader.restore(out), {"params": params})
 

@@ -113,7 +113,7 @@ def flat(tree: Any) -> Flat:
     """Returns the leaves of a tree by path: of modules, states, optax states and nested dicts."""
     if isinstance(tree, dict) and tree and all(isinstance(key, tuple) for key in tree):
         return tree
-    if isinstance(tree, nnx.Module):
+    if isinstance(tree, nnx.Module | nnx.Optimizer):
         tree = nnx.state(tree)
     if isinstance(tree, nnx.State):
         pairs = nnx.to_flat_state(tree)

@@ -39,7 +39,9 @@ class Rename(Rule):
     stored path as `orbax-nnx tree` prints it, owner and collection included
     (`("ema_params", "ema")`, `("gen/opt_state", "g_opt/opt_state")`); moments follow
     the rules that name their parameters. Rules apply in order; a segment that one
-    rename wrote is not rewritten by a later one, so two names can be swapped.
+    rename wrote is not rewritten by a later one, so two names can be swapped. A later
+    one may name it where it stays: `("self_attn", "attn")`, then
+    `("attn/{n}_proj/kernel", "attn/{n}_proj/w")`.
 
     Attributes:
         pattern: Stored segments, joined by slashes.
@@ -91,22 +93,41 @@ class Rename(Rule):
 
     def _rewrite(self, entry: Entry) -> Entry:
         before = entry.whole
-        spans = list(self._left.spans(before, entry.fixed))
+        marks = entry.fixed or (False,) * len(before)
+        spans = list(self._left.spans(before, lambda span: not any(self._written(before, marks, span)[2])))
         if not spans:
             return entry
         names, fixed = list[str](), list[bool]()
         at = 0
-        for span in [*spans, Span(len(before), len(before), {})]:
-            names += before[at : span.start]
-            fixed += entry.fixed[at : span.start] or [False] * (span.start - at)
-            if span.start < span.stop:
-                written = self._right.fill(span.bindings)
-                names += written
-                fixed += [True] * len(written)
+        for span in spans:
+            written, written_marks, _ = self._written(before, marks, span)
+            names += (*before[at : span.start], *written)
+            fixed += (*marks[at : span.start], *written_marks)
             at = span.stop
+        names += before[at:]
+        fixed += marks[at:]
         if not names:
             raise RuleError(f"{self} leaves no name for {'/'.join(before)}.")
         return dataclasses.replace(entry.called(names, fixed), named=True, reason=reason_of(self, entry))
+
+    def _written(
+        self, before: Sequence[str], marks: Sequence[bool], span: Span
+    ) -> tuple[Sequence[str], Sequence[bool], Sequence[bool]]:
+        """Returns what a match becomes, which of its segments are fixed then, and the marks it would overwrite.
+
+        What stands at both ends of the pattern and of the replacement is left as it is.
+        """
+        old, new = before[span.start : span.stop], self._right.fill(span.bindings)
+        own = marks[span.start : span.stop]
+        if old == new:
+            return new, (True,) * len(new), own
+        shortest = min(len(old), len(new))
+        head = next((at for at in range(shortest) if old[at] != new[at]), shortest)
+        rest = shortest - head
+        tail = next((at for at in range(rest) if old[-1 - at] != new[-1 - at]), rest)
+        middle = (True,) * (len(new) - head - tail)
+        end = len(own) - tail
+        return new, (*own[:head], *middle, *own[end:]), own[head:end]
 
 
 def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import parse
@@ -67,15 +67,18 @@ class Pattern:
                     break
         return found
 
-    def spans(self, names: Sequence[str], fixed: Sequence[bool] = ()) -> Iterator[Span]:
-        """Yields the matches in a path from left to right; none overlaps another, nor a fixed segment."""
+    def spans(
+        self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None
+    ) -> Iterator[Span]:
+        """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
         at, width = 0, self.width
         while at + width <= len(names):
-            bindings = None if any(fixed[at : at + width]) else self.match(names[at : at + width])
-            if bindings is None:
+            bindings = self.match(names[at : at + width])
+            span = None if bindings is None else Span(at, at + width, bindings)
+            if span is None or (accepts is not None and not accepts(span)):
                 at += 1
             else:
-                yield Span(at, at + width, bindings)
+                yield span
                 at += width
 
     def match(self, names: Sequence[str]) -> Bindings | None:

@@ -442,3 +442,41 @@ def test_a_rename_of_what_a_rename_wrote_says_why_it_has_no_effect():
 
     assert message.startswith("1 rule matches no stored leaf:\n  ('b', 'c')\n")
     assert "what a rename wrote is not renamed again" in message
+
+
+# Renames one after another.
+
+
+@pytest.mark.parametrize(
+    ("stored", "rules", "wanted"),
+    [
+        ("self_attn/q_proj/kernel", [("self_attn", "attn"), ("attn/{n}_proj/kernel", "attn/{n}_proj/w")], "attn/q_proj/w"),
+        ("self_attn/q", [("self_attn", "attn"), ("attn/q", "attn/query"), ("attn/query/*", "no/*")], None),
+        ("a/q/k", [("a", "b"), ("b/q", "b/r"), ("b/r/k", "b/r/v")], "b/r/v"),
+        ("a/k", [("a", "b"), ("b/k", "a/k")], None),
+        ("x/y", [("x", "m/n"), ("n/y", "n/inner/z")], "m/n/inner/z"),
+        ("a/b", [("a/b", "a/c"), ("a", "d")], "d/c"),
+    ],
+)  # fmt: skip
+def test_what_a_rename_wrote_may_be_named_by_a_later_one_that_leaves_it(stored, rules, wanted):
+    tree = {"params": nested(stored, KERNEL)}
+
+    if wanted is None:
+        assert "matches no stored leaf" in verdict({}, tree, *rules)
+    else:
+        np.testing.assert_array_equal(restored(nested(wanted, (3, 4)), tree, *rules)[wanted], KERNEL)
+
+
+def nested(path: str, leaf: object) -> dict:
+    for name in reversed(path.split("/")):
+        leaf = {name: leaf}
+    return leaf
+
+
+def test_two_names_are_swapped_whether_alone_or_below_a_name_that_stays():
+    stored = {"params": {"m": {"a": normal(2), "b": normal(2)}}}
+
+    for rules in ([("a", "b"), ("b", "a")], [("m/a", "m/b"), ("m/b", "m/a")]):
+        values = restored({"m": {"a": (2,), "b": (2,)}}, stored, *rules)
+        np.testing.assert_array_equal(values["m/a"], stored["params"]["m"]["b"])
+        np.testing.assert_array_equal(values["m/b"], stored["params"]["m"]["a"])

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.nearest import nearest
 from orbax_nnx_handler.planning.rules.one_leaf import (
     Add,
     Cast,
@@ -110,18 +112,17 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
         RuleError: A rule does not fit a leaf that it matches.
     """
     after: Sequence[Entry] = entries
-    made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[Rule](), dict[Path, str]()
+    made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[Unused](), dict[Path, str]()
     axes = tuple(rule for rule in rules if isinstance(rule, ScanAxis))
     for rule in rules:
         applied = rule.apply(after)
+        if not applied.matched and not isinstance(rule, ScanAxis):
+            unused.append((rule, after))
         after = applied.entries
         made.append((rule, applied.changed))
         discarded |= applied.discarded
-        if not applied.matched and not isinstance(rule, ScanAxis):
-            unused.append(rule)
     if unused:
-        late = [rule for rule in unused if isinstance(rule, Rename) and comes_late(rule, after)]
-        raise unused_rules(unused, late)
+        raise _without_effect(unused)
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
     return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)
 
@@ -134,14 +135,40 @@ def cast_of(recipe: Recipe, casts: Casts) -> np.dtype[Any] | None:
     return found.pop() if len(found) == 1 else None
 
 
-def unused_rules(unused: Sequence[Rule], late: Sequence[Rule] = ()) -> UnusedRuleError:
-    """Returns the error for rules that match nothing; `late` ones match only what a rename wrote."""
-    quoted = "\n".join(f"  {rule}" for rule in unused)
-    count = "1 rule matches" if len(unused) == 1 else f"{len(unused)} rules match"
-    hint = "a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
-    if late:
-        hint = (
-            "what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
-            "what it becomes in the end."
-        )
-    return UnusedRuleError(f"{count} no stored leaf:\n{quoted}", hints=[hint])
+Unused = tuple[Rule, Sequence[Entry]]
+"""A rule that matches nothing, and what it met."""
+
+_WHOLE = "a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
+_LATE = (
+    "what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
+    "what it becomes in the end."
+)
+
+
+def unused_rules(unused: Sequence[Rule]) -> UnusedRuleError:
+    """Returns the error for rules that match nothing."""
+    return _unused_error([f"  {rule}" for rule in unused], Hint(_WHOLE))
+
+
+def _without_effect(unused: Sequence[Unused]) -> UnusedRuleError:
+    """Returns the error for rules that match nothing, with the stored paths that are nearest."""
+    rows, corrected, late = list[str](), list[Rule](), False
+    for rule, met in unused:
+        rows.append(f"  {rule}")
+        if isinstance(rule, Rename) and comes_late(rule, met):
+            late = True
+            continue
+        near = nearest(rule, met)
+        if near.paths:
+            rows.append(f"    nearest stored: {', '.join(near.paths)}")
+        if near.rule is not None:
+            corrected.append(near.rule)
+    if len(corrected) == len(unused):
+        return _unused_error(rows, Hint(f"if that is meant, write {', '.join(map(str, corrected))}."))
+    return _unused_error(rows, Hint(_LATE if late else _WHOLE))
+
+
+def _unused_error(rows: Sequence[str], hint: Hint) -> UnusedRuleError:
+    count = sum(not row.startswith("   ") for row in rows)
+    words = "1 rule matches" if count == 1 else f"{count} rules match"
+    return UnusedRuleError(f"{words} no stored leaf:\n" + "\n".join(rows), hints=[hint])

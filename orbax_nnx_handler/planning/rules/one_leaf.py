@@ -113,7 +113,7 @@ class Rename(Rule):
     def _written(
         self, before: Sequence[str], marks: Sequence[bool], span: Span
     ) -> tuple[Sequence[str], Sequence[bool], Sequence[bool]]:
-        """Returns what a match becomes, which of its segments are fixed then, and the marks it would overwrite.
+        """Returns what a match becomes, what of it is fixed then, and the marks that it would overwrite.
 
         What stands at both ends of the pattern and of the replacement is left as it is.
         """

@@ -67,9 +67,7 @@ class Pattern:
                     break
         return found
 
-    def spans(
-        self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None
-    ) -> Iterator[Span]:
+    def spans(self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None) -> Iterator[Span]:
         """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
         at, width = 0, self.width
         while at + width <= len(names):

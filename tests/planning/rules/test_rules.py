@@ -450,7 +450,7 @@ def test_a_rename_of_what_a_rename_wrote_says_why_it_has_no_effect():
 @pytest.mark.parametrize(
     ("stored", "rules", "wanted"),
     [
-        ("self_attn/q_proj/kernel", [("self_attn", "attn"), ("attn/{n}_proj/kernel", "attn/{n}_proj/w")], "attn/q_proj/w"),
+        ("a/q_p/kernel", [("a", "attn"), ("attn/{n}_p/kernel", "attn/{n}_p/w")], "attn/q_p/w"),
         ("self_attn/q", [("self_attn", "attn"), ("attn/q", "attn/query"), ("attn/query/*", "no/*")], None),
         ("a/q/k", [("a", "b"), ("b/q", "b/r"), ("b/r/k", "b/r/v")], "b/r/v"),
         ("a/k", [("a", "b"), ("b/k", "a/k")], None),

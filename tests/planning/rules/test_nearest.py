@@ -1,0 +1,141 @@
+"""A rule that matches nothing is answered with what is stored nearest, and the answer works."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orbax_nnx_handler import (
+    Drop,
+    Fuse,
+    Rename,
+    Reshape,
+    Split,
+    StackLayers,
+    Transpose,
+    UnusedRuleError,
+)
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.layouts.linen import TRAIN_STATE
+from orbax_nnx_handler.planning.rules import apply_rules, as_rules
+from orbax_nnx_handler.planning.rules.entries import every_entry
+from tests.planning.models import keys
+
+STORED = {
+    "params/encoder/layers_0/self_attn/q_proj/kernel": (4, 4),
+    "params/encoder/layers_1/self_attn/q_proj/kernel": (4, 4),
+    "params/encoder/layers_0/self_attn/k_proj/kernel": (4, 4),
+    "params/encoder/layers_1/self_attn/k_proj/kernel": (4, 4),
+    "params/h/0/mlp/Dense_0/kernel": (4, 8),
+    "params/h/1/mlp/Dense_0/kernel": (4, 8),
+    "params/h/0/mlp/Dense_1/kernel": (8, 4),
+    "params/head/kernel/value": (4, 9),
+    "batch_stats/norm/mean": (4,),
+}
+
+
+def entries_of(*paths: str) -> list[Any]:
+    shapes = STORED if not paths else dict.fromkeys(paths, (2, 2))
+    leaves = {
+        keys(path): StoredLeaf(path=keys(path), shape=shape, dtype=np.dtype("float32"))
+        for path, shape in shapes.items()
+    }
+    return every_entry(TRAIN_STATE.place(leaves))
+
+
+def refused(*rules: Any, stored: list[Any] | None = None) -> str:
+    with pytest.raises(UnusedRuleError) as raised:
+        apply_rules(stored or entries_of(), as_rules(rules))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "meant"),
+    [
+        # NNX's spelling of a Linen name, and the other way round.
+        (("encoder/layers/{i}", "blocks/{i}"), ("encoder/layers_{i}", "blocks/{i}")),
+        (("h_{i}/mlp", "blocks/{i}/mlp"), ("h/{i}/mlp", "blocks/{i}/mlp")),
+        (("layers/1/self_attn", "last"), ("layers_1/self_attn", "last")),
+        (StackLayers("layers/{i}", "layers", 0), StackLayers("layers_{i}", "layers", 0)),
+        # PyTorch's separators, another case, a typo, a singular.
+        (("h.0.mlp", "first"), ("h/0/mlp", "first")),
+        (Transpose("mlp/dense_1/kernel", (1, 0)), Transpose("mlp/Dense_1/kernel", (1, 0))),
+        (Drop("encodr", "unused"), Drop("encoder", "unused")),
+        (("batch_stat", "stats"), ("batch_stats", "stats")),
+        # A place that is a part of a name, beside a name that is spelt otherwise.
+        (("selfattn/{n}_proj", "attn/{n}"), ("self_attn/{n}_proj", "attn/{n}")),
+        (Split("self_attention", ("q", "k"), 0), Split("self_attn", ("q", "k"), 0)),
+        (Fuse(("q_prj", "k_prj"), "qk", 1), Fuse(("q_proj", "k_proj"), "qk", 1)),
+        (("mlp/*/kernels", "mlp/*/w"), ("mlp/*/kernel", "mlp/*/w")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_hint_is_the_rule_as_the_checkpoint_spells_it_and_it_works(rule: Any, meant: Any) -> None:
+    (expected,) = as_rules([meant])
+
+    message = refused(rule)
+
+    assert message.splitlines()[-1] == f"hint: if that is meant, write {expected}."
+    assert any(made for _, made in apply_rules(entries_of(), [expected]).made) or isinstance(expected, Drop)
+
+
+def test_the_whole_message() -> None:
+    assert refused(("encoder/layers/{i}", "blocks/{i}")) == (
+        "1 rule matches no stored leaf:\n"
+        "  ('encoder/layers/{i}', 'blocks/{i}')\n"
+        "    nearest stored: params/encoder/layers_0/self_attn/q_proj/kernel\n"
+        "hint: if that is meant, write ('encoder/layers_{i}', 'blocks/{i}')."
+    )
+
+
+def test_what_an_earlier_rule_has_renamed_is_shown_under_both_names() -> None:
+    message = refused(("self_attn", "attn"), Transpose("self_attn/q_proj/kernel", (1, 0)))
+
+    assert (
+        "nearest stored: params/encoder/layers_0/self_attn/q_proj/kernel "
+        "(now params/encoder/layers_0/attn/q_proj/kernel)" in message
+    )
+    assert message.endswith("write Transpose(pattern='attn/q_proj/kernel', permutation=(1, 0)).")
+
+
+def test_what_is_like_nothing_is_answered_with_what_a_pattern_is() -> None:
+    message = refused(("xylophone", "y"))
+
+    assert "nearest" not in message
+    assert message.endswith("correct it or take it out.")
+
+
+def test_several_rules_are_corrected_at_once_or_none_is() -> None:
+    both = refused(("selfattn", "attn"), ("encodr", "enc"))
+    one = refused(("selfattn", "attn"), ("xylophone", "y"))
+
+    assert both.endswith("hint: if that is meant, write ('self_attn', 'attn'), ('encoder', 'enc').")
+    assert "nearest stored: params/encoder/layers_0/self_attn" in one
+    assert one.endswith("correct it or take it out.")
+
+
+def test_a_correction_that_does_not_fit_the_leaves_is_not_proposed() -> None:
+    message = refused(Reshape("head/kernl/value", (5, 5)))
+
+    assert "nearest stored: params/head/kernel/value" in message
+    assert "if that is meant" not in message
+
+
+def test_it_takes_no_time_at_twenty_thousand_leaves() -> None:
+    paths = [
+        f"params/stage_{s}/layers_{i}/{m}/{k}"
+        for s in range(4)
+        for i in range(250)
+        for m in "abcde"
+        for k in "uvwx"
+    ]
+    entries = entries_of(*paths)
+
+    before = time.perf_counter()
+    message = refused(Rename("stage_{s}/layer_{i}/a", "x/{s}/{i}"), stored=entries)
+
+    took = time.perf_counter() - before
+    print(took)
+    assert took < 5
+    assert message.endswith("write ('stage_{s}/layers_{i}/a', 'x/{s}/{i}').")

@@ -1,8 +1,6 @@
-"""From filled host buffers to arrays on their devices.
+"""Host memory for the values, and the arrays that it becomes.
 
-Memory for the values: aligned, in large blocks, fresh for every restore.
-
-JAX on CPU adopts a buffer that starts on a 64-byte boundary instead of copying
+JAX on processors adopts a buffer that starts on a 64-byte boundary instead of copying
 it. Large leaves get blocks of their own; small ones share blocks, so that
 thousands of leaves cost a few allocations. A block lives as long as any array in
 it, and no block is ever written again once its arrays exist.

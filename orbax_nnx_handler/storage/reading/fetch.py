@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -216,9 +217,18 @@ def fill_targets(
     by_store: dict[int, dict[Path, Sequence[Destination]]] = {}
     for path, places in stored.items():
         by_store.setdefault(id(checkpoint.arrays[path].store), {})[path] = places
-    for group in by_store.values() or [{}]:
-        _read_from_one_store(checkpoint, group, tasks, concurrent_bytes, progress)
-        tasks = []
+    groups: list[dict[Path, Sequence[Destination]]] = [*by_store.values()] or [{}]
+    share = None if concurrent_bytes is None else concurrent_bytes // len(groups)
+    beside = [tasks, *[[]] * (len(groups) - 1)]
+    read = functools.partial(_read_from_one_store, checkpoint, concurrent_bytes=share, progress=progress)
+    if len(groups) == 1 or all(checkpoint.arrays[path].store.local for path in stored):
+        for group, more in zip(groups, beside, strict=True):
+            read(group, more)
+        return
+    # Two items of one step, or a database beside single arrays: nobody waits for the other.
+    with ThreadPoolExecutor(len(groups)) as pool:
+        for future in [pool.submit(read, *each) for each in zip(groups, beside, strict=True)]:
+            future.result()
 
 
 def _copy(path: Path, value: np.ndarray[Any, Any], places: Sequence[Destination]) -> Task:
@@ -234,6 +244,7 @@ def _read_from_one_store(
     checkpoint: Checkpoint,
     targets: Mapping[Path, Sequence[Destination]],
     tasks: Sequence[Task],
+    *,
     concurrent_bytes: int | None,
     progress: Progress | None,
 ) -> None:

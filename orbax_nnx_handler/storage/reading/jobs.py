@@ -1,12 +1,7 @@
-"""What the planner asks of a reader: one array per job.
+"""What is asked of a reader: one array a job, the parts of it that this process holds, and in which groups.
 
-The host buffers behind a job: one for each distinct shard of this process.
-
-Which jobs are on their way at the same time.
-
-On CPU devices the buffers that are read into become the arrays, so there is
-nothing to bound. Elsewhere they are copied to the device, and only as many as
-the window allows exist on the host at once.
+On processors the buffers that are read into become the arrays, so there is nothing to bound.
+Elsewhere they are copied to the devices, and only as many as the window allows exist on the host at once.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
-"""The reader: shards of wanted arrays, filled straight from the store.
+"""Jobs to arrays: what this process needs is read and placed, on all processes of a program or on none.
 
-Reading on all processes of a program: all get their arrays, or all raise.
+Reading is told of three steps only: which bytes each job's parts are made from, that they are there,
+and the arrays that the filled memory becomes.
 """
 
 import functools

@@ -109,6 +109,29 @@ def test_columns_of_one_host_come_in_one_trip_and_far_runs_by_themselves(tmp_pat
     assert (store.trips, len(store.asked), store.nbytes) == (1, 16 + 1, 16 * 4096 + 20)
 
 
+def test_two_stores_are_asked_in_the_same_trip(tmp_path, monkeypatch):
+    import dataclasses
+
+    tree = {"w": noise((64, 64))}
+    path = save(tmp_path / "item", tree, ZSTD)
+    checkpoint = as_remote(read_metadata(path), listed=True)
+    (array,) = checkpoint.arrays.values()
+    (leaf,) = checkpoint.leaves.values()
+    again = dataclasses.replace(array, store=dataclasses.replace(array.store))
+    checkpoint = dataclasses.replace(
+        checkpoint,
+        arrays={("w",): array, ("v",): again},
+        leaves={("w",): leaf, ("v",): dataclasses.replace(leaf, path=("v",))},
+    )
+
+    with behind_a_network(monkeypatch, path) as store:
+        found = read_arrays(checkpoint, plain_jobs(checkpoint))
+
+    assert (store.trips, len(store.asked)) == (1, 2)
+    for name in "wv":
+        np.testing.assert_array_equal(found[(name,)], tree["w"])
+
+
 def one_column_block(checkpoint, width):
     import dataclasses
 

@@ -36,6 +36,7 @@ from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.storage.checkpoint import stores
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
 from orbax_nnx_handler.storage.checkpoint.files import Files
+from orbax_nnx_handler.storage.checkpoint.ranged_file import RangedFile
 from orbax_nnx_handler.storage.checkpoint.stores import Extent
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
@@ -148,6 +149,9 @@ _ENDING = ".npy"
 _SEPARATOR = "/"
 _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 1
+# Bytes that are fetched at once behind a network: the directory of thousands of members, and for
+# each of them as much as zipfile asks for to read a header of a hundred bytes.
+_FETCHED_END, _FETCHED_HEADER = 1 << 20, 8 << 10
 # The header before a member's bytes (APPNOTE.TXT 4.3.7): a signature, 22 bytes that the
 # directory repeats, and the lengths of two fields that may differ from the directory's.
 _LOCAL = struct.Struct("<4s22xHH")
@@ -181,9 +185,20 @@ def read_archive(path: epath.Path, files: Files) -> Checkpoint:
     Raises:
         NotACheckpointError: It is no whole archive of arrays, or its names are those of no tree.
     """
-    with cast(IO[bytes], path.open("rb")) as file, _opened(path, file, files) as archive:
+    with _file(path, files) as file, _opened(path, file, files) as archive:
+        if isinstance(file, RangedFile):
+            file.fetch((info.header_offset, _FETCHED_HEADER) for info in archive.infolist())
         members = _members(path, archive.infolist())
         return _checkpoint(path, members, _look(path, file, archive, members))
+
+
+def _file(path: epath.Path, files: Files) -> IO[bytes]:
+    if not files.remote:
+        return cast(IO[bytes], path.open("rb"))
+    file = RangedFile(files, path)
+    # The directory of a zip file is its end.
+    file.fetch([(max(0, file.size - _FETCHED_END), _FETCHED_END)])
+    return cast(IO[bytes], file)
 
 
 def _opened(path: epath.Path, file: IO[bytes], files: Files) -> zipfile.ZipFile:
@@ -201,7 +216,8 @@ def _members(path: epath.Path, infos: Iterable[zipfile.ZipInfo]) -> dict[Path, z
     members: dict[Path, zipfile.ZipInfo] = {}
     twice: list[Path] = []
     for info in infos:
-        if info.is_dir():
+        # `is_dir` fails on a member without a name.
+        if info.filename.endswith("/"):
             continue
         keys = tuple(info.filename.removesuffix(_ENDING).split(_SEPARATOR))
         if keys in members:

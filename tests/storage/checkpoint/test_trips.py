@@ -131,3 +131,18 @@ def test_a_question_is_asked_once(bucket):
         assert not files.exists(epath.Path("gs://bucket/run/99"))
 
     assert asked.requests == 2
+
+
+@pytest.mark.parametrize("save_archive", [np.savez, np.savez_compressed])
+def test_the_headers_of_an_archive_are_fetched_together(tmp_path, save_archive):
+    arrays = {f"params/w{at}": np.full((30, 20), at, np.float32) for at in range(50)}
+    with (tmp_path / "a.npz").open("wb") as file:
+        save_archive(file, **arrays)
+
+    checkpoint, asked = look(tmp_path, "a.npz")
+
+    assert {path: leaf.shape for path, leaf in checkpoint.leaves.items()} == {
+        ("params", f"w{at}"): (30, 20) for at in range(50)
+    }
+    assert asked.trips <= 4
+    assert asked.requests <= 54

@@ -26,6 +26,7 @@ _VERDICT = {
     "MB": "MB",
     "exponent": "exponent",
 }
+_REMOTE = {"requests": "requests", "chain": "in a row", "seconds": "s", "MB": "MB", "x orbax": "× Orbax"}
 _CONVERT = {"peak GB": "peak GB", "peak ÷ bound": "peak ÷ bound"}
 _SAVE = {
     "seconds": "s",
@@ -34,7 +35,13 @@ _SAVE = {
     "cpu_seconds": "CPU s",
     "x save_orbax": "× parent",
 }
-_TABLES = (("restore", _RESTORE), ("verdict", _VERDICT), ("save", _SAVE), ("convert", _CONVERT))
+_TABLES = (
+    ("restore", _RESTORE),
+    ("remote", _REMOTE),
+    ("verdict", _VERDICT),
+    ("save", _SAVE),
+    ("convert", _CONVERT),
+)
 
 
 def main() -> None:
@@ -46,7 +53,7 @@ def main() -> None:
         print(f"\n**{title}**, seconds\n\n{table(_curve(curves))}")
     processes = _results("multihost")
     if processes:
-        print(f"\n**Processes, 0.3 GB**\n\n{table(processes)}")
+        print(f"\n**Processes**\n\n{table(processes)}")
 
 
 def _results(name: str) -> Any:

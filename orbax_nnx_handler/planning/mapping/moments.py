@@ -38,7 +38,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     substitute,
 )
 from orbax_nnx_handler.planning.layouts.layout import Stored
-from orbax_nnx_handler.planning.mapping.matches import Found
+from orbax_nnx_handler.planning.mapping.matches import Evidence, Found
 from orbax_nnx_handler.planning.mapping.optimizer import (
     ORPHAN,
     OptimizerLeaf,
@@ -47,6 +47,11 @@ from orbax_nnx_handler.planning.mapping.optimizer import (
 )
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates, pair_states
 from orbax_nnx_handler.planning.rules import Casts
+
+_STATE = Evidence(kind="optimizer", words="the same field of the same optimizer state")
+_MOMENT = Evidence(
+    kind="moment", words="its parameter's recipe, in the same field of the same optimizer state"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,14 +292,14 @@ class MomentFollower:
         stuck: list[StuckMoment] = []
         for wanted, stored in states.pairs:
             for name, leaf in wanted.scalars.items():
-                found[leaf.path] = Found(recipe=Read(stored.scalars[name].path))
+                found[leaf.path] = Found(recipe=Read(stored.scalars[name].path), evidence=_STATE)
             stuck += self._add_moments(wanted.moments, stored.moments, found)
         for wanted in states.missing:
             slots = {name: self.optimizer.slots[name] for name in wanted.moments if self._is_slot(name)}
             stuck += self._add_moments(wanted.moments, self.optimizer.slots if slots else {}, found)
             count = wanted.scalars.get(("count",))
             if count is not None and self.optimizer.count is not None:
-                found[count.path] = Found(recipe=Read(self.optimizer.count))
+                found[count.path] = Found(recipe=Read(self.optimizer.count), evidence=_STATE)
         return FollowedMoments(states=states, stuck=tuple(stuck))
 
     def _is_slot(self, name: Tokens) -> bool:
@@ -332,7 +337,7 @@ class MomentFollower:
         moments, parameter = fields[name], self._parameter(key, found)
         if parameter is None:
             orphan = moments.get((ORPHAN, *_name(key)))
-            return None if orphan is None else Found(recipe=Read(orphan.path))
+            return None if orphan is None else Found(recipe=Read(orphan.path), evidence=_STATE)
         stored = {path: moments[path] for path in reads(parameter.recipe) if path in moments}
         may_stick = stored and self._may_stick
         why = why_stuck(parameter.recipe, self.stored, self.applied.casts) if may_stick else ""
@@ -341,6 +346,7 @@ class MomentFollower:
             gaps = parameter.missing_layers or missing_layers(recipe)
             spare = {item.path for item in stored.values()} - set(reads(recipe)) if len(stored) > 1 else ()
             return Found(
+                evidence=_MOMENT,
                 recipe=recipe,
                 reason=parameter.reason,
                 missing_layers=gaps,

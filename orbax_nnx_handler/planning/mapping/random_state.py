@@ -14,7 +14,7 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.matches import Found
+from orbax_nnx_handler.planning.mapping.matches import Evidence, Found
 from orbax_nnx_handler.planning.mapping.roots import Roots, strip
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -23,6 +23,9 @@ _MODEL = "model"
 
 Index = Mapping[Tokens, Path]
 Streams = Mapping[Tokens, list[Path]]
+
+
+_STREAM = Evidence(kind="random", words="the stream of its name")
 
 
 def find_random(
@@ -50,7 +53,7 @@ def find_random(
                 continue
             source = next((path for path in find(item) if path not in taken), None)
             if source is not None:
-                found[item.leaf.path] = Found(recipe=Read(source))
+                found[item.leaf.path] = Found(recipe=Read(source), evidence=_STREAM)
                 taken.add(source)
 
 

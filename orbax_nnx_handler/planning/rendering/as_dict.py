@@ -77,6 +77,7 @@ def _restored(item: Restored) -> dict[str, Any]:
         "stored_dtype": str(item.stored_dtype),
         "result_dtype": str(item.dtype),
         "transform": item.transform,
+        "evidence": {"kind": item.evidence.kind, "words": item.evidence.words},
     }
 
 

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.dtypes import (
     same_key,
     worst,
 )
-from orbax_nnx_handler.planning.core.errors import UnusedRuleError
+from orbax_nnx_handler.planning.core.errors import RestoreError, UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
@@ -30,6 +30,7 @@ from orbax_nnx_handler.planning.rules import Drop, ScanAxis, cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.verdict.laws import Source, certify, error_of
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
     Mismatched,
@@ -139,6 +140,7 @@ def judge(
             *faults,
             *mapping.faults,
             *faults_of(mapping),
+            *_against_the_laws(wanted, mapping, outcomes),
             *indivisible(target.leaves.values()),
             *unreadable_leaves(
                 broken or Unreadable(),
@@ -150,6 +152,24 @@ def judge(
         ),
         sides=_sides(wanted, mapping),
     )
+
+
+def _against_the_laws(
+    wanted: Sequence[Wanted], mapping: LeafMapping, outcomes: Mapping[Path, "_Outcome"]
+) -> Iterator[RestoreError]:
+    """Yields the error for a mapping that the laws refuse, whatever found it."""
+    sources = {
+        path: Source(recipe=outcome.recipe, kind=mapping.found[path].evidence.kind)
+        for path, outcome in outcomes.items()
+        if isinstance(outcome, Restored) or (isinstance(outcome, Missing) and outcome.recipe is not None)
+        if outcome.recipe is not None
+    }
+    made = (entry for _, entries in mapping.applied.made for entry in entries)
+    by_rule = frozenset(path for entry in made for path in entry.sources)
+    dropped = frozenset(mapping.discarded)
+    broken = certify(wanted, mapping.placements, sources, by_rule | dropped)
+    if broken:
+        yield error_of(broken)
 
 
 def _read_by(recipes: Iterable[Recipe], dropped: Iterable[Dropped | Discarded]) -> Iterator[Path]:
@@ -239,6 +259,7 @@ class _Leaves:
             dtype=leaf.dtype,
             cast="same",
             reason=found.reason,
+            evidence=found.evidence,
         )
 
     def _compare(self, item: Wanted, found: Found) -> Restored | Missing | Mismatched:
@@ -285,6 +306,7 @@ class _Leaves:
             dtype=dtype,
             cast=_cast_by_rule(sources, by_rule) if by_rule else done,
             reason=found.reason,
+            evidence=found.evidence,
         )
 
     def _scales(self, item: Wanted, sources: Sequence[StoredLeaf]) -> tuple[Path, ...]:
@@ -310,6 +332,7 @@ class _Leaves:
             dtype=dtype,
             cast="same",
             reason=found.reason,
+            evidence=found.evidence,
         )
 
 

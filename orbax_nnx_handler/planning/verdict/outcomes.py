@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
+from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Discarded, Dropped, Evidence
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, UnexpectedPolicy
@@ -47,6 +47,7 @@ class Restored:
         dtype: The dtype in the result.
         cast: What the cast does; `count` is checked to fit when it is read.
         reason: The rule or module structure behind the mapping; empty for the path itself.
+        evidence: What the mapping rests on.
     """
 
     wanted: WantedLeaf
@@ -55,6 +56,7 @@ class Restored:
     dtype: np.dtype[Any]
     cast: Cast
     reason: str = ""
+    evidence: Evidence = SAME_PATH
 
     @property
     def transform(self) -> str:

@@ -1,0 +1,394 @@
+"""The laws of a mapping, checked on every plan, whatever found it.
+
+Nothing here knows how a mapping was searched. What each wanted leaf reads is written as
+elements (a stored leaf, or one layer of a stack), both sides are named (owner, collection,
+path, layer), and the names are compared. Where they disagree the plan is refused, and both
+readings are said. Leaves that a rule of the user's brought are taken at the rule's word;
+that no stored element is used twice holds for them too.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.causes import Hint
+from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
+from orbax_nnx_handler.planning.core.recipes import Concat, Fill, Index, Read, Recipe, Stack, reads, shape_of
+from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
+from orbax_nnx_handler.planning.target.roles import Wanted
+
+_PLAIN = frozenset({"model", "state", "train_state"})
+_GATES = {4: "ifgo", 3: "rzn"}
+"""The order in which the gates of NNX's LSTM and GRU cells are joined (flax/nnx/nn/recurrent.py)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What one wanted leaf is made from.
+
+    Attributes:
+        recipe: The recipe.
+        kind: What the mapping says that it rests on.
+    """
+
+    recipe: Recipe
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A law that a plan breaks: `wanted` is read from `stored`, which `why` speaks against."""
+
+    law: int
+    wanted: Path
+    stored: Path
+    why: str
+
+
+def certify(
+    wanted: Sequence[Wanted],
+    placements: Sequence[Placement],
+    sources: Mapping[Path, Source],
+    by_rule: frozenset[Path] = frozenset(),
+    copies: frozenset[Path] = frozenset(),
+) -> list[Broken]:
+    """Returns every place where a plan breaks a law; none for a plan that may be carried out.
+
+    Args:
+        wanted: The target's leaves with their roles.
+        placements: What each stored leaf is.
+        sources: What each leaf of the result is made from, by wanted path.
+        by_rule: Stored leaves that a rule of the user's names.
+        copies: Stored leaves that a rule says are wanted more than once.
+    """
+    kernel = _Kernel(wanted, placements, sources, by_rule)
+    broken = [fault for item in wanted if item.leaf.path in sources for fault in kernel.check(item)]
+    return [*broken, *kernel.owners(), *kernel.roots(), *_used_twice(sources, kernel.placed, copies)]
+
+
+def error_of(broken: Sequence[Broken]) -> AmbiguousMappingError:
+    """Returns the error for a plan that breaks laws; names both readings of each leaf."""
+    rows = [
+        f"  {render(item.wanted)}  <-  {render(item.stored)}: {item.why} (law {item.law})"
+        for item in broken[:20]
+    ]
+    more = [f"  ... and {len(broken) - 20} more"] if len(broken) > 20 else []
+    return AmbiguousMappingError(
+        "the plan reads leaves from where their names do not say they are:\n" + "\n".join([*rows, *more]),
+        paths=[item.wanted for item in broken],
+        hints=[Hint("renames=[...] decides: write which stored leaf each of them is.")],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Element:
+    """A stored leaf, or layer `at` of it, that becomes all of a wanted leaf, or layer `to` of it."""
+
+    path: Path
+    at: int | None = None
+    to: int | None = None
+
+
+class _Kernel:
+    def __init__(
+        self,
+        wanted: Sequence[Wanted],
+        placements: Sequence[Placement],
+        sources: Mapping[Path, Source],
+        by_rule: frozenset[Path],
+    ) -> None:
+        self._sources, self._by_rule = sources, by_rule
+        self.placed = {item.leaf.path: item for item in placements}
+        self._whole = {"/".join(map(str, path)): path for path in self.placed}
+        self._wanted = {item.leaf.path: item for item in wanted}
+        self._owners: dict[Tokens, set[Tokens]] = defaultdict(set)
+        self._roots: dict[tuple[Path, str | None], dict[tuple[Tokens, Tokens], tuple[Path, Path]]]
+        self._roots = defaultdict(dict)
+        self._names: dict[Path, Tokens] = {}
+        self._blocks: dict[Tokens, set[int]] | None = None
+
+    def check(self, item: Wanted) -> Iterator[Broken]:
+        path, source = item.leaf.path, self._sources[item.leaf.path]
+        read = (source.recipe.path,) if isinstance(source.recipe, Read) else reads(source.recipe)
+        if self._by_rule and not self._by_rule.isdisjoint(read):
+            return
+        yield from self._same_path_first(item, read)
+        for stored in read:
+            placed = self.placed[stored]
+            why = _wrong_role(item, placed) if source.kind != "same path" else ""
+            if why:
+                yield Broken(law=9, wanted=path, stored=stored, why=why)
+                return
+            if item.role in ("optimizer", "step"):
+                self._owners[canonical(item.owner)].add(canonical(placed.owner))
+            elif source.kind != "same path" and not _may_give(item, placed):
+                why = f"it lies in {placed.collection}, not in {item.collection or 'params'}"
+                yield Broken(law=2, wanted=path, stored=stored, why=why)
+        if item.role in ("model", "transient") and source.kind not in ("same path", "layout"):
+            yield from self._names_meet(item, source)
+
+    def _same_path_first(self, item: Wanted, read: Sequence[Path]) -> Iterator[Broken]:
+        same = self._whole.get("/".join(map(str, item.leaf.path)))
+        if same is None or same in read or same in self._by_rule or item.role in ("transient", "optimizer"):
+            return
+        if item.leaf.kind is not None and self.placed[same].section == "step" and item.role != "step":
+            return  # A model's Variable called `step` is a model's.
+        if self.placed[same].leaf.shape == item.leaf.shape:
+            yield Broken(
+                law=1, wanted=item.leaf.path, stored=read[0], why=f"{render(same)} has its whole path"
+            )
+
+    def _names_meet(self, item: Wanted, source: Source) -> Iterator[Broken]:
+        elements = list(_elements(source.recipe))
+        if source.kind == "module":
+            yield from self._module(item, source.recipe)
+            return
+        if any(element is None for element in elements):
+            why = "it is rearranged, and no rule says so"
+            yield Broken(law=7, wanted=item.leaf.path, stored=reads(source.recipe)[0], why=why)
+            return
+        for element in elements:
+            if element is None:
+                continue
+            roots = self._meeting(item, element)
+            if roots is None:
+                number = "" if element.at is None else f", layer {element.at}"
+                why = f"its name there is {'/'.join(self._name(element.path))}{number}"
+                yield Broken(law=5, wanted=item.leaf.path, stored=element.path, why=why)
+                return
+            placed = self.placed[element.path]
+            known = self._roots[placed.owner, placed.collection]
+            known.setdefault(roots, (item.leaf.path, element.path))
+
+    def _name(self, path: Path) -> Tokens:
+        if path not in self._names:
+            self._names[path] = canonical(self.placed[path].path)
+        return self._names[path]
+
+    def _meeting(self, item: Wanted, element: _Element) -> tuple[Tokens, Tokens] | None:
+        """Returns what lies above the common name of two elements; None where they have none."""
+        stored = self._name(element.path)
+        for there in self._readings(stored, element.at, element.path):
+            for here in self._readings(item.tokens, element.to, None):
+                common = _common_end(here, there)
+                above, below = here[: len(here) - common], there[: len(there) - common]
+                if common and _may_go(above, below):
+                    return above, below
+        return None
+
+    def _readings(self, name: Tokens, layer: int | None, stored: Path | None) -> Iterator[Tokens]:
+        """Yields the name of one layer of a leaf, in each place where the layer's number may stand."""
+        boxed = stored is not None and len(name) > 1 and name[-1] == "value"
+        for tokens in (name, name[:-1]) if boxed else (name,):
+            if layer is None:
+                yield tokens
+                yield from self._left_over(tokens)
+                continue
+            for at in range(1, len(tokens)):
+                yield (*tokens[:at], f"#{layer}", *tokens[at:])
+            for at in range(2, len(tokens) - 1):
+                # A member of a block: layer = cycle * size + position.
+                if is_number(tokens[at]) and not is_number(tokens[at - 2]):
+                    size = len(self._block_sizes().get(tokens[:at], ()))
+                    number = layer * size + int(tokens[at][1:])
+                    yield (*tokens[: at - 1], f"#{number}", *tokens[at + 1 :])
+
+    def _left_over(self, tokens: Tokens) -> Iterator[Tokens]:
+        """Yields the name of a layer after the last cycle of its block."""
+        for at in range(2, len(tokens) - 1):
+            group = tokens[at - 2].removesuffix("_remainder")
+            if is_number(tokens[at]) and group != tokens[at - 2]:
+                block = (*tokens[: at - 2], group, tokens[at - 1])
+                for cycles in self._cycles(block):
+                    number = cycles * len(self._block_sizes().get(block, ())) + int(tokens[at][1:])
+                    yield (*tokens[: at - 2], group, f"#{number}", *tokens[at + 1 :])
+
+    def _block_sizes(self) -> dict[Tokens, set[int]]:
+        """The positions of every numbered module below another one, on either side."""
+        if self._blocks is None:
+            self._blocks = defaultdict(set)
+            names = [item.tokens for item in self._wanted.values() if item.role == "model"]
+            names += [self._name(path) for path, item in self.placed.items() if item.section == "model"]
+            for name in names:
+                for at in range(2, len(name) - 1):
+                    if is_number(name[at]):
+                        self._blocks[name[:at]].add(int(name[at][1:]))
+        return self._blocks
+
+    def _cycles(self, block: Tokens) -> Iterable[int]:
+        found: set[int] = set()
+        for path, placed in self.placed.items():
+            if placed.section == "model" and _holds(self._name(path), block):
+                found |= set(placed.leaf.shape)
+        for item in self._wanted.values():
+            if item.role == "model" and _holds(item.tokens, block):
+                found |= set(item.leaf.shape)
+        return sorted(found | {0})
+
+    def _module(self, item: Wanted, recipe: Recipe) -> Iterator[Broken]:
+        """Checks a parameter that one of Flax's own modules keeps otherwise: cells, normalising wrappers."""
+        parts = recipe.sources if isinstance(recipe, Concat) else (recipe,)
+        names = [self._name(part.path) for part in parts if isinstance(part, Read)]
+        if len(names) < len(parts) or not isinstance(recipe, Concat):
+            return  # One leaf under another name: its wrapper's own key tells which.
+        modules = {name[:-2] for name in names}
+        gates = "".join(name[-2][1:] for name in names)
+        sides = {name[-2][:1] for name in names}
+        wanted = item.tokens
+        fits = (
+            len(modules) == 1
+            and gates == _GATES.get(len(parts))
+            and {name[-1] for name in names} == {wanted[-1]}
+            and sides == {wanted[-2].removeprefix("dense_")}
+        )
+        module = next(iter(modules))
+        common = _common_end(wanted[:-2], module)
+        if not fits or not _may_go(wanted[: len(wanted) - 2 - common], module[: len(module) - common]):
+            why = f"gates {gates} of {'/'.join(module)} are not those of the wanted cell, in its order"
+            yield Broken(law=7, wanted=item.leaf.path, stored=reads(recipe)[0], why=why)
+
+    def owners(self) -> Iterator[Broken]:
+        """Yields where one optimizer is taken from two train states, or one train state serves two."""
+        users: dict[Tokens, list[Tokens]] = defaultdict(list)
+        for wanted, stored in self._owners.items():
+            for owner in stored:
+                users[owner].append(wanted)
+        split = {wanted for wanted, stored in self._owners.items() if len(stored) > 1}
+        lent = {wanted for owners in users.values() if len(owners) > 1 for wanted in owners}
+        for item in self._wanted.values():
+            if item.role in ("optimizer", "step") and item.leaf.path in self._sources:
+                owner = canonical(item.owner)
+                if owner in split | lent:
+                    stored = reads(self._sources[item.leaf.path].recipe)[0]
+                    why = "several train states share an optimizer or a step"
+                    yield Broken(law=3, wanted=item.leaf.path, stored=stored, why=why)
+
+    def roots(self) -> Iterator[Broken]:
+        """Yields where the leaves of one stored collection have lost levels that others keep."""
+        for (owner, collection), found in self._roots.items():
+            if len(found) < 2 and not any(below for _, below in found):
+                continue
+            names = [
+                self._name(path)
+                for path, item in self.placed.items()
+                if item.section == "model" and item.owner == owner and item.collection == collection
+            ]
+            for (_, below), (wanted, stored) in found.items():
+                if below and not all(name[: len(below)] == below for name in names):
+                    why = f"{'/'.join(below)} is not above the whole model"
+                    yield Broken(law=7, wanted=wanted, stored=stored, why=why)
+            if len({above for above, below in found if not below}) > 1:
+                (first, *_), (wanted, stored) = next(iter(found)), list(found.values())[-1]
+                why = f"other leaves lie below {'/'.join(first) or 'the root'}"
+                yield Broken(law=7, wanted=wanted, stored=stored, why=why)
+
+
+def _holds(name: Tokens, block: Tokens) -> bool:
+    return any(name[at : at + len(block)] == block for at in range(len(name) - len(block)))
+
+
+def _elements(recipe: Recipe, to: int | None = None) -> Iterator[_Element | None]:
+    """Yields what a recipe of whole leaves and layers reads; None for any other step."""
+    match recipe:
+        case Read():
+            yield _Element(recipe.path, None, to)
+        case Index(source=Read() as source):
+            yield _Element(source.path, recipe.index, to)
+        case Stack() if to is None:
+            for at, part in enumerate(recipe.sources):
+                yield from _elements(part, at)
+        case Fill():
+            return
+        case Concat():
+            for part in recipe.sources:
+                yield from _elements(part, to)
+        case _:
+            yield None
+
+
+def _common_end(left: Tokens, right: Tokens) -> int:
+    shorter = min(len(left), len(right))
+    if left[len(left) - shorter :] == right[len(right) - shorter :]:
+        return shorter  # Nearly every pair.
+    return next(n for n in range(shorter) if left[-1 - n] != right[-1 - n])
+
+
+def _may_go(above: Tokens, below: Tokens) -> bool:
+    """Tells whether what lies above a common name may differ: a level that only one side has."""
+    if any(map(is_number, above[1:])) or any(map(is_number, below)):
+        return False
+    named = [token for token in above if token not in _PLAIN and not is_number(token)]
+    return not named or not [token for token in below if token not in _PLAIN]
+
+
+def _wrong_role(item: Wanted, placed: Placement) -> str:
+    section = placed.section
+    if item.role == "optimizer":
+        is_count = section == "step" and item.tokens[-1:] == ("count",)
+        return "" if section == "optimizer" or is_count else "it is no part of an optimizer"
+    if item.role == "step":
+        return "" if section == "step" else "it is not the step of a train state"
+    return "it belongs to the optimizer or counts steps" if section in ("optimizer", "step") else ""
+
+
+def _may_give(item: Wanted, placed: Placement) -> bool:
+    """Tells whether the collections agree; a type that Flax does not name may be in any of its own name."""
+    stored, wanted = placed.collection, item.collection
+    if None in (stored, wanted) or stored == wanted:
+        return wanted is not None or stored is None or stored in FLAX_COLLECTIONS or stored in item.tokens
+    if wanted in FLAX_COLLECTIONS:
+        return stored in item.tokens or (
+            stored in FLAX_COLLECTIONS and item.tokens[-2:-1] == ("batch_stats",)
+        )
+    return True
+
+
+def _used_twice(
+    sources: Mapping[Path, Source], placed: Mapping[Path, Placement], copies: frozenset[Path]
+) -> Iterator[Broken]:
+    """Yields the stored elements that two wanted leaves read, whatever their recipes."""
+    users: dict[Path, list[Path]] = defaultdict(list)
+    for path, source in sources.items():
+        for stored in (source.recipe.path,) if isinstance(source.recipe, Read) else set(reads(source.recipe)):
+            users[stored].append(path)
+    shapes = {path: item.leaf.shape for path, item in placed.items()}
+    for stored, paths in users.items():
+        if len(paths) < 2 or stored in copies or placed[stored].section == "step":
+            continue
+        taken: list[tuple[Region, Path]] = []
+        for path in paths:
+            for region in _regions(sources[path].recipe, stored, shapes):
+                other = next((user for used, user in taken if user != path and intersect(used, region)), None)
+                if other is not None:
+                    yield Broken(
+                        law=4, wanted=path, stored=stored, why=f"{render(other)} is read from it too"
+                    )
+                    break
+                taken.append((region, path))
+
+
+def _regions(recipe: Recipe, stored: Path, shapes: Mapping[Path, Shape]) -> Iterator[Region]:
+    """Yields the rectangles of a stored leaf that a recipe reads."""
+    full = whole(shapes[stored])
+    match recipe:
+        case Read():
+            yield full
+        case Index(source=Read(), axis=axis, index=index):
+            yield (*full[:axis], (index, index + 1), *full[axis + 1 :])
+        case Stack() | Concat():
+            for part in recipe.sources:
+                if stored in reads(part):
+                    yield from _regions(part, stored, shapes)
+        case _:
+            yield from _cut(recipe, whole(shape_of(recipe, shapes)), stored, shapes)
+
+
+def _cut(recipe: Recipe, region: Region, stored: Path, shapes: Mapping[Path, Shape]) -> Iterator[Region]:
+    for piece in cut(recipe, region, shapes):
+        if isinstance(piece.source, Refolded):
+            yield from _cut(piece.source.recipe, piece.source.region, stored, shapes)
+        elif piece.source == stored:
+            yield piece.source_region

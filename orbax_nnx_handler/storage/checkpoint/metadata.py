@@ -45,7 +45,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     parse_object,
     text_of,
 )
-from orbax_nnx_handler.storage.checkpoint.files import Files, List, Question, Read
+from orbax_nnx_handler.storage.checkpoint.files import Files, List, Question, Read, Sizes
 from orbax_nnx_handler.storage.checkpoint.ocdbt import DamagedDatabaseError
 from orbax_nnx_handler.storage.checkpoint.random_state import StoredRandom, read_leftovers
 from orbax_nnx_handler.storage.checkpoint.stores import Store
@@ -71,7 +71,7 @@ _OPENPI = ("params", "train_state")
 _KEY_FILES, _KEY_FILE = "array_metadatas", "process_0"
 # Zarr's codecs pack zeros to a thirty-thousandth; what takes more than that is not there.
 _PACKED_AT_MOST = 1 << 15
-_ANY_ARRAY = 1 << 30
+_LARGE, _LARGE_REMOTE = 1 << 30, 1 << 36
 
 _Value = TypeVar("_Value")
 
@@ -182,7 +182,7 @@ def _read(directory: epath.Path, files: Files) -> Checkpoint:
         directory=directory,
         leaves=leaves | {path: leaf for path, (_, leaf) in leftovers.items()},
         lost=lost,
-        damaged=dict(_damaged_arrays(arrays, writes_fill=tree.writes_fill)),
+        damaged=dict(_damaged_arrays(arrays, files, writes_fill=tree.writes_fill)),
         disk_format=_disk_format(arrays.values(), bool(values)),
         custom_metadata=tree.custom,
         step_metadata=_read_step_metadata(directory, files),
@@ -333,13 +333,29 @@ def _key_type(impl: str) -> tuple[np.dtype[Any], Shape]:
     return dtype, jax.eval_shape(jax.random.key_data, key).shape
 
 
-def _damaged_arrays(arrays: Mapping[Path, StoredArray], *, writes_fill: bool) -> Iterable[tuple[Path, str]]:
+def _damaged_arrays(
+    arrays: Mapping[Path, StoredArray], files: Files, *, writes_fill: bool
+) -> Iterable[tuple[Path, str]]:
     """Yields the leaves whose shapes are known and whose bytes cannot all be there."""
     broken = {id(array.store): _by_array(array.store) for array in arrays.values()}
+    alone = [array for array in arrays.values() if array.store.kind == "files" and _is_large(array)]
+    files.ask(*(_folder_sizes(array) for array in alone))
     for path, array in arrays.items():
-        reason = broken[id(array.store)].get(array.name) or _implausible(array, writes_fill=writes_fill)
+        reason = broken[id(array.store)].get(array.name)
+        if reason is None and _is_large(array):
+            reason = _implausible(array, files, writes_fill=writes_fill)
         if reason:
             yield path, reason
+
+
+def _is_large(array: StoredArray) -> bool:
+    """Tells whether an array is so large that what is stored of it is worth a look."""
+    least = _LARGE if array.store.local or array.store.kind != "files" else _LARGE_REMOTE
+    return math.prod(array.encoding.shape) * array.encoding.dtype.itemsize >= least
+
+
+def _folder_sizes(array: StoredArray) -> Sizes:
+    return Sizes(os.fspath(array.store.directory / array.name), "")
 
 
 def _by_array(store: Store) -> dict[str, str]:
@@ -353,21 +369,22 @@ def _by_array(store: Store) -> dict[str, str]:
     return found
 
 
-def _implausible(array: StoredArray, *, writes_fill: bool) -> str | None:
-    """Returns why an array of more than a gigabyte cannot be stored in the bytes that there are."""
-    encoding = array.encoding
-    catalog = array.store.catalog
+def _implausible(array: StoredArray, files: Files, *, writes_fill: bool) -> str | None:
+    """Returns why a large array cannot be in the bytes that are stored, or None if it can."""
+    encoding, catalog = array.encoding, array.store.catalog
     size = math.prod(encoding.shape) * encoding.dtype.itemsize
-    if size < _ANY_ARRAY or catalog is None:
-        return None
-    stored = array.store.sizes
+    if array.store.kind == "files":
+        question = _folder_sizes(array)
+        stored = files.sizes(epath.Path(question.path), question.prefix)
+    else:
+        stored = array.store.sizes
     if size > _PACKED_AT_MOST * max(1, sum(stored.values())):
         return f"an array of {size} bytes cannot be in files of {sum(stored.values())}"
-    chunks = math.prod(
-        -(-length // chunk) for length, chunk in zip(encoding.shape, encoding.chunk_shape, strict=True)
-    )
-    if writes_fill and chunks > len(catalog):
-        return f"it has {chunks} chunks, and the database holds {len(catalog)} values"
+    lengths = zip(encoding.shape, encoding.chunk_shape, strict=True)
+    chunks = math.prod(-(-length // chunk) for length, chunk in lengths)
+    held = len(stored if catalog is None else catalog)
+    if writes_fill and chunks > held:
+        return f"it has {chunks} chunks, of which {held} can be there"
     return None
 
 

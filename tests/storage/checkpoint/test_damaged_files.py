@@ -186,3 +186,19 @@ def test_a_file_without_permission_is_named(tmp_path):
 
     with pytest.raises(NotACheckpointError, match="_METADATA cannot be read: PermissionError"):
         read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [([10**9, 10**6], [10**9, 10**6]), ([10**9, 10**6], [1, 1]), ([1 << 20, 1 << 20], [1 << 10, 1 << 20])],
+)
+def test_an_array_that_cannot_be_in_its_files_is_damaged_at_once(tmp_path, shape, chunks):
+    path = item(tmp_path, ZARR2)
+    fields = json.loads((path / "w" / ".zarray").read_text())
+    (path / "w" / ".zarray").write_text(json.dumps({**fields, "shape": shape, "chunks": chunks}))
+
+    checkpoint = read_metadata(path)
+
+    assert checkpoint.damaged[("w",)].startswith("an array of ")
+    with pytest.raises(UnreadableLeafError):
+        plan_restore(path, {"w": jax.ShapeDtypeStruct(tuple(shape), jnp.float32)}, policy="warn").check()

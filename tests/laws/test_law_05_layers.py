@@ -177,3 +177,16 @@ def test_a_reversed_or_doubled_list_is_not_guessed(tmp_path, names):
     stored = {f"layers_{at}_{name}": numbers.dense(3, 3) for at, name in enumerate(names)}
     wanted = _layers(numbers, "layers", range(3))
     right_or_refused(write(tmp_path, {"params": stored}), pure_target(wanted), {}, unexpected="error")
+
+
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_a_layer_of_another_shape_is_refused_where_a_stack_is_wanted(tmp_path, optimizer):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    layers = [{"kernel": numbers(3, 4)} for _ in range(3)]
+    stored = {f"layers_{at}": layer for at, layer in enumerate(layers)}
+    opt_state = numbers.optimizer(tx, stored)
+    stored["layers_1"] = {"kernel": numbers(3, 8)}
+    path = write(tmp_path, {"params": stored, "opt_state": opt_state, "step": np.int32(1)})
+    wanted = {"layers": stacked(layers)}
+    target = training_target(wanted, tx) if optimizer else worlds.model_target(wanted)
+    refused(path, target, unexpected="ignore")

@@ -118,3 +118,30 @@ def test_a_group_decides_where_every_other_leaf_allows_the_same_one_axis(tmp_pat
     layers = [{"a": {"kernel": numbers(3, 3)}, "b": {"kernel": numbers(5, 7)}} for _ in range(3)]
     path = write(tmp_path, {"params": {"layers": stacked(layers, axis)}})
     check(restore(path, target_of(form, _single(layers))), _single(layers))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_wanted_axis_does_not_follow_from_the_stored_one(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(4, 4)} for _ in range(4)]
+    blocks = {f"layers_{at}": stacked(layers[at::2]) for at in range(2)}
+    path = write(tmp_path, {"params": {"layers": blocks}})
+    refused(path, target_of(form, {"layers": stacked(layers, axis)}))
+    result = restore(
+        path,
+        target_of(form, {"layers": stacked(layers)}),
+        renames=[ScanAxis("layers", 0)],
+        unexpected="ignore",
+    )
+    check(result, {"layers": stacked(layers)})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_second_params_level_alone_says_nothing_of_the_axis(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(3, 3), "bias": numbers(3)} for _ in range(3)]
+    stored = {"params": {"params": {"encoder": {"blocks": stacked(layers, axis)}}}}
+    wanted = {"encoder": {f"blocks_{at}": layer for at, layer in enumerate(layers)}}
+    refused(write(tmp_path, stored), target_of(form, wanted))

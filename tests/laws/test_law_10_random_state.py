@@ -90,3 +90,20 @@ def test_streams_that_are_not_stored_differ_from_each_other(tmp_path):
     keys = [jax.random.key_data(part.rngs.dropout.key[...]).tolist() for part in (result, result.model)]
     assert keys[0] != keys[1]
     assert int(result.rngs.dropout.count[...]) == 0
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_streams_of_a_state_without_an_optimizer_stay_apart(tmp_path, layout):
+    class State(nnx.Module):
+        def __init__(self):
+            self.model, self.rngs = Model(("dropout",), 11), nnx.Rngs(dropout=22)
+
+    state = _advance(State())
+    save(tmp_path / "saved", state, layout=layout)
+    have, want = flat(restore(tmp_path / "saved", nnx.eval_shape(State))), flat(state)
+    for path, value in want.items():
+        np.testing.assert_array_equal(have[path], value, str(path))
+    save(tmp_path / "state", nnx.state(state), layout=layout)
+    have = flat(restore(tmp_path / "state", nnx.state(nnx.eval_shape(State))))
+    for path, value in want.items():
+        np.testing.assert_array_equal(have[path], value, str(path))

@@ -73,3 +73,15 @@ def test_codes_into_codes_of_the_same_type_are_restored(tmp_path, dtype):
     np.testing.assert_array_equal(
         np.asarray(result["dense"]["kernel"]).astype(np.float32), np.asarray(codes).astype(np.float32)
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_one_quantised_layer_of_a_stack_is_seen(tmp_path, which, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(4, 5)} for _ in range(3)]
+    codes, scale = _codes(layers[which]["kernel"], jnp.float8_e4m3fn, 448)
+    stored = {f"layers_{at}": dict(layer) for at, layer in enumerate(layers)}
+    stored[f"layers_{which}"] = {"kernel": codes, "kernel_scale": scale}
+    wanted = {"layers": {"kernel": np.stack([layer["kernel"] for layer in layers])}}
+    refused(write(tmp_path, {"params": stored}), target_of(form, wanted), unexpected="ignore")

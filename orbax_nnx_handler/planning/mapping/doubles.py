@@ -28,11 +28,11 @@ def stored_twice(
         below: The canonical path of each below the model's root.
         free: The entries that no wanted leaf has the path of, with each reading of their paths.
     """
-    others: dict[Key, list[tuple[str, Entry]]] = defaultdict(list)
+    others: dict[tuple[str, Key], list[Entry]] = defaultdict(list)
     for tokens, entry in free:
         for place in layer_paths(tokens):
-            if place.form in ("flat", "stacked"):
-                others[place.group, place.rest].append((place.form, entry))
+            if place.form in _OTHER:
+                others[place.form, (place.group, place.rest)].append(entry)
     if not others:
         return
     for item in wanted:
@@ -40,20 +40,20 @@ def stored_twice(
         if entry is None:
             continue
         for place in layer_paths(below[item.leaf.path]):
-            claims = [
-                other
-                for form, other in others.get((place.group, place.rest), ())
-                if form != place.form
-                and other.collection == entry.collection
-                and (
-                    _is_layer_of(item.leaf.shape, other.shape)
-                    if place.form == "flat"
-                    else _is_layer_of(other.shape, item.leaf.shape)
-                )
-            ]
-            if claims and place.form in ("flat", "stacked"):
+            form = _OTHER.get(place.form)
+            rivals = others.get((form, (place.group, place.rest)), ()) if form else ()
+            claims = [other for other in rivals if _is_same_layer(item, place.form, entry, other)]
+            if claims:
                 yield Rivals(wanted=item, entries=(entry, *claims))
                 break
+
+
+_OTHER: Mapping[str, str] = {"flat": "stacked", "stacked": "flat"}
+
+
+def _is_same_layer(item: Wanted, form: str, entry: Entry, other: Entry) -> bool:
+    layer, stack = (item.leaf.shape, other.shape) if form == "flat" else (other.shape, item.leaf.shape)
+    return other.collection == entry.collection and _is_layer_of(layer, stack)
 
 
 def _is_layer_of(layer: Shape, stack: Shape) -> bool:

@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.text.folding import Row, fold
 from orbax_nnx_handler.storage.checkpoint.directories import is_item, items_of, steps_of
 from orbax_nnx_handler.storage.checkpoint.files import Files
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.locations import as_path, parents_of
+from orbax_nnx_handler.storage.checkpoint.locations import as_path, is_url, parents_of
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.checkpoint.stores import files_at
 
@@ -106,7 +106,8 @@ def read_contents(path: epath.PathLike, item: str | None) -> Contents:
     files = files_at(given)
     directory = find_item(given, item, files)
     checkpoint = read_metadata(directory, files)
-    above = parents_of(directory)[:2]
+    # As the path was given, relative or not: the steps are compared with it.
+    above = (parents_of(directory) if is_url(directory) else list(directory.parents))[:2]
     files.look_into(above)
     steps = [steps_of(folder, files) for folder in above]
     is_step = bool(steps) and directory in steps[0].values()

@@ -31,6 +31,14 @@ def test_the_tree_of_a_manager_s_root_names_steps_items_and_parts(cli, root) -> 
     )
 
 
+def test_a_relative_path_has_the_same_steps_and_items(cli, root, monkeypatch) -> None:
+    monkeypatch.chdir(root.parent)
+
+    for path in (root.name, f"{root.name}/200", f"{root.name}/200/default"):
+        said = cli("tree", path, "--depth", 1)
+        assert "  steps         100, 200\n  items         default\n" in said.out
+
+
 def test_leaves_have_shape_dtype_chunks_and_bytes_and_layers_are_folded(cli, root) -> None:
     said = cli("tree", root)
 

@@ -29,7 +29,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     steps_of,
 )
 from orbax_nnx_handler.storage.checkpoint.files import Files
-from orbax_nnx_handler.storage.checkpoint.locations import parents_of
+from orbax_nnx_handler.storage.checkpoint.locations import absolute, parents_of
 
 _SHOWN = 8
 # How many folders are looked into on each level, and how many levels.
@@ -142,6 +142,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _finished_near(path: epath.Path, files: Files) -> Hint:
+    path = absolute(path)
     if is_unfinished_archive(path):
         archives = newest_in(path.parent, files)
         newest = _listed(map(str, archives))
@@ -201,6 +202,7 @@ def _steps(steps: Mapping[int, epath.Path]) -> str:
 
 
 def _undamaged_near(path: epath.Path, files: Files) -> Hint:
+    path = absolute(path)
     archives = archives_in(path.parent, files) if is_archive(path, files) else []
     others = [archive for archive in archives if archive != path]
     if len(archives) > 1:
@@ -244,6 +246,7 @@ def _below(path: epath.Path, files: Files) -> Hint | None:
 
 def _around(path: epath.Path, files: Files) -> Hint:
     """Returns the checkpoint that a path lies in or beside."""
+    path = absolute(path)
     parents = parents_of(path)
     if files.remote:
         parents = parents[:2]

@@ -133,6 +133,15 @@ def test_a_damaged_tree_leads_to_another_step(run):
         plan_restore(run, nnx.State({"scale": nnx.Param(np.zeros(3))}))
 
 
+def test_a_damaged_tree_leads_to_another_step_from_a_relative_path_too(run, monkeypatch):
+    file = run / "200" / "default" / "_METADATA"
+    file.write_text(file.read_text()[:80])
+    monkeypatch.chdir(run)
+
+    with pytest.raises(NotACheckpointError, match=r"or restore another step: .* holds the step 100"):
+        plan_restore("200", nnx.State({"scale": nnx.Param(np.zeros(3))}))
+
+
 @pytest.mark.parametrize("policy", ["error", "warn", "init"])
 def test_an_array_that_is_gone_is_no_missing_weight_under_any_policy(tmp_path, policy):
     item = tmp_path / "item"

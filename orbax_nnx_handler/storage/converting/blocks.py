@@ -16,8 +16,7 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.converting.memory import release_freed
 from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
-from orbax_nnx_handler.storage.reading.jobs import Buffer
-from orbax_nnx_handler.storage.reading.targets import Work, stored_shapes
+from orbax_nnx_handler.storage.reading.jobs import Buffer, Work, stored_shapes
 
 # One chunk of a written leaf: large enough for disks, small enough to be read in parallel.
 _BLOCK_BYTES = 64 << 20

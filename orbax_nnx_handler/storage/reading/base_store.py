@@ -16,6 +16,8 @@ from orbax_nnx_handler.storage.checkpoint.stores import Store
 
 # The most buffers that one call fills (IOV_MAX is 1024 on Linux and on macOS).
 _BUFFERS = 1000
+# A store that brings nothing for so long has a fault.
+TIME_LIMIT_S = 300.0
 _MANY_FILES = 64
 _STAT_THREADS = 16
 
@@ -124,7 +126,7 @@ def _after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
 class Answer(Protocol):
     """Bytes on their way; `ts.Future` is one."""
 
-    def result(self) -> Any:
+    def result(self, timeout: float | None = None) -> Any:
         """Waits for a `ts.KvStore.ReadResult`."""
         ...
 
@@ -170,7 +172,7 @@ def content_of(answer: Answer, size: int | None = None) -> memoryview:
         AbsentError: The store does not hold the object.
         ShortReadError: It returned another number of bytes.
     """
-    result = answer.result()
+    result = answer.result(timeout=TIME_LIMIT_S)
     if result.state != "value":
         raise AbsentError("the object is absent")
     content = memoryview(result.value)

@@ -32,9 +32,8 @@ from orbax_nnx_handler.storage.checkpoint.stores import Extent
 from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
 from orbax_nnx_handler.storage.reading.base_store import AbsentError
 from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted, cut_run
-from orbax_nnx_handler.storage.reading.jobs import Buffer
+from orbax_nnx_handler.storage.reading.jobs import Buffer, Destination
 from orbax_nnx_handler.storage.reading.streams import ByteStream, Content, Unpacked, Zstd, decompressor
-from orbax_nnx_handler.storage.reading.targets import Destination
 
 # Bytes unpacked at a time where values are scattered or cast: they stay in the
 # processor's cache until they are copied on.

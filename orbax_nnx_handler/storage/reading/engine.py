@@ -13,8 +13,6 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Self
 
 import numpy as np
 
@@ -22,6 +20,7 @@ from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.storage.arithmetic import LostValueError
 from orbax_nnx_handler.storage.reading.base_store import (
+    TIME_LIMIT_S,
     AbsentError,
     Answer,
     DataFiles,
@@ -41,6 +40,7 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
     plan_bytes,
 )
 from orbax_nnx_handler.storage.reading.chunks import Piece
+from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers
 
 Progress = Callable[[int], None]
 DEFAULT_WINDOW_BYTES = 1 << 30
@@ -93,8 +93,8 @@ def read_pieces(
     threads = min(threads_for(pieces), len(plan.batches) + len(others) + len(tasks))
     reading = _Reading(files, planned, limits, concurrent_bytes or DEFAULT_WINDOW_BYTES, progress)
     # Answers from a network come in threads of the store's own, which have others to receive.
-    with _Workers(threads if threads > 1 or isinstance(files, RemoteData) else 0) as workers:
-        reading.submit_all(workers, plan, others, tasks)
+    with Workers(threads if threads > 1 or isinstance(files, RemoteData) else 0) as workers:
+        reading.run(workers, plan, others, tasks)
 
 
 def threads_for(pieces: Sequence[Piece]) -> int:
@@ -105,58 +105,6 @@ def threads_for(pieces: Sequence[Piece]) -> int:
         return 1
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_THREADS, processors)
-
-
-class _Workers:
-    """Threads that work, or none where the caller does it; the first failure stops what has not begun."""
-
-    def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="restore") if threads else None
-        self._failures: list[BaseException] = []
-        self._left = 0
-        self._changed = threading.Condition()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            # Also an interrupt: what is under way ends, what waits is forgotten.
-            self._failures.append(error)
-        else:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._left)
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=error is not None)
-        if error is None and self._failures:
-            raise self._failures[0]
-
-    @property
-    def failed(self) -> bool:
-        """Whether nothing more is to be begun."""
-        return bool(self._failures)
-
-    def expect(self) -> None:
-        """Counts work that will be submitted, maybe later and from another thread."""
-        with self._changed:
-            self._left += 1
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Has expected work done."""
-        if self._pool is None:
-            self._do(work)
-        else:
-            self._pool.submit(self._do, work)
-
-    def _do(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            self._failures.append(error)
-        finally:
-            with self._changed:
-                self._left -= 1
-                self._changed.notify_all()
 
 
 class _Reading:
@@ -173,15 +121,32 @@ class _Reading:
         self._files = files
         self._pieces = pieces
         self._limits = limits
-        self._window = _Window(window_bytes)
+        self._window = Window(window_bytes)
         self._under_way = threading.BoundedSemaphore(limits.requests)
         self._progress = progress
         self._own = threading.local()
+        self._asked: dict[int, Piece] = {}
+        self._limit = None if isinstance(files, LocalData) else TIME_LIMIT_S
 
-    def submit_all(
-        self, workers: _Workers, plan: BytePlan, others: Sequence[Piece], tasks: Sequence[Task]
+    def run(self, workers: Workers, plan: BytePlan, others: Sequence[Piece], tasks: Sequence[Task]) -> None:
+        """Reads everything.
+
+        Raises:
+            UnreadableLeafError: The store has been silent for too long.
+        """
+        self._submit_all(workers, plan, others, tasks)
+        self._until(lambda: workers.wait(self._limit))
+
+    def _until(self, happens: Callable[[], bool]) -> None:
+        """Waits for something, as often as its time runs out while no answer of the store is missing."""
+        while not happens():
+            for piece in list(self._asked.values()):
+                silence = TimeoutError(f"nothing came from the store for {self._limit:.0f} s")
+                raise piece.owner.unreadable(silence)
+
+    def _submit_all(
+        self, workers: Workers, plan: BytePlan, others: Sequence[Piece], tasks: Sequence[Task]
     ) -> None:
-        """Sends everything on its way, as fast as the window lets it in."""
         for task in tasks:
             self._submit(workers, _Step(task.run, held=task.nbytes, nbytes=task.nbytes))
         present = [piece for piece in others if piece.content is not None]
@@ -206,13 +171,13 @@ class _Reading:
             else:
                 self._ask(workers, self._files, batch, nbytes)
 
-    def _submit(self, workers: _Workers, step: "_Step") -> None:
+    def _submit(self, workers: Workers, step: "_Step") -> None:
         if not workers.failed:
-            self._window.enter(step.held)
+            self._until(lambda: self._window.enter(step.held, self._limit))
             workers.expect()
             workers.submit(lambda: self._finish(workers, step))
 
-    def _finish(self, workers: _Workers, step: "_Step") -> None:
+    def _finish(self, workers: Workers, step: "_Step") -> None:
         try:
             if not workers.failed:
                 step.work()
@@ -221,21 +186,23 @@ class _Reading:
         finally:
             self._window.leave(step.held)
 
-    def _ask(self, workers: _Workers, files: RemoteData, batch: Batch, nbytes: int) -> None:
+    def _ask(self, workers: Workers, files: RemoteData, batch: Batch, nbytes: int) -> None:
         begin = [functools.partial(files.begin, r.file, r.start, r.size) for r in batch.requests]
         self._send(
             workers,
+            self._pieces[batch.wanted[0]],
             begin,
             lambda answers: _Step(
                 functools.partial(self._place, batch, answers), held=batch.nbytes, nbytes=nbytes
             ),
         )
 
-    def _ask_whole(self, workers: _Workers, piece: Piece) -> None:
+    def _ask_whole(self, workers: Workers, piece: Piece) -> None:
         assert isinstance(self._files, RemoteData)
         begin = functools.partial(self._files.begin_whole, piece.wanted.file)
         self._send(
             workers,
+            piece,
             [begin],
             lambda answers: _Step(
                 functools.partial(self._use_whole, piece, answers), held=piece.nbytes, nbytes=piece.nbytes
@@ -244,7 +211,8 @@ class _Reading:
 
     def _send(
         self,
-        workers: _Workers,
+        workers: Workers,
+        piece: Piece,
         begin: Sequence[Callable[[], Answer]],
         step_of: Callable[[list[Answer]], "_Step"],
     ) -> None:
@@ -253,17 +221,19 @@ class _Reading:
             return
         answers: list[Answer] = []
         step = step_of(answers)
-        self._window.enter(step.held)
+        self._until(lambda: self._window.enter(step.held, self._limit))
         workers.expect()
-        last = _Last(len(begin), lambda: workers.submit(lambda: self._finish(workers, step)))
+        self._asked[id(step)] = piece
+        last = Last(len(begin), lambda: workers.submit(lambda: self._finish(workers, step)))
         for one in begin:
-            self._under_way.acquire()
+            self._until(lambda: self._under_way.acquire(timeout=self._limit))
             answers.append(one())
-            answers[-1].add_done_callback(lambda _: self._answered(last))
+            answers[-1].add_done_callback(lambda _: self._answered(last, step))
 
-    def _answered(self, last: "_Last") -> None:
+    def _answered(self, last: Last, step: "_Step") -> None:
         self._under_way.release()
-        last.count()
+        if last.count():
+            self._asked.pop(id(step), None)
 
     def _read_local(self, files: LocalData, batch: Batch) -> None:
         contents = self._memory(batch)
@@ -348,42 +318,6 @@ class _Step:
     work: Callable[[], None]
     held: int
     nbytes: int
-
-
-class _Last:
-    """Calls something after the last of several."""
-
-    def __init__(self, number: int, then: Callable[[], None]) -> None:
-        self._left = number
-        self._then = then
-        self._lock = threading.Lock()
-
-    def count(self) -> None:
-        with self._lock:
-            self._left -= 1
-            is_last = not self._left
-        if is_last:
-            self._then()
-
-
-class _Window:
-    """Lets in as many bytes as fit; what is larger than the window waits to be alone."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._used = 0
-        self._changed = threading.Condition()
-
-    def enter(self, size: int) -> None:
-        size = min(size, self._size)
-        with self._changed:
-            self._changed.wait_for(lambda: self._used + size <= self._size)
-            self._used += size
-
-    def leave(self, size: int) -> None:
-        with self._changed:
-            self._used -= min(size, self._size)
-            self._changed.notify_all()
 
 
 def _buffers(request: Request, contents: Mapping[int, memoryview]) -> Iterator[memoryview]:

@@ -40,9 +40,9 @@ from orbax_nnx_handler.storage.reading.base_store import (
 from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted, limits_of
 from orbax_nnx_handler.storage.reading.chunks import DamagedError, Piece, pieces_of_chunk
 from orbax_nnx_handler.storage.reading.engine import Progress, Task, naming_lost_values, read_pieces
+from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.members import pieces_of_member
 from orbax_nnx_handler.storage.reading.streams import Content
-from orbax_nnx_handler.storage.reading.targets import Destination
 
 
 def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region]]) -> dict[Path, list[str]]:

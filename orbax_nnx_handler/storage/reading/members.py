@@ -26,8 +26,8 @@ from orbax_nnx_handler.storage.reading.chunks import (
     scatter,
     takes_bytes,
 )
+from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.streams import Content, Deflated, Stored, Unpacked
-from orbax_nnx_handler.storage.reading.targets import Destination
 
 # So much more than is needed is read, so that the checksum can be compared.
 _SPARE_BYTES = 1 << 20

@@ -26,10 +26,12 @@ from orbax_nnx_handler.storage.reading.jobs import (
     Buffer,
     Job,
     PlainJob,
+    Work,
     allocate_shards,
     grouped,
     groups,
     plain_job,
+    stored_shapes,
 )
 from orbax_nnx_handler.storage.reading.orbax_reader import read_with_orbax
 from orbax_nnx_handler.storage.reading.single_replica import (
@@ -39,7 +41,6 @@ from orbax_nnx_handler.storage.reading.single_replica import (
     copy_to_all,
     share_out,
 )
-from orbax_nnx_handler.storage.reading.targets import Work, stored_shapes
 
 
 def read_arrays(

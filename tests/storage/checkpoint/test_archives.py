@@ -27,7 +27,7 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.reading import chunks, members, read_arrays, read_values
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
-from orbax_nnx_handler.storage.reading.targets import Destination
+from orbax_nnx_handler.storage.reading.jobs import Destination
 from tests.gallery.models import save
 from tests.storage.checkpoints import as_remote
 from tests.storage.jobs import plain_jobs

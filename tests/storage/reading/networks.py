@@ -19,6 +19,7 @@ class Result:
 
     state: str
     value: bytes
+    error: OSError | None = None
 
 
 class Answer(concurrent.futures.Future):
@@ -32,6 +33,7 @@ class CountingStore:
         self.directory = directory
         self.asked: list[tuple[str, int, int]] = []
         self.trips = 0
+        self.silent = False
         self.most_requests = self.most_bytes = 0
         self.change = lambda _key, _start, content: content
         self._waiting: list[tuple[Answer, Result]] = []
@@ -46,8 +48,12 @@ class CountingStore:
         result = Result("missing", b"")
         if content is not None:
             piece = content[start : byte_range.stop] if byte_range is not None else content
-            changed = self.change(key, start, piece)
-            result = Result("value", changed) if changed is not None else result
+            try:
+                changed = self.change(key, start, piece)
+            except OSError as error:
+                result.error = error
+            else:
+                result = Result("value", changed) if changed is not None else result
         answer = Answer()
         with self._changed:
             self.asked.append((key, start, len(result.value)))
@@ -65,13 +71,16 @@ class CountingStore:
                 self._changed.wait_for(lambda: self._waiting or not self._open)
                 while self._changed.wait(QUIET_SECONDS):
                     pass
-                answered, self._waiting = self._waiting, []
+                answered, self._waiting = ([] if self.silent else self._waiting), []
             if answered:
                 self.trips += 1
                 self.most_requests = max(self.most_requests, len(answered))
                 self.most_bytes = max(self.most_bytes, sum(len(result.value) for _, result in answered))
             for answer, result in answered:
-                answer.set_result(result)
+                if result.error is not None:
+                    answer.set_exception(result.error)
+                else:
+                    answer.set_result(result)
 
     def __enter__(self):
         self._thread.start()

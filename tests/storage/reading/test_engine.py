@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.reading import read_arrays, read_values
+from orbax_nnx_handler.storage.reading import engine, read_arrays, read_values
 from orbax_nnx_handler.storage.reading.base_store import LocalData
 from orbax_nnx_handler.storage.reading.byte_plan import DISK
 from orbax_nnx_handler.storage.reading.engine import Task, read_pieces
@@ -211,6 +211,54 @@ def test_a_data_file_that_vanished_is_never_zeros_even_where_the_writer_leaves_z
 
     with pytest.raises(UnreadableLeafError, match="stored leaf w cannot be read: the file is absent"):
         read_arrays(checkpoint, plain_jobs(checkpoint))
+
+
+@pytest.mark.parametrize("requests", ["64", "1"])
+def test_a_store_that_stays_silent_is_given_up_and_the_object_named(tmp_path, monkeypatch, requests):
+    tree = {f"w{number}": noise((64, 64)) + number for number in range(3)}
+    checkpoint = read_metadata(save(tmp_path / "item", tree, DiskFormat(False, False, True)))
+    monkeypatch.setattr(engine, "TIME_LIMIT_S", 0.2)
+    monkeypatch.setenv("ORBAX_NNX_REQUESTS", requests)
+
+    with behind_a_network(monkeypatch, checkpoint.directory) as store:
+        store.silent = True
+        with pytest.raises(UnreadableLeafError, match=r"leaf w\d cannot be read: .*nothing came") as raised:
+            read_arrays(as_remote(checkpoint, listed=True), plain_jobs(checkpoint))
+
+    assert "hint: " in str(raised.value)
+
+
+@pytest.mark.parametrize("disk_format", [RAW, ZSTD, DiskFormat(False, True, True)], ids=str)
+def test_whatever_fails_by_chance_the_values_are_right_or_there_is_one_error(
+    tmp_path, monkeypatch, disk_format
+):
+    tree = {f"w{number}": noise((64, 64)) + number for number in range(6)}
+    checkpoint = as_remote(
+        read_metadata(save(tmp_path / "item", tree, disk_format)), listed=disk_format.ocdbt
+    )
+    monkeypatch.setenv("ORBAX_NNX_RANGE_BYTES", "9000")
+    chance = np.random.default_rng(0)
+    errors: list[str] = []
+
+    def change(_key, _start, content):
+        kind = chance.choice(["right", "absent", "short", "refused"], p=[0.96, 0.02, 0.01, 0.01])
+        if kind == "refused":
+            raise PermissionError("403 forbidden")
+        return {"right": content, "absent": None, "short": content[: len(content) // 2]}[kind]
+
+    for _ in range(30):
+        with behind_a_network(monkeypatch, checkpoint.directory) as store:
+            store.change = change
+            try:
+                found = read_arrays(checkpoint, plain_jobs(checkpoint))
+            except UnreadableLeafError as error:
+                errors.append(str(error))
+            else:
+                for name, value in tree.items():
+                    np.testing.assert_array_equal(found[(name,)], value)
+
+    assert 0 < len(errors) < 30
+    assert all("cannot be read: " in error and "hint: " in error for error in errors)
 
 
 def test_the_first_failure_stops_the_rest(tmp_path):

@@ -248,7 +248,4 @@ def test_what_test_modules_share_lies_in_no_test_module():
         if name.startswith("tests.") and ".test_" in name
     }
 
-    # With these apart, hypothesis draws other examples, and finds what the strict xfail beside them shows.
-    mapping = "tests/planning/mapping"
-    left = {(f"{mapping}/test_scans_with_names_of_their_own.py", "tests.planning.mapping.test_sections")}
-    assert shared == left
+    assert shared == set()

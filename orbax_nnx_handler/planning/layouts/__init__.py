@@ -9,6 +9,7 @@ from orbax_nnx_handler.planning.layouts import (
     gemma,
     kauldron,
     linen,
+    maxtext,
     openpi,
     optax_state,
     scenic,
@@ -29,7 +30,7 @@ _TELLING: tuple[Layout, ...] = (
 """Layouts with names of their own: where one fits, no general one is meant."""
 
 _GENERAL: tuple[Layout, ...] = (
-    linen.MAXTEXT,
+    maxtext.MAXTEXT,
     linen.TRAIN_STATE,
     linen.VARIABLES,
     openpi.OPENPI_WEIGHTS,

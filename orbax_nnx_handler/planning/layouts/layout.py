@@ -43,6 +43,35 @@ class Placement:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ScannedBlocks:
+    """Layers that a program scans block by block: layer = prefix + cycle * block size + position.
+
+    The prefix is the layers that have their own numbers and lie before the scan; what the
+    last whole cycle leaves over lies behind it.
+
+    Attributes:
+        layers: The layers' name where the same program writes each by itself (`layers_3`).
+        name: The scan's name.
+        source: Where the program's source says so.
+        numbered: Names of the members of a block that have their position's number
+            (`layers` for `name/layers_0`, `name/layers_1`).
+        inner_scan: The first member, where it is a scan of several layers itself.
+        after: The members behind it, one layer each, in order.
+        remainder: The module that holds what is left over, with the members of a block.
+        modules: What is left over, where it is modules that Linen numbers by itself.
+    """
+
+    layers: str
+    name: str
+    source: str
+    numbered: frozenset[str] = frozenset()
+    inner_scan: str = ""
+    after: tuple[str, ...] = ()
+    remainder: str = ""
+    modules: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
     """How one family of programs arranges a checkpoint.
 
@@ -54,6 +83,7 @@ class Layout:
         keys: The keys by which it tells the parts of a checkpoint. A model may have a
             module of that name, and then the tree may be meant as it is.
         scan_axis: The axis along which its program stacks scanned parameters, where that is fixed.
+        scans: The names under which its program scans blocks of layers.
     """
 
     name: str
@@ -62,6 +92,7 @@ class Layout:
     place: Callable[[Stored], tuple[Placement, ...]]
     keys: frozenset[str] = frozenset()
     scan_axis: int | None = None
+    scans: tuple[ScannedBlocks, ...] = ()
 
 
 FLAX_COLLECTIONS = ("params", "batch_stats", "cache", "intermediates", "perturbations")

@@ -22,7 +22,8 @@ AUX = "nnx_aux"
 """Where NNX state without a counterpart in a Linen program is stored, as MaxText names it."""
 
 _TRAIN_STATE_KEYS = frozenset({"opt_state", "step"})
-_KEYS = _TRAIN_STATE_KEYS | {"params", AUX}
+KEYS = _TRAIN_STATE_KEYS | {"params", AUX}
+"""The fields of a train state."""
 
 _VARIABLES_FIELDS = frozenset(
     {"model_state", "extra_variables", "extra_vars", "variables", "mutable", "mutables", "state", "aux"}
@@ -55,7 +56,7 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     holds: dict[Path, set[str]] = {}
     for path in paths:
         for at in range(len(path)):
-            if path[at] in _KEYS and (at + 1 < len(path) or path[at] == "step"):
+            if path[at] in KEYS and (at + 1 < len(path) or path[at] == "step"):
                 holds.setdefault(path[:at], set()).add(str(path[at]))
     above = sorted((owner for owner, keys in holds.items() if "params" in keys), key=len)
     full = [owner for owner in above if not owner or holds[owner] & _TRAIN_STATE_KEYS]
@@ -71,7 +72,7 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
 def _within(path: Path, owner: Path) -> bool:
     """Tells whether a path lies in a field of a train state, rather than beside its fields."""
     inside = len(path) > len(owner) and path[: len(owner)] == owner
-    return inside and (path[len(owner)] in _KEYS or path[len(owner)] in FLAX_COLLECTIONS)
+    return inside and (path[len(owner)] in KEYS or path[len(owner)] in FLAX_COLLECTIONS)
 
 
 def _only_collections(paths: Sequence[Path], owner: Path) -> bool:
@@ -135,30 +136,12 @@ def _holds_no_params(stored: Stored) -> bool:
     return not any("params" in path for path in stored)
 
 
-def _is_maxtext(stored: Stored) -> bool:
-    # Collections of one variables dict: `params/params/...`, beside it at most other collections.
-    owners = owners_of(stored) or ((),)
-    return any(
-        path[: len(owner) + 2] == (*owner, "params", "params") and len(path) > len(owner) + 2
-        for owner in owners
-        for path in stored
-    )
-
-
 TRAIN_STATE = Layout(
     name="train_state",
     title="Flax TrainState",
     fits=_is_train_state,
     place=lambda stored: place_with(stored, 1),
-    keys=_KEYS,
-)
-MAXTEXT = Layout(
-    name="maxtext",
-    title="MaxText",
-    fits=_is_maxtext,
-    place=lambda stored: place_with(stored, 2),
-    keys=_KEYS,
-    scan_axis=1,  # MaxText's src/MaxText/configs/base.yml: param_scan_axis: 1
+    keys=KEYS,
 )
 VARIABLES = Layout(
     name="variables",

@@ -23,7 +23,14 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
 )
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
-from orbax_nnx_handler.planning.mapping.matches import Discarded, Evidence, Found, ModelMatch, Rivals
+from orbax_nnx_handler.planning.mapping.matches import (
+    Discarded,
+    Evidence,
+    Found,
+    ModelMatch,
+    Rivals,
+    UnclearAxis,
+)
 from orbax_nnx_handler.planning.mapping.modules import Homeless
 from orbax_nnx_handler.planning.mapping.moments import FollowedMoments, MomentFollower, StuckMoment
 from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
@@ -36,7 +43,6 @@ from orbax_nnx_handler.planning.mapping.optimizer import (
 )
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates
 from orbax_nnx_handler.planning.mapping.random_state import find_random
-from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
 from orbax_nnx_handler.planning.mapping.roots import Roots, strip
 from orbax_nnx_handler.planning.mapping.train_states import (
     StoredOptimizer,
@@ -160,7 +166,7 @@ def map_leaves(
     pairs = _pairs(wanted, placements, entries)
     original = model_entries(placements)
     virtual = [] if of_role(model, "model") else _virtual_parameters(pairs)
-    match, networks = match_networks([*model, *virtual], entries, applied.axes, layout.scan_axis)
+    match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
     _add_steps(found, pairs)
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)

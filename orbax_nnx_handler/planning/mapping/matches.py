@@ -7,13 +7,22 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import Recipe
+from orbax_nnx_handler.planning.mapping.layers import Group
 from orbax_nnx_handler.planning.mapping.modules import Homeless
-from orbax_nnx_handler.planning.mapping.restack import UnclearAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 EvidenceKind = Literal[
-    "same path", "path below roots", "layers", "module", "rule", "moment", "optimizer", "step", "random"
+    "same path",
+    "path below roots",
+    "layers",
+    "module",
+    "rule",
+    "moment",
+    "optimizer",
+    "step",
+    "random",
+    "layout",
 ]
 
 
@@ -26,7 +35,8 @@ class Evidence:
             the model's root on either side; `layers` layer i of a stack; `module` how Flax's own
             module keeps the same parameters in Linen and in NNX; `rule` what the user said;
             `moment` the parameter's own recipe; `optimizer` a field of a whole optimizer state;
-            `step` the train state's field; `random` a stream of its name.
+            `step` the train state's field; `random` a stream of its name; `layout` names that the
+            layout's program is known to write, `words` say where in its source.
         words: The same in a few words, for people.
     """
 
@@ -64,6 +74,27 @@ class Rivals:
 
     wanted: Wanted
     entries: tuple[Entry, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnclearAxis:
+    """A layer group whose shapes allow several stacked axes, or not the one that the user says.
+
+    Attributes:
+        group: The group.
+        axes: The axes that are possible; empty if the user said another one.
+        tokens: Its wanted leaves, below the model's root.
+        sources: Its stored leaves.
+        paths: Its wanted leaves as the target has them.
+        moved: Whether the axes of the two sides may not be the same.
+    """
+
+    group: Group
+    axes: tuple[int, ...]
+    tokens: tuple[Tokens, ...]
+    sources: tuple[Tokens, ...]
+    paths: tuple[Path, ...] = ()
+    moved: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

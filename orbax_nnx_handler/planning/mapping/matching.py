@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, shape_of, substitute
+from orbax_nnx_handler.planning.layouts.layout import Layout
 from orbax_nnx_handler.planning.mapping.collections import Collections
 from orbax_nnx_handler.planning.mapping.doubles import stored_twice
-from orbax_nnx_handler.planning.mapping.layers import LayerPiece, Side, pieces_of
-from orbax_nnx_handler.planning.mapping.matches import Evidence, Found, ModelMatch, Rivals
+from orbax_nnx_handler.planning.mapping.layers import FLAT, Group, LayerPiece, Side, pieces_of
+from orbax_nnx_handler.planning.mapping.matches import Evidence, Found, ModelMatch, Rivals, UnclearAxis
 from orbax_nnx_handler.planning.mapping.modules import Homeless, derive
-from orbax_nnx_handler.planning.mapping.restack import Restacked, UnclearAxis, restack
+from orbax_nnx_handler.planning.mapping.restack import Restacked, restack
 from orbax_nnx_handler.planning.mapping.roots import Roots, strip
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -32,16 +33,16 @@ class Matcher:
         roots: Where the model sits on both sides.
         only: The stored collection that the target names, if it names one.
         axes: The rules that say along which axis layers are stacked.
-        known_axis: The axis along which the layout's program stacks layers.
+        layout: The layout that the entries are read under.
     """
 
     wanted: Sequence[Wanted]
     paths: Mapping[Path, Tokens]
     entries: Sequence[Entry]
     roots: Roots
+    layout: Layout
     only: str | None = None
     axes: Sequence[ScanAxis] = ()
-    known_axis: int | None = None
 
     @cached_property
     def index(self) -> Mapping[Tokens, list[Entry]]:
@@ -65,18 +66,26 @@ class Matcher:
     def _collections(self) -> Collections:
         return Collections.of(self.entries, self.only)
 
-    def match(self) -> ModelMatch:
-        """Matches by path, then by module structure, then by layer groups."""
+    def match(self, apart: frozenset[Path] = frozenset()) -> ModelMatch:
+        """Matches by path, then by module structure, then by layer groups.
+
+        Args:
+            apart: The wanted leaves whose path alone does not tell their source.
+        """
         direct, rivals = self._by_path()
+        direct = [(item, entry) for item, entry in direct if item.leaf.path not in apart]
         fitting = {item.leaf.path: e for item, e in direct if e.shape == item.leaf.shape or _transient(item)}
         contested = {item.wanted.leaf.path for item in rivals}
         left = [w for w in self.wanted if w.leaf.path not in fitting and w.leaf.path not in contested]
         used = {id(entry) for entry in fitting.values()}
         free = [entry for entry in self.entries if id(entry) not in used]
         readings = [(tokens, entry) for entry in free for tokens in self._readings(entry)]
-        rivals += stored_twice(fitting, self.wanted, self._below, readings)
+        rivals += stored_twice(fitting, self.wanted, self._below, readings, self.layout.scans)
         derived, homeless = self._derived(free)
-        restacked, clashes, unclear, groups = self._restacked(left, [*free, *derived.values()])
+        restacked, clashes, unclear, groups, moved = self._restacked(left, [*free, *derived.values()])
+        doubtful = self._stacks_in(moved, fitting)
+        if doubtful:
+            return self.match(apart | doubtful)
         found = {path: self._found(entry) for path, entry in fitting.items()}
         for item in left:
             by_structure = derived.get(self._below[item.leaf.path])
@@ -97,6 +106,20 @@ class Matcher:
             unclear=tuple(map(self._with_paths, unclear)),
             homeless=tuple(homeless),
             groups=frozenset(groups),
+        )
+
+    def _stacks_in(self, groups: Collection[Group], paths: Collection[Path]) -> frozenset[Path]:
+        """Returns the stacks of some groups among wanted leaves.
+
+        As many cycles as a layer is wide make one shape on either axis: where the others of a
+        group move to another axis, a leaf of the same path and shape may have to move too.
+        """
+        return frozenset(
+            item.leaf.path
+            for item in (self.wanted if groups else ())
+            if item.leaf.path in paths
+            for piece in self._wanted_pieces([item])
+            if piece.place.group in groups and piece.place.form not in FLAT
         )
 
     def _found(self, entry: Entry) -> Found:
@@ -164,11 +187,12 @@ class Matcher:
 
     def _restacked(
         self, left: Sequence[Wanted], free: Sequence[Entry]
-    ) -> tuple[dict[Path, Found], list[Rivals], list[UnclearAxis], set[Tokens]]:
+    ) -> tuple[dict[Path, Found], list[Rivals], list[UnclearAxis], set[Tokens], set[Group]]:
         found: dict[Path, Found] = {}
         clashes: list[Rivals] = []
         groups: set[Tokens] = set()
         unclear: list[UnclearAxis] = []
+        moved: set[Group] = set()
         made: dict[Path, list[Restacked]] = defaultdict(list)
         for collection in dict.fromkeys(entry.collection for entry in self.entries):
             # An array without a type may be claimed by a copy of the weights too, which makes a question.
@@ -181,18 +205,21 @@ class Matcher:
                 continue
             paths = {self._below[item.leaf.path]: item.leaf.path for item in some}
             wanted = Side(
-                [p for item in some for p in pieces_of(self._below[item.leaf.path], item.leaf.shape)],
-                self._wanted_pieces,
+                list(self._wanted_pieces(some)), functools.partial(self._wanted_pieces, self.wanted)
             )
             stored = Side(
                 list(self._stored_pieces(free, collection)),
                 functools.partial(self._stored_pieces, self.entries, collection),
             )
             wanted, stored = wanted.without_blocks(stored), stored.without_blocks(wanted)
-            restacked, open_groups = restack(wanted, stored, self._said, self.known_axis)
+            restacked, open_groups = restack(wanted, stored, self._said, self.layout.scan_axis)
             unclear += open_groups
+            moved |= {item.group for item in (*restacked.values(), *open_groups) if item.moved}
             groups |= {
-                (*group.parent, group.name) for group, _ in wanted.by_key.keys() & stored.by_key.keys()
+                (*piece.place.group.parent, name)
+                for key in wanted.by_key.keys() & stored.by_key.keys()
+                for piece in (*wanted.by_key[key], *stored.by_key[key])
+                for name in _names_of(piece)
             }
             for tokens, item in restacked.items():
                 made[paths[tokens]].append(item)
@@ -204,7 +231,7 @@ class Matcher:
                 clashes.append(Rivals(wanted=item, entries=claims))
             elif own:
                 found[item.leaf.path] = _restacked(own[0])
-        return found, clashes, unclear, groups
+        return found, clashes, unclear, groups, moved
 
     @cached_property
     def _said(self) -> Mapping[Tokens, int]:
@@ -220,25 +247,32 @@ class Matcher:
             if rule.tokens[: len(root)] == root
         }
 
-    def _wanted_pieces(self) -> Iterable[LayerPiece]:
-        for item in self.wanted:
-            yield from pieces_of(self._below[item.leaf.path], item.leaf.shape)
+    def _wanted_pieces(self, items: Iterable[Wanted]) -> Iterable[LayerPiece]:
+        for item in items:
+            yield from pieces_of(self._below[item.leaf.path], item.leaf.shape, scans=self.layout.scans)
 
     def _stored_pieces(self, free: Iterable[Entry], collection: str | None) -> Iterable[LayerPiece]:
         for entry in free:
             if entry.collection == collection:
                 for tokens in self._readings(entry):
-                    yield from pieces_of(tokens, entry.shape, entry)
+                    yield from pieces_of(tokens, entry.shape, entry, self.layout.scans)
+
+
+def _names_of(piece: LayerPiece) -> set[str]:
+    """Returns the names under which a rule may speak of a group."""
+    scan = piece.place.scan
+    return {piece.place.group.name} if scan is None else {piece.place.group.name, scan.name}
 
 
 def _restacked(item: Restacked) -> Found:
     name = "/".join((*item.group.parent, item.group.name)).replace("/#", "_")
     words = f"layer i of {name}" + (f", axis {item.axis}" if item.axis is not None else "")
+    words += f" (names of {item.naming})" if item.naming else ""
     return Found(
         recipe=item.recipe,
         missing_layers=item.missing,
         surplus=item.surplus,
-        evidence=Evidence(kind="layers", words=words),
+        evidence=Evidence(kind="layout" if item.naming else "layers", words=words),
     )
 
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.layouts.layout import Layout
 from orbax_nnx_handler.planning.mapping.collections import Collections
 from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Evidence, Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.matching import Matcher
@@ -58,7 +59,7 @@ def match_networks(
     wanted: Sequence[Wanted],
     entries: Sequence[Entry],
     axes: Sequence[ScanAxis],
-    known_axis: int | None = None,
+    layout: Layout,
 ) -> tuple[ModelMatch, list[Matched]]:
     """Matches wanted weights, network by network.
 
@@ -66,7 +67,7 @@ def match_networks(
         wanted: Leaves of the roles `model`, `transient` and `random`.
         entries: All entries, after the rules.
         axes: The rules that say along which axis layers are stacked.
-        known_axis: The axis along which the layout's program stacks layers.
+        layout: The layout that the entries are read under.
     """
     found, rivals = by_whole_path(wanted, entries)
     settled = {*found, *(item.wanted.leaf.path for item in rivals)}
@@ -93,7 +94,7 @@ def match_networks(
                 roots=roots,
                 only=network.only,
                 axes=axes,
-                known_axis=known_axis,
+                layout=layout,
             )
             matches.append(_questioned(matcher, Collections.of(own, network.only)))
     return _joined(matches), sorted(networks, key=lambda item: -len(item.weights))

@@ -14,15 +14,24 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, Tokens
+from orbax_nnx_handler.planning.core.paths import Tokens
 from orbax_nnx_handler.planning.core.recipes import Fill, Index, Recipe, Stack
-from orbax_nnx_handler.planning.mapping.layers import Form, Group, Key, LayerPiece, Side
+from orbax_nnx_handler.planning.mapping.layers import (
+    FLAT,
+    Blocks,
+    Group,
+    Key,
+    LayerPiece,
+    Side,
+    layer_shape,
+    length,
+    numbers_of,
+)
+from orbax_nnx_handler.planning.mapping.matches import UnclearAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 
 Axes = tuple[int | None, int | None]
 """The stacked axis of the stored leaf and of the wanted leaf; None where flat."""
-
-_FLAT: frozenset[Form] = frozenset({"flat", "remainder"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,8 @@ class Restacked:
         surplus: How many layers the stored group has more than the wanted one.
         claims: Where several stored leaves are the same layer: all of them.
         sources: The stored leaves that its layers come from.
+        moved: Whether it is stacked along another axis than the stored leaf.
+        naming: Where the program's source gives the scan a name that is not its layers'; empty if nowhere.
     """
 
     recipe: Recipe
@@ -46,25 +57,8 @@ class Restacked:
     surplus: int = 0
     claims: tuple[Entry, ...] = ()
     sources: tuple[Entry, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UnclearAxis:
-    """A layer group whose shapes allow several stacked axes, or not the one that the user says.
-
-    Attributes:
-        group: The group.
-        axes: The axes that are possible; empty if the user said another one.
-        tokens: Its wanted leaves, below the model's root.
-        sources: Its stored leaves.
-        paths: Its wanted leaves as the target has them.
-    """
-
-    group: Group
-    axes: tuple[int, ...]
-    tokens: tuple[Tokens, ...]
-    sources: tuple[Tokens, ...]
-    paths: tuple[Path, ...] = ()
+    moved: bool = False
+    naming: str = ""
 
 
 def restack(
@@ -92,7 +86,7 @@ def restack(
     found: dict[Tokens, Restacked] = {}
     unclear: list[UnclearAxis] = []
     for (group, *_), keys in sorted(shared.items(), key=lambda item: -len(item[1])):
-        result = _Join(wanted, stored, keys, said.get((*group.parent, group.name)), known).solve()
+        result = _join(wanted, stored, keys, _said_of(group, wanted, stored, keys, said), known)
         if isinstance(result, UnclearAxis):
             unclear.append(result)
         else:
@@ -102,8 +96,36 @@ def restack(
 
 
 def _arrangement(pieces: Sequence[LayerPiece]) -> str:
-    forms = {piece.place.form for piece in pieces}
-    return "blocks" if forms & {"block", "remainder"} else min(forms)
+    return "blocks" if any(p.place.inner for p in pieces) else min(piece.place.form for piece in pieces)
+
+
+def _said_of(
+    group: Group, wanted: Side, stored: Side, keys: Iterable[Key], said: Mapping[Tokens, int]
+) -> int | None:
+    """Returns the axis that the user says for a group, by its name or by its scan's."""
+    pieces = (piece for key in keys for side in (stored, wanted) for piece in side.by_key[key])
+    scans = sorted({scan.name for piece in pieces if (scan := piece.place.scan) is not None})
+    named = [said.get((*group.parent, name)) for name in (group.name, *scans)]
+    return next((axis for axis in named if axis is not None), None)
+
+
+def _join(
+    wanted: Side, stored: Side, keys: Sequence[Key], said: int | None, known: int | None
+) -> dict[Tokens, Restacked] | UnclearAxis:
+    """Joins a group under the one number of cycles that the shapes of all its leaves and its layers allow."""
+    group = keys[0][0]
+    is_known = stored.knows(group) or wanted.knows(group)
+    left, right = (side.known_blocks(group) if is_known else None for side in (stored, wanted))
+    pairs = itertools.product((None,) if left is None else left, (None,) if right is None else right)
+    joins = [_Join(wanted, stored, keys, said, known, pair) for pair in pairs]
+    if len(joins) == 1:
+        return joins[0].solve()
+    fitting = [join for join in joins if join.has_all_layers and join.choices]
+    if len(fitting) > 1:
+        fitting = [join for join in fitting if join.follows_layout] or fitting
+    if not fitting:
+        return {}
+    return fitting[0].solve() if len(fitting) == 1 else fitting[0].unclear(fitting)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +137,14 @@ class _Join:
     keys: Sequence[Key]
     said: int | None = None
     known: int | None = None
+    blocks: tuple[Blocks | None, Blocks | None] = (None, None)
 
     def solve(self) -> dict[Tokens, Restacked] | UnclearAxis:
-        choices = self._choices()
-        if not choices:
-            return {} if self.said is None else self._unclear()
-        if len(choices) > 1:
-            return self._unclear()
-        (axes,) = choices
+        if not self.choices:
+            return {} if self.said is None else self.unclear([self])
+        if len(self.choices) > 1:
+            return self.unclear([self])
+        (axes,) = self.choices
         surplus = self._count(self.stored, axes, 0) - self._count(self.wanted, axes, 1)
         if surplus and (self._has_blocks(self.stored) or set(axes.values()) == {(None, None)}):
             # With a position, a cycle or all cycles missing, every layer number behind would be off by some.
@@ -139,22 +161,42 @@ class _Join:
         return found
 
     def _has_blocks(self, side: Side) -> bool:
-        return any(
-            piece.place.form in ("block", "remainder") for key in self.keys for piece in side.by_key[key]
-        )
+        return any(piece.place.inner for key in self.keys for piece in side.by_key[key])
+
+    @property
+    def has_all_layers(self) -> bool:
+        """Whether both sides have as many layers, as far as names tell."""
+        group = self.keys[0][0]
+        sides = zip((self.stored, self.wanted), self.blocks, strict=True)
+        totals = [blocks.total if blocks is not None else side.last_layer(group) for side, blocks in sides]
+        return None in totals or totals[0] == totals[1]
+
+    @property
+    def follows_layout(self) -> bool:
+        return any(all(map(self._is_known, choice.values())) for choice in self.choices)
 
     @cached_property
     def _options(self) -> Mapping[Key, set[Axes]]:
         """The axes that each leaf's own shapes allow; leaves that allow none are left out."""
         found = {key: self._fitting(key) for key in self.keys}
-        return {key: axes for key, axes in found.items() if axes}
+        # Two stacks of one program family share their axis, unless one of their leaves shows that it moved.
+        same = {
+            key: {axes for axes in some if None in axes or axes[0] == axes[1]} for key, some in found.items()
+        }
+        kept = same if all(same[key] or not some for key, some in found.items()) else found
+        agreed = {key: {axes for axes in some if self._agrees(axes)} for key, some in kept.items()}
+        return {key: axes for key, axes in agreed.items() if axes}
 
-    def _choices(self) -> list[dict[Key, Axes]]:
-        """Returns the ways to choose the axis of every leaf."""
+    @cached_property
+    def choices(self) -> list[dict[Key, Axes]]:
+        """The ways to choose the axis of every leaf."""
         options = self._options
+        flat: dict[Key, Axes] = {
+            key: (None, None) for key in self.keys if key not in options and self._is_flat(key)
+        }
         if not options:
             # Fewer layers than a block has: all of them are a remainder, and nothing is stacked.
-            return [dict.fromkeys(self.keys, (None, None))] if self._all_flat() else []
+            return [flat] if flat and (self.blocks != (None, None) or self._all_flat()) else []
         alike = self._alike(options)
         open_ends = [key for key, axes in options.items() if len(axes) > 1]
         if not open_ends:
@@ -164,7 +206,6 @@ class _Join:
             known = [choice for choice in alike if all(map(self._is_known, choice.values()))]
             two = [dict(zip(options, axes, strict=True)) for axes in _some(options.values())]
             alike = known if len(known) == 1 else two
-        flat = {key: (None, None) for key in self.keys if key not in options and self._is_flat(key)}
         return [choice | flat for choice in alike]
 
     def _is_known(self, axes: Axes) -> bool:
@@ -173,12 +214,19 @@ class _Join:
     def _alike(self, options: Mapping[Key, set[Axes]]) -> list[dict[Key, Axes]]:
         """Returns the choices in which all leaves are stacked along one axis, from the front or the back."""
         found: list[dict[Key, Axes]] = []
-        for from_back in (False, True):
+        # The two axes of a scan in a block are counted from the front, as are all of its layout.
+        for from_back in (False, True) if self.blocks == (None, None) else (False,):
             named = {key: {self._named(key, a, from_back): a for a in axes} for key, axes in options.items()}
-            common = set[Axes].intersection(*(set(axes) for axes in named.values()))
-            for name in sorted(common, key=str):
-                choice = {key: axes[name] for key, axes in named.items()}
-                if choice not in found:
+            left, right = (
+                {name[at] for axes in named.values() for name in axes if name[at] is not None} or {None}
+                for at in (0, 1)
+            )
+            for pair in sorted(itertools.product(left, right), key=str):
+                # A leaf that is not stacked on one side has no say about the axis there.
+                choice = {
+                    key: axes[name] for key, axes in named.items() for name in axes if _is_part_of(name, pair)
+                }
+                if len(choice) == len(named) and choice not in found:
                     found.append(choice)
         return found
 
@@ -192,7 +240,7 @@ class _Join:
 
     def _is_flat(self, key: Key) -> bool:
         return all(
-            piece.place.form in _FLAT for side in (self.wanted, self.stored) for piece in side.by_key[key]
+            piece.place.form in FLAT for side in (self.wanted, self.stored) for piece in side.by_key[key]
         )
 
     def _all_flat(self) -> bool:
@@ -206,19 +254,52 @@ class _Join:
         return self.said is None or not stacked or stacked[0] == self.said
 
     def _fitting(self, key: Key) -> set[Axes]:
+        if self.blocks != (None, None):
+            return self._fitting_by_number(key)
         pairs = itertools.product(self.wanted.by_key[key], self.stored.by_key[key])
-        found = [set(_axes_between(left, right)) for left, right in pairs]
-        fitting = set[Axes]().union(*found)
-        # Two stacks of one program family share their axis; a move of it would be a guess.
-        both = all(None not in axes for axes in fitting)
-        kept = {axes for axes in fitting if axes[0] == axes[1]} if both else set[Axes]()
-        return {axes for axes in kept or fitting if self._agrees(axes)}
+        return set[Axes]().union(*(_axes_between(left, right) for left, right in pairs))
+
+    def _fitting_by_number(self, key: Key) -> set[Axes]:
+        """Returns the axes under which every layer of one number has one shape on both sides."""
+        stored, wanted = (
+            self._shapes_by_axis(side.by_key[key], blocks)
+            for side, blocks in zip((self.stored, self.wanted), self.blocks, strict=True)
+        )
+        return {
+            (left, right)
+            for left, right in itertools.product(stored, wanted)
+            if (left, right) != (None, None)
+            and (numbers := stored[left].keys() & wanted[right].keys())
+            and all(stored[left][number] == wanted[right][number] for number in numbers)
+        }
+
+    def _shapes_by_axis(
+        self, pieces: Sequence[LayerPiece], blocks: Blocks | None
+    ) -> dict[int | None, dict[int, Shape]]:
+        """Returns the shape of each layer, by each axis that the pieces may be stacked along."""
+        stacked = [piece for piece in pieces if piece.place.form not in FLAT]
+        axes = range(min(len(p.shape) for p in stacked)) if stacked else (None,)
+        found: dict[int | None, dict[int, Shape]] = {}
+        for axis in axes:
+            if axis is None or blocks is None or all(blocks.admits(piece, axis) for piece in stacked):
+                found[axis] = {
+                    number: layer_shape(piece, axis)
+                    for piece in pieces
+                    for number in numbers_of(piece, axis, blocks)
+                }
+        return found
 
     def _count(self, side: Side, axes: Mapping[Key, Axes], which: int) -> int:
         """Returns how many layers the whole group has on one side."""
+        blocks = self.blocks[which]
+        if blocks is not None:
+            return blocks.total
+        last_layer = side.last_layer(self.keys[0][0])
+        if self.blocks != (None, None) and last_layer is not None:
+            return last_layer
         cycles = self._cycles(side, axes, which)
         last = [
-            max(self._layers(side, piece, axes[key][which], cycles), default=-1)
+            max(self._layers(side, piece, axes[key][which], cycles, which), default=-1)
             for key in self.keys
             if key in axes
             for piece in side.by_key[key]
@@ -227,7 +308,7 @@ class _Join:
 
     def _cycles(self, side: Side, axes: Mapping[Key, Axes], which: int) -> int:
         lengths = [
-            _length(piece, axes[key][which])
+            length(piece, axes[key][which])
             for key in self.keys
             if key in axes
             for piece in side.by_key[key]
@@ -235,17 +316,21 @@ class _Join:
         ]
         return max(lengths, default=0)
 
-    def _layers(self, side: Side, piece: LayerPiece, axis: int | None, cycles: int) -> Sequence[int]:
+    def _layers(
+        self, side: Side, piece: LayerPiece, axis: int | None, cycles: int, which: int
+    ) -> Sequence[int]:
         place = piece.place
+        if self.blocks[which] is not None:
+            return numbers_of(piece, axis, self.blocks[which])
         match place.form:
             case "flat":
                 return (place.position,)
             case "stacked":
-                return range(_length(piece, axis))
+                return range(length(piece, axis))
             case "block":
                 size = side.block_size[place.group, place.inner]
-                return range(place.position, _length(piece, axis) * size + place.position, size)
-            case "remainder":
+                return range(place.position, length(piece, axis) * size + place.position, size)
+            case _:
                 return (cycles * side.block_size.get((place.group, place.inner), 0) + place.position,)
 
     def _stored_layers(self, key: Key, axes: Mapping[Key, Axes]) -> dict[int, list[tuple[Recipe, Entry]]]:
@@ -253,11 +338,28 @@ class _Join:
         layers: dict[int, list[tuple[Recipe, Entry]]] = defaultdict(list)
         for piece in self.stored.by_key[key]:
             assert piece.entry is not None
-            for at, layer in enumerate(self._layers(self.stored, piece, axis, cycles)):
-                whole = piece.place.form in _FLAT or axis is None
-                recipe = piece.entry.recipe if whole else Index(piece.entry.recipe, axis or 0, at)
+            for at, layer in enumerate(self._layers(self.stored, piece, axis, cycles, 0)):
+                recipe = self._element(piece, piece.entry.recipe, axis, at)
                 layers[layer].append((recipe, piece.entry))
         return dict(layers)
+
+    def _element(self, piece: LayerPiece, whole: Recipe, axis: int | None, at: int) -> Recipe:
+        """Returns one layer of a stored piece, the `at`th."""
+        blocks = self.blocks[0]
+        if piece.place.form in FLAT or axis is None:
+            return whole
+        if piece.place.form == "scan in block" and blocks is not None:
+            cycle, layer = divmod(at, blocks.inner)
+            return Index(Index(whole, axis, cycle), axis, layer)
+        return Index(whole, axis, at)
+
+    def _stack(self, piece: LayerPiece, parts: Sequence[Recipe], axis: int) -> Recipe:
+        """Returns a wanted piece from all of its layers."""
+        blocks = self.blocks[1]
+        if piece.place.form == "scan in block" and blocks is not None:
+            starts = range(0, len(parts), blocks.inner)
+            parts = [Stack(tuple(parts[start : start + blocks.inner]), axis) for start in starts]
+        return Stack(tuple(parts), axis)
 
     def _make(
         self,
@@ -268,15 +370,16 @@ class _Join:
     ) -> Restacked | None:
         key = (piece.place.group, piece.place.rest)
         stored_axis, axis = axes[key]
-        numbers = self._layers(self.wanted, piece, axis, self._cycles(self.wanted, axes, 1))
+        numbers = self._layers(self.wanted, piece, axis, self._cycles(self.wanted, axes, 1), 1)
         missing = tuple(number for number in numbers if number not in layers)
         if len(missing) == len(numbers):
             return None
         claims = [entry for n in numbers if len(layers.get(n, ())) > 1 for _, entry in layers[n]]
         first = {number: made[0][0] for number, made in layers.items()}
-        whole = piece.place.form in _FLAT or axis is None
-        empty = Fill(_without(piece.shape, None if whole else axis))
-        recipe = first[numbers[0]] if whole else Stack(tuple(first.get(n, empty) for n in numbers), axis or 0)
+        whole = piece.place.form in FLAT or axis is None
+        empty = Fill(layer_shape(piece, None if whole else axis))
+        parts = [first.get(number, empty) for number in numbers]
+        recipe = parts[0] if whole or axis is None else self._stack(piece, parts, axis)
         return Restacked(
             recipe=recipe,
             group=piece.place.group,
@@ -285,16 +388,26 @@ class _Join:
             surplus=surplus,
             claims=_each_once(claims),
             sources=_each_once(made[0][1] for n in numbers if (made := layers.get(n))),
+            moved=_is_move(axes[key]),
+            naming=self._naming,
         )
 
-    def _unclear(self) -> UnclearAxis:
-        options = self._options.values()
+    @cached_property
+    def _naming(self) -> str:
+        pieces = [p for key in self.keys for side in (self.stored, self.wanted) for p in side.by_key[key]]
+        scans = [scan for piece in pieces if (scan := piece.place.scan) is not None]
+        return "; ".join(sorted({scan.source for scan in scans if scan.name != scan.layers}))
+
+    def unclear(self, joins: Iterable["_Join"]) -> UnclearAxis:
+        """Returns the question which of the axes that several readings allow is the stacked one."""
+        options = [some for join in joins for some in join._options.values()]
         named = {axis for some in options for axes in some for axis in axes if axis is not None}
         return UnclearAxis(
             group=self.keys[0][0],
             axes=tuple(sorted(named)),
             tokens=tuple(piece.tokens for key in self.keys for piece in self.wanted.by_key[key]),
             sources=tuple(piece.tokens for key in self.keys for piece in self.stored.by_key[key]),
+            moved=any(map(_is_move, itertools.chain(*options))),
         )
 
 
@@ -316,17 +429,17 @@ def _axes_between(wanted: LayerPiece, stored: LayerPiece) -> Iterable[Axes]:
         return
     for left in _axis_options(stored):
         for right in _axis_options(wanted):
-            if _without(stored.shape, left) == _without(wanted.shape, right):
+            if layer_shape(stored, left) == layer_shape(wanted, right):
                 yield left, right
 
 
 def _axis_options(piece: LayerPiece) -> Iterable[int | None]:
-    return (None,) if piece.place.form in _FLAT else range(len(piece.shape))
+    return (None,) if piece.place.form in FLAT else range(len(piece.shape))
 
 
-def _without(shape: Shape, axis: int | None) -> Shape:
-    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+def _is_move(axes: Axes) -> bool:
+    return None not in axes and axes[0] != axes[1]
 
 
-def _length(piece: LayerPiece, axis: int | None) -> int:
-    return piece.shape[axis] if axis is not None and axis < len(piece.shape) else 0
+def _is_part_of(axes: Axes, pair: Axes) -> bool:
+    return axes[0] in (None, pair[0]) and axes[1] in (None, pair[1])

@@ -24,7 +24,8 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
     substitute,
 )
-from orbax_nnx_handler.planning.layouts.linen import MAXTEXT, TRAIN_STATE
+from orbax_nnx_handler.planning.layouts.linen import TRAIN_STATE
+from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule

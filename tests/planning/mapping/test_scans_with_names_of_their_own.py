@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave, restore
-from tests.planning.mapping.test_sections import (
+from tests.planning.mapping.scans import (
     Flat,
     Scan,
     assert_exact,
@@ -26,7 +26,7 @@ LAYERS = stack_of(13, local=5)
 ARRANGEMENTS = {
     "one by one": one_by_one(LAYERS),
     "scan and remainder": Scan(local=5).write(LAYERS),
-    "scan and modules that Flax named": Scan(local=5, left_over="class").write(LAYERS),
+    "scan and modules that Linen numbered": Scan(local=5, left_over="modules").write(LAYERS),
 }
 
 
@@ -125,9 +125,6 @@ def _described(path: pathlib.Path) -> Any:
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a stack that has one shape on both axes is taken as it is, though others moved"
-)
 def test_a_stack_as_long_as_its_layers_are_wide_moves_to_the_axis_of_the_others() -> None:
     layers = stack_of(6, local=1)
     left, right = (Scan(axis=axis, local=1, members="numbered").write(layers) for axis in (0, 1))

@@ -1,0 +1,68 @@
+"""MaxText: a variables dict under `params`, and decoder layers scanned block by block.
+
+A model of one kind of layer is scanned as `layers` or written as `layers_0`,
+`layers_1`, ... (layers/decoders.py `Decoder.__call__`). A model of several kinds is
+scanned in blocks of them, under names of its own, which are listed in `SCANS`. All
+sources are paths below `src/maxtext` of MaxText's repository.
+"""
+
+from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, Stored
+from orbax_nnx_handler.planning.layouts.linen import KEYS, owners_of, place_with
+
+SCANS = (
+    ScannedBlocks(
+        layers="layers",
+        name="layers",
+        numbered=frozenset({"layers", "layer"}),
+        remainder="layers_remainder",
+        source="layers/decoders.py `_apply_gemma3_scanned_blocks`; "
+        "`...ScannableBlock.__init__` of models/gemma3.py, llama4.py, gpt_oss.py, olmo3.py, envy.py "
+        "(`layers_{i}`), qwen3.py and qwen3_5.py (`layer_{i}`)",
+    ),
+    ScannedBlocks(
+        layers="layers",
+        name="scanned_blocks",
+        inner_scan="local_layers",
+        after=("global_layer",),
+        remainder="layers_remainder",
+        modules="Gemma4DecoderLayerToLinen",
+        source="models/gemma4.py `Gemma4ScannableBlock.__init__`; layers/decoders.py "
+        "`_apply_gemma4_scanned_blocks`, whose remainder has no name of its own (its class has that of "
+        "layers/nnx_wrappers.py `to_linen_class`); layers/nnx_decoders.py `_init_scanned_gemma4`",
+    ),
+    ScannedBlocks(
+        layers="layers",
+        name="scanned_blocks",
+        numbered=frozenset({"layers"}),
+        remainder="layers_remainder",
+        source="models/deepseek4.py `DeepSeek4ScannableBlock.__init__`; layers/decoders.py "
+        "`_apply_deepseek4_scanned_blocks`; checkpoint_conversion/utils/param_mapping.py, "
+        "whose Gemma 4 has `layers_remainder/layers_{i}`",
+    ),
+)
+"""The scans whose blocks have names of their own.
+
+`dense_layers` and `moe_layers` (layers/decoders.py `Decoder.__call__`) need no entry: each is
+a group of layers of one kind, with the same name where its layers have numbers.
+"""
+
+
+def _is_maxtext(stored: Stored) -> bool:
+    # Collections of one variables dict: `params/params/...`, beside it at most other collections.
+    owners = owners_of(stored) or ((),)
+    return any(
+        path[: len(owner) + 2] == (*owner, "params", "params") and len(path) > len(owner) + 2
+        for owner in owners
+        for path in stored
+    )
+
+
+MAXTEXT = Layout(
+    name="maxtext",
+    title="MaxText",
+    fits=_is_maxtext,
+    place=lambda stored: place_with(stored, 2),
+    keys=KEYS,
+    scan_axis=1,  # configs/base.yml: param_scan_axis: 1
+    scans=SCANS,
+)

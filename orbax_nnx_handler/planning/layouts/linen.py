@@ -55,9 +55,10 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     paths = list(stored)
     holds: dict[Path, set[str]] = {}
     for path in paths:
-        for at in range(len(path)):
-            if path[at] in KEYS and (at + 1 < len(path) or path[at] == "step"):
-                holds.setdefault(path[:at], set()).add(str(path[at]))
+        # The first such key: one below it belongs to a train state's field.
+        at = next((at for at, key in enumerate(path) if key in KEYS), None)
+        if at is not None and (at + 1 < len(path) or path[at] == "step"):
+            holds.setdefault(path[:at], set()).add(str(path[at]))
     above = sorted((owner for owner, keys in holds.items() if "params" in keys), key=len)
     full = [owner for owner in above if not owner or holds[owner] & _TRAIN_STATE_KEYS]
     found: list[Path] = []

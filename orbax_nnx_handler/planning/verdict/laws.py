@@ -102,9 +102,8 @@ class _Kernel:
     ) -> None:
         self._sources, self._by_rule = sources, by_rule
         self.placed = {item.leaf.path: item for item in placements}
-        self._whole = {"/".join(map(str, path)): path for path in self.placed}
         self._wanted = {item.leaf.path: item for item in wanted}
-        self._owners: dict[Tokens, set[Tokens]] = defaultdict(set)
+        self._owners: dict[Path, set[Path]] = defaultdict(set)
         self._roots: dict[tuple[Path, str | None], dict[tuple[Tokens, Tokens], tuple[Path, Path]]]
         self._roots = defaultdict(dict)
         self._names: dict[Path, Tokens] = {}
@@ -123,7 +122,7 @@ class _Kernel:
                 yield Broken(law=9, wanted=path, stored=stored, why=why)
                 return
             if item.role in ("optimizer", "step"):
-                self._owners[canonical(item.owner)].add(canonical(placed.owner))
+                self._owners[item.owner].add(placed.owner)
             elif source.kind != "same path" and not _may_give(item, placed):
                 why = f"it lies in {placed.collection}, not in {item.collection or 'params'}"
                 yield Broken(law=2, wanted=path, stored=stored, why=why)
@@ -131,8 +130,11 @@ class _Kernel:
             yield from self._names_meet(item, source)
 
     def _same_path_first(self, item: Wanted, read: Sequence[Path]) -> Iterator[Broken]:
-        same = self._whole.get("/".join(map(str, item.leaf.path)))
-        if same is None or same in read or same in self._by_rule or item.role in ("transient", "optimizer"):
+        if item.role in ("transient", "optimizer"):
+            return
+        path = item.leaf.path
+        same = path if path in self.placed else tuple(map(str, path))
+        if same not in self.placed or same in read or same in self._by_rule:
             return
         if item.leaf.kind is not None and self.placed[same].section == "step" and item.role != "step":
             return  # A model's Variable called `step` is a model's.
@@ -252,19 +254,19 @@ class _Kernel:
 
     def owners(self) -> Iterator[Broken]:
         """Yields where one optimizer is taken from two train states, or one train state serves two."""
-        users: dict[Tokens, list[Tokens]] = defaultdict(list)
+        users: dict[Path, list[Path]] = defaultdict(list)
         for wanted, stored in self._owners.items():
             for owner in stored:
                 users[owner].append(wanted)
         split = {wanted for wanted, stored in self._owners.items() if len(stored) > 1}
         lent = {wanted for owners in users.values() if len(owners) > 1 for wanted in owners}
-        for item in self._wanted.values():
-            if item.role in ("optimizer", "step") and item.leaf.path in self._sources:
-                owner = canonical(item.owner)
-                if owner in split | lent:
-                    stored = reads(self._sources[item.leaf.path].recipe)[0]
-                    why = "several train states share an optimizer or a step"
-                    yield Broken(law=3, wanted=item.leaf.path, stored=stored, why=why)
+        refused = split | lent
+        for item in self._wanted.values() if refused else ():
+            is_beside = item.role in ("optimizer", "step") and item.leaf.path in self._sources
+            if is_beside and item.owner in refused:
+                stored = reads(self._sources[item.leaf.path].recipe)[0]
+                why = "several train states share an optimizer or a step"
+                yield Broken(law=3, wanted=item.leaf.path, stored=stored, why=why)
 
     def roots(self) -> Iterator[Broken]:
         """Yields where the leaves of one stored collection have lost levels that others keep."""

@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import (
+    Index,
     Read,
     Recipe,
     RecipeError,
@@ -73,7 +74,9 @@ def _meets(rule: ScanAxis, group: Tokens) -> bool:
 def _loose_parts(applied: RulesApplied, found: Mapping[Path, Found]) -> Iterator[RestoreError]:
     """A leaf that is split is used when one of its parts is; the others must not get lost."""
     changed = [entry for entry in applied.entries if not isinstance(entry.recipe, Read)]
-    parts = [entry for entry in changed if any(isinstance(part, Slice) for part in parts_of(entry.recipe))]
+    parts = [
+        entry for entry in changed if any(isinstance(part, Index | Slice) for part in parts_of(entry.recipe))
+    ]
     if not parts:
         return
     taken = {part for item in found.values() for part in parts_of(item.recipe)}

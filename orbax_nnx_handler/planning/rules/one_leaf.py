@@ -188,11 +188,14 @@ class Reshape(_OnLeaves):
 
     Attributes:
         pattern: Stored segments, as in `Rename`.
-        shape: The shape to come out.
-        before: The stored shape. Needed to save with the same rule; checked if given.
+        shape: The shape to come out. One axis may be -1: what follows from the stored leaf,
+            so that one rule is for models of every depth.
+        before: The stored shape, one axis of which may be -1. Needed to save with the same
+            rules (a save that is given the plan of the restore needs none); checked if given.
 
     Raises:
-        RuleError: The pattern is empty, or the shapes hold different numbers of elements.
+        RuleError: The pattern is empty, a shape has several axes that are -1, or the shapes
+            hold different numbers of elements.
     """
 
     shape: Shape
@@ -203,9 +206,10 @@ class Reshape(_OnLeaves):
         if self.before is not None:
             _set_integers(self, "before", self.before)
         check_pattern(self, self._left)
-        if min(self.shape, default=0) < 0 or min(self.before or (0,)) < 0:
-            raise RuleError(f"{self} has a negative size; write every axis out.")
-        if self.before is not None and math.prod(self.before) != math.prod(self.shape):
+        both = (self.shape, *(() if self.before is None else (self.before,)))
+        if any(min(shape, default=0) < -1 or shape.count(-1) > 1 for shape in both):
+            raise RuleError(f"{self} has a negative size; one axis of a shape may be -1, no more.")
+        if not any(-1 in shape for shape in both) and len(set(map(math.prod, both))) > 1:
             raise RuleError(f"{self} has two shapes with different numbers of elements.")
 
     def inverse(self) -> Rule:
@@ -214,12 +218,30 @@ class Reshape(_OnLeaves):
 
     @property
     def _loss(self) -> str:
-        return "the shape before it is not known; say it with before=(...)"
+        return (
+            "the shape before it is not known; say it with before=(...), one axis of which may be -1, "
+            "or save with the plan of the restore in the place of the rules"
+        )
 
     def _change(self, entry: Entry, reason: str) -> Entry:
-        if self.before is not None and entry.shape != self.before:
+        if self.before is not None and _resolved(self.before, entry.shape) != entry.shape:
             raise RecipeError(f"the shape before is {self.before} in the rule")
-        return _through(entry, reason, lambda source: recipes.Reshape(source, self.shape))
+        shape = _resolved(self.shape, entry.shape)
+        return _through(entry, reason, lambda source: recipes.Reshape(source, shape))
+
+
+def _resolved(shape: Shape, before: Shape) -> Shape:
+    """Returns a shape whose -1 is what is left of the elements of another, as NumPy reads it.
+
+    Raises:
+        RecipeError: The elements do not come out.
+    """
+    known, size = math.prod(length for length in shape if length != -1), math.prod(before)
+    if -1 not in shape:
+        return shape
+    if not known or size % known:
+        raise RecipeError(f"{before} has {size} elements, which are no multiple of {known}")
+    return tuple(size // known if length == -1 else length for length in shape)
 
 
 @dataclasses.dataclass(frozen=True)

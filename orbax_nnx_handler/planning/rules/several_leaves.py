@@ -34,29 +34,38 @@ class Split(Rule):
     """Every leaf that matches is cut along an axis into several.
 
     `Split("qkv", ("query", "key", "value"), axis=1)` cuts `attention/qkv/kernel`
-    into `attention/query/kernel` and so on.
+    into `attention/query/kernel` and so on. Where each part is one element,
+    `drop_axis=True` takes the axis away: `Split("gating_einsum", ("gate", "up"),
+    axis=0, drop_axis=True)` makes two matrices of a stack of two.
 
     Attributes:
         pattern: Stored segments, as in `Rename`.
         into: What the segments become, one for each part, in order.
         axis: The axis; negative ones count from the end.
         sizes: Elements of each part along the axis; equal parts if None.
+        drop_axis: Whether parts of one element lose the axis.
 
     Raises:
-        RuleError: A pattern is empty or repeated, or names a place that is not bound.
+        RuleError: A pattern is empty or repeated, or names a place that is not bound; the
+            axis is to be dropped from parts of several elements.
     """
 
     pattern: str
     into: tuple[str, ...]
     axis: int
     sizes: tuple[int, ...] | None = None
+    drop_axis: bool = False
 
     def __post_init__(self) -> None:
         _set_names(self, "into", self.into)
         _set_sizes(self, self.sizes, len(self.into))
+        _check_single(self, self.sizes, self.drop_axis)
         check_pattern(self, self._left, *self._parts)
         for part in self._parts:
             check_places(self, self._left, part)
+
+    def __repr__(self) -> str:
+        return _written(self, "drop_axis")
 
     @cached_property
     def _left(self) -> Pattern:
@@ -89,7 +98,7 @@ class Split(Rule):
         """Returns the fuse of the parts."""
         if any(part.places != self._left.places for part in self._parts):
             return super().inverse()
-        return Fuse(self.into, self.pattern, self.axis, self.sizes)
+        return Fuse(self.into, self.pattern, self.axis, self.sizes, new_axis=self.drop_axis)
 
     @property
     def _loss(self) -> str:
@@ -98,16 +107,21 @@ class Split(Rule):
     def _cut(self, match: Match) -> list[Entry]:
         entry = match.entry
         axis = normal_axis(self.axis, len(entry.shape), entry.shape)
-        sizes = self.sizes or (entry.shape[axis] // len(self.into),) * len(self.into)
+        alike = 1 if self.drop_axis else entry.shape[axis] // len(self.into)
+        sizes = self.sizes or (alike,) * len(self.into)
         if sum(sizes) != entry.shape[axis]:
-            parts = f"sizes {sizes}" if self.sizes else f"{len(self.into)} equal parts"
+            single = f"{len(self.into)} parts of one element"
+            parts = single if self.drop_axis else f"{len(self.into)} equal parts"
+            parts = f"sizes {sizes}" if self.sizes else parts
             raise RecipeError(f"axis {axis} has {entry.shape[axis]} elements, which are not {parts}")
         starts = [sum(sizes[:at]) for at in range(len(sizes))]
         return [
             dataclasses.replace(
                 match.renamed(part),
-                recipe=recipes.Slice(entry.recipe, axis, start, size),
-                shape=(*entry.shape[:axis], size, *entry.shape[axis + 1 :]),
+                recipe=recipes.Index(entry.recipe, axis, start)
+                if self.drop_axis
+                else recipes.Slice(entry.recipe, axis, start, size),
+                shape=(*entry.shape[:axis], *(() if self.drop_axis else (size,)), *entry.shape[axis + 1 :]),
                 fixed=(),
                 named=True,
                 reason=reason_of(self, entry),
@@ -121,29 +135,37 @@ class Fuse(Rule):
     """Several leaves are joined end to end along an axis.
 
     `Fuse(("query", "key", "value"), "qkv", axis=1)` makes `attention/qkv/kernel`
-    of the three kernels, and `attention/qkv/bias` of the biases.
+    of the three kernels, and `attention/qkv/bias` of the biases. With `new_axis=True`
+    they are put side by side along an axis of their own, as `numpy.stack` does.
 
     Attributes:
         patterns: Stored segments of each part, in the order in which they are joined.
         into: What they become.
         axis: The axis; negative ones count from the end.
         sizes: Elements of each part along the axis; equal parts if None.
+        new_axis: Whether the axis is a new one, along which each part is one element.
 
     Raises:
-        RuleError: A pattern is empty or repeated, or names a place that is not bound.
+        RuleError: A pattern is empty or repeated, or names a place that is not bound; sizes
+            are given for a new axis.
     """
 
     patterns: tuple[str, ...]
     into: str
     axis: int
     sizes: tuple[int, ...] | None = None
+    new_axis: bool = False
 
     def __post_init__(self) -> None:
         _set_names(self, "patterns", self.patterns)
         _set_sizes(self, self.sizes, len(self.patterns))
+        _check_single(self, self.sizes, self.new_axis)
         check_pattern(self, *self._parts, self._right)
         for part in self._parts:
             check_places(self, part, self._right)
+
+    def __repr__(self) -> str:
+        return _written(self, "new_axis")
 
     @cached_property
     def _parts(self) -> tuple[Pattern, ...]:
@@ -169,7 +191,7 @@ class Fuse(Rule):
         """Returns the split into the parts."""
         if any(part.places != self._right.places for part in self._parts):
             return super().inverse()
-        return Split(self.into, self.patterns, self.axis, self.sizes)
+        return Split(self.into, self.patterns, self.axis, self.sizes, drop_axis=self.new_axis)
 
     @property
     def _loss(self) -> str:
@@ -186,6 +208,8 @@ class Fuse(Rule):
         return Join(name=name, members=members, fault=fault, make=self._make)
 
     def _make(self, parts: Sequence[Entry]) -> Entry:
+        if self.new_axis:
+            return _stacked(parts, self.axis, "parts")
         first = parts[0]
         axis = normal_axis(self.axis, len(first.shape), first.shape)
         recipe = recipes.Concat(tuple(part.recipe for part in parts), axis)
@@ -215,6 +239,17 @@ def _set_sizes(rule: Rule, sizes: Sequence[int] | None, count: int) -> None:
     object.__setattr__(rule, "sizes", listed)
     if len(listed) != count or min(listed) < 1:
         raise RuleError(f"{rule} needs a positive size for each of its {count} parts.")
+
+
+def _check_single(rule: Rule, sizes: Sequence[int] | None, is_single: bool) -> None:
+    if is_single and sizes is not None:
+        raise RuleError(f"{rule} has parts of one element, so it takes no sizes.")
+
+
+def _written(rule: "Split | Fuse", last: str) -> str:
+    """Returns the call that makes a rule, without its last field where that is not set."""
+    fields = [field.name for field in dataclasses.fields(rule) if field.name != last or getattr(rule, last)]
+    return f"{type(rule).__name__}({', '.join(f'{name}={getattr(rule, name)!r}' for name in fields)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,15 +310,23 @@ class StackLayers(Rule):
         return Join(name=name, members=tuple(at for _, at in ordered), fault=fault, make=self._make)
 
     def _make(self, parts: Sequence[Entry]) -> Entry:
-        first = parts[0]
-        different = sorted({part.shape for part in parts})
-        if len(different) > 1:
-            raise RecipeError(f"the layers have different shapes: {different}")
-        axis = normal_axis(self.axis, len(first.shape) + 1, first.shape)
-        recipe = recipes.Stack(tuple(part.recipe for part in parts), axis)
-        return dataclasses.replace(
-            first, recipe=recipe, shape=(*first.shape[:axis], len(parts), *first.shape[axis:])
-        )
+        return _stacked(parts, self.axis, "layers")
+
+
+def _stacked(parts: Sequence[Entry], axis: int, what: str) -> Entry:
+    """Returns entries side by side along a new axis.
+
+    Raises:
+        RecipeError: Their shapes differ, or the result has no such axis.
+    """
+    first = parts[0]
+    different = sorted({part.shape for part in parts})
+    if len(different) > 1:
+        raise RecipeError(f"the {what} have different shapes: {different}")
+    axis = normal_axis(axis, len(first.shape) + 1, first.shape)
+    recipe = recipes.Stack(tuple(part.recipe for part in parts), axis)
+    shape = (*first.shape[:axis], len(parts), *first.shape[axis:])
+    return dataclasses.replace(first, recipe=recipe, shape=shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -318,7 +318,11 @@ def test_a_rule_that_matches_nothing_is_quoted():
         lambda: Rename("a", "{i}"),
         lambda: Rename("a", "*"),
         lambda: Transpose("a", (0, 2)),
-        lambda: Reshape("a", (-1, 2)),
+        lambda: Reshape("a", (-2, 2)),
+        lambda: Reshape("a", (-1, -1)),
+        lambda: Reshape("a", (4,), before=(-1, -1)),
+        lambda: Split("a", ("b", "c"), axis=0, sizes=(1, 1), drop_axis=True),
+        lambda: Fuse(("a", "c"), "b", axis=0, sizes=(1, 1), new_axis=True),
         lambda: Reshape("a", (4,), before=(5,)),
         lambda: Split("a", ("b",), axis=0),
         lambda: Split("a", ("b", "b"), axis=0),
@@ -352,7 +356,10 @@ INVERTIBLE = (
     Rename("Block_{i}/*/w", "blocks/{i}/*/kernel"),
     Transpose("kernel", (2, 0, 1)),
     Reshape("kernel", (2, 6), before=(3, 4)),
+    Reshape("kernel", (-1, 6), before=(3, -1)),
     Split("qkv", ("q", "k"), axis=-1, sizes=(1, 2)),
+    Split("qk", ("q", "k"), axis=0, drop_axis=True),
+    Fuse(("q", "k"), "qk", axis=-1, new_axis=True),
     Fuse(("q_{i}", "k_{i}"), "{i}/qk", axis=0),
     StackLayers("Block_{i}", "blocks", axis=1),
     UnstackLayers("blocks", "Block_{i}", axis=0),
@@ -480,3 +487,73 @@ def test_two_names_are_swapped_whether_alone_or_below_a_name_that_stays():
         values = restored({"m": {"a": (2,), "b": (2,)}}, stored, *rules)
         np.testing.assert_array_equal(values["m/a"], stored["params"]["m"]["b"])
         np.testing.assert_array_equal(values["m/b"], stored["params"]["m"]["a"])
+
+
+# One rule for models of every depth, and parts that lose their axis.
+
+
+@pytest.mark.parametrize(
+    ("shape", "before", "expected"),
+    [((-1, 2, 8), None, (3, 2, 8)), ((3, -1), (-1, 16), (3, 16)), ((48,), (3, -1), (48,))],
+)  # fmt: skip
+def test_one_axis_of_a_reshape_follows_from_what_is_stored(shape, before, expected):
+    value = normal(3, 16)
+
+    values = restored({"w": expected}, {"params": {"w": value}}, Reshape("w", shape, before))
+
+    np.testing.assert_array_equal(values["w"], value.reshape(shape))
+
+
+def test_a_reshape_of_stacked_layers_is_one_rule_for_every_depth():
+    rules = [StackLayers("h_{i}", "h", axis=0), Reshape("h/kernel", (-1, 4, 2, 2), before=(-1, 4, 4))]
+
+    for depth in (2, 5):
+        kernels = [normal(4, 4) for _ in range(depth)]
+        stored = {"params": {f"h_{i}": {"kernel": kernel} for i, kernel in enumerate(kernels)}}
+        values = restored({"h": {"kernel": (depth, 4, 2, 2)}}, stored, *rules)
+        np.testing.assert_array_equal(values["h/kernel"], np.stack(kernels).reshape(depth, 4, 2, 2))
+
+
+def test_what_is_no_multiple_is_refused():
+    message = failure({}, {"params": {"w": normal(5, 3)}}, Reshape("w", (-1, 4)))
+
+    assert "params/w (5, 3): (5, 3) has 15 elements, which are no multiple of 4" in message
+
+
+def test_a_split_into_single_elements_may_drop_the_axis():
+    einsum = normal(3, 2, 4, 8)
+    stored = {"params": {"mlp": {"gating_einsum": einsum}}}
+    wanted = {"mlp": {"gate": (3, 4, 8), "up": (3, 4, 8)}}
+
+    for axis in (1, -3):
+        split = Split("gating_einsum", ("gate", "up"), axis, drop_axis=True)
+        values = restored(wanted, stored, split)
+        np.testing.assert_array_equal(values["mlp/gate"], einsum[:, 0])
+        np.testing.assert_array_equal(values["mlp/up"], einsum[:, 1])
+
+
+def test_a_fuse_may_put_its_parts_along_an_axis_of_their_own():
+    gate, up = normal(4, 8), normal(4, 8)
+    stored = {"params": {"mlp": {"gate": gate, "up": up}}}
+
+    for axis in (0, 2, -1):
+        fuse = Fuse(("up", "gate"), "both", axis, new_axis=True)
+        expected = np.stack([up, gate], axis)
+        values = restored({"mlp": {"both": expected.shape}}, stored, fuse)
+        np.testing.assert_array_equal(values["mlp/both"], expected)
+
+
+def test_parts_that_would_keep_several_elements_lose_no_axis():
+    stored = {"params": {"w": normal(4, 3)}}
+
+    message = failure({}, stored, Split("w", ("a", "b"), 0, drop_axis=True))
+
+    assert "axis 0 has 4 elements, which are not 2 parts of one element" in message
+
+
+def test_a_part_without_its_axis_that_nobody_wants_is_an_error():
+    stored = {"params": {"w": normal(2, 3)}}
+
+    message = failure({"a": (3,)}, stored, Split("w", ("a", "b"), 0, drop_axis=True))
+
+    assert message.startswith("1 parts of split leaves are no wanted leaf:\n  b (3,)  <-  params/w by Split(")

@@ -40,6 +40,7 @@ def rule_for(draw: st.DrawFn, entries: list[Entry], fresh: str) -> Rule:
         Scale(name, draw(st.sampled_from([0.5, -2.0, 4.0]))),
         Transpose(name, tuple(draw(st.permutations(range(len(leaf.shape)))))),
         Reshape(name, (math.prod(leaf.shape),), before=leaf.shape),
+        Reshape(name, (1, -1), before=(*leaf.shape[:-1], -1) if leaf.shape else ()),
     ]
     if not any(leaf.fixed):  # What one rename wrote, no other changes.
         fitting.append(Rename(name, f"{fresh}/leaf"))
@@ -47,11 +48,19 @@ def rule_for(draw: st.DrawFn, entries: list[Entry], fresh: str) -> Rule:
         sizes = (1, leaf.shape[axis] - 1)
         fitting.append(Split(name, (f"{fresh}/left", f"{fresh}/right"), axis, sizes))
         fitting.append(Split(name, (f"{fresh}/left", f"{fresh}/right"), axis - len(leaf.shape), sizes))
+    for at, length in enumerate(leaf.shape):
+        if length == 2:
+            both = (f"{fresh}/first", f"{fresh}/second")
+            fitting.append(
+                Split(name, both, draw(st.sampled_from([at, at - len(leaf.shape)])), drop_axis=True)
+            )
     if leaf.shape:
         fitting.append(UnstackLayers(name, f"{fresh}/{{i}}/leaf", axis))
     if len(same) > 1 and leaf.shape:
         others = draw(st.permutations(same))[:2]
-        fitting.append(Fuse(tuple("/".join(e.segments) for e in others), f"{fresh}/both", axis))
+        names = tuple("/".join(e.segments) for e in others)
+        fitting.append(Fuse(names, f"{fresh}/both", axis))
+        fitting.append(Fuse(names, f"{fresh}/both", draw(st.integers(-1, len(leaf.shape))), new_axis=True))
     layers = [e for e in entries if len(e.segments) == 3 and e.segments[1].isdecimal()]
     if layers:
         layer = draw(st.sampled_from(layers))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from orbax_nnx_handler.planning.rules import (
         Add,
         Cast,
+        Copy,
         Drop,
         Fuse,
         Rename,
@@ -56,6 +57,7 @@ __all__ = [
     "Add",
     "AmbiguousMappingError",
     "Cast",
+    "Copy",
     "DisagreementError",
     "Drop",
     "DtypeMismatchError",
@@ -131,6 +133,7 @@ _HOMES = {
     "planning.rules": (
         "Add",
         "Cast",
+        "Copy",
         "Drop",
         "Fuse",
         "Rename",

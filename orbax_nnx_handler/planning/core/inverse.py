@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -32,7 +32,10 @@ _Known = tuple[Recipe, Recipe]
 
 
 def inverse(
-    recipes: Mapping[Path, Recipe], stored: Mapping[Path, Shape], wanted: Mapping[Path, Shape]
+    recipes: Mapping[Path, Recipe],
+    stored: Mapping[Path, Shape],
+    wanted: Mapping[Path, Shape],
+    copied: Collection[Path] = (),
 ) -> dict[Path, Recipe]:
     """Returns each stored leaf as a recipe over the wanted leaves that were made from it.
 
@@ -40,6 +43,7 @@ def inverse(
         recipes: How each wanted leaf was made.
         stored: The shapes of the stored leaves that are read.
         wanted: The shapes of the wanted leaves.
+        copied: Stored leaves that several wanted ones hold; made from one of them.
 
     Raises:
         RuleError: A step cannot be undone, two wanted leaves hold one stored element, or
@@ -54,20 +58,28 @@ def inverse(
             start, size = (recipe.index, 0) if isinstance(recipe, Index) else (recipe.start, recipe.size)
             pieces = parts[recipe.source, recipe.axis]
             if (start, size) in pieces:
+                if _are_copied(recipe, copied):
+                    continue
                 raise _twice(recipe, pieces[start, size], value)
             pieces[start, size] = value
             whole = _whole(pieces, recipe.axis, shape_of(recipe.source, stored)[recipe.axis])
             if whole is not None:
                 pending.append((recipe.source, whole))
                 del parts[recipe.source, recipe.axis]
+        elif recipe in found and _are_copied(recipe, copied):
+            continue
         elif recipe in found:
             raise _twice(recipe, found[recipe], value)
         else:
             found[recipe] = value
             pending += _undone(recipe, value, stored)
     made = {recipe.path: value for recipe, value in found.items() if isinstance(recipe, Read)}
-    _check_whole(recipes, made, parts)
+    _check_whole(recipes, made, {key: part for key, part in parts.items() if not _are_copied(key[0], copied)})
     return {path: simplify(value, wanted) for path, value in made.items()}
+
+
+def _are_copied(recipe: Recipe, copied: Collection[Path]) -> bool:
+    return bool(copied) and all(path in copied for path in reads(recipe))
 
 
 def _check_whole(

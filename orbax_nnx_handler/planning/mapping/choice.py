@@ -4,7 +4,7 @@ Which of the possible readings of a stored tree a restore goes by.
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
@@ -16,13 +16,13 @@ from orbax_nnx_handler.planning.core.errors import (
     UnusedRuleError,
 )
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.core.recipes import Read, render_reads
+from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import Rivals, UnclearAxis
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import UndecidedState
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.rules import ScanAxis
+from orbax_nnx_handler.planning.rules import Copy, ScanAxis
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
 
 
@@ -75,13 +75,17 @@ def _read_twice(mapping: LeafMapping) -> dict[Path, list[Path]]:
 
     A tied weight is one leaf of an NNX state, so two leaves are never one weight.
     """
-    read = [found.recipe.path for found in mapping.found.values() if isinstance(found.recipe, Read)]
+    read = [
+        found.recipe.path
+        for found in mapping.found.values()
+        if isinstance(found.recipe, Read) and found.recipe.path not in mapping.copied
+    ]
     if len(set(read)) == len(read):
         return {}
     weights = {placement.leaf.path for placement in mapping.placements if placement.section == "model"}
     users: dict[Path, list[Path]] = defaultdict(list)
     for path, found in mapping.found.items():
-        if isinstance(found.recipe, Read) and found.recipe.path in weights:
+        if isinstance(found.recipe, Read) and found.recipe.path in weights - mapping.copied:
             users[found.recipe.path].append(path)
     return {source: paths for source, paths in users.items() if len(paths) > 1}
 
@@ -178,10 +182,16 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
         return None
     # A rule whose result is contested does lead somewhere; that it does so is the other error.
     used = mapping.used() | {path for rival in mapping.rivals for e in rival.entries for path in e.sources}
+    uses = Counter(path for found in mapping.found.values() for path in set(reads(found.recipe)))
     idle = [
         (rule, entries[0])
         for rule, entries in mapping.applied.made
-        if entries and not any(path in used for entry in entries for path in entry.sources)
+        if entries
+        and not any(
+            path in used and not (isinstance(rule, Copy) and uses[path] == 1)  # The leaf itself alone.
+            for entry in entries
+            for path in entry.sources
+        )
     ]
     if not idle:
         return None

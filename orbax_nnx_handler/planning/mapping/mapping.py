@@ -110,6 +110,7 @@ class LeafMapping:
         applied: What the user's rules made of the stored model.
         faults: What is wrong with single rules: parts that go nowhere, axes that nothing asks for.
         stuck: Moments that cannot follow their parameters.
+        copied: Stored leaves that a rule says are wanted more than once, and their moments.
     """
 
     layout: Layout
@@ -124,6 +125,7 @@ class LeafMapping:
     faults: tuple[RestoreError, ...] = ()
     stuck: tuple[StuckMoment, ...] = ()
     states: tuple[PairedStates, ...] = ()
+    copied: frozenset[Path] = frozenset()
 
     @cached_property
     def shapes(self) -> Mapping[Path, Shape | None]:
@@ -194,7 +196,14 @@ def map_leaves(
         faults=tuple(rule_faults(applied, match, found)),
         stuck=tuple(item for one in followed for item in one.stuck),
         states=tuple(one.states for one in followed),
+        copied=_copied(applied, optimizers),
     )
+
+
+def _copied(applied: RulesApplied, optimizers: Sequence[StoredStates]) -> frozenset[Path]:
+    weights = applied.copied
+    moments = (optimizer.of_parameter(path) for path in weights for optimizer in optimizers)
+    return weights.union(*moments)
 
 
 _Pairs = Sequence[tuple[WantedOptimizer, StoredOptimizer]]

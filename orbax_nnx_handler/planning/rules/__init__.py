@@ -10,6 +10,7 @@ from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
+from orbax_nnx_handler.planning.rules.copies import Copy
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.nearest import nearest
 from orbax_nnx_handler.planning.rules.one_leaf import (
@@ -29,6 +30,7 @@ __all__ = [
     "Add",
     "Cast",
     "Casts",
+    "Copy",
     "Drop",
     "Fuse",
     "Rename",
@@ -67,6 +69,12 @@ class RulesApplied:
     discarded: Mapping[Path, str]
     axes: tuple[ScanAxis, ...]
     casts: Casts
+
+    @property
+    def copied(self) -> frozenset[Path]:
+        """The stored leaves that a rule says are wanted more than once."""
+        made = (entries for rule, entries in self.made if isinstance(rule, Copy))
+        return frozenset(path for entries in made for entry in entries for path in entry.sources)
 
 
 def as_rules(renames: Iterable[Rule | tuple[str, str]]) -> tuple[Rule, ...]:

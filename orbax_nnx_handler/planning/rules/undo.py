@@ -6,22 +6,33 @@ from collections.abc import Mapping, Sequence
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, render_reads, simplify, substitute
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, render_reads, simplify, substitute
 from orbax_nnx_handler.planning.rules import Rule, apply_rules, invert
 from orbax_nnx_handler.planning.rules.entries import Entry
 
 Key = tuple[str | None, tuple[str, ...]]
 
 
-def undo_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> dict[Path, Recipe]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Undone:
+    """What is stored under rules.
+
+    Attributes:
+        ways: For each path to store, from the tree's root, its recipe over the tree's own leaves.
+        copies: For each leaf that a `Copy` has made, what the rules will restore it as, over the
+            tree's other leaves: it is not stored, so it has to be equal.
+    """
+
+    ways: dict[Path, Recipe]
+    copies: dict[Path, Recipe]
+
+
+def undo_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> Undone:
     """Returns how each leaf is stored so that the rules restore it.
 
     Args:
         entries: The leaves of the tree to save, each a plain `Read`.
         rules: The rules of the restore.
-
-    Returns:
-        For each path to store, from the tree's root, its recipe over the tree's own leaves.
 
     Raises:
         RuleError: A rule cannot be undone, matches nothing, or would not restore what is saved.
@@ -41,8 +52,8 @@ def undo_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> dict[Path, Re
                 hints=["name more of their paths in the rules."],
             )
         stored[path] = entry
-    _check_way_back(entries, stored, rules)
-    return {path: entry.recipe for path, entry in stored.items()}
+    copies = _check_way_back(entries, stored, rules)
+    return Undone(ways={path: entry.recipe for path, entry in stored.items()}, copies=copies)
 
 
 class _Number(str):
@@ -106,8 +117,13 @@ def _path(entry: Entry) -> Path:
     return (*path[: -len(tail)], source[-1]) if len(tail) > 1 and path[-len(tail) :] == tail else path
 
 
-def _check_way_back(entries: Sequence[Entry], stored: Mapping[Path, Entry], rules: Sequence[Rule]) -> None:
-    """Applies the rules to what would be saved: every leaf must come back from itself, unchanged."""
+def _check_way_back(
+    entries: Sequence[Entry], stored: Mapping[Path, Entry], rules: Sequence[Rule]
+) -> dict[Path, Recipe]:
+    """Applies the rules to what would be saved: every leaf must come back from itself, unchanged.
+
+    Returns the leaves that are not saved, since they come back from others that they are copies of.
+    """
     fresh = [
         Entry(
             segments=entry.segments,
@@ -121,13 +137,15 @@ def _check_way_back(entries: Sequence[Entry], stored: Mapping[Path, Entry], rule
     ]
     back = {_key(entry): entry for entry in apply_rules(fresh, rules).entries}
     shapes = {entry.sources[0]: entry.shape for entry in entries}
-    lost: list[str] = []
+    kept = {path for entry in stored.values() for path in reads(entry.recipe)}
+    lost, copies = list[str](), dict[Path, Recipe]()
     for entry in entries:
         found = back.pop(_key(entry), None)
         path = entry.sources[0]
-        if found is None or not _is_same(
-            substitute(found.recipe, lambda read: stored[read].recipe), path, found.shape, shapes
-        ):
+        way = None if found is None else substitute(found.recipe, lambda read: stored[read].recipe)
+        if found is not None and way is not None and path not in kept and found.shape == entry.shape:
+            copies[path] = simplify(way, shapes)
+        elif found is None or way is None or not _is_same(way, path, found.shape, shapes):
             lost.append("/".join(entry.segments))
     lost += ["/".join(entry.segments) for entry in back.values()]
     if lost:
@@ -136,6 +154,7 @@ def _check_way_back(entries: Sequence[Entry], stored: Mapping[Path, Entry], rule
             f"what these rules save, they would not restore: {len(lost)} leaves end elsewhere:\n{listed}",
             hints=["undone, a rule meets every leaf of that name; name more of the path in it."],
         )
+    return copies
 
 
 def _key(entry: Entry) -> Key:

@@ -167,7 +167,7 @@ def _against_the_laws(
     made = (entry for _, entries in mapping.applied.made for entry in entries)
     by_rule = frozenset(path for entry in made for path in entry.sources)
     dropped = frozenset(mapping.discarded)
-    broken = certify(wanted, mapping.placements, sources, by_rule | dropped)
+    broken = certify(wanted, mapping.placements, sources, by_rule | dropped, mapping.copied)
     if broken:
         yield error_of(broken)
 
@@ -193,6 +193,7 @@ def _sides(wanted: Sequence[Wanted], mapping: LeafMapping) -> Sides:
         placements={item.leaf.path: item for item in mapping.placements},
         roots=mapping.roots,
         stuck=mapping.stuck,
+        copied=mapping.copied,
     )
 
 

@@ -15,7 +15,17 @@ from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
-from orbax_nnx_handler.planning.core.recipes import Concat, Fill, Index, Read, Recipe, Stack, reads, shape_of
+from orbax_nnx_handler.planning.core.recipes import (
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Recipe,
+    Slice,
+    Stack,
+    reads,
+    shape_of,
+)
 from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
@@ -363,13 +373,53 @@ def _used_twice(
         taken: list[tuple[Region, Path]] = []
         for path in paths:
             for region in _regions(sources[path].recipe, stored, shapes):
-                other = next((user for used, user in taken if user != path and intersect(used, region)), None)
+                users_met = (user for used, user in taken if user != path and intersect(used, region))
+                other = next(
+                    (u for u in users_met if not _are_parts(sources[path].recipe, sources[u].recipe, stored)),
+                    None,
+                )
                 if other is not None:
                     yield Broken(
                         law=4, wanted=path, stored=stored, why=f"{render(other)} is read from it too"
                     )
                     break
                 taken.append((region, path))
+
+
+def _are_parts(one: Recipe, other: Recipe, stored: Path) -> bool:
+    """Tells whether two recipes read different parts of what they both make of a stored leaf first.
+
+    Exact also below a reshape, where rectangles of the stored leaf say too much.
+    """
+    return all(_diverge(left, right) for left in _steps(one, stored) for right in _steps(other, stored))
+
+
+def _diverge(left: Sequence[Recipe], right: Sequence[Recipe]) -> bool:
+    first = next((pair for pair in zip(left, right, strict=False) if pair[0] != pair[1]), None)
+    if first is None or not all(isinstance(step, Index | Slice) for step in first):
+        return False
+    (one, from_one, to_one), (other, from_other, to_other) = map(_range, first)
+    return one == other and (to_one <= from_other or to_other <= from_one)
+
+
+def _range(step: Recipe) -> tuple[int, int, int]:
+    """Returns axis, first and end of what a step takes."""
+    if isinstance(step, Slice):
+        return step.axis, step.start, step.start + step.size
+    return (step.axis, step.index, step.index + 1) if isinstance(step, Index) else (-1, 0, 0)
+
+
+def _steps(recipe: Recipe, stored: Path) -> Iterator[tuple[Recipe, ...]]:
+    """Yields what is done to each occurrence of a stored leaf, from the leaf on, up to where it is joined."""
+    done: list[Recipe] = []
+    while not isinstance(recipe, Read | Fill | Stack | Concat):
+        done.insert(0, recipe)
+        recipe = recipe.source
+    if isinstance(recipe, Stack | Concat):
+        for part in recipe.sources:
+            yield from _steps(part, stored)
+    elif isinstance(recipe, Read) and recipe.path == stored:
+        yield (recipe, *done)
 
 
 def _regions(recipe: Recipe, stored: Path, shapes: Mapping[Path, Shape]) -> Iterator[Region]:

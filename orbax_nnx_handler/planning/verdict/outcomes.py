@@ -28,12 +28,14 @@ class Sides:
         placements: Every stored leaf with the part of a train state it belongs to.
         roots: Where the model sits on both sides.
         stuck: Moments that cannot follow their parameters.
+        copied: Stored leaves that a rule says are wanted more than once, and their moments.
     """
 
     wanted: Mapping[Path, Wanted] = dataclasses.field(default_factory=dict[Path, Wanted])
     placements: Mapping[Path, Placement] = dataclasses.field(default_factory=dict[Path, Placement])
     roots: Roots = dataclasses.field(default_factory=lambda: Roots(wanted=(), stored=(), overlap=0))
     stuck: tuple[StuckMoment, ...] = ()
+    copied: frozenset[Path] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

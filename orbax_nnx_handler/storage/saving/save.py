@@ -2,27 +2,29 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
 from orbax_nnx_handler.planning.core.containers import tree_of
-from orbax_nnx_handler.planning.core.errors import DtypeMismatchError
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RuleError
+from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like
+from orbax_nnx_handler.planning.text.words import counted
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import Flavour, arrange, check_distinct, is_nnx
 from orbax_nnx_handler.storage.saving.cells import with_gates
 from orbax_nnx_handler.storage.saving.item import Leaf
 from orbax_nnx_handler.storage.saving.optax_tree import Transformation
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
-from orbax_nnx_handler.storage.saving.undo import Leaves, as_restored, without_rules
+from orbax_nnx_handler.storage.saving.undo import Copies, Leaves, as_restored, without_rules
 
 Undone = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport
 """The rules of a restore, or what it did: a save writes what the restore has read."""
@@ -44,16 +46,19 @@ class SavePlan:
         empty: The nodes that hold nothing, by stored path.
         random: Random state for the item's metadata, by path below `nnx_aux`.
         values: The item's values by path in the item.
+        copies: Leaves that are not stored, each with what will be restored for it.
     """
 
     leaves: Mapping[Path, SavedLeaf]
     empty: Mapping[Path, Any]
     random: Mapping[Path, Leaf]
     values: Mapping[Path, Any]
+    copies: Copies = ()
 
     def tree(self) -> Any:
         """Returns the tree to be stored, its values computed."""
         _check_step(self)
+        _check_copies(self)
         return self._nested(leaf.value(self.values) for leaf in self.leaves.values())
 
     def like(self, given: Mapping[Path, Any], default: Any) -> Any:
@@ -85,13 +90,13 @@ def plan_save(
     if not arranged.certain and flavour == "linen":
         _warn(_UNCERTAIN)
     leaves: Leaves = {at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()}
-    empty = arranged.empty
+    empty, copies = arranged.empty, ()
     if isinstance(undone, RestorePlan | RestoreReport):
         plan = undone if isinstance(undone, RestorePlan) else undone.plan
-        leaves, empty = as_restored(leaves, empty, plan)
+        leaves, empty, copies = as_restored(leaves, empty, plan)
     leaves = with_gates(leaves)
     if not isinstance(undone, RestorePlan | RestoreReport):
-        leaves, empty = without_rules(leaves, empty, as_rules(undone), flavour)
+        leaves, empty, copies = without_rules(leaves, empty, as_rules(undone), flavour)
     check_distinct((at, leaf.like) for at, leaf in leaves.items())
     step = leaves.get(("step",))
     if step is not None and step.dtype == np.uint32:
@@ -102,6 +107,7 @@ def plan_save(
         empty=empty,
         random=arranged.random,
         values={leaf.path: leaf.value for leaf in arranged.leaves.values()},
+        copies=copies,
     )
 
 
@@ -169,3 +175,36 @@ def _check_step(plan: SavePlan) -> None:
             "hint: count from a smaller number: optimizer.step.set_value(jnp.uint32(0)).",
             paths=[leaf.like],
         )
+
+
+def _check_copies(plan: SavePlan) -> None:
+    """Raises where a leaf that is stored as another one's copy has become another value.
+
+    Training changes a tied weight and its copy in different ways; to store either would lose the other.
+    """
+    pairs = [
+        (copy.like, own.sources[0]) for copy, own in plan.copies if not _are_equal(copy, own, plan.values)
+    ]
+    if pairs:
+        rows = "\n".join(f"  {render(copy)} is no longer {render(own)}" for copy, own in pairs)
+        raise RuleError(
+            f"the rules say that {counted(len(pairs), 'leaf is a copy', 'leaves are copies')} of another, "
+            f"and the values differ:\n{rows}",
+            paths=[path for pair in pairs for path in pair],
+            hints=[
+                "save without the Copy, and restore that without it: each of them has its own place then."
+            ],
+        )
+
+
+def _are_equal(one: SavedLeaf, other: SavedLeaf, values: Mapping[Path, Any]) -> bool:
+    left, right = one.value(values), other.value(values)
+    if isinstance(left, jax.ShapeDtypeStruct) or isinstance(right, jax.ShapeDtypeStruct):
+        return True
+    return bool(cast(jax.Array, _equal(left, right)))
+
+
+@jax.jit
+def _equal(left: jax.Array, right: jax.Array) -> jax.Array:
+    # Arrays of several processes stay where they are: each process gets the answer.
+    return jnp.all((left == right) | ((left != left) & (right != right)))

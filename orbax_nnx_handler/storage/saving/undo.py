@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     reads,
     render_reads,
     shape_of,
+    simplify,
     substitute,
 )
 from orbax_nnx_handler.planning.layouts.linen import TRAIN_STATE
@@ -36,12 +37,14 @@ from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 
 Leaves = Mapping[Path, SavedLeaf]
 Empty = Mapping[Path, Any]
+Copies = Sequence[tuple[SavedLeaf, SavedLeaf]]
+"""Leaves that are not stored, each with what will be restored for it: they have to be equal."""
 
 
 def without_rules(
     leaves: Leaves, empty: Empty, rules: Sequence[Rule], flavour: Flavour
-) -> tuple[Leaves, Empty]:
-    """Returns the leaves and empty nodes as they must be stored for the rules to restore them.
+) -> tuple[Leaves, Empty, Copies]:
+    """Returns the leaves and empty nodes as they must be stored for the rules to restore them, and copies.
 
     Args:
         leaves: The leaves as they would be stored without rules.
@@ -53,21 +56,28 @@ def without_rules(
         RuleError: A rule cannot be undone, or a moment cannot follow its parameter.
     """
     if not rules:
-        return leaves, empty
+        return leaves, empty, ()
     model = {path: leaf for path, leaf in leaves.items() if path[0] != "opt_state"}
     stored = {path: StoredLeaf(path=path, shape=leaf.shape, dtype=leaf.dtype) for path, leaf in model.items()}
     entries = model_entries((MAXTEXT if flavour == "maxtext" else TRAIN_STATE).place(stored))
-    ways = undo_rules(entries, rules)
+    rules_undone = undo_rules(entries, rules)
+    ways, copies = rules_undone.ways, rules_undone.copies
     touched = {path for entry in entries for path in entry.sources}
     undone = {path: _combined(way, model) for path, way in ways.items()}
     undone |= {path: leaf for path, leaf in model.items() if path not in touched}
     shapes = {path: leaf.shape for path, leaf in model.items()}
-    moments = _Moments(ways, shapes, depth=2 if flavour == "maxtext" else 1)
-    return moments.added(undone, leaves, empty)
+    pairs = [(model[path], _as(model[path], _combined(way, model))) for path, way in copies.items()]
+    moments = _Moments(ways, copies, shapes, depth=2 if flavour == "maxtext" else 1)
+    written, nothing = moments.added(undone, leaves, empty)
+    return written, nothing, (*pairs, *moments.copies(leaves, empty))
 
 
-def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves, Empty]:
-    """Returns the leaves and empty nodes as the checkpoint had them from which they were restored.
+def _as(copy: SavedLeaf, made: SavedLeaf) -> SavedLeaf:
+    return copy.through(made.recipe, made.shape)
+
+
+def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves, Empty, Copies]:
+    """Returns leaves and empty nodes as the checkpoint had them that they were restored from, and copies.
 
     Args:
         leaves: The leaves as they would be stored without a restore, cells whole.
@@ -88,10 +98,14 @@ def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves
             f"or have another shape:\n{listed}\nhint: pass what was restored, or the rules themselves."
         )
     stored = {path: placement.leaf for path, placement in plan.sides.placements.items()}
+    copied = plan.sides.copied
+    # The last one is undone first: of a leaf and its copy, the one that has all its digits is stored.
+    order = sorted(restored, key=lambda path: restored[path].cast == "same") if copied else restored
     ways = inverse(
-        {path: item.recipe for path, item in restored.items()},
+        {path: restored[path].recipe for path in order},
         {path: leaf.shape for path, leaf in stored.items()},
         shapes,
+        copied,
     )
     written = {at: leaf for at, leaf in leaves.items() if leaf.like not in restored}
     by_item = {leaf.like: leaf for leaf in leaves.values()}
@@ -106,7 +120,17 @@ def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves
         if isinstance(dropped, Dropped) and beside is not None:
             # It was zero, or it would not have been restored, and has no counterpart in the state.
             written[at] = beside.through(Fill(dropped.leaf.shape), dropped.leaf.shape)
-    return written, _moved(empty, leaves, written)
+    again = {
+        path: simplify(substitute(item.recipe, ways.__getitem__), shapes)
+        for path, item in restored.items()
+        if not copied.isdisjoint(reads(item.recipe))
+    }
+    copies = [
+        (by_item[path], by_item[path].through(recipe, shapes[path]))
+        for path, recipe in again.items()
+        if recipe != Read(path)
+    ]
+    return written, _moved(empty, leaves, written), copies
 
 
 def _is_kept_apart(leaf: WantedLeaf) -> bool:
@@ -145,10 +169,17 @@ def _combined(recipe: Recipe, leaves: Leaves) -> SavedLeaf:
 class _Moments:
     """Undoes, for every part of an optimizer that mirrors the parameters, what is undone for these."""
 
-    def __init__(self, ways: Mapping[Path, Recipe], shapes: Mapping[Path, Shape], depth: int):
+    def __init__(
+        self,
+        ways: Mapping[Path, Recipe],
+        copies: Mapping[Path, Recipe],
+        shapes: Mapping[Path, Shape],
+        depth: int,
+    ):
         heads = {path[:depth] for path in shapes if path[:depth] == ("params",) * depth}
         self._head: Path = next(iter(heads), ())
         self._ways = {path: way for path, way in ways.items() if path[:depth] == self._head}
+        self._copies = {path: way for path, way in copies.items() if path[:depth] == self._head}
         self._shapes = {path: shape for path, shape in shapes.items() if path[:depth] == self._head}
 
     def added(self, undone: Leaves, leaves: Leaves, empty: Empty) -> tuple[Leaves, Empty]:
@@ -157,8 +188,7 @@ class _Moments:
             dict(undone),
             {path: value for path, value in empty.items() if path[0] != "opt_state"},
         )
-        nodes = [path for path in (*leaves, *empty) if path[0] == "opt_state"]
-        for at, below in self._subtrees(nodes, 1):
+        for at, below in self._all_subtrees(leaves, empty):
             if at is None:
                 written |= {path: leaves[path] for path in below if path in leaves}
                 nothing |= {path: empty[path] for path in below if path in empty}
@@ -175,6 +205,18 @@ class _Moments:
                     known = {p: leaves[q] for p, q in moments.items() if q in leaves}
                     written[to] = self._moved(way, known, str(at[-1]))
         return written, nothing
+
+    def copies(self, leaves: Leaves, empty: Empty) -> Iterator[tuple[SavedLeaf, SavedLeaf]]:
+        """Yields the moments that are not stored, each with what will be restored for it."""
+        for at, below in self._all_subtrees(leaves, empty) if self._copies else ():
+            moments = {} if at is None else {(*self._head, *path[len(at) :]): path for path in below}
+            known = {own: leaves[path] for own, path in moments.items() if path in leaves}
+            for path, way in self._copies.items():
+                if path in known and known.keys() >= set(reads(way)):
+                    yield known[path], _as(known[path], self._moved(way, known, str((at or ("",))[-1])))
+
+    def _all_subtrees(self, leaves: Leaves, empty: Empty) -> Iterator[tuple[Path | None, Sequence[Path]]]:
+        return self._subtrees([path for path in (*leaves, *empty) if path[0] == "opt_state"], 1)
 
     def _subtrees(self, paths: Sequence[Path], depth: int) -> Iterator[tuple[Path | None, Sequence[Path]]]:
         """Yields the paths of each subtree that mirrors the parameters with where it is, and the others."""

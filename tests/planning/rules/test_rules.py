@@ -557,3 +557,22 @@ def test_a_part_without_its_axis_that_nobody_wants_is_an_error():
     message = failure({"a": (3,)}, stored, Split("w", ("a", "b"), 0, drop_axis=True))
 
     assert message.startswith("1 parts of split leaves are no wanted leaf:\n  b (3,)  <-  params/w by Split(")
+
+
+def test_parts_of_a_reshaped_leaf_are_its_own_elements_each():
+    fused = normal(4, 18)
+    rules = [
+        Reshape("qkv", (4, 3, 2, 3)),
+        Split("qkv", ("q", "k", "v"), 1, drop_axis=True),
+        Reshape("q", (-1,)),
+    ]
+    rules.append(Split("q", ("q_left", "q_right"), 0, sizes=(5, 19)))
+
+    wanted = {"k": (4, 2, 3), "v": (4, 2, 3), "q_left": (5,), "q_right": (19,)}
+    values = restored(wanted, {"params": {"qkv": fused}}, *rules)
+
+    query, key, value = np.moveaxis(fused.reshape(4, 3, 2, 3), 1, 0)
+    np.testing.assert_array_equal(values["k"], key)
+    np.testing.assert_array_equal(values["v"], value)
+    np.testing.assert_array_equal(values["q_left"], query.ravel()[:5])
+    np.testing.assert_array_equal(values["q_right"], query.ravel()[5:])

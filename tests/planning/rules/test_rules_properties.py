@@ -109,7 +109,7 @@ def test_plan_restore_save_plan_is_the_identity(problem: tuple[dict[str, Any], l
     plan = plan_of(nnx.State(params(wanted)), stored, rules, unexpected="error")
     plan.check()
     restored = nested({tuple(path.split("/")): value for path, value in values_of(plan, stored).items()})
-    ways = undo_rules(entries_of(restored), rules)
+    ways = undo_rules(entries_of(restored), rules).ways
     arrays = leaves_of({"params": restored})
     saved = nested({path: evaluate(way, arrays) for path, way in ways.items()})
     again = plan_of(nnx.State(params(wanted)), saved, rules, unexpected="error")

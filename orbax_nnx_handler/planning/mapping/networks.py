@@ -72,6 +72,8 @@ def match_networks(
     found, rivals = by_whole_path(wanted, entries)
     settled = {*found, *(item.wanted.leaf.path for item in rivals)}
     taken = {id(entry) for entry in found.values()}
+    by_rule = {path for path, entry in found.items() if entry.named}
+    named = {id(found[path]) for path in by_rule}
     free = [entry for entry in entries if entry.section == "model" and id(entry) not in taken]
     aside = {entry.tokens for entry in entries if entry.section == "aux"}
     matches = [ModelMatch(found=_as_found(found), rivals=tuple(rivals))]
@@ -81,7 +83,11 @@ def match_networks(
         own = [entry for entry in entries if entry.section == "model" and network.holds(entry)]
         weights = [item for item in items if item.role == "model"]
         beside = [item for item in weights if item.tokens not in aside] or weights
-        roots = _roots(network, [paths[item.leaf.path] for item in beside], own)
+        # What a rule has given a wanted path says nothing of where the others meet.
+        others = [item for item in beside if item.leaf.path not in by_rule]
+        unnamed = [entry for entry in own if id(entry) not in named]
+        meeting, there = (others, unnamed) if others and unnamed else (beside, own)
+        roots = _roots(network, [paths[item.leaf.path] for item in meeting], there)
         above = network.owner if network.named else ()
         whole = dataclasses.replace(roots, wanted=(*above, *roots.wanted))
         networks.append(Matched(network=network, roots=whole, weights=tuple(weights)))

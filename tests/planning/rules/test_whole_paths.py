@@ -1,0 +1,199 @@
+"""A rule sees the whole stored path, owner and collection included, as `orbax-nnx tree` prints it."""
+
+from typing import Any
+
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import Drop, RestorePlan, Transpose, UnusedRuleError
+from tests.planning.plans import plan_of, values_of
+
+SHAPES = {"up": {"kernel": (2, 3), "bias": (3,)}, "down": {"kernel": (3, 2), "bias": (2,)}}
+
+
+class Numbers:
+    """Gives every element of a checkpoint its own number, so that none is taken for another."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def array(self, *shape: int) -> np.ndarray:
+        size = int(np.prod(shape))
+        self._next += size
+        return np.arange(self._next - size, self._next, dtype=np.float32).reshape(shape)
+
+    def model(self) -> dict[str, Any]:
+        return {module: {k: self.array(*shape) for k, shape in own.items()} for module, own in SHAPES.items()}
+
+    def train_state(self) -> dict[str, Any]:
+        adam = {"count": np.int32(self._next), "mu": self.model(), "nu": self.model()}
+        return {"params": self.model(), "opt_state": [adam, None], "step": np.int32(self._next + 1)}
+
+
+class Model(nnx.Module):
+    def __init__(self) -> None:
+        self.up = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        self.down = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+
+def optimizer(model: Model) -> nnx.Optimizer[Model]:
+    return nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+
+
+def planned(target: Any, stored: Any, *rules: Any) -> tuple[RestorePlan, dict[str, np.ndarray]]:
+    plan = plan_of(nnx.eval_shape(target), stored, rules, unexpected="error")
+    plan.check()
+    return plan, values_of(plan, stored)
+
+
+def assert_below(values: dict[str, np.ndarray], at: str, tree: dict[str, Any]) -> None:
+    """Compares everything below a path with a stored tree, leaf by leaf."""
+    expected = {f"{at}/{module}/{name}": leaf for module, own in tree.items() for name, leaf in own.items()}
+    found = {path: value for path, value in values.items() if path.startswith(f"{at}/")}
+    assert sorted(found) == sorted(expected)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+def test_a_copy_beside_the_parameters_is_asked_for_by_its_collection() -> None:
+    numbers = Numbers()
+    stored = {"params": numbers.model(), "ema_params": numbers.model()}
+
+    _, values = planned(lambda: {"model": Model(), "ema": Model()}, stored, ("ema_params", "ema"))
+
+    assert_below(values, "model", stored["params"])
+    assert_below(values, "ema", stored["ema_params"])
+
+
+def test_two_collections_change_places() -> None:
+    numbers = Numbers()
+    stored = {"params": numbers.model(), "ema_params": numbers.model()}
+    rules = [("ema_params", "model"), Drop("params", "the averaged weights are used")]
+
+    _, values = planned(lambda: {"model": Model()}, stored, *rules)
+
+    assert_below(values, "model", stored["ema_params"])
+
+
+def test_an_owner_and_its_collection_become_one_level() -> None:
+    numbers = Numbers()
+    stored = {"model": {"params": numbers.model()}, "critic": {"params": numbers.model()}}
+    rules = [("model/params", "actor"), ("critic/params", "value_net")]
+
+    _, values = planned(lambda: {"actor": Model(), "value_net": Model()}, stored, *rules)
+
+    assert_below(values, "actor", stored["model"]["params"])
+    assert_below(values, "value_net", stored["critic"]["params"])
+
+
+def test_a_train_state_within_another_level_is_named_with_it() -> None:
+    numbers = Numbers()
+    stored = {"model": {"params": numbers.model()}}
+
+    _, values = planned(lambda: {"model": Model()}, stored, ("model/params", "model"))
+
+    assert_below(values, "model", stored["model"]["params"])
+
+
+def two_networks() -> Any:
+    gen, disc = Model(), Model()
+    return {"gen": gen, "disc": disc, "g_opt": optimizer(gen), "d_opt": optimizer(disc)}
+
+
+def test_optimizers_go_where_rules_say_and_take_their_counts_and_steps_along() -> None:
+    numbers = Numbers()
+    stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}
+    rules = [
+        ("gen/opt_state", "g_opt/opt_state"),
+        ("disc/opt_state", "d_opt/opt_state"),
+        ("gen/step", "g_opt/step"),
+        ("disc/step", "d_opt/step"),
+    ]
+
+    _, values = planned(two_networks, stored, *rules)
+
+    for name, own in (("gen", "g_opt"), ("disc", "d_opt")):
+        state = stored[name]
+        assert_below(values, name, state["params"])
+        for slot in ("mu", "nu"):
+            assert_below(values, f"{own}/opt_state/0/{slot}", state["opt_state"][0][slot])
+        assert values[f"{own}/opt_state/0/count"] == state["opt_state"][0]["count"]
+        assert values[f"{own}/step"] == state["step"]
+
+
+def test_a_rule_on_one_networks_weight_turns_its_moments_and_no_others() -> None:
+    numbers = Numbers()
+    stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}
+    for tree in (stored["gen"]["params"], *(stored["gen"]["opt_state"][0][s] for s in ("mu", "nu"))):
+        tree["up"]["kernel"] = tree["up"]["kernel"].T
+    rules = [
+        Transpose("gen/params/up/kernel", (1, 0)),
+        ("gen/opt_state", "g_opt/opt_state"),
+        ("disc/opt_state", "d_opt/opt_state"),
+        ("gen/step", "g_opt/step"),
+        ("disc/step", "d_opt/step"),
+    ]
+
+    _, values = planned(two_networks, stored, *rules)
+
+    for own, state, turned in (("g_opt", stored["gen"], True), ("d_opt", stored["disc"], False)):
+        for slot in ("mu", "nu"):
+            moment = state["opt_state"][0][slot]["up"]["kernel"]
+            np.testing.assert_array_equal(
+                values[f"{own}/opt_state/0/{slot}/up/kernel"], moment.T if turned else moment
+            )
+
+
+class Normed(nnx.Module):
+    def __init__(self) -> None:
+        self.up = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+
+def test_statistics_below_a_field_of_their_own_are_brought_up() -> None:
+    numbers = Numbers()
+    stored = {
+        "params": {
+            "up": {"kernel": numbers.array(2, 3), "bias": numbers.array(3)},
+            "norm": {"scale": numbers.array(3), "bias": numbers.array(3)},
+        },
+        "model_state": {"batch_stats": {"norm": {"mean": numbers.array(3), "var": numbers.array(3)}}},
+    }
+
+    _, values = planned(Normed, stored, ("model_state/batch_stats", "batch_stats"))
+
+    statistics = stored["model_state"]["batch_stats"]["norm"]
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(values[f"norm/{name}"], statistics[name])
+
+
+def test_a_network_that_is_dropped_takes_its_optimizer_and_its_step_along() -> None:
+    numbers = Numbers()
+    stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}
+
+    def target() -> Any:
+        gen = Model()
+        return {"gen": gen, "g_opt": optimizer(gen)}
+
+    rules = [
+        Drop("disc", "only the generator goes on"),
+        ("gen/opt_state", "g_opt/opt_state"),
+        ("gen/step", "g_opt/step"),
+    ]
+
+    plan, values = planned(target, stored, *rules)
+
+    assert_below(values, "g_opt/opt_state/0/mu", stored["gen"]["opt_state"][0]["mu"])
+    dropped = {"/".join(map(str, path)) for path in plan.dropped}
+    assert {path.split("/")[0] for path in dropped} == {"disc"}
+    assert {"disc/step", "disc/opt_state/0/count", "disc/opt_state/0/nu/down/bias"} <= dropped
+    assert len(dropped) == 3 * 4 + 2
+
+
+def test_a_pattern_is_no_part_of_a_segment() -> None:
+    stored = {"params": Numbers().model()}
+
+    with pytest.raises(UnusedRuleError):
+        planned(lambda: {"model": Model()}, stored, ("param", "model"))

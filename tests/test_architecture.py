@@ -32,8 +32,6 @@ PUBLIC_TWICE = {"Add", "NNXLinenHandler", "Reshape", "Scale", "Transpose"}
 """Rules called as the step of a recipe that they are, and the handler of each interface of Orbax."""
 TWICE = {"Block", "Decoder", "Entry", "Evidence", "Leaf", "Piece", "Read", "Request", "Wanted"}
 """Names that still mean two things; none may come to them."""
-FULL_FOLDERS = {"planning/mapping": 17, "storage/checkpoint": 21}
-"""Folders that still hold more files than one can take in; none may grow."""
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
 """Import names that differ from the name of the project that brings them."""
 
@@ -139,8 +137,7 @@ def test_an_import_inside_a_function_is_there_for_the_time_that_a_start_takes():
 def test_a_folder_holds_no_more_files_than_one_can_take_in():
     folders = Counter(file.parent.relative_to(PACKAGE).as_posix() for file in MODULES)
 
-    full = {name: count for name, count in folders.items() if count > FULL_FOLDERS.get(name, FOLDER_FILES)}
-    assert full == {}
+    assert {name: count for name, count in folders.items() if count > FOLDER_FILES} == {}
 
 
 def test_a_class_name_means_one_thing():

@@ -38,7 +38,6 @@ from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.locations import absolute
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.fitted import fit, in_linen, in_nnx
 from orbax_nnx_handler.storage.converting.leaves import (
@@ -57,6 +56,7 @@ from orbax_nnx_handler.storage.converting.leaves import (
 from orbax_nnx_handler.storage.converting.write import Conversion, check_free, write_converted
 from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.restoring.restore import check_values
+from orbax_nnx_handler.storage.stores.locations import absolute
 
 
 @contextlib.contextmanager

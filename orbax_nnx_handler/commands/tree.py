@@ -16,11 +16,11 @@ from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement
 from orbax_nnx_handler.planning.text.folding import Row, fold
 from orbax_nnx_handler.storage.checkpoint.directories import is_item, items_of, steps_of
-from orbax_nnx_handler.storage.checkpoint.files import Files
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.locations import as_path, is_url, parents_of
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.checkpoint.stores import files_at
+from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.kvstore import files_at
+from orbax_nnx_handler.storage.stores.locations import as_path, is_url, parents_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

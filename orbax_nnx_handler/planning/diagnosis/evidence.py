@@ -16,7 +16,7 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.optimizer import split
+from orbax_nnx_handler.planning.mapping.optimizers.states import split
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored, Sides, Verdict

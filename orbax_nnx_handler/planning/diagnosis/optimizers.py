@@ -12,8 +12,8 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting, spell
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.layouts.t5x import FACTORED
-from orbax_nnx_handler.planning.mapping.moments import StuckMoment
-from orbax_nnx_handler.planning.mapping.optimizer import split
+from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
+from orbax_nnx_handler.planning.mapping.optimizers.states import split
 from orbax_nnx_handler.planning.text.folding import fold_paths
 from orbax_nnx_handler.planning.text.words import counted, listed
 

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import Rivals, UnclearAxis
-from orbax_nnx_handler.planning.mapping.optimizer_pairs import UndecidedState
+from orbax_nnx_handler.planning.mapping.optimizers.pairs import UndecidedState
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Copy, ScanAxis
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role

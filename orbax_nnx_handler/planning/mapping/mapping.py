@@ -33,16 +33,16 @@ from orbax_nnx_handler.planning.mapping.matches import (
     UnclearAxis,
 )
 from orbax_nnx_handler.planning.mapping.modules import Homeless
-from orbax_nnx_handler.planning.mapping.moments import FollowedMoments, MomentFollower, StuckMoment
 from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
-from orbax_nnx_handler.planning.mapping.optimizer import (
+from orbax_nnx_handler.planning.mapping.optimizers.moments import FollowedMoments, MomentFollower, StuckMoment
+from orbax_nnx_handler.planning.mapping.optimizers.pairs import PairedStates
+from orbax_nnx_handler.planning.mapping.optimizers.states import (
     StoredStates,
     parameter_paths,
     read_stored,
     virtual_parameters,
     wanted_states,
 )
-from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates
 from orbax_nnx_handler.planning.mapping.random_state import find_random
 from orbax_nnx_handler.planning.mapping.roots import Roots, strip
 from orbax_nnx_handler.planning.mapping.train_states import (

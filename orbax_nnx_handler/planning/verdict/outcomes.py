@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, describe
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Discarded, Dropped, Evidence
-from orbax_nnx_handler.planning.mapping.moments import StuckMoment
+from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, UnexpectedPolicy
 from orbax_nnx_handler.planning.target.roles import Wanted

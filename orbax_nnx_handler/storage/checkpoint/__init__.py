@@ -1,1 +1,1 @@
-"""What is stored: finding a checkpoint and reading its metadata."""
+"""What is stored: what a path means, and what a checkpoint's metadata says."""

@@ -10,8 +10,8 @@ from etils import epath
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
-from orbax_nnx_handler.storage.checkpoint.stores import Store
 from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
+from orbax_nnx_handler.storage.stores.kvstore import Store
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import os
 from etils import epath
 
 from orbax_nnx_handler.storage.checkpoint.fields import FieldError, parse_object
-from orbax_nnx_handler.storage.checkpoint.files import Files, Read
+from orbax_nnx_handler.storage.stores.files import Files, Read
 
 COMMIT_FILE = "commit_success.txt"
 STEP_FILE = "_CHECKPOINT_METADATA"

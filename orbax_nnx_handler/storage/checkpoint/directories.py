@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from etils import epath
 
 from orbax_nnx_handler.storage.checkpoint.commits import UNFINISHED, lacks_commit
-from orbax_nnx_handler.storage.checkpoint.files import Files, Read
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY
+from orbax_nnx_handler.storage.stores.files import Files, Read
 
 _NAME = re.compile(r"(?P<run>.*)\.npz(?:-(?P<step>[0-9]+))?")
 # Written under this name first and renamed when it is complete.

@@ -19,11 +19,11 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     prefixes_of,
     steps_of,
 )
-from orbax_nnx_handler.storage.checkpoint.files import Files, List
-from orbax_nnx_handler.storage.checkpoint.locations import as_path
 from orbax_nnx_handler.storage.checkpoint.metadata import parts_of
-from orbax_nnx_handler.storage.checkpoint.stores import files_at
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import no_checkpoint, no_item, several_kinds
+from orbax_nnx_handler.storage.stores.files import Files, List
+from orbax_nnx_handler.storage.stores.kvstore import files_at
+from orbax_nnx_handler.storage.stores.locations import as_path
 
 _USUAL_ITEMS = ("default", "items", "state", "params")
 

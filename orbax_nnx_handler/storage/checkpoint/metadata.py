@@ -27,8 +27,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.linen import AUX
-from orbax_nnx_handler.storage.checkpoint import npz, stores
-from orbax_nnx_handler.storage.checkpoint.catalog import MANIFEST
+from orbax_nnx_handler.storage.checkpoint import npz
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
 from orbax_nnx_handler.storage.checkpoint.commits import (
     STEP_FILE,
@@ -45,10 +44,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     parse_object,
     text_of,
 )
-from orbax_nnx_handler.storage.checkpoint.files import Files, List, Question, Read, Sizes
-from orbax_nnx_handler.storage.checkpoint.ocdbt import DamagedDatabaseError
 from orbax_nnx_handler.storage.checkpoint.random_state import StoredRandom, read_leftovers
-from orbax_nnx_handler.storage.checkpoint.stores import Store
 from orbax_nnx_handler.storage.checkpoint.trees import (
     EMPTY_TYPES,
     MSGPACK_FILE,
@@ -60,6 +56,11 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY, Encoding, ZarrDriver, parse_encoding
 from orbax_nnx_handler.storage.gc_pause import paused_collection
+from orbax_nnx_handler.storage.stores import kvstore
+from orbax_nnx_handler.storage.stores.catalog import MANIFEST
+from orbax_nnx_handler.storage.stores.files import Files, List, Question, Read, Sizes
+from orbax_nnx_handler.storage.stores.kvstore import Store
+from orbax_nnx_handler.storage.stores.ocdbt import DamagedDatabaseError
 
 __all__ = ["Checkpoint", "StoredArray", "parts_of", "read_metadata"]
 
@@ -145,7 +146,7 @@ def read_metadata(directory: epath.PathLike, files: Files | None = None) -> Chec
             it is instead, or which file is damaged.
     """
     directory = epath.Path(directory)
-    files = files or stores.files_at(directory)
+    files = files or kvstore.files_at(directory)
     with paused_collection():
         if is_archive(directory, files):
             return npz.read_archive(directory, files)
@@ -203,7 +204,7 @@ def _ask(files: Files, directories: Iterable[epath.Path]) -> None:
             Read(os.fspath(directory / name)) for name in (TREE_FILE, MSGPACK_FILE) if name in entries
         ]
         if MANIFEST in entries:
-            questions += stores.database_questions(directory)
+            questions += kvstore.database_questions(directory)
         if _KEY_FILES in entries:
             folder = os.fspath(directory / _KEY_FILES)
             questions += [List(folder), Read(f"{folder}/{_KEY_FILE}")]
@@ -230,7 +231,7 @@ def _open_database(directory: epath.Path, files: Files) -> Store | None:
     if not files.is_folder(directory) or not files.has_file(directory, MANIFEST):
         return None
     try:
-        return stores.open_ocdbt(directory, files)
+        return kvstore.open_ocdbt(directory, files)
     except DamagedDatabaseError as error:
         raise NotACheckpointError(
             f"the database in {directory} cannot be read: {error}.", hints=[damaged(directory, files)]
@@ -252,10 +253,10 @@ def _locate(
         return {}, lost
     drivers: tuple[ZarrDriver, ZarrDriver] = ("zarr3", "zarr") if tree.zarr3 else ("zarr", "zarr3")
     # Older checkpoints mix both: a database beside one directory per leaf.
-    beside = stores.open_files(tree.folder or directory)
+    beside = kvstore.open_files(tree.folder or directory)
     holders = [store for store in (database, beside) if store is not None]
     places: list[tuple[Store, ZarrDriver]] = [(store, driver) for store in holders for driver in drivers]
-    found = stores.first_found(
+    found = kvstore.first_found(
         wanted, [(store, f"/{METADATA_KEY[driver]}") for store, driver in places], files
     )
     arrays: dict[Path, StoredArray] = {}

@@ -33,14 +33,14 @@ from numpy.lib import format as npy_format
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.storage.checkpoint import stores
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
-from orbax_nnx_handler.storage.checkpoint.files import Files
-from orbax_nnx_handler.storage.checkpoint.ranged_file import RangedFile
-from orbax_nnx_handler.storage.checkpoint.stores import Extent
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
+from orbax_nnx_handler.storage.stores import kvstore
+from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.kvstore import Extent
+from orbax_nnx_handler.storage.stores.ranged_file import RangedFile
 
 _NUMBERS = "biufc"
 _TEXT = "SU"
@@ -288,7 +288,7 @@ def _extent(path: epath.Path, file: IO[bytes], info: zipfile.ZipInfo) -> Extent:
 
 def _checkpoint(path: epath.Path, members: dict[Path, zipfile.ZipInfo], found: _Found) -> Checkpoint:
     catalog: dict[str, bytes | Extent] = {}
-    store = stores.open_archive(path, catalog)
+    store = kvstore.open_archive(path, catalog)
     arrays = {
         keys: StoredArray(name=members[keys].filename, store=store, encoding=encoding)
         for keys, encoding in found.encodings.items()

@@ -35,10 +35,10 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     parse_object,
     text_of,
 )
-from orbax_nnx_handler.storage.checkpoint.files import Files
-from orbax_nnx_handler.storage.checkpoint.stores import Store
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, damaged
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY
+from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.kvstore import Store
 
 TREE_FILE, MSGPACK_FILE = "_METADATA", "checkpoint"
 

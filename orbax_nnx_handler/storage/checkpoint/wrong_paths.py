@@ -28,8 +28,8 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     step_names,
     steps_of,
 )
-from orbax_nnx_handler.storage.checkpoint.files import Files
-from orbax_nnx_handler.storage.checkpoint.locations import absolute, parents_of
+from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.locations import absolute, parents_of
 
 _SHOWN = 8
 # How many folders are looked into on each level, and how many levels.

@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Index, Read, Stack, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, Section, Stored
-from orbax_nnx_handler.planning.mapping.optimizer import parameter_paths
+from orbax_nnx_handler.planning.mapping.optimizers.states import parameter_paths
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.planning.target.roles import roles_of

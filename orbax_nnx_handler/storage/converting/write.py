@@ -26,14 +26,14 @@ from orbax_nnx_handler.planning.text.folding import Row
 from orbax_nnx_handler.planning.text.lines import aligned
 from orbax_nnx_handler.storage.checkpoint.commits import COMMIT_FILE
 from orbax_nnx_handler.storage.checkpoint.directories import is_item, working_name
-from orbax_nnx_handler.storage.checkpoint.locations import absolute, check_writable, is_url, parents_of
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.checkpoint.stores import files_at
 from orbax_nnx_handler.storage.converting.blocks import Block, block_shape, by_source, read_blocks
 from orbax_nnx_handler.storage.converting.digests import Digests, Progress, digests_of
 from orbax_nnx_handler.storage.converting.memory import window_of
 from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading import Job, read_arrays
+from orbax_nnx_handler.storage.stores.kvstore import files_at
+from orbax_nnx_handler.storage.stores.locations import absolute, check_writable, is_url, parents_of
 
 # How often and at what distance a directory that is to go is looked at.
 _CLEARINGS, _CLEARING_S, _TIMES_ABSENT = 50, 0.02, 3

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from orbax_nnx_handler.storage.checkpoint.stores import Store
+from orbax_nnx_handler.storage.stores.kvstore import Store
 
 # The most buffers that one call fills (IOV_MAX is 1024 on Linux and on macOS).
 _BUFFERS = 1000

@@ -28,8 +28,6 @@ from orbax_nnx_handler.planning.core.regions import (
 from orbax_nnx_handler.storage.arithmetic import LostValueError
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, StoredArray
 from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
-from orbax_nnx_handler.storage.checkpoint.store_errors import reason_and_hint
-from orbax_nnx_handler.storage.checkpoint.stores import Extent, Store
 from orbax_nnx_handler.storage.reading.base_store import (
     AbsentError,
     DataFiles,
@@ -43,6 +41,8 @@ from orbax_nnx_handler.storage.reading.engine import Progress, Task, naming_lost
 from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.members import pieces_of_member
 from orbax_nnx_handler.storage.reading.streams import Content
+from orbax_nnx_handler.storage.stores.errors import reason_and_hint
+from orbax_nnx_handler.storage.stores.kvstore import Extent, Store
 
 
 def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region]]) -> dict[Path, list[str]]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 from orbax_nnx_handler.planning.core.regions import shape_of_region, whole
 from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
-from orbax_nnx_handler.storage.checkpoint.stores import Extent
 from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted
 from orbax_nnx_handler.storage.reading.chunks import (
     BLOCK_BYTES,
@@ -28,6 +27,7 @@ from orbax_nnx_handler.storage.reading.chunks import (
 )
 from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.streams import Content, Deflated, Stored, Unpacked
+from orbax_nnx_handler.storage.stores.kvstore import Extent
 
 # So much more than is needed is read, so that the checksum can be compared.
 _SPARE_BYTES = 1 << 20

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 import pytest
 
 from orbax_nnx_handler.planning.core.paths import canonical
-from orbax_nnx_handler.planning.mapping.optimizer import (
+from orbax_nnx_handler.planning.mapping.optimizers.pairs import PairedStates, pair_states
+from orbax_nnx_handler.planning.mapping.optimizers.states import (
     OptimizerLeaf,
     OptimizerState,
     read_states,
 )
-from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates, pair_states
 
 PARAMETERS = {("w",): ("w",), ("b",): ("b",)}
 

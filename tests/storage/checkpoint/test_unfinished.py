@@ -18,8 +18,8 @@ from orbax.checkpoint import path as ocp_path
 from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, restore
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from tests.storage.checkpoint.fake_store import files_of
 from tests.storage.checkpoints import DiskFormat, save
+from tests.storage.stores.fake_store import files_of
 
 FILES = DiskFormat(False, False, False)
 TREE = {"a": np.full((3,), 1.0, np.float32), "b": np.full((3,), 2.0, np.float32)}

@@ -12,7 +12,7 @@ as they were listed, cannot hold.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from orbax_nnx_handler.storage.checkpoint.ocdbt import (
+from orbax_nnx_handler.storage.stores.ocdbt import (
     DamagedDatabaseError,
     Extent,
     NodeReference,

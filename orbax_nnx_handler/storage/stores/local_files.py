@@ -5,8 +5,8 @@ import pathlib
 import stat
 from collections.abc import Iterator, Sequence
 
-from orbax_nnx_handler.storage.checkpoint.files import Answer, Entry, List, Listing, Question, Read, Sizes
-from orbax_nnx_handler.storage.checkpoint.store_errors import cannot_read
+from orbax_nnx_handler.storage.stores.errors import cannot_read
+from orbax_nnx_handler.storage.stores.files import Answer, Entry, List, Listing, Question, Read, Sizes
 
 
 class LocalFiles:

@@ -39,13 +39,13 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.matches import Evidence, Found
-from orbax_nnx_handler.planning.mapping.optimizer import (
+from orbax_nnx_handler.planning.mapping.optimizers.pairs import PairedStates, pair_states
+from orbax_nnx_handler.planning.mapping.optimizers.states import (
     ORPHAN,
     OptimizerLeaf,
     OptimizerState,
     StoredStates,
 )
-from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates, pair_states
 from orbax_nnx_handler.planning.rules import Casts
 
 _STATE = Evidence(kind="optimizer", words="the same field of the same optimizer state")

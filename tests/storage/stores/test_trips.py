@@ -7,11 +7,11 @@ import pytest
 from etils import epath
 
 from orbax_nnx_handler import NotACheckpointError
-from orbax_nnx_handler.storage.checkpoint.files import Sizes
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from tests.storage.checkpoint.fake_store import files_of
+from orbax_nnx_handler.storage.stores.files import Sizes
 from tests.storage.checkpoints import DiskFormat, save
+from tests.storage.stores.fake_store import files_of
 
 OCDBT, ZARR = DiskFormat(True, True, True), DiskFormat(False, False, True)
 

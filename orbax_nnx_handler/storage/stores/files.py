@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.storage.checkpoint.ocdbt import Extent
+from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 _logger = logging.getLogger(__name__)
 

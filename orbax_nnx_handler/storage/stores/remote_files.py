@@ -12,9 +12,9 @@ import tensorstore as ts
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.storage.checkpoint.files import Answer, Entry, List, Listing, Question, Read, Sizes
-from orbax_nnx_handler.storage.checkpoint.locations import kvstore_spec
-from orbax_nnx_handler.storage.checkpoint.store_errors import cannot_read
+from orbax_nnx_handler.storage.stores.errors import cannot_read
+from orbax_nnx_handler.storage.stores.files import Answer, Entry, List, Listing, Question, Read, Sizes
+from orbax_nnx_handler.storage.stores.locations import kvstore_spec
 
 _logger = logging.getLogger(__name__)
 

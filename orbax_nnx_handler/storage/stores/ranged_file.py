@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from orbax_nnx_handler.storage.checkpoint.files import Files
-from orbax_nnx_handler.storage.checkpoint.ocdbt import Extent
+from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 # What is fetched where something was not foreseen.
 _AT_LEAST = 1 << 16

@@ -9,11 +9,11 @@ from etils import epath
 from flax import nnx
 
 from orbax_nnx_handler import NotACheckpointError, RestoreError, plan_restore, save
-from orbax_nnx_handler.storage.checkpoint import remote_files
-from orbax_nnx_handler.storage.checkpoint.files import List, Read
-from orbax_nnx_handler.storage.checkpoint.locations import absolute, as_path, kvstore_spec, parents_of
-from orbax_nnx_handler.storage.checkpoint.remote_files import RemoteFiles
-from orbax_nnx_handler.storage.checkpoint.store_errors import cannot_read
+from orbax_nnx_handler.storage.stores import remote_files
+from orbax_nnx_handler.storage.stores.errors import cannot_read
+from orbax_nnx_handler.storage.stores.files import List, Read
+from orbax_nnx_handler.storage.stores.locations import absolute, as_path, kvstore_spec, parents_of
+from orbax_nnx_handler.storage.stores.remote_files import RemoteFiles
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/run/1", "s3://bucket/x"])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
-from orbax_nnx_handler.storage.checkpoint.crc32c import crc32c
+from orbax_nnx_handler.storage.stores.crc32c import crc32c
 
 _MANIFEST, _NODE = 0x0CDB3A2A, 0x0CDB20DE
 _HEADER, _FOOTER = struct.Struct(">I"), struct.Struct("<I")

@@ -1,0 +1,1 @@
+"""Which stored optimizer state becomes which wanted one."""

@@ -371,7 +371,7 @@ def two_layouts(root: pathlib.Path) -> Any:
         {"params": {"params": {"head": {"kernel": kernel}}, "head": {"kernel": kernel}}},
     )
     leaf = nnx.Param(jax.ShapeDtypeStruct((4, 2), jnp.float32))
-    return restore(root, nnx.State({"head": {"kernel": leaf}}))
+    return restore(root, nnx.State({"model": {"head": {"kernel": leaf}}}))
 
 
 @broken(TYPES, "Integers for floats")

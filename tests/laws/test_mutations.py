@@ -2,9 +2,13 @@
 
 import random
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from orbax_nnx_handler import RestoreError
+from orbax_nnx_handler.planning.core.recipes import Concat, Index
 from orbax_nnx_handler.planning.verdict.laws import Source, certify
 from tests.laws.fuzz.optimizers import nested
 from tests.laws.fuzz.trial import draw
@@ -60,3 +64,33 @@ def test_the_kernel_refuses_a_mapping_that_reads_something_else(verdicts, kind):
     passed = [where for _, where, refused in mine if not refused]
     assert mine
     assert not passed, f"{len(passed)} of {len(mine)} are certified: {passed[:5]}"
+
+
+def _cells():
+    """Returns two LSTM cells, stacked as Linen's vmap stacks them, and the plan of a list of them."""
+    shapes = {f"{side}{gate}": (2, width, 4) for side, width in (("i", 3), ("h", 4)) for gate in "ifgo"}
+    stored = {gate: {"kernel": np.zeros(shape, np.float32)} for gate, shape in shapes.items()}
+    wanted = {
+        f"dense_{side}": {"kernel": nnx.Param(jax.ShapeDtypeStruct((width, 16), np.float32))}
+        for side, width in (("i", 3), ("h", 4))
+    }
+    target = nnx.State({"cells": dict.fromkeys((0, 1), wanted)})
+    return plan_of(target, {"params": {"cells": stored}})
+
+
+def test_the_gates_of_each_cell_in_a_list_come_from_its_layer():
+    plan = _cells()
+    plan.check()
+    recipes = {path: item.recipe for path, item in plan.restored.items()}
+    path = ("cells", 0, "dense_h", "kernel")
+    right = recipes[path]
+    wrong = [
+        Index(right.source, 0, 1),
+        Index(Concat((*right.source.sources[1:], right.source.sources[0]), 2), 0, 0),
+        Index(Concat(right.source.sources[:1] * 4, 2), 0, 0),
+        Concat(tuple(Index(part, 1, 0) for part in right.source.sources), 1),
+    ]
+
+    assert not _certified(plan, recipes)
+    for other in wrong:
+        assert _certified(plan, recipes | {path: other}), other

@@ -204,16 +204,20 @@ def is_scale(path: Path) -> bool:
     return str(path[-1]).endswith("/scale")
 
 
+def is_wrapper_value(path: Path) -> bool:
+    """Tells a value of one of NNX's normalising wrappers by its path.
+
+    `nnx.SpectralNorm` calls the dict of its statistics `batch_stats`, as Linen calls a
+    collection (flax/nnx/nn/normalization.py); each key in it is a tuple, the weight's path.
+    """
+    return len(path) >= 2 and isinstance(path[-1], tuple) and path[-2] in (_SCALES, _BATCH_STATS)
+
+
 def _linen_key(path: Path, leaves: Mapping[Path, Any]) -> Path | None:
-    if len(path) < 2 or not isinstance(path[-1], tuple):
+    if not is_wrapper_value(path):
         return None
     wrapper, home, keys = path[:-2], path[-2], cast(Path, path[-1])
-    if home == _SCALES:
-        weight, name = keys, "scale"
-    elif home == _BATCH_STATS:
-        weight, name = keys[:-1], str(keys[-1])
-    else:
-        return None
+    weight, name = (keys, "scale") if home == _SCALES else (keys[:-1], str(keys[-1]))
     if (*wrapper, _LAYER, *weight) not in leaves:
         return None
     return (*wrapper, "/".join(map(str, (_LAYER, *weight, name))))

@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.layouts.layout import Layout
 from orbax_nnx_handler.planning.mapping.collections import Collections
 from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Evidence, Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.matching import Matcher
+from orbax_nnx_handler.planning.mapping.modules import is_wrapper_value
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots, find_roots, strip
 from orbax_nnx_handler.planning.mapping.train_states import owner_of
 from orbax_nnx_handler.planning.rules import ScanAxis
@@ -168,7 +169,8 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
         place = alone if owner is None else owner
         if place is None:
             continue
-        only = _named_collection(tokens, names[place])
+        in_wrapper = is_wrapper_value(item.leaf.path) and tokens == canonical(item.leaf.path[-2:])
+        only = None if in_wrapper else _named_collection(tokens, names[place])
         if only is not None:
             tokens = tokens[len(canonical((only,))) :]
         forced = only if only != item.collection and (item.collection is None or only != "params") else None

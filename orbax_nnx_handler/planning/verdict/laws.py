@@ -95,11 +95,15 @@ def error_of(broken: Sequence[Broken]) -> AmbiguousMappingError:
 
 @dataclasses.dataclass(frozen=True)
 class _Element:
-    """A stored leaf, or layer `at` of it, that becomes all of a wanted leaf, or layer `to` of it."""
+    """A stored leaf, or layer `at` of it, that becomes all of a wanted leaf, or layer `to` of it.
+
+    `name` is that of the fused gates which the leaf is the first of.
+    """
 
     path: Path
     at: int | None = None
     to: int | None = None
+    name: Tokens | None = None
 
 
 class _Kernel:
@@ -154,10 +158,9 @@ class _Kernel:
             )
 
     def _names_meet(self, item: Wanted, source: Source) -> Iterator[Broken]:
-        elements = list(_elements(source.recipe))
-        if source.kind == "module":
-            yield from self._module(item, source.recipe)
-            return
+        if source.kind == "module" and isinstance(source.recipe, Read):
+            return  # One leaf under another name: its wrapper's own key tells which.
+        elements = list(self._elements(source.recipe))
         if any(element is None for element in elements):
             why = "it is rearranged, and no rule says so"
             yield Broken(law=7, wanted=item.leaf.path, stored=reads(source.recipe)[0], why=why)
@@ -168,7 +171,7 @@ class _Kernel:
             roots = self._meeting(item, element)
             if roots is None:
                 number = "" if element.at is None else f", layer {element.at}"
-                why = f"its name there is {'/'.join(self._name(element.path))}{number}"
+                why = f"its name there is {'/'.join(element.name or self._name(element.path))}{number}"
                 yield Broken(law=5, wanted=item.leaf.path, stored=element.path, why=why)
                 return
             placed = self.placed[element.path]
@@ -182,7 +185,7 @@ class _Kernel:
 
     def _meeting(self, item: Wanted, element: _Element) -> tuple[Tokens, Tokens] | None:
         """Returns what lies above the common name of two elements; None where they have none."""
-        stored = self._name(element.path)
+        stored = element.name or self._name(element.path)
         for there in self._readings(stored, element.at, element.path):
             for here in self._readings(item.tokens, element.to, None):
                 common = _common_end(here, there)
@@ -240,27 +243,42 @@ class _Kernel:
                 found |= set(item.leaf.shape)
         return sorted(found | {0})
 
-    def _module(self, item: Wanted, recipe: Recipe) -> Iterator[Broken]:
-        """Checks a parameter that one of Flax's own modules keeps otherwise: cells, normalising wrappers."""
-        parts = recipe.sources if isinstance(recipe, Concat) else (recipe,)
-        names = [self._name(part.path) for part in parts if isinstance(part, Read)]
-        if len(names) < len(parts) or not isinstance(recipe, Concat):
-            return  # One leaf under another name: its wrapper's own key tells which.
-        modules = {name[:-2] for name in names}
-        gates = "".join(name[-2][1:] for name in names)
-        sides = {name[-2][:1] for name in names}
-        wanted = item.tokens
-        fits = (
-            len(modules) == 1
-            and gates == _GATES.get(len(parts))
-            and {name[-1] for name in names} == {wanted[-1]}
-            and sides == {wanted[-2].removeprefix("dense_")}
-        )
-        module = next(iter(modules))
-        common = _common_end(wanted[:-2], module)
-        if not fits or not _may_go(wanted[: len(wanted) - 2 - common], module[: len(module) - common]):
-            why = f"gates {gates} of {'/'.join(module)} are not those of the wanted cell, in its order"
-            yield Broken(law=7, wanted=item.leaf.path, stored=reads(recipe)[0], why=why)
+    def _elements(self, recipe: Recipe, to: int | None = None) -> Iterator[_Element | None]:
+        """Yields what a recipe of whole leaves and layers reads; None for any other step."""
+        match recipe:
+            case Read():
+                yield _Element(recipe.path, None, to)
+            case Index(source=Read() as source):
+                yield _Element(source.path, recipe.index, to)
+            case Index(source=Concat() as source) if recipe.axis != source.axis:
+                fused = self._fused(source)
+                yield fused and dataclasses.replace(fused, at=recipe.index, to=to)
+            case Stack() if to is None:
+                for at, part in enumerate(recipe.sources):
+                    yield from self._elements(part, at)
+            case Fill():
+                return
+            case Concat():
+                fused = self._fused(recipe)
+                if fused is not None:
+                    yield dataclasses.replace(fused, to=to)
+                    return
+                for part in recipe.sources:
+                    yield from self._elements(part, to)
+            case _:
+                yield None
+
+    def _fused(self, recipe: Concat) -> _Element | None:
+        """Returns the gates of one cell, in their order, as the layer that they are in NNX's cell."""
+        read = [part.path for part in recipe.sources if isinstance(part, Read)]
+        names = [self._name(path) for path in read]
+        if len(names) < len(recipe.sources) or any(len(name) < 2 for name in names):
+            return None
+        ends = {(name[:-2], name[-2][:1], name[-1]) for name in names}
+        if len(ends) > 1 or "".join(name[-2][1:] for name in names) != _GATES.get(len(names)):
+            return None
+        (module, side, weight) = next(iter(ends))
+        return _Element(read[0], name=(*module, f"dense_{side}", weight))
 
     def owners(self) -> Iterator[Broken]:
         """Yields where one optimizer is taken from two train states, or one train state serves two."""
@@ -302,25 +320,6 @@ def _holds(name: Tokens, block: Tokens) -> bool:
     return any(name[at : at + len(block)] == block for at in range(len(name) - len(block)))
 
 
-def _elements(recipe: Recipe, to: int | None = None) -> Iterator[_Element | None]:
-    """Yields what a recipe of whole leaves and layers reads; None for any other step."""
-    match recipe:
-        case Read():
-            yield _Element(recipe.path, None, to)
-        case Index(source=Read() as source):
-            yield _Element(source.path, recipe.index, to)
-        case Stack() if to is None:
-            for at, part in enumerate(recipe.sources):
-                yield from _elements(part, at)
-        case Fill():
-            return
-        case Concat():
-            for part in recipe.sources:
-                yield from _elements(part, to)
-        case _:
-            yield None
-
-
 def _common_end(left: Tokens, right: Tokens) -> int:
     shorter = min(len(left), len(right))
     if left[len(left) - shorter :] == right[len(right) - shorter :]:
@@ -352,9 +351,7 @@ def _may_give(item: Wanted, placed: Placement) -> bool:
     if None in (stored, wanted) or stored == wanted:
         return wanted is not None or stored is None or stored in FLAX_COLLECTIONS or stored in item.tokens
     if wanted in FLAX_COLLECTIONS:
-        return stored in item.tokens or (
-            stored in FLAX_COLLECTIONS and item.tokens[-2:-1] == ("batch_stats",)
-        )
+        return stored in item.tokens
     return True
 
 

@@ -32,6 +32,7 @@ _STEP = 1 << 20
 _WINDOW = 1 << 26
 
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_Numbers = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class DamagedDatabaseError(ValueError):
@@ -169,9 +170,12 @@ class _Fields:
         return count
 
     def varints(self, count: int, field: str) -> list[int]:
+        return self.column(count, field).tolist()
+
+    def column(self, count: int, field: str) -> _Numbers:
         """Returns numbers in the encoding uleb128, all of a column at once."""
         if not count:
-            return []
+            return np.zeros(0, np.uint64)
         window = self._data[self._at : self._at + count * _VARINT_BYTES]
         ends = np.flatnonzero(window < 0x80)[:count]
         if len(ends) < count:
@@ -189,7 +193,7 @@ class _Fields:
             bits = window[starts[present] + at].astype(np.uint64) & np.uint64(0x7F)
             values[present] |= bits << np.uint64(7 * at)
         self._at += int(ends[-1]) + 1
-        return values.tolist()
+        return values
 
     def end(self) -> None:
         if self._at != len(self._data):
@@ -246,17 +250,11 @@ def _strings(
 
     A further column of numbers may stand between lengths and texts.
     """
-    shared = [0, *fields.varints(count - 1, f"{what}_prefix_length")]
-    own = fields.varints(count, f"{what}_suffix_length")
+    prefixes = np.concatenate([np.zeros(1, np.uint64), fields.column(count - 1, f"{what}_prefix_length")])
+    suffixes = fields.column(count, f"{what}_suffix_length")
     more = fields.varints(count, also) if also else []
-    before, total = 0, 0
-    for prefix, suffix in zip(shared, own, strict=True):
-        if prefix > before or prefix + suffix > _MAX_NAME:
-            raise fields.fault(f"{what}_prefix_length", f"{prefix} of {before}, {suffix} more")
-        before = prefix + suffix
-        total += before
-    if total > fields.limit:
-        raise fields.fault(f"{what}_prefix_length", f"{total} bytes of names in all")
+    _check_lengths(fields, prefixes, suffixes, f"{what}_prefix_length")
+    shared, own = prefixes.tolist(), suffixes.tolist()
     text = fields.take(sum(own), f"{what}_suffix").tobytes()
     found: list[bytes] = []
     last, at = b"", 0
@@ -265,6 +263,18 @@ def _strings(
         at += suffix
         found.append(last)
     return found, shared, more
+
+
+def _check_lengths(fields: _Fields, prefixes: _Numbers, suffixes: _Numbers, field: str) -> None:
+    # Each alone first: the sum of two numbers of 64 bits may be a small one.
+    longest = np.maximum(np.maximum(prefixes, suffixes), prefixes + suffixes)
+    before = np.concatenate([np.zeros(1, np.uint64), longest[:-1]])
+    wrong = np.flatnonzero((longest > _MAX_NAME) | (prefixes > before))
+    if len(wrong):
+        at = wrong[0]
+        raise fields.fault(field, f"{prefixes[at]} of {before[at]}, {suffixes[at]} more")
+    if (total := int(longest.sum())) > fields.limit:
+        raise fields.fault(field, f"{total} bytes of names in all")
 
 
 def _keys(fields: _Fields, count: int, *, interior: bool) -> tuple[list[bytes], list[int]]:

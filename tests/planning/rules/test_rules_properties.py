@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orbax_nnx_handler.planning.core.recipes import Read
@@ -99,8 +99,15 @@ def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     return found
 
 
+BELOW_A_RESHAPE = [
+    Reshape("m0/kernel", (2,), before=(1, 1, 2)),
+    Split("m0/kernel", ("na/left", "na/right"), 0, (1, 1)),
+]
+
+
 @settings(max_examples=120, deadline=None)
 @given(problems())
+@example(({"m0": {"kernel": np.array([[[6, 2]]], "float32")}}, BELOW_A_RESHAPE))
 def test_plan_restore_save_plan_is_the_identity(problem: tuple[dict[str, Any], list[Rule]]) -> None:
     tree, rules = problem
     stored = {"params": tree}

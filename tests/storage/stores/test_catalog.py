@@ -127,6 +127,18 @@ HOSTILE = {
         {},
         "bytes of names",
     ),
+    "lengths whose sum overflows to a small one": (
+        (
+            [
+                made.framed(
+                    made.NODE,
+                    bytes([0, 0, 2]) + made.column([1, 1, (1 << 64) - 1]) + b"abb" + bytes([1, 1, 0, 0]),
+                )
+            ],
+        ),
+        {},
+        "1 of 1, 18446744073709551615 more",
+    ),
     "a numbered manifest": (([LEAF],), {"kind": 1}, "manifest_kind"),
     "a key that is no text": (([made.leaf({"a": b""}).replace(b"a", b"\xff")],), {}, "crc32c"),
 }

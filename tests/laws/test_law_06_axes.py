@@ -145,3 +145,47 @@ def test_a_second_params_level_alone_says_nothing_of_the_axis(tmp_path, axis, fo
     stored = {"params": {"params": {"encoder": {"blocks": stacked(layers, axis)}}}}
     wanted = {"encoder": {f"blocks_{at}": layer for at, layer in enumerate(layers)}}
     refused(write(tmp_path, stored), target_of(form, wanted))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("left_out", [None, "token_embedder", "decoder_norm"])
+def test_maxtext_stacks_on_axis_1_where_its_own_modules_lie_there(tmp_path, left_out, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(3, 3), "bias": numbers(3)} for _ in range(3)]
+    model = {
+        "token_embedder": {"embedding": numbers(7, 3)},
+        "decoder": {"decoder_norm": {"scale": numbers(3)}},
+    }
+    model.pop(left_out, None)
+    model["decoder"].pop(left_out, None)
+    wanted = model | {
+        "decoder": model["decoder"] | {f"layers_{at}": layer for at, layer in enumerate(layers)}
+    }
+    stored = model | {"decoder": model["decoder"] | {"layers": stacked(layers, 1)}}
+    path = write(tmp_path, {"params": {"params": stored}})
+    if left_out is None:
+        check(restore(path, target_of(form, wanted)), wanted)
+    else:
+        refused(path, target_of(form, wanted))
+        check(restore(path, target_of(form, wanted), layout="maxtext"), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_blocks_do_not_take_the_axis_of_a_stored_scan(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(2, 2)} for _ in range(4)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, axis)}})
+    blocks = {f"layers_{at}": stacked(layers[at::2]) for at in range(2)}
+    refused(path, target_of(form, {"layers": blocks}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_rule_says_the_wanted_axis_where_only_that_is_open(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(4, 4)} for _ in range(4)]
+    blocks = {f"layers_{at}": stacked(layers[at::2]) for at in range(2)}
+    path = write(tmp_path, {"params": {"layers": blocks}})
+    wanted = {"layers": stacked(layers, axis)}
+    check(restore(path, target_of(form, wanted), renames=[ScanAxis("layers", axis)]), wanted)

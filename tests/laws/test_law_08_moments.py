@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from orbax_nnx_handler import RestoreError, Transpose, restore
+from orbax_nnx_handler import RestoreError, ShapeMismatchError, Transpose, restore
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, stacked, training_target, write
 
@@ -133,3 +133,21 @@ def test_one_moment_is_not_taken_for_another(tmp_path, wanted):
         stored_tx, wanted_tx = wanted_tx, stored_tx
     stored = {"params": params, "opt_state": numbers.optimizer(stored_tx, params), "step": np.int32(1)}
     worlds.refused(write(tmp_path, stored), training_target(params, wanted_tx), unexpected="ignore")
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.adam(0.1), optax.adadelta(0.1), optax.adafactor(0.1, min_dim_size_to_factor=4)]
+)
+@pytest.mark.parametrize("moments_too", [True, False])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_one_layer_of_another_shape_is_one_error_about_the_parameter(tmp_path, blocks, moments_too, tx):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(5, 6)} for _ in range(4)]
+    wanted = {f"layers_{at}": stacked(layers[at::2]) for at in range(2)} if blocks else stacked(layers)
+    stored = {f"layers_{at}": layer for at, layer in enumerate(layers)}
+    odd = stored | {"layers_2": {"kernel": numbers(5, 7)}}
+    moments = numbers.optimizer(tx, odd if moments_too else stored)
+    path = write(tmp_path, {"params": odd, "opt_state": moments, "step": np.int32(3)})
+    error = worlds.refused(path, training_target({"layers": wanted}, tx), unexpected="ignore")
+    assert isinstance(error, ShapeMismatchError)
+    assert "model/layers" in str(error)

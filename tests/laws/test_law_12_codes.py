@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from orbax_nnx_handler import restore
-from tests.laws.worlds import FORMS, Numbers, refused, target_of, write
+from tests.laws.worlds import FORMS, Numbers, check, refused, target_of, write
 
 FLOATS = {jnp.float8_e4m3fn: 448, jnp.float8_e5m2: 57344, jnp.float4_e2m1fn: 6}
 INTEGERS = {jnp.int8: 127, jnp.int4: 7}
@@ -85,3 +85,26 @@ def test_one_quantised_layer_of_a_stack_is_seen(tmp_path, which, form):
     stored[f"layers_{which}"] = {"kernel": codes, "kernel_scale": scale}
     wanted = {"layers": {"kernel": np.stack([layer["kernel"] for layer in layers])}}
     refused(write(tmp_path, {"params": stored}), target_of(form, wanted), unexpected="ignore")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("name", ["kernel_scale", "kernel_scale_inv", "scale"])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: jnp.dtype(dtype).name)
+def test_a_single_code_with_a_scale_beside_it_is_quantised_too(tmp_path, dtype, name, shape, form):
+    numbers = Numbers()
+    model = {"one": {"kernel": numbers(1, 1), "bias": numbers(1)}, "out": numbers.dense(1, 3)}
+    codes = jnp.asarray(model["one"]["kernel"]).astype(dtype)
+    quantised = {"kernel": codes, "bias": model["one"]["bias"], name: numbers(*shape)}
+    path = write(tmp_path, {"params": model | {"one": quantised}})
+    error = refused(path, target_of(form, model), unexpected="ignore")
+    assert "quantis" in str(error)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_single_narrow_weight_without_a_scale_is_restored(tmp_path, form):
+    numbers = Numbers()
+    model = {"one": {"kernel": numbers(1, 1), "bias": numbers(1)}}
+    narrow = jnp.asarray(model["one"]["kernel"]).astype(jnp.float8_e4m3fn)
+    path = write(tmp_path, {"params": {"one": model["one"] | {"kernel": narrow}}})
+    check(restore(path, target_of(form, model)), model)

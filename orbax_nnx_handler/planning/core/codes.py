@@ -76,7 +76,13 @@ class _Places:
                 yield leaf
 
     def _smaller(self, code: StoredLeaf, leaves: Iterable[StoredLeaf]) -> Iterable[StoredLeaf]:
-        return (leaf for leaf in leaves if _size(leaf) < _size(code) and _is_wider(leaf.dtype, code.dtype))
+        # The scale of a single code is as large as the code itself.
+        limit = max(_size(code) - 1, 1)
+        return (
+            leaf
+            for leaf in leaves
+            if leaf.path != code.path and _size(leaf) <= limit and _is_wider(leaf.dtype, code.dtype)
+        )
 
 
 def _is_named(leaf: StoredLeaf, code: str) -> bool:

@@ -70,7 +70,7 @@ def candidates(stored: Stored, name: str) -> Sequence[Layout]:
             f"the checkpoint has {len(stored)} leaves in no layout that this library knows.",
             hints=[f"name one with layout=...: {known}."],
         )
-    return found
+    return [layout.of_tree(stored) for layout in found]
 
 
 def _named(name: str) -> Layout:

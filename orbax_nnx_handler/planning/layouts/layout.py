@@ -83,6 +83,8 @@ class Layout:
         keys: The keys by which it tells the parts of a checkpoint. A model may have a
             module of that name, and then the tree may be meant as it is.
         scan_axis: The axis along which its program stacks scanned parameters, where that is fixed.
+        is_certain: Tells whether a tree that fits has the program's own module names too; without
+            them its keys may be any program's, and no axis follows from them.
         scans: The names under which its program scans blocks of layers.
     """
 
@@ -92,7 +94,13 @@ class Layout:
     place: Callable[[Stored], tuple[Placement, ...]]
     keys: frozenset[str] = frozenset()
     scan_axis: int | None = None
+    is_certain: Callable[[Stored], bool] | None = None
     scans: tuple[ScannedBlocks, ...] = ()
+
+    def of_tree(self, stored: Stored) -> "Layout":
+        """Returns the layout with only what the names of this tree let it know."""
+        certain = self.is_certain is None or self.is_certain(stored)
+        return self if certain else dataclasses.replace(self, scan_axis=None)
 
 
 FLAX_COLLECTIONS = ("params", "batch_stats", "cache", "intermediates", "perturbations")

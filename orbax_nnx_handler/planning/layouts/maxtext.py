@@ -6,6 +6,7 @@ scanned in blocks of them, under names of its own, which are listed in `SCANS`. 
 sources are paths below `src/maxtext` of MaxText's repository.
 """
 
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, Stored
 from orbax_nnx_handler.planning.layouts.linen import KEYS, owners_of, place_with
 
@@ -47,14 +48,30 @@ a group of layers of one kind, with the same name where its layers have numbers.
 """
 
 
+MODULES = (("token_embedder",), ("decoder", "decoder_norm"))
+"""Modules of every MaxText model (models/models.py `TransformerLinenPure`, layers/decoders.py `Decoder`)."""
+
+
 def _is_maxtext(stored: Stored) -> bool:
     # Collections of one variables dict: `params/params/...`, beside it at most other collections.
-    owners = owners_of(stored) or ((),)
-    return any(
-        path[: len(owner) + 2] == (*owner, "params", "params") and len(path) > len(owner) + 2
-        for owner in owners
-        for path in stored
+    return bool(_doubled(stored))
+
+
+def _has_its_modules(stored: Stored) -> bool:
+    """Tells whether MaxText wrote the tree: any program may save its variables dict under `params`."""
+    return all(
+        any(path[: len(above) + len(module)] == (*above, *module) for path in stored)
+        for above in _doubled(stored)
+        for module in MODULES
     )
+
+
+def _doubled(stored: Stored) -> list[Path]:
+    """Returns the keys `params/params`, with those above them, that parameters lie under."""
+    above = [(*owner, "params", "params") for owner in owners_of(stored) or ((),)]
+    return [
+        keys for keys in above if any(path[: len(keys)] == keys and len(path) > len(keys) for path in stored)
+    ]
 
 
 MAXTEXT = Layout(
@@ -64,5 +81,6 @@ MAXTEXT = Layout(
     place=lambda stored: place_with(stored, 2),
     keys=KEYS,
     scan_axis=1,  # configs/base.yml: param_scan_axis: 1
+    is_certain=_has_its_modules,
     scans=SCANS,
 )

@@ -178,14 +178,17 @@ class _Join:
     @cached_property
     def _options(self) -> Mapping[Key, set[Axes]]:
         """The axes that each leaf's own shapes allow; leaves that allow none are left out."""
-        found = {key: self._fitting(key) for key in self.keys}
-        # Two stacks of one program family share their axis, unless one of their leaves shows that it moved.
-        same = {
-            key: {axes for axes in some if None in axes or axes[0] == axes[1]} for key, some in found.items()
-        }
-        kept = same if all(same[key] or not some for key, some in found.items()) else found
-        agreed = {key: {axes for axes in some if self._agrees(axes)} for key, some in kept.items()}
-        return {key: axes for key, axes in agreed.items() if axes}
+        found = {key: some for key in self.keys if (some := self._fitting(key))}
+        if self.said is None:
+            return found
+        # The axis of both sides, where the shapes allow it; else of the side that is or may be stacked on it.
+        options: dict[Key, set[Axes]] = {}
+        for meant in (_both, _stored_first, _wanted_only):
+            agreed = {key: {axes for axes in some if meant(axes, self.said)} for key, some in found.items()}
+            options = options or {key: axes for key, axes in agreed.items() if axes}
+            if all(agreed.values()):
+                return agreed
+        return options
 
     @cached_property
     def choices(self) -> list[dict[Key, Axes]]:
@@ -247,11 +250,6 @@ class _Join:
         pieces = (piece for side in (self.wanted, self.stored) for piece in side.all_pieces)
         groups = {key[0] for key in self.keys}
         return {piece.place.form for piece in pieces if piece.place.group in groups} <= {"flat", "remainder"}
-
-    def _agrees(self, axes: Axes) -> bool:
-        """Tells whether the user allows the axes: the first that is stacked is the one meant."""
-        stacked = [axis for axis in axes if axis is not None]
-        return self.said is None or not stacked or stacked[0] == self.said
 
     def _fitting(self, key: Key) -> set[Axes]:
         if self.blocks != (None, None):
@@ -435,6 +433,20 @@ def _axes_between(wanted: LayerPiece, stored: LayerPiece) -> Iterable[Axes]:
 
 def _axis_options(piece: LayerPiece) -> Iterable[int | None]:
     return (None,) if piece.place.form in FLAT else range(len(piece.shape))
+
+
+def _both(axes: Axes, said: int) -> bool:
+    return all(axis in (None, said) for axis in axes)
+
+
+def _stored_first(axes: Axes, said: int) -> bool:
+    """Tells whether the first that is stacked is the one meant."""
+    stacked = [axis for axis in axes if axis is not None]
+    return not stacked or stacked[0] == said
+
+
+def _wanted_only(axes: Axes, said: int) -> bool:
+    return axes[1] == said
 
 
 def _is_move(axes: Axes) -> bool:

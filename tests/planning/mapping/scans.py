@@ -101,10 +101,12 @@ def one_by_one(layers: list[Flat], first: int = 0) -> Flat:
 
 
 def model_with(layers: Flat) -> Flat:
-    """Returns a model of those layers and of an embedding."""
-    return {("embedder", "table"): np.arange(11, dtype=np.float32)} | {
-        ("decoder", *path): value for path, value in layers.items()
+    """Returns a model of those layers, with what lies around them in every MaxText model."""
+    around = {
+        ("token_embedder", "embedding"): np.arange(11, dtype=np.float32),
+        ("decoder", "decoder_norm", "scale"): np.arange(20, 33, dtype=np.float32),
     }
+    return around | {("decoder", *path): value for path, value in layers.items()}
 
 
 def plan_of(

@@ -146,6 +146,9 @@ def follow(
         return _moved(recipe, moments) if whole else _prune(recipe, moments, parameters)
     if isinstance(recipe, Read):
         return Read(moments[recipe.path].path)
+    if not _comes_out(recipe, parameters):
+        # A layer of another shape: the parameter is the fault to tell of, whatever its moments are.
+        return _moved(recipe, moments) if len(stored) == len(sources) else None
     shapes = {moments[path].path: moments[path].shape for path in stored}
     placeholder = math.prod(wanted) == 1 and all(math.prod(shape) == 1 for shape in shapes.values())
     if placeholder and shapes[moments[stored[0]].path] == wanted:
@@ -167,6 +170,14 @@ def _prune(recipe: Recipe, moments: Moments, parameters: Shapes) -> Recipe | Non
     if any(path not in moments for path in reads(recipe)):
         return None
     return _moved(recipe, moments)
+
+
+def _comes_out(recipe: Recipe, shapes: Shapes) -> bool:
+    try:
+        shape_of(recipe, shapes)
+    except RecipeError:
+        return False
+    return True
 
 
 def _moved(recipe: Recipe, moments: Moments) -> Recipe:
@@ -376,6 +387,8 @@ class MomentFollower:
         self, wanted: OptimizerLeaf, field: Tokens, stored: Moments, parameter: Found, why: str
     ) -> StuckMoment | None:
         if not why and any(path not in stored for path in reads(parameter.recipe)):
+            return None
+        if not why and not _comes_out(parameter.recipe, self._shapes):
             return None
         first, leaf = next(iter(stored.items()))
         after = shape_of(parameter.recipe, self._shapes)

@@ -45,7 +45,9 @@ def test_the_weights_alone_are_restored_from_their_item(
 ) -> None:
     root = writers.write_items(tmp_path / "run", {"params": items(program, boxed=boxed)["params"]})
 
-    model = restore(root, nnx.eval_shape(lambda: program.nnx(nnx.Rngs(0))), unexpected="error")
+    # Without its boxes it is `params` of Linen's, from which no statistic comes.
+    target, layout = nnx.eval_shape(lambda: program.nnx(nnx.Rngs(0))), "auto" if boxed else "openpi_weights"
+    model = restore(root, target, layout=layout, unexpected="error")
 
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), nnx_state(program)[0])
 

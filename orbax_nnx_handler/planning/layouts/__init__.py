@@ -34,9 +34,11 @@ _GENERAL: tuple[Layout, ...] = (
     linen.TRAIN_STATE,
     linen.VARIABLES,
     openpi.OPENPI_WEIGHTS,
+    openpi.OPENPI_TRAIN_STATE,
     bare.NNX_STATE,
     bare.NNX_PURE_DICT,
     bare.PARAMS,
+    big_vision.BIG_VISION_WEIGHTS,
     optax_state.OPTAX_STATE,
 )
 """Layouts that may fit the same tree; the one under which the most leaves are found is taken."""

@@ -16,10 +16,14 @@ Before it came to optax, `opt` was a whole `flax.optim` optimizer, parameters
 included: `opt/target/...`, `opt/state/step`, `opt/state/param_states/...`
 (big_vision/utils.py `load_params` still reads the first of these). What else lay
 beside it is none of the train state.
+
+Published weights are the parameters alone, with or without the keys above them.
+They are told by the name of the scanned blocks.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
@@ -29,6 +33,7 @@ from orbax_nnx_handler.planning.layouts.t5x import place_optimizer
 _FIELDS_OF_STATE = frozenset({"params", "state", "opt", "chrono", "rng"})
 _COLLECTIONS = frozenset({"params", "state"})
 _FLAX_OPTIM: Path = ("opt",)
+_SCANNED = ("Transformer", "encoderblock")  # The blocks of models/vit.py; without a scan they have numbers.
 _FIELDS_OF_FLAX_OPTIM = {"target", "state"}
 
 # Fields of optax states by the kinds of their fields: `c` is a scalar count, `p` a tree like the parameters.
@@ -137,6 +142,39 @@ def _masked(state: Path) -> Path:
     return (state[0], "inner_state", *state[2:]) if len(state) > 1 and state[1] == "0" else state
 
 
+def _weights_root(stored: Stored) -> Path | None:
+    """Returns the keys above all weights, in a tree that holds nothing else."""
+    roots: tuple[Path, ...] = (("params",), (*_FLAX_OPTIM, "target"), ())
+    return next((root for root in roots if all(path[: len(root)] == root for path in stored)), None)
+
+
+def _is_weights(stored: Stored) -> bool:
+    return any(pair == _SCANNED for path in stored for pair in pairwise(path))
+
+
+def _place_weights(stored: Stored) -> tuple[Placement, ...]:
+    root = _weights_root(stored) or ()
+    return tuple(
+        Placement(leaf=leaf, section="model", collection="params", path=path[len(root) :])
+        for path, leaf in stored.items()
+    )
+
+
+_AXIS = 0
+"""`variable_axes={"params": 0}` of the scanned blocks in big_vision/models/vit.py `Encoder`."""
+
 BIG_VISION = Layout(
-    name="big_vision", title="big_vision", fits=_fits, place=_place, keys=_COLLECTIONS | {"opt"}
+    name="big_vision",
+    title="big_vision",
+    fits=_fits,
+    place=_place,
+    keys=_COLLECTIONS | {"opt"},
+    scan_axis=_AXIS,
+)
+BIG_VISION_WEIGHTS = Layout(
+    name="big_vision_weights",
+    title="big_vision weights",
+    fits=_is_weights,
+    place=_place_weights,
+    scan_axis=_AXIS,
 )

@@ -46,4 +46,10 @@ def _nested(path: Path) -> Path:
     return tuple(below) or path
 
 
-GEMMA = Layout(name="gemma", title="Gemma", fits=_fits, place=_place)
+GEMMA = Layout(
+    name="gemma",
+    title="Gemma",
+    fits=_fits,
+    place=_place,
+    scan_axis=0,  # gemma/gm/ckpts/_compat.py `stack_params`
+)

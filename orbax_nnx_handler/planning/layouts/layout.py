@@ -10,6 +10,8 @@ from orbax_nnx_handler.planning.core.paths import Path
 Stored = Mapping[Path, StoredLeaf]
 """All stored leaves of a checkpoint, by path."""
 
+_FACTORED = frozenset({"v_row", "v_col", "v"})
+
 Section = Literal["model", "optimizer", "step", "aux", "other"]
 
 
@@ -40,6 +42,16 @@ class Placement:
     collection: str | None = None
     owner: Path = ()
     slot: tuple[str, ...] | None = None
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether it is the one zero that a factored state keeps for a moment that a parameter has not.
+
+        optax/_src/factorized.py `scale_by_factored_rms` and Flax's Adafactor write `zeros((1,))`, for a
+        stack of layers as for one.
+        """
+        names = {str(key) for key in (*(self.slot or ()), *self.path)}
+        return self.section == "optimizer" and self.leaf.shape == (1,) and not _FACTORED.isdisjoint(names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

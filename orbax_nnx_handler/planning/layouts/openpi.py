@@ -50,7 +50,33 @@ def _model(stored: Stored, path: Path, rest: Path) -> Placement:
     return Placement(leaf=stored[path], section="model" if rest else "other", path=rest or path)
 
 
+def _is_train_state(stored: Stored) -> bool:
+    weights = [path for path in stored if path[:1] == ("params",)]
+    boxed = all(len(path) > 2 and path[-1] == "value" for path in weights)
+    return bool(weights) and boxed and tops(stored) == {"params", "opt_state", "step"}
+
+
+def _place_train_state(stored: Stored) -> tuple[Placement, ...]:
+    return tuple(_in_train_state(stored, path) for path in stored)
+
+
+def _in_train_state(stored: Stored, path: Path) -> Placement:
+    top, rest = path[0], path[1:]
+    if top == "step":
+        return Placement(leaf=stored[path], section="other" if rest else "step", path=path)
+    if top == "opt_state" and rest:
+        return Placement(leaf=stored[path], section="optimizer", path=rest)
+    return _model(stored, path, rest)
+
+
 OPENPI = Layout(
     name="openpi", title="openpi", fits=_is_step, place=_place_step, keys=frozenset({"params", "train_state"})
 )
 OPENPI_WEIGHTS = Layout(name="openpi_weights", title="openpi weights", fits=_is_weights, place=_place_weights)
+OPENPI_TRAIN_STATE = Layout(
+    name="openpi_train_state",
+    title="openpi train state",
+    fits=_is_train_state,
+    place=_place_train_state,
+    keys=frozenset({"params", "opt_state", "step"}),
+)

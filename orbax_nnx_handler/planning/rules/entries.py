@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -150,10 +151,16 @@ def _entry(placement: Placement) -> Entry:
         recipe=Read(leaf.path),
         shape=leaf.shape,
         dtype=leaf.dtype,
-        prefix=_prefix(above) if is_end else segments(leaf.path)[: -len(names)],
+        prefix=_prefix(above) if is_end else _above(segments(leaf.path), names),
         section=placement.section,
         owner=_owner(placement.owner),
     )
+
+
+def _above(stored: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the stored keys above a path that a layout has put in other words: where most of them agree."""
+    offsets = range(max(len(stored) - len(names), 0) + 1)
+    return tuple(stored[: max(offsets, key=lambda at: (sum(map(operator.eq, stored[at:], names)), at))])
 
 
 @functools.lru_cache(maxsize=256)

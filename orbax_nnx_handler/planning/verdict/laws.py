@@ -367,6 +367,8 @@ def _used_twice(
     for stored, paths in users.items():
         if len(paths) < 2 or stored in copies or placed[stored].section == "step":
             continue
+        if placed[stored].is_unused:
+            continue  # As many layers as there are share the one zero.
         taken: list[tuple[Region, Path]] = []
         for path in paths:
             for region in _regions(sources[path].recipe, stored, shapes):

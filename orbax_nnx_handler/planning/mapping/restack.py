@@ -10,12 +10,22 @@ do not, the group is a question.
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Tokens
 from orbax_nnx_handler.planning.core.recipes import Fill, Index, Recipe, Stack
+from orbax_nnx_handler.planning.mapping.axes import (
+    Axes,
+    axes_between,
+    is_first_stacked,
+    is_move,
+    is_on_both,
+    is_part_of,
+    is_wanted,
+    two_of,
+)
 from orbax_nnx_handler.planning.mapping.layers import (
     FLAT,
     Blocks,
@@ -29,9 +39,6 @@ from orbax_nnx_handler.planning.mapping.layers import (
 )
 from orbax_nnx_handler.planning.mapping.matches import UnclearAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
-
-Axes = tuple[int | None, int | None]
-"""The stacked axis of the stored leaf and of the wanted leaf; None where flat."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +190,7 @@ class _Join:
             return found
         # The axis of both sides, where the shapes allow it; else of the side that is or may be stacked on it.
         options: dict[Key, set[Axes]] = {}
-        for meant in (_both, _stored_first, _wanted_only):
+        for meant in (is_on_both, is_first_stacked, is_wanted):
             agreed = {key: {axes for axes in some if meant(axes, self.said)} for key, some in found.items()}
             options = options or {key: axes for key, axes in agreed.items() if axes}
             if all(agreed.values()):
@@ -207,7 +214,7 @@ class _Join:
         elif len(open_ends) > 1 or len(alike) != 1:
             # Of several leaves that each leave it open none settles the others; the program's layout may.
             known = [choice for choice in alike if all(map(self._is_known, choice.values()))]
-            two = [dict(zip(options, axes, strict=True)) for axes in _some(options.values())]
+            two = [dict(zip(options, axes, strict=True)) for axes in two_of(options.values())]
             alike = known if len(known) == 1 else two
         return [choice | flat for choice in alike]
 
@@ -227,7 +234,7 @@ class _Join:
             for pair in sorted(itertools.product(left, right), key=str):
                 # A leaf that is not stacked on one side has no say about the axis there.
                 choice = {
-                    key: axes[name] for key, axes in named.items() for name in axes if _is_part_of(name, pair)
+                    key: axes[name] for key, axes in named.items() for name in axes if is_part_of(name, pair)
                 }
                 if len(choice) == len(named) and choice not in found:
                     found.append(choice)
@@ -255,7 +262,7 @@ class _Join:
         if self.blocks != (None, None):
             return self._fitting_by_number(key)
         pairs = itertools.product(self.wanted.by_key[key], self.stored.by_key[key])
-        return set[Axes]().union(*(_axes_between(left, right) for left, right in pairs))
+        return set[Axes]().union(*(axes_between(left, right) for left, right in pairs))
 
     def _fitting_by_number(self, key: Key) -> set[Axes]:
         """Returns the axes under which every layer of one number has one shape on both sides."""
@@ -386,7 +393,7 @@ class _Join:
             surplus=surplus,
             claims=_each_once(claims),
             sources=_each_once(made[0][1] for n in numbers if (made := layers.get(n))),
-            moved=_is_move(axes[key]),
+            moved=is_move(axes[key]),
             naming=self._naming,
         )
 
@@ -405,53 +412,9 @@ class _Join:
             axes=tuple(sorted(named)),
             tokens=tuple(piece.tokens for key in self.keys for piece in self.wanted.by_key[key]),
             sources=tuple(piece.tokens for key in self.keys for piece in self.stored.by_key[key]),
-            moved=any(map(_is_move, itertools.chain(*options))),
+            moved=any(map(is_move, itertools.chain(*options))),
         )
 
 
 def _each_once(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     return tuple({id(entry): entry for entry in entries}.values())
-
-
-def _some(options: Iterable[Collection[Axes]]) -> Iterable[tuple[Axes, ...]]:
-    """Returns two of the ways to choose, where there is no telling: a question needs no more."""
-    ordered = [sorted(axes, key=str) for axes in options]
-    return {tuple(axes[0] for axes in ordered), tuple(axes[-1] for axes in ordered)}
-
-
-def _axes_between(wanted: LayerPiece, stored: LayerPiece) -> Iterable[Axes]:
-    """Yields the axes under which two pieces hold layers of one shape."""
-    forms = {wanted.place.form, stored.place.form}
-    # What is left over after the blocks is flat on either side and tells no axis.
-    if "remainder" in forms or (len(forms) == 1 and forms != {"block"}):
-        return
-    for left in _axis_options(stored):
-        for right in _axis_options(wanted):
-            if layer_shape(stored, left) == layer_shape(wanted, right):
-                yield left, right
-
-
-def _axis_options(piece: LayerPiece) -> Iterable[int | None]:
-    return (None,) if piece.place.form in FLAT else range(len(piece.shape))
-
-
-def _both(axes: Axes, said: int) -> bool:
-    return all(axis in (None, said) for axis in axes)
-
-
-def _stored_first(axes: Axes, said: int) -> bool:
-    """Tells whether the first that is stacked is the one meant."""
-    stacked = [axis for axis in axes if axis is not None]
-    return not stacked or stacked[0] == said
-
-
-def _wanted_only(axes: Axes, said: int) -> bool:
-    return axes[1] == said
-
-
-def _is_move(axes: Axes) -> bool:
-    return None not in axes and axes[0] != axes[1]
-
-
-def _is_part_of(axes: Axes, pair: Axes) -> bool:
-    return axes[0] in (None, pair[0]) and axes[1] in (None, pair[1])

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -21,14 +20,13 @@ from orbax_nnx_handler.planning.core.recipes import (
     Index,
     Read,
     Recipe,
-    Slice,
     Stack,
     reads,
-    shape_of,
 )
-from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.moments import moments_astray
+from orbax_nnx_handler.planning.verdict.used_twice import used_twice
 
 _PLAIN = frozenset({"model", "state", "train_state"})
 _GATES = {4: "ifgo", 3: "rzn"}
@@ -76,7 +74,15 @@ def certify(
     """
     kernel = _Kernel(wanted, placements, sources, by_rule)
     broken = [fault for item in wanted if item.leaf.path in sources for fault in kernel.check(item)]
-    return [*broken, *kernel.owners(), *kernel.roots(), *_used_twice(sources, kernel.placed, copies)]
+    recipes = {path: item.recipe for path, item in sources.items()}
+    twice = used_twice(recipes, kernel.placed, copies)
+    broken += [
+        Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} is read from it too")
+        for path, stored, other in twice
+    ]
+    astray = moments_astray(wanted, recipes, kernel.placed, kernel.levels_above(), kernel.name)
+    broken += [Broken(law=8, wanted=path, stored=stored, why=why) for path, stored, why in astray]
+    return [*broken, *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
 
 def error_of(broken: Sequence[Broken]) -> AmbiguousMappingError:
@@ -120,6 +126,7 @@ class _Kernel:
         self._owners: dict[Path, set[Path]] = defaultdict(set)
         self._roots: dict[tuple[Path, str | None], dict[tuple[Tokens, Tokens], tuple[Path, Path]]]
         self._roots = defaultdict(dict)
+        self._read_owners: dict[Path, list[tuple[Path, Path]]] = {}
         self._names: dict[Path, Tokens] = {}
         self._blocks: dict[Tokens, set[int]] | None = None
 
@@ -137,10 +144,15 @@ class _Kernel:
                 return
             if item.role in ("optimizer", "step"):
                 self._owners[item.owner].add(placed.owner)
-            elif source.kind != "same path" and not _may_give(item, placed):
+            elif source.kind == "same path":
+                if not _is_same_path(path, stored):
+                    yield Broken(law=1, wanted=path, stored=stored, why="its whole path is another")
+            elif not _may_give(item, placed):
                 why = f"it lies in {placed.collection}, not in {item.collection or 'params'}"
                 yield Broken(law=2, wanted=path, stored=stored, why=why)
-        if item.role in ("model", "transient") and source.kind not in ("same path", "layout"):
+            elif item.role == "model":
+                self._read_owners.setdefault(placed.owner, []).append((path, stored))
+        if item.role in ("model", "transient") and source.kind not in ("same path", "layout", "random"):
             yield from self._names_meet(item, source)
 
     def _same_path_first(self, item: Wanted, read: Sequence[Path]) -> Iterator[Broken]:
@@ -171,21 +183,22 @@ class _Kernel:
             roots = self._meeting(item, element)
             if roots is None:
                 number = "" if element.at is None else f", layer {element.at}"
-                why = f"its name there is {'/'.join(element.name or self._name(element.path))}{number}"
+                why = f"its name there is {'/'.join(element.name or self.name(element.path))}{number}"
                 yield Broken(law=5, wanted=item.leaf.path, stored=element.path, why=why)
                 return
             placed = self.placed[element.path]
             known = self._roots[placed.owner, placed.collection]
             known.setdefault(roots, (item.leaf.path, element.path))
 
-    def _name(self, path: Path) -> Tokens:
+    def name(self, path: Path) -> Tokens:
+        """Returns the name of a stored leaf within its collection."""
         if path not in self._names:
             self._names[path] = canonical(self.placed[path].path)
         return self._names[path]
 
     def _meeting(self, item: Wanted, element: _Element) -> tuple[Tokens, Tokens] | None:
         """Returns what lies above the common name of two elements; None where they have none."""
-        stored = element.name or self._name(element.path)
+        stored = element.name or self.name(element.path)
         for there in self._readings(stored, element.at, element.path):
             for here in self._readings(item.tokens, element.to, None):
                 common = _common_end(here, there)
@@ -226,7 +239,7 @@ class _Kernel:
         if self._blocks is None:
             self._blocks = defaultdict(set)
             names = [item.tokens for item in self._wanted.values() if item.role == "model"]
-            names += [self._name(path) for path, item in self.placed.items() if item.section == "model"]
+            names += [self.name(path) for path, item in self.placed.items() if item.section == "model"]
             for name in names:
                 for at in range(2, len(name) - 1):
                     if is_number(name[at]):
@@ -236,7 +249,7 @@ class _Kernel:
     def _cycles(self, block: Tokens) -> Iterable[int]:
         found: set[int] = set()
         for path, placed in self.placed.items():
-            if placed.section == "model" and _holds(self._name(path), block):
+            if placed.section == "model" and _holds(self.name(path), block):
                 found |= set(placed.leaf.shape)
         for item in self._wanted.values():
             if item.role == "model" and _holds(item.tokens, block):
@@ -271,7 +284,7 @@ class _Kernel:
     def _fused(self, recipe: Concat) -> _Element | None:
         """Returns the gates of one cell, in their order, as the layer that they are in NNX's cell."""
         read = [part.path for part in recipe.sources if isinstance(part, Read)]
-        names = [self._name(path) for path in read]
+        names = [self.name(path) for path in read]
         if len(names) < len(recipe.sources) or any(len(name) < 2 for name in names):
             return None
         ends = {(name[:-2], name[-2][:1], name[-1]) for name in names}
@@ -279,6 +292,28 @@ class _Kernel:
             return None
         (module, side, weight) = next(iter(ends))
         return _Element(read[0], name=(*module, f"dense_{side}", weight))
+
+    def levels_above(self) -> set[Tokens]:
+        """Returns what lies above the common names of the weights in the target."""
+        return {above for found in self._roots.values() for above, _ in found}
+
+    def networks(self) -> Iterator[Broken]:
+        """Yields where a weight is read from another train state than its path names, or one of several."""
+        every = {item.owner for item in self.placed.values() if item.section == "model"}
+        owners = set(map(canonical, every))
+        unnamed: set[Path] = set()
+        for owner, read in self._read_owners.items() if len(owners) > 1 else ():
+            for path, stored in read:
+                tokens = self._wanted[path].tokens
+                named = max((o for o in owners if o and tokens[: len(o)] == o), key=len, default=None)
+                if named is None:
+                    unnamed.add(owner)
+                elif named != canonical(owner):
+                    why = f"{'/'.join(named)} is another train state"
+                    yield Broken(law=3, wanted=path, stored=stored, why=why)
+        if len(unnamed) > 1:
+            path, stored = self._read_owners[next(iter(unnamed))][0]
+            yield Broken(law=3, wanted=path, stored=stored, why="other leaves come from another train state")
 
     def owners(self) -> Iterator[Broken]:
         """Yields where one optimizer is taken from two train states, or one train state serves two."""
@@ -302,7 +337,7 @@ class _Kernel:
             if len(found) < 2 and not any(below for _, below in found):
                 continue
             names = [
-                self._name(path)
+                self.name(path)
                 for path, item in self.placed.items()
                 if item.section == "model" and item.owner == owner and item.collection == collection
             ]
@@ -314,6 +349,13 @@ class _Kernel:
                 (first, *_), (wanted, stored) = next(iter(found)), list(found.values())[-1]
                 why = f"other leaves lie below {'/'.join(first) or 'the root'}"
                 yield Broken(law=7, wanted=wanted, stored=stored, why=why)
+
+
+def _is_same_path(wanted: Path, stored: Path) -> bool:
+    if wanted == stored:
+        return True
+    here, there = canonical(wanted), canonical(stored)
+    return here == there or (there[-1:] == ("value",) and here == there[:-1])
 
 
 def _holds(name: Tokens, block: Tokens) -> bool:
@@ -353,93 +395,3 @@ def _may_give(item: Wanted, placed: Placement) -> bool:
     if wanted in FLAX_COLLECTIONS:
         return stored in item.tokens
     return True
-
-
-def _used_twice(
-    sources: Mapping[Path, Source], placed: Mapping[Path, Placement], copies: frozenset[Path]
-) -> Iterator[Broken]:
-    """Yields the stored elements that two wanted leaves read, whatever their recipes."""
-    users: dict[Path, list[Path]] = defaultdict(list)
-    for path, source in sources.items():
-        for stored in (source.recipe.path,) if isinstance(source.recipe, Read) else set(reads(source.recipe)):
-            users[stored].append(path)
-    shapes = {path: item.leaf.shape for path, item in placed.items()}
-    for stored, paths in users.items():
-        if len(paths) < 2 or stored in copies or placed[stored].section == "step":
-            continue
-        if placed[stored].is_unused:
-            continue  # As many layers as there are share the one zero.
-        taken: list[tuple[Region, Path]] = []
-        for path in paths:
-            for region in _regions(sources[path].recipe, stored, shapes):
-                users_met = (user for used, user in taken if user != path and intersect(used, region))
-                other = next(
-                    (u for u in users_met if not _are_parts(sources[path].recipe, sources[u].recipe, stored)),
-                    None,
-                )
-                if other is not None:
-                    yield Broken(
-                        law=4, wanted=path, stored=stored, why=f"{render(other)} is read from it too"
-                    )
-                    break
-                taken.append((region, path))
-
-
-def _are_parts(one: Recipe, other: Recipe, stored: Path) -> bool:
-    """Tells whether two recipes read different parts of what they both make of a stored leaf first.
-
-    Exact also below a reshape, where rectangles of the stored leaf say too much.
-    """
-    return all(_diverge(left, right) for left in _steps(one, stored) for right in _steps(other, stored))
-
-
-def _diverge(left: Sequence[Recipe], right: Sequence[Recipe]) -> bool:
-    first = next((pair for pair in zip(left, right, strict=False) if pair[0] != pair[1]), None)
-    if first is None or not all(isinstance(step, Index | Slice) for step in first):
-        return False
-    (one, from_one, to_one), (other, from_other, to_other) = map(_range, first)
-    return one == other and (to_one <= from_other or to_other <= from_one)
-
-
-def _range(step: Recipe) -> tuple[int, int, int]:
-    """Returns axis, first and end of what a step takes."""
-    if isinstance(step, Slice):
-        return step.axis, step.start, step.start + step.size
-    return (step.axis, step.index, step.index + 1) if isinstance(step, Index) else (-1, 0, 0)
-
-
-def _steps(recipe: Recipe, stored: Path) -> Iterator[tuple[Recipe, ...]]:
-    """Yields what is done to each occurrence of a stored leaf, from the leaf on, up to where it is joined."""
-    done: list[Recipe] = []
-    while not isinstance(recipe, Read | Fill | Stack | Concat):
-        done.insert(0, recipe)
-        recipe = recipe.source
-    if isinstance(recipe, Stack | Concat):
-        for part in recipe.sources:
-            yield from _steps(part, stored)
-    elif isinstance(recipe, Read) and recipe.path == stored:
-        yield (recipe, *done)
-
-
-def _regions(recipe: Recipe, stored: Path, shapes: Mapping[Path, Shape]) -> Iterator[Region]:
-    """Yields the rectangles of a stored leaf that a recipe reads."""
-    full = whole(shapes[stored])
-    match recipe:
-        case Read():
-            yield full
-        case Index(source=Read(), axis=axis, index=index):
-            yield (*full[:axis], (index, index + 1), *full[axis + 1 :])
-        case Stack() | Concat():
-            for part in recipe.sources:
-                if stored in reads(part):
-                    yield from _regions(part, stored, shapes)
-        case _:
-            yield from _cut(recipe, whole(shape_of(recipe, shapes)), stored, shapes)
-
-
-def _cut(recipe: Recipe, region: Region, stored: Path, shapes: Mapping[Path, Shape]) -> Iterator[Region]:
-    for piece in cut(recipe, region, shapes):
-        if isinstance(piece.source, Refolded):
-            yield from _cut(piece.source.recipe, piece.source.region, stored, shapes)
-        elif piece.source == stored:
-            yield piece.source_region

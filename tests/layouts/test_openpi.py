@@ -11,7 +11,7 @@ from flax import nnx
 
 from orbax_nnx_handler import plan_restore, restore
 from tests.layouts import writers
-from tests.layouts.programs import Program, assert_goes_on, goes_on, nnx_state, perceptron, restored
+from tests.layouts.programs import Program, assert_goes_on, build, goes_on, nnx_state, perceptron, restored
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,19 @@ def test_the_weights_alone_are_restored_from_their_item(
     model = restore(root, target, layout=layout, unexpected="error")
 
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), nnx_state(program)[0])
+
+
+def test_the_optimizer_alone_is_restored_from_its_item(tmp_path: Path, program: Program) -> None:
+    root = writers.write_items(tmp_path / "run", items(program))
+    (target,) = (item for item in nnx.eval_shape(lambda: build(program)) if isinstance(item, nnx.Optimizer))
+
+    optimizer = restore(root, target, item="train_state", unexpected="error")
+
+    moments = nnx.to_pure_dict(nnx.state(optimizer, nnx.optimizer.OptState))["opt_state"]
+    expected = jax.tree.leaves(nnx_state(program)[1])
+    assert len(expected) > 8
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(moments), expected)
+    assert int(optimizer.step.get_value()) == 3
 
 
 def test_with_averaged_weights_each_item_is_named_by_the_caller(tmp_path: Path, program: Program) -> None:

@@ -194,7 +194,8 @@ def read_states(
     """
     reader = _Reader(parameters, above)
     listed = list(leaves)
-    boxed = bool(listed) and all(leaf.tokens[-1:] == ("value",) for leaf in listed)
+    # A moment in a box beside a plain `count`, as where `tx.init` has been given an `nnx.State`.
+    boxed = all(_is_boxed(leaf.tokens) or len(leaf.tokens) == _depth(leaf.tokens) + 1 for leaf in listed)
     left = [leaf for leaf in listed if not reader.add_known(leaf)]
     reader.add_others(left, boxed)
     return reader.states()
@@ -253,7 +254,9 @@ class _Reader:
 
     def add_others(self, leaves: Sequence[OptimizerLeaf], boxed: bool) -> None:
         """Adds scalars, and moments of parameters that are not known."""
-        parts = [(leaf, leaf.tokens[:-1] if boxed else leaf.tokens) for leaf in leaves]
+        parts = [
+            (leaf, leaf.tokens[:-1] if boxed and _is_boxed(leaf.tokens) else leaf.tokens) for leaf in leaves
+        ]
         apart = [(leaf, tokens, _depth(tokens, self.wrappers)) for leaf, tokens in parts]
         rests = [
             tokens[at + 1 :] for _, tokens, at in apart if tokens[at + 1 :] and tokens[at] not in _RECORDS
@@ -288,6 +291,10 @@ class _Reader:
             return False
         leaves = [leaf for field in self.moments[place].values() for leaf in field.values()]
         return all(leaf.tokens[len(place) :] in self.parameters for leaf in leaves)
+
+
+def _is_boxed(tokens: Tokens) -> bool:
+    return len(tokens) > 1 and tokens[-1] == "value"
 
 
 def _depth(tokens: Tokens, wrappers: Collection[Tokens] = ()) -> int:

@@ -58,11 +58,13 @@ def _is_maxtext(stored: Stored) -> bool:
 
 
 def _has_its_modules(stored: Stored) -> bool:
-    """Tells whether MaxText wrote the tree: any program may save its variables dict under `params`."""
+    """Tells whether MaxText wrote the tree: any program may save its variables dict under `params`.
+
+    One of the modules tells it: a checkpoint that has lost the other one is MaxText's still.
+    """
     return all(
-        any(path[: len(above) + len(module)] == (*above, *module) for path in stored)
+        any(path[: len(above) + len(module)] == (*above, *module) for path in stored for module in MODULES)
         for above in _doubled(stored)
-        for module in MODULES
     )
 
 

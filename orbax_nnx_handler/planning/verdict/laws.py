@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
     Fill,
@@ -354,7 +354,8 @@ class _Kernel:
 def _is_same_path(wanted: Path, stored: Path) -> bool:
     if wanted == stored:
         return True
-    here, there = canonical(wanted), canonical(stored)
+    # By segments: Orbax writes a tuple key of a normalising wrapper as its text.
+    here, there = canonical(segments(wanted)), canonical(segments(stored))
     return here == there or (there[-1:] == ("value",) and here == there[:-1])
 
 

@@ -214,3 +214,20 @@ def test_a_copy_beside_params_is_seen_under_strict_unexpected(tmp_path):
     params = {"hidden": numbers.dense()}
     path = write(tmp_path, {"params": params, "ema_params": numbers.like(params)})
     refused(path, model_target(params), unexpected="error")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("optimizer", [True, False])
+@pytest.mark.parametrize("copy", [*COPIES, "masks", "ema", "teacher"])
+def test_a_copy_is_not_the_model_where_params_is_not_stored(tmp_path, copy, optimizer, form):
+    numbers = Numbers()
+    whole = {"hidden": numbers.dense(), "head": numbers.dense()}
+    stored = {copy: whole, "step": np.int32(1)}
+    if optimizer:
+        stored["opt_state"] = numbers.optimizer(optax.adam(0.1), whole)
+    path = write(tmp_path, stored)
+    refused(path, target_of(form, whole), unexpected="ignore")
+    refused(path, pure_target({"model": whole}), unexpected="ignore")
+    check(restore(path, pure_target({copy: whole}), unexpected="ignore"), {copy: whole})
+    named = restore(path, target_of(form, whole), renames=[(copy, "params")], unexpected="ignore")
+    check(named, whole)

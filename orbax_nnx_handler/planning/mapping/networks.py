@@ -7,7 +7,7 @@ one there is; in a collection beside `params` only where the path names it.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.layouts.layout import Layout
@@ -78,6 +78,7 @@ def match_networks(
     free = [entry for entry in entries if entry.section == "model" and id(entry) not in taken]
     aside = {entry.tokens for entry in entries if entry.section == "aux"}
     matches = [ModelMatch(found=_as_found(found), rivals=tuple(rivals))]
+    levels = {entry.owner for entry in entries if entry.section in ("optimizer", "step")}
     networks: list[Matched] = []
     for network, paths in _networks(wanted, entries).items():
         items = [item for item in wanted if item.leaf.path in paths]
@@ -88,7 +89,7 @@ def match_networks(
         others = [item for item in beside if item.leaf.path not in by_rule]
         unnamed = [entry for entry in own if id(entry) not in named]
         meeting, there = (others, unnamed) if others and unnamed else (beside, own)
-        roots = _roots(network, [paths[item.leaf.path] for item in meeting], there)
+        roots = _roots(network, [paths[item.leaf.path] for item in meeting], there, levels)
         above = network.owner if network.named else ()
         whole = dataclasses.replace(roots, wanted=(*above, *roots.wanted))
         networks.append(Matched(network=network, roots=whole, weights=tuple(weights)))
@@ -107,10 +108,31 @@ def match_networks(
     return _joined(matches), sorted(networks, key=lambda item: -len(item.weights))
 
 
-def _roots(network: Network, weights: Sequence[Tokens], entries: Sequence[Entry]) -> Roots:
+def _roots(
+    network: Network, weights: Sequence[Tokens], entries: Sequence[Entry], levels: Collection[Tokens]
+) -> Roots:
     collections = Collections.of(entries, network.only)
     stored = [entry.tokens for entry in entries if collections.is_network(entry)]
-    return find_roots(weights, stored or [entry.tokens for entry in entries])
+    return find_roots(weights, stored or [entry.tokens for entry in entries], _fields(entries, levels))
+
+
+def _fields(entries: Iterable[Entry], levels: Collection[Tokens]) -> set[Tokens]:
+    """Returns the fields beside an optimizer or a step that no name says to be the model's.
+
+    Where a layout keeps no collections apart, `ema_params` beside `step` is one all the same.
+    """
+    found = {
+        entry.tokens[: len(level) + 1]
+        for entry in entries
+        if entry.collection is None
+        for level in levels
+        if len(entry.tokens) > len(level) + 1 and entry.tokens[: len(level)] == level
+    }
+    return {
+        field
+        for field in found
+        if field[-1] not in PLAIN_LEVELS and set(field[-1].split("_")) - _GENERAL_WORDS
+    }
 
 
 def by_whole_path(

@@ -35,8 +35,17 @@ class Roots:
     overlap: int
 
 
-def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
-    """Returns the roots under which the most leaves meet; shorter ones win ties."""
+def find_roots(
+    wanted: Collection[Tokens], stored: Collection[Tokens], fields: Collection[Tokens] = ()
+) -> Roots:
+    """Returns the roots under which the most leaves meet; shorter ones win ties.
+
+    Args:
+        wanted: The wanted paths.
+        stored: The stored ones.
+        fields: Fields of stored train states that are collections of a name of their own: what lies
+            in one is meant only where it is named.
+    """
     skeletons_wanted = {root: _skeletons(wanted, root) for root in _chain(wanted)}
     skeletons_stored = {root: _skeletons(stored, root).keys() for root in _chain(stored)}
     heads_wanted = {root: _heads(wanted, root) for root in skeletons_wanted}
@@ -45,6 +54,8 @@ def find_roots(wanted: Collection[Tokens], stored: Collection[Tokens]) -> Roots:
     best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1, -1)
     pairs = itertools.product(skeletons_wanted, skeletons_stored)
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
+        if any(right[: len(field)] == field for field in fields):
+            continue
         if right and not (_holds_all(wanted, left) and _holds_all(stored, right)):
             continue  # The larger part of a stored model is not the wanted one by size alone.
         if left and right and not _may_both_go(wanted, left, right):

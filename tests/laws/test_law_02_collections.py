@@ -231,3 +231,12 @@ def test_a_copy_is_not_the_model_where_params_is_not_stored(tmp_path, copy, opti
     check(restore(path, pure_target({copy: whole}), unexpected="ignore"), {copy: whole})
     named = restore(path, target_of(form, whole), renames=[(copy, "params")], unexpected="ignore")
     check(named, whole)
+
+
+@pytest.mark.parametrize("name", ["grads", "ema_params", "masks"])
+def test_a_module_called_like_a_collection_comes_from_params(tmp_path, name):
+    numbers = Numbers()
+    params = {name: {"embedding": numbers(2, 2), "kernel": numbers(2, 2)}}
+    copy = {name: {"embedding": numbers(2, 2), "kernel": numbers(2, 2)}}
+    path = write(tmp_path, {"params": params, name: copy, "step": np.int32(3)})
+    check(restore(path, model_target(params), unexpected="ignore"), params)

@@ -183,6 +183,12 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
             named = names.setdefault(entry.owner, {})
             if entry.collection is not None:
                 named.setdefault(canonical((entry.collection,)), entry.collection)
+    # A module of the model that is called like a collection is the model's.
+    modules = {(e.owner, e.tokens[:1]) for e in entries if e.section == "model" and e.collection == "params"}
+    names = {
+        owner: {key: name for key, name in named.items() if (owner, key[:1]) not in modules}
+        for owner, named in names.items()
+    }
     found: dict[Network, dict[Path, Tokens]] = defaultdict(dict)
     alone = next(iter(names)) if len(names) == 1 else () if () in names else None
     for item in left:

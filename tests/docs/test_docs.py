@@ -28,6 +28,10 @@ def directory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathli
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_blocks_of_a_page_run_and_print_what_it_shows(name, directory):
+    # What another test on this worker imported from its own directory is not the page's module of that name.
+    for other in [n for n, m in sys.modules.items() if "pytest-of-" in str(getattr(m, "__file__", ""))]:
+        del sys.modules[other]
+
     shown = run(ROOT / name, PAGES[name](directory), directory)
 
     assert [block.code.rstrip() for block, _ in shown] == [printed for _, printed in shown], (

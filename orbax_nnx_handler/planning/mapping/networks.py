@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.mapping.collections import Collections
 from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Evidence, Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.matching import Matcher
 from orbax_nnx_handler.planning.mapping.modules import is_wrapper_value
-from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots, find_roots, strip
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots, find_roots, named_levels, strip
 from orbax_nnx_handler.planning.mapping.train_states import owner_of
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -214,8 +214,7 @@ def _named_collection(tokens: Tokens, names: Mapping[Tokens, str]) -> str | None
 
 def _contradict(root: Tokens, owner: Tokens) -> bool:
     """Tells whether the target's own level and the train state's name two networks."""
-    left = [token for token in root if token not in PLAIN_LEVELS]
-    right = [token for token in owner if token not in PLAIN_LEVELS]
+    left, right = named_levels(root), named_levels(owner)
     return bool(left) and bool(right) and left[: len(right)] != right
 
 

@@ -73,6 +73,11 @@ def find_roots(
     return best
 
 
+def named_levels(path: Tokens) -> Tokens:
+    """Returns the levels of a path that name something."""
+    return tuple(token for token in path if token not in PLAIN_LEVELS)
+
+
 def strip(tokens: Tokens, root: Tokens) -> Tokens:
     """Returns the tokens below a root; unchanged where they are not below it."""
     return tokens[len(root) :] if root and tokens[: len(root)] == root else tokens
@@ -100,7 +105,7 @@ def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
 
 def _may_both_go(wanted: Collection[Tokens], left: Tokens, right: Tokens) -> bool:
     """Tells whether levels of both sides may go: the target's own field for its model is no module's name."""
-    named = tuple(token for token in left if token not in PLAIN_LEVELS)
+    named = named_levels(left)
     return _names_modules(wanted, left) and (not named or named == right[-len(named) :])
 
 

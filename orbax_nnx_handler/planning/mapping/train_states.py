@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
+from orbax_nnx_handler.planning.mapping.roots import named_levels
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -155,7 +155,7 @@ def _are_alike(wanted: WantedOptimizer, stored: StoredOptimizer) -> bool:
 
 def _state(optimizer: WantedOptimizer | StoredOptimizer) -> Tokens:
     """Returns the levels above an optimizer that name a network."""
-    return _named(optimizer.owner[:-1] if optimizer.has_attribute else optimizer.owner)
+    return named_levels(optimizer.owner[:-1] if optimizer.has_attribute else optimizer.owner)
 
 
 def _same_attribute(wanted: WantedOptimizer, stored: StoredOptimizer) -> bool:
@@ -171,16 +171,7 @@ _ATTRIBUTES = frozenset({"optimizer", "opt", "tx", "optim"})
 
 
 def _hold(names: Tokens, paths: Collection[Tokens]) -> bool:
-    return not names or all(_named(path)[: len(names)] == names for path in paths)
-
-
-def _named(path: Tokens) -> Tokens:
-    return tuple(token for token in path if token not in PLAIN_LEVELS)
-
-
-def model_owners(placements: Iterable[Placement]) -> list[Tokens]:
-    """Returns the owners of the stored models, each once."""
-    return list(dict.fromkeys(canonical(item.owner) for item in placements if item.section == "model"))
+    return not names or all(named_levels(path)[: len(names)] == names for path in paths)
 
 
 def owner_of(tokens: Tokens, owners: Collection[Tokens]) -> Tokens | None:

@@ -166,6 +166,17 @@ def fold_paths(paths: Iterable[Path]) -> str:
     return ", ".join(line.text for line in fold(Row(path=path) for path in dict.fromkeys(paths)))
 
 
+def fold_in_order(paths: Iterable[Path]) -> str:
+    """Returns paths as `fold_paths` does, and never one before another that comes before it."""
+    runs: list[list[Path]] = []
+    for path in dict.fromkeys(paths):
+        if runs and natural_key(runs[-1][-1]) < natural_key(path):
+            runs[-1].append(path)
+        else:
+            runs.append([path])
+    return ", ".join(map(fold_paths, runs))
+
+
 _Numbered = tuple[int, tuple[int, ...]]
 """The only number of a row's path, and the numbers of its source."""
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, is_key, name_of, same_key
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe, reads
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
-from orbax_nnx_handler.planning.text.folding import Row, fold_paths, ranges
+from orbax_nnx_handler.planning.text.folding import Row, fold_in_order, ranges
 from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Mismatched, Missing, Restored
 
 
@@ -112,5 +112,4 @@ def dropped_rows(items: Iterable[Dropped | Discarded]) -> list[Row]:
 def _sources(recipe: Recipe) -> str:
     if isinstance(recipe, Read):
         return render(recipe.path)  # Nearly every leaf: there is nothing to fold.
-    paths: list[Path] = list(dict.fromkeys(reads(recipe)))
-    return fold_paths(paths)
+    return fold_in_order(reads(recipe))

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orbax_nnx_handler.planning.text import folding
-from orbax_nnx_handler.planning.text.folding import Row, fold, fold_paths, ranges
+from orbax_nnx_handler.planning.text.folding import Row, fold, fold_in_order, fold_paths, ranges
 from orbax_nnx_handler.planning.text.lines import align
 
 
@@ -20,6 +20,15 @@ def test_layers_fold_to_a_range():
     rows = [row(f"layers/{at}/kernel", "(4,)") for at in range(32)]
 
     assert texts(*rows) == ["layers/{0..31}/kernel"]
+
+
+def test_parts_stand_in_the_order_in_which_they_are_joined():
+    gates = [("cell", f"h{gate}", "kernel") for gate in "ifgo"]
+    blocks = [("layers", f"layers_{at}", "kernel") for at in (0, 1, 2, 3, 0, 1)]
+
+    assert fold_in_order(gates) == "cell/hi/kernel, cell/hf/kernel, cell/hg/kernel, cell/ho/kernel"
+    assert fold_in_order(blocks) == "layers/layers_{0..3}/kernel"
+    assert fold_in_order(reversed(blocks[:4])) == ", ".join(map(folding.render, reversed(blocks[:4])))
 
 
 def test_ten_sorts_after_two():

@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.storage.gc_pause import paused_collection
+from orbax_nnx_handler.storage import paused_collection
 
 FLOAT = np.dtype("float32")
 SHAPE = (4, 8)

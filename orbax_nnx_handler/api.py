@@ -17,14 +17,13 @@ from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target.target import flatten_like, flatten_target, refuse_empty
+from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.storage.saving.arrange import Flavour, is_nnx
-from orbax_nnx_handler.storage.saving.optax_tree import Transformation
+from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import Undone, linen_save, plan_save
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at

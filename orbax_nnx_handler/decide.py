@@ -14,9 +14,9 @@ from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target.target import Target, flatten_like, flatten_target, refuse_empty
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
+from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path

@@ -19,8 +19,7 @@ from orbax_nnx_handler.planning.options import (
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.storage.reading.single_replica import is_single_replica
-from orbax_nnx_handler.storage.saving.arrange import Flavour
-from orbax_nnx_handler.storage.saving.optax_tree import Transformation
+from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation
 from orbax_nnx_handler.storage.saving.save import Undone, linen_save
 
 Renames = Iterable[Rule | tuple[str, str]]

@@ -26,8 +26,7 @@ from orbax_nnx_handler.api import restore_item
 from orbax_nnx_handler.handler import Renames
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestoreReport
-from orbax_nnx_handler.storage.saving.arrange import Flavour, is_nnx
-from orbax_nnx_handler.storage.saving.optax_tree import Transformation
+from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import linen_save
 
 _TREE_FILE = "_METADATA"

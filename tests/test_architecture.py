@@ -21,8 +21,6 @@ FOLDER_FILES = 15
 LOCAL_IMPORTS = {
     # An interrupt while JAX is being loaded is still told in one line.
     ("__main__", "cli"),
-    # A tenth of a second that only `convert` needs.
-    ("commands.screen", "commands.bars"),
     # Devices are pretended before JAX starts.
     ("demo", "demo.train"),
     ("demo", "demo.walkthrough"),
@@ -30,7 +28,7 @@ LOCAL_IMPORTS = {
 """Modules of ours that are imported inside a function, with the reason: how long a start takes."""
 PUBLIC_TWICE = {"Add", "NNXLinenHandler", "Reshape", "Scale", "Transpose"}
 """Rules called as the step of a recipe that they are, and the handler of each interface of Orbax."""
-TWICE = {"Block", "Decoder", "Entry", "Evidence", "Leaf", "Piece", "Read", "Request", "Wanted"}
+TWICE = {"Entry", "Evidence", "Leaf", "Piece", "Read", "Request", "Wanted"}
 """Names that still mean two things; none may come to them."""
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
 """Import names that differ from the name of the project that brings them."""

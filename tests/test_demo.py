@@ -8,9 +8,8 @@ import pytest
 from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError
-from orbax_nnx_handler.demo.data import ENCODED, TEXT, Size, batch_at, decode
-from orbax_nnx_handler.demo.printer import Printer
-from orbax_nnx_handler.demo.walkthrough import Outcome, run
+from orbax_nnx_handler.demo.models import ENCODED, TEXT, Size, batch_at, decode
+from orbax_nnx_handler.demo.walkthrough import Outcome, Printer, run
 
 
 @pytest.fixture(scope="module")

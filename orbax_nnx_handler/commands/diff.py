@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from orbax_nnx_handler.commands.arguments import add_item, add_json, add_memory, add_path
 from orbax_nnx_handler.commands.screen import Screen, count
+from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, render, segments, sort_paths
-from orbax_nnx_handler.planning.text.folding import Row
-from orbax_nnx_handler.planning.text.lines import aligned
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata

@@ -17,7 +17,7 @@ from orbax_nnx_handler.commands.factories import load_factory
 from orbax_nnx_handler.commands.screen import Screen, options_of
 from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning.plan import RestorePlan
-from orbax_nnx_handler.storage.gc_pause import paused_collection
+from orbax_nnx_handler.storage import paused_collection
 
 
 def add_to(commands: Any) -> None:

@@ -18,12 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orbax_nnx_handler.planning.core.causes import Hint
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.errors import Hint, RestoreError
+from orbax_nnx_handler.planning.core.lines import counted, sized
 from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.rendering.as_dict import error_to_dict
 from orbax_nnx_handler.planning.rules import Rename, Rule, as_rules
-from orbax_nnx_handler.planning.text.words import counted, sized
 
 _MANY = 8
 """Options that fit at a prompt; more of them are a matter for a program."""
@@ -178,10 +177,26 @@ class Screen:
             For each phase, what is to be called with the bytes done since the last call.
         """
         # Here, for it is a tenth of a second that `plan` need not wait.
-        from orbax_nnx_handler.commands.bars import bars
+        from rich import progress as bars
 
-        with bars(self.err, nbytes, phases) as steps:
-            yield steps
+        columns = (
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.DownloadColumn(),
+            bars.TransferSpeedColumn(),
+            bars.TimeRemainingColumn(),
+        )
+        disable = not self.err.is_terminal
+        with bars.Progress(*columns, console=self.err, transient=True, disable=disable) as shown:
+
+            def step_of(task: bars.TaskID) -> Callable[[int], None]:
+                def step(done: int) -> None:
+                    shown.start_task(task)
+                    shown.update(task, advance=done)
+
+                return step
+
+            yield tuple(step_of(shown.add_task(phase, total=nbytes, start=False)) for phase in phases)
 
 
 def _for_json(value: Any) -> Any:

@@ -11,10 +11,10 @@ from orbax_nnx_handler.commands.arguments import add_item, add_json, add_path, w
 from orbax_nnx_handler.commands.screen import Screen, count, size
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
+from orbax_nnx_handler.planning.core.folding import Row, fold
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement
-from orbax_nnx_handler.planning.text.folding import Row, fold
 from orbax_nnx_handler.storage.checkpoint.directories import is_item, items_of, steps_of
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata

@@ -10,9 +10,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler.demo.data import ENCODED, Size, batch_at, decode
-from orbax_nnx_handler.demo.linen_model import Decoder as LinenDecoder
-from orbax_nnx_handler.demo.nnx_model import Decoder, Training
+from orbax_nnx_handler.demo.models import ENCODED, LinenDecoder, NNXDecoder, Size, Training, batch_at, decode
 
 DEVICES = 8
 TEMPERATURE = 0.6
@@ -115,7 +113,7 @@ def sample(training: Training, size: Size, letters: int) -> str:
 
 
 @nnx.jit
-def _sample(model: Decoder, window: jax.Array, keys: jax.Array) -> jax.Array:
+def _sample(model: NNXDecoder, window: jax.Array, keys: jax.Array) -> jax.Array:
     def sample_one(window: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model(window[None])[0, -1]
         letter = jax.random.categorical(key, logits / TEMPERATURE).astype(window.dtype)

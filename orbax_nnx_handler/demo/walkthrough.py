@@ -3,7 +3,9 @@
 import dataclasses
 import pathlib
 import tempfile
+import textwrap
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -14,11 +16,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh
+from rich.console import Console
+from rich.text import Text
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, plan_restore, restore
-from orbax_nnx_handler.demo.data import TEXT, Size, batch_at
-from orbax_nnx_handler.demo.nnx_model import Decoder, Training
-from orbax_nnx_handler.demo.printer import Printer
+from orbax_nnx_handler.demo.models import TEXT, NNXDecoder, Size, Training, batch_at
 from orbax_nnx_handler.demo.train import (
     make_mesh,
     make_optimizer,
@@ -28,6 +30,79 @@ from orbax_nnx_handler.demo.train import (
     train_linen,
     train_nnx,
 )
+
+MARGIN = "   "
+WIDEST = 96
+
+
+class Printer:
+    """Prints to one console: in colour on a terminal, plain and without trailing spaces in a pipe."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self.sections = 0
+
+    def title(self, title: str, sentence: str) -> None:
+        """Prints the title of the demo."""
+        self._line()
+        self._line(Text(title, style="bold"))
+        self._line(Text(sentence, style="dim"))
+
+    def section(self, heading: str) -> None:
+        """Prints a numbered heading."""
+        self.sections += 1
+        self._line()
+        self._line(Text(f"{self.sections}  {heading}", style="bold cyan"))
+        self._line()
+
+    def text(self, sentence: str) -> None:
+        """Prints one sentence, wrapped."""
+        width = min(self.console.width, WIDEST) - len(MARGIN)
+        for line in textwrap.wrap(sentence, width):
+            self._line(Text(MARGIN).append(line))
+
+    def code(self, *lines: str) -> None:
+        """Prints lines of the user's program, ahead of their output."""
+        for line in lines:
+            self._line(Text(MARGIN).append(line, "green"))
+        self._line()
+
+    def figures(self, **figures: str) -> None:
+        """Prints one figure a row, after its name."""
+        longest = max(map(len, figures))
+        for name, figure in figures.items():
+            label = name.replace("_", " ").ljust(longest)
+            self._line(Text(MARGIN).append(label, "dim").append(f"   {figure}"))
+
+    def table(self, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a table of figures, right-aligned."""
+        widths = [max(len(row[i]) for row in (names, *rows)) for i in range(len(names))]
+        for row in (names, *rows):
+            cells = "   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            self._line(Text(MARGIN).append(cells, "dim" if row is names else ""))
+
+    def output(self, value: object, most: int | None = None) -> None:
+        """Prints what the library itself prints, at most so many lines of it."""
+        lines = str(value).splitlines()
+        shown = lines[:most]
+        if len(shown) < len(lines):
+            shown.append(f"… and {len(lines) - len(shown)} more lines")
+        for line in shown:
+            self._line(Text(MARGIN).append("│ ", "dim").append(line))
+
+    def blank(self) -> None:
+        """Prints an empty line."""
+        self._line()
+
+    def end(self, sentence: str) -> None:
+        """Prints the last sentence of the demo."""
+        self._line()
+        self._line(Text(sentence, style="dim"))
+
+    def _line(self, line: Text | None = None) -> None:
+        # Soft-wrapped: a path in a message stays whole, for the reader to copy.
+        self.console.print(line or Text(), soft_wrap=True)
+
 
 REMOVED_LAYER = 1
 
@@ -175,7 +250,7 @@ def compare_logits(setup: Setup, linen: TrainState, training: Training) -> float
     """Runs both programs on the same letters; returns the largest difference of a logit."""
     setup.printer.section("Both programs, the same letters, the same logits")
     tokens = jnp.asarray(batch_at(setup.stop, size=setup.size.batch, time=setup.size.time)[:, :-1])
-    ours = np.asarray(nnx.jit(Decoder.__call__)(training.model, tokens))
+    ours = np.asarray(nnx.jit(NNXDecoder.__call__)(training.model, tokens))
     theirs = np.asarray(jax.jit(linen.apply_fn)({"params": linen.params}, tokens))
     difference = float(np.abs(ours - theirs).max())
     setup.printer.figures(

@@ -7,8 +7,7 @@ from typing import Any, Literal, cast
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.causes import Hint, as_python
-from orbax_nnx_handler.planning.core.errors import UnusedRuleError
+from orbax_nnx_handler.planning.core.errors import Hint, UnusedRuleError, as_python
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 

@@ -5,24 +5,20 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from orbax_nnx_handler.planning.core.causes import Cause
 from orbax_nnx_handler.planning.core.dtypes import held_dtype
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.errors import Cause, RestoreError
+from orbax_nnx_handler.planning.core.folding import list_paths
+from orbax_nnx_handler.planning.core.lines import counted, rated, sized
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions
 from orbax_nnx_handler.planning.rendering.as_dict import to_dict
-from orbax_nnx_handler.planning.rendering.html import summary_as_html
-from orbax_nnx_handler.planning.rendering.plain import summary_as_text
+from orbax_nnx_handler.planning.rendering.display import summary_as_html, summary_as_text, summary_on_console
 from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, report_summary
-from orbax_nnx_handler.planning.rendering.terminal import summary_on_console
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.text.folding import list_paths
-from orbax_nnx_handler.planning.text.words import counted, rated, sized
-from orbax_nnx_handler.planning.verdict.copies import copies_of_model
 from orbax_nnx_handler.planning.verdict.judge import judge
-from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict
+from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict, copies_of_model
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 
 if TYPE_CHECKING:

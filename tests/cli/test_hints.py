@@ -8,7 +8,7 @@ from flax import nnx
 
 from orbax_nnx_handler import Drop, Transpose
 from orbax_nnx_handler.commands.screen import options_of
-from orbax_nnx_handler.planning.core.causes import Hint
+from orbax_nnx_handler.planning.core.errors import Hint
 from tests.cli.conftest import MODEL
 from tests.gallery.models import save
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from orbax_nnx_handler import RestorePlan
-from orbax_nnx_handler.planning.core.causes import Cause
+from orbax_nnx_handler.planning.core.errors import Cause
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan

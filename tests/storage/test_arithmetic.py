@@ -9,8 +9,7 @@ import pytest
 
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError
 from orbax_nnx_handler.planning.core.recipes import Add, Arithmetic, Read, Recipe, Scale, Stack
-from orbax_nnx_handler.storage.arithmetic import LostValueError, put
-from orbax_nnx_handler.storage.evaluate import evaluate
+from orbax_nnx_handler.storage.arithmetic import LostValueError, evaluate, put
 
 FLOATS = [
     "float64",

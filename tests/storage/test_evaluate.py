@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Stack,
     Transpose,
 )
-from orbax_nnx_handler.storage.evaluate import evaluate
+from orbax_nnx_handler.storage.arithmetic import evaluate
 from tests.planning import plans
 
 A, B = Read(("a",)), Read(("b",))

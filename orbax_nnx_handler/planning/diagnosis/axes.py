@@ -9,13 +9,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint, as_python
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, patterns_of
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
-from orbax_nnx_handler.planning.text.words import counted, listed
 
 _RULES = 8
 """Rules that a hint writes out; more of them are a matter for `suggest` or a loop."""

@@ -1,27 +1,199 @@
-"""The explanation of a verdict: what is wrong, what probably caused it, what to do about it."""
+"""The explanation of a verdict: what is wrong with it, why, and the way out."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint, fill_hint
 from orbax_nnx_handler.planning.core.dtypes import name_of
 from orbax_nnx_handler.planning.core.errors import (
     AmbiguousMappingError,
+    Cause,
+    DtypeMismatchError,
+    Hint,
+    KeyMismatchError,
+    MissingParamError,
     RestoreError,
+    RuleError,
+    ShapeMismatchError,
+    UnexpectedParamError,
     UnreadableLeafError,
     error_of_kinds,
+    fill_hint,
 )
+from orbax_nnx_handler.planning.core.folding import Row, fold
+from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
 from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
-from orbax_nnx_handler.planning.diagnosis.finders import diagnose
-from orbax_nnx_handler.planning.diagnosis.names import LOOK, nearest
-from orbax_nnx_handler.planning.diagnosis.problems import problems_of
-from orbax_nnx_handler.planning.text.folding import Row, fold
-from orbax_nnx_handler.planning.text.lines import Line, Sentence, align, joined, lines_of
-from orbax_nnx_handler.planning.text.words import counted
+from orbax_nnx_handler.planning.diagnosis.layers import find_layer_counts, find_scanned, find_shifted
+from orbax_nnx_handler.planning.diagnosis.names import (
+    LOOK,
+    find_another_model,
+    find_other_groups,
+    find_other_names,
+    nearest,
+)
+from orbax_nnx_handler.planning.diagnosis.optimizers import (
+    find_open_factoring,
+    find_optimizers,
+    find_stuck_moments,
+)
+from orbax_nnx_handler.planning.diagnosis.parts import (
+    find_biases,
+    find_collections,
+    find_given_layout,
+    find_lost_weights,
+    find_new_parts,
+    find_no_weights,
+    find_quantised,
+    find_tied,
+)
+from orbax_nnx_handler.planning.diagnosis.random_state import find_keys, find_random_layouts
+from orbax_nnx_handler.planning.diagnosis.rules import find_dropped, find_unneeded
+from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
-from orbax_nnx_handler.planning.verdict.rows import look
+from orbax_nnx_handler.planning.verdict.rows import look, mismatched_rows, missing_rows, stored_rows
+
+_Finder = Callable[[Evidence], Iterable[Cause]]
+
+_FINDERS: tuple[_Finder, ...] = (
+    find_given_layout,
+    find_no_weights,
+    find_quantised,
+    find_fused,
+    find_another_model,
+    find_open_factoring,
+    find_stuck_moments,
+    find_dropped,
+    find_unneeded,
+    find_layer_counts,
+    find_scanned,
+    find_shifted,
+    find_collections,
+    find_optimizers,
+    find_other_groups,
+    find_other_names,
+    find_lost_weights,
+    find_biases,
+    find_tied,
+    find_new_parts,
+    find_permuted,
+    find_merged,
+    find_heads,
+    find_dimensions,
+    find_keys,
+    find_random_layouts,
+)
+"""In this order: what one finder explains, the later ones do not look at again."""
+
+_OF_DEFAULTS = (find_random_layouts,)
+"""Finders that look at more than what is missing, mismatched or unexpected."""
+
+
+def diagnose(verdict: Verdict) -> tuple[Cause, ...]:
+    """Returns the causes that a verdict holds evidence for.
+
+    Args:
+        verdict: A verdict, fitting or not.
+
+    Returns:
+        The causes, those that explain everything first; none where nothing is
+        wrong or nothing tells why.
+    """
+    evidence = Evidence(verdict=verdict)
+    causes: list[Cause] = []
+    is_whole = not (evidence.missing or evidence.mismatched or evidence.unexpected)
+    for find in _OF_DEFAULTS if is_whole else _FINDERS:
+        found = _found(find, evidence)
+        causes += found
+        evidence = evidence.without(path for cause in found for path in cause.paths)
+    return tuple(causes)
+
+
+def _found(find: _Finder, evidence: Evidence) -> list[Cause]:
+    try:
+        return list(find(evidence))
+    except RuleError:
+        # The rule that would help cannot be written: a stored name is no pattern (`{x}`).
+        return []
+
+
+def problems_of(verdict: Verdict) -> list[RestoreError]:
+    """Returns what is wrong with a verdict, one error for each kind; empty if it fits."""
+    return [*verdict.faults, *(problem for find in _KINDS for problem in find(verdict))]
+
+
+def _missing(verdict: Verdict) -> Sequence[RestoreError]:
+    contested = _contested(verdict)
+    bad = [item for path, item in verdict.missing.items() if item.policy == "error" and path not in contested]
+    if not bad:
+        return []
+    total = verdict.wanted_count - len(verdict.defaulted)
+    share = f"{len(bad)} of the {counted(total, 'leaf', 'leaves')}"
+    if len(bad) == total:
+        share = "the one leaf" if total == 1 else f"all {total} leaves"
+    rows = aligned(missing_rows(bad))
+    message = f"the checkpoint lacks {share} that the target needs:\n{rows}"
+    return [MissingParamError(message, paths=[item.wanted.path for item in bad])]
+
+
+def _contested(verdict: Verdict) -> set[Path]:
+    """Returns wanted leaves that another fault names already: not missing, but claimed in two ways.
+
+    Their moments follow them, and are as open.
+    """
+    named = {
+        path for fault in verdict.faults if isinstance(fault, AmbiguousMappingError) for path in fault.paths
+    }
+    if not named:
+        return set()
+    evidence = Evidence(verdict=verdict)
+    parameters = {evidence.below[path] for path in named if path in evidence.below}
+    return named | {path for path, (_, parameter) in evidence.moments.items() if parameter in parameters}
+
+
+def _sourceless(verdict: Verdict) -> Sequence[RestoreError]:
+    bad = [item for item in verdict.missing.values() if item.policy == "init" and item.filled_by is None]
+    if not bad:
+        return []
+    leaves = counted(len(bad), "missing weight")
+    message = f'policy "init" has no initial value for {leaves}:\n{aligned(missing_rows(bad))}'
+    return [MissingParamError(message, paths=[item.wanted.path for item in bad])]
+
+
+def _mismatches(
+    kind: str, error: type[RestoreError], what: str
+) -> Callable[[Verdict], Sequence[RestoreError]]:
+    def find(verdict: Verdict) -> Sequence[RestoreError]:
+        bad = [item for item in verdict.mismatched.values() if item.kind == kind]
+        if not bad:
+            return []
+        leaves = counted(len(bad), "leaf has", "leaves have")
+        message = f"{leaves} another {what} in the checkpoint:\n{aligned(mismatched_rows(bad))}"
+        return [error(message, paths=[item.wanted.path for item in bad])]
+
+    return find
+
+
+def _unexpected(verdict: Verdict) -> Sequence[RestoreError]:
+    if verdict.unexpected_policy != "error" or not verdict.unexpected:
+        return []
+    count, rows = len(verdict.unexpected), aligned(stored_rows(verdict.unexpected.values()))
+    message = (
+        f"the checkpoint holds {counted(count, 'leaf', 'leaves')} that the target does not want:\n{rows}"
+    )
+    return [UnexpectedParamError(message, paths=list(verdict.unexpected))]
+
+
+_KINDS: tuple[Callable[[Verdict], Sequence[RestoreError]], ...] = (
+    _missing,
+    _sourceless,
+    _mismatches("shape", ShapeMismatchError, "shape"),
+    _mismatches("dtype", DtypeMismatchError, "kind of dtype"),
+    _mismatches("key", KeyMismatchError, "random key implementation or shape"),
+    _unexpected,
+)
+
 
 _SHOWN = 6
 _SOURCE = Hint(

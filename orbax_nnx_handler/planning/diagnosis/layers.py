@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.folding import ranges
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, selecting, spell
 from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_paths, layer_paths
-from orbax_nnx_handler.planning.text.folding import ranges
-from orbax_nnx_handler.planning.text.words import counted
 
 
 def find_layer_counts(evidence: Evidence) -> Iterable[Cause]:

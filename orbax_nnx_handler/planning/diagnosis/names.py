@@ -9,15 +9,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint
 from orbax_nnx_handler.planning.core.dtypes import name_of
+from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.layers import Group, layer_paths
 from orbax_nnx_handler.planning.target.roles import Wanted
-from orbax_nnx_handler.planning.text.words import counted
 
 _MOST = 6
 """More renames than this are a matter for `suggest`."""

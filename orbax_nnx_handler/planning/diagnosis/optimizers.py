@@ -7,15 +7,15 @@ Adafactor's factored moments open.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting, spell
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.layouts.t5x import FACTORED
 from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.optimizers.states import split
-from orbax_nnx_handler.planning.text.folding import fold_paths
-from orbax_nnx_handler.planning.text.words import counted, listed
 
 
 def _weights_alone(evidence: Evidence) -> str:

@@ -1,23 +1,61 @@
-"""Parts that one side has and the other has not: a collection, biases, a head, LoRA, scales of integers.
+"""Parts that one side has and the other has not: a collection, biases, a head, LoRA, scales of codes.
 
 And what the checkpoint is as a whole: without a weight, or of another layout than was asked for.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import jax.numpy as jnp
 from flax import nnx
 
 from orbax_nnx_handler.planning import layouts
-from orbax_nnx_handler.planning.core.causes import Cause, Hint
-from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
+from orbax_nnx_handler.planning.core.dtypes import scales_of
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutError
+from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.lines import counted, listed
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render, segments
+from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
-from orbax_nnx_handler.planning.diagnosis.quantised import quantised_weights
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.text.folding import fold_paths
-from orbax_nnx_handler.planning.text.words import counted, listed
+
+_Scales = Mapping[Path, tuple[Path, ...]]
+
+
+def quantised_weights(evidence: Evidence) -> Mapping[str, Mapping[Path, tuple[str, ...]]]:
+    """Returns the wanted leaves that codes stand for, by stored dtype, each with the names of its scales.
+
+    A wanted leaf is either mapped to codes, or missing where codes lie in a dict of its
+    name (`kernel/{qvalue, scale}`).
+    """
+    placements = evidence.sides.placements
+    used = {path for item in evidence.verdict.restored.values() for path in reads(item.recipe)}
+    scales = scales_of((item.leaf for item in placements.values()), used)
+    found: dict[str, dict[Path, tuple[str, ...]]] = defaultdict(dict)
+    for path, codes in _codes_of(evidence, scales):
+        found[str(placements[codes].leaf.dtype)][path] = tuple(_name(scale) for scale in scales[codes])
+    return found
+
+
+def _codes_of(evidence: Evidence, scales: _Scales) -> Iterable[tuple[Path, Path]]:
+    for path, item in evidence.mismatched.items():
+        codes = next((source for source in reads(item.recipe) if source in scales), None)
+        if codes is not None and jnp.issubdtype(item.wanted.dtype, jnp.floating):
+            yield path, codes
+    boxes: dict[Tokens, Path] = {}
+    for codes in scales:
+        if codes in evidence.stored_weights:
+            tokens = evidence.stored_below(evidence.stored_weights[codes])
+            boxes |= {tokens[:depth]: codes for depth in range(1, len(tokens))}
+    for path in evidence.missing_weights:
+        if evidence.below[path] in boxes:
+            yield path, boxes[evidence.below[path]]
+
+
+def _name(path: Path) -> str:
+    names = [name for name in segments(path) if name != "value"]
+    return names[-1] if names else "value"
 
 
 def find_collections(evidence: Evidence) -> Iterable[Cause]:

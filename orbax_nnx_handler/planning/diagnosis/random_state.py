@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, same_key
+from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 

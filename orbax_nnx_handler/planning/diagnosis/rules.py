@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.mapping.matches import Discarded
-from orbax_nnx_handler.planning.text.folding import fold_paths
-from orbax_nnx_handler.planning.text.words import counted
 
 
 def find_dropped(evidence: Evidence) -> Iterable[Cause]:

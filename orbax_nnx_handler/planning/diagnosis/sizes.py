@@ -8,12 +8,12 @@ from fractions import Fraction
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint, as_python
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
+from orbax_nnx_handler.planning.core.lines import counted, listed, share
 from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes
 from orbax_nnx_handler.planning.rules import Drop
-from orbax_nnx_handler.planning.text.words import counted, listed, share
 
 _SIZES = Hint("build the target with the stored sizes; a weight is never cut or padded.")
 

@@ -3,29 +3,17 @@
 from collections.abc import Sequence
 
 from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
-from orbax_nnx_handler.planning.layouts import (
-    bare,
-    big_vision,
-    gemma,
-    kauldron,
-    linen,
-    maxtext,
-    openpi,
-    optax_state,
-    scenic,
-    t5x,
-    tunix,
-)
+from orbax_nnx_handler.planning.layouts import bare, gemma, linen, maxtext, nnx_programs, t5x, vision
 from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 
 _TELLING: tuple[Layout, ...] = (
     t5x.T5X,
-    scenic.SCENIC,
-    kauldron.KAULDRON,
-    big_vision.BIG_VISION,
+    vision.SCENIC,
+    vision.KAULDRON,
+    vision.BIG_VISION,
     gemma.GEMMA,
-    tunix.TUNIX,
-    openpi.OPENPI,
+    nnx_programs.TUNIX,
+    nnx_programs.OPENPI,
 )
 """Layouts with names of their own: where one fits, no general one is meant."""
 
@@ -33,13 +21,13 @@ _GENERAL: tuple[Layout, ...] = (
     maxtext.MAXTEXT,
     linen.TRAIN_STATE,
     linen.VARIABLES,
-    openpi.OPENPI_WEIGHTS,
-    openpi.OPENPI_TRAIN_STATE,
+    nnx_programs.OPENPI_WEIGHTS,
+    nnx_programs.OPENPI_TRAIN_STATE,
     bare.NNX_STATE,
     bare.NNX_PURE_DICT,
     bare.PARAMS,
-    big_vision.BIG_VISION_WEIGHTS,
-    optax_state.OPTAX_STATE,
+    vision.BIG_VISION_WEIGHTS,
+    bare.OPTAX_STATE,
 )
 """Layouts that may fit the same tree; the one under which the most leaves are found is taken."""
 

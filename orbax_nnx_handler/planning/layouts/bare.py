@@ -1,9 +1,13 @@
-"""Trees that keep no Linen collections apart: bare params and what NNX saves.
+"""Trees without a train state around them: bare params, what NNX saves, an optax state.
 
 `nnx.state(...)` saved by Orbax has a last level `value` under every leaf,
 `nnx.to_pure_dict` has not. Both keep model variables of every type together and
 the optimizer under its attribute, so only `opt_state` and the `step` beside it
 tell anything about a leaf.
+
+An optax state is `tx.init(params)`, saved beside an item of weights. On disk a chain
+is a list, a named tuple a dict of its fields (optax/_src/transform.py, optax/transforms):
+`0/count`, `0/mu/<parameter>`. Nothing is a parameter there.
 """
 
 from orbax_nnx_handler.planning.core.paths import Path, segments
@@ -64,3 +68,32 @@ def _is_bare(stored: Stored) -> bool:
 NNX_STATE = Layout(name="nnx_state", title="nnx.State", fits=_is_nnx_state, place=_place)
 NNX_PURE_DICT = Layout(name="nnx_pure_dict", title="NNX pure dict", fits=_is_pure_dict, place=_place)
 PARAMS = Layout(name="params", title="bare params", fits=_is_params, place=_place_params)
+
+
+_MOMENTS = frozenset(
+    {"mu", "nu", "trace", "v", "v_row", "v_col", "momentum", "acc_grads", "sum_of_squares", "ema"}
+)
+_WRAPPERS = frozenset({"inner_state", "inner_opt_state", "inner_states", "base_optimizer_state", "opt_state"})
+_SCALARS = frozenset({"count", "mini_step", "gradient_step", "notfinite_count", "hyperparams"})
+
+
+def _fits(stored: Stored) -> bool:
+    firsts = {str(path[0]) for path in stored if path}
+    placed = all(first.isdecimal() or first in _MOMENTS | _WRAPPERS | _SCALARS for first in firsts)
+    return bool(firsts) and placed and any(_is_state(path) for path in stored)
+
+
+def _is_state(path: Path) -> bool:
+    """Tells whether the first key below the chain and its wrappers is a field of an optimizer."""
+    names = [str(key) for key in path if not str(key).isdecimal() and str(key) not in _WRAPPERS]
+    return bool(names) and names[0] in _MOMENTS | _SCALARS
+
+
+def _place_state(stored: Stored) -> tuple[Placement, ...]:
+    return tuple(
+        Placement(leaf=leaf, section="step" if path == ("step",) else "optimizer", path=path)
+        for path, leaf in stored.items()
+    )
+
+
+OPTAX_STATE = Layout(name="optax_state", title="optax state", fits=_fits, place=_place_state)

@@ -8,9 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
-from orbax_nnx_handler.planning.core.causes import Hint
 from orbax_nnx_handler.planning.core.errors import (
     AmbiguousMappingError,
+    Hint,
     RestoreError,
     RuleError,
     UnusedRuleError,

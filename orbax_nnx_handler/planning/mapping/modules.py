@@ -20,10 +20,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Concat, Read, Recipe
-from orbax_nnx_handler.planning.text.folding import list_paths
 
 Model = Mapping[Tokens, StoredLeaf]
 """The stored leaves of a model by canonical path, collections joined."""

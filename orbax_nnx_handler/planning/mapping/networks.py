@@ -11,11 +11,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.layouts.layout import Layout
-from orbax_nnx_handler.planning.mapping.collections import Collections
 from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Evidence, Found, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.matching import Matcher
 from orbax_nnx_handler.planning.mapping.modules import is_wrapper_value
-from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots, find_roots, named_levels, strip
+from orbax_nnx_handler.planning.mapping.roots import (
+    PLAIN_LEVELS,
+    Collections,
+    Roots,
+    find_roots,
+    named_levels,
+    strip,
+)
 from orbax_nnx_handler.planning.mapping.train_states import owner_of
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from orbax_nnx_handler.planning.core.causes import Cause, Hint, as_python
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, RestoreError, as_python
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads, render_reads

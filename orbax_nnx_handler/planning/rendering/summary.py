@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.causes import Cause
+from orbax_nnx_handler.planning.core.errors import Cause
+from orbax_nnx_handler.planning.core.folding import Folded, Row, fold
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.lines import Line, Sentence, counted, lines_of, rated, sized
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
-from orbax_nnx_handler.planning.text.folding import Folded, Row, fold
-from orbax_nnx_handler.planning.text.lines import Line, Sentence, lines_of
-from orbax_nnx_handler.planning.text.words import counted, rated, sized
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 from orbax_nnx_handler.planning.verdict.rows import (
     defaulted_rows,

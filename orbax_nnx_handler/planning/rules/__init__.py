@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.causes import Hint
-from orbax_nnx_handler.planning.core.errors import RuleError, UnusedRuleError
+from orbax_nnx_handler.planning.core.errors import Hint, RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
 from orbax_nnx_handler.planning.rules.copies import Copy

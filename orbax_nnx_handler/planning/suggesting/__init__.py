@@ -23,8 +23,13 @@ from orbax_nnx_handler.planning.suggesting.modules import (
     tree_of,
 )
 from orbax_nnx_handler.planning.suggesting.pairing import Pairing
-from orbax_nnx_handler.planning.suggesting.proposals import Proposal, proposals_of
-from orbax_nnx_handler.planning.suggesting.suggestion import Confidence, Question, Suggestion
+from orbax_nnx_handler.planning.suggesting.proposals import (
+    Confidence,
+    Proposal,
+    Question,
+    Suggestion,
+    proposals_of,
+)
 from orbax_nnx_handler.planning.target.roles import of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import judge

@@ -18,9 +18,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, ShardingMismatchError
+from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
-from orbax_nnx_handler.planning.text.folding import Row
-from orbax_nnx_handler.planning.text.lines import aligned
+from orbax_nnx_handler.planning.core.lines import aligned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

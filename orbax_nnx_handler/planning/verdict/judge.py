@@ -7,7 +7,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.codes import scales_of
 from orbax_nnx_handler.planning.core.dtypes import (
     Cast,
     cast_between,
@@ -15,6 +14,7 @@ from orbax_nnx_handler.planning.core.dtypes import (
     held_dtype,
     is_key,
     same_key,
+    scales_of,
     worst,
 )
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnusedRuleError

@@ -11,8 +11,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.causes import Hint
-from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError
+from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,

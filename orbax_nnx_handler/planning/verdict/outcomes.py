@@ -1,6 +1,7 @@
 """A verdict as data: what becomes of every leaf, and both sides as it saw them, for whoever asks why."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -9,8 +10,8 @@ import numpy as np
 from orbax_nnx_handler.planning.core.dtypes import Cast
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Recipe, describe
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Discarded, Dropped, Evidence
 from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
@@ -167,3 +168,25 @@ class Verdict:
         """Returns the same with every missing weight under another policy."""
         changed = {path: dataclasses.replace(item, policy=policy) for path, item in self.missing.items()}
         return dataclasses.replace(self, missing=changed)
+
+
+def copies_of_model(unexpected: Mapping[Path, StoredLeaf], restored: Mapping[Path, Restored]) -> list[str]:
+    """Returns the keys under which the restored leaves lie once more, with the same paths and shapes.
+
+    Args:
+        unexpected: Stored leaves that nobody wants.
+        restored: What comes from the checkpoint.
+    """
+    groups: dict[str, dict[Path, Shape]] = defaultdict(dict)
+    for item in restored.values():
+        if isinstance(item.recipe, Read) and len(item.recipe.path) > 1:
+            groups[str(item.recipe.path[0])][item.recipe.path[1:]] = item.wanted.shape
+    beside: dict[Path, dict[Path, Shape]] = defaultdict(dict)
+    for path, leaf in unexpected.items():
+        if len(path) > 1:
+            beside[path[:1]][path[1:]] = leaf.shape
+    return [
+        render(top)
+        for top, leaves in beside.items()
+        if any(own and own.items() <= leaves.items() for own in groups.values())
+    ]

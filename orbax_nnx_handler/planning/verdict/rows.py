@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, is_key, name_of, same_key
+from orbax_nnx_handler.planning.core.folding import Row, fold_in_order, ranges
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe, reads
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
-from orbax_nnx_handler.planning.text.folding import Row, fold_in_order, ranges
 from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Mismatched, Missing, Restored
 
 

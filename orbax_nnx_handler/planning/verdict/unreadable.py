@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
+from orbax_nnx_handler.planning.core.folding import Row
+from orbax_nnx_handler.planning.core.lines import aligned, counted
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
-from orbax_nnx_handler.planning.text.folding import Row
-from orbax_nnx_handler.planning.text.lines import aligned
-from orbax_nnx_handler.planning.text.words import counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,7 @@
 
 from etils import epath
 
-from orbax_nnx_handler.planning.core.causes import Hint
-from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.directories import (
     holds_tree,
     is_archive,

@@ -27,15 +27,17 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.linen import AUX
+from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint import npz
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
-from orbax_nnx_handler.storage.checkpoint.commits import (
+from orbax_nnx_handler.storage.checkpoint.directories import (
     STEP_FILE,
     UNFINISHED,
     commit_questions,
+    is_archive,
+    is_item,
     was_interrupted,
 )
-from orbax_nnx_handler.storage.checkpoint.directories import is_archive, is_item
 from orbax_nnx_handler.storage.checkpoint.fields import (
     FieldError,
     object_of,
@@ -55,7 +57,6 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY, Encoding, ZarrDriver, parse_encoding
-from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.catalog import MANIFEST
 from orbax_nnx_handler.storage.stores.files import Files, List, Question, Read, Sizes

@@ -38,9 +38,8 @@ from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
 from orbax_nnx_handler.storage.stores import kvstore
-from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.files import Files, RangedFile
 from orbax_nnx_handler.storage.stores.kvstore import Extent
-from orbax_nnx_handler.storage.stores.ranged_file import RangedFile
 
 _NUMBERS = "biufc"
 _TEXT = "SU"

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 from etils import epath
 
-from orbax_nnx_handler.planning.core.causes import Hint
-from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.storage.checkpoint.commits import COMMIT_FILE, STEP_FILE, lacks_commit
+from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.directories import (
+    COMMIT_FILE,
+    STEP_FILE,
     archives_in,
     holds_tree,
     is_archive,
@@ -23,6 +23,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     is_unfinished,
     is_unfinished_archive,
     items_of,
+    lacks_commit,
     newest_in,
     prefixes_of,
     step_names,

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_nnx_handler.planning import layouts
-from orbax_nnx_handler.planning.core.causes import Hint
-from orbax_nnx_handler.planning.core.codes import scales_of
-from orbax_nnx_handler.planning.core.dtypes import cast_between, is_key
-from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RestoreError
+from orbax_nnx_handler.planning.core.dtypes import cast_between, is_key, scales_of
+from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, Hint, RestoreError
+from orbax_nnx_handler.planning.core.folding import Row, ranges
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Index, Read, Stack, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, Section, Stored
@@ -26,8 +26,6 @@ from orbax_nnx_handler.planning.mapping.optimizers.states import parameter_paths
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.planning.target.roles import roles_of
-from orbax_nnx_handler.planning.text.folding import Row, ranges
-from orbax_nnx_handler.planning.text.lines import aligned
 from orbax_nnx_handler.storage.converting.written import Written
 
 # What stands side by side in NNX and never among the parameters of a Linen program: the fused gates of

@@ -16,16 +16,14 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from orbax_nnx_handler.planning.core.containers import tree_of
 from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.folding import Row
+from orbax_nnx_handler.planning.core.lines import aligned
+from orbax_nnx_handler.planning.core.paths import Path, tree_of
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.core.regions import slices
-from orbax_nnx_handler.planning.text.folding import Row
-from orbax_nnx_handler.planning.text.lines import aligned
-from orbax_nnx_handler.storage.checkpoint.commits import COMMIT_FILE
-from orbax_nnx_handler.storage.checkpoint.directories import is_item, working_name
+from orbax_nnx_handler.storage.checkpoint.directories import COMMIT_FILE, is_item, working_name
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.blocks import Block, block_shape, by_source, read_blocks
 from orbax_nnx_handler.storage.converting.digests import Digests, Progress, digests_of

@@ -20,9 +20,9 @@ from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe
+from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.checkpoint.trees import EMPTY_TYPES
-from orbax_nnx_handler.storage.evaluate import evaluate
 from orbax_nnx_handler.storage.reading.jobs import Job
 
 _EMPTY_VALUES: dict[str, Any] = {"None": None, "NamedTuple": None, "Dict": {}, "List": [], "Tuple": ()}

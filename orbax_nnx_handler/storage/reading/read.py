@@ -14,9 +14,9 @@ import orbax.checkpoint as ocp
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.core.regions import Region
+from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.checkpoint.npz import DISK_FORMAT
-from orbax_nnx_handler.storage.gc_pause import paused_collection
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.arrays import Arena, place_array
 from orbax_nnx_handler.storage.reading.engine import Progress

@@ -16,8 +16,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from orbax_nnx_handler.planning.core.causes import Hint, as_python
-from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, UnmappedValueError, UnreadableLeafError
+from orbax_nnx_handler.planning.core.errors import (
+    DtypeMismatchError,
+    Hint,
+    UnmappedValueError,
+    UnreadableLeafError,
+    as_python,
+)
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, Stack, reads
 from orbax_nnx_handler.planning.mapping.matches import Dropped

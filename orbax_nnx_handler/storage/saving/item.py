@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
-from orbax_nnx_handler.planning.target.nodes import children, flatten, is_graph
+from orbax_nnx_handler.planning.target.target import children, flatten, is_graph
 
 _OPT_STATE = "opt_state"
 

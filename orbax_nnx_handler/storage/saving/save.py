@@ -10,20 +10,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from orbax_nnx_handler.planning.core.containers import tree_of
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RuleError
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like
-from orbax_nnx_handler.planning.text.words import counted
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
-from orbax_nnx_handler.storage.saving.arrange import Flavour, arrange, check_distinct, is_nnx
-from orbax_nnx_handler.storage.saving.cells import with_gates
+from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, arrange, check_distinct, is_nnx
 from orbax_nnx_handler.storage.saving.item import Leaf
-from orbax_nnx_handler.storage.saving.optax_tree import Transformation
-from orbax_nnx_handler.storage.saving.saved import SavedLeaf
+from orbax_nnx_handler.storage.saving.saved import SavedLeaf, with_gates
 from orbax_nnx_handler.storage.saving.undo import Copies, Leaves, as_restored, without_rules
 
 Undone = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport

@@ -9,12 +9,11 @@ import tensorstore as ts
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.storage.stores.backends import CONTEXT_SPEC, LocalFiles, RemoteFiles
 from orbax_nnx_handler.storage.stores.catalog import MANIFEST, Catalog, Database, read_catalog
 from orbax_nnx_handler.storage.stores.files import Files, Read, Sizes
-from orbax_nnx_handler.storage.stores.local_files import LocalFiles
 from orbax_nnx_handler.storage.stores.locations import is_url, kvstore_spec
 from orbax_nnx_handler.storage.stores.ocdbt import Extent
-from orbax_nnx_handler.storage.stores.remote_files import CONTEXT_SPEC, RemoteFiles
 
 __all__ = ["Catalog", "Extent", "Store", "StoreKind"]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orbax_nnx_handler.planning.core.codes import scales_of
+from orbax_nnx_handler.planning.core.dtypes import scales_of
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from orbax_nnx_handler import RestorePlan
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.diagnosis.finders import diagnose
+from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target

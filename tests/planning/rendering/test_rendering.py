@@ -11,7 +11,7 @@ from flax import nnx
 from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError, RestoreReport
-from orbax_nnx_handler.planning.text.lines import Sentence, joined
+from orbax_nnx_handler.planning.core.lines import Sentence, joined
 from tests.planning.models import model, plan
 from tests.planning.plans import plan_of
 

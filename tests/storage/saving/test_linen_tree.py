@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.containers import tree_of
+from orbax_nnx_handler.planning.core.paths import tree_of
 from orbax_nnx_handler.storage.saving.arrange import Arranged, arrange, is_nnx
 
 

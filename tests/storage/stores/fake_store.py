@@ -3,8 +3,8 @@
 import os
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.storage.stores.backends import LocalFiles
 from orbax_nnx_handler.storage.stores.files import Files, List, Listing, Sizes
-from orbax_nnx_handler.storage.stores.local_files import LocalFiles
 
 
 class FakeBucket:

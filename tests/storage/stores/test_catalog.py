@@ -14,9 +14,8 @@ from etils import epath
 
 from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, restore
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.stores.crc32c import crc32c
 from orbax_nnx_handler.storage.stores.kvstore import files_at, open_ocdbt
-from orbax_nnx_handler.storage.stores.ocdbt import DamagedDatabaseError, Extent
+from orbax_nnx_handler.storage.stores.ocdbt import DamagedDatabaseError, Extent, crc32c
 from tests.storage.stores import ocdbt_writer as made
 
 

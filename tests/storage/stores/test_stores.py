@@ -9,11 +9,16 @@ from etils import epath
 from flax import nnx
 
 from orbax_nnx_handler import NotACheckpointError, RestoreError, plan_restore, save
-from orbax_nnx_handler.storage.stores import remote_files
-from orbax_nnx_handler.storage.stores.errors import cannot_read
+from orbax_nnx_handler.storage.stores import backends
+from orbax_nnx_handler.storage.stores.backends import RemoteFiles
 from orbax_nnx_handler.storage.stores.files import List, Read
-from orbax_nnx_handler.storage.stores.locations import absolute, as_path, kvstore_spec, parents_of
-from orbax_nnx_handler.storage.stores.remote_files import RemoteFiles
+from orbax_nnx_handler.storage.stores.locations import (
+    absolute,
+    as_path,
+    cannot_read,
+    kvstore_spec,
+    parents_of,
+)
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/run/1", "s3://bucket/x"])
@@ -132,11 +137,11 @@ class Silent:
 
 
 def test_a_store_that_never_answers_is_given_up_with_words_on_the_way(monkeypatch, caplog):
-    monkeypatch.setattr(remote_files, "TIME_LIMIT_S", 0.0)
-    monkeypatch.setattr(remote_files, "_SAY_SO_AFTER_S", -1.0)
+    monkeypatch.setattr(backends, "TIME_LIMIT_S", 0.0)
+    monkeypatch.setattr(backends, "_SAY_SO_AFTER_S", -1.0)
     silent, files = Silent(), RemoteFiles("gs://bucket/x")
     clock = iter([0.0, -2.0, -1.5, 5.0])
-    monkeypatch.setattr(remote_files.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(backends.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(RemoteFiles, "_start", lambda *_: silent)
 
     with caplog.at_level(logging.WARNING):
@@ -179,7 +184,7 @@ class Done:
 def test_a_step_that_was_written_since_is_seen(monkeypatch):
     filesystem = Filesystem()
     monkeypatch.setattr(RemoteFiles, "_files", lambda _: filesystem)
-    monkeypatch.setattr(remote_files.asyncio, "run_coroutine_threadsafe", lambda asked, _: Done(asked))
+    monkeypatch.setattr(backends.asyncio, "run_coroutine_threadsafe", lambda asked, _: Done(asked))
 
     def steps():
         (answer,) = RemoteFiles("gs://bucket/run").answer([List("gs://bucket/run")])

@@ -1,5 +1,17 @@
-"""big_vision: `params` and `opt`, with the optimizer's fields numbered.
+"""Vision programs: big_vision, Scenic and Kauldron.
 
+**Scenic** has `global_step`, and all collections under `model_state`:
+scenic/train_lib/train_utils.py `TrainState`, saved by `flax.training.checkpoints`.
+Early Scenic kept `flax.optim`'s optimizer, parameters inside, under `optimizer`,
+and the batch statistics without their collection's name under `model_state`
+(scenic/train_lib/pretrain_utils.py reads both still).
+
+**Kauldron** has the collections other than `params` under `collections`:
+kauldron/train/train_step.py `TrainState`: `step`, `params`, `collections`,
+`opt_state`, saved by `StandardSave` as the item `default`. A model without other
+collections leaves `collections` empty; that tree is a Flax TrainState.
+
+**big_vision** has `params` and `opt`, with the optimizer's fields numbered:
 big_vision/train.py saves `{"params": ..., "opt": ..., "chrono": ...}`. The names
 of its arrays come from big_vision/utils.py `tree_flatten_with_names`, to which
 an optax state is a plain tuple: the second moments of `scale_by_adam` are not at
@@ -27,7 +39,87 @@ from itertools import pairwise
 
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
-from orbax_nnx_handler.planning.layouts.t5x import place_optimizer
+from orbax_nnx_handler.planning.layouts.t5x import WRAPPER, holds_optimizer, place_optimizer
+
+_STATISTICS = "batch_stats"
+
+
+def _fits_scenic(stored: Stored) -> bool:
+    has_params = has_subtree(stored, "params") or holds_optimizer(stored, (WRAPPER,))
+    return ("global_step",) in stored and has_params
+
+
+def _place_scenic(stored: Stored) -> tuple[Placement, ...]:
+    optimizer = place_optimizer(stored, (WRAPPER,)) if holds_optimizer(stored, (WRAPPER,)) else ()
+    known = {placement.leaf.path for placement in optimizer}
+    unnamed = _lacks_collections(stored)
+    rest = [_scenic_placement(stored, path, unnamed) for path in stored if path not in known]
+    return (*optimizer, *rest)
+
+
+def _scenic_placement(stored: Stored, path: Path, unnamed: bool) -> Placement:
+    leaf, top, rest = stored[path], path[0], path[1:]
+    if path == ("global_step",):
+        # An old optimizer counts the same steps itself; one of the two is enough.
+        counted = (WRAPPER, "state", "step") in stored
+        return Placement(leaf=leaf, section="other" if counted else "step", path=path)
+    if top == "opt_state" and rest:
+        return Placement(leaf=leaf, section="optimizer", path=rest)
+    if top == "model_state" and unnamed and rest:
+        return Placement(leaf=leaf, section="model", collection=_STATISTICS, path=rest)
+    if top == "model_state" and len(rest) > 1:
+        return Placement(leaf=leaf, section="model", collection=str(rest[0]), path=rest[1:])
+    if top == "rng":
+        return Placement(leaf=leaf, section="aux", path=path)
+    if top in ("metadata", "model_state") or not rest:
+        return Placement(leaf=leaf, section="other", path=path)
+    return Placement(leaf=leaf, section="model", collection=str(top), path=rest)
+
+
+def _lacks_collections(stored: Stored) -> bool:
+    """Tells whether `model_state` holds modules and not collections of modules."""
+    below = {path[1] for path in stored if path[0] == "model_state" and len(path) > 1}
+    modules = {path[1] for path in stored if path[0] == "params" and len(path) > 1}
+    modules |= {path[2] for path in stored if path[:2] == (WRAPPER, "target") and len(path) > 2}
+    return bool(below) and _STATISTICS not in below and below <= modules
+
+
+SCENIC = Layout(
+    name="scenic", title="Scenic", fits=_fits_scenic, place=_place_scenic, keys=frozenset({WRAPPER})
+)
+
+
+_KAULDRON_FIELDS = frozenset({"step", "params", "collections", "opt_state"})
+
+
+def _fits_kauldron(stored: Stored) -> bool:
+    named = any(len(path) > 2 and path[0] == "collections" for path in stored)
+    return (
+        named and has_subtree(stored, "params") and {path[0] for path in stored if path} <= _KAULDRON_FIELDS
+    )
+
+
+def _place_kauldron(stored: Stored) -> tuple[Placement, ...]:
+    return tuple(_kauldron_placement(stored, path) for path in stored)
+
+
+def _kauldron_placement(stored: Stored, path: Path) -> Placement:
+    leaf, top, rest = stored[path], path[0], path[1:]
+    if path == ("step",):
+        return Placement(leaf=leaf, section="step", path=path)
+    if top == "opt_state" and rest:
+        return Placement(leaf=leaf, section="optimizer", path=rest)
+    if top == "params" and rest:
+        return Placement(leaf=leaf, section="model", collection="params", path=rest)
+    if top == "collections" and len(rest) > 1:
+        return Placement(leaf=leaf, section="model", collection=str(rest[0]), path=rest[1:])
+    return Placement(leaf=leaf, section="other", path=path)
+
+
+KAULDRON = Layout(
+    name="kauldron", title="Kauldron", fits=_fits_kauldron, place=_place_kauldron, keys=_KAULDRON_FIELDS
+)
+
 
 # `rng` by trainers/proj/cappa, `state` by trainers/proj/uvim/vqvae.py: Linen's collection of that name.
 _FIELDS_OF_STATE = frozenset({"params", "state", "opt", "chrono", "rng"})

@@ -1,5 +1,6 @@
-"""Summaries on a terminal: colours and a bar where there is one, plain text where there is none."""
+"""Summaries as plain text, on a terminal, and in a notebook."""
 
+import html
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -7,12 +8,20 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from orbax_nnx_handler.planning.rendering.plain import summary_as_text
+from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, joined, sized
 from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
-from orbax_nnx_handler.planning.text.lines import Line, Sentence
-from orbax_nnx_handler.planning.text.words import sized
 
 _LIMIT = 30
+
+
+def summary_as_text(summary: Summary) -> str:
+    """Returns a summary as text: counts first, then aligned rows, then the way out."""
+    lines = [f"{summary.head}: {summary.counts}", f"checkpoint: {summary.checkpoint}"]
+    for block in summary.blocks:
+        lines += [f"  {block.title}", *align(block.lines, limit=_LIMIT, indent="    ")]
+    return joined([*lines, *summary.advice])
+
+
 _STYLES: dict[str, str] = {
     "missing": "red",
     "mismatched": "red",
@@ -84,3 +93,65 @@ def _bar(share: ByteCounts, width: int, block: str) -> Text:
         # On a line of its own: beside the bar it would break where the terminal is narrow.
         bar.append("\n").append_text(Text("  ").join(Text(*word) for word in words))
     return bar
+
+
+_HTML_ROWS = 200
+_UNFOLDED = ("missing", "filled", "mismatched", "unexpected")
+"""What a reader has to see comes unfolded."""
+
+
+def summary_as_html(summary: Summary) -> str:
+    """Returns a summary as HTML that carries its own style: nothing is fetched, no script runs."""
+    # Rows among the advice are aligned by spaces. No colour is set: a dark notebook has its own.
+    advice = "".join(
+        f'<div style="white-space: pre-wrap">{html.escape(str(line))}</div>' for line in summary.advice
+    )
+    return (
+        '<div style="font-family: monospace; font-size: 12px">'
+        f"<div><b>{html.escape(summary.head)}</b>: {html.escape(summary.counts)}</div>"
+        f"<div>checkpoint: {html.escape(summary.checkpoint)}</div>"
+        f"{_html_bar(summary.share)}{''.join(map(_html_table, summary.blocks))}{advice}</div>"
+    )
+
+
+def _html_table(block: LeafList) -> str:
+    opened = " open" if block.kind in _UNFOLDED else ""
+    rows = "".join(map(_html_row, block.cells(_HTML_ROWS)))
+    rest = block.left_out(_HTML_ROWS)
+    if rest:
+        rows += _html_row((f"… and {rest} more",))
+    return (
+        f"<details{opened}><summary>{html.escape(block.title)} ({block.count})</summary>"
+        f"<table>{rows}</table></details>"
+    )
+
+
+def _html_row(cells: tuple[str, ...]) -> str:
+    style = ' style="text-align: left; padding-right: 1em; white-space: nowrap"'
+    return "<tr>" + "".join(f"<td{style}>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _html_bar(share: ByteCounts) -> str:
+    parts = share.parts()
+    if not parts:
+        return ""
+    total = sum(nbytes for _, nbytes in parts)
+    boxes: list[str] = []
+    left = 0.0
+    for part, nbytes in parts:
+        width = 100 * nbytes / total
+        title = f"{part}: {sized(nbytes)}"
+        boxes.append(
+            f'<rect x="{left:.3f}" y="0" width="{width:.3f}" height="10" fill="{COLOURS[part]}">'
+            f"<title>{title}</title></rect>"
+        )
+        left += width
+    spoken = ", ".join(f"{part} {sized(nbytes)}" for part, nbytes in parts)
+    words = " ".join(
+        f'<span style="color: {COLOURS[part]}">■</span> {part} {sized(nbytes)}' for part, nbytes in parts
+    )
+    return (
+        '<svg viewBox="0 0 100 10" preserveAspectRatio="none" width="480" height="12" role="img" '
+        f'aria-label="{html.escape(spoken)}">'
+        f"{''.join(boxes)}</svg><div>{words}</div>"
+    )

@@ -1,4 +1,4 @@
-"""openpi: an NNX model's state under `params`, the rest of training in another item.
+"""Programs that train NNX models: openpi and Tunix.
 
 openpi/training/checkpoints.py saves each step as two items: `params`, the tree
 `{"params": nnx.state(model)}`, and `train_state` with `step` and `opt_state`.
@@ -7,6 +7,10 @@ away and are Linen variables to all appearance). Where the training kept an
 average of its weights, `params` holds the average and `train_state/params` the
 weights that the optimizer's moments belong to; the two items are then not read
 together, since only the caller knows which weights are wanted.
+
+tunix/sft/checkpoint_manager.py saves `nnx.state(model)` as `model_params` and
+`nnx.state(optimizer, nnx.OptState)` as `optimizer_state`; in both every path
+ends in `value`. One of the items alone is an `nnx.State`.
 """
 
 from orbax_nnx_handler.planning.core.paths import Path
@@ -79,4 +83,32 @@ OPENPI_TRAIN_STATE = Layout(
     fits=_is_train_state,
     place=_place_train_state,
     keys=frozenset({"params", "opt_state", "step"}),
+)
+
+
+_MODEL, _OPTIMIZER = "model_params", "optimizer_state"
+
+
+def _is_tunix(stored: Stored) -> bool:
+    boxed = all(len(path) > 2 and path[-1] == "value" for path in stored)
+    return boxed and _MODEL in tops(stored) and tops(stored) <= {_MODEL, _OPTIMIZER}
+
+
+def _place_tunix(stored: Stored) -> tuple[Placement, ...]:
+    return tuple(_in_item(stored, path) for path in stored)
+
+
+def _in_item(stored: Stored, path: Path) -> Placement:
+    leaf, rest = stored[path], path[1:]
+    if path[0] == _MODEL and rest:
+        return Placement(leaf=leaf, section="model", path=rest)
+    if path[0] == _OPTIMIZER and rest in (("step",), ("step", "value")):
+        return Placement(leaf=leaf, section="step", path=path)
+    if path[0] == _OPTIMIZER and len(rest) > 1 and rest[0] == "opt_state":
+        return Placement(leaf=leaf, section="optimizer", path=rest[1:])
+    return Placement(leaf=leaf, section="other", path=path)
+
+
+TUNIX = Layout(
+    name="tunix", title="Tunix", fits=_is_tunix, place=_place_tunix, keys=frozenset({_MODEL, _OPTIMIZER})
 )

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orbax_nnx_handler.planning.text import folding
-from orbax_nnx_handler.planning.text.folding import Row, fold, fold_in_order, fold_paths, ranges
-from orbax_nnx_handler.planning.text.lines import align
+from orbax_nnx_handler.planning.core import folding
+from orbax_nnx_handler.planning.core.folding import Row, fold, fold_in_order, fold_paths, ranges
+from orbax_nnx_handler.planning.core.lines import align
 
 
 def texts(*rows: Row) -> list[str]:

@@ -1,1 +1,0 @@
-"""How lists of paths and sentences are laid out as text."""

@@ -28,8 +28,6 @@ LOCAL_IMPORTS = {
 """Modules of ours that are imported inside a function, with the reason: how long a start takes."""
 PUBLIC_TWICE = {"Add", "NNXLinenHandler", "Reshape", "Scale", "Transpose"}
 """Rules called as the step of a recipe that they are, and the handler of each interface of Orbax."""
-TWICE = {"Entry", "Evidence", "Leaf", "Piece", "Read", "Request", "Wanted"}
-"""Names that still mean two things; none may come to them."""
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
 """Import names that differ from the name of the project that brings them."""
 
@@ -143,7 +141,7 @@ def test_a_class_name_means_one_thing():
     names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
 
     twice = {name for name, count in names.items() if count > 1 and not name.startswith("_")}
-    assert twice <= PUBLIC_TWICE | TWICE
+    assert twice <= PUBLIC_TWICE
 
 
 def rooms_known(file: pathlib.Path) -> set[str]:

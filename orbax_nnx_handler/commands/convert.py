@@ -93,7 +93,7 @@ _EMPTY: dict[str, Any] = {"Dict": {}, "List": []}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class ConvertRequest:
     """What to write, and what a person should know about it.
 
     Attributes:
@@ -109,7 +109,7 @@ class Request:
     note: str = ""
 
 
-def request_of(arguments: argparse.Namespace) -> Request:
+def request_of(arguments: argparse.Namespace) -> ConvertRequest:
     """Returns what the arguments ask for.
 
     Raises:
@@ -151,7 +151,7 @@ def _dtype(name: str | None) -> np.dtype[Any] | None:
     return dtype
 
 
-def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
+def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> ConvertRequest:
     """Returns the stored leaves, moved and regrouped; the model itself need not be known."""
     check_readable(checkpoint.broken)
     layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0]
@@ -172,7 +172,7 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Reques
     leaves = _regrouped(leaves, arguments)
     if not leaves:
         raise RestoreError(f"{checkpoint.directory} holds nothing of that ({layout.title}).")
-    return Request(
+    return ConvertRequest(
         conversion=Conversion(source=checkpoint, leaves=leaves, given=empty),
         title=layout.title,
         left_out=left_out,
@@ -197,7 +197,7 @@ def _has_names_of(target: Any, checkpoint: Checkpoint, arguments: argparse.Names
     return not plan_restore(checkpoint.directory, target, layout=arguments.layout).missing
 
 
-def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
+def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> ConvertRequest:
     """Returns the leaves of a target, under NNX names or those of a Linen program."""
     pretend_devices(arguments)
     factory = load_factory(arguments.target)
@@ -218,7 +218,7 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Request:
     fitted = fit(plan, factory, _dtype(arguments.dtype))
     placed = in_nnx(fitted) if flavour is None else in_linen(fitted, target, flavour, as_rules(undone))
     leaves, given = placed.leaves, placed.given
-    return Request(
+    return ConvertRequest(
         conversion=Conversion(source=checkpoint, leaves=leaves, given=given, lists=flavour is not None),
         title=plan.layout,
         left_out={
@@ -306,7 +306,7 @@ def _checking(check: Callable[[], None], progress: Callable[[int], None]) -> Cal
     return step
 
 
-def _announce(request: Request, screen: Screen) -> None:
+def _announce(request: ConvertRequest, screen: Screen) -> None:
     conversion = request.conversion
     narrow = rounded(conversion.leaves, conversion.source.leaves)
     screen.facts(

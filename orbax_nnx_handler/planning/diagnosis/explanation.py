@@ -29,8 +29,10 @@ from orbax_nnx_handler.planning.diagnosis.layers import find_layer_counts, find_
 from orbax_nnx_handler.planning.diagnosis.names import (
     LOOK,
     find_another_model,
+    find_dropped,
     find_other_groups,
     find_other_names,
+    find_unneeded,
     nearest,
 )
 from orbax_nnx_handler.planning.diagnosis.optimizers import (
@@ -42,14 +44,14 @@ from orbax_nnx_handler.planning.diagnosis.parts import (
     find_biases,
     find_collections,
     find_given_layout,
+    find_keys,
     find_lost_weights,
     find_new_parts,
     find_no_weights,
     find_quantised,
+    find_random_layouts,
     find_tied,
 )
-from orbax_nnx_handler.planning.diagnosis.random_state import find_keys, find_random_layouts
-from orbax_nnx_handler.planning.diagnosis.rules import find_dropped, find_unneeded
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 from orbax_nnx_handler.planning.verdict.rows import look, mismatched_rows, missing_rows, stored_rows

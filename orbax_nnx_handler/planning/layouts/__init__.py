@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
-from orbax_nnx_handler.planning.layouts import bare, gemma, linen, maxtext, nnx_programs, t5x, vision
+from orbax_nnx_handler.planning.layouts import bare, linen, maxtext, nnx_programs, t5x, vision
 from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 
 _TELLING: tuple[Layout, ...] = (
@@ -11,7 +11,7 @@ _TELLING: tuple[Layout, ...] = (
     vision.SCENIC,
     vision.KAULDRON,
     vision.BIG_VISION,
-    gemma.GEMMA,
+    bare.GEMMA,
     nnx_programs.TUNIX,
     nnx_programs.OPENPI,
 )

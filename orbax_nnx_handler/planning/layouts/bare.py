@@ -1,4 +1,4 @@
-"""Trees without a train state around them: bare params, what NNX saves, an optax state.
+"""Trees without a train state around them: bare params, Gemma's weights, what NNX saves, an optax state.
 
 `nnx.state(...)` saved by Orbax has a last level `value` under every leaf,
 `nnx.to_pure_dict` has not. Both keep model variables of every type together and
@@ -8,6 +8,17 @@ tell anything about a leaf.
 An optax state is `tx.init(params)`, saved beside an item of weights. On disk a chain
 is a list, a named tuple a dict of its fields (optax/_src/transform.py, optax/transforms):
 `0/count`, `0/mu/<parameter>`. Nothing is a parameter there.
+
+gemma/gm/ckpts/_checkpoint.py reads three forms. *Nested* is the model's own
+tree, which is bare params and needs no layout. *Flat* is
+`{"transformer/layer_0/attn/q_einsum": {"w": ...}}`. *Stacked* keeps the layers of
+one kind of attention together, `transformer/stacked_layers/attention_type_1/...`:
+with k kinds, element i of kind j is layer i * k + j.
+
+Both are placed under the nested names, as `gm.ckpts.load_params` would return
+them: without `transformer`, the image encoder as `vision_encoder`, and without
+the `w` that only the released files have below `mlp/linear` and
+`mlp/gating_einsum`.
 """
 
 from orbax_nnx_handler.planning.core.paths import Path, segments
@@ -77,7 +88,7 @@ _WRAPPERS = frozenset({"inner_state", "inner_opt_state", "inner_states", "base_o
 _SCALARS = frozenset({"count", "mini_step", "gradient_step", "notfinite_count", "hyperparams"})
 
 
-def _fits(stored: Stored) -> bool:
+def _is_optax_state(stored: Stored) -> bool:
     firsts = {str(path[0]) for path in stored if path}
     placed = all(first.isdecimal() or first in _MOMENTS | _WRAPPERS | _SCALARS for first in firsts)
     return bool(firsts) and placed and any(_is_state(path) for path in stored)
@@ -96,4 +107,44 @@ def _place_state(stored: Stored) -> tuple[Placement, ...]:
     )
 
 
-OPTAX_STATE = Layout(name="optax_state", title="optax state", fits=_fits, place=_place_state)
+OPTAX_STATE = Layout(name="optax_state", title="optax state", fits=_is_optax_state, place=_place_state)
+
+
+_TEXT, _IMAGES = "transformer", "SigLiPFromPatches_0"
+_STACKED, _KIND = "stacked_layers", "attention_type_"
+
+
+def _is_gemma(stored: Stored) -> bool:
+    return bool(stored) and all(_is_flat(path) for path in stored)
+
+
+def _is_flat(path: Path) -> bool:
+    return len(path) > 1 and str(path[0]).startswith((f"{_TEXT}/", f"{_IMAGES}/"))
+
+
+def _place_gemma(stored: Stored) -> tuple[Placement, ...]:
+    return tuple(
+        Placement(leaf=leaf, section="model", collection="params", path=_nested(path))
+        for path, leaf in stored.items()
+    )
+
+
+def _nested(path: Path) -> Path:
+    top, *below = segments(path)
+    if top == _IMAGES:
+        below = ["vision_encoder", *below]
+    if len(below) > 2 and below[-3] == "mlp" and below[-1] == "w":
+        below = below[:-1]
+    if len(below) > 2 and below[0] == _STACKED and below[1].startswith(_KIND):
+        # Blocks of the layers `layer_0`, `layer_1`, ...: one position in the block a kind.
+        below = ["layer", *below[1:]]
+    return tuple(below) or path
+
+
+GEMMA = Layout(
+    name="gemma",
+    title="Gemma",
+    fits=_is_gemma,
+    place=_place_gemma,
+    scan_axis=0,  # gemma/gm/ckpts/_compat.py `stack_params`
+)

@@ -26,8 +26,8 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
 from orbax_nnx_handler.planning.mapping.matches import (
     Discarded,
-    Evidence,
     Found,
+    MatchEvidence,
     ModelMatch,
     Rivals,
     UnclearAxis,
@@ -293,7 +293,7 @@ def _add_steps(found: dict[Path, Found], pairs: _Pairs) -> None:
         for item in wanted.steps:
             words = f"the step of {'/'.join(stored.owner) or 'the train state'}"
             found[item.leaf.path] = Found(
-                recipe=Read(step.leaf.path), evidence=Evidence(kind="step", words=words)
+                recipe=Read(step.leaf.path), evidence=MatchEvidence(kind="step", words=words)
             )
 
 

@@ -27,7 +27,7 @@ EvidenceKind = Literal[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evidence:
+class MatchEvidence:
     """What the mapping of one leaf rests on.
 
     Attributes:
@@ -44,7 +44,7 @@ class Evidence:
     words: str
 
 
-SAME_PATH = Evidence(kind="same path", words="same path")
+SAME_PATH = MatchEvidence(kind="same path", words="same path")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Found:
     missing_layers: tuple[int, ...] = ()
     surplus: int = 0
     spare: tuple[Path, ...] = ()
-    evidence: Evidence = SAME_PATH
+    evidence: MatchEvidence = SAME_PATH
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.mapping.layers import (
     pieces_of,
     scan_paths,
 )
-from orbax_nnx_handler.planning.mapping.matches import Evidence, Found, ModelMatch, Rivals, UnclearAxis
+from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence, ModelMatch, Rivals, UnclearAxis
 from orbax_nnx_handler.planning.mapping.modules import Homeless, derive
 from orbax_nnx_handler.planning.mapping.restack import Restacked, restack
 from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
@@ -168,7 +168,7 @@ class Matcher:
                 found[item.leaf.path] = Found(
                     recipe=by_structure.recipe,
                     reason=by_structure.reason,
-                    evidence=Evidence(kind="module", words=by_structure.reason),
+                    evidence=MatchEvidence(kind="module", words=by_structure.reason),
                 )
         found |= restacked
         # A leaf with the right path and the wrong shape: better shown as that than as missing.
@@ -199,7 +199,7 @@ class Matcher:
 
     def _found(self, entry: Entry) -> Found:
         if entry.reason:
-            evidence = Evidence(kind="rule", words=entry.reason)
+            evidence = MatchEvidence(kind="rule", words=entry.reason)
         else:
             evidence = _below_roots(
                 "/".join(self.roots.wanted), "/".join((*entry.prefix, *self.roots.stored))
@@ -347,14 +347,14 @@ def _restacked(item: Restacked) -> Found:
         recipe=item.recipe,
         missing_layers=item.missing,
         surplus=item.surplus,
-        evidence=Evidence(kind="layout" if item.naming else "layers", words=words),
+        evidence=MatchEvidence(kind="layout" if item.naming else "layers", words=words),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _below_roots(wanted: str, stored: str) -> Evidence:
+def _below_roots(wanted: str, stored: str) -> MatchEvidence:
     words = f"same path below {wanted or '(root)'} and {stored or '(root)'}".replace("/#", "_")
-    return Evidence(kind="path below roots", words=words)
+    return MatchEvidence(kind="path below roots", words=words)
 
 
 def _transient(item: Wanted) -> bool:

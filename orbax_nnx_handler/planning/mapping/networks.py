@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.layouts.layout import Layout
-from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Evidence, Found, ModelMatch, Rivals
+from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Found, MatchEvidence, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.matching import Matcher
 from orbax_nnx_handler.planning.mapping.modules import is_wrapper_value
 from orbax_nnx_handler.planning.mapping.roots import (
@@ -175,7 +175,7 @@ def _as_found(entries: Mapping[Path, Entry]) -> dict[Path, Found]:
         path: Found(
             recipe=entry.recipe,
             reason=entry.reason,
-            evidence=Evidence(kind="rule", words=entry.reason) if entry.reason else SAME_PATH,
+            evidence=MatchEvidence(kind="rule", words=entry.reason) if entry.reason else SAME_PATH,
         )
         for path, entry in entries.items()
     }

@@ -14,7 +14,7 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.matches import Evidence, Found
+from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
 from orbax_nnx_handler.planning.mapping.roots import Roots, strip
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -25,7 +25,7 @@ Index = Mapping[Tokens, Path]
 Streams = Mapping[Tokens, list[Path]]
 
 
-_STREAM = Evidence(kind="random", words="the stream of its name")
+_STREAM = MatchEvidence(kind="random", words="the stream of its name")
 
 
 def find_random(

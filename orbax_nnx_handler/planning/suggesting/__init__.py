@@ -13,8 +13,8 @@ from orbax_nnx_handler.planning.mapping.modules import derive
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.modules import (
-    Leaf,
     Module,
+    ModuleLeaf,
     Order,
     Signatures,
     creation_order,
@@ -66,7 +66,7 @@ def propose(
     verdict = judge(target, stored, options)
     mapping, _ = best_mapping(roles_of(target.leaves), stored, options)
     wanted = [
-        Leaf(
+        ModuleLeaf(
             tokens=item.tokens,
             names=segments(item.path),
             collection=item.collection,
@@ -87,7 +87,9 @@ def propose(
     return _suggestion(proposals, _questions(pairing, wanted_root), target, stored, options)
 
 
-def _best_pairing(wanted: Sequence[Leaf], entries: Sequence[Entry], order: Order) -> tuple[Pairing, int]:
+def _best_pairing(
+    wanted: Sequence[ModuleLeaf], entries: Sequence[Entry], order: Order
+) -> tuple[Pairing, int]:
     """Pairs the two trees at the depths, and in NNX's own arrangement or not, that pair the most."""
     typed = all(leaf.collection for leaf in wanted) and all(entry.collection for entry in entries)
     ours = tree_of(wanted if typed else _untyped(wanted), order)
@@ -110,7 +112,7 @@ def _covered(pairing: Pairing) -> set[Path]:
     return {pair.wanted.source for pair in pairing.pairs}
 
 
-def _untyped(leaves: Iterable[Leaf]) -> list[Leaf]:
+def _untyped(leaves: Iterable[ModuleLeaf]) -> list[ModuleLeaf]:
     return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
 
 
@@ -126,12 +128,12 @@ def _depths(module: Module) -> list[Module]:
     return found
 
 
-def _plain(entries: Sequence[Entry]) -> list[Leaf]:
+def _plain(entries: Sequence[Entry]) -> list[ModuleLeaf]:
     return [_leaf(entry, entry.tokens, entry.segments) for entry in entries]
 
 
-def _leaf(entry: Entry, tokens: Tokens, names: tuple[str, ...]) -> Leaf:
-    return Leaf(
+def _leaf(entry: Entry, tokens: Tokens, names: tuple[str, ...]) -> ModuleLeaf:
+    return ModuleLeaf(
         tokens=tokens,
         names=names,
         collection=entry.collection,
@@ -141,7 +143,7 @@ def _leaf(entry: Entry, tokens: Tokens, names: tuple[str, ...]) -> Leaf:
     )
 
 
-def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
+def _arranged(entries: Sequence[Entry]) -> list[ModuleLeaf]:
     """Returns the stored leaves with the gates of recurrent cells as NNX fuses them."""
     plain = {entry.tokens: entry for entry in entries if isinstance(entry.recipe, Read)}
     by_path = {entry.sources[0]: entry for entry in plain.values()}
@@ -156,7 +158,7 @@ def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
         item.leaf.path for item in homeless
     }
     kept = [entry for entry in entries if entry.sources[0] not in consumed]
-    made: list[Leaf] = []
+    made: list[ModuleLeaf] = []
     for item in derived:
         first = by_path[next(iter(reads(item.recipe)))]
         leaf = _leaf(first, item.path, (*first.segments[:-2], *item.path[-2:]))

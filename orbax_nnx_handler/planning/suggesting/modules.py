@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_nu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaf:
+class ModuleLeaf:
     """A leaf of either side.
 
     Attributes:
@@ -48,11 +48,11 @@ class Module:
     """A module: its own leaves by name, and the modules in it in the order of their creation."""
 
     path: Tokens
-    leaves: Mapping[str, Leaf]
+    leaves: Mapping[str, ModuleLeaf]
     parts: Mapping[str, "Module"]
 
     @property
-    def every_leaf(self) -> Iterator[Leaf]:
+    def every_leaf(self) -> Iterator[ModuleLeaf]:
         """All leaves in it, at any depth."""
         yield from self.leaves.values()
         for part in self.parts.values():
@@ -94,7 +94,7 @@ def number_of(dtype: Any) -> str:
     return found[0] if found else "other"
 
 
-def tree_of(leaves: Iterable[Leaf], order: Mapping[Tokens, Sequence[str]] | None = None) -> Module:
+def tree_of(leaves: Iterable[ModuleLeaf], order: Mapping[Tokens, Sequence[str]] | None = None) -> Module:
     """Returns the tree of the leaves.
 
     Args:
@@ -105,10 +105,10 @@ def tree_of(leaves: Iterable[Leaf], order: Mapping[Tokens, Sequence[str]] | None
 
 
 def _module(
-    path: Tokens, below: Sequence[tuple[Tokens, Leaf]], order: Mapping[Tokens, Sequence[str]]
+    path: Tokens, below: Sequence[tuple[Tokens, ModuleLeaf]], order: Mapping[Tokens, Sequence[str]]
 ) -> Module:
     own = {tokens[0]: leaf for tokens, leaf in below if len(tokens) == 1}
-    groups: dict[str, list[tuple[Tokens, Leaf]]] = {}
+    groups: dict[str, list[tuple[Tokens, ModuleLeaf]]] = {}
     for tokens, leaf in below:
         if len(tokens) > 1:
             groups.setdefault(tokens[0], []).append((tokens[1:], leaf))

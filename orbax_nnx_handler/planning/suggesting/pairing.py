@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.paths import Tokens, is_number
-from orbax_nnx_handler.planning.suggesting.modules import Leaf, Module, Signatures, lone_pairs
+from orbax_nnx_handler.planning.suggesting.modules import Module, ModuleLeaf, Signatures, lone_pairs
 
 Grounds = Literal["shapes", "order", "names", "likeness", "nothing"]
 """What tells the pair: shapes allow no other; equal modules in the order of their
@@ -28,8 +28,8 @@ class Pair:
         stacked: Depth of the layer number that only the stored path has, or None.
     """
 
-    stored: Leaf
-    wanted: Leaf
+    stored: ModuleLeaf
+    wanted: ModuleLeaf
     grounds: Grounds
     unstacked: int | None = None
     stacked: int | None = None
@@ -187,7 +187,7 @@ class Pairing:
             # One leaf of another shape makes the others no more than alike.
             found = grounds if len(alike) == len(both) else weakest(grounds, "likeness")
             self.pairs.append(Pair(stored=right.pop(name), wanted=left.pop(name), grounds=found))
-        kinds: dict[object, tuple[list[Leaf], list[Leaf]]] = defaultdict(lambda: ([], []))
+        kinds: dict[object, tuple[list[ModuleLeaf], list[ModuleLeaf]]] = defaultdict(lambda: ([], []))
         for side, leaves in enumerate((left, right)):
             for leaf in leaves.values():
                 kinds[leaf.kind][side].append(leaf)

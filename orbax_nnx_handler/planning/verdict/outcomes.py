@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Discarded, Dropped, Evidence
+from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Discarded, Dropped, MatchEvidence
 from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, UnexpectedPolicy
@@ -59,7 +59,7 @@ class Restored:
     dtype: np.dtype[Any]
     cast: Cast
     reason: str = ""
-    evidence: Evidence = SAME_PATH
+    evidence: MatchEvidence = SAME_PATH
 
     @property
     def transform(self) -> str:

@@ -22,7 +22,7 @@ from etils import epath
 
 from orbax_nnx_handler.storage.checkpoint.fields import FieldError, parse_object
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY
-from orbax_nnx_handler.storage.stores.files import Files, Read
+from orbax_nnx_handler.storage.stores.files import Files, ReadFile
 
 COMMIT_FILE = "commit_success.txt"
 STEP_FILE = "_CHECKPOINT_METADATA"
@@ -30,10 +30,10 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 """What Orbax has in the name of a directory until everything in it is written."""
 
 
-def commit_questions(directory: epath.Path) -> list[Read]:
+def commit_questions(directory: epath.Path) -> list[ReadFile]:
     """Returns what has to be known to tell whether an item and its step were finished."""
     folders = (directory, directory.parent)
-    return [Read(os.fspath(folder / name)) for folder in folders for name in (COMMIT_FILE, STEP_FILE)]
+    return [ReadFile(os.fspath(folder / name)) for folder in folders for name in (COMMIT_FILE, STEP_FILE)]
 
 
 def was_interrupted(item: epath.Path, files: Files) -> epath.Path | None:
@@ -254,6 +254,6 @@ def last_of_big_vision(path: epath.Path, files: Files) -> epath.Path:
     return path.parent / f"{path.name}-{name}" if name and "/" not in name else path
 
 
-def last_question(path: epath.Path) -> Read:
+def last_question(path: epath.Path) -> ReadFile:
     """Returns what `last_of_big_vision` asks."""
-    return Read(os.fspath(path.parent / f"{path.name}-LAST"))
+    return ReadFile(os.fspath(path.parent / f"{path.name}-LAST"))

@@ -59,7 +59,7 @@ from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupte
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY, Encoding, ZarrDriver, parse_encoding
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.catalog import MANIFEST
-from orbax_nnx_handler.storage.stores.files import Files, List, Question, Read, Sizes
+from orbax_nnx_handler.storage.stores.files import Files, List, Question, ReadFile, Sizes
 from orbax_nnx_handler.storage.stores.kvstore import Store
 from orbax_nnx_handler.storage.stores.ocdbt import DamagedDatabaseError
 
@@ -202,13 +202,13 @@ def _ask(files: Files, directories: Iterable[epath.Path]) -> None:
         entries = files.entries(directory)
         questions += commit_questions(directory)
         questions += [
-            Read(os.fspath(directory / name)) for name in (TREE_FILE, MSGPACK_FILE) if name in entries
+            ReadFile(os.fspath(directory / name)) for name in (TREE_FILE, MSGPACK_FILE) if name in entries
         ]
         if MANIFEST in entries:
             questions += kvstore.database_questions(directory)
         if _KEY_FILES in entries:
             folder = os.fspath(directory / _KEY_FILES)
-            questions += [List(folder), Read(f"{folder}/{_KEY_FILE}")]
+            questions += [List(folder), ReadFile(f"{folder}/{_KEY_FILE}")]
     files.ask(*questions)
 
 

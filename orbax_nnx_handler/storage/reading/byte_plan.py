@@ -80,7 +80,7 @@ def _setting(environment: Mapping[str, str], name: str, usual: int, *, least: in
     return int(text)
 
 
-class Wanted(NamedTuple):
+class WantedBytes(NamedTuple):
     """Bytes that belong together: runs of one file, in the order of their places.
 
     Attributes:
@@ -96,7 +96,7 @@ class Part(NamedTuple):
     """A piece of one request and where it goes.
 
     Attributes:
-        wanted: The number of the `Wanted` that it is a part of.
+        wanted: The number of the `WantedBytes` that it is a part of.
         at: Its place among the bytes of that one, its runs end to end.
         start: Its place in the request.
         size: Its length.
@@ -118,7 +118,7 @@ class Request(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Requests that bring everything of some `Wanted`s and nothing of any other.
+    """Requests that bring everything of some `WantedBytes`s and nothing of any other.
 
     Attributes:
         requests: The requests, to be under way together.
@@ -162,7 +162,7 @@ class BytePlan:
         return -(-self.requests // self.limits.requests)
 
 
-def plan_bytes(wanted: Sequence[Wanted], limits: Limits) -> BytePlan:
+def plan_bytes(wanted: Sequence[WantedBytes], limits: Limits) -> BytePlan:
     """Returns the requests that bring what is wanted.
 
     Args:
@@ -198,12 +198,12 @@ class _Open:
         self._start = self._end = -1
         self._parts: list[Part] = []
 
-    def takes(self, wanted: Wanted) -> bool:
+    def takes(self, wanted: WantedBytes) -> bool:
         """Tells whether something is joined to the last request rather than asked for by itself."""
         (start, size), *more = wanted.runs
         return not more and wanted.file == self._file and self._joins(start, size)
 
-    def add(self, number: int, wanted: Wanted) -> None:
+    def add(self, number: int, wanted: WantedBytes) -> None:
         """Adds all runs, cut where they are too long."""
         at = 0
         self._numbers.append(number)

@@ -30,7 +30,7 @@ from orbax_nnx_handler.planning.core.regions import (
 )
 from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
 from orbax_nnx_handler.storage.reading.base_store import AbsentError
-from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted, cut_run
+from orbax_nnx_handler.storage.reading.byte_plan import Limits, WantedBytes, cut_run
 from orbax_nnx_handler.storage.reading.jobs import Buffer, Destination
 from orbax_nnx_handler.storage.reading.streams import ByteStream, Content, Unpacked, Zstd, decompressor
 from orbax_nnx_handler.storage.stores.kvstore import Extent
@@ -71,7 +71,7 @@ class Owner(Protocol):
 
 
 @dataclasses.dataclass(slots=True)
-class Piece:
+class ChunkPiece:
     """Bytes that are needed together, and what is done with them.
 
     Attributes:
@@ -85,7 +85,7 @@ class Piece:
     """
 
     owner: Owner
-    wanted: Wanted
+    wanted: WantedBytes
     nbytes: int
     target: memoryview | None = None
     use: Callable[[Content], None] | None = None
@@ -100,7 +100,7 @@ class Piece:
 
 def pieces_of_chunk(
     owner: Owner, encoding: Encoding, extent: Extent, targets: Sequence[Destination], limits: Limits
-) -> Iterator[Piece]:
+) -> Iterator[ChunkPiece]:
     """Yields what the targets need of one chunk.
 
     Args:
@@ -119,8 +119,8 @@ def pieces_of_chunk(
         raise DamagedError(f"holds {extent.size} bytes, less than a shard's index")
     if encoding.codec == "zstd":
         use = functools.partial(_fill_from_zstd, encoding, targets, extent.size)
-        wanted = Wanted(extent.file, ((extent.start, extent.size),))
-        yield Piece(owner, wanted, _nbytes(targets), use=use, streamed=extent.size > limits.packed_bytes)
+        wanted = WantedBytes(extent.file, ((extent.start, extent.size),))
+        yield ChunkPiece(owner, wanted, _nbytes(targets), use=use, streamed=extent.size > limits.packed_bytes)
         return
     if payload != encoding.chunk_nbytes:
         raise DamagedError(f"holds {payload} bytes where a chunk has {encoding.chunk_nbytes}")
@@ -128,13 +128,13 @@ def pieces_of_chunk(
     if behind:
         # The chunk fills the shard, so that its place is known before the index is read. The index
         # comes along to be compared, with the last bytes of the chunk where these are wanted.
-        wanted = Wanted(extent.file, ((extent.start + payload, behind),))
-        yield Piece(owner, wanted, 0, use=functools.partial(_compare_index, payload))
+        wanted = WantedBytes(extent.file, ((extent.start + payload, behind),))
+        yield ChunkPiece(owner, wanted, 0, use=functools.partial(_compare_index, payload))
 
 
 def raw_pieces(
     owner: Owner, encoding: Encoding, extent: Extent, targets: Sequence[Destination], limits: Limits
-) -> Iterator[Piece]:
+) -> Iterator[ChunkPiece]:
     """Yields what the targets need of values that are stored as they are, in C order.
 
     Args:
@@ -149,8 +149,8 @@ def raw_pieces(
     for (first, size), target in zip(direct, targets, strict=False):
         memory = memory_of(target.view)
         for start, length in cut_run(first, size, limits.range_bytes):
-            wanted = Wanted(extent.file, ((extent.start + start, length),))
-            yield Piece(owner, wanted, length, target=memory[start - first : start - first + length])
+            wanted = WantedBytes(extent.file, ((extent.start + start, length),))
+            yield ChunkPiece(owner, wanted, length, target=memory[start - first : start - first + length])
     if direct:
         return
     box = _widened(box_of(targets), encoding.chunk_shape, itemsize, limits.gap_bytes)
@@ -162,7 +162,7 @@ def raw_pieces(
                 (extent.start + first, run) for first, run in _runs(block, encoding.chunk_shape, itemsize)
             )
             use = functools.partial(_scatter_bytes, encoding, block, places)
-            yield Piece(owner, Wanted(extent.file, at), _nbytes_within(places, block), use=use)
+            yield ChunkPiece(owner, WantedBytes(extent.file, at), _nbytes_within(places, block), use=use)
 
 
 def _direct_runs(encoding: Encoding, targets: Sequence[Destination]) -> list[tuple[int, int]]:

@@ -39,7 +39,7 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
     cut_run,
     plan_bytes,
 )
-from orbax_nnx_handler.storage.reading.chunks import Piece
+from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
 from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers
 
 Progress = Callable[[int], None]
@@ -67,7 +67,7 @@ class Task:
 
 def read_pieces(
     files: DataFiles,
-    pieces: Sequence[Piece],
+    pieces: Sequence[ChunkPiece],
     limits: Limits,
     *,
     tasks: Sequence[Task] = (),
@@ -97,7 +97,7 @@ def read_pieces(
         reading.run(workers, plan, others, tasks)
 
 
-def threads_for(pieces: Sequence[Piece]) -> int:
+def threads_for(pieces: Sequence[ChunkPiece]) -> int:
     """Returns how many threads unpack and put in place."""
     # Of a tiny piece the interpreter's part is the larger one, and threads only
     # take its lock from each other (20,000 leaves of 2.5 kB: 0.37 s with one, 0.45 s with two).
@@ -113,7 +113,7 @@ class _Reading:
     def __init__(
         self,
         files: DataFiles,
-        pieces: Sequence[Piece],
+        pieces: Sequence[ChunkPiece],
         limits: Limits,
         window_bytes: int,
         progress: Progress | None,
@@ -125,10 +125,12 @@ class _Reading:
         self._under_way = threading.BoundedSemaphore(limits.requests)
         self._progress = progress
         self._own = threading.local()
-        self._asked: dict[int, Piece] = {}
+        self._asked: dict[int, ChunkPiece] = {}
         self._limit = None if isinstance(files, LocalData) else TIME_LIMIT_S
 
-    def run(self, workers: Workers, plan: BytePlan, others: Sequence[Piece], tasks: Sequence[Task]) -> None:
+    def run(
+        self, workers: Workers, plan: BytePlan, others: Sequence[ChunkPiece], tasks: Sequence[Task]
+    ) -> None:
         """Reads everything.
 
         Raises:
@@ -145,7 +147,7 @@ class _Reading:
                 raise piece.owner.unreadable(silence)
 
     def _submit_all(
-        self, workers: Workers, plan: BytePlan, others: Sequence[Piece], tasks: Sequence[Task]
+        self, workers: Workers, plan: BytePlan, others: Sequence[ChunkPiece], tasks: Sequence[Task]
     ) -> None:
         for task in tasks:
             self._submit(workers, _Step(task.run, held=task.nbytes, nbytes=task.nbytes))
@@ -197,7 +199,7 @@ class _Reading:
             ),
         )
 
-    def _ask_whole(self, workers: Workers, piece: Piece) -> None:
+    def _ask_whole(self, workers: Workers, piece: ChunkPiece) -> None:
         assert isinstance(self._files, RemoteData)
         begin = functools.partial(self._files.begin_whole, piece.wanted.file)
         self._send(
@@ -212,7 +214,7 @@ class _Reading:
     def _send(
         self,
         workers: Workers,
-        piece: Piece,
+        piece: ChunkPiece,
         begin: Sequence[Callable[[], Answer]],
         step_of: Callable[[list[Answer]], "_Step"],
     ) -> None:
@@ -288,19 +290,19 @@ class _Reading:
                 with _named(piece):
                     piece.use(contents[number])
 
-    def _use_present(self, pieces: Sequence[Piece]) -> None:
+    def _use_present(self, pieces: Sequence[ChunkPiece]) -> None:
         for piece in pieces:
             with _named(piece):
                 assert piece.use is not None
                 assert piece.content is not None
                 piece.use(memoryview(piece.content))
 
-    def _use_whole(self, piece: Piece, answers: Sequence[Answer]) -> None:
+    def _use_whole(self, piece: ChunkPiece, answers: Sequence[Answer]) -> None:
         assert piece.use is not None
         with _named(piece):
             piece.use(content_of(answers[0]))
 
-    def _read_stream(self, piece: Piece) -> None:
+    def _read_stream(self, piece: ChunkPiece) -> None:
         (start, size), files = piece.wanted.runs[0], self._files
         assert piece.use is not None
         with _named(piece):
@@ -333,7 +335,7 @@ def _buffers(request: Request, contents: Mapping[int, memoryview]) -> Iterator[m
 
 
 @contextlib.contextmanager
-def _named(piece: Piece, *, listed: bool = False) -> Generator[None]:
+def _named(piece: ChunkPiece, *, listed: bool = False) -> Generator[None]:
     """Names leaf and file in whatever goes wrong.
 
     Args:

@@ -35,8 +35,8 @@ from orbax_nnx_handler.storage.reading.base_store import (
     ShortReadError,
     open_data,
 )
-from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted, limits_of
-from orbax_nnx_handler.storage.reading.chunks import DamagedError, Piece, pieces_of_chunk
+from orbax_nnx_handler.storage.reading.byte_plan import Limits, WantedBytes, limits_of
+from orbax_nnx_handler.storage.reading.chunks import ChunkPiece, DamagedError, pieces_of_chunk
 from orbax_nnx_handler.storage.reading.engine import Progress, Task, naming_lost_values, read_pieces
 from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.members import pieces_of_member
@@ -89,7 +89,7 @@ def check_presence(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Regio
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaf:
+class LeafToRead:
     """A stored leaf and what its absence means.
 
     Attributes:
@@ -136,7 +136,7 @@ class Leaf:
 class _Chunk:
     """One chunk of a leaf and the places that its values go to, counted from its own start."""
 
-    leaf: Leaf
+    leaf: LeafToRead
     key: str
     targets: Sequence[Destination]
 
@@ -168,7 +168,7 @@ class _Chunk:
         for target in self.targets:
             target.put(value)
 
-    def pieces(self, extent: Extent, limits: Limits) -> list[Piece]:
+    def pieces(self, extent: Extent, limits: Limits) -> list[ChunkPiece]:
         """Returns what is needed of the chunk's bytes."""
         encoding = self.leaf.array.encoding
         try:
@@ -256,7 +256,7 @@ def _read_from_one_store(
     chunks: list[_Chunk] = []
     beside = list(tasks)
     for path, places in targets.items():
-        leaf = Leaf(path=path, array=checkpoint.arrays[path], writes_fill=checkpoint.writes_fill)
+        leaf = LeafToRead(path=path, array=checkpoint.arrays[path], writes_fill=checkpoint.writes_fill)
         if leaf.array.encoding.codec == "other":
             beside += [_tensorstore_task(leaf, place) for place in places]
         else:
@@ -272,11 +272,11 @@ def _read_from_one_store(
         )
 
 
-def _tensorstore_task(leaf: Leaf, place: Destination) -> Task:
+def _tensorstore_task(leaf: LeafToRead, place: Destination) -> Task:
     return Task(run=functools.partial(leaf.read_with_tensorstore, place), nbytes=place.view.nbytes)
 
 
-def _chunks_of(leaf: Leaf, places: Sequence[Destination]) -> Iterator[_Chunk]:
+def _chunks_of(leaf: LeafToRead, places: Sequence[Destination]) -> Iterator[_Chunk]:
     """Yields the chunks that the places need, each with its parts of them."""
     encoding = leaf.array.encoding
     filled = [place for place in places if place.view.size]
@@ -304,7 +304,7 @@ def _within(target: Destination, covered: Region) -> Destination | None:
     return target.part(shift(shared, starts(covered)), inside)
 
 
-def _pieces(store: Store, files: DataFiles, chunks: Sequence[_Chunk], limits: Limits) -> Iterator[Piece]:
+def _pieces(store: Store, files: DataFiles, chunks: Sequence[_Chunk], limits: Limits) -> Iterator[ChunkPiece]:
     """Yields the pieces of all chunks, as far as a chunk is there."""
     sizes: Mapping[str, int | None] = {}
     if store.kind == "files" and isinstance(files, LocalData):
@@ -319,9 +319,9 @@ def _pieces(store: Store, files: DataFiles, chunks: Sequence[_Chunk], limits: Li
             chunk.fill_absent()
         else:
             # A value in the catalog itself; or nobody knows how long it is, and it is asked for as a whole.
-            yield Piece(
+            yield ChunkPiece(
                 chunk,
-                Wanted(chunk.key, ()),
+                WantedBytes(chunk.key, ()),
                 chunk.nbytes,
                 use=chunk.fill_from,
                 content=store.inline(chunk.key),

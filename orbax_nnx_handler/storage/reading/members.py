@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 
 from orbax_nnx_handler.planning.core.regions import shape_of_region, whole
 from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
-from orbax_nnx_handler.storage.reading.byte_plan import Limits, Wanted
+from orbax_nnx_handler.storage.reading.byte_plan import Limits, WantedBytes
 from orbax_nnx_handler.storage.reading.chunks import (
     BLOCK_BYTES,
+    ChunkPiece,
     DamagedError,
     Owner,
-    Piece,
     box_of,
     memory_of,
     raw_pieces,
@@ -35,7 +35,7 @@ _SPARE_BYTES = 1 << 20
 
 def pieces_of_member(
     owner: Owner, encoding: NpyEncoding, extent: Extent, targets: Sequence[Destination], limits: Limits
-) -> Iterator[Piece]:
+) -> Iterator[ChunkPiece]:
     """Yields what the targets need of one member.
 
     Args:
@@ -53,8 +53,8 @@ def pieces_of_member(
         return
     use = functools.partial(_fill_from_member, laid, places)
     nbytes = sum(place.view.nbytes for place in places)
-    wanted = Wanted(extent.file, ((extent.start, extent.size),))
-    yield Piece(owner, wanted, nbytes, use=use, streamed=extent.size > limits.member_bytes)
+    wanted = WantedBytes(extent.file, ((extent.start, extent.size),))
+    yield ChunkPiece(owner, wanted, nbytes, use=use, streamed=extent.size > limits.member_bytes)
 
 
 def _in_order_of_bytes(

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.modules import in_linen_wrappers, is_scale
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import children, flatten, holds_nnx
-from orbax_nnx_handler.storage.saving.item import Leaf, Leaves, Parts, take_apart
+from orbax_nnx_handler.storage.saving.item import ItemLeaf, Leaves, Parts, take_apart
 
 # Named-tuple fields of optax under which another optimizer's state lies.
 _NESTING = frozenset({"opt_state", "inner_state", "inner_opt_state", "inner_states"})
@@ -45,7 +45,7 @@ class OptaxTree:
     parameters: Set[tuple[str, ...]]
     level: Path = ()
 
-    def places(self, node: Any, at: Path, path: Path) -> Iterator[tuple[Path, Leaf]]:
+    def places(self, node: Any, at: Path, path: Path) -> Iterator[tuple[Path, ItemLeaf]]:
         """Yields the stored path of each leaf and each empty node.
 
         Args:
@@ -56,10 +56,10 @@ class OptaxTree:
         value = cast(Any, node).get_raw_value() if isinstance(node, nnx.Variable) else node
         entries = children(value)
         if not entries:
-            yield at, Leaf(path, node)
+            yield at, ItemLeaf(path, node)
         elif isinstance(value, Mapping) and self._mirrors_parameters(flatten(value), path[-1]):
             for below, leaf in flatten(value).items():
-                yield (*at, *self.level, *linen_path(below)), Leaf((*path, *below), leaf)
+                yield (*at, *self.level, *linen_path(below)), ItemLeaf((*path, *below), leaf)
         else:
             # A named tuple's fields without a leaf (`MultiSteps.skip_state`) are stored too, as empty.
             listed = _is_sequence(value, [name for name, _ in entries])
@@ -102,7 +102,9 @@ def with_containers(opt_state: Any, tx: Transformation, model: Leaves) -> Any:
     expected = flatten(template)
     strange = [path for path in leaves if path not in expected]
     absent = [
-        path for path, node in expected.items() if path not in leaves and Leaf(path, node).value is not None
+        path
+        for path, node in expected.items()
+        if path not in leaves and ItemLeaf(path, node).value is not None
     ]
     if strange or absent:
         raise ValueError(_misfit(strange, absent))
@@ -195,14 +197,14 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
     )
 
 
-def _places(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, Leaf]]:
+def _places(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, ItemLeaf]]:
     yield from (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
     yield from _optimizer(parts, flavour)
     for path, leaf in _lasting(parts.outside).items():
         yield (AUX, *segments(path)), leaf
 
 
-def _linen_model(leaves: Leaves) -> Iterator[tuple[Path, Leaf]]:
+def _linen_model(leaves: Leaves) -> Iterator[tuple[Path, ItemLeaf]]:
     """Yields the leaves below one key a collection; what belongs to none is kept aside."""
     wrapped = in_linen_wrappers(leaves)
     for path, leaf in leaves.items():
@@ -214,19 +216,19 @@ def _linen_model(leaves: Leaves) -> Iterator[tuple[Path, Leaf]]:
             yield (collection, *linen_path(place)), leaf
 
 
-def _collection(leaf: Leaf) -> str | None:
+def _collection(leaf: ItemLeaf) -> str | None:
     kind = cast("type[Any]", type(leaf.node))
     return None if issubclass(kind, nnx.RngState) else collection_of(kind)
 
 
-def _maxtext_model(leaves: Leaves) -> Iterator[tuple[Path, Leaf]]:
+def _maxtext_model(leaves: Leaves) -> Iterator[tuple[Path, ItemLeaf]]:
     """Yields the weights below `params/params`; MaxText keeps everything else aside."""
     for path, leaf in leaves.items():
         is_weight = isinstance(leaf.node, nnx.Param)
         yield ("params", "params", *linen_path(path)) if is_weight else (AUX, "model", *segments(path)), leaf
 
 
-def _optimizer(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, Leaf]]:
+def _optimizer(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, ItemLeaf]]:
     if parts.opt_state is not None:
         # MaxText's optimizer runs on the variables dict, so its moments have the collection's level.
         tree = OptaxTree(
@@ -244,7 +246,7 @@ def _lasting(leaves: Leaves) -> Leaves:
     }
 
 
-def _without_collisions(places: Iterable[tuple[Path, Leaf]]) -> Iterator[tuple[Path, Leaf]]:
+def _without_collisions(places: Iterable[tuple[Path, ItemLeaf]]) -> Iterator[tuple[Path, ItemLeaf]]:
     """Yields the places, no two of them one path nor one inside the other."""
     listed = list(places)
     check_distinct((at, leaf.path) for at, leaf in listed)

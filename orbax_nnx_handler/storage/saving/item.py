@@ -14,7 +14,7 @@ _OPT_STATE = "opt_state"
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class ItemLeaf:
     """One leaf of an item: an `nnx.Variable`, or an array outside any, at its path in the item."""
 
     path: Path
@@ -31,7 +31,7 @@ class Leaf:
         return {} if isinstance(value, Mapping) else ()
 
 
-Leaves = Mapping[Path, Leaf]
+Leaves = Mapping[Path, ItemLeaf]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Parts:
     outside: Leaves
     opt_state: Any = None
     owner: Path = ()
-    step: Leaf | None = None
+    step: ItemLeaf | None = None
 
 
 def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
@@ -80,7 +80,7 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
             "hint: save each with its model as an item of its own (ocp.args.Composite)."
         )
     nodes = flatten(_state_of(item)) | _abstract_arrays(item)
-    leaves = {path: Leaf(path, node) for path, node in nodes.items()}
+    leaves = {path: ItemLeaf(path, node) for path, node in nodes.items()}
     if not optimizers:
         return _without_optimizer(item, leaves, model_key)
     ((owner, opt_state),) = optimizers.items()
@@ -154,7 +154,7 @@ def _names_its_model(item: Any) -> bool:
 
 
 def _merge(leaves: Leaves) -> Leaves:
-    merged: dict[Path, Leaf] = {}
+    merged: dict[Path, ItemLeaf] = {}
     for path, leaf in leaves.items():
         if path[1:] in merged:
             raise ValueError(

@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, arrange, check_distinct, is_nnx
-from orbax_nnx_handler.storage.saving.item import Leaf
+from orbax_nnx_handler.storage.saving.item import ItemLeaf
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf, with_gates
 from orbax_nnx_handler.storage.saving.undo import Copies, Leaves, as_restored, without_rules
 
@@ -48,7 +48,7 @@ class SavePlan:
 
     leaves: Mapping[Path, SavedLeaf]
     empty: Mapping[Path, Any]
-    random: Mapping[Path, Leaf]
+    random: Mapping[Path, ItemLeaf]
     values: Mapping[Path, Any]
     copies: Copies = ()
 

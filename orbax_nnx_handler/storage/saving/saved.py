@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Slice, reads
 from orbax_nnx_handler.planning.mapping.modules import GRU_GATES, LSTM_GATES
 from orbax_nnx_handler.storage.arithmetic import evaluate
-from orbax_nnx_handler.storage.saving.item import Leaf
+from orbax_nnx_handler.storage.saving.item import ItemLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SavedLeaf:
     like: Path
 
     @classmethod
-    def of(cls, leaf: Leaf) -> "SavedLeaf":
+    def of(cls, leaf: ItemLeaf) -> "SavedLeaf":
         """Returns a leaf of the item as it is."""
         value = leaf.value if hasattr(leaf.value, "dtype") else np.asarray(leaf.value)
         return cls(recipe=Read(leaf.path), shape=tuple(value.shape), dtype=value.dtype, like=leaf.path)

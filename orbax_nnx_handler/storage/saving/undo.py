@@ -8,7 +8,6 @@ from typing import Any
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.inverse import inverse
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import (
@@ -31,7 +30,7 @@ from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import model_entries
-from orbax_nnx_handler.planning.rules.undo import undo_rules
+from orbax_nnx_handler.planning.rules.undo import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 

@@ -14,7 +14,15 @@ import tensorstore as ts
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.storage.stores.files import Answer, Entry, List, Listing, Question, Read, Sizes
+from orbax_nnx_handler.storage.stores.files import (
+    Answer,
+    FolderEntry,
+    List,
+    Listing,
+    Question,
+    ReadFile,
+    Sizes,
+)
 from orbax_nnx_handler.storage.stores.locations import cannot_read, kvstore_spec
 
 
@@ -35,7 +43,7 @@ def _answer(question: Question) -> Answer:
                 return _list(path)
             case Sizes(path, prefix):
                 return dict(_sizes(path, prefix))
-            case Read(path, start, size):
+            case ReadFile(path, start, size):
                 return _read(path, start, size)
     except (FileNotFoundError, NotADirectoryError):
         return {} if isinstance(question, Sizes) else None
@@ -52,18 +60,18 @@ def _list(path: str) -> Listing:
     return Listing(kind="folder", entries={child.name: _entry(child) for child in found})
 
 
-def _entry(child: os.DirEntry[str]) -> Entry:
+def _entry(child: os.DirEntry[str]) -> FolderEntry:
     try:
         # Of thousands of array directories none needs a call of its own.
-        return Entry("folder") if child.is_dir() else _entry_of(child.stat())
+        return FolderEntry("folder") if child.is_dir() else _entry_of(child.stat())
     except OSError:
-        return Entry("other")
+        return FolderEntry("other")
 
 
-def _entry_of(status: os.stat_result) -> Entry:
+def _entry_of(status: os.stat_result) -> FolderEntry:
     if stat.S_ISDIR(status.st_mode):
-        return Entry("folder")
-    return Entry("file", status.st_size) if stat.S_ISREG(status.st_mode) else Entry("other")
+        return FolderEntry("folder")
+    return FolderEntry("file", status.st_size) if stat.S_ISREG(status.st_mode) else FolderEntry("other")
 
 
 def _sizes(path: str, prefix: str) -> Iterator[tuple[str, int]]:
@@ -161,7 +169,7 @@ class RemoteFiles:
             return cannot_read(question.path, error)
 
     def _start(self, question: Question) -> _Pending:
-        if isinstance(question, Read):
+        if isinstance(question, ReadFile):
             key = question.path.removeprefix(self._root).lstrip("/")
             stop = None if question.size is None else question.start + question.size
             whole = not question.start and stop is None
@@ -201,7 +209,7 @@ def _finish(question: Question, future: _Pending, deadline: float) -> Answer:
         return {} if isinstance(question, Sizes) else None
     except Exception as error:
         return cannot_read(question.path, error)
-    if isinstance(question, Read):
+    if isinstance(question, ReadFile):
         return result.value if result.state == "value" else None
     path = question.path.partition("://")[2].strip("/")
     if isinstance(question, List):
@@ -225,13 +233,13 @@ def _wait(question: Question, future: _Pending, deadline: float) -> Any:
 
 
 def _listing(path: str, infos: Sequence[Mapping[str, Any]]) -> Listing:
-    entries: dict[str, Entry] = {}
+    entries: dict[str, FolderEntry] = {}
     for info in infos:
         name = str(info["name"]).strip("/")
         is_file = info["type"] == "file"
         if name != path:
             entries[name.rpartition("/")[2]] = (
-                Entry("file", int(info["size"])) if is_file else Entry("folder")
+                FolderEntry("file", int(info["size"])) if is_file else FolderEntry("folder")
             )
         elif is_file and "/" in path:
             return Listing(kind="file", size=int(info["size"]))

@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 Kind = Literal["file", "folder", "other"]
 
 
-class Entry(NamedTuple):
+class FolderEntry(NamedTuple):
     """What a name stands for; `other` is a pipe, a device, or a link to nothing."""
 
     kind: Kind
@@ -42,7 +42,7 @@ class Listing:
 
     kind: Kind
     size: int = 0
-    entries: Mapping[str, Entry] = dataclasses.field(default_factory=dict[str, Entry])
+    entries: Mapping[str, FolderEntry] = dataclasses.field(default_factory=dict[str, FolderEntry])
 
 
 class List(NamedTuple):
@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
     prefix: str
 
 
-class Read(NamedTuple):
+class ReadFile(NamedTuple):
     """Asks for the bytes of a file, or a run of them; the answer is None where there is no file."""
 
     path: str
@@ -66,7 +66,7 @@ class Read(NamedTuple):
     size: int | None = None
 
 
-Question = List | Sizes | Read
+Question = List | Sizes | ReadFile
 Answer = Listing | dict[str, int] | bytes | NotACheckpointError | None
 
 
@@ -121,7 +121,7 @@ class Files:
         """
         return _expect(Listing, self._answer(List(os.fspath(path))))
 
-    def entries(self, folder: epath.Path) -> Mapping[str, Entry]:
+    def entries(self, folder: epath.Path) -> Mapping[str, FolderEntry]:
         """Returns what lies in a folder, in order of the names."""
         listing = self.listing(folder)
         return listing.entries if listing is not None else {}
@@ -155,11 +155,11 @@ class Files:
         Raises:
             NotACheckpointError: It cannot be read.
         """
-        return _expect(bytes, self._answer(Read(os.fspath(path))))
+        return _expect(bytes, self._answer(ReadFile(os.fspath(path))))
 
     def beginning(self, path: epath.Path, size: int) -> bytes:
         """Returns the first bytes of a file."""
-        return _expect(bytes, self._answer(Read(os.fspath(path), 0, size))) or b""
+        return _expect(bytes, self._answer(ReadFile(os.fspath(path), 0, size))) or b""
 
     def optional(self, path: epath.Path, *, warn: bool = False) -> bytes | None:
         """Returns the bytes of a file that can be done without, or None."""
@@ -172,7 +172,7 @@ class Files:
 
     def contents(self, paths: Sequence[epath.Path]) -> list[bytes | NotACheckpointError | None]:
         """Returns the bytes of many small files, asked for together; an error for one that cannot be read."""
-        questions = [Read(os.fspath(path)) for path in paths]
+        questions = [ReadFile(os.fspath(path)) for path in paths]
         self.ask(*questions)
         answers = [self._known[question] for question in questions]
         return [answer if isinstance(answer, bytes | NotACheckpointError) else None for answer in answers]
@@ -180,7 +180,9 @@ class Files:
     def extents(self, folder: epath.Path, extents: Sequence[Extent]) -> list[bytes]:
         """Returns runs of bytes in files below a folder, asked for together and not kept."""
         root = os.fspath(folder)
-        answers = self._backend.answer([Read(f"{root}/{file}", start, size) for file, start, size in extents])
+        answers = self._backend.answer(
+            [ReadFile(f"{root}/{file}", start, size) for file, start, size in extents]
+        )
         return [_expect(bytes, answer) or b"" for answer in answers]
 
     def sizes(self, folder: epath.Path, prefix: str) -> Mapping[str, int]:

@@ -11,7 +11,7 @@ from etils import epath
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.stores.backends import CONTEXT_SPEC, LocalFiles, RemoteFiles
 from orbax_nnx_handler.storage.stores.catalog import MANIFEST, Catalog, Database, read_catalog
-from orbax_nnx_handler.storage.stores.files import Files, Read, Sizes
+from orbax_nnx_handler.storage.stores.files import Files, ReadFile, Sizes
 from orbax_nnx_handler.storage.stores.locations import is_url, kvstore_spec
 from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
@@ -99,10 +99,10 @@ class Store:
         return self.catalog is not None and key not in self.catalog
 
 
-def database_questions(directory: epath.Path) -> list[Read | Sizes]:
+def database_questions(directory: epath.Path) -> list[ReadFile | Sizes]:
     """Returns what has to be known of a database before its tree can be walked."""
     path = str(directory)
-    return [Read(f"{path}/{MANIFEST}"), *(Sizes(path, prefix) for prefix in _DATA_FOLDERS)]
+    return [ReadFile(f"{path}/{MANIFEST}"), *(Sizes(path, prefix) for prefix in _DATA_FOLDERS)]
 
 
 def open_ocdbt(directory: epath.Path, files: Files) -> Store:

@@ -10,7 +10,7 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
     DISK,
     OBJECT_STORE,
     Limits,
-    Wanted,
+    WantedBytes,
     cut_run,
     limits_of,
     plan_bytes,
@@ -21,7 +21,7 @@ MB = 1 << 20
 
 
 def one(start, size, file="f"):
-    return Wanted(file, ((start, size),))
+    return WantedBytes(file, ((start, size),))
 
 
 def ranges(plan):
@@ -82,7 +82,7 @@ def test_large_leaves_take_a_request_for_8_mb_and_one_trip():
 
 
 def test_the_runs_of_one_piece_stay_together_even_where_they_are_apart():
-    plan = plan_bytes([Wanted("f", ((0, 10), (12, 10), (500, 10))), one(515, 5)], SMALL)
+    plan = plan_bytes([WantedBytes("f", ((0, 10), (12, 10), (500, 10))), one(515, 5)], SMALL)
 
     assert [batch.wanted for batch in plan.batches] == [(0,), (1,)] or plan.requests == 2
     assert sorted(ranges(plan))[0] == (0, 22)

@@ -11,7 +11,7 @@ from flax import nnx
 from orbax_nnx_handler import NotACheckpointError, RestoreError, plan_restore, save
 from orbax_nnx_handler.storage.stores import backends
 from orbax_nnx_handler.storage.stores.backends import RemoteFiles
-from orbax_nnx_handler.storage.stores.files import List, Read
+from orbax_nnx_handler.storage.stores.files import List, ReadFile
 from orbax_nnx_handler.storage.stores.locations import (
     absolute,
     as_path,
@@ -145,7 +145,7 @@ def test_a_store_that_never_answers_is_given_up_with_words_on_the_way(monkeypatc
     monkeypatch.setattr(RemoteFiles, "_start", lambda *_: silent)
 
     with caplog.at_level(logging.WARNING):
-        (answer,) = files.answer([Read("gs://bucket/x/_METADATA")])
+        (answer,) = files.answer([ReadFile("gs://bucket/x/_METADATA")])
 
     assert isinstance(answer, NotACheckpointError)
     assert str(answer).startswith("gs://bucket/x/_METADATA cannot be read: TimeoutError: no answer within")

@@ -38,7 +38,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     substitute,
 )
 from orbax_nnx_handler.planning.layouts.layout import Stored
-from orbax_nnx_handler.planning.mapping.matches import Evidence, Found
+from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
 from orbax_nnx_handler.planning.mapping.optimizers.pairs import PairedStates, pair_states
 from orbax_nnx_handler.planning.mapping.optimizers.states import (
     ORPHAN,
@@ -48,8 +48,8 @@ from orbax_nnx_handler.planning.mapping.optimizers.states import (
 )
 from orbax_nnx_handler.planning.rules import Casts
 
-_STATE = Evidence(kind="optimizer", words="the same field of the same optimizer state")
-_MOMENT = Evidence(
+_STATE = MatchEvidence(kind="optimizer", words="the same field of the same optimizer state")
+_MOMENT = MatchEvidence(
     kind="moment", words="its parameter's recipe, in the same field of the same optimizer state"
 )
 

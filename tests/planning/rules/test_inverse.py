@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from orbax_nnx_handler import RuleError
-from orbax_nnx_handler.planning.core.inverse import inverse
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
     Fill,
@@ -17,6 +16,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Stack,
     Transpose,
 )
+from orbax_nnx_handler.planning.rules.undo import inverse
 from tests.planning.plans import evaluate
 
 A, B = Read(("a",)), Read(("b",))

@@ -1,9 +1,11 @@
 """The Orbax handler: restores Linen checkpoints into NNX, saves NNX in the Linen layout."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -19,7 +21,7 @@ from orbax_nnx_handler.planning.options import (
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.storage.reading.single_replica import is_single_replica
-from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation
+from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import Undone, linen_save
 
 Renames = Iterable[Rule | tuple[str, str]]
@@ -45,7 +47,8 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
     """Reads Linen checkpoints into NNX state and writes NNX state as Linen would.
 
     A drop-in for `ocp.PyTreeCheckpointHandler`: what is on disk is a plain PyTree
-    checkpoint that stock Orbax reads without this package.
+    checkpoint that stock Orbax reads without this package, and an item without an NNX
+    object is saved and restored by Orbax, its args untouched (docs/drop_in.md).
 
     Attributes:
         report: What the last restore did, or None.
@@ -83,10 +86,11 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
             ValueError: A value is none of the choices.
         """
         super().__init__(**pytree_handler_options)
+        self._standard = _Standard(self, pytree_handler_options)
         limit = pytree_handler_options.get("restore_concurrent_gb")
         own: Any = pytree_handler_options.get("type_handler_registry")
         asked = own is not None and is_single_replica(own)
-        self._has_own_type_handlers = own is not None and not asked
+        self._reader = _reader(pytree_handler_options) if own is not None and not asked else None
         self._concurrent_bytes = None if limit is None else int(limit * 10**9)
         self._options = RestoreOptions(single_replica=bool(single_replica) or asked).override(
             policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
@@ -111,27 +115,52 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         Raises:
             RestoreError: The checkpoint cannot become the item; nothing was read.
         """
-        wanted = _restore_args(args, kwargs)
-        if wanted.item is None:
-            stock = ocp.args.PyTreeRestore(restore_args=wanted.restore_args)
-            return super().restore(directory, args=stock)
+        given = kwargs.get("args")
+        wanted = _restore_args(given, args, kwargs)
+        if not _is_ours(wanted, given):
+            if isinstance(given, ocp.args.StandardRestore):
+                return self._standard.restore(directory, given)
+            return super().restore(directory, *args, **kwargs)
+        _refuse_transforms(wanted)
         result, self.report = restore_item(
             epath.Path(directory),
             wanted.item,
             wanted.restore_args,
             wanted.options(self._options),
             concurrent_bytes=self._concurrent_bytes,
-            orbax=self if self._has_own_type_handlers else None,
+            orbax=self._reader,
         )
         return result
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves an item in the background; see `NNXLinenSave` for what it takes."""
-        return await super().async_save(directory, args=_save_args(args, kwargs))
+        given = _save_args(args, kwargs)
+        if isinstance(given, ocp.args.StandardSave):
+            return await self._standard.async_save(directory, given)
+        return await super().async_save(directory, args=given)
 
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
         """Saves an item; see `NNXLinenSave` for what it takes."""
-        super().save(directory, args=_save_args(args, kwargs))
+        given = _save_args(args, kwargs)
+        if isinstance(given, ocp.args.StandardSave):
+            self._standard.save(directory, given)
+        else:
+            super().save(directory, args=given)
+
+    def close(self) -> None:
+        """Closes the handler; Orbax's checkpointers call it."""
+        self._standard.close()
+        if self._reader is not None:
+            self._reader.close()
+        super().close()
+
+    def __repr__(self) -> str:
+        # A manager that is given args of another class prints its handlers: the place to say what helps.
+        return (
+            "<NNXLinenHandler: in item_handlers= it takes NNXLinenSave and NNXLinenRestore; "
+            "for PyTreeSave, PyTreeRestore, StandardSave and StandardRestore as well, give the manager "
+            "handler_registry=orbax_nnx_handler.handler_registry(handler) instead>"
+        )
 
 
 @ocp.args.register_with_handler(NNXLinenHandler, for_restore=True)
@@ -140,7 +169,9 @@ class NNXLinenRestore(ocp.args.PyTreeRestore):
     """What to restore; None means the handler's own setting.
 
     Attributes:
-        item: The target. Without one, the stored tree comes back as Orbax gives it.
+        item: The target. Without one, the stored tree comes back as Orbax gives it. An item
+            without an NNX object is Orbax's own, unless all its leaves are JAX arrays or
+            `jax.ShapeDtypeStruct`s, or an option is set here.
         restore_args: A tree like the item; `sharding`, `dtype` and, on
             `MissingParamRestoreArgs`, `policy` of a leaf override everything else.
         policy: What a missing weight becomes, or NNX filters that choose it.
@@ -163,15 +194,16 @@ class NNXLinenRestore(ocp.args.PyTreeRestore):
 
     def options(self, defaults: RestoreOptions) -> RestoreOptions:
         """Returns the handler's options with this restore's own in front."""
-        return defaults.override(
-            policy=self.policy,
-            layout=self.layout,
-            renames=self.renames,
-            init=self.init,
-            unexpected=self.unexpected,
-            dtype=self.dtype,
-            single_replica=self.single_replica,
-        )
+        return defaults.override(**self._own())
+
+    @property
+    def has_options(self) -> bool:
+        """Whether any option of this package is set."""
+        return any(value is not None for value in self._own().values())
+
+    def _own(self) -> dict[str, Any]:
+        stock = {field.name for field in dataclasses.fields(cast(Any, ocp.args.PyTreeRestore))}
+        return {name: value for name, value in vars(self).items() if name not in stock}
 
 
 @ocp.args.register_with_handler(NNXLinenHandler, for_save=True)
@@ -224,34 +256,118 @@ def handler_registry(handler: NNXLinenHandler | None = None, item: str | None = 
     return registry
 
 
-def _restore_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> NNXLinenRestore:
-    given = kwargs.get("args")
+def _reader(options: dict[str, Any]) -> ocp.PyTreeCheckpointHandler:
+    """Returns Orbax's handler with the same type handlers, which reads planned leaves of any item."""
+    return ocp.PyTreeCheckpointHandler(
+        **{name: value for name, value in options.items() if name != "pytree_metadata_options"}
+    )
+
+
+class _Standard:
+    """Stock Orbax's handler for `StandardSave` and `StandardRestore` of an item without an NNX object.
+
+    Orbax's `StandardCheckpointHandler` has fewer options than its `PyTreeCheckpointHandler`. Under options
+    that it does not have, the item is saved and restored by the latter.
+    """
+
+    def __init__(self, pytree: NNXLinenHandler, options: dict[str, Any]):
+        known = inspect.signature(ocp.StandardCheckpointHandler).parameters
+        self._pytree, self._options, self._has_options = pytree, options, options.keys() <= known.keys()
+        self._made: Any = None
+
+    def save(self, directory: Any, given: Any) -> None:
+        if self._has_options:
+            self._handler().save(directory, args=given)
+        else:
+            ocp.PyTreeCheckpointHandler.save(self._pytree, directory, args=_as_pytree_save(given))
+
+    async def async_save(self, directory: Any, given: Any) -> Any:
+        if self._has_options:
+            return await self._handler().async_save(directory, args=given)
+        return await ocp.PyTreeCheckpointHandler.async_save(
+            self._pytree, directory, args=_as_pytree_save(given)
+        )
+
+    def restore(self, directory: Any, given: Any) -> Any:
+        if self._has_options:
+            return self._handler().restore(directory, args=given)
+        args = None if given.item is None else ocp.checkpoint_utils.construct_restore_args(given.item)
+        stock = ocp.args.PyTreeRestore(given.item, args)
+        return ocp.PyTreeCheckpointHandler.restore(self._pytree, directory, args=stock)
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
+
+    def _handler(self) -> Any:
+        if self._made is None:
+            self._made = ocp.StandardCheckpointHandler(**self._options)
+        return self._made
+
+
+def _is_ours(wanted: NNXLinenRestore, given: Any) -> bool:
+    """Tells whether a restore is this package's; whatever else is asked for is stock Orbax's."""
+    if is_nnx(wanted.item):
+        return True
+    if wanted.item is None:
+        return False
+    if wanted.has_options or any(
+        isinstance(leaf, MissingParamRestoreArgs) for leaf in jax.tree.leaves(wanted.restore_args)
+    ):
+        return True
+    # Orbax makes these args of a call in its older form as well, so they alone do not tell. What only Orbax
+    # knows, and what is no array of a device, is for Orbax; a tree of arrays may be a model's pure dict.
+    leaves = jax.tree.leaves(wanted.item)
+    return (
+        isinstance(given, NNXLinenRestore)
+        and not (wanted.partial_restore or _has_transforms(wanted))
+        and bool(leaves)
+        and all(isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in leaves)
+    )
+
+
+def _restore_args(given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NNXLinenRestore:
     if isinstance(given, NNXLinenRestore):
         return given
-    older = dict(zip(("item", "restore_args"), args, strict=False)) | kwargs
+    names = _names(ocp.args.PyTreeRestore)
+    older = dict(zip(names, args, strict=False)) | kwargs
     source = older if given is None else _fields(given)
-    if source.get("transforms") is not None or source.get("legacy_transform_fn") is not None:
+    return NNXLinenRestore(**{name: source[name] for name in names if name in source})
+
+
+def _refuse_transforms(wanted: NNXLinenRestore) -> None:
+    if _has_transforms(wanted):
         raise ValueError(
             "transforms are not supported: they pass absent leaves through silently.\n"
             "hint: use renames=[(stored, wanted), ...]."
         )
-    return NNXLinenRestore(source.get("item"), source.get("restore_args"))
+
+
+def _has_transforms(wanted: NNXLinenRestore) -> bool:
+    return wanted.transforms is not None or wanted.legacy_transform_fn is not None
 
 
 def _save_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns what stock Orbax is to save: `PyTreeSave`, or `StandardSave` where that was given."""
     given = kwargs.get("args")
     if given is None:
         older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
         given = NNXLinenSave(older.get("item"), older.get("save_args"))
-    stock = ocp.args.PyTreeSave(**_shared_fields(given))
+    if not is_nnx(given.item):
+        return given
+    stock = _as_pytree_save(given)
     if isinstance(given, NNXLinenSave):
         return linen_save(stock, given.layout, given.tx, given.renames)
     return linen_save(stock)
 
 
-def _shared_fields(given: Any) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(cast(Any, ocp.args.PyTreeSave))}
-    return {name: value for name, value in _fields(given).items() if name in names}
+def _as_pytree_save(given: Any) -> Any:
+    names = _names(ocp.args.PyTreeSave)
+    return ocp.args.PyTreeSave(**{name: value for name, value in _fields(given).items() if name in names})
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _fields(given: Any) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def read_with_orbax(
     Args:
         checkpoint: The checkpoint; its item must have a `_METADATA` file.
         jobs: The wanted arrays.
-        handler: The handler whose settings and type handlers read.
+        handler: Orbax's handler with the type handlers that read. Not one that supports rich
+            types: it would want the named tuples of the program that saved.
 
     Returns:
         The arrays by wanted path.
@@ -56,9 +57,8 @@ def read_with_orbax(
     )
     restore_args = _disk_tree(checkpoint, args, ocp.RestoreArgs())
     try:
-        # The parent's method by name: a subclass's own restore is what called this.
-        tree = ocp.PyTreeCheckpointHandler.restore(
-            handler, checkpoint.directory, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
+        tree = handler.restore(
+            checkpoint.directory, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
         )
     except (ValueError, OSError) as error:
         message = f"Orbax cannot read the planned leaves of {checkpoint.directory}: {error}"

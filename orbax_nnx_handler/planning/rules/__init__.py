@@ -9,7 +9,6 @@ import numpy as np
 from orbax_nnx_handler.planning.core.errors import Hint, RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
-from orbax_nnx_handler.planning.rules.copies import Copy
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.nearest import nearest
 from orbax_nnx_handler.planning.rules.one_leaf import (
@@ -23,7 +22,14 @@ from orbax_nnx_handler.planning.rules.one_leaf import (
     comes_late,
 )
 from orbax_nnx_handler.planning.rules.rule import Rule
-from orbax_nnx_handler.planning.rules.several_leaves import Fuse, ScanAxis, Split, StackLayers, UnstackLayers
+from orbax_nnx_handler.planning.rules.several_leaves import (
+    Copy,
+    Fuse,
+    ScanAxis,
+    Split,
+    StackLayers,
+    UnstackLayers,
+)
 
 __all__ = [
     "Add",

@@ -21,11 +21,11 @@ from orbax_nnx_handler.planning.rules.patterns import Pattern, Span
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
     Rule,
-    change_each,
     check_pattern,
     check_places,
     find,
     reason_of,
+    replace_each,
 )
 
 
@@ -148,7 +148,12 @@ class _OnLeaves(Rule):
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule."""
-        return change_each(self, self._left, entries, self._change)
+        return replace_each(
+            self,
+            self._left,
+            entries,
+            lambda match: [self._change(match.entry, reason_of(self, match.entry))],
+        )
 
     def _change(self, entry: Entry, reason: str) -> Entry:
         raise NotImplementedError

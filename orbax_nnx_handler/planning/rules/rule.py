@@ -101,30 +101,33 @@ def _first(pattern: Pattern, entry: Entry) -> list[Span]:
     return list(pattern.spans(entry.whole))[:1]
 
 
-def change_each(
-    rule: Rule, pattern: Pattern, entries: Sequence[Entry], change: Callable[[Entry, str], Entry]
+def replace_each(
+    rule: Rule, pattern: Pattern, entries: Sequence[Entry], make: Callable[[Match], Sequence[Entry]]
 ) -> Applied:
-    """Applies a change to every entry that a pattern matches.
+    """Puts what a rule makes of an entry in its place, for every entry that a pattern matches.
 
     Args:
-        rule: The rule whose change it is.
+        rule: The rule.
         pattern: What it matches.
         entries: All entries.
-        change: Returns the changed entry, given the entry and its new reason.
+        make: Returns what comes of a match; the entry itself where it stays.
 
     Raises:
-        RuleError: The change fits some of them not; quotes the rule and their shapes.
+        RuleError: The rule does not fit some of them; quotes it and their shapes.
     """
     matches = find(pattern, entries)
-    after, bad = list(entries), list[tuple[Entry, str]]()
-    for at, match in matches.items():
+    after, changed, bad = list[Entry](), list[Entry](), list[tuple[Entry, str]]()
+    for at, entry in enumerate(entries):
         try:
-            after[at] = change(match.entry, reason_of(rule, match.entry))
+            made = make(matches[at]) if at in matches else (entry,)
         except RecipeError as error:
-            bad.append((match.entry, str(error)))
+            bad.append((entry, str(error)))
+        else:
+            after += made
+            changed += [one for one in made if one is not entry]
     if bad:
         refuse(rule, bad)
-    return Applied(entries=after, matched=len(matches), changed=[after[at] for at in matches])
+    return Applied(entries=after, matched=len(matches), changed=changed)
 
 
 def reason_of(rule: Rule, *before: Entry) -> str:

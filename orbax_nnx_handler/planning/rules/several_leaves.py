@@ -1,7 +1,4 @@
-"""Rules between one leaf and several: split and fuse along an axis.
-
-Rules between layers one by one and layers stacked along an axis.
-"""
+"""Rules between one leaf and several: cut and joined along an axis, stacked layers, a leaf wanted twice."""
 
 import dataclasses
 from collections import defaultdict
@@ -13,6 +10,7 @@ from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import Path, canonical, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.one_leaf import Drop
 from orbax_nnx_handler.planning.rules.patterns import Pattern
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
@@ -25,7 +23,7 @@ from orbax_nnx_handler.planning.rules.rule import (
     join,
     normal_axis,
     reason_of,
-    refuse,
+    replace_each,
 )
 
 
@@ -57,9 +55,7 @@ class Split(Rule):
     drop_axis: bool = False
 
     def __post_init__(self) -> None:
-        _set_names(self, "into", self.into)
-        _set_sizes(self, self.sizes, len(self.into))
-        _check_single(self, self.sizes, self.drop_axis)
+        _set_parts(self, "into", self.drop_axis)
         check_pattern(self, self._left, *self._parts)
         for part in self._parts:
             check_places(self, self._left, part)
@@ -77,22 +73,7 @@ class Split(Rule):
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule; the parts take their leaf's place."""
-        matches = find(self._left, entries)
-        after, changed, bad = list[Entry](), list[Entry](), list[tuple[Entry, str]]()
-        for at, entry in enumerate(entries):
-            if at not in matches:
-                after.append(entry)
-                continue
-            try:
-                parts = self._cut(matches[at])
-            except RecipeError as error:
-                bad.append((entry, str(error)))
-            else:
-                after += parts
-                changed += parts
-        if bad:
-            refuse(self, bad)
-        return Applied(entries=after, matched=len(matches), changed=changed)
+        return replace_each(self, self._left, entries, self._cut)
 
     def inverse(self) -> Rule:
         """Returns the fuse of the parts."""
@@ -157,9 +138,7 @@ class Fuse(Rule):
     new_axis: bool = False
 
     def __post_init__(self) -> None:
-        _set_names(self, "patterns", self.patterns)
-        _set_sizes(self, self.sizes, len(self.patterns))
-        _check_single(self, self.sizes, self.new_axis)
+        _set_parts(self, "patterns", self.new_axis)
         check_pattern(self, *self._parts, self._right)
         for part in self._parts:
             check_places(self, part, self._right)
@@ -224,25 +203,21 @@ class Fuse(Rule):
         return dataclasses.replace(first, recipe=recipe, shape=shape)
 
 
-def _set_names(rule: Rule, field: str, names: Sequence[str]) -> None:
+def _set_parts(rule: "Split | Fuse", field: str, is_single: bool) -> None:
+    """Makes tuples of the parts' names and sizes, and raises where they do not fit."""
+    names = getattr(rule, field)
     # A lone string is a sequence of its letters, which nobody means.
     listed = (names,) if isinstance(names, str) else tuple(names)
     object.__setattr__(rule, field, listed)
     if len(listed) < 2 or len(set(listed)) < len(listed):
         raise RuleError(f"{rule} needs two different parts or more.")
-
-
-def _set_sizes(rule: Rule, sizes: Sequence[int] | None, count: int) -> None:
-    if sizes is None:
+    if rule.sizes is None:
         return
-    listed = tuple(int(size) for size in sizes)
-    object.__setattr__(rule, "sizes", listed)
-    if len(listed) != count or min(listed) < 1:
-        raise RuleError(f"{rule} needs a positive size for each of its {count} parts.")
-
-
-def _check_single(rule: Rule, sizes: Sequence[int] | None, is_single: bool) -> None:
-    if is_single and sizes is not None:
+    sizes = tuple(int(size) for size in rule.sizes)
+    object.__setattr__(rule, "sizes", sizes)
+    if len(sizes) != len(listed) or min(sizes) < 1:
+        raise RuleError(f"{rule} needs a positive size for each of its {len(listed)} parts.")
+    if is_single:
         raise RuleError(f"{rule} has parts of one element, so it takes no sizes.")
 
 
@@ -253,7 +228,23 @@ def _written(rule: "Split | Fuse", last: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class StackLayers(Rule):
+class _Named(Rule):
+    """A rule with one pattern on either side."""
+
+    pattern: str
+    into: str
+
+    @cached_property
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
+
+    @cached_property
+    def _right(self) -> Pattern:
+        return Pattern(self.into)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackLayers(_Named):
     """Layers that are stored one by one are stacked along a new axis.
 
     `StackLayers("Block_{i}", "blocks", axis=0)` makes `blocks/mlp/kernel` of
@@ -269,22 +260,12 @@ class StackLayers(Rule):
         RuleError: Not exactly one place of the pattern is left to count by.
     """
 
-    pattern: str
-    into: str
     axis: int
 
     def __post_init__(self) -> None:
         check_pattern(self, self._left, self._right)
         check_places(self, self._left, self._right)
         _check_counter(self, self._left, self._right)
-
-    @cached_property
-    def _left(self) -> Pattern:
-        return Pattern(self.pattern)
-
-    @cached_property
-    def _right(self) -> Pattern:
-        return Pattern(self.into)
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule; a stack takes its first layer's place."""
@@ -330,7 +311,7 @@ def _stacked(parts: Sequence[Entry], axis: int, what: str) -> Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class UnstackLayers(Rule):
+class UnstackLayers(_Named):
     """Layers that are stored stacked along an axis are taken apart.
 
     Attributes:
@@ -342,8 +323,6 @@ class UnstackLayers(Rule):
         RuleError: Not exactly one place of the result is left to count with.
     """
 
-    pattern: str
-    into: str
     axis: int
 
     def __post_init__(self) -> None:
@@ -351,32 +330,9 @@ class UnstackLayers(Rule):
         check_places(self, self._right, self._left)
         _check_counter(self, self._right, self._left)
 
-    @cached_property
-    def _left(self) -> Pattern:
-        return Pattern(self.pattern)
-
-    @cached_property
-    def _right(self) -> Pattern:
-        return Pattern(self.into)
-
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule; the layers take their stack's place."""
-        matches = find(self._left, entries)
-        after, changed, bad = list[Entry](), list[Entry](), list[tuple[Entry, str]]()
-        for at, entry in enumerate(entries):
-            if at not in matches:
-                after.append(entry)
-                continue
-            try:
-                layers = self._layers(matches[at])
-            except RecipeError as error:
-                bad.append((entry, str(error)))
-            else:
-                after += layers
-                changed += layers
-        if bad:
-            refuse(self, bad)
-        return Applied(entries=after, matched=len(matches), changed=changed)
+        return replace_each(self, self._left, entries, self._layers)
 
     def inverse(self) -> Rule:
         """Returns the stacking."""
@@ -441,3 +397,42 @@ def _counter(counting: Pattern, other: Pattern) -> str:
 def _check_counter(rule: Rule, counting: Pattern, other: Pattern) -> None:
     if len(counting.places - other.places) != 1:
         raise RuleError(f"{rule} needs exactly one place, such as {{i}}, that counts the layers.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy(_Named):
+    """Every leaf that matches becomes another wanted leaf as well.
+
+    `Copy("embed/embedding", "head/kernel")`, then `Transpose("head/kernel", (1, 0))`, for
+    a program that uses its embedding as output layer and a model that has a head. Only
+    this rule lets one stored leaf become two wanted ones. Moments follow on both sides.
+    Saved with the same rules, both are stored as the one leaf that they were: they must
+    be equal still, or the save is refused, since one of them would be lost.
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        into: What they become in the copy; the leaf itself keeps its name.
+
+    Raises:
+        RuleError: A pattern is empty, both are the same, or the copy repeats a place that
+            the pattern lacks.
+    """
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self._left, self._right)
+        check_places(self, self._left, self._right)
+        if self.pattern == self.into:
+            raise RuleError(f"{self} needs another name for the copy.")
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule, each copy behind its leaf."""
+        return replace_each(self, self._left, entries, self._copied)
+
+    def _copied(self, match: Match) -> list[Entry]:
+        reason = reason_of(self, match.entry)
+        copy = dataclasses.replace(match.renamed(self._right), fixed=(), named=True, reason=reason)
+        return [match.entry, copy]
+
+    def inverse(self) -> Rule:
+        """Returns the rule that leaves the copy behind; a save compares it with its leaf first."""
+        return Drop(self.into, f"a copy of {self.pattern}")

@@ -34,6 +34,7 @@ from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, parse, render
+from orbax_nnx_handler.planning.layouts.layout import Layout
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
@@ -41,17 +42,20 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.fitted import fit, in_linen, in_nnx
 from orbax_nnx_handler.storage.converting.leaves import (
-    WITHOUT_COLLECTIONS,
     check_codes,
     check_distinct,
+    rounded,
+    weights_only,
+    with_dtype,
+)
+from orbax_nnx_handler.storage.converting.regroup import Way, regroup
+from orbax_nnx_handler.storage.converting.source import (
+    WITHOUT_COLLECTIONS,
     check_linen_names,
     every_leaf,
     in_layout,
-    rounded,
-    scan,
-    unscan,
-    weights_only,
-    with_dtype,
+    owner_left_out,
+    reading_of,
 )
 from orbax_nnx_handler.storage.converting.write import Conversion, check_free, write_converted
 from orbax_nnx_handler.storage.converting.written import Written
@@ -154,8 +158,11 @@ def _dtype(name: str | None) -> np.dtype[Any] | None:
 def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> ConvertRequest:
     """Returns the stored leaves, moved and regrouped; the model itself need not be known."""
     check_readable(checkpoint.broken)
-    layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0]
-    leaves = with_dtype(every_leaf(checkpoint.leaves, layout.name), _dtype(arguments.dtype))
+    if arguments.to is None:
+        layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0]
+    else:
+        layout = reading_of(checkpoint.leaves, arguments.layout)
+    leaves = every_leaf(checkpoint.leaves, layout)
     empty = {p: _EMPTY.get(t) for p, t in checkpoint.nodes.items() if p not in checkpoint.leaves}
     left_out: dict[str, list[Path]] = {}
     if arguments.weights_only:
@@ -163,28 +170,37 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Conver
         weights = {leaf.path for leaf in kept}
         left_out["of optimizer, step and others"] = [leaf.path for leaf in leaves if leaf.path not in weights]
         leaves, empty = kept, {}
+    leaves = _regrouped(leaves, checkpoint, layout, arguments)
     if arguments.to is not None:
         if layout.name == "params" and arguments.layout == "auto":
             check_linen_names(leaves)
-        leaves = in_layout(leaves, layout.name, arguments.to)
         # Only the optimizer's chain needs its empty states to keep its length.
-        empty = {path: value for path, value in empty.items() if path[0] == "opt_state"}
-    leaves = _regrouped(leaves, arguments)
+        above = owner_left_out(leaves)
+        empty = {
+            path[len(above) :]: value
+            for path, value in empty.items()
+            if "opt_state" in path[len(above) :] and path[: len(above)] == above
+        }
+        leaves = in_layout(leaves, layout.name, arguments.to)
     if not leaves:
         raise RestoreError(f"{checkpoint.directory} holds nothing of that ({layout.title}).")
     return ConvertRequest(
-        conversion=Conversion(source=checkpoint, leaves=leaves, given=empty),
+        conversion=Conversion(
+            source=checkpoint, leaves=with_dtype(leaves, _dtype(arguments.dtype)), given=empty
+        ),
         title=layout.title,
         left_out=left_out,
     )
 
 
-def _regrouped(leaves: Sequence[Written], arguments: argparse.Namespace) -> list[Written]:
+def _regrouped(
+    leaves: Sequence[Written], checkpoint: Checkpoint, layout: Layout, arguments: argparse.Namespace
+) -> list[Written]:
+    ways: dict[Way, list[str]] = {"unscan": arguments.unscan, "scan": arguments.scan}
     regrouped = list(leaves)
-    for group in arguments.unscan:
-        regrouped = unscan(regrouped, parse(group), arguments.axis)
-    for group in arguments.scan:
-        regrouped = scan(regrouped, parse(group), arguments.axis)
+    for way, groups in ways.items():
+        for group in groups:
+            regrouped = regroup(regrouped, checkpoint.leaves, layout, parse(group), arguments.axis, way)
     return regrouped
 
 

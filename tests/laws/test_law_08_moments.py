@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from orbax_nnx_handler import RestoreError, ShapeMismatchError, Transpose, restore
 from tests.laws import worlds
@@ -122,6 +123,32 @@ def test_moments_are_unstacked_with_their_parameters(tmp_path, axis):
         for at in range(4):
             have = getattr(result.optimizer.opt_state[0], slot)["layers"][at]
             check(worlds.flat(have), {key: np.take(value, at, axis) for key, value in stored.items()})
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_moments_follow_in_a_target_that_is_keyed_like_the_stored_tree(tmp_path, typed):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    layers = [numbers.dense(3, 5) for _ in range(4)]
+    params = {"layers": stacked(layers), "head": numbers.dense()}
+    beside = {"batch_stats": {"layers": {"mean": numbers(4, 3)}}}
+    opt_state = numbers.optimizer(tx, params)
+    path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(1), **beside})
+
+    def apart(tree):
+        own = {f"layers_{at}": {k: v[at] for k, v in tree["layers"].items()} for at in range(4)}
+        return own | {key: part for key, part in tree.items() if key != "layers"}
+
+    adam = opt_state[0]._asdict()
+    adam |= {slot: apart(adam[slot]) for slot in ("mu", "nu")}
+    expected = {"params": apart(params), "opt_state": {0: adam}, "step": np.int32(1)}
+    expected |= {"batch_stats": apart(beside["batch_stats"])}
+    target = worlds.pure_target(expected)
+    if typed:
+        kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+        target |= {name: nnx.State(jax.tree.map(kind, target[name])) for name, kind in kinds.items()}
+    found = restore(path, target)
+    for name, part in expected.items():
+        check(found[name], part)
 
 
 @pytest.mark.parametrize("wanted", ["nu only", "mu only"])

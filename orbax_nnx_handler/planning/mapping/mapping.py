@@ -227,7 +227,7 @@ def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: S
 
 def _network_of(optimizer: StoredOptimizer, networks: Sequence[Matched]) -> Matched | None:
     """Returns the network whose moments an optimizer holds: that of its train state with the most weights."""
-    whole = [item for item in networks if item.network.only is None]
+    whole = [item for item in networks if item.network.only in (None, "params")]
     own = [item for item in whole if item.network.owner in optimizer.models]
     return next(iter(own or whole), None)
 
@@ -270,7 +270,12 @@ def _follower(
     """
     weights = network.weights if network is not None else ()
     root = network.roots.wanted if network is not None and not lone else ()
-    parameters = {strip(item.tokens, root): item.leaf.path for item in weights}
+    parameters: dict[Tokens, Path] = {}
+    # Beside a parameter, a copy of it may be wanted under the same path of another collection.
+    for item in sorted(weights, key=_is_trained, reverse=True):
+        parameters.setdefault(strip(item.tokens, root), item.leaf.path)
+        if network is not None and not lone:
+            parameters.setdefault(network.names[item.leaf.path], item.leaf.path)
     states = wanted_states(optimizer.leaves, () if lone else parameters, root)
     return MomentFollower(stored_states, states, parameters, stored, applied)
 

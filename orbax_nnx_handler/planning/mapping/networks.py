@@ -55,11 +55,13 @@ class Matched:
         network: The network.
         roots: Where its weights sit in the target, and in the stored train state.
         weights: The wanted weights.
+        names: The path of each below the model's root, without an owner and a collection that it names.
     """
 
     network: Network
     roots: Roots
     weights: tuple[Wanted, ...]
+    names: Mapping[Path, Tokens]
 
 
 def match_networks(
@@ -98,7 +100,8 @@ def match_networks(
         roots = _roots(network, [paths[item.leaf.path] for item in meeting], there, levels)
         above = network.owner if network.named else ()
         whole = dataclasses.replace(roots, wanted=(*above, *roots.wanted))
-        networks.append(Matched(network=network, roots=whole, weights=tuple(weights)))
+        names = {item.leaf.path: strip(paths[item.leaf.path], roots.wanted) for item in weights}
+        networks.append(Matched(network=network, roots=whole, weights=tuple(weights), names=names))
         left = [item for item in items if item.leaf.path not in settled]
         if left and not (not network.named and _contradict(roots.wanted, network.owner)):
             matcher = Matcher(

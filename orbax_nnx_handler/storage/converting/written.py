@@ -1,6 +1,7 @@
 """A leaf of a checkpoint to be written."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -25,6 +26,7 @@ class Written:
         collection: The Linen collection of a model leaf, where the layout tells.
         parameter: For a model leaf its keys below the collection, for a moment
             those of its parameter; None for a leaf of neither.
+        owner: The keys above the train state that it belongs to.
     """
 
     path: Path
@@ -34,6 +36,7 @@ class Written:
     section: Section = "model"
     collection: str | None = None
     parameter: Path | None = None
+    owner: Path = ()
 
     @property
     def nbytes(self) -> int:
@@ -42,5 +45,7 @@ class Written:
 
     @property
     def above(self) -> Path:
-        """The keys above the parameter's own."""
-        return self.path[: len(self.path) - len(self.parameter or ())]
+        """The keys above the parameter's own; an optimizer may know it by the last of them alone."""
+        pairs = zip(reversed(self.path), reversed(self.parameter or ()), strict=False)
+        own = sum(1 for _ in itertools.takewhile(lambda pair: str(pair[0]) == str(pair[1]), pairs))
+        return self.path[: len(self.path) - own]

@@ -1,0 +1,203 @@
+"""Stacks the layers of a group, or takes them apart, where no program tells what it wants.
+
+The tree that is asked for becomes a target: every leaf under the path and with the shape that it is
+to have. Which stored leaf each of them is, the same plan decides as for a restore, under the same laws.
+"""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.folding import Row, ranges
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.lines import aligned
+from orbax_nnx_handler.planning.core.paths import Path, render, segments
+from orbax_nnx_handler.planning.core.recipes import reads, substitute
+from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.plan import make_plan
+from orbax_nnx_handler.planning.rules import ScanAxis
+from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.storage.converting.leaves import check_distinct, refusal
+from orbax_nnx_handler.storage.converting.written import Written
+
+Group = tuple[str, ...]
+"""A group's path below the collection, such as `("decoder", "layers")`."""
+
+Way = Literal["scan", "unscan"]
+_SECTIONS = frozenset({"model", "optimizer", "step"})
+
+
+def regroup(
+    leaves: Sequence[Written], stored: Stored, layout: Layout, group: Group, axis: int, way: Way
+) -> list[Written]:
+    """Returns the leaves with one group of layers stacked or taken apart.
+
+    Args:
+        leaves: The leaves.
+        stored: The stored leaves that they are made from.
+        layout: How these are read.
+        group: The group.
+        axis: The axis of the stack that counts the layers.
+        way: `scan` makes `layers/...` of `layers_0/...` and so on, `unscan` the reverse.
+
+    Raises:
+        RestoreError: There is no such group, its leaves do not agree, or the plan does not come out.
+    """
+    foreign = [leaf.path for leaf in leaves if leaf.section == "optimizer" and "opt_state" not in leaf.path]
+    if foreign:
+        what = "optimizer leaves are not arranged as optax arranges them"
+        raise refusal(what, foreign, "pass --weights-only.")
+    wanted = (_stacked if way == "scan" else _apart)(leaves, group, axis)
+    check_distinct(wanted)
+    rules = [ScanAxis("/".join(group), axis)]
+    plan = make_plan(
+        _target(wanted),
+        _as_stored(leaves, stored),
+        RestoreOptions.of(layout=layout.name, renames=rules, unexpected="ignore"),
+    )
+    plan.check()
+    made = {leaf.path: leaf.recipe for leaf in leaves}
+    return [
+        dataclasses.replace(leaf, recipe=substitute(plan.restored[leaf.path].recipe, made.__getitem__))
+        if leaf.section in _SECTIONS
+        else leaf
+        for leaf in wanted
+    ]
+
+
+def _as_stored(leaves: Sequence[Written], stored: Stored) -> dict[Path, StoredLeaf]:
+    """Returns the tree that the leaves make, with what is left out of it: a layout is told by all of it."""
+    made = {path for leaf in leaves for path in reads(leaf.recipe)}
+    return {path: leaf for path, leaf in stored.items() if path not in made} | {
+        leaf.path: StoredLeaf(
+            path=leaf.path,
+            shape=leaf.shape,
+            dtype=leaf.dtype,
+            key_impl=stored[reads(leaf.recipe)[0]].key_impl,
+        )
+        for leaf in leaves
+    }
+
+
+def _target(wanted: Iterable[Written]) -> Target:
+    """Returns a target keyed like the stored tree: what is neither model nor train state stays as it is."""
+    leaves = {
+        leaf.path: WantedLeaf(path=leaf.path, kind=_kind(leaf), shape=leaf.shape, dtype=leaf.dtype)
+        for leaf in wanted
+        if leaf.section in _SECTIONS
+    }
+    return Target(leaves=leaves, variables=leaves, assemble=dict)
+
+
+def _kind(leaf: Written) -> type[Any]:
+    """Returns a Variable type of the leaf's collection."""
+    if leaf.section != "model":
+        return nnx.OptState
+    known: dict[str | None, type[Any]] = {"params": nnx.Param, None: nnx.Param, "batch_stats": nnx.BatchStat}
+    # A type of its own for any other: a cache, too, is to be kept here.
+    return known.get(leaf.collection) or type(str(leaf.collection), (nnx.Variable,), {})
+
+
+def _apart(leaves: Sequence[Written], group: Group, axis: int) -> list[Written]:
+    """Returns what is wanted where a stack is taken apart.
+
+    Raises:
+        RestoreError: There is no such group, or its leaves hold different numbers of layers.
+    """
+    inside = {leaf.path: leaf for leaf in leaves if _is_in(leaf, group)}
+    if not inside:
+        raise _no_group(leaves, group, "/".join(group))
+    thin = any(len(leaf.shape) <= axis for leaf in inside.values())
+    if thin or len({leaf.shape[axis] for leaf in inside.values()}) > 1:
+        rows = aligned(Row(leaf.path, (str(leaf.shape),)) for leaf in inside.values())
+        raise RestoreError(
+            f"the leaves of {'/'.join(group)} do not agree on a number of layers on axis {axis}:\n{rows}",
+            paths=list(inside),
+            hints=["another --axis, or --weights-only where the odd ones are an optimizer's."],
+        )
+    return [
+        part for leaf in leaves for part in (_layers(leaf, group, axis) if leaf.path in inside else (leaf,))
+    ]
+
+
+def _layers(leaf: Written, group: Group, axis: int) -> Iterator[Written]:
+    shape = (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
+    for number in range(leaf.shape[axis]):
+        yield dataclasses.replace(_renamed(leaf, group, f"{group[-1]}_{number}"), shape=shape)
+
+
+def _stacked(leaves: Sequence[Written], group: Group, axis: int) -> list[Written]:
+    """Returns what is wanted where layers are stacked.
+
+    Raises:
+        RestoreError: There is no such group, a layer is missing or there twice, or layers differ.
+    """
+    found: dict[Path, dict[int, list[Written]]] = defaultdict(lambda: defaultdict(list))
+    for leaf in leaves:
+        number = _number(leaf, group)
+        if number is not None:
+            found[_renamed(leaf, group, group[-1]).path][number].append(leaf)
+    if not found:
+        raise _no_group(leaves, group, "/".join(group) + "_0")
+    wanted: dict[int, Written] = {}
+    for path, layers in found.items():
+        stack = _stack(path, layers, group, axis)
+        wanted[id(layers[0][0])] = stack
+    return [
+        wanted.get(id(leaf), leaf) for leaf in leaves if id(leaf) in wanted or _number(leaf, group) is None
+    ]
+
+
+def _stack(path: Path, layers: dict[int, list[Written]], group: Group, axis: int) -> Written:
+    parts = [part for number in sorted(layers) for part in layers[number]]
+    if sorted(layers) != list(range(len(layers))):
+        raise RestoreError(f"{render(path)} is stored for the layers {ranges(layers)} only.", paths=[path])
+    kinds = {(part.shape, str(part.dtype)) for part in parts}
+    if len(kinds) > 1 or len(parts) > len(layers) or axis > len(parts[0].shape):
+        rows = aligned(Row(part.path, (str(part.shape), str(part.dtype))) for part in parts)
+        raise RestoreError(f"layers cannot be stacked on axis {axis}:\n{rows}", paths=[path])
+    shape = parts[0].shape
+    return dataclasses.replace(
+        _renamed(parts[0], group, group[-1]), shape=(*shape[:axis], len(parts), *shape[axis:])
+    )
+
+
+def _is_in(leaf: Written, group: Group) -> bool:
+    return _keys(leaf, group)[: len(group)] == group
+
+
+def _number(leaf: Written, group: Group) -> int | None:
+    """Returns which layer of the group a leaf belongs to."""
+    keys = _keys(leaf, group)
+    match = re.fullmatch(rf"{re.escape(group[-1])}_(\d+)", keys[len(group) - 1]) if keys else None
+    return int(match[1]) if match and keys[: len(group) - 1] == group[:-1] else None
+
+
+def _keys(leaf: Written, group: Group) -> tuple[str, ...]:
+    """Returns the keys of a leaf's parameter, where there are enough of them to be below a group."""
+    keys = tuple(map(str, leaf.parameter or ()))
+    own = len(leaf.path) - len(leaf.above)
+    # An optimizer may know its parameter by the last keys alone.
+    return keys if len(group) < len(keys) < len(group) + own else ()
+
+
+def _renamed(leaf: Written, group: Group, name: str) -> Written:
+    parameter = leaf.parameter or ()
+    at = len(group) - 1
+    from_end = len(parameter) - at
+    path = (*leaf.path[:-from_end], name, *leaf.path[len(leaf.path) - from_end + 1 :])
+    return dataclasses.replace(leaf, path=path, parameter=(*parameter[:at], name, *parameter[at + 1 :]))
+
+
+def _no_group(leaves: Sequence[Written], group: Group, looked_for: str) -> RestoreError:
+    tops = sorted({"/".join(segments(leaf.parameter)[: len(group)]) for leaf in leaves if leaf.parameter})
+    return RestoreError(
+        f"no parameter lies under {looked_for}.",
+        hints=[f"a group is a path below the collection; there are: {', '.join(tops[:20])}."],
+    )

@@ -1,0 +1,212 @@
+"""What each leaf of a checkpoint is, as its layout reads it, and where another layout keeps it.
+
+There is no target that knows: the layout alone tells parameters, statistics, optimizers and
+steps apart, and a tree of bare weights is searched for what shows that an NNX program saved it.
+"""
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint, RestoreError
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
+from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, Placement, Stored
+from orbax_nnx_handler.planning.mapping.optimizers.states import parameter_paths, read_stored
+from orbax_nnx_handler.planning.rules.entries import model_entries
+from orbax_nnx_handler.storage.converting.leaves import refusal
+from orbax_nnx_handler.storage.converting.written import Written
+
+Flavour = Literal["linen", "maxtext"]
+
+# Layouts whose optimizer state has the shape that optax gives it.
+_OPTAX = frozenset({"train_state", "maxtext", "variables", "params"})
+
+WITHOUT_COLLECTIONS = frozenset({"nnx_state", "nnx_pure_dict"})
+"""Layouts under NNX's names, which keep variables of all types together."""
+
+
+def reading_of(stored: Stored, name: str = "auto") -> Layout:
+    """Returns the layout whose names a conversion to another layout goes by.
+
+    Args:
+        stored: The stored leaves.
+        name: `auto`, or the name of a layout.
+
+    Raises:
+        UnknownLayoutError: The tree is in no known layout.
+        AmbiguousMappingError: What one layout takes for collections may be modules of a model.
+    """
+    first, *others = layouts.candidates(stored, name)
+    if not others or first.is_certain is None or first.is_certain(stored):
+        return first
+    placements = first.place(stored)
+    collections = {item.collection for item in placements if item.section == "model"}
+    if len(collections) > 1 and collections <= set(FLAX_COLLECTIONS):
+        return first
+    rows = [
+        f"  {render(one.leaf.path)}: {_in_words(one)}, or {_in_words(other)}"
+        for one, other in zip(placements, others[0].place(stored), strict=True)
+        if one.section == "model" and (one.collection, one.path) != (other.collection, other.path)
+    ]
+    raise AmbiguousMappingError(
+        f"the checkpoint can be read as {first.title} or as {others[0].title}, "
+        f"and {len(rows)} leaves would get other names:\n" + "\n".join(rows[:10]),
+        hints=[f"--layout {first.name} or --layout {others[0].name} says which."],
+    )
+
+
+def _in_words(item: Placement) -> str:
+    return f"{render(item.path)} in {item.collection}"
+
+
+def every_leaf(stored: Stored, layout: Layout) -> list[Written]:
+    """Returns the leaves of a checkpoint as they are.
+
+    Raises:
+        RestoreError: A leaf is no array.
+    """
+    odd = [leaf.path for leaf in stored.values() if leaf.dtype is None]
+    if odd:
+        raise refusal("leaves are strings, which cannot be converted", odd)
+    placements = layout.place(stored)
+    parameters = {item.leaf.path: item.path for item in placements if item.section == "model"}
+    parameters |= dict(_parameters_of_moments(placements, parameters))
+    return [
+        Written(
+            path=item.leaf.path,
+            recipe=Read(item.leaf.path),
+            shape=item.leaf.shape,
+            dtype=cast("np.dtype[Any]", item.leaf.dtype),
+            section=item.section,
+            collection=item.collection,
+            parameter=parameters.get(item.leaf.path),
+            owner=item.owner,
+        )
+        for item in placements
+    ]
+
+
+def _parameters_of_moments(
+    placements: Sequence[Placement], parameters: dict[Path, Path]
+) -> Iterator[tuple[Path, Path]]:
+    """Yields each moment with the path of its parameter, where optax arranged them."""
+    weights = model_entries(placements)
+    for owner in {item.owner for item in placements if item.section == "optimizer"}:
+        own = [entry for entry in weights if entry.owner == canonical(owner)] or weights
+        known = parameter_paths(own, _common_root([entry.tokens for entry in own]))
+        states = read_stored([item for item in placements if item.owner == owner], known).states
+        for moments in (field for state in states for field in state.moments.values()):
+            for parameter, moment in moments.items():
+                if parameter in parameters:
+                    yield moment.path, parameters[parameter]
+
+
+def _common_root(paths: Sequence[Tokens]) -> Tokens:
+    """Returns the keys above every one of some paths."""
+    least, most = min(paths, default=()), max(paths, default=())
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least[:-1], most, strict=False))
+    return tuple(key for key, _ in alike)
+
+
+def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[Written]:
+    """Returns the leaves where another family of Linen programs keeps them.
+
+    One train state becomes the whole checkpoint; several keep the keys that they are below.
+
+    Args:
+        leaves: What `every_leaf` returned.
+        layout: Name of the layout that they are in.
+        flavour: `linen` (Flax TrainState) or `maxtext`.
+
+    Raises:
+        RestoreError: The layout does not tell what Linen needs to know.
+    """
+    leaves = list(leaves)
+    if layout in WITHOUT_COLLECTIONS:
+        raise RestoreError(
+            "a saved NNX state does not tell parameters from statistics, so its layout cannot change alone.",
+            hints=[
+                Hint(
+                    "give the factory of the model too (SRC DST MODULE:FACTORY --to linen); its Variable "
+                    "types tell the collections, and its modules what Linen stores in another form."
+                )
+            ],
+        )
+    foreign = [leaf.path for leaf in leaves if leaf.section == "optimizer" and layout not in _OPTAX]
+    if foreign:
+        raise refusal(
+            "optimizer leaves are not arranged as optax arranges them", foreign, "pass --weights-only."
+        )
+    level = ("params",) if flavour == "maxtext" else ()
+    above = owner_left_out(leaves)
+    moved = [dataclasses.replace(leaf, path=_moved(leaf, level)) for leaf in leaves]
+    return [
+        dataclasses.replace(leaf, path=leaf.path[len(above) :]) if leaf.owner == above else leaf
+        for leaf in moved
+    ]
+
+
+def owner_left_out(leaves: Iterable[Written]) -> Path:
+    """Returns the keys above the only train state of a checkpoint; none where there are several."""
+    owners = {leaf.owner for leaf in leaves if leaf.section != "other"}
+    return owners.pop() if len(owners) == 1 else ()
+
+
+def _moved(leaf: Written, level: Path) -> Path:
+    """Returns the path of a leaf in another layout, the keys above its train state included."""
+    if leaf.section == "other" or leaf.parameter is None:
+        return leaf.path
+    if leaf.section == "model":
+        return (*leaf.owner, *level, leaf.collection or "params", *leaf.parameter)
+    # The optimizer of MaxText runs on the whole variables dict: `mu/params/...`.
+    slot = leaf.above[:-1] if leaf.above[-1:] == ("params",) else leaf.above
+    return (*slot, *level, *leaf.parameter)
+
+
+def check_linen_names(leaves: Iterable[Written]) -> None:
+    """Raises where bare weights are under names that NNX gives.
+
+    Raises:
+        RestoreError: Names the leaves.
+    """
+    marked = marks_of_nnx(leaf.parameter for leaf in leaves if leaf.parameter and leaf.section == "model")
+    if marked:
+        raise refusal(
+            "leaves are named as NNX names them, so parameters and statistics cannot be told apart",
+            marked,
+            "give the factory of the model too (SRC DST MODULE:FACTORY --to linen); "
+            "--layout params where a Linen program wrote this all the same.",
+        )
+
+
+# What stands side by side in NNX and never among the parameters of a Linen program: the fused gates of
+# a cell, the statistics of a normalisation.
+_TOGETHER = (("dense_i", "dense_h"), ("mean", "var"))
+
+
+def marks_of_nnx(paths: Iterable[Path]) -> list[Path]:
+    """Returns the paths that only NNX gives; a Linen program has other names or other collections.
+
+    Args:
+        paths: The paths of a model's leaves below any collection.
+    """
+    listed = {path: segments(path) for path in paths}
+    names: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for keys in listed.values():
+        for depth, key in enumerate(keys):
+            names[keys[:depth]].add(key)
+    return [path for path, keys in listed.items() if _is_marked(keys, names)]
+
+
+def _is_marked(keys: tuple[str, ...], names: dict[tuple[str, ...], set[str]]) -> bool:
+    # Linen numbers modules in the name, NNX lists in the path.
+    return any(
+        key.isdecimal() or any(key in pair and names[keys[:depth]] >= set(pair) for pair in _TOGETHER)
+        for depth, key in enumerate(keys)
+    )

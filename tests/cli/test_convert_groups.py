@@ -1,0 +1,192 @@
+"""`convert --scan`, `--unscan` and `--to` without a factory: planned as a restore is, under the same laws."""
+
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.cli.conftest import stock
+from tests.laws.worlds import Numbers, check, flat, write
+
+ADAM = optax.adam(1e-3)
+
+
+def train_state(numbers, params, **beside):
+    return {
+        "params": params,
+        "opt_state": numbers.optimizer(ADAM, params),
+        "step": numbers(1, dtype=np.int32),
+    } | beside
+
+
+def apart(tree, group, axis=0):
+    """Returns a dict with the group's stack as one subtree a layer, by NumPy alone."""
+    layers = tree[group]
+    count = next(iter(flat(layers).values())).shape[axis]
+    rest = {key: part for key, part in tree.items() if key != group}
+    return rest | {f"{group}_{at}": _layer(layers, axis, at) for at in range(count)}
+
+
+def _layer(tree, axis, at):
+    if isinstance(tree, dict):
+        return {key: _layer(part, axis, at) for key, part in tree.items()}
+    return np.take(tree, at, axis)
+
+
+def moved(state, change):
+    """Returns a train state with a change made to its parameters and to each of their moments."""
+    first, *others = state["opt_state"]
+    adam = first | {name: change(first[name]) for name in ("mu", "nu")}
+    return state | {"params": change(state["params"]), "opt_state": [adam, *others]}
+
+
+def test_moments_follow_their_own_parameter_where_a_module_is_called_mu(cli, tmp_path) -> None:
+    numbers = Numbers()
+    params = {"mu": {"layers": {"w": numbers(3, 4, 5)}}, "layers": {"w": numbers(3, 4, 5)}}
+    state = train_state(numbers, params)
+    path = write(tmp_path, state)
+
+    said = cli("convert", path, tmp_path / "out", "--unscan", "layers", "--axis", 0)
+
+    assert said.status == 0, said.err
+    check(stock(tmp_path / "out"), moved(stock(path), lambda tree: apart(tree, "layers")))
+
+
+def test_a_group_within_a_group_is_taken_apart_after_it(cli, tmp_path) -> None:
+    numbers = Numbers()
+    state = train_state(numbers, {"layers": {"blocks": {"w": numbers(2, 3, 4)}, "b": numbers(2, 7)}})
+    path = write(tmp_path, state)
+
+    groups = ("--unscan", "layers", "--unscan", "layers_0/blocks", "--axis", 0)
+    said = cli("convert", path, tmp_path / "out", *groups)
+
+    assert said.status == 0, said.err
+
+    def change(tree):
+        tree = apart(tree, "layers")
+        return tree | {"layers_0": apart(tree["layers_0"], "blocks")}
+
+    check(stock(tmp_path / "out"), moved(stock(path), change))
+
+
+def test_statistics_and_copies_are_taken_apart_each_from_its_own_collection(cli, tmp_path) -> None:
+    numbers = Numbers()
+    params = {"layers": {"w": numbers(3, 4)}}
+    beside = {
+        "batch_stats": {"layers": {"mean": numbers(3, 4)}},
+        "ema_params": {"layers": {"w": numbers(3, 4)}},
+        "cache": {"layers": {"index": numbers(3, 2)}},
+    }
+    path = write(tmp_path, train_state(numbers, params, **beside))
+
+    said = cli("convert", path, tmp_path / "out", "--unscan", "layers", "--axis", 0)
+
+    assert said.status == 0, said.err
+    found = stock(tmp_path / "out")
+    check({name: found[name] for name in beside}, {n: apart(tree, "layers") for n, tree in beside.items()})
+
+
+def test_a_layer_that_is_stored_twice_is_refused(cli, tmp_path) -> None:
+    numbers = Numbers()
+    path = write(tmp_path, {"params": {name: {"w": numbers(4)} for name in ("h_0", "h_00", "h_1")}})
+
+    said = cli("convert", path, tmp_path / "out", "--scan", "h", "--axis", 0)
+
+    assert said.status == 1
+    assert "layers cannot be stacked on axis 0" in said.err
+    assert "params/h_00/w" in said.err
+
+
+def test_a_stack_beside_layers_of_its_name_is_refused(cli, tmp_path) -> None:
+    numbers = Numbers()
+    params = {"h_0": {"w": numbers(4)}, "h_1": {"w": numbers(4)}, "h": {"w": numbers(2, 4)}}
+    path = write(tmp_path, {"params": params})
+
+    for way in ("--scan", "--unscan"):
+        said = cli("convert", path, tmp_path / "out", way, "h", "--axis", 0)
+        assert said.status == 1
+        assert "would be written to a path that another leaf has" in said.err
+
+
+def test_two_train_states_keep_their_owners_in_another_layout(cli, tmp_path) -> None:
+    numbers = Numbers()
+    tree = {name: train_state(numbers, {"head": {"w": numbers(2, 3)}}) for name in ("gen", "disc")}
+    path = write(tmp_path, tree)
+
+    said = cli("convert", path, tmp_path / "out", "--to", "maxtext")
+    back = cli("convert", tmp_path / "out", tmp_path / "back", "--to", "linen", "--layout", "maxtext")
+
+    assert (said.status, back.status) == (0, 0), said.err + back.err
+    source, found = stock(path), stock(tmp_path / "out")
+    for name in tree:
+        check(found[name]["params"], {"params": source[name]["params"]})
+        moments = {key: {"params": source[name]["opt_state"][0][key]} for key in ("mu", "nu")}
+        check({key: found[name]["opt_state"][0][key] for key in moments}, moments)
+    assert cli("diff", path, tmp_path / "back", "--values").status == 0
+
+
+def test_a_train_state_below_a_key_moves_as_a_whole(cli, tmp_path) -> None:
+    numbers = Numbers()
+    state = train_state(numbers, {"head": {"w": numbers(2, 3)}})
+    path = write(tmp_path, {"model": state, "data": {"position": np.int32(5)}})
+
+    said = cli("convert", path, tmp_path / "out", "--to", "linen")
+
+    assert said.status == 0, said.err
+    found, source = stock(tmp_path / "out"), stock(path)
+    assert found.keys() == {"params", "opt_state", "step", "data"}
+    check(
+        {key: found[key] for key in ("params", "step")}, {k: source["model"][k] for k in ("params", "step")}
+    )
+    assert len(found["opt_state"]) == len(source["model"]["opt_state"])
+
+
+@pytest.mark.parametrize("beside", [(), ("head",)])
+def test_a_module_called_params_or_a_collection_is_a_question_that_its_hint_answers(
+    cli, tmp_path, beside
+) -> None:
+    numbers = Numbers()
+    params = {name: {"kernel": numbers(2, 3)} for name in ("params", *beside)}
+    path = write(tmp_path, {"params": params})
+
+    said = cli("convert", path, tmp_path / "out", "--to", "linen")
+    modules = cli("convert", path, tmp_path / "modules", "--to", "linen", "--layout", "variables")
+    collections = cli("convert", path, tmp_path / "collections", "--to", "linen", "--layout", "maxtext")
+
+    assert said.status == 1
+    assert said.err.endswith("hint: --layout maxtext or --layout variables says which.\n")
+    assert (modules.status, collections.status) == (0, 0)
+    check(stock(tmp_path / "modules"), {"params": params})
+    check(stock(tmp_path / "collections"), params)
+
+
+def test_an_optimizer_that_optax_did_not_arrange_is_refused_with_a_way_out(cli, tmp_path) -> None:
+    numbers = Numbers()
+    layers = {"layers": {"kernel": numbers(3, 4, 5)}}
+    states = {"layers": {"kernel": {"m": numbers(3, 4, 5), "v": numbers(3, 4, 5)}}}
+    tree = {"target": layers, "state": {"step": np.int32(3), "param_states": states}}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "in", tree)
+    words = ("convert", tmp_path / "in", tmp_path / "out", "--unscan", "layers", "--axis", 0)
+
+    said = cli(*words)
+    weights = cli(*words, "--weights-only")
+
+    assert said.status == 1
+    assert said.err.endswith("hint: pass --weights-only.\n")
+    assert weights.status == 0, weights.err
+    check(stock(tmp_path / "out"), {"target": apart(layers, "layers")})
+
+
+def test_numbers_of_a_regrouped_tree_are_those_of_the_source(cli, tmp_path) -> None:
+    numbers = Numbers()
+    params = {f"h_{at}": {"kernel": numbers(3, 3), "bias": numbers(3)} for at in range(3)}
+    path = write(tmp_path, train_state(numbers, params))
+
+    cli("convert", path, tmp_path / "there", "--scan", "h", "--axis", 1)
+    said = cli("convert", tmp_path / "there", tmp_path / "back", "--unscan", "h", "--axis", 1)
+
+    assert said.status == 0, said.err
+    check(stock(tmp_path / "back"), stock(path))
+    layers = [params[f"h_{at}"]["kernel"] for at in range(3)]
+    np.testing.assert_array_equal(stock(tmp_path / "there")["params"]["h"]["kernel"], np.stack(layers, 1))

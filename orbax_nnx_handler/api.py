@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from orbax_nnx_handler.decide import decide_and_check
+from orbax_nnx_handler.decide import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
@@ -213,7 +213,7 @@ def restore_item(
     """
     start = time.monotonic()
     overrides = flatten_like(restore_args) if restore_args is not None else {}
-    plan, parts, checkpoint = agree(lambda: decide_and_check(directory, target, overrides, options, files))
+    plan, parts, checkpoint = agree(lambda: decide(directory, target, overrides, options, files, check=True))
     arrays = carry_out(
         checkpoint,
         plan,

@@ -22,23 +22,6 @@ from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 
 
-def decide_and_check(
-    directory: epath.Path,
-    target: Any,
-    overrides: Mapping[Path, Any],
-    options: RestoreOptions,
-    files: Files | None = None,
-) -> tuple[RestorePlan, Target, Checkpoint]:
-    """Decides, and raises where the restore must fail.
-
-    Raises:
-        RestoreError: Lists every problem.
-    """
-    decided = decide(directory, target, overrides, options, files)
-    decided[0].check()
-    return decided
-
-
 @paused_collection()
 def decide(
     directory: epath.Path,
@@ -46,8 +29,10 @@ def decide(
     overrides: Mapping[Path, Any],
     options: RestoreOptions,
     files: Files | None = None,
+    *,
+    check: bool = False,
 ) -> tuple[RestorePlan, Target, Checkpoint]:
-    """Returns plan, target and checkpoint; the plan is not checked.
+    """Returns plan, target and checkpoint.
 
     Args:
         directory: The item directory.
@@ -55,10 +40,11 @@ def decide(
         overrides: Restore args by wanted path.
         options: The caller's choices.
         files: The files of the checkpoint's store, where some are known already.
+        check: Whether to raise where the restore must fail.
 
     Raises:
         UnreadableLeafError: Nothing of the checkpoint can be read.
-        RestoreError: The target has no leaf.
+        RestoreError: The target has no leaf; under `check`, lists every problem.
     """
     checkpoint = read_metadata(directory, files)
     if not checkpoint.leaves:
@@ -73,6 +59,8 @@ def decide(
         overrides=_policies_of(overrides),
         broken=checkpoint.broken,
     )
+    if check:
+        plan.check()
     return plan, parts, checkpoint
 
 

@@ -1,7 +1,7 @@
 """What a caller may choose, once for a handler and again for one restore."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import EllipsisType
 from typing import Any, Literal, cast
 
@@ -125,45 +125,24 @@ class RestoreOptions:
     single_replica: bool = False
 
     @classmethod
-    def of(
-        cls,
-        *,
-        policy: Policies = "error",
-        layout: str = "auto",
-        renames: Iterable[Rule | tuple[str, str]] = (),
-        init: Callable[[], Any] | None = None,
-        unexpected: UnexpectedPolicy = "warn",
-        dtype: DtypeChoice = "target",
-        single_replica: bool = False,
-    ) -> "RestoreOptions":
-        """Returns checked options.
-
-        Raises:
-            ValueError: A value is none of the choices.
-        """
-        check_policy(policy)
-        _check_choice("unexpected", unexpected, ("error", "warn", "ignore"))
-        _check_choice("dtype", dtype, ("target", "stored"))
-        return cls(
-            policy=policy,
-            layout=layout,
-            renames=as_rules(renames),
-            init=init,
-            unexpected=unexpected,
-            dtype=dtype,
-            single_replica=single_replica,
-        )
+    def of(cls, **chosen: Any) -> "RestoreOptions":
+        """Returns the defaults with some values replaced; see `override`."""
+        return cls().override(**chosen)
 
     def override(self, **chosen: Any) -> "RestoreOptions":
         """Returns the options with every value that is not None replaced.
 
         Raises:
             ValueError: A value is none of the choices.
+            RuleError: `renames` holds something that is no rule.
         """
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return RestoreOptions.of(
-            **settings | {name: value for name, value in chosen.items() if value is not None}
+        new = dataclasses.replace(
+            self, **{name: value for name, value in chosen.items() if value is not None}
         )
+        check_policy(new.policy)
+        _check_choice("unexpected", new.unexpected, ("error", "warn", "ignore"))
+        _check_choice("dtype", new.dtype, ("target", "stored"))
+        return dataclasses.replace(new, renames=as_rules(new.renames))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -1,9 +1,9 @@
 """The plan of a restore and the report on one: a verdict with its explanation, to check, print and keep."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import Cause, RestoreError
@@ -14,18 +14,15 @@ from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions
 from orbax_nnx_handler.planning.rendering.as_dict import to_dict
-from orbax_nnx_handler.planning.rendering.display import summary_as_html, summary_as_text, summary_on_console
+from orbax_nnx_handler.planning.rendering.display import Displayed
 from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, report_summary
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import judge
 from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict, copies_of_model
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
 
-
-class RestorePlan(Verdict):
+class RestorePlan(Displayed, Verdict):
     """The verdict on one checkpoint and one target, from metadata alone.
 
     The mappings are keyed by path: wanted paths in `restored`, `missing`,
@@ -78,15 +75,6 @@ class RestorePlan(Verdict):
     def _summary(self) -> Summary:
         return plan_summary(self, self._explanation)
 
-    def __str__(self) -> str:
-        return summary_as_text(self._summary)
-
-    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterable[RenderableType]":
-        return summary_on_console(self._summary, console, options)
-
-    def _repr_html_(self) -> str:
-        return summary_as_html(self._summary)
-
 
 def make_plan(
     target: Target,
@@ -103,7 +91,7 @@ def make_plan(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RestoreReport:
+class RestoreReport(Displayed):
     """Every leaf of a result with its one origin.
 
     Attributes:
@@ -209,15 +197,6 @@ class RestoreReport:
     @property
     def _summary(self) -> Summary:
         return report_summary(self.plan, self.seconds, self.nbytes)
-
-    def __str__(self) -> str:
-        return summary_as_text(self._summary)
-
-    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterable[RenderableType]":
-        return summary_on_console(self._summary, console, options)
-
-    def _repr_html_(self) -> str:
-        return summary_as_html(self._summary)
 
 
 def _is_shortened(item: Restored) -> bool:

@@ -1,5 +1,6 @@
 """Summaries as plain text, on a terminal, and in a notebook."""
 
+import abc
 import html
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +13,23 @@ from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, joined,
 from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
 
 _LIMIT = 30
+
+
+class Displayed(abc.ABC):
+    """What prints as its summary: as text, on a terminal, in a notebook."""
+
+    @property
+    @abc.abstractmethod
+    def _summary(self) -> Summary: ...
+
+    def __str__(self) -> str:
+        return summary_as_text(self._summary)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+        return summary_on_console(self._summary, console, options)
+
+    def _repr_html_(self) -> str:
+        return summary_as_html(self._summary)
 
 
 def summary_as_text(summary: Summary) -> str:

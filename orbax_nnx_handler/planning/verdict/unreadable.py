@@ -93,24 +93,25 @@ def check_readable(found: Unreadable) -> None:
 
 def unreadable(lost: Mapping[Path, str]) -> UnreadableLeafError:
     """Returns the error that lists leaves whose arrays cannot be found."""
-    leaves = counted(len(lost), "leaf whose array", "leaves whose arrays")
-    rows = aligned(Row(path, (reason,)) for path, reason in lost.items())
-    return UnreadableLeafError(
-        f"the checkpoint names {leaves} cannot be read:\n{rows}",
-        paths=list(lost),
-        hints=["a part of it is damaged, or was not copied: copy it again, or restore another step."],
+    return _listing(
+        lost,
+        f"names {counted(len(lost), 'leaf whose array', 'leaves whose arrays')} cannot be read",
+        "a part of it is damaged, or was not copied: copy it again, or restore another step.",
     )
 
 
 def not_numbers(foreign: Mapping[Path, str]) -> UnreadableLeafError:
     """Returns the error that lists leaves which are whole and hold no numbers."""
-    leaves = counted(len(foreign), "leaf that holds", "leaves that hold")
-    rows = aligned(Row(path, (what,)) for path, what in foreign.items())
-    return UnreadableLeafError(
-        f"the checkpoint has {leaves} no numbers of a known type:\n{rows}",
-        paths=list(foreign),
-        hints=["load it where it was written, and save them again as arrays of float32 or of integers."],
+    return _listing(
+        foreign,
+        f"has {counted(len(foreign), 'leaf that holds', 'leaves that hold')} no numbers of a known type",
+        "load it where it was written, and save them again as arrays of float32 or of integers.",
     )
+
+
+def _listing(leaves: Mapping[Path, str], what: str, hint: str) -> UnreadableLeafError:
+    rows = aligned(Row(path, (reason,)) for path, reason in leaves.items())
+    return UnreadableLeafError(f"the checkpoint {what}:\n{rows}", paths=list(leaves), hints=[hint])
 
 
 def _plain(path: Path) -> Tokens:

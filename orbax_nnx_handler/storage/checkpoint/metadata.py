@@ -58,9 +58,8 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
 from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY, Encoding, ZarrDriver, parse_encoding
 from orbax_nnx_handler.storage.stores import kvstore
-from orbax_nnx_handler.storage.stores.catalog import MANIFEST
 from orbax_nnx_handler.storage.stores.files import Files, List, Question, ReadFile, Sizes
-from orbax_nnx_handler.storage.stores.kvstore import Store
+from orbax_nnx_handler.storage.stores.kvstore import MANIFEST, Store
 from orbax_nnx_handler.storage.stores.ocdbt import DamagedDatabaseError
 
 __all__ = ["Checkpoint", "StoredArray", "parts_of", "read_metadata"]

@@ -84,7 +84,10 @@ def read_arrays(
         plain = [plain_job(job) for job in jobs]
         under_way: dict[Path, jax.Array] = {}
         for group in groups(plain, concurrent_bytes):
-            placed = _read_group(checkpoint, group, concurrent_bytes, progress)
+            filled = read_shards(checkpoint, group, concurrent_bytes, progress)
+            placed = {
+                job.job.path: place_array(job, shards) for job, shards in zip(group, filled, strict=True)
+            }
             # The host buffers of a group live until its transfer is done.
             jax.block_until_ready(under_way)
             arrays |= placed
@@ -97,16 +100,6 @@ def _is_orbaxs(checkpoint: Checkpoint) -> bool:
     # Values that are nodes of the tree come from a msgpack file.
     held = checkpoint.values or {}
     return checkpoint.disk_format != DISK_FORMAT and not any(path in checkpoint.nodes for path in held)
-
-
-def _read_group(
-    checkpoint: Checkpoint,
-    group: Sequence[PlainJob],
-    concurrent_bytes: int | None,
-    progress: Progress | None,
-) -> dict[Path, jax.Array]:
-    filled = read_shards(checkpoint, group, concurrent_bytes, progress)
-    return {job.job.path: place_array(job, shards) for job, shards in zip(group, filled, strict=True)}
 
 
 def read_shards(

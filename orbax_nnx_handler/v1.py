@@ -14,6 +14,7 @@ Orbax builds a handler of its own accord, from its class alone, so the options
 belong to the class: `configured` returns one that carries them.
 """
 
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
@@ -21,6 +22,10 @@ from typing import Any, ClassVar
 import orbax.checkpoint as ocp_v0
 from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
+
+# Private: the context in force, whose limits Orbax's own handlers keep to. Orbax passes it to no handler,
+# and without it `Context.memory.read_concurrent_bytes` would not hold for an NNX target.
+from orbax.checkpoint.experimental.v1._src.context.context import get_context
 
 from orbax_nnx_handler.api import restore_item
 from orbax_nnx_handler.handler import Renames
@@ -52,13 +57,24 @@ class NNXLinenHandler:
     primary_host: ClassVar[int | None] = 0
     report: ClassVar[RestoreReport | None] = None
 
+    def __init__(self, **pytree_handler_options: Any):
+        """Creates a handler, as Orbax does for each call.
+
+        Args:
+            **pytree_handler_options: Keywords of `ocp.handlers.PyTreeHandler`.
+        """
+        self._stock_options = pytree_handler_options
+        self._context: ocp.Context = pytree_handler_options.get("context") or get_context()
+
     def is_handleable(self, checkpointable: Any) -> bool:
         """Tells whether a value can be saved."""
-        return is_nnx(checkpointable) or _stock().is_handleable(checkpointable)
+        return is_nnx(checkpointable) or self._stock().is_handleable(checkpointable)
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool:
         """Tells whether a target can be restored into."""
-        return is_nnx(abstract_checkpointable) or _stock().is_abstract_handleable(abstract_checkpointable)
+        return is_nnx(abstract_checkpointable) or self._stock().is_abstract_handleable(
+            abstract_checkpointable
+        )
 
     async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
         """Takes the values to be saved; the returned awaitable writes them.
@@ -69,7 +85,7 @@ class NNXLinenHandler:
                 pytree, written as it is.
         """
         arguments = linen_save(ocp_v0.args.PyTreeSave(checkpointable), self.save_layout, self.tx)
-        writing = await _stock().save(directory, arguments.item)
+        writing = await self._stock().save(directory, arguments.item)
         return self._finish(directory, writing, arguments.custom_metadata)
 
     async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Awaitable[Any]:
@@ -84,17 +100,26 @@ class NNXLinenHandler:
             An awaitable of the target's own type.
         """
         if not is_nnx(abstract_checkpointable):
-            return await _stock().load(directory, abstract_checkpointable)
+            return await self._stock().load(directory, abstract_checkpointable)
         return self._restore(epath.Path(directory), abstract_checkpointable)
 
     async def metadata(self, directory: Any) -> Any:
         """Returns the stored tree, as Orbax describes it."""
-        return await _stock().metadata(directory)
+        return await self._stock().metadata(directory)
 
     async def _restore(self, directory: epath.Path, target: Any) -> Any:
-        result, report = restore_item(directory, target, None, self.options)
+        broadcast = self._context.array_options.loading.use_load_and_broadcast
+        options = dataclasses.replace(
+            self.options, single_replica=self.options.single_replica or bool(broadcast)
+        )
+        limit = self._context.memory_options.read_concurrent_bytes
+        result, report = restore_item(directory, target, None, options, concurrent_bytes=limit)
         type(self).report = report
         return result
+
+    def _stock(self) -> Any:
+        # Made anew for each call: it takes its settings from the context in force.
+        return ocp.handlers.PyTreeHandler(**self._stock_options)
 
     async def _finish(self, directory: Any, writing: Awaitable[None], custom_metadata: Any) -> None:
         """Waits until the tree is written, then adds what Orbax v1 gives a handler no way to pass."""
@@ -176,18 +201,13 @@ def context(policy: Policies = "error", *, base: ocp.Context | None = None, **op
 
     Args:
         policy: What a missing weight becomes.
-        base: A context whose other settings are kept. Its `use_load_and_broadcast` asks for
-            `single_replica`.
+        base: A context whose other settings are kept. In the context in force,
+            `memory.read_concurrent_bytes` bounds a restore's bytes under way, and
+            `array.loading.use_load_and_broadcast` asks for `single_replica`.
         **options: The other options of `configured`.
     """
     made = ocp.Context(base)
     options.setdefault("primary_host", made.multiprocessing_options.primary_host)
-    # Orbax gives no public way to the context in force, so what is set in it later goes unseen.
     options.setdefault("single_replica", made.array_options.loading.use_load_and_broadcast)
     made.checkpointables.registry = registry(configured(policy, **options))
     return made
-
-
-def _stock() -> Any:
-    # Made anew for each call: it takes its settings from the context in force.
-    return ocp.handlers.PyTreeHandler()

@@ -13,6 +13,7 @@ from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
 from orbax_nnx_handler import MissingParamError, restore, v1
+from orbax_nnx_handler.api import restore_item
 from tests.cases import load_case, problems
 
 if not hasattr(ocp, "load_checkpointables") or not hasattr(ocp, "save"):
@@ -177,6 +178,55 @@ def test_a_context_that_loads_and_broadcasts_asks_for_single_replica() -> None:
     asked = [v1.context(base=base), v1.context(single_replica=True), v1.context()]
 
     assert [_handler_of(context).options.single_replica for context in asked] == [True, True, False]
+
+
+def test_a_read_limit_of_the_context_in_force_holds_for_an_nnx_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def noting(*args: Any, concurrent_bytes: int | None = None, **kwargs: Any) -> Any:
+        seen.append((concurrent_bytes, args[3].single_replica))
+        return restore_item(*args, concurrent_bytes=concurrent_bytes, **kwargs)
+
+    monkeypatch.setattr(v1, "restore_item", noting)
+    with v1.context():
+        ocp.save(tmp_path / "item", build())
+    setting = v1.context()
+    setting.memory.read_concurrent_bytes = 1 << 20
+    setting.array.loading.use_load_and_broadcast = True
+
+    with v1.context():
+        ocp.load(tmp_path / "item", nnx.eval_shape(build))
+    with setting:
+        ocp.load(tmp_path / "item", nnx.eval_shape(build))
+
+    assert seen == [(None, False), (1 << 20, True)]
+
+
+@pytest.mark.skipif(not hasattr(ocp, "load_async"), reason="this Orbax loads in the foreground only")
+def test_an_asynchronous_load_gives_the_same(tmp_path: Path) -> None:
+    item = build()
+
+    with v1.context():
+        ocp.save(tmp_path / "item", item)
+        try:
+            restored = ocp.load_async(tmp_path / "item", nnx.eval_shape(build)).result()
+        except NotImplementedError:
+            pytest.skip("this Orbax loads only SafeTensors in the background")
+
+    assert_equal(restored, item)
+
+
+def test_a_handler_takes_the_keywords_of_orbaxs_own(tmp_path: Path) -> None:
+    setting = ocp.Context()
+    setting.array.saving.use_ocdbt = False
+    handler = v1.configured()(context=setting)
+
+    assert handler.is_handleable({"a": 1, "b": "text"})
+    assert handler.is_abstract_handleable({"a": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    with pytest.raises(TypeError, match="surprise"):
+        v1.configured()(surprise=True).is_handleable({})
 
 
 def _handler_of(context: ocp.Context) -> Any:

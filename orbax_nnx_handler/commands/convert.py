@@ -40,6 +40,7 @@ from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.converting.blocks import Written
 from orbax_nnx_handler.storage.converting.fitted import fit, in_linen, in_nnx
 from orbax_nnx_handler.storage.converting.leaves import (
     check_codes,
@@ -58,7 +59,6 @@ from orbax_nnx_handler.storage.converting.source import (
     reading_of,
 )
 from orbax_nnx_handler.storage.converting.write import Conversion, check_free, write_converted
-from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.restoring.restore import check_values
 from orbax_nnx_handler.storage.stores.locations import absolute
 

@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.paths import Path, render, segments, sort_p
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.converting.digests import Difference, as_stored, differences
+from orbax_nnx_handler.storage.converting.blocks import Difference, as_stored, differences
 from orbax_nnx_handler.storage.converting.memory import window_of
 
 

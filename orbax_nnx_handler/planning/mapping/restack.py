@@ -16,26 +16,24 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Tokens
 from orbax_nnx_handler.planning.core.recipes import Fill, Index, Recipe, Stack
-from orbax_nnx_handler.planning.mapping.axes import (
+from orbax_nnx_handler.planning.mapping.layers import (
+    FLAT,
     Axes,
+    Blocks,
+    Group,
+    Key,
+    LayerPiece,
+    Side,
     axes_between,
     is_first_stacked,
     is_move,
     is_on_both,
     is_part_of,
     is_wanted,
-    two_of,
-)
-from orbax_nnx_handler.planning.mapping.layers import (
-    FLAT,
-    Blocks,
-    Group,
-    Key,
-    LayerPiece,
-    Side,
     layer_shape,
     length,
     numbers_of,
+    two_of,
 )
 from orbax_nnx_handler.planning.mapping.matches import UnclearAxis
 from orbax_nnx_handler.planning.rules.entries import Entry

@@ -20,8 +20,8 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
 from orbax_nnx_handler.storage.checkpoint.fields import FieldError, parse_object
-from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile
 
 COMMIT_FILE = "commit_success.txt"

@@ -28,8 +28,15 @@ from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.storage import paused_collection
-from orbax_nnx_handler.storage.checkpoint import npz
-from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
+from orbax_nnx_handler.storage.checkpoint import fields, npz
+from orbax_nnx_handler.storage.checkpoint.checkpoint import (
+    METADATA_KEY,
+    Checkpoint,
+    Encoding,
+    StoredArray,
+    ZarrDriver,
+    parse_encoding,
+)
 from orbax_nnx_handler.storage.checkpoint.directories import (
     STEP_FILE,
     UNFINISHED,
@@ -37,14 +44,6 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     is_archive,
     is_item,
     was_interrupted,
-)
-from orbax_nnx_handler.storage.checkpoint.fields import (
-    FieldError,
-    object_of,
-    objects_of,
-    optional_object,
-    parse_object,
-    text_of,
 )
 from orbax_nnx_handler.storage.checkpoint.random_state import StoredRandom, read_leftovers
 from orbax_nnx_handler.storage.checkpoint.trees import (
@@ -56,7 +55,6 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
     read_tree,
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
-from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY, Encoding, ZarrDriver, parse_encoding
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.files import Files, List, Question, ReadFile, Sizes
 from orbax_nnx_handler.storage.stores.kvstore import MANIFEST, Store
@@ -408,16 +406,21 @@ def _read_key_impls(directory: epath.Path, files: Files) -> dict[str, str]:
         return {}
     try:
         entries = [
-            object_of(entry, "array_metadata")
-            for entry in objects_of(parse_object(content), "array_metadatas")
+            fields.object_of(entry, "array_metadata")
+            for entry in fields.objects_of(fields.parse_object(content), "array_metadatas")
         ]
-        keys = {text_of(entry, "param_name"): optional_object(entry, "ext_metadata") for entry in entries}
+        keys = {
+            fields.text_of(entry, "param_name"): fields.optional_object(entry, "ext_metadata")
+            for entry in entries
+        }
         found = {
-            name: text_of(key, "random_key_impl") for name, key in keys.items() if key.get("random_key_impl")
+            name: fields.text_of(key, "random_key_impl")
+            for name, key in keys.items()
+            if key.get("random_key_impl")
         }
         for impl in found.values():
             _key_type(impl)
-    except (FieldError, ValueError) as error:
+    except (fields.FieldError, ValueError) as error:
         raise NotACheckpointError(
             f"{file} cannot be read: {error}.", hints=[damaged(directory, files)]
         ) from error
@@ -433,8 +436,8 @@ def _read_step_metadata(directory: epath.Path, files: Files) -> Mapping[str, Any
         if content is None:
             continue
         try:
-            return optional_object(parse_object(content), "custom_metadata")
-        except FieldError as error:
+            return fields.optional_object(fields.parse_object(content), "custom_metadata")
+        except fields.FieldError as error:
             # Nothing of the restore depends on it, so a damaged file is no reason to stop.
             _logger.warning("going on without %s: %s", folder / STEP_FILE, error)
             return {}

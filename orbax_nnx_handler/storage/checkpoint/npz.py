@@ -33,10 +33,9 @@ from numpy.lib import format as npy_format
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, StoredArray
+from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
-from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.files import Files, RangedFile
 from orbax_nnx_handler.storage.stores.kvstore import Extent

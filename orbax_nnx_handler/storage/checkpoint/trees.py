@@ -27,6 +27,7 @@ from flax import serialization
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
 from orbax_nnx_handler.storage.checkpoint.fields import (
     FieldError,
     object_of,
@@ -36,7 +37,6 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     text_of,
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, damaged
-from orbax_nnx_handler.storage.checkpoint.zarr import METADATA_KEY
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import Store
 

@@ -13,8 +13,8 @@ from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import fills, render_reads, substitute
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.storage.converting.blocks import Written
 from orbax_nnx_handler.storage.converting.leaves import planned_leaves, takes_dtype, with_dtype
-from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.restoring.fill import fill_leaves
 from orbax_nnx_handler.storage.saving.arrange import Flavour
 from orbax_nnx_handler.storage.saving.save import plan_save

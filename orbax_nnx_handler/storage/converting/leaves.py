@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Section, Stored
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.target.roles import roles_of
-from orbax_nnx_handler.storage.converting.written import Written
+from orbax_nnx_handler.storage.converting.blocks import Written
 
 
 def planned_leaves(plan: RestorePlan) -> list[Written]:

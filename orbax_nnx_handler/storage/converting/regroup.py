@@ -23,8 +23,8 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.storage.converting.blocks import Written
 from orbax_nnx_handler.storage.converting.leaves import check_distinct, refusal
-from orbax_nnx_handler.storage.converting.written import Written
 
 Group = tuple[str, ...]
 """A group's path below the collection, such as `("decoder", "layers")`."""

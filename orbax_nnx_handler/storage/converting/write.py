@@ -25,10 +25,17 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.core.regions import slices
 from orbax_nnx_handler.storage.checkpoint.directories import COMMIT_FILE, is_item, working_name
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.converting.blocks import Block, block_shape, by_source, read_blocks
-from orbax_nnx_handler.storage.converting.digests import Digests, Progress, digests_of
+from orbax_nnx_handler.storage.converting.blocks import (
+    Block,
+    Digests,
+    Progress,
+    Written,
+    block_shape,
+    by_source,
+    digests_of,
+    read_blocks,
+)
 from orbax_nnx_handler.storage.converting.memory import window_of
-from orbax_nnx_handler.storage.converting.written import Written
 from orbax_nnx_handler.storage.reading import Job, read_arrays
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, check_writable, is_url, parents_of

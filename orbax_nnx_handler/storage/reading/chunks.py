@@ -28,7 +28,7 @@ from orbax_nnx_handler.planning.core.regions import (
     starts,
     whole,
 )
-from orbax_nnx_handler.storage.checkpoint.zarr import Encoding
+from orbax_nnx_handler.storage.checkpoint.checkpoint import Encoding
 from orbax_nnx_handler.storage.reading.base_store import AbsentError
 from orbax_nnx_handler.storage.reading.byte_plan import Limits, WantedBytes, cut_run
 from orbax_nnx_handler.storage.reading.jobs import Buffer, Destination

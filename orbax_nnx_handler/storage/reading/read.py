@@ -18,11 +18,11 @@ from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.checkpoint.npz import DISK_FORMAT
 from orbax_nnx_handler.storage.reading.agreement import agree
-from orbax_nnx_handler.storage.reading.arrays import Arena, place_array
 from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import (
     DEFAULT_WINDOW_BYTES,
+    Arena,
     Buffer,
     Job,
     PlainJob,
@@ -30,6 +30,7 @@ from orbax_nnx_handler.storage.reading.jobs import (
     allocate_shards,
     grouped,
     groups,
+    place_array,
     plain_job,
     stored_shapes,
 )

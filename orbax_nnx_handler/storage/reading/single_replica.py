@@ -29,8 +29,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
-from orbax_nnx_handler.storage.reading.arrays import Arena, as_asked, place_array
-from orbax_nnx_handler.storage.reading.jobs import Buffer, Device, PlainJob, families, region_of
+from orbax_nnx_handler.storage.reading.jobs import (
+    Arena,
+    Buffer,
+    Device,
+    PlainJob,
+    as_asked,
+    families,
+    place_array,
+    region_of,
+)
 
 
 def is_single_replica(type_handlers: Any = None) -> bool:

@@ -9,7 +9,6 @@ import tensorstore as ts
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.reading import base_store, read_values
-from orbax_nnx_handler.storage.reading.arrays import ALIGNMENT, SHARED_BLOCK_BYTES, Arena
 from orbax_nnx_handler.storage.reading.base_store import (
     AbsentError,
     LocalData,
@@ -19,6 +18,7 @@ from orbax_nnx_handler.storage.reading.base_store import (
     ShortReadError,
     content_of,
 )
+from orbax_nnx_handler.storage.reading.jobs import ALIGNMENT, SHARED_BLOCK_BYTES, Arena
 from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, numbers, save
 
 CONTENT = bytes(range(10))

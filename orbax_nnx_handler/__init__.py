@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orbax_nnx_handler.api import restore, save, suggest, to_linen
+    from orbax_nnx_handler.api import from_linen, restore, save, suggest, to_linen
     from orbax_nnx_handler.decide import plan_restore
     from orbax_nnx_handler.handler import (
         MissingParamRestoreArgs,
@@ -90,6 +90,7 @@ __all__ = [
     "UnreadableLeafError",
     "UnstackLayers",
     "UnusedRuleError",
+    "from_linen",
     "handler_registry",
     "invert",
     "plan_restore",
@@ -101,6 +102,7 @@ __all__ = [
 
 _HOMES = {
     "api": (
+        "from_linen",
         "restore",
         "save",
         "suggest",

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -13,13 +13,14 @@ from orbax_nnx_handler.decide import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
-from orbax_nnx_handler.planning.plan import RestoreReport
+from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
-from orbax_nnx_handler.planning.target.target import flatten_like, flatten_target, refuse_empty
+from orbax_nnx_handler.planning.target.target import Target, flatten_like, flatten_target, refuse_empty
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.checkpoint.in_memory import hold
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
 from orbax_nnx_handler.storage.restoring.restore import carry_out
@@ -28,6 +29,9 @@ from orbax_nnx_handler.storage.saving.save import Undone, linen_save, plan_save
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable
+
+TargetT = TypeVar("TargetT")
+"""The type of a target, which is that of the result."""
 
 
 def restore(
@@ -158,6 +162,62 @@ def save(
         checkpointer.save(destination, args=arguments, force=force)
 
 
+@paused_collection()
+def from_linen(
+    variables: Any,
+    target: TargetT,
+    restore_args: Any = None,
+    *,
+    policy: Policies = "error",
+    layout: str = "auto",
+    renames: Iterable[Rule | tuple[str, str]] = (),
+    init: Callable[[], Any] | None = None,
+    unexpected: UnexpectedPolicy = "warn",
+    dtype: DtypeChoice = "target",
+) -> TargetT:
+    """Restores a Linen tree that is in memory already, by the plan, the laws and the errors of `restore`.
+
+    ```python
+    variables = linen_model.init(key, tokens)
+    model = from_linen(variables, nnx.eval_shape(make_model))
+    ```
+
+    Arrays on devices stay there: one that is wanted as it is, is the tree's own in the result (donate
+    one of the two and both are gone); from the others the wanted ones are computed under `jax.jit`, into
+    the target's shardings. Where the target says nothing of a sharding, an array keeps its own. NumPy
+    arrays and numbers are copied to where they are wanted, once.
+
+    It works inside a `jax.jit` too. The plan follows from shapes, so it is made and checked while JAX
+    traces; what only values tell is not looked at there (a count that does not fit its integer type, a
+    leftover that must be zero, a cast that overflows).
+
+    Args:
+        variables: What `restore` reads, as containers that JAX knows: variables, a `TrainState`, a dict of
+            these, boxed parameters, an optimizer's state, an `nnx.State` or a flat dict of arrays.
+        target: See `plan_restore`.
+        restore_args: See `plan_restore`.
+        policy: See `plan_restore`.
+        layout: See `plan_restore`.
+        renames: See `plan_restore`.
+        init: See `plan_restore`.
+        unexpected: See `plan_restore`.
+        dtype: See `plan_restore`.
+
+    Returns:
+        A new value of the target's own type, every leaf an array on its devices.
+
+    Raises:
+        NotACheckpointError: The tree has no leaf.
+        UnreadableLeafError: A leaf that is needed is a `jax.ShapeDtypeStruct` or was donated.
+        RestoreError: The tree cannot become the target; lists every problem.
+    """
+    options = RestoreOptions().override(
+        policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
+    )
+    result, _ = _restore_checkpoint(lambda: hold(variables), target, restore_args, options)
+    return result
+
+
 def to_linen(
     state: Any,
     layout: Flavour = "linen",
@@ -181,7 +241,7 @@ def to_linen(
         Nested dicts as a Linen program has them (`params/...`, `batch_stats/...`), optax's tuples as
         lists with None for empty states. An array that is stored as it is, is the state's own. Random
         streams that a Linen program does not store are left out; `save` writes them to the item's
-        metadata.
+        metadata. Inside a `jax.jit` the step's size and the equality of copies are not looked at.
 
     Raises:
         RuleError: See `save`.
@@ -211,18 +271,31 @@ def restore_item(
     Raises:
         RestoreError: See `restore`.
     """
-    start = time.monotonic()
-    overrides = flatten_like(restore_args) if restore_args is not None else {}
-    plan, parts, checkpoint = agree(lambda: decide(directory, target, overrides, options, files, check=True))
-    arrays = carry_out(
-        checkpoint,
-        plan,
-        init=options.init,
+    return _restore_checkpoint(
+        lambda: read_metadata(directory, files),
+        target,
+        restore_args,
+        options,
         concurrent_bytes=concurrent_bytes,
         progress=progress,
         orbax=orbax,
-        single_replica=single_replica_leaves(options.single_replica, overrides),
     )
+
+
+def _restore_checkpoint(
+    read: Callable[[], Checkpoint], target: Any, restore_args: Any, options: RestoreOptions, **reading: Any
+) -> tuple[Any, RestoreReport]:
+    """Restores what `read` finds; every process does, or none."""
+    start = time.monotonic()
+    overrides = flatten_like(restore_args) if restore_args is not None else {}
+
+    def decided() -> tuple[Checkpoint, RestorePlan, Target]:
+        checkpoint = read()
+        return checkpoint, *decide(checkpoint, target, overrides, options, check=True)
+
+    checkpoint, plan, parts = agree(decided)
+    single_replica = single_replica_leaves(options.single_replica, overrides)
+    arrays = carry_out(checkpoint, plan, init=options.init, single_replica=single_replica, **reading)
     _check_materialised(arrays)
     result = parts.assemble(arrays)
     report = RestoreReport.of(plan, time.monotonic() - start)

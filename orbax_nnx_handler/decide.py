@@ -17,51 +17,47 @@ from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 
 
 @paused_collection()
 def decide(
-    directory: epath.Path,
+    checkpoint: Checkpoint,
     target: Any,
     overrides: Mapping[Path, Any],
     options: RestoreOptions,
-    files: Files | None = None,
     *,
     check: bool = False,
-) -> tuple[RestorePlan, Target, Checkpoint]:
-    """Returns plan, target and checkpoint.
+) -> tuple[RestorePlan, Target]:
+    """Returns the plan, and the target taken apart.
 
     Args:
-        directory: The item directory.
+        checkpoint: What is stored.
         target: What the caller wants.
         overrides: Restore args by wanted path.
         options: The caller's choices.
-        files: The files of the checkpoint's store, where some are known already.
         check: Whether to raise where the restore must fail.
 
     Raises:
         UnreadableLeafError: Nothing of the checkpoint can be read.
         RestoreError: The target has no leaf; under `check`, lists every problem.
     """
-    checkpoint = read_metadata(directory, files)
     if not checkpoint.leaves:
         check_readable(checkpoint.broken)
-    parts = flatten_target(target, overrides)
+    parts = flatten_target(target, overrides, beside=checkpoint.on_devices.values())
     refuse_empty(target, parts)
     plan = make_plan(
         parts,
         checkpoint.leaves,
         options,
-        directory=str(directory),
+        directory=str(checkpoint.directory),
         overrides=_policies_of(overrides),
         broken=checkpoint.broken,
     )
     if check:
         plan.check()
-    return plan, parts, checkpoint
+    return plan, parts
 
 
 def _policies_of(overrides: Mapping[Path, Any]) -> dict[Path, Policy]:
@@ -112,5 +108,6 @@ def plan_restore(
     overrides = flatten_like(restore_args) if restore_args is not None else {}
     given = as_path(path)
     files = files_at(given)
-    plan, _, _ = decide(find_item(given, item, files), target, overrides, options, files)
+    checkpoint = read_metadata(find_item(given, item, files), files)
+    plan, _ = decide(checkpoint, target, overrides, options)
     return plan

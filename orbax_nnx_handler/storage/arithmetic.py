@@ -5,6 +5,7 @@ the dtype at the end cannot hold is refused: one that was finite and would be
 infinite, or one outside the range of an integer type.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -201,35 +202,82 @@ Loss = tuple[Any, Any]
 """Whether a value is lost in the last cast, and the largest magnitude among those that are."""
 
 
-def evaluate(recipe: Recipe, values: Mapping[Path, Any], dtype: Any, sharding: Sharding | None = None) -> Any:
-    """Returns the value of a recipe in a dtype.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One value to compute.
 
-    Arrays on devices go through one jitted function, shared by all recipes that differ in
-    their paths only, so that they stay on their devices and processes. NumPy arrays stay NumPy's.
+    Attributes:
+        recipe: How it is made. A `Fill` in it is zeros.
+        dtype: Its dtype. Arithmetic is done in the wider type and cast last.
+        sharding: Where it goes; None leaves it to the compiler.
+    """
+
+    recipe: Recipe
+    dtype: Any
+    sharding: Sharding | None = None
+
+
+def evaluate(recipe: Recipe, values: Mapping[Path, Any], dtype: Any, sharding: Sharding | None = None) -> Any:
+    """Returns the value of a recipe in a dtype; NumPy arrays stay NumPy's where no sharding is asked for.
 
     Args:
-        recipe: The recipe. A `Fill` in it is zeros.
+        recipe: See `Asked`.
         values: The arrays that it reads, by path; traced ones are not looked at.
-        dtype: The dtype of the result. Arithmetic is done in the wider type and cast last.
-        sharding: Where the result goes; by default the compiler decides.
+        dtype: See `Asked`.
+        sharding: See `Asked`.
 
     Raises:
         DtypeMismatchError: A value does not fit the dtype; names a leaf that it is made from.
     """
-    dtype = dtype if is_key(dtype) else np.dtype(dtype)
-    paths = list(dict.fromkeys(recipes.reads(recipe)))
+    asked = Asked(recipe, dtype if is_key(dtype) else np.dtype(dtype), sharding)
+    paths, (pattern,) = _numbered([asked])
     sources = [values[path] for path in paths]
-    position = {path: (number,) for number, path in enumerate(paths)}
-    pattern = recipes.substitute(recipe, lambda path: recipes.Read(position[path]))
-    try:
-        if sharding is None and all(isinstance(source, np.ndarray | np.generic) for source in sources):
-            return _on_host(pattern, sources, dtype)
-        value, loss = _compiled(pattern, dtype, sharding)(*sources)
-        if loss is not None and not isinstance(loss[0], Tracer) and bool(loss[0]):
-            raise LostValueError(loss[1], loss[1], sources[0].dtype, dtype)
-    except LostValueError as error:
-        raise error.of(paths[0]) from None
+    if sharding is None and all(isinstance(source, np.ndarray | np.generic) for source in sources):
+        try:
+            return _on_host(pattern.recipe, sources, pattern.dtype)
+        except LostValueError as error:
+            raise error.of(paths[0]) from None
+    (value,), check = evaluate_together([asked], values)
+    check()
     return value
+
+
+def evaluate_together(
+    asked: Sequence[Asked], values: Mapping[Path, Any]
+) -> tuple[list[jax.Array], Callable[[], None]]:
+    """Computes values where the arrays are, in one jitted function, and does not wait for them.
+
+    The function is shared by all that differ in their paths only, such as the layers of a model.
+
+    Args:
+        asked: What to compute.
+        values: The arrays that it is made from, by path: all on the same devices, or traced.
+
+    Returns:
+        The values, and a check to be called when they may be waited for. It raises
+        DtypeMismatchError where a value did not fit its dtype; what is traced it does not see.
+    """
+    paths, patterns = _numbered(asked)
+    sources = [values[path] for path in paths]
+    computed, losses = _compiled(patterns)(*sources)
+
+    def check() -> None:
+        for one, loss in zip(asked, losses, strict=True):
+            if loss is not None and not isinstance(loss[0], Tracer) and bool(loss[0]):
+                path = recipes.reads(one.recipe)[0]
+                raise LostValueError(loss[1], loss[1], values[path].dtype, one.dtype).of(path)
+
+    return computed, check
+
+
+def _numbered(asked: Sequence[Asked]) -> tuple[list[Path], tuple[Asked, ...]]:
+    """Returns the paths that are read, and what is asked with their numbers in their place."""
+    paths = list(dict.fromkeys(path for one in asked for path in recipes.reads(one.recipe)))
+    numbers = {path: recipes.Read((number,)) for number, path in enumerate(paths)}
+    patterns = (
+        dataclasses.replace(one, recipe=recipes.substitute(one.recipe, numbers.__getitem__)) for one in asked
+    )
+    return paths, tuple(patterns)
 
 
 def _on_host(pattern: Recipe, sources: Sequence[Any], dtype: Any) -> Any:
@@ -241,14 +289,18 @@ def _on_host(pattern: Recipe, sources: Sequence[Any], dtype: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=512)
-def _compiled(pattern: Recipe, dtype: Any, sharding: Sharding | None) -> Callable[..., Any]:
-    def run(*sources: jax.Array) -> tuple[jax.Array, Loss | None]:
-        plain, computed = _values(jnp, pattern, sources, dtype)
-        return _cast(computed, dtype), _loss(plain, computed, dtype) if _can_lose(
-            pattern, plain, dtype
-        ) else None
+def _compiled(asked: tuple[Asked, ...]) -> Callable[..., tuple[list[jax.Array], list[Loss | None]]]:
+    def run(*sources: jax.Array) -> tuple[list[jax.Array], list[Loss | None]]:
+        computed = [_computed(one, sources) for one in asked]
+        return [value for value, _ in computed], [loss for _, loss in computed]
 
-    return cast("Callable[..., Any]", jax.jit(run, out_shardings=(sharding, None)))
+    return cast("Callable[..., Any]", jax.jit(run, out_shardings=([one.sharding for one in asked], None)))
+
+
+def _computed(asked: Asked, sources: Sequence[jax.Array]) -> tuple[jax.Array, Loss | None]:
+    plain, computed = _values(jnp, asked.recipe, sources, asked.dtype)
+    loss = _loss(plain, computed, asked.dtype) if _can_lose(asked.recipe, plain, asked.dtype) else None
+    return _cast(computed, asked.dtype), loss
 
 
 def _can_lose(recipe: Recipe, plain: Any, dtype: Any) -> bool:

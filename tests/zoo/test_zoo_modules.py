@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from orbax_nnx_handler import from_linen
 from orbax_nnx_handler.planning.core.errors import UnmappedValueError
 from tests.zoo.modules import PAIRS
 from tests.zoo.pairs import (
@@ -40,10 +43,14 @@ def run_linen(pair: Pair) -> LinenRun:
 
 
 @pytest.fixture(scope="module")
-def outcome(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def checkpoint(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(stored_variables(pair), tmp_path_factory.mktemp("pair") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def outcome(pair: Pair, checkpoint: Path) -> Outcome:
     """What the NNX side shows, restored from the checkpoint that the Linen side wrote."""
-    path = saved(stored_variables(pair), tmp_path_factory.mktemp("pair") / "checkpoint")
-    return nnx_outcome(pair, restored_module(pair, path))
+    return nnx_outcome(pair, restored_module(pair, checkpoint))
 
 
 def test_linen_and_nnx_compute_the_same_from_one_checkpoint(
@@ -64,6 +71,20 @@ def test_any_weight_gone_wrong_is_noticed(pair: Pair, run_linen: LinenRun, outco
     ]
 
     assert unnoticed == []
+
+
+def test_the_variables_in_memory_become_what_the_checkpoint_becomes(pair: Pair, checkpoint: Path) -> None:
+    variables = jax.tree.map(jnp.asarray, stored_variables(pair))
+    target = nnx.eval_shape(lambda: pair.nnx(nnx.Rngs(0)))
+
+    module = from_linen(variables, target, renames=pair.renames, unexpected="error")
+
+    expected, found = nnx.state(restored_module(pair, checkpoint)), nnx.state(module)
+    assert jax.tree.structure(expected) == jax.tree.structure(found)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert one.dtype == other.dtype
+        bits = jax.random.key_data if jnp.issubdtype(one.dtype, jax.dtypes.prng_key) else np.asarray
+        np.testing.assert_array_equal(bits(one), bits(other))
 
 
 def test_a_weight_swapped_on_disk_is_noticed(pair: Pair, run_linen: LinenRun, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ class WantedLeaf:
         value: The concrete value the target carries, or None when abstract.
         dtype_is_chosen: Whether the leaf's restore args chose the dtype: it then wins
             over `dtype="stored"` too.
+        sharding_is_default: Whether nothing says where the value must live, so that an array which
+            is on devices already may stay on them.
     """
 
     path: Path
@@ -35,6 +37,7 @@ class WantedLeaf:
     sharding: jax.sharding.Sharding | None = None
     value: Any = None
     dtype_is_chosen: bool = False
+    sharding_is_default: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Devices and arrays belong to this process; what a plan says of the leaf does not need them.

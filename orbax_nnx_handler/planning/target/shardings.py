@@ -36,14 +36,14 @@ class ShardingRule:
     @classmethod
     def of(cls, values: Iterable[Any]) -> "ShardingRule":
         """Returns the placer of a target, given the values of its leaves, under the mesh in force."""
-        current = jax.sharding.get_mesh()
-        if not current.empty:
+        current = mesh_in_force()
+        if current is not None:
             return cls(mesh=current)
         meshes = (getattr(_own_sharding(value), "mesh", None) for value in values)
         return cls(mesh=next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None))
 
-    def place(self, node: Any, value: Any, override: Any) -> Sharding:
-        """Returns the sharding of one leaf.
+    def place(self, node: Any, value: Any, override: Any) -> tuple[Sharding, bool]:
+        """Returns the sharding of one leaf, and whether it is the default: nothing says where it lives.
 
         Args:
             node: The target's Variable or bare leaf.
@@ -58,7 +58,9 @@ class ShardingRule:
             said = _own_sharding(value)
         if said is None:
             said = self._annotated(node)
-        return self._default if said is None else self._concrete(said)
+        if isinstance(said, NamedSharding) and isinstance(said.mesh, AbstractMesh) and said.mesh.empty:
+            said = None
+        return (self._default, True) if said is None else (self._concrete(said), False)
 
     def _annotated(self, node: Any) -> Sharding | None:
         if not isinstance(node, nnx.Variable) or not node.has_metadata("out_sharding"):
@@ -73,8 +75,8 @@ class ShardingRule:
     def _concrete(self, sharding: Sharding) -> Sharding:
         if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
             return sharding
-        if sharding.mesh.empty:
-            return self._default
+        if is_traced():  # There, the mesh of the values that will come is the abstract one.
+            return sharding
         if self.mesh is None or tuple(self.mesh.shape.items()) != tuple(sharding.mesh.shape.items()):
             raise RestoreError(
                 f"the target is sharded over the abstract mesh {dict(sharding.mesh.shape)}, "
@@ -90,6 +92,23 @@ class ShardingRule:
         if jax.process_count() == 1:
             return SingleDeviceSharding(cast(Any, jax.local_devices())[0])
         return NamedSharding(Mesh(np.array(cast(Any, jax.devices())), ("hosts",)), PartitionSpec())
+
+
+def mesh_in_force() -> Mesh | None:
+    """Returns the mesh that `jax.set_mesh` has set; under `jax.jit` nobody knows it."""
+    if is_traced():
+        return None
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def is_traced() -> bool:
+    """Tells whether JAX traces a program right now."""
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:  # "can only be used outside of `jax.jit`"
+        return True
+    return False
 
 
 def indivisible(leaves: Iterable[WantedLeaf]) -> Iterator[ShardingMismatchError]:

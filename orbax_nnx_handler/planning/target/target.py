@@ -4,6 +4,7 @@ Targets that ask for nothing: always a mistake, which a restore of nothing would
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, cast
 
@@ -92,7 +93,9 @@ class Target:
     assemble: Callable[[Mapping[Path, Any]], Any]
 
 
-def flatten_target(item: Any, overrides: Mapping[Path, Any] | None = None) -> Target:
+def flatten_target(
+    item: Any, overrides: Mapping[Path, Any] | None = None, beside: Iterable[Any] = ()
+) -> Target:
     """Takes a target apart.
 
     Args:
@@ -101,6 +104,7 @@ def flatten_target(item: Any, overrides: Mapping[Path, Any] | None = None) -> Ta
             container of these that JAX knows, such as a Linen `TrainState`.
         overrides: Restore args by path; `sharding` and `dtype` attributes that
             are set win over the leaf's own.
+        beside: Arrays whose mesh is taken where the target names none.
 
     Raises:
         RestoreError: A leaf has neither shape nor dtype, an override names no
@@ -112,7 +116,7 @@ def flatten_target(item: Any, overrides: Mapping[Path, Any] | None = None) -> Ta
         raise RestoreError("the target is nested deeper than Python can follow.") from error
     overrides = overrides or {}
     _check_overrides(overrides, nodes)
-    placer = ShardingRule.of(values.values())
+    placer = ShardingRule.of(itertools.chain(values.values(), beside))
     leaves = {
         path: _wanted(path, node, values[path], overrides.get(path), placer) for path, node in nodes.items()
     }
@@ -273,7 +277,7 @@ def _rebuild_state(entries: Iterable[tuple[Any, Any]], prefix: Path, nodes: Flat
 def _wanted(path: Path, node: Any, value: Any, override: Any, placer: ShardingRule) -> WantedLeaf:
     # A bare leaf is its own value.
     kind = None if value is node else cast("type[Any]", type(node))
-    sharding = placer.place(node, value, override)
+    sharding, is_default = placer.place(node, value, override)
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         value = _as_array(path, value)
     dtype = getattr(override, "dtype", None)
@@ -285,6 +289,7 @@ def _wanted(path: Path, node: Any, value: Any, override: Any, placer: ShardingRu
         sharding=sharding,
         value=None if isinstance(value, jax.ShapeDtypeStruct) else value,
         dtype_is_chosen=dtype is not None,
+        sharding_is_default=is_default,
     )
 
 

@@ -17,11 +17,13 @@ class Unreadable:
         lost: Those whose metadata is damaged: not even their shapes are known.
         damaged: Those whose shapes are known and whose bytes are not all there.
         foreign: Those that hold no numbers, with what they hold.
+        without_values: Those of a tree in memory that have a shape only, with what they are.
     """
 
     lost: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
     damaged: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
     foreign: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+    without_values: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
 
 
 def unreadable_leaves(
@@ -49,13 +51,17 @@ def unreadable_leaves(
         plain = _plain(path)
         return any(_may_be(plain, other) for other in wanted) or _is_stream(plain, streams)
 
-    damaged = {path: found.damaged[path] for path in dict.fromkeys(used) if path in found.damaged}
+    read = dict.fromkeys(used)
+    damaged = {path: found.damaged[path] for path in read if path in found.damaged}
     damaged |= {path: why for path, why in found.lost.items() if may_be_wanted(path) or (renamed and wanted)}
     without_numbers = {path: what for path, what in found.foreign.items() if may_be_wanted(path)}
     if damaged:
         yield unreadable(damaged)
     if without_numbers:
         yield not_numbers(without_numbers)
+    without_values = {path: found.without_values[path] for path in read if path in found.without_values}
+    if without_values:
+        yield _no_values(without_values)
 
 
 def _may_be(stored: Tokens, wanted: Tokens) -> bool:
@@ -109,9 +115,22 @@ def not_numbers(foreign: Mapping[Path, str]) -> UnreadableLeafError:
     )
 
 
-def _listing(leaves: Mapping[Path, str], what: str, hint: str) -> UnreadableLeafError:
+def _no_values(leaves: Mapping[Path, str]) -> UnreadableLeafError:
+    """Returns the error that lists leaves of a tree in memory which have a shape and no values."""
+    return _listing(
+        leaves,
+        f"has {counted(len(leaves), 'leaf', 'leaves')} without values",
+        "give it arrays; what would come of their shapes, "
+        "jax.eval_shape(lambda tree: from_linen(tree, target), tree) tells.",
+        whose="tree",
+    )
+
+
+def _listing(
+    leaves: Mapping[Path, str], what: str, hint: str, whose: str = "checkpoint"
+) -> UnreadableLeafError:
     rows = aligned(Row(path, (reason,)) for path, reason in leaves.items())
-    return UnreadableLeafError(f"the checkpoint {what}:\n{rows}", paths=list(leaves), hints=[hint])
+    return UnreadableLeafError(f"the {whose} {what}:\n{rows}", paths=list(leaves), hints=[hint])
 
 
 def _plain(path: Path) -> Tokens:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -244,6 +245,8 @@ class Checkpoint:
             fill value. Then an absent chunk is a loss, otherwise it is zeros.
         foreign: Leaves that are whole but hold no numbers (pickled objects, records),
             with what they hold.
+        on_devices: The arrays of a tree in memory that are JAX's already.
+        without_values: The leaves of a tree in memory that have a shape only, with what they are.
     """
 
     directory: epath.Path
@@ -258,8 +261,15 @@ class Checkpoint:
     writes_fill: bool
     damaged: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
     foreign: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+    on_devices: Mapping[Path, jax.Array] = dataclasses.field(default_factory=dict[Path, jax.Array])
+    without_values: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
 
     @property
     def broken(self) -> Unreadable:
         """Every leaf that cannot be read, for a verdict."""
-        return Unreadable(lost=self.lost, damaged=self.damaged, foreign=self.foreign)
+        return Unreadable(
+            lost=self.lost,
+            damaged=self.damaged,
+            foreign=self.foreign,
+            without_values=self.without_values,
+        )

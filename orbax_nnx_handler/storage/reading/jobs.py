@@ -16,7 +16,7 @@ import functools
 import math
 import mmap
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class Job:
         sharding: Where it must live.
         single_replica: Whether one of the processes that hold the same part reads
             it and the others get it over the mesh.
+        sharding_is_default: Whether arrays that are on devices already may stay on them.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Job:
     dtype: np.dtype[Any]
     sharding: jax.sharding.Sharding
     single_replica: bool = False
+    sharding_is_default: bool = False
 
 
 Buffer = npt.NDArray[Any]
@@ -206,13 +208,21 @@ def _size(family: Sequence[PlainJob]) -> int:
     return sum(job.host_nbytes for job in family)
 
 
-def families(jobs: Sequence[PlainJob]) -> list[list[PlainJob]]:
+class _HasRecipe(Protocol):
+    @property
+    def recipe(self) -> Recipe: ...
+
+
+_Made = TypeVar("_Made", bound=_HasRecipe)
+
+
+def families(jobs: Iterable[_Made]) -> list[list[_Made]]:
     """Groups the jobs that share a stored leaf, directly or through others."""
-    family_of: dict[Path, list[PlainJob]] = {}
+    family_of: dict[Path, list[_Made]] = {}
     for job in jobs:
         paths = set(recipes.reads(job.recipe))
         relatives = {id(family_of[path]): family_of[path] for path in paths if path in family_of}
-        home = max(relatives.values(), key=len, default=list[PlainJob]())
+        home = max(relatives.values(), key=len, default=list[_Made]())
         for other in relatives.values():
             if other is not home:
                 home += other

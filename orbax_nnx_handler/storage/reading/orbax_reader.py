@@ -47,7 +47,7 @@ def read_with_orbax(
     """
     shardings: dict[Path, Sharding] = {}
     for job in jobs:
-        for path, sharding in _source_shardings(job).items():
+        for path, sharding in source_shardings(job).items():
             shardings.setdefault(path, sharding)
     args = {path: _restore_args(checkpoint, path, sharding) for path, sharding in shardings.items()}
     item = _disk_tree(
@@ -101,13 +101,11 @@ def _look_up(tree: Any, path: Path) -> jax.Array:
 
 def _carry_out(job: Job, tree: Any) -> jax.Array:
     # A source that another job read to other devices moves here; otherwise this is nothing.
-    sources = {
-        path: jax.device_put(_look_up(tree, path), own) for path, own in _source_shardings(job).items()
-    }
+    sources = {path: jax.device_put(_look_up(tree, path), own) for path, own in source_shardings(job).items()}
     return cast(jax.Array, evaluate(job.recipe, sources, job.dtype, job.sharding))
 
 
-def _source_shardings(job: Job) -> dict[Path, Sharding]:
+def source_shardings(job: Job) -> dict[Path, Sharding]:
     """Chooses where each source is read to, so that the recipe moves as little as it can."""
     if isinstance(job.sharding, SingleDeviceSharding):
         return dict.fromkeys(recipes.reads(job.recipe), job.sharding)

@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.options import DefaultSource
 from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.target.shardings import is_traced, mesh_in_force
 from orbax_nnx_handler.planning.target.target import flatten_like
 
 BASE_SEED = 0
@@ -114,7 +115,9 @@ def fill_leaves(plan: RestorePlan, init: Callable[[], Any] | None) -> dict[Path,
     filled = {leaf.path: _from_target(leaf) for leaf in by_source["target"]}
     if init is not None:
         filled |= _compute(by_source["init"], lambda: flatten_like(init()))
-    filled |= derive_random(by_source["seed"])
+    # At once also where a program is being traced: a key is a constant of it.
+    with jax.ensure_compile_time_eval():
+        filled |= derive_random(by_source["seed"])
     zeros = by_source["zeros"]
     filled |= _compute(zeros, lambda: {leaf.path: jnp.zeros(leaf.shape, leaf.dtype) for leaf in zeros})
     return filled
@@ -171,10 +174,10 @@ def _cast(value: Any, leaf: WantedLeaf) -> Any:
 
 def _mesh_of(leaves: Sequence[WantedLeaf]) -> AbstractContextManager[Any]:
     """Puts the leaves' mesh in force, which annotated Variables need to be built under."""
-    current = jax.sharding.get_mesh()
-    if not current.empty:
+    if mesh_in_force() is not None:
         return nullcontext()
     for leaf in leaves:
         if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):
-            return jax.set_mesh(leaf.sharding.mesh)
+            mesh = leaf.sharding.mesh
+            return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if is_traced() else jax.set_mesh(mesh)
     return nullcontext()

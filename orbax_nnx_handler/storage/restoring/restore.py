@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from orbax_nnx_handler.planning.core.errors import (
@@ -34,6 +35,7 @@ from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
 from orbax_nnx_handler.storage.reading import Job, read_everywhere, read_values
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.restoring.fill import check_init, fill_leaves
+from orbax_nnx_handler.storage.restoring.on_devices import compute_on_devices
 
 
 def check_values(checkpoint: Checkpoint, plan: RestorePlan) -> None:
@@ -54,6 +56,8 @@ def _check_counts(checkpoint: Checkpoint, counts: Iterable[Restored]) -> None:
         limits = np.iinfo(item.dtype)
         for path in reads(item.recipe):
             value = _read(checkpoint, path)
+            if isinstance(value, Tracer):
+                continue
             if int(value.min()) < limits.min or int(value.max()) > limits.max:
                 bad.append(
                     (
@@ -77,7 +81,7 @@ def _check_counts(checkpoint: Checkpoint, counts: Iterable[Restored]) -> None:
 
 
 def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
-    bad = [item for item in dropped if np.any(_read(checkpoint, item.leaf.path))]
+    bad = [item for item in dropped if _is_not_zero(_read(checkpoint, item.leaf.path))]
     if bad:
         rows = "\n".join(f"  {render(item.leaf.path)}   {item.leaf.shape}   {item.reason}" for item in bad)
         patterns = dict.fromkeys("/".join(map(str, item.leaf.path[-2:])) for item in bad)
@@ -97,7 +101,14 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
         )
 
 
-def _read(checkpoint: Checkpoint, path: Path) -> np.ndarray[Any, Any]:
+def _is_not_zero(value: Any) -> bool:
+    return not isinstance(value, Tracer) and bool(value.any())
+
+
+def _read(checkpoint: Checkpoint, path: Path) -> Any:
+    """Returns one stored value; an array of a tree in memory is where it is, and may be traced."""
+    if path in checkpoint.on_devices:
+        return checkpoint.on_devices[path]
     if checkpoint.values and path in checkpoint.values:
         return checkpoint.values[path]
     array = checkpoint.arrays[path]
@@ -121,7 +132,7 @@ def carry_out(
     plan: RestorePlan,
     *,
     init: Callable[[], Any] | None,
-    concurrent_bytes: int | None,
+    concurrent_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
     orbax: ocp.PyTreeCheckpointHandler | None = None,
     single_replica: Callable[[Path], bool] = lambda _: False,
@@ -147,9 +158,13 @@ def carry_out(
         check_values(checkpoint, plan)
 
     agree(check)
-    arrays = read_everywhere(
+    jobs = _jobs(plan, single_replica)
+    there = [job for job in jobs if not checkpoint.on_devices.keys().isdisjoint(reads(job.recipe))]
+    values = {**(checkpoint.values or {}), **checkpoint.on_devices}
+    arrays = agree(lambda: compute_on_devices(values, there)) if there else {}
+    arrays |= read_everywhere(
         checkpoint,
-        _jobs(plan, single_replica),
+        [job for job in jobs if job.path not in arrays],
         concurrent_bytes=concurrent_bytes,
         progress=progress,
         orbax=orbax,
@@ -170,6 +185,7 @@ def _jobs(plan: RestorePlan, single_replica: Callable[[Path], bool]) -> list[Job
             dtype=item.dtype,
             sharding=cast(Sharding, item.wanted.sharding),
             single_replica=single_replica(path),
+            sharding_is_default=item.wanted.sharding_is_default,
         )
         for path, item in plan.restored.items()
     ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.core import Tracer
 
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RuleError
 from orbax_nnx_handler.planning.core.lines import counted
@@ -161,7 +162,7 @@ def _check_step(plan: SavePlan) -> None:
     """
     leaf = plan.leaves.get(("step",))
     step = None if leaf is None else plan.values[leaf.like]
-    if leaf is None or leaf.dtype != np.int32 or isinstance(step, jax.ShapeDtypeStruct):
+    if leaf is None or leaf.dtype != np.int32 or isinstance(step, jax.ShapeDtypeStruct | Tracer):
         return
     if isinstance(step, jax.Array) and not step.is_fully_addressable:
         step = step.addressable_data(0)
@@ -196,7 +197,7 @@ def _check_copies(plan: SavePlan) -> None:
 
 def _are_equal(one: SavedLeaf, other: SavedLeaf, values: Mapping[Path, Any]) -> bool:
     left, right = one.value(values), other.value(values)
-    if isinstance(left, jax.ShapeDtypeStruct) or isinstance(right, jax.ShapeDtypeStruct):
+    if any(isinstance(value, jax.ShapeDtypeStruct | Tracer) for value in (left, right)):
         return True
     return bool(cast(jax.Array, _equal(left, right)))
 

@@ -1,0 +1,106 @@
+"""A tree in memory as a checkpoint: paths as Orbax would store them, shapes and dtypes from the leaves."""
+
+from collections.abc import Hashable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.core import Tracer
+
+from orbax_nnx_handler.planning.core.dtypes import is_key
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.target.target import value_of
+from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
+from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
+
+_NAME = epath.Path("a tree in memory")
+_NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
+
+
+def hold(variables: Any) -> Checkpoint:
+    """Returns what there is to know of a tree in memory; no value is copied or looked at.
+
+    Args:
+        variables: Containers that JAX knows, with arrays, Python numbers, and strings and other
+            values that nobody can want.
+
+    Raises:
+        NotACheckpointError: It has no leaf.
+    """
+    leaves = _leaves_of(variables)
+    if not leaves:
+        raise NotACheckpointError(
+            f"{variables!r:.80} holds no leaf: from_linen takes a tree of arrays.",
+            hints=["a checkpoint on disk is read by restore(path, target)."],
+        )
+    on_host = {path: np.asarray(leaf) for path, leaf in leaves.items() if isinstance(leaf, _NUMBERS)}
+    foreign = {path: _values_of(value) for path, value in on_host.items() if _is_foreign(value)}
+    on_devices = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
+    described = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
+    deleted = [path for path, leaf in on_devices.items() if _is_deleted(leaf)]
+    arrays: dict[Path, Any] = {**on_host, **on_devices, **described}
+    return Checkpoint(
+        directory=_NAME,
+        leaves={path: _stored(path, arrays.get(path)) for path in leaves if path not in foreign},
+        lost={},
+        foreign=foreign,
+        without_values={
+            **dict.fromkeys(described, "a jax.ShapeDtypeStruct"),
+            **dict.fromkeys(deleted, "a deleted jax.Array"),
+        },
+        disk_format="memory",
+        custom_metadata={},
+        step_metadata={},
+        values=on_host or None,
+        on_devices=on_devices,
+        nodes={path: UNKNOWN_TYPE if path in arrays else STRING_TYPE for path in leaves},
+        arrays={},
+        writes_fill=False,
+    )
+
+
+def _leaves_of(tree: Any) -> dict[Path, Any]:
+    if isinstance(tree, str):
+        return {}
+    pairs = cast(
+        "list[tuple[tuple[Any, ...], Any]]",
+        jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0],
+    )
+    return {tuple(map(_key, path)): value_of(leaf) for path, leaf in pairs if path}
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _key(entry: Any) -> Hashable:
+    """Returns a key as Orbax stores it: the place in a list as an int, all else as text."""
+    if isinstance(entry, jax.tree_util.SequenceKey):
+        return entry.idx
+    if isinstance(entry, jax.tree_util.FlattenedIndexKey):
+        return cast(int, entry.key)
+    return str(getattr(entry, "key", getattr(entry, "name", entry)))
+
+
+def _is_deleted(array: jax.Array) -> bool:
+    return not isinstance(array, Tracer) and array.is_deleted()
+
+
+def _values_of(value: np.ndarray[Any, Any]) -> str:
+    return f"values of dtype {value.dtype}"
+
+
+def _is_foreign(value: np.ndarray[Any, Any]) -> bool:
+    return value.dtype != np.bool_ and not jnp.issubdtype(value.dtype, np.number)
+
+
+def _stored(path: Path, array: Any) -> StoredLeaf:
+    if array is None:
+        return StoredLeaf(path=path, shape=(), dtype=None)
+    impl = str(jax.random.key_impl(array)) if is_key(array.dtype) else None
+    return StoredLeaf(path=path, shape=tuple(array.shape), dtype=array.dtype, key_impl=impl)

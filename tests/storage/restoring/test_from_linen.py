@@ -1,0 +1,474 @@
+"""A Linen tree in memory becomes what Linen computes with it, and what the same tree on disk becomes."""
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.core import freeze
+from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from orbax_nnx_handler import (
+    Copy,
+    DtypeMismatchError,
+    NotACheckpointError,
+    RestoreError,
+    Scale,
+    Transpose,
+    UnmappedValueError,
+    UnreadableLeafError,
+    UnstackLayers,
+    from_linen,
+    restore,
+    to_linen,
+)
+
+X = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+
+
+class LinenNet(nn.Module):
+    boxed: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        init = nn.initializers.lecun_normal()
+        if self.boxed:
+            init = nn.with_partitioning(init, (None, "x"))
+        for layer in range(3):
+            x = jnp.tanh(nn.Dense(8, name=f"layers_{layer}", kernel_init=init)(x))
+        return nn.BatchNorm(use_running_average=True, name="norm")(x)
+
+
+class ScannedNet(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        def body(layer: Any, x: Any) -> Any:
+            return jnp.tanh(layer(x)), None
+
+        scan = nn.scan(body, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        return scan(nn.Dense(8, name="layers"), x)[0]
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, norm: bool = True):
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(3)])
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs) if norm else None
+
+    def __call__(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return x if self.norm is None else self.norm(x)
+
+
+def target(**options: Any) -> Net:
+    return nnx.eval_shape(lambda: Net(nnx.Rngs(0), **options))
+
+
+def variables(net: Any = None) -> Any:
+    return (net or LinenNet()).init(jax.random.key(0), X)
+
+
+def on_disk(tree: Any, path: Any) -> Any:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+    return path
+
+
+def leaves(state: Any) -> dict[Any, Any]:
+    flat = nnx.to_flat_state(nnx.state(state) if isinstance(state, nnx.Module) else state)
+    return {path: variable.get_value() for path, variable in flat}
+
+
+def assert_equal(left: Any, right: Any) -> None:
+    assert left.dtype == right.dtype
+    bits = jax.random.key_data if jnp.issubdtype(left.dtype, jax.dtypes.prng_key) else np.asarray
+    np.testing.assert_array_equal(bits(left), bits(right))
+
+
+def assert_same_state(left: Any, right: Any) -> None:
+    one, other = leaves(left), leaves(right)
+    assert one.keys() == other.keys()
+    for path in one:
+        assert_equal(one[path], other[path])
+
+
+FORMS = {
+    "on devices": lambda tree: tree,
+    "NumPy": lambda tree: jax.tree.map(np.asarray, tree),
+    "frozen": freeze,
+    "half NumPy": lambda tree: {**tree, "params": jax.tree.map(np.asarray, tree["params"])},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_result_computes_what_linen_computes(form: Any) -> None:
+    model = from_linen(form(variables()), target(), unexpected="error")
+
+    assert isinstance(model, Net)
+    np.testing.assert_allclose(model(X), LinenNet().apply(variables(), X), rtol=1e-6)
+
+
+def test_boxed_parameters_and_bare_ones_are_read_alike() -> None:
+    boxed = variables(LinenNet(boxed=True))
+    assert isinstance(boxed["params"]["layers_0"]["kernel"], nn.Partitioned)
+
+    assert_same_state(from_linen(boxed, target()), from_linen(nn.unbox(boxed), target()))
+
+
+def test_an_array_that_is_wanted_as_it_is_is_the_trees_own() -> None:
+    tree = variables()
+
+    model = from_linen(tree, target())
+
+    assert model.layers[1].kernel.get_value() is tree["params"]["layers_1"]["kernel"]
+    assert model.norm.mean.get_value() is tree["batch_stats"]["norm"]["mean"]
+
+
+def test_no_two_leaves_of_the_result_share_an_array() -> None:
+    tree = nn.unbox(variables())
+    tree["params"]["layers_1"] = tree["params"]["layers_0"]
+
+    model = from_linen(tree, target())
+    pair = from_linen(
+        {"params": {"a": {"kernel": jnp.ones((2, 2))}}},
+        nnx.eval_shape(lambda: {n: nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0)) for n in "ab"}),
+        renames=[Copy("a/kernel", "b/kernel")],
+    )
+
+    double = jax.jit(lambda state: jax.tree.map(lambda x: 2 * x, state), donate_argnums=0)
+    expected = 2 * np.asarray(model.layers[0].kernel.get_value())
+    doubled = double(nnx.state(model))
+    np.testing.assert_array_equal(doubled["layers"][1]["kernel"].get_value(), expected)
+    assert double(nnx.state(pair))["b"]["kernel"].get_value()[0, 0] == 2.0
+
+
+def test_numpy_memory_is_copied() -> None:
+    tree = {"params": {"kernel": np.ones((64, 64), np.float32)}}
+    layer = from_linen(tree, nnx.eval_shape(lambda: nnx.Linear(64, 64, use_bias=False, rngs=nnx.Rngs(0))))
+
+    tree["params"]["kernel"][:] = 7
+
+    assert float(layer.kernel.get_value().sum()) == 64 * 64
+
+
+def test_a_scanned_tree_is_taken_apart_on_its_devices() -> None:
+    tree = variables(ScannedNet())
+
+    model = from_linen(tree, target(norm=False))
+
+    np.testing.assert_allclose(model(X), ScannedNet().apply(tree, X), rtol=1e-6)
+
+
+def sharded(spec: Any, mesh: Any) -> Any:
+    def shape(path: Any, leaf: Any) -> Any:
+        own = spec if len(leaf.shape) == 2 else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, own))
+
+    return jax.tree_util.tree_map_with_path(shape, target(norm=False))
+
+
+@pytest.mark.parametrize("source", ["one device", "sharded", "NumPy", "another mesh"])
+@pytest.mark.parametrize("net", [LinenNet(), ScannedNet()], ids=["layers", "scanned"])
+def test_the_targets_shardings_hold_wherever_the_tree_is(source: str, net: Any, mesh: Any) -> None:
+    tree = nn.unbox(variables(net))
+    expected = net.apply(tree, X) if isinstance(net, ScannedNet) else None
+    tree = {"params": {name: part for name, part in tree["params"].items() if name != "norm"}}
+    other = jax.sharding.Mesh(np.array(jax.devices()[::-1]), ("rows",))
+    places = {
+        "one device": SingleDeviceSharding(jax.devices()[3]),
+        "sharded": NamedSharding(mesh, PartitionSpec()),
+        "another mesh": NamedSharding(other, PartitionSpec()),
+    }
+    tree = jax.tree.map(np.asarray, tree) if source == "NumPy" else jax.device_put(tree, places[source])
+    wanted = sharded(PartitionSpec(mesh.axis_names[0]), mesh)
+
+    model = from_linen(tree, wanted)
+
+    asked = leaves(wanted)
+    assert all(value.sharding == asked[path].sharding for path, value in leaves(model).items())
+    plain = from_linen(jax.tree.map(np.asarray, tree), target(norm=False))
+    assert_same_state(model, plain)
+    if expected is not None:
+        np.testing.assert_allclose(plain(X), expected, rtol=1e-6)
+
+
+def test_without_a_sharding_of_the_target_arrays_stay_where_they_are(mesh: Any) -> None:
+    there = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names[0]))
+    tree = jax.device_put(variables(ScannedNet()), NamedSharding(mesh, PartitionSpec()))
+    tree["params"]["layers"]["bias"] = jax.device_put(np.zeros((8, 3), np.float32), jax.devices()[2])
+    whole = {"params": {"kernel": jax.device_put(np.ones((8, 8), np.float32), there), "bias": np.zeros(8)}}
+
+    layer = from_linen(whole, nnx.eval_shape(lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0))))
+    model = from_linen(tree, target(norm=False))
+
+    assert layer.kernel.get_value() is whole["params"]["kernel"]
+    assert layer.bias.get_value().sharding == NamedSharding(mesh, PartitionSpec())
+    assert model.layers[0].kernel.get_value().sharding.device_set == there.device_set
+    # Not on the mesh that the others are on: it goes where a restore would put it.
+    assert model.layers[0].bias.get_value().sharding == NamedSharding(mesh, PartitionSpec())
+
+
+def test_parts_on_several_devices_become_one_array() -> None:
+    class Stacked(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.kernel = nnx.Param(rngs.normal((3, 8, 8)))
+
+    tree = {"params": {f"layers_{i}": {"kernel": np.full((8, 8), i, np.float32)} for i in range(3)}}
+    for number, layer in enumerate(tree["params"].values()):
+        layer["kernel"] = jax.device_put(layer["kernel"], jax.devices()[number])
+
+    found = from_linen(tree, nnx.eval_shape(lambda: {"layers": Stacked(nnx.Rngs(0))}))
+
+    value = found["layers"].kernel.get_value()
+    np.testing.assert_array_equal(value, np.arange(3.0)[:, None, None] * np.ones((3, 8, 8)))
+
+
+@pytest.mark.parametrize("net", [LinenNet(), ScannedNet()], ids=["layers", "scanned"])
+def test_it_works_under_jit(net: Any) -> None:
+    tree, wanted = nn.unbox(variables(net)), target(norm=isinstance(net, LinenNet))
+
+    traced = jax.jit(lambda tree: from_linen(tree, wanted))(tree)
+    described = jax.eval_shape(lambda tree: from_linen(tree, wanted), tree)
+
+    assert_same_state(traced, from_linen(tree, wanted))
+    assert {path: leaf.shape for path, leaf in leaves(described).items()} == {
+        path: leaf.shape for path, leaf in leaves(wanted).items()
+    }
+
+
+def test_under_jit_the_targets_shardings_hold_and_what_is_missing_is_filled(mesh: Any) -> None:
+    tree = jax.device_put(variables(ScannedNet()), NamedSharding(mesh, PartitionSpec()))
+    wanted = sharded(PartitionSpec(mesh.axis_names[0]), mesh)
+    del tree["params"]["layers"]["bias"]
+
+    traced = jax.jit(lambda tree: from_linen(tree, wanted, policy="warn"))(tree)
+
+    assert (
+        traced.layers[0]
+        .kernel.get_value()
+        .sharding.is_equivalent_to(wanted.layers[0].kernel.get_value().sharding, 2)
+    )
+    assert float(abs(traced.layers[2].bias.get_value()).sum()) == 0
+
+
+def test_random_state_is_made_under_jit_as_outside_of_it() -> None:
+    wanted = nnx.eval_shape(
+        lambda: {"net": nnx.Linear(8, 8, rngs=nnx.Rngs(0)), "drop": nnx.Dropout(0.5, rngs=nnx.Rngs(1))}
+    )
+    tree = {"params": {"net": nn.unbox(variables())["params"]["layers_0"]}}
+
+    assert_same_state(
+        nnx.state(jax.jit(lambda tree: from_linen(tree, wanted))(tree)), nnx.state(from_linen(tree, wanted))
+    )
+
+
+def training() -> dict[str, Any]:
+    model = Net(nnx.Rngs(0))
+    return {"model": model, "optimizer": nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)}
+
+
+def test_to_linen_is_undone_under_jit_too() -> None:
+    state = training()
+    wanted = nnx.eval_shape(training)
+
+    def there_and_back(state: Any) -> Any:
+        return from_linen(to_linen(state), wanted)
+
+    assert_same_state(nnx.state(there_and_back(state)), nnx.state(state))
+    assert_same_state(nnx.state(jax.jit(there_and_back)(state)), nnx.state(state))
+
+
+def test_a_sharded_state_goes_to_linen_and_back_on_its_devices(mesh: Any) -> None:
+    there = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    graph, state = nnx.split(Net(nnx.Rngs(0), norm=False))
+    model = nnx.merge(graph, jax.device_put(state, there))
+    rules = [Transpose("layers_0/kernel", (1, 0))]
+
+    tree = to_linen(model, renames=rules)
+    back = from_linen(tree, sharded(PartitionSpec(mesh.axis_names[0]), mesh), renames=rules)
+
+    assert tree["params"]["layers_0"]["kernel"].sharding.device_set == there.device_set
+    assert_same_state(back, model)
+    assert back.layers[0].kernel.get_value().sharding == there
+
+
+def test_a_train_state_is_restored_with_its_optimizer() -> None:
+    tree = variables()
+    state = TrainState.create(apply_fn=LinenNet().apply, params=tree["params"], tx=optax.adamw(1e-3))
+    state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, tree["params"]))
+
+    found = from_linen(
+        {"state": state, "batch_stats": tree["batch_stats"]}["state"],
+        nnx.eval_shape(training),
+        policy={nnx.BatchStat: "warn", ...: "error"},
+    )
+
+    model, optimizer = found["model"], found["optimizer"]
+    assert_equal(model.layers[2].kernel.get_value(), state.params["layers_2"]["kernel"])
+    assert_equal(
+        optimizer.opt_state[0].mu.layers[2].kernel.get_value(), state.opt_state[0].mu["layers_2"]["kernel"]
+    )
+    assert optimizer.step.get_value() == 1
+    assert optimizer.step.get_value().dtype == jnp.uint32
+
+
+def test_policies_fill_what_is_missing() -> None:
+    tree = nn.unbox(variables())
+    del tree["params"]["layers_1"]["bias"]
+
+    with pytest.raises(RestoreError, match="layers/1/bias"):
+        from_linen(tree, target())
+    own = from_linen(tree, Net(nnx.Rngs(3)), policy="init")
+    made = from_linen(tree, target(), policy="init", init=lambda: Net(nnx.Rngs(3)))
+    zeros = from_linen(tree, target(), policy="warn")
+
+    assert_same_state(own, made)
+    assert float(zeros.layers[1].bias.get_value().sum()) == 0
+    assert_equal(own.layers[1].kernel.get_value(), tree["params"]["layers_1"]["kernel"])
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_rules_compute_in_the_wider_type_as_a_restore_does(form: Any, tmp_path: Any) -> None:
+    tree = form({"params": {"w": {"kernel": jnp.linspace(-3, 3, 64, dtype=jnp.bfloat16).reshape(8, 8)}}})
+    rules = [Scale("w/kernel", 1 / 3), Transpose("w/kernel", (1, 0))]
+    wanted = {"w": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float16)}}
+
+    in_memory = from_linen(tree, wanted, renames=rules)
+    restored = restore(on_disk(dict(tree), tmp_path / "tree"), wanted, renames=rules)
+
+    assert_equal(in_memory["w"]["kernel"], restored["w"]["kernel"])
+
+
+@pytest.mark.parametrize("form", [jnp.asarray, np.asarray], ids=["on devices", "NumPy"])
+def test_a_value_that_the_wanted_type_cannot_hold_is_an_error(form: Any) -> None:
+    wanted = {"w": jax.ShapeDtypeStruct((2,), jnp.float16)}
+
+    with pytest.raises(DtypeMismatchError, match=r"holds 1000000\.0, which float16 cannot hold"):
+        from_linen({"w": form(np.array([1.0, 1e6], np.float32))}, wanted)
+
+
+def test_numbers_of_64_bits_must_fit_into_32() -> None:
+    wanted = {"seen": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    assert int(from_linen({"seen": 3}, wanted)["seen"]) == 3
+    with pytest.raises(DtypeMismatchError, match="seen"):
+        from_linen({"seen": 2**40}, wanted)
+
+
+@pytest.mark.parametrize("form", [jnp.asarray, np.asarray], ids=["on devices", "NumPy"])
+def test_counts_and_leftovers_are_looked_at(form: Any) -> None:
+    cell = nn.GRUCell(4).init(jax.random.key(0), jnp.zeros((1, 4)), jnp.zeros((1, 3)))
+    cell = jax.tree.map(form, nn.unbox(cell))
+    gru = nnx.eval_shape(lambda: nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)))
+    step = {"step": form(np.int32(-1)), **cell}
+    from_linen(cell, gru)
+
+    cell["params"]["hn"]["bias"] = form(np.ones(4, np.float32))
+    with pytest.raises(UnmappedValueError, match="hn/bias"):
+        from_linen(cell, gru)
+    jax.eval_shape(lambda tree: from_linen(tree, gru), cell)  # Nothing is looked at while it is traced.
+    del step["params"]["hn"]["bias"]
+    optimizer = nnx.eval_shape(
+        lambda: nnx.Optimizer(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), optax.sgd(0.1), wrt=nnx.Param)
+    )
+    with pytest.raises(DtypeMismatchError, match="-1"):
+        from_linen(step, {"step": optimizer.step})
+
+
+def test_random_keys_are_restored_as_they_are() -> None:
+    class Dropping(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    state = nnx.state(Dropping(nnx.Rngs(7)))
+    tree = nnx.to_pure_dict(state)
+
+    found = from_linen(tree, nnx.eval_shape(lambda: Dropping(nnx.Rngs(0))))
+
+    assert_same_state(found, state)
+
+
+def test_a_part_of_a_stack_that_is_missing_is_filled_beside_what_is_there() -> None:
+    class Layers(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.kernel = nnx.Param(rngs.normal((3, 8, 8)))
+
+    tree = nn.unbox(variables())["params"]
+    tree = {"params": {f"layers_{i}": {"kernel": tree[f"layers_{i}"]["kernel"]} for i in (0, 2)}}
+
+    found = from_linen(tree, nnx.eval_shape(lambda: {"layers": Layers(nnx.Rngs(0))}), policy="warn")
+
+    value = found["layers"].kernel.get_value()
+    assert_equal(value[2], tree["params"]["layers_2"]["kernel"])
+    assert float(abs(value[1]).sum()) == 0
+
+
+BROKEN = {
+    "missing": (lambda tree: tree["params"].pop("layers_1"), {}),
+    "another shape": (lambda tree: tree["params"]["layers_1"].update(kernel=np.ones((8, 9), np.float32)), {}),
+    "another kind": (lambda tree: tree["params"]["layers_1"].update(bias=np.ones(8, np.int32)), {}),
+    "unexpected": (lambda tree: tree["params"].update(more={"kernel": np.ones(2)}), {"unexpected": "error"}),
+    "unused rule": (dict, {"renames": [("nothing", "here")]}),
+    "a filter": (dict, {"policy": {nnx.PathContains("nothing"): "init", ...: "error"}}),
+    "no such layout": (dict, {"layout": "mine"}),
+}
+
+
+@pytest.mark.parametrize(("spoil", "options"), BROKEN.values(), ids=BROKEN)
+def test_errors_are_those_of_a_restore(spoil: Any, options: Any, tmp_path: Any) -> None:
+    tree = nn.unbox(variables())
+    spoil(tree)
+    path = on_disk(tree, tmp_path / "tree")
+
+    with pytest.raises(RestoreError) as restored:
+        restore(path, target(), **options)
+    with pytest.raises(RestoreError) as found:
+        from_linen(tree, target(), **options)
+
+    assert type(found.value) is type(restored.value)
+    assert str(found.value) == re.sub(re.escape(str(path)), "a tree in memory", str(restored.value))
+    with pytest.raises(type(restored.value)):
+        jax.eval_shape(lambda tree: from_linen(tree, target(), **options), tree)
+
+
+def test_a_leaf_without_a_value_is_an_error_where_it_is_needed() -> None:
+    tree = nn.unbox(variables())
+    described = jax.eval_shape(lambda: tree)
+
+    with pytest.raises(UnreadableLeafError) as error:
+        from_linen(described, target())
+    assert "the tree has 10 leaves without values" in str(error.value)
+    assert "a jax.ShapeDtypeStruct" in str(error.value)
+
+    tree["params"]["more"] = jax.ShapeDtypeStruct((2,), jnp.float32)
+    from_linen(tree, target(), unexpected="ignore")
+    tree["params"]["norm"]["scale"].delete()
+    with pytest.raises(UnreadableLeafError, match=r"params/norm/scale   a deleted jax\.Array"):
+        from_linen(tree, target(), policy="init", init=lambda: Net(nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("nothing", [{}, "/a/path", None, {"params": {}}], ids=str)
+def test_a_tree_without_leaves_is_refused(nothing: Any) -> None:
+    with pytest.raises(NotACheckpointError, match="holds no leaf"):
+        from_linen(nothing, target())
+
+
+def test_strings_and_functions_beside_the_model_are_left() -> None:
+    tree = {**variables(), "config": {"name": "net", "act": jnp.tanh}}
+
+    assert_same_state(from_linen(tree, target()), from_linen(variables(), target()))
+
+
+def test_rules_hold_for_a_tree_in_memory() -> None:
+    tree = {"params": {"block": variables(ScannedNet())["params"]["layers"]}}
+
+    model = from_linen(tree, target(norm=False), renames=[UnstackLayers("block", "layers/{i}", axis=1)])
+
+    np.testing.assert_array_equal(model.layers[2].kernel.get_value(), tree["params"]["block"]["kernel"][:, 2])

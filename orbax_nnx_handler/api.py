@@ -52,6 +52,12 @@ def restore(
 ) -> Any:
     """Restores a Linen checkpoint into a target; takes what `plan_restore` takes.
 
+    ```python
+    target = nnx.eval_shape(make_train_state)
+    policy = {nnx.PathContains("head"): "init", ...: "error"}
+    state = restore(path, target, policy=policy, init=make_train_state)
+    ```
+
     Args:
         path: A manager's root (its newest step), a step, an item directory, or one file
             of `flax.training.checkpoints` or `numpy.savez`.
@@ -100,6 +106,10 @@ def suggest(
 ) -> Suggestion:
     """Proposes `renames` for a target whose names are not the checkpoint's; reads metadata only.
 
+    ```python
+    print(suggest(path, target, init=make_train_state))  # renames=[...], to be read and pasted
+    ```
+
     Args:
         path: See `plan_restore`.
         target: See `plan_restore`.
@@ -135,6 +145,11 @@ def save(
     force: bool = False,
 ) -> None:
     """Saves an NNX state as one item in the Linen layout.
+
+    ```python
+    state = restore(path, target)
+    save("run_linen", state)  # stock Orbax and the Linen program read it
+    ```
 
     Args:
         path: The item directory to create.

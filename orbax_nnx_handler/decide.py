@@ -80,6 +80,13 @@ def plan_restore(
 ) -> RestorePlan:
     """Decides what every leaf of a target would be; reads metadata only.
 
+    ```python
+    target = nnx.eval_shape(make_train_state)  # your NNX program; nothing is allocated
+    plan = plan_restore(path, target)
+    print(plan)  # each leaf: where it comes from, or why it does not
+    plan.check()  # raises what `restore` would raise
+    ```
+
     Args:
         path: A manager's root (its newest step), a step, an item directory, or one file
             of `flax.training.checkpoints` or `numpy.savez`.

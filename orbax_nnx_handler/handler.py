@@ -31,6 +31,11 @@ Renames = Iterable[Rule | tuple[str, str]]
 class MissingParamRestoreArgs(ocp.ArrayRestoreArgs):
     """Restore args of one leaf that also say what it becomes when it is missing.
 
+    ```python
+    restore_args = jax.tree.map(lambda leaf: MissingParamRestoreArgs(dtype=leaf.dtype, policy="warn"), target)
+    state = restore(path, target, restore_args)
+    ```
+
     Attributes:
         policy: `error`, `warn` or `init`; None leaves it to the restore's policy.
     """
@@ -49,6 +54,14 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
     A drop-in for `ocp.PyTreeCheckpointHandler`: what is on disk is a plain PyTree
     checkpoint that stock Orbax reads without this package, and an item without an NNX
     object is saved and restored by Orbax, its args untouched (docs/drop_in.md).
+
+    ```python
+    handler = NNXLinenHandler(policy="error")
+    with ocp.CheckpointManager(path, item_handlers=handler) as manager:
+        state = manager.restore(1200, args=NNXLinenRestore(target))
+        manager.save(1300, args=NNXLinenSave(state))
+    print(handler.report)
+    ```
 
     Attributes:
         report: What the last restore did, or None.
@@ -168,6 +181,10 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
 class NNXLinenRestore(ocp.args.PyTreeRestore):
     """What to restore; None means the handler's own setting.
 
+    ```python
+    arguments = NNXLinenRestore(target, policy="init", init=make_train_state, renames=[("decoder", "model")])
+    ```
+
     Attributes:
         item: The target. Without one, the stored tree comes back as Orbax gives it. An item
             without an NNX object is Orbax's own, unless all its leaves are JAX arrays or
@@ -211,6 +228,10 @@ class NNXLinenRestore(ocp.args.PyTreeRestore):
 class NNXLinenSave(ocp.args.PyTreeSave):
     """What to save.
 
+    ```python
+    arguments = NNXLinenSave(make_train_state(), layout="maxtext")
+    ```
+
     Attributes:
         item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, or a tuple or dict of
             these, written in the Linen layout. Anything else is saved as it is.
@@ -236,6 +257,11 @@ def handler_registry(handler: NNXLinenHandler | None = None, item: str | None = 
 
     `PyTreeSave`, `PyTreeRestore`, `StandardSave` and `StandardRestore` are all
     handled by this handler, as well as `NNXLinenSave` and `NNXLinenRestore`.
+
+    ```python
+    with ocp.CheckpointManager(path, handler_registry=handler_registry()) as manager:
+        state = manager.restore(1200, args=ocp.args.StandardRestore(target))
+    ```
 
     Args:
         handler: The handler; one with default settings if None.

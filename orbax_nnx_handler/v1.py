@@ -43,6 +43,11 @@ class NNXLinenHandler:
     An `ocp.handlers.CheckpointableHandler` in the place of `ocp.handlers.PyTreeHandler`,
     which still does everything that holds no NNX object.
 
+    ```python
+    with v1.context(policy="error"):
+        state = ocp_v1.load(path / "1200", target, checkpointable_name="default")
+    ```
+
     Attributes:
         options: How checkpoints are read.
         save_layout: The layout in which NNX state is written.
@@ -146,6 +151,15 @@ def configured(
 ) -> type[NNXLinenHandler]:
     """Returns a handler class with options of its own.
 
+    ```python
+    handler = v1.configured(policy="warn")
+    settings = ocp_v1.Context()
+    settings.checkpointables.registry = v1.registry(handler)
+    with settings:
+        state = ocp_v1.load(path / "1200", target, checkpointable_name="default")
+    print(handler.report)
+    ```
+
     Args:
         policy: What a missing weight becomes, or NNX filters that choose it.
         layout: How checkpoints are arranged; `auto` finds out.
@@ -198,6 +212,11 @@ def registry(handler: type[NNXLinenHandler] | None = None) -> Any:
 
 def context(policy: Policies = "error", *, base: ocp.Context | None = None, **options: Any) -> ocp.Context:
     """Returns a context in which Orbax saves and loads NNX state in Linen's layout.
+
+    ```python
+    with v1.context(policy="warn", renames=[("decoder", "model")], base=ocp_v1.Context()):
+        pass  # ocp_v1.load and ocp_v1.save
+    ```
 
     Args:
         policy: What a missing weight becomes.

@@ -29,6 +29,14 @@ class RestorePlan(Displayed, Verdict):
     `mismatched` and `defaulted`, stored paths in `unexpected`, `skipped` and
     `dropped`. `print(plan)` shows it, `plan.check()` raises what is wrong with it.
     A pickled plan says the same, but for shardings and values, which stay in their process.
+
+    ```python
+    plan = plan_restore(path, target)
+    print(plan)
+    for path, item in plan.restored.items():
+        print(path, item.wanted.shape, item.wanted.dtype, item.recipe)
+    plan.check()
+    ```
     """
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,6 +101,14 @@ def make_plan(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RestoreReport(Displayed):
     """Every leaf of a result with its one origin.
+
+    ```python
+    handler = NNXLinenHandler()
+    with ocp.CheckpointManager(path, item_handlers=handler) as manager:
+        manager.restore(1200, args=NNXLinenRestore(target))
+    print(handler.report)  # the same as text, in a notebook as a table
+    print(handler.report.origin(("optimizer", "step")))
+    ```
 
     Attributes:
         plan: The plan that was carried out.

@@ -103,6 +103,11 @@ def _rename(pair: object) -> Rename:
 def invert(renames: Iterable[Rule | tuple[str, str]]) -> tuple[Rule, ...]:
     """Returns the rules that lead back from the wanted to the stored arrangement.
 
+    ```python
+    there = [("Dense_0", "linear"), Transpose("linear/kernel", (1, 0))]
+    back = invert(there)  # (Transpose("linear/kernel", (1, 0)), Rename("linear", "Dense_0"))
+    ```
+
     Raises:
         RuleError: Some rules cannot be undone; names each with what it loses.
     """

@@ -43,6 +43,10 @@ class Rename(Rule):
     one may name it where it stays: `("self_attn", "attn")`, then
     `("attn/{n}_proj/kernel", "attn/{n}_proj/w")`.
 
+    ```python
+    renames = [("Dense_0", "linear"), Rename("Block_{i}", "blocks/{i}")]  # a pair is a Rename
+    ```
+
     Attributes:
         pattern: Stored segments, joined by slashes.
         replacement: Wanted segments, joined by slashes; empty to take them away.
@@ -163,6 +167,10 @@ class _OnLeaves(Rule):
 class Transpose(_OnLeaves):
     """The axes of every leaf that matches are put in another order.
 
+    ```python
+    renames = [Transpose("Dense_0/kernel", (1, 0))]  # stored (out, in), wanted (in, out)
+    ```
+
     Attributes:
         pattern: Stored segments, as in `Rename`: `"Dense_0/kernel"`.
         permutation: The stored axis that each axis comes from, as `numpy.transpose` reads it.
@@ -190,6 +198,10 @@ class Transpose(_OnLeaves):
 @dataclasses.dataclass(frozen=True)
 class Reshape(_OnLeaves):
     """Every leaf that matches gets another shape; its elements stay in C order.
+
+    ```python
+    renames = [Reshape("query/kernel", (512, 8, 64), before=(512, 512))]  # features into 8 heads of 64
+    ```
 
     Attributes:
         pattern: Stored segments, as in `Rename`.
@@ -257,6 +269,10 @@ class Scale(_OnLeaves):
     Refused where the target wants optimizer moments of such a leaf: a gradient
     scales the other way, its square twice, and an optimizer may scale neither.
 
+    ```python
+    renames = [Scale("query/kernel", 8.0)]  # the stored query was divided by sqrt(64) already
+    ```
+
     Attributes:
         pattern: Stored segments, as in `Rename`.
         factor: The constant, in the units of the stored value.
@@ -298,6 +314,10 @@ class Add(_OnLeaves):
     the constant as well. Saved with the same rule, the constant is subtracted, which
     rounds values that are much smaller than it.
 
+    ```python
+    renames = [Add("norm/scale", 1.0)]
+    ```
+
     Attributes:
         pattern: Stored segments, as in `Rename`.
         constant: The constant, in the units of the stored value.
@@ -337,6 +357,10 @@ class Cast(_OnLeaves):
     integers (fractions are cut off), complex numbers to their real part. The target
     must want this dtype. Done after all arithmetic; a value out of its range is an error.
 
+    ```python
+    renames = [Cast("mask", "float32")]  # stored as integers
+    ```
+
     Attributes:
         pattern: Stored segments, as in `Rename`.
         dtype: The name of the dtype (`"bfloat16"`); a dtype is taken by its name.
@@ -367,6 +391,10 @@ class Cast(_OnLeaves):
 @dataclasses.dataclass(frozen=True)
 class Drop(_OnLeaves):
     """The leaves that match, and their moments, are left behind on purpose.
+
+    ```python
+    renames = [Drop("pretraining_head", "the new task has a head of its own")]
+    ```
 
     Attributes:
         pattern: Stored segments, as in `Rename`.

@@ -36,6 +36,10 @@ class Split(Rule):
     `drop_axis=True` takes the axis away: `Split("gating_einsum", ("gate", "up"),
     axis=0, drop_axis=True)` makes two matrices of a stack of two.
 
+    ```python
+    renames = [Split("qkv", ("query", "key", "value"), axis=1)]  # (512, 1536) into three of (512, 512)
+    ```
+
     Attributes:
         pattern: Stored segments, as in `Rename`.
         into: What the segments become, one for each part, in order.
@@ -118,6 +122,10 @@ class Fuse(Rule):
     `Fuse(("query", "key", "value"), "qkv", axis=1)` makes `attention/qkv/kernel`
     of the three kernels, and `attention/qkv/bias` of the biases. With `new_axis=True`
     they are put side by side along an axis of their own, as `numpy.stack` does.
+
+    ```python
+    renames = [Fuse(("query", "key", "value"), "qkv", axis=1)]
+    ```
 
     Attributes:
         patterns: Stored segments of each part, in the order in which they are joined.
@@ -251,6 +259,10 @@ class StackLayers(_Named):
     `Block_0/mlp/kernel`, `Block_1/mlp/kernel`, … The layers are counted by the
     place that the result does not repeat, from 0 without a gap.
 
+    ```python
+    renames = [StackLayers("Block_{i}", "blocks", axis=0)]  # 12 of (512, 512) into (12, 512, 512)
+    ```
+
     Attributes:
         pattern: Stored segments with the place that counts.
         into: What they become.
@@ -314,6 +326,10 @@ def _stacked(parts: Sequence[Entry], axis: int, what: str) -> Entry:
 class UnstackLayers(_Named):
     """Layers that are stored stacked along an axis are taken apart.
 
+    ```python
+    renames = [UnstackLayers("ScanBlock_0", "blocks/{i}", axis=0)]  # (12, 512, 512) into 12 of (512, 512)
+    ```
+
     Attributes:
         pattern: Stored segments: `"ScanBlock_0"`.
         into: What they become, with a place for the layer's number: `"blocks/{i}"`.
@@ -359,6 +375,10 @@ class UnstackLayers(_Named):
 @dataclasses.dataclass(frozen=True)
 class ScanAxis(Rule):
     """Says along which axis the layers of a stored group are stacked, where their shapes leave it open.
+
+    ```python
+    renames = [ScanAxis("decoder/layers", 1)]
+    ```
 
     Attributes:
         group: The group's path without layer numbers, from the model's root: `"decoder/layers"`.
@@ -408,6 +428,10 @@ class Copy(_Named):
     this rule lets one stored leaf become two wanted ones. Moments follow on both sides.
     Saved with the same rules, both are stored as the one leaf that they were: they must
     be equal still, or the save is refused, since one of them would be lost.
+
+    ```python
+    renames = [Copy("embed/embedding", "head/kernel"), Transpose("head/kernel", (1, 0))]
+    ```
 
     Attributes:
         pattern: Stored segments, as in `Rename`.

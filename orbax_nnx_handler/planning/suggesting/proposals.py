@@ -260,6 +260,12 @@ class Question:
 class Suggestion:
     """Proposed rules. Nothing is applied: print it, read it, paste `renames`.
 
+    ```python
+    found = suggest(path, target)
+    print(found)
+    plan = plan_restore(path, target, renames=found.renames)
+    ```
+
     Attributes:
         proposals: The rules with what each rests on, in the order in which they apply.
         questions: Where structure and shapes leave a choice.

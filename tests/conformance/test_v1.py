@@ -1,0 +1,107 @@
+"""`orbax.checkpoint.v1`: what holds no NNX object goes through this package's context unchanged."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint.experimental import v1 as ocp
+
+from tests.conformance.items import ITEMS, params, train_state
+from tests.conformance.kits import OURS, STOCK, Kit, outcome
+from tests.conformance.programs import Program
+
+if not hasattr(ocp, "load_checkpointables") or not hasattr(ocp, "save"):
+    pytest.skip("this version of orbax-checkpoint has another v1", allow_module_level=True)
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.eval_shape(lambda: leaf) if isinstance(leaf, jax.Array) else leaf, tree
+    )
+
+
+def comes_back(make: Any) -> Program:
+    """Saves an item and loads it without a target, into one like it, and into an abstract one."""
+
+    def program(kit: Kit, path: Any) -> Any:
+        with kit.context():
+            ocp.save(path, make())
+            described = ocp.metadata(path)
+            return [
+                ocp.load(path),
+                ocp.load(path, make()),
+                ocp.load(path, _abstract(make())),
+                repr(described.metadata),
+                sorted(str(file.relative_to(path)) for file in path.glob("*/*")),
+            ]
+
+    return program
+
+
+def loaded(target: Any, make: Any = params, **options: Any) -> Program:
+    """Saves a tree and loads it into a target, under settings of the context."""
+
+    def program(kit: Kit, path: Any) -> Any:
+        base = ocp.Context()
+        for name, value in options.items():
+            setattr(base.pytree.loading if name == "partial_load" else base.array.saving, name, value)
+        with kit.context(base):
+            ocp.save(path, make())
+            return ocp.load(path, target())
+
+    return program
+
+
+def _checkpointables(kit: Kit, path: Any) -> Any:
+    with kit.context():
+        ocp.save_checkpointables(path, {"state": train_state(), "tree": params(), "note": {"text": "x"}})
+        return [
+            ocp.load_checkpointables(path),
+            ocp.load_checkpointables(path, {"tree": _abstract(params()), "note": None}),
+        ]
+
+
+def _in_the_background(kit: Kit, path: Any) -> Any:
+    values = np.arange(4.0)
+    with kit.context():
+        response = ocp.save_async(path, {"w": values, "n": 3})
+        values[:] = -1
+        response.result()
+        return ocp.load(path, {"w": np.zeros(4), "n": 0})
+
+
+def _training(kit: Kit, path: Any) -> Any:
+    with kit.context(), ocp.training.Checkpointer(path) as checkpointer:
+        for step in range(3):
+            checkpointer.save(step, params(float(step)))
+        return checkpointer.latest.step, checkpointer.load(1, _abstract(params()))
+
+
+PROGRAMS: dict[str, Program] = {
+    **{f"item: {name}": comes_back(make) for name, make in ITEMS.items()},
+    "placeholder": loaded(lambda: {"dense": {**params()["dense"], "bias": ...}}),
+    "a type for a leaf": loaded(lambda: {"n": int}, lambda: {"n": 3}),
+    "a part": loaded(lambda: {"dense": {"bias": jnp.zeros(2)}}, partial_load=True),
+    "a part that is not asked for": loaded(lambda: {"dense": {"bias": jnp.zeros(2)}}),
+    "another shape": loaded(lambda: {"dense": {**params()["dense"], "bias": jnp.zeros(3)}}),
+    "another dtype": loaded(lambda: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())),
+    "a leaf of an unknown type": loaded(lambda: {"a": object()}),
+    "zarr 2": loaded(params, use_zarr3=False),
+    "file by file": loaded(params, use_ocdbt=False),
+    "several checkpointables": _checkpointables,
+    "a save in the background": _in_the_background,
+    "a training checkpointer": _training,
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_without_nnx_sees_what_it_sees_in_orbaxs_own_context(tmp_path, name) -> None:
+    (tmp_path / "stock").mkdir()
+    (tmp_path / "ours").mkdir()
+
+    stock = outcome(PROGRAMS[name], STOCK, tmp_path / "stock" / "item")
+    ours = outcome(PROGRAMS[name], OURS, tmp_path / "ours" / "item")
+
+    assert ours == stock

@@ -211,7 +211,9 @@ class NNXLinenRestore(ocp.args.PyTreeRestore):
 
     def options(self, defaults: RestoreOptions) -> RestoreOptions:
         """Returns the handler's options with this restore's own in front."""
-        return defaults.override(**self._own())
+        # In Orbax's words, that the item leaves something out is meant.
+        partial: dict[str, Any] = {"unexpected": "ignore"} if self.partial_restore else {}
+        return defaults.override(**partial).override(**self._own())
 
     @property
     def has_options(self) -> bool:

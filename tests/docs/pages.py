@@ -11,6 +11,7 @@ PAGES: dict[str, Callable[[pathlib.Path], worlds.World]] = {
     "README.md": worlds.tiny,
     "docs/getting_started.md": worlds.nothing,
     "docs/migrating.md": worlds.migration,
+    "docs/drop_in.md": worlds.empty_directory,
     "docs/policies.md": worlds.policies,
     "docs/rules.md": worlds.rules,
     "docs/layouts.md": worlds.layouts,

@@ -24,6 +24,11 @@ def nothing(_: pathlib.Path) -> World:
     return {}
 
 
+def empty_directory(directory: pathlib.Path) -> World:
+    """A page that needs a place to write to."""
+    return {"path": directory / "run"}
+
+
 def decoder(directory: pathlib.Path) -> World:
     """A Linen decoder's train state at step 1200, and the NNX program for it."""
     optimizer = optax.adamw(1e-3)

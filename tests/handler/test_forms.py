@@ -265,6 +265,18 @@ def test_settings_of_one_restore_win_over_the_handlers(tmp_path) -> None:
     assert ("down", "kernel") in handler.report.filled
 
 
+def test_partial_restore_says_that_a_target_leaves_out_what_is_stored(tmp_path, linen) -> None:
+    item = save_stock(tmp_path / "item", linen)
+    part = nnx.state(abstract_net(), nnx.PathContains("up"))
+    handler = NNXLinenHandler(unexpected="error")
+
+    with pytest.raises(RestoreError):
+        handler.restore(item, args=ocp.args.PyTreeRestore(part))
+    found = handler.restore(item, args=ocp.args.PyTreeRestore(part, partial_restore=True))
+
+    np.testing.assert_array_equal(found["up"]["kernel"][...], linen.params["up"]["kernel"])
+
+
 def test_none_is_the_default_everywhere(tmp_path, linen) -> None:
     item = save_stock(tmp_path / "item", linen)
     nothing: dict[str, Any] = dict.fromkeys(("policy", "layout", "renames", "init", "unexpected", "dtype"))

@@ -8,7 +8,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -76,6 +76,14 @@ class Match:
         names = self.entry.whole
         written = pattern.fill(self.span.bindings if bindings is None else bindings)
         return self.entry.called((*names[: self.span.start], *written, *names[self.span.stop :]))
+
+    def made_by(
+        self, rule: Rule, pattern: Pattern, bindings: Bindings | None = None, **changes: Any
+    ) -> Entry:
+        """Returns the entry under a filled pattern and with other changes, as what a rule has made."""
+        reason = reason_of(rule, self.entry)
+        name = self.renamed(pattern, bindings)
+        return dataclasses.replace(name, fixed=(), named=True, reason=reason, **changes)
 
 
 def find(pattern: Pattern, entries: Iterable[Entry], *, weights_only: bool = True) -> dict[int, Match]:

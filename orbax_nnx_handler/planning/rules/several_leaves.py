@@ -22,7 +22,6 @@ from orbax_nnx_handler.planning.rules.rule import (
     find,
     join,
     normal_axis,
-    reason_of,
     replace_each,
 )
 
@@ -31,13 +30,13 @@ from orbax_nnx_handler.planning.rules.rule import (
 class Split(Rule):
     """Every leaf that matches is cut along an axis into several.
 
-    `Split("qkv", ("query", "key", "value"), axis=1)` cuts `attention/qkv/kernel`
-    into `attention/query/kernel` and so on. Where each part is one element,
-    `drop_axis=True` takes the axis away: `Split("gating_einsum", ("gate", "up"),
-    axis=0, drop_axis=True)` makes two matrices of a stack of two.
+    Where each part is one element, `drop_axis=True` takes the axis away.
 
     ```python
-    renames = [Split("qkv", ("query", "key", "value"), axis=1)]  # (512, 1536) into three of (512, 512)
+    renames = [
+        Split("qkv", ("query", "key", "value"), axis=1),  # (512, 1536) into three of (512, 512)
+        Split("gating_einsum", ("gate", "up"), axis=0, drop_axis=True),  # (2, 512, 2048) into two matrices
+    ]
     ```
 
     Attributes:
@@ -101,15 +100,13 @@ class Split(Rule):
             raise RecipeError(f"axis {axis} has {entry.shape[axis]} elements, which are not {parts}")
         starts = [sum(sizes[:at]) for at in range(len(sizes))]
         return [
-            dataclasses.replace(
-                match.renamed(part),
+            match.made_by(
+                self,
+                part,
                 recipe=recipes.Index(entry.recipe, axis, start)
                 if self.drop_axis
                 else recipes.Slice(entry.recipe, axis, start, size),
                 shape=(*entry.shape[:axis], *(() if self.drop_axis else (size,)), *entry.shape[axis + 1 :]),
-                fixed=(),
-                named=True,
-                reason=reason_of(self, entry),
             )
             for part, start, size in zip(self._parts, starts, sizes, strict=True)
         ]
@@ -119,12 +116,10 @@ class Split(Rule):
 class Fuse(Rule):
     """Several leaves are joined end to end along an axis.
 
-    `Fuse(("query", "key", "value"), "qkv", axis=1)` makes `attention/qkv/kernel`
-    of the three kernels, and `attention/qkv/bias` of the biases. With `new_axis=True`
-    they are put side by side along an axis of their own, as `numpy.stack` does.
+    With `new_axis=True` they are put side by side along an axis of their own, as `numpy.stack` does.
 
     ```python
-    renames = [Fuse(("query", "key", "value"), "qkv", axis=1)]
+    renames = [Fuse(("query", "key", "value"), "qkv", axis=1)]  # kernels into one, biases into one
     ```
 
     Attributes:
@@ -255,9 +250,7 @@ class _Named(Rule):
 class StackLayers(_Named):
     """Layers that are stored one by one are stacked along a new axis.
 
-    `StackLayers("Block_{i}", "blocks", axis=0)` makes `blocks/mlp/kernel` of
-    `Block_0/mlp/kernel`, `Block_1/mlp/kernel`, … The layers are counted by the
-    place that the result does not repeat, from 0 without a gap.
+    The layers are counted by the place that the result does not repeat, from 0 without a gap.
 
     ```python
     renames = [StackLayers("Block_{i}", "blocks", axis=0)]  # 12 of (512, 512) into (12, 512, 512)
@@ -360,13 +353,12 @@ class UnstackLayers(_Named):
         if not entry.shape[axis]:
             raise RecipeError(f"axis {axis} has no layer")
         return [
-            dataclasses.replace(
-                match.renamed(self._right, {**match.span.bindings, counter: str(layer)}),
+            match.made_by(
+                self,
+                self._right,
+                {**match.span.bindings, counter: str(layer)},
                 recipe=recipes.Index(entry.recipe, axis, layer),
                 shape=(*entry.shape[:axis], *entry.shape[axis + 1 :]),
-                fixed=(),
-                named=True,
-                reason=reason_of(self, entry),
             )
             for layer in range(entry.shape[axis])
         ]
@@ -423,11 +415,10 @@ def _check_counter(rule: Rule, counting: Pattern, other: Pattern) -> None:
 class Copy(_Named):
     """Every leaf that matches becomes another wanted leaf as well.
 
-    `Copy("embed/embedding", "head/kernel")`, then `Transpose("head/kernel", (1, 0))`, for
-    a program that uses its embedding as output layer and a model that has a head. Only
-    this rule lets one stored leaf become two wanted ones. Moments follow on both sides.
-    Saved with the same rules, both are stored as the one leaf that they were: they must
-    be equal still, or the save is refused, since one of them would be lost.
+    For a program that uses its embedding as output layer and a model that has a head. Only this
+    rule lets one stored leaf become two wanted ones. Moments follow on both sides. Saved with the same
+    rules, both are stored as the one leaf that they were: they must be equal still, or the save is refused,
+    since one of them would be lost.
 
     ```python
     renames = [Copy("embed/embedding", "head/kernel"), Transpose("head/kernel", (1, 0))]
@@ -450,12 +441,9 @@ class Copy(_Named):
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule, each copy behind its leaf."""
-        return replace_each(self, self._left, entries, self._copied)
-
-    def _copied(self, match: Match) -> list[Entry]:
-        reason = reason_of(self, match.entry)
-        copy = dataclasses.replace(match.renamed(self._right), fixed=(), named=True, reason=reason)
-        return [match.entry, copy]
+        return replace_each(
+            self, self._left, entries, lambda match: [match.entry, match.made_by(self, self._right)]
+        )
 
     def inverse(self) -> Rule:
         """Returns the rule that leaves the copy behind; a save compares it with its leaf first."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         UnmappedValueError,
         UnreadableLeafError,
         UnusedRuleError,
+        VerificationError,
     )
     from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
     from orbax_nnx_handler.planning.rules import (
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     )
     from orbax_nnx_handler.planning.suggesting import Suggestion
     from orbax_nnx_handler.storage.reading.agreement import DisagreementError, OtherProcessError
+    from orbax_nnx_handler.verifying.verification import Verification
+    from orbax_nnx_handler.verifying.verify import verify
 
 __all__ = [
     "Add",
@@ -90,6 +93,8 @@ __all__ = [
     "UnreadableLeafError",
     "UnstackLayers",
     "UnusedRuleError",
+    "Verification",
+    "VerificationError",
     "from_linen",
     "handler_registry",
     "invert",
@@ -98,6 +103,7 @@ __all__ = [
     "save",
     "suggest",
     "to_linen",
+    "verify",
 ]
 
 _HOMES = {
@@ -130,6 +136,7 @@ _HOMES = {
         "UnmappedValueError",
         "UnreadableLeafError",
         "UnusedRuleError",
+        "VerificationError",
     ),
     "planning.plan": ("RestorePlan", "RestoreReport"),
     "planning.rules": (
@@ -154,6 +161,8 @@ _HOMES = {
         "OtherProcessError",
     ),
     "decide": ("plan_restore",),
+    "verifying.verification": ("Verification",),
+    "verifying.verify": ("verify",),
 }
 """The public names of each module."""
 

@@ -243,3 +243,7 @@ class NotACheckpointError(RestoreError):
 
 class UnreadableLeafError(RestoreError):
     """Stored bytes that the plan needs are absent or damaged; names leaf and file."""
+
+
+class VerificationError(RestoreError):
+    """Two programs cannot be compared: one of them fails, or they return different things."""

@@ -1,0 +1,216 @@
+"""The first module that gets the same and returns something else, and what is otherwise about its weights."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
+from orbax_nnx_handler.planning.verdict.outcomes import Restored
+from orbax_nnx_handler.verifying.alone import Workbench, lent
+from orbax_nnx_handler.verifying.alternatives import alternatives, nearest_modules
+from orbax_nnx_handler.verifying.compared import Compared
+from orbax_nnx_handler.verifying.comparing import (
+    Distance,
+    changes_more_than_rounding,
+    compare,
+    differing_settings,
+    same_numbers,
+)
+from orbax_nnx_handler.verifying.misplaced import called_alike, exchanges, weights_of, words_of
+from orbax_nnx_handler.verifying.recording import Array
+from orbax_nnx_handler.verifying.verification import FirstDifference
+
+_MOST_TRIED = 200
+_MOST_OTHERS = 48
+
+
+class _CannotRunError(Exception):
+    """A module does not run by itself."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Proof:
+    """A change with which a module returns what Linen's does.
+
+    Attributes:
+        module: The module.
+        words: What has to be otherwise.
+        recipes: The leaves that change.
+    """
+
+    module: Compared
+    words: str
+    recipes: Mapping[Path, Recipe]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Search:
+    """Looks for the first module that differs.
+
+    Attributes:
+        compared: Every call that was compared, in the order of the run.
+        bench: Runs modules by themselves.
+        restored: The plan's restored leaves.
+        seconds: How long it may go on trying.
+        tried: How many changes were tried.
+    """
+
+    compared: Sequence[Compared]
+    bench: Workbench
+    restored: Mapping[Path, Restored]
+    seconds: float
+    tried: int = 0
+
+    def first(self) -> FirstDifference | None:
+        """Returns the first one, the innermost where several hold each other."""
+        until = time.monotonic() + self.seconds
+        for one in self._differing():
+            self.tried = 0
+            try:
+                if self._agrees(one, {}):
+                    continue  # It is right on Linen's own inputs: what came in was not quite the same.
+                proof = self._proved(one, until)
+            except _CannotRunError:
+                proof = None
+            return self._difference(one, proof)
+        return None
+
+    def _differing(self) -> Iterator[Compared]:
+        """Yields modules whose output differs, but not those whose surroundings make up for it."""
+        for certain in (True, False):
+            for one in self.compared:
+                if one.found.differs and one.found.is_certain == certain and not self._made_up_for(one):
+                    yield one
+
+    def _made_up_for(self, one: Compared) -> bool:
+        """Tells whether a module around it returns the same all the same: features in another order."""
+        around = [
+            other
+            for other in self.compared
+            if other.encloses(one) and other.found.is_certain and other.gets_the_same
+        ]
+        nearest = max(around, key=lambda other: len(other.path), default=None)
+        return nearest is not None and nearest.agrees
+
+    def _inside(self, one: Compared) -> list[Compared]:
+        return [other for other in self.compared if one.encloses(other)]
+
+    def _difference(self, one: Compared, proof: _Proof | None) -> FirstDifference:
+        at = proof.module if proof is not None else one
+        inside = self._inside(at)
+        after, before = _between(inside)
+        weights = self._doubtful(at, inside)
+        return FirstDifference(
+            module=at.found,
+            weights=tuple(self.restored[leaf] for leaf in weights),
+            after=None if after is None else after.pair.nnx,
+            before=None if before is None else before.pair.nnx,
+            proved="" if proof is None else proof.words,
+            changes={} if proof is None else proof.recipes,
+            tried=self.tried,
+            settings=differing_settings(at.linen.call, at.nnx.call),
+            reordered=same_numbers(at.linen.outputs, at.nnx.outputs),
+        )
+
+    def _doubtful(self, one: Compared, inside: Sequence[Compared]) -> list[Path]:
+        """Returns the leaves of a module that lie in no module within it that is compared by itself."""
+        sure = {other.path for other in inside if other.found.outputs.compared}
+        own = [leaf for leaf in one.pair.leaves if not any(leaf[: len(path)] == path for path in sure)]
+        return [leaf for leaf in own if leaf in self.restored]
+
+    def _proved(self, one: Compared, until: float) -> _Proof | None:
+        inside = self._inside(one)
+        misplaced = self._misplaced(inside)
+        if misplaced is not None:
+            return misplaced
+        layer = self._layer(one)
+        doubtful = {leaf: self.bench.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
+        ways = itertools.chain(
+            alternatives(doubtful, self._others(one.path, layer, doubtful), self.bench.shapes),
+            exchanges(self.bench, [other for other in inside if other.found.outputs.compared], layer),
+        )
+        for way in itertools.islice(ways, _MOST_TRIED):
+            if time.monotonic() > until:
+                break
+            self.tried += 1
+            if self._agrees(one, way.recipes):
+                return _Proof(module=one, words=way.words, recipes=way.recipes)
+        return None
+
+    def _misplaced(self, inside: Sequence[Compared]) -> _Proof | None:
+        """Returns the outermost module that is called with what another one is called with in Linen."""
+        doubted = [one for one in inside if not one.agrees]
+        first = next((found for one in doubted if (found := self._with_others(one)) is not None), None)
+        if first is None:
+            return None
+        around = [one for one in doubted if one.encloses(first.module)]
+        around.sort(key=lambda one: len(one.path))
+        return next((found for one in around if (found := self._with_others(one)) is not None), first)
+
+    def _with_others(self, one: Compared) -> _Proof | None:
+        """Returns the module with the weights of a module that is called alike, if they are right for it."""
+        try:
+            for other in called_alike(one, self.compared):
+                recipes = weights_of(self.bench, other, one, self._layer(one))
+                if not recipes:
+                    continue
+                self.tried += 1
+                if self._agrees(one, recipes, other.linen.outputs):
+                    return _Proof(module=one, words=words_of(one, other), recipes=recipes)
+        except _CannotRunError:
+            return None
+        return None
+
+    def _layer(self, one: Compared) -> int | None:
+        try:
+            return self.bench.layer_at(one.path, one.nnx.call)
+        except LookupError as error:
+            raise _CannotRunError from error
+
+    def _agrees(
+        self, one: Compared, changed: Mapping[Path, Recipe], reference: Sequence[Array] | None = None
+    ) -> bool:
+        """Tells whether a module by itself returns what Linen's does, on what that was called with."""
+        layer = self._layer(one)
+        inputs = one.nnx.inputs if reference is not None else lent(one.nnx.inputs, one.linen.inputs)
+        try:
+            outputs = self.bench.run(one.path, layer, one.nnx.call, inputs, changed)
+        # The caller's module may fail in any way when it is called outside of its program.
+        except Exception as error:
+            raise _CannotRunError from error
+        found = compare(one.linen.outputs if reference is None else reference, outputs)
+        return bool(found.compared) and not changes_more_than_rounding(Distance(), found)
+
+    def _others(
+        self, module: Path, layer: int | None, doubtful: Mapping[Path, Recipe]
+    ) -> dict[Path, Mapping[Path, Recipe]]:
+        """Returns the weights of other modules, and of other layers of this one, with the same leaves."""
+        shapes = self.bench.shapes
+        names = {leaf[len(module) :]: shape_of(recipe, shapes) for leaf, recipe in doubtful.items()}
+        found: dict[Path, Mapping[Path, Recipe]] = {}
+        for path in nearest_modules(module, self._modules_like(set(names))):
+            for at in self.bench.layers(path, layer):
+                if len(found) >= _MOST_OTHERS or (path, at) == (module, layer):
+                    continue
+                recipes = {name: self.bench.recipe((*path, *name), at) for name in names}
+                if all(shape_of(recipe, shapes) == names[name] for name, recipe in recipes.items()):
+                    label = path if at is None else (*path, f"[{at}]")
+                    found[label] = {(*module, *name): recipe for name, recipe in recipes.items()}
+        return found
+
+    def _modules_like(self, names: set[Path]) -> list[Path]:
+        if not names:
+            return []
+        end = next(iter(names))
+        above = [leaf[: -len(end)] for leaf in self.bench.recipes if leaf[-len(end) :] == end]
+        return [path for path in above if all((*path, *name) in self.bench.recipes for name in names)]
+
+
+def _between(inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:
+    """Returns the last module that still agrees, and the first one that gets something else."""
+    before = next((one for one in inside if not one.gets_the_same), None)
+    order = before.nnx.call.order if before is not None else float("inf")
+    after = [one for one in inside if one.agrees and one.nnx.call.order < order]
+    return after[-1] if after else None, before

@@ -1,0 +1,212 @@
+"""Which module of the target is which module of the checkpoint: the ones that hold the same stored elements.
+
+What is scanned on one side is several modules on the other, so both sides are taken apart into layers.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import (
+    Add,
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Recipe,
+    Reshape,
+    Scale,
+    Slice,
+    Stack,
+    Transpose,
+)
+from orbax_nnx_handler.verifying.recording import Array, Call
+
+Atom = tuple[Path, tuple[int, ...], tuple[tuple[int, int, int], ...]]
+"""A stored leaf, the layer in it, and the part of that layer: axis, start and size of each cut."""
+_Atoms = frozenset[Atom]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A module, or one layer of a module that is scanned.
+
+    Attributes:
+        path: Keys to the module.
+        layer: Which layer it is, counted from 0; None for a module that is not scanned.
+        layers: How many there are; 1 for a module that is not scanned.
+    """
+
+    path: Path
+    layer: int | None = None
+    layers: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two modules that hold the same stored elements.
+
+    Attributes:
+        nnx: The module of the target.
+        linen: The module of the checkpoint.
+        leaves: The wanted leaves in it.
+        is_certain: Whether nothing but the two can be meant: of wrappers around one module, one side may
+            have more than the other.
+    """
+
+    nnx: Unit
+    linen: Unit
+    leaves: tuple[Path, ...]
+    is_certain: bool = True
+
+
+def layers_of(recipe: Recipe) -> list[_Atoms]:
+    """Returns what each layer of a stacked leaf is made from, or one set for a leaf that is not stacked."""
+    match recipe:
+        case Read(path):
+            return [frozenset({(path, (), ())})]
+        case Fill():
+            return [frozenset()]
+        case Stack(sources, _):
+            return [layer for source in sources for layer in layers_of(source)]
+        case Concat(sources, _):
+            parts = [layers_of(source) for source in sources]
+            counts = {len(part) for part in parts}
+            if len(counts) == 1:
+                return [frozenset[Atom]().union(*same) for same in zip(*parts, strict=True)]
+            return [frozenset[Atom]().union(*(layer for part in parts for layer in part))]
+        case Index(source, _, index):
+            return [
+                frozenset((path, (*layer, index), cuts) for path, layer, cuts in atoms)
+                for atoms in layers_of(source)
+            ]
+        case Slice(source, axis, start, size):
+            return [
+                frozenset((path, layer, (*cuts, (axis, start, size))) for path, layer, cuts in atoms)
+                for atoms in layers_of(source)
+            ]
+        case Transpose(source, _) | Reshape(source, _) | Scale(source, _) | Add(source, _):
+            return layers_of(source)
+
+
+def pair_modules(
+    recipes: Mapping[Path, Recipe],
+    location: Mapping[Path, Path],
+    nnx_calls: Iterable[Call],
+    linen_calls: Iterable[Call],
+) -> list[Pair]:
+    """Returns the modules that hold the same stored elements, of those that were called.
+
+    Args:
+        recipes: How each wanted leaf of the model is made.
+        location: Where each stored leaf lies in the Linen program: keys of the module and the leaf's name.
+        nnx_calls: The calls of the one program.
+        linen_calls: The calls of the other.
+    """
+    layered = {path: layers_of(recipe) for path, recipe in recipes.items()}
+    used = {atom for layers in layered.values() for atoms in layers for atom in atoms}
+    nnx = _nnx_units(layered, {call.path for call in nnx_calls})
+    linen = _linen_units(used, location, {call.path for call in linen_calls})
+    within = _leaves_within(recipes, {call.path for call in nnx_calls})
+    pairs: list[Pair] = []
+    for atoms, wanted in nnx.items():
+        if atoms and atoms in linen:
+            for one, other, certain in _chained(wanted, linen[atoms]):
+                leaves = tuple(within[one.path])
+                pairs.append(Pair(nnx=one, linen=other, leaves=leaves, is_certain=certain))
+    return pairs
+
+
+def _leaves_within(leaves: Iterable[Path], modules: set[Path]) -> dict[Path, list[Path]]:
+    found: dict[Path, list[Path]] = defaultdict(list)
+    for leaf in leaves:
+        for depth in range(len(leaf) + 1):
+            if leaf[:depth] in modules:
+                found[leaf[:depth]].append(leaf)
+    return found
+
+
+def _nnx_units(layered: Mapping[Path, Sequence[_Atoms]], modules: set[Path]) -> dict[_Atoms, list[Unit]]:
+    units: dict[_Atoms, list[Unit]] = defaultdict(list)
+    for module, leaves in _leaves_within(layered, modules).items():
+        counts = {len(layered[leaf]) for leaf in leaves}
+        count = counts.pop() if len(counts) == 1 else 1
+        for layer in range(count):
+            atoms = frozenset[Atom]().union(
+                *(
+                    layered[leaf][layer] if count > 1 else frozenset[Atom]().union(*layered[leaf])
+                    for leaf in leaves
+                )
+            )
+            units[atoms].append(Unit(path=module, layer=layer if count > 1 else None, layers=count))
+    return {atoms: sorted(found, key=lambda unit: len(unit.path)) for atoms, found in units.items()}
+
+
+def _linen_units(
+    used: Iterable[Atom], location: Mapping[Path, Path], modules: set[Path]
+) -> dict[_Atoms, list[Unit]]:
+    within: dict[Path, set[Atom]] = defaultdict(set)
+    for atom in used:
+        place = location.get(atom[0], ())
+        for depth in range(len(place)):
+            if place[:depth] in modules:
+                within[place[:depth]].add(atom)
+    units: dict[_Atoms, list[Unit]] = defaultdict(list)
+    for module, atoms in within.items():
+        by_layer: dict[tuple[int, ...], set[Atom]] = defaultdict(set)
+        for atom in atoms:
+            by_layer[atom[1]].add(atom)
+        if () in by_layer or len({len(layer) for layer in by_layer}) > 1:
+            units[frozenset(atoms)].append(Unit(path=module))
+            continue
+        for number, layer in enumerate(sorted(by_layer)):
+            unit = Unit(path=module, layer=number, layers=len(by_layer))
+            units[frozenset(by_layer[layer])].append(unit)
+    return {atoms: sorted(found, key=lambda unit: len(unit.path)) for atoms, found in units.items()}
+
+
+def _chained(wanted: Sequence[Unit], stored: Sequence[Unit]) -> Iterable[tuple[Unit, Unit, bool]]:
+    """Pairs modules around the same elements: the innermost hold them, the others wrap these."""
+    if len(wanted) == len(stored):
+        yield from ((one, other, True) for one, other in zip(wanted, stored, strict=True))
+        return
+    yield wanted[-1], stored[-1], min(len(wanted), len(stored)) == 1
+    for one in wanted[:-1]:
+        yield from ((one, other, False) for other in stored[:-1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Use:
+    """A unit's part in one call.
+
+    Attributes:
+        call: The call.
+        inputs: The arrays that the unit was called with.
+        outputs: The arrays that it returned.
+    """
+
+    call: Call
+    inputs: Sequence[Array]
+    outputs: Sequence[Array]
+
+
+def uses_of(unit: Unit, calls: Mapping[Path, Sequence[Call]]) -> list[Use]:
+    """Returns a unit's part in the calls of its module, in their order; nothing if they do not come out."""
+    found = calls.get(unit.path, ())
+    if unit.layer is not None and len(found) % unit.layers == 0:
+        each = len(found) // unit.layers
+        found = found[unit.layer * each : (unit.layer + 1) * each]
+    elif unit.layer is not None:
+        return [_layer(call, unit.layer, unit.layers) for call in found if _is_batched(call, unit.layers)]
+    return [Use(call=call, inputs=call.inputs, outputs=call.outputs) for call in found]
+
+
+def _is_batched(call: Call, layers: int) -> bool:
+    """Tells whether all layers were computed in one call, by `jax.vmap`."""
+    return bool(call.outputs) and all(array.shape[:1] == (layers,) for array in call.outputs)
+
+
+def _layer(call: Call, layer: int, layers: int) -> Use:
+    inputs = [array[layer] if array.shape[:1] == (layers,) else array for array in call.inputs]
+    return Use(call=call, inputs=inputs, outputs=[array[layer] for array in call.outputs])

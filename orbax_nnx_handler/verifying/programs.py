@@ -1,0 +1,184 @@
+"""Both programs' weights on one device in float32: the variables as Linen wrote them, and the model."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.core.recipes import Read, reads
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
+from orbax_nnx_handler.storage.reading import Job, read_everywhere
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placed:
+    """What `restore` is told of one leaf.
+
+    Attributes:
+        sharding: The one device.
+        dtype: float32 for a float, None for the target's own.
+    """
+
+    sharding: Sharding
+    dtype: np.dtype[Any] | None
+
+
+def one_device() -> Sharding:
+    """Returns where both programs run: the device on which JAX makes an array now."""
+    return SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
+
+
+def placed(target: Any) -> dict[Path, Placed]:
+    """Returns the restore args of every leaf of a target."""
+    leaves, where = flatten_target(target).leaves, one_device()
+    return {path: Placed(sharding=where, dtype=_widened(leaf.dtype)) for path, leaf in leaves.items()}
+
+
+def _widened(dtype: Any) -> np.dtype[Any] | None:
+    return np.dtype(np.float32) if jnp.issubdtype(dtype, np.floating) else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinenWeights:
+    """The variables of a Linen program.
+
+    Attributes:
+        variables: Collections by name, as `module.apply` takes them; where the plan uses several train
+            states, one such dict for each, below the keys of its owner.
+        location: Where each stored leaf lies: keys of the modules, and the leaf's name.
+        of_array: The same by the identity of the array in `variables`.
+    """
+
+    variables: dict[str, Any]
+    location: Mapping[Path, Path]
+    of_array: Mapping[int, Path]
+
+
+def locate_stored(plan: RestorePlan) -> tuple[dict[Path, Path], dict[Path, Path]]:
+    """Returns where each stored leaf lies in the variables, and where among the modules."""
+    placements = plan.sides.placements
+    read = {path for item in plan.restored.values() for path in reads(item.recipe)}
+    model = [placement for placement in placements.values() if placement.section == "model"]
+    owners = {placement.owner for placement in model if placement.leaf.path in read}
+    mine = [placement for placement in model if placement.owner in owners]
+    chosen = _asked_for(mine, read)
+    parents = _children([placement.path for placement in chosen])
+    places: dict[Path, Path] = {}
+    modules: dict[Path, Path] = {}
+    for placement in chosen:
+        keys = _unboxed(placement.path, parents)
+        above = placement.owner if len(owners) > 1 else ()
+        places[placement.leaf.path] = (*above, placement.collection or "params", *keys)
+        modules[placement.leaf.path] = (*segments(above), *map(str, keys))
+    return places, modules
+
+
+def _asked_for(placements: Iterable[Placement], read: set[Path]) -> list[Placement]:
+    """Returns the leaves of collections that the plan reads, or that are no copy of the parameters."""
+    found: dict[tuple[Path, str | None], list[Placement]] = {}
+    for placement in placements:
+        found.setdefault((placement.owner, placement.collection), []).append(placement)
+    params = {owner: {one.path for one in ones} for (owner, name), ones in found.items() if name == "params"}
+    return [
+        one
+        for (owner, name), ones in found.items()
+        if name in FLAX_COLLECTIONS
+        or any(one.leaf.path in read for one in ones)
+        or {one.path for one in ones}.isdisjoint(params.get(owner, ()))
+        for one in ones
+    ]
+
+
+def _children(paths: Iterable[Path]) -> dict[Path, set[Any]]:
+    found: dict[Path, set[Any]] = {}
+    for path in paths:
+        found.setdefault(path[:-1], set()).add(path[-1])
+    return found
+
+
+def _unboxed(path: Path, children: Mapping[Path, set[Any]]) -> Path:
+    """Takes the level away that a partitioned box adds: `kernel/value`."""
+    boxed = len(path) > 1 and path[-1] == "value" and children[path[:-1]] == {"value"}
+    return path[:-1] if boxed else path
+
+
+def restore_linen(checkpoint: Checkpoint, plan: RestorePlan) -> LinenWeights:
+    """Reads the variables of the train states that a plan reads, floats as float32.
+
+    Raises:
+        UnreadableLeafError: Stored bytes are absent or damaged.
+    """
+    places, location = locate_stored(plan)
+    where = one_device()
+    arrays = read_everywhere(checkpoint, [_job(checkpoint, path, where) for path in places])
+    tree: dict[Any, Any] = {}
+    for path, place in places.items():
+        node = tree
+        for key in place[:-1]:
+            node = node.setdefault(key, {})
+        node[place[-1]] = arrays[path]
+    of_array = {id(arrays[path]): location[path] for path in places}
+    return LinenWeights(
+        variables=cast("dict[str, Any]", _with_lists(tree)), location=location, of_array=of_array
+    )
+
+
+def _job(checkpoint: Checkpoint, path: Path, where: Sharding) -> Job:
+    leaf = checkpoint.leaves[path]
+    dtype = _widened(leaf.dtype) or leaf.dtype
+    return Job(
+        path=path,
+        recipe=Read(path),
+        shape=leaf.shape,
+        dtype=cast("np.dtype[Any]", dtype),
+        sharding=where,
+    )
+
+
+def _with_lists(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    nodes = {key: _with_lists(node) for key, node in cast("dict[Any, Any]", tree).items()}
+    if (
+        nodes
+        and sorted(map(str, nodes)) == sorted(map(str, range(len(nodes))))
+        and all(type(key) is int for key in nodes)
+    ):
+        return [nodes[number] for number in range(len(nodes))]
+    return nodes
+
+
+def owner_of(weights: LinenWeights, module: Any) -> Path:
+    """Returns the keys above the path of a bound Linen module, told by the arrays that it was given."""
+    for collection in module.variables.values():
+        flat = cast(Any, jax.tree_util.tree_flatten_with_path(collection))
+        for keys, array in flat[0]:
+            place = weights.of_array.get(id(array))
+            if place is not None:
+                return place[: len(place) - len(module.path) - len(keys)]
+    return ()
+
+
+def find_nnx(wanted: Iterable[Path], variables: Iterable[Path], above: Path) -> Path | None:
+    """Returns the keys above a module's Variables in the target, if only one place is possible."""
+    paths = list(variables)
+    if not paths:
+        return None
+    found: set[Path] | None = None
+    known = set(wanted)
+    for path in paths:
+        ends = {
+            one[: len(one) - len(path)]
+            for one in known
+            if one[: len(above)] == above and one[len(one) - len(path) :] == path
+        }
+        found = ends if found is None else found & ends
+    return found.pop() if found and len(found) == 1 else None

@@ -1,0 +1,321 @@
+"""What the modules of a program are called with and what they return, while the program runs.
+
+A program is run with `jax.disable_jit`: then a scan is a loop in Python, each layer's call one of its own.
+What stays traced (`jax.vmap`, `jax.checkpoint`) is observed by a callback that sees the batched array.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from jax.core import Tracer
+from jax.custom_batching import custom_vmap
+
+from orbax_nnx_handler.planning.core.dtypes import is_key
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The place of an array among a call's arguments, which are recorded by number."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of one module.
+
+    Attributes:
+        path: Keys from the program's root to the module.
+        order: Its place in the order in which calls returned.
+        inputs: The arrays among its arguments.
+        outputs: The arrays that it returned.
+        settings: The module's own numbers, flags and functions, by name.
+        shapes: The shapes of the module's own Variables in this call: without the axis of a scan around it.
+        arguments: Its arguments, with `Held` for each array.
+    """
+
+    path: Path
+    order: int
+    inputs: Sequence[Array]
+    outputs: Sequence[Array]
+    settings: Mapping[str, Any]
+    shapes: Mapping[str, Shape]
+    arguments: tuple[Any, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Traced:
+    """A call as the program makes it; under a cached trace it happens several times, or never."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    shapes: Mapping[str, Shape]
+    arguments: Any
+    inputs: list[list[Array]]
+    outputs: list[list[Array]]
+    orders: list[int] = dataclasses.field(default_factory=list[int])
+
+
+@dataclasses.dataclass(kw_only=True)
+class Recorder:
+    """Collects the calls of one run."""
+
+    traced: list[_Traced] = dataclasses.field(default_factory=list[_Traced])
+    returned: int = 0
+    running: list[tuple[Any, Path]] = dataclasses.field(default_factory=list[tuple[Any, Path]])
+
+    def call(self, module: Any, path: Path, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Calls a module's function and records it."""
+        leaves, structure = cast(Any, jax.tree.flatten((args, kwargs), is_leaf=_is_module))
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        numbers = iter(range(len(arrays)))
+        held = [Held(next(numbers)) if _is_array(leaf) else leaf for leaf in leaves]
+        made = _Traced(
+            path=path,
+            settings=settings_of(module),
+            shapes=_shapes_of(module),
+            arguments=jax.tree.unflatten(structure, held),
+            inputs=[list[Array]() for _ in arrays],
+            outputs=[],
+        )
+        self.traced.append(made)
+        for place, array in zip(made.inputs, arrays, strict=True):
+            _observe(place.append, array)
+        self.running.append((module, path))
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self.running.pop()
+        results = [leaf for leaf in jax.tree.leaves(result, is_leaf=_is_module) if _is_array(leaf)]
+        made.outputs = [list[Array]() for _ in results]
+        for number, (place, array) in enumerate(zip(made.outputs, results, strict=True)):
+            _observe(functools.partial(self._returned, made, place, first=number == 0), array)
+        return result
+
+    def _returned(self, made: _Traced, place: list[Array], array: Array, *, first: bool) -> None:
+        place.append(array)
+        if first:
+            made.orders.append(self.returned)
+            self.returned += 1
+
+    def calls(self) -> list[Call]:
+        """Returns every call that really happened, in the order in which they returned."""
+        jax.effects_barrier()
+        found = [
+            Call(
+                path=made.path,
+                order=order,
+                inputs=[place[at] for place in made.inputs if at < len(place)],
+                outputs=[place[at] for place in made.outputs if at < len(place)],
+                settings=made.settings,
+                shapes=made.shapes,
+                arguments=made.arguments,
+            )
+            for made in self.traced
+            for at, order in enumerate(made.orders)
+        ]
+        return sorted(found, key=lambda call: call.order)
+
+
+def _is_module(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Pytree | nnx.Variable | nn.Module)
+
+
+def _is_array(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        return False
+    return not is_key(leaf.dtype)
+
+
+def _shapes_of(module: Any) -> dict[str, Shape]:
+    members = cast("Mapping[str, Any]", vars(module))
+    own = {name: cast(Any, value) for name, value in members.items() if isinstance(value, nnx.Variable)}
+    return {name: tuple(np.shape(value.get_raw_value())) for name, value in own.items()}
+
+
+def _observe(keep: Callable[[Array], Any], array: Any) -> None:
+    """Hands the value of an array on, now or when a traced program computes it."""
+
+    def kept(value: Any) -> None:
+        keep(np.asarray(value))
+
+    if not isinstance(array, Tracer):
+        kept(array)
+        return
+
+    @custom_vmap
+    def seen(value: Any) -> Any:
+        jax.debug.callback(kept, value)
+        return value
+
+    @seen.def_vmap
+    def batched(_: int, in_batched: Any, value: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+        _observe(keep, value)
+        return value, in_batched[0]
+
+    seen(array)
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def settings_of(module: Any) -> dict[str, Any]:
+    """Returns what a module and its configuration are set to, by name: numbers, flags, texts, functions."""
+    found: dict[str, Any] = {}
+    for name, value in cast("Mapping[str, Any]", vars(module)).items():
+        if name.startswith("_") or isinstance(value, nnx.Pytree | nnx.Variable | nn.Module):
+            continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found |= {f"{name}.{inner}": setting for inner, setting in _plain(vars(value))}
+        found |= dict(_plain({name: value}))
+    return found
+
+
+def _plain(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, _PLAIN):
+            yield name, value
+        elif isinstance(value, functools.partial):
+            inner = cast("functools.partial[Any]", value)
+            yield name, (getattr(inner.func, "__name__", ""), tuple(sorted(inner.keywords.items())))
+        elif callable(value) and not isinstance(value, type) and hasattr(value, "__name__"):
+            yield name, value.__name__
+
+
+@contextlib.contextmanager
+def _exact() -> Generator[None]:
+    with jax.disable_jit(), jax.default_matmul_precision("highest"):
+        yield
+
+
+def run_linen(
+    function: Callable[..., Any], *args: Any, owner: Callable[[Any], Path]
+) -> tuple[Any, list[Call]]:
+    """Runs a Linen program.
+
+    Args:
+        function: Runs it.
+        *args: What it is called with.
+        owner: The keys above the paths of a module that is bound by itself (a part of the model).
+
+    Returns:
+        What it returns, and the calls of its modules.
+    """
+    recorder = Recorder()
+    above: Path = ()
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        nonlocal above
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        if not recorder.running:
+            above = owner(module)
+        return recorder.call(module, (*above, *module.path), call, args, kwargs)
+
+    with nn.intercept_methods(intercept), _exact():
+        result = function(*args)
+    return result, recorder.calls()
+
+
+_PATH = "path_in_target"
+
+
+def run_nnx(
+    function: Callable[..., Any], model: Any, *args: Any, locate: Callable[[Any, Path], Path | None]
+) -> tuple[Any, list[Call]]:
+    """Runs an NNX program.
+
+    Args:
+        function: Runs it.
+        model: What it is called with first; its modules get an attribute that says where they lie, which
+            goes with them through `nnx.split` and the transforms. It is taken away again.
+        *args: The other things that it is called with.
+        locate: Where a module lies that was made while the program ran, below the path of the caller.
+
+    Returns:
+        What it returns, and the calls of its modules.
+    """
+    recorder = Recorder()
+
+    def path_of(module: Any) -> Path | None:
+        path = getattr(module, _PATH, None)
+        if path is None:
+            path = locate(module, recorder.running[-1][1] if recorder.running else ())
+            if path is not None:
+                _mark(module, path)
+        return path
+
+    def recorded(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            path = None
+            if (
+                not recorder.running or recorder.running[-1][0] is not self
+            ):  # `super().__call__` is no other call.
+                path = path_of(self)
+            if path is None:
+                return original(self, *args, **kwargs)
+            return recorder.call(self, path, functools.partial(original, self), args, kwargs)
+
+        return call
+
+    _mark(model, ())
+    try:
+        with _replaced_calls(recorded), _exact():
+            result = function(model, *args)
+        return result, recorder.calls()
+    finally:
+        _unmark(model)
+
+
+def _modules(model: Any) -> Iterator[tuple[Path, Any]]:
+    return ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module))
+
+
+def _mark(model: Any, above: Path) -> None:
+    for path, module in list(_modules(model)):
+        with contextlib.suppress(AttributeError, TypeError, ValueError):  # A frozen class: it stays without.
+            setattr(module, _PATH, (*above, *path))
+
+
+def _unmark(model: Any) -> None:
+    for _, module in list(_modules(model)):
+        if hasattr(module, _PATH):
+            delattr(module, _PATH)
+
+
+@contextlib.contextmanager
+def _replaced_calls(replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Generator[None]:
+    """Replaces `__call__` of every class of modules for the time of a run: NNX has no interceptors."""
+    classes = list(_subclasses(nnx.Module))
+    originals = {cls: vars(cls)["__call__"] for cls in classes if "__call__" in vars(cls)}
+    try:
+        for cls, original in originals.items():
+            cls.__call__ = replace(original)
+        yield
+    finally:
+        for cls, original in originals.items():
+            cls.__call__ = original
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    seen: set[type[Any]] = set()
+    pending = [cls]
+    while pending:
+        for below in pending.pop().__subclasses__():
+            if below not in seen:
+                seen.add(below)
+                pending.append(below)
+                yield below

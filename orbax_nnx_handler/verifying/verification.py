@@ -1,0 +1,245 @@
+"""What a comparison of both programs found, as data that prints and goes to JSON."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import describe, reads
+from orbax_nnx_handler.planning.core.folding import FROM, Folded, Row, fold_paths
+from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, joined
+from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.verdict.outcomes import Restored
+from orbax_nnx_handler.verifying.comparing import Distance
+from orbax_nnx_handler.verifying.pairing import Unit
+
+_BEFORE, _BEHIND = 8, 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleComparison:
+    """One call of a module in both programs.
+
+    Attributes:
+        nnx: The module of the target.
+        linen: The module of the checkpoint with the same weights.
+        call: Which of the module's calls it is, counted from 0.
+        inputs: How far apart the arrays were that it was called with.
+        outputs: How far apart the arrays were that it returned.
+        is_certain: Whether no other module can be meant.
+        differs: Whether it returned something else, more than rounding explains, on inputs that agree.
+    """
+
+    nnx: Unit
+    linen: Unit
+    call: int
+    inputs: Distance
+    outputs: Distance
+    is_certain: bool
+    differs: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as plain dicts, strings and numbers."""
+        return {
+            "nnx": render(self.nnx.path),
+            "nnx_layer": self.nnx.layer,
+            "linen": render(self.linen.path),
+            "linen_layer": self.linen.layer,
+            "call": self.call,
+            "inputs": self.inputs.relative,
+            "outputs": self.outputs.relative,
+            "differs": self.differs,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstDifference:
+    """The first module that gets the same and returns something else.
+
+    Attributes:
+        module: The module, in both programs, and how far its inputs and outputs are apart.
+        weights: The leaves in it that are compared in no module within it.
+        after: The last module within it that still returns the same.
+        before: The first module within it that is called with something else.
+        proved: What has to be otherwise: with this change alone the module returns what Linen's does.
+        changes: The recipes of that change, by wanted path; of one layer, where the module is scanned.
+        tried: How many other ways of making its weights were tried.
+        settings: What both modules call by one name and set to different values: Linen's and NNX's.
+        reordered: Whether it returned the same numbers in another order.
+    """
+
+    module: ModuleComparison
+    weights: tuple[Restored, ...]
+    after: Unit | None = None
+    before: Unit | None = None
+    proved: str = ""
+    changes: Mapping[Path, Any] = dataclasses.field(default_factory=dict[Path, Any])
+    tried: int = 0
+    settings: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict[str, tuple[Any, Any]])
+    reordered: bool = False
+
+    @property
+    def path(self) -> str:
+        """The module's path in the target: the innermost one around the place where the difference arises."""
+        if self.proved or self.after is None or self.before is None:
+            return render(self.module.nnx.path)
+        one, other = self.after.path, self.before.path
+        depth = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+        return render(max(one[:depth], self.module.nnx.path, key=len))
+
+    @property
+    def sentences(self) -> list[Line]:
+        """What follows from it."""
+        if self.proved:
+            words = f"{self.proved}. With this change alone it returns what Linen's module does."
+            return [Sentence("proved by outputs", words)]
+        said = list[Line]()
+        if self.after is not None or self.before is not None:
+            said.append(Sentence("note", self._place()))
+        if self.settings:
+            pairs = [f"{name} is {a!r} in Linen and {b!r} in NNX" for name, (a, b) in self.settings.items()]
+            said.append(Sentence("cause", f"the modules are set up differently: {', '.join(pairs)}."))
+        if self.reordered:
+            said.append(Sentence("note", "it returns the same numbers in another order."))
+        if self.tried:
+            ways = counted(self.tried, "other way", "other ways")
+            words = (
+                f"{ways} of making the weights in it (transposed, divided, joined, exchanged) are wrong too."
+            )
+            said.append(Sentence("note", words))
+        if not self.settings:
+            said.append(Sentence("hint", _CODE if self.tried or not self.weights else _WEIGHTS))
+        return said
+
+    def _place(self) -> str:
+        agrees = f"{name_of(self.after)} still returns the same" if self.after is not None else ""
+        differs = f"{name_of(self.before)} is called with something else" if self.before is not None else ""
+        return f"{', and '.join(part for part in (agrees, differs) if part)}."
+
+
+_CODE = (
+    "all its weights agree, so the code differs: look for another epsilon, activation (gelu exact or by "
+    "tanh), mask, scale or base of rotary positions."
+)
+_WEIGHTS = "the module does not run by itself, so its weights were not tried: check how the plan makes them."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Whether a Linen program and an NNX program compute the same from one checkpoint.
+
+    Attributes:
+        equal: Whether the outputs differ by no more than the tolerance.
+        relative: The largest difference of two output elements, divided by the larger of the element and the
+            mean magnitude of its array.
+        absolute: The largest difference itself.
+        tolerance: What `relative` may be.
+        directory: The item directory.
+        modules: Every module that both programs called with the same weights, in the order of the run.
+        first: The first module that gets the same and returns something else; None where there is none.
+        remarks: What else a reader should know.
+    """
+
+    equal: bool
+    relative: float
+    absolute: float
+    tolerance: float
+    directory: str
+    modules: tuple[ModuleComparison, ...]
+    first: FirstDifference | None = None
+    remarks: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the whole result as plain dicts, lists, strings and numbers."""
+        return {
+            "equal": self.equal,
+            "relative": self.relative,
+            "absolute": self.absolute,
+            "tolerance": self.tolerance,
+            "directory": self.directory,
+            "first": None if self.first is None else _first_to_dict(self.first),
+            "remarks": list(self.remarks),
+            "modules": [module.to_dict() for module in self.modules],
+        }
+
+    def __str__(self) -> str:
+        lines: list[Line] = [
+            self._verdict(),
+            f"checkpoint: {self.directory}",
+        ]
+        if self.first is not None:
+            lines += _told(self.first)
+        lines += [Sentence("note", remark) for remark in self.remarks]
+        lines.append(self._counted())
+        if self.first is not None:
+            rows = [*map(_row, self._around(self.first.module))]
+            lines += align(rows, indent="    ")
+        return joined(lines)
+
+    def _verdict(self) -> str:
+        verdict, absolute = "equal" if self.equal else "not equal", _number(self.absolute)
+        apart = f"outputs {_apart(self.relative)} apart (at most {absolute})"
+        return f"Verification: {verdict}: {apart}, tolerance {self.tolerance:g}"
+
+    def _counted(self) -> str:
+        modules = len({(module.nnx, module.linen) for module in self.modules})
+        calls = f"{counted(len(self.modules), 'call')} of {counted(modules, 'module')} compared"
+        outputs = [module.outputs.relative for module in self.modules]
+        if self.first is None:
+            return f"  {calls}: outputs at most {_apart(max(outputs, default=0.0))} apart"
+        return f"  {calls}; around the first difference, in the order of the run:"
+
+    def _around(self, module: ModuleComparison) -> Sequence[ModuleComparison]:
+        at = self.modules.index(module)
+        return self.modules[max(0, at - _BEFORE) : at + _BEHIND + 1]
+
+
+def _first_to_dict(first: FirstDifference) -> dict[str, Any]:
+    return first.module.to_dict() | {
+        "weights": [
+            {"path": render(item.wanted.path), "shape": list(item.wanted.shape), "transform": item.transform}
+            for item in first.weights
+        ],
+        "proved": first.proved,
+        "tried": first.tried,
+        "settings": {name: [repr(a), repr(b)] for name, (a, b) in first.settings.items()},
+        "reordered": first.reordered,
+    }
+
+
+def _told(first: FirstDifference) -> list[Line]:
+    module = first.module
+    lines: list[Line] = [
+        f"first difference: {name_of(module.nnx)}   <- {name_of(module.linen)}",
+        f"  inputs {_apart(module.inputs.relative)} apart, outputs {_apart(module.outputs.relative)}",
+    ]
+    if first.weights:
+        title = "its weights" if first.before is first.after is None else "weights in it that no module shows"
+        lines += [f"  {title}", *aligned(map(_weight, first.weights), limit=12, indent="    ").splitlines()]
+    return [*lines, *first.sentences]
+
+
+def _weight(item: Restored) -> Row:
+    sources = fold_paths(list(dict.fromkeys(reads(item.recipe))))
+    return Row(item.wanted.path, (str(item.wanted.shape),), sources, describe(item.recipe))
+
+
+def name_of(unit: Unit) -> str:
+    """Returns a module as a person calls it: `blocks/attn, layer 3`."""
+    path = render(unit.path)
+    return path if unit.layer is None else f"{path}, layer {unit.layer}"
+
+
+def _row(module: ModuleComparison) -> Folded:
+    inputs = f"inputs {_apart(module.inputs.relative)}" if module.inputs.compared else "no inputs"
+    outputs = f"outputs {_apart(module.outputs.relative)}" if module.outputs.compared else "not comparable"
+    columns = (inputs, outputs, "differs" if module.differs else "", f"{FROM}{name_of(module.linen)}")
+    return Folded(text=name_of(module.nnx), columns=columns, count=1)
+
+
+def _apart(relative: float) -> str:
+    return "0" if relative == 0 else f"{relative:.1e}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"

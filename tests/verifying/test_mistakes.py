@@ -1,0 +1,205 @@
+"""Deliberate mistakes in right rules, and ports that compute something else: the right module is named."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import Fuse, StackLayers, Transpose, Verification, verify
+from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, VIT, Twin
+
+Save = Callable[[Twin], pathlib.Path]
+
+
+def exchanged(rules: Sequence[Any], one: str, other: str) -> list[Any]:
+    """Returns rules in which two pairs have exchanged what they write."""
+    written = {rule[0]: rule[1] for rule in rules if isinstance(rule, tuple)}
+    other_of = {one: other, other: one}
+    return [
+        (rule[0], written[other_of[rule[0]]]) if isinstance(rule, tuple) and rule[0] in other_of else rule
+        for rule in rules
+    ]
+
+
+def fused(order: str) -> list[Any]:
+    """Returns the rules of the decoder with q, k and v joined in an order."""
+    rest = [rule for rule in GPT.rules if not isinstance(rule, Fuse)]
+    rules = [
+        Fuse(tuple(f"attn/{name}_proj/{leaf}" for name in order), f"attention/qkv/{leaf}", axis=axis)
+        for leaf, axis in (("kernel", 1), ("bias", 0))
+    ]
+    return [*rules, *rest]
+
+
+def shifted() -> list[Any]:
+    rest = [rule for rule in GPT.rules if not isinstance(rule, StackLayers)]
+    return [("h_0", "x_1"), ("h_1", "x_2"), ("h_2", "x_0"), *rest, StackLayers("x_{i}", "blocks", axis=0)]
+
+
+def crossed(rules: Sequence[Any]) -> list[Any]:
+    """Returns rules under which two layers have changed places."""
+    return [
+        part
+        for rule in rules
+        for part in (
+            [(rule[0].replace("{i}", one), rule[1].replace("{i}", other)) for one, other in ("01", "10")]
+            if isinstance(rule, tuple) and "{i}" in rule[0]
+            else [rule]
+        )
+    ]
+
+
+def respelled(rules: Sequence[Any], one: str, other: str) -> list[Any]:
+    """Returns rules that write one name for another wherever it stands."""
+
+    def swap(text: str) -> str:
+        return text.replace(one, "\0").replace(other, one).replace("\0", other)
+
+    return [(rule[0], swap(rule[1])) if isinstance(rule, tuple) else rule for rule in rules]
+
+
+MISTAKES: dict[str, tuple[Twin, list[Any], dict[str, Any], str, str]] = {
+    "q and k joined in another order": (GPT, fused("kqv"), {}, "blocks/attention", "joined in another order"),
+    "v joined first": (GPT, fused("vqk"), {}, "blocks/attention", "joined in another order"),
+    "a square kernel transposed": (
+        GPT,
+        [Transpose("attn/c_proj/kernel", (1, 0)), *GPT.rules],
+        {},
+        "blocks/attention/out",
+        "kernel is transposed",
+    ),
+    "two norms exchanged": (
+        GPT,
+        exchanged(GPT.rules, "ln_1", "ln_2"),
+        {},
+        "blocks/norm1",
+        "It needs those that blocks/norm2, layer 0 was given",
+    ),
+    "stacked layers shifted": (GPT, shifted(), {}, "blocks", "It needs those that blocks, layer 1 was given"),
+    "another epsilon": (GPT, [*GPT.rules], {"epsilon": 1e-5}, "blocks/norm1", ""),
+    "another gelu": (GPT, [*GPT.rules], {"exact_gelu": True}, "blocks/mlp", ""),
+    "another scale in attention": (GPT, [*GPT.rules], {"scale": 1.5}, "blocks/attention", ""),
+    "heads divided in another order": (
+        VIT,
+        [Transpose("query/kernel", (0, 2, 1)), *VIT.rules],
+        {},
+        "layers/0/attn/to_q",
+        "kernel is divided otherwise",
+    ),
+    "an output matrix divided in another order": (
+        VIT,
+        [Transpose("out/kernel", (1, 0, 2)), *VIT.rules],
+        {},
+        "layers/0/attn/to_out",
+        "kernel is divided otherwise",
+    ),
+    "key and value exchanged": (
+        VIT,
+        respelled(VIT.rules, "to_k", "to_v"),
+        {},
+        "layers/0/attn",
+        "layers/0/attn/to_k and layers/0/attn/to_v have each other's weights",
+    ),
+    "layers in another order": (
+        VIT,
+        crossed(VIT.rules),
+        {},
+        "layers/0",
+        "It needs those that layers/1 was given",
+    ),
+    "cross and self attention exchanged": (
+        TRANSLATOR,
+        respelled(TRANSLATOR.rules, "cross_att", "self_att"),
+        {},
+        "self_attention",
+        "It needs those that cross_attention was given",
+    ),
+    "forward and backward exchanged": (
+        BILSTM,
+        exchanged(BILSTM.rules, "forward_cell", "backward_cell"),
+        {},
+        "fwd/cell",
+        "It needs those that bwd/cell was given",
+    ),
+    "another base of rotary positions": (LLAMA, [*LLAMA.rules], {"base": 5e5}, "blocks/0/attn", ""),
+    "gate and up exchanged": (
+        LLAMA,
+        exchanged(LLAMA.rules, "gate_proj", "up_proj"),
+        {},
+        "blocks/0",
+        "blocks/0/gate and blocks/0/up have each other's weights",
+    ),
+    "a square kernel of a scan transposed": (
+        LLAMA,
+        [Transpose("q_proj/kernel", (2, 1, 0)), *LLAMA.rules],
+        {},
+        "blocks/0/attn/q",
+        "kernel is transposed",
+    ),
+}
+
+
+@functools.cache
+def found(name: str, path: pathlib.Path) -> Verification:
+    twin, rules, changed, _, _ = MISTAKES[name]
+    target = nnx.eval_shape(functools.partial(twin.make, **changed))
+    return verify(path, target, twin.linen.apply, twin.run, twin.inputs, renames=rules)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_right_module_is_named_and_what_is_otherwise(name: str, saved: Save):
+    twin, _, changed, path, proved = MISTAKES[name]
+
+    result = found(name, saved(twin))
+
+    assert not result.equal
+    assert result.first is not None
+    assert result.first.path == path, result
+    if changed:
+        assert result.first.proved == "", result
+        assert "proved" not in str(result)
+    else:
+        assert proved in result.first.proved, result
+
+
+def test_settings_that_differ_are_named(saved: Save):
+    result = found("another epsilon", saved(GPT))
+
+    assert result.first is not None
+    assert result.first.settings == {"epsilon": (1e-6, 1e-5)}
+    assert "epsilon is 1e-06 in Linen and 1e-05 in NNX" in str(result)
+
+
+def test_where_the_code_differs_the_place_between_two_modules_is_named(saved: Save):
+    text = " ".join(str(found("another gelu", saved(GPT))).split())
+
+    assert (
+        "blocks/mlp/up, layer 0 still returns the same, and blocks/mlp/down, layer 0 is called with" in text
+    )
+
+
+def test_the_message_shows_the_weights_their_recipes_and_the_way_to_the_place(saved: Save):
+    text = str(found("a square kernel transposed", saved(GPT)))
+
+    lines = text.splitlines()
+    assert lines[0].startswith("Verification: not equal: outputs ")
+    assert lines[2] == "first difference: blocks/attention/out, layer 0   <- h_0/attn/c_proj"
+    assert "    blocks/attention/out/kernel   (3, 8, 8)   <- params/h_{0..2}/attn/c_proj/kernel" in text
+    assert "transpose (1, 0), stack 3 on axis 0" in text
+    assert "proved by outputs: kernel is transposed: as it is stored. With this change alone" in text
+    assert "in the order of the run" in text
+
+
+def test_a_tolerance_may_be_given_and_what_differs_is_said_all_the_same(saved: Save):
+    target = nnx.eval_shape(functools.partial(GPT.make, epsilon=1e-5))
+
+    result = verify(
+        saved(GPT), target, GPT.linen.apply, GPT.run, GPT.inputs, renames=GPT.rules, tolerance=1e-2
+    )
+
+    assert result.equal
+    assert result.first is not None
+    assert "blocks/norm1 still differs by more than rounding" in result.remarks[0]

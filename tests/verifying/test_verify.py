@@ -1,0 +1,300 @@
+"""Both programs run on one input: right conversions are equal, module by module."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import Verification, VerificationError, verify
+from orbax_nnx_handler.planning.core.paths import render
+from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, TWINS, VIT, LinenEncoderBlock, Twin
+
+Save = Callable[[Twin], pathlib.Path]
+
+
+def verified(twin: Twin, saved: Save, **changed: Any) -> Verification:
+    given = {
+        "target": nnx.eval_shape(twin.make),
+        "linen_apply": twin.linen.apply,
+        "nnx_apply": twin.run,
+        "inputs": twin.inputs,
+        "renames": twin.rules,
+    }
+    return verify(saved(twin), **given | changed)
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
+def test_a_right_conversion_is_equal_and_so_is_every_module(twin: Twin, saved: Save):
+    found = verified(twin, saved)
+
+    assert found.equal, found
+    assert found.first is None, found
+    assert found.relative < 2e-6
+    assert found.remarks == ()
+    assert max(module.outputs.relative for module in found.modules) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("twin", "count", "pairs"),
+    [
+        (
+            GPT,
+            25,
+            {("blocks/attention", 2): "h_2/attn", ("blocks/mlp/up", 0): "h_0/c_fc", ("norm", None): "ln_f"},
+        ),
+        (VIT, 24, {("layers/1/fc2", None): "encoderblock_1/Dense_1", ("patches", None): "embedding"}),
+        (TRANSLATOR, 20, {("cross_attention/k", None): "decoder_cross_attn/key"}),
+        (BILSTM, 92, {("bwd/cell", None): "backward_cell", ("fwd/cell/if_", None): "forward_cell/if"}),
+        (LLAMA, 34, {("blocks/2/attn/o", None): "layers/o_proj", ("blocks/1", None): "layers"}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_modules_are_paired_as_their_weights_are(
+    twin: Twin, count: int, pairs: dict[tuple[str, int | None], str], saved: Save
+):
+    modules = verified(twin, saved).modules
+
+    found = {(render(one.nnx.path), one.nnx.layer): render(one.linen.path) for one in modules}
+    assert len(modules) == count
+    assert {key: found.get(key) for key in pairs} == pairs
+
+
+def test_a_scanned_layer_is_paired_with_its_own(saved: Save):
+    modules = verified(LLAMA, saved).modules
+
+    layers = {one.nnx.path[1]: one.linen.layer for one in modules if one.nnx.path[:1] == ("blocks",)}
+    assert layers == {0: 0, 1: 1, 2: 2}
+
+
+def test_the_result_prints_and_goes_to_json(saved: Save):
+    found = verified(TRANSLATOR, saved)
+
+    assert str(found).splitlines() == [
+        "Verification: equal: outputs 0 apart (at most 0), tolerance 1e-05",
+        f"checkpoint: {saved(TRANSLATOR)}",
+        "  20 calls of 19 modules compared: outputs at most 0 apart",
+    ]
+    as_dict = json.loads(json.dumps(found.to_dict()))
+    assert as_dict["equal"] is True
+    assert as_dict["first"] is None
+    assert as_dict["modules"][0] == {
+        "nnx": "embed",
+        "nnx_layer": None,
+        "linen": "shared",
+        "linen_layer": None,
+        "call": 0,
+        "inputs": 0.0,
+        "outputs": 0.0,
+        "differs": False,
+    }
+
+
+def test_modules_come_in_the_order_of_the_run(saved: Save):
+    names = [render(one.nnx.path) for one in verified(TRANSLATOR, saved).modules]
+
+    assert names[0] == "embed"
+    assert names.index("enc_attention") < names.index("self_attention") < names.index("cross_attention")
+    assert names[-1] == "(root)"
+
+
+def test_float_weights_are_compared_in_float32_whatever_the_target_is_in(saved: Save):
+    half = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), nnx.eval_shape(TRANSLATOR.make)
+    )
+
+    assert verified(TRANSLATOR, saved, target=half).relative < 2e-6
+
+
+def test_a_state_is_a_target_too(saved: Save):
+    graphdef, state = nnx.split(nnx.eval_shape(VIT.make))
+
+    found = verified(VIT, saved, target=state, nnx_apply=lambda state, x: nnx.merge(graphdef, state)(x))
+
+    assert found.equal
+    assert {render(one.nnx.path) for one in found.modules} > {"layers/1/attn/to_q", "(root)"}
+
+
+def test_a_model_in_a_dict_is_a_target_too(saved: Save):
+    target = {"net": nnx.eval_shape(VIT.make)}
+
+    found = verified(VIT, saved, target=target, nnx_apply=lambda target, x: target["net"](x))
+
+    assert found.equal
+    assert "net/layers/0/attn" in {render(one.nnx.path) for one in found.modules}
+
+
+def test_a_jitted_program_is_looked_into_all_the_same(saved: Save):
+    linen = jax.jit(VIT.linen.apply)
+    compiled = nnx.jit(lambda model, x: model(x))
+    compiled(VIT.make(), *VIT.inputs)
+
+    found = verified(VIT, saved, linen_apply=linen, nnx_apply=compiled)
+
+    assert len(found.modules) == 24
+
+
+def test_a_part_of_the_linen_model_may_be_bound_by_itself(saved: Save):
+    def apply(variables: Any, images: Any) -> Any:
+        return LinenEncoderBlock().apply({"params": variables["params"]["encoderblock_1"]}, images)
+
+    inputs = (np.random.default_rng(3).normal(size=(1, 4, 8)).astype("f"),)
+    found = verified(
+        VIT, saved, linen_apply=apply, nnx_apply=lambda model, x: model.layers[1](x), inputs=inputs
+    )
+
+    assert found.equal
+    assert {render(one.linen.path).split("/")[0] for one in found.modules} == {"encoderblock_1"}
+
+
+class Statistics(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=True)(x))
+
+
+class NNXStatistics(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.out = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.norm(x))
+
+
+def test_collections_beside_the_parameters_are_the_linen_programs_too(tmp_path: pathlib.Path):
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype("f")
+    variables = Statistics().init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: leaf + 0.25, variables)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {**variables, "step": 3, "ema_params": variables["params"]})
+    seen: list[Any] = []
+
+    def apply(variables: Any, x: Any) -> Any:
+        seen.append(jax.tree.map(np.shape, variables))
+        return Statistics().apply(variables, x)
+
+    found = verify(
+        tmp_path / "state",
+        nnx.eval_shape(lambda: NNXStatistics(nnx.Rngs(0))),
+        apply,
+        lambda model, x: model(x),
+        (x,),
+        renames=[("BatchNorm_0", "norm"), ("Dense_0", "out")],
+    )
+
+    assert found.equal
+    assert seen == [jax.tree.map(np.shape, variables)]
+
+
+def test_vmapped_members_are_compared_one_by_one(tmp_path: pathlib.Path):
+    class Members(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            member = nn.vmap(
+                nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+            )
+            return member(4, name="member")(x).sum(0)
+
+    class NNXMembers(nnx.Module):
+        def __init__(self, rngs):
+            self.members = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+        def __call__(self, x):
+            return self.members[0](x) + self.members[1](x)
+
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype("f")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", Members().init(jax.random.key(0), x))
+    target = nnx.eval_shape(lambda: NNXMembers(nnx.Rngs(0)))
+
+    found = verify(
+        tmp_path / "c",
+        target,
+        Members().apply,
+        lambda model, x: model(x),
+        (x,),
+        renames=[("member", "members")],
+    )
+
+    assert found.equal
+    assert [(render(one.nnx.path), one.linen.layer) for one in found.modules[:2]] == [
+        ("members/0", 0),
+        ("members/1", 1),
+    ]
+
+
+def fails(*_: Any) -> Any:
+    raise KeyError("tokens")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"linen_apply": fails}, "linen_apply fails: KeyError: 'tokens'\nat "),
+        ({"nnx_apply": fails}, "nnx_apply fails: KeyError: 'tokens'\nat "),
+        (
+            {"nnx_apply": lambda model, x: model(x)[:1]},
+            "arrays of different shapes:\n  linen_apply  (2, 5)\n",
+        ),
+        ({"nnx_apply": lambda model, x: (model(x),)}, "the programs return different things:"),
+        (
+            {"nnx_apply": lambda *_: None, "linen_apply": lambda *_: None},
+            "the programs return no array",
+        ),
+    ],
+)
+def test_a_program_that_cannot_be_compared_is_named(changed: dict[str, Any], said: str, saved: Save):
+    with pytest.raises(VerificationError) as raised:
+        verified(VIT, saved, **changed)
+
+    assert said in str(raised.value)
+    assert raised.value.hints
+
+
+def test_a_model_that_wants_random_numbers_is_told_how(tmp_path: pathlib.Path):
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.out = nnx.Linear(4, 3, rngs=rngs)
+            self.drop = nnx.Dropout(0.5)
+
+        def __call__(self, x, rngs=None):
+            return self.drop(self.out(x), rngs=rngs)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            tmp_path / "c", {"params": {"out": {"kernel": np.ones((4, 3)), "bias": np.ones(3)}}}
+        )
+    target = nnx.eval_shape(lambda: Noisy(nnx.Rngs(0)))
+
+    with pytest.raises(VerificationError, match=r"(?s)nnx_apply fails: .*model\.eval\(\) first, or rngs"):
+        verify(
+            tmp_path / "c",
+            target,
+            lambda variables, x: nn.Dense(3).apply({"params": variables["params"]["out"]}, x),
+            lambda model, x: model(x),
+            (np.ones((1, 4), "f"),),
+        )
+
+
+def test_the_classes_and_the_model_are_left_as_they_were(saved: Save):
+    before = nnx.Linear.__call__
+    models: list[Any] = []
+
+    def apply(model: Any, x: Any) -> Any:
+        models.append(model)
+        return model(x)
+
+    verified(VIT, saved, nnx_apply=apply)
+
+    assert nnx.Linear.__call__ is before
+    names = [vars(module).keys() for _, module in nnx.iter_modules(models[0])]
+    fresh = [vars(module).keys() for _, module in nnx.iter_modules(VIT.make())]
+    assert names == fresh

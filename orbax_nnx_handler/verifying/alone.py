@@ -25,8 +25,8 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
     simplify,
 )
-from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.arithmetic import evaluate
+from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
 from orbax_nnx_handler.verifying.comparing import ROUNDING, distance
 from orbax_nnx_handler.verifying.recording import Array, Call, Held

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orbax_nnx_handler.planning.core.folding import FROM, Folded, Row, fold_paths
+from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import describe, reads
-from orbax_nnx_handler.planning.core.folding import FROM, Folded, Row, fold_paths
-from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, joined
-from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying.comparing import Distance
 from orbax_nnx_handler.verifying.pairing import Unit

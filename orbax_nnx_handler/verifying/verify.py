@@ -10,15 +10,16 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from orbax_nnx_handler.decide import decide_and_check
+from orbax_nnx_handler.decide import decide
 from orbax_nnx_handler.planning.core.errors import VerificationError
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
@@ -95,7 +96,8 @@ def verify(
     given = as_path(path)
     files = files_at(given)
     directory = find_item(given, item, files)
-    plan, parts, checkpoint = decide_and_check(directory, target, placed(target), options, files)
+    checkpoint = read_metadata(directory, files)
+    plan, parts = decide(checkpoint, target, placed(target), options, check=True)
     weights = restore_linen(checkpoint, plan)
     start = time.monotonic()
     expected, linen_calls = _run_linen(linen_apply, weights, inputs)

@@ -12,7 +12,7 @@ from orbax_nnx_handler.verifying.comparing import (
     compare,
     exceeds,
 )
-from orbax_nnx_handler.verifying.pairing import Pair, Use, uses_of
+from orbax_nnx_handler.verifying.pairing import ModulePair, Use, uses_of
 from orbax_nnx_handler.verifying.recording import Call
 from orbax_nnx_handler.verifying.verification import ModuleComparison
 
@@ -29,7 +29,7 @@ class Compared:
     """
 
     found: ModuleComparison
-    pair: Pair
+    pair: ModulePair
     linen: Use
     nnx: Use
 
@@ -56,7 +56,7 @@ class Compared:
 
 
 def compare_modules(
-    pairs: Iterable[Pair], linen_calls: Iterable[Call], nnx_calls: Iterable[Call]
+    pairs: Iterable[ModulePair], linen_calls: Iterable[Call], nnx_calls: Iterable[Call]
 ) -> list[Compared]:
     """Compares every call of paired modules, in the order in which the NNX program returned from them."""
     linen, nnx = by_path(linen_calls), by_path(nnx_calls)
@@ -69,7 +69,7 @@ def compare_modules(
     return sorted(compared, key=lambda one: one.nnx.call.order)
 
 
-def _compared(pair: Pair, number: int, linen: Use, nnx: Use) -> Compared:
+def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use) -> Compared:
     inputs, outputs = compare(linen.inputs, nnx.inputs), compare(linen.outputs, nnx.outputs)
     found = ModuleComparison(
         nnx=pair.nnx,

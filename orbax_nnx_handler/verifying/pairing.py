@@ -44,7 +44,7 @@ class Unit:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pair:
+class ModulePair:
     """Two modules that hold the same stored elements.
 
     Attributes:
@@ -95,7 +95,7 @@ def pair_modules(
     location: Mapping[Path, Path],
     nnx_calls: Iterable[Call],
     linen_calls: Iterable[Call],
-) -> list[Pair]:
+) -> list[ModulePair]:
     """Returns the modules that hold the same stored elements, of those that were called.
 
     Args:
@@ -109,12 +109,12 @@ def pair_modules(
     nnx = _nnx_units(layered, {call.path for call in nnx_calls})
     linen = _linen_units(used, location, {call.path for call in linen_calls})
     within = _leaves_within(recipes, {call.path for call in nnx_calls})
-    pairs: list[Pair] = []
+    pairs: list[ModulePair] = []
     for atoms, wanted in nnx.items():
         if atoms and atoms in linen:
             for one, other, certain in _chained(wanted, linen[atoms]):
                 leaves = tuple(within[one.path])
-                pairs.append(Pair(nnx=one, linen=other, leaves=leaves, is_certain=certain))
+                pairs.append(ModulePair(nnx=one, linen=other, leaves=leaves, is_certain=certain))
     return pairs
 
 

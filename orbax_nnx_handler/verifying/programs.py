@@ -19,7 +19,7 @@ from orbax_nnx_handler.storage.reading import Job, read_everywhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Placed:
+class OneDevice:
     """What `restore` is told of one leaf.
 
     Attributes:
@@ -36,10 +36,10 @@ def one_device() -> Sharding:
     return SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
 
 
-def placed(target: Any) -> dict[Path, Placed]:
+def on_one_device(target: Any) -> dict[Path, OneDevice]:
     """Returns the restore args of every leaf of a target."""
     leaves, where = flatten_target(target).leaves, one_device()
-    return {path: Placed(sharding=where, dtype=_widened(leaf.dtype)) for path, leaf in leaves.items()}
+    return {path: OneDevice(sharding=where, dtype=_widened(leaf.dtype)) for path, leaf in leaves.items()}
 
 
 def _widened(dtype: Any) -> np.dtype[Any] | None:

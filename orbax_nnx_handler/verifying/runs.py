@@ -1,0 +1,186 @@
+"""Both programs, run on one input from one checkpoint, and every pair of modules compared."""
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.errors import VerificationError
+from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Recipe, reads
+from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
+from orbax_nnx_handler.storage.restoring.restore import carry_out
+from orbax_nnx_handler.verifying.alone import Workbench, scanned_axes
+from orbax_nnx_handler.verifying.compared import Compared, by_path, compare_modules
+from orbax_nnx_handler.verifying.comparing import Distance, compare
+from orbax_nnx_handler.verifying.pairing import pair_modules
+from orbax_nnx_handler.verifying.programs import LinenWeights, find_nnx, owner_of, restore_linen
+from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The caller's two functions and what they are called with.
+
+    Attributes:
+        linen: Called with the variables and the inputs.
+        nnx: Called with the restored target and the inputs.
+        inputs: The inputs.
+    """
+
+    linen: Callable[..., Any]
+    nnx: Callable[..., Any]
+    inputs: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runs:
+    """One run of each program.
+
+    Attributes:
+        outputs: How far apart the outputs are.
+        compared: Every call of paired modules, in the order of the run.
+        bench: Runs modules of the restored model by themselves.
+        seconds: How long both took.
+    """
+
+    outputs: Distance
+    compared: Sequence[Compared]
+    bench: Workbench
+    seconds: float
+
+
+def run_both(
+    checkpoint: Checkpoint,
+    plan: RestorePlan,
+    parts: Target,
+    programs: Programs,
+    init: Callable[[], Any] | None = None,
+) -> Runs:
+    """Runs both programs and compares their modules. The Linen variables are gone when the model is restored.
+
+    Raises:
+        VerificationError: One of the programs fails, or their outputs cannot be compared.
+        UnreadableLeafError: Stored bytes are absent or damaged.
+    """
+    weights = restore_linen(checkpoint, plan)
+    start = time.monotonic()
+    expected, linen_calls = _run_linen(programs, weights)
+    seconds = time.monotonic() - start
+    weights.variables.clear()
+    model = parts.assemble(carry_out(checkpoint, plan, init=init, concurrent_bytes=None))
+    start = time.monotonic()
+    found, nnx_calls = _run_nnx(programs, model, list(parts.leaves))
+    seconds += time.monotonic() - start
+    recipes = _recipes_of_model(plan, weights.location)
+    pairs = pair_modules(recipes, weights.location, nnx_calls, linen_calls)
+    calls = by_path(nnx_calls)
+    bench = Workbench(
+        model=model,
+        checkpoint=checkpoint,
+        recipes=recipes,
+        axes=scanned_axes(calls, {leaf: wanted.shape for leaf, wanted in parts.leaves.items()}),
+        calls=calls,
+    )
+    return Runs(
+        outputs=_outputs_apart(expected, found),
+        compared=compare_modules(pairs, linen_calls, nnx_calls),
+        bench=bench,
+        seconds=seconds,
+    )
+
+
+def _recipes_of_model(plan: RestorePlan, location: Mapping[Path, Path]) -> dict[Path, Recipe]:
+    return {
+        leaf: item.recipe
+        for leaf, item in plan.restored.items()
+        if all(source in location for source in reads(item.recipe))
+    }
+
+
+def _run_linen(programs: Programs, weights: LinenWeights) -> tuple[Any, list[Call]]:
+    inputs = programs.inputs
+    try:
+        return run_linen(
+            programs.linen, weights.variables, *inputs, owner=lambda module: owner_of(weights, module)
+        )
+    except Exception as error:
+        held = ", ".join(map(repr, weights.variables))
+        hint = (
+            f"it is called with the variables (a dict with {held}) and {counted(len(inputs), 'input')}, such "
+            "as linen_model.apply, or lambda variables, x: linen_model.apply(variables, x, train=False)."
+        )
+        raise VerificationError(f"linen_apply fails: {_told(error)}", hints=[hint]) from error
+
+
+def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call]]:
+    inputs = programs.inputs
+
+    def locate(module: Any, above: Path) -> Path | None:
+        state = cast(Any, nnx.state(module))
+        variables = [tuple(path) for path, _ in cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(state))]
+        return find_nnx(wanted, variables, above)
+
+    try:
+        return run_nnx(programs.nnx, model, *inputs, locate=locate)
+    except Exception as error:
+        hint = (
+            f"it is called with the restored target (a {type(model).__name__}) and "
+            f"{counted(len(inputs), 'input')}, such as lambda model, x: model(x). A model with dropout wants "
+            "model.eval() first, or rngs."
+        )
+        raise VerificationError(f"nnx_apply fails: {_told(error)}", hints=[hint]) from error
+
+
+def _told(error: Exception) -> str:
+    """Returns what an error of the caller's code is, and where in that code it was raised."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename
+    ]
+    own = __file__.rpartition("/")[0]
+    place = next((frame for frame in reversed(frames) if not frame.filename.startswith(own)), None)
+    where = f"\nat {place.filename}:{place.lineno}" if place is not None else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _outputs_apart(expected: Any, found: Any) -> Distance:
+    """Compares what both programs return.
+
+    Raises:
+        VerificationError: It is no arrays, of different structure, or of different shapes.
+    """
+    one, other = _structure(expected), _structure(found)
+    if one != other:
+        raise VerificationError(
+            f"the programs return different things:\n  linen_apply  {one}\n  nnx_apply    {other}",
+            hints=["let both functions return the same: an array, or the same arrays in one structure."],
+        )
+    pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True))
+    shapes = [(np.shape(a), np.shape(b)) for a, b in pairs]
+    if not pairs or any(a != b for a, b in shapes):
+        rows = "\n".join(f"  linen_apply  {a}\n  nnx_apply    {b}" for a, b in shapes if a != b)
+        raise VerificationError(
+            f"the programs return arrays of different shapes:\n{rows}"
+            if pairs
+            else "the programs return no array.",
+            hints=["let both functions return arrays that mean the same."],
+        )
+    apart = [compare([np.asarray(a)], [np.asarray(b)]) for a, b in pairs]
+    return Distance(
+        relative=max(one.relative for one in apart),
+        absolute=max(one.absolute for one in apart),
+        compared=len(apart),
+        coarse=max(one.coarse for one in apart),
+    )
+
+
+def _structure(tree: Any) -> Any:
+    return cast(Any, jax.tree.structure(tree))

@@ -39,11 +39,6 @@ def resolve(
 ) -> dict[Path, Policy]:
     """Returns the policy of every leaf.
 
-    Args:
-        policies: The policy or the filters.
-        variables: The target's Variables (or bare leaves) by path.
-        overrides: Policies of single leaves, from `MissingParamRestoreArgs`.
-
     Raises:
         UnusedRuleError: A filter other than `...` matches no leaf.
     """

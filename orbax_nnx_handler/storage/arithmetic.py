@@ -66,11 +66,6 @@ class LostValueError(Exception):
 def put(view: Values, values: Values, steps: Sequence[Arithmetic] = ()) -> None:
     """Computes values and casts them into a place.
 
-    Args:
-        view: The place; its dtype is the wanted one.
-        values: As they are stored, of the same shape.
-        steps: What is done to them before the cast.
-
     Raises:
         LostValueError: A value does not fit the dtype of the place.
     """
@@ -126,11 +121,6 @@ def _may_be_lost(part: Values, computed: Values) -> bool:
 
 def refuse_lost(values: Values, computed: Values, wanted: Dtype) -> None:
     """Raises where a dtype cannot hold a value.
-
-    Args:
-        values: The values as they are stored.
-        computed: What `compute` made of them.
-        wanted: The dtype that they are cast to.
 
     Raises:
         LostValueError: Holds the first of them.

@@ -59,11 +59,7 @@ def changes_values(stored: np.dtype[Any] | None, wanted: np.dtype[Any]) -> bool:
 
 
 def wide_dtype(*dtypes: Any) -> Any:
-    """Returns the dtype in which values of these dtypes are computed: float32, or the widest of them.
-
-    Args:
-        *dtypes: The stored dtypes and the wanted one.
-    """
+    """Returns the dtype in which values of these dtypes are computed: float32, or the widest of them."""
     wide: Any = np.dtype(np.float32)
     for dtype in dtypes:
         if not _is_integer(dtype) and not holds(wide, dtype):

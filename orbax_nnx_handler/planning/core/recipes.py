@@ -198,10 +198,6 @@ def substitute(recipe: Recipe, swap: Callable[[Path], Recipe]) -> Recipe:
 def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:
     """Returns the shape that a recipe gives.
 
-    Args:
-        recipe: The recipe.
-        stored: Shape of each stored leaf by path.
-
     Raises:
         RecipeError: The shapes do not fit; says which step and the shapes.
     """
@@ -321,12 +317,7 @@ Shapes = Mapping[Path, Shape]
 
 
 def simplify(recipe: Recipe, shapes: Shapes) -> Recipe:
-    """Returns a recipe of the same value with fewer steps.
-
-    Args:
-        recipe: A recipe whose shapes come out.
-        shapes: The stored shapes.
-    """
+    """Returns a recipe of the same value with fewer steps."""
     match recipe:
         case Read() | Fill():
             return recipe

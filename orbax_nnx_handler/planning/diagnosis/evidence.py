@@ -197,10 +197,6 @@ def selecting(evidence: Evidence, paths: Iterable[Path]) -> tuple[Any, ...]:
 
     A policy speaks of missing leaves only, so what is restored may be selected as well.
 
-    Args:
-        evidence: The plan.
-        paths: Wanted paths; stored ones and those that are not missing are left aside.
-
     Returns:
         The filters, Variable types before names; empty where a few do not do.
     """

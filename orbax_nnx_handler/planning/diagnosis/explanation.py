@@ -95,9 +95,6 @@ _OF_DEFAULTS = (find_random_layouts,)
 def diagnose(verdict: Verdict) -> tuple[Cause, ...]:
     """Returns the causes that a verdict holds evidence for.
 
-    Args:
-        verdict: A verdict, fitting or not.
-
     Returns:
         The causes, those that explain everything first; none where nothing is
         wrong or nothing tells why.

@@ -41,10 +41,6 @@ Naming = Literal["same", "swapped", "unknown"]
 def optax_naming(parameter: Shape, moments: Mapping[str, Shape]) -> Naming:
     """Returns how optax's names for two factored moments relate to the stored ones.
 
-    Args:
-        parameter: The parameter's shape.
-        moments: The shapes of its moments by stored name.
-
     Returns:
         `unknown` where the shapes would be the same under either naming.
     """

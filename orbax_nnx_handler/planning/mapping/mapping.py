@@ -155,12 +155,6 @@ def map_leaves(
 ) -> LeafMapping:
     """Maps a target onto a checkpoint.
 
-    Args:
-        wanted: The target's leaves with their roles.
-        stored: The stored leaves.
-        layout: How to read them.
-        rules: The user's renames.
-
     Raises:
         UnusedRuleError: A rule matches no stored leaf.
     """
@@ -258,16 +252,7 @@ def _follower(
     stored: Stored,
     applied: RulesApplied,
 ) -> MomentFollower:
-    """Returns what carries the recipes of a network's parameters over to its optimizer's moments.
-
-    Args:
-        optimizer: The wanted optimizer.
-        stored_states: The stored one.
-        network: The network that it trains, or None.
-        lone: Whether the target holds no weights.
-        stored: All stored leaves.
-        applied: What the user's rules did to the parameters.
-    """
+    """Returns what carries the recipes of a network's parameters over to its optimizer's moments."""
     weights = network.weights if network is not None else ()
     root = network.roots.wanted if network is not None and not lone else ()
     parameters: dict[Tokens, Path] = {}

@@ -57,11 +57,7 @@ class Homeless:
 
 
 def derive(model: Model) -> tuple[list[Derived], list[Homeless]]:
-    """Returns what NNX's own arrangement of the stored modules holds.
-
-    Args:
-        model: The stored leaves by canonical path, renames already applied.
-    """
+    """Returns what NNX's own arrangement of the stored modules holds."""
     cells = _cells(model)
     derived = [*_fused_gates(cells), *_simple_cells(cells), *_normalising_wrappers(model)]
     return derived, list(_gru_bias(cells))
@@ -190,11 +186,7 @@ _SCALES, _BATCH_STATS = "scales", "batch_stats"
 
 
 def in_linen_wrappers(leaves: Mapping[Path, Any]) -> dict[Path, Path]:
-    """Returns, for each value of a normalising wrapper, its path under Linen's key.
-
-    Args:
-        leaves: The leaves of a model by NNX path.
-    """
+    """Returns, for each value of a normalising wrapper, its path under Linen's key."""
     found = {path: _linen_key(path, leaves) for path in leaves}
     return {path: place for path, place in found.items() if place is not None}
 

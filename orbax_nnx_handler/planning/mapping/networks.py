@@ -70,14 +70,7 @@ def match_networks(
     axes: Sequence[ScanAxis],
     layout: Layout,
 ) -> tuple[ModelMatch, list[Matched]]:
-    """Matches wanted weights, network by network.
-
-    Args:
-        wanted: Leaves of the roles `model`, `transient` and `random`.
-        entries: All entries, after the rules.
-        axes: The rules that say along which axis layers are stacked.
-        layout: The layout that the entries are read under.
-    """
+    """Matches wanted weights, network by network."""
     found, rivals = by_whole_path(wanted, entries)
     settled = {*found, *(item.wanted.leaf.path for item in rivals)}
     taken = {id(entry) for entry in found.values()}

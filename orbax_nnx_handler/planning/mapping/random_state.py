@@ -31,14 +31,7 @@ _STREAM = MatchEvidence(kind="random", words="the stream of its name")
 def find_random(
     found: dict[Path, Found], wanted: Sequence[Wanted], placements: Sequence[Placement], roots: Roots
 ) -> None:
-    """Adds what `nnx_aux`, or an NNX state itself, holds of random state and custom variables.
-
-    Args:
-        found: What was found so far, extended in place.
-        wanted: Leaves of the roles `random` and `model`.
-        placements: What each stored leaf is.
-        roots: Where the model sits on both sides.
-    """
+    """Adds to `found` what `nnx_aux`, or an NNX state itself, holds of random state and custom variables."""
     left = [item for item in wanted if item.leaf.path not in found]
     if not left:
         return

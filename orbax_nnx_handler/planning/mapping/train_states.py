@@ -123,14 +123,7 @@ def pair_optimizers(
     wanted_models: Collection[Tokens],
     stored_models: Collection[Tokens],
 ) -> list[tuple[WantedOptimizer, StoredOptimizer]]:
-    """Returns which stored optimizer each wanted one is.
-
-    Args:
-        wanted: The wanted optimizers.
-        stored: The stored optimizers.
-        wanted_models: Whole canonical paths of the wanted weights.
-        stored_models: Whole canonical paths of the stored weights.
-    """
+    """Returns which stored optimizer each wanted one is."""
     by_owner = {item.owner: item for item in stored}
     pairs = [(item, by_owner[item.owner]) for item in wanted if item.owner in by_owner]
     used = {item.owner for item, _ in pairs}

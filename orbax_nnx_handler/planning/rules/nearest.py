@@ -39,12 +39,7 @@ class Nearest:
 
 
 def nearest(rule: Rule, entries: Sequence[Entry]) -> Nearest:
-    """Returns the stored paths that are nearest to a rule's pattern.
-
-    Args:
-        rule: A rule that matches none of the entries.
-        entries: What it met: the stored leaves as the rules before it made them.
-    """
+    """Returns the stored paths that are nearest to a rule's pattern."""
     paths: list[str] = []
     corrected: dict[str, str] = {}
     for text in patterns_of(rule):

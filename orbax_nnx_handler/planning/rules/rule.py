@@ -114,11 +114,7 @@ def replace_each(
 ) -> Applied:
     """Puts what a rule makes of an entry in its place, for every entry that a pattern matches.
 
-    Args:
-        rule: The rule.
-        pattern: What it matches.
-        entries: All entries.
-        make: Returns what comes of a match; the entry itself where it stays.
+    `make` returns what comes of a match; the entry itself where it stays.
 
     Raises:
         RuleError: The rule does not fit some of them; quotes it and their shapes.

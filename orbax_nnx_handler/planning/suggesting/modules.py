@@ -152,10 +152,6 @@ _Contents = frozenset[tuple[_Kind, int]]
 def lone_pairs(left: Sequence[Module], right: Sequence[Module]) -> list[tuple[float, Module, Module]]:
     """Returns pairs that share most of their leaves, and of which neither half is in another as good.
 
-    Args:
-        left: Modules of one side.
-        right: Modules of the other.
-
     Returns:
         The share of leaves that are alike, and the pair; the best first.
     """
@@ -211,9 +207,6 @@ def creation_order(item: Any) -> Order:
     A module remembers it until it is split and merged: what comes out of
     `nnx.eval_shape` or `nnx.jit` has its attributes sorted by name, so that an
     item in which every module is sorted tells nothing.
-
-    Args:
-        item: A module, or a tuple, list or dict of modules.
     """
     found = dict(_walk(item, ()))
     named = [[name for name in names if not is_number(name)] for names in found.values()]
@@ -221,12 +214,7 @@ def creation_order(item: Any) -> Order:
 
 
 def order_of(target: Any, init: Callable[[], Any] | None) -> Order:
-    """Returns the order of a target's modules, from the function that builds it where there is one.
-
-    Args:
-        target: The target.
-        init: Builds the target; traced only, nothing is computed.
-    """
+    """Returns the order of a target's modules, from the function that builds it where there is one."""
     if init is None:
         return creation_order(target)
     found: list[Order] = []

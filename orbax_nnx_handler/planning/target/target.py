@@ -335,10 +335,6 @@ _FILTERED = "a State that nnx.state(model, FILTER) made is empty where the filte
 def refuse_empty(item: Any, target: Target) -> None:
     """Raises where a target has no leaf.
 
-    Args:
-        item: What the caller passed.
-        target: The same, taken apart.
-
     Raises:
         RestoreError: Nothing is wanted.
     """

@@ -59,13 +59,7 @@ class Leftover:
 
 
 def left_over(wanted: Sequence[Wanted], mapping: LeafMapping, used: Iterable[Recipe]) -> Leftover:
-    """Sorts the stored leaves that are not used.
-
-    Args:
-        wanted: The target's leaves.
-        mapping: What the checkpoint can give them.
-        used: The recipes of the leaves that come from it.
-    """
+    """Sorts the stored leaves that are not used."""
     taken = {path for recipe in used for path in reads(recipe)}
     dropped = {path: item for path, item in _dropped(mapping).items() if path not in taken}
     left = [

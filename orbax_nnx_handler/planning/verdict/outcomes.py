@@ -171,12 +171,7 @@ class Verdict:
 
 
 def copies_of_model(unexpected: Mapping[Path, StoredLeaf], restored: Mapping[Path, Restored]) -> list[str]:
-    """Returns the keys under which the restored leaves lie once more, with the same paths and shapes.
-
-    Args:
-        unexpected: Stored leaves that nobody wants.
-        restored: What comes from the checkpoint.
-    """
+    """Returns the keys under which the restored leaves lie once more, with the same paths and shapes."""
     groups: dict[str, dict[Path, Shape]] = defaultdict(dict)
     for item in restored.values():
         if isinstance(item.recipe, Read) and len(item.recipe.path) > 1:

@@ -86,10 +86,6 @@ class TextArray:
 def read_header(info: zipfile.ZipInfo, member: IO[bytes]) -> NpyEncoding | TextArray:
     """Reads what a member's header says.
 
-    Args:
-        info: The member's entry in the directory of the archive.
-        member: Its unpacked bytes, at their start.
-
     Raises:
         ForeignError: The values are no numbers.
         ValueError: The member is no array, or its bytes are not those of its header.
@@ -175,10 +171,6 @@ class _Found:
 
 def read_archive(path: epath.Path, files: Files) -> Checkpoint:
     """Reads what an archive holds: its directory and headers, no values.
-
-    Args:
-        path: The file.
-        files: The files of its store.
 
     Raises:
         NotACheckpointError: It is no whole archive of arrays, or its names are those of no tree.

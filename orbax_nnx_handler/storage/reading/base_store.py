@@ -164,10 +164,6 @@ class RemoteData:
 def content_of(answer: Answer, size: int | None = None) -> memoryview:
     """Waits for the bytes that were asked for.
 
-    Args:
-        answer: What `begin` returned.
-        size: How many there must be.
-
     Raises:
         AbsentError: The store does not hold the object.
         ShortReadError: It returned another number of bytes.

@@ -163,12 +163,7 @@ class BytePlan:
 
 
 def plan_bytes(wanted: Sequence[WantedBytes], limits: Limits) -> BytePlan:
-    """Returns the requests that bring what is wanted.
-
-    Args:
-        wanted: What is wanted, in any order.
-        limits: What the store makes cheap.
-    """
+    """Returns the requests that bring what is wanted."""
     order = sorted(range(len(wanted)), key=lambda number: (wanted[number].file, wanted[number].runs[0]))
     batches: list[Batch] = []
     open_batch: _Open | None = None

@@ -135,15 +135,7 @@ def pieces_of_chunk(
 def raw_pieces(
     owner: Owner, encoding: Encoding, extent: Extent, targets: Sequence[Destination], limits: Limits
 ) -> Iterator[ChunkPiece]:
-    """Yields what the targets need of values that are stored as they are, in C order.
-
-    Args:
-        owner: Whose values they are.
-        encoding: Their shape and dtype.
-        extent: Where they lie; what is behind them is not looked at.
-        targets: Rectangles of them.
-        limits: What the store makes cheap.
-    """
+    """Yields what the targets need of values that are stored as they are, in C order."""
     itemsize = encoding.dtype.itemsize
     direct = _direct_runs(encoding, targets)
     for (first, size), target in zip(direct, targets, strict=False):
@@ -293,13 +285,7 @@ def _run_start(region: Region, shape: Shape) -> int | None:
 
 
 def scatter(stream: Unpacked, encoding: Encoding, targets: Sequence[Destination]) -> None:
-    """Unpacks what the targets span block by block and copies each block's values to their places.
-
-    Args:
-        stream: The unpacked bytes of a chunk in C order.
-        encoding: Its shape and dtype.
-        targets: Rectangles of it.
-    """
+    """Unpacks what the targets span block by block and copies each block's values to their places."""
     itemsize = encoding.dtype.itemsize
     # All bytes pass anyway, so gaps cost nothing.
     box = _widened(box_of(targets), encoding.chunk_shape, itemsize, encoding.chunk_nbytes)

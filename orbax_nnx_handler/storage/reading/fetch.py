@@ -201,12 +201,6 @@ def fill_targets(
 ) -> None:
     """Reads stored leaves into all their places, each stored byte once.
 
-    Args:
-        checkpoint: What `read_metadata` returned.
-        targets: The places of each leaf.
-        concurrent_bytes: Upper bound of the bytes under way between store and place.
-        progress: Called with the number of bytes put in place since the last call.
-
     Raises:
         UnreadableLeafError: Stored bytes are absent or damaged.
     """
@@ -330,10 +324,6 @@ def _pieces(store: Store, files: DataFiles, chunks: Sequence[_Chunk], limits: Li
 
 def read_values(checkpoint: Checkpoint, paths: Iterable[Path]) -> dict[Path, np.ndarray[Any, Any]]:
     """Reads stored leaves whole, as NumPy arrays; a random key as its bits.
-
-    Args:
-        checkpoint: What `read_metadata` returned.
-        paths: The stored leaves.
 
     Raises:
         UnreadableLeafError: Stored bytes are absent or damaged.

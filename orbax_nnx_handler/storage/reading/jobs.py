@@ -256,12 +256,7 @@ class Destination:
         put(self.view, spread, self.steps)
 
     def part(self, region: Region, inside: tuple[slice, ...]) -> "Destination":
-        """Returns the destination of a part of the rectangle.
-
-        Args:
-            region: The part, as the caller counts it.
-            inside: Where the part is in the view.
-        """
+        """Returns the destination of a part of the rectangle."""
         return Destination(region, self.view[(..., *inside)], self.steps)
 
 
@@ -378,12 +373,7 @@ class Arena:
         self._used = 0
 
     def allocate(self, shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Returns a buffer whose content is undefined.
-
-        Args:
-            shape: Its shape.
-            dtype: Its dtype.
-        """
+        """Returns a buffer whose content is undefined."""
         size = math.prod(shape) * dtype.itemsize
         raw = _block(size) if size >= OWN_BLOCK_BYTES else self._slice(size)
         return raw[:size].view(dtype).reshape(shape)

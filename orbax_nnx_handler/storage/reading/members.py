@@ -36,15 +36,7 @@ _SPARE_BYTES = 1 << 20
 def pieces_of_member(
     owner: Owner, encoding: NpyEncoding, extent: Extent, targets: Sequence[Destination], limits: Limits
 ) -> Iterator[ChunkPiece]:
-    """Yields what the targets need of one member.
-
-    Args:
-        owner: Whose member it is.
-        encoding: How the values lie in it.
-        extent: Where its packed bytes lie.
-        targets: Rectangles of the array, none of them empty.
-        limits: What the store makes cheap.
-    """
+    """Yields what the targets need of one member."""
     laid, places = _in_order_of_bytes(encoding, targets)
     needed = math.prod(shape_of_region(box_of(places))) * laid.dtype.itemsize
     if encoding.codec == "stored" and needed + _SPARE_BYTES < extent.size:

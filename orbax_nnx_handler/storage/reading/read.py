@@ -133,17 +133,7 @@ def read_everywhere(
 
     Jobs that ask for it and that lie on several processes in copies are read by one
     process a copy and come to the others over the mesh; each process reads its own parts
-    of all other jobs.
-
-    Args:
-        checkpoint: What `read_metadata` returned.
-        jobs: The wanted arrays, the same on every process.
-        concurrent_bytes: See `read_arrays`.
-        progress: See `read_arrays`; only of what this process reads.
-        orbax: See `read_arrays`.
-
-    Returns:
-        The arrays by wanted path.
+    of all other jobs. Takes what `read_arrays` takes; `progress` hears of what this process reads.
 
     Raises:
         UnreadableLeafError: Stored bytes are absent or damaged, on this process.

@@ -57,12 +57,7 @@ def is_single_replica(type_handlers: Any = None) -> bool:
 
 
 def single_replica_leaves(everywhere: bool, restore_args: Mapping[Path, Any]) -> Callable[[Path], bool]:
-    """Returns what tells whether a wanted leaf is to be read by one process of several.
-
-    Args:
-        everywhere: Whether it was asked for all leaves.
-        restore_args: Restore args by wanted path.
-    """
+    """Returns what tells whether a wanted leaf is to be read by one process of several."""
     if everywhere or is_single_replica():
         return lambda _: True
     asked = {
@@ -367,10 +362,6 @@ def copy_to_all(leaves: Sequence[Copied], read: Sequence[Mapping[Region, Buffer]
     """Returns the leaves' arrays, each complete on all its devices.
 
     Every process must call this with the same leaves in the same order.
-
-    Args:
-        leaves: The leaves.
-        read: For each leaf, what this process read of it.
     """
     arrays: dict[Path, jax.Array] = {}
     alike: dict[Any, list[tuple[Copied, jax.Array]]] = {}

@@ -104,10 +104,6 @@ def fill_leaves(plan: RestorePlan, init: Callable[[], Any] | None) -> dict[Path,
 
     A leaf of which some layers are stored is filled whole; the stored layers are
     put over it afterwards.
-
-    Args:
-        plan: A plan that passed its check.
-        init: Builds the target; traced, never run whole.
     """
     by_source: dict[DefaultSource, list[WantedLeaf]] = {"target": [], "init": [], "seed": [], "zeros": []}
     for leaf, source in _sources(plan):

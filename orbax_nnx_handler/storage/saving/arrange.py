@@ -46,13 +46,7 @@ class OptaxTree:
     level: Path = ()
 
     def places(self, node: Any, at: Path, path: Path) -> Iterator[tuple[Path, ItemLeaf]]:
-        """Yields the stored path of each leaf and each empty node.
-
-        Args:
-            node: A part of the optimizer's state.
-            at: Where it is stored.
-            path: Its path in the item.
-        """
+        """Yields the stored path of each leaf and each empty node."""
         value = cast(Any, node).get_raw_value() if isinstance(node, nnx.Variable) else node
         entries = children(value)
         if not entries:
@@ -87,11 +81,6 @@ def keeps_containers(opt_state: Any) -> bool:
 
 def with_containers(opt_state: Any, tx: Transformation, model: Leaves) -> Any:
     """Puts the leaves of an optimizer state into optax's own containers.
-
-    Args:
-        opt_state: The state, maybe as an `nnx.State` keeps it.
-        tx: The transformation whose state it is.
-        model: The leaves of the model that it was made for.
 
     Raises:
         ValueError: The state is not one of this transformation; lists what differs.

@@ -74,12 +74,6 @@ def plan_save(
 
     The gates of recurrent cells are apart, rules or a restore are undone, and steps are counted in int32.
 
-    Args:
-        item: NNX state; see `arrange`.
-        flavour: The layout.
-        tx: The optimizer's transformation, for the empty states of a bare State.
-        undone: The rules of the restore, its plan or its report.
-
     Raises:
         RuleError: See `without_rules` and `as_restored`.
         ValueError: See `arrange`.
@@ -120,13 +114,6 @@ def linen_save(
     Nothing is copied but the step, which Linen counts as int32, and the gates of
     recurrent cells, which Linen stores one by one; arrays stay where they are, for
     Orbax to write in the background.
-
-    Args:
-        given: Stock arguments; `save_args` mirror the item. Returned as they are where
-            the item is no NNX state.
-        flavour: The layout.
-        tx: The optimizer's transformation, for the empty states of a bare State.
-        undone: The rules of the restore, its plan or its report.
 
     Raises:
         RuleError: See `plan_save`.

@@ -45,12 +45,6 @@ def without_rules(
 ) -> tuple[Leaves, Empty, Copies]:
     """Returns the leaves and empty nodes as they must be stored for the rules to restore them, and copies.
 
-    Args:
-        leaves: The leaves as they would be stored without rules.
-        empty: The nodes that hold nothing.
-        rules: The rules of the restore.
-        flavour: The layout.
-
     Raises:
         RuleError: A rule cannot be undone, or a moment cannot follow its parameter.
     """

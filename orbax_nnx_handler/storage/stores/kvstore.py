@@ -56,11 +56,6 @@ class Database:
 def read_catalog(manifest: bytes, sizes: Mapping[str, int], fetch: Fetch) -> Database:
     """Walks a database's B-tree.
 
-    Args:
-        manifest: The content of its manifest.
-        sizes: The size of each file below the database's directory.
-        fetch: Reads the nodes.
-
     Raises:
         DamagedDatabaseError: Names the file and the field.
     """
@@ -241,12 +236,7 @@ def open_files(directory: epath.Path) -> Store:
 
 
 def open_archive(file: epath.Path, catalog: Catalog) -> Store:
-    """Returns the store of a file that holds many arrays.
-
-    Args:
-        file: The file.
-        catalog: Where in it each value lies.
-    """
+    """Returns the store of a file that holds many arrays."""
     return _store("archive", file.parent, catalog=catalog)
 
 

@@ -126,12 +126,7 @@ def cannot_read(path: str | os.PathLike[str], error: BaseException) -> NotACheck
 
 
 def reason_and_hint(path: str | os.PathLike[str], error: BaseException) -> tuple[str, str]:
-    """Returns what went wrong, and what to do about it.
-
-    Args:
-        path: The file or folder that was asked for.
-        error: What fsspec, TensorStore or the operating system raised.
-    """
+    """Returns what went wrong, and what to do about it."""
     text = _CODE.sub(r" (HTTP \1)", _DETAILS.sub("", str(error))).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no reason is given'}".removesuffix(".")
     key = os.fspath(path).rpartition("://")[2].partition("/")[2]

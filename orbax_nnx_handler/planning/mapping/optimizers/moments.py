@@ -72,13 +72,7 @@ class StuckMoment:
 
 
 def why_stuck(recipe: Recipe, stored: Mapping[Path, StoredLeaf], casts: Casts) -> str:
-    """Returns why no moment can follow its parameter; empty if one can.
-
-    Args:
-        recipe: The parameter's recipe.
-        stored: The stored leaves.
-        casts: What rules cast.
-    """
+    """Returns why no moment can follow its parameter; empty if one can."""
     for part in parts_of(recipe):
         if isinstance(part, Scale):
             return "a moment of a scaled parameter is not the scaled moment"
@@ -91,15 +85,7 @@ def why_stuck(recipe: Recipe, stored: Mapping[Path, StoredLeaf], casts: Casts) -
 
 
 def why_lost(slot: str, stored: Shape, before: Shape, wanted: Shape, after: Shape) -> str:
-    """Returns why a moment that lacks an axis does not follow where its parameter goes.
-
-    Args:
-        slot: What the moment is called (`v_row`).
-        stored: Its stored shape.
-        before: The stored shape of its parameter.
-        wanted: Its wanted shape.
-        after: The wanted shape of its parameter.
-    """
+    """Returns why a moment that lacks an axis does not follow where its parameter goes."""
     return (
         f"the {slot} {stored} of {before} is a mean over one axis, and does not tell "
         f"the mean {wanted} of {after}"

@@ -66,13 +66,7 @@ Sources = Callable[[Path], Collection[Path]]
 def pair_states(
     wanted: Sequence[OptimizerState], stored: Sequence[OptimizerState], sources: Sources
 ) -> PairedStates:
-    """Pairs the states of two optimizers.
-
-    Args:
-        wanted: The target's states.
-        stored: The checkpoint's.
-        sources: The stored parameters that each wanted one is made from.
-    """
+    """Pairs the states of two optimizers."""
     pairing = _Pairing(wanted, stored, sources)
     pairing.pair_lone()
     pairing.pair(exact=True)

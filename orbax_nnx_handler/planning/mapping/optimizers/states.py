@@ -163,12 +163,7 @@ def wanted_states(
 
 
 def virtual_parameters(states: Iterable[OptimizerState], wanted: Iterable[Wanted]) -> list[Wanted]:
-    """Returns the parameters that an optimizer without its model was built for.
-
-    Args:
-        states: The wanted states.
-        wanted: The leaves that they were read from.
-    """
+    """Returns the parameters that an optimizer without its model was built for."""
     leaves = {item.leaf.path: item.leaf for item in wanted}
     found: dict[Path, Wanted] = {}
     for state in states:

@@ -26,7 +26,7 @@ LOCAL_IMPORTS = {
     ("demo", "demo.walkthrough"),
 }
 """Modules of ours that are imported inside a function, with the reason: how long a start takes."""
-PUBLIC_TWICE = {"Add", "NNXLinenHandler", "Reshape", "Scale", "Transpose"}
+PUBLIC_TWICE = {"Add", "NNXLinenHandler", "Repeat", "Reshape", "Scale", "Transpose"}
 """Rules called as the step of a recipe that they are, and the handler of each interface of Orbax."""
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
 """Import names that differ from the name of the project that brings them."""

@@ -340,6 +340,8 @@ def _applied(xp: Any, recipe: recipes.OneSource, value: Any, dtype: Any) -> Any:
             return xp.transpose(value, permutation)
         case recipes.Reshape(_, shape):
             return xp.reshape(value, shape)
+        case recipes.Repeat(_, axis, count):
+            return xp.repeat(value, count, axis)
         case recipes.Scale(_, factor):
             return compute(value, [Arithmetic(factor=factor)], dtype)
         case recipes.Add(_, constant):

@@ -68,10 +68,11 @@ def evaluate(recipe: recipes.Recipe, arrays: Arrays) -> np.ndarray:
             return np.transpose(evaluate(source, arrays), permutation)
         case recipes.Reshape(source, shape):
             return np.reshape(evaluate(source, arrays), shape)
-        case recipes.Scale(source, factor):
-            return evaluate(source, arrays) * np.float32(factor)
-        case recipes.Add(source, constant):
-            return evaluate(source, arrays) + np.float32(constant)
+        case recipes.Repeat(source, axis, count):
+            return np.repeat(evaluate(source, arrays), count, axis)
+        case recipes.Scale() | recipes.Add():
+            factor, constant = getattr(recipe, "factor", 1), getattr(recipe, "constant", 0)
+            return evaluate(recipe.source, arrays) * np.float32(factor) + np.float32(constant)
     raise TypeError(recipe)
 
 

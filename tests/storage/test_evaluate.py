@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Index,
     Read,
     Recipe,
+    Repeat,
     Reshape,
     Scale,
     Slice,
@@ -34,6 +35,7 @@ RECIPES: list[Recipe] = [
     Transpose(Stack((B, A), 2), (2, 0, 1)),
     Reshape(Index(A, 0, 3), (2, 4)),
     Scale(Concat((B, A), 1), -0.5),
+    Slice(Repeat(Transpose(A, (1, 0)), 0, 3), 0, 4, 7),
 ]
 VALUES: dict[Path, Any] = {
     ("a",): np.arange(32, dtype="float32").reshape(4, 8),

@@ -90,6 +90,15 @@ class Add:
 
 
 @dataclasses.dataclass(frozen=True)
+class Repeat:
+    """Every element along `axis` `count` times in a row, as `numpy.repeat` does."""
+
+    source: "Recipe"
+    axis: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Fill:
     """The part of the wanted value that no stored leaf holds (a missing layer).
 
@@ -99,7 +108,7 @@ class Fill:
     shape: Shape
 
 
-OneSource = Index | Slice | Transpose | Reshape | Scale | Add
+OneSource = Index | Slice | Transpose | Reshape | Scale | Add | Repeat
 Recipe = Read | Stack | Concat | OneSource | Fill
 
 
@@ -216,6 +225,8 @@ def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:
             return _transposed_shape(shape_of(source, stored), permutation)
         case Reshape(source, shape):
             return _reshaped_shape(shape_of(source, stored), shape)
+        case Repeat(source, axis, count):
+            return _repeated_shape(shape_of(source, stored), axis, count)
         case Scale(source, _) | Add(source, _):
             return shape_of(source, stored)
 
@@ -230,6 +241,30 @@ def _reshaped_shape(before: Shape, shape: Shape) -> Shape:
     if math.prod(before) != math.prod(shape):
         raise RecipeError(f"{before} has {math.prod(before)} elements, {shape} has {math.prod(shape)}")
     return shape
+
+
+def _repeated_shape(shape: Shape, axis: int, count: int) -> Shape:
+    if not 0 <= axis < len(shape):
+        raise RecipeError(f"shape {shape} has no axis {axis}")
+    return (*shape[:axis], shape[axis] * count, *shape[axis + 1 :])
+
+
+def first_of_each(value: Recipe, shape: Shape, axis: int, count: int) -> Recipe:
+    """Returns the first of each run of `count` elements along an axis: what `Repeat` has made them of.
+
+    Args:
+        value: The repeated value.
+        shape: Its shape.
+        axis: The axis.
+        count: The length of a run.
+    """
+    in_runs = (*shape[:axis], shape[axis] // count, count, *shape[axis + 1 :])
+    return Index(Reshape(value, in_runs), axis + 1, 0)
+
+
+def repeats(recipe: Recipe) -> bool:
+    """Tells whether an element is in the recipe's value more than once."""
+    return any(isinstance(part, Repeat) for part in parts_of(recipe))
 
 
 def _stack_shape(shapes: list[Shape], axis: int) -> Shape:
@@ -288,6 +323,8 @@ def _described(recipe: OneSource) -> str:
             return f"transpose {permutation}"
         case Reshape(_, shape):
             return f"reshape {shape}"
+        case Repeat(_, axis, count):
+            return f"repeat {count} times on axis {axis}"
         case Scale(_, factor):
             return f"scale {factor:g}"
         case Add(_, constant):

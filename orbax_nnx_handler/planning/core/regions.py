@@ -211,12 +211,8 @@ def _cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[P
             return [Piece(source=path, source_region=region, region=shift(region, starts(region)), axes=axes)]
         case recipes.Fill(shape):
             raise recipes.RecipeError(f"a fill of shape {shape} cannot be read")
-        case recipes.Index(source, axis, index):
-            inner = (*region[:axis], (index, index + 1), *region[axis:])
-            return [_drop_axis(part, axis) for part in _cut(source, inner, stored)]
-        case recipes.Slice(source, axis, start, _):
-            inner = _moved(region, axis, start)
-            return _cut(source, inner, stored)
+        case recipes.Index() | recipes.Slice():
+            return _cut_part(recipe, region, stored)
         case recipes.Stack(sources, axis):
             return _cut_stack(sources, axis, region, stored)
         case recipes.Concat(sources, axis):
@@ -225,8 +221,21 @@ def _cut(recipe: Recipe, region: Region, stored: Mapping[Path, Shape]) -> list[P
             return _cut_transpose(source, permutation, region, stored)
         case recipes.Reshape(source, shape):
             return _cut_reshape(source, shape, region, stored)
+        case recipes.Repeat():
+            side_by_side = recipes.Stack((recipe.source,) * recipe.count, recipe.axis + 1)
+            return _cut_reshape(side_by_side, recipes.shape_of(recipe, stored), region, stored)
         case recipes.Scale() | recipes.Add():
             return _cut_arithmetic(recipe, region, stored)
+
+
+def _cut_part(
+    recipe: recipes.Index | recipes.Slice, region: Region, stored: Mapping[Path, Shape]
+) -> list[Piece]:
+    axis = recipe.axis
+    if isinstance(recipe, recipes.Slice):
+        return _cut(recipe.source, _moved(region, axis, recipe.start), stored)
+    inner = (*region[:axis], (recipe.index, recipe.index + 1), *region[axis:])
+    return [_drop_axis(part, axis) for part in _cut(recipe.source, inner, stored)]
 
 
 def _cut_arithmetic(

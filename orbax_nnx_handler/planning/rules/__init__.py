@@ -15,12 +15,12 @@ from orbax_nnx_handler.planning.rules.one_leaf import (
     Add,
     Cast,
     Drop,
-    Rename,
+    Repeat,
     Reshape,
     Scale,
     Transpose,
-    comes_late,
 )
+from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
 from orbax_nnx_handler.planning.rules.rule import Rule
 from orbax_nnx_handler.planning.rules.several_leaves import (
     Copy,
@@ -39,6 +39,7 @@ __all__ = [
     "Drop",
     "Fuse",
     "Rename",
+    "Repeat",
     "Reshape",
     "Rule",
     "RulesApplied",

@@ -54,6 +54,8 @@ def patterns_of(rule: Rule) -> tuple[str, ...]:
     """Returns the patterns of the stored leaves that a rule is for."""
     fields: Mapping[str, object] = vars(rule)
     one, several = fields.get("pattern"), fields.get("patterns")
+    if fields.get("regex"):
+        return ()
     if isinstance(one, str):
         return (one,)
     return tuple(map(str, several)) if isinstance(several, tuple) else ()  # pyright: ignore[reportUnknownArgumentType]

@@ -1,7 +1,4 @@
-"""Renames: whole path segments of a stored path become segments of a wanted path.
-
-Rules on the value of one leaf: its axes, its shape, its dtype, its size.
-"""
+"""Rules on the value of one leaf: its axes, its shape, its dtype, its size."""
 
 import dataclasses
 import math
@@ -15,129 +12,18 @@ from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError
+from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError, first_of_each
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.patterns import Pattern, Span
+from orbax_nnx_handler.planning.rules.patterns import Pattern
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
     Rule,
     check_pattern,
-    check_places,
     find,
+    normal_axis,
     reason_of,
     replace_each,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Rename(Rule):
-    """Segments that match `pattern` become `replacement`.
-
-    A pattern is one or more segments (`"Dense_0"`, `"encoder/Block_{i}"`). `*`
-    is any one segment, `{name}` any part of one; the replacement repeats them:
-    `Rename("Block_{i}", "blocks/{i}")`. It applies wherever it matches in the
-    stored path as `orbax-nnx tree` prints it, owner and collection included
-    (`("ema_params", "ema")`, `("gen/opt_state", "g_opt/opt_state")`); moments follow
-    the rules that name their parameters. Rules apply in order; a segment that one
-    rename wrote is not rewritten by a later one, so two names can be swapped. A later
-    one may name it where it stays: `("self_attn", "attn")`, then
-    `("attn/{n}_proj/kernel", "attn/{n}_proj/w")`.
-
-    ```python
-    renames = [("Dense_0", "linear"), Rename("Block_{i}", "blocks/{i}")]  # a pair is a Rename
-    ```
-
-    Attributes:
-        pattern: Stored segments, joined by slashes.
-        replacement: Wanted segments, joined by slashes; empty to take them away.
-
-    Raises:
-        RuleError: The pattern is empty, or lacks a place that the replacement repeats.
-    """
-
-    pattern: str
-    replacement: str
-
-    def __post_init__(self) -> None:
-        check_pattern(self, self._left)
-        check_places(self, self._left, self._right)
-
-    def __str__(self) -> str:
-        return f"({self.pattern!r}, {self.replacement!r})"
-
-    @cached_property
-    def _left(self) -> Pattern:
-        return Pattern(self.pattern)
-
-    @cached_property
-    def _right(self) -> Pattern:
-        return Pattern(self.replacement)
-
-    def apply(self, entries: Sequence[Entry]) -> Applied:
-        """Returns all entries after the rule."""
-        likely = self._left.candidates(entry.whole for entry in entries)
-        rewritten = {at: self._rewrite(entries[at]) for at in likely}
-        changed = {at: new for at, new in rewritten.items() if new is not entries[at]}
-        after = list(entries)
-        for at, new in changed.items():
-            after[at] = new
-        return Applied(entries=after, matched=len(changed), changed=list(changed.values()))
-
-    def inverse(self) -> Rule:
-        """Returns the rename back."""
-        if not self._right.width or self._left.places != self._right.places:
-            return super().inverse()
-        return Rename(self.replacement, self.pattern)
-
-    @property
-    def _loss(self) -> str:
-        if not self._right.width:
-            return "what it takes away can be put back in many places"
-        return f"{self.replacement!r} does not hold every part that {self.pattern!r} leaves open"
-
-    def _rewrite(self, entry: Entry) -> Entry:
-        before = entry.whole
-        marks = entry.fixed or (False,) * len(before)
-        spans = list(self._left.spans(before, lambda span: not any(self._written(before, marks, span)[2])))
-        if not spans:
-            return entry
-        names, fixed = list[str](), list[bool]()
-        at = 0
-        for span in spans:
-            written, written_marks, _ = self._written(before, marks, span)
-            names += (*before[at : span.start], *written)
-            fixed += (*marks[at : span.start], *written_marks)
-            at = span.stop
-        names += before[at:]
-        fixed += marks[at:]
-        if not names:
-            raise RuleError(f"{self} leaves no name for {'/'.join(before)}.")
-        return dataclasses.replace(entry.called(names, fixed), named=True, reason=reason_of(self, entry))
-
-    def _written(
-        self, before: Sequence[str], marks: Sequence[bool], span: Span
-    ) -> tuple[Sequence[str], Sequence[bool], Sequence[bool]]:
-        """Returns what a match becomes, what of it is fixed then, and the marks that it would overwrite.
-
-        What stands at both ends of the pattern and of the replacement is left as it is.
-        """
-        old, new = before[span.start : span.stop], self._right.fill(span.bindings)
-        own = marks[span.start : span.stop]
-        if old == new:
-            return new, (True,) * len(new), own
-        shortest = min(len(old), len(new))
-        head = next((at for at in range(shortest) if old[at] != new[at]), shortest)
-        rest = shortest - head
-        tail = next((at for at in range(rest) if old[-1 - at] != new[-1 - at]), rest)
-        middle = (True,) * (len(new) - head - tail)
-        end = len(own) - tail
-        return new, (*own[:head], *middle, *own[end:]), own[head:end]
-
-
-def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
-    """Tells whether a rename without effect would match what one before it has written."""
-    left = Pattern(rule.pattern)
-    return any(True for entry in entries for _ in left.spans(entry.whole))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +145,61 @@ def _resolved(shape: Shape, before: Shape) -> Shape:
     if not known or size % known:
         raise RecipeError(f"{before} has {size} elements, which are no multiple of {known}")
     return tuple(size // known if length == -1 else length for length in shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat(_OnLeaves):
+    """Every element along an axis of the leaves that match is there several times in a row.
+
+    For key and value heads that a program keeps once and a model wants once for each
+    query of a group, or once for each device; what `numpy.repeat` does. Refused where the
+    target wants optimizer moments of such a leaf: a gradient of the one element is the sum
+    over its copies. Saved with the same rule, each run is stored as the one element that it
+    was: its copies must be equal still, or the save is refused, since training has made
+    different weights of them.
+
+    ```python
+    renames = [Repeat("key/kernel", axis=1, count=4)]  # 8 stored heads, 32 wanted ones
+    ```
+
+    Attributes:
+        pattern: Stored segments, as in `Rename`.
+        axis: The axis; negative ones count from the end.
+        count: How often each element is there.
+
+    Raises:
+        RuleError: The pattern is empty, or the count is less than 2.
+    """
+
+    axis: int
+    count: int
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self._left)
+        if self.count < 2:
+            raise RuleError(f"{self} repeats nothing: count is 2 or more.")
+
+    def inverse(self) -> Rule:
+        """Returns the rule that keeps one of each run; a save compares the others with it first."""
+        return _FirstOfEach(self.pattern, self.axis, self.count)
+
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        axis = normal_axis(self.axis, len(entry.shape), entry.shape)
+        return _through(entry, reason, lambda source: recipes.Repeat(source, axis, self.count))
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstOfEach(_OnLeaves):
+    """Of each run of `count` elements along an axis, the first."""
+
+    axis: int
+    count: int
+
+    def _change(self, entry: Entry, reason: str) -> Entry:
+        axis = normal_axis(self.axis, len(entry.shape), entry.shape)
+        if entry.shape[axis] % self.count:
+            raise RecipeError(f"axis {axis} has {entry.shape[axis]} elements, no multiple of {self.count}")
+        return _through(entry, reason, lambda source: first_of_each(source, entry.shape, axis, self.count))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,17 @@ from orbax_nnx_handler.planning.core.recipes import (
     Index,
     Read,
     Recipe,
+    Repeat,
     Reshape,
     Scale,
     Slice,
     Stack,
     Transpose,
     describe,
+    first_of_each,
     reads,
     render_reads,
+    repeats,
     shape_of,
     simplify,
     substitute,
@@ -133,6 +136,8 @@ def _undone(recipe: Recipe, value: Recipe, stored: Mapping[Path, Shape]) -> Iter
             return [(source, Transpose(value, tuple(back)))]
         case Reshape(source, _):
             return [(source, Reshape(value, shape_of(source, stored)))]
+        case Repeat(source, axis, count):
+            return [(source, first_of_each(value, shape_of(recipe, stored), axis, count))]
         case Scale(source, factor) if abs(math.frexp(factor)[0]) == 0.5:
             # A power of two, so that no digit is lost either way.
             return [(source, Scale(value, 1 / factor))]
@@ -166,8 +171,8 @@ class Undone:
 
     Attributes:
         ways: For each path to store, from the tree's root, its recipe over the tree's own leaves.
-        copies: For each leaf that a `Copy` has made, what the rules will restore it as, over the
-            tree's other leaves: it is not stored, so it has to be equal.
+        copies: For each leaf that a `Copy` has made, or that holds what a `Repeat` has made, what
+            the rules will restore it as: not all of it is stored, so the two have to be equal.
     """
 
     ways: dict[Path, Recipe]
@@ -290,7 +295,8 @@ def _check_way_back(
         found = back.pop(_key(entry), None)
         path = entry.sources[0]
         way = None if found is None else substitute(found.recipe, lambda read: stored[read].recipe)
-        if found is not None and way is not None and path not in kept and found.shape == entry.shape:
+        is_copy = way is not None and (path not in kept or repeats(way))
+        if found is not None and way is not None and is_copy and found.shape == entry.shape:
             copies[path] = simplify(way, shapes)
         elif found is None or way is None or not _is_same(way, path, found.shape, shapes):
             lost.append("/".join(entry.segments))

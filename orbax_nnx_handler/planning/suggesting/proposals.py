@@ -86,7 +86,8 @@ def _closer(names: Renaming, covered: Sequence[Renaming], entries: Sequence[Entr
 
 
 def _rule(names: Renaming) -> Rename:
-    return Rename(*("/".join(part) for part in names))
+    stored, wanted = ("/".join(part) for part in names)
+    return Rename(stored, wanted)
 
 
 _NUMBERED = re.compile(r"(.*_)?(\d+)")

@@ -127,7 +127,7 @@ def _specs(recipe: Recipe, spec: tuple[Any, ...]) -> list[tuple[Path, tuple[Any,
             return [(path, spec)]
         case recipes.Index(source, axis, _):
             return _specs(source, (*spec[:axis], None, *spec[axis:]))
-        case recipes.Slice(source, axis, _, _):
+        case recipes.Slice(source, axis, _, _) | recipes.Repeat(source, axis, _):
             return _specs(source, (*spec[:axis], None, *spec[axis + 1 :]))
         case recipes.Stack(sources, axis):
             return [found for s in sources for found in _specs(s, (*spec[:axis], *spec[axis + 1 :]))]

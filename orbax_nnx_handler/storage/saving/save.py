@@ -163,23 +163,31 @@ def _check_step(plan: SavePlan) -> None:
 
 
 def _check_copies(plan: SavePlan) -> None:
-    """Raises where a leaf that is stored as another one's copy has become another value.
+    """Raises where what is stored as the copy of something else has become another value.
 
     Training changes a tied weight and its copy in different ways; to store either would lose the other.
     """
-    pairs = [
-        (copy.like, own.sources[0]) for copy, own in plan.copies if not _are_equal(copy, own, plan.values)
+    unequal = [
+        (copy.like, own.sources) for copy, own in plan.copies if not _are_equal(copy, own, plan.values)
     ]
-    if pairs:
-        rows = "\n".join(f"  {render(copy)} is no longer {render(own)}" for copy, own in pairs)
-        raise RuleError(
-            f"the rules say that {counted(len(pairs), 'leaf is a copy', 'leaves are copies')} of another, "
-            f"and the values differ:\n{rows}",
-            paths=[path for pair in pairs for path in pair],
-            hints=[
-                "save without the Copy, and restore that without it: each of them has its own place then."
-            ],
-        )
+    if not unequal:
+        return
+    repeated = [path for path, sources in unequal if path in sources]
+    tied = [(path, sources[0]) for path, sources in unequal if path not in sources]
+    if tied:
+        rows = [f"  {render(path)} is no longer {render(other)}" for path, other in tied]
+        what, rule = counted(len(tied), "leaf is a copy", "leaves are copies"), "Copy"
+        said = f"{what} of another, and the values differ"
+    else:
+        rows = [f"  {render(path)}" for path in repeated]
+        what, rule = counted(len(repeated), "leaf holds", "leaves hold"), "Repeat"
+        said = f"{what} each element several times, and those differ"
+    listed = "\n".join(rows)
+    raise RuleError(
+        f"the rules say that {said}:\n{listed}",
+        paths=[path for pair in tied for path in pair] or repeated,
+        hints=[f"save without the {rule}, and restore that without it: each of them has its own place then."],
+    )
 
 
 def _are_equal(one: SavedLeaf, other: SavedLeaf, values: Mapping[Path, Any]) -> bool:

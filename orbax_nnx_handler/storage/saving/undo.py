@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     parts_of,
     reads,
     render_reads,
+    repeats,
     shape_of,
     simplify,
     substitute,
@@ -116,7 +117,7 @@ def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves
     again = {
         path: simplify(substitute(item.recipe, ways.__getitem__), shapes)
         for path, item in restored.items()
-        if not copied.isdisjoint(reads(item.recipe))
+        if not copied.isdisjoint(reads(item.recipe)) or repeats(item.recipe)
     }
     copies = [
         (by_item[path], by_item[path].through(recipe, shapes[path]))
@@ -236,6 +237,8 @@ class _Moments:
         unlike = next((pair for pair in pairs if pair[0] != pair[1]), None)
         if any(isinstance(part, Scale) for part in parts_of(way)):
             why = "its parameter is scaled"
+        elif repeats(way):
+            why = "elements of its parameter are repeated"
         elif unlike:
             why = (
                 f"its shape is {unlike[0]}, that of its parameter {unlike[1]}; "

@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Fill,
     Index,
     Read,
+    Repeat,
     Reshape,
     Scale,
     Slice,
@@ -48,10 +49,11 @@ def evaluate(recipe, arrays):
             return np.transpose(evaluate(source, arrays), permutation)
         case Reshape(source, shape):
             return np.reshape(evaluate(source, arrays), shape)
-        case Scale(source, factor):
-            return evaluate(source, arrays) * factor
-        case Add(source, constant):
-            return evaluate(source, arrays) + constant
+        case Repeat(source, axis, count):
+            return np.repeat(evaluate(source, arrays), count, axis)
+        case Scale() | Add():
+            factor, constant = getattr(recipe, "factor", 1), getattr(recipe, "constant", 0)
+            return evaluate(recipe.source, arrays) * factor + constant
 
 
 def computed(values, steps):
@@ -86,6 +88,7 @@ def shaped_recipes(draw, shape=None, depth=3):
     if depth:
         choices += ["index", "transpose", "reshape", "scale", "add"]
         choices += ["slice", "stack", "concat"] if shape else []
+        choices += ["repeat"] if any(length > 1 for length in shape) else []
     kind = draw(st.sampled_from(choices))
     return DRAWN[kind](draw, shape, lambda wanted: draw(shaped_recipes(shape=wanted, depth=depth - 1)))
 
@@ -128,6 +131,12 @@ def drawn_reshape(draw, shape, inner):
     return Reshape(inner(draw(refactored(shape))), shape)
 
 
+def drawn_repeat(draw, shape, inner):
+    axis = draw(st.sampled_from([axis for axis, length in enumerate(shape) if length > 1]))
+    count = draw(st.sampled_from([n for n in range(2, shape[axis] + 1) if shape[axis] % n == 0]))
+    return Repeat(inner((*shape[:axis], shape[axis] // count, *shape[axis + 1 :])), axis, count)
+
+
 def drawn_scale(draw, shape, inner):
     return Scale(inner(shape), draw(st.sampled_from([0.5, 2.0])))
 
@@ -148,6 +157,7 @@ DRAWN = {
     "concat": drawn_concat,
     "transpose": drawn_transpose,
     "reshape": drawn_reshape,
+    "repeat": drawn_repeat,
     "scale": drawn_scale,
     "add": drawn_add,
 }

@@ -26,6 +26,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Read,
     Recipe,
     RecipeError,
+    Repeat,
     Scale,
     Slice,
     Stack,
@@ -76,6 +77,8 @@ def why_stuck(recipe: Recipe, stored: Mapping[Path, StoredLeaf], casts: Casts) -
     for part in parts_of(recipe):
         if isinstance(part, Scale):
             return "a moment of a scaled parameter is not the scaled moment"
+        if isinstance(part, Repeat):
+            return "the gradient of a repeated element is that of all its copies together"
         if casts and part in casts:  # Not without casts: the hash of a recipe is that of all its parts.
             lossy = [path for path in reads(part) if changes_values(stored[path].dtype, casts[part])]
             if lossy:
@@ -314,7 +317,9 @@ class MomentFollower:
 
     @cached_property
     def _may_stick(self) -> bool:
-        return bool(self.applied.casts) or any(isinstance(rule, rules.Scale) for rule, _ in self.applied.made)
+        return bool(self.applied.casts) or any(
+            isinstance(rule, rules.Scale | rules.Repeat) for rule, _ in self.applied.made
+        )
 
     @cached_property
     def _shapes(self) -> Mapping[Path, Shape]:

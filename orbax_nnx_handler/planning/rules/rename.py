@@ -1,0 +1,181 @@
+"""Renames: whole path segments of a stored path become segments of a wanted path."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.paths import parse
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.patterns import Pattern, Span
+from orbax_nnx_handler.planning.rules.rule import Applied, Rule, check_pattern, check_places, reason_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Rename(Rule):
+    r"""Segments that match `pattern` become `replacement`.
+
+    A pattern is one or more segments (`"Dense_0"`, `"encoder/Block_{i}"`). `*`
+    is any one segment, `{name}` any part of one; the replacement repeats them:
+    `Rename("Block_{i}", "blocks/{i}")`. It applies wherever it matches in the
+    stored path as `orbax-nnx tree` prints it, owner and collection included
+    (`("ema_params", "ema")`, `("gen/opt_state", "g_opt/opt_state")`); moments follow
+    the rules that name their parameters. Rules apply in order; a segment that one
+    rename wrote is not rewritten by a later one, so two names can be swapped. A later
+    one may name it where it stays: `("self_attn", "attn")`, then
+    `("attn/{n}_proj/kernel", "attn/{n}_proj/w")`.
+
+    ```python
+    renames = [("Dense_0", "linear"), Rename("Block_{i}", "blocks/{i}")]  # a pair is a Rename
+    ```
+
+    With `regex=True` the pattern is a regular expression, and `re.sub` rewrites the whole
+    path with it, as text with slashes: `Rename(r"^model/(\w+)_proj", r"\1", regex=True)`;
+    `Rename(r"\.", "/", regex=True)` makes levels of dotted names. It sees what the rules
+    before it have written, and may rewrite that. It cannot be undone from what it wrote:
+    to save, pass the plan or the report of the restore.
+
+    Attributes:
+        pattern: Stored segments, joined by slashes.
+        replacement: Wanted segments, joined by slashes; empty to take them away.
+        regex: Whether both are a regular expression and its replacement.
+
+    Raises:
+        RuleError: The pattern is empty, or lacks a place that the replacement repeats, or is
+            no regular expression.
+    """
+
+    pattern: str
+    replacement: str
+    regex: bool = False
+
+    def __post_init__(self) -> None:
+        if self.regex:
+            self._check_expression()
+        else:
+            check_pattern(self, self._left)
+            check_places(self, self._left, self._right)
+
+    def _check_expression(self) -> None:
+        try:
+            re.sub(self.pattern, self.replacement, "")
+        except (re.error, IndexError) as error:
+            raise RuleError(f"{self} is no regular expression with its replacement: {error}.") from error
+        if not self.pattern:
+            raise RuleError(f"{self} has an empty pattern: it would match every leaf.")
+
+    def __repr__(self) -> str:
+        regex = ", regex=True" if self.regex else ""
+        return f"Rename(pattern={self.pattern!r}, replacement={self.replacement!r}{regex})"
+
+    def __str__(self) -> str:
+        return repr(self) if self.regex else f"({self.pattern!r}, {self.replacement!r})"
+
+    @cached_property
+    def _left(self) -> Pattern:
+        return Pattern(self.pattern)
+
+    @cached_property
+    def _right(self) -> Pattern:
+        return Pattern(self.replacement)
+
+    def apply(self, entries: Sequence[Entry]) -> Applied:
+        """Returns all entries after the rule."""
+        if self.regex:
+            return self._apply_expression(entries)
+        likely = self._left.candidates(entry.whole for entry in entries)
+        rewritten = {at: self._rewrite(entries[at]) for at in likely}
+        changed = {at: new for at, new in rewritten.items() if new is not entries[at]}
+        after = list(entries)
+        for at, new in changed.items():
+            after[at] = new
+        return Applied(entries=after, matched=len(changed), changed=list(changed.values()))
+
+    def _apply_expression(self, entries: Sequence[Entry]) -> Applied:
+        expression = re.compile(self.pattern)
+        after, changed, matched = list[Entry](), list[Entry](), 0
+        for entry in entries:
+            text, found = expression.subn(self.replacement, "/".join(entry.whole))
+            matched += bool(found)
+            after.append(self._called(entry, parse(text)) if found else entry)
+            changed += after[-1:] if found else []
+        return Applied(entries=after, matched=matched, changed=changed)
+
+    def inverse(self) -> Rule:
+        """Returns the rename back."""
+        if self.regex or not self._right.width or self._left.places != self._right.places:
+            return super().inverse()
+        return Rename(self.replacement, self.pattern)
+
+    @property
+    def _loss(self) -> str:
+        if self.regex:
+            return (
+                "what a regular expression matched is not known afterwards; save with the plan or the report "
+                "of the restore in the place of the rules"
+            )
+        if not self._right.width:
+            return "what it takes away can be put back in many places"
+        return f"{self.replacement!r} does not hold every part that {self.pattern!r} leaves open"
+
+    def _rewrite(self, entry: Entry) -> Entry:
+        before = entry.whole
+        marks = entry.fixed or (False,) * len(before)
+        spans = list(self._left.spans(before, lambda span: not any(self._written(before, marks, span)[2])))
+        if not spans:
+            return entry
+        names, fixed = list[str](), list[bool]()
+        at = 0
+        for span in spans:
+            written, written_marks, _ = self._written(before, marks, span)
+            names += (*before[at : span.start], *written)
+            fixed += (*marks[at : span.start], *written_marks)
+            at = span.stop
+        names += before[at:]
+        fixed += marks[at:]
+        return self._named(entry, names, fixed)
+
+    def _called(self, entry: Entry, names: Sequence[str]) -> Entry:
+        """Returns the entry under another whole path, of which what is the same at both ends is kept."""
+        marks = entry.fixed or (False,) * len(entry.whole)
+        return self._named(entry, names, _marked(entry.whole, names, marks)[0])
+
+    def _named(self, entry: Entry, names: Sequence[str], fixed: Sequence[bool]) -> Entry:
+        if not names:
+            raise RuleError(f"{self} leaves no name for {'/'.join(entry.whole)}.")
+        return dataclasses.replace(entry.called(names, fixed), named=True, reason=reason_of(self, entry))
+
+    def _written(
+        self, before: Sequence[str], marks: Sequence[bool], span: Span
+    ) -> tuple[Sequence[str], Sequence[bool], Sequence[bool]]:
+        """Returns what a match becomes, what of it is fixed then, and the marks that it would overwrite.
+
+        What stands at both ends of the pattern and of the replacement is left as it is.
+        """
+        old, new = before[span.start : span.stop], self._right.fill(span.bindings)
+        own = marks[span.start : span.stop]
+        if old == new:
+            return new, (True,) * len(new), own
+        return (new, *_marked(old, new, own))
+
+
+def _marked(
+    old: Sequence[str], new: Sequence[str], marks: Sequence[bool]
+) -> tuple[Sequence[bool], Sequence[bool]]:
+    """Returns what of new names is fixed, and the marks of the old ones that are gone; both ends may stay."""
+    shortest = min(len(old), len(new))
+    head = next((at for at in range(shortest) if old[at] != new[at]), shortest)
+    rest = shortest - head
+    tail = next((at for at in range(rest) if old[-1 - at] != new[-1 - at]), rest)
+    middle = (True,) * (len(new) - head - tail)
+    end = len(marks) - tail
+    return (*marks[:head], *middle, *marks[end:]), marks[head:end]
+
+
+def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
+    """Tells whether a rename without effect would match what one before it has written."""
+    if rule.regex:
+        return False
+    left = Pattern(rule.pattern)
+    return any(True for entry in entries for _ in left.spans(entry.whole))

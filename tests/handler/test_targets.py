@@ -481,3 +481,43 @@ def test_each_of_two_train_states_gets_its_own_step(tmp_path, form):
     found = restore(tmp_path / "item", nnx.eval_shape(build))
 
     assert {name: int(found[name]["optimizer"].step.get_value()) for name in steps} == steps
+
+
+@pytest.mark.parametrize("tx", [optax.adam(1e-3), optax.sgd(1e-3, momentum=0.9)], ids=["adam", "momentum"])
+def test_moments_in_a_train_state_around_an_nnx_state_are_the_optimizers(tmp_path, tx) -> None:
+    linen = linen_state(tx)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            tmp_path / "item", {"params": linen.params, "opt_state": linen.opt_state, "step": 7}
+        )
+
+    def make() -> train_state.TrainState:
+        graph, params, _ = nnx.split(make_net(), nnx.Param, ...)
+        return train_state.TrainState.create(apply_fn=graph.apply, params=params, tx=tx)
+
+    state = restore(tmp_path / "item", nnx.eval_shape(make))
+
+    moments = [leaf for leaf in jax.tree.leaves(linen.opt_state) if leaf.ndim]
+    found = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sorted(map(_sum, found)) == pytest.approx(sorted(map(_sum, moments)))
+    assert int(state.step) == 7
+
+
+def _sum(leaf: Any) -> float:
+    return float(np.sum(np.asarray(leaf)))
+
+
+def test_a_module_that_is_called_opt_state_is_a_models(tmp_path) -> None:
+    class Odd(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.opt_state = nnx.Linear(2, 3, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            tmp_path / "item", {"params": {"opt_state": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}}
+        )
+
+    model = restore(tmp_path / "item", nnx.eval_shape(lambda: Odd(nnx.Rngs(0))))
+
+    np.testing.assert_array_equal(model.opt_state.kernel[...], np.ones((2, 3)))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.dtypes import name_of
+from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, name_of
 from orbax_nnx_handler.planning.core.errors import (
     AmbiguousMappingError,
     Cause,
@@ -17,12 +17,14 @@ from orbax_nnx_handler.planning.core.errors import (
     ShapeMismatchError,
     UnexpectedParamError,
     UnreadableLeafError,
+    as_python,
     error_of_kinds,
     fill_hint,
 )
 from orbax_nnx_handler.planning.core.folding import Row, fold
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
 from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.diagnosis.layers import find_layer_counts, find_scanned, find_shifted
@@ -53,7 +55,8 @@ from orbax_nnx_handler.planning.diagnosis.parts import (
     find_tied,
 )
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
-from orbax_nnx_handler.planning.verdict.outcomes import Verdict
+from orbax_nnx_handler.planning.rules import Cast
+from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Verdict
 from orbax_nnx_handler.planning.verdict.rows import look, mismatched_rows, missing_rows, stored_rows
 
 _Finder = Callable[[Evidence], Iterable[Cause]]
@@ -338,7 +341,13 @@ def _general(verdict: Verdict, explained: Collection[Path]) -> Iterable[Hint]:
     if "shape" in kinds:
         yield Hint("a weight is never cut, padded or reshaped: build the target with the stored shapes.")
     # A mismatch with a detail says itself what to do.
-    if any(item.kind == "dtype" and not item.detail for item in left):
+    kinds_of_number = [item for item in left if item.kind == "dtype" and not item.detail]
+    widths = [
+        item for item in kinds_of_number if is_count_dtype(item.wanted.dtype) and "int" in item.stored_dtype
+    ]
+    if widths:
+        yield _widths(widths)
+    if len(widths) < len(kinds_of_number):
         yield Hint(
             "integers, booleans and floats never become each other: give the target's leaf the stored kind."
         )
@@ -346,6 +355,19 @@ def _general(verdict: Verdict, explained: Collection[Path]) -> Iterable[Hint]:
         yield Hint("build the target with random keys of the stored implementation and shape.")
     if verdict.unexpected_policy == "error" and any(path not in explained for path in verdict.unexpected):
         yield Hint('pass unexpected="warn" if nobody needs what is left over.', {"unexpected": "warn"})
+
+
+def _widths(mismatched: Iterable[Mismatched]) -> Hint:
+    """Returns the rules by which integers become those of another width, value by value checked."""
+    casts = {
+        render(path): Cast(render(path), name_of(item.wanted.dtype))
+        for item in mismatched
+        for path in reads(item.recipe)
+    }
+    rules = list(casts.values())
+    shown = as_python(rules[:_SHOWN]) if len(rules) <= _SHOWN else as_python(rules[:1])[:-1] + ", ...]"
+    words = f"integers of another width are a rule, which refuses a value that does not fit: renames={shown}."
+    return Hint(words, {"renames": rules})
 
 
 def _is_renamed(verdict: Verdict, missing: Iterable[Path]) -> bool:

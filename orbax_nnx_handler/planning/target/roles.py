@@ -63,9 +63,10 @@ def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
     """Returns every leaf with its role, in the target's order."""
     # A module of the model may be called `opt_state`.
     owners = {_owner(path) for path, leaf in leaves.items() if not _is_weight(leaf.kind)} - {None}
+    certain = _optimizers(leaves)
     streams = {path[:-1] for path, leaf in leaves.items() if is_key(leaf.dtype)}
     collections = {kind: collection_of(kind) for kind in {leaf.kind for leaf in leaves.values()}}
-    return [_wanted(leaf, owners, streams, collections[leaf.kind]) for leaf in leaves.values()]
+    return [_wanted(leaf, owners, certain, streams, collections[leaf.kind]) for leaf in leaves.values()]
 
 
 def collection_of(kind: type[Any] | None) -> str | None:
@@ -89,9 +90,27 @@ def _owner(path: Path) -> Path | None:
     return path[: path.index("opt_state")] if "opt_state" in path[:-1] else None
 
 
-def _wanted(leaf: WantedLeaf, owners: set[Path | None], streams: set[Path], collection: str | None) -> Wanted:
+def _optimizers(leaves: Mapping[Path, WantedLeaf]) -> set[Path | None]:
+    """Returns the owners of an `opt_state` that is no module's, whatever types its moments have.
+
+    In a `TrainState` around an `nnx.State`, the moments of optax are States of `nnx.Param`. What tells
+    them from a module that is called `opt_state` is a value beside them that is no Variable.
+    """
+    bare = [path for path, leaf in leaves.items() if leaf.kind is None]
+    return {_owner(path) for path in bare} | {path[:-1] for path in bare if str(path[-1]) == "step"}
+
+
+def _wanted(
+    leaf: WantedLeaf,
+    owners: set[Path | None],
+    certain: set[Path | None],
+    streams: set[Path],
+    collection: str | None,
+) -> Wanted:
     owner = _owner(leaf.path)
     role = _role(leaf, owner, owners, streams)
+    if role == "model" and owner is not None and owner in certain:
+        role = "optimizer"
     if role == "step":
         return Wanted(leaf=leaf, role=role, path=leaf.path, owner=leaf.path[:-1])
     if role != "optimizer":

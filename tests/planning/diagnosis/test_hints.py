@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 import orbax_nnx_handler
-from orbax_nnx_handler import RestoreError
+from orbax_nnx_handler import Cast, DtypeMismatchError, RestoreError, restore
 from tests.gallery import cases
 from tests.gallery.cases import GALLERY, Broken
 
@@ -143,3 +145,18 @@ def test_what_a_hint_tells_to_pass_makes_the_restore_succeed(
 
 def test_the_cases_for_a_person_are_cases() -> None:
     assert FOR_A_PERSON.keys() | IN_WORDS_ONLY <= {case.provoke.__name__ for case in GALLERY}
+
+
+def test_integers_of_another_width_come_with_the_rule_that_casts_them(tmp_path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "item", {"params": {"seen": np.array([1, 300], np.int32)}})
+    wide, narrow = (jax.ShapeDtypeStruct((2,), dtype) for dtype in ("int16", "int8"))
+
+    with pytest.raises(DtypeMismatchError) as error:
+        restore(tmp_path / "item", {"seen": wide})
+    found = restore(tmp_path / "item", {"seen": wide}, **error.value.hints[0].arguments)
+
+    assert "renames=[Cast('params/seen', 'int16')]" in str(error.value)
+    assert found["seen"].tolist() == [1, 300]
+    with pytest.raises(RestoreError, match="300"):
+        restore(tmp_path / "item", {"seen": narrow}, renames=[Cast("params/seen", "int8")])

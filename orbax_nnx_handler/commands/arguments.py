@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -12,6 +13,9 @@ from orbax_nnx_handler.commands.factories import UsageError
 from orbax_nnx_handler.planning.layouts import LAYOUTS
 from orbax_nnx_handler.planning.options import POLICIES, Policies, Policy
 from orbax_nnx_handler.storage.converting.memory import DEFAULT_BYTES
+
+# Between stored and wanted path; one within a name has a backslash in front.
+_EQUALS = re.compile(r"(?<!\\)=")
 
 TARGET_HELP = (
     "what builds the target: package.module:function or file.py:function, maybe with literal arguments, "
@@ -78,7 +82,8 @@ def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
         metavar="STORED=WANTED",
         action="append",
         default=[],
-        help="rename whole path segments of stored paths; may be repeated, applied in order",
+        help="rename whole path segments of stored paths; may be repeated, applied in order; in a name "
+        "that holds an equals sign, write \\=",
     )
     parser.add_argument(
         "--layout",
@@ -132,11 +137,19 @@ def renames_of(texts: list[str]) -> list[tuple[str, str]]:
     Raises:
         UsageError: One has no equals sign.
     """
-    pairs = [text.partition("=") for text in texts]
-    for text, (stored, equals, wanted) in zip(texts, pairs, strict=True):
-        if not (stored and equals and wanted):
+    pairs: list[tuple[str, str]] = []
+    for text in texts:
+        stored, *wanted = (part.replace("\\=", "=") for part in _EQUALS.split(text, maxsplit=1))
+        if not (stored and wanted and wanted[0]):
             raise UsageError(f"--rename {text} is no STORED=WANTED, such as Dense_0=up.")
-    return [(stored, wanted) for stored, _, wanted in pairs]
+        pairs.append((stored, wanted[0]))
+    return pairs
+
+
+def rename_text(stored: str, wanted: str) -> str | None:
+    """Returns a rule as `--rename` takes it; None for names that it cannot take."""
+    text = stored.replace("=", "\\=") + "=" + wanted
+    return text if stored and wanted and renames_of([text]) == [(stored, wanted)] else None
 
 
 def pretend_devices(arguments: argparse.Namespace) -> None:

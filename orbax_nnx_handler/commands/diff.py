@@ -12,7 +12,7 @@ from orbax_nnx_handler.commands.screen import Screen, count
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.lines import aligned
-from orbax_nnx_handler.planning.core.paths import Path, render, segments, sort_paths
+from orbax_nnx_handler.planning.core.paths import Path, segments, sort_paths, spelled
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
@@ -46,10 +46,10 @@ class Comparison:
             "only_a": [_leaf(leaf) for leaf in self.only_left],
             "only_b": [_leaf(leaf) for leaf in self.only_right],
             "changed": [
-                {"path": render(one.path), "a": _kind(one), "b": _kind(other)} for one, other in self.changed
+                {"path": spelled(one.path), "a": _kind(one), "b": _kind(other)} for one, other in self.changed
             ],
             "values": [
-                {"path": render(path), "unequal": item.unequal, "largest": item.largest}
+                {"path": spelled(path), "unequal": item.unequal, "largest": item.largest}
                 for path, item in self.values.items()
             ],
         }
@@ -168,4 +168,4 @@ def _kind(leaf: StoredLeaf) -> dict[str, Any]:
 
 
 def _leaf(leaf: StoredLeaf) -> dict[str, Any]:
-    return {"path": render(leaf.path)} | _kind(leaf)
+    return {"path": spelled(leaf.path)} | _kind(leaf)

@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from orbax_nnx_handler.commands.arguments import rename_text
 from orbax_nnx_handler.planning.core.errors import Hint, RestoreError
 from orbax_nnx_handler.planning.core.lines import counted, sized
+from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.rendering.as_dict import error_to_dict
 from orbax_nnx_handler.planning.rules import Rename, Rule, as_rules
@@ -39,25 +41,41 @@ def _options(hint: Hint) -> list[str]:
     for name, value in hint.arguments.items():
         said = _SAID[name](value) if name in _SAID else None
         if said is None:
-            return []  # A part of a way out would mislead.
+            return []
         words += said
     return words if len(words) <= _MANY else []
 
 
-def _option(name: str) -> Callable[[Any], list[str]]:
-    return lambda value: [f"--{name} {shlex.quote(str(value))}"]
+def option(name: str, value: str) -> str | None:
+    """Returns an option as it can be pasted at a prompt; None where its value cannot be seen there."""
+    if not value.isprintable():
+        return None
+    # `--rename -rf=hidden` would be an option of another name.
+    between = "=" if value.startswith("-") else " "
+    return f"--{name}{between}{shlex.quote(value)}"
+
+
+def _option(name: str) -> Callable[[Any], list[str] | None]:
+    return lambda value: _all_said([option(name, str(value))])
+
+
+def _all_said(words: Iterable[str | None]) -> list[str] | None:
+    """Returns the words; None where one of them cannot be said, for a part of a way out would mislead."""
+    every = list(words)
+    said = [word for word in every if word is not None]
+    return said if len(said) == len(every) else None
 
 
 def _policies(policy: Any) -> list[str] | None:
     if isinstance(policy, str):
         return [f"--policy {policy}"]
-    words: list[str] = []
+    words: list[str | None] = []
     for key, choice in cast("Mapping[Any, Policy]", policy).items():
         if isinstance(key, nnx.PathContains) and isinstance(key.key, str):
-            words.append(f"--policy {shlex.quote(f'{key.key}={choice}')}")
+            words.append(option("policy", f"{key.key}={choice}"))
         elif not isinstance(key, EllipsisType):
             return None  # Types of Variables have no spelling at a prompt.
-    return words
+    return _all_said(words)
 
 
 def rename_options(renames: Iterable[Rule | tuple[str, str]]) -> list[str] | None:
@@ -66,7 +84,8 @@ def rename_options(renames: Iterable[Rule | tuple[str, str]]) -> list[str] | Non
     pairs = [(rule.pattern, rule.replacement) for rule in rules if isinstance(rule, Rename)]
     if len(pairs) < len(rules):
         return None
-    return [f"--rename {shlex.quote(f'{stored}={wanted}')}" for stored, wanted in pairs]
+    texts = [rename_text(stored, wanted) for stored, wanted in pairs]
+    return _all_said(None if text is None else option("rename", text) for text in texts)
 
 
 _SAID: Mapping[str, Callable[[Any], list[str] | None]] = {
@@ -103,7 +122,7 @@ class Screen:
 
     def say(self, text: str = "", style: str = "") -> None:
         """Prints text as it is; a pipe gets no line that was broken for a terminal's sake."""
-        self.out.print(Text(text, style), soft_wrap=True)
+        self.out.print(Text(printable(text, keep="\n"), style), soft_wrap=True)
 
     def head(self, text: str) -> None:
         """Prints a heading."""
@@ -118,11 +137,12 @@ class Screen:
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in facts:
-            grid.add_row(Text(f"  {name}"), Text(value))
+            grid.add_row(Text(f"  {name}"), Text(printable(value)))
         self.out.print(grid)
 
     def table(self, rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
         """Prints rows with aligned columns; where a terminal is too narrow, a path has a line of its own."""
+        rows = [list(map(printable, row)) for row in rows]
         lines = _plain(rows, right)
         if self.out.is_terminal and max(map(len, lines), default=0) > self.out.width:
             others = _plain([row[1:] for row in rows], [at - 1 for at in right])
@@ -136,9 +156,12 @@ class Screen:
 
     def json(self, value: Any) -> None:
         """Prints a value as JSON that a program can read."""
-        self.out.print(
-            Text(json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False)), soft_wrap=True
+        text = json.dumps(_for_json(value), indent=2, ensure_ascii=False, allow_nan=False)
+        # A terminal may be what reads it: what cannot be seen is escaped as JSON has it.
+        shown = "".join(
+            letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text
         )
+        self.out.print(Text(shown), soft_wrap=True)
 
     def error(self, kind: str, message: str, *, word: str = "", text: str = "") -> None:
         """Prints an error to standard error; under `--json`, as JSON to standard output.
@@ -152,7 +175,8 @@ class Screen:
         if self.as_json:
             self.json({"error": {"type": kind, "message": message}})
             return
-        shown = Text(f"{word or kind}: ", "bold red").append(text or message, "default not bold")
+        what = printable(text or message, keep="\n")
+        shown = Text(f"{word or kind}: ", "bold red").append(what, "default not bold")
         self.err.print(shown, soft_wrap=True)
 
     def refusal(self, error: RestoreError) -> None:

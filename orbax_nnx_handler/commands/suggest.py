@@ -14,7 +14,7 @@ from orbax_nnx_handler.commands.arguments import (
 )
 from orbax_nnx_handler.commands.factories import load_factory
 from orbax_nnx_handler.commands.screen import Screen, rename_options
-from orbax_nnx_handler.planning.core.paths import render
+from orbax_nnx_handler.planning.core.paths import spelled
 from orbax_nnx_handler.planning.suggesting import Suggestion
 
 
@@ -66,7 +66,7 @@ def _to_dict(suggestion: Suggestion) -> dict[str, Any]:
         "renames": [str(rule) for rule in suggestion.renames],
         "options": _options(suggestion),
         "questions": [str(question) for question in suggestion.questions],
-        "unmatched_wanted": [render(path) for path in suggestion.unmatched_wanted],
-        "unmatched_stored": [render(path) for path in suggestion.unmatched_stored],
+        "unmatched_wanted": [spelled(path) for path in suggestion.unmatched_wanted],
+        "unmatched_stored": [spelled(path) for path in suggestion.unmatched_stored],
         "problem": suggestion.problem,
     }

@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
 from orbax_nnx_handler.planning.core.folding import Row, fold
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.paths import render
+from orbax_nnx_handler.planning.core.paths import render, spelled
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement
 from orbax_nnx_handler.storage.checkpoint.directories import is_item, items_of, steps_of
 from orbax_nnx_handler.storage.checkpoint.find import find_item
@@ -89,10 +89,10 @@ class Contents:
             "bytes": self.nbytes,
             "leaves": [_leaf(leaf, parts) for leaf in self.checkpoint.leaves.values()],
             "lost": {
-                render(path): reason
+                spelled(path): reason
                 for path, reason in {**self.checkpoint.lost, **self.checkpoint.damaged}.items()
             },
-            "foreign": {render(path): what for path, what in self.checkpoint.foreign.items()},
+            "foreign": {spelled(path): what for path, what in self.checkpoint.foreign.items()},
         }
 
 
@@ -141,7 +141,7 @@ def _part(placement: Placement) -> str:
 
 def _leaf(leaf: StoredLeaf, parts: Mapping[Any, str]) -> dict[str, Any]:
     return {
-        "path": render(leaf.path),
+        "path": spelled(leaf.path),
         "part": parts.get(leaf.path),
         "shape": list(leaf.shape),
         "dtype": str(leaf.dtype) if leaf.dtype is not None else "string",

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, Literal, cast
 
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,8 @@ def _call(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    # JSON's escapes are Python's too; what it leaves as it is and cannot be seen follows.
+    return printable(json.dumps(text, ensure_ascii=False))
 
 
 class RestoreError(ValueError):
@@ -167,11 +169,12 @@ class RestoreError(ValueError):
         problems: Sequence["RestoreError"] = (),
         message: str = "",
     ):
-        self.what = what
+        self.what = printable(what, keep="\n")
         self.paths = tuple(paths)
         self.hints = tuple(Hint(hint) if isinstance(hint, str) else hint for hint in hints)
         self.causes = tuple(causes)
-        super().__init__(message or "\n".join([what, *(f"hint: {hint.words}" for hint in self.hints)]))
+        lines = [self.what, *(f"hint: {printable(hint.words)}" for hint in self.hints)]
+        super().__init__(printable(message, keep="\n") or "\n".join(lines))
         self.problems = tuple(problems) or (self,)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core.paths import Path, natural_key, render
+from orbax_nnx_handler.planning.core.paths import Path, natural_key, printable, render
 
 # A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
 NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
@@ -227,7 +227,7 @@ def _pattern(row: Row) -> _Pattern:
 def _folded(pattern: _Pattern) -> Folded:
     transform = str(pattern.transform).replace("[{", "[").replace("}]", "]")
     source = f"{FROM}{pattern.source}" if pattern.source.texts != ("",) else ""
-    columns = (*pattern.columns, source, transform)
+    columns = tuple(map(printable, (*pattern.columns, source, transform)))
     return Folded(text=str(pattern.path), columns=columns, count=pattern.leaves)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.folding import FROM, Folded, Row, fold
+from orbax_nnx_handler.planning.core.paths import printable
 
 
 def counted(count: int, one: str, many: str = "", *, thousands: str = "") -> str:
@@ -54,7 +55,7 @@ class Sentence(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.word}: {self.text}"
+        return f"{self.word}: {printable(self.text)}"
 
 
 Line = str | Sentence
@@ -69,7 +70,9 @@ def lines_of(error: RestoreError) -> list[Line]:
 def joined(lines: Iterable[Line], width: int = WIDTH) -> str:
     """Returns lines as one text, sentences no wider than they must be; rows stay as they are."""
     return "\n".join(
-        part for line in lines for part in (_wrapped(line, width) if isinstance(line, Sentence) else [line])
+        part
+        for line in lines
+        for part in (_wrapped(line, width) if isinstance(line, Sentence) else [printable(line)])
     )
 
 

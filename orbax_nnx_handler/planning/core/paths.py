@@ -18,10 +18,32 @@ Path = tuple[Hashable, ...]
 """The keys from the root of a tree to one leaf."""
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""Returns a text that a terminal, a log or a web page shows as it is.
+
+    A name in a checkpoint is data: what would move a cursor, break a line or turn the
+    direction of reading is written as in a Python string, `\x1b`, `\n`, `\u202e`.
+
+    Args:
+        text: The text.
+        keep: Characters to leave alone: the line breaks of a text of several lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else repr(letter)[1:-1] for letter in text
+    )
+
+
 def render(path: Path) -> str:
-    """Returns a path as a person writes it: `('a', 0, 'b/c')` is `a/0/b/c`."""
+    """Returns a path as a person reads it: `('a', 0, 'b/c')` is `a/0/b/c`."""
+    return printable(spelled(path)) or "(root)"
+
+
+def spelled(path: Path) -> str:
+    """Returns a path as a rule or a program spells it: as `render`, with every character as it is."""
     joined = "/".join(map(str, path))
-    return joined if joined and "(" not in joined else "/".join(segments(path)) or "(root)"
+    return joined if joined and "(" not in joined else "/".join(segments(path))
 
 
 def segments(path: Path) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.lines import counted, listed, share
-from orbax_nnx_handler.planning.core.paths import Path, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, render, segments, spelled
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes
 from orbax_nnx_handler.planning.rules import Drop
@@ -261,7 +261,7 @@ def _output(evidence: Evidence, pair: Pair, places: Sequence[Place], module: Pat
     same = f"build the target with {stored}"
     way = Hint(f"{same}; a weight is never cut or padded.")
     if source is not None and len(source.path) > 1:
-        renames = [Drop(render(source.path[:-1]), "a new head")]
+        renames = [Drop(spelled(source.path[:-1]), "a new head")]
         policy = {nnx.PathContains(str(module[-1])): "init", ...: "error"}
         way = Hint(
             f"{same}; or leave the stored one behind and begin a new one, with "

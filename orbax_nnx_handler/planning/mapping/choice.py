@@ -196,7 +196,7 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     if not idle:
         return None
     rows = [
-        f"  {rule}: {render_reads(entry.recipe)} becomes {'/'.join(entry.segments)}" for rule, entry in idle
+        f"  {rule}: {render_reads(entry.recipe)} becomes {render(entry.segments)}" for rule, entry in idle
     ]
     return UnusedRuleError(
         f"{'1 rule leads' if len(idle) == 1 else f'{len(idle)} rules lead'} to no wanted leaf:\n"

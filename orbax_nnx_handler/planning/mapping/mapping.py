@@ -11,7 +11,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, Tokens
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
 from orbax_nnx_handler.planning.core.recipes import (
     Index,
     Read,
@@ -83,7 +83,7 @@ def _loose_parts(applied: RulesApplied, found: Mapping[Path, Found]) -> Iterator
     loose = [entry for entry in parts if entry.recipe not in taken]
     if loose:
         rows = "\n".join(
-            f"  {'/'.join(entry.segments)} {entry.shape}  <-  {render_reads(entry.recipe)} by {entry.reason}"
+            f"  {render(entry.segments)} {entry.shape}  <-  {render_reads(entry.recipe)} by {entry.reason}"
             for entry in loose
         )
         yield RuleError(
@@ -281,7 +281,7 @@ def _add_steps(found: dict[Path, Found], pairs: _Pairs) -> None:
             continue
         (step,) = stored.steps
         for item in wanted.steps:
-            words = f"the step of {'/'.join(stored.owner) or 'the train state'}"
+            words = f"the step of {render(stored.owner) if stored.owner else 'the train state'}"
             found[item.leaf.path] = Found(
                 recipe=Read(step.leaf.path), evidence=MatchEvidence(kind="step", words=words)
             )

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, RestoreError, as_python
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.planning.core.recipes import reads, render_reads
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored, Verdict
@@ -27,7 +27,7 @@ def to_dict(verdict: Verdict, explanation: Explanation) -> dict[str, Any]:
         ],
         "unexpected": _stored(verdict.unexpected),
         "skipped": _stored(verdict.skipped),
-        "dropped": [{"path": render(path), "reason": item.reason} for path, item in verdict.dropped.items()],
+        "dropped": [{"path": spelled(path), "reason": item.reason} for path, item in verdict.dropped.items()],
         "faults": [_fault(fault) for fault in verdict.faults],
         "causes": [_cause(cause) for cause in explanation.causes],
         "hints": [_hint(hint) for hint in explanation.hints],
@@ -39,13 +39,13 @@ def error_to_dict(error: RestoreError) -> dict[str, Any]:
     return {
         "type": type(error).__name__,
         "message": str(error),
-        "paths": [render(path) for path in error.paths],
+        "paths": [spelled(path) for path in error.paths],
         "hints": [_hint(hint) for hint in error.hints],
     }
 
 
 def _fault(fault: RestoreError) -> dict[str, Any]:
-    return {"kind": type(fault).__name__, "message": str(fault), "paths": [render(p) for p in fault.paths]}
+    return {"kind": type(fault).__name__, "message": str(fault), "paths": [spelled(p) for p in fault.paths]}
 
 
 def _cause(cause: Cause) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _cause(cause: Cause) -> dict[str, Any]:
         "kind": cause.kind,
         "cause": cause.text,
         "hint": cause.hint.words,
-        "paths": [render(path) for path in cause.paths],
+        "paths": [spelled(path) for path in cause.paths],
         "facts": {name: _plain(fact) for name, fact in cause.facts.items()},
     }
 
@@ -72,7 +72,7 @@ def _plain(fact: Any) -> Any:
 
 def _restored(item: Restored) -> dict[str, Any]:
     return _leaf(item.wanted) | {
-        "stored": [render(source) for source in dict.fromkeys(reads(item.recipe))],
+        "stored": [spelled(source) for source in dict.fromkeys(reads(item.recipe))],
         "stored_dtype": str(item.stored_dtype),
         "result_dtype": str(item.dtype),
         "transform": item.transform,
@@ -103,4 +103,4 @@ def _stored(leaves: Mapping[Path, StoredLeaf]) -> list[dict[str, Any]]:
 
 
 def _leaf(leaf: WantedLeaf | StoredLeaf) -> dict[str, Any]:
-    return {"path": render(leaf.path), "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    return {"path": spelled(leaf.path), "shape": list(leaf.shape), "dtype": str(leaf.dtype)}

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, joined, sized
+from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
 
 _LIMIT = 30
@@ -68,9 +69,9 @@ def summary_on_console(
 def _line(line: Line) -> RenderableType:
     """Returns a row as it is, or a sentence that goes on beside its first word."""
     if not isinstance(line, Sentence):
-        return Text(line, overflow="fold")
+        return Text(printable(line), overflow="fold")
     grid = Table.grid()
-    grid.add_row(Text(f"{line.word}: ", style="bold"), Text(line.text, overflow="fold"))
+    grid.add_row(Text(f"{line.word}: ", style="bold"), Text(printable(line.text), overflow="fold"))
     return grid
 
 
@@ -122,7 +123,8 @@ def summary_as_html(summary: Summary) -> str:
     """Returns a summary as HTML that carries its own style: nothing is fetched, no script runs."""
     # Rows among the advice are aligned by spaces. No colour is set: a dark notebook has its own.
     advice = "".join(
-        f'<div style="white-space: pre-wrap">{html.escape(str(line))}</div>' for line in summary.advice
+        f'<div style="white-space: pre-wrap">{html.escape(printable(str(line)))}</div>'
+        for line in summary.advice
     )
     return (
         '<div style="font-family: monospace; font-size: 12px">'

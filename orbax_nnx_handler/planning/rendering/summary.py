@@ -8,6 +8,7 @@ from orbax_nnx_handler.planning.core.errors import Cause
 from orbax_nnx_handler.planning.core.folding import Folded, Row, fold
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, counted, lines_of, rated, sized
+from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 from orbax_nnx_handler.planning.verdict.rows import (
@@ -186,7 +187,7 @@ def _counts(verdict: Verdict, missing: str) -> str:
 
 def _checkpoint(verdict: Verdict) -> str:
     stored = counted(verdict.stored_count, "stored leaf", "stored leaves")
-    return f"{verdict.directory} (layout: {verdict.layout}, {stored})"
+    return f"{printable(verdict.directory)} (layout: {verdict.layout}, {stored})"
 
 
 def _blocks(verdict: Verdict, missing: ListKind, missing_title: str) -> tuple[LeafList, ...]:

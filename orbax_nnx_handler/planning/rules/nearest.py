@@ -151,5 +151,5 @@ def _shown(entry: Entry) -> str:
     """Returns the path of a stored leaf; what rules have made of it, where they have."""
     source: Path = entry.whole if entry.leaves else entry.sources[0]
     stored = render(source)
-    now = "/".join(entry.whole)
+    now = render(entry.whole)
     return stored if stored == now else f"{stored} (now {now})"

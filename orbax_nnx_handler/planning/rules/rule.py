@@ -141,8 +141,8 @@ def reason_of(rule: Rule, *before: Entry) -> str:
 
 
 _HINT = (
-    "a rule meets leaves as the rules before it made them; correct it, or write more of the path\n"
-    "      in its pattern to leave others out."
+    "a rule meets leaves as the rules before it made them; correct it, or write more of the path "
+    "in its pattern to leave others out."
 )
 
 
@@ -236,7 +236,7 @@ def join(rule: Rule, entries: Sequence[Entry], joins: Iterable[Join]) -> Applied
 def _joined(rule: Rule, item: Join, parts: Sequence[Entry], twice: bool) -> Entry:
     fault = item.fault or ("it is a part of two results" if twice else "") or _difference(parts)
     if fault:
-        raise RecipeError(f"for {'/'.join(item.name.segments)}, {fault}")
+        raise RecipeError(f"for {render(item.name.segments)}, {fault}")
     made = item.make(parts)
     return dataclasses.replace(
         item.name,

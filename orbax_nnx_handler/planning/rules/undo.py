@@ -299,8 +299,8 @@ def _check_way_back(
         if found is not None and way is not None and is_copy and found.shape == entry.shape:
             copies[path] = simplify(way, shapes)
         elif found is None or way is None or not _is_same(way, path, found.shape, shapes):
-            lost.append("/".join(entry.segments))
-    lost += ["/".join(entry.segments) for entry in back.values()]
+            lost.append(render(entry.segments))
+    lost += [render(entry.segments) for entry in back.values()]
     if lost:
         listed = "\n".join(f"  {name}" for name in lost[:20])
         raise RuleError(

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.paths import Path, canonical, natural_key, render
+from orbax_nnx_handler.planning.core.paths import Path, canonical, natural_key, printable, render
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.pairing import Grounds, Pair, weakest
@@ -320,7 +320,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _comment(text: str) -> str:
     """Returns a line that stays a comment when it is pasted: a key may hold a line break."""
-    return f"# {text if text.isprintable() else repr(text)[1:-1]}"
+    return f"# {printable(text)}"
 
 
 def _rest(what: str, paths: tuple[Path, ...]) -> list[str]:

@@ -182,7 +182,7 @@ class _Kernel:
             roots = self._meeting(item, element)
             if roots is None:
                 number = "" if element.at is None else f", layer {element.at}"
-                why = f"its name there is {'/'.join(element.name or self.name(element.path))}{number}"
+                why = f"its name there is {render(element.name or self.name(element.path))}{number}"
                 yield Broken(law=5, wanted=item.leaf.path, stored=element.path, why=why)
                 return
             placed = self.placed[element.path]
@@ -308,7 +308,7 @@ class _Kernel:
                 if named is None:
                     unnamed.add(owner)
                 elif named != canonical(owner):
-                    why = f"{'/'.join(named)} is another train state"
+                    why = f"{render(named)} is another train state"
                     yield Broken(law=3, wanted=path, stored=stored, why=why)
         if len(unnamed) > 1:
             path, stored = self._read_owners[next(iter(unnamed))][0]
@@ -342,11 +342,11 @@ class _Kernel:
             ]
             for (_, below), (wanted, stored) in found.items():
                 if below and not all(name[: len(below)] == below for name in names):
-                    why = f"{'/'.join(below)} is not above the whole model"
+                    why = f"{render(below)} is not above the whole model"
                     yield Broken(law=7, wanted=wanted, stored=stored, why=why)
             if len({above for above, below in found if not below}) > 1:
                 (first, *_), (wanted, stored) = next(iter(found)), list(found.values())[-1]
-                why = f"other leaves lie below {'/'.join(first) or 'the root'}"
+                why = f"other leaves lie below {render(first)}"
                 yield Broken(law=7, wanted=wanted, stored=stored, why=why)
 
 

@@ -158,7 +158,7 @@ def _fill_value(fields: dict[str, Any]) -> Any:
         case [int() | float() as real, int() | float() as imaginary]:
             return complex(real, imaginary)
         case other:
-            raise FieldError(f"fill_value is {str(other)[:80]}, which is no number")
+            raise FieldError(f"fill_value is {repr(other)[:80]}, which is no number")
 
 
 def _inner_codecs(codecs: list[dict[str, Any]], chunk_shape: Shape) -> tuple[list[dict[str, Any]], bool]:

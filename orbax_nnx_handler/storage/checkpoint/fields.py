@@ -75,5 +75,5 @@ def _of_type(fields: dict[str, Any], name: str, kind: type, what: str) -> Any:
     if name not in fields:
         raise FieldError(f"{name} is absent")
     if not isinstance(fields[name], kind):
-        raise FieldError(f"{name} is {str(fields[name])[:80]}, where {what} should be")
+        raise FieldError(f"{name} is {repr(fields[name])[:80]}, where {what} should be")
     return fields[name]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError
+from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.storage.checkpoint.directories import (
     COMMIT_FILE,
     STEP_FILE,
@@ -70,7 +71,7 @@ def _unfinished_in(path: epath.Path, files: Files) -> list[str]:
 
 
 def _refusal(what: str, hint: Hint) -> NotACheckpointError:
-    return NotACheckpointError(what, hints=[hint])
+    return NotACheckpointError(printable(what), hints=[hint])
 
 
 def _pass(path: epath.Path, words: str) -> Hint:

@@ -117,7 +117,7 @@ def _apart(leaves: Sequence[Written], group: Group, axis: int) -> list[Written]:
     if thin or len({leaf.shape[axis] for leaf in inside.values()}) > 1:
         rows = aligned(Row(leaf.path, (str(leaf.shape),)) for leaf in inside.values())
         raise RestoreError(
-            f"the leaves of {'/'.join(group)} do not agree on a number of layers on axis {axis}:\n{rows}",
+            f"the leaves of {render(group)} do not agree on a number of layers on axis {axis}:\n{rows}",
             paths=list(inside),
             hints=["another --axis, or --weights-only where the odd ones are an optimizer's."],
         )

@@ -16,7 +16,7 @@ import numpy as np
 import tensorstore as ts
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, printable, render
 from orbax_nnx_handler.planning.core.regions import (
     Region,
     intersect,
@@ -79,7 +79,7 @@ def check_presence(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Regio
     """
     absent = absent_chunks(checkpoint, regions)
     if absent:
-        lines = [f"  {render(path)}: {', '.join(keys)}" for path, keys in absent.items()]
+        lines = [f"  {render(path)}: {printable(', '.join(keys))}" for path, keys in absent.items()]
         raise UnreadableLeafError(
             "\n".join(
                 [f"chunks of {len(absent)} stored leaves are absent from {checkpoint.directory}:", *lines]
@@ -109,8 +109,9 @@ class LeafToRead:
         if not isinstance(error, AbsentError | ShortReadError | DamagedError):
             # What a store or a disk answers has a remedy of its own.
             reason, hint = reason_and_hint(file, error)
+        place = printable(f"{file} ({self.array.name})")
         return UnreadableLeafError(
-            f"stored leaf {render(self.path)} cannot be read: {reason}\nfile: {file} ({self.array.name})",
+            f"stored leaf {render(self.path)} cannot be read: {printable(reason)}\nfile: {place}",
             paths=[self.path],
             hints=[hint],
         )

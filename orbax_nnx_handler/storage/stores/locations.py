@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError, RestoreError
+from orbax_nnx_handler.planning.core.paths import printable
 
 _SCHEMES = ("gs", "s3")
 _FILE = "file://"
@@ -122,7 +123,7 @@ _CODE = re.compile(r"\s*\[http_response_code='(\d+)'\]")
 def cannot_read(path: str | os.PathLike[str], error: BaseException) -> NotACheckpointError:
     """Returns the error that says why a path could not be read."""
     reason, hint = reason_and_hint(path, error)
-    return NotACheckpointError(f"{os.fspath(path)} cannot be read: {reason}.", hints=[hint])
+    return NotACheckpointError(printable(f"{os.fspath(path)} cannot be read: {reason}."), hints=[hint])
 
 
 def reason_and_hint(path: str | os.PathLike[str], error: BaseException) -> tuple[str, str]:

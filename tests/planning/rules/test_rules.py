@@ -216,8 +216,8 @@ def test_the_scan_axis_decides_what_shapes_leave_open():
 # What cannot be done, word for word.
 
 WAY_OUT = (
-    "hint: a rule meets leaves as the rules before it made them; correct it, or write more of the path\n"
-    "      in its pattern to leave others out."
+    "hint: a rule meets leaves as the rules before it made them; correct it, or write more of the path "
+    "in its pattern to leave others out."
 )
 
 

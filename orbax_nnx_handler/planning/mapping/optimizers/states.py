@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, printable
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.roots import strip
@@ -99,7 +99,7 @@ class OptimizerState:
         """Returns place and fields: `1/inner_state {count, mu, nu}`."""
         place = "/".join(key.removeprefix("#") for key in self.place)
         names = ["/".join(field) for field in (*self.scalars, *self.moments) if field]
-        return f"{place} {{{', '.join(sorted(names))}}}".lstrip()
+        return printable(f"{place} {{{', '.join(sorted(names))}}}".lstrip())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

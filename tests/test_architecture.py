@@ -1,6 +1,7 @@
 """What holds for the source as a whole: who may import whom, how long a piece may be, what may be named."""
 
 import ast
+import functools
 import pathlib
 import re
 import subprocess
@@ -8,8 +9,6 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
-
-import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "orbax_nnx_handler"
@@ -36,9 +35,19 @@ def name_of(file: pathlib.Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-def imports(file: pathlib.Path) -> Iterator[tuple[str, int]]:
-    """Yields each imported name in full, with its line."""
-    for node in ast.walk(ast.parse(file.read_text())):
+@functools.cache
+def parsed(file: pathlib.Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+@functools.cache
+def imports(file: pathlib.Path) -> list[tuple[str, int]]:
+    """Returns each imported name in full, with its line."""
+    return list(_imports(file))
+
+
+def _imports(file: pathlib.Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -47,7 +56,7 @@ def imports(file: pathlib.Path) -> Iterator[tuple[str, int]]:
 
 def functions(file: pathlib.Path) -> Iterator[tuple[str, int]]:
     """Yields each function with its lines of code, the docstring not counted."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             described = ast.get_docstring(node) is not None and node.body[0]
             docstring = described.end_lineno - described.lineno + 1 if described else 0
@@ -98,10 +107,7 @@ def modules_imported(tree: ast.AST, known: set[str]) -> set[str]:
 def graph() -> dict[str, set[str]]:
     """Returns what each module imports of the others, imports inside functions and for types included."""
     known = {module_of(file) for file in MODULES}
-    return {
-        module_of(file): modules_imported(ast.parse(file.read_text()), known) - {module_of(file)}
-        for file in MODULES
-    }
+    return {module_of(file): modules_imported(parsed(file), known) - {module_of(file)} for file in MODULES}
 
 
 def circle_in(edges: dict[str, set[str]]) -> list[str]:
@@ -122,7 +128,7 @@ def test_an_import_inside_a_function_is_there_for_the_time_that_a_start_takes():
     found = {
         tuple(module.removeprefix(f"{PACKAGE.name}.") for module in (module_of(file), name))
         for file in MODULES
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in ast.walk(parsed(file))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for name in modules_imported(node, known)
     }
@@ -137,8 +143,9 @@ def test_a_folder_holds_no_more_files_than_one_can_take_in():
 
 
 def test_a_class_name_means_one_thing():
-    trees = [ast.parse(file.read_text()) for file in MODULES]
-    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    names = Counter(
+        node.name for file in MODULES for node in parsed(file).body if isinstance(node, ast.ClassDef)
+    )
 
     twice = {name for name, count in names.items() if count > 1 and not name.startswith("_")}
     assert twice <= PUBLIC_TWICE
@@ -163,41 +170,40 @@ def test_only_the_facade_knows_both_planning_and_storage():
     assert both - commands <= {f"orbax_nnx_handler/{name}" for name in FACADE}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_a_module_is_one_idea_long(file):
-    length = len(file.read_text().splitlines())
+def test_a_module_is_one_idea_long():
+    lengths = {name_of(file): len(file.read_text().splitlines()) for file in MODULES}
 
-    assert length <= MODULE_LINES
-
-
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_a_function_fits_on_a_screen(file):
-    long = {name: lines for name, lines in functions(file) if lines > FUNCTION_LINES}
-
-    assert not long
+    assert {name: length for name, length in lengths.items() if length > MODULE_LINES} == {}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_a_private_name_of_another_project_is_imported_only_with_its_reason_beside_it(file):
-    lines = file.read_text().splitlines()
+def test_a_function_fits_on_a_screen():
+    lengths = [(name_of(file), name, lines) for file in MODULES for name, lines in functions(file)]
 
-    foreign = [(name, line) for name, line in imports(file) if not name.startswith("orbax_nnx_handler.")]
-    unexplained = [name for name, line in foreign if is_private(name) and not has_reason(lines, line)]
-
-    assert not unexplained
+    assert [entry for entry in lengths if entry[2] > FUNCTION_LINES] == []
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_no_private_module_is_reached_through_an_attribute(file):
-    lines = file.read_text().splitlines()
-
-    reached = [
-        ast.unparse(node)
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr == "_src" and not has_reason(lines, node.lineno)
+def test_a_private_name_of_another_project_is_imported_only_with_its_reason_beside_it():
+    unexplained = [
+        (name_of(file), name)
+        for file in MODULES
+        for name, line in imports(file)
+        if not name.startswith("orbax_nnx_handler.")
+        if is_private(name) and not has_reason(file.read_text().splitlines(), line)
     ]
 
-    assert not reached
+    assert unexplained == []
+
+
+def test_no_private_module_is_reached_through_an_attribute():
+    reached = [
+        (name_of(file), ast.unparse(node))
+        for file in MODULES
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Attribute) and node.attr == "_src"
+        if not has_reason(file.read_text().splitlines(), node.lineno)
+    ]
+
+    assert reached == []
 
 
 def test_every_project_that_is_imported_is_a_declared_dependency():
@@ -238,11 +244,12 @@ def test_the_tree_in_the_readme_has_every_folder_and_file_of_the_package():
 
 
 def test_what_test_modules_share_lies_in_no_test_module():
+    imported = re.compile(r"^\s*(?:from|import) tests\b.*\btest_\w+", re.MULTILINE)
+
     shared = {
-        (name_of(file), name.rpartition(".")[0])
+        (name_of(file), found)
         for file in sorted((ROOT / "tests").rglob("*.py"))
-        for name, _ in imports(file)
-        if name.startswith("tests.") and ".test_" in name
+        for found in imported.findall(file.read_text())
     }
 
     assert shared == set()

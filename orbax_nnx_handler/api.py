@@ -1,4 +1,4 @@
-"""Restore, suggest and save without a manager; the plan alone is in `preview`."""
+"""Restore, suggest and save without a manager; the plan alone is in `decide`."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping

@@ -1,13 +1,4 @@
-"""Which of a factored parameter's two moments optax calls `v_row`.
-
-T5X and optax name them by different rules. optax takes the two largest axes;
-`v_row` has lost the largest, of equal ones the last. T5X with
-`logical_factor_rules` (t5x/adafactor.py, in nearly all of its configurations)
-goes by the names of the axes: `v_row` has lost the column, which for the output
-of an attention is the first axis. Both moments have the same meaning to either
-program, so that only which axis each has lost must be found, from the shapes.
-
-T5X, and `flax.optim` before it: parameters under `target`, the rest under `state`.
+"""T5X, and `flax.optim` before it: parameters under `target`, the rest under `state`.
 
 T5X saves `FlaxOptimTrainState.state_dict()` (t5x/train_state.py), whose form it
 took over from `flax.optim`: `target/<parameter>`, `state/step` and
@@ -18,8 +9,14 @@ msgpack file of T5X's own format holds that tree under `optimizer`, beside a
 An optimizer written for T5X or `flax.optim` keeps its slots below each
 parameter (`param_states/<parameter>/v_row`), a wrapped optax one keeps the
 parameters below each slot (`param_states/0/mu/<parameter>`). Which it is shows
-in the tree: the former ends one level below a parameter's path. Adafactor's
-`v_row` and `v_col` are not always optax's (`factoring`).
+in the tree: the former ends one level below a parameter's path.
+
+Adafactor's `v_row` and `v_col` are not always optax's. optax takes the two largest
+axes; `v_row` has lost the largest, of equal ones the last. T5X with
+`logical_factor_rules` (t5x/adafactor.py, in nearly all of its configurations)
+goes by the names of the axes: `v_row` has lost the column, which for the output
+of an attention is the first axis. Both moments have the same meaning to either
+program, so that only which axis each has lost must be found, from the shapes.
 """
 
 import dataclasses

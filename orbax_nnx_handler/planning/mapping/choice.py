@@ -1,7 +1,4 @@
-"""Mappings with two possible readings, as errors that show both.
-
-Which of the possible readings of a stored tree a restore goes by.
-"""
+"""Which of the possible readings of a stored tree a restore goes by; two that are as good are an error."""
 
 import dataclasses
 from collections import Counter, defaultdict

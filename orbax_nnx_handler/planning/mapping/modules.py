@@ -1,4 +1,4 @@
-"""Modules whose parameters Linen and NNX arrange differently.
+"""Modules whose parameters Linen and NNX arrange differently: recurrent cells and normalising wrappers.
 
 Most modules keep their parameters' names from Linen to NNX. A few do not:
 recurrent cells fuse their gates into two layers, and the normalising wrappers
@@ -7,12 +7,9 @@ module by the stored names alone and says how NNX's parameters come out of it.
 The results are candidates: the mapping asks for one only where a wanted path
 has no stored path of the same name.
 
-The values of `nnx.WeightNorm` and `nnx.SpectralNorm` where Linen's modules keep theirs.
-
-Linen names a value after the layer and the weight that it belongs to, in one key
+Linen names a wrapper's value after the layer and the weight that it belongs to, in one key
 with slashes: `layer_instance/kernel/scale`, where the wrapper owns the layer. NNX
-keeps a dict whose keys are the weights' paths. The opposite of what
-`planning.structures` does.
+keeps a dict whose keys are the weights' paths. `in_linen_wrappers` leads from there to Linen.
 """
 
 import dataclasses

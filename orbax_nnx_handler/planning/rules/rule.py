@@ -1,7 +1,4 @@
-"""What every rule is: a value that rewrites the stored model, leaf by leaf.
-
-Several entries that become one: what fuse and stack have in common.
-"""
+"""What every rule is: a value that rewrites the stored model, leaf by leaf or several leaves into one."""
 
 import abc
 import dataclasses

@@ -1,6 +1,6 @@
 """What the caller wants filled, as flat leaves, and how to put it together again.
 
-Targets that ask for nothing: always a mistake, which a restore of nothing would hide.
+A target that asks for nothing is refused: always a mistake, which a restore of nothing would hide.
 """
 
 import dataclasses

@@ -1,18 +1,14 @@
-"""How one array lies in a member of a NumPy archive.
-
-A member is a `.npy` file (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html):
-a header with dtype, order and shape, then the values in one run.
-
-`numpy.save` knows no bfloat16 and stores its values as two raw bytes each, `V2`;
-big_vision's own reader takes them for bfloat16 (big_vision/utils.py
-`recover_dtype`), and so does this one. Other raw values could be of several types
-(`V1`: any float8, any 4-bit integer), so they are not guessed.
-
-NumPy archives (`.npz`) as big_vision and others wrote them: the directory, and each array's header.
+"""NumPy archives (`.npz`) as big_vision and others wrote them: the directory, and each array's header.
 
 An archive is a zip file of `.npy` files. A member's name is the path of an array,
 `/` between the keys (big_vision/utils.py `tree_flatten_with_names`, `recover_tree`).
 Nothing but the names tells the tree, so every key is a string.
+
+A member (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html) is
+a header with dtype, order and shape, then the values in one run. `numpy.save` knows no
+bfloat16 and stores its values as two raw bytes each, `V2`; big_vision's own reader takes
+them for bfloat16 (big_vision/utils.py `recover_dtype`), and so does this one. Other raw
+values could be of several types (`V1`: any float8, any 4-bit integer), so they are not guessed.
 """
 
 import dataclasses

@@ -1,10 +1,8 @@
-"""Random state that nobody gives: keys from a base seed and each leaf's path.
+"""Values that do not come from disk: initial values, zeros, and random state that nobody gives.
 
-Two streams never share a key, since their paths differ, and every process
-derives the same. Computed on the host: compiling hundreds of small outputs onto
-a mesh would take longer than the restore.
-
-Values that do not come from disk: initial values, zeros, and derived random state.
+Its keys are made from a base seed and each leaf's path. Two streams never share a key,
+since their paths differ, and every process derives the same. Computed on the host:
+compiling hundreds of small outputs onto a mesh would take longer than the restore.
 """
 
 import zlib

@@ -1,9 +1,7 @@
-"""The few stored values that decide a verdict: counts that must fit, leftovers that must be zero.
+"""Carries a plan out: reads, fills and puts together the values of every leaf.
 
-They are read before anything else, so that a failure is known before the first
-weight is read.
-
-Carries a plan out: reads, fills and puts together the values of every leaf.
+The few stored values that decide a verdict (counts that must fit, leftovers that must be
+zero) are read before anything else, so that a failure is known before the first weight is read.
 """
 
 from collections.abc import Callable, Iterable

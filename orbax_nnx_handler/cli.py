@@ -16,7 +16,7 @@ from orbax_nnx_handler.commands.factories import UsageError
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planning.core.errors import RestoreError
 
-_COMMANDS = ("tree", "plan", "suggest", "diff", "convert", "demo")
+_COMMANDS = ("tree", "plan", "suggest", "diff", "convert", "verify", "demo")
 _INTERRUPTED = 130
 
 

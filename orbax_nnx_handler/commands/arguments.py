@@ -3,24 +3,37 @@
 import argparse
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
 from flax import nnx
 
-from orbax_nnx_handler.commands.factories import UsageError
+from orbax_nnx_handler.commands.factories import UsageError, load_value, told
 from orbax_nnx_handler.planning.layouts import LAYOUTS
 from orbax_nnx_handler.planning.options import POLICIES, Policies, Policy
+from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.storage.converting.memory import DEFAULT_BYTES
 
 # Between stored and wanted path; one within a name has a backslash in front.
 _EQUALS = re.compile(r"(?<!\\)=")
+_HELP_WIDTH = 78
 
 TARGET_HELP = (
     "what builds the target: package.module:function or file.py:function, maybe with literal arguments, "
     "as in 'model.py:make(layers=12)'; called under nnx.eval_shape, so that no array is made"
 )
+
+
+def described(description: str, *examples: str) -> dict[str, Any]:
+    """Returns what a command's help says above its arguments, and the examples below them."""
+    shown = "\n".join(f"  {line}" for line in examples)
+    return {
+        "description": textwrap.fill(description, width=_HELP_WIDTH),
+        "epilog": f"{'example' if len(examples) == 1 else 'examples'}:\n{shown}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def add_path(parser: argparse.ArgumentParser, name: str = "path", help_text: str = "") -> None:
@@ -77,14 +90,7 @@ def _gigabytes(text: str) -> int:
 def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Adds the factory of a target and what the mapping to it needs to know."""
     parser.add_argument("target", metavar="MODULE:FACTORY", help=TARGET_HELP, nargs="?" if optional else None)
-    parser.add_argument(
-        "--rename",
-        metavar="STORED=WANTED",
-        action="append",
-        default=[],
-        help="rename whole path segments of stored paths; may be repeated, applied in order; in a name "
-        "that holds an equals sign, write \\=",
-    )
+    add_rules(parser)
     parser.add_argument(
         "--layout",
         choices=["auto", "linen", *(layout.name for layout in LAYOUTS)],
@@ -98,6 +104,43 @@ def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
         type=whole(1),
         help="pretend to have N devices, for factories that build a mesh",
     )
+
+
+def add_rules(parser: argparse.ArgumentParser) -> None:
+    """Adds rules, as a list in a file or one rename at a time."""
+    parser.add_argument(
+        "--rules",
+        metavar="FILE.py:NAME",
+        action="append",
+        default=[],
+        help="a list of rules in a Python file (NAME: RULES if it is left out), such as `orbax-nnx suggest "
+        "--write` writes; may be repeated",
+    )
+    parser.add_argument(
+        "--rename",
+        metavar="STORED=WANTED",
+        action="append",
+        default=[],
+        help="rename whole path segments of stored paths (`model=` takes a level away); may be repeated, "
+        "applied in order, after --rules; in a name that holds an equals sign, write \\=",
+    )
+
+
+def rules_of(arguments: argparse.Namespace) -> list[Rule]:
+    """Returns the rules of `--rules`, then those of `--rename`.
+
+    Raises:
+        UsageError: One has no equals sign, or a name is no list of rules.
+    """
+    found = list[Rule]()
+    for text in arguments.rules:
+        value = load_value(text, "RULES")
+        try:
+            found += as_rules(value)
+        # What the file holds may be anything.
+        except Exception as error:
+            raise UsageError(f"--rules {text} is no list of rules: {told(error)}") from error
+    return [*found, *as_rules(_renames(arguments.rename))]
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
@@ -131,8 +174,8 @@ def policies_of(texts: list[str]) -> Policies:
     return cast("Mapping[Any, Policy]", chosen | {...: rest}) if chosen else rest
 
 
-def renames_of(texts: list[str]) -> list[tuple[str, str]]:
-    """Returns the rules of `--rename`.
+def _renames(texts: list[str]) -> list[tuple[str, str]]:
+    """Returns the rules of `--rename`; nothing may stand behind the equals sign.
 
     Raises:
         UsageError: One has no equals sign.
@@ -140,8 +183,8 @@ def renames_of(texts: list[str]) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for text in texts:
         stored, *wanted = (part.replace("\\=", "=") for part in _EQUALS.split(text, maxsplit=1))
-        if not (stored and wanted and wanted[0]):
-            raise UsageError(f"--rename {text} is no STORED=WANTED, such as Dense_0=up.")
+        if not (stored and wanted):
+            raise UsageError(f"--rename {text} is no STORED=WANTED, such as Dense_0=up or model= (nothing).")
         pairs.append((stored, wanted[0]))
     return pairs
 
@@ -149,7 +192,7 @@ def renames_of(texts: list[str]) -> list[tuple[str, str]]:
 def rename_text(stored: str, wanted: str) -> str | None:
     """Returns a rule as `--rename` takes it; None for names that it cannot take."""
     text = stored.replace("=", "\\=") + "=" + wanted
-    return text if stored and wanted and renames_of([text]) == [(stored, wanted)] else None
+    return text if stored and _renames([text]) == [(stored, wanted)] else None
 
 
 def pretend_devices(arguments: argparse.Namespace) -> None:

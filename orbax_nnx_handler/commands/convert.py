@@ -23,9 +23,10 @@ from orbax_nnx_handler.commands.arguments import (
     add_path,
     add_policy,
     add_target,
+    described,
     policies_of,
     pretend_devices,
-    renames_of,
+    rules_of,
     whole,
 )
 from orbax_nnx_handler.commands.factories import UsageError, load_factory
@@ -139,8 +140,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--scan and --unscan need --axis, which counts the layers (MaxText: 1, else 0).")
     if arguments.target is None and arguments.to == "nnx":
         raise UsageError("--to nnx needs the MODULE:FACTORY of the NNX model, which knows its names.")
-    if arguments.target is None and (arguments.rename or arguments.policy):
-        raise UsageError("--rename and --policy need a MODULE:FACTORY.")
+    if arguments.target is None and (arguments.rename or arguments.rules or arguments.policy):
+        raise UsageError("--rename, --rules and --policy need a MODULE:FACTORY.")
 
 
 def _dtype(name: str | None) -> np.dtype[Any] | None:
@@ -207,7 +208,7 @@ def _regrouped(
 def _has_names_of(target: Any, checkpoint: Checkpoint, arguments: argparse.Namespace) -> bool:
     """Tells whether a target's own names are stored, so that rules say what Linen is to read instead."""
     layout = layouts.candidates(checkpoint.leaves, arguments.layout)[0].name
-    if layout != "params" or not arguments.rename:
+    if layout != "params" or not (arguments.rename or arguments.rules):
         return layout in WITHOUT_COLLECTIONS
     # A pure dict of weights alone looks like a Linen program's bare params.
     return not plan_restore(checkpoint.directory, target, layout=arguments.layout).missing
@@ -219,7 +220,7 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> ConvertReq
     factory = load_factory(arguments.target)
     target = factory.target(weights_only=arguments.weights_only)
     flavour = arguments.to if arguments.to in ("linen", "maxtext") else None
-    renames = renames_of(arguments.rename)
+    renames = rules_of(arguments)
     undone = renames if flavour is not None and _has_names_of(target, checkpoint, arguments) else []
     plan = plan_restore(
         checkpoint.directory,
@@ -254,9 +255,12 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
         help="write a checkpoint in another layout",
-        description="Writes a checkpoint again in another layout, arrangement of layers or dtype, as an item "
-        "that stock Orbax reads. Values are streamed; the destination appears only when it is complete and "
-        "was read again. Nothing is overwritten.",
+        **described(
+            "Writes a checkpoint again in another layout, arrangement of layers or dtype, as an item "
+            "that stock Orbax reads. Values are streamed; the destination appears only when it is complete "
+            "and was read again. Nothing is overwritten.",
+            "orbax-nnx convert run new/1200/items model.py:make --rules rules.py",
+        ),
     )
     add_path(parser, "src")
     add_path(parser, "dst", "the item directory to create, such as new/1200/items")

@@ -2,22 +2,34 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from orbax_nnx_handler.commands.arguments import add_item, add_json, add_memory, add_path
+from orbax_nnx_handler.commands.arguments import (
+    add_item,
+    add_json,
+    add_memory,
+    add_path,
+    add_rules,
+    described,
+    rules_of,
+)
 from orbax_nnx_handler.commands.screen import Screen, count
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, segments, sort_paths, spelled
+from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.rules import Rule, apply_rules
+from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.converting.blocks import Difference, as_stored, differences
+from orbax_nnx_handler.storage.converting.blocks import Difference, Written, as_stored, differences
 from orbax_nnx_handler.storage.converting.memory import window_of
+from orbax_nnx_handler.storage.converting.source import reading_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +38,7 @@ class Comparison:
 
     left: Checkpoint
     right: Checkpoint
+    count: int
     only_left: tuple[StoredLeaf, ...]
     only_right: tuple[StoredLeaf, ...]
     changed: tuple[tuple[StoredLeaf, StoredLeaf], ...]
@@ -60,11 +73,15 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "diff",
         help="how two checkpoints differ",
-        description="Compares paths, shapes and dtypes of two checkpoints, and their values if asked to. "
-        "Exit status: 0 nothing differs, 1 something does.",
+        **described(
+            "Compares paths, shapes and dtypes of two checkpoints, and their values if asked to. "
+            "Exit status: 0 nothing differs, 1 something does.",
+            "orbax-nnx diff run converted --values --rules rules.py",
+        ),
     )
     add_path(parser, "path_a")
     add_path(parser, "path_b")
+    add_rules(parser)
     add_item(parser)
     parser.add_argument("--values", action="store_true", help="read both and compare every value")
     add_memory(parser)
@@ -77,10 +94,11 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     sides = [read_metadata(find_item(path, arguments.item)) for path in (arguments.path_a, arguments.path_b)]
     for side in sides:
         check_readable(side.broken)
-    compared = compare(sides[0], sides[1])
+    rules = rules_of(arguments)
+    compared = compare(sides[0], sides[1], rules)
     if arguments.values:
         window = window_of(arguments.memory)
-        compared = dataclasses.replace(compared, values=_values(sides[0], sides[1], window, screen))
+        compared = dataclasses.replace(compared, values=_values(sides[0], sides[1], rules, window, screen))
     if arguments.json:
         screen.json(compared.to_dict())
     else:
@@ -88,13 +106,14 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     return 0 if compared.is_same else 1
 
 
-def compare(left: Checkpoint, right: Checkpoint) -> Comparison:
-    """Compares two checkpoints by their metadata."""
-    ours, theirs = _by_segments(left), _by_segments(right)
+def compare(left: Checkpoint, right: Checkpoint, rules: Sequence[Rule] = ()) -> Comparison:
+    """Compares two checkpoints by their metadata, the first one's model as rules make it."""
+    ours, theirs = _by_segments(left, rules), _by_segments(right)
     pairs = [(ours[key], theirs[key]) for key in sort_paths(ours.keys() & theirs.keys())]
     return Comparison(
         left=left,
         right=right,
+        count=len(ours),
         only_left=tuple(ours[key] for key in sort_paths(ours.keys() - theirs.keys())),
         only_right=tuple(theirs[key] for key in sort_paths(theirs.keys() - ours.keys())),
         changed=tuple((one, other) for one, other in pairs if _kind(one) != _kind(other)),
@@ -102,15 +121,57 @@ def compare(left: Checkpoint, right: Checkpoint) -> Comparison:
     )
 
 
-def _by_segments(checkpoint: Checkpoint) -> dict[Path, StoredLeaf]:
+def _by_segments(checkpoint: Checkpoint, rules: Sequence[Rule] = ()) -> dict[Path, StoredLeaf]:
     # A list's index is an int for one writer and a string for another.
-    return {segments(path): leaf for path, leaf in checkpoint.leaves.items()}
+    return {
+        segments(leaf.path): leaf
+        for leaf in (
+            *_untouched(checkpoint, rules).values(),
+            *(
+                StoredLeaf(path=entry.whole, shape=entry.shape, dtype=entry.cast or entry.dtype)
+                for entry in _entries(checkpoint, rules)
+            ),
+        )
+    }
 
 
-def _values(left: Checkpoint, right: Checkpoint, window: int, screen: Screen) -> Mapping[Path, Difference]:
+def _entries(checkpoint: Checkpoint, rules: Sequence[Rule]) -> Sequence[Entry]:
+    """Returns the model's leaves after the rules; none without any rule."""
+    if not rules:
+        return ()
+    layout = reading_of(checkpoint.leaves)
+    return apply_rules(model_entries(layout.place(checkpoint.leaves)), rules).entries
+
+
+def _untouched(checkpoint: Checkpoint, rules: Sequence[Rule]) -> Mapping[Path, StoredLeaf]:
+    """Returns the leaves that rules say nothing about: what is no model's."""
+    if not rules:
+        return checkpoint.leaves
+    layout = reading_of(checkpoint.leaves)
+    placed = layout.place(checkpoint.leaves)
+    return {item.leaf.path: item.leaf for item in placed if item.section != "model"}
+
+
+def _written(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[Path, Written]:
+    stored = as_stored(checkpoint)
+    found: dict[Path, Written] = {
+        path: stored[path] for path in _untouched(checkpoint, rules) if path in stored
+    }
+    for entry in _entries(checkpoint, rules):
+        recipe, dtype = entry.recipe, entry.cast or entry.dtype
+        if isinstance(recipe, Read) and recipe.path in stored and entry.cast is None:
+            found[entry.whole] = dataclasses.replace(stored[recipe.path], path=entry.whole)
+        elif dtype is not None:
+            found[entry.whole] = Written(path=entry.whole, recipe=recipe, shape=entry.shape, dtype=dtype)
+    return {segments(path): item for path, item in found.items()}
+
+
+def _values(
+    left: Checkpoint, right: Checkpoint, rules: Sequence[Rule], window: int, screen: Screen
+) -> Mapping[Path, Difference]:
     """Compares the values of all leaves that have one shape, in the wider of their dtypes."""
-    ours = {segments(path): item for path, item in as_stored(left).items()}
-    theirs = {segments(path): item for path, item in as_stored(right).items()}
+    ours = _written(left, rules)
+    theirs: dict[Path, Written] = {segments(path): item for path, item in as_stored(right).items()}
     keys = [key for key in ours if key in theirs and ours[key].shape == theirs[key].shape]
     dtypes = [jnp.promote_types(ours[key].dtype, theirs[key].dtype) for key in keys]
     sides = [
@@ -132,14 +193,14 @@ def _show(compared: Comparison, screen: Screen) -> None:
     screen.say()
     what = "values" if compared.values else "paths, shapes and dtypes"
     if compared.is_same:
-        leaves = count(len(compared.left.leaves), "leaf", "leaves")
+        leaves = count(compared.count, "leaf", "leaves")
         screen.say(f"Nothing differs in {what}: {leaves}.", "bold green")
     elif compared.values:
         equal = len(compared.values) - len(unequal)
         screen.say(f"{count(equal, 'leaf has', 'leaves have')} equal values, {len(unequal)} differ.")
     else:
-        left, changed = len(compared.left.leaves) - len(compared.only_left), len(compared.changed)
-        agree = count(left - changed, "leaf agrees", "leaves agree")
+        changed = len(compared.changed)
+        agree = count(compared.count - len(compared.only_left) - changed, "leaf agrees", "leaves agree")
         screen.say(f"{agree} in path, shape and dtype; --values compares their values.")
 
 

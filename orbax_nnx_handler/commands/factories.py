@@ -7,7 +7,7 @@ import importlib.util
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, cast
 
@@ -47,7 +47,7 @@ class Factory:
             target = _abstract(self)
         # The user's code may raise anything; what it is and where tells them more than our own traceback.
         except (Exception, SystemExit) as error:
-            raise UsageError(f"{self.text} fails under nnx.eval_shape: {_told(error)}") from error
+            raise UsageError(f"{self.text} fails under nnx.eval_shape: {told(error)}") from error
         if target is None:
             raise UsageError(f"{self.text} builds nothing; it must return the module or the train state.")
         return _weights_of(target) if weights_only else target
@@ -67,14 +67,47 @@ def load_factory(text: str) -> Factory:
     if not colon or not place or not call:
         raise UsageError(f"{text!r} is no MODULE:FACTORY, such as model.py:make or 'model:make(layers=12)'.")
     names, args, kwargs = _parse_call(text, call)
+    found = _member(place, names)
+    if not callable(found):
+        raise UsageError(f"{text} is a {type(found).__name__}, not a function.")
+    return Factory(text, found, args, kwargs)
+
+
+def load_value(text: str, default: str = "") -> Any:
+    """Returns what an argument names: `file.py:NAME` or `package.module:NAME`.
+
+    Args:
+        text: Module or file, a colon and a name.
+        default: The name where the text has none.
+
+    Raises:
+        UsageError: The text names nothing.
+    """
+    place, _, name = text.partition(":")
+    name = name or default
+    if not place or not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"{text!r} is no FILE.py:NAME.")
+    return _member(place, name.split("."))
+
+
+def told(error: BaseException) -> str:
+    """Returns what an error of the user's code is, and where in that code it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((frame for frame in reversed(frames) if not _is_installed(frame.filename)), None)
+    where = f"\nat {place.filename}:{place.lineno}" if place is not None else ""
+    if isinstance(error, SyntaxError):
+        where = f"\nat {error.filename}:{error.lineno}"
+    kind = "" if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: "
+    return f"{kind}{error}{where}"
+
+
+def _member(place: str, names: Sequence[str]) -> Any:
     found: Any = _load_module(place)
     for name in names:
         if not hasattr(found, name):
             raise UsageError(f"{place} has no {'.'.join(names)}; it has: {_functions(found)}.")
         found = getattr(found, name)
-    if not callable(found):
-        raise UsageError(f"{text} is a {type(found).__name__}, not a function.")
-    return Factory(text, found, args, kwargs)
+    return found
 
 
 def _parse_call(text: str, call: str) -> tuple[list[str], tuple[Any, ...], dict[str, Any]]:
@@ -111,18 +144,7 @@ def _load_module(place: str) -> ModuleType:
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{place} cannot be imported: {_told(error)}") from error
-
-
-def _told(error: BaseException) -> str:
-    """Returns what an error of the user's code is, and where in that code it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = next((frame for frame in reversed(frames) if not _is_installed(frame.filename)), None)
-    where = f"\nat {place.filename}:{place.lineno}" if place is not None else ""
-    if isinstance(error, SyntaxError):
-        where = f"\nat {error.filename}:{error.lineno}"
-    kind = "" if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: "
-    return f"{kind}{error}{where}"
+        raise UsageError(f"{place} cannot be imported: {told(error)}") from error
 
 
 def _is_installed(file: str) -> bool:

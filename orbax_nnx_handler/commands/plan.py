@@ -9,9 +9,10 @@ from orbax_nnx_handler.commands.arguments import (
     add_path,
     add_policy,
     add_target,
+    described,
     policies_of,
     pretend_devices,
-    renames_of,
+    rules_of,
 )
 from orbax_nnx_handler.commands.factories import load_factory
 from orbax_nnx_handler.commands.screen import Screen, options_of
@@ -25,8 +26,11 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
         help="whether a checkpoint becomes a target",
-        description="Says whether a checkpoint becomes a target, and what is wrong if it does not. "
-        "Reads metadata only. Exit status: 0 it fits, 1 it does not.",
+        **described(
+            "Says whether a checkpoint becomes a target, and what is wrong if it does not. "
+            "Reads metadata only. Exit status: 0 it fits, 1 it does not.",
+            "orbax-nnx plan run 'model.py:make(layers=12)' --rules rules.py --rename model=",
+        ),
     )
     add_path(parser)
     add_target(parser)
@@ -74,7 +78,7 @@ def plan_for(arguments: argparse.Namespace) -> RestorePlan:
         factory.target(weights_only=arguments.weights_only),
         policy=policies,
         layout=arguments.layout,
-        renames=renames_of(arguments.rename),
+        renames=rules_of(arguments),
         init=factory if "init" in str(policies) else None,
         item=arguments.item,
     )

@@ -1,6 +1,8 @@
 """`orbax-nnx suggest`: rules for names that nobody but the user can know."""
 
 import argparse
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from orbax_nnx_handler import api
@@ -9,12 +11,15 @@ from orbax_nnx_handler.commands.arguments import (
     add_json,
     add_path,
     add_target,
+    described,
     pretend_devices,
-    renames_of,
+    rules_of,
 )
-from orbax_nnx_handler.commands.factories import load_factory
+from orbax_nnx_handler.commands.factories import UsageError, load_factory
 from orbax_nnx_handler.commands.screen import Screen, rename_options
+from orbax_nnx_handler.planning.core.errors import as_python
 from orbax_nnx_handler.planning.core.paths import spelled
+from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.suggesting import Suggestion
 
 
@@ -23,11 +28,21 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "suggest",
         help="rules for names that differ",
-        description="Proposes rules, as Python, where a target's names are not the checkpoint's. Reads "
-        "metadata only and applies nothing. Exit status: 0 a proposal for everything, 1 something is open.",
+        **described(
+            "Proposes rules, as Python, where a target's names are not the checkpoint's. Reads "
+            "metadata only and applies nothing. Exit status: 0 a proposal for everything, 1 something is "
+            "open.",
+            "orbax-nnx suggest run model.py:make --write rules.py",
+        ),
     )
     add_path(parser)
     add_target(parser)
+    parser.add_argument(
+        "--write",
+        metavar="FILE.py",
+        help="write the rules, those that were given included, as a Python file to be edited: it is what "
+        "--rules takes",
+    )
     add_item(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -37,14 +52,18 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Prints the proposal."""
     pretend_devices(arguments)
     factory = load_factory(arguments.target)
+    settled = rules_of(arguments)
+    file = None if arguments.write is None else _free(pathlib.Path(arguments.write))
     suggestion = api.suggest(
         arguments.path,
         factory.target(weights_only=arguments.weights_only),
         init=factory,
         layout=arguments.layout,
-        renames=renames_of(arguments.rename),
+        renames=settled,
         item=arguments.item,
     )
+    if file is not None:
+        file.write_text(written(suggestion, settled, f"{arguments.path} {arguments.target}", file.name))
     if arguments.json:
         screen.json(_to_dict(suggestion))
     else:
@@ -53,6 +72,45 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         if options:
             screen.say(f"# on the command line: {options}")
     return 1 if suggestion.confidence == "open" or suggestion.unmatched_wanted else 0
+
+
+def _free(file: pathlib.Path) -> pathlib.Path:
+    if file.suffix != ".py":
+        raise UsageError(f"--write {file} is no FILE.py.")
+    if file.exists():
+        raise UsageError(f"--write {file}: there is a file already; nothing is overwritten.")
+    return file
+
+
+def written(suggestion: Suggestion, settled: Sequence[Rule], words: str, file: str) -> str:
+    """Returns a Python file that holds the rules, to be edited.
+
+    Args:
+        suggestion: The proposal; what it leaves open stands below the rules as comments.
+        settled: The rules that were given.
+        words: The checkpoint and the factory, as on the command line.
+        file: The file's name.
+    """
+    rules = [*settled, *suggestion.renames]
+    names = sorted({type(rule).__name__ for rule in rules if not isinstance(rule, Rename)})
+    head = f"Rules that `orbax-nnx suggest` proposed: check them. `--rules {file}` takes them, as in\n\n"
+    head += f"    orbax-nnx plan {words} --rules {file}\n"
+    lines = [*_docstring(head), ""]
+    lines += [f"from orbax_nnx_handler import {', '.join(names)}", ""] if names else []
+    lines += ["RULES = [", *(f"    {_as_code(rule)}," for rule in rules), "]"]
+    notes = [line for line in str(suggestion).splitlines() if line.startswith("#")]
+    return "\n".join([*lines, *(["", *notes] if notes else []), ""])
+
+
+def _as_code(rule: Rule) -> str:
+    return str(rule) if isinstance(rule, Rename) else as_python(rule)
+
+
+def _docstring(text: str) -> list[str]:
+    # A path may hold quotes, backslashes and line breaks.
+    safe = "\n".join(line if line.isprintable() else repr(line)[1:-1] for line in text.split("\n"))
+    quoted = safe.replace("\\", "\\\\").replace('"""', "'" * 3)
+    return [*f'"""{quoted}"""'.splitlines()]
 
 
 def _options(suggestion: Suggestion) -> str:

@@ -92,12 +92,13 @@ def written(suggestion: Suggestion, settled: Sequence[Rule], words: str, file: s
         file: The file's name.
     """
     rules = [*settled, *suggestion.renames]
-    names = sorted({type(rule).__name__ for rule in rules if not isinstance(rule, Rename)})
+    codes = list(map(_as_code, rules))
+    names = sorted({code.partition("(")[0] for code in codes} - {""})
     head = f"Rules that `orbax-nnx suggest` proposed: check them. `--rules {file}` takes them, as in\n\n"
     head += f"    orbax-nnx plan {words} --rules {file}\n"
     lines = [*_docstring(head), ""]
     lines += [f"from orbax_nnx_handler import {', '.join(names)}", ""] if names else []
-    lines += ["RULES = [", *(f"    {_as_code(rule)}," for rule in rules), "]"]
+    lines += ["RULES = [", *(f"    {code}," for code in codes), "]"]
     notes = [line for line in str(suggestion).splitlines() if line.startswith("#")]
     return "\n".join([*lines, *(["", *notes] if notes else []), ""])
 

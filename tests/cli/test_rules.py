@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from orbax_nnx_handler import Suggestion, Transpose, plan_restore
+from orbax_nnx_handler import Rename, Suggestion, Transpose, plan_restore
 from orbax_nnx_handler.commands.factories import load_factory
 from orbax_nnx_handler.commands.suggest import written
 from orbax_nnx_handler.planning.rules import as_rules
@@ -139,7 +139,9 @@ def test_a_proposal_is_written_as_a_file_that_runs_and_that_the_commands_take(
 
 def test_a_written_file_escapes_names_and_holds_every_kind_of_rule() -> None:
     strange = 'a"""b\\\n\x1b[31m'
-    settled = as_rules([(strange, "w"), Transpose("w/kernel", (1, 0))])
+    settled = as_rules(
+        [(strange, "w"), Transpose("w/kernel", (1, 0)), Rename(r"\.(\w)", r"/\1", regex=True), ("model", "")]
+    )
     proposal = Suggestion(proposals=(), questions=(), unmatched_wanted=(), unmatched_stored=())
 
     text = written(proposal, settled, f"{strange} model.py:make", "file.py")

@@ -37,7 +37,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     text_of,
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, damaged
-from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files
 from orbax_nnx_handler.storage.stores.kvstore import Store
 
 TREE_FILE, MSGPACK_FILE = "_METADATA", "checkpoint"
@@ -104,7 +104,8 @@ def read_tree(directory: epath.Path, files: Files, database: Store | None) -> Tr
         NotACheckpointError: The file of the tree is damaged.
     """
     if files.is_file(directory):
-        return _packed_tree(directory, directory.parent / (directory.name + _FLAX_FOLDER), files)
+        folder = directory.parent / (directory.name + _FLAX_FOLDER)
+        return _packed_tree(directory, folder, files, below=ANYWHERE)
     listed = packed = None
     if files.has_file(directory, TREE_FILE):
         listed = _metadata_tree(directory / TREE_FILE, files)
@@ -152,12 +153,12 @@ def _number(name: str) -> int:
     return int(name)
 
 
-def _packed_tree(file: epath.Path, folder: epath.Path, files: Files) -> Tree:
+def _packed_tree(file: epath.Path, folder: epath.Path, files: Files, below: str = "") -> Tree:
     nodes: dict[Path, str] = {}
     names: dict[Path, str] = {}
     values: dict[Path, Any] = {}
     by_orbax = file.name == MSGPACK_FILE
-    for keys, leaf in _walk(_unpack(file, files), ()):
+    for keys, leaf in _walk(_unpack(file, files, below), ()):
         name = _array_name(leaf)
         nodes[keys] = _node_type(leaf) if name is None else UNKNOWN_TYPE
         if name is not None:
@@ -168,9 +169,9 @@ def _packed_tree(file: epath.Path, folder: epath.Path, files: Files) -> Tree:
     return Tree(nodes=nodes, names=names, values=values, folder=folder, by_orbax=by_orbax)
 
 
-def _unpack(file: epath.Path, files: Files) -> object:
+def _unpack(file: epath.Path, files: Files, below: str) -> object:
     try:
-        tree = cast(object, serialization.msgpack_restore(files.content(file) or b""))
+        tree = cast(object, serialization.msgpack_restore(files.content(file, below) or b""))
     except NotACheckpointError:
         raise
     # msgpack raises many types for a file that is something else.

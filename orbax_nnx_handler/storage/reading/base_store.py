@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+from orbax_nnx_handler.storage.stores.files import ANYWHERE
 from orbax_nnx_handler.storage.stores.kvstore import Store
+from orbax_nnx_handler.storage.stores.opening import open_file
 
 # The most buffers that one call fills (IOV_MAX is 1024 on Linux and on macOS).
 _BUFFERS = 1000
@@ -37,14 +39,16 @@ class LocalData:
     JAX adopts only memory that starts on 64 bytes, as values within a data file rarely do.
     """
 
-    def __init__(self, root: str, *, shared: bool) -> None:
+    def __init__(self, root: str, *, shared: bool, below: str | None = None) -> None:
         """Opens nothing yet.
 
         Args:
             root: The directory.
             shared: Whether a file holds many values and so stays open until `close`.
+            below: What no link may lead out of; None for the directory.
         """
         self._root = root
+        self._below = root if below is None else below
         self._shared = shared
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -91,13 +95,16 @@ class LocalData:
     def _descriptor(self, file: str) -> int:
         try:
             if not self._shared:
-                return os.open(f"{self._root}/{file}", os.O_RDONLY)
+                return self._opened(file)
             with self._lock:
                 if file not in self._open:
-                    self._open[file] = os.open(f"{self._root}/{file}", os.O_RDONLY)
+                    self._open[file] = self._opened(file)
                 return self._open[file]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise AbsentError("the file is absent") from error
+
+    def _opened(self, file: str) -> int:
+        return open_file(self._below, f"{self._root}/{file}"[len(self._below) :].lstrip("/"))
 
 
 def _fill(descriptor: int, start: int, buffers: Sequence[memoryview]) -> None:
@@ -186,7 +193,10 @@ def open_data(store: Store | None) -> DataFiles:
     if store is None:
         return LocalData("", shared=True)
     if store.local and (store.kind == "files" or store.catalog is not None):
-        return LocalData(os.fspath(store.directory), shared=store.kind != "files")
+        # The caller named an archive itself, maybe by a link.
+        below = ANYWHERE if store.kind == "archive" else None
+        root = os.fspath(store.directory.absolute())
+        return LocalData(root, shared=store.kind != "files", below=below)
     # Without a catalog only the database itself knows its values.
     return RemoteData(store.base if store.catalog is not None else store.kvstore)
 

@@ -15,6 +15,7 @@ from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.stores.files import (
+    ANYWHERE,
     Answer,
     FolderEntry,
     List,
@@ -24,6 +25,7 @@ from orbax_nnx_handler.storage.stores.files import (
     Sizes,
 )
 from orbax_nnx_handler.storage.stores.locations import cannot_read, kvstore_spec
+from orbax_nnx_handler.storage.stores.opening import open_file
 
 
 class LocalFiles:
@@ -43,8 +45,8 @@ def _answer(question: Question) -> Answer:
                 return _list(path)
             case Sizes(path, prefix):
                 return dict(_sizes(path, prefix))
-            case ReadFile(path, start, size):
-                return _read(path, start, size)
+            case ReadFile():
+                return _read(question)
     except (FileNotFoundError, NotADirectoryError):
         return {} if isinstance(question, Sizes) else None
     except OSError as error:
@@ -98,14 +100,16 @@ def _sizes_below(root: str, folder: str) -> Iterator[tuple[str, int]]:
                 yield file[len(root) + 1 :], entry.size
 
 
-def _read(path: str, start: int, size: int | None) -> bytes | None:
-    entry = _entry_of(pathlib.Path(path).stat())
-    if entry.kind != "file":
-        # Opening a pipe would wait for whoever writes to it.
-        raise OSError("it is no regular file")
-    with open(path, "rb") as file:  # noqa: PTH123
-        file.seek(start)
-        return file.read(entry.size if size is None else min(size, entry.size))
+def _read(question: ReadFile) -> bytes | None:
+    path = question.path
+    if question.below == ANYWHERE:
+        path = os.fspath(pathlib.Path(path).absolute())
+    folder = question.below or path.rpartition("/")[0] or "."
+    descriptor = open_file(folder, path.removeprefix(folder).lstrip("/"))
+    with open(descriptor, "rb") as file:  # noqa: PTH123
+        held = os.fstat(descriptor).st_size
+        file.seek(question.start)
+        return file.read(held if question.size is None else min(question.size, held))
 
 
 _logger = logging.getLogger(__name__)

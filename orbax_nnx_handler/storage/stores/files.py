@@ -22,6 +22,9 @@ _logger = logging.getLogger(__name__)
 
 Kind = Literal["file", "folder", "other"]
 
+ANYWHERE = "/"
+"""The folder that a file must lie in which the caller named: a link of the caller's own is followed."""
+
 
 class FolderEntry(NamedTuple):
     """What a name stands for; `other` is a pipe, a device, or a link to nothing."""
@@ -59,11 +62,19 @@ class Sizes(NamedTuple):
 
 
 class ReadFile(NamedTuple):
-    """Asks for the bytes of a file, or a run of them; the answer is None where there is no file."""
+    """Asks for the bytes of a file, or a run of them; the answer is None where there is no file.
+
+    Attributes:
+        path: The file.
+        start: The first byte.
+        size: How many; None for all.
+        below: The folder that no link on the way may lead out of; empty for the file's own.
+    """
 
     path: str
     start: int = 0
     size: int | None = None
+    below: str = ""
 
 
 Question = List | Sizes | ReadFile
@@ -149,17 +160,17 @@ class Files:
         entry = self.entries(folder).get(name)
         return entry is not None and entry.kind != "folder"
 
-    def content(self, path: epath.Path) -> bytes | None:
-        """Returns the bytes of a small file, or None if there is none.
+    def content(self, path: epath.Path, below: str = "") -> bytes | None:
+        """Returns the bytes of a small file, or None if there is none; `below` as for `ReadFile`.
 
         Raises:
             NotACheckpointError: It cannot be read.
         """
-        return _expect(bytes, self._answer(ReadFile(os.fspath(path))))
+        return _expect(bytes, self._answer(ReadFile(os.fspath(path), below=below)))
 
     def beginning(self, path: epath.Path, size: int) -> bytes:
-        """Returns the first bytes of a file."""
-        return _expect(bytes, self._answer(ReadFile(os.fspath(path), 0, size))) or b""
+        """Returns the first bytes of a file that the caller named, wherever it is a link to."""
+        return _expect(bytes, self._answer(ReadFile(os.fspath(path), 0, size, ANYWHERE))) or b""
 
     def optional(self, path: epath.Path, *, warn: bool = False) -> bytes | None:
         """Returns the bytes of a file that can be done without, or None."""
@@ -170,9 +181,10 @@ class Files:
                 _logger.warning("going on without a file: %s", str(error).splitlines()[0])
             return None
 
-    def contents(self, paths: Sequence[epath.Path]) -> list[bytes | NotACheckpointError | None]:
-        """Returns the bytes of many small files, asked for together; an error for one that cannot be read."""
-        questions = [ReadFile(os.fspath(path)) for path in paths]
+    def contents(self, folder: epath.Path, names: Sequence[str]) -> list[bytes | NotACheckpointError | None]:
+        """Returns the bytes of small files below a folder, asked for together, or an error for each."""
+        root = os.fspath(folder)
+        questions = [ReadFile(f"{root}/{name}", below=root) for name in names]
         self.ask(*questions)
         answers = [self._known[question] for question in questions]
         return [answer if isinstance(answer, bytes | NotACheckpointError) else None for answer in answers]
@@ -181,7 +193,7 @@ class Files:
         """Returns runs of bytes in files below a folder, asked for together and not kept."""
         root = os.fspath(folder)
         answers = self._backend.answer(
-            [ReadFile(f"{root}/{file}", start, size) for file, start, size in extents]
+            [ReadFile(f"{root}/{file}", start, size, root) for file, start, size in extents]
         )
         return [_expect(bytes, answer) or b"" for answer in answers]
 

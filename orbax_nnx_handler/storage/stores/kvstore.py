@@ -255,7 +255,7 @@ def read_small(store: Store, keys: Sequence[str], files: Files) -> list[bytes | 
     None stands for an absent one, an error for one that cannot be read.
     """
     if store.catalog is None:
-        return files.contents([store.directory / key for key in keys])
+        return files.contents(store.directory, keys)
     found = [store.catalog.get(key) for key in keys]
     outside = {
         value: None

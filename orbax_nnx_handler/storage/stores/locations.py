@@ -8,6 +8,7 @@ from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError, RestoreError
 from orbax_nnx_handler.planning.core.paths import printable
+from orbax_nnx_handler.storage.stores.opening import OutsideError
 
 _SCHEMES = ("gs", "s3")
 _FILE = "file://"
@@ -152,6 +153,8 @@ def _hint(path: str, error: BaseException, text: str) -> str:
 
 
 def _local_hint(error: BaseException) -> str:
+    if isinstance(error, OutsideError):
+        return "if that file belongs to it, copy the checkpoint with what its links mean: cp -rL FROM TO."
     if isinstance(error, PermissionError):
         return "this user may not read it: change its permissions, or run as its owner."
     return "a file of it is damaged, or is none: copy it again from where it was written."

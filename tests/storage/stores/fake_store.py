@@ -4,7 +4,7 @@ import os
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.stores.backends import LocalFiles
-from orbax_nnx_handler.storage.stores.files import Files, List, Listing, Sizes
+from orbax_nnx_handler.storage.stores.files import Files, List, Listing, ReadFile, Sizes
 
 
 class FakeBucket:
@@ -30,6 +30,8 @@ class FakeBucket:
         if any(part in question.path for part in self.forbidden):
             return NotACheckpointError(f"{question.path} cannot be read: 403")
         local = question._replace(path=question.path.replace(self.bucket, self.directory))
+        if isinstance(local, ReadFile):
+            local = local._replace(below="")
         if isinstance(question, Sizes | List) or os.path.isfile(local.path):  # noqa: PTH113
             (answer,) = LocalFiles().answer([local])
             return None if isinstance(answer, Listing) and answer == Listing(kind="folder") else answer

@@ -1,0 +1,168 @@
+"""Files of a stranger's checkpoint: no pipe is waited for, and no link leads out of it."""
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orbax_nnx_handler import RestoreError, plan_restore, restore
+from tests.storage.checkpoints import DiskFormat, save
+
+FORMATS = {
+    "zarr": DiskFormat(False, False, False),
+    "zarr, zstd": DiskFormat(False, False, True),
+    "zarr3": DiskFormat(False, True, False),
+    "ocdbt": DiskFormat(True, True, False),
+}
+UNNEEDED = ("_CHECKPOINT_METADATA", "commit_success.txt", "_sharding", "process_0")
+WANTED = {"w": jax.ShapeDtypeStruct((64, 40), jnp.float32)}
+
+
+def files_of(path):
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def item(tmp_path, disk_format):
+    # Random numbers, so that the values are in a file of their own.
+    values = np.random.default_rng(0).normal(size=(64, 40)).astype(np.float32)
+    return save(tmp_path / "run" / "item", {"w": values}, FORMATS[disk_format]), values
+
+
+_watching: list[set[str]] = []
+
+
+def _watch(event, arguments):
+    for names in _watching:
+        if event == "open":
+            names.add(str(arguments[0]))
+
+
+# An audit hook cannot be taken away again.
+sys.addaudithook(_watch)
+
+
+@pytest.fixture
+def opened():
+    """The files that this process opens."""
+    _watching.append(set())
+    yield _watching[-1]
+    _watching.clear()
+
+
+@pytest.mark.parametrize("disk_format", FORMATS)
+def test_no_link_to_a_file_outside_is_followed(tmp_path, disk_format, opened):
+    path, _ = item(tmp_path, disk_format)
+    secret = tmp_path / "secret"
+    for file in files_of(path):
+        secret.write_bytes(file.read_bytes())
+        kept = tmp_path / "kept"
+        shutil.move(file, kept)
+        file.symlink_to(secret)
+        opened.clear()
+        said = "done without it"
+        with contextlib.suppress(RestoreError):
+            try:
+                restore(path, WANTED)
+            except RestoreError as error:
+                said = str(error)
+                raise
+        needed = file.name not in UNNEEDED and "ocdbt.process" not in str(file)
+        assert not needed or "leads out of the checkpoint" in said
+        assert not [name for name in opened if "secret" in name]
+        file.unlink()
+        shutil.move(kept, file)
+
+
+@pytest.mark.parametrize("disk_format", ["zarr", "zarr3"])
+def test_no_link_to_a_folder_outside_is_followed(tmp_path, disk_format, opened):
+    path, _ = item(tmp_path, disk_format)
+    shutil.move(path / "w", tmp_path / "secret")
+    (path / "w").symlink_to(tmp_path / "secret")
+
+    with pytest.raises(RestoreError, match="leads out of the checkpoint"):
+        restore(path, WANTED)
+    assert not [name for name in opened if "secret" in name]
+
+
+@pytest.mark.parametrize("disk_format", FORMATS)
+def test_links_within_the_checkpoint_and_to_it_are_followed(tmp_path, disk_format):
+    path, values = item(tmp_path, disk_format)
+    shutil.copytree(path, tmp_path / "real")
+    shutil.rmtree(path)
+    path.symlink_to(tmp_path / "real")
+    for number, file in enumerate(files_of(tmp_path / "real")):
+        shutil.move(file, tmp_path / "real" / f"moved_{number}")
+        file.symlink_to(os.path.relpath(tmp_path / "real" / f"moved_{number}", file.parent))
+
+    np.testing.assert_array_equal(restore(path, WANTED)["w"], values)
+
+
+@pytest.mark.parametrize("disk_format", FORMATS)
+def test_a_snapshot_in_the_cache_of_hugging_face_is_read(tmp_path, disk_format):
+    path, values = item(tmp_path, disk_format)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123" / "item"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(files_of(path)):
+        place = snapshot / file.relative_to(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blobs / str(number))
+        place.symlink_to(os.path.relpath(blobs / str(number), place.parent))
+
+    np.testing.assert_array_equal(restore(snapshot, WANTED)["w"], values)
+
+
+def test_an_archive_or_a_file_that_is_named_may_be_a_link(tmp_path):
+    values = np.arange(6, dtype=np.float32)
+    (tmp_path / "there").mkdir()
+    np.savez(tmp_path / "there" / "a.npz", w=values)
+    for name in ("b.npz", "without_an_ending"):
+        (tmp_path / name).symlink_to(tmp_path / "there" / "a.npz")
+
+        found = restore(tmp_path / name, {"w": jax.ShapeDtypeStruct((6,), jnp.float32)})
+        np.testing.assert_array_equal(found["w"], values)
+
+
+@pytest.mark.parametrize("disk_format", FORMATS)
+def test_a_pipe_in_place_of_any_file_is_refused_or_not_needed(tmp_path, disk_format):
+    path, values = item(tmp_path, disk_format)
+    for file in files_of(path):
+        kept = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        done = []
+
+        def attempt(done=done):
+            try:
+                done.append(restore(path, WANTED)["w"])
+            except RestoreError as error:
+                done.append(error)
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert done, file
+        if not isinstance(done[0], RestoreError):
+            np.testing.assert_array_equal(done[0], values)
+        file.unlink()
+        file.write_bytes(kept)
+
+
+def test_a_plan_names_the_file_and_where_its_link_leads(tmp_path):
+    path, _ = item(tmp_path, "ocdbt")
+    shutil.move(path / "_METADATA", tmp_path / "secret")
+    (path / "_METADATA").symlink_to(tmp_path / "secret")
+
+    with pytest.raises(RestoreError) as caught:
+        plan_restore(path, WANTED)
+    assert str(caught.value) == (
+        f"{path}/_METADATA cannot be read: OutsideError: it is a link that leads out of the checkpoint, "
+        f"to {tmp_path}/secret.\n"
+        "hint: if that file belongs to it, copy the checkpoint with what its links mean: cp -rL FROM TO."
+    )

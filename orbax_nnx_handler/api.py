@@ -12,6 +12,7 @@ from etils import epath
 from orbax_nnx_handler.decide import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
@@ -36,11 +37,11 @@ TargetT = TypeVar("TargetT")
 
 def restore(
     path: epath.PathLike,
-    target: Any,
+    target: TargetT,
     restore_args: Any = None,
     *,
     policy: Policies = "error",
-    layout: str = "auto",
+    layout: LayoutChoice = "auto",
     renames: Iterable[Rule | tuple[str, str]] = (),
     init: Callable[[], Any] | None = None,
     unexpected: UnexpectedPolicy = "warn",
@@ -49,7 +50,7 @@ def restore(
     concurrent_gb: float | None = None,
     single_replica: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Any:
+) -> TargetT:
     """Restores a Linen checkpoint into a target; takes what `plan_restore` takes.
 
     ```python
@@ -100,7 +101,7 @@ def suggest(
     target: Any,
     *,
     init: Callable[[], Any] | None = None,
-    layout: str = "auto",
+    layout: LayoutChoice = "auto",
     renames: Iterable[Rule | tuple[str, str]] = (),
     item: str | None = None,
 ) -> Suggestion:
@@ -184,7 +185,7 @@ def from_linen(
     restore_args: Any = None,
     *,
     policy: Policies = "error",
-    layout: str = "auto",
+    layout: LayoutChoice = "auto",
     renames: Iterable[Rule | tuple[str, str]] = (),
     init: Callable[[], Any] | None = None,
     unexpected: UnexpectedPolicy = "warn",

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
@@ -71,7 +72,7 @@ def plan_restore(
     restore_args: Any = None,
     *,
     policy: Policies = "error",
-    layout: str = "auto",
+    layout: LayoutChoice = "auto",
     renames: Iterable[Rule | tuple[str, str]] = (),
     init: Callable[[], Any] | None = None,
     unexpected: UnexpectedPolicy = "warn",

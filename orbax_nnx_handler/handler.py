@@ -3,13 +3,15 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Generic, cast, overload
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from typing_extensions import TypeVar
 
 from orbax_nnx_handler.api import restore_item
+from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import (
     DtypeChoice,
     Policies,
@@ -23,6 +25,8 @@ from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.storage.reading.single_replica import is_single_replica
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import Undone, linen_save
+
+ItemT = TypeVar("ItemT", default=Any)
 
 Renames = Iterable[Rule | tuple[str, str]]
 
@@ -73,7 +77,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         self,
         policy: Policies = "error",
         *,
-        layout: str = "auto",
+        layout: LayoutChoice = "auto",
         renames: Renames = (),
         init: Callable[[], Any] | None = None,
         unexpected: UnexpectedPolicy = "warn",
@@ -112,6 +116,12 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         # Written into the checkpoint: the parent's name, so that any Orbax can read it. On the instance,
         # since Orbax's registry of handler classes refuses two classes of one name.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
+
+    @overload
+    def restore(self, directory: epath.Path, *, args: "NNXLinenRestore[ItemT]") -> ItemT: ...
+
+    @overload
+    def restore(self, directory: epath.Path, *args: Any, **kwargs: Any) -> Any: ...
 
     def restore(self, directory: epath.Path, *args: Any, **kwargs: Any) -> Any:
         """Restores an item; see `NNXLinenRestore` for what it takes.
@@ -178,7 +188,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
 
 @ocp.args.register_with_handler(NNXLinenHandler, for_restore=True)
 @dataclasses.dataclass
-class NNXLinenRestore(ocp.args.PyTreeRestore):
+class NNXLinenRestore(ocp.args.PyTreeRestore, Generic[ItemT]):
     """What to restore; None means the handler's own setting.
 
     ```python
@@ -200,14 +210,35 @@ class NNXLinenRestore(ocp.args.PyTreeRestore):
         single_replica: Whether what several processes hold alike is read by one of them.
     """
 
+    item: ItemT | None = None
     _: dataclasses.KW_ONLY
     policy: Policies | None = None
-    layout: str | None = None
+    layout: LayoutChoice | None = None
     renames: Renames | None = None
     init: Callable[[], Any] | None = None
     unexpected: UnexpectedPolicy | None = None
     dtype: DtypeChoice | None = None
     single_replica: bool | None = None
+
+    if TYPE_CHECKING:
+        # For mypy, to which a dataclass on top of an untyped one, as Orbax's are, does not tell its item.
+        def __init__(
+            self,
+            item: ItemT | None = None,
+            restore_args: Any = None,
+            transforms: Any = None,
+            transforms_default_to_original: bool = True,
+            legacy_transform_fn: Any = None,
+            partial_restore: bool = False,
+            *,
+            policy: Policies | None = None,
+            layout: LayoutChoice | None = None,
+            renames: Renames | None = None,
+            init: Callable[[], Any] | None = None,
+            unexpected: UnexpectedPolicy | None = None,
+            dtype: DtypeChoice | None = None,
+            single_replica: bool | None = None,
+        ) -> None: ...
 
     def options(self, defaults: RestoreOptions) -> RestoreOptions:
         """Returns the handler's options with this restore's own in front."""
@@ -356,7 +387,7 @@ def _is_ours(wanted: NNXLinenRestore, given: Any) -> bool:
 
 def _restore_args(given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NNXLinenRestore:
     if isinstance(given, NNXLinenRestore):
-        return given
+        return cast("NNXLinenRestore[Any]", given)
     names = _names(ocp.args.PyTreeRestore)
     older = dict(zip(names, args, strict=False)) | kwargs
     source = older if given is None else _fields(given)

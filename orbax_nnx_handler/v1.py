@@ -29,6 +29,7 @@ from orbax.checkpoint.experimental.v1._src.context.context import get_context
 
 from orbax_nnx_handler.api import restore_item
 from orbax_nnx_handler.handler import Renames
+from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
@@ -139,7 +140,7 @@ class NNXLinenHandler:
 def configured(
     policy: Policies = "error",
     *,
-    layout: str = "auto",
+    layout: LayoutChoice = "auto",
     renames: Renames = (),
     init: Callable[[], Any] | None = None,
     unexpected: UnexpectedPolicy = "warn",

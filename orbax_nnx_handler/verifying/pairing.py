@@ -9,17 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import (
-    Add,
     Concat,
     Fill,
     Index,
     Read,
     Recipe,
-    Reshape,
-    Scale,
     Slice,
     Stack,
-    Transpose,
 )
 from orbax_nnx_handler.verifying.recording import Array, Call
 
@@ -86,8 +82,8 @@ def layers_of(recipe: Recipe) -> list[_Atoms]:
                 frozenset((path, layer, (*cuts, (axis, start, size))) for path, layer, cuts in atoms)
                 for atoms in layers_of(source)
             ]
-        case Transpose(source, _) | Reshape(source, _) | Scale(source, _) | Add(source, _):
-            return layers_of(source)
+        case _:
+            return layers_of(recipe.source)
 
 
 def pair_modules(

@@ -7,6 +7,7 @@ from etils import epath
 
 from orbax_nnx_handler.decide import decide
 from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
@@ -34,7 +35,7 @@ def verify(
     renames: Iterable[Rule | tuple[str, str]] = (),
     tolerance: float | None = None,
     policy: Policies = "error",
-    layout: str = "auto",
+    layout: LayoutChoice = "auto",
     init: Callable[[], Any] | None = None,
     unexpected: UnexpectedPolicy = "warn",
     item: str | None = None,

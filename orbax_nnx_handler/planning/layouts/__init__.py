@@ -1,6 +1,7 @@
 """How each family of programs arranges a checkpoint, one module a family."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
 from orbax_nnx_handler.planning.layouts import bare, linen, maxtext, nnx_programs, t5x, vision
@@ -36,6 +37,29 @@ LAYOUTS: tuple[Layout, ...] = (*_TELLING, *_GENERAL)
 
 UNNAMED: Layout = bare.PARAMS
 """The layout in which no key has a meaning: fits no tree with Linen's own keys, and may still be meant."""
+
+LayoutChoice = Literal[
+    "auto",
+    "linen",
+    "train_state",
+    "variables",
+    "params",
+    "maxtext",
+    "t5x",
+    "scenic",
+    "kauldron",
+    "big_vision",
+    "big_vision_weights",
+    "gemma",
+    "tunix",
+    "openpi",
+    "openpi_weights",
+    "openpi_train_state",
+    "nnx_state",
+    "nnx_pure_dict",
+    "optax_state",
+]
+"""What may be given as `layout=`: `auto`, a name of a layout, or `linen` for that of a Flax TrainState."""
 
 _ALIASES = {"linen": "train_state"}
 

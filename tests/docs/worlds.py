@@ -105,7 +105,7 @@ def policies(directory: pathlib.Path) -> World:
                     setattr(self, name, part)
             self.classifier = nnx.Linear(16, 5, rngs=rngs)
 
-    return world | {"make_tagger": lambda: Tagger(nnx.Rngs(0))}
+    return world | {"make_tagger": lambda: Tagger(nnx.Rngs(0)), "classifier": directory / "classifier"}
 
 
 def rules(directory: pathlib.Path) -> World:

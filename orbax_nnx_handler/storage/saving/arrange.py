@@ -187,10 +187,20 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
 
 
 def _places(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, ItemLeaf]]:
-    yield from (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
-    yield from _optimizer(parts, flavour)
-    for path, leaf in _lasting(parts.outside).items():
-        yield (AUX, *segments(path)), leaf
+    model = (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
+    state = [*model, *_optimizer(parts, flavour)]
+    outside = _lasting(parts.outside)
+    # A train state below a key stays there where something beside it has the name of one of its fields, as
+    # the outer weights of DiLoCo: at the root, the one would be taken for the other.
+    root = parts.owner[:-1]
+    if not {path[0] for path in outside} & {at[0] for at, _ in state}:
+        root = ()
+    for at, leaf in state:
+        yield (*segments(root), *at), leaf
+    for path, leaf in outside.items():
+        own = path[: len(root)] == root
+        below = segments(path[len(root) :]) if own else segments(path)
+        yield ((*segments(root), AUX, *below) if own else below), leaf
 
 
 def _linen_model(leaves: Leaves) -> Iterator[tuple[Path, ItemLeaf]]:

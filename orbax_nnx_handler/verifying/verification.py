@@ -127,6 +127,11 @@ _WEIGHTS = "the module does not run by itself, so its weights were not tried: ch
 class Verification:
     """Whether a Linen program and an NNX program compute the same from one checkpoint.
 
+    ```python
+    found = verify(path, target, linen_model.apply, lambda model, x: model(x), (tokens,))
+    print(found)  # if the outputs differ: the first module that does, and what is otherwise about its weights
+    ```
+
     Attributes:
         equal: Whether the outputs differ by no more than the tolerance.
         relative: The largest difference of two output elements, divided by the larger of the element and the

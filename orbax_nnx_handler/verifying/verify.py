@@ -47,7 +47,8 @@ def verify(
     weights that the plan gives them.
 
     ```python
-    found = verify(path, nnx.eval_shape(make), linen_model.apply, lambda model, x: model(x), (x,))
+    target = nnx.eval_shape(make_model)
+    found = verify(path, target, linen_model.apply, lambda model, x: model(x), (tokens,))
     assert found.equal, found
     ```
 

@@ -9,7 +9,18 @@ from flax import nnx
 
 from orbax_nnx_handler import restore, save
 from tests.laws import worlds
-from tests.laws.worlds import Branch, Numbers, Training, check, refused, training_target, write
+from tests.laws.worlds import (
+    FORMS,
+    Branch,
+    Numbers,
+    Training,
+    check,
+    refused,
+    right_or_refused,
+    target_of,
+    training_target,
+    write,
+)
 
 ADAM = optax.adam(1e-3)
 
@@ -136,3 +147,43 @@ def test_a_variable_type_called_like_a_field_of_the_train_state_is_stored_or_ref
     with ocp.PyTreeCheckpointer() as reader:
         stored = worlds.flat(reader.restore(path))
     assert any(np.array_equal(value, np.arange(3.0) + 0.5) for value in stored.values())
+
+
+def _boxed(tree):
+    return {k: _boxed(v) if isinstance(v, dict) else {"value": v} for k, v in tree.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("owner", [(), ("agent",)])
+@pytest.mark.parametrize("name", ["opt_state", "params", "batch_stats", "step"])
+def test_a_module_called_like_a_field_is_found_beside_copies_and_collections(tmp_path, name, owner, form):
+    numbers = Numbers()
+    params = {"block": {name: {"kernel": numbers(2, 3)}, "head": {"kernel": numbers(3, 2)}}}
+    state = {"params": params, "ema_params": numbers.like(params), "step": np.int32(3)}
+    path = write(tmp_path, {"agent": state} if owner else state)
+    right_or_refused(path, target_of(form, params), params, unexpected="ignore")
+    if form != "pure":  # Of an array without a type, a copy is a question.
+        check(restore(path, target_of(form, params), unexpected="ignore"), params)
+
+
+def test_gates_in_boxes_are_fused_too(tmp_path):
+    numbers = Numbers()
+    gates = {side + gate: {"kernel": numbers(4, 5)} for side in "ih" for gate in "ifgo"}
+    for gate in "ifgo":
+        gates[f"h{gate}"]["bias"] = numbers(5)
+    wanted = {
+        f"dense_{side}": {"kernel": np.concatenate([gates[side + gate]["kernel"] for gate in "ifgo"], 1)}
+        for side in "ih"
+    }
+    wanted["dense_h"]["bias"] = np.concatenate([gates[f"h{gate}"]["bias"] for gate in "ifgo"])
+    path = write(tmp_path, {"params": {"rnn": {"cell": _boxed(gates)}}})
+    check(restore(path, target_of("module", {"rnn": {"cell": wanted}})), {"rnn": {"cell": wanted}})
+
+
+def test_a_leaf_called_value_beside_others_is_no_box_and_its_module_no_count(tmp_path):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params = {"count": {"value": numbers(3), "kernel": numbers(2, 3)}, "head": {"kernel": numbers(3, 2)}}
+    opt_state = numbers.optimizer(tx, params)
+    path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(1)})
+    result = restore(path, training_target(params, tx))
+    check(result, worlds.below("model", params) | worlds.below("optimizer/opt_state", opt_state))

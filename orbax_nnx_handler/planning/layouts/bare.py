@@ -21,12 +21,15 @@ the `w` that only the released files have below `mlp/linear` and
 `mlp/gating_einsum`.
 """
 
+from collections.abc import Collection
+
+from orbax_nnx_handler.planning.core.optimizers import begins_a_state, is_state, optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
 
 
 def _place(stored: Stored) -> tuple[Placement, ...]:
-    owners = {_owner(path) for path in stored} - {None}
+    owners = optimizer_owners(stored)
     return tuple(_placement(stored, path, owners) for path in stored)
 
 
@@ -38,16 +41,8 @@ def _place_params(stored: Stored) -> tuple[Placement, ...]:
     )
 
 
-def _owner(path: Path) -> Path | None:
-    """Returns the keys above `opt_state`: the attribute that holds an optimizer."""
-    for at, key in enumerate(path[:-1]):
-        if str(key) == "opt_state":
-            return path[:at]
-    return None
-
-
-def _placement(stored: Stored, path: Path, owners: set[Path | None]) -> Placement:
-    owner, leaf = _owner(path), stored[path]
+def _placement(stored: Stored, path: Path, owners: Collection[Path]) -> Placement:
+    owner, leaf = owner_of(path, owners), stored[path]
     if owner is not None:
         return Placement(leaf=leaf, section="optimizer", path=path[len(owner) + 1 :], owner=owner)
     plain = path[:-1] if str(path[-1]) == "value" else path
@@ -65,11 +60,11 @@ def _ends_in_value(path: Path) -> bool:
 
 
 def _is_pure_dict(stored: Stored) -> bool:
-    return _is_bare(stored) and any(_owner(path) is not None for path in stored)
+    return _is_bare(stored) and bool(optimizer_owners(stored))
 
 
 def _is_params(stored: Stored) -> bool:
-    return _is_bare(stored) and not any(_owner(path) is not None for path in stored)
+    return _is_bare(stored) and not optimizer_owners(stored)
 
 
 def _is_bare(stored: Stored) -> bool:
@@ -81,23 +76,10 @@ NNX_PURE_DICT = Layout(name="nnx_pure_dict", title="NNX pure dict", fits=_is_pur
 PARAMS = Layout(name="params", title="bare params", fits=_is_params, place=_place_params)
 
 
-_MOMENTS = frozenset(
-    {"mu", "nu", "trace", "v", "v_row", "v_col", "momentum", "acc_grads", "sum_of_squares", "ema"}
-)
-_WRAPPERS = frozenset({"inner_state", "inner_opt_state", "inner_states", "base_optimizer_state", "opt_state"})
-_SCALARS = frozenset({"count", "mini_step", "gradient_step", "notfinite_count", "hyperparams"})
-
-
 def _is_optax_state(stored: Stored) -> bool:
-    firsts = {str(path[0]) for path in stored if path}
-    placed = all(first.isdecimal() or first in _MOMENTS | _WRAPPERS | _SCALARS for first in firsts)
-    return bool(firsts) and placed and any(_is_state(path) for path in stored)
-
-
-def _is_state(path: Path) -> bool:
-    """Tells whether the first key below the chain and its wrappers is a field of an optimizer."""
-    names = [str(key) for key in path if not str(key).isdecimal() and str(key) not in _WRAPPERS]
-    return bool(names) and names[0] in _MOMENTS | _SCALARS
+    return (
+        bool(stored) and all(path and begins_a_state(path) for path in stored) and any(map(is_state, stored))
+    )
 
 
 def _place_state(stored: Stored) -> tuple[Placement, ...]:

@@ -63,17 +63,28 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     full = [owner for owner in above if not owner or holds[owner] & _TRAIN_STATE_KEYS]
     found: list[Path] = []
     for owner in full:
-        if not any(_within(owner, outer) for outer in found):
+        if not any(_within(owner, outer) for outer in found) and not _mirrors(owner, found, paths):
             found.append(owner)
     bare = [owner for owner in above if owner not in found and not any(_within(owner, o) for o in found)]
-    found += [owner for owner in bare if _only_collections(paths, owner)]
-    return tuple(sorted(found, key=lambda owner: list(map(str, owner))))
+    bare = [owner for owner in bare if _only_collections(paths, owner) and not _mirrors(owner, found, paths)]
+    return tuple(sorted(found + bare, key=lambda owner: list(map(str, owner))))
+
+
+def _mirrors(owner: Path, found: Sequence[Path], paths: Sequence[Path]) -> bool:
+    """Tells whether `params` below an owner is a module in another collection of a train state around it.
+
+    It is, where the train state's own `params` have a module of that path: `ema_params/block/params`.
+    """
+    around = [outer for outer in found if len(outer) < len(owner) and owner[: len(outer)] == outer]
+    modules = [(*outer, "params", *owner[len(outer) + 1 :], "params") for outer in around]
+    return any(path[: len(module)] == module for module in modules for path in paths)
 
 
 def _within(path: Path, owner: Path) -> bool:
     """Tells whether a path lies in a field of a train state, rather than beside its fields."""
-    inside = len(path) > len(owner) and path[: len(owner)] == owner
-    return inside and (path[len(owner)] in KEYS or path[len(owner)] in FLAX_COLLECTIONS)
+    field = path[len(owner) :] if path[: len(owner)] == owner else ()
+    beside = len(field) > 1 and field[0] in _VARIABLES_FIELDS and field[1] in FLAX_COLLECTIONS[1:]
+    return bool(field) and (field[0] in KEYS or field[0] in FLAX_COLLECTIONS or beside)
 
 
 def _only_collections(paths: Sequence[Path], owner: Path) -> bool:

@@ -223,6 +223,9 @@ def best_mapping(
     best = mappings[scores.index(max(scores))]
     rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
     different = [mapping for mapping in rivals if mapping.recipes != best.recipes]
+    if len(rivals) > 1 and not different:
+        # Layouts may read one tree alike and call its parts otherwise: a module, or a collection of its name.
+        best = max(rivals, key=lambda mapping: _in_own_collection(mapping, wanted))
     if options.layout == "auto":
         plain = _plain_mapping(wanted, stored, options, max(scores))
         if plain is not None:
@@ -266,3 +269,14 @@ def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
 def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> int:
     shapes = mapping.shapes
     return sum(shapes.get(item.leaf.path) == item.leaf.shape for item in wanted)
+
+
+def _in_own_collection(mapping: LeafMapping, wanted: Sequence[Wanted]) -> int:
+    """Returns how many weights come from the collection of their own type."""
+    collections = {placement.leaf.path: placement.collection for placement in mapping.placements}
+    return sum(
+        collections[path] == (item.collection or "params")
+        for item in of_role(wanted, "model")
+        if item.leaf.path in mapping.found
+        for path in reads(mapping.found[item.leaf.path].recipe)[:1]
+    )

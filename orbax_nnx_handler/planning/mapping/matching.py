@@ -254,7 +254,8 @@ class Matcher:
             if not self._collections.is_network(entry):
                 continue
             leaf = _as_leaf(entry, at)
-            leaves[strip(entry.tokens, self.roots.stored)] = leaf
+            # A gate may be in a box of `nn.with_partitioning`.
+            leaves[strip(entry.unboxed or entry.tokens, self.roots.stored)] = leaf
             sources[leaf.path] = entry
         derived, homeless = derive(leaves)
         entries = {item.path: _entry_of(item.path, item.recipe, item.reason, sources) for item in derived}

@@ -144,10 +144,15 @@ def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
 
 
 def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
-    """Tells whether a root ends in the name of layers: without it, no one knows what their numbers count."""
+    """Tells whether a root ends in the name of layers: without it, no one knows what their numbers count.
+
+    `layers/layers_0` may be a block of a scan, whose numbers are no layers'.
+    """
     depth = len(root)
-    below = (path[depth] for path in paths if len(path) > depth and path[:depth] == root)
-    return bool(root) and all(token[:1] == "#" for token in below)
+    below = [path[depth : depth + 2] for path in paths if len(path) > depth and path[:depth] == root]
+    return bool(root) and all(
+        token[:1] == "#" or (token == root[-1] and rest[:1] and rest[0][:1] == "#") for token, *rest in below
+    )
 
 
 def _skeletons(paths: Collection[Tokens], root: Tokens) -> Counter[Tokens]:

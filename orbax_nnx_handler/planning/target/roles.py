@@ -5,7 +5,7 @@ A pure dict has no Variable types; there the structure decides (`opt_state`, the
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -13,6 +13,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, is_key
 from orbax_nnx_handler.planning.core.leaves import WantedLeaf
+from orbax_nnx_handler.planning.core.optimizers import OPT_STATE, optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, canonical
 
 Role = Literal["model", "optimizer", "step", "random", "transient"]
@@ -62,8 +63,9 @@ class Wanted:
 def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
     """Returns every leaf with its role, in the target's order."""
     # A module of the model may be called `opt_state`.
-    owners = {_owner(path) for path, leaf in leaves.items() if not _is_weight(leaf.kind)} - {None}
-    certain = _optimizers(leaves)
+    certain = _certain_owners(leaves)
+    typed = (path for path, leaf in leaves.items() if leaf.kind and issubclass(leaf.kind, nnx.OptState))
+    owners = certain | {path[: path.index(OPT_STATE)] for path in typed if OPT_STATE in path[:-1]}
     streams = {path[:-1] for path, leaf in leaves.items() if is_key(leaf.dtype)}
     collections = {kind: collection_of(kind) for kind in {leaf.kind for leaf in leaves.values()}}
     return [_wanted(leaf, owners, certain, streams, collections[leaf.kind]) for leaf in leaves.values()]
@@ -86,28 +88,26 @@ def _is_weight(kind: type[Any] | None) -> bool:
     return kind is not None and issubclass(kind, nnx.Param | nnx.BatchStat)
 
 
-def _owner(path: Path) -> Path | None:
-    return path[: path.index("opt_state")] if "opt_state" in path[:-1] else None
-
-
-def _optimizers(leaves: Mapping[Path, WantedLeaf]) -> set[Path | None]:
+def _certain_owners(leaves: Mapping[Path, WantedLeaf]) -> set[Path]:
     """Returns the owners of an `opt_state` that is no module's, whatever types its moments have.
 
     In a `TrainState` around an `nnx.State`, the moments of optax are States of `nnx.Param`. What tells
     them from a module that is called `opt_state` is a value beside them that is no Variable.
     """
     bare = [path for path, leaf in leaves.items() if leaf.kind is None]
-    return {_owner(path) for path in bare} | {path[:-1] for path in bare if str(path[-1]) == "step"}
+    steps = {path[:-1] for path in bare if str(path[-1]) == "step"}
+    beside = {path[: path.index(OPT_STATE)] for path in leaves if steps and OPT_STATE in path}
+    return optimizer_owners(bare) | (steps & beside)
 
 
 def _wanted(
     leaf: WantedLeaf,
-    owners: set[Path | None],
-    certain: set[Path | None],
+    owners: Collection[Path],
+    certain: Collection[Path],
     streams: set[Path],
     collection: str | None,
 ) -> Wanted:
-    owner = _owner(leaf.path)
+    owner = owner_of(leaf.path, owners)
     role = _role(leaf, owner, owners, streams)
     if role == "model" and owner is not None and owner in certain:
         role = "optimizer"
@@ -120,7 +120,7 @@ def _wanted(
     return Wanted(leaf=leaf, role=role, path=rest, owner=above)
 
 
-def _role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], streams: set[Path]) -> Role:
+def _role(leaf: WantedLeaf, owner: Path | None, owners: Collection[Path], streams: set[Path]) -> Role:
     kind = leaf.kind
     if kind is None:
         return _untyped_role(leaf, owner, owners, streams)
@@ -135,7 +135,7 @@ def _role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], stream
     return "model"
 
 
-def _untyped_role(leaf: WantedLeaf, owner: Path | None, owners: set[Path | None], streams: set[Path]) -> Role:
+def _untyped_role(leaf: WantedLeaf, owner: Path | None, owners: Collection[Path], streams: set[Path]) -> Role:
     path = leaf.path
     if owner is not None:
         return "optimizer"

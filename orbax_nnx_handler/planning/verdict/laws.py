@@ -283,7 +283,9 @@ class _Kernel:
     def _fused(self, recipe: Concat) -> _Element | None:
         """Returns the gates of one cell, in their order, as the layer that they are in NNX's cell."""
         read = [part.path for part in recipe.sources if isinstance(part, Read)]
-        names = [self.name(path) for path in read]
+        whole = [self.name(path) for path in read]
+        boxed = all(len(name) > 3 and name[-1] == "value" for name in whole)
+        names = [name[:-1] for name in whole] if boxed else whole
         if len(names) < len(recipe.sources) or any(len(name) < 2 for name in names):
             return None
         ends = {(name[:-2], name[-2][:1], name[-1]) for name in names}

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.optimizers import CONTAINERS, LABELLED, MOMENTS
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, printable
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
@@ -21,22 +22,8 @@ from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
-_PLAIN_CONTAINERS = frozenset(
-    {
-        *("inner_state", "inner_opt_state", "opt_state"),
-        *("base_optimizer_state", "fast_state", "adv_state", "hessian_fn_state"),
-    }
-)
-"""Fields of optax's wrappers that hold other states (`optax.transforms`, `optax.contrib`)."""
-
-_LABELLED = "inner_states"
-"""The field of `optax.partition` that holds a state for each label."""
-
 _RECORDS = frozenset({"hyperparams", "hyperparams_states", "skip_state", "measurement", "info"})
 """Fields of optax's states that hold several scalars by name, and no moments."""
-
-_MOMENTS = frozenset({"mu", "nu", "nu_max", "trace", "ema", "v", "v_row", "v_col", "acc_grads", "grad_acc"})
-"""Fields that hold moments in optax's own states, right below the state."""
 
 ORPHAN = "(parameter)"
 """The first key that stands for a parameter which is not among the known ones."""
@@ -219,7 +206,7 @@ class _Reader:
         at = _depth(tokens)
         rest = tokens[at + 1 :]
         if rest in self.parameters:
-            if tokens[at] not in _MOMENTS:
+            if tokens[at] not in MOMENTS:
                 (self.either if _ends(rest[1:], self.parameters) else self.sure).add(tokens[: at + 1])
             self.between.add(())
             return self._add_moment(tokens[:at], tokens[at : at + 1], rest, leaf)
@@ -295,9 +282,9 @@ def _is_boxed(tokens: Tokens) -> bool:
 def _depth(tokens: Tokens, wrappers: Collection[Tokens] = ()) -> int:
     """Returns how many keys at the start of a path are containers."""
     at, last = 0, len(tokens) - 1
-    while at <= last and (is_number(tokens[at]) or tokens[at] in _PLAIN_CONTAINERS):
+    while at <= last and (is_number(tokens[at]) or tokens[at] in CONTAINERS):
         at += 1
-    if at > last or not (wrappers or tokens[at] == _LABELLED or (at < last and is_number(tokens[at + 1]))):
+    if at > last or not (wrappers or tokens[at] == LABELLED or (at < last and is_number(tokens[at + 1]))):
         return at  # Nearly every path.
     return sum(1 for _ in itertools.takewhile(bool, _are_containers(tokens, wrappers)))
 
@@ -309,7 +296,7 @@ def _are_containers(tokens: Tokens, wrappers: Collection[Tokens]) -> Iterator[bo
 
 
 def _is_container(key: str) -> bool:
-    return is_number(key) or key in _PLAIN_CONTAINERS or key == _LABELLED
+    return is_number(key) or key in CONTAINERS or key == LABELLED
 
 
 def _kinds(place: Tokens) -> Iterable[tuple[str, bool]]:
@@ -319,7 +306,7 @@ def _kinds(place: Tokens) -> Iterable[tuple[str, bool]]:
         labelled = labelled and key != "inner_state"
         yield key, labelled
         # `optax.partition` keeps a masked state under each label; without one, a label is one key.
-        labelled = (key == _LABELLED) or (labelled and "inner_state" in place[at + 1 :])
+        labelled = (key == LABELLED) or (labelled and "inner_state" in place[at + 1 :])
 
 
 def _in_order(place: Tokens) -> list[tuple[bool, int, str]]:
@@ -350,10 +337,10 @@ def parameter_paths(
         root: Keys above the model within its collection.
         collections: Those whose leaves an optimizer may train. A copy (`ema_params`) has no moments.
     """
+    own = [entry for entry in entries if entry.collection in collections]
+    boxes = _boxes(own)
     found: dict[Tokens, Path] = {}
-    for entry in entries:
-        if entry.collection not in collections:
-            continue
+    for entry in own:
         (path,) = reads(entry.recipe)
         tokens = entry.tokens
         below = strip(tokens, root)
@@ -361,7 +348,14 @@ def parameter_paths(
         if below is not tokens:
             found.setdefault(below, path)
         unboxed = entry.unboxed
-        if unboxed is not None:
+        if unboxed in boxes:
             found.setdefault(unboxed, path)
             found.setdefault(below[:-1], path)
     return found
+
+
+def _boxes(entries: Sequence[Entry]) -> set[Tokens]:
+    """Returns the paths that hold a `value` and nothing else, as a box of `nn.with_partitioning` does."""
+    boxes = {entry.tokens[:-1] for entry in entries if entry.unboxed is not None}
+    others = (entry.tokens for entry in entries if boxes and entry.unboxed is None)
+    return boxes - {tokens[:at] for tokens in others for at in range(len(tokens))}

@@ -25,6 +25,7 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metad
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
 from orbax_nnx_handler.storage.restoring.restore import carry_out
+from orbax_nnx_handler.storage.saving.appearing import save_item
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import Undone, linen_save, plan_save
 from orbax_nnx_handler.storage.stores.files import Files
@@ -161,21 +162,22 @@ def save(
         renames: The rules of the restore; they are undone, so that they restore what is saved.
             Or the plan or report of the restore: each leaf goes back to the path, shape and count
             type that it came from, also where rules alone do not tell (a level taken away).
-        force: Replace what is at `path`.
+        force: Replace what is at `path`. On this machine's file systems the old item stays until the
+            new one is whole and takes its name; in a bucket, and where several processes save,
+            Orbax deletes it first.
 
     Raises:
         RuleError: A rule or a step of the plan cannot be undone.
         DtypeMismatchError: The step is beyond int32, in which a Linen program counts.
-        RestoreError: Orbax cannot write there (`s3://`, a name with `[`).
+        RestoreError: It cannot be written there (`s3://`, a name with `[`, a full disk); on this
+            machine's file systems nothing is left behind.
         ValueError: Two leaves would be stored at one path, the plan is of another item, or something
             is at `path` already and `force` is not set.
     """
     destination = absolute(path)
     check_writable(destination)
     arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx, renames)
-    opened: Any = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    with opened as checkpointer:
-        checkpointer.save(destination, args=arguments, force=force)
+    save_item(destination, arguments, force=force)
 
 
 @paused_collection()

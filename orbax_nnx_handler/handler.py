@@ -25,6 +25,7 @@ from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.storage.reading.single_replica import is_single_replica
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import Undone, linen_save
+from orbax_nnx_handler.storage.stores.locations import check_writable
 
 ItemT = TypeVar("ItemT", default=Any)
 
@@ -157,18 +158,18 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves an item in the background; see `NNXLinenSave` for what it takes."""
-        given = _save_args(args, kwargs)
+        given = _save_args(directory, args, kwargs)
         if isinstance(given, ocp.args.StandardSave):
             return await self._standard.async_save(directory, given)
         return await super().async_save(directory, args=given)
 
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
         """Saves an item; see `NNXLinenSave` for what it takes."""
-        given = _save_args(args, kwargs)
+        given = _save_args(directory, args, kwargs)
         if isinstance(given, ocp.args.StandardSave):
             self._standard.save(directory, given)
-        else:
-            super().save(directory, args=given)
+            return
+        super().save(directory, args=given)
 
     def close(self) -> None:
         """Closes the handler; Orbax's checkpointers call it."""
@@ -406,7 +407,7 @@ def _has_transforms(wanted: NNXLinenRestore) -> bool:
     return wanted.transforms is not None or wanted.legacy_transform_fn is not None
 
 
-def _save_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _save_args(directory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns what stock Orbax is to save: `PyTreeSave`, or `StandardSave` where that was given."""
     given = kwargs.get("args")
     if given is None:
@@ -414,6 +415,7 @@ def _save_args(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = NNXLinenSave(older.get("item"), older.get("save_args"))
     if not is_nnx(given.item):
         return given
+    check_writable(epath.Path(directory))
     stock = _as_pytree_save(given)
     if isinstance(given, NNXLinenSave):
         return linen_save(stock, given.layout, given.tx, given.renames)

@@ -34,6 +34,7 @@ from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOpt
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import linen_save
+from orbax_nnx_handler.storage.stores.locations import check_writable
 
 _TREE_FILE = "_METADATA"
 
@@ -90,6 +91,8 @@ class NNXLinenHandler:
             checkpointable: NNX state, written in the layout of a Linen program, or a
                 pytree, written as it is.
         """
+        if is_nnx(checkpointable):
+            check_writable(epath.Path(directory.path))
         arguments = linen_save(ocp_v0.args.PyTreeSave(checkpointable), self.save_layout, self.tx)
         writing = await self._stock().save(directory, arguments.item)
         return self._finish(directory, writing, arguments.custom_metadata)

@@ -133,6 +133,9 @@ def block_shape(shape: Shape, dtype: np.dtype[Any], window_bytes: int) -> Shape:
 
 def _cuts(leaves: Sequence[Written], window_bytes: int) -> Iterator[tuple[Written, Region, bool]]:
     for leaf in leaves:
+        if not math.prod(leaf.shape):
+            yield leaf, tuple((0, length) for length in leaf.shape), True
+            continue
         cut = block_shape(leaf.shape, leaf.dtype, window_bytes)
         pieces = [
             [(start, min(start + step, length)) for start in range(0, length, step)] or [(0, 0)]

@@ -6,8 +6,6 @@ Orbax does the rest of the save: tree, merge and commit.
 import asyncio
 import contextlib
 import dataclasses
-import shutil
-import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 
@@ -23,7 +21,7 @@ from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, tree_of
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.core.regions import slices
-from orbax_nnx_handler.storage.checkpoint.directories import COMMIT_FILE, is_item, working_name
+from orbax_nnx_handler.storage.checkpoint.directories import COMMIT_FILE, is_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.blocks import (
     Block,
@@ -37,11 +35,10 @@ from orbax_nnx_handler.storage.converting.blocks import (
 )
 from orbax_nnx_handler.storage.converting.memory import window_of
 from orbax_nnx_handler.storage.reading import Job, read_arrays
+from orbax_nnx_handler.storage.saving.appearing import appearing, writing
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, check_writable, is_url, parents_of
 
-# How often and at what distance a directory that is to go is looked at.
-_CLEARINGS, _CLEARING_S, _TIMES_ABSENT = 50, 0.02, 3
 # How many directories above a destination might be an item that would be changed.
 _LOOKED_AT = 3
 
@@ -57,13 +54,31 @@ class BlockWriter(ocp.type_handlers.TypeHandler):
     """Writes leaves in blocks while Orbax does the rest of a save: tree, merge, commit."""
 
     def __init__(
-        self, source: Checkpoint, leaves: Sequence[Written], window: int, progress: Progress | None
+        self,
+        source: Checkpoint,
+        leaves: Sequence[Written],
+        window: int,
+        progress: Progress | None,
+        *,
+        may_finish: bool,
     ) -> None:
+        """Writes nothing yet.
+
+        Args:
+            source: The checkpoint that is read.
+            leaves: The leaves to write.
+            window: Bytes of one batch.
+            progress: Called with the bytes written since the last call.
+            may_finish: Whether the save may end as if all were well, `failure` aside: nobody sees
+                its directory yet.
+        """
         self.digests = Digests()
         self.leaves = leaves
         self.window = window
+        self.failure: Exception | None = None
         self._source = source
         self._progress = progress
+        self._may_finish = may_finish
 
     def typestr(self) -> str:
         """Returns the name under which any Orbax reads the leaves: whole arrays of no sharding."""
@@ -77,6 +92,17 @@ class BlockWriter(ocp.type_handlers.TypeHandler):
         places = {value.leaf.path: info for value, info in zip(values, infos, strict=True)}
         for info in infos[:1]:
             await info.await_path_creation()
+        try:
+            await self._write_all(places)
+        except Exception as error:
+            if not self._may_finish:
+                raise
+            # Orbax writes random keys and the tree in threads of its own. Let it finish, or they would
+            # go on in a directory that is being removed, and say so with tracebacks of their own.
+            self.failure = error
+        return []
+
+    async def _write_all(self, places: Mapping[Path, Any]) -> None:
         arrays: dict[Path, ts.TensorStore] = {}
         for batch in read_blocks(self._source, self.leaves, self.window):
             new = {block.leaf.path: block.leaf for block in batch if block.leaf.path not in arrays}
@@ -89,7 +115,6 @@ class BlockWriter(ocp.type_handlers.TypeHandler):
             batch.clear()
             # An interrupt arrives here where the event loop has taken over the signal.
             await asyncio.sleep(0)
-        return []
 
     def _write(self, batch: Sequence[Block], arrays: Mapping[Path, ts.TensorStore]) -> None:
         writes: list[Any] = [
@@ -177,9 +202,15 @@ def write_converted(
     """
     destination = absolute(destination)
     window = window_of(memory_bytes)
-    with _writing(destination), _appearing(destination) as unfinished:
+    with writing(destination), _appearing(destination) as unfinished:
         plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
-        writer = BlockWriter(conversion.source, by_source(plain, conversion.source), window, progress)
+        writer = BlockWriter(
+            conversion.source,
+            by_source(plain, conversion.source),
+            window,
+            progress,
+            may_finish=not is_url(destination),
+        )
         _save(conversion, writer, unfinished)
         _verify(unfinished, plain, writer.digests.done, window, verifying)
     return writer.digests.done
@@ -204,25 +235,10 @@ def check_free(destination: epath.Path) -> None:
         raise RestoreError(f"{destination} lies inside the checkpoint {inside}, which would be changed.")
 
 
-@contextlib.contextmanager
-def _writing(destination: epath.Path) -> Generator[None]:
-    """Says that it was the destination which failed: a full disk, a permission, an interface that is down."""
-    try:
-        yield
-    except RestoreError:
-        raise
-    # TensorStore raises ValueError for most of what a disk refuses.
-    except (OSError, ValueError) as error:
-        reason = str(error).partition(" [source locations=")[0]
-        raise RestoreError(
-            f"{destination} cannot be written: {reason}", hints=["nothing was left at the destination."]
-        ) from error
-
-
 def _appearing(destination: epath.Path) -> contextlib.AbstractContextManager[epath.Path]:
     """Gives a directory to write to, which is the destination at the end, or goes."""
     check_free(destination)
-    return _committed(destination) if is_url(destination) else _renamed(destination)
+    return _committed(destination) if is_url(destination) else appearing(destination)
 
 
 @contextlib.contextmanager
@@ -235,37 +251,6 @@ def _committed(destination: epath.Path) -> Generator[epath.Path]:
             (destination / COMMIT_FILE).unlink(missing_ok=True)
             destination.rmtree(missing_ok=True)
         raise
-
-
-@contextlib.contextmanager
-def _renamed(destination: epath.Path) -> Generator[epath.Path]:
-    """Writes in a directory of this process's own beside the destination.
-
-    Directories above the destination that do not exist yet appear with it: an empty
-    `new/1200` would be a finished step to a manager.
-    """
-    top = destination
-    while not top.parent.exists():
-        top = top.parent
-    work = top.parent / working_name(top.name)
-    try:
-        inside = work / destination.relative_to(top.parent)
-        inside.parent.mkdir(parents=True, exist_ok=True)
-        yield inside
-        (work / top.name).rename(top)
-    finally:
-        _clear(work)
-
-
-def _clear(directory: epath.Path) -> None:
-    """Removes a directory into which threads of an interrupted save may still write."""
-    absent = 0
-    for _ in range(_CLEARINGS):
-        absent = 0 if directory.exists() else absent + 1
-        if absent == _TIMES_ABSENT:
-            return
-        shutil.rmtree(directory, ignore_errors=True)
-        time.sleep(_CLEARING_S)
 
 
 def _save(conversion: Conversion, writer: BlockWriter, directory: epath.Path) -> None:
@@ -284,6 +269,8 @@ def _save(conversion: Conversion, writer: BlockWriter, directory: epath.Path) ->
             args=ocp.args.PyTreeSave(tree, custom_metadata=custom, ocdbt_target_data_file_size=writer.window),
             custom_metadata=dict(conversion.source.step_metadata) or None,
         )
+    if writer.failure is not None:
+        raise writer.failure
 
 
 def _read_keys(conversion: Conversion) -> dict[Path, jax.Array]:

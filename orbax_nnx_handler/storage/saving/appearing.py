@@ -1,0 +1,130 @@
+"""A directory of this machine appears under its name whole, or not at all.
+
+What is written lies beside its place, in a directory of this process's own, and gets its name at the
+end. Where something is to be replaced, the two names are exchanged in one step, so that whoever looks,
+or a process that dies at any moment, finds the old or the new.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import time
+from collections.abc import Generator
+from typing import Any, cast
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.storage.checkpoint.directories import working_name
+from orbax_nnx_handler.storage.stores.locations import is_url
+
+# How often and at what distance a directory that is to go is looked at.
+_CLEARINGS, _CLEARING_S, _TIMES_ABSENT = 50, 0.02, 3
+# Of Linux (renameat2, linux/fs.h) and of macOS (renamex_np, sys/stdio.h).
+_HERE, _EXCHANGE, _SWAP = -100, 2, 2
+
+
+def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force: bool) -> None:
+    """Has Orbax write one item.
+
+    Args:
+        destination: The item directory.
+        arguments: What is written.
+        force: Whether to replace what is there.
+
+    Raises:
+        ValueError: Something is there, and is not to be replaced.
+        RestoreError: It cannot be written.
+    """
+    opened = cast(Any, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
+    if is_url(destination) or jax.process_count() > 1:
+        # Other processes would have to know this one's directory; a bucket has none to rename.
+        with opened as checkpointer:
+            checkpointer.save(destination, args=arguments, force=force)
+        return
+    if destination.exists() and not force:
+        raise ValueError(f"Destination {destination} already exists.\nhint: pass force=True to replace it.")
+    with opened as checkpointer, writing(destination), appearing(destination) as unfinished:
+        checkpointer.save(unfinished, args=arguments)
+
+
+@contextlib.contextmanager
+def writing(destination: epath.Path) -> Generator[None]:
+    """Says that it was the destination which failed: a full disk, a permission, an interface that is down."""
+    try:
+        yield
+    except RestoreError:
+        raise
+    # TensorStore raises ValueError for most of what a disk refuses.
+    except (OSError, ValueError) as error:
+        reason = str(error).partition(" [source locations=")[0]
+        raise RestoreError(
+            f"{destination} cannot be written: {reason}", hints=["nothing was left at the destination."]
+        ) from error
+
+
+@contextlib.contextmanager
+def appearing(destination: epath.Path) -> Generator[epath.Path]:
+    """Gives a directory to write to, which is at the destination at the end, or goes.
+
+    Directories above the destination that do not exist yet appear with it: an empty
+    `new/1200` would be a finished step to a manager. What is at the destination is replaced.
+
+    Args:
+        destination: An absolute path of this machine.
+
+    Raises:
+        OSError: It cannot be written there.
+    """
+    top = destination
+    while not top.parent.exists():
+        top = top.parent
+    work = top.parent / working_name(top.name)
+    try:
+        inside = work / destination.relative_to(top.parent)
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        yield inside
+        if top == destination and destination.exists():
+            _replace(inside, destination)
+        else:
+            (work / top.name).rename(top)
+    finally:
+        _clear(work)
+
+
+def _replace(new: epath.Path, old: epath.Path) -> None:
+    """Gives the name of what is there to another directory; what was there lies where that was."""
+    if _exchange(os.fsencode(new), os.fsencode(old)):
+        return
+    # A file system that cannot exchange names: for a moment there is nothing under the name.
+    aside = new.parent / f"{new.name}.replaced"
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+
+
+def _exchange(one: bytes, other: bytes) -> bool:
+    library = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "linux" and hasattr(library, "renameat2"):
+        return library.renameat2(_HERE, one, _HERE, other, _EXCHANGE) == 0
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return library.renamex_np(one, other, _SWAP) == 0
+    return False
+
+
+def _clear(directory: epath.Path) -> None:
+    """Removes a directory into which threads of an interrupted save may still write."""
+    absent = 0
+    for _ in range(_CLEARINGS):
+        absent = 0 if directory.exists() else absent + 1
+        if absent == _TIMES_ABSENT:
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(_CLEARING_S)

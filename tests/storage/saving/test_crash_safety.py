@@ -1,0 +1,146 @@
+"""A save or a conversion that fails or is interrupted leaves the old item, and nothing beside it."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave, RestoreError, cli, restore, save
+from orbax_nnx_handler.storage.saving import appearing
+from tests.storage.checkpoints import DiskFormat
+from tests.storage.checkpoints import save as save_stock
+
+
+class Net(nnx.Module):
+    def __init__(self, value):
+        self.w = nnx.Param(jnp.full((64, 64), value))
+
+
+ABSTRACT = nnx.eval_shape(lambda: Net(0.0))
+
+
+def names_in(path):
+    return sorted(child.name for child in path.iterdir())
+
+
+def value_at(path):
+    return float(restore(path, ABSTRACT).w[3, 3])
+
+
+def test_a_forced_save_that_fails_leaves_the_old_item_and_nothing_beside_it(tmp_path, monkeypatch):
+    save(tmp_path / "item", Net(1.0))
+
+    def fail(*_, **__):
+        raise ValueError("NO_SPACE: the disk is full [source locations='x']")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
+    with pytest.raises(RestoreError, match="item cannot be written: NO_SPACE: the disk is full\nhint"):
+        save(tmp_path / "item", Net(2.0), force=True)
+
+    assert value_at(tmp_path / "item") == 1.0
+    assert names_in(tmp_path) == ["item"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_forced_save_replaces_the_item(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(appearing, "_exchange", lambda *_: False)
+    save(tmp_path / "new" / "item", Net(1.0), force=True)
+    save(tmp_path / "new" / "item", Net(2.0), force=True)
+
+    assert value_at(tmp_path / "new" / "item") == 2.0
+    assert names_in(tmp_path / "new") == ["item"]
+
+
+def test_a_save_under_a_limit_of_file_size_leaves_nothing(tmp_path):
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handled = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, kept[1]))
+    try:
+        with pytest.raises(RestoreError, match="cannot be written"):
+            save(
+                tmp_path / "a" / "item",
+                {"w": np.random.default_rng(0).normal(size=(300, 300)), "k": jax.random.key(3)},
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        signal.signal(signal.SIGXFSZ, handled)
+
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_conversion_that_fails_beside_a_random_key_is_one_error_and_leaves_nothing(
+    tmp_path, capfd, caplog, number
+):
+    layers = {f"l_{at}": np.full((64, 64), float(at)) for at in range(4)}
+    tree = {"params": layers, "dropout": jax.random.key(3)}
+    path = save_stock(tmp_path / "s", tree, DiskFormat(False, False, False))
+    os.truncate(next((path / f"params.l_{number}").glob("0*")), 5)
+
+    assert cli.main(["convert", str(path), str(tmp_path / "made" / "out")]) == 1
+
+    said = capfd.readouterr()
+    assert f"stored leaf params/l_{number} cannot be read" in said.err
+    assert "Traceback" not in said.err + caplog.text
+    assert names_in(tmp_path) == ["s"]
+
+
+def test_the_handler_refuses_a_directory_that_orbax_would_leave_empty(tmp_path):
+    handler = NNXLinenHandler()
+    with (
+        ocp.CheckpointManager(tmp_path / "run[1]", item_handlers=handler) as manager,
+        pytest.raises(RestoreError, match=r"with '\[' in its name"),
+    ):
+        manager.save(1, args=NNXLinenSave(Net(1.0)))
+
+
+def test_another_process_is_left_alone(tmp_path):
+    save(tmp_path / "src", Net(1.0))
+    other = tmp_path / f"out.converting-{os.getpid()}7"
+    other.mkdir()
+
+    assert cli.main(["convert", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    assert other.exists()
+
+
+@pytest.mark.parametrize("shape", [[0, 10**15], [10**15, 0], [10**15], [1 << 62]])
+def test_an_absurd_shape_is_refused_or_done_at_once(tmp_path, shape):
+    path = save_stock(tmp_path / "s", {"params": {"w": np.ones((6, 4))}}, DiskFormat(False, False, False))
+    file = path / "params.w" / ".zarray"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, "shape": shape, "chunks": [1] * (len(shape) - 1) + [10**6]}))
+
+    start = time.monotonic()
+    for words in (
+        ["tree", str(path)],
+        ["diff", "--values", str(path), str(path)],
+        ["convert", str(path), str(tmp_path / "o")],
+    ):
+        assert cli.main(words) in (0, 1)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.3, 0.8])
+def test_an_interrupt_while_the_command_line_imports_is_one_line(tmp_path, after_s):
+    words = [sys.executable, "-m", "orbax_nnx_handler", "tree", str(tmp_path / "nothing")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+
+    # In its first hundredth of a second it is Python that starts.
+    if process.returncode == 130 and "nothing was changed" in said:
+        assert said.count("\n") == 1
+    else:
+        assert after_s == 0.05 or "there is nothing at" in said

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import jax
 
-from orbax_nnx_handler.commands.factories import UsageError
+from orbax_nnx_handler.commands.arguments import UsageError
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planning.core.errors import RestoreError
 

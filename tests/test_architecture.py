@@ -21,7 +21,7 @@ LOCAL_IMPORTS = {
     # An interrupt while JAX is being loaded is still told in one line.
     ("__main__", "cli"),
     # Devices are pretended before JAX starts.
-    ("demo", "demo.train"),
+    ("demo", "demo.programs"),
     ("demo", "demo.walkthrough"),
 }
 """Modules of ours that are imported inside a function, with the reason: how long a start takes."""

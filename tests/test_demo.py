@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError
-from orbax_nnx_handler.demo.models import ENCODED, TEXT, Size, batch_at, decode
+from orbax_nnx_handler.demo.programs import ENCODED, TEXT, Size, batch_at, decode
 from orbax_nnx_handler.demo.walkthrough import Outcome, Printer, run
 
 

@@ -18,18 +18,19 @@ import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.commands.arguments import (
+    UsageError,
     add_item,
     add_memory,
     add_path,
     add_policy,
     add_target,
     described,
+    load_factory,
     policies_of,
     pretend_devices,
     rules_of,
     whole,
 )
-from orbax_nnx_handler.commands.factories import UsageError, load_factory
 from orbax_nnx_handler.commands.screen import Screen, count, size
 from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning import layouts

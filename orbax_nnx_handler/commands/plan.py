@@ -10,11 +10,11 @@ from orbax_nnx_handler.commands.arguments import (
     add_policy,
     add_target,
     described,
+    load_factory,
     policies_of,
     pretend_devices,
     rules_of,
 )
-from orbax_nnx_handler.commands.factories import load_factory
 from orbax_nnx_handler.commands.screen import Screen, options_of
 from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning.plan import RestorePlan

@@ -7,15 +7,16 @@ from typing import Any
 
 from orbax_nnx_handler import api
 from orbax_nnx_handler.commands.arguments import (
+    UsageError,
     add_item,
     add_json,
     add_path,
     add_target,
     described,
+    load_factory,
     pretend_devices,
     rules_of,
 )
-from orbax_nnx_handler.commands.factories import UsageError, load_factory
 from orbax_nnx_handler.commands.screen import Screen, rename_options
 from orbax_nnx_handler.planning.core.errors import as_python
 from orbax_nnx_handler.planning.core.paths import spelled

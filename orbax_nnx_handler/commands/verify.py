@@ -5,17 +5,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from orbax_nnx_handler.commands.arguments import (
+    UsageError,
     add_item,
     add_json,
     add_path,
     add_policy,
     add_target,
     described,
+    load_factory,
+    load_value,
     policies_of,
     pretend_devices,
     rules_of,
+    told,
 )
-from orbax_nnx_handler.commands.factories import UsageError, load_factory, load_value, told
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.verifying.verify import verify
 

@@ -8,7 +8,7 @@ def main() -> None:
     # Orbax warns of every default that a script leaves it; the demo goes without.
     logging.getLogger("absl").setLevel(logging.ERROR)
     # Inside, so that `orbax-nnx` starts without the demo's own imports.
-    from orbax_nnx_handler.demo.train import use_virtual_devices
+    from orbax_nnx_handler.demo.programs import use_virtual_devices
     from orbax_nnx_handler.demo.walkthrough import run
 
     use_virtual_devices()

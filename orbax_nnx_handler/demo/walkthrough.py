@@ -20,8 +20,12 @@ from rich.console import Console
 from rich.text import Text
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, plan_restore, restore
-from orbax_nnx_handler.demo.models import TEXT, NNXDecoder, Size, Training, batch_at
-from orbax_nnx_handler.demo.train import (
+from orbax_nnx_handler.demo.programs import (
+    TEXT,
+    NNXDecoder,
+    Size,
+    Training,
+    batch_at,
     make_mesh,
     make_optimizer,
     make_target,

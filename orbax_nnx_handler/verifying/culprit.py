@@ -13,20 +13,20 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying.alone import Workbench, lent
-from orbax_nnx_handler.verifying.alternatives import Alternative, alternatives, nearest_modules
-from orbax_nnx_handler.verifying.comparing import (
+from orbax_nnx_handler.verifying.alone import Alternative, Workbench, alternatives, lent, nearest_modules
+from orbax_nnx_handler.verifying.recording import Array
+from orbax_nnx_handler.verifying.runs import Compared
+from orbax_nnx_handler.verifying.verification import (
     TOLERANCE,
     Distance,
+    FirstDifference,
     changes_more_than_rounding,
     compare,
     differing_settings,
     exceeds,
+    name_of,
     same_numbers,
 )
-from orbax_nnx_handler.verifying.recording import Array
-from orbax_nnx_handler.verifying.runs import Compared
-from orbax_nnx_handler.verifying.verification import FirstDifference, name_of
 
 _BEGINNING = 64
 

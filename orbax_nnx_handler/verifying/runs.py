@@ -20,17 +20,17 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.verifying.alone import Workbench, scanned_axes
-from orbax_nnx_handler.verifying.comparing import (
+from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, uses_of
+from orbax_nnx_handler.verifying.programs import LinenWeights, find_nnx, owner_of, restore_linen
+from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
+from orbax_nnx_handler.verifying.verification import (
     TOLERANCE,
     Distance,
+    ModuleComparison,
     changes_more_than_rounding,
     compare,
     exceeds,
 )
-from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, uses_of
-from orbax_nnx_handler.verifying.programs import LinenWeights, find_nnx, owner_of, restore_linen
-from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
-from orbax_nnx_handler.verifying.verification import ModuleComparison
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

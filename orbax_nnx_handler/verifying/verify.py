@@ -15,11 +15,10 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
-from orbax_nnx_handler.verifying.comparing import TOLERANCE
 from orbax_nnx_handler.verifying.culprit import Search
 from orbax_nnx_handler.verifying.programs import on_one_device
 from orbax_nnx_handler.verifying.runs import Compared, Programs, run_both
-from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
+from orbax_nnx_handler.verifying.verification import TOLERANCE, FirstDifference, Verification
 
 _PATIENCE = 5
 """The time that a search for the reason may take, in times of both programs (and of a second)."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnusedRuleError,
         VerificationError,
     )
+    from orbax_nnx_handler.planning.options import SingleReplica
     from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
     from orbax_nnx_handler.planning.rules import (
         Add,
@@ -85,6 +86,7 @@ __all__ = [
     "ScanAxis",
     "ShapeMismatchError",
     "ShardingMismatchError",
+    "SingleReplica",
     "Split",
     "StackLayers",
     "Suggestion",
@@ -140,6 +142,7 @@ _HOMES = {
         "UnusedRuleError",
         "VerificationError",
     ),
+    "planning.options": ("SingleReplica",),
     "planning.plan": ("RestorePlan", "RestoreReport"),
     "planning.rules": (
         "Add",

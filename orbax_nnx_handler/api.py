@@ -13,7 +13,13 @@ from orbax_nnx_handler.decide import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.layouts import LayoutChoice
-from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
+from orbax_nnx_handler.planning.options import (
+    DtypeChoice,
+    Policies,
+    RestoreOptions,
+    SingleReplica,
+    UnexpectedPolicy,
+)
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
@@ -49,7 +55,7 @@ def restore(
     dtype: DtypeChoice = "target",
     item: str | None = None,
     concurrent_gb: float | None = None,
-    single_replica: bool = False,
+    single_replica: bool | SingleReplica = False,
     progress: Callable[[int], None] | None = None,
 ) -> TargetT:
     """Restores a Linen checkpoint into a target; takes what `plan_restore` takes.
@@ -84,7 +90,7 @@ def restore(
         RestoreError: The checkpoint cannot become the target; raised before any
             array is read, and lists every problem.
     """
-    options = RestoreOptions(single_replica=bool(single_replica)).override(
+    options = RestoreOptions(single_replica=single_replica or False).override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     limit = None if concurrent_gb is None else int(concurrent_gb * 1e9)

@@ -17,12 +17,13 @@ from orbax_nnx_handler.planning.options import (
     Policies,
     Policy,
     RestoreOptions,
+    SingleReplica,
     UnexpectedPolicy,
     check_policy,
 )
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.storage.reading.single_replica import is_single_replica
+from orbax_nnx_handler.storage.reading.single_replica import single_replica_of
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import Undone, linen_save
 from orbax_nnx_handler.storage.stores.locations import check_writable
@@ -83,7 +84,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         init: Callable[[], Any] | None = None,
         unexpected: UnexpectedPolicy = "warn",
         dtype: DtypeChoice = "target",
-        single_replica: bool = False,
+        single_replica: bool | SingleReplica = False,
         **pytree_handler_options: Any,
     ):
         """Creates a handler.
@@ -107,10 +108,10 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         self._standard = _Standard(self, pytree_handler_options)
         limit = pytree_handler_options.get("restore_concurrent_gb")
         own: Any = pytree_handler_options.get("type_handler_registry")
-        asked = own is not None and is_single_replica(own)
-        self._reader = _reader(pytree_handler_options) if own is not None and not asked else None
+        asked = None if own is None else single_replica_of(own)
+        self._reader = _reader(pytree_handler_options) if own is not None and asked is None else None
         self._concurrent_bytes = None if limit is None else int(limit * 10**9)
-        self._options = RestoreOptions(single_replica=bool(single_replica) or asked).override(
+        self._options = RestoreOptions(single_replica=single_replica or asked or False).override(
             policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
         )
         self.report = None
@@ -219,7 +220,7 @@ class NNXLinenRestore(ocp.args.PyTreeRestore, Generic[ItemT]):
     init: Callable[[], Any] | None = None
     unexpected: UnexpectedPolicy | None = None
     dtype: DtypeChoice | None = None
-    single_replica: bool | None = None
+    single_replica: bool | SingleReplica | None = None
 
     if TYPE_CHECKING:
         # For mypy, to which a dataclass on top of an untyped one, as Orbax's are, does not tell its item.
@@ -238,7 +239,7 @@ class NNXLinenRestore(ocp.args.PyTreeRestore, Generic[ItemT]):
             init: Callable[[], Any] | None = None,
             unexpected: UnexpectedPolicy | None = None,
             dtype: DtypeChoice | None = None,
-            single_replica: bool | None = None,
+            single_replica: bool | SingleReplica | None = None,
         ) -> None: ...
 
     def options(self, defaults: RestoreOptions) -> RestoreOptions:

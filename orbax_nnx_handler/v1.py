@@ -30,7 +30,13 @@ from orbax.checkpoint.experimental.v1._src.context.context import get_context
 from orbax_nnx_handler.api import restore_item
 from orbax_nnx_handler.handler import Renames
 from orbax_nnx_handler.planning.layouts import LayoutChoice
-from orbax_nnx_handler.planning.options import DtypeChoice, Policies, RestoreOptions, UnexpectedPolicy
+from orbax_nnx_handler.planning.options import (
+    DtypeChoice,
+    Policies,
+    RestoreOptions,
+    SingleReplica,
+    UnexpectedPolicy,
+)
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import linen_save
@@ -117,10 +123,14 @@ class NNXLinenHandler:
         return await self._stock().metadata(directory)
 
     async def _restore(self, directory: epath.Path, target: Any) -> Any:
-        broadcast = self._context.array_options.loading.use_load_and_broadcast
-        options = dataclasses.replace(
-            self.options, single_replica=self.options.single_replica or bool(broadcast)
-        )
+        options, loading = self.options, self._context.array_options.loading
+        if loading.use_load_and_broadcast and not isinstance(options.single_replica, SingleReplica):
+            asked = loading.load_and_broadcast_options
+            chosen = SingleReplica(
+                replica_axis_index=asked.replica_axis_index,
+                broadcast_memory_limit_bytes=asked.broadcast_memory_limit_bytes,
+            )
+            options = dataclasses.replace(options, single_replica=chosen)
         limit = self._context.memory_options.read_concurrent_bytes
         result, report = restore_item(directory, target, None, options, concurrent_bytes=limit)
         type(self).report = report
@@ -148,7 +158,7 @@ def configured(
     init: Callable[[], Any] | None = None,
     unexpected: UnexpectedPolicy = "warn",
     dtype: DtypeChoice = "target",
-    single_replica: bool = False,
+    single_replica: bool | SingleReplica = False,
     save_layout: Flavour = "linen",
     tx: Transformation | None = None,
     primary_host: int | None = 0,
@@ -179,7 +189,7 @@ def configured(
     Raises:
         ValueError: A value is none of the choices.
     """
-    options = RestoreOptions(single_replica=bool(single_replica)).override(
+    options = RestoreOptions(single_replica=single_replica or False).override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     attributes = {"options": options, "save_layout": save_layout, "tx": tx, "primary_host": primary_host}

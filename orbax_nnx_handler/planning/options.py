@@ -96,6 +96,35 @@ DtypeChoice = Literal["target", "stored"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SingleReplica:
+    """How what several processes hold alike is read by one of them; `single_replica=True` is the default.
+
+    ```python
+    over_slices = SingleReplica(replica_axis_index=0, broadcast_memory_limit_bytes=10**9)
+    handler = NNXLinenHandler(single_replica=over_slices)
+    ```
+
+    Attributes:
+        replica_axis_index: The axis of a leaf's mesh along which it is copied; each process reads
+            for itself what lies in copies along other axes. None: all axes along which copies lie.
+        broadcast_memory_limit_bytes: What each device may hold for the copying, beside the
+            arrays themselves. Leaves are copied in groups of this size; on an accelerator, one leaf
+            may exceed it. None: no bound of its own.
+
+    Raises:
+        ValueError: The bound is not a positive number of bytes.
+    """
+
+    replica_axis_index: int | None = None
+    broadcast_memory_limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        limit = self.broadcast_memory_limit_bytes
+        if limit is not None and limit < 1:
+            raise ValueError(f"broadcast_memory_limit_bytes is a positive number of bytes, not {limit}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RestoreOptions:
     """The settings of a restore.
 
@@ -107,8 +136,8 @@ class RestoreOptions:
         init: Builds the target with real values, for `policy="init"`.
         unexpected: What to do about stored leaves that the target does not want.
         dtype: `target` casts to the target's dtypes, `stored` keeps the disk's.
-        single_replica: Whether one of the processes that hold a part of a leaf alike
-            reads it, and the others get it over the mesh.
+        single_replica: Whether, and how, one of the processes that hold a part of a leaf
+            alike reads it, and the others get it over the mesh.
     """
 
     policy: Policies = "error"
@@ -117,7 +146,7 @@ class RestoreOptions:
     init: Callable[[], Any] | None = None
     unexpected: UnexpectedPolicy = "warn"
     dtype: DtypeChoice = "target"
-    single_replica: bool = False
+    single_replica: bool | SingleReplica = False
 
     @classmethod
     def of(cls, **chosen: Any) -> "RestoreOptions":

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from orbax.checkpoint.experimental import v1 as ocp
 
-from orbax_nnx_handler import MissingParamError, restore, v1
+from orbax_nnx_handler import MissingParamError, SingleReplica, restore, v1
 from orbax_nnx_handler.api import restore_item
 from tests.cases import load_case, problems
 
@@ -195,13 +195,15 @@ def test_a_read_limit_of_the_context_in_force_holds_for_an_nnx_target(
     setting = v1.context()
     setting.memory.read_concurrent_bytes = 1 << 20
     setting.array.loading.use_load_and_broadcast = True
+    setting.array.loading.load_and_broadcast_options.broadcast_memory_limit_bytes = 7
 
     with v1.context():
         ocp.load(tmp_path / "item", nnx.eval_shape(build))
     with setting:
         ocp.load(tmp_path / "item", nnx.eval_shape(build))
 
-    assert seen == [(None, False), (1 << 20, True)]
+    chosen = SingleReplica(replica_axis_index=0, broadcast_memory_limit_bytes=7)
+    assert seen == [(None, False), (1 << 20, chosen)]
 
 
 @pytest.mark.skipif(not hasattr(ocp, "load_async"), reason="this Orbax loads in the foreground only")

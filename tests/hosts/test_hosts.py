@@ -140,6 +140,7 @@ def test_random_state_that_no_process_holds_whole_is_saved_and_restored(seen: Se
     "scene",
     [
         *("copied", "copied_rows", "copied_columns_explicit", "copied_in_small_groups", "nothing_to_copy"),
+        *("copied_along_one_axis", "copied_in_little_memory", "copied_in_little_memory_over_devices"),
         *("copied_over_devices", "copied_rows_over_devices", "copied_columns_over_devices"),
     ],
 )
@@ -157,6 +158,19 @@ def test_with_single_replica_all_processes_read_equally_much(seen: Seen, scene: 
 
     read = [result["read"] for result in results]
     assert max(read) - min(read) <= 0.1 * seen[0]["bytes"]
+
+
+def test_a_device_holds_no_more_for_the_copying_than_the_bound(seen: Seen) -> None:
+    held = [result["held"] for result in _each(seen, "copied_in_little_memory")]
+
+    assert all(5_000 < size <= 10_000 for size in held)
+
+
+def test_each_process_reads_for_itself_what_lies_in_copies_along_another_axis(seen: Seen) -> None:
+    results = _each(seen, "copied_along_an_axis_without_copies")
+
+    assert [result["wrong"] for result in results] == [[]] * len(seen)
+    assert {result["read"] for result in results} == {seen[0]["bytes"]}
 
 
 def test_without_single_replica_each_process_reads_the_whole_of_what_it_holds(seen: Seen) -> None:

@@ -19,8 +19,16 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, RestoreError, restore
+from orbax_nnx_handler import (
+    NNXLinenHandler,
+    NNXLinenRestore,
+    NNXLinenSave,
+    RestoreError,
+    SingleReplica,
+    restore,
+)
 from orbax_nnx_handler.storage.reading import read as everywhere
+from orbax_nnx_handler.storage.reading import single_replica
 from orbax_nnx_handler.storage.reading.single_replica import Copied
 from tests.cases import digest, load_case
 from tests.hosts.bits import bits_in
@@ -240,6 +248,28 @@ def _over_devices(scene: Callable[[Stage], Any]) -> Callable[[Stage], Any]:
     return over_devices
 
 
+def _noting_blocks(scene: Callable[[Stage], Any]) -> Callable[[Stage], Any]:
+    """Notes the bytes that a device holds for the copying: the block it sends and one of each copy."""
+
+    def noting(stage: Stage) -> Any:
+        before, held = single_replica._gathering, list[int]()
+
+        def gathering(sharding: Any) -> Any:
+            def run(sent: jax.Array) -> jax.Array:
+                held.append((sent.shape[0] + 1) * sent.shape[2])
+                return before(sharding)(sent)
+
+            return run
+
+        single_replica._gathering = gathering
+        try:
+            return scene(stage) | {"held": max(held)}
+        finally:
+            single_replica._gathering = before
+
+    return noting
+
+
 def asked_with_restore_args(stage: Stage) -> Any:
     """Asks leaf by leaf, as Orbax's own pipelines do."""
     target = _copies(stage)
@@ -314,6 +344,14 @@ SCENES: dict[str, Callable[[Stage], Any]] = {
     "copied_over_devices": _over_devices(_copied(single_replica=True, concurrent_gb=1e-6)),
     "copied_rows_over_devices": _over_devices(_copied("local", single_replica=True)),
     "copied_columns_over_devices": _over_devices(_copied(None, "local", single_replica=True, explicit=True)),
+    "copied_along_one_axis": _copied(single_replica=SingleReplica(replica_axis_index=0)),
+    "copied_along_an_axis_without_copies": _copied(single_replica=SingleReplica(replica_axis_index=1)),
+    "copied_in_little_memory": _noting_blocks(
+        _copied(single_replica=SingleReplica(broadcast_memory_limit_bytes=10_000))
+    ),
+    "copied_in_little_memory_over_devices": _over_devices(
+        _copied(single_replica=SingleReplica(broadcast_memory_limit_bytes=10_000))
+    ),
     "nothing_to_copy": _copied("hosts", "local", single_replica=True),
     "asked_with_restore_args": asked_with_restore_args,
     "asked_with_a_type_handler": asked_with_a_type_handler,

@@ -36,6 +36,7 @@ from orbax_nnx_handler.planning.core.regions import (
     shape_of_region,
     slices,
 )
+from orbax_nnx_handler.planning.options import SingleReplica
 from orbax_nnx_handler.storage.arithmetic import put
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 
@@ -51,8 +52,8 @@ class Job:
         dtype: Its dtype, a cast from the stored one included; a key dtype gives
             an array of random keys.
         sharding: Where it must live.
-        single_replica: Whether one of the processes that hold the same part reads
-            it and the others get it over the mesh.
+        single_replica: How one of the processes that hold the same part reads it and the
+            others get it over the mesh; None where each reads its own.
         sharding_is_default: Whether arrays that are on devices already may stay on them.
     """
 
@@ -61,7 +62,7 @@ class Job:
     shape: Shape
     dtype: np.dtype[Any]
     sharding: jax.sharding.Sharding
-    single_replica: bool = False
+    single_replica: SingleReplica | None = None
     sharding_is_default: bool = False
 
 

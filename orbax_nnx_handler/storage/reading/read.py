@@ -37,6 +37,7 @@ from orbax_nnx_handler.storage.reading.jobs import (
 from orbax_nnx_handler.storage.reading.orbax_reader import read_with_orbax
 from orbax_nnx_handler.storage.reading.single_replica import (
     Copied,
+    broadcast_limit,
     copy_axes,
     copy_through_hosts,
     copy_to_all,
@@ -174,7 +175,11 @@ def _read_copied(
     # What is read into host memory stays there; elsewhere, the contributions of a group are on the devices
     # beside its results, so that half is let in.
     limit = (concurrent_bytes or DEFAULT_WINDOW_BYTES) // 2
-    groups = [[item for family in shared for item in family]] if on_cpu else grouped(shared, _nbytes, limit)
+    everything = [item for family in shared for item in family]
+    for_the_copying = broadcast_limit(everything)
+    if for_the_copying is not None:
+        limit = min(limit, for_the_copying * max(1, jax.local_device_count()))
+    groups = [everything] if on_cpu else grouped(shared, _nbytes, limit)
     with paused_collection():
         for group in groups:
             read = functools.partial(read_shards, checkpoint, [item.job for item in group])

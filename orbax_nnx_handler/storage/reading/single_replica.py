@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
+from orbax_nnx_handler.planning.options import SingleReplica
 from orbax_nnx_handler.storage.reading.jobs import (
     Arena,
     Buffer,
@@ -41,8 +42,8 @@ from orbax_nnx_handler.storage.reading.jobs import (
 )
 
 
-def is_single_replica(type_handlers: Any = None) -> bool:
-    """Tells whether arrays are read by Orbax's own single-replica handler.
+def single_replica_of(type_handlers: Any = None) -> SingleReplica | None:
+    """Returns what Orbax's own single-replica handler is set to, where it is what reads arrays.
 
     Args:
         type_handlers: A registry of type handlers; None for the one of all handlers.
@@ -51,21 +52,29 @@ def is_single_replica(type_handlers: Any = None) -> bool:
     try:
         handler: Any = look_up(jax.Array)
     except ValueError:  # Nothing is registered for arrays.
-        return False
+        return None
     # A subclass may read in its own way, which only Orbax's reader honours.
-    return type(handler) is ocp.type_handlers.SingleReplicaArrayHandler
+    if type(handler) is not ocp.type_handlers.SingleReplicaArrayHandler:
+        return None
+    return SingleReplica(
+        replica_axis_index=handler.replica_axis_index,
+        broadcast_memory_limit_bytes=handler.broadcast_memory_limit_bytes,
+    )
 
 
-def single_replica_leaves(everywhere: bool, restore_args: Mapping[Path, Any]) -> Callable[[Path], bool]:
-    """Returns what tells whether a wanted leaf is to be read by one process of several."""
-    if everywhere or is_single_replica():
-        return lambda _: True
+def single_replica_leaves(
+    everywhere: bool | SingleReplica, restore_args: Mapping[Path, Any]
+) -> Callable[[Path], SingleReplica | None]:
+    """Returns what tells how a wanted leaf is to be read by one process of several; None for each its own."""
+    chosen = SingleReplica() if everywhere is True else everywhere or single_replica_of()
+    if chosen is not None:
+        return lambda _: chosen
     asked = {
-        path
+        path: SingleReplica()
         for path, args in restore_args.items()
         if isinstance(args, ocp.type_handlers.SingleReplicaArrayRestoreArgs)
     }
-    return asked.__contains__
+    return asked.get
 
 
 _BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
@@ -136,7 +145,9 @@ def copy_axes(job: PlainJob) -> tuple[str, ...]:
     None where a copy over the mesh is not possible: processes outside of the mesh could not
     take part in it, and of dtypes without whole bytes or with two parts there are no plain bits.
     """
-    return _copy_axes(job.sharding) if _has_plain_bits(job.dtype) else ()
+    chosen = job.job.single_replica
+    axis = None if chosen is None else chosen.replica_axis_index
+    return _copy_axes(job.sharding, axis) if _has_plain_bits(job.dtype) else ()
 
 
 def share_out(jobs: Sequence[PlainJob]) -> list[list[Copied]]:
@@ -202,7 +213,7 @@ def _by_copy(mesh: Mesh, axes: tuple[str, ...]) -> np.ndarray[Any, Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _copy_axes(sharding: jax.sharding.Sharding) -> tuple[str, ...]:
+def _copy_axes(sharding: jax.sharding.Sharding, only: int | None) -> tuple[str, ...]:
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
         return ()
     processes = _process_of(sharding.mesh.devices)
@@ -212,7 +223,7 @@ def _copy_axes(sharding: jax.sharding.Sharding) -> tuple[str, ...]:
     return tuple(
         name
         for axis, name in enumerate(sharding.mesh.axis_names)
-        if name not in used and bool(np.any(processes != processes.take([0], axis)))
+        if only in (None, axis) and name not in used and bool(np.any(processes != processes.take([0], axis)))
     )
 
 
@@ -245,6 +256,13 @@ def _global_nbytes(family: Sequence[PlainJob]) -> int:
 _ROUNDS = 32
 _LEAST_BLOCK_BYTES = 256 << 10
 _MOST_BLOCK_BYTES = 64 << 20
+
+
+def broadcast_limit(leaves: Sequence[Copied]) -> int | None:
+    """Returns the smallest bound, in bytes, of what a device may hold for the copying of leaves."""
+    chosen = [leaf.job.job.single_replica for leaf in leaves]
+    limits = [one.broadcast_memory_limit_bytes for one in chosen if one is not None]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def copy_through_hosts(
@@ -295,6 +313,10 @@ class _Exchange:
         self._length = max(lengths)
         block = -(-self._length // _ROUNDS)
         self._block = min(max(block, _LEAST_BLOCK_BYTES), _MOST_BLOCK_BYTES, max(self._length, 1))
+        limit = broadcast_limit(list(leaves.values()))
+        if limit is not None:
+            # Each device holds the block that it sends and one of each copy.
+            self._block = max(1, min(self._block, limit // (copies + 1)))
         self._shape = (copies, mesh.size // copies, self._block)
 
     def run(self) -> None:

@@ -25,6 +25,7 @@ from orbax_nnx_handler.planning.core.errors import (
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, Stack, reads
 from orbax_nnx_handler.planning.mapping.matches import Dropped
+from orbax_nnx_handler.planning.options import SingleReplica
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Drop
 from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
@@ -133,7 +134,7 @@ def carry_out(
     concurrent_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
     orbax: ocp.PyTreeCheckpointHandler | None = None,
-    single_replica: Callable[[Path], bool] = lambda _: False,
+    single_replica: Callable[[Path], SingleReplica | None] = lambda _: None,
 ) -> dict[Path, jax.Array]:
     """Returns the value of every leaf of a plan that passed its check.
 
@@ -144,7 +145,7 @@ def carry_out(
         concurrent_bytes: Upper bound of the bytes read but not yet in place.
         progress: Called with the bytes put in place since the last call.
         orbax: A handler with type handlers of its own, which then reads the arrays.
-        single_replica: Whether a wanted leaf that several processes hold alike is read
+        single_replica: How a wanted leaf that several processes hold alike is read
             by one of them.
 
     Raises:
@@ -174,7 +175,7 @@ def carry_out(
     return arrays | filled
 
 
-def _jobs(plan: RestorePlan, single_replica: Callable[[Path], bool]) -> list[Job]:
+def _jobs(plan: RestorePlan, single_replica: Callable[[Path], SingleReplica | None]) -> list[Job]:
     jobs = [
         Job(
             path=path,

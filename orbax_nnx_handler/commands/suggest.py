@@ -21,7 +21,7 @@ from orbax_nnx_handler.commands.screen import Screen, rename_options
 from orbax_nnx_handler.planning.core.errors import as_python
 from orbax_nnx_handler.planning.core.paths import spelled
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.suggesting import Suggestion
+from orbax_nnx_handler.planning.suggesting import Question, Suggestion
 
 
 def add_to(commands: Any) -> None:
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         options = _options(suggestion)
         if options:
             screen.say(f"# on the command line: {options}")
-    return 1 if suggestion.confidence == "open" or suggestion.unmatched_wanted else 0
+    return 1 if suggestion.confidence == "open" else 0
 
 
 def _free(file: pathlib.Path) -> pathlib.Path:
@@ -122,11 +122,24 @@ def _options(suggestion: Suggestion) -> str:
 
 def _to_dict(suggestion: Suggestion) -> dict[str, Any]:
     return {
+        "coverage": suggestion.coverage,
+        "covered": suggestion.covered,
+        "wanted": suggestion.wanted_count,
         "confidence": suggestion.confidence,
         "renames": [str(rule) for rule in suggestion.renames],
         "options": _options(suggestion),
-        "questions": [str(question) for question in suggestion.questions],
+        "questions": [_question_to_dict(question) for question in suggestion.questions],
         "unmatched_wanted": [spelled(path) for path in suggestion.unmatched_wanted],
         "unmatched_stored": [spelled(path) for path in suggestion.unmatched_stored],
         "problem": suggestion.problem,
+    }
+
+
+def _question_to_dict(question: Question) -> dict[str, Any]:
+    return {
+        "question": str(question),
+        "wanted": [spelled(path) for path in question.wanted],
+        "stored": [spelled(path) for path in question.stored],
+        "choices": list(question.choices),
+        "alternatives": [[str(rule) for rule in rules] for rules in question.alternatives],
     }

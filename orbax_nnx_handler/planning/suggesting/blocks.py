@@ -1,0 +1,277 @@
+"""Layers: which stored group is which wanted one, also where one side keeps them stacked."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
+from orbax_nnx_handler.planning.suggesting.layers import (
+    Looks,
+    Series,
+    are_alike,
+    looks_of,
+    paired_series,
+    same_layers,
+    series_of,
+    stack_of,
+    without_axis,
+)
+from orbax_nnx_handler.planning.suggesting.links import Layers, Link, Tie
+from orbax_nnx_handler.planning.suggesting.matching import Created, match_parts
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names, levels, parts_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What is known of a model.
+
+    Attributes:
+        links: The leaves that belong together.
+        ties: Where nothing tells which is which.
+        groups: The names that lead into the layers of both sides, `{i}` for equal numbers.
+    """
+
+    links: list[Link] = dataclasses.field(default_factory=list[Link])
+    ties: list[Tie] = dataclasses.field(default_factory=list[Tie])
+    groups: list[tuple[Names, Names]] = dataclasses.field(default_factory=list[tuple[Names, Names]])
+
+    def mapped(self, change: Callable[[Sequence[Link]], Iterable[Link]]) -> "Findings":
+        """Returns the same with every list of links changed, those of possible readings too."""
+        ties = [
+            dataclasses.replace(tie, readings=tuple(tuple(change(reading)) for reading in tie.readings))
+            for tie in self.ties
+        ]
+        return Findings(links=list(change(self.links)), ties=ties, groups=self.groups)
+
+    def add(self, other: "Findings") -> None:
+        """Takes over what another context found."""
+        self.links.extend(other.links)
+        self.ties.extend(other.ties)
+        self.groups.extend(other.groups)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """Leaves of both sides that belong to each other.
+
+    Attributes:
+        wanted: The wanted leaves.
+        stored: The stored ones.
+        above: How many segments lead to the context, wanted and stored.
+        levels: Segments above that count the same layers.
+        order: Wanted names in the order of their creation, by module.
+    """
+
+    wanted: Sequence[Leaf]
+    stored: Sequence[Leaf]
+    above: tuple[int, int] = (0, 0)
+    levels: tuple[tuple[int, int], ...] = ()
+    order: Mapping[Tokens, Sequence[str]] = dataclasses.field(default_factory=dict[Tokens, Sequence[str]])
+
+
+def match_context(context: Context) -> Findings:
+    """Matches groups of layers first, each by one of its layers, then what is left."""
+    found = Findings()
+    ours = series_of(context.wanted, context.above[0])
+    theirs = series_of(context.stored, context.above[1])
+    taken: set[int] = set()
+    for one, other in paired_series(ours, theirs):
+        found.add(_match_members(one, other, context))
+        for left, right in same_layers(one, other):
+            taken |= {id(leaf) for leaf in (*one.members[left], *other.members[right])}
+        ours.remove(one)
+        theirs.remove(other)
+    for one in _stacks(ours, theirs, context, taken):
+        found.add(one)
+    wanted = [leaf for leaf in context.wanted if id(leaf) not in taken]
+    stored = [leaf for leaf in context.stored if id(leaf) not in taken]
+    found.add(_match_rest(wanted, stored, context))
+    return found
+
+
+def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context) -> Findings:
+    up, down = context.above
+    left, right = parts_of(wanted, up), parts_of(stored, down)
+    names = (_names(context.wanted, up), _names(context.stored, down))
+    matched = match_parts(left, right, names, _created(context))
+    links = [
+        dataclasses.replace(link, levels=(*context.levels, *_same_numbers(link, context)))
+        for link in matched.links
+    ]
+    ties = [
+        Tie(
+            wanted=tuple((*_start(wanted, up), *path) for path in tie.wanted),
+            stored=tuple((*_start(stored, down), *path) for path in tie.stored),
+            readings=tuple(
+                tuple(dataclasses.replace(link, levels=context.levels) for link in reading)
+                for reading in tie.readings
+            ),
+        )
+        for tie in matched.ties
+    ]
+    return Findings(links=links, ties=ties)
+
+
+def _names(leaves: Sequence[Leaf], above: int) -> Names:
+    return tuple(level.base for level in levels(leaves[0].names[:above])) if leaves else ()
+
+
+def _start(leaves: Sequence[Leaf], above: int) -> Names:
+    return leaves[0].names[:above] if leaves else ()
+
+
+def _created(context: Context) -> Created:
+    """Returns what tells the place of a wanted part in the order of creation."""
+    start = _start(context.wanted, context.above[0])
+    order = context.order
+
+    def place(part: Any) -> int | None:
+        return creation_place((*start, *part.names), order)
+
+    return place
+
+
+def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> int | None:
+    """Returns a number that grows with the order in which modules are created, level by level."""
+    tokens = canonical(names)
+    place = 0
+    for at, token in enumerate(tokens):
+        known = order.get(tokens[:at], ())
+        if token not in known and not is_number(token):
+            return place if at else None
+        place = place * 4096 + (int(token[1:]) if is_number(token) else list(known).index(token)) + 1
+    return place
+
+
+def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:
+    """Returns the segments below the context in which both paths have the same number."""
+    if len(link.wanted) != 1 or len(link.stored) != 1:
+        return ()
+    left = _seats(link.wanted[0].names, context.above[0])
+    right = _seats(link.stored[0].names, context.above[1])
+    found: list[tuple[int, int]] = []
+    for seat, number in right:
+        same = next((item for item in left if item[1] == number), None)
+        if same is not None:
+            left = left[left.index(same) + 1 :]
+            found.append((seat, same[0]))
+    return tuple(found)
+
+
+def _seats(names: Names, above: int) -> list[tuple[int, int]]:
+    """Returns the segments with a number below a context, and the numbers."""
+    at, found = 0, list[tuple[int, int]]()
+    for level in levels(names):
+        at += level.width
+        if level.number is not None and at > above:
+            found.append((at - 1, level.number))
+    return found
+
+
+# Groups of layers.
+
+
+def _match_members(one: Series, other: Series, context: Context) -> Findings:
+    """Matches two groups layer by layer; layers that look alike on both sides are matched once."""
+    classes: dict[tuple[Looks, Looks], list[tuple[int, int]]] = defaultdict(list)
+    pairs = same_layers(one, other)
+    for left, right in pairs:
+        looks = (looks_of(one.members[left], one.depth), looks_of(other.members[right], other.depth))
+        classes[looks].append((left, right))
+    found = Findings()
+    equal = all(left == right for left, right in pairs)
+    seats = ((other.seat, one.seat),) if equal else ()
+    for numbers in classes.values():
+        left, right = numbers[0]
+        inner = Context(
+            wanted=one.members[left],
+            stored=other.members[right],
+            above=(one.depth, other.depth),
+            levels=(*context.levels, *seats),
+            order=context.order,
+        )
+        found.add(match_context(inner).mapped(lambda links, pairs=numbers: _moved(links, one, other, pairs)))
+        for pair in numbers[1:]:
+            if not equal:
+                found.groups.append((other.place(pair[1]), one.place(pair[0])))
+        if not equal:
+            found.groups.append((other.place(right), one.place(left)))
+    if equal:
+        found.groups.append((other.template, one.template))
+    return found
+
+
+def _moved(
+    links: Iterable[Link], one: Series, other: Series, numbers: Sequence[tuple[int, int]]
+) -> Iterator[Link]:
+    """Yields the links of one layer for all layers that look alike."""
+    every = list(links)
+    for left, right in numbers:
+        ours = {leaf.names[one.depth :]: leaf for leaf in one.members[left]}
+        theirs = {leaf.names[other.depth :]: leaf for leaf in other.members[right]}
+        for link in every:
+            yield dataclasses.replace(
+                link,
+                wanted=tuple(ours[leaf.names[one.depth :]] for leaf in link.wanted),
+                stored=tuple(theirs[leaf.names[other.depth :]] for leaf in link.stored),
+            )
+
+
+# Stacks of layers.
+
+
+def _stacks(
+    ours: Sequence[Series], theirs: Sequence[Series], context: Context, taken: set[int]
+) -> Iterator[Findings]:
+    """Yields what groups of layers that the other side keeps stacked have in it; adds what is used."""
+    for least in (2, 1):
+        left, right = list(ours), list(theirs)
+        if least == 1:
+            left = series_of(_free(context.wanted, taken), context.above[0], least)
+            right = series_of(_free(context.stored, taken), context.above[1], least)
+        for series, stacks in (*((one, False) for one in left), *((one, True) for one in right)):
+            other = context.wanted if stacks else context.stored
+            stack = stack_of(series, _free(other, taken), context.above[0 if stacks else 1], least)
+            if stack is not None and are_alike(series):
+                prefix, axis, inside = stack
+                taken |= {id(leaf) for leaf in inside}
+                taken |= {id(leaf) for held in series.members.values() for leaf in held}
+                yield _match_stack(series, prefix, axis, inside, stacks, context)
+
+
+def _free(leaves: Iterable[Leaf], taken: set[int]) -> list[Leaf]:
+    return [leaf for leaf in leaves if id(leaf) not in taken]
+
+
+def _match_stack(
+    series: Series, prefix: Names, axis: int, inside: Sequence[Leaf], stacks: bool, context: Context
+) -> Findings:
+    """Matches one layer with what a stack holds of one, and the rest like it."""
+    first = series.numbers[0]
+    members = series.members[first]
+    layer = [dataclasses.replace(leaf, shape=without_axis(leaf.shape, axis)) for leaf in inside]
+    # The stack's path takes the place of a layer's, so that both sides count the same levels below.
+    inner = Context(
+        wanted=layer if stacks else members,
+        stored=members if stacks else layer,
+        above=(len(prefix), series.depth) if stacks else (series.depth, len(prefix)),
+        levels=context.levels,
+        order=context.order,
+    )
+    layers = Layers(
+        series.template if stacks else prefix, prefix if stacks else series.template, axis, stacks
+    )
+
+    def every_layer(links: Sequence[Link]) -> Iterator[Link]:
+        for number in series.numbers:
+            own = {leaf.names[series.depth :]: leaf for leaf in series.members[number]}
+            for link in links:
+                wanted, stored = link.wanted, link.stored
+                if stacks:
+                    stored = tuple(own[leaf.names[series.depth :]] for leaf in stored)
+                else:
+                    wanted = tuple(own[leaf.names[series.depth :]] for leaf in wanted)
+                yield dataclasses.replace(link, wanted=wanted, stored=stored, layers=layers, layer=number)
+
+    return match_context(inner).mapped(every_layer)

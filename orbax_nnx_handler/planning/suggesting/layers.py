@@ -1,0 +1,212 @@
+"""Groups of layers: numbered modules of one name, and stacks of them."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.suggesting.matching import best_pairs
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names, levels, parts_of, sizes_of
+from orbax_nnx_handler.planning.suggesting.words import concepts, exclude, likeness
+
+_PLACE = "{i}"
+_SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))
+"""Names under which a lone number is the only layer of a model."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Series:
+    """Numbered modules of one name, each with parts of its own.
+
+    Attributes:
+        above: The names above them.
+        template: The names of one of them, with a place for its number.
+        base: The names without numbers.
+        members: Their leaves by number.
+    """
+
+    above: Names
+    template: Names
+    base: Names
+    members: Mapping[int, list[Leaf]]
+
+    @property
+    def depth(self) -> int:
+        """How many segments lead into a member."""
+        return len(self.template)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers in order."""
+        return sorted(self.members)
+
+    @property
+    def size(self) -> int:
+        """How many elements all members hold."""
+        return sum(sizes_of(leaves) for leaves in self.members.values())
+
+    def place(self, number: int) -> Names:
+        """Returns the names that lead into a member."""
+        return tuple(name.replace(_PLACE, str(number)) for name in self.template)
+
+    @property
+    def seat(self) -> int:
+        """The segment that holds the number."""
+        return self.depth - 1
+
+
+def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series]:
+    """Returns the groups of numbered modules of a context, the outermost ones.
+
+    Args:
+        leaves: The leaves of the context.
+        above: How many segments lead to it.
+        least: How many parts a layer must have: a single one is rather a part with a number.
+    """
+    waiting = [(leaf, _numbered(leaf.names, above)) for leaf in leaves]
+    found: list[Series] = []
+    while waiting:
+        groups: dict[tuple[Names, Names], dict[int, list[tuple[Leaf, list[Any]]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for leaf, places in waiting:
+            if places:
+                key, number = places[0]
+                groups[key][number].append((leaf, places[1:]))
+        waiting = list[tuple[Leaf, list[Any]]]()
+        for (template, base), members in groups.items():
+            held = {number: [leaf for leaf, _ in pairs] for number, pairs in members.items()}
+            if _is_series(template, base, held, least):
+                found.append(Series(template[:-1], template, base, held))
+            else:
+                waiting += [pair for pairs in members.values() for pair in pairs]
+    return found
+
+
+def _numbered(names: Names, above: int) -> list[tuple[tuple[Names, Names], int]]:
+    """Returns the numbered levels of a path below a context, each as the key of its group and its number."""
+    at, base, found = 0, list[str](), list[tuple[tuple[Names, Names], int]]()
+    for level in levels(names):
+        at += level.width
+        base.append(level.base)
+        if level.number is not None and at > above and at < len(names):
+            last = names[at - 1]
+            template = last[: len(last) - len(str(level.number))] + _PLACE if not last.isdecimal() else _PLACE
+            found.append((((*names[: at - 1], template), tuple(base)), level.number))
+    return found
+
+
+def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf]], least: int) -> bool:
+    depth = len(template)
+    if any(len(parts_of(leaves, depth)) < least for leaves in members.values()):
+        return False
+    return len(members) > 1 or base[-1].lower() in _SINGLE
+
+
+def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:
+    """Returns which groups of layers are the same, where no other pairing comes near."""
+    scores: dict[tuple[int, int], float] = {}
+    for at, one in enumerate(ours):
+        for to, other in enumerate(theirs):
+            if _may_be_one(one, other):
+                ratio = min(one.size, other.size) / max(one.size, other.size)
+                scores[at, to] = 20 + 4 * ratio + likeness(_said(one), _said(other))
+    return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
+
+
+def _said(series: Series) -> frozenset[str]:
+    return concepts(series.base)
+
+
+def _may_be_one(one: Series, other: Series) -> bool:
+    """Tells whether two groups may be the same layers: nearly as large each, and named no opposites."""
+    if not same_layers(one, other) or exclude(_said(one), _said(other)):
+        return False
+    left, right = one.size * len(other.members), other.size * len(one.members)
+    return min(left, right) * 2 > max(left, right)
+
+
+def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
+    """Returns which layer is which: those of one number, or one by one where both count all from 0 or 1."""
+    both = sorted(one.members.keys() & other.members.keys())
+    alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
+    if alike and len(both) * 2 > max(len(one.members), len(other.members)):
+        return [(number, number) for number in both]
+    if len(one.members) == len(other.members) and _is_complete(one) and _is_complete(other):
+        return list(zip(one.numbers, other.numbers, strict=True))
+    return []
+
+
+def _is_complete(series: Series) -> bool:
+    numbers = series.numbers
+    return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+Looks = tuple[tuple[Names, Shape], ...]
+
+
+def looks_of(leaves: Sequence[Leaf], depth: int) -> Looks:
+    """Returns the names and shapes below a layer; layers of equal looks are matched once."""
+    return tuple(sorted((leaf.names[depth:], leaf.shape) for leaf in leaves))
+
+
+def are_alike(series: Series) -> bool:
+    """Tells whether all layers of a group look alike."""
+    return len({looks_of(leaves, series.depth) for leaves in series.members.values()}) == 1
+
+
+def stack_of(
+    series: Series, free: Sequence[Leaf], above: int, least: int
+) -> tuple[Names, int, list[Leaf]] | None:
+    """Returns the module whose leaves all have an axis for the layers, and the axis."""
+    below: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in free:
+        for depth in range(above + 1, len(leaf.names)):
+            below[leaf.names[:depth]].append(leaf)
+    count = len(series.members)
+    found: list[tuple[float, float, int, Names, int]] = []
+    for prefix, leaves in below.items():
+        if exclude(_said(series), concepts(level.base for level in levels(prefix))):
+            continue
+        axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
+        ratio = min(sizes_of(leaves), series.size) / max(sizes_of(leaves), series.size)
+        alike = likeness(_said(series), concepts(prefix))
+        if axes and ratio > (0.5 if least > 1 else 0.99):
+            axis = _likeliest_axis(series, leaves, axes)
+            found.append((ratio, alike, _depth(prefix, leaves), prefix, axis))
+    if not found:
+        return None
+    found.sort(reverse=True)
+    best = found[0]
+    if best[4] < 0 or any(item[0] == best[0] and not _nested(item[3], best[3]) for item in found[1:]):
+        return None
+    return best[3], best[4], below[best[3]]
+
+
+def _depth(prefix: Names, leaves: Sequence[Leaf]) -> int:
+    """Returns how deep a module lies, less than nothing where it holds its leaves itself."""
+    return len(prefix) if all(len(leaf.names) > len(prefix) + 1 for leaf in leaves) else -len(prefix)
+
+
+def _nested(one: Names, other: Names) -> bool:
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
+
+
+def _have_axis(leaves: Iterable[Leaf], axis: int, count: int) -> bool:
+    return all(len(leaf.shape) > axis and leaf.shape[axis] == count for leaf in leaves)
+
+
+def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int]) -> int:
+    """Returns the one axis under which a layer has the shapes of the others; -1 where two have."""
+    if len(axes) == 1:
+        return axes[0]
+    first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
+    fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
+    return (fitting or axes)[0] if len(fitting or axes) == 1 else -1
+
+
+def without_axis(shape: Shape, axis: int) -> Shape:
+    """Returns a shape without one of its axes."""
+    return (*shape[:axis], *shape[axis + 1 :])

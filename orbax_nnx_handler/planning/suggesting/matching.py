@@ -1,0 +1,443 @@
+"""Which stored part is which wanted one, within one block or one remainder of a model."""
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from scipy import optimize
+
+from orbax_nnx_handler.planning.suggesting.links import Grounds, Link, Tie
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, ModulePart
+from orbax_nnx_handler.planning.suggesting.roles import Role, compare_numbers, roles_of
+from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, joints, ways
+from orbax_nnx_handler.planning.suggesting.words import exclude, likeness
+
+_MARGIN = 0.75
+"""By how much a pairing must be better than every other one."""
+
+_COMPLETE, _LACKING, _NUMBER = 2.0, 1.0, 2.0
+_READINGS = 6
+_MOST_PAIRS = 10_000
+"""A hundred parts of one shape on either side are no block of a model that names could tell apart."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartLinks:
+    """What is known of a context.
+
+    Attributes:
+        links: The leaves that belong together.
+        ties: Where nothing tells which is which.
+    """
+
+    links: tuple[Link, ...]
+    ties: tuple[Tie, ...]
+
+
+Created = Callable[[ModulePart], int | None]
+"""The place of a wanted part in the order of creation, where it is known."""
+
+
+def match_parts(
+    wanted: Sequence[ModulePart],
+    stored: Sequence[ModulePart],
+    above: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    created: Created = lambda _: None,
+    used: Sequence[ModulePart] = (),
+) -> PartLinks:
+    """Matches the parts of a context.
+
+    Args:
+        wanted: The wanted parts.
+        stored: The stored ones.
+        above: The names that lead to the context on either side.
+        created: The place of a wanted part in the order of creation, or None.
+        used: Further stored parts that have a wanted one already: the context of names only.
+    """
+    ours, theirs = roles_of(wanted, above[0]), roles_of([*stored, *used], above[1])[: len(stored)]
+    links, left, right = _joined(ours, theirs)
+    pairs = _Pairs(left, right)
+    found, ties = pairs.settle(created)
+    for one, other, grounds in found:
+        links += pairs.links(one, other, grounds)
+    return PartLinks(links=tuple(links), ties=tuple(ties))
+
+
+# One to one.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """How well a stored part fits a wanted one."""
+
+    score: float
+    pairs: tuple[tuple[Leaf, Leaf, tuple[Way, ...]], ...]
+    is_exact: bool
+
+
+class _Pairs:
+    """The possible pairs of a context, and which of them nothing else can be."""
+
+    def __init__(self, wanted: Sequence[Role], stored: Sequence[Role]) -> None:
+        self._wanted, self._stored = wanted, stored
+        self._fits: dict[tuple[int, int], _Fit] = {}
+        self._excluded: set[tuple[int, int]] = set()
+        sizes: dict[int, list[int]] = defaultdict(list)
+        for to, other in enumerate(stored):
+            sizes[_main_size(other)].append(to)
+        for at, one in enumerate(wanted):
+            for to in sizes.get(_main_size(one), ()):
+                fit = _fit(one, stored[to])
+                if fit is not None and _may_be(one, stored[to]):
+                    self._fits[at, to] = fit
+                elif fit is not None:
+                    self._excluded.add((at, to))
+
+    def settle(self, created: Created) -> tuple[list[tuple[int, int, Grounds]], list[Tie]]:
+        """Returns the pairs that stand, and the choices that are left."""
+        found: list[tuple[int, int, Grounds]] = []
+        ties: list[Tie] = []
+        for group in _components(self._fits):
+            if len(group) <= _MOST_PAIRS:
+                self._settle(group, created, found, ties)
+        return found, ties
+
+    def _settle(
+        self,
+        group: set[tuple[int, int]],
+        created: Created,
+        found: list[tuple[int, int, Grounds]],
+        ties: list[Tie],
+    ) -> None:
+        table = _Table({pair: self._fits[pair].score for pair in group})
+        best, value = table.best()
+        doubtful: set[frozenset[tuple[int, int]]] = set()
+        for pair in best:
+            second, lower = table.best(without=pair)
+            if value - lower >= _MARGIN or not self._rivals(pair, group):
+                if self._is_plausible(pair, group):
+                    found.append((*pair, "names" if self._has_rival(pair) else "shapes"))
+            else:
+                doubtful.add(frozenset(best - second))
+        for tie in _merged(doubtful):
+            self._settle_tie(sorted(tie), group, created, found, ties)
+
+    def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
+        return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)
+
+    def _has_rival(self, pair: tuple[int, int]) -> bool:
+        """Tells whether shapes alone allow another pair."""
+        return self._rivals(pair, {*self._fits, *self._excluded})
+
+    def _is_plausible(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
+        """Tells whether a pair is more than a coincidence of shape."""
+        fit, one, other = self._fits[pair], self._wanted[pair[0]], self._stored[pair[1]]
+        if likeness(one.said, other.said) > 0 or one.said & other.said:
+            return True
+        if one.part.is_vector or not fit.is_exact:
+            return False
+        leaf = one.part.leaves.get("main")
+        return leaf is None or len(set(leaf.shape)) == len(leaf.shape) or not self._rivals(pair, group)
+
+    def _settle_tie(
+        self,
+        tie: Sequence[tuple[int, int]],
+        group: set[tuple[int, int]],
+        created: Created,
+        found: list[tuple[int, int, Grounds]],
+        ties: list[Tie],
+    ) -> None:
+        ours = sorted({at for at, _ in tie})
+        theirs = sorted({to for _, to in tie})
+        rivals = {to for at, to in group if at in ours and to not in theirs and _is_free(to, found)}
+        taken = {at for at, _, _ in found}
+        lone = {at for at, to in group if to in theirs and at not in ours and at not in taken}
+        ordered = None if rivals or lone else self._in_order(ours, theirs, created)
+        if ordered is not None:
+            sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
+            grounds: Grounds = "shapes" if all(map(_are_counted, sides)) else "order"
+            found.extend((at, to, grounds) for at, to in ordered)
+            return
+        ties.append(self._tie(ours, sorted({*theirs, *rivals})))
+
+    def _in_order(
+        self, ours: Sequence[int], theirs: Sequence[int], created: Created
+    ) -> list[tuple[int, int]] | None:
+        """Returns the pairs that follow from the order of both sides, where each tells one."""
+        left = _order([self._wanted[at] for at in ours])
+        right = _order([self._stored[to] for to in theirs])
+        if right is None or len(ours) != len(theirs):
+            return None
+        if left is None and _are_automatic([self._stored[to] for to in theirs]):
+            places = [created(self._wanted[at].part) for at in ours]
+            if None not in places and len(set(places)) == len(places):
+                left = [int(place) for place in np.argsort(np.array(places))]
+        if left is None:
+            return None
+        pairs = [(ours[one], theirs[other]) for one, other in zip(left, right, strict=True)]
+        return pairs if all(pair in self._fits for pair in pairs) else None
+
+    def _tie(self, ours: Sequence[int], theirs: Sequence[int]) -> Tie:
+        readings: list[tuple[Link, ...]] = []
+        shorter = min(len(ours), len(theirs))
+        for left in itertools.islice(itertools.combinations(ours, shorter), _READINGS):
+            for right in itertools.islice(itertools.permutations(theirs, shorter), 120):
+                pairs = list(zip(left, right, strict=True))
+                if len(readings) < _READINGS and all(pair in self._fits for pair in pairs):
+                    readings.append(tuple(link for pair in pairs for link in self.links(*pair, "names")))
+        return Tie(
+            wanted=tuple(self._wanted[at].part.names for at in ours),
+            stored=tuple(self._stored[to].part.names for to in theirs),
+            readings=tuple(readings),
+        )
+
+    def links(self, at: int, to: int, grounds: Grounds) -> list[Link]:
+        """Returns the leaves of a pair of parts."""
+        fact = self._wanted[at].fact or self._stored[to].fact
+        is_fact = bool(fact) and grounds == "names" and not self._wanted[at].fused
+        return [
+            Link(
+                wanted=(one,),
+                stored=(other,),
+                grounds="fact" if is_fact else grounds,
+                ways=(found,),
+                fact=fact if is_fact else "",
+            )
+            for one, other, found in self._fits[at, to].pairs
+        ]
+
+
+def _fit(one: Role, other: Role) -> _Fit | None:
+    """Returns how a stored part may become a wanted one; None where shapes do not come out."""
+    numbers = compare_numbers(one, other)
+    shared = one.part.leaves.keys() & other.part.leaves.keys()
+    if "main" not in shared:
+        return None
+    pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
+    cost = 0.0
+    for kind in shared:
+        left, right = one.part.leaves[kind], other.part.leaves[kind]
+        found = _ways(left, right, one, other)
+        if not found:
+            return None
+        cost += found[0].cost + (0.5 if found[0].turned else 0)
+        pairs.append((left, right, found))
+    lacking = len(one.part.leaves.keys() ^ other.part.leaves.keys())
+    score = _COMPLETE - _LACKING * lacking - cost
+    score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
+    score += _NUMBER * numbers.equal
+    # A pair that shapes allow is better than none.
+    return _Fit(score + 20.0, tuple(pairs), not lacking)
+
+
+def _main_size(role: Role) -> int:
+    leaf = role.part.leaves.get("main")
+    return math.prod(leaf.shape) if leaf is not None else -1
+
+
+def _may_be(one: Role, other: Role) -> bool:
+    """Tells whether no name speaks against a pair."""
+    if exclude(one.said, other.said) or bool(one.fused) != bool(other.fused):
+        return False
+    return not compare_numbers(one, other).different
+
+
+def _is_free(to: int, found: Iterable[tuple[int, int, Grounds]]) -> bool:
+    return all(to != other for _, other, _ in found)
+
+
+def _ways(wanted: Leaf, stored: Leaf, one: Role, other: Role) -> tuple[Way, ...]:
+    if wanted.number != stored.number:
+        return ()
+    if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
+        return ()
+    found = ways(stored.shape, wanted.shape)
+    if len(found) > 1 and _is_table(one) and _is_table(other):
+        return found[:1]
+    return found
+
+
+def _is_table(role: Role) -> bool:
+    """Tells whether a part is a table of rows, which nobody stores the other way around."""
+    return bool(role.said & {"embed", "pos", "token", "type", "cls"}) and "head" not in role.said
+
+
+class _Table:
+    """The scores of pairs, and which pairs together have the highest sum."""
+
+    def __init__(self, scores: Mapping[tuple[int, int], float]) -> None:
+        self._rows = sorted({at for at, _ in scores})
+        self._columns = sorted({to for _, to in scores})
+        self._row_of = {at: row for row, at in enumerate(self._rows)}
+        self._column_of = {to: column for column, to in enumerate(self._columns)}
+        self._scores = np.zeros((len(self._rows), len(self._columns)))
+        for (at, to), score in scores.items():
+            self._scores[self._row_of[at], self._column_of[to]] = score
+
+    def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
+        """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
+        scores = self._scores
+        if without is not None:
+            scores = scores.copy()
+            scores[self._row_of[without[0]], self._column_of[without[1]]] = 0.0
+        chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
+        places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
+        kept = [place for place in places if scores[place] > 0]
+        pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
+        return pairs, sum(float(scores[place]) for place in kept)
+
+
+def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
+    """Returns the pairs of the best assignment that no other one comes near to."""
+    found: list[tuple[int, int]] = []
+    for group in _components(scores):
+        table = _Table({pair: scores[pair] for pair in group})
+        best, value = table.best()
+        found += [pair for pair in sorted(best) if value - table.best(without=pair)[1] >= _MARGIN]
+    return found
+
+
+def _components(pairs: Iterable[tuple[int, int]]) -> list[set[tuple[int, int]]]:
+    """Returns the pairs in groups that share no part."""
+    return [set(group) for group in _merged(frozenset({pair}) for pair in pairs)]
+
+
+def _merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple[int, int]]]:
+    """Returns groups of pairs, those that share a part of either side made one."""
+    owner: dict[tuple[str, int], int] = {}
+    found: dict[int, set[tuple[int, int]]] = {}
+    for number, group in enumerate(sorted(groups, key=sorted)):
+        found[number] = set(group)
+        for key in [key for at, to in group for key in (("wanted", at), ("stored", to))]:
+            other = owner.get(key)
+            if other is not None and other != number:
+                small, large = sorted((other, number), key=lambda at: len(found[at]))
+                for at, to in found[small]:
+                    owner["wanted", at] = owner["stored", to] = large
+                found[large] |= found.pop(small)
+                number = large
+            owner[key] = number
+    return [frozenset(group) for group in found.values()]
+
+
+def _order(roles: Sequence[Role]) -> list[int] | None:
+    """Returns the parts in the order of computation, where their names tell it without contradiction."""
+    by_words = _strict([role.position for role in roles])
+    by_numbers = _strict(_number_keys(roles))
+    if by_words is not None and by_numbers is not None and by_words != by_numbers:
+        return None
+    return by_words or by_numbers
+
+
+def _strict(keys: Sequence[Any]) -> list[int] | None:
+    if None in keys or len(set(keys)) < len(keys):
+        return None
+    return sorted(range(len(keys)), key=lambda at: keys[at])
+
+
+def _number_keys(roles: Sequence[Role]) -> list[tuple[int, ...] | None]:
+    """Returns the numbers of parts whose paths differ in numbers, or in what numbered modules hold."""
+    heads = {tuple((level.base, level.number is None) for level in role.part.levels[:1]) for role in roles}
+    shapes = {tuple(level.base for level in role.part.levels) for role in roles}
+    if len(shapes) > 1 and (len(heads) > 1 or any(not role.numbers for role in roles)):
+        return [None] * len(roles)
+    return [
+        tuple(level.number for level in role.part.levels if level.number is not None) or None
+        for role in roles
+    ]
+
+
+def _are_counted(roles: Sequence[Role]) -> bool:
+    """Tells whether a program counts these parts: a list, or one name with a number of its own."""
+    names = {tuple(level.base for level in role.part.levels) for role in roles}
+    return len(names) == 1 and all(
+        role.part.levels and role.part.levels[-1].number is not None and role.part.levels[-1].style
+        for role in roles
+    )
+
+
+def _are_automatic(roles: Sequence[Role]) -> bool:
+    """Tells whether Linen itself numbered these modules: a class's name and a count."""
+    return all(
+        role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
+        for role in roles
+    )
+
+
+# One to several.
+
+
+def _joined(wanted: Sequence[Role], stored: Sequence[Role]) -> tuple[list[Link], list[Role], list[Role]]:
+    """Returns the links of parts that one side keeps in one array, and what is left of both sides."""
+    links: list[Link] = []
+    left, right = list(wanted), list(stored)
+    for split in (False, True):
+        wholes, singles = (right, left) if split else (left, right)
+        for whole in [role for role in wholes if role.fused]:
+            parts = _single_parts(whole, singles)
+            found = [] if parts is None else _links_of(whole, parts, split)
+            if parts is not None and found:
+                links += found
+                wholes.remove(whole)
+                for part in parts:
+                    singles.remove(part)
+    return links, left, right
+
+
+def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
+    """Returns the parts that a fused one holds, where one module alone has them all."""
+    modules: dict[Any, list[Role]] = {}
+    for role in singles:
+        if not role.fused:
+            modules.setdefault(_module(role.part), []).append(role)
+    found: list[tuple[float, list[Role]]] = []
+    for members in modules.values():
+        chosen = [
+            [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
+        ]
+        if all(len(each) == 1 for each in chosen):
+            parts = [each[0] for each in chosen]
+            rest = whole.said - set(whole.fused)
+            if not any(exclude(rest, part.said - set(whole.fused)) for part in parts):
+                found.append((max(likeness(rest, part.said) for part in parts), parts))
+    found.sort(key=lambda item: -item[0])
+    if not found or (len(found) > 1 and found[0][0] - found[1][0] < _MARGIN):
+        return None
+    return found[0][1]
+
+
+def _module(part: ModulePart) -> tuple[str, ...]:
+    return part.names[: len(part.names) - (part.levels[-1].width if part.levels else 0)]
+
+
+def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:
+    """Returns the links of a fused part, leaf by leaf; nothing where shapes do not come out."""
+    found: list[Link] = []
+    for kind, leaf in whole.part.leaves.items():
+        singles = [part.part.leaves[kind] for part in parts if kind in part.part.leaves]
+        if not singles and kind != "main":
+            continue
+        joint = _joint(leaf, singles, split) if len(singles) == len(parts) else None
+        if joint is None:
+            return []
+        found.append(
+            Link(
+                wanted=tuple(singles) if split else (leaf,),
+                stored=(leaf,) if split else tuple(singles),
+                grounds="fact" if whole.fact else "names",
+                ways=joint.parts,
+                joint=joint,
+                fact=whole.fact,
+            )
+        )
+    return found
+
+
+def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool) -> Joint | None:
+    options = list(joints([part.shape for part in parts], whole.shape, split=split))
+    kept = [joint for joint in options if joint.is_new] or options
+    return kept[0] if len(kept) == 1 else None

@@ -1,0 +1,352 @@
+"""From what the search found to rules that the planner accepts: each proposal is tried before it is made."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Literal
+
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.paths import Path, is_number
+from orbax_nnx_handler.planning.core.recipes import Read, reads
+from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.mapping.choice import best_mapping
+from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.suggesting.creation import Order
+from orbax_nnx_handler.planning.suggesting.links import Grounds, Link
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names
+from orbax_nnx_handler.planning.suggesting.search import (
+    Searched,
+    by_template,
+    paths_of,
+    search,
+    stored_leaves,
+    wanted_leaves,
+)
+from orbax_nnx_handler.planning.suggesting.shapes import Way
+from orbax_nnx_handler.planning.suggesting.suggestion import Answers, Proposal, Question, Suggestion
+from orbax_nnx_handler.planning.suggesting.turns import readings_of, settle_turns
+from orbax_nnx_handler.planning.suggesting.writing import Writer
+from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
+from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.verdict.judge import judge
+from orbax_nnx_handler.planning.verdict.outcomes import Verdict
+
+_QUESTIONS = 24
+_TRIES = 6
+_RANKING: tuple[Grounds, ...] = ("shapes", "names", "siblings", "order", "fact")
+
+
+def propose(
+    target: Target, stored: Stored, options: RestoreOptions, order: Order | None = None
+) -> Suggestion:
+    """Proposes rules for the weights that have no stored leaf of their name and shape.
+
+    Args:
+        target: What the caller wants.
+        stored: What the checkpoint holds.
+        options: As for a plan; its rules are applied first and not proposed again.
+        order: The order in which the target's modules are created, where it is known.
+
+    Raises:
+        RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
+    """
+    return _Proposing(target, stored, options, order or {}).suggestion()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tried:
+    """Rules with what a plan makes of them.
+
+    Attributes:
+        rules: The rules, each with the links that it serves.
+        links: What the rules are to do.
+        verdict: The plan; None where the planner refuses the rules.
+        problem: What it says against them.
+        right: How many wanted leaves are made from what the links say.
+        wrong: Those that are not, and those that the rules take from what they were made of without.
+        root: How many segments of wanted paths lead to the model.
+        below: The stored levels that the planner takes away by itself.
+    """
+
+    rules: Mapping[Rule, Sequence[Link]] = dataclasses.field(default_factory=dict[Rule, Sequence[Link]])
+    links: Sequence[Link] = ()
+    verdict: Verdict | None
+    problem: str = ""
+    right: int = 0
+    wrong: tuple[Path, ...] = ()
+    root: int = 0
+    below: Names = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Open:
+    """A choice that nothing has made, with the possible readings."""
+
+    about: Literal["which", "transposed"]
+    readings: tuple[tuple[Link, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proposing:
+    target: Target
+    stored: Stored
+    options: RestoreOptions
+    order: Order
+
+    @cached_property
+    def _wanted(self) -> list[Wanted]:
+        return roles_of(self.target.leaves)
+
+    @cached_property
+    def _model(self) -> list[Wanted]:
+        return of_role(self._wanted, "model")
+
+    @cached_property
+    def _base(self) -> Verdict:
+        return judge(self.target, self.stored, self.options)
+
+    @cached_property
+    def _mapping(self) -> LeafMapping:
+        return best_mapping(self._wanted, self.stored, self.options)[0]
+
+    def suggestion(self) -> Suggestion:
+        """Returns the proposal, tried."""
+        if all(item.leaf.path in self._base.restored for item in self._model):
+            return self._suggested(_Tried(verdict=self._base), ())
+        searched = self._searched()
+        links = self._reconciled(searched.links)
+        tried = self._best(links, searched)
+        questions = self._questions(links, searched)
+
+        def settle(more: Sequence[Link]) -> tuple[Rule, ...]:
+            return tuple(self._write([*tried.links, *more], searched, tried.root, tried.below))
+
+        def answered(answers: Answers) -> tuple[Rule, ...]:
+            chosen = [q.readings[at] for q, at in zip(questions, answers, strict=True) if at is not None]
+            return settle([link for reading in chosen for link in reading])
+
+        found = self._suggested(tried, [self._question(item, settle) for item in questions])
+        return dataclasses.replace(found, settle=answered)
+
+    def _searched(self) -> Searched:
+        ours = wanted_leaves(self._model)
+        arranged = any("dense_i" in leaf.names[-2:-1] for leaf in ours)
+        theirs = stored_leaves(self._mapping.applied.entries, arranged)
+        if any(leaf.collection is None for leaf in (*ours, *theirs)):
+            ours, theirs = _untyped(ours), _untyped(theirs)
+        try:
+            return search(ours, theirs, self.order)
+        except RecursionError as error:
+            raise RestoreError("target or checkpoint is nested deeper than Python can follow.") from error
+
+    def _reconciled(self, links: Sequence[Link]) -> list[Link]:
+        """Returns the links without those that speak against what a plan without rules finds by name."""
+        settled = {
+            item.leaf.path: set(reads(self._base.restored[item.leaf.path].recipe))
+            for item in self._model
+            if item.leaf.path in self._base.restored
+        }
+        claimed = {path: wanted for wanted, sources in settled.items() for path in sources}
+        kept = [link for link in links if _agrees(link, settled, claimed)]
+        covered = {leaf.source for link in kept for leaf in link.wanted}
+        ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
+        theirs = {leaf.source: leaf for leaf in stored_leaves(self._mapping.applied.entries, False)}
+        for path in settled:
+            recipe = self._base.restored[path].recipe
+            if path not in covered and isinstance(recipe, Read) and recipe.path in theirs:
+                kept.append(_plain(ours[path], theirs[recipe.path]))
+        return kept
+
+    # Rules, tried.
+
+    def _best(self, links: Sequence[Link], searched: Searched) -> _Tried:
+        """Returns the rules under which the most leaves are what the search says, and none is another."""
+        nothing = _Tried(verdict=self._base)
+        best, left = nothing, list(links)
+        for _ in range(_TRIES):
+            lost: set[Path] = set()
+            for root, below in self._roots(left):
+                tried = self._tried(left, searched, root, below)
+                is_clean = not tried.wrong and not tried.problem
+                if is_clean and tried.right == len(paths_of(left)):
+                    return tried if tried.right > best.right else best
+                if is_clean and tried.right > best.right:
+                    best = tried
+                lost = set(tried.wrong)
+            rest = [link for link in left if not any(leaf.source in lost for leaf in link.wanted)]
+            if len(rest) in (len(left), 0):
+                break
+            left = rest
+        return best
+
+    def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> _Tried:
+        rules = self._write(links, searched, root, below)
+        every = (*self.options.renames, *rules)
+        try:
+            verdict = judge(self.target, self.stored, dataclasses.replace(self.options, renames=every))
+        except RestoreError as error:
+            return _Tried(rules=rules, verdict=None, problem=str(error), right=-1)
+        problem = "\n".join(str(fault) for fault in verdict.faults)
+        wanted = paths_of(links)
+        got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
+        right = [path for path, sources in wanted.items() if sources <= got.get(path, set())]
+        before = {path: set(reads(item.recipe)) for path, item in self._base.restored.items()}
+        wrong = [path for path in wanted if path not in right]
+        wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
+        strange = [path for path in got if path not in wanted and path not in before and self._is_model(path)]
+        return _Tried(
+            rules=rules,
+            links=links,
+            verdict=verdict,
+            problem=problem,
+            right=len(right),
+            wrong=(*wrong, *strange),
+            root=root,
+            below=below,
+        )
+
+    @cached_property
+    def _models(self) -> frozenset[Path]:
+        return frozenset(item.leaf.path for item in self._model)
+
+    def _is_model(self, path: Path) -> bool:
+        return path in self._models
+
+    def _write(
+        self, links: Sequence[Link], searched: Searched, root: int, below: Names
+    ) -> Mapping[Rule, Sequence[Link]]:
+        entries = [entry for entry in self._mapping.applied.entries if entry.section == "model"]
+        return Writer(entries, root, below).write(links, searched.found.groups)
+
+    def _roots(self, links: Sequence[Link]) -> Iterator[tuple[int, Names]]:
+        """Yields where the model may sit in the target, and the stored levels that go by themselves."""
+        roots = self._mapping.roots
+        names = [leaf.names for link in links for leaf in link.wanted]
+        shared = _shared(names)
+        plain = next((at for at, name in enumerate(shared) if not _is_plain(name)), len(shared))
+        depths = dict.fromkeys((plain, len(roots.wanted), 0, len(shared)))
+        kept = tuple(token for token in roots.stored if not is_number(token))
+        begins = all(leaf.names[: len(kept)] == kept for link in links for leaf in link.stored)
+        for depth in depths:
+            if depth <= len(shared):
+                if kept and begins and len(kept) == len(roots.stored):
+                    yield depth, kept
+                yield depth, ()
+
+    # What is left open.
+
+    def _questions(self, links: Sequence[Link], searched: Searched) -> list[_Open]:
+        covered = {leaf.source for link in links for leaf in link.wanted}
+        used = {leaf.source for link in links for leaf in link.stored}
+        found: list[_Open] = []
+        for tie in searched.found.ties:
+            readings = [
+                tuple(_straight(reading))
+                for reading in tie.readings
+                if not any(leaf.source in covered for link in reading for leaf in link.wanted)
+                and not any(leaf.source in used for link in reading for leaf in link.stored)
+            ]
+            if len(readings) > 1:
+                found.append(_Open("which", tuple(readings)))
+        for group in by_template(searched.turns).values():
+            left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
+            if left:
+                turned = tuple(readings_of(link)[1] for link in left)
+                found.append(_Open("transposed", (tuple(readings_of(link)[0] for link in left), turned)))
+        return found[:_QUESTIONS]
+
+    def _question(self, item: _Open, settle: Callable[[Sequence[Link]], tuple[Rule, ...]]) -> Question:
+        return Question(
+            wanted=_paths(leaf for reading in item.readings for link in reading for leaf in link.wanted),
+            stored=_paths(leaf for reading in item.readings for link in reading for leaf in link.stored),
+            parts=(_modules(item, "stored"), _modules(item, "wanted")),
+            about=item.about,
+            choices=tuple(_words(item, reading) for reading in item.readings),
+            alternatives=tuple(settle(reading) for reading in item.readings),
+        )
+
+    def _suggested(self, tried: _Tried, questions: Sequence[Question]) -> Suggestion:
+        verdict = tried.verdict or self._base
+        weights = [item.leaf.path for item in of_role(self._wanted, *WEIGHTS)]
+        open_ends = {*verdict.missing, *verdict.mismatched}
+        return Suggestion(
+            proposals=tuple(_proposal(rule, links) for rule, links in tried.rules.items()),
+            questions=tuple(questions),
+            wanted_count=len(weights),
+            unmatched_wanted=tuple(path for path in weights if path in open_ends),
+            unmatched_stored=tuple(
+                path for path in verdict.unexpected if verdict.sides.placements[path].section == "model"
+            ),
+            problem=tried.problem or "\n".join(str(fault) for fault in verdict.faults),
+        )
+
+
+def _paths(leaves: Iterable[Leaf]) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(leaf.source for leaf in leaves))
+
+
+def _modules(item: _Open, side: Literal["stored", "wanted"]) -> tuple[Path, ...]:
+    """Returns the modules that a question is about; of a square matrix the matrix itself."""
+    leaves: list[Leaf] = [x for reading in item.readings for link in reading for x in getattr(link, side)]
+    whole = item.about == "transposed"
+    return tuple(dict.fromkeys(leaf.names if whole else leaf.names[:-1] or leaf.names for leaf in leaves))
+
+
+def _straight(links: Sequence[Link]) -> list[Link]:
+    """Returns links with the simplest way of each where nothing decides."""
+    settled, left = settle_turns(links)
+    return [*settled, *(readings_of(link)[0] for link in left)]
+
+
+def _words(item: _Open, reading: Sequence[Link]) -> str:
+    """Returns a reading in words: its rules are for the machine."""
+    if item.about == "transposed":
+        turned = any(way.turned for link in reading for ways in link.ways for way in ways)
+        return "transposed" if turned else "as it is"
+    pairs = dict.fromkeys((_part(link.source), _part(link.target)) for link in reading)
+    return ", ".join(f"{stored} -> {wanted}" for stored, wanted in list(pairs)[:4])
+
+
+def _part(leaf: Leaf) -> str:
+    return "/".join(leaf.names[:-1] or leaf.names)
+
+
+def _agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
+    """Tells whether a link does not take a leaf that another one has by its name."""
+    sources = {leaf.source for leaf in link.stored}
+    for leaf in link.wanted:
+        if leaf.source in settled:
+            return sources <= settled[leaf.source]
+    return link.copied or all(claimed.get(path) is None for path in sources)
+
+
+def _plain(wanted: Leaf, stored: Leaf) -> Link:
+    return Link(wanted=(wanted,), stored=(stored,), grounds="shapes", ways=((Way(()),),))
+
+
+def _untyped(leaves: Iterable[Leaf]) -> list[Leaf]:
+    return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
+
+
+def _shared(paths: Sequence[Names]) -> Names:
+    """Returns the names that all paths begin with; each keeps one of its own."""
+    if not paths:
+        return ()
+    shortest = min(map(len, paths)) - 1
+    first = paths[0]
+    same = next((at for at in range(shortest) if any(path[at] != first[at] for path in paths)), shortest)
+    return first[:same]
+
+
+def _is_plain(name: str) -> bool:
+    return name in PLAIN_LEVELS or name.isdecimal()
+
+
+def _proposal(rule: Rule, links: Sequence[Link]) -> Proposal:
+    found: list[Grounds] = [link.grounds for link in links]
+    grounds = max(found, key=_RANKING.index) if found else "shapes"
+    fact = next((link.fact for link in links if link.fact), "")
+    return Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")

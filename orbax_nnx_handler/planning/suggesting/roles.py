@@ -1,0 +1,230 @@
+"""What each part does in its block, as far as names tell: query or key, up or down, which norm."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.suggesting.parts import Level, ModulePart, Names
+from orbax_nnx_handler.planning.suggesting.words import STRONG, Concepts, concepts, meanings, order_word
+
+_QKV = frozenset("qkv")
+_MLP = frozenset(("up", "down", "gate"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Role:
+    """A part with what its names say in their context.
+
+    Attributes:
+        part: The part.
+        said: All that its path says, with the roles that follow from its surroundings.
+        numbers: Its numbered levels: the level, and the numbers that its siblings have.
+        position: Where it stands in the order of computation, where its names tell.
+        fused: The roles that it holds in one array, in their order; empty for one role.
+        fact: The code base whose convention tells the order of `fused`, or the role.
+    """
+
+    part: ModulePart
+    said: Concepts
+    numbers: tuple[tuple[Level, tuple[int, ...]], ...]
+    position: float | None
+    fused: tuple[str, ...] = ()
+    fact: str = ""
+
+
+def roles_of(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[Role]:
+    """Returns the parts of one context with their roles.
+
+    Args:
+        parts: The parts.
+        above: The names that lead to the context; `encoder` of `encoder/layers/3`.
+    """
+    context = _Context(parts, concepts(above))
+    return [context.role(part) for part in parts]
+
+
+_FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "gating_einsum": (("gate", "up"), "Gemma"),
+    "wi": (("gate", "up"), "T5X and MaxText"),
+    "in_proj": (("q", "k", "v"), "PyTorch's attention"),
+    "c_attn": (("q", "k", "v"), "GPT-2"),
+}
+"""Names of fused parts that do not say their order themselves, and whose convention tells it."""
+
+_NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
+    ("wi", (0, 1)): (("gate", "up"), "T5 and MaxText: wi_0 is the activated one"),
+    ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),
+}
+"""Numbered layers of a gated network, by the names of known programs."""
+
+
+class _Context:
+    def __init__(self, parts: Sequence[ModulePart], above: Concepts) -> None:
+        self._above = above
+        self._families: dict[tuple[Names, str, str], set[int]] = defaultdict(set)
+        self._held: dict[Names, set[str]] = defaultdict(set)
+        self._matrices: dict[Names, int] = defaultdict(int)
+        for part in parts:
+            for prefix, level in _prefixes(part):
+                if level.number is not None:
+                    self._families[prefix, level.base, level.style].add(level.number)
+            for names in _containers(part):
+                self._held[names] |= part.own
+        self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
+
+    def role(self, part: ModulePart) -> Role:
+        said = set(part.said | self._surroundings(part)) | self._above
+        numbers = tuple(
+            (level, tuple(sorted(self._families[prefix, level.base, level.style])))
+            for prefix, level in _prefixes(part)
+            if level.number is not None
+        )
+        fused, fact = self._fused(part)
+        if part.is_norm:
+            said -= STRONG - part.own
+        else:
+            fact = self._resolve(part, said, numbers) or fact
+        position = self._position(part, said)
+        return Role(part, frozenset(said), numbers, position, fused, fact)
+
+    def _surroundings(self, part: ModulePart) -> set[str]:
+        """Returns what the modules around a part hold: an attention, a gated network."""
+        for names in _containers(part):
+            held = self._held[names]
+            if {"q", "k"} <= held or "attn" in concepts(level.base for level in part.levels):
+                return {"attn"}
+            if "mlp" in held:
+                return {"mlp"}
+        return set()
+
+    def _fused(self, part: ModulePart) -> tuple[tuple[str, ...], str]:
+        last = part.levels[-1].base if part.levels else ""
+        known = _FUSED.get(last)
+        if known is not None:
+            return known
+        named = tuple(word for word in meanings(last) if word in _QKV)
+        if len(named) < 2:
+            named = tuple(word for word in meanings(last) if word in ("gate", "up"))
+        return (named, "") if len(named) > 1 else ((), "")
+
+    def _resolve(
+        self, part: ModulePart, said: set[str], numbers: Sequence[tuple[Level, tuple[int, ...]]]
+    ) -> str:
+        """Adds the role that a name has only in its surroundings; returns the convention used."""
+        last = part.levels[-1] if part.levels else Level("")
+        named = meanings(last.base) or (meanings(part.levels[-2].base) if len(part.levels) > 1 else ())
+        own = set(named) - {"attn", "mlp"}
+        if own & (STRONG - {"up"}) or "conv" in said or "embed" in said:
+            return ""
+        family = next((held for level, held in numbers if level is last), ())
+        known = _NUMBERED.get((last.base, family))
+        if known is not None and last.number is not None:
+            said -= {"up"}
+            said.add(known[0][family.index(last.number)])
+            return known[1]
+        if "attn" in said and "mlp" not in said:
+            if own & {"out"} or (not own and "proj" in last.base):
+                said -= {"out"}
+                said.add("o")
+            elif not own and self._holds_fused(part):
+                said.add("o")
+            return ""
+        if "mlp" in said or (self._has_attention and not part.is_vector):
+            self._resolve_mlp(said, own, family, last)
+        return ""
+
+    def _holds_fused(self, part: ModulePart) -> bool:
+        return any(self._held[names] >= _QKV for names in _containers(part)[:1])
+
+    def _resolve_mlp(self, said: set[str], own: set[str], family: tuple[int, ...], last: Level) -> None:
+        if own & _MLP:
+            return
+        for word, role in (("in", "up"), ("out", "down")):
+            if word in own:
+                said -= {word}
+                said.add(role)
+                return
+        is_plain = not set(meanings(last.base)) - {"mlp"} and "conv" not in said
+        if is_plain and last.number is not None and len(family) == 2:
+            said.add("up" if last.number == family[0] else "down")
+        elif "mlp" in said and not own and "proj" in last.base:
+            said.add("down")
+
+    def _position(self, part: ModulePart, said: set[str]) -> float | None:
+        own = set(meanings(part.levels[-1].base)) if part.levels else set[str]()
+        side = order_word(own)
+        if not part.is_norm:
+            side = order_word(said - self._above)
+            return 100.0 * side if side else None
+        around = {word for level in part.levels[:-1] for word in meanings(level.base)}
+        place = _component(own) or (_component(around) if side <= 0 else None)
+        if place is None and not side and not own - {"norm"}:
+            place = _component(set(self._surroundings(part)))
+        if place is not None:
+            return place + side
+        if "out" in around and not side:
+            side = 1
+        return 100.0 * side if side else None
+
+
+def _component(said: Iterable[str]) -> float | None:
+    """Returns where a part of a block stands in the order of computation."""
+    found = set(said)
+    if "cross" in found:
+        return 20.0
+    if "attn" in found:
+        return 10.0
+    return 30.0 if "mlp" in found else None
+
+
+def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
+    at, found = 0, list[tuple[Names, Level]]()
+    for level in part.levels:
+        found.append((part.names[:at], level))
+        at += level.width
+    return found
+
+
+def _containers(part: ModulePart) -> list[Names]:
+    """Returns the modules around a part, the innermost first, the context itself left out."""
+    starts = [len(prefix) for prefix, _ in _prefixes(part)]
+    return [part.names[:start] for start in reversed(starts) if start]
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """How the numbers of two parts compare: `equal`, `different`, or nothing to say."""
+
+    equal: int
+    different: bool
+
+
+def compare_numbers(one: Role, other: Role) -> Numbers:
+    """Compares the numbered levels of two parts whose names mean the same.
+
+    Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
+    """
+    equal, different = 0, False
+    for level, held in one.numbers:
+        for against, others in other.numbers:
+            if not _same_name(level, against):
+                continue
+            same = _same_number(level, held, against, others)
+            equal += same is True
+            different |= same is False
+    return Numbers(equal, different)
+
+
+def _same_name(one: Level, other: Level) -> bool:
+    if one.base == other.base:
+        return True
+    left, right = set(meanings(one.base)), set(meanings(other.base))
+    return bool(left) and left == right
+
+
+def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:
+    if held[0] == others[0] or (one.base, one.style) == (other.base, other.style):
+        return one.number == other.number
+    if len(held) == len(others) and one.number is not None and other.number is not None:
+        return held.index(one.number) == others.index(other.number)
+    return None

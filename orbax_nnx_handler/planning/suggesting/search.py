@@ -1,0 +1,171 @@
+"""The search for a whole conversion: structure, shapes and names on both sides, tried with the planner."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
+from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
+from orbax_nnx_handler.planning.mapping.modules import derive
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.suggesting.blocks import Context, Findings, match_context
+from orbax_nnx_handler.planning.suggesting.links import Link
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names, parts_of
+from orbax_nnx_handler.planning.suggesting.roles import roles_of
+from orbax_nnx_handler.planning.suggesting.shapes import ways
+from orbax_nnx_handler.planning.suggesting.turns import settle_turns
+from orbax_nnx_handler.planning.target.roles import Wanted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Searched:
+    """What a search found.
+
+    Attributes:
+        links: What is decided.
+        turns: Links of square matrices of which nobody knows whether they are transposed.
+        found: The rest: ties, groups of layers.
+    """
+
+    links: tuple[Link, ...]
+    turns: tuple[Link, ...]
+    found: Findings
+
+
+def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens, Sequence[str]]) -> Searched:
+    """Searches what each wanted leaf is made from.
+
+    Args:
+        wanted: The wanted leaves of the model.
+        stored: The stored ones.
+        order: Wanted names in the order of their creation, by module.
+    """
+    found = match_context(Context(wanted=wanted, stored=stored, order=order))
+    found.links.extend(_tied(wanted, stored, found.links))
+    settled, turns = settle_turns(found.links)
+    return Searched(links=tuple(settled), turns=tuple(turns), found=found)
+
+
+def wanted_leaves(items: Iterable[Wanted]) -> list[Leaf]:
+    """Returns the wanted leaves of a model."""
+    return [
+        Leaf(
+            names=segments(item.path),
+            collection=item.collection,
+            shape=item.leaf.shape,
+            number=number_of(item.leaf.dtype),
+            source=item.leaf.path,
+        )
+        for item in items
+    ]
+
+
+def stored_leaves(entries: Iterable[Entry], arranged: bool) -> list[Leaf]:
+    """Returns the stored leaves of a model.
+
+    Args:
+        entries: The stored model.
+        arranged: Whether the gates of recurrent cells are fused, as NNX's cells have them.
+    """
+    model = [entry for entry in entries if entry.section == "model"]
+    return _arranged(model) if arranged else [_leaf(entry, entry.segments) for entry in model]
+
+
+def _leaf(entry: Entry, names: Names) -> Leaf:
+    boxed = len(names) > 1 and names[-1] == "value"
+    return Leaf(
+        names=names[:-1] if boxed else names,
+        collection=entry.collection,
+        shape=entry.shape,
+        number=number_of(entry.cast or entry.dtype),
+        source=entry.sources[0],
+    )
+
+
+def number_of(dtype: Any) -> str:
+    """Returns the kind of number of a dtype; a restore casts within one kind and never between two."""
+    kinds = ("floating", "complexfloating", "integer", "bool_")
+    found = [kind for kind in kinds if dtype is not None and jnp.issubdtype(dtype, getattr(jnp, kind))]
+    return found[0] if found else "other"
+
+
+def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
+    """Returns the stored leaves with the gates of recurrent cells as NNX fuses them."""
+    plain = {entry.tokens: entry for entry in entries if isinstance(entry.recipe, Read)}
+    by_path = {entry.sources[0]: entry for entry in plain.values()}
+    derived, homeless = derive(
+        {
+            tokens: StoredLeaf(path=e.sources[0], shape=e.shape, dtype=e.dtype, key_impl=None)
+            for tokens, e in plain.items()
+        }
+    )
+    shapes = {path: entry.shape for path, entry in by_path.items()}
+    consumed = {path for item in derived for path in reads(item.recipe)} | {
+        item.leaf.path for item in homeless
+    }
+    made = [_leaf(entry, entry.segments) for entry in entries if entry.sources[0] not in consumed]
+    for item in derived:
+        first = by_path[next(iter(reads(item.recipe)))]
+        leaf = _leaf(first, (*first.segments[:-2], *item.path[-2:]))
+        made.append(dataclasses.replace(leaf, shape=shape_of(item.recipe, shapes), made=True))
+    return made
+
+
+def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Sequence[Link]) -> list[Link]:
+    """Returns a link for an output layer of which only the embedding is stored: they are tied."""
+    covered = {leaf.source for link in links for leaf in link.wanted}
+    used = {leaf.source for link in links for leaf in link.stored}
+    heads = [
+        role
+        for role in roles_of(parts_of([leaf for leaf in wanted if leaf.source not in covered]))
+        if "head" in role.said and len(role.part.leaves) == 1 and not role.part.is_vector
+    ]
+    tables = [
+        role
+        for role in roles_of(parts_of([leaf for leaf in stored if leaf.source in used]))
+        if role.said & {"embed", "token"} and not role.said & {"pos", "type", "patch", "cls", "vision"}
+    ]
+    if len(heads) != 1:
+        return []
+    (head,) = heads[0].part.leaves.values()
+    free = [leaf for leaf in stored if leaf.source not in used and ways(leaf.shape, head.shape)]
+    options = [
+        (leaf, found)
+        for role in tables
+        for leaf in role.part.leaves.values()
+        if (
+            found := [
+                way for way in ways(leaf.shape, head.shape) if way.turned or leaf.names[-1] != "embedding"
+            ]
+        )
+    ]
+    if free or len(options) != 1 or len(options[0][1]) != 1:
+        return []
+    leaf, found = options[0]
+    return [Link(wanted=(head,), stored=(leaf,), grounds="names", ways=(tuple(found),), copied=True)]
+
+
+def by_template(links: Iterable[Link]) -> Mapping[tuple[Tokens, Tokens], list[Link]]:
+    """Returns links by what they are called but for the numbers of layers."""
+    found: dict[tuple[Tokens, Tokens], list[Link]] = defaultdict(list)
+    for link in links:
+        key = (_plain(link.target.names), _plain(link.source.names))
+        found[key].append(link)
+    return found
+
+
+def _plain(names: Names) -> Tokens:
+    return tuple(token for token in canonical(names) if not token.startswith("#"))
+
+
+def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
+    """Returns the stored leaves that each wanted leaf is made from."""
+    found: dict[Path, set[Path]] = defaultdict(set)
+    for link in links:
+        for leaf in link.wanted:
+            found[leaf.source] |= {stored.source for stored in link.stored}
+    return found

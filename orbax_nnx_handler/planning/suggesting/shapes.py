@@ -1,0 +1,194 @@
+"""How a stored shape becomes a wanted one: axes split or joined, axes in another order."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+
+_MOST_AXES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One change of shape.
+
+    Attributes:
+        kind: What is done.
+        before: The shape before.
+        shape: The shape that comes out.
+        axes: Of a transpose, the axis that each axis comes from.
+    """
+
+    kind: Literal["reshape", "transpose"]
+    before: Shape
+    shape: Shape
+    axes: tuple[int, ...] = ()
+
+
+Steps = tuple[Step, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way from a stored shape to a wanted one.
+
+    Attributes:
+        steps: What is done, in order.
+        turned: Whether a matrix is transposed: its inputs and outputs change places.
+    """
+
+    steps: Steps
+    turned: bool = False
+
+    @property
+    def cost(self) -> float:
+        """How far it is from doing nothing; a reshape that splits heads is nearly nothing."""
+        return sum(0.1 if step.kind == "reshape" else 0.5 for step in self.steps)
+
+
+@functools.lru_cache(maxsize=65536)
+def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
+    """Returns the ways from one shape to another, the simplest first; none where there is none.
+
+    Elements never change their order within an axis. Of the ways that turn a matrix, and of
+    those that do not, the simplest each: which of the two is meant, shapes tell only where
+    one of them does not come out.
+    """
+    if math.prod(stored) != math.prod(wanted) or max(len(stored), len(wanted)) > _MOST_AXES:
+        return ()
+    straight = _straight(stored, wanted)
+    turned = _turned(stored, wanted)
+    found = [Way(straight)] if straight is not None else []
+    return (*found, *([Way(turned, turned=True)] if turned is not None else []))
+
+
+def _straight(stored: Shape, wanted: Shape) -> Steps | None:
+    """Returns the steps that leave the input axes before the output axes."""
+    if stored == wanted:
+        return ()
+    if _regroups(stored, wanted):
+        return (Step("reshape", stored, wanted),)
+    return next(_moved(stored, wanted), None)
+
+
+def _turned(stored: Shape, wanted: Shape) -> Steps | None:
+    """Returns the steps that put the last axis of a stored matrix first."""
+    if len(stored) == 4 and _permuted(stored, (2, 3, 1, 0)) == wanted:
+        return (_transpose(stored, (2, 3, 1, 0)),)  # PyTorch's kernels: outputs, inputs, height, width.
+    for axes in ((0, 2, 1), (2, 1, 0)):  # A stack of matrices; PyTorch's kernels over one axis.
+        if len(stored) == 3 and _permuted(stored, axes) == wanted:
+            return (_transpose(stored, axes),)
+    if len(stored) != 2:
+        return None
+    first = _transpose(stored, (1, 0))
+    if first.shape == wanted:
+        return (first,)
+    if _regroups(first.shape, wanted):
+        return (first, Step("reshape", first.shape, wanted))
+    return None
+
+
+def _moved(stored: Shape, wanted: Shape) -> Iterator[Steps]:
+    """Yields a split and then another order of axes, or another order and then a join."""
+    for axes in _orders(len(wanted)):
+        split = tuple(wanted[axes.index(at)] for at in range(len(wanted)))
+        if split == stored and not _is_turn(axes):
+            yield (_transpose(stored, axes),)
+        elif split != stored and len(split) > len(stored) and _regroups(stored, split):
+            yield (Step("reshape", stored, split), _transpose(split, axes))
+    for axes in _orders(len(stored)):
+        moved = _permuted(stored, axes)
+        if len(stored) > len(wanted) and _regroups(moved, wanted):
+            yield (_transpose(stored, axes), Step("reshape", moved, wanted))
+
+
+@functools.lru_cache
+def _orders(rank: int) -> Sequence[tuple[int, ...]]:
+    """Returns the orders of so many axes but their own, those that move the fewest first."""
+    every = [axes for axes in itertools.permutations(range(rank)) if axes != tuple(range(rank))]
+    return sorted(
+        every, key=lambda axes: (_runs(axes), sum(at != axis for at, axis in enumerate(axes)), axes)
+    )
+
+
+def _runs(axes: Sequence[int]) -> int:
+    """Counts the runs of axes that stay together: one axis moved over the others makes two or three."""
+    return 1 + sum(b != a + 1 for a, b in itertools.pairwise(axes))
+
+
+def _is_turn(axes: tuple[int, ...]) -> bool:
+    return axes in ((1, 0), (0, 2, 1), (2, 1, 0), (2, 3, 1, 0))
+
+
+def _permuted(shape: Shape, axes: Sequence[int]) -> Shape:
+    return tuple(shape[axis] for axis in axes)
+
+
+def _transpose(before: Shape, axes: tuple[int, ...]) -> Step:
+    return Step("transpose", before, _permuted(before, axes), axes)
+
+
+def _regroups(one: Shape, other: Shape) -> bool:
+    """Tells whether one shape only splits axes of the other: heads and their width, axes of one element."""
+    left, right = _edges(one), _edges(other)
+    return left <= right or right <= left
+
+
+def _edges(shape: Shape) -> set[int]:
+    return {int(size) for size in np.cumprod([length for length in shape if length != 1], dtype=np.int64)} - {
+        math.prod(shape)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """How several parts lie in one array.
+
+    Attributes:
+        axis: The axis along which they lie.
+        is_new: Whether each part is one element of an axis of its own.
+        sizes: The elements of each part along the axis; None where they are alike.
+        parts: For each part its ways: into the array, or out of it.
+    """
+
+    axis: int
+    is_new: bool
+    sizes: tuple[int, ...] | None
+    parts: tuple[tuple[Way, ...], ...]
+
+
+def joints(parts: Sequence[Shape], whole: Shape, *, split: bool) -> Iterator[Joint]:
+    """Yields how parts may lie in a whole.
+
+    Args:
+        parts: The shapes of the parts, in their order.
+        whole: The shape of the whole.
+        split: Whether the whole is stored and the parts are wanted.
+    """
+    count, sizes = len(parts), [math.prod(part) for part in parts]
+    if sum(sizes) != math.prod(whole):
+        return
+    for axis, length in enumerate(whole):
+        rest = (*whole[:axis], *whole[axis + 1 :])
+        across = math.prod(rest)
+        if length == count and len(set(sizes)) == 1:
+            found = _ways_of(parts, (rest,) * count, split)
+            if all(found):
+                yield Joint(axis, True, None, found)
+        if across and all(size % across == 0 for size in sizes):
+            lengths = tuple(size // across for size in sizes)
+            shapes = [(*whole[:axis], each, *whole[axis + 1 :]) for each in lengths]
+            found = _ways_of(parts, shapes, split)
+            if all(found):
+                yield Joint(axis, False, lengths if len(set(lengths)) > 1 else None, found)
+
+
+def _ways_of(parts: Sequence[Shape], pieces: Sequence[Shape], split: bool) -> tuple[tuple[Way, ...], ...]:
+    both = zip(parts, pieces, strict=True)
+    return tuple(ways(piece, part) if split else ways(part, piece) for part, piece in both)

@@ -1,0 +1,175 @@
+"""What is proposed, as text that a user reads and pastes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from orbax_nnx_handler.planning.core.folding import list_paths
+from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.paths import Path, printable
+from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.suggesting.links import Grounds
+
+Confidence = Literal["certain", "likely", "open"]
+
+_WORDS: Mapping[str, str] = {
+    "shapes": "",
+    "names": "by names",
+    "order": "by the order in which both programs number or compute them",
+    "siblings": "a square matrix, arranged as its siblings are",
+    "fact": "",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """One proposed rule.
+
+    Attributes:
+        rule: The rule.
+        grounds: What it rests on.
+        fact: The code base whose convention it follows; empty for none.
+    """
+
+    rule: Rule
+    grounds: Grounds
+    fact: str = ""
+
+    @property
+    def why(self) -> str:
+        """What it rests on, in a few words; empty where shapes allow nothing else."""
+        return f"as in {self.fact}" if self.fact else _WORDS[self.grounds]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """Leaves that names, order and shapes leave open.
+
+    Attributes:
+        wanted: The wanted leaves that the answer is about.
+        stored: The stored leaves that they could be made from.
+        parts: The stored and the wanted modules that it is about.
+        about: What is open: which part is which, or whether a square matrix is transposed.
+        choices: Each possible answer in words.
+        alternatives: For each answer the complete list of rules, this one question settled.
+    """
+
+    wanted: tuple[Path, ...]
+    stored: tuple[Path, ...]
+    parts: tuple[tuple[Path, ...], tuple[Path, ...]]
+    about: Literal["which", "transposed"]
+    choices: tuple[str, ...]
+    alternatives: tuple[tuple[Rule, ...], ...]
+
+    def __str__(self) -> str:
+        stored, wanted = map(_listed, self.parts)
+        if self.about == "transposed":
+            return f"is {stored} transposed for {wanted}? Shapes allow both."
+        if len(self.parts[0]) > len(self.parts[1]):
+            return f"which of {stored} is {wanted}? The shapes allow each."
+        return f"which of {stored} is which of {wanted}? The shapes allow every order."
+
+
+Answers = Sequence[int | None]
+"""For each question the number of its alternative, or None to leave it open."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Proposed rules. Nothing is applied: print it, read it, paste `renames`.
+
+    ```python
+    found = suggest(path, target)
+    print(found)
+    plan = plan_restore(path, target, renames=found.renames)
+    ```
+
+    Attributes:
+        proposals: The rules with what each rests on, in the order in which they apply.
+        questions: What names, order and shapes leave open; no rule rests on it.
+        wanted_count: How many leaves the target wants of the checkpoint.
+        unmatched_wanted: Wanted paths for which nothing stored was found.
+        unmatched_stored: Stored paths that nothing wants.
+        problem: What a plan with these rules says against them; empty if nothing.
+        settle: Returns the rules with some questions answered.
+    """
+
+    proposals: tuple[Proposal, ...]
+    questions: tuple[Question, ...]
+    wanted_count: int
+    unmatched_wanted: tuple[Path, ...]
+    unmatched_stored: tuple[Path, ...]
+    problem: str = ""
+    settle: Callable[[Answers], tuple[Rule, ...]] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+
+    @property
+    def renames(self) -> tuple[Rule, ...]:
+        """The proposed rules, as `restore` takes them."""
+        return tuple(proposal.rule for proposal in self.proposals)
+
+    @property
+    def covered(self) -> int:
+        """How many wanted leaves are found under the rules, those that need none included."""
+        return self.wanted_count - len(self.unmatched_wanted)
+
+    @property
+    def confidence(self) -> Confidence:
+        """How sure the whole is.
+
+        `certain`: every wanted leaf is covered, and shapes and names that both sides share allow
+        nothing else. `likely`: every leaf is covered, and names, order or the convention of a
+        known program decide between leaves of one shape. `open`: something is not covered.
+        """
+        if self.unmatched_wanted or self.questions or self.problem:
+            return "open"
+        return "certain" if all(item.grounds == "shapes" for item in self.proposals) else "likely"
+
+    def answered(self, answers: Answers) -> tuple[Rule, ...]:
+        """Returns the complete rules with some of the questions answered.
+
+        Args:
+            answers: For each question the number of its alternative, or None to leave it open.
+
+        Raises:
+            ValueError: There are more or fewer answers than questions.
+        """
+        if len(answers) != len(self.questions):
+            raise ValueError(f"{len(self.questions)} questions take as many answers, not {len(answers)}")
+        return self.settle(answers) if self.settle is not None else self.renames
+
+    def __str__(self) -> str:
+        lines = [f"# {self.coverage}", f"# confidence: {self.confidence}", "renames=["]
+        for proposal in self.proposals:
+            lines.append(f"    {proposal.rule}," + (f"  # {proposal.why}" if proposal.why else ""))
+        lines.append("]")
+        for question in self.questions:
+            lines.append(_comment(f"question: {question}"))
+            lines += [_comment(f"    {choice}") for choice in question.choices]
+        if self.questions:
+            lines.append("# to settle a question, run both programs on one input with each answer.")
+        lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
+        lines += _rest("stored, and nothing wants it", self.unmatched_stored)
+        lines += [_comment(line) for line in self.problem.splitlines()]
+        return "\n".join(lines)
+
+    @property
+    def coverage(self) -> str:
+        """How much of the target is covered, in a line."""
+        left = len(self.unmatched_wanted)
+        said = f"covers {self.covered} of {counted(self.wanted_count, 'leaf', 'leaves')}"
+        return f"{said}; {left} open" if left else said
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return list_paths(list(paths))
+
+
+def _comment(text: str) -> str:
+    """Returns a line that stays a comment when it is pasted: a key may hold a line break."""
+    return f"# {printable(text)}"
+
+
+def _rest(what: str, paths: tuple[Path, ...]) -> list[str]:
+    return [_comment(f"{what}: {_listed(paths)}")] if paths else []

@@ -1,0 +1,250 @@
+"""What the names of a model's parts mean: words of the field, and words that exclude each other."""
+
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+Concepts = frozenset[str]
+"""What a name says: words of the table below, and every other word as it is."""
+
+_SPELLINGS = {
+    "attn": "attention attn att mha xattention attentions",
+    "attn self": "selfattention selfattn",
+    "attn cross": "crossattention crossattn xattn encdecattention encoderattention",
+    "self": "self",
+    "cross": "cross encdec",
+    "mlp": "mlp mlps ffn ffns ff ffw feedforward mlpblock",
+    "norm": "norm norms ln layernorm lnorm layrnorm rmsnorm rms batchnorm bn groupnorm gn normalization "
+    "normalisation instancenorm normalize",
+    "embed": "embed embeds embedding embeddings embedder emb embs",
+    "token embed": "wte",
+    "pos embed": "wpe posembed posemb posembeds",
+    "token": "word words tok token tokens vocab",
+    "pos": "pos position positions positional",
+    "type": "type types segment segments",
+    "cls": "cls class",
+    "patch": "patch patches",
+    "q": "q query queries wq",
+    "k": "k key keys wk",
+    "v": "v value values val wv",
+    "q k v": "qkv",
+    "k v": "kv",
+    "o": "o",
+    "out": "out output outputs wo",
+    "in": "in input inputs",
+    "up": "up wi intermediate",
+    "gate": "gate gates gating",
+    "down": "down",
+    "head": "head heads classifier logits logit score predictions prediction unembed unembedding",
+    "enc": "enc encoder encoders encoderblock",
+    "dec": "dec decoder decoders decoderblock",
+    "vision": "vision visual image img",
+    "text": "text txt language",
+    "pre": "pre before",
+    "post": "post after",
+    "first": "first start begin beginning initial",
+    "last": "last end final",
+    "fwd": "fwd forward forwards",
+    "bwd": "bwd backward backwards reverse reversed",
+    "mean": "mean mu",
+    "var": "var variance",
+    "shortcut": "shortcut skip residual",
+    "conv": "conv convolution convolutions conv1d conv2d",
+    "downsample": "downsampler downsamplers downsampling",
+    "downsample shortcut": "downsample",
+    "upsample": "upsample upsampler upsamplers upsampling",
+    "src": "src source",
+    "tgt": "tgt target",
+    "generator": "gen generator",
+    "discriminator": "disc discriminator",
+    "": "model models module modules transformer core net network backbone base layer layers block blocks h "
+    "stack proj projection dense linear fc lin weight weights kernel w param params cell instance dot "
+    "product multi c to einsum the of and",
+}
+"""Each concept with its spellings; those of the last line say nothing."""
+
+_PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("multi", "head"): ("attn",),
+    ("multihead",): ("attn",),
+    ("enc", "dec"): ("cross",),
+    ("encoder", "decoder", "attention"): ("cross", "attn"),
+    ("encoder", "decoder"): ("cross",),
+    ("encoder", "attn"): ("cross", "attn"),
+    ("encoder", "attention"): ("cross", "attn"),
+    ("feed", "forward"): ("mlp",),
+    ("dense", "relu", "dense"): ("mlp",),
+    ("dense", "gated"): ("mlp",),
+    ("layer", "norm"): ("norm",),
+    ("rms", "norm"): ("norm",),
+    ("batch", "norm"): ("norm",),
+    ("group", "norm"): ("norm",),
+    ("lm", "head"): ("head",),
+    ("token", "type"): ("type",),
+    ("cls", "token"): ("cls",),
+    ("class", "token"): ("cls",),
+    ("class", "embedding"): ("cls",),
+    ("mask", "token"): ("mask",),
+    ("c", "fc"): ("up",),
+    ("dense", "h", "to", "4", "h"): ("up",),
+    ("dense", "4", "h", "to", "h"): ("down",),
+    ("attn", "vec"): ("attn", "o"),
+    ("c", "attn"): ("attn", "q", "k", "v"),
+    ("in", "proj"): ("in",),
+    ("down", "sample"): ("downsample",),
+    ("up", "sample"): ("upsample",),
+}
+"""Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
+`attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper."""
+
+_EXCLUSIVE = tuple(
+    frozenset(words.split())
+    for words in (
+        "q k v o",
+        "up down gate",
+        "in out",
+        "pre post",
+        "first last",
+        "enc dec",
+        "self cross",
+        "attn mlp",
+        "vision text audio",
+        "fwd bwd",
+        "left right",
+        "top bottom",
+        "upper lower",
+        "inner outer",
+        "local global",
+        "high low",
+        "coarse fine",
+        "row col",
+        "rows columns",
+        "odd even",
+        "real imag",
+        "min max",
+        "mean var std logvar",
+        "prev next",
+        "past future",
+        "teacher student",
+        "online tgt",
+        "src tgt",
+        "generator discriminator",
+        "actor critic",
+        "user item",
+        "spatial temporal",
+        "row column",
+        "token pos type",
+        "embed head",
+        "cls mask",
+        "positive negative",
+        "channel token",
+        "parent child",
+        "fast slow",
+        "wide deep",
+        "front back",
+        "long short",
+        "downsample upsample",
+        "public private",
+        "old new",
+        "clean noisy",
+        "x y z",
+        "a b",
+        "red green blue",
+        "major minor",
+        "north south east west",
+        "small large medium",
+        "tall short",
+        "hot cold",
+        "gamma beta",
+        "scale shift",
+        "alpha beta",
+        "update reset",
+        "forget in out cell",
+        "scale bias",
+        "add mul",
+        "write read",
+        "known unknown",
+        "static dynamic",
+        "sine cosine",
+        "sin cos",
+        "width height depth",
+        "hidden visible",
+        "encode decode",
+        "sender receiver",
+        "head tail",
+        "subject object",
+        "question answer",
+        "context question",
+        "premise hypothesis",
+        "anchor positive",
+        "input target",
+    )
+)
+"""Words of which one never becomes another."""
+
+STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])
+"""The parts of attention and of a gated network."""
+
+_KNOWN = frozenset(word for concepts in _SPELLINGS for word in concepts.split())
+_MEANING = {
+    spelling: tuple(concepts.split())
+    for concepts, spellings in _SPELLINGS.items()
+    for spelling in spellings.split()
+}
+_LONGEST = max(map(len, _PHRASES))
+
+
+@functools.lru_cache(maxsize=65536)
+def words(name: str) -> tuple[str, ...]:
+    """Returns the words of a name in order: `LayerNorm_0` is `layer`, `norm`, `0`."""
+    return tuple(part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name))
+
+
+@functools.lru_cache(maxsize=65536)
+def meanings(name: str) -> tuple[str, ...]:
+    """Returns the concepts of a name in the order of its words; numbers and empty words left out."""
+    found: list[str] = []
+    left = words(name)
+    while left:
+        length = next((n for n in range(_LONGEST, 0, -1) if left[:n] in _PHRASES), 0)
+        if length:
+            found += _PHRASES[left[:length]]
+        else:
+            found += () if left[0].isdecimal() else _MEANING.get(left[0], (_singular(left[0]),))
+        left = left[max(length, 1) :]
+    return tuple(dict.fromkeys(found))
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def concepts(names: Iterable[str]) -> Concepts:
+    """Returns all that some names say."""
+    return frozenset(concept for name in names for concept in meanings(name))
+
+
+def exclude(one: Concepts, other: Concepts) -> bool:
+    """Tells whether two names mean parts of which one is never the other: `pre` and `post`, `q` and `k`."""
+    return any(one & group and other & group and not one & other & group for group in _EXCLUSIVE)
+
+
+def weight(concept: str) -> float:
+    """Returns how much it tells that two names share a concept."""
+    if concept in STRONG:
+        return 4.0
+    if concept in _KNOWN:
+        return 2.0
+    return 1.0 if len(concept) > 1 else 0.5
+
+
+def likeness(one: Concepts, other: Concepts) -> float:
+    """Returns how much two names say alike; what only one of them says counts a little against it."""
+    shared = sum(map(weight, one & other))
+    return shared - 0.25 * min(len(one ^ other), 6)
+
+
+def order_word(found: Collection[str]) -> int:
+    """Returns -1 for a name that means the beginning of something, 1 for its end, 0 for neither or both."""
+    low = bool({"pre", "first", "in", "up"}.intersection(found))
+    high = bool({"post", "last", "out", "down"}.intersection(found))
+    return high - low

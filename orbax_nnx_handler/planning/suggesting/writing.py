@@ -1,0 +1,430 @@
+"""Rules out of links: few and general, and none takes a leaf away that it is not meant for."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.paths import canonical
+from orbax_nnx_handler.planning.rules import (
+    Copy,
+    Fuse,
+    Rename,
+    Reshape,
+    Rule,
+    Split,
+    StackLayers,
+    Transpose,
+    UnstackLayers,
+)
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.patterns import Pattern
+from orbax_nnx_handler.planning.suggesting.links import Layers, Link
+from orbax_nnx_handler.planning.suggesting.parts import Names
+from orbax_nnx_handler.planning.suggesting.shapes import Steps
+
+_PLACES = ("{i}", "{j}", "{k}", "{l}")
+
+
+@dataclasses.dataclass
+class _Thread:
+    """One stored leaf on its way to a wanted path.
+
+    Attributes:
+        names: Its path now.
+        aim: What it is to be called in the end.
+        seats: The segments of both that count the same layers.
+        link: What it belongs to.
+        steps: What is still to be done with its shape.
+    """
+
+    names: Names
+    aim: Names
+    seats: list[tuple[int, int]]
+    link: Link
+    steps: Steps = ()
+
+    @property
+    def template(self) -> Names:
+        """Its path with places for the numbers of layers."""
+        return _with_places(self.names, [seat for seat, _ in self.seats])
+
+    @property
+    def aim_template(self) -> Names:
+        return _with_places(self.aim, [seat for _, seat in self.seats])
+
+
+def _with_places(names: Names, seats: Iterable[int]) -> Names:
+    found = list(names)
+    for place, seat in zip(_PLACES, seats, strict=False):
+        head = found[seat].rstrip("0123456789")
+        found[seat] = head + place
+    return tuple(found)
+
+
+@dataclasses.dataclass
+class Writer:
+    """Writes rules one after the other, each tried on the stored model as those before it left it.
+
+    Attributes:
+        entries: The stored model now.
+        root: How many segments of wanted paths lead to the model.
+        below: The names above the stored model that the planner takes away by itself.
+        rules: What is written, each rule with the links that it serves.
+    """
+
+    entries: Sequence[Entry]
+    root: int
+    below: Names = ()
+    rules: dict[Rule, list[Link]] = dataclasses.field(default_factory=dict[Rule, list[Link]])
+
+    def write(
+        self, links: Sequence[Link], groups: Sequence[tuple[Names, Names]]
+    ) -> Mapping[Rule, Sequence[Link]]:
+        """Returns the rules of some links, in the order in which they apply.
+
+        Args:
+            links: The links, nothing in them open.
+            groups: Names that lead into layers of both sides.
+        """
+        self._unstack(links)
+        threads = [thread for link in links for thread in self._threads(link)]
+        self._copy(links)
+        self._reshape(threads)
+        alone = self._join(links, threads)
+        self._rename_groups(alone, groups)
+        self._rename(alone)
+        self._stack(links)
+        return self.rules
+
+    # What each leaf is to become.
+
+    def _below(self, names: Names) -> Names:
+        return (*self.below, *names[self.root :])
+
+    def _threads(self, link: Link) -> list[_Thread]:
+        if link.is_split:
+            return []
+        aim = self._aim(link, link.target.names)
+        if link.source.made:
+            return self._gates(link, aim)
+        found: list[_Thread] = []
+        for leaf, ways in zip(link.stored, link.ways, strict=True):
+            names = self._below(link.target.names) if link.copied else self._now(link, leaf.names)
+            found.append(_Thread(names, aim, self._seats(link), link, ways[0].steps))
+        return found
+
+    def _gates(self, link: Link, aim: Names) -> list[_Thread]:
+        """Returns the gates of a recurrent cell: the planner itself fuses them below the wanted name."""
+        cell = link.source.names[:-2]
+        inside = [entry.segments for entry in self.entries if entry.segments[:-2] == cell]
+        return [_Thread(names, (*aim[:-2], *names[-2:]), self._seats(link), link) for names in inside]
+
+    def _now(self, link: Link, names: Names) -> Names:
+        """Returns the path of a stored leaf once its layers are taken apart."""
+        layers = link.layers
+        if layers is None or layers.stacks:
+            return names
+        into = self._below(layers.wanted)
+        return (*_numbered(into, link.layer), *names[len(layers.stored) :])
+
+    def _aim(self, link: Link, names: Names) -> Names:
+        """Returns the path that a wanted leaf has before its layers are stacked."""
+        layers = link.layers
+        if layers is None or not layers.stacks:
+            return self._below(names)
+        return (*_numbered(layers.stored, link.layer), *names[len(layers.wanted) :])
+
+    def _seats(self, link: Link) -> list[tuple[int, int]]:
+        return _seats(link, self.root - len(self.below))
+
+    # One stage after the other.
+
+    def _unstack(self, links: Sequence[Link]) -> None:
+        for layers, some in _layers_of(links, stacks=False).items():
+            into = "/".join(self._below(layers.wanted))
+            self._take(UnstackLayers("/".join(layers.stored), into, layers.axis), some)
+
+    def _stack(self, links: Sequence[Link]) -> None:
+        for layers, some in _layers_of(links, stacks=True).items():
+            into = "/".join(self._below(layers.wanted))
+            self._take(StackLayers("/".join(layers.stored), into, layers.axis), some)
+
+    def _copy(self, links: Sequence[Link]) -> None:
+        for link in links:
+            if link.copied:
+                source, into = link.source.names, self._below(link.target.names)
+                self._take(Copy("/".join(source), "/".join(into)), [link])
+
+    def _reshape(self, threads: Sequence[_Thread]) -> None:
+        waiting = [thread for thread in threads if thread.steps]
+        while waiting:
+            by_step: dict[object, list[_Thread]] = defaultdict(list)
+            for thread in waiting:
+                by_step[thread.steps[0]].append(thread)
+            for group in by_step.values():
+                step = group[0].steps[0]
+                for pattern in self._patterns(group):
+                    rule = (
+                        Transpose(pattern, step.axes)
+                        if step.kind == "transpose"
+                        else Reshape(pattern, step.shape, step.before)
+                    )
+                    self._take(rule, [thread.link for thread in group])
+            for thread in waiting:
+                thread.steps = thread.steps[1:]
+            waiting = [thread for thread in waiting if thread.steps]
+
+    def _patterns(self, threads: Sequence[_Thread]) -> list[str]:
+        """Returns patterns that match the leaves of some threads and no other leaf."""
+        good = {thread.names for thread in threads}
+        found: list[str] = []
+        seen: set[Names] = set()
+        for thread in threads:
+            if thread.names in seen:
+                continue
+            pattern = self._pattern(thread.template, good) or self._pattern(thread.names, good)
+            pattern = pattern or "/".join(self._whole(thread.names))
+            found.append(pattern)
+            seen |= {names for names in good if next(Pattern(pattern).spans(names), None)}
+            seen.add(thread.names)
+        return list(dict.fromkeys(found))
+
+    def _pattern(self, template: Names, good: Collection[Names]) -> str:
+        """Returns the shortest end of a path that matches none but the good ones; empty if none does."""
+        wholes = [entry.whole for entry in self.entries]
+        least = 2 if len(template) > 1 else 1
+        for width in range(least, len(template) + 1):
+            pattern = Pattern("/".join(template[-width:]))
+            if _matches_only(pattern, wholes, self.entries, good):
+                return pattern.text
+        return ""
+
+    def _whole(self, names: Names) -> Names:
+        return next((entry.whole for entry in self.entries if entry.segments == names), names)
+
+    def _join(self, links: Sequence[Link], threads: Sequence[_Thread]) -> list[_Thread]:
+        """Writes what fuses and splits leaves; returns the leaves that are left to rename."""
+        fused = [link for link in links if link.joint is not None]
+        if not fused:
+            return list(threads)
+        parts = {leaf.names for link in fused for leaf in link.stored}
+        alone = [
+            t
+            for t in threads
+            if t.names not in {self._now(link, leaf.names) for link in fused for leaf in link.stored}
+        ]
+        written: dict[Rule, list[Link]] = defaultdict(list)
+        for link in fused:
+            alone += self._joined(link, written)
+        for rule, some in written.items():
+            self._take(rule, some)
+        return [thread for thread in alone if thread.names not in parts]
+
+    def _joined(self, link: Link, written: dict[Rule, list[Link]]) -> list[_Thread]:
+        """Adds the rule of a fuse or split and returns what comes out of it, under its last name."""
+        assert link.joint is not None
+        axis, sizes, is_new = link.joint.axis, link.joint.sizes, link.joint.is_new
+        if not link.is_split:
+            aim = self._aim(link, link.target.names)
+            sources = [self._now(link, leaf.names) for leaf in link.stored]
+            into = (*_common(sources), *_tail(aim, sources))
+            pieces, whole = _cut_alike(sources, into)
+            written[Fuse(tuple(map("/".join, pieces)), "/".join(whole), axis, sizes, new_axis=is_new)].append(
+                link
+            )
+            return [_Thread(into, aim, self._seats(link), link)]
+        source = self._now(link, link.source.names)
+        aims = [self._aim(link, leaf.names) for leaf in link.wanted]
+        intos = [(*source[:-2], *aim[-2:]) for aim in aims]
+        pieces, whole = _cut_alike(intos, source)
+        written[Split("/".join(whole), tuple(map("/".join, pieces)), axis, sizes, drop_axis=is_new)].append(
+            link
+        )
+        return [
+            _Thread(into, aim, self._seats(link), link, ways[0].steps)
+            for into, aim, ways in zip(intos, aims, link.ways, strict=True)
+        ]
+
+    # Names.
+
+    def _rename_groups(self, threads: Sequence[_Thread], groups: Sequence[tuple[Names, Names]]) -> None:
+        """Renames what leads into layers, so that the rules within are one for all of them."""
+        for stored, wanted in sorted(set(groups), key=lambda pair: (-len(pair[0]), pair)):
+            into = self._below(wanted)
+            inside = [
+                thread for thread in threads if _leads(stored, thread.names) and _leads(into, thread.aim)
+            ]
+            if len({thread.names[len(stored) :] for thread in inside}) < 2 or _alike(stored, into):
+                continue
+            rule = Rename("/".join(stored), "/".join(into))
+            self._take(rule, [])
+            for thread in inside:
+                rest = thread.names[len(stored) :]
+                shift = len(into) - len(stored)
+                thread.names = (*thread.aim[: len(into)], *rest)
+                thread.seats = [
+                    (aim if seat < len(stored) else seat + shift, aim) for seat, aim in thread.seats
+                ]
+
+    def _rename(self, threads: Sequence[_Thread]) -> None:
+        aims = {thread.names: thread.aim for thread in threads}
+        groups: dict[tuple[Names, Names], list[_Thread]] = defaultdict(list)
+        for thread in threads:
+            if not _alike(thread.names, thread.aim):
+                groups[_differing(thread)].append(thread)
+        # Longer ones first: what one rename wrote is safe from the others.
+        for pair in sorted(groups, key=lambda pair: -len(pair[0])):
+            waiting = groups[pair]
+            while waiting:
+                rule = self._rename_rule(waiting[0], aims)
+                changed = self._apply_rename(rule, aims) if rule is not None else set[Names]()
+                changed.add(waiting[0].names)
+                if rule in self.rules:
+                    self.rules[rule] += [thread.link for thread in waiting if thread.names in changed]
+                waiting = [thread for thread in waiting if thread.names not in changed]
+
+    def _apply_rename(self, rule: Rename, aims: dict[Names, Names]) -> set[Names]:
+        """Applies a rename and returns the paths that it changed."""
+        before = self.entries
+        self._take(rule, [])
+        changed: set[Names] = set()
+        for old, new in zip(before, self.entries, strict=True):
+            if new is not old:
+                changed.add(old.segments)
+                aims[new.segments] = aims.get(old.segments, new.segments)
+        return changed
+
+    def _rename_rule(self, thread: _Thread, aims: Mapping[Names, Names]) -> Rename | None:
+        """Returns the shortest rename under which this leaf comes to its aim and no other one goes astray."""
+        whole = self._whole(thread.names)
+        above = whole[: len(whole) - len(thread.names)]
+        for left, right in ((thread.template, thread.aim_template), (thread.names, thread.aim)):
+            stored, wanted = (*above, *left), (*above, *right)
+            for start, stop in _cuts(stored, wanted):
+                rule = _renamed(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
+                if rule is not None and self._is_safe(rule, thread.names, aims):
+                    return rule
+        return None
+
+    def _is_safe(self, rule: Rename, names: Names, aims: Mapping[Names, Names]) -> bool:
+        """Tells whether a rename takes a leaf to its aim, and every other leaf that it changes too."""
+        reached = False
+        for old, new in zip(self.entries, rule.apply(self.entries).entries, strict=True):
+            if new is old:
+                continue
+            aim = aims.get(old.segments)
+            if aim is None or not _alike(new.segments, aim):
+                return False
+            reached |= old.segments == names
+        return reached
+
+    def _take(self, rule: Rule, links: Iterable[Link]) -> None:
+        try:
+            applied = rule.apply(self.entries)
+        except RuleError:
+            return  # The plan with the other rules shows what is lost.
+        if applied.matched:
+            self.entries = applied.entries
+            self.rules.setdefault(rule, []).extend(links)
+
+
+def _matches_only(
+    pattern: Pattern, wholes: Sequence[Names], entries: Sequence[Entry], good: Collection[Names]
+) -> bool:
+    for at in pattern.candidates(wholes):
+        entry = entries[at]
+        if entry.section in ("optimizer", "step"):
+            continue
+        if next(pattern.spans(wholes[at]), None) is not None and entry.segments not in good:
+            return False
+    return True
+
+
+def _renamed(stored: Names, wanted: Names) -> Rename | None:
+    if not stored or not wanted:
+        return None
+    try:
+        return Rename("/".join(stored), "/".join(wanted))
+    except RuleError:
+        return None
+
+
+def _layers_of(links: Iterable[Link], *, stacks: bool) -> Mapping[Layers, list[Link]]:
+    found: dict[Layers, list[Link]] = defaultdict(list)
+    for link in links:
+        if link.layers is not None and link.layers.stacks == stacks:
+            found[link.layers].append(link)
+    return found
+
+
+def _numbered(template: Names, number: int) -> Names:
+    return tuple(name.replace("{i}", str(number)) for name in template)
+
+
+def _seats(link: Link, root: int) -> list[tuple[int, int]]:
+    """Returns the segments of a leaf's path now, and of its aim, that count the same layers."""
+    layers = link.layers
+    if layers is None:
+        return [(stored, wanted - root) for stored, wanted in link.levels]
+    if layers.stacks:
+        seat, shift = len(layers.stored) - 1, len(layers.stored) - len(layers.wanted)
+        return [(seat, seat), *((s, w + shift) for s, w in link.levels if s > seat)]
+    seat = len(layers.wanted) - root - 1
+    shift = len(layers.wanted) - root - len(layers.stored)
+    return [(seat, seat), *((s + shift, w - root) for s, w in link.levels if s + shift > seat)]
+
+
+def _leads(template: Names, names: Names) -> bool:
+    return (
+        len(names) > len(template) and Pattern("/".join(template)).match(names[: len(template)]) is not None
+    )
+
+
+def _alike(one: Names, other: Names) -> bool:
+    return canonical(one) == canonical(other)
+
+
+def _ends(left: Names, right: Names) -> tuple[int, int]:
+    """Returns how many segments two paths share at their beginning and at their end; one is left between."""
+    shortest = min(len(left), len(right)) - 1
+    after = next((at for at in range(shortest) if left[-1 - at] != right[-1 - at]), shortest)
+    rest = shortest - after
+    before = next((at for at in range(rest) if left[at] != right[at]), rest)
+    return before, after
+
+
+def _cuts(left: Names, right: Names) -> Iterable[tuple[int, int]]:
+    """Yields how many shared segments of two paths a rename may leave out at either end, the most first."""
+    before, after = _ends(left, right)
+    for stop in range(after, -1, -1):
+        for start in range(before, -1, -1):
+            if left[start][:1] != "{":  # A number alone stands for any name.
+                yield start, stop
+
+
+def _differing(thread: _Thread) -> tuple[Names, Names]:
+    left, right = thread.template, thread.aim_template
+    before, after = _ends(left, right)
+    return left[before : len(left) - after], right[before : len(right) - after]
+
+
+def _common(paths: Sequence[Names]) -> Names:
+    shortest = min(map(len, paths))
+    same = next((at for at in range(shortest) if len({path[at] for path in paths}) > 1), shortest)
+    return paths[0][:same]
+
+
+def _tail(aim: Names, sources: Sequence[Names]) -> Names:
+    """Returns the last names of a fused leaf: below the module that holds its parts."""
+    below = len(sources[0]) - len(_common(sources))
+    return aim[-below:]
+
+
+def _cut_alike(parts: Sequence[Names], whole: Names) -> tuple[list[Names], Names]:
+    """Cuts what all paths share at their beginning and at their end."""
+    before = len(_common([*parts, whole]))
+    rest = [path[before:][::-1] for path in (*parts, whole)]
+    after = min(len(_common(rest)), min(map(len, rest)) - 1)
+    cut = [path[before : len(path) - after] for path in (*parts, whole)]
+    return cut[:-1], cut[-1]

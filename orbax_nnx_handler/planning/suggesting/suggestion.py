@@ -87,19 +87,19 @@ class Suggestion:
     Attributes:
         proposals: The rules with what each rests on, in the order in which they apply.
         questions: What names, order and shapes leave open; no rule rests on it.
-        wanted_count: How many leaves the target wants of the checkpoint.
         unmatched_wanted: Wanted paths for which nothing stored was found.
         unmatched_stored: Stored paths that nothing wants.
         problem: What a plan with these rules says against them; empty if nothing.
+        wanted_count: How many leaves the target wants of the checkpoint.
         settle: Returns the rules with some questions answered.
     """
 
     proposals: tuple[Proposal, ...]
     questions: tuple[Question, ...]
-    wanted_count: int
     unmatched_wanted: tuple[Path, ...]
     unmatched_stored: tuple[Path, ...]
     problem: str = ""
+    wanted_count: int = 0
     settle: Callable[[Answers], tuple[Rule, ...]] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 
@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.core.paths import render, spelled
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement
 from orbax_nnx_handler.storage.checkpoint.directories import is_item, items_of, steps_of
 from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.hugging_face import CONFIG_FILE
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
@@ -151,6 +152,7 @@ def _leaf(leaf: StoredLeaf, parts: Mapping[Any, str]) -> dict[str, Any]:
 
 
 _SHOWN = 200
+_CONFIG_FIELDS = 12
 
 
 def add_to(commands: Any) -> None:
@@ -199,10 +201,23 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
         ("disk format", checkpoint.disk_format),
         ("steps", contents.steps_in_words),
         ("items", ", ".join(contents.items)),
-        ("metadata", ", ".join(f"{k}={v}" for k, v in contents.custom.items())),
+        ("metadata", ", ".join(f"{k}={v}" for k, v in contents.custom.items() if k != CONFIG_FILE)),
+        (CONFIG_FILE, _config(contents.custom.get(CONFIG_FILE))),
         ("in all", f"{count(len(checkpoint.leaves), 'leaf', 'leaves')}, {size(contents.nbytes)}"),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _config(config: Any) -> str:
+    """Returns what the file beside Hugging Face's weights says of the model: its kind, then its numbers."""
+    if not isinstance(config, Mapping):
+        return ""
+    fields = cast("Mapping[str, Any]", config)
+    first = {name: fields[name] for name in ("model_type", "architectures") if name in fields}
+    numbers = {name: value for name, value in fields.items() if type(value) in (int, float)}
+    shown = [f"{name}={value!r}" for name, value in {**first, **numbers}.items()]
+    rest = len(shown) - _CONFIG_FIELDS
+    return ", ".join([*shown[:_CONFIG_FIELDS], *([f"… and {rest} more"] if rest > 0 else [])])
 
 
 def _parts(contents: Contents) -> list[tuple[str, str, str]]:

@@ -81,6 +81,13 @@ _FLAX_FILE = re.compile(r"checkpoint_[0-9]+")
 _STEP = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>[0-9]{1,18})")
 _PROCESS_PART = re.compile(r"ocdbt\.process_[0-9]+")
 _WORKING = re.compile(r".+\.converting-[0-9]+")
+HUGGING_FACE_INDEX = ".index.json"
+HUGGING_FACE_SAFETENSORS = ".safetensors"
+HUGGING_FACE_FILES = (
+    *("flax_model.msgpack", "flax_model.msgpack.index.json"),
+    *("diffusion_flax_model.msgpack", "model.safetensors", "model.safetensors.index.json"),
+)
+"""What transformers and diffusers call a model's weights, those of Flax first."""
 _ITEM_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint", ".zgroup")
 # How many folders are looked into to see whether they hold an array; behind a network each costs a request.
 _PROBED, _PROBED_REMOTE = 64, 4
@@ -140,7 +147,7 @@ def is_item(path: epath.Path, files: Files) -> bool:
 def _is_listed_item(path: epath.Path, files: Files) -> bool:
     if _PROCESS_PART.fullmatch(path.name):
         return False
-    return any(files.has_file(path, name) for name in _ITEM_FILES)
+    return any(files.has_file(path, name) for name in (*_ITEM_FILES, *HUGGING_FACE_FILES))
 
 
 def _array_folders(path: epath.Path, files: Files) -> list[epath.Path]:
@@ -240,6 +247,12 @@ def is_temporary(name: str) -> bool:
 def working_name(name: str) -> str:
     """Returns the name of the directory in which this process writes what will have a name."""
     return f"{name}.converting-{os.getpid()}"
+
+
+def is_weights_file(name: str) -> bool:
+    """Tells whether a file is named as Hugging Face's libraries name weights, or an index of them."""
+    whole = name.removesuffix(HUGGING_FACE_INDEX)
+    return whole.endswith(HUGGING_FACE_SAFETENSORS) or (name in HUGGING_FACE_FILES)
 
 
 def is_flax_file(path: epath.Path, files: Files) -> bool:

@@ -11,6 +11,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     is_numbered,
     is_root,
     is_unfinished,
+    is_weights_file,
     items_of,
     last_of_big_vision,
     last_question,
@@ -32,8 +33,8 @@ def find_item(path: epath.PathLike, item: str | None = None, files: Files | None
 
     Args:
         path: A manager's root (its newest step is taken), a step, an item, a msgpack
-            file of `flax.serialization`, a NumPy archive, or a directory with one
-            run's archives.
+            file of `flax.serialization`, a NumPy archive, a directory with one
+            run's archives, or one of Hugging Face's with a Flax model or safetensors.
         item: The item's name within the step, where it holds several.
         files: The files of the path's store, if they are of use afterwards.
 
@@ -81,7 +82,7 @@ def _file(path: epath.Path, files: Files) -> epath.Path:
     if not files.is_file(path):
         raise no_checkpoint(path, files)
     try:
-        is_alone = is_flax_file(path, files) or is_archive(path, files)
+        is_alone = is_weights_file(path.name) or is_flax_file(path, files) or is_archive(path, files)
         is_part = not is_alone and is_item(path.parent, files)
     except NotACheckpointError:
         is_part = False

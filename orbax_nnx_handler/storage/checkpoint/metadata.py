@@ -28,7 +28,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.storage import paused_collection
-from orbax_nnx_handler.storage.checkpoint import fields, npz
+from orbax_nnx_handler.storage.checkpoint import fields, hugging_face, npz
 from orbax_nnx_handler.storage.checkpoint.checkpoint import (
     METADATA_KEY,
     Checkpoint,
@@ -101,11 +101,13 @@ def _has_weights(train_state: epath.Path, files: Files) -> bool:
 
 
 def _join_items(step: epath.Path, items: Mapping[str, Checkpoint]) -> Checkpoint:
-    first = next(iter(items.values()))
     return dataclasses.replace(
-        first,
+        next(iter(items.values())),
         directory=step,
-        leaves={path: _moved(leaf, path) for path, leaf in _joined(items, lambda item: item.leaves).items()},
+        leaves={
+            path: dataclasses.replace(leaf, path=path)
+            for path, leaf in _joined(items, lambda item: item.leaves).items()
+        },
         lost=_joined(items, lambda item: item.lost),
         damaged=_joined(items, lambda item: item.damaged),
         disk_format=" and ".join(dict.fromkeys(item.disk_format for item in items.values())),
@@ -123,17 +125,13 @@ def _joined(
     return {(name, *path): value for name, item in items.items() for path, value in field(item).items()}
 
 
-def _moved(leaf: StoredLeaf, path: Path) -> StoredLeaf:
-    return dataclasses.replace(leaf, path=path)
-
-
 def read_metadata(directory: epath.PathLike, files: Files | None = None) -> Checkpoint:
     """Reads what an item directory holds, without reading any array.
 
     Args:
         directory: An item directory that Orbax wrote, in any of its formats, a
-            msgpack file that `flax.serialization` wrote, a NumPy archive, or a step
-            whose items are one train state.
+            msgpack file that `flax.serialization` wrote, a NumPy archive, weights of
+            Hugging Face's libraries, or a step whose items are one train state.
         files: The files of its store, where some are known already.
 
     Returns:
@@ -146,6 +144,8 @@ def read_metadata(directory: epath.PathLike, files: Files | None = None) -> Chec
     directory = epath.Path(directory)
     files = files or kvstore.files_at(directory)
     with paused_collection():
+        if (weights := hugging_face.read_weights(directory, files)) is not None:
+            return weights
         if is_archive(directory, files):
             return npz.read_archive(directory, files)
         parts = parts_of(directory, files)

@@ -105,12 +105,12 @@ def read_tree(directory: epath.Path, files: Files, database: Store | None) -> Tr
     """
     if files.is_file(directory):
         folder = directory.parent / (directory.name + _FLAX_FOLDER)
-        return _packed_tree(directory, folder, files, below=ANYWHERE)
+        return packed_tree(directory, folder, files, below=ANYWHERE)
     listed = packed = None
     if files.has_file(directory, TREE_FILE):
         listed = _metadata_tree(directory / TREE_FILE, files)
     if files.has_file(directory, MSGPACK_FILE):
-        packed = _packed_tree(directory / MSGPACK_FILE, directory, files)
+        packed = packed_tree(directory / MSGPACK_FILE, directory, files)
     if listed and packed:
         return dataclasses.replace(listed, values=packed.values, names={**listed.names, **packed.names})
     tree = listed or packed or _named_tree(directory, files, database)
@@ -153,7 +153,18 @@ def _number(name: str) -> int:
     return int(name)
 
 
-def _packed_tree(file: epath.Path, folder: epath.Path, files: Files, below: str = "") -> Tree:
+def packed_tree(file: epath.Path, folder: epath.Path, files: Files, below: str = "") -> Tree:
+    """Reads the tree of a msgpack file, and the values in it.
+
+    Args:
+        file: The file.
+        folder: Where the arrays lie that it only names.
+        files: The files of its store.
+        below: See `ReadFile`.
+
+    Raises:
+        NotACheckpointError: It is no msgpack file of a tree.
+    """
     nodes: dict[Path, str] = {}
     names: dict[Path, str] = {}
     values: dict[Path, Any] = {}

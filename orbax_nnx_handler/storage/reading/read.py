@@ -16,7 +16,6 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.core.regions import Region
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.storage.checkpoint.npz import DISK_FORMAT
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
@@ -98,10 +97,11 @@ def read_arrays(
 
 
 def _is_orbaxs(checkpoint: Checkpoint) -> bool:
-    """Tells whether Orbax can read the checkpoint leaf by leaf: no msgpack file, no NumPy archive."""
+    """Tells whether Orbax can read the checkpoint leaf by leaf: no msgpack file, no file of many arrays."""
     # Values that are nodes of the tree come from a msgpack file.
     held = checkpoint.values or {}
-    return checkpoint.disk_format != DISK_FORMAT and not any(path in checkpoint.nodes for path in held)
+    in_one_file = any(array.store.kind == "archive" for array in checkpoint.arrays.values())
+    return not in_one_file and not any(path in checkpoint.nodes for path in held)
 
 
 def read_shards(

@@ -30,7 +30,6 @@ from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Drop
 from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
 from orbax_nnx_handler.storage.reading import Job, read_everywhere, read_values
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.restoring.fill import check_init, fill_leaves
@@ -111,7 +110,7 @@ def _read(checkpoint: Checkpoint, path: Path) -> Any:
     if checkpoint.values and path in checkpoint.values:
         return checkpoint.values[path]
     array = checkpoint.arrays[path]
-    if isinstance(array.encoding, NpyEncoding):
+    if array.store.kind == "archive":
         return read_values(checkpoint, [path])[path]
     spec = {
         "driver": array.encoding.driver,

@@ -41,18 +41,28 @@ hypothesis.settings.load_profile("suite")
 # others are done.
 _SLOWEST = (
     "tests/zoo/test_zoo_models.py",
+    "tests/benchmarks/test_restores.py",
     "tests/hosts/test_hosts.py",
+    "tests/layouts/test_numpy_archives.py",
+    "tests/planning/suggesting/test_suggest_end_to_end.py",
+    "tests/planning/mapping/test_factored_moments.py",
+    "tests/handler/test_optimizers.py",
+    "tests/test_demo.py",
+    "tests/gallery/test_gallery.py",
+    "tests/storage/saving/test_round_trip.py",
+    "tests/conformance/test_processes.py",
     "tests/zoo/test_zoo_modules.py",
     "tests/planning/verdict/test_verdict_before_bytes.py",
-    "tests/layouts/test_numpy_archives.py",
+    "tests/verifying/test_verify.py",
+    "tests/verifying/test_mistakes.py",
+    "tests/layouts/test_gemma.py",
+    "tests/docs/test_docs.py",
+    "tests/laws/test_fuzz.py",
+    "tests/planning/rules/test_add.py",
     "tests/planning/verdict/test_growth.py",
     "tests/cli/test_convert_to_linen.py",
-    "tests/benchmarks/test_restores.py",
-    "tests/planning/suggesting/test_suggest_end_to_end.py",
     "tests/storage/saving/test_saving.py",
-    "tests/storage/saving/test_round_trip.py",
     "tests/zoo/test_zoo_saving.py",
-    "tests/test_demo.py",
 )
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from orbax_nnx_handler import NotACheckpointError, plan_restore, restore
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.stores import backends
 from tests.gallery.models import save
 
 
@@ -117,10 +118,18 @@ def test_an_item_without_arrays_that_was_asked_for_leads_to_the_one_with(run):
     )
 
 
-def test_a_store_that_cannot_be_reached_is_no_traceback_of_a_library():
-    message = said(epath.Path("gs://no-such-bucket/run"), pathlib.Path("/nowhere"))
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_store_that_cannot_be_reached_is_no_traceback_of_a_library(scheme, monkeypatch):
+    # Nobody listens at port 1. gcsfs looks for credentials and tries again for most of a minute.
+    monkeypatch.setattr(backends, "TIME_LIMIT_S", 2.0)
+    for name in ("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_MAX_ATTEMPTS"):
+        monkeypatch.setenv(name, "1")
 
-    assert message.startswith("gs://no-such-bucket/run cannot be read: ")
+    message = said(epath.Path(f"{scheme}://no-such-bucket/run"), pathlib.Path("/nowhere"))
+
+    assert message.startswith(f"{scheme}://no-such-bucket/run cannot be read: ")
 
 
 def test_a_damaged_tree_leads_to_another_step(run):

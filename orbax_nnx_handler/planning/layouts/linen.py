@@ -63,21 +63,32 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     full = [owner for owner in above if not owner or holds[owner] & _TRAIN_STATE_KEYS]
     found: list[Path] = []
     for owner in full:
-        if not any(_within(owner, outer) for outer in found) and not _mirrors(owner, found, paths):
+        if not any(_within(owner, outer) for outer in found) and not _mirrors(
+            owner, holds[owner], found, paths
+        ):
             found.append(owner)
     bare = [owner for owner in above if owner not in found and not any(_within(owner, o) for o in found)]
-    bare = [owner for owner in bare if _only_collections(paths, owner) and not _mirrors(owner, found, paths)]
+    bare = [
+        owner
+        for owner in bare
+        if _only_collections(paths, owner) and not _mirrors(owner, holds[owner], found, paths)
+    ]
     return tuple(sorted(found + bare, key=lambda owner: list(map(str, owner))))
 
 
-def _mirrors(owner: Path, found: Sequence[Path], paths: Sequence[Path]) -> bool:
-    """Tells whether `params` below an owner is a module in another collection of a train state around it.
+def _mirrors(owner: Path, keys: Collection[str], found: Sequence[Path], paths: Sequence[Path]) -> bool:
+    """Tells whether an owner is a module in another collection of a train state around it.
 
-    It is, where the train state's own `params` have a module of that path: `ema_params/block/params`.
+    It is, where the train state's own `params` have all of its keys there: `ema_params/block/params`
+    beside `params/block/params`. A train state within another has an `opt_state` that they have not.
     """
-    around = [outer for outer in found if len(outer) < len(owner) and owner[: len(outer)] == outer]
-    modules = [(*outer, "params", *owner[len(outer) + 1 :], "params") for outer in around]
-    return any(path[: len(module)] == module for module in modules for path in paths)
+    for outer in found:
+        if len(outer) < len(owner) and owner[: len(outer)] == outer:
+            module = (*outer, "params", *owner[len(outer) + 1 :])
+            have = {str(path[len(module)]) for path in paths if path[: len(module)] == module != path}
+            if have >= set(keys):
+                return True
+    return False
 
 
 def _within(path: Path, owner: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import (
@@ -204,9 +204,18 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
 
 
 def best_mapping(
-    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions
+    wanted: Sequence[Wanted],
+    stored: Stored,
+    options: RestoreOptions,
+    accepts: Callable[[LeafMapping], bool] = lambda _: True,
 ) -> tuple[LeafMapping, list[RestoreError]]:
     """Returns the reading that finds the most leaves, and what is wrong with the choice.
+
+    Args:
+        wanted: The target's leaves.
+        stored: The stored leaves.
+        options: The caller's choices.
+        accepts: Decides between readings under which every leaf is made alike.
 
     Raises:
         RestoreError: No layout fits, or the rules fit under none of those that do.
@@ -225,7 +234,7 @@ def best_mapping(
     different = [mapping for mapping in rivals if mapping.recipes != best.recipes]
     if len(rivals) > 1 and not different:
         # Layouts may read one tree alike and call its parts otherwise: a module, or a collection of its name.
-        best = max(rivals, key=lambda mapping: _in_own_collection(mapping, wanted))
+        best = next(filter(accepts, rivals), best)
     if options.layout == "auto":
         plain = _plain_mapping(wanted, stored, options, max(scores))
         if plain is not None:
@@ -269,14 +278,3 @@ def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
 def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> int:
     shapes = mapping.shapes
     return sum(shapes.get(item.leaf.path) == item.leaf.shape for item in wanted)
-
-
-def _in_own_collection(mapping: LeafMapping, wanted: Sequence[Wanted]) -> int:
-    """Returns how many weights come from the collection of their own type."""
-    collections = {placement.leaf.path: placement.collection for placement in mapping.placements}
-    return sum(
-        collections[path] == (item.collection or "params")
-        for item in of_role(wanted, "model")
-        if item.leaf.path in mapping.found
-        for path in reads(mapping.found[item.leaf.path].recipe)[:1]
-    )

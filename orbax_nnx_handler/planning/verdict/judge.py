@@ -30,7 +30,7 @@ from orbax_nnx_handler.planning.rules import Drop, ScanAxis, cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.verdict.laws import Source, certify, error_of
+from orbax_nnx_handler.planning.verdict.laws import Broken, Source, certify, error_of
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
     Mismatched,
@@ -107,7 +107,7 @@ def judge(
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     try:
-        mapping, faults = best_mapping(wanted, stored, options)
+        mapping, faults = best_mapping(wanted, stored, options, lambda each: not _broken(wanted, each))
     except UnusedRuleError as error:
         if broken is not None and broken.lost:  # It may be what the rule is for.
             raise unreadable(broken.lost) from error
@@ -152,18 +152,37 @@ def _against_the_laws(
     wanted: Sequence[Wanted], mapping: LeafMapping, outcomes: Mapping[Path, "_Outcome"]
 ) -> Iterator[RestoreError]:
     """Yields the error for a mapping that the laws refuse, whatever found it."""
-    sources = {
-        path: Source(recipe=outcome.recipe, kind=mapping.found[path].evidence.kind)
-        for path, outcome in outcomes.items()
-        if isinstance(outcome, Restored) or (isinstance(outcome, Missing) and outcome.recipe is not None)
-        if outcome.recipe is not None
-    }
+    broken = _broken(
+        wanted,
+        mapping,
+        (
+            path
+            for path, outcome in outcomes.items()
+            if isinstance(outcome, Restored) or (isinstance(outcome, Missing) and outcome.recipe is not None)
+        ),
+    )
+    if broken:
+        yield error_of(broken)
+
+
+def _broken(
+    wanted: Sequence[Wanted], mapping: LeafMapping, paths: Iterable[Path] | None = None
+) -> list[Broken]:
+    """Returns the laws that a mapping breaks.
+
+    Args:
+        wanted: The target's leaves.
+        mapping: The mapping.
+        paths: The wanted leaves that come from it; by default all whose shapes come out.
+    """
+    found = mapping.found
+    if paths is None:
+        paths = (path for path in found if mapping.shapes[path] is not None)
+    sources = {path: Source(recipe=found[path].recipe, kind=found[path].evidence.kind) for path in paths}
     made = (entry for _, entries in mapping.applied.made for entry in entries)
     by_rule = frozenset(path for entry in made for path in entry.sources)
     dropped = frozenset(mapping.discarded)
-    broken = certify(wanted, mapping.placements, sources, by_rule | dropped, mapping.copied)
-    if broken:
-        yield error_of(broken)
+    return certify(wanted, mapping.placements, sources, by_rule | dropped, mapping.copied)
 
 
 def _read_by(recipes: Iterable[Recipe], dropped: Iterable[Dropped | Discarded]) -> Iterator[Path]:

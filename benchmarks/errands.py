@@ -4,18 +4,20 @@ As with contestants: prepared outside the clock, timed, then checked.
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
 from benchmarks.contestants import Arrays, Trial, orbax, ours
-from benchmarks.models import PROJECTIONS, Model, check, target
+from benchmarks.models import PROJECTIONS, Model, check, params, target
 
 
 def verdict(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
@@ -101,9 +103,51 @@ def _numbered(key: tuple[str, ...]) -> tuple[Any, ...]:
     return ("layers", int(layer.removeprefix("layers_")), *rest)
 
 
+def from_linen(
+    model: Model, _: pathlib.Path, sharding: Sharding, *, warm: bool = True, on_host: bool = False
+) -> Trial:
+    """`orbax_nnx_handler.from_linen` of the parameters in memory; once before, so that all is compiled."""
+    from orbax_nnx_handler import from_linen
+
+    tree, wanted = _in_memory(model, on_host=on_host), target(model, sharding)
+
+    def run() -> Any:
+        return from_linen(tree, wanted)
+
+    if warm:
+        jax.block_until_ready(run())
+    return run, lambda state: {key: leaf.get_value() for key, leaf in nnx.to_flat_state(state)}
+
+
+def device_copy(
+    model: Model, _: pathlib.Path, __: Sharding, *, warm: bool = True, on_host: bool = False
+) -> Trial:
+    """A copy of every parameter in memory, on the device or to it."""
+    tree = _in_memory(model, on_host=on_host)
+
+    def run() -> Any:
+        # A plain `device_put` of NumPy's memory may share it, which is no copy.
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+    if warm:
+        jax.block_until_ready(run())
+    return run, lambda _: None
+
+
+def _in_memory(model: Model, *, on_host: bool) -> dict[str, Any]:
+    tree = {"params": params(model, [model.values(number) for number in range(model.layers)])}
+    return jax.block_until_ready(jax.tree.map(np.array, tree) if on_host else tree)
+
+
 ERRANDS: dict[str, Callable[[Model, pathlib.Path, Sharding], Trial]] = {
     "verdict": verdict,
     "read_then_check": read_then_check,
     "save_ours": save_ours,
     "save_orbax": save_orbax,
+    "from_linen": from_linen,
+    "from_linen, first call": functools.partial(from_linen, warm=False),
+    "from_linen, NumPy": functools.partial(from_linen, on_host=True),
+    "copy": device_copy,
+    "copy, first call": functools.partial(device_copy, warm=False),
+    "copy, NumPy": functools.partial(device_copy, on_host=True),
 }

@@ -105,7 +105,7 @@ def write(model: Model, root: pathlib.Path, shardings: Sharding | None = None) -
     if (path / "checksums.json").exists():
         return path
     layers = [model.values(number) for number in range(model.layers)]
-    tree = {"params": _params(model, layers), "step": np.int32(7)}
+    tree = {"params": params(model, layers), "step": np.int32(7)}
     if shardings is not None:
         tree["params"] = jax.device_put(tree["params"], shardings)
     # Here, for a target of the command line is built without Orbax, as a user's is.
@@ -118,7 +118,8 @@ def write(model: Model, root: pathlib.Path, shardings: Sharding | None = None) -
     return path
 
 
-def _params(model: Model, layers: list[dict[str, np.ndarray]]) -> dict[str, object]:
+def params(model: Model, layers: list[dict[str, np.ndarray]]) -> dict[str, object]:
+    """Returns the parameters as the Linen program has them, on the default device."""
     if model.stored == "layers":
         return {
             f"layers_{n}": {name: {"kernel": jnp.asarray(v)} for name, v in layer.items()}

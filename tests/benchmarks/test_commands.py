@@ -18,12 +18,13 @@ _TESTED = {
     "command_line",
     "remote",
     "accelerator",
+    "in_memory",
 }
 # Not benchmarks by themselves: one trial, a bucket, and the tables of results.
 _OTHER = {"trial", "tables", "bucket"}
 
 
-@pytest.mark.parametrize("name", ["convert", "command_line", "accelerator"])
+@pytest.mark.parametrize("name", ["convert", "command_line", "accelerator", "in_memory"])
 def test_a_benchmark_checks_what_it_measures(name: str, tmp_path: pathlib.Path) -> None:
     toys.check(name, tmp_path)
 

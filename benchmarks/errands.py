@@ -114,14 +114,11 @@ def from_linen(
     def run() -> Any:
         return from_linen(tree, wanted)
 
-    if warm:
-        jax.block_until_ready(run())
-    return run, lambda state: {key: leaf.get_value() for key, leaf in nnx.to_flat_state(state)}
+    kept = jax.block_until_ready(run()) if warm else None
+    return _fresh(run, kept), lambda state: {key: leaf.get_value() for key, leaf in nnx.to_flat_state(state)}
 
 
-def device_copy(
-    model: Model, _: pathlib.Path, __: Sharding, *, warm: bool = True, on_host: bool = False
-) -> Trial:
+def device_copy(model: Model, _: pathlib.Path, __: Sharding, *, on_host: bool = False) -> Trial:
     """A copy of every parameter in memory, on the device or to it."""
     tree = _in_memory(model, on_host=on_host)
 
@@ -129,9 +126,12 @@ def device_copy(
         # A plain `device_put` of NumPy's memory may share it, which is no copy.
         return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
-    if warm:
-        jax.block_until_ready(run())
-    return run, lambda _: None
+    return _fresh(run, jax.block_until_ready(run())), lambda _: None
+
+
+def _fresh(run: Callable[[], Any], _: Any) -> Callable[[], Any]:
+    """Returns what runs while the result of the run before is kept: else its memory would be used again."""
+    return lambda _kept=_: run()
 
 
 def _in_memory(model: Model, *, on_host: bool) -> dict[str, Any]:
@@ -148,6 +148,5 @@ ERRANDS: dict[str, Callable[[Model, pathlib.Path, Sharding], Trial]] = {
     "from_linen, first call": functools.partial(from_linen, warm=False),
     "from_linen, NumPy": functools.partial(from_linen, on_host=True),
     "copy": device_copy,
-    "copy, first call": functools.partial(device_copy, warm=False),
     "copy, NumPy": functools.partial(device_copy, on_host=True),
 }

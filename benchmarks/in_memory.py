@@ -1,7 +1,8 @@
 """A Linen tree in memory into NNX against a copy of the tree: `python -m benchmarks.in_memory`.
 
-Both on the device, or both from NumPy's memory. What is compiled once is compiled before, but for the rows
-"first call". Every value is checked.
+Both on the device, or both from NumPy's memory, and both into memory that was not used before: the
+result of a run before is kept. What is compiled once is compiled by that run, but for "first call".
+Every value is checked.
 """
 
 from benchmarks.measuring import arguments, interleaved, report, settings_of, summary, table
@@ -21,13 +22,13 @@ def main() -> None:
     for title, model in cases.items():
         settings = settings_of(model, write(model, options.scratch))
         rows = {}
-        for kind in ("", ", first call", ", NumPy"):
-            names = [f"from_linen{kind}", f"copy{kind}"]
+        for names in (("from_linen", "from_linen, first call", "copy"), ("from_linen, NumPy", "copy, NumPy")):
             found = interleaved(names, options.rounds, settings, toy=options.toy)
-            ours, copy = (summary(model, found[name]) for name in names)
-            for figure in ("seconds", "cpu_seconds"):
-                ours[f"{figure} x copy"] = ours[figure] / copy[figure]
-            rows |= dict(zip(names, (ours, copy), strict=True))
+            of_kind = {name: summary(model, trials) for name, trials in found.items()}
+            for row in of_kind.values():
+                for figure in ("seconds", "cpu_seconds"):
+                    row[f"{figure} x copy"] = row[figure] / of_kind[names[-1]][figure]
+            rows |= of_kind
         results[title] = rows
         heading = f"**{title}**: {model.layers * model.projections} parameters, {model.nbytes / 1e9:.3g} GB"
         tables[heading] = table({"": name, **row} for name, row in rows.items())

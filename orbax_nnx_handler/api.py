@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from orbax_nnx_handler.decide import decide
+from orbax_nnx_handler.decide import decide, look_at
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.layouts import LayoutChoice
@@ -104,7 +104,7 @@ def restore(
 
 
 def suggest(
-    path: epath.PathLike,
+    path: epath.PathLike | Mapping[str, Any],
     target: Any,
     *,
     init: Callable[[], Any] | None = None,
@@ -135,9 +135,7 @@ def suggest(
             or `renames` do not fit.
     """
     options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
-    given = as_path(path)
-    files = files_at(given)
-    stored = read_metadata(find_item(given, item, files), files).leaves
+    stored = look_at(path, item).leaves
     parts = flatten_target(target)
     refuse_empty(target, parts)
     return propose(parts, stored, options, order_of(target, init))

@@ -3,6 +3,7 @@
 Apart from `api`, so that the command line has it without what reads and writes arrays.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from orbax_nnx_handler.planning.target.target import Target, flatten_like, flatt
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
+from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
@@ -66,8 +68,17 @@ def _policies_of(overrides: Mapping[Path, Any]) -> dict[Path, Policy]:
     return {path: policy for path, policy in found.items() if policy is not None}
 
 
+def look_at(path: epath.PathLike | Mapping[str, Any], item: str | None) -> Checkpoint:
+    """Returns what is known of a checkpoint, or of a tree in memory, without reading any array."""
+    if not isinstance(path, str | os.PathLike):
+        return hold(path)
+    given = as_path(path)
+    files = files_at(given)
+    return read_metadata(find_item(given, item, files), files)
+
+
 def plan_restore(
-    path: epath.PathLike,
+    path: epath.PathLike | Mapping[str, Any],
     target: Any,
     restore_args: Any = None,
     *,
@@ -90,7 +101,8 @@ def plan_restore(
 
     Args:
         path: A manager's root (its newest step), a step, an item directory, or one file
-            of `flax.training.checkpoints` or `numpy.savez`.
+            of `flax.training.checkpoints` or `numpy.savez`; or a tree in memory, as
+            `from_linen` takes it.
         target: An abstract or concrete `nnx.State`, `nnx.Module`, `nnx.Optimizer`,
             a pure dict of arrays or `jax.ShapeDtypeStruct`, or a tuple or dict of these.
         restore_args: A tree like the target whose leaves override sharding, dtype and policy.
@@ -114,8 +126,5 @@ def plan_restore(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
     overrides = flatten_like(restore_args) if restore_args is not None else {}
-    given = as_path(path)
-    files = files_at(given)
-    checkpoint = read_metadata(find_item(given, item, files), files)
-    plan, _ = decide(checkpoint, target, overrides, options)
+    plan, _ = decide(look_at(path, item), target, overrides, options)
     return plan

@@ -36,6 +36,7 @@ from orbax_nnx_handler.planning.diagnosis.names import (
     find_other_names,
     find_unneeded,
     nearest,
+    of_memory,
 )
 from orbax_nnx_handler.planning.diagnosis.optimizers import (
     find_open_factoring,
@@ -56,7 +57,7 @@ from orbax_nnx_handler.planning.diagnosis.parts import (
 )
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
 from orbax_nnx_handler.planning.rules import Cast
-from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Verdict
+from orbax_nnx_handler.planning.verdict.outcomes import IN_MEMORY, Mismatched, Verdict
 from orbax_nnx_handler.planning.verdict.rows import look, mismatched_rows, missing_rows, stored_rows
 
 _Finder = Callable[[Evidence], Iterable[Cause]]
@@ -222,7 +223,10 @@ class Explanation:
 
     @cached_property
     def _findings(self) -> list[str | Cause | Hint]:
-        return _advice(self.verdict, self.causes)
+        found = _advice(self.verdict, self.causes)
+        if self.verdict.directory != IN_MEMORY:
+            return found
+        return [of_memory(item) if isinstance(item, Hint) else item for item in found]
 
     @property
     def advice(self) -> list[Line]:

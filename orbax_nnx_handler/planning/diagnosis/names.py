@@ -3,7 +3,9 @@
 A rename is proposed where path and shape leave no choice; else the closest stored names are shown.
 """
 
+import dataclasses
 import difflib
+import functools
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -271,6 +273,19 @@ def find_other_names(evidence: Evidence) -> Iterable[Cause]:
 
 LOOK = Hint("look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target.")
 _SUGGEST = Hint("`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes renames to check and paste.")
+_IN_PYTHON = {
+    "`orbax-nnx tree CHECKPOINT`": "jax.tree.map(jnp.shape, variables)",
+    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY`": "suggest(variables, target)",
+    "check the path and the target": "check it and the target",
+    "look for another item or step": "look for the part of the program's state that holds the weights",
+    "lists them": "shows all that is there",
+}
+
+
+def of_memory(hint: Hint) -> Hint:
+    """Returns a hint as it is followed for a tree in memory, where no command reaches."""
+    words = functools.reduce(lambda words, pair: words.replace(*pair), _IN_PYTHON.items(), hint.words)
+    return dataclasses.replace(hint, words=words)
 
 
 def _if_the_same(changes: Sequence[Change]) -> Hint:

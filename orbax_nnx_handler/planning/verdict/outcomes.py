@@ -19,6 +19,9 @@ from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, UnexpectedPolicy
 from orbax_nnx_handler.planning.target.roles import Wanted
 
+IN_MEMORY = "a tree in memory"
+"""What stands for the directory of a checkpoint that is none."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sides:
@@ -130,7 +133,7 @@ class Verdict:
     `dropped`.
 
     Attributes:
-        directory: The item directory.
+        directory: The item directory; `IN_MEMORY` for a tree in memory.
         layout: Title of the layout it was read under.
         stored_count: Leaves in the checkpoint.
         restored: Leaves that come from disk.

@@ -15,10 +15,10 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.target.target import value_of
+from orbax_nnx_handler.planning.verdict.outcomes import IN_MEMORY
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 
-_NAME = epath.Path("a tree in memory")
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
 
@@ -45,7 +45,7 @@ def hold(variables: Any) -> Checkpoint:
     deleted = [path for path, leaf in on_devices.items() if _is_deleted(leaf)]
     arrays: dict[Path, Any] = {**on_host, **on_devices, **described}
     return Checkpoint(
-        directory=_NAME,
+        directory=epath.Path(IN_MEMORY),
         leaves={path: _stored(path, arrays.get(path)) for path in leaves if path not in foreign},
         lost={},
         foreign=foreign,

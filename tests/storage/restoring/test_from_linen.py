@@ -26,7 +26,9 @@ from orbax_nnx_handler import (
     UnreadableLeafError,
     UnstackLayers,
     from_linen,
+    plan_restore,
     restore,
+    suggest,
     to_linen,
 )
 
@@ -472,3 +474,23 @@ def test_rules_hold_for_a_tree_in_memory() -> None:
     model = from_linen(tree, target(norm=False), renames=[UnstackLayers("block", "layers/{i}", axis=1)])
 
     np.testing.assert_array_equal(model.layers[2].kernel.get_value(), tree["params"]["block"]["kernel"][:, 2])
+
+
+def test_plan_and_proposal_are_to_be_had_of_a_tree_in_memory_and_hints_say_so() -> None:
+    def make() -> Any:
+        shapes = {"encode": (4, 8), "head": (8, 3)}
+        return {name: nnx.Linear(*shape, rngs=nnx.Rngs(0)) for name, shape in shapes.items()}
+
+    wanted, own = nnx.eval_shape(make), to_linen(make())["params"]
+    tree = {"params": {"Dense_0": own["encode"], "Dense_1": own["head"]}}
+
+    with pytest.raises(RestoreError) as error:
+        from_linen(tree, wanted)
+    assert "suggest(variables, target) proposes renames" in str(error.value)
+    found = suggest(tree, wanted, init=make)
+    assert plan_restore(tree, wanted, renames=found.renames).fits
+    assert_same_state(nnx.state(from_linen(tree, wanted, renames=found.renames)), nnx.state(make()))
+    with pytest.raises(RestoreError) as error:
+        from_linen({"params": {"other": {"kernel": np.ones((3, 5))}}}, target())
+    assert "look at what is stored with jax.tree.map(jnp.shape, variables), and check it" in str(error.value)
+    assert "CHECKPOINT" not in str(error.value)

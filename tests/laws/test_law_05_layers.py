@@ -190,3 +190,34 @@ def test_a_layer_of_another_shape_is_refused_where_a_stack_is_wanted(tmp_path, o
     wanted = {"layers": stacked(layers)}
     target = training_target(wanted, tx) if optimizer else worlds.model_target(wanted)
     refused(path, target, unexpected="ignore")
+
+
+def _in_blocks(numbers, size, cycles, left_over, name):
+    """Returns layers in blocks of `size`, stacked on axis 0, and what is left over behind them."""
+    blocks = {f"{name}_{at}": {"kernel": numbers(cycles, 3, 3)} for at in range(size)}
+    rest = {f"{name}_{at}": {"kernel": numbers(3, 3)} for at in range(left_over)}
+    return {"layers": blocks} | ({"layers_remainder": rest} if rest else {})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["layers", "sub"])
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [((2, 2, 1), (1, 2, 1)), ((3, 2, 1), (2, 2, 1)), ((2, 2, 0), (1, 2, 1))]
+)
+def test_blocks_of_another_length_are_no_blocks_of_these_layers(tmp_path, stored, wanted, name, form):
+    path = write(tmp_path, {"params": _in_blocks(Numbers(), *stored, name)})
+    refused(path, target_of(form, _in_blocks(Numbers(), *wanted, name)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_longer_blocks_are_not_initialised_between_stored_layers(tmp_path, form):
+    path = write(tmp_path, {"params": _in_blocks(Numbers(), 1, 2, 1, "layers")})
+    target = target_of(form, _in_blocks(Numbers(), 2, 2, 1, "layers"))
+    refused(path, target, policy="warn")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_of_the_numbered_modules_of_a_scanned_layer_may_be_restored_alone(tmp_path, form):
+    stored = {"blocks": {"dense_0": Numbers().dense(), "dense_1": Numbers(100).dense()}}
+    wanted = {"blocks": {"dense_0": stored["blocks"]["dense_0"]}}
+    check(restore(write(tmp_path, {"params": stored}), target_of(form, wanted)), wanted)

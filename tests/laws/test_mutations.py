@@ -9,7 +9,8 @@ from flax import nnx
 
 from orbax_nnx_handler import RestoreError
 from orbax_nnx_handler.planning.core.recipes import Concat, Index
-from orbax_nnx_handler.planning.verdict.laws import Source, certify
+from orbax_nnx_handler.planning.layouts import LAYOUTS
+from orbax_nnx_handler.planning.verdict.laws import Known, Source, certify
 from tests.laws.fuzz.optimizers import nested
 from tests.laws.fuzz.trial import draw
 from tests.laws.mutations import MUTATIONS, mutants
@@ -33,11 +34,16 @@ def _right_plans():
 
 
 def _certified(plan, recipes):
-    sources = {
-        path: Source(recipe=recipe, kind=plan.restored[path].evidence.kind)
+    placed, wanted = plan.sides.placements, plan.sides.wanted
+    layout = next(layout for layout in LAYOUTS if layout.title == plan.layout)
+    layout = layout.of_tree({path: item.leaf for path, item in placed.items()})
+    evidence = {path: plan.restored[path].evidence for path in recipes}
+    sources = [
+        Source(wanted[path], recipe, evidence[path].kind, evidence[path].axis_by)
         for path, recipe in recipes.items()
-    }
-    return certify(list(plan.sides.wanted.values()), list(plan.sides.placements.values()), sources)
+    ]
+    known = Known(scan_axis=layout.scan_axis, scans=layout.scans)
+    return certify(list(wanted.values()), placed, sources, known)
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,7 @@ class Fill:
 
 
 OneSource = Index | Slice | Transpose | Reshape | Scale | Add | Repeat
+_ONE_SOURCE = (Transpose, Index, Slice, Reshape, Scale, Add, Repeat)
 Recipe = Read | Stack | Concat | OneSource | Fill
 
 
@@ -137,13 +138,15 @@ def children(recipe: Recipe) -> tuple[Recipe, ...]:
 
 def reads(recipe: Recipe) -> tuple[Path, ...]:
     """Returns the stored paths of a recipe, in order, repeats included."""
-    # A chain of steps is walked, not recursed into: planning asks this of every leaf, several times.
+    # A chain of steps is walked, not recursed into, and no union of types is made: planning asks this
+    # of every leaf, several times.
     while not isinstance(recipe, Read):
-        if isinstance(recipe, Fill):
+        if isinstance(recipe, _ONE_SOURCE):
+            recipe = recipe.source
+        elif isinstance(recipe, Fill):
             return ()
-        if isinstance(recipe, Stack | Concat):
+        else:
             return tuple(path for child in recipe.sources for path in reads(child))
-        recipe = recipe.source
     return (recipe.path,)
 
 

@@ -10,6 +10,7 @@ from orbax_nnx_handler.planning.core.errors import (
     Hint,
     RestoreError,
     RuleError,
+    ShapeMismatchError,
     UnusedRuleError,
 )
 from orbax_nnx_handler.planning.core.paths import Path, render
@@ -17,9 +18,10 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import Rivals, UnclearAxis
+from orbax_nnx_handler.planning.mapping.modules import Homeless
 from orbax_nnx_handler.planning.mapping.optimizers.pairs import UndecidedState
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.rules import Copy, ScanAxis
+from orbax_nnx_handler.planning.rules import Copy, Drop, ScanAxis
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
 
 
@@ -59,6 +61,9 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
         yield _unclear(group, mapping.applied.axes)
     for states in mapping.states:
         yield from _undecided(states.undecided)
+    strange = [item for item in mapping.homeless if item.shape not in (None, item.leaf.shape)]
+    if strange:
+        yield _strange(strange)
     idle = _idle_rules(mapping)
     if idle is not None:
         yield idle
@@ -171,6 +176,26 @@ def _states_error(cause: str, states: Sequence[UndecidedState], rows: Sequence[s
             )
         ],
     )
+
+
+def _strange(leaves: Sequence[Homeless]) -> ShapeMismatchError:
+    """Returns the error for values that NNX has no place for, and that are not what a module keeps there."""
+    rows = [f"  {render(item.leaf.path)} {item.leaf.shape}: {item.shape} there" for item in leaves]
+    return ShapeMismatchError(
+        f"{_leaves(len(leaves), 'stored ')} of a module that NNX keeps otherwise {_have(leaves)} another "
+        "shape than that module has:\n" + "\n".join(rows),
+        paths=[item.leaf.path for item in leaves],
+        hints=[
+            Hint(
+                f"renames=[Drop({render(leaves[0].leaf.path)!r}, 'why')] leaves it behind.",
+                {"renames": [Drop(render(leaves[0].leaf.path), "not of this module")]},
+            )
+        ],
+    )
+
+
+def _have(leaves: Sequence[object]) -> str:
+    return "has" if len(leaves) == 1 else "have"
 
 
 def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:

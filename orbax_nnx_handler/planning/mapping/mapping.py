@@ -290,7 +290,7 @@ def _add_steps(found: dict[Path, Found], pairs: _Pairs) -> None:
 def _homeless(match: ModelMatch, optimizers: Sequence[StoredStates], stored: Stored) -> tuple[Homeless, ...]:
     """Returns the values that NNX has no place for, and the moments that belong to them."""
     moments = [
-        dataclasses.replace(item, leaf=stored[moment])
+        dataclasses.replace(item, leaf=stored[moment], shape=None)
         for item in match.homeless
         for optimizer in optimizers
         for moment in optimizer.of_parameter(item.leaf.path)

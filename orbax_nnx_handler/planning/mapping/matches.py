@@ -26,6 +26,11 @@ EvidenceKind = Literal[
 ]
 
 
+AxisGround = Literal["shape", "group", "layout", "rule"]
+"""What says along which axis a leaf is stacked: its own shape, the one axis of all others of its group, the
+program of its layout, or a `ScanAxis` for its group."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatchEvidence:
     """What the mapping of one leaf rests on.
@@ -38,10 +43,12 @@ class MatchEvidence:
             `step` the train state's field; `random` a stream of its name; `layout` names that the
             layout's program is known to write, `words` say where in its source.
         words: The same in a few words, for people.
+        axis_by: What says the axis of a leaf that is made of layers.
     """
 
     kind: EvidenceKind
     words: str
+    axis_by: AxisGround | None = None
 
 
 SAME_PATH = MatchEvidence(kind="same path", words="same path")

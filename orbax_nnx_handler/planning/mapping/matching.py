@@ -20,7 +20,14 @@ from orbax_nnx_handler.planning.mapping.layers import (
     pieces_of,
     scan_paths,
 )
-from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence, ModelMatch, Rivals, UnclearAxis
+from orbax_nnx_handler.planning.mapping.matches import (
+    AxisGround,
+    Found,
+    MatchEvidence,
+    ModelMatch,
+    Rivals,
+    UnclearAxis,
+)
 from orbax_nnx_handler.planning.mapping.modules import Homeless, derive
 from orbax_nnx_handler.planning.mapping.restack import Restacked, restack
 from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
@@ -340,15 +347,24 @@ def _names_of(piece: LayerPiece) -> set[str]:
     return {piece.place.group.name} if scan is None else {piece.place.group.name, scan.name}
 
 
+_GROUNDS: dict[AxisGround, str] = {
+    "shape": "its shape allows no other",
+    "group": "that of all others of the group",
+    "layout": "where the layout's program stacks",
+    "rule": "as ScanAxis says",
+}
+
+
 def _restacked(item: Restacked) -> Found:
     name = "/".join((*item.group.parent, item.group.name)).replace("/#", "_")
     words = f"layer i of {name}" + (f", axis {item.axis}" if item.axis is not None else "")
     words += f" (names of {item.naming})" if item.naming else ""
+    words += f": {_GROUNDS[item.ground]}" if item.ground is not None else ""
     return Found(
         recipe=item.recipe,
         missing_layers=item.missing,
         surplus=item.surplus,
-        evidence=MatchEvidence(kind="layout" if item.naming else "layers", words=words),
+        evidence=MatchEvidence(kind="layout" if item.naming else "layers", words=words, axis_by=item.ground),
     )
 
 

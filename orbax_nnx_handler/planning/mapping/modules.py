@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from orbax_nnx_handler.planning.core.folding import list_paths
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Concat, Read, Recipe
 
@@ -47,10 +47,16 @@ class Homeless:
 
     It may be dropped only when all its values are zero, where it changes no
     output; the reader of the values checks that.
+
+    Attributes:
+        leaf: The leaf.
+        reason: Why NNX has no variable for it.
+        shape: The shape that it has in such a module; None where nothing tells.
     """
 
     leaf: StoredLeaf
     reason: str
+    shape: Shape | None = None
 
 
 def derive(model: Model) -> tuple[list[Derived], list[Homeless]]:
@@ -114,7 +120,9 @@ def _gru_bias(cells: Mapping[Tokens, _Gates]) -> Iterator[Homeless]:
     for gates in cells.values():
         bias = gates.get(("hn", "bias"))
         if bias is not None and ("hr", "bias") not in gates and _has_kernels(gates, GRU_GATES):
-            yield Homeless(leaf=bias, reason="nnx.GRUCell has no bias in its recurrent layer")
+            beside = gates.get(("in", "bias"))
+            shape = None if beside is None else beside.shape
+            yield Homeless(leaf=bias, reason="nnx.GRUCell has no bias in its recurrent layer", shape=shape)
 
 
 _STATISTICS = {"scale": "WeightNorm", "u": "SpectralNorm", "sigma": "SpectralNorm"}

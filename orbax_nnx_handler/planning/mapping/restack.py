@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.mapping.layers import (
     numbers_of,
     two_of,
 )
-from orbax_nnx_handler.planning.mapping.matches import UnclearAxis
+from orbax_nnx_handler.planning.mapping.matches import AxisGround, UnclearAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 
 
@@ -46,7 +46,9 @@ class Restacked:
     Attributes:
         recipe: The recipe; holds `Fill` where a layer is missing.
         group: The group.
-        axis: The stacked axis of the stored leaf, or of the wanted one where only that is stacked.
+        axis: The stacked axis of the stored leaf, or of the wanted one where only that is stacked; None
+            where a layer is read whole.
+        ground: What says that axis.
         missing: The layers that no stored leaf holds.
         surplus: How many layers the stored group has more than the wanted one.
         claims: Where several stored leaves are the same layer: all of them.
@@ -64,6 +66,7 @@ class Restacked:
     sources: tuple[Entry, ...] = ()
     moved: bool = False
     naming: str = ""
+    ground: AxisGround | None = None
 
 
 def restack(
@@ -182,8 +185,8 @@ class _Join:
 
     @cached_property
     def _options(self) -> Mapping[Key, set[Axes]]:
-        """The axes that each leaf's own shapes allow; leaves that allow none are left out."""
-        found = {key: some for key in self.keys if (some := self._fitting(key))}
+        """The axes that each leaf may have, as a rule says where there is one; those without any left out."""
+        found = self._allowed
         if self.said is None:
             return found
         # The axis of both sides, where the shapes allow it; else of the side that is or may be stacked on it.
@@ -194,6 +197,20 @@ class _Join:
             if all(agreed.values()):
                 return agreed
         return options
+
+    @cached_property
+    def _allowed(self) -> Mapping[Key, set[Axes]]:
+        """The axes that each leaf's own shapes allow; leaves that allow none are left out."""
+        return {key: some for key in self.keys if (some := self._fitting(key))}
+
+    def _ground(self, key: Key) -> AxisGround:
+        """Returns what says the axis of a leaf, once all have one."""
+        if len(self._allowed[key]) == 1:
+            return "shape"
+        if len(self._options[key]) == 1:
+            return "rule"
+        several = [axes for axes in self._options.values() if len(axes) > 1]
+        return "group" if len(several) == 1 and len(self._alike(self._options)) == 1 else "layout"
 
     @cached_property
     def choices(self) -> list[dict[Key, Axes]]:
@@ -383,14 +400,19 @@ class _Join:
         empty = Fill(layer_shape(piece, None if whole else axis))
         parts = [first.get(number, empty) for number in numbers]
         recipe = parts[0] if whole or axis is None else self._stack(piece, parts, axis)
+        sources = _each_once(made[0][1] for n in numbers if (made := layers.get(n)))
+        # A layer that has a number on either side, as one left over behind the blocks, lies on no axis.
+        is_read_whole = whole and recipe is sources[0].recipe
+        stacked = None if is_read_whole else stored_axis if stored_axis is not None else axis
         return Restacked(
             recipe=recipe,
             group=piece.place.group,
-            axis=stored_axis if stored_axis is not None else axis,
+            axis=stacked,
+            ground=None if stacked is None else self._ground(key),
             missing=() if whole else missing,
             surplus=surplus,
             claims=_each_once(claims),
-            sources=_each_once(made[0][1] for n in numbers if (made := layers.get(n))),
+            sources=sources,
             moved=is_move(axes[key]),
             naming=self._naming,
         )

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
-from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.layouts.layout import Placement, Stored
 from orbax_nnx_handler.planning.mapping.choice import best_mapping, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
@@ -30,7 +30,7 @@ from orbax_nnx_handler.planning.rules import Drop, ScanAxis, cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.verdict.laws import Broken, Source, certify, error_of
+from orbax_nnx_handler.planning.verdict.laws import Known, Source, certify, error_of
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
     Mismatched,
@@ -107,7 +107,7 @@ def judge(
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     try:
-        mapping, faults = best_mapping(wanted, stored, options, lambda each: not _broken(wanted, each))
+        mapping, faults = best_mapping(wanted, stored, options, lambda each: _accepts(wanted, each))
     except UnusedRuleError as error:
         if broken is not None and broken.lost:  # It may be what the rule is for.
             raise unreadable(broken.lost) from error
@@ -118,6 +118,7 @@ def judge(
     left = left_over(wanted, mapping, used)
     missing, defaulted = _of_kind(Missing, outcomes), _of_kind(Defaulted, outcomes)
     roles = {item.leaf.path: item.role for item in wanted}
+    sides = _sides(wanted, mapping)
     return Verdict(
         directory=directory,
         layout=mapping.layout.title,
@@ -134,7 +135,7 @@ def judge(
             *faults,
             *mapping.faults,
             *faults_of(mapping),
-            *_against_the_laws(wanted, mapping, outcomes),
+            *_against_the_laws(wanted, mapping, outcomes, sides.placements),
             *indivisible(target.leaves.values()),
             *unreadable_leaves(
                 broken or Unreadable(),
@@ -144,45 +145,56 @@ def judge(
                 renamed=any(not isinstance(rule, Drop | ScanAxis) for rule in options.renames),
             ),
         ),
-        sides=_sides(wanted, mapping),
+        sides=sides,
     )
 
 
 def _against_the_laws(
-    wanted: Sequence[Wanted], mapping: LeafMapping, outcomes: Mapping[Path, "_Outcome"]
+    wanted: Sequence[Wanted],
+    mapping: LeafMapping,
+    outcomes: Mapping[Path, "_Outcome"],
+    placed: Mapping[Path, Placement],
 ) -> Iterator[RestoreError]:
     """Yields the error for a mapping that the laws refuse, whatever found it."""
-    broken = _broken(
-        wanted,
-        mapping,
-        (
-            path
-            for path, outcome in outcomes.items()
-            if isinstance(outcome, Restored) or (isinstance(outcome, Missing) and outcome.recipe is not None)
-        ),
-    )
+    sources: list[Source] = []
+    unfit: list[tuple[Wanted, Recipe]] = []
+    for item, outcome in zip(wanted, outcomes.values(), strict=True):
+        if isinstance(outcome, Restored):
+            evidence = outcome.evidence
+            sources.append(Source(item, outcome.recipe, evidence.kind, evidence.axis_by))
+        elif isinstance(outcome, Missing) and outcome.recipe is not None:
+            evidence = mapping.found[item.leaf.path].evidence
+            sources.append(Source(item, outcome.recipe, evidence.kind, evidence.axis_by))
+        elif isinstance(outcome, Mismatched):
+            unfit.append((item, outcome.recipe))
+    broken = certify(wanted, placed, sources, dataclasses.replace(known_of(mapping), unfit=unfit))
     if broken:
         yield error_of(broken)
 
 
-def _broken(
-    wanted: Sequence[Wanted], mapping: LeafMapping, paths: Iterable[Path] | None = None
-) -> list[Broken]:
-    """Returns the laws that a mapping breaks.
+def _accepts(wanted: Sequence[Wanted], mapping: LeafMapping) -> bool:
+    """Tells whether the laws accept all that a mapping makes and whose shapes come out."""
+    sources: list[Source] = []
+    for item in wanted:
+        found = mapping.found.get(item.leaf.path)
+        if found is not None and mapping.shapes[item.leaf.path] is not None:
+            evidence = found.evidence
+            sources.append(Source(item, found.recipe, evidence.kind, evidence.axis_by))
+    placed = {item.leaf.path: item for item in mapping.placements}
+    return not certify(wanted, placed, sources, known_of(mapping))
 
-    Args:
-        wanted: The target's leaves.
-        mapping: The mapping.
-        paths: The wanted leaves that come from it; by default all whose shapes come out.
-    """
-    found = mapping.found
-    if paths is None:
-        paths = (path for path in found if mapping.shapes[path] is not None)
-    sources = {path: Source(recipe=found[path].recipe, kind=found[path].evidence.kind) for path in paths}
+
+def known_of(mapping: LeafMapping) -> Known:
+    """Returns what the laws may go by besides names and shapes."""
     made = (entry for _, entries in mapping.applied.made for entry in entries)
-    by_rule = frozenset(path for entry in made for path in entry.sources)
-    dropped = frozenset(mapping.discarded)
-    return certify(wanted, mapping.placements, sources, by_rule | dropped, mapping.copied)
+    by_rule = {path for entry in made for path in entry.sources}
+    return Known(
+        by_rule=frozenset(by_rule | mapping.discarded.keys()),
+        copies=mapping.copied,
+        said={rule.tokens: rule.axis for rule in mapping.applied.axes},
+        scan_axis=mapping.layout.scan_axis,
+        scans=mapping.layout.scans,
+    )
 
 
 def _read_by(recipes: Iterable[Recipe], dropped: Iterable[Dropped | Discarded]) -> Iterator[Path]:

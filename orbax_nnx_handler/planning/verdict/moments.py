@@ -1,97 +1,372 @@
-"""A moment is its own parameter's, and in the field of its name (law 8)."""
+"""A moment takes its parameter's recipe, in the field of its name (law 8).
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+What is read is compared step by step with what the parameter is read from. Moments
+that an optimizer has factored lack one axis, in every step alike.
+"""
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
+
+import numpy as np
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
+from orbax_nnx_handler.planning.core.recipes import (
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Recipe,
+    Reshape,
+    Slice,
+    Stack,
+    Transpose,
+    reads,
+    without_arithmetic,
+)
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.states import Slot, States, slot_of, spelt_alike
 
-_FACTORED = frozenset({"v_row", "v_col"})
-"""Fields that may stand for each other where a parameter is transposed: each lacks one of its axes."""
+_FACTORED = ("v_row", "v_col")
+"""Fields without the largest and without the second axis of a parameter (optax/_src/factorized.py)."""
+
+Claim = tuple[Wanted, Recipe]
+"""A leaf of the result and what it is made from."""
 
 
-def moments_astray(
-    wanted: Sequence[Wanted],
-    recipes: Mapping[Path, Recipe],
-    placed: Mapping[Path, Placement],
-    above: Collection[Tokens],
-    name: Callable[[Path], Tokens],
-) -> Iterator[tuple[Path, Path, str]]:
-    """Yields each wanted moment that is another parameter's, or another field's: it, what it reads, why.
+class _Moment(NamedTuple):
+    """A stored leaf as a moment of a stored parameter: what stands above the parameter's name."""
 
-    Args:
-        wanted: The target's leaves.
-        recipes: What each is made from.
-        placed: What each stored leaf is.
-        above: What lies above the weights' common names in the target.
-        name: The canonical name of a stored leaf of the model.
+    stored: Path
+    above: Tokens
+
+
+class _Weight(NamedTuple):
+    """A weight of the result, what it is made from, and the keys of what it reads, if it reads one leaf."""
+
+    item: Wanted
+    recipe: Recipe
+    below: Path | None
+
+
+class Moments:
+    """Proves what the leaves of optimizers are made from.
+
+    Attributes:
+        states: Which states were read from which.
+        owners: The stored owners that each wanted one reads from, leaves that a rule moved left out.
+        orphans: Leaves whose parameter is not in the result.
     """
-    moments = [item for item in wanted if item.role == "optimizer" and item.leaf.path in recipes]
-    if not moments:
-        return
-    weights = _weights(wanted, recipes, above)
-    parameters = _parameters(placed.values(), name)
-    for item in moments:
-        recipe = recipes[item.leaf.path]
-        for stored in (recipe.path,) if isinstance(recipe, Read) else reads(recipe):
-            if placed[stored].section == "optimizer" and placed[stored].slot is None:
-                why = _why_astray(item.tokens, canonical(placed[stored].path), weights, parameters)
-                if why:
-                    yield item.leaf.path, stored, why
-                    break
+
+    def __init__(
+        self,
+        leaves: Sequence[Claim],
+        weights: Sequence[Claim],
+        wanted: Sequence[Wanted],
+        placed: Mapping[Path, Placement],
+        by_rule: Set[Path],
+    ) -> None:
+        self._leaves, self._placed, self._by_rule = leaves, placed, by_rule
+        self._weights = [_Weight(item, recipe, self._keys(recipe)) for item, recipe in weights]
+        self._by_key = _by_key(leaves, self._weights)
+        self._by_name: Mapping[Tokens, Sequence[_Weight]] | None = None
+        self._last: tuple[Path, Path, Path] = ((), (), ())
+        self._stored: Set[Tokens] | None = None
+        self.states = States(wanted, placed)
+        self.owners: dict[Path, set[Path]] = defaultdict(set)
+        self.orphans: list[Claim] = []
+
+    def _keys(self, recipe: Recipe) -> Path | None:
+        path = _only_read(recipe)
+        return None if path is None else self._placed[path].path
+
+    def astray(self) -> Iterator[tuple[int, Path, Path, str]]:
+        """Yields each leaf that is another parameter's or another field's: law, it, what it reads, why."""
+        for item, recipe in self._leaves:
+            if self._is_plain(item, recipe):
+                continue
+            law, why = self._why(item, recipe)
+            if why:
+                yield law, item.leaf.path, reads(recipe)[0], why
+        for path, stored, why in self.states.crossed():
+            yield 8, path, stored, why
+
+    def _is_plain(self, item: Wanted, recipe: Recipe) -> bool:
+        """Tells whether a moment has the keys of a parameter, in the field before it: nearly every one."""
+        owner, above, stored = self._last
+        path, depth = item.path, len(above)
+        if not depth or path[:depth] != above or item.owner != owner:
+            return False
+        weights = self._by_key.get(path[depth:], ())
+        if len(weights) != 1 or weights[0].below is None or weights[0].item.leaf.shape != item.leaf.shape:
+            return False
+        return _is_chain_on(recipe, weights[0].recipe, stored + weights[0].below)
+
+    def _why(self, item: Wanted, recipe: Recipe) -> tuple[int, str]:
+        stored = [self._placed[path] for path in dict.fromkeys(reads(recipe))]
+        if self._by_rule.isdisjoint(reads(recipe)):
+            self.owners[item.owner].update(placed.owner for placed in stored)
+        if any(placed.section not in ("optimizer", "step") for placed in stored):
+            return 9, "it is no part of an optimizer"
+        if any(placed.section == "step" for placed in stored):
+            is_count = stored[0].slot == ("count",) and item.tokens[-1:] == ("count",)
+            return 9, "" if is_count and isinstance(recipe, Read) else "it is the step"
+        return 8, self._why_not_its_own(item, recipe, stored)
+
+    def _why_not_its_own(self, item: Wanted, recipe: Recipe, stored: Sequence[Placement]) -> str:
+        candidates = list(self._candidates(item))
+        reasons = [self._why_not_of(item, recipe, at, claim) for at, claim in candidates]
+        if "" in reasons:
+            return ""
+        here = slot_of(item.tokens)
+        if reasons and len(here.field) > 1:
+            return next((why for why in reasons if why.startswith("it is ")), reasons[0])
+        if isinstance(recipe, Read) and self._has_name(item, here, stored[0]):
+            return ""
+        if len(here.field) > 1 and not reasons:
+            return self._why_no_orphan(item, recipe, here, stored)
+        return f"its name there is {render(canonical(stored[0].path))}"
+
+    def _why_no_orphan(self, item: Wanted, recipe: Recipe, here: Slot, stored: Sequence[Placement]) -> str:
+        """Returns why a moment of an unknown parameter is in another field; empty if its name is open."""
+        for placed in stored:
+            there = slot_of(canonical((*(placed.slot or ()), *placed.path)))
+            if there.field[:1] != here.field[:1]:
+                return f"it is {render(there.field[:1])}, not {render(here.field[:1])}"
+            self.states.add(item, placed, here, there, is_moment=True)
+        self.orphans.append((item, recipe))
+        return ""
+
+    def _stored_names(self) -> Set[Tokens]:
+        """The canonical path of every stored weight."""
+        if self._stored is None:
+            placed = self._placed.values()
+            self._stored = {canonical(item.path) for item in placed if item.section == "model"}
+        return self._stored
+
+    def _candidates(self, item: Wanted) -> Iterator[tuple[int, _Weight]]:
+        """Yields the weights whose moment a leaf may be, with where their names begin in the leaf's keys."""
+        path = item.path
+        found = [(at, claim) for at in range(1, len(path)) for claim in self._by_key.get(path[at:], ())]
+        yield from found
+        if not found:
+            names = self._names()
+            tokens = item.tokens
+            for at in range(1, len(tokens)):
+                yield from ((at - len(tokens), claim) for claim in names.get(tokens[at:], ()))
+
+    def _names(self) -> Mapping[Tokens, Sequence[_Weight]]:
+        """The weights by the ends of their canonical paths."""
+        if self._by_name is None:
+            found: dict[Tokens, list[_Weight]] = defaultdict(list)
+            for claim in self._weights:
+                tokens = claim.item.tokens
+                for depth in range(min(len(tokens), 3)):
+                    found[tokens[depth:]].append(claim)
+            self._by_name = found
+        return self._by_name
+
+    def _why_not_of(self, item: Wanted, recipe: Recipe, at: int, claim: _Weight) -> str:
+        """Returns why a leaf is no moment of a weight that its name allows; empty if it is one."""
+        above = canonical(item.path[:at]) if at > 0 else item.tokens[:at]
+        here = slot_of(above, of_moment=True)
+        follower = _Follower(self._placed, here.field[-1:], self._stored_names)
+        if not follower.follows(item, recipe, claim.item, claim.recipe):
+            return "it is the moment of another parameter, or made otherwise than its parameter"
+        alike: set[tuple[Path, Tokens]] = {
+            (self._placed[moment.stored].owner, moment.above) for moment in follower.moments
+        }
+        for _, stored in alike:
+            there = slot_of(stored, of_moment=True)
+            if not (here.field == there.field or {*here.field[-1:], *there.field[-1:]} <= {*_FACTORED}):
+                return f"it is {render(there.field)}, not {render(here.field)}"
+        if len(alike) > 1:
+            return "its layers come from several states"
+        for moment in follower.moments[:1]:
+            placed = self._placed[moment.stored]
+            self.states.add(item, placed, here, slot_of(moment.above, of_moment=True), is_moment=True)
+            self._learn(item, at, recipe, claim)
+        return ""
+
+    def _learn(self, item: Wanted, at: int, recipe: Recipe, weight: _Weight) -> None:
+        """Keeps the keys above a moment, so that the next one of the field is known by them."""
+        path, below = _only_read(recipe), weight.below
+        if at > 0 and path is not None and below and path[-len(below) :] == below:
+            self._last = item.owner, item.path[:at], path[: -len(below)]
+
+    def _has_name(self, item: Wanted, here: Slot, stored: Placement) -> bool:
+        """Tells whether a stored leaf is the same field, parameter included, of the state it lies in."""
+        there = slot_of(canonical(stored.slot or ()) + canonical(stored.path))
+        if not spelt_alike(here.field, there.field):
+            return False
+        self.states.add(item, stored, here, there, is_moment=len(item.leaf.shape) > 0)
+        return True
 
 
-def _weights(
-    wanted: Iterable[Wanted], recipes: Mapping[Path, Recipe], above: Collection[Tokens]
-) -> dict[Tokens, Collection[Path]]:
-    """Returns what each wanted weight is read from, by its name with and without the levels above it."""
-    found: dict[Tokens, Collection[Path]] = {}
-    for item in wanted:
-        if item.role == "model" and item.leaf.path in recipes:
-            read = reads(recipes[item.leaf.path])
-            for level in {(), *above}:
-                if item.tokens[: len(level)] == level:
-                    found.setdefault(item.tokens[len(level) :], read)
+def _only_read(recipe: Recipe) -> Path | None:
+    """Returns the stored leaf of a recipe that reads one, and only takes a layer of it or turns its axes."""
+    while isinstance(recipe, (Index, Transpose)):
+        recipe = recipe.source
+    return recipe.path if isinstance(recipe, Read) else None
+
+
+def _is_chain_on(recipe: Recipe, other: Recipe, stored: Path) -> bool:
+    """Tells whether a recipe does to a stored leaf what another one does to its own."""
+    while not isinstance(recipe, Read):
+        if isinstance(recipe, Transpose) and isinstance(other, Transpose):
+            same = recipe.permutation == other.permutation
+        elif isinstance(recipe, Index) and isinstance(other, Index):
+            same = recipe.index == other.index and recipe.axis == other.axis
+        else:
+            return False
+        if not same:
+            return False
+        recipe, other = recipe.source, other.source
+    return isinstance(other, Read) and recipe.path == stored
+
+
+def _by_key(leaves: Sequence[Claim], weights: Sequence[_Weight]) -> Mapping[Path, Sequence[_Weight]]:
+    """Returns the weights by the end of their paths that a moment has."""
+    samples = {item.owner: item.path for item, _ in reversed(leaves) if item.leaf.shape}
+    depths = {_depth_of(sample, weights) for sample in samples.values()}
+    found: dict[Path, tuple[_Weight, ...]] = {}
+    for depth in depths:
+        for weight in weights:
+            key = weight.item.leaf.path[depth:]
+            found[key] = (*found[key], weight) if key in found else (weight,)
     return found
 
 
-def _parameters(placements: Iterable[Placement], name: Callable[[Path], Tokens]) -> dict[Tokens, set[Path]]:
-    found: dict[Tokens, set[Path]] = {}
-    for item in placements:
-        if item.section == "model":
-            found.setdefault(name(item.leaf.path), set()).add(item.leaf.path)
-    return found
+def _depth_of(moment: Path, weights: Sequence[_Weight]) -> int:
+    """Returns how many keys a weight has in front of what it shares with a moment of its own."""
+    ends = {moment[at:] for at in range(1, len(moment))}
+    best, longest = 0, 0
+    for weight in weights:
+        path = weight.item.leaf.path
+        depth = next((depth for depth in range(len(path)) if path[depth:] in ends), len(path))
+        if len(path) - depth > longest:
+            best, longest = depth, len(path) - depth
+        if longest >= len(moment) - 2:  # Less than a state and its field is never above a moment.
+            break
+    return best
 
 
-def _why_astray(
-    wanted: Tokens,
-    stored: Tokens,
-    weights: Mapping[Tokens, Collection[Path]],
-    parameters: Mapping[Tokens, set[Path]],
-) -> str:
-    """Returns why two names are in no reading the same field of one parameter; empty if they are."""
-    here = [at for at in range(1, len(wanted)) if wanted[at:] in weights]
-    if not here:
-        return ""
-    there = [at for at in range(1, len(stored)) if stored[at:] in parameters]
-    if not there:
-        return ""
-    own = [
-        (at, of)
-        for at in here
-        for of in there
-        if not parameters[stored[of:]].isdisjoint(weights[wanted[at:]])
-    ]
-    if not own:
-        return "it is the moment of another parameter"
-    fields = ((_field(wanted[:at]), _field(stored[:of])) for at, of in own)
-    if any(one == other or {one, other} <= _FACTORED for one, other in fields):
-        return ""
-    return f"it is {_field(stored[: own[0][1]])}, not {_field(wanted[: own[0][0]])}"
+def wanted_as_weight(item: Wanted) -> Wanted:
+    """Returns a wanted moment as if it were its parameter."""
+    return dataclasses.replace(item, role="model", path=_parameter(slot_of(item.tokens)), owner=())
 
 
-def _field(slot: Tokens) -> str:
-    # An optimizer of a whole variables dict, or of a wrapped model, has levels between field and parameter.
-    names = [token for token in slot if token not in ("params", "model")]
-    return names[-1] if names else ""
+def stored_as_weight(item: Placement) -> Placement:
+    """Returns a stored moment as if it were its parameter, in a collection of its state and field."""
+    slot = slot_of(canonical((*(item.slot or ()), *item.path)))
+    collection = "/".join((*slot.place, *slot.field[:1]))
+    return dataclasses.replace(item, section="model", collection=collection, path=_parameter(slot), slot=None)
+
+
+def _parameter(slot: Slot) -> Path:
+    below = slot.field[1:]
+    return below[1:] if below[:1] == ("params",) else below
+
+
+class _Follower:
+    """Compares what a moment is made from with what its parameter is made from."""
+
+    def __init__(
+        self, placed: Mapping[Path, Placement], field: Tokens, names: Callable[[], Set[Tokens]]
+    ) -> None:
+        self._placed, self._field, self._names = placed, field[0] if field else "", names
+        self.moments: list[_Moment] = []
+
+    def follows(self, item: Wanted, made: Recipe, weight: Wanted, parameter: Recipe) -> bool:
+        """Tells whether each step of the one is that of the other."""
+        made, parameter = without_arithmetic(made), without_arithmetic(parameter)
+        if isinstance(made, Read) and (isinstance(parameter, Read) or math.prod(item.leaf.shape) == 1):
+            return any(self._is_moment(made.path, path, None) for path in dict.fromkeys(reads(parameter)))
+        if item.leaf.shape == weight.leaf.shape and self._steps(made, parameter, None):
+            return True
+        lost = _lost_axes(weight.leaf.shape, item.leaf.shape, self._field)
+        return any(self._steps(made, parameter, axis) for axis in lost)
+
+    def _steps(self, made: Recipe, parameter: Recipe, lost: int | None) -> bool:
+        """Tells whether two recipes have the same steps, where the one's value may lack an axis."""
+        match made, parameter:
+            case Fill(), _:
+                return True
+            case Read(path), Read(of):
+                return self._is_moment(path, of, lost)
+            case Index(source, axis, index), Index(other, of_axis, of_index):
+                inner = None if lost is None else lost + (lost >= of_axis)
+                same = index == of_index and axis == of_axis - _before(inner, of_axis)
+                return same and self._steps(source, other, inner)
+            case Slice(source, axis), Slice(other, of_axis):
+                part, of_part = (made.start, made.size), (parameter.start, parameter.size)
+                same = part == of_part and lost != of_axis and axis == of_axis - _before(lost, of_axis)
+                return same and self._steps(source, other, lost)
+            case (Stack(), Stack()) | (Concat(), Concat()):
+                return self._joined(made, parameter, lost)
+            case Transpose(source, order), Transpose(other, of_order):
+                inner = None if lost is None else of_order[lost]
+                kept = tuple(axis - _before(inner, axis) for axis in of_order if axis != inner)
+                return order == kept and self._steps(source, other, inner)
+            case Reshape(source, shape), Reshape(other, of_shape):
+                return lost is None and shape == of_shape and self._steps(source, other, None)
+            case _:
+                return False
+
+    def _joined(self, made: Stack | Concat, parameter: Stack | Concat, lost: int | None) -> bool:
+        if lost == parameter.axis or len(made.sources) != len(parameter.sources):
+            return False
+        added = isinstance(made, Stack) and lost is not None and lost > parameter.axis
+        inner = None if lost is None else lost - added
+        parts = zip(made.sources, parameter.sources, strict=True)
+        same = made.axis == parameter.axis - _before(lost, parameter.axis)
+        return same and all(self._steps(part, other, inner) for part, other in parts)
+
+    def _is_moment(self, stored: Path, parameter: Path, lost: int | None) -> bool:
+        """Tells whether a stored leaf has the name of a stored parameter below a field."""
+        moment, placed = self._placed[stored], self._placed[parameter]
+        if lost is not None:
+            slot = (*(moment.slot or ()), *moment.path)
+            field = next((name for name in _FACTORED if name in slot), "")
+            if lost not in _lost_axes(placed.leaf.shape, moment.leaf.shape, field):
+                return False
+        tokens, name = canonical(moment.path), canonical(placed.path)
+        for end in _ends(name, self._names):
+            for whole in _spellings(tokens):
+                if moment.slot is not None and whole == end:
+                    self.moments.append(_Moment(stored, canonical(moment.slot)))
+                    return True
+                if moment.slot is None and whole[-len(end) :] == end:
+                    self.moments.append(_Moment(stored, whole[: -len(end)]))
+                    return True
+        return False
+
+
+def _spellings(tokens: Tokens) -> Iterable[Tokens]:
+    """Returns a name with and without a box."""
+    boxed = len(tokens) > 1 and tokens[-1] == "value"
+    return (tokens, tokens[:-1]) if boxed else (tokens,)
+
+
+def _ends(name: Tokens, names: Callable[[], Set[Tokens]]) -> Iterator[Tokens]:
+    """Yields a parameter's name as an optimizer may have it: below levels that no other parameter lacks."""
+    yield from _spellings(name)
+    for depth in range(1, len(name)):
+        if name[depth:] not in names():
+            yield from _spellings(name[depth:])
+
+
+def _before(axis: int | None, other: int) -> int:
+    return int(axis is not None and axis < other)
+
+
+def _lost_axes(parameter: Shape, moment: Shape, field: str) -> Sequence[int]:
+    """Returns the axes whose loss explains a moment's shape: of a factored one the one that optax chose."""
+    order = [int(axis) for axis in np.argsort(parameter)[::-1]]
+    possible = [axis for axis in order if (*parameter[:axis], *parameter[axis + 1 :]) == moment]
+    rank = _FACTORED.index(field) if field in _FACTORED else len(order)
+    return [order[rank]] if rank < len(order) and order[rank] in possible else possible

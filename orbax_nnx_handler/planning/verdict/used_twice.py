@@ -1,7 +1,6 @@
 """No stored element lands in two wanted leaves, whatever the recipes (law 4)."""
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,25 +19,30 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
 from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.target.roles import Wanted
 
 
 def used_twice(
-    recipes: Mapping[Path, Recipe], placed: Mapping[Path, Placement], copies: frozenset[Path]
+    sources: Sequence[tuple[Wanted, Recipe]], placed: Mapping[Path, Placement], copies: frozenset[Path]
 ) -> Iterator[tuple[Path, Path, Path]]:
     """Yields each wanted leaf that reads an element which another one reads: it, the stored leaf, the other.
 
     Args:
-        recipes: What each wanted leaf is made from.
+        sources: What each wanted leaf is made from.
         placed: What each stored leaf is.
         copies: Stored leaves that a rule says are wanted more than once.
     """
+    read: list[Path] = []
+    for _, recipe in sources:
+        read += (recipe.path,) if isinstance(recipe, Read) else reads(recipe)
+    if len(set(read)) == len(read):
+        return  # Nearly every plan.
     users: dict[Path, list[Path]] = defaultdict(list)
-    for path, recipe in recipes.items():
-        for stored in (recipe.path,) if isinstance(recipe, Read) else set(reads(recipe)):
-            users[stored].append(path)
+    for item, recipe in sources:
+        for stored in dict.fromkeys(reads(recipe)):
+            users[stored].append(item.leaf.path)
     shared = {stored: paths for stored, paths in users.items() if len(paths) > 1 and stored not in copies}
-    if not shared:
-        return
+    recipes = {item.leaf.path: recipe for item, recipe in sources} if shared else {}
     shapes = {path: item.leaf.shape for path, item in placed.items()}
     for stored, paths in shared.items():
         if not _may_serve_many(placed[stored]):
@@ -46,9 +50,8 @@ def used_twice(
 
 
 def _may_serve_many(placement: Placement) -> bool:
-    """Tells whether a leaf is a step, or what an optimizer keeps in place of a moment: one element."""
-    is_placeholder = placement.section == "optimizer" and math.prod(placement.leaf.shape) == 1
-    return placement.section == "step" or is_placeholder or placement.is_unused
+    """Tells whether a leaf is a step, or what a factored state keeps in place of a moment."""
+    return placement.section == "step" or placement.is_unused
 
 
 def _of_one(

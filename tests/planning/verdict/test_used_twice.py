@@ -8,7 +8,7 @@ from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, Reshape
 from orbax_nnx_handler.planning.layouts.linen import VARIABLES
 from orbax_nnx_handler.planning.target.roles import roles_of
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.laws import Source, certify
+from orbax_nnx_handler.planning.verdict.laws import Known, Source, certify
 from tests.planning.plans import params, stored_of
 
 PATH = ("params", "w")
@@ -19,10 +19,12 @@ FOLDED = Reshape(WHOLE, (2, 6))
 def refused(one: Recipe, other: Recipe, *, copied: bool = False) -> bool:
     """Tells whether two wanted leaves that are made so of a stored leaf of 12 elements break law 4."""
     wanted = roles_of(flatten_target(nnx.State(params({"a": (1,), "b": (1,)}))).leaves)
-    sources = {("a",): Source(recipe=one, kind="rule"), ("b",): Source(recipe=other, kind="rule")}
+    sources = [Source(item, recipe, "rule") for item, recipe in zip(wanted, (one, other), strict=True)]
     marked = frozenset([PATH])
     placements = VARIABLES.place(stored_of({PATH: np.zeros(12, np.float32)}))
-    broken = certify(wanted, placements, sources, marked, marked if copied else frozenset())
+    placed = {item.leaf.path: item for item in placements}
+    known = Known(by_rule=marked, copies=marked if copied else frozenset())
+    broken = certify(wanted, placed, sources, known)
     return any(item.law == 4 for item in broken)
 
 

@@ -1,0 +1,160 @@
+"""Optimizer states are read as wholes and in their order (law 8)."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.target.roles import Wanted
+
+_LABELLED = "inner_states"
+"""The field of `optax.partition` that holds a state for each label."""
+
+_CONTAINERS = frozenset(
+    {
+        *("inner_state", "inner_opt_state", "opt_state", _LABELLED),
+        *("base_optimizer_state", "fast_state", "adv_state", "hessian_fn_state"),
+    }
+)
+"""Fields of optax's wrappers that hold other states (`optax.transforms`, `optax.contrib`)."""
+
+_RECORDS = frozenset({"hyperparams", "hyperparams_states", "skip_state", "measurement", "info"})
+"""Fields of optax's states that hold several scalars by name."""
+
+_BETWEEN = frozenset({"params", "model"})
+"""Levels between field and parameter, of an optimizer for a variables dict or a wrapped model."""
+
+
+class Slot(NamedTuple):
+    """A leaf's place in an optimizer: the containers down to its state, and its field there."""
+
+    place: Tokens
+    field: Tokens
+
+
+def slot_of(tokens: Tokens, *, of_moment: bool = False) -> Slot:
+    """Returns the place and the field that a canonical path below `opt_state` names.
+
+    Args:
+        tokens: The path; with `of_moment`, the part above a parameter's own.
+        of_moment: Whether levels between a field and its parameter are left out.
+    """
+    at, end = 0, len(tokens)
+    while at < end and (is_number(tokens[at]) or tokens[at] in _CONTAINERS):
+        at += 2 if tokens[at] == _LABELLED else 1
+    field = tokens[at:]
+    return Slot(tokens[:at], tuple(name for name in field if name not in _BETWEEN) if of_moment else field)
+
+
+def spelt_alike(wanted: Tokens, stored: Tokens) -> bool:
+    """Tells whether two fields are one, whatever stands between them and a parameter, boxed or not."""
+    if wanted == stored:
+        return True
+    here, there = (
+        (*field[:1], *(name for name in field[1:] if name not in _BETWEEN)) for field in (wanted, stored)
+    )
+    return here in (there, there[:-1] if there[-1:] == ("value",) else there)
+
+
+def _labels(place: Tokens) -> Tokens:
+    return tuple(place[at + 1] for at, key in enumerate(place[:-1]) if key == _LABELLED)
+
+
+_Order = list[tuple[bool, int, str]]
+
+
+def _in_order(place: Tokens) -> _Order:
+    return [(is_number(key), int(key[1:]) if is_number(key) else 0, key) for key in place]
+
+
+_State = tuple[Path, Tokens]
+"""An owner and a place."""
+
+
+class States:
+    """Which stored state each wanted one is read from."""
+
+    def __init__(self, wanted: Sequence[Wanted], placed: Mapping[Path, Placement]) -> None:
+        self._wanted, self._placed = wanted, placed
+        self._pairs: dict[_State, dict[_State, tuple[Path, Path]]] = defaultdict(dict)
+        self._fields: dict[_State, set[Tokens]] = defaultdict(set)
+        self._with_moments: set[_State] = set()
+
+    def add(self, item: Wanted, stored: Placement, here: Slot, there: Slot, *, is_moment: bool) -> None:
+        """Records that a leaf of one state is read from a leaf of another."""
+        wanted = (item.owner, here.place)
+        self._fields[wanted].add(here.field[:1])
+        if is_moment:
+            self._with_moments.add(wanted)
+        if stored.slot is None:
+            self._pairs[wanted].setdefault((stored.owner, there.place), (item.leaf.path, stored.leaf.path))
+
+    def crossed(self) -> Iterator[tuple[Path, Path, str]]:
+        """Yields where one state is read from several, several from one, or in another order; and why."""
+        users: dict[_State, list[tuple[Path, Path]]] = defaultdict(list)
+        for stored in self._pairs.values():
+            for state, leaves in stored.items():
+                users[state].append(leaves)
+            if len(stored) > 1:
+                yield from (
+                    (*leaves, "other leaves of its state come from another one") for leaves in stored.values()
+                )
+        for several in users.values():
+            if len(several) > 1:
+                yield from ((*leaves, "another state is read from it too") for leaves in several)
+        yield from self._of_other_labels()
+        yield from self._out_of_order()
+        yield from self._with_other_fields()
+
+    @cached_property
+    def _every_slot(self) -> Mapping[_State, set[Tokens]]:
+        found: dict[_State, set[Tokens]] = defaultdict(set)
+        for item in self._placed.values():
+            if item.section == "optimizer" and item.slot is None:
+                slot = slot_of(canonical(item.path))
+                found[item.owner, slot.place].add(slot.field[:1])
+        return found
+
+    @cached_property
+    def _wanted_fields(self) -> Mapping[_State, set[Tokens]]:
+        found: dict[_State, set[Tokens]] = defaultdict(set)
+        for item in self._wanted:
+            if item.role == "optimizer":
+                slot = slot_of(item.tokens)
+                found[item.owner, slot.place].add(slot.field[:1])
+        return found
+
+    def _of_other_labels(self) -> Iterator[tuple[Path, Path, str]]:
+        """Yields states of one label that are read from another's, though theirs is stored."""
+        for (_, place), stored in self._pairs.items():
+            for (owner, there), leaves in stored.items():
+                label = _labels(place)
+                if label == _labels(there) or not label:
+                    continue
+                if any(label == _labels(other) for known, other in self._every_slot if known == owner):
+                    yield *leaves, f"it is the state of {render(_labels(there))}"
+
+    def _out_of_order(self) -> Iterator[tuple[Path, Path, str]]:
+        """Yields states of equal fields, without moments, whose order differs."""
+        alike: dict[object, list[tuple[_Order, _Order, tuple[Path, Path]]]] = defaultdict(list)
+        for wanted, stored in self._pairs.items():
+            for (_, there), leaves in stored.items():
+                if wanted not in self._with_moments:
+                    kind = (wanted[0], frozenset(self._fields[wanted]))
+                    alike[kind].append((_in_order(wanted[1]), _in_order(there), leaves))
+        for states in alike.values():
+            ordered = sorted(states, key=lambda state: state[0])
+            for before, after in itertools.pairwise(ordered):
+                if after[1] < before[1]:
+                    yield *after[2], "states of its kind come in another order"
+
+    def _with_other_fields(self) -> Iterator[tuple[Path, Path, str]]:
+        """Yields states without moments that are read from a state which has other fields too."""
+        for wanted, stored in self._pairs.items():
+            for state, leaves in stored.items() if wanted not in self._with_moments else ():
+                others = self._every_slot[state] - self._wanted_fields[wanted]
+                if others:
+                    yield *leaves, f"its state has {render(min(others))} too"

@@ -1,0 +1,321 @@
+"""A weight comes from the leaf of its name: laws 5, 6 and 7, element by element."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import cached_property
+from typing import NamedTuple
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
+from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks
+from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.axes import Stacked, StackedAxes, StackedGroup, options_of
+from orbax_nnx_handler.planning.verdict.elements import Element, Name, Names, elements_of
+
+_PLAIN = frozenset({"model", "state", "train_state"})
+_GATES = {4: "ifgo", 3: "rzn"}
+"""The order in which the gates of NNX's LSTM and GRU cells are joined (flax/nnx/nn/recurrent.py)."""
+_STATISTICS = frozenset({"u", "sigma"})
+"""What `nnx.SpectralNorm` keeps of a weight (flax/nnx/nn/normalization.py)."""
+
+
+class Astray(NamedTuple):
+    """A wanted leaf that is read from another leaf than that of its name."""
+
+    law: int
+    wanted: Path
+    stored: Path
+    why: str
+
+
+class _Meeting(NamedTuple):
+    """The names under which two elements are one, and what lies above the common part of either."""
+
+    here: Name
+    there: Name
+    above: Tokens
+    below: Tokens
+
+
+class Weights:
+    """Proves that each weight is read from the leaves of its name.
+
+    Attributes:
+        placed: What each stored leaf is.
+        roots: What lies above the common names, wanted and stored, by stored collection; with an example.
+    """
+
+    def __init__(
+        self,
+        wanted: Sequence[Wanted],
+        placed: Mapping[Path, Placement],
+        by_rule: frozenset[Path],
+        scans: Sequence[ScannedBlocks],
+        axes: StackedAxes,
+    ) -> None:
+        self.placed, self._wanted, self._by_rule, self._scans = placed, wanted, by_rule, scans
+        self._axes = axes
+        self._names: dict[Path, Tokens] = {}
+        self.roots: dict[tuple[Path, str | None], dict[tuple[Tokens, Tokens], tuple[Path, Path]]]
+        self.roots = defaultdict(dict)
+        self._last: dict[Path, tuple[Tokens, _Meeting, Shape]] = {}
+        self._moved: dict[tuple[Path, str | None], set[Tokens]] = defaultdict(set)
+
+    def name(self, path: Path) -> Tokens:
+        """Returns the name of a stored leaf within its collection."""
+        if path not in self._names:
+            self._names[path] = canonical(self.placed[path].path)
+        return self._names[path]
+
+    def check(
+        self, item: Wanted, recipe: Recipe, in_module: bool, axis_by: str | None = None
+    ) -> Iterator[Astray]:
+        """Yields where a weight is not made of the elements of its name.
+
+        Args:
+            item: The weight.
+            recipe: What it is made from.
+            in_module: Whether one of Flax's own modules is said to call it otherwise.
+            axis_by: What is said to tell the axis of its layers.
+        """
+        path = item.leaf.path
+        if isinstance(recipe, Read) and self._is_below_known_roots(item, recipe.path):
+            return
+        if in_module and isinstance(recipe, Read) and self._is_in_renamed_wrapper(item, recipe.path):
+            return
+        elements = elements_of(recipe, self._shapes)
+        if elements is None:
+            yield Astray(7, path, reads(recipe)[0], "it is rearranged, and no rule says so")
+            return
+        for element in elements:
+            if self._is_next_layer(item, element):
+                continue
+            meeting = self._meet(item, element, in_module)
+            if meeting is None:
+                layer = "".join(f", layer {number}" for number in element.at)
+                why = f"its name there is {render(self.name(element.path))}{layer}"
+                yield Astray(5, path, element.path, why)
+                return
+            placed = self.placed[element.path]
+            known = self.roots[placed.owner, placed.collection]
+            known.setdefault((meeting.above, meeting.below), (path, element.path))
+            if element.at or element.to:
+                self._add(item, element, meeting, axis_by)
+
+    def _is_below_known_roots(self, item: Wanted, stored: Path) -> bool:
+        """Tells whether a leaf read whole has the name, and the levels above it, that others have."""
+        placed = self.placed[stored]
+        here, there = item.tokens, self.name(stored)
+        for above, below in self.roots.get((placed.owner, placed.collection), ()):
+            a, b = len(above), len(below)
+            if here[a:] == there[b:] and here[:a] == above and there[:b] == below:
+                return True
+        return False
+
+    def _is_next_layer(self, item: Wanted, element: Element) -> bool:
+        """Tells whether an element is another layer of the leaf that was looked at last."""
+        known = self._last.get(element.path)
+        if known is None or element.to or len(element.at) != 1 or item.leaf.shape != known[2]:
+            return False
+        tokens, meeting, _ = known
+        depth = meeting.there.depth
+        named = (*tokens[len(meeting.below) : depth], f"#{element.at[0]}", *tokens[depth:])
+        return item.tokens == (*meeting.above, *named)
+
+    @cached_property
+    def _shapes(self) -> Mapping[Path, Shape]:
+        return {path: item.leaf.shape for path, item in self.placed.items()}
+
+    @cached_property
+    def _here(self) -> Names:
+        leaves = [(item.tokens, item.leaf.shape) for item in self._wanted if item.role == "model"]
+        return Names(leaves, self._scans)
+
+    @cached_property
+    def _there(self) -> Mapping[tuple[Path, str | None], Names]:
+        found: dict[tuple[Path, str | None], list[tuple[Tokens, Shape]]] = defaultdict(list)
+        for path, item in self.placed.items():
+            if item.section == "model" and path not in self._by_rule:
+                found[item.owner, item.collection].append((self.name(path), item.leaf.shape))
+        return {key: Names(leaves, self._scans) for key, leaves in found.items()}
+
+    def _meet(self, item: Wanted, element: Element, in_module: bool) -> _Meeting | None:
+        placed = self.placed[element.path]
+        side = self._there.get((placed.owner, placed.collection)) or Names((), self._scans)
+        spellings = list(self._spellings(element, in_module))
+        for there in (name for tokens in spellings for name in side.of(tokens, element.at)):
+            for here in self._here.of(item.tokens, element.to):
+                common = _common_end(here.tokens, there.tokens)
+                above, below = (tokens[: len(tokens) - common] for tokens in (here.tokens, there.tokens))
+                if common and _may_go(above, below):
+                    return _Meeting(here, there, above, below)
+        return None
+
+    def _spellings(self, element: Element, in_module: bool) -> Iterator[Tokens]:
+        """Yields what a stored leaf is called in NNX."""
+        name = self.name(element.path)
+        if element.gates:
+            fused = self._fused(element.gates)
+            yield from () if fused is None else (fused,)
+            return
+        yield name
+        if len(name) > 1 and name[-1] == "value":
+            yield name[:-1]
+        if not in_module or not name:
+            return
+        last = name[-1]
+        if len(name) > 1 and name[-2] in ("i", "h"):
+            yield (*name[:-2], f"dense_{name[-2]}", last)
+        for wrapper, layer, weight in self._wrapped.values():
+            if name[:-1] == (*wrapper, *layer, *weight) and last in _STATISTICS:
+                yield (*wrapper, "batch_stats", *weight, last)
+            elif name == (*wrapper, *layer, *weight, "scale"):
+                yield (*wrapper, "scales", *weight)
+            for module in (wrapper, _parent(wrapper)):
+                inner = (*module, *layer)
+                if name[: len(inner)] == inner:
+                    yield (*wrapper, "layer_instance", *name[len(inner) :])
+
+    def _is_in_renamed_wrapper(self, item: Wanted, stored: Path) -> bool:
+        """Tells whether a leaf is of the layer in a normalising wrapper that a rule has renamed."""
+        name = self.name(stored)
+        for path, (wrapper, layer, _) in self._wrapped.items():
+            for module in (wrapper, _parent(wrapper)) if path in self._by_rule else ():
+                inner = (*module, *layer)
+                end = ("layer_instance", *name[len(inner) :])
+                if name[: len(inner)] == inner and item.tokens[-len(end) :] == end:
+                    return True
+        return False
+
+    @cached_property
+    def _wrapped(self) -> Mapping[Path, tuple[Tokens, Tokens, Tokens]]:
+        """Wrapper, layer and weight of each statistic that Linen keeps under one key with slashes."""
+        found: dict[Path, tuple[Tokens, Tokens, Tokens]] = {}
+        for path, item in self.placed.items():
+            key = item.path[-1] if item.path and item.section == "model" else None
+            keys = key.split("/") if isinstance(key, str) else ()
+            if len(keys) > 2 and keys[-1] in {*_STATISTICS, "scale"}:
+                layer, *weight, _ = keys
+                parts = canonical((layer,)), canonical(tuple(weight))
+                wrapper = self.name(path)[: -1 - len(parts[0]) - len(parts[1])]
+                found[path] = (wrapper, *parts)
+        return found
+
+    def of_other_blocks(self, whole: Sequence[tuple[Wanted, Path]]) -> Iterator[tuple[Path, Path, str]]:
+        """Yields each leaf read whole from a block that has more positions on one side than on the other.
+
+        Args:
+            whole: The weights that are read whole, with what they are read from.
+        """
+        models = [path for path, item in self.placed.items() if item.section == "model"]
+        stored = [self.name(path) for path in models if path not in self._by_rule]
+        wanted = [item.tokens for item in self._wanted if item.role == "model"]
+        remainders = {token for name in (*stored, *wanted) for token in name if token.endswith("_remainder")}
+        here, there = _positions(wanted), _positions(stored)
+        for item, path in whole:
+            name = self.name(path)
+            for member in _members_of(item.tokens):
+                below = len(item.tokens) - len(member)
+                other = name[: len(name) - below]
+                group, inner = member[-2:]
+                is_block = f"{group}_remainder" in remainders or self._is_scan(group, inner)
+                if is_block and other in there and here[member] != there[other]:
+                    sizes = len(there[other]), len(here[member])
+                    yield item.leaf.path, path, f"a block has {sizes[0]} layers there, and {sizes[1]} here"
+                    break
+
+    def _is_scan(self, group: str, member: str) -> bool:
+        """Tells whether layers of a name in a group are a block: by the layout, or as their names are one."""
+        known = any(scan.name == group and member in scan.numbered for scan in self._scans)
+        return known or group == member
+
+    def _fused(self, gates: Iterable[Path]) -> Tokens | None:
+        """Returns the name of the gates of one cell, in their order, in NNX's cell."""
+        whole = [self.name(path) for path in gates]
+        boxed = all(len(name) > 3 and name[-1] == "value" for name in whole)
+        names = [name[:-1] for name in whole] if boxed else whole
+        if any(len(name) < 2 for name in names):
+            return None
+        ends = {(name[:-2], name[-2][:1], name[-1]) for name in names}
+        if len(ends) > 1 or "".join(name[-2][1:] for name in names) != _GATES.get(len(names)):
+            return None
+        (module, side, weight) = next(iter(ends))
+        return (*module, f"dense_{side}", weight)
+
+    def _add(self, item: Wanted, element: Element, meeting: _Meeting, axis_by: str | None) -> None:
+        """Adds the axes of an element to those of its group."""
+        here, there = meeting.here, meeting.there
+        rest = len(there.tokens if there.depth else here.tokens) - (there.depth or here.depth) - 1
+        layers = [name.tokens[: len(name.tokens) - rest - 1] for name in (here, there)]
+        placed = self.placed[element.path]
+        shape = placed.leaf.shape
+        if element.gates:
+            shape = (*shape[:-1], sum(self._shapes[gate][-1] for gate in element.gates))
+        side = self._there[placed.owner, placed.collection]
+        blocks = side.known_blocks(there), self._here.known_blocks(here)
+        group = StackedGroup(
+            (placed.owner, placed.collection),
+            _spelt(layers, meeting),
+            (_form(there, element.at), _form(here, element.to)),
+        )
+        leaf = Stacked(
+            wanted=item.leaf.path,
+            stored=element.path,
+            axes=(element.axis, element.to_axis),
+            options=options_of(shape, item.leaf.shape, element, blocks),
+            ranks=(len(shape), len(item.leaf.shape)),
+            ground=axis_by,
+        )
+        self._axes.add(group, there.tokens[len(there.tokens) - rest :], leaf)
+        if there.scan is None and len(element.at) == 1 and not element.gates and not element.to:
+            self._last[element.path] = (self.name(element.path), meeting, item.leaf.shape)
+
+
+def _positions(names: Iterable[Tokens]) -> Mapping[Tokens, Set[str]]:
+    """Returns the numbers of the members of each block."""
+    found: dict[Tokens, set[str]] = defaultdict(set)
+    for name in names:
+        for member in _members_of(name):
+            found[member].add(name[len(member)])
+    return found
+
+
+def _members_of(name: Tokens) -> Iterator[Tokens]:
+    """Yields what may be the members of a block in a name: all up to the member's number."""
+    for at in range(2, len(name) - 1):
+        if is_number(name[at]) and not is_number(name[at - 1]) and not is_number(name[at - 2]):
+            yield name[:at]
+
+
+def _form(name: Name, layer: tuple[int, ...]) -> str:
+    if not layer:
+        return "flat"
+    return "stack" if name.scan is None else "known blocks" if name.is_known else "blocks"
+
+
+def _spelt(layers: Sequence[Tokens], meeting: _Meeting) -> frozenset[Tokens]:
+    """Returns the names under which a rule may speak of a group: with the levels above it and without."""
+    here, there = layers
+    names = {here, there, here[len(meeting.above) :], there[len(meeting.below) :]}
+    scans = {name.scan.name for name in (meeting.here, meeting.there) if name.scan is not None}
+    return frozenset(names | {(*name[:-1], scan) for name in names for scan in scans if name})
+
+
+def _parent(module: Tokens) -> Tokens:
+    return module[:-2] if module and is_number(module[-1]) else module[:-1]
+
+
+def _common_end(left: Tokens, right: Tokens) -> int:
+    shorter = min(len(left), len(right))
+    if left[len(left) - shorter :] == right[len(right) - shorter :]:
+        return shorter  # Nearly every pair.
+    return next(n for n in range(shorter) if left[-1 - n] != right[-1 - n])
+
+
+def _may_go(above: Tokens, below: Tokens) -> bool:
+    """Tells whether what lies above a common name may differ: a level that only one side has."""
+    if any(map(is_number, above[1:])) or any(map(is_number, below)):
+        return False
+    named = [token for token in above if token not in _PLAIN and not is_number(token)]
+    return not named or not [token for token in below if token not in _PLAIN]

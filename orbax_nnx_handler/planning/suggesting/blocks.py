@@ -17,9 +17,8 @@ from orbax_nnx_handler.planning.suggesting.layers import (
     stack_of,
     without_axis,
 )
-from orbax_nnx_handler.planning.suggesting.links import Layers, Link, Tie
 from orbax_nnx_handler.planning.suggesting.matching import Created, match_parts
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names, levels, parts_of
+from orbax_nnx_handler.planning.suggesting.parts import Layers, Leaf, Link, Names, Tie, levels, parts_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ from typing import Any, cast
 import numpy as np
 from scipy import optimize
 
-from orbax_nnx_handler.planning.suggesting.links import Grounds, Link, Tie
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, ModulePart
+from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Tie
 from orbax_nnx_handler.planning.suggesting.roles import Role, compare_numbers, roles_of
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, joints, ways
 from orbax_nnx_handler.planning.suggesting.words import exclude, likeness

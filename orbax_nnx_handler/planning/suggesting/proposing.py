@@ -15,19 +15,19 @@ from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.creation import Order
-from orbax_nnx_handler.planning.suggesting.links import Grounds, Link
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names
+from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, Names
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     by_template,
     paths_of,
+    readings_of,
     search,
+    settle_turns,
     stored_leaves,
     wanted_leaves,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import Answers, Proposal, Question, Suggestion
-from orbax_nnx_handler.planning.suggesting.turns import readings_of, settle_turns
 from orbax_nnx_handler.planning.suggesting.writing import Writer
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target

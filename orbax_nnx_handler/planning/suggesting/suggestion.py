@@ -8,7 +8,7 @@ from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.suggesting.links import Grounds
+from orbax_nnx_handler.planning.suggesting.parts import Grounds
 
 Confidence = Literal["certain", "likely", "open"]
 

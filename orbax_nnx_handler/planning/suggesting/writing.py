@@ -19,8 +19,7 @@ from orbax_nnx_handler.planning.rules import (
 )
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.patterns import Pattern
-from orbax_nnx_handler.planning.suggesting.links import Layers, Link
-from orbax_nnx_handler.planning.suggesting.parts import Names
+from orbax_nnx_handler.planning.suggesting.parts import Layers, Link, Names
 from orbax_nnx_handler.planning.suggesting.shapes import Steps
 
 _PLACES = ("{i}", "{j}", "{k}", "{l}")

@@ -106,6 +106,10 @@ def _only_collections(paths: Sequence[Path], owner: Path) -> bool:
 
 def _placement(stored: Stored, path: Path, owners: Collection[Path], params_depth: int) -> Placement:
     inside = [owner for owner in owners if path[: len(owner)] == owner]
+    if not inside and path[0] == AUX and len(path) > 1:
+        # Beside several train states each leaf is kept under its own path in the item.
+        own = (owner for owner in owners if path[1 : len(owner) + 1] == owner)
+        return Placement(leaf=stored[path], section="aux", path=path[1:], owner=max(own, key=len, default=()))
     if not inside:
         return Placement(leaf=stored[path], section="other", path=path)
     owner = max(inside, key=len)

@@ -136,14 +136,18 @@ class Arranged:
         random: Random state that a Linen program would not store and whose
             structure check it would fail, by path below `nnx_aux`; empty where it is
             stored in the tree, for MaxText and where there is nothing else.
-        certain: Whether the optimizer's empty states are known, and with them the
-            lengths of its lists. A bare `nnx.State` does not tell.
+        certain: Whether the optimizers' empty states are known, and with them the
+            lengths of their lists. A bare `nnx.State` does not tell.
+        steps: The paths in the item of the steps of the train states.
+        several: Whether the item holds several train states.
     """
 
     leaves: Leaves
     empty: Mapping[Path, Any]
     random: Leaves
     certain: bool
+    steps: frozenset[Path]
+    several: bool
 
 
 def is_nnx(item: Any) -> bool:
@@ -165,13 +169,12 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
             `nnx.State`; modules carry theirs.
 
     Raises:
-        ValueError: The item holds two optimizers, two leaves of it would be stored
+        ValueError: The item holds two optimizers side by side, two leaves of it would be stored
             at one path, or `tx` does not fit.
     """
-    parts = take_apart(item)
-    if tx is not None and parts.opt_state is not None:
-        parts = dataclasses.replace(parts, opt_state=with_containers(parts.opt_state, tx, parts.model))
-    placed = dict(_without_collisions(_places(parts, flavour)))
+    states = [_with_containers(parts, tx) for parts in take_apart(item)]
+    places = [place for parts in states for place in _places(parts, flavour, several=len(states) > 1)]
+    placed = dict(_without_collisions(places))
     random = {at: leaf for at, leaf in placed.items() if at[0] == AUX and isinstance(leaf.node, nnx.RngState)}
     if flavour == "maxtext" or len(random) == len(placed):
         # MaxText keeps random state in the tree; and a tree without a leaf is none to Orbax.
@@ -182,14 +185,29 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         leaves={at: leaf for at, leaf in kept.items() if not is_empty(values[at])},
         empty={at: value for at, value in values.items() if is_empty(value)},
         random={at[1:]: leaf for at, leaf in random.items()},
-        certain=parts.opt_state is None or keeps_containers(parts.opt_state),
+        certain=all(parts.opt_state is None or keeps_containers(parts.opt_state) for parts in states),
+        steps=frozenset(parts.step.path for parts in states if parts.step is not None),
+        several=len(states) > 1,
     )
 
 
-def _places(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, ItemLeaf]]:
+def _with_containers(parts: Parts, tx: Transformation | None) -> Parts:
+    if tx is None or parts.opt_state is None:
+        return parts
+    return dataclasses.replace(parts, opt_state=with_containers(parts.opt_state, tx, parts.model))
+
+
+def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Path, ItemLeaf]]:
     model = (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
     state = [*model, *_optimizer(parts, flavour)]
     outside = _lasting(parts.outside)
+    if several:
+        for at, leaf in state:
+            # What no Linen program stores is kept aside under its own path in the item.
+            yield ((AUX, *segments(leaf.path)) if at[0] == AUX else (*segments(parts.root), *at)), leaf
+        for path, leaf in outside.items():
+            yield (AUX, *segments(path)), leaf
+        return
     # A train state below a key stays there where something beside it has the name of one of its fields, as
     # the outer weights of DiLoCo: at the root, the one would be taken for the other.
     root = parts.owner[:-1]

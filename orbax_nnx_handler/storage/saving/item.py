@@ -1,7 +1,7 @@
 """An NNX item taken apart: its model, its optimizer, its step, and what lies beside them."""
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -47,6 +47,7 @@ class Parts:
             None without an optimizer.
         owner: The keys above `opt_state`.
         step: The number of steps done, or None.
+        root: The keys that it is stored below, where the item holds several train states.
     """
 
     model: Leaves
@@ -54,18 +55,23 @@ class Parts:
     opt_state: Any = None
     owner: Path = ()
     step: ItemLeaf | None = None
+    root: Path = ()
 
 
-def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
-    """Finds model, optimizer and step of an item.
+def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
+    """Finds model, optimizer and step of each train state of an item.
 
     Args:
         item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, or a tuple, list, dict or
             dataclass of these.
-        model_key: The key under which the model sits where nothing else tells.
+        model_key: The key under which a model sits where nothing else tells.
+
+    Returns:
+        One train state, or several with the keys that each is below; what lies beside them all is outside
+        the first.
 
     Raises:
-        ValueError: The item holds more than one optimizer, or is a lone Variable.
+        ValueError: Two optimizers lie side by side, or the item is a lone Variable.
     """
     if isinstance(item, nnx.Variable):
         raise ValueError(
@@ -73,19 +79,42 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Parts:
             "hint: put it into a dict: {'name': variable}."
         )
     optimizers = dict(_optimizers(item))
-    if len(optimizers) > 1:
-        listed = ", ".join(render(path) for path in optimizers)
-        raise ValueError(
-            f"the item holds {len(optimizers)} optimizers ({listed}), a Linen train state just one.\n"
-            "hint: save each with its model as an item of its own (ocp.args.Composite)."
-        )
     nodes = flatten(_state_of(item)) | _abstract_arrays(item)
     leaves = {path: ItemLeaf(path, node) for path, node in nodes.items()}
     if not optimizers:
-        return _without_optimizer(item, leaves, model_key)
-    ((owner, opt_state),) = optimizers.items()
-    step = leaves.pop((*owner, "step"), None)
-    rest = {path: leaf for path, leaf in leaves.items() if path[: len(owner) + 1] != (*owner, _OPT_STATE)}
+        return (_without_optimizer(item, leaves, model_key),)
+    if len(optimizers) == 1:
+        ((owner, opt_state),) = optimizers.items()
+        return (_train_state(leaves, owner, opt_state, model_key),)
+    roots = {owner[:-1]: owner for owner in optimizers}
+    if len(roots) < len(optimizers) or any(_are_nested(a, b) for a in roots for b in roots if a != b):
+        listed = ", ".join(render(path) for path in optimizers)
+        raise ValueError(
+            f"the item holds {len(optimizers)} optimizers ({listed}), a Linen train state just one.\n"
+            "hint: put each beside its model, below a key of their own ({'gen': {'model': ..., 'optimizer': "
+            "...}, ...}), or save each with its model as an item of its own (ocp.args.Composite)."
+        )
+    states: list[Parts] = []
+    for root, owner in roots.items():
+        own, leaves = _divided(leaves, root)
+        states.append(dataclasses.replace(_train_state(own, owner, optimizers[owner], model_key), root=root))
+    first = states[0]
+    return (dataclasses.replace(first, outside={**first.outside, **leaves}), *states[1:])
+
+
+def _are_nested(one: Path, other: Path) -> bool:
+    return other[: len(one)] == one
+
+
+def _divided(leaves: Leaves, root: Path) -> tuple[dict[Path, ItemLeaf], dict[Path, ItemLeaf]]:
+    own = {path: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
+    return own, {path: leaf for path, leaf in leaves.items() if path not in own}
+
+
+def _train_state(leaves: Mapping[Path, ItemLeaf], owner: Path, opt_state: Any, model_key: Hashable) -> Parts:
+    above = (*owner, _OPT_STATE)
+    step = leaves.get((*owner, "step"))
+    rest = {path: leaf for path, leaf in leaves.items() if path[: len(above)] != above and leaf is not step}
     root = _root(rest, owner[:-1], opt_state, model_key)
     model, outside = _divide(rest, root)
     return Parts(model=model, outside=outside, opt_state=opt_state, owner=owner, step=step)

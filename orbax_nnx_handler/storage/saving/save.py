@@ -45,6 +45,7 @@ class SavePlan:
         random: Random state for the item's metadata, by path below `nnx_aux`.
         values: The item's values by path in the item.
         copies: Leaves that are not stored, each with what will be restored for it.
+        steps: The paths in the item of the steps of its train states.
     """
 
     leaves: Mapping[Path, SavedLeaf]
@@ -52,6 +53,7 @@ class SavePlan:
     random: Mapping[Path, ItemLeaf]
     values: Mapping[Path, Any]
     copies: Copies = ()
+    steps: frozenset[Path] = frozenset()
 
     def tree(self) -> Any:
         """Returns the tree to be stored, its values computed."""
@@ -88,18 +90,28 @@ def plan_save(
         leaves, empty, copies = as_restored(leaves, empty, plan)
     leaves = with_gates(leaves)
     if not isinstance(undone, RestorePlan | RestoreReport):
-        leaves, empty, copies = without_rules(leaves, empty, as_rules(undone), flavour)
+        rules = as_rules(undone)
+        if rules and arranged.several:
+            raise RuleError(
+                "the item holds several train states, and rules alone do not tell which they are for.",
+                hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
+            )
+        leaves, empty, copies = without_rules(leaves, empty, rules, flavour)
     check_distinct((at, leaf.like) for at, leaf in leaves.items())
-    step = leaves.get(("step",))
-    if step is not None and step.dtype == np.uint32:
-        # NNX counts in uint32, Linen in int32.
-        leaves = {**leaves, ("step",): dataclasses.replace(step, dtype=np.dtype(np.int32))}
+    # NNX counts in uint32, Linen in int32.
+    leaves = {
+        at: dataclasses.replace(leaf, dtype=np.dtype(np.int32))
+        if leaf.like in arranged.steps and leaf.dtype == np.uint32
+        else leaf
+        for at, leaf in leaves.items()
+    }
     return SavePlan(
         leaves=leaves,
         empty=empty,
         random=arranged.random,
         values={leaf.path: leaf.value for leaf in arranged.leaves.values()},
         copies=copies,
+        steps=arranged.steps,
     )
 
 
@@ -147,10 +159,14 @@ def _check_step(plan: SavePlan) -> None:
 
     A stock reader would cast it into the program's int32 unseen, whatever dtype it is stored in.
     """
-    leaf = plan.leaves.get(("step",))
-    step = None if leaf is None else plan.values[leaf.like]
-    if leaf is None or leaf.dtype != np.int32 or isinstance(step, jax.ShapeDtypeStruct | Tracer):
-        return
+    for leaf in plan.leaves.values():
+        step = plan.values[leaf.like]
+        is_step = leaf.like in plan.steps and leaf.dtype == np.int32
+        if is_step and not isinstance(step, jax.ShapeDtypeStruct | Tracer):
+            _check_fits(leaf.like, step)
+
+
+def _check_fits(path: Path, step: Any) -> None:
     if isinstance(step, jax.Array) and not step.is_fully_addressable:
         step = step.addressable_data(0)
     largest = int(np.max(np.asarray(step), initial=0))
@@ -158,7 +174,7 @@ def _check_step(plan: SavePlan) -> None:
         raise DtypeMismatchError(
             f"step {largest} cannot be saved: a Linen program counts steps in int32, up to {_MAX_STEP}.\n"
             "hint: count from a smaller number: optimizer.step.set_value(jnp.uint32(0)).",
-            paths=[leaf.like],
+            paths=[path],
         )
 
 

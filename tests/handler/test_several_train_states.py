@@ -1,0 +1,112 @@
+"""Several train states in one item: saved as a Linen program keeps them, and restored identically."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import DtypeMismatchError, RuleError, plan_restore, restore, save
+from tests.cli.conftest import stock
+from tests.laws.worlds import Numbers, check, flat
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(2)])
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+        self.cell = nnx.OptimizedLSTMCell(3, 4, rngs=rngs)
+
+
+def train_state(seed: int) -> dict[str, Any]:
+    model = Net(nnx.Rngs(seed))
+    tx = optax.chain(optax.clip(1.0), optax.adamw(1e-3)) if seed else optax.sgd(0.1, momentum=0.9)
+    return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)}
+
+
+def make() -> dict[str, Any]:
+    return {"gen": train_state(0), "disc": train_state(1), "rngs": nnx.Rngs(7)}
+
+
+def state() -> dict[str, Any]:
+    item, numbers = make(), Numbers()
+    for part in (*item["gen"].values(), *item["disc"].values(), item["rngs"]):
+        nnx.update(part, numbers.like(nnx.state(part)))
+    return item
+
+
+def values(item: dict[str, Any]) -> dict[Any, Any]:
+    parts = {(name, key): part for name in ("gen", "disc") for key, part in item[name].items()}
+    parts[("rngs",)] = item["rngs"]
+    return {
+        (*at, *path): value for at, part in parts.items() for path, value in flat(nnx.state(part)).items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_each_of_them_comes_back_identically(tmp_path, layout):
+    saved = state()
+    save(tmp_path / "item", saved, layout=layout)
+
+    check(values(restore(tmp_path / "item", nnx.eval_shape(make))), values(saved))
+
+
+def test_a_linen_program_finds_each_below_its_own_key(tmp_path):
+    saved = state()
+    save(tmp_path / "item", saved)
+
+    tree = stock(tmp_path / "item")
+
+    assert tree.keys() == {"gen", "disc"}
+    for name, chain in (("gen", 2), ("disc", 2)):
+        assert tree[name].keys() == {"params", "batch_stats", "opt_state", "step"}
+        assert len(tree[name]["opt_state"]) == chain
+        kernel = saved[name]["model"].hidden[1].kernel[...]
+        np.testing.assert_array_equal(tree[name]["params"]["hidden_1"]["kernel"], kernel)
+        assert tree[name]["params"]["cell"].keys() >= {"if", "hf"}
+        assert np.asarray(tree[name]["step"]).dtype in (np.int32, np.int64)
+
+
+def test_one_of_them_is_restored_alone(tmp_path):
+    saved = state()
+    save(tmp_path / "item", saved)
+
+    found = restore(tmp_path / "item", {"gen": nnx.eval_shape(lambda: train_state(0))})
+
+    expected = {path: value for path, value in values(saved).items() if path[0] == "gen"}
+    have = {("gen", key, *path): v for key, part in found["gen"].items() for path, v in flat(part).items()}
+    check(have, expected)
+
+
+def test_a_restore_is_undone_and_rules_ask_for_it(tmp_path):
+    saved = state()
+    save(tmp_path / "item", saved)
+    plan = plan_restore(tmp_path / "item", nnx.eval_shape(make))
+
+    save(tmp_path / "again", saved, renames=plan)
+
+    jax.tree.map(np.testing.assert_array_equal, stock(tmp_path / "again"), stock(tmp_path / "item"))
+    with pytest.raises(RuleError, match=r"renames=handler\.report"):
+        save(tmp_path / "by_rules", saved, renames=[("a", "b")])
+
+
+def test_each_step_must_fit_the_int32_of_a_linen_program(tmp_path):
+    saved = state()
+    saved["disc"]["optimizer"].step.set_value(np.uint32(3_000_000_000))
+
+    with pytest.raises(DtypeMismatchError, match="3000000000"):
+        save(tmp_path / "item", saved)
+
+
+def test_two_optimizers_side_by_side_are_refused_with_a_way_out(tmp_path):
+    pair = {
+        "gen": train_state(0)["model"],
+        "a": train_state(0)["optimizer"],
+        "b": train_state(0)["optimizer"],
+    }
+
+    with pytest.raises(ValueError, match="below a key of their own"):
+        save(tmp_path / "item", pair)

@@ -8,7 +8,7 @@ from typing import Any
 from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import Cause, RestoreError
 from orbax_nnx_handler.planning.core.folding import list_paths
-from orbax_nnx_handler.planning.core.lines import counted, rated, sized
+from orbax_nnx_handler.planning.core.lines import aligned, counted, rated, sized
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.layouts.layout import Stored
@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, 
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import judge
 from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict, copies_of_model
+from orbax_nnx_handler.planning.verdict.rows import evidence_rows
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 
 
@@ -74,6 +75,16 @@ class RestorePlan(Displayed, Verdict):
         error = plan.error()
         if error is not None:
             raise error
+
+    def evidence(self) -> str:
+        """Returns what each restored leaf rests on, like leaves folded into one line.
+
+        ```python
+        print(plan.evidence())
+        # model/blocks/{0..31}/mlp/kernel  layer i of blocks, axis 0: its shape allows no other
+        ```
+        """
+        return aligned(evidence_rows(self.restored.values()), indent="")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the whole plan as plain dicts, lists, strings and numbers."""
@@ -146,6 +157,10 @@ class RestoreReport(Displayed):
     def narrowed(self) -> Mapping[Path, Restored]:
         """Restored leaves that lost precision in a cast."""
         return {path: item for path, item in self.plan.restored.items() if item.cast == "narrower"}
+
+    def evidence(self) -> str:
+        """Returns what each restored leaf rests on, as `RestorePlan.evidence` does."""
+        return self.plan.evidence()
 
     def origin(self, path: Path) -> Restored | Missing | Defaulted:
         """Returns where one leaf came from.

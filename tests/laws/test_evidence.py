@@ -70,3 +70,16 @@ def test_the_plan_prints_its_evidence_as_data(plan):
     listed = plan.to_dict()["restored"]
     items = listed.values() if isinstance(listed, dict) else listed
     assert all(item["evidence"]["kind"] for item in items)
+
+
+def test_the_plan_prints_what_each_leaf_rests_on_like_leaves_in_one_line(plan):
+    lines = plan.evidence().splitlines()
+    assert 0 < len(lines) < 60
+    for words in {item.evidence.words for item in plan.restored.values()}:
+        assert any(words.split(":")[0][:24] in line for line in lines), words
+
+
+def test_an_axis_is_said_with_what_tells_it(plan):
+    for item in _of_kind(plan, "layers").values():
+        assert ("axis" in item.evidence.words) == (item.evidence.axis_by is not None)
+        assert item.evidence.axis_by in (None, "shape", "layout")

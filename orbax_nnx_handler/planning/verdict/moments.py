@@ -118,11 +118,13 @@ class Moments:
         return 8, self._why_not_its_own(item, recipe, stored)
 
     def _why_not_its_own(self, item: Wanted, recipe: Recipe, stored: Sequence[Placement]) -> str:
+        here = slot_of(item.tokens)
+        if len(here.field) == 1 and isinstance(recipe, Read) and self._has_name(item, here, stored[0]):
+            return ""  # A scalar of a state, also where a parameter has its name.
         candidates = list(self._candidates(item))
         reasons = [self._why_not_of(item, recipe, at, claim) for at, claim in candidates]
         if "" in reasons:
             return ""
-        here = slot_of(item.tokens)
         if reasons and len(here.field) > 1:
             return next((why for why in reasons if why.startswith("it is ")), reasons[0])
         if isinstance(recipe, Read) and self._has_name(item, here, stored[0]):
@@ -231,7 +233,10 @@ def _is_chain_on(recipe: Recipe, other: Recipe, stored: Path) -> bool:
 
 def _by_key(leaves: Sequence[Claim], weights: Sequence[_Weight]) -> Mapping[Path, Sequence[_Weight]]:
     """Returns the weights by the end of their paths that a moment has."""
-    samples = {item.owner: item.path for item, _ in reversed(leaves) if item.leaf.shape}
+    samples: dict[Path, Path] = {}
+    for item, _ in leaves:
+        if len(item.path) > len(samples.get(item.owner, ())):
+            samples[item.owner] = item.path
     depths = {_depth_of(sample, weights) for sample in samples.values()}
     found: dict[Path, tuple[_Weight, ...]] = {}
     for depth in depths:

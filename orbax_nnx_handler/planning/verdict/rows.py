@@ -44,6 +44,11 @@ def restored_rows(items: Iterable[Restored]) -> list[Row]:
     ]
 
 
+def evidence_rows(items: Iterable[Restored]) -> list[Row]:
+    """Returns leaf, and what its mapping rests on."""
+    return [Row(item.wanted.path, (item.evidence.words,)) for item in items]
+
+
 def missing_rows(items: Iterable[Missing], *, with_policy: bool = False) -> list[Row]:
     """Returns leaf, shape, dtype, and what becomes of it."""
     return [

@@ -72,6 +72,8 @@ def put(view: Values, values: Values, steps: Sequence[Arithmetic] = ()) -> None:
     if not steps and holds(view.dtype, values.dtype):
         view[...] = values
         return
+    # NumPy's own scalar, as a chunk of no axis gives it, would raise in the cast instead of being looked at.
+    values = np.asarray(values)
     for part, block in _blocks(view, values):
         # NumPy would warn of just what is looked for here.
         with np.errstate(all="ignore"):

@@ -521,3 +521,12 @@ def test_a_module_that_is_called_opt_state_is_a_models(tmp_path) -> None:
     model = restore(tmp_path / "item", nnx.eval_shape(lambda: Odd(nnx.Rngs(0))))
 
     np.testing.assert_array_equal(model.opt_state.kernel[...], np.ones((2, 3)))
+
+
+def test_a_single_integer_that_does_not_fit_is_an_error_with_its_value(tmp_path) -> None:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "item", {"batch_stats": {"seen": 2**40}})
+    target = nnx.State({"seen": nnx.BatchStat(jax.ShapeDtypeStruct((), jnp.int32))})
+
+    with pytest.raises(DtypeMismatchError, match=f"{2**40}, which int32 cannot hold"):
+        restore(tmp_path / "item", target)

@@ -29,6 +29,7 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
+from orbax_nnx_handler.storage.reading.shortage import naming_shortage
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.storage.saving.appearing import save_item
@@ -317,7 +318,8 @@ def _restore_checkpoint(
 
     checkpoint, plan, parts = agree(decided)
     single_replica = single_replica_leaves(options.single_replica, overrides)
-    arrays = carry_out(checkpoint, plan, init=options.init, single_replica=single_replica, **reading)
+    with naming_shortage(checkpoint.directory, (item.wanted for item in plan.restored.values())):
+        arrays = carry_out(checkpoint, plan, init=options.init, single_replica=single_replica, **reading)
     _check_materialised(arrays)
     result = parts.assemble(arrays)
     report = RestoreReport.of(plan, time.monotonic() - start)

@@ -68,8 +68,8 @@ class LocalData:
             if not self._shared:
                 os.close(descriptor)
 
-    def sizes_of(self, files: Sequence[str]) -> dict[str, int | None]:
-        """Returns the length of each file; None of one that is not there."""
+    def sizes_of(self, files: Sequence[str]) -> dict[str, int | OSError | None]:
+        """Returns the length of each file; None where there is none, an error where nobody can tell."""
         if len(files) < _MANY_FILES:
             return {file: self._size_of(file) for file in files}
         # A file system of another machine answers late, so it is asked many questions at a time.
@@ -77,14 +77,16 @@ class LocalData:
         with ThreadPoolExecutor(_STAT_THREADS) as pool:
             return dict(itertools.chain.from_iterable(pool.map(self._sizes_of_some, some)))
 
-    def _sizes_of_some(self, files: Sequence[str]) -> list[tuple[str, int | None]]:
+    def _sizes_of_some(self, files: Sequence[str]) -> list[tuple[str, int | OSError | None]]:
         return [(file, self._size_of(file)) for file in files]
 
-    def _size_of(self, file: str) -> int | None:
+    def _size_of(self, file: str) -> int | OSError | None:
         try:
             return os.stat(f"{self._root}/{file}").st_size  # noqa: PTH116 - thousands of calls
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            return error
 
     def close(self) -> None:
         """Closes the files that were kept open."""

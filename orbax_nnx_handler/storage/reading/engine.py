@@ -40,6 +40,7 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
     plan_bytes,
 )
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
+from orbax_nnx_handler.storage.reading.shortage import short_of
 from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers
 
 Progress = Callable[[int], None]
@@ -354,6 +355,8 @@ def _named(piece: ChunkPiece, *, listed: bool = False) -> Generator[None]:
         piece.owner.fill_absent()
     # TensorStore raises several kinds for what a store answers.
     except (OSError, ValueError, LookupError, RuntimeError, NotImplementedError) as error:
+        if short_of(error) is not None:
+            raise  # It is not the file's fault.
         raise piece.owner.unreadable(error) from error
 
 

@@ -305,11 +305,13 @@ def _within(target: Destination, covered: Region) -> Destination | None:
 
 def _pieces(store: Store, files: DataFiles, chunks: Sequence[_Chunk], limits: Limits) -> Iterator[ChunkPiece]:
     """Yields the pieces of all chunks, as far as a chunk is there."""
-    sizes: Mapping[str, int | None] = {}
+    sizes: Mapping[str, int | OSError | None] = {}
     if store.kind == "files" and isinstance(files, LocalData):
         sizes = files.sizes_of([chunk.key for chunk in chunks])
     for chunk in chunks:
         extent, size = store.listed_extent(chunk.key), sizes.get(chunk.key)
+        if isinstance(size, OSError):
+            raise chunk.unreadable(size)
         if extent is None and size is not None:
             extent = Extent(chunk.key, 0, size)
         if extent is not None:

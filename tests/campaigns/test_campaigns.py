@@ -1,0 +1,79 @@
+"""The short form of every campaign, and that each of them notices what it is for."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from orbax_nnx_handler import RestoreError
+from tests.campaigns import corruption, hostile
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_damaged_checkpoints_are_right_or_one_clear_error(tmp_path):
+    lines, held = corruption.run(tmp_path, seed=5, trials=150, seconds=60, every_stock=3)
+
+    assert held, "\n".join(lines)
+
+
+def test_hostile_checkpoints_are_refused_in_bounded_time_and_memory(tmp_path):
+    lines, held = hostile.run(tmp_path, seed=5, trials=40, seconds=60)
+
+    assert held, "\n".join(lines)
+
+
+@pytest.mark.parametrize(("campaign", "trials"), [("kill", 4), ("pressure", 8)])
+def test_processes_that_are_killed_or_short_of_something(campaign, trials):
+    words = [sys.executable, "-m", "tests.campaigns", campaign, "--trials", str(trials), "--seconds", "60"]
+
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_there_are_hundreds_of_hostile_cases(tmp_path):
+    assert len(hostile.cases(tmp_path, 0)) > 1000
+
+
+def test_the_hostile_campaign_notices_what_it_is_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(hostile, "LIMIT_S", 0.1)
+    (tmp_path / "secret").write_bytes(b"S")
+    kept = []
+
+    def fail():
+        raise KeyError("x")
+
+    def escape():
+        error = RestoreError("x")
+        error.args = ("a\x1b[2J",)
+        raise error
+
+    found = {
+        "hangs": lambda: time.sleep(5),
+        "0.3 s": lambda: time.sleep(0.3),
+        "KeyError": fail,
+        "in the error": escape,
+        "opened a file outside": (tmp_path / "secret").read_bytes,
+        "bytes": lambda: kept.append(b"x" * 300_000_000),
+    }
+    for word, operation in found.items():
+        assert word in hostile._fault("case", operation, tmp_path)
+    assert not hostile._fault("case", lambda: None, tmp_path)
+
+
+def test_the_corruption_campaign_notices_wrong_values_and_other_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr(corruption, "restore", lambda *_: None)
+    lines, held = corruption.run(tmp_path / "a", seed=1, trials=30, seconds=60)
+    assert not held
+    assert any(": wrong (stock" in line for line in lines)
+
+    def fail(*_):
+        raise KeyError("x")
+
+    monkeypatch.setattr(corruption, "restore", fail)
+    lines, held = corruption.run(tmp_path / "b", seed=1, trials=5, seconds=60, every_stock=9)
+    assert not held
+    assert any(": TRACEBACK (stock" in line for line in lines)

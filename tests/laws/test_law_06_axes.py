@@ -190,3 +190,29 @@ def test_a_rule_says_the_wanted_axis_where_only_that_is_open(tmp_path, axis, for
     path = write(tmp_path, {"params": {"layers": blocks}})
     wanted = {"layers": stacked(layers, axis)}
     check(restore(path, target_of(form, wanted), renames=[ScanAxis("layers", axis)]), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_axis_of_a_layout_is_a_question_where_another_group_denies_it(tmp_path, axis, form):
+    numbers = Numbers()
+    square = [{"kernel": numbers(3, 3), "bias": numbers(3)} for _ in range(3)]
+    clear = [{"kernel": numbers(5, 7)} for _ in range(3)]
+    model = {
+        "token_embedder": {"embedding": numbers(7, 3)},
+        "decoder": {"decoder_norm": {"scale": numbers(3)}},
+    }
+
+    def decoder(layers):
+        return model | {"decoder": model["decoder"] | layers}
+
+    stored = decoder({"dense_layers": stacked(clear, axis), "moe_layers": stacked(square, axis)})
+    wanted = decoder(_single(clear, "dense_layers") | _single(square, "moe_layers"))
+    path = write(tmp_path, {"params": {"params": stored}})
+    if axis == 1:
+        check(restore(path, target_of(form, wanted)), wanted)
+        return
+    error = refused(path, target_of(form, wanted))
+    assert "axis 0 or 1" in str(error)
+    said = [ScanAxis("decoder/moe_layers", 0)]
+    check(restore(path, target_of(form, wanted), renames=said), wanted)

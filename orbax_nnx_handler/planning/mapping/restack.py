@@ -10,7 +10,7 @@ do not, the group is a question.
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -49,6 +49,7 @@ class Restacked:
         axis: The stacked axis of the stored leaf, or of the wanted one where only that is stacked; None
             where a layer is read whole.
         ground: What says that axis.
+        is_against_layout: Whether its shape allows another axis only than the one that the layout knows.
         missing: The layers that no stored leaf holds.
         surplus: How many layers the stored group has more than the wanted one.
         claims: Where several stored leaves are the same layer: all of them.
@@ -67,6 +68,7 @@ class Restacked:
     moved: bool = False
     naming: str = ""
     ground: AxisGround | None = None
+    is_against_layout: bool = False
 
 
 def restack(
@@ -99,8 +101,25 @@ def restack(
             unclear.append(result)
         else:
             found = result | found
+    others = {item.axis for item in found.values() if item.is_against_layout}
+    if others:
+        # A program stacks all of its scans along one axis: this one not along that of its layout.
+        by_layout = {tokens: item for tokens, item in found.items() if item.ground == "layout"}
+        found = {tokens: item for tokens, item in found.items() if tokens not in by_layout}
+        unclear += _contradicted(by_layout, {known, *others} - {None})
     taken = set(found)
     return found, [item for item in unclear if not taken.issuperset(item.tokens)]
+
+
+def _contradicted(leaves: Mapping[Tokens, Restacked], axes: Iterable[int | None]) -> Iterator[UnclearAxis]:
+    """Yields the question for each group whose axis the layout says, and other groups deny."""
+    for group in dict.fromkeys(item.group for item in leaves.values()):
+        yield UnclearAxis(
+            group=group,
+            axes=tuple(sorted(axis for axis in axes if axis is not None)),
+            tokens=tuple(tokens for tokens, item in leaves.items() if item.group == group),
+            sources=(),
+        )
 
 
 def _arrangement(pieces: Sequence[LayerPiece]) -> str:
@@ -211,6 +230,14 @@ class _Join:
             return "rule"
         several = [axes for axes in self._options.values() if len(axes) > 1]
         return "group" if len(several) == 1 and len(self._alike(self._options)) == 1 else "layout"
+
+    def _is_against_layout(self, key: Key) -> bool:
+        """Tells whether a leaf may be stacked along one axis only, and not that of the layout."""
+        pieces = [*self.stored.by_key[key], *self.wanted.by_key[key]]
+        rank = max(len(piece.shape) for piece in pieces)
+        (axes, *others) = self._allowed[key]
+        known = self.known
+        return known is not None and known < rank and not others and not self._is_known(axes)
 
     @cached_property
     def choices(self) -> list[dict[Key, Axes]]:
@@ -409,6 +436,7 @@ class _Join:
             group=piece.place.group,
             axis=stacked,
             ground=None if stacked is None else self._ground(key),
+            is_against_layout=stacked is not None and self._is_against_layout(key),
             missing=() if whole else missing,
             surplus=surplus,
             claims=_each_once(claims),

@@ -34,7 +34,7 @@ from orbax_nnx_handler.storage.reading.single_replica import single_replica_leav
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.storage.saving.appearing import save_item
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
-from orbax_nnx_handler.storage.saving.save import Undone, linen_save, plan_save
+from orbax_nnx_handler.storage.saving.save import Undone, as_save_item, linen_save, plan_save
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable
@@ -181,7 +181,7 @@ def save(
     """
     destination = absolute(path)
     check_writable(destination)
-    arguments = linen_save(ocp.args.PyTreeSave(state), layout, tx, renames)
+    arguments = linen_save(ocp.args.PyTreeSave(as_save_item(state)), layout, tx, renames)
     save_item(destination, arguments, force=force)
 
 

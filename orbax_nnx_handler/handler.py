@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_of
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
-from orbax_nnx_handler.storage.saving.save import Undone, linen_save
+from orbax_nnx_handler.storage.saving.save import Undone, as_save_item, linen_save
 from orbax_nnx_handler.storage.stores.locations import check_writable
 
 ItemT = TypeVar("ItemT", default=Any)
@@ -159,14 +159,14 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves an item in the background; see `NNXLinenSave` for what it takes."""
-        given = _save_args(directory, args, kwargs)
+        given = _save_args(directory, args, kwargs, self._options.renames)
         if isinstance(given, ocp.args.StandardSave):
             return await self._standard.async_save(directory, given)
         return await super().async_save(directory, args=given)
 
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
         """Saves an item; see `NNXLinenSave` for what it takes."""
-        given = _save_args(directory, args, kwargs)
+        given = _save_args(directory, args, kwargs, self._options.renames)
         if isinstance(given, ocp.args.StandardSave):
             self._standard.save(directory, given)
             return
@@ -277,7 +277,8 @@ class NNXLinenSave(ocp.args.PyTreeSave):
             refuses a list of another length. Modules carry theirs.
         renames: The rules of the restore; they are undone, so that the same rules
             restore what is saved. A rule that cannot be undone is a `RuleError`. Or the
-            report of the restore (`handler.report`), which is undone leaf by leaf.
+            report of the restore (`handler.report`), which is undone leaf by leaf. The rules
+            that the handler itself was given, where none are named here.
     """
 
     item: Any = None
@@ -285,6 +286,10 @@ class NNXLinenSave(ocp.args.PyTreeSave):
     layout: Flavour = "linen"
     tx: Transformation | None = None
     renames: Undone = ()
+
+    def __post_init__(self) -> None:
+        self.item = as_save_item(self.item)
+        super().__post_init__()
 
 
 def handler_registry(handler: NNXLinenHandler | None = None, item: str | None = None) -> Any:
@@ -408,8 +413,13 @@ def _has_transforms(wanted: NNXLinenRestore) -> bool:
     return wanted.transforms is not None or wanted.legacy_transform_fn is not None
 
 
-def _save_args(directory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Returns what stock Orbax is to save: `PyTreeSave`, or `StandardSave` where that was given."""
+def _save_args(
+    directory: Any, args: tuple[Any, ...], kwargs: dict[str, Any], configured: tuple[Rule, ...]
+) -> Any:
+    """Returns what stock Orbax is to save: `PyTreeSave`, or `StandardSave` where that was given.
+
+    The handler's own rules are undone where the save names none: it restores with them again.
+    """
     given = kwargs.get("args")
     if given is None:
         older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
@@ -419,8 +429,8 @@ def _save_args(directory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     check_writable(epath.Path(directory))
     stock = _as_pytree_save(given)
     if isinstance(given, NNXLinenSave):
-        return linen_save(stock, given.layout, given.tx, given.renames)
-    return linen_save(stock)
+        return linen_save(stock, given.layout, given.tx, given.renames or configured)
+    return linen_save(stock, undone=configured)
 
 
 def _as_pytree_save(given: Any) -> Any:

@@ -39,7 +39,7 @@ from orbax_nnx_handler.planning.options import (
 )
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
-from orbax_nnx_handler.storage.saving.save import linen_save
+from orbax_nnx_handler.storage.saving.save import as_save_item, linen_save
 from orbax_nnx_handler.storage.stores.locations import check_writable
 
 _TREE_FILE = "_METADATA"
@@ -99,7 +99,12 @@ class NNXLinenHandler:
         """
         if is_nnx(checkpointable):
             check_writable(epath.Path(directory.path))
-        arguments = linen_save(ocp_v0.args.PyTreeSave(checkpointable), self.save_layout, self.tx)
+        arguments = linen_save(
+            ocp_v0.args.PyTreeSave(as_save_item(checkpointable)),
+            self.save_layout,
+            self.tx,
+            self.options.renames,
+        )
         writing = await self._stock().save(directory, arguments.item)
         return self._finish(directory, writing, arguments.custom_metadata)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import nnx
 from jax.core import Tracer
 
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RuleError
@@ -113,6 +114,15 @@ def plan_save(
         copies=copies,
         steps=arranged.steps,
     )
+
+
+def as_save_item(item: Any) -> Any:
+    """Returns an item that Orbax's `PyTreeSave` takes.
+
+    `nnx.Rngs` answers to any attribute, which `PyTreeSave` takes for the protocol of a tree's metadata;
+    its State has the same paths.
+    """
+    return cast(Any, nnx.state(item)) if isinstance(item, nnx.Rngs) else item
 
 
 def linen_save(

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import optimize
 
 from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Tie
-from orbax_nnx_handler.planning.suggesting.roles import Role, compare_numbers, roles_of
+from orbax_nnx_handler.planning.suggesting.roles import PLACING, Role, compare_numbers, roles_of, same_place
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, joints, ways
 from orbax_nnx_handler.planning.suggesting.words import exclude, likeness
 
@@ -227,7 +227,10 @@ def _fit(one: Role, other: Role) -> _Fit | None:
         pairs.append((left, right, found))
     lacking = len(one.part.leaves.keys() ^ other.part.leaves.keys())
     score = _COMPLETE - _LACKING * lacking - cost
-    score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
+    if one.place is not None and other.place is not None:
+        score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
+    else:
+        score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
     score += _NUMBER * numbers.equal
     # A pair that shapes allow is better than none.
     return _Fit(score + 20.0, tuple(pairs), not lacking)
@@ -240,7 +243,12 @@ def _main_size(role: Role) -> int:
 
 def _may_be(one: Role, other: Role) -> bool:
     """Tells whether no name speaks against a pair."""
-    if exclude(one.said, other.said) or bool(one.fused) != bool(other.fused):
+    left, right = one.said, other.said
+    if one.place is not None and other.place is not None:
+        if not same_place(one.place, other.place):
+            return False
+        left, right = left - PLACING, right - PLACING
+    if exclude(left, right) or bool(one.fused) != bool(other.fused):
         return False
     return not compare_numbers(one, other).different
 

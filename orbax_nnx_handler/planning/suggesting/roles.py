@@ -31,6 +31,35 @@ class Role:
     fused: tuple[str, ...] = ()
     fact: str = ""
 
+    @property
+    def place(self) -> float | None:
+        """Of a norm, where it stands in its block, where its name tells."""
+        return self.position if self.part.is_norm else None
+
+
+PLACING = frozenset(("pre", "post", "first", "last", "in", "out", "attn", "mlp", "self", "cross"))
+"""The words that tell where a norm stands in its block."""
+
+_SELF, _CROSS, _MLP_AT, _END = 10.0, 20.0, 30.0, 100.0
+
+
+def same_place(one: float, other: float) -> bool:
+    """Tells whether two norms may stand in the same place of a block.
+
+    What comes after the attention comes before the network that follows it: Llama's
+    `post_attention_layernorm` is Gemma's `pre_ffw_norm`.
+    """
+    low, high = sorted((one, other))
+    if low == -_END or high == _END:
+        return low != -_END or high != _END
+    if high - low <= 1:
+        return True
+    return (low, high) in {
+        (after, before + side)
+        for after, before in ((_SELF + 1, _MLP_AT), (_SELF + 1, _CROSS), (_CROSS + 1, _MLP_AT))
+        for side in (-1, 0)
+    }
+
 
 def roles_of(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[Role]:
     """Returns the parts of one context with their roles.
@@ -155,7 +184,7 @@ class _Context:
         side = order_word(own)
         if not part.is_norm:
             side = order_word(said - self._above)
-            return 100.0 * side if side else None
+            return _END * side if side else None
         around = {word for level in part.levels[:-1] for word in meanings(level.base)}
         place = _component(own) or (_component(around) if side <= 0 else None)
         if place is None and not side and not own - {"norm"}:
@@ -164,17 +193,17 @@ class _Context:
             return place + side
         if "out" in around and not side:
             side = 1
-        return 100.0 * side if side else None
+        return _END * side if side else None
 
 
 def _component(said: Iterable[str]) -> float | None:
     """Returns where a part of a block stands in the order of computation."""
     found = set(said)
     if "cross" in found:
-        return 20.0
+        return _CROSS
     if "attn" in found:
-        return 10.0
-    return 30.0 if "mlp" in found else None
+        return _SELF
+    return _MLP_AT if "mlp" in found else None
 
 
 def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -62,19 +62,19 @@ def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
     """
     if math.prod(stored) != math.prod(wanted) or max(len(stored), len(wanted)) > _MOST_AXES:
         return ()
-    straight = _straight(stored, wanted)
-    turned = _turned(stored, wanted)
+    straight, turned = _straight(stored, wanted), _turned(stored, wanted)
+    if straight is None and turned is None:
+        moved = dict(_moved(stored, wanted))
+        straight, turned = moved.get(False), moved.get(True)
     found = [Way(straight)] if straight is not None else []
     return (*found, *([Way(turned, turned=True)] if turned is not None else []))
 
 
 def _straight(stored: Shape, wanted: Shape) -> Steps | None:
-    """Returns the steps that leave the input axes before the output axes."""
+    """Returns the steps that leave the axes in their order."""
     if stored == wanted:
         return ()
-    if _regroups(stored, wanted):
-        return (Step("reshape", stored, wanted),)
-    return next(_moved(stored, wanted), None)
+    return (Step("reshape", stored, wanted),) if _regroups(stored, wanted) else None
 
 
 def _turned(stored: Shape, wanted: Shape) -> Steps | None:
@@ -94,18 +94,49 @@ def _turned(stored: Shape, wanted: Shape) -> Steps | None:
     return None
 
 
-def _moved(stored: Shape, wanted: Shape) -> Iterator[Steps]:
-    """Yields a split and then another order of axes, or another order and then a join."""
-    for axes in _orders(len(wanted)):
+def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
+    """Yields a split and then another order of axes, or another order and then a join.
+
+    What was one axis keeps its order: heads come before what each of them holds. First the ways
+    that move the most, so that the last of each kind is the simplest; whether the first axis of a
+    matrix is the one that is split tells it from its transpose.
+    """
+    for axes in reversed(_orders(len(wanted))):
         split = tuple(wanted[axes.index(at)] for at in range(len(wanted)))
         if split == stored and not _is_turn(axes):
-            yield (_transpose(stored, axes),)
-        elif split != stored and len(split) > len(stored) and _regroups(stored, split):
-            yield (Step("reshape", stored, split), _transpose(split, axes))
-    for axes in _orders(len(stored)):
+            yield False, (_transpose(stored, axes),)
+        groups = _groups(stored, split) if len(split) > len(stored) else None
+        if groups is not None and all(_ascends(axes.index(at) for at in group) for group in groups):
+            turned = len(stored) == 2 and len(groups[0]) > 1 and len(groups[-1]) == 1
+            yield turned, (Step("reshape", stored, split), _transpose(split, axes))
+    for axes in reversed(_orders(len(stored))):
         moved = _permuted(stored, axes)
-        if len(stored) > len(wanted) and _regroups(moved, wanted):
-            yield (_transpose(stored, axes), Step("reshape", moved, wanted))
+        groups = _groups(wanted, moved) if len(stored) > len(wanted) else None
+        if groups is not None and all(_ascends(axes[at] for at in group) for group in groups):
+            turned = len(wanted) == 2 and len(groups[-1]) > 1 and len(groups[0]) == 1
+            yield turned, (_transpose(stored, axes), Step("reshape", moved, wanted))
+
+
+def _groups(whole: Shape, parts: Shape) -> list[list[int]] | None:
+    """Returns which axes of a finer shape each axis of a coarser one is split into; None if it is not."""
+    found: list[list[int]] = []
+    at = 0
+    for length in whole:
+        group: list[int] = []
+        size = 1
+        while at < len(parts) and (size < length or (not group and length == 1)):
+            size *= parts[at]
+            group.append(at)
+            at += 1
+        if size != length:
+            return None
+        found.append(group)
+    return found if at == len(parts) else None
+
+
+def _ascends(places: Iterable[int]) -> bool:
+    listed = list(places)
+    return listed == sorted(listed)
 
 
 @functools.lru_cache

@@ -1,0 +1,112 @@
+"""Modules of one shape whose names could be mistaken for each other: asked about or right, never swapped."""
+
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.suggesting import propose
+from orbax_nnx_handler.planning.target.target import flatten_target
+from tests.planning.plans import leaves_of, params, stored_of
+from tests.planning.suggesting.test_suggest import arrays
+
+NORM = {"scale": (8,), "bias": (8,)}
+DENSE = {"kernel": (8, 8), "bias": (8,)}
+
+CLEAR = [
+    "norm_pre=pre_norm norm_post=post_norm",
+    "pre_layrnorm=ln_pre post_layernorm=ln_post",
+    "forward_lstm=fwd backward_lstm=bwd",
+    "self_attn=attention cross_attn=cross_attention",
+    "norm_before=norm1 norm_after=norm2",
+    "start=first end=last",
+    "query=q key=k value=v",
+    "q_proj=query k_proj=key v_proj=value out_proj=out",
+    "up_proj=up down_proj=down",
+    "input_proj=proj_in output_proj=proj_out",
+    "encoder=enc decoder=dec",
+    "gate_proj=gate up_proj=up",
+    "attention_norm=attn_norm ffn_norm=mlp_norm",
+    "token_norm=norm_token channel_norm=norm_channel",
+    "vision_ln=image_norm text_ln=language_norm",
+    "src_embed=source_proj tgt_embed=target_proj",
+    "mean_head=mu var_head=variance",
+    "left_tower=tower_left right_tower=tower_right",
+    "ln_0=norm1 ln_1=norm2",
+    "post_attention_layernorm=pre_ffw_norm input_layernorm=pre_attention_norm",
+    "teacher_head=teacher_proj student_head=student_proj",
+    "local_branch=local_mixer global_branch=global_mixer",
+    "actor_net=actor critic_net=critic",
+]
+"""Pairs `stored=wanted` that words of the field tell apart."""
+
+DOUBTFUL = [
+    "to_hidden=hidden_in from_hidden=hidden_out",
+    "alpha=one beta=two",
+    "shallow=near deep=far",
+    "bright=light dark=heavy",
+    "fc_a=one_fc fc_b=two_fc",
+    "mix=blend fold=bend",
+    "north=upper_half south=lower_half",
+    "student=follower teacher=leader",
+    "short=brief long=extended",
+    "hot=warm cold=cool",
+    "stem=trunk crown=canopy",
+    "reader=consumer writer=producer",
+    "user=customer item=product",
+    "real=re_part imag=im_part",
+    "odd=uneven even=paired",
+    "major=main minor=secondary",
+    "prev=older next=newer",
+    "spatial=space_mix temporal=time_mix",
+    "content=what position=where",
+    "row=horizontal column=vertical",
+    "anchor=reference positive=match",
+    "encoder_to_decoder=bridge_a decoder_to_encoder=bridge_b",
+    "coarse=rough fine=precise",
+    "low=slow_path high=fast_path",
+    "inner=core_loop outer=shell_loop",
+    "generator=painter discriminator=judge",
+    "reset=r update=z",
+    "scale_net=s shift_net=t",
+    "online=student_net target=teacher_net",
+]
+"""Pairs that a reader may guess and letters may mislead: an open question or right, never swapped."""
+
+SETS = [*CLEAR, *DOUBTFUL]
+
+
+def found_pairs(text: str, module: dict[str, tuple[int, ...]], order: str) -> dict[str, str]:
+    """Returns what is proposed or found without rules: stored names by wanted ones."""
+    pairs = [pair.split("=") for pair in text.split()]
+    target = flatten_target(nnx.State(params({wanted: module for _, wanted in pairs})))
+    stored = stored_of(leaves_of({"params": arrays({stored: module for stored, _ in pairs})}))
+    names = [wanted for _, wanted in pairs]
+    created = {"": None, "created": {(): names}, "reversed": {(): names[::-1]}}[order]
+    found = propose(target, stored, RestoreOptions.of(policy="warn"), created)
+    assert found.problem == ""
+    rules = {}
+    for rule in found.renames:
+        for number in ("0", "1", "2") if "{" in rule.pattern else ("",):
+            places = [text.replace("{i}", number) for text in (rule.replacement, rule.pattern)]
+            if places[0].removeprefix("params/") in names:
+                rules[places[0]] = places[1]
+    return {wanted.removeprefix("params/"): name.removeprefix("params/") for wanted, name in rules.items()}
+
+
+@pytest.mark.parametrize("order", ["", "created", "reversed"])
+@pytest.mark.parametrize("module", [NORM, DENSE], ids=["norms", "layers"])
+def test_confusable_names_are_never_swapped(module, order):
+    wrong = []
+    for text in SETS:
+        truth = dict(reversed(pair.split("=")) for pair in text.split())
+        found = found_pairs(text, module, order)
+        wrong += [f"{text}: {found}" for wanted, stored in found.items() if truth[wanted] != stored]
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", [NORM, DENSE], ids=["norms", "layers"])
+def test_words_of_the_field_decide_where_they_are_clear(module):
+    for text in CLEAR:
+        truth = dict(reversed(pair.split("=")) for pair in text.split())
+        assert found_pairs(text, module, "") == truth, text

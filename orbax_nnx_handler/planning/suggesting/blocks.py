@@ -18,7 +18,16 @@ from orbax_nnx_handler.planning.suggesting.layers import (
     without_axis,
 )
 from orbax_nnx_handler.planning.suggesting.matching import Created, match_parts
-from orbax_nnx_handler.planning.suggesting.parts import Layers, Leaf, Link, Names, Tie, levels, parts_of
+from orbax_nnx_handler.planning.suggesting.parts import (
+    Layers,
+    Leaf,
+    Level,
+    Link,
+    Names,
+    Tie,
+    levels,
+    parts_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,27 +153,32 @@ def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> int |
 
 
 def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:
-    """Returns the segments below the context in which both paths have the same number."""
+    """Returns the segments below the context in which both paths count the same.
+
+    Numbers of one name, or those of the parts themselves: `Dense_3` and `layers/3`.
+    """
     if len(link.wanted) != 1 or len(link.stored) != 1:
         return ()
-    left = _seats(link.wanted[0].names, context.above[0])
-    right = _seats(link.stored[0].names, context.above[1])
+    left = _seats(link.target.names, context.above[0])
+    right = _seats(link.source.names, context.above[1])
     found: list[tuple[int, int]] = []
-    for seat, number in right:
-        same = next((item for item in left if item[1] == number), None)
-        if same is not None:
-            left = left[left.index(same) + 1 :]
-            found.append((seat, same[0]))
+    for seat, level in right:
+        for at, (other, against) in enumerate(left):
+            are_last = level is right[-1][1] and against is left[-1][1]
+            if level.number == against.number and (level.base == against.base or are_last):
+                found.append((seat, other))
+                left = left[at + 1 :]
+                break
     return tuple(found)
 
 
-def _seats(names: Names, above: int) -> list[tuple[int, int]]:
-    """Returns the segments with a number below a context, and the numbers."""
-    at, found = 0, list[tuple[int, int]]()
+def _seats(names: Names, above: int) -> list[tuple[int, Level]]:
+    """Returns the segments with a number below a context, and what they count."""
+    at, found = 0, list[tuple[int, Level]]()
     for level in levels(names):
         at += level.width
         if level.number is not None and at > above:
-            found.append((at - 1, level.number))
+            found.append((at - 1, level))
     return found
 
 

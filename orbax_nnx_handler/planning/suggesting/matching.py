@@ -333,11 +333,19 @@ def _merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tupl
 
 def _order(roles: Sequence[Role]) -> list[int] | None:
     """Returns the parts in the order of computation, where their names tell it without contradiction."""
-    by_words = _strict([role.position for role in roles])
+    by_words = _strict(_placed([role.position for role in roles]))
     by_numbers = _strict(_number_keys(roles))
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
         return None
     return by_words or by_numbers
+
+
+def _placed(positions: Sequence[float | None]) -> list[float | None]:
+    """Puts the only unknown place at the other end: `layer_norm` beside `final_layer_norm`."""
+    known = {position for position in positions if position is not None}
+    if positions.count(None) == 1 and len(known) == 1 and abs(next(iter(known))) >= 100:
+        return [0.0 if position is None else position for position in positions]
+    return list(positions)
 
 
 def _strict(keys: Sequence[Any]) -> list[int] | None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, is_number
-from orbax_nnx_handler.planning.core.recipes import Read, reads
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Reshape, Transpose, children, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.choice import best_mapping
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     readings_of,
     search,
     settle_turns,
+    steps_of,
     stored_leaves,
     wanted_leaves,
 )
@@ -192,7 +193,13 @@ class _Proposing:
         problem = "\n".join(str(fault) for fault in verdict.faults)
         wanted = paths_of(links)
         got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
-        right = [path for path, sources in wanted.items() if sources <= got.get(path, set())]
+        steps = steps_of(links)
+        right = [
+            path
+            for path, sources in wanted.items()
+            if sources <= got.get(path, set())
+            and steps.get(path) in (None, _steps(verdict.restored[path].recipe))
+        ]
         before = {path: set(reads(item.recipe)) for path, item in self._base.restored.items()}
         wrong = [path for path in wanted if path not in right]
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
@@ -312,6 +319,16 @@ def _words(item: _Open, reading: Sequence[Link]) -> str:
 
 def _part(leaf: Leaf) -> str:
     return "/".join(leaf.names[:-1] or leaf.names)
+
+
+def _steps(recipe: Recipe) -> tuple[str, ...]:
+    """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
+    kinds: list[str] = []
+    at: Recipe = recipe
+    while not isinstance(at, Read):
+        kinds += ["transpose"] * isinstance(at, Transpose) + ["reshape"] * isinstance(at, Reshape)
+        at = children(at)[0]
+    return tuple(reversed(kinds))
 
 
 def _agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.suggesting.parts import Level, ModulePart, Names
+from orbax_nnx_handler.planning.suggesting.parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.words import STRONG, Concepts, concepts, meanings, order_word
 
 _QKV = frozenset("qkv")
@@ -80,6 +80,10 @@ _FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 """Names of fused parts that do not say their order themselves, and whose convention tells it."""
 
+_INTERLEAVED = "query_key_value"
+"""The name of NeoX and Bloom for an array that holds query, key and value head by head; of others one after
+the other."""
+
 _NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
     ("wi", (0, 1)): (("gate", "up"), "T5 and MaxText: wi_0 is the activated one"),
     ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),
@@ -92,6 +96,7 @@ class _Context:
         self._above = above
         self._families: dict[tuple[Names, str, str], set[int]] = defaultdict(set)
         self._held: dict[Names, set[str]] = defaultdict(set)
+        self._below: dict[Names, set[str]] = defaultdict(set)
         self._matrices: dict[Names, int] = defaultdict(int)
         for part in parts:
             for prefix, level in _prefixes(part):
@@ -99,6 +104,7 @@ class _Context:
                     self._families[prefix, level.base, level.style].add(level.number)
             for names in _containers(part):
                 self._held[names] |= part.own
+                self._below[names] |= concepts(level.base for level in levels(part.names[len(names) :]))
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
 
     def role(self, part: ModulePart) -> Role:
@@ -118,19 +124,24 @@ class _Context:
 
     def _surroundings(self, part: ModulePart) -> set[str]:
         """Returns what the modules around a part hold: an attention, a gated network."""
+        if "attn" in part.said:
+            return {"attn"}
         for names in _containers(part):
-            held = self._held[names]
-            if {"q", "k"} <= held or "attn" in concepts(level.base for level in part.levels):
-                return {"attn"}
-            if "mlp" in held:
-                return {"mlp"}
+            is_attention = {"q", "k"} <= self._held[names] or "attn" in self._below[names]
+            is_network = "mlp" in self._below[names]
+            if is_attention or is_network:
+                kind = "attn" if is_attention else "mlp"
+                cross = {"cross"} & self._below[names] if is_attention else set[str]()
+                return {kind, *cross} if is_attention != is_network else set()
         return set()
 
     def _fused(self, part: ModulePart) -> tuple[tuple[str, ...], str]:
         last = part.levels[-1].base if part.levels else ""
         known = _FUSED.get(last)
-        if known is not None:
+        if known is not None and part.levels[-1].number is None:
             return known
+        if last == _INTERLEAVED:
+            return (), ""
         named = tuple(word for word in meanings(last) if word in _QKV)
         if len(named) < 2:
             named = tuple(word for word in meanings(last) if word in ("gate", "up"))

@@ -251,3 +251,14 @@ def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
         for leaf in link.wanted:
             found[leaf.source] |= {stored.source for stored in link.stored}
     return found
+
+
+def steps_of(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
+    """Returns what is done with the shape of each wanted leaf, or of the first part of it, in order."""
+    found: dict[Path, tuple[str, ...]] = {}
+    for link in links:
+        for at, leaf in enumerate(link.wanted):
+            way = link.ways[at if link.is_split else 0][0]
+            if not link.source.made:
+                found[leaf.source] = tuple(step.kind for step in way.steps)
+    return found

@@ -91,6 +91,7 @@ class Writer:
         self._copy(links)
         self._reshape(threads)
         alone = self._join(links, threads)
+        self._reshape(alone)  # The parts of what was split.
         self._rename_groups(alone, groups)
         self._rename(alone)
         self._stack(links)
@@ -421,9 +422,6 @@ def _tail(aim: Names, sources: Sequence[Names]) -> Names:
 
 
 def _cut_alike(parts: Sequence[Names], whole: Names) -> tuple[list[Names], Names]:
-    """Cuts what all paths share at their beginning and at their end."""
+    """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
     before = len(_common([*parts, whole]))
-    rest = [path[before:][::-1] for path in (*parts, whole)]
-    after = min(len(_common(rest)), min(map(len, rest)) - 1)
-    cut = [path[before : len(path) - after] for path in (*parts, whole)]
-    return cut[:-1], cut[-1]
+    return [path[before:] for path in parts], whole[before:]

@@ -1,0 +1,98 @@
+"""Linen models of known programs and NNX models by somebody else: what is proposed is right, value by value.
+
+`foreign_pairs.json` holds names and shapes of both sides (transformers 4.57, MLP-Mixer, Flax's lm1b;
+bonsai, jimm, Tunix, MaxText and own implementations) and, for each wanted leaf that is stored, how
+NumPy makes it.
+"""
+
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import from_linen
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.suggesting import propose
+from orbax_nnx_handler.planning.target.target import flatten_target
+
+PAIRS = json.loads((pathlib.Path(__file__).parent / "foreign_pairs.json").read_text())
+KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+LEAST = 0.95
+
+
+def keys(path):
+    return tuple(int(key) if key.isdecimal() else key for key in path.split("/"))
+
+
+def target_of(pair):
+    flat = [
+        (keys(path), KINDS.get(kind, nnx.Variable)(jax.ShapeDtypeStruct(tuple(shape), "float32")))
+        for path, (shape, kind) in pair["wanted"].items()
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def arrays_of(pair):
+    """Returns the stored leaves; no element of a model is the same as another."""
+    found, first = {}, 1
+    for path, shape in pair["stored"].items():
+        size = math.prod(shape)
+        found[path] = np.arange(first, first + size, dtype="float32").reshape(shape)
+        first += size
+    assert first < 2**24
+    return found
+
+
+def made(recipe, arrays):
+    if isinstance(recipe, str):
+        return arrays[recipe]
+    what, source, how = recipe
+    if what == "slice":
+        axis, start, size = how
+        return np.take(made(source, arrays), range(start, start + size), axis)
+    if what in ("stack", "concatenate"):
+        return getattr(np, what)([made(part, arrays) for part in source], axis=how)
+    return getattr(np, what)(made(source, arrays), how)
+
+
+def nested(arrays):
+    tree = {}
+    for path, value in arrays.items():
+        *above, last = path.split("/")
+        at = tree
+        for key in above:
+            at = at.setdefault(key, {})
+        at[last] = value
+    return tree
+
+
+def proposed(pair):
+    stored = {
+        tuple(path.split("/")): StoredLeaf(
+            path=tuple(path.split("/")), shape=tuple(shape), dtype=np.dtype("float32")
+        )
+        for path, shape in pair["stored"].items()
+    }
+    return propose(flatten_target(target_of(pair)), stored, RestoreOptions.of(policy="warn"))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_proposal_for_another_programs_model_is_right_and_never_wrong(name):
+    pair = PAIRS[name]
+    arrays = arrays_of(pair)
+
+    found = proposed(pair)
+
+    state = from_linen(
+        nested(arrays), target_of(pair), renames=found.renames, policy="warn", unexpected="ignore"
+    )
+    values = {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
+    covered = set(values) - set(found.unmatched_wanted)
+    truth = {keys(path): made(recipe, arrays) for path, recipe in pair["truth"].items()}
+    assert [path for path in covered if not np.array_equal(values[path], truth.get(path))] == []
+    assert len(covered) >= LEAST * len(truth)

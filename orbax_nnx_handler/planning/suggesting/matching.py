@@ -10,13 +10,11 @@ from typing import Any, cast
 import numpy as np
 from scipy import optimize
 
+from orbax_nnx_handler.planning.suggesting.fusing import joined_parts
 from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Tie
 from orbax_nnx_handler.planning.suggesting.roles import PLACING, Role, compare_numbers, roles_of, same_place
-from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, joints, ways
-from orbax_nnx_handler.planning.suggesting.words import exclude, likeness
-
-_MARGIN = 0.75
-"""By how much a pairing must be better than every other one."""
+from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
+from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
 
 _COMPLETE, _LACKING, _NUMBER = 2.0, 1.0, 2.0
 _READINGS = 6
@@ -58,7 +56,7 @@ def match_parts(
         used: Further stored parts that have a wanted one already: the context of names only.
     """
     ours, theirs = roles_of(wanted, above[0]), roles_of([*stored, *used], above[1])[: len(stored)]
-    links, left, right = _joined(ours, theirs)
+    links, left, right = joined_parts(ours, theirs)
     pairs = _Pairs(left, right)
     found, ties = pairs.settle(created)
     for one, other, grounds in found:
@@ -117,7 +115,7 @@ class _Pairs:
         doubtful: set[frozenset[tuple[int, int]]] = set()
         for pair in best:
             second, lower = table.best(without=pair)
-            if value - lower >= _MARGIN or not self._rivals(pair, group):
+            if value - lower >= MARGIN or not self._rivals(pair, group):
                 if self._is_plausible(pair, group):
                     found.append((*pair, "names" if self._has_rival(pair) else "shapes"))
             else:
@@ -304,7 +302,7 @@ def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]
     for group in _components(scores):
         table = _Table({pair: scores[pair] for pair in group})
         best, value = table.best()
-        found += [pair for pair in sorted(best) if value - table.best(without=pair)[1] >= _MARGIN]
+        found += [pair for pair in sorted(best) if value - table.best(without=pair)[1] >= MARGIN]
     return found
 
 
@@ -333,7 +331,8 @@ def _merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tupl
 
 def _order(roles: Sequence[Role]) -> list[int] | None:
     """Returns the parts in the order of computation, where their names tell it without contradiction."""
-    by_words = _strict(_placed([role.position for role in roles]))
+    places = [role.position for role in roles]
+    by_words = _strict(_placed(places) if all(role.part.is_norm for role in roles) else places)
     by_numbers = _strict(_number_keys(roles))
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
         return None
@@ -381,78 +380,3 @@ def _are_automatic(roles: Sequence[Role]) -> bool:
         role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
         for role in roles
     )
-
-
-# One to several.
-
-
-def _joined(wanted: Sequence[Role], stored: Sequence[Role]) -> tuple[list[Link], list[Role], list[Role]]:
-    """Returns the links of parts that one side keeps in one array, and what is left of both sides."""
-    links: list[Link] = []
-    left, right = list(wanted), list(stored)
-    for split in (False, True):
-        wholes, singles = (right, left) if split else (left, right)
-        for whole in [role for role in wholes if role.fused]:
-            parts = _single_parts(whole, singles)
-            found = [] if parts is None else _links_of(whole, parts, split)
-            if parts is not None and found:
-                links += found
-                wholes.remove(whole)
-                for part in parts:
-                    singles.remove(part)
-    return links, left, right
-
-
-def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
-    """Returns the parts that a fused one holds, where one module alone has them all."""
-    modules: dict[Any, list[Role]] = {}
-    for role in singles:
-        if not role.fused:
-            modules.setdefault(_module(role.part), []).append(role)
-    found: list[tuple[float, list[Role]]] = []
-    for members in modules.values():
-        chosen = [
-            [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
-        ]
-        if all(len(each) == 1 for each in chosen):
-            parts = [each[0] for each in chosen]
-            rest = whole.said - set(whole.fused)
-            if not any(exclude(rest, part.said - set(whole.fused)) for part in parts):
-                found.append((max(likeness(rest, part.said) for part in parts), parts))
-    found.sort(key=lambda item: -item[0])
-    if not found or (len(found) > 1 and found[0][0] - found[1][0] < _MARGIN):
-        return None
-    return found[0][1]
-
-
-def _module(part: ModulePart) -> tuple[str, ...]:
-    return part.names[: len(part.names) - (part.levels[-1].width if part.levels else 0)]
-
-
-def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:
-    """Returns the links of a fused part, leaf by leaf; nothing where shapes do not come out."""
-    found: list[Link] = []
-    for kind, leaf in whole.part.leaves.items():
-        singles = [part.part.leaves[kind] for part in parts if kind in part.part.leaves]
-        if not singles and kind != "main":
-            continue
-        joint = _joint(leaf, singles, split) if len(singles) == len(parts) else None
-        if joint is None:
-            return []
-        found.append(
-            Link(
-                wanted=tuple(singles) if split else (leaf,),
-                stored=(leaf,) if split else tuple(singles),
-                grounds="fact" if whole.fact else "names",
-                ways=joint.parts,
-                joint=joint,
-                fact=whole.fact,
-            )
-        )
-    return found
-
-
-def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool) -> Joint | None:
-    options = list(joints([part.shape for part in parts], whole.shape, split=split))
-    kept = [joint for joint in options if joint.is_new] or options
-    return kept[0] if len(kept) == 1 else None

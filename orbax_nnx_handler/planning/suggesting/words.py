@@ -181,6 +181,9 @@ _EXCLUSIVE = tuple(
 )
 """Words of which one never becomes another."""
 
+MARGIN = 0.75
+"""By how much one pairing must be better than every other one."""
+
 STRONG = frozenset(["q", "k", "v", "o", "up", "gate", "down"])
 """The parts of attention and of a gated network."""
 

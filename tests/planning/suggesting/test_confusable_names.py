@@ -1,5 +1,6 @@
 """Modules of one shape whose names could be mistaken for each other: asked about or right, never swapped."""
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -7,7 +8,6 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
-from tests.planning.suggesting.test_suggest import arrays
 
 NORM = {"scale": (8,), "bias": (8,)}
 DENSE = {"kernel": (8, 8), "bias": (8,)}
@@ -78,8 +78,9 @@ SETS = [*CLEAR, *DOUBTFUL]
 def found_pairs(text: str, module: dict[str, tuple[int, ...]], order: str) -> dict[str, str]:
     """Returns what is proposed or found without rules: stored names by wanted ones."""
     pairs = [pair.split("=") for pair in text.split()]
+    zeros = {name: np.zeros(shape, "float32") for name, shape in module.items()}
     target = flatten_target(nnx.State(params({wanted: module for _, wanted in pairs})))
-    stored = stored_of(leaves_of({"params": arrays({stored: module for stored, _ in pairs})}))
+    stored = stored_of(leaves_of({"params": {stored: zeros for stored, _ in pairs}}))
     names = [wanted for _, wanted in pairs]
     created = {"": None, "created": {(): names}, "reversed": {(): names[::-1]}}[order]
     found = propose(target, stored, RestoreOptions.of(policy="warn"), created)

@@ -1,0 +1,81 @@
+"""Parts that one side keeps in one array and the other apart: query, key and value; gate and up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart
+from orbax_nnx_handler.planning.suggesting.roles import Role
+from orbax_nnx_handler.planning.suggesting.shapes import Joint, joints
+from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
+
+
+def joined_parts(wanted: Sequence[Role], stored: Sequence[Role]) -> tuple[list[Link], list[Role], list[Role]]:
+    """Returns the links of parts that one side keeps in one array, and what is left of both sides."""
+    links: list[Link] = []
+    left, right = list(wanted), list(stored)
+    for split in (False, True):
+        wholes, singles = (right, left) if split else (left, right)
+        for whole in [role for role in wholes if role.fused]:
+            parts = _single_parts(whole, singles)
+            found = [] if parts is None else _links_of(whole, parts, split)
+            if parts is not None and found:
+                links += found
+                wholes.remove(whole)
+                for part in parts:
+                    singles.remove(part)
+    return links, left, right
+
+
+def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
+    """Returns the parts that a fused one holds, where one module alone has them all."""
+    modules: dict[Any, list[Role]] = {}
+    for role in singles:
+        if not role.fused:
+            modules.setdefault(_module(role.part), []).append(role)
+    found: list[tuple[float, list[Role]]] = []
+    for members in modules.values():
+        chosen = [
+            [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
+        ]
+        if all(len(each) == 1 for each in chosen):
+            parts = [each[0] for each in chosen]
+            rest = whole.said - set(whole.fused)
+            if not any(exclude(rest, part.said - set(whole.fused)) for part in parts):
+                found.append((max(likeness(rest, part.said) for part in parts), parts))
+    found.sort(key=lambda item: -item[0])
+    if not found or (len(found) > 1 and found[0][0] - found[1][0] < MARGIN):
+        return None
+    return found[0][1]
+
+
+def _module(part: ModulePart) -> tuple[str, ...]:
+    return part.names[: len(part.names) - (part.levels[-1].width if part.levels else 0)]
+
+
+def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:
+    """Returns the links of a fused part, leaf by leaf; nothing where shapes do not come out."""
+    found: list[Link] = []
+    for kind, leaf in whole.part.leaves.items():
+        singles = [part.part.leaves[kind] for part in parts if kind in part.part.leaves]
+        if not singles and kind != "main":
+            continue
+        joint = _joint(leaf, singles, split) if len(singles) == len(parts) else None
+        if joint is None:
+            return []
+        found.append(
+            Link(
+                wanted=tuple(singles) if split else (leaf,),
+                stored=(leaf,) if split else tuple(singles),
+                grounds="fact" if whole.fact else "names",
+                ways=joint.parts,
+                joint=joint,
+                fact=whole.fact,
+            )
+        )
+    return found
+
+
+def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool) -> Joint | None:
+    options = list(joints([part.shape for part in parts], whole.shape, split=split))
+    kept = [joint for joint in options if joint.is_new] or options
+    return kept[0] if len(kept) == 1 else None

@@ -68,7 +68,7 @@ def orbax_single_replica(model: Model, path: pathlib.Path, sharding: Sharding) -
 
 def orbax_v1(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """Stock Orbax: `load` of the version 1 API."""
-    from orbax.checkpoint.experimental import v1
+    from orbax.checkpoint import v1
 
     item = disk_tree(model, sharding)
     return lambda: v1.load(path, item), of_disk_tree

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, cast, overload
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from typing_extensions import TypeVar
 
 from orbax_nnx_handler.api import restore_item
+from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import (
     DtypeChoice,

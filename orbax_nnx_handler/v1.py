@@ -1,14 +1,14 @@
 """The handler for `orbax.checkpoint.v1`: Linen checkpoints into NNX state, and back.
 
-    import orbax.checkpoint.experimental.v1 as ocp
+    from orbax.checkpoint import v1 as ocp
     from orbax_nnx_handler import v1
 
     with v1.context(policy="error"):
         state = ocp.load(path, nnx.eval_shape(make_train_state))
         ocp.save(path, state)
 
-As of Orbax 0.12 it is found under `orbax.checkpoint.experimental.v1`; versions whose
-v1 has no `ocp.save` yet are not supported here.
+Orbax 1.0 will put this interface at the top level of `orbax.checkpoint`; until then it lies
+under `orbax.checkpoint.v1`, which is whole since Orbax 0.12.
 
 Orbax builds a handler of its own accord, from its class alone, so the options
 belong to the class: `configured` returns one that carries them.
@@ -19,16 +19,13 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
-import orbax.checkpoint as ocp_v0
 from etils import epath
-from orbax.checkpoint.experimental import v1 as ocp
-
-# Private: the context in force, whose limits Orbax's own handlers keep to. Orbax passes it to no handler,
-# and without it `Context.memory.read_concurrent_bytes` would not hold for an NNX target.
-from orbax.checkpoint.experimental.v1._src.context.context import get_context
 
 from orbax_nnx_handler.api import restore_item
 from orbax_nnx_handler.handler import Renames
+from orbax_nnx_handler.orbax_interfaces import get_context
+from orbax_nnx_handler.orbax_interfaces import v0 as ocp_v0
+from orbax_nnx_handler.orbax_interfaces import v1 as ocp
 from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import (
     DtypeChoice,

@@ -194,6 +194,18 @@ def test_a_private_name_of_another_project_is_imported_only_with_its_reason_besi
     assert unexplained == []
 
 
+def test_what_is_used_of_orbax_comes_through_one_module():
+    users = {
+        name_of(file)
+        for file in MODULES
+        for name, _ in imports(file)
+        if name.split(".")[0] == "orbax"
+        if not file.is_relative_to(PACKAGE / "demo")  # A user's program.
+    }
+
+    assert users == {"orbax_nnx_handler/orbax_interfaces.py"}
+
+
 def test_no_private_module_is_reached_through_an_attribute():
     reached = [
         (name_of(file), ast.unparse(node))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.experimental import v1 as ocp_v1
+from orbax.checkpoint import v1 as ocp_v1
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, handler_registry, v1
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from orbax.checkpoint.experimental import v1 as ocp
+from orbax.checkpoint import v1 as ocp
 
 from tests.conformance.items import ITEMS, params, train_state
 from tests.conformance.kits import OURS, STOCK, Kit, outcome

@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen, nnx
-from orbax.checkpoint.experimental import v1 as ocp_v1
+from orbax.checkpoint import v1 as ocp_v1
 
 import orbax_nnx_handler
 from orbax_nnx_handler import v1

@@ -6,7 +6,7 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from orbax.checkpoint.experimental import v1
+from orbax.checkpoint import v1
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, plan_restore, restore, suggest
 from orbax_nnx_handler.v1 import context

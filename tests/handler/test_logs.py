@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from orbax.checkpoint.experimental import v1 as ocp_v1
+from orbax.checkpoint import v1 as ocp_v1
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, RestoreError, restore, v1
 from tests.gallery.models import save

@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp_v0
 import pytest
 from flax import nnx
-from orbax.checkpoint.experimental import v1 as ocp
+from orbax.checkpoint import v1 as ocp
 
 from orbax_nnx_handler import MissingParamError, SingleReplica, restore, v1
 from orbax_nnx_handler.api import restore_item

@@ -237,11 +237,12 @@ def _look(
     for keys, info in members.items():
         try:
             _check(info)
-            with archive.open(info) as member:
-                header = read_header(info, member)
             extent = _extent(path, file, info)
+            # First, since Python 3.13's zipfile takes a file that was cut off for an attack.
             if extent.start + extent.size > size:
                 raise ValueError("the file ends before it does")
+            with archive.open(info) as member:
+                header = read_header(info, member)
         except ForeignError as error:
             found.foreign[keys] = str(error)
         except _DAMAGE as error:

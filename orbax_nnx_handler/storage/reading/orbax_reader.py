@@ -12,10 +12,9 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from orbax.checkpoint.type_handlers import SingleReplicaArrayRestoreArgs
 
+from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path
@@ -69,7 +68,7 @@ def read_with_orbax(
 def _restore_args(checkpoint: Checkpoint, path: Path, sharding: Sharding) -> ocp.ArrayRestoreArgs:
     leaf = checkpoint.leaves[path]
     # A subclass of the plain args that every array handler takes and the single-replica one insists on.
-    return SingleReplicaArrayRestoreArgs(
+    return ocp.type_handlers.SingleReplicaArrayRestoreArgs(
         restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
     )
 

@@ -15,9 +15,9 @@ from collections.abc import Generator
 from typing import Any, cast
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
+from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.storage.checkpoint.directories import working_name
 from orbax_nnx_handler.storage.stores.locations import is_url

@@ -64,6 +64,7 @@ class Pair:
         renames: The names that nobody can know.
         homeless: Stored paths with no variable in NNX: zero in the checkpoint.
         unseen: Stored paths that change no output of a correct program.
+        needs: A name of `nnx` that later versions of Flax have only, or "".
     """
 
     linen_name: str
@@ -79,6 +80,7 @@ class Pair:
     renames: Renames = ()
     homeless: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    needs: str = ""
 
     def __str__(self) -> str:
         return "-".join(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.zoo.models import MODELS
 from tests.zoo.models.base import ModelPair
-from tests.zoo.modules import PAIRS
+from tests.zoo.modules import ALL
 from tests.zoo.pairs import Pair
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported.md"
@@ -41,8 +41,8 @@ def _module_rows() -> Iterator[Sequence[str]]:
     def names(pair: Pair) -> tuple[str, str]:
         return pair.linen_name, pair.nnx_name
 
-    order = {key: index for index, key in reversed([*enumerate(map(names, PAIRS))])}
-    for key, group in itertools.groupby(sorted(PAIRS, key=lambda pair: order[names(pair)]), key=names):
+    order = {key: index for index, key in reversed([*enumerate(map(names, ALL))])}
+    for key, group in itertools.groupby(sorted(ALL, key=lambda pair: order[names(pair)]), key=names):
         pairs = [*group]
         shown = "; ".join(pair.variant for pair in pairs if pair.variant)
         compared = "; ".join(dict.fromkeys(map(_compared, pairs)))

@@ -42,7 +42,7 @@ def keeps_everything(pair: Pair) -> bool:
     )
 
 
-@pytest.mark.parametrize("pair", filter(keeps_everything, PAIRS), ids=str)
+@pytest.mark.parametrize("pair", list(filter(keeps_everything, PAIRS)), ids=str)
 def test_a_module_comes_back_to_linen_as_it_was(pair: Pair, tmp_path: Path) -> None:
     expected = stored_variables(pair)
     module = restored_module(pair, saved(expected, tmp_path / "linen"))

@@ -74,8 +74,10 @@ def find_collections(evidence: Evidence) -> Iterable[Cause]:
     wanted = Counter(item.collection for item in evidence.weights.values())
     for collection, paths in missing.items():
         kind = evidence.missing[paths[0]].wanted.kind
-        # A parameter of a subclass of nnx.Param is looked for in `params` as well: new, not left out.
-        if len(paths) == wanted[collection] and kind is not None and not issubclass(kind, nnx.Param):
+        # A parameter of a subclass of nnx.Param is looked for in `params` as well: new, not left out. A bare
+        # nnx.Variable (a table that nnx.RoPE computes) has no collection in Linen that could have been saved.
+        known = kind is not None and kind is not nnx.Variable and not issubclass(kind, nnx.Param)
+        if len(paths) == wanted[collection] and known:
             there = listed(sorted(repr(name) for name in stored if name)) or "bare parameters"
             yield Cause(
                 kind="CollectionMissing",

@@ -313,6 +313,17 @@ def test_a_collection_of_which_other_leaves_are_stored_was_saved():
     assert "CollectionMissing" not in kinds(found)
 
 
+def test_tables_that_a_module_computes_by_itself_are_no_collection_that_could_have_been_saved():
+    tables = {f"rope/cached_{name}": nnx.Variable(abstract((16, 2))) for name in ("sin", "cos")}
+
+    weights = {"norm/scale": (4,), "dense/kernel": (4, 3), "dense/bias": (3,)}
+    stored = {f"params/{path}": shape for path, shape in weights.items()}
+
+    found = diagnose(plan(stored, weights | tables))
+
+    assert kinds(found) == ["NewPart"]
+
+
 def with_lora() -> dict[str, Any]:
     leaves = {"head/lora/lora_a": (4, 2), "head/lora/lora_b": (2, 11)}
     return model(2, "", "layers/{}") | {

@@ -1,5 +1,7 @@
 """Every pair of modules, by kind."""
 
+from flax import nnx
+
 from tests.zoo.modules import (
     attention,
     convolution,
@@ -13,7 +15,7 @@ from tests.zoo.modules import (
 )
 from tests.zoo.pairs import Pair
 
-PAIRS: tuple[Pair, ...] = (
+ALL: tuple[Pair, ...] = (
     *linear.PAIRS,
     *convolution.PAIRS,
     *normalisation.PAIRS,
@@ -24,3 +26,6 @@ PAIRS: tuple[Pair, ...] = (
     *wrapped.PAIRS,
     *custom.PAIRS,
 )
+
+PAIRS: tuple[Pair, ...] = tuple(pair for pair in ALL if not pair.needs or hasattr(nnx, pair.needs))
+"""What the installed version of Flax has."""

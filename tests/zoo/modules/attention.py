@@ -1,9 +1,11 @@
 """Attention: Linen's three classes against NNX's one."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -35,6 +37,25 @@ class NnxDecoder(nnx.Module):
 
     def __call__(self, x: Any, *, decode: bool) -> Any:
         return self.attention(x, decode=decode)
+
+
+def rotated(query: Any, key: Any, value: Any, **options: Any) -> Any:
+    """Attention over queries and keys that are turned by their position, written out."""
+    half = query.shape[-1] // 2
+    angles = np.arange(query.shape[-3])[:, None, None] / 10_000 ** (np.arange(half) / half)
+
+    def turn(x: Any) -> Any:
+        first, second = x[..., :half], x[..., half:]
+        cos, sin = np.cos(angles), np.sin(angles)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    return nn.dot_product_attention(turn(query), turn(key), value, **options)
+
+
+def nnx_rotated(rngs: nnx.Rngs) -> nnx.Module:
+    """The same by Flax's own module, which keeps no tables where it is told no length."""
+    attend = functools.partial(nnx.dot_product_attention_with_rope, rope=nnx.RoPE())
+    return nnx_attention(rngs, attention_fn=attend)
 
 
 def nnx_attention(rngs: nnx.Rngs, **options: Any) -> nnx.Module:
@@ -80,6 +101,15 @@ PAIRS = (
             rngs, qkv_features=4, out_features=3, in_kv_features=6, use_bias=False
         ),
         inputs=(SEQUENCE, OTHER),
+    ),
+    Pair(
+        linen_name="MultiHeadAttention",
+        nnx_name="MultiHeadAttention, RoPE",
+        variant="positions as rotations, written out in Linen (flax 0.12.10)",
+        linen=nn.MultiHeadAttention(2, attention_fn=rotated),
+        nnx=nnx_rotated,
+        inputs=(SEQUENCE,),
+        needs="RoPE",
     ),
     Pair(
         linen_name="SelfAttention",

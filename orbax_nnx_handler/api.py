@@ -1,7 +1,7 @@
 """Restore, suggest and save without a manager; the plan alone is in `decide`."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -38,6 +38,8 @@ from orbax_nnx_handler.storage.saving.save import Undone, as_save_item, linen_sa
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable
+from orbax_nnx_handler.verifying.runs import Programs
+from orbax_nnx_handler.verifying.settling import Settling
 
 TargetT = TypeVar("TargetT")
 """The type of a target, which is that of the result."""
@@ -112,6 +114,7 @@ def suggest(
     layout: LayoutChoice = "auto",
     renames: Iterable[Rule | tuple[str, str]] = (),
     item: str | None = None,
+    verify: tuple[Callable[..., Any], Callable[..., Any], Sequence[Any]] | None = None,
 ) -> Suggestion:
     """Proposes `renames` for a target whose names are not the checkpoint's; reads metadata only.
 
@@ -127,6 +130,9 @@ def suggest(
         layout: See `plan_restore`.
         renames: Rules that are settled; they are not proposed again.
         item: See `plan_restore`.
+        verify: `(linen_apply, nnx_apply, inputs)` as for `verify`: both programs are run to settle
+            what is open, each question at the smallest module that tells, and once more to prove the
+            whole. Reads the weights.
 
     Returns:
         The proposal. Nothing is applied: print it, check it, paste it.
@@ -134,12 +140,24 @@ def suggest(
     Raises:
         RestoreError: The path is no checkpoint, its layout is unknown, the target has no leaf,
             or `renames` do not fit.
+        VerificationError: One of the programs fails, or their outputs cannot be compared.
     """
     options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
-    stored = look_at(path, item).leaves
+    checkpoint = look_at(path, item)
     parts = flatten_target(target)
     refuse_empty(target, parts)
-    return propose(parts, stored, options, order_of(target, init))
+    found = propose(parts, checkpoint.leaves, options, order_of(target, init))
+    if verify is None:
+        return found
+    linen, model, inputs = verify
+    return Settling(
+        checkpoint=checkpoint,
+        target=target,
+        options=options,
+        suggestion=found,
+        programs=Programs(linen=linen, nnx=model, inputs=inputs),
+        init=init,
+    ).settled()
 
 
 def save(

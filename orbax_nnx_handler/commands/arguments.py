@@ -28,6 +28,13 @@ from orbax_nnx_handler.storage.converting.memory import DEFAULT_BYTES
 _OWN = str(pathlib.Path(__file__).parents[1])
 
 
+_PARTS = ("linen_apply", "nnx_apply", "inputs")
+PAIR_HELP = (
+    "(linen_apply, nnx_apply, inputs), or a function without arguments that returns them: "
+    "linen_apply(variables, *inputs) and nnx_apply(model, *inputs) run the two programs and return the same"
+)
+
+
 class UsageError(ValueError):
     """The command itself is wrong; exit status 2."""
 
@@ -96,6 +103,36 @@ def load_value(text: str, default: str = "") -> Any:
     if not place or not all(part.isidentifier() for part in name.split(".")):
         raise UsageError(f"{text!r} is no FILE.py:NAME.")
     return _member(place, name.split("."))
+
+
+def load_pair(text: str) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]:
+    """Returns the two programs that an argument names, and what both are called with.
+
+    Raises:
+        UsageError: It names no such thing, or the function that returns it fails.
+    """
+    value = load_value(text, "PAIR")
+    if callable(value):
+        try:
+            value = value()
+        # The user's code may raise anything.
+        except (Exception, SystemExit) as error:
+            raise UsageError(f"{text} fails: {told(error)}") from error
+    parts = [_part(value, at, name) for at, name in enumerate(_PARTS)]
+    if not (callable(parts[0]) and callable(parts[1]) and isinstance(parts[2], tuple | list)):
+        raise UsageError(
+            f"{text} is no (linen_apply, nnx_apply, inputs): two functions, and a tuple of what both get."
+        )
+    return parts[0], parts[1], tuple(cast("list[Any]", parts[2]))
+
+
+def _part(value: Any, at: int, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return cast("Mapping[str, Any]", value).get(name)
+    if isinstance(value, tuple | list):
+        found = cast("list[Any]", value)
+        return found[at] if len(found) == len(_PARTS) else None
+    return getattr(value, name, None)
 
 
 def told(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from orbax_nnx_handler import api
 from orbax_nnx_handler.commands.arguments import (
+    PAIR_HELP,
     UsageError,
     add_item,
     add_json,
@@ -14,6 +15,7 @@ from orbax_nnx_handler.commands.arguments import (
     add_target,
     described,
     load_factory,
+    load_pair,
     pretend_devices,
     rules_of,
 )
@@ -31,8 +33,8 @@ def add_to(commands: Any) -> None:
         help="rules for names that differ",
         **described(
             "Proposes rules, as Python, where a target's names are not the checkpoint's. Reads "
-            "metadata only and applies nothing. Exit status: 0 a proposal for everything, 1 something is "
-            "open.",
+            "metadata only (but for --verify) and applies nothing. Exit status: 0 a proposal for "
+            "everything, 1 something is open.",
             "orbax-nnx suggest run model.py:make --write rules.py",
         ),
     )
@@ -43,6 +45,11 @@ def add_to(commands: Any) -> None:
         metavar="FILE.py",
         help="write the rules, those that were given included, as a Python file to be edited: it is what "
         "--rules takes",
+    )
+    parser.add_argument(
+        "--verify",
+        metavar="FILE.py:PAIR",
+        help=f"run both programs to settle what is open and to prove the whole; {PAIR_HELP}",
     )
     add_item(parser)
     add_json(parser)
@@ -62,6 +69,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
         layout=arguments.layout,
         renames=settled,
         item=arguments.item,
+        verify=None if arguments.verify is None else load_pair(arguments.verify),
     )
     if file is not None:
         file.write_text(written(suggestion, settled, f"{arguments.path} {arguments.target}", file.name))
@@ -132,6 +140,7 @@ def _to_dict(suggestion: Suggestion) -> dict[str, Any]:
         "unmatched_wanted": [spelled(path) for path in suggestion.unmatched_wanted],
         "unmatched_stored": [spelled(path) for path in suggestion.unmatched_stored],
         "problem": suggestion.problem,
+        "proof": suggestion.proof,
     }
 
 

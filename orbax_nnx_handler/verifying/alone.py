@@ -261,7 +261,11 @@ class Workbench:
 
     def recipe(self, leaf: Path, layer: int | None) -> Recipe:
         """Returns how one layer of a leaf is made, or the whole leaf where it is not scanned."""
-        recipe, axis = self.recipes[leaf], self.axes.get(leaf)
+        return self.layered(leaf, self.recipes[leaf], layer)
+
+    def layered(self, leaf: Path, recipe: Recipe, layer: int | None) -> Recipe:
+        """Returns how one layer of a leaf is made, by another recipe than the model's."""
+        axis = self.axes.get(leaf)
         if layer is None or axis is None:
             return recipe
         return simplify(layer_of(recipe, axis, layer, self.shapes), self.shapes)
@@ -359,8 +363,17 @@ class Workbench:
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def lent(own: Sequence[Array], reference: Sequence[Array]) -> list[Array]:
-    """Returns a call's inputs with Linen's numbers, where they are the same ones but for their digits."""
+def lent(own: Sequence[Array], reference: Sequence[Array], *, whatever: bool = False) -> list[Array]:
+    """Returns a call's inputs with Linen's numbers, where they are the same ones but for their digits.
+
+    Args:
+        own: The inputs.
+        reference: Linen's.
+        whatever: Whether Linen's of the same size are taken also where they differ, in their order.
+    """
+    if whatever:
+        left = [array for array in reference if array.dtype.kind == "f"]
+        return [_next_of_size(array, left) if array.dtype.kind == "f" else array for array in own]
     lent: list[Array] = []
     for array in own:
         near = [
@@ -374,3 +387,8 @@ def lent(own: Sequence[Array], reference: Sequence[Array]) -> list[Array]:
             nearest.reshape(array.shape).astype(array.dtype) if nearest is not None and close else array
         )
     return lent
+
+
+def _next_of_size(array: Array, left: list[Array]) -> Array:
+    at = next((at for at, other in enumerate(left) if other.size == array.size), None)
+    return array if at is None else left.pop(at).reshape(array.shape).astype(array.dtype)

@@ -67,7 +67,8 @@ def locate_stored(plan: RestorePlan) -> tuple[dict[Path, Path], dict[Path, Path]
     placements = plan.sides.placements
     read = {path for item in plan.restored.values() for path in reads(item.recipe)}
     model = [placement for placement in placements.values() if placement.section == "model"]
-    owners = {placement.owner for placement in model if placement.leaf.path in read}
+    # Where nothing is read yet, for no rule is settled, all that is stored may be meant.
+    owners = {placement.owner for placement in model if placement.leaf.path in read or not read}
     mine = [placement for placement in model if placement.owner in owners]
     chosen = _asked_for(mine, read)
     parents = _children([placement.path for placement in chosen])

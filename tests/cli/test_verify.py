@@ -95,3 +95,11 @@ def test_what_is_no_pair_is_a_mistake_in_the_command(cli, auto_named, programs, 
 
     assert said.status == 2
     assert message in said.err
+
+
+def test_suggest_settles_what_is_open_by_running_both(cli, auto_named, programs) -> None:
+    said = cli("suggest", auto_named, f"{MODEL}:make_named", "--verify", f"{programs}:PAIR", "--json")
+
+    assert said.status == 0
+    assert said.json["proof"].startswith("proved by outputs")
+    assert said.json["confidence"] == "certain"

@@ -18,7 +18,11 @@ _WORDS: Mapping[str, str] = {
     "order": "by the order in which both programs number or compute them",
     "siblings": "a square matrix, arranged as its siblings are",
     "fact": "",
+    "outputs": "proved by outputs",
 }
+
+
+_SETTLE = "suggest(..., verify=(linen_apply, nnx_apply, inputs))"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,8 @@ class Suggestion:
         problem: What a plan with these rules says against them; empty if nothing.
         wanted_count: How many leaves the target wants of the checkpoint.
         settle: Returns the rules with some questions answered.
+        proof: What both programs return under the rules, in words; empty where they were not run.
+        is_proved: Whether both programs return the same under the rules.
     """
 
     proposals: tuple[Proposal, ...]
@@ -103,6 +109,8 @@ class Suggestion:
     settle: Callable[[Answers], tuple[Rule, ...]] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )
+    proof: str = ""
+    is_proved: bool = False
 
     @property
     def renames(self) -> tuple[Rule, ...]:
@@ -119,12 +127,17 @@ class Suggestion:
         """How sure the whole is.
 
         `certain`: every wanted leaf is covered, and shapes and names that both sides share allow
-        nothing else. `likely`: every leaf is covered, and names, order or the convention of a
-        known program decide between leaves of one shape. `open`: something is not covered.
+        nothing else, or both programs return the same. `likely`: every leaf is covered, and names,
+        order or the convention of a known program decide between leaves of one shape. `open`:
+        something is not covered.
         """
         if self.unmatched_wanted or self.questions or self.problem:
             return "open"
-        return "certain" if all(item.grounds == "shapes" for item in self.proposals) else "likely"
+        return (
+            "certain"
+            if self.is_proved or all(item.grounds == "shapes" for item in self.proposals)
+            else "likely"
+        )
 
     def answered(self, answers: Answers) -> tuple[Rule, ...]:
         """Returns the complete rules with some of the questions answered.
@@ -148,7 +161,10 @@ class Suggestion:
             lines.append(_comment(f"question: {question}"))
             lines += [_comment(f"    {choice}") for choice in question.choices]
         if self.questions:
-            lines.append("# to settle a question, run both programs on one input with each answer.")
+            lines.append(
+                "# to settle a question, run both: suggest(..., verify=(linen_apply, nnx_apply, inputs))."
+            )
+        lines += [_comment(self.proof)] if self.proof else []
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
         lines += _rest("stored, and nothing wants it", self.unmatched_stored)
         lines += [_comment(line) for line in self.problem.splitlines()]

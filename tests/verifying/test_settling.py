@@ -1,0 +1,120 @@
+"""Questions of a proposal, settled by running both programs: each at the smallest module that tells."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import Suggestion, VerificationError, suggest, verify
+from tests.verifying.twins import BILSTM, LLAMA, TRANSLATOR, VIT, Twin
+
+Save = Callable[[Twin], pathlib.Path]
+
+
+def settled(twin: Twin, path: pathlib.Path) -> Suggestion:
+    return suggest(path, nnx.eval_shape(twin.make), verify=(twin.linen.apply, twin.run, twin.inputs))
+
+
+@pytest.mark.parametrize("twin", [VIT, TRANSLATOR, BILSTM, LLAMA], ids=lambda twin: twin.name)
+def test_a_whole_conversion_is_proposed_and_proved(twin: Twin, saved: Save):
+    found = settled(twin, saved(twin))
+
+    assert found.questions == ()
+    assert found.unmatched_wanted == ()
+    assert found.confidence == "certain"
+    assert "# proved by outputs: both programs return the same within" in str(found)
+    proved = verify(
+        saved(twin), nnx.eval_shape(twin.make), twin.linen.apply, twin.run, twin.inputs, renames=found.renames
+    )
+    assert proved.equal, proved
+
+
+def test_what_the_outputs_settle_says_so(saved: Save):
+    before = suggest(saved(TRANSLATOR), nnx.eval_shape(TRANSLATOR.make))
+    after = settled(TRANSLATOR, saved(TRANSLATOR))
+
+    assert len(before.questions) == 1
+    assert "verify=(linen_apply, nnx_apply, inputs)" in str(before)
+    settled_rules = [item.rule for item in after.proposals if item.grounds == "outputs"]
+    assert list(map(str, settled_rules)) == ["('decoder_norm', 'norm_cross')", "('final_norm', 'norm_out')"]
+    assert "('decoder_norm', 'norm_cross'),  # proved by outputs" in str(after)
+
+
+class Odd(nn.Module):
+    """Square matrices and norms of one shape, under names that tell nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="alpha")(x)
+        x = nn.tanh(nn.Dense(6, name="gamma")(x))
+        x = nn.LayerNorm(name="beta")(x)
+        return nn.Dense(6, name="delta")(x)
+
+
+class OddTwin(nnx.Module):
+    """Calls them in the other order of their names."""
+
+    def __init__(self, rngs):
+        self.one, self.two = nnx.LayerNorm(6, rngs=rngs), nnx.LayerNorm(6, rngs=rngs)
+        self.three, self.four = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.three(self.one(nnx.tanh(self.four(self.two(x)))))
+
+
+_X = np.random.default_rng(5).normal(size=(3, 6)).astype("f")
+ODD = Twin(name="odd", linen=Odd(), make=lambda: OddTwin(nnx.Rngs(0)), inputs=(_X,), rules=[])
+
+
+def test_names_that_tell_nothing_are_settled_by_the_outputs(saved: Save):
+    found = settled(ODD, saved(ODD))
+
+    assert found.confidence == "certain", found
+    assert sorted(map(str, found.renames)) == [
+        "('alpha', 'two')",
+        "('beta', 'one')",
+        "('delta', 'three')",
+        "('gamma', 'four')",
+    ]
+
+
+def test_a_question_that_outputs_do_not_tell_stays_open(tmp_path: pathlib.Path):
+    # Norms as they were initialised are all the same.
+    variables = TRANSLATOR.linen.init(jax.random.key(0), *TRANSLATOR.inputs)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", variables)
+
+    found = settled(TRANSLATOR, tmp_path / "c")
+
+    assert len(found.questions) == 1
+    assert found.confidence == "open"
+
+
+def test_programs_that_differ_leave_a_word_on_where(saved: Save):
+    def doubled(model: Any, *inputs: Any) -> Any:
+        return 2 * model(*inputs)
+
+    found = suggest(
+        saved(TRANSLATOR),
+        nnx.eval_shape(TRANSLATOR.make),
+        verify=(TRANSLATOR.linen.apply, doubled, TRANSLATOR.inputs),
+    )
+
+    assert found.questions == ()
+    assert found.confidence == "likely"
+    assert "the programs return different values under these rules" in found.proof
+
+
+def test_a_program_that_fails_is_an_error(saved: Save):
+    with pytest.raises(VerificationError, match="nnx_apply fails: ZeroDivisionError"):
+        suggest(
+            saved(TRANSLATOR),
+            nnx.eval_shape(TRANSLATOR.make),
+            verify=(TRANSLATOR.linen.apply, lambda *_: 1 // 0, TRANSLATOR.inputs),
+        )

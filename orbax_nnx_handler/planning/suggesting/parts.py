@@ -171,7 +171,7 @@ def sizes_of(leaves: Sequence[Leaf]) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-Grounds = Literal["shapes", "order", "names", "fact", "siblings"]
+Grounds = Literal["shapes", "order", "names", "fact", "siblings", "outputs"]
 """What tells the pair: shapes allow no other; the order in which both programs number or compute
 their parts; names; the convention of a known code base; how its siblings are arranged."""
 

@@ -14,6 +14,8 @@ PAGES: dict[str, Callable[[pathlib.Path], worlds.World]] = {
     "docs/drop_in.md": worlds.empty_directory,
     "docs/policies.md": worlds.policies,
     "docs/rules.md": worlds.rules,
+    "docs/hugging_face.md": worlds.nothing,
+    "docs/proving.md": worlds.empty_directory,
     "docs/layouts.md": worlds.layouts,
     "docs/command_line.md": worlds.nothing,
     "docs/how_it_works.md": worlds.migration,

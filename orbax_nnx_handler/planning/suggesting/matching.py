@@ -212,7 +212,7 @@ def _fit(one: Role, other: Role) -> _Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
     numbers = compare_numbers(one, other)
     shared = one.part.leaves.keys() & other.part.leaves.keys()
-    if "main" not in shared:
+    if not shared or ("main" not in shared and "main" in {*one.part.leaves, *other.part.leaves}):
         return None
     pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
     cost = 0.0
@@ -235,8 +235,8 @@ def _fit(one: Role, other: Role) -> _Fit | None:
 
 
 def _main_size(role: Role) -> int:
-    leaf = role.part.leaves.get("main")
-    return math.prod(leaf.shape) if leaf is not None else -1
+    leaves = role.part.leaves
+    return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
 
 
 def _may_be(one: Role, other: Role) -> bool:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.paths import Path, is_number
+from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Reshape, Transpose, children, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.choice import best_mapping
@@ -203,7 +203,15 @@ class _Proposing:
         before = {path: set(reads(item.recipe)) for path, item in self._base.restored.items()}
         wrong = [path for path in wanted if path not in right]
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
-        strange = [path for path in got if path not in wanted and path not in before and self._is_model(path)]
+        strange = [
+            path
+            for path, sources in got.items()
+            if path not in wanted
+            and path not in before
+            and self._is_model(path)
+            # What lies in a renamed module under its own name is that leaf.
+            and not all(segments(source)[-2:] == segments(path)[-2:] for source in sources)
+        ]
         return _Tried(
             rules=rules,
             links=links,

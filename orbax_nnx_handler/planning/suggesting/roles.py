@@ -74,7 +74,6 @@ def roles_of(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[Rol
 
 _FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "gating_einsum": (("gate", "up"), "Gemma"),
-    "wi": (("gate", "up"), "T5X and MaxText"),
     "in_proj": (("q", "k", "v"), "PyTorch's attention"),
     "c_attn": (("q", "k", "v"), "GPT-2"),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from orbax_nnx_handler.decide import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -157,7 +158,7 @@ class Settling:
             unmatched_wanted=tuple(path for path in wanted if path not in plan.restored),
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
             problem="\n".join(str(fault) for fault in plan.faults),
-            proof=_words(verification),
+            proof=_words(verification, len(plan.missing)),
             is_proved=verification is not None and verification.equal,
             settle=None,
         )
@@ -187,11 +188,12 @@ def _tells(best: float, next_: float) -> bool:
     return best <= _NEAR and next_ > _NEARER * best
 
 
-def _words(verification: Verification | None) -> str:
+def _words(verification: Verification | None, missing: int) -> str:
     if verification is None:
         return ""
+    zeros = f", with {counted(missing, 'leaf', 'leaves')} at zero" if missing else ""
     if verification.equal:
-        return f"proved by outputs: both programs return the same within {verification.relative:.1e}"
+        return f"proved by outputs: both programs return the same within {verification.relative:.1e}{zeros}"
     where = f", first in {verification.first.path}" if verification.first is not None else ""
     apart = f"{verification.relative:.1e} apart"
-    return f"the programs return different values under these rules ({apart}){where}"
+    return f"the programs return different values under these rules{zeros} ({apart}){where}"

@@ -1,6 +1,7 @@
 """Rules out of links: few and general, and none takes a leaf away that it is not meant for."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -186,7 +187,7 @@ class Writer:
             pattern = self._pattern(thread.template, good) or self._pattern(thread.names, good)
             pattern = pattern or "/".join(self._whole(thread.names))
             found.append(pattern)
-            seen |= {names for names in good if next(Pattern(pattern).spans(names), None)}
+            seen |= {names for names in good if next(_compiled(pattern).spans(names), None)}
             seen.add(thread.names)
         return list(dict.fromkeys(found))
 
@@ -375,9 +376,14 @@ def _seats(link: Link, root: int) -> list[tuple[int, int]]:
     return [(seat, seat), *((s + shift, w - root) for s, w in link.levels if s + shift > seat)]
 
 
+@functools.lru_cache(maxsize=1024)
+def _compiled(text: str) -> Pattern:
+    return Pattern(text)
+
+
 def _leads(template: Names, names: Names) -> bool:
     return (
-        len(names) > len(template) and Pattern("/".join(template)).match(names[: len(template)]) is not None
+        len(names) > len(template) and _compiled("/".join(template)).match(names[: len(template)]) is not None
     )
 
 

@@ -39,6 +39,10 @@ floors: .venv-floors/.installed
 newest: .venv-newest/.installed
 	@.venv-newest/bin/python $(TESTS) $(ARGS)
 
+docs: .venv-docs/.installed
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 lint: environment
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -78,6 +82,13 @@ $(RUN):
 	@echo "Installing the newest version of each dependency into .venv-newest ($(PYTHON))"
 	@rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
 	@.venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager --editable ".[dev]"
+	@touch $@
+
+# Not the project itself: the pages are written by the suite, and the site needs none of its dependencies.
+.venv-docs/.installed: pyproject.toml | $(RUN)
+	@echo "Installing what builds the site into .venv-docs"
+	@rm -rf .venv-docs && $(RUN) -m venv .venv-docs
+	@.venv-docs/bin/python $(INSTALL) "mkdocs>=1.6,<2" "mkdocs-material>=9.5"
 	@touch $@
 
 clean:

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 PAGES: dict[str, Callable[[pathlib.Path], worlds.World]] = {
     "README.md": worlds.tiny,
+    "docs/index.md": worlds.tiny,
     "docs/getting_started.md": worlds.nothing,
     "docs/migrating.md": worlds.migration,
     "docs/drop_in.md": worlds.empty_directory,

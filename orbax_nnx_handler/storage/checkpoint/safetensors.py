@@ -24,7 +24,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import FieldError, shape_of, te
 from orbax_nnx_handler.storage.checkpoint.trees import UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
-from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files
 from orbax_nnx_handler.storage.stores.kvstore import Extent
 
 DISK_FORMAT = "safetensors"
@@ -81,7 +81,8 @@ def read_safetensors(
     Raises:
         NotACheckpointError: A file is none of safetensors, or the names are those of no tree.
     """
-    headers = _read_headers(shards, files)
+    # A file that the caller named may be a link; those of a directory stay within it.
+    headers = _read_headers(shards, files, ANYWHERE if files.is_file(directory) else "")
     found: dict[Path, _Found] = {}
     twice: list[Path] = []
     for shard, (header, start, size) in zip(shards, headers, strict=True):
@@ -93,20 +94,23 @@ def read_safetensors(
     return _checkpoint(directory, shards[0], found, config)
 
 
-def _read_headers(shards: Sequence[epath.Path], files: Files) -> list[tuple[dict[str, Any], int, int]]:
+def _read_headers(
+    shards: Sequence[epath.Path], files: Files, below: str
+) -> list[tuple[dict[str, Any], int, int]]:
     """Returns each file's header, where its arrays begin, and how many bytes it has."""
     folder = shards[0].parent
     sizes = [_size(shard, files) for shard in shards]
     firsts = [Extent(shard.name, 0, min(size, _FIRST)) for shard, size in zip(shards, sizes, strict=True)]
-    beginnings = files.extents(folder, firsts)
+    beginnings = files.extents(folder, firsts, below)
     lengths = [_header_length(*each, files) for each in zip(shards, beginnings, sizes, strict=True)]
     rest = {
         at: Extent(shards[at].name, _FIRST, length + _LENGTH.size - _FIRST)
         for at, length in enumerate(lengths)
         if length + _LENGTH.size > _FIRST
     }
-    for at, more in zip(rest, files.extents(folder, list(rest.values())) if rest else (), strict=True):
-        beginnings[at] += more
+    if rest:
+        for at, more in zip(rest, files.extents(folder, list(rest.values()), below), strict=True):
+            beginnings[at] += more
     starts = [_LENGTH.size + length for length in lengths]
     contents = [content[_LENGTH.size : start] for content, start in zip(beginnings, starts, strict=True)]
     headers = [_header(*each, files) for each in zip(shards, contents, lengths, strict=True)]

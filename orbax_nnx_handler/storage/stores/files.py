@@ -189,11 +189,14 @@ class Files:
         answers = [self._known[question] for question in questions]
         return [answer if isinstance(answer, bytes | NotACheckpointError) else None for answer in answers]
 
-    def extents(self, folder: epath.Path, extents: Sequence[Extent]) -> list[bytes]:
-        """Returns runs of bytes in files below a folder, asked for together and not kept."""
+    def extents(self, folder: epath.Path, extents: Sequence[Extent], below: str = "") -> list[bytes]:
+        """Returns runs of bytes in files below a folder, asked for together and not kept.
+
+        Links lead out of the folder only where `below` says so, as for `ReadFile`.
+        """
         root = os.fspath(folder)
         answers = self._backend.answer(
-            [ReadFile(f"{root}/{file}", start, size, root) for file, start, size in extents]
+            [ReadFile(f"{root}/{file}", start, size, below or root) for file, start, size in extents]
         )
         return [_expect(bytes, answer) or b"" for answer in answers]
 

@@ -1,6 +1,7 @@
 """Files of a stranger's checkpoint: no pipe is waited for, and no link leads out of it."""
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -127,6 +128,20 @@ def test_an_archive_or_a_file_that_is_named_may_be_a_link(tmp_path):
 
         found = restore(tmp_path / name, {"w": jax.ShapeDtypeStruct((6,), jnp.float32)})
         np.testing.assert_array_equal(found["w"], values)
+
+
+def test_weights_of_hugging_face_are_read_by_a_link_that_is_named_and_not_by_one_that_leads_out(tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}}).encode()
+    values = np.arange(6, dtype=np.float32)
+    (tmp_path / "there").write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
+    (tmp_path / "model").mkdir()
+    for name in ("mine.safetensors", "model/model.safetensors"):
+        (tmp_path / name).symlink_to(tmp_path / "there")
+    wanted = {"w": jax.ShapeDtypeStruct((6,), jnp.float32)}
+
+    np.testing.assert_array_equal(restore(tmp_path / "mine.safetensors", wanted)["w"], values)
+    with pytest.raises(RestoreError, match="leads out of the checkpoint"):
+        restore(tmp_path / "model", wanted)
 
 
 @pytest.mark.parametrize("disk_format", FORMATS)

@@ -25,7 +25,7 @@ from orbax_nnx_handler import RestoreError, cli, plan_restore, restore
 from tests.campaigns.watching import HangError, alarm, memory_bytes, opened_files
 from tests.storage.checkpoints import DiskFormat, save
 from tests.storage.stores import ocdbt_writer as made
-from tests.storage.stores.test_catalog import HOSTILE
+from tests.storage.stores.hostile_databases import HOSTILE
 
 LIMIT_S, LIMIT_BYTES = 2.0, 200_000_000
 DEEP = "DEEP"

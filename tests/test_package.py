@@ -55,3 +55,9 @@ def test_each_floor_is_a_version_that_pip_can_be_held_to():
 
     assert len(ran.stdout.splitlines()) == len(PROJECT["dependencies"])
     assert all(re.fullmatch(r"[\w-]+==\d[\d.]*", line) for line in ran.stdout.splitlines())
+
+
+def test_every_page_of_the_documentation_is_in_the_navigation_of_the_site():
+    listed = set(re.findall(r"(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}

@@ -43,10 +43,12 @@ from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.blocks import Written
-from orbax_nnx_handler.storage.converting.fitted import fit, in_linen, in_nnx
 from orbax_nnx_handler.storage.converting.leaves import (
     check_codes,
     check_distinct,
+    fit,
+    in_linen,
+    in_nnx,
     rounded,
     weights_only,
     with_dtype,

@@ -27,8 +27,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.converting.blocks import Difference, Written, as_stored, differences
-from orbax_nnx_handler.storage.converting.memory import window_of
+from orbax_nnx_handler.storage.converting.blocks import Difference, Written, as_stored, differences, window_of
 from orbax_nnx_handler.storage.converting.source import reading_of
 
 

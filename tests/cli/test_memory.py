@@ -2,24 +2,24 @@
 
 import pytest
 
-from orbax_nnx_handler.storage.converting import blocks, memory
+from orbax_nnx_handler.storage.converting import blocks
 
 
 @pytest.fixture(params=[0.4e9, 40e9], ids=["small process", "large process"])
 def held(request, monkeypatch) -> float:
     """What the process holds before the command starts, in bytes."""
-    monkeypatch.setattr(memory, "_resident_bytes", lambda: int(request.param))
+    monkeypatch.setattr(blocks, "_resident_bytes", lambda: int(request.param))
     return request.param
 
 
 def test_without_a_bound_the_window_is_the_same_whatever_the_process_holds(held) -> None:
-    window = memory.window_of(None)
+    window = blocks.window_of(None)
 
     assert window == int((1e9 - (300 << 20)) / 2.5)
 
 
 def test_a_bound_counts_what_the_process_holds_already(held) -> None:
-    window = memory.window_of(int(held + 2e9))
+    window = blocks.window_of(int(held + 2e9))
 
     assert window == int((2e9 - (300 << 20)) / 2.5)
 
@@ -34,7 +34,7 @@ def test_commands_work_inside_any_process(cli, root, tmp_path, held) -> None:
 def test_a_bound_below_what_the_process_holds_is_said_before_anything_is_written(
     cli, root, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(memory, "_resident_bytes", lambda: 3_040_000_000)
+    monkeypatch.setattr(blocks, "_resident_bytes", lambda: 3_040_000_000)
 
     said = cli("convert", root, tmp_path / "out", "--memory", 2)
 
@@ -75,15 +75,15 @@ def test_freed_memory_goes_back_after_every_batch(cli, root, tmp_path, monkeypat
 @pytest.mark.parametrize(("bound", "shared"), [(None, 0), (int(1e12), 1)])
 def test_threads_share_an_arena_where_the_process_is_bounded(monkeypatch, bound, shared) -> None:
     calls: list[None] = []
-    monkeypatch.setattr(memory, "_share_arena", lambda: calls.append(None))
+    monkeypatch.setattr(blocks, "_share_arena", lambda: calls.append(None))
 
-    memory.window_of(bound)
+    blocks.window_of(bound)
 
     assert len(calls) == shared
 
 
 def test_without_glibc_nothing_is_asked_of_it(monkeypatch) -> None:
-    monkeypatch.setattr(memory, "_glibc", lambda: None)
+    monkeypatch.setattr(blocks, "_glibc", lambda: None)
 
-    memory.release_freed()
-    memory._share_arena()
+    blocks.release_freed()
+    blocks._share_arena()

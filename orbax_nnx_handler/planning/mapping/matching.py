@@ -25,11 +25,12 @@ from orbax_nnx_handler.planning.mapping.matches import (
     Found,
     MatchEvidence,
     ModelMatch,
+    Restacked,
     Rivals,
     UnclearAxis,
 )
 from orbax_nnx_handler.planning.mapping.modules import Homeless, derive
-from orbax_nnx_handler.planning.mapping.restack import Restacked, restack
+from orbax_nnx_handler.planning.mapping.restack import restack
 from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry

@@ -35,40 +35,8 @@ from orbax_nnx_handler.planning.mapping.layers import (
     numbers_of,
     two_of,
 )
-from orbax_nnx_handler.planning.mapping.matches import AxisGround, UnclearAxis
+from orbax_nnx_handler.planning.mapping.matches import AxisGround, Restacked, UnclearAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Restacked:
-    """How one wanted leaf comes from a layer group.
-
-    Attributes:
-        recipe: The recipe; holds `Fill` where a layer is missing.
-        group: The group.
-        axis: The stacked axis of the stored leaf, or of the wanted one where only that is stacked; None
-            where a layer is read whole.
-        ground: What says that axis.
-        is_against_layout: Whether its shape allows another axis only than the one that the layout knows.
-        missing: The layers that no stored leaf holds.
-        surplus: How many layers the stored group has more than the wanted one.
-        claims: Where several stored leaves are the same layer: all of them.
-        sources: The stored leaves that its layers come from.
-        moved: Whether it is stacked along another axis than the stored leaf.
-        naming: Where the program's source gives the scan a name that is not its layers'; empty if nowhere.
-    """
-
-    recipe: Recipe
-    group: Group
-    axis: int | None
-    missing: tuple[int, ...] = ()
-    surplus: int = 0
-    claims: tuple[Entry, ...] = ()
-    sources: tuple[Entry, ...] = ()
-    moved: bool = False
-    naming: str = ""
-    ground: AxisGround | None = None
-    is_against_layout: bool = False
 
 
 def restack(

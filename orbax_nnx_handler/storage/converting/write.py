@@ -32,8 +32,8 @@ from orbax_nnx_handler.storage.converting.blocks import (
     by_source,
     digests_of,
     read_blocks,
+    window_of,
 )
-from orbax_nnx_handler.storage.converting.memory import window_of
 from orbax_nnx_handler.storage.reading import Job, read_arrays
 from orbax_nnx_handler.storage.saving.appearing import appearing, writing
 from orbax_nnx_handler.storage.stores.kvstore import files_at

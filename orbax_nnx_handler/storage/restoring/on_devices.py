@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.storage.arithmetic import Asked, evaluate_together
 from orbax_nnx_handler.storage.reading.jobs import Job, families
-from orbax_nnx_handler.storage.reading.orbax_reader import source_shardings
+from orbax_nnx_handler.storage.reading.read import source_shardings
 
 Values = Mapping[Path, Any]
 

@@ -13,7 +13,7 @@ from scipy import optimize
 from orbax_nnx_handler.planning.suggesting.fusing import joined_parts
 from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Tie
 from orbax_nnx_handler.planning.suggesting.roles import PLACING, Role, compare_numbers, roles_of, same_place
-from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
+from orbax_nnx_handler.planning.suggesting.shapes import Way, is_vector, ways
 from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
 
 _COMPLETE, _LACKING, _NUMBER = 2.0, 1.0, 2.0
@@ -219,7 +219,7 @@ def _fit(one: Role, other: Role) -> _Fit | None:
     for kind in shared:
         left, right = one.part.leaves[kind], other.part.leaves[kind]
         found = _ways(left, right, one, other)
-        if not found:
+        if not found or not _are_of_a_kind(kind, left, right, one, other):
             return None
         cost += found[0].cost + (0.5 if found[0].turned else 0)
         pairs.append((left, right, found))
@@ -264,6 +264,13 @@ def _ways(wanted: Leaf, stored: Leaf, one: Role, other: Role) -> tuple[Way, ...]
     if len(found) > 1 and _is_table(one) and _is_table(other):
         return found[:1]
     return found
+
+
+def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: Role, other: Role) -> bool:
+    """Tells whether a vector stays one, but for a bias of heads and a norm of them."""
+    if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
+        return True
+    return one.part.is_norm and other.part.is_norm
 
 
 def _is_table(role: Role) -> bool:

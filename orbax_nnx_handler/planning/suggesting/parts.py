@@ -10,7 +10,7 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way
+from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.words import Concepts, concepts, meanings
 
 Names = tuple[str, ...]
@@ -130,7 +130,7 @@ class ModulePart:
     @property
     def is_vector(self) -> bool:
         """Whether no leaf of it is a matrix."""
-        return all(sum(length != 1 for length in leaf.shape) < 2 for leaf in self.leaves.values())
+        return all(is_vector(leaf.shape) for leaf in self.leaves.values())
 
     @property
     def size(self) -> int:

@@ -62,12 +62,18 @@ def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
     """
     if math.prod(stored) != math.prod(wanted) or max(len(stored), len(wanted)) > _MOST_AXES:
         return ()
-    straight, turned = _straight(stored, wanted), _turned(stored, wanted)
+    straight = _straight(stored, wanted)
+    turned = None if is_vector(stored) and is_vector(wanted) else _turned(stored, wanted)
     if straight is None and turned is None:
         moved = dict(_moved(stored, wanted))
         straight, turned = moved.get(False), moved.get(True)
     found = [Way(straight)] if straight is not None else []
     return (*found, *([Way(turned, turned=True)] if turned is not None else []))
+
+
+def is_vector(shape: Shape) -> bool:
+    """Tells whether at most one axis has more than one element."""
+    return sum(length != 1 for length in shape) < 2
 
 
 def _straight(stored: Shape, wanted: Shape) -> Steps | None:

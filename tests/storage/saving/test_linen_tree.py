@@ -327,6 +327,23 @@ def test_two_optimizers_are_refused() -> None:
         to_linen_tree({"model": model, "one": adam(model), "two": adam(model)})
 
 
+def test_what_the_error_says_of_optimizers_beside_their_models_works() -> None:
+    gen, disc = net(), net()
+    item = {"gen": gen, "disc": disc, "g_opt": adam(gen), "d_opt": adam(disc)}
+
+    with pytest.raises(ValueError, match="2 optimizers") as raised:
+        to_linen_tree(item)
+
+    assert str(raised.value) == (
+        "the item holds 2 optimizers (d_opt, g_opt), a Linen train state just one.\n"
+        "hint: put each beside its model, below a key of their own ({'gen': {'model': ..., 'optimizer': "
+        "...}, ...}), or save each with its model as an item of its own (ocp.args.Composite)."
+    )
+    one = {"model": gen, "optimizer": item["g_opt"]}
+    both = to_linen_tree({"gen": one, "disc": {"model": disc, "optimizer": item["d_opt"]}})
+    assert paths(both["gen"]) == paths(both["disc"]) == paths(to_linen_tree(one))
+
+
 def test_two_models_without_names_are_refused() -> None:
     with pytest.raises(ValueError, match="two parts of the item hold"):
         to_linen_tree((nnx.state(net()), nnx.state(net())))

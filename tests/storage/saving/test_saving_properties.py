@@ -177,6 +177,23 @@ def test_a_restored_checkpoint_is_saved_as_it_was(program: Any, tx: Any, layout:
     assert jax.tree.structure(tree) == jax.tree.structure(stored)
 
 
+@settings(max_examples=30)
+@given(linen_programs(), st.sampled_from(["bare", "variables", "below a key", "beside others"]))
+def test_a_restored_tree_of_weights_is_saved_where_it_was(program: Any, form: Any) -> None:
+    params, wanted, rules = program
+    stored: Any = Numbers().like({"params": params})
+    stored = stored["params"] if form == "bare" else stored
+    stored = {"agent": stored} if form == "below a key" else stored
+    item = Branch(wanted, {})
+    extra = {"config": {"size": np.ones((), "int32")}} if form == "beside others" else {}
+    options = RestoreOptions.of(renames=rules)
+    plan = make_plan(flatten_target(item), stored_of(arrays_of(stored | extra)), options)
+    plan.check()
+    put(item, read_with(plan, stored))
+
+    assert_same(arrays_of(to_linen(item, renames=plan)), arrays_of(stored))
+
+
 def disk_form(state: Any) -> Any:
     """Returns an optax state in the containers that Orbax stores: named tuples as dicts, tuples as lists."""
     if hasattr(state, "_fields"):

@@ -23,7 +23,7 @@ the `w` that only the released files have below `mlp/linear` and
 
 from collections.abc import Collection
 
-from orbax_nnx_handler.planning.core.optimizers import begins_a_state, is_state, optimizer_owners, owner_of
+from orbax_nnx_handler.planning.core.leaves import begins_a_state, is_state, optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
 

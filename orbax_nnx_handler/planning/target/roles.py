@@ -12,8 +12,7 @@ from typing import Any, Literal, cast
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, is_key
-from orbax_nnx_handler.planning.core.leaves import WantedLeaf
-from orbax_nnx_handler.planning.core.optimizers import OPT_STATE, optimizer_owners, owner_of
+from orbax_nnx_handler.planning.core.leaves import OPT_STATE, WantedLeaf, optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, canonical
 
 Role = Literal["model", "optimizer", "step", "random", "transient"]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from orbax_nnx_handler.storage.stores.files import ANYWHERE
 from orbax_nnx_handler.storage.stores.kvstore import Store
-from orbax_nnx_handler.storage.stores.opening import open_file
+from orbax_nnx_handler.storage.stores.locations import open_file
 
 # The most buffers that one call fills (IOV_MAX is 1024 on Linux and on macOS).
 _BUFFERS = 1000

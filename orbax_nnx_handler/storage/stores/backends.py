@@ -24,8 +24,7 @@ from orbax_nnx_handler.storage.stores.files import (
     ReadFile,
     Sizes,
 )
-from orbax_nnx_handler.storage.stores.locations import cannot_read, kvstore_spec
-from orbax_nnx_handler.storage.stores.opening import open_file
+from orbax_nnx_handler.storage.stores.locations import cannot_read, kvstore_spec, open_file
 
 
 class LocalFiles:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orbax_nnx_handler.planning.core.optimizers import optimizer_owners, owner_of
+from orbax_nnx_handler.planning.core.leaves import optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import parse
 
 

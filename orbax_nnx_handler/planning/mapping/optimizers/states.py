@@ -13,8 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.optimizers import CONTAINERS, LABELLED, MOMENTS
+from orbax_nnx_handler.planning.core.leaves import CONTAINERS, LABELLED, MOMENTS, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, printable
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Placement

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.dtypes import (
     scales_of,
     worst,
 )
-from orbax_nnx_handler.planning.core.errors import RestoreError, UnusedRuleError
+from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
@@ -101,14 +101,14 @@ def judge(
 
     Raises:
         UnusedRuleError: A policy filter or a rule has no effect.
-        UnreadableLeafError: A rule has none because leaves are damaged.
+        UnreadableLeafError: A rule has none, or does not fit, because leaves are damaged.
         UnknownLayoutError: The tree is in no known layout.
     """
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     try:
         mapping, faults = best_mapping(wanted, stored, options, lambda each: _accepts(wanted, each))
-    except UnusedRuleError as error:
+    except (RuleError, UnusedRuleError) as error:
         if broken is not None and broken.lost:  # It may be what the rule is for.
             raise unreadable(broken.lost) from error
         raise

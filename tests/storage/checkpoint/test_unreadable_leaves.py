@@ -13,9 +13,11 @@ from flax import nnx
 from orbax_nnx_handler import (
     Cast,
     Copy,
+    Fuse,
     Rename,
     Scale,
     Split,
+    StackLayers,
     Transpose,
     UnreadableLeafError,
     restore,
@@ -64,6 +66,13 @@ UNDER_A_RULE = {
         "head.kernel",
         [Copy("head", "tied")],
         {"head": {"kernel": shape(4, 3)}, "tied": {"kernel": shape(4, 3)}},
+    ),
+    "Fuse": ("attn.k", [Fuse(("attn/q", "attn/k", "attn/v"), "attn/qkv", 1)], {"attn": {"qkv": shape(4, 6)}}),
+    "StackLayers": ("l_1.w", [StackLayers("l_{i}/w", "l/w", 0)], {"l": {"w": shape(3, 4, 3)}}),
+    "StackLayers of another name": (
+        "l_1.w",
+        [StackLayers("l_{i}/w", "deep/scale", 0)],
+        {"deep": {"scale": shape(3, 4, 3)}},
     ),
     "Split": (
         "head.kernel",

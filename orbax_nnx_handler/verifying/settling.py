@@ -95,7 +95,7 @@ class Settling:
     def _ways(self, number: int, plan: RestorePlan) -> _Ways:
         """Returns what each answer to one question changes, the others answered as the plan has them."""
         found: dict[int, Mapping[Path, Recipe]] = {0: {}}
-        for answer in range(1, len(self.suggestion.questions[number].alternatives)):
+        for answer in range(1, len(self.suggestion.questions[number].choices)):
             answers = [answer if at == number else 0 for at in range(len(self.suggestion.questions))]
             try:
                 other, _ = self._decided(self._rules(answers), check=False)

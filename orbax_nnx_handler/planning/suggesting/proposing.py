@@ -9,7 +9,6 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Reshape, Transpose, children, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
-from orbax_nnx_handler.planning.mapping.choice import best_mapping
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -32,7 +31,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import Answers, Proposal, 
 from orbax_nnx_handler.planning.suggesting.writing import Writer
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.verdict.judge import judge
+from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
 _QUESTIONS = 24
@@ -107,11 +106,15 @@ class _Proposing:
 
     @cached_property
     def _base(self) -> Verdict:
-        return judge(self.target, self.stored, self.options)
+        return judge(self.target, self.stored, self.options, chosen=self._chosen)
 
     @cached_property
     def _mapping(self) -> LeafMapping:
-        return best_mapping(self._wanted, self.stored, self.options)[0]
+        return self._chosen[0]
+
+    @cached_property
+    def _chosen(self) -> Chosen:
+        return choose(self._wanted, self.stored, self.options)
 
     def suggestion(self) -> Suggestion:
         """Returns the proposal, tried."""
@@ -194,12 +197,12 @@ class _Proposing:
         wanted = paths_of(links)
         got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
         steps = steps_of(links)
-        right = [
+        right = {
             path
             for path, sources in wanted.items()
             if sources <= got.get(path, set())
             and steps.get(path) in (None, _steps(verdict.restored[path].recipe))
-        ]
+        }
         before = {path: set(reads(item.recipe)) for path, item in self._base.restored.items()}
         wrong = [path for path in wanted if path not in right]
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
@@ -280,7 +283,7 @@ class _Proposing:
             parts=(_modules(item, "stored"), _modules(item, "wanted")),
             about=item.about,
             choices=tuple(_words(item, reading) for reading in item.readings),
-            alternatives=tuple(settle(reading) for reading in item.readings),
+            settle=lambda answer: settle(item.readings[answer]),
         )
 
     def _suggested(self, tried: _Tried, questions: Sequence[Question]) -> Suggestion:

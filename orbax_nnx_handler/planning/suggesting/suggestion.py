@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import list_paths
@@ -55,7 +56,7 @@ class Question:
         parts: The stored and the wanted modules that it is about.
         about: What is open: which part is which, or whether a square matrix is transposed.
         choices: Each possible answer in words.
-        alternatives: For each answer the complete list of rules, this one question settled.
+        settle: Returns the rules with this one question answered, by the number of the choice.
     """
 
     wanted: tuple[Path, ...]
@@ -63,7 +64,12 @@ class Question:
     parts: tuple[tuple[Path, ...], tuple[Path, ...]]
     about: Literal["which", "transposed"]
     choices: tuple[str, ...]
-    alternatives: tuple[tuple[Rule, ...], ...]
+    settle: Callable[[int], tuple[Rule, ...]] = dataclasses.field(repr=False, compare=False)
+
+    @cached_property
+    def alternatives(self) -> tuple[tuple[Rule, ...], ...]:
+        """For each answer the complete list of rules, this one question settled; written when asked for."""
+        return tuple(map(self.settle, range(len(self.choices))))
 
     def __str__(self) -> str:
         stored, wanted = map(_listed, self.parts)

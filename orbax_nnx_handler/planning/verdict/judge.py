@@ -80,6 +80,15 @@ def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
     return {**homeless, **mapping.discarded}
 
 
+Chosen = tuple[LeafMapping, Sequence[RestoreError]]
+"""How a checkpoint is read, and what is wrong with the choice."""
+
+
+def choose(wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions) -> Chosen:
+    """Returns the reading of a checkpoint that a verdict rests on."""
+    return best_mapping(wanted, stored, options, lambda each: _accepts(wanted, each))
+
+
 def judge(
     target: Target,
     stored: Stored,
@@ -88,6 +97,7 @@ def judge(
     directory: str = "",
     overrides: Mapping[Path, Policy] | None = None,
     broken: Unreadable | None = None,
+    chosen: Chosen | None = None,
 ) -> Verdict:
     """Decides what every leaf of a target will be.
 
@@ -98,6 +108,7 @@ def judge(
         directory: The item directory, for messages.
         overrides: Policies of single leaves.
         broken: Stored leaves that cannot be read.
+        chosen: What `choose` returns for these arguments, where the caller has it.
 
     Raises:
         UnusedRuleError: A policy filter or a rule has no effect.
@@ -107,7 +118,7 @@ def judge(
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     try:
-        mapping, faults = best_mapping(wanted, stored, options, lambda each: _accepts(wanted, each))
+        mapping, faults = chosen or choose(wanted, stored, options)
     except (RuleError, UnusedRuleError) as error:
         if broken is not None and broken.lost:  # It may be what the rule is for.
             raise unreadable(broken.lost) from error

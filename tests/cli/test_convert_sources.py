@@ -4,6 +4,7 @@ import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from flax import nnx
 
 from tests.cli import nnx_program
@@ -71,6 +72,22 @@ def test_a_missing_layer_is_named_and_never_skipped(cli, tmp_path) -> None:
 
     assert said.status == 1
     assert said.err == "RestoreError: params/layers/kernel is stored for the layers {0..1,3} only.\n"
+
+
+@pytest.mark.parametrize("absent", ["layers_0", "layers_2"])
+def test_a_leaf_that_some_layers_lack_is_named_with_them(absent, cli, tmp_path) -> None:
+    layers = {f"layers_{n}": {"kernel": np.ones((2, 3), np.float32)} for n in range(3)}
+    layers |= {
+        name: leaf | {"bias": np.ones(3, np.float32)} for name, leaf in layers.items() if name != absent
+    }
+    ocp.PyTreeCheckpointer().save(tmp_path / "in", {"params": {"dec": layers}})
+
+    said = cli("convert", tmp_path / "in", tmp_path / "out", "--scan", "dec/layers", "--axis", 0)
+
+    assert said.status == 1
+    there = "{1..2}" if absent == "layers_0" else "{0..1}"
+    assert f"params/dec/layers/bias is stored for the layers {there}, not for {absent[-1]}" in said.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_new_weights_come_from_the_factory_where_the_policy_allows(cli, root, tmp_path) -> None:

@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core.paths import Path, natural_key, printable, render
+from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, natural_key, printable, render
 
 # A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
-NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
+NUMBER = re.compile(rf"(?<!\d)(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(?!\d)")
 _Numbers = frozenset[int]
 
 
@@ -74,7 +74,7 @@ def ranges(numbers: Iterable[int]) -> str:
 FROM = "<- "
 # In a short list every name stands in full: people search messages for the name they know.
 _FEW = 12
-_INDEX = re.compile(r"(?<=\[)(\d+)(?=\])")
+_INDEX = re.compile(rf"(?<=\[)([0-9]{{1,{MAX_DIGITS}}})(?=\])")
 
 
 class Row(NamedTuple):

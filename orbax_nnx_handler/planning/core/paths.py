@@ -14,6 +14,10 @@ from typing import Any, cast
 Tokens = tuple[str, ...]
 
 
+MAX_DIGITS = 18
+"""More digits than this are a name."""
+_DIGITS = re.compile(rf"(\d{{1,{MAX_DIGITS}}})")
+
 Path = tuple[Hashable, ...]
 """The keys from the root of a tree to one leaf."""
 
@@ -94,17 +98,22 @@ def _tokens_of(key: Hashable) -> tuple[str, ...]:
 
 
 def _tokens(part: str) -> tuple[str, ...]:
-    if part.isdecimal():
+    if is_index(part):
         return (f"#{int(part)}",)
     name, _, number = part.rpartition("_")
-    if name and number.isdecimal():
+    if name and is_index(number):
         return (*_tokens(name), f"#{int(number)}")  # Nested lists: `grid_0_1` is `grid/0/1`.
     return ("if",) if part == "if_" else (part,)
 
 
 def is_number(token: str) -> bool:
     """Tells whether a canonical token counts a layer (`#3`)."""
-    return token[:1] == "#" and token[1:].isdecimal()
+    return token[:1] == "#" and is_index(token[1:])
+
+
+def is_index(text: str) -> bool:
+    """Tells digits that can number something; Python reads no integer of thousands of digits."""
+    return text.isdecimal() and len(text) <= MAX_DIGITS
 
 
 def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:
@@ -114,7 +123,7 @@ def natural_key(path: Path) -> tuple[tuple[tuple[int, int | str], ...], ...]:
 
 @functools.lru_cache(maxsize=65536)
 def _natural(part: str) -> tuple[tuple[int, int | str], ...]:
-    return tuple((0, int(bit)) if bit.isdecimal() else (1, bit) for bit in re.split(r"(\d+)", part) if bit)
+    return tuple((0, int(bit)) if bit.isdecimal() else (1, bit) for bit in _DIGITS.split(part) if bit)
 
 
 def sort_paths(paths: Iterable[Path]) -> list[Path]:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.paths import Path, canonical, parse
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_index, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.one_leaf import Drop
@@ -279,7 +279,7 @@ class StackLayers(_Named):
         named: dict[tuple[str, ...], Entry] = {}
         for at, match in find(self._left, entries).items():
             number = match.span.bindings[counter]
-            if number.isdecimal():
+            if is_index(number):
                 name = match.renamed(self._right)
                 named.setdefault(name.whole, name)
                 groups[name.whole].append((int(number), at))

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, is_index
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.words import Concepts, concepts, meanings
 
@@ -55,7 +55,7 @@ class Level:
     width: int = 1
 
 
-_NUMBERED = re.compile(r"(.*?[A-Za-z])(_?)(\d+)")
+_NUMBERED = re.compile(rf"(.*?[A-Za-z])(_?)(\d{{1,{MAX_DIGITS}}})")
 
 
 def levels(names: Names) -> tuple[Level, ...]:
@@ -63,9 +63,9 @@ def levels(names: Names) -> tuple[Level, ...]:
     found: list[Level] = []
     for name in names:
         numbered = _NUMBERED.fullmatch(name)
-        if name.isdecimal() and found and found[-1].number is None:
+        if is_index(name) and found and found[-1].number is None:
             found[-1] = Level(found[-1].base, int(name), "/", 2)
-        elif name.isdecimal():
+        elif is_index(name):
             found.append(Level("", int(name), "/"))
         elif numbered is not None:
             found.append(Level(numbered[1], int(numbered[3]), numbered[2]))

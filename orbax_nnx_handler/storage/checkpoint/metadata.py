@@ -52,6 +52,7 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
     STRING_TYPE,
     TREE_FILE,
     Tree,
+    misnamed,
     read_tree,
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
@@ -241,11 +242,7 @@ def _locate(
 ) -> tuple[dict[Path, StoredArray], dict[Path, str]]:
     """Finds each array's metadata: in the database first, then in its own directory."""
     wanted = {path: name for path, name in tree.names.items() if tree.nodes[path] != STRING_TYPE}
-    lost = {
-        path: f"its name {name!r} leads out of the checkpoint"
-        for path, name in wanted.items()
-        if _leads_out(name)
-    }
+    lost = misnamed(wanted)
     wanted = {path: name for path, name in wanted.items() if path not in lost}
     if not wanted:
         return {}, lost
@@ -273,10 +270,6 @@ def _locate(
         except ValueError as error:
             lost[path] = f"{name}/{METADATA_KEY[driver]} in {store.directory} is damaged: {error}"
     return arrays, lost
-
-
-def _leads_out(name: str) -> bool:
-    return any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name
 
 
 @functools.lru_cache(maxsize=1024)

@@ -19,6 +19,7 @@ Orbax without any tree is the fifth: names joined by dots.
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from etils import epath
 from flax import serialization
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, is_index
 from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
 from orbax_nnx_handler.storage.checkpoint.fields import (
     FieldError,
@@ -144,7 +145,38 @@ def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
         _number(name) if key.get("key_type") == _SEQUENCE else name
         for key, name in zip(keys, names, strict=True)
     )
-    return path, ".".join(names), text_of(object_of(entry, "value_metadata"), "value_type")
+    return path, array_name(path), text_of(object_of(entry, "value_metadata"), "value_type")
+
+
+def array_name(path: Path) -> str:
+    """Returns the name that Orbax gives the array at a path."""
+    return ".".join(map(str, path))
+
+
+def leads_out(name: str) -> bool:
+    """Tells an array's name that is none inside a checkpoint."""
+    return any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name
+
+
+def misnamed(names: Mapping[Path, str]) -> dict[Path, str]:
+    """Returns what is wrong with the names of arrays: they lead out, or several paths have one.
+
+    Where paths share an array, the save that wrote them left the values of one of them alone.
+    """
+    lost = {
+        path: f"its name {name!r} leads out of the checkpoint"
+        for path, name in names.items()
+        if leads_out(name)
+    }
+    sharing: dict[str, list[Path]] = defaultdict(list)
+    for path, name in names.items():
+        sharing[name].append(path)
+    for name, paths in sharing.items():
+        if len(paths) > 1:
+            lost |= dict.fromkeys(
+                paths, f"{len(paths)} leaves have one array, {name!r}: it holds only one of them"
+            )
+    return lost
 
 
 def _number(name: str) -> int:
@@ -264,4 +296,4 @@ def _is_pointed_to(directory: epath.Path, files: Files) -> bool:
     run, _, step = directory.name.rpartition("-")
     last = files.content(directory.parent / f"{run}-LAST") if run else None
     newest = (last or b"").strip().decode(errors="replace")
-    return newest == step or (newest.isdecimal() and step.isdecimal() and int(newest) >= int(step))
+    return newest == step or (is_index(newest) and is_index(step) and int(newest) >= int(step))

@@ -7,7 +7,7 @@ to have. Which stored leaf each of them is, the same plan decides as for a resto
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 from flax import nnx
@@ -145,6 +145,10 @@ def _stacked(leaves: Sequence[Written], group: Group, axis: int) -> list[Written
             found[_renamed(leaf, group, group[-1]).path][number].append(leaf)
     if not found:
         raise _no_group(leaves, group, "/".join(group) + "_0")
+    every = frozenset[int]().union(*found.values())
+    short = {path: layers for path, layers in found.items() if every - layers.keys()}
+    if short:
+        raise _uneven(short, every)
     wanted: dict[int, Written] = {}
     for path, layers in found.items():
         stack = _stack(path, layers, group, axis)
@@ -168,6 +172,18 @@ def _stack(path: Path, layers: dict[int, list[Written]], group: Group, axis: int
     )
 
 
+def _uneven(short: Mapping[Path, Iterable[int]], every: Set[int]) -> RestoreError:
+    rows = "\n".join(
+        f"  {render(path)} is stored for the layers {ranges(layers)}, not for {ranges(every - set(layers))}"
+        for path, layers in short.items()
+    )
+    return RestoreError(
+        f"the layers {ranges(every)} cannot be stacked: some lack leaves that others have.\n{rows}",
+        paths=list(short),
+        hints=["--weights-only does where the leaves are an optimizer's; unlike layers cannot be one stack."],
+    )
+
+
 def _is_in(leaf: Written, group: Group) -> bool:
     return _keys(leaf, group)[: len(group)] == group
 
@@ -175,7 +191,7 @@ def _is_in(leaf: Written, group: Group) -> bool:
 def _number(leaf: Written, group: Group) -> int | None:
     """Returns which layer of the group a leaf belongs to."""
     keys = _keys(leaf, group)
-    match = re.fullmatch(rf"{re.escape(group[-1])}_(\d+)", keys[len(group) - 1]) if keys else None
+    match = re.fullmatch(rf"{re.escape(group[-1])}_(\d{{1,9}})", keys[len(group) - 1]) if keys else None
     return int(match[1]) if match and keys[: len(group) - 1] == group[:-1] else None
 
 

@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.lines import aligned
-from orbax_nnx_handler.planning.core.paths import Path, tree_of
+from orbax_nnx_handler.planning.core.paths import Path, is_empty, tree_of
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.core.regions import slices
 from orbax_nnx_handler.storage.checkpoint.directories import COMMIT_FILE, is_item
@@ -36,6 +36,7 @@ from orbax_nnx_handler.storage.converting.blocks import (
 )
 from orbax_nnx_handler.storage.reading import Job, read_arrays
 from orbax_nnx_handler.storage.saving.appearing import appearing, writing
+from orbax_nnx_handler.storage.saving.names import check_names
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, check_writable, is_url, parents_of
 
@@ -197,10 +198,12 @@ def write_converted(
         The digest of each leaf.
 
     Raises:
-        RestoreError: Something is at the destination, the memory does not do, or
-            what was read again is not what was written. Nothing was left behind.
+        RestoreError: Something is at the destination, two leaves would have one name, the memory does
+            not do, or what was read again is not what was written. Nothing was left behind.
     """
     destination = absolute(destination)
+    given = (path for path, value in conversion.given.items() if not is_empty(value))
+    check_names([*(leaf.path for leaf in conversion.leaves), *given])
     window = window_of(memory_bytes)
     with writing(destination), _appearing(destination) as unfinished:
         plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
@@ -292,11 +295,11 @@ def _verify(
     progress: Progress | None,
 ) -> None:
     again = read_metadata(directory)
-    stored = {tuple(map(str, path)): leaf for path, leaf in again.leaves.items()}
-    paths = {leaf.path: stored[tuple(map(str, leaf.path))].path for leaf in leaves}
-    plain = [dataclasses.replace(leaf, recipe=Read(paths[leaf.path])) for leaf in leaves]
+    stored = {tuple(map(str, path)): path for path in again.leaves}
+    paths = {leaf.path: stored.get(tuple(map(str, leaf.path))) for leaf in leaves}
+    plain = [dataclasses.replace(leaf, recipe=Read(path)) for leaf in leaves if (path := paths[leaf.path])]
     found = digests_of(again, by_source(plain, again), window, progress)
-    wrong = [leaf for leaf in leaves if found[leaf.path] != written[leaf.path]]
+    wrong = [leaf for leaf in leaves if found.get(leaf.path) != written[leaf.path]]
     if wrong:
         rows = aligned(Row(leaf.path, (str(leaf.shape), str(leaf.dtype))) for leaf in wrong)
         raise RestoreError(

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, cast
 import jax
 from flax import nnx
 
+from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_empty, linen_path, render, segments
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.modules import in_linen_wrappers, is_scale
@@ -277,7 +278,7 @@ def check_distinct(places: Iterable[tuple[Path, Path]]) -> None:
         places: For each leaf its stored path, and its path in the item.
 
     Raises:
-        ValueError: Names both leaves.
+        RestoreError: Names both leaves.
     """
     origins: dict[Path, Path] = {}
     inner: dict[Path, Path] = {}
@@ -292,9 +293,10 @@ def check_distinct(places: Iterable[tuple[Path, Path]]) -> None:
             inner.setdefault(name, path)
 
 
-def _collision(first: Path, second: Path, at: Path) -> ValueError:
-    return ValueError(
-        f"{render(first)} and {render(second)} would both be stored at {render(at)}.\n"
-        "hint: a Linen program tells its variables apart by name; save the parts as items of their own, "
+def _collision(first: Path, second: Path, at: Path) -> RestoreError:
+    hint = (
+        "a Linen program tells its variables apart by name; save the parts as items of their own, "
         "or rename one of the two."
     )
+    what = f"{render(first)} and {render(second)} would both be stored at {render(at)}."
+    return RestoreError(what, paths=[first, second], hints=[hint])

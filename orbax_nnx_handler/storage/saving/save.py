@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, arrange, check_distinct, is_nnx
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
+from orbax_nnx_handler.storage.saving.names import check_names, check_spellings
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf, with_gates
 from orbax_nnx_handler.storage.saving.undo import Copies, Leaves, as_restored, without_rules
 
@@ -79,6 +80,7 @@ def plan_save(
 
     Raises:
         RuleError: See `without_rules` and `as_restored`.
+        RestoreError: See `check_distinct`, `check_names` and `check_spellings`.
         ValueError: See `arrange`.
     """
     arranged = arrange(item, flavour, tx)
@@ -99,6 +101,8 @@ def plan_save(
             )
         leaves, empty, copies = without_rules(leaves, empty, rules, flavour)
     check_distinct((at, leaf.like) for at, leaf in leaves.items())
+    check_names(leaves)
+    check_spellings(leaves)
     # NNX counts in uint32, Linen in int32.
     leaves = {
         at: dataclasses.replace(leaf, dtype=np.dtype(np.int32))

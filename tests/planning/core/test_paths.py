@@ -1,9 +1,18 @@
 """Paths are read key by key: what one key gives does not depend on its neighbours."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orbax_nnx_handler.planning.core.paths import canonical, natural_key, render, segments
+from orbax_nnx_handler.planning.core.folding import NumberedText, fold_paths
+from orbax_nnx_handler.planning.core.paths import (
+    canonical,
+    is_number,
+    natural_key,
+    render,
+    segments,
+    sort_paths,
+)
 
 TEXTS = st.text("ab_/()'0,1 ", max_size=5) | st.sampled_from(["('kernel',)", "(1, 'a')", "layers_3", "if_"])
 KEYS = TEXTS | st.integers(0, 3) | st.booleans() | st.tuples(TEXTS) | st.tuples() | st.tuples(TEXTS, TEXTS)
@@ -30,3 +39,12 @@ def test_kinds_of_keys():
     assert canonical(("layers_0_1", 2, True, "if_", ("scale", "kernel_3"))) == (
         *("layers", "#0", "#1", "#2", "True", "if", "scale", "kernel", "#3"),
     )
+
+
+@pytest.mark.parametrize("name", ["9" * 5000, "w_" + "9" * 5000, "#" + "9" * 5000, "w" + "1" * 5000 + "_2"])
+def test_a_name_of_thousands_of_digits_is_no_number(name) -> None:
+    assert canonical(("a", name))[1] == (name if name[-2:] != "_2" else name[:-2])
+    assert not is_number(canonical((name,))[0])
+    assert len(sort_paths([(name,), ("w", 2)])) == 2
+    assert name in fold_paths([(name,), (name + "x",)])
+    assert str(NumberedText.of(name)) == name

@@ -240,3 +240,44 @@ def test_a_module_called_like_a_collection_comes_from_params(tmp_path, name):
     copy = {name: {"embedding": numbers(2, 2), "kernel": numbers(2, 2)}}
     path = write(tmp_path, {"params": params, name: copy, "step": np.int32(3)})
     check(restore(path, model_target(params), unexpected="ignore"), params)
+
+
+_ALONE = (*COPIES, "ema", "params_ema", "old_batch_stats", "masks")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("above", [(), ("state",)], ids=["top", "below-state"])
+@pytest.mark.parametrize("copy", _ALONE)
+def test_a_copy_that_is_stored_alone_is_used_only_by_the_rule_of_the_hint(tmp_path, copy, above, form):
+    model = {"dense": Numbers().dense()}
+    path = write(tmp_path, {above[0]: {copy: model}} if above else {copy: model})
+    error = refused(path, target_of(form, model))
+    (hint,) = error.hints
+    assert hint.arguments == {"renames": [("/".join((*above, copy)), "params")]}
+    check(restore(path, target_of(form, model), **hint.arguments), model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("copy", _ALONE)
+def test_a_module_that_is_called_like_a_copy_is_itself(tmp_path, copy, form):
+    model = {copy: {"dense": Numbers().dense()}}
+    path = write(tmp_path, model)
+    check(restore(path, target_of(form, model)), model)
+
+
+@pytest.mark.parametrize("name", ["params", "model", "model_params", "net", "state"])
+def test_a_level_that_names_no_copy_is_taken_away(tmp_path, name):
+    model = {"dense": Numbers().dense()}
+    check(restore(write(tmp_path, {name: model}), target_of("module", model)), model)
+
+
+@pytest.mark.parametrize(("copy", "field"), [("ema_params", "ema"), ("target_params", "target_net")])
+def test_the_rule_for_a_field_that_is_called_after_a_copy_is_in_the_hint(tmp_path, copy, field):
+    numbers = Numbers()
+    stored = {"params": {"dense": numbers.dense()}, copy: {"dense": numbers.dense()}, "step": np.int32(3)}
+    path = write(tmp_path, stored)
+    wanted = {"model": stored["params"], field: stored[copy]}
+    error = refused(path, model_target(wanted), unexpected="ignore")
+    (hint,) = error.hints
+    assert hint.arguments == {"renames": [(copy, field)]}
+    check(restore(path, model_target(wanted), unexpected="ignore", **hint.arguments), wanted)

@@ -108,3 +108,17 @@ def test_a_single_narrow_weight_without_a_scale_is_restored(tmp_path, form):
     narrow = jnp.asarray(model["one"]["kernel"]).astype(jnp.float8_e4m3fn)
     path = write(tmp_path, {"params": {"one": model["one"] | {"kernel": narrow}}})
     check(restore(path, target_of(form, model)), model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["kernel_scale", "kernel_scale_inv", "scale"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: jnp.dtype(dtype).name)
+def test_codes_are_no_weights_where_the_target_wants_their_scale_too(tmp_path, dtype, name, form):
+    model = _model(Numbers())
+    stored, wanted = {}, {}
+    for layer, parts in model.items():
+        codes, scale = _codes(parts["kernel"], dtype, FLOATS[dtype])
+        stored[layer] = {"bias": parts["bias"], "kernel": codes, name: scale}
+        wanted[layer] = parts | {name: scale}
+    error = refused(write(tmp_path, {"params": stored}), target_of(form, wanted))
+    assert "quantis" in str(error)

@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -128,24 +128,20 @@ _Names = tuple[str, ...]
 _NO_SCALE = frozenset({"bias", "b"})
 
 
-def scales_of(leaves: Iterable[StoredLeaf], used: Collection[Path] = ()) -> Mapping[Path, tuple[Path, ...]]:
+def scales_of(leaves: Iterable[StoredLeaf]) -> Mapping[Path, tuple[Path, ...]]:
     """Returns the scales of each leaf that holds codes.
 
     Told from metadata: a leaf of small floats or of integers, and a smaller leaf of
     wider floats that belongs to it by where it lies. Quantisers keep the two side by
     side (`kernel`, `kernel_scale_inv`), in one box (`kernel/{qvalue, scale}`,
-    `kernel/{value, scale}`), or the scales in a collection of their own.
-
-    Args:
-        leaves: All stored leaves.
-        used: Those that are wanted as they are: a target that asks for a scale itself
-            knows what to do with it.
+    `kernel/{value, scale}`), or the scales in a collection of their own. That a target
+    wants a scale too does not make weights of the codes.
     """
     listed = list(leaves)
     codes = [leaf for leaf in listed if leaf.key_impl is None and leaf.shape and _is_code(leaf.dtype)]
     if not codes:
         return {}
-    others = [leaf for leaf in listed if leaf.path not in used and _is_float(leaf.dtype)]
+    others = [leaf for leaf in listed if _is_float(leaf.dtype)]
     places = _Places(listed, others)
     found = {leaf.path: tuple(_unique(places.beside(leaf))) for leaf in codes}
     return {path: scales for path, scales in found.items() if scales}

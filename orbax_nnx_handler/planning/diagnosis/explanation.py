@@ -26,6 +26,7 @@ from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
+from orbax_nnx_handler.planning.diagnosis.copies import find_copies
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.diagnosis.layers import find_layer_counts, find_scanned, find_shifted
 from orbax_nnx_handler.planning.diagnosis.names import (
@@ -67,6 +68,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_no_weights,
     find_quantised,
     find_fused,
+    find_copies,
     find_another_model,
     find_open_factoring,
     find_stuck_moments,

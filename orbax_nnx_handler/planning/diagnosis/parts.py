@@ -30,8 +30,7 @@ def quantised_weights(evidence: Evidence) -> Mapping[str, Mapping[Path, tuple[st
     name (`kernel/{qvalue, scale}`).
     """
     placements = evidence.sides.placements
-    used = {path for item in evidence.verdict.restored.values() for path in reads(item.recipe)}
-    scales = scales_of((item.leaf for item in placements.values()), used)
+    scales = scales_of(item.leaf for item in placements.values())
     found: dict[str, dict[Path, tuple[str, ...]]] = defaultdict(dict)
     for path, codes in _codes_of(evidence, scales):
         found[str(placements[codes].leaf.dtype)][path] = tuple(_name(scale) for scale in scales[codes])

@@ -119,6 +119,24 @@ FLAX_COLLECTIONS = ("params", "batch_stats", "cache", "intermediates", "perturba
 """The collections that Flax names itself, by Variable type (flax/nnx/variablelib.py `VariableTypeCache`)."""
 
 
+_GENERAL_WORDS = frozenset(
+    {"params", "param", "parameters", "weights", "variables", "state", "net", "network", "model"}
+)
+_COPIES = frozenset({"ema", "grads", "grad", "gradients", "mask", "masks", "averages", "swa", "polyak"})
+
+
+def words_of(name: str) -> set[str]:
+    """Returns the words of a name that tell it from other networks and collections: `ema` of `ema_params`."""
+    return set(name.split("_")) - _GENERAL_WORDS
+
+
+def is_copy_name(name: str) -> bool:
+    """Tells whether a level names a copy of a collection: `ema_params`, `old_batch_stats`, `grads`."""
+    words = words_of(name)
+    copied = "_batch_stats" in name or not {"params", "weights", "variables"}.isdisjoint(name.split("_"))
+    return (copied and bool(words)) or (bool(words) and words <= _COPIES)
+
+
 def tops(stored: Stored) -> set[str]:
     """Returns the first keys of a tree, as strings."""
     return {str(path[0]) for path in stored if path}

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
-from orbax_nnx_handler.planning.layouts.layout import Layout
+from orbax_nnx_handler.planning.layouts.layout import Layout, is_copy_name, words_of
 from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Found, MatchEvidence, ModelMatch, Rivals
 from orbax_nnx_handler.planning.mapping.matching import Matcher
 from orbax_nnx_handler.planning.mapping.modules import is_wrapper_value
@@ -118,7 +118,7 @@ def _roots(
     return find_roots(weights, stored or [entry.tokens for entry in entries], _fields(entries, levels))
 
 
-def _fields(entries: Iterable[Entry], levels: Collection[Tokens]) -> set[Tokens]:
+def _fields(entries: Sequence[Entry], levels: Collection[Tokens]) -> set[Tokens]:
     """Returns the fields beside an optimizer or a step that no name says to be the model's.
 
     Where a layout keeps no collections apart, `ema_params` beside `step` is one all the same.
@@ -130,11 +130,10 @@ def _fields(entries: Iterable[Entry], levels: Collection[Tokens]) -> set[Tokens]
         for level in levels
         if len(entry.tokens) > len(level) + 1 and entry.tokens[: len(level)] == level
     }
-    return {
-        field
-        for field in found
-        if field[-1] not in PLAIN_LEVELS and set(field[-1].split("_")) - _GENERAL_WORDS
-    }
+    fields = {field for field in found if field[-1] not in PLAIN_LEVELS and words_of(field[-1])}
+    # Also without an optimizer or a step beside it, a tree below `ema_params` alone is such a field.
+    first = next((entry.tokens for entry in entries if entry.collection is None), ())
+    return fields | {first[:at] for at in range(1, len(first)) if is_copy_name(first[at - 1])}
 
 
 def by_whole_path(
@@ -220,14 +219,9 @@ def _contradict(root: Tokens, owner: Tokens) -> bool:
     return bool(left) and bool(right) and left[: len(right)] != right
 
 
-_GENERAL_WORDS = frozenset(
-    {"params", "param", "parameters", "weights", "variables", "state", "net", "network", "model"}
-)
-
-
 def _asked_for(root: Tokens, collections: Collections) -> frozenset[str]:
     """Returns the copies whose name holds a word of the target's level: `ema_params` for `ema`."""
-    words = {word for token in root for word in token.split("_")} - _GENERAL_WORDS
+    words = {word for token in root for word in words_of(token)}
     return frozenset(name for name in collections.copies if name is not None and words & set(name.split("_")))
 
 

@@ -353,7 +353,7 @@ class _Leaves:
 
     @cached_property
     def _codes(self) -> Mapping[Path, tuple[Path, ...]]:
-        return scales_of(self.stored.values(), self.mapping.used())
+        return scales_of(self.stored.values())
 
     def _compare_key(self, item: Wanted, found: Found, shape: Shape) -> Restored | Mismatched:
         source = self.stored[next(iter(reads(found.recipe)))]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, ScannedBlocks
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, ScannedBlocks, is_copy_name
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.axes import StackedAxes
 from orbax_nnx_handler.planning.verdict.moments import Moments, stored_as_weight, wanted_as_weight
@@ -300,6 +300,9 @@ class _Kernel:
                 if below and not all(name[: len(below)] == below for name in names):
                     why = f"{render(below)} is not above the whole model"
                     yield Broken(law=7, wanted=wanted, stored=stored, why=why)
+                if collection is None and any(map(is_copy_name, below)):
+                    why = f"{render(below)} is the name of a copy"
+                    yield Broken(law=2, wanted=wanted, stored=stored, why=why)
             if len({above for above, below in found if not below}) > 1:
                 (first, *_), (wanted, stored) = next(iter(found)), list(found.values())[-1]
                 why = f"other leaves lie below {render(first)}"

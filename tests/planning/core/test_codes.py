@@ -14,8 +14,8 @@ def leaf(path: str, shape: tuple[int, ...], dtype: Any = "float32") -> StoredLea
     return StoredLeaf(path=tuple(path.split("/")), shape=shape, dtype=np.dtype(jnp.dtype(dtype)))
 
 
-def found(*leaves: StoredLeaf, used: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    scales = scales_of(leaves, [tuple(path.split("/")) for path in used])
+def found(*leaves: StoredLeaf) -> dict[str, list[str]]:
+    scales = scales_of(leaves)
     return {"/".join(code): ["/".join(path) for path in paths] for code, paths in scales.items()}
 
 
@@ -68,12 +68,6 @@ def test_a_smaller_leaf_of_wider_floats_beside_a_code_is_its_scale(
 )
 def test_other_leaves_are_none(code: StoredLeaf, other: StoredLeaf) -> None:
     assert found(code, other) == {}
-
-
-def test_a_norm_beside_small_floats_that_the_target_wants_is_no_scale() -> None:
-    leaves = leaf("params/up/kernel", (4, 6), "float8_e4m3fn"), leaf("params/up/scale", (6,))
-
-    assert found(*leaves, used=("params/up/scale",)) == {}
 
 
 def test_the_scales_of_a_microscaling_format_are_exponents_of_8_bits() -> None:

@@ -1,0 +1,108 @@
+"""Copies of the weights (averages, gradients, target networks): stored alone, or wanted under another name.
+
+A copy is used only where the target or a rule names it; so the rule is what the hints give.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
+
+
+def find_copies(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that the missing weights lie in a copy."""
+    if not evidence.missing_weights or not evidence.free_weights:
+        return
+    yield from _only_a_copy(evidence)
+    yield from _named_otherwise(evidence)
+
+
+def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that nothing but a copy is stored, in a tree that keeps no collections apart."""
+    free = evidence.free_weights
+    if any(item.collection is not None for item in free.values()) or len(free) < len(evidence.stored_weights):
+        return
+    first = segments(next(iter(free.values())).path)
+    for depth in (at for at, name in enumerate(first[:-1], start=1) if is_copy_name(name)):
+        level = first[:depth]
+        stored = {
+            _end(segments(item.path)[depth:]): path
+            for path, item in free.items()
+            if _is_below(item.path, level)
+        }
+        met = [path for path in evidence.missing_weights if _below_model(evidence, path) in stored]
+        if len(stored) == len(free) and met:
+            yield Cause(
+                kind="OnlyACopy",
+                text=f"all that is stored lies below {level[-1]!r}, the name of a copy; "
+                "a copy is used only where the target or a rule names it.",
+                paths=(*evidence.with_moments(met), *free),
+                way=_if_meant("/".join(level), "params"),
+                facts={"stored": "/".join(level), "count": len(stored)},
+            )
+            return
+
+
+def _named_otherwise(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the fields of the target that are called after a stored copy and hold its weights."""
+    fields: dict[str, dict[Tokens, Path]] = defaultdict(dict)
+    for path in evidence.missing_weights:
+        if len(path) > 1 and isinstance(path[0], str):
+            fields[path[0]][canonical(path[1:])] = path
+    pairs = list(_pairs(evidence, fields))
+    for field, copy, sources in pairs:
+        others = {path[0] for path in evidence.missing_weights} - {one for one, *_ in pairs}
+        # What `params` holds meets by itself once the copies are out of the way.
+        met = (
+            [path for other in others for path in fields.get(str(other), {}).values()]
+            if len(others) == 1
+            else []
+        )
+        lost = list(fields[field].values())
+        yield Cause(
+            kind="CopyRenamed",
+            text=f"the stored collection {copy!r} holds the weights of the wanted {field!r}; "
+            "a copy is used only where the target or a rule names it.",
+            paths=(*evidence.with_moments([*lost, *met]), *sources),
+            way=_if_meant(copy, field),
+            facts={"stored": copy, "wanted": field, "count": len(lost)},
+        )
+
+
+def _pairs(
+    evidence: Evidence, fields: Mapping[str, Mapping[Tokens, Path]]
+) -> Iterable[tuple[str, str, Sequence[Path]]]:
+    copies: dict[str, dict[Tokens, Path]] = defaultdict(dict)
+    for path, item in evidence.free_weights.items():
+        if item.collection is not None and item.collection not in FLAX_COLLECTIONS and not item.owner:
+            copies[item.collection][_end(item.path)] = path
+    for field, wanted in fields.items():
+        alike = [
+            copy
+            for copy in copies
+            if words_of(copy) & words_of(field) and wanted.keys() <= copies[copy].keys()
+        ]
+        if len(alike) == 1:
+            yield field, alike[0], [copies[alike[0]][tokens] for tokens in wanted]
+
+
+def _below_model(evidence: Evidence, path: Path) -> Tokens:
+    tokens = evidence.below[path]
+    return tokens[1:] if tokens[:1] == ("model",) else tokens
+
+
+def _is_below(path: Path, level: Sequence[str]) -> bool:
+    return segments(path)[: len(level)] == tuple(level)
+
+
+def _end(path: Path) -> Tokens:
+    tokens = canonical(path)
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == "value" else tokens
+
+
+def _if_meant(stored: str, wanted: str) -> Hint:
+    rule = (stored, wanted)
+    return Hint(f"if that is what you want, pass renames={[rule]!r}.", {"renames": [rule]})

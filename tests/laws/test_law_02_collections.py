@@ -281,3 +281,45 @@ def test_the_rule_for_a_field_that_is_called_after_a_copy_is_in_the_hint(tmp_pat
     (hint,) = error.hints
     assert hint.arguments == {"renames": [(copy, field)]}
     check(restore(path, model_target(wanted), unexpected="ignore", **hint.arguments), wanted)
+
+
+class _Own(nnx.Variable):
+    pass
+
+
+class _Quantiser(nnx.Module):
+    def __init__(self, kind):
+        self.codebook = nnx.Param(jnp.zeros((4, 3)))
+        self.sizes = kind(jnp.zeros(4))
+
+
+@pytest.mark.parametrize("beside", [(), ("step",)], ids=["variables", "train-state"])
+@pytest.mark.parametrize("is_abstract", [False, True])
+@pytest.mark.parametrize("kind", [nnx.Variable, _Own])
+def test_a_type_without_a_collection_is_not_defaulted_where_its_path_is_stored(
+    tmp_path, kind, is_abstract, beside
+):
+    numbers = Numbers()
+    values = {"codebook": numbers(4, 3), "sizes": numbers(4)}
+    path = write(tmp_path, {"params": {"vq": values}} | dict.fromkeys(beside, np.int32(1)))
+
+    def make():
+        return nnx.Dict(vq=_Quantiser(kind))
+
+    target = nnx.eval_shape(make) if is_abstract else make()
+    error = refused(path, target)
+    (hint,) = [hint for hint in error.hints if "renames" in hint.arguments]
+    assert hint.arguments == {"renames": [("params/vq/sizes", "vq/sizes")]}
+    result = restore(path, target, **hint.arguments)
+    np.testing.assert_array_equal(result["vq"].sizes[...], values["sizes"])
+
+
+def test_the_hint_for_a_type_of_ones_own_names_its_collection(tmp_path):
+    numbers = Numbers()
+    stored = {"params": {"a": numbers(3)}, "mine": {"a": numbers(3)}}
+    path = write(tmp_path, stored)
+    target = nnx.eval_shape(lambda: nnx.Dict(a=_Own(jnp.zeros(3))))
+    (hint,) = refused(path, target).hints
+    assert hint.arguments == {"renames": [("mine/a", "a")]}
+    result = restore(path, target, unexpected="ignore", **hint.arguments)
+    np.testing.assert_array_equal(result["a"][...], stored["mine"]["a"])

@@ -58,6 +58,7 @@ Kind = Literal[
     "OnlyACopy",
     "OpenFactoring",
     "OptimizerNested",
+    "OtherCollection",
     "OtherGroup",
     "OtherNames",
     "OtherOptimizer",

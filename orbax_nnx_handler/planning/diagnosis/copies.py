@@ -6,10 +6,14 @@ A copy is used only where the target or a rule names it; so the rule is what the
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from flax import nnx
+
 from orbax_nnx_handler.planning.core.errors import Cause, Hint
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
+from orbax_nnx_handler.planning.core.lines import counted, listed
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
+from orbax_nnx_handler.planning.mapping.roots import is_named
 
 
 def find_copies(evidence: Evidence) -> Iterable[Cause]:
@@ -18,6 +22,45 @@ def find_copies(evidence: Evidence) -> Iterable[Cause]:
         return
     yield from _only_a_copy(evidence)
     yield from _named_otherwise(evidence)
+    yield from _in_another_collection(evidence)
+
+
+def _in_another_collection(evidence: Evidence) -> Iterable[Cause]:
+    """Yields missing weights of a type without a known collection whose path lies in some collection."""
+    stored: dict[Tokens, list[Path]] = defaultdict(list)
+    for path, item in evidence.free_weights.items():
+        if item.collection is not None and not is_copy_name(item.collection):
+            stored[evidence.stored_below(item)].append(path)
+    met: dict[Path, Path] = {}
+    for path in evidence.missing_weights:
+        found = stored.get(evidence.below[path], [])
+        # A custom type is rather kept in a custom collection.
+        own = [one for one in found if evidence.free_weights[one].collection not in FLAX_COLLECTIONS]
+        found = own or found
+        if len(found) == 1 and not _has_collection(evidence, path):
+            met[path] = found[0]
+    if met:
+        rules = [(render(source), render(path)) for path, source in met.items()]
+        shown = repr(rules) if len(rules) <= _MOST else f"{repr(rules[:_MOST])[:-1]}, ...]"
+        where = listed(sorted({repr(evidence.free_weights[source].collection) for source in met.values()}))
+        kinds = listed(sorted({getattr(evidence.missing[path].wanted.kind, "__name__", "") for path in met}))
+        yield Cause(
+            kind="OtherCollection",
+            text=f"{counted(len(met), 'wanted leaf', 'wanted leaves')} of type {kinds} "
+            f"{'has its path' if len(met) == 1 else 'have their paths'} in {where}; "
+            "no name says that the type is kept there.",
+            paths=(*evidence.with_moments(list(met)), *met.values()),
+            way=Hint(f"if they are the same, pass renames={shown}.", {"renames": rules}),
+            facts={"count": len(met)},
+        )
+
+
+_MOST = 6
+
+
+def _has_collection(evidence: Evidence, path: Path) -> bool:
+    kind = evidence.missing[path].wanted.kind
+    return kind is None or (kind is not nnx.Variable and is_named(kind))
 
 
 def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:

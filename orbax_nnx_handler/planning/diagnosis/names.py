@@ -60,7 +60,7 @@ def _changes(
     found: set[Change] = set()
     for at, new in enumerate(tokens):
         old = places.get((_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)), set[str]())
-        found |= {(name, new) for name in old if not is_number(new)}
+        found |= {(name, new) for name in old if not is_number(new) and name != new}
     return found
 
 

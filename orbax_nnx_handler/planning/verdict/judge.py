@@ -1,7 +1,7 @@
 """Compares a mapping with the target: the pure function behind every verdict."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -19,12 +19,13 @@ from orbax_nnx_handler.planning.core.dtypes import (
 )
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, Stored
 from orbax_nnx_handler.planning.mapping.choice import best_mapping, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
+from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, RestoreOptions, resolve
 from orbax_nnx_handler.planning.rules import Drop, ScanAxis, cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
@@ -252,9 +253,24 @@ class _Leaves:
         if item.role in ("random", "transient"):
             return self._default(item)
         source = self._initial(item)
-        if item.is_bare and source is not None:
+        if item.is_bare and source is not None and not self._is_stored(item):
             return Defaulted(wanted=item.leaf, source=source, reason=_CONSTANT)
         return self._missing(item, None)
+
+    def _is_stored(self, item: Wanted) -> bool:
+        """Tells whether a leaf of that path lies unused in some collection: it may be the value."""
+        return strip(item.tokens, self.mapping.roots.wanted) in self._unused
+
+    @cached_property
+    def _unused(self) -> Set[Tokens]:
+        used, root = self.mapping.used() | self.mapping.discarded.keys(), self.mapping.roots.stored
+        return {
+            strip(below, root)
+            for leaf in self.mapping.placements
+            if leaf.section == "model" and leaf.leaf.path not in used
+            for below in (canonical(leaf.path), canonical(leaf.path[:-1]))
+            if below == canonical(leaf.path) or str(leaf.path[-1]) == "value"
+        }
 
     def _missing(self, item: Wanted, found: Found | None) -> Missing:
         policy = self.policies[item.leaf.path]

@@ -221,3 +221,22 @@ def test_one_of_the_numbered_modules_of_a_scanned_layer_may_be_restored_alone(tm
     stored = {"blocks": {"dense_0": Numbers().dense(), "dense_1": Numbers(100).dense()}}
     wanted = {"blocks": {"dense_0": stored["blocks"]["dense_0"]}}
     check(restore(write(tmp_path, {"params": stored}), target_of(form, wanted)), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(2, 3), (3, 3)])
+def test_a_layer_beside_a_stack_that_ends_before_it_is_itself(tmp_path, shape, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(*shape), "bias": numbers(5)} for _ in range(5)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers[:4]), "layers_4": layers[4]}})
+    wanted = {f"layers_{at}": layer for at, layer in enumerate(layers)}
+    check(restore(path, target_of(form, wanted)), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_that_a_stack_holds_too_is_a_question(tmp_path, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(2, 3), "bias": numbers(5)} for _ in range(4)]
+    other = {"kernel": numbers(2, 3), "bias": numbers(5)}
+    path = write(tmp_path, {"params": {"layers": stacked(layers), "layers_3": other}})
+    refused(path, target_of(form, {f"layers_{at}": layer for at, layer in enumerate(layers)}))

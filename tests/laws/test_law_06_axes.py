@@ -216,3 +216,32 @@ def test_the_axis_of_a_layout_is_a_question_where_another_group_denies_it(tmp_pa
     assert "axis 0 or 1" in str(error)
     said = [ScanAxis("decoder/moe_layers", 0)]
     check(restore(path, target_of(form, wanted), renames=said), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_of_another_width_decides_for_a_kernel_of_equal_axes(tmp_path, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(4, 4), "bias": numbers(5)} for _ in range(4)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, 0)}})
+    check(restore(path, target_of(form, _single(layers))), _single(layers))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_bias_that_is_stacked_on_its_last_axis_does_not_decide(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(4, 4), "bias": numbers(5)} for _ in range(4)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, axis)}})
+    error = refused(path, target_of(form, _single(layers)))
+    assert "fit each" not in str(error)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_hint_names_each_axis_that_may_be_meant_and_no_other(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(3, 3), "bias": numbers(3)} for _ in range(3)]
+    path = write(tmp_path, {"params": {"layers": stacked(layers, axis)}})
+    hints = refused(path, target_of(form, _single(layers))).hints
+    assert [hint.arguments["renames"] for hint in hints] == [[ScanAxis("layers", at)] for at in (0, 1)]
+    check(restore(path, target_of(form, _single(layers)), **hints[axis].arguments), _single(layers))

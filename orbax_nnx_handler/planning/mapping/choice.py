@@ -138,16 +138,22 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
             paths=group.paths,
         )
     axes = " or ".join(map(str, group.axes))
+    leaves = _leaves(len(group.tokens), "wanted ")
+    told = f"axis {axes}: the shapes of its {leaves} fit each of them"
+    if len(group.axes) == 1:
+        told = f"axis {axes}, or otherwise (on the last one, say): the shapes of its {leaves} do not tell"
     return AmbiguousMappingError(
-        f"the layers of {name!r} can be stacked on axis {axes}: the shapes of its "
-        f"{_leaves(len(group.tokens), 'wanted ')} fit each of them.",
+        f"the layers of {name!r} can be stacked on {told}.",
         paths=group.paths,
-        hints=[
-            Hint(
-                f"renames=[ScanAxis({name!r}, {group.axes[0]})] says which axis.",
-                {"renames": [ScanAxis(name, group.axes[0])]},
-            )
-        ],
+        hints=[_axis_hint(name, axis) for axis in group.axes],
+    )
+
+
+def _axis_hint(name: str, axis: int) -> Hint:
+    rule = ScanAxis(name, axis)
+    return Hint(
+        f"renames=[ScanAxis({name!r}, {axis})] if the program stacked them on axis {axis}; you have to know.",
+        {"renames": [rule]},
     )
 
 

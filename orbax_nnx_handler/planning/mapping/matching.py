@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.mapping.layers import (
     FLAT,
     Group,
     Key,
+    LayerPath,
     LayerPiece,
     Side,
     layer_paths,
@@ -69,10 +70,10 @@ def stored_twice(
         for place in layer_paths(below[item.leaf.path]):
             form = _OTHER.get(place.form)
             rivals = others.get((form, (place.group, place.rest)), ()) if form else ()
-            claims = [other for other in rivals if _is_same_layer(item, place.form, entry, other)]
+            claims = [other for number, other in rivals if _is_same_layer(item, place, entry, other, number)]
             if place.form == "flat" and place.group not in lacking:
                 scanned = others.get(("known scan", (place.group, place.rest)), ())
-                claims += [other for other in scanned if other.collection == entry.collection]
+                claims += [other for _, other in scanned if other.collection == entry.collection]
             if claims:
                 yield Rivals(wanted=item, entries=(entry, *claims))
                 break
@@ -80,29 +81,35 @@ def stored_twice(
 
 def _by_place(
     free: Iterable[tuple[Tokens, Entry]], scans: Sequence[ScannedBlocks]
-) -> Mapping[tuple[str, Key], list[Entry]]:
-    """Returns the entries by arrangement, group of layers and path below a layer."""
-    found: dict[tuple[str, Key], list[Entry]] = defaultdict(list)
+) -> Mapping[tuple[str, Key], list[tuple[int, Entry]]]:
+    """Returns the entries with their layers, by arrangement, group of layers and path below a layer."""
+    found: dict[tuple[str, Key], list[tuple[int, Entry]]] = defaultdict(list)
     for tokens, entry in free:
         for place in layer_paths(tokens):
             if place.form in _OTHER:
-                found[place.form, (place.group, place.rest)].append(entry)
+                found[place.form, (place.group, place.rest)].append((place.position, entry))
         for place in scan_paths(tokens, scans):
-            found["known scan", (place.group, place.rest)].append(entry)
+            found["known scan", (place.group, place.rest)].append((place.position, entry))
     return found
 
 
 _OTHER: Mapping[str, str] = {"flat": "stacked", "stacked": "flat"}
 
 
-def _is_same_layer(item: Wanted, form: str, entry: Entry, other: Entry) -> bool:
-    layer, stack = (item.leaf.shape, other.shape) if form == "flat" else (other.shape, item.leaf.shape)
-    return other.collection == entry.collection and _is_layer_of(layer, stack)
+def _is_same_layer(item: Wanted, place: LayerPath, entry: Entry, other: Entry, number: int) -> bool:
+    """Tells whether the one of two leaves that is a stack may hold the layer that is the other."""
+    if other.collection != entry.collection:
+        return False
+    if place.form == "flat":
+        return _may_hold(other.shape, item.leaf.shape, place.position)
+    return _may_hold(item.leaf.shape, other.shape, number)
 
 
-def _is_layer_of(layer: Shape, stack: Shape) -> bool:
-    """Tells whether a stack may hold layers of a shape."""
-    return any((*stack[:axis], *stack[axis + 1 :]) == layer for axis in range(len(stack)))
+def _may_hold(stack: Shape, layer: Shape, number: int) -> bool:
+    """Tells whether a stack may hold a layer of a shape and a number; one of four layers has no layer 4."""
+    return any(
+        (*stack[:axis], *stack[axis + 1 :]) == layer and number < stack[axis] for axis in range(len(stack))
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -242,6 +242,8 @@ class _Join:
                 for at in (0, 1)
             )
             for pair in sorted(itertools.product(left, right), key=str):
+                if from_back and not set(pair) <= {None, -1}:
+                    continue  # Programs count from the back for the last axis alone.
                 # A leaf that is not stacked on one side has no say about the axis there.
                 choice = {
                     key: axes[name] for key, axes in named.items() for name in axes if is_part_of(name, pair)
@@ -421,15 +423,22 @@ class _Join:
 
     def unclear(self, joins: Iterable["_Join"]) -> UnclearAxis:
         """Returns the question which of the axes that several readings allow is the stacked one."""
-        options = [some for join in joins for some in join._options.values()]
+        each = [list(join._options.values()) for join in joins]
+        options = list(itertools.chain(*each))
         named = {axis for some in options for axes in some for axis in axes if axis is not None}
+        # What one leaf alone allows is no axis of the group.
+        shared = {axis for axis in named if any(_all_allow(axis, some) for some in each)}
         return UnclearAxis(
             group=self.keys[0][0],
-            axes=tuple(sorted(named)),
+            axes=tuple(sorted(shared or named)),
             tokens=tuple(piece.tokens for key in self.keys for piece in self.wanted.by_key[key]),
             sources=tuple(piece.tokens for key in self.keys for piece in self.stored.by_key[key]),
             moved=any(map(is_move, itertools.chain(*options))),
         )
+
+
+def _all_allow(axis: int, options: Iterable[Iterable[Axes]]) -> bool:
+    return all(any(axis in axes for axes in some) for some in options)
 
 
 def _each_once(entries: Iterable[Entry]) -> tuple[Entry, ...]:

@@ -168,6 +168,8 @@ def _alike(leaves: Sequence[Stacked], forms: Iterable[str]) -> set[tuple[Axes, .
     for from_back in (False, True) if "known blocks" not in forms else (False,):
         named = [{_named(axes, leaf.ranks, from_back): axes for axes in leaf.options} for leaf in leaves]
         common = set[Axes].intersection(*(set(names) for names in named))
+        if from_back:  # Programs count from the back for the last axis alone.
+            common = {axes for axes in common if set(axes) <= {None, -1}}
         found |= {tuple(names[name] for names in named) for name in common}
     return found
 

@@ -161,10 +161,11 @@ def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:
         return ()
     left = _seats(link.target.names, context.above[0])
     right = _seats(link.source.names, context.above[1])
+    alone = len(left) == len(right)
     found: list[tuple[int, int]] = []
     for seat, level in right:
         for at, (other, against) in enumerate(left):
-            are_last = level is right[-1][1] and against is left[-1][1]
+            are_last = alone and level is right[-1][1] and against is left[-1][1]
             if level.number == against.number and (level.base == against.base or are_last):
                 found.append((seat, other))
                 left = left[at + 1 :]

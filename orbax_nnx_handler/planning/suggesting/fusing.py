@@ -1,6 +1,7 @@
 """Parts that one side keeps in one array and the other apart: query, key and value; gate and up."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart
@@ -21,9 +22,17 @@ def joined_parts(wanted: Sequence[Role], stored: Sequence[Role]) -> tuple[list[L
             if parts is not None and found:
                 links += found
                 wholes.remove(whole)
+                used = {id(leaf) for link in found for leaf in (link.wanted if split else link.stored)}
                 for part in parts:
                     singles.remove(part)
+                    singles += _rest(part, used)
     return links, left, right
+
+
+def _rest(role: Role, used: Collection[int]) -> list[Role]:
+    """Returns what a part holds beside what is fused: a bias of queries where keys have none."""
+    left = {kind: leaf for kind, leaf in role.part.leaves.items() if id(leaf) not in used}
+    return [dataclasses.replace(role, part=ModulePart(role.part.names, left))] if left else []
 
 
 def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
@@ -31,7 +40,7 @@ def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
     modules: dict[Any, list[Role]] = {}
     for role in singles:
         if not role.fused:
-            modules.setdefault(_module(role.part), []).append(role)
+            modules.setdefault(role.part.module, []).append(role)
     found: list[tuple[float, list[Role]]] = []
     for members in modules.values():
         chosen = [
@@ -48,10 +57,6 @@ def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
     return found[0][1]
 
 
-def _module(part: ModulePart) -> tuple[str, ...]:
-    return part.names[: len(part.names) - (part.levels[-1].width if part.levels else 0)]
-
-
 def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:
     """Returns the links of a fused part, leaf by leaf; nothing where shapes do not come out."""
     found: list[Link] = []
@@ -59,7 +64,7 @@ def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:
         singles = [part.part.leaves[kind] for part in parts if kind in part.part.leaves]
         if not singles and kind != "main":
             continue
-        joint = _joint(leaf, singles, split) if len(singles) == len(parts) else None
+        joint = _joint(leaf, singles, split, whole.fact == "Gemma") if len(singles) == len(parts) else None
         if joint is None:
             return []
         found.append(
@@ -75,7 +80,9 @@ def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:
     return found
 
 
-def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool) -> Joint | None:
+def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> Joint | None:
     options = list(joints([part.shape for part in parts], whole.shape, split=split))
     kept = [joint for joint in options if joint.is_new] or options
+    if is_first:
+        kept = [joint for joint in kept if joint.axis == 0]
     return kept[0] if len(kept) == 1 else None

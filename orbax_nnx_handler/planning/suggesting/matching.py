@@ -11,7 +11,7 @@ import numpy as np
 from scipy import optimize
 
 from orbax_nnx_handler.planning.suggesting.fusing import joined_parts
-from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Tie
+from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Names, Tie
 from orbax_nnx_handler.planning.suggesting.roles import PLACING, Role, compare_numbers, roles_of, same_place
 from orbax_nnx_handler.planning.suggesting.shapes import Way, is_vector, ways
 from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
@@ -68,7 +68,7 @@ def match_parts(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fit:
+class Fit:
     """How well a stored part fits a wanted one."""
 
     score: float
@@ -81,15 +81,15 @@ class _Pairs:
 
     def __init__(self, wanted: Sequence[Role], stored: Sequence[Role]) -> None:
         self._wanted, self._stored = wanted, stored
-        self._fits: dict[tuple[int, int], _Fit] = {}
+        self._fits: dict[tuple[int, int], Fit] = {}
         self._excluded: set[tuple[int, int]] = set()
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
             sizes[_main_size(other)].append(to)
         for at, one in enumerate(wanted):
             for to in sizes.get(_main_size(one), ()):
-                fit = _fit(one, stored[to])
-                if fit is not None and _may_be(one, stored[to]):
+                fit = fit_of(one, stored[to])
+                if fit is not None and may_be(one, stored[to]):
                     self._fits[at, to] = fit
                 elif fit is not None:
                     self._excluded.add((at, to))
@@ -98,18 +98,59 @@ class _Pairs:
         """Returns the pairs that stand, and the choices that are left."""
         found: list[tuple[int, int, Grounds]] = []
         ties: list[Tie] = []
-        for group in _components(self._fits):
-            if len(group) <= _MOST_PAIRS:
-                self._settle(group, created, found, ties)
+        waiting = [group for group in _components(self._fits) if len(group) <= _MOST_PAIRS]
+        undecided: list[tuple[list[tuple[int, int]], set[tuple[int, int]]]] = []
+        for group in waiting:
+            undecided += [(tie, group) for tie in self._settle(group, found)]
+        while undecided:
+            left: list[tuple[list[tuple[int, int]], set[tuple[int, int]]]] = []
+            modules = self._modules(found)
+            for tie, group in undecided:
+                kept = self._among_siblings(tie, group, modules)
+                if kept is None:
+                    left.append((tie, group))
+                else:
+                    left += [(each, kept) for each in self._settle(kept, found)]
+            if len(left) == len(undecided):
+                break
+            undecided = left
+        for tie, group in undecided:
+            self._settle_tie(tie, group, created, found, ties)
         return found, ties
 
+    def _modules(self, found: Iterable[tuple[int, int, Grounds]]) -> Mapping[Names, Names]:
+        """Returns which wanted module is which stored one, where all that is known of both says so."""
+        forth: dict[Names, set[Names]] = defaultdict(set)
+        back: dict[Names, set[Names]] = defaultdict(set)
+        for at, to, _ in found:
+            one, other = self._wanted[at].part.module, self._stored[to].part.module
+            forth[one].add(other)
+            back[other].add(one)
+        return {
+            one: next(iter(others))
+            for one, others in forth.items()
+            if one and len(others) == 1 and next(iter(others)) and back[next(iter(others))] == {one}
+        }
+
+    def _among_siblings(
+        self, tie: Sequence[tuple[int, int]], group: set[tuple[int, int]], modules: Mapping[Names, Names]
+    ) -> set[tuple[int, int]] | None:
+        """Returns the pairs of a tie within modules that are known; None where that changes nothing."""
+        ours, theirs = {at for at, _ in tie}, {to for _, to in tie}
+        sources = {other: one for one, other in modules.items()}
+        among = {(at, to) for at, to in group if at in ours and to in theirs}
+        kept: set[tuple[int, int]] = set()
+        for at, to in among:
+            one, other = self._wanted[at].part.module, self._stored[to].part.module
+            if modules.get(one, other) == other and sources.get(other, one) == one:
+                kept.add((at, to))
+        is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
+        return kept if is_whole and kept != among else None
+
     def _settle(
-        self,
-        group: set[tuple[int, int]],
-        created: Created,
-        found: list[tuple[int, int, Grounds]],
-        ties: list[Tie],
-    ) -> None:
+        self, group: set[tuple[int, int]], found: list[tuple[int, int, Grounds]]
+    ) -> list[list[tuple[int, int]]]:
+        """Adds the pairs of a group that stand; returns those that do not, by what depends on each other."""
         table = _Table({pair: self._fits[pair].score for pair in group})
         best, value = table.best()
         doubtful: set[frozenset[tuple[int, int]]] = set()
@@ -120,8 +161,7 @@ class _Pairs:
                     found.append((*pair, "names" if self._has_rival(pair) else "shapes"))
             else:
                 doubtful.add(frozenset(best - second))
-        for tie in _merged(doubtful):
-            self._settle_tie(sorted(tie), group, created, found, ties)
+        return [sorted(tie) for tie in _merged(doubtful)]
 
     def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)
@@ -208,7 +248,7 @@ class _Pairs:
         ]
 
 
-def _fit(one: Role, other: Role) -> _Fit | None:
+def fit_of(one: Role, other: Role) -> Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
     numbers = compare_numbers(one, other)
     shared = one.part.leaves.keys() & other.part.leaves.keys()
@@ -231,7 +271,7 @@ def _fit(one: Role, other: Role) -> _Fit | None:
         score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
     score += _NUMBER * numbers.equal
     # A pair that shapes allow is better than none.
-    return _Fit(score + 20.0, tuple(pairs), not lacking)
+    return Fit(score + 20.0, tuple(pairs), not lacking)
 
 
 def _main_size(role: Role) -> int:
@@ -239,7 +279,7 @@ def _main_size(role: Role) -> int:
     return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
 
 
-def _may_be(one: Role, other: Role) -> bool:
+def may_be(one: Role, other: Role) -> bool:
     """Tells whether no name speaks against a pair."""
     left, right = one.said, other.said
     if one.place is not None and other.place is not None:
@@ -339,6 +379,9 @@ def _merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tupl
 def _order(roles: Sequence[Role]) -> list[int] | None:
     """Returns the parts in the order of computation, where their names tell it without contradiction."""
     places = [role.position for role in roles]
+    if all({"attn"} <= role.said and role.said & {"self", "cross"} for role in roles):
+        # Every decoder looks at itself before it looks across.
+        places = [float("cross" in role.said) for role in roles]
     by_words = _strict(_placed(places) if all(role.part.is_norm for role in roles) else places)
     by_numbers = _strict(_number_keys(roles))
     if by_words is not None and by_numbers is not None and by_words != by_numbers:

@@ -133,6 +133,11 @@ class ModulePart:
         return all(is_vector(leaf.shape) for leaf in self.leaves.values())
 
     @property
+    def module(self) -> Names:
+        """The path of the module around it."""
+        return self.names[: len(self.names) - (self.levels[-1].width if self.levels else 0)]
+
+    @property
     def size(self) -> int:
         """How many elements it holds."""
         return sum(math.prod(leaf.shape) for leaf in self.leaves.values())

@@ -74,6 +74,8 @@ def roles_of(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[Rol
 
 _FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "gating_einsum": (("gate", "up"), "Gemma"),
+    "kv_einsum": (("k", "v"), "Gemma"),
+    "qkv_einsum": (("q", "k", "v"), "Gemma"),
     "in_proj": (("q", "k", "v"), "PyTorch's attention"),
     "c_attn": (("q", "k", "v"), "GPT-2"),
 }
@@ -169,13 +171,17 @@ class _Context:
                 said.add("o")
             return ""
         if "mlp" in said or (self._has_attention and not part.is_vector):
-            self._resolve_mlp(said, own, family, last)
+            # `net/0/proj`: the number above tells the place, not the name.
+            is_counted = len(part.levels) > 1 and part.levels[-2].number is not None
+            self._resolve_mlp(said, own, family, last, is_counted)
         return ""
 
     def _holds_fused(self, part: ModulePart) -> bool:
         return any(self._held[names] >= _QKV for names in _containers(part)[:1])
 
-    def _resolve_mlp(self, said: set[str], own: set[str], family: tuple[int, ...], last: Level) -> None:
+    def _resolve_mlp(
+        self, said: set[str], own: set[str], family: tuple[int, ...], last: Level, is_counted: bool
+    ) -> None:
         if own & _MLP:
             return
         for word, role in (("in", "up"), ("out", "down")):
@@ -186,7 +192,7 @@ class _Context:
         is_plain = not set(meanings(last.base)) - {"mlp"} and "conv" not in said
         if is_plain and last.number is not None and len(family) == 2:
             said.add("up" if last.number == family[0] else "down")
-        elif "mlp" in said and not own and "proj" in last.base:
+        elif "mlp" in said and not own and "proj" in last.base and not is_counted:
             said.add("down")
 
     def _position(self, part: ModulePart, said: set[str]) -> float | None:

@@ -13,10 +13,14 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.mapping.modules import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.blocks import Context, Findings, match_context
+from orbax_nnx_handler.planning.suggesting.leftovers import match_leftovers
 from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, Names, levels, parts_of
 from orbax_nnx_handler.planning.suggesting.roles import roles_of
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
+from orbax_nnx_handler.planning.suggesting.words import concepts
 from orbax_nnx_handler.planning.target.roles import Wanted
+
+_QKV = frozenset("qkv")
 
 
 def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
@@ -90,10 +94,13 @@ def _is_matrix(leaf: Leaf) -> bool:
 def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
     """Yields what a matrix shares its arrangement with: its module, its block, its model."""
     bases = _bases(leaf.names)
-    rank = len(leaf.shape)
+    # A part of a stack of parts has an axis less.
+    rank = len(leaf.shape) - (link.is_split and link.joint is not None and link.joint.is_new)
     seat = link.levels[-1][0] + 1 if link.levels else 0
     if link.layers is not None:
         seat = max(seat, len(link.layers.stored))
+    if not _QKV.isdisjoint(concepts(bases[-2:-1])):
+        yield "qkv", bases[:-2], leaf.names[-1], rank  # What leads out of an attention is no evidence.
     yield "module", bases[:-2], leaf.names[-1], rank
     yield "block", _bases(leaf.names[:seat]), leaf.names[-1], rank
     yield "model", leaf.names[-1], rank
@@ -128,6 +135,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     """
     found = match_context(Context(wanted=wanted, stored=stored, order=order))
     found.links.extend(_tied(wanted, stored, found.links))
+    found.links.extend(match_leftovers(wanted, stored, found.links))
     settled, turns = settle_turns(found.links)
     return Searched(links=tuple(settled), turns=tuple(turns), found=found)
 

@@ -57,6 +57,8 @@ _SPELLINGS = {
     "tgt": "tgt target",
     "generator": "gen generator",
     "discriminator": "disc discriminator",
+    "rel": "rel relative relpos",
+    "layerscale": "layerscale gamma lambda ls",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
     "stack proj projection dense linear fc lin weight weights kernel w param params cell instance dot "
     "product multi c to einsum the of and",
@@ -92,6 +94,7 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("in", "proj"): ("in",),
     ("down", "sample"): ("downsample",),
     ("up", "sample"): ("upsample",),
+    ("layer", "scale"): ("layerscale",),
 }
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
 `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper."""
@@ -154,7 +157,7 @@ _EXCLUSIVE = tuple(
         "small large medium",
         "tall short",
         "hot cold",
-        "gamma beta",
+        "layerscale beta",
         "scale shift",
         "alpha beta",
         "update reset",

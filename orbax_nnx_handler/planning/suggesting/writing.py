@@ -93,6 +93,9 @@ class Writer:
         self._reshape(threads)
         alone = self._join(links, threads)
         self._reshape(alone)  # The parts of what was split.
+        leaving = [thread for thread in alone if self._leaves_group(thread, groups)]
+        self._rename(leaving)
+        alone = [thread for thread in alone if thread not in leaving]
         self._rename_groups(alone, groups)
         self._rename(alone)
         self._stack(links)
@@ -248,6 +251,11 @@ class Writer:
         ]
 
     # Names.
+
+    def _leaves_group(self, thread: _Thread, groups: Sequence[tuple[Names, Names]]) -> bool:
+        """Tells whether a leaf leaves its layer, so that what renames the layers would mislead it."""
+        around = [self._below(wanted) for stored, wanted in groups if _leads(stored, thread.names)]
+        return bool(around) and not any(_leads(into, thread.aim) for into in around)
 
     def _rename_groups(self, threads: Sequence[_Thread], groups: Sequence[tuple[Names, Names]]) -> None:
         """Renames what leads into layers, so that the rules within are one for all of them."""

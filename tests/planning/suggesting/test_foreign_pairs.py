@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import from_linen
+from orbax_nnx_handler import from_linen, to_linen
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
+from tests.planning.plans import leaves_of, plan_of
 
 PAIRS = json.loads((pathlib.Path(__file__).parent / "foreign_pairs.json").read_text())
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -96,3 +97,22 @@ def test_a_proposal_for_another_programs_model_is_right_and_never_wrong(name):
     truth = {keys(path): made(recipe, arrays) for path, recipe in pair["truth"].items()}
     assert [path for path in covered if not np.array_equal(values[path], truth.get(path))] == []
     assert len(covered) >= LEAST * len(truth)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_a_proposal_restores_saves_back_as_it_was_stored(name):
+    pair = PAIRS[name]
+    arrays = arrays_of(pair)
+    found = proposed(pair)
+    flat = nnx.to_flat_state(target_of(pair))
+    covered = nnx.from_flat_state([(path, leaf) for path, leaf in flat if path not in found.unmatched_wanted])
+    state = from_linen(nested(arrays), covered, renames=found.renames, unexpected="ignore")
+    plan = plan_of(covered, nested(arrays), found.renames, unexpected="ignore")
+
+    saved = leaves_of(to_linen(state, renames=plan))
+
+    unused = {"/".join(map(str, path)) for path in plan.unexpected}
+    back = {"/".join(map(str, path)): np.asarray(leaf) for path, leaf in saved.items()}
+    assert set(back) == set(arrays) - unused
+    assert unused == {"/".join(map(str, path)) for path in found.unmatched_stored}
+    assert [path for path in back if not np.array_equal(back[path], arrays[path])] == []

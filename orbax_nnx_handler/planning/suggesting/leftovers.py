@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from orbax_nnx_handler.planning.suggesting.matching import Fit, fit_of, may_be
+from orbax_nnx_handler.planning.suggesting.matching import Fit, fit_of, main_size, may_be
 from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, parts_of
 from orbax_nnx_handler.planning.suggesting.roles import Role, roles_of
 
@@ -22,12 +22,16 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     ours = _free(wanted, {leaf.source for link in every for leaf in link.wanted})
     theirs = _free(stored, {leaf.source for link in every for leaf in link.stored})
     fits: dict[int, dict[int, Fit]] = defaultdict(dict)
+    sizes: dict[int, list[int]] = defaultdict(list)
+    for to, other in enumerate(theirs):
+        sizes[main_size(other)].append(to)
+    counts: dict[int, int] = defaultdict(int)
     for at, one in enumerate(ours):
-        for to, other in enumerate(theirs):
-            fit = fit_of(one, other)
-            if fit is not None and may_be(one, other):
+        for to in sizes.get(main_size(one), ()):
+            fit = fit_of(one, theirs[to])
+            if fit is not None and may_be(one, theirs[to]):
                 fits[to][at] = fit
-    counts = [sum(at in found for found in fits.values()) for at in range(len(ours))]
+                counts[at] += 1
     found: list[Link] = []
     for to, options in fits.items():
         takers = [ours[at] for at in options]

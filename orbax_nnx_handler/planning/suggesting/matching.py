@@ -85,9 +85,9 @@ class _Pairs:
         self._excluded: set[tuple[int, int]] = set()
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
-            sizes[_main_size(other)].append(to)
+            sizes[main_size(other)].append(to)
         for at, one in enumerate(wanted):
-            for to in sizes.get(_main_size(one), ()):
+            for to in sizes.get(main_size(one), ()):
                 fit = fit_of(one, stored[to])
                 if fit is not None and may_be(one, stored[to]):
                     self._fits[at, to] = fit
@@ -274,7 +274,8 @@ def fit_of(one: Role, other: Role) -> Fit | None:
     return Fit(score + 20.0, tuple(pairs), not lacking)
 
 
-def _main_size(role: Role) -> int:
+def main_size(role: Role) -> int:
+    """Returns how many elements a part's main leaf holds."""
     leaves = role.part.leaves
     return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
 

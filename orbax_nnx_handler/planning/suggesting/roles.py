@@ -154,7 +154,7 @@ class _Context:
         """Adds the role that a name has only in its surroundings; returns the convention used."""
         last = part.levels[-1] if part.levels else Level("")
         named = meanings(last.base) or (meanings(part.levels[-2].base) if len(part.levels) > 1 else ())
-        own = set(named) - {"attn", "mlp"}
+        own = set(named) - {"attn", "mlp", "self", "cross"}
         if own & (STRONG - {"up"}) or "conv" in said or "embed" in said:
             return ""
         family = next((held for level, held in numbers if level is last), ())

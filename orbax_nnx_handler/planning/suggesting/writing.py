@@ -93,9 +93,9 @@ class Writer:
         self._reshape(threads)
         alone = self._join(links, threads)
         self._reshape(alone)  # The parts of what was split.
-        leaving = [thread for thread in alone if self._leaves_group(thread, groups)]
-        self._rename(leaving)
-        alone = [thread for thread in alone if thread not in leaving]
+        leaving = {id(thread): thread for thread in alone if self._leaves_group(thread, groups)}
+        self._rename(list(leaving.values()))
+        alone = [thread for thread in alone if id(thread) not in leaving]
         self._rename_groups(alone, groups)
         self._rename(alone)
         self._stack(links)

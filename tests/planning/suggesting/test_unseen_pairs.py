@@ -19,7 +19,7 @@ from orbax_nnx_handler import from_linen, suggest
 PAIRS = json.loads((pathlib.Path(__file__).parent / "unseen_pairs.json").read_text())
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
-OPEN = {"bloom": 16, "bloom_fused": 4}
+OPEN = {"bloom": 12, "bloom_fused": 4}
 """Leaves that stay open: an array that holds queries, keys and values head by head is none of the rules'."""
 
 

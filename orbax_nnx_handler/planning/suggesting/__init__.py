@@ -1,6 +1,6 @@
 """Proposes rules where the names or the arrangement of checkpoint and target differ."""
 
-from orbax_nnx_handler.planning.suggesting.creation import Order, creation_order, order_of
+from orbax_nnx_handler.planning.suggesting.layers import Order, creation_order, order_of
 from orbax_nnx_handler.planning.suggesting.proposing import propose
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,

@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.suggesting.creation import Order
+from orbax_nnx_handler.planning.suggesting.layers import Order
 from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, Names
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,

@@ -22,8 +22,7 @@ from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, arrange, check_distinct, is_nnx
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
-from orbax_nnx_handler.storage.saving.names import check_names, check_spellings
-from orbax_nnx_handler.storage.saving.saved import SavedLeaf, with_gates
+from orbax_nnx_handler.storage.saving.saved import SavedLeaf, check_names, check_spellings, with_gates
 from orbax_nnx_handler.storage.saving.undo import Copies, Leaves, as_restored, without_rules
 
 Undone = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport

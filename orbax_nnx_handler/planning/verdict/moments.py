@@ -34,6 +34,9 @@ from orbax_nnx_handler.planning.verdict.states import Slot, States, slot_of, spe
 _FACTORED = ("v_row", "v_col")
 """Fields without the largest and without the second axis of a parameter (optax/_src/factorized.py)."""
 
+_SAMPLES = 16
+"""How many moments are looked at where the first one's weight is not in the result."""
+
 Claim = tuple[Wanted, Recipe]
 """A leaf of the result and what it is made from."""
 
@@ -233,11 +236,10 @@ def _is_chain_on(recipe: Recipe, other: Recipe, stored: Path) -> bool:
 
 def _by_key(leaves: Sequence[Claim], weights: Sequence[_Weight]) -> Mapping[Path, Sequence[_Weight]]:
     """Returns the weights by the end of their paths that a moment has."""
-    samples: dict[Path, Path] = {}
+    of_owner: dict[Path, list[Path]] = defaultdict(list)
     for item, _ in leaves:
-        if len(item.path) > len(samples.get(item.owner, ())):
-            samples[item.owner] = item.path
-    depths = {_depth_of(sample, weights) for sample in samples.values()}
+        of_owner[item.owner].append(item.path)
+    depths = {_depth_of(paths, weights) for paths in of_owner.values()}
     found: dict[Path, tuple[_Weight, ...]] = {}
     for depth in depths:
         for weight in weights:
@@ -246,16 +248,21 @@ def _by_key(leaves: Sequence[Claim], weights: Sequence[_Weight]) -> Mapping[Path
     return found
 
 
-def _depth_of(moment: Path, weights: Sequence[_Weight]) -> int:
-    """Returns how many keys a weight has in front of what it shares with a moment of its own."""
-    ends = {moment[at:] for at in range(1, len(moment))}
+def _depth_of(moments: Sequence[Path], weights: Sequence[_Weight]) -> int:
+    """Returns how many keys a weight has in front of what it shares with a moment of its own.
+
+    One moment tells, unless its own weight is not in the result: then another one does.
+    """
     best, longest = 0, 0
-    for weight in weights:
-        path = weight.item.leaf.path
-        depth = next((depth for depth in range(len(path)) if path[depth:] in ends), len(path))
-        if len(path) - depth > longest:
-            best, longest = depth, len(path) - depth
-        if longest >= len(moment) - 2:  # Less than a state and its field is never above a moment.
+    for moment in (max(moments, key=len), *moments[:: len(moments) // _SAMPLES + 1]):
+        ends = {moment[at:] for at in range(1, len(moment))}
+        for weight in weights:
+            path = weight.item.leaf.path
+            depth = next((depth for depth in range(len(path)) if path[depth:] in ends), len(path))
+            if len(path) - depth > longest:
+                best, longest = depth, len(path) - depth
+        above = canonical(moment[: len(moment) - longest])
+        if len(slot_of(above, of_moment=True).field) == 1:
             break
     return best
 

@@ -19,11 +19,10 @@ import jax
 from flax import nnx
 
 from orbax_nnx_handler.planning.layouts import LAYOUTS
-from orbax_nnx_handler.planning.options import POLICIES, Policies, Policy
+from orbax_nnx_handler.planning.options import DEFAULT_BYTES, POLICIES, Policies, Policy
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.roles import roles_of
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.storage.converting.blocks import DEFAULT_BYTES
 
 _OWN = str(pathlib.Path(__file__).parents[1])
 

@@ -11,6 +11,9 @@ from orbax_nnx_handler.planning.core.errors import Hint, UnusedRuleError, as_pyt
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 
+DEFAULT_BYTES = 1_000_000_000
+"""How much a process that converts may grow where no bound is given."""
+
 UnexpectedPolicy = Literal["error", "warn", "ignore"]
 DefaultSource = Literal["target", "init", "seed", "zeros"]
 

@@ -20,12 +20,10 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
 from orbax_nnx_handler.planning.layouts.layout import Section
+from orbax_nnx_handler.planning.options import DEFAULT_BYTES
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import Buffer, Work, stored_shapes
-
-DEFAULT_BYTES = 1_000_000_000
-"""How much a process may grow where no bound is given."""
 
 # A batch of blocks exists this often at a time: as read, as compressed, as a file in the making.
 # Measured: 2.2.

@@ -1,63 +1,28 @@
 """The same code on every host: all restore, or all raise the same error and none waits."""
 
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.hosts.bits import bits_in, write_bits
+from tests.processes import run_processes
 
-ROOT = pathlib.Path(__file__).parents[2]
 Seen = list[dict[str, Any]]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each process saw of every scene."""
-    count, directory, port = request.param, tmp_path_factory.mktemp("hosts"), _free_port()
+    count, directory = request.param, tmp_path_factory.mktemp("hosts")
     write_bits(directory)
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "tests.hosts.worker", str(port), str(count)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(number), str(directory)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(count)
-    ]
-    try:
-        output = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(output)[-8000:]
     return [
         {
-            **json.loads((directory / f"{number}.json").read_text()),
+            **told,
             "bytes": sum(value.nbytes for value in bits_in(directory).values()),
             # int4 has no whole bytes that could be copied.
             "odd_bytes": sum(value.nbytes for name, value in bits_in(directory).items() if "int4" in name),
         }
-        for number in range(count)
+        for told in run_processes("tests.hosts.worker", count, directory)
     ]
 
 

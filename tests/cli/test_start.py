@@ -31,6 +31,16 @@ def test_a_verdict_on_an_item_needs_nothing_that_reads_or_writes_arrays(root, tm
     assert not {name for name in imported if name.startswith("orbax_nnx_handler.storage.reading")}
 
 
+def test_a_restore_loads_no_optimiser_of_scipy_which_only_a_proposal_needs() -> None:
+    program = (
+        "import sys; from orbax_nnx_handler import restore, suggest; print('scipy.optimize' in sys.modules)"
+    )
+
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert ran.stdout.split() == ["False"]
+
+
 def test_every_public_name_has_a_home() -> None:
     assert {name for name in orbax_nnx_handler.__all__ if hasattr(orbax_nnx_handler, name)} == {
         *orbax_nnx_handler.__all__

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
-from scipy import optimize
 
 from orbax_nnx_handler.planning.suggesting.fusing import joined_parts
 from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Names, Tie
@@ -333,6 +332,9 @@ class _Table:
 
     def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
         """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
+        # Here, since it takes as long to load as all of this package, and only a proposal needs it.
+        from scipy import optimize
+
         scores = self._scores
         if without is not None:
             scores = scores.copy()

@@ -361,8 +361,8 @@ def _impl_of(dtype: np.dtype[Any]) -> Hashable:
 ALIGNMENT = 64
 # What one surviving small leaf can keep alive at most.
 SHARED_BLOCK_BYTES = 8 << 20
-# From here on a leaf has a block of its own, freed with it.
-OWN_BLOCK_BYTES = 1 << 20
+# From here on a leaf has a block of its own, freed with it. Smaller ones would not fill huge pages.
+OWN_BLOCK_BYTES = 4 << 20
 _HUGE_PAGE = 2 << 20
 
 

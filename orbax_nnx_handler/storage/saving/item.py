@@ -137,8 +137,8 @@ def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:
             if isinstance(node, nnx.Pytree | nnx.Module) and _is_opt_state(vars(node).get(_OPT_STATE)):
                 yield path, getattr(node, _OPT_STATE)
         return
-    found = list(_opt_states(item, ()))
-    yield from found or _without_state(item)
+    found = dict(_opt_states(item, ()))
+    yield from {**dict(_without_state(item)), **found}.items()
 
 
 def _is_opt_state(node: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import (
@@ -234,19 +234,18 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     )
 
 
-def best_mapping(
-    wanted: Sequence[Wanted],
-    stored: Stored,
-    options: RestoreOptions,
-    accepts: Callable[[LeafMapping], bool] = lambda _: True,
-) -> tuple[LeafMapping, list[RestoreError]]:
+def best_mappings(
+    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions
+) -> tuple[list[LeafMapping], list[RestoreError]]:
     """Returns the reading that finds the most leaves, and what is wrong with the choice.
+
+    Layouts may read one tree alike and call its parts otherwise: a module, or a collection of its
+    name. Then there are several readings, of which the laws may accept one.
 
     Args:
         wanted: The target's leaves.
         stored: The stored leaves.
         options: The caller's choices.
-        accepts: Decides between readings under which every leaf is made alike.
 
     Raises:
         RestoreError: No layout fits, or the rules fit under none of those that do.
@@ -263,14 +262,11 @@ def best_mapping(
     best = mappings[scores.index(max(scores))]
     rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
     different = [mapping for mapping in rivals if mapping.recipes != best.recipes]
-    if len(rivals) > 1 and not different:
-        # Layouts may read one tree alike and call its parts otherwise: a module, or a collection of its name.
-        best = next(filter(accepts, rivals), best)
     if options.layout == "auto":
         plain = _plain_mapping(wanted, stored, options, max(scores))
         if plain is not None:
-            return plain, []
-    return best, [two_layouts(best, different[0])] if different else []
+            return [plain], []
+    return ([best], [two_layouts(best, different[0])]) if different else (rivals, [])
 
 
 def _plain_mapping(

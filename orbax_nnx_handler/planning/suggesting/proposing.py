@@ -110,7 +110,7 @@ class _Proposing:
 
     @cached_property
     def _mapping(self) -> LeafMapping:
-        return self._chosen[0]
+        return self._chosen.mapping
 
     @cached_property
     def _chosen(self) -> Chosen:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError, Unus
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
-from orbax_nnx_handler.planning.layouts.layout import Placement, Stored
-from orbax_nnx_handler.planning.mapping.choice import best_mapping, faults_of
+from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.mapping.choice import best_mappings, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
 from orbax_nnx_handler.planning.mapping.roots import strip
@@ -31,7 +31,7 @@ from orbax_nnx_handler.planning.rules import Drop, ScanAxis, cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.verdict.laws import Known, Source, certify, error_of
+from orbax_nnx_handler.planning.verdict.laws import Broken, Known, Source, certify, error_of
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
     Mismatched,
@@ -81,13 +81,49 @@ def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
     return {**homeless, **mapping.discarded}
 
 
-Chosen = tuple[LeafMapping, Sequence[RestoreError]]
-"""How a checkpoint is read, and what is wrong with the choice."""
+class Chosen(NamedTuple):
+    """How a checkpoint is read.
+
+    Attributes:
+        mapping: What each wanted leaf is made from.
+        faults: What is wrong with the choice.
+        broken: Where it breaks a law.
+    """
+
+    mapping: LeafMapping
+    faults: Sequence[RestoreError]
+    broken: Sequence[Broken]
 
 
 def choose(wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions) -> Chosen:
-    """Returns the reading of a checkpoint that a verdict rests on."""
-    return best_mapping(wanted, stored, options, lambda each: _accepts(wanted, each))
+    """Returns the reading of a checkpoint that a verdict rests on, certified."""
+    readings, faults = best_mappings(wanted, stored, options)
+    first: Chosen | None = None
+    for mapping in readings:
+        chosen = Chosen(mapping, faults, _broken_laws(wanted, mapping))
+        if not chosen.broken:
+            return chosen
+        first = first or chosen
+    assert first is not None  # There is one reading at least.
+    return first
+
+
+def _broken_laws(wanted: Sequence[Wanted], mapping: LeafMapping) -> list[Broken]:
+    """Returns where a mapping breaks a law, whatever found it."""
+    sources: list[Source] = []
+    unfit: list[tuple[Wanted, Recipe]] = []
+    found, shapes = mapping.found, mapping.shapes
+    for item in wanted:
+        path = item.leaf.path
+        source = found.get(path)
+        if source is None:
+            continue
+        if shapes[path] == item.leaf.shape:
+            sources.append(Source(item, source.recipe, source.evidence.kind, source.evidence.axis_by))
+        else:
+            unfit.append((item, source.recipe))
+    placed = {item.leaf.path: item for item in mapping.placements}
+    return certify(wanted, placed, sources, dataclasses.replace(known_of(mapping), unfit=unfit))
 
 
 def judge(
@@ -119,7 +155,7 @@ def judge(
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     try:
-        mapping, faults = chosen or choose(wanted, stored, options)
+        mapping, faults, broken_laws = chosen or choose(wanted, stored, options)
     except (RuleError, UnusedRuleError) as error:
         if broken is not None and broken.lost:  # It may be what the rule is for.
             raise unreadable(broken.lost) from error
@@ -130,7 +166,6 @@ def judge(
     left = left_over(wanted, mapping, used)
     missing, defaulted = _of_kind(Missing, outcomes), _of_kind(Defaulted, outcomes)
     roles = {item.leaf.path: item.role for item in wanted}
-    sides = _sides(wanted, mapping)
     return Verdict(
         directory=directory,
         layout=mapping.layout.title,
@@ -147,7 +182,7 @@ def judge(
             *faults,
             *mapping.faults,
             *faults_of(mapping),
-            *_against_the_laws(wanted, mapping, outcomes, sides.placements),
+            *((error_of(broken_laws),) if broken_laws else ()),
             *indivisible(target.leaves.values()),
             *unreadable_leaves(
                 broken or Unreadable(),
@@ -157,43 +192,8 @@ def judge(
                 renamed=any(not isinstance(rule, Drop | ScanAxis) for rule in options.renames),
             ),
         ),
-        sides=sides,
+        sides=_sides(wanted, mapping),
     )
-
-
-def _against_the_laws(
-    wanted: Sequence[Wanted],
-    mapping: LeafMapping,
-    outcomes: Mapping[Path, "_Outcome"],
-    placed: Mapping[Path, Placement],
-) -> Iterator[RestoreError]:
-    """Yields the error for a mapping that the laws refuse, whatever found it."""
-    sources: list[Source] = []
-    unfit: list[tuple[Wanted, Recipe]] = []
-    for item, outcome in zip(wanted, outcomes.values(), strict=True):
-        if isinstance(outcome, Restored):
-            evidence = outcome.evidence
-            sources.append(Source(item, outcome.recipe, evidence.kind, evidence.axis_by))
-        elif isinstance(outcome, Missing) and outcome.recipe is not None:
-            evidence = mapping.found[item.leaf.path].evidence
-            sources.append(Source(item, outcome.recipe, evidence.kind, evidence.axis_by))
-        elif isinstance(outcome, Mismatched):
-            unfit.append((item, outcome.recipe))
-    broken = certify(wanted, placed, sources, dataclasses.replace(known_of(mapping), unfit=unfit))
-    if broken:
-        yield error_of(broken)
-
-
-def _accepts(wanted: Sequence[Wanted], mapping: LeafMapping) -> bool:
-    """Tells whether the laws accept all that a mapping makes and whose shapes come out."""
-    sources: list[Source] = []
-    for item in wanted:
-        found = mapping.found.get(item.leaf.path)
-        if found is not None and mapping.shapes[item.leaf.path] is not None:
-            evidence = found.evidence
-            sources.append(Source(item, found.recipe, evidence.kind, evidence.axis_by))
-    placed = {item.leaf.path: item for item in mapping.placements}
-    return not certify(wanted, placed, sources, known_of(mapping))
 
 
 def known_of(mapping: LeafMapping) -> Known:
@@ -264,13 +264,12 @@ class _Leaves:
     @cached_property
     def _unused(self) -> Set[Tokens]:
         used, root = self.mapping.used() | self.mapping.discarded.keys(), self.mapping.roots.stored
-        return {
-            strip(below, root)
-            for leaf in self.mapping.placements
-            if leaf.section == "model" and leaf.leaf.path not in used
-            for below in (canonical(leaf.path), canonical(leaf.path[:-1]))
-            if below == canonical(leaf.path) or str(leaf.path[-1]) == "value"
+        names = {
+            strip(canonical(item.path), root)
+            for item in self.mapping.placements
+            if item.section == "model" and item.leaf.path not in used
         }
+        return names | {name[:-1] for name in names if name[-1:] == ("value",)}
 
     def _missing(self, item: Wanted, found: Found | None) -> Missing:
         policy = self.policies[item.leaf.path]
@@ -317,7 +316,9 @@ class _Leaves:
 
     def _compare(self, item: Wanted, found: Found) -> Restored | Missing | Mismatched:
         sources = [self.stored[path] for path in dict.fromkeys(reads(found.recipe))]
-        shape = self.mapping.shapes[item.leaf.path] or ()
+        shape = self.mapping.shapes[item.leaf.path]
+        if shape is None:  # The recipe does not come out.
+            return _mismatch(item, found, "shape", sources[0].shape, str(sources[0].dtype))
         if is_key(item.leaf.dtype) or any(leaf.key_impl for leaf in sources):
             return self._compare_key(item, found, shape)
         if shape != item.leaf.shape or found.surplus:

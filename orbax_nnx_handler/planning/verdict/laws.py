@@ -10,7 +10,7 @@ is used twice holds for them too, and that moments follow.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
@@ -19,8 +19,8 @@ from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, ScannedBlocks, is_copy_name
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.axes import StackedAxes
+from orbax_nnx_handler.planning.verdict.claims import Claims
 from orbax_nnx_handler.planning.verdict.moments import Moments, stored_as_weight, wanted_as_weight
-from orbax_nnx_handler.planning.verdict.used_twice import used_twice
 from orbax_nnx_handler.planning.verdict.weights import Weights
 
 
@@ -85,16 +85,10 @@ def certify(
     optimizers, others = list[Source](), list[Source]()
     for source in sources:
         (optimizers if source.item.role == "optimizer" else others).append(source)
-    every = [source[:2] for source in sources]
     kernel = _Kernel(wanted, placed, others, known)
-    broken = [fault for source in others for fault in kernel.check(source)]
+    broken = [fault for source in others if not kernel.is_plain(source) for fault in kernel.check(source)]
     broken += kernel.moments(optimizers)
-    twice = used_twice(every, placed, known.copies)
-    broken += [
-        Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} is read from it too")
-        for path, stored, other in twice
-    ]
-    broken += kernel.blocks()
+    broken += kernel.claims(Claims([source[:2] for source in sources], placed))
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
 
@@ -127,6 +121,24 @@ class _Kernel:
         self._owners: dict[Path, set[Path]] = defaultdict(set)
         self._read_owners: dict[Path, list[tuple[Wanted, Path]]] = defaultdict(list)
         self._tops = {path[:1] for path in placed}
+        owners = {item.owner for item in placed.values() if item.section == "model"}
+        self._networks = set(map(canonical, owners))
+
+    def is_plain(self, source: Source) -> bool:
+        """Tells whether a weight is read whole, from its collection, below known roots: nearly each."""
+        item, recipe, kind, _ = source
+        if not isinstance(recipe, Read) or item.role != "model" or kind == "same path":
+            return False
+        stored = recipe.path
+        placed = self._placed[stored]
+        if placed.section != "model" or placed.collection != item.collection or item.collection is None:
+            return False
+        if stored in self._known.by_rule or self._has_top(item.leaf.path):
+            return False
+        if not self._weights.is_below_known_roots(item, placed):
+            return False
+        self._read_owners[placed.owner].append((item, stored))
+        return True
 
     def check(self, source: Source) -> Iterator[Broken]:
         """Yields what the names and the collection of one leaf's sources speak against."""
@@ -230,34 +242,32 @@ class _Kernel:
         for leaf, why in self._axes.unproven():
             yield Broken(law=6, wanted=leaf.wanted, stored=leaf.stored, why=why)
 
-    def blocks(self) -> Iterator[Broken]:
+    def claims(self, claims: Claims) -> Iterator[Broken]:
+        """Yields elements that are used twice, weights that are stored twice, and blocks of two lengths."""
+        for path, stored, other in claims.used_twice(self._known.copies):
+            yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} is read from it too")
+        unread = claims.unread(self._known.by_rule)
+        for path, stored, other in claims.claimed_twice(self._weights, unread):
+            yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} has its name too")
+        yield from self._blocks(unread, claims.used)
+
+    def _blocks(self, unread: Sequence[Path], used: Set[Path]) -> Iterator[Broken]:
         """Yields where blocks of two lengths meet, and some of their positions are left over."""
+        found = sum(source.item.role == "model" for source in self._sources)
+        is_complete = not unread and found == sum(item.role == "model" for item in self._wanted)
+        if is_complete or not used.isdisjoint(self._known.by_rule):
+            return
         whole = [
             (item, recipe.path)
             for item, recipe, *_ in self._sources
             if item.role == "model" and isinstance(recipe, Read)
         ]
-        if not whole or self._is_complete():
-            return
-        for path, stored, why in self._weights.of_other_blocks(whole):
+        for path, stored, why in self._weights.of_other_blocks(whole) if whole else ():
             yield Broken(law=5, wanted=path, stored=stored, why=why)
-
-    def _is_complete(self) -> bool:
-        """Tells whether all weights on either side have a counterpart, or rules have named some."""
-        used = {path for source in self._sources for path in reads(source.recipe)}
-        if not used.isdisjoint(self._known.by_rule):
-            return True
-        used |= self._known.by_rule
-        model = sum(item.role == "model" for item in self._wanted)
-        found = sum(source.item.role == "model" for source in self._sources)
-        stored = (path for path, item in self._placed.items() if item.section == "model")
-        return model == found and all(path in used for path in stored)
 
     def networks(self) -> Iterator[Broken]:
         """Yields where a weight is read from another train state than its path names, or one of several."""
-        owners = set(
-            map(canonical, {item.owner for item in self._placed.values() if item.section == "model"})
-        )
+        owners = self._networks
         unnamed: set[Path] = set()
         for owner, read in self._read_owners.items() if len(owners) > 1 else ():
             for item, stored in read:

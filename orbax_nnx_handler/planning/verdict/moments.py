@@ -292,6 +292,7 @@ class _Follower:
     ) -> None:
         self._placed, self._field, self._names = placed, field[0] if field else "", names
         self.moments: list[_Moment] = []
+        self._above: Path = ()
 
     def follows(self, item: Wanted, made: Recipe, weight: Wanted, parameter: Recipe) -> bool:
         """Tells whether each step of the one is that of the other."""
@@ -341,6 +342,8 @@ class _Follower:
     def _is_moment(self, stored: Path, parameter: Path, lost: int | None) -> bool:
         """Tells whether a stored leaf has the name of a stored parameter below a field."""
         moment, placed = self._placed[stored], self._placed[parameter]
+        if self._above and lost is None and stored == self._above + placed.path:
+            return True  # As the layer before it.
         if lost is not None:
             slot = (*(moment.slot or ()), *moment.path)
             field = next((name for name in _FACTORED if name in slot), "")
@@ -354,6 +357,9 @@ class _Follower:
                     return True
                 if moment.slot is None and whole[-len(end) :] == end:
                     self.moments.append(_Moment(stored, whole[: -len(end)]))
+                    self._above = (
+                        stored[: -len(placed.path)] if stored[-len(placed.path) :] == placed.path else ()
+                    )
                     return True
         return False
 

@@ -60,6 +60,7 @@ class Weights:
         self.roots: dict[tuple[Path, str | None], dict[tuple[Tokens, Tokens], tuple[Path, Path]]]
         self.roots = defaultdict(dict)
         self._last: dict[Path, tuple[Tokens, _Meeting, Shape]] = {}
+        self._last_part: tuple[Path, _Meeting, Element, Placement] | None = None
         self._moved: dict[tuple[Path, str | None], set[Tokens]] = defaultdict(set)
 
     def name(self, path: Path) -> Tokens:
@@ -80,7 +81,7 @@ class Weights:
             axis_by: What is said to tell the axis of its layers.
         """
         path = item.leaf.path
-        if isinstance(recipe, Read) and self._is_below_known_roots(item, recipe.path):
+        if isinstance(recipe, Read) and self.is_below_known_roots(item, self.placed[recipe.path]):
             return
         if in_module and isinstance(recipe, Read) and self._is_in_renamed_wrapper(item, recipe.path):
             return
@@ -89,7 +90,7 @@ class Weights:
             yield Astray(7, path, reads(recipe)[0], "it is rearranged, and no rule says so")
             return
         for element in elements:
-            if self._is_next_layer(item, element):
+            if self._is_next_layer(item, element) or self._is_next_part(item, element):
                 continue
             meeting = self._meet(item, element, in_module)
             if meeting is None:
@@ -103,11 +104,13 @@ class Weights:
             if element.at or element.to:
                 self._add(item, element, meeting, axis_by)
 
-    def _is_below_known_roots(self, item: Wanted, stored: Path) -> bool:
+    def is_below_known_roots(self, item: Wanted, placed: Placement) -> bool:
         """Tells whether a leaf read whole has the name, and the levels above it, that others have."""
-        placed = self.placed[stored]
-        here, there = item.tokens, self.name(stored)
-        for above, below in self.roots.get((placed.owner, placed.collection), ()):
+        roots = self.roots.get((placed.owner, placed.collection))
+        if not roots:
+            return False
+        here, there = item.tokens, self.name(placed.leaf.path)
+        for above, below in roots:
             a, b = len(above), len(below)
             if here[a:] == there[b:] and here[:a] == above and there[:b] == below:
                 return True
@@ -122,6 +125,24 @@ class Weights:
         depth = meeting.there.depth
         named = (*tokens[len(meeting.below) : depth], f"#{element.at[0]}", *tokens[depth:])
         return item.tokens == (*meeting.above, *named)
+
+    def _is_next_part(self, item: Wanted, element: Element) -> bool:
+        """Tells whether an element is the leaf of another layer of the stack that was looked at last."""
+        if self._last_part is None or item.leaf.path != self._last_part[0]:
+            return False
+        _, meeting, last, like = self._last_part
+        placed = self.placed[element.path]
+        if placed.leaf.shape != like.leaf.shape or (placed.owner, placed.collection) != (
+            like.owner,
+            like.collection,
+        ):
+            return False
+        if element.at or element.gates or len(element.to) != 1 or element.to_axis != last.to_axis:
+            return False
+        here, above = meeting.here, len(meeting.above)
+        layer = f"#{element.to[0]}"
+        named = (*meeting.below, *here.tokens[above : here.depth], layer, *here.tokens[here.depth + 1 :])
+        return self.name(element.path) == named
 
     @cached_property
     def _shapes(self) -> Mapping[Path, Shape]:
@@ -270,6 +291,8 @@ class Weights:
         self._axes.add(group, there.tokens[len(there.tokens) - rest :], leaf)
         if there.scan is None and len(element.at) == 1 and not element.gates and not element.to:
             self._last[element.path] = (self.name(element.path), meeting, item.leaf.shape)
+        if here.scan is None and len(element.to) == 1 and not element.gates and not element.at:
+            self._last_part = (item.leaf.path, meeting, element, placed)
 
 
 def _positions(names: Iterable[Tokens]) -> Mapping[Tokens, Set[str]]:

@@ -1,0 +1,249 @@
+"""One claim, one use (law 4): no stored element lands in two wanted leaves, no two become the same one."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import cached_property
+
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, segments
+from orbax_nnx_handler.planning.core.recipes import (
+    Concat,
+    Fill,
+    Index,
+    Read,
+    Recipe,
+    Slice,
+    Stack,
+    reads,
+    shape_of,
+)
+from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.weights import Weights
+
+Twice = tuple[Path, Path, Path]
+"""A wanted leaf, a stored leaf that it reads, and the leaf that says otherwise."""
+
+
+class Claims:
+    """What the leaves of a result read.
+
+    Attributes:
+        read: Every stored leaf that is read, repeats included.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Wanted, Recipe]], placed: Mapping[Path, Placement]) -> None:
+        self._sources, self._placed = sources, placed
+        self.read: list[Path] = []
+        for _, recipe in sources:
+            self.read += (recipe.path,) if isinstance(recipe, Read) else reads(recipe)
+
+    @cached_property
+    def used(self) -> Set[Path]:
+        """The stored leaves that are read."""
+        return set(self.read)
+
+    def unread(self, by_rule: Set[Path]) -> list[Path]:
+        """Returns the weights that nothing reads and no rule names."""
+        used = self.used
+        return [
+            path
+            for path, item in self._placed.items()
+            if path not in used and item.section == "model" and path not in by_rule
+        ]
+
+    def used_twice(self, copies: Set[Path]) -> Iterator[Twice]:
+        """Yields each wanted leaf that reads an element which another one reads: with both leaves.
+
+        Args:
+            copies: Stored leaves that a rule says are wanted more than once.
+        """
+        if len(self.used) == len(self.read):
+            return  # Nearly every plan.
+        users: dict[Path, list[Path]] = defaultdict(list)
+        for item, recipe in self._sources:
+            for stored in dict.fromkeys(reads(recipe)):
+                users[stored].append(item.leaf.path)
+        shared = {stored: paths for stored, paths in users.items() if len(paths) > 1 and stored not in copies}
+        recipes = {item.leaf.path: recipe for item, recipe in self._sources} if shared else {}
+        shapes = {path: item.leaf.shape for path, item in self._placed.items()}
+        for stored, paths in shared.items():
+            if not _may_serve_many(self._placed[stored]):
+                yield from _of_one(stored, paths, recipes, shapes)
+
+    def claimed_twice(self, weights: Weights, unread: Sequence[Path]) -> Iterator[Twice]:
+        """Yields each weight that a stored leaf beside the one it reads has the name of: with both of them.
+
+        Args:
+            weights: The names of either side, and what lies above them.
+            unread: The stored weights that nothing reads.
+        """
+        rivals = [path for path in unread if weights.roots.get(_place(self._placed[path]))]
+        if not rivals:
+            return  # Nearly every plan.
+        made: dict[_Place, _Made] = defaultdict(_Made)
+        for item, recipe in self._sources:
+            read = reads(recipe) if item.role == "model" else ()
+            if read:
+                made[_place(self._placed[read[0]])].add(item, read[0])
+        for path in rivals:
+            place = _place(self._placed[path])
+            for above, below in weights.roots[place]:
+                name = weights.name(path)
+                if name[: len(below)] == below:
+                    yield from self._claims_of(path, (*above, *name[len(below) :]), made[place])
+
+    def _claims_of(self, path: Path, name: Tokens, made: "_Made") -> Iterator[Twice]:
+        """Yields the weights that an unread leaf is, or holds as a layer, or is a layer of."""
+        shape = self._placed[path].leaf.shape
+        for tokens in (name, name[:-1]) if name[-1:] == ("value",) else (name,):
+            for item, read in made.whole.get(tokens, ()):
+                if not _is_spelt(item, self._placed[read]):
+                    yield item.leaf.path, read, path
+            for number, item, read in made.layers.get(tokens, ()):
+                if _may_hold(shape, item.leaf.shape, number):
+                    yield item.leaf.path, read, path
+            for number, group in _groups(tokens):
+                for item, read in made.whole.get(group, ()):
+                    if _may_hold(item.leaf.shape, shape, number):
+                        yield item.leaf.path, read, path
+
+
+class _Made:
+    """The weights of the result, with what they read.
+
+    Attributes:
+        whole: By their names.
+        layers: By their names without the number of a layer, with that number.
+    """
+
+    def __init__(self) -> None:
+        self.whole: dict[Tokens, list[tuple[Wanted, Path]]] = defaultdict(list)
+        self.layers: dict[Tokens, list[tuple[int, Wanted, Path]]] = defaultdict(list)
+
+    def add(self, item: Wanted, read: Path) -> None:
+        self.whole[item.tokens].append((item, read))
+        for number, group in _groups(item.tokens):
+            self.layers[group].append((number, item, read))
+
+
+_Place = tuple[Path, str | None]
+"""The owner and the collection of a stored leaf."""
+
+
+def _place(placement: Placement) -> _Place:
+    return placement.owner, placement.collection
+
+
+def _groups(tokens: Tokens) -> Iterator[tuple[int, Tokens]]:
+    """Yields each number that counts layers in a name, and the name without it."""
+    for at, token in enumerate(tokens[:-1]):
+        if at and is_number(token):
+            yield int(token[1:]), (*tokens[:at], *tokens[at + 1 :])
+
+
+def _is_spelt(item: Wanted, read: Placement) -> bool:
+    """Tells whether a leaf is read from that of its very spelling: `layers/0` is not `layers_0` (law 5)."""
+    here, there = segments(item.path), segments(read.path)
+    there = there[:-1] if there[-1] == "value" and here[-1] != "value" else there
+    common = min(len(here), len(there))
+    return here[-common:] == there[-common:]
+
+
+def _may_hold(stack: Shape, layer: Shape, number: int) -> bool:
+    """Tells whether a stack may hold a layer of a shape and a number."""
+    return any(
+        (*stack[:axis], *stack[axis + 1 :]) == layer and number < stack[axis] for axis in range(len(stack))
+    )
+
+
+def _may_serve_many(placement: Placement) -> bool:
+    """Tells whether a leaf is a step, or what a factored state keeps in place of a moment."""
+    return placement.section == "step" or placement.is_unused
+
+
+def _of_one(
+    stored: Path, paths: Sequence[Path], recipes: Mapping[Path, Recipe], shapes: Mapping[Path, Shape]
+) -> Iterator[tuple[Path, Path, Path]]:
+    taken = [(region, path) for path in paths for region in _regions(recipes[path], stored, shapes)]
+    if _lie_in_a_row(taken, whole(shapes[stored])):
+        return
+    for at, (region, path) in enumerate(taken):
+        for used, other in taken[:at]:
+            if other == path or not intersect(used, region):
+                continue
+            if not _are_parts(recipes[path], recipes[other], stored):
+                yield path, stored, other
+                break
+
+
+def _lie_in_a_row(taken: Sequence[tuple[Region, Path]], full: Region) -> bool:
+    """Tells whether all rectangles are cut along one axis and none overlaps the next, as layers are."""
+    axes = {axis for region, _ in taken for axis, part in enumerate(region) if part != full[axis]}
+    if len(axes) != 1:
+        return False
+    (axis,) = axes
+    parts = sorted(region[axis] for region, _ in taken)
+    return all(one[1] <= other[0] for one, other in itertools.pairwise(parts))
+
+
+def _are_parts(one: Recipe, other: Recipe, stored: Path) -> bool:
+    """Tells whether two recipes read different parts of what they both make of a stored leaf first.
+
+    Exact also below a reshape, where rectangles of the stored leaf say too much.
+    """
+    return all(_diverge(left, right) for left in _steps(one, stored) for right in _steps(other, stored))
+
+
+def _diverge(left: Sequence[Recipe], right: Sequence[Recipe]) -> bool:
+    first = next((pair for pair in zip(left, right, strict=False) if pair[0] != pair[1]), None)
+    if first is None or not all(isinstance(step, Index | Slice) for step in first):
+        return False
+    (one, from_one, to_one), (other, from_other, to_other) = map(_range, first)
+    return one == other and (to_one <= from_other or to_other <= from_one)
+
+
+def _range(step: Recipe) -> tuple[int, int, int]:
+    """Returns axis, first and end of what a step takes."""
+    if isinstance(step, Slice):
+        return step.axis, step.start, step.start + step.size
+    return (step.axis, step.index, step.index + 1) if isinstance(step, Index) else (-1, 0, 0)
+
+
+def _steps(recipe: Recipe, stored: Path) -> Iterator[tuple[Recipe, ...]]:
+    """Yields what is done to each occurrence of a stored leaf, from the leaf on, up to where it is joined."""
+    done: list[Recipe] = []
+    while not isinstance(recipe, Read | Fill | Stack | Concat):
+        done.insert(0, recipe)
+        recipe = recipe.source
+    if isinstance(recipe, Stack | Concat):
+        for part in recipe.sources:
+            yield from _steps(part, stored)
+    elif isinstance(recipe, Read) and recipe.path == stored:
+        yield (recipe, *done)
+
+
+def _regions(recipe: Recipe, stored: Path, shapes: Mapping[Path, Shape]) -> Iterator[Region]:
+    """Yields the rectangles of a stored leaf that a recipe reads."""
+    full = whole(shapes[stored])
+    match recipe:
+        case Read():
+            yield full
+        case Index(source=Read(), axis=axis, index=index):
+            yield (*full[:axis], (index, index + 1), *full[axis + 1 :])
+        case Stack() | Concat():
+            for part in recipe.sources:
+                if stored in reads(part):
+                    yield from _regions(part, stored, shapes)
+        case _:
+            yield from _cut(recipe, whole(shape_of(recipe, shapes)), stored, shapes)
+
+
+def _cut(recipe: Recipe, region: Region, stored: Path, shapes: Mapping[Path, Shape]) -> Iterator[Region]:
+    for piece in cut(recipe, region, shapes):
+        if isinstance(piece.source, Refolded):
+            yield from _cut(piece.source.recipe, piece.source.region, stored, shapes)
+        elif piece.source == stored:
+            yield piece.source_region

@@ -6,6 +6,7 @@ the requests, the round trips in a row (each request of the chain began after th
 the bytes, which do not depend on the machine. Every value is checked.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -96,25 +97,25 @@ def root_of(case: Case, item: pathlib.Path, scratch: pathlib.Path) -> pathlib.Pa
 
 
 def main() -> None:
-    """Runs all comparisons, or one trial in this process."""
-    if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
-        print(json.dumps(trial(json.loads(sys.argv[1]))))
+    """Runs all comparisons, or trials in this process."""
+    if len(sys.argv) > 1 and sys.argv[1].startswith("["):
+        print(json.dumps([trial(settings) for settings in json.loads(sys.argv[1])]))
         return
     options = arguments(__doc__ or "", choosable=True)
     results: dict[str, dict[str, Row]] = earlier("remote", options) if options.only else {}
     tables: dict[str, str] = {}
     for case in cases(toy=options.toy):
         if options.only in case.title:
-            results[case.title] = run(case, options.rounds, options.scratch)
+            results[case.title] = run(case, options)
             tables[f"**{case.title}**"] = table({"": who, **row} for who, row in results[case.title].items())
             print(f"**{case.title}**\n{tables[f'**{case.title}**']}\n", flush=True)
     report("remote", options, results, {})
 
 
-def run(case: Case, rounds: int, scratch: pathlib.Path) -> dict[str, Row]:
+def run(case: Case, options: argparse.Namespace) -> dict[str, Row]:
     """Returns the figures of each contestant."""
-    item = write(case.model, scratch)
-    directory = root_of(case, item, scratch) if case.steps else item
+    item = write(case.model, options.scratch)
+    directory = root_of(case, item, options.scratch) if case.steps else item
     found: dict[str, list[Row]] = {who: [] for who in case.contestants}
     with Served({directory.name: directory}) as bucket:
         settings = settings_of(
@@ -126,13 +127,16 @@ def run(case: Case, rounds: int, scratch: pathlib.Path) -> dict[str, Row]:
             address=bucket.address,
             delay=case.delay,
         )
-        for _ in range(rounds):
-            for who in case.contestants:
-                found[who].append(_started({**settings, "contestant": who}, bucket.environment))
+        wanted = [{**settings, "contestant": who} for who in case.contestants]
+        for _ in range(options.rounds):
+            # Of toys only the values count: one process does for all.
+            for group in [wanted] if options.toy else [[each] for each in wanted]:
+                for each, row in zip(group, _started(group, bucket.environment), strict=True):
+                    found[each["contestant"]].append(row)
     return _with_ratio({who: _middle(rows) for who, rows in found.items()})
 
 
-def _started(settings: Row, environment: dict[str, str]) -> Row:
+def _started(settings: list[Row], environment: dict[str, str]) -> list[Row]:
     command = [sys.executable, "-m", "benchmarks.remote", json.dumps(settings)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT.parent, env=os.environ | environment
@@ -156,7 +160,9 @@ def _with_ratio(rows: dict[str, Row]) -> dict[str, Row]:
 def trial(settings: dict[str, Any]) -> Row:
     """Runs one contestant once, checks every value, and returns what it took."""
     if settings["devices"] > 1:
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={settings['devices']}"
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={settings['devices']}"
+        )
     import jax
     from etils import epath
 

@@ -71,7 +71,9 @@ def _read_bytes() -> int:
 def main(settings: dict[str, Any]) -> dict[str, Any]:
     """Runs one contestant on one model and checks every value of the result."""
     if settings.get("devices", 1) > 1:
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={settings['devices']}"
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={settings['devices']}"
+        )
     import jax
 
     from benchmarks.broken import VERDICTS

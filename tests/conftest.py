@@ -3,12 +3,14 @@
 import os
 import pathlib
 
+from tests.processes import hasty_flags
+
 # Before JAX is imported: it reads all of these when it starts, and so does every process that a test starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests need a mesh on any machine. What is given already comes last, so that it counts.
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}".strip()
-)
+os.environ["XLA_FLAGS"] = " ".join(
+    [*hasty_flags(), "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
+).strip()
 # A program is compiled once for all tests, workers, processes and runs.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")

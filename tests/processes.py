@@ -1,6 +1,8 @@
-"""One program in several real processes on this machine, joined by `jax.distributed`."""
+"""What the suite's processes are started with, and one program in several of them, joined by JAX."""
 
+import importlib.util
 import json
+import mmap
 import os
 import pathlib
 import socket
@@ -9,12 +11,27 @@ import sys
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
+# A program of the suite runs a few times on tiny arrays: compiling it well takes longer than running it.
+_HASTY = {
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_parallel_codegen_split_count": "1",
+    "xla_cpu_use_fusion_emitters": "false",
+}
+
+
+def hasty_flags() -> list[str]:
+    """Returns XLA's flags for compiling in haste that this XLA has; it ends at one that it does not know."""
+    library = pathlib.Path(importlib.util.find_spec("jaxlib").origin).with_name("libjax_common.so")
+    if not library.exists():
+        return []
+    with library.open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [f"--{name}={value}" for name, value in _HASTY.items() if content.find(name.encode()) >= 0]
 
 
 def run_processes(module: str, count: int, directory: pathlib.Path) -> list[dict[str, Any]]:
     """Runs `module PORT COUNT NUMBER DIRECTORY` on 8 devices in all; returns what each wrote as JSON."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

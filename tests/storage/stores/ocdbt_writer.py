@@ -1,5 +1,6 @@
 """OCDBT databases made by hand, right or wrong in one field, by an encoder of its own."""
 
+import functools
 import struct
 
 import google_crc32c
@@ -8,6 +9,7 @@ import zstandard
 MANIFEST, NODE = 0x0CDB3A2A, 0x0CDB20DE
 
 
+@functools.cache
 def varint(value):
     out = bytearray()
     while value > 0x7F:

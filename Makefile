@@ -28,7 +28,7 @@ TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .PHONY: demo test floors newest docs lint types layers format check environment clean
 
 demo: environment
-	@$(RUN) -m orbax_nnx_handler.demo
+	@$(RUN) -m orbax_nnx_handler demo
 
 test: environment
 	@$(RUN) $(TESTS) $(ARGS)

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import jax
 
-from orbax_nnx_handler.commands.arguments import UsageError
 from orbax_nnx_handler.commands.screen import Screen
+from orbax_nnx_handler.commands.user_code import UsageError
 from orbax_nnx_handler.planning.core.errors import RestoreError
 
 _COMMANDS = ("tree", "plan", "suggest", "diff", "convert", "verify", "demo")

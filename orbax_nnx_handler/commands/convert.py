@@ -18,27 +18,25 @@ import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.commands.arguments import (
-    UsageError,
     add_item,
     add_memory,
     add_path,
     add_policy,
     add_target,
+    asked_for,
     described,
-    load_factory,
     policies_of,
-    pretend_devices,
-    rules_of,
     whole,
 )
 from orbax_nnx_handler.commands.screen import Screen, count, size
+from orbax_nnx_handler.commands.user_code import UsageError
 from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, parse, render
 from orbax_nnx_handler.planning.layouts.layout import Layout
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
-from orbax_nnx_handler.planning.rules import as_rules
+from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
@@ -219,11 +217,10 @@ def _has_names_of(target: Any, checkpoint: Checkpoint, arguments: argparse.Names
 
 def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> ConvertRequest:
     """Returns the leaves of a target, under NNX names or those of a Linen program."""
-    pretend_devices(arguments)
-    factory = load_factory(arguments.target)
-    target = factory.target(weights_only=arguments.weights_only)
+    factory, options = asked_for(arguments)
+    target = options["target"]
+    renames: list[Rule] = options["renames"]
     flavour = arguments.to if arguments.to in ("linen", "maxtext") else None
-    renames = rules_of(arguments)
     undone = renames if flavour is not None and _has_names_of(target, checkpoint, arguments) else []
     plan = plan_restore(
         checkpoint.directory,
@@ -236,7 +233,7 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> ConvertReq
     plan.check()
     check_values(checkpoint, plan)
     fitted = fit(plan, factory, _dtype(arguments.dtype))
-    placed = in_nnx(fitted) if flavour is None else in_linen(fitted, target, flavour, as_rules(undone))
+    placed = in_nnx(fitted) if flavour is None else in_linen(fitted, target, flavour, undone)
     leaves, given = placed.leaves, placed.given
     return ConvertRequest(
         conversion=Conversion(source=checkpoint, leaves=leaves, given=given, lists=flavour is not None),

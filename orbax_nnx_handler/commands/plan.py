@@ -9,11 +9,9 @@ from orbax_nnx_handler.commands.arguments import (
     add_path,
     add_policy,
     add_target,
+    asked_for,
     described,
-    load_factory,
     policies_of,
-    pretend_devices,
-    rules_of,
 )
 from orbax_nnx_handler.commands.screen import Screen, options_of
 from orbax_nnx_handler.decide import plan_restore
@@ -70,15 +68,7 @@ def plan_for(arguments: argparse.Namespace) -> RestorePlan:
     Raises:
         UsageError: The factory or an option is wrong.
     """
-    pretend_devices(arguments)
-    factory = load_factory(arguments.target)
+    factory, options = asked_for(arguments)
     policies = policies_of(arguments.policy)
-    return plan_restore(
-        arguments.path,
-        factory.target(weights_only=arguments.weights_only),
-        policy=policies,
-        layout=arguments.layout,
-        renames=rules_of(arguments),
-        init=factory if "init" in str(policies) else None,
-        item=arguments.item,
-    )
+    init = factory if "init" in str(policies) else None
+    return plan_restore(arguments.path, policy=policies, init=init, **options)

@@ -7,19 +7,15 @@ from typing import Any
 
 from orbax_nnx_handler import api
 from orbax_nnx_handler.commands.arguments import (
-    PAIR_HELP,
-    UsageError,
     add_item,
     add_json,
     add_path,
     add_target,
+    asked_for,
     described,
-    load_factory,
-    load_pair,
-    pretend_devices,
-    rules_of,
 )
 from orbax_nnx_handler.commands.screen import Screen, rename_options
+from orbax_nnx_handler.commands.user_code import PAIR_HELP, UsageError, load_pair
 from orbax_nnx_handler.planning.core.errors import as_python
 from orbax_nnx_handler.planning.core.paths import spelled
 from orbax_nnx_handler.planning.rules import Rename, Rule
@@ -58,28 +54,21 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Prints the proposal."""
-    pretend_devices(arguments)
-    factory = load_factory(arguments.target)
-    settled = rules_of(arguments)
+    factory, options = asked_for(arguments)
     file = None if arguments.write is None else _free(pathlib.Path(arguments.write))
-    suggestion = api.suggest(
-        arguments.path,
-        factory.target(weights_only=arguments.weights_only),
-        init=factory,
-        layout=arguments.layout,
-        renames=settled,
-        item=arguments.item,
-        verify=None if arguments.verify is None else load_pair(arguments.verify),
-    )
+    pair = None if arguments.verify is None else load_pair(arguments.verify)
+    suggestion = api.suggest(arguments.path, init=factory, verify=pair, **options)
     if file is not None:
-        file.write_text(written(suggestion, settled, f"{arguments.path} {arguments.target}", file.name))
+        file.write_text(
+            written(suggestion, options["renames"], f"{arguments.path} {arguments.target}", file.name)
+        )
     if arguments.json:
         screen.json(_to_dict(suggestion))
     else:
         screen.say(str(suggestion))
-        options = _options(suggestion)
-        if options:
-            screen.say(f"# on the command line: {options}")
+        words = _options(suggestion)
+        if words:
+            screen.say(f"# on the command line: {words}")
     return 1 if suggestion.confidence == "open" else 0
 
 

@@ -4,20 +4,17 @@ import argparse
 from typing import Any
 
 from orbax_nnx_handler.commands.arguments import (
-    PAIR_HELP,
     add_item,
     add_json,
     add_path,
     add_policy,
     add_target,
+    asked_for,
     described,
-    load_factory,
-    load_pair,
     policies_of,
-    pretend_devices,
-    rules_of,
 )
 from orbax_nnx_handler.commands.screen import Screen
+from orbax_nnx_handler.commands.user_code import PAIR_HELP, load_pair
 from orbax_nnx_handler.verifying.verify import verify
 
 
@@ -61,22 +58,17 @@ def _positive(text: str) -> float:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Prints what was found."""
-    pretend_devices(arguments)
-    factory = load_factory(arguments.target)
+    factory, options = asked_for(arguments)
     linen_apply, nnx_apply, inputs = load_pair(arguments.pair)
-    policies = policies_of(arguments.policy)
     found = verify(
         arguments.path,
-        factory.target(weights_only=arguments.weights_only),
-        linen_apply,
-        nnx_apply,
-        inputs,
-        renames=rules_of(arguments),
+        linen_apply=linen_apply,
+        nnx_apply=nnx_apply,
+        inputs=inputs,
         tolerance=arguments.tolerance,
-        policy=policies,
-        layout=arguments.layout,
+        policy=policies_of(arguments.policy),
         init=factory,
-        item=arguments.item,
+        **options,
     )
     if arguments.json:
         screen.json(found.to_dict())

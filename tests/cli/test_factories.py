@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler.commands.arguments import UsageError, load_factory
+from orbax_nnx_handler.commands.user_code import UsageError, load_factory
 from tests.cli.conftest import MODEL
 
 FUNCTIONS = ["Mlp", "Named", "make", "make_train", "make_abstract", "make_named", "make_broken"]

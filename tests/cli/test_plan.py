@@ -40,7 +40,7 @@ def test_a_checkpoint_that_does_not_fit_gives_status_1_and_the_cause(cli, root) 
 def test_json_is_the_plan_s_own_dict_with_the_error(
     cli, root, target: str, status: int, error: str | None
 ) -> None:
-    from orbax_nnx_handler.commands.arguments import load_factory
+    from orbax_nnx_handler.commands.user_code import load_factory
 
     said = cli("plan", root, f"{MODEL}:{target}", "--json")
 

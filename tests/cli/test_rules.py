@@ -9,8 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from orbax_nnx_handler import Rename, Suggestion, Transpose, plan_restore
-from orbax_nnx_handler.commands.arguments import load_factory
 from orbax_nnx_handler.commands.suggest import written
+from orbax_nnx_handler.commands.user_code import load_factory
 from orbax_nnx_handler.planning.rules import as_rules
 from tests.cli.conftest import MODEL
 

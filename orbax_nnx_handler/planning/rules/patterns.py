@@ -33,19 +33,19 @@ class Pattern:
     text: str
 
     @cached_property
-    def _templates(self) -> tuple[str, ...]:
+    def templates(self) -> tuple[str, ...]:
         """The segments with every star as a named place."""
         stars = iter(range(len(self.text)))
         return tuple(f"{{__star{next(stars)}}}" if part == "*" else part for part in parse(self.text))
 
     @cached_property
     def _parts(self) -> tuple["str | re.Pattern[str]", ...]:
-        return tuple(_compile(part) for part in self._templates)
+        return tuple(_compile(part) for part in self.templates)
 
     @cached_property
     def places(self) -> frozenset[str]:
         """The names of its places, stars included."""
-        return frozenset(name for part in self._templates for name in _PLACE.findall(part))
+        return frozenset(name for part in self.templates for name in _PLACE.findall(part))
 
     @property
     def width(self) -> int:
@@ -98,12 +98,26 @@ class Pattern:
 
     def fill(self, bindings: Bindings) -> tuple[str, ...]:
         """Returns the segments with every place replaced by its text."""
-        return tuple(_PLACE.sub(lambda place: bindings[place[1]], part) for part in self._templates)
+        return tuple(_PLACE.sub(lambda place: bindings[place[1]], part) for part in self.templates)
 
     @cached_property
     def _anchor(self) -> "str | re.Pattern[str]":
         literal = [part for part in self._parts if isinstance(part, str)]
         return literal[-1] if literal else self._parts[0]
+
+
+def shared_ends(one: Sequence[str], other: Sequence[str], least: int = 0) -> tuple[int, int]:
+    """Returns how many segments two paths share at their beginning, and at their end of what is left.
+
+    Args:
+        one: A path.
+        other: Another path.
+        least: How many segments of the shorter path are in neither, the same or not.
+    """
+    shortest = max(min(len(one), len(other)) - least, 0)
+    before = next((at for at in range(shortest) if one[at] != other[at]), shortest)
+    rest = shortest - before
+    return before, next((at for at in range(rest) if one[-1 - at] != other[-1 - at]), rest)
 
 
 def _compile(part: str) -> "str | re.Pattern[str]":

@@ -8,7 +8,7 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import parse
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.patterns import Pattern, Span
+from orbax_nnx_handler.planning.rules.patterns import Pattern, Span, shared_ends
 from orbax_nnx_handler.planning.rules.rule import Applied, Rule, check_pattern, check_places, reason_of
 
 
@@ -108,6 +108,29 @@ class Rename(Rule):
             return super().inverse()
         return Rename(self.replacement, self.pattern)
 
+    def leads_back(self, before: Sequence[Entry], after: Sequence[Entry]) -> bool:
+        """Tells whether the rename back makes of some entries what this one has made them from.
+
+        Args:
+            before: The entries before this rule.
+            after: The same after it, in the same order.
+        """
+        if self.regex or not self._right.width or self._left.places != self._right.places:
+            return False
+        found = set(self._right.candidates(entry.whole for entry in after))
+        return all(
+            old.whole == (self._replaced_back(new.whole) if at in found else new.whole)
+            for at, (old, new) in enumerate(zip(before, after, strict=True))
+            if at in found or old is not new
+        )
+
+    def _replaced_back(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        found, at = list[str](), 0
+        for span in self._right.spans(names):
+            found += (*names[at : span.start], *self._left.fill(span.bindings))
+            at = span.stop
+        return (*found, *names[at:])
+
     @property
     def _loss(self) -> str:
         if self.regex:
@@ -139,7 +162,7 @@ class Rename(Rule):
     def _called(self, entry: Entry, names: Sequence[str]) -> Entry:
         """Returns the entry under another whole path, of which what is the same at both ends is kept."""
         marks = entry.fixed or (False,) * len(entry.whole)
-        return self._named(entry, names, _marked(entry.whole, names, marks)[0])
+        return self._named(entry, names, _marked(marks, len(names), shared_ends(entry.whole, names))[0])
 
     def _named(self, entry: Entry, names: Sequence[str], fixed: Sequence[bool]) -> Entry:
         if not names:
@@ -157,20 +180,24 @@ class Rename(Rule):
         own = marks[span.start : span.stop]
         if old == new:
             return new, (True,) * len(new), own
-        return (new, *_marked(old, new, own))
+        # As the rule spells both: what a place stands for may look like a name of the other side.
+        ends = shared_ends(self._left.templates, self._right.templates)
+        return (new, *_marked(own, len(new), ends))
 
 
 def _marked(
-    old: Sequence[str], new: Sequence[str], marks: Sequence[bool]
+    marks: Sequence[bool], length: int, ends: tuple[int, int]
 ) -> tuple[Sequence[bool], Sequence[bool]]:
-    """Returns what of new names is fixed, and the marks of the old ones that are gone; both ends may stay."""
-    shortest = min(len(old), len(new))
-    head = next((at for at in range(shortest) if old[at] != new[at]), shortest)
-    rest = shortest - head
-    tail = next((at for at in range(rest) if old[-1 - at] != new[-1 - at]), rest)
-    middle = (True,) * (len(new) - head - tail)
+    """Returns what of so many new names is fixed, and the marks of the old ones that are gone.
+
+    Args:
+        marks: Which of the old names are fixed.
+        length: How many new ones there are.
+        ends: How many of both stay at the beginning and at the end.
+    """
+    head, tail = ends
     end = len(marks) - tail
-    return (*marks[:head], *middle, *marks[end:]), marks[head:end]
+    return (*marks[:head], *(True,) * (length - head - tail), *marks[end:]), marks[head:end]
 
 
 def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, canonical, linen_path, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Add,
     Concat,
@@ -31,7 +31,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
     substitute,
 )
-from orbax_nnx_handler.planning.rules import Rule, apply_rules, invert
+from orbax_nnx_handler.planning.rules import Rename, Rule, apply_rules, invert
 from orbax_nnx_handler.planning.rules.entries import Entry
 
 _Known = tuple[Recipe, Recipe]
@@ -179,22 +179,30 @@ class Undone:
     copies: dict[Path, Recipe]
 
 
-def undo_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> Undone:
+def undo_rules(
+    entries: Sequence[Entry], rules: Sequence[Rule], own: Mapping[Path, Path] | None = None
+) -> Undone:
     """Returns how each leaf is stored so that the rules restore it.
 
     Args:
         entries: The leaves of the tree to save, each a plain `Read`.
         rules: The rules of the restore.
+        own: The path in the state of each leaf, which tells a number in a list (`layers`, `0`) from a
+            name with one (`norm_1`); without it, each number that Linen may have joined is one.
 
     Raises:
         RuleError: A rule cannot be undone, matches nothing, or would not restore what is saved.
     """
-    after: Sequence[Entry] = entries
+    paths = own or {}
+    after: Sequence[Entry] = [_apart(entry, paths.get(entry.sources[0])) for entry in entries]
+    undone: list[Rule] = []
     for rule in invert(rules):
-        after = _applied(rule, after)
+        after = _applied(rule, after, undone)
+        undone.append(rule)
     stored: dict[Path, Entry] = {}
     for entry in after:
-        path = _path(entry)
+        whole = _respelled(entry, _joined(entry.segments))
+        path = _path(whole)
         if path in stored:
             names = [render_reads(one.recipe) for one in (stored[path], entry)]
             raise RuleError(
@@ -203,9 +211,15 @@ def undo_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> Undone:
                 paths=[*stored[path].sources, *entry.sources],
                 hints=["name more of their paths in the rules."],
             )
-        stored[path] = entry
+        stored[path] = whole
     copies = _check_way_back(entries, stored, rules)
     return Undone(ways={path: entry.recipe for path, entry in stored.items()}, copies=copies)
+
+
+_UNCLEAR = (
+    "rules that lead to one name do not tell which of them it came from: name more of the path on both "
+    "sides of each, or save with the plan or the report of the restore in their place."
+)
 
 
 class _Number(str):
@@ -214,18 +228,55 @@ class _Number(str):
     name: str
 
 
-def _applied(rule: Rule, entries: Sequence[Entry]) -> Sequence[Entry]:
-    """Applies a rule to paths as NNX spells them (`layers/0`); to Linen's spelling where nothing matches.
+def _applied(rule: Rule, entries: Sequence[Entry], undone: Sequence[Rule]) -> Sequence[Entry]:
+    """Applies a rule to paths as NNX spells them (`layers/0`); where it does not match, as Linen does.
 
     What the rule writes stays as it stands there, and so does everything else.
     """
-    spelled = rule.apply([_respelled(entry, _split(entry.segments)) for entry in entries])
-    if spelled.matched:
-        return [_respelled(entry, _joined(entry.segments)) for entry in spelled.entries]
     applied = rule.apply(entries)
-    if not applied.matched:
-        raise RuleError(f"the rule that saves, {rule}, matches no leaf of the state.")
-    return applied.entries
+    if applied.matched and not isinstance(rule, Rename):
+        return applied.entries
+    left = [at for at, entry in enumerate(entries) if not applied.matched or applied.entries[at] is entry]
+    joined = [_respelled(entries[at], _joined(entries[at].segments)) for at in left]
+    again = rule.apply(joined)
+    if not applied.matched and not again.matched:
+        taken = any(rule.apply([_unfixed(entry) for entry in some]).matched for some in (entries, joined))
+        why = " that another rule has not named already" if taken and undone else ""
+        raise RuleError(f"the rule that saves, {rule}, matches no leaf of the state{why}.", hints=[_UNCLEAR])
+    # What did not match keeps its numbers apart for the rules to come.
+    known = {id(entry): entries[at] for at, entry in zip(left, joined, strict=True)}
+    after = [known.get(id(entry)) or _apart(entry, None) for entry in again.entries]
+    if not isinstance(rule, Rename):
+        return after
+    changed = list(applied.entries) if applied.matched else list(entries)
+    for at, entry in zip(left, after, strict=True):
+        changed[at] = entry
+    return changed
+
+
+def _unfixed(entry: Entry) -> Entry:
+    return dataclasses.replace(entry, fixed=())
+
+
+def _apart(entry: Entry, own: Path | None) -> Entry:
+    """Returns a leaf of a Linen tree under its names in NNX, the numbers of lists apart."""
+    for start in range(len(own or ())):
+        below = (own or ())[start:]
+        if linen_path(below) == entry.segments:
+            return _respelled(entry, _as_listed(below))
+    return _respelled(entry, _split(entry.segments))
+
+
+def _as_listed(path: Path) -> tuple[str, ...]:
+    found: list[str] = []
+    for key in path:
+        if isinstance(key, int) and found:
+            number = _Number(key)
+            number.name = found[-1]
+            found.append(number)
+        else:
+            found += linen_path((key,))
+    return tuple(found)
 
 
 def _respelled(entry: Entry, names: tuple[str, ...]) -> Entry:

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart
+from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart, Names
 from orbax_nnx_handler.planning.suggesting.roles import Role
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, joints
 from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
@@ -86,3 +87,37 @@ def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> J
     if is_first:
         kept = [joint for joint in kept if joint.axis == 0]
     return kept[0] if len(kept) == 1 else None
+
+
+def joining_rule(
+    link: Link, stored: Sequence[Names], wanted: Sequence[Names]
+) -> tuple[Rule, Sequence[Names]]:
+    """Returns the rule of a fuse or a split, and the paths of what comes out of it.
+
+    Args:
+        link: What is fused or split.
+        stored: The paths of its stored leaves, as the rules before it have left them.
+        wanted: The paths that its wanted leaves are to have in the end.
+    """
+    assert link.joint is not None
+    axis, sizes, is_new = link.joint.axis, link.joint.sizes, link.joint.is_new
+    if link.is_split:
+        intos = [(*stored[0][:-2], *aim[-2:]) for aim in wanted]
+        pieces, whole = _cut_alike(intos, stored[0])
+        return Split("/".join(whole), tuple(map("/".join, pieces)), axis, sizes, drop_axis=is_new), intos
+    shared = _common(stored)
+    into = (*shared, *wanted[0][len(shared) - len(stored[0]) :])
+    pieces, whole = _cut_alike(stored, into)
+    return Fuse(tuple(map("/".join, pieces)), "/".join(whole), axis, sizes, new_axis=is_new), [into]
+
+
+def _common(paths: Sequence[Names]) -> Names:
+    shortest = min(map(len, paths))
+    same = next((at for at in range(shortest) if len({path[at] for path in paths}) > 1), shortest)
+    return paths[0][:same]
+
+
+def _cut_alike(parts: Sequence[Names], whole: Names) -> tuple[list[Names], Names]:
+    """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
+    before = len(_common([*parts, whole]))
+    return [path[before:] for path in parts], whole[before:]

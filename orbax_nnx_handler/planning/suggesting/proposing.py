@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.suggesting.layers import Order
 from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, Names
 from orbax_nnx_handler.planning.suggesting.search import (
@@ -80,6 +80,11 @@ class _Tried:
     root: int = 0
     below: Names = ()
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether the planner takes the rules and no leaf comes from elsewhere."""
+        return not self.wrong and not self.problem
+
 
 @dataclasses.dataclass(frozen=True)
 class _Open:
@@ -126,7 +131,9 @@ class _Proposing:
         questions = self._questions(links, searched)
 
         def settle(more: Sequence[Link]) -> tuple[Rule, ...]:
-            return tuple(self._write([*tried.links, *more], searched, tried.root, tried.below))
+            rules = self._write([*tried.links, *more], searched, tried.root, tried.below)
+            keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
+            return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
 
         def answered(answers: Answers) -> tuple[Rule, ...]:
             chosen = [q.readings[at] for q, at in zip(questions, answers, strict=True) if at is not None]
@@ -174,10 +181,9 @@ class _Proposing:
             lost: set[Path] = set()
             for root, below in self._roots(left):
                 tried = self._tried(left, searched, root, below)
-                is_clean = not tried.wrong and not tried.problem
-                if is_clean and tried.right == len(paths_of(left)):
+                if tried.is_clean and tried.right == len(paths_of(left)):
                     return tried if tried.right > best.right else best
-                if is_clean and tried.right > best.right:
+                if tried.is_clean and tried.right > best.right:
                     best = tried
                 lost = set(tried.wrong)
             rest = [link for link in left if not any(leaf.source in lost for leaf in link.wanted)]
@@ -188,6 +194,15 @@ class _Proposing:
 
     def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> _Tried:
         rules = self._write(links, searched, root, below)
+        tried = self._judged(links, rules, root, below)
+        if tried.is_clean or not any(map(_changes_nothing, rules)):
+            return tried
+        changing = {rule: some for rule, some in rules.items() if not _changes_nothing(rule)}
+        return self._judged(links, changing, root, below)
+
+    def _judged(
+        self, links: Sequence[Link], rules: Mapping[Rule, Sequence[Link]], root: int, below: Names
+    ) -> _Tried:
         every = (*self.options.renames, *rules)
         try:
             verdict = judge(self.target, self.stored, dataclasses.replace(self.options, renames=every))
@@ -250,9 +265,10 @@ class _Proposing:
         begins = all(leaf.names[: len(kept)] == kept for link in links for leaf in link.stored)
         for depth in depths:
             if depth <= len(shared):
+                # Rules that name the levels above the stored model save back by themselves.
+                yield depth, ()
                 if kept and begins and len(kept) == len(roots.stored):
                     yield depth, kept
-                yield depth, ()
 
     # What is left open.
 
@@ -300,6 +316,10 @@ class _Proposing:
             ),
             problem=tried.problem or "\n".join(str(fault) for fault in verdict.faults),
         )
+
+
+def _changes_nothing(rule: Rule) -> bool:
+    return isinstance(rule, Rename) and rule.pattern == rule.replacement
 
 
 def _paths(leaves: Iterable[Leaf]) -> tuple[Path, ...]:

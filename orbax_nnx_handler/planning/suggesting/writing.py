@@ -6,20 +6,19 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.paths import canonical
+from orbax_nnx_handler.planning.core.paths import canonical, is_index
 from orbax_nnx_handler.planning.rules import (
     Copy,
-    Fuse,
     Rename,
     Reshape,
     Rule,
-    Split,
     StackLayers,
     Transpose,
     UnstackLayers,
 )
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.patterns import Pattern
+from orbax_nnx_handler.planning.rules.patterns import Pattern, shared_ends
+from orbax_nnx_handler.planning.suggesting.fusing import joining_rule
 from orbax_nnx_handler.planning.suggesting.parts import Layers, Link, Names
 from orbax_nnx_handler.planning.suggesting.shapes import Steps
 
@@ -45,13 +44,15 @@ class _Thread:
     steps: Steps = ()
 
     @property
-    def template(self) -> Names:
-        """Its path with places for the numbers of layers."""
-        return _with_places(self.names, [seat for seat, _ in self.seats])
-
-    @property
-    def aim_template(self) -> Names:
-        return _with_places(self.aim, [seat for _, seat in self.seats])
+    def templates(self) -> list[tuple[Names, Names]]:
+        """Both paths with places for the numbers of layers: for all, for all but the innermost, and so on."""
+        return [
+            (
+                _with_places(self.names, [now for now, _ in seats]),
+                _with_places(self.aim, [to for _, to in seats]),
+            )
+            for seats in (self.seats[:count] for count in range(len(self.seats), -1, -1))
+        ]
 
 
 def _with_places(names: Names, seats: Iterable[int]) -> Names:
@@ -87,6 +88,8 @@ class Writer:
             links: The links, nothing in them open.
             groups: Names that lead into layers of both sides.
         """
+        listed = self._listed(())
+        kept = {name: rule for name in listed if (rule := self._keeping(name)) is not None}
         self._unstack(links)
         threads = [thread for link in links for thread in self._threads(link)]
         self._copy(links)
@@ -98,8 +101,27 @@ class Writer:
         alone = [thread for thread in alone if id(thread) not in leaving]
         self._rename_groups(alone, groups)
         self._rename(alone)
+        stacks = [layers.stored for layers in _layers_of(links, stacks=True)]
+        left = self._listed(stacks) if self.rules else set[str]()
         self._stack(links)
-        return self.rules
+        return {**{kept[name]: [] for name in sorted(left & kept.keys())}, **self.rules}
+
+    def _listed(self, stacks: Sequence[Names]) -> set[str]:
+        """Returns the names before numbers of their own (`layers/0`) that no rule writes or stacks."""
+        found: set[str] = set()
+        for entry in self.entries:
+            marks = entry.fixed or (False,) * len(entry.whole)
+            inside = max((len(stack) for stack in stacks if _leads(stack, entry.segments)), default=1)
+            for at in range(len(entry.prefix) + inside, len(entry.whole)):
+                if entry.whole[at].isdecimal() and not marks[at]:
+                    found.add(entry.whole[at - 1])
+        return found
+
+    def _keeping(self, name: str) -> Rename | None:
+        """Returns a rename that only keeps `layers/0`, which a save would join to `layers_0`."""
+        rule = Rename(f"{name}/{{i}}", f"{name}/{{i}}")
+        spans = (span for entry in self.entries for span in _compiled(rule.pattern).spans(entry.segments))
+        return rule if all(is_index(span.bindings["i"]) for span in spans) else None
 
     # What each leaf is to become.
 
@@ -187,7 +209,7 @@ class Writer:
         for thread in threads:
             if thread.names in seen:
                 continue
-            pattern = self._pattern(thread.template, good) or self._pattern(thread.names, good)
+            pattern = self._pattern(thread.templates[0][0], good) or self._pattern(thread.names, good)
             pattern = pattern or "/".join(self._whole(thread.names))
             found.append(pattern)
             seen |= {names for names in good if next(_compiled(pattern).spans(names), None)}
@@ -227,27 +249,14 @@ class Writer:
 
     def _joined(self, link: Link, written: dict[Rule, list[Link]]) -> list[_Thread]:
         """Adds the rule of a fuse or split and returns what comes out of it, under its last name."""
-        assert link.joint is not None
-        axis, sizes, is_new = link.joint.axis, link.joint.sizes, link.joint.is_new
-        if not link.is_split:
-            aim = self._aim(link, link.target.names)
-            sources = [self._now(link, leaf.names) for leaf in link.stored]
-            into = (*_common(sources), *_tail(aim, sources))
-            pieces, whole = _cut_alike(sources, into)
-            written[Fuse(tuple(map("/".join, pieces)), "/".join(whole), axis, sizes, new_axis=is_new)].append(
-                link
-            )
-            return [_Thread(into, aim, self._seats(link), link)]
-        source = self._now(link, link.source.names)
+        sources = [self._now(link, leaf.names) for leaf in link.stored]
         aims = [self._aim(link, leaf.names) for leaf in link.wanted]
-        intos = [(*source[:-2], *aim[-2:]) for aim in aims]
-        pieces, whole = _cut_alike(intos, source)
-        written[Split("/".join(whole), tuple(map("/".join, pieces)), axis, sizes, drop_axis=is_new)].append(
-            link
-        )
+        rule, intos = joining_rule(link, sources, aims)
+        written[rule].append(link)
+        steps = [ways[0].steps for ways in link.ways] if link.is_split else [()]
         return [
-            _Thread(into, aim, self._seats(link), link, ways[0].steps)
-            for into, aim, ways in zip(intos, aims, link.ways, strict=True)
+            _Thread(into, aim, self._seats(link), link, some)
+            for into, aim, some in zip(intos, aims, steps, strict=True)
         ]
 
     # Names.
@@ -267,6 +276,9 @@ class Writer:
             if len({thread.names[len(stored) :] for thread in inside}) < 2 or _alike(stored, into):
                 continue
             rule = Rename("/".join(stored), "/".join(into))
+            after = rule.apply(self.entries).entries
+            if not rule.leads_back(self.entries, after):
+                continue  # Each leaf gets a rule that does.
             self._take(rule, [])
             for thread in inside:
                 rest = thread.names[len(stored) :]
@@ -308,13 +320,15 @@ class Writer:
     def _rename_rule(
         self, thread: _Thread, aims: Mapping[Names, Names]
     ) -> tuple[Rename, Sequence[Entry]] | None:
-        """Returns the shortest rename under which this leaf comes to its aim and no other one goes astray.
+        """Returns the shortest rename that takes this leaf to its aim, no other astray, and all of them back.
 
-        The entries after it come with it: to apply a rule to 20,000 leaves is dear.
+        Where none leads back, the shortest of the others. The entries after it come with it: to
+        apply a rule to 20,000 leaves is expensive.
         """
         whole = self._whole(thread.names)
         above = whole[: len(whole) - len(thread.names)]
-        for left, right in ((thread.template, thread.aim_template), (thread.names, thread.aim)):
+        first: tuple[Rename, Sequence[Entry]] | None = None
+        for left, right in thread.templates:
             stored, wanted = (*above, *left), (*above, *right)
             for start, stop in _cuts(stored, wanted):
                 rule = _renamed(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
@@ -322,8 +336,10 @@ class Writer:
                     continue
                 after = rule.apply(self.entries).entries
                 if self._is_safe(after, thread.names, aims):
-                    return rule, after
-        return None
+                    if rule.leads_back(self.entries, after):
+                        return rule, after
+                    first = first or (rule, after)
+        return first
 
     def _is_safe(self, after: Sequence[Entry], names: Names, aims: Mapping[Names, Names]) -> bool:
         """Tells whether a rename takes a leaf to its aim, and every other leaf that it changes too."""
@@ -408,18 +424,9 @@ def _alike(one: Names, other: Names) -> bool:
     return canonical(one) == canonical(other)
 
 
-def _ends(left: Names, right: Names) -> tuple[int, int]:
-    """Returns how many segments two paths share at their beginning and at their end; one is left between."""
-    shortest = min(len(left), len(right)) - 1
-    after = next((at for at in range(shortest) if left[-1 - at] != right[-1 - at]), shortest)
-    rest = shortest - after
-    before = next((at for at in range(rest) if left[at] != right[at]), rest)
-    return before, after
-
-
 def _cuts(left: Names, right: Names) -> Iterable[tuple[int, int]]:
     """Yields how many shared segments of two paths a rename may leave out at either end, the most first."""
-    before, after = _ends(left, right)
+    after, before = shared_ends(left[::-1], right[::-1], 1)
     for stop in range(after, -1, -1):
         for start in range(before, -1, -1):
             if left[start][:1] != "{":  # A number alone stands for any name.
@@ -427,24 +434,6 @@ def _cuts(left: Names, right: Names) -> Iterable[tuple[int, int]]:
 
 
 def _differing(thread: _Thread) -> tuple[Names, Names]:
-    left, right = thread.template, thread.aim_template
-    before, after = _ends(left, right)
+    left, right = thread.templates[0]
+    after, before = shared_ends(left[::-1], right[::-1], 1)
     return left[before : len(left) - after], right[before : len(right) - after]
-
-
-def _common(paths: Sequence[Names]) -> Names:
-    shortest = min(map(len, paths))
-    same = next((at for at in range(shortest) if len({path[at] for path in paths}) > 1), shortest)
-    return paths[0][:same]
-
-
-def _tail(aim: Names, sources: Sequence[Names]) -> Names:
-    """Returns the last names of a fused leaf: below the module that holds its parts."""
-    below = len(sources[0]) - len(_common(sources))
-    return aim[-below:]
-
-
-def _cut_alike(parts: Sequence[Names], whole: Names) -> tuple[list[Names], Names]:
-    """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
-    before = len(_common([*parts, whole]))
-    return [path[before:] for path in parts], whole[before:]

@@ -54,7 +54,7 @@ def without_rules(
     model = {path: leaf for path, leaf in leaves.items() if path[0] != "opt_state"}
     stored = {path: StoredLeaf(path=path, shape=leaf.shape, dtype=leaf.dtype) for path, leaf in model.items()}
     entries = model_entries((MAXTEXT if flavour == "maxtext" else TRAIN_STATE).place(stored))
-    rules_undone = undo_rules(entries, rules)
+    rules_undone = undo_rules(entries, rules, {path: leaf.like for path, leaf in model.items()})
     ways, copies = rules_undone.ways, rules_undone.copies
     touched = {path for entry in entries for path in entry.sources}
     undone = {path: _combined(way, model) for path, way in ways.items()}

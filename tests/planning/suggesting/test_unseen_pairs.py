@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import from_linen, suggest
+from orbax_nnx_handler import from_linen, suggest, to_linen
+from tests.planning.plans import leaves_of, plan_of
 
 PAIRS = json.loads((pathlib.Path(__file__).parent / "unseen_pairs.json").read_text())
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -72,3 +73,26 @@ def test_an_unseen_pair_is_right_but_for_what_stays_open_and_never_wrong(name):
             wrong.append(name_of)
     assert wrong == []
     assert len(left) == OPEN.get(name, 0)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_rules_for_an_unseen_pair_save_back_what_was_stored(name):
+    pair = PAIRS[name]
+    tree = nested(pair["stored"])
+    found = suggest(tree, target_of(pair["wanted"]))
+    covered = nnx.from_flat_state(
+        [
+            (path, leaf)
+            for path, leaf in nnx.to_flat_state(target_of(pair["wanted"]))
+            if path not in found.unmatched_wanted
+        ]
+    )
+    state = from_linen(tree, covered, renames=found.renames, unexpected="ignore")
+    unused = plan_of(covered, tree, found.renames, unexpected="ignore").unexpected
+
+    layout = "maxtext" if "params" in tree["params"] else "linen"
+    saved = leaves_of(to_linen(state, layout=layout, renames=found.renames))
+
+    stored = {path: leaf for path, leaf in leaves_of(tree).items() if path not in unused}
+    assert set(saved) == set(stored)
+    assert [path for path in saved if not np.array_equal(saved[path], stored[path])] == []

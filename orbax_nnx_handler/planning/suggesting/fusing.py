@@ -17,17 +17,25 @@ def joined_parts(wanted: Sequence[Role], stored: Sequence[Role]) -> tuple[list[L
     left, right = list(wanted), list(stored)
     for split in (False, True):
         wholes, singles = (right, left) if split else (left, right)
-        for whole in [role for role in wholes if role.fused]:
-            parts = _single_parts(whole, singles)
-            found = [] if parts is None else _links_of(whole, parts, split)
-            if parts is not None and found:
-                links += found
-                wholes.remove(whole)
-                used = {id(leaf) for link in found for leaf in (link.wanted if split else link.stored)}
-                for part in parts:
-                    singles.remove(part)
-                    singles += _rest(part, used)
+        before = -1
+        while before < len(links):  # What one whole takes may tell the parts of another.
+            before = len(links)
+            for whole in [role for role in wholes if role.fused]:
+                links += _joined_once(whole, wholes, singles, split)
     return links, left, right
+
+
+def _joined_once(whole: Role, wholes: list[Role], singles: list[Role], split: bool) -> list[Link]:
+    """Returns the links of a fused part, and takes what they are about from both sides."""
+    parts = _single_parts(whole, singles)
+    found = [] if parts is None else _links_of(whole, parts, split)
+    if parts is not None and found:
+        wholes.remove(whole)
+        used = {id(leaf) for link in found for leaf in (link.wanted if split else link.stored)}
+        for part in parts:
+            singles.remove(part)
+            singles += _rest(part, used)
+    return found
 
 
 def _rest(role: Role, used: Collection[int]) -> list[Role]:
@@ -90,7 +98,7 @@ def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> J
 
 
 def joining_rule(
-    link: Link, stored: Sequence[Names], wanted: Sequence[Names]
+    link: Link, stored: Sequence[Names], wanted: Sequence[Names], kept: int = 0
 ) -> tuple[Rule, Sequence[Names]]:
     """Returns the rule of a fuse or a split, and the paths of what comes out of it.
 
@@ -98,16 +106,17 @@ def joining_rule(
         link: What is fused or split.
         stored: The paths of its stored leaves, as the rules before it have left them.
         wanted: The paths that its wanted leaves are to have in the end.
+        kept: How many of the names above all of them the rule repeats.
     """
     assert link.joint is not None
     axis, sizes, is_new = link.joint.axis, link.joint.sizes, link.joint.is_new
     if link.is_split:
         intos = [(*stored[0][:-2], *aim[-2:]) for aim in wanted]
-        pieces, whole = _cut_alike(intos, stored[0])
+        pieces, whole = _cut_alike(intos, stored[0], kept)
         return Split("/".join(whole), tuple(map("/".join, pieces)), axis, sizes, drop_axis=is_new), intos
     shared = _common(stored)
     into = (*shared, *wanted[0][len(shared) - len(stored[0]) :])
-    pieces, whole = _cut_alike(stored, into)
+    pieces, whole = _cut_alike(stored, into, kept)
     return Fuse(tuple(map("/".join, pieces)), "/".join(whole), axis, sizes, new_axis=is_new), [into]
 
 
@@ -117,7 +126,7 @@ def _common(paths: Sequence[Names]) -> Names:
     return paths[0][:same]
 
 
-def _cut_alike(parts: Sequence[Names], whole: Names) -> tuple[list[Names], Names]:
+def _cut_alike(parts: Sequence[Names], whole: Names, kept: int) -> tuple[list[Names], Names]:
     """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
-    before = len(_common([*parts, whole]))
+    before = max(len(_common([*parts, whole])) - kept, 0)
     return [path[before:] for path in parts], whole[before:]

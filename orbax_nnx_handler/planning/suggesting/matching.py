@@ -141,7 +141,7 @@ class _Pairs:
         kept: set[tuple[int, int]] = set()
         for at, to in among:
             one, other = self._wanted[at].part.module, self._stored[to].part.module
-            if modules.get(one, other) == other and sources.get(other, one) == one:
+            if _is_within(one, other, modules) and _is_within(other, one, sources):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
         return kept if is_whole and kept != among else None
@@ -174,9 +174,12 @@ class _Pairs:
         fit, one, other = self._fits[pair], self._wanted[pair[0]], self._stored[pair[1]]
         if likeness(one.said, other.said) > 0 or one.said & other.said:
             return True
+        leaf = one.part.leaves.get("main")
+        is_layer = len(fit.pairs) > 1 and leaf is not None and len(leaf.shape) > 1
+        if fit.is_exact and is_layer and not self._has_rival(pair):
+            return True  # Of one output too, where kernel and bias are vectors.
         if one.part.is_vector or not fit.is_exact:
             return False
-        leaf = one.part.leaves.get("main")
         return leaf is None or len(set(leaf.shape)) == len(leaf.shape) or not self._rivals(pair, group)
 
     def _settle_tie(
@@ -245,6 +248,12 @@ class _Pairs:
             )
             for one, other, found in self._fits[at, to].pairs
         ]
+
+
+def _is_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:
+    """Tells whether all modules around a part that are known lie around the other part too."""
+    around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
+    return all(other[: len(found)] == found for found in around)
 
 
 def fit_of(one: Role, other: Role) -> Fit | None:
@@ -393,9 +402,9 @@ def _order(roles: Sequence[Role]) -> list[int] | None:
 
 
 def _placed(positions: Sequence[float | None]) -> list[float | None]:
-    """Puts the only unknown place at the other end: `layer_norm` beside `final_layer_norm`."""
+    """Puts the only unknown place at the other end, as `layer_norm` beside `final_layer_norm`, or between."""
     known = {position for position in positions if position is not None}
-    if positions.count(None) == 1 and len(known) == 1 and abs(next(iter(known))) >= 100:
+    if positions.count(None) == 1 and known and all(abs(position) >= 100 for position in known):
         return [0.0 if position is None else position for position in positions]
     return list(positions)
 

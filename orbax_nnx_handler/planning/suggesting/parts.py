@@ -241,6 +241,22 @@ class Link:
         """Whether one stored leaf becomes several wanted ones."""
         return len(self.wanted) > 1
 
+    def seats(self, root: int) -> list[tuple[int, int]]:
+        """Returns the segments of the stored path, its stack taken apart, and of the aim that count layers.
+
+        Args:
+            root: How many more segments lead to the model in the target than in the checkpoint.
+        """
+        layers = self.layers
+        if layers is None:
+            return [(stored, wanted - root) for stored, wanted in self.levels]
+        if layers.stacks:
+            seat, shift = len(layers.stored) - 1, len(layers.stored) - len(layers.wanted)
+            return [(seat, seat), *((s, w + shift) for s, w in self.levels if s > seat)]
+        seat = len(layers.wanted) - root - 1
+        shift = len(layers.wanted) - root - len(layers.stored)
+        return [(seat, seat), *((s + shift, w - root) for s, w in self.levels if s + shift > seat)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tie:

@@ -88,6 +88,7 @@ the other."""
 _NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
     ("wi", (0, 1)): (("gate", "up"), "T5 and MaxText: wi_0 is the activated one"),
     ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),
+    ("linears", (0, 1, 2, 3)): (("q", "k", "v", "o"), "The Annotated Transformer"),
 }
 """Numbered layers of a gated network, by the names of known programs."""
 
@@ -107,6 +108,7 @@ class _Context:
                 self._held[names] |= part.own
                 self._below[names] |= concepts(level.base for level in levels(part.names[len(names) :]))
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
+        self._has_actor = any("actor" in part.said for part in parts)
 
     def role(self, part: ModulePart) -> Role:
         said = set(part.said | self._surroundings(part)) | self._above
@@ -116,6 +118,8 @@ class _Context:
             if level.number is not None
         )
         fused, fact = self._fused(part)
+        if self._has_actor and not self._has_attention and "v" in said:
+            said = (said - {"v"}) | {"critic"}  # The value of a state.
         if part.is_norm:
             said -= STRONG - part.own
         else:

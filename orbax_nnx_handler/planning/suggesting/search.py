@@ -82,9 +82,15 @@ def _chosen(
                 return next((way for way in ways if way.turned in turned), None)
             if key[0] == "model":
                 return None
-    if leaf.names[-1] == "kernel":
+    if leaf.names[-1] == "kernel" or _keeps_its_name(link, leaf):
         return next((way for way in ways if not way.turned), None)
     return None
+
+
+def _keeps_its_name(link: Link, leaf: Leaf) -> bool:
+    """Tells whether a matrix has a name of its own on both sides; `weight` and `w` may be PyTorch's."""
+    last = leaf.names[-1]
+    return last == link.target.names[-1] and last not in ("weight", "weights", "w")
 
 
 def _is_matrix(leaf: Leaf) -> bool:
@@ -286,6 +292,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     every = list(links)
     ours = _free(wanted, {leaf.source for link in every for leaf in link.wanted})
     theirs = _free(stored, {leaf.source for link in every for leaf in link.stored})
+    tokens = {link.target.shape[0] for link in every if _is_of_tokens(link)}
     fits: dict[int, dict[int, Fit]] = defaultdict(dict)
     sizes: dict[int, list[int]] = defaultdict(list)
     for to, other in enumerate(theirs):
@@ -302,7 +309,9 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
         takers = [ours[at] for at in options]
         if any(counts[at] > 1 for at in options) or not _are_one(takers):
             continue
-        if all(fit.is_exact and _is_meant(ours[at], theirs[to]) for at, fit in options.items()):
+        # A vector with an element for each token is a bias of the logits.
+        is_bias = theirs[to].part.is_vector and main_size(theirs[to]) in tokens
+        if all(fit.is_exact and (is_bias or _is_meant(ours[at], theirs[to])) for at, fit in options.items()):
             found += _links(options.values())
     return found
 
@@ -320,6 +329,11 @@ def _are_one(takers: Sequence[Role]) -> bool:
 
 def _shapes(role: Role) -> tuple[object, ...]:
     return tuple(sorted((kind, leaf.shape) for kind, leaf in role.part.leaves.items()))
+
+
+def _is_of_tokens(link: Link) -> bool:
+    said = concepts(link.target.names) | concepts(link.source.names)
+    return link.target.names[-1] == "embedding" and not said & {"pos", "type", "patch", "cls"}
 
 
 def _is_meant(one: Role, other: Role) -> bool:

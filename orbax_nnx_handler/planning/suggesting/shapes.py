@@ -63,7 +63,8 @@ def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
     if math.prod(stored) != math.prod(wanted) or max(len(stored), len(wanted)) > _MOST_AXES:
         return ()
     straight = _straight(stored, wanted)
-    turned = None if is_vector(stored) and is_vector(wanted) else _turned(stored, wanted)
+    # A bias of heads is a matrix by shape alone.
+    turned = None if is_vector(stored) or is_vector(wanted) else _turned(stored, wanted)
     if straight is None and turned is None:
         moved = dict(_moved(stored, wanted))
         straight, turned = moved.get(False), moved.get(True)

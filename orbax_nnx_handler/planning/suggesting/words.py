@@ -59,6 +59,10 @@ _SPELLINGS = {
     "discriminator": "disc discriminator",
     "rel": "rel relative relpos",
     "layerscale": "layerscale gamma lambda ls",
+    "expand": "expand exp expansion expanded",
+    "depthwise": "depthwise dw",
+    "pointwise": "pointwise pw pwl",
+    "actor": "actor policy",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
     "stack proj projection dense linear fc lin weight weights kernel w param params cell instance dot "
     "product multi c to einsum the of and",
@@ -95,9 +99,13 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("down", "sample"): ("downsample",),
     ("up", "sample"): ("upsample",),
     ("layer", "scale"): ("layerscale",),
+    ("conv", "proj"): ("conv", "shortcut"),
+    ("norm", "proj"): ("norm", "shortcut"),
+    ("src", "attn"): ("cross", "attn"),
 }
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
-`attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper."""
+`attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper; `conv_proj`: Flax's ResNet;
+`src_attn`: The Annotated Transformer."""
 
 _EXCLUSIVE = tuple(
     frozenset(words.split())
@@ -133,6 +141,7 @@ _EXCLUSIVE = tuple(
         "generator discriminator",
         "actor critic",
         "user item",
+        "expand depthwise pointwise",
         "spatial temporal",
         "row column",
         "token pos type",
@@ -251,6 +260,6 @@ def likeness(one: Concepts, other: Concepts) -> float:
 
 def order_word(found: Collection[str]) -> int:
     """Returns -1 for a name that means the beginning of something, 1 for its end, 0 for neither or both."""
-    low = bool({"pre", "first", "in", "up"}.intersection(found))
-    high = bool({"post", "last", "out", "down"}.intersection(found))
+    low = bool({"pre", "first", "in", "up", "expand"}.intersection(found))
+    high = bool({"post", "last", "out", "down", "pointwise"}.intersection(found))
     return high - low

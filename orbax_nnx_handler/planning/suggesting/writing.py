@@ -9,9 +9,11 @@ from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import canonical, is_index
 from orbax_nnx_handler.planning.rules import (
     Copy,
+    Fuse,
     Rename,
     Reshape,
     Rule,
+    Split,
     StackLayers,
     Transpose,
     UnstackLayers,
@@ -23,6 +25,9 @@ from orbax_nnx_handler.planning.suggesting.parts import Layers, Link, Names
 from orbax_nnx_handler.planning.suggesting.shapes import Steps
 
 _PLACES = ("{i}", "{j}", "{k}", "{l}")
+_MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.
+_WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
+"""The paths with numbers that a save finds in a rule."""
 
 
 @dataclasses.dataclass
@@ -88,8 +93,9 @@ class Writer:
             links: The links, nothing in them open.
             groups: Names that lead into layers of both sides.
         """
-        listed = self._listed(())
-        kept = {name: rule for name in listed if (rule := self._keeping(name)) is not None}
+        kept = {
+            name: rule for name in self._listed(self.entries) if (rule := self._keeping(name)) is not None
+        }
         self._unstack(links)
         threads = [thread for link in links for thread in self._threads(link)]
         self._copy(links)
@@ -101,20 +107,20 @@ class Writer:
         alone = [thread for thread in alone if id(thread) not in leaving]
         self._rename_groups(alone, groups)
         self._rename(alone)
-        stacks = [layers.stored for layers in _layers_of(links, stacks=True)]
-        left = self._listed(stacks) if self.rules else set[str]()
+        before = self.entries
         self._stack(links)
+        left = self._listed(before) if self.rules else set[str]()
         return {**{kept[name]: [] for name in sorted(left & kept.keys())}, **self.rules}
 
-    def _listed(self, stacks: Sequence[Names]) -> set[str]:
-        """Returns the names before numbers of their own (`layers/0`) that no rule writes or stacks."""
+    def _listed(self, entries: Iterable[Entry]) -> set[str]:
+        """Returns the names before numbers of their own, `layers/0`, that no rename and no stack writes."""
+        written = [getattr(rule, _WRITES[type(rule)]) for rule in self.rules if type(rule) in _WRITES]
         found: set[str] = set()
-        for entry in self.entries:
-            marks = entry.fixed or (False,) * len(entry.whole)
-            inside = max((len(stack) for stack in stacks if _leads(stack, entry.segments)), default=1)
-            for at in range(len(entry.prefix) + inside, len(entry.whole)):
-                if entry.whole[at].isdecimal() and not marks[at]:
-                    found.add(entry.whole[at - 1])
+        for names in {_with_first(entry.whole) for entry in entries}:
+            spans = [span for text in written for span in _compiled(text).spans(names)]
+            for at in range(1, len(names)):
+                if names[at].isdecimal() and not any(span.start <= at < span.stop for span in spans):
+                    found.add(names[at - 1])
         return found
 
     def _keeping(self, name: str) -> Rename | None:
@@ -131,20 +137,20 @@ class Writer:
     def _threads(self, link: Link) -> list[_Thread]:
         if link.is_split:
             return []
-        aim = self._aim(link, link.target.names)
+        aim, seats = self._aim(link, link.target.names), link.seats(self.root - len(self.below))
         if link.source.made:
-            return self._gates(link, aim)
+            return self._gates(link, aim, seats)
         found: list[_Thread] = []
         for leaf, ways in zip(link.stored, link.ways, strict=True):
             names = self._below(link.target.names) if link.copied else self._now(link, leaf.names)
-            found.append(_Thread(names, aim, self._seats(link), link, ways[0].steps))
+            found.append(_Thread(names, aim, [*seats], link, ways[0].steps))
         return found
 
-    def _gates(self, link: Link, aim: Names) -> list[_Thread]:
+    def _gates(self, link: Link, aim: Names, seats: Sequence[tuple[int, int]]) -> list[_Thread]:
         """Returns the gates of a recurrent cell: the planner itself fuses them below the wanted name."""
         cell = link.source.names[:-2]
         inside = [entry.segments for entry in self.entries if entry.segments[:-2] == cell]
-        return [_Thread(names, (*aim[:-2], *names[-2:]), self._seats(link), link) for names in inside]
+        return [_Thread(names, (*aim[:-2], *names[-2:]), [*seats], link) for names in inside]
 
     def _now(self, link: Link, names: Names) -> Names:
         """Returns the path of a stored leaf once its layers are taken apart."""
@@ -161,9 +167,6 @@ class Writer:
             return self._below(names)
         return (*_numbered(layers.stored, link.layer), *names[len(layers.wanted) :])
 
-    def _seats(self, link: Link) -> list[tuple[int, int]]:
-        return _seats(link, self.root - len(self.below))
-
     # One stage after the other.
 
     def _unstack(self, links: Sequence[Link]) -> None:
@@ -177,10 +180,9 @@ class Writer:
             self._take(StackLayers("/".join(layers.stored), into, layers.axis), some)
 
     def _copy(self, links: Sequence[Link]) -> None:
-        for link in links:
-            if link.copied:
-                source, into = link.source.names, self._below(link.target.names)
-                self._take(Copy("/".join(source), "/".join(into)), [link])
+        for link in [link for link in links if link.copied]:
+            into = self._below(link.target.names)
+            self._take(Copy("/".join(link.source.names), "/".join(into)), [link])
 
     def _reshape(self, threads: Sequence[_Thread]) -> None:
         waiting = [thread for thread in threads if thread.steps]
@@ -240,22 +242,39 @@ class Writer:
             for t in threads
             if t.names not in {self._now(link, leaf.names) for link in fused for leaf in link.stored}
         ]
-        written: dict[Rule, list[Link]] = defaultdict(list)
-        for link in fused:
-            alone += self._joined(link, written)
-        for rule, some in written.items():
-            self._take(rule, some)
+        for kept in range(_MOST_NAMES):
+            written: dict[Rule, list[Link]] = defaultdict(list)
+            for link in fused:
+                written[self._joining(link, kept)[0]].append(link)
+            fused = list[Link]()
+            for rule, some in written.items():
+                if kept + 1 < _MOST_NAMES and not self._fits(rule, some):
+                    fused += some
+                    continue
+                alone += [thread for link in some for thread in self._joining(link, kept)[1]]
+                self._take(rule, some)
         return [thread for thread in alone if thread.names not in parts]
 
-    def _joined(self, link: Link, written: dict[Rule, list[Link]]) -> list[_Thread]:
-        """Adds the rule of a fuse or split and returns what comes out of it, under its last name."""
+    def _fits(self, rule: Rule, links: Iterable[Link]) -> bool:
+        """Tells whether the rule of a fuse or split is about no other leaf."""
+        wholes = [entry.whole for entry in self.entries]
+        good = {self._now(link, leaf.names) for link in links for leaf in link.stored}
+        patterns = (
+            rule.patterns if isinstance(rule, Fuse) else (rule.pattern,) if isinstance(rule, Split) else ()
+        )
+        return all(_matches_only(_compiled(text), wholes, self.entries, good) for text in patterns)
+
+    def _joining(self, link: Link, kept: int) -> tuple[Rule, list[_Thread]]:
+        """Returns the rule of a fuse or split, and what comes out of it under its last name."""
+        seats = link.seats(self.root - len(self.below))
         sources = [self._now(link, leaf.names) for leaf in link.stored]
         aims = [self._aim(link, leaf.names) for leaf in link.wanted]
-        rule, intos = joining_rule(link, sources, aims)
-        written[rule].append(link)
+        _, intos = joining_rule(link, sources, aims)
+        named = [_with_places(names, [now for now, _ in seats]) for names in sources]
+        rule, _ = joining_rule(link, named, aims, kept)
         steps = [ways[0].steps for ways in link.ways] if link.is_split else [()]
-        return [
-            _Thread(into, aim, self._seats(link), link, some)
+        return rule, [
+            _Thread(into, aim, [*seats], link, some)
             for into, aim, some in zip(intos, aims, steps, strict=True)
         ]
 
@@ -322,8 +341,7 @@ class Writer:
     ) -> tuple[Rename, Sequence[Entry]] | None:
         """Returns the shortest rename that takes this leaf to its aim, no other astray, and all of them back.
 
-        Where none leads back, the shortest of the others. The entries after it come with it: to
-        apply a rule to 20,000 leaves is expensive.
+        Where none leads back, the shortest of the others. With it, the entries after it.
         """
         whole = self._whole(thread.names)
         above = whole[: len(whole) - len(thread.names)]
@@ -363,6 +381,12 @@ class Writer:
             self.rules.setdefault(rule, []).extend(links)
 
 
+def _with_first(names: Names) -> Names:
+    """Returns a path as that of the first layer: what is asked of 20,000 leaves is asked of one layer's."""
+    at = next((at for at, name in enumerate(names) if name.isdecimal()), len(names))
+    return (*names[:at], *("0" for _ in names[at : at + 1]), *names[at + 1 :])
+
+
 def _matches_only(
     pattern: Pattern, wholes: Sequence[Names], entries: Sequence[Entry], good: Collection[Names]
 ) -> bool:
@@ -394,19 +418,6 @@ def _layers_of(links: Iterable[Link], *, stacks: bool) -> Mapping[Layers, list[L
 
 def _numbered(template: Names, number: int) -> Names:
     return tuple(name.replace("{i}", str(number)) for name in template)
-
-
-def _seats(link: Link, root: int) -> list[tuple[int, int]]:
-    """Returns the segments of a leaf's path now, and of its aim, that count the same layers."""
-    layers = link.layers
-    if layers is None:
-        return [(stored, wanted - root) for stored, wanted in link.levels]
-    if layers.stacks:
-        seat, shift = len(layers.stored) - 1, len(layers.stored) - len(layers.wanted)
-        return [(seat, seat), *((s, w + shift) for s, w in link.levels if s > seat)]
-    seat = len(layers.wanted) - root - 1
-    shift = len(layers.wanted) - root - len(layers.stored)
-    return [(seat, seat), *((s + shift, w - root) for s, w in link.levels if s + shift > seat)]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -19,6 +19,7 @@ _TESTED = {
     "remote",
     "accelerator",
     "in_memory",
+    "simulate",
 }
 # Not benchmarks by themselves: one trial, a bucket, and the tables of results.
 _OTHER = {"trial", "tables", "bucket"}

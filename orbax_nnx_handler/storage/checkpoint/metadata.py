@@ -203,7 +203,7 @@ def _ask(files: Files, directories: Iterable[epath.Path]) -> None:
             ReadFile(os.fspath(directory / name)) for name in (TREE_FILE, MSGPACK_FILE) if name in entries
         ]
         if MANIFEST in entries:
-            questions += kvstore.database_questions(directory)
+            questions += kvstore.database_questions(directory, entries)
         if _KEY_FILES in entries:
             folder = os.fspath(directory / _KEY_FILES)
             questions += [List(folder), ReadFile(f"{folder}/{_KEY_FILE}")]

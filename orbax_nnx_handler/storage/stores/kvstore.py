@@ -11,7 +11,7 @@ as they were listed, cannot hold.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import tensorstore as ts
@@ -134,7 +134,9 @@ StoreKind = Literal["ocdbt", "files", "archive"]
 # B-tree nodes only; array bytes never pass a cache.
 _CACHE_BYTES = 100_000_000
 # What Orbax writes its values to: each process has a database of its own, merged into one.
-_DATA_FOLDERS = ("d/", "ocdbt.process_")
+_OWN, _OF_A_PROCESS = "d/", "ocdbt.process_"
+# A bucket names 1,000 files in an answer, and a process writes a handful.
+_MANY_PROCESSES = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,10 +211,23 @@ class Store:
         return self.catalog is not None and key not in self.catalog
 
 
-def database_questions(directory: epath.Path) -> list[ReadFile | Sizes]:
-    """Returns what has to be known of a database before its tree can be walked."""
+def _data_folders(entries: Iterable[str]) -> list[str]:
+    """Returns how the names of the folders with a database's files begin, each to be listed by itself."""
+    if sum(name.startswith(_OF_A_PROCESS) for name in entries) <= _MANY_PROCESSES:
+        return [_OWN, _OF_A_PROCESS]
+    # The pages of one listing would wait for each other.
+    return [_OWN, *(f"{_OF_A_PROCESS}{digit}" for digit in range(10))]
+
+
+def database_questions(directory: epath.Path, entries: Iterable[str]) -> list[ReadFile | Sizes]:
+    """Returns what has to be known of a database before its tree can be walked.
+
+    Args:
+        directory: Where it lies.
+        entries: What lies there.
+    """
     path = str(directory)
-    return [ReadFile(f"{path}/{MANIFEST}"), *(Sizes(path, prefix) for prefix in _DATA_FOLDERS)]
+    return [ReadFile(f"{path}/{MANIFEST}"), *(Sizes(path, prefix) for prefix in _data_folders(entries))]
 
 
 def open_ocdbt(directory: epath.Path, files: Files) -> Store:
@@ -221,9 +236,10 @@ def open_ocdbt(directory: epath.Path, files: Files) -> Store:
     Raises:
         DamagedDatabaseError: Names the file and the field.
     """
-    files.ask(*database_questions(directory))
+    entries = files.entries(directory)
+    files.ask(*database_questions(directory, entries))
     sizes: dict[str, int] = {}
-    for prefix in _DATA_FOLDERS:
+    for prefix in _data_folders(entries):
         sizes |= files.sizes(directory, prefix)
     manifest = files.content(directory / MANIFEST) or b""
     found: Database = read_catalog(manifest, sizes, functools.partial(files.extents, directory))

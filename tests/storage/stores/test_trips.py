@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from etils import epath
 
+from benchmarks.simulate import TOY
+from benchmarks.skeleton import Hosts, train_state, write
 from orbax_nnx_handler import NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
@@ -146,3 +148,19 @@ def test_the_headers_of_an_archive_are_fetched_together(tmp_path, save_archive):
     }
     assert asked.trips <= 4
     assert asked.requests <= 54
+
+
+def test_the_files_of_many_processes_are_listed_in_parts_at_once(tmp_path):
+    hosts = Hosts(count=128, devices=1)
+    item = write(tmp_path / "item", train_state(TOY, stacked=True), hosts)
+    files, asked = files_of(tmp_path)
+
+    checkpoint = read_metadata(epath.Path("gs://bucket/item"), files)
+
+    assert checkpoint.damaged == {}
+    stores = [array.store for array in checkpoint.arrays.values()]
+    names = {str(file.relative_to(item)) for file in item.rglob("*") if file.is_file()}
+    assert stores[0].sizes.keys() == {name for name in names if name.startswith(("d/", "ocdbt.process_"))}
+    listings = [question for question in asked.asked if isinstance(question, Sizes)]
+    assert len(listings) == 11
+    assert asked.trips <= 5

@@ -323,3 +323,17 @@ def test_the_hint_for_a_type_of_ones_own_names_its_collection(tmp_path):
     assert hint.arguments == {"renames": [("mine/a", "a")]}
     result = restore(path, target, unexpected="ignore", **hint.arguments)
     np.testing.assert_array_equal(result["a"][...], stored["mine"]["a"])
+
+
+@pytest.mark.parametrize("kind", [nnx.Variable, _Own])
+@pytest.mark.parametrize("beside", [(), ("step",)], ids=["variables", "train-state"])
+def test_a_rule_may_say_which_collection_a_type_of_ones_own_is_kept_in(tmp_path, beside, kind):
+    numbers = Numbers()
+    stored = {"params": {"a": numbers(3), "b": numbers(3)}, "mine": {"a": numbers(3)}}
+    path = write(tmp_path, stored | dict.fromkeys(beside, np.int32(1)))
+    target = nnx.eval_shape(lambda: nnx.Dict(a=kind(jnp.zeros(3)), b=nnx.Param(jnp.zeros(3))))
+
+    result = restore(path, target, unexpected="ignore", renames=[("mine", kind.__name__)])
+
+    np.testing.assert_array_equal(result["a"][...], stored["mine"]["a"])
+    np.testing.assert_array_equal(result["b"][...], stored["params"]["b"])

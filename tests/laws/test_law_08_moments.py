@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import RestoreError, ShapeMismatchError, Transpose, restore
+from orbax_nnx_handler import AmbiguousMappingError, RestoreError, ShapeMismatchError, Transpose, restore
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, stacked, training_target, write
 
@@ -82,6 +82,27 @@ def test_states_of_a_chain_keep_their_numbers_when_it_grows_or_shrinks(tmp_path,
         return [[value.tolist() for value in part.values()] for part in parts]
 
     assert values(have) == values(want)
+
+
+TURNED = {
+    "adam, schedule": lambda: [optax.scale_by_adam(), optax.scale_by_schedule(_schedule)],
+    "trace, ema": lambda: [optax.trace(0.9), optax.ema(0.9)],
+    "rms, adam, trace": lambda: [optax.scale_by_rms(), optax.scale_by_adam(), optax.trace(0.9)],
+}
+
+
+@pytest.mark.parametrize("chain", TURNED)
+def test_a_chain_in_another_order_is_a_question(tmp_path, chain):
+    numbers = Numbers()
+    params = {"dense": numbers.dense()}
+    parts = TURNED[chain]()
+    old, new = optax.chain(*parts), optax.chain(*parts[1:], parts[0])
+    state = {"params": params, "opt_state": numbers.optimizer(old, params), "step": np.int32(2)}
+    path = write(tmp_path, state)
+
+    with pytest.raises(AmbiguousMappingError, match="would be taken from a chain in another order"):
+        restore(path, training_target(params, new), policy="warn")
+    check(restore(path, training_target(params, old)).model, params)
 
 
 @pytest.mark.parametrize("name", ["mu", "nu", "trace", "count"])

@@ -66,6 +66,8 @@ Kind = Literal[
     "Quantised",
     "RandomLayout",
     "ScannedOnOneSide",
+    "NestedStacks",
+    "OtherWrapper",
     "TiedEmbedding",
     "UnneededRule",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.lines import counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, patterns_of
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
@@ -31,12 +31,19 @@ def _pass(rules: Sequence[Rule], before: str = "", after: str = ".") -> Hint:
 Permutation = tuple[int, ...]
 
 
+_Explained = Mapping[tuple[int, ...], Sequence[Path]]
+"""Mismatched weights by what makes the stored shape the wanted one: an order of axes, or a shape."""
+
+
 def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights whose stored shape is the wanted one with its axes in another order."""
     found = _explained(evidence, _permutation)
     if not found:
         return
+    alone = set(_paths(found))
+    found = _with_moved(evidence, found)
     paths = _paths(found)
+    by_others = [path for path in paths if path not in alone]
     first = evidence.mismatched[paths[0]]
     swapped = _swapped(evidence, paths)
     rules = [Transpose(pattern, order) for pattern, order in _patterns(evidence, found)]
@@ -51,9 +58,44 @@ def find_permuted(evidence: Evidence) -> Iterable[Cause]:
         text=f"{counted(len(paths), 'weight is', 'weights are')} stored with the axes in another order "
         f"({first.stored_shape} for {first.wanted.shape}){other}.",
         paths=evidence.with_moments(paths),
-        way=_pass(rules, after=f"{exchange}."),
+        way=_pass(rules, after=f"{exchange}{_as_others(by_others)}."),
         facts={"stored": first.stored_shape, "wanted": first.wanted.shape, "swapped": swapped},
     )
+
+
+def _with_moved(evidence: Evidence, found: _Explained) -> _Explained:
+    """Returns the orders with those of leaves that several would explain: an axis moved as in all others.
+
+    A stack whose layers lie on another axis: (3, 5) for (5, 3), and (3, 5, 3) for (5, 3, 3).
+    """
+    moves = set[tuple[int, int]].intersection(*map(_moves, found))
+    every = {change: list(paths) for change, paths in found.items()}
+    known = {path for paths in found.values() for path in paths}
+    for path in _plain(evidence) if moves else ():
+        item = evidence.mismatched[path]
+        stored, wanted = item.stored_shape, item.wanted.shape
+        orders = {_move(len(stored), *move) for move in moves if max(move) < len(stored)}
+        fitting = [order for order in orders if tuple(stored[axis] for axis in order) == wanted]
+        if path not in known and len(fitting) == 1:
+            every.setdefault(fitting[0], []).append(path)
+    return every
+
+
+def _as_others(paths: Sequence[Path]) -> str:
+    if not paths:
+        return ""
+    return f" if the layers of {render(paths[0])} lie where the others' do: its own shape allows more"
+
+
+def _moves(order: Permutation) -> set[tuple[int, int]]:
+    """Returns the moves of one axis to another place that an order is."""
+    places = itertools.permutations(range(len(order)), 2)
+    return {move for move in places if _move(len(order), *move) == order}
+
+
+def _move(rank: int, axis: int, to: int) -> Permutation:
+    rest = [at for at in range(rank) if at != axis]
+    return (*rest[:to], axis, *rest[to:])
 
 
 def find_merged(evidence: Evidence) -> Iterable[Cause]:
@@ -74,10 +116,6 @@ def find_merged(evidence: Evidence) -> Iterable[Cause]:
         way=_pass(rules, before="if the elements are in the same order, "),
         facts={"stored": stored, "wanted": wanted},
     )
-
-
-_Explained = Mapping[tuple[int, ...], Sequence[Path]]
-"""Mismatched weights by what makes the stored shape the wanted one: an order of axes, or a shape."""
 
 
 def _explained(evidence: Evidence, explain: Callable[[Shape, Shape], tuple[int, ...] | None]) -> _Explained:

@@ -28,7 +28,12 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
 from orbax_nnx_handler.planning.diagnosis.copies import find_copies
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
-from orbax_nnx_handler.planning.diagnosis.layers import find_layer_counts, find_scanned, find_shifted
+from orbax_nnx_handler.planning.diagnosis.layers import (
+    find_layer_counts,
+    find_nested_stacks,
+    find_scanned,
+    find_shifted,
+)
 from orbax_nnx_handler.planning.diagnosis.names import (
     LOOK,
     find_another_model,
@@ -55,6 +60,7 @@ from orbax_nnx_handler.planning.diagnosis.parts import (
     find_quantised,
     find_random_layouts,
     find_tied,
+    find_wrappers,
 )
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
 from orbax_nnx_handler.planning.rules import Cast
@@ -67,6 +73,8 @@ _FINDERS: tuple[_Finder, ...] = (
     find_given_layout,
     find_no_weights,
     find_quantised,
+    find_wrappers,
+    find_nested_stacks,
     find_fused,
     find_copies,
     find_another_model,

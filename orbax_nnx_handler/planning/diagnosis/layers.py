@@ -1,18 +1,20 @@
 """Layers: another number of them, single ones absent, stacked on one side only, numbered from elsewhere."""
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import ranges
 from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, selecting, spell
 from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_paths, layer_paths
+from orbax_nnx_handler.planning.rules import UnstackLayers
 
 
 def find_layer_counts(evidence: Evidence) -> Iterable[Cause]:
@@ -289,6 +291,69 @@ def find_scanned(evidence: Evidence) -> Iterable[Cause]:
                 ),
                 facts={"group": name, "stacked": side},
             )
+
+
+class _Within(NamedTuple):
+    """A wanted leaf of a layer within a layer, with both numbers."""
+
+    path: Path
+    outer: int
+    inner: int
+
+
+def find_nested_stacks(evidence: Evidence) -> Iterable[Cause]:
+    """Yields layers within layers that are one array in the checkpoint: a scan within a scan."""
+    stored = {evidence.stored_below(item): path for path, item in evidence.free_weights.items()}
+    found: dict[Tokens, dict[Path, list[_Within]]] = defaultdict(lambda: defaultdict(list))
+    for path in evidence.missing_weights:
+        tokens = evidence.below[path]
+        places = [at for at, token in enumerate(tokens[:-1]) if at and is_number(token)]
+        for outer, inner in itertools.combinations(places, 2):
+            name = (*tokens[:outer], *tokens[outer + 1 : inner], *tokens[inner + 1 :])
+            if name in stored:
+                item = _Within(path, int(tokens[outer][1:]), int(tokens[inner][1:]))
+                found[tokens[:outer]][stored[name]].append(item)
+    for module, leaves in found.items():
+        axes = set[int].intersection(*(_outer_axes(evidence, path, items) for path, items in leaves.items()))
+        if axes:
+            yield _nested(evidence, module, leaves, sorted(axes))
+
+
+def _outer_axes(evidence: Evidence, path: Path, items: Sequence[_Within]) -> set[int]:
+    """Returns the axes along which a stored leaf may hold the outer ones of layers within layers."""
+    shape, layer = evidence.shape(path), evidence.shape(items[0].path)
+    counts = 1 + max(item.outer for item in items), 1 + max(item.inner for item in items)
+    return {
+        outer
+        for outer, inner in itertools.permutations(range(len(shape)), 2)
+        if (shape[outer], shape[inner]) == counts
+        and tuple(size for at, size in enumerate(shape) if at not in (outer, inner)) == layer
+    }
+
+
+def _nested(
+    evidence: Evidence, module: Tokens, leaves: Mapping[Path, Sequence[_Within]], axes: Sequence[int]
+) -> Cause:
+    name = "/".join(module).replace("/#", "_")
+    # The whole path: a module of that name may lie elsewhere too.
+    stored, below = next(
+        (path, evidence.below[items[0].path][len(module) :]) for path, items in leaves.items()
+    )
+    depth = next(at for at in range(len(stored)) if len(canonical(stored[at:])) <= len(below) - 2)
+    whole = "/".join(segments(stored[:depth]))
+    rules = [UnstackLayers(whole, f"{whole}_{{i}}", axis=axis) for axis in axes]
+    ways = [f"renames={as_python([rule])}" for rule in rules]
+    if len(axes) > 1:
+        ways = [f"{way} if the layers lie on axis {axis}" for way, axis in zip(ways, axes, strict=True)]
+    way = Hint(f"pass {', '.join(ways)}; the layers within come out by themselves.", {"renames": rules[:1]})
+    lost = [item.path for items in leaves.values() for item in items]
+    return Cause(
+        kind="NestedStacks",
+        text=f"the layers of {name!r} hold layers themselves, and both are stacked in the checkpoint.",
+        paths=(*evidence.with_moments(lost), *leaves),
+        way=way,
+        facts={"group": name, "axes": tuple(axes)},
+    )
 
 
 def _why(evidence: Evidence, stacked: Path, flat: Path) -> str:

@@ -19,6 +19,8 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_nu
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
 from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.mapping.roots import strip
+from orbax_nnx_handler.planning.rules import Rename
 
 _Scales = Mapping[Path, tuple[Path, ...]]
 
@@ -356,3 +358,36 @@ def _module_of(tokens: Tokens) -> Tokens | None:
 def _same_end(one: Tokens, other: Tokens) -> bool:
     size = min(len(one), len(other))
     return size > 1 and one[-size:] == other[-size:]
+
+
+_WRAPPED = {"scale": "scales", "u": "batch_stats", "sigma": "batch_stats"}
+"""What a wrapper keeps of a weight in Linen, and the field of NNX's (flax/nnx/nn/normalization.py)."""
+_FIELDS = {"layer_instance", *_WRAPPED.values()}
+
+
+def find_wrappers(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the one normalising wrapper of a module that is called otherwise: Linen numbers it by itself."""
+    stored: dict[Tokens, set[str]] = defaultdict(set)
+    for item in evidence.free_weights.values():
+        *module, wrapper, key = ("", "", *item.path)
+        if str(key).count("/") > 1 and str(key).rpartition("/")[-1] in _WRAPPED and wrapper:
+            stored[canonical(tuple(module[2:]))].add(str(wrapper))
+    wanted: dict[Tokens, set[str]] = defaultdict(set)
+    lost: dict[Tokens, list[Path]] = defaultdict(list)
+    for path in evidence.missing_weights if stored else ():
+        at = next((at for at, key in enumerate(path) if at and key in _FIELDS), None)
+        if at is not None:
+            module = strip(canonical(path[: at - 1]), evidence.root)
+            wanted[module].add(str(path[at - 1]))
+            lost[module].append(path)
+    for module in stored.keys() & wanted.keys():
+        if len(stored[module]) == len(wanted[module]) == 1:
+            (one,), (other,) = stored[module], wanted[module]
+            rules = [Rename(one, other)]
+            yield Cause(
+                kind="OtherWrapper",
+                text=f"the normalising wrapper {other!r} is stored as {one!r}.",
+                paths=evidence.with_moments(lost[module]),
+                way=Hint(f"if it is the same, pass renames=[{rules[0]}].", {"renames": rules}),
+                facts={"stored": one, "wanted": other},
+            )

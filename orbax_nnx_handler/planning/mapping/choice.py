@@ -158,11 +158,15 @@ def _axis_hint(name: str, axis: int) -> Hint:
 
 
 def _undecided(states: Sequence[UndecidedState]) -> Iterable[AmbiguousMappingError]:
-    several = [item for item in states if not item.doubtful]
+    moved = [item for item in states if item.moved]
+    if moved:
+        rows = [f"  {item.wanted}  <-  {item.stored[0]}" for item in moved]
+        yield _states_error("would be taken from a chain in another order", moved, rows)
+    several = [item for item in states if not item.doubtful and not item.moved]
     if several:
         rows = [f"  {item.wanted}  <-  {' or '.join(map(str, item.stored))}" for item in several]
         yield _states_error("can be stored ones in several ways, and no field tells which", several, rows)
-    unclear = [item for item in states if item.doubtful]
+    unclear = [item for item in states if item.doubtful and not item.moved]
     if unclear:
         rows = [f"  {item.wanted}" for item in unclear]
         cause = "can be read in two ways: a module of the model is called like one of their fields"

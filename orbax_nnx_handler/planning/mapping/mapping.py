@@ -11,7 +11,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import (
     Index,
     Read,
@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     render_reads,
     shape_of,
 )
-from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, Placement, Stored
 from orbax_nnx_handler.planning.mapping.matches import (
     Discarded,
     Found,
@@ -159,7 +159,7 @@ def map_leaves(
         UnusedRuleError: A rule matches no stored leaf.
     """
     placements = layout.place(stored)
-    applied = apply_rules(every_entry(placements), rules)
+    applied = _in_own_collections(apply_rules(every_entry(placements), rules), wanted)
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
     pairs = _pairs(wanted, placements, entries)
@@ -198,6 +198,37 @@ def _copied(applied: RulesApplied, optimizers: Sequence[StoredStates]) -> frozen
     weights = applied.copied
     moments = (optimizer.of_parameter(path) for path in weights for optimizer in optimizers)
     return weights.union(*moments)
+
+
+def _in_own_collections(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesApplied:
+    """Returns the entries with those in the collection of a type of the target's that a rule has named so.
+
+    A module may be called like a type: then the path is a module's.
+    """
+    if not applied.made:
+        return applied
+    names = {item.collection for item in wanted if item.role == "model"} - {None, *FLAX_COLLECTIONS}
+    names = {name for name in names if not any(name in item.path for item in wanted)}
+    if not names:
+        return applied
+
+    def placed(entry: Entry) -> Entry:
+        at = next((at for at, name in enumerate(entry.segments[:-1]) if name in names), None)
+        if at is None or not entry.named or entry.prefix or entry.section != "model":
+            return entry
+        return dataclasses.replace(
+            entry,
+            segments=entry.segments[at + 1 :],
+            prefix=entry.segments[: at + 1],
+            collection=entry.segments[at],
+            owner=canonical(entry.segments[:at]),
+        )
+
+    return (
+        dataclasses.replace(applied, entries=[placed(entry) for entry in applied.entries])
+        if names
+        else applied
+    )
 
 
 _Pairs = Sequence[tuple[WantedOptimizer, StoredOptimizer]]

@@ -80,13 +80,11 @@ class States:
     def __init__(self, wanted: Sequence[Wanted], placed: Mapping[Path, Placement]) -> None:
         self._wanted, self._placed = wanted, placed
         self._pairs: dict[_State, dict[_State, tuple[Path, Path]]] = defaultdict(dict)
-        self._fields: dict[_State, set[Tokens]] = defaultdict(set)
         self._with_moments: set[_State] = set()
 
     def add(self, item: Wanted, stored: Placement, here: Slot, there: Slot, *, is_moment: bool) -> None:
         """Records that a leaf of one state is read from a leaf of another."""
         wanted = (item.owner, here.place)
-        self._fields[wanted].add(here.field[:1])
         if is_moment:
             self._with_moments.add(wanted)
         if stored.slot is None:
@@ -138,18 +136,17 @@ class States:
                     yield *leaves, f"it is the state of {render(_labels(there))}"
 
     def _out_of_order(self) -> Iterator[tuple[Path, Path, str]]:
-        """Yields states of equal fields, without moments, whose order differs."""
+        """Yields states of one label whose order differs."""
         alike: dict[object, list[tuple[_Order, _Order, tuple[Path, Path]]]] = defaultdict(list)
-        for wanted, stored in self._pairs.items():
+        for (owner, place), stored in self._pairs.items():
             for (_, there), leaves in stored.items():
-                if wanted not in self._with_moments:
-                    kind = (wanted[0], frozenset(self._fields[wanted]))
-                    alike[kind].append((_in_order(wanted[1]), _in_order(there), leaves))
+                kind = (owner, _labels(place), _labels(there))
+                alike[kind].append((_in_order(place), _in_order(there), leaves))
         for states in alike.values():
             ordered = sorted(states, key=lambda state: state[0])
             for before, after in itertools.pairwise(ordered):
                 if after[1] < before[1]:
-                    yield *after[2], "states of its kind come in another order"
+                    yield *after[2], "its chain's states come in another order"
 
     def _with_other_fields(self) -> Iterator[tuple[Path, Path, str]]:
         """Yields states without moments that are read from a state which has other fields too."""

@@ -71,6 +71,64 @@ def test_the_rules_of_the_hint_make_it_fit(have, want, kind):
     assert plan(have, want, **cause.hint.arguments).fits
 
 
+def within(outer: int, inner: int, shapes: dict[str, tuple[int, ...]]) -> Shapes:
+    """Returns layers within layers, one by one."""
+    places = [(i, j) for i in range(outer) for j in range(inner)]
+    return {f"out/{i}/layers/{j}/{name}": shape for i, j in places for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("beside", [{}, other()], ids=["alone", "beside others"])
+@pytest.mark.parametrize(
+    ("leaves", "wanted", "axes"),
+    [
+        ({"w": (2, 3, 4, 5)}, {"w": (4, 5)}, (0,)),
+        ({"w": (4, 3, 2, 5)}, {"w": (4, 5)}, (2,)),
+        ({"w": (3, 2, 4, 5), "b": (3, 2, 5)}, {"w": (4, 5), "b": (5,)}, (1,)),
+        ({"w": (2, 3, 2, 5)}, {"w": (2, 5)}, (0, 2)),
+    ],
+)
+def test_a_scan_within_a_scan_is_taken_apart_by_the_rule_of_the_hint(leaves, wanted, axes, beside):
+    have = stored({f"out/layers/{name}": shape for name, shape in leaves.items()} | beside)
+    want = within(2, 3, wanted) | beside
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert (cause.kind, cause.facts["axes"]) == ("NestedStacks", axes)
+    assert plan(have, want, renames=pasted(cause.hint.words, "renames")).fits
+    assert plan(have, want, **cause.hint.arguments).fits
+
+
+def test_a_stack_on_another_axis_is_turned_also_where_its_layers_are_square():
+    have = stored({"layers/up/kernel": (3, 5, 3), "layers/up/bias": (3, 5)} | other())
+    want = {"layers/up/kernel": (5, 3, 3), "layers/up/bias": (5, 3)} | other()
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert cause.kind == "AxesPermuted"
+    assert "if the layers of layers/up/kernel lie where the others' do" in cause.hint.words
+    turned = plan(have, want, renames=pasted(cause.hint.words, "renames"))
+    assert turned.fits
+    assert turned.restored["layers", "up", "kernel"].transform.endswith(", transpose (1, 0, 2)")
+
+
+def test_a_wrapper_that_linen_numbered_is_renamed_by_the_rule_of_the_hint():
+    inner, statistic = ("params", "up", "kernel"), ("params", "WeightNorm_0", "up/kernel/scale")
+    leaves = {
+        path: StoredLeaf(path=path, shape=shape, dtype=np.dtype(np.float32))
+        for path, shape in ((inner, (8, 12)), (statistic, (12,)))
+    }
+    wanted = {"wn/layer_instance/kernel": (8, 12), "wn/scales/kernel": (12,)}
+    target = flatten_target(
+        nnx.from_flat_state([(keys(p), nnx.Param(abstract(s))) for p, s in wanted.items()])
+    )
+
+    (cause,) = diagnose(make_plan(target, leaves, RestoreOptions.of()))
+
+    assert cause.kind == "OtherWrapper"
+    assert cause.hint.words == "if it is the same, pass renames=[('WeightNorm_0', 'wn')]."
+    assert make_plan(target, leaves, RestoreOptions.of(**cause.hint.arguments)).fits
+
+
 def test_weights_that_carry_each_others_names_are_read_in_both_ways():
     have = stored({"up/kernel": (8, 12), "down/kernel": (12, 8)} | other())
     want = {"up/kernel": (12, 8), "down/kernel": (8, 12)} | other()

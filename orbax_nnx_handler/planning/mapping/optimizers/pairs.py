@@ -6,7 +6,8 @@ parameters are others, is another state.
 
 Like states are paired in order: as many as can be, and as few of them moved as can be.
 That is a longest common subsequence, and then whatever else has a counterpart. There may be
-several best pairings. What is the same in all of them is certain; the rest is undecided.
+several best pairings. What is the same in all of them is certain; the rest is undecided. So is
+a state that has moved past another one: a chain in another order is another optimizer (law 8).
 """
 
 import dataclasses
@@ -20,15 +21,17 @@ from orbax_nnx_handler.planning.mapping.optimizers.states import OptimizerState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UndecidedState:
-    """A wanted state that may be several stored ones, or whose paths can be read in two ways.
+    """A wanted state that may be several stored ones, has moved, or whose paths can be read in two ways.
 
     Attributes:
         wanted: The state.
         stored: The stored ones that it may be.
+        moved: Whether it is told by its fields, and stands at another place among the others.
     """
 
     wanted: OptimizerState
     stored: tuple[OptimizerState, ...]
+    moved: bool = False
 
     @property
     def doubtful(self) -> bool:
@@ -150,9 +153,15 @@ class _Pairing:
         )
 
     def result(self) -> PairedStates:
-        pairs = [(self.wanted[here], self.stored[there]) for here, there in self.pairs.items()]
-        sure = [pair for pair in pairs if not (pair[0].doubtful or pair[1].doubtful)]
-        unsure = [UndecidedState(wanted=a, stored=(b,)) for a, b in pairs if a.doubtful or b.doubtful]
+        moved = set(self._moved())
+        sure: list[tuple[OptimizerState, OptimizerState]] = []
+        unsure: list[UndecidedState] = []
+        for here, there in self.pairs.items():
+            wanted, stored = self.wanted[here], self.stored[there]
+            if here in moved or wanted.doubtful or stored.doubtful:
+                unsure.append(UndecidedState(wanted=wanted, stored=(stored,), moved=here in moved))
+            else:
+                sure.append((wanted, stored))
         open_ones = [
             UndecidedState(wanted=self.wanted[here], stored=tuple(self.stored[at] for at in there))
             for here, there in self.undecided.items()
@@ -165,6 +174,17 @@ class _Pairing:
             missing=[state for at, state in enumerate(self.wanted) if at not in known],
             unexpected=[state for at, state in enumerate(self.stored) if at not in used],
         )
+
+    def _moved(self) -> Iterator[int]:
+        """Yields the wanted states that are out of order among those of their label; labels have no order."""
+        alike: dict[object, list[int]] = defaultdict(list)
+        for here, there in sorted(self.pairs.items()):
+            alike[self.wanted[here].label, self.stored[there].label].append(here)
+        for group in alike.values():
+            there = [self.pairs[here] for here in group]
+            if there != sorted(there):
+                kept = _in_every_subsequence([{at} for at in there], len(self.stored))
+                yield from (here for at, here in enumerate(group) if at not in kept)
 
 
 def _by_fields(states: Sequence[OptimizerState]) -> Mapping[object, list[int]]:

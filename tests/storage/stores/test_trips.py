@@ -151,8 +151,10 @@ def test_the_headers_of_an_archive_are_fetched_together(tmp_path, save_archive):
 
 
 def test_the_files_of_many_processes_are_listed_in_parts_at_once(tmp_path):
-    hosts = Hosts(count=128, devices=1)
-    item = write(tmp_path / "item", train_state(TOY, stacked=True), hosts)
+    item = write(tmp_path / "item", train_state(TOY, stacked=True), Hosts(count=8, devices=1))
+    for process in range(8, 128):
+        (item / f"ocdbt.process_{process}").mkdir()
+        (item / f"ocdbt.process_{process}" / "manifest.ocdbt").touch()
     files, asked = files_of(tmp_path)
 
     checkpoint = read_metadata(epath.Path("gs://bucket/item"), files)

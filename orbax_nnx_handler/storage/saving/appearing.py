@@ -92,8 +92,11 @@ def appearing(destination: epath.Path) -> Generator[epath.Path]:
             _replace(inside, destination)
         else:
             (work / top.name).rename(top)
-    finally:
+    except BaseException:
         _clear(work)
+        raise
+    # Nothing writes any more, so that there is nothing to wait for.
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _replace(new: epath.Path, old: epath.Path) -> None:

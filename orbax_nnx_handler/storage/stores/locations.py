@@ -16,7 +16,7 @@ from etils import epath
 from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError, RestoreError
 from orbax_nnx_handler.planning.core.paths import printable
 
-_SCHEMES = ("gs", "s3")
+_DRIVERS = {"gs": "gcs", "s3": "s3"}
 _FILE = "file://"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
@@ -32,7 +32,7 @@ def as_path(path: epath.PathLike) -> epath.Path:
     scheme, is_url, rest = text.partition("://")
     if not is_url:
         return epath.Path(text).expanduser()
-    if scheme not in _SCHEMES:
+    if scheme not in _DRIVERS:
         raise NotACheckpointError(
             f"{text} cannot be read: {scheme}:// is not supported.",
             hints=["pass a gs:// or s3:// URL, or copy the checkpoint to a directory of this machine."],
@@ -90,10 +90,11 @@ def kvstore_spec(path: epath.Path) -> Any:
     if not is_url(path):
         return {"driver": "file", "path": f"{path.absolute()}/"}
     scheme, _, rest = text.rstrip("/").partition("://")
-    if scheme != "s3":
-        return f"{text.rstrip('/')}/"
     bucket, _, key = rest.partition("/")
-    spec = {"driver": "s3", "bucket": bucket, "path": f"{key}/" if key else ""}
+    # Not as a URL, in which TensorStore takes a percent sign for the beginning of another character.
+    spec = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{key}/" if key else ""}
+    if scheme != "s3":
+        return spec
     endpoint, region = _first_set(_ENDPOINTS), _first_set(_REGIONS)
     if endpoint:
         # TensorStore asks a store for its region, which another than Amazon's does not answer.

@@ -5,6 +5,7 @@ import os
 
 import jax.numpy as jnp
 import pytest
+import tensorstore as ts
 from etils import epath
 from flax import nnx
 
@@ -67,6 +68,15 @@ def test_the_endpoint_and_the_region_of_the_environment_are_handed_on(monkeypatc
         "endpoint": "http://minio:9000",
         "aws_region": "eu-west-1",
     }
+
+
+@pytest.mark.parametrize("key", ["50%25/a%2Fb", "a b", "größe/步", "a?b=c", "a#b", "a|b"])
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_key_is_what_the_path_says_whatever_its_characters_mean_in_a_url(scheme, key):
+    store = ts.KvStore.Spec(kvstore_spec(as_path(f"{scheme}://bucket/{key}/")))
+
+    assert store.path == f"{key}/"
+    assert ts.KvStore.Spec(kvstore_spec(as_path(f"{scheme}://bucket/"))).path == ""
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ class ShortReadError(OSError):
     """The file ends before the value does."""
 
 
+class ChangedError(OSError):
+    """Somebody writes to the object while it is read."""
+
+
 class LocalData:
     """Files of this machine, read straight into place.
 
@@ -157,6 +161,7 @@ class RemoteData:
 
     def __init__(self, base: KeyValueReader) -> None:
         self._base = base
+        self._versions: dict[str, bytes] = {}
 
     def begin(self, file: str, start: int, size: int) -> Answer:
         """Asks for a range."""
@@ -166,24 +171,28 @@ class RemoteData:
         """Asks for all bytes of an object whose length nobody knows."""
         return self._base.read(file)
 
+    def content(self, file: str, answer: Answer, size: int | None = None) -> memoryview:
+        """Waits for the bytes that were asked for.
+
+        Raises:
+            AbsentError: The store does not hold the object.
+            ShortReadError: It returned another number of bytes.
+            ChangedError: They are of another version of the object than those that came before.
+        """
+        result = answer.result(timeout=TIME_LIMIT_S)
+        if result.state != "value":
+            raise AbsentError("the object is absent")
+        content = memoryview(result.value)
+        if size is not None and len(content) != size:
+            raise ShortReadError(f"the store returned {len(content)} of {size} bytes")
+        version = result.stamp.generation
+        # Values stored as they are have no checksum that a mixture of two versions would fail.
+        if self._versions.setdefault(file, version) != version:
+            raise ChangedError("the object was written to while it was read")
+        return content
+
     def close(self) -> None:
         """Does nothing: the store's connections are not this package's."""
-
-
-def content_of(answer: Answer, size: int | None = None) -> memoryview:
-    """Waits for the bytes that were asked for.
-
-    Raises:
-        AbsentError: The store does not hold the object.
-        ShortReadError: It returned another number of bytes.
-    """
-    result = answer.result(timeout=TIME_LIMIT_S)
-    if result.state != "value":
-        raise AbsentError("the object is absent")
-    content = memoryview(result.value)
-    if size is not None and len(content) != size:
-        raise ShortReadError(f"the store returned {len(content)} of {size} bytes")
-    return content
 
 
 DataFiles = LocalData | RemoteData
@@ -253,7 +262,7 @@ class RemoteStream:
         """Returns some of the next bytes; an empty result is the end."""
         if not self._content and self._answers:
             answer, length = self._answers.pop(0)
-            self._content = content_of(answer, length)
+            self._content = self._files.content(self._file, answer, length)
             self._ask()
         piece = self._content[: len(self._content) if size < 0 else size]
         self._content = self._content[len(piece) :]

@@ -28,7 +28,6 @@ from orbax_nnx_handler.storage.reading.base_store import (
     LocalStream,
     RemoteData,
     RemoteStream,
-    content_of,
 )
 from orbax_nnx_handler.storage.reading.byte_plan import (
     Batch,
@@ -195,19 +194,20 @@ class _Reading:
             self._pieces[batch.wanted[0]],
             begin,
             lambda answers: _Step(
-                functools.partial(self._place, batch, answers), held=batch.nbytes, nbytes=nbytes
+                functools.partial(self._place, files, batch, answers), held=batch.nbytes, nbytes=nbytes
             ),
         )
 
     def _ask_whole(self, workers: Workers, piece: ChunkPiece) -> None:
         assert isinstance(self._files, RemoteData)
-        begin = functools.partial(self._files.begin_whole, piece.wanted.file)
+        files, nbytes = self._files, piece.nbytes
+        begin = functools.partial(files.begin_whole, piece.wanted.file)
         self._send(
             workers,
             piece,
             [begin],
             lambda answers: _Step(
-                functools.partial(self._use_whole, piece, answers), held=piece.nbytes, nbytes=piece.nbytes
+                functools.partial(self._use_whole, files, piece, answers), held=nbytes, nbytes=nbytes
             ),
         )
 
@@ -264,11 +264,11 @@ class _Reading:
             self._own.scratch = np.empty(size, np.uint8).data
         return self._own.scratch
 
-    def _place(self, batch: Batch, answers: Sequence[Answer]) -> None:
+    def _place(self, files: RemoteData, batch: Batch, answers: Sequence[Answer]) -> None:
         contents: dict[int, memoryview] = {}
         for request, answer in zip(batch.requests, answers, strict=True):
             with _named(self._pieces[request.parts[0].wanted], listed=True):
-                content = content_of(answer, request.size)
+                content = files.content(request.file, answer, request.size)
             for part in request.parts:
                 self._put(part, content[part.start : part.start + part.size], contents)
         self._use(batch, contents)
@@ -297,10 +297,10 @@ class _Reading:
                 assert piece.content is not None
                 piece.use(memoryview(piece.content))
 
-    def _use_whole(self, piece: ChunkPiece, answers: Sequence[Answer]) -> None:
+    def _use_whole(self, files: RemoteData, piece: ChunkPiece, answers: Sequence[Answer]) -> None:
         assert piece.use is not None
         with _named(piece):
-            piece.use(content_of(answers[0]))
+            piece.use(files.content(piece.wanted.file, answers[0]))
 
     def _read_stream(self, piece: ChunkPiece) -> None:
         (start, size), files = piece.wanted.runs[0], self._files

@@ -28,6 +28,7 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, StoredArra
 from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
 from orbax_nnx_handler.storage.reading.base_store import (
     AbsentError,
+    ChangedError,
     DataFiles,
     LocalData,
     ShortReadError,
@@ -104,7 +105,9 @@ class LeafToRead:
         """Returns the error that names leaf and file."""
         reason = str(error)
         hint = "a part of it is damaged, or was not copied: copy it again, or restore another step."
-        if not isinstance(error, AbsentError | ShortReadError | DamagedError):
+        if isinstance(error, ChangedError):
+            hint = "restore again once nothing is written there, or restore another step."
+        elif not isinstance(error, AbsentError | ShortReadError | DamagedError):
             # What a store or a disk answers has a remedy of its own.
             reason, hint = reason_and_hint(file, error)
         place = printable(f"{file} ({self.array.name})")

@@ -14,12 +14,20 @@ QUIET_SECONDS = 0.03
 
 
 @dataclasses.dataclass
+class Stamp:
+    """As TensorStore's `TimestampedStorageGeneration`."""
+
+    generation: bytes
+
+
+@dataclasses.dataclass
 class Result:
     """As TensorStore's `ReadResult`."""
 
     state: str
     value: bytes
     error: OSError | None = None
+    stamp: Stamp = dataclasses.field(default_factory=lambda: Stamp(b"1"))
 
 
 class Answer(concurrent.futures.Future):
@@ -36,6 +44,7 @@ class CountingStore:
         self.silent = False
         self.most_requests = self.most_bytes = 0
         self.change = lambda _key, _start, content: content
+        self.version = lambda _key, _start: b"1"
         self._waiting: list[tuple[Answer, Result]] = []
         self._changed = threading.Condition()
         self._open = True
@@ -53,7 +62,8 @@ class CountingStore:
             except OSError as error:
                 result.error = error
             else:
-                result = Result("value", changed) if changed is not None else result
+                stamp = Stamp(self.version(key, start))
+                result = Result("value", changed, stamp=stamp) if changed is not None else result
         answer = Answer()
         with self._changed:
             self.asked.append((key, start, len(result.value)))

@@ -8,15 +8,15 @@ import tensorstore as ts
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.reading import base_store, read_values
+from orbax_nnx_handler.storage.reading import base_store, jobs, read_values
 from orbax_nnx_handler.storage.reading.base_store import (
     AbsentError,
+    ChangedError,
     LocalData,
     LocalStream,
     RemoteData,
     RemoteStream,
     ShortReadError,
-    content_of,
 )
 from orbax_nnx_handler.storage.reading.jobs import ALIGNMENT, SHARED_BLOCK_BYTES, Arena
 from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, numbers, save
@@ -63,27 +63,36 @@ def test_a_call_that_returns_less_than_asked_for_is_followed_by_another(local, m
 
 
 def test_a_range_of_an_object_is_the_same_bytes(remote):
-    assert content_of(remote.begin("file", 2, 5), 5) == CONTENT[2:7]
-    assert content_of(remote.begin_whole("file")) == CONTENT
+    assert remote.content("file", remote.begin("file", 2, 5), 5) == CONTENT[2:7]
+    assert remote.content("file", remote.begin_whole("file")) == CONTENT
 
 
 def test_a_read_past_the_end_is_an_error(local, remote):
     with pytest.raises(ShortReadError, match="the file ends 2 bytes early"):
         filled(local, 6, 6)
     with pytest.raises(ValueError, match="OUT_OF_RANGE"):
-        content_of(remote.begin("file", 6, 6), 6)
+        remote.content("file", remote.begin("file", 6, 6), 6)
 
 
 def test_an_answer_of_another_length_is_an_error(remote):
     with pytest.raises(ShortReadError, match="the store returned 4 of 6 bytes"):
-        content_of(remote.begin("file", 6, 4), 6)
+        remote.content("file", remote.begin("file", 6, 4), 6)
 
 
 def test_what_is_not_there_is_absent(local, remote):
     with pytest.raises(AbsentError):
         local.read_into("other", 0, [memoryview(bytearray(1))])
     with pytest.raises(AbsentError):
-        content_of(remote.begin("other", 0, 1), 1)
+        remote.content("other", remote.begin("other", 0, 1), 1)
+
+
+def test_ranges_of_two_versions_are_never_put_together(remote, tmp_path):
+    remote.content("file", remote.begin("file", 0, 5), 5)
+    (tmp_path / "new").write_bytes(CONTENT)
+    (tmp_path / "new").replace(tmp_path / "file")
+
+    with pytest.raises(ChangedError, match="was written to while it was read"):
+        remote.content("file", remote.begin("file", 5, 5), 5)
 
 
 def test_a_stream_gives_the_bytes_of_a_run_in_order(local, remote):
@@ -126,6 +135,33 @@ def test_buffers_are_aligned_and_do_not_overlap():
         assert not any(
             start < ends[n] and starts[n] < ends[number] for n in range(len(starts)) if n != number
         )
+
+
+def test_where_huge_pages_come_slowly_small_ones_are_taken(monkeypatch):
+    arena, page = Arena(), 2 << 20
+    now = iter(range(0, 1 << 40, 1 << 10))
+    monkeypatch.setattr(jobs.time, "thread_time_ns", lambda: next(now))
+    arena.allocate((5 * page + 7,), np.dtype(np.uint8))
+    assert next(now) >> 10 == 10, "each whole page is touched under the clock, and what is left over is not"
+    now = iter(range(0, 1 << 40, 1 << 21))
+
+    for size in (3 * page, 7 * page, page, 100):
+        buffer = arena.allocate((size,), np.dtype(np.uint8))
+        buffer[:] = 1
+        assert buffer.ctypes.data % ALIGNMENT == 0
+
+    assert next(now) >> 21 == 2, "one page was slow, and no other is asked for"
+
+
+def test_of_very_many_huge_pages_a_sample_is_touched(monkeypatch):
+    arena, page = Arena(), 2 << 20
+    now = iter(range(0, 1 << 40, 1))
+    monkeypatch.setattr(jobs.time, "thread_time_ns", lambda: next(now))
+
+    arena.allocate((64 * page,), np.dtype(np.uint8))
+    arena.allocate((320 * page,), np.dtype(np.uint8))
+
+    assert next(now) == 2 * (64 + 20)
 
 
 def test_small_leaves_share_blocks_and_keep_alive_one_block_at_most():

@@ -200,6 +200,20 @@ def test_a_wrong_answer_is_an_error_that_names_leaf_and_object_and_never_a_value
     assert raised.value.paths == (("a", "w"),)
 
 
+def test_a_leaf_of_two_versions_of_an_object_is_an_error(tmp_path, monkeypatch):
+    path = save(tmp_path / "item", {"w": noise((64, 64))}, RAW)
+    checkpoint = as_remote(read_metadata(path), listed=True)
+    monkeypatch.setenv("ORBAX_NNX_RANGE_BYTES", "9000")
+
+    with behind_a_network(monkeypatch, path) as store:
+        store.version = lambda _key, start: b"1" if start < 8000 else b"2"
+        with pytest.raises(UnreadableLeafError) as raised:
+            read_arrays(checkpoint, plain_jobs(checkpoint))
+
+    assert "stored leaf w cannot be read: the object was written to while it was read" in str(raised.value)
+    assert "hint: restore again once nothing is written there, or restore another step." in str(raised.value)
+
+
 def test_a_data_file_that_vanished_is_never_zeros_even_where_the_writer_leaves_zeros_out(tmp_path):
     path = save(tmp_path / "item", {"w": noise((64, 64))}, ZSTD)
     content = (path / "_METADATA").read_text()

@@ -257,6 +257,23 @@ def test_a_copy_that_is_stored_alone_is_used_only_by_the_rule_of_the_hint(tmp_pa
     check(restore(path, target_of(form, model), **hint.arguments), model)
 
 
+@pytest.mark.parametrize("copy", ["ema", "params_ema", "ema_params", "polyak"])
+def test_a_copy_that_is_all_of_a_collection_or_of_an_item_is_not_the_model(tmp_path, copy):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    model = {"dense": numbers.dense()}
+    state = {"params": model, "opt_state": numbers.optimizer(tx, model), "step": np.int32(1)}
+    for stored in ({"params": {copy: model}}, {copy: {"params": model}}):
+        path = write(tmp_path, stored)
+        (hint,) = refused(path, model_target(model)).hints
+        check(restore(path, model_target(model), **hint.arguments), model)
+    refused(write(tmp_path, {copy: state}), model_target(model))
+    refused(write(tmp_path, {copy: state}), {"model": worlds.training_target(model, tx)})
+    asked = restore(write(tmp_path, {copy: state}), {copy: model_target(model)}, unexpected="ignore")
+    check(asked[copy], model)
+    inside = restore(write(tmp_path, {"params": {copy: model}}), model_target({copy: model}))
+    check(inside, {copy: model})
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("copy", _ALONE)
 def test_a_module_that_is_called_like_a_copy_is_itself(tmp_path, copy, form):

@@ -245,3 +245,17 @@ def test_a_hint_names_each_axis_that_may_be_meant_and_no_other(tmp_path, axis, f
     hints = refused(path, target_of(form, _single(layers))).hints
     assert [hint.arguments["renames"] for hint in hints] == [[ScanAxis("layers", at)] for at in (0, 1)]
     check(restore(path, target_of(form, _single(layers)), **hints[axis].arguments), _single(layers))
+
+
+def test_the_two_sides_may_count_their_axes_from_different_ends(tmp_path):
+    numbers = Numbers()
+    block = {"kernel": numbers(2, 4, 4), "bias": numbers(2)}
+    path = write(tmp_path, {"params": {"layers": {"layers_0": block, "layers_1": numbers.like(block)}}})
+    # Stored along axis 0; wanted along axis 0, or along the last one: then the kernel's is 2.
+    target = {"layers": {"kernel": numbers(4, 4, 4), "bias": numbers(4)}}
+
+    error = refused(path, target_of("module", target))
+
+    assert isinstance(error, AmbiguousMappingError)
+    rule = next(hint.arguments["renames"] for hint in error.hints if "renames" in hint.arguments)
+    assert rule == [ScanAxis("layers", 0)]

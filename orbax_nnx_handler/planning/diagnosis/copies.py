@@ -64,23 +64,23 @@ def _has_collection(evidence: Evidence, path: Path) -> bool:
 
 
 def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the verdict that nothing but a copy is stored, in a tree that keeps no collections apart."""
+    """Yields the verdict that nothing but a copy is stored: a tree, a train state or all of `params`."""
     free = evidence.free_weights
-    if any(item.collection is not None for item in free.values()) or len(free) < len(evidence.stored_weights):
+    kept_apart = any(item.collection not in (None, "params") for item in free.values())
+    if kept_apart or len(free) < len(evidence.stored_weights):
         return
-    first = segments(next(iter(free.values())).path)
-    for depth in (at for at, name in enumerate(first[:-1], start=1) if is_copy_name(name)):
+    first = segments(next(iter(free)))
+    for at, name in enumerate(first[:-1]):
+        if not is_copy_name(name):
+            continue
+        depth = at + 1 + (first[at + 1] == "params")
         level = first[:depth]
-        stored = {
-            _end(segments(item.path)[depth:]): path
-            for path, item in free.items()
-            if _is_below(item.path, level)
-        }
+        stored = {_end(segments(path)[depth:]): path for path in free if _is_below(path, level)}
         met = [path for path in evidence.missing_weights if _below_model(evidence, path) in stored]
         if len(stored) == len(free) and met:
             yield Cause(
                 kind="OnlyACopy",
-                text=f"all that is stored lies below {level[-1]!r}, the name of a copy; "
+                text=f"all that is stored lies below {name!r}, the name of a copy; "
                 "a copy is used only where the target or a rule names it.",
                 paths=(*evidence.with_moments(met), *free),
                 way=_if_meant("/".join(level), "params"),

@@ -131,8 +131,9 @@ def _fields(entries: Sequence[Entry], levels: Collection[Tokens]) -> set[Tokens]
         if len(entry.tokens) > len(level) + 1 and entry.tokens[: len(level)] == level
     }
     fields = {field for field in found if field[-1] not in PLAIN_LEVELS and words_of(field[-1])}
-    # Also without an optimizer or a step beside it, a tree below `ema_params` alone is such a field.
-    first = next((entry.tokens for entry in entries if entry.collection is None), ())
+    # Also without an optimizer or a step beside it, a tree below `ema_params` alone is such a field,
+    # and so is a copy that is a level of its own within a collection (`params/ema`).
+    first = next((entry.tokens for entry in entries if entry.collection in (None, "params")), ())
     return fields | {first[:at] for at in range(1, len(first)) if is_copy_name(first[at - 1])}
 
 
@@ -196,8 +197,8 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
         owner = owner_of(item.tokens, names)
         tokens = item.tokens[len(owner or ()) :]
         place = alone if owner is None else owner
-        if place is None:
-            continue
+        if place is None or (owner is None and any(map(is_copy_name, place))):
+            continue  # A copy is another value, also where it is all that is stored.
         in_wrapper = is_wrapper_value(item.leaf.path) and tokens == canonical(item.leaf.path[-2:])
         only = None if in_wrapper else _named_collection(tokens, names[place])
         if only is not None:

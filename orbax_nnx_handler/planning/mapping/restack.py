@@ -38,6 +38,9 @@ from orbax_nnx_handler.planning.mapping.layers import (
 from orbax_nnx_handler.planning.mapping.matches import AxisGround, Restacked, UnclearAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 
+_BACKS = ((False, False), (False, True), (True, False), (True, True))
+"""Whether the program of either side, stored first, counts its axis from the back."""
+
 
 def restack(
     wanted: Side, stored: Side, said: Mapping[Tokens, int], known: int | None = None
@@ -235,14 +238,14 @@ class _Join:
         """Returns the choices in which all leaves are stacked along one axis, from the front or the back."""
         found: list[dict[Key, Axes]] = []
         # The two axes of a scan in a block are counted from the front, as are all of its layout.
-        for from_back in (False, True) if self.blocks == (None, None) else (False,):
-            named = {key: {self._named(key, a, from_back): a for a in axes} for key, axes in options.items()}
+        for backs in _BACKS if self.blocks == (None, None) else _BACKS[:1]:
+            named = {key: {self._named(key, a, backs): a for a in axes} for key, axes in options.items()}
             left, right = (
                 {name[at] for axes in named.values() for name in axes if name[at] is not None} or {None}
                 for at in (0, 1)
             )
             for pair in sorted(itertools.product(left, right), key=str):
-                if from_back and not set(pair) <= {None, -1}:
+                if any(back and axis not in (None, -1) for back, axis in zip(backs, pair, strict=True)):
                     continue  # Programs count from the back for the last axis alone.
                 # A leaf that is not stacked on one side has no say about the axis there.
                 choice = {
@@ -252,12 +255,13 @@ class _Join:
                     found.append(choice)
         return found
 
-    def _named(self, key: Key, axes: Axes, from_back: bool) -> Axes:
-        """Returns a pair of axes as a program would write it, counted from the front or from the back."""
-        if not from_back:
-            return axes
+    def _named(self, key: Key, axes: Axes, backs: tuple[bool, bool]) -> Axes:
+        """Returns a pair of axes as programs would write it, each counted from the front or from the back."""
         ranks = (len(self.stored.by_key[key][0].shape), len(self.wanted.by_key[key][0].shape))
-        stored, wanted = (None if a is None else a - rank for a, rank in zip(axes, ranks, strict=True))
+        stored, wanted = (
+            axis - rank if back and axis is not None else axis
+            for axis, rank, back in zip(axes, ranks, backs, strict=True)
+        )
         return stored, wanted
 
     def _is_flat(self, key: Key) -> bool:

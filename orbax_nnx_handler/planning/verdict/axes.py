@@ -162,20 +162,29 @@ def _as_said(leaves: Sequence[Stacked], said: int) -> Sequence[Stacked]:
     return [dataclasses.replace(leaf, options=frozenset()) for leaf in leaves]
 
 
+_BACKS = ((False, False), (False, True), (True, False), (True, True))
+"""Whether the program of either side, stored first, counts its axis from the back."""
+
+
 def _alike(leaves: Sequence[Stacked], forms: Iterable[str]) -> set[tuple[Axes, ...]]:
-    """Returns the choices in which all leaves are stacked along one axis, from the front or from the back."""
+    """Returns the choices in which each side is stacked along one axis, from the front or from the back."""
     found: set[tuple[Axes, ...]] = set()
-    for from_back in (False, True) if "known blocks" not in forms else (False,):
-        named = [{_named(axes, leaf.ranks, from_back): axes for axes in leaf.options} for leaf in leaves]
+    for backs in _BACKS if "known blocks" not in forms else _BACKS[:1]:
+        named = [{_named(axes, leaf.ranks, backs): axes for axes in leaf.options} for leaf in leaves]
         common = set[Axes].intersection(*(set(names) for names in named))
-        if from_back:  # Programs count from the back for the last axis alone.
-            common = {axes for axes in common if set(axes) <= {None, -1}}
+        # Programs count from the back for the last axis alone.
+        common = {
+            axes
+            for axes in common
+            if all(axis in (None, -1) for axis, back in zip(axes, backs, strict=True) if back)
+        }
         found |= {tuple(names[name] for names in named) for name in common}
     return found
 
 
-def _named(axes: Axes, ranks: tuple[int, int], from_back: bool) -> Axes:
-    if not from_back:
-        return axes
-    here, there = (None if axis is None else axis - rank for axis, rank in zip(axes, ranks, strict=True))
+def _named(axes: Axes, ranks: tuple[int, int], backs: tuple[bool, bool]) -> Axes:
+    here, there = (
+        axis - rank if back and axis is not None else axis
+        for axis, rank, back in zip(axes, ranks, backs, strict=True)
+    )
     return here, there

@@ -268,6 +268,7 @@ class _Kernel:
     def networks(self) -> Iterator[Broken]:
         """Yields where a weight is read from another train state than its path names, or one of several."""
         owners = self._networks
+        yield from self._copies()
         unnamed: set[Path] = set()
         for owner, read in self._read_owners.items() if len(owners) > 1 else ():
             for item, stored in read:
@@ -281,6 +282,15 @@ class _Kernel:
             item, stored = self._read_owners[next(iter(unnamed))][0]
             why = "other leaves come from another train state"
             yield Broken(law=3, wanted=item.leaf.path, stored=stored, why=why)
+
+    def _copies(self) -> Iterator[Broken]:
+        """Yields where weights are read from a train state that is called a copy, and is not asked for."""
+        for owner, read in self._read_owners.items():
+            level = next((str(key) for key in owner if is_copy_name(str(key))), None)
+            for item, stored in read if level is not None else ():
+                if item.tokens[: len(canonical(owner))] != canonical(owner):
+                    why = f"{render((level,))} is the name of a copy"
+                    yield Broken(law=2, wanted=item.leaf.path, stored=stored, why=why)
 
     def owners(self) -> Iterator[Broken]:
         """Yields where one optimizer is taken from two train states, or one train state serves two."""
@@ -310,7 +320,7 @@ class _Kernel:
                 if below and not all(name[: len(below)] == below for name in names):
                     why = f"{render(below)} is not above the whole model"
                     yield Broken(law=7, wanted=wanted, stored=stored, why=why)
-                if collection is None and any(map(is_copy_name, below)):
+                if any(map(is_copy_name, below)):
                     why = f"{render(below)} is the name of a copy"
                     yield Broken(law=2, wanted=wanted, stored=stored, why=why)
             if len({above for above, below in found if not below}) > 1:

@@ -186,8 +186,9 @@ class Weights:
         if not in_module or not name:
             return
         last = name[-1]
-        if len(name) > 1 and name[-2] in ("i", "h"):
-            yield (*name[:-2], f"dense_{name[-2]}", last)
+        plain = name[:-1] if last == "value" else name
+        if len(plain) > 1 and plain[-2] in ("i", "h"):
+            yield (*plain[:-2], f"dense_{plain[-2]}", plain[-1])
         for wrapper, layer, weight in self._wrapped.values():
             if name[:-1] == (*wrapper, *layer, *weight) and last in _STATISTICS:
                 yield (*wrapper, "batch_stats", *weight, last)

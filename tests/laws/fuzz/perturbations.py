@@ -144,7 +144,10 @@ def _of_another_number(tree: Tree, state: TrainState, rng: random.Random) -> boo
         state.parts, lambda part: changed if part is group or part == group else part
     )
     _store_again(tree)
-    if by > 0 and group.stored.way in ("flat", "list"):
+    # Behind equal blocks, a further layer is a leaf that nothing wants, as it is behind layers one by one.
+    cycles = {each.count // group.stored.block for each in (group, changed)}
+    blocks = group.stored == group.wanted and len(cycles) == 1
+    if by > 0 and (group.stored.way in ("flat", "list") or (group.stored.way == "blocks" and blocks)):
         tree.may_refuse(f"{group.name} is stored with a layer more")
     else:
         tree.refuse(f"{group.name} is stored with {by} layers more")

@@ -7,11 +7,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, canonical
 from orbax_nnx_handler.planning.core.recipes import Concat, Read
 from orbax_nnx_handler.planning.mapping.modules import Derived, derive
+from tests.planning.plans import params, plan_of
 
 Model = dict[tuple[str, ...], StoredLeaf]
 
@@ -127,3 +129,13 @@ def test_slashes_in_keys_alone_make_no_wrapper() -> None:
     gemma = {canonical(path): StoredLeaf(path=path, shape=(3,), dtype=np.dtype("f4"))}
 
     assert derive(gemma) == ([], [])
+
+
+def test_a_simple_cell_in_boxes_is_certified_as_one_without() -> None:
+    shapes = {("i", "kernel"): (3, 4), ("i", "bias"): (4,), ("h", "kernel"): (4, 4)}
+    cell: dict[str, dict[str, Any]] = {name: {} for name, _ in shapes}
+    for (name, leaf), shape in shapes.items():
+        cell[name][leaf] = {"value": np.zeros(shape, np.float32)}
+    wanted = {f"dense_{name}": {leaf: s for (n, leaf), s in shapes.items() if n == name} for name in cell}
+
+    plan_of(nnx.State(params({"rnn": wanted})), {"params": {"rnn": cell}}).check()

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -104,12 +104,39 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(message, f"{usage}{self.prog}: error: {message}")
 
 
+class _Completion(argparse.Action):
+    """Prints a completion script, which then knows all words without running this program."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: object,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        del namespace, option_string
+        try:
+            shtab = importlib.import_module("shtab")
+        except ImportError:
+            parser.error("--completion needs shtab: pip install 'orbax-nnx-handler[completion]'")
+        if values not in shtab.SUPPORTED_SHELLS:
+            parser.error(f"--completion {values}: the shells are {', '.join(shtab.SUPPORTED_SHELLS)}")
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
 def parser(*chosen: str) -> argparse.ArgumentParser:
     """Returns the parser of the chosen commands, or of all: what a command needs is imported with it."""
     whole = _Parser(
         prog="orbax-nnx",
         description="Linen checkpoints in NNX: what is in them, whether they fit, and how to convert them.",
         epilog="Exit status: 0 for yes or done, 1 for no, 2 for a mistake in the command.",
+    )
+    whole.add_argument(
+        "--completion",
+        metavar="SHELL",
+        action=_Completion,
+        help="print what completes this program's words in a shell: bash, zsh, fish, tcsh, powershell",
     )
     whole.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)

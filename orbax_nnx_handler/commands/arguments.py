@@ -25,6 +25,16 @@ TARGET_HELP = (
 )
 
 
+# What shtab writes into a shell's script; as its own `shtab.FILE`, which need not be installed.
+_FILES = {
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "tcsh": "f",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "powershell": "_shtab_powershell_compgen_files",
+}
+
+
 def described(description: str, *examples: str) -> dict[str, Any]:
     """Returns what a command's help says above its arguments, and the examples below them."""
     shown = "\n".join(f"  {line}" for line in examples)
@@ -37,11 +47,12 @@ def described(description: str, *examples: str) -> dict[str, Any]:
 
 def add_path(parser: argparse.ArgumentParser, name: str = "path", help_text: str = "") -> None:
     """Adds a checkpoint's path."""
-    parser.add_argument(
+    path: Any = parser.add_argument(
         name,
         metavar=name.upper(),
         help=help_text or "a manager's root (its newest step is taken), a step, an item, or a msgpack file",
     )
+    path.complete = _FILES
 
 
 def add_item(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from etils import epath
 
 from orbax_nnx_handler.commands.arguments import (
     add_item,
+    add_json,
     add_memory,
     add_path,
     add_policy,
@@ -33,7 +34,7 @@ from orbax_nnx_handler.commands.user_code import UsageError
 from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.paths import Path, parse, render
+from orbax_nnx_handler.planning.core.paths import Path, parse, render, spelled
 from orbax_nnx_handler.planning.layouts.layout import Layout
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.rules import Rule
@@ -269,6 +270,7 @@ def add_to(commands: Any) -> None:
     add_item(parser)
     _add_changes(parser)
     add_memory(parser)
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -298,9 +300,11 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Converts."""
     began = time.monotonic()
-    request = request_of(arguments)
+    with screen.waiting("planning"):
+        request = request_of(arguments)
     conversion = request.conversion
-    _announce(request, screen)
+    if not arguments.json:
+        _announce(request, screen)
     with (
         interrupts() as check,
         screen.progress(conversion.nbytes, "writing", "reading again") as (writing, verifying),
@@ -313,6 +317,9 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
             verifying=_checking(check, verifying),
         )
     seconds = time.monotonic() - began
+    if arguments.json:
+        screen.json(_to_dict(request, arguments.dst, seconds))
+        return 0
     rate = size(int(conversion.nbytes / max(seconds, 1e-9)))
     screen.say(f"{arguments.dst}: written and read again in {seconds:.1f} s ({rate}/s).", "bold green")
     return 0
@@ -324,6 +331,21 @@ def _checking(check: Callable[[], None], progress: Callable[[int], None]) -> Cal
         progress(done)
 
     return step
+
+
+def _to_dict(request: ConvertRequest, destination: str, seconds: float) -> dict[str, Any]:
+    conversion = request.conversion
+    return {
+        "source": str(conversion.source.directory),
+        "layout": request.title,
+        "destination": destination,
+        "leaves": len(conversion.leaves),
+        "bytes": conversion.nbytes,
+        "rounded": [spelled(path) for path in rounded(conversion.leaves, conversion.source.leaves)],
+        "left_out": {why: list(map(spelled, paths)) for why, paths in request.left_out.items() if paths},
+        "note": request.note,
+        "seconds": round(seconds, 3),
+    }
 
 
 def _announce(request: ConvertRequest, screen: Screen) -> None:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from orbax_nnx_handler import demo
+from orbax_nnx_handler.commands.arguments import described
 from orbax_nnx_handler.commands.screen import Screen
 
 
@@ -12,7 +13,10 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
         help="a Linen model trained, and carried on in NNX",
-        description="Trains a small Linen model, restores it into NNX on eight pretended devices, goes on.",
+        **described(
+            "Trains a small Linen model, restores it into NNX on eight pretended devices, goes on.",
+            "orbax-nnx demo",
+        ),
     )
     parser.set_defaults(run=run, any_device=True)
 

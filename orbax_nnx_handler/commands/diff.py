@@ -90,7 +90,9 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Shows the differences."""
-    sides = [read_metadata(find_item(path, arguments.item)) for path in (arguments.path_a, arguments.path_b)]
+    paths = (arguments.path_a, arguments.path_b)
+    with screen.waiting("reading metadata"):
+        sides = [read_metadata(find_item(path, arguments.item)) for path in paths]
     for side in sides:
         check_readable(side.broken)
     rules = rules_of(arguments)

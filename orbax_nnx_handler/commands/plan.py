@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Prints the verdict."""
     # Thousands of small objects, none of them garbage before the verdict: a fifth of the time.
     with paused_collection():
-        plan = plan_for(arguments)
+        with screen.waiting("planning"):
+            plan = plan_for(arguments)
         return _show(plan, arguments, screen)
 
 

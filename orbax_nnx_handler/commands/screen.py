@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, cast
@@ -97,6 +98,7 @@ _SAID: Mapping[str, Callable[[Any], list[str] | None]] = {
 
 
 _GAP = 3
+_A_WHILE_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +189,23 @@ class Screen:
         options = options_of(error.hints)
         more = f"\non the command line: {options}" if options else ""
         self.error(type(error).__name__, f"{error}{more}")
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Generator[None]:
+        """Says on a terminal what is under way, once it has taken a while; nothing in a pipe."""
+        if not self.err.is_terminal:
+            yield
+            return
+        status = self.err.status(f"{what} …")
+        begin = threading.Timer(_A_WHILE_S, status.start)
+        begin.daemon = True
+        begin.start()
+        try:
+            yield
+        finally:
+            begin.cancel()
+            begin.join()
+            status.stop()
 
     @contextlib.contextmanager
     def progress(self, nbytes: int, *phases: str) -> Generator[tuple[Callable[[int], None], ...]]:

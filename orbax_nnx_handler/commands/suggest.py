@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     factory, options = asked_for(arguments)
     file = None if arguments.write is None else _free(pathlib.Path(arguments.write))
     pair = None if arguments.verify is None else load_pair(arguments.verify)
-    suggestion = api.suggest(arguments.path, init=factory, verify=pair, **options)
+    with screen.waiting("searching"):
+        suggestion = api.suggest(arguments.path, init=factory, verify=pair, **options)
     if file is not None:
         file.write_text(
             written(suggestion, options["renames"], f"{arguments.path} {arguments.target}", file.name)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from etils import epath
 
-from orbax_nnx_handler.commands.arguments import add_item, add_json, add_path, whole
+from orbax_nnx_handler.commands.arguments import add_item, add_json, add_path, described, whole
 from orbax_nnx_handler.commands.screen import Screen, count, size
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
@@ -160,7 +160,7 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "tree",
         help="what is in a checkpoint",
-        description="Shows what is in a checkpoint, from its metadata.",
+        **described("Shows what is in a checkpoint, from its metadata.", "orbax-nnx tree run --depth 2"),
     )
     add_path(parser)
     add_item(parser)
@@ -171,7 +171,8 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Shows the tree."""
-    contents = read_contents(arguments.path, arguments.item)
+    with screen.waiting("reading metadata"):
+        contents = read_contents(arguments.path, arguments.item)
     if arguments.json:
         screen.json(contents.to_dict())
         return 0

@@ -60,16 +60,17 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Prints what was found."""
     factory, options = asked_for(arguments)
     linen_apply, nnx_apply, inputs = load_pair(arguments.pair)
-    found = verify(
-        arguments.path,
-        linen_apply=linen_apply,
-        nnx_apply=nnx_apply,
-        inputs=inputs,
-        tolerance=arguments.tolerance,
-        policy=policies_of(arguments.policy),
-        init=factory,
-        **options,
-    )
+    with screen.waiting("running both programs"):
+        found = verify(
+            arguments.path,
+            linen_apply=linen_apply,
+            nnx_apply=nnx_apply,
+            inputs=inputs,
+            tolerance=arguments.tolerance,
+            policy=policies_of(arguments.policy),
+            init=factory,
+            **options,
+        )
     if arguments.json:
         screen.json(found.to_dict())
     else:

@@ -21,8 +21,8 @@ _TESTED = {
     "in_memory",
     "simulate",
 }
-# Not benchmarks by themselves: one trial, a bucket, and the tables of results.
-_OTHER = {"trial", "tables", "bucket"}
+# Not benchmarks by themselves: one trial, a bucket, and the tables and plots of results.
+_OTHER = {"trial", "tables", "bucket", "plots"}
 
 
 @pytest.mark.parametrize("name", ["convert", "command_line", "accelerator", "in_memory"])

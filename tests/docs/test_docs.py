@@ -41,7 +41,7 @@ def test_the_blocks_of_a_page_run_and_print_what_it_shows(name, directory):
 
 @pytest.mark.parametrize("name", sorted(set(EVERY_PAGE) - set(PAGES) - GENERATED))
 def test_a_page_that_is_not_run_has_no_code(name):
-    assert {block.language for block in blocks_of(ROOT / name)} <= {"text", "mermaid"}
+    assert {block.language for block in blocks_of(ROOT / name)} <= {"text"}
 
 
 def test_the_reference_is_what_the_docstrings_say():

@@ -8,9 +8,11 @@ import collections
 import contextlib
 import dataclasses
 import faulthandler
+import json
 import os
 import pathlib
 import random
+import struct
 import time
 import warnings
 from collections.abc import Callable
@@ -20,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization
+from flax import serialization, traverse_util
 
 from orbax_nnx_handler import RestoreError, restore
 from tests.campaigns.watching import HangError, alarm
+from tests.storage.checkpoint import hugging_face
 from tests.storage.checkpoints import FORMATS, save
 
 LIMIT_S = 10.0
@@ -72,7 +75,46 @@ def bases(folder: pathlib.Path) -> list[Base]:
             stock=lambda: serialization.msgpack_restore(path.read_bytes()),
         )
     )
+    for name, parts, read in (
+        ("safetensors in parts", hugging_face.safetensors_in_parts, _from_safetensors),
+        ("msgpack in parts", hugging_face.msgpack_in_parts, _from_packed),
+    ):
+        folder_of = parts(folder / name.replace(" ", "_"), PARAMS)
+        found.append(
+            Base(
+                name=name,
+                path=folder_of,
+                expected=PARAMS,
+                stock=lambda path=folder_of, read=read: _from_parts(path, read),
+            )
+        )
     return found
+
+
+def _from_parts(path: pathlib.Path, read: Callable[[bytes], dict[str, Any]]) -> Any:
+    """Reads weights as transformers' loaders do: of each part what the index says lies there."""
+    (index,) = path.glob("*.index.json")
+    found: dict[str, Any] = {}
+    for file in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        found |= read((path / file).read_bytes())
+    return traverse_util.unflatten_dict(found, sep="/")
+
+
+def _from_safetensors(content: bytes) -> dict[str, Any]:
+    (length,) = struct.unpack("<Q", content[:8])
+    header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+    dtypes = {short: long for long, short in hugging_face.NAMES.items()}
+    found: dict[str, Any] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            values = np.frombuffer(body[start:end], dtypes[entry["dtype"]])
+            found[name.replace(".", "/")] = values.reshape(entry["shape"])
+    return found
+
+
+def _from_packed(content: bytes) -> dict[str, Any]:
+    return traverse_util.flatten_dict(serialization.msgpack_restore(content), sep="/")
 
 
 def _stock(path: pathlib.Path) -> Any:

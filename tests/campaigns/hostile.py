@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_nnx_handler import RestoreError, cli, plan_restore, restore
+from tests.campaigns import crafted
 from tests.campaigns.watching import HangError, alarm, memory_bytes, opened_files
 from tests.storage.checkpoints import DiskFormat, save
 from tests.storage.stores import ocdbt_writer as made
@@ -197,7 +198,7 @@ def cases(folder: pathlib.Path, seed: int) -> list[tuple[str, Make]]:
                 json.loads(file.read_text())
                 found += _of_json(base, file)
         found += _of_bytes(base, seed)
-    return [*found, *_of_databases(), *_of_archives(), *_of_msgpack()]
+    return [*found, *_of_databases(), *_of_archives(), *_of_msgpack(), *crafted.cases()]
 
 
 def _operations(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Callable[[], object]]:

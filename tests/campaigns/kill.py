@@ -76,6 +76,18 @@ def _force(folder: pathlib.Path) -> None:
 def _check_forced(folder: pathlib.Path) -> None:
     if _started(folder):
         assert _value(folder / "item") >= 1
+    _check_left(folder)
+
+
+def _check_left(folder: pathlib.Path) -> None:
+    """What the last process left may be there, and what the ones before it left under that name may not."""
+    left = [path.name.partition(".converting-")[0] for path in folder.rglob("*.converting-*")]
+    assert len(left) == len(set(left)), left
+
+
+def _check_converted(folder: pathlib.Path) -> None:
+    _check_steps(folder)
+    _check_left(folder)
 
 
 def _started(folder: pathlib.Path) -> bool:
@@ -94,7 +106,7 @@ MODES: dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pathlib.Path], 
     "manager": (lambda folder: _manage(folder, _last(folder), is_async=False), _check_steps),
     "async manager": (lambda folder: _manage(folder, _last(folder), is_async=True), _check_steps),
     "forced save": (_force, _check_forced),
-    "convert": (_convert, _check_steps),
+    "convert": (_convert, _check_converted),
 }
 
 

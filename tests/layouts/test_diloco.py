@@ -137,3 +137,25 @@ def test_an_outer_momentum_that_is_not_stored_is_never_taken_from_the_replicas(t
         restore(write(tmp_path / "item", tree), target())
 
     assert {path[0] for path in error.value.paths} >= {"outer_opt_state"}
+
+
+def test_weights_alone_are_the_outer_ones_and_each_replica_begins_as_a_copy_of_them(tmp_path):
+    tree = {"params": stored()["params"]}
+    item = write(tmp_path / "item", tree)
+
+    with pytest.raises(RestoreError) as error:
+        restore(item, target())
+    # One stored weight is never two wanted ones: that the replicas begin alike, the program says.
+    assert {path[0] for path in error.value.paths} == {"inner_state", "outer_opt_state", "step"}
+
+    params = restore(item, target().params, unexpected="error")
+    training = nnx.eval_shape(lambda: Training(nnx.Rngs(0)))
+    nnx.replace_by_pure_dict(weights := nnx.state(training.model), params)
+    replicas = jax.tree.map(lambda leaf: jnp.stack([leaf] * REPLICAS), weights)
+    state = target().replace(params=params, inner_state={"model": replicas})
+
+    kernel = tree["params"]["params"]["layers_1"]["kernel"]
+    np.testing.assert_array_equal(state.params["layers"][1]["kernel"], kernel)
+    np.testing.assert_array_equal(
+        state.inner_state["model"]["layers"][1]["kernel"][...], np.stack([kernel, kernel])
+    )

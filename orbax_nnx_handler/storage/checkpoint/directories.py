@@ -249,6 +249,11 @@ def working_name(name: str) -> str:
     return f"{name}.converting-{os.getpid()}"
 
 
+def is_working_name(name: str, of: str) -> bool:
+    """Tells whether some process wrote there what would have a certain name."""
+    return name.startswith(f"{of}.converting-") and _WORKING.fullmatch(name) is not None
+
+
 def is_weights_file(name: str) -> bool:
     """Tells whether a file is named as Hugging Face's libraries name weights, or an index of them."""
     whole = name.removesuffix(HUGGING_FACE_INDEX)

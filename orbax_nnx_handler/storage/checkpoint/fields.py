@@ -1,6 +1,7 @@
 """The fields of small JSON files that a stranger wrote: each has the type that is expected, or an error."""
 
 import json
+from collections.abc import Collection
 from typing import Any, cast
 
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -8,10 +9,39 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 # NumPy arrays have at most 64 axes, and no length that int64 cannot count.
 _MAX_RANK = 64
 _MAX_LENGTH = (1 << 63) - 1
+MOST_LEAVES = 1 << 19
+"""No program has had a quarter of it, and work and memory grow with them, whatever a leaf holds."""
+_DEEPEST = 200
 
 
 class FieldError(ValueError):
     """A field is absent or of another type; the message names it."""
+
+
+def check_paths(paths: Collection[tuple[Any, ...]]) -> None:
+    """Raises where a tree has more leaves, or deeper ones, than a program's can have.
+
+    Raises:
+        FieldError: Says which.
+    """
+    if len(paths) > MOST_LEAVES:
+        raise FieldError(f"it names more than {MOST_LEAVES:,} leaves")
+    _check_depth(max(map(len, paths), default=0))
+
+
+def keys_of(name: str, separator: str) -> tuple[str, ...]:
+    """Returns the keys that a name joins.
+
+    Raises:
+        FieldError: They are more than a program's can be.
+    """
+    _check_depth(name.count(separator) + 1)
+    return tuple(name.split(separator))
+
+
+def _check_depth(depth: int) -> None:
+    if depth > _DEEPEST:
+        raise FieldError(f"it names a leaf below {depth - 1} others")
 
 
 def parse_object(content: bytes | None) -> dict[str, Any]:

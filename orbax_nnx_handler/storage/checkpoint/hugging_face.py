@@ -31,6 +31,7 @@ from orbax_nnx_handler.storage.stores.files import Files, ReadFile
 
 CONFIG_FILE = "config.json"
 _LONGEST_CONFIG = 1 << 20
+_LISTED = 20
 _OUTSIDE = frozenset("/\\\0")
 
 
@@ -70,7 +71,7 @@ def _read_packed(
             raise NotACheckpointError(what, hints=[damaged(part, files)])
         nodes |= tree.nodes
         values |= {path: np.asarray(value) for path, value in tree.values.items()}
-        lost |= dict.fromkeys(tree.names, f"{part.name} has a name for it and no value")
+        lost |= dict.fromkeys(tree.names, f"{part.name} has a name for... and no value")
     leaves = {
         path: StoredLeaf(path=path, shape=value.shape, dtype=value.dtype) for path, value in values.items()
     }
@@ -102,7 +103,8 @@ def _parts(index: epath.Path, files: Files) -> list[epath.Path]:
         ) from error
     absent = [name for name in names if not files.has_file(index.parent, name)]
     if absent:
-        listed = "\n".join(f"  {name}" for name in absent)
+        listed = "\n".join(f"  {name}" for name in absent[:_LISTED])
+        listed += f"... and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
         raise NotACheckpointError(
             f"{len(absent)} of the {len(names)} files that {index} names are not there:\n{listed}",
             hints=["download or copy the directory again."],

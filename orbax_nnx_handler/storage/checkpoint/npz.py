@@ -30,6 +30,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
+from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
@@ -150,7 +151,7 @@ _SIGNATURE = b"PK\x03\x04"
 # What damage makes zipfile and NumPy's parser of headers raise.
 _DAMAGE = (
     *(zipfile.BadZipFile, struct.error, zlib.error, EOFError),
-    *(SyntaxError, tokenize.TokenError, TypeError, ValueError, RuntimeError),
+    *(SyntaxError, tokenize.TokenError, TypeError, ValueError, RuntimeError, OSError),
 )
 
 
@@ -174,8 +175,18 @@ def read_archive(path: epath.Path, files: Files) -> Checkpoint:
     with _file(path, files) as file, _opened(path, file, files) as archive:
         if isinstance(file, RangedFile):
             file.fetch((info.header_offset, _FETCHED_HEADER) for info in archive.infolist())
+        try:
+            check_paths([_keys(info) for info in archive.infolist()])
+        except FieldError as error:
+            raise NotACheckpointError(
+                f"{path} cannot be read: {error}.", hints=[damaged(path, files)]
+            ) from error
         members = _members(path, archive.infolist())
         return _checkpoint(path, members, _look(path, file, archive, members))
+
+
+def _keys(info: zipfile.ZipInfo) -> Path:
+    return keys_of(info.filename.removesuffix(_ENDING), _SEPARATOR)
 
 
 def _file(path: epath.Path, files: Files) -> IO[bytes]:
@@ -205,7 +216,7 @@ def _members(path: epath.Path, infos: Iterable[zipfile.ZipInfo]) -> dict[Path, z
         # `is_dir` fails on a member without a name.
         if info.filename.endswith("/"):
             continue
-        keys = tuple(info.filename.removesuffix(_ENDING).split(_SEPARATOR))
+        keys = _keys(info)
         if keys in members:
             twice.append(keys)
         members[keys] = info

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, shape_of, text_of
+from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of, shape_of, text_of
 from orbax_nnx_handler.storage.checkpoint.trees import UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
@@ -86,6 +86,10 @@ def read_safetensors(
     found: dict[Path, _Found] = {}
     twice: list[Path] = []
     for shard, (header, start, size) in zip(shards, headers, strict=True):
+        try:
+            check_paths([keys_of(name, _SEPARATOR) for name in header])
+        except FieldError as error:
+            raise _no_safetensors(shard, files, str(error)) from error
         for one in _arrays(shard.name, header, start, size):
             keys = tuple(one.name.split(_SEPARATOR))
             twice += [keys] if keys in found else []
@@ -149,6 +153,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name stands there twice")
+    # JSON can spell halves of characters, which are in no text that could be written.
+    "".join(found).encode()
     return found
 
 

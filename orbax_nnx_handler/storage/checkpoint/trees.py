@@ -19,6 +19,7 @@ Orbax without any tree is the fifth: names joined by dots.
 """
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -30,7 +31,10 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.paths import Path, is_index
 from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
 from orbax_nnx_handler.storage.checkpoint.fields import (
+    MOST_LEAVES,
     FieldError,
+    check_paths,
+    keys_of,
     object_of,
     objects_of,
     optional_object,
@@ -123,6 +127,7 @@ def _metadata_tree(file: epath.Path, files: Files) -> Tree:
         content = parse_object(files.content(file))
         tree = object_of(content, "tree_metadata")
         entries = [_entry(object_of(tree, name)) for name in tree]
+        check_paths([path for path, _, _ in entries])
         custom = optional_object(content, "custom_metadata")
     except FieldError as error:
         reason = f"cannot be read as the tree of a checkpoint: {str(error).removesuffix('.')}"
@@ -201,7 +206,12 @@ def packed_tree(file: epath.Path, folder: epath.Path, files: Files, below: str =
     names: dict[Path, str] = {}
     values: dict[Path, Any] = {}
     by_orbax = file.name == MSGPACK_FILE
-    for keys, leaf in _walk(_unpack(file, files, below), ()):
+    leaves = list(itertools.islice(_walk(_unpack(file, files, below), ()), MOST_LEAVES + 1))
+    try:
+        check_paths([keys for keys, _ in leaves])
+    except FieldError as error:
+        raise _no_packed_tree(file, error) from error
+    for keys, leaf in leaves:
         name = _array_name(leaf)
         nodes[keys] = _node_type(leaf) if name is None else UNKNOWN_TYPE
         if name is not None:
@@ -219,12 +229,16 @@ def _unpack(file: epath.Path, files: Files, below: str) -> object:
         raise
     # msgpack raises many types for a file that is something else.
     except Exception as error:
-        raise NotACheckpointError(
-            f"{file} is no msgpack file of a checkpoint: {str(error).removesuffix('.')}.", hints=[ANY_KIND]
-        ) from error
+        raise _no_packed_tree(file, error) from error
     if not isinstance(tree, dict | list | tuple):
         raise NotACheckpointError(f"{file} holds one {type(tree).__name__}, not the tree of a checkpoint")
     return cast(object, tree)
+
+
+def _no_packed_tree(file: epath.Path, error: Exception) -> NotACheckpointError:
+    return NotACheckpointError(
+        f"{file} is no msgpack file of a checkpoint: {str(error).removesuffix('.')}.", hints=[ANY_KIND]
+    )
 
 
 def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
@@ -272,7 +286,11 @@ def _named_tree(directory: epath.Path, files: Files, database: Store | None) -> 
     found = sorted(_array_names(directory, files, database))
     by_big_vision = any(_BIG_VISION_SEPARATOR in name for name in found)
     separator = _BIG_VISION_SEPARATOR if by_big_vision else "."
-    names: dict[Path, str] = {tuple(name.split(separator)): name for name in found}
+    try:
+        names: dict[Path, str] = {keys_of(name, separator): name for name in found}
+        check_paths(names)
+    except FieldError as error:
+        raise NotACheckpointError(f"{directory} cannot be read: {error}.", hints=[ANY_KIND]) from error
     return Tree(
         nodes=dict.fromkeys(names, UNKNOWN_TYPE),
         names=names,

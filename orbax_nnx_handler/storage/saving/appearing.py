@@ -2,12 +2,16 @@
 
 What is written lies beside its place, in a directory of this process's own, and gets its name at the
 end. Where something is to be replaced, the two names are exchanged in one step, so that whoever looks,
-or a process that dies at any moment, finds the old or the new.
+or a process that dies at any moment, finds the old or the new. What a process that died was writing
+goes when the next one writes under the same name: a lock tells that nobody holds it any more.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import os
+import pathlib
+import platform
 import shutil
 import sys
 import time
@@ -19,13 +23,16 @@ from etils import epath
 
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.storage.checkpoint.directories import working_name
+from orbax_nnx_handler.storage.checkpoint.directories import is_working_name, working_name
 from orbax_nnx_handler.storage.stores.locations import is_url
 
 # How often and at what distance a directory that is to go is looked at.
 _CLEARINGS, _CLEARING_S, _TIMES_ABSENT = 50, 0.02, 3
 # Of Linux (renameat2, linux/fs.h) and of macOS (renamex_np, sys/stdio.h).
 _HERE, _EXCHANGE, _SWAP = -100, 2, 2
+# In a directory that is being written to: locked by its process, and says on which machine that runs.
+_OWNER = ".owner"
+_REPLACED = ".replaced"
 
 
 def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force: bool) -> None:
@@ -83,20 +90,65 @@ def appearing(destination: epath.Path) -> Generator[epath.Path]:
     top = destination
     while not top.parent.exists():
         top = top.parent
+    _clear_left_behind(top)
     work = top.parent / working_name(top.name)
+    with _held(work):
+        try:
+            inside = work / destination.relative_to(top.parent)
+            inside.parent.mkdir(parents=True, exist_ok=True)
+            yield inside
+            if top == destination and destination.exists():
+                _replace(inside, destination)
+            else:
+                (work / top.name).rename(top)
+        except BaseException:
+            _clear(work)
+            raise
+        # Nothing writes any more, so that there is nothing to wait for.
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(work: epath.Path) -> Generator[None]:
+    """Makes a directory and holds its lock, which goes with the process however that ends."""
+    work.mkdir(exist_ok=True)
+    descriptor = os.open(work / _OWNER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        inside = work / destination.relative_to(top.parent)
-        inside.parent.mkdir(parents=True, exist_ok=True)
-        yield inside
-        if top == destination and destination.exists():
-            _replace(inside, destination)
-        else:
-            (work / top.name).rename(top)
-    except BaseException:
-        _clear(work)
-        raise
-    # Nothing writes any more, so that there is nothing to wait for.
-    shutil.rmtree(work, ignore_errors=True)
+        # On a file system without locks nobody will know that it was left behind, so it will stay.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(descriptor, _machine())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear_left_behind(top: epath.Path) -> None:
+    """Removes what processes of this machine that are dead were writing under a name."""
+    left: list[epath.Path] = []
+    with contextlib.suppress(OSError):
+        left += [child for child in top.parent.iterdir() if is_working_name(child.name, top.name)]
+    for work in left:
+        # Where names cannot be exchanged, a process may have died while this was all that there was.
+        if top.exists() or not (work / f"{top.name}{_REPLACED}").exists():
+            with contextlib.suppress(OSError):
+                _clear_if_dead(work)
+
+
+def _clear_if_dead(work: epath.Path) -> None:
+    descriptor = os.open(work / _OWNER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.read(descriptor, 1000) == _machine():
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _machine() -> bytes:
+    """Tells this machine, since it was started, from another one that sees the same files."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_bytes() if boot.exists() else platform.node().encode()
 
 
 def _replace(new: epath.Path, old: epath.Path) -> None:
@@ -104,7 +156,7 @@ def _replace(new: epath.Path, old: epath.Path) -> None:
     if _exchange(os.fsencode(new), os.fsencode(old)):
         return
     # A file system that cannot exchange names: for a moment there is nothing under the name.
-    aside = new.parent / f"{new.name}.replaced"
+    aside = new.parent / f"{new.name}{_REPLACED}"
     old.rename(aside)
     try:
         new.rename(old)

@@ -24,7 +24,7 @@ from orbax_nnx_handler.storage.stores.files import (
     ReadFile,
     Sizes,
 )
-from orbax_nnx_handler.storage.stores.locations import cannot_read, kvstore_spec, open_file
+from orbax_nnx_handler.storage.stores.locations import cannot_read, check_inside, kvstore_spec, open_file
 
 
 class LocalFiles:
@@ -83,6 +83,7 @@ def _sizes(path: str, prefix: str) -> Iterator[tuple[str, int]]:
         if entry.kind == "file":
             yield name, entry.size
         elif entry.kind == "folder":
+            check_inside(path, name)
             yield from _sizes_below(path, name)
 
 
@@ -107,8 +108,29 @@ def _read(question: ReadFile) -> bytes | None:
     descriptor = open_file(folder, path.removeprefix(folder).lstrip("/"))
     with open(descriptor, "rb") as file:  # noqa: PTH123
         held = os.fstat(descriptor).st_size
+        if question.size is None and held > _MAY_BE_HOLE:
+            _check_filled(descriptor, held)
         file.seek(question.start)
         return file.read(held if question.size is None else min(question.size, held))
+
+
+# From here on a file that is read whole is looked at for holes; at least this part must lie on the disk.
+_MAY_BE_HOLE, _FILLED = 64 << 20, 16
+
+
+def _check_filled(descriptor: int, size: int) -> None:
+    """Raises where a file is nearly all hole: what takes no bytes on the disk would take them in memory."""
+    if not hasattr(os, "SEEK_DATA"):
+        return
+    at = filled = 0
+    try:
+        while filled * _FILLED < size:
+            start = os.lseek(descriptor, at, os.SEEK_DATA)
+            at = os.lseek(descriptor, start, os.SEEK_HOLE)
+            filled += at - start
+    except OSError as error:
+        # No data follows. A file system that does not know about holes says that all is data.
+        raise OSError(f"of its {size} bytes only {filled} are there") from error
 
 
 _logger = logging.getLogger(__name__)

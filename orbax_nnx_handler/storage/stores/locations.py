@@ -199,6 +199,16 @@ def open_file(folder: str, name: str) -> int:
     return descriptor
 
 
+def check_inside(folder: str, name: str) -> None:
+    """Raises if a path below a folder is a link that leads out of it.
+
+    Raises:
+        OutsideError: Says where it leads.
+    """
+    if _has_link(folder, name):
+        _target(folder, f"{folder}/{name}")
+
+
 def check_links(folder: str, name: str) -> None:
     """Raises if a link below a folder of files leads out, for readers that open files themselves.
 
@@ -207,9 +217,7 @@ def check_links(folder: str, name: str) -> None:
     """
     for path, folders, files in os.walk(f"{folder}/{name}"):
         for entry in (*folders, *files):
-            inner = f"{path}/{entry}"[len(folder) + 1 :]
-            if _has_link(folder, inner):
-                _target(folder, f"{folder}/{inner}")
+            check_inside(folder, f"{path}/{entry}"[len(folder) + 1 :])
 
 
 def _has_link(folder: str, name: str) -> bool:

@@ -13,6 +13,7 @@ NAMES = {
     "float32": "F32",
     "bfloat16": "BF16",
     "int64": "I64",
+    "int32": "I32",
     "float16": "F16",
     "bool": "BOOL",
     "uint8": "U8",

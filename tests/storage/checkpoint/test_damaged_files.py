@@ -2,13 +2,18 @@
 
 import json
 import os
+import shutil
+import struct
+import zipfile
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
+import zstandard
 
-from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, plan_restore
+from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, plan_restore, restore
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from tests.storage.checkpoints import DiskFormat, save
 
@@ -202,3 +207,82 @@ def test_an_array_that_cannot_be_in_its_files_is_damaged_at_once(tmp_path, shape
     assert checkpoint.damaged[("w",)].startswith("an array of ")
     with pytest.raises(UnreadableLeafError):
         plan_restore(path, {"w": jax.ShapeDtypeStruct(tuple(shape), jnp.float32)}, policy="warn").check()
+
+
+def wide(names):
+    """Returns a file of safetensors that names arrays of nothing."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(names, entry)).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+@pytest.mark.parametrize("name", ["." * 1_000_000, ".".join("a" * 300)])
+def test_a_leaf_deeper_than_a_programs_can_be_is_refused_at_once(tmp_path, name):
+    (tmp_path / "w.safetensors").write_bytes(wide([name]))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr(name[:60_000].replace(".", "/") + "/w.npy", b"")
+    path = item(tmp_path, ZARR3)
+    fields = json.loads((path / "_METADATA").read_text())
+    (leaf,) = fields["tree_metadata"].values()
+    leaf["key_metadata"] *= 300
+    (path / "_METADATA").write_text(json.dumps(fields))
+
+    for deep in (tmp_path / "w.safetensors", tmp_path / "a.npz", path):
+        with pytest.raises(NotACheckpointError, match=r"it names a leaf below \d+ others"):
+            read_metadata(deep)
+
+
+def test_half_a_million_leaves_in_a_megabyte_are_refused(tmp_path):
+    (tmp_path / "item").mkdir()
+    (tmp_path / "item" / "checkpoint").write_bytes(msgpack.packb([None] * 600_000))
+
+    with pytest.raises(NotACheckpointError, match="it names more than 524,288 leaves"):
+        read_metadata(tmp_path / "item")
+
+
+def test_a_name_of_halves_of_characters_is_refused(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(wide(["\ud800"]))
+
+    with pytest.raises(NotACheckpointError, match="surrogates not allowed"):
+        read_metadata(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "checkpoint"])
+def test_a_file_that_is_one_large_hole_is_not_read(tmp_path, name):
+    path = item(tmp_path, ZARR3)
+    with (path / name).open("ab") as file:
+        file.truncate(4 << 30)
+
+    with pytest.raises(NotACheckpointError, match=f"{name} cannot be read: .* of its 4294967296 bytes only"):
+        read_metadata(path)
+
+
+def test_a_chunk_that_says_it_unpacks_to_gigabytes_is_damaged(tmp_path):
+    path = item(tmp_path, DiskFormat(False, True, True))
+    packed = zstandard.compress(bytes(6 * 4 * 4))
+    frame = zstandard.get_frame_parameters(packed)
+    assert frame.content_size == 96
+    # A single segment with eight bytes of size (RFC 8878, 3.1.1.1), in place of the one byte that is there.
+    lie = packed[:4] + bytes([0b11100000]) + (8 << 30).to_bytes(8, "little") + packed[6:]
+    (path / "w" / "c" / "0" / "0").write_bytes(lie)
+
+    with pytest.raises(UnreadableLeafError, match="unpacks to 8589934592 bytes where a chunk has 96"):
+        restore(path, {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32)})
+
+
+def test_a_folder_that_is_a_link_to_everything_is_not_looked_through(tmp_path):
+    path = item(tmp_path, OCDBT)
+    shutil.rmtree(path / "d")
+    (path / "d").symlink_to("/")
+
+    with pytest.raises(NotACheckpointError, match="leads out of the checkpoint"):
+        read_metadata(path)
+
+
+def test_an_archive_whose_directory_points_behind_its_end_is_damaged(tmp_path):
+    np.savez(tmp_path / "a.npz", w=np.ones(3))
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(content[:-6] + struct.pack("<I", 0xFFFFFFFE) + content[-2:])
+
+    with pytest.raises(NotACheckpointError, match="is no whole NumPy archive"):
+        read_metadata(tmp_path / "a.npz")

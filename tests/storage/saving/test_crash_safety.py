@@ -105,13 +105,67 @@ def test_the_handler_refuses_a_directory_that_orbax_would_leave_empty(tmp_path):
         manager.save(1, args=NNXLinenSave(Net(1.0)))
 
 
-def test_another_process_is_left_alone(tmp_path):
-    save(tmp_path / "src", Net(1.0))
-    other = tmp_path / f"out.converting-{os.getpid()}7"
-    other.mkdir()
+WRITES = """
+import os, pathlib, signal, sys
+from etils import epath
+from orbax_nnx_handler.storage.saving.appearing import appearing
+with appearing(epath.Path(sys.argv[1])) as unfinished:
+    unfinished.mkdir()
+    (unfinished / "half").write_text("half")
+    print("writes", flush=True)
+    sys.stdin.read()
+"""
 
-    assert cli.main(["convert", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
-    assert other.exists()
+
+def begun(path):
+    """Returns a process that is writing what will have a name."""
+    words = [sys.executable, "-c", WRITES, str(path)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writes\n"
+    return process
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_one_of_the_same_name(tmp_path):
+    save(tmp_path / "src", Net(1.0))
+    killed, living, another = begun(tmp_path / "3"), begun(tmp_path / "3"), begun(tmp_path / "33")
+    for process in (killed, another):
+        process.kill()
+        process.wait()
+    elsewhere = tmp_path / f"3.converting-{killed.pid}0"
+    elsewhere.mkdir()
+    (elsewhere / ".owner").write_text("another machine")
+    unknown = tmp_path / f"3.converting-{killed.pid}1"
+    unknown.mkdir()
+
+    assert cli.main(["convert", str(tmp_path / "src"), str(tmp_path / "3")]) == 0
+
+    left = [f"3.converting-{living.pid}", f"33.converting-{another.pid}", elsewhere.name, unknown.name]
+    assert names_in(tmp_path) == sorted([*left, "3", "src"])
+    assert value_at(tmp_path / "3") == 1.0
+    living.communicate()
+
+
+def test_an_item_that_was_being_replaced_stays_until_there_is_another(tmp_path, monkeypatch):
+    save(tmp_path / "item", Net(1.0))
+    killed = begun(tmp_path / "item")
+    killed.kill()
+    killed.wait()
+    # As where names cannot be exchanged, and the process dies between two renames.
+    left = tmp_path / f"item.converting-{killed.pid}"
+    (tmp_path / "item").rename(left / "item.replaced")
+
+    def fail(*_, **__):
+        raise ValueError("NO_SPACE")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.Checkpointer, "save", fail)
+        with pytest.raises(RestoreError):
+            save(tmp_path / "item", Net(2.0))
+    assert (left / "item.replaced" / "_METADATA").exists()
+
+    save(tmp_path / "item", Net(3.0))
+    save(tmp_path / "item", Net(4.0), force=True)
+    assert names_in(tmp_path) == ["item"]
 
 
 @pytest.mark.parametrize("shape", [[0, 10**15], [10**15, 0], [10**15], [1 << 62]])

@@ -258,13 +258,12 @@ def test_a_file_that_is_one_large_hole_is_not_read(tmp_path, name):
 
 
 def test_a_chunk_that_says_it_unpacks_to_gigabytes_is_damaged(tmp_path):
-    path = item(tmp_path, DiskFormat(False, True, True))
+    path = item(tmp_path, DiskFormat(False, False, True))
     packed = zstandard.compress(bytes(6 * 4 * 4))
-    frame = zstandard.get_frame_parameters(packed)
-    assert frame.content_size == 96
+    assert packed[4:6] == bytes([0b00100000, 96])
     # A single segment with eight bytes of size (RFC 8878, 3.1.1.1), in place of the one byte that is there.
     lie = packed[:4] + bytes([0b11100000]) + (8 << 30).to_bytes(8, "little") + packed[6:]
-    (path / "w" / "c" / "0" / "0").write_bytes(lie)
+    (path / "w" / "0.0").write_bytes(lie)
 
     with pytest.raises(UnreadableLeafError, match="unpacks to 8589934592 bytes where a chunk has 96"):
         restore(path, {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32)})
@@ -284,5 +283,4 @@ def test_an_archive_whose_directory_points_behind_its_end_is_damaged(tmp_path):
     content = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(content[:-6] + struct.pack("<I", 0xFFFFFFFE) + content[-2:])
 
-    with pytest.raises(NotACheckpointError, match="is no whole NumPy archive"):
-        read_metadata(tmp_path / "a.npz")
+    assert "w.npy in" in read_metadata(tmp_path / "a.npz").lost["w",]

@@ -338,8 +338,8 @@ def test_the_memory_is_freed_with_the_array(tmp_path, monkeypatch):
     original = arena.mmap.mmap
 
     class Noted(original):
-        def __new__(cls, *args):
-            made = super().__new__(cls, *args)
+        def __new__(cls, *args, **kwargs):
+            made = super().__new__(cls, *args, **kwargs)
             blocks.append(weakref.ref(made))
             return made
 

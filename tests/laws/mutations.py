@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
@@ -58,6 +59,14 @@ def _swaps(recipes: Recipes, shapes: Shapes, rng: random.Random) -> Iterator[tup
         yield "two leaves swapped", recipes | {one: recipes[other], other: recipes[one]}
     for one, other in rng.sample(pairs, min(len(pairs), 2)):
         yield "one source twice", recipes | {one: recipes[other]}
+    for name, key in EXCHANGES.items():
+        alike: dict[Any, list[Path]] = {}
+        for path, recipe in recipes.items():
+            if OPT_STATE in path[:-1] and (group := key(path, path.index(OPT_STATE) + 1)) is not None:
+                alike.setdefault((shape_of(recipe, shapes), group), []).append(path)
+        pairs = [pair for paths in alike.values() for pair in itertools.combinations(paths[:12], 2)]
+        for one, other in rng.sample(pairs, min(len(pairs), 3)):
+            yield name, recipes | {one: recipes[other], other: recipes[one]}
 
 
 def _read_elsewhere(change: Callable[[Path], Iterator[Path]]) -> Mutation:
@@ -125,6 +134,32 @@ def _another_order(recipes: Recipes, shapes: Shapes, rng: random.Random) -> Iter
             yield path, type(recipe)((first, first, *rest), recipe.axis)
             yield path, type(recipe)((*recipe.sources[1:], first), recipe.axis)
 
+
+def _field(path: Path, start: int) -> int | None:
+    return next((at for at in range(start, len(path) - 1) if path[at] in SLOTS), None)
+
+
+def _of_one_field(path: Path, start: int) -> Any:
+    at = _field(path, start)
+    return None if at is None else path[: at + 1]
+
+
+def _of_one_parameter(path: Path, start: int) -> Any:
+    at = _field(path, start)
+    return None if at is None else (path[:at], path[at + 1 :])
+
+
+def _of_one_name(path: Path, start: int) -> Any:
+    return path[-1] if _field(path, start) is None else None
+
+
+OPT_STATE = "opt_state"
+EXCHANGES: dict[str, Callable[[Path, int], Any]] = {
+    "moments of two parameters": _of_one_field,
+    "two moments of a parameter": _of_one_parameter,
+    "counts of two states": _of_one_name,
+}
+"""What makes two leaves of optimizers alike, so that a wrong heuristic might exchange them."""
 
 COLLECTIONS = (
     "params", "ema_params", "target_params", "grads", "old_params", "slow_params", "teacher_params", "masks",

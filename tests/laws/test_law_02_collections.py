@@ -354,3 +354,16 @@ def test_a_rule_may_say_which_collection_a_type_of_ones_own_is_kept_in(tmp_path,
 
     np.testing.assert_array_equal(result["a"][...], stored["mine"]["a"])
     np.testing.assert_array_equal(result["b"][...], stored["params"]["b"])
+
+
+def test_a_pure_dict_is_not_filled_where_its_path_is_stored_in_a_collection_of_a_program(tmp_path):
+    numbers = Numbers()
+    model = {"vq": {"table": numbers(3), "sizes": numbers(4)}}
+    stored = {
+        "params": {"vq": {"table": model["vq"]["table"]}},
+        "memory": {"vq": {"sizes": model["vq"]["sizes"]}},
+    }
+    path = write(tmp_path, stored)
+    refused(path, pure_target(model), policy="warn")
+    rule = [("memory/vq/sizes", "vq/sizes")]
+    check(restore(path, pure_target(model), policy="warn", renames=rule), model)

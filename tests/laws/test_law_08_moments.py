@@ -84,6 +84,31 @@ def test_states_of_a_chain_keep_their_numbers_when_it_grows_or_shrinks(tmp_path,
     assert values(have) == values(want)
 
 
+def _by_labels(first, second):
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: first if "dense" in jax.tree_util.keystr(path) else second, params
+        )
+
+    return optax.multi_transform({first: optax.adam(1e-3), second: optax.adam(1e-2)}, labels)
+
+
+def test_an_optimizer_with_groups_is_restored_by_itself_and_never_for_other_groups(tmp_path):
+    numbers = Numbers()
+    params = {"dense": numbers.dense(), "other": numbers.dense()}
+    opt_state = numbers.optimizer(_by_labels("x", "y"), params)
+    target = training_target(params, _by_labels("x", "y")).optimizer
+    alone = restore(write(tmp_path, opt_state), nnx.State({"opt_state": nnx.state(target)["opt_state"]}))
+    assert [leaf.tolist() for leaf in worlds.flat(alone).values()] == [
+        leaf.tolist() for leaf in jax.tree.leaves(opt_state)
+    ]
+
+    whole = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(2)})
+    error = worlds.refused(whole, training_target(params, _by_labels("y", "x")))
+    assert "the stored optimizer is for other groups of parameters" in str(error)
+    assert not any("policy" in hint.arguments for hint in error.hints)
+
+
 TURNED = {
     "adam, schedule": lambda: [optax.scale_by_adam(), optax.scale_by_schedule(_schedule)],
     "trace, ema": lambda: [optax.trace(0.9), optax.ema(0.9)],

@@ -13,10 +13,10 @@ from orbax_nnx_handler.planning.layouts import LAYOUTS
 from orbax_nnx_handler.planning.verdict.laws import Known, Source, certify
 from tests.laws.fuzz.optimizers import nested
 from tests.laws.fuzz.trial import draw
-from tests.laws.mutations import MUTATIONS, mutants
+from tests.laws.mutations import EXCHANGES, MUTATIONS, mutants
 from tests.planning.plans import evaluate, plan_of
 
-KINDS = (*MUTATIONS, "two leaves swapped", "one source twice")
+KINDS = (*MUTATIONS, *EXCHANGES, "two leaves swapped", "one source twice")
 SEEDS = range(120)
 
 

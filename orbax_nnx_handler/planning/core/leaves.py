@@ -1,6 +1,7 @@
 """What the caller wants and what the disk holds, leaf by leaf; and names that optax gives to its states."""
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Collection, Iterable
@@ -121,8 +122,9 @@ SCALARS = frozenset({"count", "mini_step", "gradient_step", "notfinite_count", "
 
 def is_state(path: Path) -> bool:
     """Tells whether the first key below a chain and its wrappers is a field of an optimizer."""
-    names = (str(key) for key in path if not _is_container(str(key)))
-    return next(names, "") in MOMENTS | SCALARS
+    names = ["", *map(str, path)]
+    own = (key for above, key in itertools.pairwise(names) if above != LABELLED and not _is_container(key))
+    return next(own, "") in MOMENTS | SCALARS
 
 
 def begins_a_state(path: Path) -> bool:

@@ -95,19 +95,30 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
     stored = {slot for slot, parameter in free if parameter is not None}
     wanted = {evidence.moments[path][0] for path in lost if path in evidence.moments}
     if stored and wanted:
-        there, here = (
-            fold_paths(tuple(spell(slot).split("/")) for slot in sorted(slots)) for slots in (stored, wanted)
-        )
+        there, here = map(_folded, (stored, wanted))
+        text = f"structured differently: its moments are at {there}, the target's at {here}"
+        text, way = f"{text}, and no name says which of them belong together", _weights_alone(evidence)
+        if stored == wanted:
+            slot = min(stored)
+            theirs = _folded({parameter for at, parameter in free if at == slot and parameter is not None})
+            moments = (evidence.moments[path] for path in lost if path in evidence.moments)
+            ours = _folded({parameter for at, parameter in moments if at == slot})
+            text = f"for other groups of parameters: {spell(slot)} is of {theirs}, the target's of {ours}"
+            way = f"build the target's optimizer with the groups that were saved; {way}"
         yield Cause(
             kind="OptimizerNested",
-            text=f"the stored optimizer is structured differently: its moments are at {there}, the target's "
-            f"at {here}, and no name says which of them belong together.",
+            text=f"the stored optimizer is {text}.",
             paths=tuple(lost),
-            way=Hint(_weights_alone(evidence)),
-            filters=selecting(evidence, lost),
-            may_be_initialised=True,
+            way=Hint(way),
+            # Moments that are stored are not begun anew.
+            filters=() if stored == wanted else selecting(evidence, lost),
+            may_be_initialised=stored != wanted,
             facts={"stored": there, "wanted": here},
         )
+
+
+def _folded(names: Iterable[Tokens]) -> str:
+    return fold_paths(tuple(spell(name).split("/")) for name in sorted(names))
 
 
 def _free_optimizer(evidence: Evidence) -> list[Placement]:

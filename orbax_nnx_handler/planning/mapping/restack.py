@@ -204,11 +204,12 @@ class _Join:
 
     def _is_against_layout(self, key: Key) -> bool:
         """Tells whether a leaf may be stacked along one axis only, and not that of the layout."""
+        if self.known is None:
+            return False
         pieces = [*self.stored.by_key[key], *self.wanted.by_key[key]]
-        rank = max(len(piece.shape) for piece in pieces)
         (axes, *others) = self._allowed[key]
-        known = self.known
-        return known is not None and known < rank and not others and not self._is_known(axes)
+        is_possible = any(self.known < len(piece.shape) for piece in pieces)
+        return is_possible and not others and not self._is_known(axes)
 
     @cached_property
     def choices(self) -> list[dict[Key, Axes]]:
@@ -391,15 +392,15 @@ class _Join:
     ) -> Restacked | None:
         key = (piece.place.group, piece.place.rest)
         stored_axis, axis = axes[key]
-        numbers = self._layers(self.wanted, piece, axis, self._cycles(self.wanted, axes, 1), 1)
+        cycles = 0 if piece.place.form in ("flat", "stacked") else self._cycles(self.wanted, axes, 1)
+        numbers = self._layers(self.wanted, piece, axis, cycles, 1)
         missing = tuple(number for number in numbers if number not in layers)
         if len(missing) == len(numbers):
             return None
         claims = [entry for n in numbers if len(layers.get(n, ())) > 1 for _, entry in layers[n]]
-        first = {number: made[0][0] for number, made in layers.items()}
         whole = piece.place.form in FLAT or axis is None
         empty = Fill(layer_shape(piece, None if whole else axis))
-        parts = [first.get(number, empty) for number in numbers]
+        parts = [layers[number][0][0] if number in layers else empty for number in numbers]
         recipe = parts[0] if whole or axis is None else self._stack(piece, parts, axis)
         sources = _each_once(made[0][1] for n in numbers if (made := layers.get(n)))
         # A layer that has a number on either side, as one left over behind the blocks, lies on no axis.

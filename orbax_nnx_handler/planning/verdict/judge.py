@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError, Unus
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
-from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Stored, is_copy_name
 from orbax_nnx_handler.planning.mapping.choice import best_mappings, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
@@ -271,8 +271,25 @@ class _Leaves:
         }
         return names | {name[:-1] for name in names if name[-1:] == ("value",)}
 
+    @cached_property
+    def _in_own_collections(self) -> Set[Tokens]:
+        """The names of unused leaves in collections that a program has named, copies left out."""
+        used, root = self.mapping.used() | self.mapping.discarded.keys(), self.mapping.roots.stored
+        return {
+            strip(canonical(item.path), root)
+            for item in self.mapping.placements
+            if item.section == "model"
+            and item.collection not in (None, *FLAX_COLLECTIONS)
+            and not is_copy_name(str(item.collection))
+            and item.leaf.path not in used
+        }
+
     def _missing(self, item: Wanted, found: Found | None) -> Missing:
         policy = self.policies[item.leaf.path]
+        # An array without a type may be the value of its path in any collection: no zeros for what is stored.
+        if policy != "error" and item.leaf.kind is None and item.role == "model":
+            name = strip(item.tokens, self.mapping.roots.wanted)
+            policy = "error" if name in self._in_own_collections else policy
         return Missing(
             wanted=item.leaf,
             policy=policy,

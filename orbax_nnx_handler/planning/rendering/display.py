@@ -1,6 +1,7 @@
 """Summaries as plain text, on a terminal, and in a notebook."""
 
 import abc
+import bisect
 import html
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +15,8 @@ from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
 
 _LIMIT = 30
+# Rows of each list on a terminal however low it is; and its other lines: verdict, checkpoint, bar, prompts.
+_FEW, _AROUND = 3, 7
 
 
 class Displayed(abc.ABC):
@@ -59,11 +62,31 @@ def summary_on_console(
     yield Text.assemble((summary.head, "bold green" if summary.is_good else "bold red"), ": ", summary.counts)
     yield Text.assemble(("checkpoint: ", "dim"), summary.checkpoint)
     yield _bar(summary.share, min(options.max_width, 60), "#" if options.ascii_only else "█")
+    limit = _fitting(summary, console, options)
     for block in summary.blocks:
         yield Text(f"  {block.title}", style=_STYLES.get(block.kind, "cyan"))
-        yield _rows(block, options.max_width)
+        yield _rows(block, options.max_width, limit if block.kind not in _UNFOLDED else _LIMIT)
     for line in summary.advice:
         yield _line(line)
+
+
+def _fitting(summary: Summary, console: Console, options: ConsoleOptions) -> int:
+    """Returns how many rows of each list where nothing is wrong leave the whole on one screen."""
+    quiet = [block for block in summary.blocks if block.kind not in _UNFOLDED]
+    loud = [block for block in summary.blocks if block.kind in _UNFOLDED]
+
+    def height(*shown: RenderableType) -> int:
+        return len(console.render_lines(Group(*shown), options, pad=False))
+
+    width = options.max_width
+    taken = height(*map(_line, summary.advice)) + sum(height(_rows(block, width, _LIMIT)) for block in loud)
+    room = options.size.height - _AROUND - len(summary.blocks) - taken
+    # More rows take more lines, so a few renderings find the number.
+    limits = range(_FEW, _LIMIT + 1)
+    fitting = bisect.bisect_right(
+        limits, room, key=lambda limit: sum(height(_rows(block, width, limit)) for block in quiet)
+    )
+    return limits[max(0, fitting - 1)]
 
 
 def _line(line: Line) -> RenderableType:
@@ -75,10 +98,10 @@ def _line(line: Line) -> RenderableType:
     return grid
 
 
-def _rows(block: LeafList, width: int) -> RenderableType:
+def _rows(block: LeafList, width: int, limit: int) -> RenderableType:
     """Returns a table where it fits, and two lines for each leaf where it does not."""
-    rows = [(f"    {first}", *others) for first, *others in block.cells(_LIMIT)]
-    rest = block.left_out(_LIMIT)
+    rows = [(f"    {first}", *others) for first, *others in block.cells(limit)]
+    rest = block.left_out(limit)
     if rest:
         rows.append((f"    ... and {rest} more", *[""] * (len(rows[0]) - 1)))
     natural = sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))

@@ -22,9 +22,9 @@ PLANS = {
 }
 
 
-def printed(shown: object, *, terminal: bool, width: int = 200) -> str:
+def printed(shown: object, *, terminal: bool, width: int = 200, height: int = 100) -> str:
     out = io.StringIO()
-    Console(file=out, force_terminal=terminal, width=width).print(shown, end="")
+    Console(file=out, force_terminal=terminal, width=width, height=height).print(shown, end="")
     return out.getvalue()
 
 
@@ -240,3 +240,20 @@ def test_a_narrow_terminal_hangs_sentences_and_keeps_the_legend_off_the_bar():
     assert lines[bar + 1].startswith("restored ")
     (cause,) = [at for at, line in enumerate(lines) if line.startswith("cause: ")]
     assert lines[cause + 1].startswith("       ")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_plan_that_fits_is_one_screen_and_a_missing_leaf_is_always_shown(width):
+    shapes = {f"part_{at}_of_a_model_with_long_names": np.zeros(at + 1, np.float32) for at in range(28)}
+    leaves = {name: jax.ShapeDtypeStruct(value.shape, "float32") for name, value in shapes.items()}
+    target = nnx.State({name: {"kernel": nnx.Param(leaf)} for name, leaf in leaves.items()})
+    stored = {name: {"kernel": value} for name, value in shapes.items()}
+    few = dict(list(stored.items())[:14])
+
+    fits = printed(plan_of(target, {"params": stored}), terminal=True, width=width, height=24)
+    lacks = printed(plan_of(target, {"params": few}), terminal=True, width=width, height=24)
+
+    assert len(fits.splitlines()) <= 22
+    assert "... and " in fits
+    assert all(name in lacks for name in list(stored)[14:])
+    assert len(printed(plan_of(target, {"params": stored}), terminal=True, width=200).splitlines()) > 28

@@ -225,3 +225,40 @@ def test_one_layer_of_another_shape_is_one_error_about_the_parameter(tmp_path, b
     error = worlds.refused(path, training_target({"layers": wanted}, tx), unexpected="ignore")
     assert isinstance(error, ShapeMismatchError)
     assert "model/layers" in str(error)
+
+
+@pytest.mark.parametrize("model", ["model", "net"])
+@pytest.mark.parametrize("above", [(), ("state",)])
+@pytest.mark.parametrize("form", ["typed", "pure"])
+def test_moments_of_a_stack_in_an_nnx_state_come_apart_as_their_parameters_do(tmp_path, above, model, form):
+    numbers = Numbers()
+    names = ("layers", "mu")
+    params = {name: {"kernel": numbers(3, 4, 5), "bias": numbers(3, 5)} for name in names}
+    params |= {"out": numbers.dense()}
+    moments = {name: numbers.like(params) for name in ("mu", "nu")}
+    scalars = {"count": numbers(dtype=np.int32)}
+    stored = {model: params, "optimizer": {"opt_state": {"0": scalars | moments}, "step": numbers()}}
+
+    def wanted(tree):
+        return tree | {name: {at: _layer(tree[name], at) for at in range(3)} for name in names}
+
+    expected = {
+        model: wanted(params),
+        "optimizer": {
+            "opt_state": {0: scalars | {name: wanted(tree) for name, tree in moments.items()}},
+            "step": stored["optimizer"]["step"],
+        },
+    }
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), expected)
+    if form == "typed":
+        kinds = {model: nnx.Param, "optimizer": nnx.OptState}
+        target = {key: jax.tree.map(kinds[key], part) for key, part in target.items()}
+    for key in above:
+        stored, expected, target = {key: stored}, {key: expected}, {key: target}
+    target = nnx.State(target) if form == "typed" else target
+
+    check(restore(write(tmp_path, stored), target, unexpected="error"), expected)
+
+
+def _layer(tree, at):
+    return jax.tree.map(lambda leaf: leaf[at], tree)

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Fuse, plan_restore, restore, save
+from orbax_nnx_handler import Fuse, from_linen, plan_restore, restore, save, to_linen
 from tests.laws import worlds
 from tests.laws.worlds import Branch, Numbers, check, pure_target, write
 
@@ -96,3 +96,68 @@ def test_a_step_that_fits_is_stored_in_int32_as_linen_has_it(tmp_path):
     save(tmp_path / "saved", state)
     with ocp.PyTreeCheckpointer() as reader:
         assert int(reader.restore(tmp_path / "saved")["step"]) == 2**31 - 1
+
+
+class Clock(nnx.Variable):
+    """A type of a program's own."""
+
+
+def _networks(tx, other):
+    """Returns two networks and their optimizers side by side, as GANs have them."""
+    numbers = Numbers()
+    layers = {"layers": {at: numbers.dense() for at in range(2)}, "mu": numbers.dense()}
+    extra = {"bn": {"scale": numbers(4), "mean": numbers(4)}, "clock": numbers(3)}
+    gen, disc = (Branch(tree, {"clock": Clock}) for tree in (layers | extra, layers))
+    optimizers = {
+        name: nnx.Optimizer(model, tx, wrt=nnx.Param)
+        for name, model, tx in (("g_opt", gen, tx), ("d_opt", disc, other))
+    }
+    return {"gen": gen, "disc": disc, **optimizers}
+
+
+class SideBySide(nnx.Module):
+    def __init__(self, tx, other):
+        for name, part in _networks(tx, other).items():
+            setattr(self, name, part)
+        self.epoch = nnx.Variable(jnp.asarray(7))
+
+
+TXS = {
+    "adam": optax.adam(0.1),
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "chain": optax.chain(optax.clip(1.0), optax.adamw(optax.constant_schedule(0.1)), optax.ema(0.9)),
+}
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("names", [("adam", "adam"), ("chain", "momentum"), ("adam", "sgd"), ("sgd", "sgd")])
+@pytest.mark.parametrize("form", ["dict", "states", "module", "state"])
+def test_optimizers_beside_their_models_come_back_each_with_its_count_and_step(form, names, layout):
+    txs = [TXS[name] for name in names]
+    item = SideBySide(*txs) if form in ("module", "state") else _networks(*txs)
+    item = nnx.state(item) if form == "state" else item
+    if form == "states":
+        item = {name: nnx.state(part) for name, part in item.items()}
+    numbers = Numbers()
+    parts = item if isinstance(item, dict) else {"": item}
+    expected = {}
+    for name, part in parts.items():
+        state = part if isinstance(part, nnx.State) else nnx.state(part)
+        values = numbers.like(worlds.flat(state))
+        worlds.put(state, values)
+        if state is not part:
+            nnx.update(part, state)
+        expected |= {(name, *path): value for path, value in values.items()}
+
+    tree = to_linen(item, layout)
+    found = from_linen(tree, item, unexpected="error")
+
+    parts = found if isinstance(found, dict) else {"": found}
+    flat = {
+        (name, *path): value
+        for name, part in parts.items()
+        for path, value in worlds.flat(part if isinstance(part, nnx.State) else nnx.state(part)).items()
+    }
+    check(flat, expected)
+    assert tree["g_opt"]["step"] != tree["d_opt"]["step"]

@@ -5,7 +5,7 @@ A program may keep several train states in one item, each below keys of its own
 (`{"model": TrainState, "config": ..., "data": ...}`, Flax's checkpointing guide).
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.layout import (
@@ -67,13 +67,33 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
             owner, holds[owner], found, paths
         ):
             found.append(owner)
-    bare = [owner for owner in above if owner not in found and not any(_within(owner, o) for o in found)]
-    bare = [
+    # Optimizers may lie beside their models, each below a key of its own (`{gen, disc, g_opt, d_opt}`).
+    apart = [] if () in found else _optimizers(paths, holds)
+    beside = {owner[:-1] for owner in apart}
+    found += [
         owner
-        for owner in bare
-        if _only_collections(paths, owner) and not _mirrors(owner, holds[owner], found, paths)
+        for owner in above
+        if owner not in found
+        and not any(_within(owner, outer) for outer in found)
+        and (owner[:-1] in beside or _only_collections(paths, owner))
+        and not _mirrors(owner, holds[owner], found, paths)
     ]
-    return tuple(sorted(found + bare, key=lambda owner: list(map(str, owner))))
+    if found:
+        found += [owner for owner in apart if not any(owner[: len(outer)] == outer for outer in found)]
+    return tuple(sorted(found, key=lambda owner: list(map(str, owner))))
+
+
+def _optimizers(paths: Iterable[Path], holds: Mapping[Path, Set[str]]) -> list[Path]:
+    """Returns the owners that have an optimizer's state and step, or one of them, and nothing else."""
+    found = {owner for owner, keys in holds.items() if owner and keys <= _TRAIN_STATE_KEYS}
+    depths = {len(owner) for owner in found}
+    others = {
+        path[:depth]
+        for path in paths
+        for depth in depths
+        if len(path) > depth and path[depth] not in _TRAIN_STATE_KEYS
+    }
+    return [owner for owner in holds if owner in found - others]
 
 
 def _mirrors(owner: Path, keys: Collection[str], found: Sequence[Path], paths: Sequence[Path]) -> bool:

@@ -4,7 +4,7 @@ Also what is wrong with a user's rules once the whole mapping is known.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from flax import nnx
@@ -173,9 +173,11 @@ def map_leaves(
     optimizers: list[StoredStates] = []
     followed: list[FollowedMoments] = []
     for pair_wanted, pair_stored in pairs:
-        network = _network_of(pair_stored, networks)
-        optimizers.append(_stored_states(pair_stored, original, network, roots))
-        follower = _follower(pair_wanted, optimizers[-1], network, bool(virtual), stored, applied)
+        network = _network_of(pair_wanted, pair_stored, networks)
+        own = _weights_of(pair_stored, original, network)
+        here, there = _levels(pair_wanted, pair_stored, own, network)
+        optimizers.append(_stored_states(pair_stored, own, network, there if network else roots.stored))
+        follower = _follower(pair_wanted, optimizers[-1], network, bool(virtual), stored, applied, here)
         followed.append(follower.add_to(found))
     return LeafMapping(
         layout=layout,
@@ -250,23 +252,69 @@ def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: S
     )
 
 
-def _network_of(optimizer: StoredOptimizer, networks: Sequence[Matched]) -> Matched | None:
-    """Returns the network whose moments an optimizer holds: that of its train state with the most weights."""
+def _network_of(
+    wanted: WantedOptimizer, stored: StoredOptimizer, networks: Sequence[Matched]
+) -> Matched | None:
+    """Returns the network whose moments an optimizer holds: that of its train state with the most weights.
+
+    Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments have.
+    """
     whole = [item for item in networks if item.network.only in (None, "params")]
-    own = [item for item in whole if item.network.owner in optimizer.models]
-    return next(iter(own or whole), None)
+    own = [item for item in whole if item.network.owner in stored.models] or whole
+    if len(stored.models) < 2 or len(own) < 2:
+        return next(iter(own), None)
+    ends = [{item.tokens[at:] for at in range(len(item.tokens))} for item in wanted.leaves]
+
+    def moments(network: Matched) -> int:
+        names = set(network.names.values())
+        return sum(not names.isdisjoint(tails) for tails in ends)
+
+    return max(own, key=moments)
+
+
+def _weights_of(
+    optimizer: StoredOptimizer, entries: Sequence[Entry], network: Matched | None
+) -> Sequence[Entry]:
+    """Returns the stored weights that an optimizer's moments may belong to."""
+    own = [entry for entry in entries if entry.collection is None or entry.owner in optimizer.models]
+    if network is not None and len(optimizer.models) > 1:
+        return [entry for entry in own if entry.owner == network.network.owner] or own
+    return own
+
+
+def _levels(
+    wanted: WantedOptimizer, stored: StoredOptimizer, own: Sequence[Entry], network: Matched | None
+) -> tuple[Tokens, Tokens]:
+    """Returns the keys above the model that an optimizer was made for, in the target and in the checkpoint.
+
+    Where no collections are kept apart and both sides have one model beside the optimizer, it is that.
+    """
+    none: tuple[Tokens, Tokens] = ((), ())
+    if network is None:
+        return none
+    roots = network.roots.wanted, network.roots.stored
+    if any(roots) or any(entry.collection is not None for entry in own):
+        return roots
+    here = _level([item.tokens for item in network.weights], wanted.owner)
+    there = _level([entry.tokens for entry in own], stored.owner)
+    return (here, there) if here and there else none
+
+
+def _level(weights: Collection[Tokens], owner: Tokens) -> Tokens:
+    """Returns the keys that all weights lie below beside an optimizer, or none."""
+    depth = max(len(owner), 1)
+    levels = {path[:depth] for path in weights if len(path) > depth and path[: depth - 1] == owner[:-1]}
+    return next(iter(levels)) if len(levels) == 1 and all(len(path) > depth for path in weights) else ()
 
 
 def _stored_states(
-    optimizer: StoredOptimizer, entries: Sequence[Entry], network: Matched | None, roots: Roots
+    optimizer: StoredOptimizer, own: Sequence[Entry], network: Matched | None, root: Tokens
 ) -> StoredStates:
     placements = (*optimizer.leaves, *optimizer.steps)
     if not optimizer.leaves:
         return read_stored(placements, {})
-    own = [entry for entry in entries if entry.collection is None or entry.owner in optimizer.models]
     weights = network.weights if network is not None else ()
     trained = {"params", None} | {item.collection for item in weights if _is_trained(item)}
-    root = (network.roots if network is not None else roots).stored
     return read_stored(placements, parameter_paths(own, root, trained))
 
 
@@ -282,10 +330,11 @@ def _follower(
     lone: bool,
     stored: Stored,
     applied: RulesApplied,
+    root: Tokens,
 ) -> MomentFollower:
     """Returns what carries the recipes of a network's parameters over to its optimizer's moments."""
     weights = network.weights if network is not None else ()
-    root = network.roots.wanted if network is not None and not lone else ()
+    root = () if lone else root
     parameters: dict[Tokens, Path] = {}
     # Beside a parameter, a copy of it may be wanted under the same path of another collection.
     for item in sorted(weights, key=_is_trained, reverse=True):

@@ -141,6 +141,7 @@ class Arranged:
             lengths of their lists. A bare `nnx.State` does not tell.
         steps: The paths in the item of the steps of the train states.
         several: Whether the item holds several train states.
+        aside: The leaves that keep their own names under `nnx_aux`, by stored path.
     """
 
     leaves: Leaves
@@ -149,6 +150,7 @@ class Arranged:
     certain: bool
     steps: frozenset[Path]
     several: bool
+    aside: frozenset[Path]
 
 
 def is_nnx(item: Any) -> bool:
@@ -170,8 +172,7 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
             `nnx.State`; modules carry theirs.
 
     Raises:
-        ValueError: The item holds two optimizers side by side, two leaves of it would be stored
-            at one path, or `tx` does not fit.
+        ValueError: See `take_apart`; two leaves of it would be stored at one path, or `tx` does not fit.
     """
     states = [_with_containers(parts, tx) for parts in take_apart(item)]
     places = [place for parts in states for place in _places(parts, flavour, several=len(states) > 1)]
@@ -182,6 +183,7 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         random = {}
     kept = {at: leaf for at, leaf in placed.items() if at not in random}
     values = {at: leaf.value for at, leaf in kept.items()}
+    above = {(), *(segments(root) for parts in states for root in (parts.root, parts.owner[:-1]))}
     return Arranged(
         leaves={at: leaf for at, leaf in kept.items() if not is_empty(values[at])},
         empty={at: value for at, value in values.items() if is_empty(value)},
@@ -189,13 +191,14 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         certain=all(parts.opt_state is None or keeps_containers(parts.opt_state) for parts in states),
         steps=frozenset(parts.step.path for parts in states if parts.step is not None),
         several=len(states) > 1,
+        aside=frozenset(at for at in kept if any(at[: len(root) + 1] == (*root, AUX) for root in above)),
     )
 
 
 def _with_containers(parts: Parts, tx: Transformation | None) -> Parts:
     if tx is None or parts.opt_state is None:
         return parts
-    return dataclasses.replace(parts, opt_state=with_containers(parts.opt_state, tx, parts.model))
+    return dataclasses.replace(parts, opt_state=with_containers(parts.opt_state, tx, parts.parameters))
 
 
 def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Path, ItemLeaf]]:
@@ -250,7 +253,7 @@ def _optimizer(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, ItemLeaf]
     if parts.opt_state is not None:
         # MaxText's optimizer runs on the variables dict, so its moments have the collection's level.
         tree = OptaxTree(
-            parameters=frozenset(canonical(path) for path in parts.model),
+            parameters=frozenset(canonical(path) for path in parts.parameters),
             level=("params",) if flavour == "maxtext" else (),
         )
         yield from tree.places(parts.opt_state, ("opt_state",), (*parts.owner, "opt_state"))

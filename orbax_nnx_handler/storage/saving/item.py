@@ -1,6 +1,7 @@
 """An NNX item taken apart: its model, its optimizer, its step, and what lies beside them."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -48,6 +49,7 @@ class Parts:
         owner: The keys above `opt_state`.
         step: The number of steps done, or None.
         root: The keys that it is stored below, where the item holds several train states.
+        trained: The leaves of the model that the optimizer trains, where that is a part of its own.
     """
 
     model: Leaves
@@ -56,6 +58,12 @@ class Parts:
     owner: Path = ()
     step: ItemLeaf | None = None
     root: Path = ()
+    trained: Leaves = dataclasses.field(default_factory=dict[Path, ItemLeaf])
+
+    @property
+    def parameters(self) -> Leaves:
+        """The leaves of the optimizer's model, by path below that."""
+        return self.model or self.trained
 
 
 def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
@@ -68,10 +76,10 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
 
     Returns:
         One train state, or several with the keys that each is below; what lies beside them all is outside
-        the first.
+        the first. Of models and optimizers side by side, each is one by itself.
 
     Raises:
-        ValueError: Two optimizers lie side by side, or the item is a lone Variable.
+        ValueError: One of several optimizers has no model beside it, or the item is a lone Variable.
     """
     if isinstance(item, nnx.Variable):
         raise ValueError(
@@ -87,19 +95,70 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
         ((owner, opt_state),) = optimizers.items()
         return (_train_state(leaves, owner, opt_state, model_key),)
     roots = {owner[:-1]: owner for owner in optimizers}
+    if len(roots) == 1:
+        return _side_by_side(leaves, optimizers, *roots)
     if len(roots) < len(optimizers) or any(_are_nested(a, b) for a in roots for b in roots if a != b):
-        listed = ", ".join(render(path) for path in optimizers)
-        raise ValueError(
-            f"the item holds {len(optimizers)} optimizers ({listed}), a Linen train state just one.\n"
-            "hint: put each beside its model, below a key of their own ({'gen': {'model': ..., 'optimizer': "
-            "...}, ...}), or save each with its model as an item of its own (ocp.args.Composite)."
-        )
+        raise _several_optimizers(optimizers)
     states: list[Parts] = []
     for root, owner in roots.items():
         own, leaves = _divided(leaves, root)
         states.append(dataclasses.replace(_train_state(own, owner, optimizers[owner], model_key), root=root))
+    return _with_outside(states, leaves)
+
+
+def _with_outside(states: Sequence[Parts], leaves: Leaves) -> Sequence[Parts]:
     first = states[0]
     return (dataclasses.replace(first, outside={**first.outside, **leaves}), *states[1:])
+
+
+def _several_optimizers(optimizers: Iterable[Path]) -> ValueError:
+    paths = list(optimizers)
+    return ValueError(
+        f"the item holds {len(paths)} optimizers ({', '.join(map(render, paths))}), a Linen train state just "
+        "one.\n"
+        "hint: put each beside its model, below a key of their own ({'gen': {'model': ..., 'optimizer': "
+        "...}, ...}), or save each with its model as an item of its own (ocp.args.Composite)."
+    )
+
+
+def _side_by_side(leaves: Leaves, optimizers: Mapping[Path, Any], parent: Path) -> Sequence[Parts]:
+    """Returns each model and each optimizer of `{gen, disc, g_opt, d_opt}` as a part of its own.
+
+    Which optimizer trains which model need not be known: each is stored under its own name. Its moments
+    are told from its scalars by the names of any model that has them all.
+    """
+    depth = len(parent) + 1
+    below: dict[Path, dict[Path, ItemLeaf]] = defaultdict(dict)
+    for path, leaf in leaves.items():
+        if len(path) > depth and path[: len(parent)] == parent and path[:depth] not in optimizers:
+            below[path[:depth]][path[depth:]] = leaf
+    models = {key: model for key, model in below.items() if any(map(_is_weight, model.values()))}
+    states = [Parts(model=model, outside={}, root=key) for key, model in models.items()]
+    for owner, opt_state in optimizers.items():
+        moments = [canonical(path) for path in flatten(opt_state)]
+        scores = {key: _matches(model, (), moments) for key, model in models.items()}
+        best = max(scores, key=scores.__getitem__, default=None)
+        if best is None or not (scores[best] or not moments):
+            raise _several_optimizers(optimizers)
+        step = leaves.get((*owner, "step"))
+        own = Parts(model={}, outside={}, opt_state=opt_state, owner=owner, step=step, root=owner)
+        states.append(dataclasses.replace(own, trained=models[best]))
+    return _with_outside(states, _left(leaves, states))
+
+
+def _left(leaves: Leaves, states: Sequence[Parts]) -> Leaves:
+    taken = {leaf.path for parts in states for leaf in parts.model.values()}
+    taken |= {parts.step.path for parts in states if parts.step is not None}
+    above = {(*parts.owner, _OPT_STATE) for parts in states if parts.opt_state is not None}
+    return {
+        path: leaf
+        for path, leaf in leaves.items()
+        if path not in taken and not any(path[: len(at)] == at for at in above)
+    }
+
+
+def _is_weight(leaf: ItemLeaf) -> bool:
+    return isinstance(leaf.node, nnx.Variable) and not isinstance(leaf.node, nnx.RngState)
 
 
 def _are_nested(one: Path, other: Path) -> bool:
@@ -138,7 +197,13 @@ def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:
                 yield path, getattr(node, _OPT_STATE)
         return
     found = dict(_opt_states(item, ()))
-    yield from {**dict(_without_state(item)), **found}.items()
+    inside = {(*owner, _OPT_STATE) for owner in found}
+    alone = {
+        owner: state
+        for owner, state in _without_state(item)
+        if owner not in found and not any(owner[: len(above)] == above for above in inside)
+    }
+    yield from {**alone, **found}.items()
 
 
 def _is_opt_state(node: Any) -> bool:

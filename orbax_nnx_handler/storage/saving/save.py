@@ -90,7 +90,8 @@ def plan_save(
     if isinstance(undone, RestorePlan | RestoreReport):
         plan = undone if isinstance(undone, RestorePlan) else undone.plan
         leaves, empty, copies = as_restored(leaves, empty, plan)
-    leaves = with_gates(leaves)
+    aside = {at: leaf for at, leaf in leaves.items() if at in arranged.aside}
+    leaves = with_gates({at: leaf for at, leaf in leaves.items() if at not in aside}) | aside
     if not isinstance(undone, RestorePlan | RestoreReport):
         rules = as_rules(undone)
         if rules and arranged.several:

@@ -320,27 +320,30 @@ def test_a_lone_variable_is_refused_and_what_the_hint_says_works() -> None:
     assert paths(to_linen_tree({"name": nnx.Param(jnp.ones(2))})) == {"params/name"}
 
 
-def test_two_optimizers_are_refused() -> None:
-    model = net()
-
-    with pytest.raises(ValueError, match="2 optimizers"):
-        to_linen_tree({"model": model, "one": adam(model), "two": adam(model)})
-
-
-def test_what_the_error_says_of_optimizers_beside_their_models_works() -> None:
+def test_models_and_optimizers_side_by_side_are_each_stored_below_their_key() -> None:
     gen, disc = net(), net()
-    item = {"gen": gen, "disc": disc, "g_opt": adam(gen), "d_opt": adam(disc)}
+
+    tree = to_linen_tree({"gen": gen, "disc": disc, "g_opt": adam(gen), "d_opt": adam(disc)})
+
+    both = to_linen_tree({"model": gen, "optimizer": adam(gen)})
+    for model, optimizer in (("gen", "g_opt"), ("disc", "d_opt")):
+        assert paths(tree[model]) | paths(tree[optimizer]) == paths(both)
+        assert tree[optimizer].keys() == {"opt_state", "step"}
+
+
+def test_what_the_error_says_of_optimizers_without_a_model_works() -> None:
+    gen, disc = net(), net()
 
     with pytest.raises(ValueError, match="2 optimizers") as raised:
-        to_linen_tree(item)
+        to_linen_tree({"g_opt": adam(gen), "d_opt": adam(disc)})
 
     assert str(raised.value) == (
         "the item holds 2 optimizers (d_opt, g_opt), a Linen train state just one.\n"
         "hint: put each beside its model, below a key of their own ({'gen': {'model': ..., 'optimizer': "
         "...}, ...}), or save each with its model as an item of its own (ocp.args.Composite)."
     )
-    one = {"model": gen, "optimizer": item["g_opt"]}
-    both = to_linen_tree({"gen": one, "disc": {"model": disc, "optimizer": item["d_opt"]}})
+    one = {"model": gen, "optimizer": adam(gen)}
+    both = to_linen_tree({"gen": one, "disc": {"model": disc, "optimizer": adam(disc)}})
     assert paths(both["gen"]) == paths(both["disc"]) == paths(to_linen_tree(one))
 
 

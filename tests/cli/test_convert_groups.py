@@ -1,5 +1,6 @@
 """`convert --scan`, `--unscan` and `--to` without a factory: planned as a restore is, under the same laws."""
 
+import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -190,3 +191,51 @@ def test_numbers_of_a_regrouped_tree_are_those_of_the_source(cli, tmp_path) -> N
     check(stock(tmp_path / "back"), stock(path))
     layers = [params[f"h_{at}"]["kernel"] for at in range(3)]
     np.testing.assert_array_equal(stock(tmp_path / "there")["params"]["h"]["kernel"], np.stack(layers, 1))
+
+
+@pytest.mark.parametrize("group", ["layers", "mu"])
+@pytest.mark.parametrize("model", ["model", "net"])
+def test_an_nnx_state_is_regrouped_with_its_moments(cli, tmp_path, model, group) -> None:
+    numbers = Numbers()
+    params = {group: {"w": numbers(3, 4, 5), "b": numbers(3, 5)}, "out": numbers.dense()}
+    moments = {"0": {name: numbers.like(params) for name in ("mu", "nu")} | {"count": numbers(1)}}
+    state = {model: params, "optimizer": {"opt_state": moments, "step": numbers(1)}}
+    path = write(tmp_path, state)
+
+    said = cli("convert", path, tmp_path / "out", "--unscan", f"{model}/{group}", "--axis", 0)
+
+    assert said.status == 0, said.err
+    found = stock(tmp_path / "out")
+    check(found[model], apart(params, group))
+    for name in ("mu", "nu"):
+        check(found["optimizer"]["opt_state"]["0"][name], apart(moments["0"][name], group))
+
+    again = cli("convert", tmp_path / "out", tmp_path / "again", "--scan", f"{model}/{group}", "--axis", 0)
+
+    assert again.status == 0, again.err
+    check(stock(tmp_path / "again"), state)
+
+
+def test_what_adafactor_does_not_use_is_one_zero_of_a_stack_as_of_a_layer(cli, tmp_path) -> None:
+    numbers, tx = Numbers(), optax.adafactor(1e-2, min_dim_size_to_factor=4)
+    params = {"layers": {"w": numbers(3, 4, 5), "b": numbers(3, 5)}}
+    state = numbers.optimizer(tx, params)
+    state = jax.tree.map(lambda leaf: np.zeros_like(leaf) if leaf.shape == (1,) else leaf, state)
+    path = write(tmp_path, {"params": params, "opt_state": state, "step": numbers(1, dtype=np.int32)})
+
+    said = cli("convert", path, tmp_path / "out", "--unscan", "layers", "--axis", 0)
+
+    assert said.status == 0, said.err
+    found = stock(tmp_path / "out")
+    expected = jax.eval_shape(tx.init, apart(params, "layers"))
+    assert {path: leaf.shape for path, leaf in flat(found["opt_state"]).items()} == {
+        path: leaf.shape for path, leaf in flat(expected).items()
+    }
+    for at in range(3):
+        check(found["opt_state"][0]["v_row"][f"layers_{at}"]["w"], state[0].v_row["layers"]["w"][at])
+        check(found["opt_state"][0]["v"][f"layers_{at}"]["b"], state[0].v["layers"]["b"][at])
+
+    again = cli("convert", tmp_path / "out", tmp_path / "again", "--scan", "layers", "--axis", 0)
+
+    assert again.status == 0, again.err
+    check(stock(tmp_path / "again"), stock(path))

@@ -112,6 +112,7 @@ class Written:
         parameter: For a model leaf its keys below the collection, for a moment
             those of its parameter; None for a leaf of neither.
         owner: The keys above the train state that it belongs to.
+        is_unused: Whether it is what a factored optimizer keeps in place of a moment: `Placement.is_unused`.
     """
 
     path: Path
@@ -122,6 +123,7 @@ class Written:
     collection: str | None = None
     parameter: Path | None = None
     owner: Path = ()
+    is_unused: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -113,8 +113,10 @@ def _apart(leaves: Sequence[Written], group: Group, axis: int) -> list[Written]:
     inside = {leaf.path: leaf for leaf in leaves if _is_in(leaf, group)}
     if not inside:
         raise _no_group(leaves, group, "/".join(group))
-    thin = any(len(leaf.shape) <= axis for leaf in inside.values())
-    if thin or len({leaf.shape[axis] for leaf in inside.values()}) > 1:
+    counted = [leaf for leaf in inside.values() if not leaf.is_unused]
+    thin = any(len(leaf.shape) <= axis for leaf in counted)
+    numbers = {leaf.shape[axis] for leaf in counted} if not thin else set[int]()
+    if len(numbers) != 1:
         rows = aligned(Row(leaf.path, (str(leaf.shape),)) for leaf in inside.values())
         raise RestoreError(
             f"the leaves of {render(group)} do not agree on a number of layers on axis {axis}:\n{rows}",
@@ -122,13 +124,15 @@ def _apart(leaves: Sequence[Written], group: Group, axis: int) -> list[Written]:
             hints=["another --axis, or --weights-only where the odd ones are an optimizer's."],
         )
     return [
-        part for leaf in leaves for part in (_layers(leaf, group, axis) if leaf.path in inside else (leaf,))
+        part
+        for leaf in leaves
+        for part in (_layers(leaf, group, axis, *numbers) if leaf.path in inside else (leaf,))
     ]
 
 
-def _layers(leaf: Written, group: Group, axis: int) -> Iterator[Written]:
-    shape = (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
-    for number in range(leaf.shape[axis]):
+def _layers(leaf: Written, group: Group, axis: int, count: int) -> Iterator[Written]:
+    shape = leaf.shape if leaf.is_unused else (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
+    for number in range(count):
         yield dataclasses.replace(_renamed(leaf, group, f"{group[-1]}_{number}"), shape=shape)
 
 
@@ -167,9 +171,9 @@ def _stack(path: Path, layers: dict[int, list[Written]], group: Group, axis: int
         rows = aligned(Row(part.path, (str(part.shape), str(part.dtype))) for part in parts)
         raise RestoreError(f"layers cannot be stacked on axis {axis}:\n{rows}", paths=[path])
     shape = parts[0].shape
-    return dataclasses.replace(
-        _renamed(parts[0], group, group[-1]), shape=(*shape[:axis], len(parts), *shape[axis:])
-    )
+    # A factored optimizer keeps one zero for a moment that it has not, of a stack as of a layer.
+    whole = shape if parts[0].is_unused else (*shape[:axis], len(parts), *shape[axis:])
+    return dataclasses.replace(_renamed(parts[0], group, group[-1]), shape=whole)
 
 
 def _uneven(short: Mapping[Path, Iterable[int]], every: Set[int]) -> RestoreError:

@@ -87,6 +87,7 @@ def every_leaf(stored: Stored, layout: Layout) -> list[Written]:
             collection=item.collection,
             parameter=parameters.get(item.leaf.path),
             owner=item.owner,
+            is_unused=item.is_unused,
         )
         for item in placements
     ]

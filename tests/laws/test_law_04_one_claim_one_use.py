@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import StackLayers, restore
+from orbax_nnx_handler import AmbiguousMappingError, Drop, StackLayers, restore
 from tests.laws.worlds import (
     FORMS,
     Numbers,
@@ -137,6 +137,32 @@ def test_a_variable_that_the_target_shares_is_filled_once(tmp_path):
     result = restore(write(tmp_path, {"params": stored}), nnx.eval_shape(_Tied))
     assert result.head is result.embed
     np.testing.assert_array_equal(result.head.embedding[...], stored["embed"]["embedding"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "rules"),
+    [
+        (("embed", "head"), []),
+        (("table", "head"), [("table", "embed")]),
+        (("embed", "out"), [("out", "head")]),
+        (("table", "out"), [("table", "embed"), ("out", "head")]),
+    ],
+)
+@pytest.mark.parametrize("unexpected", ["warn", "ignore"])
+def test_a_variable_that_the_target_shares_has_one_value(tmp_path, stored, rules, unexpected):
+    numbers = Numbers()
+    path = write(tmp_path, {"params": {name: {"embedding": numbers(5, 4)} for name in stored}})
+    target = nnx.eval_shape(_Tied)
+
+    error = refused(path, target, renames=rules, unexpected=unexpected)
+
+    assert isinstance(error, AmbiguousMappingError)
+    for name in stored:
+        assert f"<- params/{name}/embedding" in str(error)
+    kept, left = stored
+    taken = [rule for rule in rules if rule[0] == kept]
+    result = restore(path, target, renames=[Drop(left, "the table is tied now"), *taken])
+    assert float(result.head.embedding[0, 0]) == 1
 
 
 def test_a_layer_stored_both_alone_and_in_a_stack_is_asked_for(tmp_path):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import (
@@ -13,13 +13,14 @@ from orbax_nnx_handler.planning.core.errors import (
     ShapeMismatchError,
     UnusedRuleError,
 )
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import Rivals, UnclearAxis
 from orbax_nnx_handler.planning.mapping.modules import Homeless
 from orbax_nnx_handler.planning.mapping.optimizers.pairs import UndecidedState
+from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Copy, Drop, ScanAxis
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
@@ -72,6 +73,38 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
         yield _shared_weights(shared)
 
 
+def claims_of_shared(
+    wanted: Sequence[Wanted], mapping: LeafMapping, aliases: Mapping[Path, Path], unexpected: Collection[Path]
+) -> Iterable[RestoreError]:
+    """Yields the error for a Variable that a target shares and that is stored under several of its names.
+
+    Args:
+        wanted: The wanted leaves.
+        mapping: What they come from.
+        aliases: The other paths of shared Variables, each with the wanted one.
+        unexpected: The stored leaves that are not used.
+    """
+    if not aliases:
+        return
+    model = [entry for entry in mapping.applied.entries if entry.section == "model"]
+    own = {path: entry for entry in model for path in entry.sources}
+    free = {
+        (entry.collection, strip(entry.tokens, mapping.roots.stored)): entry
+        for entry in model
+        if any(path in unexpected for path in entry.sources)
+    }
+    items = {item.leaf.path: item for item in wanted}
+    rivals: list[Rivals] = []
+    for alias, path in aliases.items():
+        first = own[reads(mapping.found[path].recipe)[0]] if path in mapping.found else None
+        name = strip(canonical(alias), mapping.roots.wanted)
+        second = free.get((first.collection, name)) if first is not None else None
+        if first is not None and second is not None:
+            rivals.append(Rivals(wanted=items[path], entries=(first, second)))
+    if rivals:
+        yield _rivals(rivals)
+
+
 def _read_twice(mapping: LeafMapping) -> dict[Path, list[Path]]:
     """Returns the stored weights that several wanted leaves would be: `layers_0` and `layers/0`, say.
 
@@ -101,7 +134,7 @@ def _shared_weights(shared: Mapping[Path, Sequence[Path]]) -> AmbiguousMappingEr
     )
 
 
-def _rivals(rivals: tuple[Rivals, ...]) -> AmbiguousMappingError:
+def _rivals(rivals: Sequence[Rivals]) -> AmbiguousMappingError:
     rows: list[str] = []
     for rival in rivals:
         rows.append(f"  {render(rival.wanted.leaf.path)}")

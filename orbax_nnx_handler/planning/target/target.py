@@ -5,7 +5,8 @@ A target that asks for nothing is refused: always a mistake, which a restore of 
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import jax
@@ -86,11 +87,13 @@ class Target:
         leaves: Every wanted leaf by path, in the target's order.
         variables: The target's own Variable (or bare array) behind each leaf.
         assemble: Builds the target's own type from values by path.
+        aliases: Returns the other paths of Variables that the target shares, each with the wanted one.
     """
 
     leaves: Mapping[Path, WantedLeaf]
     variables: Mapping[Path, Any]
     assemble: Callable[[Mapping[Path, Any]], Any]
+    aliases: Callable[[], Mapping[Path, Path]] = dict[Path, Path]
 
 
 def flatten_target(
@@ -124,7 +127,34 @@ def flatten_target(
     def assemble(restored: Mapping[Path, Any]) -> Any:
         return rebuild({path: _with_value(node, restored[path]) for path, node in nodes.items()})
 
-    return Target(leaves=leaves, variables=nodes, assemble=assemble)
+    def aliases() -> Mapping[Path, Path]:
+        return _aliases(item, nodes) if _has_graph_node(item) else {}
+
+    return Target(leaves=leaves, variables=nodes, assemble=assemble, aliases=aliases)
+
+
+def _aliases(item: Any, wanted: Collection[Path]) -> dict[Path, Path]:
+    """Returns every path of a shared Variable but the one that is wanted, each with that one."""
+    paths: dict[int, list[Path]] = defaultdict(list)
+    for path, variable in _every_variable(item, ()):
+        paths[id(variable)].append(path)
+    return {
+        path: found[0]
+        for same in paths.values()
+        for found in [[path for path in same if path in wanted]]
+        for path in same
+        if found and path != found[0]
+    }
+
+
+def _every_variable(node: Any, path: Path, above: tuple[Any, ...] = ()) -> Iterator[tuple[Path, Any]]:
+    """Yields each Variable under each of its paths; `nnx.iter_graph` yields it once."""
+    if isinstance(node, nnx.Variable):
+        yield path, node
+    elif not any(node is other for other in above):
+        graph = isinstance(node, nnx.Pytree | nnx.Module)
+        for key, part in nnx.iter_children(node) if graph else _entries(node) or ():
+            yield from _every_variable(part, (*path, key), (*above, node))
 
 
 def flatten_like(tree: Any) -> Flat:

@@ -30,6 +30,13 @@ AxisGround = Literal["shape", "group", "layout", "rule"]
 """What says along which axis a leaf is stacked: its own shape, the one axis of all others of its group, the
 program of its layout, or a `ScanAxis` for its group."""
 
+GROUNDS: Mapping[AxisGround, str] = {
+    "shape": "its shape allows no other",
+    "group": "that of all others of the group",
+    "layout": "where the layout's program stacks",
+    "rule": "as ScanAxis says",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatchEvidence:

@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.mapping.layers import (
     scan_paths,
 )
 from orbax_nnx_handler.planning.mapping.matches import (
-    AxisGround,
+    GROUNDS,
     Found,
     MatchEvidence,
     ModelMatch,
@@ -355,19 +355,11 @@ def _names_of(piece: LayerPiece) -> set[str]:
     return {piece.place.group.name} if scan is None else {piece.place.group.name, scan.name}
 
 
-_GROUNDS: dict[AxisGround, str] = {
-    "shape": "its shape allows no other",
-    "group": "that of all others of the group",
-    "layout": "where the layout's program stacks",
-    "rule": "as ScanAxis says",
-}
-
-
 def _restacked(item: Restacked) -> Found:
     name = "/".join((*item.group.parent, item.group.name)).replace("/#", "_")
     words = f"layer i of {name}" + (f", axis {item.axis}" if item.axis is not None else "")
     words += f" (names of {item.naming})" if item.naming else ""
-    words += f": {_GROUNDS[item.ground]}" if item.ground is not None else ""
+    words += f": {GROUNDS[item.ground]}" if item.ground is not None else ""
     return Found(
         recipe=item.recipe,
         missing_layers=item.missing,

@@ -1,5 +1,6 @@
 """Verdicts as plain dicts: everything, nothing folded, nothing cut."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -76,7 +77,7 @@ def _restored(item: Restored) -> dict[str, Any]:
         "stored_dtype": str(item.stored_dtype),
         "result_dtype": str(item.dtype),
         "transform": item.transform,
-        "evidence": {"kind": item.evidence.kind, "words": item.evidence.words},
+        "evidence": dataclasses.asdict(item.evidence),
     }
 
 

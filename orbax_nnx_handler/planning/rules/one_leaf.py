@@ -11,7 +11,7 @@ import numpy as np
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError, first_of_each
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.patterns import Pattern
@@ -351,6 +351,10 @@ class Drop(_OnLeaves):
         check_pattern(self, self._left)
         if not self.reason.strip():
             raise RuleError(f"{self} gives no reason.")
+
+    def is_for(self, path: Path) -> bool:
+        """Tells whether it leaves a stored leaf behind, whatever the rules before it do."""
+        return next(self._left.spans(segments(path)), None) is not None
 
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns the entries that are left."""

@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Stored, is_copy_name
-from orbax_nnx_handler.planning.mapping.choice import best_mappings, faults_of
+from orbax_nnx_handler.planning.mapping.choice import best_mappings, claims_of_shared, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
 from orbax_nnx_handler.planning.mapping.roots import strip
@@ -40,7 +40,12 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     Sides,
     Verdict,
 )
-from orbax_nnx_handler.planning.verdict.unreadable import Unreadable, unreadable, unreadable_leaves
+from orbax_nnx_handler.planning.verdict.unreadable import (
+    Unreadable,
+    rules_for_readable,
+    unreadable,
+    unreadable_leaves,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,12 +157,15 @@ def judge(
         UnreadableLeafError: A rule has none, or does not fit, because leaves are damaged.
         UnknownLayoutError: The tree is in no known layout.
     """
+    broken = broken or Unreadable()
+    rules = rules_for_readable(options.renames, stored, broken)
+    options = dataclasses.replace(options, renames=rules)
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     try:
         mapping, faults, broken_laws = chosen or choose(wanted, stored, options)
     except (RuleError, UnusedRuleError) as error:
-        if broken is not None and broken.lost:  # It may be what the rule is for.
+        if broken.lost:  # It may be what the rule is for.
             raise unreadable(broken.lost) from error
         raise
     leaves = _Leaves(mapping, stored, options, policies)
@@ -182,13 +190,15 @@ def judge(
             *faults,
             *mapping.faults,
             *faults_of(mapping),
+            *claims_of_shared(wanted, mapping, target.aliases() if left.unexpected else {}, left.unexpected),
             *((error_of(broken_laws),) if broken_laws else ()),
             *indivisible(target.leaves.values()),
             *unreadable_leaves(
-                broken or Unreadable(),
+                broken,
                 used=_read_by(used, left.dropped.values()),
                 missing=missing,
                 defaulted=[path for path in defaulted if roles[path] == "random"],
+                dropped=mapping.discarded,
                 renamed=any(not isinstance(rule, Drop | ScanAxis) for rule in options.renames),
             ),
         ),

@@ -9,7 +9,7 @@ from orbax_nnx_handler.planning.core.folding import Row, fold_in_order, ranges
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe, reads
-from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
+from orbax_nnx_handler.planning.mapping.matches import GROUNDS, Discarded, Dropped
 from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Mismatched, Missing, Restored
 
 
@@ -32,16 +32,22 @@ def _key_name(dtype: Any) -> str:
 
 
 def restored_rows(items: Iterable[Restored]) -> list[Row]:
-    """Returns leaf, shape, dtype, source and transform."""
+    """Returns leaf, shape, dtype, source, transform, and what says an axis that its own shape does not."""
     return [
         Row(
             item.wanted.path,
             (f"{item.wanted.shape} {dtype_name(item.dtype)}",),
             _sources(item.recipe),
-            item.transform,
+            _transform(item),
         )
         for item in items
     ]
+
+
+def _transform(item: Restored) -> str:
+    ground = item.evidence.axis_by
+    told = item.transform if ground in (None, "shape") else f"{item.transform}: {GROUNDS[ground]}"
+    return told if item.transform else ""
 
 
 def evidence_rows(items: Iterable[Restored]) -> list[Row]:

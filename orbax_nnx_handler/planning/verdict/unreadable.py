@@ -7,6 +7,7 @@ from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.lines import aligned, counted
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
+from orbax_nnx_handler.planning.rules import Drop, Rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,25 @@ class Unreadable:
     without_values: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
 
 
+def rules_for_readable(rules: Iterable[Rule], stored: Iterable[Path], found: Unreadable) -> tuple[Rule, ...]:
+    """Returns the rules without each `Drop` for nothing but leaves that cannot be found anyway."""
+    paths = list(stored) if found.lost else []
+
+    def is_idle(rule: Rule) -> bool:
+        return (
+            isinstance(rule, Drop) and any(map(rule.is_for, found.lost)) and not any(map(rule.is_for, paths))
+        )
+
+    return tuple(rule for rule in rules if not is_idle(rule))
+
+
 def unreadable_leaves(
     found: Unreadable,
     *,
     used: Iterable[Path],
     missing: Iterable[Path],
     defaulted: Iterable[Path],
+    dropped: Iterable[Path] = (),
     renamed: bool = False,
 ) -> Iterable[UnreadableLeafError]:
     """Yields the faults that a wanted leaf is, or may be, one that cannot be read; no policy fills that one.
@@ -41,6 +55,7 @@ def unreadable_leaves(
         used: The stored leaves that the plan reads.
         missing: The wanted leaves for which no stored one can be read.
         defaulted: The wanted random state for which none can be read.
+        dropped: The stored leaves that rules leave behind.
         renamed: Whether rules give stored leaves other names: a lost leaf may then be any
             missing one.
     """
@@ -51,7 +66,8 @@ def unreadable_leaves(
         plain = _plain(path)
         return any(_may_be(plain, other) for other in wanted) or _is_stream(plain, streams)
 
-    read = dict.fromkeys(used)
+    # A rule that leaves a leaf behind does not make a wanted one missing.
+    read = dict.fromkeys((*used, *filter(may_be_wanted, dropped)))
     damaged = {path: found.damaged[path] for path in read if path in found.damaged}
     damaged |= {path: why for path, why in found.lost.items() if may_be_wanted(path) or (renamed and wanted)}
     without_numbers = {path: what for path, what in found.foreign.items() if may_be_wanted(path)}

@@ -7,11 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import UnreadableLeafError, restore
+from orbax_nnx_handler import Drop, UnreadableLeafError, restore
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.paths import Path as Names
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.plan import make_plan
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 
 
 def write(path: Path, tree: Any) -> Path:
@@ -76,3 +83,25 @@ def test_what_is_damaged_and_not_wanted_does_not_matter(tmp_path: Path) -> None:
     shutil.rmtree(path / "params.other")
 
     assert restore(path, target("kernel"))["l"]["kernel"].sum() == 36
+
+
+@pytest.mark.parametrize("policy", ["warn", "init", "error"])
+@pytest.mark.parametrize("kind", ["lost", "damaged"])
+def test_a_wanted_leaf_that_a_rule_leaves_behind_is_not_missing_if_it_is_damaged(
+    policy: Any, kind: str
+) -> None:
+    path: Names = ("params", "l", "kernel")
+    stored = {name: StoredLeaf(path=name, shape=(3, 4, 3), dtype=np.dtype("f")) for name in (path, OTHER)}
+    leaves = stored if kind == "damaged" else {OTHER: stored[OTHER]}
+    rules = [Drop("l/kernel", "it is damaged")]
+    options = RestoreOptions.of(policy=policy, init=fresh, unexpected="ignore", renames=rules)
+    broken = Unreadable(**{kind: {path: "no bytes"}})
+
+    with pytest.raises(UnreadableLeafError, match="params/l/kernel"):
+        make_plan(flatten_target(target("kernel")), leaves, options, broken=broken).check()
+
+    unwanted = {"other": jax.ShapeDtypeStruct((3, 4, 3), jnp.float32)}
+    make_plan(flatten_target(unwanted), leaves, options, broken=broken).check()
+
+
+OTHER: Names = ("params", "other")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, Drop, StackLayers, restore
+from orbax_nnx_handler import AmbiguousMappingError, Drop, StackLayers, restore, to_linen
 from tests.laws.worlds import (
     FORMS,
     Numbers,
@@ -163,6 +163,23 @@ def test_a_variable_that_the_target_shares_has_one_value(tmp_path, stored, rules
     taken = [rule for rule in rules if rule[0] == kept]
     result = restore(path, target, renames=[Drop(left, "the table is tied now"), *taken])
     assert float(result.head.embedding[0, 0]) == 1
+
+
+class _WithStreams(nnx.Module):
+    def __init__(self):
+        self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+        self.again = self.drop
+
+
+def test_a_random_stream_that_the_target_shares_is_no_claim_on_a_weight(tmp_path):
+    model = _WithStreams()
+    tree = to_linen(model, layout="maxtext")
+    tree["params"]["params"]["more"] = {"kernel": Numbers()(2, 2)}
+
+    found = restore(write(tmp_path, tree), nnx.eval_shape(_WithStreams), unexpected="ignore")
+
+    check(nnx.state(found, nnx.Param), nnx.state(model, nnx.Param))
 
 
 def test_a_layer_stored_both_alone_and_in_a_stack_is_asked_for(tmp_path):

@@ -1,5 +1,6 @@
 """Saving obeys the laws backwards: every element once, to a place of its own, or the save is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -161,3 +162,35 @@ def test_optimizers_beside_their_models_come_back_each_with_its_count_and_step(f
     }
     check(flat, expected)
     assert tree["g_opt"]["step"] != tree["d_opt"]["step"]
+
+
+@pytest.mark.parametrize("gates", [1, 3, 4])
+def test_moments_of_a_part_of_a_cell_are_split_as_the_cell_is(gates):
+    bias = "dense_h" if gates == 4 else "dense_i"
+    numbers = Numbers()
+    cell = {"dense_i": {"kernel": numbers(2, 3 * gates)}, "dense_h": {"kernel": numbers(3, 3 * gates)}}
+    cell[bias]["bias"] = numbers(3 * gates)
+
+    def label(params):
+        return jax.tree.map(lambda leaf: "weights" if leaf.ndim > 1 else "others", params)
+
+    tx = optax.multi_transform({"weights": TXS["adam"], "others": TXS["momentum"]}, label)
+    item = worlds.Training({"cell": cell, "out": numbers.dense()}, tx, {})
+    state = nnx.state(item)
+    expected = numbers.like(_arrays(state))
+    for path, leaf in nnx.to_flat_state(state):
+        if tuple(path) in expected:
+            leaf.set_value(jnp.asarray(expected[tuple(path)]))
+
+    tree = to_linen(state)
+
+    assert "dense_i" not in tree["params"]["cell"]
+    assert "dense_i" not in tree["opt_state"]["inner_states"]["weights"]["inner_state"][0]["mu"]["cell"]
+    found = from_linen(tree, state, unexpected="error")
+    check(_arrays(found), expected)
+
+
+def _arrays(state):
+    """Returns the arrays of a state; what `optax.masked` leaves out has none."""
+    pairs = ((tuple(path), leaf.get_value()) for path, leaf in nnx.to_flat_state(state))
+    return {path: np.asarray(value) for path, value in pairs if hasattr(value, "shape")}

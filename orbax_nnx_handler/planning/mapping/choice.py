@@ -96,7 +96,8 @@ def claims_of_shared(
     items = {item.leaf.path: item for item in wanted}
     rivals: list[Rivals] = []
     for alias, path in aliases.items():
-        first = own[reads(mapping.found[path].recipe)[0]] if path in mapping.found else None
+        read = reads(mapping.found[path].recipe) if path in mapping.found else ()
+        first = own.get(next(iter(read), ()))  # Not what lies aside: a program's own random streams, say.
         name = strip(canonical(alias), mapping.roots.wanted)
         second = free.get((first.collection, name)) if first is not None else None
         if first is not None and second is not None:

@@ -142,6 +142,7 @@ class Arranged:
         steps: The paths in the item of the steps of the train states.
         several: Whether the item holds several train states.
         aside: The leaves that keep their own names under `nnx_aux`, by stored path.
+        moments: The leaves of optimizer states, by stored path.
     """
 
     leaves: Leaves
@@ -151,6 +152,7 @@ class Arranged:
     steps: frozenset[Path]
     several: bool
     aside: frozenset[Path]
+    moments: frozenset[Path]
 
 
 def is_nnx(item: Any) -> bool:
@@ -192,6 +194,9 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         steps=frozenset(parts.step.path for parts in states if parts.step is not None),
         several=len(states) > 1,
         aside=frozenset(at for at in kept if any(at[: len(root) + 1] == (*root, AUX) for root in above)),
+        moments=frozenset(
+            at for at in kept if any(at[: len(root) + 1] == (*root, "opt_state") for root in above)
+        ),
     )
 
 

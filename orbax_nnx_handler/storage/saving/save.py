@@ -22,7 +22,14 @@ from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, arrange, check_distinct, is_nnx
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
-from orbax_nnx_handler.storage.saving.saved import SavedLeaf, check_names, check_spellings, with_gates
+from orbax_nnx_handler.storage.saving.saved import (
+    SavedLeaf,
+    cells_of,
+    check_names,
+    check_spellings,
+    with_empty_gates,
+    with_gates,
+)
 from orbax_nnx_handler.storage.saving.undo import Copies, Leaves, as_restored, without_rules
 
 Undone = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport
@@ -91,7 +98,9 @@ def plan_save(
         plan = undone if isinstance(undone, RestorePlan) else undone.plan
         leaves, empty, copies = as_restored(leaves, empty, plan)
     aside = {at: leaf for at, leaf in leaves.items() if at in arranged.aside}
-    leaves = with_gates({at: leaf for at, leaf in leaves.items() if at not in aside}) | aside
+    inside = {at: leaf for at, leaf in leaves.items() if at not in aside}
+    cells = cells_of(inside, arranged.moments)
+    leaves, empty = with_gates(inside, cells) | aside, with_empty_gates(empty, cells)
     if not isinstance(undone, RestorePlan | RestoreReport):
         rules = as_rules(undone)
         if rules and arranged.several:

@@ -80,6 +80,11 @@ class Rename(Rule):
     def _right(self) -> Pattern:
         return Pattern(self.replacement)
 
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        """What both sides share as the rule spells them: a place may stand for what looks like the other."""
+        return shared_ends(self._left.templates, self._right.templates)
+
     def apply(self, entries: Sequence[Entry]) -> Applied:
         """Returns all entries after the rule."""
         if self.regex:
@@ -108,29 +113,6 @@ class Rename(Rule):
             return super().inverse()
         return Rename(self.replacement, self.pattern)
 
-    def leads_back(self, before: Sequence[Entry], after: Sequence[Entry]) -> bool:
-        """Tells whether the rename back makes of some entries what this one has made them from.
-
-        Args:
-            before: The entries before this rule.
-            after: The same after it, in the same order.
-        """
-        if self.regex or not self._right.width or self._left.places != self._right.places:
-            return False
-        found = set(self._right.candidates(entry.whole for entry in after))
-        return all(
-            old.whole == (self._replaced_back(new.whole) if at in found else new.whole)
-            for at, (old, new) in enumerate(zip(before, after, strict=True))
-            if at in found or old is not new
-        )
-
-    def _replaced_back(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        found, at = list[str](), 0
-        for span in self._right.spans(names):
-            found += (*names[at : span.start], *self._left.fill(span.bindings))
-            at = span.stop
-        return (*found, *names[at:])
-
     @property
     def _loss(self) -> str:
         if self.regex:
@@ -145,7 +127,12 @@ class Rename(Rule):
     def _rewrite(self, entry: Entry) -> Entry:
         before = entry.whole
         marks = entry.fixed or (False,) * len(before)
-        spans = list(self._left.spans(before, lambda span: not any(self._written(before, marks, span)[2])))
+
+        def accepts(span: Span) -> bool:
+            return not any(self._written(before, marks, span)[2])
+
+        # Where no rename has written, every match counts.
+        spans = list(self._left.spans(before, accepts if any(marks) else None))
         if not spans:
             return entry
         names, fixed = list[str](), list[bool]()
@@ -180,9 +167,7 @@ class Rename(Rule):
         own = marks[span.start : span.stop]
         if old == new:
             return new, (True,) * len(new), own
-        # As the rule spells both: what a place stands for may look like a name of the other side.
-        ends = shared_ends(self._left.templates, self._right.templates)
-        return (new, *_marked(own, len(new), ends))
+        return (new, *_marked(own, len(new), self._ends))
 
 
 def _marked(
@@ -206,3 +191,32 @@ def comes_late(rule: Rename, entries: Iterable[Entry]) -> bool:
         return False
     left = Pattern(rule.pattern)
     return any(True for entry in entries for _ in left.spans(entry.whole))
+
+
+def leads_back(rule: Rename, before: Sequence[Entry], after: Sequence[Entry]) -> bool:
+    """Tells whether the rename back makes of some entries what a rename has made them from.
+
+    Args:
+        rule: The rename.
+        before: The entries before it.
+        after: The same after it, in the same order.
+    """
+    try:
+        back = rule.inverse()
+    except RuleError:
+        return False
+    left, right = Pattern(rule.pattern), Pattern(rule.replacement)
+    found = set(right.candidates(entry.whole for entry in after))
+    return isinstance(back, Rename) and all(
+        old.whole == (_replaced(right, left, new.whole) if at in found else new.whole)
+        for at, (old, new) in enumerate(zip(before, after, strict=True))
+        if at in found or old is not new
+    )
+
+
+def _replaced(pattern: Pattern, replacement: Pattern, names: tuple[str, ...]) -> tuple[str, ...]:
+    found, at = list[str](), 0
+    for span in pattern.spans(names):
+        found += (*names[at : span.start], *replacement.fill(span.bindings))
+        at = span.stop
+    return (*found, *names[at:])

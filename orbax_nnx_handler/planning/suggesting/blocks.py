@@ -85,9 +85,15 @@ def match_context(context: Context) -> Findings:
     theirs = series_of(context.stored, context.above[1])
     taken: set[int] = set()
     for one, other in paired_series(ours, theirs):
-        found.add(_match_members(one, other, context))
-        for left, right in same_layers(one, other):
-            taken |= {id(leaf) for leaf in (*one.members[left], *other.members[right])}
+        members = _match_members(one, other, context)
+        pairs = same_layers(one, other)
+        ours_in = {id(leaf) for left, _ in pairs for leaf in one.members[left]}
+        theirs_in = {id(leaf) for _, right in pairs for leaf in other.members[right]}
+        linked = sum(len(link.wanted) for link in members.links)
+        if linked * 4 < min(len(ours_in), len(theirs_in)):
+            continue  # Layers that hold so little alike are not the same.
+        found.add(members)
+        taken |= ours_in | theirs_in
         ours.remove(one)
         theirs.remove(other)
     for one in _stacks(ours, theirs, context, taken):
@@ -162,10 +168,11 @@ def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:
     left = _seats(link.target.names, context.above[0])
     right = _seats(link.source.names, context.above[1])
     alone = len(left) == len(right)
+    ends = len(link.target.names) - 2, len(link.source.names) - 2
     found: list[tuple[int, int]] = []
     for seat, level in right:
         for at, (other, against) in enumerate(left):
-            are_last = alone and level is right[-1][1] and against is left[-1][1]
+            are_last = alone and (other, seat) == ends
             if level.number == against.number and (level.base == against.base or are_last):
                 found.append((seat, other))
                 left = left[at + 1 :]

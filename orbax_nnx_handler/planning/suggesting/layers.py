@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, cast
 
 from flax import nnx
@@ -213,6 +213,17 @@ def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int])
 def without_axis(shape: Shape, axis: int) -> Shape:
     """Returns a shape without one of its axes."""
     return (*shape[:axis], *shape[axis + 1 :])
+
+
+def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Names]:
+    """Yields the paths within a module, from some depth on, of its largest parts that are used whole."""
+    pending: list[Names] = [()]
+    for below in pending:
+        inside = [names for names in held if names[depth : depth + len(below)] == below]
+        if all(names in used for names in inside):
+            yield below
+        elif any(names in used for names in inside):
+            pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
 
 
 Order = Mapping[Tokens, Sequence[str]]

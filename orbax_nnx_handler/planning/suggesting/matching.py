@@ -11,13 +11,22 @@ import numpy as np
 
 from orbax_nnx_handler.planning.suggesting.fusing import joined_parts
 from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Names, Tie
-from orbax_nnx_handler.planning.suggesting.roles import PLACING, Role, compare_numbers, roles_of, same_place
+from orbax_nnx_handler.planning.suggesting.roles import (
+    PLACING,
+    Role,
+    are_automatic,
+    are_counted,
+    compare_numbers,
+    in_order,
+    roles_of,
+    same_place,
+)
 from orbax_nnx_handler.planning.suggesting.shapes import Way, is_vector, ways
 from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
 
 _COMPLETE, _LACKING, _NUMBER = 2.0, 1.0, 2.0
 _READINGS = 6
-_MOST_PAIRS = 10_000
+MOST_PAIRS = 10_000
 """A hundred parts of one shape on either side are no block of a model that names could tell apart."""
 
 
@@ -75,6 +84,10 @@ class Fit:
     is_exact: bool
 
 
+_Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
+"""A tie, and the pairs among which it is one."""
+
+
 class _Pairs:
     """The possible pairs of a context, and which of them nothing else can be."""
 
@@ -97,12 +110,27 @@ class _Pairs:
         """Returns the pairs that stand, and the choices that are left."""
         found: list[tuple[int, int, Grounds]] = []
         ties: list[Tie] = []
-        waiting = [group for group in _components(self._fits) if len(group) <= _MOST_PAIRS]
-        undecided: list[tuple[list[tuple[int, int]], set[tuple[int, int]]]] = []
+        waiting = [group for group in _components(self._fits) if len(group) <= MOST_PAIRS]
+        undecided: list[_Undecided] = []
         for group in waiting:
             undecided += [(tie, group) for tie in self._settle(group, found)]
         while undecided:
-            left: list[tuple[list[tuple[int, int]], set[tuple[int, int]]]] = []
+            before = len(found)
+            undecided = self._within_modules(undecided, found)
+            undecided = [item for item in undecided if not self._settle_in_order(*item, created, found)]
+            if len(found) == before:
+                break
+        for tie, group in undecided:
+            ours, theirs, rivals = self._sides(tie, group, found)
+            ties.append(self._tie(ours, sorted({*theirs, *rivals})))
+        return found, ties
+
+    def _within_modules(
+        self, undecided: list[_Undecided], found: list[tuple[int, int, Grounds]]
+    ) -> list[_Undecided]:
+        """Adds what modules that are known tell; returns what is left undecided."""
+        while True:
+            left: list[_Undecided] = []
             modules = self._modules(found)
             for tie, group in undecided:
                 kept = self._among_siblings(tie, group, modules)
@@ -111,11 +139,8 @@ class _Pairs:
                 else:
                     left += [(each, kept) for each in self._settle(kept, found)]
             if len(left) == len(undecided):
-                break
+                return left
             undecided = left
-        for tie, group in undecided:
-            self._settle_tie(tie, group, created, found, ties)
-        return found, ties
 
     def _modules(self, found: Iterable[tuple[int, int, Grounds]]) -> Mapping[Names, Names]:
         """Returns which wanted module is which stored one, where all that is known of both says so."""
@@ -182,36 +207,48 @@ class _Pairs:
             return False
         return leaf is None or len(set(leaf.shape)) == len(leaf.shape) or not self._rivals(pair, group)
 
-    def _settle_tie(
+    def _sides(
+        self,
+        tie: Sequence[tuple[int, int]],
+        group: set[tuple[int, int]],
+        found: Sequence[tuple[int, int, Grounds]],
+    ) -> tuple[list[int], list[int], set[int]]:
+        """Returns the parts of a tie on both sides, and the stored ones that could take a place in it."""
+        ours, theirs = sorted({at for at, _ in tie}), sorted({to for _, to in tie})
+        return (
+            ours,
+            theirs,
+            {to for at, to in group if at in ours and to not in theirs and _is_free(to, found)},
+        )
+
+    def _settle_in_order(
         self,
         tie: Sequence[tuple[int, int]],
         group: set[tuple[int, int]],
         created: Created,
         found: list[tuple[int, int, Grounds]],
-        ties: list[Tie],
-    ) -> None:
-        ours = sorted({at for at, _ in tie})
-        theirs = sorted({to for _, to in tie})
-        rivals = {to for at, to in group if at in ours and to not in theirs and _is_free(to, found)}
+    ) -> bool:
+        """Adds the pairs of a tie that the order of both sides tells; tells whether it does."""
+        ours, theirs, rivals = self._sides(tie, group, found)
         taken = {at for at, _, _ in found}
         lone = {at for at, to in group if to in theirs and at not in ours and at not in taken}
         ordered = None if rivals or lone else self._in_order(ours, theirs, created)
-        if ordered is not None:
-            sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
-            grounds: Grounds = "shapes" if all(map(_are_counted, sides)) else "order"
-            found.extend((at, to, grounds) for at, to in ordered)
-            return
-        ties.append(self._tie(ours, sorted({*theirs, *rivals})))
+        if ordered is None:
+            return False
+        sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
+        grounds: Grounds = "shapes" if all(map(are_counted, sides)) else "order"
+        found.extend((at, to, grounds) for at, to in ordered)
+        return True
 
     def _in_order(
         self, ours: Sequence[int], theirs: Sequence[int], created: Created
     ) -> list[tuple[int, int]] | None:
         """Returns the pairs that follow from the order of both sides, where each tells one."""
-        left = _order([self._wanted[at] for at in ours])
-        right = _order([self._stored[to] for to in theirs])
+        left = in_order([self._wanted[at] for at in ours])
+        right = in_order([self._stored[to] for to in theirs])
         if right is None or len(ours) != len(theirs):
             return None
-        if left is None and _are_automatic([self._stored[to] for to in theirs]):
+        if left is None and are_automatic([self._stored[to] for to in theirs]):
             places = [created(self._wanted[at].part) for at in ours]
             if None not in places and len(set(places)) == len(places):
                 left = [int(place) for place in np.argsort(np.array(places))]
@@ -295,9 +332,14 @@ def may_be(one: Role, other: Role) -> bool:
         if not same_place(one.place, other.place):
             return False
         left, right = left - PLACING, right - PLACING
-    if exclude(left, right) or bool(one.fused) != bool(other.fused):
+    if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
         return False
     return not compare_numbers(one, other).different
+
+
+def _say_something(one: Role, other: Role) -> bool:
+    """Tells whether the part of two that is not called a fused one has a name that means something else."""
+    return bool((other if one.fused else one).part.own)
 
 
 def _is_free(to: int, found: Iterable[tuple[int, int, Grounds]]) -> bool:
@@ -386,59 +428,3 @@ def _merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tupl
                 number = large
             owner[key] = number
     return [frozenset(group) for group in found.values()]
-
-
-def _order(roles: Sequence[Role]) -> list[int] | None:
-    """Returns the parts in the order of computation, where their names tell it without contradiction."""
-    places = [role.position for role in roles]
-    if all({"attn"} <= role.said and role.said & {"self", "cross"} for role in roles):
-        # Every decoder looks at itself before it looks across.
-        places = [float("cross" in role.said) for role in roles]
-    by_words = _strict(_placed(places) if all(role.part.is_norm for role in roles) else places)
-    by_numbers = _strict(_number_keys(roles))
-    if by_words is not None and by_numbers is not None and by_words != by_numbers:
-        return None
-    return by_words or by_numbers
-
-
-def _placed(positions: Sequence[float | None]) -> list[float | None]:
-    """Puts the only unknown place at the other end, as `layer_norm` beside `final_layer_norm`, or between."""
-    known = {position for position in positions if position is not None}
-    if positions.count(None) == 1 and known and all(abs(position) >= 100 for position in known):
-        return [0.0 if position is None else position for position in positions]
-    return list(positions)
-
-
-def _strict(keys: Sequence[Any]) -> list[int] | None:
-    if None in keys or len(set(keys)) < len(keys):
-        return None
-    return sorted(range(len(keys)), key=lambda at: keys[at])
-
-
-def _number_keys(roles: Sequence[Role]) -> list[tuple[int, ...] | None]:
-    """Returns the numbers of parts whose paths differ in numbers, or in what numbered modules hold."""
-    heads = {tuple((level.base, level.number is None) for level in role.part.levels[:1]) for role in roles}
-    shapes = {tuple(level.base for level in role.part.levels) for role in roles}
-    if len(shapes) > 1 and (len(heads) > 1 or any(not role.numbers for role in roles)):
-        return [None] * len(roles)
-    return [
-        tuple(level.number for level in role.part.levels if level.number is not None) or None
-        for role in roles
-    ]
-
-
-def _are_counted(roles: Sequence[Role]) -> bool:
-    """Tells whether a program counts these parts: a list, or one name with a number of its own."""
-    names = {tuple(level.base for level in role.part.levels) for role in roles}
-    return len(names) == 1 and all(
-        role.part.levels and role.part.levels[-1].number is not None and role.part.levels[-1].style
-        for role in roles
-    )
-
-
-def _are_automatic(roles: Sequence[Role]) -> bool:
-    """Tells whether Linen itself numbered these modules: a class's name and a count."""
-    return all(
-        role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
-        for role in roles
-    )

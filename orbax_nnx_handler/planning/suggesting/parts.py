@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -116,7 +116,7 @@ class ModulePart:
     @cached_property
     def _kind(self) -> Concepts:
         leaf = self.leaves.get("main")
-        if leaf is None or leaf.names == self.names:
+        if leaf is None or leaf.names[-len(self.names) :] == self.names:
             return frozenset()
         return frozenset(
             {"scale": ("norm",), "gamma": ("norm",), "embedding": ("embed",)}.get(leaf.names[-1], ())
@@ -152,20 +152,27 @@ def parts_of(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
     """
     found: dict[Names, dict[str, Leaf]] = defaultdict(dict)
     for leaf in leaves:
-        names, kind = _place(leaf.names[above:])
+        names, kind = place_of(leaf.names[above:])
         if kind in found[names]:
             names, kind = leaf.names[above:], "main"  # Two spellings of one thing: each by itself.
         found[names][kind] = leaf
-    return [ModulePart(names, held) for names, held in found.items()]
+    modules = {names[:depth] for names in found for depth in range(len(names))}
+    return [ModulePart(_own_place(names, held, modules, above), held) for names, held in found.items()]
 
 
-def _place(names: Names) -> tuple[Names, str]:
+def _own_place(names: Names, held: Mapping[str, Leaf], modules: Collection[Names], above: int) -> Names:
+    """Returns the path of a part; a scale beside modules, as of ConvNeXt's blocks, is one by itself."""
+    is_scale = set(held) == {"main"} and is_vector(held["main"].shape)
+    return held["main"].names[above:] if is_scale and names and names in modules else names
+
+
+def place_of(names: Names) -> tuple[Names, str]:
     """Returns the part that a leaf belongs to and what it is there."""
     *above, last = names
     kind = _PARAMETER.get(last)
     if kind is not None:
         return tuple(above), kind
-    ending = _ENDING.fullmatch(last)
+    ending = None if "layerscale" in meanings(last) else _ENDING.fullmatch(last)
     if ending is not None and _PARAMETER.get(ending[2]):
         return (*above, ending[1]), _PARAMETER[ending[2]]
     return names, "main"
@@ -174,6 +181,18 @@ def _place(names: Names) -> tuple[Names, str]:
 def sizes_of(leaves: Sequence[Leaf]) -> int:
     """Returns how many elements some leaves hold."""
     return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+_PLACES = ("{i}", "{j}", "{k}", "{l}")
+
+
+def with_places(names: Names, seats: Iterable[int]) -> Names:
+    """Returns a path with a place for the number in each of some segments."""
+    found = list(names)
+    for place, seat in zip(_PLACES, seats, strict=False):
+        head = found[seat].rstrip("0123456789")
+        found[seat] = head + place
+    return tuple(found)
 
 
 Grounds = Literal["shapes", "order", "names", "fact", "siblings", "outputs"]

@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.suggesting.layers import Order
-from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, Names
+from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, Names, place_of
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     by_template,
@@ -330,7 +330,9 @@ def _modules(item: _Open, side: Literal["stored", "wanted"]) -> tuple[Path, ...]
     """Returns the modules that a question is about; of a square matrix the matrix itself."""
     leaves: list[Leaf] = [x for reading in item.readings for link in reading for x in getattr(link, side)]
     whole = item.about == "transposed"
-    return tuple(dict.fromkeys(leaf.names if whole else leaf.names[:-1] or leaf.names for leaf in leaves))
+    return tuple(
+        dict.fromkeys(leaf.names if whole else place_of(leaf.names)[0] or leaf.names for leaf in leaves)
+    )
 
 
 def _straight(links: Sequence[Link]) -> list[Link]:
@@ -349,7 +351,7 @@ def _words(item: _Open, reading: Sequence[Link]) -> str:
 
 
 def _part(leaf: Leaf) -> str:
-    return "/".join(leaf.names[:-1] or leaf.names)
+    return "/".join(place_of(leaf.names)[0] or leaf.names)
 
 
 def _steps(recipe: Recipe) -> tuple[str, ...]:

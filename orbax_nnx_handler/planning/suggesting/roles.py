@@ -3,6 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from orbax_nnx_handler.planning.suggesting.parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.words import STRONG, Concepts, concepts, meanings, order_word
@@ -267,6 +268,8 @@ def compare_numbers(one: Role, other: Role) -> Numbers:
 def _same_name(one: Level, other: Level) -> bool:
     if one.base == other.base:
         return True
+    if any(map(str.isdecimal, one.base + other.base)):
+        return False  # `stage1_block0` counts blocks, not stages.
     left, right = set(meanings(one.base)), set(meanings(other.base))
     return bool(left) and left == right
 
@@ -277,3 +280,59 @@ def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[
     if len(held) == len(others) and one.number is not None and other.number is not None:
         return held.index(one.number) == others.index(other.number)
     return None
+
+
+def in_order(roles: Sequence[Role]) -> list[int] | None:
+    """Returns the parts in the order of computation, where their names tell it without contradiction."""
+    places = [role.position for role in roles]
+    if all({"attn"} <= role.said and role.said & {"self", "cross"} for role in roles):
+        # Every decoder looks at itself before it looks across.
+        places = [float("cross" in role.said) for role in roles]
+    by_words = _strict(_placed(places) if all(role.part.is_norm for role in roles) else places)
+    by_numbers = _strict(_number_keys(roles))
+    if by_words is not None and by_numbers is not None and by_words != by_numbers:
+        return None
+    return by_words or by_numbers
+
+
+def _placed(positions: Sequence[float | None]) -> list[float | None]:
+    """Puts the only unknown place at the other end, as `layer_norm` beside `final_layer_norm`, or between."""
+    known = {position for position in positions if position is not None}
+    if positions.count(None) == 1 and known and all(abs(position) >= 100 for position in known):
+        return [0.0 if position is None else position for position in positions]
+    return list(positions)
+
+
+def _strict(keys: Sequence[Any]) -> list[int] | None:
+    if None in keys or len(set(keys)) < len(keys):
+        return None
+    return sorted(range(len(keys)), key=lambda at: keys[at])
+
+
+def _number_keys(roles: Sequence[Role]) -> list[tuple[int, ...] | None]:
+    """Returns the numbers of parts whose paths differ in numbers, or in what numbered modules hold."""
+    heads = {tuple((level.base, level.number is None) for level in role.part.levels[:1]) for role in roles}
+    shapes = {tuple(level.base for level in role.part.levels) for role in roles}
+    if len(shapes) > 1 and (len(heads) > 1 or any(not role.numbers for role in roles)):
+        return [None] * len(roles)
+    return [
+        tuple(level.number for level in role.part.levels if level.number is not None) or None
+        for role in roles
+    ]
+
+
+def are_counted(roles: Sequence[Role]) -> bool:
+    """Tells whether a program counts these parts: a list, or one name with a number of its own."""
+    names = {tuple(level.base for level in role.part.levels) for role in roles}
+    return len(names) == 1 and all(
+        role.part.levels and role.part.levels[-1].number is not None and role.part.levels[-1].style
+        for role in roles
+    )
+
+
+def are_automatic(roles: Sequence[Role]) -> bool:
+    """Tells whether Linen itself numbered these modules: a class's name and a count."""
+    return all(
+        role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
+        for role in roles
+    )

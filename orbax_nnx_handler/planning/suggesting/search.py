@@ -1,7 +1,7 @@
 """The search for a whole conversion: structure, shapes and names on both sides; last, the parts left over."""
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
 from orbax_nnx_handler.planning.mapping.modules import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.blocks import Context, Findings, match_context
-from orbax_nnx_handler.planning.suggesting.matching import Fit, fit_of, main_size, may_be
+from orbax_nnx_handler.planning.suggesting.matching import MOST_PAIRS, Fit, fit_of, main_size, may_be
 from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, Names, levels, parts_of
 from orbax_nnx_handler.planning.suggesting.roles import Role, roles_of
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
@@ -220,13 +220,13 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Sequence[Link])
         for role in roles_of(parts_of([leaf for leaf in wanted if leaf.source not in covered]))
         if "head" in role.said and len(role.part.leaves) == 1 and not role.part.is_vector
     ]
+    if len(heads) != 1:
+        return []
     tables = [
         role
         for role in roles_of(parts_of([leaf for leaf in stored if leaf.source in used]))
         if role.said & {"embed", "token"} and not role.said & {"pos", "type", "patch", "cls", "vision"}
     ]
-    if len(heads) != 1:
-        return []
     (head,) = heads[0].part.leaves.values()
     free = [leaf for leaf in stored if leaf.source not in used and ways(leaf.shape, head.shape)]
     options = [
@@ -298,8 +298,12 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     for to, other in enumerate(theirs):
         sizes[main_size(other)].append(to)
     counts: dict[int, int] = defaultdict(int)
+    alike = Counter(map(main_size, ours))
     for at, one in enumerate(ours):
-        for to in sizes.get(main_size(one), ()):
+        size = main_size(one)
+        if alike[size] * len(sizes[size]) > MOST_PAIRS:
+            continue
+        for to in sizes[size]:
             fit = fit_of(one, theirs[to])
             if fit is not None and may_be(one, theirs[to]):
                 fits[to][at] = fit

@@ -13,7 +13,7 @@ _SPELLINGS = {
     "attn cross": "crossattention crossattn xattn encdecattention encoderattention",
     "self": "self",
     "cross": "cross encdec",
-    "mlp": "mlp mlps ffn ffns ff ffw feedforward mlpblock",
+    "mlp": "mlp mlps ffn ffns ff ffw feedforward mlpblock moe",
     "norm": "norm norms ln layernorm lnorm layrnorm rmsnorm rms batchnorm bn groupnorm gn normalization "
     "normalisation instancenorm normalize",
     "embed": "embed embeds embedding embeddings embedder emb embs",
@@ -61,6 +61,7 @@ _SPELLINGS = {
     "layerscale": "layerscale gamma lambda ls",
     "expand": "expand exp expansion expanded",
     "depthwise": "depthwise dw",
+    "depthwise conv": "dwconv",
     "pointwise": "pointwise pw pwl",
     "actor": "actor policy",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "

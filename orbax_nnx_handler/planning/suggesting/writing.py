@@ -20,11 +20,12 @@ from orbax_nnx_handler.planning.rules import (
 )
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.patterns import Pattern, shared_ends
+from orbax_nnx_handler.planning.rules.rename import leads_back
 from orbax_nnx_handler.planning.suggesting.fusing import joining_rule
-from orbax_nnx_handler.planning.suggesting.parts import Layers, Link, Names
+from orbax_nnx_handler.planning.suggesting.layers import whole_parts
+from orbax_nnx_handler.planning.suggesting.parts import Layers, Link, Names, with_places
 from orbax_nnx_handler.planning.suggesting.shapes import Steps
 
-_PLACES = ("{i}", "{j}", "{k}", "{l}")
 _MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
 """The paths with numbers that a save finds in a rule."""
@@ -53,19 +54,11 @@ class _Thread:
         """Both paths with places for the numbers of layers: for all, for all but the innermost, and so on."""
         return [
             (
-                _with_places(self.names, [now for now, _ in seats]),
-                _with_places(self.aim, [to for _, to in seats]),
+                with_places(self.names, [now for now, _ in seats]),
+                with_places(self.aim, [to for _, to in seats]),
             )
             for seats in (self.seats[:count] for count in range(len(self.seats), -1, -1))
         ]
-
-
-def _with_places(names: Names, seats: Iterable[int]) -> Names:
-    found = list(names)
-    for place, seat in zip(_PLACES, seats, strict=False):
-        head = found[seat].rstrip("0123456789")
-        found[seat] = head + place
-    return tuple(found)
 
 
 @dataclasses.dataclass
@@ -171,8 +164,11 @@ class Writer:
 
     def _unstack(self, links: Sequence[Link]) -> None:
         for layers, some in _layers_of(links, stacks=False).items():
-            into = "/".join(self._below(layers.wanted))
-            self._take(UnstackLayers("/".join(layers.stored), into, layers.axis), some)
+            used = {leaf.names for link in some for leaf in link.stored}
+            held = {e.segments for e in self.entries if _leads(layers.stored, e.segments)}
+            for below in whole_parts(used, held, len(layers.stored)):
+                stored, into = (*layers.stored, *below), (*self._below(layers.wanted), *below)
+                self._take(UnstackLayers("/".join(stored), "/".join(into), layers.axis), some)
 
     def _stack(self, links: Sequence[Link]) -> None:
         for layers, some in _layers_of(links, stacks=True).items():
@@ -270,7 +266,7 @@ class Writer:
         sources = [self._now(link, leaf.names) for leaf in link.stored]
         aims = [self._aim(link, leaf.names) for leaf in link.wanted]
         _, intos = joining_rule(link, sources, aims)
-        named = [_with_places(names, [now for now, _ in seats]) for names in sources]
+        named = [with_places(names, [now for now, _ in seats]) for names in sources]
         rule, _ = joining_rule(link, named, aims, kept)
         steps = [ways[0].steps for ways in link.ways] if link.is_split else [()]
         return rule, [
@@ -296,7 +292,7 @@ class Writer:
                 continue
             rule = Rename("/".join(stored), "/".join(into))
             after = rule.apply(self.entries).entries
-            if not rule.leads_back(self.entries, after):
+            if not leads_back(rule, self.entries, after):
                 continue  # Each leaf gets a rule that does.
             self._take(rule, [])
             for thread in inside:
@@ -354,7 +350,7 @@ class Writer:
                     continue
                 after = rule.apply(self.entries).entries
                 if self._is_safe(after, thread.names, aims):
-                    if rule.leads_back(self.entries, after):
+                    if leads_back(rule, self.entries, after):
                         return rule, after
                     first = first or (rule, after)
         return first

@@ -23,7 +23,6 @@ from tests.planning.plans import leaves_of, plan_of
 
 PAIRS = json.loads((pathlib.Path(__file__).parent / "foreign_pairs.json").read_text())
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-LEAST = 0.95
 
 
 def keys(path):
@@ -83,7 +82,7 @@ def proposed(pair):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_proposal_for_another_programs_model_is_right_and_never_wrong(name):
+def test_a_proposal_for_another_programs_model_is_right_for_every_leaf_that_is_stored(name):
     pair = PAIRS[name]
     arrays = arrays_of(pair)
 
@@ -96,7 +95,7 @@ def test_a_proposal_for_another_programs_model_is_right_and_never_wrong(name):
     covered = set(values) - set(found.unmatched_wanted)
     truth = {keys(path): made(recipe, arrays) for path, recipe in pair["truth"].items()}
     assert [path for path in covered if not np.array_equal(values[path], truth.get(path))] == []
-    assert len(covered) >= LEAST * len(truth)
+    assert truth.keys() <= covered
 
 
 @pytest.mark.parametrize("by", ["plan", "rules"])

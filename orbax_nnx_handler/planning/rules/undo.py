@@ -195,10 +195,8 @@ def undo_rules(
     """
     paths = own or {}
     after: Sequence[Entry] = [_apart(entry, paths.get(entry.sources[0])) for entry in entries]
-    undone: list[Rule] = []
     for rule in invert(rules):
-        after = _applied(rule, after, undone)
-        undone.append(rule)
+        after = _applied(rule, after)
     stored: dict[Path, Entry] = {}
     for entry in after:
         whole = _respelled(entry, _joined(entry.segments))
@@ -228,7 +226,7 @@ class _Number(str):
     name: str
 
 
-def _applied(rule: Rule, entries: Sequence[Entry], undone: Sequence[Rule]) -> Sequence[Entry]:
+def _applied(rule: Rule, entries: Sequence[Entry]) -> Sequence[Entry]:
     """Applies a rule to paths as NNX spells them (`layers/0`); where it does not match, as Linen does.
 
     What the rule writes stays as it stands there, and so does everything else.
@@ -240,9 +238,7 @@ def _applied(rule: Rule, entries: Sequence[Entry], undone: Sequence[Rule]) -> Se
     joined = [_respelled(entries[at], _joined(entries[at].segments)) for at in left]
     again = rule.apply(joined)
     if not applied.matched and not again.matched:
-        taken = any(rule.apply([_unfixed(entry) for entry in some]).matched for some in (entries, joined))
-        why = " that another rule has not named already" if taken and undone else ""
-        raise RuleError(f"the rule that saves, {rule}, matches no leaf of the state{why}.", hints=[_UNCLEAR])
+        raise RuleError(f"the rule that saves, {rule}, matches no leaf of the state.", hints=[_UNCLEAR])
     # What did not match keeps its numbers apart for the rules to come.
     known = {id(entry): entries[at] for at, entry in zip(left, joined, strict=True)}
     after = [known.get(id(entry)) or _apart(entry, None) for entry in again.entries]
@@ -252,10 +248,6 @@ def _applied(rule: Rule, entries: Sequence[Entry], undone: Sequence[Rule]) -> Se
     for at, entry in zip(left, after, strict=True):
         changed[at] = entry
     return changed
-
-
-def _unfixed(entry: Entry) -> Entry:
-    return dataclasses.replace(entry, fixed=())
 
 
 def _apart(entry: Entry, own: Path | None) -> Entry:

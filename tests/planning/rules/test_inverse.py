@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from orbax_nnx_handler import RuleError
+from orbax_nnx_handler import RuleError, to_linen
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
     Fill,
@@ -86,3 +87,41 @@ def test_layers_that_were_not_stored_are_left_out() -> None:
 def test_what_cannot_be_made_again_is_refused_by_name(recipes: dict[str, Recipe], message: str) -> None:
     with pytest.raises(RuleError, match=message):
         undo(recipes)
+
+
+def test_two_names_that_become_one_are_refused_where_rules_do_not_tell_them_apart():
+    state = nnx.State(
+        {part: {"norm": {"scale": nnx.Param(np.ones(3, "float32"))}} for part in ("encoder", "decoder")}
+    )
+
+    with pytest.raises(RuleError, match="matches no leaf of the state") as e:
+        to_linen(state, renames=[("encoder_norm", "norm"), ("decoder_norm", "norm")])
+    told = to_linen(
+        state, renames=[("encoder/encoder_norm", "encoder/norm"), ("decoder/decoder_norm", "decoder/norm")]
+    )
+
+    assert "name more of the path" in str(e.value)
+    assert {part: list(told["params"][part]) for part in told["params"]} == {
+        "encoder": ["encoder_norm"],
+        "decoder": ["decoder_norm"],
+    }
+
+
+def test_a_place_that_looks_like_the_other_side_is_not_written_twice():
+    state = nnx.State(
+        {"down": {"conv": nnx.Param(np.ones(3, "float32"))}, "conv1": nnx.Param(np.ones(2, "float32"))}
+    )
+    rules = [("layer/{k}/convolution", "conv{k}"), ("shortcut/convolution", "down/conv")]
+
+    tree = to_linen(state, renames=rules)
+
+    assert sorted(tree["params"]) == ["layer", "shortcut"]
+    assert list(tree["params"]["shortcut"]) == ["convolution"]
+
+
+def test_a_number_of_a_list_is_written_as_the_rule_spells_it_beside_a_name_with_a_number():
+    state = nnx.State({"blocks": {0: {"norm_1": nnx.Param(np.ones(3, "float32"))}}})
+
+    tree = to_linen(state, renames=[("h/{i}", "blocks/{i}"), ("blocks/{i}/ln_{j}", "blocks/{i}/norm_{j}")])
+
+    assert tree["params"]["h"]["0"].keys() == {"ln_1"}

@@ -7,7 +7,7 @@ hold every figure.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from tests.planning.suggesting import test_foreign_pairs, test_unseen_pairs
+from tests.planning.suggesting.pairs import FOREIGN, OPEN, UNSEEN
 from tests.zoo.table import PAGE
 
 BEGIN, END = "<!-- pairs: begin (written by tests/planning/suggesting/table.py) -->", "<!-- pairs: end -->"
@@ -36,14 +36,14 @@ def section() -> str:
 
 def _rows() -> Iterator[tuple[str, str, int, int, int]]:
     found: dict[Sequence[str], list[int]] = defaultdict(lambda: [0, 0])
-    for name, pair in test_foreign_pairs.PAIRS.items():
+    for name, pair in FOREIGN.items():
         stored, _, wanted = name.replace("_", " ").partition(" -> ")
         found[_PROGRAMS.get(stored, f"{stored}, transformers' Flax"), wanted][0] += len(pair["truth"])
-    for name, pair in test_unseen_pairs.PAIRS.items():
+    for name, pair in UNSEEN.items():
         if not pair["about"].startswith("minimal"):
             counts = found[_sides(pair["about"])]
             counts[0] += len(pair["wanted"])
-            counts[1] += test_unseen_pairs.OPEN.get(name, 0)
+            counts[1] += OPEN.get(name, 0)
     for (stored, wanted), (leaves, left) in sorted(found.items(), key=lambda item: item[0][0].lower()):
         yield stored, wanted, leaves, leaves - left, left
 

@@ -5,9 +5,7 @@ bonsai, jimm, Tunix, MaxText and own implementations) and, for each wanted leaf 
 NumPy makes it.
 """
 
-import json
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -20,8 +18,8 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of, plan_of
+from tests.planning.suggesting.pairs import FOREIGN
 
-PAIRS = json.loads((pathlib.Path(__file__).parent / "foreign_pairs.json").read_text())
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
@@ -81,9 +79,9 @@ def proposed(pair):
     return propose(flatten_target(target_of(pair)), stored, RestoreOptions.of(policy="warn"))
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", FOREIGN)
 def test_a_proposal_for_another_programs_model_is_right_for_every_leaf_that_is_stored(name):
-    pair = PAIRS[name]
+    pair = FOREIGN[name]
     arrays = arrays_of(pair)
 
     found = proposed(pair)
@@ -99,9 +97,9 @@ def test_a_proposal_for_another_programs_model_is_right_for_every_leaf_that_is_s
 
 
 @pytest.mark.parametrize("by", ["plan", "rules"])
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", FOREIGN)
 def test_what_a_proposal_restores_saves_back_as_it_was_stored(name, by):
-    pair = PAIRS[name]
+    pair = FOREIGN[name]
     arrays = arrays_of(pair)
     found = proposed(pair)
     flat = nnx.to_flat_state(target_of(pair))

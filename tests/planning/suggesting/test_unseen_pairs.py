@@ -5,9 +5,7 @@ come: the stored leaves are counted through, so that no element is like another 
 """
 
 import hashlib
-import json
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -16,25 +14,9 @@ from flax import nnx
 
 from orbax_nnx_handler import from_linen, suggest, to_linen
 from tests.planning.plans import leaves_of, plan_of
+from tests.planning.suggesting.pairs import OPEN, UNSEEN
 
-PAIRS = json.loads((pathlib.Path(__file__).parent / "unseen_pairs.json").read_text())
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-
-OPEN = {
-    "bloom": 12,
-    "bloom_fused": 4,
-    "siglip_two_towers": 2,
-    "vae_flax": 2,
-    "sac": 4,
-    "graphnet": 28,
-    "nerf": 48,
-}
-"""Leaves that stay open.
-
-An array that holds queries, keys and values head by head is none of the rules' (Bloom); a logarithm of a
-variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks of
-one shape that Linen numbered (sac, graphnet, nerf) take the order of creation, which a state has forgotten.
-"""
 
 
 def keys(path):
@@ -64,9 +46,9 @@ def target_of(wanted):
     )
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", UNSEEN)
 def test_an_unseen_pair_is_right_but_for_what_stays_open_and_never_wrong(name):
-    pair = PAIRS[name]
+    pair = UNSEEN[name]
     tree = nested(pair["stored"])
 
     found = suggest(tree, target_of(pair["wanted"]))
@@ -88,9 +70,9 @@ def test_an_unseen_pair_is_right_but_for_what_stays_open_and_never_wrong(name):
     assert len(left) == OPEN.get(name, 0)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRS if OPEN.get(name) != len(PAIRS[name]["wanted"])])
+@pytest.mark.parametrize("name", [name for name in UNSEEN if OPEN.get(name) != len(UNSEEN[name]["wanted"])])
 def test_the_rules_for_an_unseen_pair_save_back_what_was_stored(name):
-    pair = PAIRS[name]
+    pair = UNSEEN[name]
     tree = nested(pair["stored"])
     found = suggest(tree, target_of(pair["wanted"]))
     covered = nnx.from_flat_state(

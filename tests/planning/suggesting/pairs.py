@@ -1,0 +1,23 @@
+"""Linen programs and NNX models by somebody else, as names and shapes, and what stays open of them."""
+
+import json
+from pathlib import Path
+
+FOREIGN = json.loads((Path(__file__).parent / "foreign_pairs.json").read_text())
+UNSEEN = json.loads((Path(__file__).parent / "unseen_pairs.json").read_text())
+
+OPEN = {
+    "bloom": 12,
+    "bloom_fused": 4,
+    "siglip_two_towers": 2,
+    "vae_flax": 2,
+    "sac": 4,
+    "graphnet": 28,
+    "nerf": 48,
+}
+"""Leaves that stay open.
+
+An array that holds queries, keys and values head by head is none of the rules' (Bloom); a logarithm of a
+variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks of
+one shape that Linen numbered (sac, graphnet, nerf) take the order of creation, which a state has forgotten.
+"""

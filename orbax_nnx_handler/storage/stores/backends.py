@@ -240,7 +240,9 @@ def _finish(question: Question, future: _Pending, deadline: float) -> Answer:
     if isinstance(question, List):
         return _listing(path, result)
     return {
-        name[len(path) + 1 :]: int(info["size"]) for name, info in result.items() if info["type"] == "file"
+        name[len(path) + 1 :]: int(info["size"])
+        for name, info in result.items()
+        if info["type"] == "file" and not name.endswith("/")
     }
 
 
@@ -261,7 +263,8 @@ def _listing(path: str, infos: Sequence[Mapping[str, Any]]) -> Listing:
     entries: dict[str, FolderEntry] = {}
     for info in infos:
         name = str(info["name"]).strip("/")
-        is_file = info["type"] == "file"
+        # An empty object whose key ends in a slash marks a folder; the consoles of the stores write those.
+        is_file = info["type"] == "file" and not str(info["name"]).endswith("/")
         if name != path:
             entries[name.rpartition("/")[2]] = (
                 FolderEntry("file", int(info["size"])) if is_file else FolderEntry("folder")

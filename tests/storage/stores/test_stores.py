@@ -12,7 +12,7 @@ from flax import nnx
 from orbax_nnx_handler import NotACheckpointError, RestoreError, plan_restore, save
 from orbax_nnx_handler.storage.stores import backends
 from orbax_nnx_handler.storage.stores.backends import RemoteFiles
-from orbax_nnx_handler.storage.stores.files import List, ReadFile
+from orbax_nnx_handler.storage.stores.files import FolderEntry, List, ReadFile, Sizes
 from orbax_nnx_handler.storage.stores.locations import (
     absolute,
     as_path,
@@ -189,6 +189,28 @@ class Done:
 
     def cancel(self):
         pass
+
+
+def test_an_empty_object_that_marks_a_folder_is_no_file(monkeypatch):
+    infos = [
+        {"name": "bucket/run/", "type": "file", "size": 0},
+        {"name": "bucket/run/1", "type": "directory", "size": 0},
+        {"name": "bucket/run/_METADATA", "type": "file", "size": 7},
+    ]
+    found = {"bucket/run/d/": infos[0], "bucket/run/d/x": {"type": "file", "size": 5}}
+    filesystem = Filesystem()
+    monkeypatch.setattr(filesystem, "_ls", lambda *_, **__: infos)
+    monkeypatch.setattr(filesystem, "_find", lambda *_, **__: found, raising=False)
+    monkeypatch.setattr(RemoteFiles, "_files", lambda _: filesystem)
+    monkeypatch.setattr(backends.asyncio, "run_coroutine_threadsafe", lambda asked, _: Done(asked))
+
+    listing, sizes = RemoteFiles("gs://bucket/run").answer(
+        [List("gs://bucket/run"), Sizes("gs://bucket/run", "d/")]
+    )
+
+    assert listing.kind == "folder"
+    assert listing.entries == {"1": FolderEntry("folder"), "_METADATA": FolderEntry("file", 7)}
+    assert sizes == {"d/x": 5}
 
 
 def test_a_step_that_was_written_since_is_seen(monkeypatch):

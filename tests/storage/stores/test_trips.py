@@ -11,6 +11,7 @@ from benchmarks.skeleton import Hosts, train_state, write
 from orbax_nnx_handler import NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores.files import Sizes
 from tests.storage.checkpoints import DiskFormat, save
 from tests.storage.stores.fake_store import files_of
@@ -112,6 +113,14 @@ def test_what_the_store_refuses_near_a_wrong_path_does_not_hide_what_is_wrong(bu
         find_item("gs://bucket/run", files=files)
     with pytest.raises(NotACheckpointError, match=r"there is nothing at gs://bucket/typo/x"):
         find_item("gs://bucket/typo/x", files=files)
+
+
+def test_where_nobody_may_look_around_a_damaged_file_is_to_be_copied_again(bucket):
+    files, _ = files_of(bucket, forbidden=("gs://bucket/run",))
+
+    hint = damaged(epath.Path("gs://bucket/run/7/default/_METADATA"), files)
+
+    assert hint.words.startswith("copy it again from where it was written")
 
 
 def test_a_step_file_that_cannot_be_read_is_done_without(bucket):

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from orbax_nnx_handler.commands.user_code import Factory, UsageError, load_factory, load_value, told
+from orbax_nnx_handler.planning.core.paths import is_index
 from orbax_nnx_handler.planning.layouts import LAYOUTS
 from orbax_nnx_handler.planning.options import DEFAULT_BYTES, POLICIES, Policies, Policy
 from orbax_nnx_handler.planning.rules import Rule, as_rules
@@ -191,7 +192,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help=f"what a missing weight becomes: {', '.join(POLICIES)} (default: error); with KEY=, only those "
-        "with that key in their path; may be repeated",
+        "with that key in their path, or all of several (layers/4=init); may be repeated",
     )
 
 
@@ -199,19 +200,24 @@ def policies_of(texts: list[str]) -> Policies:
     """Returns the policies of `--policy`.
 
     Raises:
-        UsageError: One is no policy, or two are for the rest.
+        UsageError: One is no policy, or two of one key differ.
     """
     chosen: dict[Any, Policy] = {}
     for text in texts:
         key, _, policy = text.rpartition("=")
         if policy not in POLICIES:
             raise UsageError(f"--policy {text}: {policy!r} is none of {', '.join(POLICIES)}.")
-        place: Any = nnx.PathContains(key) if key else ...
-        if place in chosen:
+        place: Any = (_place(key) if "/" in key else nnx.PathContains(key)) if key else ...
+        if chosen.get(place, policy) != policy:
             raise UsageError(f"--policy is given twice for {key or 'all missing weights'}.")
         chosen[place] = policy
     rest = chosen.pop(..., "error")
     return cast("Mapping[Any, Policy]", chosen | {...: rest}) if chosen else rest
+
+
+def _place(key: str) -> Any:
+    names = ((name, int(name)) if is_index(name) else (name,) for name in key.split("/"))
+    return nnx.All(*(nnx.Any(*map(nnx.PathContains, each)) for each in names))
 
 
 def _renames(texts: list[str]) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ def _show(plan: RestorePlan, arguments: argparse.Namespace, screen: Screen) -> i
         screen.out.print(plan)
     else:
         screen.say(str(plan))
-    options = "" if error is None else options_of(error.hints)
+    options = "" if error is None else options_of(error.hints, plan.renames)
     if options:
         screen.say(f"on the command line: {options}")
     return 0 if error is None else 1

@@ -31,15 +31,22 @@ _MANY = 8
 """Options that fit at a prompt; more of them are a matter for a program."""
 
 
-def options_of(hints: Iterable[Hint]) -> str:
-    """Returns the options that do what hints propose; empty where none can be said at a prompt."""
-    words = [word for hint in hints for word in _options(hint)]
+def options_of(hints: Iterable[Hint], given: Sequence[Rule] = ()) -> str:
+    """Returns the options that do what hints propose; empty where none can be said at a prompt.
+
+    Args:
+        hints: The hints.
+        given: The rules that were passed already, which hints repeat.
+    """
+    words = [word for hint in hints for word in _options(hint, given)]
     return " ".join(dict.fromkeys(words))
 
 
-def _options(hint: Hint) -> list[str]:
+def _options(hint: Hint, given: Sequence[Rule]) -> list[str]:
     words: list[str] = []
     for name, value in hint.arguments.items():
+        if name == "renames" and given:
+            value = [rule for rule in as_rules(value) if rule not in given]
         said = _SAID[name](value) if name in _SAID else None
         if said is None:
             return []
@@ -72,11 +79,20 @@ def _policies(policy: Any) -> list[str] | None:
         return [f"--policy {policy}"]
     words: list[str | None] = []
     for key, choice in cast("Mapping[Any, Policy]", policy).items():
-        if isinstance(key, nnx.PathContains) and isinstance(key.key, str):
-            words.append(option("policy", f"{key.key}={choice}"))
+        keys = _keys(key)
+        if keys:
+            words.append(option("policy", f"{'/'.join(keys)}={choice}"))
         elif not isinstance(key, EllipsisType):
             return None  # Types of Variables have no spelling at a prompt.
     return _all_said(words)
+
+
+def _keys(chosen: Any) -> list[str]:
+    """Returns the keys that a filter asks for, as `--policy` takes them; none for any other filter."""
+    parts = cast("Sequence[Any]", chosen.predicates) if isinstance(chosen, nnx.All) else (chosen,)
+    keys = [part.key for part in parts if isinstance(part, nnx.PathContains)]
+    said = [str(key) for key in keys if isinstance(key, str | int) and "/" not in str(key)]
+    return said if len(said) == len(parts) else []
 
 
 def rename_options(renames: Iterable[Rule | tuple[str, str]]) -> list[str] | None:

@@ -9,6 +9,7 @@ from flax import nnx
 from orbax_nnx_handler import Drop, Transpose
 from orbax_nnx_handler.commands.screen import options_of
 from orbax_nnx_handler.planning.core.errors import Hint
+from orbax_nnx_handler.planning.rules import as_rules
 from tests.cli.conftest import MODEL
 from tests.gallery.models import save
 
@@ -20,6 +21,8 @@ from tests.gallery.models import save
         ({"layout": "maxtext"}, "--layout maxtext"),
         ({"policy": {nnx.PathContains("a"): "init", ...: "error"}}, "--policy a=init"),
         ({"policy": {nnx.OptState: "init", nnx.PathContains("a"): "init", ...: "error"}}, ""),
+        ({"policy": {nnx.All(nnx.PathContains("a"), nnx.PathContains(4)): "init"}}, "--policy a/4=init"),
+        ({"policy": {nnx.All(nnx.PathContains("a"), nnx.BatchStat): "init"}}, ""),
         ({"policy": "init"}, "--policy init"),
         ({"renames": [("blocks", "layers")]}, "--rename blocks=layers"),
         ({"renames": [("a b", "c")]}, "--rename 'a b=c'"),
@@ -51,8 +54,22 @@ def test_a_missing_layer_is_initialised_by_the_options_that_the_verdict_ends_wit
     refused = cli("plan", root, target)
 
     last = refused.out.splitlines()[-1]
-    assert last == "on the command line: --policy hidden=init"
+    assert last == "on the command line: --policy hidden/3=init"
     assert cli("plan", root, target, *shlex.split(last.partition(": ")[2])).status == 0
+
+
+def test_a_policy_of_several_keys_may_be_given_twice_and_not_in_two_ways(cli, root) -> None:
+    target = f"{MODEL}:make(layers=4)"
+
+    said = ("--policy", "hidden/3=init", "--policy", "hidden/3=init")
+    assert cli("plan", root, target, *said).status == 0
+    assert "given twice for hidden/3" in cli("plan", root, target, *said, "--policy", "hidden/3=warn").err
+
+
+def test_rules_that_were_passed_are_not_among_the_options_of_a_hint() -> None:
+    hint = Hint("do it", {"renames": [("a", "b"), ("c", "d")]})
+
+    assert options_of([hint], as_rules([("a", "b")])) == "--rename c=d"
 
 
 def test_an_item_is_named_as_an_option(cli, tmp_path) -> None:

@@ -128,6 +128,8 @@ def as_python(value: Any) -> str:
     if isinstance(value, Mapping):
         items = cast("Mapping[Any, Any]", value).items()
         return "{" + ", ".join(f"{as_python(key)}: {_quoted(choice)}" for key, choice in items) + "}"
+    if type(value).__module__.startswith("flax.") and hasattr(value, "predicates"):
+        return f"nnx.{type(value).__name__}({', '.join(map(as_python, value.predicates))})"
     if isinstance(value, list):
         return "[" + ", ".join(map(as_python, cast("list[Any]", value))) + "]"
     return _call(value) if dataclasses.is_dataclass(value) else repr(value)

@@ -14,7 +14,8 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, patterns_of
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.diagnosis.ways import patterns_of
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
 
 _RULES = 8

@@ -1,24 +1,34 @@
-"""A verdict as the diagnosis looks at it: what is wrong and not yet explained.
-
-With what a hint needs to speak of some leaves and no others: NNX filters of a policy, patterns of rules.
-"""
+"""A verdict as the diagnosis looks at it: what is wrong and not yet explained, and what is stored unused."""
 
 import dataclasses
-import itertools
-import re
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from flax import nnx
-
+from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.mapping.choice import faults_of
 from orbax_nnx_handler.planning.mapping.optimizers.states import split
 from orbax_nnx_handler.planning.mapping.roots import strip
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules.entries import model_entries
+from orbax_nnx_handler.planning.suggesting.parts import Link
+from orbax_nnx_handler.planning.suggesting.search import (
+    arrangeable,
+    paths_of,
+    search,
+    stored_leaves,
+    untyped_leaves,
+    wanted_leaves,
+)
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
+from orbax_nnx_handler.planning.verdict.judge import choose
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored, Sides, Verdict
 
 
@@ -117,6 +127,112 @@ class Evidence:
         return {path: item for path, item in self.stored_weights.items() if path in self.unexpected}
 
     @cached_property
+    def unused_weights(self) -> Mapping[Path, Placement]:
+        """Stored leaves of the model that nothing wants, explained ones included, but for copies of it.
+
+        A copy has the path of a leaf that is used, in another collection or of another owner; what lies
+        below another owner than all that is used is another network's.
+        """
+        used = {source for item in self.restored.values() for source in reads(item.recipe)}
+        placed = [self.stored_weights[path] for path in used if path in self.stored_weights]
+        names, owners = {self.stored_below(item) for item in placed}, {item.owner for item in placed}
+        return {
+            path: item
+            for path, item in self.stored_weights.items()
+            if path in self.verdict.unexpected
+            and self.stored_below(item) not in names
+            and (not owners or item.owner in owners)
+        }
+
+    @cached_property
+    def perhaps_stored(self) -> frozenset[Path]:
+        """Missing leaves that unused stored ones could be, in any arrangement, with their optimizer.
+
+        Moments follow their parameters, and an optimizer is restored whole or not at all.
+        """
+        lost = [item for path, item in self.weights.items() if path in self.open_leaves]
+        held = stored_leaves(model_entries(self.unused_weights.values()), False)
+        found = arrangeable(wanted_leaves(lost), held) if held else set[Path]()
+        sections = {item.section for item in self.sides.placements.values()}
+        follows = found and not sections.isdisjoint(("optimizer", "step"))
+        rest = [path for path in self.open_leaves if self.role(path) in ("optimizer", "step")]
+        return frozenset(found).union(rest if follows else (), self._copied)
+
+    @cached_property
+    def links(self) -> Mapping[Path, frozenset[Path]]:
+        """The stored leaves that a missing weight is probably made of, by names and shapes alike.
+
+        The search that proposes rules, on what is left over of both sides; not for very big models.
+        """
+        lost = [self.weights[path] for path in self.perhaps_stored if path in self.weights]
+        return {**_sources(self._search(lost, self.unused_weights.values())), **self._copied}
+
+    @cached_property
+    def links_anew(self) -> Mapping[Path, frozenset[Path]]:
+        """What `links` would be without the rules that were passed."""
+        found = _sources(self._anew)
+        return {path: found[path] for path in self.open_leaves if path in found}
+
+    @cached_property
+    def _copied(self) -> Mapping[Path, frozenset[Path]]:
+        """Missing weights that one stored leaf probably is beside the wanted one that it is already."""
+        found = _sources(link for link in self._anew if link.copied)
+        return {path: sources for path, sources in found.items() if path in self.open_leaves}
+
+    @cached_property
+    def _anew(self) -> Sequence[Link]:
+        has_lost = any(path in self.open_leaves for path in self.weights)
+        return self._search(self.weights.values(), self.stored_weights.values()) if has_lost else ()
+
+    def _search(self, wanted: Iterable[Wanted], placed: Collection[Placement]) -> Sequence[Link]:
+        ours = wanted_leaves(wanted)
+        if not ours or not self.is_searched or self._is_unreadable:
+            return ()
+        theirs = stored_leaves(model_entries(placed), any("dense_i" in leaf.names[-2:-1] for leaf in ours))
+        if any(leaf.collection is None for leaf in (*ours, *theirs)):
+            ours, theirs = untyped_leaves(ours), untyped_leaves(theirs)
+        try:
+            found = search(ours, theirs, {})
+        except RecursionError:
+            return ()
+        return (*found.links, *found.turns)
+
+    @property
+    def _is_unreadable(self) -> bool:
+        return any(isinstance(fault, UnreadableLeafError) for fault in self.verdict.faults)
+
+    @cached_property
+    def is_searched(self) -> bool:
+        """Whether so few open leaves have the sizes of others that the search takes no time."""
+        lost = (self.weights[path].leaf.shape for path in self.open_leaves if path in self.weights)
+        held = Counter(math.prod(item.leaf.shape) for item in self.unused_weights.values())
+        pairs = sum(held[math.prod(shape)] for shape in lost)
+        return pairs <= _PAIRS and max(len(self.weights), len(self.stored_weights)) <= _SEARCHED
+
+    @cached_property
+    def holders(self) -> Mapping[Any, set[Path]]:
+        """The wanted leaves that a restore may miss, by the keys in their paths."""
+        found: dict[Any, set[Path]] = defaultdict(set)
+        for path, item in self.sides.wanted.items():
+            if item.role not in ("random", "transient"):
+                for key in path:
+                    found[key].add(path)
+        return found
+
+    def restored_under(self, rules: Sequence[Rule]) -> set[Path] | None:
+        """Returns what would be restored under other rules; None where they are refused."""
+        wanted = list(self.sides.wanted.values())
+        stored = {path: item.leaf for path, item in self.sides.placements.items()}
+        options = RestoreOptions.of(renames=tuple(rules), layout=self.verdict.read_as)
+        try:
+            mapping, faults, _ = choose(wanted, stored, options)
+        except RestoreError:
+            return None
+        if faults or mapping.faults or any(faults_of(mapping)):
+            return None
+        return {path for path, shape in mapping.shapes.items() if shape == self.sides.wanted[path].leaf.shape}
+
+    @cached_property
     def weights_complete(self) -> bool:
         """Whether every weight is restored."""
         return all(path in self.restored for path in self.weights)
@@ -168,6 +284,14 @@ class Evidence:
         return (*weights, *followers)
 
 
+def _sources(links: Iterable[Link]) -> Mapping[Path, frozenset[Path]]:
+    return {path: frozenset(sources) for path, sources in paths_of(links).items()}
+
+
+_PAIRS = 10_000
+_SEARCHED = 2000
+"""Leaves of one side that the search goes through for an error; a proposal has no such bound."""
+
 _LASTING = frozenset(
     {
         "weights",
@@ -178,6 +302,14 @@ _LASTING = frozenset(
         "moments",
         "_stored_below",
         "open_leaves",
+        "unused_weights",
+        "perhaps_stored",
+        "holders",
+        "is_searched",
+        "links",
+        "links_anew",
+        "_copied",
+        "_anew",
     }
 )
 """The properties of a evidence that stay what they are whatever is explained."""
@@ -186,102 +318,6 @@ _LASTING = frozenset(
 def spell(tokens: Tokens) -> str:
     """Returns a canonical path as a person writes it."""
     return "/".join(token.removeprefix("#") for token in tokens)
-
-
-_MOST = 4
-"""Filters that one policy may need before `policy="init"` is easier to read."""
-
-
-def selecting(evidence: Evidence, paths: Iterable[Path]) -> tuple[Any, ...]:
-    """Returns filters that select the missing leaves among some paths and no other missing leaf.
-
-    A policy speaks of missing leaves only, so what is restored may be selected as well.
-
-    Returns:
-        The filters, Variable types before names; empty where a few do not do.
-    """
-    open_leaves = evidence.open_leaves
-    wanted = {path for path in paths if path in open_leaves}
-    offers = [(each, found) for each, found in _offers(evidence, wanted) if found <= wanted]
-    chosen: list[Any] = []
-    while wanted and offers and len(chosen) < _MOST:
-        # At a tie the first one: types come before names, and names deep in the path before those above.
-        best, found = max(offers, key=lambda offer: len(offer[1] & wanted))
-        if not found & wanted:
-            break
-        chosen.append(best)
-        wanted -= found
-    return () if wanted else tuple(chosen)
-
-
-def _offers(evidence: Evidence, wanted: Collection[Path]) -> list[tuple[Any, set[Path]]]:
-    kinds: dict[type, set[Path]] = defaultdict(set)
-    names: dict[str, set[Path]] = defaultdict(set)
-    for path, item in evidence.open_leaves.items():
-        for kind in _kinds(item.wanted.kind):
-            kinds[kind].add(path)
-        for key in path:
-            if isinstance(key, str):
-                names[key].add(path)
-    # A module's name says more than `kernel` does.
-    keys = [key for path in wanted for key in reversed(path[:-1])] + [path[-1] for path in wanted]
-    # What every weight has in its path (`model`) would fill whatever else is missing later.
-    paths = list(evidence.weights)
-    everywhere = {key for key in paths[0] if all(key in path for path in paths)} if paths else set[object]()
-    used = dict.fromkeys(key for key in keys if isinstance(key, str) and key not in everywhere)
-    return [*kinds.items(), *((nnx.PathContains(key), names[key]) for key in used)]
-
-
-def _kinds(kind: type | None) -> list[type]:
-    """Returns the narrow types that Flax itself names; `nnx.Param` would say nothing."""
-    if kind is None:
-        return []
-    types = (nnx.LoRAParam, nnx.BatchStat, nnx.OptState)
-    found: list[type] = [each for each in types if issubclass(kind, each)]
-    is_own = getattr(nnx, kind.__name__, None) is kind and kind not in (*types, nnx.Param, nnx.Variable)
-    narrow: list[type] = [kind] if is_own and not issubclass(kind, nnx.OptState) else []
-    return [*found, *narrow]
-
-
-_NUMBER = re.compile(r"\d+$")
-
-
-def patterns_of(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
-    """Returns few patterns that match these stored weights and no other.
-
-    A pattern is the end of a path, as short as it can be and still match nothing
-    else: `up/kernel`, `encoder/up/kernel`, `layers_{i}/up/kernel`.
-    """
-    every = {path: _names(evidence, path) for path in evidence.stored_weights}
-    meant = {path: every[path] for path in dict.fromkeys(paths)}
-    others = [names for path, names in every.items() if path not in meant]
-    return [
-        "/".join(pattern) for pattern in dict.fromkeys(_shortest(names, others) for names in meant.values())
-    ]
-
-
-def _names(evidence: Evidence, path: Path) -> tuple[str, ...]:
-    names = segments(evidence.stored_weights[path].path)
-    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
-
-
-def _shortest(names: Sequence[str], others: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    lengths = range(min(2, len(names)), len(names) + 1)
-    for length, any_number in itertools.product(lengths, (True, False)):
-        end = names[-length:]
-        if not any(_alike(other[-length:], end, any_number) for other in others):
-            return _general(end) if any_number else tuple(end)
-    return tuple(names)
-
-
-def _alike(one: Sequence[str], other: Sequence[str], any_number: bool) -> bool:
-    return _general(one) == _general(other) if any_number else tuple(one) == tuple(other)
-
-
-def _general(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names with a place for each number, every place with a letter of its own."""
-    letters = iter("ijklmnopqrstuvwxyz")
-    return tuple(_NUMBER.sub(lambda _: f"{{{next(letters)}}}", name) for name in names)
 
 
 def differing_axes(stored: Shape, wanted: Shape) -> list[int]:

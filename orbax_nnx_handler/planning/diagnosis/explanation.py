@@ -21,13 +21,12 @@ from orbax_nnx_handler.planning.core.errors import (
     error_of_kinds,
     fill_hint,
 )
-from orbax_nnx_handler.planning.core.folding import Row, fold
+from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
-from orbax_nnx_handler.planning.diagnosis.copies import find_copies
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.layers import (
     find_layer_counts,
     find_nested_stacks,
@@ -35,14 +34,12 @@ from orbax_nnx_handler.planning.diagnosis.layers import (
     find_shifted,
 )
 from orbax_nnx_handler.planning.diagnosis.names import (
-    LOOK,
     find_another_model,
+    find_copies,
     find_dropped,
     find_other_groups,
     find_other_names,
     find_unneeded,
-    nearest,
-    of_memory,
 )
 from orbax_nnx_handler.planning.diagnosis.optimizers import (
     find_open_factoring,
@@ -63,6 +60,17 @@ from orbax_nnx_handler.planning.diagnosis.parts import (
     find_wrappers,
 )
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
+from orbax_nnx_handler.planning.diagnosis.ways import (
+    LOOK,
+    checked,
+    completed,
+    is_arranged,
+    is_search,
+    of_memory,
+    policy_for,
+    search_hint,
+    suggest_hint,
+)
 from orbax_nnx_handler.planning.rules import Cast
 from orbax_nnx_handler.planning.verdict.outcomes import IN_MEMORY, Mismatched, Verdict
 from orbax_nnx_handler.planning.verdict.rows import look, mismatched_rows, missing_rows, stored_rows
@@ -117,7 +125,7 @@ def diagnose(verdict: Verdict) -> tuple[Cause, ...]:
     causes: list[Cause] = []
     is_whole = not (evidence.missing or evidence.mismatched or evidence.unexpected)
     for find in _OF_DEFAULTS if is_whole else _FINDERS:
-        found = _found(find, evidence)
+        found = [cause for each in _found(find, evidence) if (cause := checked(each, evidence)) is not None]
         causes += found
         evidence = evidence.without(path for cause in found for path in cause.paths)
     return tuple(causes)
@@ -246,7 +254,8 @@ class Explanation:
     @property
     def hints(self) -> list[Hint]:
         """The ways out, those of single problems first."""
-        own = [hint for problem in self.problems for hint in problem.hints]
+        evidence = Evidence(verdict=self.verdict)
+        own = [completed(hint, evidence) for problem in self.problems for hint in problem.hints]
         return [*own, *(item for item in self._findings if isinstance(item, Hint))]
 
     def error(self) -> RestoreError | None:
@@ -275,10 +284,11 @@ def _line(item: str | Cause | Hint) -> Line:
 
 
 def _advice(verdict: Verdict, causes: Sequence[Cause]) -> list[str | Cause | Hint]:
+    evidence = Evidence(verdict=verdict)
     if any(isinstance(fault, AmbiguousMappingError | UnreadableLeafError) for fault in verdict.faults):
         # Until it is decided how to read the checkpoint, whatever is missing may be the other reading's;
         # and what cannot be read may be what is missing.
-        return []
+        return [search_hint(evidence)] if evidence.links else []
     # What has another name need not be initialised, and the rest of a renamed model may be renamed as well.
     renamed = any(cause.kind == "OtherNames" for cause in causes)
     explained = {path for cause in causes for path in cause.paths}
@@ -286,10 +296,10 @@ def _advice(verdict: Verdict, causes: Sequence[Cause]) -> list[str | Cause | Hin
     rest = [] if renamed or not verdict.restored else _open(verdict, explained)
     is_other_way = any(cause.may_be_initialised and cause.way.words for cause in causes)
     found = [
-        *_closest(verdict, {p for cause in causes if cause.kind != "OtherNames" for p in cause.paths}),
+        *_closest(evidence, {p for cause in causes if cause.kind != "OtherNames" for p in cause.paths}),
         *_ways(causes),
-        *_general(verdict, explained),
-        *_fill(verdict, {*fresh, *rest}, "or " if is_other_way else ""),
+        *_general(evidence, explained, causes),
+        *_fill(evidence, {*fresh, *rest} - evidence.perhaps_stored, "or " if is_other_way else ""),
     ]
     if any(isinstance(item, Hint) and item.fills for item in found) and _has_no_source(verdict):
         found.append(_SOURCE)
@@ -305,14 +315,16 @@ def _ways(causes: Sequence[Cause]) -> Iterable[Cause | Hint]:
             yield cause.way
 
 
-def _fill(verdict: Verdict, paths: Collection[Path], word: str) -> Iterable[Hint]:
+def _fill(evidence: Evidence, paths: Collection[Path], word: str) -> Iterable[Hint]:
     """Yields the one policy that fills what may be initialised, and nothing that only has another name."""
-    missing = {path for path in _open(verdict, ()) if path in paths}
-    filters = selecting(Evidence(verdict=verdict), missing)
-    if filters:
-        fill = fill_hint(filters, len(missing))
+    missing = evidence.open_leaves.keys() & paths
+    if not missing:
+        return
+    chosen = policy_for(evidence, missing)
+    if chosen:
+        fill = fill_hint(chosen, len(missing))
         yield dataclasses.replace(fill, words=word + fill.words)
-    elif missing and len(missing) == len(_open(verdict, ())):
+    elif len(missing) == len(evidence.open_leaves):
         words = 'pass policy="init" to initialise all that is missing, or filters for a part of it.'
         yield Hint(word + words, {"policy": "init"})
 
@@ -327,35 +339,47 @@ def _has_no_source(verdict: Verdict) -> bool:
     return any(item.policy == "error" and item.filled_by is None for item in verdict.missing.values())
 
 
-def _closest(verdict: Verdict, explained: Collection[Path]) -> list[str]:
-    """Returns the nearest names of leaves that nothing but another name may explain."""
-    missing = [
-        verdict.sides.wanted[path] for path in _open(verdict, explained) if path in verdict.sides.wanted
+def _closest(evidence: Evidence, explained: Collection[Path]) -> list[str]:
+    """Returns the stored leaves that names and shapes put beside missing ones which nothing else explains."""
+    leaves = evidence.stored_weights
+    pairs = [
+        (path, [leaves[source].leaf for source in sources])
+        for path, sources in evidence.links.items()
+        if path not in explained
     ]
-    unexpected = [verdict.sides.placements[p] for p in verdict.unexpected if p in verdict.sides.placements]
-    pairs = nearest(missing, unexpected)
-    if len(pairs) == 1:
-        return [f"closest unexpected: {render(pairs[0][1].path)} {look(pairs[0][1])}"]
-    rows = [Row(wanted.path, (look(stored),), render(stored.path)) for wanted, stored in pairs]
+    if len(pairs) == 1 and len(pairs[0][1]) == 1:
+        (leaf,) = pairs[0][1]
+        return [f"closest unexpected: {render(leaf.path)} {look(leaf)}"]
+    rows = [Row(path, (look(held[0]),), fold_paths(leaf.path for leaf in held)) for path, held in pairs]
     return ["closest unexpected:", *align(fold(rows), limit=_SHOWN)] if rows else []
 
 
-def _general(verdict: Verdict, explained: Collection[Path]) -> Iterable[Hint]:
+def _general(evidence: Evidence, explained: Collection[Path], causes: Sequence[Cause]) -> Iterable[Hint]:
     """Yields the way out of what no cause explains."""
+    verdict = evidence.verdict
     left = [item for path, item in verdict.mismatched.items() if path not in explained]
     kinds = {item.kind for item in left}
     if any(item.policy == "init" and item.filled_by is None for item in verdict.missing.values()):
         yield _SOURCE
-    if _is_renamed(verdict, _open(verdict, explained)):
-        yield Hint(
-            'where only a name differs, pass renames=[("name in the checkpoint", "name in the target")].'
-        )
+    arranged = [item for item in left if is_arranged(evidence, item.wanted.path)]
+    if not evidence.perhaps_stored.issubset(explained) or arranged:
+        if not any(is_search(cause.way) for cause in causes):
+            yield suggest_hint(evidence) if arranged else search_hint(evidence)
     elif not verdict.restored and _open(verdict, explained):
         yield LOOK
-    if "shape" in kinds:
+    if "shape" in {item.kind for item in left if item not in arranged}:
         yield Hint("a weight is never cut, padded or reshaped: build the target with the stored shapes.")
+    yield from _of_numbers(left)
+    if "key" in kinds:
+        yield Hint("build the target with random keys of the stored implementation and shape.")
+    if verdict.unexpected_policy == "error" and any(path not in explained for path in verdict.unexpected):
+        yield Hint('pass unexpected="warn" if nobody needs what is left over.', {"unexpected": "warn"})
+
+
+def _of_numbers(mismatched: Iterable[Mismatched]) -> Iterable[Hint]:
+    """Yields the way out where kinds of numbers differ."""
     # A mismatch with a detail says itself what to do.
-    kinds_of_number = [item for item in left if item.kind == "dtype" and not item.detail]
+    kinds_of_number = [item for item in mismatched if item.kind == "dtype" and not item.detail]
     widths = [
         item for item in kinds_of_number if is_count_dtype(item.wanted.dtype) and "int" in item.stored_dtype
     ]
@@ -365,10 +389,6 @@ def _general(verdict: Verdict, explained: Collection[Path]) -> Iterable[Hint]:
         yield Hint(
             "integers, booleans and floats never become each other: give the target's leaf the stored kind."
         )
-    if "key" in kinds:
-        yield Hint("build the target with random keys of the stored implementation and shape.")
-    if verdict.unexpected_policy == "error" and any(path not in explained for path in verdict.unexpected):
-        yield Hint('pass unexpected="warn" if nobody needs what is left over.', {"unexpected": "warn"})
 
 
 def _widths(mismatched: Iterable[Mismatched]) -> Hint:
@@ -382,14 +402,6 @@ def _widths(mismatched: Iterable[Mismatched]) -> Hint:
     shown = as_python(rules[:_SHOWN]) if len(rules) <= _SHOWN else as_python(rules[:1])[:-1] + ", ...]"
     words = f"integers of another width are a rule, which refuses a value that does not fit: renames={shown}."
     return Hint(words, {"renames": rules})
-
-
-def _is_renamed(verdict: Verdict, missing: Iterable[Path]) -> bool:
-    """Tells whether a missing leaf may be an unexpected one of another name: the shape has to agree."""
-    shapes = {(leaf.shape, name_of(leaf.dtype)) for leaf in verdict.unexpected.values() if leaf.shape}
-    wanted = [verdict.sides.wanted[path] for path in missing if path in verdict.sides.wanted]
-    weights = [item.leaf for item in wanted if item.role == "model"]
-    return any((leaf.shape, name_of(leaf.dtype)) in shapes for leaf in weights)
 
 
 def _checkpoint(verdict: Verdict) -> str:

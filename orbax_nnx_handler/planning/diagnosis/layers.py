@@ -12,7 +12,8 @@ from orbax_nnx_handler.planning.core.folding import ranges
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Stack, children
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, selecting, spell
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
+from orbax_nnx_handler.planning.diagnosis.ways import selecting
 from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.rules import UnstackLayers
 
@@ -274,8 +275,9 @@ def find_scanned(evidence: Evidence) -> Iterable[Cause]:
         found: dict[Group, list[tuple[Path, Path]]] = defaultdict(list)
         for path, tokens in flat.items():
             for seat in flat_paths(tokens):
-                if (seat.group, seat.rest) in stacks:
-                    found[seat.group].append((stacks[seat.group, seat.rest], path))
+                stack = stacks.get((seat.group, seat.rest))
+                if stack is not None and len(evidence.shape(stack)) == len(evidence.shape(path)) + 1:
+                    found[seat.group].append((stack, path))
         for group, pairs in found.items():
             explained = [path for pair in pairs for path in pair]
             lost = [path for path in dict.fromkeys(explained) if path in wanted]

@@ -1,28 +1,30 @@
-"""Names: another model, or the same one under other names; renames that lead there, rules that lead away.
+"""Names: another model, or the same one under other names; a copy of it; rules that lead away.
 
-A rename is proposed where path and shape leave no choice; else the closest stored names are shown.
+A rename is proposed where path and shape leave no choice, and the search that proposes rules does not
+say otherwise. A copy of the weights (an average, gradients, a target network) is used only where the
+target or a rule names it: the rule is what the hint gives.
 """
 
-import dataclasses
-import difflib
-import functools
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from flax import nnx
 
 from orbax_nnx_handler.planning.core.dtypes import name_of
 from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint, selecting
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
 from orbax_nnx_handler.planning.mapping.layers import Group, layer_paths
 from orbax_nnx_handler.planning.mapping.matches import Discarded
-from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.mapping.roots import is_named
 
 _MOST = 6
 """More renames than this are a matter for `suggest`."""
@@ -50,6 +52,8 @@ def renames(evidence: Evidence, wanted: Sequence[Path], stored: Sequence[Path]) 
         if len(found) != 1:
             return ()
         changes |= found
+    if _is_otherwise(evidence, wanted, stored):
+        return ()
     return tuple(sorted(changes)) if _is_safe(evidence, changes, sources) else ()
 
 
@@ -77,77 +81,6 @@ def _is_safe(evidence: Evidence, changes: set[Change], sources: Mapping[Path, To
     return not any(name in old for tokens in others for name in tokens)
 
 
-_GROUPS = 24
-_CANDIDATES = 400
-
-
-def nearest(
-    missing: Iterable[Wanted], unexpected: Iterable[Placement]
-) -> list[tuple[WantedLeaf, StoredLeaf]]:
-    """Returns missing leaves, one of each layer group, with the closest unexpected leaf of the same part.
-
-    A leaf is close where it has the same shape, or the same last name and most
-    of the path. A scalar has the shape of any other: its name has to be the same.
-    No stored leaf is the closest of two.
-    """
-    by_shape: dict[object, list[StoredLeaf]] = defaultdict(list)
-    by_name: dict[object, list[StoredLeaf]] = defaultdict(list)
-    for item in unexpected:
-        if item.leaf.shape:
-            by_shape[item.section, item.leaf.shape].append(item.leaf)
-        by_name[item.section, _last(item.leaf)].append(item.leaf)
-    pairs: list[tuple[WantedLeaf, StoredLeaf]] = []
-    taken: set[int] = set()
-    for item in _one_of_each_group(missing):
-        leaf = item.leaf
-        close = _closest(leaf, by_shape[item.role, leaf.shape], 0.3, taken) or _closest(
-            leaf, by_name[item.role, _last(leaf)], 0.6, taken
-        )
-        if close is not None:
-            pairs.append((leaf, close))
-            taken.add(id(close))
-    return pairs
-
-
-def _last(leaf: WantedLeaf | StoredLeaf) -> str:
-    keys = [key for key in leaf.path if str(key) != "value"]
-    return str(keys[-1]) if keys else ""
-
-
-def _one_of_each_group(leaves: Iterable[Wanted]) -> list[Wanted]:
-    found: dict[tuple[str, ...], Wanted] = {}
-    for item in leaves:
-        names = tuple(token for token in canonical(item.leaf.path) if not is_number(token))
-        found.setdefault(names, item)
-        if len(found) > _GROUPS:
-            break
-    return list(found.values())
-
-
-def _closest(
-    leaf: WantedLeaf, candidates: Sequence[StoredLeaf], cutoff: float, taken: set[int]
-) -> StoredLeaf | None:
-    names = {render(other.path): other for other in candidates[:_CANDIDATES] if id(other) not in taken}
-    close = _most_alike(render(leaf.path), names, cutoff)
-    return names[close] if close is not None else None
-
-
-def _most_alike(name: str, others: Iterable[str], cutoff: float) -> str | None:
-    """Returns what `difflib.get_close_matches` puts first, without working out what cannot be it."""
-    best: tuple[float, str] | None = None
-    matcher = difflib.SequenceMatcher[str](b=name)
-    for other in others:
-        least = cutoff if best is None else best[0]
-        matcher.set_seq1(other)
-        # Upper bounds of the ratio, each more expensive and closer than the one before.
-        if matcher.real_quick_ratio() < least or matcher.quick_ratio() < least:
-            continue
-        ratio = matcher.ratio()
-        if ratio >= least and (best is None or (ratio, other) > best):
-            best = (ratio, other)
-    return None if best is None else best[1]
-
-
 _NAMES = 4
 _FEW = 0.25
 _MOST_ALIKE = 0.75
@@ -171,6 +104,8 @@ def find_another_model(evidence: Evidence) -> Iterable[Cause]:
     named = max(met, sum(_ending(tokens) in stored_names for tokens in evidence.below.values()))
     shapes = Counter(item.leaf.shape for item in weights.values())
     shaped = (shapes & Counter(item.leaf.shape for item in evidence.stored_weights.values())).total()
+    if len(evidence.links) > _FEW * len(weights):
+        return
     if named <= _FEW * len(weights) and shaped <= _FEW * len(weights):
         yield Cause(
             kind="AnotherModel",
@@ -193,6 +128,8 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
     (left, right) = pairs[0]
     lost = [path for paths in wanted[left].values() for path in paths]
     sources = [path for paths in stored[right].values() for path in paths]
+    if _is_otherwise(evidence, lost, sources):
+        return
     count, rename = len(wanted[left]), _group_rename(left.name, right.name, sources)
     yield Cause(
         kind="OtherGroup",
@@ -202,6 +139,12 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
         way=_if_the_same([rename]),
         facts={"stored": right.name, "wanted": left.name, "count": count},
     )
+
+
+def _is_otherwise(evidence: Evidence, wanted: Iterable[Path], stored: Collection[Path]) -> bool:
+    """Tells whether the search pairs wanted leaves with others than these stored ones."""
+    links = evidence.links
+    return any(not links[path].issubset(stored) for path in wanted if path in links)
 
 
 def _like_groups(wanted: _Contents, stored: _Contents) -> Iterable[tuple[Group, Group]]:
@@ -261,7 +204,7 @@ def find_other_names(evidence: Evidence) -> Iterable[Cause]:
         text=f"{found} there is an unexpected stored leaf of the same shape and dtype"
         f"{';' if names else ':'} {only}.",
         paths=(*evidence.with_moments(explained), *sources),
-        way=_if_the_same(changes) if changes else _SUGGEST,
+        way=_if_the_same(changes) if changes else search_hint(evidence),
         facts={
             "count": alike.total(),
             "weights": len(missing),
@@ -269,23 +212,6 @@ def find_other_names(evidence: Evidence) -> Iterable[Cause]:
             "renames": changes,
         },
     )
-
-
-LOOK = Hint("look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target.")
-_SUGGEST = Hint("`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes renames to check and paste.")
-_IN_PYTHON = {
-    "`orbax-nnx tree CHECKPOINT`": "jax.tree.map(jnp.shape, variables)",
-    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY`": "suggest(variables, target)",
-    "check the path and the target": "check it and the target",
-    "look for another item or step": "look for the part of the program's state that holds the weights",
-    "lists them": "shows all that is there",
-}
-
-
-def of_memory(hint: Hint) -> Hint:
-    """Returns a hint as it is followed for a tree in memory, where no command reaches."""
-    words = functools.reduce(lambda words, pair: words.replace(*pair), _IN_PYTHON.items(), hint.words)
-    return dataclasses.replace(hint, words=words)
 
 
 def _if_the_same(changes: Sequence[Change]) -> Hint:
@@ -354,3 +280,135 @@ def find_unneeded(evidence: Evidence) -> Iterable[Cause]:
             way=Hint("take the rule out, or write more of the path in its pattern."),
             facts={"rule": reason, "count": count},
         )
+
+
+def find_copies(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that the missing weights lie in a copy."""
+    if not evidence.missing_weights or not evidence.free_weights:
+        return
+    yield from _only_a_copy(evidence)
+    yield from _named_otherwise(evidence)
+    yield from _in_another_collection(evidence)
+
+
+def _in_another_collection(evidence: Evidence) -> Iterable[Cause]:
+    """Yields missing weights of a type without a known collection whose path lies in some collection."""
+    stored: dict[Tokens, list[Path]] = defaultdict(list)
+    for path, item in evidence.free_weights.items():
+        if item.collection is not None and not is_copy_name(item.collection):
+            stored[evidence.stored_below(item)].append(path)
+    met: dict[Path, Path] = {}
+    for path in evidence.missing_weights:
+        found = stored.get(evidence.below[path], [])
+        # A custom type is rather kept in a custom collection.
+        own = [one for one in found if evidence.free_weights[one].collection not in FLAX_COLLECTIONS]
+        found = own or found
+        if len(found) == 1 and not _has_collection(evidence, path):
+            met[path] = found[0]
+    if met:
+        rules = [(render(source), render(path)) for path, source in met.items()]
+        shown = repr(rules) if len(rules) <= _MOST else f"{repr(rules[:_MOST])[:-1]}, ...]"
+        where = listed(sorted({repr(evidence.free_weights[source].collection) for source in met.values()}))
+        kinds = listed(sorted({getattr(evidence.missing[path].wanted.kind, "__name__", "") for path in met}))
+        yield Cause(
+            kind="OtherCollection",
+            text=f"{counted(len(met), 'wanted leaf', 'wanted leaves')} of type {kinds} "
+            f"{'has its path' if len(met) == 1 else 'have their paths'} in {where}; "
+            "no name says that the type is kept there.",
+            paths=(*evidence.with_moments(list(met)), *met.values()),
+            way=Hint(f"if they are the same, pass renames={shown}.", {"renames": rules}),
+            facts={"count": len(met)},
+        )
+
+
+def _has_collection(evidence: Evidence, path: Path) -> bool:
+    kind = evidence.missing[path].wanted.kind
+    return kind is None or (kind is not nnx.Variable and is_named(kind))
+
+
+def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that nothing but a copy is stored: a tree, a train state or all of `params`."""
+    free = evidence.free_weights
+    kept_apart = any(item.collection not in (None, "params") for item in free.values())
+    if kept_apart or len(free) < len(evidence.stored_weights):
+        return
+    first = segments(next(iter(free)))
+    for at, name in enumerate(first[:-1]):
+        if not is_copy_name(name):
+            continue
+        depth = at + 1 + (first[at + 1] == "params")
+        level = first[:depth]
+        stored = {_end(segments(path)[depth:]): path for path in free if _is_below(path, level)}
+        met = [path for path in evidence.missing_weights if _below_model(evidence, path) in stored]
+        if len(stored) == len(free) and met:
+            yield Cause(
+                kind="OnlyACopy",
+                text=f"all that is stored lies below {name!r}, the name of a copy; "
+                "a copy is used only where the target or a rule names it.",
+                paths=(*evidence.with_moments(met), *free),
+                way=_if_meant("/".join(level), "params"),
+                facts={"stored": "/".join(level), "count": len(stored)},
+            )
+            return
+
+
+def _named_otherwise(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the fields of the target that are called after a stored copy and hold its weights."""
+    fields: dict[str, dict[Tokens, Path]] = defaultdict(dict)
+    for path in evidence.missing_weights:
+        if len(path) > 1 and isinstance(path[0], str):
+            fields[path[0]][canonical(path[1:])] = path
+    pairs = list(_pairs(evidence, fields))
+    for field, copy, sources in pairs:
+        others = {path[0] for path in evidence.missing_weights} - {one for one, *_ in pairs}
+        # What `params` holds meets by itself once the copies are out of the way.
+        met = (
+            [path for other in others for path in fields.get(str(other), {}).values()]
+            if len(others) == 1
+            else []
+        )
+        lost = list(fields[field].values())
+        yield Cause(
+            kind="CopyRenamed",
+            text=f"the stored collection {copy!r} holds the weights of the wanted {field!r}; "
+            "a copy is used only where the target or a rule names it.",
+            paths=(*evidence.with_moments([*lost, *met]), *sources),
+            way=_if_meant(copy, field),
+            facts={"stored": copy, "wanted": field, "count": len(lost)},
+        )
+
+
+def _pairs(
+    evidence: Evidence, fields: Mapping[str, Mapping[Tokens, Path]]
+) -> Iterable[tuple[str, str, Sequence[Path]]]:
+    copies: dict[str, dict[Tokens, Path]] = defaultdict(dict)
+    for path, item in evidence.free_weights.items():
+        if item.collection is not None and item.collection not in FLAX_COLLECTIONS and not item.owner:
+            copies[item.collection][_end(item.path)] = path
+    for field, wanted in fields.items():
+        alike = [
+            copy
+            for copy in copies
+            if words_of(copy) & words_of(field) and wanted.keys() <= copies[copy].keys()
+        ]
+        if len(alike) == 1:
+            yield field, alike[0], [copies[alike[0]][tokens] for tokens in wanted]
+
+
+def _below_model(evidence: Evidence, path: Path) -> Tokens:
+    tokens = evidence.below[path]
+    return tokens[1:] if tokens[:1] == ("model",) else tokens
+
+
+def _is_below(path: Path, level: Sequence[str]) -> bool:
+    return segments(path)[: len(level)] == tuple(level)
+
+
+def _end(path: Path) -> Tokens:
+    tokens = canonical(path)
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == "value" else tokens
+
+
+def _if_meant(stored: str, wanted: str) -> Hint:
+    rule = (stored, wanted)
+    return Hint(f"if that is what you want, pass renames={[rule]!r}.", {"renames": [rule]})

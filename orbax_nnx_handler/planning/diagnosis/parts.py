@@ -12,15 +12,24 @@ from flax import nnx
 
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, same_key, scales_of
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutError
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutError, as_python
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
+from orbax_nnx_handler.planning.core.paths import (
+    Path,
+    Tokens,
+    canonical,
+    is_number,
+    render,
+    segments,
+    spelled,
+)
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, selecting
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.diagnosis.ways import selecting
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.roots import strip
-from orbax_nnx_handler.planning.rules import Rename
+from orbax_nnx_handler.planning.rules import Copy, Rename, Transpose
 
 _Scales = Mapping[Path, tuple[Path, ...]]
 
@@ -221,17 +230,16 @@ def find_tied(evidence: Evidence) -> Iterable[Cause]:
     if is_output and len(leaf.shape) == 2 and len(embeddings) == 1:
         explained = evidence.with_moments([path])
         output, embedding = render(path), render(embeddings[0].path)
+        rules = [Copy(embedding, spelled(path)), Transpose(spelled(path), (1, 0))]
         yield Cause(
             kind="TiedEmbedding",
             text=f"nothing is stored for {output}, and its shape {leaf.shape} is that of {embedding} "
             "turned: the checkpoint's model may use its embedding as output layer (tied).",
             paths=explained,
             way=Hint(
-                "if so, build the target tied as well (nnx.Embed.attend); "
-                "an output layer of its own begins untrained."
+                f"if so, pass renames={as_python(rules)}, or build the target tied (nnx.Embed.attend).",
+                {"renames": rules},
             ),
-            filters=selecting(evidence, explained),
-            may_be_initialised=True,
             facts={"output": output, "embedding": embedding},
         )
 

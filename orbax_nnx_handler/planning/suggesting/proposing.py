@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     settle_turns,
     steps_of,
     stored_leaves,
+    untyped_leaves,
     wanted_leaves,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import Way
@@ -147,7 +148,7 @@ class _Proposing:
         arranged = any("dense_i" in leaf.names[-2:-1] for leaf in ours)
         theirs = stored_leaves(self._mapping.applied.entries, arranged)
         if any(leaf.collection is None for leaf in (*ours, *theirs)):
-            ours, theirs = _untyped(ours), _untyped(theirs)
+            ours, theirs = untyped_leaves(ours), untyped_leaves(theirs)
         try:
             return search(ours, theirs, self.order)
         except RecursionError as error:
@@ -375,10 +376,6 @@ def _agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path
 
 def _plain(wanted: Leaf, stored: Leaf) -> Link:
     return Link(wanted=(wanted,), stored=(stored,), grounds="shapes", ways=((Way(()),),))
-
-
-def _untyped(leaves: Iterable[Leaf]) -> list[Leaf]:
-    return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
 
 
 def _shared(paths: Sequence[Names]) -> Names:

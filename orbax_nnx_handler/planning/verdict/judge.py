@@ -203,6 +203,8 @@ def judge(
             ),
         ),
         sides=_sides(wanted, mapping),
+        renames=options.renames,
+        read_as=options.layout,
     )
 
 

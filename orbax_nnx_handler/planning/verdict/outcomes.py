@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Discarded, Dro
 from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.options import DefaultSource, Policy, UnexpectedPolicy
+from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 IN_MEMORY = "a tree in memory"
@@ -146,6 +147,8 @@ class Verdict:
         unexpected_policy: What to do about unexpected leaves.
         faults: Errors that no single leaf has: ambiguous mappings.
         sides: Both sides, leaf by leaf, for the diagnosis.
+        renames: The rules that it was made under.
+        read_as: The layout that was asked for.
     """
 
     directory: str
@@ -161,6 +164,8 @@ class Verdict:
     unexpected_policy: UnexpectedPolicy = "warn"
     faults: tuple[RestoreError, ...] = ()
     sides: Sides = dataclasses.field(default_factory=Sides, repr=False)
+    renames: tuple[Rule, ...] = ()
+    read_as: str = "auto"
 
     @property
     def wanted_count(self) -> int:

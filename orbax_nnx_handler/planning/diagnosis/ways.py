@@ -1,0 +1,239 @@
+"""The ways out that a hint proposes: policies, patterns of rules, the search; none that leads away.
+
+While stored leaves lie unused that could be the missing ones, no hint fills these. A rule is tried
+before it is proposed, and a policy selects what it is meant for and nothing else.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, cast
+
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.suggesting.shapes import ways
+
+LOOK = Hint("look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target.")
+SUGGEST = Hint("`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes rules to check and paste.")
+SUGGEST_ANEW = Hint(
+    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes rules for the whole conversion, to check and to "
+    "pass instead of those that were passed."
+)
+RULE = Hint(
+    "stored leaves that nothing wants have shapes that could become these, and no name tells which: write "
+    "the rules, or leave behind what nobody needs with Drop(pattern, reason)."
+)
+_IN_PYTHON = {
+    "`orbax-nnx tree CHECKPOINT`": "jax.tree.map(jnp.shape, variables)",
+    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY`": "suggest(variables, target)",
+    "check the path and the target": "check it and the target",
+    "look for another item or step": "look for the part of the program's state that holds the weights",
+    "lists them": "shows all that is there",
+}
+
+
+def of_memory(hint: Hint) -> Hint:
+    """Returns a hint as it is followed for a tree in memory, where no command reaches."""
+    words = functools.reduce(lambda words, pair: words.replace(*pair), _IN_PYTHON.items(), hint.words)
+    return dataclasses.replace(hint, words=words)
+
+
+def search_hint(evidence: Evidence) -> Hint:
+    """Returns the way out where stored leaves that nothing wants could be missing ones."""
+    if evidence.is_searched and not evidence.links and not evidence.links_anew:
+        return RULE
+    return suggest_hint(evidence)
+
+
+def suggest_hint(evidence: Evidence) -> Hint:
+    """Returns the way out that is to look for rules, instead of those that were passed."""
+    return SUGGEST_ANEW if evidence.verdict.renames else SUGGEST
+
+
+def is_search(hint: Hint) -> bool:
+    """Tells whether a way out is to look for rules."""
+    return hint in (SUGGEST, SUGGEST_ANEW, RULE)
+
+
+def completed(hint: Hint, evidence: Evidence) -> Hint:
+    """Returns a hint whose rules are all that is to be passed, those that were passed already included."""
+    rules, given = hint.arguments.get("renames", ()), evidence.verdict.renames
+    if not rules or all(rule in rules for rule in given):
+        return hint
+    return dataclasses.replace(hint, arguments={**hint.arguments, "renames": [*given, *rules]})
+
+
+_ABSENT = frozenset(("NoOptimizer", "OtherOptimizer", "OptimizerNested", "MomentsStay"))
+"""Causes of an optimizer, whose way out is to leave it aside."""
+_NO_MORE = frozenset(("OtherOutput", "RandomLayout"))
+"""Causes whose rules restore no more weights than without them."""
+
+
+_SIZES = frozenset(("OtherOutput", "DimensionDiffers"))
+
+
+def is_arranged(evidence: Evidence, path: Path) -> bool:
+    """Tells whether a leaf of another shape could be arranged as it is wanted; moments follow."""
+    item = evidence.verdict.mismatched.get(path)
+    return item is not None and item.kind == "shape" and bool(ways(item.stored_shape, item.wanted.shape))
+
+
+def checked(cause: Cause, evidence: Evidence) -> Cause | None:
+    """Returns a cause with ways out that lead nowhere else.
+
+    Returns:
+        None where the cause is that something was never stored, and names and shapes say that it is.
+    """
+    lost = evidence.perhaps_stored.intersection(cause.paths)
+    if cause.may_be_initialised and lost:
+        if cause.kind in _ABSENT or (cause.kind != "DroppedByRule" and not lost.isdisjoint(evidence.links)):
+            return None
+        cause = dataclasses.replace(cause, filters=(), may_be_initialised=False)
+    if cause.kind in _SIZES and all(is_arranged(evidence, path) for path in cause.paths):
+        return None
+    if "renames" not in cause.way.arguments:
+        return cause
+    return dataclasses.replace(cause, way=_tried(cause, evidence))
+
+
+def _tried(cause: Cause, evidence: Evidence) -> Hint:
+    """Returns rules to pass with those that were passed already, in an order in which they help."""
+    way, given = cause.way, list(evidence.verdict.renames)
+    rules = list(way.arguments["renames"])
+    orders = {"behind": [*given, *rules], "in front of": [*rules, *given]} if given else {"": rules}
+    before = evidence.restored.keys()
+    for where, every in orders.items():
+        found = evidence.restored_under(every) if evidence.is_searched else {*before, ()}
+        if found is None or not before <= found:
+            continue
+        if len(found) > len(before) or cause.kind in _NO_MORE:
+            words = f"{way.words} Put {'them' if len(rules) > 1 else 'it'} {where} the rules passed so far."
+            arguments = {**way.arguments, "renames": every}
+            return dataclasses.replace(way, words=words if where else way.words, arguments=arguments)
+    return suggest_hint(evidence)
+
+
+_MOST = 4
+"""Filters that one policy may need before `policy="init"` is easier to read."""
+_PAIRS = 200
+
+
+def policy_for(evidence: Evidence, paths: Iterable[Path]) -> tuple[Any, ...]:
+    """Returns filters for some missing leaves and for those that are initialised already."""
+    chosen = {path for path, item in evidence.verdict.missing.items() if item.policy == "init"}
+    return selecting(evidence, chosen.union(paths))
+
+
+def selecting(evidence: Evidence, paths: Iterable[Path]) -> tuple[Any, ...]:
+    """Returns filters that select the missing leaves among some paths and nothing else.
+
+    Where a few filters cannot, they may select leaves that are restored as well.
+
+    Returns:
+        The filters, Variable types before names; empty where a few do not do.
+    """
+    wanted = {path for path in paths if path in evidence.verdict.missing}
+    offers = [(each, found) for each, found in _offers(evidence, wanted) if not found.isdisjoint(wanted)]
+    exact = _few([offer for offer in offers if offer[1] <= wanted], wanted)
+    if exact:
+        return exact
+    others = evidence.verdict.missing.keys() - wanted
+    return _few([offer for offer in offers if offer[1].isdisjoint(others)], wanted)
+
+
+def _few(offers: Sequence[tuple[Any, set[Path]]], wanted: set[Path]) -> tuple[Any, ...]:
+    left, chosen = set(wanted), list[Any]()
+    while left and offers and len(chosen) < _MOST:
+        # At a tie the first one: types come before names, and names deep in the path before those above.
+        best, found = max(offers, key=lambda offer: len(offer[1] & left))
+        if not found & left:
+            break
+        chosen.append(best)
+        left -= found
+    return () if left else tuple(chosen)
+
+
+def _offers(evidence: Evidence, wanted: Collection[Path]) -> Iterable[tuple[Any, set[Path]]]:
+    kinds: dict[type, set[Path]] = defaultdict(set)
+    names = evidence.holders
+    for path, item in evidence.sides.wanted.items():
+        if item.role not in ("random", "transient"):
+            for kind in _kinds(item.leaf.kind):
+                kinds[kind].add(path)
+    # A module's name says more than `kernel` does.
+    lost = [path for path in evidence.verdict.missing if path in wanted]
+    keys = [key for path in lost for key in reversed(path[:-1])] + [path[-1] for path in lost]
+    # What every weight has in its path (`model`) would fill whatever else is missing later.
+    paths = list(evidence.weights)
+    everywhere = {key for key in paths[0] if all(key in path for path in paths)} if paths else set[object]()
+    used = dict.fromkeys(key for key in keys if isinstance(key, str) and key not in everywhere)
+    yield from kinds.items()
+    yield from ((nnx.PathContains(key), names[key]) for key in used)
+    # `layers` and 4 rather than `model` and 4.
+    beside = [pair for path in lost for pair in reversed([*itertools.pairwise(path)])]
+    apart = (pair for path in lost for pair in itertools.combinations(path, 2))
+    pairs = dict.fromkeys(itertools.chain(beside, apart))
+    for one, other in itertools.islice(pairs, _PAIRS):
+        if isinstance(one, str) and isinstance(other, str | int):
+            yield (
+                nnx.All(nnx.PathContains(one), nnx.PathContains(cast(Any, other))),
+                names[one] & names[other],
+            )
+
+
+def _kinds(kind: type | None) -> list[type]:
+    """Returns the narrow types that Flax itself names; `nnx.Param` would say nothing."""
+    if kind is None:
+        return []
+    types = (nnx.LoRAParam, nnx.BatchStat, nnx.OptState)
+    found: list[type] = [each for each in types if issubclass(kind, each)]
+    is_own = getattr(nnx, kind.__name__, None) is kind and kind not in (*types, nnx.Param, nnx.Variable)
+    narrow: list[type] = [kind] if is_own and not issubclass(kind, nnx.OptState) else []
+    return [*found, *narrow]
+
+
+_NUMBER = re.compile(r"\d+$")
+
+
+def patterns_of(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
+    """Returns few patterns that match these stored weights and no other.
+
+    A pattern is the end of a path, as short as it can be and still match nothing
+    else: `up/kernel`, `encoder/up/kernel`, `layers_{i}/up/kernel`.
+    """
+    every = {path: _names(evidence, path) for path in evidence.stored_weights}
+    meant = {path: every[path] for path in dict.fromkeys(paths)}
+    others = [names for path, names in every.items() if path not in meant]
+    return [
+        "/".join(pattern) for pattern in dict.fromkeys(_shortest(names, others) for names in meant.values())
+    ]
+
+
+def _names(evidence: Evidence, path: Path) -> tuple[str, ...]:
+    names = segments(evidence.stored_weights[path].path)
+    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+
+
+def _shortest(names: Sequence[str], others: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    lengths = range(min(2, len(names)), len(names) + 1)
+    for length, any_number in itertools.product(lengths, (True, False)):
+        end = names[-length:]
+        if not any(_alike(other[-length:], end, any_number) for other in others):
+            return _general(end) if any_number else tuple(end)
+    return tuple(names)
+
+
+def _alike(one: Sequence[str], other: Sequence[str], any_number: bool) -> bool:
+    return _general(one) == _general(other) if any_number else tuple(one) == tuple(other)
+
+
+def _general(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names with a place for each number, every place with a letter of its own."""
+    letters = iter("ijklmnopqrstuvwxyz")
+    return tuple(_NUMBER.sub(lambda _: f"{{{next(letters)}}}", name) for name in names)

@@ -19,6 +19,7 @@ from flax.training.train_state import TrainState
 from orbax_nnx_handler.cli import main
 
 MODEL = pathlib.Path(__file__).parent / "nnx_program.py"
+PROGRAMS = MODEL.with_name("both_programs.py")
 WIDTH = 8
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import MODEL
-from tests.cli.test_verify import PROGRAMS
+from tests.cli.conftest import MODEL, PROGRAMS
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "command_line.md"
 
@@ -46,8 +45,6 @@ def _found(value: Any, free: set[str], path: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("command", ["tree", "plan", "plan, fits", "suggest", "diff", "convert", "verify"])
 def test_each_command_prints_the_fields_that_are_documented(cli, root, auto_named, tmp_path, command) -> None:
-    programs = tmp_path / "programs.py"
-    programs.write_text(PROGRAMS)
     words = {
         "tree": (root,),
         "plan": (root, f"{MODEL}:make(layers=4)"),
@@ -55,7 +52,7 @@ def test_each_command_prints_the_fields_that_are_documented(cli, root, auto_name
         "suggest": (auto_named, f"{MODEL}:make_named"),
         "diff": (root / "100", root / "200", "--values"),
         "convert": (root, tmp_path / "new" / "default", "--dtype", "bfloat16", "--weights-only"),
-        "verify": (auto_named, f"{MODEL}:make_named", f"{programs}:PAIR", "--rules", programs),
+        "verify": (auto_named, f"{MODEL}:make_named", f"{PROGRAMS}:PAIR", "--rules", PROGRAMS),
     }[command]
     name = command.partition(",")[0]
     documented = _documented(name)

@@ -1,6 +1,7 @@
 """Groups of layers: numbered modules of one name, and stacks of them; in which order modules are made."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, cast
@@ -44,7 +45,7 @@ class Series:
         """The numbers in order."""
         return sorted(self.members)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """How many elements all members hold."""
         return sum(sizes_of(leaves) for leaves in self.members.values())
@@ -173,7 +174,8 @@ def stack_of(
         if exclude(_said(series), concepts(level.base for level in levels(prefix))):
             continue
         axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
-        ratio = min(sizes_of(leaves), series.size) / max(sizes_of(leaves), series.size)
+        size = sizes_of(leaves)
+        ratio = min(size, series.size) / max(size, series.size)
         alike = likeness(_said(series), concepts(prefix))
         if axes and ratio > (0.5 if least > 1 else 0.99):
             axis = _likeliest_axis(series, leaves, axes)

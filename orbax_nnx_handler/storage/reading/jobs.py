@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import math
 import mmap
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
@@ -362,72 +361,39 @@ def _impl_of(dtype: np.dtype[Any]) -> Hashable:
 ALIGNMENT = 64
 # What one surviving small leaf can keep alive at most.
 SHARED_BLOCK_BYTES = 8 << 20
-# From here on a leaf has a block of its own, freed with it. Smaller ones would not fill huge pages.
+# From here on a leaf has a block of its own, freed with it.
 OWN_BLOCK_BYTES = 4 << 20
-_HUGE_PAGE = 2 << 20
-
-
-# A huge page that takes longer is not there: below a virtual machine the host looks for it piece by piece.
-_SLOW_HUGE_PAGE_NS = 1_000_000
-# So many are touched first, and one in so many after them.
-_FIRST_HUGE_PAGES = 64
-_HUGE_PAGES_A_SAMPLE = 16
 
 
 class Arena:
-    """Hands out uninitialised buffers from blocks that are freed with their last array.
-
-    Page faults, not copies, are what fresh memory costs, so blocks are of huge pages: with those the bytes of
-    0.5 GB come from the page cache in 0.09 s, with pages of 4 KiB in 0.3 s. Where a host gives a virtual
-    machine its memory only when it is touched, huge pages take 1.1 s. So some are touched under a clock, and
-    from the first slow one on small pages do.
-    """
+    """Hands out uninitialised buffers from blocks that are freed with their last array."""
 
     def __init__(self) -> None:
         self._block: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
         self._used = 0
-        self._uses_huge_pages = hasattr(mmap, "MADV_HUGEPAGE")
-        self._huge_pages = 0
 
     def allocate(self, shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """Returns a buffer whose content is undefined."""
         size = math.prod(shape) * dtype.itemsize
-        raw = self._new_block(size) if size >= OWN_BLOCK_BYTES else self._slice(size)
+        raw = _block(size) if size >= OWN_BLOCK_BYTES else self._slice(size)
         return raw[:size].view(dtype).reshape(shape)
 
     def _slice(self, size: int) -> npt.NDArray[np.uint8]:
         if self._used + size > self._block.size:
-            self._block, self._used = self._new_block(SHARED_BLOCK_BYTES), 0
+            self._block, self._used = _block(SHARED_BLOCK_BYTES), 0
         start = self._used
         self._used = -(-(start + size) // ALIGNMENT) * ALIGNMENT
         return self._block[start : start + size]
 
-    def _new_block(self, size: int) -> npt.NDArray[np.uint8]:
-        """Maps fresh memory; from one huge page on, aligned to it."""
-        # Private: shared memory gets huge pages only where the administrator has said so.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        if size < _HUGE_PAGE:
-            return np.frombuffer(mmap.mmap(-1, max(size, 1), flags=flags), np.uint8)
-        memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=flags)
-        raw = np.frombuffer(memory, np.uint8)
-        offset = -raw.ctypes.data % _HUGE_PAGE
-        raw = raw[offset : offset + size]
-        if self._uses_huge_pages:
-            # What is left behind the last whole page would take a huge one for a few bytes.
-            span = 0, offset + size // _HUGE_PAGE * _HUGE_PAGE
-            memory.madvise(mmap.MADV_HUGEPAGE, *span)
-            self._uses_huge_pages = all(
-                map(self._comes_quickly, raw[: size // _HUGE_PAGE * _HUGE_PAGE].reshape(-1, _HUGE_PAGE))
-            )
-            if not self._uses_huge_pages:
-                memory.madvise(mmap.MADV_NOHUGEPAGE, *span)
-        return raw
 
-    def _comes_quickly(self, page: npt.NDArray[np.uint8]) -> bool:
-        self._huge_pages += 1
-        if self._huge_pages > _FIRST_HUGE_PAGES and self._huge_pages % _HUGE_PAGES_A_SAMPLE:
-            return True
-        # Processor time: what else runs on the machine does not make a page slow.
-        began = time.thread_time_ns()
-        page[0] = 0
-        return time.thread_time_ns() - began < _SLOW_HUGE_PAGE_NS
+def _block(size: int) -> npt.NDArray[np.uint8]:
+    """Maps fresh memory, which starts on a page.
+
+    Page faults, not copies, are what it costs, and those of private memory cost less than those of shared
+    memory, which `mmap` gives unless told otherwise. Huge pages are not asked for, as NumPy would: where a
+    host gives a virtual machine its memory only when it is touched, each took as long as a thousand small
+    ones (0.5 GB from the page cache: 0.09 s where the host had given it already, 1.1 s where not; 0.28 s
+    with small pages in both).
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return np.frombuffer(mmap.mmap(-1, max(size, 1), flags=flags), np.uint8)

@@ -8,7 +8,7 @@ import tensorstore as ts
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.reading import base_store, jobs, read_values
+from orbax_nnx_handler.storage.reading import base_store, read_values
 from orbax_nnx_handler.storage.reading.base_store import (
     AbsentError,
     ChangedError,
@@ -135,33 +135,6 @@ def test_buffers_are_aligned_and_do_not_overlap():
         assert not any(
             start < ends[n] and starts[n] < ends[number] for n in range(len(starts)) if n != number
         )
-
-
-def test_where_huge_pages_come_slowly_small_ones_are_taken(monkeypatch):
-    arena, page = Arena(), 2 << 20
-    now = iter(range(0, 1 << 40, 1 << 10))
-    monkeypatch.setattr(jobs.time, "thread_time_ns", lambda: next(now))
-    arena.allocate((5 * page + 7,), np.dtype(np.uint8))
-    assert next(now) >> 10 == 10, "each whole page is touched under the clock, and what is left over is not"
-    now = iter(range(0, 1 << 40, 1 << 21))
-
-    for size in (3 * page, 7 * page, page, 100):
-        buffer = arena.allocate((size,), np.dtype(np.uint8))
-        buffer[:] = 1
-        assert buffer.ctypes.data % ALIGNMENT == 0
-
-    assert next(now) >> 21 == 2, "one page was slow, and no other is asked for"
-
-
-def test_of_very_many_huge_pages_a_sample_is_touched(monkeypatch):
-    arena, page = Arena(), 2 << 20
-    now = iter(range(0, 1 << 40, 1))
-    monkeypatch.setattr(jobs.time, "thread_time_ns", lambda: next(now))
-
-    arena.allocate((64 * page,), np.dtype(np.uint8))
-    arena.allocate((320 * page,), np.dtype(np.uint8))
-
-    assert next(now) == 2 * (64 + 20)
 
 
 def test_small_leaves_share_blocks_and_keep_alive_one_block_at_most():

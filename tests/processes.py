@@ -25,7 +25,12 @@ def hasty_flags() -> list[str]:
     if not library.exists():
         return []
     with library.open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return [f"--{name}={value}" for name, value in _HASTY.items() if content.find(name.encode()) >= 0]
+        # A name that stands alone is a flag's; one within a longer run is that of a field, which may be unused.
+        return [
+            f"--{name}={value}"
+            for name, value in _HASTY.items()
+            if content.find(b"\0" + name.encode() + b"\0") >= 0
+        ]
 
 
 def run_processes(module: str, count: int, directory: pathlib.Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ def hasty_flags() -> list[str]:
     if not library.exists():
         return []
     with library.open() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        # A name that stands alone is a flag's; one within a longer run is that of a field, which may be unused.
+        # A name that stands alone is a flag's; one within a longer run is a field's, which may be unused.
         return [
             f"--{name}={value}"
             for name, value in _HASTY.items()

@@ -1,1 +1,1 @@
-"""What is wanted: the leaves of a target, their roles, train states and shardings."""
+"""What is wanted: the leaves of a target, their roles and shardings."""

@@ -1,4 +1,4 @@
-"""The laws of a mapping, checked on every plan, whatever found it.
+"""The laws of a mapping, checked on every plan, whatever found it (docs/how_it_works.md lists them).
 
 Nothing here knows how a mapping was searched. What each wanted leaf reads is written as
 elements (a stored leaf, or one layer of a stack), both sides are named (owner, collection,

@@ -32,8 +32,8 @@ from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
 from orbax_nnx_handler.storage.reading.workers import naming_shortage
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.storage.saving.appearing import save_item
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
+from orbax_nnx_handler.storage.saving.atomic import save_item
 from orbax_nnx_handler.storage.saving.save import Undone, as_save_item, linen_save, plan_save
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at

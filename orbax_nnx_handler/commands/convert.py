@@ -242,7 +242,7 @@ def _fitted(checkpoint: Checkpoint, arguments: argparse.Namespace) -> ConvertReq
         left_out={
             "not wanted by the target": list(plan.unexpected),
             "of parts that the target does not have": list(plan.skipped),
-            "without a home in Linen": placed.homeless,
+            "without a counterpart in Linen": placed.without_variable,
         },
         note="" if flavour is None else layers_inside(leaf.path for leaf in leaves),
     )

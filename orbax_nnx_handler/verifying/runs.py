@@ -19,10 +19,10 @@ from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.verifying.alone import Workbench, scanned_axes
 from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, uses_of
 from orbax_nnx_handler.verifying.programs import LinenWeights, find_nnx, owner_of, restore_linen
 from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
+from orbax_nnx_handler.verifying.single_module import ModuleRunner, scanned_axes
 from orbax_nnx_handler.verifying.verification import (
     TOLERANCE,
     Distance,
@@ -135,13 +135,13 @@ class Runs:
     Attributes:
         outputs: How far apart the outputs are.
         compared: Every call of paired modules, in the order of the run.
-        bench: Runs modules of the restored model by themselves.
+        runner: Runs modules of the restored model by themselves.
         seconds: How long both took.
     """
 
     outputs: Distance
     compared: Sequence[Compared]
-    bench: Workbench
+    runner: ModuleRunner
     seconds: float
 
 
@@ -170,7 +170,7 @@ def run_both(
     recipes = _recipes_of_model(plan, weights.location)
     pairs = pair_modules(recipes, weights.location, nnx_calls, linen_calls)
     calls = by_path(nnx_calls)
-    bench = Workbench(
+    runner = ModuleRunner(
         model=model,
         checkpoint=checkpoint,
         recipes=recipes,
@@ -180,7 +180,7 @@ def run_both(
     return Runs(
         outputs=_outputs_apart(expected, found),
         compared=compare_modules(pairs, linen_calls, nnx_calls),
-        bench=bench,
+        runner=runner,
         seconds=seconds,
     )
 

@@ -21,10 +21,10 @@ from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Proposal, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.verifying.alone import lent
 from orbax_nnx_handler.verifying.pairing import layers_of
 from orbax_nnx_handler.verifying.programs import on_one_device
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.single_module import lent
 from orbax_nnx_handler.verifying.verification import Verification, compare
 from orbax_nnx_handler.verifying.verify import verified
 
@@ -121,16 +121,16 @@ class Settling:
         """Returns the answers under which a module returns what Linen's does; None where none does."""
         apart: dict[tuple[int, ...], float] = {}
         try:
-            layer = runs.bench.layer_at(one.path, one.nnx.call)
+            layer = runs.runner.layer_at(one.path, one.nnx.call)
             inputs = lent(one.nnx.inputs, one.linen.inputs, whatever=True)
             for answers in itertools.product(*ways):
                 changed = {
-                    leaf: runs.bench.layered(leaf, recipe, layer)
+                    leaf: runs.runner.layered(leaf, recipe, layer)
                     for way, answer in zip(ways, answers, strict=True)
                     for leaf, recipe in way[answer].items()
                     if leaf[: len(one.path)] == one.path
                 }
-                outputs = runs.bench.run(one.path, layer, one.nnx.call, inputs, changed)
+                outputs = runs.runner.run(one.path, layer, one.nnx.call, inputs, changed)
                 found = compare(one.linen.outputs, outputs)
                 apart[answers] = found.relative if found.compared else math.inf
         # The caller's module may fail in any way when it is called outside of its program.

@@ -16,7 +16,7 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
-from orbax_nnx_handler.verifying.culprit import Search
+from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.programs import on_one_device
 from orbax_nnx_handler.verifying.runs import Compared, Programs, run_both
 from orbax_nnx_handler.verifying.verification import TOLERANCE, FirstDifference, Verification
@@ -108,7 +108,7 @@ def verified(
     runs = run_both(checkpoint, plan, parts, programs, init)
     search = Search(
         compared=runs.compared,
-        bench=runs.bench,
+        runner=runs.runner,
         restored=plan.restored,
         seconds=_PATIENCE * (runs.seconds + 1),
     )

@@ -120,7 +120,7 @@ def test_a_factory_and_a_linen_layout_give_what_the_linen_program_wrote(cli, roo
     found = stock(tmp_path / "out")
     assert found["opt_state"][1] is None
     assert_equal(flat(found), flat(source))
-    assert "2 leaves without a home in Linen: 0/drop/rngs/count, 0/drop/rngs/key" in said.out
+    assert "2 leaves without a counterpart in Linen: 0/drop/rngs/count, 0/drop/rngs/key" in said.out
 
 
 def test_weights_alone_in_bfloat16_are_numpy_s_own_rounding(cli, root, tmp_path) -> None:

@@ -406,7 +406,7 @@ def other_keys(root: pathlib.Path) -> Any:
     return restore(root, build("threefry2x32"))
 
 
-@broken(TYPES, "A stored value without a home")
+@broken(TYPES, "A stored value without a counterpart")
 def gru_bias(root: pathlib.Path) -> Any:
     """Linen's `GRUCell` has a bias in `hn` that NNX's has not. Zero, it may go; this one is not zero."""
     cell = models.nn.GRUCell(4, parent=None)

@@ -62,7 +62,7 @@ class Pair:
         nnx_kwargs: The same for the NNX call.
         training: How to train, for modules with state.
         renames: The names that nobody can know.
-        homeless: Stored paths with no variable in NNX: zero in the checkpoint.
+        without_variable: Stored paths with no variable in NNX: zero in the checkpoint.
         unseen: Stored paths that change no output of a correct program.
         needs: A name of `nnx` that later versions of Flax have only, or "".
     """
@@ -78,7 +78,7 @@ class Pair:
     nnx_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     training: Training | None = None
     renames: Renames = ()
-    homeless: tuple[str, ...] = ()
+    without_variable: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
     needs: str = ""
 
@@ -104,7 +104,7 @@ def stored_variables(pair: Pair) -> dict[str, Any]:
     initialise = functools.partial(pair.linen.init, **kwargs)
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     shapes = jax.eval_shape(initialise, rngs, *inputs)
-    return randomised(shapes, zeros=pair.homeless)
+    return randomised(shapes, zeros=pair.without_variable)
 
 
 def randomised(shapes: Any, zeros: Sequence[str] = ()) -> Any:
@@ -230,9 +230,9 @@ def assert_same(expected: Mapping[str, Any], actual: Mapping[str, Any], toleranc
 def weights_that_matter(pair: Pair, variables: Variables) -> list[str]:
     """Returns the stored paths whose values the pair's outcome depends on."""
     paths = [path_of(keys) for keys, _ in _flat(variables)]
-    unknown = {*pair.homeless, *pair.unseen} - set(paths)
+    unknown = {*pair.without_variable, *pair.unseen} - set(paths)
     assert not unknown, f"no such stored paths: {unknown}"
-    return [path for path in paths if path not in (*pair.homeless, *pair.unseen)]
+    return [path for path in paths if path not in (*pair.without_variable, *pair.unseen)]
 
 
 def broken(variables: Any, path: str) -> Any:

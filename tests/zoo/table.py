@@ -54,7 +54,11 @@ _STEPS = {0: "", 1: "one training step, ", 2: "two training steps, "}
 
 def _compared(pair: Pair) -> str:
     steps = "forward" if pair.training is None else f"{_STEPS[pair.training.steps]}state, forward"
-    return f"{steps}; `{pair.homeless[0].split('/', 1)[1]}` must be zero" if pair.homeless else steps
+    return (
+        f"{steps}; `{pair.without_variable[0].split('/', 1)[1]}` must be zero"
+        if pair.without_variable
+        else steps
+    )
 
 
 def _share(renames: Iterable[object]) -> str:

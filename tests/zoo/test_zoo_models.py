@@ -64,7 +64,7 @@ def test_any_weight_statistic_or_moment_gone_wrong_is_noticed(
 ) -> None:
     unnoticed = [
         path
-        for path in float_leaves(state, pair.homeless)
+        for path in float_leaves(state, pair.without_variable)
         if not _differs(linen_step(pair, broken(state, path))[1], outcome)
     ]
 
@@ -81,7 +81,7 @@ def _differs(expected: Any, actual: Any) -> bool:
 
 def test_a_weight_swapped_on_disk_is_noticed(pair: ModelPair, state: TrainState, tmp_path: Path) -> None:
     _, expected = linen_step(pair, state)
-    weight = next(path for path in float_leaves(state, pair.homeless) if path.startswith("params/"))
+    weight = next(path for path in float_leaves(state, pair.without_variable) if path.startswith("params/"))
     path = saved(broken(state, weight), tmp_path / "checkpoint")
 
     actual = nnx_step(pair, *restored_state(pair, path))

@@ -106,15 +106,15 @@ def _differs(expected: Outcome, actual: Outcome) -> bool:
     return False
 
 
-HOMELESS = [pair for pair in PAIRS if pair.homeless]
+HOMELESS = [pair for pair in PAIRS if pair.without_variable]
 
 
 @pytest.mark.parametrize("pair", HOMELESS, ids=str)
 def test_a_value_that_nnx_has_no_home_for_is_refused_unless_it_is_zero(pair: Pair, tmp_path: Path) -> None:
-    wrong = replaced(stored_variables(pair), pair.homeless[0], np.array([0, 0, 0.1, 0], np.float32))
+    wrong = replaced(stored_variables(pair), pair.without_variable[0], np.array([0, 0, 0.1, 0], np.float32))
     path = saved(wrong, tmp_path / "checkpoint")
 
     with pytest.raises(UnmappedValueError) as caught:
         restored_module(pair, path)
 
-    assert ["/".join(map(str, path)) for path in caught.value.paths] == [pair.homeless[0]]
+    assert ["/".join(map(str, path)) for path in caught.value.paths] == [pair.without_variable[0]]

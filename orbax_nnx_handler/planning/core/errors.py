@@ -244,7 +244,7 @@ class RuleError(RestoreError):
 
 
 class UnmappedValueError(RestoreError):
-    """A stored value has no home in NNX and is not zero, so it cannot be dropped."""
+    """A stored value has no counterpart in NNX and is not zero, so it cannot be dropped."""
 
 
 class NotACheckpointError(RestoreError):

@@ -17,8 +17,8 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
-from orbax_nnx_handler.planning.mapping.matches import Rivals, UnclearAxis
-from orbax_nnx_handler.planning.mapping.modules import Homeless
+from orbax_nnx_handler.planning.mapping.matches import CompetingSources, UnclearAxis
+from orbax_nnx_handler.planning.mapping.modules import WithoutVariable
 from orbax_nnx_handler.planning.mapping.optimizers.pairs import UndecidedState
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -62,7 +62,7 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
         yield _unclear(group, mapping.applied.axes)
     for states in mapping.states:
         yield from _undecided(states.undecided)
-    strange = [item for item in mapping.homeless if item.shape not in (None, item.leaf.shape)]
+    strange = [item for item in mapping.without_variable if item.shape not in (None, item.leaf.shape)]
     if strange:
         yield _strange(strange)
     idle = _idle_rules(mapping)
@@ -94,14 +94,14 @@ def claims_of_shared(
         if any(path in unexpected for path in entry.sources)
     }
     items = {item.leaf.path: item for item in wanted}
-    rivals: list[Rivals] = []
+    rivals: list[CompetingSources] = []
     for alias, path in aliases.items():
         read = reads(mapping.found[path].recipe) if path in mapping.found else ()
         first = own.get(next(iter(read), ()))  # Not what lies aside: a program's own random streams, say.
         name = strip(canonical(alias), mapping.roots.wanted)
         second = free.get((first.collection, name)) if first is not None else None
         if first is not None and second is not None:
-            rivals.append(Rivals(wanted=items[path], entries=(first, second)))
+            rivals.append(CompetingSources(wanted=items[path], entries=(first, second)))
     if rivals:
         yield _rivals(rivals)
 
@@ -135,7 +135,7 @@ def _shared_weights(shared: Mapping[Path, Sequence[Path]]) -> AmbiguousMappingEr
     )
 
 
-def _rivals(rivals: Sequence[Rivals]) -> AmbiguousMappingError:
+def _rivals(rivals: Sequence[CompetingSources]) -> AmbiguousMappingError:
     rows: list[str] = []
     for rival in rivals:
         rows.append(f"  {render(rival.wanted.leaf.path)}")
@@ -150,7 +150,7 @@ def _rivals(rivals: Sequence[Rivals]) -> AmbiguousMappingError:
     )
 
 
-def _one_left_behind(rival: Rivals) -> str:
+def _one_left_behind(rival: CompetingSources) -> str:
     """Returns the way out: no name is free for the one that loses, so it has to be dropped."""
     own = [entry for entry in rival.entries if not entry.reason]
     if not own:
@@ -222,7 +222,7 @@ def _states_error(cause: str, states: Sequence[UndecidedState], rows: Sequence[s
     )
 
 
-def _strange(leaves: Sequence[Homeless]) -> ShapeMismatchError:
+def _strange(leaves: Sequence[WithoutVariable]) -> ShapeMismatchError:
     """Returns the error for values that NNX has no place for, and that are not what a module keeps there."""
     rows = [f"  {render(item.leaf.path)} {item.leaf.shape}: {item.shape} there" for item in leaves]
     return ShapeMismatchError(

@@ -25,14 +25,14 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, Placement, Stored
 from orbax_nnx_handler.planning.mapping.matches import (
+    CompetingSources,
     Discarded,
     Found,
     MatchEvidence,
     ModelMatch,
-    Rivals,
     UnclearAxis,
 )
-from orbax_nnx_handler.planning.mapping.modules import Homeless
+from orbax_nnx_handler.planning.mapping.modules import WithoutVariable
 from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
 from orbax_nnx_handler.planning.mapping.optimizers.moments import FollowedMoments, MomentFollower, StuckMoment
 from orbax_nnx_handler.planning.mapping.optimizers.pairs import PairedStates
@@ -105,7 +105,7 @@ class LeafMapping:
         rivals: Wanted leaves that several stored leaves claim.
         unclear: Layer groups whose stacked axis or order is open.
         states: Which stored state of the optimizer each wanted one is.
-        homeless: Stored values that NNX has no home for; they must be zero.
+        without_variable: Stored values that NNX has no Variable for; they must be zero.
         discarded: Stored values that the user's rules leave behind, moments included.
         applied: What the user's rules made of the stored model.
         faults: What is wrong with single rules: parts that go nowhere, axes that nothing asks for.
@@ -117,9 +117,9 @@ class LeafMapping:
     found: Mapping[Path, Found]
     placements: Sequence[Placement]
     roots: Roots
-    rivals: tuple[Rivals, ...]
+    rivals: tuple[CompetingSources, ...]
     unclear: tuple[UnclearAxis, ...]
-    homeless: tuple[Homeless, ...]
+    without_variable: tuple[WithoutVariable, ...]
     discarded: Mapping[Path, Discarded]
     applied: RulesApplied
     faults: tuple[RestoreError, ...] = ()
@@ -186,7 +186,7 @@ def map_leaves(
         roots=roots,
         rivals=match.rivals,
         unclear=match.unclear,
-        homeless=_homeless(match, optimizers, stored),
+        without_variable=_without_variable(match, optimizers, stored),
         discarded=_discarded(applied, optimizers, stored),
         applied=applied,
         faults=tuple(rule_faults(applied, match, found)),
@@ -367,15 +367,17 @@ def _add_steps(found: dict[Path, Found], pairs: _Pairs) -> None:
             )
 
 
-def _homeless(match: ModelMatch, optimizers: Sequence[StoredStates], stored: Stored) -> tuple[Homeless, ...]:
+def _without_variable(
+    match: ModelMatch, optimizers: Sequence[StoredStates], stored: Stored
+) -> tuple[WithoutVariable, ...]:
     """Returns the values that NNX has no place for, and the moments that belong to them."""
     moments = [
         dataclasses.replace(item, leaf=stored[moment], shape=None)
-        for item in match.homeless
+        for item in match.without_variable
         for optimizer in optimizers
         for moment in optimizer.of_parameter(item.leaf.path)
     ]
-    return (*match.homeless, *moments)
+    return (*match.without_variable, *moments)
 
 
 def _discarded(

@@ -8,7 +8,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.planning.mapping.layers import Group
-from orbax_nnx_handler.planning.mapping.modules import Homeless
+from orbax_nnx_handler.planning.mapping.modules import WithoutVariable
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -115,7 +115,7 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rivals:
+class CompetingSources:
     """One wanted leaf that several stored leaves claim."""
 
     wanted: Wanted
@@ -148,9 +148,9 @@ class ModelMatch:
     """The model's part of a mapping; `groups` are the layer groups that had to be arranged anew."""
 
     found: Mapping[Path, Found]
-    rivals: tuple[Rivals, ...] = ()
+    rivals: tuple[CompetingSources, ...] = ()
     unclear: tuple[UnclearAxis, ...] = ()
-    homeless: tuple[Homeless, ...] = ()
+    without_variable: tuple[WithoutVariable, ...] = ()
     groups: frozenset[Tokens] = frozenset()
 
 

@@ -23,14 +23,14 @@ from orbax_nnx_handler.planning.mapping.layers import (
 )
 from orbax_nnx_handler.planning.mapping.matches import (
     GROUNDS,
+    CompetingSources,
     Found,
     MatchEvidence,
     ModelMatch,
     Restacked,
-    Rivals,
     UnclearAxis,
 )
-from orbax_nnx_handler.planning.mapping.modules import Homeless, derive
+from orbax_nnx_handler.planning.mapping.modules import WithoutVariable, derive
 from orbax_nnx_handler.planning.mapping.restack import restack
 from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
 from orbax_nnx_handler.planning.rules import ScanAxis
@@ -44,7 +44,7 @@ def stored_twice(
     below: Mapping[Path, Tokens],
     free: Iterable[tuple[Tokens, Entry]],
     scans: Sequence[ScannedBlocks] = (),
-) -> Iterator[Rivals]:
+) -> Iterator[CompetingSources]:
     """Yields the wanted layers that have their path, and are in another stored arrangement besides.
 
     Both claim the wanted layer (law 4), also where one of them alone has its path. Layers that
@@ -75,7 +75,7 @@ def stored_twice(
                 scanned = others.get(("known scan", (place.group, place.rest)), ())
                 claims += [other for _, other in scanned if other.collection == entry.collection]
             if claims:
-                yield Rivals(wanted=item, entries=(entry, *claims))
+                yield CompetingSources(wanted=item, entries=(entry, *claims))
                 break
 
 
@@ -171,7 +171,7 @@ class Matcher:
         free = [entry for entry in self.entries if id(entry) not in used]
         readings = [(tokens, entry) for entry in free for tokens in self._readings(entry)]
         rivals += stored_twice(fitting, self.wanted, self._below, readings, self.layout.scans)
-        derived, homeless = self._derived(free)
+        derived, without_variable = self._derived(free)
         restacked, clashes, unclear, groups, moved = self._restacked(left, [*free, *derived.values()])
         doubtful = self._stacks_in(moved, fitting)
         if doubtful:
@@ -194,7 +194,7 @@ class Matcher:
             found=found,
             rivals=(*rivals, *clashes),
             unclear=tuple(map(self._with_paths, unclear)),
-            homeless=tuple(homeless),
+            without_variable=tuple(without_variable),
             groups=frozenset(groups),
         )
 
@@ -238,15 +238,15 @@ class Matcher:
             readings += [strip(tokens, self.roots.wanted) for tokens in readings]
         return list(dict.fromkeys(readings))
 
-    def _by_path(self) -> tuple[list[tuple[Wanted, Entry]], list[Rivals]]:
+    def _by_path(self) -> tuple[list[tuple[Wanted, Entry]], list[CompetingSources]]:
         direct: list[tuple[Wanted, Entry]] = []
-        rivals: list[Rivals] = []
+        rivals: list[CompetingSources] = []
         index, below = self.index, self._below
         for item in self.wanted:
             named = index.get(below[item.leaf.path])
             claims = self._eligible(item, named) if named else ()
             if len(claims) > 1:
-                rivals.append(Rivals(wanted=item, entries=tuple(claims)))
+                rivals.append(CompetingSources(wanted=item, entries=tuple(claims)))
             elif claims:
                 direct.append((item, claims[0]))
         return direct, rivals
@@ -263,7 +263,7 @@ class Matcher:
         below = self._below[item.leaf.path]
         return names[-len(below) :] if len(names) == len(item.tokens) else names
 
-    def _derived(self, free: Sequence[Entry]) -> tuple[dict[Tokens, Entry], list[Homeless]]:
+    def _derived(self, free: Sequence[Entry]) -> tuple[dict[Tokens, Entry], list[WithoutVariable]]:
         leaves, sources = dict[Tokens, StoredLeaf](), dict[Path, Entry]()
         for at, entry in enumerate(free):
             if not self._collections.is_network(entry):
@@ -272,15 +272,17 @@ class Matcher:
             # A gate may be in a box of `nn.with_partitioning`.
             leaves[strip(entry.unboxed or entry.tokens, self.roots.stored)] = leaf
             sources[leaf.path] = entry
-        derived, homeless = derive(leaves)
+        derived, without_variable = derive(leaves)
         entries = {item.path: _entry_of(item.path, item.recipe, item.reason, sources) for item in derived}
-        return entries, [item for item in homeless if isinstance(sources[item.leaf.path].recipe, Read)]
+        return entries, [
+            item for item in without_variable if isinstance(sources[item.leaf.path].recipe, Read)
+        ]
 
     def _restacked(
         self, left: Sequence[Wanted], free: Sequence[Entry]
-    ) -> tuple[dict[Path, Found], list[Rivals], list[UnclearAxis], set[Tokens], set[Group]]:
+    ) -> tuple[dict[Path, Found], list[CompetingSources], list[UnclearAxis], set[Tokens], set[Group]]:
         found: dict[Path, Found] = {}
-        clashes: list[Rivals] = []
+        clashes: list[CompetingSources] = []
         groups: set[Tokens] = set()
         unclear: list[UnclearAxis] = []
         moved: set[Group] = set()
@@ -319,7 +321,7 @@ class Matcher:
             claims = tuple(entry for option in options for entry in (option.claims or option.sources))
             own = [o for o in options if self._collections.allows(o.sources[0].collection, item)]
             if own and (len(options) > 1 or options[0].claims):
-                clashes.append(Rivals(wanted=item, entries=claims))
+                clashes.append(CompetingSources(wanted=item, entries=claims))
             elif own:
                 found[item.leaf.path] = _restacked(own[0])
         return found, clashes, unclear, groups, moved

@@ -42,7 +42,7 @@ class Derived:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Homeless:
+class WithoutVariable:
     """A stored leaf that NNX's module has no variable for.
 
     It may be dropped only when all its values are zero, where it changes no
@@ -59,7 +59,7 @@ class Homeless:
     shape: Shape | None = None
 
 
-def derive(model: Model) -> tuple[list[Derived], list[Homeless]]:
+def derive(model: Model) -> tuple[list[Derived], list[WithoutVariable]]:
     """Returns what NNX's own arrangement of the stored modules holds."""
     cells = _cells(model)
     derived = [*_fused_gates(cells), *_simple_cells(cells), *_normalising_wrappers(model)]
@@ -115,14 +115,16 @@ def _simple_cells(cells: Mapping[Tokens, _Gates]) -> Iterator[Derived]:
                     yield Derived(path=path, recipe=Read(leaf.path), reason="SimpleCell layers renamed")
 
 
-def _gru_bias(cells: Mapping[Tokens, _Gates]) -> Iterator[Homeless]:
+def _gru_bias(cells: Mapping[Tokens, _Gates]) -> Iterator[WithoutVariable]:
     """Yields Linen's bias of the candidate gate, which nnx.GRUCell has not."""
     for gates in cells.values():
         bias = gates.get(("hn", "bias"))
         if bias is not None and ("hr", "bias") not in gates and _has_kernels(gates, GRU_GATES):
             beside = gates.get(("in", "bias"))
             shape = None if beside is None else beside.shape
-            yield Homeless(leaf=bias, reason="nnx.GRUCell has no bias in its recurrent layer", shape=shape)
+            yield WithoutVariable(
+                leaf=bias, reason="nnx.GRUCell has no bias in its recurrent layer", shape=shape
+            )
 
 
 _STATISTICS = {"scale": "WeightNorm", "u": "SpectralNorm", "sigma": "SpectralNorm"}

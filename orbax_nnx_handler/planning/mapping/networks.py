@@ -11,7 +11,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.layouts.layout import Layout, is_copy_name, words_of
-from orbax_nnx_handler.planning.mapping.matches import SAME_PATH, Found, MatchEvidence, ModelMatch, Rivals
+from orbax_nnx_handler.planning.mapping.matches import (
+    SAME_PATH,
+    CompetingSources,
+    Found,
+    MatchEvidence,
+    ModelMatch,
+)
 from orbax_nnx_handler.planning.mapping.matching import Matcher
 from orbax_nnx_handler.planning.mapping.modules import is_wrapper_value
 from orbax_nnx_handler.planning.mapping.roots import (
@@ -139,7 +145,7 @@ def _fields(entries: Sequence[Entry], levels: Collection[Tokens]) -> set[Tokens]
 
 def by_whole_path(
     wanted: Sequence[Wanted], entries: Iterable[Entry]
-) -> tuple[dict[Path, Entry], list[Rivals]]:
+) -> tuple[dict[Path, Entry], list[CompetingSources]]:
     """Returns the entries whose whole path is a wanted leaf's whole path, and those that share one."""
     index: dict[Tokens, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -150,7 +156,7 @@ def by_whole_path(
         if tokens[-1:] == ("value",) and len(tokens) > 1:
             index[tokens[:-1]].append(entry)
     found: dict[Path, Entry] = {}
-    rivals: list[Rivals] = []
+    rivals: list[CompetingSources] = []
     for item in wanted:
         claims = index.get(item.tokens, [])
         if item.leaf.kind is not None:
@@ -160,7 +166,7 @@ def by_whole_path(
             exact = [entry for entry in claims if entry.whole == tuple(map(str, item.leaf.path))]
             claims = exact if len(exact) == 1 else claims
         if len(claims) > 1:
-            rivals.append(Rivals(wanted=item, entries=tuple(claims)))
+            rivals.append(CompetingSources(wanted=item, entries=tuple(claims)))
         elif claims:
             found[item.leaf.path] = claims[0]
     return found, rivals
@@ -237,7 +243,7 @@ def _questioned(matcher: Matcher, collections: Collections) -> ModelMatch:
         if entry.collection in copies or entry.collection == "params":
             own[strip(entry.tokens, roots.stored)].append(entry)
     rivals = [
-        Rivals(wanted=item, entries=tuple(claims))
+        CompetingSources(wanted=item, entries=tuple(claims))
         for item in matcher.wanted
         if len(claims := own.get(strip(matcher.paths[item.leaf.path], roots.wanted), [])) > 1
     ]
@@ -254,6 +260,6 @@ def _joined(matches: Sequence[ModelMatch]) -> ModelMatch:
         found=found,
         rivals=tuple(rival for match in matches for rival in match.rivals),
         unclear=tuple(group for match in matches for group in match.unclear),
-        homeless=tuple(item for match in matches for item in match.homeless),
+        without_variable=tuple(item for match in matches for item in match.without_variable),
         groups=frozenset[Tokens]().union(*(match.groups for match in matches)),
     )

@@ -200,7 +200,7 @@ def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
     """Returns the stored leaves with the gates of recurrent cells as NNX fuses them."""
     plain = {entry.tokens: entry for entry in entries if isinstance(entry.recipe, Read)}
     by_path = {entry.sources[0]: entry for entry in plain.values()}
-    derived, homeless = derive(
+    derived, without_variable = derive(
         {
             tokens: StoredLeaf(path=e.sources[0], shape=e.shape, dtype=e.dtype, key_impl=None)
             for tokens, e in plain.items()
@@ -208,7 +208,7 @@ def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
     )
     shapes = {path: entry.shape for path, entry in by_path.items()}
     consumed = {path for item in derived for path in reads(item.recipe)} | {
-        item.leaf.path for item in homeless
+        item.leaf.path for item in without_variable
     }
     made = [_leaf(entry, entry.segments) for entry in entries if entry.sources[0] not in consumed]
     for item in derived:

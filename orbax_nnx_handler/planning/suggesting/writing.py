@@ -32,7 +32,7 @@ _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "patter
 
 
 @dataclasses.dataclass
-class _Thread:
+class _Move:
     """One stored leaf on its way to a wanted path.
 
     Attributes:
@@ -90,14 +90,14 @@ class Writer:
             name: rule for name in self._listed(self.entries) if (rule := self._keeping(name)) is not None
         }
         self._unstack(links)
-        threads = [thread for link in links for thread in self._threads(link)]
+        moves = [move for link in links for move in self._moves(link)]
         self._copy(links)
-        self._reshape(threads)
-        alone = self._join(links, threads)
+        self._reshape(moves)
+        alone = self._join(links, moves)
         self._reshape(alone)  # The parts of what was split.
-        leaving = {id(thread): thread for thread in alone if self._leaves_group(thread, groups)}
+        leaving = {id(move): move for move in alone if self._leaves_group(move, groups)}
         self._rename(list(leaving.values()))
-        alone = [thread for thread in alone if id(thread) not in leaving]
+        alone = [move for move in alone if id(move) not in leaving]
         self._rename_groups(alone, groups)
         self._rename(alone)
         before = self.entries
@@ -127,23 +127,23 @@ class Writer:
     def _below(self, names: Names) -> Names:
         return (*self.below, *names[self.root :])
 
-    def _threads(self, link: Link) -> list[_Thread]:
+    def _moves(self, link: Link) -> list[_Move]:
         if link.is_split:
             return []
         aim, seats = self._aim(link, link.target.names), link.seats(self.root - len(self.below))
         if link.source.made:
             return self._gates(link, aim, seats)
-        found: list[_Thread] = []
+        found: list[_Move] = []
         for leaf, ways in zip(link.stored, link.ways, strict=True):
             names = self._below(link.target.names) if link.copied else self._now(link, leaf.names)
-            found.append(_Thread(names, aim, [*seats], link, ways[0].steps))
+            found.append(_Move(names, aim, [*seats], link, ways[0].steps))
         return found
 
-    def _gates(self, link: Link, aim: Names, seats: Sequence[tuple[int, int]]) -> list[_Thread]:
+    def _gates(self, link: Link, aim: Names, seats: Sequence[tuple[int, int]]) -> list[_Move]:
         """Returns the gates of a recurrent cell: the planner itself fuses them below the wanted name."""
         cell = link.source.names[:-2]
         inside = [entry.segments for entry in self.entries if entry.segments[:-2] == cell]
-        return [_Thread(names, (*aim[:-2], *names[-2:]), [*seats], link) for names in inside]
+        return [_Move(names, (*aim[:-2], *names[-2:]), [*seats], link) for names in inside]
 
     def _now(self, link: Link, names: Names) -> Names:
         """Returns the path of a stored leaf once its layers are taken apart."""
@@ -180,12 +180,12 @@ class Writer:
             into = self._below(link.target.names)
             self._take(Copy("/".join(link.source.names), "/".join(into)), [link])
 
-    def _reshape(self, threads: Sequence[_Thread]) -> None:
-        waiting = [thread for thread in threads if thread.steps]
+    def _reshape(self, moves: Sequence[_Move]) -> None:
+        waiting = [move for move in moves if move.steps]
         while waiting:
-            by_step: dict[object, list[_Thread]] = defaultdict(list)
-            for thread in waiting:
-                by_step[thread.steps[0]].append(thread)
+            by_step: dict[object, list[_Move]] = defaultdict(list)
+            for move in waiting:
+                by_step[move.steps[0]].append(move)
             for group in by_step.values():
                 step = group[0].steps[0]
                 for pattern in self._patterns(group):
@@ -194,24 +194,24 @@ class Writer:
                         if step.kind == "transpose"
                         else Reshape(pattern, step.shape, step.before)
                     )
-                    self._take(rule, [thread.link for thread in group])
-            for thread in waiting:
-                thread.steps = thread.steps[1:]
-            waiting = [thread for thread in waiting if thread.steps]
+                    self._take(rule, [move.link for move in group])
+            for move in waiting:
+                move.steps = move.steps[1:]
+            waiting = [move for move in waiting if move.steps]
 
-    def _patterns(self, threads: Sequence[_Thread]) -> list[str]:
-        """Returns patterns that match the leaves of some threads and no other leaf."""
-        good = {thread.names for thread in threads}
+    def _patterns(self, moves: Sequence[_Move]) -> list[str]:
+        """Returns patterns that match the leaves of some moves and no other leaf."""
+        good = {move.names for move in moves}
         found: list[str] = []
         seen: set[Names] = set()
-        for thread in threads:
-            if thread.names in seen:
+        for move in moves:
+            if move.names in seen:
                 continue
-            pattern = self._pattern(thread.templates[0][0], good) or self._pattern(thread.names, good)
-            pattern = pattern or "/".join(self._whole(thread.names))
+            pattern = self._pattern(move.templates[0][0], good) or self._pattern(move.names, good)
+            pattern = pattern or "/".join(self._whole(move.names))
             found.append(pattern)
             seen |= {names for names in good if next(_compiled(pattern).spans(names), None)}
-            seen.add(thread.names)
+            seen.add(move.names)
         return list(dict.fromkeys(found))
 
     def _pattern(self, template: Names, good: Collection[Names]) -> str:
@@ -227,15 +227,15 @@ class Writer:
     def _whole(self, names: Names) -> Names:
         return next((entry.whole for entry in self.entries if entry.segments == names), names)
 
-    def _join(self, links: Sequence[Link], threads: Sequence[_Thread]) -> list[_Thread]:
+    def _join(self, links: Sequence[Link], moves: Sequence[_Move]) -> list[_Move]:
         """Writes what fuses and splits leaves; returns the leaves that are left to rename."""
         fused = [link for link in links if link.joint is not None]
         if not fused:
-            return list(threads)
+            return list(moves)
         parts = {leaf.names for link in fused for leaf in link.stored}
         alone = [
             t
-            for t in threads
+            for t in moves
             if t.names not in {self._now(link, leaf.names) for link in fused for leaf in link.stored}
         ]
         for kept in range(_MOST_NAMES):
@@ -247,9 +247,9 @@ class Writer:
                 if kept + 1 < _MOST_NAMES and not self._fits(rule, some):
                     fused += some
                     continue
-                alone += [thread for link in some for thread in self._joining(link, kept)[1]]
+                alone += [move for link in some for move in self._joining(link, kept)[1]]
                 self._take(rule, some)
-        return [thread for thread in alone if thread.names not in parts]
+        return [move for move in alone if move.names not in parts]
 
     def _fits(self, rule: Rule, links: Iterable[Link]) -> bool:
         """Tells whether the rule of a fuse or split is about no other leaf."""
@@ -260,7 +260,7 @@ class Writer:
         )
         return all(_matches_only(_compiled(text), wholes, self.entries, good) for text in patterns)
 
-    def _joining(self, link: Link, kept: int) -> tuple[Rule, list[_Thread]]:
+    def _joining(self, link: Link, kept: int) -> tuple[Rule, list[_Move]]:
         """Returns the rule of a fuse or split, and what comes out of it under its last name."""
         seats = link.seats(self.root - len(self.below))
         sources = [self._now(link, leaf.names) for leaf in link.stored]
@@ -270,45 +270,40 @@ class Writer:
         rule, _ = joining_rule(link, named, aims, kept)
         steps = [ways[0].steps for ways in link.ways] if link.is_split else [()]
         return rule, [
-            _Thread(into, aim, [*seats], link, some)
-            for into, aim, some in zip(intos, aims, steps, strict=True)
+            _Move(into, aim, [*seats], link, some) for into, aim, some in zip(intos, aims, steps, strict=True)
         ]
 
     # Names.
 
-    def _leaves_group(self, thread: _Thread, groups: Sequence[tuple[Names, Names]]) -> bool:
+    def _leaves_group(self, move: _Move, groups: Sequence[tuple[Names, Names]]) -> bool:
         """Tells whether a leaf leaves its layer, so that what renames the layers would mislead it."""
-        around = [self._below(wanted) for stored, wanted in groups if _leads(stored, thread.names)]
-        return bool(around) and not any(_leads(into, thread.aim) for into in around)
+        around = [self._below(wanted) for stored, wanted in groups if _leads(stored, move.names)]
+        return bool(around) and not any(_leads(into, move.aim) for into in around)
 
-    def _rename_groups(self, threads: Sequence[_Thread], groups: Sequence[tuple[Names, Names]]) -> None:
+    def _rename_groups(self, moves: Sequence[_Move], groups: Sequence[tuple[Names, Names]]) -> None:
         """Renames what leads into layers, so that the rules within are one for all of them."""
         for stored, wanted in sorted(set(groups), key=lambda pair: (-len(pair[0]), pair)):
             into = self._below(wanted)
-            inside = [
-                thread for thread in threads if _leads(stored, thread.names) and _leads(into, thread.aim)
-            ]
-            if len({thread.names[len(stored) :] for thread in inside}) < 2 or _alike(stored, into):
+            inside = [move for move in moves if _leads(stored, move.names) and _leads(into, move.aim)]
+            if len({move.names[len(stored) :] for move in inside}) < 2 or _alike(stored, into):
                 continue
             rule = Rename("/".join(stored), "/".join(into))
             after = rule.apply(self.entries).entries
             if not leads_back(rule, self.entries, after):
                 continue  # Each leaf gets a rule that does.
             self._take(rule, [])
-            for thread in inside:
-                rest = thread.names[len(stored) :]
+            for move in inside:
+                rest = move.names[len(stored) :]
                 shift = len(into) - len(stored)
-                thread.names = (*thread.aim[: len(into)], *rest)
-                thread.seats = [
-                    (aim if seat < len(stored) else seat + shift, aim) for seat, aim in thread.seats
-                ]
+                move.names = (*move.aim[: len(into)], *rest)
+                move.seats = [(aim if seat < len(stored) else seat + shift, aim) for seat, aim in move.seats]
 
-    def _rename(self, threads: Sequence[_Thread]) -> None:
-        aims = {thread.names: thread.aim for thread in threads}
-        groups: dict[tuple[Names, Names], list[_Thread]] = defaultdict(list)
-        for thread in threads:
-            if not _alike(thread.names, thread.aim):
-                groups[_differing(thread)].append(thread)
+    def _rename(self, moves: Sequence[_Move]) -> None:
+        aims = {move.names: move.aim for move in moves}
+        groups: dict[tuple[Names, Names], list[_Move]] = defaultdict(list)
+        for move in moves:
+            if not _alike(move.names, move.aim):
+                groups[_differing(move)].append(move)
         # Longer ones first: what one rename wrote is safe from the others.
         for pair in sorted(groups, key=lambda pair: -len(pair[0])):
             waiting = groups[pair]
@@ -318,9 +313,9 @@ class Writer:
                 if found is not None:
                     rule, applied = found
                     changed |= self._renamed(applied, aims)
-                    served = [thread.link for thread in waiting if thread.names in changed]
+                    served = [move.link for move in waiting if move.names in changed]
                     self.rules.setdefault(rule, []).extend(served)
-                waiting = [thread for thread in waiting if thread.names not in changed]
+                waiting = [move for move in waiting if move.names not in changed]
 
     def _renamed(self, after: Sequence[Entry], aims: dict[Names, Names]) -> set[Names]:
         """Takes the entries after a rename and returns the paths that it changed."""
@@ -332,24 +327,22 @@ class Writer:
                 aims[new.segments] = aims.get(old.segments, new.segments)
         return changed
 
-    def _rename_rule(
-        self, thread: _Thread, aims: Mapping[Names, Names]
-    ) -> tuple[Rename, Sequence[Entry]] | None:
+    def _rename_rule(self, move: _Move, aims: Mapping[Names, Names]) -> tuple[Rename, Sequence[Entry]] | None:
         """Returns the shortest rename that takes this leaf to its aim, no other astray, and all of them back.
 
         Where none leads back, the shortest of the others. With it, the entries after it.
         """
-        whole = self._whole(thread.names)
-        above = whole[: len(whole) - len(thread.names)]
+        whole = self._whole(move.names)
+        above = whole[: len(whole) - len(move.names)]
         first: tuple[Rename, Sequence[Entry]] | None = None
-        for left, right in thread.templates:
+        for left, right in move.templates:
             stored, wanted = (*above, *left), (*above, *right)
             for start, stop in _cuts(stored, wanted):
                 rule = _renamed(stored[start : len(stored) - stop], wanted[start : len(wanted) - stop])
                 if rule is None:
                     continue
                 after = rule.apply(self.entries).entries
-                if self._is_safe(after, thread.names, aims):
+                if self._is_safe(after, move.names, aims):
                     if leads_back(rule, self.entries, after):
                         return rule, after
                     first = first or (rule, after)
@@ -440,7 +433,7 @@ def _cuts(left: Names, right: Names) -> Iterable[tuple[int, int]]:
                 yield start, stop
 
 
-def _differing(thread: _Thread) -> tuple[Names, Names]:
-    left, right = thread.templates[0]
+def _differing(move: _Move) -> tuple[Names, Names]:
+    left, right = move.templates[0]
     after, before = shared_ends(left[::-1], right[::-1], 1)
     return left[before : len(left) - after], right[before : len(right) - after]

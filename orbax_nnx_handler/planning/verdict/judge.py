@@ -56,7 +56,7 @@ class Leftover:
         unexpected: Leaves of the parts that the target asks for.
         skipped: Leaves of parts it does not ask for, caches of another shape, and
             values that are no arrays.
-        dropped: Leaves without a home in NNX, and those that rules leave behind.
+        dropped: Leaves without a counterpart in NNX, and those that rules leave behind.
     """
 
     unexpected: Mapping[Path, StoredLeaf]
@@ -82,8 +82,10 @@ def left_over(wanted: Sequence[Wanted], mapping: LeafMapping, used: Iterable[Rec
 
 
 def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
-    homeless = {item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in mapping.homeless}
-    return {**homeless, **mapping.discarded}
+    without_variable = {
+        item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in mapping.without_variable
+    }
+    return {**without_variable, **mapping.discarded}
 
 
 class Chosen(NamedTuple):

@@ -143,7 +143,7 @@ class Verdict:
         defaulted: State that a Linen layout never holds.
         unexpected: Stored leaves that the target does not want.
         skipped: Stored leaves of parts the target does not ask for (an optimizer).
-        dropped: Stored values that NNX has no home for, and those that the user's rules drop.
+        dropped: Stored values that NNX has no Variable for, and those that the user's rules drop.
         unexpected_policy: What to do about unexpected leaves.
         faults: Errors that no single leaf has: ambiguous mappings.
         sides: Both sides, leaf by leaf, for the diagnosis.

@@ -20,7 +20,7 @@ _STATISTICS = frozenset({"u", "sigma"})
 """What `nnx.SpectralNorm` keeps of a weight (flax/nnx/nn/normalization.py)."""
 
 
-class Astray(NamedTuple):
+class WrongSource(NamedTuple):
     """A wanted leaf that is read from another leaf than that of its name."""
 
     law: int
@@ -71,7 +71,7 @@ class Weights:
 
     def check(
         self, item: Wanted, recipe: Recipe, in_module: bool, axis_by: str | None = None
-    ) -> Iterator[Astray]:
+    ) -> Iterator[WrongSource]:
         """Yields where a weight is not made of the elements of its name.
 
         Args:
@@ -87,7 +87,7 @@ class Weights:
             return
         elements = elements_of(recipe, self._shapes)
         if elements is None:
-            yield Astray(7, path, reads(recipe)[0], "it is rearranged, and no rule says so")
+            yield WrongSource(7, path, reads(recipe)[0], "it is rearranged, and no rule says so")
             return
         for element in elements:
             if self._is_next_layer(item, element) or self._is_next_part(item, element):
@@ -96,7 +96,7 @@ class Weights:
             if meeting is None:
                 layer = "".join(f", layer {number}" for number in element.at)
                 why = f"its name there is {render(self.name(element.path))}{layer}"
-                yield Astray(5, path, element.path, why)
+                yield WrongSource(5, path, element.path, why)
                 return
             placed = self.placed[element.path]
             known = self.roots[placed.owner, placed.collection]

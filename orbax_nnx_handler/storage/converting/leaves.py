@@ -129,12 +129,12 @@ class Placed:
     Attributes:
         leaves: What comes from the checkpoint.
         given: What does not: values, and empty nodes.
-        homeless: Paths in the target of what is not written.
+        without_variable: Paths in the target of what is not written.
     """
 
     leaves: Sequence[Written]
     given: Mapping[Path, Any]
-    homeless: Sequence[Path] = ()
+    without_variable: Sequence[Path] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ def in_linen(fitted: Fitted, target: Any, flavour: Flavour, rules: Sequence[Rule
             leaves.append(_written(at, leaf, fitted.leaves))
     kept = {path for leaf in plan.leaves.values() for path in leaf.sources}
     paths = (*fitted.filled, *fitted.leaves)
-    return Placed(leaves=leaves, given=given, homeless=[path for path in paths if path not in kept])
+    return Placed(leaves=leaves, given=given, without_variable=[path for path in paths if path not in kept])
 
 
 def _written(at: Path, leaf: SavedLeaf, fitted: Mapping[Path, Written]) -> Written:

@@ -35,7 +35,7 @@ from orbax_nnx_handler.storage.converting.blocks import (
     window_of,
 )
 from orbax_nnx_handler.storage.reading import Job, read_arrays
-from orbax_nnx_handler.storage.saving.appearing import appearing, writing
+from orbax_nnx_handler.storage.saving.atomic import appearing, writing
 from orbax_nnx_handler.storage.saving.saved import check_names
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, check_writable, is_url, parents_of

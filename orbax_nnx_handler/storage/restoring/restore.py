@@ -40,11 +40,11 @@ def check_values(checkpoint: Checkpoint, plan: RestorePlan) -> None:
 
     Raises:
         DtypeMismatchError: A step or count does not fit the wanted integer type.
-        UnmappedValueError: A value that NNX has no home for is not zero.
+        UnmappedValueError: A value that NNX has no Variable for is not zero.
     """
     _check_counts(checkpoint, [item for item in plan.restored.values() if item.cast == "count"])
-    homeless = [item for item in plan.dropped.values() if isinstance(item, Dropped)]
-    _check_dropped(checkpoint, homeless)
+    without_variable = [item for item in plan.dropped.values() if isinstance(item, Dropped)]
+    _check_dropped(checkpoint, without_variable)
 
 
 def _check_counts(checkpoint: Checkpoint, counts: Iterable[Restored]) -> None:
@@ -85,7 +85,7 @@ def _check_dropped(checkpoint: Checkpoint, dropped: Iterable[Dropped]) -> None:
         rules = [Drop(pattern, "why") for pattern in patterns]
         raise UnmappedValueError(
             f"{'1 stored value has' if len(bad) == 1 else f'{len(bad)} stored values have'} "
-            f"no home in NNX and {'is' if len(bad) == 1 else 'are'} not zero:\n{rows}\n"
+            f"no counterpart in NNX and {'is' if len(bad) == 1 else 'are'} not zero:\n{rows}\n"
             f"checkpoint: {checkpoint.directory}",
             paths=[item.leaf.path for item in bad],
             hints=[

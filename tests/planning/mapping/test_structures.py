@@ -37,21 +37,21 @@ X = np.zeros((2, 3), np.float32)
 
 
 def test_lstm_gates_are_fused_in_the_order_in_which_nnx_splits_them() -> None:
-    derived, homeless = derive(stored(nn.LSTMCell(4), (CARRY, CARRY), X))
+    derived, without_variable = derive(stored(nn.LSTMCell(4), (CARRY, CARRY), X))
 
     gates = [Read(("params", f"h{gate}", "bias")) for gate in "ifgo"]
     assert by_path(derived)["dense_h/bias"].recipe == Concat(tuple(gates), axis=0)
     assert sorted(by_path(derived)) == ["dense_h/bias", "dense_h/kernel", "dense_i/kernel"]
-    assert homeless == []
+    assert without_variable == []
 
 
 def test_gru_gates_are_fused_and_the_bias_that_nnx_lacks_is_named() -> None:
-    derived, homeless = derive(stored(nn.GRUCell(4), CARRY, X))
+    derived, without_variable = derive(stored(nn.GRUCell(4), CARRY, X))
 
     gates = [Read(("params", f"i{gate}", "kernel")) for gate in "rzn"]
     assert by_path(derived)["dense_i/kernel"].recipe == Concat(tuple(gates), axis=1)
     assert sorted(by_path(derived)) == ["dense_h/kernel", "dense_i/bias", "dense_i/kernel"]
-    assert [item.leaf.path for item in homeless] == [("params", "hn", "bias")]
+    assert [item.leaf.path for item in without_variable] == [("params", "hn", "bias")]
 
 
 @pytest.mark.parametrize("gate", ["if", "hg"])

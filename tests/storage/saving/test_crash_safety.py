@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave, RestoreError, cli, restore, save
-from orbax_nnx_handler.storage.saving import appearing
+from orbax_nnx_handler.storage.saving import atomic
 from tests.storage.checkpoints import DiskFormat
 from tests.storage.checkpoints import save as save_stock
 
@@ -54,7 +54,7 @@ def test_a_forced_save_that_fails_leaves_the_old_item_and_nothing_beside_it(tmp_
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_forced_save_replaces_the_item(tmp_path, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(appearing, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     save(tmp_path / "new" / "item", Net(1.0), force=True)
     save(tmp_path / "new" / "item", Net(2.0), force=True)
 
@@ -108,7 +108,7 @@ def test_the_handler_refuses_a_directory_that_orbax_would_leave_empty(tmp_path):
 WRITES = """
 import os, pathlib, signal, sys
 from etils import epath
-from orbax_nnx_handler.storage.saving.appearing import appearing
+from orbax_nnx_handler.storage.saving.atomic import appearing
 with appearing(epath.Path(sys.argv[1])) as unfinished:
     unfinished.mkdir()
     (unfinished / "half").write_text("half")

@@ -49,7 +49,7 @@ class ModelPair:
             attribute, where the NNX program creates its attributes in the order
             in which the Linen program calls its modules (`shapes and order`).
         rearranged: Whether layers are stacked on one side and apart on the other.
-        homeless: Stored parameters with no variable in NNX.
+        without_variable: Stored parameters with no variable in NNX.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ModelPair:
     has_statistics: bool = False
     determined: Determined | None = None
     rearranged: bool = False
-    homeless: tuple[str, ...] = ()
+    without_variable: tuple[str, ...] = ()
 
     @property
     def saves_back(self) -> bool:
@@ -98,7 +98,7 @@ def initial_state(pair: ModelPair) -> TrainState:
     """Returns the Linen train state with random weights and statistics."""
     initialise = functools.partial(pair.linen.init, **_mode(pair.has_statistics, train=False))
     shapes = jax.eval_shape(initialise, jax.random.key(0), *pair.inputs)
-    variables = randomised(shapes, zeros=[f"params/{path}" for path in pair.homeless])
+    variables = randomised(shapes, zeros=[f"params/{path}" for path in pair.without_variable])
     fields = {"apply_fn": pair.linen.apply, "params": variables["params"], "tx": pair.optimizer}
     if "batch_stats" in variables:
         return StatisticsState.create(**fields, batch_stats=variables["batch_stats"])
@@ -117,9 +117,9 @@ def trained_state(pair: ModelPair) -> TrainState:
 HASTY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-@functools.partial(jax.jit, static_argnames=("linen", "homeless"), compiler_options=HASTY)
+@functools.partial(jax.jit, static_argnames=("linen", "without_variable"), compiler_options=HASTY)
 def _linen_step(
-    state: TrainState, inputs: Any, labels: Any, *, linen: nn.Module, homeless: tuple[str, ...]
+    state: TrainState, inputs: Any, labels: Any, *, linen: nn.Module, without_variable: tuple[str, ...]
 ) -> tuple[TrainState, Flat]:
     has_statistics = isinstance(state, StatisticsState)
     statistics = {"batch_stats": state.batch_stats} if has_statistics else {}
@@ -132,27 +132,29 @@ def _linen_step(
     gradients, (logits, updates) = jax.grad(objective, has_aux=True)(state.params)
     variables = {"params": state.params, **statistics}
     evaluated = linen.apply(variables, *inputs, **_mode(has_statistics, train=False))
-    after = state.apply_gradients(grads=_without(gradients, homeless), **updates)
+    after = state.apply_gradients(grads=_without(gradients, without_variable), **updates)
     return after, {"logits": evaluated, "training logits": logits, "gradient": gradients}
 
 
 def linen_step(pair: ModelPair, state: TrainState) -> tuple[TrainState, Flat]:
     """Makes one training step and returns the new state and all that it shows, by NNX path."""
-    after, shown = _linen_step(state, pair.inputs, pair.labels, linen=pair.linen, homeless=pair.homeless)
+    after, shown = _linen_step(
+        state, pair.inputs, pair.labels, linen=pair.linen, without_variable=pair.without_variable
+    )
     statistics = after.batch_stats if isinstance(after, StatisticsState) else {}
     named = _labelled("gradient", pair, shown.pop("gradient")) | _labelled("updated", pair, after.params)
     return after, shown | named | _labelled("updated", pair, statistics) | {"step": after.step}
 
 
-def _without(gradients: Any, homeless: Sequence[str]) -> Any:
+def _without(gradients: Any, without_variable: Sequence[str]) -> Any:
     """A value that NNX has no variable for must stay zero for the programs to agree."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: jnp.zeros_like(leaf) if path_of(keys) in homeless else leaf, gradients
+        lambda keys, leaf: jnp.zeros_like(leaf) if path_of(keys) in without_variable else leaf, gradients
     )
 
 
 def _labelled(label: str, pair: ModelPair, tree: Any) -> Flat:
-    leaves = {path: leaf for path, leaf in flat(tree).items() if path not in pair.homeless}
+    leaves = {path: leaf for path, leaf in flat(tree).items() if path not in pair.without_variable}
     return {f"{label} {path}": leaf for path, leaf in pair.as_nnx(leaves).items()}
 
 
@@ -201,13 +203,13 @@ def nnx_step(pair: ModelPair, model: Any, optimizer: nnx.Optimizer[Any]) -> Outc
     return shown | named | {"step": optimizer.step.get_value()}
 
 
-def float_leaves(state: TrainState, homeless: Sequence[str]) -> Mapping[str, np.ndarray]:
+def float_leaves(state: TrainState, without_variable: Sequence[str]) -> Mapping[str, np.ndarray]:
     """Returns the state's weights, statistics and moments that the next step depends on."""
     return {
         path: np.asarray(leaf)
         for path, leaf in flat(state).items()
         if np.issubdtype(np.asarray(leaf).dtype, np.floating)
-        and not path.endswith(tuple(homeless) or ("\0",))
+        and not path.endswith(tuple(without_variable) or ("\0",))
         and not _is_placeholder(path, leaf)
     }
 

@@ -134,6 +134,6 @@ MODELS = (
         optimizer=optax.adamw(1e-2, eps=1e-4),
         optimizer_name="adamw",
         as_nnx=lambda leaves: fused(leaves, ("r", "z", "n")),
-        homeless=("reader/cell/hn/bias",),
+        without_variable=("reader/cell/hn/bias",),
     ),
 )

@@ -72,7 +72,7 @@ PAIRS = (
         linen=nn.GRUCell(4),
         nnx=lambda rngs: nnx.GRUCell(3, 4, rngs=rngs),
         inputs=(CARRY, INPUT),
-        homeless=("params/hn/bias",),
+        without_variable=("params/hn/bias",),
     ),
     Pair(
         linen_name="SimpleCell",
@@ -105,7 +105,7 @@ PAIRS = (
             nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=rngs)), nnx.RNN(nnx.GRUCell(3, 4, rngs=rngs))
         ),
         inputs=(SEQUENCE,),
-        homeless=("params/backward_rnn/cell/hn/bias",),
+        without_variable=("params/backward_rnn/cell/hn/bias",),
     ),
     Pair(
         linen_name="RNN, Bidirectional",
@@ -119,6 +119,6 @@ PAIRS = (
             ("GRUCell_0", "both_ways/forward_rnn/cell"),
             ("SimpleCell_0", "both_ways/backward_rnn/cell"),
         ),
-        homeless=("params/GRUCell_0/hn/bias",),
+        without_variable=("params/GRUCell_0/hn/bias",),
     ),
 )

@@ -13,9 +13,15 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying.alone import Alternative, Workbench, alternatives, lent, nearest_modules
 from orbax_nnx_handler.verifying.recording import Array
 from orbax_nnx_handler.verifying.runs import Compared
+from orbax_nnx_handler.verifying.single_module import (
+    Alternative,
+    ModuleRunner,
+    alternatives,
+    lent,
+    nearest_modules,
+)
 from orbax_nnx_handler.verifying.verification import (
     TOLERANCE,
     Distance,
@@ -50,27 +56,29 @@ def _begin_alike(one: Compared, other: Compared) -> bool:
     return all(not exceeds(compare([a], [b]), 100 * TOLERANCE) for a, b in starts)
 
 
-def weights_of(bench: Workbench, source: Compared, onto: Compared, layer: int | None) -> dict[Path, Recipe]:
+def weights_of(
+    runner: ModuleRunner, source: Compared, onto: Compared, layer: int | None
+) -> dict[Path, Recipe]:
     """Returns the recipes of one module with the weights of another; empty if they do not fit."""
     names = {leaf[len(onto.path) :] for leaf in onto.pair.leaves}
     if {leaf[len(source.path) :] for leaf in source.pair.leaves} != names:
         return {}
-    shapes = bench.shapes
-    theirs = bench.layer_at(source.path, source.nnx.call)
+    shapes = runner.shapes
+    theirs = runner.layer_at(source.path, source.nnx.call)
     found: dict[Path, Recipe] = {}
     for name in names:
-        recipe = bench.recipe((*source.path, *name), theirs)
-        if shape_of(recipe, shapes) != shape_of(bench.recipe((*onto.path, *name), layer), shapes):
+        recipe = runner.recipe((*source.path, *name), theirs)
+        if shape_of(recipe, shapes) != shape_of(runner.recipe((*onto.path, *name), layer), shapes):
             return {}
         found[*onto.path, *name] = recipe
     return found
 
 
-def exchanges(bench: Workbench, inside: Sequence[Compared], layer: int | None) -> Iterator[Alternative]:
+def exchanges(runner: ModuleRunner, inside: Sequence[Compared], layer: int | None) -> Iterator[Alternative]:
     """Yields every exchange of the weights of two modules within one, siblings first.
 
     Args:
-        bench: Knows the recipes.
+        runner: Knows the recipes.
         inside: The modules within it.
         layer: The layer of the module that holds them, where it is scanned.
     """
@@ -81,20 +89,20 @@ def exchanges(bench: Workbench, inside: Sequence[Compared], layer: int | None) -
         if not (one.encloses(other) or other.encloses(one))
     ]
     for one, other in sorted(pairs, key=lambda pair: pair[0].path[:-1] != pair[1].path[:-1]):
-        mine, theirs = _recipes(bench, one, layer), _recipes(bench, other, layer)
-        if _shapes(mine, bench) == _shapes(theirs, bench):
+        mine, theirs = _recipes(runner, one, layer), _recipes(runner, other, layer)
+        if _shapes(mine, runner) == _shapes(theirs, runner):
             changed = {(*one.path, *name): recipe for name, recipe in theirs.items()}
             changed |= {(*other.path, *name): recipe for name, recipe in mine.items()}
             words = f"{render(one.path)} and {render(other.path)} have each other's weights"
             yield Alternative(words=words, recipes=changed)
 
 
-def _recipes(bench: Workbench, one: Compared, layer: int | None) -> dict[Path, Recipe]:
-    return {leaf[len(one.path) :]: bench.recipe(leaf, layer) for leaf in one.pair.leaves}
+def _recipes(runner: ModuleRunner, one: Compared, layer: int | None) -> dict[Path, Recipe]:
+    return {leaf[len(one.path) :]: runner.recipe(leaf, layer) for leaf in one.pair.leaves}
 
 
-def _shapes(recipes: Mapping[Path, Recipe], bench: Workbench) -> dict[Path, Shape]:
-    return {name: shape_of(recipe, bench.shapes) for name, recipe in recipes.items()}
+def _shapes(recipes: Mapping[Path, Recipe], runner: ModuleRunner) -> dict[Path, Shape]:
+    return {name: shape_of(recipe, runner.shapes) for name, recipe in recipes.items()}
 
 
 def words_of(one: Compared, other: Compared) -> str:
@@ -134,14 +142,14 @@ class Search:
 
     Attributes:
         compared: Every call that was compared, in the order of the run.
-        bench: Runs modules by themselves.
+        runner: Runs modules by themselves.
         restored: The plan's restored leaves.
         seconds: How long it may go on trying.
         tried: How many changes were tried.
     """
 
     compared: Sequence[Compared]
-    bench: Workbench
+    runner: ModuleRunner
     restored: Mapping[Path, Restored]
     seconds: float
     tried: int = 0
@@ -209,10 +217,10 @@ class Search:
         if misplaced is not None:
             return misplaced
         layer = self._layer(one)
-        doubtful = {leaf: self.bench.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
+        doubtful = {leaf: self.runner.recipe(leaf, layer) for leaf in self._doubtful(one, inside)}
         ways = itertools.chain(
-            alternatives(doubtful, self._others(one.path, layer, doubtful), self.bench.shapes),
-            exchanges(self.bench, [other for other in inside if other.found.outputs.compared], layer),
+            alternatives(doubtful, self._others(one.path, layer, doubtful), self.runner.shapes),
+            exchanges(self.runner, [other for other in inside if other.found.outputs.compared], layer),
         )
         for way in itertools.islice(ways, _MOST_TRIED):
             if time.monotonic() > until:
@@ -236,7 +244,7 @@ class Search:
         """Returns the module with the weights of a module that is called alike, if they are right for it."""
         try:
             for other in called_alike(one, self.compared):
-                recipes = weights_of(self.bench, other, one, self._layer(one))
+                recipes = weights_of(self.runner, other, one, self._layer(one))
                 if not recipes:
                     continue
                 self.tried += 1
@@ -248,7 +256,7 @@ class Search:
 
     def _layer(self, one: Compared) -> int | None:
         try:
-            return self.bench.layer_at(one.path, one.nnx.call)
+            return self.runner.layer_at(one.path, one.nnx.call)
         except LookupError as error:
             raise _CannotRunError from error
 
@@ -259,7 +267,7 @@ class Search:
         layer = self._layer(one)
         inputs = one.nnx.inputs if reference is not None else lent(one.nnx.inputs, one.linen.inputs)
         try:
-            outputs = self.bench.run(one.path, layer, one.nnx.call, inputs, changed)
+            outputs = self.runner.run(one.path, layer, one.nnx.call, inputs, changed)
         # The caller's module may fail in any way when it is called outside of its program.
         except Exception as error:
             raise _CannotRunError from error
@@ -270,14 +278,14 @@ class Search:
         self, module: Path, layer: int | None, doubtful: Mapping[Path, Recipe]
     ) -> dict[Path, Mapping[Path, Recipe]]:
         """Returns the weights of other modules, and of other layers of this one, with the same leaves."""
-        shapes = self.bench.shapes
+        shapes = self.runner.shapes
         names = {leaf[len(module) :]: shape_of(recipe, shapes) for leaf, recipe in doubtful.items()}
         found: dict[Path, Mapping[Path, Recipe]] = {}
         for path in nearest_modules(module, self._modules_like(set(names))):
-            for at in self.bench.layers(path, layer):
+            for at in self.runner.layers(path, layer):
                 if len(found) >= _MOST_OTHERS or (path, at) == (module, layer):
                     continue
-                recipes = {name: self.bench.recipe((*path, *name), at) for name in names}
+                recipes = {name: self.runner.recipe((*path, *name), at) for name in names}
                 if all(shape_of(recipe, shapes) == names[name] for name, recipe in recipes.items()):
                     label = path if at is None else (*path, f"[{at}]")
                     found[label] = {(*module, *name): recipe for name, recipe in recipes.items()}
@@ -287,8 +295,8 @@ class Search:
         if not names:
             return []
         end = next(iter(names))
-        above = [leaf[: -len(end)] for leaf in self.bench.recipes if leaf[-len(end) :] == end]
-        return [path for path in above if all((*path, *name) in self.bench.recipes for name in names)]
+        above = [leaf[: -len(end)] for leaf in self.runner.recipes if leaf[-len(end) :] == end]
+        return [path for path in above if all((*path, *name) in self.runner.recipes for name in names)]
 
 
 def _between(inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:

@@ -235,7 +235,7 @@ def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Sha
 
 
 @dataclasses.dataclass(kw_only=True)
-class Workbench:
+class ModuleRunner:
     """Runs modules of a restored model by themselves.
 
     Attributes:

@@ -47,7 +47,7 @@ def test_a_plan_that_does_not_fit_is_json_with_causes_facts_and_hints(cli, root)
         "LayerCount",
         {"group": "hidden", "stored": 3, "wanted": 4, "unit": "layer"},
     )
-    policy = '{nnx.PathContains("hidden"): "init", ...: "error"}'
+    policy = '{nnx.All(nnx.PathContains("hidden"), nnx.PathContains(3)): "init", ...: "error"}'
     assert [hint["arguments"] for hint in said["hints"]] == [{}, {"policy": policy}, {}]
 
 

@@ -1,6 +1,5 @@
 """A Linen tree in memory becomes what Linen computes with it, and what the same tree on disk becomes."""
 
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -435,7 +434,9 @@ def test_errors_are_those_of_a_restore(spoil: Any, options: Any, tmp_path: Any) 
         from_linen(tree, target(), **options)
 
     assert type(found.value) is type(restored.value)
-    assert str(found.value) == re.sub(re.escape(str(path)), "a tree in memory", str(restored.value))
+    expected = str(restored.value).replace(str(path), "a tree in memory")
+    expected = expected.replace("`orbax-nnx suggest CHECKPOINT MODULE:FACTORY`", "suggest(variables, target)")
+    assert str(found.value) == expected
     with pytest.raises(type(restored.value)):
         jax.eval_shape(lambda tree: from_linen(tree, target(), **options), tree)
 
@@ -486,7 +487,7 @@ def test_plan_and_proposal_are_to_be_had_of_a_tree_in_memory_and_hints_say_so() 
 
     with pytest.raises(RestoreError) as error:
         from_linen(tree, wanted)
-    assert "suggest(variables, target) proposes renames" in str(error.value)
+    assert "suggest(variables, target) proposes " in str(error.value)
     found = suggest(tree, wanted, init=make)
     assert plan_restore(tree, wanted, renames=found.renames).fits
     assert_same_state(nnx.state(from_linen(tree, wanted, renames=found.renames)), nnx.state(make()))

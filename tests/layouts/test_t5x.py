@@ -21,8 +21,9 @@ checkpoint: {}/checkpoint_3/state (layout: T5X, 6 stored leaves, 1 of them unexp
 cause: 2 stored v_row and v_col belong to parameters with two axes of one size, and T5X does not \
 store which axis it
        took for the row: optax may call them the other way round.
-hint: pass policy={{nnx.PathContains("v_col"): "init", nnx.PathContains("v_row"): "init", ...: "error"}} to initialise
-       these 2 leaves and nothing else.
+hint: pass policy={{nnx.PathContains("v_col"): "init", nnx.PathContains("v_row"): "init", \
+...: "error"}} to initialise
+      these 2 leaves and nothing else.
 hint: the target is abstract, so initial values need init=..., a function that builds the target."""
 
 

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError, Unus
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Stored, is_copy_name
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Stored, is_copy_name
 from orbax_nnx_handler.planning.mapping.choice import best_mappings, claims_of_shared, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
@@ -82,10 +82,9 @@ def left_over(wanted: Sequence[Wanted], mapping: LeafMapping, used: Iterable[Rec
 
 
 def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
-    without_variable = {
-        item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in mapping.without_variable
-    }
-    return {**without_variable, **mapping.discarded}
+    items = mapping.without_variable
+    dropped = {item.leaf.path: Dropped(leaf=item.leaf, reason=item.reason) for item in items}
+    return {**dropped, **mapping.discarded}
 
 
 class Chosen(NamedTuple):
@@ -276,26 +275,27 @@ class _Leaves:
         return strip(item.tokens, self.mapping.roots.wanted) in self._unused
 
     @cached_property
-    def _unused(self) -> Set[Tokens]:
+    def _unused_weights(self) -> Sequence[tuple[Tokens, Placement]]:
+        """The stored weights that nothing reads, with their names below the root."""
         used, root = self.mapping.used() | self.mapping.discarded.keys(), self.mapping.roots.stored
-        names = {
-            strip(canonical(item.path), root)
+        return [
+            (strip(canonical(item.path), root), item)
             for item in self.mapping.placements
             if item.section == "model" and item.leaf.path not in used
-        }
+        ]
+
+    @cached_property
+    def _unused(self) -> Set[Tokens]:
+        names = {name for name, _ in self._unused_weights}
         return names | {name[:-1] for name in names if name[-1:] == ("value",)}
 
     @cached_property
     def _in_own_collections(self) -> Set[Tokens]:
         """The names of unused leaves in collections that a program has named, copies left out."""
-        used, root = self.mapping.used() | self.mapping.discarded.keys(), self.mapping.roots.stored
         return {
-            strip(canonical(item.path), root)
-            for item in self.mapping.placements
-            if item.section == "model"
-            and item.collection not in (None, *FLAX_COLLECTIONS)
-            and not is_copy_name(str(item.collection))
-            and item.leaf.path not in used
+            name
+            for name, item in self._unused_weights
+            if item.collection not in (None, *FLAX_COLLECTIONS) and not is_copy_name(str(item.collection))
         }
 
     def _missing(self, item: Wanted, found: Found | None) -> Missing:

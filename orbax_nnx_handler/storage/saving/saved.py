@@ -239,12 +239,7 @@ def check_names(paths: Iterable[Path]) -> None:
             )
         other = known.setdefault(name, path)
         if other is not path:
-            raise RestoreError(
-                f"{_keys(other)} and {_keys(path)} would both be stored at {name!r}: Orbax joins the keys "
-                "of a path by dots.",
-                paths=[other, path],
-                hints=[_RENAME],
-            )
+            raise _both_at(repr(name), other, path, "Orbax joins the keys of a path by dots.")
 
 
 def check_spellings(paths: Iterable[Path]) -> None:
@@ -257,12 +252,16 @@ def check_spellings(paths: Iterable[Path]) -> None:
     for path in paths:
         other = known.setdefault(segments(path), path)
         if other is not path:
-            raise RestoreError(
-                f"{_keys(other)} and {_keys(path)} would both be stored at {'/'.join(segments(path))}: a key "
-                "with a slash is spelled as two keys are, and no restore could tell them apart.",
-                paths=[other, path],
-                hints=[_RENAME],
-            )
+            why = "a key with a slash is spelled as two keys are, and no restore could tell them apart."
+            raise _both_at("/".join(segments(path)), other, path, why)
+
+
+def _both_at(place: str, one: Path, other: Path, why: str) -> RestoreError:
+    return RestoreError(
+        f"{_keys(one)} and {_keys(other)} would both be stored at {place}: {why}",
+        paths=[one, other],
+        hints=[_RENAME],
+    )
 
 
 def _keys(path: Path) -> str:

@@ -15,8 +15,8 @@ from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
 
 _LIMIT = 30
-# Rows of each list on a terminal however low it is; and its other lines: verdict, checkpoint, bar, prompts.
-_FEW, _AROUND = 3, 7
+# Rows of each list of what is wrong however low a terminal is; lines for the prompt and what a command adds.
+_FEW, _BELOW = 3, 3
 
 
 class Displayed(abc.ABC):
@@ -41,7 +41,7 @@ def summary_as_text(summary: Summary) -> str:
     lines = [f"{summary.head}: {summary.counts}", f"checkpoint: {summary.checkpoint}"]
     for block in summary.blocks:
         lines += [f"  {block.title}", *align(block.lines, limit=_LIMIT, indent="    ")]
-    return joined([*lines, *summary.advice])
+    return joined([*lines, *summary.faults, *summary.advice])
 
 
 _STYLES: dict[str, str] = {
@@ -55,38 +55,33 @@ _STYLES: dict[str, str] = {
 def summary_on_console(
     summary: Summary, console: Console, options: ConsoleOptions
 ) -> Iterable[RenderableType]:
-    """Yields a summary in the width of a terminal; just its text where the output is none."""
+    """Yields a summary as one screen of a terminal; just its text where the output is none."""
     if not console.is_terminal:
         yield Text(summary_as_text(summary), overflow="fold")
         return
+
+    def height(limits: tuple[int, int]) -> int:
+        return len(console.render_lines(Group(*_screen(summary, options, *limits)), options, pad=False))
+
+    # More rows take more lines, so a few renderings find how many there is room for.
+    limits = [(wrong, 0) for wrong in range(_FEW, _LIMIT)] + [(_LIMIT, rest) for rest in range(_LIMIT + 1)]
+    fitting = bisect.bisect_right(limits, options.size.height - _BELOW, key=height)
+    yield from _screen(summary, options, *limits[max(0, fitting - 1)])
+
+
+def _screen(summary: Summary, options: ConsoleOptions, wrong: int, rest: int) -> Iterable[RenderableType]:
+    """Yields why it does not fit, then what is wrong, then the rest; each list with so many rows at most."""
+    width = options.max_width
     yield Text.assemble((summary.head, "bold green" if summary.is_good else "bold red"), ": ", summary.counts)
     yield Text.assemble(("checkpoint: ", "dim"), summary.checkpoint)
-    yield _bar(summary.share, min(options.max_width, 60), "#" if options.ascii_only else "█")
-    limit = _fitting(summary, console, options)
-    for block in summary.blocks:
-        yield Text(f"  {block.title}", style=_STYLES.get(block.kind, "cyan"))
-        yield _rows(block, options.max_width, limit if block.kind not in _UNFOLDED else _LIMIT)
-    for line in summary.advice:
-        yield _line(line)
-
-
-def _fitting(summary: Summary, console: Console, options: ConsoleOptions) -> int:
-    """Returns how many rows of each list where nothing is wrong leave the whole on one screen."""
-    quiet = [block for block in summary.blocks if block.kind not in _UNFOLDED]
-    loud = [block for block in summary.blocks if block.kind in _UNFOLDED]
-
-    def height(*shown: RenderableType) -> int:
-        return len(console.render_lines(Group(*shown), options, pad=False))
-
-    width = options.max_width
-    taken = height(*map(_line, summary.advice)) + sum(height(_rows(block, width, _LIMIT)) for block in loud)
-    room = options.size.height - _AROUND - len(summary.blocks) - taken
-    # More rows take more lines, so a few renderings find the number.
-    limits = range(_FEW, _LIMIT + 1)
-    fitting = bisect.bisect_right(
-        limits, room, key=lambda limit: sum(height(_rows(block, width, limit)) for block in quiet)
-    )
-    return limits[max(0, fitting - 1)]
+    yield _bar(summary.share, min(width, 60), "#" if options.ascii_only else "█")
+    yield from map(_line, summary.reasons)
+    for block in sorted(summary.blocks, key=lambda block: not block.is_wrong):
+        yield Text(f"  {block.title} ({block.count})", style=_STYLES.get(block.kind, "cyan"))
+        limit = wrong if block.is_wrong else rest
+        if limit:
+            yield _rows(block, width, limit)
+    yield from map(_line, summary.meant)
 
 
 def _line(line: Line) -> RenderableType:
@@ -138,27 +133,28 @@ def _bar(share: ByteCounts, width: int, block: str) -> Text:
 
 
 _HTML_ROWS = 200
-_UNFOLDED = ("missing", "filled", "mismatched", "unexpected")
-"""What a reader has to see comes unfolded."""
 
 
 def summary_as_html(summary: Summary) -> str:
     """Returns a summary as HTML that carries its own style: nothing is fetched, no script runs."""
-    # Rows among the advice are aligned by spaces. No colour is set: a dark notebook has its own.
-    advice = "".join(
-        f'<div style="white-space: pre-wrap">{html.escape(printable(str(line)))}</div>'
-        for line in summary.advice
-    )
+    blocks = sorted(summary.blocks, key=lambda block: not block.is_wrong)
     return (
         '<div style="font-family: monospace; font-size: 12px">'
         f"<div><b>{html.escape(summary.head)}</b>: {html.escape(summary.counts)}</div>"
-        f"<div>checkpoint: {html.escape(summary.checkpoint)}</div>"
-        f"{_html_bar(summary.share)}{''.join(map(_html_table, summary.blocks))}{advice}</div>"
+        f"<div>checkpoint: {html.escape(summary.checkpoint)}</div>{_html_bar(summary.share)}"
+        f"{_html_lines(summary.reasons)}{''.join(map(_html_table, blocks))}{_html_lines(summary.meant)}</div>"
+    )
+
+
+def _html_lines(lines: Iterable[Line]) -> str:
+    # Rows are aligned by spaces. No colour is set: a dark notebook has its own.
+    return "".join(
+        f'<div style="white-space: pre-wrap">{html.escape(printable(str(line)))}</div>' for line in lines
     )
 
 
 def _html_table(block: LeafList) -> str:
-    opened = " open" if block.kind in _UNFOLDED else ""
+    opened = " open" if block.is_wrong else ""
     rows = "".join(map(_html_row, block.cells(_HTML_ROWS)))
     rest = block.left_out(_HTML_ROWS)
     if rest:

@@ -91,6 +91,11 @@ class LeafList:
     count: int
     lines: Sequence[Folded]
 
+    @property
+    def is_wrong(self) -> bool:
+        """Whether a reader has to see the rows."""
+        return self.kind in ("missing", "filled", "mismatched", "unexpected")
+
     def cells(self, limit: int) -> list[tuple[str, ...]]:
         """Returns the cells of the first rows, without the columns that are empty in all of them."""
         shown = [(line.text, *line.columns) for line in self.lines[:limit]]
@@ -114,7 +119,8 @@ class Summary:
         counts: One line: how many leaves of each kind.
         checkpoint: One line: where it is and how it is arranged.
         blocks: The lists that are not empty.
-        advice: Faults that no list shows, causes and ways out.
+        faults: What is wrong and no list shows.
+        advice: Stored leaves that may be meant, causes and ways out.
         share: The bytes of each part.
     """
 
@@ -123,22 +129,34 @@ class Summary:
     counts: str
     checkpoint: str
     blocks: tuple[LeafList, ...]
-    advice: Sequence[Line]
     share: ByteCounts
+    faults: Sequence[Line] = ()
+    advice: Sequence[Line] = ()
+
+    @property
+    def reasons(self) -> list[Line]:
+        """The faults, causes and ways out: what a screen shows before any list."""
+        return [*self.faults, *(line for line in self.advice if isinstance(line, Sentence))]
+
+    @property
+    def meant(self) -> list[Line]:
+        """The rows of the advice: stored leaves that may be meant."""
+        return [line for line in self.advice if not isinstance(line, Sentence)]
 
 
 def plan_summary(verdict: Verdict, explanation: Explanation) -> Summary:
     """Returns what there is to say about a verdict."""
     fits = not explanation.problems
-    notes = _notes(verdict, explanation.causes) if fits else _faults(verdict, explanation)
     return Summary(
         head="RestorePlan: fits" if fits else "RestorePlan: does not fit",
         is_good=fits,
         counts=_counts(verdict, "missing"),
         checkpoint=_checkpoint(verdict),
         blocks=_blocks(verdict, "missing", "missing: wanted, but not stored"),
-        advice=notes,
         share=ByteCounts.of(verdict),
+        # An ambiguous mapping, a rule without effect, a sharding that divides no leaf.
+        faults=[line for fault in verdict.faults for line in lines_of(fault)],
+        advice=_notes(verdict, explanation.causes) if fits else explanation.advice,
     )
 
 
@@ -154,11 +172,6 @@ def _notes(verdict: Verdict, causes: Iterable[Cause]) -> list[Line]:
     return notes
 
 
-def _faults(verdict: Verdict, explanation: Explanation) -> list[Line]:
-    # What no list shows: an ambiguous mapping, a rule without effect, a sharding that divides no leaf.
-    return [*(line for fault in verdict.faults for line in lines_of(fault)), *explanation.advice]
-
-
 def report_summary(verdict: Verdict, seconds: float, nbytes: int) -> Summary:
     """Returns what there is to say about a restore."""
     return Summary(
@@ -167,7 +180,6 @@ def report_summary(verdict: Verdict, seconds: float, nbytes: int) -> Summary:
         counts=_counts(verdict, "filled"),
         checkpoint=_checkpoint(verdict),
         blocks=_blocks(verdict, "filled", "filled"),
-        advice=(),
         share=ByteCounts.of(verdict),
     )
 

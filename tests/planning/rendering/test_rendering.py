@@ -3,6 +3,7 @@
 import io
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import jax
 import numpy as np
@@ -243,17 +244,63 @@ def test_a_narrow_terminal_hangs_sentences_and_keeps_the_legend_off_the_bar():
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_plan_that_fits_is_one_screen_and_a_missing_leaf_is_always_shown(width):
+def test_a_plan_is_one_screen_and_what_is_wrong_is_cut_last(width):
     shapes = {f"part_{at}_of_a_model_with_long_names": np.zeros(at + 1, np.float32) for at in range(28)}
     leaves = {name: jax.ShapeDtypeStruct(value.shape, "float32") for name, value in shapes.items()}
     target = nnx.State({name: {"kernel": nnx.Param(leaf)} for name, leaf in leaves.items()})
     stored = {name: {"kernel": value} for name, value in shapes.items()}
     few = dict(list(stored.items())[:14])
+    fits, lacks = plan_of(target, {"params": stored}), plan_of(target, {"params": few})
 
-    fits = printed(plan_of(target, {"params": stored}), terminal=True, width=width, height=24)
-    lacks = printed(plan_of(target, {"params": few}), terminal=True, width=width, height=24)
+    def lines(shown, height):
+        return printed(shown, terminal=True, width=width, height=height).splitlines()
 
-    assert len(fits.splitlines()) <= 22
-    assert "... and " in fits
-    assert all(name in lacks for name in list(stored)[14:])
-    assert len(printed(plan_of(target, {"params": stored}), terminal=True, width=200).splitlines()) > 28
+    assert len(lines(fits, 24)) <= 22
+    assert "... and " in "\n".join(lines(fits, 24))
+    assert len(lines(fits, 100)) > 28
+    assert len(lines(lacks, 24)) <= 22
+    assert "missing: wanted, but not stored (14)" in "\n".join(lines(lacks, 24))
+    assert "restored (14)" in lines(lacks, 24)[-1]
+    assert all(name in "\n".join(lines(lacks, 32)) for name in list(stored)[14:])
+
+
+def _seven_billion(*, layers: int = 32, width: int = 4096, named: str = "{}", odd: bool = False) -> Any:
+    inner = 11008 * width // 4096
+
+    def block(at: int) -> dict[str, Any]:
+        shapes = {f"attention/{named.format(name)}/kernel": (width, width) for name in "qkvo"}
+        shapes |= {f"mlp/{named.format(name)}/kernel": (width, inner) for name in ("gate", "up")}
+        shapes |= {"mlp/down/kernel": (inner, width + at if odd and at % 3 else width)}
+        return shapes | {f"{name}_norm/scale": (width,) for name in ("first", "second")}
+
+    whole = {"embed/embedding": (32000, width), "norm/scale": (width,), "head/kernel": (width, 32000)}
+    return whole | {f"layers_{at}/{name}": shape for at in range(layers) for name, shape in block(at).items()}
+
+
+_OTHERS = {
+    "is the same": {},
+    "has more layers": {"layers": 40},
+    "is wider": {"width": 5120},
+    "has other names": {"named": "{}_proj"},
+    "differs here and there": {"odd": True},
+}
+
+
+@pytest.mark.parametrize("height", [24, 40])
+@pytest.mark.parametrize("other", _OTHERS)
+def test_the_plan_of_seven_billion_parameters_is_one_screen_with_the_cause_first(other, height):
+    stored = _seven_billion()
+    moments = {f"opt_state/0/mu/{name}": shape for name, shape in stored.items()}
+    have = {f"params/{name}": shape for name, shape in stored.items()} | moments
+    wanted = _seven_billion(**_OTHERS[other])
+    made = plan(have, {name.replace("layers_", "layers/"): shape for name, shape in wanted.items()})
+
+    shown = printed(made, terminal=True, width=100, height=height)
+
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).rstrip().splitlines()
+    assert len(lines) <= height
+    assert made.fits == (other == "is the same")
+    if not made.fits:
+        first = next(at for at, line in enumerate(lines) if line.startswith(("cause: ", "hint: ")))
+        assert first <= 6
+        assert not any(line.startswith("  restored") for line in lines[:first])

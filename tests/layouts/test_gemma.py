@@ -71,6 +71,32 @@ def test_a_port_with_a_linear_layer_for_each_projection_needs_rules_only(
     np.testing.assert_allclose(model(language.TOKENS), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_the_image_encoder_of_the_flat_form_goes_into_the_module_of_gemmas_own_name(tmp_path: Path) -> None:
+    position, scale = np.arange(8.0).reshape(1, 4, 2), np.arange(2.0)
+    tree = {
+        "transformer/final_norm": {"scale": -scale},
+        "SigLiPFromPatches_0/siglip_encoder": {"pos_embedding": position},
+        "SigLiPFromPatches_0/siglip_encoder/Transformer/encoder_norm": {"scale": scale},
+    }
+    target = {
+        "final_norm": {"scale": jax.ShapeDtypeStruct((2,), np.float32)},
+        "vision_encoder": {
+            "siglip_encoder": {
+                "pos_embedding": jax.ShapeDtypeStruct((1, 4, 2), np.float32),
+                "Transformer": {"encoder_norm": {"scale": jax.ShapeDtypeStruct((2,), np.float32)}},
+            }
+        },
+    }
+    path = writers.write_standard(tmp_path / "gemma", tree)
+    as_modules = jax.tree.map(nnx.Param, target)
+
+    for found in (restore(path, target), nnx.to_pure_dict(restore(path, nnx.State(as_modules)))):
+        np.testing.assert_array_equal(found["final_norm"]["scale"], -scale)
+        encoder = found["vision_encoder"]["siglip_encoder"]
+        np.testing.assert_array_equal(encoder["pos_embedding"], position)
+        np.testing.assert_array_equal(encoder["Transformer"]["encoder_norm"]["scale"], scale)
+
+
 def test_the_image_encoder_is_placed_as_gemmas_loader_does() -> None:
     path = ("SigLiPFromPatches_0/siglip_encoder/Transformer/encoder_norm", "scale")
     leaf = StoredLeaf(path=path, shape=(8,), dtype=np.dtype(np.float32))

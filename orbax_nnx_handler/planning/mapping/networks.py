@@ -9,7 +9,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import Layout, is_copy_name, words_of
 from orbax_nnx_handler.planning.mapping.matches import (
     SAME_PATH,
@@ -174,13 +174,17 @@ def by_whole_path(
 
 def _as_found(entries: Mapping[Path, Entry]) -> dict[Path, Found]:
     return {
-        path: Found(
-            recipe=entry.recipe,
-            reason=entry.reason,
-            evidence=MatchEvidence(kind="rule", words=entry.reason) if entry.reason else SAME_PATH,
-        )
+        path: Found(recipe=entry.recipe, reason=entry.reason, evidence=_evidence_of(entry))
         for path, entry in entries.items()
     }
+
+
+def _evidence_of(entry: Entry) -> MatchEvidence:
+    if entry.reason:
+        return MatchEvidence(kind="rule", words=entry.reason)
+    if segments(entry.sources[0]) == entry.whole:
+        return SAME_PATH
+    return MatchEvidence(kind="layout", words="the path that its layout gives it")
 
 
 def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network, dict[Path, Tokens]]:

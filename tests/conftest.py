@@ -3,8 +3,9 @@
 import gc
 import os
 import pathlib
+import tempfile
 
-from tests.processes import hasty_flags
+from tests.processes import hasty_flags, quick_directory
 
 # Before JAX is imported: it reads all of these when it starts, and so does every process that a test starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,12 +20,17 @@ os.environ.setdefault(
 # To keep what compiles faster costs more than to compile it again.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Every save waits for its disk dozens of times: what the tests write lies in memory, where it has room.
+os.environ.setdefault("TMPDIR", quick_directory())
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+
+# Looked up anew: pytest has asked before.
+tempfile.tempdir = None
 
 # Two programs in flight share one pool of threads: on few cores each may hold what the other's collectives
 # wait for, and the process dies after 40 seconds.

@@ -1,13 +1,17 @@
 """What the suite's processes are started with, and one program in several of them, joined by JAX."""
 
+import importlib
 import importlib.util
 import json
 import mmap
 import os
 import pathlib
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,35 +37,62 @@ def hasty_flags() -> list[str]:
         ]
 
 
+def quick_directory() -> str:
+    """Returns a directory in memory, if there is one with room for what the suite writes."""
+    memory = "/dev/shm"
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 << 30
+    return memory if roomy else tempfile.gettempdir()
+
+
 def run_processes(module: str, count: int, directory: pathlib.Path) -> list[dict[str, Any]]:
-    """Runs `module PORT COUNT NUMBER DIRECTORY` on 8 devices in all; returns what each wrote as JSON."""
+    """Runs `module.main(PORT, COUNT, NUMBER, DIRECTORY)` in each process; returns what each wrote as JSON.
+
+    They have 8 devices in all.
+    """
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
+        # JAX warns of it; nothing of JAX runs when `_forked` forks.
+        "PYTHONWARNINGS": "ignore:os.fork:RuntimeWarning",
     }
-    command = [sys.executable, "-m", module, str(_free_port()), str(count)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(number), str(directory)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(count)
-    ]
-    try:
-        output = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(output)[-8000:]
+    command = [sys.executable, "-m", "tests.processes", module, str(_free_port()), str(count), str(directory)]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as group:
+        try:
+            output = group.communicate(timeout=300)[0]
+        except BaseException:
+            os.killpg(group.pid, signal.SIGKILL)
+            raise
+    assert group.returncode == 0, output[-8000:]
     return [json.loads((directory / f"{number}.json").read_text()) for number in range(count)]
+
+
+def _forked(module: str, port: str, count: str, directory: str) -> list[int]:
+    """Imports once for all processes, and returns their exit codes."""
+    program = importlib.import_module(module).main
+    processes: list[int] = []
+    for number in range(int(count)):
+        process = os.fork()
+        if not process:
+            program(port, count, str(number), directory)
+            sys.exit()
+        processes.append(process)
+    return [os.waitpid(process, 0)[1] for process in processes]
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(any(_forked(*sys.argv[1:])))

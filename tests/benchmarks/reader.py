@@ -1,11 +1,7 @@
-"""One process of several: restores the toy of `benchmarks.simulate` and writes which bytes it read.
-
-python -m tests.benchmarks.reader PORT PROCESSES PROCESS DIRECTORY
-"""
+"""One process of several: restores the toy of `benchmarks.simulate` and writes which bytes it read."""
 
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -49,7 +45,3 @@ def main(port: str, count: str, number: str, directory: str) -> None:
 def _placed(leaf, sharding):
     value = leaf.get_value()
     return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -124,7 +123,3 @@ def main(port: str, processes: str, process: str, directory: str) -> None:
             )
             multihost_utils.sync_global_devices(f"{name} {kind}")
     (pathlib.Path(directory) / f"{process}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,13 +1,9 @@
-"""One process of several: plays every scene and writes what it saw.
-
-python -m tests.hosts.worker PORT PROCESSES PROCESS DIRECTORY
-"""
+"""One process of several: plays every scene and writes what it saw."""
 
 import contextlib
 import dataclasses
 import json
 import pathlib
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -377,7 +373,3 @@ def main(port: str, processes: str, process: str, directory: str) -> None:
             seen[name] = {"crashed": traceback.format_exc()}
         multihost_utils.sync_global_devices(name)
     (stage.directory / f"{process}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

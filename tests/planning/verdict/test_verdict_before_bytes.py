@@ -1,6 +1,7 @@
 """Whatever is wrong is said at once, with every path, before the first array byte is read."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +46,20 @@ def trees() -> dict[str, Tree]:
     """What stock Orbax reads from each case's checkpoint."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         return {str(case.path): checkpointer.restore(case.path) for case in map(load_case, names())}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Tree], pathlib.Path]:
+    """Saves a tree under a name, once: two cases restore one checkpoint."""
+    root = tmp_path_factory.mktemp("broken")
+
+    def save(name: str, tree: Tree) -> pathlib.Path:
+        if not (root / name).exists():
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(root / name, tree)
+        return root / name
+
+    return save
 
 
 @pytest.fixture
@@ -177,15 +192,18 @@ BREAKS: list[Callable[[Case, Tree], Broken]] = [
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__.strip("_"))
 @pytest.mark.parametrize("name", names())
 def test_a_broken_case_raises_one_error_that_names_every_path_and_reads_no_array(
-    name: str, break_it: Callable[[Case, Tree], Broken], trees: dict[str, Tree], tmp_path, no_chunk_read: None
+    name: str,
+    break_it: Callable[[Case, Tree], Broken],
+    trees: dict[str, Tree],
+    saved: Callable[[str, Tree], pathlib.Path],
+    no_chunk_read: None,
 ) -> None:
     case = load_case(name)
     broken = break_it(case, _copy(trees[str(case.path)]))
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "item", broken.tree)
+    path = saved(f"{case.step_path.name} {break_it.__name__}", broken.tree)
 
     with pytest.raises(RestoreError) as caught:
-        restore(tmp_path / "item", broken.target)
+        restore(path, broken.target)
 
     assert isinstance(caught.value, broken.kinds)
     for kind in broken.kinds:

@@ -18,6 +18,7 @@ PAGES: dict[str, Callable[[pathlib.Path], worlds.World]] = {
     "docs/hugging_face.md": worlds.nothing,
     "docs/proving.md": worlds.empty_directory,
     "docs/maxtext.md": worlds.migration,
+    "docs/tunix.md": worlds.gemma,
     "docs/several_networks.md": worlds.empty_directory,
     "docs/ema.md": worlds.empty_directory,
     "docs/lora.md": worlds.empty_directory,

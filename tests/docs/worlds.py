@@ -90,6 +90,37 @@ def migration(directory: pathlib.Path) -> World:
     }
 
 
+def gemma(directory: pathlib.Path) -> World:
+    """Two layers as Gemma 2's released files hold them, and a model with Tunix's names."""
+    stored: dict[str, dict[str, Any]] = {
+        "transformer/embedder": {"input_embedding": np.ones((12, 8), np.float32)},
+        "transformer/final_norm": {"scale": np.ones(8, np.float32)},
+    }
+    wanted: dict[tuple[str | int, ...], tuple[int, ...]] = {
+        ("embedder", "input_embedding"): (12, 8),
+        ("final_norm", "scale"): (8,),
+    }
+    attention = {"q_einsum": (4, 8, 6), "kv_einsum": (2, 2, 8, 6), "attn_vec_einsum": (4, 6, 8)}
+    norms = {"pre_attention_norm": "pre_attention_norm", "post_attention_norm": "post_attn_norm"}
+    norms |= {"pre_ffw_norm": "pre_ffw_norm", "post_ffw_norm": "post_ffw_norm"}
+    for layer in range(2):
+        for name, shape in attention.items():
+            stored[f"transformer/layer_{layer}/attn/{name}"] = {"w": np.ones(shape, np.float32)}
+            wanted["layers", layer, "attn", name, "w"] = shape
+        for name, shape in {"gating_einsum": (2, 8, 10), "linear": (10, 8)}.items():
+            stored[f"transformer/layer_{layer}/mlp/{name}"] = {"w": np.ones(shape, np.float32)}
+        for name, shape in {"gate_proj": (8, 10), "up_proj": (8, 10), "down_proj": (10, 8)}.items():
+            wanted["layers", layer, "mlp", name, "kernel"] = shape
+        for name, here in norms.items():
+            stored[f"transformer/layer_{layer}/{name}"] = {"scale": np.ones(8, np.float32)}
+            wanted["layers", layer, here, "scale"] = (8,)
+    path = writers.write_standard(directory / "gemma2-2b", stored)
+    state = nnx.from_flat_state(
+        [(name, nnx.Param(jax.ShapeDtypeStruct(shape, np.float32))) for name, shape in wanted.items()]
+    )
+    return {"path": path, "model": state}
+
+
 def _boxed(tree: Any) -> Any:
     return {key: _boxed(part) for key, part in tree.items()} if isinstance(tree, dict) else {"value": tree}
 

@@ -1,6 +1,7 @@
 """The demo, with a model small enough for a suite: what it claims, held against the numbers."""
 
 import io
+import json
 import re
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from rich.console import Console
 
 from orbax_nnx_handler import MissingParamError
+from orbax_nnx_handler.cli import main
 from orbax_nnx_handler.demo.programs import ENCODED, TEXT, Size, batch_at, decode
 from orbax_nnx_handler.demo.walkthrough import Outcome, Printer, run
+from tests.cli.schema import documented, found
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,17 @@ def test_the_output_is_plain_where_it_is_piped_and_has_seven_sections(printed_ru
     assert re.findall(r"^(\d)  ", printed, re.MULTILINE) == list("1234567")
     assert "\x1b" not in printed
     assert not re.search(r"[ \t]$", printed, re.MULTILINE)
+
+
+def test_json_gives_the_figures_alone(printed_run, monkeypatch, capsys):
+    outcome, printed = printed_run
+    monkeypatch.setattr("orbax_nnx_handler.demo.main", lambda: print(printed) or outcome.to_dict())
+
+    assert main(["demo", "--json"]) == 0
+
+    said = json.loads(capsys.readouterr().out)
+    assert set(found(said, documented("demo"))) == documented("demo") - {"refused"}
+    assert said["nnx_losses"] == outcome.nnx_losses
 
 
 def test_a_batch_is_the_same_in_every_program_and_its_targets_are_one_letter_on():

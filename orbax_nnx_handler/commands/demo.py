@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from orbax_nnx_handler import demo
-from orbax_nnx_handler.commands.arguments import described
+from orbax_nnx_handler.commands.arguments import add_json, described
 from orbax_nnx_handler.commands.screen import Screen
 
 
@@ -18,11 +18,13 @@ def add_to(commands: Any) -> None:
             "orbax-nnx demo",
         ),
     )
+    add_json(parser)
     parser.set_defaults(run=run, any_device=True)
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> int:
     """Runs the demo."""
-    del arguments, screen
-    demo.main()
+    figures = demo.main()
+    if arguments.json:
+        screen.json(figures)
     return 0

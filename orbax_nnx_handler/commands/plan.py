@@ -53,10 +53,7 @@ def _show(plan: RestorePlan, arguments: argparse.Namespace, screen: Screen) -> i
         wrong = None if error is None else {"type": type(error).__name__, "message": str(error)}
         screen.json(plan.to_dict() | {"error": wrong})
         return 0 if error is None else 1
-    if screen.out.is_terminal:
-        screen.out.print(plan)
-    else:
-        screen.say(str(plan))
+    screen.show(plan)
     options = "" if error is None else options_of(error.hints, plan.renames)
     if options:
         screen.say(f"on the command line: {options}")

@@ -146,6 +146,13 @@ class Screen:
         """Prints a heading."""
         self.say(text, "bold")
 
+    def show(self, value: Any) -> None:
+        """Prints what knows a terminal, in colour and in its width; in a pipe its text."""
+        if self.out.is_terminal:
+            self.out.print(value)
+        else:
+            self.say(str(value))
+
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
         """Prints one named fact a line; on a terminal a long one goes on below itself."""
         if not self.out.is_terminal:

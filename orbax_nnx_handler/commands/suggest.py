@@ -2,7 +2,7 @@
 
 import argparse
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler import api
@@ -19,7 +19,9 @@ from orbax_nnx_handler.commands.user_code import PAIR_HELP, UsageError, load_pai
 from orbax_nnx_handler.planning.core.errors import as_python
 from orbax_nnx_handler.planning.core.paths import spelled
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.suggesting import Question, Suggestion
+from orbax_nnx_handler.planning.suggesting import Confidence, Question, Suggestion
+
+_STYLES: Mapping[Confidence, str] = {"certain": "bold green", "likely": "bold yellow", "open": "bold red"}
 
 
 def add_to(commands: Any) -> None:
@@ -66,7 +68,10 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.json:
         screen.json(_to_dict(suggestion))
     else:
-        screen.say(str(suggestion))
+        coverage, rules = str(suggestion).split("\n", 1)
+        screen.say(coverage, _STYLES[suggestion.confidence])
+        # Never broken in the width of a terminal: it is to be pasted.
+        screen.say(rules)
         words = _options(suggestion)
         if words:
             screen.say(f"# on the command line: {words}")

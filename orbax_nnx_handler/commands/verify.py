@@ -74,5 +74,5 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.json:
         screen.json(found.to_dict())
     else:
-        screen.say(str(found))
+        screen.show(found)
     return 0 if found.equal else 1

@@ -166,6 +166,16 @@ class Outcome:
     error: RestoreError
     filled_losses: list[float]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as plain dicts, lists, strings and numbers."""
+        return {
+            "logit_difference": self.logit_difference,
+            "linen_losses": self.linen_losses,
+            "nnx_losses": self.nnx_losses,
+            "refused": {"type": type(self.error).__name__, "message": str(self.error)},
+            "filled_losses": self.filled_losses,
+        }
+
 
 def run(printer: Printer | None = None, size: Size | None = None, stop: int = 300, end: int = 331) -> Outcome:
     """Runs and prints the whole demo; `Setup` describes the arguments."""

@@ -1,15 +1,27 @@
 """How far the calls of two programs lie apart, and what their comparison found, as data that prints."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
 
 from orbax_nnx_handler.planning.core.folding import FROM, Folded, Row, fold_paths
-from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined
+from orbax_nnx_handler.planning.core.lines import (
+    Line,
+    Sentence,
+    align,
+    aligned,
+    as_html,
+    counted,
+    framed,
+    joined,
+)
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import describe, reads
+from orbax_nnx_handler.planning.rendering.display import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying.pairing import Unit
 from orbax_nnx_handler.verifying.recording import Array, Call
@@ -123,6 +135,7 @@ def differing_settings(linen: Call, nnx: Call) -> dict[str, tuple[Any, Any]]:
 
 
 _BEFORE, _BEHIND = 8, 3
+_HTML_ROWS = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -276,19 +289,31 @@ class Verification:
             "modules": [module.to_dict() for module in self.modules],
         }
 
+    def _lines(self) -> list[Line]:
+        around = [] if self.first is None else [*map(_row, self._around(self.first.module))]
+        return [*self._found(), self._counted(), *align(around, indent="    ")]
+
+    def _found(self) -> list[Line]:
+        told = [] if self.first is None else _told(self.first)
+        notes = (Sentence("note", remark) for remark in self.remarks)
+        return [self._verdict(), f"checkpoint: {self.directory}", *told, *notes]
+
     def __str__(self) -> str:
-        lines: list[Line] = [
-            self._verdict(),
-            f"checkpoint: {self.directory}",
-        ]
-        if self.first is not None:
-            lines += _told(self.first)
-        lines += [Sentence("note", remark) for remark in self.remarks]
-        lines.append(self._counted())
-        if self.first is not None:
-            rows = [*map(_row, self._around(self.first.module))]
-            lines += align(rows, indent="    ")
-        return joined(lines)
+        return joined(self._lines())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+        if not console.is_terminal:
+            yield Text(str(self), overflow="fold")
+            return
+        verdict, *others = self._lines()
+        yield Text(str(verdict), "bold green" if self.equal else "bold red")
+        yield from map(line_on_console, others)
+
+    def _repr_html_(self) -> str:
+        """Every call, folded away, in the place of those around the first difference."""
+        counts = self._counted().partition(";")[0].strip()
+        calls = as_html(align([*map(_row, self.modules)], limit=_HTML_ROWS))
+        return framed(f"{as_html(self._found())}<details><summary>{counts}</summary>{calls}</details>")
 
     def _verdict(self) -> str:
         verdict, absolute = "equal" if self.equal else "not equal", _number(self.absolute)

@@ -1,12 +1,15 @@
 """Deliberate mistakes in right rules, and ports that compute something else: the right module is named."""
 
 import functools
+import io
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from orbax_nnx_handler import Fuse, StackLayers, Transpose, Verification, verify
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, VIT, Twin
@@ -182,7 +185,8 @@ def test_where_the_code_differs_the_place_between_two_modules_is_named(saved: Sa
 
 
 def test_the_message_shows_the_weights_their_recipes_and_the_way_to_the_place(saved: Save):
-    text = str(found("a square kernel transposed", saved(GPT)))
+    result = found("a square kernel transposed", saved(GPT))
+    text = str(result)
 
     lines = text.splitlines()
     assert lines[0].startswith("Verification: not equal: outputs ")
@@ -191,6 +195,15 @@ def test_the_message_shows_the_weights_their_recipes_and_the_way_to_the_place(sa
     assert "transpose (1, 0), stack 3 on axis 0" in text
     assert "proved by outputs: kernel is transposed: as it is stored. With this change alone" in text
     assert "in the order of the run" in text
+    shown = io.StringIO()
+    Console(file=shown, force_terminal=True, width=60).print(result)
+    first, *others = shown.getvalue().splitlines()
+    assert first.startswith("\x1b[1;31mVerification: not equal")
+    assert max(len(re.sub(r"\x1b\[\d*m", "", line)) for line in others) <= 60
+    page = result._repr_html_()
+    assert "<b>proved by outputs:</b> kernel is transposed" in page
+    assert page.count("&lt;- h_") > len(lines)  # All calls, folded away, where the text has those around it.
+    assert page.index("<details>") < page.index("inputs 0")
 
 
 def test_a_tolerance_may_be_given_and_what_differs_is_said_all_the_same(saved: Save):

@@ -1,5 +1,6 @@
-"""Lines of text: counts, lists and sizes in words; sentences in a readable width; rows aligned."""
+"""Lines of text: counts, lists and sizes in words; sentences in a readable width; rows aligned; as HTML."""
 
+import html
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -74,6 +75,22 @@ def joined(lines: Iterable[Line], width: int = WIDTH) -> str:
         for line in lines
         for part in (_wrapped(line, width) if isinstance(line, Sentence) else [printable(line)])
     )
+
+
+def as_html(lines: Iterable[Line]) -> str:
+    """Returns lines as HTML in which rows stay aligned; without a colour: a dark notebook has its own."""
+    return "".join(f'<div style="white-space: pre-wrap">{_html_of(line)}</div>' for line in lines)
+
+
+def _html_of(line: Line) -> str:
+    if not isinstance(line, Sentence):
+        return html.escape(printable(line))
+    return f"<b>{html.escape(line.word)}:</b> {html.escape(printable(line.text))}"
+
+
+def framed(content: str) -> str:
+    """Returns HTML in the look of this package; what is wider than the notebook scrolls by itself."""
+    return f'<div style="font-family: monospace; font-size: 12px; overflow-x: auto">{content}</div>'
 
 
 def _wrapped(sentence: Sentence, width: int) -> Iterator[str]:

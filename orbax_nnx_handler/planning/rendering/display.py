@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, joined, sized
+from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, as_html, framed, joined, sized
 from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
 
@@ -75,16 +75,16 @@ def _screen(summary: Summary, options: ConsoleOptions, wrong: int, rest: int) ->
     yield Text.assemble((summary.head, "bold green" if summary.is_good else "bold red"), ": ", summary.counts)
     yield Text.assemble(("checkpoint: ", "dim"), summary.checkpoint)
     yield _bar(summary.share, min(width, 60), "#" if options.ascii_only else "█")
-    yield from map(_line, summary.reasons)
+    yield from map(line_on_console, summary.reasons)
     for block in sorted(summary.blocks, key=lambda block: not block.is_wrong):
         yield Text(f"  {block.title} ({block.count})", style=_STYLES.get(block.kind, "cyan"))
         limit = wrong if block.is_wrong else rest
         if limit:
             yield _rows(block, width, limit)
-    yield from map(_line, summary.meant)
+    yield from map(line_on_console, summary.meant)
 
 
-def _line(line: Line) -> RenderableType:
+def line_on_console(line: Line) -> RenderableType:
     """Returns a row as it is, or a sentence that goes on beside its first word."""
     if not isinstance(line, Sentence):
         return Text(printable(line), overflow="fold")
@@ -138,18 +138,10 @@ _HTML_ROWS = 200
 def summary_as_html(summary: Summary) -> str:
     """Returns a summary as HTML that carries its own style: nothing is fetched, no script runs."""
     blocks = sorted(summary.blocks, key=lambda block: not block.is_wrong)
-    return (
-        '<div style="font-family: monospace; font-size: 12px">'
+    return framed(
         f"<div><b>{html.escape(summary.head)}</b>: {html.escape(summary.counts)}</div>"
         f"<div>checkpoint: {html.escape(summary.checkpoint)}</div>{_html_bar(summary.share)}"
-        f"{_html_lines(summary.reasons)}{''.join(map(_html_table, blocks))}{_html_lines(summary.meant)}</div>"
-    )
-
-
-def _html_lines(lines: Iterable[Line]) -> str:
-    # Rows are aligned by spaces. No colour is set: a dark notebook has its own.
-    return "".join(
-        f'<div style="white-space: pre-wrap">{html.escape(printable(str(line)))}</div>' for line in lines
+        f"{as_html(summary.reasons)}{''.join(map(_html_table, blocks))}{as_html(summary.meant)}"
     )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.folding import list_paths
-from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.folding import Row, fold, list_paths
+from orbax_nnx_handler.planning.core.lines import WIDTH, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.parts import Grounds
@@ -176,6 +176,9 @@ class Suggestion:
         lines += [_comment(line) for line in self.problem.splitlines()]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        return framed(as_html(str(self).split("\n")))
+
     @property
     def coverage(self) -> str:
         """How much of the target is covered, in a line."""
@@ -194,4 +197,8 @@ def _comment(text: str) -> str:
 
 
 def _rest(what: str, paths: tuple[Path, ...]) -> list[str]:
-    return [_comment(f"{what}: {_listed(paths)}")] if paths else []
+    """Returns paths in a line, or where that is wider than a line, each in a line of its own."""
+    line = f"{what}: {_listed(paths)}"
+    if len(line) <= WIDTH:
+        return [_comment(line)] if paths else []
+    return [_comment(f"{what}:"), *(_comment(f"    {row.text}") for row in fold(map(Row, paths)))]

@@ -128,7 +128,7 @@ def test_a_notebook_keeps_the_columns_of_advice_and_shows_no_empty_ones():
     page = PLANS["does not fit"]._repr_html_()
 
     assert "<td></td>" not in re.sub(r"<td [^>]*>", "<td>", page)
-    assert '<div style="white-space: pre-wrap">hint: ' in page
+    assert '<div style="white-space: pre-wrap"><b>hint:</b> ' in page
     assert re.search(r'<svg [^>]*role="img" aria-label="restored \d+ B, missing \d+ B"', page)
 
 

@@ -1,5 +1,7 @@
 """Proposals on trees: what structure, shapes, order and names tell, and what they leave open."""
 
+import html
+import re
 import time
 
 import jax
@@ -159,6 +161,28 @@ class Many(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.zeta = nnx.Linear(2, 2, rngs=rngs)
         self.alpha = nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(11)])
+
+
+def test_paths_that_are_wider_than_a_line_stand_one_below_the_other():
+    names = [f"a_module_with_a_long_name_{letter}" for letter in "abcdefgh"]
+    found = proposal({"up": DENSE}, {"up": DENSE, **{name: {"kernel": (5,)} for name in names}})
+
+    lines = str(found).splitlines()
+    assert lines[-9:] == [
+        "# stored, and nothing wants it:",
+        *(f"#     params/{name}/kernel" for name in names),
+    ]
+    exec(str(found), {})
+
+
+def test_a_notebook_shows_a_proposal_as_text_to_be_pasted():
+    found = proposal({"<b>": DENSE, "down": OTHER}, {"Dense_0": DENSE, "Dense_1": OTHER})
+
+    page = found._repr_html_()
+
+    lines = re.findall(r"<div style=\"white-space: pre-wrap\">(.*?)</div>", page)
+    assert list(map(html.unescape, lines)) == str(found).splitlines()
+    assert "<b>" not in page
 
 
 def test_a_module_remembers_in_which_order_its_parts_were_created():

@@ -41,6 +41,8 @@ from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_
 from orbax_nnx_handler.verifying.runs import Programs
 from orbax_nnx_handler.verifying.settling import Settling
 
+_LESS_AT_ONCE = "bound what is under way at once: NNXLinenHandler(restore_concurrent_gb=1)."
+
 TargetT = TypeVar("TargetT")
 """The type of a target, which is that of the result."""
 
@@ -336,7 +338,9 @@ def _restore_checkpoint(
 
     checkpoint, plan, parts = agree(decided)
     single_replica = single_replica_leaves(options.single_replica, overrides)
-    with naming_shortage(checkpoint.directory, (item.wanted for item in plan.restored.values())):
+    wanted = [item.wanted for item in plan.restored.values()]
+    failed = f"{checkpoint.directory} cannot be restored"
+    with naming_shortage(failed, ((leaf.path, leaf.nbytes) for leaf in wanted), less=_LESS_AT_ONCE):
         arrays = carry_out(checkpoint, plan, init=options.init, single_replica=single_replica, **reading)
     _check_materialised(arrays)
     result = parts.assemble(arrays)

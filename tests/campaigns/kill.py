@@ -80,9 +80,10 @@ def _check_forced(folder: pathlib.Path) -> None:
 
 
 def _check_left(folder: pathlib.Path) -> None:
-    """What the last process left may be there, and what the ones before it left under that name may not."""
-    left = [path.name.partition(".converting-")[0] for path in folder.rglob("*.converting-*")]
-    assert len(left) == len(set(left)), left
+    """What the last process left may be there, and what the ones before it left at that place may not."""
+    found = [str(path.relative_to(folder)) for path in folder.rglob("*.converting-*")]
+    places = [name.partition(".converting-")[0] for name in found]
+    assert len(places) == len(set(places)), found
 
 
 def _check_converted(folder: pathlib.Path) -> None:

@@ -205,7 +205,8 @@ def write_converted(
     given = (path for path, value in conversion.given.items() if not is_empty(value))
     check_names([*(leaf.path for leaf in conversion.leaves), *given])
     window = window_of(memory_bytes)
-    with writing(destination), _appearing(destination) as unfinished:
+    leaves = ((leaf.path, leaf.nbytes) for leaf in conversion.leaves)
+    with writing(destination, leaves), _appearing(destination) as unfinished:
         plain = [leaf for leaf in conversion.leaves if not is_key(leaf.dtype)]
         writer = BlockWriter(
             conversion.source,

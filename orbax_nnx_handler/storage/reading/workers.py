@@ -8,12 +8,9 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Self
 
-from etils import epath
-
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.leaves import WantedLeaf
 from orbax_nnx_handler.planning.core.lines import sized
-from orbax_nnx_handler.planning.core.paths import render
+from orbax_nnx_handler.planning.core.paths import Path, render
 
 
 class Workers:
@@ -118,13 +115,7 @@ class Last:
 What = Literal["memory", "file descriptors", "threads"]
 
 _LIMITS: dict[What, tuple[str, str]] = {
-    "memory": (
-        "RLIMIT_AS",
-        (
-            "give the process more memory (ulimit -v, or the container's), or bound what is under way "
-            "at once: NNXLinenHandler(restore_concurrent_gb=1)."
-        ),
-    ),
+    "memory": ("RLIMIT_AS", "give the process more memory: ulimit -v, or the container's."),
     "file descriptors": ("RLIMIT_NOFILE", "allow the process more open files: ulimit -n 4096."),
     "threads": ("RLIMIT_NPROC", "allow the process more threads: ulimit -u, or the container's pids."),
 }
@@ -142,9 +133,33 @@ def short_of(error: BaseException) -> What | None:
     return "threads" if isinstance(error, RuntimeError) and _NO_THREAD in str(error) else None
 
 
+def check_threads(number: int = 8) -> None:
+    """Raises where the process may not have some more threads: TensorStore, refused one, ends the process.
+
+    Raises:
+        RuntimeError: As Python raises it.
+    """
+    done = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(number):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            started.append(thread)
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
+
+
 @contextlib.contextmanager
-def naming_shortage(directory: epath.Path, leaves: Iterable[WantedLeaf]) -> Generator[None]:
+def naming_shortage(failed: str, leaves: Iterable[tuple[Path, int]], less: str = "") -> Generator[None]:
     """Turns what runs out into one error that names the limit and the largest leaf.
+
+    Args:
+        failed: What does not work then.
+        leaves: The leaves with their bytes.
+        less: A hint how to do with less memory.
 
     Raises:
         RestoreError: Memory, file descriptors or threads did not do.
@@ -156,14 +171,13 @@ def naming_shortage(directory: epath.Path, leaves: Iterable[WantedLeaf]) -> Gene
         if what is None:
             raise
         name, hint = _LIMITS[what]
-        largest = max(leaves, key=lambda leaf: leaf.nbytes, default=None)
-        paths = [] if largest is None else [largest.path]
-        leaf = "" if largest is None else f"\nlargest leaf: {render(largest.path)} {sized(largest.nbytes)}"
+        largest = max(leaves, key=lambda leaf: leaf[1], default=None)
+        paths = [] if largest is None else [largest[0]]
+        leaf = "" if largest is None else f"\nlargest leaf: {render(largest[0])} {sized(largest[1])}"
         raise RestoreError(
-            f"{directory} cannot be restored: this process may have no more {what} "
-            f"({name} is {_limit(name, what)}).{leaf}",
+            f"{failed}: this process may have no more {what} ({name} is {_limit(name, what)}).{leaf}",
             paths=paths,
-            hints=[hint],
+            hints=[hint, less] if less and what == "memory" else [hint],
         ) from error
 
 

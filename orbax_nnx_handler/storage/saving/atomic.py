@@ -8,6 +8,7 @@ goes when the next one writes under the same name: a lock tells that nobody hold
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import pathlib
@@ -15,15 +16,18 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any, cast
 
 import jax
+import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.paths import Path, nodes_of
 from orbax_nnx_handler.storage.checkpoint.directories import is_working_name, working_name
+from orbax_nnx_handler.storage.reading.workers import check_threads, naming_shortage
 from orbax_nnx_handler.storage.stores.locations import is_url
 
 # How often and at what distance a directory that is to go is looked at.
@@ -55,23 +59,37 @@ def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force:
         return
     if destination.exists() and not force:
         raise ValueError(f"Destination {destination} already exists.\nhint: pass force=True to replace it.")
-    with opened as checkpointer, writing(destination), appearing(destination) as unfinished:
+    leaves = ((path, _nbytes(value)) for path, value in nodes_of(arguments.item))
+    with opened as checkpointer, writing(destination, leaves), appearing(destination) as unfinished:
         checkpointer.save(unfinished, args=arguments)
 
 
+def _nbytes(value: Any) -> int:
+    return int(getattr(value, "nbytes", None) or np.asarray(value).nbytes)
+
+
 @contextlib.contextmanager
-def writing(destination: epath.Path) -> Generator[None]:
-    """Says that it was the destination which failed: a full disk, a permission, an interface that is down."""
+def writing(destination: epath.Path, leaves: Iterable[tuple[Path, int]]) -> Generator[None]:
+    """Says that it was the destination which failed, or that the process may have no more of something.
+
+    Args:
+        destination: Where it is written.
+        leaves: The leaves with their bytes; the largest is named where something runs out.
+
+    Raises:
+        RestoreError: A full disk, a permission, an interface that is down, memory, threads, descriptors.
+    """
+    failed = f"{destination} cannot be written"
     try:
-        yield
+        with naming_shortage(failed, leaves):
+            check_threads()
+            yield
     except RestoreError:
         raise
     # TensorStore raises ValueError for most of what a disk refuses.
     except (OSError, ValueError) as error:
         reason = str(error).partition(" [source locations=")[0]
-        raise RestoreError(
-            f"{destination} cannot be written: {reason}", hints=["nothing was left at the destination."]
-        ) from error
+        raise RestoreError(f"{failed}: {reason}", hints=["nothing was left at the destination."]) from error
 
 
 @contextlib.contextmanager
@@ -105,22 +123,61 @@ def appearing(destination: epath.Path) -> Generator[epath.Path]:
             _clear(work)
             raise
         # Nothing writes any more, so that there is nothing to wait for.
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
 
 
 @contextlib.contextmanager
 def _held(work: epath.Path) -> Generator[None]:
     """Makes a directory and holds its lock, which goes with the process however that ends."""
-    work.mkdir(exist_ok=True)
-    descriptor = os.open(work / _OWNER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    descriptor = _locked(work)
     try:
-        # On a file system without locks nobody will know that it was left behind, so it will stay.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(descriptor, _machine())
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(work: epath.Path) -> int:
+    """Makes a directory with the file that tells whose it is, and returns that opened and locked.
+
+    Another process may take it for one left behind until it is locked, and remove it; then anew.
+
+    Raises:
+        OSError: It cannot be made, or another thread of this process writes under the same name.
+    """
+    for _ in range(_CLEARINGS):
+        work.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(work / _OWNER, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            with contextlib.suppress(OSError):
+                pathlib.Path(work).rmdir()
+            raise
+        if _lock(descriptor) and _is_at(work / _OWNER, descriptor):
+            return descriptor
+        os.close(descriptor)
+        time.sleep(_CLEARING_S)
+    raise OSError(errno.EBUSY, "another save to it is under way in this process", str(work))
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks a file and writes this machine into it; False where somebody else holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, _machine())
+    except BlockingIOError:
+        return False
+    except OSError:
+        # On a file system without locks nobody will know that it was left behind, so it will stay.
+        return True
+    return True
+
+
+def _is_at(path: epath.Path, descriptor: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(pathlib.Path(path).stat(), os.fstat(descriptor))
+    return False
 
 
 def _clear_left_behind(top: epath.Path) -> None:
@@ -136,13 +193,29 @@ def _clear_left_behind(top: epath.Path) -> None:
 
 
 def _clear_if_dead(work: epath.Path) -> None:
-    descriptor = os.open(work / _OWNER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(work / _OWNER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        pathlib.Path(
+            work
+        ).rmdir()  # A process died before it had put anything there; where there is something, it stays.
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.read(descriptor, 1000) == _machine():
-            shutil.rmtree(work, ignore_errors=True)
+        # Empty where a process died before it had written that.
+        if os.read(descriptor, 1000) in (_machine(), b""):
+            _remove(work)
     finally:
         os.close(descriptor)
+
+
+def _remove(work: epath.Path) -> None:
+    """Removes a directory; last of it what tells whose it is, for this process may die meanwhile."""
+    with contextlib.suppress(OSError):
+        for child in work.iterdir():
+            if child.name != _OWNER:
+                shutil.rmtree(child, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _machine() -> bytes:
@@ -181,5 +254,5 @@ def _clear(directory: epath.Path) -> None:
         absent = 0 if directory.exists() else absent + 1
         if absent == _TIMES_ABSENT:
             return
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
         time.sleep(_CLEARING_S)

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -136,6 +137,13 @@ def test_what_a_killed_process_was_writing_goes_with_the_next_one_of_the_same_na
     (elsewhere / ".owner").write_text("another machine")
     unknown = tmp_path / f"3.converting-{killed.pid}1"
     unknown.mkdir()
+    (unknown / "somebody's").touch()
+    # As where the process died before it had said whose it is, or while that was being removed.
+    for at, name in enumerate(("2", "3")):
+        left = tmp_path / f"3.converting-{killed.pid}{name}"
+        left.mkdir()
+        if at:
+            (left / ".owner").touch()
 
     assert cli.main(["convert", str(tmp_path / "src"), str(tmp_path / "3")]) == 0
 
@@ -143,6 +151,78 @@ def test_what_a_killed_process_was_writing_goes_with_the_next_one_of_the_same_na
     assert names_in(tmp_path) == sorted([*left, "3", "src"])
     assert value_at(tmp_path / "3") == 1.0
     living.communicate()
+
+
+def test_whose_a_directory_is_is_known_until_all_else_in_it_is_removed(tmp_path, monkeypatch):
+    work = tmp_path / "item.converting-9"
+    (work / "item" / "d").mkdir(parents=True)
+    (work / ".owner").touch()
+    order = []
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda path, **_: order.append(path.name))
+
+    atomic._remove(atomic.epath.Path(work))
+
+    assert order == ["item", "item.converting-9"]
+
+
+def test_a_second_save_of_one_process_to_one_place_is_refused_while_the_first_is_under_way(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(atomic, "_CLEARINGS", 3)
+    with atomic.appearing(atomic.epath.Path(tmp_path / "item")) as unfinished:
+        unfinished.mkdir()
+        with pytest.raises(RestoreError, match="another save to it is under way"):
+            save(tmp_path / "item", Net(1.0))
+
+    assert names_in(tmp_path) == ["item"]
+
+
+def test_a_directory_that_was_removed_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    lock, removed = atomic._lock, []
+
+    def late(descriptor):
+        if not removed:
+            removed.append(True)
+            (tmp_path / "work" / ".owner").unlink()
+            (tmp_path / "work").rmdir()
+        return lock(descriptor)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    with atomic._held(atomic.epath.Path(tmp_path / "work")):
+        assert (tmp_path / "work" / ".owner").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "memory (RLIMIT_AS is "),
+        (RuntimeError("can't start new thread"), "threads (RLIMIT_NPROC is "),
+        (OSError(24, "Too many open files"), "file descriptors (RLIMIT_NOFILE is "),
+    ],
+)
+def test_what_a_save_has_too_little_of_is_named_with_the_largest_leaf(tmp_path, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
+    with pytest.raises(RestoreError) as raised:
+        save(tmp_path / "item", Net(1.0))
+
+    start = f"{tmp_path / 'item'} cannot be written: this process may have no more {said}"
+    assert str(raised.value).startswith(start)
+    assert "\nlargest leaf: params/w 16.38 kB\nhint: " in str(raised.value)
+    assert names_in(tmp_path) == []
+
+
+def test_a_save_begins_only_where_threads_may_be_started(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RestoreError, match="may have no more threads"):
+        save(tmp_path / "item", Net(1.0))
+
+    assert names_in(tmp_path) == []
 
 
 def test_an_item_that_was_being_replaced_stays_until_there_is_another(tmp_path, monkeypatch):

@@ -224,11 +224,9 @@ class FirstDifference:
         if self.reordered:
             said.append(Sentence("note", "it returns the same numbers in another order."))
         if self.tried:
-            ways = counted(self.tried, "other way", "other ways")
-            words = (
-                f"{ways} of making the weights in it (transposed, divided, joined, exchanged) are wrong too."
-            )
-            said.append(Sentence("note", words))
+            ways, are = ("one other way", "is") if self.tried == 1 else (f"{self.tried} other ways", "are")
+            made = f"{ways} of making the weights in it (transposed, divided, joined, exchanged)"
+            said.append(Sentence("note", f"{made} {are} wrong too."))
         if not self.settings:
             said.append(Sentence("hint", _CODE if self.tried or not self.weights else _WEIGHTS))
         return said
@@ -307,7 +305,7 @@ class Verification:
             return
         verdict, *others = self._lines()
         yield Text(str(verdict), "bold green" if self.equal else "bold red")
-        yield from map(line_on_console, others)
+        yield from (line_on_console(line, options.max_width) for line in others)
 
     def _repr_html_(self) -> str:
         """Every call, folded away, in the place of those around the first difference."""
@@ -315,10 +313,10 @@ class Verification:
         calls = as_html(align([*map(_row, self.modules)], limit=_HTML_ROWS))
         return framed(f"{as_html(self._found())}<details><summary>{counts}</summary>{calls}</details>")
 
-    def _verdict(self) -> str:
+    def _verdict(self) -> Sentence:
         verdict, absolute = "equal" if self.equal else "not equal", _number(self.absolute)
         apart = f"outputs {_apart(self.relative)} apart (at most {absolute})"
-        return f"Verification: {verdict}: {apart}, tolerance {self.tolerance:g}"
+        return Sentence("Verification", f"{verdict}: {apart}, tolerance {self.tolerance:g}")
 
     def _counted(self) -> str:
         modules = len({(module.nnx, module.linen) for module in self.modules})

@@ -3,6 +3,7 @@
 import abc
 import bisect
 import html
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -75,19 +76,21 @@ def _screen(summary: Summary, options: ConsoleOptions, wrong: int, rest: int) ->
     yield Text.assemble((summary.head, "bold green" if summary.is_good else "bold red"), ": ", summary.counts)
     yield Text.assemble(("checkpoint: ", "dim"), summary.checkpoint)
     yield _bar(summary.share, min(width, 60), "#" if options.ascii_only else "█")
-    yield from map(line_on_console, summary.reasons)
+    yield from (line_on_console(line, width) for line in summary.reasons)
     for block in sorted(summary.blocks, key=lambda block: not block.is_wrong):
         yield Text(f"  {block.title} ({block.count})", style=_STYLES.get(block.kind, "cyan"))
         limit = wrong if block.is_wrong else rest
         if limit:
             yield _rows(block, width, limit)
-    yield from map(line_on_console, summary.meant)
+    yield from (line_on_console(line, width) for line in summary.meant)
 
 
-def line_on_console(line: Line) -> RenderableType:
-    """Returns a row as it is, or a sentence that goes on beside its first word."""
+def line_on_console(line: Line, width: int) -> RenderableType:
+    """Returns a row that goes on below itself, or a sentence that goes on beside its first word."""
     if not isinstance(line, Sentence):
-        return Text(printable(line), overflow="fold")
+        hanging = " " * (len(line) - len(line.lstrip()) + 4)
+        below = textwrap.wrap(printable(line), width, subsequent_indent=hanging, break_on_hyphens=False)
+        return Text("\n".join(below))
     grid = Table.grid()
     grid.add_row(Text(f"{line.word}: ", style="bold"), Text(printable(line.text), overflow="fold"))
     return grid

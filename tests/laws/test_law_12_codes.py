@@ -122,3 +122,27 @@ def test_codes_are_no_weights_where_the_target_wants_their_scale_too(tmp_path, d
         wanted[layer] = parts | {name: scale}
     error = refused(write(tmp_path, {"params": stored}), target_of(form, wanted))
     assert "quantis" in str(error)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["absmax", "amax_history", "d", "step_size"])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: jnp.dtype(dtype).name)
+def test_what_nothing_reads_beside_codes_is_their_scale_whatever_its_name(tmp_path, dtype, name, form):
+    model = _model(Numbers())
+    stored = {}
+    for layer, parts in model.items():
+        codes, scale = _codes(parts["kernel"], dtype, (FLOATS | INTEGERS)[dtype])
+        stored[layer] = {"bias": parts["bias"], "kernel": codes, name: scale}
+    error = refused(write(tmp_path, {"params": stored}), target_of(form, model), unexpected="ignore")
+    assert "quantis" in str(error)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_narrow_weights_beside_what_is_read_and_a_bias_left_unread_are_restored(tmp_path, form):
+    numbers = Numbers()
+    wanted = {"out": {"kernel": numbers(2, 3), "gain": numbers(3)}}
+    narrow = jnp.asarray(wanted["out"]["kernel"] % 8).astype(jnp.float8_e4m3fn)
+    stored = {"out": {"kernel": narrow, "gain": wanted["out"]["gain"], "bias": numbers(3)}}
+    path = write(tmp_path, {"params": stored})
+    expected = {"out": {"kernel": np.asarray(narrow).astype(np.float32), "gain": wanted["out"]["gain"]}}
+    check(restore(path, target_of(form, wanted), unexpected="ignore"), expected)

@@ -10,7 +10,7 @@ from flax import nnx
 from orbax_nnx_handler import RestoreError
 from orbax_nnx_handler.planning.core.recipes import Concat, Index
 from orbax_nnx_handler.planning.layouts import LAYOUTS
-from orbax_nnx_handler.planning.verdict.laws import Known, Source, certify
+from orbax_nnx_handler.planning.verdict.laws import Known, certify
 from tests.laws.fuzz.optimizers import nested
 from tests.laws.fuzz.trial import draw
 from tests.laws.mutations import EXCHANGES, MUTATIONS, mutants
@@ -37,11 +37,7 @@ def _certified(plan, recipes):
     placed, wanted = plan.sides.placements, plan.sides.wanted
     layout = next(layout for layout in LAYOUTS if layout.title == plan.layout)
     layout = layout.of_tree({path: item.leaf for path, item in placed.items()})
-    evidence = {path: plan.restored[path].evidence for path in recipes}
-    sources = [
-        Source(wanted[path], recipe, evidence[path].kind, evidence[path].axis_by)
-        for path, recipe in recipes.items()
-    ]
+    sources = [(wanted[path], recipe, plan.restored[path].evidence) for path, recipe in recipes.items()]
     known = Known(scan_axis=layout.scan_axis, scans=layout.scans)
     return certify(list(wanted.values()), placed, sources, known)
 

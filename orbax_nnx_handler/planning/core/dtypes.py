@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, cast
 
 import jax
@@ -128,7 +128,7 @@ _Names = tuple[str, ...]
 _NO_SCALE = frozenset({"bias", "b"})
 
 
-def scales_of(leaves: Iterable[StoredLeaf]) -> Mapping[Path, tuple[Path, ...]]:
+def scales_of(leaves: Iterable[StoredLeaf], unread: Set[Path] = frozenset()) -> Mapping[Path, tuple[Path, ...]]:
     """Returns the scales of each leaf that holds codes.
 
     Told from metadata: a leaf of small floats or of integers, and a smaller leaf of
@@ -136,13 +136,17 @@ def scales_of(leaves: Iterable[StoredLeaf]) -> Mapping[Path, tuple[Path, ...]]:
     side (`kernel`, `kernel_scale_inv`), in one box (`kernel/{qvalue, scale}`,
     `kernel/{value, scale}`), or the scales in a collection of their own. That a target
     wants a scale too does not make weights of the codes.
+
+    Args:
+        leaves: The stored leaves.
+        unread: Those that nothing reads: beside codes of 8 bits, they are scales whatever their names.
     """
     listed = list(leaves)
     codes = [leaf for leaf in listed if leaf.key_impl is None and leaf.shape and _is_code(leaf.dtype)]
     if not codes:
         return {}
     others = [leaf for leaf in listed if _is_float(leaf.dtype)]
-    places = _Places(listed, others)
+    places = _Places(listed, others, unread)
     found = {leaf.path: tuple(_unique(places.beside(leaf))) for leaf in codes}
     return {path: scales for path, scales in found.items() if scales}
 
@@ -150,7 +154,10 @@ def scales_of(leaves: Iterable[StoredLeaf]) -> Mapping[Path, tuple[Path, ...]]:
 class _Places:
     """What lies where, as far as it may be a scale."""
 
-    def __init__(self, leaves: Sequence[StoredLeaf], others: Sequence[StoredLeaf]) -> None:
+    def __init__(
+        self, leaves: Sequence[StoredLeaf], others: Sequence[StoredLeaf], unread: Set[Path]
+    ) -> None:
+        self._unread = unread
         self._in_dict: dict[_Names, list[StoredLeaf]] = defaultdict(list)
         self._elsewhere: dict[_Names, list[StoredLeaf]] = defaultdict(list)
         for leaf in others:
@@ -173,6 +180,9 @@ class _Places:
         siblings = list(self._smaller(code, self._in_dict.get(module, ())))
         is_box = len(siblings) + 1 == len(self._sizes[module]) and not _NO_SCALE & self._sizes[module]
         yield from (leaf for leaf in siblings if is_box or _is_named(leaf, name))
+        if cast(Any, code.dtype).itemsize == 1:
+            left = (leaf for leaf in siblings if leaf.path in self._unread)
+            yield from (leaf for leaf in left if _names(leaf.path)[-1] not in _NO_SCALE)
         # Under the same path in a collection of scales: what lies above says so, or is not `params`.
         head = next((depth for depth, part in enumerate(names[:-1]) if part != "params"), len(names) - 1)
         for leaf in self._smaller(code, self._elsewhere.get(names[head:-1], ())):

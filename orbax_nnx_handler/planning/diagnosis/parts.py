@@ -41,7 +41,8 @@ def quantised_weights(evidence: Evidence) -> Mapping[str, Mapping[Path, tuple[st
     name (`kernel/{qvalue, scale}`).
     """
     placements = evidence.sides.placements
-    scales = scales_of(item.leaf for item in placements.values())
+    unread = evidence.unread
+    scales = scales_of((item.leaf for item in placements.values()), unread)
     found: dict[str, dict[Path, tuple[str, ...]]] = defaultdict(dict)
     for path, codes in _codes_of(evidence, scales):
         found[str(placements[codes].leaf.dtype)][path] = tuple(_name(scale) for scale in scales[codes])

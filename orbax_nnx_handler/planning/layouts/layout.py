@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 
 Stored = Mapping[Path, StoredLeaf]
 """All stored leaves of a checkpoint, by path."""
@@ -42,6 +43,11 @@ class Placement:
     collection: str | None = None
     owner: Path = ()
     slot: tuple[str, ...] | None = None
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The canonical path."""
+        return canonical(self.path)
 
     @property
     def is_unused(self) -> bool:

@@ -36,6 +36,7 @@ class Entry:
             path that ends in its `opt_state`, since moments follow their parameters.
         owner: Canonical keys above its train state.
         leaves: The stored leaves of an optimizer.
+        placed: What the stored leaf is, where it is one leaf.
     """
 
     segments: tuple[str, ...]
@@ -51,10 +52,13 @@ class Entry:
     section: Section = "model"
     owner: Tokens = ()
     leaves: tuple[Path, ...] = ()
+    placed: Placement | None = dataclasses.field(default=None, compare=False)
 
     @cached_property
     def tokens(self) -> Tokens:
         """The canonical path within the collection."""
+        if self.placed is not None and self.placed.path == self.segments:
+            return self.placed.tokens  # Nearly every leaf: no rule has renamed it.
         return canonical(self.segments)
 
     @cached_property
@@ -154,6 +158,7 @@ def _entry(placement: Placement) -> Entry:
         prefix=_prefix(above) if is_end else _above(segments(leaf.path), names),
         section=placement.section,
         owner=_owner(placement.owner),
+        placed=placement,
     )
 
 

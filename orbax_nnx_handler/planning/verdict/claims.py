@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -34,11 +34,15 @@ class Claims:
         read: Every stored leaf that is read, repeats included.
     """
 
-    def __init__(self, sources: Sequence[tuple[Wanted, Recipe]], placed: Mapping[Path, Placement]) -> None:
-        self._sources, self._placed = sources, placed
-        self.read: list[Path] = []
-        for _, recipe in sources:
-            self.read += (recipe.path,) if isinstance(recipe, Read) else reads(recipe)
+    def __init__(
+        self, sources: Iterable[tuple[Wanted, Recipe, object]], placed: Mapping[Path, Placement]
+    ) -> None:
+        self._sources, self._placed = [source[:2] for source in sources], placed
+        recipes = [recipe for _, recipe in self._sources]
+        self.read = [recipe.path for recipe in recipes if isinstance(recipe, Read)]
+        if len(self.read) < len(recipes):
+            others = (recipe for recipe in recipes if not isinstance(recipe, Read))
+            self.read += itertools.chain.from_iterable(map(reads, others))
 
     @cached_property
     def used(self) -> Set[Path]:
@@ -48,10 +52,12 @@ class Claims:
     def unread(self, by_rule: Set[Path]) -> list[Path]:
         """Returns the weights that nothing reads and no rule names."""
         used = self.used
+        if len(used) == len(self._placed):
+            return []
         return [
             path
             for path, item in self._placed.items()
-            if path not in used and item.section == "model" and path not in by_rule
+            if item.section == "model" and path not in used and path not in by_rule
         ]
 
     def used_twice(self, copies: Set[Path]) -> Iterator[Twice]:

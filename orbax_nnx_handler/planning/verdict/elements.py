@@ -124,11 +124,12 @@ class Names:
     """The names of the leaves of one side.
 
     Attributes:
-        leaves: The canonical path and the shape of every leaf, those that a rule has dealt with left out.
+        leaves: The canonical path and the shape of every leaf, those that a rule has dealt with left out;
+            looked at once, in few plans.
         scans: The scans that the layout knows by name.
     """
 
-    leaves: Sequence[tuple[Tokens, Shape]]
+    leaves: Iterable[tuple[Tokens, Shape]]
     scans: Sequence[ScannedBlocks]
 
     def of(self, tokens: Tokens, layer: tuple[int, ...]) -> Iterator[Name]:

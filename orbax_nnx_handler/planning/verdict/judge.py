@@ -125,7 +125,7 @@ def _broken_laws(wanted: Sequence[Wanted], mapping: LeafMapping) -> list[Broken]
         if source is None:
             continue
         if shapes[path] == item.leaf.shape:
-            sources.append(Source(item, source.recipe, source.evidence.kind, source.evidence.axis_by))
+            sources.append((item, source.recipe, source.evidence))
         else:
             unfit.append((item, source.recipe))
     placed = {item.leaf.path: item for item in mapping.placements}
@@ -401,7 +401,7 @@ class _Leaves:
 
     @cached_property
     def _codes(self) -> Mapping[Path, tuple[Path, ...]]:
-        return scales_of(self.stored.values())
+        return scales_of(self.stored.values(), self.stored.keys() - self.mapping.used())
 
     def _compare_key(self, item: Wanted, found: Found, shape: Shape) -> Restored | Mismatched:
         source = self.stored[next(iter(reads(found.recipe)))]

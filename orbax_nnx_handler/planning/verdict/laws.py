@@ -10,34 +10,36 @@ is used twice holds for them too, and that moments follow.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Protocol
 
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, ScannedBlocks, is_copy_name
-from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.axes import StackedAxes
 from orbax_nnx_handler.planning.verdict.claims import Claims
 from orbax_nnx_handler.planning.verdict.moments import Moments, stored_as_weight, wanted_as_weight
-from orbax_nnx_handler.planning.verdict.weights import Weights
+from orbax_nnx_handler.planning.verdict.weights import Weights, is_below
 
 
-class Source(NamedTuple):
-    """What one wanted leaf is made from.
+class Grounds(Protocol):
+    """What a mapping says that the recipe of a leaf rests on."""
 
-    Attributes:
-        item: The wanted leaf.
-        recipe: The recipe.
-        kind: What the mapping says that it rests on.
-        axis_by: What it says that tells the axis of its layers; None where it says nothing.
-    """
+    @property
+    def kind(self) -> str:
+        """In a word."""
+        ...
 
-    item: Wanted
-    recipe: Recipe
-    kind: str
-    axis_by: str | None = None
+    @property
+    def axis_by(self) -> str | None:
+        """What tells the axis of its layers; None where it says nothing."""
+        ...
+
+
+Source = tuple[Wanted, Recipe, Grounds]
+"""A wanted leaf, what it is made from, and what that rests on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,13 +84,10 @@ def certify(
         sources: What the leaves of the result are made from.
         known: What the mapping may rest on besides names and shapes.
     """
-    optimizers, others = list[Source](), list[Source]()
-    for source in sources:
-        (optimizers if source.item.role == "optimizer" else others).append(source)
-    kernel = _Kernel(wanted, placed, others, known)
-    broken = [fault for source in others if not kernel.is_plain(source) for fault in kernel.check(source)]
-    broken += kernel.moments(optimizers)
-    broken += kernel.claims(Claims([source[:2] for source in sources], placed))
+    kernel = _Kernel(wanted, placed, sources, known)
+    broken = [fault for source in kernel.unproven() for fault in kernel.check(source)]
+    broken += kernel.moments()
+    broken += kernel.claims(Claims(sources, placed))
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
 
@@ -111,39 +110,57 @@ class _Kernel:
         self,
         wanted: Sequence[Wanted],
         placed: Mapping[Path, Placement],
-        sources: Sequence[Source],
+        sources: Iterable[Source],
         known: Known,
     ) -> None:
-        self._wanted, self._placed, self._sources, self._known = wanted, placed, sources, known
-        self._optimizers: Sequence[Source] = ()
+        self._wanted, self._placed, self._known = wanted, placed, known
+        self._by_role: dict[Role, list[Source]] = defaultdict(list)
+        for source in sources:
+            self._by_role[source[0].role].append(source)
         self._axes = StackedAxes(known.scan_axis, known.said)
         self._weights = Weights(wanted, placed, known.by_rule, known.scans, self._axes)
         self._owners: dict[Path, set[Path]] = defaultdict(set)
         self._read_owners: dict[Path, list[tuple[Wanted, Path]]] = defaultdict(list)
-        self._tops = {path[:1] for path in placed}
-        owners = {item.owner for item in placed.values() if item.section == "model"}
-        self._networks = set(map(canonical, owners))
+        stored_tops = {path[:1] for path in placed}
+        tops = {item.leaf.path[:1] for item in wanted}
+        self._tops = {top for top in tops if top in stored_tops or tuple(map(str, top)) in stored_tops}
+        self._has_owners = any(item.owner for item in placed.values())
 
-    def is_plain(self, source: Source) -> bool:
-        """Tells whether a weight is read whole, from its collection, below known roots: nearly each."""
-        item, recipe, kind, _ = source
-        if not isinstance(recipe, Read) or item.role != "model" or kind == "same path":
-            return False
-        stored = recipe.path
-        placed = self._placed[stored]
-        if placed.section != "model" or placed.collection != item.collection or item.collection is None:
-            return False
-        if stored in self._known.by_rule or self._has_top(item.leaf.path):
-            return False
-        if not self._weights.is_below_known_roots(item, placed):
-            return False
-        self._read_owners[placed.owner].append((item, stored))
-        return True
+    def unproven(self) -> Iterator[Source]:
+        """Yields the leaves that are not read as nearly each is; those of optimizers are looked at as wholes.
+
+        To be read in the loop that proves them, since other leaves follow from those.
+        """
+        yield from self._unlike(self._by_role["model"])
+        for role, sources in self._by_role.items():
+            if role not in ("model", "optimizer"):
+                yield from sources
+
+    def _unlike(self, weights: Iterable[Source]) -> Iterator[Source]:
+        """Yields the weights that are not read whole, from their collection, below levels that are known."""
+        placed, roots, tops, by_rule = self._placed, self._weights.roots, self._tops, self._known.by_rule
+        for source in weights:
+            item, recipe, grounds = source
+            path = item.leaf.path
+            if not isinstance(recipe, Read) or (grounds.kind == "same path" and recipe.path != path):
+                yield source
+                continue
+            if grounds.kind == "same path":
+                continue
+            there = placed[recipe.path]
+            if there.section != "model" or there.collection != item.collection or there.collection is None:
+                yield source
+                continue
+            known = roots.get((there.owner, there.collection), ())
+            if (tops and path[:1] in tops) or recipe.path in by_rule or not is_below(item, there, known):
+                yield source
+            elif self._has_owners:
+                self._read_owners[there.owner].append((item, recipe.path))
 
     def check(self, source: Source) -> Iterator[Broken]:
         """Yields what the names and the collection of one leaf's sources speak against."""
-        item, recipe, kind, _ = source
-        read = reads(recipe)
+        item, recipe, grounds = source
+        kind, read = grounds.kind, reads(recipe)
         if self._known.by_rule and not self._known.by_rule.isdisjoint(read):
             return
         path = item.leaf.path
@@ -162,7 +179,7 @@ class _Kernel:
 
     def _named(self, source: Source, read: Sequence[Path]) -> Iterator[Broken]:
         """Yields where a leaf is not that of its name; optimizers are looked at as wholes."""
-        item, recipe, kind, axis_by = source
+        item, recipe, grounds = source
         placed = [self._placed[stored] for stored in read]
         path = item.leaf.path
         if item.role == "step":
@@ -177,11 +194,11 @@ class _Kernel:
         if item.role == "model":
             for leaf in placed:
                 self._read_owners[leaf.owner].append((item, leaf.leaf.path))
-        for astray in self._weights.check(item, recipe, kind == "module", axis_by):
+        for astray in self._weights.check(item, recipe, grounds.kind == "module", grounds.axis_by):
             yield Broken(law=astray.law, wanted=path, stored=astray.stored, why=astray.why)
 
     def _has_top(self, path: Path) -> bool:
-        return path[:1] in self._tops or (str(path[0]),) in self._tops
+        return path[:1] in self._tops
 
     def _same_path_first(self, item: Wanted, read: Sequence[Path]) -> Iterator[Broken]:
         path = item.leaf.path
@@ -209,15 +226,15 @@ class _Kernel:
             for right in (there, (*there[:-2], *there[-1:]))
         )
 
-    def moments(self, sources: Sequence[Source]) -> Iterator[Broken]:
+    def moments(self) -> Iterator[Broken]:
         """Yields which leaves of optimizers are not made as their parameters are."""
-        if not sources:
+        leaves = self._by_role["optimizer"]
+        if not leaves:
             return
-        self._optimizers = sources
-        leaves = [source[:2] for source in sources]
-        weights = [(item, recipe) for item, recipe, *_ in self._sources if item.role == "model"]
-        weights += [claim for claim in self._known.unfit if claim[0].role == "model"]
-        moments = Moments(leaves, weights, self._wanted, self._placed, self._known.by_rule)
+        unfit = [(*claim, None) for claim in self._known.unfit if claim[0].role == "model"]
+        moments = Moments(
+            leaves, [*self._by_role["model"], *unfit], self._wanted, self._placed, self._known.by_rule
+        )
         for law, path, stored, why in moments.astray():
             yield Broken(law=law, wanted=path, stored=stored, why=why)
         for owner, read in moments.owners.items():
@@ -253,21 +270,20 @@ class _Kernel:
 
     def _blocks(self, unread: Sequence[Path], used: Set[Path]) -> Iterator[Broken]:
         """Yields where blocks of two lengths meet, and some of their positions are left over."""
-        found = sum(source.item.role == "model" for source in self._sources)
-        is_complete = not unread and found == sum(item.role == "model" for item in self._wanted)
+        models = self._by_role["model"]
+        is_complete = not unread and len(models) == sum(item.role == "model" for item in self._wanted)
         if is_complete or not used.isdisjoint(self._known.by_rule):
             return
-        whole = [
-            (item, recipe.path)
-            for item, recipe, *_ in self._sources
-            if item.role == "model" and isinstance(recipe, Read)
-        ]
+        whole = [(item, recipe.path) for item, recipe, _ in models if isinstance(recipe, Read)]
         for path, stored, why in self._weights.of_other_blocks(whole) if whole else ():
             yield Broken(law=5, wanted=path, stored=stored, why=why)
 
     def networks(self) -> Iterator[Broken]:
         """Yields where a weight is read from another train state than its path names, or one of several."""
-        owners = self._networks
+        if not self._has_owners:
+            return
+        models = {item.owner for item in self._placed.values() if item.section == "model"}
+        owners = set(map(canonical, models))
         yield from self._copies()
         unnamed: set[Path] = set()
         for owner, read in self._read_owners.items() if len(owners) > 1 else ():
@@ -301,8 +317,8 @@ class _Kernel:
         split = {wanted for wanted, stored in self._owners.items() if len(stored) > 1}
         lent = {wanted for owners in users.values() if len(owners) > 1 for wanted in owners}
         refused = split | lent
-        for item, recipe, *_ in (*self._sources, *self._optimizers) if refused else ():
-            if item.role in ("optimizer", "step") and item.owner in refused:
+        for item, recipe, _ in (*self._by_role["step"], *self._by_role["optimizer"]) if refused else ():
+            if item.owner in refused:
                 why = "several train states share an optimizer or a step"
                 yield Broken(law=3, wanted=item.leaf.path, stored=reads(recipe)[0], why=why)
 

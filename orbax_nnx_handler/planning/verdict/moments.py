@@ -48,12 +48,8 @@ class _Moment(NamedTuple):
     above: Tokens
 
 
-class _Weight(NamedTuple):
-    """A weight of the result, what it is made from, and the keys of what it reads, if it reads one leaf."""
-
-    item: Wanted
-    recipe: Recipe
-    below: Path | None
+_Weight = tuple[Wanted, Recipe, Path | None]
+"""A weight of the result, what it is made from, and the keys of what it reads, if it reads one leaf."""
 
 
 class Moments:
@@ -67,15 +63,22 @@ class Moments:
 
     def __init__(
         self,
-        leaves: Sequence[Claim],
-        weights: Sequence[Claim],
+        leaves: Sequence[tuple[Wanted, Recipe, object]],
+        weights: Iterable[tuple[Wanted, Recipe, object]],
         wanted: Sequence[Wanted],
         placed: Mapping[Path, Placement],
         by_rule: Set[Path],
     ) -> None:
         self._leaves, self._placed, self._by_rule = leaves, placed, by_rule
-        self._weights = [_Weight(item, recipe, self._keys(recipe)) for item, recipe in weights]
-        self._by_key = _by_key(leaves, self._weights)
+        self._weights: list[_Weight] = [
+            (item, recipe, placed[recipe.path].path if isinstance(recipe, Read) else self._keys(recipe))
+            for item, recipe, _ in weights
+        ]
+        depths = {_depth_of(paths, self._weights) for paths in _by_owner(leaves)}
+        self._by_key = _by_key(depths, self._weights)
+        # In the order of the weights, where no two of them have the same keys.
+        is_plain = len(depths) == 1 and len(self._by_key) == len(self._weights)
+        self._in_order = list(self._by_key) if is_plain else []
         self._by_name: Mapping[Tokens, Sequence[_Weight]] | None = None
         self._last: tuple[Path, Path, Path] = ((), (), ())
         self._stored: Set[Tokens] | None = None
@@ -89,25 +92,44 @@ class Moments:
 
     def astray(self) -> Iterator[tuple[int, Path, Path, str]]:
         """Yields each leaf that is another parameter's or another field's: law, it, what it reads, why."""
-        for item, recipe in self._leaves:
-            if self._is_plain(item, recipe):
-                continue
+        for item, recipe in self._unlike():
             law, why = self._why(item, recipe)
             if why:
                 yield law, item.leaf.path, reads(recipe)[0], why
         for path, stored, why in self.states.crossed():
             yield 8, path, stored, why
 
-    def _is_plain(self, item: Wanted, recipe: Recipe) -> bool:
-        """Tells whether a moment has the keys of a parameter, in the field before it: nearly every one."""
-        owner, above, stored = self._last
-        path, depth = item.path, len(above)
-        if not depth or path[:depth] != above or item.owner != owner:
-            return False
-        weights = self._by_key.get(path[depth:], ())
-        if len(weights) != 1 or weights[0].below is None or weights[0].item.leaf.shape != item.leaf.shape:
-            return False
-        return _is_chain_on(recipe, weights[0].recipe, stored + weights[0].below)
+    def _unlike(self) -> Iterator[Claim]:
+        """Yields the leaves that have not the keys of a parameter, in a field that is known: few.
+
+        To be read in the loop that proves them, since fields become known there. The moments
+        of nearly every field come in the order of the parameters.
+        """
+        keys, above, below, at = self._in_order, (), (), len(self._weights)
+        for item, recipe, _ in self._leaves:
+            path = item.leaf.path
+            is_next = at < len(keys) and path == above + keys[at]
+            if is_next and _is_made_as(item, recipe, self._weights[at], below):
+                at += 1
+                continue
+            if not self._is_in_known_field(item, recipe):
+                yield item, recipe
+            slot, below = self._last[1:]
+            found = self._found(item)
+            if keys and len(found) == 1:
+                above, at = path[: len(path) - len(item.path) + len(slot)], found[0] + 1
+
+    def _found(self, item: Wanted) -> Sequence[int]:
+        """Returns the weights whose keys a leaf of the known field has."""
+        owner, above, _ = self._last
+        depth = len(above)
+        if not depth or item.path[:depth] != above or item.owner != owner:
+            return ()
+        return self._by_key.get(item.path[depth:], ())
+
+    def _is_in_known_field(self, item: Wanted, recipe: Recipe) -> bool:
+        found = self._found(item)
+        return len(found) == 1 and _is_made_as(item, recipe, self._weights[found[0]], self._last[2])
 
     def _why(self, item: Wanted, recipe: Recipe) -> tuple[int, str]:
         stored = [self._placed[path] for path in dict.fromkeys(reads(recipe))]
@@ -156,8 +178,8 @@ class Moments:
     def _candidates(self, item: Wanted) -> Iterator[tuple[int, _Weight]]:
         """Yields the weights whose moment a leaf may be, with where their names begin in the leaf's keys."""
         path = item.path
-        found = [(at, claim) for at in range(1, len(path)) for claim in self._by_key.get(path[at:], ())]
-        yield from found
+        found = [(at, number) for at in range(1, len(path)) for number in self._by_key.get(path[at:], ())]
+        yield from ((at, self._weights[number]) for at, number in found)
         if not found:
             names = self._names()
             tokens = item.tokens
@@ -169,7 +191,7 @@ class Moments:
         if self._by_name is None:
             found: dict[Tokens, list[_Weight]] = defaultdict(list)
             for claim in self._weights:
-                tokens = claim.item.tokens
+                tokens = claim[0].tokens
                 for depth in range(min(len(tokens), 3)):
                     found[tokens[depth:]].append(claim)
             self._by_name = found
@@ -180,7 +202,7 @@ class Moments:
         above = canonical(item.path[:at]) if at > 0 else item.tokens[:at]
         here = slot_of(above, of_moment=True)
         follower = _Follower(self._placed, here.field[-1:], self._stored_names)
-        if not follower.follows(item, recipe, claim.item, claim.recipe):
+        if not follower.follows(item, recipe, *claim[:2]):
             return "it is the moment of another parameter, or made otherwise than its parameter"
         alike: set[tuple[Path, Tokens]] = {
             (self._placed[moment.stored].owner, moment.above) for moment in follower.moments
@@ -199,7 +221,7 @@ class Moments:
 
     def _learn(self, item: Wanted, at: int, recipe: Recipe, weight: _Weight) -> None:
         """Keeps the keys above a moment, so that the next one of the field is known by them."""
-        path, below = _only_read(recipe), weight.below
+        path, below = _only_read(recipe), weight[2]
         if at > 0 and path is not None and below and path[-len(below) :] == below:
             self._last = item.owner, item.path[:at], path[: -len(below)]
 
@@ -234,17 +256,31 @@ def _is_chain_on(recipe: Recipe, other: Recipe, stored: Path) -> bool:
     return isinstance(other, Read) and recipe.path == stored
 
 
-def _by_key(leaves: Sequence[Claim], weights: Sequence[_Weight]) -> Mapping[Path, Sequence[_Weight]]:
-    """Returns the weights by the end of their paths that a moment has."""
-    of_owner: dict[Path, list[Path]] = defaultdict(list)
-    for item, _ in leaves:
-        of_owner[item.owner].append(item.path)
-    depths = {_depth_of(paths, weights) for paths in of_owner.values()}
-    found: dict[Path, tuple[_Weight, ...]] = {}
+def _is_made_as(item: Wanted, recipe: Recipe, weight: _Weight, above: Path) -> bool:
+    """Tells whether a moment is made of the stored one below these keys as its weight is of the weight."""
+    of, made, below = weight
+    if below is None or of.leaf.shape != item.leaf.shape:
+        return False
+    if isinstance(recipe, Read):  # Nearly every moment.
+        return isinstance(made, Read) and recipe.path == above + below
+    return _is_chain_on(recipe, made, above + below)
+
+
+def _by_owner(leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterable[Sequence[Path]]:
+    """Returns the paths of the leaves of each optimizer."""
+    found: dict[Path, list[Path]] = defaultdict(list)
+    for item, *_ in leaves:
+        found[item.owner].append(item.path)
+    return found.values()
+
+
+def _by_key(depths: Iterable[int], weights: Sequence[_Weight]) -> Mapping[Path, Sequence[int]]:
+    """Returns the numbers of the weights by the end of their paths that a moment has."""
+    found: dict[Path, tuple[int, ...]] = {}
     for depth in depths:
-        for weight in weights:
-            key = weight.item.leaf.path[depth:]
-            found[key] = (*found[key], weight) if key in found else (weight,)
+        for number, (item, *_) in enumerate(weights):
+            key = item.leaf.path[depth:]
+            found[key] = (*found[key], number) if key in found else (number,)
     return found
 
 
@@ -255,12 +291,13 @@ def _depth_of(moments: Sequence[Path], weights: Sequence[_Weight]) -> int:
     """
     best, longest = 0, 0
     for moment in (max(moments, key=len), *moments[:: len(moments) // _SAMPLES + 1]):
-        ends = {moment[at:] for at in range(1, len(moment))}
-        for weight in weights:
-            path = weight.item.leaf.path
-            depth = next((depth for depth in range(len(path)) if path[depth:] in ends), len(path))
-            if len(path) - depth > longest:
-                best, longest = depth, len(path) - depth
+        for item, *_ in weights:
+            path = item.leaf.path
+            while longest + 1 < len(moment) and path[-longest - 1 :] == moment[-longest - 1 :]:
+                longest += 1
+                best = len(path) - longest
+                if longest == len(path):
+                    break
         above = canonical(moment[: len(moment) - longest])
         if len(slot_of(above, of_moment=True).field) == 1:
             break

@@ -56,18 +56,16 @@ class Weights:
     ) -> None:
         self.placed, self._wanted, self._by_rule, self._scans = placed, wanted, by_rule, scans
         self._axes = axes
-        self._names: dict[Path, Tokens] = {}
         self.roots: dict[tuple[Path, str | None], dict[tuple[Tokens, Tokens], tuple[Path, Path]]]
         self.roots = defaultdict(dict)
+        self._sides: dict[tuple[Path, str | None], Names] = {}
         self._last: dict[Path, tuple[Tokens, _Meeting, Shape]] = {}
         self._last_part: tuple[Path, _Meeting, Element, Placement] | None = None
         self._moved: dict[tuple[Path, str | None], set[Tokens]] = defaultdict(set)
 
     def name(self, path: Path) -> Tokens:
         """Returns the name of a stored leaf within its collection."""
-        if path not in self._names:
-            self._names[path] = canonical(self.placed[path].path)
-        return self._names[path]
+        return self.placed[path].tokens
 
     def check(
         self, item: Wanted, recipe: Recipe, in_module: bool, axis_by: str | None = None
@@ -106,15 +104,8 @@ class Weights:
 
     def is_below_known_roots(self, item: Wanted, placed: Placement) -> bool:
         """Tells whether a leaf read whole has the name, and the levels above it, that others have."""
-        roots = self.roots.get((placed.owner, placed.collection))
-        if not roots:
-            return False
-        here, there = item.tokens, self.name(placed.leaf.path)
-        for above, below in roots:
-            a, b = len(above), len(below)
-            if here[a:] == there[b:] and here[:a] == above and there[:b] == below:
-                return True
-        return False
+        roots = self.roots.get((placed.owner, placed.collection), ())
+        return is_below(item, placed, roots)
 
     def _is_next_layer(self, item: Wanted, element: Element) -> bool:
         """Tells whether an element is another layer of the leaf that was looked at last."""
@@ -150,20 +141,24 @@ class Weights:
 
     @cached_property
     def _here(self) -> Names:
-        leaves = [(item.tokens, item.leaf.shape) for item in self._wanted if item.role == "model"]
-        return Names(leaves, self._scans)
+        models = (item for item in self._wanted if item.role == "model")
+        return Names(((item.tokens, item.leaf.shape) for item in models), self._scans)
 
-    @cached_property
-    def _there(self) -> Mapping[tuple[Path, str | None], Names]:
-        found: dict[tuple[Path, str | None], list[tuple[Tokens, Shape]]] = defaultdict(list)
-        for path, item in self.placed.items():
-            if item.section == "model" and path not in self._by_rule:
-                found[item.owner, item.collection].append((self.name(path), item.leaf.shape))
-        return {key: Names(leaves, self._scans) for key, leaves in found.items()}
+    def _there(self, owner: Path, collection: str | None) -> Names:
+        key = owner, collection
+        if key not in self._sides:
+            models = (
+                (item.tokens, item.leaf.shape)
+                for path, item in self.placed.items()
+                if item.section == "model" and path not in self._by_rule
+                if item.owner == owner and item.collection == collection
+            )
+            self._sides[key] = Names(models, self._scans)
+        return self._sides[key]
 
     def _meet(self, item: Wanted, element: Element, in_module: bool) -> _Meeting | None:
         placed = self.placed[element.path]
-        side = self._there.get((placed.owner, placed.collection)) or Names((), self._scans)
+        side = self._there(placed.owner, placed.collection)
         spellings = list(self._spellings(element, in_module))
         for there in (name for tokens in spellings for name in side.of(tokens, element.at)):
             for here in self._here.of(item.tokens, element.to):
@@ -274,7 +269,7 @@ class Weights:
         shape = placed.leaf.shape
         if element.gates:
             shape = (*shape[:-1], sum(self._shapes[gate][-1] for gate in element.gates))
-        side = self._there[placed.owner, placed.collection]
+        side = self._there(placed.owner, placed.collection)
         blocks = side.known_blocks(there), self._here.known_blocks(here)
         group = StackedGroup(
             (placed.owner, placed.collection),
@@ -294,6 +289,15 @@ class Weights:
             self._last[element.path] = (self.name(element.path), meeting, item.leaf.shape)
         if here.scan is None and len(element.to) == 1 and not element.gates and not element.at:
             self._last_part = (item.leaf.path, meeting, element, placed)
+
+
+def is_below(item: Wanted, placed: Placement, roots: Iterable[tuple[Tokens, Tokens]]) -> bool:
+    """Tells whether two names are one below levels that have been found above names of the two sides."""
+    here, there = item.tokens, placed.tokens
+    for above, below in roots:  # noqa: SIM110 (nearly every leaf comes here: no generator)
+        if here == above + there[len(below) :] and there[: len(below)] == below:
+            return True
+    return False
 
 
 def _positions(names: Iterable[Tokens]) -> Mapping[Tokens, Set[str]]:

@@ -10,9 +10,10 @@ from orbax_nnx_handler.planning.core.leaves import WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, Reshape, Slice, Stack
 from orbax_nnx_handler.planning.layouts.linen import VARIABLES
+from orbax_nnx_handler.planning.mapping.matches import MatchEvidence
 from orbax_nnx_handler.planning.target.roles import roles_of
 from orbax_nnx_handler.planning.target.target import flatten_target
-from orbax_nnx_handler.planning.verdict.laws import Known, Source, certify
+from orbax_nnx_handler.planning.verdict.laws import Known, certify
 from tests.planning.plans import params, stored_of
 
 PATH = ("params", "w")
@@ -23,7 +24,8 @@ FOLDED = Reshape(WHOLE, (2, 6))
 def refused(one: Recipe, other: Recipe, *, copied: bool = False) -> bool:
     """Tells whether two wanted leaves that are made so of a stored leaf of 12 elements break law 4."""
     wanted = roles_of(flatten_target(nnx.State(params({"a": (1,), "b": (1,)}))).leaves)
-    sources = [Source(item, recipe, "rule") for item, recipe in zip(wanted, (one, other), strict=True)]
+    grounds = MatchEvidence(kind="rule", words="")
+    sources = [(item, recipe, grounds) for item, recipe in zip(wanted, (one, other), strict=True)]
     marked = frozenset([PATH])
     placements = VARIABLES.place(stored_of({PATH: np.zeros(12, np.float32)}))
     placed = {item.leaf.path: item for item in placements}
@@ -73,7 +75,7 @@ def claimed(wanted: Path, read: Path, beside: Beside, shape: tuple[int, ...] = (
     path, other = ("params", *read), ("params", *beside[0])
     leaves = stored_of({path: np.zeros(shape, np.float32), other: np.zeros(beside[1], np.float32)})
     placed = {placement.leaf.path: placement for placement in VARIABLES.place(leaves)}
-    source = Source(item, Read(path), "path below roots")
+    source = (item, Read(path), MatchEvidence(kind="path below roots", words=""))
     return any(fault.law == 4 for fault in certify([item], placed, [source], Known(**known)))
 
 

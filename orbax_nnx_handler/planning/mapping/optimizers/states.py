@@ -125,7 +125,7 @@ def read_stored(placements: Iterable[Placement], parameters: Mapping[Tokens, Pat
             count = item.leaf.path
         if item.section != "optimizer":
             continue
-        leaf = OptimizerLeaf(path=item.leaf.path, tokens=canonical(item.path), shape=item.leaf.shape)
+        leaf = OptimizerLeaf(path=item.leaf.path, tokens=item.tokens, shape=item.leaf.shape)
         if item.slot is None:
             leaves.append(leaf)
         else:

@@ -128,7 +128,9 @@ _Names = tuple[str, ...]
 _NO_SCALE = frozenset({"bias", "b"})
 
 
-def scales_of(leaves: Iterable[StoredLeaf], unread: Set[Path] = frozenset()) -> Mapping[Path, tuple[Path, ...]]:
+def scales_of(
+    leaves: Iterable[StoredLeaf], unread: Set[Path] = frozenset()
+) -> Mapping[Path, tuple[Path, ...]]:
     """Returns the scales of each leaf that holds codes.
 
     Told from metadata: a leaf of small floats or of integers, and a smaller leaf of
@@ -154,9 +156,7 @@ def scales_of(leaves: Iterable[StoredLeaf], unread: Set[Path] = frozenset()) -> 
 class _Places:
     """What lies where, as far as it may be a scale."""
 
-    def __init__(
-        self, leaves: Sequence[StoredLeaf], others: Sequence[StoredLeaf], unread: Set[Path]
-    ) -> None:
+    def __init__(self, leaves: Sequence[StoredLeaf], others: Sequence[StoredLeaf], unread: Set[Path]) -> None:
         self._unread = unread
         self._in_dict: dict[_Names, list[StoredLeaf]] = defaultdict(list)
         self._elsewhere: dict[_Names, list[StoredLeaf]] = defaultdict(list)

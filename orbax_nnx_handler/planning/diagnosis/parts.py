@@ -41,8 +41,9 @@ def quantised_weights(evidence: Evidence) -> Mapping[str, Mapping[Path, tuple[st
     name (`kernel/{qvalue, scale}`).
     """
     placements = evidence.sides.placements
-    unread = evidence.unread
-    scales = scales_of((item.leaf for item in placements.values()), unread)
+    used = {path for item in evidence.mismatched.values() for path in reads(item.recipe)}
+    used |= {path for item in evidence.restored.values() for path in reads(item.recipe)}
+    scales = scales_of((item.leaf for item in placements.values()), placements.keys() - used)
     found: dict[str, dict[Path, tuple[str, ...]]] = defaultdict(dict)
     for path, codes in _codes_of(evidence, scales):
         found[str(placements[codes].leaf.dtype)][path] = tuple(_name(scale) for scale in scales[codes])

@@ -344,7 +344,8 @@ def _shapes(role: Role) -> tuple[object, ...]:
 
 def _is_of_tokens(link: Link) -> bool:
     said = concepts(link.target.names) | concepts(link.source.names)
-    return link.target.names[-1] == "embedding" and not said & {"pos", "type", "patch", "cls"}
+    is_table = link.target.names[-1] == "embedding" and len(link.target.shape) > 1
+    return is_table and not said & {"pos", "type", "patch", "cls"}
 
 
 def _is_meant(one: Role, other: Role) -> bool:

@@ -46,7 +46,7 @@ class Training:
     steps: int = 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pair:
     """One Linen module and the NNX module that computes the same.
 
@@ -131,10 +131,16 @@ def saved(tree: Any, path: Path) -> Path:
     return path
 
 
-def restored_module(pair: Pair, path: Path) -> nnx.Module:
+def abstract_module(pair: Pair) -> nnx.Module:
+    """Returns the NNX module of a pair without values, to restore into."""
+    return nnx.eval_shape(lambda: pair.nnx(nnx.Rngs(0)))
+
+
+def restored_module(pair: Pair, path: Path, target: nnx.Module | None = None) -> nnx.Module:
     """Restores the checkpoint of a pair into its NNX module, and checks that nothing stayed abstract."""
-    target = nnx.eval_shape(lambda: pair.nnx(nnx.Rngs(0)))
-    module = restore(path, target, renames=pair.renames, policy="error", unexpected="error")
+    module = restore(
+        path, target or abstract_module(pair), renames=pair.renames, policy="error", unexpected="error"
+    )
     abstract = [path for path, leaf in nnx.to_flat_state(nnx.state(module)) if not is_concrete(leaf)]
     assert not abstract, f"leaves that hold no values: {abstract}"
     return module
@@ -175,6 +181,14 @@ def linen_outcome(pair: Pair, variables: Variables) -> Outcome:
 
 def nnx_outcome(pair: Pair, module: Any) -> Outcome:
     """Runs the NNX side through the same steps as `linen_outcome`."""
+    # As one program: each operation by itself would be compiled by itself.
+    graphdef, state = nnx.split(module)
+    return _nnx_outcome(pair, graphdef, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _nnx_outcome(pair: Pair, graphdef: Any, state: Any) -> Outcome:
+    module = nnx.merge(graphdef, state)
     outcome: dict[str, Any] = {}
     if pair.training is not None:
         outcome |= _nnx_statistics("restored", pair.training, module)
@@ -225,6 +239,14 @@ def assert_same(expected: Mapping[str, Any], actual: Mapping[str, Any], toleranc
         np.testing.assert_allclose(
             np.asarray(actual[name]), np.asarray(value), rtol=tolerance, atol=tolerance, err_msg=name
         )
+
+
+def differs(expected: Mapping[str, Any], actual: Mapping[str, Any], tolerance: float = 2e-5) -> bool:
+    """Tells whether `assert_same` would raise; it is asked for each weight of each pair."""
+    return sorted(expected) != sorted(actual) or not all(
+        np.allclose(actual[name], value, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for name, value in expected.items()
+    )
 
 
 def weights_that_matter(pair: Pair, variables: Variables) -> list[str]:

@@ -19,7 +19,7 @@ from tests.zoo.models.base import (
     restored_state,
     trained_state,
 )
-from tests.zoo.pairs import Outcome, assert_same, broken, saved
+from tests.zoo.pairs import Outcome, assert_same, broken, differs, saved
 
 # One step computed by two programs in float32: gradients are sums in another order.
 TOLERANCE = 1e-4
@@ -65,18 +65,10 @@ def test_any_weight_statistic_or_moment_gone_wrong_is_noticed(
     unnoticed = [
         path
         for path in float_leaves(state, pair.without_variable)
-        if not _differs(linen_step(pair, broken(state, path))[1], outcome)
+        if not differs(linen_step(pair, broken(state, path))[1], outcome, TOLERANCE)
     ]
 
     assert unnoticed == []
-
-
-def _differs(expected: Any, actual: Any) -> bool:
-    try:
-        assert_same(expected, actual, TOLERANCE)
-    except AssertionError:
-        return True
-    return False
 
 
 def test_a_weight_swapped_on_disk_is_noticed(pair: ModelPair, state: TrainState, tmp_path: Path) -> None:

@@ -17,8 +17,11 @@ from tests.zoo.modules import PAIRS
 from tests.zoo.pairs import (
     Outcome,
     Pair,
+    Variables,
+    abstract_module,
     assert_same,
     broken,
+    differs,
     linen_outcome,
     nnx_outcome,
     replaced,
@@ -43,43 +46,57 @@ def run_linen(pair: Pair) -> LinenRun:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(stored_variables(pair), tmp_path_factory.mktemp("pair") / "checkpoint")
+def variables(pair: Pair) -> Variables:
+    return stored_variables(pair)
 
 
 @pytest.fixture(scope="module")
-def outcome(pair: Pair, checkpoint: Path) -> Outcome:
-    """What the NNX side shows, restored from the checkpoint that the Linen side wrote."""
-    return nnx_outcome(pair, restored_module(pair, checkpoint))
+def expected(run_linen: LinenRun, variables: Variables) -> Outcome:
+    return run_linen(variables)
 
 
-def test_linen_and_nnx_compute_the_same_from_one_checkpoint(
-    pair: Pair, run_linen: LinenRun, outcome: Outcome
-) -> None:
-    expected = run_linen(stored_variables(pair))
+@pytest.fixture(scope="module")
+def target(pair: Pair) -> nnx.Module:
+    return abstract_module(pair)
 
+
+@pytest.fixture(scope="module")
+def module(
+    pair: Pair, variables: Variables, target: nnx.Module, tmp_path_factory: pytest.TempPathFactory
+) -> nnx.Module:
+    """The NNX side, restored from the checkpoint that the Linen side wrote."""
+    return restored_module(pair, saved(variables, tmp_path_factory.mktemp("pair") / "checkpoint"), target)
+
+
+@pytest.fixture(scope="module")
+def outcome(pair: Pair, module: nnx.Module) -> Outcome:
+    return nnx_outcome(pair, module)
+
+
+def test_linen_and_nnx_compute_the_same_from_one_checkpoint(expected: Outcome, outcome: Outcome) -> None:
     assert_same(expected, outcome)
 
 
-def test_any_weight_gone_wrong_is_noticed(pair: Pair, run_linen: LinenRun, outcome: Outcome) -> None:
-    variables = stored_variables(pair)
-
+def test_any_weight_gone_wrong_is_noticed(
+    pair: Pair, variables: Variables, run_linen: LinenRun, outcome: Outcome
+) -> None:
     unnoticed = [
         weight
         for weight in weights_that_matter(pair, variables)
-        if not _differs(run_linen(broken(variables, weight)), outcome)
+        if not differs(run_linen(broken(variables, weight)), outcome)
     ]
 
     assert unnoticed == []
 
 
-def test_the_variables_in_memory_become_what_the_checkpoint_becomes(pair: Pair, checkpoint: Path) -> None:
-    variables = jax.tree.map(jnp.asarray, stored_variables(pair))
-    target = nnx.eval_shape(lambda: pair.nnx(nnx.Rngs(0)))
+def test_the_variables_in_memory_become_what_the_checkpoint_becomes(
+    pair: Pair, variables: Variables, target: nnx.Module, module: nnx.Module
+) -> None:
+    in_memory = jax.tree.map(jnp.asarray, variables)
 
-    module = from_linen(variables, target, renames=pair.renames, unexpected="error")
+    again = from_linen(in_memory, target, renames=pair.renames, unexpected="error")
 
-    expected, found = nnx.state(restored_module(pair, checkpoint)), nnx.state(module)
+    expected, found = nnx.state(module), nnx.state(again)
     assert jax.tree.structure(expected) == jax.tree.structure(found)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert one.dtype == other.dtype
@@ -87,23 +104,15 @@ def test_the_variables_in_memory_become_what_the_checkpoint_becomes(pair: Pair, 
         np.testing.assert_array_equal(bits(one), bits(other))
 
 
-def test_a_weight_swapped_on_disk_is_noticed(pair: Pair, run_linen: LinenRun, tmp_path: Path) -> None:
-    variables = stored_variables(pair)
-    expected = run_linen(variables)
+def test_a_weight_swapped_on_disk_is_noticed(
+    pair: Pair, variables: Variables, target: nnx.Module, expected: Outcome, tmp_path: Path
+) -> None:
     wrong = broken(variables, weights_that_matter(pair, variables)[0])
 
-    actual = nnx_outcome(pair, restored_module(pair, saved(wrong, tmp_path / "checkpoint")))
+    actual = nnx_outcome(pair, restored_module(pair, saved(wrong, tmp_path / "checkpoint"), target))
 
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_same(expected, actual)
-
-
-def _differs(expected: Outcome, actual: Outcome) -> bool:
-    try:
-        assert_same(expected, actual)
-    except AssertionError:
-        return True
-    return False
 
 
 HOMELESS = [pair for pair in PAIRS if pair.without_variable]

@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -57,8 +58,10 @@ def gives_linens_logits(
     if hasattr(state, "batch_stats"):
         variables["batch_stats"] = state.batch_stats
     mode = {"train": False} if pair.has_statistics else {}
-    expected = pair.linen.apply(variables, *pair.inputs, **mode)
-    return np.allclose(model(*pair.inputs, **mode), expected, rtol=2e-5, atol=2e-5)
+    # Each as one program: their operations one by one would be compiled one by one.
+    expected = jax.jit(functools.partial(pair.linen.apply, **mode))(variables, *pair.inputs)
+    actual = nnx.jit(lambda model, *inputs: model(*inputs, **mode))(model, *pair.inputs)
+    return np.allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_it_says_what_it_rests_on(pair: ModelPair, proposal: Suggestion) -> None:

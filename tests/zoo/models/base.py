@@ -131,7 +131,8 @@ def _linen_step(
 
     gradients, (logits, updates) = jax.grad(objective, has_aux=True)(state.params)
     variables = {"params": state.params, **statistics}
-    evaluated = linen.apply(variables, *inputs, **_mode(has_statistics, train=False))
+    # Without statistics there is one mode only.
+    evaluated = linen.apply(variables, *inputs, train=False) if has_statistics else logits
     after = state.apply_gradients(grads=_without(gradients, without_variable), **updates)
     return after, {"logits": evaluated, "training logits": logits, "gradient": gradients}
 
@@ -182,11 +183,11 @@ def _nnx_step(graphdef: Any, has_statistics: bool, state: Any, inputs: Any, labe
         logits = model(*inputs, **_mode(has_statistics, train=True))
         return loss_of(logits, labels), logits
 
-    evaluated = model(*inputs, **_mode(has_statistics, train=False))
+    evaluated = model(*inputs, train=False) if has_statistics else None
     gradients, logits = nnx.grad(objective, has_aux=True)(model)
     optimizer.update(model, gradients)
     return nnx.state((model, optimizer)), {
-        "logits": evaluated,
+        "logits": logits if evaluated is None else evaluated,
         "training logits": logits,
         "gradient": nnx.state(gradients),
     }

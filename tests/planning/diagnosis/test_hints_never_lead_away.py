@@ -39,7 +39,7 @@ NAMES = {name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__
 DEPTH = 3
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
     """A checkpoint and a target, with rules that are right for every leaf in `truth`."""
 
@@ -83,7 +83,7 @@ def pair(name: str) -> Pair:
     ]
     target = flatten_target(nnx.from_flat_state(state))
     if name not in SHOWN:
-        rules = list(propose(target, stored, RestoreOptions.of(policy="warn")).renames)
+        rules = list(proposed(Pair(target, stored, [], {})))
     found = Pair(target, stored, rules, {})
     truth = {
         path: value for path, value in values(plan_of(found, rules, "warn"), found).items() if path in held
@@ -93,6 +93,11 @@ def pair(name: str) -> Pair:
 
 def _dtype(name: str) -> Any:
     return jax.random.key(0).dtype if name.startswith("key<") else name
+
+
+@functools.cache
+def proposed(given: Pair) -> Sequence[Any]:
+    return propose(given.target, given.stored, RestoreOptions.of(policy="warn")).renames
 
 
 def plan_of(given: Pair, rules: Sequence[Any], policy: Any) -> RestorePlan:
@@ -166,7 +171,7 @@ def complaints(given: Pair, rules: Sequence[Any]) -> Iterator[str]:
 def _followed(given: Pair, hint: Hint, here: Standing) -> Iterator[tuple[Any, Any, Standing]]:
     arguments = dict(hint.arguments)
     if "orbax-nnx suggest CHECKPOINT MODULE:FACTORY`" in hint.words:
-        arguments = {"renames": propose(given.target, given.stored, RestoreOptions.of(policy="warn")).renames}
+        arguments = {"renames": proposed(given)}
     if arguments:
         yield list(arguments.get("renames", here.rules)), arguments.get("policy", here.policy), here
 

@@ -5,6 +5,7 @@ bonsai, jimm, Tunix, MaxText and own implementations) and, for each wanted leaf 
 NumPy makes it.
 """
 
+import functools
 import math
 
 import jax
@@ -69,7 +70,9 @@ def nested(arrays):
     return tree
 
 
-def proposed(pair):
+@functools.cache
+def proposed(name):
+    pair = FOREIGN[name]
     stored = {
         tuple(path.split("/")): StoredLeaf(
             path=tuple(path.split("/")), shape=tuple(shape), dtype=np.dtype("float32")
@@ -84,7 +87,7 @@ def test_a_proposal_for_another_programs_model_is_right_for_every_leaf_that_is_s
     pair = FOREIGN[name]
     arrays = arrays_of(pair)
 
-    found = proposed(pair)
+    found = proposed(name)
 
     state = from_linen(
         nested(arrays), target_of(pair), renames=found.renames, policy="warn", unexpected="ignore"
@@ -101,7 +104,7 @@ def test_a_proposal_for_another_programs_model_is_right_for_every_leaf_that_is_s
 def test_what_a_proposal_restores_saves_back_as_it_was_stored(name, by):
     pair = FOREIGN[name]
     arrays = arrays_of(pair)
-    found = proposed(pair)
+    found = proposed(name)
     flat = nnx.to_flat_state(target_of(pair))
     covered = nnx.from_flat_state([(path, leaf) for path, leaf in flat if path not in found.unmatched_wanted])
     state = from_linen(nested(arrays), covered, renames=found.renames, unexpected="ignore")

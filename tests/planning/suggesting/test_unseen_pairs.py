@@ -4,6 +4,7 @@
 come: the stored leaves are counted through, so that no element is like another one.
 """
 
+import functools
 import hashlib
 import math
 
@@ -46,12 +47,18 @@ def target_of(wanted):
     )
 
 
+@functools.cache
+def proposed(name):
+    """Returns the stored tree and what is proposed for it."""
+    tree = nested(UNSEEN[name]["stored"])
+    return tree, suggest(tree, target_of(UNSEEN[name]["wanted"]))
+
+
 @pytest.mark.parametrize("name", UNSEEN)
 def test_an_unseen_pair_is_right_but_for_what_stays_open_and_never_wrong(name):
     pair = UNSEEN[name]
-    tree = nested(pair["stored"])
 
-    found = suggest(tree, target_of(pair["wanted"]))
+    tree, found = proposed(name)
 
     left = {"/".join(map(str, path)) for path in found.unmatched_wanted}
     state = from_linen(
@@ -73,8 +80,7 @@ def test_an_unseen_pair_is_right_but_for_what_stays_open_and_never_wrong(name):
 @pytest.mark.parametrize("name", [name for name in UNSEEN if OPEN.get(name) != len(UNSEEN[name]["wanted"])])
 def test_the_rules_for_an_unseen_pair_save_back_what_was_stored(name):
     pair = UNSEEN[name]
-    tree = nested(pair["stored"])
-    found = suggest(tree, target_of(pair["wanted"]))
+    tree, found = proposed(name)
     covered = nnx.from_flat_state(
         [
             (path, leaf)

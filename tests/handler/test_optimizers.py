@@ -44,15 +44,19 @@ def _gradients(params: Any) -> Any:
     return jax.tree.map(lambda value: 0.1 * jnp.cos(jnp.arange(value.size).reshape(value.shape)), params)
 
 
+@jax.jit
 def _updated_linen(state: Any) -> Any:
     return state.apply_gradients(grads=_gradients(state.params))
 
 
 def _updated_nnx(net: nnx.Module, optimizer: nnx.Optimizer[Any]) -> Any:
-    params = nnx.state(net, nnx.Param)
-    gradients = jax.tree.map(lambda value: 0.1 * jnp.cos(jnp.arange(value.size).reshape(value.shape)), params)
-    optimizer.update(net, gradients)
+    _update(net, optimizer)
     return nnx.to_pure_dict(nnx.state(net, nnx.Param))
+
+
+@nnx.jit
+def _update(net: nnx.Module, optimizer: nnx.Optimizer[Any]) -> None:
+    optimizer.update(net, _gradients(nnx.state(net, nnx.Param)))
 
 
 def _with_counts(state: Any) -> Any:

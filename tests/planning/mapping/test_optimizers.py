@@ -86,9 +86,15 @@ def trained(tx: optax.GradientTransformation) -> TrainState:
     return state.replace(opt_state=jax.tree_util.tree_map_with_path(moved, stepped(state).opt_state))
 
 
+@jax.jit
 def stepped(state: TrainState) -> TrainState:
     gradients = jax.grad(lambda params: loss_of(state.apply_fn({"params": params}, X)))(state.params)
     return state.apply_gradients(grads=gradients)
+
+
+@nnx.jit
+def nnx_stepped(model: nnx.Module, optimizer: nnx.Optimizer[Any]) -> None:
+    optimizer.update(model, nnx.grad(lambda model: loss_of(model(X)))(model))
 
 
 def target(tx: optax.GradientTransformation) -> Any:
@@ -109,7 +115,7 @@ def test_the_next_steps_are_those_of_the_linen_program(
 
     for _ in range(2):
         state = stepped(state)
-        optimizer.update(model, nnx.grad(lambda model: loss_of(model(X)))(model))
+        nnx_stepped(model, optimizer)
         np.testing.assert_allclose(model.kernel.get_value(), state.params["kernel"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(model.bias.get_value(), state.params["bias"], rtol=1e-5, atol=1e-6)
 

@@ -68,10 +68,17 @@ def trained(optimizer: str = "adam") -> TrainState:
     return state
 
 
+@jax.jit
 def _step(state: TrainState) -> TrainState:
     return state.apply_gradients(
         grads=jax.grad(lambda p: jnp.sum((state.apply_fn({"params": p}, X) - 1) ** 2))(state.params)
     )
+
+
+@nnx.jit
+def _nnx_step(train: Train) -> None:
+    grads = nnx.grad(lambda model: jnp.sum((model(X) - 1) ** 2))(train.model)
+    train.optimizer.update(train.model, grads)
 
 
 def write(path: Path, tree: Any) -> Path:
@@ -103,8 +110,7 @@ def test_training_goes_on_as_in_the_linen_program(tmp_path: Path, optimizer: str
     train = restore(path, nnx.eval_shape(lambda: Train(optimizer)), renames=RULES)
     for _ in range(2):
         state = _step(state)
-        grads = nnx.grad(lambda model: jnp.sum((model(X) - 1) ** 2))(train.model)
-        train.optimizer.update(train.model, grads)
+        _nnx_step(train)
 
     # Of weight decay and of steps that scale with the weight, the constant would be a part.
     if optimizer in ("adam", "momentum"):

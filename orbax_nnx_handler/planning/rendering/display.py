@@ -16,8 +16,8 @@ from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.planning.rendering.summary import COLOURS, ByteCounts, LeafList, Summary
 
 _LIMIT = 30
-# Rows of each list of what is wrong however low a terminal is; lines for the prompt and what a command adds.
-_FEW, _BELOW = 3, 3
+# Lines of a terminal for the prompt and what a command adds.
+_BELOW = 3
 
 
 class Displayed(abc.ABC):
@@ -65,7 +65,7 @@ def summary_on_console(
         return len(console.render_lines(Group(*_screen(summary, options, *limits)), options, pad=False))
 
     # More rows take more lines, so a few renderings find how many there is room for.
-    limits = [(wrong, 0) for wrong in range(_FEW, _LIMIT)] + [(_LIMIT, rest) for rest in range(_LIMIT + 1)]
+    limits = [(wrong, 0) for wrong in range(_LIMIT)] + [(_LIMIT, rest) for rest in range(_LIMIT + 1)]
     fitting = bisect.bisect_right(limits, options.size.height - _BELOW, key=height)
     yield from _screen(summary, options, *limits[max(0, fitting - 1)])
 

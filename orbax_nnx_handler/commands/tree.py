@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
 from orbax_nnx_handler.planning.core.folding import Row, fold
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.paths import render, spelled
+from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement
 from orbax_nnx_handler.storage.checkpoint.directories import is_item, items_of, steps_of
 from orbax_nnx_handler.storage.checkpoint.find import find_item
@@ -185,13 +185,19 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     screen.table(rows[:_SHOWN])
     if len(rows) > _SHOWN:
         screen.say(f"  … and {len(rows) - _SHOWN} more rows; --depth sums up, --json lists all.")
-    for path, reason in contents.checkpoint.lost.items():
-        screen.error("lost", f"{render(path)}: {reason}")
-    for path, reason in contents.checkpoint.damaged.items():
-        screen.error("damaged", f"{render(path)}: {reason}")
-    for path, what in contents.checkpoint.foreign.items():
-        screen.error("no numbers", f"{render(path)}: {what}")
+    checkpoint = contents.checkpoint
+    _unread(screen, "lost", checkpoint.lost)
+    _unread(screen, "damaged", checkpoint.damaged)
+    _unread(screen, "no numbers", checkpoint.foreign)
     return 0
+
+
+def _unread(screen: Screen, word: str, reasons: Mapping[Path, str]) -> None:
+    rows = fold(Row(path, (reason,)) for path, reason in reasons.items())
+    for row in rows[:_SHOWN]:
+        screen.error(word, f"{row.text}: {row.columns[0]}")
+    if len(rows) > _SHOWN:
+        screen.error(word, f"… and {sum(row.count for row in rows[_SHOWN:])} more; --json lists all.")
 
 
 def _facts(contents: Contents) -> list[tuple[str, str]]:

@@ -77,8 +77,12 @@ def trained(tx: optax.GradientTransformation) -> tuple[NNXEncoder, nnx.Optimizer
     model = NNXEncoder(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     x = jnp.arange(2 * FEATURES, dtype=jnp.float32).reshape(2, FEATURES)
-    grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
-    optimizer.update(model, grads)
+
+    @nnx.jit
+    def step(model: NNXEncoder, optimizer: nnx.Optimizer) -> None:
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model))
+
+    step(model, optimizer)
     return model, optimizer
 
 

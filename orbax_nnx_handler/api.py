@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from orbax_nnx_handler.decide import decide, look_at
+from orbax_nnx_handler.decide import look_at, plan_of, take_apart
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
@@ -30,7 +30,7 @@ from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
-from orbax_nnx_handler.storage.reading.workers import naming_shortage
+from orbax_nnx_handler.storage.reading.workers import Memory, naming_shortage
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.atomic import save_item
@@ -47,6 +47,7 @@ TargetT = TypeVar("TargetT")
 """The type of a target, which is that of the result."""
 
 
+@paused_collection()
 def restore(
     path: epath.PathLike,
     target: TargetT,
@@ -334,14 +335,18 @@ def _restore_checkpoint(
 
     def decided() -> tuple[Checkpoint, RestorePlan, Target]:
         checkpoint = read()
-        return checkpoint, *decide(checkpoint, target, overrides, options, check=True)
+        parts = take_apart(checkpoint, target, overrides)
+        memory.expect(parts.leaves.values())
+        return checkpoint, plan_of(checkpoint, parts, overrides, options, check=True), parts
 
-    checkpoint, plan, parts = agree(decided)
     single_replica = single_replica_leaves(options.single_replica, overrides)
-    wanted = [item.wanted for item in plan.restored.values()]
-    failed = f"{checkpoint.directory} cannot be restored"
-    with naming_shortage(failed, ((leaf.path, leaf.nbytes) for leaf in wanted), less=_LESS_AT_ONCE):
-        arrays = carry_out(checkpoint, plan, init=options.init, single_replica=single_replica, **reading)
+    with Memory() as memory:
+        checkpoint, plan, parts = agree(decided)
+        reading |= {"single_replica": single_replica, "memory": memory}
+        wanted = ((item.wanted.path, item.wanted.nbytes) for item in plan.restored.values())
+        failed = f"{checkpoint.directory} cannot be restored"
+        with naming_shortage(failed, wanted, less=_LESS_AT_ONCE):
+            arrays = carry_out(checkpoint, plan, init=options.init, **reading)
     _check_materialised(arrays)
     result = parts.assemble(arrays)
     report = RestoreReport.of(plan, time.monotonic() - start)

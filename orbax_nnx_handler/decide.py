@@ -46,10 +46,38 @@ def decide(
         UnreadableLeafError: Nothing of the checkpoint can be read.
         RestoreError: The target has no leaf; under `check`, lists every problem.
     """
+    parts = take_apart(checkpoint, target, overrides)
+    return plan_of(checkpoint, parts, overrides, options, check=check), parts
+
+
+def take_apart(checkpoint: Checkpoint, target: Any, overrides: Mapping[Path, Any]) -> Target:
+    """Returns the target taken apart, the first half of `decide`.
+
+    Raises:
+        UnreadableLeafError: Nothing of the checkpoint can be read.
+        RestoreError: The target has no leaf.
+    """
     if not checkpoint.leaves:
         check_readable(checkpoint.broken)
     parts = flatten_target(target, overrides, beside=checkpoint.on_devices.values())
     refuse_empty(target, parts)
+    return parts
+
+
+@paused_collection()
+def plan_of(
+    checkpoint: Checkpoint,
+    parts: Target,
+    overrides: Mapping[Path, Any],
+    options: RestoreOptions,
+    *,
+    check: bool = False,
+) -> RestorePlan:
+    """Returns the plan, the second half of `decide`.
+
+    Raises:
+        RestoreError: Under `check`, lists every problem.
+    """
     plan = make_plan(
         parts,
         checkpoint.leaves,
@@ -60,7 +88,7 @@ def decide(
     )
     if check:
         plan.check()
-    return plan, parts
+    return plan
 
 
 def _policies_of(overrides: Mapping[Path, Any]) -> dict[Path, Policy]:

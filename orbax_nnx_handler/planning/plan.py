@@ -45,7 +45,8 @@ class RestorePlan(Displayed, Verdict):
 
     @cached_property
     def _explanation(self) -> Explanation:
-        return Explanation(self)
+        # Of a plain copy: a plan that held itself would wait for the collector with all its leaves.
+        return Explanation(Verdict(**self.__getstate__()))
 
     @property
     def causes(self) -> tuple[Cause, ...]:

@@ -6,9 +6,10 @@ detail; any other codec is left to TensorStore.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -65,15 +66,21 @@ class Encoding:
     separator: str
     fill_value: Any
 
-    @property
+    # The layers of a model share their encodings, so that these are worked out for one of them.
+    @functools.cached_property
     def chunk_nbytes(self) -> int:
         """Bytes of one decoded chunk."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
-    @property
+    @functools.cached_property
     def is_one_chunk(self) -> bool:
         """Whether a single chunk holds the whole array."""
         return all(size <= chunk for size, chunk in zip(self.shape, self.chunk_shape, strict=True))
+
+    @functools.cached_property
+    def first_key(self) -> str:
+        """The key of the first chunk below the array's own."""
+        return self.chunk_key((0,) * len(self.shape))
 
     def chunks(self, region: Region) -> Iterator[tuple[int, ...]]:
         """Yields the grid indices of the chunks that a region touches."""
@@ -218,6 +225,12 @@ class StoredArray:
     def key(self, index: tuple[int, ...]) -> str:
         """Returns the store's key of one chunk."""
         return f"{self.name}/{self.encoding.chunk_key(index)}"
+
+    def keys(self, regions: Iterable[Region]) -> Iterable[str]:
+        """Returns the store's keys of the chunks that some regions touch, each once."""
+        if self.encoding.is_one_chunk and 0 not in self.encoding.shape:
+            return (f"{self.name}/{self.encoding.first_key}",)
+        return map(self.key, dict.fromkeys(index for each in regions for index in self.encoding.chunks(each)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

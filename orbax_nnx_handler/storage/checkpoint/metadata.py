@@ -329,7 +329,8 @@ def _damaged_arrays(
     arrays: Mapping[Path, StoredArray], files: Files, *, writes_fill: bool
 ) -> Iterable[tuple[Path, str]]:
     """Yields the leaves whose shapes are known and whose bytes cannot all be there."""
-    broken = {id(array.store): _by_array(array.store) for array in arrays.values()}
+    stores = {id(array.store): array.store for array in arrays.values()}
+    broken = {number: _by_array(store) for number, store in stores.items()}
     alone = [array for array in arrays.values() if array.store.kind == "files" and _is_large(array)]
     files.ask(*(_folder_sizes(array) for array in alone))
     for path, array in arrays.items():

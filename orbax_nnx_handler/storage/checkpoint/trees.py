@@ -144,13 +144,13 @@ def _metadata_tree(file: epath.Path, files: Files) -> Tree:
 
 
 def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
-    keys = objects_of(entry, "key_metadata")
-    names = [text_of(key, "key") for key in keys]
-    path = tuple(
-        _number(name) if key.get("key_type") == _SEQUENCE else name
-        for key, name in zip(keys, names, strict=True)
-    )
+    path = tuple(map(_key, objects_of(entry, "key_metadata")))
     return path, array_name(path), text_of(object_of(entry, "value_metadata"), "value_type")
+
+
+def _key(key: dict[str, Any]) -> str | int:
+    name = text_of(key, "key")
+    return _number(name) if key.get("key_type") == _SEQUENCE else name
 
 
 def array_name(path: Path) -> str:

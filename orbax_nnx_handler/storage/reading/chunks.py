@@ -129,7 +129,7 @@ def pieces_of_chunk(
         # The chunk fills the shard, so that its place is known before the index is read. The index
         # comes along to be compared, with the last bytes of the chunk where these are wanted.
         wanted = WantedBytes(extent.file, ((extent.start + payload, behind),))
-        yield ChunkPiece(owner, wanted, 0, use=functools.partial(_compare_index, payload))
+        yield ChunkPiece(owner, wanted, 0, use=_comparing(payload))
 
 
 def raw_pieces(
@@ -140,6 +140,11 @@ def raw_pieces(
     direct = _direct_runs(encoding, targets)
     for (first, size), target in zip(direct, targets, strict=False):
         memory = memory_of(target.view)
+        if size <= limits.range_bytes:
+            yield ChunkPiece(
+                owner, WantedBytes(extent.file, ((extent.start + first, size),)), size, target=memory
+            )
+            continue
         for start, length in cut_run(first, size, limits.range_bytes):
             wanted = WantedBytes(extent.file, ((extent.start + start, length),))
             yield ChunkPiece(owner, wanted, length, target=memory[start - first : start - first + length])
@@ -165,11 +170,15 @@ def _direct_runs(encoding: Encoding, targets: Sequence[Destination]) -> list[tup
         if first is None:
             return []
         runs.append((first * encoding.dtype.itemsize, target.view.nbytes))
-    ordered = sorted(runs)
     # Bytes that two targets want are read once and copied.
-    if any(start + size > after for (start, size), (after, _) in itertools.pairwise(ordered)):
+    if any(start + size > after for (start, size), (after, _) in itertools.pairwise(sorted(runs))):
         return []
     return runs
+
+
+@functools.lru_cache(maxsize=1024)
+def _comparing(payload: int) -> Callable[[Content], None]:
+    return functools.partial(_compare_index, payload)
 
 
 def _compare_index(payload: int, content: Content) -> None:
@@ -279,6 +288,7 @@ def _nbytes_within(targets: Sequence[Destination], block: Region) -> int:
     return sum(math.prod(shape_of_region(part)) * size for part, size in shared if part is not None)
 
 
+@functools.lru_cache(maxsize=1024)
 def _run_start(region: Region, shape: Shape) -> int | None:
     """Returns the position of the region's first element if the region is one run of a C-order array."""
     position, stride, inside = 0, 1, True

@@ -39,12 +39,13 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
     plan_bytes,
 )
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
-from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers, short_of
+from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers, back_with_pages, short_of
 
 Progress = Callable[[int], None]
 DEFAULT_WINDOW_BYTES = 1 << 30
 _THREADS = 16
 _TINY_BYTES = 16 << 10
+_LARGE_BYTES = 1 << 20
 # Ranges of a streamed chunk that are under way at once.
 _AHEAD = 8
 # The bytes of a gap go here; nobody looks at them.
@@ -254,9 +255,14 @@ class _Reading:
         contents = {
             number: scratch[end - size : end] for number, size, end in zip(own, sizes, ends, strict=True)
         }
-        return contents | {
-            number: target for number in batch.wanted if (target := self._pieces[number].target) is not None
-        }
+        for number in batch.wanted:
+            target = self._pieces[number].target
+            if target is not None:
+                contents[number] = target
+                if len(target) >= _LARGE_BYTES:
+                    # Right before it is filled: its first content, zeros, is in the processor's cache.
+                    back_with_pages(target)
+        return contents
 
     def _scratch(self, size: int) -> memoryview:
         # Fresh memory costs as much as what is done in it, so each thread keeps its own until the end.

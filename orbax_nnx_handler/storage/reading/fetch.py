@@ -62,9 +62,7 @@ def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region
         array = checkpoint.arrays.get(path)
         if array is None or array.store.catalog is None:
             continue
-        indices = dict.fromkeys(index for region in needed for index in array.encoding.chunks(region))
-        keys = [array.key(index) for index in indices]
-        absent = [key for key in keys if array.store.lacks(key)]
+        absent = [key for key in array.keys(needed) if array.store.lacks(key)]
         if absent:
             found[path] = absent
     return found
@@ -280,8 +278,7 @@ def chunks_of(leaf: LeafToRead, places: Sequence[Destination]) -> Iterator[_Chun
     filled = [place for place in places if place.view.size]
     if encoding.is_one_chunk:
         if filled:
-            key = leaf.array.key((0,) * len(encoding.shape))
-            yield _Chunk(leaf=leaf, key=key, targets=filled)
+            yield _Chunk(leaf=leaf, key=f"{leaf.array.name}/{encoding.first_key}", targets=filled)
         return
     chunks: dict[tuple[int, ...], tuple[Region, list[Destination]]] = {}
     for place in filled:

@@ -1,29 +1,23 @@
-"""What is asked of a reader: one array a job, what of it this process holds, and the memory for that.
+"""What is asked of a reader: one array a job, what of it this process holds, and where that comes from.
 
 All places that one stored leaf's values go to are gathered over all jobs: a stacked leaf that feeds eighty
 layers is read once and scattered, not read eighty times. On processors the buffers that are read into become
 the arrays, so there is nothing to bound. Elsewhere they are copied to the devices, and only as many as the
 window allows exist on the host at once.
-
-JAX on processors adopts a buffer that starts on a 64-byte boundary instead of copying
-it. Large leaves get blocks of their own; small ones share blocks, so that
-thousands of leaves cost a few allocations. A block lives as long as any array in
-it, and no block is ever written again once its arrays exist.
 """
 
 import dataclasses
 import functools
 import math
-import mmap
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from orbax_nnx_handler.planning.core import recipes
+from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Arithmetic, Read, Recipe
@@ -124,11 +118,6 @@ def plain_job(job: Job) -> PlainJob:
     # A partition says nothing about axes behind its own, so the axes of bits stay whole.
     shards = _shards(job.sharding, shape)
     return PlainJob(job=job, recipe=recipe, shape=shape, dtype=dtype, sharding=job.sharding, shards=shards)
-
-
-def is_key(dtype: np.dtype[Any]) -> bool:
-    """Tells whether a dtype is one of random keys."""
-    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def allocate_shards(job: PlainJob, allocate: Allocate) -> dict[Region, Buffer]:
@@ -356,44 +345,3 @@ def _impl_of(dtype: np.dtype[Any]) -> Hashable:
 
     jax.eval_shape(note, jax.ShapeDtypeStruct((), dtype))
     return found[0]
-
-
-ALIGNMENT = 64
-# What one surviving small leaf can keep alive at most.
-SHARED_BLOCK_BYTES = 8 << 20
-# From here on a leaf has a block of its own, freed with it.
-OWN_BLOCK_BYTES = 4 << 20
-
-
-class Arena:
-    """Hands out uninitialised buffers from blocks that are freed with their last array."""
-
-    def __init__(self) -> None:
-        self._block: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
-        self._used = 0
-
-    def allocate(self, shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Returns a buffer whose content is undefined."""
-        size = math.prod(shape) * dtype.itemsize
-        raw = _block(size) if size >= OWN_BLOCK_BYTES else self._slice(size)
-        return raw[:size].view(dtype).reshape(shape)
-
-    def _slice(self, size: int) -> npt.NDArray[np.uint8]:
-        if self._used + size > self._block.size:
-            self._block, self._used = _block(SHARED_BLOCK_BYTES), 0
-        start = self._used
-        self._used = -(-(start + size) // ALIGNMENT) * ALIGNMENT
-        return self._block[start : start + size]
-
-
-def _block(size: int) -> npt.NDArray[np.uint8]:
-    """Maps fresh memory, which starts on a page.
-
-    Page faults, not copies, are what it costs, and those of private memory cost less than those of shared
-    memory, which `mmap` gives unless told otherwise. Huge pages are not asked for, as NumPy would: where a
-    host gives a virtual machine its memory only when it is touched, each took as long as a thousand small
-    ones (0.5 GB from the page cache: 0.09 s where the host had given it already, 1.1 s where not; 0.28 s
-    with small pages in both).
-    """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return np.frombuffer(mmap.mmap(-1, max(size, 1), flags=flags), np.uint8)

@@ -32,7 +32,6 @@ from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import (
     DEFAULT_WINDOW_BYTES,
-    Arena,
     Buffer,
     Job,
     PlainJob,
@@ -52,6 +51,7 @@ from orbax_nnx_handler.storage.reading.single_replica import (
     copy_to_all,
     share_out,
 )
+from orbax_nnx_handler.storage.reading.workers import Arena, Memory
 
 _EMPTY_VALUES: dict[str, Any] = {"None": None, "NamedTuple": None, "Dict": {}, "List": [], "Tuple": ()}
 
@@ -179,6 +179,7 @@ def read_arrays(
     concurrent_bytes: int | None = None,
     progress: Progress | None = None,
     orbax: ocp.PyTreeCheckpointHandler | None = None,
+    memory: Memory | None = None,
 ) -> dict[Path, jax.Array]:
     """Reads what the jobs need, each stored byte once, into place on the mesh.
 
@@ -194,6 +195,7 @@ def read_arrays(
             call, from the threads that read.
         orbax: A handler with type handlers of its own, which then reads what
             lies in arrays.
+        memory: Blocks that are ready to be read into.
 
     Returns:
         The arrays by wanted path.
@@ -213,7 +215,7 @@ def read_arrays(
         plain = [plain_job(job) for job in jobs]
         under_way: dict[Path, jax.Array] = {}
         for group in groups(plain, concurrent_bytes):
-            filled = read_shards(checkpoint, group, concurrent_bytes, progress)
+            filled = read_shards(checkpoint, group, concurrent_bytes, progress, memory)
             placed = {
                 job.job.path: place_array(job, shards) for job, shards in zip(group, filled, strict=True)
             }
@@ -237,9 +239,10 @@ def read_shards(
     group: Sequence[PlainJob],
     concurrent_bytes: int | None,
     progress: Progress | None,
+    memory: Memory | None = None,
 ) -> list[dict[Region, Buffer]]:
     """Reads the shards of each job into fresh host memory."""
-    arena, work, stored = Arena(), Work(), stored_shapes(checkpoint)
+    arena, work, stored = Arena(memory), Work(), stored_shapes(checkpoint)
     filled = [allocate_shards(job, arena.allocate) for job in group]
     for job, shards in zip(group, filled, strict=True):
         for region, buffer in shards.items():
@@ -257,6 +260,7 @@ def read_everywhere(
     concurrent_bytes: int | None = None,
     progress: Progress | None = None,
     orbax: ocp.PyTreeCheckpointHandler | None = None,
+    memory: Memory | None = None,
 ) -> dict[Path, jax.Array]:
     """Reads what the jobs need on every process.
 
@@ -273,7 +277,7 @@ def read_everywhere(
     own = [job for job in jobs if job.path not in copied]
     arrays = agree(
         lambda: read_arrays(
-            checkpoint, own, concurrent_bytes=concurrent_bytes, progress=progress, orbax=orbax
+            checkpoint, own, concurrent_bytes=concurrent_bytes, progress=progress, orbax=orbax, memory=memory
         )
     )
     if copied:

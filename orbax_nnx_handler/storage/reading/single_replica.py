@@ -31,7 +31,6 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
 from orbax_nnx_handler.planning.options import SingleReplica
 from orbax_nnx_handler.storage.reading.jobs import (
-    Arena,
     Buffer,
     Device,
     PlainJob,
@@ -40,6 +39,7 @@ from orbax_nnx_handler.storage.reading.jobs import (
     place_array,
     region_of,
 )
+from orbax_nnx_handler.storage.reading.workers import Arena
 
 
 def single_replica_of(type_handlers: Any = None) -> SingleReplica | None:

@@ -32,6 +32,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job, read_everywhere, read_values
 from orbax_nnx_handler.storage.reading.agreement import agree
+from orbax_nnx_handler.storage.reading.workers import Memory
 from orbax_nnx_handler.storage.restoring.fill import check_init, compute_on_devices, fill_leaves
 
 
@@ -132,6 +133,7 @@ def carry_out(
     concurrent_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
     orbax: ocp.PyTreeCheckpointHandler | None = None,
+    memory: Memory | None = None,
     single_replica: Callable[[Path], SingleReplica | None] = lambda _: None,
 ) -> dict[Path, jax.Array]:
     """Returns the value of every leaf of a plan that passed its check.
@@ -143,6 +145,7 @@ def carry_out(
         concurrent_bytes: Upper bound of the bytes read but not yet in place.
         progress: Called with the bytes put in place since the last call.
         orbax: A handler with type handlers of its own, which then reads the arrays.
+        memory: Blocks that are ready to be read into.
         single_replica: How a wanted leaf that several processes hold alike is read
             by one of them.
 
@@ -156,15 +159,19 @@ def carry_out(
 
     agree(check)
     jobs = _jobs(plan, single_replica)
-    there = [job for job in jobs if not checkpoint.on_devices.keys().isdisjoint(reads(job.recipe))]
-    values = {**(checkpoint.values or {}), **checkpoint.on_devices}
-    arrays = agree(lambda: compute_on_devices(values, there)) if there else {}
+    arrays = dict[Path, jax.Array]()
+    if checkpoint.on_devices:
+        there = [job for job in jobs if not checkpoint.on_devices.keys().isdisjoint(reads(job.recipe))]
+        values = {**(checkpoint.values or {}), **checkpoint.on_devices}
+        arrays = agree(lambda: compute_on_devices(values, there))
+        jobs = [job for job in jobs if job.path not in arrays]
     arrays |= read_everywhere(
         checkpoint,
-        [job for job in jobs if job.path not in arrays],
+        jobs,
         concurrent_bytes=concurrent_bytes,
         progress=progress,
         orbax=orbax,
+        memory=memory,
     )
     filled = fill_leaves(plan, init)
     for path, item in plan.missing.items():

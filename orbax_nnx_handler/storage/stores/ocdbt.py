@@ -389,15 +389,18 @@ def _values(fields: _Fields, count: int, files: _Files) -> list[bytes | Extent]:
     starts = fields.varints(outside, "data_file_offset")
     names = {number: _safe(fields, _file(fields, files, number)[0]) for number in set(numbers)}
     places = iter(zip(numbers, starts, strict=True))
+    inline = [size for size, kind in zip(sizes, kinds.tolist(), strict=True) if not kind]
+    if (largest := max(inline, default=0)) > _MAX_INLINE:
+        raise fields.fault("value_length", f"{largest} for a value within the node")
+    content, at = fields.take(sum(inline), "value").tobytes(), 0
     found: list[bytes | Extent] = []
     for size, kind in zip(sizes, kinds.tolist(), strict=True):
         if kind:
             number, start = next(places)
             found.append(Extent(names[number], start, size))
-        elif size > _MAX_INLINE:
-            raise fields.fault("value_length", f"{size} for a value within the node")
         else:
-            found.append(fields.take(size, "value").tobytes())
+            found.append(content[at : at + size])
+            at += size
     return found
 
 

@@ -333,7 +333,7 @@ def test_a_donated_replica_leaves_the_others_as_they_are(tmp_path, mesh):
 
 def test_the_memory_is_freed_with_the_array(tmp_path, monkeypatch):
     blocks = []
-    from orbax_nnx_handler.storage.reading import jobs as arena
+    from orbax_nnx_handler.storage.reading import workers as arena
 
     original = arena.mmap.mmap
 

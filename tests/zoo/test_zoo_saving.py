@@ -11,50 +11,7 @@ from flax import nnx
 from orbax_nnx_handler import save
 from orbax_nnx_handler.storage.saving.save import linen_save
 from tests.zoo.modules import PAIRS
-from tests.zoo.pairs import Pair, path_of, restored_module, saved, stored_variables
-
-# NNX has not the names or not the arrangement that this Linen program used, and saves its own.
-OTHER_NAMES = ("low-rank module",)
-OTHER_LAYERS = {
-    ("scan", "List"),
-    ("blocks one by one", "scan"),
-    ("vmap", "List"),
-    ("vmap of LSTMCell", "List"),
-}
-# Caches are computed again; boxes belong to the program, not to the weights; a cell is saved as Linen's
-# own, which a Linen program that borrows NNX's by `bridge.ToLinen` is not. A wrapper is saved with its layer
-# inside; where the Linen program's layer belongs to the model around it, NNX does not keep that name.
-# A list of values is saved as Linen names a list of layers.
-NOT_KEPT = {
-    "decoding, cache stored",
-    "boxes on some leaves",
-    "boxed",
-    "of GRUCell",
-    "inside a model, bias too",
-    "bool, uint8, complex, scalar",
-}
-
-
-def keeps_everything(pair: Pair) -> bool:
-    names = (pair.linen_name, pair.nnx_name)
-    return not (
-        pair.renames or pair.linen_name in OTHER_NAMES or names in OTHER_LAYERS or pair.variant in NOT_KEPT
-    )
-
-
-@pytest.mark.parametrize("pair", list(filter(keeps_everything, PAIRS)), ids=str)
-def test_a_module_comes_back_to_linen_as_it_was(pair: Pair, tmp_path: Path) -> None:
-    expected = stored_variables(pair)
-    module = restored_module(pair, saved(expected, tmp_path / "linen"))
-
-    save(tmp_path / "nnx", module)
-
-    with ocp.StandardCheckpointer() as stock:
-        actual = stock.restore(tmp_path / "nnx", jax.eval_shape(lambda: expected))
-    differing = jax.tree_util.tree_map_with_path(
-        lambda keys, left, right: None if np.array_equal(left, right) else path_of(keys), expected, actual
-    )
-    assert jax.tree.leaves(differing) == []
+from tests.zoo.pairs import Pair, restored_module, saved, stored_variables
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if "Norm" in pair.linen_name], ids=str)

@@ -240,3 +240,13 @@ def test_a_layer_that_a_stack_holds_too_is_a_question(tmp_path, form):
     other = {"kernel": numbers(2, 3), "bias": numbers(5)}
     path = write(tmp_path, {"params": {"layers": stacked(layers), "layers_3": other}})
     refused(path, target_of(form, {f"layers_{at}": layer for at, layer in enumerate(layers)}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("policy", ["warn", "error"])
+def test_a_layer_that_an_unused_stack_may_hold_is_not_filled(tmp_path, policy, form):
+    numbers = Numbers()
+    stack = {"0": {"w": numbers(1, 2)}, "inner": {"kernel": numbers(1, 3, 4)}}
+    wanted = {"block_0": {"0": {"w": stack["0"]["w"][0]}, "inner": {"kernel": stack["inner"]["kernel"][0]}}}
+    path = write(tmp_path, {"params": {"block": stack}})
+    refused(path, target_of(form, wanted), policy=policy, unexpected="ignore")

@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
 )
 from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.weights import Weights
 
@@ -133,6 +133,42 @@ class _Made:
         self.whole[item.tokens].append((item, read))
         for number, group in _groups(item.tokens):
             self.layers[group].append((number, item, read))
+
+
+class Unused:
+    """Stored weights that nothing reads: what a wanted leaf without a source may be all the same.
+
+    Attributes:
+        names: Their names below the model's root, in boxes and without.
+    """
+
+    def __init__(self, leaves: Sequence[tuple[Tokens, Placement]]) -> None:
+        self.names = {name for name, _ in leaves}
+        self.names |= {name[:-1] for name in self.names if name[-1:] == ("value",)}
+        # A copy is another value.
+        self._in_own_collections = {
+            name
+            for name, item in leaves
+            if item.collection not in (None, *FLAX_COLLECTIONS) and not is_copy_name(str(item.collection))
+        }
+        self._whole: dict[Tokens, list[Shape]] = defaultdict(list)
+        self._layers: dict[Tokens, list[tuple[int, Shape]]] = defaultdict(list)
+        for name, shape in (
+            (n, i.leaf.shape) for n, i in leaves if i.collection in (None, *FLAX_COLLECTIONS)
+        ):
+            self._whole[name].append(shape)
+            for number, group in _groups(name):
+                self._layers[group].append((number, shape))
+
+    def may_be(self, item: Wanted, name: Tokens) -> bool:
+        """Tells whether one may hold a weight: as layers, or in any collection if it has no type."""
+        if item.leaf.kind is None and name in self._in_own_collections:
+            return True
+        shape = item.leaf.shape
+        for number, group in _groups(name):
+            if any(_may_hold(stack, shape, number) for stack in self._whole.get(group, ())):
+                return True
+        return any(_may_hold(shape, layer, number) for number, layer in self._layers.get(name, ()))
 
 
 _Place = tuple[Path, str | None]

@@ -1,7 +1,7 @@
 """Compares a mapping with the target: the pure function behind every verdict."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -19,9 +19,9 @@ from orbax_nnx_handler.planning.core.dtypes import (
 )
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
+from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, computes, reads
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Stored, is_copy_name
+from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.choice import best_mappings, claims_of_shared, faults_of
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, Found
@@ -31,6 +31,7 @@ from orbax_nnx_handler.planning.rules import Drop, ScanAxis, cast_of
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
+from orbax_nnx_handler.planning.verdict.claims import Unused
 from orbax_nnx_handler.planning.verdict.laws import Broken, Known, Source, certify, error_of
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
@@ -272,38 +273,20 @@ class _Leaves:
 
     def _is_stored(self, item: Wanted) -> bool:
         """Tells whether a leaf of that path lies unused in some collection: it may be the value."""
-        return strip(item.tokens, self.mapping.roots.wanted) in self._unused
+        return strip(item.tokens, self.mapping.roots.wanted) in self._unused.names
 
     @cached_property
-    def _unused_weights(self) -> Sequence[tuple[Tokens, Placement]]:
-        """The stored weights that nothing reads, with their names below the root."""
+    def _unused(self) -> Unused:
         used, root = self.mapping.used() | self.mapping.discarded.keys(), self.mapping.roots.stored
-        return [
-            (strip(canonical(item.path), root), item)
-            for item in self.mapping.placements
-            if item.section == "model" and item.leaf.path not in used
-        ]
-
-    @cached_property
-    def _unused(self) -> Set[Tokens]:
-        names = {name for name, _ in self._unused_weights}
-        return names | {name[:-1] for name in names if name[-1:] == ("value",)}
-
-    @cached_property
-    def _in_own_collections(self) -> Set[Tokens]:
-        """The names of unused leaves in collections that a program has named, copies left out."""
-        return {
-            name
-            for name, item in self._unused_weights
-            if item.collection not in (None, *FLAX_COLLECTIONS) and not is_copy_name(str(item.collection))
-        }
+        models = (item for item in self.mapping.placements if item.section == "model")
+        return Unused([(strip(item.tokens, root), item) for item in models if item.leaf.path not in used])
 
     def _missing(self, item: Wanted, found: Found | None) -> Missing:
         policy = self.policies[item.leaf.path]
-        # An array without a type may be the value of its path in any collection: no zeros for what is stored.
-        if policy != "error" and item.leaf.kind is None and item.role == "model":
+        # No zeros for what is stored.
+        if policy != "error" and item.role == "model":
             name = strip(item.tokens, self.mapping.roots.wanted)
-            policy = "error" if name in self._in_own_collections else policy
+            policy = "error" if self._unused.may_be(item, name) else policy
         return Missing(
             wanted=item.leaf,
             policy=policy,

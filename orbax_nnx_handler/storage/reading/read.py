@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -212,7 +213,8 @@ def read_arrays(
         read = read_with_orbax(checkpoint, stored, orbax) if stored else {}
         return read | (read_arrays(checkpoint, beside) if beside else {})
     with paused_collection():
-        plain = [plain_job(job) for job in jobs]
+        arrays |= _copied_from_host(held, jobs, progress)
+        plain = [plain_job(job) for job in jobs if job.path not in arrays]
         under_way: dict[Path, jax.Array] = {}
         for group in groups(plain, concurrent_bytes):
             filled = read_shards(checkpoint, group, concurrent_bytes, progress, memory)
@@ -224,6 +226,36 @@ def read_arrays(
             arrays |= placed
             under_way = placed
     return {job.path: arrays[job.path] for job in jobs}
+
+
+def _copied_from_host(
+    held: Mapping[Path, Any], jobs: Sequence[Job], progress: Progress | None
+) -> dict[Path, jax.Array]:
+    """Copies what host memory holds as it is wanted, each leaf once and into memory of JAX's own."""
+    here = [job for job in jobs if _is_held_as_wanted(job, held)] if held else []
+    values = [np.asarray(held[job.recipe.path]) for job in here if isinstance(job.recipe, recipes.Read)]
+    placed: list[jax.Array] = jax.device_put(values, [job.sharding for job in here])
+    arrays: dict[Path, jax.Array] = {}
+    for job, value, array in zip(here, values, placed, strict=True):
+        array.block_until_ready()
+        arrays[job.path] = jnp.copy(array).block_until_ready() if _is_adopted(array, value) else array
+        if progress is not None:
+            progress(array.nbytes)
+    return arrays
+
+
+def _is_held_as_wanted(job: Job, held: Mapping[Path, Any]) -> bool:
+    value = held.get(job.recipe.path) if isinstance(job.recipe, recipes.Read) else None
+    fits = value is not None and value.dtype == job.dtype and value.flags.c_contiguous
+    return fits and job.sharding.is_fully_addressable
+
+
+def _is_adopted(array: jax.Array, value: np.ndarray[Any, Any]) -> bool:
+    """Tells whether an array lies in memory that NumPy may still write to: JAX takes over some on CPUs."""
+    shards = [shard for shard in array.addressable_shards if shard.device.platform == "cpu"]
+    places: list[int] = [shard.data.unsafe_buffer_pointer() for shard in shards]
+    start = value.ctypes.data
+    return any(start <= place < start + value.nbytes for place in places)
 
 
 def _is_orbaxs(checkpoint: Checkpoint) -> bool:

@@ -150,13 +150,22 @@ def test_no_two_leaves_of_the_result_share_an_array() -> None:
     assert double(nnx.state(pair))["b"]["kernel"].get_value()[0, 0] == 2.0
 
 
-def test_numpy_memory_is_copied() -> None:
-    tree = {"params": {"kernel": np.ones((64, 64), np.float32)}}
-    layer = from_linen(tree, nnx.eval_shape(lambda: nnx.Linear(64, 64, use_bias=False, rngs=nnx.Rngs(0))))
+@pytest.mark.parametrize("offset", [0, 16], ids=["as JAX would take it over", "as it would not"])
+@pytest.mark.parametrize("spec", [None, PartitionSpec(), PartitionSpec("fsdp")], ids=str)
+def test_numpy_memory_is_copied(offset: int, spec: Any, mesh: Any) -> None:
+    memory = np.zeros(64 * 64 * 4 + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    kernel = memory[start : start + 64 * 64 * 4].view(np.float32).reshape(64, 64)
+    kernel[:] = 1
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if spec is None else NamedSharding(mesh, spec)
+    target = {"kernel": nnx.Param(jax.ShapeDtypeStruct((64, 64), np.float32, sharding=place))}
 
-    tree["params"]["kernel"][:] = 7
+    state = from_linen({"params": {"kernel": kernel}}, nnx.State(target))
+    kernel[:] = 7
 
-    assert float(layer.kernel.get_value().sum()) == 64 * 64
+    value = state["kernel"].get_value()
+    assert value.sharding == place
+    assert float(value.sum()) == 64 * 64
 
 
 def test_a_scanned_tree_is_taken_apart_on_its_devices() -> None:

@@ -238,9 +238,11 @@ def _damaged(
         file.write_bytes(content)
 
 
-def _names(text: str, base: Base, file: pathlib.Path) -> bool:
+def _names(text: str, files: list[pathlib.Path]) -> bool:
+    """Tells whether an error names a file, which need not be the damaged one: that may name another."""
     leaves = ("params", "dense", "norm", "head", "step", "dropout")
-    return file.name in text or any(f" {leaf}" in text or f"/{leaf}" in text for leaf in leaves)
+    named = [f"{before}{leaf}" for leaf in leaves for before in " /"]
+    return any(word in text for word in [*named, *(file.name for file in files)])
 
 
 def run(
@@ -277,7 +279,7 @@ def run(
         what = f"trial {done}: {base.name}, {file.name}, {kind}: {outcome} (stock {stock}): {said[:300]}"
         if outcome in ("HANG", "TRACEBACK") or (outcome == "wrong" and stock in ("error", "right")):
             bad.append(what)
-        if outcome == "clear" and not _names(said, base, file):
+        if outcome == "clear" and not _names(said, files):
             unnamed.append(what)
         done += 1
     faulthandler.cancel_dump_traceback_later()

@@ -400,7 +400,69 @@ def _of_keys() -> Iterator[Case]:
     yield "database: deep", lambda folder: made.write(folder / "item", deep)
 
 
+def _tree(change: Callable[[dict[str, Any]], object], *, at: str = "") -> Make:
+    """Returns what writes a tree that is changed; with `at`, its one array lies under that name."""
+
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        path = orbax(folder)
+        fields = json.loads((path / "_METADATA").read_text())
+        change(fields)
+        (path / "_METADATA").write_text(json.dumps(fields))
+        if at:
+            (path / "w").rename(path / at)
+        return path
+
+    return make
+
+
+def _leaf_at(*keys: tuple[Any, int]) -> Callable[[dict[str, Any]], object]:
+    def change(fields: dict[str, Any]) -> None:
+        (leaf,) = fields["tree_metadata"].values()
+        leaf["key_metadata"] = [{"key": key, "key_type": kind} for key, kind in keys]
+
+    return change
+
+
+def _of_trees() -> Iterator[Case]:
+    dict_key, index = 2, 1
+    far = "999999999"
+    yield "tree: a list of a billion", _tree(_leaf_at((far, index)), at=far)
+    optimizer = [("opt_state", dict_key), ("99999999", index), ("mu", dict_key), ("w", dict_key)]
+    yield "tree: an optimizer of 10^8 states", _tree(_leaf_at(*optimizer), at="opt_state.99999999.mu.w")
+    yield "msgpack: a list of a billion", file("checkpoint", msgpack.packb({10**9: 1.0}))
+    yield "msgpack: places below nothing", file("checkpoint", msgpack.packb({"a": {-1: 1.0, 0: 2.0}}))
+    names = {
+        "thousands of numbers": "a" + "_1" * 30_000,
+        "numbers alone": "_".join(["7"] * 20_000),
+        "a tuple of signs": "(" + "-" * 5000 + "1,)",
+        "a tuple of signs, short": "(" + "-" * 990 + "1,)",
+        "a tuple of tuples": "(" * 300 + "1," + ")" * 300,
+        "a long tuple": "(" + "'a'," * 20_000 + ")",
+        "a tuple of a power": "(9**9**9,)",
+    }
+    for name, key in names.items():
+        yield f"tree: {name}", _tree(_leaf_at((key, dict_key)))
+    more = {
+        "a text of 5 MB": {"a": "x" * 5_000_000},
+        "900 levels": json.loads('{"a":' * 900 + "1" + "}" * 900),
+        "100,000 keys": {f"k{number}": number for number in range(100_000)},
+        "signs": {"\x1b[2J": {"\x07": ["\u202e"]}},
+    }
+    for name, custom in more.items():
+        yield f"metadata: {name}", _tree(lambda fields, custom=custom: fields.update(custom_metadata=custom))
+
+
 def cases() -> list[Case]:
     """Returns all cases."""
-    of = (_of_names, _of_headers, _of_indices, _of_msgpack, _of_archives, _of_places, _of_codecs, _of_keys)
+    of = (
+        _of_trees,
+        _of_names,
+        _of_headers,
+        _of_indices,
+        _of_msgpack,
+        _of_archives,
+        _of_places,
+        _of_codecs,
+        _of_keys,
+    )
     return [case for each in of for case in each()]

@@ -74,6 +74,8 @@ def ranges(numbers: Iterable[int]) -> str:
 FROM = "<- "
 # In a short list every name stands in full: people search messages for the name they know.
 _FEW = 12
+# What is nested deeper, or has more numbers, a stranger made up; it is listed unfolded.
+_DEEPEST = 32
 _INDEX = re.compile(rf"(?<=\[)([0-9]{{1,{MAX_DIGITS}}})(?=\])")
 
 
@@ -149,7 +151,7 @@ def fold(rows: Iterable[Row]) -> list[Folded]:
     """
     patterns = _patterns(sorted(rows, key=lambda row: natural_key(row.path)))
     depth = max((len(pattern.path.numbers) for pattern in patterns), default=0)
-    for position in range(depth):
+    for position in range(min(depth, _DEEPEST)):
         patterns = _merge(patterns, position)
     lines = [_folded(pattern) for pattern in patterns]
     return lines if len(lines) <= _FEW else fold_names(lines)
@@ -258,7 +260,7 @@ def _runs(group: Sequence[_Pattern]) -> list[_Pattern]:
 def fold_names(lines: Sequence[Folded]) -> list[Folded]:
     """Returns lines that differ in one name, and in nothing else, as one: `{key,query}/kernel`."""
     depth = max((line.text.count("/") for line in lines), default=0) + 1
-    for position in range(depth):
+    for position in range(min(depth, _DEEPEST)):
         groups: dict[object, list[Folded]] = {}
         for line in lines:
             groups.setdefault(_but_for_name(line, position), []).append(line)

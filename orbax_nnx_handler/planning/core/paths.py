@@ -18,6 +18,9 @@ MAX_DIGITS = 18
 """More digits than this are a name."""
 _DIGITS = re.compile(rf"(\d{{1,{MAX_DIGITS}}})")
 
+_LONGEST_TUPLE = 1000
+_MOST_NUMBERS = 16  # At the end of one name: nobody nests lists so deep.
+
 Path = tuple[Hashable, ...]
 """The keys from the root of a tree to one leaf."""
 
@@ -68,9 +71,12 @@ def _parts(key: Hashable) -> tuple[str, ...]:
 
 def _stored_tuple(key: str) -> Hashable:
     """Returns the tuple that Orbax wrote as a string, `('kernel',)`; any other key as it is."""
+    if len(key) > _LONGEST_TUPLE:
+        return key
     try:
         found = ast.literal_eval(key)
-    except (SyntaxError, ValueError):
+    # What a stranger wrote may be nested deeper than the parser goes.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return key
     named = isinstance(found, tuple) and all(isinstance(part, str | int) for part in cast(Path, found))
     return cast(Hashable, found) if named else key
@@ -98,12 +104,16 @@ def _tokens_of(key: Hashable) -> tuple[str, ...]:
 
 
 def _tokens(part: str) -> tuple[str, ...]:
-    if is_index(part):
-        return (f"#{int(part)}",)
-    name, _, number = part.rpartition("_")
-    if name and is_index(number):
-        return (*_tokens(name), f"#{int(number)}")  # Nested lists: `grid_0_1` is `grid/0/1`.
-    return ("if",) if part == "if_" else (part,)
+    numbers: list[str] = []
+    # Nested lists: `grid_0_1` is `grid/0/1`.
+    while len(numbers) < _MOST_NUMBERS and not is_index(part):
+        name, _, number = part.rpartition("_")
+        if not name or not is_index(number):
+            break
+        numbers.insert(0, f"#{int(number)}")
+        part = name
+    first = f"#{int(part)}" if is_index(part) else "if" if part == "if_" else part
+    return (first, *numbers)
 
 
 def is_number(token: str) -> bool:
@@ -169,7 +179,7 @@ def _contained(node: Any, lists: bool) -> Any:
     if not isinstance(node, dict) or not node:
         return cast(Any, node)
     inner = {key: _contained(value, lists) for key, value in cast("dict[Any, Any]", node).items()}
-    if inner and all(isinstance(key, int) for key in inner):
+    if inner and all(isinstance(key, int) and key >= 0 for key in inner):
         if lists:
             return [inner.get(number) for number in range(max(inner) + 1)]
         return {str(key): value for key, value in inner.items()}

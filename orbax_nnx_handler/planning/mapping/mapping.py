@@ -53,7 +53,7 @@ from orbax_nnx_handler.planning.mapping.train_states import (
     wanted_optimizers,
 )
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, ScanAxis, apply_rules, unused_rules
-from orbax_nnx_handler.planning.rules.entries import Entry, every_entry, model_entries
+from orbax_nnx_handler.planning.rules.entries import Entry, every_entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
 
@@ -159,11 +159,12 @@ def map_leaves(
         UnusedRuleError: A rule matches no stored leaf.
     """
     placements = layout.place(stored)
-    applied = _in_own_collections(apply_rules(every_entry(placements), rules), wanted)
+    as_stored = every_entry(placements)
+    applied = _in_own_collections(apply_rules(as_stored, rules), wanted)
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
     pairs = _pairs(wanted, placements, entries)
-    original = model_entries(placements)
+    original = [entry for entry in as_stored if entry.section == "model"]
     virtual = [] if of_role(model, "model") else _virtual_parameters(pairs)
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)

@@ -19,7 +19,7 @@ class FieldError(ValueError):
 
 
 def check_paths(paths: Collection[tuple[Any, ...]]) -> None:
-    """Raises where a tree has more leaves, or deeper ones, than a program's can have.
+    """Raises where a tree has more leaves, deeper ones or longer lists than a program's can have.
 
     Raises:
         FieldError: Says which.
@@ -27,6 +27,15 @@ def check_paths(paths: Collection[tuple[Any, ...]]) -> None:
     if len(paths) > MOST_LEAVES:
         raise FieldError(f"it names more than {MOST_LEAVES:,} leaves")
     _check_depth(max(map(len, paths), default=0))
+    # A list of a billion that holds one leaf would be written as one.
+    lengths: dict[tuple[Any, ...], int] = {}
+    for path in paths:
+        for depth, key in enumerate(path):
+            if isinstance(key, int):
+                above = path[:depth]
+                lengths[above] = max(lengths.get(above, 0), key + 1)
+    if sum(lengths.values()) > MOST_LEAVES:
+        raise FieldError(f"its lists would have more than {MOST_LEAVES:,} places")
 
 
 def keys_of(name: str, separator: str) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Paths are read key by key: what one key gives does not depend on its neighbours."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from orbax_nnx_handler.planning.core.paths import (
     render,
     segments,
     sort_paths,
+    tree_of,
 )
 
 TEXTS = st.text("ab_/()'0,1 ", max_size=5) | st.sampled_from(["('kernel',)", "(1, 'a')", "layers_3", "if_"])
@@ -48,3 +51,23 @@ def test_a_name_of_thousands_of_digits_is_no_number(name) -> None:
     assert len(sort_paths([(name,), ("w", 2)])) == 2
     assert name in fold_paths([(name,), (name + "x",)])
     assert str(NumberedText.of(name)) == name
+
+
+def test_a_name_of_thousands_of_numbers_is_read_and_folded_at_once() -> None:
+    name = "a" + "_1" * 5000
+    start = time.process_time()
+
+    assert canonical((name,))[1:] == ("#1",) * 16
+    assert fold_paths([(name + str(last), "w") for last in range(30)])
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    "inside", ["-" * 900 + "1,", "-" * 5000 + "1,", "(" * 400, "'a'," * 20_000, "9**9**9,"]
+)
+def test_a_name_that_only_looks_like_a_tuple_is_a_name(inside) -> None:
+    assert segments((f"({inside})",)) == (f"({inside})",)
+
+
+def test_a_place_below_nothing_makes_no_list() -> None:
+    assert tree_of({("a", -1): 1, ("a", 0): 2}, lists=True) == {"a": {-1: 1, 0: 2}}

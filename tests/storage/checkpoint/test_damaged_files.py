@@ -284,3 +284,10 @@ def test_an_archive_whose_directory_points_behind_its_end_is_damaged(tmp_path):
     (tmp_path / "a.npz").write_bytes(content[:-6] + struct.pack("<I", 0xFFFFFFFE) + content[-2:])
 
     assert "w.npy in" in read_metadata(tmp_path / "a.npz").lost["w",]
+
+
+def test_a_list_of_more_places_than_a_program_has_leaves_is_refused(tmp_path):
+    (tmp_path / "checkpoint").write_bytes(msgpack.packb({"a": {10**9: 1.0}}))
+
+    with pytest.raises(NotACheckpointError, match="its lists would have more than 524,288 places"):
+        read_metadata(tmp_path)

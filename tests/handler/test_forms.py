@@ -1,6 +1,8 @@
 """Every way an Orbax pipeline can hold the handler."""
 
 import inspect
+import logging
+import re
 from typing import Any
 
 import jax
@@ -103,6 +105,20 @@ def test_a_pipeline_that_names_orbaxs_own_args_runs_unchanged(tmp_path, trained,
 
     assert isinstance(state, nnx.State)
     np.testing.assert_array_equal(state["up"]["kernel"].get_value(), _kernel(trained[0]))
+
+
+def test_a_manager_that_orbaxs_own_args_need_a_registry_for_says_so_when_it_is_made_and_when_it_refuses(
+    tmp_path, linen, caplog
+) -> None:
+    _linen_manager(tmp_path, linen)
+    way_out = "handler_registry=orbax_nnx_handler.handler_registry(handler)"
+
+    with caplog.at_level(logging.INFO, logger="absl"):
+        manager = ocp.CheckpointManager(tmp_path, item_handlers=NNXLinenHandler())
+
+    assert any(way_out in record.getMessage() for record in caplog.records)
+    with manager, pytest.raises(ValueError, match=re.escape(way_out)):
+        manager.restore(3, args=ocp.args.PyTreeRestore())
 
 
 def test_a_registry_serves_one_named_item_beside_others(tmp_path, trained) -> None:

@@ -25,6 +25,15 @@ LOCAL_IMPORTS = {
     ("demo", "demo.walkthrough"),
 }
 """Modules of ours that are imported inside a function, with the reason: how long a start takes."""
+LATE_IMPORTS = {
+    # As long to load as all of the package, and needed for a proposal only.
+    ("planning.suggesting.matching", "scipy.optimize"),
+    # A checkpoint on this machine needs none of it.
+    ("storage.stores.backends", "fsspec"),
+    # A tenth of a second that `plan` need not wait.
+    ("commands.screen", "rich.progress"),
+}
+"""Modules of others that are imported inside a function, for the same reason."""
 PUBLIC_TWICE = {"Add", "NNXLinenHandler", "Repeat", "Reshape", "Scale", "Transpose"}
 """Rules called as the step of a recipe that they are, and the handler of each interface of Orbax."""
 DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint"}
@@ -43,11 +52,11 @@ def parsed(file: pathlib.Path) -> ast.Module:
 @functools.cache
 def imports(file: pathlib.Path) -> list[tuple[str, int]]:
     """Returns each imported name in full, with its line."""
-    return list(_imports(file))
+    return list(_imports(parsed(file)))
 
 
-def _imports(file: pathlib.Path) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(parsed(file)):
+def _imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -125,15 +134,20 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_an_import_inside_a_function_is_there_for_the_time_that_a_start_takes():
     known = {module_of(file) for file in MODULES}
-    found = {
-        tuple(module.removeprefix(f"{PACKAGE.name}.") for module in (module_of(file), name))
+    inside = [
+        (module_of(file), node)
         for file in MODULES
         for node in ast.walk(parsed(file))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for name in modules_imported(node, known)
-    }
+    ]
+    ours = {(module, name) for module, node in inside for name in modules_imported(node, known)}
+    others = {(module, name) for module, node in inside for name, _ in _imports(node)}
+    start = f"{PACKAGE.name}."
 
-    assert found == LOCAL_IMPORTS
+    assert {tuple(name.removeprefix(start) for name in pair) for pair in ours} == LOCAL_IMPORTS
+    assert {(module.removeprefix(start), name) for module, name in others if not name.startswith(start)} == (
+        LATE_IMPORTS
+    )
 
 
 def test_a_folder_holds_no_more_files_than_one_can_take_in():

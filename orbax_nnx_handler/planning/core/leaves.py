@@ -108,9 +108,12 @@ CONTAINERS = frozenset(
 LABELLED = "inner_states"
 """The field of `optax.partition` that holds a state for each label."""
 
+FACTORED = ("v_row", "v_col")
+"""Moments without the largest and without the second axis of a parameter (optax/_src/factorized.py)."""
+
 MOMENTS = frozenset(
     {
-        *("mu", "nu", "nu_max", "trace", "ema", "v", "v_row", "v_col", "momentum"),
+        *("mu", "nu", "nu_max", "trace", "ema", "v", *FACTORED, "momentum"),
         *("acc_grads", "grad_acc", "sum_of_squares"),
     }
 )

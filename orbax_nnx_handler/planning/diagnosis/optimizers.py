@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.leaves import FACTORED
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.layouts.t5x import FACTORED
 from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.optimizers.states import split
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import FACTORED, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 
 Stored = Mapping[Path, StoredLeaf]
 """All stored leaves of a checkpoint, by path."""
 
-_FACTORED = frozenset({"v_row", "v_col", "v"})
+_FACTORED = frozenset({*FACTORED, "v"})
 
 Section = Literal["model", "optimizer", "step", "aux", "other"]
 

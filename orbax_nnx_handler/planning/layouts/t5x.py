@@ -26,11 +26,9 @@ from typing import Literal
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
-
-FACTORED = ("v_row", "v_col")
 
 Naming = Literal["same", "swapped", "unknown"]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -30,9 +30,6 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.states import Slot, States, slot_of, spelt_alike
-
-_FACTORED = ("v_row", "v_col")
-"""Fields without the largest and without the second axis of a parameter (optax/_src/factorized.py)."""
 
 _SAMPLES = 16
 """How many moments are looked at where the first one's weight is not in the result."""
@@ -209,7 +206,7 @@ class Moments:
         }
         for _, stored in alike:
             there = slot_of(stored, of_moment=True)
-            if not (here.field == there.field or {*here.field[-1:], *there.field[-1:]} <= {*_FACTORED}):
+            if not (here.field == there.field or {*here.field[-1:], *there.field[-1:]} <= {*FACTORED}):
                 return f"it is {render(there.field)}, not {render(here.field)}"
         if len(alike) > 1:
             return "its layers come from several states"
@@ -383,7 +380,7 @@ class _Follower:
             return True  # As the layer before it.
         if lost is not None:
             slot = (*(moment.slot or ()), *moment.path)
-            field = next((name for name in _FACTORED if name in slot), "")
+            field = next((name for name in FACTORED if name in slot), "")
             if lost not in _lost_axes(placed.leaf.shape, moment.leaf.shape, field):
                 return False
         tokens, name = canonical(moment.path), canonical(placed.path)
@@ -423,5 +420,5 @@ def _lost_axes(parameter: Shape, moment: Shape, field: str) -> Sequence[int]:
     """Returns the axes whose loss explains a moment's shape: of a factored one the one that optax chose."""
     order = [int(axis) for axis in np.argsort(parameter)[::-1]]
     possible = [axis for axis in order if (*parameter[:axis], *parameter[axis + 1 :]) == moment]
-    rank = _FACTORED.index(field) if field in _FACTORED else len(order)
+    rank = FACTORED.index(field) if field in FACTORED else len(order)
     return [order[rank]] if rank < len(order) and order[rank] in possible else possible

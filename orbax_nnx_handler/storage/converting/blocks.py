@@ -9,7 +9,7 @@ import math
 import pathlib
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
 from orbax_nnx_handler.planning.layouts.layout import Section
 from orbax_nnx_handler.planning.options import DEFAULT_BYTES
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
+from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import Buffer, Work, stored_shapes
 
@@ -237,8 +238,6 @@ def _fill(
     for step in work.finish:
         step()
 
-
-Progress = Callable[[int], None]
 
 # Elements compared at a time: they are widened to 64 bits for it.
 _PART = 1 << 20

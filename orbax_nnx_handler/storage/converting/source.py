@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,8 +21,7 @@ from orbax_nnx_handler.planning.mapping.optimizers.states import parameter_paths
 from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.storage.converting.blocks import Written
 from orbax_nnx_handler.storage.converting.leaves import refusal
-
-Flavour = Literal["linen", "maxtext"]
+from orbax_nnx_handler.storage.saving.arrange import Flavour
 
 # Layouts whose optimizer state has the shape that optax gives it.
 _OPTAX = frozenset({"train_state", "maxtext", "variables", "params"})

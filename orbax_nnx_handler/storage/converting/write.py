@@ -26,7 +26,6 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metad
 from orbax_nnx_handler.storage.converting.blocks import (
     Block,
     Digests,
-    Progress,
     Written,
     block_shape,
     by_source,
@@ -35,6 +34,7 @@ from orbax_nnx_handler.storage.converting.blocks import (
     window_of,
 )
 from orbax_nnx_handler.storage.reading import Job, read_arrays
+from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.saving.atomic import appearing, writing
 from orbax_nnx_handler.storage.saving.saved import check_names
 from orbax_nnx_handler.storage.stores.kvstore import files_at

@@ -1,12 +1,9 @@
 """Jobs to arrays: what this process needs is read and placed, on all processes of a program or on none.
 
-Used where a handler brings type handlers of its own (single-replica restore with
-a broadcast, Pathways, custom array types): only Orbax knows how those read. The
-planned leaves are asked for through an item of the disk's own containers with a
-placeholder at every other leaf, which reads exactly those.
-
-Reading is told of three steps only: which bytes each job's parts are made from, that they are there,
-and the arrays that the filled memory becomes.
+The files are read by this package: which bytes each job's parts are made from, that they are there, and the
+arrays that the filled memory becomes. Where a handler brings type handlers of its own (Pathways, custom array
+types), only Orbax knows how those read: it reads them, and nothing else. With single replica, each byte is
+read by one process and copied to the others.
 """
 
 import functools
@@ -61,6 +58,9 @@ def read_with_orbax(
     checkpoint: Checkpoint, jobs: Sequence[Job], handler: ocp.PyTreeCheckpointHandler
 ) -> dict[Path, jax.Array]:
     """Reads the jobs with a handler's own type handlers.
+
+    The planned leaves are asked for through an item of the disk's own containers with a
+    placeholder at every other leaf, which reads exactly those.
 
     Args:
         checkpoint: The checkpoint; its item must have a `_METADATA` file.

@@ -17,7 +17,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning import rules
 from orbax_nnx_handler.planning.core.dtypes import changes_values
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -28,6 +28,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     RecipeError,
     Repeat,
     Scale,
+    Shapes,
     Slice,
     Stack,
     Transpose,
@@ -95,12 +96,8 @@ def why_lost(slot: str, stored: Shape, before: Shape, wanted: Shape, after: Shap
     )
 
 
-Shapes = Mapping[Path, Shape]
 Moments = Mapping[Path, OptimizerLeaf]
 Fields = Mapping[Tokens, Moments]
-
-FACTORED = ("v_row", "v_col")
-"""The moments without the largest and without the second axis, as optax calls them."""
 
 
 def follow(

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import DtypeMismatchError, RuleError, plan_restore, restore, save
+from orbax_nnx_handler.planning.rules import as_rules
 from tests.cli.conftest import stock
 from tests.laws.worlds import Numbers, check, flat
 
@@ -44,6 +45,31 @@ def values(item: dict[str, Any]) -> dict[Any, Any]:
     return {
         (*at, *path): value for at, part in parts.items() for path, value in flat(nnx.state(part)).items()
     }
+
+
+def test_a_network_under_another_name_comes_with_the_rules_that_make_it_that_one(tmp_path):
+    saved = {name: part for name, part in state().items() if name != "rngs"}
+    save(tmp_path / "item", saved)
+    target = nnx.eval_shape(lambda: {"gen": train_state(0), "critic": train_state(1)})
+
+    error = plan_restore(tmp_path / "item", target).error()
+    rules = error.hints[0].arguments["renames"]
+    again = plan_restore(tmp_path / "item", target, renames=rules[:2]).error()
+
+    assert "is stored below 'disc', and nothing" in str(error)
+    assert "suggest" not in str(error)
+    assert "init" not in str(again)
+    assert as_rules(again.hints[0].arguments["renames"]) == as_rules(rules)
+    result = restore(tmp_path / "item", target, renames=rules)
+    parts = [nnx.state(item, nnx.Not(nnx.RngState)) for item in (result["critic"], saved["disc"])]
+    check(*map(flat, parts))
+
+
+def test_a_state_without_values_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"11 leaves with a shape and no value: .*model/hidden/"):
+        save(tmp_path / "item", nnx.eval_shape(lambda: {"model": Net(nnx.Rngs(0))}))
+
+    assert not (tmp_path / "item").exists()
 
 
 @pytest.mark.parametrize("layout", ["linen", "maxtext"])

@@ -11,12 +11,13 @@ from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import FACTORED
 from orbax_nnx_handler.planning.core.lines import counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.optimizers.states import split
+from orbax_nnx_handler.planning.rules import as_rules
 
 
 def _weights_alone(evidence: Evidence) -> str:
@@ -90,7 +91,38 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
     )
 
 
+def _other_network(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
+    """Yields that the whole optimizer is stored, below another name: a rule may say that it is the same."""
+    free, wanted = _free_optimizer(evidence), evidence.sides.wanted
+    there, here = {item.owner for item in free}, {wanted[path].owner for path in lost}
+    if len(there) != 1 or len(here) != 1 or not all([*there, *here]):
+        return
+    (stored,), (owner,) = there, here
+    network = owner[:-1] or owner
+    steps = [path for path in evidence.of_role(evidence.missing, "step") if wanted[path].owner == owner]
+    weights = [path for path in evidence.missing_weights if path[: len(network)] == network]
+    sources = [item for item in evidence.free_weights.values() if item.owner == stored]
+    parts = {str(item.collection): network for item in sources} if weights else {}
+    parts |= {str(free[0].leaf.path[len(stored)]): owner} | ({"step": owner} if steps else {})
+    rules = [(render((*stored, part)), render((*at, part))) for part, at in parts.items()]
+    found = evidence.restored_under([*evidence.verdict.renames, *as_rules(rules)])
+    if found is None or not found.issuperset([*lost, *weights]):
+        return
+    yield Cause(
+        kind="OptimizerNested",
+        text=f"the optimizer that is wanted below {render(owner)!r} is stored below {render(stored)!r}, and "
+        "nothing of one network is lent to another unasked.",
+        paths=(*lost, *steps, *weights, *(item.leaf.path for item in (*free, *sources))),
+        way=Hint(f"if both are one network, pass renames={rules!r}.", {"renames": rules}),
+        facts={"stored": render(stored), "wanted": render(owner)},
+    )
+
+
 def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
+    elsewhere = list(_other_network(evidence, lost))
+    if elsewhere:
+        yield from elsewhere
+        return
     parameters = {evidence.stored_below(item) for item in evidence.stored_weights.values()}
     free = [split(_unboxed(canonical(item.path)), parameters) for item in _free_optimizer(evidence)]
     stored = {slot for slot, parameter in free if parameter is not None}

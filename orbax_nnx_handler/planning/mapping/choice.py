@@ -146,19 +146,29 @@ def _rivals(rivals: Sequence[CompetingSources]) -> AmbiguousMappingError:
         f"{_leaves(len(rivals), 'wanted ')} {'is' if len(rivals) == 1 else 'are'} claimed by several stored "
         "leaves:\n" + "\n".join(rows),
         paths=[rival.wanted.leaf.path for rival in rivals],
-        hints=[_one_left_behind(rivals[0])],
+        hints=[_one_left_behind(rivals)],
     )
 
 
-def _one_left_behind(rival: CompetingSources) -> str:
-    """Returns the way out: no name is free for the one that loses, so it has to be dropped."""
-    own = [entry for entry in rival.entries if not entry.reason]
-    if not own:
+_SHOWN = 3
+
+
+def _one_left_behind(rivals: Sequence[CompetingSources]) -> str:
+    """Returns the way out: no name is free for the ones that lose, so they have to be dropped."""
+    own = [[entry for entry in rival.entries if not entry.reason] for rival in rivals]
+    if not all(own):
         return "take out the rule that brings the leaf which is not meant."
-    pattern = "/".join(own[0].segments)
+    # The whole stored path, as `orbax-nnx tree` prints it: less would drop the other one too.
+    paths = [render(path) for entries in own for path in reads(entries[-1].recipe)]
+    drops = ", ".join(f"Drop({path!r}, 'why')" for path in paths[:_SHOWN])
+    many = f"{drops} and so on for each of them"
+    if all(len(entries) == len(rival.entries) for entries, rival in zip(own, rivals, strict=True)):
+        which = f"renames=[{drops}]" if len(paths) <= _SHOWN else many
+        return f"pass {which} to leave behind what is not meant."
+    which = f"renames=[{drops}, ...]" if len(paths) <= _SHOWN else many
     return (
-        f"pass renames=[Drop({pattern!r}, 'why'), ...] in front of the other rules to leave the stored one "
-        "behind, or take out the rule that brings the other."
+        f"pass {which} in front of the other rules to leave what is stored there behind, or take out the "
+        "rule that brings the other."
     )
 
 

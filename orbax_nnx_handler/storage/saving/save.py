@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RuleError
+from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
@@ -153,11 +154,12 @@ def linen_save(
     Raises:
         RuleError: See `plan_save`.
         DtypeMismatchError: The step is beyond int32.
-        ValueError: See `plan_save` and `add_leftovers`.
+        ValueError: A leaf is a `jax.ShapeDtypeStruct`; see `plan_save` and `add_leftovers`.
     """
     if not is_nnx(given.item):
         return given
     plan = plan_save(given.item, flavour, tx, undone)
+    _check_values(plan)
     _warn(layers_inside(plan.leaves))
     save_args = given.save_args
     if save_args is not None:
@@ -175,6 +177,17 @@ def linen_save(
 def _warn(text: str) -> None:
     if text and jax.process_index() == 0:
         logging.warning("%s", text)
+
+
+def _check_values(plan: SavePlan) -> None:
+    sources = dict.fromkeys(leaf.like for leaf in plan.leaves.values())
+    lost = [path for path in sources if isinstance(plan.values[path], jax.ShapeDtypeStruct)]
+    if lost:
+        leaves = counted(len(lost), "leaf", "leaves")
+        raise ValueError(
+            f"the state has {leaves} with a shape and no value: {list_paths(lost)}.\n"
+            "hint: save what a restore returned, or what the function builds that nnx.eval_shape was given."
+        )
 
 
 def _check_step(plan: SavePlan) -> None:

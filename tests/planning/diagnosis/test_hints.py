@@ -14,8 +14,10 @@ from flax import nnx
 
 import orbax_nnx_handler
 from orbax_nnx_handler import Cast, DtypeMismatchError, RestoreError, restore
+from orbax_nnx_handler.planning.core.recipes import Read
 from tests.gallery import cases
 from tests.gallery.cases import GALLERY, Broken
+from tests.planning.models import plan
 
 NAMES = {name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__all__} | {"nnx": nnx}
 FOR_A_PERSON = {
@@ -145,6 +147,22 @@ def test_what_a_hint_tells_to_pass_makes_the_restore_succeed(
 
 def test_the_cases_for_a_person_are_cases() -> None:
     assert FOR_A_PERSON.keys() | IN_WORDS_ONLY <= {case.provoke.__name__ for case in GALLERY}
+
+
+def test_what_is_to_be_dropped_is_the_whole_stored_path_and_the_copy_stays():
+    names = {"dense/kernel": (4, 3), "dense/bias": (3,)}
+    stored = {f"{top}/{name}": shape for top in ("params", "ema_params") for name, shape in names.items()}
+    rule = ("ema_params", "params")
+
+    error = plan(stored, names, renames=[rule]).error()
+    (told_rules,) = python_after(hints_of(error)[0], "renames")
+    rules = [rule if each is ... else each for each in eval(told_rules, dict(NAMES))]
+    followed = plan(stored, names, renames=rules)
+
+    assert followed.fits, followed
+    assert [Read(("ema_params", "dense", "bias")), Read(("ema_params", "dense", "kernel"))] == [
+        item.recipe for _, item in sorted(followed.restored.items())
+    ]
 
 
 def test_integers_of_another_width_come_with_the_rule_that_casts_them(tmp_path):

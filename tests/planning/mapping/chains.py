@@ -71,7 +71,7 @@ class Node:
             case "injected":
                 return optax.inject_hyperparams(lambda rate: _chain([*inner, optax.scale(rate)]))(rate=0.1)
             case "groups":
-                return optax.partition({"a": inner[0], "b_1": inner[1]}, _labels)
+                return optax.multi_transform({"a": inner[0], "b_1": inner[1]}, _labels)
         return PARTS[self.kind]()
 
 

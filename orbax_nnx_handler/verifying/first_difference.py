@@ -38,10 +38,17 @@ _BEGINNING = 64
 
 
 def called_alike(one: Compared, compared: Sequence[Compared]) -> Iterator[Compared]:
-    """Yields other modules whose Linen counterpart is called with what a module is called with."""
+    """Yields other modules whose Linen counterpart is called with what a module is called with.
+
+    Modules that are called with what their own counterpart is are right where they are, as q is for k.
+    """
     sizes = [array.size for array in one.nnx.outputs]
     for other in compared:
-        if other.pair.linen == one.pair.linen or [array.size for array in other.linen.outputs] != sizes:
+        if (
+            other.gets_the_same
+            or other.pair.linen == one.pair.linen
+            or [array.size for array in other.linen.outputs] != sizes
+        ):
             continue
         if _begin_alike(one, other):
             inputs = compare(other.linen.inputs, one.nnx.inputs)
@@ -117,6 +124,14 @@ _MOST_TRIED = 200
 _MOST_OTHERS = 48
 
 
+def _has_another_constant(one: Compared, *, whatever: bool) -> bool:
+    """Tells whether a module has another epsilon and another output, be it by no more than rounding."""
+    apart = one.gets_the_same and (whatever or one.found.outputs.relative > 0)
+    settings = differing_settings(one.linen.call, one.nnx.call) if apart else {}
+    numbers = [name for name, (value, _) in settings.items() if isinstance(value, float)]
+    return any(whatever or name.startswith("eps") for name in numbers)
+
+
 class _CannotRunError(Exception):
     """A module does not run by itself."""
 
@@ -168,6 +183,13 @@ class Search:
             return self._difference(one, proof)
         return None
 
+    def set_up_otherwise(self, *, whatever: bool) -> FirstDifference | None:
+        """Returns the first module with another epsilon, or whatever other number, and another output."""
+        self.tried = 0
+        found = (one for one in self.compared if _has_another_constant(one, whatever=whatever))
+        one = next(found, None)
+        return None if one is None else self._difference(one, None)
+
     def _differing(self) -> Iterator[Compared]:
         """Yields modules whose output differs, but not those whose surroundings make up for it."""
         for certain in (True, False):
@@ -177,24 +199,34 @@ class Search:
 
     def _made_up_for(self, one: Compared) -> bool:
         """Tells whether a module around it returns the same all the same: features in another order."""
-        around = [
-            other
-            for other in self.compared
-            if other.encloses(one) and other.found.is_certain and other.gets_the_same
-        ]
+        around = [other for other in self._around(one) if other.found.is_certain and other.gets_the_same]
         nearest = max(around, key=lambda other: len(other.path), default=None)
         return nearest is not None and nearest.agrees
 
+    def _around(self, one: Compared) -> list[Compared]:
+        """Returns the calls that a call was made in: of each module around it the next to return."""
+        found: dict[Path, Compared] = {}
+        for other in self.compared:
+            if other.nnx.call.order >= one.nnx.call.order and other.encloses(one):
+                found.setdefault(other.path, other)
+        return list(found.values())
+
     def _inside(self, one: Compared) -> list[Compared]:
-        return [other for other in self.compared if one.encloses(other)]
+        """Returns the calls that were made in a call: since the module returned the last time."""
+        end = one.nnx.call.order
+        start = max((call.order for call in self.runner.calls[one.path] if call.order < end), default=-1)
+        return [
+            other for other in self.compared if start < other.nnx.call.order <= end and one.encloses(other)
+        ]
 
     def _difference(self, one: Compared, proof: _Proof | None) -> FirstDifference:
         at = proof.module if proof is not None else one
         inside = self._inside(at)
-        after, before = _between(inside)
+        after, before = self._between(inside)
         weights = self._doubtful(at, inside)
         return FirstDifference(
             module=at.found,
+            place=self._place(at, proof, after, before),
             weights=tuple(self.restored[leaf] for leaf in weights),
             after=None if after is None else after.pair.nnx,
             before=None if before is None else before.pair.nnx,
@@ -205,9 +237,40 @@ class Search:
             reordered=same_numbers(at.linen.outputs, at.nnx.outputs),
         )
 
+    def _place(
+        self, one: Compared, proof: _Proof | None, after: Compared | None, before: Compared | None
+    ) -> Path:
+        """Returns the innermost module around what has to change, or around where the difference arises."""
+        if proof is None:
+            between = [after.path[:-1], before.path[:-1]] if after and before else [()]
+            return max(one.path, self._holder(_common(between)), key=len)
+        holders = [self._holder(leaf) for leaf in proof.recipes]
+        common = self._holder(_common(holders))
+        if common or one.path == () == max(holders, key=len):
+            return common
+        return min(holders, key=lambda path: self.runner.calls[path][0].order)
+
+    def _between(self, inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:
+        """Returns the last module that still agrees, and the outermost first one that gets something else."""
+        first = next((one for one in inside if not one.gets_the_same), None)
+        if first is None:
+            return next((one for one in reversed(inside) if one.agrees), None), None
+        held = {id(one) for one in inside}
+        doubted = [one for one in self._around(first) if id(one) in held and not one.gets_the_same]
+        before = min([first, *doubted], key=lambda one: len(one.path))
+        earlier = [one for one in inside if one.nnx.call.order < first.nnx.call.order]
+        after = [one for one in earlier if one.agrees and not before.encloses(one)]
+        return after[-1] if after else None, before
+
+    def _holder(self, path: Path) -> Path:
+        """Returns the innermost module around a path that was called."""
+        depths = range(len(path), 0, -1)
+        return next((path[:depth] for depth in depths if path[:depth] in self.runner.calls), ())
+
     def _doubtful(self, one: Compared, inside: Sequence[Compared]) -> list[Path]:
         """Returns the leaves of a module that lie in no module within it that is compared by itself."""
-        sure = {other.path for other in inside if other.found.outputs.compared}
+        known = (other for other in inside if other.found.inputs.compared or not other.found.inputs.left)
+        sure = {other.path for other in known if other.found.outputs.compared}
         own = [leaf for leaf in one.pair.leaves if not any(leaf[: len(path)] == path for path in sure)]
         return [leaf for leaf in own if leaf in self.restored]
 
@@ -232,7 +295,7 @@ class Search:
 
     def _misplaced(self, inside: Sequence[Compared]) -> _Proof | None:
         """Returns the outermost module that is called with what another one is called with in Linen."""
-        doubted = [one for one in inside if not one.agrees]
+        doubted = [one for one in inside if not one.gets_the_same]
         first = next((found for one in doubted if (found := self._with_others(one)) is not None), None)
         if first is None:
             return None
@@ -272,7 +335,7 @@ class Search:
         except Exception as error:
             raise _CannotRunError from error
         found = compare(one.linen.outputs if reference is None else reference, outputs)
-        return bool(found.compared) and not changes_more_than_rounding(Distance(), found)
+        return bool(found.compared) and not changes_more_than_rounding(Distance(), found, one.calls)
 
     def _others(
         self, module: Path, layer: int | None, doubtful: Mapping[Path, Recipe]
@@ -299,9 +362,6 @@ class Search:
         return [path for path in above if all((*path, *name) in self.runner.recipes for name in names)]
 
 
-def _between(inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:
-    """Returns the last module that still agrees, and the first one that gets something else."""
-    before = next((one for one in inside if not one.gets_the_same), None)
-    order = before.nnx.call.order if before is not None else float("inf")
-    after = [one for one in inside if one.agrees and one.nnx.call.order < order]
-    return after[-1] if after else None, before
+def _common(paths: Sequence[Path]) -> Path:
+    columns = itertools.takewhile(lambda keys: len(set(keys)) == 1, zip(*paths, strict=False))
+    return tuple(keys[0] for keys in columns)

@@ -5,7 +5,7 @@ What is scanned on one side is several modules on the other, so both sides are t
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import (
@@ -164,6 +164,11 @@ def _linen_units(
 
 def _chained(wanted: Sequence[Unit], stored: Sequence[Unit]) -> Iterable[tuple[Unit, Unit, bool]]:
     """Pairs modules around the same elements: the innermost hold them, the others wrap these."""
+    if wanted[0].path == stored[0].path == ():  # Both programs, whatever modules lie within them.
+        yield wanted[0], stored[0], True
+        wanted, stored = wanted[1:], stored[1:]
+    if not wanted or not stored:
+        return
     if len(wanted) == len(stored):
         yield from ((one, other, True) for one, other in zip(wanted, stored, strict=True))
         return
@@ -187,14 +192,21 @@ class Use:
     outputs: Sequence[Array]
 
 
-def uses_of(unit: Unit, calls: Mapping[Path, Sequence[Call]]) -> list[Use]:
-    """Returns a unit's part in the calls of its module, in their order; nothing if they do not come out."""
+def uses_of(unit: Unit, calls: Mapping[Path, Sequence[Call]], sizes: Collection[int]) -> list[Use]:
+    """Returns a unit's part in the calls of its module, in their order; nothing if they do not come out.
+
+    Args:
+        unit: The unit.
+        calls: The calls of its program, by module.
+        sizes: The sizes of what its counterpart is called with: an input that all layers share is left whole.
+    """
     found = calls.get(unit.path, ())
     if unit.layer is not None and len(found) % unit.layers == 0:
         each = len(found) // unit.layers
         found = found[unit.layer * each : (unit.layer + 1) * each]
     elif unit.layer is not None:
-        return [_layer(call, unit.layer, unit.layers) for call in found if _is_batched(call, unit.layers)]
+        batched = [call for call in found if _is_batched(call, unit.layers)]
+        return [_layer(call, unit.layer, unit.layers, sizes) for call in batched]
     return [Use(call=call, inputs=call.inputs, outputs=call.outputs) for call in found]
 
 
@@ -203,6 +215,9 @@ def _is_batched(call: Call, layers: int) -> bool:
     return bool(call.outputs) and all(array.shape[:1] == (layers,) for array in call.outputs)
 
 
-def _layer(call: Call, layer: int, layers: int) -> Use:
-    inputs = [array[layer] if array.shape[:1] == (layers,) else array for array in call.inputs]
+def _layer(call: Call, layer: int, layers: int, sizes: Collection[int]) -> Use:
+    inputs = [
+        array[layer] if array.shape[:1] == (layers,) and array.size not in sizes else array
+        for array in call.inputs
+    ]
     return Use(call=call, inputs=inputs, outputs=[array[layer] for array in call.outputs])

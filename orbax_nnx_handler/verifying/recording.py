@@ -43,6 +43,7 @@ class Call:
         settings: The module's own numbers, flags and functions, by name.
         shapes: The shapes of the module's own Variables in this call: without the axis of a scan around it.
         arguments: Its arguments, with `Held` for each array.
+        function: What the module is run with, where that is not the module itself: the caller's program.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Call:
     settings: Mapping[str, Any]
     shapes: Mapping[str, Shape]
     arguments: tuple[Any, Mapping[str, Any]]
+    function: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,6 +67,7 @@ class _Traced:
     inputs: list[list[Array]]
     outputs: list[list[Array]]
     orders: list[int] = dataclasses.field(default_factory=list[int])
+    function: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -103,6 +106,13 @@ class Recorder:
             _observe(functools.partial(self._returned, made, place, first=number == 0), array)
         return result
 
+    def program(self, function: Callable[..., Any], args: Any, result: Any) -> None:
+        """Records a whole program as the call of its root, if the root was not called by itself."""
+        if any(made.path == () for made in self.traced):
+            return
+        self.call(None, (), lambda *_: result, args, {})
+        self.traced[-1].function = function
+
     def _returned(self, made: _Traced, place: list[Array], array: Array, *, first: bool) -> None:
         place.append(array)
         if first:
@@ -121,6 +131,7 @@ class Recorder:
                 settings=made.settings,
                 shapes=made.shapes,
                 arguments=made.arguments,
+                function=made.function,
             )
             for made in self.traced
             for at, order in enumerate(made.orders)
@@ -139,7 +150,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _shapes_of(module: Any) -> dict[str, Shape]:
-    members = cast("Mapping[str, Any]", vars(module))
+    members = cast("Mapping[str, Any]", getattr(module, "__dict__", {}))
     own = {name: cast(Any, value) for name, value in members.items() if isinstance(value, nnx.Variable)}
     return {name: tuple(np.shape(value.get_raw_value())) for name, value in own.items()}
 
@@ -150,6 +161,7 @@ def _observe(keep: Callable[[Array], Any], array: Any) -> None:
     def kept(value: Any) -> None:
         keep(np.asarray(value))
 
+    array = jax.lax.stop_gradient(array)  # What is observed may be differentiated around it.
     if not isinstance(array, Tracer):
         kept(array)
         return
@@ -173,11 +185,12 @@ _PLAIN = (bool, int, float, str)
 def settings_of(module: Any) -> dict[str, Any]:
     """Returns what a module and its configuration are set to, by name: numbers, flags, texts, functions."""
     found: dict[str, Any] = {}
-    for name, value in cast("Mapping[str, Any]", vars(module)).items():
+    for name, value in cast("Mapping[str, Any]", getattr(module, "__dict__", {})).items():
         if name.startswith("_") or isinstance(value, nnx.Pytree | nnx.Variable | nn.Module):
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            found |= {f"{name}.{inner}": setting for inner, setting in _plain(vars(value))}
+            fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+            found |= {f"{name}.{inner}": setting for inner, setting in _plain(fields)}
         found |= dict(_plain({name: value}))
     return found
 
@@ -206,7 +219,7 @@ def run_linen(
 
     Args:
         function: Runs it.
-        *args: What it is called with.
+        *args: What it is called with, the variables first.
         owner: The keys above the paths of a module that is bound by itself (a part of the model).
 
     Returns:
@@ -226,6 +239,7 @@ def run_linen(
 
     with nn.intercept_methods(intercept), _exact():
         result = function(*args)
+        recorder.program(function, args[1:], result)
     return result, recorder.calls()
 
 
@@ -275,6 +289,7 @@ def run_nnx(
     try:
         with _replaced_calls(recorded), _exact():
             result = function(model, *args)
+            recorder.program(function, args, result)
         return result, recorder.calls()
     finally:
         _unmark(model)

@@ -42,12 +42,14 @@ class Compared:
         pair: The modules.
         linen: Linen's call.
         nnx: The target's.
+        calls: How many calls of modules it is made of, itself among them.
     """
 
     found: ModuleComparison
     pair: ModulePair
     linen: Use
     nnx: Use
+    calls: int = 1
 
     @property
     def path(self) -> Path:
@@ -57,7 +59,7 @@ class Compared:
     @property
     def gets_the_same(self) -> bool:
         """Whether the inputs agree."""
-        return not exceeds(self.found.inputs, TOLERANCE)
+        return _agree(self.found.inputs)
 
     @property
     def agrees(self) -> bool:
@@ -76,16 +78,32 @@ def compare_modules(
 ) -> list[Compared]:
     """Compares every call of paired modules, in the order in which the NNX program returned from them."""
     linen, nnx = by_path(linen_calls), by_path(nnx_calls)
+    calls_in = _calls_in(nnx)
     compared = list[Compared]()
     for pair in pairs:
-        ours, theirs = uses_of(pair.nnx, nnx), uses_of(pair.linen, linen)
+        ours = uses_of(pair.nnx, nnx, _sizes(linen.get(pair.linen.path, ())))
+        theirs = uses_of(pair.linen, linen, _sizes(nnx.get(pair.nnx.path, ())))
         if len(ours) == len(theirs):
             each = enumerate(zip(theirs, ours, strict=True))
-            compared += [_compared(pair, number, one, other) for number, (one, other) in each]
+            calls = calls_in.get(pair.nnx.path, 1)
+            compared += [_compared(pair, number, one, other, calls) for number, (one, other) in each]
     return sorted(compared, key=lambda one: one.nnx.call.order)
 
 
-def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use) -> Compared:
+def _sizes(calls: Sequence[Call]) -> set[int]:
+    return {array.size for call in calls[:1] for array in call.inputs}
+
+
+def _calls_in(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, int]:
+    """Returns of how many calls one call of each module is made, itself among them."""
+    found: dict[Path, int] = defaultdict(int)
+    for path, made in calls.items():
+        for depth in range(len(path) + 1):
+            found[path[:depth]] += len(made)
+    return {path: round(found[path] / len(made)) for path, made in calls.items()}
+
+
+def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use, calls: int) -> Compared:
     inputs, outputs = compare(linen.inputs, nnx.inputs), compare(linen.outputs, nnx.outputs)
     found = ModuleComparison(
         nnx=pair.nnx,
@@ -94,15 +112,20 @@ def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use) -> Compared:
         inputs=inputs,
         outputs=outputs,
         is_certain=pair.is_certain,
-        differs=_differs(inputs, outputs),
+        differs=_differs(inputs, outputs, calls),
     )
-    return Compared(found=found, pair=pair, linen=linen, nnx=nnx)
+    return Compared(found=found, pair=pair, linen=linen, nnx=nnx, calls=calls)
 
 
-def _differs(inputs: Distance, outputs: Distance) -> bool:
-    if not outputs.compared or exceeds(inputs, TOLERANCE):
+def _agree(inputs: Distance) -> bool:
+    """Tells whether inputs agree; not where none could be compared, as one that is padded already."""
+    return not exceeds(inputs, TOLERANCE) and bool(inputs.compared or not inputs.left)
+
+
+def _differs(inputs: Distance, outputs: Distance, calls: int) -> bool:
+    if not outputs.compared or not _agree(inputs):
         return False
-    return changes_more_than_rounding(inputs, outputs)
+    return changes_more_than_rounding(inputs, outputs, calls)
 
 
 def by_path(calls: Iterable[Call]) -> dict[Path, Sequence[Call]]:
@@ -126,6 +149,13 @@ class Programs:
     linen: Callable[..., Any]
     nnx: Callable[..., Any]
     inputs: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, list | tuple):
+            raise VerificationError(
+                f"inputs is a {type(self.inputs).__name__}: what both programs are called with is a tuple.",
+                hints=["pass a tuple, of one where there is one input: (x,)."],
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,7 +235,9 @@ def _run_linen(programs: Programs, weights: LinenWeights) -> tuple[Any, list[Cal
             f"it is called with the variables (a dict with {held}) and {counted(len(inputs), 'input')}, such "
             "as linen_model.apply, or lambda variables, x: linen_model.apply(variables, x, train=False)."
         )
-        raise VerificationError(f"linen_apply fails: {_told(error)}", hints=[hint]) from error
+        raise VerificationError(
+            f"linen_apply fails: {_told(error)}", hints=[_COMPILED if _is_compiled(error) else hint]
+        ) from error
 
 
 def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call]]:
@@ -224,7 +256,18 @@ def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[An
             f"{counted(len(inputs), 'input')}, such as lambda model, x: model(x). A model with dropout wants "
             "model.eval() first, or rngs."
         )
-        raise VerificationError(f"nnx_apply fails: {_told(error)}", hints=[hint]) from error
+        raise VerificationError(
+            f"nnx_apply fails: {_told(error)}", hints=[_COMPILED if _is_compiled(error) else hint]
+        ) from error
+
+
+_COMPILED = (
+    "both programs run operation by operation: pass the function that was compiled, not its executable."
+)
+
+
+def _is_compiled(error: Exception) -> bool:
+    return "Disable jit is not supported" in str(error)
 
 
 def _told(error: Exception) -> str:
@@ -242,8 +285,9 @@ def _outputs_apart(expected: Any, found: Any) -> Distance:
     """Compares what both programs return.
 
     Raises:
-        VerificationError: It is no arrays, of different structure, or of different shapes.
+        VerificationError: It is no arrays, of different structure or shapes, or holds no finite number.
     """
+    expected, found = _opened(expected), _opened(found)
     one, other = _structure(expected), _structure(found)
     if one != other:
         raise VerificationError(
@@ -260,6 +304,11 @@ def _outputs_apart(expected: Any, found: Any) -> Distance:
             else "the programs return no array.",
             hints=["let both functions return arrays that mean the same."],
         )
+    if not any(np.isfinite(np.asarray(a, np.complex128)).any() for a, _ in pairs):
+        raise VerificationError(
+            "linen_apply returns no finite number, which says nothing about the weights.",
+            hints=["choose inputs from which the Linen program computes finite numbers."],
+        )
     apart = [compare([np.asarray(a)], [np.asarray(b)]) for a, b in pairs]
     return Distance(
         relative=max(one.relative for one in apart),
@@ -267,6 +316,35 @@ def _outputs_apart(expected: Any, found: Any) -> Distance:
         compared=len(apart),
         coarse=max(one.coarse for one in apart),
     )
+
+
+def _opened(tree: Any) -> Any:
+    """Returns a tree with its dataclasses as dicts.
+
+    Raises:
+        VerificationError: A leaf is no array and no number.
+    """
+
+    def opened(leaf: Any) -> Any:
+        if _is_dataclass(leaf):
+            fields = dataclasses.fields(leaf)
+            return {field.name: _opened(getattr(leaf, field.name)) for field in fields}
+        if np.asarray(leaf).dtype.kind not in _NUMBERS:
+            raise VerificationError(
+                f"a program returns a {type(leaf).__name__}, which cannot be compared.",
+                hints=["let both functions return arrays alone."],
+            )
+        return leaf
+
+    return jax.tree.map(opened, tree, is_leaf=_is_dataclass)
+
+
+def _is_dataclass(leaf: Any) -> bool:
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+_NUMBERS = "biufcV"
+"""Kinds of NumPy's dtypes; JAX's own floats are V."""
 
 
 def _structure(tree: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Transpose,
     children,
     describe,
+    reads,
     render_reads,
     shape_of,
     simplify,
@@ -64,15 +66,42 @@ def alternatives(
             leaf that each would be.
         shapes: The stored shapes.
     """
+    strangers = _strangers(doubtful)
+    exchanged = list(_exchanged(doubtful, shapes))
+    likely = [pair for pair in exchanged if strangers.issuperset(pair)]
+    yield from (_exchange(*pair, doubtful) for pair in likely)
     for leaf, recipe in doubtful.items():
         yield from _axes(leaf, recipe, shapes)
     yield from _orders(doubtful)
+    for leaf, recipe in doubtful.items():
+        yield from _parts_of(leaf, recipe, shapes)
     for module, theirs in others.items():
         yield _from_other(module, theirs)
+    yield from (_exchange(*pair, doubtful) for pair in exchanged if pair not in likely)
+
+
+def _exchanged(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[tuple[Path, Path]]:
     for one, other in itertools.combinations(doubtful, 2):
         if shape_of(doubtful[one], shapes) == shape_of(doubtful[other], shapes):
-            words = f"{render(one)} and {render(other)} are exchanged"
-            yield Alternative(words=words, recipes={one: doubtful[other], other: doubtful[one]})
+            yield one, other
+
+
+def _exchange(one: Path, other: Path, doubtful: Mapping[Path, Recipe]) -> Alternative:
+    words = f"{render(one)} and {render(other)} are exchanged"
+    return Alternative(words=words, recipes={one: doubtful[other], other: doubtful[one]})
+
+
+def _strangers(doubtful: Mapping[Path, Recipe]) -> set[Path]:
+    """Returns leaves that come from another stored module than the leaves beside them."""
+    beside: dict[Path, list[tuple[Path, set[Path]]]] = defaultdict(list)
+    for leaf, recipe in doubtful.items():
+        beside[leaf[:-1]].append((leaf, {path[:-1] for path in reads(recipe)}))
+    return {
+        leaf
+        for leaves in beside.values()
+        for leaf, sources in leaves
+        if any(others.isdisjoint(sources) for _, others in leaves)
+    }
 
 
 def _from_other(module: Path, recipes: Mapping[Path, Recipe]) -> Alternative:
@@ -85,7 +114,7 @@ def _axes(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternative]:
     """Yields the leaf with its axes in another order, and divided in another way."""
     shape = shape_of(recipe, shapes)
     seen = {recipe}
-    for words, changed in itertools.chain(_turned(recipe, shape), _divided(recipe, shapes)):
+    for words, changed in itertools.chain(_ways(recipe, shapes), _by_one(recipe, shape)):
         plain = simplify(changed, shapes)
         if plain not in seen:
             seen.add(plain)
@@ -93,11 +122,37 @@ def _axes(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternative]:
             yield Alternative(words=said, recipes={leaf: plain})
 
 
+def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternative]:
+    """Yields a fused leaf with one of its parts turned or divided in another way, or all of them alike."""
+    joint = _joint(recipe)
+    if joint is None:
+        return
+    ways = [[(words, simplify(way, shapes)) for words, way in _ways(part, shapes)] for part in joint.sources]
+    for at, found in enumerate(ways):
+        for words, way in found:
+            parts = (*joint.sources[:at], way, *joint.sources[at + 1 :])
+            made = _again(recipe, joint, dataclasses.replace(joint, sources=parts))
+            yield Alternative(words=f"{render_reads(way)} in {leaf[-1]} is {words}", recipes={leaf: made})
+    for alike in zip(*ways, strict=True) if len(set(map(len, ways))) == 1 else ():
+        made = _again(recipe, joint, dataclasses.replace(joint, sources=tuple(way for _, way in alike)))
+        yield Alternative(words=f"every part of {leaf[-1]} is {alike[0][0]}", recipes={leaf: made})
+
+
+def _ways(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
+    return itertools.chain(_turned(recipe, shape_of(recipe, shapes)), _divided(recipe, shapes))
+
+
 def _turned(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
     if 2 <= len(shape) <= _MOST_AXES:
         for order in itertools.permutations(range(len(shape))):
             if tuple(shape[axis] for axis in order) == shape:
                 yield "transposed", Transpose(recipe, order)
+
+
+def _by_one(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:
+    """Yields a vector with one added or taken away: a norm that multiplies with 1 + scale."""
+    for constant in (1.0, -1.0) if len(shape) == 1 else ():
+        yield f"{'larger' if constant > 0 else 'smaller'} by one", Add(recipe, constant)
 
 
 def _divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
@@ -306,7 +361,7 @@ class ModuleRunner:
 
     def value(self, recipe: Recipe) -> jax.Array:
         """Returns what a recipe gives, in float32."""
-        missing = [path for path in recipes.reads(recipe) if path not in self.values]
+        missing = [path for path in reads(recipe) if path not in self.values]
         if missing:
             self.values |= read_values(self.checkpoint, dict.fromkeys(missing))
         return jnp.asarray(evaluate(recipe, self.values, np.float32))
@@ -342,7 +397,7 @@ class ModuleRunner:
             jax.tree.map(put_back, call.arguments, is_leaf=lambda leaf: isinstance(leaf, Held | nnx.Pytree)),
         )
         with jax.disable_jit(), jax.default_matmul_precision("highest"):
-            result = made(*args, **kwargs)
+            result = made(*args, **kwargs) if call.function is None else call.function(made, *args)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(result) if isinstance(leaf, jax.Array)]
 
     def _module(self, path: Path, layer: int | None, values: Mapping[Path, jax.Array]) -> Any:

@@ -1,8 +1,9 @@
 """How far the calls of two programs lie apart, and what their comparison found, as data that prints."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -20,7 +21,7 @@ from orbax_nnx_handler.planning.core.lines import (
     joined,
 )
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.core.recipes import describe, reads
+from orbax_nnx_handler.planning.core.recipes import Recipe, describe, reads
 from orbax_nnx_handler.planning.rendering.display import line_on_console
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying.pairing import Unit
@@ -30,13 +31,14 @@ ROUNDING = 3e-6
 """What two ways of computing one module in float32 differ by, and no more, from equal inputs."""
 TOLERANCE = 1e-5
 """How far apart two whole programs in float32 may be that compute the same."""
+_MOST_ROUNDINGS = 5
+"""How much more a whole program may differ by rounding than one module in it."""
 _GROWTH = 16
 """How much a module may enlarge a difference that its inputs have already."""
+_MOST_AXES = 5
 _MASK = 1e6
 """Values beyond it are a mask's, and say nothing about how large the others are."""
 _COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
-
-Relation = Literal["equal", "reordered", "different", "incomparable"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,13 +94,27 @@ def compare(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
         if not same:
             left += array.dtype.kind != "b"
             continue
-        found = [(*distance(array, free[at]), at) for at in same]
+        found = [(*_nearest(array, free[at]), at) for at in same]
         first = next((one for one in found if one[0] <= ROUNDING), min(found))
         relative, absolute = max(relative, first[0]), max(absolute, first[1])
         coarse = max(coarse, *(_COARSE.get(str(one.dtype), 0.0) for one in (array, free[first[2]])))
         compared += 1
         del free[first[2]]
     return Distance(relative=relative, absolute=absolute, compared=compared, left=left, coarse=coarse)
+
+
+def _nearest(reference: Array, other: Array) -> tuple[float, float]:
+    """Returns how far two arrays lie apart, with their axes in whichever order is nearest: NCHW is NHWC."""
+    apart = distance(reference, other)
+    if (
+        apart[0] <= ROUNDING
+        or other.shape == reference.shape
+        or not 2 < other.ndim == reference.ndim <= _MOST_AXES
+    ):
+        return apart
+    orders = itertools.permutations(range(other.ndim))
+    turned = [order for order in orders if tuple(other.shape[axis] for axis in order) == reference.shape]
+    return min([apart, *(distance(reference, other.transpose(order)) for order in turned)])
 
 
 def _comparable(one: Array, other: Array) -> bool:
@@ -110,9 +126,16 @@ def exceeds(distance: Distance, limit: float) -> bool:
     return distance.relative > max(limit, distance.coarse)
 
 
-def changes_more_than_rounding(inputs: Distance, outputs: Distance) -> bool:
-    """Tells whether outputs lie further apart than rounding explains, given how far the inputs do."""
-    return exceeds(outputs, max(ROUNDING, _GROWTH * inputs.relative))
+def changes_more_than_rounding(inputs: Distance, outputs: Distance, calls: int = 1) -> bool:
+    """Tells whether outputs lie further apart than rounding explains.
+
+    Args:
+        inputs: How far the inputs lie apart.
+        outputs: How far the outputs do.
+        calls: Of how many modules, one after the other, the outputs come: each rounds.
+    """
+    rounding = ROUNDING * min(_MOST_ROUNDINGS, calls**0.5)
+    return exceeds(outputs, max(rounding, _GROWTH * inputs.relative))
 
 
 def same_numbers(reference: Sequence[Array], others: Sequence[Array]) -> bool:
@@ -180,6 +203,7 @@ class FirstDifference:
 
     Attributes:
         module: The module, in both programs, and how far its inputs and outputs are apart.
+        place: Keys to the module that is named: the innermost one around where the difference arises.
         weights: The leaves in it that are compared in no module within it.
         after: The last module within it that still returns the same.
         before: The first module within it that is called with something else.
@@ -191,23 +215,20 @@ class FirstDifference:
     """
 
     module: ModuleComparison
+    place: Path
     weights: tuple[Restored, ...]
     after: Unit | None = None
     before: Unit | None = None
     proved: str = ""
-    changes: Mapping[Path, Any] = dataclasses.field(default_factory=dict[Path, Any])
+    changes: Mapping[Path, Recipe] = dataclasses.field(default_factory=dict[Path, Recipe])
     tried: int = 0
     settings: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict[str, tuple[Any, Any]])
     reordered: bool = False
 
     @property
     def path(self) -> str:
-        """The module's path in the target: the innermost one around the place where the difference arises."""
-        if self.proved or self.after is None or self.before is None:
-            return render(self.module.nnx.path)
-        one, other = self.after.path, self.before.path
-        depth = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
-        return render(max(one[:depth], self.module.nnx.path, key=len))
+        """The path in the target of the module that is named."""
+        return render(self.place)
 
     @property
     def sentences(self) -> list[Line]:
@@ -239,7 +260,7 @@ class FirstDifference:
 
 _CODE = (
     "all its weights agree, so the code differs: look for another epsilon, activation (gelu exact or by "
-    "tanh), mask, scale or base of rotary positions."
+    "tanh), mask, scale, dropout or base of rotary positions."
 )
 _WEIGHTS = "the module does not run by itself, so its weights were not tried: check how the plan makes them."
 
@@ -321,7 +342,8 @@ class Verification:
     def _counted(self) -> str:
         modules = len({(module.nnx, module.linen) for module in self.modules})
         calls = f"{counted(len(self.modules), 'call')} of {counted(modules, 'module')} compared"
-        outputs = [module.outputs.relative for module in self.modules]
+        alike = [module for module in self.modules if not exceeds(module.inputs, TOLERANCE)]
+        outputs = [module.outputs.relative for module in alike]
         if self.first is None:
             return f"  {calls}: outputs at most {_apart(max(outputs, default=0.0))} apart"
         return f"  {calls}; around the first difference, in the order of the run:"
@@ -332,12 +354,18 @@ class Verification:
 
 
 def _first_to_dict(first: FirstDifference) -> dict[str, Any]:
-    return first.module.to_dict() | {
+    return {
+        "path": first.path,
+        **first.module.to_dict(),
         "weights": [
             {"path": render(item.wanted.path), "shape": list(item.wanted.shape), "transform": item.transform}
             for item in first.weights
         ],
         "proved": first.proved,
+        "changes": [
+            {"path": render(path), "stored": [*map(render, reads(recipe))], "transform": describe(recipe)}
+            for path, recipe in first.changes.items()
+        ],
         "tried": first.tried,
         "settings": {name: [repr(a), repr(b)] for name, (a, b) in first.settings.items()},
         "reordered": first.reordered,
@@ -346,8 +374,9 @@ def _first_to_dict(first: FirstDifference) -> dict[str, Any]:
 
 def _told(first: FirstDifference) -> list[Line]:
     module = first.module
+    within = "" if first.place == module.nnx.path else f"{first.path} in "
     lines: list[Line] = [
-        f"first difference: {name_of(module.nnx)}   <- {name_of(module.linen)}",
+        f"first difference: {within}{name_of(module.nnx)}   <- {name_of(module.linen)}",
         f"  inputs {_apart(module.inputs.relative)} apart, outputs {_apart(module.outputs.relative)}",
     ]
     if first.weights:

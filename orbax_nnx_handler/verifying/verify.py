@@ -19,7 +19,7 @@ from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.programs import on_one_device
 from orbax_nnx_handler.verifying.runs import Compared, Programs, run_both
-from orbax_nnx_handler.verifying.verification import TOLERANCE, FirstDifference, Verification
+from orbax_nnx_handler.verifying.verification import TOLERANCE, FirstDifference, Verification, exceeds
 
 _PATIENCE = 5
 """The time that a search for the reason may take, in times of both programs (and of a second)."""
@@ -112,9 +112,10 @@ def verified(
         restored=plan.restored,
         seconds=_PATIENCE * (runs.seconds + 1),
     )
-    outputs, first = runs.outputs, search.first()
+    outputs = runs.outputs
     allowed = max(TOLERANCE, outputs.coarse) if tolerance is None else tolerance
     equal = outputs.relative <= allowed
+    first = search.first() or search.set_up_otherwise(whatever=not equal)
     return Verification(
         equal=equal,
         relative=outputs.relative,
@@ -134,10 +135,14 @@ def _remarks(
     if not compared:
         remarks.append("no module of the one program holds exactly the weights of a module of the other.")
     if equal and first is not None:
+        how = "by more than rounding" if first.module.differs else "in its settings"
+        remarks.append(f"the outputs are within the tolerance, and {first.path} still differs {how}.")
+    if not equal and first is None and _all_agree(compared):
         remarks.append(
-            f"the outputs are within the tolerance, and {first.path} still differs by more than rounding."
+            "every module that was compared returns the same, so the difference arises outside of them: in "
+            "linen_apply or nnx_apply, or in methods other than __call__."
         )
-    if not equal and first is None and compared:
+    elif not equal and first is None and compared:
         remarks.append(
             "no module differs by more than rounding from equal inputs: either the difference grows little "
             "by little, as it does in deep models (then raise tolerance=...), or it arises outside of the "
@@ -145,6 +150,11 @@ def _remarks(
         )
     if plan.missing:
         remarks.append(
-            f"{counted(len(plan.missing), 'weight')} of the target is not stored, and a policy fills it."
+            f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."
         )
     return tuple(remarks)
+
+
+def _all_agree(compared: Sequence[Compared]) -> bool:
+    outputs = [one.found.outputs for one in compared if one.gets_the_same]
+    return bool(outputs) and not any(exceeds(one, TOLERANCE) for one in outputs)

@@ -65,8 +65,14 @@ def respelled(rules: Sequence[Any], one: str, other: str) -> list[Any]:
 
 
 MISTAKES: dict[str, tuple[Twin, list[Any], dict[str, Any], str, str]] = {
-    "q and k joined in another order": (GPT, fused("kqv"), {}, "blocks/attention", "joined in another order"),
-    "v joined first": (GPT, fused("vqk"), {}, "blocks/attention", "joined in another order"),
+    "q and k joined in another order": (
+        GPT,
+        fused("kqv"),
+        {},
+        "blocks/attention/qkv",
+        "joined in another order",
+    ),
+    "v joined first": (GPT, fused("vqk"), {}, "blocks/attention/qkv", "joined in another order"),
     "a square kernel transposed": (
         GPT,
         [Transpose("attn/c_proj/kernel", (1, 0)), *GPT.rules],

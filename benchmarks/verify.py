@@ -98,7 +98,7 @@ def _measure(folder: pathlib.Path, layers: int, width: int) -> dict[str, Any]:
     shapes = jax.eval_shape(linen.init, jax.random.key(0), tokens)
     random = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda leaf: (random.normal(size=leaf.shape) / leaf.shape[-2] ** 0.5 + 0.1).astype("f"), shapes
+        lambda leaf: (random.normal(size=leaf.shape) / max(leaf.shape) ** 0.5 + 0.1).astype("f"), shapes
     )
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "checkpoint", variables)

@@ -157,15 +157,15 @@ def _with_lists(tree: Any) -> Any:
     return nodes
 
 
-def owner_of(weights: LinenWeights, module: Any) -> Path:
-    """Returns the keys above the path of a bound Linen module, told by the arrays that it was given."""
+def owner_of(weights: LinenWeights, module: Any) -> Path | None:
+    """Returns the keys above the path of a bound Linen module, if the arrays that it was given tell."""
     for collection in module.variables.values():
         flat = cast(Any, jax.tree_util.tree_flatten_with_path(collection))
         for keys, array in flat[0]:
             place = weights.of_array.get(id(array))
             if place is not None:
                 return place[: len(place) - len(module.path) - len(keys)]
-    return ()
+    return None
 
 
 def find_nnx(wanted: Iterable[Path], variables: Iterable[Path], above: Path) -> Path | None:

@@ -213,34 +213,53 @@ def _exact() -> Generator[None]:
 
 
 def run_linen(
-    function: Callable[..., Any], *args: Any, owner: Callable[[Any], Path]
+    function: Callable[..., Any], *args: Any, owner: Callable[[Any], Path | None]
 ) -> tuple[Any, list[Call]]:
     """Runs a Linen program.
 
     Args:
         function: Runs it.
         *args: What it is called with, the variables first.
-        owner: The keys above the paths of a module that is bound by itself (a part of the model).
+        owner: The keys above the paths of a module that is bound by itself (a part of the model), if known.
 
     Returns:
         What it returns, and the calls of its modules.
     """
     recorder = Recorder()
-    above: Path = ()
+    above: Path | None = ()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         nonlocal above
         module = context.module
         if context.method_name != "__call__" or module.scope is None:
             return call(*args, **kwargs)
-        if not recorder.running:
-            above = owner(module)
+        if recorder.running and not _is_applied_within(module, recorder.running[-1][0]):
+            return call(*args, **kwargs) if above is None else recorded(module, above, call, args, kwargs)
+        outer, above = above, owner(module)
+        if above is None and not recorder.running:
+            above = ()
+        try:
+            return call(*args, **kwargs) if above is None else recorded(module, above, call, args, kwargs)
+        finally:
+            above = outer
+
+    def recorded(module: Any, above: Path, call: Any, args: Any, kwargs: Any) -> Any:
         return recorder.call(module, (*above, *module.path), call, args, kwargs)
 
     with nn.intercept_methods(intercept), _exact():
         result = function(*args)
         recorder.program(function, args[1:], result)
     return result, recorder.calls()
+
+
+def _is_applied_within(module: Any, running: Any) -> bool:
+    """Tells whether a module is the root of an `apply` within another: a head that borrows an embedding.
+
+    The module that a transform such as `nn.scan` runs has the path of the one that it stands for.
+    """
+    return (
+        module.path == () and not isinstance(running, type(module)) and not isinstance(module, type(running))
+    )
 
 
 _PATH = "path_in_target"

@@ -29,6 +29,7 @@ from orbax_nnx_handler.verifying.verification import (
     ModuleComparison,
     changes_more_than_rounding,
     compare,
+    compare_inputs,
     exceeds,
 )
 
@@ -104,7 +105,7 @@ def _calls_in(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, int]:
 
 
 def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use, calls: int) -> Compared:
-    inputs, outputs = compare(linen.inputs, nnx.inputs), compare(linen.outputs, nnx.outputs)
+    inputs, outputs = compare_inputs(linen.inputs, nnx.inputs), compare(linen.outputs, nnx.outputs)
     found = ModuleComparison(
         nnx=pair.nnx,
         linen=pair.linen,

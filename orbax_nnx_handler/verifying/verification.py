@@ -85,22 +85,33 @@ def _numbers(array: Array) -> Array:
 
 
 def compare(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
-    """Compares arrays, each with the nearest of its size that is not taken, whatever its shape."""
-    free = list(others)
+    """Compares arrays, each with one of its size, whatever its shape: the nearest with each other."""
+    pairs = [
+        (*_nearest(array, other), one, at)
+        for one, array in enumerate(reference)
+        for at, other in enumerate(others)
+        if _comparable(array, other)
+    ]
     relative = absolute = coarse = 0.0
-    compared = left = 0
-    for array in reference:
-        same = [at for at, other in enumerate(free) if _comparable(array, other)]
-        if not same:
-            left += array.dtype.kind != "b"
+    met, taken = set[int](), set[int]()
+    for apart, largest, one, at in sorted(pairs, key=lambda pair: max(ROUNDING, pair[0])):
+        if one in met or at in taken:
             continue
-        found = [(*_nearest(array, free[at]), at) for at in same]
-        first = next((one for one in found if one[0] <= ROUNDING), min(found))
-        relative, absolute = max(relative, first[0]), max(absolute, first[1])
-        coarse = max(coarse, *(_COARSE.get(str(one.dtype), 0.0) for one in (array, free[first[2]])))
-        compared += 1
-        del free[first[2]]
-    return Distance(relative=relative, absolute=absolute, compared=compared, left=left, coarse=coarse)
+        relative, absolute = max(relative, apart), max(absolute, largest)
+        coarse = max(coarse, *(_COARSE.get(str(array.dtype), 0.0) for array in (reference[one], others[at])))
+        met.add(one)
+        taken.add(at)
+    left = sum(array.dtype.kind != "b" for one, array in enumerate(reference) if one not in met)
+    return Distance(relative=relative, absolute=absolute, compared=len(met), left=left, coarse=coarse)
+
+
+def compare_inputs(reference: Sequence[Array], others: Sequence[Array]) -> Distance:
+    """Compares what two modules are called with: floats alone where both have some.
+
+    Masks and positions are a matter of taste: one side has them where the other works them out.
+    """
+    floats = [[array for array in arrays if array.dtype.kind not in "biu"] for arrays in (reference, others)]
+    return compare(*floats) if all(floats) else compare(reference, others)
 
 
 def _nearest(reference: Array, other: Array) -> tuple[float, float]:

@@ -149,9 +149,10 @@ def mistakes_of(bench: Bench) -> Iterator[Mistake]:
     for name, made in bench.twin.wrong.items():
         yield Mistake(kind="other", name=name, rules=made)
     for name, (port, module) in bench.twin.faults.items():
-        yield Mistake(kind="the code of the port", name=name, rules=rules, port=port, module=module)
+        yield Mistake(kind=CODE, name=name, rules=rules, port=port, module=module)
 
 
+CODE = "the code of the port"
 Ways = Iterator[tuple[str, list[Any]]]
 
 
@@ -264,7 +265,7 @@ KINDS: dict[str, Callable[[Bench, list[Any]], Ways]] = {
     "two modules exchanged": _exchanged,
     "parts in another order": _orders,
     "layers shifted": _shifted,
-    "a transpose or a constant left out": _left_out,
+    "a transpose or constant left out": _left_out,
     "a square kernel transposed": _turned,
     "heads divided otherwise": _divided,
     "a vector of a neighbour": _neighbours,
@@ -345,23 +346,66 @@ def saved(twin: Twin, folder: pathlib.Path) -> Bench:
     return Bench(twin=twin, path=folder / twin.name)
 
 
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "proving.md"
+BEGIN, END = "<!-- mistakes: begin (written by tests/verifying/mistakes.py) -->", "<!-- mistakes: end -->"
+RIGHT: tuple[Told, ...] = ("proved", "named")
+
+
+def table(found: Sequence[Outcome]) -> str:
+    """Returns how many mistakes of each kind were told right, by twin: `5/6`."""
+    kinds = [*KINDS, "other", CODE]
+    rows = [["", *kinds], ["---"] * (len(kinds) + 1)]
+    for twin in dict.fromkeys(one.twin for one in found):
+        mine = [one for one in found if one.twin == twin]
+        rows.append([twin, *(_counted([one for one in mine if one.mistake.kind == kind]) for kind in kinds)])
+    rows.append(
+        ["**all**", *(_counted([one for one in found if one.mistake.kind == kind]) for kind in kinds)]
+    )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _counted(found: Sequence[Outcome]) -> str:
+    return f"{sum(one.told in RIGHT for one in found)}/{len(found)}" if found else ""
+
+
+def section(found: Sequence[Outcome]) -> str:
+    """Returns the part of the page that the mistakes know."""
+    others = [one for one in found if one.told not in RIGHT]
+    lines = [f"- {one.twin}, {one.mistake.kind}: {one.mistake.name}: {WORDS[one.told]}\n" for one in others]
+    proved = sum(one.told == "proved" for one in found)
+    summary = (
+        f"Of {len(found)} mistakes the right module is named for {len(found) - len(others)}, and for {proved} "
+        "of them what has to be otherwise is proved by outputs.\n\n"
+    )
+    return f"{BEGIN}\n{table(found)}\n{summary}{''.join(lines)}{END}"
+
+
+WORDS: dict[Told, str] = {
+    "around": "a module around it is named",
+    "misproved": "what is said to have to be otherwise is not the right way",
+    "wrong": "another module is named",
+    "nothing": "the outputs differ, and no module is named",
+    "equal": "the outputs are equal, and no module is named",
+}
+
+
 def main(names: Sequence[str]) -> None:
-    """Prints what becomes of each mistake."""
+    """Prints what becomes of each mistake, and writes the table where all were made."""
     logging.disable(logging.WARNING)
-    counts: dict[str, int] = defaultdict(int)
+    found: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         for twin in TWINS:
-            if names and twin.name not in names:
-                continue
-            for one in outcomes(saved(twin, pathlib.Path(folder))):
-                counts[one.told] += 1
+            for one in outcomes(saved(twin, pathlib.Path(folder))) if twin.name in names or not names else ():
+                found.append(one)
                 first = one.found.first
                 where = "" if first is None else f"{first.path}: {first.proved[:110]}"
                 print(
-                    f"{one.told:8} {twin.name:11} {one.mistake.kind:28} {one.mistake.name:50} -> {where}",
+                    f"{one.told:9} {one.twin:11} {one.mistake.kind:26} {one.mistake.name:50} -> {where}",
                     flush=True,
                 )
-    print(dict(counts))
+    if not names:
+        before, rest = PAGE.read_text().split(BEGIN, 1)
+        PAGE.write_text(before + section(found) + rest.split(END, 1)[1])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,269 @@
+"""Programs that are hard to compare: other outputs than arrays, loops, heads that borrow weights, other methods."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import Verification, VerificationError, verify
+from orbax_nnx_handler.planning.core.paths import render
+
+X = np.random.default_rng(0).normal(size=(2, 4)).astype("f")
+
+
+class Linen(nn.Module):
+    def setup(self):
+        self.a, self.b = nn.Dense(4), nn.Dense(4)
+
+    def __call__(self, x):
+        return self.b(nn.tanh(self.a(x)))
+
+
+class Port(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.b(jnp.tanh(self.a(x)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("hard") / "c"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, weights(Linen().init(jax.random.key(0), X)))
+    return path
+
+
+def weights(variables: Any) -> Any:
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + 0.3 * random.normal(size=leaf.shape).astype("f"), variables)
+
+
+def compared(
+    path: pathlib.Path,
+    linen_apply: Callable[..., Any] = Linen().apply,
+    nnx_apply: Callable[..., Any] = lambda model, x: model(x),
+    port: type = Port,
+    inputs: Any = (X,),
+) -> Verification:
+    return verify(path, nnx.eval_shape(lambda: port(nnx.Rngs(0))), linen_apply, nnx_apply, inputs)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Any
+    hidden: Any = None
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda y: (y, None),
+        lambda y: {"logits": y, "again": [y, 1.0]},
+        lambda y: Output(logits=y),
+        lambda y: [Output(logits=y, hidden={"y": y})],
+    ],
+)
+def test_outputs_may_be_any_structure_of_arrays(wrapped: Callable[[Any], Any], saved: pathlib.Path):
+    right = compared(saved, lambda v, x: wrapped(Linen().apply(v, x)), lambda model, x: wrapped(model(x)))
+    wrong = compared(saved, lambda v, x: wrapped(Linen().apply(v, x)), lambda model, x: wrapped(model(2 * x)))
+
+    assert right.equal
+    assert not wrong.equal
+
+
+@pytest.mark.parametrize(
+    ("linen_apply", "inputs", "said"),
+    [
+        (lambda v, x: Linen().apply(v, x) * np.nan, (X,), "linen_apply returns no finite number"),
+        (lambda v, x: Linen().apply(v, x), (X[:0],), "linen_apply returns no finite number"),
+        (
+            lambda v, x: (Linen().apply(v, x), "text"),
+            (X,),
+            "a program returns a str, which cannot be compared",
+        ),
+        (lambda v, x: Linen().apply(v, x), X, "what both programs are called with is a tuple"),
+        (
+            jax.jit(lambda v, x: Linen().apply(v, x))
+            .lower(jax.eval_shape(Linen().init, jax.random.key(0), X), X)
+            .compile(),
+            (X,),
+            "pass the function that was compiled",
+        ),
+    ],
+)
+def test_what_tells_nothing_is_refused(linen_apply: Any, inputs: Any, said: str, saved: pathlib.Path):
+    with pytest.raises(VerificationError) as raised:
+        compared(saved, linen_apply, inputs=inputs)
+
+    assert said in str(raised.value)
+
+
+def test_another_method_than_call_is_looked_into(saved: pathlib.Path):
+    def encode(model: Any, x: Any) -> Any:
+        return model.b(nnx.relu(model.a(x)))
+
+    found = compared(saved, lambda v, x: Linen().apply(v, x, method=Linen.__call__), encode)
+
+    assert found.first is not None
+    assert found.first.path == "(root)"
+    assert found.first.after is not None
+    assert found.first.before is not None
+    assert (render(found.first.after.path), render(found.first.before.path)) == ("a", "b")
+
+
+def test_a_difference_between_two_calls_of_one_module_is_not_in_it(saved: pathlib.Path):
+    class Again(Port):
+        def __call__(self, x):
+            return self.a(nnx.relu(self.a(x)))
+
+    def twice(variables: Any, x: Any) -> Any:
+        return Linen().apply(variables, x, method=lambda m, x: m.a(nn.tanh(m.a(x))))
+
+    found = compared(saved, twice, port=Again)
+
+    assert found.first is not None
+    assert found.first.path == "(root)", found
+
+
+def test_programs_may_differentiate_themselves(saved: pathlib.Path):
+    linen = lambda v, x: jax.grad(lambda x: Linen().apply(v, x).sum())(x)  # noqa: E731
+    port = lambda model, x: jax.grad(lambda x: model(x).sum())(x)  # noqa: E731
+
+    found = compared(saved, linen, port)
+
+    assert found.equal
+    assert {render(one.nnx.path) for one in found.modules} == {"a", "b", "(root)"}
+
+
+def test_axes_in_another_order_are_the_same_arrays(tmp_path: pathlib.Path):
+    class First(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Inner(name="inner")(x)
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.moveaxis(nn.Conv(2, (3, 3), name="conv")(jnp.moveaxis(x, 1, -1)), -1, 1)
+
+    class Last(nnx.Module):
+        def __init__(self, rngs):
+            self.inner = LastInner(rngs)
+
+        def __call__(self, x):
+            return jnp.moveaxis(self.inner(jnp.moveaxis(x, 1, -1)), -1, 1)
+
+    class LastInner(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 2, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            return self.conv(x)
+
+    x = np.random.default_rng(0).normal(size=(1, 3, 4, 5)).astype("f")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", weights(First().init(jax.random.key(0), x)))
+
+    found = compared(tmp_path / "c", First().apply, port=Last, inputs=(x,))
+
+    assert found.equal
+    assert {render(one.nnx.path): one.outputs.relative < 1e-6 for one in found.modules} == {
+        "inner/conv": True,
+        "inner": True,
+        "(root)": True,
+    }
+
+
+def test_masks_and_positions_are_compared_with_nothing_where_there_are_floats(saved: pathlib.Path):
+    class Masked(Port):
+        def __call__(self, x, positions=None):
+            return super().__call__(x)
+
+    class LinenMasked(Linen):
+        def __call__(self, x, mask, positions):
+            return self.b(nn.relu(self.a(x)))
+
+    ones, positions = np.ones(2, int), np.arange(2)
+    found = compared(
+        saved,
+        lambda v, x: LinenMasked().apply(v, x, ones, positions),
+        lambda model, x: model(x, positions),
+        port=Masked,
+    )
+
+    assert found.first is not None
+    assert found.first.path == "(root)"
+
+
+def test_a_head_that_is_applied_with_an_embedding_is_not_the_root(tmp_path: pathlib.Path):
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(5, 4, name="a")
+            x = nn.Dense(4, name="b")(embed(tokens))
+            return nn.Dense(5, use_bias=False, parent=None).apply(
+                {"params": {"kernel": embed.embedding.T}}, x
+            )
+
+    class Port(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Embed(5, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.a.attend(self.b(self.a(tokens)))
+
+    tokens = np.array([[1, 2, 3]])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", weights(Tied().init(jax.random.key(0), tokens)))
+
+    found = compared(tmp_path / "c", Tied().apply, port=Port, inputs=(tokens,))
+
+    assert found.equal
+    assert [render(one.nnx.path) for one in found.modules] == ["a", "b", "(root)"]
+
+
+def test_another_epsilon_is_named_also_where_it_changes_no_more_than_rounding(tmp_path: pathlib.Path):
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm(1e-12, name="norm")(x)
+
+    class Port(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.LayerNorm(4, epsilon=1e-6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", weights(Norm().init(jax.random.key(0), X)))
+
+    found = compared(tmp_path / "c", Norm().apply, port=Port)
+
+    assert found.equal
+    assert found.first is not None
+    assert found.first.settings == {"epsilon": (1e-12, 1e-6)}
+    assert found.remarks == ("the outputs are within the tolerance, and norm still differs in its settings.",)
+
+
+def test_a_configuration_may_have_slots(saved: pathlib.Path):
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Config:
+        rate: float = 0.5
+
+    class Configured(Port):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.config = Config()
+
+    assert compared(saved, port=Configured).equal

@@ -6,6 +6,7 @@ from tests.cli.conftest import AutoNamed
 
 X = np.linspace(-1, 1, 32, dtype="f").reshape(2, 16)
 RULES = [("Dense_0", "embed"), ("LayerNorm_0", "norm"), ("Dense_1", "head")]
+EXCHANGED = [("LayerNorm_0/bias", "norm/scale"), ("LayerNorm_0/scale", "norm/bias"), RULES[0], RULES[2]]
 
 
 def linen_apply(variables, x):

@@ -6,7 +6,9 @@ from tests.cli.conftest import MODEL, PROGRAMS
 from tests.cli.schema import documented, found
 
 
-@pytest.mark.parametrize("command", ["tree", "plan", "plan, fits", "suggest", "diff", "convert", "verify"])
+@pytest.mark.parametrize(
+    "command", ["tree", "plan", "plan, fits", "suggest", "diff", "convert", "verify", "verify, differs"]
+)
 def test_each_command_prints_the_fields_that_are_documented(cli, root, auto_named, tmp_path, command) -> None:
     words = {
         "tree": (root,),
@@ -16,6 +18,13 @@ def test_each_command_prints_the_fields_that_are_documented(cli, root, auto_name
         "diff": (root / "100", root / "200", "--values"),
         "convert": (root, tmp_path / "new" / "default", "--dtype", "bfloat16", "--weights-only"),
         "verify": (auto_named, f"{MODEL}:make_named", f"{PROGRAMS}:PAIR", "--rules", PROGRAMS),
+        "verify, differs": (
+            auto_named,
+            f"{MODEL}:make_named",
+            f"{PROGRAMS}:PAIR",
+            "--rules",
+            f"{PROGRAMS}:EXCHANGED",
+        ),
     }[command]
     name = command.partition(",")[0]
     fields = documented(name)

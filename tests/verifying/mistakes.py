@@ -374,8 +374,8 @@ def section(found: Sequence[Outcome]) -> str:
     lines = [f"- {one.twin}, {one.mistake.kind}: {one.mistake.name}: {WORDS[one.told]}\n" for one in others]
     proved = sum(one.told == "proved" for one in found)
     summary = (
-        f"Of {len(found)} mistakes the right module is named for {len(found) - len(others)}, and for {proved} "
-        "of them what has to be otherwise is proved by outputs.\n\n"
+        f"Of {len(found)} mistakes the right module is named for {len(found) - len(others)}, and for "
+        f"{proved} of them what has to be otherwise is proved by outputs.\n\n"
     )
     return f"{BEGIN}\n{table(found)}\n{summary}{''.join(lines)}{END}"
 

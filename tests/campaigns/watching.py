@@ -6,6 +6,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 _hooked: list[set[str]] = []
@@ -53,6 +54,13 @@ def alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, kept)
+
+
+def seconds_of_its_own() -> float:
+    """Returns a clock that stands still while this thread could run but other programs have the processors."""
+    schedule = pathlib.Path("/proc/thread-self/schedstat")
+    waited = int(schedule.read_text().split()[1]) / 1e9 if schedule.exists() else 0.0
+    return time.monotonic() - waited
 
 
 def memory_bytes() -> int:

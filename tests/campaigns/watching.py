@@ -57,7 +57,7 @@ def alarm(seconds: float) -> Iterator[None]:
 
 
 def seconds_of_its_own() -> float:
-    """Returns a clock that stands still while this thread could run but other programs have the processors."""
+    """Returns a clock that stands still while this thread waits for a processor."""
     schedule = pathlib.Path("/proc/thread-self/schedstat")
     waited = int(schedule.read_text().split()[1]) / 1e9 if schedule.exists() else 0.0
     return time.monotonic() - waited

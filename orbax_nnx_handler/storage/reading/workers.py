@@ -259,6 +259,7 @@ _LIMITS: dict[What, tuple[str, str]] = {
     "file descriptors": ("RLIMIT_NOFILE", "allow the process more open files: ulimit -n 4096."),
     "threads": ("RLIMIT_NPROC", "allow the process more threads: ulimit -u, or the container's pids."),
 }
+_NO_LIMIT = "unlimited"
 _NO_THREAD = "can't start new thread"
 
 
@@ -310,19 +311,27 @@ def naming_shortage(failed: str, leaves: Iterable[tuple[Path, int]], less: str =
         what = short_of(error)
         if what is None:
             raise
-        name, hint = _LIMITS[what]
+        hint = _LIMITS[what][1]
         largest = max(leaves, key=lambda leaf: leaf[1], default=None)
         paths = [] if largest is None else [largest[0]]
         leaf = "" if largest is None else f"\nlargest leaf: {render(largest[0])} {sized(largest[1])}"
         raise RestoreError(
-            f"{failed}: this process may have no more {what} ({name} is {_limit(name, what)}).{leaf}",
+            f"{failed}: this process may have no more {what} ({_limits(what)}).{leaf}",
             paths=paths,
             hints=[hint, less] if less and what == "memory" else [hint],
         ) from error
 
 
+def _limits(what: What) -> str:
+    name = _LIMITS[what][0]
+    said = f"{name} is {_limit(name, what)}"
+    memory = _limit("RLIMIT_AS", "memory")
+    # Each thread takes memory for its stack, and the system's error is the same.
+    return f"{said}, or memory: RLIMIT_AS is {memory}" if what == "threads" and memory != _NO_LIMIT else said
+
+
 def _limit(name: str, what: What) -> str:
     soft = resource.getrlimit(getattr(resource, name))[0]
     if soft == resource.RLIM_INFINITY:
-        return "unlimited"
+        return _NO_LIMIT
     return sized(soft) if what == "memory" else str(soft)

@@ -214,14 +214,26 @@ def test_what_a_save_has_too_little_of_is_named_with_the_largest_leaf(tmp_path, 
     assert names_in(tmp_path) == []
 
 
-def test_a_save_begins_only_where_threads_may_be_started(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("most_bytes", "said"), [(-1, ")."), (1 << 45, ", or memory: RLIMIT_AS is 35.18 TB).")]
+)
+def test_a_save_begins_only_where_threads_may_be_started(tmp_path, monkeypatch, most_bytes, said):
     def refuse(*_):
         raise RuntimeError("can't start new thread")
 
+    kept = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, kept[1]))
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(RestoreError, match="may have no more threads"):
-        save(tmp_path / "item", Net(1.0))
+    try:
+        with pytest.raises(RestoreError) as raised:
+            save(tmp_path / "item", Net(1.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, kept)
 
+    number = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    limit = "unlimited" if number < 0 else number
+    first = f"cannot be written: this process may have no more threads (RLIMIT_NPROC is {limit}{said}"
+    assert str(raised.value).splitlines()[0] == f"{tmp_path / 'item'} {first}"
     assert names_in(tmp_path) == []
 
 

@@ -41,7 +41,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     parse_object,
     text_of,
 )
-from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, damaged
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, COPY_AGAIN, damaged
 from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files
 from orbax_nnx_handler.storage.stores.kvstore import Store
 
@@ -236,6 +236,8 @@ def _unpack(file: epath.Path, files: Files, below: str) -> object:
 
 
 def _no_packed_tree(file: epath.Path, error: Exception) -> NotACheckpointError:
+    if "incomplete input" in str(error):
+        return NotACheckpointError(f"{file} ends before the tree in it does.", hints=[COPY_AGAIN])
     return NotACheckpointError(
         f"{file} is no msgpack file of a checkpoint: {str(error).removesuffix('.')}.", hints=[ANY_KIND]
     )

@@ -39,7 +39,7 @@ _LOOKED_AT, _LOOKED_AT_REMOTE = 50, 3
 _DEPTH, _DEPTH_REMOTE = 3, 1
 _NONE_FINISHED = Hint("no finished step lies beside it: the job has to save again.")
 ANY_KIND = Hint("pass a CheckpointManager's root, one of its steps, or an item in a step.")
-_COPY_AGAIN = Hint("copy it again from where it was written: a file is truncated, or was not copied.")
+COPY_AGAIN = Hint("copy it again from where it was written: a file is truncated, or was not copied.")
 
 
 def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:
@@ -127,7 +127,7 @@ def several_kinds(root: epath.Path, steps: Iterable[epath.Path]) -> NotACheckpoi
 
 def damaged(path: epath.Path, files: Files) -> Hint:
     """Returns a hint where a checkpoint's own files are damaged: which other step there is."""
-    return _hint(_undamaged_near, path, files, otherwise=_COPY_AGAIN)
+    return _hint(_undamaged_near, path, files, otherwise=COPY_AGAIN)
 
 
 def _hint(
@@ -221,7 +221,7 @@ def _undamaged_near(path: epath.Path, files: Files) -> Hint:
         others = {at: child for at, child in steps.items() if child != step}
         if others and step in steps.values():
             return _newest_of(root, others, before="copy it again, or restore another step: ")
-    return _COPY_AGAIN
+    return COPY_AGAIN
 
 
 def _near(path: epath.Path, files: Files) -> Hint:

@@ -106,6 +106,16 @@ def test_a_file_that_flax_wrote_is_a_checkpoint_of_host_values(tmp_path):
     assert checkpoint.leaves[("step",)].shape == ()
 
 
+def test_a_file_of_flax_that_ends_too_early_is_to_be_copied_again(tmp_path):
+    file = tmp_path / "flax_model.msgpack"
+    file.write_bytes(serialization.to_bytes({"dense": {"kernel": np.ones((40, 4))}})[:-9])
+
+    with pytest.raises(
+        NotACheckpointError, match=r"msgpack ends before the tree in it does\.\nhint: copy it"
+    ):
+        read_metadata(tmp_path)
+
+
 def test_a_leaf_that_no_store_holds_is_lost_and_the_rest_is_there(tmp_path):
     path = save(tmp_path / "item", {"a": numbers((2,)), "b": numbers((3,))}, DiskFormat(False, False, True))
     (path / "a" / ".zarray").unlink()

@@ -23,7 +23,7 @@ import numpy as np
 
 from orbax_nnx_handler import RestoreError, cli, plan_restore, restore
 from tests.campaigns import crafted
-from tests.campaigns.watching import HangError, alarm, memory_bytes, opened_files, seconds_of_its_own
+from tests.campaigns.watching import HangError, alarm, memory_bytes, opened_files, stopwatch
 from tests.storage.checkpoints import DiskFormat, save
 from tests.storage.stores import ocdbt_writer as made
 from tests.storage.stores.hostile_databases import HOSTILE
@@ -222,8 +222,8 @@ def _command(*words: str) -> None:
 
 def _fault(name: str, operation: Callable[[], object], folder: pathlib.Path) -> str:
     """Returns what is wrong with how one operation ends; empty where nothing is."""
-    start, before = seconds_of_its_own(), memory_bytes()
-    with opened_files() as opened:
+    before = memory_bytes()
+    with opened_files() as opened, stopwatch() as seconds:
         try:
             with alarm(20 * LIMIT_S):
                 operation()
@@ -237,7 +237,7 @@ def _fault(name: str, operation: Callable[[], object], folder: pathlib.Path) -> 
             return f"{name}: {error!r}"[:500]
     if "secret" in "".join(opened) or "/etc/passwd" in opened:
         return f"{name}: opened a file outside"
-    took, grown = seconds_of_its_own() - start, memory_bytes() - before
+    took, grown = seconds(), memory_bytes() - before
     if grown > LIMIT_BYTES:
         return f"{name}: {grown} bytes"
     return f"{name}: {took:.1f} s" if took > LIMIT_S else ""

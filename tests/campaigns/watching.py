@@ -56,11 +56,22 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, kept)
 
 
-def seconds_of_its_own() -> float:
-    """Returns a clock that stands still while this thread waits for a processor."""
-    schedule = pathlib.Path("/proc/thread-self/schedstat")
-    waited = int(schedule.read_text().split()[1]) / 1e9 if schedule.exists() else 0.0
-    return time.monotonic() - waited
+@contextlib.contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    """Gives the seconds since then, less those that this process's threads waited for a processor.
+
+    Never less than the processors worked for it. So other programs on the machine do not count.
+    """
+    start, waited, worked = time.monotonic(), _waited_s(), time.process_time()
+    yield lambda: max(time.process_time() - worked, time.monotonic() - start - max(0.0, _waited_s() - waited))
+
+
+def _waited_s() -> float:
+    total = 0
+    for thread in pathlib.Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # It may have ended just now.
+            total += int(thread.read_text().split()[1])
+    return total / 1e9
 
 
 def memory_bytes() -> int:

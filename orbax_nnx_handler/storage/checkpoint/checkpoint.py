@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.lines import sized
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.regions import Region
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
@@ -101,6 +102,10 @@ class Encoding:
         return self.separator.join(map(str, index)) or "0"
 
 
+# A chunk beyond the array's sides is common in small arrays.
+_LARGE_CHUNK, _LARGER = 64 << 20, 16
+
+
 def parse_encoding(driver: ZarrDriver, content: bytes) -> Encoding:
     """Returns the encoding that an array's metadata file describes.
 
@@ -114,7 +119,18 @@ def parse_encoding(driver: ZarrDriver, content: bytes) -> Encoding:
     if encoding.separator not in _SEPARATORS:
         # It would lead to other directories.
         raise FieldError(f"the separator of chunk keys is {encoding.separator!r}")
+    if encoding.codec == "other":
+        _check_chunk(encoding)
     return encoding
+
+
+def _check_chunk(encoding: Encoding) -> None:
+    """Raises where a chunk is far larger than the array: TensorStore would unpack all of it."""
+    chunk, array = (
+        math.prod(shape) * encoding.dtype.itemsize for shape in (encoding.chunk_shape, encoding.shape)
+    )
+    if chunk > max(_LARGE_CHUNK, _LARGER * array):
+        raise FieldError(f"a chunk would have {sized(chunk)}, and the whole array has {sized(array)}")
 
 
 def _parse_zarr2(fields: dict[str, Any]) -> Encoding:

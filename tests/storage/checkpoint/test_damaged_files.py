@@ -291,3 +291,17 @@ def test_a_list_of_more_places_than_a_program_has_leaves_is_refused(tmp_path):
 
     with pytest.raises(NotACheckpointError, match="its lists would have more than 524,288 places"):
         read_metadata(tmp_path)
+
+
+def test_a_chunk_far_larger_than_its_array_is_refused_before_it_is_unpacked(tmp_path):
+    path = save(tmp_path / "item", {"w": np.ones((6, 4), np.float32)}, DiskFormat(False, True, True))
+    file = path / "w" / "zarr.json"
+    fields = json.loads(file.read_text())
+    fields["chunk_grid"]["configuration"]["chunk_shape"] = [1 << 14, 1 << 14]
+    fields["codecs"] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "gzip"}]
+    file.write_text(json.dumps(fields))
+
+    with pytest.raises(
+        UnreadableLeafError, match=r"a chunk would have 1\.07 GB, and the whole array has 96 B"
+    ):
+        restore(path, {"w": jax.ShapeDtypeStruct((6, 4), np.float32)})

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
-from benchmarks.contestants import Arrays, Trial, orbax, ours
+from benchmarks.contestants import Trial, orbax, ours
 from benchmarks.models import PROJECTIONS, Model, check, params, target
 
 
@@ -57,38 +57,77 @@ def read_then_check(model: Model, path: pathlib.Path, sharding: Sharding) -> Tri
     return run, collect
 
 
+def _state_and_tree(model: Model, path: pathlib.Path, sharding: Sharding) -> tuple[Any, Any]:
+    """Returns the values as an NNX state and as the Linen tree, each by its own reader.
+
+    Every save has both made before, for either reader loads what its own save would have to load otherwise.
+    """
+    return ours(model, path, sharding)[0](), orbax(model, path, sharding)[0]()
+
+
+def _new(path: pathlib.Path, by: str) -> pathlib.Path:
+    out = path.with_name(f"{path.name}-saved-by-{by}")
+    shutil.rmtree(out, ignore_errors=True)
+    return out
+
+
 def save_ours(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """`orbax_nnx_handler.save` of an NNX state in the Linen layout."""
     from orbax_nnx_handler import save
 
-    restore, collect = ours(model, path, sharding)
-    state = restore()
-    out = path.with_name(f"{path.name}-saved-by-us")
-    shutil.rmtree(out, ignore_errors=True)
-    return lambda: save(out, state), lambda _: _compare(model, path, out, collect(state))
+    state, _ = _state_and_tree(model, path, sharding)
+    out = _new(path, "us")
+    return lambda: save(out, state), lambda _: _compare(model, path, out)
 
 
 def save_orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """The parent handler saves the same values as the Linen tree they came from."""
     import orbax.checkpoint as ocp
 
-    restore, collect = orbax(model, path, sharding)
-    tree = restore()
-    out = path.with_name(f"{path.name}-saved-by-orbax")
-    shutil.rmtree(out, ignore_errors=True)
+    _, tree = _state_and_tree(model, path, sharding)
+    out = _new(path, "orbax")
 
     def run() -> None:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(out, args=ocp.args.PyTreeSave(tree))
 
-    return run, lambda _: _compare(model, path, out, collect(tree))
+    return run, lambda _: _compare(model, path, out)
 
 
-def _compare(model: Model, path: pathlib.Path, out: pathlib.Path, before: Arrays | None) -> None:
+def begin_ours(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
+    """How long `CheckpointManager.save` keeps a training loop: until it writes in the background."""
+    from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave
+
+    state, _ = _state_and_tree(model, path, sharding)
+    return _begin(model, path, _new(path, "us"), NNXLinenHandler(), NNXLinenSave(state))
+
+
+def begin_orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
+    """The same with the parent handler, of the Linen tree."""
+    import orbax.checkpoint as ocp
+
+    _, tree = _state_and_tree(model, path, sharding)
+    handler = ocp.PyTreeCheckpointHandler()
+    return _begin(model, path, _new(path, "orbax"), handler, ocp.args.PyTreeSave(tree))
+
+
+def _begin(model: Model, path: pathlib.Path, out: pathlib.Path, handler: Any, args: Any) -> Trial:
+    import orbax.checkpoint as ocp
+
+    manager = ocp.CheckpointManager(out, item_handlers=handler)
+
+    def collect(_: Any) -> None:
+        manager.close()  # Waits for what is written.
+        _compare(model, path, out / "0" / "default")
+        shutil.rmtree(out)
+
+    return lambda: manager.save(0, args=args), collect
+
+
+def _compare(model: Model, path: pathlib.Path, out: pathlib.Path) -> None:
     """Reads a save back with stock Orbax and compares every value with the original."""
     import orbax.checkpoint as ocp
 
-    assert before is not None
     metadata = ocp.PyTreeCheckpointHandler().metadata(out).tree
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
     tree = ocp.PyTreeCheckpointer().restore(out, restore_args=args)
@@ -144,6 +183,8 @@ ERRANDS: dict[str, Callable[[Model, pathlib.Path, Sharding], Trial]] = {
     "read_then_check": read_then_check,
     "save_ours": save_ours,
     "save_orbax": save_orbax,
+    "begin_ours": begin_ours,
+    "begin_orbax": begin_orbax,
     "from_linen": from_linen,
     "from_linen, first call": functools.partial(from_linen, warm=False),
     "from_linen, NumPy": functools.partial(from_linen, on_host=True),

@@ -12,13 +12,16 @@ def main() -> None:
     for leaves in (37, 100 if options.toy else 2169):
         model = sized(leaves, size)
         path = write(model, options.scratch)
-        found = interleaved(
-            ["save_ours", "save_orbax"], options.rounds, settings_of(model, path), toy=options.toy
-        )
-        rows = with_ratios({name: summary(model, trials) for name, trials in found.items()}, "save_orbax")
-        results[f"{model.leaves} leaves"] = rows
-        heading = f"**{model.leaves} leaves**, {model.nbytes / 1e9:.3g} GB"
-        tables[heading] = table({"": name, **row} for name, row in rows.items())
+        for what, ours, parents in (
+            ("", "save_ours", "save_orbax"),
+            (", until it goes on in the background", "begin_ours", "begin_orbax"),
+        ):
+            settings = settings_of(model, path)
+            found = interleaved([ours, parents], options.rounds, settings, toy=options.toy)
+            rows = with_ratios({name: summary(model, trials) for name, trials in found.items()}, parents)
+            results[f"{model.leaves} leaves{what}"] = rows
+            heading = f"**{model.leaves} leaves{what}**, {model.nbytes / 1e9:.3g} GB"
+            tables[heading] = table({"": name, **row} for name, row in rows.items())
     report("save", options, results, tables)
 
 

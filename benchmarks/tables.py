@@ -34,6 +34,7 @@ _SAVE = {
     "slowest": "slowest",
     "cpu_seconds": "CPU s",
     "x save_orbax": "× parent",
+    "x begin_orbax": "× parent",
 }
 _TABLES = (
     ("restore", _RESTORE),

@@ -55,7 +55,8 @@ def lacks_commit(directory: epath.Path, files: Files) -> bool:
 
 
 def _has_commit(directory: epath.Path, files: Files) -> bool:
-    return files.optional(directory / COMMIT_FILE) is not None
+    # A mark that cannot be read is not absent: for an older step, the newest would be silently passed over.
+    return files.content(directory / COMMIT_FILE) is not None
 
 
 def _is_step(directory: epath.Path, files: Files) -> bool:

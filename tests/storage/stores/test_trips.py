@@ -1,5 +1,6 @@
 """How often a store is asked before a verdict, and how many of the questions wait for an answer."""
 
+import re
 import shutil
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_a_newest_step_without_its_mark_leads_to_the_one_before(bucket, tmp_path
 
     assert str(checkpoint.directory) == "gs://bucket/run/39/default"
     assert asked.requests <= 22
+
+
+@pytest.mark.parametrize(
+    ("path", "mark"),
+    [("run", "run/40/commit_success.txt"), ("run/40/default", "run/40/default/commit_success.txt")],
+)
+def test_a_mark_that_cannot_be_read_is_an_error_and_leads_to_no_older_step(bucket, path, mark):
+    with pytest.raises(NotACheckpointError, match=re.escape(f"{mark} cannot be read: 403")):
+        look(bucket, path, forbidden=(f"gs://bucket/{mark}",))
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ class _Reading:
     def _read_local(self, files: LocalData, batch: Batch) -> None:
         contents = self._memory(batch)
         # A failure names the first of the leaves that are read together.
-        with _named(self._pieces[batch.wanted[0]], listed=True):
+        with _Named(self._pieces[batch.wanted[0]], listed=True):
             for request in batch.requests:
                 files.read_into(request.file, request.start, list(_buffers(request, contents)))
         self._use(batch, contents)
@@ -273,10 +273,10 @@ class _Reading:
     def _place(self, files: RemoteData, batch: Batch, answers: Sequence[Answer]) -> None:
         contents: dict[int, memoryview] = {}
         for request, answer in zip(batch.requests, answers, strict=True):
-            with _named(self._pieces[request.parts[0].wanted], listed=True):
+            with _Named(self._pieces[request.parts[0].wanted], listed=True):
                 content = files.content(request.file, answer, request.size)
-            for part in request.parts:
-                self._put(part, content[part.start : part.start + part.size], contents)
+                for part in request.parts:
+                    self._put(part, content[part.start : part.start + part.size], contents)
         self._use(batch, contents)
 
     def _put(self, part: Part, content: memoryview, contents: dict[int, memoryview]) -> None:
@@ -293,25 +293,25 @@ class _Reading:
         for number in batch.wanted:
             piece = self._pieces[number]
             if piece.use is not None:
-                with _named(piece):
+                with _Named(piece):
                     piece.use(contents[number])
 
     def _use_present(self, pieces: Sequence[ChunkPiece]) -> None:
         for piece in pieces:
-            with _named(piece):
+            with _Named(piece):
                 assert piece.use is not None
                 assert piece.content is not None
                 piece.use(memoryview(piece.content))
 
     def _use_whole(self, files: RemoteData, piece: ChunkPiece, answers: Sequence[Answer]) -> None:
         assert piece.use is not None
-        with _named(piece):
+        with _Named(piece):
             piece.use(files.content(piece.wanted.file, answers[0]))
 
     def _read_stream(self, piece: ChunkPiece) -> None:
         (start, size), files = piece.wanted.runs[0], self._files
         assert piece.use is not None
-        with _named(piece):
+        with _Named(piece):
             if isinstance(files, LocalData):
                 piece.use(LocalStream(files, piece.wanted.file, start, size))
             else:
@@ -340,29 +340,37 @@ def _buffers(request: Request, contents: Mapping[int, memoryview]) -> Iterator[m
         position += part.size
 
 
-@contextlib.contextmanager
-def _named(piece: ChunkPiece, *, listed: bool = False) -> Generator[None]:
-    """Names leaf and file in whatever goes wrong.
+class _Named:
+    """Names leaf and file in what goes wrong in a `with` block; a class, for it is entered for each piece.
 
-    Args:
+    Attributes:
         piece: Whose bytes they are.
         listed: Whether a catalog says that the bytes are there; their absence is a loss then.
     """
-    try:
-        yield
-    except UnreadableLeafError:
-        raise
-    except LostValueError as error:
-        raise error.of(piece.owner.path) from None
-    except AbsentError as error:
-        if listed:
-            raise piece.owner.unreadable(error) from error
-        piece.owner.fill_absent()
-    # TensorStore raises several kinds for what a store answers.
-    except (OSError, ValueError, LookupError, RuntimeError, NotImplementedError) as error:
-        if short_of(error) is not None:
-            raise  # It is not the file's fault.
-        raise piece.owner.unreadable(error) from error
+
+    __slots__ = ("listed", "piece")
+
+    def __init__(self, piece: ChunkPiece, *, listed: bool = False) -> None:
+        self.piece, self.listed = piece, listed
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
+        if error is None or isinstance(error, UnreadableLeafError):
+            return False
+        if isinstance(error, LostValueError):
+            raise error.of(self.piece.owner.path) from None
+        if isinstance(error, AbsentError) and not self.listed:
+            self.piece.owner.fill_absent()
+            return True
+        # What a store answers, TensorStore raises as several kinds; and what ran out is not the file's fault.
+        if isinstance(error, _OF_A_STORE) and short_of(error) is None:
+            raise self.piece.owner.unreadable(error) from error
+        return False
+
+
+_OF_A_STORE = (OSError, ValueError, LookupError, RuntimeError, NotImplementedError)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
-"""Errors, plans and reports cross from one process to another, and can be copied."""
+"""Errors, plans and reports cross from one process to another, can be copied, and go when nobody has them."""
 
 import copy
+import gc
 import pickle
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -150,3 +152,16 @@ def test_a_report_says_the_same_after_pickling_and_copying() -> None:
         assert str(again) == str(report)
         assert again.to_dict() == report.to_dict()
         assert again.warning == report.warning
+
+
+def test_a_plan_that_was_read_goes_with_its_last_reference():
+    plan = plan_of({"params": {"a": np.ones((2,), np.float32)}}, {"a": nnx.Param(jnp.zeros((2,)))})
+    assert str(plan)
+    assert plan.error() is None
+    gone = weakref.ref(plan)
+    gc.disable()
+    try:
+        del plan
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -21,7 +21,7 @@ from flax import nnx
 from benchmarks.measuring import arguments, report, table
 from orbax_nnx_handler import Fuse, UnstackLayers, from_linen, verify
 
-_SIZES = {"12 layers of 256": (12, 256), "24 layers of 768": (24, 768)}
+_SIZES = {"6 layers of 256": (6, 256), "12 layers of 512": (12, 512)}
 
 
 class _LinenBlock(nn.Module):
@@ -94,14 +94,14 @@ def _seconds(function: Callable[[], Any]) -> tuple[float, float, Any]:
 
 
 def _measure(folder: pathlib.Path, layers: int, width: int) -> dict[str, Any]:
-    linen, tokens = _LinenDecoder(layers, width), np.arange(64).reshape(1, 64)
+    linen, tokens = _LinenDecoder(layers, width), np.arange(128).reshape(1, 128)
     shapes = jax.eval_shape(linen.init, jax.random.key(0), tokens)
     random = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda leaf: (random.normal(size=leaf.shape) / max(leaf.shape) ** 0.5 + 0.1).astype("f"), shapes
     )
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "checkpoint", variables)
+        checkpointer.save(folder / "checkpoint", variables, force=True)
     target = nnx.eval_shape(lambda: _Decoder(layers, width, nnx.Rngs(0)))
     right = _rules("query", "key", "value")
     model = from_linen(variables, target, renames=right)
@@ -141,6 +141,7 @@ def main() -> None:
     for at, (title, size) in enumerate(sizes.items()):
         folder = pathlib.Path(options.scratch) / str(at)
         results[title] = _measure(folder, *size)
+        print(title, results[title], flush=True)
     report("verify", options, results, {"": table({"": title, **row} for title, row in results.items())})
 
 

@@ -4,12 +4,14 @@
 
 The model is made up: blocks of dense layers under automatic names, each with its
 moments. Every restored leaf is compared with the stored path that a loop over
-the same names gives, so that a fast wrong plan fails.
+the same names gives, so that a fast wrong plan fails. The share is that of the laws
+which certify the plan (`planning/verdict/laws.py`), of the planner's processor time.
 """
 
 import statistics
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -23,10 +25,13 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict import judge
+from orbax_nnx_handler.planning.verdict.laws import certify
 from orbax_nnx_handler.storage import paused_collection
 
 FLOAT = np.dtype("float32")
 SHAPE = (4, 8)
+MEASURED = ("seconds", "cpu_seconds", "share of the laws")
 
 
 def names_of(rules: int) -> list[tuple[str, str]]:
@@ -64,16 +69,30 @@ def check(plan: RestorePlan, expected: dict[Path, Path]) -> None:
         raise SystemExit("the plan is wrong")
 
 
+def timed_laws(took: list[float]) -> Any:
+    """Adds to a list the processor time of each certificate, as long as the context is open."""
+
+    def timed(*arguments: Any) -> Any:
+        start = time.process_time()
+        broken = certify(*arguments)
+        took.append(time.process_time() - start)
+        return broken
+
+    return mock.patch.object(judge, "certify", timed)
+
+
 def planned(leaves: int, rules: int) -> Row:
     """Plans once, checks the plan, and returns what the planner alone took."""
     state, stored, renames, expected = problem(leaves, rules)
     target, options = flatten_target(state), RestoreOptions.of(renames=renames)
+    laws: list[float] = []
     cpu, start = time.process_time(), time.perf_counter()
-    with paused_collection():  # As `plan_restore` and `restore` plan.
+    with timed_laws(laws), paused_collection():  # As `plan_restore` and `restore` plan.
         plan = make_plan(target, stored, options)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     check(plan, expected)
-    return {"leaves": len(stored), "rules": len(renames), "seconds": seconds, "cpu_seconds": cpu}
+    row: Row = {"leaves": len(stored), "rules": len(renames), "seconds": seconds, "cpu_seconds": cpu}
+    return row | {"share of the laws": sum(laws) / cpu}
 
 
 def main() -> None:
@@ -83,7 +102,7 @@ def main() -> None:
     rows: list[Row] = []
     for leaves, rules in sizes:
         trials = [planned(leaves, rules) for _ in range(options.rounds)]
-        medians = {key: statistics.median(row[key] for row in trials) for key in ("seconds", "cpu_seconds")}
+        medians = {key: statistics.median(row[key] for row in trials) for key in MEASURED}
         rows.append(trials[0] | medians)
     report("planning", options, rows, {"**plan in memory**": table(rows)})
 

@@ -1,7 +1,7 @@
 """One claim, one use (law 4): no stored element lands in two wanted leaves, no two become the same one."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
@@ -68,16 +68,21 @@ class Claims:
         """
         if len(self.used) == len(self.read):
             return  # Nearly every plan.
-        users: dict[Path, list[Path]] = defaultdict(list)
+        twice = {path for path, count in Counter(self.read).items() if count > 1} - copies
+        users: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
         for item, recipe in self._sources:
-            for stored in dict.fromkeys(reads(recipe)):
-                users[stored].append(item.leaf.path)
-        shared = {stored: paths for stored, paths in users.items() if len(paths) > 1 and stored not in copies}
-        recipes = {item.leaf.path: recipe for item, recipe in self._sources} if shared else {}
-        shapes = {path: item.leaf.shape for path, item in self._placed.items()}
-        for stored, paths in shared.items():
-            if not _may_serve_many(self._placed[stored]):
-                yield from _of_one(stored, paths, recipes, shapes)
+            for stored in twice.intersection(reads(recipe)):
+                users[stored].append((item, recipe))
+        doubtful = {
+            stored: [item.leaf.path for item, _ in found]
+            for stored, found in users.items()
+            if len(found) > 1 and not _are_layers([recipe for _, recipe in found])
+            if not _may_serve_many(self._placed[stored])
+        }
+        recipes = {item.leaf.path: recipe for item, recipe in self._sources} if doubtful else {}
+        shapes = {path: item.leaf.shape for path, item in self._placed.items()} if doubtful else {}
+        for stored, paths in doubtful.items():
+            yield from _of_one(stored, paths, recipes, shapes)
 
     def claimed_twice(self, weights: Weights, unread: Sequence[Path]) -> Iterator[Twice]:
         """Yields each weight that a stored leaf beside the one it reads has the name of: with both of them.
@@ -204,6 +209,17 @@ def _may_hold(stack: Shape, layer: Shape, number: int) -> bool:
 def _may_serve_many(placement: Placement) -> bool:
     """Tells whether a leaf is a step, or what a factored state keeps in place of a moment."""
     return placement.section == "step" or placement.is_unused
+
+
+def _are_layers(recipes: Sequence[Recipe]) -> bool:
+    """Tells whether each of these recipes takes another layer of one leaf, along one axis."""
+    taken = [
+        (recipe.axis, recipe.index)
+        for recipe in recipes
+        if isinstance(recipe, Index) and isinstance(recipe.source, Read)
+    ]
+    axes, numbers = {axis for axis, _ in taken}, {number for _, number in taken}
+    return len(axes) == 1 and len(numbers) == len(recipes)
 
 
 def _of_one(

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
+from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, ScannedBlocks, is_copy_name
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.axes import StackedAxes
@@ -142,6 +142,10 @@ class _Kernel:
         for source in weights:
             item, recipe, grounds = source
             path = item.leaf.path
+            if isinstance(recipe, Index) and grounds.kind != "same path" and path[:1] not in tops:
+                if not self._is_next_layer(item, recipe):
+                    yield source
+                continue
             if not isinstance(recipe, Read) or (grounds.kind == "same path" and recipe.path != path):
                 yield source
                 continue
@@ -156,6 +160,16 @@ class _Kernel:
                 yield source
             elif self._has_owners:
                 self._read_owners[there.owner].append((item, recipe.path))
+
+    def _is_next_layer(self, item: Wanted, recipe: Index) -> bool:
+        """Tells whether a weight is a layer of a leaf of which another layer is proven."""
+        layer = recipe.source
+        if not isinstance(layer, Read):
+            return False
+        if not self._weights.is_next_layer(item, layer.path, recipe.axis, recipe.index):
+            return False
+        self._read_owners[self._placed[layer.path].owner].append((item, layer.path))
+        return True
 
     def check(self, source: Source) -> Iterator[Broken]:
         """Yields what the names and the collection of one leaf's sources speak against."""

@@ -38,6 +38,16 @@ class _Meeting(NamedTuple):
     below: Tokens
 
 
+class _Layer(NamedTuple):
+    """A layer of a stored leaf that is proven: what stands before and after its number in the wanted name."""
+
+    above: Tokens
+    below: Tokens
+    axis: int | None
+    collection: str | None
+    shape: Shape
+
+
 class Weights:
     """Proves that each weight is read from the leaves of its name.
 
@@ -59,7 +69,7 @@ class Weights:
         self.roots: dict[tuple[Path, str | None], dict[tuple[Tokens, Tokens], tuple[Path, Path]]]
         self.roots = defaultdict(dict)
         self._sides: dict[tuple[Path, str | None], Names] = {}
-        self._last: dict[Path, tuple[Tokens, _Meeting, Shape]] = {}
+        self._last: dict[Path, _Layer] = {}
         self._last_part: tuple[Path, _Meeting, Element, Placement] | None = None
         self._moved: dict[tuple[Path, str | None], set[Tokens]] = defaultdict(set)
 
@@ -88,7 +98,10 @@ class Weights:
             yield WrongSource(7, path, reads(recipe)[0], "it is rearranged, and no rule says so")
             return
         for element in elements:
-            if self._is_next_layer(item, element) or self._is_next_part(item, element):
+            is_layer = len(element.at) == 1 and not element.to and not element.gates
+            if is_layer and self.is_next_layer(item, element.path, element.axis, element.at[0]):
+                continue
+            if self._is_next_part(item, element):
                 continue
             meeting = self._meet(item, element, in_module)
             if meeting is None:
@@ -107,15 +120,12 @@ class Weights:
         roots = self.roots.get((placed.owner, placed.collection), ())
         return is_below(item, placed, roots)
 
-    def _is_next_layer(self, item: Wanted, element: Element) -> bool:
-        """Tells whether an element is another layer of the leaf that was looked at last."""
-        known = self._last.get(element.path)
-        if known is None or element.to or len(element.at) != 1 or item.leaf.shape != known[2]:
+    def is_next_layer(self, item: Wanted, path: Path, axis: int | None, index: int) -> bool:
+        """Tells whether a weight is a layer of a leaf of which another one is proven, along the same axis."""
+        known = self._last.get(path)
+        if known is None or item.leaf.shape != known.shape or (axis, item.collection) != known[2:4]:
             return False
-        tokens, meeting, _ = known
-        depth = meeting.there.depth
-        named = (*tokens[len(meeting.below) : depth], f"#{element.at[0]}", *tokens[depth:])
-        return item.tokens == (*meeting.above, *named)
+        return item.tokens == (*known.above, f"#{index}", *known.below)
 
     def _is_next_part(self, item: Wanted, element: Element) -> bool:
         """Tells whether an element is the leaf of another layer of the stack that was looked at last."""
@@ -286,7 +296,11 @@ class Weights:
         )
         self._axes.add(group, there.tokens[len(there.tokens) - rest :], leaf)
         if there.scan is None and len(element.at) == 1 and not element.gates and not element.to:
-            self._last[element.path] = (self.name(element.path), meeting, item.leaf.shape)
+            name, depth = self.name(element.path), there.depth
+            above = (*meeting.above, *name[len(meeting.below) : depth])
+            self._last[element.path] = _Layer(
+                above, name[depth:], element.axis, item.collection, item.leaf.shape
+            )
         if here.scan is None and len(element.to) == 1 and not element.gates and not element.at:
             self._last_part = (item.leaf.path, meeting, element, placed)
 

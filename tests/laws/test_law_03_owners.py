@@ -9,7 +9,18 @@ from flax.training.train_state import TrainState
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, restore
 from tests.laws import worlds
-from tests.laws.worlds import Branch, Numbers, Training, check, refused, training_target, write
+from tests.laws.worlds import (
+    FORMS,
+    Branch,
+    Numbers,
+    Training,
+    check,
+    refused,
+    right_or_refused,
+    target_of,
+    training_target,
+    write,
+)
 
 ADAM = optax.adam(1e-3)
 
@@ -179,3 +190,21 @@ def test_weights_and_optax_state_in_two_items_are_restored_each_into_its_part(tm
         result = manager.restore(7, args=args)
     check(result["params"], params)
     check(result["opt_state"], worlds.below("opt_state", opt_state))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("beside", ["ema_params", "old_params", "spectral", "memory"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_network_with_a_collection_of_its_own_beside_its_weights_is_one_of_two(
+    tmp_path, both, beside, form
+):
+    numbers = Numbers()
+    gen, disc = ({"a": numbers.dense(), "b": numbers.dense()} for _ in range(2))
+    stored = {"gen": {"params": gen, beside: numbers.like(gen)}, "disc": {"params": disc}}
+    if both:
+        stored["disc"][beside] = numbers.like(disc)
+    path = write(tmp_path, stored | {"step": np.int32(7)})
+    refused(path, target_of(form, gen), unexpected="ignore")
+    if not both:
+        wanted = {"gen": gen, "disc": disc}
+        right_or_refused(path, target_of(form, wanted), wanted, unexpected="ignore")

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.layouts.layout import (
     Section,
     Stored,
     has_subtree,
+    is_copy_name,
     tops,
 )
 
@@ -78,6 +79,16 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
         and (owner[:-1] in beside or _only_collections(paths, owner))
         and not _mirrors(owner, holds[owner], found, paths)
     ]
+    # What lies beside a train state and has `params` is one too, whatever its other collections are called.
+    parents = {owner[:-1] for owner in found if owner}
+    found += [
+        owner
+        for owner in above
+        if owner[:-1] in parents
+        and owner not in found
+        and not any(_within(owner, outer) for outer in found)
+        and not _mirrors(owner, holds[owner], found, paths)
+    ]
     if found:
         found += [owner for owner in apart if not any(owner[: len(outer)] == outer for outer in found)]
     return tuple(sorted(found, key=lambda owner: list(map(str, owner))))
@@ -121,7 +132,7 @@ def _within(path: Path, owner: Path) -> bool:
 def _only_collections(paths: Sequence[Path], owner: Path) -> bool:
     depth = len(owner)
     below = {path[depth] for path in paths if len(path) > depth and path[:depth] == owner}
-    return below <= set(FLAX_COLLECTIONS)
+    return all(name in FLAX_COLLECTIONS or is_copy_name(str(name)) for name in below)
 
 
 def _placement(stored: Stored, path: Path, owners: Collection[Path], params_depth: int) -> Placement:

@@ -36,7 +36,7 @@ def main() -> None:
         print(f"{archive.name}: {len(names)} files of {len(tracked)} in the repository")
         faults += [f"{archive.name} lacks {name}" for name in sorted(wanted - names)]
         faults += [f"{archive.name} holds {name}" for name in sorted(names - wanted)]
-    sys.exit("\n".join(faults))
+    sys.exit("\n".join(faults) or 0)
 
 
 if __name__ == "__main__":

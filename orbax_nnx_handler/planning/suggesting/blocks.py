@@ -10,6 +10,7 @@ from orbax_nnx_handler.planning.suggesting.layers import (
     Looks,
     Series,
     are_alike,
+    kinds_of,
     looks_of,
     paired_series,
     same_layers,
@@ -84,24 +85,45 @@ def match_context(context: Context) -> Findings:
     ours = series_of(context.wanted, context.above[0])
     theirs = series_of(context.stored, context.above[1])
     taken: set[int] = set()
-    for one, other in paired_series(ours, theirs):
+    for one, other in _pairs_of_series(ours, theirs):
         members = _match_members(one, other, context)
         pairs = same_layers(one, other)
         ours_in = {id(leaf) for left, _ in pairs for leaf in one.members[left]}
         theirs_in = {id(leaf) for _, right in pairs for leaf in other.members[right]}
-        linked = sum(len(link.wanted) for link in members.links)
-        if linked * 4 < min(len(ours_in), len(theirs_in)):
+        asked = [link for tie in members.ties for reading in tie.readings[:1] for link in reading]
+        linked = sum(len(link.wanted) for link in (*members.links, *asked))
+        if not members.links or linked * 4 < min(len(ours_in), len(theirs_in)):
             continue  # Layers that hold so little alike are not the same.
         found.add(members)
         taken |= ours_in | theirs_in
-        ours.remove(one)
-        theirs.remove(other)
+    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     for one in _stacks(ours, theirs, context, taken):
         found.add(one)
     wanted = [leaf for leaf in context.wanted if id(leaf) not in taken]
     stored = [leaf for leaf in context.stored if id(leaf) not in taken]
     found.add(_match_rest(wanted, stored, context))
     return found
+
+
+def _pairs_of_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:
+    """Returns which groups are the same; of those left, layers of one kind by themselves.
+
+    `denseblock1`, `transition1`, `denseblock2` are `layers/0`, `layers/1`, `layers/2` of a list.
+    """
+    found = paired_series(ours, theirs)
+    used = {id(series) for pair in found for series in pair}
+    left, right = (
+        [kind for one in side if id(one) not in used for kind in kinds_of(one)] for side in (ours, theirs)
+    )
+    return (
+        [*found, *paired_series(left, right)]
+        if len(left) + len(right) > len(ours) + len(theirs) - len(used)
+        else found
+    )
+
+
+def _is_taken(series: Series, taken: set[int]) -> bool:
+    return any(id(leaf) in taken for held in series.members.values() for leaf in held)
 
 
 def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context) -> Findings:
@@ -236,7 +258,19 @@ def _moved(
                 link,
                 wanted=tuple(ours[leaf.names[one.depth :]] for leaf in link.wanted),
                 stored=tuple(theirs[leaf.names[other.depth :]] for leaf in link.stored),
+                layers=_layers_in(link.layers, one.place(left), other.place(right)),
             )
+
+
+def _layers_in(layers: Layers | None, wanted: Names, stored: Names) -> Layers | None:
+    """Returns a stack within one layer as that within another one."""
+    if layers is None or len(layers.wanted) < len(wanted) or len(layers.stored) < len(stored):
+        return layers
+    return dataclasses.replace(
+        layers,
+        stored=(*stored, *layers.stored[len(stored) :]),
+        wanted=(*wanted, *layers.wanted[len(wanted) :]),
+    )
 
 
 # Stacks of layers.

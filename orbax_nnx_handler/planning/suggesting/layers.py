@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, cast
@@ -28,12 +29,14 @@ class Series:
         template: The names of one of them, with a place for its number.
         base: The names without numbers.
         members: Their leaves by number.
+        is_kind: Whether they are those of one kind, among others that the program counts with them.
     """
 
     above: Names
     template: Names
     base: Names
     members: Mapping[int, list[Leaf]]
+    is_kind: bool = False
 
     @property
     def depth(self) -> int:
@@ -108,6 +111,19 @@ def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf
     return len(members) > 1 or base[-1].lower() in _SINGLE
 
 
+def kinds_of(series: Series) -> list[Series]:
+    """Returns a group as its layers of each kind: those that hold parts of the same names."""
+    kinds: dict[frozenset[Names], dict[int, list[Leaf]]] = defaultdict(dict)
+    for number, leaves in series.members.items():
+        names = frozenset(
+            tuple(level.base for level in levels(leaf.names[series.depth :])) for leaf in leaves
+        )
+        kinds[names][number] = leaves
+    if len(kinds) == 1:
+        return [series]
+    return [dataclasses.replace(series, members=members, is_kind=True) for members in kinds.values()]
+
+
 def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:
     """Returns which groups of layers are the same, where no other pairing comes near."""
     scores: dict[tuple[int, int], float] = {}
@@ -119,6 +135,10 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tupl
     return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
 
 
+def _sizes_in(leaves: Sequence[Leaf]) -> list[int]:
+    return sorted(math.prod(leaf.shape) for leaf in leaves)
+
+
 def _said(series: Series) -> frozenset[str]:
     return concepts(series.base)
 
@@ -127,6 +147,12 @@ def _may_be_one(one: Series, other: Series) -> bool:
     """Tells whether two groups may be the same layers: nearly as large each, and named no opposites."""
     if not same_layers(one, other) or exclude(_said(one), _said(other)):
         return False
+    if one.is_kind or other.is_kind:
+        # Nothing but what they hold speaks for layers of one kind.
+        return all(
+            _sizes_in(one.members[left]) == _sizes_in(other.members[right])
+            for left, right in same_layers(one, other)
+        )
     left, right = one.size * len(other.members), other.size * len(one.members)
     return min(left, right) * 2 > max(left, right)
 
@@ -144,7 +170,9 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
 
 def _is_complete(series: Series) -> bool:
     numbers = series.numbers
-    return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return series.is_kind or (
+        numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    )
 
 
 Looks = tuple[tuple[Names, Shape], ...]

@@ -2,29 +2,24 @@
 
 import dataclasses
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.suggesting.fusing import joined_parts
-from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, ModulePart, Names, Tie
+from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, joined_parts, main_size, may_be
+from orbax_nnx_handler.planning.suggesting.parts import Grounds, Link, ModulePart, Names, Tie
 from orbax_nnx_handler.planning.suggesting.roles import (
-    PLACING,
     Role,
     are_automatic,
     are_counted,
-    compare_numbers,
     in_order,
+    ranks_of,
     roles_of,
-    same_place,
 )
-from orbax_nnx_handler.planning.suggesting.shapes import Way, is_vector, ways
-from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.words import MARGIN, likeness
 
-_COMPLETE, _LACKING, _NUMBER = 2.0, 1.0, 2.0
 _READINGS = 6
 MOST_PAIRS = 10_000
 """A hundred parts of one shape on either side are no block of a model that names could tell apart."""
@@ -73,15 +68,6 @@ def match_parts(
 
 
 # One to one.
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """How well a stored part fits a wanted one."""
-
-    score: float
-    pairs: tuple[tuple[Leaf, Leaf, tuple[Way, ...]], ...]
-    is_exact: bool
 
 
 _Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
@@ -133,11 +119,11 @@ class _Pairs:
             left: list[_Undecided] = []
             modules = self._modules(found)
             for tie, group in undecided:
-                kept = self._among_siblings(tie, group, modules)
+                kept = self._among_siblings(tie, group, modules, found)
                 if kept is None:
                     left.append((tie, group))
                 else:
-                    left += [(each, kept) for each in self._settle(kept, found)]
+                    left += [(each, kept) for each in self._settle(kept, found, asked=True)]
             if len(left) == len(undecided):
                 return left
             undecided = left
@@ -157,31 +143,43 @@ class _Pairs:
         }
 
     def _among_siblings(
-        self, tie: Sequence[tuple[int, int]], group: set[tuple[int, int]], modules: Mapping[Names, Names]
+        self,
+        tie: Sequence[tuple[int, int]],
+        group: set[tuple[int, int]],
+        modules: Mapping[Names, Names],
+        found: Sequence[tuple[int, int, Grounds]],
     ) -> set[tuple[int, int]] | None:
-        """Returns the pairs of a tie within modules that are known; None where that changes nothing."""
+        """Returns the pairs of a tie that what is known allows; None where that changes nothing.
+
+        Known modules hold what is theirs, and parts of one list were made in its order.
+        """
         ours, theirs = {at for at, _ in tie}, {to for _, to in tie}
         sources = {other: one for one, other in modules.items()}
         among = {(at, to) for at, to in group if at in ours and to in theirs}
         kept: set[tuple[int, int]] = set()
+        anchors = [(at, to) for at, to, _ in found]
         for at, to in among:
             one, other = self._wanted[at].part.module, self._stored[to].part.module
-            if _is_within(one, other, modules) and _is_within(other, one, sources):
+            in_order = all(_ascend(self._wanted, self._stored, (at, to), pair) for pair in anchors)
+            if in_order and _is_within(one, other, modules) and _is_within(other, one, sources):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
         return kept if is_whole and kept != among else None
 
     def _settle(
-        self, group: set[tuple[int, int]], found: list[tuple[int, int, Grounds]]
+        self, group: set[tuple[int, int]], found: list[tuple[int, int, Grounds]], *, asked: bool = False
     ) -> list[list[tuple[int, int]]]:
-        """Adds the pairs of a group that stand; returns those that do not, by what depends on each other."""
+        """Adds the pairs of a group that stand; returns those that do not, by what depends on each other.
+
+        What was asked about before stands where what is known has left one pair of several.
+        """
         table = _Table({pair: self._fits[pair].score for pair in group})
         best, value = table.best()
         doubtful: set[frozenset[tuple[int, int]]] = set()
         for pair in best:
             second, lower = table.best(without=pair)
             if value - lower >= MARGIN or not self._rivals(pair, group):
-                if self._is_plausible(pair, group):
+                if asked or self._is_plausible(pair, group):
                     found.append((*pair, "names" if self._has_rival(pair) else "shapes"))
             else:
                 doubtful.add(frozenset(best - second))
@@ -232,13 +230,26 @@ class _Pairs:
         ours, theirs, rivals = self._sides(tie, group, found)
         taken = {at for at, _, _ in found}
         lone = {at for at, to in group if to in theirs and at not in ours and at not in taken}
-        ordered = None if rivals or lone else self._in_order(ours, theirs, created)
+        ordered = self._by_numbering(ours, {*theirs, *rivals})
+        if ordered is None and not (rivals or lone):
+            ordered = self._in_order(ours, theirs, created)
         if ordered is None:
             return False
         sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
         grounds: Grounds = "shapes" if all(map(are_counted, sides)) else "order"
         found.extend((at, to, grounds) for at, to in ordered)
         return True
+
+    def _by_numbering(self, ours: Sequence[int], theirs: set[int]) -> list[tuple[int, int]] | None:
+        """Returns the pairs of parts that both sides count alike: `conv2_1` and `blocks/1/convs/0`."""
+        left, right = ranks_of(self._wanted, ours[0]), ranks_of(self._stored, min(theirs))
+        if left.keys() != right.keys() or len(left) < 2:
+            return None
+        places = {at: place for place, at in left.items()}
+        if any(at not in places for at in ours):
+            return None
+        pairs = [(at, right[places[at]]) for at in ours]
+        return pairs if all(pair in self._fits and pair[1] in theirs for pair in pairs) else None
 
     def _in_order(
         self, ours: Sequence[int], theirs: Sequence[int], created: Created
@@ -287,86 +298,32 @@ class _Pairs:
         ]
 
 
+def _ascend(
+    wanted: Sequence[Role], stored: Sequence[Role], one: tuple[int, int], other: tuple[int, int]
+) -> bool:
+    """Tells whether two pairs of parts of one list, numbered by Linen as it made them, are in one order."""
+    ours = [wanted[at].part for at, _ in (one, other)]
+    roles = [stored[to] for _, to in (one, other)]
+    theirs = [role.part for role in roles]
+    if ours[0].family != ours[1].family or theirs[0].family != theirs[1].family:
+        return True
+    if not (ours[0].levels and ours[0].levels[-1].style == "/" and are_automatic(roles)):
+        return True
+    first, second = (
+        [(part.levels[-1].number or 0) for part in ours],
+        [(part.levels[-1].number or 0) for part in theirs],
+    )
+    return (first[0] < first[1]) == (second[0] < second[1])
+
+
 def _is_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:
     """Tells whether all modules around a part that are known lie around the other part too."""
     around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
     return all(other[: len(found)] == found for found in around)
 
 
-def fit_of(one: Role, other: Role) -> Fit | None:
-    """Returns how a stored part may become a wanted one; None where shapes do not come out."""
-    numbers = compare_numbers(one, other)
-    shared = one.part.leaves.keys() & other.part.leaves.keys()
-    if not shared or ("main" not in shared and "main" in {*one.part.leaves, *other.part.leaves}):
-        return None
-    pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
-    cost = 0.0
-    for kind in shared:
-        left, right = one.part.leaves[kind], other.part.leaves[kind]
-        found = _ways(left, right, one, other)
-        if not found or not _are_of_a_kind(kind, left, right, one, other):
-            return None
-        cost += found[0].cost + (0.5 if found[0].turned else 0)
-        pairs.append((left, right, found))
-    lacking = len(one.part.leaves.keys() ^ other.part.leaves.keys())
-    score = _COMPLETE - _LACKING * lacking - cost
-    if one.place is not None and other.place is not None:
-        score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
-    else:
-        score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
-    score += _NUMBER * numbers.equal
-    # A pair that shapes allow is better than none.
-    return Fit(score + 20.0, tuple(pairs), not lacking)
-
-
-def main_size(role: Role) -> int:
-    """Returns how many elements a part's main leaf holds."""
-    leaves = role.part.leaves
-    return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
-
-
-def may_be(one: Role, other: Role) -> bool:
-    """Tells whether no name speaks against a pair."""
-    left, right = one.said, other.said
-    if one.place is not None and other.place is not None:
-        if not same_place(one.place, other.place):
-            return False
-        left, right = left - PLACING, right - PLACING
-    if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
-        return False
-    return not compare_numbers(one, other).different
-
-
-def _say_something(one: Role, other: Role) -> bool:
-    """Tells whether the part of two that is not called a fused one has a name that means something else."""
-    return bool((other if one.fused else one).part.own)
-
-
 def _is_free(to: int, found: Iterable[tuple[int, int, Grounds]]) -> bool:
     return all(to != other for _, other, _ in found)
-
-
-def _ways(wanted: Leaf, stored: Leaf, one: Role, other: Role) -> tuple[Way, ...]:
-    if wanted.number != stored.number:
-        return ()
-    if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
-        return ()
-    found = ways(stored.shape, wanted.shape)
-    if len(found) > 1 and _is_table(one) and _is_table(other):
-        return found[:1]
-    return found
-
-
-def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: Role, other: Role) -> bool:
-    """Tells whether a vector stays one, but for a bias of heads and a norm of them."""
-    if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
-        return True
-    return one.part.is_norm and other.part.is_norm
-
-
-def _is_table(role: Role) -> bool:
-    """Tells whether a part is a table of rows, which nobody stores the other way around."""
-    return bool(role.said & {"embed", "pos", "token", "type", "cls"}) and "head" not in role.said
 
 
 class _Table:

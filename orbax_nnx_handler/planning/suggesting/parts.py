@@ -55,7 +55,7 @@ class Level:
     width: int = 1
 
 
-_NUMBERED = re.compile(rf"(.*?[A-Za-z])(_?)(\d{{1,{MAX_DIGITS}}})")
+_NUMBERED = re.compile(rf"(.*?[A-Za-z])([_.-]?)(\d{{1,{MAX_DIGITS}}})")
 
 
 def levels(names: Names) -> tuple[Level, ...]:
@@ -136,6 +136,11 @@ class ModulePart:
     def module(self) -> Names:
         """The path of the module around it."""
         return self.names[: len(self.names) - (self.levels[-1].width if self.levels else 0)]
+
+    @property
+    def family(self) -> tuple[Names, str]:
+        """What it shares with the others of its list: the module around them, the name before the number."""
+        return self.module, self.levels[-1].base if self.levels else ""
 
     @property
     def size(self) -> int:
@@ -290,3 +295,99 @@ class Tie:
     wanted: tuple[Names, ...]
     stored: tuple[Names, ...]
     readings: tuple[tuple[Link, ...], ...]
+
+
+_QKV = frozenset("qkv")
+
+
+def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
+    """Decides for each square matrix whether it is transposed, where there is evidence.
+
+    Matrices of the same block that are not square, and whose parameter has the same name, tell
+    first; then those of the same model. Where there is none, two `kernel` are arranged alike:
+    inputs before outputs is the convention of Linen and of NNX.
+
+    Returns:
+        The links that are decided, and those that are not.
+    """
+    evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
+    for link in links:
+        for leaf, possible in zip(_stored(link), link.ways, strict=True):
+            if len(possible) == 1 and _is_matrix(leaf):
+                for key in _keys(link, leaf):
+                    evidence[key].add(possible[0].turned)
+    settled: list[Link] = []
+    left: list[Link] = []
+    for link in links:
+        chosen = tuple(
+            _chosen(link, leaf, possible, evidence)
+            for leaf, possible in zip(_stored(link), link.ways, strict=True)
+        )
+        if any(ways is None for ways in chosen):
+            left.append(link)
+        else:
+            settled.append(dataclasses.replace(link, ways=tuple((way,) for way in chosen if way is not None)))
+    return settled, left
+
+
+def readings_of(link: Link) -> tuple[Link, ...]:
+    """Returns a link with its square matrices as they are, and turned."""
+    return tuple(
+        dataclasses.replace(
+            link,
+            ways=tuple(
+                tuple(way for way in ways if way.turned == turned)[:1] or ways[:1] for ways in link.ways
+            ),
+        )
+        for turned in (False, True)
+    )
+
+
+def _stored(link: Link) -> Iterable[Leaf]:
+    return link.stored if len(link.stored) > 1 else link.stored * len(link.ways)
+
+
+def _chosen(
+    link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: dict[tuple[object, ...], set[bool]]
+) -> Way | None:
+    if len(ways) == 1:
+        return ways[0]
+    for key in _keys(link, leaf):
+        turned = evidence.get(key)
+        if turned is not None:
+            if len(turned) == 1:
+                return next((way for way in ways if way.turned in turned), None)
+            if key[0] == "model":
+                return None
+    if leaf.names[-1] == "kernel" or _keeps_its_name(link, leaf):
+        return next((way for way in ways if not way.turned), None)
+    return None
+
+
+def _keeps_its_name(link: Link, leaf: Leaf) -> bool:
+    """Tells whether a matrix has a name of its own on both sides; `weight` and `w` may be PyTorch's."""
+    last = leaf.names[-1]
+    return last == link.target.names[-1] and last not in ("weight", "weights", "w")
+
+
+def _is_matrix(leaf: Leaf) -> bool:
+    return sum(length != 1 for length in leaf.shape) > 1 and leaf.names[-1] != "embedding"
+
+
+def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
+    """Yields what a matrix shares its arrangement with: its module, its block, its model."""
+    bases = _bases(leaf.names)
+    # A part of a stack of parts has an axis less.
+    rank = len(leaf.shape) - (link.is_split and link.joint is not None and link.joint.is_new)
+    seat = link.levels[-1][0] + 1 if link.levels else 0
+    if link.layers is not None:
+        seat = max(seat, len(link.layers.stored))
+    if not _QKV.isdisjoint(concepts(bases[-2:-1])):
+        yield "qkv", bases[:-2], leaf.names[-1], rank  # What leads out of an attention is no evidence.
+    yield "module", bases[:-2], leaf.names[-1], rank
+    yield "block", _bases(leaf.names[:seat]), leaf.names[-1], rank
+    yield "model", leaf.names[-1], rank
+
+
+def _bases(names: Names) -> Names:
+    return tuple(level.base for level in levels(names))

@@ -7,21 +7,30 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Reshape, Transpose, children, reads
+from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.layers import Order
-from orbax_nnx_handler.planning.suggesting.parts import Grounds, Leaf, Link, Names, place_of
+from orbax_nnx_handler.planning.suggesting.parts import (
+    Grounds,
+    Leaf,
+    Link,
+    Names,
+    place_of,
+    readings_of,
+    settle_turns,
+)
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
+    Settled,
     by_template,
     paths_of,
-    readings_of,
     search,
-    settle_turns,
+    steps_in,
     steps_of,
     stored_leaves,
     untyped_leaves,
@@ -144,9 +153,26 @@ class _Proposing:
         return dataclasses.replace(found, settle=answered)
 
     def _searched(self) -> Searched:
+        after = self._mapping.applied.entries
+        found = self._search(after)
+        if not self.options.renames:
+            return found
+        try:
+            plain = choose(self._wanted, self.stored, dataclasses.replace(self.options, renames=()))
+        except RestoreError:
+            return found  # Only the rules make it a tree of a known layout.
+        before = self._search(plain.mapping.applied.entries)
+        sources = paths_of(before.links)
+        differs = any(
+            not sources.get(path, set()) <= set(reads(item.recipe))
+            for path, item in self._base.restored.items()
+        )
+        return Settled(before, after, differs).reconciled(found)
+
+    def _search(self, entries: Sequence[Entry]) -> Searched:
         ours = wanted_leaves(self._model)
         arranged = any("dense_i" in leaf.names[-2:-1] for leaf in ours)
-        theirs = stored_leaves(self._mapping.applied.entries, arranged)
+        theirs = stored_leaves(entries, arranged)
         if any(leaf.collection is None for leaf in (*ours, *theirs)):
             ours, theirs = untyped_leaves(ours), untyped_leaves(theirs)
         try:
@@ -209,15 +235,15 @@ class _Proposing:
             verdict = judge(self.target, self.stored, dataclasses.replace(self.options, renames=every))
         except RestoreError as error:
             return _Tried(rules=rules, verdict=None, problem=str(error), right=-1)
-        problem = "\n".join(str(fault) for fault in verdict.faults)
+        problem = "\n".join(str(fault) for fault in verdict.faults if not self._is_old(fault))
         wanted = paths_of(links)
         got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
-        steps = steps_of(links)
+        steps = steps_of(links, self._steps)
         right = {
             path
             for path, sources in wanted.items()
             if sources <= got.get(path, set())
-            and steps.get(path) in (None, _steps(verdict.restored[path].recipe))
+            and steps.get(path) in (None, steps_in(verdict.restored[path].recipe))
         }
         before = {path: set(reads(item.recipe)) for path, item in self._base.restored.items()}
         wrong = [path for path in wanted if path not in right]
@@ -242,6 +268,19 @@ class _Proposing:
             below=below,
         )
 
+    def _is_old(self, fault: RestoreError) -> bool:
+        """Tells whether the settled rules alone have a fault too: no proposal is to blame for it."""
+        return any(type(fault) is type(old) and {*fault.paths} <= {*old.paths} for old in self._base.faults)
+
+    @cached_property
+    def _steps(self) -> Mapping[tuple[Path, Names], tuple[str, ...]]:
+        """What the settled rules do with the shapes of stored leaves."""
+        return {
+            (entry.sources[0], entry.segments): steps_in(entry.recipe)
+            for entry in self._mapping.applied.entries
+            if not isinstance(entry.recipe, Read)
+        }
+
     @cached_property
     def _models(self) -> frozenset[Path]:
         return frozenset(item.leaf.path for item in self._model)
@@ -261,7 +300,9 @@ class _Proposing:
         names = [leaf.names for link in links for leaf in link.wanted]
         shared = _shared(names)
         plain = next((at for at, name in enumerate(shared) if not _is_plain(name)), len(shared))
-        depths = dict.fromkeys((plain, len(roots.wanted), 0, len(shared)))
+        # A save knows `model` as the root of a model only beside an optimizer or a step.
+        is_alone = not of_role(self._wanted, "optimizer", "step")
+        depths = dict.fromkeys((0 if is_alone else plain, plain, len(roots.wanted), 0, len(shared)))
         kept = tuple(token for token in roots.stored if not is_number(token))
         begins = all(leaf.names[: len(kept)] == kept for link in links for leaf in link.stored)
         for depth in depths:
@@ -353,16 +394,6 @@ def _words(item: _Open, reading: Sequence[Link]) -> str:
 
 def _part(leaf: Leaf) -> str:
     return "/".join(place_of(leaf.names)[0] or leaf.names)
-
-
-def _steps(recipe: Recipe) -> tuple[str, ...]:
-    """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
-    kinds: list[str] = []
-    at: Recipe = recipe
-    while not isinstance(at, Read):
-        kinds += ["transpose"] * isinstance(at, Transpose) + ["reshape"] * isinstance(at, Reshape)
-        at = children(at)[0]
-    return tuple(reversed(kinds))
 
 
 def _agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:

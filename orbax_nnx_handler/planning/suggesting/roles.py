@@ -1,6 +1,7 @@
 """What each part does in its block, as far as names tell: query or key, up or down, which norm."""
 
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from orbax_nnx_handler.planning.suggesting.parts import Level, ModulePart, Names
 from orbax_nnx_handler.planning.suggesting.words import STRONG, Concepts, concepts, meanings, order_word
 
 _QKV = frozenset("qkv")
+_DIGITS = re.compile(r"[0-9]+")
 _MLP = frozenset(("up", "down", "gate"))
 
 
@@ -319,6 +321,24 @@ def _number_keys(roles: Sequence[Role]) -> list[tuple[int, ...] | None]:
         tuple(level.number for level in role.part.levels if level.number is not None) or None
         for role in roles
     ]
+
+
+def ranks_of(roles: Sequence[Role], like: int) -> Mapping[tuple[int, ...], int]:
+    """Returns the parts that are called as one of them is but for numbers, by the ranks of their numbers."""
+    template = [_DIGITS.sub("#", name) for name in roles[like].part.names]
+    alike = [
+        at
+        for at, role in enumerate(roles)
+        if [_DIGITS.sub("#", name) for name in role.part.names] == template
+    ]
+    numbers = [tuple(map(int, _DIGITS.findall("/".join(roles[at].part.names)))) for at in alike]
+    ranks = [
+        {number: rank for rank, number in enumerate(sorted({*level}))} for level in zip(*numbers, strict=True)
+    ]
+    return {
+        tuple(rank[number] for rank, number in zip(ranks, counted, strict=True)): at
+        for at, counted in zip(alike, numbers, strict=True)
+    }
 
 
 def are_counted(roles: Sequence[Role]) -> bool:

@@ -1,121 +1,34 @@
 """The search for a whole conversion: structure, shapes and names on both sides; last, the parts left over."""
 
 import dataclasses
-import itertools
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
 
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
-from orbax_nnx_handler.planning.core.recipes import Read, reads, shape_of
+from orbax_nnx_handler.planning.core.recipes import (
+    Read,
+    Recipe,
+    Reshape,
+    Transpose,
+    children,
+    reads,
+    shape_of,
+)
 from orbax_nnx_handler.planning.mapping.modules import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.blocks import Context, Findings, match_context
-from orbax_nnx_handler.planning.suggesting.matching import MOST_PAIRS, Fit, fit_of, main_size, may_be
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, Names, levels, parts_of
+from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, main_size, may_be
+from orbax_nnx_handler.planning.suggesting.matching import MOST_PAIRS
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, Names, parts_of, settle_turns
 from orbax_nnx_handler.planning.suggesting.roles import Role, roles_of
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
 from orbax_nnx_handler.planning.suggesting.words import concepts
 from orbax_nnx_handler.planning.target.roles import Wanted
-
-_QKV = frozenset("qkv")
-
-
-def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
-    """Decides for each square matrix whether it is transposed, where there is evidence.
-
-    Matrices of the same block that are not square, and whose parameter has the same name, tell
-    first; then those of the same model. Where there is none, two `kernel` are arranged alike:
-    inputs before outputs is the convention of Linen and of NNX.
-
-    Returns:
-        The links that are decided, and those that are not.
-    """
-    evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
-    for link in links:
-        for leaf, possible in zip(_stored(link), link.ways, strict=True):
-            if len(possible) == 1 and _is_matrix(leaf):
-                for key in _keys(link, leaf):
-                    evidence[key].add(possible[0].turned)
-    settled: list[Link] = []
-    left: list[Link] = []
-    for link in links:
-        chosen = tuple(
-            _chosen(link, leaf, possible, evidence)
-            for leaf, possible in zip(_stored(link), link.ways, strict=True)
-        )
-        if any(ways is None for ways in chosen):
-            left.append(link)
-        else:
-            settled.append(dataclasses.replace(link, ways=tuple((way,) for way in chosen if way is not None)))
-    return settled, left
-
-
-def readings_of(link: Link) -> tuple[Link, ...]:
-    """Returns a link with its square matrices as they are, and turned."""
-    return tuple(
-        dataclasses.replace(
-            link,
-            ways=tuple(
-                tuple(way for way in ways if way.turned == turned)[:1] or ways[:1] for ways in link.ways
-            ),
-        )
-        for turned in (False, True)
-    )
-
-
-def _stored(link: Link) -> Iterable[Leaf]:
-    return link.stored if len(link.stored) > 1 else link.stored * len(link.ways)
-
-
-def _chosen(
-    link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: dict[tuple[object, ...], set[bool]]
-) -> Way | None:
-    if len(ways) == 1:
-        return ways[0]
-    for key in _keys(link, leaf):
-        turned = evidence.get(key)
-        if turned is not None:
-            if len(turned) == 1:
-                return next((way for way in ways if way.turned in turned), None)
-            if key[0] == "model":
-                return None
-    if leaf.names[-1] == "kernel" or _keeps_its_name(link, leaf):
-        return next((way for way in ways if not way.turned), None)
-    return None
-
-
-def _keeps_its_name(link: Link, leaf: Leaf) -> bool:
-    """Tells whether a matrix has a name of its own on both sides; `weight` and `w` may be PyTorch's."""
-    last = leaf.names[-1]
-    return last == link.target.names[-1] and last not in ("weight", "weights", "w")
-
-
-def _is_matrix(leaf: Leaf) -> bool:
-    return sum(length != 1 for length in leaf.shape) > 1 and leaf.names[-1] != "embedding"
-
-
-def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
-    """Yields what a matrix shares its arrangement with: its module, its block, its model."""
-    bases = _bases(leaf.names)
-    # A part of a stack of parts has an axis less.
-    rank = len(leaf.shape) - (link.is_split and link.joint is not None and link.joint.is_new)
-    seat = link.levels[-1][0] + 1 if link.levels else 0
-    if link.layers is not None:
-        seat = max(seat, len(link.layers.stored))
-    if not _QKV.isdisjoint(concepts(bases[-2:-1])):
-        yield "qkv", bases[:-2], leaf.names[-1], rank  # What leads out of an attention is no evidence.
-    yield "module", bases[:-2], leaf.names[-1], rank
-    yield "block", _bases(leaf.names[:seat]), leaf.names[-1], rank
-    yield "model", leaf.names[-1], rank
-
-
-def _bases(names: Names) -> Names:
-    return tuple(level.base for level in levels(names))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,14 +187,22 @@ def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
     return found
 
 
-def steps_of(links: Iterable[Link]) -> Mapping[Path, tuple[str, ...]]:
-    """Returns what is done with the shape of each wanted leaf, or of the first part of it, in order."""
+def steps_of(
+    links: Iterable[Link], done: Mapping[tuple[Path, Names], tuple[str, ...]]
+) -> Mapping[Path, tuple[str, ...]]:
+    """Returns what is done with the shape of each wanted leaf, or of the first part of it, in order.
+
+    Args:
+        links: The links.
+        done: What was done with the stored leaves before, by source and name.
+    """
     found: dict[Path, tuple[str, ...]] = {}
     for link in links:
+        before = done.get((link.source.source, link.source.names), ())
         for at, leaf in enumerate(link.wanted):
             way = link.ways[at if link.is_split else 0][0]
             if not link.source.made:
-                found[leaf.source] = tuple(step.kind for step in way.steps)
+                found[leaf.source] = (*before, *(step.kind for step in way.steps))
     return found
 
 
@@ -315,10 +236,16 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
             if fit is not None and may_be(one, theirs[to]):
                 fits[to][at] = fit
                 counts[at] += 1
+    shapes = [Counter(map(_shapes, _free(side, set()))) for side in (wanted, stored)]
     found: list[Link] = []
     for to, options in fits.items():
         takers = [ours[at] for at in options]
         if any(counts[at] > 1 for at in options) or not _are_one(takers):
+            continue
+        if all(fit.is_exact and len(fit.pairs) > 1 for fit in options.values()) and _are_alone(
+            takers, theirs[to], shapes
+        ):
+            found += _links(options.values())
             continue
         # A vector with an element for each token is a bias of the logits.
         is_bias = theirs[to].part.is_vector and main_size(theirs[to]) in tokens
@@ -336,6 +263,14 @@ def _are_one(takers: Sequence[Role]) -> bool:
     return (
         len({role.part.names[-1:] for role in takers}) == 1 and len({_shapes(role) for role in takers}) == 1
     )
+
+
+def _are_alone(
+    takers: Sequence[Role], other: Role, shapes: Sequence[Mapping[tuple[object, ...], int]]
+) -> bool:
+    """Tells whether a layer is the only one of its shapes on either side: a kernel, and a bias beside it."""
+    counts = (shapes[0][_shapes(takers[0])], shapes[1][_shapes(other)])
+    return len(takers) == 1 and counts == (1, 1) and not other.part.is_vector
 
 
 def _shapes(role: Role) -> tuple[object, ...]:
@@ -363,66 +298,119 @@ def _links(fits: Iterable[Fit]) -> Iterator[Link]:
             yield Link(wanted=(one,), stored=(other,), grounds="names", ways=(how,), copied=number > 0)
 
 
-_MOST_JOINED = 4
-_MOST_SIBLINGS = 12
-"""Queries, keys and values with what leads out; more leaves of one module are never one array."""
+# With rules that are settled.
 
 
-def arrangeable(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> set[Path]:
-    """Returns the wanted leaves that stored ones could be by their shapes, in any arrangement.
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """What a search finds without the rules that are settled, and the stored model as they left it.
 
-    One leaf with its axes in another order, or split, or merged; several of one size in one array,
-    or one of several; or leaves of sibling modules side by side.
+    A search among what is left sees a model with gaps: a number, a rival or a sibling is gone. So
+    the whole model tells first, and what is left adds only what it leaves open.
+
+    Attributes:
+        before: What a search finds without the rules.
+        after: The stored model under the rules.
+        differs: Whether the rules make a wanted leaf of what the search did not.
     """
-    found: set[Path] = set()
-    for collection in {leaf.collection for leaf in wanted}:
-        ours = [leaf for leaf in wanted if leaf.collection == collection]
-        theirs = [leaf for leaf in stored if collection is None or leaf.collection in (None, collection)]
-        for number in {leaf.number for leaf in ours}:
-            left, right = ([leaf for leaf in side if leaf.number == number] for side in (ours, theirs))
-            found |= _arrangeable(left, right)
-    return found
+
+    before: Searched
+    after: Sequence[Entry]
+    differs: bool
+
+    def reconciled(self, found: Searched) -> Searched:
+        """Returns what a search finds under the rules, where the whole model does not speak against it."""
+        known = {(leaf.source, _stacked(link)): link for link in self.before.links for leaf in link.wanted}
+        used = {leaf.source for link in self.before.links for leaf in link.stored}
+        kept: list[Link] = []
+        for link in found.links:
+            first = known.get((link.target.source, _stacked(link)))
+            if first is None and not self.differs:
+                kept += [] if used.intersection(self._sources(link)) else [link]
+            elif first is not None:
+                kept += [link] if self._agree(link, first) else []
+        covered = {leaf.source for link in kept for leaf in link.wanted}
+        lost = [link for link in self.before.links if link.target.source not in covered]
+        kept += [] if self.differs else [moved for link in lost for moved in self._moved(link)]
+        covered.update(leaf.source for link in kept for leaf in link.wanted)
+        groups = [*found.found.groups, *self.before.found.groups]
+        ties = [] if self.differs else found.found.ties
+        return Searched(
+            links=tuple(kept),
+            turns=tuple(link for link in found.turns if link.target.source not in covered),
+            found=Findings(links=list(found.found.links), ties=ties, groups=groups),
+        )
+
+    @cached_property
+    def _made_of(self) -> Mapping[Path, list[Entry]]:
+        found: dict[Path, list[Entry]] = defaultdict(list)
+        for entry in self.after:
+            for path in entry.sources:
+                found[path].append(entry)
+        return found
+
+    def _entry(self, leaf: Leaf) -> Entry | None:
+        if leaf.made:
+            return None
+        return next((entry for entry in self._made_of[leaf.source] if entry.segments == leaf.names), None)
+
+    def _sources(self, link: Link) -> list[Path]:
+        entries = [(leaf, self._entry(leaf)) for leaf in link.stored]
+        return [path for leaf, entry in entries for path in (entry.sources if entry else (leaf.source,))]
+
+    def _agree(self, link: Link, first: Link) -> bool:
+        """Tells whether a link under the rules makes the same of the same leaves."""
+        if self._sources(link) != [leaf.source for leaf in first.stored]:
+            return False
+        at = [leaf.source for leaf in first.wanted].index(link.target.source)
+        entry = self._entry(link.source)
+        if entry is not None and len(first.stored) == 1:
+            parts = self._made_of[link.source.source]
+            is_part = first.layers is not None and not first.layers.stacks
+            if len(parts) > 1 and parts.index(entry) != (first.layer if is_part else at):
+                return False  # Another part of what a rule took apart.
+        done = steps_in(entry.recipe) if entry else ()
+        now, then = link.ways[0][0].steps, first.ways[at][0].steps
+        if not done and [step.before for step in now[:1]] == [step.before for step in then[:1]]:
+            return now == then
+        return done.count("transpose") + _turns(link.ways[0][0]) == _turns(first.ways[at][0])
+
+    def _moved(self, link: Link) -> Iterator[Link]:
+        """Yields a link of the whole model as the rules left its leaves, where they did not change much."""
+        made = [self._made_of[leaf.source] for leaf in link.stored]
+        entry = made[0][0] if made[0] else None
+        if entry is None or any(len(entries) != 1 for entries in made):
+            return
+        as_stored = all(
+            entries[0].segments == leaf.names and entries[0].shape == leaf.shape
+            for entries, leaf in zip(made, link.stored, strict=True)
+        )
+        if as_stored:
+            yield link
+        elif not (link.is_split or link.source.made) and all(entries[0] is entry for entries in made):
+            leaf = dataclasses.replace(link.source, names=entry.segments, shape=entry.shape)
+            turns = _turns(link.ways[0][0]) - steps_in(entry.recipe).count("transpose")
+            for way in ways(leaf.shape, link.target.shape):
+                if _turns(way) == turns:
+                    yield dataclasses.replace(
+                        link, stored=(leaf,), ways=((way,),), joint=None, layers=None, levels=()
+                    )
 
 
-def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
-    lacking, held = (Counter(math.prod(leaf.shape) for leaf in side) for side in (ours, theirs))
-    shapes: dict[int, set[Shape]] = defaultdict(set)
-    for leaf in theirs:
-        shapes[math.prod(leaf.shape)].add(leaf.shape)
-    parts = _joined(ours)
-    wholes = {whole for sizes in _joined(theirs).values() for whole in sizes}
-    found: set[Path] = set()
-    for leaf in ours:
-        size = math.prod(leaf.shape)
-        if (
-            any(ways(shape, leaf.shape) for shape in shapes.get(size, ()))
-            or any(_makes(size, lacking[size], whole) for whole in held)
-            or any(_makes(part, count, size) for part, count in held.items())
-            or any(size % whole == 0 for whole in wholes)
-            or any(whole % part == 0 for part in parts.get(leaf.names, ()) for whole in held)
-        ):
-            found.add(leaf.source)
-    return found
+def _stacked(link: Link) -> int:
+    """Returns which layer of a wanted stack a link is about."""
+    return link.layer if link.layers is not None and link.layers.stacks else 0
 
 
-def _makes(part: int, count: int, whole: int) -> bool:
-    """Tells whether so many parts of one size suffice for a whole that is several of them."""
-    return part > 1 and whole % part == 0 and 2 <= whole // part <= count
+def _turns(way: Way) -> int:
+    return sum(step.kind == "transpose" for step in way.steps)
 
 
-def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
-    """Returns the sizes that leaves have side by side with those of sibling modules, of other sizes."""
-    families: dict[tuple[Names, str], list[Leaf]] = defaultdict(list)
-    for leaf in leaves:
-        families[leaf.names[:-2], leaf.names[-1]].append(leaf)
-    found: dict[Names, set[int]] = defaultdict(set)
-    for family in families.values():
-        sizes = [math.prod(leaf.shape) for leaf in family]
-        if len(family) > _MOST_SIBLINGS or len(set(sizes)) < 2 or 0 in sizes:
-            continue
-        for count in range(2, min(_MOST_JOINED, len(family)) + 1):
-            for some in itertools.combinations(range(len(family)), count):
-                if len({sizes[at] for at in some}) > 1:
-                    for at in some:
-                        found[family[at].names].add(sum(sizes[each] for each in some))
-    return found
+def steps_in(recipe: Recipe) -> tuple[str, ...]:
+    """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
+    kinds: list[str] = []
+    at: Recipe = recipe
+    while not isinstance(at, Read):
+        kinds += ["transpose"] * isinstance(at, Transpose) + ["reshape"] * isinstance(at, Reshape)
+        at = children(at)[0]
+    return tuple(reversed(kinds))

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.rules import (
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.patterns import Pattern, shared_ends
 from orbax_nnx_handler.planning.rules.rename import leads_back
-from orbax_nnx_handler.planning.suggesting.fusing import joining_rule
+from orbax_nnx_handler.planning.suggesting.fitting import joining_rule
 from orbax_nnx_handler.planning.suggesting.layers import whole_parts
 from orbax_nnx_handler.planning.suggesting.parts import Layers, Link, Names, with_places
 from orbax_nnx_handler.planning.suggesting.shapes import Steps
@@ -258,6 +258,10 @@ class Writer:
         patterns = (
             rule.patterns if isinstance(rule, Fuse) else (rule.pattern,) if isinstance(rule, Split) else ()
         )
+        if isinstance(rule, Split) and not all(
+            _matches_only(_compiled(text), wholes, self.entries, ()) for text in rule.into
+        ):
+            return False  # A save would fuse other leaves too.
         return all(_matches_only(_compiled(text), wholes, self.entries, good) for text in patterns)
 
     def _joining(self, link: Link, kept: int) -> tuple[Rule, list[_Move]]:

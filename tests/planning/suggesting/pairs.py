@@ -14,6 +14,7 @@ OPEN = {
     "sac": 4,
     "graphnet": 28,
     "nerf": 48,
+    "flux": 16,
 }
 """Leaves that stay open.
 

@@ -1,14 +1,101 @@
-"""Parts that one side keeps in one array and the other apart: query, key and value; gate and up."""
+"""How stored parts become wanted ones: one to one, or several in one array, as query, key and value."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart, Names
-from orbax_nnx_handler.planning.suggesting.roles import Role
-from orbax_nnx_handler.planning.suggesting.shapes import Joint, joints
-from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.roles import PLACING, Role, compare_numbers, same_place
+from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, is_vector, joints, ways
+from orbax_nnx_handler.planning.suggesting.words import MARGIN, Concepts, exclude, likeness
+
+_COMPLETE, _LACKING, _NUMBER, _LITERAL = 2.0, 1.0, 2.0, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How well a stored part fits a wanted one."""
+
+    score: float
+    pairs: tuple[tuple[Leaf, Leaf, tuple[Way, ...]], ...]
+    is_exact: bool
+
+
+def fit_of(one: Role, other: Role) -> Fit | None:
+    """Returns how a stored part may become a wanted one; None where shapes do not come out."""
+    numbers = compare_numbers(one, other)
+    shared = one.part.leaves.keys() & other.part.leaves.keys()
+    if not shared or ("main" not in shared and "main" in {*one.part.leaves, *other.part.leaves}):
+        return None
+    pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
+    cost = 0.0
+    for kind in shared:
+        left, right = one.part.leaves[kind], other.part.leaves[kind]
+        found = _ways(left, right, one, other)
+        if not found or not _are_of_a_kind(kind, left, right, one, other):
+            return None
+        cost += found[0].cost + (0.5 if found[0].turned else 0)
+        pairs.append((left, right, found))
+    lacking = len(one.part.leaves.keys() ^ other.part.leaves.keys())
+    score = _COMPLETE - _LACKING * lacking - cost
+    if one.place is not None and other.place is not None:
+        score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
+    else:
+        score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
+    score += _NUMBER * numbers.equal + _LITERAL * (one.part.names[-1:] == other.part.names[-1:])
+    # A pair that shapes allow is better than none.
+    return Fit(score + 20.0, tuple(pairs), not lacking)
+
+
+def main_size(role: Role) -> int:
+    """Returns how many elements a part's main leaf holds."""
+    leaves = role.part.leaves
+    return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
+
+
+def may_be(one: Role, other: Role) -> bool:
+    """Tells whether no name speaks against a pair."""
+    left, right = one.said, other.said
+    if one.place is not None and other.place is not None:
+        if not same_place(one.place, other.place):
+            return False
+        left, right = left - PLACING, right - PLACING
+    if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
+        return False
+    return not compare_numbers(one, other).different
+
+
+def _say_something(one: Role, other: Role) -> bool:
+    """Tells whether the part of two that is not called a fused one has a name that means something else."""
+    return bool((other if one.fused else one).part.own)
+
+
+def _ways(wanted: Leaf, stored: Leaf, one: Role, other: Role) -> tuple[Way, ...]:
+    if wanted.number != stored.number:
+        return ()
+    if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
+        return ()
+    found = ways(stored.shape, wanted.shape)
+    if len(found) > 1 and _is_table(one) and _is_table(other):
+        return found[:1]
+    return found
+
+
+def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: Role, other: Role) -> bool:
+    """Tells whether a vector stays one, but for a bias of heads and a norm of them."""
+    if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
+        return True
+    return one.part.is_norm and other.part.is_norm
+
+
+def _is_table(role: Role) -> bool:
+    """Tells whether a part is a table of rows, which nobody stores the other way around."""
+    return bool(role.said & {"embed", "pos", "token", "type", "cls"}) and "head" not in role.said
+
+
+# Several in one array.
 
 
 def joined_parts(wanted: Sequence[Role], stored: Sequence[Role]) -> tuple[list[Link], list[Role], list[Role]]:
@@ -51,19 +138,29 @@ def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
         if not role.fused:
             modules.setdefault(role.part.module, []).append(role)
     found: list[tuple[float, list[Role]]] = []
+    rest, marks = whole.said - set(whole.fused), whole.part.own - set(whole.fused)
     for members in modules.values():
-        chosen = [
-            [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
-        ]
-        if all(len(each) == 1 for each in chosen):
-            parts = [each[0] for each in chosen]
-            rest = whole.said - set(whole.fused)
+        for marked, parts in _by_mark(whole, members):
             if not any(exclude(rest, part.said - set(whole.fused)) for part in parts):
-                found.append((max(likeness(rest, part.said) for part in parts), parts))
+                found.append((max(likeness(rest, part.said) for part in parts) + (marked == marks), parts))
     found.sort(key=lambda item: -item[0])
     if not found or (len(found) > 1 and found[0][0] - found[1][0] < MARGIN):
         return None
     return found[0][1]
+
+
+def _by_mark(whole: Role, members: Sequence[Role]) -> Iterator[tuple[Concepts, list[Role]]]:
+    """Yields parts that together are a fused one, with what else their names say: `to_q`, `add_q_proj`."""
+    chosen = [
+        [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
+    ]
+    marks = [{role.part.own - set(whole.fused): role for role in each} for each in chosen]
+    if all(len(each) == 1 for each in chosen):
+        yield next(iter(marks[0])), [each[0] for each in chosen]
+    elif all(len(each) == len(marked) for each, marked in zip(chosen, marks, strict=True)):
+        for mark in marks[0]:
+            if all(mark in marked for marked in marks):
+                yield mark, [marked[mark] for marked in marks]
 
 
 def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:

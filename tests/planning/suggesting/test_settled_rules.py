@@ -1,0 +1,76 @@
+"""A proposal that builds on rules that are settled: for every pair and some parts of its right rules."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.suggesting import propose
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict.judge import judge
+from tests.planning.plans import evaluate
+from tests.planning.suggesting import test_foreign_pairs as foreign
+from tests.planning.suggesting import test_unseen_pairs as unseen
+from tests.planning.suggesting.pairs import FOREIGN, UNSEEN
+
+PARTS = 3
+
+
+def sides(name):
+    if name in FOREIGN:
+        return flatten_target(foreign.target_of(FOREIGN[name])), FOREIGN[name]["stored"]
+    return flatten_target(unseen.target_of(UNSEEN[name]["wanted"])), UNSEEN[name]["stored"]
+
+
+def stored_leaves(shapes):
+    leaves, arrays, first = {}, {}, 0
+    for text, shape in shapes.items():
+        path, size = tuple(text.split("/")), math.prod(shape)
+        leaves[path] = StoredLeaf(path=path, shape=tuple(shape), dtype=np.dtype("float32"))
+        arrays[path] = np.arange(first, first + size).reshape(shape)
+        first += size
+    return leaves, arrays
+
+
+def options(rules):
+    return RestoreOptions.of(renames=rules, policy="warn", unexpected="ignore")
+
+
+def values(target, stored, rules, arrays):
+    verdict = judge(target, stored, options(rules))
+    return {path: evaluate(item.recipe, arrays) for path, item in verdict.restored.items()}
+
+
+def parts_of(rules, name):
+    """Returns all rules but one, one alone, and about half of them."""
+    chance = random.Random(name)
+    one = chance.randrange(len(rules))
+    half = tuple(rule for rule in rules if chance.random() < 0.5)
+    return (*rules[:one], *rules[one + 1 :]), (rules[one],), half
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("name", [*FOREIGN, *UNSEEN])
+def test_a_part_of_the_right_rules_is_built_upon_and_nothing_becomes_wrong(name, part):
+    target, shapes = sides(name)
+    stored, arrays = stored_leaves(shapes)
+    rules = propose(target, stored, options(())).renames
+    if not rules:
+        return
+    right = values(target, stored, rules, arrays)
+    settled = parts_of(rules, name)[part]
+    try:
+        alone = values(target, stored, settled, arrays)
+    except RestoreError:
+        return  # These rules need the others.
+
+    found = propose(target, stored, options(settled))
+
+    after = values(target, stored, (*settled, *found.renames), arrays)
+    wrong = {path for path, value in after.items() if not np.array_equal(value, right.get(path))}
+    assert wrong <= {path for path, value in alone.items() if not np.array_equal(value, right.get(path))}
+    assert alone.keys() <= after.keys()

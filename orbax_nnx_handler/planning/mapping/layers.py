@@ -20,6 +20,7 @@ themselves, layers in front of the scan, modules for what is left over.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -66,8 +67,13 @@ class LayerPath(NamedTuple):
     scan: ScannedBlocks | None = None
 
 
-def layer_paths(tokens: Tokens) -> Iterator[LayerPath]:
-    """Yields every reading of a canonical path as a part of a layer group."""
+@functools.lru_cache(maxsize=32768)
+def layer_paths(tokens: Tokens) -> tuple[LayerPath, ...]:
+    """Returns every reading of a canonical path as a part of a layer group; asked several times for each."""
+    return tuple(_layer_paths(tokens))
+
+
+def _layer_paths(tokens: Tokens) -> Iterator[LayerPath]:
     numbered = [is_number(token) for token in tokens]
     for at, token in enumerate(tokens[:-1]):
         if not numbered[at]:

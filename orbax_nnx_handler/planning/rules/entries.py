@@ -80,8 +80,8 @@ class Entry:
         """The stored leaves it is made from."""
         return self.leaves or tuple(dict.fromkeys(reads(self.recipe)))
 
-    def called(self, whole: Sequence[str], fixed: Sequence[bool] = ()) -> "Entry":
-        """Returns the entry under another whole path.
+    def called(self, whole: Sequence[str], fixed: Sequence[bool] = (), **changes: Any) -> "Entry":
+        """Returns the entry under another whole path, and with other changes.
 
         Where a rule wrote above the collection's own paths, the path is read anew: a key that is
         a collection of Flax's tells owner and collection, a path without one belongs to none.
@@ -90,19 +90,21 @@ class Entry:
         names, marks = tuple(whole), tuple(fixed)
         beside = self.section in ("optimizer", "step")
         if names[:depth] == self.prefix and len(names) > depth and not beside:
-            return dataclasses.replace(self, segments=names[depth:], fixed=marks)
+            return dataclasses.replace(self, segments=names[depth:], fixed=marks, **changes)
         if self.section == "optimizer":
             above = names[:-1] if names[-1:] == (OPT_STATE,) else names
-            return dataclasses.replace(self, segments=names, prefix=(), fixed=marks, owner=canonical(above))
+            return dataclasses.replace(
+                self, segments=names, prefix=(), fixed=marks, owner=canonical(above), **changes
+            )
         if self.section == "step":
             return dataclasses.replace(
-                self, segments=names, prefix=(), fixed=marks, owner=canonical(names[:-1])
+                self, segments=names, prefix=(), fixed=marks, owner=canonical(names[:-1]), **changes
             )
         at = next((at for at, name in enumerate(names[:-1]) if name in FLAX_COLLECTIONS), None)
         if at is None:
             kept = self.collection if len(names) < len(self.whole) else None
             return dataclasses.replace(
-                self, segments=names, prefix=(), fixed=marks, collection=kept, owner=()
+                self, segments=names, prefix=(), fixed=marks, collection=kept, owner=(), **changes
             )
         return dataclasses.replace(
             self,
@@ -112,6 +114,7 @@ class Entry:
             collection=names[at],
             owner=canonical(names[:at]),
             section="model",
+            **changes,
         )
 
 

@@ -154,7 +154,7 @@ class Rename(Rule):
     def _named(self, entry: Entry, names: Sequence[str], fixed: Sequence[bool]) -> Entry:
         if not names:
             raise RuleError(f"{self} leaves no name for {'/'.join(entry.whole)}.")
-        return dataclasses.replace(entry.called(names, fixed), named=True, reason=reason_of(self, entry))
+        return entry.called(names, fixed, named=True, reason=reason_of(self, entry))
 
     def _written(
         self, before: Sequence[str], marks: Sequence[bool], span: Span

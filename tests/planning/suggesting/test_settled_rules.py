@@ -3,8 +3,10 @@
 import math
 import random
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
@@ -13,17 +15,23 @@ from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
 from orbax_nnx_handler.planning.verdict.judge import judge
 from tests.planning.plans import evaluate
-from tests.planning.suggesting import test_foreign_pairs as foreign
-from tests.planning.suggesting import test_unseen_pairs as unseen
 from tests.planning.suggesting.pairs import FOREIGN, UNSEEN
 
+KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 PARTS = 3
 
 
+def keys(path):
+    return tuple(int(key) if key.isdecimal() else key for key in path.split("/"))
+
+
 def sides(name):
-    if name in FOREIGN:
-        return flatten_target(foreign.target_of(FOREIGN[name])), FOREIGN[name]["stored"]
-    return flatten_target(unseen.target_of(UNSEEN[name]["wanted"])), UNSEEN[name]["stored"]
+    pair = FOREIGN.get(name) or UNSEEN[name]
+    flat = [
+        (keys(path), KINDS.get(kind, nnx.Variable)(jax.ShapeDtypeStruct(tuple(shape), "float32")))
+        for path, (shape, kind, *_) in pair["wanted"].items()
+    ]
+    return flatten_target(nnx.from_flat_state(flat)), pair["stored"]
 
 
 def stored_leaves(shapes):

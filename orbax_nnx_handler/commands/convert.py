@@ -44,7 +44,7 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metad
 from orbax_nnx_handler.storage.converting.blocks import Written
 from orbax_nnx_handler.storage.converting.leaves import (
     check_codes,
-    check_distinct,
+    check_paths_distinct,
     fit,
     in_linen,
     in_nnx,
@@ -128,7 +128,7 @@ def request_of(arguments: argparse.Namespace) -> ConvertRequest:
     checkpoint = read_metadata(find_item(arguments.src, arguments.item))
     find = _rearranged if arguments.target is None else _fitted
     request = find(checkpoint, arguments)
-    check_distinct(request.conversion.leaves)
+    check_paths_distinct(request.conversion.leaves)
     if arguments.dtype is not None:
         check_codes(request.conversion.leaves, checkpoint.leaves)
     return request

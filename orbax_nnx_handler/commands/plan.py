@@ -13,7 +13,7 @@ from orbax_nnx_handler.commands.arguments import (
     described,
     policies_of,
 )
-from orbax_nnx_handler.commands.screen import Screen, options_of
+from orbax_nnx_handler.commands.screen import Screen, as_options
 from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.storage import paused_collection
@@ -54,7 +54,7 @@ def _show(plan: RestorePlan, arguments: argparse.Namespace, screen: Screen) -> i
         screen.json(plan.to_dict() | {"error": wrong})
         return 0 if error is None else 1
     screen.show(plan)
-    options = "" if error is None else options_of(error.hints, plan.renames)
+    options = "" if error is None else as_options(error.hints, plan.renames)
     if options:
         screen.say(f"on the command line: {options}")
     return 0 if error is None else 1

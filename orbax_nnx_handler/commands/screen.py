@@ -31,7 +31,7 @@ _MANY = 8
 """Options that fit at a prompt; more of them are a matter for a program."""
 
 
-def options_of(hints: Iterable[Hint], given: Sequence[Rule] = ()) -> str:
+def as_options(hints: Iterable[Hint], given: Sequence[Rule] = ()) -> str:
     """Returns the options that do what hints propose; empty where none can be said at a prompt.
 
     Args:
@@ -209,7 +209,7 @@ class Screen:
         if self.as_json:
             self.json({"error": error_to_dict(error)})
             return
-        options = options_of(error.hints)
+        options = as_options(error.hints)
         more = f"\non the command line: {options}" if options else ""
         self.error(type(error).__name__, f"{error}{more}")
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Drop, Transpose
-from orbax_nnx_handler.commands.screen import options_of
+from orbax_nnx_handler.commands.screen import as_options
 from orbax_nnx_handler.planning.core.errors import Hint
 from orbax_nnx_handler.planning.rules import as_rules
 from tests.cli.conftest import MODEL
@@ -35,7 +35,7 @@ from tests.gallery.models import save
     ],
 )
 def test_a_hint_is_said_in_options_where_all_of_it_can_be(arguments, options) -> None:
-    assert options_of([Hint("do it", arguments)]) == options
+    assert as_options([Hint("do it", arguments)]) == options
 
 
 def test_options_of_several_hints_come_once_each() -> None:
@@ -45,7 +45,7 @@ def test_options_of_several_hints_come_once_each() -> None:
         Hint("three", {"policy": "init"}),
     ]
 
-    assert options_of(hints) == "--policy init --layout t5x"
+    assert as_options(hints) == "--policy init --layout t5x"
 
 
 def test_a_missing_layer_is_initialised_by_the_options_that_the_verdict_ends_with(cli, root) -> None:
@@ -69,7 +69,7 @@ def test_a_policy_of_several_keys_may_be_given_twice_and_not_in_two_ways(cli, ro
 def test_rules_that_were_passed_are_not_among_the_options_of_a_hint() -> None:
     hint = Hint("do it", {"renames": [("a", "b"), ("c", "d")]})
 
-    assert options_of([hint], as_rules([("a", "b")])) == "--rename c=d"
+    assert as_options([hint], as_rules([("a", "b")])) == "--rename c=d"
 
 
 def test_an_item_is_named_as_an_option(cli, tmp_path) -> None:

@@ -19,7 +19,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     prefixes_of,
     steps_of,
 )
-from orbax_nnx_handler.storage.checkpoint.metadata import parts_of
+from orbax_nnx_handler.storage.checkpoint.metadata import train_state_items
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import no_checkpoint, no_item, several_kinds
 from orbax_nnx_handler.storage.stores.files import Files, List
 from orbax_nnx_handler.storage.stores.kvstore import files_at
@@ -68,7 +68,7 @@ def _only_archive(root: epath.Path, files: Files) -> epath.Path | None:
         NotACheckpointError: It has those of several runs.
     """
     newest = newest_in(root, files)
-    if not newest or parts_of(root, files) or items_of(root, files):
+    if not newest or train_state_items(root, files) or items_of(root, files):
         return None
     if len(newest) > 1:
         names = ", ".join(path.name for path in newest)
@@ -113,7 +113,7 @@ def _item_of_step(step: epath.Path, item: str | None, files: Files) -> epath.Pat
         return step
     if item is not None:
         return _named_item(step, item, files)
-    if is_item(step, files) or parts_of(step, files):
+    if is_item(step, files) or train_state_items(step, files):
         return step
     items = items_of(step, files)
     usual = [child for name in _USUAL_ITEMS for child in items if child.name == name]

@@ -61,7 +61,7 @@ from orbax_nnx_handler.storage.stores.files import Files, List, Question, ReadFi
 from orbax_nnx_handler.storage.stores.kvstore import MANIFEST, Store
 from orbax_nnx_handler.storage.stores.ocdbt import DamagedDatabaseError
 
-__all__ = ["Checkpoint", "StoredArray", "parts_of", "read_metadata"]
+__all__ = ["Checkpoint", "StoredArray", "read_metadata", "train_state_items"]
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ _LARGE, _LARGE_REMOTE = 1 << 30, 1 << 36
 _Value = TypeVar("_Value")
 
 
-def parts_of(step: epath.Path, files: Files) -> tuple[str, ...]:
+def train_state_items(step: epath.Path, files: Files) -> tuple[str, ...]:
     """Returns the items of a step that are one train state; none for any other directory."""
     if files.has_file(step, TREE_FILE):
         return ()
@@ -149,7 +149,7 @@ def read_metadata(directory: epath.PathLike, files: Files | None = None) -> Chec
             return weights
         if is_archive(directory, files):
             return npz.read_archive(directory, files)
-        parts = parts_of(directory, files)
+        parts = train_state_items(directory, files)
         if not parts:
             return _read(directory, files)
         _ask(files, [directory / name for name in parts])

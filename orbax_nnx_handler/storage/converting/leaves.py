@@ -101,7 +101,7 @@ def takes_dtype(section: Section, dtype: np.dtype[Any]) -> bool:
     return section == "model" and not is_key(dtype) and jnp.issubdtype(dtype, jnp.floating)
 
 
-def check_distinct(leaves: Iterable[Written]) -> None:
+def check_paths_distinct(leaves: Iterable[Written]) -> None:
     """Raises where two leaves would be written to one path.
 
     Raises:

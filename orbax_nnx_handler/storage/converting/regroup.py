@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.converting.blocks import Written
-from orbax_nnx_handler.storage.converting.leaves import check_distinct, refusal
+from orbax_nnx_handler.storage.converting.leaves import check_paths_distinct, refusal
 
 Group = tuple[str, ...]
 """A group's path below the collection, such as `("decoder", "layers")`."""
@@ -54,7 +54,7 @@ def regroup(
         what = "optimizer leaves are not arranged as optax arranges them"
         raise refusal(what, foreign, "pass --weights-only.")
     wanted = (_stacked if way == "scan" else _apart)(leaves, group, axis)
-    check_distinct(wanted)
+    check_paths_distinct(wanted)
     rules = [ScanAxis("/".join(group), axis)]
     plan = make_plan(
         _target(wanted),

@@ -136,7 +136,7 @@ class _Pairing:
             }
             for it in here
         ]
-        found = align(choices, len(there))
+        found = match_in_order(choices, len(there))
         self.pairs |= {here[left]: there[right] for left, right in found.pairs.items()}
         self.undecided |= {
             here[left]: tuple(there[at] for at in right) for left, right in found.undecided.items()
@@ -207,7 +207,7 @@ class Alignment:
     undecided: Mapping[int, tuple[int, ...]]
 
 
-def align(choices: Sequence[Collection[int]], count: int) -> Alignment:
+def match_in_order(choices: Sequence[Collection[int]], count: int) -> Alignment:
     """Aligns two sequences.
 
     Args:

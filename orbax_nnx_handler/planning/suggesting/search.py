@@ -24,7 +24,14 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.blocks import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, main_size, may_be
 from orbax_nnx_handler.planning.suggesting.matching import MOST_PAIRS
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, Names, parts_of, settle_turns
+from orbax_nnx_handler.planning.suggesting.parts import (
+    Leaf,
+    Link,
+    ModulePart,
+    Names,
+    parts_of,
+    settle_turns,
+)
 from orbax_nnx_handler.planning.suggesting.roles import Role, roles_of
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
 from orbax_nnx_handler.planning.suggesting.words import concepts
@@ -236,7 +243,8 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
             if fit is not None and may_be(one, theirs[to]):
                 fits[to][at] = fit
                 counts[at] += 1
-    shapes = [Counter(map(_shapes, _free(side, set()))) for side in (wanted, stored)]
+    # A large model of which nothing is left over is not counted.
+    shapes = [Counter(map(_shapes, parts_of(side if fits else ()))) for side in (wanted, stored)]
     found: list[Link] = []
     for to, options in fits.items():
         takers = [ours[at] for at in options]
@@ -261,7 +269,8 @@ def _free(leaves: Iterable[Leaf], used: set[object]) -> list[Role]:
 def _are_one(takers: Sequence[Role]) -> bool:
     """Tells whether several parts are one that a program holds several times."""
     return (
-        len({role.part.names[-1:] for role in takers}) == 1 and len({_shapes(role) for role in takers}) == 1
+        len({role.part.names[-1:] for role in takers}) == 1
+        and len({_shapes(role.part) for role in takers}) == 1
     )
 
 
@@ -269,12 +278,12 @@ def _are_alone(
     takers: Sequence[Role], other: Role, shapes: Sequence[Mapping[tuple[object, ...], int]]
 ) -> bool:
     """Tells whether a layer is the only one of its shapes on either side: a kernel, and a bias beside it."""
-    counts = (shapes[0][_shapes(takers[0])], shapes[1][_shapes(other)])
+    counts = (shapes[0][_shapes(takers[0].part)], shapes[1][_shapes(other.part)])
     return len(takers) == 1 and counts == (1, 1) and not other.part.is_vector
 
 
-def _shapes(role: Role) -> tuple[object, ...]:
-    return tuple(sorted((kind, leaf.shape) for kind, leaf in role.part.leaves.items()))
+def _shapes(part: ModulePart) -> tuple[object, ...]:
+    return tuple(sorted((kind, leaf.shape) for kind, leaf in part.leaves.items()))
 
 
 def _is_of_tokens(link: Link) -> bool:

@@ -208,6 +208,12 @@ def _of_msgpack() -> Iterator[Case]:
         "a type within": {"w": _array([1], "float32", msgpack.ExtType(1, b"x"))},
         "an unknown type": {"w": msgpack.ExtType(77, b"x")},
         "a time": {"w": msgpack.Timestamp(1, 1)},
+        "bytes": {"w": b"ab", "v": _array([6, 4], "float32", W.tobytes())},
+        "text of bytes": {"w": _array([2], "S4", b"abcdefgh")},
+        "fields": {"w": _array([2], "f4,f4", bytes(16))},
+        "128 bits": {"w": _array([6], "float128", W.tobytes())},
+        "complex numbers of 256 bits": {"w": _array([3], "complex256", W.tobytes())},
+        "a type of 90 digits": {"w": _array([1], "V" + "9" * 90, b"x")},
         "a key that is a time": {msgpack.Timestamp(1, 1): 1},
         "keys that are numbers": {float("nan"): 1, 1.5: 2, 1 << 63: 3, "1.5": 4},
         "a damaged number": {"w": msgpack.ExtType(3, b"\xc1")},
@@ -220,6 +226,14 @@ def _of_msgpack() -> Iterator[Case]:
             }
         },
         "chunks that are absent": {"w": {"__msgpack_chunked_array__": True}},
+        "chunks with a gap": {
+            "w": {
+                "__msgpack_chunked_array__": True,
+                "shape": {"0": 6, "1": 4},
+                "chunks": {number: _array([12], "float32", W.tobytes()[:48]) for number in "02"},
+            }
+        },
+        "chunks in a list": {"w": {"__msgpack_chunked_array__": True, "shape": [1], "chunks": [1.0]}},
         "booleans of other bits": {"w": _array([24], "bool", b"\7" * 24)},
         "an array elsewhere": {"w": "PLACEHOLDER:///etc/passwd"},
         "an array with a zero byte": {"w": "PLACEHOLDER://a\0b"},
@@ -245,6 +259,9 @@ def _of_archives() -> Iterator[Case]:
         "objects": np.array([{"a": 1}], dtype=object),
         "records": np.zeros(3, [("a", "f4")]),
         "times": np.zeros(3, "M8[ns]"),
+        "128 bits": np.zeros(3, np.longdouble),
+        "complex numbers of 256 bits": np.zeros(3, np.clongdouble),
+        "70 axes": _npy("{'descr':'<f4','fortran_order':False,'shape':(" + "1," * 70 + ")}") + b"abcd",
         "a header of 60 MB": _npy(" " * 60_000_000),
         "a header longer than the member": _npy("{", size=0xFFFFFFF),
         "a header of signs": _npy("-" * 60_000),

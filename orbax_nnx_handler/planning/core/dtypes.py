@@ -89,6 +89,14 @@ def held_dtype(dtype: Any) -> Any:
     return dtype if is_key else jax.dtypes.canonicalize_dtype(dtype)
 
 
+@functools.cache
+def is_array_dtype(dtype: np.dtype[Any]) -> bool:
+    """Tells whether JAX has arrays of a stored dtype: numbers of at most 64 bits, and booleans."""
+    most = 16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8
+    is_number = dtype == np.bool_ or bool(jnp.issubdtype(dtype, jnp.number))
+    return is_number and dtype.itemsize <= most
+
+
 def _is_integer(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.integer))
 

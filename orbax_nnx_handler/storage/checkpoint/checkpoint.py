@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from orbax_nnx_handler.planning.core.dtypes import is_array_dtype
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.lines import sized
 from orbax_nnx_handler.planning.core.paths import Path
@@ -218,9 +219,8 @@ def _dtype(name: str) -> np.dtype[Any]:
         found = np.dtype(name).newbyteorder("=") if name[:1] in "<>|" else jnp.dtype(name)
     except (TypeError, ValueError, SyntaxError) as error:
         raise FieldError(f"the dtype {name!r} is none of an array") from error
-    # bfloat16 and its like are of the kind V too, and no raw bytes.
-    if found.kind in "OSUMm" or found.type is np.void or not found.itemsize:
-        raise FieldError(f"the dtype {name!r} is none of numbers")
+    if not is_array_dtype(found):
+        raise FieldError(f"the dtype {name!r} is none of JAX's arrays")
     return found
 
 

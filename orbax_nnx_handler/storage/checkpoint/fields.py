@@ -104,8 +104,10 @@ def texts_of(fields: dict[str, Any], name: str) -> list[str]:
 def shape_of(fields: dict[str, Any], name: str, *, least: int) -> Shape:
     """Returns a field that is a shape, no length below `least`."""
     lengths = cast(list[Any], _of_type(fields, name, list, "a list"))
+    if len(lengths) > _MAX_RANK:
+        raise FieldError(f"{name} has {len(lengths)} axes, which is no shape: {_MAX_RANK} is the most")
     whole = all(type(length) is int and least <= length <= _MAX_LENGTH for length in lengths)
-    if not whole or len(lengths) > _MAX_RANK:
+    if not whole:
         raise FieldError(f"{name} is {str(lengths)[:80]}, which is no shape")
     return tuple(lengths)
 

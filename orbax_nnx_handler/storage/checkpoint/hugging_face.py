@@ -60,8 +60,9 @@ def _read_packed(
 ) -> Checkpoint:
     """Reads files of msgpack whole: they have no directory of what lies where."""
     nodes: dict[Path, str] = {}
-    values: dict[Path, Any] = {}
+    values: dict[Path, np.ndarray[Any, Any]] = {}
     lost: dict[Path, str] = {}
+    foreign: dict[Path, str] = {}
     files.ask(*(ReadFile(os.fspath(part)) for part in parts))
     for part in parts:
         tree = packed_tree(part, part.parent, files)
@@ -70,7 +71,9 @@ def _read_packed(
             what = f"{part} holds {spelled(twice)}, which another part of the weights holds too."
             raise NotACheckpointError(what, hints=[damaged(part, files)])
         nodes |= tree.nodes
-        values |= {path: np.asarray(value) for path, value in tree.values.items()}
+        values |= tree.values
+        foreign |= tree.foreign
+        lost |= tree.lost
         lost |= dict.fromkeys(tree.names, f"{part.name} has a name for... and no value")
     leaves = {
         path: StoredLeaf(path=path, shape=value.shape, dtype=value.dtype) for path, value in values.items()
@@ -79,6 +82,7 @@ def _read_packed(
         directory=directory,
         leaves=leaves,
         lost=lost,
+        foreign=foreign,
         disk_format="msgpack",
         custom_metadata=config,
         step_metadata={},

@@ -4,13 +4,12 @@ from collections.abc import Hashable
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 from jax.core import Tracer
 
-from orbax_nnx_handler.planning.core.dtypes import is_key
+from orbax_nnx_handler.planning.core.dtypes import is_array_dtype, is_key
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
@@ -39,7 +38,7 @@ def hold(variables: Any) -> Checkpoint:
             hints=["a checkpoint on disk is read by restore(path, target)."],
         )
     on_host = {path: np.asarray(leaf) for path, leaf in leaves.items() if isinstance(leaf, _NUMBERS)}
-    foreign = {path: _values_of(value) for path, value in on_host.items() if _is_foreign(value)}
+    foreign = {path: _values_of(value) for path, value in on_host.items() if not is_array_dtype(value.dtype)}
     on_devices = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
     described = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
     deleted = [path for path, leaf in on_devices.items() if _is_deleted(leaf)]
@@ -93,10 +92,6 @@ def _is_deleted(array: jax.Array) -> bool:
 
 def _values_of(value: np.ndarray[Any, Any]) -> str:
     return f"values of dtype {value.dtype}"
-
-
-def _is_foreign(value: np.ndarray[Any, Any]) -> bool:
-    return value.dtype != np.bool_ and not jnp.issubdtype(value.dtype, np.number)
 
 
 def _stored(path: Path, array: Any) -> StoredLeaf:

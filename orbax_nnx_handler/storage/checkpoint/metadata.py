@@ -111,6 +111,7 @@ def _join_items(step: epath.Path, items: Mapping[str, Checkpoint]) -> Checkpoint
         },
         lost=_joined(items, lambda item: item.lost),
         damaged=_joined(items, lambda item: item.damaged),
+        foreign=_joined(items, lambda item: item.foreign),
         disk_format=" and ".join(dict.fromkeys(item.disk_format for item in items.values())),
         values=_joined(items, lambda item: item.values or {}) or None,
         nodes=_joined(items, lambda item: item.nodes),
@@ -166,7 +167,10 @@ def _read(directory: epath.Path, files: Files) -> Checkpoint:
     if tree is None:
         raise no_checkpoint(directory, files)
     arrays, lost = _locate(directory, tree, database, files)
-    values = {path: np.asarray(value) for path, value in tree.values.items() if path not in arrays}
+    values = {path: value for path, value in tree.values.items() if path not in arrays}
+    foreign = {path: what for path, what in tree.foreign.items() if path not in arrays}
+    lost |= {path: why for path, why in tree.lost.items() if path not in arrays}
+    lost = {path: why for path, why in lost.items() if path not in foreign}
     key_impls = _read_key_impls(directory, files)
     leaves: dict[Path, StoredLeaf] = {}
     for path, value_type in tree.nodes.items():
@@ -190,6 +194,7 @@ def _read(directory: epath.Path, files: Files) -> Checkpoint:
         nodes=tree.nodes,
         arrays=arrays,
         writes_fill=tree.writes_fill,
+        foreign=foreign,
     )
 
 

@@ -26,18 +26,18 @@ import numpy as np
 from etils import epath
 from numpy.lib import format as npy_format
 
+from orbax_nnx_handler.planning.core.dtypes import is_array_dtype
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of
+from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of, shape_of
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.files import Files, RangedFile
 from orbax_nnx_handler.storage.stores.kvstore import Extent
 
-_NUMBERS = "biufc"
 _TEXT = "SU"
 _BFLOAT16_BYTES = 2
 
@@ -94,8 +94,9 @@ def read_header(info: zipfile.ZipInfo, member: IO[bytes]) -> NpyEncoding | TextA
     if dtype.kind == "V":
         dtype = np.dtype(jnp.bfloat16)
     prefix = member.tell()
+    shape = shape_of({"shape": list(shape)}, "shape", least=0)
     size = prefix + math.prod(shape) * dtype.itemsize
-    if any(length < 0 for length in shape) or size != info.file_size:
+    if size != info.file_size:
         raise ValueError(f"holds {info.file_size} bytes where {shape} {dtype} takes {size}")
     return NpyEncoding(
         driver="npy",
@@ -130,8 +131,12 @@ def _check_type(dtype: np.dtype[Any]) -> None:
         raise ForeignError("records of several fields")
     if dtype.kind == "V" and dtype.itemsize != _BFLOAT16_BYTES:
         raise ForeignError(f"raw bytes (V{dtype.itemsize}), whose type NumPy does not store; V2 is bfloat16")
-    if dtype.kind not in _NUMBERS + "V":
-        raise ForeignError(f"values of the type {dtype}, which are no numbers")
+    if dtype.kind != "V" and not is_array_dtype(dtype):
+        raise ForeignError(f"values of the type {dtype}, {_lacking(dtype)}")
+
+
+def _lacking(dtype: np.dtype[Any]) -> str:
+    return "which JAX does not have" if dtype.kind in "fc" else "which are no numbers"
 
 
 DISK_FORMAT = "npz"

@@ -20,13 +20,16 @@ Orbax without any tree is the fifth: names joined by dots.
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
+import msgpack
+import numpy as np
 from etils import epath
-from flax import serialization
 
+from orbax_nnx_handler.planning.core.dtypes import is_array_dtype
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.paths import Path, is_index
 from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
@@ -39,6 +42,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     objects_of,
     optional_object,
     parse_object,
+    shape_of,
     text_of,
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, COPY_AGAIN, damaged
@@ -64,6 +68,13 @@ _ORBAX_PLACEHOLDERS = ("PLACEHOLDER://", "AGGREGATED://")
 _FLAX_PLACEHOLDER = "//GDAPlaceholder:"
 _FLAX_FOLDER = "_gda"
 _BIG_VISION_SEPARATOR = "~"
+# What `flax.serialization` writes: three types of its own, and arrays above a gigabyte in chunks.
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
+_CHUNKED = "__msgpack_chunked_array__"
+_NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
+_KEYS = (str, bytes, int, float, type(None))
+_SHOWN = 80
+
 # Folders of an item that are no array.
 _NO_ARRAYS = frozenset({"array_metadatas", "d"})
 
@@ -76,6 +87,8 @@ class Tree:
         nodes: The value type of each path, empty nodes included.
         names: The name in the store of each path that has a value there.
         values: The values that the tree's file itself held.
+        lost: The values in that file that are damaged, with the reason.
+        foreign: The values in that file that are no arrays to JAX, with what they are.
         zarr3: Whether the arrays are said to be Zarr 3.
         custom: What the program stored with the item.
         writes_fill: Whether an absent chunk is a loss: the writer stores chunks also where
@@ -86,12 +99,20 @@ class Tree:
 
     nodes: Mapping[Path, str]
     names: Mapping[Path, str]
-    values: Mapping[Path, Any] = dataclasses.field(default_factory=dict[Path, Any])
+    values: Mapping[Path, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict[Path, Any])
+    lost: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+    foreign: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
     zarr3: bool = False
     custom: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     writes_fill: bool = False
     by_orbax: bool = True
     folder: epath.Path | None = None
+
+
+class _Held(TypedDict):
+    values: Mapping[Path, np.ndarray[Any, Any]]
+    lost: Mapping[Path, str]
+    foreign: Mapping[Path, str]
 
 
 def read_tree(directory: epath.Path, files: Files, database: Store | None) -> Tree | None:
@@ -117,7 +138,8 @@ def read_tree(directory: epath.Path, files: Files, database: Store | None) -> Tr
     if files.has_file(directory, MSGPACK_FILE):
         packed = packed_tree(directory / MSGPACK_FILE, directory, files)
     if listed and packed:
-        return dataclasses.replace(listed, values=packed.values, names={**listed.names, **packed.names})
+        held = _Held(values=packed.values, lost=packed.lost, foreign=packed.foreign)
+        return dataclasses.replace(listed, names={**listed.names, **packed.names}, **held)
     tree = listed or packed or _named_tree(directory, files, database)
     return tree if tree.nodes else None
 
@@ -204,7 +226,9 @@ def packed_tree(file: epath.Path, folder: epath.Path, files: Files, below: str =
     """
     nodes: dict[Path, str] = {}
     names: dict[Path, str] = {}
-    values: dict[Path, Any] = {}
+    values: dict[Path, np.ndarray[Any, Any]] = {}
+    lost: dict[Path, str] = {}
+    foreign: dict[Path, str] = {}
     by_orbax = file.name == MSGPACK_FILE
     leaves = list(itertools.islice(_walk(_unpack(file, files, below), ()), MOST_LEAVES + 1))
     try:
@@ -218,33 +242,133 @@ def packed_tree(file: epath.Path, folder: epath.Path, files: Files, below: str =
             names[keys] = name
             by_orbax = by_orbax and not isinstance(leaf, dict)
         elif nodes[keys] == UNKNOWN_TYPE:
-            values[keys] = leaf
-    return Tree(nodes=nodes, names=names, values=values, folder=folder, by_orbax=by_orbax)
+            value = _value(leaf)
+            if isinstance(value, _Unread):
+                (lost if value.is_damaged else foreign)[keys] = f"{value.what} ({file})"
+            else:
+                values[keys] = value
+    held = _Held(values=values, lost=lost, foreign=foreign)
+    return Tree(nodes=nodes, names=names, folder=folder, by_orbax=by_orbax, **held)
 
 
 def _unpack(file: epath.Path, files: Files, below: str) -> object:
+    content = files.content(file, below) or b""
+    hooks: Any = {"ext_hook": _extension, "object_pairs_hook": _map}
     try:
-        tree = cast(object, serialization.msgpack_restore(files.content(file, below) or b""))
-    except NotACheckpointError:
-        raise
+        tree = cast(object, msgpack.unpackb(content, strict_map_key=False, **hooks))
     # msgpack raises many types for a file that is something else.
     except Exception as error:
         raise _no_packed_tree(file, error) from error
-    if not isinstance(tree, dict | list | tuple):
-        raise NotACheckpointError(f"{file} holds one {type(tree).__name__}, not the tree of a checkpoint")
+    kind = type(tree).__name__
+    if not isinstance(tree, dict | list) or (isinstance(tree, dict) and _CHUNKED in tree):
+        raise NotACheckpointError(f"{file} holds one {kind}, not the tree of a checkpoint")
     return cast(object, tree)
 
 
 def _no_packed_tree(file: epath.Path, error: Exception) -> NotACheckpointError:
     if "incomplete input" in str(error):
         return NotACheckpointError(f"{file} ends before the tree in it does.", hints=[COPY_AGAIN])
-    return NotACheckpointError(
-        f"{file} is no msgpack file of a checkpoint: {str(error).removesuffix('.')}.", hints=[ANY_KIND]
-    )
+    reason = str(error).removesuffix(".")
+    # These two say nothing.
+    if isinstance(error, msgpack.StackError):
+        reason = "its maps lie deeper in one another than a program's"
+    elif isinstance(error, msgpack.FormatError):
+        reason = "it holds a byte that msgpack does not use"
+    hint = COPY_AGAIN if isinstance(error, FieldError | msgpack.StackError) else ANY_KIND
+    return NotACheckpointError(f"{file} is no msgpack file of a checkpoint: {reason}.", hints=[hint])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """What stands in a tree for a value that is no array."""
+
+    what: str
+    is_damaged: bool = False
+
+
+def _map(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, _KEYS):
+            raise FieldError(f"a map in it has a {type(key).__name__} for a key")
+        if key in found:
+            raise FieldError(f"a map in it has the key {key!r:.{_SHOWN}} twice")
+        found[key] = value
+    return found
+
+
+def _extension(code: int, data: bytes) -> object:
+    """Returns the value of one of Flax's types."""
+    if code not in (_ARRAY, _COMPLEX, _SCALAR):
+        return _Unread(f"a value of msgpack's type {code}, which Flax does not write")
+    try:
+        parts = cast(object, msgpack.unpackb(data, raw=True))
+        if not isinstance(parts, list) or len(cast(list[Any], parts)) != (2 if code == _COMPLEX else 3):
+            raise FieldError("it has not the parts that Flax writes")
+        return complex(*cast(list[Any], parts)) if code == _COMPLEX else _array(*cast(list[Any], parts))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        what = str(error)[:_SHOWN] or "its bytes are no msgpack"
+        return _Unread(f"a damaged {'complex number' if code == _COMPLEX else 'array'}: {what}", True)
+
+
+def _array(lengths: Any, name: Any, content: Any) -> np.ndarray[Any, Any] | _Unread:
+    shape = shape_of({"shape": lengths}, "shape", least=0)
+    try:
+        dtype = np.dtype(name.decode())
+    except (AttributeError, TypeError, ValueError, SyntaxError) as error:
+        raise FieldError(f"its dtype is {name!r:.{_SHOWN}}") from error
+    if not is_array_dtype(dtype):
+        return _foreign(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if len(content) != size:
+        raise FieldError(f"it holds {len(content)} bytes where {shape} {dtype} takes {size}")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _foreign(dtype: np.dtype[Any]) -> _Unread:
+    return _Unread(f"values of dtype {dtype!s:.{_SHOWN}}")
+
+
+def _value(leaf: Any) -> np.ndarray[Any, Any] | _Unread:
+    if isinstance(leaf, _Unread):
+        return leaf
+    if not isinstance(leaf, _NUMBERS):
+        return _Unread(f"a value of the type {type(leaf).__name__}")
+    value = np.asarray(leaf)
+    return value if is_array_dtype(value.dtype) else _foreign(value.dtype)
+
+
+def _from_chunks(node: dict[str, Any]) -> np.ndarray[Any, Any] | _Unread:
+    """Joins the parts in which Flax writes an array above a gigabyte."""
+    try:
+        shape = shape_of({"shape": _numbered(node, "shape")}, "shape", least=0)
+        chunks = _numbered(node, "chunks")
+        unread = next((chunk for chunk in chunks if isinstance(chunk, _Unread)), None)
+        if unread is not None:
+            return unread
+        if not chunks or not all(isinstance(chunk, np.ndarray) and chunk.ndim == 1 for chunk in chunks):
+            raise FieldError("chunks holds something else than arrays of one axis")
+        value: np.ndarray[Any, Any] = np.concatenate(chunks)
+        if value.size != math.prod(shape):
+            raise FieldError(f"its chunks hold {value.size} values where {shape} takes {math.prod(shape)}")
+        return value.reshape(shape)
+    # NumPy joins no two of some dtypes.
+    except (ValueError, TypeError) as error:
+        return _Unread(f"a damaged array in chunks: {error}", True)
+
+
+def _numbered(node: dict[str, Any], name: str) -> list[Any]:
+    parts = object_of(node, name)
+    lacking = [str(at) for at in range(len(parts)) if str(at) not in parts]
+    if lacking:
+        raise FieldError(f"{name} lacks number {lacking[0]} of {len(parts)}")
+    return [parts[str(at)] for at in range(len(parts))]
 
 
 def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    if isinstance(tree, dict) and tree and _spec_name(cast(dict[Any, Any], tree)) is None:
+    if isinstance(tree, dict) and _CHUNKED in tree:
+        yield path, _from_chunks(cast(dict[str, Any], tree))
+    elif isinstance(tree, dict) and tree and _spec_name(cast(dict[Any, Any], tree)) is None:
         for key, value in cast(dict[Any, Any], tree).items():
             yield from _walk(value, (*path, key))
     elif isinstance(tree, list | tuple) and tree:

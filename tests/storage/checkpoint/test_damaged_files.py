@@ -305,3 +305,76 @@ def test_a_chunk_far_larger_than_its_array_is_refused_before_it_is_unpacked(tmp_
         UnreadableLeafError, match=r"a chunk would have 1\.07 GB, and the whole array has 96 B"
     ):
         restore(path, {"w": jax.ShapeDtypeStruct((6, 4), np.float32)})
+
+
+def packed_array(shape, dtype="float32", content=bytes(96)):
+    return msgpack.ExtType(1, msgpack.packb([shape, dtype, content]))
+
+
+def in_chunks(shape, chunks):
+    return {"__msgpack_chunked_array__": True, "shape": shape, "chunks": chunks}
+
+
+HALF = packed_array([12], content=bytes(48))
+DAMAGED_VALUES = {
+    "a negative length": (packed_array([-1, 4]), "shape is [-1, 4], which is no shape"),
+    "a length that is no integer": (packed_array([6.0, 4]), "shape is [6.0, 4], which is no shape"),
+    "no shape": (packed_array(None), "shape is None, where a list should be"),
+    "65 axes": (packed_array([1] * 65), "shape has 65 axes, which is no shape: 64 is the most"),
+    "too few bytes": (packed_array([7, 4]), "it holds 96 bytes where (7, 4) float32 takes 112"),
+    "no dtype": (packed_array([6, 4], "nonsense"), "its dtype is b'nonsense'"),
+    "a dtype that is a number": (packed_array([6, 4], 7), "its dtype is 7"),
+    "other parts": (msgpack.ExtType(1, msgpack.packb([1, 2])), "it has not the parts that Flax writes"),
+    "no parts": (msgpack.ExtType(2, b"\xc1"), "its bytes are no msgpack"),
+    "no complex number": (msgpack.ExtType(2, msgpack.packb(["x", "y"])), "a damaged complex number: "),
+    "a gap": (in_chunks({"0": 6, "1": 4}, {"0": HALF, "2": HALF}), "chunks lacks number 1 of 2"),
+    "a list": (in_chunks({"0": 6, "1": 4}, [HALF, HALF]), "where an object should be"),
+    "no chunks": ({"__msgpack_chunked_array__": True}, "shape is absent"),
+    "a chunk that is none": (in_chunks({"0": 24}, {"0": 1.0}), "chunks holds something else than arrays"),
+    "a chunk too few": (
+        in_chunks({"0": 6, "1": 4}, {"0": HALF}),
+        "its chunks hold 12 values where (6, 4) takes 24",
+    ),
+    "a damaged chunk": (in_chunks({"0": 24}, {"0": packed_array([25])}), "it holds 96 bytes where (25,)"),
+}
+
+
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "checkpoint"])
+@pytest.mark.parametrize("kind", DAMAGED_VALUES)
+def test_a_damaged_value_of_msgpack_is_a_lost_leaf_beside_the_others(tmp_path, kind, name):
+    value, reason = DAMAGED_VALUES[kind]
+    (tmp_path / name).write_bytes(msgpack.packb({"w": value, "v": packed_array([24])}))
+    wanted = jax.ShapeDtypeStruct((24,), jnp.float32)
+
+    assert restore(tmp_path, {"v": wanted})["v"].shape == (24,)
+    with pytest.raises(UnreadableLeafError) as raised:
+        restore(tmp_path, {"v": wanted, "w": wanted}, policy="init", init=lambda: {"v": 0.0, "w": 0.0})
+    assert raised.value.paths == (("w",),)
+    assert reason in str(raised.value)
+    assert str(tmp_path / name) in str(raised.value)
+    assert "copy it again" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x81\xa1a" * 100_000 + b"\xc0", "its maps lie deeper in one another than a program's"),
+        (b"\x82\xa1w\x01\xa1w\x02", "a map in it has the key 'w' twice"),
+        (b"\x81\x90\x01", "a map in it has a list for a key"),
+    ],
+)
+def test_a_map_of_msgpack_that_no_program_writes_is_refused_in_words(tmp_path, content, reason):
+    (tmp_path / "flax_model.msgpack").write_bytes(content)
+
+    with pytest.raises(NotACheckpointError, match=f"flax_model.msgpack .*: {reason}.\nhint: copy it again"):
+        read_metadata(tmp_path)
+
+
+def test_an_array_of_flax_above_a_gigabyte_is_joined_from_its_chunks(tmp_path):
+    value = np.arange(24, dtype=np.float32)
+    chunks = {str(at): packed_array([2], content=value[2 * at : 2 * at + 2].tobytes()) for at in range(12)}
+    (tmp_path / "flax_model.msgpack").write_bytes(msgpack.packb({"w": in_chunks({"0": 6, "1": 4}, chunks)}))
+
+    found = restore(tmp_path, {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32)})
+
+    np.testing.assert_array_equal(found["w"], value.reshape(6, 4))

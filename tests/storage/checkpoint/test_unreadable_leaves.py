@@ -1,10 +1,12 @@
 """A leaf that cannot be read is no missing leaf, whatever the policy, and under rules for single leaves."""
 
+import json
 import pathlib
 import shutil
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 from etils import epath
@@ -20,6 +22,8 @@ from orbax_nnx_handler import (
     StackLayers,
     Transpose,
     UnreadableLeafError,
+    cli,
+    from_linen,
     restore,
 )
 from orbax_nnx_handler.storage.checkpoint.find import find_item
@@ -152,3 +156,55 @@ def test_only_a_managers_own_names_are_steps(tmp_path, name):
 
     assert find_item(tmp_path) == epath.Path(tmp_path / "5" / "default")
     assert restore(tmp_path, {"w": shape(2)})["w"].tolist() == [5, 5]
+
+
+def packed(dtype, content):
+    return msgpack.ExtType(1, msgpack.packb([[2], dtype, content]))
+
+
+NO_ARRAYS = {
+    "an unknown type": (msgpack.ExtType(77, b"zz"), "a value of msgpack's type 77"),
+    "a time": (msgpack.Timestamp(5), "a value of the type Timestamp"),
+    "bytes": (b"ab", "a value of the type bytes"),
+    "objects": (packed("O", bytes(16)), "values of dtype object"),
+    "text": (packed("U2", bytes(16)), "values of dtype <U2"),
+    "text of bytes": (packed("S4", b"abcdefgh"), "values of dtype |S4"),
+    "raw bytes": (packed("V3", b"abcdef"), "values of dtype |V3"),
+    "fields": (packed("f4,f4", bytes(16)), "values of dtype [('f0', '<f4'), ('f1', '<f4')]"),
+    "times": (packed("M8[s]", bytes(16)), "values of dtype datetime64[s]"),
+    "128 bits": (packed("longdouble", bytes(32)), f"values of dtype {np.dtype('longdouble')}"),
+    "complex numbers": (packed("clongdouble", bytes(64)), f"values of dtype {np.dtype('clongdouble')}"),
+}
+
+
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "checkpoint"])
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+def test_a_value_of_msgpack_that_is_no_array_is_refused_where_it_is_wanted(tmp_path, capsys, kind, name):
+    value, what = NO_ARRAYS[kind]
+    (tmp_path / name).write_bytes(msgpack.packb({"w": value, "v": packed("float32", bytes(8))}))
+
+    assert restore(tmp_path, {"v": shape(2)})["v"].tolist() == [0, 0]
+    for wanted in (shape(2), {"0": shape(), "1": shape(2)}):
+        for dtype in (None, "stored"):
+            with pytest.raises(UnreadableLeafError) as raised:
+                restore(tmp_path, {"v": shape(2), "w": wanted}, policy="warn", dtype=dtype)
+            assert raised.value.paths == (("w",),)
+            assert what in str(raised.value)
+            assert str(tmp_path / name) in str(raised.value)
+    assert cli.main(["tree", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["foreign"]["w"].startswith(what)
+    assert cli.main(["diff", str(tmp_path), str(tmp_path), "--values", "--json"]) == 1
+    assert what in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, np.clongdouble])
+@pytest.mark.parametrize("cast", [None, "stored"])
+def test_numbers_of_more_bits_than_jax_has_are_refused_wherever_they_lie(tmp_path, dtype, cast):
+    np.savez(tmp_path / "a.npz", w=np.ones(2, dtype))
+
+    with pytest.raises(
+        UnreadableLeafError, match=f"w +values of the type {np.dtype(dtype)}, which JAX does not have"
+    ):
+        restore(tmp_path / "a.npz", {"w": shape(2)}, dtype=cast)
+    with pytest.raises(UnreadableLeafError, match=f"params/w +values of dtype {np.dtype(dtype)}"):
+        from_linen({"params": {"w": np.ones(2, dtype)}}, {"w": shape(2)}, dtype=cast)

@@ -195,8 +195,8 @@ def save(
     Raises:
         RuleError: A rule or a step of the plan cannot be undone.
         DtypeMismatchError: The step is beyond int32, in which a Linen program counts.
-        RestoreError: It cannot be written there (`s3://`, a name with `[`, a full disk); on this
-            machine's file systems nothing is left behind.
+        RestoreError: It cannot be written there (`s3://`, a path with `[` or a backslash, a full disk);
+            on this machine's file systems nothing is left behind.
         ValueError: Two leaves would be stored at one path, the plan is of another item, or something
             is at `path` already and `force` is not set.
     """

@@ -26,7 +26,7 @@ from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_of
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import Undone, as_save_item, linen_save
-from orbax_nnx_handler.storage.stores.locations import check_writable
+from orbax_nnx_handler.storage.stores.locations import check_writable, is_url
 
 ItemT = TypeVar("ItemT", default=Any)
 
@@ -110,6 +110,7 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         own: Any = pytree_handler_options.get("type_handler_registry")
         asked = None if own is None else single_replica_of(own)
         self._reader = _reader(pytree_handler_options) if own is not None and asked is None else None
+        self._in_folders = not pytree_handler_options.get("use_ocdbt", True)
         self._concurrent_bytes = None if limit is None else int(limit * 10**9)
         self._options = RestoreOptions(single_replica=single_replica or asked or False).override(
             policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
@@ -159,18 +160,37 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves an item in the background; see `NNXLinenSave` for what it takes."""
-        given = _save_args(directory, args, kwargs, self._options.renames)
+        given = self._save_args(directory, args, kwargs)
         if isinstance(given, ocp.args.StandardSave):
             return await self._standard.async_save(directory, given)
         return await super().async_save(directory, args=given)
 
     def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
         """Saves an item; see `NNXLinenSave` for what it takes."""
-        given = _save_args(directory, args, kwargs, self._options.renames)
+        given = self._save_args(directory, args, kwargs)
         if isinstance(given, ocp.args.StandardSave):
             self._standard.save(directory, given)
             return
         super().save(directory, args=given)
+
+    def _save_args(self, directory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns what stock Orbax is to save: `PyTreeSave`, or `StandardSave` where that was given.
+
+        The handler's own rules are undone where the save names none: it restores with them again.
+        """
+        given = kwargs.get("args")
+        if given is None:
+            older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
+            given = NNXLinenSave(older.get("item"), older.get("save_args"))
+        if not is_nnx(given.item):
+            return given
+        check_writable(epath.Path(directory))
+        stock, configured = _as_pytree_save(given), self._options.renames
+        in_folders = self._in_folders and not is_url(directory)
+        if isinstance(given, NNXLinenSave):
+            undone = given.renames or configured
+            return linen_save(stock, given.layout, given.tx, undone, in_folders=in_folders)
+        return linen_save(stock, undone=configured, in_folders=in_folders)
 
     def close(self) -> None:
         """Closes the handler; Orbax's checkpointers call it."""
@@ -411,26 +431,6 @@ def _refuse_transforms(wanted: NNXLinenRestore) -> None:
 
 def _has_transforms(wanted: NNXLinenRestore) -> bool:
     return wanted.transforms is not None or wanted.legacy_transform_fn is not None
-
-
-def _save_args(
-    directory: Any, args: tuple[Any, ...], kwargs: dict[str, Any], configured: tuple[Rule, ...]
-) -> Any:
-    """Returns what stock Orbax is to save: `PyTreeSave`, or `StandardSave` where that was given.
-
-    The handler's own rules are undone where the save names none: it restores with them again.
-    """
-    given = kwargs.get("args")
-    if given is None:
-        older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
-        given = NNXLinenSave(older.get("item"), older.get("save_args"))
-    if not is_nnx(given.item):
-        return given
-    check_writable(epath.Path(directory))
-    stock = _as_pytree_save(given)
-    if isinstance(given, NNXLinenSave):
-        return linen_save(stock, given.layout, given.tx, given.renames or configured)
-    return linen_save(stock, undone=configured)
 
 
 def _as_pytree_save(given: Any) -> Any:

@@ -37,7 +37,7 @@ from orbax_nnx_handler.planning.options import (
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import as_save_item, linen_save
-from orbax_nnx_handler.storage.stores.locations import check_writable
+from orbax_nnx_handler.storage.stores.locations import check_writable, is_url
 
 _TREE_FILE = "_METADATA"
 
@@ -94,6 +94,7 @@ class NNXLinenHandler:
             checkpointable: NNX state, written in the layout of a Linen program, or a
                 pytree, written as it is.
         """
+        in_folders = not self._context.array_options.saving.use_ocdbt and not is_url(directory.path)
         if is_nnx(checkpointable):
             check_writable(epath.Path(directory.path))
         arguments = linen_save(
@@ -101,6 +102,7 @@ class NNXLinenHandler:
             self.save_layout,
             self.tx,
             self.options.renames,
+            in_folders=in_folders,
         )
         writing = await self._stock().save(directory, arguments.item)
         return self._finish(directory, writing, arguments.custom_metadata)

@@ -325,6 +325,27 @@ def _of_places() -> Iterator[Case]:
                 yield f"link {name} to {to}", _instead(good, name, lambda at, to=to: at.symlink_to(to))
             yield f"pipe {name}", _instead(good, name, os.mkfifo)
             yield f"hole {name}", _instead(good, name, _hole)
+    yield "a name that means a link", _misread
+
+
+def _misread(folder: pathlib.Path) -> pathlib.Path:
+    """Writes an array under a name that TensorStore takes for a path through a link that leads out."""
+    path = _tree(_leaf_at(("x\\y", 2)), at="x\\y")(folder)
+    array = path / "x\\y" / "zarr.json"
+    codecs = [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "gzip", "configuration": {"level": 1}},
+    ]
+    array.write_text(json.dumps(json.loads(array.read_text()) | {"codecs": codecs}))
+    for chunk in (path / "x\\y" / "c").rglob("0/0"):
+        chunk.write_bytes(gzip.compress(W.tobytes()))
+    shutil.copytree(path / "x\\y", folder / "outside" / "y")
+    # Whoever opens this one waits for ever.
+    for chunk in (folder / "outside" / "y" / "c").rglob("0/0"):
+        chunk.unlink()
+        os.mkfifo(chunk)
+    (path / "x").symlink_to(folder / "outside")
+    return path
 
 
 def _array_of(

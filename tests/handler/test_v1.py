@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from orbax_nnx_handler import MissingParamError, SingleReplica, restore, v1
+from orbax_nnx_handler import MissingParamError, RestoreError, SingleReplica, restore, v1
 from orbax_nnx_handler.api import restore_item
 from tests.cases import load_case, problems
 
@@ -157,6 +157,19 @@ def test_a_context_keeps_the_settings_of_the_one_it_is_made_from() -> None:
 
     assert made.array_options.saving.use_ocdbt is False
     assert base.checkpointables.registry is before
+
+
+def test_a_context_without_a_database_refuses_a_name_with_a_backslash(tmp_path: Path) -> None:
+    base = ocp.Context()
+    base.array.saving.use_ocdbt = False
+    item = nnx.State({"a\\b": nnx.Param(jnp.ones(2))})
+
+    with v1.context(base=base), pytest.raises(RestoreError, match="takes a backslash in a path"):
+        ocp.save(tmp_path / "refused", item)
+    with v1.context():
+        ocp.save(tmp_path / "kept", item)
+    assert not (tmp_path / "refused").exists()
+    np.testing.assert_array_equal(restore(tmp_path / "kept" / "state", item)["a\\b"].get_value(), np.ones(2))
 
 
 def test_both_generations_of_orbax_write_the_same_item(tmp_path: Path) -> None:

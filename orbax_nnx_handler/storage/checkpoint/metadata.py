@@ -262,12 +262,13 @@ def _locate(
     arrays: dict[Path, StoredArray] = {}
     for path, name in wanted.items():
         place = found.get(path)
-        if place is None:
-            if path not in tree.values:
-                lost[path] = "the tree names it, but no store holds it"
-            continue
-        number, content = place
+        number, content = place or (0, b"")
         store, driver = places[number]
+        misread = store.misread(name)
+        if place is None or misread:
+            if path not in tree.values:
+                lost[path] = misread or "the tree names it, but no store holds it"
+            continue
         try:
             if isinstance(content, NotACheckpointError):
                 raise content

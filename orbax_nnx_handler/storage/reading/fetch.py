@@ -118,12 +118,12 @@ class LeafToRead:
     def read_with_tensorstore(self, place: Destination) -> None:
         """Has TensorStore read and decode what one place needs."""
         store = self.array.store
-        spec = {
-            "driver": self.array.encoding.driver,
-            "kvstore": {**store.spec, "path": f"{store.spec.get('path', '')}{self.array.name}/"},
-            "fill_missing_data_reads": not self.writes_fill,
-        }
         try:
+            spec = {
+                "driver": self.array.encoding.driver,
+                "kvstore": store.array_spec(self.array.name),
+                "fill_missing_data_reads": not self.writes_fill,
+            }
             if store.local:
                 check_links(os.fspath(store.directory), self.array.name if store.kind == "files" else "d")
             opened = ts.open(spec, open=True, read=True, context=store.context).result()

@@ -50,6 +50,7 @@ from orbax_nnx_handler.storage.reading.single_replica import (
     share_out,
 )
 from orbax_nnx_handler.storage.reading.workers import Arena, Memory
+from orbax_nnx_handler.storage.stores.locations import kvstore_spec
 
 _EMPTY_VALUES: dict[str, Any] = {"None": None, "NamedTuple": None, "Dict": {}, "List": [], "Tuple": ()}
 
@@ -86,6 +87,8 @@ def read_with_orbax(
     )
     restore_args = _disk_tree(checkpoint, args, ocp.RestoreArgs())
     try:
+        # Orbax has TensorStore open the directory: it must be the one that was listed.
+        kvstore_spec(checkpoint.directory)
         tree = handler.restore(
             checkpoint.directory, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
         )

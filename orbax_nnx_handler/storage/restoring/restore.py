@@ -112,12 +112,12 @@ def _read(checkpoint: Checkpoint, path: Path) -> Any:
     array = checkpoint.arrays[path]
     if array.store.kind == "archive":
         return read_values(checkpoint, [path])[path]
-    spec = {
-        "driver": array.encoding.driver,
-        "kvstore": {**array.store.spec, "path": f"{array.store.spec.get('path', '')}{array.name}/"},
-        "fill_missing_data_reads": not checkpoint.writes_fill,
-    }
     try:
+        spec = {
+            "driver": array.encoding.driver,
+            "kvstore": array.store.array_spec(array.name),
+            "fill_missing_data_reads": not checkpoint.writes_fill,
+        }
         return ts.open(spec, open=True, read=True, context=array.store.context).result().read().result()
     except ValueError as error:
         raise UnreadableLeafError(

@@ -26,6 +26,7 @@ from orbax_nnx_handler.storage.saving.item import ItemLeaf
 from orbax_nnx_handler.storage.saving.saved import (
     SavedLeaf,
     cells_of,
+    check_folders,
     check_names,
     check_spellings,
     with_empty_gates,
@@ -144,6 +145,8 @@ def linen_save(
     flavour: Flavour = "linen",
     tx: Transformation | None = None,
     undone: Undone = (),
+    *,
+    in_folders: bool = False,
 ) -> ocp.args.PyTreeSave:
     """Returns the save arguments for NNX state in the layout of a Linen program.
 
@@ -151,14 +154,19 @@ def linen_save(
     recurrent cells, which Linen stores one by one; arrays stay where they are, for
     Orbax to write in the background.
 
+    With `in_folders`, each array gets a directory on this machine.
+
     Raises:
         RuleError: See `plan_save`.
         DtypeMismatchError: The step is beyond int32.
+        RestoreError: See `plan_save` and `check_folders`.
         ValueError: A leaf is a `jax.ShapeDtypeStruct`; see `plan_save` and `add_leftovers`.
     """
     if not is_nnx(given.item):
         return given
     plan = plan_save(given.item, flavour, tx, undone)
+    if in_folders:
+        check_folders(plan.leaves)
     _check_values(plan)
     _warn(layers_inside(plan.leaves))
     save_args = given.save_args

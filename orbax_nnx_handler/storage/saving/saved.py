@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.mapping.modules import GRU_GATES, LSTM_GATES
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.trees import array_name, leads_out
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
+from orbax_nnx_handler.storage.stores.locations import MISREAD, is_misread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,6 +241,21 @@ def check_names(paths: Iterable[Path]) -> None:
         other = known.setdefault(name, path)
         if other is not path:
             raise _both_at(repr(name), other, path, "Orbax joins the keys of a path by dots.")
+
+
+def check_folders(paths: Iterable[Path]) -> None:
+    """Raises where an array could not have a directory of its own, under its name.
+
+    Raises:
+        RestoreError: Names the path.
+    """
+    for path in paths:
+        if is_misread(array_name(path)):
+            raise RestoreError(
+                f"{_keys(path)} cannot be stored in a directory of its own: {MISREAD}.",
+                paths=[path],
+                hints=["save with use_ocdbt=True: the database keeps such names. Or call it otherwise."],
+            )
 
 
 def check_spellings(paths: Iterable[Path]) -> None:

@@ -20,7 +20,7 @@ from etils import epath
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.stores.backends import CONTEXT_SPEC, LocalFiles, RemoteFiles
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile, Sizes
-from orbax_nnx_handler.storage.stores.locations import is_url, kvstore_spec
+from orbax_nnx_handler.storage.stores.locations import MISREAD, is_misread, is_url, kvstore_spec
 from orbax_nnx_handler.storage.stores.ocdbt import (
     DamagedDatabaseError,
     Extent,
@@ -178,10 +178,21 @@ class Store:
         spec = {"driver": "ocdbt", "base": kvstore_spec(self.directory), "cache_pool": "cache_pool"}
         return ts.KvStore.open(spec, context=self.context).result()
 
-    @property
-    def spec(self) -> dict[str, Any]:
-        """TensorStore's description, to open single arrays with."""
-        return self.kvstore.spec().to_json()
+    def array_spec(self, name: str) -> dict[str, Any]:
+        """Returns TensorStore's description of where an array lies.
+
+        Raises:
+            MisreadError: TensorStore would open another.
+        """
+        if self.kind != "ocdbt":
+            return kvstore_spec(self.directory / name)
+        return {**self.kvstore.spec().to_json(), "path": f"{name}/"}
+
+    def misread(self, name: str) -> str | None:
+        """Returns why an array of this name is none of the store's, or None if it may be."""
+        if self.kind != "files" or not self.local or not is_misread(name):
+            return None
+        return f"{self.directory} can have no directory {name!r}: {MISREAD} (OCDBT keeps such names)"
 
     def extent(self, key: str) -> Extent | None:
         """Returns the file that holds a key's value, or None where only the store can tell."""

@@ -71,6 +71,11 @@ def check_writable(path: epath.Path) -> None:
             f"{text} cannot be written: Orbax would store nothing below a directory with '[' in its name.",
             hints=[Hint("choose a path without '['.")],
         )
+    if not is_url(path) and is_misread(text):
+        raise RestoreError(
+            f"{text} cannot be written: {MISREAD}, and Orbax would write half of it elsewhere.",
+            hints=[Hint("choose a path without a backslash.")],
+        )
 
 
 def parents_of(path: epath.Path) -> list[epath.Path]:
@@ -84,10 +89,28 @@ def _has_bucket(path: epath.Path) -> bool:
     return bool(os.fspath(path).partition("://")[2].strip("/"))
 
 
+MISREAD = "TensorStore takes a backslash in a path for a separator"
+
+
+class MisreadError(ValueError):
+    """TensorStore would open something else than what lies at a path."""
+
+
+def is_misread(path: str) -> bool:
+    """Tells whether TensorStore takes a path of this machine for another; other keys it takes as they are."""
+    return "\\" in path
+
+
 def kvstore_spec(path: epath.Path) -> Any:
-    """Returns TensorStore's description of a folder."""
+    """Returns TensorStore's description of a folder.
+
+    Raises:
+        MisreadError: TensorStore would open another.
+    """
     text = os.fspath(path)
     if not is_url(path):
+        if is_misread(os.fspath(path.absolute())):
+            raise MisreadError(f"{MISREAD}, and would read elsewhere")
         return {"driver": "file", "path": f"{path.absolute()}/"}
     scheme, _, rest = text.rstrip("/").partition("://")
     bucket, _, key = rest.partition("/")
@@ -162,6 +185,8 @@ def _hint(path: str, error: BaseException, text: str) -> str:
 def _local_hint(error: BaseException) -> str:
     if isinstance(error, OutsideError):
         return "if that file belongs to it, copy the checkpoint with what its links mean: cp -rL FROM TO."
+    if isinstance(error, MisreadError):
+        return "give its folders names without a backslash, or copy the checkpoint to such a place."
     if isinstance(error, PermissionError):
         return "this user may not read it: change its permissions, or run as its owner."
     return "a file of it is damaged, or is none: copy it again from where it was written."

@@ -7,7 +7,16 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
 
-from orbax_nnx_handler import RestoreError, UnreadableLeafError, cli, plan_restore, restore, save
+from orbax_nnx_handler import (
+    NNXLinenHandler,
+    NNXLinenSave,
+    RestoreError,
+    UnreadableLeafError,
+    cli,
+    plan_restore,
+    restore,
+    save,
+)
 
 ONE, OTHER = np.float32([1, 2]), np.float32([3, 4])
 
@@ -44,6 +53,21 @@ def test_a_name_that_cannot_be_read_back_is_refused(key, tmp_path) -> None:
         save(tmp_path / "out", state({key: ONE}))
 
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["a\\b", "\\", "..\\x"])
+def test_a_directory_for_an_array_whose_name_has_a_backslash_is_refused(key, tmp_path) -> None:
+    given = state({key: ONE})
+    refused = pytest.raises(RestoreError, match=r"hint: save with use_ocdbt=True")
+    with ocp.Checkpointer(NNXLinenHandler(use_ocdbt=False)) as checkpointer, refused:
+        checkpointer.save(tmp_path / "out", args=NNXLinenSave(given))
+    # Orbax's checkpointer notes when a save begins.
+    assert {found.name for found in tmp_path.rglob("*") if found.is_file()} <= {"_CHECKPOINT_METADATA"}
+    assert not (tmp_path / "out").exists()
+
+    with ocp.Checkpointer(NNXLinenHandler(use_ocdbt=True)) as checkpointer:
+        checkpointer.save(tmp_path / "as_hinted", args=NNXLinenSave(given))
+    np.testing.assert_array_equal(restore(tmp_path / "as_hinted", given)[key].get_value(), ONE)
 
 
 @pytest.mark.parametrize(

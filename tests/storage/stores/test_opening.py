@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 
-from orbax_nnx_handler import RestoreError, plan_restore, restore
+from orbax_nnx_handler import RestoreError, UnreadableLeafError, plan_restore, restore
 from tests.storage.checkpoints import DiskFormat, save
 
 FORMATS = {
@@ -89,6 +90,69 @@ def test_no_link_to_a_folder_outside_is_followed(tmp_path, disk_format, opened):
     with pytest.raises(RestoreError, match="leads out of the checkpoint"):
         restore(path, WANTED)
     assert not [name for name in opened if "secret" in name]
+
+
+def written_by_tensorstore(path, value):
+    """Writes an array in a codec that is left to TensorStore, below a path without a backslash."""
+    codecs = [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "gzip", "configuration": {"level": 1}},
+    ]
+    metadata = {"shape": [64, 40], "data_type": "float32", "codecs": codecs}
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}, "metadata": metadata}
+    ts.open(spec, create=True).result().write(np.full((64, 40), value, np.float32)).result()
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+@pytest.mark.parametrize("disk_format", ["zarr", "zarr, zstd", "zarr3", "gzip"])
+def test_a_name_with_a_backslash_reads_no_other_array(tmp_path, disk_format, is_link):
+    path, _ = item(tmp_path, "zarr3" if disk_format == "gzip" else disk_format)
+    fields = json.loads((path / "_METADATA").read_text())
+    fields["tree_metadata"]["('w',)"]["key_metadata"][0]["key"] = "x\\secret"
+    (path / "_METADATA").write_text(json.dumps(fields))
+    shutil.move(path / "w", path / "x\\secret")
+    if disk_format == "gzip":
+        shutil.rmtree(path / "x\\secret")
+        written_by_tensorstore(tmp_path / "own", 1.0)
+        shutil.move(tmp_path / "own", path / "x\\secret")
+    other = tmp_path / "outside" if is_link else path / "x"
+    written_by_tensorstore(other / "secret", 42.0)
+    if is_link:
+        (path / "x").symlink_to(other)
+
+    with pytest.raises(UnreadableLeafError, match="takes a backslash in a path for a separator") as caught:
+        restore(path, {"x\\secret": WANTED["w"]})
+    assert "x\\secret" in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("disk_format", FORMATS)
+def test_a_database_keeps_a_name_with_a_backslash_and_a_directory_is_not_written(tmp_path, disk_format):
+    values = np.arange(6, dtype=np.float32)
+    path = save(tmp_path / "item", {"a\\b": values}, FORMATS[disk_format])
+
+    wanted = {"a\\b": jax.ShapeDtypeStruct((6,), jnp.float32)}
+
+    if disk_format == "ocdbt":
+        np.testing.assert_array_equal(restore(path, wanted)["a\\b"], values)
+        return
+    with pytest.raises(UnreadableLeafError, match="takes a backslash in a path for a separator"):
+        restore(path, wanted)
+
+
+def test_a_directory_with_a_backslash_is_read_itself_or_not_at_all(tmp_path):
+    path, values = item(tmp_path, "zarr3")
+    (tmp_path / "other").mkdir()
+    shutil.move(path, tmp_path / "other\\item")
+    written_by_tensorstore(tmp_path / "other" / "item" / "w", 42.0)
+    path = tmp_path / "other\\item"
+
+    np.testing.assert_array_equal(restore(path, WANTED)["w"], values)
+    shutil.rmtree(path / "w")
+    written_by_tensorstore(tmp_path / "own", 1.0)
+    shutil.move(tmp_path / "own", path / "w")
+    with pytest.raises(UnreadableLeafError, match="takes a backslash in a path for a separator"):
+        restore(path, WANTED)
 
 
 @pytest.mark.parametrize("disk_format", FORMATS)

@@ -84,6 +84,7 @@ def test_a_key_is_what_the_path_says_whatever_its_characters_mean_in_a_url(schem
     [
         ("s3://bucket/x", "Orbax writes to gs:// and to directories"),
         ("/run[1]/x", "a directory with '\\[' in its name"),
+        ("/run\\1/x", "takes a backslash in a path for a separator"),
     ],
 )
 def test_where_orbax_cannot_write_nothing_is_begun(path, said):

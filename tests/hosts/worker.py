@@ -312,7 +312,7 @@ def _bytes_read() -> Iterator[list[int]]:
     def noting_arrays(*args: Any, **kwargs: Any) -> Any:
         return originals["read_arrays"](*args, **kwargs | {"progress": read.append})
 
-    def noting_shards(checkpoint: Any, group: Any, limit: Any, _: Any) -> Any:
+    def noting_shards(checkpoint: Any, group: Any, limit: Any, *_: Any) -> Any:
         return originals["read_shards"](checkpoint, group, limit, read.append)
 
     everywhere.read_arrays, everywhere.read_shards = noting_arrays, noting_shards

@@ -38,6 +38,12 @@ def flatten(tree: Any) -> Leaves:
     return {tuple(_key(entry) for entry in path): leaf for path, leaf in pairs}
 
 
+def numbers_beside(item: Any) -> Leaves:
+    """Returns the numbers that stand beside NNX objects, which `nnx.split` would take for settings."""
+    pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(item, is_leaf=_is_nnx)[0])
+    return {tuple(_key(entry) for entry in path): leaf for path, leaf in pairs if isinstance(leaf, _NUMBERS)}
+
+
 def children(node: Any) -> list[tuple[Hashable, Any]] | None:
     """Returns the direct children of a pytree node by key; None for a leaf."""
     if _is_variable(node):
@@ -55,6 +61,7 @@ def children(node: Any) -> list[tuple[Hashable, Any]] | None:
 
 
 _NNX = (nnx.State, nnx.Pytree, nnx.Module, nnx.Variable)
+_NUMBERS = (bool, int, float, complex, np.generic)
 
 
 def _outermost(item: Any) -> list[Any]:
@@ -188,6 +195,8 @@ def _take_apart(item: Any) -> _Apart:
 
 
 def _take_apart_graph(item: Any) -> _Apart:
+    if numbers_beside(item):
+        item = jax.tree.map(_number_as_array, item, is_leaf=_is_nnx)
     graphdef, state = cast("tuple[Any, Any]", nnx.split(item))
     flat, values, rebuild = _take_apart(state)
     bare = _bare_leaves(item)
@@ -323,9 +332,17 @@ def _wanted(path: Path, node: Any, value: Any, override: Any, placer: ShardingRu
     )
 
 
+def _number_as_array(value: Any) -> Any:
+    if not isinstance(value, _NUMBERS):
+        return value
+    number = cast(Any, value)
+    is_numpys = isinstance(number, np.generic)
+    return np.asarray(number, dtype=None if is_numpys else jax.dtypes.canonicalize_dtype(type(number)))
+
+
 def _as_array(path: Path, value: Any) -> Any:
-    if isinstance(value, bool | int | float | complex):
-        return np.asarray(value, dtype=jax.dtypes.canonicalize_dtype(type(value)))
+    if isinstance(value, _NUMBERS):
+        return _number_as_array(value)
     raise RestoreError(
         f"target leaf {render(path)} is a {type(value).__name__}: it has no shape and dtype.",
         paths=(path,),

@@ -13,6 +13,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
@@ -240,6 +241,9 @@ def _copied_from_host(
     placed: list[jax.Array] = jax.device_put(values, [job.sharding for job in here])
     arrays: dict[Path, jax.Array] = {}
     for job, value, array in zip(here, values, placed, strict=True):
+        if isinstance(array, Tracer):
+            arrays[job.path] = array
+            continue
         array.block_until_ready()
         arrays[job.path] = jnp.copy(array).block_until_ready() if _is_adopted(array, value) else array
         if progress is not None:

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
-from orbax_nnx_handler.planning.target.target import children, flatten, is_graph
+from orbax_nnx_handler.planning.target.target import children, flatten, is_graph, numbers_beside
 
 _OPT_STATE = "opt_state"
 
@@ -88,6 +88,7 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
         )
     optimizers = dict(_optimizers(item))
     nodes = flatten(_state_of(item)) | _abstract_arrays(item)
+    nodes |= numbers_beside(item) if is_graph(item) else {}
     leaves = {path: ItemLeaf(path, node) for path, node in nodes.items()}
     if not optimizers:
         return (_without_optimizer(item, leaves, model_key),)

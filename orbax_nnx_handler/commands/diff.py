@@ -5,8 +5,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from orbax_nnx_handler.commands.arguments import (
     add_item,
     add_json,
@@ -17,6 +15,7 @@ from orbax_nnx_handler.commands.arguments import (
     rules_of,
 )
 from orbax_nnx_handler.commands.screen import Screen, count
+from orbax_nnx_handler.planning.core.dtypes import common_dtype
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.lines import aligned
@@ -174,7 +173,7 @@ def _values(
     ours = _written(left, rules)
     theirs: dict[Path, Written] = {segments(path): item for path, item in as_stored(right).items()}
     keys = [key for key in ours if key in theirs and ours[key].shape == theirs[key].shape]
-    dtypes = [jnp.promote_types(ours[key].dtype, theirs[key].dtype) for key in keys]
+    dtypes = [common_dtype(ours[key].dtype, theirs[key].dtype) for key in keys]
     sides = [
         [dataclasses.replace(side[key], dtype=dtype) for key, dtype in zip(keys, dtypes, strict=True)]
         for side in (ours, theirs)

@@ -1,8 +1,10 @@
 """`orbax-nnx diff`: what differs, and in values by how much."""
 
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 
 
 @pytest.fixture
@@ -109,3 +111,22 @@ def test_without_values_the_last_line_counts_what_agrees(cli, pair) -> None:
         "",
         "2 leaves agree in path, shape and dtype; --values compares their values.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *(("float8_e4m3fn", other) for other in ("float32", "float8_e5m2", "complex64")),
+        *(("int4", other) for other in ("int8", "float32", "float8_e5m2")),
+        ("uint4", "int32"),
+    ],
+)
+def test_numbers_of_4_and_8_bits_are_compared_with_any_others(cli, tmp_path, one, other) -> None:
+    for name, dtype, values in (("a", one, [1, 2, 3]), ("b", other, [1, 2, 7])):
+        content = serialization.to_bytes({"w": np.array(values).astype(jnp.dtype(dtype))})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "flax_model.msgpack").write_bytes(content)
+
+    for names in (("a", "b"), ("b", "a")):
+        said = cli("diff", *(tmp_path / name for name in names), "--values", "--json")
+        assert said.json["values"] == [{"path": "w", "unequal": 1, "largest": 4.0}]

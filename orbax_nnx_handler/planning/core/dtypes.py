@@ -67,6 +67,16 @@ def wide_dtype(*dtypes: Any) -> Any:
     return wide
 
 
+def common_dtype(one: Any, other: Any) -> Any:
+    """Returns the dtype in which values of two dtypes are compared."""
+    try:
+        return jnp.promote_types(one, other)
+    # JAX promotes 4- and 8-bit numbers to no other kind.
+    except ValueError:
+        wider = [wide for wide, narrow in ((one, other), (other, one)) if holds(wide, narrow)]
+        return wider[0] if wider else wide_dtype(one, other)
+
+
 def same_key(impl: str | None, dtype: Any) -> bool:
     """Tells whether a stored key's implementation is that of a wanted key dtype."""
     return impl is not None and jax.random.key(0, impl=impl).dtype == dtype

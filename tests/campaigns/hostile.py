@@ -206,6 +206,7 @@ def _operations(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Callable[
         "tree": lambda: _command("tree", str(path)),
         "plan": lambda: plan_restore(path, WANTED)._repr_html_(),
         "restore": lambda: restore(path, WANTED),
+        "diff": lambda: _command("diff", str(path), str(path), "--values", "--json", "--memory", "2"),
         "convert": lambda: _command("convert", str(path), str(folder / "made" / "out"), "--memory", "2"),
     }
 

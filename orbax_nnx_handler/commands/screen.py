@@ -276,8 +276,14 @@ def _for_json(value: Any) -> Any:
     return value
 
 
+_LONGEST_CELL = 200
+
+
 def _plain(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
-    widths = [max(len(row[at]) for row in rows) for at in range(max(map(len, rows), default=0))]
+    # One name that is longer than any line must not push the others' columns away.
+    widths = [
+        min(_LONGEST_CELL, max(len(row[at]) for row in rows)) for at in range(max(map(len, rows), default=0))
+    ]
     lines: list[str] = []
     for row in rows:
         cells = [

@@ -1,5 +1,7 @@
 """`orbax-nnx tree`: the whole text, the whole JSON."""
 
+import numpy as np
+
 from tests.cases import load_case
 
 
@@ -125,3 +127,15 @@ def test_a_path_that_is_no_checkpoint_is_an_error_without_a_traceback(cli, tmp_p
         f"NotACheckpointError: {tmp_path} is no Orbax checkpoint; it holds: notes.txt.\n"
     )
     assert "Traceback" not in said.err
+
+
+def test_one_very_long_name_does_not_widen_the_other_rows(cli, tmp_path) -> None:
+    leaves = {
+        "n" * 20_000: np.ones(2, np.float32),
+        **{f"w{at}x": np.ones(at + 1, np.float32) for at in range(9)},
+    }
+    np.savez(tmp_path / "model.npz", **leaves)
+
+    said = cli("tree", tmp_path / "model.npz").out
+
+    assert max(len(line) for line in said.splitlines() if "nnn" not in line) < 300

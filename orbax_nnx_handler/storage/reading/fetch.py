@@ -8,7 +8,6 @@ opened by TensorStore. Which chunks are absent is known from the catalog before 
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -41,7 +40,7 @@ from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.members import pieces_of_member
 from orbax_nnx_handler.storage.reading.streams import Content
 from orbax_nnx_handler.storage.stores.kvstore import Extent, Store
-from orbax_nnx_handler.storage.stores.locations import check_links, reason_and_hint
+from orbax_nnx_handler.storage.stores.locations import reason_and_hint
 
 
 def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region]]) -> dict[Path, list[str]]:
@@ -124,8 +123,6 @@ class LeafToRead:
                 "kvstore": store.array_spec(self.array.name),
                 "fill_missing_data_reads": not self.writes_fill,
             }
-            if store.local:
-                check_links(os.fspath(store.directory), self.array.name if store.kind == "files" else "d")
             opened = ts.open(spec, open=True, read=True, context=store.context).result()
             place.put(opened[slices(place.region)].read().result())
         except LostValueError as error:

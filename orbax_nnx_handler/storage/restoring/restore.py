@@ -119,7 +119,7 @@ def _read(checkpoint: Checkpoint, path: Path) -> Any:
             "fill_missing_data_reads": not checkpoint.writes_fill,
         }
         return ts.open(spec, open=True, read=True, context=array.store.context).result().read().result()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UnreadableLeafError(
             f"{render(path)} cannot be read from {array.store.directory}: {error}", paths=[path]
         ) from error

@@ -11,6 +11,7 @@ as they were listed, cannot hold.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +21,7 @@ from etils import epath
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.stores.backends import CONTEXT_SPEC, LocalFiles, RemoteFiles
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile, Sizes
-from orbax_nnx_handler.storage.stores.locations import MISREAD, is_misread, is_url, kvstore_spec
+from orbax_nnx_handler.storage.stores.locations import MISREAD, check_files, is_misread, is_url, kvstore_spec
 from orbax_nnx_handler.storage.stores.ocdbt import (
     DamagedDatabaseError,
     Extent,
@@ -179,13 +180,20 @@ class Store:
         return ts.KvStore.open(spec, context=self.context).result()
 
     def array_spec(self, name: str) -> dict[str, Any]:
-        """Returns TensorStore's description of where an array lies.
+        """Returns TensorStore's description of where an array lies, which it opens by itself.
 
         Raises:
             MisreadError: TensorStore would open another.
+            OutsideError: A link among its files, or the database's, leads out.
+            OSError: One of them is a pipe or a device.
         """
         if self.kind != "ocdbt":
+            if self.local:
+                check_files(os.fspath(self.directory), name)
             return kvstore_spec(self.directory / name)
+        if self.local:
+            for folder in dict.fromkeys(file.partition("/")[0] for file in self.sizes):
+                check_files(os.fspath(self.directory), folder)
         return {**self.kvstore.spec().to_json(), "path": f"{name}/"}
 
     def misread(self, name: str) -> str | None:

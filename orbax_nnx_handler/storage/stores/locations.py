@@ -7,6 +7,7 @@ a folder `blobs` of their own (https://huggingface.co/docs/huggingface_hub/guide
 """
 
 import os
+import pathlib
 import re
 import stat
 from typing import Any
@@ -234,15 +235,19 @@ def check_inside(folder: str, name: str) -> None:
         _target(folder, f"{folder}/{name}")
 
 
-def check_links(folder: str, name: str) -> None:
-    """Raises if a link below a folder of files leads out, for readers that open files themselves.
+def check_files(folder: str, name: str) -> None:
+    """Raises if a file below a folder is none that a reader may open that does so by itself.
 
     Raises:
-        OutsideError: Says where it leads.
+        OutsideError: A link leads elsewhere.
+        OSError: It is a pipe or a device.
     """
     for path, folders, files in os.walk(f"{folder}/{name}"):
         for entry in (*folders, *files):
             check_inside(folder, f"{path}/{entry}"[len(folder) + 1 :])
+        for file in map(pathlib.Path(path).joinpath, files):
+            if file.exists() and not file.is_file():
+                raise OSError(f"{file} is no regular file")
 
 
 def _has_link(folder: str, name: str) -> bool:

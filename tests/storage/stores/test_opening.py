@@ -22,6 +22,10 @@ FORMATS = {
     "zarr3": DiskFormat(False, True, False),
     "ocdbt": DiskFormat(True, True, False),
 }
+GZIP = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "gzip", "configuration": {"level": 1}},
+]
 UNNEEDED = ("_CHECKPOINT_METADATA", "commit_success.txt", "_sharding", "process_0")
 WANTED = {"w": jax.ShapeDtypeStruct((64, 40), jnp.float32)}
 
@@ -94,11 +98,7 @@ def test_no_link_to_a_folder_outside_is_followed(tmp_path, disk_format, opened):
 
 def written_by_tensorstore(path, value):
     """Writes an array in a codec that is left to TensorStore, below a path without a backslash."""
-    codecs = [
-        {"name": "bytes", "configuration": {"endian": "little"}},
-        {"name": "gzip", "configuration": {"level": 1}},
-    ]
-    metadata = {"shape": [64, 40], "data_type": "float32", "codecs": codecs}
+    metadata = {"shape": [64, 40], "data_type": "float32", "codecs": GZIP}
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}, "metadata": metadata}
     ts.open(spec, create=True).result().write(np.full((64, 40), value, np.float32)).result()
 
@@ -138,6 +138,45 @@ def test_a_database_keeps_a_name_with_a_backslash_and_a_directory_is_not_written
         return
     with pytest.raises(UnreadableLeafError, match="takes a backslash in a path for a separator"):
         restore(path, wanted)
+
+
+@pytest.mark.parametrize("folder", ["d/", "ocdbt.process_0/d/"])
+@pytest.mark.parametrize("place", ["a link", "a pipe"])
+def test_no_data_file_of_a_database_that_tensorstore_opens_is_a_link_out_or_a_pipe(tmp_path, folder, place):
+    path, _ = item(tmp_path, "ocdbt")
+    shutil.rmtree(path / "ocdbt.process_0", ignore_errors=True)
+    shutil.rmtree(path / "d")
+    (path / "manifest.ocdbt").unlink()
+    database = {"driver": "ocdbt", "base": f"file://{path}/", "value_data_prefix": folder, "path": "w/"}
+    metadata = {"shape": [64, 40], "data_type": "float32", "codecs": GZIP}
+    array = ts.open({"driver": "zarr3", "kvstore": database, "metadata": metadata}, create=True).result()
+    values = np.random.default_rng(0).normal(size=(64, 40)).astype(np.float32)
+    array.write(values).result()
+    np.testing.assert_array_equal(restore(path, WANTED)["w"], values)
+    data = max((path / folder).iterdir(), key=lambda file: file.stat().st_size)
+    shutil.move(data, tmp_path / "secret")
+    if place == "a link":
+        data.symlink_to(tmp_path / "secret")
+    else:
+        os.mkfifo(data)
+
+    with pytest.raises(RestoreError, match="leads out of the checkpoint" if place == "a link" else "absent"):
+        restore(path, WANTED)
+
+
+@pytest.mark.parametrize("place", ["a link", "a pipe"])
+def test_no_count_is_read_through_a_link_out_or_a_pipe(tmp_path, place):
+    path = save(tmp_path / "item", {"step": np.int64(1 << 40)}, FORMATS["zarr3"])
+    (chunk,) = [file for file in files_of(path / "step") if file.name != "zarr.json"]
+    shutil.move(chunk, tmp_path / "secret")
+    if place == "a link":
+        chunk.symlink_to(tmp_path / "secret")
+    else:
+        os.mkfifo(chunk)
+
+    said = "leads out of the checkpoint" if place == "a link" else "no regular file"
+    with pytest.raises(UnreadableLeafError, match=said):
+        restore(path, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
 
 
 def test_a_directory_with_a_backslash_is_read_itself_or_not_at_all(tmp_path):

@@ -407,3 +407,14 @@ def test_an_archive_of_any_name_is_known_by_its_first_bytes(tmp_path: pathlib.Pa
     (tmp_path / "weights").write_bytes(packed({"a": np.zeros(3, np.float32)}))
 
     assert read_metadata(find_item(tmp_path / "weights")).disk_format == "npz"
+
+
+def test_an_array_of_more_axes_than_there_can_be_is_an_unreadable_leaf(tmp_path: pathlib.Path) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({'1,' * 70})}}".encode()
+    member = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4)
+    (tmp_path / "x.npz").write_bytes(zipped([("a.npy", member)]))
+
+    with pytest.raises(
+        UnreadableLeafError, match="damaged: shape has 70 axes, which is no shape: 64 is the most"
+    ):
+        restore(tmp_path / "x.npz", {"a": jax.ShapeDtypeStruct((1,) * 70, np.float32)})

@@ -216,6 +216,7 @@ def _gates(cell: _Cell, path: Path, leaf: SavedLeaf) -> dict[Path, SavedLeaf]:
     return found
 
 
+_LOCK, _LONGEST = ".__lock", 255
 _RENAME = "call one of the two otherwise, or save them as items of their own."
 
 
@@ -250,9 +251,15 @@ def check_folders(paths: Iterable[Path]) -> None:
         RestoreError: Names the path.
     """
     for path in paths:
-        if is_misread(array_name(path)):
+        name = array_name(path)
+        reason = MISREAD if is_misread(name) else ""
+        if any(part.endswith(_LOCK) for part in name.split("/")):
+            reason = f"TensorStore keeps names that end in '{_LOCK}' for itself"
+        if any(len(part.encode(errors="replace")) > _LONGEST for part in name.split("/")):
+            reason = f"a directory's name has at most {_LONGEST} bytes"
+        if reason:
             raise RestoreError(
-                f"{_keys(path)} cannot be stored in a directory of its own: {MISREAD}.",
+                f"{_keys(path)} cannot be stored in a directory of its own: {reason}.",
                 paths=[path],
                 hints=["save with use_ocdbt=True: the database keeps such names. Or call it otherwise."],
             )

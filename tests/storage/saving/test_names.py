@@ -55,8 +55,8 @@ def test_a_name_that_cannot_be_read_back_is_refused(key, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("key", ["a\\b", "\\", "..\\x"])
-def test_a_directory_for_an_array_whose_name_has_a_backslash_is_refused(key, tmp_path) -> None:
+@pytest.mark.parametrize("key", ["a\\b", "\\", "..\\x", "a.__lock", "ß" * 128])
+def test_a_name_that_no_directory_can_have_is_refused_without_a_database(key, tmp_path) -> None:
     given = state({key: ONE})
     refused = pytest.raises(RestoreError, match=r"hint: save with use_ocdbt=True")
     with ocp.Checkpointer(NNXLinenHandler(use_ocdbt=False)) as checkpointer, refused:

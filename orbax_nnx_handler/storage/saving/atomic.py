@@ -37,6 +37,8 @@ _HERE, _EXCHANGE, _SWAP = -100, 2, 2
 # In a directory that is being written to: locked by its process, and says on which machine that runs.
 _OWNER = ".owner"
 _REPLACED = ".replaced"
+# To list and remove a tree of directories takes one for each level.
+_SPARE_DESCRIPTORS = 8
 
 
 def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force: bool) -> None:
@@ -110,7 +112,7 @@ def appearing(destination: epath.Path) -> Generator[epath.Path]:
         top = top.parent
     _clear_left_behind(top)
     work = top.parent / working_name(top.name)
-    with _held(work):
+    with _held(work) as spare:
         try:
             inside = work / destination.relative_to(top.parent)
             inside.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,7 @@ def appearing(destination: epath.Path) -> Generator[epath.Path]:
             else:
                 (work / top.name).rename(top)
         except BaseException:
+            spare.close()
             _clear(work)
             raise
         # Nothing writes any more, so that there is nothing to wait for.
@@ -127,11 +130,18 @@ def appearing(destination: epath.Path) -> Generator[epath.Path]:
 
 
 @contextlib.contextmanager
-def _held(work: epath.Path) -> Generator[None]:
-    """Makes a directory and holds its lock, which goes with the process however that ends."""
+def _held(work: epath.Path) -> Generator[contextlib.ExitStack]:
+    """Makes a directory and holds its lock, which goes with the process however that ends.
+
+    Gives descriptors to be closed where the process may open no more, so that it can clear up.
+    """
     descriptor = _locked(work)
     try:
-        yield
+        with contextlib.ExitStack() as spare:
+            with contextlib.suppress(OSError):
+                for _ in range(_SPARE_DESCRIPTORS):
+                    spare.callback(os.close, os.dup(descriptor))
+            yield spare
     finally:
         os.close(descriptor)
 

@@ -16,6 +16,15 @@ def _model(numbers):
     return {"hidden": numbers.dense(4, 8), "out": numbers.dense(8, 3)}
 
 
+def _quantised(model, dtype, kept):
+    """Returns the layers with their kernels kept as codes and scales."""
+    stored = {}
+    for layer, parts in model.items():
+        codes, scale = _codes(parts["kernel"], dtype, (FLOATS | INTEGERS)[dtype])
+        stored[layer] = {"bias": parts["bias"], **kept(codes, scale)}
+    return stored
+
+
 def _codes(kernel, dtype, top):
     scale = np.abs(kernel).max(0, keepdims=True) / top
     return jnp.asarray(np.round(kernel / scale) if top == 127 else kernel / scale).astype(dtype), scale
@@ -25,10 +34,7 @@ def _codes(kernel, dtype, top):
 @pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=lambda dtype: jnp.dtype(dtype).name)
 def test_codes_with_a_scale_beside_them_are_said_to_be_quantised(tmp_path, dtype, name):
     model = _model(Numbers())
-    stored = {}
-    for layer, parts in model.items():
-        codes, scale = _codes(parts["kernel"], dtype, (FLOATS | INTEGERS)[dtype])
-        stored[layer] = {"bias": parts["bias"], "kernel": codes, name: scale}
+    stored = _quantised(model, dtype, lambda codes, scale: {"kernel": codes, name: scale})
     error = refused(write(tmp_path, {"params": stored}), target_of("module", model), unexpected="ignore")
     assert "quantis" in str(error)
 
@@ -45,10 +51,7 @@ WRAPPED = {
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: jnp.dtype(dtype).name)
 def test_a_tree_per_kernel_is_said_to_be_quantised(tmp_path, dtype, wrapped, form):
     model = _model(Numbers())
-    stored = {}
-    for layer, parts in model.items():
-        codes, scale = _codes(parts["kernel"], dtype, (FLOATS | INTEGERS)[dtype])
-        stored[layer] = {"bias": parts["bias"], "kernel": WRAPPED[wrapped](codes, scale)}
+    stored = _quantised(model, dtype, lambda codes, scale: {"kernel": WRAPPED[wrapped](codes, scale)})
     error = refused(write(tmp_path, {"params": stored}), target_of(form, model), unexpected="ignore")
     assert "quantis" in str(error)
 
@@ -129,10 +132,7 @@ def test_codes_are_no_weights_where_the_target_wants_their_scale_too(tmp_path, d
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=lambda dtype: jnp.dtype(dtype).name)
 def test_what_nothing_reads_beside_codes_is_their_scale_whatever_its_name(tmp_path, dtype, name, form):
     model = _model(Numbers())
-    stored = {}
-    for layer, parts in model.items():
-        codes, scale = _codes(parts["kernel"], dtype, (FLOATS | INTEGERS)[dtype])
-        stored[layer] = {"bias": parts["bias"], "kernel": codes, name: scale}
+    stored = _quantised(model, dtype, lambda codes, scale: {"kernel": codes, name: scale})
     error = refused(write(tmp_path, {"params": stored}), target_of(form, model), unexpected="ignore")
     assert "quantis" in str(error)
 

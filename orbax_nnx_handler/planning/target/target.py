@@ -34,14 +34,18 @@ def is_graph(item: Any) -> bool:
 
 def flatten(tree: Any) -> Leaves:
     """Returns the leaves of a pytree by path; an `nnx.Variable` is a leaf."""
-    pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0])
-    return {tuple(_key(entry) for entry in path): leaf for path, leaf in pairs}
+    return _by_path(tree, _is_variable)
 
 
 def numbers_beside(item: Any) -> Leaves:
     """Returns the numbers that stand beside NNX objects, which `nnx.split` would take for settings."""
-    pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(item, is_leaf=_is_nnx)[0])
-    return {tuple(_key(entry) for entry in path): leaf for path, leaf in pairs if isinstance(leaf, _NUMBERS)}
+    beside = _by_path(item, _is_nnx)
+    return {path: leaf for path, leaf in beside.items() if isinstance(leaf, _NUMBERS)}
+
+
+def _by_path(tree: Any, is_leaf: Callable[[Any], bool]) -> Leaves:
+    pairs = cast(list[tuple[Path, Any]], jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0])
+    return {tuple(_key(entry) for entry in path): leaf for path, leaf in pairs}
 
 
 def children(node: Any) -> list[tuple[Hashable, Any]] | None:

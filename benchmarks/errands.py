@@ -60,7 +60,8 @@ def read_then_check(model: Model, path: pathlib.Path, sharding: Sharding) -> Tri
 def _state_and_tree(model: Model, path: pathlib.Path, sharding: Sharding) -> tuple[Any, Any]:
     """Returns the values as an NNX state and as the Linen tree, each by its own reader.
 
-    Every save has both made before, for either reader loads what its own save would have to load otherwise.
+    Every save has both made before and keeps both: either reader loads what its own save would have to load
+    otherwise, and memory that is given back is there for the save to use.
     """
     return ours(model, path, sharding)[0](), orbax(model, path, sharding)[0]()
 
@@ -75,21 +76,21 @@ def save_ours(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """`orbax_nnx_handler.save` of an NNX state in the Linen layout."""
     from orbax_nnx_handler import save
 
-    state, _ = _state_and_tree(model, path, sharding)
+    both = _state_and_tree(model, path, sharding)
     out = _new(path, "us")
-    return lambda: save(out, state), lambda _: _compare(model, path, out)
+    return lambda: save(out, both[0]), lambda _: _compare(model, path, out)
 
 
 def save_orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """The parent handler saves the same values as the Linen tree they came from."""
     import orbax.checkpoint as ocp
 
-    _, tree = _state_and_tree(model, path, sharding)
+    both = _state_and_tree(model, path, sharding)
     out = _new(path, "orbax")
 
     def run() -> None:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(out, args=ocp.args.PyTreeSave(tree))
+            checkpointer.save(out, args=ocp.args.PyTreeSave(both[1]))
 
     return run, lambda _: _compare(model, path, out)
 
@@ -98,20 +99,22 @@ def begin_ours(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """How long `CheckpointManager.save` keeps a training loop: until it writes in the background."""
     from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave
 
-    state, _ = _state_and_tree(model, path, sharding)
-    return _begin(model, path, _new(path, "us"), NNXLinenHandler(), NNXLinenSave(state))
+    both = _state_and_tree(model, path, sharding)
+    return _begin(model, path, _new(path, "us"), NNXLinenHandler(), lambda: NNXLinenSave(both[0]))
 
 
 def begin_orbax(model: Model, path: pathlib.Path, sharding: Sharding) -> Trial:
     """The same with the parent handler, of the Linen tree."""
     import orbax.checkpoint as ocp
 
-    _, tree = _state_and_tree(model, path, sharding)
+    both = _state_and_tree(model, path, sharding)
     handler = ocp.PyTreeCheckpointHandler()
-    return _begin(model, path, _new(path, "orbax"), handler, ocp.args.PyTreeSave(tree))
+    return _begin(model, path, _new(path, "orbax"), handler, lambda: ocp.args.PyTreeSave(both[1]))
 
 
-def _begin(model: Model, path: pathlib.Path, out: pathlib.Path, handler: Any, args: Any) -> Trial:
+def _begin(
+    model: Model, path: pathlib.Path, out: pathlib.Path, handler: Any, args: Callable[[], Any]
+) -> Trial:
     import orbax.checkpoint as ocp
 
     manager = ocp.CheckpointManager(out, item_handlers=handler)
@@ -121,7 +124,7 @@ def _begin(model: Model, path: pathlib.Path, out: pathlib.Path, handler: Any, ar
         _compare(model, path, out / "0" / "default")
         shutil.rmtree(out)
 
-    return lambda: manager.save(0, args=args), collect
+    return lambda: manager.save(0, args=args()), collect
 
 
 def _compare(model: Model, path: pathlib.Path, out: pathlib.Path) -> None:

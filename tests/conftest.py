@@ -52,6 +52,7 @@ hypothesis.settings.load_profile("suite")
 _SLOWEST = (
     "tests/zoo/test_zoo_models.py",
     "tests/hosts/test_hosts.py",
+    "tests/planning/suggesting/test_settled_rules.py",
     "tests/zoo/test_zoo_modules.py",
     "tests/benchmarks/test_restores.py",
     "tests/verifying/test_mistakes.py",
@@ -68,6 +69,8 @@ _SLOWEST = (
     "tests/planning/suggesting/test_unseen_pairs.py",
     "tests/test_demo.py",
     "tests/laws/test_law_02_collections.py",
+    "tests/campaigns/test_parsers.py",
+    "tests/planning/suggesting/test_foreign_pairs.py",
     "tests/benchmarks/test_simulate.py",
     "tests/storage/saving/test_saving.py",
     "tests/planning/diagnosis/test_hints.py",

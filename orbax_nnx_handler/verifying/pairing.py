@@ -7,15 +7,22 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import (
+    Add,
     Concat,
     Fill,
     Index,
     Read,
     Recipe,
+    Reshape,
+    Scale,
+    Shapes,
     Slice,
     Stack,
+    Transpose,
+    shape_of,
 )
 from orbax_nnx_handler.verifying.recording import Array, Call
 
@@ -84,6 +91,44 @@ def layers_of(recipe: Recipe) -> list[_Atoms]:
             ]
         case _:
             return layers_of(recipe.source)
+
+
+def layer_of(recipe: Recipe, axis: int, layer: int, shapes: Shapes) -> Recipe:
+    """Returns the recipe of one element of a leaf along an axis."""
+    match recipe:
+        case Stack(sources, at) if at == axis:
+            return sources[layer]
+        case Stack(sources, at):
+            inner = axis - (at < axis)
+            parts = tuple(layer_of(source, inner, layer, shapes) for source in sources)
+            return Stack(parts, at - (axis < at))
+        case Transpose(source, permutation):
+            inner = permutation[axis]
+            rest = tuple(at - (at > inner) for at in permutation if at != inner)
+            return Transpose(layer_of(source, inner, layer, shapes), rest)
+        case Reshape(source, shape) if axis == 0 and shape_of(source, shapes)[:1] == shape[:1]:
+            return Reshape(layer_of(source, 0, layer, shapes), shape[1:])
+        case Concat(sources, at) if at != axis:
+            parts = tuple(layer_of(source, axis, layer, shapes) for source in sources)
+            return Concat(parts, at - (axis < at))
+        case Scale(source, factor):
+            return Scale(layer_of(source, axis, layer, shapes), factor)
+        case Add(source, constant):
+            return Add(layer_of(source, axis, layer, shapes), constant)
+        case _:
+            return Index(recipe, axis, layer)
+
+
+def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Shape]) -> dict[Path, int]:
+    """Returns the axis of each leaf that the module did not see when it was called."""
+    axes: dict[Path, int] = {}
+    for module, found in calls.items():
+        for name, seen in found[0].shapes.items():
+            whole = wanted.get((*module, name))
+            if whole is not None and len(whole) == len(seen) + 1:
+                fits = [axis for axis in range(len(whole)) if (*whole[:axis], *whole[axis + 1 :]) == seen]
+                axes |= {(*module, name): fits[0]} if fits else {}
+    return axes
 
 
 def pair_modules(

@@ -19,10 +19,10 @@ from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, uses_of
+from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, scanned_axes, uses_of
 from orbax_nnx_handler.verifying.programs import LinenWeights, find_nnx, owner_of, restore_linen
 from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
-from orbax_nnx_handler.verifying.single_module import ModuleRunner, scanned_axes
+from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import (
     TOLERANCE,
     Distance,

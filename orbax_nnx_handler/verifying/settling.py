@@ -1,7 +1,8 @@
 """Open questions of a proposal, settled by running both programs: each at the smallest module that tells.
 
-Each program runs once, under the first answer to every question. Then modules run by themselves, on what
-Linen's were called with, with their weights made in each of the possible ways.
+Each program runs under the first answer to every question. Then modules run by themselves, on what
+Linen's were called with, with their weights made in each of the possible ways. What the first module that
+still differs proves of its weights becomes a rule too, and both programs run again.
 """
 
 import dataclasses
@@ -14,21 +15,22 @@ from orbax_nnx_handler.decide import decide
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Recipe
+from orbax_nnx_handler.planning.core.recipes import Add, Recipe
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.suggesting import Proposal, Suggestion
+from orbax_nnx_handler.planning.suggesting import Proposal, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying.pairing import layers_of
 from orbax_nnx_handler.verifying.programs import on_one_device
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import lent
-from orbax_nnx_handler.verifying.verification import Verification, compare
-from orbax_nnx_handler.verifying.verify import verified
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, compare
+from orbax_nnx_handler.verifying.verify import compared
 
 _MOST_TOGETHER = 64
+_MOST_RUNS = 16
 _EQUAL, _NEAR = 1e-4, 1e-2
 _NEARER = 30
 """How much nearer than any other answer one has to be where the code differs a little too."""
@@ -58,47 +60,87 @@ class Settling:
     init: Callable[[], Any] | None = None
 
     def settled(self) -> Suggestion:
-        """Returns the proposal with its questions answered as far as the outputs tell.
+        """Returns the proposal with its questions answered, and its leaves made, as the outputs tell.
 
         Raises:
             VerificationError: One of the programs fails, or their outputs cannot be compared.
         """
         answers: list[int | None] = [None] * len(self.suggestion.questions)
-        try:
-            plan, parts = self._decided(self._rules([0] * len(answers)))
-        except RestoreError as error:
-            return dataclasses.replace(self.suggestion, proof=f"not run: {str(error).splitlines()[0]}")
-        if answers:
-            self._answer(answers, plan, run_both(self.checkpoint, plan, parts, self.programs, self.init))
-        return self._with(answers)
+        changes: list[Remade] = []
+        rules, restored = self._rules(answers, changes), frozenset[Path]()
+        verification = None
+        for _ in range(_MOST_RUNS):
+            try:
+                plan, parts = self._decided(rules)
+            except RestoreError as error:
+                if restored:
+                    break
+                words = f"not run: {str(error).splitlines()[0]}"
+                return dataclasses.replace(self.suggestion, proof=words)
+            if not plan.restored or not plan.restored.keys() >= restored:
+                break
+            restored = frozenset(plan.restored)
+            runs = run_both(self.checkpoint, plan, parts, self.programs, self.init)
+            ways = self._answer(answers, changes, plan, runs)
+            verification = None
+            if (found := self._rules(answers, changes)) == rules:
+                verification = compared(runs, plan)
+                if verification.equal or verification.first is None:
+                    break
+                _answer_by(verification.first, answers, ways, runs)
+                if (found := self._rules(answers, changes)) == rules:
+                    changes += _made_otherwise(verification.first)
+                    found = self._rules(answers, changes)
+                if found == rules:
+                    break
+            rules = found
+        return self._with(answers, changes, verification)
 
-    def _rules(self, answers: Sequence[int | None]) -> tuple[Rule, ...]:
-        return (*self.options.renames, *self.suggestion.answered(answers))
+    def _rules(self, answers: Sequence[int | None], changes: Sequence[Remade]) -> tuple[Rule, ...]:
+        """Returns all rules, the first answer taken to what has none yet."""
+        first = [answer or 0 for answer in answers]
+        return (*self.options.renames, *self.suggestion.answered(first, changes))
 
     def _decided(self, rules: tuple[Rule, ...], *, check: bool = True) -> tuple[RestorePlan, Target]:
         options = dataclasses.replace(self.options, renames=rules)
         return decide(self.checkpoint, self.target, on_one_device(self.target), options, check=check)
 
-    def _answer(self, answers: list[int | None], plan: RestorePlan, runs: Runs) -> None:
-        ways = [self._ways(number, plan) for number in range(len(answers))]
-        for one in self._modules(runs):
-            left = [number for number, answer in enumerate(answers) if answer is None]
-            about = [number for number in left if _touches(one, ways[number])]
+    def _answer(
+        self, answers: list[int | None], changes: Sequence[Remade], plan: RestorePlan, runs: Runs
+    ) -> Mapping[int, _Ways]:
+        """Answers what modules by themselves tell; returns the ways of each question that had no answer."""
+        ways = {
+            number: self._ways(number, answers, changes, plan)
+            for number, answer in enumerate(answers)
+            if answer is None
+        }
+        for one in self._modules(runs) if ways else ():
+            about = [number for number in ways if answers[number] is None and _touches(one, ways[number])]
             if not about or not all(_stays_within(one, ways[number], plan) for number in about):
                 continue
             if math.prod(len(ways[number]) for number in about) > _MOST_TOGETHER:
                 continue
             chosen = self._chosen(runs, one, [ways[number] for number in about])
             for number, answer in zip(about, chosen or (), strict=False):
-                answers[number] = answer
+                answers[number] = answer if answer >= 0 else None
+        return ways
 
-    def _ways(self, number: int, plan: RestorePlan) -> _Ways:
+    def _ways(
+        self, number: int, answers: Sequence[int | None], changes: Sequence[Remade], plan: RestorePlan
+    ) -> _Ways:
         """Returns what each answer to one question changes, the others answered as the plan has them."""
+        question = self.suggestion.questions[number]
         found: dict[int, Mapping[Path, Recipe]] = {0: {}}
-        for answer in range(1, len(self.suggestion.questions[number].choices)):
-            answers = [answer if at == number else 0 for at in range(len(self.suggestion.questions))]
+        if len(question.choices) == 1:  # Whatever else it might be: outputs have to depend on it.
+            found[-1] = {
+                leaf: Add(plan.restored[leaf].recipe, 1.0)
+                for leaf in question.wanted
+                if leaf in plan.restored
+            }
+        for answer in range(1, len(question.choices)):
+            others = [answer if at == number else given for at, given in enumerate(answers)]
             try:
-                other, _ = self._decided(self._rules(answers), check=False)
+                other, _ = self._decided(self._rules(others, changes), check=False)
             except RestoreError:
                 continue
             found[answer] = {
@@ -140,16 +182,17 @@ class Settling:
         next_ = min((apart[other] for other in others), default=math.inf)
         return best if _tells(apart[best], next_) else None
 
-    def _with(self, answers: Sequence[int | None]) -> Suggestion:
+    def _with(
+        self, answers: Sequence[int | None], changes: Sequence[Remade], verification: Verification | None
+    ) -> Suggestion:
         """Returns the proposal under the answers, and what both programs return under its rules."""
         questions = self.suggestion.questions
-        rules = self.suggestion.answered(answers)
+        rules = self.suggestion.answered(answers, changes)
         known = {proposal.rule: proposal for proposal in self.suggestion.proposals}
-        plan, parts = self._decided((*self.options.renames, *rules), check=False)
+        plan, _ = self._decided((*self.options.renames, *rules), check=False)
         left = [question for question, answer in zip(questions, answers, strict=True) if answer is None]
-        verification = None
-        if not left and plan.restored and plan.error() is None:
-            verification = verified(self.checkpoint, plan, parts, self.programs, init=self.init)
+        if left or plan.error() is not None:
+            verification = None
         wanted, stored = self.suggestion.unmatched_wanted, self.suggestion.unmatched_stored
         return dataclasses.replace(
             self.suggestion,
@@ -162,6 +205,26 @@ class Settling:
             is_proved=verification is not None and verification.equal,
             settle=None,
         )
+
+
+def _made_otherwise(first: FirstDifference) -> list[Remade]:
+    """Returns how outputs prove that weights have to be made of the first module that differs."""
+    layer = first.module.nnx.layer
+    return [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in first.changes.items()]
+
+
+def _answer_by(
+    first: FirstDifference, answers: list[int | None], ways: Mapping[int, _Ways], runs: Runs
+) -> None:
+    """Answers the questions of which one answer makes the weights as outputs prove that they are made."""
+    layer = first.module.nnx.layer
+    for number, changed in ways.items():
+        for answer, made in changed.items():
+            recipes = {
+                leaf: runs.runner.layered(leaf, made[leaf], layer) for leaf in first.changes if leaf in made
+            }
+            if answers[number] is None and recipes and recipes == dict(first.changes):
+                answers[number] = answer
 
 
 def _touches(one: Compared, ways: _Ways) -> bool:

@@ -12,16 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, natural_key, render
 from orbax_nnx_handler.planning.core.recipes import (
     Add,
     Concat,
-    Index,
     Recipe,
     Reshape,
-    Scale,
     Shapes,
     Stack,
     Transpose,
@@ -35,11 +32,13 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
+from orbax_nnx_handler.verifying.pairing import layer_of
 from orbax_nnx_handler.verifying.recording import Array, Call, Held
 from orbax_nnx_handler.verifying.verification import ROUNDING, distance
 
 _MOST_AXES = 4
 _MOST_PARTS = 4
+_MOST_GROUPS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def alternatives(
     yield from (_exchange(*pair, doubtful) for pair in likely)
     for leaf, recipe in doubtful.items():
         yield from _axes(leaf, recipe, shapes)
-    yield from _orders(doubtful)
+    yield from _orders(doubtful, shapes)
     for leaf, recipe in doubtful.items():
         yield from _parts_of(leaf, recipe, shapes)
     for module, theirs in others.items():
@@ -206,8 +205,8 @@ def _again(recipe: Recipe, step: Recipe, instead: Recipe) -> Recipe:
     return dataclasses.replace(recipe, source=inner)
 
 
-def _orders(doubtful: Mapping[Path, Recipe]) -> Iterator[Alternative]:
-    """Yields fused leaves with their parts in another order, kernel and bias alike."""
+def _orders(doubtful: Mapping[Path, Recipe], shapes: Shapes) -> Iterator[Alternative]:
+    """Yields fused leaves with their parts in another order, or group by group, kernel and bias alike."""
     fused = {leaf: found for leaf, recipe in doubtful.items() if (found := _joint(recipe)) is not None}
     for count in sorted({len(joint.sources) for joint in fused.values()}):
         if count > _MOST_PARTS:
@@ -216,16 +215,42 @@ def _orders(doubtful: Mapping[Path, Recipe]) -> Iterator[Alternative]:
         groups = [[leaf] for leaf in together]
         groups = [list(together), *groups] if len(together) > 1 else groups
         for order in itertools.permutations(range(count)):
-            if order == tuple(range(count)):
-                continue
-            for group in groups:
+            for group in groups if order != tuple(range(count)) else ():
                 recipes = {
                     leaf: _again(doubtful[leaf], together[leaf], _in_order(together[leaf], order))
                     for leaf in group
                 }
                 sources = ", ".join(render_reads(part) for part in _parts(together[group[0]], order))
-                names = " and ".join(dict.fromkeys(str(leaf[-1]) for leaf in group))
-                yield Alternative(words=f"{names} joined in another order: {sources}", recipes=recipes)
+                words = f"{_names(group)} joined in another order: {sources}"
+                yield Alternative(words=words, recipes=recipes)
+        yield from _interleaved(together, doubtful, shapes)
+
+
+def _interleaved(
+    fused: Mapping[Path, Concat | Stack], doubtful: Mapping[Path, Recipe], shapes: Shapes
+) -> Iterator[Alternative]:
+    """Yields leaves whose parts lie group by group: the query, key and value of each head side by side."""
+    joints = {leaf: joint for leaf, joint in fused.items() if isinstance(joint, Concat)}
+    lengths = {shape_of(part, shapes)[joint.axis] for joint in joints.values() for part in joint.sources}
+    length = lengths.pop() if len(lengths) == 1 else 1
+    for groups in [number for number in range(2, length + 1) if length % number == 0][:_MOST_GROUPS]:
+        made = {
+            leaf: _again(doubtful[leaf], one, _by_groups(one, groups, shapes)) for leaf, one in joints.items()
+        }
+        words = f"{_names(joints)} joined group by group, {groups} in all, each with all parts"
+        yield Alternative(words=words, recipes=made)
+
+
+def _by_groups(joint: Concat, groups: int, shapes: Shapes) -> Recipe:
+    shape, axis, parts = shape_of(joint, shapes), joint.axis, len(joint.sources)
+    divided = (*shape[:axis], parts, groups, shape[axis] // parts // groups, *shape[axis + 1 :])
+    order = [*range(len(divided))]
+    order[axis], order[axis + 1] = axis + 1, axis
+    return Reshape(Transpose(Reshape(joint, divided), tuple(order)), shape)
+
+
+def _names(leaves: Iterable[Path]) -> str:
+    return " and ".join(dict.fromkeys(str(leaf[-1]) for leaf in leaves))
 
 
 def _joint(recipe: Recipe) -> Concat | Stack | None:
@@ -249,44 +274,6 @@ def nearest_modules(module: Path, others: Sequence[Path]) -> list[Path]:
         return (differing + abs(len(module) - len(other)), -common, natural_key(other))
 
     return sorted(others, key=apart)
-
-
-def layer_of(recipe: Recipe, axis: int, layer: int, shapes: recipes.Shapes) -> Recipe:
-    """Returns the recipe of one element of a leaf along an axis."""
-    match recipe:
-        case Stack(sources, at) if at == axis:
-            return sources[layer]
-        case Stack(sources, at):
-            inner = axis - (at < axis)
-            parts = tuple(layer_of(source, inner, layer, shapes) for source in sources)
-            return Stack(parts, at - (axis < at))
-        case Transpose(source, permutation):
-            inner = permutation[axis]
-            rest = tuple(at - (at > inner) for at in permutation if at != inner)
-            return Transpose(layer_of(source, inner, layer, shapes), rest)
-        case Reshape(source, shape) if axis == 0 and shape_of(source, shapes)[:1] == shape[:1]:
-            return Reshape(layer_of(source, 0, layer, shapes), shape[1:])
-        case Concat(sources, at) if at != axis:
-            parts = tuple(layer_of(source, axis, layer, shapes) for source in sources)
-            return Concat(parts, at - (axis < at))
-        case Scale(source, factor):
-            return Scale(layer_of(source, axis, layer, shapes), factor)
-        case Add(source, constant):
-            return Add(layer_of(source, axis, layer, shapes), constant)
-        case _:
-            return Index(recipe, axis, layer)
-
-
-def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Shape]) -> dict[Path, int]:
-    """Returns the axis of each leaf that the module did not see when it was called."""
-    axes: dict[Path, int] = {}
-    for module, found in calls.items():
-        for name, seen in found[0].shapes.items():
-            whole = wanted.get((*module, name))
-            if whole is not None and len(whole) == len(seen) + 1:
-                fits = [axis for axis in range(len(whole)) if (*whole[:axis], *whole[axis + 1 :]) == seen]
-                axes |= {(*module, name): fits[0]} if fits else {}
-    return axes
 
 
 @dataclasses.dataclass(kw_only=True)

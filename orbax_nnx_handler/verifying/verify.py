@@ -11,14 +11,13 @@ from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.find import find_item
-from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
+from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.programs import on_one_device
-from orbax_nnx_handler.verifying.runs import Compared, Programs, run_both
+from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.verification import TOLERANCE, FirstDifference, Verification, exceeds
 
 _PATIENCE = 5
@@ -88,24 +87,11 @@ def verify(
     checkpoint = read_metadata(find_item(given, item, files), files)
     plan, parts = decide(checkpoint, target, on_one_device(target), options, check=True)
     programs = Programs(linen=linen_apply, nnx=nnx_apply, inputs=inputs)
-    return verified(checkpoint, plan, parts, programs, tolerance=tolerance, init=init)
+    return compared(run_both(checkpoint, plan, parts, programs, init), plan, tolerance)
 
 
-def verified(
-    checkpoint: Checkpoint,
-    plan: RestorePlan,
-    parts: Target,
-    programs: Programs,
-    *,
-    tolerance: float | None = None,
-    init: Callable[[], Any] | None = None,
-) -> Verification:
-    """Runs both programs under a plan that fits, and compares them.
-
-    Raises:
-        VerificationError: See `verify`.
-    """
-    runs = run_both(checkpoint, plan, parts, programs, init)
+def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> Verification:
+    """Returns what one run of each program under a plan tells."""
     search = Search(
         compared=runs.compared,
         runner=runs.runner,

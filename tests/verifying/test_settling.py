@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Suggestion, VerificationError, suggest, verify
-from tests.verifying.twins import BILSTM, LLAMA, TRANSLATOR, VIT, Twin
+from tests.verifying.twins import BERT, BILSTM, GEMMA, LLAMA, REVIEWS, TRANSLATOR, UNET, VIT, Twin
 
 Save = Callable[[Twin], pathlib.Path]
 
@@ -21,7 +21,9 @@ def settled(twin: Twin, path: pathlib.Path) -> Suggestion:
     return suggest(path, nnx.eval_shape(twin.make), verify=(twin.linen.apply, twin.run, twin.inputs))
 
 
-@pytest.mark.parametrize("twin", [VIT, TRANSLATOR, BILSTM, LLAMA], ids=lambda twin: twin.name)
+@pytest.mark.parametrize(
+    "twin", [VIT, TRANSLATOR, BILSTM, LLAMA, GEMMA, BERT, REVIEWS, UNET], ids=lambda twin: twin.name
+)
 def test_a_whole_conversion_is_proposed_and_proved(twin: Twin, saved: Save):
     found = settled(twin, saved(twin))
 
@@ -78,13 +80,39 @@ def test_names_that_tell_nothing_are_settled_by_the_outputs(saved: Save):
     ]
 
 
+def as_initialised(twin: Twin, path: pathlib.Path) -> pathlib.Path:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, twin.linen.init(jax.random.key(0), *twin.inputs))
+    return path
+
+
+def test_norms_that_are_all_the_same_are_told_by_what_they_are_called_with(tmp_path: pathlib.Path):
+    found = settled(ODD, as_initialised(ODD, tmp_path / "c"))
+
+    assert found.confidence == "certain", found
+    assert {"('alpha', 'two')", "('beta', 'one')"} <= {*map(str, found.renames)}
+
+
+class Beside(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.LayerNorm(name="alpha")(x) + 2 * nn.LayerNorm(name="beta")(x)
+
+
+class BesideTwin(nnx.Module):
+    def __init__(self, rngs):
+        self.one, self.two = nnx.LayerNorm(6, rngs=rngs), nnx.LayerNorm(6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.two(x) + 2 * self.one(x)
+
+
+BESIDE = Twin(name="beside", linen=Beside(), make=lambda: BesideTwin(nnx.Rngs(0)), inputs=(_X,), rules=[])
+
+
 def test_a_question_that_outputs_do_not_tell_stays_open(tmp_path: pathlib.Path):
     # Norms as they were initialised are all the same.
-    variables = ODD.linen.init(jax.random.key(0), *ODD.inputs)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "c", variables)
-
-    found = settled(ODD, tmp_path / "c")
+    found = settled(BESIDE, as_initialised(BESIDE, tmp_path / "c"))
 
     assert found.questions
     assert found.confidence == "open"

@@ -1,5 +1,6 @@
 """Proposes rules where the names or the arrangement of checkpoint and target differ."""
 
+from orbax_nnx_handler.planning.suggesting.fitting import Remade
 from orbax_nnx_handler.planning.suggesting.layers import Order, creation_order, order_of
 from orbax_nnx_handler.planning.suggesting.proposing import propose
 from orbax_nnx_handler.planning.suggesting.suggestion import (
@@ -16,6 +17,7 @@ __all__ = [
     "Order",
     "Proposal",
     "Question",
+    "Remade",
     "Suggestion",
     "creation_order",
     "order_of",

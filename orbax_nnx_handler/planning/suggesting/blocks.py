@@ -90,7 +90,7 @@ def match_context(context: Context) -> Findings:
         pairs = same_layers(one, other)
         ours_in = {id(leaf) for left, _ in pairs for leaf in one.members[left]}
         theirs_in = {id(leaf) for _, right in pairs for leaf in other.members[right]}
-        asked = [link for tie in members.ties for reading in tie.readings[:1] for link in reading]
+        asked = [link for tie in members.ties if len(tie.readings) > 1 for link in tie.readings[0]]
         linked = sum(len(link.wanted) for link in (*members.links, *asked))
         if not members.links or linked * 4 < min(len(ours_in), len(theirs_in)):
             continue  # Layers that hold so little alike are not the same.

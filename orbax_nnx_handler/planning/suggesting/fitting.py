@@ -1,16 +1,36 @@
-"""How stored parts become wanted ones: one to one, or several in one array, as query, key and value."""
+"""How stored parts become wanted ones: one to one, or several in one array, as query, key and value.
+
+Last: the same link with another recipe, which outputs have proved.
+"""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart, Names
+from orbax_nnx_handler.planning.core import recipes
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
+from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
+from orbax_nnx_handler.planning.rules import Add, Fuse, Repeat, Reshape, Rule, Split, Transpose
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart, Names, Tie
 from orbax_nnx_handler.planning.suggesting.roles import PLACING, Role, compare_numbers, same_place
-from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, is_vector, joints, ways
+from orbax_nnx_handler.planning.suggesting.shapes import (
+    Joint,
+    Step,
+    Way,
+    chain_of,
+    cuts_of,
+    is_vector,
+    joints,
+    lifted,
+    shaping,
+    ways,
+)
 from orbax_nnx_handler.planning.suggesting.words import MARGIN, Concepts, exclude, likeness
 
+_READINGS = 6
 _COMPLETE, _LACKING, _NUMBER, _LITERAL = 2.0, 1.0, 2.0, 1.0
 
 
@@ -98,9 +118,11 @@ def _is_table(role: Role) -> bool:
 # Several in one array.
 
 
-def joined_parts(wanted: Sequence[Role], stored: Sequence[Role]) -> tuple[list[Link], list[Role], list[Role]]:
-    """Returns the links of parts that one side keeps in one array, and what is left of both sides."""
-    links: list[Link] = []
+def joined_parts(
+    wanted: Sequence[Role], stored: Sequence[Role]
+) -> tuple[list[Link], list[Tie], list[Role], list[Role]]:
+    """Returns the links of parts that one side keeps in one array, what they leave open, and what is left."""
+    links, ties = list[Link](), list[Tie]()
     left, right = list(wanted), list(stored)
     for split in (False, True):
         wholes, singles = (right, left) if split else (left, right)
@@ -108,21 +130,32 @@ def joined_parts(wanted: Sequence[Role], stored: Sequence[Role]) -> tuple[list[L
         while before < len(links):  # What one whole takes may tell the parts of another.
             before = len(links)
             for whole in [role for role in wholes if role.fused]:
-                links += _joined_once(whole, wholes, singles, split)
-    return links, left, right
+                found, tie = _joined_once(whole, wholes, singles, split)
+                links += found
+                ties += [tie] if tie is not None else []
+    return links, ties, left, right
 
 
-def _joined_once(whole: Role, wholes: list[Role], singles: list[Role], split: bool) -> list[Link]:
-    """Returns the links of a fused part, and takes what they are about from both sides."""
+def _joined_once(
+    whole: Role, wholes: list[Role], singles: list[Role], split: bool
+) -> tuple[list[Link], Tie | None]:
+    """Returns the links of a fused part, or its readings, and takes what they are about from both sides."""
     parts = _single_parts(whole, singles)
-    found = [] if parts is None else _links_of(whole, parts, split)
-    if parts is not None and found:
+    if parts is None:
+        return [], None
+    found, tie = _links_of(whole, parts, split), None
+    if not found and split and (readings := _repeated(whole, parts)):
+        tie = Tie(
+            wanted=tuple(part.part.names for part in parts), stored=(whole.part.names,), readings=readings
+        )
+    about = [*found, *(tie.readings[0] if tie is not None else ())]
+    if about:
         wholes.remove(whole)
-        used = {id(leaf) for link in found for leaf in (link.wanted if split else link.stored)}
+        used = {id(leaf) for link in about for leaf in (link.wanted if split else link.stored)}
         for part in parts:
             singles.remove(part)
             singles += _rest(part, used)
-    return found
+    return found, tie
 
 
 def _rest(role: Role, used: Collection[int]) -> list[Role]:
@@ -189,9 +222,38 @@ def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:
 def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> Joint | None:
     options = list(joints([part.shape for part in parts], whole.shape, split=split))
     kept = [joint for joint in options if joint.is_new] or options
-    if is_first:
+    if is_first and parts[0].shape[:1] != whole.shape[:1]:  # Else both may be stacks of layers.
         kept = [joint for joint in kept if joint.axis == 0]
     return kept[0] if len(kept) == 1 else None
+
+
+def _repeated(whole: Role, parts: Sequence[Role]) -> tuple[tuple[Link, ...], ...]:
+    """Returns how parts may be made of fewer heads: each several times in a row, or all of them together."""
+    leaf, singles = whole.part.leaves.get("main"), [part.part.leaves.get("main") for part in parts]
+    wanted = [single for single in singles if single is not None]
+    if leaf is None or not {*whole.fused} <= {"k", "v"} or len({single.shape for single in wanted}) != 1:
+        return ()
+    shape, size = wanted[0].shape, sum(math.prod(single.shape) for single in wanted)
+    times, rest = divmod(size, math.prod(leaf.shape))
+    readings: list[tuple[Link, ...]] = []
+    for axis, length in enumerate(shape) if times > 1 and not rest and len(wanted) == len(parts) else ():
+        fewer = (*shape[:axis], length // times, *shape[axis + 1 :])
+        options = joints([fewer] * len(wanted), leaf.shape, split=True) if length % times == 0 else ()
+        for joint, together in itertools.product(options, (False, True)):
+            made = tuple((_again(way[0], fewer, axis, times, together),) for way in joint.parts)
+            link = Link(wanted=tuple(wanted), stored=(leaf,), grounds="names", ways=made, joint=joint)
+            readings += [(link,)] if joint.is_new else []
+    return tuple(readings[:_READINGS])
+
+
+def _again(way: Way, shape: Shape, axis: int, times: int, together: bool) -> Way:
+    """Returns a way after which the heads along an axis are there several times."""
+    more = (*shape[:axis], shape[axis] * times, *shape[axis + 1 :])
+    if not together:
+        return Way((*way.steps, Step("repeat", shape, more, (axis,))))
+    one, several = ((*shape[:axis], count, *shape[axis:]) for count in (1, times))
+    steps = Step("reshape", shape, one), Step("repeat", one, several, (axis,)), Step("reshape", several, more)
+    return Way((*way.steps, *steps))
 
 
 def joining_rule(
@@ -227,3 +289,137 @@ def _cut_alike(parts: Sequence[Names], whole: Names, kept: int) -> tuple[list[Na
     """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
     before = max(len(_common([*parts, whole])) - kept, 0)
     return [path[before:] for path in parts], whole[before:]
+
+
+def shaping_rule(pattern: str, step: Step) -> Rule:
+    """Returns the rule of one step."""
+    match step.kind:
+        case "transpose":
+            return Transpose(pattern, step.axes)
+        case "reshape":
+            return Reshape(pattern, step.shape, step.before)
+        case "repeat":
+            (axis,) = step.axes
+            return Repeat(pattern, axis, step.shape[axis] // step.before[axis])
+        case "add":
+            return Add(pattern, step.constant)
+
+
+# Another recipe than the one that was found.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remade:
+    """A wanted leaf that is made otherwise than was thought.
+
+    Attributes:
+        leaf: The wanted leaf.
+        layer: The layer that the recipe is of, where the leaf is scanned.
+        recipe: How it is made.
+    """
+
+    leaf: Path
+    layer: int | None
+    recipe: Recipe
+
+
+def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shapes) -> list[Link]:
+    """Returns links under which some leaves are made otherwise, and those alike in other layers too.
+
+    A change that moves weights from one module to another changes its own leaf alone, and one that no
+    link can say changes none.
+    """
+    found, settled = list(links), set[int]()
+    for change in changes:
+        for at, link in enumerate(found):
+            other = _remade(link, change, found, shapes)
+            if other is None:
+                continue
+            settled.add(at)
+            order = [link.stored.index(leaf) for leaf in other.stored if leaf in link.stored]
+            for to, like in enumerate(found):
+                if to not in settled and len(order) == len(link.stored) and _are_made_alike(like, link):
+                    stored = tuple(like.stored[number] for number in order)
+                    found[to] = dataclasses.replace(
+                        like, stored=stored, ways=other.ways, joint=other.joint, after=other.after
+                    )
+            found[at] = other
+            break
+    return found
+
+
+def _are_made_alike(one: Link, other: Link) -> bool:
+    """Tells whether two links are of one leaf in two layers and do the same."""
+    return (
+        (one.ways, one.joint, one.after, len(one.stored))
+        == (other.ways, other.joint, other.after, len(other.stored))
+        and [_template(leaf) for leaf in one.wanted] == [_template(leaf) for leaf in other.wanted]
+        and [_template(leaf) for leaf in one.stored] == [_template(leaf) for leaf in other.stored]
+    )
+
+
+def _template(leaf: Leaf) -> tuple[str, ...]:
+    return tuple(token for token in canonical(leaf.names) if not is_number(token))
+
+
+def _remade(link: Link, change: Remade, every: Sequence[Link], shapes: Shapes) -> Link | None:
+    part = next((at for at, leaf in enumerate(link.wanted) if leaf.source == change.leaf), None)
+    layers = link.layers
+    if part is None or link.source.made or not shapes.keys() >= {*recipes.reads(change.recipe)}:
+        return None
+    if layers is not None and layers.stacks and change.layer not in (None, link.layer):
+        return None
+    whole, after = chain_of(change.recipe)
+    if isinstance(whole, recipes.Concat | recipes.Stack):
+        return _rejoined(link, whole, after, shapes)
+    if link.joint is not None and not link.is_split:
+        return None
+    steps = shaping(after, shapes)
+    cuts, source = cuts_of(whole)
+    if source is None:
+        return None
+    if link.is_split:
+        if source != link.source.source or len(cuts) != 1 or _part_at(link, cuts[0]) != part:
+            return None
+        return dataclasses.replace(link, ways=(*link.ways[:part], (Way(steps),), *link.ways[part + 1 :]))
+    if cuts and layers is None:
+        found = lifted(cuts, steps, shapes[source], link.wanted[part].shape)
+        if found is None:
+            return None
+        steps = found
+    stored = next(
+        (x for one in every if one.layers == layers for x in one.stored if x.source == source), None
+    )
+    return None if stored is None else dataclasses.replace(link, stored=(stored,), ways=((Way(steps),),))
+
+
+def _rejoined(
+    link: Link, whole: recipes.Concat | recipes.Stack, after: Sequence[Recipe], shapes: Shapes
+) -> Link | None:
+    """Returns a fuse of the same parts in another order, each or the whole shaped otherwise."""
+    sources = [leaf.source for leaf in link.stored]
+    parts = [chain_of(part) for part in whole.sources]
+    reads = [cuts_of(part)[1] for part, _ in parts]
+    if link.joint is None or link.is_split or len({*sources}) < len(sources) or {*reads} != {*sources}:
+        return None
+    order = [sources.index(path) for path in reads if path is not None]
+    sizes = link.joint.sizes
+    ways = tuple((Way(shaping(steps, shapes)),) for _, steps in parts)
+    joint = Joint(
+        whole.axis,
+        isinstance(whole, recipes.Stack),
+        tuple(sizes[at] for at in order) if sizes is not None else None,
+        ways,
+    )
+    stored = tuple(link.stored[at] for at in order)
+    return dataclasses.replace(link, stored=stored, ways=ways, joint=joint, after=shaping(after, shapes))
+
+
+def _part_at(link: Link, cut: recipes.Index | recipes.Slice) -> int | None:
+    """Returns which part of a split leaf a cut is."""
+    assert link.joint is not None
+    if link.joint.is_new or isinstance(cut, recipes.Index):
+        return cut.index if link.joint.is_new and isinstance(cut, recipes.Index) else None
+    sizes = link.joint.sizes or (cut.size,) * len(link.wanted)
+    starts = [sum(sizes[:at]) for at in range(len(sizes))]
+    return starts.index(cut.start) if cut.start in starts else None

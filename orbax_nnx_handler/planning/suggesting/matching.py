@@ -59,12 +59,12 @@ def match_parts(
         used: Further stored parts that have a wanted one already: the context of names only.
     """
     ours, theirs = roles_of(wanted, above[0]), roles_of([*stored, *used], above[1])[: len(stored)]
-    links, left, right = joined_parts(ours, theirs)
+    links, ties, left, right = joined_parts(ours, theirs)
     pairs = _Pairs(left, right)
-    found, ties = pairs.settle(created)
+    found, more = pairs.settle(created)
     for one, other, grounds in found:
         links += pairs.links(one, other, grounds)
-    return PartLinks(links=tuple(links), ties=tuple(ties))
+    return PartLinks(links=tuple(links), ties=(*ties, *more))
 
 
 # One to one.
@@ -81,6 +81,7 @@ class _Pairs:
         self._wanted, self._stored = wanted, stored
         self._fits: dict[tuple[int, int], Fit] = {}
         self._excluded: set[tuple[int, int]] = set()
+        self._unlikely: list[tuple[int, int]] = []
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
             sizes[main_size(other)].append(to)
@@ -109,6 +110,9 @@ class _Pairs:
         for tie, group in undecided:
             ours, theirs, rivals = self._sides(tie, group, found)
             ties.append(self._tie(ours, sorted({*theirs, *rivals})))
+        for at, to in self._unlikely:
+            if _is_free(to, found) and all(at != one for one, _, _ in found):
+                ties.append(self._tie([at], [to]))
         return found, ties
 
     def _within_modules(
@@ -181,6 +185,8 @@ class _Pairs:
             if value - lower >= MARGIN or not self._rivals(pair, group):
                 if asked or self._is_plausible(pair, group):
                     found.append((*pair, "names" if self._has_rival(pair) else "shapes"))
+                else:
+                    self._unlikely.append(pair)
             else:
                 doubtful.add(frozenset(best - second))
         return [sorted(tie) for tie in _merged(doubtful)]

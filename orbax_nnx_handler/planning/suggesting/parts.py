@@ -10,7 +10,7 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, is_index
-from orbax_nnx_handler.planning.suggesting.shapes import Joint, Way, is_vector
+from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.words import Concepts, concepts, meanings
 
 Names = tuple[str, ...]
@@ -188,6 +188,16 @@ def sizes_of(leaves: Sequence[Leaf]) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
+def shared_names(paths: Sequence[Names]) -> Names:
+    """Returns the names that all paths begin with; each keeps one of its own."""
+    if not paths:
+        return ()
+    shortest = min(map(len, paths)) - 1
+    first = paths[0]
+    same = next((at for at in range(shortest) if any(path[at] != first[at] for path in paths)), shortest)
+    return first[:same]
+
+
 _PLACES = ("{i}", "{j}", "{k}", "{l}")
 
 
@@ -232,6 +242,7 @@ class Link:
         grounds: What it rests on.
         ways: For each part its ways of shape; more than one where shapes leave a choice.
         joint: How the parts lie in the whole, where there are several.
+        after: What is done with a whole once its parts are joined.
         fact: The code base whose convention it follows.
         levels: Segments of the stored and of the wanted path that count the same layers.
         copied: Whether the stored leaf has a wanted leaf of its own beside this one.
@@ -244,6 +255,7 @@ class Link:
     grounds: Grounds
     ways: tuple[tuple[Way, ...], ...]
     joint: Joint | None = None
+    after: Steps = ()
     fact: str = ""
     levels: tuple[tuple[int, int], ...] = ()
     copied: bool = False
@@ -289,7 +301,8 @@ class Tie:
     Attributes:
         wanted: Paths of the wanted parts.
         stored: Paths of the stored ones.
-        readings: Some ways to pair them, each as links.
+        readings: Some ways to pair them, each as links. One alone is a pair for which nothing but shapes
+            speaks.
     """
 
     wanted: tuple[Names, ...]

@@ -2,18 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
-from orbax_nnx_handler.planning.core.recipes import Read, reads
+from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.suggesting.blocks import Findings
+from orbax_nnx_handler.planning.suggesting.fitting import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.layers import Order
 from orbax_nnx_handler.planning.suggesting.parts import (
     Grounds,
@@ -23,6 +25,7 @@ from orbax_nnx_handler.planning.suggesting.parts import (
     place_of,
     readings_of,
     settle_turns,
+    shared_names,
 )
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -134,23 +137,39 @@ class _Proposing:
     def suggestion(self) -> Suggestion:
         """Returns the proposal, tried."""
         if all(item.leaf.path in self._base.restored for item in self._model):
-            return self._suggested(_Tried(verdict=self._base), ())
+            return self._as_it_is()
         searched = self._searched()
         links = self._reconciled(searched.links)
         tried = self._best(links, searched)
         questions = self._questions(links, searched)
 
-        def settle(more: Sequence[Link]) -> tuple[Rule, ...]:
-            rules = self._write([*tried.links, *more], searched, tried.root, tried.below)
-            keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
-            return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
-
-        def answered(answers: Answers) -> tuple[Rule, ...]:
+        def answered(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
             chosen = [q.readings[at] for q, at in zip(questions, answers, strict=True) if at is not None]
-            return settle([link for reading in chosen for link in reading])
+            return self._rules(tried, searched, [link for reading in chosen for link in reading], changes)
 
-        found = self._suggested(tried, [self._question(item, settle) for item in questions])
+        found = self._suggested(
+            tried, [self._question(item, partial(self._rules, tried, searched)) for item in questions]
+        )
         return dataclasses.replace(found, settle=answered)
+
+    def _as_it_is(self) -> Suggestion:
+        """Returns that by names nothing needs a rule; outputs may prove that a leaf is made otherwise."""
+
+        def answered(_: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
+            if not changes:
+                return ()
+            nothing = Searched(links=(), turns=(), found=Findings())
+            return self._rules(self._best(self._reconciled(()), nothing), nothing, (), changes)
+
+        return dataclasses.replace(self._suggested(_Tried(verdict=self._base), ()), settle=answered)
+
+    def _rules(
+        self, tried: _Tried, searched: Searched, more: Sequence[Link], changes: Sequence[Remade] = ()
+    ) -> tuple[Rule, ...]:
+        links = remade_links([*tried.links, *more], changes, self._shapes)
+        rules = self._write(links, searched, tried.root, tried.below)
+        keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
+        return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
 
     def _searched(self) -> Searched:
         after = self._mapping.applied.entries
@@ -282,6 +301,12 @@ class _Proposing:
         }
 
     @cached_property
+    def _shapes(self) -> Shapes:
+        """The shapes of stored leaves, but of those that the settled rules have shaped otherwise."""
+        shaped = {path for path, _ in self._steps}
+        return {path: leaf.shape for path, leaf in self.stored.items() if path not in shaped}
+
+    @cached_property
     def _models(self) -> frozenset[Path]:
         return frozenset(item.leaf.path for item in self._model)
 
@@ -298,7 +323,7 @@ class _Proposing:
         """Yields where the model may sit in the target, and the stored levels that go by themselves."""
         roots = self._mapping.roots
         names = [leaf.names for link in links for leaf in link.wanted]
-        shared = _shared(names)
+        shared = shared_names(names)
         plain = next((at for at, name in enumerate(shared) if not _is_plain(name)), len(shared))
         # A save knows `model` as the root of a model only beside an optimizer or a step.
         is_alone = not of_role(self._wanted, "optimizer", "step")
@@ -323,16 +348,18 @@ class _Proposing:
                 tuple(_straight(reading))
                 for reading in tie.readings
                 if not any(leaf.source in covered for link in reading for leaf in link.wanted)
-                and not any(leaf.source in used for link in reading for leaf in link.stored)
+                and not any(
+                    leaf.source in used for link in reading if not link.copied for leaf in link.stored
+                )
             ]
-            if len(readings) > 1:
+            if len(readings) == len(tie.readings) or len(readings) > 1:
                 found.append(_Open("which", tuple(readings)))
         for group in by_template(searched.turns).values():
             left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
             if left:
                 turned = tuple(readings_of(link)[1] for link in left)
                 found.append(_Open("transposed", (tuple(readings_of(link)[0] for link in left), turned)))
-        return found[:_QUESTIONS]
+        return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]
 
     def _question(self, item: _Open, settle: Callable[[Sequence[Link]], tuple[Rule, ...]]) -> Question:
         return Question(
@@ -388,6 +415,8 @@ def _words(item: _Open, reading: Sequence[Link]) -> str:
     if item.about == "transposed":
         turned = any(way.turned for link in reading for ways in link.ways for way in ways)
         return "transposed" if turned else "as it is"
+    if len(_modules(item, "stored")) == 1 and len(item.readings) > 1:
+        return ", ".join(map(str, reading[0].ways[0][0].steps))
     pairs = dict.fromkeys((_part(link.source), _part(link.target)) for link in reading)
     return ", ".join(f"{stored} -> {wanted}" for stored, wanted in list(pairs)[:4])
 
@@ -407,16 +436,6 @@ def _agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path
 
 def _plain(wanted: Leaf, stored: Leaf) -> Link:
     return Link(wanted=(wanted,), stored=(stored,), grounds="shapes", ways=((Way(()),),))
-
-
-def _shared(paths: Sequence[Names]) -> Names:
-    """Returns the names that all paths begin with; each keeps one of its own."""
-    if not paths:
-        return ()
-    shortest = min(map(len, paths)) - 1
-    first = paths[0]
-    same = next((at for at in range(shortest) if any(path[at] != first[at] for path in paths)), shortest)
-    return first[:same]
 
 
 def _is_plain(name: str) -> bool:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.core.recipes import (
+    Add,
     Read,
     Recipe,
+    Repeat,
     Reshape,
     Transpose,
     children,
@@ -29,7 +31,9 @@ from orbax_nnx_handler.planning.suggesting.parts import (
     Link,
     ModulePart,
     Names,
+    Tie,
     parts_of,
+    place_of,
     settle_turns,
 )
 from orbax_nnx_handler.planning.suggesting.roles import Role, roles_of
@@ -62,7 +66,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
         order: Wanted names in the order of their creation, by module.
     """
     found = match_context(Context(wanted=wanted, stored=stored, order=order))
-    found.links.extend(_tied(wanted, stored, found.links))
+    found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
     settled, turns = settle_turns(found.links)
     return Searched(links=tuple(settled), turns=tuple(turns), found=found)
@@ -138,38 +142,50 @@ def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
     return made
 
 
-def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Sequence[Link]) -> list[Link]:
-    """Returns a link for an output layer of which only the embedding is stored: they are tied."""
-    covered = {leaf.source for link in links for leaf in link.wanted}
-    used = {leaf.source for link in links for leaf in link.stored}
-    heads = [
-        role
-        for role in roles_of(parts_of([leaf for leaf in wanted if leaf.source not in covered]))
-        if "head" in role.said and len(role.part.leaves) == 1 and not role.part.is_vector
-    ]
+def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Findings:
+    """Returns what makes an output layer of which only the embedding is stored: they are tied.
+
+    What is not called a head is only asked about.
+    """
+    asked = [link for tie in found.ties for reading in tie.readings for link in reading]
+    covered = {leaf.source for link in (*found.links, *asked) for leaf in link.wanted}
+    used = {leaf.source for link in (*found.links, *asked) for leaf in link.stored}
+    left = roles_of(parts_of([leaf for leaf in wanted if leaf.source not in covered]))
+    layers = [role for role in left if {"main"} <= role.part.leaves.keys() <= {"main", "bias"}]
+    layers = [role for role in layers if not role.part.is_vector]
+    heads = [role for role in layers if "head" in role.said] or layers
     if len(heads) != 1:
-        return []
+        return Findings()
     tables = [
         role
         for role in roles_of(parts_of([leaf for leaf in stored if leaf.source in used]))
         if role.said & {"embed", "token"} and not role.said & {"pos", "type", "patch", "cls", "vision"}
     ]
-    (head,) = heads[0].part.leaves.values()
-    free = [leaf for leaf in stored if leaf.source not in used and ways(leaf.shape, head.shape)]
+    head, free = heads[0].part.leaves["main"], [leaf for leaf in stored if leaf.source not in used]
     options = [
-        (leaf, found)
+        (leaf, possible)
         for role in tables
         for leaf in role.part.leaves.values()
-        if (
-            found := [
-                way for way in ways(leaf.shape, head.shape) if way.turned or leaf.names[-1] != "embedding"
-            ]
-        )
+        if (possible := _as_head(leaf, head))
     ]
-    if free or len(options) != 1 or len(options[0][1]) != 1:
-        return []
-    leaf, found = options[0]
-    return [Link(wanted=(head,), stored=(leaf,), grounds="names", ways=(tuple(found),), copied=True)]
+    if any(ways(leaf.shape, head.shape) for leaf in free) or len(options) != 1 or len(options[0][1]) != 1:
+        return Findings()
+    leaf, way = options[0]
+    links = [Link(wanted=(head,), stored=(leaf,), grounds="names", ways=(way,), copied=True)]
+    bias = heads[0].part.leaves.get("bias")
+    fitting = [one for one in free if bias is not None and one.shape == bias.shape]
+    if bias is not None and len(fitting) == 1:
+        links.append(Link(wanted=(bias,), stored=(fitting[0],), grounds="names", ways=((Way(()),),)))
+    if "head" in heads[0].said:
+        return Findings(links=links)
+    names = heads[0].part.names, place_of(leaf.names)[0]
+    return Findings(ties=[Tie(wanted=names[:1], stored=names[1:], readings=(tuple(links),))])
+
+
+def _as_head(table: Leaf, head: Leaf) -> tuple[Way, ...]:
+    """Returns how an embedding becomes the matrix of an output layer."""
+    possible = ways(table.shape, head.shape)
+    return tuple(way for way in possible if way.turned or table.names[-1] != "embedding")
 
 
 def by_template(links: Iterable[Link]) -> Mapping[tuple[Tokens, Tokens], list[Link]]:
@@ -209,7 +225,7 @@ def steps_of(
         for at, leaf in enumerate(link.wanted):
             way = link.ways[at if link.is_split else 0][0]
             if not link.source.made:
-                found[leaf.source] = (*before, *(step.kind for step in way.steps))
+                found[leaf.source] = (*before, *(step.kind for step in (*way.steps, *link.after)))
     return found
 
 
@@ -415,11 +431,14 @@ def _turns(way: Way) -> int:
     return sum(step.kind == "transpose" for step in way.steps)
 
 
+_KINDS: Mapping[type, str] = {Transpose: "transpose", Reshape: "reshape", Repeat: "repeat", Add: "add"}
+
+
 def steps_in(recipe: Recipe) -> tuple[str, ...]:
     """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
     kinds: list[str] = []
     at: Recipe = recipe
     while not isinstance(at, Read):
-        kinds += ["transpose"] * isinstance(at, Transpose) + ["reshape"] * isinstance(at, Reshape)
+        kinds += [_KINDS[type(at)]] if type(at) in _KINDS else []
         at = children(at)[0]
     return tuple(reversed(kinds))

@@ -1,4 +1,4 @@
-"""How a stored shape becomes a wanted one: axes split or joined, axes in another order."""
+"""How a stored shape becomes a wanted one: axes split or joined, in another order, elements repeated."""
 
 import dataclasses
 import functools
@@ -9,26 +9,34 @@ from typing import Literal
 
 import numpy as np
 
+from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes, shape_of
 
 _MOST_AXES = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One change of shape.
+    """One change of shape, or of every element.
 
     Attributes:
         kind: What is done.
         before: The shape before.
         shape: The shape that comes out.
-        axes: Of a transpose, the axis that each axis comes from.
+        axes: Of a transpose, the axis that each axis comes from; of a repeat, the axis.
+        constant: What is added.
     """
 
-    kind: Literal["reshape", "transpose"]
+    kind: Literal["reshape", "transpose", "repeat", "add"]
     before: Shape
     shape: Shape
     axes: tuple[int, ...] = ()
+    constant: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.axes or self.shape}"
 
 
 Steps = tuple[Step, ...]
@@ -110,6 +118,8 @@ def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
     """
     for axes in reversed(_orders(len(wanted))):
         split = tuple(wanted[axes.index(at)] for at in range(len(wanted)))
+        if not _keeps_order(split, axes):
+            continue
         if split == stored and not _is_turn(axes):
             yield False, (_transpose(stored, axes),)
         groups = _groups(stored, split) if len(split) > len(stored) else None
@@ -118,10 +128,19 @@ def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
             yield turned, (Step("reshape", stored, split), _transpose(split, axes))
     for axes in reversed(_orders(len(stored))):
         moved = _permuted(stored, axes)
-        groups = _groups(wanted, moved) if len(stored) > len(wanted) else None
+        groups = _groups(wanted, moved) if len(stored) > len(wanted) and _keeps_order(stored, axes) else None
         if groups is not None and all(_ascends(axes[at] for at in group) for group in groups):
             turned = len(wanted) == 2 and len(groups[-1]) > 1 and len(groups[0]) == 1
             yield turned, (_transpose(stored, axes), Step("reshape", moved, wanted))
+
+
+def _keeps_order(shape: Shape, axes: tuple[int, ...]) -> bool:
+    """Tells whether axes of one length stay in their order: heads and features of each, where both are 4."""
+    return all(
+        axes.index(one) < axes.index(other)
+        for one, other in itertools.combinations(range(len(shape)), 2)
+        if shape[one] == shape[other] != 1
+    )
 
 
 def _groups(whole: Shape, parts: Shape) -> list[list[int]] | None:
@@ -230,3 +249,74 @@ def joints(parts: Sequence[Shape], whole: Shape, *, split: bool) -> Iterator[Joi
 def _ways_of(parts: Sequence[Shape], pieces: Sequence[Shape], split: bool) -> tuple[tuple[Way, ...], ...]:
     both = zip(parts, pieces, strict=True)
     return tuple(ways(piece, part) if split else ways(part, piece) for part, piece in both)
+
+
+# Steps out of recipes.
+
+
+_SHAPING = (recipes.Transpose, recipes.Reshape, recipes.Repeat, recipes.Add)
+
+
+def chain_of(recipe: Recipe) -> tuple[Recipe, list[Recipe]]:
+    """Returns what is shaped, and the steps on it in their order."""
+    steps: list[Recipe] = []
+    while isinstance(recipe, _SHAPING):
+        steps.insert(0, recipe)
+        recipe = recipe.source
+    return recipe, steps
+
+
+def cuts_of(recipe: Recipe) -> tuple[list[recipes.Index | recipes.Slice], Path | None]:
+    """Returns what is cut out of a stored leaf, and the leaf; None for what is more than that."""
+    cuts: list[recipes.Index | recipes.Slice] = []
+    while isinstance(recipe, recipes.Index | recipes.Slice):
+        cuts.append(recipe)
+        recipe = recipe.source
+    return cuts, recipe.path if isinstance(recipe, recipes.Read) else None
+
+
+def shaping(steps: Sequence[Recipe], shapes: Shapes) -> Steps:
+    """Returns the steps of a chain."""
+    return tuple(_step(step, shapes) for step in steps)
+
+
+def _step(step: Recipe, shapes: Shapes) -> Step:
+    shape = shape_of(step, shapes)
+    match step:
+        case recipes.Transpose(source, permutation):
+            return Step("transpose", shape_of(source, shapes), shape, permutation)
+        case recipes.Repeat(source, axis, _):
+            return Step("repeat", shape_of(source, shapes), shape, (axis,))
+        case recipes.Add(source, constant):
+            return Step("add", shape, shape, constant=constant)
+        case recipes.Reshape(source, _):
+            return Step("reshape", shape_of(source, shapes), shape)
+        case _:
+            raise AssertionError(step)
+
+
+def lifted(
+    cuts: Sequence[recipes.Index | recipes.Slice], steps: Steps, stored: Shape, wanted: Shape
+) -> Steps | None:
+    """Returns the steps of one layer as steps of a stack whose layers lie first on both sides."""
+    if (
+        len(cuts) != 1
+        or not isinstance(cuts[0], recipes.Index)
+        or cuts[0].axis != 0
+        or wanted[:1] != stored[:1]
+    ):
+        return None
+    count = stored[0]
+    return tuple(
+        dataclasses.replace(
+            step,
+            before=(count, *step.before),
+            shape=(count, *step.shape),
+            axes=tuple(axis + 1 for axis in step.axes) if step.kind == "repeat" else _below_first(step),
+        )
+        for step in steps
+    )
+
+
+def _below_first(step: Step) -> tuple[int, ...]:
+    return (0, *(axis + 1 for axis in step.axes)) if step.kind == "transpose" else ()

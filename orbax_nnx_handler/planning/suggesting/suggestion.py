@@ -9,6 +9,7 @@ from orbax_nnx_handler.planning.core.folding import Row, fold, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.suggesting.fitting import Remade
 from orbax_nnx_handler.planning.suggesting.parts import Grounds
 
 Confidence = Literal["certain", "likely", "open"]
@@ -75,6 +76,10 @@ class Question:
         stored, wanted = map(_listed, self.parts)
         if self.about == "transposed":
             return f"is {stored} transposed for {wanted}? Shapes allow both."
+        if len(self.choices) == 1:
+            return f"is {stored} meant by {wanted}? Shapes allow it, and no name tells."
+        if len(self.parts[0]) == 1:
+            return f"how is {stored} made into {wanted}? Shapes allow several ways."
         if len(self.parts[0]) > len(self.parts[1]):
             return f"which of {stored} is {wanted}? The shapes allow each."
         return f"which of {stored} is which of {wanted}? The shapes allow every order."
@@ -101,7 +106,7 @@ class Suggestion:
         unmatched_stored: Stored paths that nothing wants.
         problem: What a plan with these rules says against them; empty if nothing.
         wanted_count: How many leaves the target wants of the checkpoint.
-        settle: Returns the rules with some questions answered.
+        settle: Returns the rules with some questions answered, and some leaves made otherwise.
         proof: What both programs return under the rules, in words; empty where they were not run.
         is_proved: Whether both programs return the same under the rules.
     """
@@ -112,7 +117,7 @@ class Suggestion:
     unmatched_stored: tuple[Path, ...]
     problem: str = ""
     wanted_count: int = 0
-    settle: Callable[[Answers], tuple[Rule, ...]] | None = dataclasses.field(
+    settle: Callable[[Answers, Sequence[Remade]], tuple[Rule, ...]] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )
     proof: str = ""
@@ -145,18 +150,19 @@ class Suggestion:
             else "likely"
         )
 
-    def answered(self, answers: Answers) -> tuple[Rule, ...]:
+    def answered(self, answers: Answers, changes: Sequence[Remade] = ()) -> tuple[Rule, ...]:
         """Returns the complete rules with some of the questions answered.
 
         Args:
             answers: For each question the number of its alternative, or None to leave it open.
+            changes: Leaves that are made otherwise than the rules without them say.
 
         Raises:
             ValueError: There are more or fewer answers than questions.
         """
         if len(answers) != len(self.questions):
             raise ValueError(f"{len(self.questions)} questions take as many answers, not {len(answers)}")
-        return self.settle(answers) if self.settle is not None else self.renames
+        return self.settle(answers, changes) if self.settle is not None else self.renames
 
     def __str__(self) -> str:
         lines = [f"# {self.coverage}", f"# confidence: {self.confidence}", "renames=["]

@@ -11,17 +11,15 @@ from orbax_nnx_handler.planning.rules import (
     Copy,
     Fuse,
     Rename,
-    Reshape,
     Rule,
     Split,
     StackLayers,
-    Transpose,
     UnstackLayers,
 )
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.patterns import Pattern, shared_ends
 from orbax_nnx_handler.planning.rules.rename import leads_back
-from orbax_nnx_handler.planning.suggesting.fitting import joining_rule
+from orbax_nnx_handler.planning.suggesting.fitting import joining_rule, shaping_rule
 from orbax_nnx_handler.planning.suggesting.layers import whole_parts
 from orbax_nnx_handler.planning.suggesting.parts import Layers, Link, Names, with_places
 from orbax_nnx_handler.planning.suggesting.shapes import Steps
@@ -187,14 +185,8 @@ class Writer:
             for move in waiting:
                 by_step[move.steps[0]].append(move)
             for group in by_step.values():
-                step = group[0].steps[0]
                 for pattern in self._patterns(group):
-                    rule = (
-                        Transpose(pattern, step.axes)
-                        if step.kind == "transpose"
-                        else Reshape(pattern, step.shape, step.before)
-                    )
-                    self._take(rule, [move.link for move in group])
+                    self._take(shaping_rule(pattern, group[0].steps[0]), [move.link for move in group])
             for move in waiting:
                 move.steps = move.steps[1:]
             waiting = [move for move in waiting if move.steps]
@@ -272,7 +264,7 @@ class Writer:
         _, intos = joining_rule(link, sources, aims)
         named = [with_places(names, [now for now, _ in seats]) for names in sources]
         rule, _ = joining_rule(link, named, aims, kept)
-        steps = [ways[0].steps for ways in link.ways] if link.is_split else [()]
+        steps = [ways[0].steps for ways in link.ways] if link.is_split else [link.after]
         return rule, [
             _Move(into, aim, [*seats], link, some) for into, aim, some in zip(intos, aims, steps, strict=True)
         ]

@@ -38,7 +38,7 @@ from orbax_nnx_handler.storage.reading.base_store import open_data
 from orbax_nnx_handler.storage.reading.byte_plan import OBJECT_STORE, Limits, cut_run, plan_bytes
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
 from orbax_nnx_handler.storage.reading.engine import DEFAULT_WINDOW_BYTES
-from orbax_nnx_handler.storage.reading.fetch import LeafToRead, chunks_of, pieces_of
+from orbax_nnx_handler.storage.reading.fetch import LeafToRead, chunks_of, pieces_to_read
 from orbax_nnx_handler.storage.reading.jobs import (
     Job,
     PlainJob,
@@ -49,7 +49,7 @@ from orbax_nnx_handler.storage.reading.jobs import (
     stored_shapes,
 )
 from orbax_nnx_handler.storage.stores.backends import LocalFiles
-from orbax_nnx_handler.storage.stores.files import Answer, Files, List, Listing, Question, Sizes
+from orbax_nnx_handler.storage.stores.files import FileAnswer, FileQuestion, Files, List, Listing, Sizes
 
 LLAMA_405B = Decoder(
     layers=126, width=16384, hidden=53248, heads=128, kv_heads=8, head_size=128, tokens=128256
@@ -130,7 +130,7 @@ class Counting:
         self.requests = self.trips = self.nbytes = 0
         self._files = LocalFiles()
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[FileQuestion]) -> list[FileAnswer]:
         """See `Backend`."""
         answers = self._files.answer(questions)
         pages = [1]
@@ -191,7 +191,7 @@ def _requests(
         array = checkpoint.arrays[path]
         leaf = LeafToRead(path=path, array=array, writes_fill=checkpoint.writes_fill)
         chunks = list(chunks_of(leaf, places))
-        pieces += pieces_of(array.store, open_data(array.store), chunks, limits)
+        pieces += pieces_to_read(array.store, open_data(array.store), chunks, limits)
     planned = plan_bytes([p.wanted for p in pieces if not p.streamed and p.wanted.runs], limits)
     found = [(r.file, r.start, r.size) for batch in planned.batches for r in batch.requests]
     for piece in pieces:

@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from orbax_nnx_handler.decide import look_at, plan_of, take_apart
+from orbax_nnx_handler.decide import flatten_wanted, look_at, plan_of
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
@@ -34,7 +34,7 @@ from orbax_nnx_handler.storage.reading.workers import Memory, naming_shortage
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.atomic import save_item
-from orbax_nnx_handler.storage.saving.save import Undone, as_save_item, linen_save, plan_save
+from orbax_nnx_handler.storage.saving.save import RulesOrRestore, as_save_item, linen_save, plan_save
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable
@@ -169,7 +169,7 @@ def save(
     *,
     layout: Flavour = "linen",
     tx: Transformation | None = None,
-    renames: Undone = (),
+    renames: RulesOrRestore = (),
     force: bool = False,
 ) -> None:
     """Saves an NNX state as one item in the Linen layout.
@@ -266,7 +266,7 @@ def to_linen(
     state: Any,
     layout: Flavour = "linen",
     tx: Transformation | None = None,
-    renames: Undone = (),
+    renames: RulesOrRestore = (),
 ) -> dict[str, Any]:
     """Returns the tree that `save` would write, in memory.
 
@@ -335,7 +335,7 @@ def _restore_checkpoint(
 
     def decided() -> tuple[Checkpoint, RestorePlan, Target]:
         checkpoint = read()
-        parts = take_apart(checkpoint, target, overrides)
+        parts = flatten_wanted(checkpoint, target, overrides)
         memory.expect(parts.leaves.values())
         return checkpoint, plan_of(checkpoint, parts, overrides, options, check=True), parts
 

@@ -46,11 +46,11 @@ def decide(
         UnreadableLeafError: Nothing of the checkpoint can be read.
         RestoreError: The target has no leaf; under `check`, lists every problem.
     """
-    parts = take_apart(checkpoint, target, overrides)
+    parts = flatten_wanted(checkpoint, target, overrides)
     return plan_of(checkpoint, parts, overrides, options, check=check), parts
 
 
-def take_apart(checkpoint: Checkpoint, target: Any, overrides: Mapping[Path, Any]) -> Target:
+def flatten_wanted(checkpoint: Checkpoint, target: Any, overrides: Mapping[Path, Any]) -> Target:
     """Returns the target taken apart, the first half of `decide`.
 
     Raises:

@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_of
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
-from orbax_nnx_handler.storage.saving.save import Undone, as_save_item, linen_save
+from orbax_nnx_handler.storage.saving.save import RulesOrRestore, as_save_item, linen_save
 from orbax_nnx_handler.storage.stores.locations import check_writable, is_url
 
 ItemT = TypeVar("ItemT", default=Any)
@@ -305,7 +305,7 @@ class NNXLinenSave(ocp.args.PyTreeSave):
     _: dataclasses.KW_ONLY
     layout: Flavour = "linen"
     tx: Transformation | None = None
-    renames: Undone = ()
+    renames: RulesOrRestore = ()
 
     def __post_init__(self) -> None:
         self.item = as_save_item(self.item)

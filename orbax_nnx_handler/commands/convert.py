@@ -52,7 +52,7 @@ from orbax_nnx_handler.storage.converting.leaves import (
     weights_only,
     with_dtype,
 )
-from orbax_nnx_handler.storage.converting.regroup import Way, regroup
+from orbax_nnx_handler.storage.converting.regroup import Regrouping, regroup
 from orbax_nnx_handler.storage.converting.source import (
     WITHOUT_COLLECTIONS,
     check_linen_names,
@@ -199,7 +199,7 @@ def _rearranged(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Conver
 def _regrouped(
     leaves: Sequence[Written], checkpoint: Checkpoint, layout: Layout, arguments: argparse.Namespace
 ) -> list[Written]:
-    ways: dict[Way, list[str]] = {"unscan": arguments.unscan, "scan": arguments.scan}
+    ways: dict[Regrouping, list[str]] = {"unscan": arguments.unscan, "scan": arguments.scan}
     regrouped = list(leaves)
     for way, groups in ways.items():
         for group in groups:

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Batch = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+Letters = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 """Letters as numbers, (batch, time + 1): the inputs, and one letter on, the targets."""
 
 
@@ -44,7 +44,7 @@ def decode(numbers: np.ndarray[tuple[int], np.dtype[np.int32]]) -> str:
 ENCODED = encode(TEXT)
 
 
-def batch_at(step: int, *, size: int, time: int) -> Batch:
+def batch_at(step: int, *, size: int, time: int) -> Letters:
     """Returns the batch of one step, (size, time + 1); the same in every program and every run."""
     starts = np.random.default_rng(step).integers(0, len(ENCODED) - time - 1, size)
     return ENCODED[starts[:, None] + np.arange(time + 1)]

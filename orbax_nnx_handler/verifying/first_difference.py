@@ -31,8 +31,8 @@ from orbax_nnx_handler.verifying.verification import (
     compare_inputs,
     differing_settings,
     exceeds,
-    name_of,
     same_numbers,
+    unit_name,
 )
 
 _BEGINNING = 64
@@ -114,11 +114,14 @@ def _shapes(recipes: Mapping[Path, Recipe], runner: ModuleRunner) -> dict[Path, 
     return {name: shape_of(recipe, runner.shapes) for name, recipe in recipes.items()}
 
 
-def words_of(one: Compared, other: Compared) -> str:
+def called_like(one: Compared, other: Compared) -> str:
     """Returns what it means that a module is called like another one."""
+    nnx, linen, other_nnx, other_linen = map(
+        unit_name, (one.pair.nnx, one.pair.linen, other.pair.nnx, other.pair.linen)
+    )
     return (
-        f"{name_of(one.pair.nnx)} is called with what Linen calls {name_of(other.pair.linen)} with, and has "
-        f"the weights of {name_of(one.pair.linen)}. It needs those that {name_of(other.pair.nnx)} was given"
+        f"{nnx} is called with what Linen calls {other_linen} with, and has the weights of {linen}. "
+        f"It needs those that {other_nnx} was given"
     )
 
 
@@ -314,7 +317,7 @@ class Search:
                     continue
                 self.tried += 1
                 if self._agrees(one, recipes, other.linen.outputs):
-                    return _Proof(module=one, words=words_of(one, other), recipes=recipes)
+                    return _Proof(module=one, words=called_like(one, other), recipes=recipes)
         except _CannotRunError:
             return None
         return None

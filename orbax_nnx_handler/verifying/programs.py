@@ -157,7 +157,7 @@ def _with_lists(tree: Any) -> Any:
     return nodes
 
 
-def owner_of(weights: LinenWeights, module: Any) -> Path | None:
+def path_above(weights: LinenWeights, module: Any) -> Path | None:
     """Returns the keys above the path of a bound Linen module, if the arrays that it was given tell."""
     for collection in module.variables.values():
         flat = cast(Any, jax.tree_util.tree_flatten_with_path(collection))

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, scanned_axes, uses_of
-from orbax_nnx_handler.verifying.programs import LinenWeights, find_nnx, owner_of, restore_linen
+from orbax_nnx_handler.verifying.programs import LinenWeights, find_nnx, path_above, restore_linen
 from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import (
@@ -228,7 +228,7 @@ def _run_linen(programs: Programs, weights: LinenWeights) -> tuple[Any, list[Cal
     inputs = programs.inputs
     try:
         return run_linen(
-            programs.linen, weights.variables, *inputs, owner=lambda module: owner_of(weights, module)
+            programs.linen, weights.variables, *inputs, owner=lambda module: path_above(weights, module)
         )
     except Exception as error:
         held = ", ".join(map(repr, weights.variables))

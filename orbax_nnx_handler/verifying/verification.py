@@ -264,8 +264,8 @@ class FirstDifference:
         return said
 
     def _place(self) -> str:
-        agrees = f"{name_of(self.after)} still returns the same" if self.after is not None else ""
-        differs = f"{name_of(self.before)} is called with something else" if self.before is not None else ""
+        agrees = f"{unit_name(self.after)} still returns the same" if self.after is not None else ""
+        differs = f"{unit_name(self.before)} is called with something else" if self.before is not None else ""
         return f"{', and '.join(part for part in (agrees, differs) if part)}."
 
 
@@ -387,7 +387,7 @@ def _told(first: FirstDifference) -> list[Line]:
     module = first.module
     within = "" if first.place == module.nnx.path else f"{first.path} in "
     lines: list[Line] = [
-        f"first difference: {within}{name_of(module.nnx)}   <- {name_of(module.linen)}",
+        f"first difference: {within}{unit_name(module.nnx)}   <- {unit_name(module.linen)}",
         f"  inputs {_apart(module.inputs.relative)} apart, outputs {_apart(module.outputs.relative)}",
     ]
     if first.weights:
@@ -401,7 +401,7 @@ def _weight(item: Restored) -> Row:
     return Row(item.wanted.path, (str(item.wanted.shape),), sources, describe(item.recipe))
 
 
-def name_of(unit: Unit) -> str:
+def unit_name(unit: Unit) -> str:
     """Returns a module as a person calls it: `blocks/attn, layer 3`."""
     path = render(unit.path)
     return path if unit.layer is None else f"{path}, layer {unit.layer}"
@@ -410,8 +410,8 @@ def name_of(unit: Unit) -> str:
 def _row(module: ModuleComparison) -> Folded:
     inputs = f"inputs {_apart(module.inputs.relative)}" if module.inputs.compared else "no inputs"
     outputs = f"outputs {_apart(module.outputs.relative)}" if module.outputs.compared else "not comparable"
-    columns = (inputs, outputs, "differs" if module.differs else "", f"{FROM}{name_of(module.linen)}")
-    return Folded(text=name_of(module.nnx), columns=columns, count=1)
+    columns = (inputs, outputs, "differs" if module.differs else "", f"{FROM}{unit_name(module.linen)}")
+    return Folded(text=unit_name(module.nnx), columns=columns, count=1)
 
 
 def _apart(relative: float) -> str:

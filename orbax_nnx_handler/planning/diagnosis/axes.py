@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.ways import patterns_of
+from orbax_nnx_handler.planning.diagnosis.ways import shortest_patterns
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
 
 _RULES = 8
@@ -135,7 +135,7 @@ def _paths(found: _Explained) -> list[Path]:
 
 def _patterns(evidence: Evidence, found: _Explained) -> Iterable[tuple[str, tuple[int, ...]]]:
     for change, paths in found.items():
-        for pattern in patterns_of(evidence, _sources(evidence, paths)):
+        for pattern in shortest_patterns(evidence, _sources(evidence, paths)):
             yield pattern, change
 
 

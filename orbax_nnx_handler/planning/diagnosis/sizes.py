@@ -47,7 +47,7 @@ class Place:
         return self.names[-2] if len(self.names) > 1 else ""
 
 
-def name_of(places: Sequence[Place], most: int) -> str:
+def dimension_name(places: Sequence[Place], most: int) -> str:
     """Returns what a dimension is, or an empty text.
 
     Args:
@@ -172,7 +172,7 @@ def find_dimensions(evidence: Evidence) -> Iterable[Cause]:
         for place in _places(evidence, path):
             places[place.stored, place.wanted].append(place)
     most = _most(evidence)
-    named = {pair: name_of(found, most) for pair, found in places.items()}
+    named = {pair: dimension_name(found, most) for pair, found in places.items()}
     widths = [pair for pair in places if named[pair] not in _NO_WIDTH and output_module(places[pair]) is None]
     if _one_width(widths, places, most):
         yield _cause(evidence, sorted(widths), places, "")

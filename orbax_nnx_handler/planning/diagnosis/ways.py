@@ -201,7 +201,7 @@ def _kinds(kind: type | None) -> list[type]:
 _NUMBER = re.compile(r"\d+$")
 
 
-def patterns_of(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
+def shortest_patterns(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
     """Returns few patterns that match these stored weights and no other.
 
     A pattern is the end of a path, as short as it can be and still match nothing

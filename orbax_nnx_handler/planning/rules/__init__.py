@@ -131,7 +131,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
         RuleError: A rule does not fit a leaf that it matches.
     """
     after: Sequence[Entry] = entries
-    made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[Unused](), dict[Path, str]()
+    made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[UnmatchedRule](), dict[Path, str]()
     axes = tuple(rule for rule in rules if isinstance(rule, ScanAxis))
     for rule in rules:
         applied = rule.apply(after)
@@ -154,7 +154,7 @@ def cast_of(recipe: Recipe, casts: Casts) -> np.dtype[Any] | None:
     return found.pop() if len(found) == 1 else None
 
 
-Unused = tuple[Rule, Sequence[Entry]]
+UnmatchedRule = tuple[Rule, Sequence[Entry]]
 """A rule that matches nothing, and what it met."""
 
 _WHOLE = "a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
@@ -169,7 +169,7 @@ def unused_rules(unused: Sequence[Rule]) -> UnusedRuleError:
     return _unused_error([f"  {rule}" for rule in unused], Hint(_WHOLE))
 
 
-def _without_effect(unused: Sequence[Unused]) -> UnusedRuleError:
+def _without_effect(unused: Sequence[UnmatchedRule]) -> UnusedRuleError:
     """Returns the error for rules that match nothing, with the stored paths that are nearest."""
     rows, corrected, late = list[str](), list[Rule](), False
     for rule, met in unused:

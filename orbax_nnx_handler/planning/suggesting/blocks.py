@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.suggesting.parts import (
     Names,
     Tie,
     levels,
-    parts_of,
+    module_parts,
 )
 
 
@@ -128,7 +128,7 @@ def _is_taken(series: Series, taken: set[int]) -> bool:
 
 def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context) -> Findings:
     up, down = context.above
-    left, right = parts_of(wanted, up), parts_of(stored, down)
+    left, right = module_parts(wanted, up), module_parts(stored, down)
     names = (_names(context.wanted, up), _names(context.stored, down))
     matched = match_parts(left, right, names, _created(context))
     links = [

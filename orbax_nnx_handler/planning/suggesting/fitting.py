@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Add, Fuse, Repeat, Reshape, Rule, Split, Transpose
 from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart, Names, Tie
-from orbax_nnx_handler.planning.suggesting.roles import PLACING, Role, compare_numbers, same_place
+from orbax_nnx_handler.planning.suggesting.roles import PLACING, NamedPart, compare_numbers, same_place
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
     Step,
@@ -43,7 +43,7 @@ class Fit:
     is_exact: bool
 
 
-def fit_of(one: Role, other: Role) -> Fit | None:
+def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
     numbers = compare_numbers(one, other)
     shared = one.part.leaves.keys() & other.part.leaves.keys()
@@ -69,13 +69,13 @@ def fit_of(one: Role, other: Role) -> Fit | None:
     return Fit(score + 20.0, tuple(pairs), not lacking)
 
 
-def main_size(role: Role) -> int:
+def main_size(role: NamedPart) -> int:
     """Returns how many elements a part's main leaf holds."""
     leaves = role.part.leaves
     return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
 
 
-def may_be(one: Role, other: Role) -> bool:
+def may_be(one: NamedPart, other: NamedPart) -> bool:
     """Tells whether no name speaks against a pair."""
     left, right = one.said, other.said
     if one.place is not None and other.place is not None:
@@ -87,12 +87,12 @@ def may_be(one: Role, other: Role) -> bool:
     return not compare_numbers(one, other).different
 
 
-def _say_something(one: Role, other: Role) -> bool:
+def _say_something(one: NamedPart, other: NamedPart) -> bool:
     """Tells whether the part of two that is not called a fused one has a name that means something else."""
     return bool((other if one.fused else one).part.own)
 
 
-def _ways(wanted: Leaf, stored: Leaf, one: Role, other: Role) -> tuple[Way, ...]:
+def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple[Way, ...]:
     if wanted.number != stored.number:
         return ()
     if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
@@ -103,14 +103,14 @@ def _ways(wanted: Leaf, stored: Leaf, one: Role, other: Role) -> tuple[Way, ...]
     return found
 
 
-def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: Role, other: Role) -> bool:
+def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> bool:
     """Tells whether a vector stays one, but for a bias of heads and a norm of them."""
     if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
         return True
     return one.part.is_norm and other.part.is_norm
 
 
-def _is_table(role: Role) -> bool:
+def _is_table(role: NamedPart) -> bool:
     """Tells whether a part is a table of rows, which nobody stores the other way around."""
     return bool(role.said & {"embed", "pos", "token", "type", "cls"}) and "head" not in role.said
 
@@ -119,8 +119,8 @@ def _is_table(role: Role) -> bool:
 
 
 def joined_parts(
-    wanted: Sequence[Role], stored: Sequence[Role]
-) -> tuple[list[Link], list[Tie], list[Role], list[Role]]:
+    wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
+) -> tuple[list[Link], list[Tie], list[NamedPart], list[NamedPart]]:
     """Returns the links of parts that one side keeps in one array, what they leave open, and what is left."""
     links, ties = list[Link](), list[Tie]()
     left, right = list(wanted), list(stored)
@@ -137,7 +137,7 @@ def joined_parts(
 
 
 def _joined_once(
-    whole: Role, wholes: list[Role], singles: list[Role], split: bool
+    whole: NamedPart, wholes: list[NamedPart], singles: list[NamedPart], split: bool
 ) -> tuple[list[Link], Tie | None]:
     """Returns the links of a fused part, or its readings, and takes what they are about from both sides."""
     parts = _single_parts(whole, singles)
@@ -158,19 +158,19 @@ def _joined_once(
     return found, tie
 
 
-def _rest(role: Role, used: Collection[int]) -> list[Role]:
+def _rest(role: NamedPart, used: Collection[int]) -> list[NamedPart]:
     """Returns what a part holds beside what is fused: a bias of queries where keys have none."""
     left = {kind: leaf for kind, leaf in role.part.leaves.items() if id(leaf) not in used}
     return [dataclasses.replace(role, part=ModulePart(role.part.names, left))] if left else []
 
 
-def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
+def _single_parts(whole: NamedPart, singles: Sequence[NamedPart]) -> list[NamedPart] | None:
     """Returns the parts that a fused one holds, where one module alone has them all."""
-    modules: dict[Any, list[Role]] = {}
+    modules: dict[Any, list[NamedPart]] = {}
     for role in singles:
         if not role.fused:
             modules.setdefault(role.part.module, []).append(role)
-    found: list[tuple[float, list[Role]]] = []
+    found: list[tuple[float, list[NamedPart]]] = []
     rest, marks = whole.said - set(whole.fused), whole.part.own - set(whole.fused)
     for members in modules.values():
         for marked, parts in _by_mark(whole, members):
@@ -182,7 +182,7 @@ def _single_parts(whole: Role, singles: Sequence[Role]) -> list[Role] | None:
     return found[0][1]
 
 
-def _by_mark(whole: Role, members: Sequence[Role]) -> Iterator[tuple[Concepts, list[Role]]]:
+def _by_mark(whole: NamedPart, members: Sequence[NamedPart]) -> Iterator[tuple[Concepts, list[NamedPart]]]:
     """Yields parts that together are a fused one, with what else their names say: `to_q`, `add_q_proj`."""
     chosen = [
         [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
@@ -196,7 +196,7 @@ def _by_mark(whole: Role, members: Sequence[Role]) -> Iterator[tuple[Concepts, l
                 yield mark, [marked[mark] for marked in marks]
 
 
-def _links_of(whole: Role, parts: Sequence[Role], split: bool) -> list[Link]:
+def _links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> list[Link]:
     """Returns the links of a fused part, leaf by leaf; nothing where shapes do not come out."""
     found: list[Link] = []
     for kind, leaf in whole.part.leaves.items():
@@ -227,7 +227,7 @@ def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> J
     return kept[0] if len(kept) == 1 else None
 
 
-def _repeated(whole: Role, parts: Sequence[Role]) -> tuple[tuple[Link, ...], ...]:
+def _repeated(whole: NamedPart, parts: Sequence[NamedPart]) -> tuple[tuple[Link, ...], ...]:
     """Returns how parts may be made of fewer heads: each several times in a row, or all of them together."""
     leaf, singles = whole.part.leaves.get("main"), [part.part.leaves.get("main") for part in parts]
     wanted = [single for single in singles if single is not None]

@@ -12,7 +12,7 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
 from orbax_nnx_handler.planning.suggesting.matching import best_pairs
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names, levels, parts_of, sizes_of
+from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names, levels, module_parts, sizes_of
 from orbax_nnx_handler.planning.suggesting.words import concepts, exclude, likeness
 
 _PLACE = "{i}"
@@ -106,7 +106,7 @@ def _numbered(names: Names, above: int) -> list[tuple[tuple[Names, Names], int]]
 
 def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf]], least: int) -> bool:
     depth = len(template)
-    if any(len(parts_of(leaves, depth)) < least for leaves in members.values()):
+    if any(len(module_parts(leaves, depth)) < least for leaves in members.values()):
         return False
     return len(members) > 1 or base[-1].lower() in _SINGLE
 

@@ -11,12 +11,12 @@ import numpy as np
 from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, joined_parts, main_size, may_be
 from orbax_nnx_handler.planning.suggesting.parts import Grounds, Link, ModulePart, Names, Tie
 from orbax_nnx_handler.planning.suggesting.roles import (
-    Role,
+    NamedPart,
     are_automatic,
     are_counted,
     in_order,
+    named_parts,
     ranks_of,
-    roles_of,
 )
 from orbax_nnx_handler.planning.suggesting.words import MARGIN, likeness
 
@@ -58,7 +58,7 @@ def match_parts(
         created: The place of a wanted part in the order of creation, or None.
         used: Further stored parts that have a wanted one already: the context of names only.
     """
-    ours, theirs = roles_of(wanted, above[0]), roles_of([*stored, *used], above[1])[: len(stored)]
+    ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
     links, ties, left, right = joined_parts(ours, theirs)
     pairs = _Pairs(left, right)
     found, more = pairs.settle(created)
@@ -77,7 +77,7 @@ _Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
 class _Pairs:
     """The possible pairs of a context, and which of them nothing else can be."""
 
-    def __init__(self, wanted: Sequence[Role], stored: Sequence[Role]) -> None:
+    def __init__(self, wanted: Sequence[NamedPart], stored: Sequence[NamedPart]) -> None:
         self._wanted, self._stored = wanted, stored
         self._fits: dict[tuple[int, int], Fit] = {}
         self._excluded: set[tuple[int, int]] = set()
@@ -305,7 +305,7 @@ class _Pairs:
 
 
 def _ascend(
-    wanted: Sequence[Role], stored: Sequence[Role], one: tuple[int, int], other: tuple[int, int]
+    wanted: Sequence[NamedPart], stored: Sequence[NamedPart], one: tuple[int, int], other: tuple[int, int]
 ) -> bool:
     """Tells whether two pairs of parts of one list, numbered by Linen as it made them, are in one order."""
     ours = [wanted[at].part for at, _ in (one, other)]

@@ -148,7 +148,7 @@ class ModulePart:
         return sum(math.prod(leaf.shape) for leaf in self.leaves.values())
 
 
-def parts_of(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
+def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
     """Returns the parts of a context.
 
     Args:

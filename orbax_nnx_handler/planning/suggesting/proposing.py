@@ -33,8 +33,8 @@ from orbax_nnx_handler.planning.suggesting.search import (
     by_template,
     paths_of,
     search,
+    steps_by_leaf,
     steps_in,
-    steps_of,
     stored_leaves,
     untyped_leaves,
     wanted_leaves,
@@ -257,7 +257,7 @@ class _Proposing:
         problem = "\n".join(str(fault) for fault in verdict.faults if not self._is_old(fault))
         wanted = paths_of(links)
         got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
-        steps = steps_of(links, self._steps)
+        steps = steps_by_leaf(links, self._steps)
         right = {
             path
             for path, sources in wanted.items()

@@ -15,7 +15,7 @@ _MLP = frozenset(("up", "down", "gate"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Role:
+class NamedPart:
     """A part with what its names say in their context.
 
     Attributes:
@@ -64,7 +64,7 @@ def same_place(one: float, other: float) -> bool:
     }
 
 
-def roles_of(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[Role]:
+def named_parts(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[NamedPart]:
     """Returns the parts of one context with their roles.
 
     Args:
@@ -113,7 +113,7 @@ class _Context:
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
         self._has_actor = any("actor" in part.said for part in parts)
 
-    def role(self, part: ModulePart) -> Role:
+    def role(self, part: ModulePart) -> NamedPart:
         said = set(part.said | self._surroundings(part)) | self._above
         numbers = tuple(
             (level, tuple(sorted(self._families[prefix, level.base, level.style])))
@@ -128,7 +128,7 @@ class _Context:
         else:
             fact = self._resolve(part, said, numbers) or fact
         position = self._position(part, said)
-        return Role(part, frozenset(said), numbers, position, fused, fact)
+        return NamedPart(part, frozenset(said), numbers, position, fused, fact)
 
     def _surroundings(self, part: ModulePart) -> set[str]:
         """Returns what the modules around a part hold: an attention, a gated network."""
@@ -251,7 +251,7 @@ class Numbers:
     different: bool
 
 
-def compare_numbers(one: Role, other: Role) -> Numbers:
+def compare_numbers(one: NamedPart, other: NamedPart) -> Numbers:
     """Compares the numbered levels of two parts whose names mean the same.
 
     Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
@@ -284,7 +284,7 @@ def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[
     return None
 
 
-def in_order(roles: Sequence[Role]) -> list[int] | None:
+def in_order(roles: Sequence[NamedPart]) -> list[int] | None:
     """Returns the parts in the order of computation, where their names tell it without contradiction."""
     places = [role.position for role in roles]
     if all({"attn"} <= role.said and role.said & {"self", "cross"} for role in roles):
@@ -311,7 +311,7 @@ def _strict(keys: Sequence[Any]) -> list[int] | None:
     return sorted(range(len(keys)), key=lambda at: keys[at])
 
 
-def _number_keys(roles: Sequence[Role]) -> list[tuple[int, ...] | None]:
+def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
     """Returns the numbers of parts whose paths differ in numbers, or in what numbered modules hold."""
     heads = {tuple((level.base, level.number is None) for level in role.part.levels[:1]) for role in roles}
     shapes = {tuple(level.base for level in role.part.levels) for role in roles}
@@ -323,7 +323,7 @@ def _number_keys(roles: Sequence[Role]) -> list[tuple[int, ...] | None]:
     ]
 
 
-def ranks_of(roles: Sequence[Role], like: int) -> Mapping[tuple[int, ...], int]:
+def ranks_of(roles: Sequence[NamedPart], like: int) -> Mapping[tuple[int, ...], int]:
     """Returns the parts that are called as one of them is but for numbers, by the ranks of their numbers."""
     template = [_DIGITS.sub("#", name) for name in roles[like].part.names]
     alike = [
@@ -341,7 +341,7 @@ def ranks_of(roles: Sequence[Role], like: int) -> Mapping[tuple[int, ...], int]:
     }
 
 
-def are_counted(roles: Sequence[Role]) -> bool:
+def are_counted(roles: Sequence[NamedPart]) -> bool:
     """Tells whether a program counts these parts: a list, or one name with a number of its own."""
     names = {tuple(level.base for level in role.part.levels) for role in roles}
     return len(names) == 1 and all(
@@ -350,7 +350,7 @@ def are_counted(roles: Sequence[Role]) -> bool:
     )
 
 
-def are_automatic(roles: Sequence[Role]) -> bool:
+def are_automatic(roles: Sequence[NamedPart]) -> bool:
     """Tells whether Linen itself numbered these modules: a class's name and a count."""
     return all(
         role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)

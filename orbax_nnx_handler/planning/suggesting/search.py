@@ -32,11 +32,11 @@ from orbax_nnx_handler.planning.suggesting.parts import (
     ModulePart,
     Names,
     Tie,
-    parts_of,
+    module_parts,
     place_of,
     settle_turns,
 )
-from orbax_nnx_handler.planning.suggesting.roles import Role, roles_of
+from orbax_nnx_handler.planning.suggesting.roles import NamedPart, named_parts
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
 from orbax_nnx_handler.planning.suggesting.words import concepts
 from orbax_nnx_handler.planning.target.roles import Wanted
@@ -150,7 +150,7 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
     asked = [link for tie in found.ties for reading in tie.readings for link in reading]
     covered = {leaf.source for link in (*found.links, *asked) for leaf in link.wanted}
     used = {leaf.source for link in (*found.links, *asked) for leaf in link.stored}
-    left = roles_of(parts_of([leaf for leaf in wanted if leaf.source not in covered]))
+    left = named_parts(module_parts([leaf for leaf in wanted if leaf.source not in covered]))
     layers = [role for role in left if {"main"} <= role.part.leaves.keys() <= {"main", "bias"}]
     layers = [role for role in layers if not role.part.is_vector]
     heads = [role for role in layers if "head" in role.said] or layers
@@ -158,7 +158,7 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
         return Findings()
     tables = [
         role
-        for role in roles_of(parts_of([leaf for leaf in stored if leaf.source in used]))
+        for role in named_parts(module_parts([leaf for leaf in stored if leaf.source in used]))
         if role.said & {"embed", "token"} and not role.said & {"pos", "type", "patch", "cls", "vision"}
     ]
     head, free = heads[0].part.leaves["main"], [leaf for leaf in stored if leaf.source not in used]
@@ -210,7 +210,7 @@ def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
     return found
 
 
-def steps_of(
+def steps_by_leaf(
     links: Iterable[Link], done: Mapping[tuple[Path, Names], tuple[str, ...]]
 ) -> Mapping[Path, tuple[str, ...]]:
     """Returns what is done with the shape of each wanted leaf, or of the first part of it, in order.
@@ -260,7 +260,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
                 fits[to][at] = fit
                 counts[at] += 1
     # A large model of which nothing is left over is not counted.
-    shapes = [Counter(map(_shapes, parts_of(side if fits else ()))) for side in (wanted, stored)]
+    shapes = [Counter(map(_shapes, module_parts(side if fits else ()))) for side in (wanted, stored)]
     found: list[Link] = []
     for to, options in fits.items():
         takers = [ours[at] for at in options]
@@ -278,11 +278,11 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     return found
 
 
-def _free(leaves: Iterable[Leaf], used: set[object]) -> list[Role]:
-    return roles_of(parts_of([leaf for leaf in leaves if leaf.source not in used]))
+def _free(leaves: Iterable[Leaf], used: set[object]) -> list[NamedPart]:
+    return named_parts(module_parts([leaf for leaf in leaves if leaf.source not in used]))
 
 
-def _are_one(takers: Sequence[Role]) -> bool:
+def _are_one(takers: Sequence[NamedPart]) -> bool:
     """Tells whether several parts are one that a program holds several times."""
     return (
         len({role.part.names[-1:] for role in takers}) == 1
@@ -291,7 +291,7 @@ def _are_one(takers: Sequence[Role]) -> bool:
 
 
 def _are_alone(
-    takers: Sequence[Role], other: Role, shapes: Sequence[Mapping[tuple[object, ...], int]]
+    takers: Sequence[NamedPart], other: NamedPart, shapes: Sequence[Mapping[tuple[object, ...], int]]
 ) -> bool:
     """Tells whether a layer is the only one of its shapes on either side: a kernel, and a bias beside it."""
     counts = (shapes[0][_shapes(takers[0].part)], shapes[1][_shapes(other.part)])
@@ -308,12 +308,12 @@ def _is_of_tokens(link: Link) -> bool:
     return is_table and not said & {"pos", "type", "patch", "cls"}
 
 
-def _is_meant(one: Role, other: Role) -> bool:
+def _is_meant(one: NamedPart, other: NamedPart) -> bool:
     left, right = _numbers(one), _numbers(other)
     return (not left or not right or left == right) and bool(one.part.own & other.part.own - _GENERAL)
 
 
-def _numbers(role: Role) -> list[int]:
+def _numbers(role: NamedPart) -> list[int]:
     return [level.number for level in role.part.levels if level.number is not None]
 
 

@@ -29,7 +29,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     objects_of,
     optional_object,
     parse_object,
-    shape_of,
+    shape_field,
     text_of,
 )
 from orbax_nnx_handler.storage.stores.kvstore import Store
@@ -145,9 +145,9 @@ def _parse_zarr2(fields: dict[str, Any]) -> Encoding:
     name = text_of(fields, "dtype")
     return Encoding(
         driver="zarr",
-        shape=shape_of(fields, "shape", least=0),
+        shape=shape_field(fields, "shape", least=0),
         dtype=_dtype(name),
-        chunk_shape=shape_of(fields, "chunks", least=1),
+        chunk_shape=shape_field(fields, "chunks", least=1),
         codec="other" if name.startswith(">") else codec,
         sharded=False,
         separator=fields.get("dimension_separator", "."),
@@ -159,12 +159,12 @@ def _parse_zarr3(fields: dict[str, Any]) -> Encoding:
     if fields.get("node_type") != "array":
         raise FieldError(f"node_type is {fields.get('node_type')!r}, not 'array'")
     grid = object_of(object_of(fields, "chunk_grid"), "configuration")
-    chunk_shape = shape_of(grid, "chunk_shape", least=1)
+    chunk_shape = shape_field(grid, "chunk_shape", least=1)
     codecs, sharded = _inner_codecs(objects_of(fields, "codecs"), chunk_shape)
     key = optional_object(fields, "chunk_key_encoding") or {"name": "default"}
     return Encoding(
         driver="zarr3",
-        shape=shape_of(fields, "shape", least=0),
+        shape=shape_field(fields, "shape", least=0),
         dtype=_dtype(text_of(fields, "data_type")),
         chunk_shape=chunk_shape,
         codec=_codec(codecs) if text_of(key, "name") == "default" else "other",
@@ -190,7 +190,7 @@ def _inner_codecs(codecs: list[dict[str, Any]], chunk_shape: Shape) -> tuple[lis
     if _names(codecs) != ["sharding_indexed"]:
         return codecs, False
     shard = object_of(codecs[0], "configuration")
-    inner = shape_of(shard, "chunk_shape", least=1)
+    inner = shape_field(shard, "chunk_shape", least=1)
     one_chunk = inner == chunk_shape and shard.get("index_location", "end") == "end"
     if not one_chunk or _names(objects_of(shard, "index_codecs")) != ["bytes", "crc32c"]:
         return [], False

@@ -101,7 +101,7 @@ def texts_of(fields: dict[str, Any], name: str) -> list[str]:
     return [text_of({name: item}, name) for item in items]
 
 
-def shape_of(fields: dict[str, Any], name: str, *, least: int) -> Shape:
+def shape_field(fields: dict[str, Any], name: str, *, least: int) -> Shape:
     """Returns a field that is a shape, no length below `least`."""
     lengths = cast(list[Any], _of_type(fields, name, list, "a list"))
     if len(lengths) > _MAX_RANK:

@@ -57,7 +57,7 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
 from orbax_nnx_handler.storage.stores import kvstore
-from orbax_nnx_handler.storage.stores.files import Files, List, Question, ReadFile, Sizes
+from orbax_nnx_handler.storage.stores.files import FileQuestion, Files, List, ReadFile, Sizes
 from orbax_nnx_handler.storage.stores.kvstore import MANIFEST, Store
 from orbax_nnx_handler.storage.stores.ocdbt import DamagedDatabaseError
 
@@ -200,7 +200,7 @@ def _read(directory: epath.Path, files: Files) -> Checkpoint:
 
 def _ask(files: Files, directories: Iterable[epath.Path]) -> None:
     """Asks for all small files of items in one trip."""
-    questions: list[Question] = []
+    questions: list[FileQuestion] = []
     for directory in directories:
         entries = files.entries(directory)
         questions += commit_questions(directory)

@@ -31,7 +31,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of, shape_of
+from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of, shape_field
 from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
@@ -94,7 +94,7 @@ def read_header(info: zipfile.ZipInfo, member: IO[bytes]) -> NpyEncoding | TextA
     if dtype.kind == "V":
         dtype = np.dtype(jnp.bfloat16)
     prefix = member.tell()
-    shape = shape_of({"shape": list(shape)}, "shape", least=0)
+    shape = shape_field({"shape": list(shape)}, "shape", least=0)
     size = prefix + math.prod(shape) * dtype.itemsize
     if size != info.file_size:
         raise ValueError(f"holds {info.file_size} bytes where {shape} {dtype} takes {size}")

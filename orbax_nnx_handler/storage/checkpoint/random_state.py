@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.linen import AUX
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, objects_of, shape_of, text_of, texts_of
+from orbax_nnx_handler.storage.checkpoint.fields import FieldError, objects_of, shape_field, text_of, texts_of
 
 Json = dict[str, Any]
 
@@ -107,7 +107,7 @@ def _replicated(value: jax.Array) -> jax.Array:
 
 
 def _leftover(entry: Json) -> StoredRandom:
-    shape, name = shape_of(entry, "shape", least=0), text_of(entry, "dtype")
+    shape, name = shape_field(entry, "shape", least=0), text_of(entry, "dtype")
     impl = None if entry.get("key_impl") is None else text_of(entry, "key_impl")
     try:
         numbers = np.asarray(entry.get("value"), dtype=name).reshape(shape)

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of, shape_of, text_of
+from orbax_nnx_handler.storage.checkpoint.fields import FieldError, check_paths, keys_of, shape_field, text_of
 from orbax_nnx_handler.storage.checkpoint.trees import UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
@@ -209,7 +209,7 @@ def _encoding(fields: dict[str, Any]) -> Encoding:
     name = text_of(fields, "dtype")
     if name not in _DTYPES:
         raise FieldError(f"dtype is {name[:80]!r}, which is none of NumPy's or JAX's")
-    shape = shape_of(fields, "shape", least=0)
+    shape = shape_field(fields, "shape", least=0)
     # As the one chunk of a Zarr array without codecs: so its bytes lie.
     return Encoding(
         driver="zarr",
@@ -224,7 +224,7 @@ def _encoding(fields: dict[str, Any]) -> Encoding:
 
 
 def _offsets(fields: dict[str, Any]) -> tuple[int, int]:
-    offsets = shape_of(fields, "data_offsets", least=0)
+    offsets = shape_field(fields, "data_offsets", least=0)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FieldError(f"data_offsets is {offsets}, which is no begin and end")
     return offsets[0], offsets[1]

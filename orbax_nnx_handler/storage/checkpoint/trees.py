@@ -42,7 +42,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     objects_of,
     optional_object,
     parse_object,
-    shape_of,
+    shape_field,
     text_of,
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import ANY_KIND, COPY_AGAIN, damaged
@@ -312,7 +312,7 @@ def _extension(code: int, data: bytes) -> object:
 
 
 def _array(lengths: Any, name: Any, content: Any) -> np.ndarray[Any, Any] | _Unread:
-    shape = shape_of({"shape": lengths}, "shape", least=0)
+    shape = shape_field({"shape": lengths}, "shape", least=0)
     try:
         dtype = np.dtype(name.decode())
     except (AttributeError, TypeError, ValueError, SyntaxError) as error:
@@ -341,7 +341,7 @@ def _value(leaf: Any) -> np.ndarray[Any, Any] | _Unread:
 def _from_chunks(node: dict[str, Any]) -> np.ndarray[Any, Any] | _Unread:
     """Joins the parts in which Flax writes an array above a gigabyte."""
     try:
-        shape = shape_of({"shape": _numbered(node, "shape")}, "shape", least=0)
+        shape = shape_field({"shape": _numbered(node, "shape")}, "shape", least=0)
         chunks = _numbered(node, "chunks")
         unread = next((chunk for chunk in chunks if isinstance(chunk, _Unread)), None)
         if unread is not None:

@@ -26,15 +26,15 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.converting.blocks import Written
 from orbax_nnx_handler.storage.converting.leaves import check_paths_distinct, refusal
 
-Group = tuple[str, ...]
+GroupPath = tuple[str, ...]
 """A group's path below the collection, such as `("decoder", "layers")`."""
 
-Way = Literal["scan", "unscan"]
+Regrouping = Literal["scan", "unscan"]
 _SECTIONS = frozenset({"model", "optimizer", "step"})
 
 
 def regroup(
-    leaves: Sequence[Written], stored: Stored, layout: Layout, group: Group, axis: int, way: Way
+    leaves: Sequence[Written], stored: Stored, layout: Layout, group: GroupPath, axis: int, way: Regrouping
 ) -> list[Written]:
     """Returns the leaves with one group of layers stacked or taken apart.
 
@@ -104,7 +104,7 @@ def _kind(leaf: Written) -> type[Any]:
     return known.get(leaf.collection) or type(str(leaf.collection), (nnx.Variable,), {})
 
 
-def _apart(leaves: Sequence[Written], group: Group, axis: int) -> list[Written]:
+def _apart(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Written]:
     """Returns what is wanted where a stack is taken apart.
 
     Raises:
@@ -130,13 +130,13 @@ def _apart(leaves: Sequence[Written], group: Group, axis: int) -> list[Written]:
     ]
 
 
-def _layers(leaf: Written, group: Group, axis: int, count: int) -> Iterator[Written]:
+def _layers(leaf: Written, group: GroupPath, axis: int, count: int) -> Iterator[Written]:
     shape = leaf.shape if leaf.is_unused else (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
     for number in range(count):
         yield dataclasses.replace(_renamed(leaf, group, f"{group[-1]}_{number}"), shape=shape)
 
 
-def _stacked(leaves: Sequence[Written], group: Group, axis: int) -> list[Written]:
+def _stacked(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Written]:
     """Returns what is wanted where layers are stacked.
 
     Raises:
@@ -162,7 +162,7 @@ def _stacked(leaves: Sequence[Written], group: Group, axis: int) -> list[Written
     ]
 
 
-def _stack(path: Path, layers: dict[int, list[Written]], group: Group, axis: int) -> Written:
+def _stack(path: Path, layers: dict[int, list[Written]], group: GroupPath, axis: int) -> Written:
     parts = [part for number in sorted(layers) for part in layers[number]]
     if sorted(layers) != list(range(len(layers))):
         raise RestoreError(f"{render(path)} is stored for the layers {ranges(layers)} only.", paths=[path])
@@ -188,18 +188,18 @@ def _uneven(short: Mapping[Path, Iterable[int]], every: Set[int]) -> RestoreErro
     )
 
 
-def _is_in(leaf: Written, group: Group) -> bool:
+def _is_in(leaf: Written, group: GroupPath) -> bool:
     return _keys(leaf, group)[: len(group)] == group
 
 
-def _number(leaf: Written, group: Group) -> int | None:
+def _number(leaf: Written, group: GroupPath) -> int | None:
     """Returns which layer of the group a leaf belongs to."""
     keys = _keys(leaf, group)
     match = re.fullmatch(rf"{re.escape(group[-1])}_(\d{{1,9}})", keys[len(group) - 1]) if keys else None
     return int(match[1]) if match and keys[: len(group) - 1] == group[:-1] else None
 
 
-def _keys(leaf: Written, group: Group) -> tuple[str, ...]:
+def _keys(leaf: Written, group: GroupPath) -> tuple[str, ...]:
     """Returns the keys of a leaf's parameter, where there are enough of them to be below a group."""
     keys = tuple(map(str, leaf.parameter or ()))
     own = len(leaf.path) - len(leaf.above)
@@ -207,7 +207,7 @@ def _keys(leaf: Written, group: Group) -> tuple[str, ...]:
     return keys if len(group) < len(keys) < len(group) + own else ()
 
 
-def _renamed(leaf: Written, group: Group, name: str) -> Written:
+def _renamed(leaf: Written, group: GroupPath, name: str) -> Written:
     parameter = leaf.parameter or ()
     at = len(group) - 1
     from_end = len(parameter) - at
@@ -215,7 +215,7 @@ def _renamed(leaf: Written, group: Group, name: str) -> Written:
     return dataclasses.replace(leaf, path=path, parameter=(*parameter[:at], name, *parameter[at + 1 :]))
 
 
-def _no_group(leaves: Sequence[Written], group: Group, looked_for: str) -> RestoreError:
+def _no_group(leaves: Sequence[Written], group: GroupPath, looked_for: str) -> RestoreError:
     tops = sorted({"/".join(segments(leaf.parameter)[: len(group)]) for leaf in leaves if leaf.parameter})
     return RestoreError(
         f"no parameter lies under {looked_for}.",

@@ -92,7 +92,7 @@ class WantedBytes(NamedTuple):
     runs: tuple[tuple[int, int], ...]
 
 
-class Part(NamedTuple):
+class RequestPart(NamedTuple):
     """A piece of one request and where it goes.
 
     Attributes:
@@ -114,7 +114,7 @@ class Request(NamedTuple):
     file: str
     start: int
     size: int
-    parts: tuple[Part, ...]
+    parts: tuple[RequestPart, ...]
 
 
 class Batch(NamedTuple):
@@ -191,7 +191,7 @@ class _Open:
         self._numbers: list[int] = []
         self._requests: list[Request] = []
         self._start = self._end = -1
-        self._parts: list[Part] = []
+        self._parts: list[RequestPart] = []
 
     def takes(self, wanted: WantedBytes) -> bool:
         """Tells whether something is joined to the last request rather than asked for by itself."""
@@ -207,7 +207,7 @@ class _Open:
                 if not self._joins(first, length):
                     self._send()
                     self._start = first
-                self._parts.append(Part(number, at, first - self._start, length))
+                self._parts.append(RequestPart(number, at, first - self._start, length))
                 self._end = first + length
                 at += length
 

@@ -33,8 +33,8 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
     Batch,
     BytePlan,
     Limits,
-    Part,
     Request,
+    RequestPart,
     cut_run,
     plan_bytes,
 )
@@ -279,7 +279,7 @@ class _Reading:
                     self._put(part, content[part.start : part.start + part.size], contents)
         self._use(batch, contents)
 
-    def _put(self, part: Part, content: memoryview, contents: dict[int, memoryview]) -> None:
+    def _put(self, part: RequestPart, content: memoryview, contents: dict[int, memoryview]) -> None:
         piece = self._pieces[part.wanted]
         if piece.target is None and part.size == piece.size:
             contents[part.wanted] = content  # Used where it is, without a copy.

@@ -257,7 +257,7 @@ def _read_from_one_store(
     with contextlib.closing(open_data(store)) as files:
         read_pieces(
             files,
-            list(pieces_of(store, files, chunks, limits)) if store is not None else [],
+            list(pieces_to_read(store, files, chunks, limits)) if store is not None else [],
             limits,
             tasks=beside,
             concurrent_bytes=concurrent_bytes,
@@ -303,7 +303,7 @@ def _within(target: Destination, covered: Region) -> list[Destination]:
     return [target.part(tuple(region), tuple(inside))]
 
 
-def pieces_of(
+def pieces_to_read(
     store: Store, files: DataFiles, chunks: Sequence[_Chunk], limits: Limits
 ) -> Iterator[ChunkPiece]:
     """Yields the pieces of all chunks, as far as a chunk is there."""

@@ -26,7 +26,7 @@ from orbax_nnx_handler.storage.reading.chunks import (
     takes_bytes,
 )
 from orbax_nnx_handler.storage.reading.jobs import Destination
-from orbax_nnx_handler.storage.reading.streams import Content, Deflated, Stored, Unpacked
+from orbax_nnx_handler.storage.reading.streams import Content, Deflated, Uncompressed, Unpacked
 from orbax_nnx_handler.storage.stores.kvstore import Extent
 
 # So much more than is needed is read, so that the checksum can be compared.
@@ -79,7 +79,7 @@ class _Values:
 
     def __init__(self, content: Content, encoding: NpyEncoding) -> None:
         is_packed = encoding.codec == "deflated"
-        self._bytes: Unpacked = Deflated(content) if is_packed else Stored(content)
+        self._bytes: Unpacked = Deflated(content) if is_packed else Uncompressed(content)
         self._encoding = encoding
         self._position = 0  # As of the member: the header comes first.
         self._crc = 0

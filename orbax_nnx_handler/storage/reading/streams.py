@@ -79,7 +79,7 @@ class Unpacked(Protocol):
         ...
 
 
-class Stored:
+class Uncompressed:
     """Bytes that are stored as they are: skipping costs nothing."""
 
     def __init__(self, content: Content) -> None:

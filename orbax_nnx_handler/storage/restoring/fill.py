@@ -187,10 +187,10 @@ def _mesh_of(leaves: Sequence[WantedLeaf]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-Values = Mapping[Path, Any]
+ArraysByPath = Mapping[Path, Any]
 
 
-def compute_on_devices(values: Values, jobs: Sequence[Job]) -> dict[Path, jax.Array]:
+def compute_on_devices(values: ArraysByPath, jobs: Sequence[Job]) -> dict[Path, jax.Array]:
     """Makes the arrays of jobs from arrays on devices, or from traced ones under `jax.jit`.
 
     Args:
@@ -245,14 +245,14 @@ def _destination(job: Job, sources: Sequence[jax.Array]) -> Sharding | None:
     return None if job.sharding_is_default and at_home else job.sharding
 
 
-def _groups(jobs: Iterable[Job], values: Values) -> Iterable[Sequence[Job]]:
+def _groups(jobs: Iterable[Job], values: ArraysByPath) -> Iterable[Sequence[Job]]:
     """Yields the jobs to compute together: those that share a source, where all sources are in one place."""
     for family in families(jobs):
         places = {_devices(source.sharding, source.shape) for source in _arrays(family, values)}
         yield from [family] if len(places) < 2 else ([job] for job in family)
 
 
-def _arrays(jobs: Iterable[Job], values: Values) -> list[jax.Array]:
+def _arrays(jobs: Iterable[Job], values: ArraysByPath) -> list[jax.Array]:
     """Returns the arrays on devices that jobs read; traced ones are in no place yet."""
     found = (values[path] for job in jobs for path in reads(job.recipe))
     return [value for value in found if isinstance(value, jax.Array) and not isinstance(value, Tracer)]
@@ -263,7 +263,7 @@ def _devices(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(cast("Mapping[Any, Any]", sharding.devices_indices_map(shape)))
 
 
-def _computed(jobs: Sequence[Job], values: Values) -> tuple[dict[Path, jax.Array], Callable[[], None]]:
+def _computed(jobs: Sequence[Job], values: ArraysByPath) -> tuple[dict[Path, jax.Array], Callable[[], None]]:
     sources = {path: values[path] for job in jobs for path in reads(job.recipe)}
     goals = [
         _destination(job, [sources[p] for p in reads(job.recipe) if isinstance(sources[p], jax.Array)])

@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.modules import in_linen_wrappers, is_scale
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import children, flatten, holds_nnx
-from orbax_nnx_handler.storage.saving.item import ItemLeaf, Leaves, Parts, take_apart
+from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves, Parts, take_apart
 
 # Named-tuple fields of optax under which another optimizer's state lies.
 _NESTING = frozenset({"opt_state", "inner_state", "inner_opt_state", "inner_states"})
@@ -80,7 +80,7 @@ def keeps_containers(opt_state: Any) -> bool:
     return not isinstance(opt_state, Mapping)
 
 
-def with_containers(opt_state: Any, tx: Transformation, model: Leaves) -> Any:
+def with_containers(opt_state: Any, tx: Transformation, model: ItemLeaves) -> Any:
     """Puts the leaves of an optimizer state into optax's own containers.
 
     Raises:
@@ -106,7 +106,7 @@ def with_containers(opt_state: Any, tx: Transformation, model: Leaves) -> Any:
     return jax.tree.map(fill, template, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def _trained(model: Leaves, moments: Mapping[Path, Any]) -> Mapping[Path, Any]:
+def _trained(model: ItemLeaves, moments: Mapping[Path, Any]) -> Mapping[Path, Any]:
     """Returns the parameters that an optimizer was built for: those with a moment, else all."""
     ends = {canonical(path)[at:] for path in moments for at in range(len(path))}
     trained = {path: leaf.node for path, leaf in model.items() if canonical(path) in ends}
@@ -145,9 +145,9 @@ class Arranged:
         moments: The leaves of optimizer states, by stored path.
     """
 
-    leaves: Leaves
+    leaves: ItemLeaves
     empty: Mapping[Path, Any]
-    random: Leaves
+    random: ItemLeaves
     certain: bool
     steps: frozenset[Path]
     several: bool
@@ -230,7 +230,7 @@ def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Pat
         yield ((*segments(root), AUX, *below) if own else below), leaf
 
 
-def _linen_model(leaves: Leaves) -> Iterator[tuple[Path, ItemLeaf]]:
+def _linen_model(leaves: ItemLeaves) -> Iterator[tuple[Path, ItemLeaf]]:
     """Yields the leaves below one key a collection; what belongs to none is kept aside."""
     wrapped = in_linen_wrappers(leaves)
     for path, leaf in leaves.items():
@@ -247,7 +247,7 @@ def _collection(leaf: ItemLeaf) -> str | None:
     return None if issubclass(kind, nnx.RngState) else collection_of(kind)
 
 
-def _maxtext_model(leaves: Leaves) -> Iterator[tuple[Path, ItemLeaf]]:
+def _maxtext_model(leaves: ItemLeaves) -> Iterator[tuple[Path, ItemLeaf]]:
     """Yields the weights below `params/params`; MaxText keeps everything else aside."""
     for path, leaf in leaves.items():
         is_weight = isinstance(leaf.node, nnx.Param)
@@ -266,7 +266,7 @@ def _optimizer(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, ItemLeaf]
         yield ("step",), parts.step
 
 
-def _lasting(leaves: Leaves) -> Leaves:
+def _lasting(leaves: ItemLeaves) -> ItemLeaves:
     return {
         path: leaf for path, leaf in leaves.items() if not isinstance(leaf.node, nnx.Cache | nnx.Intermediate)
     }

@@ -32,7 +32,7 @@ class ItemLeaf:
         return {} if isinstance(value, Mapping) else ()
 
 
-Leaves = Mapping[Path, ItemLeaf]
+ItemLeaves = Mapping[Path, ItemLeaf]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,16 +52,16 @@ class Parts:
         trained: The leaves of the model that the optimizer trains, where that is a part of its own.
     """
 
-    model: Leaves
-    outside: Leaves
+    model: ItemLeaves
+    outside: ItemLeaves
     opt_state: Any = None
     owner: Path = ()
     step: ItemLeaf | None = None
     root: Path = ()
-    trained: Leaves = dataclasses.field(default_factory=dict[Path, ItemLeaf])
+    trained: ItemLeaves = dataclasses.field(default_factory=dict[Path, ItemLeaf])
 
     @property
-    def parameters(self) -> Leaves:
+    def parameters(self) -> ItemLeaves:
         """The leaves of the optimizer's model, by path below that."""
         return self.model or self.trained
 
@@ -107,7 +107,7 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
     return _with_outside(states, leaves)
 
 
-def _with_outside(states: Sequence[Parts], leaves: Leaves) -> Sequence[Parts]:
+def _with_outside(states: Sequence[Parts], leaves: ItemLeaves) -> Sequence[Parts]:
     first = states[0]
     return (dataclasses.replace(first, outside={**first.outside, **leaves}), *states[1:])
 
@@ -122,7 +122,7 @@ def _several_optimizers(optimizers: Iterable[Path]) -> ValueError:
     )
 
 
-def _side_by_side(leaves: Leaves, optimizers: Mapping[Path, Any], parent: Path) -> Sequence[Parts]:
+def _side_by_side(leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Path) -> Sequence[Parts]:
     """Returns each model and each optimizer of `{gen, disc, g_opt, d_opt}` as a part of its own.
 
     Which optimizer trains which model need not be known: each is stored under its own name. Its moments
@@ -147,7 +147,7 @@ def _side_by_side(leaves: Leaves, optimizers: Mapping[Path, Any], parent: Path) 
     return _with_outside(states, _left(leaves, states))
 
 
-def _left(leaves: Leaves, states: Sequence[Parts]) -> Leaves:
+def _left(leaves: ItemLeaves, states: Sequence[Parts]) -> ItemLeaves:
     taken = {leaf.path for parts in states for leaf in parts.model.values()}
     taken |= {parts.step.path for parts in states if parts.step is not None}
     above = {(*parts.owner, _OPT_STATE) for parts in states if parts.opt_state is not None}
@@ -166,7 +166,7 @@ def _are_nested(one: Path, other: Path) -> bool:
     return other[: len(one)] == one
 
 
-def _divided(leaves: Leaves, root: Path) -> tuple[dict[Path, ItemLeaf], dict[Path, ItemLeaf]]:
+def _divided(leaves: ItemLeaves, root: Path) -> tuple[dict[Path, ItemLeaf], dict[Path, ItemLeaf]]:
     own = {path: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
     return own, {path: leaf for path, leaf in leaves.items() if path not in own}
 
@@ -231,7 +231,7 @@ def _opt_states(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
             yield from _opt_states(child, (*path, key))
 
 
-def _without_optimizer(item: Any, leaves: Leaves, model_key: Hashable) -> Parts:
+def _without_optimizer(item: Any, leaves: ItemLeaves, model_key: Hashable) -> Parts:
     keys = {path[0] for path in leaves}
     if isinstance(item, tuple | list):
         # What `nnx.split` returns: several states of one model.
@@ -248,7 +248,7 @@ def _names_its_model(item: Any) -> bool:
     return isinstance(item, nnx.Pytree) and "optimizer" in vars(item)
 
 
-def _merge(leaves: Leaves) -> Leaves:
+def _merge(leaves: ItemLeaves) -> ItemLeaves:
     merged: dict[Path, ItemLeaf] = {}
     for path, leaf in leaves.items():
         if path[1:] in merged:
@@ -260,13 +260,13 @@ def _merge(leaves: Leaves) -> Leaves:
     return merged
 
 
-def _divide(leaves: Leaves, root: Path) -> tuple[Leaves, Leaves]:
+def _divide(leaves: ItemLeaves, root: Path) -> tuple[ItemLeaves, ItemLeaves]:
     model = {path[len(root) :]: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
     outside = {path: leaf for path, leaf in leaves.items() if path[: len(root)] != root}
     return model, outside
 
 
-def _root(leaves: Leaves, parent: Path, opt_state: Any, model_key: Hashable) -> Path:
+def _root(leaves: ItemLeaves, parent: Path, opt_state: Any, model_key: Hashable) -> Path:
     """Returns the path of the model that an optimizer was built for.
 
     Optimizer leaves end with their parameter's path, so the model is where the

@@ -32,9 +32,9 @@ from orbax_nnx_handler.storage.saving.saved import (
     with_empty_gates,
     with_gates,
 )
-from orbax_nnx_handler.storage.saving.undo import Copies, Leaves, as_restored, without_rules
+from orbax_nnx_handler.storage.saving.undo import Copies, SavedLeaves, as_restored, without_rules
 
-Undone = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport
+RulesOrRestore = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport
 """The rules of a restore, or what it did: a save writes what the restore has read."""
 
 _UNCERTAIN = (
@@ -80,7 +80,7 @@ class SavePlan:
 
 
 def plan_save(
-    item: Any, flavour: Flavour = "linen", tx: Transformation | None = None, undone: Undone = ()
+    item: Any, flavour: Flavour = "linen", tx: Transformation | None = None, undone: RulesOrRestore = ()
 ) -> SavePlan:
     """Decides where each leaf of an item goes and what it is made from.
 
@@ -94,7 +94,7 @@ def plan_save(
     arranged = arrange(item, flavour, tx)
     if not arranged.certain and flavour == "linen":
         _warn(_UNCERTAIN)
-    leaves: Leaves = {at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()}
+    leaves: SavedLeaves = {at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()}
     empty, copies = arranged.empty, ()
     if isinstance(undone, RestorePlan | RestoreReport):
         plan = undone if isinstance(undone, RestorePlan) else undone.plan
@@ -144,7 +144,7 @@ def linen_save(
     given: ocp.args.PyTreeSave,
     flavour: Flavour = "linen",
     tx: Transformation | None = None,
-    undone: Undone = (),
+    undone: RulesOrRestore = (),
     *,
     in_folders: bool = False,
 ) -> ocp.args.PyTreeSave:

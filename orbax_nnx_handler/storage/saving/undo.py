@@ -35,15 +35,15 @@ from orbax_nnx_handler.planning.rules.undo import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 
-Leaves = Mapping[Path, SavedLeaf]
+SavedLeaves = Mapping[Path, SavedLeaf]
 Empty = Mapping[Path, Any]
 Copies = Sequence[tuple[SavedLeaf, SavedLeaf]]
 """Leaves that are not stored, each with what will be restored for it: they have to be equal."""
 
 
 def without_rules(
-    leaves: Leaves, empty: Empty, rules: Sequence[Rule], flavour: Flavour
-) -> tuple[Leaves, Empty, Copies]:
+    leaves: SavedLeaves, empty: Empty, rules: Sequence[Rule], flavour: Flavour
+) -> tuple[SavedLeaves, Empty, Copies]:
     """Returns the leaves and empty nodes as they must be stored for the rules to restore them, and copies.
 
     Raises:
@@ -70,7 +70,7 @@ def _as(copy: SavedLeaf, made: SavedLeaf) -> SavedLeaf:
     return copy.through(made.recipe, made.shape)
 
 
-def as_restored(leaves: Leaves, empty: Empty, plan: RestorePlan) -> tuple[Leaves, Empty, Copies]:
+def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[SavedLeaves, Empty, Copies]:
     """Returns leaves and empty nodes as the checkpoint had them that they were restored from, and copies.
 
     Args:
@@ -132,7 +132,7 @@ def _is_kept_apart(leaf: WantedLeaf) -> bool:
     return leaf.kind is not None and issubclass(leaf.kind, nnx.RngState | nnx.Cache | nnx.Intermediate)
 
 
-def _moved(empty: Empty, before: Leaves, after: Leaves) -> Empty:
+def _moved(empty: Empty, before: SavedLeaves, after: SavedLeaves) -> Empty:
     """Returns the empty nodes: where they are, a parameter's under its stored name, none in another chain."""
     now = {leaf.like: at for at, leaf in after.items()}
     names = {
@@ -151,7 +151,7 @@ def _slots(path: Path) -> list[tuple[int, int]]:
     return [(depth, key) for depth, key in enumerate(path) if isinstance(key, int)]
 
 
-def _combined(recipe: Recipe, leaves: Leaves) -> SavedLeaf:
+def _combined(recipe: Recipe, leaves: SavedLeaves) -> SavedLeaf:
     """Returns what a recipe over stored paths makes of the leaves at them."""
     first = leaves[reads(recipe)[0]]
     if isinstance(recipe, Read):
@@ -176,7 +176,7 @@ class _Moments:
         self._copies = {path: way for path, way in copies.items() if path[:depth] == self._head}
         self._shapes = {path: shape for path, shape in shapes.items() if path[:depth] == self._head}
 
-    def added(self, undone: Leaves, leaves: Leaves, empty: Empty) -> tuple[Leaves, Empty]:
+    def added(self, undone: SavedLeaves, leaves: SavedLeaves, empty: Empty) -> tuple[SavedLeaves, Empty]:
         """Returns the model's leaves with those of the optimizer, and what holds nothing."""
         written, nothing = (
             dict(undone),
@@ -200,7 +200,7 @@ class _Moments:
                     written[to] = self._moved(way, known, str(at[-1]))
         return written, nothing
 
-    def copies(self, leaves: Leaves, empty: Empty) -> Iterator[tuple[SavedLeaf, SavedLeaf]]:
+    def copies(self, leaves: SavedLeaves, empty: Empty) -> Iterator[tuple[SavedLeaf, SavedLeaf]]:
         """Yields the moments that are not stored, each with what will be restored for it."""
         for at, below in self._all_subtrees(leaves, empty) if self._copies else ():
             moments = {} if at is None else {(*self._head, *path[len(at) :]): path for path in below}
@@ -209,7 +209,9 @@ class _Moments:
                 if path in known and known.keys() >= set(reads(way)):
                     yield known[path], _as(known[path], self._moved(way, known, str((at or ("",))[-1])))
 
-    def _all_subtrees(self, leaves: Leaves, empty: Empty) -> Iterator[tuple[Path | None, Sequence[Path]]]:
+    def _all_subtrees(
+        self, leaves: SavedLeaves, empty: Empty
+    ) -> Iterator[tuple[Path | None, Sequence[Path]]]:
         return self._subtrees([path for path in (*leaves, *empty) if path[0] == "opt_state"], 1)
 
     def _subtrees(self, paths: Sequence[Path], depth: int) -> Iterator[tuple[Path | None, Sequence[Path]]]:
@@ -226,12 +228,12 @@ class _Moments:
             else:
                 yield from self._subtrees(below, depth + 1)
 
-    def _moved(self, way: Recipe, moments: Leaves, field: str) -> SavedLeaf:
+    def _moved(self, way: Recipe, moments: SavedLeaves, field: str) -> SavedLeaf:
         if not isinstance(way, Read):
             self._check(way, moments)
         return _combined(of_moment(way, field), moments)
 
-    def _check(self, way: Recipe, moments: Leaves) -> None:
+    def _check(self, way: Recipe, moments: SavedLeaves) -> None:
         absent = [path for path in reads(way) if path not in moments]
         pairs = [(moments[path].shape, self._shapes[path]) for path in reads(way) if path in moments]
         unlike = next((pair for pair in pairs if pair[0] != pair[1]), None)

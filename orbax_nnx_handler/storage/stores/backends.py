@@ -16,11 +16,11 @@ from etils import epath
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.storage.stores.files import (
     ANYWHERE,
-    Answer,
+    FileAnswer,
+    FileQuestion,
     FolderEntry,
     List,
     Listing,
-    Question,
     ReadFile,
     Sizes,
 )
@@ -32,12 +32,12 @@ class LocalFiles:
 
     remote = False
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[FileQuestion]) -> list[FileAnswer]:
         """See `Backend`."""
         return [_answer(question) for question in questions]
 
 
-def _answer(question: Question) -> Answer:
+def _answer(question: FileQuestion) -> FileAnswer:
     try:
         match question:
             case List(path):
@@ -171,7 +171,7 @@ class RemoteFiles:
         self._kvstore: ts.KvStore | None = None
         self._filesystem: Any = None
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[FileQuestion]) -> list[FileAnswer]:
         """See `Backend`."""
         deadline = time.monotonic() + TIME_LIMIT_S
         pending = [self._begin(question) for question in questions]
@@ -186,14 +186,14 @@ class RemoteFiles:
                 if not isinstance(begun, NotACheckpointError):
                     begun.cancel()
 
-    def _begin(self, question: Question) -> "_Pending | NotACheckpointError":
+    def _begin(self, question: FileQuestion) -> "_Pending | NotACheckpointError":
         try:
             return self._start(question)
         # A library is not installed, credentials are missing: each library has errors of its own.
         except Exception as error:
             return cannot_read(question.path, error)
 
-    def _start(self, question: Question) -> _Pending:
+    def _start(self, question: FileQuestion) -> _Pending:
         if isinstance(question, ReadFile):
             key = question.path.removeprefix(self._root).lstrip("/")
             stop = None if question.size is None else question.start + question.size
@@ -227,7 +227,7 @@ class RemoteFiles:
         return self._filesystem
 
 
-def _finish(question: Question, future: _Pending, deadline: float) -> Answer:
+def _finish(question: FileQuestion, future: _Pending, deadline: float) -> FileAnswer:
     try:
         result = _wait(question, future, deadline)
     except FileNotFoundError:
@@ -246,7 +246,7 @@ def _finish(question: Question, future: _Pending, deadline: float) -> Answer:
     }
 
 
-def _wait(question: Question, future: _Pending, deadline: float) -> Any:
+def _wait(question: FileQuestion, future: _Pending, deadline: float) -> Any:
     while True:
         left = deadline - time.monotonic()
         try:

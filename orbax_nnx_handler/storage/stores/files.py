@@ -20,7 +20,7 @@ from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 _logger = logging.getLogger(__name__)
 
-Kind = Literal["file", "folder", "other"]
+FileKind = Literal["file", "folder", "other"]
 
 ANYWHERE = "/"
 """The folder that a file must lie in which the caller named: a link of the caller's own is followed."""
@@ -29,7 +29,7 @@ ANYWHERE = "/"
 class FolderEntry(NamedTuple):
     """What a name stands for; `other` is a pipe, a device, or a link to nothing."""
 
-    kind: Kind
+    kind: FileKind
     size: int = 0
 
 
@@ -43,7 +43,7 @@ class Listing:
         entries: What lies in a folder, by name.
     """
 
-    kind: Kind
+    kind: FileKind
     size: int = 0
     entries: Mapping[str, FolderEntry] = dataclasses.field(default_factory=dict[str, FolderEntry])
 
@@ -77,8 +77,8 @@ class ReadFile(NamedTuple):
     below: str = ""
 
 
-Question = List | Sizes | ReadFile
-Answer = Listing | dict[str, int] | bytes | NotACheckpointError | None
+FileQuestion = List | Sizes | ReadFile
+FileAnswer = Listing | dict[str, int] | bytes | NotACheckpointError | None
 
 
 class Backend(Protocol):
@@ -90,7 +90,7 @@ class Backend(Protocol):
 
     remote: bool
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[FileQuestion]) -> list[FileAnswer]:
         """Answers all questions in one round trip, or as few as the store allows.
 
         An answer is an error where the store does not answer, or refuses.
@@ -107,14 +107,14 @@ class Files:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._known: dict[Question, Answer] = {}
+        self._known: dict[FileQuestion, FileAnswer] = {}
 
     @property
     def remote(self) -> bool:
         """Whether each question costs a round trip."""
         return self._backend.remote
 
-    def ask(self, *questions: Question) -> None:
+    def ask(self, *questions: FileQuestion) -> None:
         """Asks, in one trip, whatever of this is not known."""
         new = [question for question in dict.fromkeys(questions) if question not in self._known]
         if new:
@@ -207,7 +207,7 @@ class Files:
             raise found
         return found if isinstance(found, dict) else {}
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: FileQuestion) -> FileAnswer:
         self.ask(question)
         return self._known[question]
 
@@ -215,7 +215,7 @@ class Files:
 _Expected = TypeVar("_Expected")
 
 
-def _expect(kind: type[_Expected], answer: Answer) -> _Expected | None:
+def _expect(kind: type[_Expected], answer: FileAnswer) -> _Expected | None:
     if isinstance(answer, NotACheckpointError):
         raise answer
     return answer if isinstance(answer, kind) else None

@@ -1,11 +1,12 @@
 """What the caller wants and what the disk holds, leaf by leaf; and names that optax gives to its states."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
-from collections.abc import Collection, Iterable
-from typing import Any, Self
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Generic, Self, TypeVar, dataclass_transform, overload
 
 import jax
 import numpy as np
@@ -14,8 +15,54 @@ from orbax_nnx_handler.planning.core.paths import Path
 
 Shape = tuple[int, ...]
 
+_Made = TypeVar("_Made")
+_Value = TypeVar("_Value")
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def record(made: type[_Made]) -> type[_Made]:
+    """Makes a frozen keyword-only dataclass of which a plan has one for each leaf.
+
+    Its instances take a third of the time of a plain one's: the generated `__init__` of a frozen class sets
+    field by field what is here one update. What is left out stays the class's own default. Of wrong
+    arguments only too few are found here; the type checker finds all.
+    """
+    decorated: Any = dataclasses.dataclass(frozen=True, kw_only=True)(made)
+    checked = decorated.__init__
+    names = [field.name for field in dataclasses.fields(decorated)]
+    least = sum(not hasattr(decorated, name) for name in names)
+
+    @functools.wraps(checked)
+    def init(self: Any, /, **fields: Any) -> None:
+        if len(fields) < least:
+            checked(self, **fields)  # Says what is missing.
+        self.__dict__.update(fields)
+
+    decorated.__init__ = init
+    return decorated
+
+
+class derived(Generic[_Value]):  # noqa: N801 (a decorator, like `property`)
+    """A `functools.cached_property` without the lock that Python 3.11 takes: several times faster."""
+
+    def __init__(self, function: Callable[[Any], _Value]) -> None:
+        self._function, self.__doc__ = function, function.__doc__
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type[Any]) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type[Any]) -> _Value: ...
+    def __get__(self, instance: Any, owner: type[Any]) -> Any:
+        if instance is None:
+            return self
+        value = instance.__dict__[self._name] = self._function(instance)
+        return value
+
+
+@record
 class WantedLeaf:
     """One variable of the target.
 
@@ -68,7 +115,7 @@ def _importable(kind: type[Any] | None) -> type[Any] | None:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class StoredLeaf:
     """One array of the checkpoint, from metadata alone.
 

@@ -6,7 +6,6 @@ a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
 
 import ast
 import functools
-import itertools
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -94,10 +93,27 @@ def canonical(path: Path) -> tuple[str, ...]:
     (`layers/0`); both become `layers`, `#0`. `LSTMCell` calls a gate `if`, which
     is no Python attribute, hence `if_` in NNX.
     """
-    return tuple(itertools.chain.from_iterable(map(_tokens_of, path)))
+    found: list[str] = []
+    for key in path:
+        found += _NAMES[key] if type(key) is str else _tokens_of(key)
+    return tuple(found)
 
 
-@functools.lru_cache(maxsize=65536, typed=True)  # A model has few names and many leaves; 1 is not True.
+class _Names(dict[str, tuple[str, ...]]):
+    """The tokens of each name that has been met: a model has few names and many leaves."""
+
+    def __missing__(self, name: str) -> tuple[str, ...]:
+        if len(self) >= _MOST_NAMES:
+            self.clear()
+        tokens = self[name] = _tokens_of(name)
+        return tokens
+
+
+_MOST_NAMES = 1 << 16
+_NAMES = _Names()
+
+
+@functools.lru_cache(maxsize=65536, typed=True)  # 1 is not True.
 def _tokens_of(key: Hashable) -> tuple[str, ...]:
     parts = segments(cast(Path, (key,))) if isinstance(key, tuple) else str(key).split("/")
     return tuple(token for part in parts for token in _tokens(part))

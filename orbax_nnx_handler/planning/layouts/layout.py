@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import FACTORED, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import FACTORED, StoredLeaf, derived, record
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 
 Stored = Mapping[Path, StoredLeaf]
@@ -16,7 +15,7 @@ _FACTORED = frozenset({*FACTORED, "v"})
 Section = Literal["model", "optimizer", "step", "aux", "other"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class Placement:
     """One stored leaf and the part of a train state it belongs to.
 
@@ -44,7 +43,7 @@ class Placement:
     owner: Path = ()
     slot: tuple[str, ...] | None = None
 
-    @cached_property
+    @derived
     def tokens(self) -> Tokens:
         """The canonical path."""
         return canonical(self.path)

@@ -43,7 +43,7 @@ def place_with(stored: Stored, params_depth: int) -> tuple[Placement, ...]:
         params_depth: 1 where `params` holds the parameters, 2 where it holds the
             whole variables dict, one subtree a collection (MaxText).
     """
-    owners = owners_of(stored) or ((),)
+    owners = owners_of(stored) or _ITEM
     return tuple(_placement(stored, path, owners, params_depth) for path in stored)
 
 
@@ -56,9 +56,11 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     paths = list(stored)
     holds: dict[Path, set[str]] = {}
     for path in paths:
+        if KEYS.isdisjoint(path):
+            continue
         # The first such key: one below it belongs to a train state's field.
-        at = next((at for at, key in enumerate(path) if key in KEYS), None)
-        if at is not None and (at + 1 < len(path) or path[at] == "step"):
+        at = 0 if path[0] in KEYS else next(at for at, key in enumerate(path) if key in KEYS)
+        if at + 1 < len(path) or path[at] == "step":
             holds.setdefault(path[:at], set()).add(str(path[at]))
     above = sorted((owner for owner, keys in holds.items() if "params" in keys), key=len)
     full = [owner for owner in above if not owner or holds[owner] & _TRAIN_STATE_KEYS]
@@ -135,8 +137,12 @@ def _only_collections(paths: Sequence[Path], owner: Path) -> bool:
     return all(name in FLAX_COLLECTIONS or is_copy_name(str(name)) for name in below)
 
 
+_ITEM: tuple[Path, ...] = ((),)
+"""The owners where the item is the train state."""
+
+
 def _placement(stored: Stored, path: Path, owners: Collection[Path], params_depth: int) -> Placement:
-    inside = [owner for owner in owners if path[: len(owner)] == owner]
+    inside = owners if owners == _ITEM else [owner for owner in owners if path[: len(owner)] == owner]
     if not inside and path[0] == AUX and len(path) > 1:
         # Beside several train states each leaf is kept under its own path in the item.
         own = (owner for owner in owners if path[1 : len(owner) + 1] == owner)
@@ -144,7 +150,7 @@ def _placement(stored: Stored, path: Path, owners: Collection[Path], params_dept
     if not inside:
         return Placement(leaf=stored[path], section="other", path=path)
     owner = max(inside, key=len)
-    section, collection, rest = _locate(path[len(owner) :], params_depth)
+    section, collection, rest = _locate(path[len(owner) :] if owner else path, params_depth)
     return Placement(leaf=stored[path], section=section, collection=collection, path=rest, owner=owner)
 
 

@@ -239,6 +239,9 @@ _Pairs = Sequence[tuple[WantedOptimizer, StoredOptimizer]]
 
 def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: Sequence[Entry]) -> _Pairs:
     """Returns which stored optimizer each wanted one is, where the rules say that they lie."""
+    optimizers = wanted_optimizers(wanted)
+    if not optimizers:
+        return []
     owners = {
         path: entry.owner
         for entry in entries
@@ -246,10 +249,10 @@ def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: S
         for path in entry.sources
     }
     return pair_optimizers(
-        wanted_optimizers(wanted),
+        optimizers,
         stored_optimizers(placements, owners),
-        [item.tokens for item in of_role(wanted, "model")],
-        [(*entry.owner, *entry.tokens) for entry in entries if entry.section == "model"],
+        (item.tokens for item in of_role(wanted, "model")),
+        ((*entry.owner, *entry.tokens) for entry in entries if entry.section == "model"),
     )
 
 

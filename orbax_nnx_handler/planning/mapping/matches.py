@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf, record
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.planning.mapping.layers import Group
@@ -93,7 +93,7 @@ class Restacked:
     is_against_layout: bool = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class Found:
     """Where a wanted leaf comes from.
 

@@ -121,7 +121,7 @@ class Matcher:
         paths: The canonical path of each below its train state's owner.
         entries: The entries of the train state.
         roots: Where the model sits on both sides.
-        only: The stored collection that the target names, if it names one.
+        collections: Those of the entries.
         axes: The rules that say along which axis layers are stacked.
         layout: The layout that the entries are read under.
     """
@@ -131,7 +131,7 @@ class Matcher:
     entries: Sequence[Entry]
     roots: Roots
     layout: Layout
-    only: str | None = None
+    collections: Collections
     axes: Sequence[ScanAxis] = ()
 
     @cached_property
@@ -152,10 +152,6 @@ class Matcher:
         root = self.roots.wanted
         return {item.leaf.path: strip(self.paths[item.leaf.path], root) for item in self.wanted}
 
-    @cached_property
-    def _collections(self) -> Collections:
-        return Collections.of(self.entries, self.only)
-
     def match(self, apart: frozenset[Path] = frozenset()) -> ModelMatch:
         """Matches by path, then by module structure, then by layer groups.
 
@@ -163,7 +159,7 @@ class Matcher:
             apart: The wanted leaves whose path alone does not tell their source.
         """
         direct, rivals = self._by_path()
-        direct = [(item, entry) for item, entry in direct if item.leaf.path not in apart]
+        direct = [pair for pair in direct if pair[0].leaf.path not in apart] if apart else direct
         fitting = {item.leaf.path: e for item, e in direct if e.shape == item.leaf.shape or _transient(item)}
         contested = {item.wanted.leaf.path for item in rivals}
         left = [w for w in self.wanted if w.leaf.path not in fitting and w.leaf.path not in contested]
@@ -179,7 +175,7 @@ class Matcher:
         found = {path: self._found(entry) for path, entry in fitting.items()}
         for item in left:
             by_structure = derived.get(self._below[item.leaf.path])
-            if by_structure is not None and self._collections.may_give(by_structure, item):
+            if by_structure is not None and self.collections.may_give(by_structure, item):
                 found[item.leaf.path] = Found(
                     recipe=by_structure.recipe,
                     reason=by_structure.reason,
@@ -215,11 +211,10 @@ class Matcher:
     def _found(self, entry: Entry) -> Found:
         if entry.reason:
             evidence = MatchEvidence(kind="rule", words=entry.reason)
-        else:
-            evidence = _below_roots(
-                "/".join(self.roots.wanted), "/".join((*entry.prefix, *self.roots.stored))
-            )
-        return Found(recipe=entry.recipe, reason=entry.reason, evidence=evidence)
+            return Found(recipe=entry.recipe, reason=entry.reason, evidence=evidence)
+        return Found(
+            recipe=entry.recipe, evidence=_below_roots(self.roots.wanted, entry.prefix, self.roots.stored)
+        )
 
     def _with_paths(self, group: UnclearAxis) -> UnclearAxis:
         tokens = set(group.tokens)
@@ -252,7 +247,7 @@ class Matcher:
         return direct, rivals
 
     def _eligible(self, item: Wanted, claims: Sequence[Entry]) -> Sequence[Entry]:
-        own = self._collections.eligible(item, claims)
+        own = self.collections.eligible(item, claims)
         if len(own) > 1 and not any(entry.named for entry in own):
             exact = [entry for entry in own if entry.segments == self._segments(item)]
             own = exact or own
@@ -266,7 +261,7 @@ class Matcher:
     def _derived(self, free: Sequence[Entry]) -> tuple[dict[Tokens, Entry], list[WithoutVariable]]:
         leaves, sources = dict[Tokens, StoredLeaf](), dict[Path, Entry]()
         for at, entry in enumerate(free):
-            if not self._collections.is_network(entry):
+            if not self.collections.is_network(entry):
                 continue
             leaf = _as_leaf(entry, at)
             # A gate may be in a box of `nn.with_partitioning`.
@@ -292,7 +287,7 @@ class Matcher:
             some = [
                 item
                 for item in left
-                if self._collections.allows(collection, item) or self._collections.contests(collection, item)
+                if self.collections.allows(collection, item) or self.collections.contests(collection, item)
             ]
             if not some:
                 continue
@@ -319,7 +314,7 @@ class Matcher:
         for item in left:
             options = made.get(item.leaf.path, [])
             claims = tuple(entry for option in options for entry in (option.claims or option.sources))
-            own = [o for o in options if self._collections.allows(o.sources[0].collection, item)]
+            own = [o for o in options if self.collections.allows(o.sources[0].collection, item)]
             if own and (len(options) > 1 or options[0].claims):
                 clashes.append(CompetingSources(wanted=item, entries=claims))
             elif own:
@@ -371,7 +366,8 @@ def _restacked(item: Restacked) -> Found:
 
 
 @functools.lru_cache(maxsize=1024)
-def _below_roots(wanted: str, stored: str) -> MatchEvidence:
+def _below_roots(root: Tokens, prefix: Tokens, stored_root: Tokens) -> MatchEvidence:
+    wanted, stored = "/".join(root), "/".join((*prefix, *stored_root))
     words = f"same path below {wanted or '(root)'} and {stored or '(root)'}".replace("/#", "_")
     return MatchEvidence(kind="path below roots", words=words)
 

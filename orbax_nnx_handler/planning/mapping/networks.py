@@ -6,6 +6,7 @@ one there is; in a collection beside `params` only where the path names it.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -82,44 +83,49 @@ def match_networks(
     taken = {id(entry) for entry in found.values()}
     by_rule = {path for path, entry in found.items() if entry.named}
     named = {id(found[path]) for path in by_rule}
-    free = [entry for entry in entries if entry.section == "model" and id(entry) not in taken]
+    models = [entry for entry in entries if entry.section == "model"]
     aside = {entry.tokens for entry in entries if entry.section == "aux"}
     matches = [ModelMatch(found=_as_found(found), rivals=tuple(rivals))]
     levels = {entry.owner for entry in entries if entry.section in ("optimizer", "step")}
     networks: list[Matched] = []
     for network, paths in _networks(wanted, entries).items():
-        items = [item for item in wanted if item.leaf.path in paths]
-        own = [entry for entry in entries if entry.section == "model" and network.holds(entry)]
+        items = wanted if len(paths) == len(wanted) else [i for i in wanted if i.leaf.path in paths]
+        own = [entry for entry in models if network.holds(entry)]
         weights = [item for item in items if item.role == "model"]
-        beside = [item for item in weights if item.tokens not in aside] or weights
+        beside = ([item for item in weights if item.tokens not in aside] if aside else ()) or weights
         # What a rule has given a wanted path says nothing of where the others meet.
-        others = [item for item in beside if item.leaf.path not in by_rule]
-        unnamed = [entry for entry in own if id(entry) not in named]
+        others = [item for item in beside if item.leaf.path not in by_rule] if by_rule else beside
+        unnamed = [entry for entry in own if id(entry) not in named] if named else own
         meeting, there = (others, unnamed) if others and unnamed else (beside, own)
-        roots = _roots(network, [paths[item.leaf.path] for item in meeting], there, levels)
+        collections = Collections.of(own, network.only)
+        among = collections if there is own else Collections.of(there, network.only)
+        roots = _roots([paths[item.leaf.path] for item in meeting], there, among, levels)
         above = network.owner if network.named else ()
         whole = dataclasses.replace(roots, wanted=(*above, *roots.wanted))
         names = {item.leaf.path: strip(paths[item.leaf.path], roots.wanted) for item in weights}
         networks.append(Matched(network=network, roots=whole, weights=tuple(weights), names=names))
-        left = [item for item in items if item.leaf.path not in settled]
+        left = [item for item in items if item.leaf.path not in settled] if settled else items
         if left and not (not network.named and _contradict(roots.wanted, network.owner)):
+            free = [entry for entry in own if id(entry) not in taken] if taken else own
             matcher = Matcher(
                 wanted=left,
                 paths=paths,
-                entries=[entry for entry in free if network.holds(entry)],
+                entries=free,
                 roots=roots,
-                only=network.only,
+                collections=collections if free is own else Collections.of(free, network.only),
                 axes=axes,
                 layout=layout,
             )
-            matches.append(_questioned(matcher, Collections.of(own, network.only)))
+            matches.append(_questioned(matcher, collections))
     return _joined(matches), sorted(networks, key=lambda item: -len(item.weights))
 
 
 def _roots(
-    network: Network, weights: Sequence[Tokens], entries: Sequence[Entry], levels: Collection[Tokens]
+    weights: Sequence[Tokens],
+    entries: Sequence[Entry],
+    collections: Collections,
+    levels: Collection[Tokens],
 ) -> Roots:
-    collections = Collections.of(entries, network.only)
     stored = [entry.tokens for entry in entries if collections.is_network(entry)]
     return find_roots(weights, stored or [entry.tokens for entry in entries], _fields(entries, levels))
 
@@ -148,16 +154,20 @@ def by_whole_path(
 ) -> tuple[dict[Path, Entry], list[CompetingSources]]:
     """Returns the entries whose whole path is a wanted leaf's whole path, and those that share one."""
     index: dict[Tokens, list[Entry]] = defaultdict(list)
+    heads = {item.tokens[:1] for item in wanted}
     for entry in entries:
         if entry.section == "optimizer":
             continue
-        tokens = canonical(entry.whole) if entry.prefix else entry.tokens
+        above = _above(entry.prefix)
+        if (above or entry.tokens)[:1] not in heads:
+            continue  # Nearly every leaf: no wanted path begins so.
+        tokens = above + entry.tokens
         index[tokens].append(entry)
         if tokens[-1:] == ("value",) and len(tokens) > 1:
             index[tokens[:-1]].append(entry)
     found: dict[Path, Entry] = {}
     rivals: list[CompetingSources] = []
-    for item in wanted:
+    for item in wanted if index else ():
         claims = index.get(item.tokens, [])
         if item.leaf.kind is not None:
             # A model's Variable called `step` is a model's: the train state's own field has another role.
@@ -170,6 +180,11 @@ def by_whole_path(
         elif claims:
             found[item.leaf.path] = claims[0]
     return found, rivals
+
+
+@functools.lru_cache(maxsize=256)
+def _above(prefix: Tokens) -> Tokens:
+    return canonical(prefix)
 
 
 def _as_found(entries: Mapping[Path, Entry]) -> dict[Path, Found]:
@@ -201,27 +216,38 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
         owner: {key: name for key, name in named.items() if (owner, key[:1]) not in modules}
         for owner, named in names.items()
     }
-    found: dict[Network, dict[Path, Tokens]] = defaultdict(dict)
+    found: dict[tuple[Tokens, str | None, bool], dict[Path, Tokens]] = defaultdict(dict)
     alone = next(iter(names)) if len(names) == 1 else () if () in names else None
+    if alone is not None and any(map(is_copy_name, alone)):
+        alone = None  # A copy is another value, also where it is all that is stored.
+    owners = [owner for owner in names if owner]
     for item in left:
-        owner = owner_of(item.tokens, names)
-        tokens = item.tokens[len(owner or ()) :]
+        tokens = item.tokens
+        owner = owner_of(tokens, owners) if owners else None
         place = alone if owner is None else owner
-        if place is None or (owner is None and any(map(is_copy_name, place))):
-            continue  # A copy is another value, also where it is all that is stored.
-        in_wrapper = is_wrapper_value(item.leaf.path) and tokens == canonical(item.leaf.path[-2:])
-        only = None if in_wrapper else _named_collection(tokens, names[place])
+        if place is None:
+            continue
+        if owner is not None:
+            tokens = tokens[len(owner) :]
+        only = _named_collection(tokens, names[place])
+        if only is not None and is_wrapper_value(item.leaf.path) and tokens == canonical(item.leaf.path[-2:]):
+            only = None
         if only is not None:
             tokens = tokens[len(canonical((only,))) :]
         forced = only if only != item.collection and (item.collection is None or only != "params") else None
-        found[Network(owner=place, only=forced, named=owner is not None)][item.leaf.path] = tokens
-    return dict(found)
+        found[place, forced, owner is not None][item.leaf.path] = tokens
+    return {
+        Network(owner=owner, only=only, named=named): paths for (owner, only, named), paths in found.items()
+    }
 
 
 def _named_collection(tokens: Tokens, names: Mapping[Tokens, str]) -> str | None:
     """Returns the stored collection that a wanted path begins with."""
-    found = [name for key, name in names.items() if len(tokens) > len(key) and tokens[: len(key)] == key]
-    return max(found, key=len, default=None)
+    found: str | None = None
+    for key, name in names.items():
+        if tokens[: len(key)] == key and len(tokens) > len(key) and (found is None or len(name) > len(found)):
+            found = name
+    return found
 
 
 def _contradict(root: Tokens, owner: Tokens) -> bool:

@@ -11,9 +11,10 @@ unless the target or a rule asks for it by name.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from flax import nnx
@@ -57,13 +58,9 @@ def find_roots(
         fields: Fields of stored train states that are collections of a name of their own: what lies
             in one is meant only where it is named.
     """
-    skeletons_wanted = {root: _skeletons(wanted, root) for root in _chain(wanted)}
-    skeletons_stored = {root: _skeletons(stored, root).keys() for root in _chain(stored)}
-    heads_wanted = {root: _heads(wanted, root) for root in skeletons_wanted}
-    heads_stored = {root: _heads(stored, root).keys() for root in skeletons_stored}
-    exact_stored = {root: {strip(path, root) for path in stored} for root in skeletons_stored}
+    here, there = _Below(wanted), _Below(stored)
     best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1, -1)
-    pairs = itertools.product(skeletons_wanted, skeletons_stored)
+    pairs = itertools.product(_chain(wanted), _chain(stored))
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
         if any(right[: len(field)] == field for field in fields):
             continue
@@ -71,17 +68,35 @@ def find_roots(
             continue  # The larger part of a stored model is not the wanted one by size alone.
         if left and right and not _may_both_go(wanted, left, right):
             continue  # Two modules of other names are not one module, though their leaves are called alike.
+        names = there.names(right)
+        exact = sum(strip(path, left) in names for path in wanted)
+        if exact == len(wanted):
+            return Roots(wanted=left, stored=right, overlap=exact)  # No other pair can meet in more.
         # Leaves, not skeletons: a root that keeps like layers apart would count each of them.
-        overlap = sum(
-            count for path, count in skeletons_wanted[left].items() if path in skeletons_stored[right]
-        )
+        overlap = _meeting(here.skeletons(left), there.skeletons(right))
         # Where scanned blocks name their layers otherwise, no whole path meets; the model's parts still do.
-        heads = sum(n for head, n in heads_wanted[left].items() if head in heads_stored[right])
-        exact = sum(strip(path, left) in exact_stored[right] for path in wanted)
+        heads = _meeting(here.heads(left), there.heads(right))
         meeting = (overlap, exact, heads)
         if meeting > most:
             best, most = Roots(wanted=left, stored=right, overlap=overlap), meeting
     return best
+
+
+class _Below:
+    """What the paths of one side are below each root, worked out when first asked for."""
+
+    def __init__(self, paths: Collection[Tokens]) -> None:
+        self.names = functools.cache(functools.partial(_names, paths))
+        self.skeletons = functools.cache(functools.partial(_skeletons, paths))
+        self.heads = functools.cache(functools.partial(_heads, paths))
+
+
+def _names(paths: Collection[Tokens], root: Tokens) -> Set[Tokens]:
+    return {strip(path, root) for path in paths}
+
+
+def _meeting(wanted: Counter[Tokens], stored: Counter[Tokens]) -> int:
+    return sum(count for path, count in wanted.items() if path in stored)
 
 
 def named_levels(path: Tokens) -> Tokens:
@@ -148,9 +163,11 @@ def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
 
     `layers/layers_0` may be a block of a scan, whose numbers are no layers'.
     """
+    if not root:
+        return False
     depth = len(root)
     below = [path[depth : depth + 2] for path in paths if len(path) > depth and path[:depth] == root]
-    return bool(root) and all(
+    return all(
         token[:1] == "#" or (token == root[-1] and rest[:1] and rest[0][:1] == "#") for token, *rest in below
     )
 

@@ -120,8 +120,8 @@ def wanted_optimizers(wanted: Iterable[Wanted]) -> list[WantedOptimizer]:
 def pair_optimizers(
     wanted: Sequence[WantedOptimizer],
     stored: Sequence[StoredOptimizer],
-    wanted_models: Collection[Tokens],
-    stored_models: Collection[Tokens],
+    wanted_models: Iterable[Tokens],
+    stored_models: Iterable[Tokens],
 ) -> list[tuple[WantedOptimizer, StoredOptimizer]]:
     """Returns which stored optimizer each wanted one is."""
     by_owner = {item.owner: item for item in stored}
@@ -163,7 +163,7 @@ _ATTRIBUTES = frozenset({"optimizer", "opt", "tx", "optim"})
 """What programs call the attribute of a train state that holds its only optimizer."""
 
 
-def _hold(names: Tokens, paths: Collection[Tokens]) -> bool:
+def _hold(names: Tokens, paths: Iterable[Tokens]) -> bool:
     return not names or all(named_levels(path)[: len(names)] == names for path in paths)
 
 

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, derived, record
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
@@ -17,7 +16,7 @@ from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placemen
 OPT_STATE = "opt_state"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class Entry:
     """A value that the checkpoint can give, under the path the target would know it by.
 
@@ -54,14 +53,14 @@ class Entry:
     leaves: tuple[Path, ...] = ()
     placed: Placement | None = dataclasses.field(default=None, compare=False)
 
-    @cached_property
+    @derived
     def tokens(self) -> Tokens:
         """The canonical path within the collection."""
         if self.placed is not None and self.placed.path == self.segments:
             return self.placed.tokens  # Nearly every leaf: no rule has renamed it.
         return canonical(self.segments)
 
-    @cached_property
+    @derived
     def whole(self) -> tuple[str, ...]:
         """The whole path, owner and collection included."""
         return self.prefix + self.segments

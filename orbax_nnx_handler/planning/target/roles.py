@@ -4,15 +4,20 @@ A pure dict has no Variable types; there the structure decides (`opt_state`, the
 `step` beside it) and random state shows itself by its key dtype.
 """
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping
-from functools import cached_property
 from typing import Any, Literal, cast
 
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, is_key
-from orbax_nnx_handler.planning.core.leaves import OPT_STATE, WantedLeaf, optimizer_owners, owner_of
+from orbax_nnx_handler.planning.core.leaves import (
+    OPT_STATE,
+    WantedLeaf,
+    derived,
+    optimizer_owners,
+    owner_of,
+    record,
+)
 from orbax_nnx_handler.planning.core.paths import Path, canonical
 
 Role = Literal["model", "optimizer", "step", "random", "transient"]
@@ -22,7 +27,7 @@ WEIGHTS: tuple[Role, ...] = ("model", "optimizer", "step")
 """What a checkpoint must hold; the rest may be absent."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class Wanted:
     """A wanted leaf with its role.
 
@@ -42,7 +47,7 @@ class Wanted:
     collection: str | None = None
     owner: Path = ()
 
-    @cached_property
+    @derived
     def tokens(self) -> tuple[str, ...]:
         """The canonical path."""
         return canonical(self.path)

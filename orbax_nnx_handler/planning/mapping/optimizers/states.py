@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.leaves import CONTAINERS, LABELLED, MOMENTS, Shape
+from orbax_nnx_handler.planning.core.leaves import CONTAINERS, LABELLED, MOMENTS, Shape, record
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, printable
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
@@ -28,7 +28,7 @@ ORPHAN = "(parameter)"
 """The first key that stands for a parameter which is not among the known ones."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class OptimizerLeaf:
     """One leaf of an optimizer, stored or wanted.
 

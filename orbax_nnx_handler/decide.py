@@ -105,6 +105,7 @@ def look_at(path: epath.PathLike | Mapping[str, Any], item: str | None) -> Check
     return read_metadata(find_item(given, item, files), files)
 
 
+@paused_collection()
 def plan_restore(
     path: epath.PathLike | Mapping[str, Any],
     target: Any,

@@ -128,10 +128,23 @@ class LeafMapping:
     copied: frozenset[Path] = frozenset()
 
     @cached_property
+    def placed(self) -> Mapping[Path, Placement]:
+        """What each stored leaf is, by its path."""
+        return {item.leaf.path: item for item in self.placements}
+
+    @cached_property
     def shapes(self) -> Mapping[Path, Shape | None]:
         """The shape that each wanted path would have; None where its recipe does not come out."""
-        stored = {item.leaf.path: item.leaf.shape for item in self.placements}
-        return {path: _shape_under(found.recipe, stored) for path, found in self.found.items()}
+        placed, shapes = self.placed, dict[Path, Shape]()
+        found: dict[Path, Shape | None] = {}
+        for path, source in self.found.items():
+            recipe = source.recipe
+            if isinstance(recipe, Read):  # Nearly every leaf.
+                found[path] = placed[recipe.path].leaf.shape
+            else:
+                shapes = shapes or {item.leaf.path: item.leaf.shape for item in self.placements}
+                found[path] = _shape_under(recipe, shapes)
+        return found
 
     @property
     def recipes(self) -> Mapping[Path, Recipe]:
@@ -164,13 +177,14 @@ def map_leaves(
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
     pairs = _pairs(wanted, placements, entries)
-    original = [entry for entry in as_stored if entry.section == "model"]
-    virtual = [] if of_role(model, "model") else _virtual_parameters(pairs)
+    original = [entry for entry in as_stored if entry.section == "model"] if pairs else []
+    virtual = [] if any(item.role == "model" for item in model) else _virtual_parameters(pairs)
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
     _add_steps(found, pairs)
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
-    find_random(found, of_role(wanted, "random", "model"), placements, roots)
+    if len(match.found) < len(model) + len(virtual):
+        find_random(found, of_role(wanted, "random", "model"), placements, roots)
     optimizers: list[StoredStates] = []
     followed: list[FollowedMoments] = []
     for pair_wanted, pair_stored in pairs:

@@ -150,6 +150,8 @@ class Matcher:
     @cached_property
     def _below(self) -> Mapping[Path, Tokens]:
         root = self.roots.wanted
+        if not root and len(self.paths) == len(self.wanted):
+            return self.paths
         return {item.leaf.path: strip(self.paths[item.leaf.path], root) for item in self.wanted}
 
     def match(self, apart: frozenset[Path] = frozenset()) -> ModelMatch:
@@ -237,9 +239,12 @@ class Matcher:
         direct: list[tuple[Wanted, Entry]] = []
         rivals: list[CompetingSources] = []
         index, below = self.index, self._below
+        is_any = self.collections.only is None
         for item in self.wanted:
-            named = index.get(below[item.leaf.path])
-            claims = self._eligible(item, named) if named else ()
+            claims: Sequence[Entry] = index.get(below[item.leaf.path], ())
+            is_own = len(claims) == 1 and claims[0].collection == item.collection
+            if claims and not (is_own and is_any and item.role == "model"):  # Few leaves.
+                claims = self._eligible(item, claims)
             if len(claims) > 1:
                 rivals.append(CompetingSources(wanted=item, entries=tuple(claims)))
             elif claims:

@@ -229,8 +229,6 @@ class Collections:
 
     def eligible(self, item: Wanted, claims: Sequence[Entry]) -> Sequence[Entry]:
         """Returns the claims that the collection allows; of a type without a name, its own first."""
-        if len(claims) == 1 and claims[0].collection == item.collection and item.role == "model":
-            return claims if self.only in (None, item.collection) else ()  # Nearly every leaf.
         allowed = [entry for entry in claims if self.may_give(entry, item)]
         if allowed and item.collection is None:
             return [*allowed, *(entry for entry in claims if self.contests(entry.collection, item))]

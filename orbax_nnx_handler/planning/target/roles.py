@@ -4,6 +4,7 @@ A pure dict has no Variable types; there the structure decides (`opt_state`, the
 `step` beside it) and random state shows itself by its key dtype.
 """
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, cast
 
@@ -68,10 +69,11 @@ def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
     """Returns every leaf with its role, in the target's order."""
     # A module of the model may be called `opt_state`.
     certain = _certain_owners(leaves)
-    typed = (path for path, leaf in leaves.items() if leaf.kind and issubclass(leaf.kind, nnx.OptState))
+    collections = {kind: collection_of(kind) for kind in {leaf.kind for leaf in leaves.values()}}
+    states = {kind for kind in collections if kind is not None and _role_of(kind) == "optimizer"}
+    typed = (path for path, leaf in leaves.items() if leaf.kind in states) if states else ()
     owners = certain | {path[: path.index(OPT_STATE)] for path in typed if OPT_STATE in path[:-1]}
     streams = {path[:-1] for path, leaf in leaves.items() if is_key(leaf.dtype)}
-    collections = {kind: collection_of(kind) for kind in {leaf.kind for leaf in leaves.values()}}
     return [_wanted(leaf, owners, certain, streams, collections[leaf.kind]) for leaf in leaves.values()]
 
 
@@ -88,6 +90,7 @@ def collection_of(kind: type[Any] | None) -> str | None:
         return kind.__name__
 
 
+@functools.lru_cache(maxsize=256)
 def _is_weight(kind: type[Any] | None) -> bool:
     return kind is not None and issubclass(kind, nnx.Param | nnx.BatchStat)
 
@@ -111,7 +114,7 @@ def _wanted(
     streams: set[Path],
     collection: str | None,
 ) -> Wanted:
-    owner = owner_of(leaf.path, owners)
+    owner = owner_of(leaf.path, owners) if owners else None
     role = _role(leaf, owner, owners, streams)
     if role == "model" and owner is not None and owner in certain:
         role = "optimizer"
@@ -128,15 +131,22 @@ def _role(leaf: WantedLeaf, owner: Path | None, owners: Collection[Path], stream
     kind = leaf.kind
     if kind is None:
         return _untyped_role(leaf, owner, owners, streams)
+    role = _role_of(kind)
+    if role == "optimizer":
+        return "step" if owner is None and str(leaf.path[-1]) == "step" else "optimizer"
+    if role == "model" and owner is not None and not _is_weight(kind):
+        return "optimizer"
+    return role
+
+
+@functools.lru_cache(maxsize=256)
+def _role_of(kind: type[Any]) -> Role:
+    """Returns the role that a type has wherever it stands."""
     if issubclass(kind, nnx.RngState):
         return "random"
     if issubclass(kind, nnx.Cache | nnx.Intermediate):
         return "transient"
-    if issubclass(kind, nnx.OptState):
-        return "step" if owner is None and str(leaf.path[-1]) == "step" else "optimizer"
-    if owner is not None and not _is_weight(kind):
-        return "optimizer"
-    return "model"
+    return "optimizer" if issubclass(kind, nnx.OptState) else "model"
 
 
 def _untyped_role(leaf: WantedLeaf, owner: Path | None, owners: Collection[Path], streams: set[Path]) -> Role:

@@ -64,6 +64,7 @@ def children(node: Any) -> list[tuple[Hashable, Any]] | None:
     return [(_key(path[0]), child) for path, child in pairs]
 
 
+_LEAVES = (jax.ShapeDtypeStruct, np.ndarray, nnx.Variable, jax.Array)
 _NNX = (nnx.State, nnx.Pytree, nnx.Module, nnx.Variable)
 _NUMBERS = (bool, int, float, complex, np.generic)
 
@@ -248,7 +249,7 @@ def _entries(item: Any) -> list[tuple[Any, Any]] | None:
     """Returns the children of a container by key; None for a leaf."""
     if type(item) is dict:
         return list(cast(dict[Any, Any], item).items())
-    if isinstance(item, nnx.Variable | jax.Array | jax.ShapeDtypeStruct | np.ndarray):
+    if isinstance(item, _LEAVES):
         return None
     if isinstance(item, nnx.State):
         # Its own dicts: asked for one by one, a State wraps each in a new State.

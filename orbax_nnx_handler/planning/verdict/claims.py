@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -35,13 +35,12 @@ class Claims:
     """
 
     def __init__(
-        self, sources: Iterable[tuple[Wanted, Recipe, object]], placed: Mapping[Path, Placement]
+        self, sources: Sequence[tuple[Wanted, Recipe, object]], placed: Mapping[Path, Placement]
     ) -> None:
-        self._sources, self._placed = [source[:2] for source in sources], placed
-        recipes = [recipe for _, recipe in self._sources]
-        self.read = [recipe.path for recipe in recipes if isinstance(recipe, Read)]
-        if len(self.read) < len(recipes):
-            others = (recipe for recipe in recipes if not isinstance(recipe, Read))
+        self._sources, self._placed = sources, placed
+        self.read = [recipe.path for _, recipe, _ in sources if isinstance(recipe, Read)]
+        if len(self.read) < len(sources):
+            others = (recipe for _, recipe, _ in sources if not isinstance(recipe, Read))
             self.read += itertools.chain.from_iterable(map(reads, others))
 
     @cached_property
@@ -70,7 +69,7 @@ class Claims:
             return  # Nearly every plan.
         twice = {path for path, count in Counter(self.read).items() if count > 1} - copies
         users: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
-        for item, recipe in self._sources:
+        for item, recipe, _ in self._sources:
             for stored in twice.intersection(reads(recipe)):
                 users[stored].append((item, recipe))
         doubtful = {
@@ -79,7 +78,7 @@ class Claims:
             if len(found) > 1 and not _are_layers([recipe for _, recipe in found])
             if not _may_serve_many(self._placed[stored])
         }
-        recipes = {item.leaf.path: recipe for item, recipe in self._sources} if doubtful else {}
+        recipes = {item.leaf.path: recipe for item, recipe, _ in self._sources} if doubtful else {}
         shapes = {path: item.leaf.shape for path, item in self._placed.items()} if doubtful else {}
         for stored, paths in doubtful.items():
             yield from _of_one(stored, paths, recipes, shapes)
@@ -95,7 +94,7 @@ class Claims:
         if not rivals:
             return  # Nearly every plan.
         made: dict[_Place, _Made] = defaultdict(_Made)
-        for item, recipe in self._sources:
+        for item, recipe, _ in self._sources:
             read = reads(recipe) if item.role == "model" else ()
             if read:
                 made[_place(self._placed[read[0]])].add(item, read[0])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
 from orbax_nnx_handler.planning.core.recipes import Concat, Fill, Index, Read, Recipe, Stack
-from orbax_nnx_handler.planning.layouts.layout import ScannedBlocks
+from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks
 
 
 class Element(NamedTuple):
@@ -39,12 +39,12 @@ class Element(NamedTuple):
     gates: tuple[Path, ...] = ()
 
 
-def elements_of(recipe: Recipe, ranks: Mapping[Path, Shape]) -> list[Element] | None:
+def elements_of(recipe: Recipe, placed: Mapping[Path, Placement]) -> list[Element] | None:
     """Returns what a recipe of whole leaves and layers reads; None for a recipe with any other step.
 
     Args:
         recipe: The recipe.
-        ranks: The shape of each stored leaf.
+        placed: What each stored leaf is.
     """
     match recipe:
         case Read(path):
@@ -52,11 +52,11 @@ def elements_of(recipe: Recipe, ranks: Mapping[Path, Shape]) -> list[Element] | 
         case Fill():
             return []
         case Index(source, axis, index):
-            return _layer(elements_of(source, ranks), axis, index)
+            return _layer(elements_of(source, placed), axis, index)
         case Stack(sources, axis):
-            return _stacked([elements_of(part, ranks) for part in sources], axis)
+            return _stacked([elements_of(part, placed) for part in sources], axis)
         case Concat(sources, axis):
-            return _fused(sources, axis, ranks)
+            return _fused(sources, axis, placed)
         case _:
             return None
 
@@ -76,9 +76,9 @@ def _stacked(parts: Sequence[list[Element] | None], axis: int) -> list[Element] 
     return found
 
 
-def _fused(sources: Sequence[Recipe], axis: int, ranks: Mapping[Path, Shape]) -> list[Element] | None:
+def _fused(sources: Sequence[Recipe], axis: int, placed: Mapping[Path, Placement]) -> list[Element] | None:
     paths = [part.path for part in sources if isinstance(part, Read)]
-    is_last = all(axis == len(ranks[path]) - 1 for path in paths)
+    is_last = all(axis == len(placed[path].leaf.shape) - 1 for path in paths)
     return [Element(paths[0], gates=tuple(paths))] if is_last and len(paths) == len(sources) else None
 
 

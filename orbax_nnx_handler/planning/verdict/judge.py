@@ -67,11 +67,12 @@ class Leftover:
 
 def left_over(wanted: Sequence[Wanted], mapping: LeafMapping, used: Iterable[Recipe]) -> Leftover:
     """Sorts the stored leaves that are not used."""
-    taken = {path for recipe in used for path in reads(recipe)}
+    taken = _paths_of(used)
     dropped = {path: item for path, item in _dropped(mapping).items() if path not in taken}
-    left = [
+    left = (
         item for item in mapping.placements if item.leaf.path not in taken and item.leaf.path not in dropped
-    ]
+    )
+    left = list(left) if len(taken) < len(mapping.placements) else []
     roles = {item.role for item in wanted}
     asked = {"model"} | (roles & {"optimizer", "step"})
     open_ends = [item.leaf for item in left if item.section in asked and item.leaf.dtype is not None]
@@ -80,6 +81,17 @@ def left_over(wanted: Sequence[Wanted], mapping: LeafMapping, used: Iterable[Rec
     unexpected = {leaf.path: leaf for leaf in open_ends if leaf.path not in passed_over}
     skipped = {item.leaf.path: item.leaf for item in left if item.leaf.path not in unexpected}
     return Leftover(unexpected=unexpected, skipped=skipped, dropped=dropped)
+
+
+def _paths_of(recipes: Iterable[Recipe]) -> set[Path]:
+    """Returns the stored leaves that are read."""
+    found: set[Path] = set()
+    for recipe in recipes:
+        if isinstance(recipe, Read):  # Nearly every one.
+            found.add(recipe.path)
+        else:
+            found.update(reads(recipe))
+    return found
 
 
 def _dropped(mapping: LeafMapping) -> dict[Path, Dropped | Discarded]:
@@ -129,8 +141,7 @@ def _broken_laws(wanted: Sequence[Wanted], mapping: LeafMapping) -> list[Broken]
             sources.append((item, source.recipe, source.evidence))
         else:
             unfit.append((item, source.recipe))
-    placed = {item.leaf.path: item for item in mapping.placements}
-    return certify(wanted, placed, sources, dataclasses.replace(known_of(mapping), unfit=unfit))
+    return certify(wanted, mapping.placed, sources, dataclasses.replace(known_of(mapping), unfit=unfit))
 
 
 def judge(
@@ -172,17 +183,19 @@ def judge(
         raise
     leaves = _Leaves(mapping, stored, options, policies)
     outcomes = {item.leaf.path: leaves.outcome(item) for item in wanted}
+    restored = _of_kind(Restored, outcomes)
+    others = outcomes if len(restored) < len(outcomes) else {}
     used = [v.recipe for v in outcomes.values() if not isinstance(v, Defaulted) and v.recipe is not None]
     left = left_over(wanted, mapping, used)
-    missing, defaulted = _of_kind(Missing, outcomes), _of_kind(Defaulted, outcomes)
-    roles = {item.leaf.path: item.role for item in wanted}
+    missing, defaulted = _of_kind(Missing, others), _of_kind(Defaulted, others)
+    sides = _sides(wanted, mapping)
     return Verdict(
         directory=directory,
         layout=mapping.layout.title,
         stored_count=len(stored),
-        restored=_of_kind(Restored, outcomes),
+        restored=restored,
         missing=missing,
-        mismatched=_of_kind(Mismatched, outcomes),
+        mismatched=_of_kind(Mismatched, others),
         defaulted=defaulted,
         unexpected=left.unexpected,
         skipped=left.skipped,
@@ -199,12 +212,12 @@ def judge(
                 broken,
                 used=_read_by(used, left.dropped.values()),
                 missing=missing,
-                defaulted=[path for path in defaulted if roles[path] == "random"],
+                defaulted=[path for path in defaulted if sides.wanted[path].role == "random"],
                 dropped=mapping.discarded,
                 renamed=any(not isinstance(rule, Drop | ScanAxis) for rule in options.renames),
             ),
         ),
-        sides=_sides(wanted, mapping),
+        sides=sides,
         renames=options.renames,
         read_as=options.layout,
     )
@@ -241,7 +254,7 @@ def _of_kind(kind: type[_Kind], outcomes: Mapping[Path, _Outcome]) -> dict[Path,
 def _sides(wanted: Sequence[Wanted], mapping: LeafMapping) -> Sides:
     return Sides(
         wanted={item.leaf.path: item for item in wanted},
-        placements={item.leaf.path: item for item in mapping.placements},
+        placements=mapping.placed,
         roots=mapping.roots,
         stuck=mapping.stuck,
         copied=mapping.copied,
@@ -309,14 +322,15 @@ class _Leaves:
 
     def _as_it_is(self, item: Wanted, found: Found) -> Restored | None:
         """Returns what becomes of a leaf that comes out as it is wanted: nearly every one."""
-        leaf = item.leaf
-        if found.surplus or found.missing_layers or self.mapping.applied.casts:
+        leaf, recipe, mapping = item.leaf, found.recipe, self.mapping
+        if found.surplus or found.missing_layers or mapping.applied.casts:
             return None
-        if self.mapping.shapes[leaf.path] != leaf.shape:
+        if mapping.shapes[leaf.path] != leaf.shape:
             return None
-        for path in reads(found.recipe):
+        for path in (recipe.path,) if isinstance(recipe, Read) else reads(recipe):
             source = self.stored[path]
-            if source.dtype != leaf.dtype or source.key_impl:
+            is_alike = source.dtype is leaf.dtype or source.dtype == leaf.dtype
+            if not is_alike or source.key_impl:
                 return None
         return Restored(
             wanted=leaf,

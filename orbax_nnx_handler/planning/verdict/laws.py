@@ -141,30 +141,32 @@ class _Kernel:
         placed, roots, tops, by_rule = self._placed, self._weights.roots, self._tops, self._known.by_rule
         for source in weights:
             item, recipe, grounds = source
-            path = item.leaf.path
-            if isinstance(recipe, Index) and grounds.kind != "same path" and path[:1] not in tops:
-                if not self._is_next_layer(item, recipe):
+            if not isinstance(recipe, Read):
+                if not isinstance(recipe, Index) or not self._is_next_layer(item, recipe, grounds):
                     yield source
                 continue
-            if not isinstance(recipe, Read) or (grounds.kind == "same path" and recipe.path != path):
-                yield source
-                continue
             if grounds.kind == "same path":
+                if recipe.path != item.leaf.path:
+                    yield source
                 continue
             there = placed[recipe.path]
-            if there.section != "model" or there.collection != item.collection or there.collection is None:
-                yield source
-                continue
-            known = roots.get((there.owner, there.collection), ())
-            if (tops and path[:1] in tops) or recipe.path in by_rule or not is_below(item, there, known):
+            collection = there.collection
+            if (
+                collection is None
+                or collection != item.collection
+                or there.section != "model"
+                or (tops and self._has_top(item.leaf.path))
+                or (by_rule and recipe.path in by_rule)
+                or not is_below(item, there, roots.get((there.owner, collection), ()))
+            ):
                 yield source
             elif self._has_owners:
                 self._read_owners[there.owner].append((item, recipe.path))
 
-    def _is_next_layer(self, item: Wanted, recipe: Index) -> bool:
+    def _is_next_layer(self, item: Wanted, recipe: Index, grounds: Grounds) -> bool:
         """Tells whether a weight is a layer of a leaf of which another layer is proven."""
         layer = recipe.source
-        if not isinstance(layer, Read):
+        if not isinstance(layer, Read) or grounds.kind == "same path" or self._has_top(item.leaf.path):
             return False
         if not self._weights.is_next_layer(item, layer.path, recipe.axis, recipe.index):
             return False

@@ -59,6 +59,8 @@ def unreadable_leaves(
         renamed: Whether rules give stored leaves other names: a lost leaf may then be any
             missing one.
     """
+    if found == Unreadable():
+        return  # Nearly every checkpoint.
     wanted = [_plain(path) for path in missing]
     streams = [_plain(path) for path in defaulted]
 

@@ -93,7 +93,7 @@ class Weights:
             return
         if in_module and isinstance(recipe, Read) and self._is_in_renamed_wrapper(item, recipe.path):
             return
-        elements = elements_of(recipe, self._shapes)
+        elements = elements_of(recipe, self.placed)
         if elements is None:
             yield WrongSource(7, path, reads(recipe)[0], "it is rearranged, and no rule says so")
             return
@@ -144,10 +144,6 @@ class Weights:
         layer = f"#{element.to[0]}"
         named = (*meeting.below, *here.tokens[above : here.depth], layer, *here.tokens[here.depth + 1 :])
         return self.name(element.path) == named
-
-    @cached_property
-    def _shapes(self) -> Mapping[Path, Shape]:
-        return {path: item.leaf.shape for path, item in self.placed.items()}
 
     @cached_property
     def _here(self) -> Names:
@@ -278,7 +274,7 @@ class Weights:
         placed = self.placed[element.path]
         shape = placed.leaf.shape
         if element.gates:
-            shape = (*shape[:-1], sum(self._shapes[gate][-1] for gate in element.gates))
+            shape = (*shape[:-1], sum(self.placed[gate].leaf.shape[-1] for gate in element.gates))
         side = self._there(placed.owner, placed.collection)
         blocks = side.known_blocks(there), self._here.known_blocks(here)
         group = StackedGroup(

@@ -12,6 +12,7 @@ _MAX_LENGTH = (1 << 63) - 1
 MOST_LEAVES = 1 << 19
 """No program has had a quarter of it, and work and memory grow with them, whatever a leaf holds."""
 _DEEPEST = 200
+_OBJECT: set[type[Any]] = {dict}
 
 
 class FieldError(ValueError):
@@ -30,6 +31,8 @@ def check_paths(paths: Collection[tuple[Any, ...]]) -> None:
     # A list of a billion that holds one leaf would be written as one.
     lengths: dict[tuple[Any, ...], int] = {}
     for path in paths:
+        if int not in map(type, path):
+            continue
         for depth, key in enumerate(path):
             if isinstance(key, int):
                 above = path[:depth]
@@ -71,7 +74,7 @@ def parse_object(content: bytes | None) -> dict[str, Any]:
 
 def object_of(fields: dict[str, Any], name: str) -> dict[str, Any]:
     """Returns a field that is an object."""
-    return cast(dict[str, Any], _of_type(fields, name, dict, "an object"))
+    return _of_type(fields, name, dict, "an object")
 
 
 def optional_object(fields: dict[str, Any], name: str) -> dict[str, Any]:
@@ -81,15 +84,15 @@ def optional_object(fields: dict[str, Any], name: str) -> dict[str, Any]:
 
 def objects_of(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """Returns a field that is a list of objects."""
-    items = cast(list[Any], _of_type(fields, name, list, "a list"))
-    if not all(isinstance(item, dict) for item in items):
+    items: list[Any] = _of_type(fields, name, list, "a list")
+    if not set(map(type, items)) <= _OBJECT:
         raise FieldError(f"{name} holds something else than objects")
     return items
 
 
 def text_of(fields: dict[str, Any], name: str) -> str:
     """Returns a field that is a text, of characters that can be written."""
-    text = cast(str, _of_type(fields, name, str, "a text"))
+    text: str = _of_type(fields, name, str, "a text")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise FieldError(f"{name} is {text!r}, which is no text")
     return text

@@ -248,7 +248,7 @@ def _locate(
     """Finds each array's metadata: in the database first, then in its own directory."""
     wanted = {path: name for path, name in tree.names.items() if tree.nodes[path] != STRING_TYPE}
     lost = misnamed(wanted)
-    wanted = {path: name for path, name in wanted.items() if path not in lost}
+    wanted = {path: name for path, name in wanted.items() if path not in lost} if lost else wanted
     if not wanted:
         return {}, lost
     drivers: tuple[ZarrDriver, ZarrDriver] = ("zarr3", "zarr") if tree.zarr3 else ("zarr", "zarr3")
@@ -264,7 +264,7 @@ def _locate(
         place = found.get(path)
         number, content = place or (0, b"")
         store, driver = places[number]
-        misread = store.misread(name)
+        misread = store.misread(name) if store.kind == "files" else None
         if place is None or misread:
             if path not in tree.values:
                 lost[path] = misread or "the tree names it, but no store holds it"
@@ -335,13 +335,18 @@ def _damaged_arrays(
     arrays: Mapping[Path, StoredArray], files: Files, *, writes_fill: bool
 ) -> Iterable[tuple[Path, str]]:
     """Yields the leaves whose shapes are known and whose bytes cannot all be there."""
-    stores = {id(array.store): array.store for array in arrays.values()}
-    broken = {number: _by_array(store) for number, store in stores.items()}
-    alone = [array for array in arrays.values() if array.store.kind == "files" and _is_large(array)]
+    # One array of each store and encoding: the layers of a model have few between them.
+    kinds = {(id(array.store), id(array.encoding)): array for array in arrays.values()}
+    broken = {id(array.store): _by_array(array.store) for array in kinds.values()}
+    large = {kind for kind, array in kinds.items() if _is_large(array)}
+    if not large and not any(broken.values()):
+        return  # Nearly every checkpoint.
+    of_kind = {path: (id(array.store), id(array.encoding)) for path, array in arrays.items()}
+    alone = [a for path, a in arrays.items() if a.store.kind == "files" and of_kind[path] in large]
     files.ask(*(_folder_sizes(array) for array in alone))
     for path, array in arrays.items():
         reason = broken[id(array.store)].get(array.name)
-        if reason is None and _is_large(array):
+        if reason is None and of_kind[path] in large:
             reason = _implausible(array, files, writes_fill=writes_fill)
         if reason:
             yield path, reason

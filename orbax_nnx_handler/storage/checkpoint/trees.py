@@ -166,12 +166,14 @@ def _metadata_tree(file: epath.Path, files: Files) -> Tree:
 
 
 def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
-    path = tuple(map(_key, objects_of(entry, "key_metadata")))
+    path = tuple([_key(key) for key in objects_of(entry, "key_metadata")])
     return path, array_name(path), text_of(object_of(entry, "value_metadata"), "value_type")
 
 
 def _key(key: dict[str, Any]) -> str | int:
-    name = text_of(key, "key")
+    name = key.get("key")
+    if type(name) is not str or not name.isascii():  # Hardly any: a call for each key takes its time.
+        name = text_of(key, "key")
     return _number(name) if key.get("key_type") == _SEQUENCE else name
 
 
@@ -182,7 +184,11 @@ def array_name(path: Path) -> str:
 
 def leads_out(name: str) -> bool:
     """Tells an array's name that is none inside a checkpoint."""
-    return any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name
+    parts = name.split("/") if "/" in name else (name,)
+    return not _NO_NAMES.isdisjoint(parts) or "\0" in name
+
+
+_NO_NAMES = frozenset({"", ".", ".."})
 
 
 def misnamed(names: Mapping[Path, str]) -> dict[Path, str]:
@@ -195,6 +201,8 @@ def misnamed(names: Mapping[Path, str]) -> dict[Path, str]:
         for path, name in names.items()
         if leads_out(name)
     }
+    if len(set(names.values())) == len(names):
+        return lost
     sharing: dict[str, list[Path]] = defaultdict(list)
     for path, name in names.items():
         sharing[name].append(path)

@@ -78,11 +78,11 @@ def read_catalog(manifest: bytes, sizes: Mapping[str, int], fetch: Fetch) -> Dat
         for reference, content in zip(level, contents, strict=True):
             node = decode_node(content, reference)
             below += node.children
-            found |= {
-                reference.prefix + key: value for key, value in zip(node.keys, node.values, strict=True)
-            }
+            prefix = reference.prefix
+            keys = [prefix + key for key in node.keys] if prefix else node.keys
+            found.update(zip(keys, node.values, strict=True))
         level = below
-    catalog = {_text(key): value for key, value in found.items()}
+    catalog = dict(zip(_texts(found), found.values(), strict=True))
     return Database(catalog=catalog, damaged=dict(_damaged(catalog, sizes)), sizes=sizes)
 
 
@@ -113,17 +113,19 @@ def _damaged(catalog: Catalog, sizes: Mapping[str, int]) -> list[tuple[str, str]
     found: list[tuple[str, str]] = []
     for key, value in catalog.items():
         if isinstance(value, Extent):
-            reason = outside(value, sizes)
-            if reason:
-                found.append((key, reason))
+            file, start, size = value
+            if start + size > sizes.get(file, -1):
+                found.append((key, outside(value, sizes) or ""))
     return found
 
 
-def _text(key: bytes) -> str:
+def _texts(keys: Iterable[bytes]) -> list[str]:
     try:
-        return key.decode()
+        return [key.decode() for key in keys]
     except UnicodeDecodeError as error:
-        raise DamagedDatabaseError(f"the B-tree is damaged: key: {key[:100]!r} is no text") from error
+        raise DamagedDatabaseError(
+            f"the B-tree is damaged: key: {error.object[:100]!r} is no text"
+        ) from error
 
 
 __all__ = ["Catalog", "Extent", "Store", "StoreKind"]
@@ -319,5 +321,7 @@ def first_found(
     for number, (store, ending) in enumerate(places):
         values = read_small(store, [names[key] + ending for key in left], files)
         found |= {key: (number, value) for key, value in zip(left, values, strict=True) if value is not None}
-        left = [key for key in left if key not in found]
+        left = [key for key in left if key not in found] if len(found) < len(names) else []
+        if not left:
+            break
     return found

@@ -68,7 +68,10 @@ _OPTAX_NAMES = {
 
 def holds_optimizer(stored: Stored, prefix: Path) -> bool:
     """Tells whether a subtree is a `flax.optim` optimizer's state dict."""
-    below = [path[len(prefix) :] for path in stored if path[: len(prefix)] == prefix]
+    depth = len(prefix)
+    if not any(path[depth : depth + 1] == ("target",) and path[:depth] == prefix for path in stored):
+        return False  # Nearly every tree.
+    below = [path[depth:] for path in stored if path[:depth] == prefix]
     has_target = any(len(path) > 1 and path[0] == "target" for path in below)
     return has_target and ("state", "step") in below and {str(path[0]) for path in below} <= _FIELDS
 

@@ -241,7 +241,7 @@ def _weights_root(stored: Stored) -> Path | None:
 
 
 def _is_weights(stored: Stored) -> bool:
-    return any(pair == _SCANNED for path in stored for pair in pairwise(path))
+    return any(_SCANNED in pairwise(path) for path in stored if _SCANNED[0] in path)
 
 
 def _place_weights(stored: Stored) -> tuple[Placement, ...]:

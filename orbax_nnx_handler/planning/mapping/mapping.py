@@ -196,7 +196,7 @@ def map_leaves(
         followed.append(follower.add_to(found))
     return LeafMapping(
         layout=layout,
-        found={item.leaf.path: found[item.leaf.path] for item in wanted if item.leaf.path in found},
+        found={item.leaf.path: source for item in wanted if (source := found.get(item.leaf.path))},
         placements=placements,
         roots=roots,
         rivals=match.rivals,

@@ -158,7 +158,7 @@ def by_whole_path(
     for entry in entries:
         if entry.section == "optimizer":
             continue
-        above = _above(entry.prefix)
+        above = _canonical(entry.prefix)
         if (above or entry.tokens)[:1] not in heads:
             continue  # Nearly every leaf: no wanted path begins so.
         tokens = above + entry.tokens
@@ -183,8 +183,8 @@ def by_whole_path(
 
 
 @functools.lru_cache(maxsize=256)
-def _above(prefix: Tokens) -> Tokens:
-    return canonical(prefix)
+def _canonical(path: Tokens) -> Tokens:
+    return canonical(path)
 
 
 def _as_found(entries: Mapping[Path, Entry]) -> dict[Path, Found]:
@@ -202,25 +202,35 @@ def _evidence_of(entry: Entry) -> MatchEvidence:
     return MatchEvidence(kind="layout", words="the path that its layout gives it")
 
 
-def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network, dict[Path, Tokens]]:
-    """Returns the wanted leaves of each network with their paths below its owner."""
+def _names(entries: Sequence[Entry]) -> dict[Tokens, dict[Tokens, str]]:
+    """Returns the collections of each stored train state, by their canonical names."""
     names: dict[Tokens, dict[Tokens, str]] = {}
     for entry in entries:
         if entry.section == "model":
             named = names.setdefault(entry.owner, {})
             if entry.collection is not None:
-                named.setdefault(canonical((entry.collection,)), entry.collection)
+                named.setdefault(_canonical((entry.collection,)), entry.collection)
     # A module of the model that is called like a collection is the model's.
     modules = {(e.owner, e.tokens[:1]) for e in entries if e.section == "model" and e.collection == "params"}
-    names = {
+    return {
         owner: {key: name for key, name in named.items() if (owner, key[:1]) not in modules}
         for owner, named in names.items()
     }
+
+
+def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network, dict[Path, Tokens]]:
+    """Returns the wanted leaves of each network with their paths below its owner."""
+    names = _names(entries)
     found: dict[tuple[Tokens, str | None, bool], dict[Path, Tokens]] = defaultdict(dict)
     alone = next(iter(names)) if len(names) == 1 else () if () in names else None
     if alone is not None and any(map(is_copy_name, alone)):
         alone = None  # A copy is another value, also where it is all that is stored.
     owners = [owner for owner in names if owner]
+    if alone is not None and not owners:
+        heads = {item.tokens[:1] for item in left}
+        if not any(key[:1] in heads for key in names[alone]):
+            # Nearly every target: its paths name no collection.
+            return {Network(owner=alone): {item.leaf.path: item.tokens for item in left}}
     for item in left:
         tokens = item.tokens
         owner = owner_of(tokens, owners) if owners else None

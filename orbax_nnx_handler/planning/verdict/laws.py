@@ -121,9 +121,9 @@ class _Kernel:
         self._weights = Weights(wanted, placed, known.by_rule, known.scans, self._axes)
         self._owners: dict[Path, set[Path]] = defaultdict(set)
         self._read_owners: dict[Path, list[tuple[Wanted, Path]]] = defaultdict(list)
-        stored_tops = {path[:1] for path in placed}
-        tops = {item.leaf.path[:1] for item in wanted}
-        self._tops = {top for top in tops if top in stored_tops or tuple(map(str, top)) in stored_tops}
+        stored_tops = {path[0] if path else None for path in placed}
+        tops = {item.leaf.path[0] if item.leaf.path else None for item in wanted}
+        self._tops = {top for top in tops if top in stored_tops or str(top) in stored_tops}
         self._has_owners = any(item.owner for item in placed.values())
 
     def unproven(self) -> Iterator[Source]:
@@ -214,7 +214,7 @@ class _Kernel:
             yield Broken(law=astray.law, wanted=path, stored=astray.stored, why=astray.why)
 
     def _has_top(self, path: Path) -> bool:
-        return path[:1] in self._tops
+        return (path[0] if path else None) in self._tops
 
     def _same_path_first(self, item: Wanted, read: Sequence[Path]) -> Iterator[Broken]:
         path = item.leaf.path

@@ -5,7 +5,7 @@ import os
 import pathlib
 import tempfile
 
-from tests.processes import hasty_flags, quick_directory
+from tests.processes import hasty_flags, quick_directory, share_lowering_context
 
 # Before JAX is imported: it reads all of these when it starts, and so does every process that a test starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +28,8 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+
+share_lowering_context()
 
 # Looked up anew: pytest has asked before.
 tempfile.tempdir = None

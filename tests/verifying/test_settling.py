@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Suggestion, VerificationError, suggest, verify
-from tests.verifying.twins import BERT, BILSTM, GEMMA, LLAMA, REVIEWS, TRANSLATOR, UNET, VIT, Twin
+from tests.verifying.twins import BERT, BILSTM, GEMMA, LLAMA, MIXTURES, REVIEWS, TRANSLATOR, UNET, VIT, Twin
 
 Save = Callable[[Twin], pathlib.Path]
 
@@ -21,9 +21,10 @@ def settled(twin: Twin, path: pathlib.Path) -> Suggestion:
     return suggest(path, nnx.eval_shape(twin.make), verify=(twin.linen.apply, twin.run, twin.inputs))
 
 
-@pytest.mark.parametrize(
-    "twin", [VIT, TRANSLATOR, BILSTM, LLAMA, GEMMA, BERT, REVIEWS, UNET], ids=lambda twin: twin.name
-)
+PROVED = (VIT, TRANSLATOR, BILSTM, LLAMA, GEMMA, MIXTURES, BERT, REVIEWS, UNET)
+
+
+@pytest.mark.parametrize("twin", PROVED, ids=lambda twin: twin.name)
 def test_a_whole_conversion_is_proposed_and_proved(twin: Twin, saved: Save):
     found = settled(twin, saved(twin))
 

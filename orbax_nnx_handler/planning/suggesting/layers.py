@@ -192,29 +192,42 @@ def stack_of(
     series: Series, free: Sequence[Leaf], above: int, least: int
 ) -> tuple[Names, int, list[Leaf]] | None:
     """Returns the module whose leaves all have an axis for the layers, and the axis."""
-    below: dict[Names, list[Leaf]] = defaultdict(list)
-    for leaf in free:
-        for depth in range(above + 1, len(leaf.names)):
-            below[leaf.names[:depth]].append(leaf)
     count = len(series.members)
-    found: list[tuple[float, float, int, Names, int]] = []
-    for prefix, leaves in below.items():
+    found: list[tuple[float, float, int, Names, int, list[Leaf]]] = []
+    for prefix, leaves, enough in _possible_stacks(free, above, least):
         if exclude(_said(series), concepts(level.base for level in levels(prefix))):
             continue
         axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
         size = sizes_of(leaves)
         ratio = min(size, series.size) / max(size, series.size)
         alike = likeness(_said(series), concepts(prefix))
-        if axes and ratio > (0.5 if least > 1 else 0.99):
+        if axes and ratio > enough:
             axis = _likeliest_axis(series, leaves, axes)
-            found.append((ratio, alike, _depth(prefix, leaves), prefix, axis))
+            found.append((ratio, alike, _depth(prefix, leaves), prefix, axis, leaves))
     if not found:
         return None
-    found.sort(reverse=True)
+    found.sort(key=lambda item: item[:5], reverse=True)
     best = found[0]
     if best[4] < 0 or any(item[0] == best[0] and not _nested(item[3], best[3]) for item in found[1:]):
         return None
-    return best[3], best[4], below[best[3]]
+    return best[3], best[4], best[5]
+
+
+def _possible_stacks(
+    free: Sequence[Leaf], above: int, least: int
+) -> Iterator[tuple[Names, list[Leaf], float]]:
+    """Yields modules, and the arrays beside the modules in one, with how much of a group each has to be."""
+    below: dict[Names, list[Leaf]] = defaultdict(list)
+    beside: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in free:
+        beside[leaf.names[:-1]].append(leaf)
+        for depth in range(above + 1, len(leaf.names)):
+            below[leaf.names[:depth]].append(leaf)
+    for prefix, leaves in below.items():
+        yield prefix, leaves, 0.5 if least > 1 else 0.99
+    for prefix, leaves in beside.items():
+        if len(leaves) < len(below.get(prefix, free)):
+            yield prefix, leaves, 0.99
 
 
 def _depth(prefix: Names, leaves: Sequence[Leaf]) -> int:

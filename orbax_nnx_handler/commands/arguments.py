@@ -51,7 +51,9 @@ def add_path(parser: argparse.ArgumentParser, name: str = "path", help_text: str
     path: Any = parser.add_argument(
         name,
         metavar=name.upper(),
-        help=help_text or "a manager's root (its newest step is taken), a step, an item, or a msgpack file",
+        help=help_text
+        or "a manager's root (its newest step is taken), a step, an item, or weights in a file or in a "
+        "directory of Hugging Face's (msgpack, npz, safetensors)",
     )
     path.complete = _FILES
 
@@ -104,9 +106,10 @@ def add_target(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     add_rules(parser)
     parser.add_argument(
         "--layout",
+        metavar="LAYOUT",
         choices=["auto", "linen", *(layout.name for layout in LAYOUTS)],
         default="auto",
-        help="how the checkpoint is arranged (default: found out)",
+        help="how the checkpoint is arranged (default: found out): %(choices)s",
     )
     parser.add_argument("--weights-only", action="store_true", help="leave optimizer and step out")
     parser.add_argument(

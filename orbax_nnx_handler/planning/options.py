@@ -167,11 +167,12 @@ class RestoreOptions:
             self, **{name: value for name, value in chosen.items() if value is not None}
         )
         check_policy(new.policy)
-        _check_choice("unexpected", new.unexpected, ("error", "warn", "ignore"))
-        _check_choice("dtype", new.dtype, ("target", "stored"))
+        check_choice("unexpected", new.unexpected, ("error", "warn", "ignore"))
+        check_choice("dtype", new.dtype, ("target", "stored"))
         return dataclasses.replace(new, renames=as_rules(new.renames))
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError where an argument is none of its choices."""
     if value not in choices:
         raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}")

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from orbax_nnx_handler import UnmappedValueError, restore
+from orbax_nnx_handler import AmbiguousMappingError, UnmappedValueError, restore
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -119,6 +119,40 @@ def test_layers_for_a_pure_dict_are_never_those_of_the_copy(tmp_path, copy):
         tmp_path, {"params": scanned, copy: numbers.like(scanned), "opt_state": [], "step": np.int32(1)}
     )
     refused(path, pure_target(layers), unexpected="ignore")
+
+
+@pytest.mark.parametrize("copy", ["ema_params", "target_params"])
+def test_of_two_collections_that_hold_a_pure_dict_the_target_says_which(tmp_path, copy):
+    numbers = Numbers()
+    whole = {"hidden": numbers.dense(), "head": numbers.dense()}
+    other = numbers.like(whole)
+    path = write(tmp_path, {"params": whole, copy: other, "step": np.int32(1)})
+    with pytest.raises(AmbiguousMappingError) as raised:
+        restore(path, pure_target(whole), unexpected="ignore")
+    # Nothing else is proposed: no search of names can tell.
+    assert [hint.words for hint in raised.value.hints] == [
+        f"pass {{{name!r}: target}} as the target if what {name!r} holds is meant."
+        for name in ("params", copy)
+    ]
+    for name, values in (("params", whole), (copy, other)):
+        result = restore(path, {name: pure_target(whole)}, unexpected="ignore")
+        check(result, {name: values})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_two_collections_for_one_network_under_a_key_a_rule_says_which(tmp_path, form):
+    numbers = Numbers()
+    whole = {"hidden": numbers.dense(), "head": numbers.dense()}
+    stored = {"params": whole, "ema_params": numbers.like(whole)}
+    path = write(tmp_path, stored | {"step": np.int32(1)})
+    target = {"ema": target_of(form, whole)}
+    with pytest.raises(AmbiguousMappingError) as raised:
+        restore(path, target, unexpected="ignore")
+    rules = [hint.arguments["renames"] for hint in raised.value.hints]
+    assert sorted(rules) == [[("ema_params", "ema")], [("params", "ema")]]
+    for [(name, root)] in rules:
+        result = restore(path, target, renames=[(name, root)], unexpected="ignore")
+        check(result["ema"], stored[name])
 
 
 @pytest.mark.parametrize("copy", ["ema_params", "target_params"])

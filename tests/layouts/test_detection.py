@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import restore
+from orbax_nnx_handler import UnknownLayoutError, restore
 from orbax_nnx_handler.planning.layouts import LAYOUTS, candidates
 from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 from orbax_nnx_handler.storage.checkpoint.find import find_item
@@ -71,3 +71,26 @@ def test_every_stored_leaf_has_one_placement(trees: Mapping[str, Stored], fixtur
 
     assert len(placed) == len(stored)
     assert set(placed) == set(stored)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("MaxText", "maxtext"),
+        ("Flax TrainState", "train_state"),
+        ("trainstate", "train_state"),
+        ("t5", "t5x"),
+    ],
+)
+def test_a_layout_by_the_name_that_a_plan_prints_leads_to_the_one_to_pass(given, meant):
+    with pytest.raises(UnknownLayoutError, match=f"there is no layout '{given}'") as raised:
+        candidates({}, given)
+
+    assert raised.value.hints[0].arguments == {"layout": meant}
+
+
+def test_a_layout_that_is_like_none_is_answered_with_the_list():
+    with pytest.raises(UnknownLayoutError) as raised:
+        candidates({}, "zzz")
+
+    assert [hint.words[:22] for hint in raised.value.hints] == ["layout is one of auto,"]

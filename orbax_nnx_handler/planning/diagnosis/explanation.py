@@ -288,7 +288,9 @@ def _advice(verdict: Verdict, causes: Sequence[Cause]) -> list[str | Cause | Hin
     if any(isinstance(fault, AmbiguousMappingError | UnreadableLeafError) for fault in verdict.faults):
         # Until it is decided how to read the checkpoint, whatever is missing may be the other reading's;
         # and what cannot be read may be what is missing.
-        return [search_hint(evidence)] if evidence.links else []
+        contested = _contested(verdict)
+        is_more = any(item.wanted.path not in contested for item in verdict.missing.values())
+        return [search_hint(evidence)] if evidence.links and is_more else []
     # What has another name need not be initialised, and the rest of a renamed model may be renamed as well.
     renamed = any(cause.kind == "OtherNames" for cause in causes)
     explained = {path for cause in causes for path in cause.paths}

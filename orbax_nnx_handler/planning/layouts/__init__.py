@@ -1,9 +1,10 @@
 """How each family of programs arranges a checkpoint, one module a family."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.errors import UnknownLayoutError
+from orbax_nnx_handler.planning.core.errors import Hint, UnknownLayoutError
 from orbax_nnx_handler.planning.layouts import bare, linen, maxtext, nnx_programs, t5x, vision
 from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 
@@ -92,5 +93,11 @@ def _named(name: str) -> Layout:
     for layout in LAYOUTS:
         if layout.name == wanted:
             return layout
-    known = ", ".join(["auto", *(layout.name for layout in LAYOUTS)])
-    raise UnknownLayoutError(f"there is no layout {name!r}.", hints=[f"layout is one of {known}."])
+    known = ["auto", *_ALIASES, *(layout.name for layout in LAYOUTS)]
+    # A plan prints `Flax TrainState` where `train_state` is to be passed.
+    labels = {layout.title.lower(): layout.name for layout in LAYOUTS} | {name: name for name in known}
+    close = difflib.get_close_matches(str(name).lower(), labels, n=1)
+    meant = [Hint(f"pass layout={labels[close[0]]!r}.", {"layout": labels[close[0]]})] if close else []
+    raise UnknownLayoutError(
+        f"there is no layout {name!r}.", hints=[*meant, f"layout is one of {', '.join(known)}."]
+    )

@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.errors import (
     ShapeMismatchError,
     UnusedRuleError,
 )
-from orbax_nnx_handler.planning.core.paths import Path, canonical, render
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.mapping.optimizers.pairs import UndecidedState
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Copy, Drop, ScanAxis
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
 
 
@@ -136,6 +137,11 @@ def _shared_weights(shared: Mapping[Path, Sequence[Path]]) -> AmbiguousMappingEr
 
 
 def _rivals(rivals: Sequence[CompetingSources]) -> AmbiguousMappingError:
+    # Each once: two ways of search may have found it.
+    first: dict[Path, CompetingSources] = {}
+    for rival in rivals:
+        first.setdefault(rival.wanted.leaf.path, rival)
+    rivals = list(first.values())
     rows: list[str] = []
     for rival in rivals:
         rows.append(f"  {render(rival.wanted.leaf.path)}")
@@ -146,8 +152,37 @@ def _rivals(rivals: Sequence[CompetingSources]) -> AmbiguousMappingError:
         f"{_leaves(len(rivals), 'wanted ')} {'is' if len(rivals) == 1 else 'are'} claimed by several stored "
         "leaves:\n" + "\n".join(rows),
         paths=[rival.wanted.leaf.path for rival in rivals],
-        hints=[_one_left_behind(rivals)],
+        hints=_of_collections(rivals) or [_one_left_behind(rivals)],
     )
+
+
+def _of_collections(rivals: Sequence[CompetingSources]) -> Sequence[Hint]:
+    """Returns the ways out where all that is wanted lies in two collections; empty where it does not."""
+    found = {tuple(_around(rival, entry) for entry in rival.entries) for rival in rivals}
+    ways = found.pop() if len(found) == 1 else ()
+    if len(ways) != 2 or not all(ways):
+        return ()
+    hints: list[Hint] = []
+    for name, root in (way for way in ways if way):
+        words = f"pass {{{name!r}: target}} as the target"
+        if root:
+            words = f"pass renames=[({name!r}, {root!r})]"
+        hints.append(
+            Hint(f"{words} if what {name!r} holds is meant.", {"renames": [(name, root)]} if root else {})
+        )
+    return hints
+
+
+def _around(rival: CompetingSources, entry: Entry) -> tuple[str, str] | None:
+    """Returns a stored leaf's collection and the key above the wanted one, if all below them is alike."""
+    read = list(reads(entry.recipe))
+    if entry.reason or entry.collection is None or len(read) != 1:
+        return None
+    stored, wanted = segments(read[0])[1:], segments(rival.wanted.leaf.path)
+    above = len(wanted) - len(stored)
+    if segments(read[0])[0] != entry.collection or above not in (0, 1) or wanted[above:] != stored:
+        return None
+    return entry.collection, "".join(wanted[:above])
 
 
 _SHOWN = 3

@@ -10,7 +10,7 @@ from orbax_nnx_handler.planning.core.errors import Hint, RuleError, UnusedRuleEr
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.nearest import nearest
+from orbax_nnx_handler.planning.rules.nearest import names_optimizer_leaf, nearest
 from orbax_nnx_handler.planning.rules.one_leaf import (
     Add,
     Cast,
@@ -162,6 +162,10 @@ _LATE = (
     "what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
     "what it becomes in the end."
 )
+_IN_OPTIMIZER = (
+    "no rule reaches below opt_state: its states are matched as wholes, and moments follow their parameters. "
+    "Weights that optax keeps there (averages of optax.ema) can be read with Orbax and given to from_linen."
+)
 
 
 def unused_rules(unused: Sequence[Rule]) -> UnusedRuleError:
@@ -182,6 +186,8 @@ def _without_effect(unused: Sequence[UnmatchedRule]) -> UnusedRuleError:
             rows.append(f"    nearest stored: {', '.join(near.paths)}")
         if near.rule is not None:
             corrected.append(near.rule)
+    if any(names_optimizer_leaf(rule, met) for rule, met in unused):
+        return _unused_error(rows, Hint(_IN_OPTIMIZER))
     if len(corrected) == len(unused):
         return _unused_error(rows, Hint(f"if that is meant, write {', '.join(map(str, corrected))}."))
     return _unused_error(rows, Hint(_LATE if late else _WHOLE))

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.paths import Path, parse, render
+from orbax_nnx_handler.planning.core.paths import Path, parse, render, segments
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.patterns import Pattern
 from orbax_nnx_handler.planning.rules.rule import Rule
@@ -59,6 +59,12 @@ def patterns_of(rule: Rule) -> tuple[str, ...]:
     if isinstance(one, str):
         return (one,)
     return tuple(map(str, several)) if isinstance(several, tuple) else ()  # pyright: ignore[reportUnknownArgumentType]
+
+
+def names_optimizer_leaf(rule: Rule, entries: Iterable[Entry]) -> bool:
+    """Tells whether a pattern names what lies below an `opt_state`, which rules see as one whole."""
+    leaves = {segments(path) for entry in entries for path in entry.leaves}
+    return any(any(Pattern(text).spans(leaf)) for text in patterns_of(rule) for leaf in leaves)
 
 
 def _with_patterns(rule: Rule, corrected: Mapping[str, str], entries: Sequence[Entry]) -> Rule | None:

@@ -52,6 +52,8 @@ def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:
     if unfinished:
         saves = "a save that was interrupted" if len(unfinished) == 1 else "saves that were interrupted"
         hint = _hint(_finished_near, path, files)
+        if hint is _NONE_FINISHED:
+            hint = _hint(_finished_in, path / unfinished[-1], files, otherwise=hint)
         return _refusal(f"{path} holds only {saves}: {_listed(unfinished)}.", hint)
     if files.is_folder(path) and files.has_file(path, STEP_FILE) and lacks_commit(path, files):
         return interrupted(path, files)
@@ -101,7 +103,10 @@ def _of_folder(path: epath.Path, files: Files) -> NotACheckpointError:
 def interrupted(path: epath.Path, files: Files) -> NotACheckpointError:
     """Returns the error that a save was never finished, and which one was."""
     how = "" if is_unfinished(path) else f": it has no {COMMIT_FILE}"
-    return _refusal(f"{path} is a save that was interrupted{how}.", _hint(_finished_near, path, files))
+    hint = _hint(_finished_near, path, files)
+    if hint is _NONE_FINISHED:
+        hint = _hint(_finished_in, path, files, otherwise=hint)
+    return _refusal(f"{path} is a save that was interrupted{how}.", hint)
 
 
 def no_item(step: epath.Path, item: str, files: Files) -> NotACheckpointError:
@@ -168,6 +173,18 @@ def _finished_near(path: epath.Path, files: Files) -> Hint:
     return _NONE_FINISHED
 
 
+def _finished_in(step: epath.Path, files: Files) -> Hint:
+    """Returns the finished item of a step without a mark: it was saved by itself, into a bucket."""
+    if is_temporary(step.name) or files.optional(step / STEP_FILE) is not None:
+        return _NONE_FINISHED
+    items = [item for item in items_of(step, files) if files.has_file(item, COMMIT_FILE)]
+    if not items:
+        return _NONE_FINISHED
+    return _pass(
+        items[0], f"{items[0]} was finished by itself: pass that, unless a manager was to write more."
+    )
+
+
 def _prefix(step: epath.Path) -> str:
     """Returns what stands before the number in a step's name."""
     return step.name.rstrip("0123456789")
@@ -175,6 +192,10 @@ def _prefix(step: epath.Path) -> str:
 
 def _instead_of(path: epath.Path, files: Files) -> Hint:
     """Returns what lies near a path that does not exist."""
+    scheme, _, below = str(path).partition(":/")
+    if scheme in ("gs", "s3") and not below.startswith("/"):
+        url = f"{scheme}://{below}"
+        return Hint(f"pass {url!r}, as a string: pathlib takes one of two slashes away.", {"path": url})
     parents = parents_of(path)
     parent = next((part for part in parents if files.exists(part)), None)
     if parent is None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
+from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like
@@ -89,8 +90,9 @@ def plan_save(
     Raises:
         RuleError: See `without_rules` and `as_restored`.
         RestoreError: See `check_distinct`, `check_names` and `check_spellings`.
-        ValueError: See `arrange`.
+        ValueError: There is no such layout to save in; see `arrange`.
     """
+    check_choice("layout", flavour, get_args(Flavour))
     arranged = arrange(item, flavour, tx)
     if not arranged.certain and flavour == "linen":
         _warn(_UNCERTAIN)

@@ -576,3 +576,16 @@ def test_parts_of_a_reshaped_leaf_are_its_own_elements_each():
     np.testing.assert_array_equal(values["v"], value)
     np.testing.assert_array_equal(values["q_left"], query.ravel()[:5])
     np.testing.assert_array_equal(values["q_right"], query.ravel()[5:])
+
+
+def test_a_rule_for_what_an_optimizer_holds_says_that_none_reaches_there():
+    stored = {
+        "params": {"up": {"kernel": normal(2, 3)}},
+        "opt_state": [{}, {"count": np.int32(1), "ema": {"up": {"kernel": normal(2, 3)}}}],
+        "step": np.int32(1),
+    }
+
+    with pytest.raises(onh.UnusedRuleError) as raised:
+        restored({"up": {"kernel": (2, 3)}}, stored, Drop("params", "why"), ("opt_state/1/ema", "params"))
+
+    assert raised.value.hints[0].words.startswith("no rule reaches below opt_state: ")

@@ -104,6 +104,24 @@ def test_in_a_bucket_the_mark_alone_says_that_a_save_is_whole(tmp_path, removed,
             assert len(read_metadata(find_item(f"gs://bucket/{path}", files=files), files).leaves) == 2
 
 
+def test_an_item_that_was_saved_by_itself_into_a_bucket_is_named_where_its_step_has_no_mark(tmp_path):
+    manager_root(tmp_path / "run")
+    for name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
+        (tmp_path / "run" / "1" / name).unlink()
+
+    files, _ = files_of(tmp_path)
+    with pytest.raises(NotACheckpointError, match="holds only a save that was interrupted: 1") as raised:
+        find_item("gs://bucket/run", files=files)
+
+    [hint] = raised.value.hints
+    assert hint.words == (
+        "gs://bucket/run/1/default was finished by itself: pass that, unless a manager was to write more."
+    )
+    files, _ = files_of(tmp_path)
+    item = find_item(hint.arguments["path"], files=files)
+    assert len(read_metadata(item, files).leaves) == 2
+
+
 def test_without_a_tree_an_absent_chunk_is_a_loss_and_never_zeros(tmp_path):
     path = save(tmp_path / "item", TREE, FILES)
     (path / "_METADATA").unlink()

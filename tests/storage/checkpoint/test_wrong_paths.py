@@ -118,6 +118,13 @@ def test_an_item_without_arrays_that_was_asked_for_leads_to_the_one_with(run):
     )
 
 
+def test_a_url_that_pathlib_took_a_slash_from_is_given_back(run):
+    assert said(pathlib.Path("gs://bucket/run"), run) == (
+        "there is nothing at gs:/bucket/run.\n"
+        "hint: pass 'gs://bucket/run', as a string: pathlib takes one of two slashes away."
+    )
+
+
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_a_store_that_cannot_be_reached_is_no_traceback_of_a_library(scheme, monkeypatch):
     # Nobody listens at port 1. gcsfs looks for credentials and tries again for most of a minute.

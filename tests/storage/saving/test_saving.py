@@ -16,7 +16,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, restore, save
+from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, restore, save, to_linen
 from orbax_nnx_handler.storage.saving.save import linen_save, plan_save
 from tests.cases import load_case
 
@@ -423,3 +423,14 @@ def dtypes(path: Path) -> dict[str, Any]:
     tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(key): (leaf.shape, leaf.dtype) for key, leaf in flat}
+
+
+@pytest.mark.parametrize("layout", ["max_text", "MaxText", "train_state", ""])
+def test_a_layout_that_nothing_is_saved_in_is_refused_before_anything_is_written(tmp_path, layout):
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+
+    with pytest.raises(ValueError, match="layout is one of 'linen', 'maxtext', not "):
+        save(tmp_path / "item", state, layout=layout)
+    with pytest.raises(ValueError, match="layout is one of 'linen', 'maxtext', not "):
+        to_linen(state, layout=layout)
+    assert not (tmp_path / "item").exists()

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.bucket import BUCKET, Served, ask, chain
@@ -103,37 +104,52 @@ def main() -> None:
         return
     options = arguments(__doc__ or "", choosable=True)
     results: dict[str, dict[str, Row]] = earlier("remote", options) if options.only else {}
-    tables: dict[str, str] = {}
-    for case in cases(toy=options.toy):
-        if options.only in case.title:
-            results[case.title] = run(case, options)
-            tables[f"**{case.title}**"] = table({"": who, **row} for who, row in results[case.title].items())
-            print(f"**{case.title}**\n{tables[f'**{case.title}**']}\n", flush=True)
+    chosen = [case for case in cases(toy=options.toy) if options.only in case.title]
+    # Of toys only the values count: one bucket and one process do for all.
+    for together in [chosen] if options.toy else [[case] for case in chosen]:
+        for title, rows in run(together, options).items():
+            results[title] = rows
+            print(f"**{title}**\n{table({'': who, **row} for who, row in rows.items())}\n", flush=True)
     report("remote", options, results, {})
 
 
-def run(case: Case, options: argparse.Namespace) -> dict[str, Row]:
-    """Returns the figures of each contestant."""
-    item = write(case.model, options.scratch)
-    directory = root_of(case, item, options.scratch) if case.steps else item
-    found: dict[str, list[Row]] = {who: [] for who in case.contestants}
-    with Served({directory.name: directory}) as bucket:
-        settings = settings_of(
-            case.model,
-            item,
-            placement=case.placement,
-            devices=case.devices,
-            url=f"gs://{BUCKET}/{directory.name}",
-            address=bucket.address,
-            delay=case.delay,
-        )
-        wanted = [{**settings, "contestant": who} for who in case.contestants]
+def run(cases: Sequence[Case], options: argparse.Namespace) -> dict[str, dict[str, Row]]:
+    """Returns the figures of each contestant, case by case."""
+    items = {case.title: write(case.model, options.scratch) for case in cases}
+    served = {
+        case.title: root_of(case, items[case.title], options.scratch) if case.steps else items[case.title]
+        for case in cases
+    }
+    found: dict[str, dict[str, list[Row]]] = {
+        case.title: {who: [] for who in case.contestants} for case in cases
+    }
+    with Served({directory.name: directory for directory in served.values()}) as bucket:
+        wanted = [
+            (
+                found[case.title][who],
+                settings_of(
+                    case.model,
+                    items[case.title],
+                    placement=case.placement,
+                    devices=case.devices,
+                    url=f"gs://{BUCKET}/{served[case.title].name}",
+                    address=bucket.address,
+                    delay=case.delay,
+                    contestant=who,
+                ),
+            )
+            for case in cases
+            for who in case.contestants
+        ]
         for _ in range(options.rounds):
-            # Of toys only the values count: one process does for all.
             for group in [wanted] if options.toy else [[each] for each in wanted]:
-                for each, row in zip(group, _started(group, bucket.environment), strict=True):
-                    found[each["contestant"]].append(row)
-    return _with_ratio({who: _middle(rows) for who, rows in found.items()})
+                rows = _started([settings for _, settings in group], bucket.environment)
+                for (kept, _), row in zip(group, rows, strict=True):
+                    kept.append(row)
+    return {
+        title: _with_ratio({who: _middle(rows) for who, rows in each.items()})
+        for title, each in found.items()
+    }
 
 
 def _started(settings: list[Row], environment: dict[str, str]) -> list[Row]:

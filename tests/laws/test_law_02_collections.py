@@ -401,3 +401,38 @@ def test_a_pure_dict_is_not_filled_where_its_path_is_stored_in_a_collection_of_a
     refused(path, pure_target(model), policy="warn")
     rule = [("memory/vq/sizes", "vq/sizes")]
     check(restore(path, pure_target(model), policy="warn", renames=rule), model)
+
+
+@pytest.mark.parametrize("level", ["ema_params", "ema", "target_params", "params_old", "old"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_target_that_asks_for_a_copy_alone_is_not_given_the_weights(tmp_path, level, form):
+    params = {"up": Numbers().dense(), "down": Numbers(100).dense()}
+    for tree in ({"params": params, "step": np.int32(3)}, {"params": params}, params):
+        path = write(tmp_path, tree)
+        assert refused(path, target_of(form, {level: params}), unexpected="ignore")
+
+
+@pytest.mark.parametrize("level", ["batch_stats", "opt_state", "cache", "old", "params_old"])
+def test_what_is_no_collection_of_weights_is_no_level_above_them(tmp_path, level):
+    params = {"up": Numbers().dense(), "down": Numbers(100).dense()}
+    assert refused(write(tmp_path, {level: params}), model_target(params), unexpected="ignore")
+
+
+@pytest.mark.parametrize("copy", ["lora_old", "old_lora", "ema_lora", "lora_ema", "target_lora", "LoRA_bak"])
+@pytest.mark.parametrize("policy", ["error", "warn"])
+def test_a_copy_is_not_the_collection_of_a_type_that_nobody_named(tmp_path, copy, policy):
+    numbers = Numbers()
+    base = {"up": numbers.dense(4, 4)}
+    own, other = ({"up": {"lora": {"lora_a": numbers(4, 2), "lora_b": numbers(2, 4)}}} for _ in range(2))
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.up = nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0))
+
+    target = nnx.eval_shape(Net)
+    alone = write(tmp_path, {"params": base, copy: other})
+    assert refused(alone, target, unexpected="ignore")
+    both = write(tmp_path, {"params": base, "lora": own, copy: other})
+    result = restore(both, target, unexpected="ignore", policy=policy)
+    np.testing.assert_array_equal(result.up.lora.lora_a[...], own["up"]["lora"]["lora_a"])
+    np.testing.assert_array_equal(result.up.lora.lora_b[...], own["up"]["lora"]["lora_b"])

@@ -127,7 +127,10 @@ FLAX_COLLECTIONS = ("params", "batch_stats", "cache", "intermediates", "perturba
 _GENERAL_WORDS = frozenset(
     {"params", "param", "parameters", "weights", "variables", "state", "net", "network", "model"}
 )
-_COPIES = frozenset({"ema", "grads", "grad", "gradients", "mask", "masks", "averages", "swa", "polyak"})
+_COPIES = frozenset(
+    {"ema", "grads", "grad", "gradients", "mask", "masks", "averages", "swa", "polyak"}
+    | {"old", "prev", "previous", "backup", "bak", "stale"}
+)
 
 
 def words_of(name: str) -> set[str]:
@@ -140,6 +143,20 @@ def is_copy_name(name: str) -> bool:
     words = words_of(name)
     copied = "_batch_stats" in name or not {"params", "weights", "variables"}.isdisjoint(name.split("_"))
     return (copied and bool(words)) or (bool(words) and words <= _COPIES)
+
+
+def is_copy_beside(name: str, kind: str) -> bool:
+    """Tells whether a program's own collection is called a copy, and the type that it is wanted for is not.
+
+    `lora_old` and `ema_codebook` are no collections of the types `LoRAParam` and `Codebook`.
+    """
+    words = (word for word in name.lower().split("_") if word in _COPIES or word == "target")
+    return any(word not in kind.lower() for word in words)
+
+
+def holds_no_weights(level: str) -> bool:
+    """Tells whether a level above weights says that they are none, or others: `ema_params`, `batch_stats`."""
+    return is_copy_name(level) or level in FLAX_COLLECTIONS[1:] or level == "opt_state"
 
 
 def tops(stored: Stored) -> set[str]:

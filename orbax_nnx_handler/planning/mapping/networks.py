@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
-from orbax_nnx_handler.planning.layouts.layout import Layout, is_copy_name, words_of
+from orbax_nnx_handler.planning.layouts.layout import Layout, holds_no_weights, is_copy_name, words_of
 from orbax_nnx_handler.planning.mapping.matches import (
     SAME_PATH,
     CompetingSources,
@@ -105,7 +105,7 @@ def match_networks(
         names = {item.leaf.path: strip(paths[item.leaf.path], roots.wanted) for item in weights}
         networks.append(Matched(network=network, roots=whole, weights=tuple(weights), names=names))
         left = [item for item in items if item.leaf.path not in settled] if settled else items
-        if left and not (not network.named and _contradict(roots.wanted, network.owner)):
+        if left and not (not network.named and _contradict(roots.wanted, network)):
             free = [entry for entry in own if id(entry) not in taken] if taken else own
             matcher = Matcher(
                 wanted=left,
@@ -146,7 +146,7 @@ def _fields(entries: Sequence[Entry], levels: Collection[Tokens]) -> set[Tokens]
     # Also without an optimizer or a step beside it, a tree below `ema_params` alone is such a field,
     # and so is a copy that is a level of its own within a collection (`params/ema`).
     first = next((entry.tokens for entry in entries if entry.collection in (None, "params")), ())
-    return fields | {first[:at] for at in range(1, len(first)) if is_copy_name(first[at - 1])}
+    return fields | {first[:at] for at in range(1, len(first)) if holds_no_weights(first[at - 1])}
 
 
 def by_whole_path(
@@ -260,10 +260,11 @@ def _named_collection(tokens: Tokens, names: Mapping[Tokens, str]) -> str | None
     return found
 
 
-def _contradict(root: Tokens, owner: Tokens) -> bool:
-    """Tells whether the target's own level and the train state's name two networks."""
-    left, right = named_levels(root), named_levels(owner)
-    return bool(left) and bool(right) and left[: len(right)] != right
+def _contradict(root: Tokens, network: Network) -> bool:
+    """Tells whether the target's own level and the train state's name two networks, or the target's a copy."""
+    left, right = named_levels(root), named_levels(network.owner)
+    asks_for_copy = network.only is None and any(is_copy_name(level) and level not in right for level in left)
+    return asks_for_copy or (bool(left) and bool(right) and left[: len(right)] != right)
 
 
 def _asked_for(root: Tokens, collections: Collections) -> frozenset[str]:

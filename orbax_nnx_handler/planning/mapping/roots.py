@@ -20,7 +20,7 @@ from typing import Any
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Tokens
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_beside
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted, collection_of
 
@@ -266,7 +266,7 @@ class Collections:
             return False
         if collection in FLAX_COLLECTIONS:
             return collection == base_collection(item.leaf.kind)
-        return collection not in self.copies
+        return collection not in self.copies and not is_copy_beside(collection, item.collection or "")
 
     def is_network(self, entry: Entry) -> bool:
         """Tells whether an entry is one of a network's own values, which its modules may rearrange."""

@@ -16,7 +16,14 @@ from typing import Protocol
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, reads
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, ScannedBlocks, is_copy_name
+from orbax_nnx_handler.planning.layouts.layout import (
+    FLAX_COLLECTIONS,
+    Placement,
+    ScannedBlocks,
+    holds_no_weights,
+    is_copy_beside,
+    is_copy_name,
+)
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.axes import StackedAxes
 from orbax_nnx_handler.planning.verdict.claims import Claims
@@ -341,6 +348,12 @@ class _Kernel:
     def roots(self) -> Iterator[Broken]:
         """Yields where the leaves of one stored collection have lost levels that others keep."""
         for (owner, collection), found in self._weights.roots.items():
+            for (above, _), (wanted, stored) in found.items():
+                named = (*canonical(owner), collection)
+                level = next((name for name in above if is_copy_name(name) and name not in named), None)
+                if level is not None:
+                    why = f"{render((level,))} asks for a copy"
+                    yield Broken(law=2, wanted=wanted, stored=stored, why=why)
             if len(found) < 2 and not any(below for _, below in found):
                 continue
             names = [
@@ -352,8 +365,8 @@ class _Kernel:
                 if below and not all(name[: len(below)] == below for name in names):
                     why = f"{render(below)} is not above the whole model"
                     yield Broken(law=7, wanted=wanted, stored=stored, why=why)
-                if any(map(is_copy_name, below)):
-                    why = f"{render(below)} is the name of a copy"
+                if any(map(holds_no_weights, below)):
+                    why = f"{render(below)} is not the name of a model's own weights"
                     yield Broken(law=2, wanted=wanted, stored=stored, why=why)
             if len({above for above, below in found if not below}) > 1:
                 (first, *_), (wanted, stored) = next(iter(found)), list(found.values())[-1]
@@ -392,4 +405,4 @@ def _may_give(item: Wanted, placed: Placement) -> bool:
         return wanted is not None or stored is None or stored in FLAX_COLLECTIONS or stored in item.tokens
     if wanted in FLAX_COLLECTIONS:
         return stored in item.tokens
-    return True
+    return stored in item.tokens or not is_copy_beside(str(stored), str(wanted))

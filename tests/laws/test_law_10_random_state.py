@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import restore, save
+from orbax_nnx_handler import plan_restore, restore, save
 from tests.laws.worlds import flat
 
 ADAM = optax.adam(1e-3)
@@ -107,3 +107,56 @@ def test_streams_of_a_state_without_an_optimizer_stay_apart(tmp_path, layout):
     have = flat(restore(tmp_path / "state", nnx.state(nnx.eval_shape(State))))
     for path, value in want.items():
         np.testing.assert_array_equal(have[path], value, str(path))
+
+
+class _Part(nnx.Module):
+    def __init__(self, seed):
+        self.dense = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=seed))
+
+
+class _Parts(nnx.Module):
+    def __init__(self, **seeds):
+        for name, seed in seeds.items():
+            setattr(self, name, _Part(seed))
+
+
+def _named(module):
+    return {"/".join(map(str, path)): value for path, value in flat(module).items()}
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize(
+    ("rules", "names"),
+    [
+        ([("enc", "encoder")], {"enc": "encoder", "dec": "dec"}),
+        ([("enc", "dec"), ("dec", "enc")], {"enc": "dec", "dec": "enc"}),
+        ([("enc/drop", "enc/dropout"), ("enc", "first")], None),
+    ],
+)
+def test_a_rule_for_a_module_takes_its_random_state_along(tmp_path, layout, rules, names):
+    state = _advance(_Parts(enc=5, dec=6))
+    save(tmp_path / "saved", state, layout=layout)
+    if names is None:
+        target = nnx.eval_shape(lambda: _Parts(first=1, dec=2))
+        target.first.dropout = target.first.drop
+        del target.first.drop
+        names = {"enc/dense": "first/dense", "enc/drop": "first/dropout", "dec": "dec"}
+    else:
+        target = nnx.eval_shape(lambda: _Parts(**dict.fromkeys(names.values(), 1)))
+    want = {}
+    for path, value in _named(state).items():
+        old = next(name for name in names if path.startswith(name + "/"))
+        want[names[old] + path.removeprefix(old)] = value
+    result = restore(tmp_path / "saved", target, renames=rules)
+    have = _named(result)
+    assert have.keys() == want.keys()
+    for path, value in want.items():
+        np.testing.assert_array_equal(have[path], value, path)
+    # Saved with the same rules, or with what the restore did, all of it is back where it was.
+    plan = plan_restore(tmp_path / "saved", target, renames=rules)
+    for at, renames in (("plan", plan), *([("rules", rules)] if len(names) < 3 else [])):
+        save(tmp_path / at, result, layout=layout, renames=renames)
+        back = _named(restore(tmp_path / at, nnx.eval_shape(lambda: _Parts(enc=1, dec=2))))
+        for path, value in _named(state).items():
+            np.testing.assert_array_equal(back[path], value, path)

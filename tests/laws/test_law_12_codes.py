@@ -146,3 +146,21 @@ def test_narrow_weights_beside_what_is_read_and_a_bias_left_unread_are_restored(
     path = write(tmp_path, {"params": stored})
     expected = {"out": {"kernel": np.asarray(narrow).astype(np.float32), "gain": wanted["out"]["gain"]}}
     check(restore(path, target_of(form, wanted), unexpected="ignore"), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("where", ["beside", "apart", "variables"])
+@pytest.mark.parametrize("name", ["scale", "amax_history", "meta"])
+def test_what_nothing_reads_and_is_called_after_the_codes_is_their_scale(tmp_path, where, name, form):
+    numbers = Numbers()
+    model = _model(numbers)
+    params, aside = {}, {}
+    for layer, parts in model.items():
+        params[layer] = {"bias": parts["bias"], "kernel": parts["kernel"].astype(jnp.float8_e4m3fn)}
+        aside[layer] = {name: numbers(4)}
+    if where == "beside":
+        params |= {f"{layer}_{name}": parts[name] for layer, parts in aside.items()}
+    tree = {"params": params} | ({"quant": aside} if where == "apart" else {})
+    tree |= {"quant": {"params": aside}} if where == "variables" else {}
+    error = refused(write(tmp_path, tree), target_of(form, model), unexpected="ignore")
+    assert "quantis" in str(error)

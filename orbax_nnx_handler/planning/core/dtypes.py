@@ -199,8 +199,8 @@ class _Places:
         is_box = len(siblings) + 1 == len(self._sizes[module]) and not _NO_SCALE & self._sizes[module]
         yield from (leaf for leaf in siblings if is_box or _is_named(leaf, name))
         if cast(Any, code.dtype).itemsize == 1:
-            left = (leaf for leaf in siblings if leaf.path in self._unread)
-            yield from (leaf for leaf in left if _names(leaf.path)[-1] not in _NO_SCALE)
+            left = (leaf for leaf in (*siblings, *self._called_after(code)) if leaf.path in self._unread)
+            yield from (leaf for leaf in left if _names(leaf.path)[-1] not in {*_NO_SCALE, name})
         # Under the same path in a collection of scales: what lies above says so, or is not `params`.
         head = next((depth for depth, part in enumerate(names[:-1]) if part != "params"), len(names) - 1)
         for leaf in self._smaller(code, self._elsewhere.get(names[head:-1], ())):
@@ -210,6 +210,15 @@ class _Places:
             same = _names(leaf.path)[-1] == name
             if ((is_apart and head < len(names) - 1) or says_so) and (same or _is_named(leaf, name)):
                 yield leaf
+
+    def _called_after(self, code: StoredLeaf) -> Iterable[StoredLeaf]:
+        """Yields leaves beside a code's module that begin with its name, and those of one path elsewhere."""
+        *above, module, _ = ("", *_names(code.path))
+        near = self._in_dict.get(tuple(above[1:]), ()) if module else ()
+        yield from self._smaller(code, (leaf for leaf in near if _names(leaf.path)[-1].startswith(module)))
+        below = tuple(part for part in (*above[1:], module) if part not in ("", "params"))
+        aside = self._elsewhere.get(below, ()) if below else ()
+        yield from self._smaller(code, (leaf for leaf in aside if _names(leaf.path)[0] != "params"))
 
     def _smaller(self, code: StoredLeaf, leaves: Iterable[StoredLeaf]) -> Iterable[StoredLeaf]:
         # The scale of a single code is as large as the code itself.

@@ -184,7 +184,7 @@ def map_leaves(
     _add_steps(found, pairs)
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
-        find_random(found, of_role(wanted, "random", "model"), placements, roots)
+        find_random(found, of_role(wanted, "random", "model"), placements, entries, roots)
     optimizers: list[StoredStates] = []
     followed: list[FollowedMoments] = []
     for pair_wanted, pair_stored in pairs:

@@ -261,10 +261,12 @@ def _named_collection(tokens: Tokens, names: Mapping[Tokens, str]) -> str | None
 
 
 def _contradict(root: Tokens, network: Network) -> bool:
-    """Tells whether the target's own level and the train state's name two networks, or the target's a copy."""
+    """Tells whether the target's own level and the train state's name two networks, or the target a copy."""
     left, right = named_levels(root), named_levels(network.owner)
-    asks_for_copy = network.only is None and any(is_copy_name(level) and level not in right for level in left)
-    return asks_for_copy or (bool(left) and bool(right) and left[: len(right)] != right)
+    copies = {level for level in left if is_copy_name(level)} - {*right}
+    return (bool(copies) and network.only is None) or (
+        bool(left) and bool(right) and left[: len(right)] != right
+    )
 
 
 def _asked_for(root: Tokens, collections: Collections) -> frozenset[str]:

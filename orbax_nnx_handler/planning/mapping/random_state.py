@@ -8,7 +8,7 @@ No stored stream is given out twice.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
@@ -16,6 +16,7 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
 from orbax_nnx_handler.planning.mapping.roots import Roots, strip
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 _MODEL = "model"
@@ -29,13 +30,21 @@ _STREAM = MatchEvidence(kind="random", words="the stream of its name")
 
 
 def find_random(
-    found: dict[Path, Found], wanted: Sequence[Wanted], placements: Sequence[Placement], roots: Roots
+    found: dict[Path, Found],
+    wanted: Sequence[Wanted],
+    placements: Sequence[Placement],
+    entries: Sequence[Entry],
+    roots: Roots,
 ) -> None:
-    """Adds to `found` what `nnx_aux`, or an NNX state itself, holds of random state and custom variables."""
+    """Adds to `found` what `nnx_aux`, or an NNX state itself, holds of random state and custom variables.
+
+    Rules move what they name, as they move weights.
+    """
     left = [item for item in wanted if item.leaf.path not in found]
     if not left:
         return
-    places = _Places(wanted, placements, roots)
+    moved = {entry.sources[0]: entry for entry in entries if entry.named and isinstance(entry.recipe, Read)}
+    places = _Places(wanted, placements, moved, roots)
     taken: set[Path] = set()
     # What all leaves may be with most right comes before what any leaf may be with less. Of the two ways
     # to read `nnx_aux`, the one under which more of it is wanted is how it was written.
@@ -46,30 +55,43 @@ def find_random(
                 continue
             source = next((path for path in find(item) if path not in taken), None)
             if source is not None:
-                found[item.leaf.path] = Found(recipe=Read(source), evidence=_STREAM)
+                reason = moved[source].reason if source in moved else ""
+                evidence = MatchEvidence(kind="rule", words=reason) if reason else _STREAM
+                found[item.leaf.path] = Found(recipe=Read(source), reason=reason, evidence=evidence)
                 taken.add(source)
 
 
 class _Places:
     """Where random state may be stored, one way of looking a method."""
 
-    def __init__(self, wanted: Sequence[Wanted], placements: Sequence[Placement], roots: Roots) -> None:
-        self._wanted, self._placements, self._roots = wanted, placements, roots
+    def __init__(
+        self,
+        wanted: Sequence[Wanted],
+        placements: Sequence[Placement],
+        moved: Mapping[Path, Entry],
+        roots: Roots,
+    ) -> None:
+        self._wanted, self._placements, self._moved, self._roots = wanted, placements, moved, roots
         self._root = roots.wanted
 
     @cached_property
     def _whole(self) -> Index:
-        return _index({item.leaf.path: item.leaf.path for item in self._placements})
+        paths = {item.leaf.path: item.leaf.path for item in self._placements}
+        return _index(paths | {path: entry.whole for path, entry in self._moved.items()})
 
     @cached_property
     def _aux(self) -> Index:
-        return _index({item.leaf.path: item.path for item in self._placements if item.section == "aux"})
+        return self._below([item for item in self._placements if item.section == "aux"])
 
     @cached_property
     def _inline(self) -> Index:
         own = [item for item in self._placements if item.section == "model" and item.collection is None]
-        index = _index({item.leaf.path: item.path for item in own})
-        return {strip(tokens, self._roots.stored): path for tokens, path in index.items()}
+        return {strip(tokens, self._roots.stored): path for tokens, path in self._below(own).items()}
+
+    def _below(self, items: Iterable[Placement]) -> Index:
+        """Returns leaves by their paths in their part of the checkpoint, where the rules have put them."""
+        paths = {item.leaf.path: item.path for item in items}
+        return _index({at: self._moved[at].segments if at in self._moved else paths[at] for at in paths})
 
     @cached_property
     def _model(self) -> Index:

@@ -179,7 +179,7 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
     states = [_with_containers(parts, tx) for parts in take_apart(item)]
     places = [place for parts in states for place in _places(parts, flavour, several=len(states) > 1)]
     placed = dict(_without_collisions(places))
-    random = {at: leaf for at, leaf in placed.items() if at[0] == AUX and isinstance(leaf.node, nnx.RngState)}
+    random = {at: leaf for at, leaf in placed.items() if at[0] == AUX and is_stream(leaf)}
     if flavour == "maxtext" or len(random) == len(placed):
         # MaxText keeps random state in the tree; and a tree without a leaf is none to Orbax.
         random = {}
@@ -198,6 +198,11 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
             at for at in kept if any(at[: len(root) + 1] == (*root, "opt_state") for root in above)
         ),
     )
+
+
+def is_stream(leaf: ItemLeaf) -> bool:
+    """Tells whether a leaf is random state."""
+    return isinstance(leaf.node, nnx.RngState)
 
 
 def _with_containers(parts: Parts, tx: Transformation | None) -> Parts:

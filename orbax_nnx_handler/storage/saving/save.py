@@ -16,13 +16,21 @@ from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RuleError
 from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
+from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.modules import layers_inside
 from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
-from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, arrange, check_distinct, is_nnx
+from orbax_nnx_handler.storage.saving.arrange import (
+    Flavour,
+    Transformation,
+    arrange,
+    check_distinct,
+    is_nnx,
+    is_stream,
+)
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
 from orbax_nnx_handler.storage.saving.saved import (
     SavedLeaf,
@@ -33,7 +41,13 @@ from orbax_nnx_handler.storage.saving.saved import (
     with_empty_gates,
     with_gates,
 )
-from orbax_nnx_handler.storage.saving.undo import Copies, SavedLeaves, as_restored, without_rules
+from orbax_nnx_handler.storage.saving.undo import (
+    Copies,
+    SavedLeaves,
+    as_restored,
+    streams_as_stored,
+    without_rules,
+)
 
 RulesOrRestore = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport
 """The rules of a restore, or what it did: a save writes what the restore has read."""
@@ -113,6 +127,13 @@ def plan_save(
                 hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
             )
         leaves, empty, copies = without_rules(leaves, empty, rules, flavour)
+    done = plan if isinstance(undone, RestorePlan | RestoreReport) else as_rules(undone)
+    inline = {at[1:]: leaf for at, leaf in arranged.leaves.items() if at[0] == AUX and is_stream(leaf)}
+    random = {at: leaf.path for at, leaf in (arranged.random | inline).items()}
+    streams = streams_as_stored(random, done)
+    check_distinct((streams[at], path) for at, path in random.items())
+    moved = {(AUX, *at): (AUX, *streams[at]) for at in inline}
+    leaves = {moved.get(at, at): leaf for at, leaf in leaves.items()}
     check_distinct((at, leaf.like) for at, leaf in leaves.items())
     check_names(leaves)
     check_spellings(leaves)
@@ -126,7 +147,7 @@ def plan_save(
     return SavePlan(
         leaves=leaves,
         empty=empty,
-        random=arranged.random,
+        random={streams[at]: leaf for at, leaf in arranged.random.items()},
         values={leaf.path: leaf.value for leaf in arranged.leaves.values()},
         copies=copies,
         steps=arranged.steps,

@@ -9,7 +9,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Fill,
     Read,
@@ -25,12 +25,12 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
     substitute,
 )
-from orbax_nnx_handler.planning.layouts.linen import TRAIN_STATE
+from orbax_nnx_handler.planning.layouts.linen import AUX, TRAIN_STATE
 from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.plan import RestorePlan
-from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.rules.entries import model_entries
+from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
 from orbax_nnx_handler.planning.rules.undo import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
@@ -125,6 +125,44 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         if recipe != Read(path)
     ]
     return written, _moved(empty, leaves, written), copies
+
+
+def streams_as_stored(streams: Mapping[Path, Path], undone: RestorePlan | Sequence[Rule]) -> dict[Path, Path]:
+    """Returns where random state is stored below `nnx_aux` so that it is restored from there.
+
+    Args:
+        streams: Its places below `nnx_aux` by its own names, with its paths in the item.
+        undone: What the restore did, or its rules.
+    """
+    if isinstance(undone, RestorePlan):
+        read = {path: reads(item.recipe)[0] for path, item in undone.restored.items()}
+        own = {at: read[path] for at, path in streams.items() if path in read}
+        return {at: own[at][1:] if own.get(at, ())[:1] == (AUX,) else at for at in streams}
+    renames = [rule for rule in undone if isinstance(rule, Rename)] if streams else []
+    before = [_stream(at) for at in streams]
+    stored = _renamed([rule.inverse() for rule in reversed(renames)], before)
+    again = _renamed(renames, [_stream(entry.segments) for entry in stored])
+    pairs = zip(streams, before, stored, again, strict=True)
+    return {at: new.segments if back.whole == old.whole else at for at, old, new, back in pairs}
+
+
+def _stream(at: Path) -> Entry:
+    names = segments(at)
+    return Entry(
+        segments=names,
+        collection=None,
+        recipe=Read(names),
+        shape=(),
+        dtype=None,
+        prefix=(AUX,),
+        section="aux",
+    )
+
+
+def _renamed(rules: Sequence[Rule], entries: Sequence[Entry]) -> Sequence[Entry]:
+    for rule in rules:
+        entries = rule.apply(entries).entries
+    return entries
 
 
 def _is_kept_apart(leaf: WantedLeaf) -> bool:

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import linen
+from flax import linen, nnx
 
 from orbax_nnx_handler import AmbiguousMappingError, ScanAxis, restore
 from tests.laws.worlds import FORMS, Numbers, check, pure_target, refused, stacked, target_of, write
@@ -259,3 +260,46 @@ def test_the_two_sides_may_count_their_axes_from_different_ends(tmp_path):
     assert isinstance(error, AmbiguousMappingError)
     rule = next(hint.arguments["renames"] for hint in error.hints if "renames" in hint.arguments)
     assert rule == [ScanAxis("layers", 0)]
+
+
+class _Cells(nnx.Module):
+    def __init__(self, cell, layers):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([cell(5, 4, rngs=rngs) for _ in range(layers)])
+        self.out = nnx.Linear(4, 6, rngs=rngs)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("moments", [False, True])
+def test_fused_gates_of_scanned_cells_are_joined_along_their_features(tmp_path, axis, moments):
+    numbers, layers = Numbers(), 3
+    gates = [
+        {f"i{gate}": {"kernel": numbers(5, 4)} for gate in "ifgo"}
+        | {f"h{gate}": numbers.dense(4, 4) for gate in "ifgo"}
+        for _ in range(layers)
+    ]
+    stack = jax.tree.map(lambda *leaves: np.stack(leaves, axis), *gates)
+    params = {"layers": stack, "out": numbers.dense(4, 6)}
+    tx = optax.adam(1e-3)
+
+    def make():
+        model = _Cells(nnx.OptimizedLSTMCell, layers)
+        return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)} if moments else model
+
+    state = numbers.optimizer(tx, params)
+    path = write(tmp_path, {"params": params, "opt_state": state, "step": np.int32(3)})
+    result = restore(path, nnx.eval_shape(make))
+    model = result["model"] if moments else result
+
+    def joined(tree, layer, side, name):
+        parts = [np.take(tree["layers"][side + gate][name], layer, axis) for gate in "ifgo"]
+        return np.concatenate(parts, -1)
+
+    for layer in range(layers):
+        cell = model.layers[layer]
+        np.testing.assert_array_equal(cell.dense_i.kernel[...], joined(params, layer, "i", "kernel"))
+        np.testing.assert_array_equal(cell.dense_h.kernel[...], joined(params, layer, "h", "kernel"))
+        np.testing.assert_array_equal(cell.dense_h.bias[...], joined(params, layer, "h", "bias"))
+        if moments:
+            mu = result["optimizer"].opt_state[0].mu["layers"][layer]["dense_h"]["bias"]
+            np.testing.assert_array_equal(mu.get_value(), joined(state[0].mu, layer, "h", "bias"))

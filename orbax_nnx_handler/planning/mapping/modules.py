@@ -98,8 +98,20 @@ def _fused_side(cell: Tokens, gates: _Gates, names: Sequence[str], reason: str) 
         parts = [gates[name, weight] for name in names if (name, weight) in gates]
         fits = len({part.shape[:-1] for part in parts}) == 1 and all(part.shape for part in parts)
         if fits and len(parts) == len(names):
-            recipe = Concat(tuple(Read(part.path) for part in parts), axis=len(parts[0].shape) - 1)
+            axis = _features_axis(parts[0].shape, gates["h" + names[0][1], "kernel"].shape)
+            recipe = Concat(tuple(Read(part.path) for part in parts), axis=axis)
             yield Derived(path=(*cell, f"dense_{names[0][0]}", weight), recipe=recipe, reason=reason)
+
+
+def _features_axis(shape: Shape, hidden: Shape) -> int:
+    """Returns the axis that counts a gate's features: the last one, but where layers are stacked behind it.
+
+    Args:
+        shape: Of one of the gate's weights.
+        hidden: Of the kernel from features to features, which tells how many they are.
+    """
+    size = next((size for size in hidden if hidden.count(size) == 2), hidden[-1])
+    return shape.index(size) if shape[-1] != size and shape.count(size) == 1 else len(shape) - 1
 
 
 def _has_kernels(gates: _Gates, letters: str) -> bool:

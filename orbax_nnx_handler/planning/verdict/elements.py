@@ -28,7 +28,7 @@ class Element(NamedTuple):
         axis: The axis along which that leaf is stacked.
         to: Its layer in the wanted leaf, likewise along `to_axis`.
         to_axis: The axis along which that one is stacked.
-        gates: All stored leaves that are fused to it along its last axis; `path` is the first.
+        gates: All stored leaves that are fused to it along its features; `path` is the first.
     """
 
     path: Path
@@ -51,6 +51,8 @@ def elements_of(recipe: Recipe, placed: Mapping[Path, Placement]) -> list[Elemen
             return [Element(path)]
         case Fill():
             return []
+        case Index(Concat(sources, fused), axis, index) if axis == fused + 1:
+            return _layer(_fused(sources, fused, placed, behind=1), axis, index)
         case Index(source, axis, index):
             return _layer(elements_of(source, placed), axis, index)
         case Stack(sources, axis):
@@ -76,9 +78,12 @@ def _stacked(parts: Sequence[list[Element] | None], axis: int) -> list[Element] 
     return found
 
 
-def _fused(sources: Sequence[Recipe], axis: int, placed: Mapping[Path, Placement]) -> list[Element] | None:
+def _fused(
+    sources: Sequence[Recipe], axis: int, placed: Mapping[Path, Placement], behind: int = 0
+) -> list[Element] | None:
+    """Returns leaves that are joined along their last axis, or the last but that of layers behind it."""
     paths = [part.path for part in sources if isinstance(part, Read)]
-    is_last = all(axis == len(placed[path].leaf.shape) - 1 for path in paths)
+    is_last = all(axis == len(placed[path].leaf.shape) - 1 - behind for path in paths)
     return [Element(paths[0], gates=tuple(paths))] if is_last and len(paths) == len(sources) else None
 
 

@@ -274,7 +274,10 @@ class Weights:
         placed = self.placed[element.path]
         shape = placed.leaf.shape
         if element.gates:
-            shape = (*shape[:-1], sum(self.placed[gate].leaf.shape[-1] for gate in element.gates))
+            # Along the last axis, or the one before layers that are stacked on the last.
+            at = len(shape) - (2 if element.axis == len(shape) - 1 else 1)
+            size = sum(self.placed[gate].leaf.shape[at] for gate in element.gates)
+            shape = (*shape[:at], size, *shape[at + 1 :])
         side = self._there(placed.owner, placed.collection)
         blocks = side.known_blocks(there), self._here.known_blocks(here)
         group = StackedGroup(

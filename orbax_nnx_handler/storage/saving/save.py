@@ -1,7 +1,7 @@
 """What a save writes of an NNX item, and the arguments with which stock Orbax writes it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
 
 import jax
@@ -112,9 +112,10 @@ def plan_save(
         _warn(_UNCERTAIN)
     leaves: SavedLeaves = {at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()}
     empty, copies = arranged.empty, ()
+    done: RestorePlan | Sequence[Rule] = ()
     if isinstance(undone, RestorePlan | RestoreReport):
-        plan = undone if isinstance(undone, RestorePlan) else undone.plan
-        leaves, empty, copies = as_restored(leaves, empty, plan)
+        done = undone if isinstance(undone, RestorePlan) else undone.plan
+        leaves, empty, copies = as_restored(leaves, empty, done)
     aside = {at: leaf for at, leaf in leaves.items() if at in arranged.aside}
     inside = {at: leaf for at, leaf in leaves.items() if at not in aside}
     cells = cells_of(inside, arranged.moments)
@@ -127,12 +128,12 @@ def plan_save(
                 hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
             )
         leaves, empty, copies = without_rules(leaves, empty, rules, flavour)
-    done = plan if isinstance(undone, RestorePlan | RestoreReport) else as_rules(undone)
+        done = rules
     inline = {at[1:]: leaf for at, leaf in arranged.leaves.items() if at[0] == AUX and is_stream(leaf)}
-    random = {at: leaf.path for at, leaf in (arranged.random | inline).items()}
+    random = {at: leaf.path for at, leaf in (*arranged.random.items(), *inline.items())}
     streams = streams_as_stored(random, done)
     check_distinct((streams[at], path) for at, path in random.items())
-    moved = {(AUX, *at): (AUX, *streams[at]) for at in inline}
+    moved: dict[Path, Path] = {(AUX, *at): (AUX, *streams[at]) for at in inline}
     leaves = {moved.get(at, at): leaf for at, leaf in leaves.items()}
     check_distinct((at, leaf.like) for at, leaf in leaves.items())
     check_names(leaves)

@@ -1,6 +1,7 @@
 """`python -m orbax_nnx_handler`, and `orbax-nnx`."""
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ def program() -> None:
     from orbax_nnx_handler.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # It logs what it tries again with tracebacks; what became of it, the one error says.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     if not _VERDICTS.intersection(sys.argv[1:2]):
         gc.enable()
     status = main()

@@ -42,7 +42,7 @@ def _entry(name: str, value: Any) -> str:
     if inspect.isclass(value) and not issubclass(value, Exception | enum.Enum):
         text += "".join(f"\n#### `{name}.{own}`\n\n{_prose(member)}" for own, member in _own_members(value))
     elif not inspect.isclass(value):
-        text = f"### `{name}({_arguments(value)})`\n\n{_prose(value)}"
+        text = f"### `{name}`\n\n`{name}({_arguments(value)})`\n\n{_prose(value)}"
     return text
 
 

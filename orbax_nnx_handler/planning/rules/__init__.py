@@ -164,7 +164,7 @@ _LATE = (
 )
 _IN_OPTIMIZER = (
     "no rule reaches below opt_state: its states are matched as wholes, and moments follow their parameters. "
-    "Weights that optax keeps there (averages of optax.ema) can be read with Orbax and given to from_linen."
+    "Weights that a program keeps there can be read with Orbax and given to from_linen."
 )
 
 

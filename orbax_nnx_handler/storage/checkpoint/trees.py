@@ -309,14 +309,17 @@ def _extension(code: int, data: bytes) -> object:
     """Returns the value of one of Flax's types."""
     if code not in (_ARRAY, _COMPLEX, _SCALAR):
         return _Unread(f"a value of msgpack's type {code}, which Flax does not write")
+    what = "complex number" if code == _COMPLEX else "array"
     try:
         parts = cast(object, msgpack.unpackb(data, raw=True))
+    except (ValueError, TypeError):  # In words that differ between versions of msgpack, or none.
+        return _Unread(f"a damaged {what}: its bytes are no msgpack", True)
+    try:
         if not isinstance(parts, list) or len(cast(list[Any], parts)) != (2 if code == _COMPLEX else 3):
             raise FieldError("it has not the parts that Flax writes")
         return complex(*cast(list[Any], parts)) if code == _COMPLEX else _array(*cast(list[Any], parts))
     except (ValueError, TypeError, ArithmeticError) as error:
-        what = str(error)[:_SHOWN] or "its bytes are no msgpack"
-        return _Unread(f"a damaged {'complex number' if code == _COMPLEX else 'array'}: {what}", True)
+        return _Unread(f"a damaged {what}: {str(error)[:_SHOWN]}", True)
 
 
 def _array(lengths: Any, name: Any, content: Any) -> np.ndarray[Any, Any] | _Unread:

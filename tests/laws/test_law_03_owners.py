@@ -208,3 +208,27 @@ def test_a_network_with_a_collection_of_its_own_beside_its_weights_is_one_of_two
     if not both:
         wanted = {"gen": gen, "disc": disc}
         right_or_refused(path, target_of(form, wanted), wanted, unexpected="ignore")
+
+
+@pytest.mark.parametrize("key", ["opt_state", "step", "model", "mu", "0"])
+def test_a_train_state_below_a_key_that_is_called_like_a_field_is_one(tmp_path, key):
+    numbers = Numbers()
+    states = {}
+    for name in (key, "other"):
+        params = {"up": numbers.dense(), "down": numbers.dense()}
+        opt_state = numbers.optimizer(ADAM, params)
+        states[name] = {"params": params, "opt_state": opt_state, "step": np.int32(len(states) + 3)}
+    path = write(tmp_path, states)
+    target = training_target(states["other"]["params"], ADAM)
+    if key != "model":
+        refused(path, target, unexpected="ignore")
+    # A target's own key `opt_state` stands above an optimizer: that one is a question.
+    wanted = {name: state for name, state in states.items() if name != "opt_state"}
+    targets = {name: training_target(state["params"], ADAM) for name, state in wanted.items()}
+    result = restore(path, targets, unexpected="ignore")
+    for name, state in wanted.items():
+        check(result[name].model, state["params"])
+        check(result[name].optimizer.opt_state[0].mu, state["opt_state"][0].mu)
+        assert int(result[name].optimizer.step[...]) == int(state["step"])
+    alone = restore(path, {"other": target}, unexpected="ignore")
+    check(alone["other"].model, states["other"]["params"])

@@ -5,7 +5,7 @@ A program may keep several train states in one item, each below keys of its own
 (`{"model": TrainState, "config": ..., "data": ...}`, Flax's checkpointing guide).
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.layout import (
@@ -55,11 +55,15 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     """
     paths = list(stored)
     holds: dict[Path, set[str]] = {}
+    called = _called_like_fields(paths)
     for path in paths:
         if KEYS.isdisjoint(path):
             continue
         # The first such key: one below it belongs to a train state's field.
         at = 0 if path[0] in KEYS else next(at for at, key in enumerate(path) if key in KEYS)
+        at += path[: at + 1] in called
+        if at < len(path) and path[at] not in KEYS:
+            continue
         if at + 1 < len(path) or path[at] == "step":
             holds.setdefault(path[:at], set()).add(str(path[at]))
     above = sorted((owner for owner, keys in holds.items() if "params" in keys), key=len)
@@ -94,6 +98,21 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     if found:
         found += [owner for owner in apart if not any(owner[: len(outer)] == outer for outer in found)]
     return tuple(sorted(found, key=lambda owner: list(map(str, owner))))
+
+
+def _called_like_fields(paths: Iterable[Path]) -> Set[Path]:
+    """Returns the keys above train states that are called `opt_state` or `step`: all fields lie below.
+
+    No chain of optax has fields of these names, and a step has none.
+    """
+    below: dict[Path, set[Hashable]] = {}
+    for path in paths:
+        if _TRAIN_STATE_KEYS.isdisjoint(path):
+            continue
+        at = 0 if path[0] in KEYS else next(at for at, key in enumerate(path) if key in KEYS)
+        if path[at] in _TRAIN_STATE_KEYS and at + 1 < len(path):
+            below.setdefault(path[: at + 1], set()).add(path[at + 1])
+    return {at for at, keys in below.items() if keys >= {"params", *_TRAIN_STATE_KEYS}}
 
 
 def _optimizers(paths: Iterable[Path], holds: Mapping[Path, Set[str]]) -> list[Path]:

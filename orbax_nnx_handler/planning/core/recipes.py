@@ -8,6 +8,7 @@ simplified where steps undo each other, and run on whole arrays or, in
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -20,6 +21,10 @@ class Read:
     """The stored leaf at `path`, as it is."""
 
     path: Path
+
+    def __init__(self, path: Path) -> None:
+        # There is one for each leaf: half the time of the `__init__` that a frozen dataclass gets.
+        self.__dict__["path"] = path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +164,11 @@ def parts_of(recipe: Recipe) -> Iterator[Recipe]:
 
 def computes(recipe: Recipe) -> bool:
     """Tells whether the recipe changes values, beside moving them."""
-    return isinstance(recipe, Scale | Add) or any(computes(child) for child in children(recipe))
+    while isinstance(recipe, _ONE_SOURCE):
+        if isinstance(recipe, (Scale, Add)):
+            return True
+        recipe = recipe.source
+    return not isinstance(recipe, Read) and any(computes(child) for child in children(recipe))
 
 
 def without_arithmetic(recipe: Recipe) -> Recipe:
@@ -234,6 +243,7 @@ def shape_of(recipe: Recipe, stored: Mapping[Path, Shape]) -> Shape:
             return shape_of(source, stored)
 
 
+@functools.lru_cache(maxsize=1024)  # The layers of a model have few shapes between them.
 def _transposed_shape(shape: Shape, permutation: tuple[int, ...]) -> Shape:
     if sorted(permutation) != list(range(len(shape))):
         raise RecipeError(f"permutation {permutation} does not fit shape {shape}")

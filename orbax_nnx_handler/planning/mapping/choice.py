@@ -293,7 +293,9 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
         return None
     # A rule whose result is contested does lead somewhere; that it does so is the other error.
     used = mapping.used() | {path for rival in mapping.rivals for e in rival.entries for path in e.sources}
-    uses = Counter(path for found in mapping.found.values() for path in set(reads(found.recipe)))
+    copies = any(isinstance(rule, Copy) for rule, _ in mapping.applied.made)
+    sources = (set(reads(found.recipe)) for found in mapping.found.values()) if copies else ()
+    uses = Counter(path for paths in sources for path in paths)
     idle = [
         (rule, entries[0])
         for rule, entries in mapping.applied.made

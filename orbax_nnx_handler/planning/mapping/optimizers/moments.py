@@ -337,6 +337,17 @@ class MomentFollower:
         if parameter is None:
             orphan = moments.get((ORPHAN, *_name(key)))
             return None if orphan is None else Found(recipe=Read(orphan.path), evidence=_STATE)
+        if isinstance(parameter.recipe, Read) and not self._may_stick:
+            moment = moments.get(parameter.recipe.path)
+            if moment is not None and moment.shape == self._shapes[parameter.recipe.path]:
+                # Nearly every one: read whole, as its parameter is.
+                return Found(
+                    recipe=Read(moment.path),
+                    evidence=_MOMENT,
+                    reason=parameter.reason,
+                    missing_layers=parameter.missing_layers,
+                    surplus=parameter.surplus,
+                )
         stored = {path: moments[path] for path in reads(parameter.recipe) if path in moments}
         may_stick = stored and self._may_stick
         why = why_stuck(parameter.recipe, self.stored, self.applied.casts) if may_stick else ""

@@ -134,15 +134,16 @@ class Evidence:
         A copy has the path of a leaf that is used, in another collection or of another owner; what lies
         below another owner than all that is used is another network's.
         """
+        left = {path: item for path, item in self.stored_weights.items() if path in self.verdict.unexpected}
+        if not left:
+            return {}
         used = {source for item in self.restored.values() for source in reads(item.recipe)}
         placed = [self.stored_weights[path] for path in used if path in self.stored_weights]
         names, owners = {self.stored_below(item) for item in placed}, {item.owner for item in placed}
         return {
             path: item
-            for path, item in self.stored_weights.items()
-            if path in self.verdict.unexpected
-            and self.stored_below(item) not in names
-            and (not owners or item.owner in owners)
+            for path, item in left.items()
+            if self.stored_below(item) not in names and (not owners or item.owner in owners)
         }
 
     @cached_property

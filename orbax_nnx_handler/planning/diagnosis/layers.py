@@ -134,11 +134,17 @@ _Positions = Mapping[int, Sequence[Path]]
 def _flat_positions(
     leaves: Mapping[Path, Tokens], groups: Collection[Group] | None = None
 ) -> Mapping[Group, _Positions]:
+    known: dict[Tokens, Group] = {(*group.parent, group.name): group for group in groups or ()}
     found: dict[Group, dict[int, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path, tokens in leaves.items():
-        for seat in flat_paths(tokens):
-            if groups is None or seat.group in groups:
-                found[seat.group][seat.position].append(path)
+        for at, token in enumerate(tokens[:-1]):
+            if at and is_number(token):
+                name = tokens[:at]
+                group = known.get(name)
+                if group is None and groups is None:
+                    group = known[name] = Group(name[:-1], name[-1])
+                if group is not None:
+                    found[group][int(token[1:])].append(path)
     return found
 
 

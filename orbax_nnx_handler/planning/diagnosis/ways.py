@@ -162,9 +162,10 @@ def _few(offers: Sequence[tuple[Any, set[Path]]], wanted: set[Path]) -> tuple[An
 def _offers(evidence: Evidence, wanted: Collection[Path]) -> Iterable[tuple[Any, set[Path]]]:
     kinds: dict[type, set[Path]] = defaultdict(set)
     names = evidence.holders
+    narrow = functools.cache(_kinds)
     for path, item in evidence.sides.wanted.items():
         if item.role not in ("random", "transient"):
-            for kind in _kinds(item.leaf.kind):
+            for kind in narrow(item.leaf.kind):
                 kinds[kind].add(path)
     # A module's name says more than `kernel` does.
     lost = [path for path in evidence.verdict.missing if path in wanted]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, record
 from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, is_index
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.words import Concepts, concepts, meanings
@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.suggesting.words import Concepts, concepts, mean
 Names = tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class Leaf:
     """A leaf of either side.
 

@@ -1,6 +1,7 @@
 """The search for a whole conversion: structure, shapes and names on both sides; last, the parts left over."""
 
 import dataclasses
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -113,6 +114,7 @@ def untyped_leaves(leaves: Iterable[Leaf]) -> list[Leaf]:
     return [dataclasses.replace(leaf, collection=None) for leaf in leaves]
 
 
+@functools.cache
 def number_of(dtype: Any) -> str:
     """Returns the kind of number of a dtype; a restore casts within one kind and never between two."""
     kinds = ("floating", "complexfloating", "integer", "bool_")

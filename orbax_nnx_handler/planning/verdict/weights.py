@@ -235,15 +235,18 @@ class Weights:
         stored = [self.name(path) for path in models if path not in self._by_rule]
         wanted = [item.tokens for item in self._wanted if item.role == "model"]
         remainders = {token for name in (*stored, *wanted) for token in name if token.endswith("_remainder")}
-        here, there = _positions(wanted), _positions(stored)
+        here = _positions(wanted)
+        names = {member[-2:] for member in here}
+        blocks = {n for n in names if f"{n[0]}_remainder" in remainders or self._is_scan(*n)}
+        if not blocks:
+            return  # Nearly every model.
+        there = _positions(stored)
         for item, path in whole:
             name = self.name(path)
             for member in _members_of(item.tokens):
                 below = len(item.tokens) - len(member)
                 other = name[: len(name) - below]
-                group, inner = member[-2:]
-                is_block = f"{group}_remainder" in remainders or self._is_scan(group, inner)
-                if is_block and other in there and here[member] != there[other]:
+                if member[-2:] in blocks and other in there and here[member] != there[other]:
                     sizes = len(there[other]), len(here[member])
                     yield item.leaf.path, path, f"a block has {sizes[0]} layers there, and {sizes[1]} here"
                     break

@@ -21,11 +21,12 @@ _Value = TypeVar("_Value")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def record(made: type[_Made]) -> type[_Made]:
-    """Makes a frozen keyword-only dataclass of which a plan has one for each leaf.
+    """Makes a frozen keyword-only dataclass of which planning makes one for each leaf.
 
-    Its instances take a third of the time of a plain one's: the generated `__init__` of a frozen class sets
-    field by field what is here one update. What is left out stays the class's own default. Of wrong
-    arguments only too few are found here; the type checker finds all.
+    Its instances take half the time of a plain one's: the generated `__init__` of a frozen class sets
+    field by field what is here one update. They take 110 bytes more, so what stays as long as
+    the result is a plain dataclass. What is left out stays the class's own default. Of wrong arguments only
+    too few are found here; the type checker finds all.
     """
     decorated: Any = dataclasses.dataclass(frozen=True, kw_only=True)(made)
     checked = decorated.__init__
@@ -62,7 +63,7 @@ class derived(Generic[_Value]):  # noqa: N801 (a decorator, like `property`)
         return value
 
 
-@record
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WantedLeaf:
     """One variable of the target.
 
@@ -115,7 +116,7 @@ def _importable(kind: type[Any] | None) -> type[Any] | None:
     )
 
 
-@record
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredLeaf:
     """One array of the checkpoint, from metadata alone.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.dtypes import Cast
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf, record
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe
 from orbax_nnx_handler.planning.layouts.layout import Placement
@@ -43,7 +43,7 @@ class Sides:
     copied: frozenset[Path] = frozenset()
 
 
-@record
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
     """A leaf that comes from disk.
 

@@ -31,7 +31,10 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
     """Yields what is wrong with the optimizer as a whole; a single missing moment is no cause."""
     wanted = [path for path, item in evidence.sides.wanted.items() if item.role == "optimizer"]
     lost = evidence.of_role(evidence.missing, "optimizer")
-    if not lost or not any(path in evidence.restored for path in evidence.weights):
+    if not any(path in evidence.restored for path in evidence.weights):
+        return
+    if not lost:
+        yield from _other_network(evidence, evidence.of_role(evidence.missing, "step"))
         return
     stored = [item for item in evidence.sides.placements.values() if item.section == "optimizer"]
     if stored:
@@ -58,7 +61,7 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
     names, new = _stored_slots(evidence), set(kept.values()) - restored
     alone = [path for path in lost if path not in evidence.moments]
     # A count alone: every moment is there, and no stored count is left over that it might be.
-    if len(alone) == len(lost) and not _free_optimizer(evidence):
+    if len(alone) == len(lost) and not _free(evidence, "optimizer"):
         new = {fold_paths(alone)}
     # A state is restored whole or not at all: of Lion's one moment and Adam's two, neither is the other's.
     other = not new & names or (not restored and new != names)
@@ -92,8 +95,8 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
 
 
 def _other_network(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
-    """Yields that the whole optimizer is stored, below another name: a rule may say that it is the same."""
-    free, wanted = _free_optimizer(evidence), evidence.sides.wanted
+    """Yields that an optimizer or a step is stored below another name: a rule may say that it is the same."""
+    free, wanted = _free(evidence, "optimizer") or _free(evidence, "step"), evidence.sides.wanted
     there, here = {item.owner for item in free}, {wanted[path].owner for path in lost}
     if len(there) != 1 or len(here) != 1 or not all([*there, *here]):
         return
@@ -105,17 +108,24 @@ def _other_network(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
     parts = {str(item.collection): network for item in sources} if weights else {}
     parts |= {str(free[0].leaf.path[len(stored)]): owner} | ({"step": owner} if steps else {})
     rules = [(render((*stored, part)), render((*at, part))) for part, at in parts.items()]
-    found = evidence.restored_under([*evidence.verdict.renames, *as_rules(rules)])
-    if found is None or not found.issuperset([*lost, *weights]):
+    if not _restores(evidence, rules, [*lost, *weights]):
         return
+    what = "optimizer" if evidence.of_role(lost, "optimizer") else "step"
     yield Cause(
         kind="OptimizerNested",
-        text=f"the optimizer that is wanted below {render(owner)!r} is stored below {render(stored)!r}, and "
+        text=f"the {what} that is wanted below {render(owner)!r} is stored below {render(stored)!r}, and "
         "nothing of one network is lent to another unasked.",
         paths=(*lost, *steps, *weights, *(item.leaf.path for item in (*free, *sources))),
         way=Hint(f"if both are one network, pass renames={rules!r}.", {"renames": rules}),
         facts={"stored": render(stored), "wanted": render(owner)},
     )
+
+
+def _restores(evidence: Evidence, rules: Sequence[tuple[str, str]], lost: Iterable[Path]) -> bool:
+    """Tells whether rules restore what is lost, behind the rules that were passed or in front of them."""
+    given, more = evidence.verdict.renames, as_rules(rules)
+    found = (evidence.restored_under(every) for every in ([*given, *more], [*more, *given]))
+    return any(each is not None and each.issuperset(lost) for each in found)
 
 
 def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
@@ -124,28 +134,30 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
         yield from elsewhere
         return
     parameters = {evidence.stored_below(item) for item in evidence.stored_weights.values()}
-    free = [split(_unboxed(canonical(item.path)), parameters) for item in _free_optimizer(evidence)]
+    free = [split(_unboxed(canonical(item.path)), parameters) for item in _free(evidence, "optimizer")]
     stored = {slot for slot, parameter in free if parameter is not None}
     wanted = {evidence.moments[path][0] for path in lost if path in evidence.moments}
     if stored and wanted:
         there, here = map(_folded, (stored, wanted))
         text = f"structured differently: its moments are at {there}, the target's at {here}"
-        text, way = f"{text}, and no name says which of them belong together", _weights_alone(evidence)
+        text = f"{text}, and no name says which of them belong together"
+        saved = "build the target's optimizer as the chain that was saved"
+        way = f"{saved}; {_weights_alone(evidence)}"
         if stored == wanted:
             slot = min(stored)
             theirs = _folded({parameter for at, parameter in free if at == slot and parameter is not None})
             moments = (evidence.moments[path] for path in lost if path in evidence.moments)
             ours = _folded({parameter for at, parameter in moments if at == slot})
             text = f"for other groups of parameters: {spell(slot)} is of {theirs}, the target's of {ours}"
-            way = f"build the target's optimizer with the groups that were saved; {way}"
+            way = f"build the target's optimizer with the groups that were saved; {_weights_alone(evidence)}"
         yield Cause(
             kind="OptimizerNested",
             text=f"the stored optimizer is {text}.",
             paths=tuple(lost),
             way=Hint(way),
             # Moments that are stored are not begun anew.
-            filters=() if stored == wanted else selecting(evidence, lost),
-            may_be_initialised=stored != wanted,
+            filters=(),
+            may_be_initialised=False,
             facts={"stored": there, "wanted": here},
         )
 
@@ -154,9 +166,9 @@ def _folded(names: Iterable[Tokens]) -> str:
     return fold_paths(tuple(spell(name).split("/")) for name in sorted(names))
 
 
-def _free_optimizer(evidence: Evidence) -> list[Placement]:
+def _free(evidence: Evidence, section: str) -> list[Placement]:
     placements = evidence.sides.placements
-    return [placements[path] for path in evidence.unexpected if placements[path].section == "optimizer"]
+    return [placements[path] for path in evidence.unexpected if placements[path].section == section]
 
 
 def _unboxed(tokens: Tokens) -> Tokens:

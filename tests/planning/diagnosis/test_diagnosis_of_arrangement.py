@@ -4,11 +4,12 @@ import re
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import orbax_nnx_handler
-from orbax_nnx_handler import RestorePlan
+from orbax_nnx_handler import RestorePlan, plan_restore
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -297,6 +298,41 @@ def test_moments_in_other_places_are_an_optimizer_that_is_nested_otherwise():
 
     assert cause.kind == "OptimizerNested"
     assert (cause.facts["stored"], cause.facts["wanted"]) == ("{0..1}/mu", "2/mu")
+
+
+class _Network(nnx.Module):
+    def __init__(self):
+        self.Dense_0 = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+
+
+class _Trained(nnx.Module):
+    def __init__(self):
+        self.model = _Network()
+        self.optimizer = nnx.Optimizer(self.model, optax.adam(1e-3), wrt=nnx.Param)
+
+
+class _Both(nnx.Module):
+    def __init__(self):
+        self.gen, self.critic = _Trained(), _Trained()
+
+
+RENAMED = [("disc", "critic")]
+
+
+@pytest.mark.parametrize(
+    ("rules", "what"),
+    [(RENAMED, "optimizer"), ([*RENAMED, ("critic/opt_state", "critic/optimizer/opt_state")], "step")],
+)
+def test_what_a_renamed_network_leaves_behind_comes_with_the_rule_to_paste(rules: list[Any], what: str):
+    params = {"Dense_0": {"kernel": np.ones((3, 4), "f"), "bias": np.ones(4, "f")}}
+    state = {"params": params, "opt_state": optax.adam(1e-3).init(params), "step": np.int32(3)}
+    tree, target = {"gen": state, "disc": state}, nnx.eval_shape(_Both)
+
+    message = str(plan_restore(tree, target, renames=rules).error())
+
+    assert f"cause: the {what} that is wanted below 'critic/optimizer' is stored below 'disc'" in message
+    assert "init" not in message
+    assert plan_restore(tree, target, renames=[*pasted(message, "renames"), *rules]).fits
 
 
 def quantised(scale: str) -> RestorePlan:

@@ -50,14 +50,10 @@ class Claims:
 
     def unread(self, by_rule: Set[Path]) -> list[Path]:
         """Returns the weights that nothing reads and no rule names."""
-        used = self.used
-        if len(used) == len(self._placed):
-            return []
-        return [
-            path
-            for path, item in self._placed.items()
-            if item.section == "model" and path not in used and path not in by_rule
-        ]
+        left = self._placed.keys() - self.used - by_rule
+        if not any(self._placed[path].section == "model" for path in left):
+            return []  # Nearly every plan.
+        return [path for path, item in self._placed.items() if item.section == "model" and path in left]
 
     def used_twice(self, copies: Set[Path]) -> Iterator[Twice]:
         """Yields each wanted leaf that reads an element which another one reads: with both leaves.

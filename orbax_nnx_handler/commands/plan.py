@@ -1,6 +1,7 @@
 """`orbax-nnx plan`: whether a checkpoint becomes a target, from metadata alone."""
 
 import argparse
+import shlex
 from typing import Any
 
 from orbax_nnx_handler.commands.arguments import (
@@ -15,6 +16,7 @@ from orbax_nnx_handler.commands.arguments import (
 )
 from orbax_nnx_handler.commands.screen import Screen, as_options
 from orbax_nnx_handler.decide import plan_restore
+from orbax_nnx_handler.planning.diagnosis.ways import SUGGEST, SUGGEST_ANEW
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.storage import paused_collection
 
@@ -57,6 +59,10 @@ def _show(plan: RestorePlan, arguments: argparse.Namespace, screen: Screen) -> i
     options = "" if error is None else as_options(error.hints, plan.renames)
     if options:
         screen.say(f"on the command line: {options}")
+    elif error is not None and any(hint in (SUGGEST, SUGGEST_ANEW) for hint in error.hints):
+        item = ["--item", arguments.item] if arguments.item else []
+        words = shlex.join(["orbax-nnx", "suggest", arguments.path, arguments.target, *item])
+        screen.say(f"on the command line: {words}")
     return 0 if error is None else 1
 
 

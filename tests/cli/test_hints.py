@@ -82,6 +82,19 @@ def test_an_item_is_named_as_an_option(cli, tmp_path) -> None:
     assert cli("tree", tmp_path, "--item", "ema").status == 0
 
 
+def test_the_search_for_rules_is_the_command_that_a_verdict_on_other_names_ends_with(cli, auto_named) -> None:
+    refused = cli("plan", auto_named, f"{MODEL}:make_named")
+
+    last = refused.out.splitlines()[-1]
+    assert last == f"on the command line: orbax-nnx suggest {auto_named} {MODEL}:make_named"
+    found = cli(*shlex.split(last.partition(": ")[2])[1:])
+    rules = found.out.splitlines()[-1]
+    assert found.status == 0
+    assert rules.startswith("# on the command line: --rename ")
+    options = shlex.split(rules.partition(": ")[2])
+    assert cli("plan", auto_named, f"{MODEL}:make_named", *options).status == 0
+
+
 def test_json_has_no_such_line(cli, root) -> None:
     said = cli("plan", root, f"{MODEL}:make(layers=4)", "--json")
 

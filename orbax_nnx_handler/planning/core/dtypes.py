@@ -12,7 +12,7 @@ import numpy as np
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, segments
 
-Cast = Literal["same", "wider", "narrower", "count", "integer"]
+CastKind = Literal["same", "wider", "narrower", "count", "integer"]
 """What a cast does: `count` and `integer` keep every value that fits, and refuse the others."""
 
 _WITHOUT_X64 = {("int64", "int32"), ("uint64", "uint32")}
@@ -22,7 +22,7 @@ KEY_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 """The implementations of random keys that JAX brings (`jax.random.key`)."""
 
 
-def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -> Cast | None:
+def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -> CastKind | None:
     """Returns what a cast does, or None where it would change a value's meaning.
 
     Args:
@@ -43,9 +43,9 @@ def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -
     return None
 
 
-def worst(casts: Iterable[Cast | None]) -> Cast:
+def worst(casts: Iterable[CastKind | None]) -> CastKind:
     """Returns the cast of several that takes the most care."""
-    order: tuple[Cast, ...] = ("count", "integer", "narrower", "wider", "same")
+    order: tuple[CastKind, ...] = ("count", "integer", "narrower", "wider", "same")
     found = set(casts)
     return next(kind for kind in order if kind in found)
 

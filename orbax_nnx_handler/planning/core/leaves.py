@@ -223,3 +223,10 @@ def owner_of(path: Path, owners: Collection[Path]) -> Path | None:
         if str(key) == OPT_STATE and path[:at] in owners:
             return path[:at]
     return None
+
+
+def may_hold_layer(stack: Shape, layer: Shape, number: int) -> bool:
+    """Tells whether a stack may hold a layer of a shape and a number; one of four layers has no layer 4."""
+    return any(
+        (*stack[:axis], *stack[axis + 1 :]) == layer and number < stack[axis] for axis in range(len(stack))
+    )

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf, may_hold_layer
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, shape_of, substitute
 from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks
@@ -101,15 +101,8 @@ def _is_same_layer(item: Wanted, place: LayerPath, entry: Entry, other: Entry, n
     if other.collection != entry.collection:
         return False
     if place.form == "flat":
-        return _may_hold(other.shape, item.leaf.shape, place.position)
-    return _may_hold(item.leaf.shape, other.shape, number)
-
-
-def _may_hold(stack: Shape, layer: Shape, number: int) -> bool:
-    """Tells whether a stack may hold a layer of a shape and a number; one of four layers has no layer 4."""
-    return any(
-        (*stack[:axis], *stack[axis + 1 :]) == layer and number < stack[axis] for axis in range(len(stack))
-    )
+        return may_hold_layer(other.shape, item.leaf.shape, place.position)
+    return may_hold_layer(item.leaf.shape, other.shape, number)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

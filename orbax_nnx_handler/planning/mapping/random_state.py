@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.target.roles import Wanted
 _MODEL = "model"
 """The level of `nnx_aux` that holds what belongs to the model, whatever the target calls it."""
 
-Index = Mapping[Tokens, Path]
+PathsByTokens = Mapping[Tokens, Path]
 Streams = Mapping[Tokens, list[Path]]
 
 
@@ -75,26 +75,26 @@ class _Places:
         self._root = roots.wanted
 
     @cached_property
-    def _whole(self) -> Index:
+    def _whole(self) -> PathsByTokens:
         paths = {item.leaf.path: item.leaf.path for item in self._placements}
         return _index(paths | {path: entry.whole for path, entry in self._moved.items()})
 
     @cached_property
-    def _aux(self) -> Index:
+    def _aux(self) -> PathsByTokens:
         return self._below([item for item in self._placements if item.section == "aux"])
 
     @cached_property
-    def _inline(self) -> Index:
+    def _inline(self) -> PathsByTokens:
         own = [item for item in self._placements if item.section == "model" and item.collection is None]
         return {strip(tokens, self._roots.stored): path for tokens, path in self._below(own).items()}
 
-    def _below(self, items: Iterable[Placement]) -> Index:
+    def _below(self, items: Iterable[Placement]) -> PathsByTokens:
         """Returns leaves by their paths in their part of the checkpoint, where the rules have put them."""
         paths = {item.leaf.path: item.path for item in items}
         return _index({at: self._moved[at].segments if at in self._moved else paths[at] for at in paths})
 
     @cached_property
-    def _model(self) -> Index:
+    def _model(self) -> PathsByTokens:
         """What belongs to the model, by its path there."""
         own = {tokens[1:]: path for tokens, path in self._aux.items() if tokens[:1] == (_MODEL,)}
         beside = {tokens: path for tokens, path in self._aux.items() if tokens[:1] != (_MODEL,)}
@@ -105,7 +105,7 @@ class _Places:
         return _by_stream(self._model)
 
     @cached_property
-    def _all(self) -> Index:
+    def _all(self) -> PathsByTokens:
         return {**self._inline, **self._aux}
 
     @cached_property
@@ -160,7 +160,7 @@ class _Places:
         return item.tokens[: len(self._root)] == self._root and not self._named
 
 
-def _at(index: Index, tokens: Tokens) -> Iterator[Path]:
+def _at(index: PathsByTokens, tokens: Tokens) -> Iterator[Path]:
     if tokens in index:
         yield index[tokens]
 
@@ -181,7 +181,7 @@ def _unnamed(tokens: Tokens) -> Tokens:
     return (*tokens[:-2], *tokens[-1:])
 
 
-def _by_stream(index: Index) -> Streams:
+def _by_stream(index: PathsByTokens) -> Streams:
     """Returns stored leaves by path without the stream's name."""
     found: dict[Tokens, list[Path]] = defaultdict(list)
     for tokens, path in index.items():

@@ -162,7 +162,7 @@ def _twice(recipe: Recipe, first: Recipe, second: Recipe) -> RuleError:
     )
 
 
-Key = tuple[str | None, tuple[str, ...]]
+EntryKey = tuple[str | None, tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -353,7 +353,7 @@ def _check_way_back(
     return copies
 
 
-def _key(entry: Entry) -> Key:
+def _key(entry: Entry) -> EntryKey:
     return entry.collection, canonical(entry.segments)
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, joined_parts, main_size, may_be
-from orbax_nnx_handler.planning.suggesting.parts import Grounds, Link, ModulePart, Names, Tie
+from orbax_nnx_handler.planning.suggesting.parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.roles import (
     NamedPart,
     are_automatic,
@@ -93,9 +93,9 @@ class _Pairs:
                 elif fit is not None:
                     self._excluded.add((at, to))
 
-    def settle(self, created: Created) -> tuple[list[tuple[int, int, Grounds]], list[Tie]]:
+    def settle(self, created: Created) -> tuple[list[tuple[int, int, PairGrounds]], list[Tie]]:
         """Returns the pairs that stand, and the choices that are left."""
-        found: list[tuple[int, int, Grounds]] = []
+        found: list[tuple[int, int, PairGrounds]] = []
         ties: list[Tie] = []
         waiting = [group for group in _components(self._fits) if len(group) <= MOST_PAIRS]
         undecided: list[_Undecided] = []
@@ -116,7 +116,7 @@ class _Pairs:
         return found, ties
 
     def _within_modules(
-        self, undecided: list[_Undecided], found: list[tuple[int, int, Grounds]]
+        self, undecided: list[_Undecided], found: list[tuple[int, int, PairGrounds]]
     ) -> list[_Undecided]:
         """Adds what modules that are known tell; returns what is left undecided."""
         while True:
@@ -132,7 +132,7 @@ class _Pairs:
                 return left
             undecided = left
 
-    def _modules(self, found: Iterable[tuple[int, int, Grounds]]) -> Mapping[Names, Names]:
+    def _modules(self, found: Iterable[tuple[int, int, PairGrounds]]) -> Mapping[Names, Names]:
         """Returns which wanted module is which stored one, where all that is known of both says so."""
         forth: dict[Names, set[Names]] = defaultdict(set)
         back: dict[Names, set[Names]] = defaultdict(set)
@@ -151,7 +151,7 @@ class _Pairs:
         tie: Sequence[tuple[int, int]],
         group: set[tuple[int, int]],
         modules: Mapping[Names, Names],
-        found: Sequence[tuple[int, int, Grounds]],
+        found: Sequence[tuple[int, int, PairGrounds]],
     ) -> set[tuple[int, int]] | None:
         """Returns the pairs of a tie that what is known allows; None where that changes nothing.
 
@@ -171,7 +171,7 @@ class _Pairs:
         return kept if is_whole and kept != among else None
 
     def _settle(
-        self, group: set[tuple[int, int]], found: list[tuple[int, int, Grounds]], *, asked: bool = False
+        self, group: set[tuple[int, int]], found: list[tuple[int, int, PairGrounds]], *, asked: bool = False
     ) -> list[list[tuple[int, int]]]:
         """Adds the pairs of a group that stand; returns those that do not, by what depends on each other.
 
@@ -215,7 +215,7 @@ class _Pairs:
         self,
         tie: Sequence[tuple[int, int]],
         group: set[tuple[int, int]],
-        found: Sequence[tuple[int, int, Grounds]],
+        found: Sequence[tuple[int, int, PairGrounds]],
     ) -> tuple[list[int], list[int], set[int]]:
         """Returns the parts of a tie on both sides, and the stored ones that could take a place in it."""
         ours, theirs = sorted({at for at, _ in tie}), sorted({to for _, to in tie})
@@ -230,7 +230,7 @@ class _Pairs:
         tie: Sequence[tuple[int, int]],
         group: set[tuple[int, int]],
         created: Created,
-        found: list[tuple[int, int, Grounds]],
+        found: list[tuple[int, int, PairGrounds]],
     ) -> bool:
         """Adds the pairs of a tie that the order of both sides tells; tells whether it does."""
         ours, theirs, rivals = self._sides(tie, group, found)
@@ -242,7 +242,7 @@ class _Pairs:
         if ordered is None:
             return False
         sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
-        grounds: Grounds = "shapes" if all(map(are_counted, sides)) else "order"
+        grounds: PairGrounds = "shapes" if all(map(are_counted, sides)) else "order"
         found.extend((at, to, grounds) for at, to in ordered)
         return True
 
@@ -288,7 +288,7 @@ class _Pairs:
             readings=tuple(readings),
         )
 
-    def links(self, at: int, to: int, grounds: Grounds) -> list[Link]:
+    def links(self, at: int, to: int, grounds: PairGrounds) -> list[Link]:
         """Returns the leaves of a pair of parts."""
         fact = self._wanted[at].fact or self._stored[to].fact
         is_fact = bool(fact) and grounds == "names" and not self._wanted[at].fused
@@ -328,7 +328,7 @@ def _is_within(module: Names, other: Names, known: Mapping[Names, Names]) -> boo
     return all(other[: len(found)] == found for found in around)
 
 
-def _is_free(to: int, found: Iterable[tuple[int, int, Grounds]]) -> bool:
+def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:
     return all(to != other for _, other, _ in found)
 
 

@@ -210,7 +210,7 @@ def with_places(names: Names, seats: Iterable[int]) -> Names:
     return tuple(found)
 
 
-Grounds = Literal["shapes", "order", "names", "fact", "siblings", "outputs"]
+PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "outputs"]
 """What tells the pair: shapes allow no other; the order in which both programs number or compute
 their parts; names; the convention of a known code base; how its siblings are arranged."""
 
@@ -252,7 +252,7 @@ class Link:
 
     wanted: tuple[Leaf, ...]
     stored: tuple[Leaf, ...]
-    grounds: Grounds
+    grounds: PairGrounds
     ways: tuple[tuple[Way, ...], ...]
     joint: Joint | None = None
     after: Steps = ()

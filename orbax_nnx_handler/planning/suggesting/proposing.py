@@ -18,10 +18,10 @@ from orbax_nnx_handler.planning.suggesting.blocks import Findings
 from orbax_nnx_handler.planning.suggesting.fitting import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.layers import Order
 from orbax_nnx_handler.planning.suggesting.parts import (
-    Grounds,
     Leaf,
     Link,
     Names,
+    PairGrounds,
     place_of,
     readings_of,
     settle_turns,
@@ -49,7 +49,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
 _QUESTIONS = 24
 _TRIES = 6
-_RANKING: tuple[Grounds, ...] = ("shapes", "names", "siblings", "order", "fact")
+_RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "siblings", "order", "fact")
 
 
 def propose(
@@ -443,7 +443,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _proposal(rule: Rule, links: Sequence[Link]) -> Proposal:
-    found: list[Grounds] = [link.grounds for link in links]
+    found: list[PairGrounds] = [link.grounds for link in links]
     grounds = max(found, key=_RANKING.index) if found else "shapes"
     fact = next((link.fact for link in links if link.fact), "")
     return Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")

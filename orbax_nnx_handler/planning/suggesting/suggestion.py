@@ -10,7 +10,7 @@ from orbax_nnx_handler.planning.core.lines import WIDTH, as_html, counted, frame
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.fitting import Remade
-from orbax_nnx_handler.planning.suggesting.parts import Grounds
+from orbax_nnx_handler.planning.suggesting.parts import PairGrounds
 
 Confidence = Literal["certain", "likely", "open"]
 
@@ -24,9 +24,6 @@ _WORDS: Mapping[str, str] = {
 }
 
 
-_SETTLE = "suggest(..., verify=(linen_apply, nnx_apply, inputs))"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proposal:
     """One proposed rule.
@@ -38,7 +35,7 @@ class Proposal:
     """
 
     rule: Rule
-    grounds: Grounds
+    grounds: PairGrounds
     fact: str = ""
 
     @property

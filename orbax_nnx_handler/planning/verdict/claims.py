@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, may_hold_layer
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -109,11 +109,11 @@ class Claims:
                 if not _is_spelt(item, self._placed[read]):
                     yield item.leaf.path, read, path
             for number, item, read in made.layers.get(tokens, ()):
-                if _may_hold(shape, item.leaf.shape, number):
+                if may_hold_layer(shape, item.leaf.shape, number):
                     yield item.leaf.path, read, path
             for number, group in _groups(tokens):
                 for item, read in made.whole.get(group, ()):
-                    if _may_hold(item.leaf.shape, shape, number):
+                    if may_hold_layer(item.leaf.shape, shape, number):
                         yield item.leaf.path, read, path
 
 
@@ -166,9 +166,9 @@ class Unused:
             return True
         shape = item.leaf.shape
         for number, group in _groups(name):
-            if any(_may_hold(stack, shape, number) for stack in self._whole.get(group, ())):
+            if any(may_hold_layer(stack, shape, number) for stack in self._whole.get(group, ())):
                 return True
-        return any(_may_hold(shape, layer, number) for number, layer in self._layers.get(name, ()))
+        return any(may_hold_layer(shape, layer, number) for number, layer in self._layers.get(name, ()))
 
 
 _Place = tuple[Path, str | None]
@@ -192,13 +192,6 @@ def _is_spelt(item: Wanted, read: Placement) -> bool:
     there = there[:-1] if there[-1] == "value" and here[-1] != "value" else there
     common = min(len(here), len(there))
     return here[-common:] == there[-common:]
-
-
-def _may_hold(stack: Shape, layer: Shape, number: int) -> bool:
-    """Tells whether a stack may hold a layer of a shape and a number."""
-    return any(
-        (*stack[:axis], *stack[axis + 1 :]) == layer and number < stack[axis] for axis in range(len(stack))
-    )
 
 
 def _may_serve_many(placement: Placement) -> bool:

@@ -125,7 +125,7 @@ class BlockCounts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Names:
+class SideNames:
     """The names of the leaves of one side.
 
     Attributes:

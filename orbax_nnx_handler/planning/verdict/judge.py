@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.core.dtypes import (
-    Cast,
+    CastKind,
     cast_between,
     changes_values,
     held_dtype,
@@ -362,7 +362,7 @@ class _Leaves:
         by_rule = cast_of(found.recipe, self.mapping.applied.casts)
         dtypes = [by_rule] if by_rule else [leaf.dtype for leaf in sources if leaf.dtype is not None]
         is_count = item.is_count
-        casts: list[Cast | None] = [cast_between(dtype, item.leaf.dtype, is_count) for dtype in dtypes]
+        casts: list[CastKind | None] = [cast_between(dtype, item.leaf.dtype, is_count) for dtype in dtypes]
         kept = self.options.dtype == "stored" and not item.leaf.dtype_is_chosen
         if (
             (len(casts) < len(sources) and not by_rule)
@@ -422,7 +422,7 @@ _CONSTANT = "a constant of the model: no Linen collection holds a bare nnx.Varia
 _NO_X64 = 'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"'
 
 
-def _cast_by_rule(sources: Sequence[StoredLeaf], dtype: "np.dtype[Any]") -> Cast:
+def _cast_by_rule(sources: Sequence[StoredLeaf], dtype: "np.dtype[Any]") -> CastKind:
     if all(leaf.dtype == dtype for leaf in sources):
         return "same"
     return "narrower" if any(changes_values(leaf.dtype, dtype) for leaf in sources) else "wider"

@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.layouts.layout import (
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.axes import StackedAxes
 from orbax_nnx_handler.planning.verdict.claims import Claims
-from orbax_nnx_handler.planning.verdict.moments import Moments, stored_as_weight, wanted_as_weight
+from orbax_nnx_handler.planning.verdict.moments import ProvenMoments, stored_as_weight, wanted_as_weight
 from orbax_nnx_handler.planning.verdict.weights import Weights, is_below
 
 
@@ -255,7 +255,7 @@ class _Kernel:
         if not leaves:
             return
         unfit = [(*claim, None) for claim in self._known.unfit if claim[0].role == "model"]
-        moments = Moments(
+        moments = ProvenMoments(
             leaves, [*self._by_role["model"], *unfit], self._wanted, self._placed, self._known.by_rule
         )
         for law, path, stored, why in moments.astray():
@@ -264,7 +264,7 @@ class _Kernel:
             self._owners[owner] |= read
         yield from self._orphans(moments)
 
-    def _orphans(self, moments: Moments) -> Iterator[Broken]:
+    def _orphans(self, moments: ProvenMoments) -> Iterator[Broken]:
         """Proves moments whose parameters are not in the result as if they were the weights themselves."""
         if not moments.orphans:
             return

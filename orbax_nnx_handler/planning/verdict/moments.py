@@ -49,7 +49,7 @@ _Weight = tuple[Wanted, Recipe, Path | None]
 """A weight of the result, what it is made from, and the keys of what it reads, if it reads one leaf."""
 
 
-class Moments:
+class ProvenMoments:
     """Proves what the leaves of optimizers are made from.
 
     Attributes:

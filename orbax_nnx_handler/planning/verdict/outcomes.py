@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.dtypes import Cast
+from orbax_nnx_handler.planning.core.dtypes import CastKind
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
@@ -61,7 +61,7 @@ class Restored:
     recipe: Recipe
     stored_dtype: np.dtype[Any]
     dtype: np.dtype[Any]
-    cast: Cast
+    cast: CastKind
     reason: str = ""
     evidence: MatchEvidence = SAME_PATH
 

@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.axes import Stacked, StackedAxes, StackedGroup, options_of
-from orbax_nnx_handler.planning.verdict.elements import Element, Name, Names, elements_of
+from orbax_nnx_handler.planning.verdict.elements import Element, Name, SideNames, elements_of
 
 _PLAIN = frozenset({"model", "state", "train_state"})
 _GATES = {4: "ifgo", 3: "rzn"}
@@ -68,7 +68,7 @@ class Weights:
         self._axes = axes
         self.roots: dict[tuple[Path, str | None], dict[tuple[Tokens, Tokens], tuple[Path, Path]]]
         self.roots = defaultdict(dict)
-        self._sides: dict[tuple[Path, str | None], Names] = {}
+        self._sides: dict[tuple[Path, str | None], SideNames] = {}
         self._last: dict[Path, _Layer] = {}
         self._last_part: tuple[Path, _Meeting, Element, Placement] | None = None
         self._moved: dict[tuple[Path, str | None], set[Tokens]] = defaultdict(set)
@@ -146,11 +146,11 @@ class Weights:
         return self.name(element.path) == named
 
     @cached_property
-    def _here(self) -> Names:
+    def _here(self) -> SideNames:
         models = (item for item in self._wanted if item.role == "model")
-        return Names(((item.tokens, item.leaf.shape) for item in models), self._scans)
+        return SideNames(((item.tokens, item.leaf.shape) for item in models), self._scans)
 
-    def _there(self, owner: Path, collection: str | None) -> Names:
+    def _there(self, owner: Path, collection: str | None) -> SideNames:
         key = owner, collection
         if key not in self._sides:
             models = (
@@ -159,7 +159,7 @@ class Weights:
                 if item.section == "model" and path not in self._by_rule
                 if item.owner == owner and item.collection == collection
             )
-            self._sides[key] = Names(models, self._scans)
+            self._sides[key] = SideNames(models, self._scans)
         return self._sides[key]
 
     def _meet(self, item: Wanted, element: Element, in_module: bool) -> _Meeting | None:

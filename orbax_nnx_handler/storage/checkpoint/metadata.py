@@ -17,14 +17,12 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import jax
-import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.storage import paused_collection
@@ -45,7 +43,14 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     is_item,
     was_interrupted,
 )
-from orbax_nnx_handler.storage.checkpoint.random_state import StoredRandom, read_leftovers
+from orbax_nnx_handler.storage.checkpoint.random_state import (
+    KEY_FILE,
+    KEY_FILES,
+    StoredRandom,
+    key_type,
+    read_key_impls,
+    read_leftovers,
+)
 from orbax_nnx_handler.storage.checkpoint.trees import (
     EMPTY_TYPES,
     MSGPACK_FILE,
@@ -68,7 +73,6 @@ _logger = logging.getLogger(__name__)
 _TUNIX = ("model_params", "optimizer_state")
 _OPENPI = ("params", "train_state")
 
-_KEY_FILES, _KEY_FILE = "array_metadatas", "process_0"
 # Zarr's codecs pack zeros to a thirty-thousandth; what takes more than that is not there.
 _PACKED_AT_MOST = 1 << 15
 _LARGE, _LARGE_REMOTE = 1 << 30, 1 << 36
@@ -171,7 +175,7 @@ def _read(directory: epath.Path, files: Files) -> Checkpoint:
     foreign = {path: what for path, what in tree.foreign.items() if path not in arrays}
     lost |= {path: why for path, why in tree.lost.items() if path not in arrays}
     lost = {path: why for path, why in lost.items() if path not in foreign}
-    key_impls = _read_key_impls(directory, files)
+    key_impls = read_key_impls(directory, files)
     leaves: dict[Path, StoredLeaf] = {}
     for path, value_type in tree.nodes.items():
         array = arrays.get(path)
@@ -209,9 +213,9 @@ def _ask(files: Files, directories: Iterable[epath.Path]) -> None:
         ]
         if MANIFEST in entries:
             questions += kvstore.database_questions(directory, entries)
-        if _KEY_FILES in entries:
-            folder = os.fspath(directory / _KEY_FILES)
-            questions += [List(folder), ReadFile(f"{folder}/{_KEY_FILE}")]
+        if KEY_FILES in entries:
+            folder = os.fspath(directory / KEY_FILES)
+            questions += [List(folder), ReadFile(f"{folder}/{KEY_FILE}")]
     files.ask(*questions)
 
 
@@ -289,7 +293,7 @@ def _array_leaf(path: Path, encoding: Encoding, key_impl: str | None) -> StoredL
         return StoredLeaf(
             path=path, shape=encoding.shape, dtype=encoding.dtype, chunk_shape=encoding.chunk_shape
         )
-    dtype, bits = _key_type(key_impl)
+    dtype, bits = key_type(key_impl)
     rank = len(encoding.shape) - len(bits)
     return StoredLeaf(
         path=path,
@@ -317,18 +321,8 @@ def _leftover_leaf(path: Path, leftover: StoredRandom) -> StoredLeaf:
     shape, impl = leftover.value.shape, leftover.key_impl
     if impl is None:
         return StoredLeaf(path=path, shape=shape, dtype=leftover.value.dtype)
-    dtype, bits = _key_type(impl)
+    dtype, bits = key_type(impl)
     return StoredLeaf(path=path, shape=shape[: len(shape) - len(bits)], dtype=dtype, key_impl=impl)
-
-
-@functools.cache
-def _key_type(impl: str) -> tuple[np.dtype[Any], Shape]:
-    """Returns the dtype of a random key and the shape of one key's bits."""
-    key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
-    # A key dtype is an extended dtype: it has a name, a kind and an item size,
-    # but is no `numpy.dtype` to a type checker.
-    dtype = cast("np.dtype[Any]", key.dtype)
-    return dtype, jax.eval_shape(jax.random.key_data, key).shape
 
 
 def _damaged_arrays(
@@ -390,46 +384,6 @@ def _implausible(array: StoredArray, files: Files, *, writes_fill: bool) -> str 
     if writes_fill and chunks > held:
         return f"it has {chunks} chunks, of which {held} can be there"
     return None
-
-
-def _read_key_impls(directory: epath.Path, files: Files) -> dict[str, str]:
-    """Returns the PRNG implementation of each stored random key, by array name.
-
-    Orbax notes it in `array_metadatas/process_*`, beside the chunk shapes; every
-    process's file names every array.
-    """
-    if not files.is_folder(directory) or _KEY_FILES not in files.entries(directory):
-        return {}
-    folder = directory / _KEY_FILES
-    names = [name for name in files.entries(folder) if name.startswith("process_")]
-    if not names:
-        return {}
-    file = folder / (_KEY_FILE if _KEY_FILE in names else names[0])
-    content = files.content(file) or b""
-    # The file is megabytes at thousands of leaves, and most hold no key.
-    if b"random_key_impl" not in content:
-        return {}
-    try:
-        entries = [
-            fields.object_of(entry, "array_metadata")
-            for entry in fields.objects_of(fields.parse_object(content), "array_metadatas")
-        ]
-        keys = {
-            fields.text_of(entry, "param_name"): fields.optional_object(entry, "ext_metadata")
-            for entry in entries
-        }
-        found = {
-            name: fields.text_of(key, "random_key_impl")
-            for name, key in keys.items()
-            if key.get("random_key_impl")
-        }
-        for impl in found.values():
-            _key_type(impl)
-    except (fields.FieldError, ValueError) as error:
-        raise NotACheckpointError(
-            f"{file} cannot be read: {error}.", hints=[damaged(directory, files)]
-        ) from error
-    return found
 
 
 def _read_step_metadata(directory: epath.Path, files: Files) -> Mapping[str, Any]:

@@ -2,23 +2,42 @@
 
 Orbax compares every key of the stored tree with the item that a Linen program
 restores into, so one `nnx_aux` among them would fail it. An item's custom metadata
-is not compared; the few numbers of NNX random streams are stored there.
+is not compared; the few numbers of NNX random streams are stored there. Which arrays of the
+tree are random keys, Orbax notes in files of its own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from orbax_nnx_handler.planning.core.dtypes import is_key
+from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.linen import AUX
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, objects_of, shape_field, text_of, texts_of
+from orbax_nnx_handler.storage.checkpoint.fields import (
+    FieldError,
+    object_of,
+    objects_of,
+    optional_object,
+    parse_object,
+    shape_field,
+    text_of,
+    texts_of,
+)
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
+from orbax_nnx_handler.storage.stores.files import Files
 
 Json = dict[str, Any]
+
+KEY_FILES, KEY_FILE = "array_metadatas", "process_0"
+"""The folder in which Orbax notes which arrays are random keys, and its first process's file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +90,54 @@ def read_leftovers(metadata: Mapping[str, Any]) -> dict[Path, StoredRandom]:
         return {}
     entries = objects_of(dict(metadata), AUX)
     return {(AUX, *texts_of(entry, "path")): _leftover(entry) for entry in entries}
+
+
+def read_key_impls(directory: epath.Path, files: Files) -> dict[str, str]:
+    """Returns the PRNG implementation of each stored random key, by array name.
+
+    Orbax notes it in `array_metadatas/process_*`, beside the chunk shapes; every
+    process's file names every array.
+
+    Raises:
+        NotACheckpointError: The file is damaged, or names an implementation that JAX does not have.
+    """
+    if not files.is_folder(directory) or KEY_FILES not in files.entries(directory):
+        return {}
+    folder = directory / KEY_FILES
+    names = [name for name in files.entries(folder) if name.startswith("process_")]
+    if not names:
+        return {}
+    file = folder / (KEY_FILE if KEY_FILE in names else names[0])
+    content = files.content(file) or b""
+    # The file is megabytes at thousands of leaves, and most hold no key.
+    if b"random_key_impl" not in content:
+        return {}
+    try:
+        entries = [
+            object_of(entry, "array_metadata")
+            for entry in objects_of(parse_object(content), "array_metadatas")
+        ]
+        keys = {text_of(entry, "param_name"): optional_object(entry, "ext_metadata") for entry in entries}
+        found = {
+            name: text_of(key, "random_key_impl") for name, key in keys.items() if key.get("random_key_impl")
+        }
+        for impl in found.values():
+            key_type(impl)
+    except (FieldError, ValueError) as error:
+        raise NotACheckpointError(
+            f"{file} cannot be read: {error}.", hints=[damaged(directory, files)]
+        ) from error
+    return found
+
+
+@functools.cache
+def key_type(impl: str) -> tuple[np.dtype[Any], Shape]:
+    """Returns the dtype of a random key and the shape of one key's bits."""
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    # A key dtype is an extended dtype: it has a name, a kind and an item size,
+    # but is no `numpy.dtype` to a type checker.
+    dtype = cast("np.dtype[Any]", key.dtype)
+    return dtype, jax.eval_shape(jax.random.key_data, key).shape
 
 
 def _entry(path: Path, value: Any, numbers: np.ndarray[Any, Any]) -> Json:

@@ -245,7 +245,9 @@ def packed_tree(file: epath.Path, folder: epath.Path, files: Files, below: str =
         raise _no_packed_tree(file, error) from error
     for keys, leaf in leaves:
         name = _array_name(leaf)
-        nodes[keys] = _node_type(leaf) if name is None else UNKNOWN_TYPE
+        nodes[keys] = (
+            _NODE_TYPES.get(type(cast(object, leaf)), UNKNOWN_TYPE) if name is None else UNKNOWN_TYPE
+        )
         if name is not None:
             names[keys] = name
             by_orbax = by_orbax and not isinstance(leaf, dict)
@@ -408,10 +410,6 @@ def _spec_name(node: Mapping[Any, Any]) -> str | None:
     # TensorStore before 0.1.14 had the path in the spec, later ones have it in the store.
     path = cast(dict[str, Any], store).get("path", node.get("path"))
     return path.strip("/") if isinstance(path, str) else None
-
-
-def _node_type(leaf: object) -> str:
-    return _NODE_TYPES.get(type(leaf), UNKNOWN_TYPE)
 
 
 def _named_tree(directory: epath.Path, files: Files, database: Store | None) -> Tree:

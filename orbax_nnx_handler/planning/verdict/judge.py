@@ -171,8 +171,7 @@ def judge(
         UnknownLayoutError: The tree is in no known layout.
     """
     broken = broken or Unreadable()
-    rules = rules_for_readable(options.renames, stored, broken)
-    options = dataclasses.replace(options, renames=rules)
+    options = dataclasses.replace(options, renames=rules_for_readable(options.renames, stored, broken))
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     try:

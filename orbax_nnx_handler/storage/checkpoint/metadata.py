@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -57,7 +58,7 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
     STRING_TYPE,
     TREE_FILE,
     Tree,
-    misnamed,
+    leads_out,
     read_tree,
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
@@ -251,7 +252,7 @@ def _locate(
 ) -> tuple[dict[Path, StoredArray], dict[Path, str]]:
     """Finds each array's metadata: in the database first, then in its own directory."""
     wanted = {path: name for path, name in tree.names.items() if tree.nodes[path] != STRING_TYPE}
-    lost = misnamed(wanted)
+    lost = _misnamed(wanted)
     wanted = {path: name for path, name in wanted.items() if path not in lost} if lost else wanted
     if not wanted:
         return {}, lost
@@ -280,6 +281,29 @@ def _locate(
         except ValueError as error:
             lost[path] = f"{name}/{METADATA_KEY[driver]} in {store.directory} is damaged: {error}"
     return arrays, lost
+
+
+def _misnamed(names: Mapping[Path, str]) -> dict[Path, str]:
+    """Returns what is wrong with the names of arrays: they lead out, or several paths have one.
+
+    Where paths share an array, the save that wrote them left the values of one of them alone.
+    """
+    lost = {
+        path: f"its name {name!r} leads out of the checkpoint"
+        for path, name in names.items()
+        if leads_out(name)
+    }
+    if len(set(names.values())) == len(names):
+        return lost
+    sharing: dict[str, list[Path]] = defaultdict(list)
+    for path, name in names.items():
+        sharing[name].append(path)
+    for name, paths in sharing.items():
+        if len(paths) > 1:
+            lost |= dict.fromkeys(
+                paths, f"{len(paths)} leaves have one array, {name!r}: it holds only one of them"
+            )
+    return lost
 
 
 @functools.lru_cache(maxsize=1024)

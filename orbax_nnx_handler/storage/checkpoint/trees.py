@@ -21,7 +21,6 @@ Orbax without any tree is the fifth: names joined by dots.
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypedDict, cast
 
@@ -189,29 +188,6 @@ def leads_out(name: str) -> bool:
 
 
 _NO_NAMES = frozenset({"", ".", ".."})
-
-
-def misnamed(names: Mapping[Path, str]) -> dict[Path, str]:
-    """Returns what is wrong with the names of arrays: they lead out, or several paths have one.
-
-    Where paths share an array, the save that wrote them left the values of one of them alone.
-    """
-    lost = {
-        path: f"its name {name!r} leads out of the checkpoint"
-        for path, name in names.items()
-        if leads_out(name)
-    }
-    if len(set(names.values())) == len(names):
-        return lost
-    sharing: dict[str, list[Path]] = defaultdict(list)
-    for path, name in names.items():
-        sharing[name].append(path)
-    for name, paths in sharing.items():
-        if len(paths) > 1:
-            lost |= dict.fromkeys(
-                paths, f"{len(paths)} leaves have one array, {name!r}: it holds only one of them"
-            )
-    return lost
 
 
 def _number(name: str) -> int:

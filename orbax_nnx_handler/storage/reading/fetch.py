@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path, printable, render
@@ -118,12 +117,9 @@ class LeafToRead:
         """Has TensorStore read and decode what one place needs."""
         store = self.array.store
         try:
-            spec = {
-                "driver": self.array.encoding.driver,
-                "kvstore": store.array_spec(self.array.name),
-                "fill_missing_data_reads": not self.writes_fill,
-            }
-            opened = ts.open(spec, open=True, read=True, context=store.context).result()
+            opened = store.open_array(
+                self.array.name, self.array.encoding.driver, writes_fill=self.writes_fill
+            )
             place.put(opened[slices(place.region)].read().result())
         except LostValueError as error:
             raise error.of(self.path) from None

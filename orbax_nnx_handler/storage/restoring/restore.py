@@ -10,7 +10,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
@@ -113,12 +112,8 @@ def _read(checkpoint: Checkpoint, path: Path) -> Any:
     if array.store.kind == "archive":
         return read_values(checkpoint, [path])[path]
     try:
-        spec = {
-            "driver": array.encoding.driver,
-            "kvstore": array.store.array_spec(array.name),
-            "fill_missing_data_reads": not checkpoint.writes_fill,
-        }
-        return ts.open(spec, open=True, read=True, context=array.store.context).result().read().result()
+        opened = array.store.open_array(array.name, array.encoding.driver, writes_fill=checkpoint.writes_fill)
+        return opened.read().result()
     except (ValueError, OSError) as error:
         raise UnreadableLeafError(
             f"{render(path)} cannot be read from {array.store.directory}: {error}", paths=[path]

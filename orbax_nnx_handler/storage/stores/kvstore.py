@@ -181,14 +181,28 @@ class Store:
         spec = {"driver": "ocdbt", "base": kvstore_spec(self.directory), "cache_pool": "cache_pool"}
         return ts.KvStore.open(spec, context=self.context).result()
 
-    def array_spec(self, name: str) -> dict[str, Any]:
-        """Returns TensorStore's description of where an array lies, which it opens by itself.
+    def open_array(self, name: str, driver: str, *, writes_fill: bool) -> ts.TensorStore:
+        """Has TensorStore open an array.
+
+        Args:
+            name: The array's name.
+            driver: `zarr` or `zarr3`.
+            writes_fill: Whether an absent chunk is an error, and no fill value.
 
         Raises:
+            ValueError: It is no array of this driver, or is damaged.
             MisreadError: TensorStore would open another.
             OutsideError: A link among its files, or the database's, leads out.
-            OSError: One of them is a pipe or a device.
+            OSError: One of them is a pipe or a device, or cannot be read.
         """
+        spec = {
+            "driver": driver,
+            "kvstore": self._array_spec(name),
+            "fill_missing_data_reads": not writes_fill,
+        }
+        return ts.open(spec, open=True, read=True, context=self.context).result()
+
+    def _array_spec(self, name: str) -> dict[str, Any]:
         if self.kind != "ocdbt":
             if self.local:
                 check_files(os.fspath(self.directory), name)

@@ -38,6 +38,19 @@ def test_a_whole_conversion_is_proposed_and_proved(twin: Twin, saved: Save):
     assert proved.equal, proved
 
 
+def test_what_only_shapes_allow_is_asked_and_no_rule_rests_on_it(saved: Save):
+    gemma = str(suggest(saved(GEMMA), nnx.eval_shape(GEMMA.make)))
+    reviews = str(suggest(saved(REVIEWS), nnx.eval_shape(REVIEWS.make)))
+
+    assert (
+        "# question: how is layers/attn/kv_einsum made into layers/self_attn/k_proj, layers/self_attn/v_proj?"
+        in gemma
+    )
+    assert "# question: is energy meant by att_score? Shapes allow it, and no name tells." in reviews
+    assert "Repeat" not in gemma
+    assert "('energy', 'att_score')" not in reviews
+
+
 class Odd(nn.Module):
     """Square matrices and norms of one shape, under names that tell nothing."""
 

@@ -103,7 +103,7 @@ class _Tried:
 class _Open:
     """A choice that nothing has made, with the possible readings."""
 
-    about: Literal["which", "transposed"]
+    about: Literal["which", "how", "transposed"]
     readings: tuple[tuple[Link, ...], ...]
 
 
@@ -353,7 +353,8 @@ class _Proposing:
                 )
             ]
             if len(readings) == len(tie.readings) or len(readings) > 1:
-                found.append(_Open("which", tuple(readings)))
+                is_joined = len(readings) > 1 and all(link.joint is not None for link in readings[0])
+                found.append(_Open("how" if is_joined else "which", tuple(readings)))
         for group in by_template(searched.turns).values():
             left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
             if left:
@@ -415,8 +416,8 @@ def _words(item: _Open, reading: Sequence[Link]) -> str:
     if item.about == "transposed":
         turned = any(way.turned for link in reading for ways in link.ways for way in ways)
         return "transposed" if turned else "as it is"
-    if len(_modules(item, "stored")) == 1 and len(item.readings) > 1:
-        return ", ".join(map(str, reading[0].ways[0][0].steps))
+    if item.about == "how":
+        return ", ".join(map(str, (*reading[0].after, *reading[0].ways[0][0].steps))) or "one after the other"
     pairs = dict.fromkeys((_part(link.source), _part(link.target)) for link in reading)
     return ", ".join(f"{stored} -> {wanted}" for stored, wanted in list(pairs)[:4])
 

@@ -52,7 +52,8 @@ class Question:
         wanted: The wanted leaves that the answer is about.
         stored: The stored leaves that they could be made from.
         parts: The stored and the wanted modules that it is about.
-        about: What is open: which part is which, or whether a square matrix is transposed.
+        about: What is open: which part is which, how one array holds several, or whether a square matrix is
+            transposed.
         choices: Each possible answer in words.
         settle: Returns the rules with this one question answered, by the number of the choice.
     """
@@ -60,7 +61,7 @@ class Question:
     wanted: tuple[Path, ...]
     stored: tuple[Path, ...]
     parts: tuple[tuple[Path, ...], tuple[Path, ...]]
-    about: Literal["which", "transposed"]
+    about: Literal["which", "how", "transposed"]
     choices: tuple[str, ...]
     settle: Callable[[int], tuple[Rule, ...]] = dataclasses.field(repr=False, compare=False)
 
@@ -75,7 +76,7 @@ class Question:
             return f"is {stored} transposed for {wanted}? Shapes allow both."
         if len(self.choices) == 1:
             return f"is {stored} meant by {wanted}? Shapes allow it, and no name tells."
-        if len(self.parts[0]) == 1:
+        if self.about == "how":
             return f"how is {stored} made into {wanted}? Shapes allow several ways."
         if len(self.parts[0]) > len(self.parts[1]):
             return f"which of {stored} is {wanted}? The shapes allow each."

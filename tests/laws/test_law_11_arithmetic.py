@@ -1,5 +1,8 @@
 """Law 11: arithmetic in the wider type, cast last; a value that does not fit is never silent."""
 
+import logging
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -75,3 +78,37 @@ def test_convert_does_not_write_infinities_in_silence(tmp_path, capsys):
     if main(["convert", str(path), str(out), "--dtype", "float16"]) == 0:
         said = capsys.readouterr()
         assert "dense/kernel" in said.err + said.out
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--to", "maxtext")])
+def test_convert_keeps_64_bit_integers_and_their_values(tmp_path, options):
+    numbers = np.array([1, -2, 2**40, -(2**62)], np.int64)
+    params = {"table": {"ids": numbers, "mask": np.array([True, False]), "kernel": np.ones(3, np.float32)}}
+    path = write(tmp_path, {"params": params, "step": np.int64(2**40)})
+    assert main(["convert", str(path), str(tmp_path / "out"), *(options or ("--to", "linen"))]) == 0
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = checkpointer.restore(tmp_path / "out", restore_args=_as_numpy(tmp_path / "out"))
+    table = (stored["params"]["params"] if "maxtext" in options else stored["params"])["table"]
+    np.testing.assert_array_equal(table["ids"], numbers)
+    assert table["ids"].dtype == np.int64
+    assert table["mask"].dtype == np.bool_
+    assert table["kernel"].dtype == (jnp.bfloat16 if "bfloat16" in options else np.float32)
+    assert int(stored["step"]) == 2**40
+
+
+def _as_numpy(path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+
+
+def test_64_bit_floats_that_come_back_in_32_are_named_in_one_warning(tmp_path, caplog):
+    params = {"dense": {"kernel": np.full((2, 3), 1 / 3, np.float64), "bias": np.ones(3, np.float32)}}
+    path = write(tmp_path, {"params": params, "rate": np.float64(0.1)})
+    target = {"dense": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        result = restore(path, target, unexpected="ignore")
+    np.testing.assert_array_equal(result["dense"]["kernel"], np.full((2, 3), 1 / 3, np.float32))
+    (said,) = [record.getMessage() for record in caplog.records if "x64" in record.getMessage()]
+    assert "1 leaf is stored in 64 bits and comes back in 32, set jax_enable_x64" in said
+    assert said.endswith("dense/kernel")

@@ -1,7 +1,7 @@
 """The leaves of a save under the names and shapes before the user's rules, or before a restore."""
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +92,11 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
             f"or have another shape:\n{listed}\nhint: pass what was restored, or the rules themselves."
         )
     stored = {path: placement.leaf for path, placement in plan.sides.placements.items()}
-    copied = plan.sides.copied
+    read = Counter(path for item in restored.values() for path in reads(item.recipe))
+    # The zero that stands for a moment that is not kept is one for all layers.
+    copied = plan.sides.copied.union(
+        path for path, count in read.items() if count > 1 and plan.sides.placements[path].is_unused
+    )
     # The last one is undone first: of a leaf and its copy, the one that has all its digits is stored.
     order = sorted(restored, key=lambda path: restored[path].cast == "same") if copied else restored
     ways = inverse(
@@ -114,6 +118,12 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         if isinstance(dropped, Dropped) and beside is not None:
             # It was zero, or it would not have been restored, and has no counterpart in the state.
             written[at] = beside.through(Fill(dropped.leaf.shape), dropped.leaf.shape)
+    for at, placement in plan.sides.placements.items():
+        # Of layers that became one stack, the zeros of one were read.
+        if placement.is_unused and at not in (written.keys() | plan.unexpected.keys()):
+            beside = next((leaf for path, leaf in written.items() if path[:3] == at[:3]), None)
+            if beside is not None:
+                written[at] = beside.through(Fill(placement.leaf.shape), placement.leaf.shape)
     again = {
         path: simplify(substitute(item.recipe, ways.__getitem__), shapes)
         for path, item in restored.items()

@@ -144,6 +144,7 @@ def _of_headers() -> Iterator[Case]:
         yield f"offsets {begin} {end}", tensors({"w": entry(begin, end)})
     for shape in shapes:
         yield f"shape {str(shape)[:20]}", tensors({"w": entry(shape=shape)})
+    yield "a shape without elements", tensors({"w": entry(0, 0, shape=[0, 1 << 62])})
     for dtype in dtypes:
         yield f"dtype {dtype!r}", tensors({"w": entry(dtype=dtype)})
     for length in (1 << 63, (1 << 64) - 1, 100_000_001, 0, 1, 7):
@@ -181,6 +182,7 @@ def _of_indices() -> Iterator[Case]:
         "100,000 files": {f"w{number}": f"s{number}.safetensors" for number in range(100_000)},
         "an address": {"w": "http://x/s.safetensors"},
         "another kind": {"w": "s.py"},
+        "a name of 10 MB": {"w": "s" * 10_000_000},
     }
     for name, where in maps.items():
         index = json.dumps({"weight_map": where}).encode()
@@ -247,6 +249,7 @@ def _of_msgpack() -> Iterator[Case]:
         "no UTF-8": b"\x81\xa2\xff\xfe\x01",
         "something behind": msgpack.packb({"w": 1}) + b"junk",
         "500 levels": b"\x81\xa1a" * 500 + b"\x01",
+        "1,000 levels": b"\x81\xa1a" * 1000 + b"\x01",
     }
     for name, content in contents.items():
         for place in ("checkpoint", "flax_model.msgpack"):
@@ -282,6 +285,8 @@ def _of_archives() -> Iterator[Case]:
     }
     for name, change in changes.items():
         yield f"archive: {name}", npz(("w.npy", W), change=change)
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (6, 4)}".ljust(200_000_000)
+    yield "archive: a header of 200 MB", npz(("w.npy", _npy(header) + W.tobytes()))
 
 
 def _overlapping(content: bytes) -> bytes:

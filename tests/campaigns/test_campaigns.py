@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from orbax_nnx_handler import RestoreError
-from tests.campaigns import corruption, hostile
+from orbax_nnx_handler import RestoreError, restore
+from tests.campaigns import corruption, crafted, hostile
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -77,3 +77,22 @@ def test_the_corruption_campaign_notices_wrong_values_and_other_errors(tmp_path,
     lines, held = corruption.run(tmp_path / "b", seed=1, trials=5, seconds=60, every_stock=9)
     assert not held
     assert any(": TRACEBACK (stock" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoint_3: 1,000 levels",
+        "index: a name of 10 MB",
+        "archive: a header of 200 MB",
+        "a shape without elements",
+    ],
+)
+def test_what_an_adversary_found_is_refused(tmp_path, name):
+    path = dict(crafted.cases())[name](tmp_path)
+
+    for operation, act in hostile._operations(path, tmp_path).items():
+        assert not hostile._fault(operation, act, tmp_path)
+    with pytest.raises(RestoreError) as caught:
+        restore(path, hostile.WANTED)
+    assert len(str(caught.value)) < 2000

@@ -130,3 +130,23 @@ def test_numbers_of_4_and_8_bits_are_compared_with_any_others(cli, tmp_path, one
     for names in (("a", "b"), ("b", "a")):
         said = cli("diff", *(tmp_path / name for name in names), "--values", "--json")
         assert said.json["values"] == [{"path": "w", "unequal": 1, "largest": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.array([16777217, 5], np.int32), np.array([16777216, 5], np.float32)),
+        (np.array([257, 5], np.int16), np.array([256, 5], jnp.bfloat16)),
+        (np.array([2**53 + 1, 5]), np.array([2**53, 5])),
+        (np.array([2**64 - 1, 5], np.uint64), np.array([2**64 - 2, 5], np.uint64)),
+    ],
+    ids=["int32-float32", "int16-bfloat16", "int64", "uint64"],
+)
+def test_values_that_a_narrower_type_would_round_to_one_differ(cli, tmp_path, one, other) -> None:
+    for name, value in (("a", one), ("b", other)):
+        ocp.PyTreeCheckpointer().save(tmp_path / name, {"params": {"w": value}})
+
+    said = cli("diff", tmp_path / "a", tmp_path / "b", "--values", "--json")
+
+    assert said.status == 1
+    assert [leaf["unequal"] for leaf in said.json["values"]] == [1]

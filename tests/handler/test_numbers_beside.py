@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -14,6 +15,8 @@ from orbax_nnx_handler import (
     NNXLinenHandler,
     NNXLinenRestore,
     NNXLinenSave,
+    RestoreError,
+    UnreadableLeafError,
     from_linen,
     plan_restore,
     restore,
@@ -109,3 +112,135 @@ def test_numpy_weights_are_taken_over_while_a_program_is_traced() -> None:
 
     np.testing.assert_array_equal(made()["w"], np.arange(6))
     assert jax.eval_shape(made)["w"].shape == (6,)
+
+
+def _trained() -> tuple[nnx.Linear, nnx.Optimizer[Any]]:
+    model = _model()
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    optimizer.step.set_value(jnp.uint32(5))
+    return model, optimizer
+
+
+def _as_states(item: Any) -> Any:
+    def is_module(part: Any) -> bool:
+        return isinstance(part, nnx.Module)
+
+    return jax.tree.map(lambda part: nnx.state(part) if is_module(part) else part, item, is_leaf=is_module)
+
+
+def _wholes() -> dict[str, Any]:
+    model, optimizer = _trained()
+    other, its_own = _trained()
+    both = {"model": model, "optimizer": optimizer}
+    return {
+        "a step beside a model": {"model": model, "step": 3},
+        "beside a model of another name": {"net": model, "step": 3},
+        "beside parameters": {"params": model, "step": 3},
+        "beside two models": {"encoder": model, "decoder": other, "step": 3},
+        "beside an optimizer": {**both, "step": 3},
+        "a count beside an optimizer": {**both, "count": 3},
+        "both": {**both, "count": 3, "step": 4},
+        "below a key": {"run": both, "step": 3},
+        "at two levels": {"run": {**both, "step": 4}, "step": 3},
+        "beside two train states": {
+            "gen": both,
+            "disc": {"model": other, "optimizer": its_own},
+            "step": 3,
+        },
+        "beside models and optimizers": {
+            "gen": model,
+            "disc": other,
+            "gen_opt": optimizer,
+            "disc_opt": its_own,
+            "step": 3,
+        },
+    }
+
+
+@pytest.mark.parametrize("name", list(_wholes()))
+@pytest.mark.parametrize("form", [_as_states, lambda item: item], ids=["states", "modules"])
+def test_an_item_with_numbers_of_its_own_comes_back_as_it_was_saved(tmp_path, name: str, form: Any) -> None:
+    item = _wholes()[name]
+    zeros = jax.tree.map(lambda leaf: 0 * leaf, _as_states(_wholes()[name]))
+    target = zeros if form is _as_states else _with_state(_wholes()[name], zeros)
+
+    save(tmp_path / "item", form(item))
+    restored = restore(tmp_path / "item", target)
+
+    here, there = (jax.tree.leaves_with_path(_as_states(part)) for part in (item, restored))
+    assert [path for path, _ in here] == [path for path, _ in there]
+    for (path, saved), (_, found) in zip(here, there, strict=True):
+        np.testing.assert_array_equal(saved, found, err_msg=str(path))
+
+
+def _with_state(item: Any, state: Any) -> Any:
+    """Returns the item with the numbers of a state, and its modules with that state's values."""
+    if isinstance(item, nnx.Module):
+        nnx.update(item, state)
+        return item
+    return (
+        {key: _with_state(part, state[key]) for key, part in item.items()}
+        if isinstance(item, dict)
+        else state
+    )
+
+
+def test_collections_named_by_a_program_are_those_of_linen(tmp_path) -> None:
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    norm.mean.set_value(jnp.arange(4.0))
+    params, statistics = nnx.state(norm, nnx.Param), nnx.state(norm, nnx.BatchStat)
+    optimizer = optax.adam(1e-3).init(params)
+    alone = {"params": params, "batch_stats": statistics}
+
+    for name, item in (("a", alone), ("b", {**alone, "opt_state": optimizer, "step": 3})):
+        save(tmp_path / name, item)
+        linen = ocp.PyTreeCheckpointer().restore(tmp_path / name)
+        restored = restore(tmp_path / name, item)
+
+        assert set(linen["params"]) == {"bias", "scale"}
+        np.testing.assert_array_equal(linen["batch_stats"]["mean"], np.arange(4.0))
+        np.testing.assert_array_equal(restored["batch_stats"]["mean"], np.arange(4.0))
+
+
+def test_a_module_beside_a_tuple_of_abstract_arrays_is_a_target(tmp_path) -> None:
+    item = {"model": _model(), "pair": (jnp.arange(3), _Run(model=jnp.ones(2), epoch=jnp.int32(4)))}
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), item["pair"])
+
+    save(tmp_path / "item", item)
+    restored = restore(tmp_path / "item", {"model": _abstract(), "pair": abstract})
+
+    np.testing.assert_array_equal(restored["pair"][0], np.arange(3))
+    assert restored["pair"][1].epoch == 4
+
+
+def test_restore_args_that_orbax_makes_of_a_state_with_random_keys_are_taken(tmp_path) -> None:
+    dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(7))
+    model = nnx.Dict(linear=_model(), dropout=dropout)
+    target = nnx.state(nnx.eval_shape(lambda: nnx.clone(model)))
+
+    save(tmp_path / "item", model)
+    restored = restore(tmp_path / "item", target, ocp.checkpoint_utils.construct_restore_args(target))
+
+    key = jax.random.key_data(dropout.rngs.key.get_value())
+    np.testing.assert_array_equal(jax.random.key_data(restored["dropout"]["rngs"]["key"].get_value()), key)
+
+
+def test_text_beside_a_state_is_one_clear_error_with_a_way_out(tmp_path) -> None:
+    save(tmp_path / "item", nnx.state(_model()))
+
+    with pytest.raises(RestoreError, match="target leaf name is a str") as caught:
+        restore(tmp_path / "item", {"model": nnx.state(_abstract()), "name": "run"})
+
+    assert [hint.words for hint in caught.value.hints] == [
+        "leave text out of the target: keep it in an item of its own, such as ocp.args.JsonSave."
+    ]
+
+
+def test_a_mask_is_not_ignored(tmp_path) -> None:
+    masked = np.ma.masked_array(np.arange(3.0, dtype=np.float32), mask=[True, False, False])
+    save(tmp_path / "item", _model())
+
+    with pytest.raises(UnreadableLeafError, match=r"params/bias\s+a masked array"):
+        from_linen({"params": {"kernel": np.ones((4, 3), np.float32), "bias": masked}}, _abstract())
+    with pytest.raises(RestoreError, match="target leaf bias is a masked array"):
+        restore(tmp_path / "item", {"kernel": np.ones((4, 3), np.float32), "bias": masked})

@@ -68,7 +68,13 @@ def wide_dtype(*dtypes: Any) -> Any:
 
 
 def common_dtype(one: Any, other: Any) -> Any:
-    """Returns the dtype in which values of two dtypes are compared."""
+    """Returns the dtype in which values of two dtypes are compared.
+
+    An integer and a float meet in float64, which has every integer up to 2 ** 53: float32 would round both.
+    """
+    if _is_integer(one) != _is_integer(other):
+        has_complex = any(jnp.issubdtype(each, jnp.complexfloating) for each in (one, other))
+        return np.dtype(np.complex128 if has_complex else np.float64)
     try:
         return jnp.promote_types(one, other)
     # JAX promotes 4- and 8-bit numbers to no other kind.

@@ -24,7 +24,9 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
 )
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, Placement, Stored
+from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.matches import (
+    SAME_PATH,
     CompetingSources,
     Discarded,
     Found,
@@ -181,7 +183,7 @@ def map_leaves(
     virtual = [] if any(item.role == "model" for item in model) else _virtual_parameters(pairs)
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
-    _add_steps(found, pairs)
+    _add_steps(found, pairs, wanted, placements)
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
         find_random(found, of_role(wanted, "random", "model"), placements, entries, roots)
@@ -352,6 +354,8 @@ def _follower(
 ) -> MomentFollower:
     """Returns what carries the recipes of a network's parameters over to its optimizer's moments."""
     weights = network.weights if network is not None else ()
+    if any(item.leaf.kind for item in weights):
+        weights = [item for item in weights if item.leaf.kind]  # A number beside Variables is no parameter.
     root = () if lone else root
     parameters: dict[Tokens, Path] = {}
     # Beside a parameter, a copy of it may be wanted under the same path of another collection.
@@ -372,17 +376,36 @@ def _virtual_parameters(pairs: _Pairs) -> list[Wanted]:
     ]
 
 
-def _add_steps(found: dict[Path, Found], pairs: _Pairs) -> None:
-    """Adds the step of each train state: its own field, which a model's Variable of that name is not."""
-    for wanted, stored in pairs:
-        if len(stored.steps) != 1:
-            continue
-        (step,) = stored.steps
-        for item in wanted.steps:
-            words = f"the step of {render(stored.owner) if stored.owner else 'the train state'}"
-            found[item.leaf.path] = Found(
-                recipe=Read(step.leaf.path), evidence=MatchEvidence(kind="step", words=words)
-            )
+def _add_steps(
+    found: dict[Path, Found], pairs: _Pairs, wanted: Sequence[Wanted], placements: Sequence[Placement]
+) -> None:
+    """Adds the step of each train state: its own field, which a model's Variable of that name is not.
+
+    A program may count beside an optimizer that counts as well: each of the two has a path of its own, in
+    the tree or in `nnx_aux`. What is left is the step of the train state that the optimizer is paired with.
+    """
+    whole = {canonical(item.leaf.path): item.leaf.path for item in placements if item.section != "model"}
+    aside = {_without_aux(item.leaf.path): item.leaf.path for item in placements if item.section == "aux"}
+    for item in of_role(wanted, "step"):
+        if (item.leaf.kind is None or item.owner) and item.tokens in whole:
+            found[item.leaf.path] = Found(recipe=Read(whole[item.tokens]), evidence=SAME_PATH)
+        elif item.tokens in aside:
+            found[item.leaf.path] = Found(recipe=Read(aside[item.tokens]), evidence=_step_of("its own path"))
+    taken = {each.recipe.path for each in found.values() if isinstance(each.recipe, Read)}
+    for owned, stored in pairs:
+        words = f"the step of {render(stored.owner) if stored.owner else 'the train state'}"
+        for item in owned.steps if len(stored.steps) == 1 else ():
+            step = stored.steps[0].leaf.path
+            if item.leaf.path not in found and step not in taken:
+                found[item.leaf.path] = Found(recipe=Read(step), evidence=_step_of(words))
+
+
+def _without_aux(path: Path) -> Tokens:
+    return canonical(tuple(key for key in path if key != AUX))
+
+
+def _step_of(words: str) -> MatchEvidence:
+    return MatchEvidence(kind="step", words=words)
 
 
 def _without_variable(

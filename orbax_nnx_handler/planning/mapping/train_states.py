@@ -128,7 +128,9 @@ def pair_optimizers(
     pairs = [(item, by_owner[item.owner]) for item in wanted if item.owner in by_owner]
     used = {item.owner for item, _ in pairs}
     left = [item for item in wanted if item.owner not in used]
-    free = [item for item in stored if item.owner not in used]
+    # A number beside an optimizer that counts for itself is the train state's step; the optimizer is free.
+    steps = {item.owner for item, other in pairs if other.leaves and not item.leaves}
+    free = [item for item in stored if item.owner not in used - steps]
     for item in left:
         alike = [other for other in free if _are_alike(item, other)]
         if len(alike) == 1 and sum(_are_alike(other, alike[0]) for other in left) == 1:

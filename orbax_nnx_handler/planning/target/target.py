@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.dtypes import held_dtype
+from orbax_nnx_handler.planning.core.dtypes import held_dtype, is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
@@ -209,7 +209,7 @@ def _take_apart_graph(item: Any) -> _Apart:
     def merge(nodes: Flat) -> Any:
         merged = nnx.merge(graphdef, rebuild(nodes))
         for path in bare:
-            _set_bare(merged, path, nodes[path])
+            merged = _with_bare(merged, path, nodes[path])
         return merged
 
     return flat | bare, values | bare, merge
@@ -227,14 +227,17 @@ def _bare_leaves(item: Any) -> Flat:
     }
 
 
-def _set_bare(root: Any, path: Path, value: Any) -> None:
-    parent = root
-    for key in path[:-1]:
-        parent = getattr(parent, cast(str, key)) if isinstance(parent, nnx.Pytree) else parent[key]
-    if isinstance(parent, nnx.Pytree):
-        setattr(parent, cast(str, path[-1]), nnx.data(value))
-    else:
-        parent[path[-1]] = value
+def _with_bare(node: Any, path: Path, value: Any) -> Any:
+    """Returns a node with a value at a path; modules, dicts and lists are changed in place."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    if isinstance(node, nnx.Pytree):
+        new = _with_bare(getattr(node, cast(str, key)), rest, value)
+        setattr(node, cast(str, key), new if rest else nnx.data(new))
+        return node
+    parts = [_with_bare(part, rest, value) if name == key else part for name, part in children(node) or ()]
+    return jax.tree.unflatten(_structure(node), parts)
 
 
 def _has_graph_node(item: Any) -> bool:
@@ -324,12 +327,18 @@ def _wanted(path: Path, node: Any, value: Any, override: Any, placer: ShardingRu
     sharding, is_default = placer.place(node, value, override)
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         value = _as_array(path, value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise RestoreError(
+            f"target leaf {render(path)} is a masked array, and no array of JAX's has a mask.",
+            paths=(path,),
+            hints=["give the target numpy.ma.filled(array, value), or a jax.ShapeDtypeStruct."],
+        )
     dtype = getattr(override, "dtype", None)
     return WantedLeaf(
         path=path,
         kind=kind,
         shape=tuple(value.shape),
-        dtype=held_dtype(value.dtype if dtype is None else np.dtype(dtype)),
+        dtype=held_dtype(value.dtype if dtype is None else dtype if is_key(dtype) else np.dtype(dtype)),
         sharding=sharding,
         value=None if isinstance(value, jax.ShapeDtypeStruct) else value,
         dtype_is_chosen=dtype is not None,
@@ -345,13 +354,17 @@ def _number_as_array(value: Any) -> Any:
     return np.asarray(number, dtype=None if is_numpys else jax.dtypes.canonicalize_dtype(type(number)))
 
 
+_ARRAYS = "build the target with nnx.eval_shape, or give it arrays or jax.ShapeDtypeStruct leaves."
+_TEXTS = "leave text out of the target: keep it in an item of its own, such as ocp.args.JsonSave."
+
+
 def _as_array(path: Path, value: Any) -> Any:
     if isinstance(value, _NUMBERS):
         return _number_as_array(value)
     raise RestoreError(
         f"target leaf {render(path)} is a {type(value).__name__}: it has no shape and dtype.",
         paths=(path,),
-        hints=["build the target with nnx.eval_shape, or give it arrays or jax.ShapeDtypeStruct leaves."],
+        hints=[_TEXTS if isinstance(value, str | bytes) else _ARRAYS],
     )
 
 

@@ -72,7 +72,7 @@ class Claims:
             stored: [item.leaf.path for item, _ in found]
             for stored, found in users.items()
             if len(found) > 1 and not _are_layers([recipe for _, recipe in found])
-            if not _may_serve_many(self._placed[stored])
+            if not _may_serve_many(self._placed[stored], [item for item, _ in found])
         }
         recipes = {item.leaf.path: recipe for item, recipe, _ in self._sources} if doubtful else {}
         shapes = {path: item.leaf.shape for path, item in self._placed.items()} if doubtful else {}
@@ -194,9 +194,10 @@ def _is_spelt(item: Wanted, read: Placement) -> bool:
     return here[-common:] == there[-common:]
 
 
-def _may_serve_many(placement: Placement) -> bool:
-    """Tells whether a leaf is a step, or what a factored state keeps in place of a moment."""
-    return placement.section == "step" or placement.is_unused
+def _may_serve_many(placement: Placement, users: Sequence[Wanted]) -> bool:
+    """Tells whether a leaf is one step beside the counts of its optimizer, or what stands for no moment."""
+    steps = sum(item.role != "optimizer" for item in users)
+    return placement.is_unused or (placement.section == "step" and steps < 2)
 
 
 def _are_layers(recipes: Sequence[Recipe]) -> bool:

@@ -206,6 +206,8 @@ class _Kernel:
         placed = [self._placed[stored] for stored in read]
         path = item.leaf.path
         if item.role == "step":
+            if all(leaf.section == "aux" for leaf in placed):
+                return  # One of two steps, kept aside under its own path.
             self._owners[item.owner].update(leaf.owner for leaf in placed)
             return
         if all(leaf.section == "aux" for leaf in placed) or item.role == "random":
@@ -390,7 +392,8 @@ def _why_not(item: Wanted, placed: Placement) -> tuple[int, str]:
     """Returns the law, and why it speaks against taking a leaf of this section and collection."""
     section, role = placed.section, item.role
     if role == "step":
-        return 9, "" if section == "step" else "it is not the step of a train state"
+        own = section == "aux" and item.tokens in map(canonical, (placed.path, (*placed.owner, *placed.path)))
+        return 9, "" if section == "step" or own else "it is not the step of a train state"
     if section in ("optimizer", "step"):
         return 9, "it belongs to the optimizer or counts steps"
     if _may_give(item, placed):

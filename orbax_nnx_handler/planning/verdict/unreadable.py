@@ -115,13 +115,19 @@ def check_readable(found: Unreadable) -> None:
         raise not_numbers(found.foreign)
 
 
+class UnfitName(str):
+    """Why a leaf cannot be read that is whole: it has a name that its store does not keep apart."""
+
+    __slots__ = ()
+
+
 def unreadable(lost: Mapping[Path, str]) -> UnreadableLeafError:
     """Returns the error that lists leaves whose arrays cannot be found."""
-    return _listing(
-        lost,
-        f"names {counted(len(lost), 'leaf whose array', 'leaves whose arrays')} cannot be read",
-        "a part of it is damaged, or was not copied: copy it again, or restore another step.",
-    )
+    hint = "a part of it is damaged, or was not copied: copy it again, or restore another step."
+    if all(isinstance(reason, UnfitName) for reason in lost.values()):
+        hint = "save it where it was written, under other names or with use_ocdbt=True."
+    what = counted(len(lost), "leaf whose array", "leaves whose arrays")
+    return _listing(lost, f"names {what} cannot be read", hint)
 
 
 def not_numbers(foreign: Mapping[Path, str]) -> UnreadableLeafError:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,8 @@ class Encoding:
         return self.separator.join(map(str, index)) or "0"
 
 
+_FORMATS: dict[ZarrDriver, int] = {"zarr": 2, "zarr3": 3}
+
 # A chunk beyond the array's sides is common in small arrays.
 _LARGE_CHUNK, _LARGER = 64 << 20, 16
 
@@ -114,6 +116,8 @@ def parse_encoding(driver: ZarrDriver, content: bytes) -> Encoding:
         ValueError: The content is no array metadata; the message names the field.
     """
     fields = parse_object(content)
+    if fields.get("zarr_format", _FORMATS[driver]) != _FORMATS[driver]:
+        raise FieldError(f"zarr_format is {repr(fields['zarr_format'])[:80]}, not {_FORMATS[driver]}")
     encoding = _parse_zarr3(fields) if driver == "zarr3" else _parse_zarr2(fields)
     if len(encoding.shape) != len(encoding.chunk_shape):
         raise FieldError(f"a chunk of shape {encoding.chunk_shape} in an array of shape {encoding.shape}")
@@ -143,6 +147,8 @@ def _parse_zarr2(fields: dict[str, Any]) -> Encoding:
     elif plain and compressor.get("id") == "zstd":
         codec = "zstd"
     name = text_of(fields, "dtype")
+    if name[:1] not in "<>|" and _dtype(name).isbuiltin == _BUILTIN:
+        raise FieldError(f"the dtype {name!r} has no byte order")
     return Encoding(
         driver="zarr",
         shape=shape_field(fields, "shape", least=0),
@@ -158,6 +164,7 @@ def _parse_zarr2(fields: dict[str, Any]) -> Encoding:
 def _parse_zarr3(fields: dict[str, Any]) -> Encoding:
     if fields.get("node_type") != "array":
         raise FieldError(f"node_type is {fields.get('node_type')!r}, not 'array'")
+    _check_zarr3(fields)
     grid = object_of(object_of(fields, "chunk_grid"), "configuration")
     chunk_shape = shape_field(grid, "chunk_shape", least=1)
     codecs, sharded = _inner_codecs(objects_of(fields, "codecs"), chunk_shape)
@@ -174,8 +181,37 @@ def _parse_zarr3(fields: dict[str, Any]) -> Encoding:
     )
 
 
+_KNOWN = frozenset(
+    {
+        *("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs"),
+        *("fill_value", "attributes", "dimension_names", "storage_transformers"),
+    }
+)
+_BUILTIN = 1  # Of `numpy.dtype.isbuiltin`; bfloat16 and the like are registered with NumPy.
+
+
+def _check_zarr3(fields: dict[str, Any]) -> None:
+    """Raises where a field says that the array is to be read otherwise, or is none of Zarr 3."""
+    grid = text_of(object_of(fields, "chunk_grid"), "name")
+    if grid != "regular":
+        raise FieldError(f"chunk_grid is {grid!r:.80}, not 'regular'")
+    if fields.get("storage_transformers"):
+        raise FieldError("storage_transformers are none that are known")
+    optional_object(fields, "attributes")
+    for name in fields.keys() - _KNOWN:
+        # So the specification lets a writer say that a reader may pass a field over.
+        field = fields[name]
+        if not isinstance(field, dict) or cast(dict[str, Any], field).get("must_understand") is not False:
+            raise FieldError(f"{name!r:.80} is no field of Zarr 3")
+
+
+_NO_NUMBERS = frozenset({"NaN", "Infinity", "-Infinity"})
+
+
 def _fill_value(fields: dict[str, Any]) -> Any:
     match fields.get("fill_value"):
+        case str() as value if value not in _NO_NUMBERS:
+            raise FieldError(f"fill_value is {value!r:.80}, which is no number")
         case str() | int() | float() | bool() | None as value:
             return value
         # How Zarr 3 spells a complex number.

@@ -1,6 +1,7 @@
 """The fields of small JSON files that a stranger wrote: each has the type that is expected, or an error."""
 
 import json
+import math
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ def check_paths(paths: Collection[tuple[Any, ...]]) -> None:
     """
     if len(paths) > MOST_LEAVES:
         raise FieldError(f"it names more than {MOST_LEAVES:,} leaves")
-    _check_depth(max(map(len, paths), default=0))
+    check_depth(max(map(len, paths), default=0))
     # A list of a billion that holds one leaf would be written as one.
     lengths: dict[tuple[Any, ...], int] = {}
     for path in paths:
@@ -47,11 +48,16 @@ def keys_of(name: str, separator: str) -> tuple[str, ...]:
     Raises:
         FieldError: They are more than a program's can be.
     """
-    _check_depth(name.count(separator) + 1)
+    check_depth(name.count(separator) + 1)
     return tuple(name.split(separator))
 
 
-def _check_depth(depth: int) -> None:
+def check_depth(depth: int) -> None:
+    """Raises where a leaf lies deeper than a program's can.
+
+    Raises:
+        FieldError: Says how deep.
+    """
     if depth > _DEEPEST:
         raise FieldError(f"it names a leaf below {depth - 1} others")
 
@@ -110,7 +116,8 @@ def shape_field(fields: dict[str, Any], name: str, *, least: int) -> Shape:
     if len(lengths) > _MAX_RANK:
         raise FieldError(f"{name} has {len(lengths)} axes, which is no shape: {_MAX_RANK} is the most")
     whole = all(type(length) is int and least <= length <= _MAX_LENGTH for length in lengths)
-    if not whole:
+    # NumPy counts the elements of the other axes also where one has none.
+    if not whole or (0 in lengths and math.prod(filter(None, lengths)) > _MAX_LENGTH >> 4):
         raise FieldError(f"{name} is {str(lengths)[:80]}, which is no shape")
     return tuple(lengths)
 

@@ -32,6 +32,7 @@ from orbax_nnx_handler.storage.stores.files import Files, ReadFile
 CONFIG_FILE = "config.json"
 _LONGEST_CONFIG = 1 << 20
 _LISTED = 20
+_LONGEST_NAME = 255  # Of a file, on every system.
 _OUTSIDE = frozenset("/\\\0")
 
 
@@ -74,7 +75,7 @@ def _read_packed(
         values |= tree.values
         foreign |= tree.foreign
         lost |= tree.lost
-        lost |= dict.fromkeys(tree.names, f"{part.name} has a name for... and no value")
+        lost |= dict.fromkeys(tree.names, f"{part.name} names an array outside the file")
     leaves = {
         path: StoredLeaf(path=path, shape=value.shape, dtype=value.dtype) for path, value in values.items()
     }
@@ -98,9 +99,12 @@ def _parts(index: epath.Path, files: Files) -> list[epath.Path]:
     try:
         fields = object_of(parse_object(files.content(index)), "weight_map")
         names = sorted({text_of(fields, key) for key in fields})
+        long = next((name for name in names if len(name) > _LONGEST_NAME), None)
+        if long is not None:
+            raise FieldError(f"weight_map names a file with {len(long)} characters")
         outside = [name for name in names if name in ("", ".", "..") or not _OUTSIDE.isdisjoint(name)]
         if outside or not names:
-            raise FieldError(f"weight_map names {', '.join(map(repr, outside)) or 'no file'}")
+            raise FieldError(f"weight_map names {', '.join(map(repr, outside[:_LISTED])) or 'no file'}")
     except FieldError as error:
         raise NotACheckpointError(
             f"{index} is no index of weights: {str(error).removesuffix('.')}.", hints=[damaged(index, files)]

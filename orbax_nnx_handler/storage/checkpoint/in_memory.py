@@ -39,6 +39,12 @@ def hold(variables: Any) -> Checkpoint:
         )
     on_host = {path: np.asarray(leaf) for path, leaf in leaves.items() if isinstance(leaf, _NUMBERS)}
     foreign = {path: _values_of(value) for path, value in on_host.items() if not is_array_dtype(value.dtype)}
+    # NumPy would hand over what lies under the mask.
+    foreign |= {
+        path: "a masked array: numpy.ma.filled makes an array of it"
+        for path, leaf in leaves.items()
+        if isinstance(leaf, np.ma.MaskedArray)
+    }
     on_devices = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
     described = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
     deleted = [path for path, leaf in on_devices.items() if _is_deleted(leaf)]

@@ -12,6 +12,7 @@ values could be of several types (`V1`: any float8, any 4-bit integer), so they 
 """
 
 import dataclasses
+import io
 import math
 import os
 import struct
@@ -39,6 +40,7 @@ from orbax_nnx_handler.storage.stores.files import Files, RangedFile
 from orbax_nnx_handler.storage.stores.kvstore import Extent
 
 _TEXT = "SU"
+_LONGEST_HEADER = 10_000  # What NumPy holds to be safe to parse.
 _BFLOAT16_BYTES = 2
 
 _Header = tuple[Shape, bool, np.dtype[Any]]
@@ -121,7 +123,12 @@ def _parse(member: IO[bytes]) -> _Header:
     if version not in _READERS:
         # Version 3.0 exists for one thing: names of fields that are not in Latin 1.
         raise ForeignError("records of several fields")
-    return _READERS[version](member)
+    # First, for a header of the second version may say that it has 4 GB, and a member may unpack to them.
+    length = member.read(2 if version == (1, 0) else 4)
+    header = int.from_bytes(length, "little")
+    if header > _LONGEST_HEADER:
+        raise ValueError(f"its header would have {header} bytes")
+    return _READERS[version](io.BytesIO(length + member.read(header)))
 
 
 def _check_type(dtype: np.dtype[Any]) -> None:

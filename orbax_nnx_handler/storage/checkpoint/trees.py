@@ -35,6 +35,7 @@ from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
 from orbax_nnx_handler.storage.checkpoint.fields import (
     MOST_LEAVES,
     FieldError,
+    check_depth,
     check_paths,
     keys_of,
     object_of,
@@ -214,8 +215,8 @@ def packed_tree(file: epath.Path, folder: epath.Path, files: Files, below: str =
     lost: dict[Path, str] = {}
     foreign: dict[Path, str] = {}
     by_orbax = file.name == MSGPACK_FILE
-    leaves = list(itertools.islice(_walk(_unpack(file, files, below), ()), MOST_LEAVES + 1))
     try:
+        leaves = list(itertools.islice(_walk(_unpack(file, files, below), ()), MOST_LEAVES + 1))
         check_paths([keys for keys, _ in leaves])
     except FieldError as error:
         raise _no_packed_tree(file, error) from error
@@ -355,6 +356,7 @@ def _numbered(node: dict[str, Any], name: str) -> list[Any]:
 
 
 def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    check_depth(len(path))
     if isinstance(tree, dict) and _CHUNKED in tree:
         yield path, _from_chunks(cast(dict[str, Any], tree))
     elif isinstance(tree, dict) and tree and _spec_name(cast(dict[Any, Any], tree)) is None:

@@ -342,7 +342,9 @@ def _compare(one: Buffer, other: Buffer) -> Difference:
 def _compare_part(one: Buffer, other: Buffer) -> Difference:
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
     left, right = one.astype(wide), other.astype(wide)
-    unequal = ~((left == right) | (np.isnan(left) & np.isnan(right)))
+    # Two integers of 64 bits may be one float64.
+    same = one == other if one.dtype.kind in "iub" else left == right
+    unequal = ~(same | (np.isnan(left) & np.isnan(right)))
     if not unequal.any():
         return Difference(unequal=0, largest=0.0)
     apart = np.abs(left[unequal] - right[unequal])

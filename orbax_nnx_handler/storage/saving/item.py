@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
+from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import children, flatten, is_graph, numbers_beside
 
 _OPT_STATE = "opt_state"
@@ -173,11 +174,25 @@ def _divided(leaves: ItemLeaves, root: Path) -> tuple[dict[Path, ItemLeaf], dict
 
 def _train_state(leaves: Mapping[Path, ItemLeaf], owner: Path, opt_state: Any, model_key: Hashable) -> Parts:
     above = (*owner, _OPT_STATE)
-    step = leaves.get((*owner, "step"))
+    # A program's own count beside the optimizer is the train state's step; the optimizer's is kept aside.
+    step = _count(leaves, owner[:-1]) or leaves.get((*owner, "step"))
     rest = {path: leaf for path, leaf in leaves.items() if path[: len(above)] != above and leaf is not step}
     root = _root(rest, owner[:-1], opt_state, model_key)
     model, outside = _divide(rest, root)
+    if root[-1:] == ("params",):
+        # A functional train state keeps its other collections beside `params`.
+        beside = {
+            path: leaf for path, leaf in outside.items() if _is_in_collection(path[len(root) - 1 :], leaf)
+        }
+        model = {**model, **{path[len(root) :]: leaf for path, leaf in beside.items()}}
+        outside = {path: leaf for path, leaf in outside.items() if path not in beside}
     return Parts(model=model, outside=outside, opt_state=opt_state, owner=owner, step=step)
+
+
+def _count(leaves: ItemLeaves, owner: Path) -> ItemLeaf | None:
+    """Returns the number called `step` that a program keeps below some keys, in no Variable."""
+    leaf = leaves.get((*owner, "step"))
+    return None if leaf is None or isinstance(leaf.node, nnx.Variable) else leaf
 
 
 def _state_of(item: Any) -> Any:
@@ -232,6 +247,9 @@ def _opt_states(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def _without_optimizer(item: Any, leaves: ItemLeaves, model_key: Hashable) -> Parts:
+    if step := _count(leaves, ()):
+        rest = {path: leaf for path, leaf in leaves.items() if leaf is not step}
+        return dataclasses.replace(_without_optimizer(item, rest, model_key), step=step)
     keys = {path[0] for path in leaves}
     if isinstance(item, tuple | list):
         # What `nnx.split` returns: several states of one model.
@@ -240,7 +258,16 @@ def _without_optimizer(item: Any, leaves: ItemLeaves, model_key: Hashable) -> Pa
     if model_key in keys and (container or (keys == {model_key} and _names_its_model(item))):
         model, outside = _divide(leaves, (model_key,))
         return Parts(model=model, outside=outside)
+    typed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf.node, nnx.Variable)}
+    if container and typed and all(_is_in_collection(path, leaf) for path, leaf in typed.items()):
+        outside = {path: leaf for path, leaf in leaves.items() if path not in typed}
+        return Parts(model={path[1:]: leaf for path, leaf in typed.items()}, outside=outside)
     return Parts(model=leaves, outside={})
+
+
+def _is_in_collection(path: Path, leaf: ItemLeaf) -> bool:
+    """Tells whether the first key above a Variable is the collection of its type, as in a variables dict."""
+    return len(path) > 1 and path[0] == collection_of(cast("type[Any]", type(leaf.node)))
 
 
 def _names_its_model(item: Any) -> bool:

@@ -19,6 +19,7 @@ import tensorstore as ts
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
+from orbax_nnx_handler.planning.verdict.unreadable import UnfitName
 from orbax_nnx_handler.storage.stores.backends import CONTEXT_SPEC, LocalFiles, RemoteFiles
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile, Sizes
 from orbax_nnx_handler.storage.stores.locations import MISREAD, check_files, is_misread, is_url, kvstore_spec
@@ -216,7 +217,9 @@ class Store:
         """Returns why an array of this name is none of the store's, or None if it may be."""
         if self.kind != "files" or not self.local or not is_misread(name):
             return None
-        return f"{self.directory} can have no directory {name!r}: {MISREAD} (OCDBT keeps such names)"
+        return UnfitName(
+            f"{self.directory} can have no directory {name!r}: {MISREAD} (OCDBT keeps such names)"
+        )
 
     def extent(self, key: str) -> Extent | None:
         """Returns the file that holds a key's value, or None where only the store can tell."""

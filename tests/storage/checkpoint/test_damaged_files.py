@@ -98,7 +98,8 @@ ZARR2_FIELDS = [
     (("dtype",), value) for value in (None, 7, "<q9", "|O", "<U8", [["a", "<f4"]], "nonsense")
 ] + [
     (("compressor",), 7), (("dimension_separator",), "/../../outside/"), (("dimension_separator",), 7),
-    (("fill_value",), {"a": 1}),
+    (("fill_value",), {"a": 1}), (("fill_value",), "x"), (("zarr_format",), 3), (("zarr_format",), "2"),
+    (("zarr_format",), None), (("dtype",), "float32"), (("shape",), [0, 1 << 62]),
 ]  # fmt: skip
 ZARR3_FIELDS = [
     (("shape",), [-1, 4]), (("node_type",), "group"), (("data_type",), {"name": "x"}),
@@ -106,6 +107,9 @@ ZARR3_FIELDS = [
     (("codecs",), [1]), (("codecs",), [{}]), (("chunk_grid",), None), (("chunk_grid", "configuration"), 3),
     (("chunk_grid", "configuration", "chunk_shape"), [0, 4]), (("chunk_key_encoding",), 3),
     (("chunk_key_encoding",), {"name": "default", "configuration": {"separator": "/../"}}),
+    (("fill_value",), "x"), (("zarr_format",), 2), (("chunk_grid", "name"), "rectangular"),
+    (("attributes",), 1),
+    (("storage_transformers",), [{"name": "x"}]), (("new",), {"must_understand": True}), (("new",), 1),
 ]  # fmt: skip
 
 
@@ -121,6 +125,25 @@ def test_array_metadata_with_a_wrong_field_is_a_lost_leaf(tmp_path, disk_format,
     file.write_text(json.dumps(fields))
 
     assert set(read_metadata(path).lost) == {("w",)}
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("new",), {"must_understand": False}),
+        (("attributes",), {"a": "b"}),
+        (("storage_transformers",), []),
+        (("dimension_names",), ["x", None]),
+        (("fill_value",), "NaN"),
+    ],
+)
+def test_array_metadata_that_other_writers_add_to_is_read(tmp_path, where, value):
+    path = item(tmp_path, ZARR3)
+    fields = json.loads((path / "w" / "zarr.json").read_text())
+    changed(fields, where, value)
+    (path / "w" / "zarr.json").write_text(json.dumps(fields))
+
+    assert not read_metadata(path).lost
 
 
 def notes(name, impl):

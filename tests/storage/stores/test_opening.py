@@ -123,6 +123,9 @@ def test_a_name_with_a_backslash_reads_no_other_array(tmp_path, disk_format, is_
     with pytest.raises(UnreadableLeafError, match="takes a backslash in a path for a separator") as caught:
         restore(path, {"x\\secret": WANTED["w"]})
     assert "x\\secret" in str(caught.value)
+    assert [hint.words for hint in caught.value.hints] == [
+        "save it where it was written, under other names or with use_ocdbt=True."
+    ]
     assert str(path) in str(caught.value)
 
 

@@ -5,7 +5,7 @@ And what the checkpoint is as a whole: without a weight, or of another layout th
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 import jax.numpy as jnp
 from flax import nnx
@@ -123,7 +123,8 @@ def find_lost_weights(evidence: Evidence) -> Iterable[Cause]:
 def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
     """Yields a part of the target of which nothing is stored, where all the rest is there."""
     missing = evidence.missing_weights
-    rest = [path for path in evidence.weights if path not in set(missing) and path not in evidence.explained]
+    known = evidence.explained.union(missing)
+    rest = [path for path in evidence.weights if path not in known]
     # With anything else wrong, the missing leaves may be what the wrong ones were renamed from.
     if (
         not missing
@@ -135,7 +136,8 @@ def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
     lora = [
         path for path in missing if issubclass(evidence.missing[path].wanted.kind or object, nnx.LoRAParam)
     ]
-    modules = {_new_module(path, rest) for path in missing if path not in lora}
+    held = {other[:length] for other in rest for length in range(1, len(other) + 1)}
+    modules = {_new_module(path, held) for path in missing if path not in lora}
     if None in modules or len(missing) >= len(rest) + len(lora):
         return
     paths = evidence.with_moments(missing)
@@ -153,11 +155,11 @@ def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
     )
 
 
-def _new_module(path: Path, rest: Sequence[Path]) -> Path | None:
+def _new_module(path: Path, held: Collection[Path]) -> Path | None:
     """Returns the highest module above a weight under which nothing is stored; None for a lone weight."""
     for length in range(1, len(path)):
         prefix = path[:length]
-        if not any(other[:length] == prefix for other in rest):
+        if prefix not in held:
             return prefix if isinstance(prefix[-1], str) else None
     return None
 

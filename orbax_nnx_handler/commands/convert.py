@@ -36,7 +36,7 @@ from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, parse, render, spelled
 from orbax_nnx_handler.planning.layouts.layout import Layout
-from orbax_nnx_handler.planning.mapping.modules import layers_inside
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item

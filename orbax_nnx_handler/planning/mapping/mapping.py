@@ -25,6 +25,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, Placement, Stored
 from orbax_nnx_handler.planning.layouts.linen import AUX
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.matches import (
     SAME_PATH,
     CompetingSources,
@@ -34,10 +35,9 @@ from orbax_nnx_handler.planning.mapping.matches import (
     ModelMatch,
     UnclearAxis,
 )
-from orbax_nnx_handler.planning.mapping.modules import WithoutVariable
 from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
 from orbax_nnx_handler.planning.mapping.optimizers.moments import FollowedMoments, MomentFollower, StuckMoment
-from orbax_nnx_handler.planning.mapping.optimizers.pairs import PairedStates
+from orbax_nnx_handler.planning.mapping.optimizers.state_pairs import PairedStates
 from orbax_nnx_handler.planning.mapping.optimizers.states import (
     StoredStates,
     parameter_paths,

@@ -10,6 +10,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf, may_hold_layer
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, shape_of, substitute
 from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable, derive
 from orbax_nnx_handler.planning.mapping.layers import (
     FLAT,
     Group,
@@ -30,7 +31,6 @@ from orbax_nnx_handler.planning.mapping.matches import (
     Restacked,
     UnclearAxis,
 )
-from orbax_nnx_handler.planning.mapping.modules import WithoutVariable, derive
 from orbax_nnx_handler.planning.mapping.restack import restack
 from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
 from orbax_nnx_handler.planning.rules import ScanAxis

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import Layout, holds_no_weights, is_copy_name, words_of
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import is_wrapper_value
 from orbax_nnx_handler.planning.mapping.matches import (
     SAME_PATH,
     CompetingSources,
@@ -20,7 +21,6 @@ from orbax_nnx_handler.planning.mapping.matches import (
     ModelMatch,
 )
 from orbax_nnx_handler.planning.mapping.matching import Matcher
-from orbax_nnx_handler.planning.mapping.modules import is_wrapper_value
 from orbax_nnx_handler.planning.mapping.roots import (
     PLAIN_LEVELS,
     Collections,

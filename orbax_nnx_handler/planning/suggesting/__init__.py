@@ -1,8 +1,8 @@
 """Proposes rules where the names or the arrangement of checkpoint and target differ."""
 
 from orbax_nnx_handler.planning.suggesting.fitting import Remade
-from orbax_nnx_handler.planning.suggesting.layers import Order, creation_order, order_of
 from orbax_nnx_handler.planning.suggesting.proposing import propose
+from orbax_nnx_handler.planning.suggesting.series import Order, creation_order, order_of
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
     Confidence,

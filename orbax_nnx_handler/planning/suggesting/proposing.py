@@ -14,9 +14,8 @@ from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.blocks import Findings
 from orbax_nnx_handler.planning.suggesting.fitting import Remade, remade_links
-from orbax_nnx_handler.planning.suggesting.layers import Order
+from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.parts import (
     Leaf,
     Link,
@@ -39,6 +38,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     untyped_leaves,
     wanted_leaves,
 )
+from orbax_nnx_handler.planning.suggesting.series import Order
 from orbax_nnx_handler.planning.suggesting.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import Answers, Proposal, Question, Suggestion
 from orbax_nnx_handler.planning.suggesting.writing import Writer

@@ -22,11 +22,11 @@ from orbax_nnx_handler.planning.core.recipes import (
     reads,
     shape_of,
 )
-from orbax_nnx_handler.planning.mapping.modules import derive
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.blocks import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, main_size, may_be
-from orbax_nnx_handler.planning.suggesting.matching import MOST_PAIRS
+from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
+from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
 from orbax_nnx_handler.planning.suggesting.parts import (
     Leaf,
     Link,

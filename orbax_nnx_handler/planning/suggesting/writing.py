@@ -20,8 +20,8 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.patterns import Pattern, shared_ends
 from orbax_nnx_handler.planning.rules.rename import leads_back
 from orbax_nnx_handler.planning.suggesting.fitting import joining_rule, shaping_rule
-from orbax_nnx_handler.planning.suggesting.layers import whole_parts
 from orbax_nnx_handler.planning.suggesting.parts import Layers, Link, Names, with_places
+from orbax_nnx_handler.planning.suggesting.series import whole_parts
 from orbax_nnx_handler.planning.suggesting.shapes import Steps
 
 _MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
 from orbax_nnx_handler.planning.layouts.linen import AUX
-from orbax_nnx_handler.planning.mapping.modules import layers_inside
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
 from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules

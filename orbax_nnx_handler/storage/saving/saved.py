@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, printable, segments
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Slice, reads
-from orbax_nnx_handler.planning.mapping.modules import GRU_GATES, LSTM_GATES
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import GRU_GATES, LSTM_GATES
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.trees import array_name, leads_out
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
@@ -138,7 +138,7 @@ def cells_of(leaves: Mapping[Path, SavedLeaf], moments: Set[Path] = frozenset())
 def with_gates(leaves: Mapping[Path, SavedLeaf], cells: Cells) -> dict[Path, SavedLeaf]:
     """Returns the leaves with NNX's fused cells as Linen's gates.
 
-    The opposite of the rules in `planning.mapping.modules`. A moment is split as its parameter is. The
+    The opposite of the rules in `planning.mapping.cells_and_wrappers`. A moment is split as its parameter is. The
     bias of a `GRUCell` that NNX does not have becomes zeros: its value before any training, and the
     only one under which both programs agree.
     """

@@ -31,7 +31,7 @@ from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
-from orbax_nnx_handler.planning.rules.undo import inverse, undo_rules
+from orbax_nnx_handler.planning.rules.inverse import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pytest
 
 from orbax_nnx_handler.planning.core.paths import canonical
-from orbax_nnx_handler.planning.mapping.optimizers.pairs import PairedStates, pair_states
+from orbax_nnx_handler.planning.mapping.optimizers.state_pairs import PairedStates, pair_states
 from orbax_nnx_handler.planning.mapping.optimizers.states import (
     OptimizerLeaf,
     OptimizerState,

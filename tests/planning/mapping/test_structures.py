@@ -12,7 +12,7 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, canonical
 from orbax_nnx_handler.planning.core.recipes import Concat, Read
-from orbax_nnx_handler.planning.mapping.modules import Derived, derive
+from orbax_nnx_handler.planning.mapping.cells_and_wrappers import Derived, derive
 from tests.planning.plans import params, plan_of
 
 Model = dict[tuple[str, ...], StoredLeaf]

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Stack,
     Transpose,
 )
-from orbax_nnx_handler.planning.rules.undo import inverse
+from orbax_nnx_handler.planning.rules.inverse import inverse
 from tests.planning.plans import evaluate
 
 A, B = Read(("a",)), Read(("b",))

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.rules import (
     apply_rules,
 )
 from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
-from orbax_nnx_handler.planning.rules.undo import undo_rules
+from orbax_nnx_handler.planning.rules.inverse import undo_rules
 from tests.planning.plans import evaluate, leaves_of, params, plan_of, stored_of, values_of
 
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)

@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
-from orbax_nnx_handler.planning.suggesting.layers import (
+from orbax_nnx_handler.planning.suggesting.matching_parts import Created, match_parts
+from orbax_nnx_handler.planning.suggesting.parts import (
+    Layers,
+    Leaf,
+    Level,
+    Link,
+    Names,
+    Tie,
+    levels,
+    module_parts,
+)
+from orbax_nnx_handler.planning.suggesting.series import (
     Looks,
     Series,
     are_alike,
@@ -17,17 +28,6 @@ from orbax_nnx_handler.planning.suggesting.layers import (
     series_of,
     stack_of,
     without_axis,
-)
-from orbax_nnx_handler.planning.suggesting.matching import Created, match_parts
-from orbax_nnx_handler.planning.suggesting.parts import (
-    Layers,
-    Leaf,
-    Level,
-    Link,
-    Names,
-    Tie,
-    levels,
-    module_parts,
 )
 
 

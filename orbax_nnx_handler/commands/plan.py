@@ -14,7 +14,8 @@ from orbax_nnx_handler.commands.arguments import (
     described,
     policies_of,
 )
-from orbax_nnx_handler.commands.screen import Screen, as_options
+from orbax_nnx_handler.commands.hints import as_options
+from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.decide import plan_restore
 from orbax_nnx_handler.planning.diagnosis.ways import SUGGEST, SUGGEST_ANEW
 from orbax_nnx_handler.planning.plan import RestorePlan

@@ -22,14 +22,8 @@ from orbax_nnx_handler.planning.rules.one_leaf import (
 )
 from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
 from orbax_nnx_handler.planning.rules.rule import Rule
-from orbax_nnx_handler.planning.rules.several_leaves import (
-    Copy,
-    Fuse,
-    ScanAxis,
-    Split,
-    StackLayers,
-    UnstackLayers,
-)
+from orbax_nnx_handler.planning.rules.split_and_fuse import Fuse, Split
+from orbax_nnx_handler.planning.rules.stacking import Copy, ScanAxis, StackLayers, UnstackLayers
 
 __all__ = [
     "Add",

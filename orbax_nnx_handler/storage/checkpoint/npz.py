@@ -37,7 +37,7 @@ from orbax_nnx_handler.storage.checkpoint.trees import STRING_TYPE, UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.files import Files, RangedFile
-from orbax_nnx_handler.storage.stores.kvstore import Extent
+from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 _TEXT = "SU"
 _LONGEST_HEADER = 10_000  # What NumPy holds to be safe to parse.

@@ -25,7 +25,7 @@ from orbax_nnx_handler.storage.checkpoint.trees import UNKNOWN_TYPE
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
 from orbax_nnx_handler.storage.stores import kvstore
 from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files
-from orbax_nnx_handler.storage.stores.kvstore import Extent
+from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 DISK_FORMAT = "safetensors"
 

@@ -33,7 +33,7 @@ from orbax_nnx_handler.storage.reading.base_store import AbsentError
 from orbax_nnx_handler.storage.reading.byte_plan import Limits, WantedBytes, cut_run
 from orbax_nnx_handler.storage.reading.jobs import Buffer, Destination
 from orbax_nnx_handler.storage.reading.streams import ByteStream, Content, Unpacked, Zstd, decompressor
-from orbax_nnx_handler.storage.stores.kvstore import Extent
+from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 # Bytes unpacked at a time where values are scattered or cast: they stay in the
 # processor's cache until they are copied on.

@@ -38,8 +38,9 @@ from orbax_nnx_handler.storage.reading.engine import Progress, Task, naming_lost
 from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.members import pieces_of_member
 from orbax_nnx_handler.storage.reading.streams import Content
-from orbax_nnx_handler.storage.stores.kvstore import Extent, Store
+from orbax_nnx_handler.storage.stores.kvstore import Store
 from orbax_nnx_handler.storage.stores.locations import reason_and_hint
+from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 
 def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region]]) -> dict[Path, list[str]]:

@@ -27,7 +27,7 @@ from orbax_nnx_handler.storage.reading.chunks import (
 )
 from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.streams import Content, Deflated, Uncompressed, Unpacked
-from orbax_nnx_handler.storage.stores.kvstore import Extent
+from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 # So much more than is needed is read, so that the checksum can be compared.
 _SPARE_BYTES = 1 << 20

@@ -31,16 +31,10 @@ from orbax_nnx_handler.storage.saving.arrange import (
     is_nnx,
     is_stream,
 )
+from orbax_nnx_handler.storage.saving.cells import cells_of, with_empty_gates, with_gates
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
-from orbax_nnx_handler.storage.saving.saved import (
-    SavedLeaf,
-    cells_of,
-    check_folders,
-    check_names,
-    check_spellings,
-    with_empty_gates,
-    with_gates,
-)
+from orbax_nnx_handler.storage.saving.names import check_folders, check_names, check_spellings
+from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 from orbax_nnx_handler.storage.saving.undo import (
     Copies,
     SavedLeaves,

@@ -7,10 +7,9 @@ from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_index, parse
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.one_leaf import Drop
 from orbax_nnx_handler.planning.rules.patterns import Pattern
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
@@ -24,6 +23,7 @@ from orbax_nnx_handler.planning.rules.rule import (
     normal_axis,
     replace_each,
 )
+from orbax_nnx_handler.planning.rules.stacking import stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Fuse(Rule):
 
     def _make(self, parts: Sequence[Entry]) -> Entry:
         if self.new_axis:
-            return _stacked(parts, self.axis, "parts")
+            return stacked(parts, self.axis, "parts")
         first = parts[0]
         axis = normal_axis(self.axis, len(first.shape), first.shape)
         recipe = recipes.Concat(tuple(part.recipe for part in parts), axis)
@@ -228,223 +228,3 @@ def _written(rule: "Split | Fuse", last: str) -> str:
     """Returns the call that makes a rule, without its last field where that is not set."""
     fields = [field.name for field in dataclasses.fields(rule) if field.name != last or getattr(rule, last)]
     return f"{type(rule).__name__}({', '.join(f'{name}={getattr(rule, name)!r}' for name in fields)})"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Named(Rule):
-    """A rule with one pattern on either side."""
-
-    pattern: str
-    into: str
-
-    @cached_property
-    def _left(self) -> Pattern:
-        return Pattern(self.pattern)
-
-    @cached_property
-    def _right(self) -> Pattern:
-        return Pattern(self.into)
-
-
-@dataclasses.dataclass(frozen=True)
-class StackLayers(_Named):
-    """Layers that are stored one by one are stacked along a new axis.
-
-    The layers are counted by the place that the result does not repeat, from 0 without a gap.
-
-    ```python
-    renames = [StackLayers("Block_{i}", "blocks", axis=0)]  # 12 of (512, 512) into (12, 512, 512)
-    ```
-
-    Attributes:
-        pattern: Stored segments with the place that counts.
-        into: What they become.
-        axis: The new axis; negative ones count from the end of the result.
-
-    Raises:
-        RuleError: Not exactly one place of the pattern is left to count by.
-    """
-
-    axis: int
-
-    def __post_init__(self) -> None:
-        check_pattern(self, self._left, self._right)
-        check_places(self, self._left, self._right)
-        _check_counter(self, self._left, self._right)
-
-    def apply(self, entries: Sequence[Entry]) -> Applied:
-        """Returns all entries after the rule; a stack takes its first layer's place."""
-        counter = _counter(self._left, self._right)
-        groups: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
-        named: dict[tuple[str, ...], Entry] = {}
-        for at, match in find(self._left, entries).items():
-            number = match.span.bindings[counter]
-            if is_index(number):
-                name = match.renamed(self._right)
-                named.setdefault(name.whole, name)
-                groups[name.whole].append((int(number), at))
-        return join(self, entries, [self._join(named[whole], layers) for whole, layers in groups.items()])
-
-    def inverse(self) -> Rule:
-        """Returns the unstacking."""
-        return UnstackLayers(self.into, self.pattern, self.axis)
-
-    def _join(self, name: Entry, layers: Sequence[tuple[int, int]]) -> Join:
-        ordered = sorted(layers)
-        numbers = [number for number, _ in ordered]
-        fault = "" if numbers == list(range(len(numbers))) else f"the layers are {numbers}, not 0, 1, 2, ..."
-        return Join(name=name, members=tuple(at for _, at in ordered), fault=fault, make=self._make)
-
-    def _make(self, parts: Sequence[Entry]) -> Entry:
-        return _stacked(parts, self.axis, "layers")
-
-
-def _stacked(parts: Sequence[Entry], axis: int, what: str) -> Entry:
-    """Returns entries side by side along a new axis.
-
-    Raises:
-        RecipeError: Their shapes differ, or the result has no such axis.
-    """
-    first = parts[0]
-    different = sorted({part.shape for part in parts})
-    if len(different) > 1:
-        raise RecipeError(f"the {what} have different shapes: {different}")
-    axis = normal_axis(axis, len(first.shape) + 1, first.shape)
-    recipe = recipes.Stack(tuple(part.recipe for part in parts), axis)
-    shape = (*first.shape[:axis], len(parts), *first.shape[axis:])
-    return dataclasses.replace(first, recipe=recipe, shape=shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class UnstackLayers(_Named):
-    """Layers that are stored stacked along an axis are taken apart.
-
-    ```python
-    renames = [UnstackLayers("ScanBlock_0", "blocks/{i}", axis=0)]  # (12, 512, 512) into 12 of (512, 512)
-    ```
-
-    Attributes:
-        pattern: Stored segments: `"ScanBlock_0"`.
-        into: What they become, with a place for the layer's number: `"blocks/{i}"`.
-        axis: The stacked axis; negative ones count from the end.
-
-    Raises:
-        RuleError: Not exactly one place of the result is left to count with.
-    """
-
-    axis: int
-
-    def __post_init__(self) -> None:
-        check_pattern(self, self._left, self._right)
-        check_places(self, self._right, self._left)
-        _check_counter(self, self._right, self._left)
-
-    def apply(self, entries: Sequence[Entry]) -> Applied:
-        """Returns all entries after the rule; the layers take their stack's place."""
-        return replace_each(self, self._left, entries, self._layers)
-
-    def inverse(self) -> Rule:
-        """Returns the stacking."""
-        return StackLayers(self.into, self.pattern, self.axis)
-
-    def _layers(self, match: Match) -> list[Entry]:
-        entry, counter = match.entry, _counter(self._right, self._left)
-        axis = normal_axis(self.axis, len(entry.shape), entry.shape)
-        if not entry.shape[axis]:
-            raise RecipeError(f"axis {axis} has no layer")
-        return [
-            match.made_by(
-                self,
-                self._right,
-                {**match.span.bindings, counter: str(layer)},
-                recipe=recipes.Index(entry.recipe, axis, layer),
-                shape=(*entry.shape[:axis], *entry.shape[axis + 1 :]),
-            )
-            for layer in range(entry.shape[axis])
-        ]
-
-
-@dataclasses.dataclass(frozen=True)
-class ScanAxis(Rule):
-    """Says along which axis the layers of a stored group are stacked, where their shapes leave it open.
-
-    ```python
-    renames = [ScanAxis("decoder/layers", 1)]
-    ```
-
-    Attributes:
-        group: The group's path without layer numbers, from the model's root: `"decoder/layers"`.
-        axis: The stacked axis of its stored leaves, or of its wanted ones where
-            only those are stacked; not negative.
-
-    Raises:
-        RuleError: The group is empty or the axis is negative.
-    """
-
-    group: str
-    axis: int
-
-    def __post_init__(self) -> None:
-        if not self.tokens or self.axis < 0:
-            raise RuleError(f"{self} needs a group's name and an axis counted from the front.")
-
-    @cached_property
-    def tokens(self) -> tuple[str, ...]:
-        """The group's canonical path."""
-        return canonical(parse(self.group))
-
-    def apply(self, entries: Sequence[Entry]) -> Applied:
-        """Returns the entries as they are: the rule is for the mapping of layer groups."""
-        return Applied(entries=entries, matched=0)
-
-    @property
-    def _loss(self) -> str:
-        return "it says how to read a group; StackLayers and UnstackLayers also write one"
-
-
-def _counter(counting: Pattern, other: Pattern) -> str:
-    return next(iter(counting.places - other.places))
-
-
-def _check_counter(rule: Rule, counting: Pattern, other: Pattern) -> None:
-    if len(counting.places - other.places) != 1:
-        raise RuleError(f"{rule} needs exactly one place, such as {{i}}, that counts the layers.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Copy(_Named):
-    """Every leaf that matches becomes another wanted leaf as well.
-
-    For a program that uses its embedding as output layer and a model that has a head. Only this
-    rule lets one stored leaf become two wanted ones. Moments follow on both sides. Saved with the same
-    rules, both are stored as the one leaf that they were: they must be equal still, or the save is refused,
-    since one of them would be lost.
-
-    ```python
-    renames = [Copy("embed/embedding", "head/kernel"), Transpose("head/kernel", (1, 0))]
-    ```
-
-    Attributes:
-        pattern: Stored segments, as in `Rename`.
-        into: What they become in the copy; the leaf itself keeps its name.
-
-    Raises:
-        RuleError: A pattern is empty, both are the same, or the copy repeats a place that
-            the pattern lacks.
-    """
-
-    def __post_init__(self) -> None:
-        check_pattern(self, self._left, self._right)
-        check_places(self, self._left, self._right)
-        if self.pattern == self.into:
-            raise RuleError(f"{self} needs another name for the copy.")
-
-    def apply(self, entries: Sequence[Entry]) -> Applied:
-        """Returns all entries after the rule, each copy behind its leaf."""
-        return replace_each(
-            self, self._left, entries, lambda match: [match.entry, match.made_by(self, self._right)]
-        )
-
-    def inverse(self) -> Rule:
-        """Returns the rule that leaves the copy behind; a save compares it with its leaf first."""
-        return Drop(self.into, f"a copy of {self.pattern}")

@@ -29,7 +29,7 @@ from flax import nnx
 
 from benchmarks.measuring import Row, arguments, report, table
 from benchmarks.skeleton import Axes, Decoder, Hosts, train_state, write
-from orbax_nnx_handler.decide import decide
+from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.storage.checkpoint.find import find_item

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orbax_nnx_handler.api import from_linen, restore, save, suggest, to_linen
-    from orbax_nnx_handler.decide import plan_restore
     from orbax_nnx_handler.handler import (
         MissingParamRestoreArgs,
         NNXLinenHandler,
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
         NNXLinenSave,
         handler_registry,
     )
+    from orbax_nnx_handler.planner import plan_restore
     from orbax_nnx_handler.planning.core.errors import (
         AmbiguousMappingError,
         DtypeMismatchError,
@@ -166,7 +166,7 @@ _HOMES = {
         "DisagreementError",
         "OtherProcessError",
     ),
-    "decide": ("plan_restore",),
+    "planner": ("plan_restore",),
     "verifying.verification": ("Verification",),
     "verifying.verify": ("verify",),
 }

@@ -8,8 +8,8 @@ import jax
 from absl import logging
 from etils import epath
 
-from orbax_nnx_handler.decide import flatten_wanted, look_at, plan_of
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
+from orbax_nnx_handler.planner import flatten_wanted, look_at, plan_of
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.layouts import LayoutChoice

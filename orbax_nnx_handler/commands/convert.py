@@ -31,7 +31,7 @@ from orbax_nnx_handler.commands.arguments import (
 )
 from orbax_nnx_handler.commands.screen import Screen, count, size
 from orbax_nnx_handler.commands.user_code import UsageError
-from orbax_nnx_handler.decide import plan_restore
+from orbax_nnx_handler.planner import plan_restore
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, parse, render, spelled

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from orbax_nnx_handler.decide import decide
+from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import Policies, RestoreOptions, UnexpectedPolicy

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.simulate import TOY, byte_plan, jobs_on, target_of
 from benchmarks.skeleton import Hosts, train_state, write
-from orbax_nnx_handler.decide import decide
+from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.reading.byte_plan import DISK

@@ -1,4 +1,4 @@
-"""What becomes of one wanted leaf: restored, missing (zeros, an initial value or an error), mismatched, defaulted."""
+"""What becomes of one wanted leaf: restored, missing (zeros, initial, an error), mismatched or defaulted."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

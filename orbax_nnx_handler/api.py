@@ -238,7 +238,8 @@ def from_linen(
 
     Args:
         variables: What `restore` reads, as containers that JAX knows: variables, a `TrainState`, a dict of
-            these, boxed parameters, an optimizer's state, an `nnx.State` or a flat dict of arrays.
+            these, boxed parameters, an optimizer's state, an `nnx.State`; or a flat dict of arrays, whose
+            names are paths: tuples of keys, or texts with slashes (`flax.traverse_util.flatten_dict`).
         target: See `plan_restore`.
         restore_args: See `plan_restore`.
         policy: See `plan_restore`.

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import (
+    KeyMismatchError,
     MissingParamError,
     NNXLinenHandler,
     NNXLinenRestore,
@@ -279,6 +280,48 @@ def test_settings_of_one_restore_win_over_the_handlers(tmp_path) -> None:
     assert not np.any(model.down.kernel.get_value())
     assert handler.report is not None
     assert ("down", "kernel") in handler.report.filled
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_random_key_that_orbax_describes_by_its_bits_is_restored_as_stock_orbax_does(
+    tmp_path, impl: str, shape: tuple[int, ...]
+) -> None:
+    key = jax.random.split(jax.random.key(7, impl=impl), shape) if shape else jax.random.key(7, impl=impl)
+    item = {"params": {"w": jnp.ones(3)}, "key": key}
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, item)
+    path = save_stock(tmp_path / "item", item)
+    stock = ocp.PyTreeCheckpointer().restore(path, target)
+    handler = NNXLinenHandler()
+
+    found = {
+        "older form": ocp.Checkpointer(handler).restore(path, target),
+        "a handler alone": handler.restore(path, target),
+        "args": handler.restore(path, args=NNXLinenRestore(target)),
+        "PyTreeRestore": handler.restore(path, args=ocp.args.PyTreeRestore(target)),
+        "restore": restore(path, target),
+        "beside a state": restore(
+            path, {"params": nnx.State({"w": nnx.Param(jnp.zeros(3))}), **_only_key(target)}
+        ),
+    }
+
+    assert stock["key"].dtype == key.dtype
+    for name, tree in found.items():
+        assert (tree["key"].dtype, tree["key"].shape) == (key.dtype, shape), name
+        np.testing.assert_array_equal(jax.random.key_data(tree["key"]), jax.random.key_data(key), name)
+
+
+def _only_key(target: Any) -> Any:
+    return {"key": target["key"]}
+
+
+def test_numbers_that_are_wanted_where_a_random_key_is_stored_are_still_a_mismatch(tmp_path) -> None:
+    path = save_stock(tmp_path / "item", {"w": jnp.ones(3), "key": jax.random.key(7)})
+    w = jax.ShapeDtypeStruct((3,), jnp.float32)
+
+    for wanted in (jnp.zeros(2, jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.int32)):
+        with pytest.raises(KeyMismatchError):
+            restore(path, {"w": w, "key": wanted})
 
 
 def test_partial_restore_says_that_a_target_leaves_out_what_is_stored(tmp_path, linen) -> None:

@@ -202,6 +202,59 @@ def test_collections_named_by_a_program_are_those_of_linen(tmp_path) -> None:
         np.testing.assert_array_equal(restored["batch_stats"]["mean"], np.arange(4.0))
 
 
+OWN = {
+    "one": {"m": jnp.arange(3.0)},
+    "mirrored": {"m": {"kernel": jnp.ones((4, 3)), "bias": jnp.arange(3.0)}},
+    "bare": {"kernel": jnp.ones((4, 3)), "bias": jnp.arange(3.0)},
+    "other": {"mu": {"kernel": jnp.ones((4, 3))}, "other": {"deep": {"w": jnp.arange(3.0)}}},
+    "numbered": {"0": {"m": jnp.arange(3.0)}, "1": {"m": jnp.arange(2.0)}},
+    "numbers": {"m": jnp.arange(3.0), "count": jnp.int32(4), "rate": 0.5},
+    "list": [jnp.arange(3.0), {"m": jnp.arange(2.0)}],
+    "optax": optax.adam(1e-2).init({"kernel": jnp.ones((4, 3)), "bias": jnp.arange(3.0)}),
+}
+FORMS = {"state": nnx.state, "module": lambda part: part}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("name", ["opt_state", "grads"])
+@pytest.mark.parametrize("beside", OWN.values(), ids=OWN)
+def test_a_programs_own_arrays_beside_a_model_come_back_whatever_they_are_called(
+    tmp_path, form: Any, name: str, beside: Any
+) -> None:
+    item = {"model": form(_model()), name: beside}
+    zeros = jax.tree.map(lambda leaf: 0 * leaf, beside)
+
+    save(tmp_path / "item", item)
+    restored = restore(tmp_path / "item", {"model": form(_abstract()), name: zeros})
+
+    assert jax.tree.structure(restored[name]) == jax.tree.structure(beside)
+    jax.tree.map(np.testing.assert_array_equal, restored[name], beside)
+    np.testing.assert_array_equal(
+        restored["model"]["kernel"] if form is nnx.state else restored["model"].kernel, _model().kernel
+    )
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("model", ["params", "model"])
+@pytest.mark.parametrize("above", [None, "nnx_aux"])
+@pytest.mark.parametrize("beside", OWN.values(), ids=OWN)
+def test_what_other_programs_store_beside_a_model_comes_back(
+    tmp_path, form: Any, model: str, above: str | None, beside: Any
+) -> None:
+    # Below `nnx_aux` lies what an earlier release saved of a module with a dict beside it.
+    own: dict[str, Any] = {"opt_state": beside}
+    if above is not None and (model == "model" or not isinstance(beside, dict)):
+        pytest.skip("no release has saved that")
+    stored = {model: nnx.to_pure_dict(nnx.state(_model())), **({above: own} if above else own)}
+    ocp.PyTreeCheckpointer().save(tmp_path / "item", stored)
+    zeros = jax.tree.map(lambda leaf: 0 * leaf, beside)
+
+    restored = restore(tmp_path / "item", {"model": form(_abstract()), "opt_state": zeros})
+
+    jax.tree.map(np.testing.assert_array_equal, restored["opt_state"], beside)
+    np.testing.assert_array_equal(nnx.state(restored["model"])["bias"], _model().bias)
+
+
 def test_a_module_beside_a_tuple_of_abstract_arrays_is_a_target(tmp_path) -> None:
     item = {"model": _model(), "pair": (jnp.arange(3), _Run(model=jnp.ones(2), epoch=jnp.int32(4)))}
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), item["pair"])
@@ -242,5 +295,9 @@ def test_a_mask_is_not_ignored(tmp_path) -> None:
 
     with pytest.raises(UnreadableLeafError, match=r"params/bias\s+a masked array"):
         from_linen({"params": {"kernel": np.ones((4, 3), np.float32), "bias": masked}}, _abstract())
+    for write in (lambda state: save(tmp_path / "masked", state), to_linen):
+        with pytest.raises(RestoreError, match="a masked array, and no array of JAX's has a mask: bias"):
+            write({"model": _model(), "bias": masked})
+    assert not (tmp_path / "masked").exists()
     with pytest.raises(RestoreError, match="target leaf bias is a masked array"):
         restore(tmp_path / "item", {"kernel": np.ones((4, 3), np.float32), "bias": masked})

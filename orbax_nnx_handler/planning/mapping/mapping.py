@@ -10,7 +10,7 @@ from functools import cached_property
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import OPT_STATE, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import (
     Index,
@@ -196,6 +196,7 @@ def map_leaves(
         optimizers.append(_stored_states(pair_stored, own, network, there if network else roots.stored))
         follower = _follower(pair_wanted, optimizers[-1], network, bool(virtual), stored, applied, here)
         followed.append(follower.add_to(found))
+    _add_own(found, wanted, placements)
     return LeafMapping(
         layout=layout,
         found={item.leaf.path: source for item in wanted if (source := found.get(item.leaf.path))},
@@ -398,6 +399,18 @@ def _add_steps(
             step = stored.steps[0].leaf.path
             if item.leaf.path not in found and step not in taken:
                 found[item.leaf.path] = Found(recipe=Read(step), evidence=_step_of(words))
+
+
+def _add_own(found: dict[Path, Found], wanted: Sequence[Wanted], placements: Sequence[Placement]) -> None:
+    """Adds what a program keeps below `opt_state` and optax does not know: under its whole path."""
+    own = [item.leaf.path for item in wanted if item.leaf.kind is None and OPT_STATE in item.leaf.path[:-1]]
+    own = [path for path in own if path not in found]
+    if own:
+        paths = [item.leaf.path for item in placements]
+        stored = {_without_aux(path): path for path in paths} | {canonical(path): path for path in paths}
+        for path in own:
+            if canonical(path) in stored:
+                found[path] = Found(recipe=Read(stored[canonical(path)]), evidence=SAME_PATH)
 
 
 def _without_aux(path: Path) -> Tokens:

@@ -104,7 +104,20 @@ def _certain_owners(leaves: Mapping[Path, WantedLeaf]) -> set[Path]:
     bare = [path for path, leaf in leaves.items() if leaf.kind is None]
     steps = {path[:-1] for path in bare if str(path[-1]) == "step"}
     beside = {path[: path.index(OPT_STATE)] for path in leaves if steps and OPT_STATE in path}
-    return optimizer_owners(bare) | (steps & beside)
+    return optimizer_owners(bare) | (steps & beside) | _beside_variables(leaves, bare)
+
+
+def _beside_variables(leaves: Mapping[Path, WantedLeaf], bare: Iterable[Path]) -> set[Path]:
+    """Returns the owners of an `opt_state` without a Variable in it, in a target that has Variables.
+
+    It is none of their modules'; a save of such an item takes it for the optimizer's as well.
+    """
+    owners = {path[: path.index(OPT_STATE)] for path in bare if OPT_STATE in path[:-1]}
+    if not owners:
+        return owners
+    typed = [path for path, leaf in leaves.items() if leaf.kind is not None]
+    inside = {path[: path.index(OPT_STATE)] for path in typed if OPT_STATE in path}
+    return owners - inside if typed else set()
 
 
 def _wanted(

@@ -130,8 +130,11 @@ class ProvenMoments:
 
     def _why(self, item: Wanted, recipe: Recipe) -> tuple[int, str]:
         stored = [self._placed[path] for path in dict.fromkeys(reads(recipe))]
+        whole = canonical(item.leaf.path)
         if self._by_rule.isdisjoint(reads(recipe)):
             self.owners[item.owner].update(placed.owner for placed in stored)
+        if all(placed.section == "aux" and canonical(placed.path) == whole for placed in stored):
+            return 9, ""  # Kept aside under its own path.
         if any(placed.section not in ("optimizer", "step") for placed in stored):
             return 9, "it is no part of an optimizer"
         if any(placed.section == "step" for placed in stored):

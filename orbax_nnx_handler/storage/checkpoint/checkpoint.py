@@ -168,7 +168,7 @@ def _parse_zarr3(fields: dict[str, Any]) -> Encoding:
     grid = object_of(object_of(fields, "chunk_grid"), "configuration")
     chunk_shape = shape_field(grid, "chunk_shape", least=1)
     codecs, sharded = _inner_codecs(objects_of(fields, "codecs"), chunk_shape)
-    key = optional_object(fields, "chunk_key_encoding") or {"name": "default"}
+    key = object_of(fields, "chunk_key_encoding")
     return Encoding(
         driver="zarr3",
         shape=shape_field(fields, "shape", least=0),
@@ -195,6 +195,8 @@ def _check_zarr3(fields: dict[str, Any]) -> None:
     grid = text_of(object_of(fields, "chunk_grid"), "name")
     if grid != "regular":
         raise FieldError(f"chunk_grid is {grid!r:.80}, not 'regular'")
+    if fields.get("fill_value") is None:
+        raise FieldError(f"fill_value is {'null' if 'fill_value' in fields else 'absent'}")
     if fields.get("storage_transformers"):
         raise FieldError("storage_transformers are none that are known")
     optional_object(fields, "attributes")

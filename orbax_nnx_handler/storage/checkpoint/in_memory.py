@@ -1,6 +1,6 @@
 """A tree in memory as a checkpoint: paths as Orbax would store them, shapes and dtypes from the leaves."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
 import jax
@@ -72,11 +72,38 @@ def hold(variables: Any) -> Checkpoint:
 def _leaves_of(tree: Any) -> dict[Path, Any]:
     if isinstance(tree, str):
         return {}
-    pairs = cast(
-        "list[tuple[tuple[Any, ...], Any]]",
-        jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0],
-    )
-    return {tuple(map(_key, path)): value_of(leaf) for path, leaf in pairs if path}
+    # Of a flat dict each value by itself: JAX cannot sort names that are tuples with numbers in them.
+    flat = _flat_names(tree)
+    parts = [((), tree)] if flat is None else [(flat[name], part) for name, part in tree.items()]
+    return {
+        (*above, *map(_key, path)): value_of(leaf)
+        for above, part in parts
+        for path, leaf in _with_paths(part)
+        if above or path
+    }
+
+
+def _with_paths(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return cast(Any, jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0])
+
+
+def _flat_names(tree: Any) -> dict[Any, Path] | None:
+    """Returns the path that each name of a flat dict stands for; None where a tree is no flat dict.
+
+    It is what `flax.traverse_util.flatten_dict` makes, with tuples for names or with `sep="/"`: no value in
+    it is a dict, which tells it from a tree that has slashes in its keys.
+    """
+    if not isinstance(tree, Mapping):
+        return None
+    named = cast("Mapping[Any, Any]", tree)
+    names = [name for name, part in named.items() if not isinstance(part, Mapping)]
+    if len(names) < len(named):
+        return None
+    if names and all(type(name) is tuple and name != () for name in names):
+        return {name: tuple([str(key) for key in name]) for name in names}
+    if all(isinstance(name, str) for name in names) and any("/" in name for name in names):
+        return {name: tuple(name.split("/")) for name in names}
+    return None
 
 
 def _is_variable(node: Any) -> bool:

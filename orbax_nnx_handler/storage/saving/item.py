@@ -211,6 +211,8 @@ def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:
         for path, node in cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)):
             if isinstance(node, nnx.Pytree | nnx.Module) and _is_opt_state(vars(node).get(_OPT_STATE)):
                 yield path, getattr(node, _OPT_STATE)
+        # What a program keeps beside its modules, in containers of its own.
+        yield from _opt_states(item, ())
         return
     found = dict(_opt_states(item, ()))
     inside = {(*owner, _OPT_STATE) for owner in found}
@@ -239,6 +241,8 @@ def _without_state(item: Any) -> Iterator[tuple[Path, Any]]:
 
 
 def _opt_states(node: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if isinstance(node, nnx.Pytree | nnx.Module):
+        return
     for key, child in children(node) or ():
         if key == _OPT_STATE and _is_opt_state(child):
             yield path, child

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
-from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RuleError
+from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RestoreError, RuleError
 from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
@@ -97,13 +97,15 @@ def plan_save(
 
     Raises:
         RuleError: See `without_rules` and `as_restored`.
-        RestoreError: See `check_distinct`, `check_names` and `check_spellings`.
+        RestoreError: A leaf is a masked array; see `check_distinct`, `check_names` and `check_spellings`.
         ValueError: There is no such layout to save in; see `arrange`.
     """
     check_choice("layout", flavour, get_args(Flavour))
     arranged = arrange(item, flavour, tx)
     if not arranged.certain and flavour == "linen":
         _warn(_UNCERTAIN)
+    values = {leaf.path: leaf.value for leaf in arranged.leaves.values()}
+    _check_masks(values)
     leaves: SavedLeaves = {at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()}
     empty, copies = arranged.empty, ()
     done: RestorePlan | Sequence[Rule] = ()
@@ -143,10 +145,21 @@ def plan_save(
         leaves=leaves,
         empty=empty,
         random={streams[at]: leaf for at, leaf in arranged.random.items()},
-        values={leaf.path: leaf.value for leaf in arranged.leaves.values()},
+        values=values,
         copies=copies,
         steps=arranged.steps,
     )
+
+
+def _check_masks(values: Mapping[Path, Any]) -> None:
+    masked = [path for path, value in values.items() if isinstance(value, np.ma.MaskedArray)]
+    if masked:
+        leaves = counted(len(masked), "leaf that is a masked array", "leaves that are masked arrays")
+        raise RestoreError(
+            f"the state has {leaves}, and no array of JAX's has a mask: {list_paths(masked)}.",
+            paths=masked,
+            hints=["save numpy.ma.filled(array, value) in its place, and the mask as an array of its own."],
+        )
 
 
 def as_save_item(item: Any) -> Any:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import zstandard
 
@@ -110,6 +111,7 @@ ZARR3_FIELDS = [
     (("fill_value",), "x"), (("zarr_format",), 2), (("chunk_grid", "name"), "rectangular"),
     (("attributes",), 1),
     (("storage_transformers",), [{"name": "x"}]), (("new",), {"must_understand": True}), (("new",), 1),
+    (("fill_value",), None), (("chunk_key_encoding",), None), (("chunk_key_encoding",), {}),
 ]  # fmt: skip
 
 
@@ -125,6 +127,22 @@ def test_array_metadata_with_a_wrong_field_is_a_lost_leaf(tmp_path, disk_format,
     file.write_text(json.dumps(fields))
 
     assert set(read_metadata(path).lost) == {("w",)}
+
+
+@pytest.mark.parametrize("is_null", [True, False], ids=["null", "absent"])
+@pytest.mark.parametrize("name", ["fill_value", "chunk_key_encoding", "codecs", "data_type", "shape"])
+def test_a_field_that_zarr_3_demands_is_demanded_as_stock_orbax_does(tmp_path, name, is_null):
+    path = item(tmp_path, ZARR3)
+    fields = json.loads((path / "w" / "zarr.json").read_text())
+    fields = {**fields, name: None} if is_null else {key: fields[key] for key in fields if key != name}
+    (path / "w" / "zarr.json").write_text(json.dumps(fields))
+
+    with pytest.raises(UnreadableLeafError) as caught:
+        restore(path, {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32)})
+    with pytest.raises(ValueError, match=name):
+        ocp.PyTreeCheckpointer().restore(path)
+
+    assert f"w/zarr.json in {path} is damaged: {name} is " in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.core import freeze
+from flax.serialization import to_state_dict
 from flax.training.train_state import TrainState
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from orbax_nnx_handler import (
@@ -30,6 +32,7 @@ from orbax_nnx_handler import (
     suggest,
     to_linen,
 )
+from orbax_nnx_handler.decide import look_at
 
 X = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
 
@@ -121,6 +124,52 @@ def test_boxed_parameters_and_bare_ones_are_read_alike() -> None:
     assert isinstance(boxed["params"]["layers_0"]["kernel"], nn.Partitioned)
 
     assert_same_state(from_linen(boxed, target()), from_linen(nn.unbox(boxed), target()))
+
+
+FLAT = {"tuples": flatten_dict, "slashes": lambda tree: flatten_dict(tree, sep="/")}
+
+
+@pytest.mark.parametrize("flat", FLAT.values(), ids=FLAT)
+@pytest.mark.parametrize("boxed", [False, True])
+def test_a_flat_dict_is_the_tree_that_its_names_spell(flat: Any, boxed: bool) -> None:
+    tree = variables(LinenNet(boxed=boxed))
+
+    assert_same_state(from_linen(flat(tree), target(), unexpected="error"), from_linen(tree, target()))
+
+
+@pytest.mark.parametrize("flat", FLAT.values(), ids=FLAT)
+def test_a_flat_train_state_is_restored_with_its_optimizer_and_step(flat: Any) -> None:
+    net, tx = LinenNet(), optax.adam(1e-2)
+    params = variables()["params"]
+    state = TrainState.create(apply_fn=net.apply, params=params, tx=tx).apply_gradients(grads=params)
+    nested = {"params": state.params, "opt_state": to_state_dict(state.opt_state), "step": state.step}
+
+    def abstract() -> Any:
+        model = Net(nnx.Rngs(0), norm=False)
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    nested["params"] = {name: part for name, part in params.items() if name != "norm"}
+    for field in ("mu", "nu"):
+        nested["opt_state"]["0"][field].pop("norm")
+    one, other = (from_linen(tree, nnx.eval_shape(abstract)) for tree in (flat(nested), nested))
+
+    for left, right in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(other)), strict=True):
+        assert_equal(left, right)
+
+
+def test_names_of_a_flat_dict_may_hold_numbers_beside_texts() -> None:
+    tree = {("layers", 0, "w"): jnp.ones(2), ("layers", "b"): jnp.zeros(3)}
+
+    plan = plan_restore(tree, {"layers": {"0": {"w": jnp.zeros(2)}, "b": jnp.zeros(3)}})
+
+    assert plan.fits, plan
+
+
+def test_slashes_in_the_keys_of_a_tree_that_is_not_flat_stay_in_them() -> None:
+    tree = {"net/block": {"w/scale": jnp.ones(2)}}
+
+    assert set(plan_restore(tree, tree).restored) == {("net/block", "w/scale")}
+    assert list(look_at(tree, None).leaves) == [("net/block", "w/scale")]
 
 
 def test_an_array_that_is_wanted_as_it_is_is_the_trees_own() -> None:

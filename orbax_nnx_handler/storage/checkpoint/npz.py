@@ -159,6 +159,7 @@ _FETCHED_END, _FETCHED_HEADER = 1 << 20, 8 << 10
 # directory repeats, and the lengths of two fields that may differ from the directory's.
 _LOCAL = struct.Struct("<4s22xHH")
 _SIGNATURE = b"PK\x03\x04"
+_SHOWN = 300  # Characters of another library's words.
 
 # What damage makes zipfile and NumPy's parser of headers raise.
 _DAMAGE = (
@@ -215,7 +216,7 @@ def _opened(path: epath.Path, file: IO[bytes], files: Files) -> zipfile.ZipFile:
         return zipfile.ZipFile(file)
     except _DAMAGE as error:
         raise NotACheckpointError(
-            f"{path} is no whole NumPy archive: {str(error).removesuffix('.')}.",
+            f"{path} is no whole NumPy archive: {_in_words(error)}.",
             hints=[damaged(path, files)],
         ) from error
 
@@ -263,19 +264,24 @@ def _look(
             extent = _extent(path, file, info)
             # First, since Python 3.13's zipfile takes a file that was cut off for an attack.
             if extent.start + extent.size > size:
-                raise ValueError("the file ends before it does")
+                raise ValueError(f"compress_size is {extent.size}, and the file ends before it does")
             with archive.open(info) as member:
                 header = read_header(info, member)
         except ForeignError as error:
-            found.foreign[keys] = str(error)
+            found.foreign[keys] = f"{error} ({info.filename} in {path})"
         except _DAMAGE as error:
-            found.lost[keys] = f"{info.filename} in {path} is damaged: {str(error).removesuffix('.')}"
+            found.lost[keys] = f"{info.filename} in {path} is damaged: {_in_words(error)}"
         else:
             if isinstance(header, TextArray):
                 found.texts.add(keys)
             else:
                 found.encodings[keys], found.extents[keys] = header, extent
     return found
+
+
+def _in_words(error: Exception) -> str:
+    # zipfile says nothing where a member ends early, and NumPy quotes all of a header.
+    return (str(error) or type(error).__name__)[:_SHOWN].removesuffix(".")
 
 
 def _check(info: zipfile.ZipInfo) -> None:
@@ -290,9 +296,10 @@ def _check(info: zipfile.ZipInfo) -> None:
 def _extent(path: epath.Path, file: IO[bytes], info: zipfile.ZipInfo) -> Extent:
     """Returns where a member's packed bytes lie in the file."""
     file.seek(info.header_offset)
-    signature, name, extra = _LOCAL.unpack(file.read(_LOCAL.size))
-    if signature != _SIGNATURE:
-        raise ValueError("no member begins where the directory says")
+    local = file.read(_LOCAL.size)
+    if len(local) < _LOCAL.size or not local.startswith(_SIGNATURE):
+        raise ValueError(f"header_offset is {info.header_offset}, where no member begins")
+    _, name, extra = _LOCAL.unpack(local)
     return Extent(path.name, info.header_offset + _LOCAL.size + name + extra, info.compress_size)
 
 

@@ -203,7 +203,7 @@ def test_numbers_of_more_bits_than_jax_has_are_refused_wherever_they_lie(tmp_pat
     np.savez(tmp_path / "a.npz", w=np.ones(2, dtype))
 
     with pytest.raises(
-        UnreadableLeafError, match=f"w +values of the type {np.dtype(dtype)}, which JAX does not have"
+        UnreadableLeafError, match=rf"w\s+values of the type {np.dtype(dtype)}, which JAX does not have"
     ):
         restore(tmp_path / "a.npz", {"w": shape(2)}, dtype=cast)
     with pytest.raises(UnreadableLeafError, match=f"params/w +values of dtype {np.dtype(dtype)}"):

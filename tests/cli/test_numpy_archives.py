@@ -71,7 +71,8 @@ def test_convert_leaves_nothing_out_that_it_cannot_read(cli, tmp_path) -> None:
     assert said.status == 1
     assert said.err.startswith(
         "UnreadableLeafError: the checkpoint has 1 leaf that holds no numbers of a known type:\n"
-        f"  params/b\n      pickled Python objects, which are never loaded (params/b.npy in {tmp_path}/x.npz)\n"
+        "  params/b\n      pickled Python objects, which are never loaded "
+        f"(params/b.npy in {tmp_path}/x.npz)\n"
     )
     assert shown.err == (
         "no numbers: params/b: pickled Python objects, which are never loaded "

@@ -32,7 +32,7 @@ from orbax_nnx_handler import (
     suggest,
     to_linen,
 )
-from orbax_nnx_handler.decide import look_at
+from orbax_nnx_handler.planner import look_at
 
 X = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
 

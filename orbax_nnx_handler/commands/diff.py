@@ -73,7 +73,7 @@ def add_to(commands: Any) -> None:
         help="how two checkpoints differ",
         **described(
             "Compares paths, shapes and dtypes of two checkpoints, and their values if asked to. "
-            "Exit status: 0 nothing differs, 1 something does.",
+            "Rules are for PATH_A. Exit status: 0 nothing differs, 1 something does.",
             "orbax-nnx diff run converted --values --rules rules.py",
         ),
     )

@@ -153,7 +153,9 @@ def _parse_call(text: str, call: str) -> tuple[list[str], tuple[Any, ...], dict[
         keywords = parsed.keywords if isinstance(parsed, ast.Call) else []
         kwargs = {str(word.arg): ast.literal_eval(word.value) for word in keywords if word.arg}
         unpacked = any(word.arg is None for word in keywords)
-    except (SyntaxError, ValueError) as error:
+    except SyntaxError as error:
+        raise UsageError(f"{text!r} is no Python: {error.msg}.") from error
+    except ValueError as error:
         raise UsageError(
             f"the arguments in {text!r} are not all literals: numbers, strings, True, None, tuples, lists."
         ) from error

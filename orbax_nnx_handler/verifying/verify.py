@@ -1,6 +1,7 @@
 """Runs a Linen program and an NNX program on one input, from one checkpoint, and compares them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 from etils import epath
@@ -78,7 +79,10 @@ def verify(
     Raises:
         RestoreError: The checkpoint cannot become the target; nothing was run.
         VerificationError: One of the programs fails, or their outputs cannot be compared.
+        ValueError: `tolerance` is no number from 0 on.
     """
+    if tolerance is not None and not (isinstance(tolerance, Real) and float(tolerance) >= 0):
+        raise ValueError(f"tolerance is a number from 0 on, such as 1e-4, not {tolerance!r}")
     options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected
     )

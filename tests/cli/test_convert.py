@@ -162,8 +162,9 @@ def test_nothing_is_overwritten(cli, root, tmp_path) -> None:
     said = cli("convert", root, tmp_path / "out")
 
     assert said.status == 1
-    assert (
-        said.err == f"RestoreError: there is something at {tmp_path}/out already; nothing is overwritten.\n"
+    assert said.err == (
+        f"RestoreError: there is something at {tmp_path}/out already; nothing is overwritten.\n"
+        "hint: name another destination, or take away what is there.\n"
     )
     assert names_in(tmp_path / "out") == []
 

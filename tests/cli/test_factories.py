@@ -53,6 +53,7 @@ def test_weights_only_leaves_optimizer_and_step_out() -> None:
             f"{MODEL}:nothing",
             f"{MODEL} has no nothing; it has: {', '.join(FUNCTIONS)}.",
         ),
+        (f"{MODEL}:make(layers=1", f"'{MODEL}:make(layers=1' is no Python: '(' was never closed."),
         (f"{MODEL}:make(**x)", "'make(**x)' is no function, nor a call with literal arguments."),
         (f"{MODEL}:make()()", "'make()()' is no function, nor a call with literal arguments."),
     ],

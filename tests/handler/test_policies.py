@@ -135,6 +135,13 @@ def test_an_init_that_builds_another_model_is_refused(item) -> None:
         restore(item, nnx.eval_shape(make_with_head), policy="init", init=make_net)
 
 
+def test_an_init_that_is_the_model_itself_is_said_to_be_no_function(item) -> None:
+    with pytest.raises(
+        RestoreError, match=r"init is a \w+, not a function\.\nhint: pass the function that builds"
+    ):
+        restore(item, nnx.eval_shape(make_with_head), policy="init", init=make_with_head())  # pyright: ignore
+
+
 def test_filters_choose_the_policy_leaf_by_leaf_and_the_first_match_wins(item) -> None:
     policy = {nnx.LoRAParam: "init", nnx.PathContains("head"): "warn", nnx.Param: "error", ...: "error"}
 

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from orbax_nnx_handler import restore
+from orbax_nnx_handler import restore, save
 from tests.laws.worlds import FORMS, Numbers, check, refused, target_of, write
 
 FLOATS = {jnp.float8_e4m3fn: 448, jnp.float8_e5m2: 57344, jnp.float4_e2m1fn: 6}
@@ -164,3 +165,16 @@ def test_what_nothing_reads_and_is_called_after_the_codes_is_their_scale(tmp_pat
     tree |= {"quant": {"params": aside}} if where == "variables" else {}
     error = refused(write(tmp_path, tree), target_of(form, model), unexpected="ignore")
     assert "quantis" in str(error)
+
+
+@pytest.mark.parametrize("beside", ["rate", "seen_scale", "seen64"])
+def test_integers_that_are_wanted_as_integers_have_no_scale(tmp_path, beside):
+    seen, rate = np.arange(7, 11), np.float32(0.25)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    item = {"model": model, "seen": seen, beside: rate}
+    save(tmp_path / "item", item)
+
+    found = restore(tmp_path / "item", item)
+
+    np.testing.assert_array_equal(found["seen"], seen)
+    assert found[beside] == rate

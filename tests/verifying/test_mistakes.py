@@ -214,6 +214,13 @@ def test_the_message_shows_the_weights_their_recipes_and_the_way_to_the_place(sa
     assert page.index("<details>") < row.start()
 
 
+@pytest.mark.parametrize("tolerance", ["1e-3", -1.0, float("nan")])
+def test_a_tolerance_is_a_number_from_0_on(saved: Save, tolerance: Any):
+    path, target = saved(GPT), nnx.eval_shape(GPT.make)
+    with pytest.raises(ValueError, match="tolerance is a number from 0 on"):
+        verify(path, target, GPT.linen.apply, GPT.run, GPT.inputs, tolerance=tolerance)
+
+
 def test_a_tolerance_may_be_given_and_what_differs_is_said_all_the_same(saved: Save):
     target = nnx.eval_shape(functools.partial(GPT.make, epsilon=1e-5))
 

@@ -61,7 +61,8 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
     names, new = _stored_slots(evidence), set(kept.values()) - restored
     alone = [path for path in lost if path not in evidence.moments]
     # A count alone: every moment is there, and no stored count is left over that it might be.
-    if len(alone) == len(lost) and not _free(evidence, "optimizer"):
+    scalars = all(not evidence.sides.wanted[path].leaf.shape for path in alone)
+    if scalars and len(alone) == len(lost) and not _free(evidence, "optimizer"):
         new = {fold_paths(alone)}
     # A state is restored whole or not at all: of Lion's one moment and Adam's two, neither is the other's.
     other = not new & names or (not restored and new != names)

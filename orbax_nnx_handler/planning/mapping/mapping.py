@@ -278,17 +278,23 @@ def _network_of(
 ) -> Matched | None:
     """Returns the network whose moments an optimizer holds: that of its train state with the most weights.
 
-    Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments have.
+    Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments have;
+    of several with the same names, the one that the target has the optimizer beside.
     """
     whole = [item for item in networks if item.network.only in (None, "params")]
-    own = [item for item in whole if item.network.owner in stored.models] or whole
-    if len(stored.models) < 2 or len(own) < 2:
+    named = [item for item in whole if item.network.owner in stored.models]
+    # A network that rules have renamed is none of these, and the first of the others is another one.
+    own = named or whole
+    if len(own) < 2 or (named and len(stored.models) < 2):
         return next(iter(own), None)
     ends = [{item.tokens[at:] for at in range(len(item.tokens))} for item in wanted.leaves]
 
-    def moments(network: Matched) -> int:
+    above = wanted.owner[:-1]
+
+    def moments(network: Matched) -> tuple[int, bool]:
         names = set(network.names.values())
-        return sum(not names.isdisjoint(tails) for tails in ends)
+        beside = all(item.tokens[: len(above)] == above for item in network.weights)
+        return sum(not names.isdisjoint(tails) for tails in ends), beside
 
     return max(own, key=moments)
 

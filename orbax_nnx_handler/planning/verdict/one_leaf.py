@@ -12,6 +12,7 @@ from orbax_nnx_handler.planning.core.dtypes import (
     cast_between,
     changes_values,
     held_dtype,
+    is_count_dtype,
     is_key,
     same_key,
     scales_of,
@@ -170,7 +171,9 @@ class LeafVerdicts:
         )
 
     def _scales(self, item: Wanted, sources: Sequence[StoredLeaf]) -> tuple[Path, ...]:
-        """Returns the scales without which stored codes are not the wanted floats."""
+        """Returns the scales without which stored codes are not the wanted floats; integers stay codes."""
+        if is_count_dtype(item.leaf.dtype):
+            return ()
         changed = [leaf.path for leaf in sources if leaf.dtype != item.leaf.dtype]
         return tuple(scale for path in changed for scale in self._codes.get(path, ()))
 

@@ -229,7 +229,10 @@ def check_free(destination: epath.Path) -> None:
     check_writable(destination)
     files = files_at(destination)
     if files.exists(destination):
-        raise RestoreError(f"there is something at {destination} already; nothing is overwritten.")
+        raise RestoreError(
+            f"there is something at {destination} already; nothing is overwritten.",
+            hints=["name another destination, or take away what is there."],
+        )
     parents = parents_of(destination)
     above = next((part for part in parents if files.exists(part)), destination)
     if files.exists(above) and not files.is_folder(above):

@@ -335,6 +335,18 @@ def test_what_a_renamed_network_leaves_behind_comes_with_the_rule_to_paste(rules
     assert plan_restore(tree, target, renames=[*pasted(message, "renames"), *rules]).fits
 
 
+def test_a_new_network_with_an_optimizer_of_its_own_is_a_new_part_and_no_other_optimizer():
+    params = {"Dense_0": {"kernel": np.ones((3, 4), "f"), "bias": np.ones(4, "f")}}
+    state = {"params": params, "opt_state": optax.adam(1e-3).init(params), "step": np.int32(3)}
+
+    target = nnx.eval_shape(lambda: {name: _Trained() for name in ("critic", "gen", "value")})
+
+    found = plan_restore({"gen": state, "critic": state}, target).error().causes
+
+    assert kinds(found) == ["NewPart"]
+    assert found[0].facts["names"] == ("value",)
+
+
 def quantised(scale: str) -> RestorePlan:
     leaves = {"params/up/kernel": ((4, 6), np.int8), f"params/up/{scale}": ((6,), np.float32)}
     have = {keys(k): StoredLeaf(path=keys(k), shape=s, dtype=np.dtype(d)) for k, (s, d) in leaves.items()}

@@ -123,6 +123,33 @@ def test_optimizers_go_where_rules_say_and_take_their_counts_and_steps_along() -
         assert values[f"{own}/step"] == state["step"]
 
 
+@pytest.mark.parametrize("name", ["a_first", "z_last"])
+@pytest.mark.parametrize("kept", ["gen", "disc"])
+def test_a_renamed_network_takes_its_own_moments_wherever_its_new_name_sorts(name: str, kept: str) -> None:
+    numbers = Numbers()
+    stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}
+    (old,) = stored.keys() - {kept}
+
+    def target() -> Any:
+        models = {own: Model() for own in sorted([name, kept])}
+        return {own: {"model": model, "optimizer": optimizer(model)} for own, model in models.items()}
+
+    rules = [
+        (f"{old}/params", f"{name}/params"),
+        (f"{old}/opt_state", f"{name}/optimizer/opt_state"),
+        (f"{old}/step", f"{name}/optimizer/step"),
+    ]
+
+    _, values = planned(target, stored, *rules)
+
+    for own, state in ((name, stored[old]), (kept, stored[kept])):
+        assert_below(values, f"{own}/model", state["params"])
+        for slot in ("mu", "nu"):
+            assert_below(values, f"{own}/optimizer/opt_state/0/{slot}", state["opt_state"][0][slot])
+        assert values[f"{own}/optimizer/opt_state/0/count"] == state["opt_state"][0]["count"]
+        assert values[f"{own}/optimizer/step"] == state["step"]
+
+
 def test_a_rule_on_one_networks_weight_turns_its_moments_and_no_others() -> None:
     numbers = Numbers()
     stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}

@@ -26,6 +26,13 @@ _GAP = 3
 _A_WHILE_S = 2.0
 
 
+class _Output(Console):
+    """A console that leaves a pipe that its reader has closed to the caller; rich ends with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 @dataclasses.dataclass(frozen=True)
 class Screen:
     """Standard output and standard error.
@@ -44,7 +51,7 @@ class Screen:
     def standard(cls, *, as_json: bool = False) -> "Screen":
         """Returns the process's own."""
         # Bound at this moment: what the user's own module prints may be sent elsewhere later.
-        out = Console(file=sys.stdout, highlight=False)
+        out = _Output(file=sys.stdout, highlight=False)
         return cls(out, Console(stderr=True, highlight=False), as_json)
 
     def say(self, text: str = "", style: str = "") -> None:

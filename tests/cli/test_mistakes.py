@@ -1,5 +1,6 @@
 """What a stranger gets wrong: one readable error, the right exit status, and nothing changed."""
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -156,6 +157,19 @@ def test_a_source_damaged_in_the_middle_leaves_nothing(cli, tmp_path) -> None:
     assert said.status == 1
     assert said.err.startswith("UnreadableLeafError: stored leaf params/w cannot be read: ")
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_reader_that_has_seen_enough_is_no_mistake(tmp_path, more: list[str]) -> None:
+    ocp.PyTreeCheckpointer().save(tmp_path / "in", {"params": {"w": np.ones(3, np.float32)}})
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    command = [sys.executable, "-m", "orbax_nnx_handler", "tree", str(tmp_path / "in"), *more]
+    done = subprocess.run(command, cwd=MODEL.parents[2], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path) -> None:

@@ -244,11 +244,7 @@ def _in_own_collections(applied: RulesApplied, wanted: Sequence[Wanted]) -> Rule
             owner=canonical(entry.segments[:at]),
         )
 
-    return (
-        dataclasses.replace(applied, entries=[placed(entry) for entry in applied.entries])
-        if names
-        else applied
-    )
+    return dataclasses.replace(applied, entries=[placed(entry) for entry in applied.entries])
 
 
 _Pairs = Sequence[tuple[WantedOptimizer, StoredOptimizer]]

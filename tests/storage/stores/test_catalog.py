@@ -110,7 +110,7 @@ def test_a_leaf_whose_size_is_a_lie_is_named_and_takes_no_memory(tmp_path, size)
     array = {
         "zarr_format": 3, "node_type": "array", "shape": [size // 4], "data_type": "float32", "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [size // 4]}},
-        "codecs": [{"name": "bytes"}],
+        "chunk_key_encoding": {"name": "default"}, "codecs": [{"name": "bytes"}],
     }  # fmt: skip
     values = {"w/zarr.json": json.dumps(array).encode(), "w/c/0": ("d/n", 0, size)}
     folder = made.write(tmp_path / "db", [made.leaf(values)])

@@ -1,4 +1,4 @@
-"""Restore, suggest and save without a manager; the plan alone is in `decide`."""
+"""Restore, suggest and save without a manager; the plan alone is in `planner`."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,9 +29,8 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
-from orbax_nnx_handler.storage.reading.memory import Memory
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
-from orbax_nnx_handler.storage.reading.workers import naming_shortage
+from orbax_nnx_handler.storage.reading.workers import Memory, naming_shortage
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.atomic import save_item

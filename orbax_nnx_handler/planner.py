@@ -3,16 +3,12 @@
 Apart from `api`, so that the command line has it without what reads and writes arrays.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
@@ -24,7 +20,7 @@ from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.checkpoint.random_state import key_type
+from orbax_nnx_handler.storage.checkpoint.random_state import with_keys
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 
@@ -66,31 +62,7 @@ def flatten_wanted(checkpoint: Checkpoint, target: Any, overrides: Mapping[Path,
         check_readable(checkpoint.broken)
     parts = flatten_target(target, overrides, beside=checkpoint.on_devices.values())
     refuse_empty(target, parts)
-    return _with_keys(parts, checkpoint.leaves)
-
-
-def _with_keys(parts: Target, stored: Mapping[Path, StoredLeaf]) -> Target:
-    """Returns the target with a random key wherever a leaf describes the bits of the one at its path.
-
-    `ocp.utils.to_shape_dtype_struct` describes a random key so, and Orbax restores the key.
-    """
-    keys = [path for path, leaf in stored.items() if leaf.key_impl is not None and path in parts.leaves]
-    found = {path: _as_key(parts.leaves[path], stored[path]) for path in keys}
-    return dataclasses.replace(parts, leaves={**parts.leaves, **found}) if found else parts
-
-
-def _as_key(wanted: WantedLeaf, stored: StoredLeaf) -> WantedLeaf:
-    dtype, bits = key_type(str(stored.key_impl))
-    if wanted.value is not None or wanted.dtype != np.uint32 or wanted.shape != (*stored.shape, *bits):
-        return wanted
-    sharding = _without_bits(wanted.sharding, len(stored.shape))
-    return dataclasses.replace(wanted, shape=stored.shape, dtype=dtype, sharding=sharding)
-
-
-def _without_bits(sharding: Sharding | None, rank: int) -> Sharding | None:
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*tuple(sharding.spec)[:rank]))
+    return with_keys(parts, checkpoint.leaves)
 
 
 @paused_collection()

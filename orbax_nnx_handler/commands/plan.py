@@ -10,11 +10,11 @@ from orbax_nnx_handler.commands.arguments import (
     add_path,
     add_policy,
     add_target,
+    as_options,
     asked_for,
     described,
     policies_of,
 )
-from orbax_nnx_handler.commands.hints import as_options
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planner import plan_restore
 from orbax_nnx_handler.planning.diagnosis.ways import SUGGEST, SUGGEST_ANEW

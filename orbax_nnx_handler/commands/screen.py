@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orbax_nnx_handler.commands.hints import as_options
+from orbax_nnx_handler.commands.arguments import as_options
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.lines import counted, sized
 from orbax_nnx_handler.planning.core.paths import printable

@@ -13,8 +13,8 @@ from orbax_nnx_handler.commands.arguments import (
     add_target,
     asked_for,
     described,
+    rename_options,
 )
-from orbax_nnx_handler.commands.hints import rename_options
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.commands.user_code import PAIR_HELP, UsageError, load_pair
 from orbax_nnx_handler.planning.core.errors import as_python

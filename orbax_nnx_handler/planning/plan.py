@@ -18,8 +18,14 @@ from orbax_nnx_handler.planning.rendering.display import Displayed
 from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, report_summary
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import judge
-from orbax_nnx_handler.planning.verdict.outcomes import Defaulted, Missing, Restored, Verdict, copies_of_model
-from orbax_nnx_handler.planning.verdict.rows import evidence_rows
+from orbax_nnx_handler.planning.verdict.outcomes import (
+    Defaulted,
+    Missing,
+    Restored,
+    Verdict,
+    copies_of_model,
+    evidence_rows,
+)
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 
 

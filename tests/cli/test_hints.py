@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Drop, Transpose
-from orbax_nnx_handler.commands.hints import as_options
+from orbax_nnx_handler.commands.arguments import as_options
 from orbax_nnx_handler.planning.core.errors import Hint
 from orbax_nnx_handler.planning.rules import as_rules
 from tests.cli.conftest import MODEL

@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.choice import faults_of
-from orbax_nnx_handler.planning.mapping.optimizers.states import split
+from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule

@@ -72,8 +72,15 @@ from orbax_nnx_handler.planning.diagnosis.ways import (
     suggest_hint,
 )
 from orbax_nnx_handler.planning.rules import Cast
-from orbax_nnx_handler.planning.verdict.outcomes import IN_MEMORY, Mismatched, Verdict
-from orbax_nnx_handler.planning.verdict.rows import look, mismatched_rows, missing_rows, stored_rows
+from orbax_nnx_handler.planning.verdict.outcomes import (
+    IN_MEMORY,
+    Mismatched,
+    Verdict,
+    look,
+    mismatched_rows,
+    missing_rows,
+    stored_rows,
+)
 
 _Finder = Callable[[Evidence], Iterable[Cause]]
 

@@ -15,8 +15,8 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, rende
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.optimizers.moments import StuckMoment
-from orbax_nnx_handler.planning.mapping.optimizers.states import split
+from orbax_nnx_handler.planning.mapping.moments import StuckMoment
+from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.rules import as_rules
 
 

@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import CompetingSources, UnclearAxis
-from orbax_nnx_handler.planning.mapping.optimizers.state_pairs import UndecidedState
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import UndecidedState
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Copy, Drop, ScanAxis

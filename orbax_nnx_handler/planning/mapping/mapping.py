@@ -35,10 +35,10 @@ from orbax_nnx_handler.planning.mapping.matches import (
     ModelMatch,
     UnclearAxis,
 )
+from orbax_nnx_handler.planning.mapping.moments import FollowedMoments, MomentFollower, StuckMoment
 from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
-from orbax_nnx_handler.planning.mapping.optimizers.moments import FollowedMoments, MomentFollower, StuckMoment
-from orbax_nnx_handler.planning.mapping.optimizers.state_pairs import PairedStates
-from orbax_nnx_handler.planning.mapping.optimizers.states import (
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates
+from orbax_nnx_handler.planning.mapping.optimizer_states import (
     StoredStates,
     parameter_paths,
     read_stored,

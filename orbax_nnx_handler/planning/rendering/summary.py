@@ -10,8 +10,8 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, counted, lines_of, rated, sized
 from orbax_nnx_handler.planning.core.paths import printable
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
-from orbax_nnx_handler.planning.verdict.outcomes import Verdict
-from orbax_nnx_handler.planning.verdict.rows import (
+from orbax_nnx_handler.planning.verdict.outcomes import (
+    Verdict,
     defaulted_rows,
     dropped_rows,
     mismatched_rows,

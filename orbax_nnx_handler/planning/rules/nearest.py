@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import Path, parse, render, segments
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.patterns import Pattern
-from orbax_nnx_handler.planning.rules.rule import Rule
+from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
 
 Names = tuple[str, ...]
 

@@ -63,9 +63,8 @@ from orbax_nnx_handler.storage.checkpoint.trees import (
 )
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged, interrupted, no_checkpoint
 from orbax_nnx_handler.storage.stores import kvstore
-from orbax_nnx_handler.storage.stores.catalog import MANIFEST
 from orbax_nnx_handler.storage.stores.files import FileQuestion, Files, List, ReadFile, Sizes
-from orbax_nnx_handler.storage.stores.kvstore import Store
+from orbax_nnx_handler.storage.stores.kvstore import MANIFEST, Store
 from orbax_nnx_handler.storage.stores.ocdbt import DamagedDatabaseError
 
 __all__ = ["Checkpoint", "StoredArray", "read_metadata", "train_state_items"]

@@ -14,13 +14,14 @@ from typing import Any, cast
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.linen import AUX
+from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.fields import (
     FieldError,
     object_of,
@@ -183,3 +184,27 @@ def _leftover(entry: Json) -> StoredRandom:
     if numbers.dtype.kind not in "biuf":
         raise FieldError(f"dtype is {name!r}, which is none of numbers")
     return StoredRandom(value=numbers, key_impl=impl)
+
+
+def with_keys(parts: Target, stored: Mapping[Path, StoredLeaf]) -> Target:
+    """Returns the target with a random key wherever a leaf describes the bits of the one at its path.
+
+    `ocp.utils.to_shape_dtype_struct` describes a random key so, and Orbax restores the key.
+    """
+    keys = [path for path, leaf in stored.items() if leaf.key_impl is not None and path in parts.leaves]
+    found = {path: _as_key(parts.leaves[path], stored[path]) for path in keys}
+    return dataclasses.replace(parts, leaves={**parts.leaves, **found}) if found else parts
+
+
+def _as_key(wanted: WantedLeaf, stored: StoredLeaf) -> WantedLeaf:
+    dtype, bits = key_type(str(stored.key_impl))
+    if wanted.value is not None or wanted.dtype != np.uint32 or wanted.shape != (*stored.shape, *bits):
+        return wanted
+    sharding = _without_bits(wanted.sharding, len(stored.shape))
+    return dataclasses.replace(wanted, shape=stored.shape, dtype=dtype, sharding=sharding)
+
+
+def _without_bits(sharding: Sharding | None, rank: int) -> Sharding | None:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*tuple(sharding.spec)[:rank]))

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint, 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, Placement, Stored
-from orbax_nnx_handler.planning.mapping.optimizers.states import parameter_paths, read_stored
+from orbax_nnx_handler.planning.mapping.optimizer_states import parameter_paths, read_stored
 from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.storage.converting.blocks import Written
 from orbax_nnx_handler.storage.converting.leaves import refusal

@@ -39,8 +39,7 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
     plan_bytes,
 )
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
-from orbax_nnx_handler.storage.reading.memory import back_with_pages
-from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers, short_of
+from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers, back_with_pages, short_of
 
 Progress = Callable[[int], None]
 DEFAULT_WINDOW_BYTES = 1 << 30

@@ -31,7 +31,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job, read_everywhere, read_values
 from orbax_nnx_handler.storage.reading.agreement import agree
-from orbax_nnx_handler.storage.reading.memory import Memory
+from orbax_nnx_handler.storage.reading.workers import Memory
 from orbax_nnx_handler.storage.restoring.fill import check_init, compute_on_devices, fill_leaves
 
 

@@ -33,8 +33,7 @@ from orbax_nnx_handler.storage.saving.arrange import (
 )
 from orbax_nnx_handler.storage.saving.cells import cells_of, with_empty_gates, with_gates
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
-from orbax_nnx_handler.storage.saving.names import check_folders, check_names, check_spellings
-from orbax_nnx_handler.storage.saving.saved import SavedLeaf
+from orbax_nnx_handler.storage.saving.saved import SavedLeaf, check_folders, check_names, check_spellings
 from orbax_nnx_handler.storage.saving.undo import (
     Copies,
     SavedLeaves,

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import pytest
 
 from orbax_nnx_handler.planning.core.paths import canonical
-from orbax_nnx_handler.planning.mapping.optimizers.state_pairs import PairedStates, pair_states
-from orbax_nnx_handler.planning.mapping.optimizers.states import (
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates, pair_states
+from orbax_nnx_handler.planning.mapping.optimizer_states import (
     OptimizerLeaf,
     OptimizerState,
     read_states,

@@ -333,9 +333,9 @@ def test_a_donated_replica_leaves_the_others_as_they_are(tmp_path, mesh):
 
 def test_the_memory_is_freed_with_the_array(tmp_path, monkeypatch):
     blocks = []
-    from orbax_nnx_handler.storage.reading import memory
+    from orbax_nnx_handler.storage.reading import workers
 
-    original = memory.mmap.mmap
+    original = workers.mmap.mmap
 
     class Noted(original):
         def __new__(cls, *args, **kwargs):
@@ -343,7 +343,7 @@ def test_the_memory_is_freed_with_the_array(tmp_path, monkeypatch):
             blocks.append(weakref.ref(made))
             return made
 
-    monkeypatch.setattr(memory.mmap, "mmap", Noted)
+    monkeypatch.setattr(workers.mmap, "mmap", Noted)
     path = save(tmp_path / "item", {"w": numbers((64, 64))}, RAW)
 
     array = read_arrays(read_metadata(path), [job(Read(("w",)), (64, 64))])[("x",)]

@@ -41,8 +41,8 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
-from orbax_nnx_handler.planning.mapping.optimizers.state_pairs import PairedStates, pair_states
-from orbax_nnx_handler.planning.mapping.optimizers.states import (
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates, pair_states
+from orbax_nnx_handler.planning.mapping.optimizer_states import (
     ORPHAN,
     OptimizerLeaf,
     OptimizerState,

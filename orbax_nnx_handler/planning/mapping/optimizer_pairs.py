@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.mapping.optimizers.states import OptimizerState
+from orbax_nnx_handler.planning.mapping.optimizer_states import OptimizerState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

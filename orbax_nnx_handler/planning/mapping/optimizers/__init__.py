@@ -1,1 +1,0 @@
-"""Which stored optimizer state becomes which wanted one."""

@@ -183,7 +183,8 @@ def map_leaves(
     virtual = [] if any(item.role == "model" for item in model) else _virtual_parameters(pairs)
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
-    _add_steps(found, pairs, wanted, placements)
+    if steps := of_role(wanted, "step"):
+        _add_steps(found, pairs, steps, placements)
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
         find_random(found, of_role(wanted, "random", "model"), placements, entries, roots)
@@ -380,16 +381,18 @@ def _virtual_parameters(pairs: _Pairs) -> list[Wanted]:
 
 
 def _add_steps(
-    found: dict[Path, Found], pairs: _Pairs, wanted: Sequence[Wanted], placements: Sequence[Placement]
+    found: dict[Path, Found], pairs: _Pairs, steps: Sequence[Wanted], placements: Sequence[Placement]
 ) -> None:
     """Adds the step of each train state: its own field, which a model's Variable of that name is not.
 
     A program may count beside an optimizer that counts as well: each of the two has a path of its own, in
     the tree or in `nnx_aux`. What is left is the step of the train state that the optimizer is paired with.
     """
-    whole = {canonical(item.leaf.path): item.leaf.path for item in placements if item.section != "model"}
-    aside = {_without_aux(item.leaf.path): item.leaf.path for item in placements if item.section == "aux"}
-    for item in of_role(wanted, "step"):
+    ends = {item.tokens[-1:] for item in steps}
+    near = [item for item in placements if canonical(item.leaf.path[-1:])[-1:] in ends]
+    whole = {canonical(item.leaf.path): item.leaf.path for item in near if item.section != "model"}
+    aside = {_without_aux(item.leaf.path): item.leaf.path for item in near if item.section == "aux"}
+    for item in steps:
         if (item.leaf.kind is None or item.owner) and item.tokens in whole:
             found[item.leaf.path] = Found(recipe=Read(whole[item.tokens]), evidence=SAME_PATH)
         elif item.tokens in aside:

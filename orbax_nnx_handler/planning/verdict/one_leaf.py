@@ -200,8 +200,6 @@ class LeafVerdicts:
 
 
 _CONSTANT = "a constant of the model: no Linen collection holds a bare nnx.Variable"
-
-
 _NO_X64 = 'JAX holds no 64 bits: set jax_enable_x64, or pass dtype="target"'
 
 

@@ -113,17 +113,13 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         dtype = origin.stored_dtype if origin.cast in ("count", "integer") else source.dtype
         shape = shape_of(way, shapes)
         written[at] = dataclasses.replace(source, recipe=way, shape=shape, dtype=dtype)
-    for at, dropped in plan.dropped.items():
-        beside = next((leaf for path, leaf in written.items() if path[:-2] == at[:-2]), None)
-        if isinstance(dropped, Dropped) and beside is not None:
-            # It was zero, or it would not have been restored, and has no counterpart in the state.
-            written[at] = beside.through(Fill(dropped.leaf.shape), dropped.leaf.shape)
-    for at, placement in plan.sides.placements.items():
-        # Of layers that became one stack, the zeros of one were read.
-        if placement.is_unused and at not in (written.keys() | plan.unexpected.keys()):
-            beside = next((leaf for path, leaf in written.items() if path[:3] == at[:3]), None)
-            if beside is not None:
-                written[at] = beside.through(Fill(placement.leaf.shape), placement.leaf.shape)
+    # They were zeros, or they would not have been restored, and have no counterpart in the state.
+    dropped = {at: item.leaf.shape for at, item in plan.dropped.items() if isinstance(item, Dropped)}
+    written |= _zeros(dropped, written, slice(-2))
+    # Of layers that became one stack, the zeros of one were read.
+    unused = {at: item.leaf.shape for at, item in plan.sides.placements.items() if item.is_unused}
+    known = written.keys() | plan.unexpected.keys()
+    written |= _zeros({at: unused[at] for at in unused if at not in known}, written, slice(3))
     again = {
         path: simplify(substitute(item.recipe, ways.__getitem__), shapes)
         for path, item in restored.items()
@@ -135,6 +131,16 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         if recipe != Read(path)
     ]
     return written, _moved(empty, leaves, written), copies
+
+
+def _zeros(shapes: Mapping[Path, Shape], beside: SavedLeaves, above: slice) -> dict[Path, SavedLeaf]:
+    """Returns zeros of shapes for those paths beside which something is saved, like the first of it."""
+    first: dict[Path, SavedLeaf] = {}
+    for path, leaf in beside.items() if shapes else ():
+        first.setdefault(path[above], leaf)
+    return {
+        at: first[at[above]].through(Fill(shape), shape) for at, shape in shapes.items() if at[above] in first
+    }
 
 
 def streams_as_stored(streams: Mapping[Path, Path], undone: RestorePlan | Sequence[Rule]) -> dict[Path, Path]:

@@ -42,7 +42,7 @@ from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.blocks import Written
-from orbax_nnx_handler.storage.converting.leaves import (
+from orbax_nnx_handler.storage.converting.planned_leaves import (
     check_codes,
     check_paths_distinct,
     fit,

@@ -18,7 +18,7 @@ from orbax_nnx_handler import NotACheckpointError
 from orbax_nnx_handler.storage.checkpoint.checkpoint import parse_encoding
 from orbax_nnx_handler.storage.checkpoint.fields import FieldError
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.checkpoint.random_state import read_leftovers
+from orbax_nnx_handler.storage.checkpoint.stored_random import read_leftovers
 from orbax_nnx_handler.storage.stores.ocdbt import (
     DamagedDatabaseError,
     Extent,

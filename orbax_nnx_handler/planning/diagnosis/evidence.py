@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import model_entries
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, Names
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names
 from orbax_nnx_handler.planning.suggesting.search import (
     paths_of,
     search,

@@ -25,9 +25,8 @@ from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.diagnosis.axes import find_fused, find_merged, find_permuted
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.layers import (
+from orbax_nnx_handler.planning.diagnosis.layer_differences import (
     find_layer_counts,
     find_nested_stacks,
     find_scanned,
@@ -41,12 +40,7 @@ from orbax_nnx_handler.planning.diagnosis.names import (
     find_other_names,
     find_unneeded,
 )
-from orbax_nnx_handler.planning.diagnosis.optimizers import (
-    find_open_factoring,
-    find_optimizers,
-    find_stuck_moments,
-)
-from orbax_nnx_handler.planning.diagnosis.parts import (
+from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_biases,
     find_collections,
     find_given_layout,
@@ -59,6 +53,12 @@ from orbax_nnx_handler.planning.diagnosis.parts import (
     find_tied,
     find_wrappers,
 )
+from orbax_nnx_handler.planning.diagnosis.optimizers import (
+    find_open_factoring,
+    find_optimizers,
+    find_stuck_moments,
+)
+from orbax_nnx_handler.planning.diagnosis.rearranged import find_fused, find_merged, find_permuted
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
 from orbax_nnx_handler.planning.diagnosis.ways import (
     LOOK,

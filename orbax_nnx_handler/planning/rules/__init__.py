@@ -11,7 +11,11 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.nearest import names_optimizer_leaf, nearest
-from orbax_nnx_handler.planning.rules.one_leaf import (
+from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
+from orbax_nnx_handler.planning.rules.rule import Rule
+from orbax_nnx_handler.planning.rules.split_and_fuse import Fuse, Split
+from orbax_nnx_handler.planning.rules.stacking import Copy, ScanAxis, StackLayers, UnstackLayers
+from orbax_nnx_handler.planning.rules.values import (
     Add,
     Cast,
     Drop,
@@ -20,10 +24,6 @@ from orbax_nnx_handler.planning.rules.one_leaf import (
     Scale,
     Transpose,
 )
-from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
-from orbax_nnx_handler.planning.rules.rule import Rule
-from orbax_nnx_handler.planning.rules.split_and_fuse import Fuse, Split
-from orbax_nnx_handler.planning.rules.stacking import Copy, ScanAxis, StackLayers, UnstackLayers
 
 __all__ = [
     "Add",

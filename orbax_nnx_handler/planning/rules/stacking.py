@@ -10,7 +10,6 @@ from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import canonical, is_index, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.one_leaf import Drop
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
     Join,
@@ -24,6 +23,7 @@ from orbax_nnx_handler.planning.rules.rule import (
     normal_axis,
     replace_each,
 )
+from orbax_nnx_handler.planning.rules.values import Drop
 
 
 @dataclasses.dataclass(frozen=True)

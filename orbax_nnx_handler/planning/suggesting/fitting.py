@@ -14,8 +14,8 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Add, Fuse, Repeat, Reshape, Rule, Split, Transpose
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Link, ModulePart, Names, Tie
-from orbax_nnx_handler.planning.suggesting.roles import PLACING, NamedPart, compare_numbers, same_place
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie
+from orbax_nnx_handler.planning.suggesting.named_parts import PLACING, NamedPart, compare_numbers, same_place
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
     Step,

@@ -7,7 +7,7 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
 from orbax_nnx_handler.planning.suggesting.matching_parts import Created, match_parts
-from orbax_nnx_handler.planning.suggesting.parts import (
+from orbax_nnx_handler.planning.suggesting.module_parts import (
     Layers,
     Leaf,
     Level,

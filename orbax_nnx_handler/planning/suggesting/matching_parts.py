@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, joined_parts, main_size, may_be
-from orbax_nnx_handler.planning.suggesting.parts import Link, ModulePart, Names, PairGrounds, Tie
-from orbax_nnx_handler.planning.suggesting.roles import (
+from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
+from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
     are_counted,

@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.fitting import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
-from orbax_nnx_handler.planning.suggesting.parts import (
+from orbax_nnx_handler.planning.suggesting.module_parts import (
     Leaf,
     Link,
     Names,

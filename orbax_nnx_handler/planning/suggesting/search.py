@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, main_size, may_be
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
-from orbax_nnx_handler.planning.suggesting.parts import (
+from orbax_nnx_handler.planning.suggesting.module_parts import (
     Leaf,
     Link,
     ModulePart,
@@ -37,7 +37,7 @@ from orbax_nnx_handler.planning.suggesting.parts import (
     place_of,
     settle_turns,
 )
-from orbax_nnx_handler.planning.suggesting.roles import NamedPart, named_parts
+from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
 from orbax_nnx_handler.planning.suggesting.words import concepts
 from orbax_nnx_handler.planning.target.roles import Wanted

@@ -12,7 +12,7 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
 from orbax_nnx_handler.planning.suggesting.matching_parts import best_pairs
-from orbax_nnx_handler.planning.suggesting.parts import Leaf, Names, levels, module_parts, sizes_of
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, levels, module_parts, sizes_of
 from orbax_nnx_handler.planning.suggesting.words import concepts, exclude, likeness
 
 _PLACE = "{i}"

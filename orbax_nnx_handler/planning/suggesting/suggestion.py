@@ -10,7 +10,7 @@ from orbax_nnx_handler.planning.core.lines import WIDTH, as_html, counted, frame
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.fitting import Remade
-from orbax_nnx_handler.planning.suggesting.parts import PairGrounds
+from orbax_nnx_handler.planning.suggesting.module_parts import PairGrounds
 
 Confidence = Literal["certain", "likely", "open"]
 

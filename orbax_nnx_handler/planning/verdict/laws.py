@@ -25,9 +25,13 @@ from orbax_nnx_handler.planning.layouts.layout import (
     is_copy_name,
 )
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
-from orbax_nnx_handler.planning.verdict.axes import StackedAxes
 from orbax_nnx_handler.planning.verdict.claims import Claims
-from orbax_nnx_handler.planning.verdict.moments import ProvenMoments, stored_as_weight, wanted_as_weight
+from orbax_nnx_handler.planning.verdict.proven_moments import (
+    ProvenMoments,
+    stored_as_weight,
+    wanted_as_weight,
+)
+from orbax_nnx_handler.planning.verdict.stacked_axes import StackedAxes
 from orbax_nnx_handler.planning.verdict.weights import Weights, is_below
 
 

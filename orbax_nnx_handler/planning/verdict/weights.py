@@ -10,8 +10,8 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_nu
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks
 from orbax_nnx_handler.planning.target.roles import Wanted
-from orbax_nnx_handler.planning.verdict.axes import Stacked, StackedAxes, StackedGroup, options_of
 from orbax_nnx_handler.planning.verdict.elements import Element, Name, SideNames, elements_of
+from orbax_nnx_handler.planning.verdict.stacked_axes import Stacked, StackedAxes, StackedGroup, options_of
 
 _PLAIN = frozenset({"model", "state", "train_state"})
 _GATES = {4: "ifgo", 3: "rzn"}

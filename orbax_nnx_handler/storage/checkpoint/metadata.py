@@ -44,7 +44,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     is_item,
     was_interrupted,
 )
-from orbax_nnx_handler.storage.checkpoint.random_state import (
+from orbax_nnx_handler.storage.checkpoint.stored_random import (
     KEY_FILE,
     KEY_FILES,
     StoredRandom,

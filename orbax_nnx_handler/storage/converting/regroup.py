@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.converting.blocks import Written
-from orbax_nnx_handler.storage.converting.leaves import check_paths_distinct, refusal
+from orbax_nnx_handler.storage.converting.planned_leaves import check_paths_distinct, refusal
 
 GroupPath = tuple[str, ...]
 """A group's path below the collection, such as `("decoder", "layers")`."""

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, 
 from orbax_nnx_handler.planning.mapping.optimizer_states import parameter_paths, read_stored
 from orbax_nnx_handler.planning.rules.entries import model_entries
 from orbax_nnx_handler.storage.converting.blocks import Written
-from orbax_nnx_handler.storage.converting.leaves import refusal
+from orbax_nnx_handler.storage.converting.planned_leaves import refusal
 from orbax_nnx_handler.storage.saving.arrange import Flavour
 
 # Layouts whose optimizer state has the shape that optax gives it.

@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like
-from orbax_nnx_handler.storage.checkpoint.random_state import add_leftovers
+from orbax_nnx_handler.storage.checkpoint.stored_random import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import (
     Flavour,
     Transformation,

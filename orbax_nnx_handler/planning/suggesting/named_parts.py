@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.suggesting.parts import Level, ModulePart, Names, levels
+from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.words import STRONG, Concepts, concepts, meanings, order_word
 
 _QKV = frozenset("qkv")

@@ -20,6 +20,8 @@ os.environ.setdefault(
 # To keep what compiles faster costs more than to compile it again.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Where in its source an operation was called is told only in errors of XLA's.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Every save waits for its disk dozens of times: what the tests write lies in memory, where it has room.
 os.environ.setdefault("TMPDIR", quick_directory())
 
@@ -99,6 +101,12 @@ def pytest_collection_finish() -> None:
     """Spares the garbage collector what lives to the end, and looks for garbage less often."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Spares it what a file leaves behind: programs that JAX keeps, seconds for each full collection."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -243,9 +243,14 @@ def assert_same(expected: Mapping[str, Any], actual: Mapping[str, Any], toleranc
 
 def differs(expected: Mapping[str, Any], actual: Mapping[str, Any], tolerance: float = 2e-5) -> bool:
     """Tells whether `assert_same` would raise; it is asked for each weight of each pair."""
-    return sorted(expected) != sorted(actual) or not all(
-        np.allclose(actual[name], value, rtol=tolerance, atol=tolerance, equal_nan=True)
-        for name, value in expected.items()
+    if sorted(expected) != sorted(actual):
+        return True
+    # As two vectors: a comparison of small arrays takes twenty times what it compares.
+    one, other = (
+        np.concatenate([np.ravel(outcome[name]) for name in expected]) for outcome in (actual, expected)
+    )
+    return one.shape != other.shape or not np.allclose(
+        one, other, rtol=tolerance, atol=tolerance, equal_nan=True
     )
 
 

@@ -18,8 +18,9 @@ import zstandard
 
 _POLYNOMIAL = 0x82F63B78
 _ONES = 0xFFFFFFFF
-# A step costs a few microseconds, for however many runs.
-_SHORT_RUN = 64
+# Bytes that are looked up in one table, of 256 KiB; runs that are looked up at a time.
+_RUN = 256
+_BLOCK_RUNS = 4096
 
 _Words = np.ndarray[Any, np.dtype[np.uint32]]
 
@@ -27,54 +28,52 @@ _Words = np.ndarray[Any, np.dtype[np.uint32]]
 def crc32c(content: bytes | memoryview) -> int:
     """Returns the CRC-32C checksum (Castagnoli, RFC 3720) of at least four bytes.
 
-    The bytes are laid out as equal runs, one after the other in memory and side by side in
-    the computation, so that NumPy takes a step in all of them at once. Two neighbours are
-    joined by letting the left one run on over as many zero bytes as the right one is long:
-    a linear map on 32 bits, which is computed in the same pass, from the 32 unit vectors.
+    The checksum is linear: what each byte of a run adds at its place is looked up, for all bytes at once.
+    Two neighbours are joined by letting the left one run on over as many zero bytes as the right one is
+    long, which is linear too.
     """
     data = np.frombuffer(content, np.uint8)
-    runs = 1
-    while len(data) > runs * _SHORT_RUN * 4 and runs < 1 << 14:
-        runs *= 2
-    length = -(-len(data) // runs)
+    rows = np.zeros((-(-len(data) // _RUN), _RUN), np.uint8)
     # Zeros in front change nothing as long as the register is zero; what it really begins
     # with is added to the first four bytes instead.
-    rows = np.zeros(runs * length, np.uint8)
-    rows[rows.size - len(data) :] = data
-    rows[rows.size - len(data) :][:4] ^= 0xFF
-    state, over = _run(rows.reshape(runs, length))
+    filled = rows.reshape(-1)[rows.size - len(data) :]
+    filled[:] = data
+    filled[:4] ^= 0xFF
+    place, added = np.arange(_RUN), _added()
+    blocks = (rows[start : start + _BLOCK_RUNS] for start in range(0, len(rows), _BLOCK_RUNS))
+    state: _Words = np.concatenate([np.bitwise_xor.reduce(added[place, block], axis=1) for block in blocks])
+    level = 0
     while len(state) > 1:
-        state = _apply(over, state[0::2]) ^ state[1::2]
-        over = _apply(over, over)
+        if len(state) % 2:
+            state = np.concatenate([np.zeros(1, np.uint32), state])
+        state = _apply(_over_zeros(level), state[0::2]) ^ state[1::2]
+        level += 1
     return int(state[0]) ^ _ONES
 
 
-def _run(rows: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[_Words, _Words]:
-    """Returns the register after each row, and where a row of zeros takes each single bit."""
-    table = _table()
-    columns = np.ascontiguousarray(rows.T)
-    state: _Words = np.zeros(len(rows), np.uint32)
-    bits: _Words = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    for column in columns:
-        state = table[(state ^ column) & 0xFF] ^ (state >> np.uint32(8))
-        bits = table[bits & 0xFF] ^ (bits >> np.uint32(8))
-    return state, bits
-
-
-def _apply(images: _Words, words: _Words) -> _Words:
-    """Applies the linear map that takes bit i to `images[i]`."""
-    result = np.zeros_like(words)
-    for bit, image in enumerate(images):
-        result ^= ((words >> np.uint32(bit)) & np.uint32(1)) * image
-    return result
-
-
 @functools.cache
-def _table() -> _Words:
+def _added() -> _Words:
+    """Returns what a byte of a run adds to the register at the run's end, by place and value."""
     words = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         words = (words >> np.uint32(1)) ^ ((words & np.uint32(1)) * np.uint32(_POLYNOMIAL))
-    return words
+    places = [words]
+    while len(places) < _RUN:
+        places.append(words[places[-1] & 0xFF] ^ (places[-1] >> np.uint32(8)))
+    return np.stack(places[::-1])
+
+
+@functools.cache
+def _over_zeros(level: int) -> _Words:
+    """Returns where `2**level` runs of zeros take the register, by each of its four bytes."""
+    # What is in the register acts as if it were added to the four bytes that come.
+    return _added()[:4] if not level else _apply(_over_zeros(level - 1), _over_zeros(level - 1))
+
+
+def _apply(images: _Words, words: _Words) -> _Words:
+    """Applies the linear map that takes byte `value` at place `at` to `images[at, value]`."""
+    first, second, third, fourth = ((words >> np.uint32(8 * at)) & 0xFF for at in range(4))
+    return images[0, first] ^ images[1, second] ^ images[2, third] ^ images[3, fourth]
 
 
 _MANIFEST, _NODE = 0x0CDB3A2A, 0x0CDB20DE

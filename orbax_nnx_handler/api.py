@@ -197,13 +197,25 @@ def save(
         DtypeMismatchError: The step is beyond int32, in which a Linen program counts.
         RestoreError: It cannot be written there (`s3://`, a path with `[` or a backslash, a full disk);
             on this machine's file systems nothing is left behind.
-        ValueError: Two leaves would be stored at one path, the plan is of another item, or something
-            is at `path` already and `force` is not set.
+        ValueError: `state` holds no array, two leaves would be stored at one path, the plan is of another
+            item, or something is at `path` already and `force` is not set.
     """
+    _check_holds_something(state)
     destination = absolute(path)
     check_writable(destination)
     arguments = linen_save(ocp.args.PyTreeSave(as_save_item(state)), layout, tx, renames)
     save_item(destination, arguments, force=force)
+
+
+def _check_holds_something(state: Any) -> None:
+    held = [state] if isinstance(state, type) else jax.tree.leaves(state)
+    if held and not isinstance(state, type):
+        return
+    what = f"the class {state.__name__}" if isinstance(state, type) else f"a {type(state).__name__}"
+    raise ValueError(
+        f"there is nothing to save: {what} holds no array.\n"
+        "hint: pass the module, the nnx.State or a dict of these, such as what a restore returned."
+    )
 
 
 @paused_collection()

@@ -43,9 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         screen.error("UsageError", str(error), word="usage")
         return 2
-    except RestoreError as error:
-        screen.refusal(error)
-        return 1
     except (OSError, ImportError) as error:
         return _outside(error, screen)
     except KeyboardInterrupt:
@@ -60,7 +57,11 @@ def _run(words: Sequence[str], screen: Screen) -> int:
     # What the user's own module prints is no part of the JSON.
     aside = contextlib.redirect_stdout(sys.stderr) if screen.as_json else contextlib.nullcontext()
     with aside:
-        return int(arguments.run(arguments, screen))
+        try:
+            return int(arguments.run(arguments, screen))
+        except RestoreError as error:
+            screen.refusal(error, arguments)
+            return 1
 
 
 def _wants_json(words: Sequence[str]) -> bool:

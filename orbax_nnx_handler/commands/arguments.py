@@ -5,7 +5,7 @@ import math
 import re
 import shlex
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, cast
 
@@ -131,10 +131,13 @@ def asked_for(arguments: argparse.Namespace) -> tuple[Factory, dict[str, Any]]:
     """
     _pretend_devices(arguments.devices)
     factory = load_factory(arguments.target)
+    target = factory.target(weights_only=arguments.weights_only)
+    # Kept for the way out of an error, which says what to type in addition.
+    arguments.settled = rules_of(arguments)
     return factory, {
-        "target": factory.target(weights_only=arguments.weights_only),
+        "target": target,
         "layout": arguments.layout,
-        "renames": rules_of(arguments),
+        "renames": arguments.settled,
         "item": arguments.item,
     }
 
@@ -181,7 +184,7 @@ def rules_of(arguments: argparse.Namespace) -> list[Rule]:
     """
     found = list[Rule]()
     for text in arguments.rules:
-        value = load_value(text, "RULES")
+        value = load_value(text, "RULES", may_be=lambda found: isinstance(found, list | tuple))
         try:
             found += as_rules(value)
         # What the file holds may be anything.
@@ -251,22 +254,55 @@ _MANY = 8
 """Options that fit at a prompt; more of them are a matter for a program."""
 
 
-def as_options(hints: Iterable[Hint], given: Sequence[Rule] = ()) -> str:
+def way_out(hints: Sequence[Hint], arguments: argparse.Namespace) -> str:
+    """Returns what hints propose as it is typed: options to add to a command, or another command.
+
+    Args:
+        hints: The hints.
+        arguments: What was typed; its rules, where it has any, were read already.
+
+    Returns:
+        Empty where nothing can be said at a prompt.
+    """
+    typed = vars(arguments)
+    passed = [option("policy", text) for text in typed.get("policy", ())]
+    options = as_options(hints, typed.get("settled", ()), passed)
+    path: str = typed.get("path") or typed.get("src") or ""
+    if options or not path:
+        return options
+    commands = {hint.command for hint in hints}
+    item = ["--item", typed["item"]] if typed.get("item") else []
+    if "suggest" in commands and typed.get("target"):
+        return shlex.join(["orbax-nnx", "suggest", path, typed["target"], *_as_typed(typed), *item])
+    return shlex.join(["orbax-nnx", "tree", path, *item]) if "tree" in commands else ""
+
+
+def _as_typed(typed: Mapping[str, Any]) -> list[str]:
+    """Returns the options without which a target is not the same."""
+    words = ["--weights-only"] if typed["weights_only"] else []
+    words += ["--layout", typed["layout"]] if typed["layout"] != "auto" else []
+    return words + (["--devices", str(typed["devices"])] if typed["devices"] else [])
+
+
+def as_options(
+    hints: Iterable[Hint], settled: Sequence[Rule] = (), passed: Collection[str | None] = ()
+) -> str:
     """Returns the options that do what hints propose; empty where none can be said at a prompt.
 
     Args:
         hints: The hints.
-        given: The rules that were passed already, which hints repeat.
+        settled: The rules that were passed already, which hints repeat.
+        passed: Other options that were passed already.
     """
-    words = [word for hint in hints for word in _options(hint, given)]
-    return " ".join(dict.fromkeys(words))
+    words = [word for hint in hints for word in _options(hint, settled)]
+    return " ".join(word for word in dict.fromkeys(words) if word not in passed)
 
 
-def _options(hint: Hint, given: Sequence[Rule]) -> list[str]:
+def _options(hint: Hint, settled: Sequence[Rule]) -> list[str]:
     words: list[str] = []
     for name, value in hint.arguments.items():
-        if name == "renames" and given:
-            value = [rule for rule in as_rules(value) if rule not in given]
+        if name == "renames" and settled:
+            value = [rule for rule in as_rules(value) if rule not in settled]
         said = _SAID[name](value) if name in _SAID else None
         if said is None:
             return []

@@ -1,7 +1,6 @@
 """`orbax-nnx plan`: whether a checkpoint becomes a target, from metadata alone."""
 
 import argparse
-import shlex
 from typing import Any
 
 from orbax_nnx_handler.commands.arguments import (
@@ -10,14 +9,13 @@ from orbax_nnx_handler.commands.arguments import (
     add_path,
     add_policy,
     add_target,
-    as_options,
     asked_for,
     described,
     policies_of,
+    way_out,
 )
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planner import plan_restore
-from orbax_nnx_handler.planning.diagnosis.ways import SUGGEST, SUGGEST_ANEW
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.storage import paused_collection
 
@@ -57,12 +55,8 @@ def _show(plan: RestorePlan, arguments: argparse.Namespace, screen: Screen) -> i
         screen.json(plan.to_dict() | {"error": wrong})
         return 0 if error is None else 1
     screen.show(plan)
-    options = "" if error is None else as_options(error.hints, plan.renames)
-    if options:
-        screen.say(f"on the command line: {options}")
-    elif error is not None and any(hint in (SUGGEST, SUGGEST_ANEW) for hint in error.hints):
-        item = ["--item", arguments.item] if arguments.item else []
-        words = shlex.join(["orbax-nnx", "suggest", arguments.path, arguments.target, *item])
+    words = "" if error is None else way_out(error.hints, arguments)
+    if words:
         screen.say(f"on the command line: {words}")
     return 0 if error is None else 1
 

@@ -3,6 +3,7 @@
 Hints propose arguments; whoever reads them at a prompt gets the options instead.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orbax_nnx_handler.commands.arguments import as_options
+from orbax_nnx_handler.commands.arguments import way_out
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.lines import counted, sized
 from orbax_nnx_handler.planning.core.paths import printable
@@ -120,13 +121,13 @@ class Screen:
         shown = Text(f"{word or kind}: ", "bold red").append(what, "default not bold")
         self.err.print(shown, soft_wrap=True)
 
-    def refusal(self, error: RestoreError) -> None:
-        """Prints why a checkpoint cannot become a target, and the options that its hints propose."""
+    def refusal(self, error: RestoreError, arguments: argparse.Namespace) -> None:
+        """Prints why a checkpoint cannot become a target, and what to type for what its hints propose."""
         if self.as_json:
             self.json({"error": error_to_dict(error)})
             return
-        options = as_options(error.hints)
-        more = f"\non the command line: {options}" if options else ""
+        words = way_out(error.hints, arguments)
+        more = f"\non the command line: {words}" if words else ""
         self.error(type(error).__name__, f"{error}{more}")
 
     @contextlib.contextmanager

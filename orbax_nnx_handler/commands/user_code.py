@@ -72,18 +72,19 @@ def load_factory(text: str) -> Factory:
     if not colon or not place or not call:
         raise UsageError(f"{text!r} is no MODULE:FACTORY, such as model.py:make or 'model:make(layers=12)'.")
     names, args, kwargs = _parse_call(text, call)
-    found = _member(place, names)
+    found = _member(place, names, callable)
     if not callable(found):
         raise UsageError(f"{text} is a {type(found).__name__}, not a function.")
     return Factory(text, found, args, kwargs)
 
 
-def load_value(text: str, default: str = "") -> Any:
+def load_value(text: str, default: str = "", *, may_be: Callable[[Any], bool]) -> Any:
     """Returns what an argument names: `file.py:NAME` or `package.module:NAME`.
 
     Args:
         text: Module or file, a colon and a name.
         default: The name where the text has none.
+        may_be: Tells what could have been meant where nothing has the name.
 
     Raises:
         UsageError: The text names nothing.
@@ -92,7 +93,7 @@ def load_value(text: str, default: str = "") -> Any:
     name = name or default
     if not place or not all(part.isidentifier() for part in name.split(".")):
         raise UsageError(f"{text!r} is no FILE.py:NAME.")
-    return _member(place, name.split("."))
+    return _member(place, name.split("."), may_be)
 
 
 def load_pair(text: str) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]:
@@ -101,7 +102,9 @@ def load_pair(text: str) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
     Raises:
         UsageError: It names no such thing, or the function that returns it fails.
     """
-    value = load_value(text, "PAIR")
+    value = load_value(
+        text, "PAIR", may_be=lambda found: callable(found) or isinstance(found, tuple | list | dict)
+    )
     if callable(value):
         try:
             value = value()
@@ -110,9 +113,9 @@ def load_pair(text: str) -> tuple[Callable[..., Any], Callable[..., Any], tuple[
             raise UsageError(f"{text} fails: {told(error)}") from error
     parts = [_part(value, at, name) for at, name in enumerate(_PARTS)]
     if not (callable(parts[0]) and callable(parts[1]) and isinstance(parts[2], tuple | list)):
-        raise UsageError(
-            f"{text} is no (linen_apply, nnx_apply, inputs): two functions, and a tuple of what both get."
-        )
+        what = "two functions, and a tuple of what both get"
+        what += "; for one array, (x,)" if hasattr(parts[2], "shape") else ""
+        raise UsageError(f"{text} is no (linen_apply, nnx_apply, inputs): {what}.")
     return parts[0], parts[1], tuple(cast("list[Any]", parts[2]))
 
 
@@ -136,11 +139,12 @@ def told(error: BaseException) -> str:
     return f"{kind}{error}{where}"
 
 
-def _member(place: str, names: Sequence[str]) -> Any:
+def _member(place: str, names: Sequence[str], may_be: Callable[[Any], bool]) -> Any:
     found: Any = _load_module(place)
     for name in names:
         if not hasattr(found, name):
-            raise UsageError(f"{place} has no {'.'.join(names)}; it has: {_functions(found)}.")
+            held = ", ".join(_own_names(found, may_be))
+            raise UsageError(f"{place} has no {'.'.join(names)}; it has: {held or 'nothing of the kind'}.")
         found = getattr(found, name)
     return found
 
@@ -203,13 +207,14 @@ def _load_file(file: pathlib.Path) -> ModuleType:
     return module
 
 
-def _functions(place: Any) -> str:
-    own = [
+def _own_names(place: Any, may_be: Callable[[Any], bool]) -> list[str]:
+    """Returns the names of what a module or a class holds itself, and did not import."""
+    own = getattr(place, "__module__", None) or getattr(place, "__name__", "")
+    return [
         name
         for name, value in cast("dict[str, Any]", vars(place)).items()
-        if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == place.__name__
+        if not name.startswith("_") and may_be(value) and getattr(value, "__module__", own) == own
     ]
-    return ", ".join(own) or "no function"
 
 
 def _abstract(make: Callable[[], Any]) -> Any:

@@ -168,11 +168,19 @@ class RestoreOptions:
         )
         check_policy(new.policy)
         check_choice("unexpected", new.unexpected, ("error", "warn", "ignore"))
-        check_choice("dtype", new.dtype, ("target", "stored"))
+        check_choice("dtype", new.dtype, ("target", "stored"), _OTHER_DTYPE)
         return dataclasses.replace(new, renames=as_rules(new.renames))
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...], hint: str = "") -> None:
     """Raises a ValueError where an argument is none of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}")
+    # What cannot be compared with a text, such as an array, is none of them either.
+    if not (isinstance(value, str) and value in choices):
+        more = f"\nhint: {hint}" if hint else ""
+        raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}{more}")
+
+
+_OTHER_DTYPE = (
+    "weights come in the target's dtypes: build it in the dtype that is wanted, such as "
+    "nnx.Linear(..., param_dtype=jnp.bfloat16)."
+)

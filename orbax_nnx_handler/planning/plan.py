@@ -1,6 +1,7 @@
 """The plan of a restore and the report on one: a verdict with its explanation, to check, print and keep."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import Cause, RestoreError
 from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import aligned, counted, rated, sized
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions
@@ -169,16 +170,28 @@ class RestoreReport(Displayed):
         """Returns what each restored leaf rests on, as `RestorePlan.evidence` does."""
         return self.plan.evidence()
 
-    def origin(self, path: Path) -> Restored | Missing | Defaulted:
+    def origin(self, path: Path | str) -> Restored | Missing | Defaulted:
         """Returns where one leaf came from.
 
+        ```python
+        print(handler.report.origin("model/head/kernel").transform)
+        ```
+
+        Args:
+            path: The leaf's keys, or its path as plans and reports print it.
+
         Raises:
-            KeyError: The target has no such leaf.
+            KeyError: The target has no such leaf; names those whose paths are nearest.
         """
-        for part in (self.restored, self.filled, self.defaulted):
-            if path in part:
-                return part[path]
-        raise KeyError(path)
+        parts: dict[Path, Restored | Missing | Defaulted]
+        parts = {**self.restored, **self.filled, **self.defaulted}
+        same = [own for own in parts if path in (own, spelled(own))]
+        if len(same) == 1:
+            return parts[same[0]]
+        asked = path if isinstance(path, str) else spelled(path)
+        near = same or difflib.get_close_matches(asked, map(spelled, parts), n=3)
+        more = f"; the nearest: {', '.join(map(str, near))}" if near else ""
+        raise KeyError(f"the target has no leaf {asked}{more}")
 
     @property
     def summary(self) -> str:

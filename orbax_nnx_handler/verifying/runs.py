@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import flax.errors
 import jax
 import numpy as np
 from flax import nnx
@@ -233,9 +234,11 @@ def _run_linen(programs: Programs, weights: LinenWeights) -> tuple[Any, list[Cal
     except Exception as error:
         held = ", ".join(map(repr, weights.variables))
         hint = (
-            f"it is called with the variables (a dict with {held}) and {counted(len(inputs), 'input')}, such "
-            "as linen_model.apply, or lambda variables, x: linen_model.apply(variables, x, train=False)."
+            f"it is called with the variables (a dict with {held}) and {_described(inputs)}, such as "
+            "linen_model.apply, or lambda variables, x: linen_model.apply(variables, x, train=False)."
         )
+        if isinstance(error, flax.errors.ScopeParamShapeError):
+            hint = f"the weights are for inputs of another shape than {_described(inputs)}."
         raise VerificationError(
             f"linen_apply fails: {_told(error)}", hints=[_COMPILED if _is_compiled(error) else hint]
         ) from error
@@ -253,13 +256,21 @@ def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[An
         return run_nnx(programs.nnx, model, *inputs, locate=locate)
     except Exception as error:
         hint = (
-            f"it is called with the restored target (a {type(model).__name__}) and "
-            f"{counted(len(inputs), 'input')}, such as lambda model, x: model(x). A model with dropout wants "
-            "model.eval() first, or rngs."
+            f"it is called with the restored target (a {type(model).__name__}) and {_described(inputs)}, "
+            "such as lambda model, x: model(x). A model with dropout wants model.eval() first, or rngs."
         )
         raise VerificationError(
             f"nnx_apply fails: {_told(error)}", hints=[_COMPILED if _is_compiled(error) else hint]
         ) from error
+
+
+def _described(inputs: Sequence[Any]) -> str:
+    """Returns how many inputs there are and what each is: `1 input (float32[2,16])`."""
+    shown = [
+        f"{each.dtype}[{','.join(map(str, each.shape))}]" if hasattr(each, "dtype") else type(each).__name__
+        for each in inputs
+    ]
+    return counted(len(inputs), "input") + (f" ({', '.join(shown)})" if shown else "")
 
 
 _COMPILED = (

@@ -45,4 +45,8 @@ def make_broken() -> Mlp:
     raise KeyError("no such size")
 
 
+def make_other() -> nnx.Module:
+    return nnx.Sequential(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.LayerNorm(5, rngs=nnx.Rngs(0)))
+
+
 A_NUMBER = 3

@@ -9,7 +9,7 @@ from flax import nnx
 from orbax_nnx_handler.commands.user_code import UsageError, load_factory
 from tests.cli.conftest import MODEL
 
-FUNCTIONS = ["Mlp", "Named", "make", "make_train", "make_abstract", "make_named", "make_broken"]
+FUNCTIONS = ["Mlp", "Named", "make", "make_train", "make_abstract", "make_named", "make_broken", "make_other"]
 
 
 @pytest.mark.parametrize("text", [f"{MODEL}:make", "tests.cli.nnx_program:make", f"{MODEL}:make_abstract"])

@@ -1,6 +1,7 @@
 """At a prompt a hint comes as the options that do it, and following them works."""
 
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from orbax_nnx_handler import Drop, Transpose
 from orbax_nnx_handler.commands.arguments import as_options
 from orbax_nnx_handler.planning.core.errors import Hint
 from orbax_nnx_handler.planning.rules import as_rules
-from tests.cli.conftest import MODEL
+from tests.cli.conftest import MODEL, PROGRAMS
 from tests.gallery.models import save
 
 
@@ -99,3 +100,46 @@ def test_json_has_no_such_line(cli, root) -> None:
     said = cli("plan", root, f"{MODEL}:make(layers=4)", "--json")
 
     assert "on the command line" not in said.out
+
+
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_whatever_command_refuses_ends_with_the_search_for_rules(cli, auto_named, tmp_path, command) -> None:
+    more = {"convert": [tmp_path / "out"], "verify": []}[command]
+    pair = {"convert": [], "verify": [f"{PROGRAMS}:PAIR"]}[command]
+
+    refused = cli(command, auto_named, *more, f"{MODEL}:make_named", *pair)
+
+    last = refused.err.splitlines()[-1]
+    assert refused.status == 1
+    assert last == f"on the command line: orbax-nnx suggest {auto_named} {MODEL}:make_named"
+    assert cli(*shlex.split(last.partition(": ")[2])[1:]).status == 0
+
+
+def test_the_search_is_asked_about_the_same_target_and_item(cli, tmp_path, auto_named) -> None:
+    shutil.copytree(auto_named, tmp_path / "1" / "weights")
+    shutil.copytree(auto_named, tmp_path / "1" / "ema")
+    same = ("--weights-only", "--layout", "variables", "--item", "ema")
+
+    refused = cli("plan", tmp_path, f"{MODEL}:make_named", *same)
+
+    asked = shlex.split(refused.out.splitlines()[-1].partition(": ")[2])
+    assert asked == ["orbax-nnx", "suggest", str(tmp_path), f"{MODEL}:make_named", *same]
+    assert cli(*asked[1:]).status == 0
+
+
+def test_options_that_were_passed_are_not_proposed_again(cli, root) -> None:
+    target = f"{MODEL}:make(layers=5)"
+    first = cli("plan", root, target, "--policy", "hidden/4=init")
+
+    last = first.out.splitlines()[-1]
+    assert last == "on the command line: --policy hidden/3=init"
+    more = shlex.split(last.partition(": ")[2])
+    assert cli("plan", root, target, "--policy", "hidden/4=init", *more).status == 0
+
+
+def test_another_model_is_looked_at_under_its_path(cli, root) -> None:
+    refused = cli("plan", root, f"{MODEL}:make_other")
+
+    last = refused.out.splitlines()[-1]
+    assert last == f"on the command line: orbax-nnx tree {root}"
+    assert cli(*shlex.split(last.partition(": ")[2])[1:]).status == 0

@@ -456,3 +456,11 @@ def test_a_longer_stack_is_never_cut(tmp_path) -> None:
 
     with pytest.raises(ShapeMismatchError, match="2 more layers"):
         restore(item, target)
+
+
+def test_a_dtype_in_the_place_of_a_choice_is_answered_with_where_it_belongs(tmp_path):
+    for wrong in ("bfloat16", jnp.bfloat16, np.dtype("float32")):
+        with pytest.raises(
+            ValueError, match=r"one of 'target', 'stored', not .*\nhint: .*param_dtype=jnp.bfloat16"
+        ):
+            plan_restore(tmp_path, abstract_net(), dtype=wrong)

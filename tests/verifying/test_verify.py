@@ -265,6 +265,11 @@ def test_a_program_that_cannot_be_compared_is_named(changed: dict[str, Any], sai
     assert raised.value.hints
 
 
+def test_inputs_of_another_shape_than_the_weights_are_for_are_named(saved: Save):
+    with pytest.raises(VerificationError, match=r"hint: .* than 1 input \(float32\[2,3,3,2\]\)"):
+        verified(VIT, saved, inputs=(jnp.ones((2, 3, 3, 2)),))
+
+
 def test_a_model_that_wants_random_numbers_is_told_how(tmp_path: pathlib.Path):
     class Noisy(nnx.Module):
         def __init__(self, rngs):

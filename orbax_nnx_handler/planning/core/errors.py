@@ -20,11 +20,13 @@ class Hint:
             `policy`, `renames`, `layout`, `item`, `unexpected`, `path`; of several ways the
             first. Empty where only a person can do it.
         needs_init: Whether `init=...`, a function that builds the target, has to be passed.
+        command: The command that helps to find the way out, on the same checkpoint and target.
     """
 
     words: str = ""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     needs_init: bool = False
+    command: Literal["", "suggest", "tree"] = ""
 
     @property
     def fills(self) -> bool:
@@ -110,13 +112,21 @@ class Cause:
         return Hint(words, self.way.arguments or fill.arguments)
 
 
-def fill_hint(filters: Iterable[Any], count: int = 0) -> Hint:
-    """Returns the way out that passes a policy for what these filters select, so many leaves if known."""
+def fill_hint(
+    filters: Iterable[Any], count: int = 0, more: Mapping[Any, str] | None = None, *, alone: bool = True
+) -> Hint:
+    """Returns the way out that passes a policy for what filters select.
+
+    Args:
+        filters: The filters.
+        count: How many leaves they are to initialise; 0 if that is not known.
+        more: Policies of other leaves, which are kept.
+        alone: Whether nothing else is filled.
+    """
     leaves = "this leaf" if count == 1 else f"these {count} leaves" if count else "these leaves"
-    policy = {**dict.fromkeys(filters, "init"), ...: "error"}
-    return Hint(
-        f"pass policy={as_python(policy)} to initialise {leaves} and nothing else.", {"policy": policy}
-    )
+    policy = {**dict.fromkeys(filters, "init"), **(more or {}), ...: "error"}
+    rest = "and nothing else" if alone else "as well as what was filled already"
+    return Hint(f"pass policy={as_python(policy)} to initialise {leaves} {rest}.", {"policy": policy})
 
 
 def as_python(value: Any) -> str:

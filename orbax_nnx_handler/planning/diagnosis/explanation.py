@@ -19,7 +19,6 @@ from orbax_nnx_handler.planning.core.errors import (
     UnreadableLeafError,
     as_python,
     error_of_kinds,
-    fill_hint,
 )
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
@@ -64,10 +63,10 @@ from orbax_nnx_handler.planning.diagnosis.ways import (
     LOOK,
     checked,
     completed,
+    fill_all,
     is_arranged,
     is_search,
     of_memory,
-    policy_for,
     search_hint,
     suggest_hint,
 )
@@ -329,9 +328,8 @@ def _fill(evidence: Evidence, paths: Collection[Path], word: str) -> Iterable[Hi
     missing = evidence.open_leaves.keys() & paths
     if not missing:
         return
-    chosen = policy_for(evidence, missing)
-    if chosen:
-        fill = fill_hint(chosen, len(missing))
+    fill = fill_all(evidence, missing)
+    if fill is not None:
         yield dataclasses.replace(fill, words=word + fill.words)
     elif len(missing) == len(evidence.open_leaves):
         words = 'pass policy="init" to initialise all that is missing, or filters for a part of it.'
@@ -396,7 +394,8 @@ def _of_numbers(mismatched: Iterable[Mismatched]) -> Iterable[Hint]:
         yield _widths(widths)
     if len(widths) < len(kinds_of_number):
         yield Hint(
-            "integers, booleans and floats never become each other: give the target's leaf the stored kind."
+            "integers, booleans, floats and complex numbers never become each other: give the target's leaf "
+            "the stored kind."
         )
 
 

@@ -304,7 +304,9 @@ def find_no_weights(evidence: Evidence) -> Iterable[Cause]:
             kind="NoWeights",
             text=f"the checkpoint holds no weights: {held}.",
             paths=tuple(paths),
-            way=Hint("look for another item or step: `orbax-nnx tree CHECKPOINT` lists them."),
+            way=Hint(
+                "look for another item or step: `orbax-nnx tree CHECKPOINT` lists them.", command="tree"
+            ),
             facts={"stored": stored},
         )
 

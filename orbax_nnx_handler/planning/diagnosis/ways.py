@@ -14,16 +14,23 @@ from typing import Any, cast
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
-LOOK = Hint("look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target.")
-SUGGEST = Hint("`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes rules to check and paste.")
+LOOK = Hint(
+    "look at what is stored with `orbax-nnx tree CHECKPOINT`, and check the path and the target.",
+    command="tree",
+)
+SUGGEST = Hint(
+    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes rules to check and paste.", command="suggest"
+)
 SUGGEST_ANEW = Hint(
     "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY` proposes rules for the whole conversion, to check and to "
-    "pass instead of those that were passed."
+    "pass instead of those that were passed.",
+    command="suggest",
 )
 RULE = Hint(
     "stored leaves that nothing wants have shapes that could become these, and no name tells which: write "
@@ -124,10 +131,20 @@ _MOST = 4
 _PAIRS = 200
 
 
-def policy_for(evidence: Evidence, paths: Iterable[Path]) -> tuple[Any, ...]:
-    """Returns filters for some missing leaves and for those that are initialised already."""
-    chosen = {path for path, item in evidence.verdict.missing.items() if item.policy == "init"}
-    return selecting(evidence, chosen.union(paths))
+def fill_all(evidence: Evidence, paths: Collection[Path]) -> Hint | None:
+    """Returns the way out that initialises some missing leaves, and keeps what was chosen for others.
+
+    Returns:
+        None where a few filters do not do.
+    """
+    settled: dict[Policy, set[Path]] = {"init": set(), "warn": set(), "error": set()}
+    for path, item in evidence.verdict.missing.items():
+        settled[item.policy].add(path)
+    filters, zeros = selecting(evidence, settled["init"].union(paths)), selecting(evidence, settled["warn"])
+    if not filters or bool(zeros) != bool(settled["warn"]):
+        return None
+    more: dict[Any, Policy] = dict.fromkeys(zeros, "warn")
+    return fill_hint(filters, len(paths), more, alone=not (settled["init"] or settled["warn"]))
 
 
 def selecting(evidence: Evidence, paths: Iterable[Path]) -> tuple[Any, ...]:

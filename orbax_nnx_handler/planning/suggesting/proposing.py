@@ -20,7 +20,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Leaf,
     Link,
     Names,
-    PairGrounds,
     place_of,
     readings_of,
     settle_turns,
@@ -40,7 +39,13 @@ from orbax_nnx_handler.planning.suggesting.search import (
 )
 from orbax_nnx_handler.planning.suggesting.series import Order
 from orbax_nnx_handler.planning.suggesting.shapes import Way
-from orbax_nnx_handler.planning.suggesting.suggestion import Answers, Proposal, Question, Suggestion
+from orbax_nnx_handler.planning.suggesting.suggestion import (
+    Answers,
+    Question,
+    Suggestion,
+    problem_of,
+    proposal_of,
+)
 from orbax_nnx_handler.planning.suggesting.writing import Writer
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
@@ -49,7 +54,6 @@ from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
 _QUESTIONS = 24
 _TRIES = 6
-_RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "siblings", "order", "fact")
 
 
 def propose(
@@ -377,14 +381,14 @@ class _Proposing:
         weights = [item.leaf.path for item in of_role(self._wanted, *WEIGHTS)]
         open_ends = {*verdict.missing, *verdict.mismatched}
         return Suggestion(
-            proposals=tuple(_proposal(rule, links) for rule, links in tried.rules.items()),
+            proposals=tuple(proposal_of(rule, links) for rule, links in tried.rules.items()),
             questions=tuple(questions),
             wanted_count=len(weights),
             unmatched_wanted=tuple(path for path in weights if path in open_ends),
             unmatched_stored=tuple(
                 path for path in verdict.unexpected if verdict.sides.placements[path].section == "model"
             ),
-            problem=tried.problem or "\n".join(str(fault) for fault in verdict.faults),
+            problem=tried.problem or problem_of(verdict, weights),
         )
 
 
@@ -441,10 +445,3 @@ def _plain(wanted: Leaf, stored: Leaf) -> Link:
 
 def _is_plain(name: str) -> bool:
     return name in PLAIN_LEVELS or name.isdecimal()
-
-
-def _proposal(rule: Rule, links: Sequence[Link]) -> Proposal:
-    found: list[PairGrounds] = [link.grounds for link in links]
-    grounds = max(found, key=_RANKING.index) if found else "shapes"
-    fact = next((link.fact for link in links if link.fact), "")
-    return Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")

@@ -1,16 +1,17 @@
 """What is proposed, as text that a user reads and pastes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, list_paths
-from orbax_nnx_handler.planning.core.lines import WIDTH, as_html, counted, framed
+from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting.fitting import Remade
-from orbax_nnx_handler.planning.suggesting.module_parts import PairGrounds
+from orbax_nnx_handler.planning.suggesting.module_parts import Link, PairGrounds
+from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]
 
@@ -42,6 +43,17 @@ class Proposal:
     def why(self) -> str:
         """What it rests on, in a few words; empty where shapes allow nothing else."""
         return f"as in {self.fact}" if self.fact else _WORDS[self.grounds]
+
+
+_RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "siblings", "order", "fact")
+
+
+def proposal_of(rule: Rule, links: Sequence[Link]) -> Proposal:
+    """Returns a rule with the weakest ground of the links that it serves."""
+    found: list[PairGrounds] = [link.grounds for link in links]
+    grounds = max(found, key=_RANKING.index) if found else "shapes"
+    fact = next((link.fact for link in links if link.fact), "")
+    return Proposal(rule=rule, grounds=grounds, fact=fact if grounds == "fact" else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,10 +175,9 @@ class Suggestion:
         return self.settle(answers, changes) if self.settle is not None else self.renames
 
     def __str__(self) -> str:
-        lines = [f"# {self.coverage}", f"# confidence: {self.confidence}", "renames=["]
-        for proposal in self.proposals:
-            lines.append(f"    {proposal.rule}," + (f"  # {proposal.why}" if proposal.why else ""))
-        lines.append("]")
+        lines = [f"# {self.coverage}", f"# confidence: {self.confidence}"]
+        rules = [f"    {item.rule}," + (f"  # {item.why}" if item.why else "") for item in self.proposals]
+        lines += ["renames=[", *rules, "]"] if rules else ["# no rule is proposed."]
         for question in self.questions:
             lines.append(_comment(f"question: {question}"))
             lines += [_comment(f"    {choice}") for choice in question.choices]
@@ -189,6 +200,19 @@ class Suggestion:
         left = len(self.unmatched_wanted)
         said = f"covers {self.covered} of {counted(self.wanted_count, 'leaf', 'leaves')}"
         return f"{said}; {left} open" if left else said
+
+
+def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
+    """Returns what a plan says against its rules, or why no rule helps; empty for nothing."""
+    if verdict.faults:
+        return "\n".join(map(str, verdict.faults))
+    others = [verdict.mismatched[path] for path in weights if path in verdict.mismatched]
+    shapes = [item for item in others if item.kind == "shape"]
+    if not shapes:
+        return ""
+    head = f"{counted(len(shapes), 'leaf is', 'leaves are')} stored in another shape:"
+    rows = aligned(mismatched_rows(shapes))
+    return f"{head}\n{rows}\nno rule cuts or pads a weight: build the target with the stored sizes."
 
 
 def _listed(paths: Sequence[Path]) -> str:

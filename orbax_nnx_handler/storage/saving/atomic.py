@@ -53,14 +53,16 @@ def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force:
         ValueError: Something is there, and is not to be replaced.
         RestoreError: It cannot be written.
     """
+    is_alone = jax.process_count() == 1
+    # Of several processes, one that is late may see what the first has begun to write; Orbax asks before.
+    if is_alone and not force and destination.exists():
+        raise ValueError(f"Destination {destination} already exists.\nhint: pass force=True to replace it.")
     opened = cast(Any, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
-    if is_url(destination) or jax.process_count() > 1:
+    if is_url(destination) or not is_alone:
         # Other processes would have to know this one's directory; a bucket has none to rename.
         with opened as checkpointer:
             checkpointer.save(destination, args=arguments, force=force)
         return
-    if destination.exists() and not force:
-        raise ValueError(f"Destination {destination} already exists.\nhint: pass force=True to replace it.")
     leaves = ((path, _nbytes(value)) for path, value in nodes_of(arguments.item))
     with opened as checkpointer, writing(destination, leaves), appearing(destination) as unfinished:
         checkpointer.save(unfinished, args=arguments)

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import numpy as np
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
@@ -26,11 +27,18 @@ class ItemLeaf:
     def value(self) -> Any:
         """Its array; an empty container where it holds none, None for an empty state of optax."""
         value = cast(Any, self.node).get_raw_value() if isinstance(self.node, nnx.Variable) else self.node
+        if _is_array_to_orbax(value):
+            return np.asarray(value)
         if hasattr(value, "shape") or children(value) != []:
             return value
         if value is None or hasattr(value, "_fields"):
             return None
         return {} if isinstance(value, Mapping) else ()
+
+
+def _is_array_to_orbax(value: Any) -> bool:
+    """Tells a Python complex and scalars such as NumPy's bool, of which Orbax stores arrays alone."""
+    return isinstance(value, complex | np.generic) and not isinstance(value, np.number)
 
 
 ItemLeaves = Mapping[Path, ItemLeaf]

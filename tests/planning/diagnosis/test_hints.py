@@ -17,7 +17,7 @@ from orbax_nnx_handler import Cast, DtypeMismatchError, RestoreError, restore
 from orbax_nnx_handler.planning.core.recipes import Read
 from tests.gallery import cases
 from tests.gallery.cases import GALLERY, Broken
-from tests.planning.models import plan
+from tests.planning.models import model, plan
 
 NAMES = {name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__all__} | {"nnx": nnx}
 FOR_A_PERSON = {
@@ -178,3 +178,28 @@ def test_integers_of_another_width_come_with_the_rule_that_casts_them(tmp_path):
     assert found["seen"].tolist() == [1, 300]
     with pytest.raises(RestoreError, match="300"):
         restore(tmp_path / "item", {"seen": narrow}, renames=[Cast("params/seen", "int8")])
+
+
+def test_a_policy_to_be_passed_keeps_what_was_chosen_for_other_leaves():
+    stored, wanted = model(2), model(4, "") | {"gate/scale": (4,)}
+    given = {
+        nnx.All(nnx.PathContains("layers_2"), nnx.PathContains("up")): "init",
+        nnx.PathContains("gate"): "warn",
+        ...: "error",
+    }
+
+    refused = plan(stored, wanted, policy=given)
+    (fill,) = (hint for hint in refused.error().hints if hint.fills)
+    followed = plan(stored, wanted, **fill.arguments)
+
+    assert fill.words.endswith(" to initialise these 4 leaves as well as what was filled already.")
+    assert {path: item.policy for path, item in followed.missing.items()} == {
+        path: "warn" if path == ("gate", "scale") else "init" for path in refused.missing
+    }
+
+
+def test_a_policy_that_fills_nothing_else_says_so():
+    error = plan(model(2), model(3, "")).error()
+    (fill,) = (hint for hint in error.hints if hint.fills)
+
+    assert fill.words.endswith(" to initialise these 3 leaves and nothing else.")

@@ -304,3 +304,26 @@ def test_the_plan_of_seven_billion_parameters_is_one_screen_with_the_cause_first
         first = next(at for at, line in enumerate(lines) if line.startswith(("cause: ", "hint: ")))
         assert first <= 6
         assert not any(line.startswith("  restored") for line in lines[:first])
+
+
+def test_a_report_tells_where_a_leaf_came_from_by_its_keys_and_as_it_is_printed():
+    report = RestoreReport.of(PLANS["fits"], 1.0)
+
+    by_keys = report.origin(("layers", 1, "up", "kernel"))
+
+    assert report.origin("layers/1/up/kernel") is by_keys
+    assert by_keys.wanted.path == ("layers", 1, "up", "kernel")
+    with pytest.raises(KeyError, match="no leaf layers/1/up/kernl; the nearest: layers/1/up/kernel"):
+        report.origin("layers/1/up/kernl")
+    with pytest.raises(KeyError, match="no leaf heads/kernel; the nearest: head/kernel"):
+        report.origin(("heads", "kernel"))
+
+
+def test_two_leaves_that_are_printed_alike_are_told_apart_by_their_keys():
+    wanted, stored = jax.ShapeDtypeStruct((2,), "float32"), np.zeros(2, np.float32)
+    target, tree = {"a/b": wanted, "a": {"b": wanted}}, {"params": {"a/b": stored, "a": {"b": stored}}}
+    report = RestoreReport.of(plan_of(target, tree, policy="warn"), 1.0)
+
+    assert report.origin(("a", "b")).wanted.path == ("a", "b")
+    with pytest.raises(KeyError, match="no leaf a/b"):
+        report.origin("a/b")

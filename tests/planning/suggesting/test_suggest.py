@@ -279,3 +279,17 @@ def test_integers_are_not_taken_for_floats_of_the_same_shape():
 
     assert sorted(renames(found)) == [("Table_0", "second"), ("Table_1", "first")]
     assert found.confidence == "certain"
+
+
+def test_a_model_of_other_sizes_is_told_which_and_that_no_rule_is_proposed():
+    found = proposal({"up": {"kernel": (5, 6), "bias": (6,)}}, {"up": {"kernel": (5, 9), "bias": (9,)}})
+
+    lines = str(found).splitlines()
+    assert "# no rule is proposed." in lines
+    assert "renames=[" not in lines
+    assert lines[-4:] == [
+        "# 2 leaves are stored in another shape:",
+        "#   up/bias     stored (9,) float32     wanted (6,) float32     <- params/up/bias",
+        "#   up/kernel   stored (5, 9) float32   wanted (5, 6) float32   <- params/up/kernel",
+        "# no rule cuts or pads a weight: build the target with the stored sizes.",
+    ]

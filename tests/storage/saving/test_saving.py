@@ -8,10 +8,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -434,3 +436,41 @@ def test_a_layout_that_nothing_is_saved_in_is_refused_before_anything_is_written
     with pytest.raises(ValueError, match="layout is one of 'linen', 'maxtext', not "):
         to_linen(state, layout=layout)
     assert not (tmp_path / "item").exists()
+
+
+@pytest.mark.parametrize(
+    ("nothing", "said"),
+    [(None, "a NoneType"), ({}, "a dict"), (nnx.State({}), "a State"), (nnx.Linear, "the class Linear")],
+)
+def test_nothing_to_save_is_said_before_anything_is_written(tmp_path, nothing, said):
+    with pytest.raises(ValueError, match=f"there is nothing to save: {said} holds no array.\nhint: pass the"):
+        save(tmp_path / "item", nothing)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_is_taken_is_said_with_the_way_out_in_a_bucket_as_on_a_disk(tmp_path, monkeypatch):
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    save(tmp_path / "item", state)
+    monkeypatch.setattr(type(epath.Path("gs://bucket/item")), "exists", lambda _: True)
+
+    for place in (tmp_path / "item", "gs://bucket/item"):
+        with pytest.raises(ValueError, match=r"already exists\.\nhint: pass force=True to replace it\."):
+            save(place, state)
+
+
+def test_complex_weights_and_numbers_of_every_kind_come_back_as_they_were(tmp_path):
+    class Rotations(nnx.Module):
+        def __init__(self):
+            self.turn = nnx.Param(jnp.array([1j, 2 - 1j, 0.5], jnp.complex64))
+            self.phase = nnx.BatchStat(jnp.array(3j, jnp.complex64))
+
+    beside = {"z": 1j, "set": np.bool_(True), "rate": ml_dtypes.bfloat16(0.5)}
+    save(tmp_path / "item", {"model": Rotations(), **beside})
+    found = restore(tmp_path / "item", {"model": nnx.eval_shape(Rotations), **beside, "z": 0j})
+    (stored,) = ocp.PyTreeCheckpointer().restore(tmp_path / "item")["params"].values()
+
+    assert found["model"].turn.get_value().tolist() == [1j, 2 - 1j, 0.5]
+    assert found["model"].phase.get_value() == 3j
+    assert (found["z"], found["set"], found["rate"]) == (1j, True, 0.5)
+    assert stored.tolist() == [1j, 2 - 1j, 0.5]

@@ -7,8 +7,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave
+from tests.conformance import managers, settings
 from tests.conformance.kits import OURS, STOCK, outcome
-from tests.conformance.managers import PROGRAMS
+
+PROGRAMS = managers.PROGRAMS | settings.PROGRAMS
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

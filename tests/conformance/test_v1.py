@@ -79,7 +79,65 @@ def _training(kit: Kit, path: Any) -> Any:
         return checkpointer.latest.step, checkpointer.load(1, _abstract(params()))
 
 
+def _training_in_the_background(kit: Kit, path: Any) -> Any:
+    policies = ocp.training.preservation_policies
+    with (
+        kit.context(),
+        ocp.training.Checkpointer(path, preservation_policy=policies.LatestN(2)) as checkpointer,
+    ):
+        for step in range(4):
+            checkpointer.save_async(step, params(float(step)), metrics={"loss": 1.0 - step / 10}).result()
+        left = [found.step for found in checkpointer.checkpoints]
+        return left, checkpointer.load(), repr(checkpointer.metadata(3).metadata)
+
+
+def _a_place_that_is_taken(kit: Kit, path: Any) -> Any:
+    with kit.context():
+        ocp.save(path, params())
+        ocp.save(path, params(2.0), overwrite=True)
+        assert float(ocp.load(path)["dense"]["kernel"][0, 0]) == 2.0
+        return ocp.save(path, params(3.0))
+
+
+def _nothing_there(kit: Kit, path: Any) -> Any:
+    with kit.context():
+        return ocp.load(path, params())
+
+
+def _metadata_of_the_user(kit: Kit, path: Any) -> Any:
+    with kit.context():
+        ocp.save(path, params(), custom_metadata={"by": "me"})
+        found = ocp.metadata(path)
+        return found.custom_metadata, ocp.load(path, found)
+
+
+def _one_of_several(kit: Kit, path: Any) -> Any:
+    with kit.context():
+        ocp.save_checkpointables(path, {"state": train_state(), "tree": params()})
+        return ocp.load(path, _abstract(params()), checkpointable_name="tree")
+
+
+def _one_that_is_not_there(kit: Kit, path: Any) -> Any:
+    with kit.context():
+        ocp.save_checkpointables(path, {"tree": params()})
+        return ocp.load_checkpointables(path, {"other": None})
+
+
+def _in_two_contexts(kit: Kit, path: Any) -> Any:
+    with kit.context():
+        ocp.save(path, {"w": np.ones(2, np.complex64)})
+    with ocp.Context():
+        return ocp.load(path)
+
+
 PROGRAMS: dict[str, Program] = {
+    "training in the background": _training_in_the_background,
+    "a place that is taken": _a_place_that_is_taken,
+    "nothing there": _nothing_there,
+    "metadata of the user": _metadata_of_the_user,
+    "one of several": _one_of_several,
+    "one that is not there": _one_that_is_not_there,
+    "complex numbers, read by stock": _in_two_contexts,
     **{f"item: {name}": comes_back(make) for name, make in ITEMS.items()},
     "placeholder": loaded(lambda: {"dense": {**params()["dense"], "bias": ...}}),
     "a type for a leaf": loaded(lambda: {"n": int}, lambda: {"n": 3}),

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Recipe,
     Slice,
     Stack,
+    Transpose,
     reads,
     shape_of,
 )
@@ -38,10 +39,14 @@ class Claims:
         self, sources: Sequence[tuple[Wanted, Recipe, object]], placed: Mapping[Path, Placement]
     ) -> None:
         self._sources, self._placed = sources, placed
-        self.read = [recipe.path for _, recipe, _ in sources if isinstance(recipe, Read)]
-        if len(self.read) < len(sources):
-            others = (recipe for _, recipe, _ in sources if not isinstance(recipe, Read))
-            self.read += itertools.chain.from_iterable(map(reads, others))
+        self.read: list[Path] = []
+        for _, recipe, _ in sources:
+            while isinstance(recipe, (Index, Transpose)):
+                recipe = recipe.source
+            if isinstance(recipe, Read):
+                self.read.append(recipe.path)
+            else:
+                self.read += reads(recipe)
 
     @cached_property
     def used(self) -> Set[Path]:
@@ -66,8 +71,10 @@ class Claims:
         twice = {path for path, count in Counter(self.read).items() if count > 1} - copies
         users: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
         for item, recipe, _ in self._sources:
-            for stored in twice.intersection(reads(recipe)):
-                users[stored].append((item, recipe))
+            read = reads(recipe)
+            for stored in read if len(read) == 1 else dict.fromkeys(read):
+                if stored in twice:
+                    users[stored].append((item, recipe))
         doubtful = {
             stored: [item.leaf.path for item, _ in found]
             for stored, found in users.items()

@@ -152,6 +152,8 @@ class _Kernel:
         placed, roots, tops, by_rule = self._placed, self._weights.roots, self._tops, self._known.by_rule
         for source in weights:
             item, recipe, grounds = source
+            if by_rule and not by_rule.isdisjoint(reads(recipe)):
+                continue
             if not isinstance(recipe, Read):
                 if not isinstance(recipe, Index) or not self._is_next_layer(item, recipe, grounds):
                     yield source
@@ -167,7 +169,6 @@ class _Kernel:
                 or collection != item.collection
                 or there.section != "model"
                 or (tops and self._has_top(item.leaf.path))
-                or (by_rule and recipe.path in by_rule)
                 or not is_below(item, there, roots.get((there.owner, collection), ()))
             ):
                 yield source

@@ -102,11 +102,12 @@ class ProvenMoments:
         To be read in the loop that proves them, since fields become known there. The moments
         of nearly every field come in the order of the parameters.
         """
-        keys, above, below, at = self._in_order, (), (), len(self._weights)
+        keys, weights, above, below = self._in_order, self._weights, (), ()
+        at = end = len(keys)
         for item, recipe, _ in self._leaves:
             path = item.leaf.path
-            is_next = at < len(keys) and path == above + keys[at]
-            if is_next and _is_made_as(item, recipe, self._weights[at], below):
+            is_next = at < end and path == above + keys[at]
+            if is_next and _is_made_as(item, recipe, weights[at], below):
                 at += 1
                 continue
             if not self._is_in_known_field(item, recipe):
@@ -241,46 +242,42 @@ def _only_read(recipe: Recipe) -> Path | None:
     return recipe.path if isinstance(recipe, Read) else None
 
 
-def _is_chain_on(recipe: Recipe, other: Recipe, stored: Path) -> bool:
-    """Tells whether a recipe does to a stored leaf what another one does to its own."""
-    while not isinstance(recipe, Read):
-        if isinstance(recipe, Transpose) and isinstance(other, Transpose):
-            same = recipe.permutation == other.permutation
-        elif isinstance(recipe, Index) and isinstance(other, Index):
-            same = recipe.index == other.index and recipe.axis == other.axis
-        else:
-            return False
-        if not same:
-            return False
-        recipe, other = recipe.source, other.source
-    return isinstance(other, Read) and recipe.path == stored
-
-
 def _is_made_as(item: Wanted, recipe: Recipe, weight: _Weight, above: Path) -> bool:
     """Tells whether a moment is made of the stored one below these keys as its weight is of the weight."""
     of, made, below = weight
     if below is None or of.leaf.shape != item.leaf.shape:
         return False
-    if isinstance(recipe, Read):  # Nearly every moment.
-        return isinstance(made, Read) and recipe.path == above + below
-    return _is_chain_on(recipe, made, above + below)
+    while not isinstance(recipe, Read):
+        if isinstance(recipe, Transpose) and isinstance(made, Transpose):
+            same = recipe.permutation == made.permutation
+        elif isinstance(recipe, Index) and isinstance(made, Index):
+            same = recipe.index == made.index and recipe.axis == made.axis
+        else:
+            return False
+        if not same:
+            return False
+        recipe, made = recipe.source, made.source
+    return isinstance(made, Read) and recipe.path == above + below
 
 
-def _by_owner(leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterable[Sequence[Path]]:
+def _by_owner(leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterable[Sequence[Path]]:
     """Returns the paths of the leaves of each optimizer."""
-    found: dict[Path, list[Path]] = defaultdict(list)
-    for item, *_ in leaves:
-        found[item.owner].append(item.path)
-    return found.values()
+    owners = {item.owner for item, _, _ in leaves}
+    if len(owners) == 1:
+        return [[item.path for item, _, _ in leaves]]  # Nearly every target.
+    return [[item.path for item, _, _ in leaves if item.owner == owner] for owner in owners]
 
 
 def _by_key(depths: Iterable[int], weights: Sequence[_Weight]) -> Mapping[Path, Sequence[int]]:
     """Returns the numbers of the weights by the end of their paths that a moment has."""
     found: dict[Path, tuple[int, ...]] = {}
     for depth in depths:
-        for number, (item, *_) in enumerate(weights):
-            key = item.leaf.path[depth:]
-            found[key] = (*found[key], number) if key in found else (number,)
+        keys = [item.leaf.path[depth:] for item, _, _ in weights]
+        if not found and len(set(keys)) == len(keys):
+            found = {key: (number,) for number, key in enumerate(keys)}  # Nearly every model.
+            continue
+        for number, key in enumerate(keys):
+            found[key] = (*found.get(key, ()), number)
     return found
 
 
@@ -291,7 +288,7 @@ def _depth_of(moments: Sequence[Path], weights: Sequence[_Weight]) -> int:
     """
     best, longest = 0, 0
     for moment in (max(moments, key=len), *moments[:: len(moments) // _SAMPLES + 1]):
-        for item, *_ in weights:
+        for item, _, _ in weights:
             path = item.leaf.path
             while longest + 1 < len(moment) and path[-longest - 1 :] == moment[-longest - 1 :]:
                 longest += 1

@@ -16,7 +16,7 @@ import resource
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Self, cast
 
@@ -219,6 +219,8 @@ ALIGNMENT = 64
 OWN_BLOCK_BYTES = 4 << 20
 # What one surviving small leaf can keep alive at most.
 SHARED_BLOCK_BYTES = 8 << 20
+# So many blocks are made ready in one call: a hundredth of a second.
+_AT_ONCE = 4
 _Bytes = npt.NDArray[np.uint8]
 
 
@@ -227,12 +229,14 @@ class Memory:
 
     Page faults take several times what it takes to fill the pages (0.5 GB from the page cache: 0.04 s
     into memory that has its pages, 0.24 s into fresh memory), and need nothing of the plan but its size.
+    Where the restore is refused, the blocks go with this; so much is touched at most until then.
     """
 
+    MOST_BYTES = 1 << 30
+
     def __init__(self) -> None:
-        self._ready: deque[_Bytes] = deque()
+        self._blocks: deque[_Bytes] = deque()
         self._thread: threading.Thread | None = None
-        self._fresh = 0
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -242,6 +246,8 @@ class Memory:
         self._closed = True
         if self._thread is not None:
             self._thread.join()
+        # The traceback of a refused restore holds this.
+        self._blocks.clear()
 
     def expect(self, leaves: Iterable[WantedLeaf]) -> None:
         """Begins to make memory ready for the leaves that will live in this process's own."""
@@ -249,27 +255,29 @@ class Memory:
         own = {id(leaf.sharding): _is_own(leaf.sharding) for leaf in small}
         nbytes = sum(leaf.nbytes for leaf in small if own[id(leaf.sharding)])
         if nbytes >= SHARED_BLOCK_BYTES:
-            thread = threading.Thread(target=self._make_ready, args=(nbytes // SHARED_BLOCK_BYTES,))
             # Where there may be no more threads or memory, the reading says so.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, MemoryError, OSError):
+                count = min(nbytes, self.MOST_BYTES) // SHARED_BLOCK_BYTES
+                blocks = sorted((_block(SHARED_BLOCK_BYTES) for _ in range(count)), key=_address)
+                thread = threading.Thread(target=self._make_ready, args=(blocks,))
                 thread.start()
-                self._thread = thread
+                self._thread, self._blocks = thread, deque(blocks)
 
-    def _make_ready(self, count: int) -> None:
-        with contextlib.suppress(MemoryError, OSError):
-            for made in range(count):
-                if self._closed or made + self._fresh >= count:
+    def _make_ready(self, blocks: Sequence[_Bytes]) -> None:
+        # Several at a time where they lie side by side, as the system maps them: after each call the lock
+        # of the interpreter is waited for, as long as half a block takes.
+        for at in range(0, len(blocks), _AT_ONCE):
+            some = blocks[at : at + _AT_ONCE]
+            start, size = _address(some[0]), len(some) * SHARED_BLOCK_BYTES
+            is_one = _address(some[-1]) + SHARED_BLOCK_BYTES == start + size
+            for each in [(start, size)] if is_one else [(_address(b), SHARED_BLOCK_BYTES) for b in some]:
+                if self._closed:
                     return
-                block = _block(SHARED_BLOCK_BYTES)
-                back_with_pages(block.data)
-                self._ready.append(block)
+                _back_with_pages(*each)
 
     def take(self) -> _Bytes:
         """Returns the next block."""
-        if self._ready:
-            return self._ready.popleft()
-        self._fresh += 1
-        return _block(SHARED_BLOCK_BYTES)
+        return self._blocks.popleft() if self._blocks else _block(SHARED_BLOCK_BYTES)
 
 
 def _is_own(sharding: Sharding | None) -> bool:
@@ -324,11 +332,19 @@ def back_with_pages(memory: memoryview) -> None:
 
     A third cheaper than one fault a page. `mmap.madvise` would keep the lock of the interpreter.
     """
-    if sys.platform == "linux" and len(memory) >= mmap.PAGESIZE:
-        start = np.frombuffer(memory, np.uint8).ctypes.data
+    if len(memory) >= mmap.PAGESIZE:
+        start = _address(np.frombuffer(memory, np.uint8))
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = (start + len(memory) - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise()(ctypes.c_void_p(first), ctypes.c_size_t(size), _POPULATE_WRITE)
+        _back_with_pages(first, (start + len(memory) - first) // mmap.PAGESIZE * mmap.PAGESIZE)
+
+
+def _back_with_pages(start: int, size: int) -> None:
+    if sys.platform == "linux":
+        _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(size), _POPULATE_WRITE)
+
+
+def _address(memory: _Bytes) -> int:
+    return memory.ctypes.data
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """Bytes by position: what is there is read, and what is not there is noticed."""
 
+import contextlib
 import os
+import pathlib
 import resource
 import sys
 import threading
@@ -9,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 import tensorstore as ts
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from orbax_nnx_handler import MissingParamError, restore
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.leaves import WantedLeaf
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
@@ -198,6 +202,34 @@ def test_without_another_thread_memory_is_what_it_is(monkeypatch):
         buffer = Arena(memory).allocate((4,), np.dtype(np.float32))
 
     assert buffer.shape == (4,)
+
+
+def test_no_more_memory_is_made_ready_than_planning_takes_time_for(monkeypatch):
+    monkeypatch.setattr(Memory, "MOST_BYTES", 2 * SHARED_BLOCK_BYTES)
+
+    with Memory() as memory:
+        memory.expect(wanted_leaves(24, SingleDeviceSharding(jax.devices()[0])))
+
+        assert len(memory._blocks) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system says what is resident")
+def test_a_refused_restore_gives_back_the_memory_that_was_made_ready(tmp_path):
+    save(tmp_path / "item", {"params": {"other": numbers((4,))}}, FORMATS[0])
+    leaf = jax.ShapeDtypeStruct((3 << 18,), np.float32, sharding=SingleDeviceSharding(jax.devices()[0]))
+    target = nnx.State({f"layer_{n}": nnx.Param(leaf) for n in range(64)})  # 0.2 GB
+
+    def resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    with contextlib.suppress(MissingParamError):
+        restore(tmp_path / "item", target)  # What is imported and compiled once is.
+    before = resident()
+    with pytest.raises(MissingParamError) as refused:
+        restore(tmp_path / "item", target)
+
+    assert resident() - before < 20e6
+    assert len(refused.value.paths) == 64  # The error is held, with what its traceback holds.
 
 
 @pytest.mark.parametrize("disk_format", FORMATS, ids=str)

@@ -6,7 +6,16 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, RestoreError, ShapeMismatchError, Transpose, restore
+from orbax_nnx_handler import (
+    Add,
+    AmbiguousMappingError,
+    Reshape,
+    RestoreError,
+    ShapeMismatchError,
+    Split,
+    Transpose,
+    restore,
+)
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, stacked, training_target, write
 
@@ -262,3 +271,91 @@ def test_moments_of_a_stack_in_an_nnx_state_come_apart_as_their_parameters_do(tm
 
 def _layer(tree, at):
     return jax.tree.map(lambda leaf: leaf[at], tree)
+
+
+ONE_VALUE = {
+    "novograd": optax.scale_by_novograd(),
+    "layerwise dog": optax.scale_by_distance_over_gradients(),
+    "nans": optax.zero_nans(),
+}
+
+
+@pytest.mark.parametrize("tx", ONE_VALUE.values(), ids=ONE_VALUE)
+@pytest.mark.parametrize("change", ["stacked", "unstacked", "split"])
+def test_one_value_of_a_whole_parameter_is_not_that_of_its_parts_or_of_several(tmp_path, tx, change):
+    numbers = Numbers()
+    layers = [numbers.dense(3, 4) for _ in range(2)]
+    listed = {"layers": dict(enumerate(layers))}
+    stored, wanted, rules = {"layers_0": layers[0], "layers_1": layers[1]}, {"layers": stacked(layers)}, []
+    if change == "unstacked":
+        stored, wanted = wanted, listed
+    elif change == "split":
+        stored, wanted = {"both": numbers(3, 4)}, {"one": numbers(3, 2), "two": numbers(3, 2)}
+        rules = [Split("both", ("one", "two"), axis=1)]
+    opt_state = numbers.optimizer(tx, stored)
+    path = write(tmp_path, {"params": stored, "opt_state": opt_state, "step": np.int32(1)})
+    error = worlds.refused(path, training_target(wanted, tx), unexpected="ignore", renames=rules)
+    assert "is one value of all its elements" in str(error)
+
+
+@pytest.mark.parametrize("tx", ONE_VALUE.values(), ids=ONE_VALUE)
+def test_one_value_of_a_parameter_follows_where_it_stays_whole(tmp_path, tx):
+    numbers = Numbers()
+    params = {"a": {"kernel": numbers(3, 4)}, "b": {"kernel": numbers(3, 4)}}
+    opt_state = numbers.optimizer(tx, params)
+    path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(1)})
+    wanted = {"b": {"kernel": numbers(4, 3)}, "a": {"kernel": numbers(3, 2, 2)}}
+    rules = [("a", "b"), ("b", "a"), Transpose("b/kernel", (1, 0)), Reshape("a/kernel", (3, 2, 2))]
+    result = restore(path, training_target(wanted, tx), renames=rules).optimizer.opt_state
+
+    for field in opt_state._fields:
+        old, new = getattr(opt_state, field), getattr(result, field)
+        if isinstance(old, dict) and old["a"]["kernel"].size == 1:
+            np.testing.assert_array_equal(new["a"]["kernel"], old["b"]["kernel"])
+            np.testing.assert_array_equal(new["b"]["kernel"], old["a"]["kernel"])
+
+
+COPYING = {
+    "dog": optax.contrib.dog(1.0),
+    "dowg": optax.contrib.dowg(1.0),
+    "layerwise dog": optax.scale_by_distance_over_gradients(),
+    "cocob": optax.contrib.cocob(),
+    "lbfgs": optax.scale_by_lbfgs(),
+    "madgrad": optax.contrib.madgrad(0.1),
+    "mechanic": optax.contrib.mechanize(optax.adam(0.1)),
+    "prodigy": optax.contrib.prodigy(),
+    "schedule free": optax.contrib.schedule_free_sgd(0.1),
+    "adam": optax.adam(0.1),
+}
+
+
+@pytest.mark.parametrize("tx", COPYING.values(), ids=COPYING)
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_a_constant_is_added_to_the_copies_of_a_parameter_that_an_optimizer_keeps(tmp_path, tx, layout):
+    numbers = Numbers()
+    params = {"norm": {"scale": numbers(3)}}
+    # Which fields are copies, optax says: they are the parameters while the state is new or just moved.
+    new = tx.init(params)
+    _, moved = tx.update({"norm": {"scale": np.full(3, 0.1, np.float32)}}, new, params)
+    copies = {
+        path
+        for state in (new, moved)
+        for path, leaf in worlds.flat(state).items()
+        if path[-1] == "scale" and np.array_equal(leaf, params["norm"]["scale"])
+    }
+    opt_state, stored = numbers.optimizer(tx, params), {"params": params}
+    expected = {path: leaf + 100 * (path in copies) for path, leaf in worlds.flat(opt_state).items()}
+    stored |= {"opt_state": opt_state, "step": np.int32(1)}
+    if layout == "maxtext":
+        stored = {key: _below_params(part) for key, part in stored.items()}
+    target = training_target(params, tx)
+    result = restore(write(tmp_path, stored), target, renames=[Add("norm/scale", 100.0)])
+    check(result.model, {"norm": {"scale": params["norm"]["scale"] + 100}})
+    check(nnx.state(result.optimizer)["opt_state"], expected)
+
+
+def _below_params(tree):
+    def is_params(part):
+        return isinstance(part, dict) and "norm" in part
+
+    return jax.tree.map(lambda part: {"params": part} if is_params(part) else part, tree, is_leaf=is_params)

@@ -135,7 +135,7 @@ def flat(tree: Any) -> Flat:
             for path, leaf in pairs
         }
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {tuple(map(_key, path)): _array(leaf) for path, leaf in found}
+    return {tuple(map(key, path)): _array(leaf) for path, leaf in found}
 
 
 def _array(leaf: Any) -> Any:
@@ -146,7 +146,7 @@ def _bits(value: Any) -> Any:
     return jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
 
 
-def _key(key: Any) -> Any:
+def key(key: Any) -> Any:
     return next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
 
 

@@ -159,6 +159,9 @@ LABELLED = "inner_states"
 FACTORED = ("v_row", "v_col")
 """Moments without the largest and without the second axis of a parameter (optax/_src/factorized.py)."""
 
+UNUSED = frozenset({*FACTORED, "v", "m", "ema"})
+"""Fields in which Adafactor keeps a zero of shape (1,) for a parameter that it does not use them for."""
+
 MOMENTS = frozenset(
     {
         *("mu", "nu", "nu_max", "trace", "ema", "v", *FACTORED, "momentum"),

@@ -186,9 +186,10 @@ def without_arithmetic(recipe: Recipe) -> Recipe:
             return dataclasses.replace(recipe, source=without_arithmetic(recipe.source))
 
 
-_COPIES = frozenset({"x0", "z", "params0"})
+_COPIES = frozenset({"x0", "z", "params0", "init_params", "init_particles", "params"})
 """Fields that hold copies of the parameters themselves (optax.contrib: `_madgrad.py`, `_mechanic.py`,
-`_schedule_free.py`, `_prodigy.py`)."""
+`_schedule_free.py`, `_prodigy.py`, `_dog.py`, `_cocob.py`; optax/_src/transform.py:
+`scale_by_distance_over_gradients`, `scale_by_lbfgs`)."""
 
 
 def of_moment(recipe: Recipe, field: str) -> Recipe:

@@ -17,7 +17,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning import rules
 from orbax_nnx_handler.planning.core.dtypes import changes_values
-from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import FACTORED, UNUSED, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -89,7 +89,11 @@ def why_stuck(recipe: Recipe, stored: Mapping[Path, StoredLeaf], casts: Casts) -
 
 
 def why_lost(slot: str, stored: Shape, before: Shape, wanted: Shape, after: Shape) -> str:
-    """Returns why a moment that lacks an axis does not follow where its parameter goes."""
+    """Returns why a moment of another shape does not follow where its parameter goes."""
+    if math.prod(stored) == 1:
+        return f"the {slot} of {before} is one value of all its elements, and does not tell that of {after}"
+    if len(stored) != len(before) - 1:
+        return f"the {slot} {stored} of {before} has other axes, and does not tell the {wanted} of {after}"
     return (
         f"the {slot} {stored} of {before} is a mean over one axis, and does not tell "
         f"the mean {wanted} of {after}"
@@ -136,10 +140,13 @@ def follow(
         # A layer of another shape: the parameter is the fault to tell of, whatever its moments are.
         return _moved(recipe, moments) if len(stored) == len(sources) else None
     shapes = {moments[path].path: moments[path].shape for path in stored}
-    placeholder = math.prod(wanted) == 1 and all(math.prod(shape) == 1 for shape in shapes.values())
-    if placeholder and shapes[moments[stored[0]].path] == wanted:
-        # An unused slot: optax keeps one zero for it whatever the layer count.
+    if slot in UNUSED and wanted == (1,) and set(shapes.values()) == {wanted}:
+        # An unused slot: Adafactor keeps one zero for it whatever the layer count.
         return Read(moments[stored[0]].path)
+    if math.prod(wanted) == 1 and list(shapes.values()) == [wanted] and len(sources) == 1:
+        # One value of a whole parameter, such as the norm of its gradient, while the parameter is whole.
+        whole = math.prod(shape_of(recipe, parameters)) == math.prod(parameters[sources[0]])
+        return Read(moments[sources[0]].path) if whole else None
     reduced = _Reduced(moments=moments, parameters=parameters, slot=slot)
     return reduced.recipe(recipe, wanted, slot if wanted_slot is None else wanted_slot)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape
+from orbax_nnx_handler.planning.core.leaves import FACTORED, UNUSED, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -331,12 +331,19 @@ class _Follower:
     def follows(self, item: Wanted, made: Recipe, weight: Wanted, parameter: Recipe) -> bool:
         """Tells whether each step of the one is that of the other."""
         made, parameter = without_arithmetic(made), without_arithmetic(parameter)
-        if isinstance(made, Read) and (isinstance(parameter, Read) or math.prod(item.leaf.shape) == 1):
+        if isinstance(made, Read) and (isinstance(parameter, Read) or self._is_one(item, weight, parameter)):
             return any(self._is_moment(made.path, path, None) for path in dict.fromkeys(reads(parameter)))
         if item.leaf.shape == weight.leaf.shape and self._steps(made, parameter, None):
             return True
         lost = _lost_axes(weight.leaf.shape, item.leaf.shape, self._field)
         return any(self._steps(made, parameter, axis) for axis in lost)
+
+    def _is_one(self, item: Wanted, weight: Wanted, parameter: Recipe) -> bool:
+        """Tells whether a moment may be one value: of no use, or of the stored parameter as a whole."""
+        if self._field in UNUSED and item.leaf.shape == (1,):
+            return True
+        sizes = [math.prod(self._placed[path].leaf.shape) for path in dict.fromkeys(reads(parameter))]
+        return math.prod(item.leaf.shape) == 1 and sizes == [math.prod(weight.leaf.shape)]
 
     def _steps(self, made: Recipe, parameter: Recipe, lost: int | None) -> bool:
         """Tells whether two recipes have the same steps, where the one's value may lack an axis."""

@@ -5,7 +5,7 @@ import os
 import pathlib
 import tempfile
 
-from tests.processes import hasty_flags, quick_directory, share_lowering_context
+from tests.processes import hasty_flags, quick_directory, share_lowering_context, spare_garbage_collector
 
 # Before JAX is imported: it reads all of these when it starts, and so does every process that a test starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,6 +32,7 @@ import pytest
 from jax.sharding import Mesh
 
 share_lowering_context()
+spare_garbage_collector()
 
 # Looked up anew: pytest has asked before.
 tempfile.tempdir = None
@@ -98,9 +99,7 @@ _SLOWEST = (
 
 
 def pytest_collection_finish() -> None:
-    """Spares the garbage collector what lives to the end, and looks for garbage less often."""
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    spare_garbage_collector()
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -1,13 +1,16 @@
 """What the suite's processes are started with, and one program in several of them, joined by JAX."""
 
+import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import json
 import mmap
 import os
 import pathlib
+import select
 import shutil
 import signal
 import socket
@@ -51,6 +54,12 @@ def share_lowering_context() -> None:
         mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
+def spare_garbage_collector() -> None:
+    """Takes what there is for what lives to the end, and has garbage looked for less often."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def quick_directory() -> str:
     """Returns a directory in memory, if there is one with room for what the suite writes."""
     memory = "/dev/shm"
@@ -63,44 +72,64 @@ def run_processes(module: str, count: int, directory: pathlib.Path) -> list[dict
 
     They have 8 devices in all.
     """
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        # JAX warns of it; nothing of JAX runs when `_forked` forks.
-        "PYTHONWARNINGS": "ignore:os.fork:RuntimeWarning",
-    }
-    command = [sys.executable, "-m", "tests.processes", module, str(_free_port()), str(count), str(directory)]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as group:
-        try:
-            output = group.communicate(timeout=300)[0]
-        except BaseException:
-            os.killpg(group.pid, signal.SIGKILL)
-            raise
-    assert group.returncode == 0, output[-8000:]
+    importer, said = _importer(module), directory / "said.txt"
+    print(json.dumps([_free_port(), count, str(directory)]), file=importer.stdin, flush=True)
+    if not select.select([importer.stdout], [], [], 300)[0]:
+        os.killpg(importer.pid, signal.SIGKILL)
+        _importer.cache_clear()
+    failed = importer.stdout.readline() != "0\n"
+    assert not failed, said.read_text()[-8000:] if said.exists() else f"{module} was not imported"
     return [json.loads((directory / f"{number}.json").read_text()) for number in range(count)]
 
 
-def _forked(module: str, port: str, count: str, directory: str) -> list[int]:
-    """Imports once for all processes, and returns their exit codes."""
+@functools.cache
+def _importer(module: str) -> subprocess.Popen[str]:
+    """Starts the process that imports a module once for all its groups, and ends when this one does."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        # JAX warns of it; nothing of JAX runs when `_serve` forks.
+        "PYTHONWARNINGS": "ignore:os.fork:RuntimeWarning",
+    }
+    importer = subprocess.Popen(
+        [sys.executable, "-m", "tests.processes", module],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    atexit.register(importer.communicate)
+    return importer
+
+
+def _serve(module: str) -> None:
+    """Forks a group for each line of the input, and says how many of its processes failed."""
     program = importlib.import_module(module).main
+    # What looks for a cause imports it late, and so would each process for itself.
+    importlib.import_module("scipy.optimize")
     share_lowering_context()
-    processes: list[int] = []
-    for number in range(int(count)):
-        process = os.fork()
-        if not process:
-            program(port, count, str(number), directory)
-            sys.exit()
-        processes.append(process)
-    return [os.waitpid(process, 0)[1] for process in processes]
+    spare_garbage_collector()
+    for line in sys.stdin:
+        port, count, directory = json.loads(line)
+        processes: list[int] = []
+        for number in range(count):
+            process = os.fork()
+            if not process:
+                _say_in(pathlib.Path(directory) / "said.txt")
+                os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={8 // count}"
+                program(str(port), str(count), str(number), directory)
+                sys.exit()
+            processes.append(process)
+        print(sum(os.waitpid(process, 0)[1] != 0 for process in processes), flush=True)
+
+
+def _say_in(path: pathlib.Path) -> None:
+    """Has what this process prints appended to a file."""
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def _free_port() -> int:
@@ -110,4 +139,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(any(_forked(*sys.argv[1:])))
+    _serve(sys.argv[1])

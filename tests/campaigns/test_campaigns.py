@@ -79,6 +79,12 @@ def test_the_corruption_campaign_notices_wrong_values_and_other_errors(tmp_path,
     assert any(": TRACEBACK (stock" in line for line in lines)
 
 
+@pytest.fixture(scope="module")
+def crafted_cases():
+    """Every case by name; what they write is hundreds of megabytes."""
+    return dict(crafted.cases())
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -88,8 +94,8 @@ def test_the_corruption_campaign_notices_wrong_values_and_other_errors(tmp_path,
         "a shape without elements",
     ],
 )
-def test_what_an_adversary_found_is_refused(tmp_path, name):
-    path = dict(crafted.cases())[name](tmp_path)
+def test_what_an_adversary_found_is_refused(tmp_path, crafted_cases, name):
+    path = crafted_cases[name](tmp_path)
 
     for operation, act in hostile._operations(path, tmp_path).items():
         assert not hostile._fault(operation, act, tmp_path)

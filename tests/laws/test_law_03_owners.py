@@ -232,3 +232,48 @@ def test_a_train_state_below_a_key_that_is_called_like_a_field_is_one(tmp_path, 
         assert int(result[name].optimizer.step[...]) == int(state["step"])
     alone = restore(path, {"other": target}, unexpected="ignore")
     check(alone["other"].model, states["other"]["params"])
+
+
+@pytest.mark.parametrize("key", ["agent_{}", "agents/{}", "net_{}/net", "{}"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_train_states_that_are_numbered_are_restored_each_into_its_own(tmp_path, key, listed):
+    numbers = Numbers()
+    states = [_train_state(numbers, _model(numbers), 7 + 2 * at) for at in range(3)]
+    stored = _below_keys({key.format(at): state for at, state in enumerate(states)})
+    path = write(tmp_path, stored)
+    targets = [training_target(state.params, ADAM) for state in states]
+    name = key.split("{")[0].strip("_/")
+    is_list = listed and name.startswith("agent")
+    if is_list:
+        wanted = {name: targets}
+    else:
+        wanted = _below_keys({key.format(at): target for at, target in enumerate(targets)})
+    result = restore(path, wanted)
+    for at, state in enumerate(states):
+        part = result
+        for each in (name, at) if is_list else key.format(at).split("/"):
+            part = part[each]
+        check(part, _expected(state))
+
+
+@pytest.mark.parametrize("have", [(0, 2), (1, 2), (1,)])
+def test_a_numbered_train_state_is_not_that_of_another_number(tmp_path, have):
+    numbers = Numbers()
+    params = _model(numbers)
+    path = write(tmp_path, {f"agent_{at}": _train_state(numbers, numbers.like(params), at) for at in have})
+    for wanted in (
+        {f"agent_{at}": training_target(params, ADAM) for at in range(len(have))},
+        {"agent": [training_target(params, ADAM) for _ in have]},
+    ):
+        refused(path, wanted, unexpected="ignore")
+
+
+def _below_keys(tree):
+    found = {}
+    for keys, part in tree.items():
+        *above, last = keys.split("/")
+        node = found
+        for name in above:
+            node = node.setdefault(name, {})
+        node[last] = part
+    return found

@@ -170,7 +170,7 @@ class Weights:
             for here in self._here.of(item.tokens, element.to):
                 common = _common_end(here.tokens, there.tokens)
                 above, below = (tokens[: len(tokens) - common] for tokens in (here.tokens, there.tokens))
-                if common and _may_go(above, below):
+                if common and _may_go(above, below, canonical(placed.owner)):
                     return _Meeting(here, there, above, below)
         return None
 
@@ -357,9 +357,13 @@ def _common_end(left: Tokens, right: Tokens) -> int:
     return next(n for n in range(shorter) if left[-1 - n] != right[-1 - n])
 
 
-def _may_go(above: Tokens, below: Tokens) -> bool:
-    """Tells whether what lies above a common name may differ: a level that only one side has."""
-    if any(map(is_number, above[1:])) or any(map(is_number, below)):
+def _may_go(above: Tokens, below: Tokens, owner: Tokens) -> bool:
+    """Tells whether what lies above a common name may differ: a level that only one side has.
+
+    A number there is a layer's, but in the name of the train state (`agent_0`).
+    """
+    named = len(owner) if owner == above[: len(owner)] else 0
+    if any(map(is_number, above[max(named, 1) :])) or any(map(is_number, below)):
         return False
     named = [token for token in above if token not in _PLAIN and not is_number(token)]
     return not named or not [token for token in below if token not in _PLAIN]

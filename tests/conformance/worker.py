@@ -64,6 +64,27 @@ def _manager(kit: Kit, path: Any) -> Any:
         return manager.all_steps(), dict(found.items())
 
 
+def _a_later_manager(kit: Kit, path: Any) -> Any:
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(path, item_handlers=kit.handler(), options=options) as manager:
+        for step in range(4):
+            manager.save(step, args=kit.save(item()), custom_metadata={"by": step})
+        manager.wait_until_finished()
+        left = manager.all_steps()
+    with ocp.CheckpointManager(path, item_handlers=kit.handler()) as manager:
+        args = ocp.checkpoint_utils.construct_restore_args(item())
+        found = manager.restore(3, args=kit.restore(item(), args))
+        described = manager.item_metadata(3)
+        return left, manager.metadata(3).custom_metadata, sorted(described.tree), found, manager.restore(2)
+
+
+def _a_registry_without_args(kit: Kit, path: Any) -> Any:
+    with ocp.CheckpointManager(path, handler_registry=kit.registry()) as manager:
+        manager.save(1, args=PyTreeSave(item()))
+        manager.wait_until_finished()
+        return manager.restore(1)
+
+
 def _held_by_all() -> dict[str, Any]:
     return {"kernel": np.ones((4, 2)), "bias": np.arange(2.0)}
 
@@ -105,6 +126,8 @@ PROGRAMS: dict[str, Program] = {
     "in the foreground": _in_the_foreground,
     "in the background": _in_the_background,
     "a manager with several items": _manager,
+    "a later manager": _a_later_manager,
+    "a registry without args": _a_registry_without_args,
     "another target on the others": _another_target_on_one,
     "nothing there on the others": _nothing_there_on_one,
     "a save that the others refuse": _a_save_that_one_refuses,

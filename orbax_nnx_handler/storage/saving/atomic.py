@@ -28,7 +28,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, nodes_of
 from orbax_nnx_handler.storage.checkpoint.directories import is_working_name, working_name
 from orbax_nnx_handler.storage.reading.workers import check_threads, naming_shortage
-from orbax_nnx_handler.storage.stores.locations import is_url
+from orbax_nnx_handler.storage.stores.locations import cannot_write, is_url
 
 # How often and at what distance a directory that is to go is looked at.
 _CLEARINGS, _CLEARING_S, _TIMES_ABSENT = 50, 0.02, 3
@@ -60,7 +60,7 @@ def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force:
     opened = cast(Any, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
     if is_url(destination) or not is_alone:
         # Other processes would have to know this one's directory; a bucket has none to rename.
-        with opened as checkpointer:
+        with opened as checkpointer, writing(destination, ()) if is_alone else contextlib.nullcontext():
             checkpointer.save(destination, args=arguments, force=force)
         return
     leaves = ((path, _nbytes(value)) for path, value in nodes_of(arguments.item))
@@ -81,7 +81,8 @@ def writing(destination: epath.Path, leaves: Iterable[tuple[Path, int]]) -> Gene
         leaves: The leaves with their bytes; the largest is named where something runs out.
 
     Raises:
-        RestoreError: A full disk, a permission, an interface that is down, memory, threads, descriptors.
+        RestoreError: A full disk, a permission, a store's refusal, an interface that is down, memory,
+            threads, descriptors.
     """
     failed = f"{destination} cannot be written"
     try:
@@ -90,8 +91,13 @@ def writing(destination: epath.Path, leaves: Iterable[tuple[Path, int]]) -> Gene
             yield
     except RestoreError:
         raise
-    # TensorStore raises ValueError for most of what a disk refuses.
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if is_url(destination):
+            # The errors of a store's library are of no common type.
+            raise cannot_write(destination, error) from error
+        # TensorStore raises ValueError for most of what a disk refuses.
+        if not isinstance(error, OSError | ValueError):
+            raise
         reason = str(error).partition(" [source locations=")[0]
         raise RestoreError(f"{failed}: {reason}", hints=["nothing was left at the destination."]) from error
 

@@ -306,8 +306,14 @@ def read_small(store: Store, keys: Sequence[str], files: Files) -> list[bytes | 
 
     None stands for an absent one, an error for one that cannot be read.
     """
-    if store.catalog is None:
+    if store.catalog is None and store.local:
         return files.contents(store.directory, keys)
+    if store.catalog is None:
+        # Each is a request: only what the listing has is asked for.
+        there = files.entries(store.directory)
+        listed = [key for key in keys if key.partition("/")[0] in there]
+        values = dict(zip(listed, files.contents(store.directory, listed), strict=True))
+        return [values.get(key) for key in keys]
     found = [store.catalog.get(key) for key in keys]
     outside = {
         value: None

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import stat
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -54,6 +55,10 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return found if is_url(found) else found.absolute()
 
 
+_COLLAPSED = frozenset(f"{scheme}:" for scheme in _DRIVERS)
+"""What a URL begins with, as a part of a path that has lost a slash."""
+
+
 def check_writable(path: epath.Path) -> None:
     """Raises where Orbax could not write a checkpoint, or would write one that nobody can read.
 
@@ -71,6 +76,13 @@ def check_writable(path: epath.Path) -> None:
         raise RestoreError(
             f"{text} cannot be written: Orbax would store nothing below a directory with '[' in its name.",
             hints=[Hint("choose a path without '['.")],
+        )
+    taken = next((part for part in pathlib.PurePath(text).parts if part in _COLLAPSED), None)
+    if taken and not is_url(path):
+        url = f"{taken}//{text.partition(taken)[2].strip('/')}"
+        raise RestoreError(
+            f"{text} cannot be written: it is no URL.",
+            hints=[Hint(f"pass {url!r}, as a string: pathlib takes one of two slashes away.", {"path": url})],
         )
     if not is_url(path) and is_misread(text):
         raise RestoreError(
@@ -146,6 +158,7 @@ _LOGIN = {
     "s3": "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
 _RIGHTS = {"gs": "storage.objects.list and storage.objects.get", "s3": "s3:ListBucket and s3:GetObject"}
+_MAY_WRITE = {"gs": "storage.objects.create, storage.objects.get and storage.objects.list"}
 _LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
 # TensorStore adds where in its own source a status was made, and what the store's answer looked like.
 _DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec|http_response_body)=.*?\](?=\s|$)", re.DOTALL)
@@ -158,17 +171,26 @@ def cannot_read(path: str | os.PathLike[str], error: BaseException) -> NotACheck
     return NotACheckpointError(printable(f"{os.fspath(path)} cannot be read: {reason}."), hints=[hint])
 
 
-def reason_and_hint(path: str | os.PathLike[str], error: BaseException) -> tuple[str, str]:
-    """Returns what went wrong, and what to do about it."""
+def cannot_write(path: str | os.PathLike[str], error: BaseException) -> RestoreError:
+    """Returns the error that says why a store did not take what was to be written to a URL."""
+    reason, hint = reason_and_hint(path, error, rights=_MAY_WRITE)
+    left = "whatever was written there is no finished save: no reader takes it for one."
+    return RestoreError(printable(f"{os.fspath(path)} cannot be written: {reason}."), hints=[hint, left])
+
+
+def reason_and_hint(
+    path: str | os.PathLike[str], error: BaseException, rights: Mapping[str, str] | None = None
+) -> tuple[str, str]:
+    """Returns what went wrong, and what to do about it; `rights` are those an account needs, by scheme."""
     text = _CODE.sub(r" (HTTP \1)", _DETAILS.sub("", str(error))).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0] if text else 'no reason is given'}".removesuffix(".")
     key = os.fspath(path).rpartition("://")[2].partition("/")[2]
     # A step's number is no status code.
     said = str(error).replace(key, "") if key else str(error)
-    return reason, _hint(os.fspath(path), error, f"{type(error).__name__} {said}")
+    return reason, _hint(os.fspath(path), error, f"{type(error).__name__} {said}", rights or _RIGHTS)
 
 
-def _hint(path: str, error: BaseException, text: str) -> str:
+def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str]) -> str:
     scheme = path.partition("://")[0] if "://" in path else ""
     if isinstance(error, ImportError):
         return f"pip install {_LIBRARIES.get(scheme, 'the library that it names')}."
@@ -177,7 +199,7 @@ def _hint(path: str, error: BaseException, text: str) -> str:
     if _NOT_LOGGED_IN.search(text) and not _DENIED.search(text):
         return f"the store does not know who asks: {_LOGIN[scheme]}."
     if _DENIED.search(text):
-        return f"the account in use needs {_RIGHTS[scheme]} there, or log in as another: {_LOGIN[scheme]}."
+        return f"the account in use needs {rights[scheme]} there, or log in as another: {_LOGIN[scheme]}."
     if isinstance(error, TimeoutError) or _BUSY.search(text):
         return "the store did not answer, several retries included: try again later, or check the network."
     return "check the URL and that this machine can reach the store."

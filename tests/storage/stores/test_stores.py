@@ -4,6 +4,7 @@ import logging
 import os
 
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from etils import epath
@@ -85,11 +86,34 @@ def test_a_key_is_what_the_path_says_whatever_its_characters_mean_in_a_url(schem
         ("s3://bucket/x", "Orbax writes to gs:// and to directories"),
         ("/run[1]/x", "a directory with '\\[' in its name"),
         ("/run\\1/x", "takes a backslash in a path for a separator"),
+        ("gs:/bucket/x", "pass 'gs://bucket/x', as a string"),
     ],
 )
 def test_where_orbax_cannot_write_nothing_is_begun(path, said):
     with pytest.raises(RestoreError, match=said):
         save(path, nnx.State({"w": nnx.Param(jnp.ones(2))}))
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        ("injected, 401", "the store does not know who asks"),
+        ("Forbidden: upload, 403", "the account in use needs storage.objects.create"),
+        ("injected, 503", "the store did not answer"),
+    ],
+)
+def test_a_store_that_refuses_a_save_is_one_error_that_says_what_lies_there(monkeypatch, status, hint):
+    class Refuses(ocp.Checkpointer):
+        def save(self, *_, **__):
+            raise HttpError(status)
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket/item")), "exists", lambda _: False)
+    monkeypatch.setattr(ocp, "Checkpointer", Refuses)
+
+    with pytest.raises(RestoreError, match=f"gs://bucket/item cannot be written: .*\nhint: {hint}") as error:
+        save("gs://bucket/item", nnx.State({"w": nnx.Param(jnp.ones(2))}))
+
+    assert "no finished save" in str(error.value)
 
 
 class HttpError(Exception):

@@ -65,6 +65,16 @@ def test_a_verdict_takes_few_requests_and_few_trips(bucket, path, leaves, reques
     assert asked.trips <= trips
 
 
+def test_a_database_without_its_manifest_is_not_asked_for_leaf_by_leaf(bucket, tmp_path):
+    shutil.copytree(bucket / "many", tmp_path / "many")
+    (tmp_path / "many" / "manifest.ocdbt").unlink()
+
+    checkpoint, asked = look(tmp_path, "many")
+
+    assert len(checkpoint.broken.lost) == 600
+    assert asked.requests <= 15
+
+
 def test_of_a_root_the_newest_step_is_taken_and_no_other_is_looked_into(bucket):
     checkpoint, asked = look(bucket, "run")
 

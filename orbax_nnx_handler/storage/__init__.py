@@ -14,11 +14,14 @@ def paused_collection() -> Generator[None]:
     """
     was_enabled = gc.isenabled()
     gc.disable()
+    before = gc.get_count()[0]
     try:
         yield
     finally:
         if was_enabled:
-            _age()
+            # To ask whether anything is frozen takes as long as there is much of it.
+            if gc.get_count()[0] - before > _FEW:
+                _age()
             gc.enable()
 
 
@@ -40,7 +43,7 @@ def _age() -> None:
     young, rounds = gc.get_count()[0], int(gc.get_stats()[-1]["collections"])
     since, aged = _aged
     aged = aged + young if since == rounds else young
-    if young > _FEW and aged <= _MANY and not gc.get_freeze_count():
+    if aged <= _MANY and not gc.get_freeze_count():
         _aged = rounds, aged
         gc.freeze()
         gc.unfreeze()

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, RestoreError, restore
+from orbax_nnx_handler import Drop, NNXLinenHandler, NNXLinenRestore, Rename, RestoreError, restore
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -277,3 +277,60 @@ def _below_keys(tree):
             node = node.setdefault(name, {})
         node[last] = part
     return found
+
+
+SWAPS = {
+    "whole": [("gen", "disc"), ("disc", "gen")],
+    "regex": [
+        Rename(left, right, regex=True)
+        for left, right in (("^gen/", "x/"), ("^disc/", "gen/"), ("^x/", "disc/"))
+    ],
+    "parts": [
+        (f"{left}/{part}", f"{right}/{part}")
+        for left, right in (("gen", "disc"), ("disc", "gen"))
+        for part in ("params", "opt_state", "step")
+    ],
+}
+
+
+@pytest.mark.parametrize("rules", SWAPS.values(), ids=SWAPS)
+def test_two_networks_that_rules_exchange_take_their_optimizers_along(tmp_path, rules):
+    numbers = Numbers()
+    params = _model(numbers)
+    states = {
+        name: _train_state(numbers, numbers.like(params), step) for name, step in (("gen", 7), ("disc", 9))
+    }
+    path = write(tmp_path, states)
+    targets = {name: training_target(params, ADAM) for name in states}
+    result = restore(path, targets, renames=rules)
+    for name, other in (("gen", "disc"), ("disc", "gen")):
+        check(result[name], _expected(states[other]))
+    # Without the optimizers' own rules, nothing of one network is lent to the other.
+    weights = [(f"{left}/params", f"{right}/params") for left, right in (("gen", "disc"), ("disc", "gen"))]
+    refused(path, targets, renames=weights)
+
+
+@pytest.mark.parametrize("name", ["gen", "disc"])
+def test_a_network_that_a_rule_calls_as_another_takes_its_optimizer_along(tmp_path, name):
+    numbers = Numbers()
+    params = _model(numbers)
+    states = {
+        each: _train_state(numbers, numbers.like(params), step) for each, step in (("gen", 7), ("disc", 9))
+    }
+    other = next(each for each in states if each != name)
+    rules = [Drop(other, "not wanted"), (name, other)]
+    result = restore(write(tmp_path, states), {other: training_target(params, ADAM)}, renames=rules)
+    check(result[other], _expected(states[name]))
+
+
+@pytest.mark.parametrize("key", ["state", "train_state", "agent"])
+@pytest.mark.parametrize("copy", ["ema", "teacher", "zz"])
+def test_a_model_beside_a_train_state_of_the_same_names_leaves_it_its_optimizer(tmp_path, key, copy):
+    numbers = Numbers()
+    state = _train_state(numbers, _model(numbers), 7)
+    average = numbers.like(state.params)
+    path = write(tmp_path, {key: state, copy: average})
+    target = {key: training_target(state.params, ADAM), copy: worlds.model_target(average)}
+    result = restore(path, target)
+    check(result[key], _expected(state))
+    check(result[copy], average)

@@ -51,7 +51,7 @@ class WantedOptimizer:
 
 
 def stored_optimizers(
-    placements: Iterable[Placement], owners: Mapping[Path, Tokens]
+    placements: Iterable[Placement], owners: Mapping[Path, Tokens], networks: Collection[Tokens]
 ) -> list[StoredOptimizer]:
     """Returns the stored optimizers, by owner.
 
@@ -59,6 +59,7 @@ def stored_optimizers(
         placements: What each stored leaf is.
         owners: Where the rules say that the leaves of optimizers and steps lie; those that a rule drops
             are not there.
+        networks: What the rules call the train states that hold weights.
     """
     leaves: dict[Path, list[Placement]] = defaultdict(list)
     steps: dict[Path, list[Placement]] = defaultdict(list)
@@ -87,7 +88,8 @@ def stored_optimizers(
                     leaves=tuple(leaves[state]) if owner == moved else (),
                     steps=tuple(placed[owner]),
                     # A Linen train state holds `opt_state` itself; NNX puts an attribute between.
-                    has_attribute=bool(owner) and (not collections or owner != canonical(state)),
+                    has_attribute=bool(owner)
+                    and (not collections or owner not in (canonical(state), *networks)),
                 )
             )
     return found

@@ -71,7 +71,7 @@ class ProvenMoments:
             (item, recipe, placed[recipe.path].path if isinstance(recipe, Read) else self._keys(recipe))
             for item, recipe, _ in weights
         ]
-        depths = {_depth_of(paths, self._weights) for paths in _by_owner(leaves)}
+        depths = {_depth_of(owner, paths, self._weights) for owner, paths in _by_owner(leaves)}
         self._by_key = _by_key(depths, self._weights)
         # In the order of the weights, where no two of them have the same keys.
         is_plain = len(depths) == 1 and len(self._by_key) == len(self._weights)
@@ -260,12 +260,12 @@ def _is_made_as(item: Wanted, recipe: Recipe, weight: _Weight, above: Path) -> b
     return isinstance(made, Read) and recipe.path == above + below
 
 
-def _by_owner(leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterable[Sequence[Path]]:
-    """Returns the paths of the leaves of each optimizer."""
+def _by_owner(leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterable[tuple[Path, Sequence[Path]]]:
+    """Returns each optimizer's owner, and the paths of its leaves."""
     owners = {item.owner for item, _, _ in leaves}
     if len(owners) == 1:
-        return [[item.path for item, _, _ in leaves]]  # Nearly every target.
-    return [[item.path for item, _, _ in leaves if item.owner == owner] for owner in owners]
+        return [(next(iter(owners)), [item.path for item, _, _ in leaves])]  # Nearly every target.
+    return [(owner, [item.path for item, _, _ in leaves if item.owner == owner]) for owner in owners]
 
 
 def _by_key(depths: Iterable[int], weights: Sequence[_Weight]) -> Mapping[Path, Sequence[int]]:
@@ -281,11 +281,14 @@ def _by_key(depths: Iterable[int], weights: Sequence[_Weight]) -> Mapping[Path, 
     return found
 
 
-def _depth_of(moments: Sequence[Path], weights: Sequence[_Weight]) -> int:
+def _depth_of(owner: Path, moments: Sequence[Path], weights: Sequence[_Weight]) -> int:
     """Returns how many keys a weight has in front of what it shares with a moment of its own.
 
-    One moment tells, unless its own weight is not in the result: then another one does.
+    One moment tells, unless its own weight is not in the result: then another one does. A weight
+    beside the optimizer is its own before one of the same name elsewhere.
     """
+    if owner[:-1]:
+        weights = [item for item in weights if item[0].leaf.path[: len(owner) - 1] == owner[:-1]] or weights
     best, longest = 0, 0
     for moment in (max(moments, key=len), *moments[:: len(moments) // _SAMPLES + 1]):
         for item, _, _ in weights:

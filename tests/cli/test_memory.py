@@ -12,18 +12,6 @@ def held(request, monkeypatch) -> float:
     return request.param
 
 
-def test_without_a_bound_the_window_is_the_same_whatever_the_process_holds(held) -> None:
-    window = blocks.window_of(None)
-
-    assert window == int((1e9 - (300 << 20)) / 2.5)
-
-
-def test_a_bound_counts_what_the_process_holds_already(held) -> None:
-    window = blocks.window_of(int(held + 2e9))
-
-    assert window == int((2e9 - (300 << 20)) / 2.5)
-
-
 def test_commands_work_inside_any_process(cli, root, tmp_path, held) -> None:
     converted = cli("convert", root, tmp_path / "out")
     compared = cli("diff", root, tmp_path / "out", "--values")
@@ -70,20 +58,3 @@ def test_freed_memory_goes_back_after_every_batch(cli, root, tmp_path, monkeypat
     assert said.status == 0
     # 40 leaves in batches of 4, written once and read again once; the last batch has none after it.
     assert len(released) == 2 * 9
-
-
-@pytest.mark.parametrize(("bound", "shared"), [(None, 0), (int(1e12), 1)])
-def test_threads_share_an_arena_where_the_process_is_bounded(monkeypatch, bound, shared) -> None:
-    calls: list[None] = []
-    monkeypatch.setattr(blocks, "_share_arena", lambda: calls.append(None))
-
-    blocks.window_of(bound)
-
-    assert len(calls) == shared
-
-
-def test_without_glibc_nothing_is_asked_of_it(monkeypatch) -> None:
-    monkeypatch.setattr(blocks, "_glibc", lambda: None)
-
-    blocks.release_freed()
-    blocks._share_arena()

@@ -94,7 +94,7 @@ def test_any_weight_gone_wrong_is_noticed(
 def test_the_variables_in_memory_become_what_the_checkpoint_becomes(
     pair: Pair, variables: Variables, target: nnx.Module, module: nnx.Module
 ) -> None:
-    in_memory = jax.tree.map(jnp.asarray, variables)
+    in_memory = jax.device_put(variables)
 
     again = from_linen(in_memory, target, renames=pair.renames, unexpected="error")
 

@@ -156,6 +156,9 @@ CONTAINERS = frozenset(
 LABELLED = "inner_states"
 """The field of `optax.partition` that holds a state for each label."""
 
+LSTM_GATES, GRU_GATES = "ifgo", "rzn"
+"""The gates in the order in which NNX's LSTM and GRU cells split their product (flax/nnx/nn/recurrent.py)."""
+
 FACTORED = ("v_row", "v_col")
 """Moments without the largest and without the second axis of a parameter (optax/_src/factorized.py)."""
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from orbax_nnx_handler.planning.core.folding import list_paths
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import GRU_GATES, LSTM_GATES, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Concat, Read, Recipe
 
@@ -68,9 +68,6 @@ def derive(model: Model) -> tuple[list[Derived], list[WithoutVariable]]:
 
 # A cell by the weights of its gates: ("ii", "kernel") -> leaf.
 _Gates = dict[tuple[str, str], StoredLeaf]
-
-LSTM_GATES, GRU_GATES = "ifgo", "rzn"
-"""The gates in the order in which `nnx.OptimizedLSTMCell` and `nnx.GRUCell` split their product."""
 
 _FUSED = (("LSTMCell gates fused", LSTM_GATES), ("GRUCell gates fused", GRU_GATES))
 

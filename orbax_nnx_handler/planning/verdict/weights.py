@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import GRU_GATES, LSTM_GATES, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks
@@ -14,8 +14,6 @@ from orbax_nnx_handler.planning.verdict.elements import Element, Name, SideNames
 from orbax_nnx_handler.planning.verdict.stacked_axes import Stacked, StackedAxes, StackedGroup, options_of
 
 _PLAIN = frozenset({"model", "state", "train_state"})
-_GATES = {4: "ifgo", 3: "rzn"}
-"""The order in which the gates of NNX's LSTM and GRU cells are joined (flax/nnx/nn/recurrent.py)."""
 _STATISTICS = frozenset({"u", "sigma"})
 """What `nnx.SpectralNorm` keeps of a weight (flax/nnx/nn/normalization.py)."""
 
@@ -264,7 +262,7 @@ class Weights:
         if any(len(name) < 2 for name in names):
             return None
         ends = {(name[:-2], name[-2][:1], name[-1]) for name in names}
-        if len(ends) > 1 or "".join(name[-2][1:] for name in names) != _GATES.get(len(names)):
+        if len(ends) > 1 or "".join(name[-2][1:] for name in names) not in (LSTM_GATES, GRU_GATES):
             return None
         (module, side, weight) = next(iter(ends))
         return (*module, f"dense_{side}", weight)

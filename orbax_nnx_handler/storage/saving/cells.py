@@ -4,10 +4,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Set
 from typing import Any, Literal
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import GRU_GATES, LSTM_GATES, Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Slice
-from orbax_nnx_handler.planning.mapping.cells_and_wrappers import GRU_GATES, LSTM_GATES
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
 
 _Cell = Literal["LSTM", "GRU", "simple"]

@@ -34,7 +34,13 @@ from orbax_nnx_handler.storage.reading.workers import Memory, naming_shortage
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.atomic import save_item
-from orbax_nnx_handler.storage.saving.save import RulesOrRestore, as_save_item, linen_save, plan_save
+from orbax_nnx_handler.storage.saving.save import (
+    RulesOrRestore,
+    as_save_item,
+    linen_save,
+    nothing_to_save,
+    plan_save,
+)
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable
@@ -99,7 +105,7 @@ def restore(
     options = RestoreOptions(single_replica=single_replica or False).override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
-    limit = None if concurrent_gb is None else int(concurrent_gb * 1e9)
+    limit = _bytes_of(concurrent_gb)
     given = as_path(path)
     files = files_at(given)
     directory = agree_on("checkpoint", lambda: find_item(given, item, files))
@@ -107,6 +113,14 @@ def restore(
         directory, target, restore_args, options, concurrent_bytes=limit, progress=progress, files=files
     )
     return result
+
+
+def _bytes_of(gigabytes: Any) -> int | None:
+    if gigabytes is None:
+        return None
+    if not isinstance(gigabytes, int | float) or not 0 < gigabytes < float("inf"):
+        raise ValueError(f"concurrent_gb is a positive number of gigabytes, not {gigabytes!r}")
+    return int(gigabytes * 1e9)
 
 
 def suggest(
@@ -200,22 +214,13 @@ def save(
         ValueError: `state` holds no array, two leaves would be stored at one path, the plan is of another
             item, or something is at `path` already and `force` is not set.
     """
-    _check_holds_something(state)
     destination = absolute(path)
     check_writable(destination)
-    arguments = linen_save(ocp.args.PyTreeSave(as_save_item(state)), layout, tx, renames)
+    item = as_save_item(state)
+    if not jax.tree.leaves(item):
+        raise nothing_to_save(item)
+    arguments = linen_save(ocp.args.PyTreeSave(item), layout, tx, renames)
     save_item(destination, arguments, force=force)
-
-
-def _check_holds_something(state: Any) -> None:
-    held = [state] if isinstance(state, type) else jax.tree.leaves(state)
-    if held and not isinstance(state, type):
-        return
-    what = f"the class {state.__name__}" if isinstance(state, type) else f"a {type(state).__name__}"
-    raise ValueError(
-        f"there is nothing to save: {what} holds no array.\n"
-        "hint: pass the module, the nnx.State or a dict of these, such as what a restore returned."
-    )
 
 
 @paused_collection()

@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.options import (
 )
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.target.target import is_unbuilt
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_of
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import RulesOrRestore, as_save_item, linen_save
@@ -393,7 +394,8 @@ class _Standard:
 
 def _is_ours(wanted: NNXLinenRestore, given: Any) -> bool:
     """Tells whether a restore is this package's; whatever else is asked for is stock Orbax's."""
-    if is_nnx(wanted.item):
+    # Of a class or a function in the place of what it builds, the planner says what to pass.
+    if is_nnx(wanted.item) or (isinstance(given, NNXLinenRestore) and is_unbuilt(wanted.item)):
         return True
     if wanted.item is None:
         return False

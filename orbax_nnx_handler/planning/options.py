@@ -72,19 +72,27 @@ def _by_filter(policies: Mapping[Any, Policy], variables: Mapping[Path, Any]) ->
 
 
 def _predicate(key: Any) -> Callable[[Path, Any], bool]:
-    return cast(Callable[[Path, Any], bool], nnx.filterlib.to_predicate(key))
+    try:
+        return cast(Callable[[Path, Any], bool], nnx.filterlib.to_predicate(key))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the policy's key {key!r} is no NNX filter.\n"
+            'hint: a filter is a type of Variables, nnx.PathContains("head"), or ... for the rest.'
+        ) from error
 
 
 def _raise_unused(unused: list[Any], variables: Mapping[Path, Any]) -> None:
     quoted = "\n".join(f"  {_quoted(key)}" for key in unused)
     example = render(next(iter(variables), ()))
     one = len(unused) == 1
+    text = next((key for key in unused if isinstance(key, str)), None)
+    more = f"; a text is a tag, and a name in the path is nnx.PathContains({text!r})" if text else ""
     raise UnusedRuleError(
         f"{'1 filter' if one else f'{len(unused)} filters'} of the policy {'matches' if one else 'match'} "
         f"no leaf of the target:\n{quoted}",
         hints=[
             Hint(
-                f"a filter sees paths such as {example!r} key by key, and Variable types; "
+                f"a filter sees paths such as {example!r} key by key, and Variable types{more}; "
                 "correct it or take it out."
             )
         ],
@@ -169,6 +177,9 @@ class RestoreOptions:
         check_policy(new.policy)
         check_choice("unexpected", new.unexpected, ("error", "warn", "ignore"))
         check_choice("dtype", new.dtype, ("target", "stored"), _OTHER_DTYPE)
+        single: Any = new.single_replica
+        if not isinstance(single, bool | SingleReplica):
+            raise ValueError(f"single_replica is True, False or a SingleReplica, not {single!r}")
         return dataclasses.replace(new, renames=as_rules(new.renames))
 
 

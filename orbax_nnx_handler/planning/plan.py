@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.lines import aligned, counted, rated, sized
 from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
 from orbax_nnx_handler.planning.layouts.layout import Stored
-from orbax_nnx_handler.planning.options import Policy, RestoreOptions
+from orbax_nnx_handler.planning.options import Policy, RestoreOptions, check_policy
 from orbax_nnx_handler.planning.rendering.as_dict import to_dict
 from orbax_nnx_handler.planning.rendering.display import Displayed
 from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, report_summary
@@ -79,6 +79,8 @@ class RestorePlan(Displayed, Verdict):
             RestoreError: The one error that lists every problem; its type is the
                 problem's, and several types at once where several kinds occur.
         """
+        if policy is not None:
+            check_policy(policy)
         plan = self if policy is None else self.under(policy)
         error = plan.error()
         if error is not None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -83,16 +83,28 @@ def as_rules(renames: Iterable[Rule | tuple[str, str]]) -> tuple[Rule, ...]:
     Raises:
         RuleError: Something is neither.
     """
+    given: object = renames
+    if isinstance(given, Rule | str | Mapping) or _is_pair(given):
+        raise RuleError(f"{given!r} is no list of rules.", hints=[_LIST])
     return tuple(rule if isinstance(rule, Rule) else _rename(rule) for rule in renames)
+
+
+_LIST = (
+    'renames lists (pattern, replacement) pairs, such as [("Dense_0", "up")], and rules such as '
+    "Transpose(pattern, (1, 0))."
+)
+
+
+def _is_pair(value: object) -> bool:
+    """Tells one (pattern, replacement) from a list of them."""
+    parts = cast("Sequence[object]", value) if isinstance(value, tuple | list) else ()
+    return len(parts) == 2 and all(isinstance(part, str) for part in parts)
 
 
 def _rename(pair: object) -> Rename:
     if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         return Rename(*pair)  # pyright: ignore[reportUnknownArgumentType]
-    raise RuleError(
-        f"{pair!r} is no rule.",
-        hints=["renames lists (pattern, replacement) pairs and rules such as Transpose(pattern, (1, 0))."],
-    )
+    raise RuleError(f"{pair!r} is no rule.", hints=[_LIST])
 
 
 def invert(renames: Iterable[Rule | tuple[str, str]]) -> tuple[Rule, ...]:

@@ -4,6 +4,7 @@ A target that asks for nothing is refused: always a mistake, which a restore of 
 """
 
 import dataclasses
+import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
@@ -354,6 +355,11 @@ def _number_as_array(value: Any) -> Any:
     return np.asarray(number, dtype=None if is_numpys else jax.dtypes.canonicalize_dtype(type(number)))
 
 
+def is_unbuilt(value: Any) -> bool:
+    """Tells a class or a function in the place of what it builds."""
+    return isinstance(value, type) or inspect.isfunction(value)
+
+
 _ARRAYS = "build the target with nnx.eval_shape, or give it arrays or jax.ShapeDtypeStruct leaves."
 _TEXTS = "leave text out of the target: keep it in an item of its own, such as ocp.args.JsonSave."
 
@@ -361,10 +367,13 @@ _TEXTS = "leave text out of the target: keep it in an item of its own, such as o
 def _as_array(path: Path, value: Any) -> Any:
     if isinstance(value, _NUMBERS):
         return _number_as_array(value)
+    what, hint = f"a {type(value).__name__}", _TEXTS if isinstance(value, str | bytes) else _ARRAYS
+    if is_unbuilt(value):
+        kind, name = "class" if isinstance(value, type) else "function", getattr(value, "__name__", "")
+        call = f"lambda: {name}(...)" if kind == "class" else "function"
+        what, hint = f"the {kind} {name}", f"pass what it builds: nnx.eval_shape({call})."
     raise RestoreError(
-        f"target leaf {render(path)} is a {type(value).__name__}: it has no shape and dtype.",
-        paths=(path,),
-        hints=[_TEXTS if isinstance(value, str | bytes) else _ARRAYS],
+        f"target leaf {render(path)} is {what}: it has no shape and dtype.", paths=(path,), hints=[hint]
     )
 
 

@@ -52,6 +52,11 @@ def find_item(path: epath.PathLike, item: str | None = None, files: Files | None
     if not files.is_folder(root):
         return _file(root, files)
     if is_item(root, files):
+        if item not in (None, "", root.name):
+            raise NotACheckpointError(
+                f"{root} is an item already, and item={item!r} is another.",
+                hints=[f"pass the step {root.parent} for its item {item!r}, or leave the item's name out."],
+            )
         return root
     newest = _newest_step(root, files)
     if newest is None or is_numbered(newest, files):

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
 from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
-from orbax_nnx_handler.planning.target.target import flatten_like
+from orbax_nnx_handler.planning.target.target import flatten_like, is_unbuilt
 from orbax_nnx_handler.storage.checkpoint.stored_random import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import (
     Flavour,
@@ -166,8 +166,23 @@ def as_save_item(item: Any) -> Any:
 
     `nnx.Rngs` answers to any attribute, which `PyTreeSave` takes for the protocol of a tree's metadata;
     its State has the same paths.
+
+    Raises:
+        ValueError: It is a class or a function, which holds nothing.
     """
+    if is_unbuilt(item):
+        raise nothing_to_save(item)
     return cast(Any, nnx.state(item)) if isinstance(item, nnx.Rngs) else item
+
+
+def nothing_to_save(item: Any) -> ValueError:
+    """Returns the error for an item that holds no array."""
+    kind = "class" if isinstance(item, type) else "function"
+    what = f"the {kind} {item.__name__}" if is_unbuilt(item) else f"a {type(item).__name__}"
+    return ValueError(
+        f"there is nothing to save: {what} holds no array.\n"
+        "hint: pass the module, the nnx.State or a dict of these, such as what a restore returned."
+    )
 
 
 def linen_save(

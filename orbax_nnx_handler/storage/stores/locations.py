@@ -28,8 +28,18 @@ def as_path(path: epath.PathLike) -> epath.Path:
     """Returns a path as the caller means it: `~` is a home, a URL stays one.
 
     Raises:
-        NotACheckpointError: The URL is of a kind that cannot be read.
+        NotACheckpointError: The URL is of a kind that cannot be read, or the path is empty.
+        TypeError: It is no path.
     """
+    given: Any = path
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(
+            f"path is a {type(given).__name__}: a path is a str or an os.PathLike, and comes first, as in "
+            "restore(path, target) and save(path, state)."
+        )
+    if not os.fspath(path):
+        # Else it would be the working directory, and whatever lies there.
+        raise NotACheckpointError("the path is empty.", hints=["pass '.' for the working directory."])
     text = os.fspath(path).removeprefix(_FILE)
     scheme, is_url, rest = text.partition("://")
     if not is_url:

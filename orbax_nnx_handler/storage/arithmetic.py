@@ -191,7 +191,7 @@ def _largest(dtype: Dtype) -> float:
 
 
 Loss = tuple[Any, Any]
-"""Whether a value is lost in the last cast, and the largest magnitude among those that are."""
+"""Whether a value is lost in the last cast, and one that is: the largest, or the smallest below 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +301,10 @@ def _can_lose(recipe: Recipe, plain: Any, dtype: Any) -> bool:
 
 def _loss(plain: jax.Array, computed: jax.Array, dtype: Any) -> Loss:
     lost = lost_values(plain, computed, dtype)
-    return lost.any(), jnp.max(jnp.where(lost, abs(plain), jnp.zeros_like(plain)), initial=0)
+    shown = abs(plain) if jnp.iscomplexobj(plain) else plain
+    shown = jnp.where(lost, shown, jnp.zeros_like(shown))
+    most, least = jnp.max(shown, initial=0), jnp.min(shown, initial=0)
+    return lost.any(), jnp.where(most != 0, most, least)
 
 
 def _cast(value: Any, dtype: Any) -> Any:

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Cast, RestoreError, Scale, restore, save
+from orbax_nnx_handler import Cast, RestoreError, Scale, from_linen, restore, save
 from orbax_nnx_handler.cli import main
 from tests.laws.worlds import write
 
@@ -112,3 +112,19 @@ def test_64_bit_floats_that_come_back_in_32_are_named_in_one_warning(tmp_path, c
     (said,) = [record.getMessage() for record in caplog.records if "x64" in record.getMessage()]
     assert "1 leaf is stored in 64 bits and comes back in 32, set jax_enable_x64" in said
     assert said.endswith("dense/kernel")
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "shown"),
+    [
+        (np.array([3, -5, 1], np.int32), "uint8", "-5"),
+        (np.array([3, 300, 1], np.int32), "uint8", "300"),
+        (np.array([1, -1e9, 2], np.float32), "float16", "-1000000000.0"),
+        (np.array([1, np.nan, 2], np.float32), "int32", "nan"),
+    ],
+)
+@pytest.mark.parametrize("on_host", [True, False])
+def test_the_value_that_does_not_fit_is_the_one_that_is_shown(values, dtype, shown, on_host):
+    tree = {"params": {"w": values if on_host else jnp.asarray(values)}}
+    with pytest.raises(RestoreError, match=f"holds {shown}"):
+        from_linen(tree, {"w": jax.ShapeDtypeStruct((3,), dtype)}, renames=[Cast("w", dtype)])

@@ -128,17 +128,28 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
     (left, right) = pairs[0]
     lost = [path for paths in wanted[left].values() for path in paths]
     sources = [path for paths in stored[right].values() for path in paths]
-    if _is_otherwise(evidence, lost, sources):
-        return
-    count, rename = len(wanted[left]), _group_rename(left.name, right.name, sources)
+    ours = _numbers((evidence.below[path] for path in lost), left)
+    theirs = _numbers((evidence.stored_below(evidence.free_weights[path]) for path in sources), right)
+    if (ours and theirs and ours != theirs) or _is_otherwise(evidence, lost, sources):
+        return  # Layers of other numbers are other layers.
+    count, name = len(wanted[left]), right.name
+    if theirs and not ours and len(theirs) == 1:
+        name = f"{name}_{next(iter(theirs))[1:]}"  # No list: the one module of a name that Linen gave.
+    rename = _group_rename(left.name, name, sources)
     yield Cause(
         kind="OtherGroup",
-        text=f"the stored {right.name!r} holds the same {counted(count, 'weight')}, by name, as the wanted "
+        text=f"the stored {name!r} holds the same {counted(count, 'weight')}, by name, as the wanted "
         f"{left.name!r}, which is not stored.",
         paths=(*evidence.with_moments(lost), *sources),
         way=_if_the_same([rename]),
-        facts={"stored": right.name, "wanted": left.name, "count": count},
+        facts={"stored": name, "wanted": left.name, "count": count},
     )
+
+
+def _numbers(names: Iterable[Tokens], group: Group) -> set[str]:
+    """Returns the numbers of a group's layers where they are kept one by one."""
+    at = len(group.parent) + 1
+    return {name[at] for name in names if len(name) > at and is_number(name[at])}
 
 
 def _is_otherwise(evidence: Evidence, wanted: Iterable[Path], stored: Collection[Path]) -> bool:

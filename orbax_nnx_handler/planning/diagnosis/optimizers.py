@@ -151,6 +151,9 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
             ours = _folded({parameter for at, parameter in moments if at == slot})
             text = f"for other groups of parameters: {spell(slot)} is of {theirs}, the target's of {ours}"
             way = f"build the target's optimizer with the groups that were saved; {_weights_alone(evidence)}"
+            if theirs == ours:
+                text = f"another one of the same names: {there} have other shapes, or are of others"
+                way = f"build the target's optimizer as it was saved; {_weights_alone(evidence)}"
         yield Cause(
             kind="OptimizerNested",
             text=f"the stored optimizer is {text}.",

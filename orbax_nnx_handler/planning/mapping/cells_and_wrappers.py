@@ -93,7 +93,8 @@ def _fused_gates(cells: Mapping[Tokens, _Gates]) -> Iterator[Derived]:
 def _fused_side(cell: Tokens, gates: _Gates, names: Sequence[str], reason: str) -> Iterator[Derived]:
     for weight in ("kernel", "bias"):
         parts = [gates[name, weight] for name in names if (name, weight) in gates]
-        fits = len({part.shape[:-1] for part in parts}) == 1 and all(part.shape for part in parts)
+        # NNX's cell cuts the product into equal parts.
+        fits = len({part.shape for part in parts}) == 1 and all(part.shape for part in parts)
         if fits and len(parts) == len(names):
             axis = _features_axis(parts[0].shape, gates["h" + names[0][1], "kernel"].shape)
             recipe = Concat(tuple(Read(part.path) for part in parts), axis=axis)

@@ -316,12 +316,15 @@ class _Both(nnx.Module):
         self.gen, self.critic = _Trained(), _Trained()
 
 
-RENAMED = [("disc", "critic")]
+RENAMED = [("disc/params", "critic/params")]
 
 
 @pytest.mark.parametrize(
     ("rules", "what"),
-    [(RENAMED, "optimizer"), ([*RENAMED, ("critic/opt_state", "critic/optimizer/opt_state")], "step")],
+    [
+        (RENAMED, "optimizer"),
+        ([("disc", "critic"), ("critic/opt_state", "critic/optimizer/opt_state")], "step"),
+    ],
 )
 def test_what_a_renamed_network_leaves_behind_comes_with_the_rule_to_paste(rules: list[Any], what: str):
     params = {"Dense_0": {"kernel": np.ones((3, 4), "f"), "bias": np.ones(4, "f")}}
@@ -372,3 +375,46 @@ def test_a_policy_of_several_causes_fills_all_of_them_and_nothing_else():
     assert plan(weights, wanted, policy=policy, init=lambda: None).fits
     del weights["params/embed/embedding"]
     assert not plan(weights, wanted, policy=policy, init=lambda: None).fits
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_layers_of_other_numbers_are_not_said_to_be_layers_of_another_name(count):
+    have = stored({f"Dense_{at}/{name}": (5, 5) for at in range(count) for name in ("kernel", "scale")})
+    want = {f"layers/{2 * at}/{name}": (5, 5) for at in range(count) for name in ("kernel", "scale")}
+
+    causes = diagnose(plan(have, want))
+
+    assert "OtherGroup" not in kinds(causes)
+    assert not any("renames" in cause.hint.arguments for cause in causes if cause.hint)
+
+
+def test_one_module_that_linen_named_is_spelt_as_it_is_stored():
+    shapes = {"kernel": (3, 4), "bias": (4,), "A": (3, 2)}
+    have, want = (
+        stored({f"Dense_0/{k}": v for k, v in shapes.items()}),
+        {f"low/{k}": v for k, v in shapes.items()},
+    )
+
+    (cause,) = diagnose(plan(have, want))
+
+    assert cause.kind == "OtherGroup"
+    assert cause.hint.arguments == {"renames": [("Dense_0", "low")]}
+    assert plan(have, want, **cause.hint.arguments).fits
+
+
+def test_gates_of_unlike_shapes_are_no_cell():
+    gates = {f"{side}{gate}/kernel": (2, 2) for side in "ih" for gate in "ifgo"} | {"ii/kernel": (2, 4)}
+    error = plan(stored({f"cell/{k}": v for k, v in gates.items()}), {"cell/dense_i/kernel": (2, 10)}).error()
+    assert isinstance(error, orbax_nnx_handler.RestoreError)
+
+
+def test_an_optimizer_of_the_same_names_is_not_said_to_be_for_other_groups(tmp_path):
+    def state(tx):
+        model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)}
+
+    params = {"kernel": np.ones((3, 4), np.float32), "bias": np.ones(4, np.float32)}
+    stored = {"params": params, "opt_state": optax.adam(0.1).init(params), "step": np.int32(1)}
+    text = str(plan_restore(stored, nnx.eval_shape(lambda: state(optax.novograd(0.1)))).error())
+    assert "other groups" not in text
+    assert "have other shapes" in text

@@ -295,9 +295,10 @@ def find_unneeded(evidence: Evidence) -> Iterable[Cause]:
 
 def find_copies(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the missing weights lie in a copy."""
-    if not evidence.missing_weights or not evidence.free_weights:
+    if not evidence.missing_weights:
         return
-    yield from _only_a_copy(evidence)
+    if evidence.free_weights:
+        yield from _only_a_copy(evidence)
     yield from _named_otherwise(evidence)
     yield from _in_another_collection(evidence)
 
@@ -396,14 +397,15 @@ def _pairs(
     for path, item in evidence.free_weights.items():
         if item.collection is not None and item.collection not in FLAX_COLLECTIONS and not item.owner:
             copies[item.collection][_end(item.path)] = path
+    for path, item in evidence.sides.placements.items():
+        if item.section == "other" and len(path) > 1:  # Beside several train states.
+            copies[str(path[0])][_end(path[1:])] = path
     for field, wanted in fields.items():
-        alike = [
-            copy
-            for copy in copies
-            if words_of(copy) & words_of(field) and wanted.keys() <= copies[copy].keys()
-        ]
-        if len(alike) == 1:
-            yield field, alike[0], [copies[alike[0]][tokens] for tokens in wanted]
+        alike = [copy for copy in copies if wanted.keys() <= copies[copy].keys()]
+        shared = {copy: len(words_of(copy) & words_of(field)) for copy in alike}
+        best = [copy for copy in alike if shared[copy] == max(shared.values()) > 0]
+        if len(best) == 1:
+            yield field, best[0], [copies[best[0]][tokens] for tokens in wanted]
 
 
 def _below_model(evidence: Evidence, path: Path) -> Tokens:

@@ -41,6 +41,10 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
         yield from _other_optimizer(evidence, lost)
         return
     lost += evidence.of_role(evidence.missing, "step")
+    elsewhere = sorted({top for path in evidence.unexpected if "opt_state" in (top := str(path[0]))})
+    if elsewhere:
+        yield _unknown_place(lost, elsewhere)
+        return
     found = "there are weights"
     if evidence.weights_complete:
         found = f"all {counted(len(evidence.weights), 'weight')} are there"
@@ -52,6 +56,19 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
         filters=selecting(evidence, lost),
         may_be_initialised=True,
         facts={"moments": len(wanted), "weights": len(evidence.weights)},
+    )
+
+
+def _unknown_place(lost: Sequence[Path], places: Sequence[str]) -> Cause:
+    """Returns that optimizers are stored, and no layout tells whose they are."""
+    where = listed([repr(place) for place in places])
+    tree = f"{{'params': ..., 'opt_state': tree[{places[0]!r}], 'step': tree['step']}}"
+    return Cause(
+        kind="OptimizerNested",
+        text=f"what looks like an optimizer is stored below {where}, and no name tells of which network.",
+        paths=tuple(lost),
+        way=Hint(f"load the tree with Orbax, and pass from_linen({tree}, target), network by network."),
+        facts={"stored": ", ".join(places), "wanted": ""},
     )
 
 
@@ -99,6 +116,8 @@ def _other_network(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
     """Yields that an optimizer or a step is stored below another name: a rule may say that it is the same."""
     free, wanted = _free(evidence, "optimizer") or _free(evidence, "step"), evidence.sides.wanted
     there, here = {item.owner for item in free}, {wanted[path].owner for path in lost}
+    if len(here) > 1 and all(here):
+        yield from _other_networks(evidence, lost, free)
     if len(there) != 1 or len(here) != 1 or not all([*there, *here]):
         return
     (stored,), (owner,) = there, here
@@ -120,6 +139,40 @@ def _other_network(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
         way=Hint(f"if both are one network, pass renames={rules!r}.", {"renames": rules}),
         facts={"stored": render(stored), "wanted": render(owner)},
     )
+
+
+def _other_networks(evidence: Evidence, lost: Sequence[Path], free: Sequence[Placement]) -> Iterable[Cause]:
+    """Yields the optimizers that the target has beside their networks: `actor_opt` beside `actor`."""
+    wanted = evidence.sides.wanted
+    here = dict.fromkeys(wanted[path].owner for path in lost)
+    fields = {item.owner: str(item.leaf.path[len(item.owner)]) for item in free if item.owner}
+    pairs = [(owner, stored) for owner in here for stored in fields if _is_called_after(owner, stored)]
+    if len({owner for owner, _ in pairs}) != len(here) or len({stored for _, stored in pairs}) != len(pairs):
+        return
+    parts = [(owner, (*stored, part)) for owner, stored in pairs for part in (fields[stored], "step")]
+    stored = {canonical(path) for path in evidence.unexpected}
+    rules = [
+        (render(at), render((*owner, at[-1])))
+        for owner, at in parts
+        if any(path[: len(canonical(at))] == canonical(at) for path in stored)
+    ]
+    steps = evidence.of_role(evidence.missing, "step")
+    if not rules or not _restores(evidence, rules, [*lost, *steps]):
+        return
+    names = listed([f"{render(stored)!r} ({render(owner)!r} is wanted)" for owner, stored in pairs])
+    yield Cause(
+        kind="OptimizerNested",
+        text=f"optimizers are stored below {names}, and nothing of one network is lent to another unasked.",
+        paths=(*lost, *steps, *(item.leaf.path for item in free)),
+        way=Hint(f"if they are the same, pass renames={rules!r}.", {"renames": rules}),
+        facts={"stored": names, "wanted": names},
+    )
+
+
+def _is_called_after(owner: Path, stored: Path) -> bool:
+    """Tells whether the attribute that holds an optimizer is called after a stored train state."""
+    words = set("_".join(map(str, owner)).split("_"))
+    return set("_".join(map(str, stored)).split("_")) < words
 
 
 def _restores(evidence: Evidence, rules: Sequence[tuple[str, str]], lost: Iterable[Path]) -> bool:

@@ -166,6 +166,8 @@ class Writer:
             held = {e.segments for e in self.entries if _leads(layers.stored, e.segments)}
             for below in whole_parts(used, held, len(layers.stored)):
                 stored, into = (*layers.stored, *below), (*self._below(layers.wanted), *below)
+                if not into:
+                    continue  # Layers that lie beside the model's other parts have no name in common.
                 self._take(UnstackLayers("/".join(stored), "/".join(into), layers.axis), some)
 
     def _stack(self, links: Sequence[Link]) -> None:

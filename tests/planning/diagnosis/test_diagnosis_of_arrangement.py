@@ -418,3 +418,72 @@ def test_an_optimizer_of_the_same_names_is_not_said_to_be_for_other_groups(tmp_p
     text = str(plan_restore(stored, nnx.eval_shape(lambda: state(optax.novograd(0.1)))).error())
     assert "other groups" not in text
     assert "have other shapes" in text
+
+
+class _Agent(nnx.Module):
+    def __init__(self, suffix: str):
+        for name in ("actor", "critic"):
+            setattr(self, name, _Network())
+            optimizer = nnx.Optimizer(getattr(self, name), optax.adam(1e-3), wrt=nnx.Param)
+            setattr(self, f"{name}{suffix}", optimizer)
+
+
+def _train_state() -> dict[str, Any]:
+    params = {"Dense_0": {"kernel": np.ones((3, 4), "f"), "bias": np.ones(4, "f")}}
+    return {"params": params, "opt_state": optax.adam(1e-3).init(params), "step": np.int32(3)}
+
+
+@pytest.mark.parametrize("suffix", ["_opt", "_optimizer"])
+def test_optimizers_beside_their_networks_come_with_the_rules_that_restore_them(suffix: str):
+    tree = {name: _train_state() for name in ("actor", "critic")}
+    target = nnx.eval_shape(lambda: _Agent(suffix))
+
+    error = plan_restore(tree, target).error()
+
+    assert error is not None
+    assert "init" not in str(error)
+    (hint,) = (hint for hint in error.hints if "renames" in hint.arguments)
+    assert plan_restore(tree, target, **hint.arguments).fits
+
+
+@pytest.mark.parametrize("name", ["target_critic", "slow_critic"])
+def test_a_copy_beside_several_train_states_is_not_said_to_be_stored_nowhere(name: str):
+    states = {name: _train_state() for name in ("actor", "critic")}
+    tree = states | {f"{name}_params": states["critic"]["params"]}
+    target = nnx.eval_shape(lambda: {"actor": _Trained(), "critic": _Trained(), name: _Network()})
+
+    error = plan_restore(tree, target).error()
+
+    assert error is not None
+    assert "nothing is stored" not in str(error)
+    (hint,) = (hint for hint in error.hints if "renames" in hint.arguments)
+    assert hint.arguments["renames"] == [(f"{name}_params", name)]
+    assert plan_restore(tree, target, **hint.arguments).fits
+
+
+def test_an_optimizer_of_a_name_that_no_layout_knows_is_not_said_to_be_unsaved():
+    state = _train_state()
+    tree = {"params": state["params"], "actor_opt_state": state["opt_state"], "step": state["step"]}
+    text = str(plan_restore(tree, nnx.eval_shape(_Trained)).error())
+    assert "no optimizer was saved" not in text
+    assert "stored below 'actor_opt_state'" in text
+    known = {"params": tree["params"], "opt_state": tree["actor_opt_state"], "step": tree["step"]}
+    assert plan_restore(known, nnx.eval_shape(_Trained)).fits
+
+
+def test_an_ensemble_for_modules_beside_each_other_proposes_no_rule_that_is_none():
+    stacked_layers = {f"params/both/{name}/kernel": (2, 3, 4) for name in ("up", "down")}
+    wanted = {f"q{at}/{name}/kernel": (3, 4) for at in (1, 2) for name in ("up", "down")}
+    tree = {"params": {"both": {name: {"kernel": np.ones((2, 3, 4), "f")} for name in ("up", "down")}}}
+    assert not plan(stacked_layers, wanted).fits
+    target = nnx.eval_shape(
+        lambda: nnx.Dict(
+            **{
+                f"q{at}": nnx.Dict(
+                    **{n: nnx.Dict(kernel=nnx.Param(np.ones((3, 4), "f"))) for n in ("up", "down")}
+                )
+                for at in (1, 2)
+            }
+        )
+    )
+    assert orbax_nnx_handler.suggest(tree, target).renames == ()

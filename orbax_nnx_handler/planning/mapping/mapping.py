@@ -180,7 +180,8 @@ def map_leaves(
     model = of_role(wanted, "model", "transient", "random")
     pairs = _pairs(wanted, placements, entries)
     original = [entry for entry in as_stored if entry.section == "model"] if pairs else []
-    virtual = [] if any(item.role == "model" for item in model) else _virtual_parameters(pairs)
+    alone = [] if any(item.role == "model" for item in model) else [owned.leaves for owned, _ in pairs]
+    virtual = [parameter for leaves in alone for parameter in virtual_parameters(leaves)]
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
     if steps := of_role(wanted, "step"):
@@ -376,15 +377,6 @@ def _follower(
             parameters.setdefault(network.names[item.leaf.path], item.leaf.path)
     states = wanted_states(optimizer.leaves, () if lone else parameters, root)
     return MomentFollower(stored_states, states, parameters, stored, applied)
-
-
-def _virtual_parameters(pairs: _Pairs) -> list[Wanted]:
-    """Returns the parameters that optimizers without their models were built for."""
-    return [
-        parameter
-        for wanted, _ in pairs
-        for parameter in virtual_parameters(wanted_states(wanted.leaves, ()), wanted.leaves)
-    ]
 
 
 def _add_steps(

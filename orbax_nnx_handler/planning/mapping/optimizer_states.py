@@ -148,11 +148,11 @@ def wanted_states(
     return read_states(leaves, {tokens: tokens for tokens in parameters}, above)
 
 
-def virtual_parameters(states: Iterable[OptimizerState], wanted: Iterable[Wanted]) -> list[Wanted]:
+def virtual_parameters(wanted: Sequence[Wanted]) -> list[Wanted]:
     """Returns the parameters that an optimizer without its model was built for."""
     leaves = {item.leaf.path: item.leaf for item in wanted}
     found: dict[Path, Wanted] = {}
-    for state in states:
+    for state in wanted_states(wanted, ()):
         for key, moment in ((k, m) for field in state.moments.values() for k, m in field.items()):
             known = found.get(key)
             if known is None or len(known.leaf.shape) < len(moment.shape):

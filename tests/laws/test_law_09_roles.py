@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import restore, save
+from orbax_nnx_handler import Copy, Scale, restore, save
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -187,3 +187,25 @@ def test_a_leaf_called_value_beside_others_is_no_box_and_its_module_no_count(tmp
     path = write(tmp_path, {"params": params, "opt_state": opt_state, "step": np.int32(1)})
     result = restore(path, training_target(params, tx))
     check(result, worlds.below("model", params) | worlds.below("optimizer/opt_state", opt_state))
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_fields_beside_a_model_say_nothing_of_where_it_lies_however_many_they_are(tmp_path, count):
+    numbers = Numbers()
+    params = {"net": {"scale": numbers(3)}}
+    fields = {f"field_{at}": numbers(dtype=np.int32) for at in range(count)}
+    path = write(tmp_path, {"params": params, **fields})
+    target = {"model": worlds.model_target(params), **worlds.pure_target(fields)}
+    result = restore(path, target)
+    check(result["model"], params)
+    check({key: result[key] for key in fields}, fields)
+
+
+@pytest.mark.parametrize("rule", [Copy("step", "epoch"), Scale("step", 2.0)])
+def test_a_rule_on_values_that_names_a_step_says_that_it_is_not_for_it(tmp_path, rule):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params = {"dense": numbers.dense()}
+    stored = {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(7)}
+    error = worlds.refused(write(tmp_path, stored), training_target(params, tx), renames=[rule])
+    assert "nearest stored: step" not in str(error)
+    assert "are their train state's own" in str(error)

@@ -83,6 +83,7 @@ def match_networks(
     taken = {id(entry) for entry in found.values()}
     by_rule = {path for path, entry in found.items() if entry.named}
     named = {id(found[path]) for path in by_rule}
+    fields = {path for path, entry in found.items() if entry.section == "other"}
     models = [entry for entry in entries if entry.section == "model"]
     aside = {entry.tokens for entry in entries if entry.section == "aux"}
     matches = [ModelMatch(found=_as_found(found), rivals=tuple(rivals))]
@@ -92,7 +93,9 @@ def match_networks(
         items = wanted if len(paths) == len(wanted) else [i for i in wanted if i.leaf.path in paths]
         own = [entry for entry in models if network.holds(entry)]
         weights = [item for item in items if item.role == "model"]
-        beside = ([item for item in weights if item.tokens not in aside] if aside else ()) or weights
+        # A field beside the model (`epoch`), found under its own path, says nothing of the model's level.
+        beside = [item for item in weights if item.leaf.path not in fields] if fields else weights
+        beside = ([item for item in beside if item.tokens not in aside] if aside else beside) or weights
         # What a rule has given a wanted path says nothing of where the others meet.
         others = [item for item in beside if item.leaf.path not in by_rule] if by_rule else beside
         unnamed = [entry for entry in own if id(entry) not in named] if named else own

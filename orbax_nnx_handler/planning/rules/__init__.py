@@ -10,7 +10,7 @@ from orbax_nnx_handler.planning.core.errors import Hint, RuleError, UnusedRuleEr
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.nearest import names_optimizer_leaf, nearest
+from orbax_nnx_handler.planning.rules.nearest import is_for_values, names_optimizer_leaf, nearest
 from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
 from orbax_nnx_handler.planning.rules.rule import Rule
 from orbax_nnx_handler.planning.rules.split_and_fuse import Fuse, Split
@@ -173,6 +173,11 @@ _IN_OPTIMIZER = (
     "Weights that a program keeps there can be read with Orbax and given to from_linen."
 )
 
+_OF_ITS_OWN = (
+    "a step and an optimizer are their train state's own: only renames and Drop are for them. Restore "
+    "without the rule, and set a second count in the program."
+)
+
 
 def unused_rules(unused: Sequence[Rule]) -> UnusedRuleError:
     """Returns the error for rules that match nothing."""
@@ -194,6 +199,9 @@ def _without_effect(unused: Sequence[UnmatchedRule]) -> UnusedRuleError:
             corrected.append(near.rule)
     if any(names_optimizer_leaf(rule, met) for rule, met in unused):
         return _unused_error(rows, Hint(_IN_OPTIMIZER))
+    if any(not isinstance(rule, Rename) and is_for_values(rule, met) for rule, met in unused):
+        rows = [row for row in rows if not row.startswith("   ")]
+        return _unused_error(rows, Hint(_OF_ITS_OWN))
     if len(corrected) == len(unused):
         return _unused_error(rows, Hint(f"if that is meant, write {', '.join(map(str, corrected))}."))
     return _unused_error(rows, Hint(_LATE if late else _WHOLE))

@@ -66,6 +66,12 @@ def names_optimizer_leaf(rule: Rule, entries: Iterable[Entry]) -> bool:
     return any(any(Pattern(text).spans(leaf)) for text in patterns_of(rule) for leaf in leaves)
 
 
+def is_for_values(rule: Rule, entries: Iterable[Entry]) -> bool:
+    """Tells whether a rule on values names an optimizer or a step, which it is not for."""
+    beside = [entry.whole for entry in entries if entry.section in ("optimizer", "step")]
+    return any(any(Pattern(text).spans(whole)) for text in patterns_of(rule) for whole in beside)
+
+
 def _with_patterns(rule: Rule, corrected: Mapping[str, str], entries: Sequence[Entry]) -> Rule | None:
     """Returns the rule with other patterns, if it has an effect then."""
     if all(old == new for old, new in corrected.items()) or not dataclasses.is_dataclass(rule):

@@ -40,6 +40,7 @@ class Claims:
     ) -> None:
         self._sources, self._placed = sources, placed
         self.read: list[Path] = []
+        self._reads_one_each = True
         for _, recipe, _ in sources:
             while isinstance(recipe, (Index, Transpose)):
                 recipe = recipe.source
@@ -47,6 +48,7 @@ class Claims:
                 self.read.append(recipe.path)
             else:
                 self.read += reads(recipe)
+                self._reads_one_each = False
 
     @cached_property
     def used(self) -> Set[Path]:
@@ -70,11 +72,13 @@ class Claims:
             return  # Nearly every plan.
         twice = {path for path, count in Counter(self.read).items() if count > 1} - copies
         users: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
-        for item, recipe, _ in self._sources:
-            read = reads(recipe)
-            for stored in read if len(read) == 1 else dict.fromkeys(read):
-                if stored in twice:
-                    users[stored].append((item, recipe))
+        pairs = zip(self.read, self._sources, strict=False)
+        if not self._reads_one_each:
+            each = (dict.fromkeys(reads(recipe)) for _, recipe, _ in self._sources)
+            pairs = ((path, one) for paths, one in zip(each, self._sources, strict=True) for path in paths)
+        for stored, (item, recipe, _) in pairs:
+            if stored in twice:
+                users[stored].append((item, recipe))
         doubtful = {
             stored: [item.leaf.path for item, _ in found]
             for stored, found in users.items()

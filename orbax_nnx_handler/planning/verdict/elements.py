@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
-from orbax_nnx_handler.planning.core.recipes import Concat, Fill, Index, Read, Recipe, Stack
+from orbax_nnx_handler.planning.core.recipes import Concat, Fill, Index, Read, Recipe, Stack, Transpose
 from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks
 
 
@@ -85,6 +85,20 @@ def _fused(
     paths = [part.path for part in sources if isinstance(part, Read)]
     is_last = all(axis == len(placed[path].leaf.shape) - 1 - behind for path in paths)
     return [Element(paths[0], gates=tuple(paths))] if is_last and len(paths) == len(sources) else None
+
+
+def chain_of(recipe: Recipe) -> tuple[Path | None, tuple[object, ...]]:
+    """Returns the stored leaf of which a recipe takes a layer or turns axes, if no more, and its steps."""
+    steps: tuple[object, ...] = ()
+    while not isinstance(recipe, Read):
+        if isinstance(recipe, Transpose):
+            steps = (*steps, recipe.permutation)
+        elif isinstance(recipe, Index):
+            steps = (*steps, "layer", recipe.axis, recipe.index)
+        else:
+            return None, ()
+        recipe = recipe.source
+    return recipe.path, steps
 
 
 class Name(NamedTuple):

@@ -29,6 +29,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.elements import chain_of
 from orbax_nnx_handler.planning.verdict.states import Slot, States, slot_of, spelt_alike
 
 _SAMPLES = 16
@@ -48,6 +49,21 @@ class _Moment(NamedTuple):
 _Weight = tuple[Wanted, Recipe, Path | None]
 """A weight of the result, what it is made from, and the keys of what it reads, if it reads one leaf."""
 
+_FIRST_ROWS = 16
+_NO_KEYS: Path = (object(),)
+"""Keys that no path has."""
+
+
+class _Columns:
+    """Leaves attribute by attribute: so memory answers several times faster than leaf by leaf."""
+
+    def __init__(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> None:
+        rows = [(item.leaf, chain_of(recipe)) for item, recipe, _ in leaves]
+        self.paths = [leaf.path for leaf, _ in rows]
+        self.shapes = [leaf.shape for leaf, _ in rows]
+        self.reads = [read for _, (read, _) in rows]
+        self.steps = [steps for _, (_, steps) in rows]
+
 
 class ProvenMoments:
     """Proves what the leaves of optimizers are made from.
@@ -61,16 +77,16 @@ class ProvenMoments:
     def __init__(
         self,
         leaves: Sequence[tuple[Wanted, Recipe, object]],
-        weights: Iterable[tuple[Wanted, Recipe, object]],
+        weights: Sequence[tuple[Wanted, Recipe, object]],
         wanted: Sequence[Wanted],
         placed: Mapping[Path, Placement],
         by_rule: Set[Path],
     ) -> None:
         self._leaves, self._placed, self._by_rule = leaves, placed, by_rule
-        self._weights: list[_Weight] = [
-            (item, recipe, placed[recipe.path].path if isinstance(recipe, Read) else self._keys(recipe))
-            for item, recipe, _ in weights
-        ]
+        self._moments, self._made = _Columns(leaves), _Columns(weights)
+        own = [None if path is None else placed[path].path for path in self._made.reads]
+        self._own = [_NO_KEYS if keys is None else keys for keys in own]
+        self._weights = [(item, made, keys) for (item, made, _), keys in zip(weights, own, strict=True)]
         depths = {_depth_of(owner, paths, self._weights) for owner, paths in _by_owner(leaves)}
         self._by_key = _by_key(depths, self._weights)
         # In the order of the weights, where no two of them have the same keys.
@@ -82,10 +98,6 @@ class ProvenMoments:
         self.states = States(wanted, placed)
         self.owners: dict[Path, set[Path]] = defaultdict(set)
         self.orphans: list[Claim] = []
-
-    def _keys(self, recipe: Recipe) -> Path | None:
-        path = _only_read(recipe)
-        return None if path is None else self._placed[path].path
 
     def astray(self) -> Iterator[tuple[int, Path, Path, str]]:
         """Yields each leaf that is another parameter's or another field's: law, it, what it reads, why."""
@@ -102,20 +114,36 @@ class ProvenMoments:
         To be read in the loop that proves them, since fields become known there. The moments
         of nearly every field come in the order of the parameters.
         """
-        keys, weights, above, below = self._in_order, self._weights, (), ()
-        at = end = len(keys)
-        for item, recipe, _ in self._leaves:
-            path = item.leaf.path
-            is_next = at < end and path == above + keys[at]
-            if is_next and _is_made_as(item, recipe, weights[at], below):
-                at += 1
-                continue
+        number = 0
+        while number < len(self._leaves):
+            item, recipe, _ = self._leaves[number]
             if not self._is_in_known_field(item, recipe):
                 yield item, recipe
-            slot, below = self._last[1:]
+            number += 1
             found = self._found(item)
-            if keys and len(found) == 1:
-                above, at = path[: len(path) - len(item.path) + len(slot)], found[0] + 1
+            if self._in_order and len(found) == 1:
+                _, slot, below = self._last
+                above = item.leaf.path[: len(item.leaf.path) - len(item.path) + len(slot)]
+                number += self._proven(number, found[0] + 1, above, below)
+
+    def _proven(self, first: int, at: int, above: Path, below: Path) -> int:
+        """Returns how many leaves from one on are the moments of the weights from one on, made as they are.
+
+        The keys of a weight stand below `above` in the field, and below `below` in the stored one.
+        """
+        moments, made, number, size = self._moments, self._made, first, _FIRST_ROWS
+        while count := min(size, len(moments.paths) - number, len(self._in_order) - at):
+            some, of = slice(number, number + count), slice(at, at + count)
+            like = min(
+                _alike(moments.paths[some], [above + keys for keys in self._in_order[of]]),
+                _alike(moments.shapes[some], made.shapes[of]),
+                _alike(moments.steps[some], made.steps[of]),
+                _alike(moments.reads[some], [below + keys for keys in self._own[of]]),
+            )
+            number, at, size = number + like, at + like, 2 * size
+            if like < count:
+                break
+        return number - first
 
     def _found(self, item: Wanted) -> Sequence[int]:
         """Returns the weights whose keys a leaf of the known field has."""
@@ -127,7 +155,11 @@ class ProvenMoments:
 
     def _is_in_known_field(self, item: Wanted, recipe: Recipe) -> bool:
         found = self._found(item)
-        return len(found) == 1 and _is_made_as(item, recipe, self._weights[found[0]], self._last[2])
+        if len(found) != 1:
+            return False
+        (at,), (read, steps) = found, chain_of(recipe)
+        alike = item.leaf.shape == self._made.shapes[at] and steps == self._made.steps[at]
+        return alike and read == self._last[2] + self._own[at]
 
     def _why(self, item: Wanted, recipe: Recipe) -> tuple[int, str]:
         stored = [self._placed[path] for path in dict.fromkeys(reads(recipe))]
@@ -222,7 +254,7 @@ class ProvenMoments:
 
     def _learn(self, item: Wanted, at: int, recipe: Recipe, weight: _Weight) -> None:
         """Keeps the keys above a moment, so that the next one of the field is known by them."""
-        path, below = _only_read(recipe), weight[2]
+        path, below = chain_of(recipe)[0], weight[2]
         if at > 0 and path is not None and below and path[-len(below) :] == below:
             self._last = item.owner, item.path[:at], path[: -len(below)]
 
@@ -235,36 +267,16 @@ class ProvenMoments:
         return True
 
 
-def _only_read(recipe: Recipe) -> Path | None:
-    """Returns the stored leaf of a recipe that reads one, and only takes a layer of it or turns its axes."""
-    while isinstance(recipe, (Index, Transpose)):
-        recipe = recipe.source
-    return recipe.path if isinstance(recipe, Read) else None
-
-
-def _is_made_as(item: Wanted, recipe: Recipe, weight: _Weight, above: Path) -> bool:
-    """Tells whether a moment is made of the stored one below these keys as its weight is of the weight."""
-    of, made, below = weight
-    if below is None or of.leaf.shape != item.leaf.shape:
-        return False
-    while not isinstance(recipe, Read):
-        if isinstance(recipe, Transpose) and isinstance(made, Transpose):
-            same = recipe.permutation == made.permutation
-        elif isinstance(recipe, Index) and isinstance(made, Index):
-            same = recipe.index == made.index and recipe.axis == made.axis
-        else:
-            return False
-        if not same:
-            return False
-        recipe, made = recipe.source, made.source
-    return isinstance(made, Read) and recipe.path == above + below
+def _alike(some: Sequence[object], others: Sequence[object]) -> int:
+    """Returns how many of the first of two columns are the same."""
+    if some == others:
+        return len(some)
+    return next(at for at, (one, other) in enumerate(zip(some, others, strict=True)) if one != other)
 
 
 def _by_owner(leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterable[tuple[Path, Sequence[Path]]]:
     """Returns each optimizer's owner, and the paths of its leaves."""
     owners = {item.owner for item, _, _ in leaves}
-    if len(owners) == 1:
-        return [(next(iter(owners)), [item.path for item, _, _ in leaves])]  # Nearly every target.
     return [(owner, [item.path for item, _, _ in leaves if item.owner == owner]) for owner in owners]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.planning.core.dtypes import is_array_dtype
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, record
 from orbax_nnx_handler.planning.core.lines import sized
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.regions import Region
@@ -262,7 +262,7 @@ def _dtype(name: str) -> np.dtype[Any]:
     return found
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class StoredArray:
     """Where and how one array is stored.
 

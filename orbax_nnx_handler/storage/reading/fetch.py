@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
+from orbax_nnx_handler.planning.core.leaves import record
 from orbax_nnx_handler.planning.core.paths import Path, printable, render
 from orbax_nnx_handler.planning.core.regions import (
     Region,
@@ -84,7 +85,7 @@ def check_presence(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Regio
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class LeafToRead:
     """A stored leaf and what its absence means.
 
@@ -128,7 +129,7 @@ class LeafToRead:
             raise self.unreadable(f"{store.directory}/{self.array.name}", error) from error
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class _Chunk:
     """One chunk of a leaf and the places that its values go to, counted from its own start."""
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.dtypes import is_key
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, record
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Arithmetic, Read, Recipe
 from orbax_nnx_handler.planning.core.regions import (
@@ -35,7 +35,7 @@ from orbax_nnx_handler.storage.arithmetic import put
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class Job:
     """One array to come back.
 
@@ -77,7 +77,7 @@ class Shard:
     devices: tuple[Device, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class PlainJob:
     """A job on plain numbers: random keys are their bits, with trailing axes.
 

@@ -1,0 +1,80 @@
+"""Moments are proven many at a time: one that is not its parameter's is found wherever it stands."""
+
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.recipes import Transpose
+from orbax_nnx_handler.planning.options import RestoreOptions
+from orbax_nnx_handler.planning.plan import make_plan
+from orbax_nnx_handler.planning.target.target import flatten_target
+from orbax_nnx_handler.planning.verdict import judge
+from orbax_nnx_handler.planning.verdict.laws import certify
+
+LAYERS = 100
+FLOAT = np.dtype("float32")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """What the laws are given for layers with Adam's moments, each of which fits: of one shape all."""
+    tops = [
+        (("params",), ("model",), nnx.Param),
+        (("opt_state", 0, "mu"), ("optimizer", "opt_state", 0, "mu"), nnx.optimizer.OptArray),
+        (("opt_state", 0, "nu"), ("optimizer", "opt_state", 0, "nu"), nnx.optimizer.OptArray),
+    ]
+    names = [(f"layer_{number}", "kernel") for number in range(LAYERS)]
+    array = jax.ShapeDtypeStruct((4, 4), FLOAT)
+    state = nnx.from_flat_state([((*top, *name), kind(array)) for _, top, kind in tops for name in names])
+    stored = [(*top, *name) for top, _, _ in tops for name in names]
+    leaves = {path: StoredLeaf(path=path, shape=(4, 4), dtype=FLOAT) for path in stored}
+    given = []
+    with mock.patch.object(judge, "certify", lambda *arguments: given.append(arguments) or []):
+        make_plan(flatten_target(state), leaves, RestoreOptions()).check()
+    assert certify(*given[0]) == []
+    return given[0]
+
+
+def broken(plan, changed):
+    """Returns the leaves that are refused where some are made otherwise."""
+    wanted, placed, sources, known = plan
+    made = [(item, changed.get(item.leaf.path, recipe), grounds) for item, recipe, grounds in sources]
+    return {(fault.law, fault.wanted) for fault in certify(wanted, placed, made, known)}
+
+
+def moment(field, number):
+    return ("optimizer", "opt_state", 0, field, f"layer_{number}", "kernel")
+
+
+def recipe_of(plan, path):
+    return next(recipe for item, recipe, _ in plan[2] if item.leaf.path == path)
+
+
+@pytest.mark.parametrize("number", [0, 1, 14, 15, 16, 17, 47, 48, 49, 98])
+@pytest.mark.parametrize("field", ["mu", "nu"])
+def test_two_moments_that_have_changed_places_are_refused(plan, field, number):
+    one, other = moment(field, number), moment(field, number + 1)
+
+    found = broken(plan, {one: recipe_of(plan, other), other: recipe_of(plan, one)})
+
+    assert found == {(8, one), (8, other)}
+
+
+@pytest.mark.parametrize("number", [0, 15, 16, 17, 99])
+def test_a_moment_that_is_turned_and_its_parameter_not_is_refused(plan, number):
+    path = moment("mu", number)
+
+    assert broken(plan, {path: Transpose(recipe_of(plan, path), (1, 0))}) == {(8, path)}
+
+
+@pytest.mark.parametrize("number", [0, 15, 16, 17, 99])
+def test_a_parameter_that_is_turned_and_its_moments_not_is_refused(plan, number):
+    path = ("model", f"layer_{number}", "kernel")
+
+    found = broken(plan, {path: Transpose(recipe_of(plan, path), (1, 0))})
+
+    assert {(8, moment("mu", number)), (8, moment("nu", number))} <= found

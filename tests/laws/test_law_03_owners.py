@@ -1,5 +1,7 @@
 """Law 3: an owner is a part of the name."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from orbax_nnx_handler import Drop, NNXLinenHandler, NNXLinenRestore, Rename, RestoreError, restore
+from orbax_nnx_handler import Drop, NNXLinenHandler, NNXLinenRestore, Rename, RestoreError, restore, save
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -334,3 +336,29 @@ def test_a_model_beside_a_train_state_of_the_same_names_leaves_it_its_optimizer(
     result = restore(path, target)
     check(result[key], _expected(state))
     check(result[copy], average)
+
+
+@pytest.mark.parametrize("keys", [None, ("gen", "disc"), ("agent_0", "agent_1")])
+def test_pairs_of_a_model_and_its_optimizer_come_back_from_their_own_save(tmp_path, keys):
+    numbers = Numbers()
+    params = _model(numbers)
+
+    def pair():
+        model = Branch(params, {})
+        return model, nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+
+    def make():
+        pairs = [pair(), pair()]
+        return pairs if keys is None else dict(zip(keys, pairs, strict=True))
+
+    state = make()
+    expected = []
+    for part in state if keys is None else (state[key] for key in keys):
+        for each in part:
+            nnx.update(each, jax.tree.map(jnp.asarray, numbers.like(nnx.state(each))))
+            expected.append(worlds.flat(each))
+    save(tmp_path / "item", state)
+    result = restore(tmp_path / "item", nnx.eval_shape(make))
+    have = [each for part in (result if keys is None else (result[key] for key in keys)) for each in part]
+    for each, values in zip(have, expected, strict=True):
+        check(each, values)

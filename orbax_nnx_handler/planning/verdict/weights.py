@@ -358,10 +358,11 @@ def _common_end(left: Tokens, right: Tokens) -> int:
 def _may_go(above: Tokens, below: Tokens, owner: Tokens) -> bool:
     """Tells whether what lies above a common name may differ: a level that only one side has.
 
-    A number there is a layer's, but in the name of the train state (`agent_0`).
+    A number there is a layer's, but in the name of the train state (`agent_0`), or as the model's place
+    in a tuple right below it.
     """
     named = len(owner) if owner == above[: len(owner)] else 0
-    if any(map(is_number, above[max(named, 1) :])) or any(map(is_number, below)):
+    if any(map(is_number, above[named + 1 :])) or any(map(is_number, below)):
         return False
     named = [token for token in above if token not in _PLAIN and not is_number(token)]
     return not named or not [token for token in below if token not in _PLAIN]

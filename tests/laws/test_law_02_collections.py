@@ -436,3 +436,24 @@ def test_a_copy_is_not_the_collection_of_a_type_that_nobody_named(tmp_path, copy
     result = restore(both, target, unexpected="ignore", policy=policy)
     np.testing.assert_array_equal(result.up.lora.lora_a[...], own["up"]["lora"]["lora_a"])
     np.testing.assert_array_equal(result.up.lora.lora_b[...], own["up"]["lora"]["lora_b"])
+
+
+@pytest.mark.parametrize("form", ["listed", "stacked"])
+@pytest.mark.parametrize("collection", ["cached_value", "codebook"])
+def test_layers_in_a_collection_of_their_own_are_not_filled_where_the_target_has_no_types(
+    tmp_path, collection, form
+):
+    numbers = Numbers()
+    layers = [{"scale": numbers(3), "kernel": numbers(3, 4)} for _ in range(5)]
+    tables = [{"table": numbers(1)} for _ in layers]
+    if form == "listed":
+        stored = [{f"layers_{at}": part for at, part in enumerate(parts)} for parts in (layers, tables)]
+        wanted = {"layers": worlds.stacked(layers) | worlds.stacked(tables)}
+    else:
+        stored = [{"layers": worlds.stacked(parts)} for parts in (layers, tables)]
+        wanted = {
+            f"layers_{at}": layer | table
+            for at, (layer, table) in enumerate(zip(layers, tables, strict=True))
+        }
+    path = write(tmp_path, {"params": stored[0], collection: stored[1]})
+    worlds.right_or_refused(path, worlds.pure_target(wanted), wanted, policy="warn", unexpected="ignore")

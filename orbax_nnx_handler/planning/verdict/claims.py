@@ -162,24 +162,28 @@ class Unused:
             for name, item in leaves
             if item.collection not in (None, *FLAX_COLLECTIONS) and not is_copy_name(str(item.collection))
         }
-        self._whole: dict[Tokens, list[Shape]] = defaultdict(list)
-        self._layers: dict[Tokens, list[tuple[int, Shape]]] = defaultdict(list)
-        for name, shape in (
-            (n, i.leaf.shape) for n, i in leaves if i.collection in (None, *FLAX_COLLECTIONS)
-        ):
-            self._whole[name].append(shape)
-            for number, group in _groups(name):
-                self._layers[group].append((number, shape))
+        self._whole: dict[tuple[bool, Tokens], list[Shape]] = defaultdict(list)
+        self._layers: dict[tuple[bool, Tokens], list[tuple[int, Shape]]] = defaultdict(list)
+        for name, item in leaves:
+            own = name in self._in_own_collections
+            if own or item.collection in (None, *FLAX_COLLECTIONS):
+                self._whole[own, name].append(item.leaf.shape)
+                for number, group in _groups(name):
+                    self._layers[own, group].append((number, item.leaf.shape))
 
     def may_be(self, item: Wanted, name: Tokens) -> bool:
         """Tells whether one may hold a weight: as layers, or in any collection if it has no type."""
         if item.leaf.kind is None and name in self._in_own_collections:
             return True
-        shape = item.leaf.shape
+        return any(self._may_hold(item.leaf.shape, name, own) for own in (False, item.leaf.kind is None))
+
+    def _may_hold(self, shape: Shape, name: Tokens, own: bool) -> bool:
         for number, group in _groups(name):
-            if any(may_hold_layer(stack, shape, number) for stack in self._whole.get(group, ())):
+            if any(may_hold_layer(stack, shape, number) for stack in self._whole.get((own, group), ())):
                 return True
-        return any(may_hold_layer(shape, layer, number) for number, layer in self._layers.get(name, ()))
+        return any(
+            may_hold_layer(shape, layer, number) for number, layer in self._layers.get((own, name), ())
+        )
 
 
 _Place = tuple[Path, str | None]

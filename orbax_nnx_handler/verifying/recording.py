@@ -78,6 +78,8 @@ class Recorder:
     traced: list[_Traced] = dataclasses.field(default_factory=list[_Traced])
     returned: int = 0
     running: list[tuple[Any, Path]] = dataclasses.field(default_factory=list[tuple[Any, Path]])
+    is_model_used: bool = False
+    is_other_used: bool = False
 
     def call(self, module: Any, path: Path, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Calls a module's function and records it."""
@@ -285,7 +287,7 @@ _PATH = "path_in_target"
 
 def run_nnx(
     function: Callable[..., Any], model: Any, *args: Any, locate: Callable[[Any, Path], Path | None]
-) -> tuple[Any, list[Call]]:
+) -> tuple[Any, list[Call], bool]:
     """Runs an NNX program.
 
     Args:
@@ -296,13 +298,15 @@ def run_nnx(
         locate: Where a module lies that was made while the program ran, below the path of the caller.
 
     Returns:
-        What it returns, and the calls of its modules.
+        What it returns, the calls of its modules, and whether the first of them was one of the model's.
     """
     recorder = Recorder()
 
     def path_of(module: Any) -> Path | None:
         path = getattr(module, _PATH, None)
+        recorder.is_model_used |= path is not None and not recorder.is_other_used
         if path is None:
+            recorder.is_other_used = True
             path = locate(module, recorder.running[-1][1] if recorder.running else ())
             if path is not None:
                 _mark(module, path)
@@ -327,7 +331,7 @@ def run_nnx(
         with _replaced_calls(recorded), _exact():
             result = function(model, *args)
             recorder.program(function, args, result)
-        return result, recorder.calls()
+        return result, recorder.calls(), recorder.is_model_used
     finally:
         _unmark(model)
 

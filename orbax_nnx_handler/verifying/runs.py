@@ -4,11 +4,12 @@ import dataclasses
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.errors
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -169,12 +170,16 @@ class Runs:
         compared: Every call of paired modules, in the order of the run.
         runner: Runs modules of the restored model by themselves.
         seconds: How long both took.
+        inputs: What both were called with.
+        idle: Leaves that no call of a module shows, and that change nothing of what the NNX program returns.
     """
 
     outputs: Distance
     compared: Sequence[Compared]
     runner: ModuleRunner
     seconds: float
+    inputs: Sequence[Any]
+    idle: Sequence[Path]
 
 
 def run_both(
@@ -197,11 +202,18 @@ def run_both(
     weights.variables.clear()
     model = parts.assemble(carry_out(checkpoint, plan, init=init, concurrent_bytes=None))
     start = time.monotonic()
-    found, nnx_calls = _run_nnx(programs, model, list(parts.leaves))
+    found, nnx_calls, is_used = _run_nnx(programs, model, list(parts.leaves))
     seconds += time.monotonic() - start
+    outputs = _outputs_apart(expected, found)
+    if not (is_used or _depends(programs, model, found)):
+        raise VerificationError(
+            "nnx_apply returns the same whatever the weights of the model are that it is called with.",
+            hints=["run the model that nnx_apply gets: lambda model, x: model(x)."],
+        )
     recipes = _recipes_of_model(plan, weights.location)
     pairs = pair_modules(recipes, weights.location, nnx_calls, linen_calls)
     calls = by_path(nnx_calls)
+    hidden = [leaf for leaf in recipes if not any(path and leaf[: len(path)] == path for path in calls)]
     runner = ModuleRunner(
         model=model,
         checkpoint=checkpoint,
@@ -210,10 +222,12 @@ def run_both(
         calls=calls,
     )
     return Runs(
-        outputs=_outputs_apart(expected, found),
+        outputs=outputs,
         compared=compare_modules(pairs, linen_calls, nnx_calls),
         runner=runner,
         seconds=seconds,
+        inputs=programs.inputs,
+        idle=hidden if hidden and not _depends(programs, model, found, hidden) else [],
     )
 
 
@@ -244,7 +258,29 @@ def _run_linen(programs: Programs, weights: LinenWeights) -> tuple[Any, list[Cal
         ) from error
 
 
-def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call]]:
+def _depends(programs: Programs, model: Any, found: Any, leaves: Collection[Path] | None = None) -> bool:
+    """Tells whether the NNX program returns something else with other weights, all or some of them."""
+    graph, state = cast("tuple[Any, Any]", nnx.split(model))
+    flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(state))
+    changed = [
+        (path, leaf.replace(leaf.get_value() + 1) if _is_weight(leaf) and _is_among(path, leaves) else leaf)
+        for path, leaf in flat
+    ]
+    merged = nnx.merge(graph, nnx.from_flat_state(cast(Any, changed)))
+    other, _, _ = _run_nnx(programs, merged, ())
+    pairs = zip(jax.tree.leaves(_opened(found)), jax.tree.leaves(_opened(other)), strict=True)
+    return any(not np.array_equal(one, two) for one, two in pairs)
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable) and bool(jnp.issubdtype(cast(Any, leaf).dtype, jnp.floating))
+
+
+def _is_among(path: Path, leaves: Collection[Path] | None) -> bool:
+    return leaves is None or tuple(path) in leaves
+
+
+def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call], bool]:
     inputs = programs.inputs
 
     def locate(module: Any, above: Path) -> Path | None:

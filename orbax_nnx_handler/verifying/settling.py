@@ -202,7 +202,7 @@ class Settling:
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
             problem="\n".join(str(fault) for fault in plan.faults),
             proof=_words(verification, len(plan.missing)),
-            is_proved=verification is not None and verification.equal,
+            is_proved=verification is not None and verification.equal and not verification.remarks,
             settle=None,
         )
 
@@ -256,7 +256,9 @@ def _words(verification: Verification | None, missing: int) -> str:
         return ""
     zeros = f", with {counted(missing, 'leaf', 'leaves')} at zero" if missing else ""
     if verification.equal:
-        return f"proved by outputs: both programs return the same within {verification.relative:.1e}{zeros}"
+        said = ", but: " + " ".join(verification.remarks) if verification.remarks else ""
+        proved = "" if said else "proved by outputs: "
+        return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
     where = f", first in {verification.first.path}" if verification.first is not None else ""
     apart = f"{verification.relative:.1e} apart"
     return f"the programs return different values under these rules{zeros} ({apart}){where}"

@@ -1,12 +1,15 @@
 """Runs a Linen program and an NNX program on one input, from one checkpoint, and compares them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.planner import decide
+from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import Policies, RestoreOptions, UnexpectedPolicy
@@ -19,7 +22,13 @@ from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.programs import on_one_device
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
-from orbax_nnx_handler.verifying.verification import TOLERANCE, FirstDifference, Verification, exceeds
+from orbax_nnx_handler.verifying.verification import (
+    TOLERANCE,
+    FirstDifference,
+    Verification,
+    exceeds,
+    same_numbers,
+)
 
 _PATIENCE = 5
 """The time that a search for the reason may take, in times of both programs (and of a second)."""
@@ -114,8 +123,25 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         directory=plan.directory,
         modules=tuple(one.found for one in runs.compared),
         first=first,
-        remarks=_remarks(equal, first, runs.compared, plan),
+        remarks=(*_remarks(equal, first, runs.compared, plan), *(_untold(runs, first) if equal else ())),
     )
+
+
+def _untold(runs: Runs, first: FirstDifference | None) -> Iterator[str]:
+    """Yields what equal outputs do not tell of the weights."""
+    floats = [np.asarray(leaf) for leaf in jax.tree.leaves(runs.inputs) if np.size(leaf) > 1]
+    if any(np.all(leaf == leaf.flat[0]) for leaf in floats):
+        yield "an input is one number throughout, which tells little of the weights: choose random inputs."
+    quiet = [one for one in runs.compared if one.found.differs and one.found.is_certain]
+    quiet = [one for one in quiet if not same_numbers(one.linen.outputs, one.nnx.outputs)]
+    if first is None and quiet:
+        names = fold_paths(one.path for one in quiet)
+        yield (
+            f"{names}: the outputs differ from Linen's, and what comes of them is the same: these inputs "
+            "do not tell that the weights are right."
+        )
+    if runs.idle:
+        yield f"the outputs tell nothing of weights that they do not depend on: {fold_paths(runs.idle)}."
 
 
 def _remarks(

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Verification, VerificationError, verify
+from orbax_nnx_handler import Transpose, Verification, VerificationError, verify
 from orbax_nnx_handler.planning.core.paths import render
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, TWINS, VIT, LinenEncoderBlock, Twin
 
@@ -309,3 +309,97 @@ def test_the_classes_and_the_model_are_left_as_they_were(saved: Save):
     names = [vars(module).keys() for _, module in nnx.iter_modules(models[0])]
     fresh = [vars(module).keys() for _, module in nnx.iter_modules(VIT.make())]
     assert names == fresh
+
+
+class LinenGated(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, value = nn.Dense(8, name="gate")(x), nn.Dense(8, name="value")(x)
+        return nn.Dense(4, name="head")(nn.sigmoid(gate) * value)
+
+
+class Gated(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.gate = nnx.Linear(8, 8, rngs=rngs)
+        self.value = nnx.Linear(8, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(nnx.sigmoid(self.gate(x)) * self.value(x))
+
+
+GATED_INPUT = jax.random.normal(jax.random.key(3), (2, 8))
+
+
+def gated(path: pathlib.Path, *, closed: bool = False, **changed: Any) -> Verification:
+    """Returns what is found of a gate that is transposed; its value is zero where it is closed."""
+    variables = LinenGated().init(jax.random.key(0), GATED_INPUT)
+    if closed:
+        variables["params"]["value"] = jax.tree.map(jnp.zeros_like, variables["params"]["value"])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "checkpoint", variables)
+    given = {
+        "target": nnx.eval_shape(lambda: Gated(nnx.Rngs(0))),
+        "linen_apply": LinenGated().apply,
+        "nnx_apply": lambda model, x: model(x),
+        "inputs": (GATED_INPUT,),
+        "renames": [Transpose("gate/kernel", (1, 0))],
+    }
+    return verify(path / "checkpoint", **given | changed)
+
+
+def test_equal_outputs_do_not_hide_a_module_that_returns_something_else(tmp_path: pathlib.Path):
+    found = gated(tmp_path, closed=True)
+
+    assert found.equal
+    assert [remark for remark in found.remarks if remark.startswith("gate: ")] or found.first is not None
+
+
+def test_weights_that_the_programs_do_not_run_with_are_named(tmp_path: pathlib.Path):
+    def only_value(variables: Any, x: jax.Array) -> jax.Array:
+        return nn.Dense(8).apply({"params": variables["params"]["value"]}, x)
+
+    found = gated(tmp_path, linen_apply=only_value, nnx_apply=lambda model, x: model.value(x))
+
+    assert found.equal
+    (remark,) = found.remarks
+    assert remark.endswith("they do not depend on: gate/bias, gate/kernel, head/bias, head/kernel.")
+
+
+def test_an_input_of_one_number_is_said_to_tell_little(tmp_path: pathlib.Path):
+    found = gated(tmp_path, inputs=(jnp.zeros((2, 8)),))
+
+    assert any("one number throughout" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize("what", ["another model", "a constant"])
+def test_a_program_that_does_not_use_the_restored_model_is_refused(tmp_path: pathlib.Path, what: str):
+    other = Gated(nnx.Rngs(1))
+    linen, ours = {
+        "another model": (LinenGated().apply, lambda _, x: other(x)),
+        "a constant": (lambda *_: jnp.ones(3), lambda *_: jnp.ones(3)),
+    }[what]
+
+    with pytest.raises(VerificationError, match="the same whatever the weights of the model are"):
+        gated(tmp_path, linen_apply=linen, nnx_apply=ours)
+
+
+@pytest.mark.parametrize("style", ["called", "split and merged", "without modules", "compiled"])
+def test_a_program_that_uses_the_restored_model_in_any_way_is_compared(tmp_path: pathlib.Path, style: str):
+    def merged(model: Gated, x: jax.Array) -> jax.Array:
+        return nnx.merge(*nnx.split(model))(x)
+
+    def plain(model: Gated, x: jax.Array) -> jax.Array:
+        gate, value, head = (
+            (part.kernel.get_value(), part.bias.get_value()) for part in (model.gate, model.value, model.head)
+        )
+        return (nnx.sigmoid(x @ gate[0] + gate[1]) * (x @ value[0] + value[1])) @ head[0] + head[1]
+
+    styles = {
+        "called": lambda model, x: model(x),
+        "split and merged": merged,
+        "without modules": plain,
+        "compiled": nnx.jit(lambda model, x: model(x)),
+    }
+
+    assert gated(tmp_path, nnx_apply=styles[style], renames=()).equal

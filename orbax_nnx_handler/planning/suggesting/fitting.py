@@ -47,6 +47,9 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
     numbers = compare_numbers(one, other)
     shared = one.part.leaves.keys() & other.part.leaves.keys()
+    if not shared and (lone := _lone_bias(one, other)) is not None:
+        score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * numbers.equal
+        return Fit(score + 20.0, (lone,), is_exact=True)
     if not shared or ("main" not in shared and "main" in {*one.part.leaves, *other.part.leaves}):
         return None
     pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
@@ -67,6 +70,20 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     score += _NUMBER * numbers.equal + _LITERAL * (one.part.names[-1:] == other.part.names[-1:])
     # A pair that shapes allow is better than none.
     return Fit(score + 20.0, tuple(pairs), not lacking)
+
+
+def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way, ...]] | None:
+    """Returns a parameter that is called a bias of something (`gating_bias`) with one that is not."""
+    if len(one.part.leaves) > 1 or len(other.part.leaves) > 1:
+        return None
+    (left,), (right,) = one.part.leaves.values(), other.part.leaves.values()
+    if any(
+        "bias" in part.leaves and leaf.names[-1] in ("bias", "b")
+        for part, leaf in ((one.part, left), (other.part, right))
+    ):
+        return None
+    found = _ways(left, right, one, other) if is_vector(left.shape) and is_vector(right.shape) else ()
+    return (left, right, found) if found else None
 
 
 def main_size(role: NamedPart) -> int:
@@ -143,7 +160,7 @@ def _joined_once(
     parts = _single_parts(whole, singles)
     if parts is None:
         return [], None
-    found, tie = _links_of(whole, parts, split), None
+    found, tie = links_of(whole, parts, split), None
     if not found and split and (readings := _repeated(whole, parts)):
         tie = Tie(
             wanted=tuple(part.part.names for part in parts), stored=(whole.part.names,), readings=readings
@@ -196,7 +213,7 @@ def _by_mark(whole: NamedPart, members: Sequence[NamedPart]) -> Iterator[tuple[C
                 yield mark, [marked[mark] for marked in marks]
 
 
-def _links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> list[Link]:
+def links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> list[Link]:
     """Returns the links of a fused part, leaf by leaf; nothing where shapes do not come out."""
     found: list[Link] = []
     for kind, leaf in whole.part.leaves.items():
@@ -332,7 +349,8 @@ def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shape
     found, settled = list(links), set[int]()
     for change in changes:
         for at, link in enumerate(found):
-            other = _remade(link, change, found, shapes)
+            # Among the links as they were: two that change places are still known.
+            other = _remade(link, change, links, shapes)
             if other is None:
                 continue
             settled.add(at)

@@ -85,17 +85,10 @@ def match_context(context: Context) -> Findings:
     ours = series_of(context.wanted, context.above[0])
     theirs = series_of(context.stored, context.above[1])
     taken: set[int] = set()
-    for one, other in _pairs_of_series(ours, theirs):
-        members = _match_members(one, other, context)
-        pairs = same_layers(one, other)
-        ours_in = {id(leaf) for left, _ in pairs for leaf in one.members[left]}
-        theirs_in = {id(leaf) for _, right in pairs for leaf in other.members[right]}
-        asked = [link for tie in members.ties if len(tie.readings) > 1 for link in tie.readings[0]]
-        linked = sum(len(link.wanted) for link in (*members.links, *asked))
-        if not members.links or linked * 4 < min(len(ours_in), len(theirs_in)):
-            continue  # Layers that hold so little alike are not the same.
-        found.add(members)
-        taken |= ours_in | theirs_in
+    _match_series(_pairs_of_series(ours, theirs), context, found, taken)
+    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
+    for pairs in _pairs_with_rests(ours, theirs, context, found, taken):
+        _match_series(pairs, context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     for one in _stacks(ours, theirs, context, taken):
         found.add(one)
@@ -103,6 +96,39 @@ def match_context(context: Context) -> Findings:
     stored = [leaf for leaf in context.stored if id(leaf) not in taken]
     found.add(_match_rest(wanted, stored, context))
     return found
+
+
+def _match_series(
+    pairs: Iterable[tuple[Series, Series]], context: Context, found: Findings, taken: set[int]
+) -> None:
+    """Matches groups of layers with each other; adds what is found, and what is no other group's then."""
+    for one, other in pairs:
+        members = _match_members(one, other, context)
+        same = same_layers(one, other)
+        ours_in = {id(leaf) for left, _ in same for leaf in one.members[left]}
+        theirs_in = {id(leaf) for _, right in same for leaf in other.members[right]}
+        asked = [link for tie in members.ties if len(tie.readings) > 1 for link in tie.readings[0]]
+        linked = sum(len(link.wanted) for link in (*members.links, *asked))
+        if not members.links or linked * 4 < min(len(ours_in), len(theirs_in)):
+            continue  # Layers that hold so little alike are not the same.
+        found.add(members)
+        taken |= ours_in | theirs_in
+
+
+def _pairs_with_rests(
+    ours: Sequence[Series], theirs: Sequence[Series], context: Context, found: Findings, taken: set[int]
+) -> Iterator[list[tuple[Series, Series]]]:
+    """Yields which lone groups are what layers that are matched hold beside what was found in them.
+
+    `block_{i}` and `attn_{i}` are both `stages/{i}`, which have a block and an attention each.
+    """
+    used = {id(leaf) for link in found.links for leaf in (*link.wanted, *link.stored)}
+    rests = [
+        series_of([leaf for leaf in leaves if id(leaf) in taken and id(leaf) not in used], above)
+        for leaves, above in zip((context.wanted, context.stored), context.above, strict=True)
+    ]
+    yield paired_series(rests[0], theirs) if theirs else []
+    yield paired_series(ours, rests[1]) if ours else []
 
 
 def _pairs_of_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:
@@ -162,22 +188,22 @@ def _created(context: Context) -> Created:
     start = _start(context.wanted, context.above[0])
     order = context.order
 
-    def place(part: Any) -> int | None:
+    def place(part: Any) -> tuple[int, ...] | None:
         return creation_place((*start, *part.names), order)
 
     return place
 
 
-def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> int | None:
-    """Returns a number that grows with the order in which modules are created, level by level."""
+def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> tuple[int, ...] | None:
+    """Returns the place of a module in the order of creation, level by level."""
     tokens = canonical(names)
-    place = 0
+    place = list[int]()
     for at, token in enumerate(tokens):
         known = order.get(tokens[:at], ())
         if token not in known and not is_number(token):
-            return place if at else None
-        place = place * 4096 + (int(token[1:]) if is_number(token) else list(known).index(token)) + 1
-    return place
+            break
+        place.append(int(token[1:]) if is_number(token) else list(known).index(token))
+    return tuple(place) or None
 
 
 def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:

@@ -3,22 +3,31 @@
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, joined_parts, main_size, may_be
+from orbax_nnx_handler.planning.suggesting.fitting import (
+    Fit,
+    fit_of,
+    joined_parts,
+    links_of,
+    main_size,
+    may_be,
+)
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
     are_counted,
+    are_peers,
     in_order,
+    in_strict_order,
     named_parts,
     ranks_of,
 )
-from orbax_nnx_handler.planning.suggesting.words import MARGIN, likeness
+from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
 
 _READINGS = 6
 MOST_PAIRS = 10_000
@@ -38,7 +47,7 @@ class PartLinks:
     ties: tuple[Tie, ...]
 
 
-Created = Callable[[ModulePart], int | None]
+Created = Callable[[ModulePart], tuple[int, ...] | None]
 """The place of a wanted part in the order of creation, where it is known."""
 
 
@@ -60,11 +69,43 @@ def match_parts(
     """
     ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
     links, ties, left, right = joined_parts(ours, theirs)
+    ties += [*_gated(left, right, split=False), *_gated(right, left, split=True)]
     pairs = _Pairs(left, right)
     found, more = pairs.settle(created)
     for one, other, grounds in found:
         links += pairs.links(one, other, grounds)
     return PartLinks(links=tuple(links), ties=(*ties, *more))
+
+
+def _gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> Iterator[Tie]:
+    """Yields arrays that by shape alone hold a gate and what it gates, in an order that nothing tells."""
+    modules: dict[Names, list[NamedPart]] = {}
+    for role in singles:
+        if {"gate", "up"} & role.said and not (role.fused or role.part.is_vector):
+            modules.setdefault(role.part.module, []).append(role)
+    for parts in modules.values():
+        roles = [{"gate", "up"} & part.said for part in parts]
+        if sorted(map(sorted, roles)) != [["gate"], ["up"]]:
+            continue
+        gate_first = sorted(parts, key=lambda part: "up" in part.said)
+        held = [(whole, _orders(whole, gate_first, split)) for whole in wholes if not whole.fused]
+        held = [(whole, readings) for whole, readings in held if readings]
+        if len(held) != 1:
+            continue
+        whole, readings = held[0]
+        wholes.remove(whole)
+        for part in parts:
+            singles.remove(part)
+        one, several = (whole.part.names,), tuple(part.part.names for part in gate_first)
+        yield Tie(wanted=several if split else one, stored=one if split else several, readings=readings)
+
+
+def _orders(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> tuple[tuple[Link, ...], ...]:
+    if main_size(whole) != sum(map(main_size, parts)) or exclude(
+        whole.said - {"up"}, parts[0].said - {"gate"}
+    ):
+        return ()
+    return tuple(tuple(links) for order in (parts, parts[::-1]) if (links := links_of(whole, order, split)))
 
 
 # One to one.
@@ -110,8 +151,13 @@ class _Pairs:
         for tie, group in undecided:
             ours, theirs, rivals = self._sides(tie, group, found)
             ties.append(self._tie(ours, sorted({*theirs, *rivals})))
+        modules = self._modules(found)
         for at, to in self._unlikely:
-            if _is_free(to, found) and all(at != one for one, _, _ in found):
+            if not _is_free(to, found) or any(at == one for one, _, _ in found):
+                continue
+            if modules.get(self._wanted[at].part.module) == self._stored[to].part.module:
+                found.append((at, to, "names"))  # The only two of their shape in what is one module.
+            else:
                 ties.append(self._tie([at], [to]))
         return found, ties
 
@@ -267,8 +313,8 @@ class _Pairs:
             return None
         if left is None and are_automatic([self._stored[to] for to in theirs]):
             places = [created(self._wanted[at].part) for at in ours]
-            if None not in places and len(set(places)) == len(places):
-                left = [int(place) for place in np.argsort(np.array(places))]
+            if not are_peers([self._wanted[at] for at in ours]):
+                left = in_strict_order(places)
         if left is None:
             return None
         pairs = [(ours[one], theirs[other]) for one, other in zip(left, right, strict=True)]

@@ -277,6 +277,12 @@ class Link:
         """Whether one stored leaf becomes several wanted ones."""
         return len(self.wanted) > 1
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the parts of a fused or divided leaf are called, in their order."""
+        several = self.wanted if self.is_split else self.stored
+        return tuple((place_of(leaf.names)[0] or leaf.names)[-1] for leaf in several)
+
     def seats(self, root: int) -> list[tuple[int, int]]:
         """Returns the segments of the stored path, its stack taken apart, and of the aim that count layers.
 
@@ -311,6 +317,8 @@ class Tie:
 
 
 _QKV = frozenset("qkv")
+_PYTORCHS = frozenset(("weight", "weights", "w"))
+"""Names under which a program may keep outputs before inputs."""
 
 
 def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
@@ -339,7 +347,10 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
         if any(ways is None for ways in chosen):
             left.append(link)
         else:
-            settled.append(dataclasses.replace(link, ways=tuple((way,) for way in chosen if way is not None)))
+            made = tuple((way,) for way in chosen if way is not None)
+            is_told = any(len(ways) > 1 and way.turned for ways, (way,) in zip(link.ways, made, strict=True))
+            grounds = "siblings" if is_told and link.grounds == "shapes" else link.grounds
+            settled.append(dataclasses.replace(link, ways=made, grounds=grounds))
     return settled, left
 
 
@@ -372,7 +383,10 @@ def _chosen(
                 return next((way for way in ways if way.turned in turned), None)
             if key[0] == "model":
                 return None
-    if leaf.names[-1] == "kernel" or _keeps_its_name(link, leaf):
+    if any(step.kind == "transpose" for way in ways if not way.turned for step in way.steps):
+        # Where image axes come last, outputs come first: that is PyTorch's convention for both.
+        return next((way for way in ways if way.turned), None)
+    if _keeps_its_name(link, leaf):
         return next((way for way in ways if not way.turned), None)
     return None
 
@@ -380,7 +394,7 @@ def _chosen(
 def _keeps_its_name(link: Link, leaf: Leaf) -> bool:
     """Tells whether a matrix has a name of its own on both sides; `weight` and `w` may be PyTorch's."""
     last = leaf.names[-1]
-    return last == link.target.names[-1] and last not in ("weight", "weights", "w")
+    return last == link.target.names[-1] and last not in _PYTORCHS
 
 
 def _is_matrix(leaf: Leaf) -> bool:
@@ -391,7 +405,8 @@ def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
     """Yields what a matrix shares its arrangement with: its module, its block, its model."""
     bases = _bases(leaf.names)
     # A part of a stack of parts has an axis less.
-    rank = len(leaf.shape) - (link.is_split and link.joint is not None and link.joint.is_new)
+    axes = sum(length != 1 for length in leaf.shape)
+    rank = axes - (link.is_split and link.joint is not None and link.joint.is_new)
     seat = link.levels[-1][0] + 1 if link.levels else 0
     if link.layers is not None:
         seat = max(seat, len(link.layers.stored))

@@ -1,13 +1,22 @@
 """What each part does in its block, as far as names tell: query or key, up or down, which norm."""
 
 import dataclasses
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
-from orbax_nnx_handler.planning.suggesting.words import STRONG, Concepts, concepts, meanings, order_word
+from orbax_nnx_handler.planning.suggesting.words import (
+    STRONG,
+    Concepts,
+    concepts,
+    exclude,
+    meanings,
+    order_word,
+)
 
 _QKV = frozenset("qkv")
 _DIGITS = re.compile(r"[0-9]+")
@@ -102,14 +111,20 @@ class _Context:
         self._families: dict[tuple[Names, str, str], set[int]] = defaultdict(set)
         self._held: dict[Names, set[str]] = defaultdict(set)
         self._below: dict[Names, set[str]] = defaultdict(set)
-        self._matrices: dict[Names, int] = defaultdict(int)
+        self._mixed = set[Names]()
+        self._shapes: dict[tuple[Names, str], dict[int, Shape]] = defaultdict(dict)
         for part in parts:
             for prefix, level in _prefixes(part):
                 if level.number is not None:
                     self._families[prefix, level.base, level.style].add(level.number)
+            if part.levels and part.levels[-1].number is not None and "main" in part.leaves:
+                self._shapes[part.family][part.levels[-1].number] = part.leaves["main"].shape
             for names in _containers(part):
                 self._held[names] |= part.own
-                self._below[names] |= concepts(level.base for level in levels(part.names[len(names) :]))
+                below = concepts(level.base for level in levels(part.names[len(names) :]))
+                self._below[names] |= below
+                if "conv" in below or not (part.is_vector or below & {"attn", "mlp", "q", "k", "v", "o"}):
+                    self._mixed.add(names)
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
         self._has_actor = any("actor" in part.said for part in parts)
 
@@ -135,8 +150,9 @@ class _Context:
         if "attn" in part.said:
             return {"attn"}
         for names in _containers(part):
-            is_attention = {"q", "k"} <= self._held[names] or "attn" in self._below[names]
-            is_network = "mlp" in self._below[names]
+            is_whole = names not in self._mixed
+            is_attention = {"q", "k"} <= self._held[names] or (is_whole and "attn" in self._below[names])
+            is_network = is_whole and "mlp" in self._below[names]
             if is_attention or is_network:
                 kind = "attn" if is_attention else "mlp"
                 cross = {"cross"} & self._below[names] if is_attention else set[str]()
@@ -166,7 +182,7 @@ class _Context:
             return ""
         family = next((held for level, held in numbers if level is last), ())
         known = _NUMBERED.get((last.base, family))
-        if known is not None and last.number is not None:
+        if known is not None and last.number is not None and self._leads_back(part, known[0], family):
             said -= {"up"}
             said.add(known[0][family.index(last.number)])
             return known[1]
@@ -182,6 +198,12 @@ class _Context:
             is_counted = len(part.levels) > 1 and part.levels[-2].number is not None
             self._resolve_mlp(said, own, family, last, is_counted)
         return ""
+
+    def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
+        """Tells whether the layer of a number leads back by its shape too: in DINOv2 it is `w3`, not `w2`."""
+        shapes = self._shapes[part.family]
+        others = {shapes.get(number) for role, number in zip(roles, family, strict=True) if role != "down"}
+        return "down" not in roles or len(others) == 1
 
     def _holds_fused(self, part: ModulePart) -> bool:
         return any(self._held[names] >= _QKV for names in _containers(part)[:1])
@@ -206,7 +228,9 @@ class _Context:
         own = set(meanings(part.levels[-1].base)) if part.levels else set[str]()
         side = order_word(own)
         if not part.is_norm:
-            side = order_word(said - self._above)
+            # The arms of a U-Net go down before they go up; a network in a block goes up first.
+            arms = ({"up", "down"} & concepts(level.base for level in part.levels[:-1])) - own
+            side = order_word(said - self._above - arms)
             return _END * side if side else None
         around = {word for level in part.levels[:-1] for word in meanings(level.base)}
         place = _component(own) or (_component(around) if side <= 0 else None)
@@ -290,8 +314,8 @@ def in_order(roles: Sequence[NamedPart]) -> list[int] | None:
     if all({"attn"} <= role.said and role.said & {"self", "cross"} for role in roles):
         # Every decoder looks at itself before it looks across.
         places = [float("cross" in role.said) for role in roles]
-    by_words = _strict(_placed(places) if all(role.part.is_norm for role in roles) else places)
-    by_numbers = _strict(_number_keys(roles))
+    by_words = in_strict_order(_placed(places) if all(role.part.is_norm for role in roles) else places)
+    by_numbers = in_strict_order(_number_keys(roles))
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
         return None
     return by_words or by_numbers
@@ -305,7 +329,8 @@ def _placed(positions: Sequence[float | None]) -> list[float | None]:
     return list(positions)
 
 
-def _strict(keys: Sequence[Any]) -> list[int] | None:
+def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
+    """Returns the places in the order of their keys; None where a key is not known or is there twice."""
     if None in keys or len(set(keys)) < len(keys):
         return None
     return sorted(range(len(keys)), key=lambda at: keys[at])
@@ -356,3 +381,19 @@ def are_automatic(roles: Sequence[NamedPart]) -> bool:
         role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
         for role in roles
     )
+
+
+def are_peers(roles: Sequence[NamedPart]) -> bool:
+    """Tells whether parts stand beside each other, as a gate and what it gates.
+
+    Nobody computes them in the order in which they are created, but by chance. Names of single letters
+    (`w_r`, `u_r`) tell no more.
+    """
+    said = [concepts([level.base for level in role.part.levels]) for role in roles]
+    said = [one - frozenset.intersection(*said) for one in said]
+    told = frozenset[str]().union(*said)
+    if told <= {"a", "b", "c", "d"}:
+        return False  # Letters that count.
+    if all(len(word) == 1 for word in told):
+        return True
+    return any(exclude(one, other) for one, other in itertools.combinations(said, 2))

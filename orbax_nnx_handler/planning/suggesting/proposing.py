@@ -1,5 +1,6 @@
 """From what the search found to rules that the planner accepts: each proposal is tried before it is made."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -46,14 +47,13 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     problem_of,
     proposal_of,
 )
-from orbax_nnx_handler.planning.suggesting.writing import Writer
+from orbax_nnx_handler.planning.suggesting.writing import Writer, keys_as_names
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict
 
-_QUESTIONS = 24
-_TRIES = 6
+_QUESTIONS, _TRIES = 24, 6
 
 
 def propose(
@@ -70,7 +70,7 @@ def propose(
     Raises:
         RestoreError: No layout fits, the rules do not, or the trees are nested too deep.
     """
-    return _Proposing(target, stored, options, order or {}).suggestion()
+    return _Proposing(target, stored, options, order or {}).best()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,6 +138,16 @@ class _Proposing:
     def _chosen(self) -> Chosen:
         return choose(self._wanted, self.stored, self.options)
 
+    def best(self) -> Suggestion:
+        """Returns the proposal, or that for a model of which several networks are parts by their keys."""
+        found, beside = self.suggestion(), of_role(self._wanted, "optimizer", "step")
+        keys = () if beside or not found.unmatched_wanted else keys_as_names(self._mapping.applied.entries)
+        with contextlib.suppress(RestoreError):
+            named = dataclasses.replace(self.options, renames=(*self.options.renames, *keys))
+            other = propose(self.target, self.stored, named, self.order) if keys else found
+            found = other.behind(keys) if len(other.unmatched_wanted) < len(found.unmatched_wanted) else found
+        return found
+
     def suggestion(self) -> Suggestion:
         """Returns the proposal, tried."""
         if all(item.leaf.path in self._base.restored for item in self._model):
@@ -145,15 +155,14 @@ class _Proposing:
         searched = self._searched()
         links = self._reconciled(searched.links)
         tried = self._best(links, searched)
-        questions = self._questions(links, searched)
+        questions = self._questions(links, searched, tried)
 
         def answered(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
             chosen = [q.readings[at] for q, at in zip(questions, answers, strict=True) if at is not None]
             return self._rules(tried, searched, [link for reading in chosen for link in reading], changes)
 
-        found = self._suggested(
-            tried, [self._question(item, partial(self._rules, tried, searched)) for item in questions]
-        )
+        rules = partial(self._rules, tried, searched)
+        found = self._suggested(tried, [self._question(item, rules) for item in questions])
         return dataclasses.replace(found, settle=answered)
 
     def _as_it_is(self) -> Suggestion:
@@ -162,8 +171,8 @@ class _Proposing:
         def answered(_: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
             if not changes:
                 return ()
-            nothing = Searched(links=(), turns=(), found=Findings())
-            return self._rules(self._best(self._reconciled(()), nothing), nothing, (), changes)
+            none = Searched(links=(), turns=(), found=Findings())
+            return self._rules(self._best(self._reconciled(()), none), none, (), changes)
 
         return dataclasses.replace(self._suggested(_Tried(verdict=self._base), ()), settle=answered)
 
@@ -197,7 +206,7 @@ class _Proposing:
         arranged = any("dense_i" in leaf.names[-2:-1] for leaf in ours)
         theirs = stored_leaves(entries, arranged)
         if any(leaf.collection is None for leaf in (*ours, *theirs)):
-            ours, theirs = untyped_leaves(ours), untyped_leaves(theirs)
+            ours, theirs = map(untyped_leaves, (ours, theirs))
         try:
             return search(ours, theirs, self.order)
         except RecursionError as error:
@@ -220,8 +229,6 @@ class _Proposing:
             if path not in covered and isinstance(recipe, Read) and recipe.path in theirs:
                 kept.append(_plain(ours[path], theirs[recipe.path]))
         return kept
-
-    # Rules, tried.
 
     def _best(self, links: Sequence[Link], searched: Searched) -> _Tried:
         """Returns the rules under which the most leaves are what the search says, and none is another."""
@@ -268,15 +275,15 @@ class _Proposing:
             if sources <= got.get(path, set())
             and steps.get(path) in (None, steps_in(verdict.restored[path].recipe))
         }
-        before = {path: set(reads(item.recipe)) for path, item in self._base.restored.items()}
         wrong = [path for path in wanted if path not in right]
+        before = {path: set(reads(item.recipe)) for path, item in self._base.restored.items()}
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
         strange = [
             path
             for path, sources in got.items()
             if path not in wanted
             and path not in before
-            and self._is_model(path)
+            and path in self._models
             # What lies in a renamed module under its own name is that leaf.
             and not all(segments(source)[-2:] == segments(path)[-2:] for source in sources)
         ]
@@ -314,9 +321,6 @@ class _Proposing:
     def _models(self) -> frozenset[Path]:
         return frozenset(item.leaf.path for item in self._model)
 
-    def _is_model(self, path: Path) -> bool:
-        return path in self._models
-
     def _write(
         self, links: Sequence[Link], searched: Searched, root: int, below: Names
     ) -> Mapping[Rule, Sequence[Link]]:
@@ -328,7 +332,10 @@ class _Proposing:
         roots = self._mapping.roots
         names = [leaf.names for link in links for leaf in link.wanted]
         shared = shared_names(names)
-        plain = next((at for at, name in enumerate(shared) if not _is_plain(name)), len(shared))
+        plain = next(
+            (at for at, name in enumerate(shared) if name not in PLAIN_LEVELS and not name.isdecimal()),
+            len(shared),
+        )
         # A save knows `model` as the root of a model only beside an optimizer or a step.
         is_alone = not of_role(self._wanted, "optimizer", "step")
         depths = dict.fromkeys((0 if is_alone else plain, plain, len(roots.wanted), 0, len(shared)))
@@ -341,10 +348,8 @@ class _Proposing:
                 if kept and begins and len(kept) == len(roots.stored):
                     yield depth, kept
 
-    # What is left open.
-
-    def _questions(self, links: Sequence[Link], searched: Searched) -> list[_Open]:
-        covered = {leaf.source for link in links for leaf in link.wanted}
+    def _questions(self, links: Sequence[Link], searched: Searched, tried: _Tried) -> list[_Open]:
+        covered = {*paths_of(links), *(tried.verdict or self._base).restored}
         used = {leaf.source for link in links for leaf in link.stored}
         found: list[_Open] = []
         for tie in searched.found.ties:
@@ -362,8 +367,8 @@ class _Proposing:
         for group in by_template(searched.turns).values():
             left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
             if left:
-                turned = tuple(readings_of(link)[1] for link in left)
-                found.append(_Open("transposed", (tuple(readings_of(link)[0] for link in left), turned)))
+                plain, turned = zip(*map(readings_of, left), strict=True)
+                found.append(_Open("transposed", (plain, turned)))
         return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]
 
     def _question(self, item: _Open, settle: Callable[[Sequence[Link]], tuple[Rule, ...]]) -> Question:
@@ -421,7 +426,9 @@ def _words(item: _Open, reading: Sequence[Link]) -> str:
         turned = any(way.turned for link in reading for ways in link.ways for way in ways)
         return "transposed" if turned else "as it is"
     if item.about == "how":
-        return ", ".join(map(str, (*reading[0].after, *reading[0].ways[0][0].steps))) or "one after the other"
+        said = ", ".join(map(str, (*reading[0].after, *reading[0].ways[0][0].steps))) or "one after the other"
+        orders = {each[0].parts for each in item.readings}
+        return said if len(orders) == 1 else f"{said}: {', '.join(reading[0].parts)}"
     pairs = dict.fromkeys((_part(link.source), _part(link.target)) for link in reading)
     return ", ".join(f"{stored} -> {wanted}" for stored, wanted in list(pairs)[:4])
 
@@ -441,7 +448,3 @@ def _agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path
 
 def _plain(wanted: Leaf, stored: Leaf) -> Link:
     return Link(wanted=(wanted,), stored=(stored,), grounds="shapes", ways=((Way(()),),))
-
-
-def _is_plain(name: str) -> bool:
-    return name in PLAIN_LEVELS or name.isdecimal()

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Add,
     Read,
@@ -33,6 +33,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     ModulePart,
     Names,
     Tie,
+    levels,
     module_parts,
     place_of,
     settle_turns,
@@ -200,7 +201,8 @@ def by_template(links: Iterable[Link]) -> Mapping[tuple[Tokens, Tokens], list[Li
 
 
 def _plain(names: Names) -> Tokens:
-    return tuple(token for token in canonical(names) if not token.startswith("#"))
+    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
+    return tuple(base for base in found if base)
 
 
 def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:

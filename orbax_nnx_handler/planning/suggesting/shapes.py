@@ -89,13 +89,22 @@ def _straight(stored: Shape, wanted: Shape) -> Steps | None:
     """Returns the steps that leave the axes in their order."""
     if stored == wanted:
         return ()
-    return (Step("reshape", stored, wanted),) if _regroups(stored, wanted) else None
+    if _regroups(stored, wanted):
+        return (Step("reshape", stored, wanted),)
+    # Image axes last, of as many outputs as inputs: nothing tells which of these two comes first.
+    if len(stored) == 4 and stored[:2] == wanted[2:] and stored[2:] == wanted[:2] == wanted[1::-1]:
+        return (_transpose(stored, (2, 3, 0, 1)),)
+    return None
 
 
 def _turned(stored: Shape, wanted: Shape) -> Steps | None:
     """Returns the steps that put the last axis of a stored matrix first."""
-    if len(stored) == 4 and _permuted(stored, (2, 3, 1, 0)) == wanted:
-        return (_transpose(stored, (2, 3, 1, 0)),)  # PyTorch's kernels: outputs, inputs, height, width.
+    if len(stored) == 4:
+        # To or from PyTorch's outputs, inputs, height, width: the axes of the image are the smaller ones.
+        forth, back = (3, 2, 0, 1), (2, 3, 1, 0)
+        for axes in (forth, back) if max(stored[:2]) <= max(stored[2:]) else (back, forth):
+            if _permuted(stored, axes) == wanted:
+                return (_transpose(stored, axes),)
     for axes in ((0, 2, 1), (2, 1, 0)):  # A stack of matrices; PyTorch's kernels over one axis.
         if len(stored) == 3 and _permuted(stored, axes) == wanted:
             return (_transpose(stored, axes),)

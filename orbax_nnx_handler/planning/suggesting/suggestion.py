@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.folding import Row, fold, list_paths
+from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.rules import Rule
@@ -81,6 +81,15 @@ class Question:
     def alternatives(self) -> tuple[tuple[Rule, ...], ...]:
         """For each answer the complete list of rules, this one question settled; written when asked for."""
         return tuple(map(self.settle, range(len(self.choices))))
+
+    def behind(self, rules: tuple[Rule, ...]) -> "Question":
+        """Returns the same question behind rules that it was asked under."""
+        settle = self.settle
+
+        def settled(answer: int) -> tuple[Rule, ...]:
+            return (*rules, *settle(answer))
+
+        return dataclasses.replace(self, settle=settled)
 
     def __str__(self) -> str:
         stored, wanted = map(_listed, self.parts)
@@ -174,6 +183,20 @@ class Suggestion:
             raise ValueError(f"{len(self.questions)} questions take as many answers, not {len(answers)}")
         return self.settle(answers, changes) if self.settle is not None else self.renames
 
+    def behind(self, rules: Sequence[Rule]) -> "Suggestion":
+        """Returns the same proposal behind rules that it was searched under, and that it needs."""
+        first, settle = tuple(rules), self.settle
+
+        def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
+            return (*first, *(self.renames if settle is None else settle(answers, changes)))
+
+        return dataclasses.replace(
+            self,
+            proposals=(*(Proposal(rule=rule, grounds="names") for rule in rules), *self.proposals),
+            questions=tuple(question.behind(first) for question in self.questions),
+            settle=settled,
+        )
+
     def __str__(self) -> str:
         lines = [f"# {self.coverage}", f"# confidence: {self.confidence}"]
         rules = [f"    {item.rule}," + (f"  # {item.why}" if item.why else "") for item in self.proposals]
@@ -216,7 +239,7 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
 
 
 def _listed(paths: Sequence[Path]) -> str:
-    return list_paths(list(paths))
+    return list_paths(paths) if len(paths) < 5 else fold_paths(paths)
 
 
 def _comment(text: str) -> str:

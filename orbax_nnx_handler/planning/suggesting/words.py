@@ -105,6 +105,10 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("conv", "proj"): ("conv", "shortcut"),
     ("norm", "proj"): ("norm", "shortcut"),
     ("src", "attn"): ("cross", "attn"),
+    ("score", "model"): (),
+    ("score", "net"): (),
+    ("score", "network"): (),
+    ("score", "unet"): (),
 }
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
 `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper; `conv_proj`: Flax's ResNet;

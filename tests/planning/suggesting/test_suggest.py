@@ -6,9 +6,10 @@ import time
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Rename, StackLayers, UnstackLayers
+from orbax_nnx_handler import Rename, StackLayers, Transpose, UnstackLayers
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import creation_order, propose
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -57,6 +58,74 @@ def test_equal_modules_are_a_question_where_the_order_is_not_known():
     assert [str(question) for question in found.questions] == [
         "which of Dense_0, Dense_1 is which of zeta, alpha? The shapes allow every order."
     ]
+
+
+@pytest.mark.parametrize(
+    "names", [("up", "gate"), ("key", "query", "value"), ("w_r", "u_r"), ("logvar", "mean")]
+)
+def test_modules_that_stand_beside_each_other_do_not_go_by_the_order_of_creation(names):
+    wanted, stored = dict.fromkeys(names, DENSE), {f"Dense_{at}": DENSE for at in range(len(names))}
+
+    found = proposal(wanted, stored, {(): names})
+
+    assert (found.renames, found.confidence, len(found.questions)) == ((), "open", 1)
+
+
+def test_the_order_of_creation_goes_level_by_level_however_deep_a_module_lies():
+    stored = {f"Dense_{at}": DENSE for at in range(3)}
+    wanted = {"entry": {0: {"one": {"two": DENSE}}}, "middle": {0: DENSE}, "exit": {"three": DENSE}}
+    order = {(): ["entry", "middle", "exit"]}
+
+    found = proposal(wanted, stored, order)
+
+    assert sorted(renames(found)) == [
+        ("Dense_0", "entry/0/one/two"),
+        ("Dense_1", "middle/0"),
+        ("Dense_2", "exit/three"),
+    ]
+
+
+def test_the_arms_of_a_unet_do_not_go_in_the_order_of_a_network_that_goes_up_first():
+    stored = {"Block_0": {"Dense_0": DENSE}, "Block_1": {"Dense_0": DENSE}}
+    wanted = {"down_blocks": {0: {"fc": DENSE}}, "up_blocks": {0: {"fc": DENSE}}}
+
+    assert proposal(wanted, stored).renames == ()
+
+
+def test_kernels_become_pytorchs_with_outputs_before_inputs_where_both_are_as_many():
+    conv = {name: {"kernel": (3, 3, width, 8)} for name, width in (("first", 2), ("second", 8))}
+    wanted = {name: {"weight": (8, width, 3, 3)} for name, width in (("first", 2), ("second", 8))}
+
+    for names in (("first", "second"), ("second",)):
+        found = proposal({name: wanted[name] for name in names}, {name: conv[name] for name in names})
+
+        turned = [rule for rule in found.renames if isinstance(rule, Transpose)]
+        assert {rule.permutation for rule in turned} == {(3, 2, 0, 1)}
+        assert found.confidence == "likely"
+
+
+def test_a_square_kernel_that_becomes_a_weight_is_asked_about_where_nothing_tells():
+    square, wide = {"kernel": (8, 8)}, {"kernel": (8, 12)}
+    ours = {"query": {"weight": (8, 8)}, "fc": {"weight": (12, 8)}}
+
+    alone = proposal({"query": ours["query"]}, {"query": square})
+    beside = proposal(ours, {"query": square, "fc": wide})
+
+    assert [question.about for question in alone.questions] == ["transposed"]
+    assert beside.questions == ()
+    assert sum(isinstance(rule, Transpose) for rule in beside.renames) in (1, 2)
+
+
+def test_numbered_layers_of_a_gated_network_go_by_their_shapes_before_a_known_program():
+    stored = {"w1": {"kernel": (8, 12)}, "w2": {"kernel": (8, 12)}, "w3": {"kernel": (12, 8)}}
+    wanted = {
+        name: {"kernel": shape} for name, shape in (("gate", (8, 12)), ("up", (8, 12)), ("down", (12, 8)))
+    }
+
+    found = proposal({"mlp": wanted}, {"mlp": stored})
+
+    assert not any(isinstance(rule, Transpose) for rule in found.renames)
+    assert {path[-2] for path in found.unmatched_wanted} <= {"gate", "up"}
 
 
 def test_a_tenth_module_comes_after_the_second():

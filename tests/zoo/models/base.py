@@ -20,7 +20,7 @@ from tests.zoo.pairs import Outcome, Renames, is_concrete, path_of, randomised
 Flat = dict[str, Any]
 """Leaves by path, the keys joined by slashes."""
 
-Determined = Literal["shapes", "shapes and order", "nothing"]
+Determined = Literal["shapes", "shapes and order", "outputs", "nothing"]
 
 
 class StatisticsState(TrainState):
@@ -47,7 +47,8 @@ class ModelPair:
         has_statistics: Whether training changes batch statistics.
         determined: For automatic names: what tells which Linen module is which
             attribute, where the NNX program creates its attributes in the order
-            in which the Linen program calls its modules (`shapes and order`).
+            in which the Linen program calls its modules (`shapes and order`). A gate and what it
+            gates stand beside each other, which only outputs tell apart.
         rearranged: Whether layers are stacked on one side and apart on the other.
         without_variable: Stored parameters with no variable in NNX.
     """

@@ -174,6 +174,6 @@ MODELS = (
             *((f"LinenBlock_{{i}}/{stored}", f"layers/{{i}}/{wanted}") for stored, wanted in BLOCK_NAMES),
             *MODEL_NAMES,
         ),
-        determined="shapes and order",
+        determined="outputs",
     ),
 )

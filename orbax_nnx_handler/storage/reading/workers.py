@@ -16,7 +16,7 @@ import resource
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Self, cast
 
@@ -219,8 +219,6 @@ ALIGNMENT = 64
 OWN_BLOCK_BYTES = 4 << 20
 # What one surviving small leaf can keep alive at most.
 SHARED_BLOCK_BYTES = 8 << 20
-# So many blocks are made ready in one call: a hundredth of a second.
-_AT_ONCE = 4
 _Bytes = npt.NDArray[np.uint8]
 
 
@@ -235,8 +233,9 @@ class Memory:
     MOST_BYTES = 1 << 30
 
     def __init__(self) -> None:
-        self._blocks: deque[_Bytes] = deque()
+        self._ready: deque[_Bytes] = deque()
         self._thread: threading.Thread | None = None
+        self._fresh = 0
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -247,7 +246,7 @@ class Memory:
         if self._thread is not None:
             self._thread.join()
         # The traceback of a refused restore holds this.
-        self._blocks.clear()
+        self._ready.clear()
 
     def expect(self, leaves: Iterable[WantedLeaf]) -> None:
         """Begins to make memory ready for the leaves that will live in this process's own."""
@@ -255,29 +254,28 @@ class Memory:
         own = {id(leaf.sharding): _is_own(leaf.sharding) for leaf in small}
         nbytes = sum(leaf.nbytes for leaf in small if own[id(leaf.sharding)])
         if nbytes >= SHARED_BLOCK_BYTES:
+            count = min(nbytes, self.MOST_BYTES) // SHARED_BLOCK_BYTES
+            thread = threading.Thread(target=self._make_ready, args=(count,))
             # Where there may be no more threads or memory, the reading says so.
-            with contextlib.suppress(RuntimeError, MemoryError, OSError):
-                count = min(nbytes, self.MOST_BYTES) // SHARED_BLOCK_BYTES
-                blocks = sorted((_block(SHARED_BLOCK_BYTES) for _ in range(count)), key=_address)
-                thread = threading.Thread(target=self._make_ready, args=(blocks,))
+            with contextlib.suppress(RuntimeError):
                 thread.start()
-                self._thread, self._blocks = thread, deque(blocks)
+                self._thread = thread
 
-    def _make_ready(self, blocks: Sequence[_Bytes]) -> None:
-        # Several at a time where they lie side by side, as the system maps them: after each call the lock
-        # of the interpreter is waited for, as long as half a block takes.
-        for at in range(0, len(blocks), _AT_ONCE):
-            some = blocks[at : at + _AT_ONCE]
-            start, size = _address(some[0]), len(some) * SHARED_BLOCK_BYTES
-            is_one = _address(some[-1]) + SHARED_BLOCK_BYTES == start + size
-            for each in [(start, size)] if is_one else [(_address(b), SHARED_BLOCK_BYTES) for b in some]:
-                if self._closed:
+    def _make_ready(self, count: int) -> None:
+        with contextlib.suppress(MemoryError, OSError):
+            for made in range(count):
+                if self._closed or made + self._fresh >= count:
                     return
-                _back_with_pages(*each)
+                block = _block(SHARED_BLOCK_BYTES)
+                back_with_pages(block.data)
+                self._ready.append(block)
 
     def take(self) -> _Bytes:
         """Returns the next block."""
-        return self._blocks.popleft() if self._blocks else _block(SHARED_BLOCK_BYTES)
+        if self._ready:
+            return self._ready.popleft()
+        self._fresh += 1
+        return _block(SHARED_BLOCK_BYTES)
 
 
 def _is_own(sharding: Sharding | None) -> bool:
@@ -332,19 +330,11 @@ def back_with_pages(memory: memoryview) -> None:
 
     A third cheaper than one fault a page. `mmap.madvise` would keep the lock of the interpreter.
     """
-    if len(memory) >= mmap.PAGESIZE:
-        start = _address(np.frombuffer(memory, np.uint8))
+    if sys.platform == "linux" and len(memory) >= mmap.PAGESIZE:
+        start = np.frombuffer(memory, np.uint8).ctypes.data
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        _back_with_pages(first, (start + len(memory) - first) // mmap.PAGESIZE * mmap.PAGESIZE)
-
-
-def _back_with_pages(start: int, size: int) -> None:
-    if sys.platform == "linux":
-        _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(size), _POPULATE_WRITE)
-
-
-def _address(memory: _Bytes) -> int:
-    return memory.ctypes.data
+        size = (start + len(memory) - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise()(ctypes.c_void_p(first), ctypes.c_size_t(size), _POPULATE_WRITE)
 
 
 @functools.cache

@@ -209,8 +209,9 @@ def test_no_more_memory_is_made_ready_than_planning_takes_time_for(monkeypatch):
 
     with Memory() as memory:
         memory.expect(wanted_leaves(24, SingleDeviceSharding(jax.devices()[0])))
+        memory._thread.join()
 
-        assert len(memory._blocks) == 2
+        assert len(memory._ready) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system says what is resident")

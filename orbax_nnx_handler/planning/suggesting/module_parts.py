@@ -78,7 +78,7 @@ _PARAMETERS = {
     "main": "kernel weight weights w scale gamma embedding embeddings table",
     "bias": "bias b beta offset",
     "mean": "mean running_mean moving_mean",
-    "var": "var running_var moving_var variance",
+    "var": "var running_var moving_var variance running_variance moving_variance",
 }
 _PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling in names.split()}
 _ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")

@@ -48,6 +48,8 @@ _SPELLINGS = {
     "bwd": "bwd backward backwards reverse reversed",
     "mean": "mean mu",
     "var": "var variance",
+    "real": "real re",
+    "imag": "imag im imaginary",
     "shortcut": "shortcut skip residual",
     "conv": "conv convolution convolutions conv1d conv2d",
     "downsample": "downsampler downsamplers downsampling",

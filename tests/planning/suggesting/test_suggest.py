@@ -128,6 +128,21 @@ def test_numbered_layers_of_a_gated_network_go_by_their_shapes_before_a_known_pr
     assert {path[-2] for path in found.unmatched_wanted} <= {"gate", "up"}
 
 
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        (("A_re", "A_im"), ("real", "imag")),
+        (("moving_mean", "moving_variance"), ("running_mean", "running_var")),
+    ],
+)
+def test_short_and_long_words_of_one_meaning_are_one(stored, wanted):
+    found = proposal({"part": dict.fromkeys(wanted, (8,))}, {"part": dict.fromkeys(stored, (8,))})
+
+    assert found.unmatched_wanted == ()
+    plan = {rule.pattern.split("/")[-1]: rule.replacement.split("/")[-1] for rule in found.renames}
+    assert plan == dict(zip(stored, wanted, strict=True))
+
+
 def test_a_tenth_module_comes_after_the_second():
     stored = {f"Dense_{i}": DENSE for i in range(11)}
 

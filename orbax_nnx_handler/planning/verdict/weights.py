@@ -361,8 +361,9 @@ def _may_go(above: Tokens, below: Tokens, owner: Tokens) -> bool:
     A number there is a layer's, but in the name of the train state (`agent_0`), or as the model's place
     in a tuple right below it.
     """
-    named = len(owner) if owner == above[: len(owner)] else 0
-    if any(map(is_number, above[named + 1 :])) or any(map(is_number, below)):
+    depth = len(owner) if owner == above[: len(owner)] else 0
+    is_place = 0 < depth == len(above) - 1
+    if any(map(is_number, () if is_place else above[max(depth, 1) :])) or any(map(is_number, below)):
         return False
     named = [token for token in above if token not in _PLAIN and not is_number(token)]
     return not named or not [token for token in below if token not in _PLAIN]

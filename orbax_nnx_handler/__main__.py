@@ -24,8 +24,10 @@ def program() -> None:
     from orbax_nnx_handler.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # It logs what it tries again with tracebacks; what became of it, the one error says.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    # One logs what it tries again, with tracebacks, the other what an interrupt left half done in Orbax's
+    # loops; what became of it, the one error says.
+    for name in ("gcsfs", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if not _VERDICTS.intersection(sys.argv[1:2]):
         gc.enable()
     status = main()

@@ -44,6 +44,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
     Question,
     Suggestion,
+    behind,
     problem_of,
     proposal_of,
 )
@@ -145,7 +146,8 @@ class _Proposing:
         with contextlib.suppress(RestoreError):
             named = dataclasses.replace(self.options, renames=(*self.options.renames, *keys))
             other = propose(self.target, self.stored, named, self.order) if keys else found
-            found = other.behind(keys) if len(other.unmatched_wanted) < len(found.unmatched_wanted) else found
+            if len(other.unmatched_wanted) < len(found.unmatched_wanted):
+                return behind(keys, other)
         return found
 
     def suggestion(self) -> Suggestion:
@@ -227,7 +229,8 @@ class _Proposing:
         for path in settled:
             recipe = self._base.restored[path].recipe
             if path not in covered and isinstance(recipe, Read) and recipe.path in theirs:
-                kept.append(_plain(ours[path], theirs[recipe.path]))
+                wanted, stored = (ours[path],), (theirs[recipe.path],)
+                kept.append(Link(wanted=wanted, stored=stored, grounds="shapes", ways=((Way(()),),)))
         return kept
 
     def _best(self, links: Sequence[Link], searched: Searched) -> _Tried:
@@ -444,7 +447,3 @@ def _agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path
         if leaf.source in settled:
             return sources <= settled[leaf.source]
     return link.copied or all(claimed.get(path) is None for path in sources)
-
-
-def _plain(wanted: Leaf, stored: Leaf) -> Link:
-    return Link(wanted=(wanted,), stored=(stored,), grounds="shapes", ways=((Way(()),),))

@@ -82,15 +82,6 @@ class Question:
         """For each answer the complete list of rules, this one question settled; written when asked for."""
         return tuple(map(self.settle, range(len(self.choices))))
 
-    def behind(self, rules: tuple[Rule, ...]) -> "Question":
-        """Returns the same question behind rules that it was asked under."""
-        settle = self.settle
-
-        def settled(answer: int) -> tuple[Rule, ...]:
-            return (*rules, *settle(answer))
-
-        return dataclasses.replace(self, settle=settled)
-
     def __str__(self) -> str:
         stored, wanted = map(_listed, self.parts)
         if self.about == "transposed":
@@ -183,20 +174,6 @@ class Suggestion:
             raise ValueError(f"{len(self.questions)} questions take as many answers, not {len(answers)}")
         return self.settle(answers, changes) if self.settle is not None else self.renames
 
-    def behind(self, rules: Sequence[Rule]) -> "Suggestion":
-        """Returns the same proposal behind rules that it was searched under, and that it needs."""
-        first, settle = tuple(rules), self.settle
-
-        def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
-            return (*first, *(self.renames if settle is None else settle(answers, changes)))
-
-        return dataclasses.replace(
-            self,
-            proposals=(*(Proposal(rule=rule, grounds="names") for rule in rules), *self.proposals),
-            questions=tuple(question.behind(first) for question in self.questions),
-            settle=settled,
-        )
-
     def __str__(self) -> str:
         lines = [f"# {self.coverage}", f"# confidence: {self.confidence}"]
         rules = [f"    {item.rule}," + (f"  # {item.why}" if item.why else "") for item in self.proposals]
@@ -223,6 +200,30 @@ class Suggestion:
         left = len(self.unmatched_wanted)
         said = f"covers {self.covered} of {counted(self.wanted_count, 'leaf', 'leaves')}"
         return f"{said}; {left} open" if left else said
+
+
+def behind(rules: Sequence[Rule], found: Suggestion) -> Suggestion:
+    """Returns the same proposal behind rules that it was searched under, and that it needs."""
+    first, settle = tuple(rules), found.settle
+
+    def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
+        return (*first, *(found.renames if settle is None else settle(answers, changes)))
+
+    return dataclasses.replace(
+        found,
+        proposals=(*(Proposal(rule=rule, grounds="names") for rule in rules), *found.proposals),
+        questions=tuple(_asked_behind(first, question) for question in found.questions),
+        settle=settled,
+    )
+
+
+def _asked_behind(rules: tuple[Rule, ...], question: Question) -> Question:
+    settle = question.settle
+
+    def settled(answer: int) -> tuple[Rule, ...]:
+        return (*rules, *settle(answer))
+
+    return dataclasses.replace(question, settle=settled)
 
 
 def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:

@@ -5,12 +5,15 @@ import contextlib
 import dataclasses
 import pathlib
 import threading
+import time
 
 from orbax_nnx_handler.storage.reading import fetch
 from orbax_nnx_handler.storage.reading.base_store import RemoteData
 
 # No new request for so long: whoever asks waits for answers.
 QUIET_SECONDS = 0.03
+# Whoever computes for longer meanwhile, may still ask.
+BUSY_SECONDS = 0.005
 
 
 @dataclasses.dataclass
@@ -75,11 +78,16 @@ class CountingStore:
     def nbytes(self):
         return sum(size for _, _, size in self.asked)
 
+    def _is_asked_more(self) -> bool:
+        """Waits for a request; tells whether one came, or may still come: not every machine is fast."""
+        before = time.process_time()
+        return self._changed.wait(QUIET_SECONDS) or time.process_time() - before > BUSY_SECONDS
+
     def _answer(self) -> None:
         while self._open:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or not self._open)
-                while self._changed.wait(QUIET_SECONDS):
+                while self._is_asked_more():
                     pass
                 answered, self._waiting = ([] if self.silent else self._waiting), []
             if answered:

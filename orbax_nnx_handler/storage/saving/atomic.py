@@ -143,15 +143,20 @@ def _held(work: epath.Path) -> Generator[contextlib.ExitStack]:
 
     Gives descriptors to be closed where the process may open no more, so that it can clear up.
     """
-    descriptor = _locked(work)
     try:
-        with contextlib.ExitStack() as spare:
-            with contextlib.suppress(OSError):
-                for _ in range(_SPARE_DESCRIPTORS):
-                    spare.callback(os.close, os.dup(descriptor))
-            yield spare
-    finally:
-        os.close(descriptor)
+        descriptor = _locked(work)
+        try:
+            with contextlib.ExitStack() as spare:
+                with contextlib.suppress(OSError):
+                    for _ in range(_SPARE_DESCRIPTORS):
+                        spare.callback(os.close, os.dup(descriptor))
+                yield spare
+        finally:
+            os.close(descriptor)
+    except KeyboardInterrupt:
+        # It may come when there is a directory, and before whoever asked for it can clear it up.
+        _clear(work)
+        raise
 
 
 def _locked(work: epath.Path) -> int:

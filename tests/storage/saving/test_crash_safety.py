@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from flax import nnx
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave, RestoreError, cli, restore, save
@@ -290,3 +291,14 @@ def test_an_interrupt_while_the_command_line_imports_is_one_line(tmp_path, after
         assert said.count("\n") == 1
     else:
         assert after_s == 0.05 or "there is nothing at" in said
+
+
+def test_an_interrupt_while_the_working_directory_is_made_leaves_none(tmp_path, monkeypatch):
+    def interrupt(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "_lock", interrupt)
+    with pytest.raises(KeyboardInterrupt), atomic.appearing(epath.Path(tmp_path / "item")):
+        pass
+
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from flax.training.train_state import TrainState
 
 from orbax_nnx_handler import Drop, NNXLinenHandler, NNXLinenRestore, Rename, RestoreError, restore, save
@@ -241,7 +241,7 @@ def test_a_train_state_below_a_key_that_is_called_like_a_field_is_one(tmp_path, 
 def test_train_states_that_are_numbered_are_restored_each_into_its_own(tmp_path, key, listed):
     numbers = Numbers()
     states = [_train_state(numbers, _model(numbers), 7 + 2 * at) for at in range(3)]
-    stored = _below_keys({key.format(at): state for at, state in enumerate(states)})
+    stored = traverse_util.unflatten_dict({key.format(at): state for at, state in enumerate(states)}, sep="/")
     path = write(tmp_path, stored)
     targets = [training_target(state.params, ADAM) for state in states]
     name = key.split("{")[0].strip("_/")
@@ -249,7 +249,9 @@ def test_train_states_that_are_numbered_are_restored_each_into_its_own(tmp_path,
     if is_list:
         wanted = {name: targets}
     else:
-        wanted = _below_keys({key.format(at): target for at, target in enumerate(targets)})
+        wanted = traverse_util.unflatten_dict(
+            {key.format(at): target for at, target in enumerate(targets)}, sep="/"
+        )
     result = restore(path, wanted)
     for at, state in enumerate(states):
         part = result
@@ -268,17 +270,6 @@ def test_a_numbered_train_state_is_not_that_of_another_number(tmp_path, have):
         {"agent": [training_target(params, ADAM) for _ in have]},
     ):
         refused(path, wanted, unexpected="ignore")
-
-
-def _below_keys(tree):
-    found = {}
-    for keys, part in tree.items():
-        *above, last = keys.split("/")
-        node = found
-        for name in above:
-            node = node.setdefault(name, {})
-        node[last] = part
-    return found
 
 
 SWAPS = {

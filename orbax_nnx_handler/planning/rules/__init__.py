@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 
@@ -95,15 +95,15 @@ _LIST = (
 )
 
 
-def _is_pair(value: object) -> bool:
+def _is_pair(value: object) -> TypeGuard[tuple[str, str]]:
     """Tells one (pattern, replacement) from a list of them."""
     parts = cast("Sequence[object]", value) if isinstance(value, tuple | list) else ()
     return len(parts) == 2 and all(isinstance(part, str) for part in parts)
 
 
 def _rename(pair: object) -> Rename:
-    if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-        return Rename(*pair)  # pyright: ignore[reportUnknownArgumentType]
+    if _is_pair(pair):
+        return Rename(*pair)
     raise RuleError(f"{pair!r} is no rule.", hints=[_LIST])
 
 

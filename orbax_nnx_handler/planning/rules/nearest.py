@@ -62,14 +62,17 @@ def patterns_of(rule: Rule) -> tuple[str, ...]:
 
 def names_optimizer_leaf(rule: Rule, entries: Iterable[Entry]) -> bool:
     """Tells whether a pattern names what lies below an `opt_state`, which rules see as one whole."""
-    leaves = {segments(path) for entry in entries for path in entry.leaves}
-    return any(any(Pattern(text).spans(leaf)) for text in patterns_of(rule) for leaf in leaves)
+    return _names_one_of(rule, {segments(path) for entry in entries for path in entry.leaves})
 
 
 def is_for_values(rule: Rule, entries: Iterable[Entry]) -> bool:
     """Tells whether a rule on values names an optimizer or a step, which it is not for."""
-    beside = [entry.whole for entry in entries if entry.section in ("optimizer", "step")]
-    return any(any(Pattern(text).spans(whole)) for text in patterns_of(rule) for whole in beside)
+    return _names_one_of(rule, [entry.whole for entry in entries if entry.section in ("optimizer", "step")])
+
+
+def _names_one_of(rule: Rule, paths: Iterable[Names]) -> bool:
+    patterns = [Pattern(text) for text in patterns_of(rule)]
+    return any(any(pattern.spans(path)) for path in paths for pattern in patterns)
 
 
 def _with_patterns(rule: Rule, corrected: Mapping[str, str], entries: Sequence[Entry]) -> Rule | None:

@@ -143,11 +143,11 @@ class _Proposing:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
         found, beside = self.suggestion(), of_role(self._wanted, "optimizer", "step")
         keys = () if beside or not found.unmatched_wanted else keys_as_names(self._mapping.applied.entries)
-        with contextlib.suppress(RestoreError):
+        if keys:
             named = dataclasses.replace(self.options, renames=(*self.options.renames, *keys))
-            other = propose(self.target, self.stored, named, self.order) if keys else found
-            if len(other.unmatched_wanted) < len(found.unmatched_wanted):
-                return behind(keys, other)
+            with contextlib.suppress(RestoreError):
+                other = propose(self.target, self.stored, named, self.order)
+                return min(found, behind(keys, other), key=lambda item: len(item.unmatched_wanted))
         return found
 
     def suggestion(self) -> Suggestion:

@@ -15,7 +15,6 @@ from orbax_nnx_handler.planning.core.recipes import (
     Recipe,
     Slice,
     Stack,
-    Transpose,
     reads,
     shape_of,
 )
@@ -39,16 +38,8 @@ class Claims:
         self, sources: Sequence[tuple[Wanted, Recipe, object]], placed: Mapping[Path, Placement]
     ) -> None:
         self._sources, self._placed = sources, placed
-        self.read: list[Path] = []
-        self._reads_one_each = True
-        for _, recipe, _ in sources:
-            while isinstance(recipe, (Index, Transpose)):
-                recipe = recipe.source
-            if isinstance(recipe, Read):
-                self.read.append(recipe.path)
-            else:
-                self.read += reads(recipe)
-                self._reads_one_each = False
+        self._reads = [reads(recipe) for _, recipe, _ in sources]
+        self.read = list(itertools.chain.from_iterable(self._reads))
 
     @cached_property
     def used(self) -> Set[Path]:
@@ -72,13 +63,10 @@ class Claims:
             return  # Nearly every plan.
         twice = {path for path, count in Counter(self.read).items() if count > 1} - copies
         users: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
-        pairs = zip(self.read, self._sources, strict=False)
-        if not self._reads_one_each:
-            each = (dict.fromkeys(reads(recipe)) for _, recipe, _ in self._sources)
-            pairs = ((path, one) for paths, one in zip(each, self._sources, strict=True) for path in paths)
-        for stored, (item, recipe, _) in pairs:
-            if stored in twice:
-                users[stored].append((item, recipe))
+        for paths, (item, recipe, _) in zip(self._reads, self._sources, strict=True):
+            for stored in dict.fromkeys(paths):
+                if stored in twice:
+                    users[stored].append((item, recipe))
         doubtful = {
             stored: [item.leaf.path for item, _ in found]
             for stored, found in users.items()

@@ -87,7 +87,7 @@ def _fused(
     return [Element(paths[0], gates=tuple(paths))] if is_last and len(paths) == len(sources) else None
 
 
-def chain_of(recipe: Recipe) -> tuple[Path | None, tuple[object, ...]]:
+def read_and_steps(recipe: Recipe) -> tuple[Path | None, tuple[object, ...]]:
     """Returns the stored leaf of which a recipe takes a layer or turns axes, if no more, and its steps."""
     steps: tuple[object, ...] = ()
     while not isinstance(recipe, Read):

@@ -29,7 +29,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
-from orbax_nnx_handler.planning.verdict.elements import chain_of
+from orbax_nnx_handler.planning.verdict.elements import read_and_steps
 from orbax_nnx_handler.planning.verdict.states import Slot, States, slot_of, spelt_alike
 
 _SAMPLES = 16
@@ -58,7 +58,7 @@ class _Columns:
     """Leaves attribute by attribute: so memory answers several times faster than leaf by leaf."""
 
     def __init__(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> None:
-        rows = [(item.leaf, chain_of(recipe)) for item, recipe, _ in leaves]
+        rows = [(item.leaf, read_and_steps(recipe)) for item, recipe, _ in leaves]
         self.paths = [leaf.path for leaf, _ in rows]
         self.shapes = [leaf.shape for leaf, _ in rows]
         self.reads = [read for _, (read, _) in rows]
@@ -157,7 +157,7 @@ class ProvenMoments:
         found = self._found(item)
         if len(found) != 1:
             return False
-        (at,), (read, steps) = found, chain_of(recipe)
+        (at,), (read, steps) = found, read_and_steps(recipe)
         alike = item.leaf.shape == self._made.shapes[at] and steps == self._made.steps[at]
         return alike and read == self._last[2] + self._own[at]
 
@@ -254,7 +254,7 @@ class ProvenMoments:
 
     def _learn(self, item: Wanted, at: int, recipe: Recipe, weight: _Weight) -> None:
         """Keeps the keys above a moment, so that the next one of the field is known by them."""
-        path, below = chain_of(recipe)[0], weight[2]
+        path, below = read_and_steps(recipe)[0], weight[2]
         if at > 0 and path is not None and below and path[-len(below) :] == below:
             self._last = item.owner, item.path[:at], path[: -len(below)]
 

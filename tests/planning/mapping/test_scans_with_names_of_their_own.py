@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler import NNXLinenHandler, NNXLinenSave, restore
@@ -31,13 +31,7 @@ ARRANGEMENTS = {
 
 
 def _nested(flat: Flat) -> Any:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
+    return traverse_util.unflatten_dict(flat)
 
 
 def _train_state(model: Flat) -> Any:

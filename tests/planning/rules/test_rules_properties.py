@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -92,13 +92,7 @@ def entries_of(tree: dict[str, Any]) -> list[Entry]:
 
 
 def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = found
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return found
+    return traverse_util.unflatten_dict(leaves)
 
 
 BELOW_A_RESHAPE = [

@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from orbax_nnx_handler import from_linen, to_linen
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
@@ -60,14 +60,7 @@ def made(recipe, arrays):
 
 
 def nested(arrays):
-    tree = {}
-    for path, value in arrays.items():
-        *above, last = path.split("/")
-        at = tree
-        for key in above:
-            at = at.setdefault(key, {})
-        at[last] = value
-    return tree
+    return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 @functools.cache

@@ -91,8 +91,8 @@ def restore(
         dtype: See `plan_restore`.
         item: See `plan_restore`.
         concurrent_gb: Upper bound in GB (1e9 bytes) of what is read but not yet in place.
-        single_replica: Whether what several processes hold alike is read by one of them
-            and comes to the others over the mesh.
+        single_replica: Whether one process reads replicated data and copies it to the others
+            over the mesh.
         progress: Called with the bytes put in place since the last call.
 
     Returns:
@@ -255,7 +255,7 @@ def from_linen(
     Args:
         variables: What `restore` reads, as containers that JAX knows: variables, a `TrainState`, a dict of
             these, boxed parameters, an optimizer's state, an `nnx.State`; or a flat dict of arrays, whose
-            names are paths: tuples of keys, or texts with slashes (`flax.traverse_util.flatten_dict`).
+            names are paths: tuples of keys, or strings with slashes (`flax.traverse_util.flatten_dict`).
         target: See `plan_restore`.
         restore_args: See `plan_restore`.
         policy: See `plan_restore`.

@@ -97,8 +97,8 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
             init: Builds the target with real values, for `policy="init"`.
             unexpected: What to do about stored leaves that the target does not want.
             dtype: `target` casts to the target's dtypes, `stored` keeps the disk's.
-            single_replica: Whether what several processes hold alike is read by one of
-                them and comes to the others over the mesh. Orbax's own ways of asking for it
+            single_replica: Whether one process reads replicated data and copies it to the
+                others over the mesh. Orbax's own ways of asking for it
                 (`SingleReplicaArrayHandler`, `SingleReplicaArrayRestoreArgs`) work as well.
             **pytree_handler_options: Keywords of `ocp.PyTreeCheckpointHandler`.
 
@@ -230,7 +230,7 @@ class NNXLinenRestore(ocp.args.PyTreeRestore, Generic[ItemT]):
         init: Builds the target with real values, for `policy="init"`.
         unexpected: What to do about stored leaves that the target does not want.
         dtype: `target` or `stored`.
-        single_replica: Whether what several processes hold alike is read by one of them.
+        single_replica: Whether one process reads replicated data and copies it to the others.
     """
 
     item: ItemT | None = None

@@ -17,7 +17,7 @@ belong to the class: `configured` returns one that carries them.
 import dataclasses
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from etils import epath
 
@@ -33,6 +33,7 @@ from orbax_nnx_handler.planning.options import (
     RestoreOptions,
     SingleReplica,
     UnexpectedPolicy,
+    check_choice,
 )
 from orbax_nnx_handler.planning.plan import RestoreReport
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
@@ -185,7 +186,7 @@ def configured(
         init: Builds the target with real values, for `policy="init"`.
         unexpected: What to do about stored leaves that the target does not want.
         dtype: `target` casts to the target's dtypes, `stored` keeps the disk's.
-        single_replica: Whether what several processes hold alike is read by one of them.
+        single_replica: Whether one process reads replicated data and copies it to the others over the mesh.
         save_layout: `linen` (Flax TrainState) or `maxtext`.
         tx: The optimizer's transformation, for bare `nnx.State`s.
         primary_host: As in the context's `multiprocessing_options`.
@@ -193,6 +194,7 @@ def configured(
     Raises:
         ValueError: A value is none of the choices.
     """
+    check_choice("save_layout", save_layout, get_args(Flavour))
     options = RestoreOptions(single_replica=single_replica or False).override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )

@@ -61,3 +61,25 @@ def test_every_page_of_the_documentation_is_in_the_navigation_of_the_site():
     listed = set(re.findall(r"(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
 
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_workflows_and_pages_name_only_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").rglob("*.yml")]
+    commands = [
+        command
+        for page in pages
+        for command in re.findall(r"(?:`|run: |^)make ((?:[a-z]+ ?)+)", page.read_text(), re.MULTILINE)
+    ]
+
+    assert len(commands) > 10
+    assert {target for command in commands for target in command.split()} - targets == set()
+
+
+def test_the_suite_runs_on_every_python_that_the_package_names():
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+
+    assert f"python: [{', '.join(map(repr, named))}]".replace("'", '"') in workflow
+    assert PROJECT["requires-python"] == f">={named[0]}"

@@ -74,7 +74,7 @@ def add_to(commands: Any) -> None:
         **described(
             "Compares paths, shapes and dtypes of two checkpoints, and their values if asked to. "
             "Rules are for PATH_A. Exit status: 0 nothing differs, 1 something does.",
-            "orbax-nnx diff run converted --values --rules rules.py",
+            "orbax-nnx diff run/1200 run/1300 --values",
         ),
     )
     add_path(parser, "path_a")
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.json:
         screen.json(compared.to_dict())
     else:
-        _show(compared, screen)
+        _show(compared, screen, with_values=arguments.values)
     return 0 if compared.is_same else 1
 
 
@@ -182,7 +182,7 @@ def _values(
         return differences((left, sides[0]), (right, sides[1]), window, progress)
 
 
-def _show(compared: Comparison, screen: Screen) -> None:
+def _show(compared: Comparison, screen: Screen, *, with_values: bool) -> None:
     screen.facts([("A", str(compared.left.directory)), ("B", str(compared.right.directory))])
     _list(screen, "only in A", ((leaf.path, _columns(leaf)) for leaf in compared.only_left))
     _list(screen, "only in B", ((leaf.path, _columns(leaf)) for leaf in compared.only_right))
@@ -191,11 +191,13 @@ def _show(compared: Comparison, screen: Screen) -> None:
     unequal = {path: item for path, item in compared.values.items() if item.unequal}
     _list(screen, "of other values", ((path, _apart(item)) for path, item in unequal.items()))
     screen.say()
-    what = "values" if compared.values else "paths, shapes and dtypes"
+    what = "values" if with_values else "paths, shapes and dtypes"
     if compared.is_same:
         leaves = count(compared.count, "leaf", "leaves")
         screen.say(f"Nothing differs in {what}: {leaves}.", "bold green")
-    elif compared.values:
+    elif with_values and not compared.values:
+        screen.say("No path has leaves of one shape on both sides: no values were compared.")
+    elif with_values:
         equal = len(compared.values) - len(unequal)
         screen.say(f"{count(equal, 'leaf has', 'leaves have')} equal values, {len(unequal)} differ.")
     else:

@@ -28,7 +28,7 @@ def add_to(commands: Any) -> None:
         **described(
             "Says whether a checkpoint becomes a target, and what is wrong if it does not. "
             "Reads metadata only. Exit status: 0 it fits, 1 it does not.",
-            "orbax-nnx plan run 'model.py:make(layers=12)' --rules rules.py --rename model=",
+            "orbax-nnx plan run 'model.py:make(layers=12)' --rules rules.py",
         ),
     )
     add_path(parser)

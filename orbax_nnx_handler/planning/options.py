@@ -9,6 +9,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Hint, UnusedRuleError, as_python
 from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.layouts import check_layout
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 
 DEFAULT_BYTES = 1_000_000_000
@@ -108,7 +109,7 @@ DtypeChoice = Literal["target", "stored"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SingleReplica:
-    """How what several processes hold alike is read by one of them; `single_replica=True` is the default.
+    """How one process reads replicated data and copies it to the others; `True` stands for the defaults.
 
     ```python
     over_slices = SingleReplica(replica_axis_index=0, broadcast_memory_limit_bytes=10**9)
@@ -169,12 +170,14 @@ class RestoreOptions:
 
         Raises:
             ValueError: A value is none of the choices.
+            UnknownLayoutError: No layout has that name.
             RuleError: `renames` holds something that is no rule.
         """
         new = dataclasses.replace(
             self, **{name: value for name, value in chosen.items() if value is not None}
         )
         check_policy(new.policy)
+        check_layout(new.layout)
         check_choice("unexpected", new.unexpected, ("error", "warn", "ignore"))
         check_choice("dtype", new.dtype, ("target", "stored"), _OTHER_DTYPE)
         single: Any = new.single_replica

@@ -113,6 +113,18 @@ def test_without_values_the_last_line_counts_what_agrees(cli, pair) -> None:
     ]
 
 
+def test_where_no_path_is_shared_it_is_said_that_no_values_were_compared(cli, tmp_path) -> None:
+    for name in ("a", "b"):
+        ocp.PyTreeCheckpointer().save(tmp_path / name, {"params": {name: np.ones(2, np.float32)}})
+
+    said = cli("diff", tmp_path / "a", tmp_path / "b", "--values")
+
+    assert said.status == 1
+    assert (
+        said.out.splitlines()[-1] == "No path has leaves of one shape on both sides: no values were compared."
+    )
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

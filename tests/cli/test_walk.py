@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shlex
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,27 @@ def test_tree_plan_suggest_plan_lead_from_linen_s_own_names_to_a_running_model(c
     assert proposed.status == 0
     assert after.status == 0
     np.testing.assert_array_equal(model(x), AutoNamed().apply(stock(auto_named), x))
+
+
+def test_the_examples_of_the_help_do_what_they_say_when_typed_as_they_stand(
+    cli, auto_named, tmp_path, monkeypatch
+) -> None:
+    for step in ("1200", "1300"):
+        shutil.copytree(auto_named, tmp_path / "run" / step / "default")
+    model = (
+        "from tests.cli.nnx_program import make_named\n\n\ndef make(layers=12):\n    return make_named()\n"
+    )
+    (tmp_path / "model.py").write_text(model)
+    (tmp_path / "programs.py").write_text("from tests.cli.both_programs import PAIR\n")
+    monkeypatch.chdir(tmp_path)
+
+    commands = ("tree", "suggest", "plan", "convert", "diff", "verify")
+    examples = [shlex.split(cli(command, "--help").out.splitlines()[-1]) for command in commands]
+
+    assert [words[:2] for words in examples] == [["orbax-nnx", command] for command in commands]
+    assert [cli(*words[1:]).status for words in examples] == [0] * len(commands)
+    assert (tmp_path / "rules.py").exists()
+    assert (tmp_path / "new" / "1200" / "items").exists()
 
 
 def test_the_proposal_as_json_holds_what_the_text_holds(cli, auto_named) -> None:

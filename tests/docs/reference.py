@@ -16,6 +16,8 @@ Written by `python -m tests.docs` from the docstrings; a test compares. The comm
 `orbax-nnx --help`.
 """
 _GROUPS = ("Functions", "Classes", "Errors")
+# What the package returns; nobody calls their constructors.
+_RESULTS = ("RestorePlan", "RestoreReport", "Suggestion", "Verification")
 
 
 def reference() -> str:
@@ -38,12 +40,34 @@ def _group(value: Any) -> str:
 
 
 def _entry(name: str, value: Any) -> str:
-    text = f"### `{name}`\n\n{_prose(value)}{_inherited_attributes(value)}"
-    if inspect.isclass(value) and not issubclass(value, Exception | enum.Enum):
-        text += "".join(f"\n#### `{name}.{own}`\n\n{_prose(member)}" for own, member in _own_members(value))
-    elif not inspect.isclass(value):
-        text = f"### `{name}`\n\n`{name}({_arguments(value)})`\n\n{_prose(value)}"
+    if not inspect.isclass(value):
+        return f"### `{name}`\n\n`{name}({_arguments(value)})`\n\n{_prose(value)}"
+    own = f"{_call(name, value)}{_prose(value)}{_inherited_attributes(value)}{_options(value)}"
+    text = f"### `{name}`\n\n{own}"
+    if not issubclass(value, Exception | enum.Enum):
+        text += "".join(
+            _member(f"{name}.{member_name}", member) for member_name, member in _own_members(value)
+        )
     return text
+
+
+def _call(name: str, kind: type) -> str:
+    """Returns how a class is called that a user calls."""
+    if issubclass(kind, Exception | enum.Enum) or name in _RESULTS or not inspect.signature(kind).parameters:
+        return ""
+    return f"`{name}({_arguments(kind)})`\n\n"
+
+
+def _options(kind: type) -> str:
+    """Returns what a constructor takes, where it has a docstring of its own."""
+    described = inspect.getdoc(vars(kind).get("__init__")) or ""
+    return "\n*Args:*" + _prose(kind.__init__).partition("*Args:*")[2] if "\nArgs:" in described else ""
+
+
+def _member(name: str, member: Any) -> str:
+    arguments = "" if isinstance(member, property) else _arguments(member).removeprefix("self").lstrip(", ")
+    call = f"`{name}({arguments})`\n\n" if arguments else ""
+    return f"\n#### `{name}`\n\n{call}{_prose(member)}"
 
 
 def _arguments(value: Any) -> str:
@@ -83,16 +107,16 @@ def _inherited_attributes(kind: Any) -> str:
 def _prose(value: Any) -> str:
     """Returns a docstring as Markdown: each section of arguments as a list."""
     lines: list[str] = []
-    inside = False
+    inside, named = False, False
     for line in (inspect.getdoc(value) or "").splitlines():
         if line.rstrip(":") in ("Args", "Attributes", "Returns", "Raises", "Yields") and line.endswith(":"):
             lines += [f"*{line}*", ""]
-            inside = True
-        elif inside and line.startswith("    ") and not line.startswith("     ") and ":" in line:
+            inside, named = True, line not in ("Returns:", "Yields:")
+        elif named and line.startswith("    ") and not line.startswith("     ") and ":" in line:
             name, _, rest = line.strip().partition(":")
             lines.append(f"- `{name}`:{rest}" if " " not in name.strip("*") else f"- {line.strip()}")
         elif inside and line.startswith("    "):
-            lines.append(f"  {line.strip()}")
+            lines.append(f"  {line.strip()}" if named else line.strip())
         else:
             lines.append(line)
     return "\n".join(lines).rstrip() + "\n"

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.docs.blocks import ROOT, blocks_of, run
+from tests.docs.figures import rewritten
 from tests.docs.pages import PAGES
 from tests.docs.reference import PAGE, reference
 
@@ -56,3 +57,9 @@ def test_links_between_pages_lead_somewhere(name):
     links = re.findall(r"\]\(((?!https?:)[^)#\s]+)(?:#[^)]*)?\)", prose)
 
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
+    readme = (ROOT / "README.md").read_text()
+
+    assert rewritten(readme) == readme, "run `python -m tests.docs`"

@@ -408,7 +408,7 @@ def other_keys(root: pathlib.Path) -> Any:
 
 @broken(TYPES, "A stored value without a counterpart")
 def gru_bias(root: pathlib.Path) -> Any:
-    """Linen's `GRUCell` has a bias in `hn` that NNX's has not. Zero, it may go; this one is not zero."""
+    """Linen's `GRUCell` has a bias in `hn` that NNX's lacks. Zeros may be left out; these are not zeros."""
     cell = models.nn.GRUCell(4, parent=None)
     params = models.variables(cell, jnp.zeros((1, 4)), jnp.zeros((1, 3)))["params"]
     params["hn"]["bias"] += 0.5

@@ -20,6 +20,7 @@ from orbax_nnx_handler import (
     plan_restore,
     restore,
     save,
+    v1,
 )
 
 
@@ -117,6 +118,28 @@ def test_a_class_in_the_place_of_what_it_builds_is_named_on_restore_and_save(ite
     for store in (functools.partial(save, tmp_path / "x"), NNXLinenSave):
         with pytest.raises(ValueError, match=r"there is nothing to save: the (class Net|function <la)"):
             store(wrong)
+
+
+@pytest.mark.parametrize("make", [NNXLinenHandler, v1.configured])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"layout": "maxtxt"}, "there is no layout 'maxtxt'.\nhint: pass layout='maxtext'."),
+        ({"policy": "zeros"}, "policy is one of"),
+        ({"unexpected": "raise"}, "unexpected is one of"),
+        ({"dtype": "bfloat16"}, "dtype is one of"),
+        ({"single_replica": 1}, "single_replica is True, False or a SingleReplica"),
+        ({"renames": "a=b"}, "is no list of rules"),
+    ],
+)
+def test_a_handler_is_not_made_with_an_option_that_every_restore_would_refuse(make, option, said):
+    with pytest.raises(ValueError, match=said):
+        make(**option)
+
+
+def test_a_handler_class_that_could_save_nothing_is_not_made():
+    with pytest.raises(ValueError, match="save_layout is one of 'linen', 'maxtext', not 'flax'"):
+        v1.configured(save_layout="flax")
 
 
 def test_a_plan_is_checked_by_no_other_word_than_a_policy(item):

@@ -242,7 +242,7 @@ class AmbiguousMappingError(RestoreError):
 
 
 class UnknownLayoutError(RestoreError):
-    """The checkpoint's tree is none that this library knows."""
+    """`layout=` names no layout, or the checkpoint's tree is in none that this library knows."""
 
 
 class UnusedRuleError(RestoreError):

@@ -282,8 +282,8 @@ def find_given_layout(evidence: Evidence) -> Iterable[Cause]:
         given, found = evidence.verdict.layout, fitting[:_SHORT]
         yield Cause(
             kind="LayoutGiven",
-            text=f"the checkpoint was read as {given}, as layout=... asks, but has not the form of one: "
-            f"it looks like {' or '.join(found)}.",
+            text=f"the checkpoint was read as {given}, as layout=... asks, but does not have the form "
+            f"of one: it looks like {' or '.join(found)}.",
             paths=evidence.with_moments(evidence.missing_weights),
             way=Hint("leave layout=... out: it is found out from the metadata.", {"layout": "auto"}),
             facts={"given": given, "found": tuple(found)},

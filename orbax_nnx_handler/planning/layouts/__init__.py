@@ -88,6 +88,16 @@ def candidates(stored: Stored, name: str) -> Sequence[Layout]:
     return [layout.of_tree(stored) for layout in found]
 
 
+def check_layout(name: str) -> None:
+    """Raises where a name is neither `auto` nor that of a layout.
+
+    Raises:
+        UnknownLayoutError: Says which are.
+    """
+    if name != "auto":
+        _named(name)
+
+
 def _named(name: str) -> Layout:
     wanted = _ALIASES.get(name, name)
     for layout in LAYOUTS:

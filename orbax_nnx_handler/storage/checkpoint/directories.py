@@ -23,6 +23,7 @@ from etils import epath
 from orbax_nnx_handler.storage.checkpoint.checkpoint import METADATA_KEY
 from orbax_nnx_handler.storage.checkpoint.fields import FieldError, parse_object
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile
+from orbax_nnx_handler.storage.stores.locations import parents_of
 
 COMMIT_FILE = "commit_success.txt"
 STEP_FILE = "_CHECKPOINT_METADATA"
@@ -45,6 +46,25 @@ def was_interrupted(item: epath.Path, files: Files) -> epath.Path | None:
     if lacks_commit(item, files) and not _has_commit(step, files):
         return item
     return None
+
+
+def was_only_begun(directory: epath.Path, files: Files) -> epath.Path | None:
+    """Returns the save in, at or around a directory that has begun and got no tree and no mark."""
+    around = [*parents_of(directory)[:1], directory]
+    if any(files.optional(folder / COMMIT_FILE) is not None for folder in around):
+        return None
+    for folder in around:
+        if _is_step(folder, files) and lacks_commit(folder, files):
+            return folder
+    folders = [directory, *files.folders(directory)[:_PROBED_REMOTE]]
+    files.look_into(folders)
+    begun = (folder for folder in folders if _holds_parts(folder, files) and lacks_commit(folder, files))
+    return next(begun, None)
+
+
+def _holds_parts(directory: epath.Path, files: Files) -> bool:
+    """Tells whether a directory holds what Orbax writes before an item's tree."""
+    return any(name in _BEFORE_THE_TREE or _PROCESS_PART.fullmatch(name) for name in files.entries(directory))
 
 
 def lacks_commit(directory: epath.Path, files: Files) -> bool:
@@ -81,6 +101,8 @@ _BEGINNINGS = (b"PK\x03\x04", b"PK\x05\x06")
 _FLAX_FILE = re.compile(r"checkpoint_[0-9]+")
 _STEP = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>[0-9]{1,18})")
 _PROCESS_PART = re.compile(r"ocdbt\.process_[0-9]+")
+# Besides a process's own database: when the save began, how arrays are sharded, and their shapes.
+_BEFORE_THE_TREE = (STEP_FILE, "_sharding", "array_metadatas")
 _WORKING = re.compile(r".+\.converting-[0-9]+")
 HUGGING_FACE_INDEX = ".index.json"
 HUGGING_FACE_SAFETENSORS = ".safetensors"

@@ -29,6 +29,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     prefixes_of,
     step_names,
     steps_of,
+    was_only_begun,
 )
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.locations import absolute, parents_of
@@ -55,8 +56,9 @@ def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:
         if hint is _NONE_FINISHED:
             hint = _hint(_finished_in, path / unfinished[-1], files, otherwise=hint)
         return _refusal(f"{path} holds only {saves}: {_listed(unfinished)}.", hint)
-    if files.is_folder(path) and files.has_file(path, STEP_FILE) and lacks_commit(path, files):
-        return interrupted(path, files)
+    begun = was_only_begun(path, files) if files.is_folder(path) else None
+    if begun is not None:
+        return interrupted(begun, files)
     if not files.is_folder(path):
         what = "a file" if files.is_file(path) else "no file and no directory"
         return _refusal(f"{path} is {what}.", _hint(_around, path, files))

@@ -20,6 +20,7 @@ from orbax_nnx_handler.storage.stores.locations import open_file
 _BUFFERS = 1000
 # A store that brings nothing for so long has a fault.
 TIME_LIMIT_S = 300.0
+SAY_SO_AFTER_S = 10.0
 _MANY_FILES = 64
 _STAT_THREADS = 16
 

@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +22,7 @@ from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.storage.arithmetic import LostValueError
 from orbax_nnx_handler.storage.reading.base_store import (
+    SAY_SO_AFTER_S,
     TIME_LIMIT_S,
     AbsentError,
     Answer,
@@ -40,6 +43,8 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
 )
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
 from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers, back_with_pages, short_of
+
+_logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 DEFAULT_WINDOW_BYTES = 1 << 30
@@ -126,7 +131,9 @@ class _Reading:
         self._progress = progress
         self._own = threading.local()
         self._asked: dict[int, ChunkPiece] = {}
-        self._limit = None if isinstance(files, LocalData) else TIME_LIMIT_S
+        self._heard = time.monotonic()
+        self._limit = TIME_LIMIT_S
+        self._patience = None if isinstance(files, LocalData) else min(self._limit, SAY_SO_AFTER_S)
 
     def run(
         self, workers: Workers, plan: BytePlan, others: Sequence[ChunkPiece], tasks: Sequence[Task]
@@ -137,14 +144,18 @@ class _Reading:
             UnreadableLeafError: The store has been silent for too long.
         """
         self._submit_all(workers, plan, others, tasks)
-        self._until(lambda: workers.wait(self._limit))
+        self._until(workers.wait)
 
-    def _until(self, happens: Callable[[], bool]) -> None:
-        """Waits for something, as often as its time runs out while no answer of the store is missing."""
-        while not happens():
-            for piece in list(self._asked.values()):
-                silence = TimeoutError(f"nothing came from the store for {self._limit:.0f} s")
-                raise piece.owner.unreadable(silence)
+    def _until(self, happens: Callable[[float | None], bool]) -> None:
+        """Waits for something; says so while the store is silent, and gives it up after a time."""
+        since = time.monotonic()
+        while not happens(self._patience):
+            left = self._limit - (time.monotonic() - max(since, self._heard))
+            for piece in list(self._asked.values())[:1]:
+                if left <= 0:
+                    silence = TimeoutError(f"nothing came from the store for {self._limit:.0f} s")
+                    raise piece.owner.unreadable(silence)
+                _logger.warning("still waiting for %s; giving up in %.0f s", piece.wanted.file, left)
 
     def _submit_all(
         self, workers: Workers, plan: BytePlan, others: Sequence[ChunkPiece], tasks: Sequence[Task]
@@ -175,7 +186,7 @@ class _Reading:
 
     def _submit(self, workers: Workers, step: "_Step") -> None:
         if not workers.failed:
-            self._until(lambda: self._window.enter(step.held, self._limit))
+            self._until(functools.partial(self._window.enter, step.held))
             workers.expect()
             workers.submit(lambda: self._finish(workers, step))
 
@@ -224,16 +235,17 @@ class _Reading:
             return
         answers: list[Answer] = []
         step = step_of(answers)
-        self._until(lambda: self._window.enter(step.held, self._limit))
+        self._until(functools.partial(self._window.enter, step.held))
         workers.expect()
         self._asked[id(step)] = piece
         last = Last(len(begin), lambda: workers.submit(lambda: self._finish(workers, step)))
         for one in begin:
-            self._until(lambda: self._under_way.acquire(timeout=self._limit))
+            self._until(lambda seconds: self._under_way.acquire(timeout=seconds))
             answers.append(one())
             answers[-1].add_done_callback(lambda _: self._answered(last, step))
 
     def _answered(self, last: Last, step: "_Step") -> None:
+        self._heard = time.monotonic()
         self._under_way.release()
         if last.count():
             self._asked.pop(id(step), None)

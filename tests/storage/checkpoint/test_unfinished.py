@@ -1,6 +1,7 @@
 """A save that was not finished is refused from every path that leads to it; its leftovers are no steps."""
 
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,55 @@ def test_without_a_tree_an_absent_chunk_is_a_loss_and_never_zeros(tmp_path):
 
     with pytest.raises(UnreadableLeafError, match="b"):
         restore(path, TARGET, policy="warn")
+
+
+@pytest.mark.parametrize("path", ["run", "run/1", "run/1/default"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        ("1/_CHECKPOINT_METADATA", "1/default/ocdbt.process_0/d/1a2b"),
+        ("1/_CHECKPOINT_METADATA", "1/default/_sharding"),
+        ("1/default/array_metadatas/process_0",),
+        ("1/default/_CHECKPOINT_METADATA",),
+        ("1/default/ocdbt.process_0/manifest.ocdbt", "1/default/d/1a2b"),
+    ],
+)
+def test_in_a_bucket_a_save_that_ended_before_its_tree_is_called_one(tmp_path, written, path):
+    finished = manager_root(tmp_path / "other")
+    for name in written:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text((finished / "1" / "_CHECKPOINT_METADATA").read_text())
+
+    files, _ = files_of(tmp_path)
+    with pytest.raises(NotACheckpointError) as raised:
+        find_item(f"gs://bucket/{path}", files=files)
+
+    assert re.search("(is|holds only) a save that was interrupted", str(raised.value))
+    assert raised.value.hints[0].words.startswith("no finished step lies beside it")
+
+
+def test_in_a_finished_step_of_a_bucket_an_item_without_arrays_is_no_interrupted_save(tmp_path):
+    root = manager_root(tmp_path / "run")
+    (root / "1" / "iter").mkdir()
+    (root / "1" / "iter" / "_CHECKPOINT_METADATA").write_text(
+        (root / "1" / "_CHECKPOINT_METADATA").read_text()
+    )
+    (root / "1" / "iter" / "process_0-of-1.json").write_text("{}")
+
+    files, _ = files_of(tmp_path)
+    with pytest.raises(
+        NotACheckpointError, match=r"is no Orbax checkpoint; it holds: _CHECK.*process_0-of-1\.json"
+    ):
+        find_item("gs://bucket/run/1/iter", files=files)
+
+
+def test_in_a_bucket_a_finished_step_below_a_directory_makes_no_interrupted_save_of_it(tmp_path):
+    root = manager_root(tmp_path / "runs")
+    shutil.move(root / "1", root / "best")
+
+    files, _ = files_of(tmp_path)
+    with pytest.raises(NotACheckpointError, match="gs://bucket/runs is no Orbax checkpoint; it holds: best"):
+        find_item("gs://bucket/runs", files=files)
 
 
 def test_the_database_of_one_process_is_no_step_and_no_item(tmp_path):

@@ -242,6 +242,23 @@ def test_a_store_that_stays_silent_is_given_up_and_the_object_named(tmp_path, mo
     assert "hint: " in str(raised.value)
 
 
+def test_while_data_are_waited_for_the_log_says_so(tmp_path, monkeypatch, caplog):
+    checkpoint = read_metadata(
+        save(tmp_path / "item", {"w": noise((64, 64))}, DiskFormat(False, False, True))
+    )
+    monkeypatch.setattr(engine, "TIME_LIMIT_S", 0.5)
+    monkeypatch.setattr(engine, "SAY_SO_AFTER_S", 0.1)
+
+    with behind_a_network(monkeypatch, checkpoint.directory) as store:
+        store.silent = True
+        with pytest.raises(UnreadableLeafError, match="nothing came from the store for 0 s"):
+            read_arrays(as_remote(checkpoint, listed=True), plain_jobs(checkpoint))
+
+    waiting = [record.message for record in caplog.records if record.name == engine.__name__]
+    assert 2 <= len(waiting) <= 5
+    assert set(waiting) == {"still waiting for w/0.0; giving up in 0 s"}
+
+
 @pytest.mark.parametrize("disk_format", [RAW, ZSTD, DiskFormat(False, True, True)], ids=str)
 def test_whatever_fails_by_chance_the_values_are_right_or_there_is_one_error(
     tmp_path, monkeypatch, disk_format

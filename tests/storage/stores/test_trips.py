@@ -41,9 +41,20 @@ def bucket(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def thousands(bucket, tmp_path_factory):
+    """A root with 2,500 steps, of which nothing but the newest need be looked into."""
+    folder = tmp_path_factory.mktemp("thousands")
+    for step in range(1, 2_500):
+        (folder / str(step)).mkdir()
+        (folder / str(step) / "commit_success.txt").touch()
+    shutil.copytree(bucket / "run" / "1", folder / "2500")
+    return folder
+
+
 def look(folder, path, **options):
     files, bucket = files_of(folder, **options)
-    directory = find_item(f"gs://bucket/{path}", files=files)
+    directory = find_item(f"gs://bucket/{path}".rstrip("/"), files=files)
     return read_metadata(directory, files), bucket
 
 
@@ -80,6 +91,40 @@ def test_of_a_root_the_newest_step_is_taken_and_no_other_is_looked_into(bucket):
 
     assert str(checkpoint.directory) == "gs://bucket/run/40/default"
     assert not [question for question in asked.asked if "/39" in question.path]
+
+
+@pytest.mark.parametrize(
+    ("path", "requests", "trips"), [("", 20 + 2, 8 + 2), ("2500", 16, 6), ("2500/default", 15, 5)]
+)
+def test_a_root_of_thousands_of_steps_costs_the_pages_of_its_listing(thousands, path, requests, trips):
+    checkpoint, asked = look(thousands, path)
+
+    assert str(checkpoint.directory) == "gs://bucket/2500/default"
+    assert asked.requests <= requests
+    assert asked.trips <= trips
+    assert not [question for question in asked.asked if "/2499" in question.path]
+
+
+@pytest.mark.parametrize("path", ["2501", "2500/deflt", "2500/default/params", "log"])
+def test_a_wrong_path_beside_thousands_of_steps_is_explained_in_few_requests(thousands, path):
+    files, asked = files_of(thousands)
+
+    with pytest.raises(NotACheckpointError):
+        find_item(f"gs://bucket/{path}", files=files)
+
+    assert asked.requests <= 20 + 2
+
+
+def test_an_item_of_thousands_of_directories_costs_the_pages_of_its_listing(bucket, tmp_path):
+    shutil.copytree(bucket / "zarr", tmp_path / "zarr")
+    for name in range(2_500):
+        (tmp_path / "zarr" / f"left_over_{name}").touch()
+
+    checkpoint, asked = look(tmp_path, "zarr")
+
+    assert len(checkpoint.leaves) == 30
+    assert asked.requests <= 15 + 30 + 2
+    assert asked.trips <= 5 + 2
 
 
 def test_a_newest_step_without_its_mark_leads_to_the_one_before(bucket, tmp_path):

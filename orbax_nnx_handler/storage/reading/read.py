@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -239,16 +238,23 @@ def _copied_from_host(
     here = [job for job in jobs if _is_held_as_wanted(job, held)] if held else []
     values = [np.asarray(held[job.recipe.path]) for job in here if isinstance(job.recipe, recipes.Read)]
     placed: list[jax.Array] = jax.device_put(values, [job.sharding for job in here])
-    arrays: dict[Path, jax.Array] = {}
-    for job, value, array in zip(here, values, placed, strict=True):
-        if isinstance(array, Tracer):
-            arrays[job.path] = array
-            continue
+    if not any(isinstance(array, Tracer) for array in placed):
+        placed = _owned(placed, values)
+        if progress is not None and placed:
+            progress(sum(array.nbytes for array in placed))
+    return {job.path: array for job, array in zip(here, placed, strict=True)}
+
+
+def _owned(placed: Sequence[jax.Array], values: Sequence[np.ndarray[Any, Any]]) -> list[jax.Array]:
+    """Waits for arrays, and copies those that lie in memory which NumPy may still write to."""
+    arrays = {at: array.block_until_ready() for at, array in enumerate(placed)}
+    adopted = {at: array for at, array in arrays.items() if _is_adopted(array, values[at])}
+    # By the runtime: `jnp.copy` would be compiled anew for each shape.
+    copies: dict[int, jax.Array]
+    copies = jax.device_put(adopted, {at: array.sharding for at, array in adopted.items()}, may_alias=False)
+    for array in copies.values():
         array.block_until_ready()
-        arrays[job.path] = jnp.copy(array).block_until_ready() if _is_adopted(array, value) else array
-        if progress is not None:
-            progress(array.nbytes)
-    return arrays
+    return list((arrays | copies).values())
 
 
 def _is_held_as_wanted(job: Job, held: Mapping[Path, Any]) -> bool:

@@ -199,13 +199,20 @@ def test_no_two_leaves_of_the_result_share_an_array() -> None:
     assert double(nnx.state(pair))["b"]["kernel"].get_value()[0, 0] == 2.0
 
 
+def ones_at(offset: int, shape: tuple[int, int]) -> np.ndarray:
+    """Returns ones that begin so many bytes after a multiple of 64."""
+    size = 4 * shape[0] * shape[1]
+    memory = np.zeros(size + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    array = memory[start : start + size].view(np.float32).reshape(shape)
+    array[:] = 1
+    return array
+
+
 @pytest.mark.parametrize("offset", [0, 16], ids=["as JAX would take it over", "as it would not"])
 @pytest.mark.parametrize("spec", [None, PartitionSpec(), PartitionSpec("fsdp")], ids=str)
 def test_numpy_memory_is_copied(offset: int, spec: Any, mesh: Any) -> None:
-    memory = np.zeros(64 * 64 * 4 + 128, np.uint8)
-    start = -memory.ctypes.data % 64 + offset
-    kernel = memory[start : start + 64 * 64 * 4].view(np.float32).reshape(64, 64)
-    kernel[:] = 1
+    kernel = ones_at(offset, (64, 64))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if spec is None else NamedSharding(mesh, spec)
     target = {"kernel": nnx.Param(jax.ShapeDtypeStruct((64, 64), np.float32, sharding=place))}
 
@@ -215,6 +222,16 @@ def test_numpy_memory_is_copied(offset: int, spec: Any, mesh: Any) -> None:
     value = state["kernel"].get_value()
     assert value.sharding == place
     assert float(value.sum()) == 64 * 64
+
+
+def test_numpy_memory_is_copied_without_a_program_for_each_shape(caplog: pytest.LogCaptureFixture) -> None:
+    tree = {f"w{width}": ones_at(0, (3, width)) for width in range(101, 106)}
+    target = nnx.State({name: nnx.Param(jax.ShapeDtypeStruct(w.shape, w.dtype)) for name, w in tree.items()})
+
+    with jax.log_compiles():
+        from_linen({"params": tree}, target)
+
+    assert "Compiling" not in caplog.text
 
 
 def test_a_scanned_tree_is_taken_apart_on_its_devices() -> None:

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import pathlib
+import sys
 import tempfile
 
 from tests.processes import hasty_flags, quick_directory, share_lowering_context, spare_garbage_collector
@@ -23,6 +24,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Where in its source an operation was called is told only in errors of XLA's.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Where no bytecode is kept, each of the processes that tests start compiles the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# NumPy's threads look for work for a while before they sleep: tens of milliseconds for each process.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Every save waits for its disk dozens of times: what the tests write lies in memory, where it has room.
 os.environ.setdefault("TMPDIR", quick_directory())
 
@@ -39,8 +44,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # programs one by one takes seconds, for which the run would wait.
     atexit.register(os._exit, 0)
 
-# Looked up anew: pytest has asked before.
+# Both were looked up before.
 tempfile.tempdir = None
+sys.dont_write_bytecode = False
 
 # Two programs in flight share one pool of threads: on few cores each may hold what the other's collectives
 # wait for, and the process dies after 40 seconds.

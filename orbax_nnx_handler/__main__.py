@@ -1,6 +1,7 @@
 """`python -m orbax_nnx_handler`, and `orbax-nnx`."""
 
 import gc
+import io
 import logging
 import os
 import signal
@@ -30,6 +31,10 @@ def program() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not _VERDICTS.intersection(sys.argv[1:2]):
         gc.enable()
+    for stream in (sys.stdout, sys.stderr):
+        # Where the encoding lacks a character of a name, it is shown escaped; a closed stream is None.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     status = main()
     gc.freeze()
     sys.exit(status)

@@ -23,7 +23,13 @@ from orbax_nnx_handler.planning.options import (
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
-from orbax_nnx_handler.planning.target.target import Target, flatten_like, flatten_target, refuse_empty
+from orbax_nnx_handler.planning.target.target import (
+    Target,
+    flatten_like,
+    flatten_target,
+    refuse_empty,
+    refuse_nameless,
+)
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
@@ -163,6 +169,7 @@ def suggest(
     checkpoint = look_at(path, item)
     parts = flatten_target(target)
     refuse_empty(target, parts)
+    refuse_nameless(parts, checkpoint.leaves)
     found = propose(parts, checkpoint.leaves, options, order_of(target, init))
     if verify is None:
         return found
@@ -310,7 +317,9 @@ def to_linen(
         ValueError: `state` holds no NNX object; see `save` for the rest.
     """
     if not is_nnx(state):
-        raise ValueError(f"a {type(state).__name__} without an NNX object is stored as it is.")
+        raise ValueError(
+            f"a {type(state).__name__} without an NNX object has no Linen layout: save stores it as it is."
+        )
     return plan_save(state, layout, tx, renames).tree()
 
 

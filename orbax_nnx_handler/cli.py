@@ -45,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (OSError, ImportError) as error:
         return _outside(error, screen)
+    except RuntimeError as error:
+        if "initialize backend" not in str(error):
+            raise
+        # JAX's own words: JAX_PLATFORMS names what this machine does not have.
+        screen.error("RuntimeError", str(error))
+        return 1
     except KeyboardInterrupt:
         screen.error("KeyboardInterrupt", "nothing was changed", word="interrupted")
         _say_no_more()
@@ -131,7 +137,7 @@ def parser(*chosen: str) -> argparse.ArgumentParser:
     whole = _Parser(
         prog="orbax-nnx",
         description="Linen checkpoints in NNX: what is in them, whether they fit, and how to convert them.",
-        epilog="Exit status: 0 for yes or done, 1 for no, 2 for a mistake in the command.",
+        epilog="Exit status: 0 for yes or done, 1 for no, 2 for a mistake in the command, 130 interrupted.",
     )
     whole.add_argument(
         "--completion",

@@ -14,7 +14,13 @@ from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.target.target import Target, flatten_like, flatten_target, refuse_empty
+from orbax_nnx_handler.planning.target.target import (
+    Target,
+    flatten_like,
+    flatten_target,
+    refuse_empty,
+    refuse_nameless,
+)
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
@@ -62,6 +68,7 @@ def flatten_wanted(checkpoint: Checkpoint, target: Any, overrides: Mapping[Path,
         check_readable(checkpoint.broken)
     parts = flatten_target(target, overrides, beside=checkpoint.on_devices.values())
     refuse_empty(target, parts)
+    refuse_nameless(parts, checkpoint.leaves)
     return with_keys(parts, checkpoint.leaves)
 
 

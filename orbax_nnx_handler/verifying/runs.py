@@ -156,7 +156,7 @@ class Programs:
     def __post_init__(self) -> None:
         if not isinstance(self.inputs, list | tuple):
             raise VerificationError(
-                f"inputs is a {type(self.inputs).__name__}: what both programs are called with is a tuple.",
+                f"inputs is of type {type(self.inputs).__name__}: both programs are called with a tuple.",
                 hints=["pass a tuple, of one where there is one input: (x,)."],
             )
 

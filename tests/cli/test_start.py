@@ -1,9 +1,14 @@
 """What is imported before a verdict is printed: importing takes longer than many a plan."""
 
+import os
 import subprocess
 import sys
 
+import numpy as np
+import orbax.checkpoint as ocp
+
 import orbax_nnx_handler
+from orbax_nnx_handler import cli
 
 _PROGRAM = """
 import sys
@@ -39,6 +44,30 @@ def test_a_restore_loads_no_optimiser_of_scipy_which_only_a_proposal_needs() -> 
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert ran.stdout.split() == ["False"]
+
+
+def test_a_terminal_that_lacks_the_characters_of_a_name_shows_them_escaped(tmp_path) -> None:
+    ocp.PyTreeCheckpointer().save(tmp_path / "item", {"params": {"größe": np.ones(2, np.float32)}})
+
+    words = [sys.executable, "-m", "orbax_nnx_handler", "tree", str(tmp_path / "item")]
+    ran = subprocess.run(
+        words, capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+
+    assert rb"params/gr\xf6\xdfe" in ran.stdout
+    assert ran.stderr == b""
+
+
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch) -> None:
+    def absent(*_):
+        raise RuntimeError("Unable to initialize backend 'tpu': no libtpu.so (set JAX_PLATFORMS='')")
+
+    monkeypatch.setattr(cli, "_stay_off_accelerators", absent)
+
+    assert cli.main(["tree", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "RuntimeError: Unable to initialize backend 'tpu': no libtpu.so (set JAX_PLATFORMS='')\n"
+    )
 
 
 def test_every_public_name_has_a_home() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
@@ -20,6 +21,7 @@ from orbax_nnx_handler import (
     plan_restore,
     restore,
     save,
+    suggest,
     v1,
 )
 
@@ -140,6 +142,39 @@ def test_a_handler_is_not_made_with_an_option_that_every_restore_would_refuse(ma
 def test_a_handler_class_that_could_save_nothing_is_not_made():
     with pytest.raises(ValueError, match="save_layout is one of 'linen', 'maxtext', not 'flax'"):
         v1.configured(save_layout="flax")
+
+
+@pytest.mark.parametrize(
+    "target", [3, 2.5, jnp.ones(3), jax.ShapeDtypeStruct((3,), jnp.float32), nnx.Param(jnp.ones(3))]
+)
+def test_a_leaf_alone_has_no_name_that_leads_to_a_stored_one(item, target):
+    for ask in (restore, plan_restore, suggest):
+        with pytest.raises(
+            RestoreError, match=r"the target is a leaf by itself: .*\nhint: give it the names"
+        ):
+            ask(item, target)
+
+
+@pytest.mark.parametrize("name", [3, b"default", "../1/default", "default/"])
+def test_what_is_no_item_s_name_is_told_so(item, name):
+    with pytest.raises(NotACheckpointError, match="item is the name of a step's item, not "):
+        restore(item.parent, TARGET, item=name)
+
+
+def test_a_module_as_init_is_not_called(item):
+    class Callable(Net):
+        def __call__(self, x):
+            return self.dense(x)
+
+    with pytest.raises(
+        RestoreError, match=r"init is a Callable, not a function.\nhint: .*init=make_model, not"
+    ):
+        restore(item, nnx.eval_shape(WithHead), policy="init", init=Callable())
+
+
+def test_a_path_with_a_null_character_is_told_so():
+    with pytest.raises(NotACheckpointError, match=r"^run\\x00x is no path: it holds a null character"):
+        restore("run\0x", TARGET)
 
 
 def test_a_plan_is_checked_by_no_other_word_than_a_policy(item):

@@ -92,7 +92,7 @@ def test_outputs_may_be_any_structure_of_arrays(wrapped: Callable[[Any], Any], s
             (X,),
             "a program returns a str, which cannot be compared",
         ),
-        (lambda v, x: Linen().apply(v, x), X, "what both programs are called with is a tuple"),
+        (lambda v, x: Linen().apply(v, x), X, "both programs are called with a tuple"),
         (
             jax.jit(lambda v, x: Linen().apply(v, x))
             .lower(jax.eval_shape(Linen().init, jax.random.key(0), X), X)

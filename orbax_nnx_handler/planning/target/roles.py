@@ -102,7 +102,7 @@ def _certain_owners(leaves: Mapping[Path, WantedLeaf]) -> set[Path]:
     them from a module that is called `opt_state` is a value beside them that is no Variable.
     """
     bare = [path for path, leaf in leaves.items() if leaf.kind is None]
-    steps = {path[:-1] for path in bare if str(path[-1]) == "step"}
+    steps = {path[:-1] for path in bare if path and str(path[-1]) == "step"}
     beside = {path[: path.index(OPT_STATE)] for path in leaves if steps and OPT_STATE in path}
     return optimizer_owners(bare) | (steps & beside) | _beside_variables(leaves, bare)
 

@@ -17,6 +17,7 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.dtypes import held_dtype, is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import WantedLeaf
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.target.shardings import ShardingRule
 
@@ -393,7 +394,7 @@ def _check_overrides(overrides: Mapping[Path, Any], flat: Flat) -> None:
     if strange:
         listed = "\n".join(f"  {render(path)}" for path in strange)
         raise RestoreError(
-            f"restore_args has {len(strange)} leaves that the target does not have:\n{listed}",
+            f"restore_args has {counted(len(strange), 'leaf', 'leaves')} that the target lacks:\n{listed}",
             paths=strange,
             hints=["restore_args must mirror the target, for example jax.tree.map(make_args, target)."],
         )
@@ -404,6 +405,20 @@ _WAYS_OUT = (
     "to read the stored tree as it is, use Orbax alone: ocp.PyTreeCheckpointer().restore(ITEM).",
 )
 _FILTERED = "a State that nnx.state(model, FILTER) made is empty where the filter matches nothing."
+
+
+def refuse_nameless(target: Target, stored: Mapping[Path, Any]) -> None:
+    """Raises where a target is one leaf by itself, and the checkpoint is not.
+
+    Raises:
+        RestoreError: No name leads to a stored leaf.
+    """
+    if () in target.leaves and () not in stored:
+        raise RestoreError(
+            "the target is a leaf by itself: it has no name that leads to a stored one.",
+            paths=[()],
+            hints=["give it the names that it has in the checkpoint: {'params': {'kernel': leaf}}."],
+        )
 
 
 def refuse_empty(item: Any, target: Target) -> None:

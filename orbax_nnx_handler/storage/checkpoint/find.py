@@ -1,5 +1,7 @@
 """Finds the item directory that a path means: a manager's root, a step, or an item."""
 
+from typing import Any
+
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import Hint, NotACheckpointError
@@ -43,6 +45,9 @@ def find_item(path: epath.PathLike, item: str | None = None, files: Files | None
             the store does not hand it out.
     """
     given = as_path(path)
+    named: Any = item
+    if not isinstance(named, str | None) or "/" in (named or ""):
+        raise NotACheckpointError(f"item is the name of a step's item, not {named!r}.")
     files = files or files_at(given)
     files.ask(List(str(given)), last_question(given))
     root = last_of_big_vision(given, files)

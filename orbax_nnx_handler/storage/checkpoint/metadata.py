@@ -264,6 +264,7 @@ def _locate(
     found = kvstore.first_found(
         wanted, [(store, f"/{METADATA_KEY[driver]}") for store, driver in places], files
     )
+    _check_not_refused(content for _, content in found.values() if files.remote)
     arrays: dict[Path, StoredArray] = {}
     for path, name in wanted.items():
         place = found.get(path)
@@ -281,6 +282,13 @@ def _locate(
         except ValueError as error:
             lost[path] = f"{name}/{METADATA_KEY[driver]} in {store.directory} is damaged: {error}"
     return arrays, lost
+
+
+def _check_not_refused(answers: Iterable[bytes | NotACheckpointError]) -> None:
+    """Raises where a store refused a file: that is no damage to a leaf, and will be so for others."""
+    for answer in answers:
+        if isinstance(answer, NotACheckpointError):
+            raise answer
 
 
 def _misnamed(names: Mapping[Path, str]) -> dict[Path, str]:

@@ -41,6 +41,8 @@ def as_path(path: epath.PathLike) -> epath.Path:
         # Else it would be the working directory, and whatever lies there.
         raise NotACheckpointError("the path is empty.", hints=["pass '.' for the working directory."])
     text = os.fspath(path).removeprefix(_FILE)
+    if "\0" in text:
+        raise NotACheckpointError(f"{printable(text)} is no path: it holds a null character.")
     scheme, is_url, rest = text.partition("://")
     if not is_url:
         return epath.Path(text).expanduser()
@@ -154,14 +156,18 @@ def _first_set(names: tuple[str, ...]) -> str | None:
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
-_DENIED = re.compile(r"403|forbidden|PERMISSION_DENIED|AccessDenied", re.IGNORECASE)
+_DENIED = re.compile(r"\b403\b|forbidden|PERMISSION_DENIED|AccessDenied", re.IGNORECASE)
 _NOT_LOGGED_IN = re.compile(
-    r"401|UNAUTHENTICATED|anonymous|credential|unauthorized|reauth|InvalidAccessKeyId|SignatureDoesNotMatch",
+    r"\b401\b|UNAUTHENTICATED|anonymous|credential|unauthorized|reauth|InvalidAccessKeyId|SignatureDoesNotMatch",
     re.IGNORECASE,
 )
 _BUSY = re.compile(
     r"\b(408|429|50[0-4])\b|UNAVAILABLE|DEADLINE|timed? ?out|timeout|too many|slow ?down|connect|ABORTED",
     re.IGNORECASE,
+)
+# An answer that ends too early, or is not the one to what was asked.
+_CUT_OFF = re.compile(
+    r"partial file|not completed|OUT_OF_RANGE|JSONDecodeError|Internal Server Error", re.IGNORECASE
 )
 _LOGIN = {
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -212,6 +218,12 @@ def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str])
         return f"the account in use needs {rights[scheme]} there, or log in as another: {_LOGIN[scheme]}."
     if isinstance(error, TimeoutError) or _BUSY.search(text):
         return "the store did not answer, several retries included: try again later, or check the network."
+    if isinstance(error, FileNotFoundError):
+        return "another process deletes or writes there: let one at a time save to a path."
+    if _CUT_OFF.search(text):
+        return (
+            "the store's answer is not whole: try again; if it stays so, copy the checkpoint there once more."
+        )
     return "check the URL and that this machine can reach the store."
 
 

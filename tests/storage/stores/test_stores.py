@@ -100,12 +100,13 @@ def test_where_orbax_cannot_write_nothing_is_begun(path, said):
         ("injected, 401", "the store does not know who asks"),
         ("Forbidden: upload, 403", "the account in use needs storage.objects.create"),
         ("injected, 503", "the store did not answer"),
+        (FileNotFoundError("gs://bucket/item"), "another process deletes or writes there"),
     ],
 )
 def test_a_store_that_refuses_a_save_is_one_error_that_says_what_lies_there(monkeypatch, status, hint):
     class Refuses(ocp.Checkpointer):
         def save(self, *_, **__):
-            raise HttpError(status)
+            raise HttpError(status) if isinstance(status, str) else status
 
     monkeypatch.setattr(type(epath.Path("gs://bucket/item")), "exists", lambda _: False)
     monkeypatch.setattr(ocp, "Checkpointer", Refuses)
@@ -140,9 +141,14 @@ class HttpError(Exception):
         ),
         (TimeoutError("no answer within 60 s"), "the store did not answer"),
         (ImportError("Please install gcsfs"), "pip install gcsfs"),
+        (ValueError("Transferred a partial file: 4030 bytes missing"), "the store's answer is not whole"),
+        (
+            ValueError("OUT_OF_RANGE: byte range [0, 4010) was not satisfied"),
+            "the store's answer is not whole",
+        ),
         (HttpError("what nobody expects"), "check the URL"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_a_store_s_refusal_is_one_sentence_with_a_hint_that_fits(error, hint):
     message = str(cannot_read("gs://bucket/run/503/_METADATA", error))

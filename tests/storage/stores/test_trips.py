@@ -180,6 +180,13 @@ def test_what_the_store_refuses_near_a_wrong_path_does_not_hide_what_is_wrong(bu
         find_item("gs://bucket/typo/x", files=files)
 
 
+def test_a_refused_file_of_one_array_is_the_store_s_refusal_and_no_damage(bucket):
+    with pytest.raises(NotACheckpointError, match=r"layer_7/\.zarray cannot be read: 403") as raised:
+        look(bucket, "zarr", forbidden=("layer_7/.zarray",))
+
+    assert "copy it again" not in str(raised.value)
+
+
 def test_where_nobody_may_look_around_a_damaged_file_is_to_be_copied_again(bucket):
     files, _ = files_of(bucket, forbidden=("gs://bucket/run",))
 

@@ -7,8 +7,8 @@ from typing import Any, TypeGuard, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.core.errors import Hint, RuleError, UnusedRuleError
-from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children, render_reads
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.nearest import is_for_values, names_optimizer_leaf, nearest
 from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
@@ -149,6 +149,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
     if unused:
         raise _without_effect(unused)
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
+    _check_copies(after, casts)
     return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)
 
 
@@ -158,6 +159,25 @@ def cast_of(recipe: Recipe, casts: Casts) -> np.dtype[Any] | None:
         return casts.get(recipe)
     found = {cast_of(child, casts) for child in children(recipe) if not isinstance(child, Fill)}
     return found.pop() if len(found) == 1 else None
+
+
+def _check_copies(entries: Sequence[Entry], casts: Casts) -> None:
+    """Checks that no leaf is cast because a copy of it is: both are made of the same values.
+
+    Raises:
+        RuleError: One of two copies is cast, or each to another dtype.
+    """
+    unlike = [entry for entry in entries if cast_of(entry.recipe, casts) != entry.cast] if casts else []
+    if unlike:
+        rows = "\n".join(
+            f"  {render(entry.segments)}  <-  {render_reads(entry.recipe)} {entry.reason}".rstrip()
+            for entry in unlike
+        )
+        raise RuleError(
+            f"a Cast is for one of the leaves that a Copy made of a stored leaf, and not for these:\n{rows}",
+            paths=[path for entry in unlike for path in entry.sources],
+            hints=["a leaf that is wanted twice is cast in both places: put the Cast in front of the Copy."],
+        )
 
 
 UnmatchedRule = tuple[Rule, Sequence[Entry]]

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,6 +10,7 @@ from flax import nnx
 import orbax_nnx_handler as onh
 from orbax_nnx_handler import (
     Cast,
+    Copy,
     Drop,
     Fuse,
     Rename,
@@ -211,6 +213,24 @@ def test_the_scan_axis_decides_what_shapes_leave_open():
     for axis in (0, 1):
         expected = np.take(stored["params"]["layers"]["kernel"], 2, axis)
         np.testing.assert_array_equal(values[axis]["layers/2/kernel"], expected)
+
+
+@pytest.mark.parametrize("cast", ["a", "c", "both"])
+def test_a_cast_of_one_of_two_copies_is_never_one_of_the_other(cast):
+    stored = {"params": {"a": {"k": KERNEL}}}
+    target = {name: {"k": nnx.Param(jax.ShapeDtypeStruct((3, 4), "int32"))} for name in ("a", "c")}
+    rules = [Copy("a", "c"), *(Cast(name, "int32") for name in ("a", "c") if cast in (name, "both"))]
+
+    plan = plan_of(nnx.State(target), stored, rules) if cast == "both" else None
+    if plan is None:
+        with pytest.raises(RuleError, match="and not for these") as raised:
+            plan_of(nnx.State(target), stored, rules)
+        assert "in front of the Copy" in str(raised.value)
+        plan = plan_of(nnx.State(target), stored, [Cast("a", "int32"), Copy("a", "c")])
+    plan.check()
+
+    for name in ("a/k", "c/k"):
+        np.testing.assert_array_equal(values_of(plan, stored)[name], KERNEL.astype("int32"))
 
 
 # What cannot be done, word for word.

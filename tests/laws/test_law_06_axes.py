@@ -66,6 +66,30 @@ def test_statistics_may_lie_on_another_axis_than_parameters(tmp_path, form):
     refused(write(tmp_path, stored), target_of(form, wanted))
 
 
+@pytest.mark.parametrize("axes", [(1, 0), (0, 1), (1, 1), (0, 0)])
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_rule_for_the_axis_of_the_parameters_says_nothing_of_the_statistics(tmp_path, size, axes):
+    numbers = Numbers()
+    # Four layers of two axes of length four; of three layers, the statistics alone tell their axis.
+    params = [{"bn": {"scale": numbers(size, size)}} for _ in range(size)]
+    stats = [{"bn": {"mean": numbers(4)}} for _ in range(size)]
+    stored = {
+        "params": {"layers": stacked(params, axes[0])},
+        "batch_stats": {"layers": stacked(stats, axes[1])},
+    }
+    wanted = {f"layers_{at}": {"bn": params[at]["bn"] | stats[at]["bn"]} for at in range(size)}
+    path, target = write(tmp_path, stored), target_of("module", wanted)
+    rules = [ScanAxis("layers", axes[0])]
+
+    if size == 4:
+        error = refused(path, target, renames=rules)
+        offered = [hint.arguments["renames"] for hint in error.hints]
+        assert offered == [[*rules, ScanAxis("batch_stats/layers", at)] for at in (0, 1)]
+        rules = offered[axes[1]]
+
+    check(restore(path, target, renames=rules), wanted)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("said", "open_group"), [("encoder/layers", "layers"), ("layers", "encoder/layers")])
 def test_a_rule_for_the_axis_of_one_group_says_nothing_of_another(tmp_path, said, open_group, form):

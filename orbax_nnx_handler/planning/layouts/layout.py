@@ -159,6 +159,13 @@ def holds_no_weights(level: str) -> bool:
     return is_copy_name(level) or level in FLAX_COLLECTIONS[1:] or level == "opt_state"
 
 
+def is_of_parameters(collection: str | None) -> bool:
+    """Tells whether a collection holds parameters, or a copy of them, which is stacked as they are."""
+    if collection is None or collection == "params":
+        return True
+    return is_copy_name(collection) and "stats" not in collection
+
+
 def tops(stored: Stored) -> set[str]:
     """Returns the first keys of a tree, as strings."""
     return {str(path[0]) for path in stored if path}

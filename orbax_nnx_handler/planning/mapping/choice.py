@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.errors import (
 )
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
-from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.layouts.layout import Stored, is_of_parameters
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
 from orbax_nnx_handler.planning.mapping.matches import CompetingSources, UnclearAxis
@@ -208,7 +208,8 @@ def _one_left_behind(rivals: Sequence[CompetingSources]) -> str:
 
 
 def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
-    name = "/".join((*group.group.parent, group.group.name)).replace("/#", "_")
+    above = () if is_of_parameters(group.collection) else (str(group.collection),)
+    name = "/".join((*above, *group.group.parent, group.group.name)).replace("/#", "_")
     if not group.axes:
         listed = "\n".join(f"  {rule}" for rule in rules)
         return RuleError(

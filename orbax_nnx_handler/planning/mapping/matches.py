@@ -133,6 +133,7 @@ class UnclearAxis:
         sources: Its stored leaves.
         paths: Its wanted leaves as the target has them.
         moved: Whether the axes of the two sides may not be the same.
+        collection: The collection that is stacked.
     """
 
     group: Group
@@ -141,6 +142,7 @@ class UnclearAxis:
     sources: tuple[Tokens, ...]
     paths: tuple[Path, ...] = ()
     moved: bool = False
+    collection: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, may_hold_layer
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, shape_of, substitute
-from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks
+from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, is_of_parameters
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable, derive
 from orbax_nnx_handler.planning.mapping.layers import (
     FLAT,
@@ -35,6 +35,7 @@ from orbax_nnx_handler.planning.mapping.restack import restack
 from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.stacking import above_groups
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 
@@ -298,8 +299,9 @@ class Matcher:
                 functools.partial(self._stored_pieces, self.entries, collection),
             )
             wanted, stored = wanted.without_blocks(stored), stored.without_blocks(wanted)
-            restacked, open_groups = restack(wanted, stored, self._said, self.layout.scan_axis)
-            unclear += open_groups
+            known = self.layout.scan_axis if is_of_parameters(collection) else None
+            restacked, open_groups = restack(wanted, stored, self._said(collection), known)
+            unclear += (dataclasses.replace(group, collection=collection) for group in open_groups)
             moved |= {item.group for item in (*restacked.values(), *open_groups) if item.moved}
             groups |= {
                 (*piece.place.group.parent, name)
@@ -319,13 +321,16 @@ class Matcher:
                 found[item.leaf.path] = _restacked(own[0])
         return found, clashes, unclear, groups, moved
 
-    @cached_property
-    def _said(self) -> Mapping[Tokens, int]:
-        """The axis that a rule says for a group, by the group's path below the model's root.
+    def _said(self, collection: str | None) -> Mapping[Tokens, int]:
+        """Returns the axis that a rule says for a group of a collection, by its path below the model's root.
 
         A rule may write the path from the model's root, from the target's, or from the stored one.
         """
-        above = {(), self.roots.wanted, self.roots.stored}
+        if not self.axes:
+            return {}
+        heads = above_groups(self.entries[0].owner, collection)
+        roots = ((), self.roots.wanted, self.roots.stored)
+        above = {(*head, *root) for head in heads for root in roots}
         return {
             rule.tokens[len(root) :]: rule.axis
             for root in sorted(above, key=len)

@@ -7,8 +7,9 @@ from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.paths import canonical, is_index, parse
+from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_index, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError
+from orbax_nnx_handler.planning.layouts.layout import is_of_parameters
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
@@ -164,12 +165,16 @@ class UnstackLayers(_Named):
 class ScanAxis(Rule):
     """Says along which axis the layers of a stored group are stacked, where their shapes leave it open.
 
+    Flax stacks each collection along an axis of its own (`variable_axes` of `nn.scan`), so a rule is for
+    the parameters, or for the one collection that it names.
+
     ```python
-    renames = [ScanAxis("decoder/layers", 1)]
+    renames = [ScanAxis("decoder/layers", 1), ScanAxis("batch_stats/decoder/layers", 0)]
     ```
 
     Attributes:
-        group: The group's path without layer numbers, from the model's root: `"decoder/layers"`.
+        group: The group's path without layer numbers, from the model's root: `"decoder/layers"`; of
+            another collection than `params` with its name in front.
         axis: The stacked axis of its stored leaves, or of its wanted ones where
             only those are stacked; not negative.
 
@@ -196,6 +201,12 @@ class ScanAxis(Rule):
     @property
     def _loss(self) -> str:
         return "it says how to read a group; StackLayers and UnstackLayers also write one"
+
+
+def above_groups(owner: Tokens, collection: str | None) -> tuple[Tokens, ...]:
+    """Returns what a `ScanAxis` for a collection of a train state may have in front of a group's path."""
+    named = () if collection is None else ((collection,), (*owner, collection))
+    return ((), *named) if is_of_parameters(collection) else named
 
 
 def _counter(counting: Pattern, other: Pattern) -> str:

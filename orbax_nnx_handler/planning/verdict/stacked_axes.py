@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, Tokens
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.layouts.layout import is_of_parameters
 from orbax_nnx_handler.planning.verdict.elements import BlockCounts, Element
 
 Axes = tuple[int | None, int | None]
@@ -38,12 +39,14 @@ class StackedGroup(NamedTuple):
     """What is stacked along one axis: the layers of one name in one collection, arranged in one way.
 
     Attributes:
-        collection: The stored train state and collection.
-        names: The spellings under which a rule may speak of the group.
+        owner: The stored train state.
+        collection: Its collection.
+        names: The spellings under which a rule may speak of the group, below its collection.
         forms: How each side holds the layers.
     """
 
-    collection: Hashable
+    owner: Path
+    collection: str | None
     names: frozenset[Tokens]
     forms: tuple[str, str]
 
@@ -111,9 +114,10 @@ class StackedAxes:
             yield from self._of_group(group, list(leaves.values()))
 
     def _of_group(self, group: StackedGroup, leaves: Sequence[Stacked]) -> Iterator[tuple[Stacked, str]]:
-        said = {self._said[name] for name in group.names if name in self._said}
+        said = self._said_of(group) if self._said else set[int]()
+        is_known = self._is_known if is_of_parameters(group.collection) else _is_single
         for leaf in leaves:
-            one, known = len(leaf.options) == 1, self._is_known(leaf)
+            one, known = len(leaf.options) == 1, is_known(leaf)
             holds = {None: True, "group": True, "shape": one, "layout": known, "rule": bool(said)}
             if not holds[leaf.ground]:
                 yield leaf, "what is said to tell its axis does not"
@@ -122,15 +126,27 @@ class StackedAxes:
         wrong = [leaf for leaf in leaves if leaf.axes not in leaf.options]
         yield from ((leaf, "its shape does not allow that axis, or a rule says another") for leaf in wrong)
         several = [leaf for leaf in leaves if len(leaf.options) > 1]
-        if wrong or not several or all(map(self._is_known, leaves)):
+        if wrong or not several or all(map(is_known, leaves)):
             return
         if len(several) > 1 or _alike(leaves, group.forms) != {tuple(leaf.axes for leaf in leaves)}:
             for leaf in several:
                 others = " or ".join(sorted(map(_words, leaf.options)))
                 yield leaf, f"its layers may be stacked along {others}, and nothing tells which"
 
+    def _said_of(self, group: StackedGroup) -> set[int]:
+        """Returns what rules say of a group: of parameters, or behind the name of another collection."""
+        owner, collection = canonical(group.owner), group.collection
+        named: list[Tokens] = [] if collection is None else [(collection,), (*owner, collection)]
+        heads = [(), *named] if is_of_parameters(collection) else named
+        names = {(*head, *name) for head in heads for name in group.names}
+        return {self._said[name] for name in names & self._said.keys()}
+
     def _is_known(self, leaf: Stacked) -> bool:
         return all(axis in (None, self._known) for axis in leaf.axes)
+
+
+def _is_single(leaf: Stacked) -> bool:
+    return leaf.axes == (None, None)
 
 
 def _words(axes: Axes) -> str:

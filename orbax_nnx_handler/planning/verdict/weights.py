@@ -282,7 +282,8 @@ class Weights:
         side = self._there(placed.owner, placed.collection)
         blocks = side.known_blocks(there), self._here.known_blocks(here)
         group = StackedGroup(
-            (placed.owner, placed.collection),
+            placed.owner,
+            placed.collection,
             _spelt(layers, meeting),
             (_form(there, element.at), _form(here, element.to)),
         )

@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.options import (
     RestoreOptions,
     SingleReplica,
     UnexpectedPolicy,
+    check_init,
 )
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
@@ -50,8 +51,7 @@ from orbax_nnx_handler.storage.saving.save import (
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable
-from orbax_nnx_handler.verifying.runs import Programs
-from orbax_nnx_handler.verifying.settling import Settling
+from orbax_nnx_handler.verifying.settling import Settling, programs_of
 
 _LESS_AT_ONCE = "bound what is under way at once: NNXLinenHandler(restore_concurrent_gb=1)."
 
@@ -166,20 +166,21 @@ def suggest(
         VerificationError: One of the programs fails, or their outputs cannot be compared.
     """
     options = RestoreOptions.of(layout=layout, renames=renames, policy="warn")
+    check_init(init)
+    programs = None if verify is None else programs_of(verify)
     checkpoint = look_at(path, item)
     parts = flatten_target(target)
     refuse_empty(target, parts)
     refuse_nameless(parts, checkpoint.leaves)
     found = propose(parts, checkpoint.leaves, options, order_of(target, init))
-    if verify is None:
+    if programs is None:
         return found
-    linen, model, inputs = verify
     return Settling(
         checkpoint=checkpoint,
         target=target,
         options=options,
         suggestion=found,
-        programs=Programs(linen=linen, nnx=model, inputs=inputs),
+        programs=programs,
         init=init,
     ).settled()
 

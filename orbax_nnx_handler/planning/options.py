@@ -178,12 +178,19 @@ class RestoreOptions:
         )
         check_policy(new.policy)
         check_layout(new.layout)
+        check_init(new.init)
         check_choice("unexpected", new.unexpected, ("error", "warn", "ignore"))
         check_choice("dtype", new.dtype, ("target", "stored"), _OTHER_DTYPE)
         single: Any = new.single_replica
         if not isinstance(single, bool | SingleReplica):
             raise ValueError(f"single_replica is True, False or a SingleReplica, not {single!r}")
         return dataclasses.replace(new, renames=as_rules(new.renames))
+
+
+def check_init(init: Any) -> None:
+    """Raises a ValueError where what is to build the target is no function."""
+    if init is not None and not callable(init):
+        raise ValueError(f"init is a function that builds the target, such as make_model, not {init!r}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], hint: str = "") -> None:

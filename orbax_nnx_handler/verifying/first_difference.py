@@ -257,7 +257,8 @@ class Search:
 
     def _between(self, inside: Sequence[Compared]) -> tuple[Compared | None, Compared | None]:
         """Returns the last module that still agrees, and the outermost first one that gets something else."""
-        first = next((one for one in inside if not one.gets_the_same), None)
+        doubted = (one for one in inside if not one.gets_the_same)
+        first = next((one for one in doubted if not _is_padding(one, inside)), None)
         if first is None:
             return next((one for one in reversed(inside) if one.agrees), None), None
         held = {id(one) for one in inside}
@@ -365,6 +366,13 @@ class Search:
         end = next(iter(names))
         above = [leaf[: -len(end)] for leaf in self.runner.recipes if leaf[-len(end) :] == end]
         return [path for path in above if all((*path, *name) in self.runner.recipes for name in names)]
+
+
+def _is_padding(one: Compared, inside: Sequence[Compared]) -> bool:
+    """Tells whether a step of a cell counts for nothing: others agree, and so does what is called later."""
+    agreeing = [other for other in inside if other.agrees]
+    later = (other for other in agreeing if other.nnx.call.order > one.nnx.call.order)
+    return any(other.path == one.path for other in agreeing) and any(o.path != one.path for o in later)
 
 
 def _common(paths: Sequence[Path]) -> Path:

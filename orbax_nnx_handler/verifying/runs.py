@@ -1,16 +1,18 @@
 """Both programs, run on one input from one checkpoint, and every call of paired modules compared."""
 
 import dataclasses
+import inspect
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import VerificationError
@@ -154,11 +156,20 @@ class Programs:
     inputs: Sequence[Any]
 
     def __post_init__(self) -> None:
+        functions = (("linen_apply", self.linen, LINEN), ("nnx_apply", self.nnx, NNX))
+        for name, function, example in functions:
+            if not callable(function) or isinstance(function, nn.Module | nnx.Module):
+                raise VerificationError(
+                    f"{name} is a {type(function).__name__}, not a function.", hints=[f"pass {example}."]
+                )
         if not isinstance(self.inputs, list | tuple):
             raise VerificationError(
                 f"inputs is of type {type(self.inputs).__name__}: both programs are called with a tuple.",
                 hints=["pass a tuple, of one where there is one input: (x,)."],
             )
+
+
+LINEN, NNX = "linen_model.apply", "lambda model, x: model(x)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,16 +181,31 @@ class Runs:
         compared: Every call of paired modules, in the order of the run.
         runner: Runs modules of the restored model by themselves.
         seconds: How long both took.
-        inputs: What both were called with.
-        idle: Leaves that no call of a module shows, and that change nothing of what the NNX program returns.
+        programs: Both programs.
+        returned: What the NNX program returned.
+        hidden: Leaves that no call of a module shows.
     """
 
     outputs: Distance
     compared: Sequence[Compared]
     runner: ModuleRunner
     seconds: float
-    inputs: Sequence[Any]
-    idle: Sequence[Path]
+    programs: Programs
+    returned: Any
+    hidden: Sequence[Path]
+
+    @property
+    def inputs(self) -> Sequence[Any]:
+        """What both were called with."""
+        return self.programs.inputs
+
+    def depend_on(self, weights: Mapping[Path, Any]) -> bool:
+        """Tells whether the NNX program returns something else with other values of some weights.
+
+        Args:
+            weights: By path, what is added to each.
+        """
+        return _depends(self.programs, self.runner.model, self.returned, weights)
 
 
 def run_both(
@@ -226,8 +252,9 @@ def run_both(
         compared=compare_modules(pairs, linen_calls, nnx_calls),
         runner=runner,
         seconds=seconds,
-        inputs=programs.inputs,
-        idle=hidden if hidden and not _depends(programs, model, found, hidden) else [],
+        programs=programs,
+        returned=found,
+        hidden=hidden,
     )
 
 
@@ -258,12 +285,13 @@ def _run_linen(programs: Programs, weights: LinenWeights) -> tuple[Any, list[Cal
         ) from error
 
 
-def _depends(programs: Programs, model: Any, found: Any, leaves: Collection[Path] | None = None) -> bool:
+def _depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:
     """Tells whether the NNX program returns something else with other weights, all or some of them."""
     graph, state = cast("tuple[Any, Any]", nnx.split(model))
     flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(state))
+    added = {tuple(path): 1 if weights is None else weights.get(tuple(path), 0) for path, _ in flat}
     changed = [
-        (path, leaf.replace(leaf.get_value() + 1) if _is_weight(leaf) and _is_among(path, leaves) else leaf)
+        (path, leaf.replace(leaf.get_value() + added[tuple(path)]) if is_weight(leaf) else leaf)
         for path, leaf in flat
     ]
     merged = nnx.merge(graph, nnx.from_flat_state(cast(Any, changed)))
@@ -272,12 +300,9 @@ def _depends(programs: Programs, model: Any, found: Any, leaves: Collection[Path
     return any(not np.array_equal(one, two) for one, two in pairs)
 
 
-def _is_weight(leaf: Any) -> bool:
+def is_weight(leaf: Any) -> bool:
+    """Tells whether a Variable holds floats."""
     return isinstance(leaf, nnx.Variable) and bool(jnp.issubdtype(cast(Any, leaf).dtype, jnp.floating))
-
-
-def _is_among(path: Path, leaves: Collection[Path] | None) -> bool:
-    return leaves is None or tuple(path) in leaves
 
 
 def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[Any, list[Call], bool]:
@@ -293,7 +318,7 @@ def _run_nnx(programs: Programs, model: Any, wanted: Sequence[Path]) -> tuple[An
     except Exception as error:
         hint = (
             f"it is called with the restored target (a {type(model).__name__}) and {_described(inputs)}, "
-            "such as lambda model, x: model(x). A model with dropout wants model.eval() first, or rngs."
+            f"such as {NNX}. A model with dropout wants model.eval() first, or rngs."
         )
         raise VerificationError(
             f"nnx_apply fails: {_told(error)}", hints=[_COMPILED if _is_compiled(error) else hint]
@@ -340,7 +365,7 @@ def _outputs_apart(expected: Any, found: Any) -> Distance:
     if one != other:
         raise VerificationError(
             f"the programs return different things:\n  linen_apply  {one}\n  nnx_apply    {other}",
-            hints=["let both functions return the same: an array, or the same arrays in one structure."],
+            hints=[_first_alone(expected, found) or _SAME],
         )
     pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True))
     shapes = [(np.shape(a), np.shape(b)) for a, b in pairs]
@@ -366,6 +391,17 @@ def _outputs_apart(expected: Any, found: Any) -> Distance:
     )
 
 
+_SAME = "let both functions return the same: an array, or the same arrays in one structure."
+
+
+def _first_alone(expected: Any, found: Any) -> str:
+    """Returns the way out where one program returns more than the other: logits and what else it computes."""
+    for name, more, less in (("linen_apply", expected, found), ("nnx_apply", found, expected)):
+        if isinstance(more, tuple) and more and _structure(more[0]) == _structure(less):
+            return f"let {name} return the first of its {len(cast(Any, more))} parts alone, [0]."
+    return ""
+
+
 def _opened(tree: Any) -> Any:
     """Returns a tree with its dataclasses as dicts.
 
@@ -374,23 +410,28 @@ def _opened(tree: Any) -> Any:
     """
 
     def opened(leaf: Any) -> Any:
-        if _is_dataclass(leaf):
+        if is_dataclass(leaf):
             fields = dataclasses.fields(leaf)
             return {field.name: _opened(getattr(leaf, field.name)) for field in fields}
         if np.asarray(leaf).dtype.kind not in _NUMBERS:
+            waits = inspect.iscoroutine(leaf)
+            if waits:
+                leaf.close()  # Nobody waits for it.
             raise VerificationError(
                 f"a program returns a {type(leaf).__name__}, which cannot be compared.",
-                hints=["let both functions return arrays alone."],
+                hints=[_WAIT if waits else "let both functions return arrays alone."],
             )
         return leaf
 
-    return jax.tree.map(opened, tree, is_leaf=_is_dataclass)
+    return jax.tree.map(opened, tree, is_leaf=is_dataclass)
 
 
-def _is_dataclass(leaf: Any) -> bool:
+def is_dataclass(leaf: Any) -> bool:
+    """Tells whether a leaf of what a program returns is a dataclass that JAX does not know."""
     return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
 
 
+_WAIT = "pass a function that waits for it: lambda *args: asyncio.run(function(*args))."
 _NUMBERS = "biufcV"
 """Kinds of NumPy's dtypes; JAX's own floats are V."""
 

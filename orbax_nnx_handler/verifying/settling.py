@@ -9,10 +9,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from orbax_nnx_handler.planner import decide
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.errors import RestoreError, VerificationError
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe
@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying.pairing import layers_of
 from orbax_nnx_handler.verifying.programs import on_one_device
-from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import lent
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, compare
 from orbax_nnx_handler.verifying.verify import compared
@@ -37,6 +37,22 @@ _NEARER = 30
 
 _Ways = Mapping[int, Mapping[Path, Recipe]]
 """For each answer to a question the leaves that are made in another way than under the first."""
+
+
+def programs_of(given: Any) -> Programs:
+    """Returns both programs out of what a caller passes as one argument.
+
+    Raises:
+        VerificationError: It is no `(linen_apply, nnx_apply, inputs)`.
+    """
+    parts = cast("Sequence[Any]", given if isinstance(given, tuple | list) else ())
+    if len(parts) != 3:
+        what = f"a {type(cast(Any, given)).__name__}" + (f" of {len(parts)}" if parts else "")
+        raise VerificationError(
+            f"verify is {what}: it takes (linen_apply, nnx_apply, inputs).",
+            hints=[f"pass verify=({LINEN}, {NNX}, (x,))."],
+        )
+    return Programs(linen=parts[0], nnx=parts[1], inputs=parts[2])
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -201,7 +217,7 @@ class Settling:
             unmatched_wanted=tuple(path for path in wanted if path not in plan.restored),
             unmatched_stored=tuple(path for path in stored if path in plan.unexpected),
             problem="\n".join(str(fault) for fault in plan.faults),
-            proof=_words(verification, len(plan.missing)),
+            proof=_OPEN if left else _words(verification, len(plan.missing)),
             is_proved=verification is not None and verification.equal and not verification.remarks,
             settle=None,
         )
@@ -249,6 +265,12 @@ def _tells(best: float, next_: float) -> bool:
     if best <= _EQUAL:
         return next_ > _EQUAL and next_ > _NEARER * best
     return best <= _NEAR and next_ > _NEARER * best
+
+
+_OPEN = (
+    "both programs were run: with these inputs no answer to what is open is nearer to Linen's outputs than "
+    "the others. Choose inputs of several tokens and examples, or settle it by a rule."
+)
 
 
 def _words(verification: Verification | None, missing: int) -> str:

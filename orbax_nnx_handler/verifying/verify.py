@@ -1,27 +1,34 @@
 """Runs a Linen program and an NNX program on one input, from one checkpoint, and compares them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.lines import counted
+from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.options import Policies, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.suggesting.words import concepts
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.programs import on_one_device
-from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, run_both
+from orbax_nnx_handler.verifying.recording import Array
+from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, is_dataclass, is_weight, run_both
 from orbax_nnx_handler.verifying.verification import (
     TOLERANCE,
     FirstDifference,
@@ -123,11 +130,11 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
         directory=plan.directory,
         modules=tuple(one.found for one in runs.compared),
         first=first,
-        remarks=(*_remarks(equal, first, runs.compared, plan), *(_untold(runs, first) if equal else ())),
+        remarks=tuple(_remarks(equal, first, runs, plan)),
     )
 
 
-def _untold(runs: Runs, first: FirstDifference | None) -> Iterator[str]:
+def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Iterator[str]:
     """Yields what equal outputs do not tell of the weights."""
     floats = [np.asarray(leaf) for leaf in jax.tree.leaves(runs.inputs) if np.size(leaf) > 1]
     if any(np.all(leaf == leaf.flat[0]) for leaf in floats):
@@ -140,35 +147,127 @@ def _untold(runs: Runs, first: FirstDifference | None) -> Iterator[str]:
             f"{names}: the outputs differ from Linen's, and what comes of them is the same: these inputs "
             "do not tell that the weights are right."
         )
-    if runs.idle:
-        yield f"the outputs tell nothing of weights that they do not depend on: {fold_paths(runs.idle)}."
+    yield from _without_effect(runs, plan)
 
 
-def _remarks(
-    equal: bool, first: FirstDifference | None, compared: Sequence[Compared], plan: RestorePlan
-) -> tuple[str, ...]:
-    remarks = list[str]()
-    if not compared:
-        remarks.append("no module of the one program holds exactly the weights of a module of the other.")
+def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
+    """Yields which weights may be whatever they are, as the queries of a single token."""
+    slopes = _slopes(runs)
+    if slopes is not None and not slopes:
+        yield "the outputs hold no floats, so small differences do not show: let both return logits."
+    wholes, parts = _idle(runs, slopes or None, plan)
+    if wholes:
+        more = f" {_MORE}" if not {*wholes} <= {*runs.hidden} else ""
+        yield f"the outputs tell nothing of weights that they do not depend on: {fold_paths(wholes)}.{more}"
+    if parts:
+        yield f"the outputs depend on a part alone of {fold_paths(parts)}. {_MORE}"
+
+
+_MORE = "Choose inputs of several examples, tokens and positions."
+_MUCH = 1 / 3
+"""The share of a weight without an effect that is worth a word."""
+_MOST_GROUPS = 8
+
+
+def _idle(
+    runs: Runs, slopes: Mapping[Path, Array] | None, plan: RestorePlan
+) -> tuple[list[Path], list[Path]]:
+    """Returns the weights that change nothing of the outputs, and those of which a large part does not."""
+    if slopes is None:
+        wholes = [] if runs.hidden and runs.depend_on(dict.fromkeys(runs.hidden, 1)) else list(runs.hidden)
+        return wholes, []
+    without = {path: (slope == 0) for path, slope in slopes.items() if path in plan.restored}
+    masks = {path: mask for path, zero in without.items() if (mask := _slices(path, zero)) is not None}
+    # What has no derivative may have an effect all the same: a count, a rounded value.
+    groups: dict[Path, dict[Path, Any]] = defaultdict(dict)
+    for path, mask in masks.items():
+        groups[tuple(key for key in path if not isinstance(key, int))][path] = mask
+    several = [masks] if masks and not runs.depend_on(masks) else [*groups.values()][:_MOST_GROUPS]
+    sure = [group for group in several if group is masks or not runs.depend_on(group)]
+    found = [path for path in masks if any(path in group for group in sure)]
+    return [path for path in found if masks[path].all()], [path for path in found if not masks[path].all()]
+
+
+class _NoFloatsError(Exception):
+    """A program returns no floats."""
+
+
+def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
+    """Returns how what the NNX program returns changes with each weight; None where JAX cannot tell.
+
+    Of the sum of all floats that it returns, each times a random number; empty where it returns none.
+    """
+    graph, floats, others = cast(Any, nnx.split)(runs.runner.model, _is_weight_at, ...)
+
+    def total(state: Any) -> Any:
+        arrays = _floats_in(runs.programs.nnx(nnx.merge(graph, state, others), *runs.inputs))
+        if not arrays:
+            raise _NoFloatsError
+        keys = jax.random.split(jax.random.key(0), len(arrays))
+        pairs = zip(keys, arrays, strict=True)
+        return sum((array * jax.random.normal(key, array.shape)).sum() for key, array in pairs)
+
+    try:
+        with jax.disable_jit(), jax.default_matmul_precision("highest"):
+            found = cast(Any, jax.grad(total)(floats))
+    except _NoFloatsError:
+        return {}
+    except Exception:  # The caller's program may hold what has no derivative, and fail in any way.
+        return None
+    flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(found))
+    return {tuple(path): np.asarray(leaf.get_value()) for path, leaf in flat}
+
+
+def _is_weight_at(_: Any, leaf: Any) -> bool:
+    return is_weight(leaf)
+
+
+def _floats_in(tree: Any) -> list[Any]:
+    """Returns the arrays of floats in what a program returns."""
+    found = list[Any]()
+    for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
+        if is_dataclass(leaf):
+            found += _floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            found.append(leaf)
+    return found
+
+
+def _slices(path: Path, zero: Array) -> Array | None:
+    """Returns the slices of a weight without an effect along one axis, if they are a large part of it."""
+    if zero.all():
+        return zero
+    if concepts(segments(path)) & {"embed", "token", "pos", "type"}:
+        return None  # Words and positions that are not among the inputs.
+    shares = [
+        zero.all(axis=tuple(at for at in range(zero.ndim) if at != axis), keepdims=True)
+        for axis in range(zero.ndim)
+    ]
+    most = max(shares, key=lambda share: share.mean())
+    return np.broadcast_to(most, zero.shape) if most.mean() >= _MUCH else None
+
+
+def _remarks(equal: bool, first: FirstDifference | None, runs: Runs, plan: RestorePlan) -> Iterator[str]:
+    if not runs.compared:
+        yield "no module of the one program holds exactly the weights of a module of the other."
     if equal and first is not None:
         how = "by more than rounding" if first.module.differs else "in its settings"
-        remarks.append(f"the outputs are within the tolerance, and {first.path} still differs {how}.")
-    if not equal and first is None and _all_agree(compared):
-        remarks.append(
+        yield f"the outputs are within the tolerance, and {first.path} still differs {how}."
+    if not equal and first is None and _all_agree(runs.compared):
+        yield (
             "every module that was compared returns the same, so the difference arises outside of them: in "
             "linen_apply or nnx_apply, or in methods other than __call__."
         )
-    elif not equal and first is None and compared:
-        remarks.append(
+    elif not equal and first is None and runs.compared:
+        yield (
             "no module differs by more than rounding from equal inputs: either the difference grows little "
             "by little, as it does in deep models (then raise tolerance=...), or it arises outside of the "
             "modules that were compared."
         )
     if plan.missing:
-        remarks.append(
-            f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."
-        )
-    return tuple(remarks)
+        yield f"{counted(len(plan.missing), 'weight')} of the target not stored: a policy fills them."
+    if equal:
+        yield from _untold(runs, plan, first)
 
 
 def _all_agree(compared: Sequence[Compared]) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -154,3 +155,72 @@ def test_a_program_that_fails_is_an_error(saved: Save):
             nnx.eval_shape(TRANSLATOR.make),
             verify=(TRANSLATOR.linen.apply, lambda *_: 1 // 0, TRANSLATOR.inputs),
         )
+
+
+class Bloom(nn.Module):
+    """One array of queries, keys and values, head by head."""
+
+    @nn.compact
+    def __call__(self, x):
+        fused = nn.Dense(24, name="query_key_value")(x).reshape(*x.shape[:-1], 2, 12)
+        q, k, v = (part.swapaxes(-2, -3) for part in jnp.split(fused, 3, axis=-1))
+        heads = nn.softmax(q @ k.swapaxes(-1, -2)) @ v
+        return nn.Dense(8, name="dense")(heads.swapaxes(-2, -3).reshape(x.shape))
+
+
+class BloomTwin(nnx.Module):
+    """Queries, keys and values apart, or in one array side by side."""
+
+    def __init__(self, *, fused, rngs):
+        names = ("qkv",) if fused else ("q_proj", "k_proj", "v_proj")
+        for name in names:
+            setattr(self, name, nnx.Linear(8, 24 // len(names), rngs=rngs))
+        self.names, self.o_proj = names, nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        fused = jnp.concatenate([getattr(self, name)(x) for name in self.names], -1)
+        parts = (part.reshape(*x.shape[:-1], 2, 4) for part in jnp.split(fused, 3, axis=-1))
+        q, k, v = (part.swapaxes(-2, -3) for part in parts)
+        heads = nnx.softmax(q @ k.swapaxes(-1, -2)) @ v
+        return self.o_proj(heads.swapaxes(-2, -3).reshape(x.shape))
+
+
+def bloom(tokens: int, *, fused: bool = False) -> Twin:
+    x = np.random.default_rng(7).normal(size=(2, tokens, 8)).astype("f")
+    return Twin(
+        name=f"bloom_{tokens}_{fused}",
+        linen=Bloom(),
+        make=lambda: BloomTwin(fused=fused, rngs=nnx.Rngs(0)),
+        inputs=(x,),
+        rules=[],
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_arrays_head_by_head_or_side_by_side_are_told_by_the_outputs(saved: Save, fused: bool):
+    twin = bloom(5, fused=fused)
+    path = saved(twin)
+
+    (question,) = suggest(path, nnx.eval_shape(twin.make)).questions
+    found = settled(twin, path)
+
+    assert question.choices[:2] == ("side by side", "head by head, 2 heads")
+    assert found.confidence == "certain", found
+
+
+def test_a_single_token_does_not_tell_the_order_of_queries_and_keys(saved: Save):
+    twin = bloom(1)
+
+    found = settled(twin, saved(twin))
+
+    assert len(found.questions) == 1
+    assert found.confidence == "open"
+    assert "with these inputs" in found.proof
+    assert "suggest(..., verify=" not in str(found)
+    assert "several tokens" in str(found)
+
+
+@pytest.mark.parametrize("given", [5, (), (lambda *_: 0, lambda *_: 0), "programs.py:PAIR", {"inputs": ()}])
+def test_what_is_no_pair_of_programs_is_told_before_anything_is_searched(given: Any):
+    with pytest.raises(VerificationError, match=r"verify is a .*: it takes \(linen_apply"):
+        suggest("nowhere", nnx.eval_shape(BERT.make), verify=given)

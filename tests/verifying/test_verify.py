@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Transpose, Verification, VerificationError, verify
+from orbax_nnx_handler import Fuse, Transpose, Verification, VerificationError, verify
 from orbax_nnx_handler.planning.core.paths import render
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, TWINS, VIT, LinenEncoderBlock, Twin
 
@@ -241,6 +241,10 @@ def fails(*_: Any) -> Any:
     raise KeyError("tokens")
 
 
+async def awaited(model: Any, x: Any) -> Any:
+    return model(x)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -254,6 +258,19 @@ def fails(*_: Any) -> Any:
         (
             {"nnx_apply": lambda *_: None, "linen_apply": lambda *_: None},
             "the programs return no array",
+        ),
+        ({"linen_apply": VIT.linen}, "linen_apply is a ViT, not a function.\nhint: pass linen_model.apply."),
+        (
+            {"nnx_apply": None},
+            "nnx_apply is a NoneType, not a function.",
+        ),
+        (
+            {"nnx_apply": lambda model, x: (model(x), 1.0)},
+            "let nnx_apply return the first of its 2 parts",
+        ),
+        (
+            {"nnx_apply": awaited},
+            "a program returns a coroutine, which cannot be compared.",
         ),
     ],
 )
@@ -364,6 +381,68 @@ def test_weights_that_the_programs_do_not_run_with_are_named(tmp_path: pathlib.P
     assert found.equal
     (remark,) = found.remarks
     assert remark.endswith("they do not depend on: gate/bias, gate/kernel, head/bias, head/kernel.")
+
+
+class LinenAttention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.Dense(6, name=name)(x) for name in "qkv")
+        return nn.relu(nn.softmax(q @ k.swapaxes(-1, -2)) @ v)
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.qkv = nnx.Linear(6, 18, rngs=rngs)
+
+    def __call__(self, x):
+        q, k, v = jnp.split(self.qkv(x), 3, -1)
+        return nnx.relu(nnx.softmax(q @ k.swapaxes(-1, -2)) @ v)
+
+
+def attended(path: pathlib.Path, tokens: int, order: str, **changed: Any) -> Verification:
+    x = jax.random.normal(jax.random.key(1), (2, tokens, 6))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "checkpoint", LinenAttention().init(jax.random.key(0), x))
+    given = {"linen_apply": LinenAttention().apply, "nnx_apply": lambda model, x: model(x)}
+    return verify(
+        path / "checkpoint",
+        nnx.eval_shape(lambda: Attention(nnx.Rngs(0))),
+        inputs=(x,),
+        renames=[
+            Fuse([f"{name}/kernel" for name in order], "qkv/kernel", axis=1),
+            Fuse([f"{name}/bias" for name in order], "qkv/bias", axis=0),
+        ],
+        **given | changed,
+    )
+
+
+def test_what_a_single_token_does_not_tell_is_named(tmp_path: pathlib.Path):
+    found = attended(tmp_path, 1, "kqv")
+
+    assert found.equal
+    (remark,) = found.remarks
+    assert remark.startswith("the outputs depend on a part alone of qkv/bias, qkv/kernel. Choose inputs of")
+
+
+def test_several_tokens_tell_the_whole(tmp_path: pathlib.Path):
+    found = attended(tmp_path, 4, "qkv")
+
+    assert found.equal
+    assert found.remarks == ()
+
+
+def test_outputs_without_a_float_are_said_to_tell_little(tmp_path: pathlib.Path):
+    found = attended(
+        tmp_path,
+        4,
+        "qkv",
+        linen_apply=lambda variables, x: LinenAttention().apply(variables, x).argmax(-1),
+        nnx_apply=lambda model, x: model(x).argmax(-1),
+    )
+
+    assert found.equal
+    (remark,) = found.remarks
+    assert remark.startswith("the outputs hold no floats")
 
 
 def test_an_input_of_one_number_is_said_to_tell_little(tmp_path: pathlib.Path):

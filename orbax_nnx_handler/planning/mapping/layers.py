@@ -276,9 +276,9 @@ class Side:
         names, numbers = set[str](), set[int]()
         remainder = Group(group.parent, f"{group.name}_remainder")
         left_over = set[str]()
-        for piece in self.all_pieces:
+        for piece in (*self._by_group.get(group, ()), *self._by_group.get(remainder, ())):
             place = piece.place
-            if place.form != "stacked" or place.group not in (group, remainder):
+            if place.form != "stacked":
                 continue
             if len(place.rest) < 2 or not is_number(place.rest[1]):
                 return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -59,8 +60,7 @@ def stored_twice(
         free: The entries that no wanted leaf has the path of, with each reading of their paths.
         scans: The scans that the layout knows by name.
     """
-    others = _by_place(free, scans)
-    if not others:
+    if not fitting or not (others := _by_place(free, scans)):
         return
     left = [below[item.leaf.path] for item in wanted if item.leaf.path not in fitting]
     lacking = {place.group for tokens in left for place in layer_paths(tokens) if place.form == "flat"}
@@ -291,13 +291,7 @@ class Matcher:
             if not some:
                 continue
             paths = {self._below[item.leaf.path]: item.leaf.path for item in some}
-            wanted = Side(
-                list(self._wanted_pieces(some)), functools.partial(self._wanted_pieces, self.wanted)
-            )
-            stored = Side(
-                list(self._stored_pieces(free, collection)),
-                functools.partial(self._stored_pieces, self.entries, collection),
-            )
+            wanted, stored = self._wanted_side(some), self._stored_side(free, collection)
             wanted, stored = wanted.without_blocks(stored), stored.without_blocks(wanted)
             known = self.layout.scan_axis if is_of_parameters(collection) else None
             restacked, open_groups = restack(wanted, stored, self._said(collection), known)
@@ -337,6 +331,18 @@ class Matcher:
             for rule in self.axes
             if rule.tokens[: len(root)] == root
         }
+
+    def _wanted_side(self, left: Sequence[Wanted]) -> Side:
+        pieces = list(self._wanted_pieces(left))
+        if len(left) == len(self.wanted):  # A model of other names: nothing is found by its path.
+            return Side(pieces, lambda: pieces)
+        return Side(pieces, functools.partial(self._wanted_pieces, self.wanted))
+
+    def _stored_side(self, free: Sequence[Entry], collection: str | None) -> Side:
+        pieces = list(self._stored_pieces(free, collection))
+        if len(free) == len(self.entries) and all(map(operator.is_, free, self.entries)):
+            return Side(pieces, lambda: pieces)
+        return Side(pieces, functools.partial(self._stored_pieces, self.entries, collection))
 
     def _wanted_pieces(self, items: Iterable[Wanted]) -> Iterable[LayerPiece]:
         for item in items:

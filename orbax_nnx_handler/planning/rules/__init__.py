@@ -84,9 +84,11 @@ def as_rules(renames: Iterable[Rule | tuple[str, str]]) -> tuple[Rule, ...]:
         RuleError: Something is neither.
     """
     given: object = renames
-    if isinstance(given, Rule | str | Mapping) or _is_pair(given):
+    if isinstance(given, Rule | str | Mapping) or _is_pair(given) or not hasattr(given, "__iter__"):
         raise RuleError(f"{given!r} is no list of rules.", hints=[_LIST])
-    return tuple(rule if isinstance(rule, Rule) else _rename(rule) for rule in renames)
+    return tuple(
+        rule if isinstance(rule, Rule) else _rename(rule) for rule in cast("Iterable[object]", given)
+    )
 
 
 _LIST = (

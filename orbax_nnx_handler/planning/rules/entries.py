@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import Shape, derived, record
+from orbax_nnx_handler.planning.core.leaves import Shape, derived, record, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
@@ -89,7 +89,7 @@ class Entry:
         names, marks = tuple(whole), tuple(fixed)
         beside = self.section in ("optimizer", "step")
         if names[:depth] == self.prefix and len(names) > depth and not beside:
-            return dataclasses.replace(self, segments=names[depth:], fixed=marks, **changes)
+            return with_fields(self, segments=names[depth:], fixed=marks, **changes)
         if self.section == "optimizer":
             above = names[:-1] if names[-1:] == (OPT_STATE,) else names
             return dataclasses.replace(

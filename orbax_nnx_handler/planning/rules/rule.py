@@ -5,6 +5,7 @@ A rule says which leaves by patterns on paths: whole segments, with places for t
 
 import abc
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, parse, render
 from orbax_nnx_handler.planning.core.recipes import RecipeError, render_reads
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -21,6 +22,7 @@ Bindings = Mapping[str, str]
 """What each place of a pattern stood for; the nth star is `__star<n>`."""
 
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
+_NOTHING: Bindings = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,33 +51,31 @@ class Pattern:
         return tuple(f"{{__star{next(stars)}}}" if part == "*" else part for part in parse(self.text))
 
     @cached_property
-    def _parts(self) -> tuple["str | re.Pattern[str]", ...]:
-        return tuple(_compile(part) for part in self.templates)
-
-    @cached_property
     def places(self) -> frozenset[str]:
         """The names of its places, stars included."""
         return frozenset(name for part in self.templates for name in _PLACE.findall(part))
 
+    @cached_property
+    def _open(self) -> frozenset[str]:
+        """The segments that have places."""
+        return frozenset(part for part in self.templates if _PLACE.search(part))
+
     @property
     def width(self) -> int:
         """How many segments it has."""
-        return len(self._parts)
+        return len(self.templates)
 
     def candidates(self, paths: Iterable[Sequence[str]]) -> list[int]:
         """Returns the positions of the paths that may match; quick, as 50 rules meet 20,000 leaves."""
-        anchor, known = self._anchor, dict[str, bool]()
-        if isinstance(anchor, str):
-            return [at for at, names in enumerate(paths) if anchor in names]
-        found: list[int] = []
-        for at, names in enumerate(paths):
-            for name in names:
-                if name not in known:
-                    known[name] = anchor.fullmatch(name) is not None
-                if known[name]:
-                    found.append(at)
-                    break
-        return found
+        every = list(paths)
+        found: Iterable[int] = range(len(every))
+        literal = [part for part in self.templates if part not in self._open]
+        for part in reversed(literal):  # Nearly every path lacks one of them.
+            found = [at for at in found if part in every[at]]
+        if not literal:
+            first = self.templates[0]
+            found = [at for at in found if any(_bound(first, name) is not None for name in every[at])]
+        return list(found)
 
     def spans(self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None) -> Iterator[Span]:
         """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
@@ -91,29 +91,27 @@ class Pattern:
 
     def match(self, names: Sequence[str]) -> Bindings | None:
         """Returns what the places stand for if the segments match, all of them."""
-        if len(names) != len(self._parts):
+        if len(names) != self.width:
             return None
+        if not self._open:
+            return _NOTHING if tuple(names) == self.templates else None
         found: dict[str, str] = {}
-        for part, name in zip(self._parts, names, strict=True):
-            if isinstance(part, str):
+        for part, name in zip(self.templates, names, strict=True):
+            if part not in self._open:
                 if part != name:
                     return None
                 continue
-            hit = part.fullmatch(name)
-            places = hit.groupdict() if hit is not None else {}
-            if hit is None or any(found.get(place, text) != text for place, text in places.items()):
+            places = _bound(part, name)
+            if places is None or any(found.get(place, text) != text for place, text in places.items()):
                 return None
             found.update(places)
         return found
 
     def fill(self, bindings: Bindings) -> tuple[str, ...]:
         """Returns the segments with every place replaced by its text."""
+        if not self._open:
+            return self.templates
         return tuple(_PLACE.sub(lambda place: bindings[place[1]], part) for part in self.templates)
-
-    @cached_property
-    def _anchor(self) -> "str | re.Pattern[str]":
-        literal = [part for part in self._parts if isinstance(part, str)]
-        return literal[-1] if literal else self._parts[0]
 
 
 def shared_ends(one: Sequence[str], other: Sequence[str], least: int = 0) -> tuple[int, int]:
@@ -130,9 +128,15 @@ def shared_ends(one: Sequence[str], other: Sequence[str], least: int = 0) -> tup
     return before, next((at for at in range(rest) if one[-1 - at] != other[-1 - at]), rest)
 
 
-def _compile(part: str) -> "str | re.Pattern[str]":
-    if not _PLACE.search(part):
-        return part
+@functools.lru_cache(maxsize=65536)
+def _bound(part: str, name: str) -> Bindings | None:
+    """Returns what the places of a segment stand for in a name; a model has few names and many leaves."""
+    hit = _compiled(part).fullmatch(name)
+    return hit.groupdict() if hit is not None else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(part: str) -> re.Pattern[str]:
     seen: set[str] = set()
     text = ""
     for position, bit in enumerate(_PLACE.split(part)):
@@ -209,7 +213,7 @@ class Match:
         """Returns the entry under a filled pattern and with other changes, as what a rule has made."""
         reason = reason_of(rule, self.entry)
         name = self.renamed(pattern, bindings)
-        return dataclasses.replace(name, fixed=(), named=True, reason=reason, **changes)
+        return with_fields(name, fixed=(), named=True, reason=reason, **changes)
 
 
 def find(pattern: Pattern, entries: Iterable[Entry], *, weights_only: bool = True) -> dict[int, Match]:
@@ -226,13 +230,10 @@ def find(pattern: Pattern, entries: Iterable[Entry], *, weights_only: bool = Tru
         entry = listed[at]
         if weights_only and entry.section in ("optimizer", "step"):
             continue
-        for span in _first(pattern, entry):
+        span = next(pattern.spans(entry.whole), None)
+        if span is not None:
             found[at] = Match(entry, span)
     return found
-
-
-def _first(pattern: Pattern, entry: Entry) -> list[Span]:
-    return list(pattern.spans(entry.whole))[:1]
 
 
 def replace_each(
@@ -248,8 +249,11 @@ def replace_each(
     matches = find(pattern, entries)
     after, changed, bad = list[Entry](), list[Entry](), list[tuple[Entry, str]]()
     for at, entry in enumerate(entries):
+        if at not in matches:
+            after.append(entry)
+            continue
         try:
-            made = make(matches[at]) if at in matches else (entry,)
+            made = make(matches[at])
         except RecipeError as error:
             bad.append((entry, str(error)))
         else:

@@ -10,7 +10,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError, first_of_each
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -374,7 +374,7 @@ def _through(entry: Entry, reason: str, step: Callable[[Recipe], Recipe]) -> Ent
     """Returns the entry with one more step, its shape checked."""
     here: Path = ("(before)",)
     shape = recipes.shape_of(step(recipes.Read(here)), {here: entry.shape})
-    return dataclasses.replace(entry, recipe=step(entry.recipe), shape=shape, reason=reason)
+    return with_fields(entry, recipe=step(entry.recipe), shape=shape, reason=reason)
 
 
 def _set_integers(rule: Rule, name: str, values: Iterable[int]) -> None:

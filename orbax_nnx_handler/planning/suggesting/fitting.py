@@ -10,21 +10,21 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
-from orbax_nnx_handler.planning.rules import Add, Fuse, Repeat, Reshape, Rule, Split, Transpose
+from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import PLACING, NamedPart, compare_numbers, same_place
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
-    Step,
     Way,
+    arrangements,
     chain_of,
     cuts_of,
     is_vector,
     joints,
     lifted,
+    several_times,
     shaping,
     ways,
 )
@@ -86,12 +86,6 @@ def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way,
     return (left, right, found) if found else None
 
 
-def main_size(role: NamedPart) -> int:
-    """Returns how many elements a part's main leaf holds."""
-    leaves = role.part.leaves
-    return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
-
-
 def may_be(one: NamedPart, other: NamedPart) -> bool:
     """Tells whether no name speaks against a pair."""
     left, right = one.said, other.said
@@ -115,9 +109,7 @@ def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple
     if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
         return ()
     found = ways(stored.shape, wanted.shape)
-    if len(found) > 1 and _is_table(one) and _is_table(other):
-        return found[:1]
-    return found
+    return found[:1] if one.is_table and other.is_table else found
 
 
 def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> bool:
@@ -125,11 +117,6 @@ def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other:
     if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
         return True
     return one.part.is_norm and other.part.is_norm
-
-
-def _is_table(role: NamedPart) -> bool:
-    """Tells whether a part is a table of rows, which nobody stores the other way around."""
-    return bool(role.said & {"embed", "pos", "token", "type", "cls"}) and "head" not in role.said
 
 
 # Several in one array.
@@ -146,22 +133,47 @@ def joined_parts(
         before = -1
         while before < len(links):  # What one whole takes may tell the parts of another.
             before = len(links)
-            for whole in [role for role in wholes if role.fused]:
+            for whole in [role for role in wholes if role.fused or role.untold]:
                 found, tie = _joined_once(whole, wholes, singles, split)
                 links += found
                 ties += [tie] if tie is not None else []
-    return links, ties, left, right
+    return links, [*ties, *_arranged_otherwise(left, right)], left, right
+
+
+def _arranged_otherwise(wanted: Sequence[NamedPart], stored: Sequence[NamedPart]) -> Iterator[Tie]:
+    """Yields an array of all parts on both sides that one of them may keep head by head."""
+    pairs = [
+        (a, b) for a, b in itertools.product(wanted, stored) if _untold_beside(a, b) or _untold_beside(b, a)
+    ]
+    for one, other in pairs if len(pairs) == 1 else ():
+        ours, theirs = one.part.leaves, other.part.leaves
+        if {kind: leaf.shape for kind, leaf in ours.items()} == {kind: x.shape for kind, x in theirs.items()}:
+            links = [
+                Link(wanted=(leaf,), stored=(theirs[kind],), grounds="names", ways=((Way(()),),))
+                for kind, leaf in ours.items()
+            ]
+            readings = _by_head(links, len(one.fused or other.fused), split=bool(other.untold))
+            yield Tie(wanted=(one.part.names,), stored=(other.part.names,), readings=readings)
+
+
+def _untold_beside(one: NamedPart, other: NamedPart) -> bool:
+    return bool(one.untold) and one.untold == other.fused
 
 
 def _joined_once(
     whole: NamedPart, wholes: list[NamedPart], singles: list[NamedPart], split: bool
 ) -> tuple[list[Link], Tie | None]:
     """Returns the links of a fused part, or its readings, and takes what they are about from both sides."""
-    parts = _single_parts(whole, singles)
+    named = dataclasses.replace(whole, fused=whole.fused or whole.untold)
+    parts = _single_parts(named, singles)
     if parts is None:
         return [], None
-    found, tie = links_of(whole, parts, split), None
-    if not found and split and (readings := _repeated(whole, parts)):
+    found, tie = links_of(named, parts, split), None
+    readings = _by_head(found, len(parts), split=split) if whole.untold else ()
+    if not found and split:
+        readings = _repeated(whole, parts)
+    if readings:
+        found = []
         tie = Tie(
             wanted=tuple(part.part.names for part in parts), stored=(whole.part.names,), readings=readings
         )
@@ -173,6 +185,25 @@ def _joined_once(
             singles.remove(part)
             singles += _rest(part, used)
     return found, tie
+
+
+def _by_head(links: Sequence[Link], count: int, *, split: bool) -> tuple[tuple[Link, ...], ...]:
+    """Returns fused parts side by side, and head by head; the number of heads may be open too."""
+    joints = [link.joint for link in links if link.joint is not None]
+    if not links or any(joint.is_new or joint.sizes for joint in joints):
+        return ()
+    wholes = [(link.source if split else link.target).shape for link in links]
+    axes = [link.joint.axis if link.joint is not None else len(link.target.shape) - 1 for link in links]
+    singles = [leaf.shape for link in links for leaf in (link.wanted if split else link.stored) if joints]
+    return tuple(
+        tuple(
+            dataclasses.replace(link, told=told, **{"after": steps} if joints else {"ways": ((Way(steps),),)})
+            for link, steps in zip(links, found, strict=True)
+        )
+        for told, found in itertools.islice(
+            arrangements(wholes, axes, count, singles, split=split), _READINGS
+        )
+    )
 
 
 def _rest(role: NamedPart, used: Collection[int]) -> list[NamedPart]:
@@ -257,20 +288,10 @@ def _repeated(whole: NamedPart, parts: Sequence[NamedPart]) -> tuple[tuple[Link,
         fewer = (*shape[:axis], length // times, *shape[axis + 1 :])
         options = joints([fewer] * len(wanted), leaf.shape, split=True) if length % times == 0 else ()
         for joint, together in itertools.product(options, (False, True)):
-            made = tuple((_again(way[0], fewer, axis, times, together),) for way in joint.parts)
+            made = tuple((several_times(way[0], fewer, axis, times, together),) for way in joint.parts)
             link = Link(wanted=tuple(wanted), stored=(leaf,), grounds="names", ways=made, joint=joint)
             readings += [(link,)] if joint.is_new else []
     return tuple(readings[:_READINGS])
-
-
-def _again(way: Way, shape: Shape, axis: int, times: int, together: bool) -> Way:
-    """Returns a way after which the heads along an axis are there several times."""
-    more = (*shape[:axis], shape[axis] * times, *shape[axis + 1 :])
-    if not together:
-        return Way((*way.steps, Step("repeat", shape, more, (axis,))))
-    one, several = ((*shape[:axis], count, *shape[axis:]) for count in (1, times))
-    steps = Step("reshape", shape, one), Step("repeat", one, several, (axis,)), Step("reshape", several, more)
-    return Way((*way.steps, *steps))
 
 
 def joining_rule(
@@ -306,20 +327,6 @@ def _cut_alike(parts: Sequence[Names], whole: Names, kept: int) -> tuple[list[Na
     """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
     before = max(len(_common([*parts, whole])) - kept, 0)
     return [path[before:] for path in parts], whole[before:]
-
-
-def shaping_rule(pattern: str, step: Step) -> Rule:
-    """Returns the rule of one step."""
-    match step.kind:
-        case "transpose":
-            return Transpose(pattern, step.axes)
-        case "reshape":
-            return Reshape(pattern, step.shape, step.before)
-        case "repeat":
-            (axis,) = step.axes
-            return Repeat(pattern, axis, step.shape[axis] // step.before[axis])
-        case "add":
-            return Add(pattern, step.constant)
 
 
 # Another recipe than the one that was found.

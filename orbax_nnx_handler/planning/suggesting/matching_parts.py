@@ -13,7 +13,6 @@ from orbax_nnx_handler.planning.suggesting.fitting import (
     fit_of,
     joined_parts,
     links_of,
-    main_size,
     may_be,
 )
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
@@ -101,7 +100,7 @@ def _gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> It
 
 
 def _orders(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> tuple[tuple[Link, ...], ...]:
-    if main_size(whole) != sum(map(main_size, parts)) or exclude(
+    if whole.main_size != sum(part.main_size for part in parts) or exclude(
         whole.said - {"up"}, parts[0].said - {"gate"}
     ):
         return ()
@@ -125,9 +124,9 @@ class _Pairs:
         self._unlikely: list[tuple[int, int]] = []
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
-            sizes[main_size(other)].append(to)
+            sizes[other.main_size].append(to)
         for at, one in enumerate(wanted):
-            for to in sizes.get(main_size(one), ()):
+            for to in sizes.get(one.main_size, ()):
                 fit = fit_of(one, stored[to])
                 if fit is not None and may_be(one, stored[to]):
                     self._fits[at, to] = fit

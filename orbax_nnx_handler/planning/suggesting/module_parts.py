@@ -1,11 +1,11 @@
 """The parts of a model that hold leaves of their own, and the links found between those of two sides."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import Shape, record
@@ -62,16 +62,19 @@ def levels(names: Names) -> tuple[Level, ...]:
     """Returns the levels of a path; a number by itself belongs to the name before it."""
     found: list[Level] = []
     for name in names:
-        numbered = _NUMBERED.fullmatch(name)
         if is_index(name) and found and found[-1].number is None:
             found[-1] = Level(found[-1].base, int(name), "/", 2)
-        elif is_index(name):
-            found.append(Level("", int(name), "/"))
-        elif numbered is not None:
-            found.append(Level(numbered[1], int(numbered[3]), numbered[2]))
         else:
-            found.append(Level(name))
+            found.append(_level(name))
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=16384)
+def _level(name: str) -> Level:
+    numbered = _NUMBERED.fullmatch(name)
+    if is_index(name):
+        return Level("", int(name), "/")
+    return Level(name) if numbered is None else Level(numbered[1], int(numbered[3]), numbered[2])
 
 
 _PARAMETERS = {
@@ -97,23 +100,23 @@ class ModulePart:
     names: Names
     leaves: Mapping[str, Leaf]
 
-    @cached_property
+    @functools.cached_property
     def levels(self) -> tuple[Level, ...]:
         """Its path level by level."""
         return levels(self.names)
 
-    @cached_property
+    @functools.cached_property
     def own(self) -> Concepts:
         """What its last name says."""
         last = self.levels[-1] if self.levels else Level("")
         return frozenset(meanings(last.base)) | self._kind
 
-    @cached_property
+    @functools.cached_property
     def said(self) -> Concepts:
         """What all its names say."""
         return concepts(level.base for level in self.levels) | self._kind
 
-    @cached_property
+    @functools.cached_property
     def _kind(self) -> Concepts:
         leaf = self.leaves.get("main")
         if leaf is None or leaf.names[-len(self.names) :] == self.names:
@@ -242,7 +245,8 @@ class Link:
         grounds: What it rests on.
         ways: For each part its ways of shape; more than one where shapes leave a choice.
         joint: How the parts lie in the whole, where there are several.
-        after: What is done with a whole once its parts are joined.
+        after: What is done with a whole once its parts are joined, or before it is taken apart.
+        told: What `after` comes to, in words.
         fact: The code base whose convention it follows.
         levels: Segments of the stored and of the wanted path that count the same layers.
         copied: Whether the stored leaf has a wanted leaf of its own beside this one.
@@ -256,6 +260,7 @@ class Link:
     ways: tuple[tuple[Way, ...], ...]
     joint: Joint | None = None
     after: Steps = ()
+    told: str = ""
     fact: str = ""
     levels: tuple[tuple[int, int], ...] = ()
     copied: bool = False
@@ -365,6 +370,21 @@ def readings_of(link: Link) -> tuple[Link, ...]:
         )
         for turned in (False, True)
     )
+
+
+def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
+    """Tells whether a link does not take a leaf that another one has by its name."""
+    sources = {leaf.source for leaf in link.stored}
+    for leaf in link.wanted:
+        if leaf.source in settled:
+            return sources <= settled[leaf.source]
+    return link.copied or all(claimed.get(path) is None for path in sources)
+
+
+def simplest(links: Sequence[Link]) -> list[Link]:
+    """Returns links with the simplest way of each where nothing decides."""
+    settled, left = settle_turns(links)
+    return [*settled, *(readings_of(link)[0] for link in left)]
 
 
 def _stored(link: Link) -> Iterable[Leaf]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ class NamedPart:
         position: Where it stands in the order of computation, where its names tell.
         fused: The roles that it holds in one array, in their order; empty for one role.
         fact: The code base whose convention tells the order of `fused`, or the role.
+        untold: The roles that it holds in one array, either side by side or head by head.
     """
 
     part: ModulePart
@@ -42,11 +44,23 @@ class NamedPart:
     position: float | None
     fused: tuple[str, ...] = ()
     fact: str = ""
+    untold: tuple[str, ...] = ()
 
     @property
     def place(self) -> float | None:
         """Of a norm, where it stands in its block, where its name tells."""
         return self.position if self.part.is_norm else None
+
+    @property
+    def main_size(self) -> int:
+        """How many elements its main leaf holds."""
+        leaves = self.part.leaves
+        return math.prod((leaves.get("main") or next(iter(leaves.values()))).shape)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table of rows, which nobody stores the other way around."""
+        return bool(self.said & {"embed", "pos", "token", "type", "cls"}) and "head" not in self.said
 
 
 PLACING = frozenset(("pre", "post", "first", "last", "in", "out", "attn", "mlp", "self", "cross"))
@@ -93,9 +107,12 @@ _FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 """Names of fused parts that do not say their order themselves, and whose convention tells it."""
 
-_INTERLEAVED = "query_key_value"
-"""The name of NeoX and Bloom for an array that holds query, key and value head by head; of others one after
-the other."""
+_UNTOLD: Mapping[str, tuple[str, ...]] = {
+    "query_key_value": ("q", "k", "v"),
+    "wqkv": ("q", "k", "v"),
+    "kqv": ("k", "q", "v"),
+}
+"""Names of arrays that hold query, key and value head by head (NeoX, Bloom), or of others side by side."""
 
 _NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
     ("wi", (0, 1)): (("gate", "up"), "T5 and MaxText: wi_0 is the activated one"),
@@ -143,7 +160,7 @@ class _Context:
         else:
             fact = self._resolve(part, said, numbers) or fact
         position = self._position(part, said)
-        return NamedPart(part, frozenset(said), numbers, position, fused, fact)
+        return NamedPart(part, frozenset(said), numbers, position, fused, fact, _untold(part))
 
     def _surroundings(self, part: ModulePart) -> set[str]:
         """Returns what the modules around a part hold: an attention, a gated network."""
@@ -164,7 +181,7 @@ class _Context:
         known = _FUSED.get(last)
         if known is not None and part.levels[-1].number is None:
             return known
-        if last == _INTERLEAVED:
+        if _untold(part):
             return (), ""
         named = tuple(word for word in meanings(last) if word in _QKV)
         if len(named) < 2:
@@ -241,6 +258,11 @@ class _Context:
         if "out" in around and not side:
             side = 1
         return _END * side if side else None
+
+
+def _untold(part: ModulePart) -> tuple[str, ...]:
+    last = part.levels[-1].base.lower() if part.levels else ""
+    return next((roles for name, roles in _UNTOLD.items() if name in last), ())
 
 
 def _component(said: Iterable[str]) -> float | None:

@@ -21,10 +21,11 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Leaf,
     Link,
     Names,
+    agrees,
     place_of,
     readings_of,
-    settle_turns,
     shared_names,
+    simplest,
 )
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -38,7 +39,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     untyped_leaves,
     wanted_leaves,
 )
-from orbax_nnx_handler.planning.suggesting.series import Order
+from orbax_nnx_handler.planning.suggesting.series import Order, of_few_layers
 from orbax_nnx_handler.planning.suggesting.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
@@ -222,7 +223,7 @@ class _Proposing:
             if item.leaf.path in self._base.restored
         }
         claimed = {path: wanted for wanted, sources in settled.items() for path in sources}
-        kept = [link for link in links if _agrees(link, settled, claimed)]
+        kept = [link for link in links if agrees(link, settled, claimed)]
         covered = {leaf.source for link in kept for leaf in link.wanted}
         ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
         theirs = {leaf.source: leaf for leaf in stored_leaves(self._mapping.applied.entries, False)}
@@ -253,12 +254,23 @@ class _Proposing:
         return best
 
     def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> _Tried:
-        rules = self._write(links, searched, root, below)
-        tried = self._judged(links, rules, root, below)
+        rules, tried = self._written(links, searched, root, below)
         if tried.is_clean or not any(map(_changes_nothing, rules)):
             return tried
         changing = {rule: some for rule, some in rules.items() if not _changes_nothing(rule)}
         return self._judged(links, changing, root, below)
+
+    def _written(
+        self, links: Sequence[Link], searched: Searched, root: int, below: Names
+    ) -> tuple[Mapping[Rule, Sequence[Link]], _Tried]:
+        """Returns the rules of a few layers, if they are those of all; else those of all."""
+        few, entries = of_few_layers(links, self._entries)
+        rules = Writer(entries, root, below).write(few, searched.found.groups)
+        tried = self._judged(links, rules, root, below)
+        if tried.is_clean or few is links:
+            return rules, tried
+        rules = self._write(links, searched, root, below)
+        return rules, self._judged(links, rules, root, below)
 
     def _judged(
         self, links: Sequence[Link], rules: Mapping[Rule, Sequence[Link]], root: int, below: Names
@@ -327,8 +339,11 @@ class _Proposing:
     def _write(
         self, links: Sequence[Link], searched: Searched, root: int, below: Names
     ) -> Mapping[Rule, Sequence[Link]]:
-        entries = [entry for entry in self._mapping.applied.entries if entry.section == "model"]
-        return Writer(entries, root, below).write(links, searched.found.groups)
+        return Writer(self._entries, root, below).write(links, searched.found.groups)
+
+    @cached_property
+    def _entries(self) -> Sequence[Entry]:
+        return [entry for entry in self._mapping.applied.entries if entry.section == "model"]
 
     def _roots(self, links: Sequence[Link]) -> Iterator[tuple[int, Names]]:
         """Yields where the model may sit in the target, and the stored levels that go by themselves."""
@@ -357,7 +372,7 @@ class _Proposing:
         found: list[_Open] = []
         for tie in searched.found.ties:
             readings = [
-                tuple(_straight(reading))
+                tuple(simplest(reading))
                 for reading in tie.readings
                 if not any(leaf.source in covered for link in reading for leaf in link.wanted)
                 and not any(
@@ -365,7 +380,7 @@ class _Proposing:
                 )
             ]
             if len(readings) == len(tie.readings) or len(readings) > 1:
-                is_joined = len(readings) > 1 and all(link.joint is not None for link in readings[0])
+                is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
                 found.append(_Open("how" if is_joined else "which", tuple(readings)))
         for group in by_template(searched.turns).values():
             left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
@@ -417,19 +432,13 @@ def _modules(item: _Open, side: Literal["stored", "wanted"]) -> tuple[Path, ...]
     )
 
 
-def _straight(links: Sequence[Link]) -> list[Link]:
-    """Returns links with the simplest way of each where nothing decides."""
-    settled, left = settle_turns(links)
-    return [*settled, *(readings_of(link)[0] for link in left)]
-
-
 def _words(item: _Open, reading: Sequence[Link]) -> str:
     """Returns a reading in words: its rules are for the machine."""
     if item.about == "transposed":
         turned = any(way.turned for link in reading for ways in link.ways for way in ways)
         return "transposed" if turned else "as it is"
     if item.about == "how":
-        said = ", ".join(map(str, (*reading[0].after, *reading[0].ways[0][0].steps))) or "one after the other"
+        said = reading[0].told or ", ".join(map(str, reading[0].ways[0][0].steps)) or "one after the other"
         orders = {each[0].parts for each in item.readings}
         return said if len(orders) == 1 else f"{said}: {', '.join(reading[0].parts)}"
     pairs = dict.fromkeys((_part(link.source), _part(link.target)) for link in reading)
@@ -438,12 +447,3 @@ def _words(item: _Open, reading: Sequence[Link]) -> str:
 
 def _part(leaf: Leaf) -> str:
     return "/".join(place_of(leaf.names)[0] or leaf.names)
-
-
-def _agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
-    """Tells whether a link does not take a leaf that another one has by its name."""
-    sources = {leaf.source for leaf in link.stored}
-    for leaf in link.wanted:
-        if leaf.source in settled:
-            return sources <= settled[leaf.source]
-    return link.copied or all(claimed.get(path) is None for path in sources)

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, main_size, may_be
+from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, may_be
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
 from orbax_nnx_handler.planning.suggesting.module_parts import (
@@ -229,7 +229,8 @@ def steps_by_leaf(
         for at, leaf in enumerate(link.wanted):
             way = link.ways[at if link.is_split else 0][0]
             if not link.source.made:
-                found[leaf.source] = (*before, *(step.kind for step in (*way.steps, *link.after)))
+                steps = (*link.after, *way.steps) if link.is_split else (*way.steps, *link.after)
+                found[leaf.source] = (*before, *(step.kind for step in steps))
     return found
 
 
@@ -251,11 +252,11 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     fits: dict[int, dict[int, Fit]] = defaultdict(dict)
     sizes: dict[int, list[int]] = defaultdict(list)
     for to, other in enumerate(theirs):
-        sizes[main_size(other)].append(to)
+        sizes[other.main_size].append(to)
     counts: dict[int, int] = defaultdict(int)
-    alike = Counter(map(main_size, ours))
+    alike = Counter(one.main_size for one in ours)
     for at, one in enumerate(ours):
-        size = main_size(one)
+        size = one.main_size
         if alike[size] * len(sizes[size]) > MOST_PAIRS:
             continue
         for to in sizes[size]:
@@ -276,7 +277,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
             found += _links(options.values())
             continue
         # A vector with an element for each token is a bias of the logits.
-        is_bias = theirs[to].part.is_vector and main_size(theirs[to]) in tokens
+        is_bias = theirs[to].part.is_vector and theirs[to].main_size in tokens
         if all(fit.is_exact and (is_bias or _is_meant(ours[at], theirs[to])) for at, fit in options.items()):
             found += _links(options.values())
     return found

@@ -11,8 +11,16 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_parts import best_pairs
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, levels, module_parts, sizes_of
+from orbax_nnx_handler.planning.suggesting.module_parts import (
+    Leaf,
+    Link,
+    Names,
+    levels,
+    module_parts,
+    sizes_of,
+)
 from orbax_nnx_handler.planning.suggesting.words import concepts, exclude, likeness
 
 _PLACE = "{i}"
@@ -334,3 +342,57 @@ def _is_part(name: str, part: Any) -> bool:
     # `_pytree__...`: Flax keeps its own records of a module beside the module's parts.
     kinds: tuple[type[Any], ...] = (nnx.Pytree, nnx.Variable, dict, list, tuple)
     return not name.startswith("_pytree") and isinstance(part, kinds)
+
+
+# A few layers in the place of all.
+
+
+def of_few_layers(links: Sequence[Link], entries: Sequence[Entry]) -> tuple[Sequence[Link], Sequence[Entry]]:
+    """Returns the links of the first two and of the last layer of each kind; all where some are stacked.
+
+    Rules for them are most likely those for all, and take a fraction of the time to write.
+
+    Args:
+        links: The links.
+        entries: The stored model; what only the other links use is left out.
+    """
+    if any(link.layers is not None or link.copied or link.source.made for link in links):
+        return links, entries
+    kinds: dict[object, list[tuple[Link, tuple[str, ...]]]] = defaultdict(list)
+    for link in links:
+        kind, numbers = _kind_of(link)
+        kinds[kind].append((link, numbers))
+    few = {id(link) for members in kinds.values() for link in _first_and_last(members)}
+    if len(few) == len(links):
+        return links, entries
+    used = {leaf.source for link in links if id(link) in few for leaf in link.stored}
+    others = {leaf.source for link in links if id(link) not in few for leaf in link.stored} - used
+    kept = [entry for entry in entries if entry.sources[0] not in others]
+    return [link for link in links if id(link) in few], kept
+
+
+def _kind_of(link: Link) -> tuple[object, tuple[str, ...]]:
+    """Returns what the links of one leaf in all layers share, and the numbers of the layers."""
+    stored, wanted = ([list(leaf.names) for leaf in side] for side in (link.stored, link.wanted))
+    numbers = tuple(_number(stored[0][seat]) for seat, _ in link.levels)
+    for number, (seat, aim) in zip(numbers, link.levels, strict=True):
+        for names, at in (*((names, seat) for names in stored), *((names, aim) for names in wanted)):
+            if _number(names[at]) != number:
+                return id(link), ()  # By itself: the two sides do not count alike.
+            names[at] = names[at].removesuffix(number)
+    names = tuple(tuple(map(tuple, side)) for side in (stored, wanted))
+    return (names, link.levels, link.ways, link.joint, link.after, link.grounds, link.fact), numbers
+
+
+def _number(name: str) -> str:
+    return name[len(name.rstrip("0123456789")) :]
+
+
+def _first_and_last(members: Sequence[tuple[Link, tuple[str, ...]]]) -> Iterator[Link]:
+    columns = [
+        sorted({*map(int, column)}) for column in zip(*(numbers for _, numbers in members), strict=True)
+    ]
+    few = [{str(number) for number in (*column[:2], column[-1])} for column in columns]
+    for link, numbers in members:
+        if all(number in some for number, some in zip(numbers, few, strict=True)):
+            yield link

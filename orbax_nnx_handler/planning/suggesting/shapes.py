@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes, shape_of
+from orbax_nnx_handler.planning.rules import Add, Repeat, Reshape, Rule, Transpose
 
 _MOST_AXES = 6
 
@@ -258,6 +259,78 @@ def joints(parts: Sequence[Shape], whole: Shape, *, split: bool) -> Iterator[Joi
 def _ways_of(parts: Sequence[Shape], pieces: Sequence[Shape], split: bool) -> tuple[tuple[Way, ...], ...]:
     both = zip(parts, pieces, strict=True)
     return tuple(ways(piece, part) if split else ways(part, piece) for part, piece in both)
+
+
+def several_times(way: Way, shape: Shape, axis: int, times: int, together: bool) -> Way:
+    """Returns a way after which the heads along an axis are there several times, in a row or together."""
+    more = (*shape[:axis], shape[axis] * times, *shape[axis + 1 :])
+    if not together:
+        return Way((*way.steps, Step("repeat", shape, more, (axis,))))
+    one, several = ((*shape[:axis], count, *shape[axis:]) for count in (1, times))
+    steps = Step("reshape", shape, one), Step("repeat", one, several, (axis,)), Step("reshape", several, more)
+    return Way((*way.steps, *steps))
+
+
+_HEAD = 64
+"""The usual number of features of a head."""
+
+
+def arrangements(
+    wholes: Sequence[Shape], axes: Sequence[int], count: int, parts: Sequence[Shape], *, split: bool
+) -> Iterator[tuple[str, Sequence[Steps]]]:
+    """Yields how parts may lie in arrays: side by side, or for each head its share of each part.
+
+    Args:
+        wholes: The shapes of the arrays: of a kernel, of its bias.
+        axes: The axis along which the parts lie in each.
+        count: How many parts.
+        parts: Their shapes, where they are kept apart; one with an axis of heads tells how many there are.
+        split: Whether the arrays are stored; then the steps lead to parts side by side.
+
+    Yields:
+        The arrangement in words, and for each array the steps to or from parts side by side.
+    """
+    yield "side by side", [()] * len(wholes)
+    lengths = {shape[axis] // count for shape, axis in zip(wholes, axes, strict=True)}
+    if len(lengths) > 1 or any(shape[axis] % count for shape, axis in zip(wholes, axes, strict=True)):
+        return
+    for heads in _heads_of(next(iter(lengths)), parts):
+        counts = (heads, count) if split else (count, heads)
+        steps = [_by_head(shape, axis, counts) for shape, axis in zip(wholes, axes, strict=True)]
+        yield f"head by head, {heads} heads", steps
+
+
+def _heads_of(length: int, shapes: Sequence[Shape]) -> list[int]:
+    """Returns how many heads so many features may belong to, likely ones first."""
+    numbers = [number for number in range(2, length) if length % number == 0]
+    told = [
+        number
+        for number in numbers
+        if shapes and all(shape[-2:] == (number, length // number) for shape in shapes)
+    ]
+    return told or sorted(numbers, key=lambda number: abs(math.log(length / number / _HEAD)))
+
+
+def _by_head(shape: Shape, axis: int, counts: tuple[int, int]) -> Steps:
+    width = shape[axis] // math.prod(counts)
+    divided, moved = ((*shape[:axis], *each, width, *shape[axis + 1 :]) for each in (counts, counts[::-1]))
+    order = [*range(len(divided))]
+    order[axis], order[axis + 1] = axis + 1, axis
+    return (Step("reshape", shape, divided), _transpose(divided, tuple(order)), Step("reshape", moved, shape))
+
+
+def shaping_rule(pattern: str, step: Step) -> Rule:
+    """Returns the rule of one step."""
+    match step.kind:
+        case "transpose":
+            return Transpose(pattern, step.axes)
+        case "reshape":
+            return Reshape(pattern, step.shape, step.before)
+        case "repeat":
+            (axis,) = step.axes
+            return Repeat(pattern, axis, step.shape[axis] // step.before[axis])
+        case "add":
+            return Add(pattern, step.constant)
 
 
 # Steps out of recipes.

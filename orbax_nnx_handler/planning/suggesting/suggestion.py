@@ -181,7 +181,7 @@ class Suggestion:
         for question in self.questions:
             lines.append(_comment(f"question: {question}"))
             lines += [_comment(f"    {choice}") for choice in question.choices]
-        if self.questions:
+        if self.questions and not self.proof:
             lines.append(
                 "# to settle a question, run both: suggest(..., verify=(linen_apply, nnx_apply, inputs))."
             )

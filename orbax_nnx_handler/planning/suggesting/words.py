@@ -27,7 +27,7 @@ _SPELLINGS = {
     "q": "q query queries wq",
     "k": "k key keys wk",
     "v": "v value values val wv",
-    "q k v": "qkv",
+    "q k v": "qkv wqkv kqv",
     "k v": "kv",
     "o": "o",
     "out": "out output outputs wo",

@@ -19,10 +19,10 @@ from orbax_nnx_handler.planning.rules import (
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rename import leads_back
 from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends
-from orbax_nnx_handler.planning.suggesting.fitting import joining_rule, shaping_rule
+from orbax_nnx_handler.planning.suggesting.fitting import joining_rule
 from orbax_nnx_handler.planning.suggesting.module_parts import Layers, Link, Names, with_places
 from orbax_nnx_handler.planning.suggesting.series import whole_parts
-from orbax_nnx_handler.planning.suggesting.shapes import Steps
+from orbax_nnx_handler.planning.suggesting.shapes import Steps, shaping_rule
 
 _MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}
@@ -126,9 +126,10 @@ class Writer:
         return (*self.below, *names[self.root :])
 
     def _moves(self, link: Link) -> list[_Move]:
-        if link.is_split:
-            return []
         aim, seats = self._aim(link, link.target.names), link.seats(self.root - len(self.below))
+        if link.is_split:
+            whole = self._now(link, link.source.names)
+            return [_Move(whole, whole, [*seats], link, link.after)] if link.after else []
         if link.source.made:
             return self._gates(link, aim, seats)
         found: list[_Move] = []

@@ -422,11 +422,15 @@ def refuse_nameless(target: Target, stored: Mapping[Path, Any]) -> None:
 
 
 def refuse_empty(item: Any, target: Target) -> None:
-    """Raises where a target has no leaf.
+    """Raises where a target has no leaf that has a name.
 
     Raises:
-        RestoreError: Nothing is wanted.
+        RestoreError: Nothing is wanted, or a value by itself.
     """
+    if () in target.leaves:
+        raise RestoreError(
+            f"the target is a {type(item).__name__} by itself, without a name.", hints=_WAYS_OUT
+        )
     if target.leaves:
         return
     what = "None" if item is None else f"a {type(item).__name__} without a leaf"

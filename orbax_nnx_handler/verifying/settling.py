@@ -131,7 +131,11 @@ class Settling:
             if answer is None
         }
         for one in self._modules(runs) if ways else ():
-            about = [number for number in ways if answers[number] is None and _touches(one, ways[number])]
+            about = [
+                number
+                for number in ways
+                if answers[number] is None and _touches(one, ways[number]) and self._may_tell(one, number)
+            ]
             if not about or not all(_stays_within(one, ways[number], plan) for number in about):
                 continue
             if math.prod(len(ways[number]) for number in about) > _MOST_TOGETHER:
@@ -140,6 +144,11 @@ class Settling:
             for number, answer in zip(about, chosen or (), strict=False):
                 answers[number] = answer if answer >= 0 else None
         return ways
+
+    def _may_tell(self, one: Compared, number: int) -> bool:
+        """Tells whether a module may answer a question: not one whose outputs come in another order too."""
+        question = self.suggestion.questions[number]
+        return question.about != "how" or not any(leaf[:-1] == one.path for leaf in question.wanted)
 
     def _ways(
         self, number: int, answers: Sequence[int | None], changes: Sequence[Remade], plan: RestorePlan

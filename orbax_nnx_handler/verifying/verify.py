@@ -167,6 +167,8 @@ _MORE = "Choose inputs of several examples, tokens and positions."
 _MUCH = 1 / 3
 """The share of a weight without an effect that is worth a word."""
 _MOST_GROUPS = 8
+_A_LITTLE = 1e-3
+"""What is added to weights to see whether that has an effect: a unit of a relu that is off stays off."""
 
 
 def _idle(
@@ -178,6 +180,7 @@ def _idle(
         return wholes, []
     without = {path: (slope == 0) for path, slope in slopes.items() if path in plan.restored}
     masks = {path: mask for path, zero in without.items() if (mask := _slices(path, zero)) is not None}
+    masks = {path: mask * _A_LITTLE for path, mask in masks.items()}
     # What has no derivative may have an effect all the same: a count, a rounded value.
     groups: dict[Path, dict[Path, Any]] = defaultdict(dict)
     for path, mask in masks.items():

@@ -259,7 +259,10 @@ async def awaited(model: Any, x: Any) -> Any:
             {"nnx_apply": lambda *_: None, "linen_apply": lambda *_: None},
             "the programs return no array",
         ),
-        ({"linen_apply": VIT.linen}, "linen_apply is a ViT, not a function.\nhint: pass linen_model.apply."),
+        (
+            {"linen_apply": VIT.linen},
+            "linen_apply is a LinenVit, not a function.\nhint: pass linen_model",
+        ),
         (
             {"nnx_apply": None},
             "nnx_apply is a NoneType, not a function.",

@@ -161,7 +161,11 @@ def _version() -> str:
 
 
 def _stay_off_accelerators(arguments: argparse.Namespace) -> None:
-    """Keeps JAX on the host: nothing here needs an accelerator, and a running job may hold it."""
-    if getattr(arguments, "any_device", False) or "JAX_PLATFORMS" in os.environ:
+    """Keeps JAX on the host: a verdict needs no accelerator, and a job whose environment this is may hold it.
+
+    Where the user's programs run, `JAX_PLATFORMS` says on what.
+    """
+    runs_programs = getattr(arguments, "runs_programs", False) or getattr(arguments, "verify", None)
+    if getattr(arguments, "any_device", False) or (runs_programs and "JAX_PLATFORMS" in os.environ):
         return
     jax.config.update("jax_platforms", "cpu")

@@ -43,7 +43,7 @@ def add_to(commands: Any) -> None:
     add_policy(parser)
     add_item(parser)
     add_json(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, runs_programs=True)
 
 
 def _positive(text: str) -> float:

@@ -1,7 +1,11 @@
 """Paths that are URLs, and what stores say when they hand nothing out."""
 
+import collections
+import http.server
 import logging
 import os
+import threading
+import time
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -192,6 +196,60 @@ def test_a_store_that_never_answers_is_given_up_with_words_on_the_way(monkeypatc
     assert str(answer).startswith("gs://bucket/x/_METADATA cannot be read: TimeoutError: no answer within")
     assert "still waiting for gs://bucket/x/_METADATA" in caplog.text
     assert silent.cancelled
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """A store on this machine that refuses the first requests of each object and asks to come back later."""
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        status, refusals, asked = 429, 0, collections.Counter()
+
+        def do_GET(self):
+            self.asked[self.path] += 1
+            refused = self.asked[self.path] <= self.refusals
+            self.send_response(self.status if refused else 200)
+            if refused:
+                self.send_header("Retry-After", "600")
+            self.send_header("ETag", '"1"')
+            content = b"SlowDown" if refused else b"content"
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "1")
+    retries = {"max_retries": 3, "initial_delay": "10ms", "max_delay": "20ms"}
+    monkeypatch.setattr(backends, "CONTEXT_SPEC", {"s3_request_retries": retries})
+    yield Busy
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(("refusals", "requests"), [(0, 1), (2, 3), (10**6, 4)])
+def test_a_store_that_is_busy_is_asked_a_bounded_number_of_times(busy, status, refusals, requests):
+    busy.status, busy.refusals = status, refusals
+    began = time.monotonic()
+
+    answers = RemoteFiles("s3://bucket/x").answer([ReadFile(f"s3://bucket/x/{name}") for name in ("a", "b")])
+
+    assert busy.asked == {"/bucket/x/a": requests, "/bucket/x/b": requests}
+    assert time.monotonic() - began < 60
+    if refusals < 3:
+        assert answers == [b"content", b"content"]
+        return
+    for answer, name in zip(answers, ("a", "b"), strict=True):
+        assert isinstance(answer, NotACheckpointError)
+        assert str(answer).startswith(f"s3://bucket/x/{name} cannot be read: ")
+        assert f"(HTTP {status})" in str(answer)
+        assert "hint: the store did not answer, several retries included" in str(answer)
 
 
 class Filesystem:

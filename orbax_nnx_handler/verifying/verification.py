@@ -271,7 +271,7 @@ class FirstDifference:
 
 _CODE = (
     "all its weights agree, so the code differs: look for another epsilon, activation (gelu exact or by "
-    "tanh), mask, scale, dropout or base of rotary positions."
+    "tanh), mask, scale, residual, dtype, dropout or base of rotary positions."
 )
 _WEIGHTS = "the module does not run by itself, so its weights were not tried: check how the plan makes them."
 

@@ -52,7 +52,7 @@ def test_rules_come_before_renames(cli, auto_named, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{file}:NOTHING", "is no list of rules: TypeError"),
+        ("{file}:NOTHING", "is no list of rules: RuleError"),
         ("{file}:ABSENT", "has no ABSENT; it has: RULES, TURNED."),
         ("{file}:1x", "is no FILE.py:NAME"),
         ("absent.py:RULES", "there is no file absent.py"),

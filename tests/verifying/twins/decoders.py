@@ -184,31 +184,35 @@ class LinenRotary(nn.Module):
 
 
 class RotaryAttention(nnx.Module):
-    def __init__(self, base, rngs):
+    def __init__(self, base, causal, rngs):
         self.q, self.k, self.v, self.o = (nnx.Linear(8, 8, use_bias=False, rngs=rngs) for _ in range(4))
-        self.base = base
+        self.base, self.causal = base, causal
 
     def __call__(self, x):
-        return self.o(attend(rotate(self.q(x), self.base), rotate(self.k(x), self.base), self.v(x)))
+        q, k = rotate(self.q(x), self.base), rotate(self.k(x), self.base)
+        return self.o(attend(q, k, self.v(x), self.causal))
 
 
 class RotaryBlock(nnx.Module):
-    def __init__(self, base, rngs):
+    def __init__(self, base, rngs, *, causal, residual, dtype):
         self.pre_norm, self.post_norm = (nnx.RMSNorm(8, rngs=rngs) for _ in range(2))
-        self.attn = RotaryAttention(base, rngs)
-        self.gate, self.up = (nnx.Linear(8, 16, use_bias=False, rngs=rngs) for _ in range(2))
+        self.attn = RotaryAttention(base, causal, rngs)
+        self.gate, self.up = (nnx.Linear(8, 16, use_bias=False, dtype=dtype, rngs=rngs) for _ in range(2))
         self.down = nnx.Linear(16, 8, use_bias=False, rngs=rngs)
+        self.residual = residual
 
     def __call__(self, x):
-        x = x + self.attn(self.pre_norm(x))
+        x = self.attn(self.pre_norm(x)) + (x if self.residual else 0)
         y = self.post_norm(x)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
 
 class Rotary(nnx.Module):
-    def __init__(self, base, rngs):
+    def __init__(self, rngs, base=1e4, causal=True, residual=True, dtype=None):
         self.embedder = nnx.Embed(17, 8, rngs=rngs)
-        self.blocks = nnx.List([RotaryBlock(base, rngs) for _ in range(3)])
+        self.blocks = nnx.List(
+            [RotaryBlock(base, rngs, causal=causal, residual=residual, dtype=dtype) for _ in range(3)]
+        )
         self.final_norm = nnx.RMSNorm(8, rngs=rngs)
         self.unembed = nnx.Linear(8, 17, use_bias=False, rngs=rngs)
 
@@ -222,7 +226,7 @@ class Rotary(nnx.Module):
 LLAMA = Twin(
     name="llama",
     linen=LinenRotary(),
-    make=lambda base=1e4: Rotary(base, nnx.Rngs(0)),
+    make=lambda **changed: Rotary(nnx.Rngs(0), **changed),
     inputs=(TOKENS,),
     rules=[
         ("embed_tokens", "embedder"),
@@ -234,7 +238,12 @@ LLAMA = Twin(
         *((f"{name}_proj", f"attn/{name}") for name in "qkvo"),
         *((f"{name}_proj", name) for name in ("gate", "up", "down")),
     ],
-    faults={"another base of rotary positions": ({"base": 5e5}, "blocks/0/attn")},
+    faults={
+        "another base of rotary positions": ({"base": 5e5}, "blocks/0/attn"),
+        "no causal mask": ({"causal": False}, "blocks/0/attn"),
+        "a residual left out": ({"residual": False}, "blocks/0"),
+        "layers in bfloat16": ({"dtype": jnp.bfloat16}, "blocks/0"),
+    },
 )
 
 

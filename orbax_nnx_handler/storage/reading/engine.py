@@ -7,6 +7,7 @@ but not yet in place is bounded.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -14,7 +15,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -34,7 +36,6 @@ from orbax_nnx_handler.storage.reading.base_store import (
 )
 from orbax_nnx_handler.storage.reading.byte_plan import (
     Batch,
-    BytePlan,
     Limits,
     Request,
     RequestPart,
@@ -49,7 +50,7 @@ _logger = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 DEFAULT_WINDOW_BYTES = 1 << 30
 _THREADS = 16
-_TINY_BYTES = 16 << 10
+TINY_BYTES = 16 << 10
 _LARGE_BYTES = 1 << 20
 # Ranges of a streamed chunk that are under way at once.
 _AHEAD = 8
@@ -70,20 +71,23 @@ class Task:
     nbytes: int
 
 
-def read_pieces(
+def read_in_turn(
     files: DataFiles,
-    pieces: Sequence[ChunkPiece],
+    parts: Iterable[Sequence[ChunkPiece]],
     limits: Limits,
     *,
     tasks: Sequence[Task] = (),
     concurrent_bytes: int | None = None,
     progress: Progress | None = None,
-) -> None:
-    """Reads all pieces and puts them in place; the first failure stops what has not begun and is raised.
+) -> Generator[None]:
+    """Reads pieces and puts them in place; the first failure stops what has not begun and is raised.
+
+    Yields for each part once it is in place, while those behind it are being read.
 
     Args:
         files: Where the bytes are.
-        pieces: What is needed, in any order.
+        parts: What is needed: one part or more, the pieces of each in any order. The next is asked for
+            when the one before is being read.
         limits: What the store makes cheap.
         tasks: What is to be done beside.
         concurrent_bytes: How many bytes may be read but not yet in place.
@@ -92,21 +96,34 @@ def read_pieces(
     Raises:
         UnreadableLeafError: Bytes are absent, too few or damaged.
     """
-    planned = [piece for piece in pieces if not piece.streamed and piece.wanted.runs]
-    others = [piece for piece in pieces if piece.streamed or not piece.wanted.runs]
-    plan = plan_bytes([piece.wanted for piece in planned], limits)
-    threads = min(threads_for(pieces), len(plan.batches) + len(others) + len(tasks))
-    reading = _Reading(files, planned, limits, concurrent_bytes or DEFAULT_WINDOW_BYTES, progress)
+    following = iter(parts)
+    first = next(following)
+    reading = _Reading(files, first, limits, concurrent_bytes or DEFAULT_WINDOW_BYTES, progress)
+    threads = min(threads_for(first), reading.steps + len(tasks))
     # Answers from a network come in threads of the store's own, which have others to receive.
     with Workers(threads if threads > 1 or isinstance(files, RemoteData) else 0) as workers:
-        reading.run(workers, plan, others, tasks)
+        begun = [(reading, reading.begin(workers, tasks))]
+        for pieces in following:
+            reading = reading.of(pieces)
+            begun.append((reading, reading.begin(workers)))
+        for reading, own in begun:
+            reading.wait(own)
+            if workers.failed:
+                return  # They raise it when they end.
+            yield
+
+
+def read_pieces(files: DataFiles, pieces: Sequence[ChunkPiece], limits: Limits, **options: Any) -> None:
+    """Reads all pieces and puts them in place; takes what `read_in_turn` takes."""
+    for _ in read_in_turn(files, [pieces], limits, **options):
+        pass
 
 
 def threads_for(pieces: Sequence[ChunkPiece]) -> int:
     """Returns how many threads unpack and put in place."""
     # Of a tiny piece the interpreter's part is the larger one, and threads only
     # take its lock from each other (20,000 leaves of 2.5 kB: 0.37 s with one, 0.45 s with two).
-    if sum(piece.nbytes for piece in pieces) < _TINY_BYTES * len(pieces):
+    if sum(piece.nbytes for piece in pieces) < TINY_BYTES * len(pieces):
         return 1
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_THREADS, processors)
@@ -124,8 +141,8 @@ class _Reading:
         progress: Progress | None,
     ) -> None:
         self._files = files
-        self._pieces = pieces
         self._limits = limits
+        self._plan(pieces)
         self._window = Window(window_bytes)
         self._under_way = threading.BoundedSemaphore(limits.requests)
         self._progress = progress
@@ -135,16 +152,39 @@ class _Reading:
         self._limit = TIME_LIMIT_S
         self._patience = None if isinstance(files, LocalData) else min(self._limit, SAY_SO_AFTER_S)
 
-    def run(
-        self, workers: Workers, plan: BytePlan, others: Sequence[ChunkPiece], tasks: Sequence[Task]
-    ) -> None:
-        """Reads everything.
+    def of(self, pieces: Sequence[ChunkPiece]) -> Self:
+        """Returns the reading of other pieces under the bounds of this one."""
+        other = copy.copy(self)
+        other._plan(pieces)
+        return other
+
+    def _plan(self, pieces: Sequence[ChunkPiece]) -> None:
+        self._pieces = [piece for piece in pieces if not piece.streamed and piece.wanted.runs]
+        self._others = [piece for piece in pieces if piece.streamed or not piece.wanted.runs]
+        self._batches = plan_bytes([piece.wanted for piece in self._pieces], self._limits).batches
+
+    @property
+    def steps(self) -> int:
+        """How many things there are to be done."""
+        return len(self._batches) + len(self._others)
+
+    def begin(self, workers: Workers, tasks: Sequence[Task] = ()) -> Workers:
+        """Begins to read everything; returns what is to be waited for.
 
         Raises:
             UnreadableLeafError: The store has been silent for too long.
         """
-        self._submit_all(workers, plan, others, tasks)
-        self._until(workers.wait)
+        own = workers.apart()
+        self._submit_all(own, tasks)
+        return own
+
+    def wait(self, own: Workers) -> None:
+        """Waits until everything is in place, or has failed.
+
+        Raises:
+            UnreadableLeafError: The store has been silent for too long.
+        """
+        self._until(own.wait)
 
     def _until(self, happens: Callable[[float | None], bool]) -> None:
         """Waits for something; says so while the store is silent, and gives it up after a time."""
@@ -157,17 +197,15 @@ class _Reading:
                     raise piece.owner.unreadable(silence)
                 _logger.warning("still waiting for %s; giving up in %.0f s", piece.wanted.file, left)
 
-    def _submit_all(
-        self, workers: Workers, plan: BytePlan, others: Sequence[ChunkPiece], tasks: Sequence[Task]
-    ) -> None:
+    def _submit_all(self, workers: Workers, tasks: Sequence[Task]) -> None:
         for task in tasks:
             self._submit(workers, _Step(task.run, held=task.nbytes, nbytes=task.nbytes))
-        present = [piece for piece in others if piece.content is not None]
+        present = [piece for piece in self._others if piece.content is not None]
         if present:
             nbytes = sum(piece.nbytes for piece in present)
             work = functools.partial(self._use_present, present)
             self._submit(workers, _Step(work, held=0, nbytes=nbytes))
-        for piece in others:
+        for piece in self._others:
             if piece.content is not None:
                 continue
             if piece.streamed:
@@ -176,7 +214,7 @@ class _Reading:
                 self._submit(workers, _Step(work, held=held, nbytes=piece.nbytes))
             else:
                 self._ask_whole(workers, piece)
-        for batch in plan.batches:
+        for batch in self._batches:
             nbytes = sum(self._pieces[number].nbytes for number in batch.wanted)
             if isinstance(self._files, LocalData):
                 work = functools.partial(self._read_local, self._files, batch)

@@ -3,9 +3,11 @@
 A target that asks for nothing is refused: always a mistake, which a restore of nothing would hide.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -52,6 +54,11 @@ def _by_path(tree: Any, is_leaf: Callable[[Any], bool]) -> Leaves:
 
 def children(node: Any) -> list[tuple[Hashable, Any]] | None:
     """Returns the direct children of a pytree node by key; None for a leaf."""
+    kind = cast(Any, type(node))
+    if kind is nnx.State or kind is dict:  # Nearly every container.
+        parts: Mapping[Any, Any] = node.raw_mapping if kind is nnx.State else node
+        with contextlib.suppress(TypeError):  # Below, JAX says that such keys have no order.
+            return sorted(parts.items(), key=operator.itemgetter(0))
     if _is_variable(node):
         return None
     if node is None:
@@ -80,10 +87,13 @@ def _is_nnx(node: Any) -> bool:
 
 
 def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
+    # Flax looks into what is none, which takes as long as the rest of a visit.
+    return type(node) is not dict and type(node) is not nnx.State and isinstance(node, nnx.Variable)
 
 
 def _key(entry: Any) -> Hashable:
+    if type(entry) is jax.tree_util.DictKey:  # Nearly every one.
+        return cast(Hashable, entry.key)
     for name in ("key", "idx", "name"):
         if hasattr(entry, name):
             return cast(Hashable, getattr(entry, name))

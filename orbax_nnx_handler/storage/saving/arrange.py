@@ -193,11 +193,16 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         certain=all(parts.opt_state is None or keeps_containers(parts.opt_state) for parts in states),
         steps=frozenset(parts.step.path for parts in states if parts.step is not None),
         several=len(states) > 1,
-        aside=frozenset(at for at in kept if any(at[: len(root) + 1] == (*root, AUX) for root in above)),
-        moments=frozenset(
-            at for at in kept if any(at[: len(root) + 1] == (*root, "opt_state") for root in above)
-        ),
+        aside=_below(kept, above, AUX),
+        moments=_below(kept, above, "opt_state"),
     )
+
+
+def _below(paths: Iterable[Path], above: Iterable[Path], field: str) -> frozenset[Path]:
+    """Returns the paths that lie in a field of one of some owners."""
+    fields = {(*owner, field) for owner in above}
+    depths = {len(at) for at in fields}
+    return frozenset(at for at in paths if field in at and any(at[:depth] in fields for depth in depths))
 
 
 def is_stream(leaf: ItemLeaf) -> bool:
@@ -272,9 +277,14 @@ def _optimizer(parts: Parts, flavour: Flavour) -> Iterator[tuple[Path, ItemLeaf]
 
 
 def _lasting(leaves: ItemLeaves) -> ItemLeaves:
-    return {
-        path: leaf for path, leaf in leaves.items() if not isinstance(leaf.node, nnx.Cache | nnx.Intermediate)
-    }
+    return {path: leaf for path, leaf in leaves.items() if not _is_passing(leaf.node)}
+
+
+def _is_passing(node: Any) -> bool:
+    kind = cast("type[Any]", type(node))
+    if issubclass(kind, nnx.Variable):  # Flax looks longer into what may be one of another kind.
+        return issubclass(kind, nnx.Cache | nnx.Intermediate)
+    return isinstance(node, nnx.Cache | nnx.Intermediate)
 
 
 def _without_collisions(places: Iterable[tuple[Path, ItemLeaf]]) -> Iterator[tuple[Path, ItemLeaf]]:
@@ -293,6 +303,11 @@ def check_distinct(places: Iterable[tuple[Path, Path]]) -> None:
     Raises:
         RestoreError: Names both leaves.
     """
+    places = list(places)
+    whole = [tuple(map(str, at)) for at, _ in places]
+    above_some = {name[:depth] for name in whole for depth in range(len(name))}
+    if len(set(whole)) == len(whole) and above_some.isdisjoint(whole):
+        return  # Nearly every item.
     origins: dict[Path, Path] = {}
     inner: dict[Path, Path] = {}
     for at, path in places:

@@ -18,7 +18,7 @@ _WEIGHTS: Mapping[_Cell, tuple[set[str], set[str]]] = {
 }
 _Shapes = Mapping[str, Shape]
 _LAYERS = ("dense_i", "dense_h")
-_IN_LAYERS = tuple((layer,) for layer in _LAYERS)
+_IN_LAYERS, _IN_CELLS = tuple((layer,) for layer in _LAYERS), frozenset(_LAYERS)
 Cells = Mapping[Path, _Cell]
 """The modules that hold a cell of Flax's, or the moments of one."""
 
@@ -36,7 +36,7 @@ def cells_of(leaves: Mapping[Path, SavedLeaf], moments: Set[Path] = frozenset())
     """
     layers: dict[Path, dict[str, Shape]] = defaultdict(dict)
     for path, leaf in leaves.items():
-        for depth, key in enumerate(path[:-1]):
+        for depth, key in enumerate(path[:-1] if not _IN_CELLS.isdisjoint(path) else ()):
             if key in _LAYERS:
                 # A deeper leaf has no weight's name here, so its layer is none of a cell's.
                 layers[path[: depth + 1]]["/".join(map(str, path[depth + 1 :]))] = leaf.shape
@@ -65,6 +65,8 @@ def with_gates(leaves: Mapping[Path, SavedLeaf], cells: Cells) -> dict[Path, Sav
     is. The bias of a `GRUCell` that NNX does not have becomes zeros: its value before any training, and the
     only one under which both programs agree.
     """
+    if not cells:
+        return dict(leaves)
     written: dict[Path, SavedLeaf] = {}
     for path, leaf in leaves.items():
         cell = cells.get(path[:-2]) if path[-2:-1] in _IN_LAYERS else None

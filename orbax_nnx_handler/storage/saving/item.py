@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from orbax_nnx_handler.planning.core.leaves import derived
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import children, flatten, is_graph, numbers_beside
@@ -23,7 +24,7 @@ class ItemLeaf:
     path: Path
     node: Any
 
-    @property
+    @derived
     def value(self) -> Any:
         """Its array; an empty container where it holds none, None for an empty state of optax."""
         value = cast(Any, self.node).get_raw_value() if isinstance(self.node, nnx.Variable) else self.node
@@ -95,8 +96,8 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
             f"a lone {type(cast(Any, item)).__name__} has no name to be stored under.\n"
             "hint: put it into a dict: {'name': variable}."
         )
-    optimizers = dict(_optimizers(item))
     nodes = flatten(_state_of(item)) | _abstract_arrays(item)
+    optimizers = dict(_optimizers(item, nodes))
     nodes |= numbers_beside(item) if is_graph(item) else {}
     leaves = {path: ItemLeaf(path, node) for path, node in nodes.items()}
     if not optimizers:
@@ -213,8 +214,13 @@ def _abstract_arrays(item: Any) -> dict[Path, Any]:
     return {tuple(path): node for path, node in nodes if isinstance(node, jax.ShapeDtypeStruct)}
 
 
-def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:
-    """Yields each optimizer's path with its state, in optax's containers where they are left."""
+def _optimizers(item: Any, nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
+    """Yields each optimizer's path with its state, in optax's containers where they are left.
+
+    Args:
+        item: The item.
+        nodes: Its leaves by path.
+    """
     if is_graph(item):
         for path, node in cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)):
             if isinstance(node, nnx.Pytree | nnx.Module) and _is_opt_state(vars(node).get(_OPT_STATE)):
@@ -226,7 +232,7 @@ def _optimizers(item: Any) -> Iterator[tuple[Path, Any]]:
     inside = {(*owner, _OPT_STATE) for owner in found}
     alone = {
         owner: state
-        for owner, state in _without_state(item)
+        for owner, state in _without_state(nodes)
         if owner not in found and not any(owner[: len(above)] == above for above in inside)
     }
     yield from {**alone, **found}.items()
@@ -241,9 +247,9 @@ def _is_opt_state(node: Any) -> bool:
     return not any(isinstance(leaf, nnx.Param | nnx.BatchStat) for leaf in flatten(state).values())
 
 
-def _without_state(item: Any) -> Iterator[tuple[Path, Any]]:
+def _without_state(nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
     """Yields optimizers of which a State keeps the step alone, as of plain `sgd`."""
-    for path, leaf in flatten(item).items():
+    for path, leaf in nodes.items():
         if path[-1:] == ("step",) and isinstance(leaf, nnx.OptState):
             yield path[:-1], nnx.State({})
 

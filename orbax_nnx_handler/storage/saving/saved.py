@@ -37,7 +37,8 @@ class SavedLeaf:
     @classmethod
     def of(cls, leaf: ItemLeaf) -> "SavedLeaf":
         """Returns a leaf of the item as it is."""
-        value = leaf.value if hasattr(leaf.value, "dtype") else np.asarray(leaf.value)
+        value = leaf.value
+        value = value if hasattr(value, "dtype") else np.asarray(value)
         return cls(recipe=Read(leaf.path), shape=tuple(value.shape), dtype=value.dtype, like=leaf.path)
 
     def through(self, recipe: Recipe, shape: Shape) -> "SavedLeaf":

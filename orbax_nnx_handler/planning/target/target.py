@@ -5,6 +5,7 @@ A target that asks for nothing is refused: always a mistake, which a restore of 
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import operator
@@ -143,9 +144,10 @@ def flatten_target(
         raise RestoreError("the target is nested deeper than Python can follow.") from error
     overrides = overrides or {}
     _check_overrides(overrides, nodes)
-    placer = ShardingRule.of(itertools.chain(values.values(), beside))
+    placer, held = ShardingRule.of(itertools.chain(values.values(), beside)), functools.cache(held_dtype)
     leaves = {
-        path: _wanted(path, node, values[path], overrides.get(path), placer) for path, node in nodes.items()
+        path: _wanted(path, node, values[path], overrides.get(path), placer, held)
+        for path, node in nodes.items()
     }
 
     def assemble(restored: Mapping[Path, Any]) -> Any:
@@ -333,7 +335,9 @@ def _rebuild_state(entries: Iterable[tuple[Any, Any]], prefix: Path, nodes: Flat
     }
 
 
-def _wanted(path: Path, node: Any, value: Any, override: Any, placer: ShardingRule) -> WantedLeaf:
+def _wanted(
+    path: Path, node: Any, value: Any, override: Any, placer: ShardingRule, held: Callable[[Any], Any]
+) -> WantedLeaf:
     # A bare leaf is its own value.
     kind = None if value is node else cast("type[Any]", type(node))
     sharding, is_default = placer.place(node, value, override)
@@ -350,7 +354,7 @@ def _wanted(path: Path, node: Any, value: Any, override: Any, placer: ShardingRu
         path=path,
         kind=kind,
         shape=tuple(value.shape),
-        dtype=held_dtype(value.dtype if dtype is None else dtype if is_key(dtype) else np.dtype(dtype)),
+        dtype=held(value.dtype if dtype is None else dtype if is_key(dtype) else np.dtype(dtype)),
         sharding=sharding,
         value=None if isinstance(value, jax.ShapeDtypeStruct) else value,
         dtype_is_chosen=dtype is not None,

@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name
 from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.elements import Chain
 from orbax_nnx_handler.planning.verdict.weights import Weights
 
 Twice = tuple[Path, Path, Path]
@@ -35,10 +36,16 @@ class Claims:
     """
 
     def __init__(
-        self, sources: Sequence[tuple[Wanted, Recipe, object]], placed: Mapping[Path, Placement]
+        self,
+        sources: Sequence[tuple[Wanted, Recipe, object]],
+        chains: Sequence[Chain],
+        placed: Mapping[Path, Placement],
     ) -> None:
         self._sources, self._placed = sources, placed
-        self._reads = [reads(recipe) for _, recipe, _ in sources]
+        self._reads = [
+            reads(source[1]) if path is None else (path,)
+            for (path, _), source in zip(chains, sources, strict=True)
+        ]
         self.read = list(itertools.chain.from_iterable(self._reads))
 
     @cached_property
@@ -48,6 +55,8 @@ class Claims:
 
     def unread(self, by_rule: Set[Path]) -> list[Path]:
         """Returns the weights that nothing reads and no rule names."""
+        if len(self.used) == len(self._placed):
+            return []  # Many a plan: all is read.
         left = self._placed.keys() - self.used - by_rule
         if not any(self._placed[path].section == "model" for path in left):
             return []  # Nearly every plan.

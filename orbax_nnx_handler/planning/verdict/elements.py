@@ -87,7 +87,11 @@ def _fused(
     return [Element(paths[0], gates=tuple(paths))] if is_last and len(paths) == len(sources) else None
 
 
-def read_and_steps(recipe: Recipe) -> tuple[Path | None, tuple[object, ...]]:
+Chain = tuple[Path | None, tuple[object, ...]]
+"""A stored leaf and the steps of a recipe that takes a layer of it or turns axes; None for any other."""
+
+
+def read_and_steps(recipe: Recipe) -> Chain:
     """Returns the stored leaf of which a recipe takes a layer or turns axes, if no more, and its steps."""
     steps: tuple[object, ...] = ()
     while not isinstance(recipe, Read):

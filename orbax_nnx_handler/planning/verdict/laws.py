@@ -9,8 +9,9 @@ is used twice holds for them too, and that moments follow.
 """
 
 import dataclasses
+import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Protocol
 
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
@@ -26,6 +27,7 @@ from orbax_nnx_handler.planning.layouts.layout import (
 )
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.claims import Claims
+from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
 from orbax_nnx_handler.planning.verdict.proven_moments import (
     ProvenMoments,
     stored_as_weight,
@@ -98,7 +100,7 @@ def certify(
     kernel = _Kernel(wanted, placed, sources, known)
     broken = [fault for source in kernel.unproven() for fault in kernel.check(source)]
     broken += kernel.moments()
-    broken += kernel.claims(Claims(sources, placed))
+    broken += kernel.claims()
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
 
@@ -116,18 +118,26 @@ def error_of(broken: Sequence[Broken]) -> AmbiguousMappingError:
     )
 
 
+_OWNER = operator.attrgetter("owner")
+
+
 class _Kernel:
     def __init__(
         self,
         wanted: Sequence[Wanted],
         placed: Mapping[Path, Placement],
-        sources: Iterable[Source],
+        sources: Sequence[Source],
         known: Known,
     ) -> None:
         self._wanted, self._placed, self._known = wanted, placed, known
+        chains = [read_and_steps(recipe) for _, recipe, _ in sources]
         self._by_role: dict[Role, list[Source]] = defaultdict(list)
-        for source in sources:
+        self._chains: dict[Role, list[Chain]] = defaultdict(list)
+        for source, chain in zip(sources, chains, strict=True):
             self._by_role[source[0].role].append(source)
+            self._chains[source[0].role].append(chain)
+        self._claims = Claims(sources, chains, placed)
+        self._are_all = len(sources) == len(wanted)
         self._axes = StackedAxes(known.scan_axis, known.said)
         self._weights = Weights(wanted, placed, known.by_rule, known.scans, self._axes)
         self._owners: dict[Path, set[Path]] = defaultdict(set)
@@ -135,24 +145,24 @@ class _Kernel:
         stored_tops = {path[0] if path else None for path in placed}
         tops = {item.leaf.path[0] if item.leaf.path else None for item in wanted}
         self._tops = {top for top in tops if top in stored_tops or str(top) in stored_tops}
-        self._has_owners = any(item.owner for item in placed.values())
+        self._has_owners = any(map(_OWNER, placed.values()))
 
     def unproven(self) -> Iterator[Source]:
         """Yields the leaves that are not read as nearly each is; those of optimizers are looked at as wholes.
 
         To be read in the loop that proves them, since other leaves follow from those.
         """
-        yield from self._unlike(self._by_role["model"])
+        yield from self._unlike()
         for role, sources in self._by_role.items():
             if role not in ("model", "optimizer"):
                 yield from sources
 
-    def _unlike(self, weights: Iterable[Source]) -> Iterator[Source]:
+    def _unlike(self) -> Iterator[Source]:
         """Yields the weights that are not read whole, from their collection, below levels that are known."""
         placed, roots, tops, by_rule = self._placed, self._weights.roots, self._tops, self._known.by_rule
-        for source in weights:
+        for source, (read, _) in zip(self._by_role["model"], self._chains["model"], strict=True):
             item, recipe, grounds = source
-            if by_rule and not by_rule.isdisjoint(reads(recipe)):
+            if by_rule and not by_rule.isdisjoint(reads(recipe) if read is None else (read,)):
                 continue
             if not isinstance(recipe, Read):
                 if not isinstance(recipe, Index) or not self._is_next_layer(item, recipe, grounds):
@@ -262,9 +272,10 @@ class _Kernel:
         if not leaves:
             return
         unfit = [(*claim, None) for claim in self._known.unfit if claim[0].role == "model"]
-        moments = ProvenMoments(
-            leaves, [*self._by_role["model"], *unfit], self._wanted, self._placed, self._known.by_rule
-        )
+        weights = [*self._by_role["model"], *unfit]
+        made = [*self._chains["model"], *(read_and_steps(recipe) for _, recipe, _ in unfit)]
+        chains = self._chains["optimizer"], made
+        moments = ProvenMoments(leaves, weights, self._wanted, self._placed, self._known.by_rule, chains)
         for law, path, stored, why in moments.astray():
             yield Broken(law=law, wanted=path, stored=stored, why=why)
         for owner, read in moments.owners.items():
@@ -289,8 +300,9 @@ class _Kernel:
         for leaf, why in self._axes.unproven():
             yield Broken(law=6, wanted=leaf.wanted, stored=leaf.stored, why=why)
 
-    def claims(self, claims: Claims) -> Iterator[Broken]:
+    def claims(self) -> Iterator[Broken]:
         """Yields elements that are used twice, weights that are stored twice, and blocks of two lengths."""
+        claims = self._claims
         for path, stored, other in claims.used_twice(self._known.copies):
             yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} is read from it too")
         unread = claims.unread(self._known.by_rule)
@@ -301,8 +313,8 @@ class _Kernel:
     def _blocks(self, unread: Sequence[Path], used: Set[Path]) -> Iterator[Broken]:
         """Yields where blocks of two lengths meet, and some of their positions are left over."""
         models = self._by_role["model"]
-        is_complete = not unread and len(models) == sum(item.role == "model" for item in self._wanted)
-        if is_complete or not used.isdisjoint(self._known.by_rule):
+        are_all = self._are_all or len(models) == sum(item.role == "model" for item in self._wanted)
+        if (are_all and not unread) or not used.isdisjoint(self._known.by_rule):
             return
         whole = [(item, recipe.path) for item, recipe, _ in models if isinstance(recipe, Read)]
         for path, stored, why in self._weights.of_other_blocks(whole) if whole else ():

@@ -185,6 +185,8 @@ class Verdict:
 
 def copies_of_model(unexpected: Mapping[Path, StoredLeaf], restored: Mapping[Path, Restored]) -> list[str]:
     """Returns the keys under which the restored leaves lie once more, with the same paths and shapes."""
+    if not unexpected:
+        return []
     groups: dict[str, dict[Path, Shape]] = defaultdict(dict)
     for item in restored.values():
         if isinstance(item.recipe, Read) and len(item.recipe.path) > 1:

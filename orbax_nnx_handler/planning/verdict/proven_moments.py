@@ -29,7 +29,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
-from orbax_nnx_handler.planning.verdict.elements import read_and_steps
+from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
 from orbax_nnx_handler.planning.verdict.states import Slot, States, slot_of, spelt_alike
 
 _SAMPLES = 16
@@ -57,12 +57,11 @@ _NO_KEYS: Path = (object(),)
 class _Columns:
     """Leaves attribute by attribute: so memory answers several times faster than leaf by leaf."""
 
-    def __init__(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> None:
-        rows = [(item.leaf, read_and_steps(recipe)) for item, recipe, _ in leaves]
-        self.paths = [leaf.path for leaf, _ in rows]
-        self.shapes = [leaf.shape for leaf, _ in rows]
-        self.reads = [read for _, (read, _) in rows]
-        self.steps = [steps for _, (_, steps) in rows]
+    def __init__(self, leaves: Sequence[tuple[Wanted, Recipe, object]], chains: Sequence[Chain]) -> None:
+        self.paths = [item.leaf.path for item, _, _ in leaves]
+        self.shapes = [item.leaf.shape for item, _, _ in leaves]
+        self.reads = [read for read, _ in chains]
+        self.steps = [steps for _, steps in chains]
 
 
 class ProvenMoments:
@@ -81,9 +80,10 @@ class ProvenMoments:
         wanted: Sequence[Wanted],
         placed: Mapping[Path, Placement],
         by_rule: Set[Path],
+        chains: tuple[Sequence[Chain], Sequence[Chain]],
     ) -> None:
         self._leaves, self._placed, self._by_rule = leaves, placed, by_rule
-        self._moments, self._made = _Columns(leaves), _Columns(weights)
+        self._moments, self._made = _Columns(leaves, chains[0]), _Columns(weights, chains[1])
         own = [None if path is None else placed[path].path for path in self._made.reads]
         self._own = [_NO_KEYS if keys is None else keys for keys in own]
         self._weights = [(item, made, keys) for (item, made, _), keys in zip(weights, own, strict=True)]

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.dtypes import is_array_dtype
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, record
 from orbax_nnx_handler.planning.core.lines import sized
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.core.regions import Region
+from orbax_nnx_handler.planning.core.regions import Region, whole
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 from orbax_nnx_handler.storage.checkpoint.fields import (
     FieldError,
@@ -73,6 +73,11 @@ class Encoding:
     def chunk_nbytes(self) -> int:
         """Bytes of one decoded chunk."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
+
+    @functools.cached_property
+    def whole_chunk(self) -> Region:
+        """The region of all of one chunk."""
+        return whole(self.chunk_shape)
 
     @functools.cached_property
     def is_one_chunk(self) -> bool:

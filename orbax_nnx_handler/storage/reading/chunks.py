@@ -26,7 +26,6 @@ from orbax_nnx_handler.planning.core.regions import (
     shift,
     slices,
     starts,
-    whole,
 )
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Encoding
 from orbax_nnx_handler.storage.reading.base_store import AbsentError
@@ -95,7 +94,8 @@ class ChunkPiece:
     @property
     def size(self) -> int:
         """How many bytes they are."""
-        return sum(size for _, size in self.wanted.runs)
+        runs = self.wanted.runs
+        return runs[0][1] if len(runs) == 1 else sum(size for _, size in runs)
 
 
 def pieces_of_chunk(
@@ -244,7 +244,7 @@ class _First:
 
 def _unpack(encoding: Encoding, targets: Sequence[Destination], content: Content) -> None:
     only = targets[0] if len(targets) == 1 and takes_bytes(targets[0], encoding) else None
-    if only is not None and only.region != whole(encoding.chunk_shape):
+    if only is not None and only.region != encoding.whole_chunk:
         only = None
     if encoding.chunk_nbytes <= _ONE_CALL_BYTES and isinstance(content, memoryview):
         # Where the frame tells its size, zstd allocates that, whatever it may take at most.
@@ -280,7 +280,7 @@ def memory_of(view: Buffer) -> memoryview:
 
 
 def _nbytes(targets: Sequence[Destination]) -> int:
-    return sum(target.view.nbytes for target in targets)
+    return targets[0].view.nbytes if len(targets) == 1 else sum(target.view.nbytes for target in targets)
 
 
 def _nbytes_within(targets: Sequence[Destination], block: Region) -> int:

@@ -76,6 +76,7 @@ def read_in_turn(
     parts: Iterable[Sequence[ChunkPiece]],
     limits: Limits,
     *,
+    least: int = 1,
     tasks: Sequence[Task] = (),
     concurrent_bytes: int | None = None,
     progress: Progress | None = None,
@@ -89,6 +90,7 @@ def read_in_turn(
         parts: What is needed: one part or more, the pieces of each in any order. The next is asked for
             when the one before is being read.
         limits: What the store makes cheap.
+        least: How many pieces there are at least, in all parts.
         tasks: What is to be done beside.
         concurrent_bytes: How many bytes may be read but not yet in place.
         progress: Called with the size of what was put in place since the last call, from any thread.
@@ -99,7 +101,8 @@ def read_in_turn(
     following = iter(parts)
     first = next(following)
     reading = _Reading(files, first, limits, concurrent_bytes or DEFAULT_WINDOW_BYTES, progress)
-    threads = min(threads_for(first), reading.steps + len(tasks))
+    # A part may be one piece, and the next ones have to be read at the same time.
+    threads = min(threads_for(first), max(reading.steps + len(tasks), least))
     # Answers from a network come in threads of the store's own, which have others to receive.
     with Workers(threads if threads > 1 or isinstance(files, RemoteData) else 0) as workers:
         begun = [(reading, reading.begin(workers, tasks))]

@@ -276,7 +276,13 @@ def _read_from_one_store(
     with contextlib.closing(open_data(store)) as files:
         pieces = (_pieces_of(store, files, part, limits) for part in parts)
         reading = read_in_turn(
-            files, pieces, limits, tasks=beside, concurrent_bytes=concurrent_bytes, progress=progress
+            files,
+            pieces,
+            limits,
+            least=len(parts),
+            tasks=beside,
+            concurrent_bytes=concurrent_bytes,
+            progress=progress,
         )
         with contextlib.closing(reading):
             for part, _ in zip(parts, reading, strict=True):

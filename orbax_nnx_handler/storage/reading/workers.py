@@ -16,7 +16,7 @@ import mmap
 import resource
 import sys
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Self, cast
@@ -257,9 +257,13 @@ class Memory:
 
     def expect(self, leaves: Iterable[WantedLeaf]) -> None:
         """Begins to make memory ready for the leaves that will live in this process's own."""
-        small = [leaf for leaf in leaves if leaf.nbytes < OWN_BLOCK_BYTES]
-        own = {id(leaf.sharding): _is_own(leaf.sharding) for leaf in small}
-        nbytes = sum(leaf.nbytes for leaf in small if own[id(leaf.sharding)])
+        sizes: dict[int, int] = defaultdict(int)
+        shardings: dict[int, Sharding | None] = {}
+        for leaf in leaves:
+            if (size := leaf.nbytes) < OWN_BLOCK_BYTES:
+                sizes[id(leaf.sharding)] += size
+                shardings[id(leaf.sharding)] = leaf.sharding
+        nbytes = sum(size for number, size in sizes.items() if _is_own(shardings[number]))
         if nbytes >= SHARED_BLOCK_BYTES:
             count = min(nbytes, self.MOST_BYTES) // SHARED_BLOCK_BYTES
             thread = threading.Thread(target=self._make_ready, args=(count,))

@@ -55,8 +55,7 @@ def _by_path(tree: Any, is_leaf: Callable[[Any], bool]) -> Leaves:
 
 def children(node: Any) -> list[tuple[Hashable, Any]] | None:
     """Returns the direct children of a pytree node by key; None for a leaf."""
-    kind = cast(Any, type(node))
-    if kind is nnx.State or kind is dict:  # Nearly every container.
+    if (kind := cast(Any, type(node))) in (nnx.State, dict):  # Nearly every container.
         parts: Mapping[Any, Any] = node.raw_mapping if kind is nnx.State else node
         with contextlib.suppress(TypeError):  # Below, JAX says that such keys have no order.
             return sorted(parts.items(), key=operator.itemgetter(0))
@@ -95,10 +94,8 @@ def _is_variable(node: Any) -> bool:
 def _key(entry: Any) -> Hashable:
     if type(entry) is jax.tree_util.DictKey:  # Nearly every one.
         return cast(Hashable, entry.key)
-    for name in ("key", "idx", "name"):
-        if hasattr(entry, name):
-            return cast(Hashable, getattr(entry, name))
-    return str(entry)
+    name = next((name for name in ("key", "idx", "name") if hasattr(entry, name)), None)
+    return str(entry) if name is None else cast(Hashable, getattr(entry, name))
 
 
 Flat = dict[Path, Any]

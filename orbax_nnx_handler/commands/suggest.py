@@ -1,6 +1,7 @@
 """`orbax-nnx suggest`: rules for names that nobody but the user can know."""
 
 import argparse
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,6 +85,10 @@ def _free(file: pathlib.Path) -> pathlib.Path:
         raise UsageError(f"--write {file} is no FILE.py.")
     if file.exists():
         raise UsageError(f"--write {file}: there is a file already; nothing is overwritten.")
+    if not file.parent.is_dir():
+        raise UsageError(f"--write {file}: there is no folder {file.parent}.")
+    if not os.access(file.parent, os.W_OK):
+        raise UsageError(f"--write {file}: nothing may be written in {file.parent}.")
     return file
 
 

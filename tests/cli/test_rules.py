@@ -158,3 +158,10 @@ def test_the_help_of_a_command_shows_an_example(cli, command) -> None:
 
     assert "--rules FILE.py:NAME" in said.out
     assert f"example:\n  orbax-nnx {command} " in said.out
+
+
+def test_rules_are_not_searched_for_a_folder_that_is_not_there(cli, auto_named, tmp_path) -> None:
+    said = cli("suggest", auto_named, f"{MODEL}:make_named", "--write", tmp_path / "absent" / "rules.py")
+
+    assert said.status == 2
+    assert f"there is no folder {tmp_path / 'absent'}." in said.err

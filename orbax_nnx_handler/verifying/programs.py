@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.core.paths import Path, nested, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.plan import RestorePlan
@@ -120,12 +120,7 @@ def restore_linen(checkpoint: Checkpoint, plan: RestorePlan) -> LinenWeights:
     places, location = locate_stored(plan)
     where = one_device()
     arrays = read_everywhere(checkpoint, [_job(checkpoint, path, where) for path in places])
-    tree: dict[Any, Any] = {}
-    for path, place in places.items():
-        node = tree
-        for key in place[:-1]:
-            node = node.setdefault(key, {})
-        node[place[-1]] = arrays[path]
+    tree = nested({place: arrays[path] for path, place in places.items()})
     of_array = {id(arrays[path]): location[path] for path in places}
     return LinenWeights(
         variables=cast("dict[str, Any]", _with_lists(tree)), location=location, of_array=of_array

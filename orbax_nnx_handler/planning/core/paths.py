@@ -10,6 +10,8 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
+from flax import traverse_util
+
 Tokens = tuple[str, ...]
 
 
@@ -165,13 +167,12 @@ def tree_of(leaves: Mapping[Path, Any], *, lists: bool) -> Any:
         lists: Whether int keys number a list, as in optax states. An `nnx.State`
             keeps them as keys.
     """
-    root: dict[Any, Any] = {}
-    for path, value in leaves.items():
-        node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return _contained(root, lists)
+    return _contained(nested(leaves), lists)
+
+
+def nested(leaves: Mapping[Path, Any]) -> dict[Any, Any]:
+    """Returns nested dicts with a value at each path."""
+    return cast("dict[Any, Any]", traverse_util.unflatten_dict(dict(leaves)))
 
 
 def nodes_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

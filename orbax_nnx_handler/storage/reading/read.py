@@ -20,13 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, nested
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.core.regions import Region
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.storage.checkpoint.trees import EMPTY_TYPES
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.reading.fetch import fill_in_turn, fill_targets
@@ -110,14 +109,8 @@ def _restore_args(checkpoint: Checkpoint, path: Path, sharding: Sharding) -> ocp
 
 def _disk_tree(checkpoint: Checkpoint, wanted: Mapping[Path, Any], other: Any) -> Any:
     """Builds the disk's own containers with values at the wanted leaves."""
-    root: dict[Any, Any] = {}
-    for path, value_type in checkpoint.nodes.items():
-        node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        value = _EMPTY_VALUES[value_type] if value_type in EMPTY_TYPES else other
-        node[path[-1]] = wanted.get(path, value)
-    return _lists(root)
+    nodes = checkpoint.nodes.items()
+    return _lists(nested({path: wanted.get(path, _EMPTY_VALUES.get(kind, other)) for path, kind in nodes}))
 
 
 def _lists(node: Any) -> Any:

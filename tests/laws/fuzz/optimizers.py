@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax import traverse_util
 
 from tests.laws.fuzz.models import Flat, Path
 
@@ -174,10 +175,4 @@ def _keys(path: Any) -> Path:
 
 def nested(flat: dict[Path, Any]) -> dict[Any, Any]:
     """Returns nested dicts."""
-    tree: dict[Any, Any] = {}
-    for path, leaf in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
+    return traverse_util.unflatten_dict(flat)

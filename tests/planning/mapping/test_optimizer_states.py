@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from orbax_nnx_handler import AmbiguousMappingError, MissingParamError, Transpose
 from orbax_nnx_handler.planning.plan import RestorePlan
@@ -19,13 +19,8 @@ def numbered(*shape: int, first: int) -> np.ndarray:
 
 def weights(names: list[str], first: int, *, square: bool = False) -> dict[str, Any]:
     shape = (4, 4) if square else (3, 4)
-    tree: dict[str, Any] = {}
-    for at, name in enumerate(names):
-        node = tree
-        for key in name.split("/"):
-            node = node.setdefault(key, {})
-        node["kernel"] = numbered(*shape, first=first + at)
-    return tree
+    kernels = {f"{name}/kernel": numbered(*shape, first=first + at) for at, name in enumerate(names)}
+    return traverse_util.unflatten_dict(kernels, sep="/")
 
 
 def adam(first: dict[str, Any], second: dict[str, Any], count: int) -> Any:

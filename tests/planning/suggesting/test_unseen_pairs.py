@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from orbax_nnx_handler import from_linen, suggest, to_linen
 from tests.planning.plans import leaves_of, plan_of
@@ -25,17 +25,13 @@ def keys(path):
 
 
 def nested(shapes):
-    tree, first = {}, 0
+    arrays, first = {}, 0
     for path, shape in shapes.items():
-        *above, last = path.split("/")
-        at = tree
-        for key in above:
-            at = at.setdefault(key, {})
         size = math.prod(shape)
-        at[last] = np.arange(first, first + size, dtype="float32").reshape(shape)
+        arrays[path] = np.arange(first, first + size, dtype="float32").reshape(shape)
         first += size
     assert first < 2**24
-    return tree
+    return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def target_of(wanted):

@@ -1,7 +1,9 @@
 """Makes every machine the same for the suite: eight CPU devices, no chance, no leftovers; and fast."""
 
 import atexit
+import contextlib
 import gc
+import importlib
 import os
 import pathlib
 import sys
@@ -107,6 +109,21 @@ _SLOWEST = (
     "tests/storage/restoring/test_from_linen.py",
     "tests/handler/test_targets.py",
 )
+
+
+def pytest_collection() -> None:
+    """Shares out between the workers of a run what it costs to import each test file for the first time.
+
+    Its assertions are rewritten and kept as bytecode; all workers would do so for all files at the same time.
+    """
+    number, count = os.environ.get("PYTEST_XDIST_WORKER", "")[2:], os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if not number.isdigit() or count is None:
+        return
+    root = pathlib.Path(__file__).parent
+    for path in sorted(root.rglob("test_*.py"))[int(number) :: int(count)]:
+        # Whatever is wrong with it is told when its tests are collected.
+        with contextlib.suppress(Exception, pytest.skip.Exception):
+            importlib.import_module(".".join(path.relative_to(root.parent).with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:

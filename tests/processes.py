@@ -57,7 +57,7 @@ def share_lowering_context() -> None:
 def spare_garbage_collector() -> None:
     """Takes what there is for what lives to the end, and has garbage looked for less often."""
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(100_000, 20, 20)
 
 
 def quick_directory() -> str:

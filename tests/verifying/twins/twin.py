@@ -48,14 +48,16 @@ class Twin:
         random = np.random.default_rng(seed)
         positive = lambda keys: "'var'" in str(keys[-1])  # noqa: E731
         return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: (jnp.abs if positive(keys) else jnp.asarray)(self._value(random, leaf.shape)),
+            lambda keys, leaf: jnp.asarray(
+                (np.abs if positive(keys) else np.asarray)(self._value(random, leaf.shape))
+            ),
             shapes,
         )
 
     @staticmethod
-    def _value(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    def _value(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         wide = random.normal(size=shape) / np.sqrt(max(1, shape[-2] if len(shape) > 1 else 1))
-        return jnp.asarray(wide + (0.5 if len(shape) < 2 else 0), jnp.float32)
+        return np.asarray(wide + (0.5 if len(shape) < 2 else 0), np.float32)
 
 
 def attend(q: Any, k: Any, v: Any, causal: bool = True, heads: int = 2) -> Any:

@@ -144,8 +144,10 @@ def linen_step(pair: ModelPair, state: TrainState) -> tuple[TrainState, Flat]:
         state, pair.inputs, pair.labels, linen=pair.linen, without_variable=pair.without_variable
     )
     statistics = after.batch_stats if isinstance(after, StatisticsState) else {}
-    named = _labelled("gradient", pair, shown.pop("gradient")) | _labelled("updated", pair, after.params)
-    return after, shown | named | _labelled("updated", pair, statistics) | {"step": after.step}
+    # What follows for some thousand steps is quicker with NumPy's arrays.
+    shown, params, statistics, step = jax.device_get((shown, after.params, statistics, after.step))
+    named = _labelled("gradient", pair, shown.pop("gradient")) | _labelled("updated", pair, params)
+    return after, shown | named | _labelled("updated", pair, statistics) | {"step": step}
 
 
 def _without(gradients: Any, without_variable: Sequence[str]) -> Any:
@@ -202,7 +204,7 @@ def nnx_step(pair: ModelPair, model: Any, optimizer: nnx.Optimizer[Any]) -> Outc
     updated = nnx.state(model, (nnx.Param, nnx.BatchStat))
     named = {f"gradient {path}": leaf for path, leaf in flat_nnx(shown.pop("gradient")).items()}
     named |= {f"updated {path}": leaf for path, leaf in flat_nnx(updated).items()}
-    return shown | named | {"step": optimizer.step.get_value()}
+    return jax.device_get(shown | named | {"step": optimizer.step.get_value()})
 
 
 def float_leaves(state: TrainState, without_variable: Sequence[str]) -> Mapping[str, np.ndarray]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import numpy as np
 
 Flat = dict[str, object]
 
@@ -33,7 +33,7 @@ def stacked(leaves: Flat, name: str) -> Flat:
             result[path] = leaf
         elif match[1] == "0":
             count = sum(bool(re.fullmatch(rf"{name}/\d+/{match[2]}", other)) for other in leaves)
-            result[f"{name}/{match[2]}"] = jnp.stack([leaves[f"{name}/{i}/{match[2]}"] for i in range(count)])
+            result[f"{name}/{match[2]}"] = np.stack([leaves[f"{name}/{i}/{match[2]}"] for i in range(count)])
     return result
 
 
@@ -43,7 +43,7 @@ def unstacked(leaves: Flat, name: str) -> Flat:
     for path, leaf in leaves.items():
         if path.startswith(f"{name}/"):
             rest = path.removeprefix(f"{name}/")
-            result |= {f"{name}/{index}/{rest}": part for index, part in enumerate(jnp.asarray(leaf))}
+            result |= {f"{name}/{index}/{rest}": part for index, part in enumerate(np.asarray(leaf))}
         else:
             result[path] = leaf
     return result
@@ -58,6 +58,6 @@ def fused(leaves: Flat, gates: Sequence[str]) -> Flat:
             result[path] = leaf
         elif match[3] == gates[0]:
             cell, side, _, weight = match.groups()
-            parts = [jnp.asarray(leaves[f"{cell}/{side}{gate}/{weight}"]) for gate in gates]
-            result[f"{cell}/dense_{side}/{weight}"] = jnp.concatenate(parts, axis=-1)
+            parts = [np.asarray(leaves[f"{cell}/{side}{gate}/{weight}"]) for gate in gates]
+            result[f"{cell}/dense_{side}/{weight}"] = np.concatenate(parts, axis=-1)
     return result

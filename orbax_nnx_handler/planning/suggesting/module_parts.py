@@ -58,6 +58,7 @@ class Level:
 _NUMBERED = re.compile(rf"(.*?[A-Za-z])([_.-]?)(\d{{1,{MAX_DIGITS}}})")
 
 
+@functools.lru_cache(maxsize=65536)
 def levels(names: Names) -> tuple[Level, ...]:
     """Returns the levels of a path; a number by itself belongs to the name before it."""
     found: list[Level] = []

@@ -24,7 +24,6 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, scanned_axes, uses_of
-from orbax_nnx_handler.verifying.programs import LinenWeights, find_nnx, path_above, restore_linen
 from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import (
@@ -36,6 +35,7 @@ from orbax_nnx_handler.verifying.verification import (
     compare_inputs,
     exceeds,
 )
+from orbax_nnx_handler.verifying.weights import LinenWeights, find_nnx, path_above, restore_linen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

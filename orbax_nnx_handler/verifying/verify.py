@@ -26,7 +26,6 @@ from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
 from orbax_nnx_handler.verifying.first_difference import Search
-from orbax_nnx_handler.verifying.programs import on_one_device
 from orbax_nnx_handler.verifying.recording import Array
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, is_dataclass, is_weight, run_both
 from orbax_nnx_handler.verifying.verification import (
@@ -36,6 +35,7 @@ from orbax_nnx_handler.verifying.verification import (
     exceeds,
     same_numbers,
 )
+from orbax_nnx_handler.verifying.weights import on_one_device
 
 _PATIENCE = 5
 """The time that a search for the reason may take, in times of both programs (and of a second)."""

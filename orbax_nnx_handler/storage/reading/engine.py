@@ -7,7 +7,6 @@ but not yet in place is bounded.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -15,8 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +34,7 @@ from orbax_nnx_handler.storage.reading.base_store import (
 )
 from orbax_nnx_handler.storage.reading.byte_plan import (
     Batch,
+    BytePlan,
     Limits,
     Request,
     RequestPart,
@@ -50,7 +49,7 @@ _logger = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 DEFAULT_WINDOW_BYTES = 1 << 30
 _THREADS = 16
-TINY_BYTES = 16 << 10
+_TINY_BYTES = 16 << 10
 _LARGE_BYTES = 1 << 20
 # Ranges of a streamed chunk that are under way at once.
 _AHEAD = 8
@@ -71,26 +70,21 @@ class Task:
     nbytes: int
 
 
-def read_in_turn(
+def read_pieces(
     files: DataFiles,
-    parts: Iterable[Sequence[ChunkPiece]],
+    pieces: Sequence[ChunkPiece],
     limits: Limits,
     *,
-    least: int = 1,
     tasks: Sequence[Task] = (),
     concurrent_bytes: int | None = None,
     progress: Progress | None = None,
-) -> Generator[None]:
-    """Reads pieces and puts them in place; the first failure stops what has not begun and is raised.
-
-    Yields for each part once it is in place, while those behind it are being read.
+) -> None:
+    """Reads all pieces and puts them in place; the first failure stops what has not begun and is raised.
 
     Args:
         files: Where the bytes are.
-        parts: What is needed: one part or more, the pieces of each in any order. The next is asked for
-            when the one before is being read.
+        pieces: What is needed, in any order.
         limits: What the store makes cheap.
-        least: How many pieces there are at least, in all parts.
         tasks: What is to be done beside.
         concurrent_bytes: How many bytes may be read but not yet in place.
         progress: Called with the size of what was put in place since the last call, from any thread.
@@ -98,35 +92,21 @@ def read_in_turn(
     Raises:
         UnreadableLeafError: Bytes are absent, too few or damaged.
     """
-    following = iter(parts)
-    first = next(following)
-    reading = _Reading(files, first, limits, concurrent_bytes or DEFAULT_WINDOW_BYTES, progress)
-    # A part may be one piece, and the next ones have to be read at the same time.
-    threads = min(threads_for(first), max(reading.steps + len(tasks), least))
+    planned = [piece for piece in pieces if not piece.streamed and piece.wanted.runs]
+    others = [piece for piece in pieces if piece.streamed or not piece.wanted.runs]
+    plan = plan_bytes([piece.wanted for piece in planned], limits)
+    threads = min(threads_for(pieces), len(plan.batches) + len(others) + len(tasks))
+    reading = _Reading(files, planned, limits, concurrent_bytes or DEFAULT_WINDOW_BYTES, progress)
     # Answers from a network come in threads of the store's own, which have others to receive.
     with Workers(threads if threads > 1 or isinstance(files, RemoteData) else 0) as workers:
-        begun = [(reading, reading.begin(workers, tasks))]
-        for pieces in following:
-            reading = reading.of(pieces)
-            begun.append((reading, reading.begin(workers)))
-        for reading, own in begun:
-            reading.wait(own)
-            if workers.failed:
-                return  # They raise it when they end.
-            yield
-
-
-def read_pieces(files: DataFiles, pieces: Sequence[ChunkPiece], limits: Limits, **options: Any) -> None:
-    """Reads all pieces and puts them in place; takes what `read_in_turn` takes."""
-    for _ in read_in_turn(files, [pieces], limits, **options):
-        pass
+        reading.run(workers, plan, others, tasks)
 
 
 def threads_for(pieces: Sequence[ChunkPiece]) -> int:
     """Returns how many threads unpack and put in place."""
     # Of a tiny piece the interpreter's part is the larger one, and threads only
     # take its lock from each other (20,000 leaves of 2.5 kB: 0.37 s with one, 0.45 s with two).
-    if sum(piece.nbytes for piece in pieces) < TINY_BYTES * len(pieces):
+    if sum(piece.nbytes for piece in pieces) < _TINY_BYTES * len(pieces):
         return 1
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_THREADS, processors)
@@ -144,8 +124,8 @@ class _Reading:
         progress: Progress | None,
     ) -> None:
         self._files = files
+        self._pieces = pieces
         self._limits = limits
-        self._plan(pieces)
         self._window = Window(window_bytes)
         self._under_way = threading.BoundedSemaphore(limits.requests)
         self._progress = progress
@@ -155,39 +135,16 @@ class _Reading:
         self._limit = TIME_LIMIT_S
         self._patience = None if isinstance(files, LocalData) else min(self._limit, SAY_SO_AFTER_S)
 
-    def of(self, pieces: Sequence[ChunkPiece]) -> Self:
-        """Returns the reading of other pieces under the bounds of this one."""
-        other = copy.copy(self)
-        other._plan(pieces)
-        return other
-
-    def _plan(self, pieces: Sequence[ChunkPiece]) -> None:
-        self._pieces = [piece for piece in pieces if not piece.streamed and piece.wanted.runs]
-        self._others = [piece for piece in pieces if piece.streamed or not piece.wanted.runs]
-        self._batches = plan_bytes([piece.wanted for piece in self._pieces], self._limits).batches
-
-    @property
-    def steps(self) -> int:
-        """How many things there are to be done."""
-        return len(self._batches) + len(self._others)
-
-    def begin(self, workers: Workers, tasks: Sequence[Task] = ()) -> Workers:
-        """Begins to read everything; returns what is to be waited for.
+    def run(
+        self, workers: Workers, plan: BytePlan, others: Sequence[ChunkPiece], tasks: Sequence[Task]
+    ) -> None:
+        """Reads everything.
 
         Raises:
             UnreadableLeafError: The store has been silent for too long.
         """
-        own = workers.apart()
-        self._submit_all(own, tasks)
-        return own
-
-    def wait(self, own: Workers) -> None:
-        """Waits until everything is in place, or has failed.
-
-        Raises:
-            UnreadableLeafError: The store has been silent for too long.
-        """
-        self._until(own.wait)
+        self._submit_all(workers, plan, others, tasks)
+        self._until(workers.wait)
 
     def _until(self, happens: Callable[[float | None], bool]) -> None:
         """Waits for something; says so while the store is silent, and gives it up after a time."""
@@ -200,15 +157,17 @@ class _Reading:
                     raise piece.owner.unreadable(silence)
                 _logger.warning("still waiting for %s; giving up in %.0f s", piece.wanted.file, left)
 
-    def _submit_all(self, workers: Workers, tasks: Sequence[Task]) -> None:
+    def _submit_all(
+        self, workers: Workers, plan: BytePlan, others: Sequence[ChunkPiece], tasks: Sequence[Task]
+    ) -> None:
         for task in tasks:
             self._submit(workers, _Step(task.run, held=task.nbytes, nbytes=task.nbytes))
-        present = [piece for piece in self._others if piece.content is not None]
+        present = [piece for piece in others if piece.content is not None]
         if present:
             nbytes = sum(piece.nbytes for piece in present)
             work = functools.partial(self._use_present, present)
             self._submit(workers, _Step(work, held=0, nbytes=nbytes))
-        for piece in self._others:
+        for piece in others:
             if piece.content is not None:
                 continue
             if piece.streamed:
@@ -217,7 +176,7 @@ class _Reading:
                 self._submit(workers, _Step(work, held=held, nbytes=piece.nbytes))
             else:
                 self._ask_whole(workers, piece)
-        for batch in self._batches:
+        for batch in plan.batches:
             nbytes = sum(self._pieces[number].nbytes for number in batch.wanted)
             if isinstance(self._files, LocalData):
                 work = functools.partial(self._read_local, self._files, batch)

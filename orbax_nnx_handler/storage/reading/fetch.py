@@ -8,7 +8,7 @@ opened by TensorStore. Which chunks are absent is known from the catalog before 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,14 +35,8 @@ from orbax_nnx_handler.storage.reading.base_store import (
 )
 from orbax_nnx_handler.storage.reading.byte_plan import Limits, WantedBytes, limits_of
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece, DamagedError, pieces_of_chunk
-from orbax_nnx_handler.storage.reading.engine import (
-    TINY_BYTES,
-    Progress,
-    Task,
-    naming_lost_values,
-    read_in_turn,
-)
-from orbax_nnx_handler.storage.reading.jobs import Destination, grouped
+from orbax_nnx_handler.storage.reading.engine import Progress, Task, naming_lost_values, read_pieces
+from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.members import pieces_of_member
 from orbax_nnx_handler.storage.reading.streams import Content
 from orbax_nnx_handler.storage.stores.kvstore import Store
@@ -207,20 +201,6 @@ def fill_targets(
     Raises:
         UnreadableLeafError: Stored bytes are absent or damaged.
     """
-    for _ in fill_in_turn(checkpoint, targets, concurrent_bytes, progress):
-        pass
-
-
-def fill_in_turn(
-    checkpoint: Checkpoint,
-    targets: Mapping[Path, Sequence[Destination]],
-    concurrent_bytes: int | None,
-    progress: Progress | None,
-) -> Generator[Collection[Path]]:
-    """Does what `fill_targets` does; yields some leaves that are filled, while others are being read.
-
-    At the end all are filled, also those that were never yielded.
-    """
     values = checkpoint.values or {}
     tasks = [_copy(path, values[path], places) for path, places in targets.items() if path in values]
     stored = {path: places for path, places in targets.items() if path not in values}
@@ -234,11 +214,11 @@ def fill_in_turn(
     read = functools.partial(_read_from_one_store, checkpoint, concurrent_bytes=share, progress=progress)
     if len(groups) == 1 or all(checkpoint.arrays[path].store.local for path in stored):
         for group, more in zip(groups, beside, strict=True):
-            yield from read(group, more)
+            read(group, more)
         return
     # Two items of one step, or a database beside single arrays: nobody waits for the other.
     with ThreadPoolExecutor(len(groups)) as pool:
-        for future in [pool.submit(list, read(*each)) for each in zip(groups, beside, strict=True)]:
+        for future in [pool.submit(read, *each) for each in zip(groups, beside, strict=True)]:
             future.result()
 
 
@@ -258,64 +238,29 @@ def _read_from_one_store(
     *,
     concurrent_bytes: int | None,
     progress: Progress | None,
-) -> Generator[Collection[Path]]:
+) -> None:
     store = next((checkpoint.arrays[path].store for path in targets), None)
     limits = limits_of(local=store is None or store.local)
     if concurrent_bytes is not None:
         most = max(limits.range_bytes, concurrent_bytes // 4)
         limits = dataclasses.replace(limits, packed_bytes=min(limits.packed_bytes, most))
-    leaves: list[_Leaf] = []
+    chunks: list[_Chunk] = []
     beside = list(tasks)
     for path, places in targets.items():
         leaf = LeafToRead(path=path, array=checkpoint.arrays[path], writes_fill=checkpoint.writes_fill)
         if leaf.array.encoding.codec == "other":
             beside += [_tensorstore_task(leaf, place) for place in places]
         else:
-            leaves.append((leaf, places))
-    parts = [leaves] if store is None or not store.local else _in_file_order(store, leaves)
+            chunks += chunks_of(leaf, places)
     with contextlib.closing(open_data(store)) as files:
-        pieces = (_pieces_of(store, files, part, limits) for part in parts)
-        reading = read_in_turn(
+        read_pieces(
             files,
-            pieces,
+            list(pieces_to_read(store, files, chunks, limits)) if store is not None else [],
             limits,
-            least=len(parts),
             tasks=beside,
             concurrent_bytes=concurrent_bytes,
             progress=progress,
         )
-        with contextlib.closing(reading):
-            for part, _ in zip(parts, reading, strict=True):
-                yield [leaf.path for leaf, _ in part]
-
-
-_Leaf = tuple[LeafToRead, Sequence[Destination]]
-
-# Arrays are made of what was read while so much more is being read: the last part is made alone.
-_PART_BYTES = 64 << 20
-
-
-def _in_file_order(store: Store, leaves: Sequence[_Leaf]) -> Sequence[Sequence[_Leaf]]:
-    """Returns leaves in parts, in the order of their files; tiny ones, of which threads are slow, in one."""
-    nbytes = {id(leaf): sum(place.view.nbytes for place in places) for leaf, places in leaves}
-    if sum(nbytes.values()) < max(2 * _PART_BYTES, TINY_BYTES * len(leaves)):
-        return [leaves]
-
-    def place_of(item: _Leaf) -> tuple[str, int, int]:
-        array = item[0].array
-        return store.listed_extent(f"{array.name}/{array.encoding.first_key}") or (array.name, 0, 0)
-
-    def size_of(items: Sequence[_Leaf]) -> int:
-        return sum(nbytes[id(leaf)] for leaf, _ in items)
-
-    return list(grouped(([item] for item in sorted(leaves, key=place_of)), size_of, _PART_BYTES))
-
-
-def _pieces_of(
-    store: Store | None, files: DataFiles, leaves: Sequence[_Leaf], limits: Limits
-) -> list[ChunkPiece]:
-    chunks = [chunk for leaf, places in leaves for chunk in chunks_of(leaf, places)]
-    return list(pieces_to_read(store, files, chunks, limits)) if store is not None else []
 
 
 def _tensorstore_task(leaf: LeafToRead, place: Destination) -> Task:

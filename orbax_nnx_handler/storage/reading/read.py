@@ -6,9 +6,7 @@ types), only Orbax knows how those read: it reads them, and nothing else. With s
 read by one process and copied to the others.
 """
 
-import contextlib
 import functools
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -20,15 +18,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
-from orbax_nnx_handler.planning.core.paths import Path, nested
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.core.regions import Region
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
+from orbax_nnx_handler.storage.checkpoint.trees import EMPTY_TYPES
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.engine import Progress
-from orbax_nnx_handler.storage.reading.fetch import fill_in_turn, fill_targets
+from orbax_nnx_handler.storage.reading.fetch import fill_targets
 from orbax_nnx_handler.storage.reading.jobs import (
     DEFAULT_WINDOW_BYTES,
     Buffer,
@@ -109,8 +108,14 @@ def _restore_args(checkpoint: Checkpoint, path: Path, sharding: Sharding) -> ocp
 
 def _disk_tree(checkpoint: Checkpoint, wanted: Mapping[Path, Any], other: Any) -> Any:
     """Builds the disk's own containers with values at the wanted leaves."""
-    nodes = checkpoint.nodes.items()
-    return _lists(nested({path: wanted.get(path, _EMPTY_VALUES.get(kind, other)) for path, kind in nodes}))
+    root: dict[Any, Any] = {}
+    for path, value_type in checkpoint.nodes.items():
+        node = root
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        value = _EMPTY_VALUES[value_type] if value_type in EMPTY_TYPES else other
+        node[path[-1]] = wanted.get(path, value)
+    return _lists(root)
 
 
 def _lists(node: Any) -> Any:
@@ -215,7 +220,10 @@ def read_arrays(
         plain = [plain_job(job) for job in jobs if job.path not in arrays]
         under_way: dict[Path, jax.Array] = {}
         for group in groups(plain, concurrent_bytes):
-            placed = _read_and_place(checkpoint, group, concurrent_bytes, progress, memory)
+            filled = read_shards(checkpoint, group, concurrent_bytes, progress, memory)
+            placed = {
+                job.job.path: place_array(job, shards) for job, shards in zip(group, filled, strict=True)
+            }
             # The host buffers of a group live until its transfer is done.
             jax.block_until_ready(under_way)
             arrays |= placed
@@ -271,43 +279,6 @@ def _is_orbaxs(checkpoint: Checkpoint) -> bool:
     return not in_one_file and not any(path in checkpoint.nodes for path in held)
 
 
-def _read_and_place(
-    checkpoint: Checkpoint,
-    group: Sequence[PlainJob],
-    concurrent_bytes: int | None,
-    progress: Progress | None,
-    memory: Memory | None,
-) -> dict[Path, jax.Array]:
-    """Reads jobs; those that are stored leaves as they are become arrays while others are being read."""
-    filled, work = _allocated(checkpoint, group, memory)
-    placed: dict[Path, jax.Array] = {}
-    of_leaf: dict[Path, list[int]] = defaultdict(list)
-    for number, job in enumerate(group):
-        if isinstance(job.recipe, recipes.Read):
-            of_leaf[job.recipe.path].append(number)
-    with contextlib.closing(fill_in_turn(checkpoint, work.targets, concurrent_bytes, progress)) as parts:
-        for number in (number for paths in parts for path in paths for number in of_leaf[path]):
-            placed[group[number].job.path] = place_array(group[number], filled[number])
-    for step in work.finish:
-        step()
-    for job, shards in zip(group, filled, strict=True):
-        if job.job.path not in placed:
-            placed[job.job.path] = place_array(job, shards)
-    return placed
-
-
-def _allocated(
-    checkpoint: Checkpoint, group: Sequence[PlainJob], memory: Memory | None
-) -> tuple[list[dict[Region, Buffer]], Work]:
-    """Returns fresh host memory for the shards of each job, and what fills it."""
-    arena, work, stored = Arena(memory), Work(), stored_shapes(checkpoint)
-    filled = [allocate_shards(job, arena.allocate) for job in group]
-    for job, shards in zip(group, filled, strict=True):
-        for region, buffer in shards.items():
-            work.fill(job.recipe, region, buffer, stored)
-    return filled, work
-
-
 def read_shards(
     checkpoint: Checkpoint,
     group: Sequence[PlainJob],
@@ -316,7 +287,11 @@ def read_shards(
     memory: Memory | None = None,
 ) -> list[dict[Region, Buffer]]:
     """Reads the shards of each job into fresh host memory."""
-    filled, work = _allocated(checkpoint, group, memory)
+    arena, work, stored = Arena(memory), Work(), stored_shapes(checkpoint)
+    filled = [allocate_shards(job, arena.allocate) for job in group]
+    for job, shards in zip(group, filled, strict=True):
+        for region, buffer in shards.items():
+            work.fill(job.recipe, region, buffer, stored)
     fill_targets(checkpoint, work.targets, concurrent_bytes, progress)
     for step in work.finish:
         step()

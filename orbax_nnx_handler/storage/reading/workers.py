@@ -7,7 +7,6 @@ it, and no block is ever written again once its arrays exist.
 """
 
 import contextlib
-import copy
 import ctypes
 import errno
 import functools
@@ -51,12 +50,6 @@ class Workers:
             self._pool.shutdown(cancel_futures=error is not None)
         if error is None and self._failures:
             raise self._failures[0]
-
-    def apart(self) -> Self:
-        """Returns the same threads for work that is waited for by itself; a failure stops both."""
-        other = copy.copy(self)
-        other._left, other._changed = 0, threading.Condition()
-        return other
 
     @property
     def failed(self) -> bool:

@@ -37,6 +37,13 @@ def commit_questions(directory: epath.Path) -> list[ReadFile]:
     return [ReadFile(os.fspath(folder / name)) for folder in folders for name in (COMMIT_FILE, STEP_FILE)]
 
 
+def stamps_of(item: epath.Path, files: Files) -> dict[str, bytes]:
+    """Returns the notes of when the saves of an item and of its step began and ended, by their files."""
+    notes = [folder / STEP_FILE for folder in (item, item.parent)]
+    known = {os.fspath(note): files.optional(note) for note in notes}
+    return {file: content for file, content in known.items() if content is not None}
+
+
 def was_interrupted(item: epath.Path, files: Files) -> epath.Path | None:
     """Returns the item, or the step around it, if its save was never finished."""
     step = item.parent

@@ -42,6 +42,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     commit_questions,
     is_archive,
     is_item,
+    stamps_of,
     was_interrupted,
 )
 from orbax_nnx_handler.storage.checkpoint.stored_random import (
@@ -123,6 +124,7 @@ def _join_items(step: epath.Path, items: Mapping[str, Checkpoint]) -> Checkpoint
         arrays=_joined(items, lambda item: item.arrays),
         # Strict where the two differ: an absent chunk is then taken for a loss.
         writes_fill=any(item.writes_fill for item in items.values()),
+        stamps={file: content for item in items.values() for file, content in item.stamps.items()},
     )
 
 
@@ -167,6 +169,7 @@ def _read(directory: epath.Path, files: Files) -> Checkpoint:
         raise no_checkpoint(directory, files)
     _ask(files, [directory])
     _check_was_finished(directory, files)
+    stamps = stamps_of(directory, files)
     database = _open_database(directory, files)
     tree = read_tree(directory, files, database)
     if tree is None:
@@ -200,6 +203,7 @@ def _read(directory: epath.Path, files: Files) -> Checkpoint:
         arrays=arrays,
         writes_fill=tree.writes_fill,
         foreign=foreign,
+        stamps=stamps if any(array.store.kind == "files" for array in arrays.values()) else {},
     )
 
 

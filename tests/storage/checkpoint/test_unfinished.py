@@ -1,5 +1,6 @@
 """A save that was not finished is refused from every path that leads to it; its leftovers are no steps."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -180,6 +181,30 @@ def test_in_a_bucket_a_finished_step_below_a_directory_makes_no_interrupted_save
     files, _ = files_of(tmp_path)
     with pytest.raises(NotACheckpointError, match="gs://bucket/runs is no Orbax checkpoint; it holds: best"):
         find_item("gs://bucket/runs", files=files)
+
+
+@pytest.mark.parametrize(
+    ("disk_format", "shares_files"), [(FILES, True), (DiskFormat(True, True, True), False)]
+)
+def test_a_save_into_the_files_that_are_read_is_an_error_and_no_mixture(tmp_path, disk_format, shares_files):
+    old, new = (
+        save(tmp_path / name / "default", {key: value + add for key, value in TREE.items()}, disk_format)
+        for name, add in (("old", 0), ("new", 10))
+    )
+    for number, step in enumerate((old.parent, new.parent)):
+        note = {"init_timestamp_nsecs": number, "commit_timestamp_nsecs": number + 1}
+        (step / "_CHECKPOINT_METADATA").write_text(json.dumps(note))
+
+    def save_again(_):
+        shutil.copytree(new.parent, old.parent, dirs_exist_ok=True)
+
+    if shares_files:
+        with pytest.raises(UnreadableLeafError, match="default was saved again while it was read") as raised:
+            restore(old, TARGET, progress=save_again)
+        assert raised.value.hints[0].words.startswith("restore again once nothing is written there")
+        assert restore(old, TARGET)["a"].tolist() == [11, 11, 11]
+    else:
+        assert restore(old, TARGET, progress=save_again)["a"].tolist() == [1, 1, 1]
 
 
 def test_the_database_of_one_process_is_no_step_and_no_item(tmp_path):

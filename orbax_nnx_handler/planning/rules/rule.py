@@ -79,11 +79,9 @@ class Pattern:
 
     def spans(self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None) -> Iterator[Span]:
         """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
-        at, width, first = 0, self.width, self._parts[0]
+        at, width = 0, self.width
         while at + width <= len(names):
-            # The first name alone tells most places apart.
-            differs = isinstance(first, str) and first != names[at]
-            bindings = None if differs else self.match(names[at : at + width])
+            bindings = self.match(names[at : at + width])
             span = None if bindings is None else Span(at, at + width, bindings)
             if span is None or (accepts is not None and not accepts(span)):
                 at += 1

@@ -146,11 +146,6 @@ class ModulePart:
         """What it shares with the others of its list: the module around them, the name before the number."""
         return self.module, self.levels[-1].base if self.levels else ""
 
-    @property
-    def size(self) -> int:
-        """How many elements it holds."""
-        return sum(math.prod(leaf.shape) for leaf in self.leaves.values())
-
 
 def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
     """Returns the parts of a context.

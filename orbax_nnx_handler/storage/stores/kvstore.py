@@ -237,11 +237,6 @@ class Store:
         value = self.catalog.get(key) if self.catalog is not None else None
         return value if isinstance(value, bytes) else None
 
-    def size_of(self, key: str) -> int | None:
-        """Returns the length of a key's value, or None where only reading it can tell."""
-        extent = self.listed_extent(key)
-        return extent.size if extent is not None else None
-
     def lacks(self, key: str) -> bool:
         """Tells whether the catalog shows that a key is absent."""
         return self.catalog is not None and key not in self.catalog

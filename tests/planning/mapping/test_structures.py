@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from orbax_nnx_handler import Drop, ShapeMismatchError, from_linen
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, canonical
 from orbax_nnx_handler.planning.core.recipes import Concat, Read
@@ -52,6 +53,28 @@ def test_gru_gates_are_fused_and_the_bias_that_nnx_lacks_is_named() -> None:
     assert by_path(derived)["dense_i/kernel"].recipe == Concat(tuple(gates), axis=1)
     assert sorted(by_path(derived)) == ["dense_h/kernel", "dense_i/bias", "dense_i/kernel"]
     assert [item.leaf.path for item in without_variable] == [("params", "hn", "bias")]
+
+
+def test_a_bias_that_nnx_lacks_in_another_shape_than_the_cell_s_is_an_error() -> None:
+    cell = {
+        name: {"kernel": np.ones((3, 4), np.float32), "bias": np.ones(4, np.float32)}
+        for name in ("ir", "iz", "in")
+    }
+    cell |= {name: {"kernel": np.ones((4, 4), np.float32)} for name in ("hr", "hz", "hn")}
+    cell["hn"]["bias"] = np.zeros(5, np.float32)
+    target = nnx.eval_shape(lambda: nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)))
+
+    with pytest.raises(ShapeMismatchError) as caught:
+        from_linen({"params": cell}, target)
+    left = from_linen({"params": cell}, target, renames=[Drop("params/hn/bias", "why")])
+
+    assert str(caught.value) == (
+        "1 stored leaf of a module that NNX keeps otherwise has another shape than that module has:\n"
+        "  params/hn/bias (5,): (4,) there\n"
+        "hint: renames=[Drop('params/hn/bias', 'why')] leaves it behind.\n"
+        "checkpoint: a tree in memory (layout: Linen variables, 10 stored leaves)"
+    )
+    np.testing.assert_array_equal(left.dense_h.kernel[...], np.ones((4, 12)))
 
 
 @pytest.mark.parametrize("gate", ["if", "hg"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import RuleError, to_linen
+from orbax_nnx_handler import Fuse, RuleError, to_linen
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
     Fill,
@@ -125,3 +125,15 @@ def test_a_number_of_a_list_is_written_as_the_rule_spells_it_beside_a_name_with_
     tree = to_linen(state, renames=[("h/{i}", "blocks/{i}"), ("blocks/{i}/ln_{j}", "blocks/{i}/norm_{j}")])
 
     assert tree["params"]["h"]["0"].keys() == {"ln_1"}
+
+
+def test_a_fuse_whose_name_lacks_a_place_of_its_parts_cannot_be_undone() -> None:
+    rule = Fuse(("layer_{i}/q", "layer_{i}/k"), "qk", axis=1)
+
+    with pytest.raises(RuleError) as caught:
+        rule.inverse()
+
+    assert str(caught.value) == (
+        f"{rule} cannot be undone, so it cannot save: "
+        "'qk' does not hold every part that its patterns leave open."
+    )

@@ -72,9 +72,16 @@ def roles_of(leaves: Mapping[Path, WantedLeaf]) -> list[Wanted]:
     collections = {kind: collection_of(kind) for kind in {leaf.kind for leaf in leaves.values()}}
     states = {kind for kind in collections if kind is not None and _role_of(kind) == "optimizer"}
     typed = (path for path, leaf in leaves.items() if leaf.kind in states) if states else ()
-    owners = certain | {path[: path.index(OPT_STATE)] for path in typed if OPT_STATE in path[:-1]}
+    owners = certain | {_owner(path, leaves) for path in typed if OPT_STATE in path[:-1]}
     streams = {path[:-1] for path, leaf in leaves.items() if is_key(leaf.dtype)}
     return [_wanted(leaf, owners, certain, streams, collections[leaf.kind]) for leaf in leaves.values()]
+
+
+def _owner(path: Path, leaves: Mapping[Path, WantedLeaf]) -> Path:
+    """Returns the keys above an `opt_state`; an `nnx.Optimizer` with its step may itself be called that."""
+    at = path.index(OPT_STATE)
+    inner = path[: at + 1]
+    return inner if path[at + 1] in (OPT_STATE, "step") and (*inner, "step") in leaves else path[:at]
 
 
 def collection_of(kind: type[Any] | None) -> str | None:

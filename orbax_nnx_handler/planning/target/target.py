@@ -207,7 +207,20 @@ def _take_apart(item: Any) -> _Apart:
         return _take_apart_graph(item)
     nodes, values = dict[Path, Any](), dict[Path, Any]()
     _walk(item, (), nodes, values)
+    if _is_split(item, nodes):
+        own = {path: path[1:] for path in nodes}
+        nodes, values = ({own[path]: part for path, part in parts.items()} for parts in (nodes, values))
+        return nodes, values, lambda filled: _rebuild(item, (), {at: filled[own[at]] for at in own})
     return nodes, values, lambda filled: _rebuild(item, (), filled)
+
+
+def _is_split(item: Any, nodes: Flat) -> bool:
+    """Tells several states of one model, as `nnx.split` returns them: their places are no names."""
+    parts = cast("Iterable[object]", item) if isinstance(item, tuple | list) else (None,)
+    if not all(isinstance(part, nnx.State | nnx.GraphDef) for part in parts):
+        return False
+    is_one = len({path[1:] for path in nodes}) == len(nodes)
+    return is_one and not any(isinstance(node, nnx.OptState) for node in nodes.values())
 
 
 def _take_apart_graph(item: Any) -> _Apart:

@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import in_linen_wrappers, is_scale
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import children, flatten, holds_nnx
-from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves, Parts, take_apart
+from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves, Parts, is_weight, take_apart
 
 # Named-tuple fields of optax under which another optimizer's state lies.
 _NESTING = frozenset({"opt_state", "inner_state", "inner_opt_state", "inner_states"})
@@ -219,7 +219,10 @@ def _with_containers(parts: Parts, tx: Transformation | None) -> Parts:
 def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Path, ItemLeaf]]:
     model = (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
     state = [*model, *_optimizer(parts, flavour)]
-    outside = _lasting(parts.outside)
+    outside, owner = _lasting(parts.outside), parts.owner[:-1]
+    if not several and any(is_weight(leaf) for path, leaf in outside.items() if path[: len(owner)] != owner):
+        # Another model lies beside a train state below a key: the key tells the two apart.
+        parts, several = dataclasses.replace(parts, root=owner), True
     if several:
         for at, leaf in state:
             # What no Linen program stores is kept aside under its own path in the item.
@@ -229,9 +232,7 @@ def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Pat
         return
     # A train state below a key stays there where something beside it has the name of one of its fields, as
     # the outer weights of DiLoCo: at the root, the one would be taken for the other.
-    root = parts.owner[:-1]
-    if not {path[0] for path in outside} & {at[0] for at, _ in state}:
-        root = ()
+    root = owner if {path[0] for path in outside} & {at[0] for at, _ in state} else ()
     for at, leaf in state:
         yield (*segments(root), *at), leaf
     for path, leaf in outside.items():

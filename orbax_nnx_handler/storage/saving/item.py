@@ -143,7 +143,7 @@ def _side_by_side(leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Pa
     for path, leaf in leaves.items():
         if len(path) > depth and path[: len(parent)] == parent and path[:depth] not in optimizers:
             below[path[:depth]][path[depth:]] = leaf
-    models = {key: model for key, model in below.items() if any(map(_is_weight, model.values()))}
+    models = {key: model for key, model in below.items() if any(map(is_weight, model.values()))}
     states = [Parts(model=model, outside={}, root=key) for key, model in models.items()]
     for owner, opt_state in optimizers.items():
         moments = [canonical(path) for path in flatten(opt_state)]
@@ -168,7 +168,8 @@ def _left(leaves: ItemLeaves, states: Sequence[Parts]) -> ItemLeaves:
     }
 
 
-def _is_weight(leaf: ItemLeaf) -> bool:
+def is_weight(leaf: ItemLeaf) -> bool:
+    """Tells whether a leaf is a Variable other than random state."""
     return isinstance(leaf.node, nnx.Variable) and not isinstance(leaf.node, nnx.RngState)
 
 
@@ -240,6 +241,8 @@ def _optimizers(item: Any, nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, An
 
 def _is_opt_state(node: Any) -> bool:
     """Tells an optimizer's state, empty or not, from a module of the model that has its name."""
+    if hasattr(node, _OPT_STATE):
+        return False  # An `nnx.Optimizer` that an item keeps under that key.
     if node is None or isinstance(node, tuple | list):
         # Optax's own containers. In a functional train state their leaves may be `nnx.Param`s.
         return node is not None
@@ -269,8 +272,11 @@ def _without_optimizer(item: Any, leaves: ItemLeaves, model_key: Hashable) -> Pa
         rest = {path: leaf for path, leaf in leaves.items() if leaf is not step}
         return dataclasses.replace(_without_optimizer(item, rest, model_key), step=step)
     keys = {path[0] for path in leaves}
-    if isinstance(item, tuple | list):
-        # What `nnx.split` returns: several states of one model.
+    if isinstance(item, tuple | list) and _is_split(item):
+        return Parts(
+            model={path: ItemLeaf(path, leaf.node) for path, leaf in _merge(leaves).items()}, outside={}
+        )
+    if isinstance(item, tuple | list) and len(keys) == 1:
         return Parts(model=_merge(leaves), outside={})
     container = isinstance(item, Mapping) and not isinstance(item, nnx.State)
     if model_key in keys and (container or (keys == {model_key} and _names_its_model(item))):
@@ -281,6 +287,11 @@ def _without_optimizer(item: Any, leaves: ItemLeaves, model_key: Hashable) -> Pa
         outside = {path: leaf for path, leaf in leaves.items() if path not in typed}
         return Parts(model={path[1:]: leaf for path, leaf in typed.items()}, outside=outside)
     return Parts(model=leaves, outside={})
+
+
+def _is_split(item: Iterable[Any]) -> bool:
+    """Tells what `nnx.split` returns, several states of one model, from models that lie side by side."""
+    return all(isinstance(part, nnx.State | nnx.GraphDef) for part in item)
 
 
 def _is_in_collection(path: Path, leaf: ItemLeaf) -> bool:

@@ -395,6 +395,60 @@ def test_a_train_state_is_restored_with_its_optimizer() -> None:
     assert optimizer.step.get_value().dtype == jnp.uint32
 
 
+class Norm(nnx.Module):
+    def __init__(self) -> None:
+        self.dense = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+
+ADAM = optax.adam(1e-3)
+
+
+def trained() -> tuple[Norm, nnx.Optimizer[Norm]]:
+    model = Norm()
+    return model, nnx.Optimizer(model, ADAM, wrt=nnx.Param)
+
+
+CALLED = "an optimizer that is called opt_state"
+ITEMS = {
+    "a model and more of them below a key": lambda: (Norm(), {"x": Norm()}),
+    "a model and a list of models": lambda: (Norm(), [Norm(), Norm()]),
+    "models side by side": lambda: [Norm(), Norm()],
+    "states of one model": lambda: tuple(nnx.state(Norm(), nnx.Param, ...)),
+    "what nnx.split returns": lambda: tuple(nnx.split(Norm(), nnx.Param, ...)),
+    "a trained model below a key beside another": lambda: {"a": trained(), "b": Norm()},
+    "a train state below a key beside a model": lambda: {
+        "train": dict(zip(("model", "optimizer"), trained(), strict=True)),
+        "eval": Norm(),
+    },
+    "an array beside a model": lambda: (Norm(), jnp.zeros((2, 3))),
+    # A level that is called `params` names a collection, and MaxText keeps statistics beside it.
+    CALLED: lambda: dict(zip(("params", "opt_state"), trained(), strict=True)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        (name, layout)
+        for name in ITEMS
+        for layout in ("linen", "maxtext")
+        if (name, layout) != (CALLED, "maxtext")
+    ],
+)
+def test_what_a_save_takes_a_restore_takes(name: str, layout: Any) -> None:
+    numbers = iter(range(1000))
+    item = jax.tree.map(lambda x: jnp.full(x.shape, next(numbers), x.dtype), ITEMS[name]())
+
+    tree = to_linen(item, layout)
+    plan = plan_restore(tree, nnx.eval_shape(ITEMS[name]))
+    result = from_linen(tree, nnx.eval_shape(ITEMS[name]))
+
+    jax.tree.map(np.testing.assert_array_equal, result, item)
+    again = to_linen(result, layout, renames=plan)
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
 def test_policies_fill_what_is_missing() -> None:
     tree = nn.unbox(variables())
     del tree["params"]["layers_1"]["bias"]

@@ -29,7 +29,6 @@ from orbax_nnx_handler.planning.target.target import (
     flatten_like,
     flatten_target,
     refuse_empty,
-    refuse_nameless,
 )
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
@@ -171,7 +170,6 @@ def suggest(
     checkpoint = look_at(path, item)
     parts = flatten_target(target)
     refuse_empty(target, parts)
-    refuse_nameless(parts, checkpoint.leaves)
     found = propose(parts, checkpoint.leaves, options, order_of(target, init))
     if programs is None:
         return found

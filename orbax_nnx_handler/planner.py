@@ -19,7 +19,6 @@ from orbax_nnx_handler.planning.target.target import (
     flatten_like,
     flatten_target,
     refuse_empty,
-    refuse_nameless,
 )
 from orbax_nnx_handler.planning.verdict.unreadable import check_readable
 from orbax_nnx_handler.storage import paused_collection
@@ -68,7 +67,6 @@ def flatten_wanted(checkpoint: Checkpoint, target: Any, overrides: Mapping[Path,
         check_readable(checkpoint.broken)
     parts = flatten_target(target, overrides, beside=checkpoint.on_devices.values())
     refuse_empty(target, parts)
-    refuse_nameless(parts, checkpoint.leaves)
     return with_keys(parts, checkpoint.leaves)
 
 

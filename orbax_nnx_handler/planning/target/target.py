@@ -431,20 +431,6 @@ _WAYS_OUT = (
 _FILTERED = "a State that nnx.state(model, FILTER) made is empty where the filter matches nothing."
 
 
-def refuse_nameless(target: Target, stored: Mapping[Path, Any]) -> None:
-    """Raises where a target is one leaf by itself, and the checkpoint is not.
-
-    Raises:
-        RestoreError: No name leads to a stored leaf.
-    """
-    if () in target.leaves and () not in stored:
-        raise RestoreError(
-            "the target is a leaf by itself: it has no name that leads to a stored one.",
-            paths=[()],
-            hints=["give it the names that it has in the checkpoint: {'params': {'kernel': leaf}}."],
-        )
-
-
 def refuse_empty(item: Any, target: Target) -> None:
     """Raises where a target has no leaf that has a name.
 

@@ -134,11 +134,19 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
     )
 
 
+_LEAST, _MOST = 1e-4, 1e4
+"""The usual sizes of inputs."""
+
+
 def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Iterator[str]:
     """Yields what equal outputs do not tell of the weights."""
     floats = [np.asarray(leaf) for leaf in jax.tree.leaves(runs.inputs) if np.size(leaf) > 1]
     if any(np.all(leaf == leaf.flat[0]) for leaf in floats):
         yield "an input is one number throughout, which tells little of the weights: choose random inputs."
+    sizes = [float(np.abs(leaf).mean(dtype=np.float64)) for leaf in floats if leaf.dtype.kind == "f"]
+    strange = next((size for size in sizes if size and not _LEAST < size < _MOST), None)
+    if strange is not None:
+        yield f"an input's numbers are about {strange:.0e}, where weights hardly count: choose some of 1."
     quiet = [one for one in runs.compared if one.found.differs and one.found.is_certain]
     quiet = [one for one in quiet if not same_numbers(one.linen.outputs, one.nnx.outputs)]
     if first is None and quiet:
@@ -164,7 +172,7 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
 
 
 _MORE = "Choose inputs of several examples, tokens and positions."
-_MUCH = 1 / 3
+_MUCH = 1 / 2
 """The share of a weight without an effect that is worth a word."""
 _MOST_GROUPS = 8
 _A_LITTLE = 1e-3

@@ -454,6 +454,13 @@ def test_an_input_of_one_number_is_said_to_tell_little(tmp_path: pathlib.Path):
     assert any("one number throughout" in remark for remark in found.remarks)
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+def test_inputs_beside_which_weights_hardly_count_are_named(tmp_path: pathlib.Path, size: float):
+    found = gated(tmp_path, inputs=(GATED_INPUT * size,), renames=())
+
+    assert [remark for remark in found.remarks if remark.startswith("an input's numbers are about")]
+
+
 @pytest.mark.parametrize("what", ["another model", "a constant"])
 def test_a_program_that_does_not_use_the_restored_model_is_refused(tmp_path: pathlib.Path, what: str):
     other = Gated(nnx.Rngs(1))

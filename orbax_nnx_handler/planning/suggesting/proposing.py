@@ -43,13 +43,17 @@ from orbax_nnx_handler.planning.suggesting.series import Order, of_few_layers
 from orbax_nnx_handler.planning.suggesting.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
+    Proposal,
     Question,
     Suggestion,
     behind,
+    by_network,
+    in_words,
+    keys_as_names,
     problem_of,
     proposal_of,
 )
-from orbax_nnx_handler.planning.suggesting.writing import Writer, keys_as_names
+from orbax_nnx_handler.planning.suggesting.writing import Writer
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
@@ -142,14 +146,22 @@ class _Proposing:
 
     def best(self) -> Suggestion:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
-        found, beside = self.suggestion(), of_role(self._wanted, "optimizer", "step")
-        keys = () if beside or not found.unmatched_wanted else keys_as_names(self._mapping.applied.entries)
+        found = self.suggestion()
+        keys = keys_as_names(self._mapping.applied.entries) if found.unmatched_wanted else ()
         if keys:
             named = dataclasses.replace(self.options, renames=(*self.options.renames, *keys))
             with contextlib.suppress(RestoreError):
-                other = propose(self.target, self.stored, named, self.order)
-                return min(found, behind(keys, other), key=lambda item: len(item.unmatched_wanted))
+                other = behind(keys, _Proposing(self.target, self.stored, named, self.order).suggestion())
+                found = min(*self._by_network(keys, other), other, found, key=_count_open)
         return found
+
+    def _by_network(self, keys: Sequence[Rename], found: Suggestion) -> Iterator[Suggestion]:
+        """Yields rules that leave each network its own params, so that its optimizer follows."""
+        is_trained = bool(of_role(self._wanted, "optimizer")) and not found.questions
+        for rules in by_network(keys, found.renames) if is_trained else ():
+            tried = self._judged((), dict.fromkeys(rules, ()), 0, ())
+            proposals = tuple(Proposal(rule=rule, grounds="names") for rule in rules)
+            yield dataclasses.replace(self._suggested(tried, ()), proposals=proposals)
 
     def suggestion(self) -> Suggestion:
         """Returns the proposal, tried."""
@@ -395,7 +407,7 @@ class _Proposing:
             stored=_paths(leaf for reading in item.readings for link in reading for leaf in link.stored),
             parts=(_modules(item, "stored"), _modules(item, "wanted")),
             about=item.about,
-            choices=tuple(_words(item, reading) for reading in item.readings),
+            choices=tuple(in_words(item.about, reading, item.readings) for reading in item.readings),
             settle=lambda answer: settle(item.readings[answer]),
         )
 
@@ -415,6 +427,10 @@ class _Proposing:
         )
 
 
+def _count_open(found: Suggestion) -> int:
+    return len(found.unmatched_wanted)
+
+
 def _changes_nothing(rule: Rule) -> bool:
     return isinstance(rule, Rename) and rule.pattern == rule.replacement
 
@@ -430,20 +446,3 @@ def _modules(item: _Open, side: Literal["stored", "wanted"]) -> tuple[Path, ...]
     return tuple(
         dict.fromkeys(leaf.names if whole else place_of(leaf.names)[0] or leaf.names for leaf in leaves)
     )
-
-
-def _words(item: _Open, reading: Sequence[Link]) -> str:
-    """Returns a reading in words: its rules are for the machine."""
-    if item.about == "transposed":
-        turned = any(way.turned for link in reading for ways in link.ways for way in ways)
-        return "transposed" if turned else "as it is"
-    if item.about == "how":
-        said = reading[0].told or ", ".join(map(str, reading[0].ways[0][0].steps)) or "one after the other"
-        orders = {each[0].parts for each in item.readings}
-        return said if len(orders) == 1 else f"{said}: {', '.join(reading[0].parts)}"
-    pairs = dict.fromkeys((_part(link.source), _part(link.target)) for link in reading)
-    return ", ".join(f"{stored} -> {wanted}" for stored, wanted in list(pairs)[:4])
-
-
-def _part(leaf: Leaf) -> str:
-    return "/".join(place_of(leaf.names)[0] or leaf.names)

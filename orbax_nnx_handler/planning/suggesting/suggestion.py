@@ -1,16 +1,17 @@
 """What is proposed, as text that a user reads and pastes."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
-from orbax_nnx_handler.planning.rules import Rule
+from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.fitting import Remade
-from orbax_nnx_handler.planning.suggesting.module_parts import Link, PairGrounds
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, PairGrounds, place_of
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]
@@ -226,6 +227,64 @@ def _asked_behind(rules: tuple[Rule, ...], question: Question) -> Question:
     return dataclasses.replace(question, settle=settled)
 
 
+def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:
+    """Returns rules under which several networks, each with params of its own, are parts of one model."""
+    models = dict.fromkeys(entry.prefix for entry in entries if entry.section == "model")
+    if len({prefix[:-1] for prefix in models}) < 2 or any(len(prefix) < 2 for prefix in models):
+        return ()
+    return tuple(Rename("/".join(prefix), "/".join(prefix[:-1])) for prefix in models)
+
+
+def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rename, ...]]:
+    """Yields rules that rename each network and what is in it, out of those for one model of all of them.
+
+    Args:
+        keys: The rules that made parts of one model of the networks.
+        rules: They, and what was proposed behind them; nothing comes where one says more than names.
+    """
+    collections = {rule.replacement: rule.pattern.removeprefix(f"{rule.replacement}/") for rule in keys}
+    owners, inner = dict[str, str](), dict[str, dict[str, str]]()
+    for rule in rules[len(keys) :]:
+        stored, below = _parted(rule.pattern if isinstance(rule, Rename) else "", collections)
+        if not isinstance(rule, Rename) or (stored and "/" not in rule.replacement):
+            return
+        wanted, into = rule.replacement.split("/", 1) if stored else ("", rule.replacement)
+        if stored and owners.setdefault(stored, wanted) != wanted:
+            return
+        inner.setdefault(below, {})[stored] = into
+    levels = {into.partition("/")[0] for intos in inner.values() for into in intos.values() if "/" in into}
+    for level in (
+        (*levels, "") if len(levels) == 1 else ("",)
+    ):  # `model` beside an optimizer, or 0 of a tuple.
+        yield tuple(_renames_in(owners, collections, inner, f"{level}/" if level else ""))
+
+
+def _renames_in(
+    owners: Mapping[str, str],
+    collections: Mapping[str, str],
+    inner: Mapping[str, Mapping[str, str]],
+    level: str,
+) -> Iterator[Rename]:
+    yield from (Rename(stored, wanted) for stored, wanted in owners.items() if stored != wanted)
+    for below, intos in inner.items():
+        left = {stored: into.removeprefix(level) for stored, into in intos.items()}
+        if len({*left.values()}) == 1:
+            yield Rename(below, next(iter(left.values())))
+            continue
+        for stored in collections if "" in left else left:
+            into, above = (
+                left.get(stored, left.get("")),
+                f"{owners.get(stored, stored)}/{collections[stored]}",
+            )
+            yield Rename(f"{above}/{below}", f"{above}/{into}")
+
+
+def _parted(pattern: str, networks: Iterable[str]) -> tuple[str, str]:
+    """Returns the network that a pattern begins with, if it does, and the rest."""
+    found = next((key for key in networks if pattern.startswith(f"{key}/")), "")
+    return found, pattern.removeprefix(f"{found}/") if found else pattern
+
+
 def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     """Returns what a plan says against its rules, or why no rule helps; empty for nothing."""
     if verdict.faults:
@@ -237,6 +296,23 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     head = f"{counted(len(shapes), 'leaf is', 'leaves are')} stored in another shape:"
     rows = aligned(mismatched_rows(shapes))
     return f"{head}\n{rows}\nno rule cuts or pads a weight: build the target with the stored sizes."
+
+
+def in_words(about: str, reading: Sequence[Link], readings: Iterable[Sequence[Link]]) -> str:
+    """Returns a reading in words: its rules are for the machine."""
+    if about == "transposed":
+        turned = any(way.turned for link in reading for ways in link.ways for way in ways)
+        return "transposed" if turned else "as it is"
+    if about == "how":
+        said = reading[0].told or ", ".join(map(str, reading[0].ways[0][0].steps)) or "one after the other"
+        orders = {each[0].parts for each in readings}
+        return said if len(orders) == 1 else f"{said}: {', '.join(reading[0].parts)}"
+    pairs = dict.fromkeys((_part(link.source), _part(link.target)) for link in reading)
+    return ", ".join(f"{stored} -> {wanted}" for stored, wanted in list(pairs)[:4])
+
+
+def _part(leaf: Leaf) -> str:
+    return "/".join(place_of(leaf.names)[0] or leaf.names)
 
 
 def _listed(paths: Sequence[Path]) -> str:

@@ -369,14 +369,6 @@ class Writer:
             self.rules.setdefault(rule, []).extend(links)
 
 
-def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:
-    """Returns rules under which several networks, each with params of its own, are parts of one model."""
-    models = dict.fromkeys(entry.prefix for entry in entries if entry.section == "model")
-    if len({prefix[:-1] for prefix in models}) < 2 or any(len(prefix) < 2 for prefix in models):
-        return ()
-    return tuple(Rename("/".join(prefix), "/".join(prefix[:-1])) for prefix in models)
-
-
 def _with_first(names: Names) -> Names:
     """Returns a path as that of the first layer: what is asked of 20,000 leaves is asked of one layer's."""
     at = next((at for at, name in enumerate(names) if name.isdecimal()), len(names))

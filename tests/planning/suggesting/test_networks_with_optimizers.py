@@ -1,0 +1,92 @@
+"""Several networks, each with params and an optimizer of its own, under other names in the target."""
+
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import from_linen, suggest
+
+TX = optax.adam(1e-3)
+SIZES = {"actor": {"hidden": (5, 8), "logits": (8, 3)}, "critic": {"hidden": (5, 8), "value": (8, 1)}}
+NAMES = {"hidden": "body", "logits": "policy", "value": "out"}
+
+
+class Network(nnx.Module):
+    def __init__(self, sizes, rngs):
+        for name, (features, outputs) in sizes.items():
+            setattr(self, NAMES[name], nnx.Linear(features, outputs, rngs=rngs))
+
+
+def stored(keys):
+    """Returns two train states in which no element is like another one."""
+    numbers = itertools.count()
+
+    def counted(leaf):
+        if not leaf.ndim:
+            return leaf
+        return np.asarray([next(numbers) for _ in range(leaf.size)], "f").reshape(leaf.shape)
+
+    tree = {}
+    for step, (key, sizes) in enumerate(zip(keys, SIZES.values(), strict=True), 3):
+        params = {n: {"kernel": np.zeros(shape), "bias": np.zeros(shape[1:])} for n, shape in sizes.items()}
+        params = jax.tree.map(counted, params)
+        tree[key] = {"params": params, "opt_state": jax.tree.map(counted, TX.init(params)), "step": step}
+    return tree
+
+
+def in_tuples():
+    pairs = {}
+    for key, sizes in zip(("policy_net", "value_net"), SIZES.values(), strict=True):
+        model = Network(sizes, nnx.Rngs(0))
+        pairs[key] = (model, nnx.Optimizer(model, TX, wrt=nnx.Param))
+    return pairs
+
+
+def in_dicts():
+    return {
+        key: {"model": model, "optimizer": optimizer}
+        for key, (model, optimizer) in zip(SIZES, in_tuples().values(), strict=True)
+    }
+
+
+@pytest.mark.parametrize("keys", [("actor", "critic"), ("pi", "vf")], ids="/".join)
+@pytest.mark.parametrize("make", [in_tuples, in_dicts])
+def test_each_network_and_its_optimizer_are_found_under_other_names(keys, make):
+    tree, target = stored(keys), nnx.eval_shape(make)
+
+    found = suggest(tree, target)
+
+    assert found.unmatched_wanted == ()
+    assert found.confidence == "likely"
+    restored = from_linen(tree, target, renames=found.renames)
+    for state, (key, own) in zip(tree.values(), restored.items(), strict=True):
+        model, optimizer = own.values() if isinstance(own, dict) else own
+        for name in state["params"]:
+            layer, moments = getattr(model, NAMES[name]), optimizer.opt_state[0]
+            np.testing.assert_array_equal(layer.kernel, state["params"][name]["kernel"], err_msg=key)
+            np.testing.assert_array_equal(
+                moments.mu[NAMES[name]].kernel, state["opt_state"][0].mu[name]["kernel"], err_msg=key
+            )
+        assert int(optimizer.step[...]) == state["step"]
+
+
+@pytest.mark.parametrize("other", ["logits", "hidden"])
+def test_names_that_networks_use_otherwise_are_renamed_by_network(other, monkeypatch):
+    monkeypatch.setitem(SIZES, "critic", {"hidden": (5, 8), "value": (8, 1)})
+    tree = stored(("actor", "critic"))
+    tree["critic"]["params"] = {
+        {"hidden": other, "value": "hidden" if other == "logits" else "value"}[name]: leaf
+        for name, leaf in tree["critic"]["params"].items()
+    }
+    tree["critic"]["opt_state"] = TX.init(tree["critic"]["params"])
+
+    found = suggest(tree, nnx.eval_shape(in_dicts))
+
+    assert found.unmatched_wanted == ()
+    restored = from_linen(tree, nnx.eval_shape(in_dicts), renames=found.renames)
+    body = restored["critic"]["model"].body.kernel
+    np.testing.assert_array_equal(body, tree["critic"]["params"][other]["kernel"])

@@ -272,7 +272,7 @@ def _without_optimizer(item: Any, leaves: ItemLeaves, model_key: Hashable) -> Pa
         rest = {path: leaf for path, leaf in leaves.items() if leaf is not step}
         return dataclasses.replace(_without_optimizer(item, rest, model_key), step=step)
     keys = {path[0] for path in leaves}
-    if isinstance(item, tuple | list) and _is_split(item):
+    if isinstance(item, tuple | list) and _is_split(cast(Iterable[Any], item)):
         return Parts(
             model={path: ItemLeaf(path, leaf.node) for path, leaf in _merge(leaves).items()}, outside={}
         )

@@ -46,6 +46,7 @@ Kind = Literal[
     "DroppedByRule",
     "Fused",
     "HeadsDivided",
+    "LeadingAxis",
     "KeyImplementation",
     "LayerCount",
     "LayersAbsent",

@@ -58,7 +58,7 @@ from orbax_nnx_handler.planning.diagnosis.optimizers import (
     find_stuck_moments,
 )
 from orbax_nnx_handler.planning.diagnosis.rearranged import find_fused, find_merged, find_permuted
-from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads
+from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads, find_replicated
 from orbax_nnx_handler.planning.diagnosis.ways import (
     LOOK,
     checked,
@@ -109,6 +109,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_new_parts,
     find_permuted,
     find_merged,
+    find_replicated,
     find_heads,
     find_dimensions,
     find_keys,

@@ -142,6 +142,32 @@ Pair = tuple[int, int]
 """A size in the checkpoint and in the target."""
 
 
+def find_replicated(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that the whole train state was saved as copies for devices, or as several states."""
+    items = evidence.mismatched
+    lengths = {
+        item.stored_shape[0] if item.stored_shape[1:] == item.wanted.shape and item.stored_shape else None
+        for item in items.values()
+    }
+    length = lengths.pop() if len(lengths) == 1 else None
+    if length is not None and len(items) > 1 and not evidence.verdict.restored:
+        yield Cause(
+            kind="LeadingAxis",
+            text=f"each stored leaf has one axis more in front, of length {length}: the program saved a "
+            f"train state that `flax.jax_utils.replicate` had copied to {length} devices, or {length} train "
+            "states in one (`jax.vmap`).",
+            paths=tuple(items),
+            way=_ONE_OF_THEM,
+            facts={"length": length},
+        )
+
+
+_ONE_OF_THEM = Hint(
+    "read the tree with Orbax, take one of them (`jax.tree.map(lambda x: x[0], tree)`; of copies any, of "
+    "several states the one that is meant) and give it to from_linen."
+)
+
+
 def find_heads(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the same features are divided among another number of heads."""
     divided: dict[tuple[Pair, ...], list[Path]] = defaultdict(list)

@@ -49,6 +49,27 @@ def test_the_same_features_divided_among_other_heads_are_said_so():
     )
 
 
+@pytest.mark.parametrize("spoilt", [None, "block/up/kernel", "block/norm/scale"])
+def test_a_train_state_that_was_saved_as_copies_for_devices_is_said_to_be_one(spoilt):
+    wanted = attention(3, 4)
+    copied = {path: (8, *shape) if path != spoilt else (9, *shape) for path, shape in wanted.items()}
+
+    causes = diagnose(plan(stored(copied), wanted))
+
+    found = [cause for cause in causes if cause.kind == "LeadingAxis"]
+    assert [cause.facts["length"] for cause in found] == ([8] if spoilt is None else [])
+    for cause in found:
+        assert "flax.jax_utils.replicate" in cause.text
+        assert set(cause.paths) == {tuple(path.split("/")) for path in wanted}
+
+
+def test_a_stored_axis_in_front_is_no_devices_where_another_leaf_is_as_wanted():
+    wanted = attention(3, 4)
+    stacked = {path: (8, *shape) if path != "block/norm/scale" else shape for path, shape in wanted.items()}
+
+    assert not [cause for cause in diagnose(plan(stored(stacked), wanted)) if cause.kind == "LeadingAxis"]
+
+
 def test_experts_are_no_hidden_size_though_as_many_as_heads():
     def moe(experts: int) -> dict[str, tuple[int, ...]]:
         return attention(4, 3) | {

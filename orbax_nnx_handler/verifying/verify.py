@@ -1,6 +1,7 @@
 """Runs a Linen program and an NNX program on one input, from one checkpoint, and compares them."""
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -160,15 +161,28 @@ def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Ite
 
 def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
     """Yields which weights may be whatever they are, as the queries of a single token."""
-    slopes = _slopes(runs)
-    if slopes is not None and not slopes:
+    has_floats = bool(_floats_in(runs.returned))
+    if not has_floats:
         yield "the outputs hold no floats, so small differences do not show: let both return logits."
-    wholes, parts = _idle(runs, slopes or None, plan)
+    # Slopes take several times what the programs do, and many tokens hardly leave a weight untold.
+    slopes = _slopes(runs) if has_floats and _are_few(runs.inputs) else None
+    wholes, parts = _idle(runs, slopes, plan)
     if wholes:
         more = f" {_MORE}" if not {*wholes} <= {*runs.hidden} else ""
         yield f"the outputs tell nothing of weights that they do not depend on: {fold_paths(wholes)}.{more}"
     if parts:
         yield f"the outputs depend on a part alone of {fold_paths(parts)}. {_MORE}"
+
+
+_FEW = 8
+
+
+def _are_few(inputs: Sequence[Any]) -> bool:
+    """Tells whether some input has few examples and positions: fewer than 8 together, or an axis of one."""
+    arrays = [leaf for leaf in jax.tree.leaves(inputs) if np.ndim(leaf)]
+    features = [int(np.asarray(leaf).dtype.kind == "f" and np.ndim(leaf) > 1) for leaf in arrays]
+    shapes = [np.shape(leaf)[: np.ndim(leaf) - last] for leaf, last in zip(arrays, features, strict=True)]
+    return any(math.prod(shape) < _FEW or 1 in shape[1:] for shape in shapes)
 
 
 _MORE = "Choose inputs of several examples, tokens and positions."
@@ -199,21 +213,15 @@ def _idle(
     return [path for path in found if masks[path].all()], [path for path in found if not masks[path].all()]
 
 
-class _NoFloatsError(Exception):
-    """A program returns no floats."""
-
-
 def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
     """Returns how what the NNX program returns changes with each weight; None where JAX cannot tell.
 
-    Of the sum of all floats that it returns, each times a random number; empty where it returns none.
+    Of the sum of all floats that it returns, each times a random number.
     """
     graph, floats, others = cast(Any, nnx.split)(runs.runner.model, _is_weight_at, ...)
 
     def total(state: Any) -> Any:
         arrays = _floats_in(runs.programs.nnx(nnx.merge(graph, state, others), *runs.inputs))
-        if not arrays:
-            raise _NoFloatsError
         keys = jax.random.split(jax.random.key(0), len(arrays))
         pairs = zip(keys, arrays, strict=True)
         return sum((array * jax.random.normal(key, array.shape)).sum() for key, array in pairs)
@@ -221,8 +229,6 @@ def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
     try:
         with jax.disable_jit(), jax.default_matmul_precision("highest"):
             found = cast(Any, jax.grad(total)(floats))
-    except _NoFloatsError:
-        return {}
     except Exception:  # The caller's program may hold what has no derivative, and fail in any way.
         return None
     flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(found))
@@ -239,7 +245,7 @@ def _floats_in(tree: Any) -> list[Any]:
     for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
         if is_dataclass(leaf):
             found += _floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        elif isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        elif jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             found.append(leaf)
     return found
 

@@ -56,17 +56,8 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     paths = list(stored)
     holds: dict[Path, set[str]] = {}
     called = _called_like_fields(paths)
-    # Nearly every path begins with a field of the item itself.
-    own = {key for key in KEYS if (key,) not in called}
-    fields = {
-        str(key)
-        for key, is_leaf in {(path[0], not path[1:]) for path in paths if path[:1]}
-        if key in own and (not is_leaf or key == "step")
-    }
-    if fields:
-        holds[()] = fields
     for path in paths:
-        if KEYS.isdisjoint(path) or path[0] in own:
+        if KEYS.isdisjoint(path):
             continue
         # The first such key: one below it belongs to a train state's field.
         at = 0 if path[0] in KEYS else next(at for at, key in enumerate(path) if key in KEYS)

@@ -166,21 +166,14 @@ def _metadata_tree(file: epath.Path, files: Files) -> Tree:
 
 
 def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
-    keys = objects_of(entry, "key_metadata")
-    # A call for each key takes its time, and hardly any key needs one.
-    path = tuple(
-        [
-            name
-            if type(name := key.get("key")) is str and name.isascii() and key.get("key_type") != _SEQUENCE
-            else _key(key)
-            for key in keys
-        ]
-    )
+    path = tuple([_key(key) for key in objects_of(entry, "key_metadata")])
     return path, array_name(path), text_of(object_of(entry, "value_metadata"), "value_type")
 
 
 def _key(key: dict[str, Any]) -> str | int:
-    name = text_of(key, "key")
+    name = key.get("key")
+    if type(name) is not str or not name.isascii():  # Hardly any: a call for each key takes its time.
+        name = text_of(key, "key")
     return _number(name) if key.get("key_type") == _SEQUENCE else name
 
 

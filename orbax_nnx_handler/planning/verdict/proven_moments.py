@@ -276,8 +276,10 @@ def _alike(some: Sequence[object], others: Sequence[object]) -> int:
 
 def _by_owner(leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterable[tuple[Path, Sequence[Path]]]:
     """Returns each optimizer's owner, and the paths of its leaves."""
-    owners = {item.owner for item, _, _ in leaves}
-    return [(owner, [item.path for item, _, _ in leaves if item.owner == owner]) for owner in owners]
+    found: dict[Path, list[Path]] = defaultdict(list)
+    for item, _, _ in leaves:
+        found[item.owner].append(item.path)
+    return found.items()
 
 
 def _by_key(depths: Iterable[int], weights: Sequence[_Weight]) -> Mapping[Path, Sequence[int]]:
@@ -303,11 +305,12 @@ def _depth_of(owner: Path, moments: Sequence[Path], weights: Sequence[_Weight]) 
         weights = [item for item in weights if item[0].leaf.path[: len(owner) - 1] == owner[:-1]] or weights
     best, longest = 0, 0
     for moment in (max(moments, key=len), *moments[:: len(moments) // _SAMPLES + 1]):
+        end = moment[-longest - 1 :]
         for item, _, _ in weights:
             path = item.leaf.path
-            while longest + 1 < len(moment) and path[-longest - 1 :] == moment[-longest - 1 :]:
+            while longest + 1 < len(moment) and path[-longest - 1 :] == end:
                 longest += 1
-                best = len(path) - longest
+                best, end = len(path) - longest, moment[-longest - 1 :]
                 if longest == len(path):
                     break
         above = canonical(moment[: len(moment) - longest])

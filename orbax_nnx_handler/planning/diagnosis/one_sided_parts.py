@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.core.paths import (
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_name
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.rules import Copy, Rename, Transpose
 
@@ -90,6 +90,12 @@ def find_collections(evidence: Evidence) -> Iterable[Cause]:
         # nnx.Variable (a table that nnx.RoPE computes) has no collection in Linen that could have been saved.
         known = kind is not None and kind is not nnx.Variable and not issubclass(kind, nnx.Param)
         if len(paths) == wanted[collection] and known:
+            free = [i for i in evidence.free_weights.values() if not is_copy_name(i.collection or "")]
+            elsewhere = {evidence.stored_below(item): item for item in free}
+            found = [elsewhere.get(evidence.below[path]) for path in paths]
+            if all(found):
+                yield _other_collection(collection, paths, [item for item in found if item is not None])
+                continue
             there = listed(sorted(repr(name) for name in stored if name)) or "bare parameters"
             yield Cause(
                 kind="CollectionMissing",
@@ -101,6 +107,22 @@ def find_collections(evidence: Evidence) -> Iterable[Cause]:
                 may_be_initialised=True,
                 facts={"collection": collection, "count": len(paths)},
             )
+
+
+def _other_collection(collection: str, paths: list[Path], stored: list[Placement]) -> Cause:
+    """Returns the cause where the leaves of a collection are stored in another one."""
+    other = listed(sorted({repr(item.collection) for item in stored}))
+    rules = [Rename(spelled(item.leaf.path), "/".join((collection, *segments(item.path)))) for item in stored]
+    shown = repr([(rule.pattern, rule.replacement) for rule in rules[:3]])
+    shown = shown if len(rules) <= 3 else f"{shown[:-1]}, ...], one pair for each of the {len(rules)}"
+    return Cause(
+        kind="CollectionMissing",
+        text=f"the {counted(len(paths), 'leaf', 'leaves')} of the collection {collection!r} are stored in "
+        f"{other}: the program kept them there.",
+        paths=tuple(paths),
+        way=Hint(f"if they are the same, pass renames={shown}.", {"renames": rules}),
+        facts={"collection": collection, "count": len(paths)},
+    )
 
 
 def find_lost_weights(evidence: Evidence) -> Iterable[Cause]:

@@ -449,6 +449,22 @@ def test_what_a_save_takes_a_restore_takes(name: str, layout: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
+@pytest.mark.parametrize("kept", ["params", "stats"])
+def test_statistics_in_another_collection_are_said_to_be_there(kept: str) -> None:
+    params = to_linen(Norm())["params"]
+    stats = {"norm": {"mean": jnp.full(3, 7.0), "var": jnp.full(3, 8.0)}}
+    if kept == "params":
+        params["norm"] |= stats["norm"]
+    tree = {"params": params} if kept == "params" else {"params": params, kept: stats}
+
+    with pytest.raises(RestoreError, match=f"are stored in '{kept}'") as raised:
+        from_linen(tree, nnx.eval_shape(Norm))
+    result = from_linen(tree, nnx.eval_shape(Norm), **raised.value.hints[0].arguments)
+
+    assert_equal(result.norm.mean.get_value(), tree[kept]["norm"]["mean"])
+    assert_equal(result.norm.var.get_value(), tree[kept]["norm"]["var"])
+
+
 def test_policies_fill_what_is_missing() -> None:
     tree = nn.unbox(variables())
     del tree["params"]["layers_1"]["bias"]

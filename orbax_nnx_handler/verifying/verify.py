@@ -1,7 +1,6 @@
 """Runs a Linen program and an NNX program on one input, from one checkpoint, and compares them."""
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -174,21 +173,31 @@ def _without_effect(runs: Runs, plan: RestorePlan) -> Iterator[str]:
         yield f"the outputs depend on a part alone of {fold_paths(parts)}. {_MORE}"
 
 
-_FEW = 8
+_FEW, _ENOUGH = 8, 4096
 
 
 def _are_few(inputs: Sequence[Any]) -> bool:
-    """Tells whether some input has few examples and positions: fewer than 8 together, or an axis of one."""
-    arrays = [leaf for leaf in jax.tree.leaves(inputs) if np.ndim(leaf)]
-    features = [int(np.asarray(leaf).dtype.kind == "f" and np.ndim(leaf) > 1) for leaf in arrays]
-    shapes = [np.shape(leaf)[: np.ndim(leaf) - last] for leaf, last in zip(arrays, features, strict=True)]
-    return any(math.prod(shape) < _FEW or 1 in shape[1:] for shape in shapes)
+    """Tells whether some input has few examples and positions: fewer than 8 that differ, or one token."""
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(inputs)]
+    arrays = [array for array in arrays if array.dtype.kind in "iuf"]
+    arrays = [array for array in arrays if array.ndim > 1] or arrays  # Lengths and times stand beside them.
+    return any(
+        _positions(array) < _FEW or 1 in array.shape[1 : array.ndim - (array.dtype.kind == "f")]
+        for array in arrays
+    )
+
+
+def _positions(array: Array) -> int:
+    """Returns how many positions an array has; of floats, whose last axis is features, different ones."""
+    if array.dtype.kind != "f" or array.ndim < 2 or not array.size:
+        return array.size
+    return len(np.unique(array.reshape(-1, array.shape[-1])[:_ENOUGH], axis=0))
 
 
 _MORE = "Choose inputs of several examples, tokens and positions."
 _MUCH = 1 / 2
 """The share of a weight without an effect that is worth a word."""
-_MOST_GROUPS = 8
+_MOST_GROUPS, _ROUNDED = 8, 1e-6
 _A_LITTLE = 1e-3
 """What is added to weights to see whether that has an effect: a unit of a relu that is off stays off."""
 
@@ -200,7 +209,8 @@ def _idle(
     if slopes is None:
         wholes = [] if runs.hidden and runs.depend_on(dict.fromkeys(runs.hidden, 1)) else list(runs.hidden)
         return wholes, []
-    without = {path: (slope == 0) for path, slope in slopes.items() if path in plan.restored}
+    least = _ROUNDED * max((float(np.abs(slope).max(initial=0)) for slope in slopes.values()), default=0.0)
+    without = {path: np.abs(slope) <= least for path, slope in slopes.items() if path in plan.restored}
     masks = {path: mask for path, zero in without.items() if (mask := _slices(path, zero)) is not None}
     masks = {path: mask * _A_LITTLE for path, mask in masks.items()}
     # What has no derivative may have an effect all the same: a count, a rounded value.

@@ -215,11 +215,30 @@ def leads_back(rule: Rename, before: Sequence[Entry], after: Sequence[Entry]) ->
         return False
     left, right = Pattern(rule.pattern), Pattern(rule.replacement)
     found = set(right.candidates(entry.whole for entry in after))
+    if _NUMBER_AT_END.search(rule.replacement):
+        # A save reads `norm_1` into `norm/1` too, which Linen may have joined.
+        joined = [tuple(_joined(entry.whole)) for entry in after]
+        kept = [at for at in right.candidates(joined) if after[at] is before[at]]
+        if any(joined[at] != after[at].whole and any(right.spans(joined[at])) for at in kept):
+            return False
     return isinstance(back, Rename) and all(
         old.whole == (_replaced(right, left, new.whole) if at in found else new.whole)
         for at, (old, new) in enumerate(zip(before, after, strict=True))
         if at in found or old is not new
     )
+
+
+_NUMBER_AT_END = re.compile(r"_([0-9]+|\{\w+\})(/|$)")
+
+
+def _joined(names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        if name.isdecimal() and found:
+            found[-1] += f"_{name}"
+        else:
+            found.append(name)
+    return found
 
 
 def _replaced(pattern: Pattern, replacement: Pattern, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from orbax_nnx_handler.planning.suggesting.fitting import Remade
 from orbax_nnx_handler.planning.suggesting.proposing import propose
-from orbax_nnx_handler.planning.suggesting.series import Order, creation_order, order_of
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
     Confidence,
@@ -10,6 +9,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Question,
     Suggestion,
 )
+from orbax_nnx_handler.planning.target.roles import Order, creation_order, order_of
 
 __all__ = [
     "Answers",

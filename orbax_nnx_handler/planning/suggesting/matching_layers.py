@@ -16,16 +16,20 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Tie,
     levels,
     module_parts,
+    place_of,
 )
 from orbax_nnx_handler.planning.suggesting.series import (
     Looks,
     Series,
     are_alike,
+    in_sequence,
     kinds_of,
     looks_of,
     paired_series,
     same_layers,
     series_of,
+    shared_in,
+    shares_of,
     stack_of,
     without_axis,
 )
@@ -88,6 +92,13 @@ def match_context(context: Context) -> Findings:
     _match_series(_pairs_of_series(ours, theirs), context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     for pairs in _pairs_with_rests(ours, theirs, context, found, taken):
+        _match_series(pairs, context, found, taken)
+    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
+    for one in theirs:
+        pairs = in_sequence(one, _free(context.wanted, taken), context.above[0])
+        _match_series([(left, right) for right, left in pairs], context, found, taken)
+    for one in [one for one in ours if not _is_taken(one, taken)]:
+        pairs = in_sequence(one, _free(context.stored, taken), context.above[1])
         _match_series(pairs, context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     for one in _stacks(ours, theirs, context, taken):
@@ -170,9 +181,37 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
                 for reading in tie.readings
             ),
         )
-        for tie in matched.ties
+        for tie in _by_modules(matched.ties)
     ]
     return Findings(links=links, ties=ties)
+
+
+_ModulePairs = frozenset[tuple[Names, Names]]
+
+
+def _by_modules(ties: Iterable[Tie]) -> Iterator[Tie]:
+    """Yields ties; those about the parts of the same modules as one: a module is not torn apart."""
+    groups: dict[object, list[tuple[Tie, Mapping[_ModulePairs, tuple[Link, ...]]]]] = defaultdict(list)
+    for tie in ties:
+        readings = {_module_pairs(reading): reading for reading in tie.readings}
+        sides = {tuple(map(frozenset, zip(*pairs, strict=True))) for pairs in readings}
+        is_one = len(sides) == 1 and all(len(pairs) == len(tie.wanted) > 1 for pairs in readings)
+        groups[next(iter(sides)) if is_one else id(tie)].append((tie, readings))
+    for items in groups.values():
+        shared = [pairs for pairs in items[0][1] if all(pairs in readings for _, readings in items)]
+        if len(items) == 1 or len(shared) < 2:
+            yield from (tie for tie, _ in items)
+            continue
+        yield Tie(
+            wanted=tuple(names for tie, _ in items for names in tie.wanted),
+            stored=tuple(names for tie, _ in items for names in tie.stored),
+            readings=tuple(tuple(link for _, made in items for link in made[pairs]) for pairs in shared),
+        )
+
+
+def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
+    parts = ((place_of(link.target.names)[0], place_of(link.source.names)[0]) for link in reading)
+    return frozenset((one[:-1], other[:-1]) for one, other in parts)
 
 
 def _names(leaves: Sequence[Leaf], above: int) -> Names:
@@ -306,19 +345,29 @@ def _stacks(
     ours: Sequence[Series], theirs: Sequence[Series], context: Context, taken: set[int]
 ) -> Iterator[Findings]:
     """Yields what groups of layers that the other side keeps stacked have in it; adds what is used."""
+    rest: set[int] = set()  # Of a stack: another group may hold it.
     for least in (2, 1):
         left, right = list(ours), list(theirs)
         if least == 1:
             left = series_of(_free(context.wanted, taken), context.above[0], least)
             right = series_of(_free(context.stored, taken), context.above[1], least)
         for series, stacks in (*((one, False) for one in left), *((one, True) for one in right)):
-            other = context.wanted if stacks else context.stored
-            stack = stack_of(series, _free(other, taken), context.above[0 if stacks else 1], least)
-            if stack is not None and are_alike(series):
-                prefix, axis, inside = stack
-                taken |= {id(leaf) for leaf in inside}
-                taken |= {id(leaf) for held in series.members.values() for leaf in held}
-                yield _match_stack(series, prefix, axis, inside, stacks, context)
+            series, other = shared_in(series), context.wanted if stacks else context.stored
+            above = context.above[0 if stacks else 1]
+            stack = stack_of(series, _free(other, taken), above, least)
+            found = [(series, *stack)] if stack is not None and are_alike(series) else []
+            if not (found or stacks or least == 1):
+                found = shares_of(series, _free(other, taken), above)
+            for share, prefix, axis, inside in found:
+                matched = _match_stack(share, prefix, axis, inside, stacks, context, share is series)
+                asked = [link for tie in matched.ties for reading in tie.readings for link in reading]
+                links = [*matched.links, *asked]
+                used = {leaf.source for link in links for leaf in (link.wanted if stacks else link.stored)}
+                rest |= {id(leaf) for leaf in inside}
+                taken |= {id(leaf) for leaf in inside if leaf.source in used}
+                taken |= {id(leaf) for held in share.members.values() for leaf in held}
+                yield matched
+    taken |= rest
 
 
 def _free(leaves: Iterable[Leaf], taken: set[int]) -> list[Leaf]:
@@ -326,7 +375,13 @@ def _free(leaves: Iterable[Leaf], taken: set[int]) -> list[Leaf]:
 
 
 def _match_stack(
-    series: Series, prefix: Names, axis: int, inside: Sequence[Leaf], stacks: bool, context: Context
+    series: Series,
+    prefix: Names,
+    axis: int,
+    inside: Sequence[Leaf],
+    stacks: bool,
+    context: Context,
+    is_whole: bool,
 ) -> Findings:
     """Matches one layer with what a stack holds of one, and the rest like it."""
     first = series.numbers[0]
@@ -340,12 +395,13 @@ def _match_stack(
         levels=context.levels,
         order=context.order,
     )
-    layers = Layers(
-        series.template if stacks else prefix, prefix if stacks else series.template, axis, stacks
-    )
+    counted = is_whole or series.numbers == list(range(len(series.numbers)))
+    # Layers of several stacks take the numbers of their list only once they are taken apart.
+    template = series.template if counted else (*series.above, prefix[-1], "{i}")
+    layers = Layers(template if stacks else prefix, prefix if stacks else template, axis, stacks, counted)
 
     def every_layer(links: Sequence[Link]) -> Iterator[Link]:
-        for number in series.numbers:
+        for at, number in enumerate(series.numbers):
             own = {leaf.names[series.depth :]: leaf for leaf in series.members[number]}
             for link in links:
                 wanted, stored = link.wanted, link.stored
@@ -353,6 +409,7 @@ def _match_stack(
                     stored = tuple(own[leaf.names[series.depth :]] for leaf in stored)
                 else:
                     wanted = tuple(own[leaf.names[series.depth :]] for leaf in wanted)
-                yield dataclasses.replace(link, wanted=wanted, stored=stored, layers=layers, layer=number)
+                layer = number if counted else at
+                yield dataclasses.replace(link, wanted=wanted, stored=stored, layers=layers, layer=layer)
 
     return match_context(inner).mapped(every_layer)

@@ -145,6 +145,9 @@ class _Pairs:
             before = len(found)
             undecided = self._within_modules(undecided, found)
             undecided = [item for item in undecided if not self._settle_in_order(*item, created, found)]
+            for tie, group in _together(undecided):
+                if self._are_siblings(tie) and self._settle_in_order(tie, group, created, found):
+                    undecided = [item for item in undecided if item[1] is not group]
             if len(found) == before:
                 break
         for tie, group in undecided:
@@ -264,11 +267,8 @@ class _Pairs:
     ) -> tuple[list[int], list[int], set[int]]:
         """Returns the parts of a tie on both sides, and the stored ones that could take a place in it."""
         ours, theirs = sorted({at for at, _ in tie}), sorted({to for _, to in tie})
-        return (
-            ours,
-            theirs,
-            {to for at, to in group if at in ours and to not in theirs and _is_free(to, found)},
-        )
+        rivals = {to for at, to in group if at in ours and to not in theirs and _is_free(to, found)}
+        return ours, theirs, rivals
 
     def _settle_in_order(
         self,
@@ -281,26 +281,29 @@ class _Pairs:
         ours, theirs, rivals = self._sides(tie, group, found)
         taken = {at for at, _, _ in found}
         lone = {at for at, to in group if to in theirs and at not in ours and at not in taken}
-        ordered = self._by_numbering(ours, {*theirs, *rivals})
+        ordered = self._by_numbering(ours, theirs, {*theirs, *rivals})
         if ordered is None and not (rivals or lone):
             ordered = self._in_order(ours, theirs, created)
-        if ordered is None:
+        if ordered is None or any(not _is_free(to, found) for _, to in ordered):
             return False
         sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
         grounds: PairGrounds = "shapes" if all(map(are_counted, sides)) else "order"
         found.extend((at, to, grounds) for at, to in ordered)
         return True
 
-    def _by_numbering(self, ours: Sequence[int], theirs: set[int]) -> list[tuple[int, int]] | None:
+    def _are_siblings(self, tie: Sequence[tuple[int, int]]) -> bool:
+        return len({(self._wanted[at].part.module, self._stored[to].part.module) for at, to in tie}) == 1
+
+    def _by_numbering(
+        self, ours: Sequence[int], theirs: Sequence[int], free: set[int]
+    ) -> list[tuple[int, int]] | None:
         """Returns the pairs of parts that both sides count alike: `conv2_1` and `blocks/1/convs/0`."""
-        left, right = ranks_of(self._wanted, ours[0]), ranks_of(self._stored, min(theirs))
-        if left.keys() != right.keys() or len(left) < 2:
-            return None
+        left, right = ranks_of(self._wanted, ours[0]), ranks_of(self._stored, theirs[0])
         places = {at: place for place, at in left.items()}
-        if any(at not in places for at in ours):
+        if left.keys() != right.keys() or len(left) < 2 or any(at not in places for at in ours):
             return None
         pairs = [(at, right[places[at]]) for at in ours]
-        return pairs if all(pair in self._fits and pair[1] in theirs for pair in pairs) else None
+        return pairs if all(pair in self._fits and pair[1] in free for pair in pairs) else None
 
     def _in_order(
         self, ours: Sequence[int], theirs: Sequence[int], created: Created
@@ -349,6 +352,16 @@ class _Pairs:
         ]
 
 
+def _together(undecided: Iterable[_Undecided]) -> Iterator[_Undecided]:
+    """Yields several ties among the same pairs as one."""
+    ties: dict[int, list[_Undecided]] = defaultdict(list)
+    for item in undecided:
+        ties[id(item[1])].append(item)
+    for items in ties.values():
+        if len(items) > 1:
+            yield [pair for tie, _ in items for pair in tie], items[0][1]
+
+
 def _ascend(
     wanted: Sequence[NamedPart], stored: Sequence[NamedPart], one: tuple[int, int], other: tuple[int, int]
 ) -> bool:
@@ -360,10 +373,7 @@ def _ascend(
         return True
     if not (ours[0].levels and ours[0].levels[-1].style == "/" and are_automatic(roles)):
         return True
-    first, second = (
-        [(part.levels[-1].number or 0) for part in ours],
-        [(part.levels[-1].number or 0) for part in theirs],
-    )
+    first, second = ([(part.levels[-1].number or 0) for part in side] for side in (ours, theirs))
     return (first[0] < first[1]) == (second[0] < second[1])
 
 

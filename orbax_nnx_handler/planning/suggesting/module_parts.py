@@ -160,6 +160,10 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
         if kind in found[names]:
             names, kind = leaf.names[above:], "main"  # Two spellings of one thing: each by itself.
         found[names][kind] = leaf
+    for names in [names for names, held in found.items() if set(held) == {"bias"}]:
+        around, bias = found.get(names[:-1], {}), found[names]["bias"]
+        if "main" in around and "bias" not in around and bias.shape == around["main"].shape[1:]:
+            around["bias"] = found.pop(names)["bias"]
     modules = {names[:depth] for names in found for depth in range(len(names))}
     return [ModulePart(_own_place(names, held, modules, above), held) for names, held in found.items()]
 
@@ -223,12 +227,14 @@ class Layers:
         wanted: The same in the target.
         axis: The stacked axis.
         stacks: Whether the wanted side is the stacked one.
+        counted: Whether the target counts as the stack does; else `wanted` lies on the way, one level deeper.
     """
 
     stored: Names
     wanted: Names
     axis: int
     stacks: bool
+    counted: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,7 +304,8 @@ class Link:
             return [(seat, seat), *((s, w + shift) for s, w in self.levels if s > seat)]
         seat = len(layers.wanted) - root - 1
         shift = len(layers.wanted) - root - len(layers.stored)
-        return [(seat, seat), *((s + shift, w - root) for s, w in self.levels if s + shift > seat)]
+        counted = [(seat, seat)] if layers.counted else []
+        return [*counted, *((s + shift, w - root) for s, w in self.levels if s + shift > seat)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -402,7 +409,7 @@ def _chosen(
     if any(step.kind == "transpose" for way in ways if not way.turned for step in way.steps):
         # Where image axes come last, outputs come first: that is PyTorch's convention for both.
         return next((way for way in ways if way.turned), None)
-    if _keeps_its_name(link, leaf):
+    if _keeps_its_name(link, leaf) and not _are_squares(leaf):
         return next((way for way in ways if not way.turned), None)
     return None
 
@@ -411,6 +418,12 @@ def _keeps_its_name(link: Link, leaf: Leaf) -> bool:
     """Tells whether a matrix has a name of its own on both sides; `weight` and `w` may be PyTorch's."""
     last = leaf.names[-1]
     return last == link.target.names[-1] and last not in _PYTORCHS
+
+
+def _are_squares(leaf: Leaf) -> bool:
+    """Tells whether an array holds square matrices of many heads: more than a convolution has places."""
+    is_stack = len(leaf.shape) == 3 and leaf.shape[2] == leaf.shape[1] <= leaf.shape[0] != leaf.shape[1] ** 2
+    return is_stack and "conv" not in concepts(leaf.names)
 
 
 def _is_matrix(leaf: Leaf) -> bool:

@@ -94,7 +94,8 @@ def named_parts(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[
         parts: The parts.
         above: The names that lead to the context; `encoder` of `encoder/layers/3`.
     """
-    context = _Context(parts, concepts(above))
+    # An `EncDecBlock` looks at itself too.
+    context = _Context(parts, concepts(above) - {"self", "cross"})
     return [context.role(part) for part in parts]
 
 
@@ -121,6 +122,12 @@ _NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
 }
 """Numbered layers of a gated network, by the names of known programs."""
 
+_COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
+    (3.0, 1.0): (("q", "k", "v"), ("o",)),
+    (1.0, 2.0, 1.0): (("q",), ("k", "v"), ("o",)),
+}
+"""What the layers that Linen numbered in an attention hold, by how much larger each is than the last one."""
+
 
 class _Context:
     def __init__(self, parts: Sequence[ModulePart], above: Concepts) -> None:
@@ -146,13 +153,19 @@ class _Context:
         self._has_actor = any("actor" in part.said for part in parts)
 
     def role(self, part: ModulePart) -> NamedPart:
-        said = set(part.said | self._surroundings(part)) | self._above
+        # What lies around one of several norms is not what this one is about.
+        is_any = part.is_norm and self._is_one_of_several(part)
+        around = set[str]() if is_any else self._surroundings(part)
+        said = set(part.said | around) | self._above
         numbers = tuple(
             (level, tuple(sorted(self._families[prefix, level.base, level.style])))
             for prefix, level in _prefixes(part)
             if level.number is not None
         )
         fused, fact = self._fused(part)
+        computed = () if fused else self._computed(part)
+        fused = computed if len(computed) > 1 else fused
+        said.update(computed)
         if self._has_actor and not self._has_attention and "v" in said:
             said = (said - {"v"}) | {"critic"}  # The value of a state.
         if part.is_norm:
@@ -187,6 +200,15 @@ class _Context:
         if len(named) < 2:
             named = tuple(word for word in meanings(last) if word in ("gate", "up"))
         return (named, "") if len(named) > 1 else ((), "")
+
+    def _computed(self, part: ModulePart) -> tuple[str, ...]:
+        """Returns the roles of a layer that Linen numbered in an attention, where sizes allow no others."""
+        last, shapes = part.levels[-1] if part.levels else Level(""), self._shapes[part.family]
+        if last.number not in shapes or not last.base[:1].isupper() or "attn" not in part.said:
+            return ()
+        sizes = [math.prod(shapes[number]) for number in sorted(shapes) if len(shapes[number]) == 2]
+        roles = _COMPUTED.get(tuple(size / sizes[-1] for size in sizes), ())
+        return roles[last.number] if len(roles) == len(shapes) == max(shapes) + 1 else ()
 
     def _resolve(
         self, part: ModulePart, said: set[str], numbers: Sequence[tuple[Level, tuple[int, ...]]]
@@ -251,13 +273,18 @@ class _Context:
             return _END * side if side else None
         around = {word for level in part.levels[:-1] for word in meanings(level.base)}
         place = _component(own) or (_component(around) if side <= 0 else None)
-        if place is None and not side and not own - {"norm"}:
+        if place is None and not side and not own - {"norm"} and not self._is_one_of_several(part):
             place = _component(set(self._surroundings(part)))
         if place is not None:
             return place + side
         if "out" in around and not side:
             side = 1
         return _END * side if side else None
+
+    def _is_one_of_several(self, part: ModulePart) -> bool:
+        return any(
+            len(self._families[prefix, level.base, level.style]) > 1 for prefix, level in _prefixes(part)[-1:]
+        )
 
 
 def _untold(part: ModulePart) -> tuple[str, ...]:
@@ -270,7 +297,7 @@ def _component(said: Iterable[str]) -> float | None:
     found = set(said)
     if "cross" in found:
         return _CROSS
-    if "attn" in found:
+    if found & {"attn", "self"}:
         return _SELF
     return _MLP_AT if "mlp" in found else None
 
@@ -333,10 +360,11 @@ def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[
 def in_order(roles: Sequence[NamedPart]) -> list[int] | None:
     """Returns the parts in the order of computation, where their names tell it without contradiction."""
     places = [role.position for role in roles]
-    if all({"attn"} <= role.said and role.said & {"self", "cross"} for role in roles):
+    are_norms = all(role.part.is_norm for role in roles)
+    if not are_norms and all("attn" in role.said and role.said & {"self", "cross"} for role in roles):
         # Every decoder looks at itself before it looks across.
         places = [float("cross" in role.said) for role in roles]
-    by_words = in_strict_order(_placed(places) if all(role.part.is_norm for role in roles) else places)
+    by_words = in_strict_order(_placed(places) if are_norms else places)
     by_numbers = in_strict_order(_number_keys(roles))
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
         return None

@@ -39,7 +39,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     untyped_leaves,
     wanted_leaves,
 )
-from orbax_nnx_handler.planning.suggesting.series import Order, of_few_layers
+from orbax_nnx_handler.planning.suggesting.series import of_few_layers
 from orbax_nnx_handler.planning.suggesting.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
@@ -54,7 +54,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     proposal_of,
 )
 from orbax_nnx_handler.planning.suggesting.writing import Writer
-from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
+from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict

@@ -269,7 +269,7 @@ def match_leftovers(wanted: Sequence[Leaf], stored: Sequence[Leaf], links: Itera
     found: list[Link] = []
     for to, options in fits.items():
         takers = [ours[at] for at in options]
-        if any(counts[at] > 1 for at in options) or not _are_one(takers):
+        if any(counts[at] > 1 for at in options) or not _are_one(takers, theirs[to], theirs):
             continue
         if all(fit.is_exact and len(fit.pairs) > 1 for fit in options.values()) and _are_alone(
             takers, theirs[to], shapes
@@ -287,12 +287,11 @@ def _free(leaves: Iterable[Leaf], used: set[object]) -> list[NamedPart]:
     return named_parts(module_parts([leaf for leaf in leaves if leaf.source not in used]))
 
 
-def _are_one(takers: Sequence[NamedPart]) -> bool:
-    """Tells whether several parts are one that a program holds several times."""
-    return (
-        len({role.part.names[-1:] for role in takers}) == 1
-        and len({_shapes(role.part) for role in takers}) == 1
-    )
+def _are_one(takers: Sequence[NamedPart], other: NamedPart, theirs: Sequence[NamedPart]) -> bool:
+    """Tells whether parts are one that a program holds several times; else a stack may hold the rest."""
+    alike = sum(one.part.names[-1:] == other.part.names[-1:] for one in theirs)
+    called = {(role.part.names[-1:], _shapes(role.part)) for role in takers}
+    return len(called) == 1 and (len(takers) == 1 or alike == 1)
 
 
 def _are_alone(

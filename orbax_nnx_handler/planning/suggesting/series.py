@@ -4,13 +4,10 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, cast
-
-from flax import nnx
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_parts import best_pairs
 from orbax_nnx_handler.planning.suggesting.module_parts import (
@@ -143,6 +140,56 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tupl
     return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
 
 
+def in_sequence(series: Series, free: Sequence[Leaf], above: int) -> list[tuple[Series, Series]]:
+    """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
+
+    `Block_{0..3}` are `stages/{0..1}/{0..1}`, or what lies in `down`, `mid` and `up`: as many modules with
+    numbers, each as large as the layer in its place. Nothing where that is not so.
+
+    Args:
+        series: The group.
+        free: The leaves of the other side that are none of another group's.
+        above: How many segments lead to the context on that side.
+    """
+    sizes = [sizes_of(series.members[number]) for number in series.numbers]
+    found = _modules_of_sizes(free, above, set(sizes))
+    families = {(_arm(names), tuple(level.base for level in levels(names))) for names in found}
+    if len(found) != len(sizes) or len({arm for arm, _ in families}) < len(families):
+        return []
+    ordered = sorted(found, key=lambda names: (_arm(names), [level.number or 0 for level in levels(names)]))
+    if [sizes_of(found[names]) for names in ordered] != sizes or not _is_complete(series):
+        return []
+    # Numbers of one side are none of the other's.
+    return [
+        (_alone(series.place(number), series.members[number], 0), _alone(names, found[names], 1))
+        for number, names in zip(series.numbers, ordered, strict=True)
+    ]
+
+
+def _alone(names: Names, leaves: list[Leaf], number: int) -> Series:
+    base = tuple(level.base for level in levels(names))
+    return Series(names[:-1], names, base, {number: leaves}, is_kind=True)
+
+
+def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) -> Mapping[Names, list[Leaf]]:
+    """Returns the outermost modules with a number whose leaves together have one of some sizes."""
+    below: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in free:
+        for (template, _), number in _numbered(leaf.names, above):
+            below[(*template[:-1], template[-1].replace(_PLACE, str(number)))].append(leaf)
+    found: dict[Names, list[Leaf]] = {}
+    for names in sorted(below, key=len):
+        if sizes_of(below[names]) in sizes and not any(names[: len(outer)] == outer for outer in found):
+            found[names] = below[names]
+    return found
+
+
+def _arm(names: Names) -> int:
+    """Returns where a U-Net computes a module: on the way down, in the middle, or on the way up."""
+    said = concepts(level.base for level in levels(names))
+    return bool(said & {"up", "dec", "out", "last"}) - bool(said & {"down", "enc", "in", "first"})
+
+
 def _sizes_in(leaves: Sequence[Leaf]) -> list[int]:
     return sorted(math.prod(leaf.shape) for leaf in leaves)
 
@@ -196,6 +243,23 @@ def are_alike(series: Series) -> bool:
     return len({looks_of(leaves, series.depth) for leaves in series.members.values()}) == 1
 
 
+def shared_in(series: Series) -> Series:
+    """Returns a group with what all of its layers hold, where that is nearly all.
+
+    The first one often holds something beside it: the table of relative positions.
+    """
+    looks = [{*looks_of(held, series.depth)} for held in series.members.values()]
+    shared = set[tuple[Names, Shape]].intersection(*looks)
+    if all(held == shared for held in looks) or not shared:
+        return series
+    members = {
+        number: [leaf for leaf in held if (leaf.names[series.depth :], leaf.shape) in shared]
+        for number, held in series.members.items()
+    }
+    shared_part = dataclasses.replace(series, members=members)
+    return shared_part if shared_part.size * 10 > series.size * 9 else series
+
+
 def stack_of(
     series: Series, free: Sequence[Leaf], above: int, least: int
 ) -> tuple[Names, int, list[Leaf]] | None:
@@ -219,6 +283,38 @@ def stack_of(
     if best[4] < 0 or any(item[0] == best[0] and not _nested(item[3], best[3]) for item in found[1:]):
         return None
     return best[3], best[4], best[5]
+
+
+Share = tuple[Series, Names, int, list[Leaf]]
+"""Some layers of a group, with the module that holds them stacked, the axis, and the leaves in it."""
+
+
+def shares_of(series: Series, free: Sequence[Leaf], above: int) -> list[Share]:
+    """Returns the stacks that together hold a group, each those of one kind or every second, third, …."""
+    kinds = [(kind, stack_of(kind, free, above, 2)) for kind in kinds_of(series)]
+    found = [(kind, *stack) for kind, stack in kinds if stack is not None and are_alike(kind)]
+    if len(kinds) > 1 and len(found) == len(kinds) and len({share[1] for share in found}) == len(found):
+        return found
+    options = [_every_few(series, block) for block in series_of(free, above)]
+    options = [shares for shares in options if shares]
+    return options[0] if len(options) == 1 else []
+
+
+def _every_few(series: Series, block: Series) -> list[Share]:
+    """Returns the layers of a group by the place in a block of layers, where a program scans over blocks."""
+    step, numbers = len(block.members), series.numbers
+    count, rest = divmod(len(numbers), step)
+    found: list[Share] = []
+    for place in block.numbers if not rest and count > 1 and _is_complete(block) else ():
+        first = block.numbers.index(place)
+        share = dataclasses.replace(series, members={at: series.members[at] for at in numbers[first::step]})
+        leaves = block.members[place]
+        axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
+        axis = _likeliest_axis(share, leaves, axes) if axes else -1
+        if axis < 0 or sizes_of(leaves) != share.size or not are_alike(share):
+            return []
+        found.append((share, block.place(place), axis, leaves))
+    return found
 
 
 def _possible_stacks(
@@ -275,76 +371,6 @@ def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Name
             yield below
         elif any(names in used for names in inside):
             pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
-
-
-Order = Mapping[Tokens, Sequence[str]]
-"""Names in the order of their creation, by the module's canonical path."""
-
-
-def creation_order(item: Any) -> Order:
-    """Returns the order in which attributes were set; empty where nothing tells it.
-
-    A module remembers it until it is split and merged: what comes out of
-    `nnx.eval_shape` or `nnx.jit` has its attributes sorted by name, so that an
-    item in which every module is sorted tells nothing.
-
-    Args:
-        item: A module, or a tuple, list or dict of modules.
-    """
-    found = dict(_walk(item, ()))
-    named = [[name for name in names if not is_number(name)] for names in found.values()]
-    return {} if all(names == sorted(names) for names in named) else found
-
-
-def order_of(target: Any, init: Callable[[], Any] | None) -> Order:
-    """Returns the order of a target's modules, from the function that builds it where there is one.
-
-    Args:
-        target: The target.
-        init: Builds the target; traced only, nothing is computed.
-    """
-    if init is None:
-        return creation_order(target)
-    found: list[Order] = []
-
-    def build() -> Any:
-        built = init()
-        found.append(creation_order(built))
-        return built
-
-    nnx.eval_shape(build)
-    return found[0]
-
-
-def _walk(item: Any, path: Tokens) -> Iterator[tuple[Tokens, list[str]]]:
-    children = _children(item)
-    if children is None:
-        return
-    # A name with a number (`conv_1`) is a number below a name in canonical paths.
-    yield path, list(dict.fromkeys(canonical((key,))[0] for key, _ in children))
-    for key, child in children:
-        yield from _walk(child, (*path, *canonical((key,))))
-
-
-def _children(item: Any) -> list[tuple[Any, Any]] | None:
-    if isinstance(item, nnx.Variable | nnx.State):
-        return None
-    if isinstance(item, nnx.List | list | tuple):
-        return list(enumerate(cast(Sequence[Any], item)))
-    if isinstance(item, dict):
-        return list(cast(dict[Any, Any], item).items())
-    if isinstance(item, nnx.Pytree):
-        return [(name, part) for name, part in vars(item).items() if _is_part(name, part)]
-    return None
-
-
-def _is_part(name: str, part: Any) -> bool:
-    # `_pytree__...`: Flax keeps its own records of a module beside the module's parts.
-    kinds: tuple[type[Any], ...] = (nnx.Pytree, nnx.Variable, dict, list, tuple)
-    return not name.startswith("_pytree") and isinstance(part, kinds)
-
-
-# A few layers in the place of all.
 
 
 def of_few_layers(links: Sequence[Link], entries: Sequence[Entry]) -> tuple[Sequence[Link], Sequence[Entry]]:

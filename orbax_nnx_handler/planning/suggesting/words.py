@@ -28,7 +28,7 @@ _SPELLINGS = {
     "k": "k key keys wk",
     "v": "v value values val wv",
     "q k v": "qkv wqkv kqv",
-    "k v": "kv",
+    "k v": "kv wkv",
     "o": "o",
     "out": "out output outputs wo",
     "in": "in input inputs",
@@ -36,7 +36,7 @@ _SPELLINGS = {
     "gate": "gate gates gating",
     "down": "down",
     "head": "head heads classifier logits logit score predictions prediction unembed unembedding",
-    "enc": "enc encoder encoders encoderblock",
+    "enc": "enc encoder encoders encoderblock added",
     "dec": "dec decoder decoders decoderblock",
     "vision": "vision visual image img",
     "text": "text txt language context",
@@ -48,6 +48,7 @@ _SPELLINGS = {
     "bwd": "bwd backward backwards reverse reversed",
     "mean": "mean mu",
     "var": "var variance",
+    "std": "std stddev sigma logstd",
     "real": "real re",
     "imag": "imag im imaginary",
     "shortcut": "shortcut skip residual",
@@ -67,7 +68,7 @@ _SPELLINGS = {
     "depthwise": "depthwise dw",
     "depthwise conv": "dwconv",
     "pointwise": "pointwise pw pwl",
-    "actor": "actor policy action",
+    "actor": "actor policy action pi",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
     "stack proj projection dense linear fc lin weight weights kernel w param params cell instance dot "
     "product multi c to einsum the of and",
@@ -107,6 +108,12 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("conv", "proj"): ("conv", "shortcut"),
     ("norm", "proj"): ("norm", "shortcut"),
     ("src", "attn"): ("cross", "attn"),
+    ("log", "std"): ("std",),
+    ("log", "var"): ("logvar",),
+    ("add", "q"): ("enc", "q"),
+    ("add", "k"): ("enc", "k"),
+    ("add", "v"): ("enc", "v"),
+    ("add", "out"): ("enc", "out"),
     ("score", "model"): (),
     ("score", "net"): (),
     ("score", "network"): (),
@@ -114,7 +121,8 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 }
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
 `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper; `conv_proj`: Flax's ResNet;
-`src_attn`: The Annotated Transformer."""
+`src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`, `to_add_out`: what diffusers computes of
+a text encoder's tokens."""
 
 _EXCLUSIVE = tuple(
     frozenset(words.split())

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import canonical, is_index
@@ -96,7 +96,7 @@ class Writer:
         leaving = {id(move): move for move in alone if self._leaves_group(move, groups)}
         self._rename(list(leaving.values()))
         alone = [move for move in alone if id(move) not in leaving]
-        self._rename_groups(alone, groups)
+        self._rename_groups(alone, [*groups, *self._renumbered(links)])
         self._rename(alone)
         before = self.entries
         self._stack(links)
@@ -228,11 +228,8 @@ class Writer:
         if not fused:
             return list(moves)
         parts = {leaf.names for link in fused for leaf in link.stored}
-        alone = [
-            t
-            for t in moves
-            if t.names not in {self._now(link, leaf.names) for link in fused for leaf in link.stored}
-        ]
+        taken = {self._now(link, leaf.names) for link in fused for leaf in link.stored}
+        alone = [move for move in moves if move.names not in taken]
         for kept in range(_MOST_NAMES):
             written: dict[Rule, list[Link]] = defaultdict(list)
             for link in fused:
@@ -273,6 +270,14 @@ class Writer:
         ]
 
     # Names.
+
+    def _renumbered(self, links: Iterable[Link]) -> Iterator[tuple[Names, Names]]:
+        """Yields where layers lie that are taken out of a stack, and where the target has them."""
+        for link in links:
+            layers = link.layers
+            if layers is not None and not layers.counted:
+                now = _numbered(self._below(layers.wanted), link.layer)
+                yield now, link.target.names[: len(layers.wanted) - 1]
 
     def _leaves_group(self, move: _Move, groups: Sequence[tuple[Names, Names]]) -> bool:
         """Tells whether a leaf leaves its layer, so that what renames the layers would mislead it."""

@@ -14,19 +14,22 @@ OPEN = {
     "sac": 4,
     "graphnet": 28,
     "nerf": 48,
-    "flux": 16,
     "recurrentgemma": 28,
     "dinov2_giant": 12,
     "transformer_xl_ppo": 28,
-    "octo_unet1d": 84,
     "hypernerf": 4,
+    "gpt_oss": 8,
+    "simba": 4,
+    "savi": 10,
+    "genie": 220,
 }
 """Leaves that stay open.
 
 An array that holds queries, keys and values head by head is none of the rules' (Bloom); a logarithm of a
-variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks of
-one shape that Linen numbered (sac, graphnet, nerf, octo_unet1d) take the order of creation, which a state
-has forgotten. Which half of an array is the gate (recurrentgemma, dinov2_giant), which of square layers that
-stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
-(recurrentgemma), and what `v` and `w` are (hypernerf), only outputs tell.
+variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks and
+parts of one shape that Linen numbered (sac, simba, graphnet, nerf, savi, genie) take the order of creation,
+which a state has forgotten. Which half of an array is the gate (recurrentgemma, dinov2_giant), whether gates
+and what they gate lie in turns (gpt_oss), which of square layers that stand beside each other is which
+(transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
+(hypernerf), only outputs tell.
 """

@@ -116,6 +116,31 @@ def test_a_square_kernel_that_becomes_a_weight_is_asked_about_where_nothing_tell
     assert sum(isinstance(rule, Transpose) for rule in beside.renames) in (1, 2)
 
 
+def test_a_square_matrix_for_each_of_many_heads_is_asked_about_though_both_are_kernels():
+    found = proposal({"to_q": {"kernel": (6, 4, 4)}}, {"q_proj": {"kernel": (6, 4, 4)}})
+
+    assert (found.renames, [question.about for question in found.questions]) == ((), ["transposed"])
+
+
+def test_a_convolution_over_one_axis_keeps_its_arrangement():
+    found = proposal(
+        {"mix": {"kernel": (3, 4, 4)}}, {"mixer": {"kernel": (3, 4, 4)}, "norm": {"scale": (4,)}}
+    )
+
+    assert [rule for rule in found.renames if isinstance(rule, Transpose)] == []
+
+
+@pytest.mark.parametrize(("lists", "count"), [(("down", "up"), 4), (("left", "right"), 0)])
+def test_numbered_blocks_lie_one_after_the_other_in_lists_whose_names_tell_the_first(lists, count):
+    block = {"one": DENSE, "two": OTHER}
+    stored = {f"Block_{at}": block for at in range(4)}
+
+    found = proposal({f"{name}_{at}": block for name in lists for at in range(2)}, stored)
+
+    pairs = [(f"Block_{at}", f"{name}_{at % 2}") for at, name in enumerate(lists[at // 2] for at in range(4))]
+    assert [pair for pair in renames(found) if pair[0].startswith("Block")] == pairs[:count]
+
+
 def test_numbered_layers_of_a_gated_network_go_by_their_shapes_before_a_known_program():
     stored = {"w1": {"kernel": (8, 12)}, "w2": {"kernel": (8, 12)}, "w3": {"kernel": (12, 8)}}
     wanted = {

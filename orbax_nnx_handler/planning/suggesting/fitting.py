@@ -14,7 +14,13 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie
-from orbax_nnx_handler.planning.suggesting.named_parts import PLACING, NamedPart, compare_numbers, same_place
+from orbax_nnx_handler.planning.suggesting.named_parts import (
+    PLACING,
+    NamedPart,
+    compare_numbers,
+    same_place,
+    told_on_one_side,
+)
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
     Way,
@@ -142,9 +148,7 @@ def joined_parts(
 
 def _arranged_otherwise(wanted: Sequence[NamedPart], stored: Sequence[NamedPart]) -> Iterator[Tie]:
     """Yields an array of all parts on both sides that one of them may keep head by head."""
-    pairs = [
-        (a, b) for a, b in itertools.product(wanted, stored) if _untold_beside(a, b) or _untold_beside(b, a)
-    ]
+    pairs = list(itertools.islice(told_on_one_side(wanted, stored), 2))
     for one, other in pairs if len(pairs) == 1 else ():
         ours, theirs = one.part.leaves, other.part.leaves
         if {kind: leaf.shape for kind, leaf in ours.items()} == {kind: x.shape for kind, x in theirs.items()}:
@@ -154,10 +158,6 @@ def _arranged_otherwise(wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
             ]
             readings = _by_head(links, len(one.fused or other.fused), split=bool(other.untold))
             yield Tie(wanted=(one.part.names,), stored=(other.part.names,), readings=readings)
-
-
-def _untold_beside(one: NamedPart, other: NamedPart) -> bool:
-    return bool(one.untold) and one.untold == other.fused
 
 
 def _joined_once(

@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -355,6 +355,18 @@ def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[
     if len(held) == len(others) and one.number is not None and other.number is not None:
         return held.index(one.number) == others.index(other.number)
     return None
+
+
+def told_on_one_side(
+    wanted: Iterable[NamedPart], stored: Iterable[NamedPart]
+) -> Iterator[tuple[NamedPart, NamedPart]]:
+    """Yields the pairs of parts that hold the same roles, where only one of the two says how."""
+    found = defaultdict[tuple[bool, tuple[str, ...]], list[NamedPart]](list)
+    for part in stored:
+        found[bool(part.untold), part.untold or part.fused].append(part)
+    for part in wanted:
+        for other in found[not part.untold, part.untold or part.fused]:
+            yield part, other
 
 
 def in_order(roles: Sequence[NamedPart]) -> list[int] | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.errors import Hint, UnusedRuleError, as_python
+from orbax_nnx_handler.planning.core.errors import Hint, RestoreError, UnusedRuleError, as_python
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.layouts import check_layout
 from orbax_nnx_handler.planning.rules import Rule, as_rules
@@ -171,6 +171,7 @@ class RestoreOptions:
         Raises:
             ValueError: A value is none of the choices.
             UnknownLayoutError: No layout has that name.
+            RestoreError: `init` is no function.
             RuleError: `renames` holds something that is no rule.
         """
         new = dataclasses.replace(
@@ -188,9 +189,12 @@ class RestoreOptions:
 
 
 def check_init(init: Any) -> None:
-    """Raises a ValueError where what is to build the target is no function."""
-    if init is not None and not callable(init):
-        raise ValueError(f"init is a function that builds the target, such as make_model, not {init!r}")
+    """Raises a RestoreError where what is to build the target is no function."""
+    if init is not None and (not callable(init) or isinstance(init, nnx.Module)):
+        raise RestoreError(
+            f"init is a {type(init).__name__}, not a function.",
+            hints=["pass the function that builds the target: init=make_model, not init=make_model()."],
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], hint: str = "") -> None:

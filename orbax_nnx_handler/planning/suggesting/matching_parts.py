@@ -20,13 +20,12 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
     are_counted,
-    are_peers,
     in_order,
     in_strict_order,
     named_parts,
     ranks_of,
 )
-from orbax_nnx_handler.planning.suggesting.words import MARGIN, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.words import MARGIN, are_peers, exclude, likeness
 
 _READINGS = 6
 MOST_PAIRS = 10_000
@@ -315,7 +314,7 @@ class _Pairs:
             return None
         if left is None and are_automatic([self._stored[to] for to in theirs]):
             places = [created(self._wanted[at].part) for at in ours]
-            if not are_peers([self._wanted[at] for at in ours]):
+            if not are_peers([level.base for level in self._wanted[at].part.levels] for at in ours):
                 left = in_strict_order(places)
         if left is None:
             return None

@@ -1,7 +1,6 @@
 """What each part does in its block, as far as names tell: query or key, up or down, which norm."""
 
 import dataclasses
-import itertools
 import math
 import re
 from collections import defaultdict
@@ -14,7 +13,6 @@ from orbax_nnx_handler.planning.suggesting.words import (
     STRONG,
     Concepts,
     concepts,
-    exclude,
     meanings,
     order_word,
 )
@@ -443,19 +441,3 @@ def are_automatic(roles: Sequence[NamedPart]) -> bool:
         role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
         for role in roles
     )
-
-
-def are_peers(roles: Sequence[NamedPart]) -> bool:
-    """Tells whether parts stand beside each other, as a gate and what it gates.
-
-    Nobody computes them in the order in which they are created, but by chance. Names of single letters
-    (`w_r`, `u_r`) tell no more.
-    """
-    said = [concepts([level.base for level in role.part.levels]) for role in roles]
-    said = [one - frozenset.intersection(*said) for one in said]
-    told = frozenset[str]().union(*said)
-    if told <= {"a", "b", "c", "d"}:
-        return False  # Letters that count.
-    if all(len(word) == 1 for word in told):
-        return True
-    return any(exclude(one, other) for one, other in itertools.combinations(said, 2))

@@ -1,6 +1,7 @@
 """What the names of a model's parts mean: words of the field, and words that exclude each other."""
 
 import functools
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 
@@ -280,3 +281,19 @@ def order_word(found: Collection[str]) -> int:
     low = bool({"pre", "first", "in", "up", "expand"}.intersection(found))
     high = bool({"post", "last", "out", "down", "pointwise"}.intersection(found))
     return high - low
+
+
+def are_peers(paths: Iterable[Iterable[str]]) -> bool:
+    """Tells whether modules stand beside each other by their paths, as a gate and what it gates.
+
+    Nobody computes them in the order in which they are created, but by chance. Names of single letters
+    (`w_r`, `u_r`) tell no more.
+    """
+    said = [concepts(names) for names in paths]
+    said = [one - frozenset.intersection(*said) for one in said]
+    told = frozenset[str]().union(*said)
+    if told <= {"a", "b", "c", "d"}:
+        return False  # Letters that count.
+    if all(len(word) == 1 for word in told):
+        return True
+    return any(exclude(one, other) for one, other in itertools.combinations(said, 2))

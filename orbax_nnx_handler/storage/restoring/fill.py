@@ -19,7 +19,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
@@ -95,11 +94,6 @@ def check_init(plan: RestorePlan, init: Callable[[], Any] | None) -> None:
     leaves = [leaf for leaf, source in _sources(plan) if source == "init"]
     if not leaves or init is None:
         return
-    if not callable(init) or isinstance(init, nnx.Module):
-        raise RestoreError(
-            f"init is a {type(init).__name__}, not a function.",
-            hints=["pass the function that builds the target: init=make_model, not init=make_model()."],
-        )
     with _mesh_of(leaves):
         built = jax.eval_shape(lambda: flatten_like(init()))
     given = {leaf.path: getattr(built.get(leaf.path), "shape", "nothing") for leaf in leaves}

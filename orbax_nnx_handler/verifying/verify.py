@@ -236,13 +236,15 @@ def _slopes(runs: Runs) -> Mapping[Path, Array] | None:
         pairs = zip(keys, arrays, strict=True)
         return sum((array * jax.random.normal(key, array.shape)).sum() for key, array in pairs)
 
-    try:
-        with jax.disable_jit(), jax.default_matmul_precision("highest"):
-            found = cast(Any, jax.grad(total)(floats))
-    except Exception:  # The caller's program may hold what has no derivative, and fail in any way.
-        return None
-    flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(found))
-    return {tuple(path): np.asarray(leaf.get_value()) for path, leaf in flat}
+    for compiled in (True, False):  # A program that looks at values cannot be compiled.
+        try:
+            with jax.disable_jit(not compiled), jax.default_matmul_precision("highest"):
+                found = cast(Any, jax.jit(jax.grad(total))(floats))
+        except Exception:  # The caller's program may have no derivative, and fail in any way.
+            continue
+        flat = cast("Iterable[tuple[Path, Any]]", nnx.to_flat_state(found))
+        return {tuple(path): np.asarray(leaf.get_value()) for path, leaf in flat}
+    return None
 
 
 def _is_weight_at(_: Any, leaf: Any) -> bool:

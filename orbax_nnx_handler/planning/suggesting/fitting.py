@@ -13,14 +13,15 @@ from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie
-from orbax_nnx_handler.planning.suggesting.named_parts import (
-    PLACING,
-    NamedPart,
-    compare_numbers,
-    same_place,
-    told_on_one_side,
+from orbax_nnx_handler.planning.suggesting.module_parts import (
+    Leaf,
+    Link,
+    ModulePart,
+    Names,
+    Tie,
+    shared_names,
 )
+from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, compare_numbers, told_on_one_side
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
     Way,
@@ -34,7 +35,14 @@ from orbax_nnx_handler.planning.suggesting.shapes import (
     shaping,
     ways,
 )
-from orbax_nnx_handler.planning.suggesting.words import MARGIN, Concepts, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.words import (
+    MARGIN,
+    PLACING,
+    Concepts,
+    exclude,
+    likeness,
+    same_place,
+)
 
 _READINGS = 6
 _COMPLETE, _LACKING, _NUMBER, _LITERAL = 2.0, 1.0, 2.0, 1.0
@@ -311,21 +319,15 @@ def joining_rule(
         intos = [(*stored[0][:-2], *aim[-2:]) for aim in wanted]
         pieces, whole = _cut_alike(intos, stored[0], kept)
         return Split("/".join(whole), tuple(map("/".join, pieces)), axis, sizes, drop_axis=is_new), intos
-    shared = _common(stored)
+    shared = shared_names(stored)
     into = (*shared, *wanted[0][len(shared) - len(stored[0]) :])
     pieces, whole = _cut_alike(stored, into, kept)
     return Fuse(tuple(map("/".join, pieces)), "/".join(whole), axis, sizes, new_axis=is_new), [into]
 
 
-def _common(paths: Sequence[Names]) -> Names:
-    shortest = min(map(len, paths))
-    same = next((at for at in range(shortest) if len({path[at] for path in paths}) > 1), shortest)
-    return paths[0][:same]
-
-
 def _cut_alike(parts: Sequence[Names], whole: Names, kept: int) -> tuple[list[Names], Names]:
     """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
-    before = max(len(_common([*parts, whole])) - kept, 0)
+    before = max(len(shared_names([*parts, whole])) - kept, 0)
     return [path[before:] for path in parts], whole[before:]
 
 
@@ -404,7 +406,8 @@ def _remade(link: Link, change: Remade, every: Sequence[Link], shapes: Shapes) -
     if source is None:
         return None
     if link.is_split:
-        if source != link.source.source or len(cuts) != 1 or _part_at(link, cuts[0]) != part:
+        assert link.joint is not None
+        if source != link.source.source or len(cuts) != 1 or link.joint.part_at(cuts[0]) != part:
             return None
         return dataclasses.replace(link, ways=(*link.ways[:part], (Way(steps),), *link.ways[part + 1 :]))
     if cuts and layers is None:
@@ -438,13 +441,3 @@ def _rejoined(
     )
     stored = tuple(link.stored[at] for at in order)
     return dataclasses.replace(link, stored=stored, ways=ways, joint=joint, after=shaping(after, shapes))
-
-
-def _part_at(link: Link, cut: recipes.Index | recipes.Slice) -> int | None:
-    """Returns which part of a split leaf a cut is."""
-    assert link.joint is not None
-    if link.joint.is_new or isinstance(cut, recipes.Index):
-        return cut.index if link.joint.is_new and isinstance(cut, recipes.Index) else None
-    sizes = link.joint.sizes or (cut.size,) * len(link.wanted)
-    starts = [sum(sizes[:at]) for at in range(len(sizes))]
-    return starts.index(cut.start) if cut.start in starts else None

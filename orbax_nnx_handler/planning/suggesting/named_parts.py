@@ -10,8 +10,10 @@ from typing import Any
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.words import (
+    END,
     STRONG,
     Concepts,
+    component,
     concepts,
     meanings,
     order_word,
@@ -59,30 +61,6 @@ class NamedPart:
     def is_table(self) -> bool:
         """Whether it is a table of rows, which nobody stores the other way around."""
         return bool(self.said & {"embed", "pos", "token", "type", "cls"}) and "head" not in self.said
-
-
-PLACING = frozenset(("pre", "post", "first", "last", "in", "out", "attn", "mlp", "self", "cross"))
-"""The words that tell where a norm stands in its block."""
-
-_SELF, _CROSS, _MLP_AT, _END = 10.0, 20.0, 30.0, 100.0
-
-
-def same_place(one: float, other: float) -> bool:
-    """Tells whether two norms may stand in the same place of a block.
-
-    What comes after the attention comes before the network that follows it: Llama's
-    `post_attention_layernorm` is Gemma's `pre_ffw_norm`.
-    """
-    low, high = sorted((one, other))
-    if low == -_END or high == _END:
-        return low != -_END or high != _END
-    if high - low <= 1:
-        return True
-    return (low, high) in {
-        (after, before + side)
-        for after, before in ((_SELF + 1, _MLP_AT), (_SELF + 1, _CROSS), (_CROSS + 1, _MLP_AT))
-        for side in (-1, 0)
-    }
 
 
 def named_parts(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[NamedPart]:
@@ -268,16 +246,16 @@ class _Context:
             # The arms of a U-Net go down before they go up; a network in a block goes up first.
             arms = ({"up", "down"} & concepts(level.base for level in part.levels[:-1])) - own
             side = order_word(said - self._above - arms)
-            return _END * side if side else None
+            return END * side if side else None
         around = {word for level in part.levels[:-1] for word in meanings(level.base)}
-        place = _component(own) or (_component(around) if side <= 0 else None)
+        place = component(own) or (component(around) if side <= 0 else None)
         if place is None and not side and not own - {"norm"} and not self._is_one_of_several(part):
-            place = _component(set(self._surroundings(part)))
+            place = component(set(self._surroundings(part)))
         if place is not None:
             return place + side
         if "out" in around and not side:
             side = 1
-        return _END * side if side else None
+        return END * side if side else None
 
     def _is_one_of_several(self, part: ModulePart) -> bool:
         return any(
@@ -288,16 +266,6 @@ class _Context:
 def _untold(part: ModulePart) -> tuple[str, ...]:
     last = part.levels[-1].base.lower() if part.levels else ""
     return next((roles for name, roles in _UNTOLD.items() if name in last), ())
-
-
-def _component(said: Iterable[str]) -> float | None:
-    """Returns where a part of a block stands in the order of computation."""
-    found = set(said)
-    if "cross" in found:
-        return _CROSS
-    if found & {"attn", "self"}:
-        return _SELF
-    return _MLP_AT if "mlp" in found else None
 
 
 def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:

@@ -229,6 +229,14 @@ class Joint:
     sizes: tuple[int, ...] | None
     parts: tuple[tuple[Way, ...], ...]
 
+    def part_at(self, cut: recipes.Index | recipes.Slice) -> int | None:
+        """Returns which part a cut takes out of the whole; None for a piece that is none."""
+        if self.is_new or isinstance(cut, recipes.Index):
+            return cut.index if self.is_new and isinstance(cut, recipes.Index) else None
+        sizes = self.sizes or (cut.size,) * len(self.parts)
+        starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        return starts.index(cut.start) if cut.start in starts else None
+
 
 def joints(parts: Sequence[Shape], whole: Shape, *, split: bool) -> Iterator[Joint]:
     """Yields how parts may lie in a whole.

@@ -297,3 +297,40 @@ def are_peers(paths: Iterable[Iterable[str]]) -> bool:
     if all(len(word) == 1 for word in told):
         return True
     return any(exclude(one, other) for one, other in itertools.combinations(said, 2))
+
+
+# Where a part of a block stands.
+
+
+PLACING = frozenset(("pre", "post", "first", "last", "in", "out", "attn", "mlp", "self", "cross"))
+"""The words that tell where a norm stands in its block."""
+
+_SELF, _CROSS, _MLP, END = 10.0, 20.0, 30.0, 100.0
+
+
+def same_place(one: float, other: float) -> bool:
+    """Tells whether two norms may stand in the same place of a block.
+
+    What comes after the attention comes before the network that follows it: Llama's
+    `post_attention_layernorm` is Gemma's `pre_ffw_norm`.
+    """
+    low, high = sorted((one, other))
+    if low == -END or high == END:
+        return low != -END or high != END
+    if high - low <= 1:
+        return True
+    return (low, high) in {
+        (after, before + side)
+        for after, before in ((_SELF + 1, _MLP), (_SELF + 1, _CROSS), (_CROSS + 1, _MLP))
+        for side in (-1, 0)
+    }
+
+
+def component(said: Iterable[str]) -> float | None:
+    """Returns where a part of a block stands in the order of computation."""
+    found = set(said)
+    if "cross" in found:
+        return _CROSS
+    if found & {"attn", "self"}:
+        return _SELF
+    return _MLP if "mlp" in found else None

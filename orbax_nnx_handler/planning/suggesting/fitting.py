@@ -164,7 +164,7 @@ def _arranged_otherwise(wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
                 Link(wanted=(leaf,), stored=(theirs[kind],), grounds="names", ways=((Way(()),),))
                 for kind, leaf in ours.items()
             ]
-            readings = _by_head(links, len(one.fused or other.fused), split=bool(other.untold))
+            readings = _by_head(links, one.untold or other.untold, split=bool(other.untold))
             yield Tie(wanted=(one.part.names,), stored=(other.part.names,), readings=readings)
 
 
@@ -177,7 +177,7 @@ def _joined_once(
     if parts is None:
         return [], None
     found, tie = links_of(named, parts, split), None
-    readings = _by_head(found, len(parts), split=split) if whole.untold else ()
+    readings = _by_head(found, whole.untold, split=split) if whole.untold else ()
     if not found and split:
         readings = _repeated(whole, parts)
     if readings:
@@ -195,7 +195,7 @@ def _joined_once(
     return found, tie
 
 
-def _by_head(links: Sequence[Link], count: int, *, split: bool) -> tuple[tuple[Link, ...], ...]:
+def _by_head(links: Sequence[Link], roles: Sequence[str], *, split: bool) -> tuple[tuple[Link, ...], ...]:
     """Returns fused parts side by side, and head by head; the number of heads may be open too."""
     joints = [link.joint for link in links if link.joint is not None]
     if not links or any(joint.is_new or joint.sizes for joint in joints):
@@ -209,7 +209,7 @@ def _by_head(links: Sequence[Link], count: int, *, split: bool) -> tuple[tuple[L
             for link, steps in zip(links, found, strict=True)
         )
         for told, found in itertools.islice(
-            arrangements(wholes, axes, count, singles, split=split), _READINGS
+            arrangements(wholes, axes, roles, singles, split=split), _READINGS
         )
     )
 
@@ -243,6 +243,12 @@ def _by_mark(whole: NamedPart, members: Sequence[NamedPart]) -> Iterator[tuple[C
     chosen = [
         [role for role in members if name in role.said and not role.part.is_norm] for name in whole.fused
     ]
+    if "gate" in whole.fused:  # The router of experts is called a gate too, and is smaller than one.
+        largest = [max((role.main_size for role in each), default=0) for each in chosen]
+        chosen = [
+            [role for role in each if role.main_size == size]
+            for each, size in zip(chosen, largest, strict=True)
+        ]
     marks = [{role.part.own - set(whole.fused): role for role in each} for each in chosen]
     if all(len(each) == 1 for each in chosen):
         yield next(iter(marks[0])), [each[0] for each in chosen]

@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     levels,
     module_parts,
     place_of,
+    shared_names,
 )
 from orbax_nnx_handler.planning.suggesting.series import (
     Looks,
@@ -190,7 +191,7 @@ _ModulePairs = frozenset[tuple[Names, Names]]
 
 
 def _by_modules(ties: Iterable[Tie]) -> Iterator[Tie]:
-    """Yields ties; those about the parts of the same modules as one: a module is not torn apart."""
+    """Yields ties; those about parts of the same modules, the outermost ones, as one: none is torn apart."""
     groups: dict[object, list[tuple[Tie, Mapping[_ModulePairs, tuple[Link, ...]]]]] = defaultdict(list)
     for tie in ties:
         readings = {_module_pairs(reading): reading for reading in tie.readings}
@@ -210,8 +211,9 @@ def _by_modules(ties: Iterable[Tie]) -> Iterator[Tie]:
 
 
 def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
-    parts = ((place_of(link.target.names)[0], place_of(link.source.names)[0]) for link in reading)
-    return frozenset((one[:-1], other[:-1]) for one, other in parts)
+    parts = [[place_of(leaf.names)[0] for leaf in (link.target, link.source)] for link in reading]
+    depths = [len(shared_names(side)) + 1 for side in zip(*parts, strict=True)]
+    return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
 
 
 def _names(leaves: Sequence[Leaf], above: int) -> Names:

@@ -35,7 +35,7 @@ class NamedPart:
         position: Where it stands in the order of computation, where its names tell.
         fused: The roles that it holds in one array, in their order; empty for one role.
         fact: The code base whose convention tells the order of `fused`, or the role.
-        untold: The roles that it holds in one array, either side by side or head by head.
+        untold: The roles that it holds in one array, either side by side or head by head, or in turns.
     """
 
     part: ModulePart
@@ -264,8 +264,11 @@ class _Context:
 
 
 def _untold(part: ModulePart) -> tuple[str, ...]:
-    last = part.levels[-1].base.lower() if part.levels else ""
-    return next((roles for name, roles in _UNTOLD.items() if name in last), ())
+    last, bias = part.levels[-1].base if part.levels else "", part.leaves.get("bias")
+    gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
+    if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
+        return gated  # Experts with biases: in GPT-OSS gates and what they gate take turns, else they do not.
+    return next((roles for name, roles in _UNTOLD.items() if name in last.lower()), ())
 
 
 def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:

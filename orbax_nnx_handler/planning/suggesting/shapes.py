@@ -284,14 +284,16 @@ _HEAD = 64
 
 
 def arrangements(
-    wholes: Sequence[Shape], axes: Sequence[int], count: int, parts: Sequence[Shape], *, split: bool
+    wholes: Sequence[Shape], axes: Sequence[int], roles: Sequence[str], parts: Sequence[Shape], *, split: bool
 ) -> Iterator[tuple[str, Sequence[Steps]]]:
     """Yields how parts may lie in arrays: side by side, or for each head its share of each part.
+
+    A gate and what it gates, which have no heads, may take turns: a feature of each.
 
     Args:
         wholes: The shapes of the arrays: of a kernel, of its bias.
         axes: The axis along which the parts lie in each.
-        count: How many parts.
+        roles: What the parts are, in their order.
         parts: Their shapes, where they are kept apart; one with an axis of heads tells how many there are.
         split: Whether the arrays are stored; then the steps lead to parts side by side.
 
@@ -299,13 +301,15 @@ def arrangements(
         The arrangement in words, and for each array the steps to or from parts side by side.
     """
     yield "side by side", [()] * len(wholes)
+    count, in_turns = len(roles), "gate" in roles
     lengths = {shape[axis] // count for shape, axis in zip(wholes, axes, strict=True)}
     if len(lengths) > 1 or any(shape[axis] % count for shape, axis in zip(wholes, axes, strict=True)):
         return
-    for heads in _heads_of(next(iter(lengths)), parts):
+    (length,) = lengths
+    for heads in [length] if in_turns else _heads_of(length, parts):
         counts = (heads, count) if split else (count, heads)
         steps = [_by_head(shape, axis, counts) for shape, axis in zip(wholes, axes, strict=True)]
-        yield f"head by head, {heads} heads", steps
+        yield "in turns" if in_turns else f"head by head, {heads} heads", steps
 
 
 def _heads_of(length: int, shapes: Sequence[Shape]) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Rename, StackLayers, Transpose, UnstackLayers
+from orbax_nnx_handler import Rename, StackLayers, Transpose, UnstackLayers, from_linen, suggest
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import creation_order, propose
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -39,6 +39,58 @@ def test_shapes_alone_tell_modules_apart():
 
     assert sorted(renames(found)) == [("Dense_0", "down"), ("Dense_1", "up")]
     assert (found.confidence, found.questions, found.unmatched_wanted) == ("certain", (), ())
+
+
+@pytest.mark.parametrize(
+    ("bias", "said"), [((4, 12), ("side by side", "in turns")), (None, None)], ids=["biases", "no biases"]
+)
+def test_experts_with_biases_may_have_gates_and_what_they_gate_in_turns(bias, said):
+    stored = {"gate": {"kernel": (8, 4)}, "wi_0": (4, 8, 6), "wi_1": (4, 8, 6)}
+    wanted = {"router": {"kernel": (8, 4)}, "experts": {"gate_up_proj": (4, 8, 12)}}
+    if bias:
+        stored |= {"wi_0_bias": (4, 6), "wi_1_bias": (4, 6)}
+        wanted["experts"]["gate_up_proj_bias"] = bias
+
+    found = proposal({"mlp": wanted}, {"mlp": stored})
+
+    assert [question.choices for question in found.questions] == ([said] if said else [])
+    assert len(found.unmatched_wanted) == (2 if said else 0)
+
+
+def test_gates_in_turns_lie_at_even_places_and_what_they_gate_at_odd_ones():
+    gate, up = (
+        np.arange(30, dtype="float32").reshape(5, 6),
+        100 + np.arange(30, dtype="float32").reshape(5, 6),
+    )
+    tree = {
+        "mlp": {
+            "wi_0": np.stack([gate, gate + 200, gate + 400]),
+            "wi_1": np.stack([up, up + 200, up + 400]),
+            "wi_0_bias": np.stack([gate[0]] * 3),
+            "wi_1_bias": np.stack([up[0]] * 3),
+        }
+    }
+    target = nnx.State(params({"mlp": {"gate_up_proj": (3, 5, 12), "gate_up_proj_bias": (3, 12)}}))
+
+    (question,) = suggest({"params": tree}, target).questions
+    state = from_linen({"params": tree}, target, renames=question.alternatives[1])
+
+    whole, bias = (state["mlp"][name].get_value() for name in ("gate_up_proj", "gate_up_proj_bias"))
+    np.testing.assert_array_equal(whole[..., ::2], tree["mlp"]["wi_0"])
+    np.testing.assert_array_equal(whole[..., 1::2], tree["mlp"]["wi_1"])
+    np.testing.assert_array_equal(bias[..., ::2], tree["mlp"]["wi_0_bias"])
+
+
+def test_questions_about_the_parts_of_two_networks_are_one():
+    network = {"one": DENSE, "head": {"deep": OTHER}}
+    stored = {f"Net_{at}": {"Dense_0": DENSE, "Dense_1": OTHER} for at in range(2)}
+
+    found = proposal({"coarse": network, "fine": network}, stored)
+
+    (question,) = found.questions
+    assert len(question.choices) == 2
+    assert [len(rules) > 0 for rules in question.alternatives] == [True, True]
+    assert len(question.wanted) == len(found.unmatched_wanted) == 8
 
 
 def test_equal_modules_go_by_the_order_of_creation_where_it_is_known():
@@ -195,6 +247,27 @@ def test_a_stored_stack_of_layers_is_found_by_its_shapes():
 
     assert found.renames == (UnstackLayers("ScanBlock_0", "blocks/{i}", 0), Rename("Dense_0", "up"))
     assert (found.unmatched_wanted, found.unmatched_stored, found.problem) == ((), (), "")
+
+
+def test_two_lists_of_layers_lie_in_one_stored_stack():
+    attention = {"query": {"kernel": (8, 6)}, "out": {"kernel": (6, 8)}}
+    network = {"up": {"kernel": (8, 24)}, "down": {"kernel": (24, 8), "bias": (8,)}}
+    stacked = {
+        name: {kind: (4, *shape) for kind, shape in leaves.items()}
+        for name, leaves in {**attention, **network}.items()
+    }
+
+    found = proposal(
+        {"mixers": dict.fromkeys(range(4), attention), "networks": dict.fromkeys(range(4), network)},
+        {"layers": stacked},
+    )
+
+    assert (found.unmatched_wanted, found.unmatched_stored, found.questions) == ((), (), ())
+    assert {rule.pattern: rule.into for rule in found.renames if isinstance(rule, UnstackLayers)} == {
+        "layers/up": "networks/{i}/up",
+        "layers/down": "networks/{i}/down",
+        "layers": "mixers/{i}",
+    }
 
 
 def test_layers_that_the_target_stacks_are_found_by_their_shapes():

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import (
@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.errors import (
     ShapeMismatchError,
     UnusedRuleError,
 )
-from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_of_parameters
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
@@ -22,8 +22,9 @@ from orbax_nnx_handler.planning.mapping.matches import CompetingSources, Unclear
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import UndecidedState
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.rules import Copy, Drop, ScanAxis
+from orbax_nnx_handler.planning.rules import Copy, Drop, Rename, ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.rule import shared_ends
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
 
 
@@ -85,26 +86,82 @@ def claims_of_shared(
         aliases: The other paths of shared Variables, each with the wanted one.
         unexpected: The stored leaves that are not used.
     """
-    if not aliases:
-        return
-    model = [entry for entry in mapping.applied.entries if entry.section == "model"]
-    own = {path: entry for entry in model for path in entry.sources}
-    free = {
-        (entry.collection, strip(entry.tokens, mapping.roots.stored)): entry
-        for entry in model
-        if any(path in unexpected for path in entry.sources)
-    }
-    items = {item.leaf.path: item for item in wanted}
     rivals: list[CompetingSources] = []
-    for alias, path in aliases.items():
-        read = reads(mapping.found[path].recipe) if path in mapping.found else ()
-        first = own.get(next(iter(read), ()))  # Not what lies aside: a program's own random streams, say.
-        name = strip(canonical(alias), mapping.roots.wanted)
-        second = free.get((first.collection, name)) if first is not None else None
-        if first is not None and second is not None:
-            rivals.append(CompetingSources(wanted=items[path], entries=(first, second)))
+    own = {path: entry for entry in mapping.applied.entries for path in entry.sources} if aliases else {}
+    for item, claims in _under_aliases(wanted, mapping, aliases, unexpected):
+        found = mapping.found.get(item.leaf.path)
+        first = own.get(next(iter(reads(found.recipe)), ())) if found else None
+        if found and (first is None or first.section != "model"):
+            continue  # What lies aside: a program's own random streams, say.
+        entries = [entry for entry, _ in claims if first is None or entry.collection == first.collection]
+        entries = [first, *entries] if first else entries
+        if len(entries) > 1:
+            rivals.append(CompetingSources(wanted=item, entries=tuple(entries)))
     if rivals:
         yield _rivals(rivals)
+
+
+def renames_of_shared(
+    wanted: Sequence[Wanted], mapping: LeafMapping, aliases: Mapping[Path, Path]
+) -> dict[Path, tuple[Rename, Path]]:
+    """Returns, for each shared Variable that is stored under another of its names alone, the rename and it.
+
+    A target wants a shared Variable once, under the first of its paths; a Linen program that shared the
+    module may have stored it under another. Each of them is its name.
+
+    Args:
+        wanted: The wanted leaves.
+        mapping: What they come from.
+        aliases: The other paths of shared Variables, each with the wanted one.
+    """
+    found: dict[Path, tuple[Rename, Path]] = {}
+    unused = (mapping.placed.keys() if aliases else set[Path]()) - mapping.used()
+    for item, claims in _under_aliases(wanted, mapping, aliases, unused):
+        if item.leaf.path in mapping.found or len(claims) != 1:
+            continue
+        ((entry, alias),) = claims
+        try:
+            rule = Rename("/".join(entry.whole), "/".join(_renamed(entry.whole, alias, item.leaf.path)))
+        except RuleError:  # A stored name is no pattern.
+            continue
+        if entry.shape == item.leaf.shape and rule.apply(mapping.applied.entries).matched == 1:
+            found[item.leaf.path] = rule, alias
+    return found
+
+
+def _renamed(whole: Sequence[str], alias: Path, path: Path) -> Sequence[str]:
+    """Returns a stored path with one name of a shared Variable in the place of another that it ends in."""
+    old, new = segments(alias), segments(path)
+    same, _ = shared_ends(old, new)
+    ends = ((start, at) for at in range(same, -1, -1) for start in range(len(whole)))
+    for start, at in ends:
+        if canonical(whole[start:]) == canonical(old[at:]):
+            return (*whole[:start], *new[at:])
+    return whole
+
+
+def _under_aliases(
+    wanted: Sequence[Wanted], mapping: LeafMapping, aliases: Mapping[Path, Path], unused: Collection[Path]
+) -> Iterator[tuple[Wanted, list[tuple[Entry, Path]]]]:
+    """Yields shared Variables with the unused stored values that have another of their names."""
+    if not aliases:
+        return
+    free: dict[tuple[str | None, Tokens], Entry] = {}
+    for entry in mapping.applied.entries:
+        if entry.section == "model" and any(path in unused for path in entry.sources):
+            for tokens in (entry.tokens, strip(entry.tokens, mapping.roots.stored)):
+                free[entry.collection, tokens] = entry
+                free[entry.collection, (*entry.owner, *tokens)] = entry
+    items = {item.leaf.path: item for item in wanted}
+    claims: dict[Path, dict[Path, tuple[Entry, Path]]] = defaultdict(dict)
+    for alias, path in aliases.items():
+        item, tokens = items[path], canonical(alias)
+        for collection in (item.collection, None):
+            for name in (tokens, strip(tokens, mapping.roots.wanted)):
+                if entry := free.get((collection, name)):
+                    claims[path].setdefault(entry.sources[0], (entry, alias))
+    for path, found in claims.items():
+        yield items[path], list(found.values())
 
 
 def _read_twice(mapping: LeafMapping) -> dict[Path, list[Path]]:

@@ -150,6 +150,7 @@ def flatten_target(
     def assemble(restored: Mapping[Path, Any]) -> Any:
         return rebuild({path: _with_value(node, restored[path]) for path, node in nodes.items()})
 
+    @functools.cache
     def aliases() -> Mapping[Path, Path]:
         return _aliases(item, nodes) if _has_graph_node(item) else {}
 

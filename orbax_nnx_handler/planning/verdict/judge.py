@@ -1,17 +1,23 @@
 """Compares a mapping with the target: the pure function behind every verdict."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
-from orbax_nnx_handler.planning.mapping.choice import best_mappings, claims_of_shared, faults_of
+from orbax_nnx_handler.planning.mapping.choice import (
+    best_mappings,
+    claims_of_shared,
+    faults_of,
+    renames_of_shared,
+)
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
-from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped
+from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, MatchEvidence
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions, resolve
 from orbax_nnx_handler.planning.rules import Drop, ScanAxis
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
@@ -113,6 +119,31 @@ def choose(wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions) ->
     return first
 
 
+def _with_shared(
+    target: Target, wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, chosen: Chosen
+) -> tuple[Chosen, RestoreOptions]:
+    """Returns the reading, and the options, under which shared Variables are found by any of their names."""
+    found = chosen.mapping.found
+    if all(item.role != "model" or item.leaf.path in found for item in wanted):
+        return chosen, options  # Nearly every plan.
+    shared = renames_of_shared(wanted, chosen.mapping, target.aliases())
+    if not shared:
+        return chosen, options
+    more = dataclasses.replace(options, renames=(*options.renames, *(rule for rule, _ in shared.values())))
+    try:
+        again = choose(wanted, stored, more)
+    except RestoreError:
+        return chosen, options
+    found = dict(again.mapping.found)
+    if again.faults or again.broken or not shared.keys() <= found.keys():
+        return chosen, options
+    for path, (_, alias) in shared.items():
+        words = f"as {render(alias)}, the same Variable"
+        evidence = MatchEvidence(kind="rule", words=words)
+        found[path] = dataclasses.replace(found[path], reason=words, evidence=evidence)
+    return again._replace(mapping=dataclasses.replace(again.mapping, found=found)), more
+
+
 def _broken_laws(wanted: Sequence[Wanted], mapping: LeafMapping) -> list[Broken]:
     """Returns where a mapping breaks a law, whatever found it."""
     sources: list[Source] = []
@@ -161,18 +192,19 @@ def judge(
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     try:
-        mapping, faults, broken_laws = chosen or choose(wanted, stored, options)
+        first = chosen or choose(wanted, stored, options)
     except (RuleError, UnusedRuleError) as error:
         if broken.lost:  # It may be what the rule is for.
             raise unreadable(broken.lost) from error
         raise
+    (mapping, faults, broken_laws), options = _with_shared(target, wanted, stored, options, first)
     leaves = LeafVerdicts(mapping, stored, options, policies)
     outcomes = {item.leaf.path: leaves.outcome(item) for item in wanted}
     restored = _of_kind(Restored, outcomes)
     others = outcomes if len(restored) < len(outcomes) else {}
     used = [v.recipe for v in outcomes.values() if not isinstance(v, Defaulted) and v.recipe is not None]
     left = left_over(wanted, mapping, used)
-    missing, defaulted = _of_kind(Missing, others), _of_kind(Defaulted, others)
+    missing, defaulted = _named(_of_kind(Missing, others), target), _of_kind(Defaulted, others)
     sides = _sides(wanted, mapping)
     return Verdict(
         directory=directory,
@@ -206,6 +238,17 @@ def judge(
         renames=options.renames,
         read_as=options.layout,
     )
+
+
+def _named(missing: dict[Path, Missing], target: Target) -> dict[Path, Missing]:
+    """Returns what is missing, shared Variables with all of their names."""
+    names: dict[Path, list[Path]] = defaultdict(list)
+    for alias, path in target.aliases().items() if missing else ():
+        names[path].append(alias)
+    return {
+        path: dataclasses.replace(item, aliases=tuple(names[path])) if path in names else item
+        for path, item in missing.items()
+    }
 
 
 def known_of(mapping: LeafMapping) -> Known:

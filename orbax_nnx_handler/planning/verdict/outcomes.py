@@ -87,6 +87,7 @@ class Missing:
         filled_by: Where an initial value comes from; None where `init` has no source.
         layers: The layers that are missing; empty if the whole leaf is.
         recipe: How to make the layers that are stored, with `Fill` for the others.
+        aliases: The other paths under which the target has the same Variable.
     """
 
     wanted: WantedLeaf
@@ -94,6 +95,7 @@ class Missing:
     filled_by: DefaultSource | None = None
     layers: tuple[int, ...] = ()
     recipe: Recipe | None = None
+    aliases: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,7 +249,10 @@ def evidence_rows(items: Iterable[Restored]) -> list[Row]:
 def missing_rows(items: Iterable[Missing], *, with_policy: bool = False) -> list[Row]:
     """Returns leaf, shape, dtype, and what becomes of it."""
     return [
-        Row(item.wanted.path, (look(item.wanted), _layers(item), _settled(item) if with_policy else ""))
+        Row(
+            item.wanted.path,
+            (look(item.wanted), _layers(item), _aliases(item), _settled(item) if with_policy else ""),
+        )
         for item in items
     ]
 
@@ -258,6 +263,10 @@ def _layers(item: Missing) -> str:
         if item.layers
         else ""
     )
+
+
+def _aliases(item: Missing) -> str:
+    return f"also {', '.join(map(render, item.aliases))}" if item.aliases else ""
 
 
 _SOURCES = {

@@ -1,12 +1,15 @@
 """One stored weight never becomes two wanted ones."""
 
+from typing import Any
+
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import AmbiguousMappingError
-from tests.planning.plans import params, plan_of
+from orbax_nnx_handler import AmbiguousMappingError, MissingParamError
+from tests.planning.plans import params, plan_of, values_of
 
 
 def test_a_stored_weight_that_two_wanted_leaves_spell_alike_is_ambiguous() -> None:
@@ -28,3 +31,83 @@ def test_a_tied_weight_is_one_leaf_and_no_fault() -> None:
     plan = plan_of(nnx.eval_shape(Tied), {"params": {"embed": np.ones((2, 3), np.float32)}})
 
     plan.check()
+
+
+class _TiedTwice(nnx.Module):
+    """One embedding under two names, of which the first is not the one that Linen gave it."""
+
+    def __init__(self) -> None:
+        self.first = nnx.Embed(3, 2, rngs=nnx.Rngs(0))
+        self.head = self.first
+        self.norm = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+
+def _tied(name: str, **beside: Any) -> dict[str, Any]:
+    table = np.arange(6, dtype=np.float32).reshape(3, 2)
+    norm = {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
+    return {name: {"embedding": table}, "norm": norm, **beside}
+
+
+def test_a_shared_variable_is_found_under_any_of_its_names() -> None:
+    stored = {"params": _tied("head")}
+
+    plan = plan_of(nnx.eval_shape(_TiedTwice), stored)
+
+    plan.check()
+    np.testing.assert_array_equal(values_of(plan, stored)["first/embedding"], [[0, 1], [2, 3], [4, 5]])
+    assert not plan.unexpected
+    assert "first/embedding  as head/embedding, the same Variable" in plan.evidence()
+
+
+def test_a_shared_variable_below_a_level_of_the_target_is_found_with_its_moments() -> None:
+    def make() -> Any:
+        model = _TiedTwice()
+        return {"model": model, "optimizer": nnx.Optimizer(model, optax.trace(0.9), wrt=nnx.Param)}
+
+    moments = jax.tree.map(lambda value: value + 10, _tied("head"))
+    stored = {"params": _tied("head"), "opt_state": {"trace": moments}, "step": np.int32(3)}
+
+    plan = plan_of(nnx.eval_shape(make), stored)
+
+    plan.check()
+    found = values_of(plan, stored)
+    np.testing.assert_array_equal(found["model/first/embedding"], [[0, 1], [2, 3], [4, 5]])
+    moment = next(value for path, value in found.items() if path.endswith("trace/first/embedding"))
+    np.testing.assert_array_equal(moment, [[10, 11], [12, 13], [14, 15]])
+
+
+def test_the_error_names_every_path_of_a_shared_variable_that_is_stored_under_none() -> None:
+    plan = plan_of(nnx.eval_shape(_TiedTwice), {"params": _tied("table")})
+
+    with pytest.raises(MissingParamError, match=r"first/embedding +\(3, 2\) float32 +also head/embedding"):
+        plan.check()
+
+
+def test_a_shared_variable_that_is_stored_under_two_other_names_is_a_question() -> None:
+    class Thrice(_TiedTwice):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = self.first
+
+    other = {"embedding": np.zeros((3, 2), np.float32)}
+
+    with pytest.raises(AmbiguousMappingError, match="first/embedding\n    <- params/head/embedding"):
+        plan_of(nnx.eval_shape(Thrice), {"params": _tied("head", other=other)}).check()
+
+
+def test_a_shared_variable_of_one_network_is_not_taken_from_another() -> None:
+    def make() -> Any:
+        return {"gen": _TiedTwice(), "disc": _TiedTwice()}
+
+    stored = {
+        "gen": {"params": _tied("first"), "step": np.int32(1)},
+        "disc": {"params": _tied("head"), "step": np.int32(1)},
+    }
+    stored["disc"]["params"]["head"]["embedding"] = np.full((3, 2), 7, np.float32)
+
+    plan = plan_of(nnx.eval_shape(make), stored)
+
+    plan.check()
+    found = values_of(plan, stored)
+    np.testing.assert_array_equal(found["gen/first/embedding"], [[0, 1], [2, 3], [4, 5]])
+    np.testing.assert_array_equal(found["disc/first/embedding"], np.full((3, 2), 7))

@@ -216,13 +216,20 @@ class Match:
         return with_fields(name, fixed=(), named=True, reason=reason, **changes)
 
 
-def find(pattern: Pattern, entries: Iterable[Entry], *, weights_only: bool = True) -> dict[int, Match]:
+def find(
+    pattern: Pattern,
+    entries: Iterable[Entry],
+    *,
+    weights_only: bool = True,
+    accepts: Callable[[Span], bool] | None = None,
+) -> dict[int, Match]:
     """Returns the entries that a pattern matches anywhere in their whole path, by position.
 
     Args:
         pattern: The pattern.
         entries: All entries.
         weights_only: Leave out optimizers and steps, which no rule on values is for.
+        accepts: Tells which segments that match are meant.
     """
     listed = list(entries)
     found: dict[int, Match] = {}
@@ -230,7 +237,7 @@ def find(pattern: Pattern, entries: Iterable[Entry], *, weights_only: bool = Tru
         entry = listed[at]
         if weights_only and entry.section in ("optimizer", "step"):
             continue
-        span = next(pattern.spans(entry.whole), None)
+        span = next(pattern.spans(entry.whole, accepts), None)
         if span is not None:
             found[at] = Match(entry, span)
     return found

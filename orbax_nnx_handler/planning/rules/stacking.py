@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.rules.rule import (
     Match,
     Pattern,
     Rule,
+    Span,
     check_pattern,
     check_places,
     find,
@@ -74,12 +75,14 @@ class StackLayers(_Named):
         counter = _counter(self._left, self._right)
         groups: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
         named: dict[tuple[str, ...], Entry] = {}
-        for at, match in find(self._left, entries).items():
-            number = match.span.bindings[counter]
-            if is_index(number):
-                name = match.renamed(self._right)
-                named.setdefault(name.whole, name)
-                groups[name.whole].append((int(number), at))
+
+        def is_layer(span: Span) -> bool:
+            return is_index(span.bindings[counter])  # `{i}` alone matches every name.
+
+        for at, match in find(self._left, entries, accepts=is_layer).items():
+            name = match.renamed(self._right)
+            named.setdefault(name.whole, name)
+            groups[name.whole].append((int(match.span.bindings[counter]), at))
         return join(self, entries, [self._join(named[whole], layers) for whole, layers in groups.items()])
 
     def inverse(self) -> Rule:

@@ -609,3 +609,13 @@ def test_a_rule_for_what_an_optimizer_holds_says_that_none_reaches_there():
         restored({"up": {"kernel": (2, 3)}}, stored, Drop("params", "why"), ("opt_state/1/ema", "params"))
 
     assert raised.value.hints[0].words.startswith("no rule reaches below opt_state: ")
+
+
+def test_layers_that_are_numbers_at_the_front_of_a_pattern_are_stacked() -> None:
+    stored = {"params": {str(i): {"kernel": normal(2, 3)} for i in range(3)}}
+
+    values = restored({"blocks": {"kernel": (3, 2, 3)}}, stored, StackLayers("{i}", "blocks", axis=0))
+
+    np.testing.assert_array_equal(
+        values["blocks/kernel"], np.stack([stored["params"][str(i)]["kernel"] for i in range(3)])
+    )

@@ -353,3 +353,33 @@ def test_a_module_that_two_networks_share_is_shared_again(tmp_path, layout):
         np.testing.assert_array_equal(result[name].out.kernel[...], net.out.kernel[...])
         np.testing.assert_array_equal(result[name].embed.embedding[...], net.embed.embedding[...])
     assert result["gen"].embed.embedding is result["disc"].embed.embedding
+
+
+class Normed(nnx.Module):
+    def __init__(self):
+        self.dense = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        self.bn = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(4))
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_a_functional_train_state_comes_back_with_statistics_and_random_state(tmp_path, layout):
+    def make():
+        model = Normed()
+        return {
+            "params": model,
+            "opt_state": optax.trace(0.9).init(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
+        }
+
+    item, numbers = make(), Numbers()
+    nnx.update(item["params"], numbers.like(nnx.state(item["params"])))
+    save(tmp_path / "saved", item, layout=layout)
+
+    result = restore(tmp_path / "saved", nnx.eval_shape(make))
+
+    want, have = (worlds.flat(nnx.state(each["params"])) for each in (item, result))
+    assert want.keys() == have.keys()
+    for path, value in want.items():
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value, have[path] = map(jax.random.key_data, (value, have[path]))
+        np.testing.assert_array_equal(have[path], value, err_msg=str(path))

@@ -137,6 +137,10 @@ class _Places:
     def rootless(self, item: Wanted) -> Iterator[Path]:
         """Yields what `nnx_aux` holds of the model where the whole target is the model, whatever its root."""
         yield from _at(self._aux, (_MODEL, *item.tokens))
+        if item.tokens[:1] == (
+            "params",
+        ):  # A functional train state's field, which a save takes for the model.
+            yield from _at(self._aux, (_MODEL, *item.tokens[1:]))
 
     def inline(self, item: Wanted) -> Iterator[Path]:
         """Yields the leaf of the same path below the model's roots."""

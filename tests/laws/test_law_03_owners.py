@@ -353,3 +353,51 @@ def test_pairs_of_a_model_and_its_optimizer_come_back_from_their_own_save(tmp_pa
     have = [each for part in (result if keys is None else (result[key] for key in keys)) for each in part]
     for each, values in zip(have, expected, strict=True):
         check(each, values)
+
+
+def _actor_and_critic(numbers):
+    return {
+        name: _train_state(numbers, _model(numbers), step) for name, step in (("actor", 7), ("critic", 9))
+    }
+
+
+def _trained(state):
+    return Training(state.params, ADAM, {})
+
+
+def test_a_level_of_the_target_above_several_train_states_is_taken_away(tmp_path):
+    states = _actor_and_critic(Numbers())
+    path = write(tmp_path, states)
+    target = nnx.eval_shape(
+        lambda: _Owner(agent=_Owner(**{name: _trained(state) for name, state in states.items()}))
+    )
+
+    result = restore(path, target)
+
+    check(result, _expected(states["actor"], "agent/actor/") | _expected(states["critic"], "agent/critic/"))
+
+
+def test_a_stored_level_above_several_train_states_is_taken_away(tmp_path):
+    states = _actor_and_critic(Numbers())
+    path = write(tmp_path, {"agent": states, "config": {"size": np.int32(3)}})
+    target = nnx.eval_shape(lambda: _Owner(**{name: _trained(state) for name, state in states.items()}))
+
+    result = restore(path, target, unexpected="ignore")
+
+    check(result, _expected(states["actor"], "actor/") | _expected(states["critic"], "critic/"))
+
+
+def test_the_name_of_a_copy_above_several_train_states_stays(tmp_path):
+    states = _actor_and_critic(Numbers())
+    path = write(tmp_path, states)
+    parts = {name: _trained(state) for name, state in states.items()}
+
+    refused(path, nnx.eval_shape(lambda: {"ema": _Owner(**parts)}))
+
+
+def test_a_level_above_networks_of_which_one_has_another_name_stays(tmp_path):
+    states = _actor_and_critic(Numbers())
+    path = write(tmp_path, states)
+    parts = {"actor": _trained(states["actor"]), "value": _trained(states["critic"])}
+
+    refused(path, nnx.eval_shape(lambda: {"agent": _Owner(**parts)}), unexpected="ignore")

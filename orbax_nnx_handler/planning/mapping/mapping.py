@@ -53,6 +53,7 @@ from orbax_nnx_handler.planning.mapping.train_states import (
     pair_optimizers,
     stored_optimizers,
     wanted_optimizers,
+    with_level,
 )
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, ScanAxis, apply_rules, unused_rules
 from orbax_nnx_handler.planning.rules.entries import Entry, every_entry
@@ -173,7 +174,7 @@ def map_leaves(
     Raises:
         UnusedRuleError: A rule matches no stored leaf.
     """
-    placements = layout.place(stored)
+    placements = with_level(layout.place(stored), wanted)
     as_stored = every_entry(placements)
     applied = _in_own_collections(apply_rules(as_stored, rules), wanted)
     entries = applied.entries

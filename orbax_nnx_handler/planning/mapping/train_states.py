@@ -9,12 +9,12 @@ speaks against it.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_name
 from orbax_nnx_handler.planning.mapping.roots import named_levels
-from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,53 @@ def wanted_optimizers(wanted: Iterable[Wanted]) -> list[WantedOptimizer]:
         )
         for owner in dict.fromkeys((*leaves, *steps))
     ]
+
+
+def with_level(placements: Sequence[Placement], wanted: Sequence[Wanted]) -> Sequence[Placement]:
+    """Returns the placements with the owners that the target gives them, where one side has a level more.
+
+    A level above several train states, such as that of a module with an actor and a critic, may go where
+    all of them lie below it, and every wanted weight lies in one of them then.
+    """
+    owners = {item.owner for item in placements if item.section in _FIELDS}
+    if len(owners) < 2 or () in owners:
+        return placements  # Nearly every checkpoint.
+    weights = [item.tokens for item in of_role(wanted, "model")]
+    whole = [*weights, *(canonical(item.owner) for item in of_role(wanted, "optimizer", "step"))]
+    here, there = (), ()
+    if not any(_is_below(path, map(canonical, owners)) for path in weights):
+        for level in _levels_above(whole):
+            if all(_is_below(path[len(level) :], map(canonical, owners)) for path in weights):
+                here = level
+        for level in _levels_above(list(owners)):
+            below = [canonical(owner[len(level) :]) for owner in owners]
+            if all(below) and all(_is_below(path, below) for path in weights):
+                there = level
+    if not weights or bool(here) == bool(there) or any(is_copy_name(str(key)) for key in (*here, *there)):
+        return placements
+    return [
+        dataclasses.replace(item, owner=(*here, *item.owner[len(there) :]))
+        if item.section in _FIELDS
+        else item
+        for item in placements
+    ]
+
+
+_FIELDS = frozenset({"model", "optimizer", "step"})
+"""The parts of a checkpoint that lie in train states."""
+
+
+def _levels_above(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yields the keys that all paths begin with, the shortest first."""
+    first = min(paths, key=len, default=())
+    for depth in range(1, len(first) + 1):
+        if any(path[:depth] != first[:depth] for path in paths):
+            return
+        yield first[:depth]
+
+
+def _is_below(path: Tokens, owners: Iterable[Tokens]) -> bool:
+    return any(path[: len(owner)] == owner for owner in owners)
 
 
 def pair_optimizers(

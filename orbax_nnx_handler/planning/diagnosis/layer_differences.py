@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import ranges
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments
-from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Stack, children
+from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
 from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_paths, layer_paths
@@ -187,7 +187,16 @@ def _surplus(evidence: Evidence) -> Iterable[Cause]:
             groups[_container(evidence, path, form), item.surplus].append(path)
     for (group, surplus), paths in groups.items():
         wanted = _wanted_layers(evidence, paths)
+        if holes := _holes_in(evidence.mismatched[paths[0]].recipe):
+            yield _hole(group, holes, wanted - len(holes) + surplus, evidence.with_moments(paths))
+            continue
         yield _another_number(group, wanted + surplus, wanted, evidence.with_moments(paths))
+
+
+def _holes_in(recipe: Recipe) -> tuple[int, ...]:
+    """Returns the layers of a stack that no stored leaf gives."""
+    stack = _stack_in(recipe)
+    return tuple(at for at, part in enumerate(stack.sources) if isinstance(part, Fill)) if stack else ()
 
 
 def _wanted_layers(evidence: Evidence, paths: Sequence[Path]) -> int:

@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.core.errors import (
     ShapeMismatchError,
     UnusedRuleError,
 )
+from orbax_nnx_handler.planning.core.folding import ranges
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_of_parameters
@@ -91,7 +92,7 @@ def claims_of_shared(
     for item, claims in _under_aliases(wanted, mapping, aliases, unexpected):
         found = mapping.found.get(item.leaf.path)
         first = own.get(next(iter(reads(found.recipe)), ())) if found else None
-        if found and (first is None or first.section != "model"):
+        if (first is None or first.section != "model") if found else item.role != "model":
             continue  # What lies aside: a program's own random streams, say.
         entries = [entry for entry, _ in claims if first is None or entry.collection == first.collection]
         entries = [first, *entries] if first else entries
@@ -107,17 +108,12 @@ def renames_of_shared(
     """Returns, for each shared Variable that is stored under another of its names alone, the rename and it.
 
     A target wants a shared Variable once, under the first of its paths; a Linen program that shared the
-    module may have stored it under another. Each of them is its name.
-
-    Args:
-        wanted: The wanted leaves.
-        mapping: What they come from.
-        aliases: The other paths of shared Variables, each with the wanted one.
+    module may have stored it under another. Each is its name. Takes what `claims_of_shared` takes.
     """
     found: dict[Path, tuple[Rename, Path]] = {}
     unused = (mapping.placed.keys() if aliases else set[Path]()) - mapping.used()
     for item, claims in _under_aliases(wanted, mapping, aliases, unused):
-        if item.leaf.path in mapping.found or len(claims) != 1:
+        if item.leaf.path in mapping.found or len(claims) != 1 or item.role != "model":
             continue
         ((entry, alias),) = claims
         try:
@@ -129,15 +125,15 @@ def renames_of_shared(
     return found
 
 
-def _renamed(whole: Sequence[str], alias: Path, path: Path) -> Sequence[str]:
+def _renamed(whole: tuple[str, ...], alias: Path, path: Path) -> tuple[str, ...]:
     """Returns a stored path with one name of a shared Variable in the place of another that it ends in."""
     old, new = segments(alias), segments(path)
     same, _ = shared_ends(old, new)
     ends = ((start, at) for at in range(same, -1, -1) for start in range(len(whole)))
-    for start, at in ends:
-        if canonical(whole[start:]) == canonical(old[at:]):
-            return (*whole[:start], *new[at:])
-    return whole
+    made = (
+        (*whole[:start], *new[at:]) for start, at in ends if canonical(whole[start:]) == canonical(old[at:])
+    )
+    return next(made, whole)
 
 
 def _under_aliases(
@@ -147,11 +143,13 @@ def _under_aliases(
     if not aliases:
         return
     free: dict[tuple[str | None, Tokens], Entry] = {}
-    for entry in mapping.applied.entries:
-        if entry.section == "model" and any(path in unused for path in entry.sources):
-            for tokens in (entry.tokens, strip(entry.tokens, mapping.roots.stored)):
-                free[entry.collection, tokens] = entry
-                free[entry.collection, (*entry.owner, *tokens)] = entry
+    model = [entry for entry in mapping.applied.entries if entry.section == "model"]
+    is_one = len({entry.owner for entry in model}) == 1
+    for entry in model:
+        if any(path in unused for path in entry.sources):
+            tokens = strip(entry.tokens, mapping.roots.stored)
+            above = () if is_one else entry.owner
+            free |= {(entry.collection, (*above, *name)): entry for name in (entry.tokens, tokens)}
     items = {item.leaf.path: item for item in wanted}
     claims: dict[Path, dict[Path, tuple[Entry, Path]]] = defaultdict(dict)
     for alias, path in aliases.items():
@@ -279,11 +277,16 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
     told = f"axis {axes}: the shapes of its {leaves} fit each of them"
     if len(group.axes) == 1:
         told = f"axis {axes}, or otherwise (on the last one, say): the shapes of its {leaves} do not tell"
+    if group.absent:
+        told += f"; and layer {ranges(group.absent)} is not stored, though a later one is"
     return AmbiguousMappingError(
         f"the layers of {name!r} can be stacked on {told}.",
         paths=group.paths,
-        hints=[_axis_hint(name, axis) for axis in group.axes],
+        hints=[_HOLE] if group.absent else [_axis_hint(name, axis) for axis in group.axes],
     )
+
+
+_HOLE = Hint("no axis gives layers that are not there: restore another step, or find out why they are not.")
 
 
 def _axis_hint(name: str, axis: int) -> Hint:
@@ -328,8 +331,9 @@ def _states_error(cause: str, states: Sequence[UndecidedState], rows: Sequence[s
 def _strange(leaves: Sequence[WithoutVariable]) -> ShapeMismatchError:
     """Returns the error for values that NNX has no place for, and that are not what a module keeps there."""
     rows = [f"  {render(item.leaf.path)} {item.leaf.shape}: {item.shape} there" for item in leaves]
+    verb = "has" if len(leaves) == 1 else "have"
     return ShapeMismatchError(
-        f"{_leaves(len(leaves), 'stored ')} of a module that NNX keeps otherwise {_have(leaves)} another "
+        f"{_leaves(len(leaves), 'stored ')} of a module that NNX keeps otherwise {verb} another "
         "shape than that module has:\n" + "\n".join(rows),
         paths=[item.leaf.path for item in leaves],
         hints=[
@@ -339,10 +343,6 @@ def _strange(leaves: Sequence[WithoutVariable]) -> ShapeMismatchError:
             )
         ],
     )
-
-
-def _have(leaves: Sequence[object]) -> str:
-    return "has" if len(leaves) == 1 else "have"
 
 
 def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:

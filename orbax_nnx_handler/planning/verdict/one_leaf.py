@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.core.dtypes import (
     worst,
 )
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, computes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
@@ -210,7 +211,7 @@ def _cast_by_rule(sources: Sequence[StoredLeaf], dtype: "np.dtype[Any]") -> Cast
 
 
 def _surplus(found: Found) -> str:
-    return f"the stored group has {found.surplus} more layers" if found.surplus else ""
+    return f"the stored group has {counted(found.surplus, 'more layer')}" if found.surplus else ""
 
 
 def _mismatch(

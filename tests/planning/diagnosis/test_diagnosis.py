@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import RestorePlan
+from orbax_nnx_handler import AmbiguousMappingError, RestorePlan, ScanAxis
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.diagnosis.explanation import diagnose
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -26,6 +26,7 @@ from tests.planning.models import (
     stored_leaves,
     wanted_moments,
 )
+from tests.planning.plans import params, plan_of
 
 
 def test_a_plan_that_fits_has_no_cause():
@@ -413,3 +414,28 @@ def test_one_stream_of_an_older_flax_is_taken_and_no_cause():
 
     assert not made.defaulted
     assert diagnose(made) == ()
+
+
+@pytest.mark.parametrize("rules", [[], [ScanAxis("l", 0)]])
+def test_a_stack_whose_stored_layers_leave_one_out_is_said_to_have_a_hole(rules: list[Any]) -> None:
+    stored = {
+        name: {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(3, np.float32)}
+        for name in ("l_0", "l_2")
+    }
+    target = nnx.State(params({"l": {"kernel": (2, 2, 2), "bias": (2, 3)}}))
+
+    (cause,) = plan_of(target, {"params": stored}, rules).causes
+
+    assert cause.kind == "LayersAbsent"
+    assert cause.text == "of 'l', layer 1 is not stored, while 2 others are: the checkpoint has a hole."
+
+
+def test_no_axis_is_asked_for_where_stored_layers_leave_one_out() -> None:
+    stored = {name: {"kernel": np.ones((2, 2), np.float32)} for name in ("l_0", "l_2")}
+    plan = plan_of(nnx.State(params({"l": {"kernel": (2, 2, 2)}})), {"params": stored})
+
+    with pytest.raises(
+        AmbiguousMappingError, match="; and layer 1 is not stored, though a later one is"
+    ) as caught:
+        plan.check()
+    assert "ScanAxis" not in str(caught.value)

@@ -56,7 +56,7 @@ def test_a_shared_variable_is_found_under_any_of_its_names() -> None:
     plan.check()
     np.testing.assert_array_equal(values_of(plan, stored)["first/embedding"], [[0, 1], [2, 3], [4, 5]])
     assert not plan.unexpected
-    assert "first/embedding  as head/embedding, the same Variable" in plan.evidence()
+    assert "first/embedding   as head/embedding, the same Variable" in plan.evidence()
 
 
 def test_a_shared_variable_below_a_level_of_the_target_is_found_with_its_moments() -> None:

@@ -200,12 +200,11 @@ def judge(
     (mapping, faults, broken_laws), options = _with_shared(target, wanted, stored, options, first)
     leaves = LeafVerdicts(mapping, stored, options, policies)
     outcomes = {item.leaf.path: leaves.outcome(item) for item in wanted}
-    restored = _of_kind(Restored, outcomes)
+    restored, sides = _of_kind(Restored, outcomes), _sides(wanted, mapping)
     others = outcomes if len(restored) < len(outcomes) else {}
     used = [v.recipe for v in outcomes.values() if not isinstance(v, Defaulted) and v.recipe is not None]
     left = left_over(wanted, mapping, used)
     missing, defaulted = _named(_of_kind(Missing, others), target), _of_kind(Defaulted, others)
-    sides = _sides(wanted, mapping)
     return Verdict(
         directory=directory,
         layout=mapping.layout.title,

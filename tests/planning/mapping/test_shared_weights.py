@@ -1,5 +1,6 @@
 """One stored weight never becomes two wanted ones."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def test_a_shared_variable_below_a_level_of_the_target_is_found_with_its_moments
         model = _TiedTwice()
         return {"model": model, "optimizer": nnx.Optimizer(model, optax.trace(0.9), wrt=nnx.Param)}
 
-    moments = jax.tree.map(lambda value: value + 10, _tied("head"))
+    moments = jax.tree.map(partial(np.add, 10), _tied("head"))
     stored = {"params": _tied("head"), "opt_state": {"trace": moments}, "step": np.int32(3)}
 
     plan = plan_of(nnx.eval_shape(make), stored)
@@ -99,7 +100,7 @@ def test_a_shared_variable_of_one_network_is_not_taken_from_another() -> None:
     def make() -> Any:
         return {"gen": _TiedTwice(), "disc": _TiedTwice()}
 
-    stored = {
+    stored: dict[str, Any] = {
         "gen": {"params": _tied("first"), "step": np.int32(1)},
         "disc": {"params": _tied("head"), "step": np.int32(1)},
     }

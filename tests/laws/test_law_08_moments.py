@@ -9,8 +9,10 @@ from flax import nnx
 from orbax_nnx_handler import (
     Add,
     AmbiguousMappingError,
+    Repeat,
     Reshape,
     RestoreError,
+    Scale,
     ShapeMismatchError,
     Split,
     Transpose,
@@ -18,6 +20,7 @@ from orbax_nnx_handler import (
 )
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, stacked, training_target, write
+from tests.planning.plans import plan_of
 
 
 def _schedule(count):
@@ -360,3 +363,29 @@ def _below_params(tree):
         return isinstance(part, dict) and "norm" in part
 
     return jax.tree.map(lambda part: {"params": part} if is_params(part) else part, tree, is_leaf=is_params)
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        (Scale("b/kernel", 2.0), "a moment of a scaled parameter is not the scaled moment"),
+        (Repeat("b/kernel", 1, 2), "the gradient of a repeated element is that of all its copies together"),
+    ],
+)
+def test_no_moment_of_a_pure_dict_is_read_as_it_is_where_its_parameter_is_changed(rule, why):
+    numbers = Numbers()
+    params = {"a": {"kernel": numbers(2, 3)}, "b": {"kernel": numbers(3, 3)}}
+    state = {"count": np.int32(1), "mu": params, "nu": params}
+    stored = {"params": params, "opt_state": [state], "step": np.int32(1)}
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
+    wide = 6 if isinstance(rule, Repeat) else 3
+    for part in (target["params"], target["opt_state"][0]["mu"], target["opt_state"][0]["nu"]):
+        part["b"]["kernel"] = jax.ShapeDtypeStruct((3, wide), "float32")
+
+    plan = plan_of(target, stored, [rule])
+
+    with pytest.raises(RestoreError) as caught:
+        plan.check()
+    assert "law 9" not in str(caught.value)
+    assert why in " ".join(str(caught.value).split())
+    assert set(caught.value.paths) == {("opt_state", 0, name, "b", "kernel") for name in ("mu", "nu")}

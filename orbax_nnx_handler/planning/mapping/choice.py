@@ -408,7 +408,7 @@ def best_mappings(
     if options.layout == "auto":
         plain = _plain_mapping(wanted, stored, options, max(scores))
         if plain is not None:
-            return [plain], []
+            return [plain] if different else [plain, best], []  # A reading that the laws refuse loses.
     return ([best], [two_layouts(best, different[0])]) if different else (rivals, [])
 
 

@@ -55,7 +55,7 @@ from orbax_nnx_handler.planning.mapping.train_states import (
     wanted_optimizers,
     with_level,
 )
-from orbax_nnx_handler.planning.rules import Rule, RulesApplied, ScanAxis, apply_rules, unused_rules
+from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules, unused_rules
 from orbax_nnx_handler.planning.rules.entries import Entry, every_entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
@@ -65,13 +65,9 @@ def rule_faults(
 ) -> Iterator[RestoreError]:
     """Yields the errors for parts that go nowhere and for axes that nothing asks for."""
     yield from _loose_parts(applied, found)
-    idle = [rule for rule in applied.axes if not any(_meets(rule, group) for group in match.groups)]
+    idle = [rule for rule in applied.axes if all(rule.tokens[-len(at) :] != at for at in match.groups)]
     if idle:
         yield unused_rules(idle)
-
-
-def _meets(rule: ScanAxis, group: Tokens) -> bool:
-    return rule.tokens[-len(group) :] == group
 
 
 def _loose_parts(applied: RulesApplied, found: Mapping[Path, Found]) -> Iterator[RestoreError]:
@@ -199,7 +195,9 @@ def map_leaves(
         optimizers.append(_stored_states(pair_stored, own, network, there if network else roots.stored))
         follower = _follower(pair_wanted, optimizers[-1], network, bool(virtual), stored, applied, here)
         followed.append(follower.add_to(found))
-    _add_own(found, wanted, placements)
+    stuck = tuple(item for one in followed for item in one.stuck)
+    lost = {item.path for item in stuck}  # No moment of a changed parameter is read as it is.
+    _add_own(found, [item for item in wanted if item.leaf.path not in lost], placements)
     return LeafMapping(
         layout=layout,
         found={item.leaf.path: source for item in wanted if (source := found.get(item.leaf.path))},
@@ -211,7 +209,7 @@ def map_leaves(
         discarded=_discarded(applied, optimizers, stored),
         applied=applied,
         faults=tuple(rule_faults(applied, match, found)),
-        stuck=tuple(item for one in followed for item in one.stuck),
+        stuck=stuck,
         states=tuple(one.states for one in followed),
         copied=_copied(applied, optimizers),
     )

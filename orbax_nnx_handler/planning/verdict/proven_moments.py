@@ -21,9 +21,11 @@ from orbax_nnx_handler.planning.core.recipes import (
     Read,
     Recipe,
     Reshape,
+    Scale,
     Slice,
     Stack,
     Transpose,
+    parts_of,
     reads,
     without_arithmetic,
 )
@@ -204,8 +206,7 @@ class ProvenMoments:
     def _stored_names(self) -> Set[Tokens]:
         """The canonical path of every stored weight."""
         if self._stored is None:
-            placed = self._placed.values()
-            self._stored = {canonical(item.path) for item in placed if item.section == "model"}
+            self._stored = {canonical(at.path) for at in self._placed.values() if at.section == "model"}
         return self._stored
 
     def _candidates(self, item: Wanted) -> Iterator[tuple[int, _Weight]]:
@@ -214,8 +215,7 @@ class ProvenMoments:
         found = [(at, number) for at in range(1, len(path)) for number in self._by_key.get(path[at:], ())]
         yield from ((at, self._weights[number]) for at, number in found)
         if not found:
-            names = self._names()
-            tokens = item.tokens
+            names, tokens = self._names(), item.tokens
             for at in range(1, len(tokens)):
                 yield from ((at - len(tokens), claim) for claim in names.get(tokens[at:], ()))
 
@@ -235,7 +235,8 @@ class ProvenMoments:
         above = canonical(item.path[:at]) if at > 0 else item.tokens[:at]
         here = slot_of(above, of_moment=True)
         follower = _Follower(self._placed, here.field[-1:], self._stored_names)
-        if not follower.follows(item, recipe, *claim[:2]):
+        scaled = any(isinstance(part, Scale) for part in parts_of(claim[1]))
+        if scaled or not follower.follows(item, recipe, *claim[:2]):
             return "it is the moment of another parameter, or made otherwise than its parameter"
         alike: set[tuple[Path, Tokens]] = {
             (self._placed[moment.stored].owner, moment.above) for moment in follower.moments

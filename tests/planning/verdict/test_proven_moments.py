@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.recipes import Transpose
+from orbax_nnx_handler.planning.core.recipes import Scale, Transpose
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -78,3 +78,12 @@ def test_a_parameter_that_is_turned_and_its_moments_not_is_refused(plan, number)
     found = broken(plan, {path: Transpose(recipe_of(plan, path), (1, 0))})
 
     assert {(8, moment("mu", number)), (8, moment("nu", number))} <= found
+
+
+@pytest.mark.parametrize("number", [0, 15, 99])
+def test_the_moments_of_a_scaled_parameter_are_refused_as_they_are_stored(plan, number):
+    weight = ("model", f"layer_{number}", "kernel")
+
+    refused = broken(plan, {weight: Scale(recipe_of(plan, weight), 2.0)})
+
+    assert {(8, moment("mu", number)), (8, moment("nu", number))} <= refused

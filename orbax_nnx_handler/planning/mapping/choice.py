@@ -120,7 +120,7 @@ def renames_of_shared(
             rule = Rename("/".join(entry.whole), "/".join(_renamed(entry.whole, alias, item.leaf.path)))
         except RuleError:  # A stored name is no pattern.
             continue
-        if entry.shape == item.leaf.shape and rule.apply(mapping.applied.entries).matched == 1:
+        if rule.apply(mapping.applied.entries).matched == 1:
             found[item.leaf.path] = rule, alias
     return found
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, MissingParamError
+from orbax_nnx_handler import AmbiguousMappingError, MissingParamError, ShapeMismatchError
 from tests.planning.plans import params, plan_of, values_of
 
 
@@ -112,3 +112,13 @@ def test_a_shared_variable_of_one_network_is_not_taken_from_another() -> None:
     found = values_of(plan, stored)
     np.testing.assert_array_equal(found["gen/first/embedding"], [[0, 1], [2, 3], [4, 5]])
     np.testing.assert_array_equal(found["disc/first/embedding"], np.full((3, 2), 7))
+
+
+def test_a_shared_variable_of_another_shape_under_its_other_name_is_not_missing() -> None:
+    stored = {"params": _tied("head")}
+    stored["params"]["head"]["embedding"] = np.ones((4, 2), np.float32)
+
+    plan = plan_of(nnx.eval_shape(_TiedTwice), stored)
+
+    with pytest.raises(ShapeMismatchError, match=r"stored \(4, 2\) float32 +wanted \(3, 2\).*head/embedding"):
+        plan.check()

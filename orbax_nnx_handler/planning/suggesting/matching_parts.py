@@ -8,24 +8,20 @@ from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.suggesting.fitting import (
-    Fit,
-    fit_of,
-    joined_parts,
-    links_of,
-    may_be,
-)
+from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, joined_parts, links_of, may_be
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
     are_counted,
+    ascend,
     in_order,
     in_strict_order,
+    lies_within,
     named_parts,
     ranks_of,
 )
-from orbax_nnx_handler.planning.suggesting.words import MARGIN, are_peers, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.words import MARGIN, are_peers, exclude, last_of_block, likeness
 
 _READINGS = 6
 MOST_PAIRS = 10_000
@@ -143,6 +139,7 @@ class _Pairs:
         while undecided:
             before = len(found)
             undecided = self._within_modules(undecided, found)
+            undecided = [self._without_last(*item, found) for item in undecided]
             undecided = [item for item in undecided if not self._settle_in_order(*item, created, found)]
             for tie, group in _together(undecided):
                 if self._are_siblings(tie) and self._settle_in_order(tie, group, created, found):
@@ -208,11 +205,12 @@ class _Pairs:
         sources = {other: one for one, other in modules.items()}
         among = {(at, to) for at, to in group if at in ours and to in theirs}
         kept: set[tuple[int, int]] = set()
-        anchors = [(at, to) for at, to, _ in found]
+        anchors = [(self._wanted[at], self._stored[to]) for at, to, _ in found]
         for at, to in among:
-            one, other = self._wanted[at].part.module, self._stored[to].part.module
-            in_order = all(_ascend(self._wanted, self._stored, (at, to), pair) for pair in anchors)
-            if in_order and _is_within(one, other, modules) and _is_within(other, one, sources):
+            left, right = self._wanted[at], self._stored[to]
+            one, other = left.part.module, right.part.module
+            in_order = all(ascend((left, right), pair) for pair in anchors)
+            if in_order and lies_within(one, other, modules) and lies_within(other, one, sources):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
         return kept if is_whole and kept != among else None
@@ -290,6 +288,24 @@ class _Pairs:
         found.extend((at, to, grounds) for at, to in ordered)
         return True
 
+    def _without_last(
+        self,
+        tie: list[tuple[int, int]],
+        group: set[tuple[int, int]],
+        found: list[tuple[int, int, PairGrounds]],
+    ) -> _Undecided:
+        """Adds the norm of a block's only network, which comes last; returns the other ones' tie."""
+        ours, theirs, _ = self._sides(tie, group, found)
+        last = last_of_block([self._wanted[at].place for at in ours])
+        right = in_order([self._stored[to] for to in theirs]) if last is not None else None
+        is_all = {at for at, to in group if to in theirs} == {*ours} and len(ours) == len(theirs)
+        if last is None or right is None or not is_all or not self._are_siblings(tie):
+            return tie, group
+        pair = ours.pop(last), theirs.pop(right[-1])
+        found.append((*pair, "order"))
+        left = {(at, to) for at, to in group if at != pair[0] and to != pair[1]}
+        return list(zip(ours, theirs, strict=True)), left
+
     def _are_siblings(self, tie: Sequence[tuple[int, int]]) -> bool:
         return len({(self._wanted[at].part.module, self._stored[to].part.module) for at, to in tie}) == 1
 
@@ -359,27 +375,6 @@ def _together(undecided: Iterable[_Undecided]) -> Iterator[_Undecided]:
     for items in ties.values():
         if len(items) > 1:
             yield [pair for tie, _ in items for pair in tie], items[0][1]
-
-
-def _ascend(
-    wanted: Sequence[NamedPart], stored: Sequence[NamedPart], one: tuple[int, int], other: tuple[int, int]
-) -> bool:
-    """Tells whether two pairs of parts of one list, numbered by Linen as it made them, are in one order."""
-    ours = [wanted[at].part for at, _ in (one, other)]
-    roles = [stored[to] for _, to in (one, other)]
-    theirs = [role.part for role in roles]
-    if ours[0].family != ours[1].family or theirs[0].family != theirs[1].family:
-        return True
-    if not (ours[0].levels and ours[0].levels[-1].style == "/" and are_automatic(roles)):
-        return True
-    first, second = ([(part.levels[-1].number or 0) for part in side] for side in (ours, theirs))
-    return (first[0] < first[1]) == (second[0] < second[1])
-
-
-def _is_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:
-    """Tells whether all modules around a part that are known lie around the other part too."""
-    around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
-    return all(other[: len(found)] == found for found in around)
 
 
 def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:

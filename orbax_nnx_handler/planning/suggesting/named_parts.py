@@ -11,6 +11,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.words import (
     END,
+    PLACING,
     STRONG,
     Concepts,
     component,
@@ -247,8 +248,13 @@ class _Context:
             arms = ({"up", "down"} & concepts(level.base for level in part.levels[:-1])) - own
             side = order_word(said - self._above - arms)
             return END * side if side else None
-        around = {word for level in part.levels[:-1] for word in meanings(level.base)}
-        place = component(own) or (component(around) if side <= 0 else None)
+        names = [set(meanings(level.base)) for level in part.levels[:-1]]
+        inner = next((words for words in reversed(names) if words & {"attn", "mlp"}), set[str]())
+        around = set[str]().union(*names) - ({"attn"} if "mlp" in inner else set())
+        is_plain = not own - PLACING - {"norm"}  # Of `norm_slots` in an attention nothing is told.
+        place = component(own) or (component(around) if side <= 0 and is_plain else None)
+        if place is None and not side:
+            place = component(self._beside(part, own - {"norm"}))  # `spatial_norm`, `spatial_attention`.
         if place is None and not side and not own - {"norm"} and not self._is_one_of_several(part):
             place = component(set(self._surroundings(part)))
         if place is not None:
@@ -256,6 +262,12 @@ class _Context:
         if "out" in around and not side:
             side = 1
         return END * side if side else None
+
+    def _beside(self, part: ModulePart, own: set[str]) -> set[str]:
+        """Returns what the modules beside a part are that share a word with it."""
+        beside = [names for names in self._below if names[:-1] == part.module]
+        said = [set(meanings(names[-1])) for names in beside] if own else []
+        return {word for words in said if words & own for word in words}
 
     def _is_one_of_several(self, part: ModulePart) -> bool:
         return any(
@@ -412,3 +424,20 @@ def are_automatic(roles: Sequence[NamedPart]) -> bool:
         role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
         for role in roles
     )
+
+
+def ascend(one: tuple[NamedPart, NamedPart], other: tuple[NamedPart, NamedPart]) -> bool:
+    """Tells whether two pairs of parts of one list, numbered by Linen as it made them, are in one order."""
+    ours, theirs = ([pair[side].part for pair in (one, other)] for side in (0, 1))
+    if ours[0].family != ours[1].family or theirs[0].family != theirs[1].family:
+        return True
+    if not (ours[0].levels and ours[0].levels[-1].style == "/" and are_automatic([one[1], other[1]])):
+        return True
+    first, second = ([(part.levels[-1].number or 0) for part in side] for side in (ours, theirs))
+    return (first[0] < first[1]) == (second[0] < second[1])
+
+
+def lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:
+    """Tells whether all modules around a part that are known lie around the other part too."""
+    around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
+    return all(other[: len(found)] == found for found in around)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 Concepts = frozenset[str]
 """What a name says: words of the table below, and every other word as it is."""
@@ -334,3 +334,10 @@ def component(said: Iterable[str]) -> float | None:
     if found & {"attn", "self"}:
         return _SELF
     return _MLP if "mlp" in found else None
+
+
+def last_of_block(places: Sequence[float | None]) -> int | None:
+    """Returns the place of the only network among the norms of a block, where all others are attentions'."""
+    kinds = [None if place is None else round(place, -1) for place in places]
+    attends = all(kind in (_SELF, _CROSS, _MLP) for kind in kinds) and len(kinds) > 2
+    return kinds.index(_MLP) if attends and kinds.count(_MLP) == 1 else None

@@ -93,6 +93,55 @@ def test_questions_about_the_parts_of_two_networks_are_one():
     assert len(question.wanted) == len(found.unmatched_wanted) == 8
 
 
+NORM, ATTENTION = {"scale": (8,)}, {name: {"kernel": (8, 8)} for name in ("query", "key", "value", "out")}
+
+
+@pytest.mark.parametrize(
+    ("networks", "found_norms"), [(("ffn",), ["LayerNorm_2"]), (("ffn1", "ffn2"), [])], ids=["one", "two"]
+)
+def test_the_norm_of_a_blocks_only_network_comes_after_those_of_its_attentions(networks, found_norms):
+    attentions = ("near", "far")
+    stored = {f"Attention_{at}": ATTENTION for at in range(2)} | {"Dense_0": {"kernel": (8, 24)}}
+    stored |= {f"LayerNorm_{at}": NORM for at in range(2 + len(networks))}
+    wanted = {f"{name}_attention": ATTENTION for name in attentions}
+    wanted |= {f"{name}_norm": NORM for name in (*attentions, *networks)}
+
+    found = proposal({"block": {**wanted, "ffn_dense": {"kernel": (8, 24)}}}, {"Block_0": stored})
+
+    norms = [pair for pair in renames(found) if "LayerNorm" in pair[0]]
+    assert [(a.split("/")[-1], b.split("/")[-1]) for a, b in norms] == [
+        (name, f"{networks[-1]}_norm") for name in found_norms
+    ]
+
+
+def test_the_norm_of_a_network_lies_in_it_or_beside_it_and_two_that_nothing_tells_are_asked_about():
+    mlp = {"one": {"kernel": (8, 24)}, "two": {"kernel": (24, 8)}}
+    qkv = {f"to_{name}": {"kernel": (8, 8)} for name in "qkv"}
+    stored = {
+        "SlotAttention_0": {
+            **{f"dense_{name}": {"kernel": (8, 8)} for name in "qkv"},
+            **{f"LayerNorm_{at}": NORM for at in range(2)},
+            "MLP_0": {**mlp, "LayerNorm_0": NORM},
+        },
+        "Block_0": {"LayerNorm_0": NORM, "LayerNorm_1": NORM, "MLP_0": {"up": {"kernel": (8, 12)}}},
+    }
+    norms = {f"norm_{name}": NORM for name in ("slots", "inputs", "pre_ff")}
+    wanted = {
+        "slot_attention": {**qkv, **norms, "mlp": mlp},
+        "predictor": {"norm1": NORM, "norm2": NORM, "mlp": {"up": {"kernel": (8, 12)}}},
+    }
+
+    found = proposal(wanted, stored)
+
+    assert {path[1] for path in found.unmatched_wanted} == {"norm_slots", "norm_inputs"}
+    assert [str(question) for question in found.questions] == [
+        (
+            "which of SlotAttention_0/LayerNorm_0, SlotAttention_0/LayerNorm_1 is which of "
+            "slot_attention/norm_slots, slot_attention/norm_inputs? The shapes allow every order."
+        )
+    ]
+
+
 def test_equal_modules_go_by_the_order_of_creation_where_it_is_known():
     wanted, stored = {"zeta": DENSE, "alpha": DENSE}, {"Dense_0": DENSE, "Dense_1": DENSE}
 

@@ -34,10 +34,24 @@ def _flat_groups(evidence: Evidence) -> Iterable[Cause]:
     below = {path: evidence.stored_below(item) for path, item in evidence.stored_weights.items()}
     wanted, stored = _flat_positions(evidence.below, groups), _flat_positions(below, groups)
     for group in wanted:
-        if group in stored:
+        states = _train_states(evidence, group)
+        if not is_whole(states):
+            absent = tuple(sorted(wanted[group].keys() - states))
+            lost = [path for at in absent for path in wanted[group][at] if path in evidence.missing]
+            if lost:
+                yield _hole(name_of_group(group), absent, len(states), evidence.with_moments(lost))
+        elif group in stored:
             yield from _compare(evidence, group, wanted[group], stored[group])
         else:
             yield from _unstacked(evidence, group, wanted[group])
+
+
+def _train_states(evidence: Evidence, group: Group) -> set[int]:
+    """Returns the numbers of the stored train states that have a group's name."""
+    name = (*group.parent, group.name)
+    owners = {canonical(item.owner) for item in evidence.stored_weights.values()}
+    below = [owner[len(name) :] for owner in owners if owner[: len(name)] == name]
+    return {int(path[0][1:]) for path in below if path and is_number(path[0])}
 
 
 def _unstacked(evidence: Evidence, group: Group, wanted: "_Positions") -> Iterable[Cause]:

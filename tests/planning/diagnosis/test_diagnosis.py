@@ -439,3 +439,17 @@ def test_no_axis_is_asked_for_where_stored_layers_leave_one_out() -> None:
     ) as caught:
         plan.check()
     assert "ScanAxis" not in str(caught.value)
+
+
+def test_train_states_whose_numbers_leave_one_out_have_a_hole_and_are_no_layers() -> None:
+    stored = {
+        name: {"params": {"Dense_0": {"kernel": np.ones((2, 2), np.float32)}}, "step": np.int32(1)}
+        for name in ("disc_0", "disc_2", "gen")
+    }
+    model = {"Dense": {0: {"kernel": (2, 2)}}}
+    target = nnx.State(params({"disc": {0: model, 1: model}, "gen": model}))
+
+    (cause,) = plan_of(target, stored).causes
+
+    assert cause.text == "of 'disc', layer 1 is not stored, while 2 others are: the checkpoint has a hole."
+    assert not cause.may_be_initialised

@@ -109,6 +109,7 @@ _COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
 class _Context:
     def __init__(self, parts: Sequence[ModulePart], above: Concepts) -> None:
         self._above = above
+        self._inside: dict[Names, set[Names]] = defaultdict(set)
         self._families: dict[tuple[Names, str, str], set[int]] = defaultdict(set)
         self._held: dict[Names, set[str]] = defaultdict(set)
         self._below: dict[Names, set[str]] = defaultdict(set)
@@ -122,6 +123,7 @@ class _Context:
                 self._shapes[part.family][part.levels[-1].number] = part.leaves["main"].shape
             for names in _containers(part):
                 self._held[names] |= part.own
+                self._inside[names[:-1]].add(names)
                 below = concepts(level.base for level in levels(part.names[len(names) :]))
                 self._below[names] |= below
                 if "conv" in below or not (part.is_vector or below & {"attn", "mlp", "q", "k", "v", "o"}):
@@ -265,8 +267,7 @@ class _Context:
 
     def _beside(self, part: ModulePart, own: set[str]) -> set[str]:
         """Returns what the modules beside a part are that share a word with it."""
-        beside = [names for names in self._below if names[:-1] == part.module]
-        said = [set(meanings(names[-1])) for names in beside] if own else []
+        said = [set(meanings(names[-1])) for names in self._inside.get(part.module, ())] if own else []
         return {word for words in said if words & own for word in words}
 
     def _is_one_of_several(self, part: ModulePart) -> bool:

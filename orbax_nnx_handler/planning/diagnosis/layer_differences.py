@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -33,8 +33,9 @@ def _flat_groups(evidence: Evidence) -> Iterable[Cause]:
         return
     below = {path: evidence.stored_below(item) for path, item in evidence.stored_weights.items()}
     wanted, stored = _flat_positions(evidence.below, groups), _flat_positions(below, groups)
+    owners = {canonical(owner) for owner in {item.owner for item in evidence.stored_weights.values()}}
     for group in wanted:
-        states = _train_states(evidence, group)
+        states = _train_states(owners, group)
         if not is_whole(states):
             absent = tuple(sorted(wanted[group].keys() - states))
             lost = [path for at in absent for path in wanted[group][at] if path in evidence.missing]
@@ -46,10 +47,9 @@ def _flat_groups(evidence: Evidence) -> Iterable[Cause]:
             yield from _unstacked(evidence, group, wanted[group])
 
 
-def _train_states(evidence: Evidence, group: Group) -> set[int]:
+def _train_states(owners: Set[Tokens], group: Group) -> set[int]:
     """Returns the numbers of the stored train states that have a group's name."""
     name = (*group.parent, group.name)
-    owners = {canonical(item.owner) for item in evidence.stored_weights.values()}
     below = [owner[len(name) :] for owner in owners if owner[: len(name)] == name]
     return {int(path[0][1:]) for path in below if path and is_number(path[0])}
 

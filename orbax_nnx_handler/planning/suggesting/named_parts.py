@@ -143,8 +143,8 @@ class _Context:
         )
         fused, fact = self._fused(part)
         computed = () if fused else self._computed(part)
-        fused = computed if len(computed) > 1 else fused
         said.update(computed)
+        untold = _untold(part) or (computed if len(computed) > 1 else ())
         if self._has_actor and not self._has_attention and "v" in said:
             said = (said - {"v"}) | {"critic"}  # The value of a state.
         if part.is_norm:
@@ -152,7 +152,7 @@ class _Context:
         else:
             fact = self._resolve(part, said, numbers) or fact
         position = self._position(part, said)
-        return NamedPart(part, frozenset(said), numbers, position, fused, fact, _untold(part))
+        return NamedPart(part, frozenset(said), numbers, position, fused, fact, untold)
 
     def _surroundings(self, part: ModulePart) -> set[str]:
         """Returns what the modules around a part hold: an attention, a gated network."""

@@ -18,6 +18,7 @@ OPEN = {
     "dinov2_giant": 12,
     "transformer_xl_ppo": 28,
     "hypernerf": 4,
+    "segformer": 16,
     "gpt_oss": 8,
     "simba": 4,
     "savi": 4,
@@ -28,8 +29,8 @@ OPEN = {
 An array that holds queries, keys and values head by head is none of the rules' (Bloom); a logarithm of a
 variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks and
 parts of one shape that Linen numbered (sac, simba, graphnet, nerf, savi, genie) take the order of creation,
-which a state has forgotten. Which half of an array is the gate (recurrentgemma, dinov2_giant), whether gates
-and what they gate lie in turns (gpt_oss), which of square layers that stand beside each other is which
-(transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
-(hypernerf), only outputs tell.
+which a state has forgotten. How keys and values lie in an array of a layer that Linen numbered (segformer),
+which half of an array is the gate (recurrentgemma, dinov2_giant), whether gates and what they gate lie in
+turns (gpt_oss), which of square layers that stand beside each other is which (transformer_xl_ppo), whether a
+square matrix is transposed (recurrentgemma), and what `v` and `w` are (hypernerf), only outputs tell.
 """

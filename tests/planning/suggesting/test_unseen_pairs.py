@@ -103,3 +103,12 @@ def test_arrays_that_may_be_head_by_head_are_one_question_and_one_answer_is_righ
     assert question.choices[:2] == ("side by side", "head by head, 2 heads")
     right = [wrong_under(rules, tree, pair) == set() for rules in question.alternatives]
     assert right.count(True) == 1
+
+
+def test_how_keys_and_values_lie_in_an_array_without_a_name_is_asked():
+    _, found = proposed("segformer")
+
+    assert found.questions
+    assert {question.choices[0] for question in found.questions} == {"side by side"}
+    left = {path[-2] for path in found.unmatched_wanted}
+    assert left == {"key", "value"}

@@ -78,10 +78,17 @@ def _arguments(value: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             shown.append("*")
-        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        default = "" if parameter.default is parameter.empty else f"={_default(parameter.default)}"
         prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         shown.append(f"{prefix}{parameter.name}{default}")
     return ", ".join(shown)
+
+
+def _default(value: Any) -> str:
+    """Returns a default as a user writes it: which module of a package a class lies in is of its version."""
+    if not inspect.isclass(value):
+        return repr(value)
+    return f"{value.__module__.partition('.')[0]}.{value.__name__.rpartition('.')[2]}"
 
 
 def _own_members(kind: type) -> list[tuple[str, Any]]:

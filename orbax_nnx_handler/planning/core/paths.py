@@ -139,6 +139,12 @@ def is_number(token: str) -> bool:
     return token[:1] == "#" and is_index(token[1:])
 
 
+def numbers_below(name: Tokens, paths: Iterable[Tokens]) -> set[int]:
+    """Returns the numbers that canonical paths have right behind a name."""
+    below = [path[len(name) :] for path in paths if path[: len(name)] == name]
+    return {int(path[0][1:]) for path in below if path and is_number(path[0])}
+
+
 def is_index(text: str) -> bool:
     """Tells digits that can number something; Python reads no integer of thousands of digits."""
     return text.isdecimal() and len(text) <= MAX_DIGITS

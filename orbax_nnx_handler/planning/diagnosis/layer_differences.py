@@ -3,14 +3,14 @@
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import ranges
 from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, numbers_below, segments
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
@@ -35,7 +35,7 @@ def _flat_groups(evidence: Evidence) -> Iterable[Cause]:
     wanted, stored = _flat_positions(evidence.below, groups), _flat_positions(below, groups)
     owners = {canonical(owner) for owner in {item.owner for item in evidence.stored_weights.values()}}
     for group in wanted:
-        states = _train_states(owners, group)
+        states = numbers_below((*group.parent, group.name), owners)  # Train states of that name.
         if not is_whole(states):
             absent = tuple(sorted(wanted[group].keys() - states))
             lost = [path for at in absent for path in wanted[group][at] if path in evidence.missing]
@@ -45,13 +45,6 @@ def _flat_groups(evidence: Evidence) -> Iterable[Cause]:
             yield from _compare(evidence, group, wanted[group], stored[group])
         else:
             yield from _unstacked(evidence, group, wanted[group])
-
-
-def _train_states(owners: Set[Tokens], group: Group) -> set[int]:
-    """Returns the numbers of the stored train states that have a group's name."""
-    name = (*group.parent, group.name)
-    below = [owner[len(name) :] for owner in owners if owner[: len(name)] == name]
-    return {int(path[0][1:]) for path in below if path and is_number(path[0])}
 
 
 def _unstacked(evidence: Evidence, group: Group, wanted: "_Positions") -> Iterable[Cause]:

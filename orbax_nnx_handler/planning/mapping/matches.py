@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, record
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, numbers_below
 from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.layers import Group
@@ -147,9 +147,7 @@ class UnclearAxis:
     @property
     def absent(self) -> tuple[int, ...]:
         """The numbers that its stored layers leave out before their last one."""
-        name = (*self.group.parent, self.group.name)
-        below = [path[len(name) :] for path in self.sources if path[: len(name)] == name]
-        numbers = {int(path[0][1:]) for path in below if path and is_number(path[0])}
+        numbers = numbers_below((*self.group.parent, self.group.name), self.sources)
         return tuple(sorted(set(range(max(numbers, default=0))) - numbers))
 
 

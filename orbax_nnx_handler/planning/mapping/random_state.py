@@ -137,9 +137,8 @@ class _Places:
     def rootless(self, item: Wanted) -> Iterator[Path]:
         """Yields what `nnx_aux` holds of the model where the whole target is the model, whatever its root."""
         yield from _at(self._aux, (_MODEL, *item.tokens))
-        if item.tokens[:1] == (
-            "params",
-        ):  # A functional train state's field, which a save takes for the model.
+        # A functional train state's field, which a save takes for the model.
+        if item.tokens[:1] == ("params",):
             yield from _at(self._aux, (_MODEL, *item.tokens[1:]))
 
     def inline(self, item: Wanted) -> Iterator[Path]:

@@ -131,9 +131,10 @@ def with_level(placements: Sequence[Placement], wanted: Sequence[Wanted]) -> Seq
     weights = [item.tokens for item in of_role(wanted, "model")]
     whole = [*weights, *(canonical(item.owner) for item in of_role(wanted, "optimizer", "step"))]
     here, there = (), ()
-    if not any(_is_below(path, map(canonical, owners)) for path in weights):
+    names = [canonical(owner) for owner in owners]
+    if not any(_is_below(path, names) for path in weights):
         for level in _levels_above(whole):
-            if all(_is_below(path[len(level) :], map(canonical, owners)) for path in weights):
+            if all(_is_below(path[len(level) :], names) for path in weights):
                 here = level
         for level in _levels_above(list(owners)):
             below = [canonical(owner[len(level) :]) for owner in owners]

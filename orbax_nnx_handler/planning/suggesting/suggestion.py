@@ -253,9 +253,8 @@ def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[
             return
         inner.setdefault(below, {})[stored] = into
     levels = {into.partition("/")[0] for intos in inner.values() for into in intos.values() if "/" in into}
-    for level in (
-        (*levels, "") if len(levels) == 1 else ("",)
-    ):  # `model` beside an optimizer, or 0 of a tuple.
+    # `model` beside an optimizer, or 0 of a tuple.
+    for level in (*levels, "") if len(levels) == 1 else ("",):
         yield tuple(_renames_in(owners, collections, inner, f"{level}/" if level else ""))
 
 
@@ -272,11 +271,8 @@ def _renames_in(
             yield Rename(below, next(iter(left.values())))
             continue
         for stored in collections if "" in left else left:
-            into, above = (
-                left.get(stored, left.get("")),
-                f"{owners.get(stored, stored)}/{collections[stored]}",
-            )
-            yield Rename(f"{above}/{below}", f"{above}/{into}")
+            above = f"{owners.get(stored, stored)}/{collections[stored]}"
+            yield Rename(f"{above}/{below}", f"{above}/{left.get(stored, left.get(''))}")
 
 
 def _parted(pattern: str, networks: Iterable[str]) -> tuple[str, str]:

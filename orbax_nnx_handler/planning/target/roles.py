@@ -250,6 +250,3 @@ def _is_part(name: str, part: Any) -> bool:
     # `_pytree__...`: Flax keeps its own records of a module beside the module's parts.
     kinds: tuple[type[Any], ...] = (nnx.Pytree, nnx.Variable, dict, list, tuple)
     return not name.startswith("_pytree") and isinstance(part, kinds)
-
-
-# A few layers in the place of all.

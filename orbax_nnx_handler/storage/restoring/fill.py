@@ -85,7 +85,7 @@ def _place(value: np.ndarray[Any, Any], leaf: WantedLeaf) -> jax.Array:
     )
 
 
-def check_init(plan: RestorePlan, init: Callable[[], Any] | None) -> None:
+def check_built(plan: RestorePlan, init: Callable[[], Any] | None) -> None:
     """Raises where `init` does not build what it must fill; computes nothing.
 
     Raises:

@@ -33,7 +33,7 @@ from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job, read_everywhere, read_values
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.workers import Memory
-from orbax_nnx_handler.storage.restoring.fill import check_init, compute_on_devices, fill_leaves
+from orbax_nnx_handler.storage.restoring.fill import check_built, compute_on_devices, fill_leaves
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 
 
@@ -151,7 +151,7 @@ def carry_out(
     """
 
     def check() -> None:
-        check_init(plan, init)
+        check_built(plan, init)
         check_values(checkpoint, plan)
 
     agree(check)

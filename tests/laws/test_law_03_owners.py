@@ -65,6 +65,26 @@ def test_another_networks_optimizer_is_not_lent(tmp_path, names):
     refused(path, nnx.eval_shape(make), unexpected="ignore")
 
 
+@pytest.mark.parametrize("layer", [{"gamma": (3, 3)}, {"gamma": (3, 3), "mu": {"scale": (3,)}}])
+def test_an_optimizer_is_restored_beside_another_network_whose_last_names_are_its_own(tmp_path, layer):
+    numbers = Numbers()
+    shapes = jax.tree.map(
+        lambda shape: np.zeros(shape, np.float32), layer, is_leaf=lambda node: isinstance(node, tuple)
+    )
+    models = {"gen": {"Dense_0": numbers.like(shapes)}}
+    models["disc"] = {"blocks": {at: numbers.like(shapes) for at in range(2)}}
+    optimizer = {"opt_state": numbers.optimizer(ADAM, models["disc"]), "step": np.uint32(7)}
+    path = write(tmp_path, {**models, "disc_opt": optimizer})
+
+    def make():
+        trained = nnx.Optimizer(Branch(models["disc"], {}), ADAM, wrt=nnx.Param)
+        return _Owner(gen=Branch(models["gen"], {}), disc_opt=trained)
+
+    result = restore(path, nnx.eval_shape(make), unexpected="ignore")
+    moments = worlds.below("disc_opt/opt_state", optimizer["opt_state"])
+    check(result, worlds.below("gen", models["gen"]) | moments | {("disc_opt", "step"): np.uint32(7)})
+
+
 @pytest.mark.parametrize("names", [("teacher", "student"), ("student", "teacher")])
 def test_the_teachers_moments_are_not_the_students(tmp_path, names):
     numbers = Numbers()

@@ -166,6 +166,22 @@ def test_a_module_called_like_a_field_is_found_beside_copies_and_collections(tmp
         check(restore(path, target_of(form, params), unexpected="ignore"), params)
 
 
+def test_a_module_called_step_with_a_leaf_called_value_makes_its_neighbour_no_optimizer(tmp_path):
+    numbers = Numbers()
+    model = {"step": {"value": numbers(2)}, "opt_state": {"Dense_0": {"pos": numbers(4)}}}
+    path = write(tmp_path, {"params": model, "step": np.int32(3)})
+    check(restore(path, {"model": worlds.pure_target(model)}, unexpected="ignore"), {"model": model})
+
+
+@pytest.mark.parametrize("name", ["count", "mini_step"])
+def test_a_module_called_count_below_one_called_opt_state_is_no_number_of_an_optimizer(tmp_path, name):
+    numbers = Numbers()
+    model = {"disc": {"opt_state": {name: {"kernel": numbers(2, 3)}}, "head": numbers.dense()}}
+    opt_state = numbers.optimizer(ADAM, model["disc"])
+    path = write(tmp_path, model | {"disc_opt": {"opt_state": opt_state, "step": np.uint32(7)}})
+    check(restore(path, worlds.model_target(model), unexpected="ignore"), model)
+
+
 def test_gates_in_boxes_are_fused_too(tmp_path):
     numbers = Numbers()
     gates = {side + gate: {"kernel": numbers(4, 5)} for side in "ih" for gate in "ifgo"}

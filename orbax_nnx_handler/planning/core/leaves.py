@@ -182,15 +182,21 @@ MOMENTS = frozenset(
 )
 """Fields that hold moments in optax's own states, right below the state."""
 
-SCALARS = frozenset({"count", "mini_step", "gradient_step", "notfinite_count", "hyperparams"})
-"""Fields that hold a number, or several by name."""
+NUMBERS = frozenset({"count", "mini_step", "gradient_step", "notfinite_count"})
+"""Fields that hold a number."""
 
 
 def is_state(path: Path) -> bool:
-    """Tells whether the first key below a chain and its wrappers is a field of an optimizer."""
-    names = ["", *map(str, path)]
-    own = (key for above, key in itertools.pairwise(names) if above != LABELLED and not _is_container(key))
-    return next(own, "") in MOMENTS | SCALARS
+    """Tells whether the first key below a chain and its wrappers is a field of an optimizer.
+
+    A number has nothing below it but its box: a module may be called `count`.
+    """
+    names = list(map(str, path))
+    pairs = enumerate(itertools.pairwise(["", *names]))
+    own = (at for at, (above, key) in pairs if above != LABELLED and not _is_container(key))
+    at = next(own, len(names) - 1)
+    is_number = names[at] in NUMBERS and names[at + 1 :] in ([], ["value"])
+    return is_number or names[at] in MOMENTS or names[at] == "hyperparams"
 
 
 def begins_a_state(path: Path) -> bool:
@@ -206,15 +212,16 @@ def optimizer_owners(paths: Iterable[Path]) -> set[Path]:
     """Returns the keys above each `opt_state` of an optimizer, where nothing but the place tells one.
 
     A module of a model may be called `opt_state` too. An optimizer has its step beside it, as
-    `nnx.Optimizer` (flax/nnx/training/optimizer.py) and `TrainState` have, or what lies below
-    it is arranged as optax arranges it.
+    `nnx.Optimizer` (flax/nnx/training/optimizer.py) and `TrainState` have, boxed as its own leaves
+    are, or what lies below it is arranged as optax arranges it.
     """
     below: dict[Path, list[Path]] = {}
-    steps: set[Path] = set()
+    steps: dict[Path, bool] = {}
     for path in paths:
-        plain = path[:-1] if len(path) > 1 and path[-1] == "value" else path
+        boxed = len(path) > 1 and path[-1] == "value"
+        plain = path[:-1] if boxed else path
         if plain and str(plain[-1]) == "step":
-            steps.add(plain[:-1])
+            steps[plain[:-1]] = boxed
         for at, key in enumerate(path[:-1]):
             if str(key) == OPT_STATE:
                 below.setdefault(path[:at], []).append(path[at + 1 :])
@@ -222,7 +229,10 @@ def optimizer_owners(paths: Iterable[Path]) -> set[Path]:
     for owner in sorted(below, key=len):
         # A module within an optimizer's own moments makes no further one.
         within = owner_of((*owner, OPT_STATE), found) is not None
-        if not within and (owner in steps or all(map(begins_a_state, below[owner]))):
+        # A box around the step alone is a module called `step` with a leaf called `value`.
+        boxed = steps.get(owner)
+        has_step = boxed is not None and (not boxed or all(path[-1] == "value" for path in below[owner]))
+        if not within and (has_step or all(map(begins_a_state, below[owner]))):
             found.add(owner)
     return found
 

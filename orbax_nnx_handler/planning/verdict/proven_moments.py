@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -94,9 +95,7 @@ class ProvenMoments:
         # In the order of the weights, where no two of them have the same keys.
         is_plain = len(depths) == 1 and len(self._by_key) == len(self._weights)
         self._in_order = list(self._by_key) if is_plain else []
-        self._by_name: Mapping[Tokens, Sequence[_Weight]] | None = None
         self._last: tuple[Path, Path, Path] = ((), (), ())
-        self._stored: Set[Tokens] | None = None
         self.states = States(wanted, placed)
         self.owners: dict[Path, set[Path]] = defaultdict(set)
         self.orphans: list[Claim] = []
@@ -203,38 +202,35 @@ class ProvenMoments:
         self.orphans.append((item, recipe))
         return ""
 
+    @cached_property
     def _stored_names(self) -> Set[Tokens]:
         """The canonical path of every stored weight."""
-        if self._stored is None:
-            self._stored = {canonical(at.path) for at in self._placed.values() if at.section == "model"}
-        return self._stored
+        return {canonical(at.path) for at in self._placed.values() if at.section == "model"}
 
     def _candidates(self, item: Wanted) -> Iterator[tuple[int, _Weight]]:
         """Yields the weights whose moment a leaf may be, with where their names begin in the leaf's keys."""
-        path = item.path
-        found = [(at, number) for at in range(1, len(path)) for number in self._by_key.get(path[at:], ())]
-        yield from ((at, self._weights[number]) for at, number in found)
-        if not found:
-            names, tokens = self._names(), item.tokens
-            for at in range(1, len(tokens)):
-                yield from ((at - len(tokens), claim) for claim in names.get(tokens[at:], ()))
+        path, tokens = item.path, item.tokens
+        keys = [(at, number) for at in range(1, len(path)) for number in self._by_key.get(path[at:], ())]
+        found = [(at, self._weights[number]) for at, number in keys if _is_below_field(canonical(path[:at]))]
+        yield from found
+        for at in range(1, len(tokens)) if not found else ():
+            if tokens[at:] in self._by_name and _is_below_field(tokens[:at]):
+                yield from ((at - len(tokens), claim) for claim in self._by_name[tokens[at:]])
 
-    def _names(self) -> Mapping[Tokens, Sequence[_Weight]]:
+    @cached_property
+    def _by_name(self) -> Mapping[Tokens, Sequence[_Weight]]:
         """The weights by the ends of their canonical paths."""
-        if self._by_name is None:
-            found: dict[Tokens, list[_Weight]] = defaultdict(list)
-            for claim in self._weights:
-                tokens = claim[0].tokens
-                for depth in range(min(len(tokens), 3)):
-                    found[tokens[depth:]].append(claim)
-            self._by_name = found
-        return self._by_name
+        found: dict[Tokens, list[_Weight]] = {}
+        for claim in self._weights:
+            for depth in range(min(len(claim[0].tokens), 3)):
+                found.setdefault(claim[0].tokens[depth:], []).append(claim)
+        return found
 
     def _why_not_of(self, item: Wanted, recipe: Recipe, at: int, claim: _Weight) -> str:
         """Returns why a leaf is no moment of a weight that its name allows; empty if it is one."""
         above = canonical(item.path[:at]) if at > 0 else item.tokens[:at]
         here = slot_of(above, of_moment=True)
-        follower = _Follower(self._placed, here.field[-1:], self._stored_names)
+        follower = _Follower(self._placed, here.field[-1:], lambda: self._stored_names)
         scaled = any(isinstance(part, Scale) for part in parts_of(claim[1]))
         if scaled or not follower.follows(item, recipe, *claim[:2]):
             return "it is the moment of another parameter, or made otherwise than its parameter"
@@ -318,6 +314,11 @@ def _depth_of(owner: Path, moments: Sequence[Path], weights: Sequence[_Weight]) 
         if len(slot_of(above, of_moment=True).field) == 1:
             break
     return best
+
+
+def _is_below_field(above: Tokens) -> bool:
+    """Tells whether nothing but a field, and what may stand below one, is above a parameter's name."""
+    return len(slot_of(above, of_moment=True).field) < 2
 
 
 def wanted_as_weight(item: Wanted) -> Wanted:
@@ -417,9 +418,8 @@ class _Follower:
                     return True
                 if moment.slot is None and whole[-len(end) :] == end:
                     self.moments.append(_Moment(stored, whole[: -len(end)]))
-                    self._above = (
-                        stored[: -len(placed.path)] if stored[-len(placed.path) :] == placed.path else ()
-                    )
+                    size = len(placed.path)
+                    self._above = stored[:-size] if stored[-size:] == placed.path else ()
                     return True
         return False
 

@@ -15,7 +15,10 @@ def owners(*paths: str) -> set[str]:
     [
         (["opt_state/0/mu/w", "opt_state/0/count"], {""}),
         (["opt_state/mine/w", "step"], {""}),
-        (["g_opt/opt_state/foo/w", "g_opt/step/value", "gen/w"], {"g_opt"}),
+        (["g_opt/opt_state/foo/w/value", "g_opt/step/value", "gen/w/value"], {"g_opt"}),
+        (["gen/opt_state/foo/w", "gen/step/value"], set()),
+        (["opt/opt_state/count/w"], set()),
+        (["opt/opt_state/count/value"], {"opt"}),
         (["gen/opt_state/kernel", "gen/head/kernel", "step"], set()),
         (["opt_state/decoder/scale", "conv/step"], set()),
         (["opt/opt_state/0/mu/opt_state/mu/w", "opt/step", "opt_state/w"], {"opt"}),

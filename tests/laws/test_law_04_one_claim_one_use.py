@@ -2,13 +2,15 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, Drop, StackLayers, restore, to_linen
+from orbax_nnx_handler import AmbiguousMappingError, Drop, StackLayers, restore, save, to_linen
 from tests.laws.worlds import (
     FORMS,
     Numbers,
+    below,
     check,
     model_target,
     pure_target,
@@ -16,6 +18,7 @@ from tests.laws.worlds import (
     right_or_refused,
     stacked,
     target_of,
+    training_target,
     write,
 )
 
@@ -192,3 +195,36 @@ def test_a_layer_stored_both_alone_and_in_a_stack_is_asked_for(tmp_path):
         model_target({"layers": {0: layers["layers_0"], 1: layers["layers_1"]}}),
         unexpected="ignore",
     )
+
+
+def test_one_stored_step_is_not_read_twice_and_the_hint_says_how_both_are_set(tmp_path):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params = {"dense": numbers.dense()}
+    stored = {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(7)}
+    path = write(tmp_path, stored)
+    target = training_target(params, tx)
+    parts = {"model": target.model, "optimizer": target.optimizer}
+    error = refused(path, {**parts, "step": jax.ShapeDtypeStruct((), np.int32)})
+    assert [list(error.paths), error.causes[0].kind] == [[("optimizer", "step")], "SecondStep"]
+    assert not any(hint.fills for hint in error.hints)
+    assert "leave 'step' out of the target, and set it from 'optimizer/step' in the program." in str(error)
+    result = restore(path, parts)
+    assert int(result["optimizer"].step.get_value()) == 7
+    save(tmp_path / "both", {**result, "step": result["optimizer"].step.get_value()})
+    again = restore(tmp_path / "both", {**parts, "step": jax.ShapeDtypeStruct((), np.int32)})
+    assert [int(again["step"]), int(again["optimizer"].step.get_value())] == [7, 7]
+
+
+def test_a_rule_for_the_step_takes_it_to_the_optimizer_and_leaves_none_behind(tmp_path):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params = {"dense": numbers.dense()}
+    stored = {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(7)}
+    path = write(tmp_path, stored)
+    target = training_target(params, tx)
+    parts = {"model": target.model, "optimizer": target.optimizer}
+    rules = [("step", "optimizer/step")]
+    error = refused(path, {**parts, "step": jax.ShapeDtypeStruct((), np.int32)}, renames=rules)
+    assert list(error.paths) == [("step",)]
+    result = restore(path, {**parts, "step": np.int32(3)}, renames=rules, policy="init")
+    assert [int(result["step"]), int(result["optimizer"].step.get_value())] == [3, 7]
+    check(result["optimizer"], below("opt_state", stored["opt_state"]))

@@ -69,6 +69,7 @@ Kind = Literal[
     "Quantised",
     "RandomLayout",
     "ScannedOnOneSide",
+    "SecondStep",
     "NestedStacks",
     "OtherWrapper",
     "TiedEmbedding",

@@ -12,6 +12,7 @@ from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import FACTORED
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
+from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
 from orbax_nnx_handler.planning.layouts.layout import Placement
@@ -34,7 +35,8 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
     if not any(path in evidence.restored for path in evidence.weights):
         return
     if not lost:
-        yield from _other_network(evidence, evidence.of_role(evidence.missing, "step"))
+        steps = evidence.of_role(evidence.missing, "step")
+        yield from [*_second_step(evidence, steps)] or _other_network(evidence, steps)
         return
     stored = [item for item in evidence.sides.placements.values() if item.section == "optimizer"]
     if stored:
@@ -110,6 +112,26 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
             "kept": tuple(sorted(restored)),
         },
     )
+
+
+def _second_step(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
+    """Yields that one step is stored where a program counts beside an optimizer that counts as well."""
+    placements, restored = evidence.sides.placements, evidence.of_role(evidence.restored, "step")
+    for path in lost if not _free(evidence, "step") else ():
+        for other in restored:
+            near = other[:-1] == path[: len(other) - 1] or path[:-1] == other[: len(path) - 1]
+            stored = placements[reads(evidence.restored[other].recipe)[0]]
+            if near and stored.section == "step":
+                ours, theirs = render(path), render(other)
+                yield Cause(
+                    kind="SecondStep",
+                    text=f"{render(stored.leaf.path)!r} is the one stored step, and the target wants two: "
+                    f"{theirs!r} takes it, and nothing is left for {ours!r}.",
+                    paths=(path,),
+                    way=Hint(f"leave {theirs!r} out of the target, and set it from {ours!r} in the program."),
+                    facts={"stored": render(stored.leaf.path), "wanted": (theirs, ours)},
+                )
+                break
 
 
 def _other_network(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:

@@ -182,7 +182,8 @@ def map_leaves(
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
     if steps := of_role(wanted, "step"):
-        _add_steps(found, pairs, steps, placements)
+        moved = {path for e in entries if e.section == "step" and e.named for path in e.sources}
+        _add_steps(found, pairs, steps, [item for item in placements if item.leaf.path not in moved])
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
         find_random(found, of_role(wanted, "random", "model"), placements, entries, roots)

@@ -177,7 +177,10 @@ def pair_optimizers(
     by_owner = {item.owner: item for item in stored}
     pairs = [(item, by_owner[item.owner]) for item in wanted if item.owner in by_owner]
     used = {item.owner for item, _ in pairs}
-    left = [item for item in wanted if item.owner not in used]
+    # A rule may have brought the step alone to where an optimizer is wanted.
+    left = [
+        item for item in wanted if item.owner not in used or (item.leaves and not by_owner[item.owner].leaves)
+    ]
     # A number beside an optimizer that counts for itself is the train state's step; the optimizer is free.
     steps = {item.owner for item, other in pairs if other.leaves and not item.leaves}
     free = [item for item in stored if item.owner not in used - steps]

@@ -55,6 +55,7 @@ from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
 from orbax_nnx_handler.planning.diagnosis.optimizers import (
     find_open_factoring,
     find_optimizers,
+    find_steps,
     find_stuck_moments,
 )
 from orbax_nnx_handler.planning.diagnosis.rearranged import find_fused, find_merged, find_permuted
@@ -101,6 +102,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_shifted,
     find_collections,
     find_optimizers,
+    find_steps,
     find_other_groups,
     find_other_names,
     find_lost_weights,

@@ -4,10 +4,11 @@ Moments cannot follow some rules on their parameters; and a T5X checkpoint leave
 Adafactor's factored moments open.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import FACTORED
 from orbax_nnx_handler.planning.core.lines import counted, listed
@@ -35,8 +36,7 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
     if not any(path in evidence.restored for path in evidence.weights):
         return
     if not lost:
-        steps = evidence.of_role(evidence.missing, "step")
-        yield from [*_second_step(evidence, steps)] or _other_network(evidence, steps)
+        yield from _other_network(evidence, evidence.of_role(evidence.missing, "step"))
         return
     stored = [item for item in evidence.sides.placements.values() if item.section == "optimizer"]
     if stored:
@@ -114,26 +114,6 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
     )
 
 
-def _second_step(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
-    """Yields that one step is stored where a program counts beside an optimizer that counts as well."""
-    placements, restored = evidence.sides.placements, evidence.of_role(evidence.restored, "step")
-    for path in lost if not _free(evidence, "step") else ():
-        for other in restored:
-            near = other[:-1] == path[: len(other) - 1] or path[:-1] == other[: len(path) - 1]
-            stored = placements[reads(evidence.restored[other].recipe)[0]]
-            if near and stored.section == "step":
-                ours, theirs = render(path), render(other)
-                yield Cause(
-                    kind="SecondStep",
-                    text=f"{render(stored.leaf.path)!r} is the one stored step, and the target wants two: "
-                    f"{theirs!r} takes it, and nothing is left for {ours!r}.",
-                    paths=(path,),
-                    way=Hint(f"leave {theirs!r} out of the target, and set it from {ours!r} in the program."),
-                    facts={"stored": render(stored.leaf.path), "wanted": (theirs, ours)},
-                )
-                break
-
-
 def _other_network(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
     """Yields that an optimizer or a step is stored below another name: a rule may say that it is the same."""
     free, wanted = _free(evidence, "optimizer") or _free(evidence, "step"), evidence.sides.wanted
@@ -167,27 +147,35 @@ def _other_networks(evidence: Evidence, lost: Sequence[Path], free: Sequence[Pla
     """Yields the optimizers that the target has beside their networks: `actor_opt` beside `actor`."""
     wanted = evidence.sides.wanted
     here = dict.fromkeys(wanted[path].owner for path in lost)
-    fields = {item.owner: str(item.leaf.path[len(item.owner)]) for item in free if item.owner}
+    fields = {item.owner: _above(item) for item in free if item.owner}
     pairs = [(owner, stored) for owner in here for stored in fields if _is_called_after(owner, stored)]
     if len({owner for owner, _ in pairs}) != len(here) or len({stored for _, stored in pairs}) != len(pairs):
         return
-    parts = [(owner, (*stored, part)) for owner, stored in pairs for part in (fields[stored], "step")]
-    stored = {canonical(path) for path in evidence.unexpected}
-    rules = [
-        (render(at), render((*owner, at[-1])))
-        for owner, at in parts
-        if any(path[: len(canonical(at))] == canonical(at) for path in stored)
-    ]
-    steps = evidence.of_role(evidence.missing, "step")
+    at = {owner: (fields[stored], "opt_state") for owner, stored in pairs}
+    steps = {owner: (*stored, "step") for owner, stored in pairs if (*stored, "step") in evidence.unexpected}
+    parts = [*at.items(), *((owner, (path, "step")) for owner, path in steps.items())]
+    rules = [(render(path), render((*owner, field))) for owner, (path, field) in parts]
+    steps = [path for path in evidence.of_role(evidence.missing, "step") if wanted[path].owner in steps]
     if not rules or not _restores(evidence, rules, [*lost, *steps]):
         return
-    names = listed([f"{render(stored)!r} ({render(owner)!r} is wanted)" for owner, stored in pairs])
+    below = {owner: path[:-1] if path[-1] == "opt_state" else path for owner, (path, _) in at.items()}
+    names = listed([f"{render(path)!r} ({render(owner)!r} is wanted)" for owner, path in below.items()])
     yield Cause(
         kind="OptimizerNested",
         text=f"optimizers are stored below {names}, and nothing of one network is lent to another unasked.",
         paths=(*lost, *steps, *(item.leaf.path for item in free)),
         way=Hint(f"if they are the same, pass renames={rules!r}.", {"renames": rules}),
         facts={"stored": names, "wanted": names},
+    )
+
+
+def _above(item: Placement) -> Path:
+    """Returns the keys of an optimizer's own field."""
+    at = len(item.leaf.path) - len(item.path)
+    return (
+        item.leaf.path[:at]
+        if item.leaf.path[at:] == item.path
+        else (*item.owner, item.leaf.path[len(item.owner)])
     )
 
 
@@ -268,6 +256,47 @@ def _stored_slots(evidence: Evidence) -> set[str]:
         slot = item.slot[-1] if item.slot else tokens[at - 1] if at else ""
         found |= {slot} if slot and not slot.startswith("#") else set()
     return found
+
+
+def find_steps(evidence: Evidence) -> Iterable[Cause]:
+    """Yields that one step is stored where the target counts more than once: no count is read twice."""
+    lost = evidence.of_role(evidence.missing, "step")
+    steps = [item.leaf.path for item in evidence.sides.placements.values() if item.section == "step"]
+    if not lost or len(steps) != 1:
+        return
+    taken = [at for at, item in evidence.restored.items() if reads(item.recipe) == (steps[0],)]
+    if len(lost) > 1:
+        yield _step_of_all(evidence, lost, render(steps[0]), is_wanted=bool(taken))
+    for path in taken if len(lost) == 1 else ():
+        if path[:-1] == lost[0][: len(path) - 1] or lost[0][:-1] == path[: len(lost[0]) - 1]:
+            yield _second_step(lost[0], path, render(steps[0]))
+
+
+def _step_of_all(evidence: Evidence, lost: Sequence[Path], stored: str, *, is_wanted: bool) -> Cause:
+    fill = fill_hint(selecting(evidence, lost), len(lost))
+    words = f"set these from {stored!r} in the program; for the restore, {fill.words}"
+    return Cause(
+        kind="SecondStep",
+        text=f"{stored!r} is the one stored step, and no name says which of the {len(lost)} that are missing "
+        "it is.",
+        paths=tuple(lost),
+        way=dataclasses.replace(
+            fill, words=words if is_wanted else f"add {stored!r} to the target, and {words}"
+        ),
+        facts={"stored": stored, "wanted": tuple(map(render, lost))},
+    )
+
+
+def _second_step(path: Path, other: Path, stored: str) -> Cause:
+    ours, theirs = render(path), render(other)
+    return Cause(
+        kind="SecondStep",
+        text=f"{stored!r} is the one stored step, and the target wants two: {theirs!r} takes it, and nothing "
+        f"is left for {ours!r}.",
+        paths=(path,),
+        way=Hint(f"leave {theirs!r} out of the target, and set it from {ours!r} in the program."),
+        facts={"stored": stored, "wanted": (theirs, ours)},
+    )
 
 
 def find_stuck_moments(evidence: Evidence) -> Iterable[Cause]:

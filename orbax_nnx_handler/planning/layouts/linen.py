@@ -219,6 +219,49 @@ def _holds_no_params(stored: Stored) -> bool:
     return not any("params" in path for path in stored)
 
 
+def _networks_of(stored: Stored) -> Mapping[str, Set[str]]:
+    """Returns the fields of each network that the first keys are called after; the last one counts."""
+    found: dict[str, set[str]] = {}
+    for top in {str(path[0]) for path in stored if len(path) > 1}:
+        field = next((field for field in _FIELDS if top.endswith(f"_{field}")), "")
+        if field and len(top) > len(field) + 1:
+            found.setdefault(top.removesuffix(f"_{field}"), set()).add(field)
+    return found
+
+
+_OPTIMIZER_FIELDS = ("opt_state", "optimizer_state")
+_FIELDS = (*_OPTIMIZER_FIELDS, *FLAX_COLLECTIONS)
+
+
+def _is_by_network(stored: Stored) -> bool:
+    names = KEYS - {"step"}
+    return names.isdisjoint(tops(stored)) and any(
+        "params" in fields and not fields.isdisjoint(_OPTIMIZER_FIELDS)
+        for fields in _networks_of(stored).values()
+    )
+
+
+def _place_by_network(stored: Stored) -> tuple[Placement, ...]:
+    networks = _networks_of(stored)
+    trained = [name for name, fields in networks.items() if not fields.isdisjoint(_OPTIMIZER_FIELDS)]
+    # A step beside several train states is that of none of them.
+    stepped: Path = (trained[0],) if len(trained) == 1 else ()
+    keys = {f"{name}_{field}": (name, field) for name, fields in networks.items() for field in fields}
+
+    def placed(path: Path) -> Placement:
+        leaf, rest = stored[path], path[1:]
+        if path == ("step",):
+            return Placement(leaf=leaf, section="step", path=path, owner=stepped)
+        if not rest or path[0] not in keys:
+            return Placement(leaf=leaf, section="other", path=path)
+        name, field = keys[str(path[0])]
+        if field in _OPTIMIZER_FIELDS:
+            return Placement(leaf=leaf, section="optimizer", path=rest, owner=(name,))
+        return Placement(leaf=leaf, section="model", collection=field, path=rest, owner=(name,))
+
+    return tuple(map(placed, stored))
+
+
 TRAIN_STATE = Layout(
     name="train_state",
     title="Flax TrainState",
@@ -231,4 +274,10 @@ VARIABLES = Layout(
     title="Linen variables",
     fits=_is_variables,
     place=lambda stored: place_with(stored, 1),
+)
+BY_NETWORK = Layout(
+    name="by_network",
+    title="fields by network",
+    fits=_is_by_network,
+    place=_place_by_network,
 )

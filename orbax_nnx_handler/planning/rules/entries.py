@@ -133,8 +133,10 @@ def every_entry(placements: Sequence[Placement]) -> list[Entry]:
 
 
 def _optimizer(owner: Path, items: Sequence[Placement]) -> Entry:
+    path, below = items[0].leaf.path, items[0].path
+    above = path[: -len(below)] if path[-len(below) :] == below else (*owner, OPT_STATE)
     return Entry(
-        segments=(*segments(owner), OPT_STATE) if owner else (OPT_STATE,),
+        segments=segments(above) or (OPT_STATE,),
         collection=None,
         recipe=Read(items[0].leaf.path),
         shape=(),

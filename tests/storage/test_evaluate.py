@@ -1,12 +1,13 @@
 """Recipes on whole arrays, of the host and of devices, beside an evaluator that shares no code with it."""
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import (
@@ -55,6 +56,23 @@ def test_a_recipe_gives_what_numpy_gives_wherever_the_arrays_are(recipe: Recipe,
     assert sharded.sharding.device_set == rows.device_set
     np.testing.assert_array_equal(host, expected)
     np.testing.assert_array_equal(sharded, expected)
+
+
+@pytest.mark.parametrize("in_force", [False, True], ids=["", "mesh in force"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_arrays_on_a_mesh_of_explicit_axes_are_cut_and_joined_like_others(
+    recipe: Recipe, in_force: bool
+) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {("a",): PartitionSpec("x", "y"), ("b",): PartitionSpec("y", "x")}
+    values = {path: jax.device_put(x, NamedSharding(mesh, specs[path])) for path, x in VALUES.items()}
+
+    with jax.set_mesh(mesh) if in_force else contextlib.nullcontext():
+        made = evaluate(recipe, values, jnp.float32)
+        twice = made * 2  # What a program goes on with is on its own mesh again.
+
+    np.testing.assert_array_equal(twice, 2 * plans.evaluate(recipe, VALUES))
+    assert made.sharding.mesh == mesh
 
 
 @pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["host", "device"])

@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like, is_unbuilt
+from orbax_nnx_handler.storage.arithmetic import sharded_by_compiler
 from orbax_nnx_handler.storage.checkpoint.stored_random import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import (
     Flavour,
@@ -299,7 +300,8 @@ def _are_equal(one: SavedLeaf, other: SavedLeaf, values: Mapping[Path, Any]) -> 
     left, right = one.value(values), other.value(values)
     if any(isinstance(value, jax.ShapeDtypeStruct | Tracer) for value in (left, right)):
         return True
-    return bool(cast(jax.Array, _equal(left, right)))
+    with sharded_by_compiler([left, right]) as (arrays, _):
+        return bool(cast(jax.Array, _equal(*arrays)))
 
 
 @jax.jit

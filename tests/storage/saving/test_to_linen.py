@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler import save, to_linen
+from orbax_nnx_handler import Copy, Transpose, from_linen, save, to_linen
 from tests.storage.saving.trees import flat, leaves
 
 
@@ -80,6 +80,22 @@ def test_gates_stay_on_the_devices_of_their_cell(mesh: Mesh) -> None:
     # The bias that NNX lacks too: an array on one device beside others on eight could not be saved with them.
     assert {leaf.sharding.device_set == sharding.device_set for leaf in jax.tree.leaves(tree)} == {True}
     assert set(tree["params"]) == {side + gate for side in "ih" for gate in "rzn"}
+
+
+def test_equal_copies_on_a_mesh_of_explicit_axes_are_found_to_be_equal() -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    rules = [Copy("embed/embedding", "head/kernel"), Transpose("head/kernel", (1, 0))]
+    table = jax.device_put(jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, PartitionSpec("x", "y")))
+    tied = {"params": {"embed": {"embedding": table}}}
+    target = {"embed": {"embedding": nnx.Param(table)}, "head": {"kernel": nnx.Param(table)}}
+
+    state = from_linen(tied, nnx.State(target), renames=rules)
+    tree = to_linen(state, renames=rules)
+
+    np.testing.assert_array_equal(state["head"]["kernel"][...], table.T)
+    assert [key for key, _ in jax.tree.leaves_with_path(tree)] == [
+        key for key, _ in jax.tree.leaves_with_path(tied)
+    ]
 
 
 def test_what_holds_no_nnx_object_is_refused() -> None:

@@ -3,6 +3,7 @@
 Apart from `api`, so that the command line has it without what reads and writes arrays.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from etils import epath
 
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts import LayoutChoice
+from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
 from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
@@ -20,7 +22,7 @@ from orbax_nnx_handler.planning.target.target import (
     flatten_target,
     refuse_empty,
 )
-from orbax_nnx_handler.planning.verdict.unreadable import check_readable
+from orbax_nnx_handler.planning.verdict.unreadable import Unreadable, check_readable
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
@@ -84,14 +86,24 @@ def plan_of(
     Raises:
         RestoreError: Under `check`, lists every problem.
     """
-    plan = make_plan(
-        parts,
-        checkpoint.leaves,
-        options,
-        directory=str(checkpoint.directory),
-        overrides=_policies_of(overrides),
-        broken=checkpoint.broken,
+
+    def made(broken: Unreadable) -> RestorePlan:
+        return make_plan(
+            parts,
+            checkpoint.leaves,
+            options,
+            directory=str(checkpoint.directory),
+            overrides=_policies_of(overrides),
+            broken=broken,
+        )
+
+    plan, broken = made(checkpoint.broken), checkpoint.broken
+    left = (
+        [path for path, item in plan.dropped.items() if isinstance(item, Discarded)] if plan.missing else []
     )
+    # Nothing reads what a rule leaves behind; a leaf of which bytes are gone is not missing for that.
+    if left and (gone := checkpoint.incomplete(left, files_at(checkpoint.directory))):
+        plan = made(dataclasses.replace(broken, damaged={**gone, **broken.damaged}))
     if check:
         plan.check()
     return plan

@@ -32,6 +32,7 @@ from orbax_nnx_handler.storage.checkpoint.fields import (
     shape_field,
     text_of,
 )
+from orbax_nnx_handler.storage.stores.files import Files, Sizes
 from orbax_nnx_handler.storage.stores.kvstore import Store
 
 ZarrDriver = Literal["zarr", "zarr3"]
@@ -348,3 +349,24 @@ class Checkpoint:
             foreign=self.foreign,
             without_values=self.without_values,
         )
+
+    def incomplete(self, paths: Iterable[Path], files: Files) -> dict[Path, str]:
+        """Returns those stored leaves of which a chunk is not there, with the reason: one trip for all.
+
+        Where the writer left out chunks of zeros, an absent chunk is no loss.
+        """
+        arrays = {path: self.arrays[path] for path in paths if self.writes_fill and path in self.arrays}
+        folders = {path: Sizes(f"{a.store.directory}/{a.name}", "") for path, a in arrays.items()}
+        folders = {path: asked for path, asked in folders.items() if arrays[path].store.kind == "files"}
+        files.ask(*folders.values())
+        found: dict[Path, str] = {}
+        for path, array in arrays.items():
+            keys = array.keys([whole(array.encoding.shape)])
+            if path in folders:
+                there = files.sizes(epath.Path(folders[path].path), "")
+                absent = [key for key in keys if key.removeprefix(f"{array.name}/") not in there]
+            else:
+                absent = [key for key in keys if array.store.lacks(key)]
+            if absent:
+                found[path] = f"{absent[0]} in {array.store.directory} is absent"
+        return found

@@ -104,4 +104,22 @@ def test_a_wanted_leaf_that_a_rule_leaves_behind_is_not_missing_if_it_is_damaged
     make_plan(flatten_target(unwanted), leaves, options, broken=broken).check()
 
 
+@pytest.mark.parametrize("policy", ["warn", "init", "error"])
+@pytest.mark.parametrize("shape", [(3, 4, 3), ()])
+def test_a_chunk_that_is_gone_is_not_missing_though_a_rule_leaves_its_leaf_behind(
+    tmp_path: Path, policy: Any, shape: tuple[int, ...]
+) -> None:
+    path = write(tmp_path / "c", {"params": {"l": {"kernel": jnp.ones(shape)}, "other": jnp.ones(3)}})
+    wanted = {"l": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, "other": jnp.zeros(3)}
+    rules = [Drop("l/kernel", "it is damaged")]
+    options = {"policy": policy, "init": lambda: {"l": {"kernel": jnp.zeros(shape)}, "other": jnp.zeros(3)}}
+    if policy == "init":  # What is whole may be left behind.
+        assert restore(path, wanted, renames=rules, **options)["other"].sum() == 3
+    (chunk,) = [file for file in (path / "params.l.kernel").iterdir() if file.name[0] != "."]
+    chunk.unlink()
+
+    with pytest.raises(UnreadableLeafError, match="params/l/kernel"):
+        restore(path, wanted, renames=rules, **options)
+
+
 OTHER: Names = ("params", "other")

@@ -21,7 +21,7 @@ from orbax_nnx_handler.commands.user_code import PAIR_HELP, UsageError, load_pai
 from orbax_nnx_handler.planning.core.errors import as_python
 from orbax_nnx_handler.planning.core.paths import spelled
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.suggesting import Confidence, Question, Suggestion
+from orbax_nnx_handler.planning.suggesting import BY_NUMBER, RUN_BOTH, Confidence, Question, Suggestion
 
 _STYLES: Mapping[Confidence, str] = {"certain": "bold green", "likely": "bold yellow", "open": "bold red"}
 
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> int:
     if arguments.json:
         screen.json(_to_dict(suggestion))
     else:
-        coverage, rules = str(suggestion).split("\n", 1)
+        coverage, rules = _at_a_prompt(suggestion).split("\n", 1)
         screen.say(coverage, _STYLES[suggestion.confidence])
         # Never broken in the width of a terminal: it is to be pasted.
         screen.say(rules)
@@ -109,8 +109,15 @@ def written(suggestion: Suggestion, settled: Sequence[Rule], words: str, file: s
     lines = [*_docstring(head), ""]
     lines += [f"from orbax_nnx_handler import {', '.join(names)}", ""] if names else []
     lines += ["RULES = [", *(f"    {code}," for code in codes), "]"]
-    notes = [line for line in str(suggestion).splitlines() if line.startswith("#")]
+    notes = [line for line in _at_a_prompt(suggestion).splitlines() if line.startswith("#")]
     return "\n".join([*lines, *(["", *notes] if notes else []), ""])
+
+
+def _at_a_prompt(suggestion: Suggestion) -> str:
+    """Returns a proposal in words that say how its questions are settled at a prompt."""
+    lines = str(suggestion).replace(RUN_BOTH, "--verify FILE.py:PAIR").splitlines()
+    by_number = "# the rules under each answer are among the alternatives of --json."
+    return "\n".join(by_number if line.startswith(f"# {BY_NUMBER}") else line for line in lines)
 
 
 def _as_code(rule: Rule) -> str:

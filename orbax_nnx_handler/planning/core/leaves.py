@@ -204,6 +204,11 @@ def begins_a_state(path: Path) -> bool:
     return _is_container(str(path[0])) or is_state(path)
 
 
+def is_optax_state(paths: Collection[Path]) -> bool:
+    """Tells whether all that some paths lead to is arranged as optax arranges a state."""
+    return all(path and begins_a_state(path) for path in paths) and any(map(is_state, paths))
+
+
 def _is_container(key: str) -> bool:
     return key.isdecimal() or key in CONTAINERS or key == LABELLED
 

@@ -169,6 +169,15 @@ class Evidence:
         lost = [self.weights[path] for path in self.perhaps_stored if path in self.weights]
         return {**_sources(self._search(lost, self.unused_weights.values())), **self._copied}
 
+    def speaks_against(self, wanted: Iterable[Path], stored: Collection[Path]) -> bool:
+        """Tells whether the search pairs wanted leaves with others than these stored ones."""
+        return any(not self.links[path].issubset(stored) for path in wanted if path in self.links)
+
+    @property
+    def has_networks(self) -> bool:
+        """Whether weights of several networks lie unused: `suggest` looks at their keys as well."""
+        return len({item.owner for item in self.unused_weights.values()}) > 1
+
     @cached_property
     def links_anew(self) -> Mapping[Path, frozenset[Path]]:
         """What `links` would be without the rules that were passed."""

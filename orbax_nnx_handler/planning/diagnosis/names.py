@@ -8,7 +8,7 @@ target or a rule names it: the rule is what the hint gives.
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flax import nnx
 
@@ -25,6 +25,7 @@ from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_
 from orbax_nnx_handler.planning.mapping.layers import Group, layer_paths
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.mapping.roots import is_named
+from orbax_nnx_handler.planning.suggesting.words import concepts, exclude
 
 _MOST = 6
 """More renames than this are a matter for `suggest`."""
@@ -52,7 +53,9 @@ def renames(evidence: Evidence, wanted: Sequence[Path], stored: Sequence[Path]) 
         if len(found) != 1:
             return ()
         changes |= found
-    if _is_otherwise(evidence, wanted, stored):
+    if evidence.speaks_against(wanted, stored):
+        return ()
+    if any(exclude(concepts([old]), concepts([new])) for old, new in changes):
         return ()
     return tuple(sorted(changes)) if _is_safe(evidence, changes, sources) else ()
 
@@ -130,8 +133,10 @@ def find_other_groups(evidence: Evidence) -> Iterable[Cause]:
     sources = [path for paths in stored[right].values() for path in paths]
     ours = _numbers((evidence.below[path] for path in lost), left)
     theirs = _numbers((evidence.stored_below(evidence.free_weights[path]) for path in sources), right)
-    if (ours and theirs and ours != theirs) or _is_otherwise(evidence, lost, sources):
+    if (ours and theirs and ours != theirs) or evidence.speaks_against(lost, sources):
         return  # Layers of other numbers are other layers.
+    if exclude(concepts([left.name]), concepts([right.name])):
+        return  # `encoder_out` is not what `decoder_in` wants.
     count, name = len(wanted[left]), right.name
     if theirs and not ours and len(theirs) == 1:
         name = f"{name}_{next(iter(theirs))[1:]}"  # No list: the one module of a name that Linen gave.
@@ -150,12 +155,6 @@ def _numbers(names: Iterable[Tokens], group: Group) -> set[str]:
     """Returns the numbers of a group's layers where they are kept one by one."""
     at = len(group.parent) + 1
     return {name[at] for name in names if len(name) > at and is_number(name[at])}
-
-
-def _is_otherwise(evidence: Evidence, wanted: Iterable[Path], stored: Collection[Path]) -> bool:
-    """Tells whether the search pairs wanted leaves with others than these stored ones."""
-    links = evidence.links
-    return any(not links[path].issubset(stored) for path in wanted if path in links)
 
 
 def _like_groups(wanted: _Contents, stored: _Contents) -> Iterable[tuple[Group, Group]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.leaves import FACTORED
+from orbax_nnx_handler.planning.core.leaves import FACTORED, is_optax_state
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import reads
@@ -43,9 +43,9 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
         yield from _other_optimizer(evidence, lost)
         return
     lost += evidence.of_role(evidence.missing, "step")
-    elsewhere = sorted({top for path in evidence.unexpected if "opt_state" in (top := str(path[0]))})
+    elsewhere = _like_optimizers(evidence)
     if elsewhere:
-        yield _unknown_place(lost, elsewhere)
+        yield _unknown_place(evidence, lost, elsewhere)
         return
     found = "there are weights"
     if evidence.weights_complete:
@@ -61,10 +61,20 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
     )
 
 
-def _unknown_place(lost: Sequence[Path], places: Sequence[str]) -> Cause:
+def _like_optimizers(evidence: Evidence) -> list[str]:
+    """Returns the first keys below which nothing is read and all is arranged as optax arranges a state."""
+    below: dict[str, list[Path]] = defaultdict(list)
+    for path, item in evidence.sides.placements.items():
+        if item.section == "other" or path in evidence.unexpected:
+            below[str(path[0])].append(path[1:])
+    return sorted(top for top, paths in below.items() if "opt_state" in top or is_optax_state(paths))
+
+
+def _unknown_place(evidence: Evidence, lost: Sequence[Path], places: Sequence[str]) -> Cause:
     """Returns that optimizers are stored, and no layout tells whose they are."""
     where = listed([repr(place) for place in places])
-    tree = f"{{'params': ..., 'opt_state': tree[{places[0]!r}], 'step': tree['step']}}"
+    step = ", 'step': tree['step']" if ("step",) in evidence.sides.placements else ""
+    tree = f"{{'params': ..., 'opt_state': tree[{places[0]!r}]{step}}}"
     return Cause(
         kind="OptimizerNested",
         text=f"what looks like an optimizer is stored below {where}, and no name tells of which network.",

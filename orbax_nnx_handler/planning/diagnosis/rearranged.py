@@ -233,7 +233,10 @@ def find_fused(evidence: Evidence) -> Iterable[Cause]:
         sides = (("checkpoint", stored[place], wanted[place]), ("target", wanted[place], stored[place]))
         for side, wholes, parts in sides:
             for join, path in _joins(evidence, place[1], wholes, parts):
-                found[join, side] += [path, *(parts[name] for name in join.parts)]
+                several = [parts[name] for name in join.parts]
+                ours, theirs = ([path], several) if side == "target" else (several, [path])
+                if not evidence.speaks_against(ours, theirs):
+                    found[join, side] += [path, *several]
     for (join, side), paths in found.items():
         yield _fused_cause(evidence, join, side, paths)
 

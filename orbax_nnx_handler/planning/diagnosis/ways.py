@@ -53,7 +53,7 @@ def of_memory(hint: Hint) -> Hint:
 
 def search_hint(evidence: Evidence) -> Hint:
     """Returns the way out where stored leaves that nothing wants could be missing ones."""
-    if evidence.is_searched and not evidence.links and not evidence.links_anew:
+    if evidence.is_searched and not (evidence.links or evidence.links_anew or evidence.has_networks):
         return RULE
     return suggest_hint(evidence)
 

@@ -23,7 +23,7 @@ the `w` that only the released files have below `mlp/linear` and
 
 from collections.abc import Collection
 
-from orbax_nnx_handler.planning.core.leaves import begins_a_state, is_state, optimizer_owners, owner_of
+from orbax_nnx_handler.planning.core.leaves import is_optax_state, optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
 
@@ -76,12 +76,6 @@ NNX_PURE_DICT = Layout(name="nnx_pure_dict", title="NNX pure dict", fits=_is_pur
 PARAMS = Layout(name="params", title="bare params", fits=_is_params, place=_place_params)
 
 
-def _is_optax_state(stored: Stored) -> bool:
-    return (
-        bool(stored) and all(path and begins_a_state(path) for path in stored) and any(map(is_state, stored))
-    )
-
-
 def _place_state(stored: Stored) -> tuple[Placement, ...]:
     return tuple(
         Placement(leaf=leaf, section="step" if path == ("step",) else "optimizer", path=path)
@@ -89,7 +83,7 @@ def _place_state(stored: Stored) -> tuple[Placement, ...]:
     )
 
 
-OPTAX_STATE = Layout(name="optax_state", title="optax state", fits=_is_optax_state, place=_place_state)
+OPTAX_STATE = Layout(name="optax_state", title="optax state", fits=is_optax_state, place=_place_state)
 
 
 _TEXT, _IMAGES = "transformer", "SigLiPFromPatches_0"

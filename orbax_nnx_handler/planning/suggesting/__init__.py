@@ -3,6 +3,8 @@
 from orbax_nnx_handler.planning.suggesting.fitting import Remade
 from orbax_nnx_handler.planning.suggesting.proposing import propose
 from orbax_nnx_handler.planning.suggesting.suggestion import (
+    BY_NUMBER,
+    RUN_BOTH,
     Answers,
     Confidence,
     Proposal,
@@ -12,6 +14,8 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
 from orbax_nnx_handler.planning.target.roles import Order, creation_order, order_of
 
 __all__ = [
+    "BY_NUMBER",
+    "RUN_BOTH",
     "Answers",
     "Confidence",
     "Order",

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
@@ -18,11 +17,9 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.fitting import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import (
-    Leaf,
     Link,
     Names,
     agrees,
-    place_of,
     readings_of,
     shared_names,
     simplest,
@@ -43,13 +40,16 @@ from orbax_nnx_handler.planning.suggesting.series import of_few_layers
 from orbax_nnx_handler.planning.suggesting.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,
+    Choice,
     Proposal,
     Question,
     Suggestion,
+    asking,
     behind,
     by_network,
-    in_words,
     keys_as_names,
+    mixes,
+    one_of,
     problem_of,
     proposal_of,
 )
@@ -110,14 +110,6 @@ class _Tried:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Open:
-    """A choice that nothing has made, with the possible readings."""
-
-    about: Literal["which", "how", "transposed"]
-    readings: tuple[tuple[Link, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class _Proposing:
     target: Target
     stored: Stored
@@ -148,12 +140,36 @@ class _Proposing:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
         found = self.suggestion()
         keys = keys_as_names(self._mapping.applied.entries) if found.unmatched_wanted else ()
-        if keys:
-            named = dataclasses.replace(self.options, renames=(*self.options.renames, *keys))
+        if not keys:
+            return found
+        alone: dict[str, Suggestion] = {}
+        for key in keys[:_QUESTIONS]:
             with contextlib.suppress(RestoreError):
-                other = behind(keys, _Proposing(self.target, self.stored, named, self.order).suggestion())
-                found = min(*self._by_network(keys, other), other, found, key=_count_open)
+                alone[key.replacement] = self._alone(key.replacement)
+        if (one := one_of(alone, found)) is not None:
+            return one
+        with contextlib.suppress(RestoreError):
+            other = self._behind(*keys)
+            others = [one for one in (*self._by_network(keys, other), other) if not one.problem]
+            others = [one for one in others if not mixes(one, keys, self.stored)]
+            found = min(
+                [*others, found if found.proposals else asking(other, found)],
+                key=lambda one: len(one.unmatched_wanted),
+            )
         return found
+
+    def _alone(self, key: str) -> Suggestion:
+        """Returns what is proposed where one network is all that is stored, tried beside the others."""
+        owner = tuple(key.split("/"))
+        its = {path: leaf for path, leaf in self.stored.items() if segments(path)[: len(owner)] == owner}
+        found = dataclasses.replace(self, stored=its)._behind(Rename(key, ""))
+        tried = self._suggested(self._judged((), dict.fromkeys(found.renames, ()), 0, ()), found.questions)
+        return dataclasses.replace(tried, proposals=found.proposals, settle=found.settle)
+
+    def _behind(self, *rules: Rename) -> Suggestion:
+        """Returns what is proposed behind some rules, together with them."""
+        options = dataclasses.replace(self.options, renames=(*self.options.renames, *rules))
+        return behind(rules, dataclasses.replace(self, options=options).suggestion())
 
     def _by_network(self, keys: Sequence[Rename], found: Suggestion) -> Iterator[Suggestion]:
         """Yields rules that leave each network its own params, so that its optimizer follows."""
@@ -177,7 +193,7 @@ class _Proposing:
             return self._rules(tried, searched, [link for reading in chosen for link in reading], changes)
 
         rules = partial(self._rules, tried, searched)
-        found = self._suggested(tried, [self._question(item, rules) for item in questions])
+        found = self._suggested(tried, [item.question(rules) for item in questions])
         return dataclasses.replace(found, settle=answered)
 
     def _as_it_is(self) -> Suggestion:
@@ -378,10 +394,10 @@ class _Proposing:
                 if kept and begins and len(kept) == len(roots.stored):
                     yield depth, kept
 
-    def _questions(self, links: Sequence[Link], searched: Searched, tried: _Tried) -> list[_Open]:
+    def _questions(self, links: Sequence[Link], searched: Searched, tried: _Tried) -> list[Choice]:
         covered = {*paths_of(links), *(tried.verdict or self._base).restored}
         used = {leaf.source for link in links for leaf in link.stored}
-        found: list[_Open] = []
+        found: list[Choice] = []
         for tie in searched.found.ties:
             readings = [
                 tuple(simplest(reading))
@@ -393,23 +409,13 @@ class _Proposing:
             ]
             if len(readings) == len(tie.readings) or len(readings) > 1:
                 is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
-                found.append(_Open("how" if is_joined else "which", tuple(readings)))
+                found.append(Choice("how" if is_joined else "which", tuple(readings)))
         for group in by_template(searched.turns).values():
             left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
             if left:
                 plain, turned = zip(*map(readings_of, left), strict=True)
-                found.append(_Open("transposed", (plain, turned)))
+                found.append(Choice("transposed", (plain, turned)))
         return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]
-
-    def _question(self, item: _Open, settle: Callable[[Sequence[Link]], tuple[Rule, ...]]) -> Question:
-        return Question(
-            wanted=_paths(leaf for reading in item.readings for link in reading for leaf in link.wanted),
-            stored=_paths(leaf for reading in item.readings for link in reading for leaf in link.stored),
-            parts=(_modules(item, "stored"), _modules(item, "wanted")),
-            about=item.about,
-            choices=tuple(in_words(item.about, reading, item.readings) for reading in item.readings),
-            settle=lambda answer: settle(item.readings[answer]),
-        )
 
     def _suggested(self, tried: _Tried, questions: Sequence[Question]) -> Suggestion:
         verdict = tried.verdict or self._base
@@ -427,22 +433,5 @@ class _Proposing:
         )
 
 
-def _count_open(found: Suggestion) -> int:
-    return len(found.unmatched_wanted)
-
-
 def _changes_nothing(rule: Rule) -> bool:
     return isinstance(rule, Rename) and rule.pattern == rule.replacement
-
-
-def _paths(leaves: Iterable[Leaf]) -> tuple[Path, ...]:
-    return tuple(dict.fromkeys(leaf.source for leaf in leaves))
-
-
-def _modules(item: _Open, side: Literal["stored", "wanted"]) -> tuple[Path, ...]:
-    """Returns the modules that a question is about; of a square matrix the matrix itself."""
-    leaves: list[Leaf] = [x for reading in item.readings for link in reading for x in getattr(link, side)]
-    whole = item.about == "transposed"
-    return tuple(
-        dict.fromkeys(leaf.names if whole else place_of(leaf.names)[0] or leaf.names for leaf in leaves)
-    )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
-from orbax_nnx_handler.planning.core.paths import Path, printable
+from orbax_nnx_handler.planning.core.paths import Path, printable, segments
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.fitting import Remade
@@ -96,6 +96,17 @@ class Question:
         return f"which of {stored} is which of {wanted}? The shapes allow every order."
 
 
+def _settling(questions: int, *, is_run: bool) -> Iterator[str]:
+    """Yields how questions are settled: by both programs, or by their reader."""
+    if not is_run:
+        yield f"# to settle a question, run both: {RUN_BOTH}."
+    answers = ", ".join(["0", "None", "1"][:questions]) + (", ..." if questions > 3 else "")
+    yield f"# {BY_NUMBER}{answers}]) answers {'it' if questions == 1 else 'them'} by number."
+
+
+RUN_BOTH = "suggest(..., verify=(linen_apply, nnx_apply, inputs))"
+BY_NUMBER = "renames=found.answered(["
+
 Answers = Sequence[int | None]
 """For each question the number of its alternative, or None to leave it open."""
 
@@ -181,11 +192,8 @@ class Suggestion:
         lines += ["renames=[", *rules, "]"] if rules else ["# no rule is proposed."]
         for question in self.questions:
             lines.append(_comment(f"question: {question}"))
-            lines += [_comment(f"    {choice}") for choice in question.choices]
-        if self.questions and not self.proof:
-            lines.append(
-                "# to settle a question, run both: suggest(..., verify=(linen_apply, nnx_apply, inputs))."
-            )
+            lines += [_comment(f"    {at}: {choice}") for at, choice in enumerate(question.choices)]
+        lines += _settling(len(self.questions), is_run=bool(self.proof)) if self.questions else []
         lines += [_comment(self.proof)] if self.proof else []
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
         lines += _rest("stored, and nothing wants it", self.unmatched_stored)
@@ -227,12 +235,60 @@ def _asked_behind(rules: tuple[Rule, ...], question: Question) -> Question:
     return dataclasses.replace(question, settle=settled)
 
 
+def asking(other: Suggestion, found: Suggestion) -> Suggestion:
+    """Returns a proposal with the questions of another one, which says more of the stored names."""
+    if not other.questions:
+        return found
+    return dataclasses.replace(found, questions=other.questions, settle=other.settle)
+
+
+def one_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion | None:
+    """Returns the proposal for the only stored network that the target may be, or the question which it is.
+
+    Args:
+        networks: The proposals by the keys of their network.
+        found: What is proposed without any.
+
+    Returns:
+        None where each of them leaves something open.
+    """
+    whole = {key: one for key, one in networks.items() if one.confidence != "open"}
+    if len(whole) < 2:
+        return next(iter(whole.values()), None)
+    each = tuple(whole.values())
+    question = Question(
+        wanted=found.unmatched_wanted,
+        stored=found.unmatched_stored,
+        parts=(tuple((name,) for name in whole), (("the target",),)),
+        about="which",
+        choices=tuple(whole),
+        settle=lambda answer: each[answer].renames,
+    )
+
+    def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
+        (answer,) = answers
+        return () if answer is None else each[answer].answered((), changes)
+
+    return dataclasses.replace(found, proposals=(), questions=(question,), settle=settled)
+
+
 def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:
     """Returns rules under which several networks, each with params of its own, are parts of one model."""
     models = dict.fromkeys(entry.prefix for entry in entries if entry.section == "model")
     if len({prefix[:-1] for prefix in models}) < 2 or any(len(prefix) < 2 for prefix in models):
         return ()
     return tuple(Rename("/".join(prefix), "/".join(prefix[:-1])) for prefix in models)
+
+
+def mixes(found: Suggestion, keys: Sequence[Rename], stored: Iterable[Path]) -> bool:
+    """Tells whether a proposal takes a part of several networks and leaves the rest: no model is both."""
+    paths, unused = [*stored], {*found.unmatched_stored}
+    parts = 0
+    for key in keys:
+        above = tuple(key.pattern.split("/"))
+        its = [path in unused for path in paths if segments(path)[: len(above)] == above]
+        parts += any(its) and not all(its)
+    return parts > 1
 
 
 def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rename, ...]]:
@@ -294,17 +350,72 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     return f"{head}\n{rows}\nno rule cuts or pads a weight: build the target with the stored sizes."
 
 
-def in_words(about: str, reading: Sequence[Link], readings: Iterable[Sequence[Link]]) -> str:
-    """Returns a reading in words: its rules are for the machine."""
-    if about == "transposed":
-        turned = any(way.turned for link in reading for ways in link.ways for way in ways)
-        return "transposed" if turned else "as it is"
-    if about == "how":
-        said = reading[0].told or ", ".join(map(str, reading[0].ways[0][0].steps)) or "one after the other"
-        orders = {each[0].parts for each in readings}
-        return said if len(orders) == 1 else f"{said}: {', '.join(reading[0].parts)}"
-    pairs = dict.fromkeys((_part(link.source), _part(link.target)) for link in reading)
-    return ", ".join(f"{stored} -> {wanted}" for stored, wanted in list(pairs)[:4])
+_SHOWN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A choice that nothing has made, with the possible readings."""
+
+    about: Literal["which", "how", "transposed"]
+    readings: tuple[tuple[Link, ...], ...]
+
+    def question(self, settle: Callable[[Sequence[Link]], tuple[Rule, ...]]) -> Question:
+        """Returns the question which reading is right; `settle` writes the rules with the links of one."""
+        links = [link for reading in self.readings for link in reading]
+        wanted = [leaf for link in links for leaf in link.wanted]
+        stored = [leaf for link in links for leaf in link.stored]
+        return Question(
+            wanted=tuple(dict.fromkeys(leaf.source for leaf in wanted)),
+            stored=tuple(dict.fromkeys(leaf.source for leaf in stored)),
+            parts=(self._parts(stored), self._parts(wanted)),
+            about=self.about,
+            choices=self._in_words(),
+            settle=lambda answer: settle(self.readings[answer]),
+        )
+
+    def _parts(self, leaves: Iterable[Leaf]) -> tuple[Path, ...]:
+        """Returns the modules that the question is about; of a square matrix the matrix itself."""
+        whole = self.about == "transposed"
+        return tuple(
+            dict.fromkeys(leaf.names if whole else place_of(leaf.names)[0] or leaf.names for leaf in leaves)
+        )
+
+    def _in_words(self) -> tuple[str, ...]:
+        """Returns each reading in words: its rules are for the machine."""
+        if self.about == "which":
+            return _pairs_in_words(self.readings)
+        if self.about == "transposed":
+            return tuple("transposed" if _is_turned(reading) else "as it is" for reading in self.readings)
+        orders = {each[0].parts for each in self.readings}
+        return tuple(_way_in_words(reading[0], with_order=len(orders) > 1) for reading in self.readings)
+
+
+def _is_turned(reading: Sequence[Link]) -> bool:
+    return any(way.turned for link in reading for ways in link.ways for way in ways)
+
+
+def _way_in_words(link: Link, *, with_order: bool) -> str:
+    said = link.told or ", ".join(map(str, link.ways[0][0].steps)) or "one after the other"
+    return f"{said}: {', '.join(link.parts)}" if with_order else said
+
+
+def _pairs_in_words(readings: Sequence[Sequence[Link]]) -> tuple[str, ...]:
+    """Returns a few pairs of parts of each reading: those by which the readings differ."""
+    pairs = [{_part(link.target): _part(link.source) for link in reading} for reading in readings]
+    shown = list[str]()
+    while len(shown) < _SHOWN or len({_of(shown, each) for each in pairs}) < len(pairs):
+        left = [part for part in dict.fromkeys(part for each in pairs for part in each) if part not in shown]
+        # What tells the most readings apart, and of those the first.
+        best = max(left, key=lambda part: len({_of([*shown, part], each) for each in pairs}), default=None)
+        if best is None:
+            break
+        shown.append(best)
+    return tuple(", ".join(f"{each[part]} -> {part}" for part in each if part in shown) for each in pairs)
+
+
+def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...]:
+    return tuple(pairs.get(part) for part in parts)
 
 
 def _part(leaf: Leaf) -> str:

@@ -92,6 +92,7 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("batch", "norm"): ("norm",),
     ("group", "norm"): ("norm",),
     ("lm", "head"): ("head",),
+    ("embed", "out"): ("head",),
     ("token", "type"): ("type",),
     ("cls", "token"): ("cls",),
     ("class", "token"): ("cls",),
@@ -121,9 +122,9 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("score", "unet"): (),
 }
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
-`attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper; `conv_proj`: Flax's ResNet;
-`src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`, `to_add_out`: what diffusers computes of
-a text encoder's tokens."""
+`embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
+`conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`,
+`to_add_out`: what diffusers computes of a text encoder's tokens."""
 
 _EXCLUSIVE = tuple(
     frozenset(words.split())

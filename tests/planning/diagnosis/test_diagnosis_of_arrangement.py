@@ -471,6 +471,44 @@ def test_an_optimizer_of_a_name_that_no_layout_knows_is_not_said_to_be_unsaved()
     assert plan_restore(known, nnx.eval_shape(_Trained)).fits
 
 
+def test_an_optimizer_that_lies_beside_its_model_is_told_by_its_form_and_never_begun_anew():
+    state = _train_state()
+    tree = {"model": {"params": state["params"]}, "optimizer": state["opt_state"]}
+    target = nnx.eval_shape(_Trained)
+
+    error = plan_restore(tree, target).error()
+
+    assert error is not None
+    assert "no optimizer was saved" not in str(error)
+    assert "from_linen({'params': ..., 'opt_state': tree['optimizer']}, target)" in str(error)
+    assert all("policy" not in hint.arguments for hint in error.hints)
+    known = {"params": state["params"], "opt_state": tree["optimizer"]}
+    assert [path[-1] for path in plan_restore(known, target).missing] == ["step"]
+
+
+@pytest.mark.parametrize(("old", "new"), [("encoder_out", "decoder_in"), ("pre_norm", "post_norm")])
+def test_no_hint_takes_a_name_for_its_opposite(old: str, new: str):
+    weights = {"kernel": (4, 4), "bias": (4,)}
+    have = {f"params/{old}/{name}": shape for name, shape in weights.items()} | {
+        "params/trunk/kernel": (4, 6)
+    }
+    want = {f"{new}/{name}": shape for name, shape in weights.items()} | {"trunk/kernel": (4, 6)}
+
+    error = plan(have, want).error()
+
+    assert error is not None
+    assert all("renames" not in hint.arguments for hint in error.hints)
+
+
+def test_leaves_that_the_search_finds_elsewhere_are_not_said_to_be_joined():
+    have = {f"params/layers_0/{name}/{end}": (8,) for name in ("ln_1", "ln_2") for end in ("scale", "bias")}
+    have |= {"params/layers_0/mlp/fc_in/kernel": (8, 16), "params/layers_0/mlp/fc_in/bias": (16,)}
+    want = {f"layers/0/{name}/{end}": (8,) for name in ("norm1", "norm2") for end in ("scale", "bias")}
+    want |= {"layers/0/up/kernel": (8, 16), "layers/0/up/bias": (16,)}
+
+    assert "Fused" not in kinds(diagnose(plan(have, want)))
+
+
 def test_an_ensemble_for_modules_beside_each_other_proposes_no_rule_that_is_none():
     stacked_layers = {f"params/both/{name}/kernel": (2, 3, 4) for name in ("up", "down")}
     wanted = {f"q{at}/{name}/kernel": (3, 4) for at in (1, 2) for name in ("up", "down")}

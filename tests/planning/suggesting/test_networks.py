@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import from_linen, suggest
+from orbax_nnx_handler import from_linen, plan_restore, suggest
 
 SHAPES = {"Dense_0": (4, 8), "Dense_1": (8, 8), "Dense_2": (8, None)}
 OURS = {"Dense_0": "fc1", "Dense_1": "fc2", "Dense_2": "out"}
@@ -62,3 +62,72 @@ def test_networks_of_which_no_name_tells_which_is_which_are_asked_about():
 
     assert found.confidence == "open"
     assert found.questions
+
+
+def alone(width):
+    return nnx.from_flat_state(
+        [
+            ((name, "kernel"), nnx.Param(jax.ShapeDtypeStruct((a, b or width), "float32")))
+            for name, (a, b) in SHAPES.items()
+        ]
+    )
+
+
+def test_one_model_beside_several_stored_networks_is_asked_about_and_no_network_is_lent():
+    tree = {"gen": {"params": network(0.0, 1)}, "disc": {"params": network(1000.0, 1)}}
+    target = alone(1)
+
+    found = suggest(tree, target)
+
+    assert found.renames == ()
+    (question,) = found.questions
+    assert question.choices == ("disc", "gen")
+    assert str(question) == "which of disc, gen is the target? The shapes allow each."
+    for name, rules in zip(question.choices, question.alternatives, strict=True):
+        state = from_linen(tree, target, renames=rules)
+        np.testing.assert_array_equal(
+            state["Dense_1"]["kernel"].get_value(), tree[name]["params"]["Dense_1"]["kernel"]
+        )
+
+
+def test_the_only_network_that_fits_is_proposed():
+    tree = {"gen": {"params": network(0.0, 1)}, "disc": {"params": network(1000.0, 3)}}
+    target = alone(3)
+
+    found = suggest(tree, target)
+
+    assert found.questions == ()
+    state = from_linen(tree, target, renames=found.renames)
+    np.testing.assert_array_equal(
+        state["Dense_2"]["kernel"].get_value(), tree["disc"]["params"]["Dense_2"]["kernel"]
+    )
+
+
+def test_rules_that_the_planner_refuses_are_not_proposed_with_a_question():
+    tree = {"gen": {"params": network(0.0, 1)}, "disc": {"params": network(1000.0, 1)}}
+
+    found = suggest(tree, target_of(("left", "right"), (1, 1)))
+
+    assert (found.renames, found.problem) == ((), "")
+    assert "gen/Dense_" in str(found.questions[0])
+    for rules in found.questions[0].alternatives:
+        assert {"left", "right"} <= {
+            str(path[0])
+            for path in plan_restore(tree, target_of(("left", "right"), (1, 1)), renames=rules).restored
+        }
+
+
+def test_every_answer_to_a_question_reads_otherwise():
+    stored = {
+        f"block_{at}": {name: {"kernel": np.ones((8, 8), "f")} for name in ("one", "two")} for at in range(3)
+    }
+    target = nnx.from_flat_state(
+        [
+            (("layers", at, name, "kernel"), nnx.Param(jax.ShapeDtypeStruct((8, 8), "float32")))
+            for at in range(3)
+            for name in ("red", "blue")
+        ]
+    )
+
+    for question in suggest({"params": stored}, target).questions:
+        assert len({*question.choices}) == len(question.choices) > 1

@@ -4,7 +4,7 @@ What is scanned on one side is several modules on the other, so both sides are t
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -134,8 +134,8 @@ def scanned_axes(calls: Mapping[Path, Sequence[Call]], wanted: Mapping[Path, Sha
 def pair_modules(
     recipes: Mapping[Path, Recipe],
     location: Mapping[Path, Path],
-    nnx_calls: Iterable[Call],
-    linen_calls: Iterable[Call],
+    nnx_calls: Collection[Call],
+    linen_calls: Collection[Call],
 ) -> list[ModulePair]:
     """Returns the modules that hold the same stored elements, of those that were called.
 
@@ -147,9 +147,10 @@ def pair_modules(
     """
     layered = {path: layers_of(recipe) for path, recipe in recipes.items()}
     used = {atom for layers in layered.values() for atoms in layers for atom in atoms}
-    nnx = _nnx_units(layered, {call.path for call in nnx_calls})
-    linen = _linen_units(used, location, {call.path for call in linen_calls})
-    within = _leaves_within(recipes, {call.path for call in nnx_calls})
+    nnx_counts, linen_counts = (Counter(call.path for call in calls) for calls in (nnx_calls, linen_calls))
+    nnx = _nnx_units(layered, nnx_counts)
+    linen = _linen_units(used, location, linen_counts)
+    within = _leaves_within(recipes, nnx_counts)
     pairs: list[ModulePair] = []
     for atoms, wanted in nnx.items():
         if atoms and atoms in linen:
@@ -159,7 +160,7 @@ def pair_modules(
     return pairs
 
 
-def _leaves_within(leaves: Iterable[Path], modules: set[Path]) -> dict[Path, list[Path]]:
+def _leaves_within(leaves: Iterable[Path], modules: Collection[Path]) -> dict[Path, list[Path]]:
     found: dict[Path, list[Path]] = defaultdict(list)
     for leaf in leaves:
         for depth in range(len(leaf) + 1):
@@ -168,11 +169,16 @@ def _leaves_within(leaves: Iterable[Path], modules: set[Path]) -> dict[Path, lis
     return found
 
 
-def _nnx_units(layered: Mapping[Path, Sequence[_Atoms]], modules: set[Path]) -> dict[_Atoms, list[Unit]]:
+def _nnx_units(
+    layered: Mapping[Path, Sequence[_Atoms]], calls: Mapping[Path, int]
+) -> dict[_Atoms, list[Unit]]:
     units: dict[_Atoms, list[Unit]] = defaultdict(list)
-    for module, leaves in _leaves_within(layered, modules).items():
+    for module, leaves in _leaves_within(layered, calls).items():
         counts = {len(layered[leaf]) for leaf in leaves}
         count = counts.pop() if len(counts) == 1 else 1
+        if calls[module] % count:  # It holds the scan.
+            whole = frozenset[Atom]().union(*(atoms for leaf in leaves for atoms in layered[leaf]))
+            units[whole].append(Unit(path=module))
         for layer in range(count):
             atoms = frozenset[Atom]().union(
                 *(
@@ -185,13 +191,13 @@ def _nnx_units(layered: Mapping[Path, Sequence[_Atoms]], modules: set[Path]) -> 
 
 
 def _linen_units(
-    used: Iterable[Atom], location: Mapping[Path, Path], modules: set[Path]
+    used: Iterable[Atom], location: Mapping[Path, Path], calls: Mapping[Path, int]
 ) -> dict[_Atoms, list[Unit]]:
     within: dict[Path, set[Atom]] = defaultdict(set)
     for atom in used:
         place = location.get(atom[0], ())
         for depth in range(len(place)):
-            if place[:depth] in modules:
+            if place[:depth] in calls:
                 within[place[:depth]].add(atom)
     units: dict[_Atoms, list[Unit]] = defaultdict(list)
     for module, atoms in within.items():
@@ -201,6 +207,8 @@ def _linen_units(
         if () in by_layer or len({len(layer) for layer in by_layer}) > 1:
             units[frozenset(atoms)].append(Unit(path=module))
             continue
+        if calls[module] % len(by_layer):  # It holds the scan.
+            units[frozenset(atoms)].append(Unit(path=module))
         for number, layer in enumerate(sorted(by_layer)):
             unit = Unit(path=module, layer=number, layers=len(by_layer))
             units[frozenset(by_layer[layer])].append(unit)

@@ -36,7 +36,7 @@ _MOST_ROUNDINGS = 5
 _GROWTH = 16
 """How much a module may enlarge a difference that its inputs have already."""
 _MOST_AXES = 5
-_MASK = 1e6
+MASK = 1e6
 """Values beyond it are a mask's, and say nothing about how large the others are."""
 _COARSE = {"bfloat16": 2e-2, "float16": 2e-3}
 
@@ -72,9 +72,10 @@ def distance(reference: Array, other: Array) -> tuple[float, float]:
         if not np.isfinite(apart).all():
             return float("inf"), float("inf")
         size = np.abs(a)
-        usual = size[size < _MASK]
+        usual = size[size < MASK]
         mean = float(usual.mean(dtype=np.float64)) if usual.size else 1.0
         relative = apart / np.maximum(size, max(mean, float(np.finfo(np.float32).tiny)))
+        relative[apart == 0] = 0  # Where both are no number too.
     return float(relative.max()), float(apart.max())
 
 

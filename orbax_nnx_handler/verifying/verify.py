@@ -29,6 +29,7 @@ from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.recording import Array
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, is_dataclass, is_weight, run_both
 from orbax_nnx_handler.verifying.verification import (
+    MASK,
     TOLERANCE,
     FirstDifference,
     Verification,
@@ -134,16 +135,28 @@ def compared(runs: Runs, plan: RestorePlan, tolerance: float | None = None) -> V
     )
 
 
+_FEATURES = 3
+"""Axes of an array of features: example, position, feature."""
 _LEAST, _MOST = 1e-4, 1e4
 """The usual sizes of inputs."""
 
 
+def _size(array: Array) -> float:
+    """Returns how large an input's numbers are, those of a mask left out."""
+    size = np.abs(array)
+    usual = size[size < MASK]
+    return float((usual if usual.size else size).mean(dtype=np.float64))
+
+
 def _untold(runs: Runs, plan: RestorePlan, first: FirstDifference | None) -> Iterator[str]:
     """Yields what equal outputs do not tell of the weights."""
-    floats = [np.asarray(leaf) for leaf in jax.tree.leaves(runs.inputs) if np.size(leaf) > 1]
-    if any(np.all(leaf == leaf.flat[0]) for leaf in floats):
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(runs.inputs) if np.size(leaf) > 1]
+    numbers = [array for array in arrays if array.dtype.kind in "iuf"]
+    flat = [array for array in numbers if np.all(array == array.flat[0])]
+    # One that is the same throughout beside others is a mask or a type, but for features.
+    if flat and (len(flat) == len(numbers) or any(array.ndim == _FEATURES for array in flat)):
         yield "an input is one number throughout, which tells little of the weights: choose random inputs."
-    sizes = [float(np.abs(leaf).mean(dtype=np.float64)) for leaf in floats if leaf.dtype.kind == "f"]
+    sizes = [_size(array) for array in numbers if array.dtype.kind == "f"]
     strange = next((size for size in sizes if size and not _LEAST < size < _MOST), None)
     if strange is not None:
         yield f"an input's numbers are about {strange:.0e}, where weights hardly count: choose some of 1."

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Verification, VerificationError, verify
+from orbax_nnx_handler import UnstackLayers, Verification, VerificationError, verify
 from orbax_nnx_handler.planning.core.paths import render
 
 X = np.random.default_rng(0).normal(size=(2, 4)).astype("f")
@@ -269,3 +269,92 @@ def test_a_configuration_may_have_slots(saved: pathlib.Path):
             self.config = Config()
 
     assert compared(saved, port=Configured).equal
+
+
+@pytest.mark.parametrize("hole", [np.nan, -np.inf, -1e30])
+def test_numbers_that_are_none_hide_no_other_difference(hole: float, saved: pathlib.Path):
+    def masked(y: Any) -> Any:
+        return jnp.where(jnp.arange(4) < 2, y, hole)
+
+    def run(factor: float) -> Verification:
+        return compared(
+            saved, lambda v, x: masked(Linen().apply(v, x)), lambda model, x: masked(factor * model(x))
+        )
+
+    assert run(1.0).equal
+    assert not run(1.5).equal
+
+
+@pytest.mark.parametrize("mask", [np.ones((2, 4), bool), np.ones((2, 4), "f"), np.zeros((2, 4), int)])
+def test_a_mask_that_is_the_same_throughout_is_no_remark(mask: np.ndarray, saved: pathlib.Path):
+    found = compared(
+        saved,
+        lambda v, x, mask: Linen().apply(v, x) * (1 + mask),
+        lambda model, x, mask: model(x) * (1 + mask),
+        inputs=(np.tile(X, (8, 1)) * np.arange(1, 17, dtype="f")[:, None], np.tile(mask, (8, 1))),
+    )
+
+    assert (found.equal, found.remarks) == (True, ())
+
+
+def test_a_mask_of_large_numbers_says_nothing_of_how_large_inputs_are(saved: pathlib.Path):
+    inputs = (np.random.default_rng(2).normal(size=(16, 4)).astype("f"), np.full((16, 4), -1e9, "f"))
+    inputs[1][::2] = 0
+    found = compared(saved, lambda v, x, _: Linen().apply(v, x), lambda model, x, _: model(x), inputs=inputs)
+
+    assert (found.equal, found.remarks) == (True, ())
+
+
+class LinenLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(4, name="up")(jnp.tanh(x)), None
+
+
+class LinenLayers(nn.Module):
+    """Nothing but a scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(LinenLayer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return scan(name="blocks")(x, None)[0]
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.up(jnp.tanh(x))
+
+
+class Layers(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.List([Layer(rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_layers_in_another_order_are_found_in_a_model_that_is_a_scan_alone(tmp_path: pathlib.Path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", weights(LinenLayers().init(jax.random.key(0), X)))
+
+    found = verify(
+        tmp_path / "c",
+        nnx.eval_shape(lambda: Layers(nnx.Rngs(0))),
+        LinenLayers().apply,
+        lambda model, x: model(x),
+        (X,),
+        renames=[
+            UnstackLayers("blocks", "blocks/{i}", axis=0),
+            ("blocks/0", "blocks/2"),
+            ("blocks/2", "blocks/0"),
+        ],
+    )
+
+    assert found.first is not None
+    assert found.first.path == "blocks/0/up"
+    assert "needs those that blocks/2 was given" in found.first.proved

@@ -9,6 +9,7 @@ from typing import Any
 from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import Cause, RestoreError
 from orbax_nnx_handler.planning.core.folding import list_paths
+from orbax_nnx_handler.planning.core.leaves import total_nbytes
 from orbax_nnx_handler.planning.core.lines import aligned, counted, rated, sized
 from orbax_nnx_handler.planning.core.paths import Path, spelled
 from orbax_nnx_handler.planning.diagnosis.explanation import Explanation
@@ -145,7 +146,7 @@ class RestoreReport(Displayed):
     def of(cls, plan: RestorePlan, seconds: float) -> "RestoreReport":
         """Returns the report of a plan that was carried out in that time."""
         return cls(
-            plan=plan, seconds=seconds, nbytes=sum(item.wanted.nbytes for item in plan.restored.values())
+            plan=plan, seconds=seconds, nbytes=total_nbytes(item.wanted for item in plan.restored.values())
         )
 
     @property

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Generic, Self, TypeVar, dataclass_transform, overload
 
@@ -112,6 +113,13 @@ class WantedLeaf:
     def nbytes(self) -> int:
         """Size in bytes of the whole array, over all devices."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def total_nbytes(leaves: Iterable[WantedLeaf], below: float = math.inf) -> int:
+    """Returns the bytes of all leaves, those that have so many each or more left out."""
+    kinds = Counter([(leaf.shape, leaf.dtype.itemsize) for leaf in leaves])  # A model has few of them.
+    sizes = ((math.prod(shape) * itemsize, count) for (shape, itemsize), count in kinds.items())
+    return sum(size * count for size, count in sizes if size < below)
 
 
 def _importable(kind: type[Any] | None) -> type[Any] | None:

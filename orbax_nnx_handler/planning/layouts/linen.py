@@ -44,6 +44,14 @@ def place_with(stored: Stored, params_depth: int) -> tuple[Placement, ...]:
             whole variables dict, one subtree a collection (MaxText).
     """
     owners = owners_of(stored) or _ITEM
+    if owners == _ITEM:  # Nearly every checkpoint.
+        located = ((leaf, _locate(path, params_depth)) for path, leaf in stored.items())
+        return tuple(
+            [
+                Placement(leaf=leaf, section=section, collection=collection, path=path, owner=())
+                for leaf, (section, collection, path) in located
+            ]
+        )
     return tuple(_placement(stored, path, owners, params_depth) for path in stored)
 
 
@@ -56,7 +64,9 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     paths = list(stored)
     holds: dict[Path, set[str]] = {}
     called = _called_like_fields(paths)
-    for path in paths:
+    # Of a path that begins with a field, the key below tells all; nearly every path of a checkpoint does.
+    heads = [path[:2] if path[0] in KEYS and path[:1] not in called else path for path in paths if path]
+    for path in dict.fromkeys(heads):
         if KEYS.isdisjoint(path):
             continue
         # The first such key: one below it belongs to a train state's field.

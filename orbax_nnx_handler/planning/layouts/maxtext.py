@@ -70,6 +70,8 @@ def _has_its_modules(stored: Stored) -> bool:
 
 def _doubled(stored: Stored) -> list[Path]:
     """Returns the keys `params/params`, with those above them, that parameters lie under."""
+    if not any(path.count("params") > 1 for path in stored):
+        return []  # Nearly every tree.
     above = [(*owner, "params", "params") for owner in owners_of(stored) or ((),)]
     return [
         keys for keys in above if any(path[: len(keys)] == keys and len(path) > len(keys) for path in stored)

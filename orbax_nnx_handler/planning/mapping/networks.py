@@ -208,13 +208,13 @@ def _evidence_of(entry: Entry) -> MatchEvidence:
 def _names(entries: Sequence[Entry]) -> dict[Tokens, dict[Tokens, str]]:
     """Returns the collections of each stored train state, by their canonical names."""
     names: dict[Tokens, dict[Tokens, str]] = {}
-    for entry in entries:
-        if entry.section == "model":
-            named = names.setdefault(entry.owner, {})
-            if entry.collection is not None:
-                named.setdefault(_canonical((entry.collection,)), entry.collection)
+    models = [entry for entry in entries if entry.section == "model"]
+    for owner, collection in dict.fromkeys((entry.owner, entry.collection) for entry in models):
+        named = names.setdefault(owner, {})
+        if collection is not None:
+            named.setdefault(_canonical((collection,)), collection)
     # A module of the model that is called like a collection is the model's.
-    modules = {(e.owner, e.tokens[:1]) for e in entries if e.section == "model" and e.collection == "params"}
+    modules = {(entry.owner, entry.tokens[:1]) for entry in models if entry.collection == "params"}
     return {
         owner: {key: name for key, name in named.items() if (owner, key[:1]) not in modules}
         for owner, named in names.items()

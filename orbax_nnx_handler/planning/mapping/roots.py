@@ -59,6 +59,8 @@ def find_roots(
             in one is meant only where it is named.
     """
     here, there = _Below(wanted), _Below(stored)
+    if there.names(()) >= {*wanted}:
+        return Roots(wanted=(), stored=(), overlap=len(wanted))  # Many a model: no pair is shorter.
     best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1, -1)
     pairs = itertools.product(_chain(wanted), _chain(stored))
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):

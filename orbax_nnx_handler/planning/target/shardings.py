@@ -58,9 +58,9 @@ class ShardingRule:
             said = _own_sharding(value)
         if said is None:
             said = self._annotated(node)
-        if isinstance(said, NamedSharding) and isinstance(said.mesh, AbstractMesh) and said.mesh.empty:
-            said = None
-        return (self._default, True) if said is None else (self._concrete(said), False)
+        if not isinstance(said, NamedSharding) or not isinstance(said.mesh, AbstractMesh):
+            return (self._default, True) if said is None else (said, False)
+        return (self._default, True) if said.mesh.empty else (self._concrete(said, said.mesh), False)
 
     def _annotated(self, node: Any) -> Sharding | None:
         if not isinstance(node, nnx.Variable) or not node.has_metadata("out_sharding"):
@@ -72,14 +72,12 @@ class ShardingRule:
         spec: PartitionSpec | None = annotated["leaf"].get_value()
         return NamedSharding(mesh, spec) if mesh is not None and spec is not None else None
 
-    def _concrete(self, sharding: Sharding) -> Sharding:
-        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
-            return sharding
+    def _concrete(self, sharding: NamedSharding, mesh: AbstractMesh) -> Sharding:
         if is_traced():  # There, the mesh of the values that will come is the abstract one.
             return sharding
-        if self.mesh is None or tuple(self.mesh.shape.items()) != tuple(sharding.mesh.shape.items()):
+        if self.mesh is None or tuple(self.mesh.shape.items()) != tuple(mesh.shape.items()):
             raise RestoreError(
-                f"the target is sharded over the abstract mesh {dict(sharding.mesh.shape)}, "
+                f"the target is sharded over the abstract mesh {dict(mesh.shape)}, "
                 f"but the mesh in force is {dict(self.mesh.shape) if self.mesh else 'none'}.",
                 hints=["restore under `with jax.set_mesh(mesh):`, with the mesh the target was built for."],
             )
@@ -116,10 +114,13 @@ def indivisible(leaves: Iterable[WantedLeaf]) -> Iterator[ShardingMismatchError]
 
     JAX finds it out when it makes the array: after the bytes were read, and without the leaf's name.
     """
-    divides = functools.cache(_divides)
-    bad = [leaf for leaf in leaves if leaf.sharding is not None and not divides(leaf.sharding, leaf.shape)]
-    if not bad:
+    leaves = list(leaves)
+    # By the sharding itself: to compare two takes longer, and a model has few of them.
+    kinds = {(id(leaf.sharding), leaf.shape): leaf for leaf in leaves}
+    bad_kinds = {kind for kind, leaf in kinds.items() if not _divides(leaf.sharding, leaf.shape)}
+    if not bad_kinds:
         return
+    bad = [leaf for leaf in leaves if (id(leaf.sharding), leaf.shape) in bad_kinds]
     rows = [Row(leaf.path, (f"{leaf.shape} {leaf.dtype}", _in_words(leaf.sharding))) for leaf in bad]
     count = "1 leaf" if len(bad) == 1 else f"{len(bad)} leaves"
     yield ShardingMismatchError(
@@ -129,7 +130,9 @@ def indivisible(leaves: Iterable[WantedLeaf]) -> Iterator[ShardingMismatchError]
     )
 
 
-def _divides(sharding: Sharding, shape: Shape) -> bool:
+def _divides(sharding: Sharding | None, shape: Shape) -> bool:
+    if sharding is None:
+        return True
     try:
         sharding.shard_shape(shape)
     # A spec with more entries than the shape has dimensions is an IndexError.

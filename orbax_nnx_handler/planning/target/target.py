@@ -74,6 +74,7 @@ def children(node: Any) -> list[tuple[Hashable, Any]] | None:
 
 
 _LEAVES = (jax.ShapeDtypeStruct, np.ndarray, nnx.Variable, jax.Array)
+_PLAIN = (dict, nnx.State, jax.ShapeDtypeStruct)
 _NNX = (nnx.State, nnx.Pytree, nnx.Module, nnx.Variable)
 _NUMBERS = (bool, int, float, complex, np.generic)
 
@@ -87,8 +88,8 @@ def _is_nnx(node: Any) -> bool:
 
 
 def _is_variable(node: Any) -> bool:
-    # Flax looks into what is none, which takes as long as the rest of a visit.
-    return type(node) is not dict and type(node) is not nnx.State and isinstance(node, nnx.Variable)
+    kind = cast("type[Any]", type(node))  # Flax answers for an instance in Python, and looks into others.
+    return issubclass(kind, nnx.Variable) or (kind not in _PLAIN and isinstance(node, nnx.Variable))
 
 
 def _key(entry: Any) -> Hashable:
@@ -189,14 +190,13 @@ def flatten_like(tree: Any) -> Flat:
 
 def value_of(node: Any) -> Any:
     """Returns the value inside a Variable, or the bare leaf itself."""
-    if not isinstance(node, nnx.Variable):
+    if not _is_variable(node):
         return node
-    variable = cast(Any, node)
-    raw = variable.get_raw_value()
+    raw = node.get_raw_value()
     # `get_value` looks for references and copies containers; of a bare description there is nothing to copy.
-    if isinstance(raw, jax.ShapeDtypeStruct) and not variable.has_metadata("on_get_value"):
+    if isinstance(raw, jax.ShapeDtypeStruct) and not node.has_metadata("on_get_value"):
         return raw
-    return variable.get_value()
+    return node.get_value()
 
 
 _Apart = tuple[Flat, Flat, Callable[[Flat], Any]]
@@ -277,7 +277,7 @@ def _entries(item: Any) -> list[tuple[Any, Any]] | None:
     """Returns the children of a container by key; None for a leaf."""
     if type(item) is dict:
         return list(cast(dict[Any, Any], item).items())
-    if isinstance(item, _LEAVES):
+    if _is_variable(item) or isinstance(item, _LEAVES):
         return None
     if isinstance(item, nnx.State):
         # Its own dicts: asked for one by one, a State wraps each in a new State.
@@ -352,14 +352,8 @@ def _wanted(
     # A bare leaf is its own value.
     kind = None if value is node else cast("type[Any]", type(node))
     sharding, is_default = placer.place(node, value, override)
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+    if not (is_abstract := isinstance(value, jax.ShapeDtypeStruct)):
         value = _as_array(path, value)
-    if isinstance(value, np.ma.MaskedArray):
-        raise RestoreError(
-            f"target leaf {render(path)} is a masked array, and no array of JAX's has a mask.",
-            paths=(path,),
-            hints=["give the target numpy.ma.filled(array, value), or a jax.ShapeDtypeStruct."],
-        )
     dtype = getattr(override, "dtype", None)
     return WantedLeaf(
         path=path,
@@ -367,7 +361,7 @@ def _wanted(
         shape=tuple(value.shape),
         dtype=held(value.dtype if dtype is None else dtype if is_key(dtype) else np.dtype(dtype)),
         sharding=sharding,
-        value=None if isinstance(value, jax.ShapeDtypeStruct) else value,
+        value=None if is_abstract else value,
         dtype_is_chosen=dtype is not None,
         sharding_is_default=is_default,
     )
@@ -391,6 +385,14 @@ _TEXTS = "leave text out of the target: keep it in an item of its own, such as o
 
 
 def _as_array(path: Path, value: Any) -> Any:
+    if isinstance(value, np.ma.MaskedArray):
+        raise RestoreError(
+            f"target leaf {render(path)} is a masked array, and no array of JAX's has a mask.",
+            paths=(path,),
+            hints=["give the target numpy.ma.filled(array, value), or a jax.ShapeDtypeStruct."],
+        )
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return value
     if isinstance(value, _NUMBERS):
         return _number_as_array(value)
     what, hint = f"a {type(value).__name__}", _TEXTS if isinstance(value, str | bytes) else _ARRAYS
@@ -404,14 +406,13 @@ def _as_array(path: Path, value: Any) -> Any:
 
 
 def _with_value(node: Any, value: Any) -> Any:
-    if not isinstance(node, nnx.Variable):
+    if not _is_variable(node):
         return value
-    variable = cast(Any, node)
-    metadata = variable.get_metadata()
+    metadata = node.get_metadata()
     if metadata.get("ref") or metadata.get("hijax"):
-        return variable.replace(value)
+        return node.replace(value)
     # As `replace` does, but for the search for references, which a restored array has none of.
-    return cast(Any, type(variable)).from_metadata(value, metadata)
+    return cast(Any, type(node)).from_metadata(value, metadata)
 
 
 def _check_overrides(overrides: Mapping[Path, Any], flat: Flat) -> None:

@@ -123,8 +123,9 @@ def shape_field(fields: dict[str, Any], name: str, *, least: int) -> Shape:
 
 
 def _of_type(fields: dict[str, Any], name: str, kind: type, what: str) -> Any:
+    value = fields.get(name)
+    if isinstance(value, kind):
+        return value
     if name not in fields:
         raise FieldError(f"{name} is absent")
-    if not isinstance(fields[name], kind):
-        raise FieldError(f"{name} is {repr(fields[name])[:80]}, where {what} should be")
-    return fields[name]
+    raise FieldError(f"{name} is {repr(value)[:80]}, where {what} should be")

@@ -62,7 +62,7 @@ _NODE_TYPES: Mapping[type, str] = {
     list: "List",
     tuple: "Tuple",
 }
-_SEQUENCE = 1
+_SEQUENCE, _NAME = 1, 2
 
 _ORBAX_PLACEHOLDERS = ("PLACEHOLDER://", "AGGREGATED://")
 _FLAX_PLACEHOLDER = "//GDAPlaceholder:"
@@ -166,14 +166,20 @@ def _metadata_tree(file: epath.Path, files: Files) -> Tree:
 
 
 def _entry(entry: dict[str, Any]) -> tuple[Path, str, str]:
-    path = tuple([_key(key) for key in objects_of(entry, "key_metadata")])
+    path = tuple(
+        [
+            # Nearly every key: a call for each takes its time.
+            name
+            if type(name := key.get("key")) is str and name.isascii() and key.get("key_type") == _NAME
+            else _key(key)
+            for key in objects_of(entry, "key_metadata")
+        ]
+    )
     return path, array_name(path), text_of(object_of(entry, "value_metadata"), "value_type")
 
 
 def _key(key: dict[str, Any]) -> str | int:
-    name = key.get("key")
-    if type(name) is not str or not name.isascii():  # Hardly any: a call for each key takes its time.
-        name = text_of(key, "key")
+    name = text_of(key, "key")
     return _number(name) if key.get("key_type") == _SEQUENCE else name
 
 

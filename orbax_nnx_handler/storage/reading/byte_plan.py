@@ -164,15 +164,15 @@ class BytePlan:
 
 def plan_bytes(wanted: Sequence[WantedBytes], limits: Limits) -> BytePlan:
     """Returns the requests that bring what is wanted."""
-    order = sorted(range(len(wanted)), key=lambda number: (wanted[number].file, wanted[number].runs[0]))
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
     batches: list[Batch] = []
     open_batch: _Open | None = None
     for number in order:
-        if open_batch is None or not open_batch.takes(wanted[number]):
+        if open_batch is None or not open_batch.joined(number, wanted[number]):
             if open_batch is not None:
                 batches.append(open_batch.close())
             open_batch = _Open(wanted[number].file, limits)
-        open_batch.add(number, wanted[number])
+            open_batch.add(number, wanted[number])
     if open_batch is not None:
         batches.append(open_batch.close())
     # The longest first, so that none is left for the end; all others as they lie in their files.
@@ -193,10 +193,20 @@ class _Open:
         self._start = self._end = -1
         self._parts: list[RequestPart] = []
 
-    def takes(self, wanted: WantedBytes) -> bool:
-        """Tells whether something is joined to the last request rather than asked for by itself."""
-        (start, size), *more = wanted.runs
-        return not more and wanted.file == self._file and self._joins(start, size)
+    def joined(self, number: int, wanted: WantedBytes) -> bool:
+        """Adds what is joined to the last request; False for what is asked for by itself."""
+        file, runs = wanted
+        start, size = runs[0]
+        if len(runs) > 1 or file != self._file or not self._joins(start, size):
+            return False
+        if size > self._limits.range_bytes:
+            self.add(number, wanted)
+            return True
+        # Nearly every leaf of a model of thousands.
+        self._numbers.append(number)
+        self._parts.append(RequestPart(number, 0, start - self._start, size))
+        self._end = start + size
+        return True
 
     def add(self, number: int, wanted: WantedBytes) -> None:
         """Adds all runs, cut where they are too long."""

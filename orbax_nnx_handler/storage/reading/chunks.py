@@ -100,8 +100,8 @@ class ChunkPiece:
 
 def pieces_of_chunk(
     owner: Owner, encoding: Encoding, extent: Extent, targets: Sequence[Destination], limits: Limits
-) -> Iterator[ChunkPiece]:
-    """Yields what the targets need of one chunk.
+) -> list[ChunkPiece]:
+    """Returns what the targets need of one chunk.
 
     Args:
         owner: Whose chunk it is.
@@ -120,16 +120,17 @@ def pieces_of_chunk(
     if encoding.codec == "zstd":
         use = functools.partial(_fill_from_zstd, encoding, targets, extent.size)
         wanted = WantedBytes(extent.file, ((extent.start, extent.size),))
-        yield ChunkPiece(owner, wanted, _nbytes(targets), use=use, streamed=extent.size > limits.packed_bytes)
-        return
+        streamed = extent.size > limits.packed_bytes
+        return [ChunkPiece(owner, wanted, _nbytes(targets), use=use, streamed=streamed)]
     if payload != encoding.chunk_nbytes:
         raise DamagedError(f"holds {payload} bytes where a chunk has {encoding.chunk_nbytes}")
-    yield from raw_pieces(owner, encoding, extent, targets, limits)
+    found = list(raw_pieces(owner, encoding, extent, targets, limits))
     if behind:
         # The chunk fills the shard, so that its place is known before the index is read. The index
         # comes along to be compared, with the last bytes of the chunk where these are wanted.
         wanted = WantedBytes(extent.file, ((extent.start + payload, behind),))
-        yield ChunkPiece(owner, wanted, 0, use=_comparing(payload))
+        found.append(ChunkPiece(owner, wanted, 0, use=_comparing(payload)))
+    return found
 
 
 def raw_pieces(
@@ -171,7 +172,9 @@ def _direct_runs(encoding: Encoding, targets: Sequence[Destination]) -> list[tup
             return []
         runs.append((first * encoding.dtype.itemsize, target.view.nbytes))
     # Bytes that two targets want are read once and copied.
-    if any(start + size > after for (start, size), (after, _) in itertools.pairwise(sorted(runs))):
+    if len(runs) > 1 and any(
+        start + size > after for (start, size), (after, _) in itertools.pairwise(sorted(runs))
+    ):
         return []
     return runs
 
@@ -246,13 +249,13 @@ def _unpack(encoding: Encoding, targets: Sequence[Destination], content: Content
     only = targets[0] if len(targets) == 1 and takes_bytes(targets[0], encoding) else None
     if only is not None and only.region != encoding.whole_chunk:
         only = None
-    if encoding.chunk_nbytes <= _ONE_CALL_BYTES and isinstance(content, memoryview):
+    most = encoding.chunk_nbytes
+    if most <= _ONE_CALL_BYTES and isinstance(content, memoryview):
         # Where the frame tells its size, zstd allocates that, whatever it may take at most.
         said = zstandard.frame_content_size(content)
-        values = b"" if said > encoding.chunk_nbytes else _all_of(content, encoding)
-        if len(values) != encoding.chunk_nbytes:
-            size = max(said, len(values))
-            raise DamagedError(f"unpacks to {size} bytes where a chunk has {encoding.chunk_nbytes}")
+        values = b"" if said > most else decompressor().decompress(content, max_output_size=most)
+        if len(values) != most:
+            raise DamagedError(f"unpacks to {max(said, len(values))} bytes where a chunk has {most}")
         if only is not None:
             memory_of(only.view)[:] = values
             return
@@ -263,10 +266,6 @@ def _unpack(encoding: Encoding, targets: Sequence[Destination], content: Content
         Zstd(content).read_into(memory_of(only.view))
     else:
         scatter(Zstd(content), encoding, targets)
-
-
-def _all_of(content: memoryview, encoding: Encoding) -> bytes:
-    return decompressor().decompress(content, max_output_size=encoding.chunk_nbytes)
 
 
 def takes_bytes(target: Destination, encoding: Encoding) -> bool:

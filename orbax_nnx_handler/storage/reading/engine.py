@@ -92,8 +92,8 @@ def read_pieces(
     Raises:
         UnreadableLeafError: Bytes are absent, too few or damaged.
     """
-    planned = [piece for piece in pieces if not piece.streamed and piece.wanted.runs]
     others = [piece for piece in pieces if piece.streamed or not piece.wanted.runs]
+    planned = [piece for piece in pieces if not piece.streamed and piece.wanted.runs] if others else pieces
     plan = plan_bytes([piece.wanted for piece in planned], limits)
     threads = min(threads_for(pieces), len(plan.batches) + len(others) + len(tasks))
     reading = _Reading(files, planned, limits, concurrent_bytes or DEFAULT_WINDOW_BYTES, progress)

@@ -8,6 +8,7 @@ opened by TensorStore. Which chunks are absent is known from the catalog before 
 import contextlib
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
-from orbax_nnx_handler.planning.core.leaves import record
 from orbax_nnx_handler.planning.core.paths import Path, printable, render
 from orbax_nnx_handler.planning.core.regions import (
     Region,
@@ -58,11 +58,13 @@ def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region
     if not checkpoint.writes_fill:
         return {}
     found: dict[Path, list[str]] = {}
+    arrays = checkpoint.arrays
     for path, needed in regions.items():
-        array = checkpoint.arrays.get(path)
-        if array is None or array.store.catalog is None:
+        array = arrays.get(path)
+        catalog = None if array is None else array.store.catalog
+        if array is None or catalog is None:
             continue
-        absent = [key for key in array.keys(needed) if array.store.lacks(key)]
+        absent = [key for key in array.keys(needed) if key not in catalog]
         if absent:
             found[path] = absent
     return found
@@ -85,7 +87,7 @@ def check_presence(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Regio
         )
 
 
-@record
+@dataclasses.dataclass(slots=True, kw_only=True)
 class LeafToRead:
     """A stored leaf and what its absence means.
 
@@ -129,7 +131,7 @@ class LeafToRead:
             raise self.unreadable(f"{store.directory}/{self.array.name}", error) from error
 
 
-@record
+@dataclasses.dataclass(slots=True)
 class _Chunk:
     """One chunk of a leaf and the places that its values go to, counted from its own start."""
 
@@ -171,7 +173,7 @@ class _Chunk:
         try:
             if isinstance(encoding, NpyEncoding):
                 return list(pieces_of_member(self, encoding, extent, self.targets, limits))
-            return list(pieces_of_chunk(self, encoding, extent, self.targets, limits))
+            return pieces_of_chunk(self, encoding, extent, self.targets, limits)
         except DamagedError as error:
             raise self.unreadable(error) from error
 
@@ -201,13 +203,13 @@ def fill_targets(
     Raises:
         UnreadableLeafError: Stored bytes are absent or damaged.
     """
-    values = checkpoint.values or {}
-    tasks = [_copy(path, values[path], places) for path, places in targets.items() if path in values]
-    stored = {path: places for path, places in targets.items() if path not in values}
+    values, arrays = checkpoint.values or {}, checkpoint.arrays
+    tasks = [_copy(path, values[path], targets[path]) for path in values if path in targets]
+    stored = {path: targets[path] for path in targets if path not in values} if tasks else targets
     check_presence(checkpoint, {path: [place.region for place in places] for path, places in stored.items()})
-    by_store: dict[int, dict[Path, Sequence[Destination]]] = {}
+    by_store: dict[int, dict[Path, Sequence[Destination]]] = defaultdict(dict)
     for path, places in stored.items():
-        by_store.setdefault(id(checkpoint.arrays[path].store), {})[path] = places
+        by_store[id(arrays[path].store)][path] = places
     groups: list[dict[Path, Sequence[Destination]]] = [*by_store.values()] or [{}]
     share = None if concurrent_bytes is None else concurrent_bytes // len(groups)
     beside = [tasks, *[[]] * (len(groups) - 1)]
@@ -273,7 +275,7 @@ def chunks_of(leaf: LeafToRead, places: Sequence[Destination]) -> Iterator[_Chun
     filled = [place for place in places if place.view.size]
     if encoding.is_one_chunk:
         if filled:
-            yield _Chunk(leaf=leaf, key=f"{leaf.array.name}/{encoding.first_key}", targets=filled)
+            yield _Chunk(leaf, f"{leaf.array.name}/{encoding.first_key}", filled)
         return
     chunks: dict[tuple[int, ...], tuple[Region, list[Destination]]] = {}
     for place in filled:
@@ -284,7 +286,7 @@ def chunks_of(leaf: LeafToRead, places: Sequence[Destination]) -> Iterator[_Chun
             targets += _within(place, covered)
     for index, (_, targets) in chunks.items():
         if targets:
-            yield _Chunk(leaf=leaf, key=leaf.array.key(index), targets=targets)
+            yield _Chunk(leaf, leaf.array.key(index), targets)
 
 
 def _within(target: Destination, covered: Region) -> list[Destination]:
@@ -308,8 +310,10 @@ def pieces_to_read(
     sizes: Mapping[str, int | OSError | None] = {}
     if store.kind == "files" and isinstance(files, LocalData):
         sizes = files.sizes_of([chunk.key for chunk in chunks])
+    catalog = store.catalog or {}
     for chunk in chunks:
-        extent, size = store.listed_extent(chunk.key), sizes.get(chunk.key)
+        value = catalog.get(chunk.key)
+        extent, size = value if isinstance(value, Extent) else None, sizes.get(chunk.key)
         if isinstance(size, OSError):
             raise chunk.unreadable(size)
         if extent is None and size is not None:

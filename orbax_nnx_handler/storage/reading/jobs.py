@@ -76,8 +76,13 @@ class Shard:
     region: Region
     devices: tuple[Device, ...]
 
+    @functools.cached_property
+    def shape(self) -> Shape:
+        """The shape of the region."""
+        return shape_of_region(self.region)
 
-@record
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class PlainJob:
     """A job on plain numbers: random keys are their bits, with trailing axes.
 
@@ -122,7 +127,7 @@ def plain_job(job: Job) -> PlainJob:
 
 def allocate_shards(job: PlainJob, allocate: Allocate) -> dict[Region, Buffer]:
     """Returns an uninitialised buffer for each shard."""
-    return {shard.region: allocate(shape_of_region(shard.region), job.dtype) for shard in job.shards}
+    return {shard.region: allocate(shard.shape, job.dtype) for shard in job.shards}
 
 
 def region_of(index: tuple[slice, ...] | None, shape: Shape) -> Region:
@@ -170,7 +175,8 @@ def groups(jobs: Sequence[PlainJob], concurrent_bytes: int | None) -> Iterator[l
     Jobs that read the same stored leaf stay together, so that it is read once;
     such a family may exceed the window on its own.
     """
-    if all(job.on_cpu for job in jobs):
+    # Jobs of one sharding and shape have the same shards, and a model has few of either.
+    if all(job.on_cpu for job in {id(job.shards): job for job in jobs}.values()):
         yield list(jobs)
         return
     # Half: while one group is on its way to the devices, the next is read.
@@ -222,7 +228,7 @@ def families(jobs: Iterable[_Made]) -> list[list[_Made]]:
     return list({id(family): family for family in family_of.values()}.values())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Destination:
     """One rectangle of a stored leaf and the view that it fills.
 
@@ -320,9 +326,10 @@ def place_array(job: PlainJob, shards: Mapping[Region, Buffer]) -> jax.Array:
         job.shape,
         job.sharding,
         lambda index: shards[region_of(index, job.shape)] if only is None else only,
-        dtype=job.dtype,
+        # The buffers have it, and JAX looks into one that it is told.
+        dtype=None if shards else job.dtype,
     )
-    return as_asked(job, array)
+    return array if job.dtype is job.job.dtype else as_asked(job, array)
 
 
 def as_asked(job: PlainJob, array: jax.Array) -> jax.Array:

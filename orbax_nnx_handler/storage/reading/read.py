@@ -287,7 +287,9 @@ def read_shards(
     memory: Memory | None = None,
 ) -> list[dict[Region, Buffer]]:
     """Reads the shards of each job into fresh host memory."""
-    arena, work, stored = Arena(memory), Work(), stored_shapes(checkpoint)
+    arena, work = Arena(memory), Work()
+    is_whole = all(isinstance(job.recipe, recipes.Read) for job in group)
+    stored = {} if is_whole else stored_shapes(checkpoint)
     filled = [allocate_shards(job, arena.allocate) for job in group]
     for job, shards in zip(group, filled, strict=True):
         for region, buffer in shards.items():

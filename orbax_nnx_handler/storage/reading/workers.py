@@ -15,8 +15,8 @@ import mmap
 import resource
 import sys
 import threading
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Self, cast
 
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from jax.sharding import Sharding
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
+from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf, total_nbytes
 from orbax_nnx_handler.planning.core.lines import sized
 from orbax_nnx_handler.planning.core.paths import Path, render
 
@@ -248,15 +248,14 @@ class Memory:
         # The traceback of a refused restore holds this.
         self._ready.clear()
 
-    def expect(self, leaves: Iterable[WantedLeaf]) -> None:
+    def expect(self, leaves: Collection[WantedLeaf]) -> None:
         """Begins to make memory ready for the leaves that will live in this process's own."""
-        sizes: dict[int, int] = defaultdict(int)
-        shardings: dict[int, Sharding | None] = {}
-        for leaf in leaves:
-            if (size := leaf.nbytes) < OWN_BLOCK_BYTES:
-                sizes[id(leaf.sharding)] += size
-                shardings[id(leaf.sharding)] = leaf.sharding
-        nbytes = sum(size for number, size in sizes.items() if _is_own(shardings[number]))
+        own = {
+            number
+            for number, one in {id(one.sharding): one for one in leaves}.items()
+            if _is_own(one.sharding)
+        }
+        nbytes = total_nbytes([leaf for leaf in leaves if id(leaf.sharding) in own], below=OWN_BLOCK_BYTES)
         if nbytes >= SHARED_BLOCK_BYTES:
             count = min(nbytes, self.MOST_BYTES) // SHARED_BLOCK_BYTES
             thread = threading.Thread(target=self._make_ready, args=(count,))
@@ -301,15 +300,13 @@ class Arena:
     def allocate(self, shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """Returns a buffer whose content is undefined."""
         size = math.prod(shape) * dtype.itemsize
-        raw = _block(size) if size >= OWN_BLOCK_BYTES else self._slice(size)
-        return raw[:size].view(dtype).reshape(shape)
-
-    def _slice(self, size: int) -> _Bytes:
+        if size >= OWN_BLOCK_BYTES:
+            return np.ndarray(shape, dtype, cast(Any, _block(size)))
         if self._used + size > self._block.size:
             self._block, self._used = self._memory.take(), 0
         start = self._used
         self._used = -(-(start + size) // ALIGNMENT) * ALIGNMENT
-        return self._block[start : start + size]
+        return np.ndarray(shape, dtype, cast(Any, self._block), start)
 
 
 def _block(size: int) -> _Bytes:

@@ -111,13 +111,11 @@ def outside(extent: Extent, sizes: Mapping[str, int]) -> str | None:
 
 
 def _damaged(catalog: Catalog, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for key, value in catalog.items():
-        if isinstance(value, Extent):
-            file, start, size = value
-            if start + size > sizes.get(file, -1):
-                found.append((key, outside(value, sizes) or ""))
-    return found
+    extents = [(key, value) for key, value in catalog.items() if isinstance(value, Extent)]
+    if all(start + size <= sizes.get(file, -1) for _, (file, start, size) in extents):
+        return []  # Nearly every database.
+    reasons = [(key, outside(extent, sizes)) for key, extent in extents]
+    return [(key, reason) for key, reason in reasons if reason]
 
 
 def _texts(keys: Iterable[bytes]) -> list[str]:

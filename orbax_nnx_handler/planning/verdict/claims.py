@@ -42,11 +42,9 @@ class Claims:
         placed: Mapping[Path, Placement],
     ) -> None:
         self._sources, self._placed = sources, placed
-        self._reads = [
-            reads(source[1]) if path is None else (path,)
-            for (path, _), source in zip(chains, sources, strict=True)
-        ]
-        self.read = list(itertools.chain.from_iterable(self._reads))
+        self.read: list[Path] = []
+        for (path, _), source in zip(chains, sources, strict=True):
+            self.read += reads(source[1]) if path is None else (path,)
 
     @cached_property
     def used(self) -> Set[Path]:
@@ -72,8 +70,8 @@ class Claims:
             return  # Nearly every plan.
         twice = {path for path, count in Counter(self.read).items() if count > 1} - copies
         users: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
-        for paths, (item, recipe, _) in zip(self._reads, self._sources, strict=True):
-            for stored in dict.fromkeys(paths):
+        for item, recipe, _ in self._sources:
+            for stored in dict.fromkeys(reads(recipe)):
                 if stored in twice:
                     users[stored].append((item, recipe))
         doubtful = {

@@ -9,6 +9,7 @@ is used twice holds for them too, and that moments follow.
 """
 
 import dataclasses
+import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -130,12 +131,17 @@ class _Kernel:
         known: Known,
     ) -> None:
         self._wanted, self._placed, self._known = wanted, placed, known
-        chains = [read_and_steps(recipe) for _, recipe, _ in sources]
+        chains = [(made.path, ()) if type(made) is Read else read_and_steps(made) for _, made, _ in sources]
         self._by_role: dict[Role, list[Source]] = defaultdict(list)
         self._chains: dict[Role, list[Chain]] = defaultdict(list)
-        for source, chain in zip(sources, chains, strict=True):
-            self._by_role[source[0].role].append(source)
-            self._chains[source[0].role].append(chain)
+        # In a row: a target has its weights side by side, and so its moments.
+        start = 0
+        roles: list[Role] = [item.role for item, _, _ in sources]
+        for role, alike in itertools.groupby(roles):
+            end = start + sum(1 for _ in alike)
+            self._by_role[role] += sources[start:end]
+            self._chains[role] += chains[start:end]
+            start = end
         self._claims = Claims(sources, chains, placed)
         self._are_all = len(sources) == len(wanted)
         self._axes = StackedAxes(known.scan_axis, known.said)

@@ -393,12 +393,14 @@ def _values(fields: _Fields, count: int, files: _Files) -> list[bytes | Extent]:
         raise fields.fault("value_length", f"{largest} for a value within the node")
     content, at = fields.take(sum(inline), "value").tobytes(), 0
     found: list[bytes | Extent] = []
+    shared: dict[bytes, bytes] = {}  # The layers of a model have one description.
     for size, kind in zip(sizes, kinds.tolist(), strict=True):
         if kind:
             number, start = next(places)
             found.append(Extent(names[number], start, size))
         else:
-            found.append(content[at : at + size])
+            value = content[at : at + size]
+            found.append(shared.setdefault(value, value))
             at += size
     return found
 

@@ -239,3 +239,52 @@ def test_what_adafactor_does_not_use_is_one_zero_of_a_stack_as_of_a_layer(cli, t
 
     assert again.status == 0, again.err
     check(stock(tmp_path / "again"), stock(path))
+
+
+@pytest.mark.parametrize("columns", [6, 7, 5])
+def test_factored_moments_of_layers_on_the_second_axis_keep_the_axis_that_optax_factors(
+    cli, tmp_path, columns
+) -> None:
+    numbers, tx = Numbers(), optax.adafactor(1e-2, min_dim_size_to_factor=4)
+    params = {"layers": {"w": numbers(6, 3, columns), "b": numbers(5, 3)}}
+    state = numbers.optimizer(tx, params)
+    state = jax.tree.map(lambda leaf: np.zeros_like(leaf) if leaf.shape == (1,) else leaf, state)
+    path = write(tmp_path, {"params": params, "opt_state": state, "step": numbers(1, dtype=np.int32)})
+    names = {"v_row": "w", "v_col": "w", "v": "b"}
+    axes = {name: getattr(state[0], name)["layers"][leaf].shape.index(3) for name, leaf in names.items()}
+    assert sorted(axes[name] for name in ("v_row", "v_col")) == [0, 1]
+
+    said = cli("convert", path, tmp_path / "out", "--unscan", "layers", "--axis", 1)
+
+    assert said.status == 0, said.err
+    found = stock(tmp_path / "out")
+    for name, leaf in names.items():
+        whole = getattr(state[0], name)["layers"][leaf]
+        for at in range(3):
+            layer = np.take(whole, at, axes[name])
+            check(found["opt_state"][0][name][f"layers_{at}"][leaf], layer)
+
+    again = cli("convert", tmp_path / "out", tmp_path / "again", "--scan", "layers", "--axis", 1)
+
+    assert again.status == 0, again.err
+    check(stock(tmp_path / "again"), stock(path))
+
+
+def test_factored_moments_that_lack_the_axis_of_the_layers_are_refused_and_the_weights_alone_are_not(
+    cli, tmp_path
+) -> None:
+    numbers, tx = Numbers(), optax.adafactor(1e-2, min_dim_size_to_factor=4)
+    params = {f"layers_{at}": {"w": numbers(4, 4)} for at in range(4)}
+    path = write(
+        tmp_path, {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(3)}
+    )
+
+    said = cli("convert", path, tmp_path / "out", "--scan", "layers", "--axis", 1)
+
+    assert said.status == 1
+    assert "1 moments cannot follow their layers on this axis" in said.err
+    assert "hint: pass --weights-only." in said.err
+    said = cli("convert", path, tmp_path / "out", "--scan", "layers", "--axis", 1, "--weights-only")
+    assert said.status == 0, said.err
+    stacked = np.stack([params[f"layers_{at}"]["w"] for at in range(4)], 1)
+    check(stock(tmp_path / "out")["params"]["layers"]["w"], stacked)

@@ -271,8 +271,9 @@ def _stored_slots(evidence: Evidence) -> set[str]:
 def find_steps(evidence: Evidence) -> Iterable[Cause]:
     """Yields that one step is stored where the target counts more than once: no count is read twice."""
     lost = evidence.of_role(evidence.missing, "step")
-    steps = [item.leaf.path for item in evidence.sides.placements.values() if item.section == "step"]
-    if not lost or len(steps) != 1:
+    placements = evidence.sides.placements
+    steps = [path for path, item in placements.items() if item.section == "step" and not item.leaf.shape]
+    if not lost or len(steps) != 1 or evidence.weights.keys().isdisjoint(evidence.restored):
         return
     taken = [at for at, item in evidence.restored.items() if reads(item.recipe) == (steps[0],)]
     if len(lost) > 1:

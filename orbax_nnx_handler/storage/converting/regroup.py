@@ -7,14 +7,15 @@ to have. Which stored leaf each of them is, the same plan decides as for a resto
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
+import numpy as np
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.folding import Row, ranges
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import reads, substitute
@@ -31,6 +32,8 @@ GroupPath = tuple[str, ...]
 
 Regrouping = Literal["scan", "unscan"]
 _SECTIONS = frozenset({"model", "optimizer", "step"})
+_Shapes = Mapping[tuple[Path, Path], Shape]
+"""The shapes of parameters by owner and path."""
 
 
 def regroup(
@@ -61,6 +64,9 @@ def regroup(
         _as_stored(leaves, stored),
         RestoreOptions.of(layout=layout.name, renames=rules, unexpected="ignore"),
     )
+    lost = [path for path in plan.missing if plan.sides.wanted[path].role == "optimizer"]
+    if lost and len(lost) == len(plan.missing):
+        raise refusal("moments cannot follow their layers on this axis", lost, "pass --weights-only.")
     plan.check()
     made = {leaf.path: leaf.recipe for leaf in leaves}
     return [
@@ -113,7 +119,8 @@ def _apart(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Writt
     inside = {leaf.path: leaf for leaf in leaves if _is_in(leaf, group)}
     if not inside:
         raise _no_group(leaves, group, "/".join(group))
-    counted = [leaf for leaf in inside.values() if not leaf.is_unused]
+    parameters = _parameters(leaves)
+    counted = [leaf for leaf in inside.values() if not (leaf.is_unused or _factored(leaf, parameters))]
     thin = any(len(leaf.shape) <= axis for leaf in counted)
     numbers = {leaf.shape[axis] for leaf in counted} if not thin else set[int]()
     if len(numbers) != 1:
@@ -126,14 +133,42 @@ def _apart(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Writt
     return [
         part
         for leaf in leaves
-        for part in (_layers(leaf, group, axis, *numbers) if leaf.path in inside else (leaf,))
+        for part in (_layers(leaf, parameters, group, axis, *numbers) if leaf.path in inside else (leaf,))
     ]
 
 
-def _layers(leaf: Written, group: GroupPath, axis: int, count: int) -> Iterator[Written]:
-    shape = leaf.shape if leaf.is_unused else (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
+def _layers(leaf: Written, parameters: _Shapes, group: GroupPath, axis: int, count: int) -> Iterator[Written]:
+    shape = _regrouped(leaf, parameters, lambda shape: (*shape[:axis], *shape[axis + 1 :]))
     for number in range(count):
         yield dataclasses.replace(_renamed(leaf, group, f"{group[-1]}_{number}"), shape=shape)
+
+
+def _parameters(leaves: Iterable[Written]) -> _Shapes:
+    own = [leaf for leaf in leaves if leaf.section == "model" and leaf.collection in ("params", None)]
+    return {(leaf.owner, leaf.parameter): leaf.shape for leaf in own if leaf.parameter is not None}
+
+
+def _factored(leaf: Written, parameters: _Shapes) -> str:
+    """Returns the field of a factored moment; empty for any other leaf."""
+    whole = parameters.get((leaf.owner, leaf.parameter or ()), ())
+    is_short = leaf.section == "optimizer" and len(leaf.shape) == len(whole) - 1 > 0
+    return next((str(key) for key in leaf.above if str(key) in FACTORED), "") if is_short else ""
+
+
+def _regrouped(leaf: Written, parameters: _Shapes, change: Callable[[Shape], Shape]) -> Shape:
+    """Returns the shape of a leaf whose group is changed.
+
+    A factored moment lacks an axis of its parameter: which one, optax decides by the shape that it has
+    then (optax/_src/factorized.py `_factored_dims`).
+    """
+    if leaf.is_unused:
+        return leaf.shape  # One zero for a moment that is not kept, of a stack as of a layer.
+    field = _factored(leaf, parameters)
+    if not field:
+        return change(leaf.shape)
+    after = change(parameters[leaf.owner, leaf.parameter or ()])
+    lost = int(np.argsort(after)[::-1][FACTORED.index(field)])
+    return (*after[:lost], *after[lost + 1 :])
 
 
 def _stacked(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Written]:
@@ -153,26 +188,27 @@ def _stacked(leaves: Sequence[Written], group: GroupPath, axis: int) -> list[Wri
     short = {path: layers for path, layers in found.items() if every - layers.keys()}
     if short:
         raise _uneven(short, every)
-    wanted: dict[int, Written] = {}
+    wanted, parameters = dict[int, Written](), _parameters(leaves)
     for path, layers in found.items():
-        stack = _stack(path, layers, group, axis)
+        stack = _stack(path, layers, parameters, group, axis)
         wanted[id(layers[0][0])] = stack
     return [
         wanted.get(id(leaf), leaf) for leaf in leaves if id(leaf) in wanted or _number(leaf, group) is None
     ]
 
 
-def _stack(path: Path, layers: dict[int, list[Written]], group: GroupPath, axis: int) -> Written:
+def _stack(
+    path: Path, layers: dict[int, list[Written]], parameters: _Shapes, group: GroupPath, axis: int
+) -> Written:
     parts = [part for number in sorted(layers) for part in layers[number]]
     if sorted(layers) != list(range(len(layers))):
         raise RestoreError(f"{render(path)} is stored for the layers {ranges(layers)} only.", paths=[path])
     kinds = {(part.shape, str(part.dtype)) for part in parts}
-    if len(kinds) > 1 or len(parts) > len(layers) or axis > len(parts[0].shape):
+    whole = _regrouped(parts[0], parameters, lambda shape: (*shape[:axis], len(parts), *shape[axis:]))
+    is_thin = axis > len(parts[0].shape) and not _factored(parts[0], parameters)
+    if len(kinds) > 1 or len(parts) > len(layers) or is_thin:
         rows = aligned(Row(part.path, (str(part.shape), str(part.dtype))) for part in parts)
         raise RestoreError(f"layers cannot be stacked on axis {axis}:\n{rows}", paths=[path])
-    shape = parts[0].shape
-    # A factored optimizer keeps one zero for a moment that it has not, of a stack as of a layer.
-    whole = shape if parts[0].is_unused else (*shape[:axis], len(parts), *shape[axis:])
     return dataclasses.replace(_renamed(parts[0], group, group[-1]), shape=whole)
 
 

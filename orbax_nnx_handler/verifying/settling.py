@@ -66,6 +66,7 @@ class Settling:
         suggestion: The proposal.
         programs: Both programs.
         init: Builds the target with real values, for what is not stored.
+        allowed: The answers to each question that are still possible; programs run under the first.
     """
 
     checkpoint: Checkpoint
@@ -74,6 +75,10 @@ class Settling:
     suggestion: Suggestion
     programs: Programs
     init: Callable[[], Any] | None = None
+    allowed: list[Sequence[int]] = dataclasses.field(default_factory=list[Sequence[int]])
+
+    def __post_init__(self) -> None:
+        self.allowed = [range(len(question.choices)) for question in self.suggestion.questions]
 
     def settled(self) -> Suggestion:
         """Returns the proposal with its questions answered, and its leaves made, as the outputs tell.
@@ -103,7 +108,7 @@ class Settling:
                 verification = compared(runs, plan)
                 if verification.equal or verification.first is None:
                     break
-                _answer_by(verification.first, answers, ways, runs)
+                self._answer_by(verification.first, answers, ways, runs)
                 if (found := self._rules(answers, changes)) == rules:
                     changes += _made_otherwise(verification.first)
                     found = self._rules(answers, changes)
@@ -113,8 +118,9 @@ class Settling:
         return self._with(answers, changes, verification)
 
     def _rules(self, answers: Sequence[int | None], changes: Sequence[Remade]) -> tuple[Rule, ...]:
-        """Returns all rules, the first answer taken to what has none yet."""
-        first = [answer or 0 for answer in answers]
+        """Returns all rules, the first possible answer taken to what has none yet."""
+        pairs = zip(answers, self.allowed, strict=True)
+        first = [possible[0] if answer is None else answer for answer, possible in pairs]
         return (*self.options.renames, *self.suggestion.answered(first, changes))
 
     def _decided(self, rules: tuple[Rule, ...], *, check: bool = True) -> tuple[RestorePlan, Target]:
@@ -154,15 +160,15 @@ class Settling:
         self, number: int, answers: Sequence[int | None], changes: Sequence[Remade], plan: RestorePlan
     ) -> _Ways:
         """Returns what each answer to one question changes, the others answered as the plan has them."""
-        question = self.suggestion.questions[number]
-        found: dict[int, Mapping[Path, Recipe]] = {0: {}}
+        question, possible = self.suggestion.questions[number], self.allowed[number]
+        found: dict[int, Mapping[Path, Recipe]] = {possible[0]: {}}
         if len(question.choices) == 1:  # Whatever else it might be: outputs have to depend on it.
             found[-1] = {
                 leaf: Add(plan.restored[leaf].recipe, 1.0)
                 for leaf in question.wanted
                 if leaf in plan.restored
             }
-        for answer in range(1, len(question.choices)):
+        for answer in possible[1:]:
             others = [answer if at == number else given for at, given in enumerate(answers)]
             try:
                 other, _ = self._decided(self._rules(others, changes), check=False)
@@ -207,6 +213,29 @@ class Settling:
         next_ = min((apart[other] for other in others), default=math.inf)
         return best if _tells(apart[best], next_) else None
 
+    def _answer_by(
+        self, first: FirstDifference, answers: list[int | None], ways: Mapping[int, _Ways], runs: Runs
+    ) -> None:
+        """Strikes out the answers that were run with, and runs next with one that makes what outputs prove.
+
+        Several may make it: of three modules that are called with the same, each is right there by itself.
+        """
+        layer = first.module.nnx.layer
+        for number, changed in ways.items():
+            fitting = list[int]()
+            for answer, made in changed.items():
+                recipes = {
+                    leaf: runs.runner.layered(leaf, made[leaf], layer)
+                    for leaf in first.changes
+                    if leaf in made
+                }
+                if recipes and recipes == dict(first.changes):
+                    fitting.append(answer)
+            if fitting and answers[number] is None:
+                rest = [answer for answer in self.allowed[number][1:] if answer not in fitting]
+                self.allowed[number] = [*fitting, *rest]
+                answers[number] = fitting[0] if not fitting[1:] + rest else None
+
     def _with(
         self, answers: Sequence[int | None], changes: Sequence[Remade], verification: Verification | None
     ) -> Suggestion:
@@ -236,20 +265,6 @@ def _made_otherwise(first: FirstDifference) -> list[Remade]:
     """Returns how outputs prove that weights have to be made of the first module that differs."""
     layer = first.module.nnx.layer
     return [Remade(leaf=leaf, layer=layer, recipe=recipe) for leaf, recipe in first.changes.items()]
-
-
-def _answer_by(
-    first: FirstDifference, answers: list[int | None], ways: Mapping[int, _Ways], runs: Runs
-) -> None:
-    """Answers the questions of which one answer makes the weights as outputs prove that they are made."""
-    layer = first.module.nnx.layer
-    for number, changed in ways.items():
-        for answer, made in changed.items():
-            recipes = {
-                leaf: runs.runner.layered(leaf, made[leaf], layer) for leaf in first.changes if leaf in made
-            }
-            if answers[number] is None and recipes and recipes == dict(first.changes):
-                answers[number] = answer
 
 
 def _touches(one: Compared, ways: _Ways) -> bool:

@@ -23,7 +23,8 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
 )
 from orbax_nnx_handler.planning.suggesting.words import MARGIN, are_peers, exclude, last_of_block, likeness
 
-_READINGS = 6
+_READINGS = 24
+"""All orders of four parts."""
 MOST_PAIRS = 10_000
 """A hundred parts of one shape on either side are no block of a model that names could tell apart."""
 

@@ -192,7 +192,10 @@ class Suggestion:
         lines += ["renames=[", *rules, "]"] if rules else ["# no rule is proposed."]
         for question in self.questions:
             lines.append(_comment(f"question: {question}"))
-            lines += [_comment(f"    {at}: {choice}") for at, choice in enumerate(question.choices)]
+            shown = enumerate(question.choices[:_CHOICES])
+            lines += [_comment(f"    {at}: {choice}") for at, choice in shown]
+            if len(question.choices) > _CHOICES:
+                lines.append(f"#     ... and {len(question.choices) - _CHOICES} more")
         lines += _settling(len(self.questions), is_run=bool(self.proof)) if self.questions else []
         lines += [_comment(self.proof)] if self.proof else []
         lines += _rest("wanted, and nothing stored was found", self.unmatched_wanted)
@@ -350,7 +353,7 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     return f"{head}\n{rows}\nno rule cuts or pads a weight: build the target with the stored sizes."
 
 
-_SHOWN = 4
+_SHOWN, _CHOICES = 4, 6
 
 
 @dataclasses.dataclass(frozen=True)

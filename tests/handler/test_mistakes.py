@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -168,6 +169,24 @@ def test_a_module_as_init_is_not_called(item):
         RestoreError, match=r"init is a Callable, not a function.\nhint: .*init=make_model, not"
     ):
         restore(item, nnx.eval_shape(WithHead), policy="init", init=Callable())
+
+
+def test_an_optimizer_whose_variables_hold_lists_is_left_out_as_the_hint_says(item, tmp_path):
+    def make():
+        model = Net()
+        return {"dense": model.dense, "optimizer": nnx.Optimizer(model, optax.sm3(0.1), wrt=nnx.Param)}
+
+    with pytest.raises(
+        RestoreError, match=r"is a list: .*\nhint: .* pass the parts of the target without such"
+    ):
+        restore(item, nnx.eval_shape(make))
+    with pytest.raises(RestoreError, match=r"optimizer/opt_state/0/mu/dense/kernel is a list of arrays"):
+        save(tmp_path / "all", make())
+    saved = {"dense": make()["dense"]}
+    save(tmp_path / "model", saved)
+    assert (
+        restore(tmp_path / "model", nnx.eval_shape(lambda: saved))["dense"].kernel == saved["dense"].kernel
+    ).all()
 
 
 def test_a_path_with_a_null_character_is_told_so():

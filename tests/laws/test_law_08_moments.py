@@ -16,6 +16,7 @@ from orbax_nnx_handler import (
     ShapeMismatchError,
     Split,
     Transpose,
+    UnstackLayers,
     restore,
 )
 from tests.laws import worlds
@@ -389,3 +390,31 @@ def test_no_moment_of_a_pure_dict_is_read_as_it_is_where_its_parameter_is_change
     assert "law 9" not in str(caught.value)
     assert why in " ".join(str(caught.value).split())
     assert set(caught.value.paths) == {("opt_state", 0, name, "b", "kernel") for name in ("mu", "nu")}
+
+
+def test_moments_of_an_ensemble_are_not_begun_anew_where_a_rule_takes_its_weights_apart(tmp_path):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    one = [{"dense": numbers.dense()} for _ in range(3)]
+    params = stacked(one)
+    moments = jax.tree.map(
+        lambda leaf: numbers(3, *leaf.shape, dtype=leaf.dtype), jax.eval_shape(tx.init, one[0])
+    )
+    path = write(tmp_path, {"params": params, "opt_state": moments, "step": np.full(3, 7, np.int32)})
+
+    def members():
+        models = [worlds.Branch(one[0], {}) for _ in range(3)]
+        return [{"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)} for model in models]
+
+    rules = [UnstackLayers("dense/{x}", "members/{i}/model/dense/{x}", 0)]
+    error = worlds.refused(path, nnx.eval_shape(lambda: {"members": members()}), renames=rules)
+    assert not any(hint.fills for hint in error.hints)
+    assert "build the target's optimizer as it was saved, and take it apart in the program." in str(error)
+
+    @nnx.vmap
+    def ensemble(_):
+        model = worlds.Branch(one[0], {})
+        return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)}
+
+    result = restore(path, nnx.eval_shape(lambda: ensemble(np.arange(3))))
+    check(result["model"], params)
+    check(result["optimizer"], worlds.below("opt_state", moments) | {("step",): np.full(3, 7, np.uint32)})

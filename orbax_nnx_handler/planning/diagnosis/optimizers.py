@@ -24,8 +24,11 @@ from orbax_nnx_handler.planning.rules import as_rules
 
 def _weights_alone(evidence: Evidence) -> str:
     """Returns the way out that leaves the optimizer aside."""
-    model = spell(evidence.root)
+    model, root = spell(evidence.root), evidence.root
     part = f"the target's {model!r} by itself" if model else "the model by itself"
+    optimizers = (path for path, item in evidence.sides.wanted.items() if item.role == "optimizer")
+    if model and any(canonical(path)[: len(root)] == root for path in optimizers):
+        part = f"what the target has below {model!r}, without its optimizers,"
     return f"to restore the weights alone, pass {part} as target."
 
 
@@ -236,6 +239,15 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
             filters=(),
             may_be_initialised=False,
             facts={"stored": there, "wanted": here},
+        )
+    elif stored:
+        yield Cause(
+            kind="OptimizerNested",
+            text=f"an optimizer is stored, with moments at {_folded(stored)}, and no name or rule says which "
+            "of the target's it is.",
+            paths=(*lost, *evidence.of_role(evidence.missing, "step")),
+            way=Hint("build the target's optimizer as it was saved, and take it apart in the program."),
+            facts={"stored": _folded(stored), "wanted": ""},
         )
 
 

@@ -370,9 +370,8 @@ def _wanted(
 def _number_as_array(value: Any) -> Any:
     if not isinstance(value, _NUMBERS):
         return value
-    number = cast(Any, value)
-    is_numpys = isinstance(number, np.generic)
-    return np.asarray(number, dtype=None if is_numpys else jax.dtypes.canonicalize_dtype(type(number)))
+    dtype = None if isinstance(value, np.generic) else jax.dtypes.canonicalize_dtype(type(value))
+    return np.asarray(cast(Any, value), dtype=dtype)
 
 
 def is_unbuilt(value: Any) -> bool:
@@ -381,6 +380,7 @@ def is_unbuilt(value: Any) -> bool:
 
 
 _ARRAYS = "build the target with nnx.eval_shape, or give it arrays or jax.ShapeDtypeStruct leaves."
+_SEVERAL = "a Variable is restored where it holds one array: pass the parts of the target without such ones."
 _TEXTS = "leave text out of the target: keep it in an item of its own, such as ocp.args.JsonSave."
 
 
@@ -395,14 +395,14 @@ def _as_array(path: Path, value: Any) -> Any:
         return value
     if isinstance(value, _NUMBERS):
         return _number_as_array(value)
-    what, hint = f"a {type(value).__name__}", _TEXTS if isinstance(value, str | bytes) else _ARRAYS
+    name = type(value).__name__
+    what, hint = f"a {name}", {"list": _SEVERAL, "str": _TEXTS, "bytes": _TEXTS}.get(name, _ARRAYS)
     if is_unbuilt(value):
         kind, name = "class" if isinstance(value, type) else "function", getattr(value, "__name__", "")
         call = f"lambda: {name}(...)" if kind == "class" else "function"
         what, hint = f"the {kind} {name}", f"pass what it builds: nnx.eval_shape({call})."
-    raise RestoreError(
-        f"target leaf {render(path)} is {what}: it has no shape and dtype.", paths=(path,), hints=[hint]
-    )
+    words = f"target leaf {render(path)} is {what}: it has no shape and dtype."
+    raise RestoreError(words, paths=(path,), hints=[hint])
 
 
 def _with_value(node: Any, value: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, printable, segments
+from orbax_nnx_handler.planning.core.paths import Path, printable, render, segments
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, reads
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.trees import array_name, leads_out
@@ -36,9 +36,20 @@ class SavedLeaf:
 
     @classmethod
     def of(cls, leaf: ItemLeaf) -> "SavedLeaf":
-        """Returns a leaf of the item as it is."""
+        """Returns a leaf of the item as it is.
+
+        Raises:
+            RestoreError: It holds several arrays of unlike shapes, as `optax.sm3` keeps.
+        """
         value = leaf.value
-        value = value if hasattr(value, "dtype") else np.asarray(value)
+        try:
+            value = value if hasattr(value, "dtype") else np.asarray(value)
+        except ValueError as error:
+            what = (
+                f"{render(leaf.path)} is a {type(value).__name__} of arrays, and a Variable is stored as one."
+            )
+            hint = "save the parts of the state without such Variables."
+            raise RestoreError(what, paths=[leaf.path], hints=[hint]) from error
         return cls(recipe=Read(leaf.path), shape=tuple(value.shape), dtype=value.dtype, like=leaf.path)
 
     def through(self, recipe: Recipe, shape: Shape) -> "SavedLeaf":

@@ -190,6 +190,19 @@ MOMENTS = frozenset(
 )
 """Fields that hold moments in optax's own states, right below the state."""
 
+COPIES = frozenset({"x0", "z", "params0", "init_params", "init_particles", "params", "cache"})
+"""Fields that hold copies of the parameters themselves (optax.contrib: `_madgrad.py`, `_mechanic.py`,
+`_schedule_free.py`, `_prodigy.py`, `_dog.py`, `_cocob.py`, `_sam.py`; optax/_src/transform.py:
+`scale_by_distance_over_gradients`, `scale_by_lbfgs`)."""
+
+OF_GRADIENTS = MOMENTS | {
+    *("m", "m1", "m2", "n", "g", "s", "e_g", "e_x", "exp_avg", "exp_avg_sq", "grad", "updates", "found_nan"),
+    *("grad_sum", "grad_sum_sq", "grad_sum_of_squares", "cumulative_gradients", "subgradients", "reward"),
+    *("previous_gradient", "prev_updates", "step_sizes", "diff_params_memory", "diff_updates_memory"),
+    *("scale", "max_dist", "projector"),
+}
+"""Fields that optax computes of gradients and updates: a constant in a parameter does not change them."""
+
 NUMBERS = frozenset({"count", "mini_step", "gradient_step", "notfinite_count"})
 """Fields that hold a number."""
 

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import COPIES, Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
 
 
@@ -186,15 +186,9 @@ def without_arithmetic(recipe: Recipe) -> Recipe:
             return dataclasses.replace(recipe, source=without_arithmetic(recipe.source))
 
 
-_COPIES = frozenset({"x0", "z", "params0", "init_params", "init_particles", "params"})
-"""Fields that hold copies of the parameters themselves (optax.contrib: `_madgrad.py`, `_mechanic.py`,
-`_schedule_free.py`, `_prodigy.py`, `_dog.py`, `_cocob.py`; optax/_src/transform.py:
-`scale_by_distance_over_gradients`, `scale_by_lbfgs`)."""
-
-
 def of_moment(recipe: Recipe, field: str) -> Recipe:
     """Returns the recipe of an optimizer's field from its parameter's: a constant is added to copies only."""
-    return recipe if field in _COPIES else without_arithmetic(recipe)
+    return recipe if field in COPIES else without_arithmetic(recipe)
 
 
 def fills(recipe: Recipe) -> bool:

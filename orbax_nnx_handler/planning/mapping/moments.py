@@ -17,9 +17,10 @@ import numpy as np
 
 from orbax_nnx_handler.planning import rules
 from orbax_nnx_handler.planning.core.dtypes import changes_values
-from orbax_nnx_handler.planning.core.leaves import FACTORED, UNUSED, Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import COPIES, FACTORED, OF_GRADIENTS, UNUSED, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens
 from orbax_nnx_handler.planning.core.recipes import (
+    Add,
     Concat,
     Fill,
     Index,
@@ -73,11 +74,15 @@ class StuckMoment:
     why: str
 
 
-def why_stuck(recipe: Recipe, stored: Mapping[Path, StoredLeaf], casts: Casts) -> str:
-    """Returns why no moment can follow its parameter; empty if one can."""
+def why_stuck(recipe: Recipe, stored: Mapping[Path, StoredLeaf], casts: Casts, field: str) -> str:
+    """Returns why a moment in a field cannot follow its parameter; empty if it can."""
     for part in parts_of(recipe):
         if isinstance(part, Scale):
             return "a moment of a scaled parameter is not the scaled moment"
+        if isinstance(part, Add) and field not in COPIES | OF_GRADIENTS:
+            return (
+                f"nothing tells whether {field!r} is computed of gradients or holds parameters, which change"
+            )
         if isinstance(part, Repeat):
             return "the gradient of a repeated element is that of all its copies together"
         if casts and part in casts:  # Not without casts: the hash of a recipe is that of all its parts.
@@ -296,6 +301,9 @@ class MomentFollower:
         stuck: list[StuckMoment] = []
         for wanted, stored in states.pairs:
             for name, leaf in wanted.scalars.items():
+                if self._added and name[-1:] == ("gamma",) and (*name[:-1], "barf") in wanted.scalars:
+                    stuck.append(self._stuck_number(leaf, stored.scalars[name]))
+                    continue
                 found[leaf.path] = Found(recipe=Read(stored.scalars[name].path), evidence=_STATE)
             stuck += self._add_moments(wanted.moments, stored.moments, found)
         for wanted in states.missing:
@@ -321,9 +329,18 @@ class MomentFollower:
 
     @cached_property
     def _may_stick(self) -> bool:
-        return bool(self.applied.casts) or any(
+        return bool(self.applied.casts or self._added) or any(
             isinstance(rule, rules.Scale | rules.Repeat) for rule, _ in self.applied.made
         )
+
+    @cached_property
+    def _added(self) -> Sequence[rules.Add]:
+        return [rule for rule, _ in self.applied.made if isinstance(rule, rules.Add)]
+
+    def _stuck_number(self, wanted: OptimizerLeaf, stored: OptimizerLeaf) -> StuckMoment:
+        """Returns the number that `optax.contrib.momo` keeps of products (optax/contrib/_momo.py)."""
+        why = "gamma is the mean of the products of gradients and parameters, which change"
+        return StuckMoment(path=wanted.path, stored=(stored.path,), reason=str(self._added[0]), why=why)
 
     @cached_property
     def _shapes(self) -> Mapping[Path, Shape]:
@@ -357,7 +374,8 @@ class MomentFollower:
                 )
         stored = {path: moments[path] for path in reads(parameter.recipe) if path in moments}
         may_stick = stored and self._may_stick
-        why = why_stuck(parameter.recipe, self.stored, self.applied.casts) if may_stick else ""
+        own = name[-1] if name else ""
+        why = why_stuck(parameter.recipe, self.stored, self.applied.casts, own) if may_stick else ""
         recipe = None if why else self._follow(leaf.shape, name, fields, parameter.recipe)
         if recipe is not None:
             gaps = parameter.missing_layers or missing_layers(recipe)

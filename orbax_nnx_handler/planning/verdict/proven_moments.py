@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import FACTORED, UNUSED, Shape
+from orbax_nnx_handler.planning.core.leaves import COPIES, FACTORED, OF_GRADIENTS, UNUSED, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
@@ -26,6 +26,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Slice,
     Stack,
     Transpose,
+    computes,
     parts_of,
     reads,
     without_arithmetic,
@@ -53,8 +54,7 @@ _Weight = tuple[Wanted, Recipe, Path | None]
 """A weight of the result, what it is made from, and the keys of what it reads, if it reads one leaf."""
 
 _FIRST_ROWS = 16
-_NO_KEYS: Path = (object(),)
-"""Keys that no path has."""
+_NO_KEYS: Path = (object(),)  # No path has them.
 
 
 class _Columns:
@@ -234,9 +234,7 @@ class ProvenMoments:
         scaled = any(isinstance(part, Scale) for part in parts_of(claim[1]))
         if scaled or not follower.follows(item, recipe, *claim[:2]):
             return "it is the moment of another parameter, or made otherwise than its parameter"
-        alike: set[tuple[Path, Tokens]] = {
-            (self._placed[moment.stored].owner, moment.above) for moment in follower.moments
-        }
+        alike = {(self._placed[moment.stored].owner, moment.above) for moment in follower.moments}
         for _, stored in alike:
             there = slot_of(stored, of_moment=True)
             if not (here.field == there.field or {*here.field[-1:], *there.field[-1:]} <= {*FACTORED}):
@@ -266,9 +264,8 @@ class ProvenMoments:
 
 def _alike(some: Sequence[object], others: Sequence[object]) -> int:
     """Returns how many of the first of two columns are the same."""
-    if some == others:
-        return len(some)
-    return next(at for at, (one, other) in enumerate(zip(some, others, strict=True)) if one != other)
+    pairs = enumerate(zip(some, others, strict=True))
+    return len(some) if some == others else next(at for at, (one, other) in pairs if one != other)
 
 
 def _by_owner(leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterable[tuple[Path, Sequence[Path]]]:
@@ -344,12 +341,15 @@ class _Follower:
     def __init__(
         self, placed: Mapping[Path, Placement], field: Tokens, names: Callable[[], Set[Tokens]]
     ) -> None:
-        self._placed, self._field, self._names = placed, field[0] if field else "", names
+        self._placed, self._field, self._names = placed, field[0] if field else "params", names
         self.moments: list[_Moment] = []
         self._above: Path = ()
 
     def follows(self, item: Wanted, made: Recipe, weight: Wanted, parameter: Recipe) -> bool:
         """Tells whether each step of the one is that of the other."""
+        kind = COPIES if computes(made) else OF_GRADIENTS
+        if computes(made) > computes(parameter) or (computes(parameter) and self._field not in kind):
+            return False
         made, parameter = without_arithmetic(made), without_arithmetic(parameter)
         if isinstance(made, Read) and (isinstance(parameter, Read) or self._is_one(item, weight, parameter)):
             return any(self._is_moment(made.path, path, None) for path in dict.fromkeys(reads(parameter)))
@@ -360,10 +360,9 @@ class _Follower:
 
     def _is_one(self, item: Wanted, weight: Wanted, parameter: Recipe) -> bool:
         """Tells whether a moment may be one value: of no use, or of the stored parameter as a whole."""
-        if self._field in UNUSED and item.leaf.shape == (1,):
-            return True
+        unused = self._field in UNUSED and item.leaf.shape == (1,)
         sizes = [math.prod(self._placed[path].leaf.shape) for path in dict.fromkeys(reads(parameter))]
-        return math.prod(item.leaf.shape) == 1 and sizes == [math.prod(weight.leaf.shape)]
+        return unused or (math.prod(item.leaf.shape) == 1 and sizes == [math.prod(weight.leaf.shape)])
 
     def _steps(self, made: Recipe, parameter: Recipe, lost: int | None) -> bool:
         """Tells whether two recipes have the same steps, where the one's value may lack an axis."""

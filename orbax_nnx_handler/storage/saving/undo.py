@@ -8,13 +8,14 @@ from typing import Any
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.leaves import COPIES, OF_GRADIENTS, Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Fill,
     Read,
     Recipe,
     Scale,
+    computes,
     describe,
     of_moment,
     parts_of,
@@ -251,7 +252,7 @@ class _Moments:
                     nothing[to] = None
                 else:
                     known = {p: leaves[q] for p, q in moments.items() if q in leaves}
-                    written[to] = self._moved(way, known, str(at[-1]))
+                    written[to] = self._moved(way, known, self._field(at))
         return written, nothing
 
     def copies(self, leaves: SavedLeaves, empty: Empty) -> Iterator[tuple[SavedLeaf, SavedLeaf]]:
@@ -261,7 +262,7 @@ class _Moments:
             known = {own: leaves[path] for own, path in moments.items() if path in leaves}
             for path, way in self._copies.items():
                 if path in known and known.keys() >= set(reads(way)):
-                    yield known[path], _as(known[path], self._moved(way, known, str((at or ("",))[-1])))
+                    yield known[path], _as(known[path], self._moved(way, known, self._field(at or ())))
 
     def _all_subtrees(
         self, leaves: SavedLeaves, empty: Empty
@@ -282,12 +283,17 @@ class _Moments:
             else:
                 yield from self._subtrees(below, depth + 1)
 
-    def _moved(self, way: Recipe, moments: SavedLeaves, field: str) -> SavedLeaf:
-        if not isinstance(way, Read):
-            self._check(way, moments)
-        return _combined(of_moment(way, field), moments)
+    def _field(self, at: Path) -> str:
+        """Returns the name of the field that holds a subtree, of which MaxText calls the top `params`."""
+        return str((*("",) * len(self._head), *at)[-len(self._head)])
 
-    def _check(self, way: Recipe, moments: SavedLeaves) -> None:
+    def _moved(self, way: Recipe, moments: SavedLeaves, field: str) -> SavedLeaf:
+        made = of_moment(way, field)
+        if not isinstance(way, Read):
+            self._check(way, moments, field, is_whole=isinstance(made, Read))
+        return _combined(made, moments)
+
+    def _check(self, way: Recipe, moments: SavedLeaves, field: str, *, is_whole: bool) -> None:
         absent = [path for path in reads(way) if path not in moments]
         pairs = [(moments[path].shape, self._shapes[path]) for path in reads(way) if path in moments]
         unlike = next((pair for pair in pairs if pair[0] != pair[1]), None)
@@ -295,7 +301,9 @@ class _Moments:
             why = "its parameter is scaled"
         elif repeats(way):
             why = "elements of its parameter are repeated"
-        elif unlike:
+        elif computes(way) and field not in COPIES | OF_GRADIENTS:
+            why = f"nothing tells whether {field!r} is computed of gradients or holds parameters"
+        elif unlike and not is_whole:
             why = (
                 f"its shape is {unlike[0]}, that of its parameter {unlike[1]}; "
                 "rules speak of the parameter's axes"

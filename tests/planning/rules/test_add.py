@@ -1,7 +1,7 @@
 """A constant that a norm adds to its weight on one side: numbers against the Linen program."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,18 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from orbax_nnx_handler import Add, RuleError, Transpose, invert, plan_restore, restore, save
+from orbax_nnx_handler import (
+    Add,
+    MissingParamError,
+    RuleError,
+    Transpose,
+    from_linen,
+    invert,
+    plan_restore,
+    restore,
+    save,
+    to_linen,
+)
 
 WIDTH = 6
 
@@ -190,3 +201,121 @@ def test_integers_have_to_be_cast_first(tmp_path: Path) -> None:
 
     with pytest.raises(RuleError, match="int32 cannot be added to; cast them first"):
         plan_restore(path, {"a": jax.ShapeDtypeStruct((3,), np.int32)}, renames=[Add("a", 1.0)])
+
+
+def _restored(tx: Any, params: Any, state: Any) -> tuple[Any, Any]:
+    """Returns parameters and optax state after a restore into an NNX model and its optimizer."""
+
+    def make() -> tuple[Any, nnx.Optimizer]:
+        model = nnx.Dict({name: nnx.Dict(jax.tree.map(nnx.Param, part)) for name, part in params.items()})
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    linen = {"params": params, "opt_state": state, "step": 3}
+    model, optimizer = from_linen(linen, nnx.eval_shape(make), renames=RULES)
+    pure = [dict(nnx.to_flat_state(nnx.state(part))) for part in (model, optimizer)]
+
+    def own(flat: Any, path: Any, *above: str) -> Any:
+        keys = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path]
+        return flat[(*above, *keys)][...]
+
+    return (
+        jax.tree.map_with_path(lambda path, _: own(pure[0], path), params),
+        jax.tree.map_with_path(lambda path, _: own(pure[1], path, "opt_state"), state),
+    )
+
+
+def test_every_field_of_optax_goes_on_as_in_the_linen_program() -> None:
+    contrib, rng = optax.contrib, np.random.default_rng(1)
+    chains: list[Any] = [
+        *(contrib.acprop(1e-2), contrib.ademamix(1e-2), contrib.adopt(1e-2), contrib.cocob(), contrib.dog()),
+        *(contrib.dadapt_adamw(1.0), contrib.dowg(), contrib.madgrad(1e-2), contrib.prodigy()),
+        *(contrib.mechanize(optax.adam(1e-2)), contrib.schedule_free_sgd(0.1), contrib.galore(1e-2, rank=2)),
+        *(contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), contrib.simplified_ademamix(1e-2)),
+        *(optax.adadelta(1e-2), optax.adan(1e-2), optax.amsgrad(1e-2), optax.lion(1e-2), optax.rprop(1e-2)),
+        *(optax.optimistic_gradient_descent(1e-2), optax.rmsprop(1e-2, centered=True), optax.novograd(1e-2)),
+        *(optax.apply_every(2), optax.MultiSteps(contrib.prodigy(), 2), optax.adagrad(1e-2)),
+        *(optax.chain(optax.zero_nans(), optax.ema(0.9)), optax.scale_by_distance_over_gradients()),
+    ]
+    params = {"up": {"kernel": jnp.ones((4, WIDTH))}, "norm": {"scale": jnp.zeros(WIDTH)}}
+
+    def gradients() -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), params)
+
+    def stepped(tx: Any, weights: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    for tx in chains:
+        own = params, tx.init(params)
+        for _ in range(3):
+            own = stepped(tx, *own, gradients())
+        ours = _restored(tx, own[0], own[1])
+        for grads in (gradients(), gradients(), gradients()):
+            own, ours = stepped(tx, *own, grads), stepped(tx, *ours, grads)
+        moved = {**own[0], "norm": {"scale": own[0]["norm"]["scale"] + 1}}
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), ours[0], moved)
+
+
+class Average(NamedTuple):
+    count: Any
+    average: Any
+
+
+def _averaging() -> optax.GradientTransformation:
+    """Keeps an average of the parameters, as programs write it; nothing in its name tells of what."""
+    return optax.GradientTransformation(
+        lambda params: Average(jnp.zeros((), "int32"), params),
+        lambda updates, state, _=None: (updates, state),
+    )
+
+
+@pytest.mark.parametrize(
+    ("chain", "lost", "why"),
+    [
+        (
+            _averaging,
+            "average/norm/scale",
+            "nothing tells whether 'average' is computed of gradients or holds",
+        ),
+        (optax.contrib.momo, "gamma", "gamma is the mean of the products of gradients and parameters"),
+    ],
+)
+def test_what_may_depend_on_the_constant_is_asked_for(chain: Any, lost: str, why: str) -> None:
+    params = {"norm": {"scale": jnp.zeros(WIDTH)}}
+
+    with pytest.raises(MissingParamError) as caught:
+        _restored(chain(), params, chain().init(params))
+
+    assert f"  1/opt_state/{lost}" in str(caught.value)
+    assert why in " ".join(str(caught.value).split())
+
+
+def test_history_in_axes_of_its_own_is_saved_as_it_is_where_a_constant_is_added() -> None:
+    def make() -> dict[str, Any]:
+        model = Model()
+        return {"model": model, "optimizer": nnx.Optimizer(model, optax.lbfgs(memory_size=3), wrt=nnx.Param)}
+
+    params = LinenModel().init(jax.random.key(0), X)["params"]
+    linen = TrainState.create(apply_fn=None, params=params, tx=optax.lbfgs(memory_size=3))
+
+    back = to_linen(from_linen(linen, nnx.eval_shape(make), renames=RULES), renames=RULES)
+
+    for field in ("params", "diff_params_memory", "diff_updates_memory"):
+        stored = getattr(linen.opt_state[0], field)
+        jax.tree.map(np.testing.assert_array_equal, back["opt_state"][0][field], stored)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_a_save_subtracts_nothing_from_moments_in_any_layout(layout: Any) -> None:
+    def make() -> dict[str, Any]:
+        model = Model()
+        return {"model": model, "optimizer": nnx.Optimizer(model, optax.contrib.prodigy(), wrt=nnx.Param)}
+
+    params = LinenModel().init(jax.random.key(0), X)["params"]
+    params = {"params": params} if layout == "maxtext" else params
+    linen = TrainState.create(apply_fn=None, params=params, tx=optax.contrib.prodigy())
+
+    back = to_linen(from_linen(linen, nnx.eval_shape(make), renames=RULES), layout, renames=RULES)
+
+    for field in ("params0", "exp_avg", "exp_avg_sq", "grad_sum"):
+        jax.tree.map(np.testing.assert_array_equal, back["opt_state"][field], getattr(linen.opt_state, field))

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.recipes import Scale, Transpose
+from orbax_nnx_handler.planning.core.recipes import Add, Scale, Transpose
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.plan import make_plan
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -87,3 +87,13 @@ def test_the_moments_of_a_scaled_parameter_are_refused_as_they_are_stored(plan, 
     refused = broken(plan, {weight: Scale(recipe_of(plan, weight), 2.0)})
 
     assert {(8, moment("mu", number)), (8, moment("nu", number))} <= refused
+
+
+@pytest.mark.parametrize("number", [0, 15, 16, 17, 99])
+def test_a_constant_of_a_parameter_is_refused_in_its_moments(plan, number):
+    weight = ("model", f"layer_{number}", "kernel")
+    names = [weight, moment("mu", number)]
+
+    refused = broken(plan, {path: Add(recipe_of(plan, path), 1.0) for path in names})
+
+    assert refused - {(7, weight)} == {(8, moment("mu", number))}

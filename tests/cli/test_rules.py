@@ -152,6 +152,27 @@ def test_a_written_file_escapes_names_and_holds_every_kind_of_rule() -> None:
     assert all(line.isprintable() for line in text.splitlines())
 
 
+def test_a_question_says_how_it_is_settled_at_a_prompt(cli, tmp_path) -> None:
+    model = tmp_path / "model.py"
+    model.write_text(
+        "from flax import nnx\n\n\ndef make():\n"
+        "    red, blue = (nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2))\n"
+        "    return nnx.Dict(red=red, blue=blue)\n"
+    )
+    dense = {"kernel": np.ones((4, 4), "f"), "bias": np.ones(4, "f")}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", {"params": {"one": dense, "two": dense}})
+
+    said = cli("suggest", tmp_path / "c", f"{model}:make", "--write", tmp_path / "rules.py")
+
+    for text in (said.out, (tmp_path / "rules.py").read_text()):
+        assert "# to settle a question, run both: --verify FILE.py:PAIR." in text
+        assert "suggest(" not in text
+        assert "answered(" not in text
+    (question,) = cli("suggest", tmp_path / "c", f"{model}:make", "--json").json["questions"]
+    assert len(question["alternatives"]) == len(question["choices"]) == 2
+
+
 @pytest.mark.parametrize("command", ["plan", "suggest", "diff", "convert", "verify"])
 def test_the_help_of_a_command_shows_an_example(cli, command) -> None:
     said = cli(command, "--help")

@@ -273,7 +273,7 @@ def replace_each(
 
 def reason_of(rule: Rule, *before: Entry) -> str:
     """Returns the reason of what a rule makes: the rule, after those before it."""
-    reasons = dict.fromkeys(entry.reason for entry in before if entry.reason)
+    reasons = dict.fromkeys(part for entry in before if entry.reason for part in entry.reason.split("; "))
     return "; ".join((*reasons, rule.quoted)) if reasons else rule.quoted
 
 

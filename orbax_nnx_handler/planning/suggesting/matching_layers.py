@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
@@ -125,6 +125,23 @@ def _match_series(
             continue  # Layers that hold so little alike are not the same.
         found.add(members)
         taken |= ours_in | theirs_in
+        for series, side in ((one, 0), (other, 1)):
+            taken |= _more_of(series, {pair[side] for pair in same})
+
+
+def _more_of(series: Series, matched: Collection[int]) -> set[int]:
+    """Returns the leaves of layers that one side has more of: like the matched ones, and nothing else."""
+
+    def below(number: int) -> set[Names]:
+        return {leaf.names[series.depth :] for leaf in series.members[number]}
+
+    like = [below(number) for number in matched]
+    return {
+        id(leaf)
+        for number, leaves in series.members.items()
+        if number not in matched and len(matched) > 1 and below(number) in like
+        for leaf in leaves
+    }
 
 
 def _pairs_with_rests(

@@ -524,3 +524,17 @@ def test_a_model_of_other_sizes_is_told_which_and_that_no_rule_is_proposed():
         "#   up/kernel   stored (5, 9) float32   wanted (5, 6) float32   <- params/up/kernel",
         "# no rule cuts or pads a weight: build the target with the stored sizes.",
     ]
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(3, 2), (2, 3)])
+def test_a_layer_more_on_one_side_is_no_part_of_something_else(stored, wanted):
+    block = {"ln_1": {"scale": (8,), "bias": (8,)}, "fc": {"kernel": (8, 16)}, "out": {"kernel": (16, 8)}}
+    norm = {"scale": (8,), "bias": (8,)}
+
+    found = proposal(
+        {"blocks": {str(at): block for at in range(wanted)}, "norm": norm},
+        {**{f"h_{at}": block for at in range(stored)}, "ln_f": norm},
+    )
+
+    assert found.questions == ()
+    assert renames(found) == [("h_{i}", "blocks/{i}"), ("ln_f", "norm")]

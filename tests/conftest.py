@@ -9,7 +9,13 @@ import pathlib
 import sys
 import tempfile
 
-from tests.processes import hasty_flags, quick_directory, share_lowering_context, spare_garbage_collector
+from tests.processes import (
+    hasty_flags,
+    quick_directory,
+    remember_initial_shapes,
+    share_lowering_context,
+    spare_garbage_collector,
+)
 
 # Before JAX is imported: it reads all of these when it starts, and so does every process that a test starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,8 +27,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
-# To keep what compiles faster costs more than to compile it again.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+# Also what compiles quickly: to look for it costs a tenth of that, and each is looked for anyway.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Where in its source an operation was called is told only in errors of XLA's.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
@@ -40,6 +46,7 @@ import pytest
 from jax.sharding import Mesh
 
 share_lowering_context()
+remember_initial_shapes()
 spare_garbage_collector()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # All results are told by then, and what came later is cleared up before. To take down thousands of

@@ -164,12 +164,12 @@ def _observe(keep: Callable[[Array], Any], array: Any) -> None:
     def kept(value: Any) -> None:
         keep(np.asarray(value))
 
-    array = jax.lax.stop_gradient(array)  # What is observed may be differentiated around it.
     if not isinstance(array, Tracer):
         kept(array)
         return
     if _is_checked_by_scan():
         return
+    array = jax.lax.stop_gradient(array)  # What is observed may be differentiated around it.
 
     @custom_vmap
     def seen(value: Any) -> Any:

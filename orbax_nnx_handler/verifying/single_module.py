@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -351,7 +350,7 @@ class ModuleRunner:
         missing = [path for path in reads(recipe) if path not in self.values]
         if missing:
             self.values |= read_values(self.checkpoint, dict.fromkeys(missing))
-        return jnp.asarray(evaluate(recipe, self.values, np.float32))
+        return jax.device_put(evaluate(recipe, self.values, np.float32))
 
     def run(
         self,
@@ -374,7 +373,8 @@ class ModuleRunner:
             The arrays that it returns.
         """
         made = self._module(module, layer, {leaf: self.value(recipe) for leaf, recipe in changed.items()})
-        held = [jnp.asarray(array) for array in inputs]
+        # Unlike jnp.asarray it compiles no program for each shape.
+        held = [jax.device_put(array) for array in inputs]
 
         def put_back(leaf: Any) -> Any:
             return held[leaf.number] if isinstance(leaf, Held) else leaf

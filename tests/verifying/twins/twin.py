@@ -48,7 +48,8 @@ class Twin:
         random = np.random.default_rng(seed)
         positive = lambda keys: "'var'" in str(keys[-1])  # noqa: E731
         return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: jnp.asarray(
+            # Unlike jnp.asarray it compiles no program for each shape.
+            lambda keys, leaf: jax.device_put(
                 (np.abs if positive(keys) else np.asarray)(self._value(random, leaf.shape))
             ),
             shapes,

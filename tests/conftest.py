@@ -11,6 +11,7 @@ import tempfile
 
 from tests.processes import (
     hasty_flags,
+    leave_origins_unsaid,
     quick_directory,
     remember_initial_shapes,
     share_lowering_context,
@@ -46,6 +47,7 @@ import pytest
 from jax.sharding import Mesh
 
 share_lowering_context()
+leave_origins_unsaid()
 remember_initial_shapes()
 spare_garbage_collector()
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -135,6 +137,8 @@ def pytest_collection() -> None:
 
 def pytest_collection_finish() -> None:
     spare_garbage_collector()
+    # How much is frozen here takes long to tell, and each restore would ask.
+    importlib.import_module("orbax_nnx_handler.storage")._MANY = 0
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -54,6 +54,18 @@ def share_lowering_context() -> None:
         mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
+def leave_origins_unsaid() -> None:
+    """Has JAX say in no error which operations a traced value comes from.
+
+    Flax asks each count of random numbers for its sharding and takes no notice of the error. What that would
+    say is looked for in the whole program so far: a third of what it costs to make a model abstract.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src.interpreters.partial_eval import DynamicJaxprTracer
+
+        DynamicJaxprTracer._origin_msg = lambda self: ""
+
+
 def remember_initial_shapes() -> None:
     """Has Linen trace an initializer once for each shape that it is asked for.
 

@@ -79,8 +79,11 @@ class Pattern:
 
     def spans(self, names: Sequence[str], accepts: Callable[[Span], bool] | None = None) -> Iterator[Span]:
         """Yields the matches in a path, from left to right, that are accepted; none overlaps another."""
-        at, width = 0, self.width
+        at, width, first = 0, self.width, self.templates[0]
         while at + width <= len(names):
+            if names[at] != first and first not in self._open:  # Nearly everywhere.
+                at += 1
+                continue
             bindings = self.match(names[at : at + width])
             span = None if bindings is None else Span(at, at + width, bindings)
             if span is None or (accepts is not None and not accepts(span)):

@@ -63,7 +63,7 @@ def leave_origins_unsaid() -> None:
     with contextlib.suppress(ImportError, AttributeError):
         from jax._src.interpreters.partial_eval import DynamicJaxprTracer
 
-        DynamicJaxprTracer._origin_msg = lambda self: ""
+        DynamicJaxprTracer._origin_msg = lambda _: ""
 
 
 def remember_initial_shapes() -> None:

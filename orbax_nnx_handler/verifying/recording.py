@@ -169,7 +169,7 @@ def _observe(keep: Callable[[Array], Any], array: Any) -> None:
         return
     if _is_checked_by_scan():
         return
-    array = jax.lax.stop_gradient(array)  # What is observed may be differentiated around it.
+    array = jax.lax.stop_gradient(cast(Any, array))  # What is observed may be differentiated around it.
 
     @custom_vmap
     def seen(value: Any) -> Any:

@@ -56,9 +56,10 @@ def spelled(path: Path) -> str:
 
 def segments(path: Path) -> tuple[str, ...]:
     """Returns the keys as strings; a tuple key or a slash gives several, and none gives nothing."""
-    joined = "/".join(map(str, path))
+    names = tuple(map(str, path))
+    joined = "/".join(names)
     if path and "(" not in joined:  # Nearly every path: no key is a tuple, nor a tuple's text.
-        return tuple(joined.split("/"))
+        return names if joined.count("/") == len(names) - 1 else tuple(joined.split("/"))
     return tuple(part for key in path for part in _parts(key))
 
 

@@ -64,9 +64,13 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
     paths = list(stored)
     holds: dict[Path, set[str]] = {}
     called = _called_like_fields(paths)
-    # Of a path that begins with a field, the key below tells all; nearly every path of a checkpoint does.
-    heads = [path[:2] if path[0] in KEYS and path[:1] not in called else path for path in paths if path]
-    for path in dict.fromkeys(heads):
+    others: Sequence[Path] = paths
+    if not called:  # Nearly every checkpoint, and nearly every path of one begins with a field.
+        others = [path for path in paths if path and path[0] not in KEYS]
+        fields = {path[:1] for path in paths if len(path) > 1 or "step" in path}
+        if fields := {str(key) for field in fields for key in field if key in KEYS}:
+            holds[()] = fields
+    for path in others:
         if KEYS.isdisjoint(path):
             continue
         # The first such key: one below it belongs to a train state's field.

@@ -105,7 +105,9 @@ def match_networks(
         roots = _roots([paths[item.leaf.path] for item in meeting], there, among, levels)
         above = network.owner if network.named else ()
         whole = dataclasses.replace(roots, wanted=(*above, *roots.wanted))
-        names = {item.leaf.path: strip(paths[item.leaf.path], roots.wanted) for item in weights}
+        names = paths
+        if roots.wanted or len(weights) < len(paths):
+            names = {item.leaf.path: strip(paths[item.leaf.path], roots.wanted) for item in weights}
         networks.append(Matched(network=network, roots=whole, weights=tuple(weights), names=names))
         left = [item for item in items if item.leaf.path not in settled] if settled else items
         if left and not (not network.named and _contradict(roots.wanted, network)):

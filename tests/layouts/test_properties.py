@@ -80,3 +80,13 @@ def test_detection_answers_for_an_empty_tree_and_a_lone_leaf(layout: Layout) -> 
 
     assert not layout.fits({})
     assert layout.fits(lone) in (True, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_detection_answers_for_a_leaf_that_has_others_below_it(layout: Layout) -> None:
+    below = [("step", "params", "w"), ("step", "opt_state", "m"), ("step", "step", "n")]
+    stored = {
+        path: StoredLeaf(path=path, shape=(), dtype=np.dtype(np.float32)) for path in [("step",), *below]
+    }
+
+    assert layout.fits(stored) in (True, False)

@@ -78,7 +78,7 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
         at += path[: at + 1] in called
         if at < len(path) and path[at] not in KEYS:
             continue
-        if at + 1 < len(path) or path[at] == "step":
+        if at + 1 < len(path) or path[at:] == ("step",):
             holds.setdefault(path[:at], set()).add(str(path[at]))
     above = sorted((owner for owner, keys in holds.items() if "params" in keys), key=len)
     full = [owner for owner in above if not owner or holds[owner] & _TRAIN_STATE_KEYS]

@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     ModulePart,
     Names,
     Tie,
+    cut_alike,
     shared_names,
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, compare_numbers, told_on_one_side
@@ -34,6 +35,7 @@ from orbax_nnx_handler.planning.suggesting.shapes import (
     several_times,
     shaping,
     ways,
+    ways_of_heads,
 )
 from orbax_nnx_handler.planning.suggesting.words import (
     MARGIN,
@@ -73,7 +75,9 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         found = _ways(left, right, one, other)
         if not found or not _are_of_a_kind(kind, left, right, one, other):
             return None
-        cost += found[0].cost + (0.5 if found[0].turned else 0)
+        # Under another name, outputs before inputs may be the convention of all.
+        if not found[0].turned or right.names[-1] in (left.names[-1], "embedding"):
+            cost += found[0].cost + 0.5 * found[0].turned
         pairs.append((left, right, found))
     lacking = len(one.part.leaves.keys() ^ other.part.leaves.keys())
     score = _COMPLETE - _LACKING * lacking - cost
@@ -122,8 +126,9 @@ def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple
         return ()
     if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
         return ()
-    found = ways(stored.shape, wanted.shape)
-    return found[:1] if one.is_table and other.is_table else found
+    if one.is_table and other.is_table and stored.names[-1] != "kernel":
+        return ways(stored.shape, wanted.shape)[:1]
+    return ways_of_heads(stored.shape, wanted.shape, wanted.names[-1], one.said | other.said)
 
 
 def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> bool:
@@ -323,18 +328,12 @@ def joining_rule(
     axis, sizes, is_new = link.joint.axis, link.joint.sizes, link.joint.is_new
     if link.is_split:
         intos = [(*stored[0][:-2], *aim[-2:]) for aim in wanted]
-        pieces, whole = _cut_alike(intos, stored[0], kept)
+        pieces, whole = cut_alike(intos, stored[0], kept)
         return Split("/".join(whole), tuple(map("/".join, pieces)), axis, sizes, drop_axis=is_new), intos
     shared = shared_names(stored)
     into = (*shared, *wanted[0][len(shared) - len(stored[0]) :])
-    pieces, whole = _cut_alike(stored, into, kept)
+    pieces, whole = cut_alike(stored, into, kept)
     return Fuse(tuple(map("/".join, pieces)), "/".join(whole), axis, sizes, new_axis=is_new), [into]
-
-
-def _cut_alike(parts: Sequence[Names], whole: Names, kept: int) -> tuple[list[Names], Names]:
-    """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
-    before = max(len(shared_names([*parts, whole])) - kept, 0)
-    return [path[before:] for path in parts], whole[before:]
 
 
 # Another recipe than the one that was found.

@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     Looks,
     Series,
     are_alike,
+    have_equal_layers,
     in_sequence,
     kinds_of,
     looks_of,
@@ -32,8 +33,9 @@ from orbax_nnx_handler.planning.suggesting.series import (
     shared_in,
     shares_of,
     stack_of,
-    without_axis,
+    without_rest,
 )
+from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,17 +97,28 @@ def match_context(context: Context) -> Findings:
     for pairs in _pairs_with_rests(ours, theirs, context, found, taken):
         _match_series(pairs, context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    for one in theirs:
-        pairs = in_sequence(one, _free(context.wanted, taken), context.above[0])
+    for pairs in in_sequence(theirs, _free(context.wanted, taken), context.above[0]):
         _match_series([(left, right) for right, left in pairs], context, found, taken)
-    for one in [one for one in ours if not _is_taken(one, taken)]:
-        pairs = in_sequence(one, _free(context.stored, taken), context.above[1])
+    ours = [one for one in ours if not _is_taken(one, taken)]
+    for pairs in in_sequence(ours, _free(context.stored, taken), context.above[1]):
         _match_series(pairs, context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    for one in _stacks(ours, theirs, context, taken):
+    rests = [(one, without_rest(one, theirs)) for one in ours]
+    heads = [one if rest is None else rest[0] for one, rest in rests]
+    for one in _stacks(heads, theirs, context, taken):
         found.add(one)
-    wanted = [leaf for leaf in context.wanted if id(leaf) not in taken]
-    stored = [leaf for leaf in context.stored if id(leaf) not in taken]
+    for _, rest in rests:
+        if rest is not None and _is_taken(rest[0], taken):
+            _match_series(rest[1], context, found, taken)
+    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
+    # Of lists of other lengths no number tells which layer is which.
+    other = [
+        one
+        for one in theirs
+        if any(have_equal_layers(one, our) and len(one.members) != len(our.members) for our in ours)
+    ]
+    unlike = {id(leaf) for one in other for held in one.members.values() for leaf in held}
+    wanted, stored = _free(context.wanted, taken), _free(context.stored, taken | unlike)
     found.add(_match_rest(wanted, stored, context))
     return found
 

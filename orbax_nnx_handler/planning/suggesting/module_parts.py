@@ -11,7 +11,7 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.leaves import Shape, record
 from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, is_index
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
-from orbax_nnx_handler.planning.suggesting.words import Concepts, concepts, meanings
+from orbax_nnx_handler.planning.suggesting.words import ENDING, PARAMETER, Concepts, concepts, meanings
 
 Names = tuple[str, ...]
 
@@ -76,16 +76,6 @@ def _level(name: str) -> Level:
     if is_index(name):
         return Level("", int(name), "/")
     return Level(name) if numbered is None else Level(numbered[1], int(numbered[3]), numbered[2])
-
-
-_PARAMETERS = {
-    "main": "kernel weight weights w scale gamma embedding embeddings table",
-    "bias": "bias b beta offset",
-    "mean": "mean running_mean moving_mean",
-    "var": "var running_var moving_var variance running_variance moving_variance",
-}
-_PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling in names.split()}
-_ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,12 +167,12 @@ def _own_place(names: Names, held: Mapping[str, Leaf], modules: Collection[Names
 def place_of(names: Names) -> tuple[Names, str]:
     """Returns the part that a leaf belongs to and what it is there."""
     *above, last = names
-    kind = _PARAMETER.get(last)
+    kind = PARAMETER.get(last)
     if kind is not None:
         return tuple(above), kind
-    ending = None if "layerscale" in meanings(last) else _ENDING.fullmatch(last)
-    if ending is not None and _PARAMETER.get(ending[2]):
-        return (*above, ending[1]), _PARAMETER[ending[2]]
+    ending = None if "layerscale" in meanings(last) else ENDING.fullmatch(last)
+    if ending is not None and PARAMETER.get(ending[2]):
+        return (*above, ending[1]), PARAMETER[ending[2]]
     return names, "main"
 
 
@@ -199,6 +189,12 @@ def shared_names(paths: Sequence[Names]) -> Names:
     first = paths[0]
     same = next((at for at in range(shortest) if any(path[at] != first[at] for path in paths)), shortest)
     return first[:same]
+
+
+def cut_alike(parts: Sequence[Names], whole: Names, kept: int) -> tuple[list[Names], Names]:
+    """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
+    before = max(len(shared_names([*parts, whole])) - kept, 0)
+    return [path[before:] for path in parts], whole[before:]
 
 
 _PLACES = ("{i}", "{j}", "{k}", "{l}")
@@ -342,7 +338,7 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
     evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
     for link in links:
         for leaf, possible in zip(_stored(link), link.ways, strict=True):
-            if len(possible) == 1 and _is_matrix(leaf):
+            if len(possible) == 1 and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
                 for key in _keys(link, leaf):
                     evidence[key].add(possible[0].turned)
     settled: list[Link] = []
@@ -426,24 +422,26 @@ def _are_squares(leaf: Leaf) -> bool:
     return is_stack and "conv" not in concepts(leaf.names)
 
 
-def _is_matrix(leaf: Leaf) -> bool:
-    return sum(length != 1 for length in leaf.shape) > 1 and leaf.names[-1] != "embedding"
+def _axes(leaf: Leaf) -> int:
+    return sum(length != 1 for length in leaf.shape)
 
 
 def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
     """Yields what a matrix shares its arrangement with: its module, its block, its model."""
     bases = _bases(leaf.names)
-    # A part of a stack of parts has an axis less.
-    axes = sum(length != 1 for length in leaf.shape)
-    rank = axes - (link.is_split and link.joint is not None and link.joint.is_new)
+    # A part of a stack of parts has an axis less; heads that are joined to a matrix are one.
+    is_new = link.joint is not None and link.joint.is_new
+    ranks = _axes(leaf) - (is_new and link.is_split), _axes(link.target) - (is_new and not link.is_split)
     seat = link.levels[-1][0] + 1 if link.levels else 0
     if link.layers is not None:
         seat = max(seat, len(link.layers.stored))
-    if not _QKV.isdisjoint(concepts(bases[-2:-1])):
-        yield "qkv", bases[:-2], leaf.names[-1], rank  # What leads out of an attention is no evidence.
-    yield "module", bases[:-2], leaf.names[-1], rank
-    yield "block", _bases(leaf.names[:seat]), leaf.names[-1], rank
-    yield "model", leaf.names[-1], rank
+    named = tuple(name.rsplit("_", 1)[-1] for name in (leaf.names[-1], link.target.names[-1]))
+    for rank in dict.fromkeys((ranks[0], min(ranks))):
+        if not _QKV.isdisjoint(concepts(bases[-2:-1])):
+            yield "qkv", bases[:-2], named, rank  # What leads out of an attention is no evidence.
+        yield "module", bases[:-2], named, rank
+        yield "block", _bases(leaf.names[:seat]), named, rank
+        yield "model", named, rank
 
 
 def _bases(names: Names) -> Names:

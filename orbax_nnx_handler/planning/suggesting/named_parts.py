@@ -3,16 +3,20 @@
 import dataclasses
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.words import (
+    COMPUTED,
     END,
+    FUSED,
+    NUMBERED,
     PLACING,
     STRONG,
+    UNTOLD,
     Concepts,
     component,
     concepts,
@@ -76,36 +80,6 @@ def named_parts(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[
     return [context.role(part) for part in parts]
 
 
-_FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "gating_einsum": (("gate", "up"), "Gemma"),
-    "kv_einsum": (("k", "v"), "Gemma"),
-    "qkv_einsum": (("q", "k", "v"), "Gemma"),
-    "in_proj": (("q", "k", "v"), "PyTorch's attention"),
-    "c_attn": (("q", "k", "v"), "GPT-2"),
-}
-"""Names of fused parts that do not say their order themselves, and whose convention tells it."""
-
-_UNTOLD: Mapping[str, tuple[str, ...]] = {
-    "query_key_value": ("q", "k", "v"),
-    "wqkv": ("q", "k", "v"),
-    "kqv": ("k", "q", "v"),
-}
-"""Names of arrays that hold query, key and value head by head (NeoX, Bloom), or of others side by side."""
-
-_NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
-    ("wi", (0, 1)): (("gate", "up"), "T5 and MaxText: wi_0 is the activated one"),
-    ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),
-    ("linears", (0, 1, 2, 3)): (("q", "k", "v", "o"), "The Annotated Transformer"),
-}
-"""Numbered layers of a gated network, by the names of known programs."""
-
-_COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
-    (3.0, 1.0): (("q", "k", "v"), ("o",)),
-    (1.0, 2.0, 1.0): (("q",), ("k", "v"), ("o",)),
-}
-"""What the layers that Linen numbered in an attention hold, by how much larger each is than the last one."""
-
-
 class _Context:
     def __init__(self, parts: Sequence[ModulePart], above: Concepts) -> None:
         self._above = above
@@ -114,6 +88,9 @@ class _Context:
         self._held: dict[Names, set[str]] = defaultdict(set)
         self._below: dict[Names, set[str]] = defaultdict(set)
         self._mixed = set[Names]()
+        self._single: dict[Names, set[str]] = defaultdict(set)
+        self._norms = Counter(part.module for part in parts if part.is_norm)
+        self._normed = {names for part in parts if part.is_norm for names in _containers(part)}
         self._shapes: dict[tuple[Names, str], dict[int, Shape]] = defaultdict(dict)
         for part in parts:
             for prefix, level in _prefixes(part):
@@ -121,6 +98,8 @@ class _Context:
                     self._families[prefix, level.base, level.style].add(level.number)
             if part.levels and part.levels[-1].number is not None and "main" in part.leaves:
                 self._shapes[part.family][part.levels[-1].number] = part.leaves["main"].shape
+            if len(part.own & _QKV) == 1 and not part.is_norm:
+                self._single[part.module] |= part.own
             for names in _containers(part):
                 self._held[names] |= part.own
                 self._inside[names[:-1]].add(names)
@@ -170,9 +149,10 @@ class _Context:
 
     def _fused(self, part: ModulePart) -> tuple[tuple[str, ...], str]:
         last = part.levels[-1].base if part.levels else ""
-        known = _FUSED.get(last)
+        known = FUSED.get(last)
         if known is not None and part.levels[-1].number is None:
-            return known
+            # GPT-2's cross attention has its queries beside `c_attn`.
+            return tuple(role for role in known[0] if role not in self._single[part.module]), known[1]
         if _untold(part):
             return (), ""
         named = tuple(word for word in meanings(last) if word in _QKV)
@@ -186,7 +166,7 @@ class _Context:
         if last.number not in shapes or not last.base[:1].isupper() or "attn" not in part.said:
             return ()
         sizes = [math.prod(shapes[number]) for number in sorted(shapes) if len(shapes[number]) == 2]
-        roles = _COMPUTED.get(tuple(size / sizes[-1] for size in sizes), ())
+        roles = COMPUTED.get(tuple(size / sizes[-1] for size in sizes), ())
         return roles[last.number] if len(roles) == len(shapes) == max(shapes) + 1 else ()
 
     def _resolve(
@@ -199,7 +179,7 @@ class _Context:
         if own & (STRONG - {"up"}) or "conv" in said or "embed" in said:
             return ""
         family = next((held for level, held in numbers if level is last), ())
-        known = _NUMBERED.get((last.base, family))
+        known = NUMBERED.get((last.base, family))
         if known is not None and last.number is not None and self._leads_back(part, known[0], family):
             said -= {"up"}
             said.add(known[0][family.index(last.number)])
@@ -259,6 +239,7 @@ class _Context:
             place = component(self._beside(part, own - {"norm"}))  # `spatial_norm`, `spatial_attention`.
         if place is None and not side and not own - {"norm"} and not self._is_one_of_several(part):
             place = component(set(self._surroundings(part)))
+            place = component(self._without_norm(part)) if place is None else place
         if place is not None:
             return place + side
         if "out" in around and not side:
@@ -269,6 +250,13 @@ class _Context:
         """Returns what the modules beside a part are that share a word with it."""
         said = [set(meanings(names[-1])) for names in self._inside.get(part.module, ())] if own else []
         return {word for words in said if words & own for word in words}
+
+    def _without_norm(self, part: ModulePart) -> set[str]:
+        """Returns what the only module beside a part is that holds no norm itself: this is its norm."""
+        beside = [(set(meanings(names[-1])), names in self._normed) for names in self._inside[part.module]]
+        lacking = [said for said, is_normed in beside if not is_normed]
+        is_known = len(beside) > 1 and all(component(said) is not None for said, _ in beside)
+        return lacking[0] if is_known and len(lacking) == 1 and self._norms[part.module] == 1 else set()
 
     def _is_one_of_several(self, part: ModulePart) -> bool:
         return any(
@@ -281,7 +269,7 @@ def _untold(part: ModulePart) -> tuple[str, ...]:
     gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
     if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
         return gated  # Experts with biases: in GPT-OSS gates and what they gate take turns, else they do not.
-    return next((roles for name, roles in _UNTOLD.items() if name in last.lower()), ())
+    return next((roles for name, roles in UNTOLD.items() if name in last.lower()), ())
 
 
 def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:

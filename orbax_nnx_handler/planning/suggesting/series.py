@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -18,7 +18,8 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     module_parts,
     sizes_of,
 )
-from orbax_nnx_handler.planning.suggesting.words import concepts, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.shapes import without_axis
+from orbax_nnx_handler.planning.suggesting.words import arm, concepts, exclude, likeness
 
 _PLACE = "{i}"
 _SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))
@@ -131,7 +132,7 @@ def kinds_of(series: Series) -> list[Series]:
 
 def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:
     """Returns which groups of layers are the same, where no other pairing comes near."""
-    scores: dict[tuple[int, int], float] = {}
+    scores = dict[tuple[int, int], float]()
     for at, one in enumerate(ours):
         for to, other in enumerate(theirs):
             if _may_be_one(one, other):
@@ -140,23 +141,34 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tupl
     return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
 
 
-def in_sequence(series: Series, free: Sequence[Leaf], above: int) -> list[tuple[Series, Series]]:
+def in_sequence(
+    groups: Iterable[Series], free: Sequence[Leaf], above: int
+) -> list[list[tuple[Series, Series]]]:
     """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
 
     `Block_{0..3}` are `stages/{0..1}/{0..1}`, or what lies in `down`, `mid` and `up`: as many modules with
-    numbers, each as large as the layer in its place. Nothing where that is not so.
+    numbers, each as large as the layer in its place. Nothing where that is not so, or so of two groups.
 
     Args:
-        series: The group.
+        groups: The groups.
         free: The leaves of the other side that are none of another group's.
         above: How many segments lead to the context on that side.
     """
+    found = [_in_sequence(series, free, above) for series in groups]
+    claims = Counter(other.template for pairs in found for _, other in pairs)
+    return [pairs for pairs in found if all(claims[other.template] == 1 for _, other in pairs)]
+
+
+def _in_sequence(series: Series, free: Sequence[Leaf], above: int) -> list[tuple[Series, Series]]:
     sizes = [sizes_of(series.members[number]) for number in series.numbers]
     found = _modules_of_sizes(free, above, set(sizes))
-    families = {(_arm(names), tuple(level.base for level in levels(names))) for names in found}
-    if len(found) != len(sizes) or len({arm for arm, _ in families}) < len(families):
+    bases = {names: tuple(level.base for level in levels(names)) for names in found}
+    families = {(arm(base), base) for base in bases.values()}
+    if len(found) != len(sizes) or len({at for at, _ in families}) < len(families):
         return []
-    ordered = sorted(found, key=lambda names: (_arm(names), [level.number or 0 for level in levels(names)]))
+    ordered = sorted(
+        found, key=lambda names: (arm(bases[names]), [level.number or 0 for level in levels(names)])
+    )
     if [sizes_of(found[names]) for names in ordered] != sizes or not _is_complete(series):
         return []
     # Numbers of one side are none of the other's.
@@ -164,6 +176,31 @@ def in_sequence(series: Series, free: Sequence[Leaf], above: int) -> list[tuple[
         (_alone(series.place(number), series.members[number], 0), _alone(names, found[names], 1))
         for number, names in zip(series.numbers, ordered, strict=True)
     ]
+
+
+_REST = frozenset(("remainder", "remaining", "rest", "tail", "last"))
+
+
+def without_rest(
+    series: Series, others: Iterable[Series]
+) -> tuple[Series, list[tuple[Series, Series]]] | None:
+    """Returns a group without its last layers, and these with a group that is named so: the remainder."""
+    found = [other for other in others if _said(other) & _REST and have_equal_layers(series, other)]
+    if len(found) != 1 or len(found[0].members) >= len(series.members) or not _is_complete(found[0]):
+        return None
+    other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
+    members = {number: series.members[number] for number in numbers[:first]}
+    pairs = [
+        (_alone(series.place(at), series.members[at], 0), _alone(other.place(to), other.members[to], 1))
+        for at, to in zip(numbers[first:], other.numbers, strict=True)
+    ]
+    return dataclasses.replace(series, members=members), pairs
+
+
+def have_equal_layers(one: Series, other: Series) -> bool:
+    """Tells whether each layer of two groups is as large as every other one."""
+    sizes = {sizes_of(series.members[series.numbers[0]]) for series in (one, other)}
+    return len(sizes) == 1 and are_alike(one) and are_alike(other)
 
 
 def _alone(names: Names, leaves: list[Leaf], number: int) -> Series:
@@ -182,12 +219,6 @@ def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) 
         if sizes_of(below[names]) in sizes and not any(names[: len(outer)] == outer for outer in found):
             found[names] = below[names]
     return found
-
-
-def _arm(names: Names) -> int:
-    """Returns where a U-Net computes a module: on the way down, in the middle, or on the way up."""
-    said = concepts(level.base for level in levels(names))
-    return bool(said & {"up", "dec", "out", "last"}) - bool(said & {"down", "enc", "in", "first"})
 
 
 def _sizes_in(leaves: Sequence[Leaf]) -> list[int]:
@@ -355,11 +386,6 @@ def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int])
     first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
     fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
     return (fitting or axes)[0] if len(fitting or axes) == 1 else -1
-
-
-def without_axis(shape: Shape, axis: int) -> Shape:
-    """Returns a shape without one of its axes."""
-    return (*shape[:axis], *shape[axis + 1 :])
 
 
 def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Names]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Literal
 
 import numpy as np
@@ -74,6 +74,8 @@ def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
     straight = _straight(stored, wanted)
     # A bias of heads is a matrix by shape alone.
     turned = None if is_vector(stored) or is_vector(wanted) else _turned(stored, wanted)
+    if straight is None and _flattens_an_image(stored, wanted):
+        return ()
     if straight is None and turned is None:
         moved = dict(_moved(stored, wanted))
         straight, turned = moved.get(False), moved.get(True)
@@ -84,6 +86,12 @@ def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:
 def is_vector(shape: Shape) -> bool:
     """Tells whether at most one axis has more than one element."""
     return sum(length != 1 for length in shape) < 2
+
+
+def _flattens_an_image(stored: Shape, wanted: Shape) -> bool:
+    """Tells whether only outputs tell if channels or places of an image come first in what is flattened."""
+    short, long = sorted((stored, wanted), key=len)
+    return (len(short), len(long)) == (2, 4) and (long[0] == long[1] > 1 or long[2] == long[3] > 1)
 
 
 def _straight(stored: Shape, wanted: Shape) -> Steps | None:
@@ -100,23 +108,24 @@ def _straight(stored: Shape, wanted: Shape) -> Steps | None:
 
 def _turned(stored: Shape, wanted: Shape) -> Steps | None:
     """Returns the steps that put the last axis of a stored matrix first."""
-    if len(stored) == 4:
-        # To or from PyTorch's outputs, inputs, height, width: the axes of the image are the smaller ones.
-        forth, back = (3, 2, 0, 1), (2, 3, 1, 0)
-        for axes in (forth, back) if max(stored[:2]) <= max(stored[2:]) else (back, forth):
-            if _permuted(stored, axes) == wanted:
-                return (_transpose(stored, axes),)
-    for axes in ((0, 2, 1), (2, 1, 0)):  # A stack of matrices; PyTorch's kernels over one axis.
-        if len(stored) == 3 and _permuted(stored, axes) == wanted:
+    for axes in _turns(stored):
+        if _permuted(stored, axes) == wanted:
             return (_transpose(stored, axes),)
-    if len(stored) != 2:
-        return None
-    first = _transpose(stored, (1, 0))
-    if first.shape == wanted:
-        return (first,)
-    if _regroups(first.shape, wanted):
-        return (first, Step("reshape", first.shape, wanted))
+    if len(stored) > 2 and len(wanted) == 2 and wanted[0] == wanted[1] and _regroups(stored, wanted):
+        return (Step("reshape", stored, wanted), _transpose(wanted, (1, 0)))
+    if len(stored) == 2 and _regroups(stored[::-1], wanted):
+        return (_transpose(stored, (1, 0)), Step("reshape", stored[::-1], wanted))
     return None
+
+
+def _turns(shape: Shape) -> Sequence[tuple[int, ...]]:
+    if len(shape) < 4:  # A matrix; a stack of matrices; PyTorch's kernels over one axis.
+        return [axes for axes in ((1, 0), (0, 2, 1), (2, 1, 0)) if len(axes) == len(shape)]
+    # To or from PyTorch's outputs, inputs, height, width: the axes of the image are the smaller ones.
+    forth, back, depthwise = (3, 2, 0, 1), (2, 3, 1, 0), (2, 3, 0, 1)  # The last one of TensorFlow's kernels.
+    is_image_first = max(shape[:2]) <= max(shape[2:])
+    orders = (forth, depthwise, back) if is_image_first else (back, depthwise, forth)
+    return [axes for axes in orders if len(shape) == 4 and (axes != depthwise or 1 in shape[1::2])]
 
 
 def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
@@ -140,8 +149,13 @@ def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
         moved = _permuted(stored, axes)
         groups = _groups(wanted, moved) if len(stored) > len(wanted) and _keeps_order(stored, axes) else None
         if groups is not None and all(_ascends(axes[at] for at in group) for group in groups):
-            turned = len(wanted) == 2 and len(groups[-1]) > 1 and len(groups[0]) == 1
+            turned = len(wanted) == 2 and (axes[-1] == 0 or (len(groups[-1]) > 1 and len(groups[0]) == 1))
             yield turned, (_transpose(stored, axes), Step("reshape", moved, wanted))
+
+
+def without_axis(shape: Shape, axis: int) -> Shape:
+    """Returns a shape without one of its axes."""
+    return (*shape[:axis], *shape[axis + 1 :])
 
 
 def _keeps_order(shape: Shape, axes: tuple[int, ...]) -> bool:
@@ -250,8 +264,12 @@ def joints(parts: Sequence[Shape], whole: Shape, *, split: bool) -> Iterator[Joi
     if sum(sizes) != math.prod(whole):
         return
     for axis, length in enumerate(whole):
-        rest = (*whole[:axis], *whole[axis + 1 :])
+        rest = without_axis(whole, axis)
         across = math.prod(rest)
+        if len(rest) == 1 and all(
+            len(part) == 3 and part[0] == part[1] * part[2] != across for part in parts
+        ):
+            continue  # It would tear heads apart.
         if length == count and len(set(sizes)) == 1:
             found = _ways_of(parts, (rest,) * count, split)
             if all(found):
@@ -267,6 +285,21 @@ def joints(parts: Sequence[Shape], whole: Shape, *, split: bool) -> Iterator[Joi
 def _ways_of(parts: Sequence[Shape], pieces: Sequence[Shape], split: bool) -> tuple[tuple[Way, ...], ...]:
     both = zip(parts, pieces, strict=True)
     return tuple(ways(piece, part) if split else ways(part, piece) for part, piece in both)
+
+
+def ways_of_heads(stored: Shape, wanted: Shape, kind: str, said: Set[str]) -> tuple[Way, ...]:
+    """Returns the ways of one part, less those to a square matrix that an array of heads rules out.
+
+    Heads go into the layer that leads out of an attention, also where they lie last, as in Praxis.
+    """
+    found = ways(stored, wanted)
+    if len(found) < 2 or len(stored) != 3 or len(wanted) != 2:
+        return found
+    are_last = stored[0] == stored[1] * stored[2]
+    if are_last and "o" in said:
+        found = tuple(dataclasses.replace(way, turned=not way.turned) for way in reversed(found))
+    is_told = kind == "kernel" and (not are_last or bool(said & {"q", "k", "v", "o"}))
+    return found[:1] if is_told else found
 
 
 def several_times(way: Way, shape: Shape, axis: int, times: int, together: bool) -> Way:

@@ -40,6 +40,7 @@ _SPELLINGS = {
     "enc": "enc encoder encoders encoderblock added",
     "dec": "dec decoder decoders decoderblock",
     "vision": "vision visual image img",
+    "audio": "audio spectrogram",
     "text": "text txt language context",
     "pre": "pre before",
     "post": "post after",
@@ -68,7 +69,8 @@ _SPELLINGS = {
     "expand": "expand exp expansion expanded",
     "depthwise": "depthwise dw",
     "depthwise conv": "dwconv",
-    "pointwise": "pointwise pw pwl",
+    "pointwise": "pointwise pw pwl project",
+    "probe": "probe latent",
     "actor": "actor policy action pi",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
     "stack proj projection dense linear fc lin weight weights kernel w param params cell instance dot "
@@ -78,6 +80,7 @@ _SPELLINGS = {
 
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("multi", "head"): ("attn",),
+    ("map", "head"): ("attn", "pool"),
     ("multihead",): ("attn",),
     ("enc", "dec"): ("cross",),
     ("encoder", "decoder", "attention"): ("cross", "attn"),
@@ -212,6 +215,16 @@ _EXCLUSIVE = tuple(
 )
 """Words of which one never becomes another."""
 
+_PARAMETERS = {
+    "main": "kernel weight weights w scale gamma embedding embeddings table",
+    "bias": "bias b beta offset",
+    "mean": "mean running_mean moving_mean",
+    "var": "var running_var moving_var variance running_variance moving_variance",
+}
+PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling in names.split()}
+ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")
+"""A parameter with what it is called as its own, and at the end of a name: `gate_up_proj_bias`."""
+
 MARGIN = 0.75
 """By how much one pairing must be better than every other one."""
 
@@ -284,6 +297,12 @@ def order_word(found: Collection[str]) -> int:
     return high - low
 
 
+def arm(names: Iterable[str]) -> int:
+    """Returns where a U-Net computes a module: on the way down, in the middle, or on the way up."""
+    said = concepts(names)
+    return bool(said & {"up", "dec", "out", "last"}) - bool(said & {"down", "enc", "in", "first"})
+
+
 def are_peers(paths: Iterable[Iterable[str]]) -> bool:
     """Tells whether modules stand beside each other by their paths, as a gate and what it gates.
 
@@ -298,6 +317,39 @@ def are_peers(paths: Iterable[Iterable[str]]) -> bool:
     if all(len(word) == 1 for word in told):
         return True
     return any(exclude(one, other) for one, other in itertools.combinations(said, 2))
+
+
+# What known programs call parts that hold several.
+
+
+FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "gating_einsum": (("gate", "up"), "Gemma"),
+    "kv_einsum": (("k", "v"), "Gemma"),
+    "qkv_einsum": (("q", "k", "v"), "Gemma"),
+    "in_proj": (("q", "k", "v"), "PyTorch's attention"),
+    "c_attn": (("q", "k", "v"), "GPT-2"),
+}
+"""Names of fused parts that do not say their order themselves, and whose convention tells it."""
+
+UNTOLD: Mapping[str, tuple[str, ...]] = {
+    "query_key_value": ("q", "k", "v"),
+    "wqkv": ("q", "k", "v"),
+    "kqv": ("k", "q", "v"),
+}
+"""Names of arrays that hold query, key and value head by head (NeoX, Bloom), or of others side by side."""
+
+NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {
+    ("wi", (0, 1)): (("gate", "up"), "T5 and MaxText: wi_0 is the activated one"),
+    ("w", (1, 2, 3)): (("gate", "down", "up"), "Llama: w1 is the activated one, w2 leads back"),
+    ("linears", (0, 1, 2, 3)): (("q", "k", "v", "o"), "The Annotated Transformer"),
+}
+"""Numbered layers of a gated network, by the names of known programs."""
+
+COMPUTED: Mapping[tuple[float, ...], tuple[tuple[str, ...], ...]] = {
+    (3.0, 1.0): (("q", "k", "v"), ("o",)),
+    (1.0, 2.0, 1.0): (("q",), ("k", "v"), ("o",)),
+}
+"""What the layers that Linen numbered in an attention hold, by how much larger each is than the last one."""
 
 
 # Where a part of a block stands.

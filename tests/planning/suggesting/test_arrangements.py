@@ -1,0 +1,229 @@
+"""Proposals whose values shapes alone do not tell: square matrices, heads, layers told by a number only."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+from orbax_nnx_handler import from_linen, suggest
+
+
+def filled(shapes):
+    """Returns a nested tree with every element another number."""
+    found, first = {}, 0.0
+    for path, shape in shapes.items():
+        size = int(np.prod(shape))
+        found[path] = first + np.arange(size, dtype="float32").reshape(shape)
+        first += size
+    return found
+
+
+def proposed(stored, wanted):
+    """Returns what is proposed, and the wanted values under its rules; without those left open."""
+    tree = {"params": traverse_util.unflatten_dict(stored, sep="/")}
+
+    def target():
+        return nnx.from_flat_state(
+            [
+                (
+                    tuple(int(key) if key.isdecimal() else key for key in path.split("/")),
+                    nnx.Param(jax.ShapeDtypeStruct(shape, "float32")),
+                )
+                for path, shape in wanted.items()
+            ]
+        )
+
+    found = suggest(tree, target())
+    state = from_linen(tree, target(), renames=found.renames, policy="warn", unexpected="ignore")
+    values = {
+        "/".join(map(str, path)): np.asarray(leaf.get_value())
+        for path, leaf in nnx.to_flat_state(state)
+        if path not in found.unmatched_wanted
+    }
+    return found, values
+
+
+def check(values, expected):
+    assert values.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(values[path], value, err_msg=path)
+
+
+HEADS = {"query": (12, 3, 4), "key": (12, 3, 4), "value": (12, 3, 4), "out": (3, 4, 12)}
+OURS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+
+
+@pytest.mark.parametrize("kind", ["kernel", "weight", "w"])
+def test_heads_that_become_a_square_matrix_are_turned_as_the_matrices_beside_them(kind):
+    stored = filled(
+        {f"MultiHeadDotProductAttention_0/{name}/kernel": shape for name, shape in HEADS.items()}
+        | {"MlpBlock_0/Dense_0/kernel": (12, 48), "MlpBlock_0/Dense_1/kernel": (48, 12)}
+    )
+    arranged = np.asarray if kind == "kernel" else np.transpose
+    expected = {
+        f"attn/{OURS[name]}/{kind}": arranged(
+            stored[f"MultiHeadDotProductAttention_0/{name}/kernel"].reshape(12, 12)
+        )
+        for name in HEADS
+    } | {f"mlp/fc{at + 1}/{kind}": arranged(stored[f"MlpBlock_0/Dense_{at}/kernel"]) for at in range(2)}
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+    assert found.questions == ()
+
+
+@pytest.mark.parametrize("width", [4, 6])
+@pytest.mark.parametrize("kind", ["kernel", "weight"])
+def test_heads_go_into_the_layer_that_leads_out_of_an_attention_also_where_they_lie_last(kind, width):
+    stored = filled({f"attention/{name}/w": (12, 3, width) for name in ("query", "key", "value", "post")})
+    stored |= filled({"ff/linear/w": (12, 40)})
+    arranged = np.asarray if kind == "kernel" else np.transpose
+    expected = {
+        f"attn/{ours}/{kind}": arranged(stored[f"attention/{name}/w"].reshape(12, -1))
+        for name, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+    }
+    expected[f"attn/o_proj/{kind}"] = arranged(stored["attention/post/w"].reshape(12, -1).T)
+    expected[f"ffn/{kind}"] = arranged(stored["ff/linear/w"])
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+@pytest.mark.parametrize("kind", ["kernel", "weight"])
+def test_three_heads_whose_width_is_a_third_of_the_features_are_fused_side_by_side(kind):
+    stored = filled({f"attn/{name}/kernel": (12, 3, 4) for name in ("query", "key", "value")})
+    stored |= filled({"mlp/kernel": (12, 48)})
+    side = [stored[f"attn/{name}/kernel"].reshape(12, 12) for name in ("query", "key", "value")]
+    expected = {
+        f"attn/qkv/{kind}": np.concatenate(side, 1)
+        if kind == "kernel"
+        else np.concatenate([matrix.T for matrix in side])
+    }
+    expected[f"mlp/{kind}"] = stored["mlp/kernel"] if kind == "kernel" else stored["mlp/kernel"].T
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_a_matrix_in_an_embedder_is_no_table_and_is_turned_as_the_one_beside_it():
+    stored = filled({"t_embedder/Dense_0/kernel": (8, 12), "t_embedder/Dense_1/kernel": (12, 12)})
+    expected = {
+        f"time_embed/layers/{at}/weight": stored[f"t_embedder/Dense_{at}/kernel"].T for at in range(2)
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_that_weights_are_turned_tells_nothing_of_what_is_called_a_kernel_on_both_sides():
+    stored = filled({"attn/to_q/kernel": (12, 12), "fc/kernel": (12, 8)})
+    expected = {
+        "attn/query/kernel": stored["attn/to_q/kernel"].reshape(12, 3, 4),
+        "fc/weight": stored["fc/kernel"].T,
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_a_depthwise_kernel_of_tensorflow_becomes_pytorchs_with_height_before_width():
+    stored = filled({"mix/depthwise_kernel": (3, 3, 8, 1)})
+    expected = {"depthwise/weight": stored["mix/depthwise_kernel"].transpose(2, 3, 0, 1)}
+
+    _, values = proposed(stored, {"depthwise/weight": (8, 1, 3, 3)})
+
+    check(values, expected)
+
+
+def test_whether_channels_or_places_come_first_in_a_flattened_image_is_left_open():
+    _, values = proposed(filled({"fc/kernel": (64, 24)}), {"fc/weight": (24, 16, 2, 2)})
+
+    assert values == {}
+
+
+LAYER = {"attn/kernel": (8, 8), "mlp/kernel": (8, 16), "norm/scale": (8,)}
+
+
+def layers(name, numbers, stacked=()):
+    return {
+        f"{name}{at}/{path}": (shape[0], *stacked, *shape[1:])
+        for at in numbers
+        for path, shape in LAYER.items()
+    }
+
+
+def test_layers_in_blocks_and_the_remainder_that_no_block_holds_follow_each_other():
+    stored = filled(layers("layers/layers_", range(3), (2,)) | layers("layers_remainder/layers_", range(2)))
+    wanted = layers("layers/", range(8))
+    expected = {
+        path: np.take(stored[f"layers/layers_{at % 3}/{rest}"], at // 3, 1)
+        if at < 6
+        else stored[f"layers_remainder/layers_{at - 6}/{rest}"]
+        for path in wanted
+        for at, rest in [(int(path.split("/")[1]), path.split("/", 2)[2])]
+    }
+
+    _, values = proposed(stored, wanted)
+
+    check(values, expected)
+
+
+@pytest.mark.parametrize("name", ["layers_remainder/layers_", "dense_layers/layers_", "blocks_"])
+def test_no_number_tells_which_layers_of_a_list_a_shorter_one_holds(name):
+    table = {"embed/embedding": (30, 8)}
+
+    _, values = proposed(filled(table | layers(name, range(2))), table | layers("layers/", range(7)))
+
+    assert values.keys() == table.keys()
+
+
+def test_two_lists_that_may_be_the_same_layers_are_none_of_which_the_first_one_is():
+    stored = filled(
+        layers("block_", range(2)) | {f"a{path}": s for path, s in layers("b_", range(2)).items()}
+    )
+    stored = {path.replace("ab_0", "b_0_x").replace("ab_1", "b_1_x"): x for path, x in stored.items()}
+
+    _, values = proposed(stored, layers("rgb_blocks/", range(2)) | layers("flow_blocks/", range(2)))
+
+    assert values == {}
+
+
+def test_the_norm_beside_two_networks_is_that_of_the_one_that_holds_none():
+    matrices = {"self_attention/q/kernel": (8, 6), "ff_layer/up/kernel": (8, 16)}
+    stored = filled(matrices | {"layer_norm/scale": (8,), "ff_layer/layer_norm/scale": (8,)})
+    expected = {
+        "input_layernorm/scale": stored["layer_norm/scale"],
+        "post_attention_layernorm/scale": stored["ff_layer/layer_norm/scale"],
+        "self_attn/q/kernel": stored["self_attention/q/kernel"],
+        "mlp/up/kernel": stored["ff_layer/up/kernel"],
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_gpt2s_cross_attention_holds_keys_and_values_where_its_queries_lie_beside_them():
+    stored = filled({"attn/c_attn/kernel": (24, 8), "crossattention/c_attn/kernel": (16, 8)})
+    stored |= filled({"crossattention/q_attn/kernel": (8, 8), "mlp/c_fc/kernel": (32, 8)})
+    expected = {
+        f"self_attn/{name}/kernel": part.T
+        for name, part in zip("qkv", np.split(stored["attn/c_attn/kernel"], 3), strict=True)
+    }
+    expected |= {
+        f"cross_attn/{name}/kernel": part.T
+        for name, part in zip("kv", np.split(stored["crossattention/c_attn/kernel"], 2), strict=True)
+    }
+    expected |= {
+        "cross_attn/q/kernel": stored["crossattention/q_attn/kernel"].T,
+        "mlp/up/kernel": stored["mlp/c_fc/kernel"].T,
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

@@ -9,7 +9,16 @@ import pytest
 from flax import nnx, traverse_util
 from flax.training.train_state import TrainState
 
-from orbax_nnx_handler import Drop, NNXLinenHandler, NNXLinenRestore, Rename, RestoreError, restore, save
+from orbax_nnx_handler import (
+    Drop,
+    NNXLinenHandler,
+    NNXLinenRestore,
+    Rename,
+    RestoreError,
+    plan_restore,
+    restore,
+    save,
+)
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -421,3 +430,45 @@ def test_a_level_above_networks_of_which_one_has_another_name_stays(tmp_path):
     parts = {"actor": _trained(states["actor"]), "value": _trained(states["critic"])}
 
     refused(path, nnx.eval_shape(lambda: {"agent": _Owner(**parts)}), unexpected="ignore")
+
+
+def _below_a_level(numbers, names):
+    params = {name: _model(numbers) for name in names}
+    return params, {name: _train_state(numbers, params[name], at) for at, name in enumerate(names)}
+
+
+LEVELS = {
+    "one renamed": ([("disc", "critic")], {"gen": "gen", "disc": "critic"}),
+    "both renamed": ([("disc", "critic"), ("gen", "actor")], {"gen": "actor", "disc": "critic"}),
+    "exchanged": ([("gen", "disc"), ("disc", "gen")], {"gen": "disc", "disc": "gen"}),
+}
+
+
+@pytest.mark.parametrize("where", ["stored", "wanted"])
+@pytest.mark.parametrize("case", LEVELS)
+def test_a_level_that_one_side_has_goes_also_where_rules_rename_the_train_states_below_it(
+    tmp_path, case, where
+):
+    rules, renamed = LEVELS[case]
+    numbers = Numbers()
+    params, states = _below_a_level(numbers, list(renamed))
+    path = write(tmp_path, {"agent": states} if where == "stored" else states)
+
+    def make():
+        parts = {new: Training(params[old], ADAM, {}) for old, new in renamed.items()}
+        return {"agent": _Owner(**parts)} if where == "wanted" else parts
+
+    target = nnx.eval_shape(make)
+    result = restore(path, target, renames=rules)
+    parts = dict(vars(result["agent"])) if where == "wanted" else result
+    for old, new in renamed.items():
+        check(parts[new], _expected(states[old]))
+    save(tmp_path / "again", result, renames=plan_restore(path, target, renames=rules))
+    again = worlds.flat(_stock(tmp_path / "again"))
+    assert again.keys() == worlds.flat(_stock(path)).keys()
+    check(again, worlds.flat(_stock(path)))
+
+
+def _stock(path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return jax.tree.map(np.asarray, checkpointer.restore(path))

@@ -52,11 +52,11 @@ from orbax_nnx_handler.planning.mapping.train_states import (
     WantedOptimizer,
     pair_optimizers,
     stored_optimizers,
+    under_rules,
     wanted_optimizers,
-    with_level,
 )
-from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules, unused_rules
-from orbax_nnx_handler.planning.rules.entries import Entry, every_entry
+from orbax_nnx_handler.planning.rules import Rule, RulesApplied, unused_rules
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
 
@@ -170,9 +170,8 @@ def map_leaves(
     Raises:
         UnusedRuleError: A rule matches no stored leaf.
     """
-    placements = with_level(layout.place(stored), wanted)
-    as_stored = every_entry(placements)
-    applied = _in_own_collections(apply_rules(as_stored, rules), wanted)
+    placements, as_stored, applied = under_rules(layout.place(stored), rules, wanted)
+    applied = _in_own_collections(applied, wanted)
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")
     pairs = _pairs(wanted, placements, entries)

@@ -13,7 +13,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
 from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_name
-from orbax_nnx_handler.planning.mapping.roots import named_levels
+from orbax_nnx_handler.planning.mapping.roots import named_levels, strip
+from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules
+from orbax_nnx_handler.planning.rules.entries import Entry, every_entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
 
@@ -119,44 +121,90 @@ def wanted_optimizers(wanted: Iterable[Wanted]) -> list[WantedOptimizer]:
     ]
 
 
-def with_level(placements: Sequence[Placement], wanted: Sequence[Wanted]) -> Sequence[Placement]:
-    """Returns the placements with the owners that the target gives them, where one side has a level more.
+def under_rules(
+    placements: Sequence[Placement], rules: Sequence[Rule], wanted: Sequence[Wanted]
+) -> tuple[Sequence[Placement], Sequence[Entry], RulesApplied]:
+    """Returns the placements, what rules act on and what they make of it, a level of one side taken away.
 
     A level above several train states, such as that of a module with an actor and a critic, may go where
-    all of them lie below it, and every wanted weight lies in one of them then.
+    all of them lie below it, and every wanted weight lies in one of them then, as rules call it.
+
+    Raises:
+        RuleError: A rule does not fit a leaf, or matches none.
     """
-    owners = {item.owner for item in placements if item.section in _FIELDS}
-    if len(owners) < 2 or () in owners:
-        return placements  # Nearly every checkpoint.
+    as_stored = every_entry(placements)
+    applied = apply_rules(as_stored, rules)
+    distinct = {item.owner for item in placements if item.section in _FIELDS}
+    if len(distinct) < 2 or () in distinct:
+        return placements, as_stored, applied  # Nearly every checkpoint.
+    owners = {item.leaf.path: canonical(item.owner) for item in placements if item.section in _FIELDS}
+    named = [entry for entry in applied.entries if entry.named and entry.owner and entry.section in _FIELDS]
+    renamed = {path: entry.owner for entry in named for path in entry.sources}
+    here, there = _level({*(owners | renamed).values()}, wanted)
+    if here or there:
+        placements = _moved(placements, here, there)
+        placed = {item.leaf.path: item for item in placements}
+        entries = [_below_level(entry, here, there, placed) for entry in applied.entries]
+        return placements, every_entry(placements), dataclasses.replace(applied, entries=entries)
+    # A rule may have written the target's level itself.
+    here, there = _level({*owners.values()}, wanted) if renamed else _NONE
+    if not here and not there:
+        return placements, as_stored, applied
+    placements = _moved(placements, here, there)
+    as_stored = every_entry(placements)
+    return placements, as_stored, apply_rules(as_stored, rules)
+
+
+def _below_level(entry: Entry, here: Tokens, there: Tokens, placed: Mapping[Path, Placement]) -> Entry:
+    if entry.section not in _FIELDS or not entry.owner:
+        return entry
+    own = placed[entry.placed.leaf.path] if entry.placed is not None else None
+    return dataclasses.replace(entry, owner=(*here, *strip(entry.owner, there)), placed=own)
+
+
+_NONE: tuple[Tokens, Tokens] = ((), ())
+
+
+def _level(owners: Collection[Tokens], wanted: Sequence[Wanted]) -> tuple[Tokens, Tokens]:
+    """Returns the level above all train states that the target has alone, or the checkpoint alone."""
     weights = [item.tokens for item in of_role(wanted, "model")]
     whole = [*weights, *(canonical(item.owner) for item in of_role(wanted, "optimizer", "step"))]
-    here, there = (), ()
-    names = [canonical(owner) for owner in owners]
-    if not any(_is_below(path, names) for path in weights):
+    here, there = _NONE
+    if not any(_is_below(path, owners) for path in weights):
         for level in _levels_above(whole):
-            if all(_is_below(path[len(level) :], names) for path in weights):
+            if all(_is_below(path[len(level) :], owners) for path in weights):
                 here = level
         for level in _levels_above(list(owners)):
-            below = [canonical(owner[len(level) :]) for owner in owners]
+            below = [owner[len(level) :] for owner in owners]
             if all(below) and all(_is_below(path, below) for path in weights):
                 there = level
-    if not weights or bool(here) == bool(there) or any(is_copy_name(str(key)) for key in (*here, *there)):
-        return placements
+    if not weights or bool(here) == bool(there) or any(map(is_copy_name, (*here, *there))):
+        return _NONE
+    return here, there
+
+
+def _moved(placements: Sequence[Placement], here: Tokens, there: Tokens) -> Sequence[Placement]:
+    """Returns the placements with a level more or less above their train states."""
     return [
-        dataclasses.replace(item, owner=(*here, *item.owner[len(there) :]))
+        dataclasses.replace(item, owner=(*here, *_below(item.owner, there)))
         if item.section in _FIELDS
         else item
         for item in placements
     ]
 
 
+def _below(owner: Path, level: Tokens) -> Path:
+    depths = range(len(owner) + 1)
+    return next((owner[depth:] for depth in depths if canonical(owner[:depth]) == level), owner)
+
+
 _FIELDS = frozenset({"model", "optimizer", "step"})
 """The parts of a checkpoint that lie in train states."""
 
 
-def _levels_above(paths: Sequence[Path]) -> Iterator[Path]:
+def _levels_above(paths: Sequence[Tokens]) -> Iterator[Tokens]:
     """Yields the keys that all paths begin with, the shortest first."""
-    first = min(paths, key=len, default=())
+    first: Tokens = min(paths, key=len, default=())
     for depth in range(1, len(first) + 1):
         if any(path[:depth] != first[:depth] for path in paths):
             return

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
-from orbax_nnx_handler.planning.layouts.layout import Stored
+from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -145,11 +145,14 @@ class _Proposing:
         alone: dict[str, Suggestion] = {}
         for key in keys[:_QUESTIONS]:
             with contextlib.suppress(RestoreError):
-                alone[key.replacement] = self._alone(key.replacement)
+                alone[key.replacement] = self._among([key], Rename(key.replacement, ""))
         if (one := one_of(alone, found)) is not None:
             return one
+        names = " ".join({segments(item.leaf.path)[0] for item in self._model})
+        # A copy is used only where the target names it.
+        plain = [key for key in keys if not is_copy_beside(key.replacement, names)]
         with contextlib.suppress(RestoreError):
-            other = self._behind(*keys)
+            other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
             others = [one for one in (*self._by_network(keys, other), other) if not one.problem]
             others = [one for one in others if not mixes(one, keys, self.stored)]
             found = min(
@@ -158,11 +161,15 @@ class _Proposing:
             )
         return found
 
-    def _alone(self, key: str) -> Suggestion:
-        """Returns what is proposed where one network is all that is stored, tried beside the others."""
-        owner = tuple(key.split("/"))
-        its = {path: leaf for path, leaf in self.stored.items() if segments(path)[: len(owner)] == owner}
-        found = dataclasses.replace(self, stored=its)._behind(Rename(key, ""))
+    def _among(self, networks: Sequence[Rename], *rules: Rename) -> Suggestion:
+        """Returns what is proposed where some networks are all that is stored, tried beside the others."""
+        above = [tuple(key.replacement.split("/")) for key in networks]
+        its = {
+            path: leaf
+            for path, leaf in self.stored.items()
+            if any(segments(path)[: len(owner)] == owner for owner in above)
+        }
+        found = dataclasses.replace(self, stored=its)._behind(*rules)
         tried = self._suggested(self._judged((), dict.fromkeys(found.renames, ()), 0, ()), found.questions)
         return dataclasses.replace(tried, proposals=found.proposals, settle=found.settle)
 

@@ -240,8 +240,6 @@ def _asked_behind(rules: tuple[Rule, ...], question: Question) -> Question:
 
 def asking(other: Suggestion, found: Suggestion) -> Suggestion:
     """Returns a proposal with the questions of another one, which says more of the stored names."""
-    if not other.questions:
-        return found
     return dataclasses.replace(found, questions=other.questions, settle=other.settle)
 
 
@@ -257,7 +255,8 @@ def one_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion 
     """
     whole = {key: one for key, one in networks.items() if one.confidence != "open"}
     if len(whole) < 2:
-        return next(iter(whole.values()), None)
+        asked = [one for one in networks.values() if not whole and _asks_all(one)]
+        return next(iter(whole.values()), asked[0] if len(asked) == 1 else None)
     each = tuple(whole.values())
     question = Question(
         wanted=found.unmatched_wanted,
@@ -273,6 +272,12 @@ def one_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion 
         return () if answer is None else each[answer].answered((), changes)
 
     return dataclasses.replace(found, proposals=(), questions=(question,), settle=settled)
+
+
+def _asks_all(found: Suggestion) -> bool:
+    """Tells whether a proposal with its questions answered leaves nothing open."""
+    asked = {path for question in found.questions for path in question.wanted}
+    return not found.problem and asked.issuperset(found.unmatched_wanted)
 
 
 def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:

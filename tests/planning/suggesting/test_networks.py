@@ -131,3 +131,38 @@ def test_every_answer_to_a_question_reads_otherwise():
 
     for question in suggest({"params": stored}, target).questions:
         assert len({*question.choices}) == len(question.choices) > 1
+
+
+def test_a_copy_of_a_network_that_the_target_does_not_name_is_no_candidate():
+    tree = {
+        name: {"params": network(first, width)}
+        for name, first, width in (
+            ("actor", 0.0, 3),
+            ("critic", 1000.0, 1),
+            ("target_critic", 2000.0, 1),
+        )
+    }
+    target = target_of(("actor", "critic"), (3, 1))
+
+    found = suggest(tree, target)
+
+    assert found.questions == ()
+    state = from_linen(tree, target, renames=found.renames)
+    for name in ("actor", "critic"):
+        np.testing.assert_array_equal(
+            state[name]["out"]["kernel"].get_value(), tree[name]["params"]["Dense_2"]["kernel"]
+        )
+
+
+def test_what_the_only_network_leaves_open_is_asked_about_under_its_own_name():
+    tree = {
+        "enc": {"params": {"a": {"kernel": np.ones((4, 8), "f")}}},
+        "dec": {"params": {"a": {"kernel": np.ones((4, 6), "f")}}},
+    }
+    target = nnx.from_flat_state([(("x", "kernel"), nnx.Param(jax.ShapeDtypeStruct((4, 8), "float32")))])
+
+    found = suggest(tree, target)
+
+    rules = found.answered([0] * len(found.questions))
+    assert [str(path[0]) for path in plan_restore(tree, target, renames=rules).restored] == ["x"]
+    assert "enc" in str(rules)

@@ -374,7 +374,7 @@ class MomentFollower:
                 )
         stored = {path: moments[path] for path in reads(parameter.recipe) if path in moments}
         may_stick = stored and self._may_stick
-        own = name[-1] if name else ""
+        own = next((key for key in reversed(name) if key), "")  # A list of moments counts its own.
         why = why_stuck(parameter.recipe, self.stored, self.applied.casts, own) if may_stick else ""
         recipe = None if why else self._follow(leaf.shape, name, fields, parameter.recipe)
         if recipe is not None:

@@ -241,11 +241,12 @@ def _optimizers(item: Any, nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, An
 
 def _is_opt_state(node: Any) -> bool:
     """Tells an optimizer's state, empty or not, from a module of the model that has its name."""
-    if hasattr(node, _OPT_STATE):
-        return False  # An `nnx.Optimizer` that an item keeps under that key.
     if node is None or isinstance(node, tuple | list):
-        # Optax's own containers. In a functional train state their leaves may be `nnx.Param`s.
+        # Optax's own containers, of which one may have a field of that name (`optax.contrib.sam`).
+        # In a functional train state their leaves may be `nnx.Param`s.
         return node is not None
+    if hasattr(node, _OPT_STATE) and hasattr(node, "step"):
+        return False  # An `nnx.Optimizer` that an item keeps under that key.
     state = cast(Any, nnx.state(node)) if isinstance(node, nnx.Module) else node
     return not any(isinstance(leaf, nnx.Param | nnx.BatchStat) for leaf in flatten(state).values())
 

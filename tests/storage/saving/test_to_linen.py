@@ -82,6 +82,26 @@ def test_gates_stay_on_the_devices_of_their_cell(mesh: Mesh) -> None:
     assert set(tree["params"]) == {side + gate for side in "ih" for gate in "rzn"}
 
 
+@pytest.mark.parametrize("as_state", [False, True], ids=["module", "state"])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_field_of_an_optimizer_may_be_called_as_its_state_is(opaque: bool, as_state: bool) -> None:
+    tx = optax.contrib.sam(optax.adam(1e-2), optax.sgd(1e-2), opaque_mode=opaque)
+    params = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    linen = {"params": params, "opt_state": tx.init(params), "step": jnp.array(3)}
+
+    def make() -> dict[str, Any]:
+        model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)}
+
+    restored = from_linen(linen, nnx.eval_shape(make))
+    back = to_linen({name: nnx.state(part) for name, part in restored.items()} if as_state else restored)
+
+    def named(tree: Any) -> dict[str, Any]:
+        return {jax.tree_util.keystr(path, simple=True): x for path, x in jax.tree.leaves_with_path(tree)}
+
+    jax.tree.map(np.testing.assert_array_equal, named(back), named(linen))
+
+
 def test_equal_copies_on_a_mesh_of_explicit_axes_are_found_to_be_equal() -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     rules = [Copy("embed/embedding", "head/kernel"), Transpose("head/kernel", (1, 0))]

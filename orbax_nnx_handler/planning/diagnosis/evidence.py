@@ -199,7 +199,10 @@ class Evidence:
         ours = wanted_leaves(wanted)
         if not ours or not self.is_searched or self._is_unreadable:
             return ()
-        theirs = stored_leaves(model_entries(placed), any("dense_i" in leaf.names[-2:-1] for leaf in ours))
+        # Of which of several networks a leaf is, its path within them does not tell.
+        held = Counter((item.collection, item.tokens) for item in placed)
+        known = [item for item in placed if held[item.collection, item.tokens] == 1]
+        theirs = stored_leaves(model_entries(known), any("dense_i" in leaf.names[-2:-1] for leaf in ours))
         if any(leaf.collection is None for leaf in (*ours, *theirs)):
             ours, theirs = untyped_leaves(ours), untyped_leaves(theirs)
         try:

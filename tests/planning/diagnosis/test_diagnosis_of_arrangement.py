@@ -500,6 +500,22 @@ def test_no_hint_takes_a_name_for_its_opposite(old: str, new: str):
     assert all("renames" not in hint.arguments for hint in error.hints)
 
 
+def test_of_two_networks_none_is_said_to_be_the_closest():
+    weights = {"a": {"kernel": np.ones((4, 4), "f")}, "b": {"kernel": np.ones((4, 6), "f")}}
+    tree = {name: {"params": weights} for name in ("gen", "disc")}
+    target = nnx.eval_shape(
+        lambda: nnx.Dict(
+            **{name: nnx.Dict(kernel=nnx.Param(part["kernel"])) for name, part in weights.items()}
+        )
+    )
+
+    error = plan_restore(tree, target).error()
+
+    assert error is not None
+    assert "closest" not in str(error)
+    assert any(hint.command == "suggest" for hint in error.hints)
+
+
 def test_leaves_that_the_search_finds_elsewhere_are_not_said_to_be_joined():
     have = {f"params/layers_0/{name}/{end}": (8,) for name in ("ln_1", "ln_2") for end in ("scale", "bias")}
     have |= {"params/layers_0/mlp/fc_in/kernel": (8, 16), "params/layers_0/mlp/fc_in/bias": (16,)}

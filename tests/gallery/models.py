@@ -13,6 +13,8 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from tests.written import write_once
+
 Tree = dict[str, Any]
 
 
@@ -186,6 +188,9 @@ def zeros(tree: Any) -> Any:
 
 def save(path: pathlib.Path, tree: Any) -> pathlib.Path:
     """Saves a tree as stock Orbax does."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
-    return path
+
+    def write(path: pathlib.Path) -> None:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, tree)
+
+    return write_once(path, tree, write)

@@ -1,11 +1,6 @@
 """Small checkpoints in which every element is its own number, targets for them, and what must come back."""
 
-import hashlib
 import itertools
-import pathlib
-import pickle
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from orbax_nnx_handler import RestoreError, restore
+from tests.written import write_once
 
 Tree = dict[Any, Any]
 Flat = dict[tuple[Any, ...], np.ndarray]
@@ -109,17 +105,12 @@ def write(directory: Any, tree: Any) -> Any:
     path = next(
         directory / f"item_{at}" for at in itertools.count() if not (directory / f"item_{at}").exists()
     )
-    # Half of the trees are written for more than one test: a copy takes a fraction of the time.
-    leaves, structure = jax.tree.flatten(tree)
-    first = _WRITTEN / hashlib.sha256(pickle.dumps((str(structure), leaves))).hexdigest()
-    if not first.exists():
+
+    def save(path: Any) -> None:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(first, tree)
-    return pathlib.Path(shutil.copytree(first, path))
+            checkpointer.save(path, tree)
 
-
-_DIRECTORY = tempfile.TemporaryDirectory()
-_WRITTEN = pathlib.Path(_DIRECTORY.name)
+    return write_once(path, tree, save)
 
 
 def flat(tree: Any) -> Flat:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests.written import write_once
+
 
 @dataclasses.dataclass(frozen=True)
 class DiskFormat:
@@ -42,9 +44,12 @@ def save(path, tree, disk_format=FORMATS[0], save_args=None):
         use_zarr3=disk_format.zarr3,
         use_compression=disk_format.compressed,
     )
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=save_args))
-    return path
+
+    def write(path):
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+    return write_once(path, tree, write, (disk_format, save_args))
 
 
 def mixed_tree():

@@ -52,11 +52,12 @@ def trees() -> dict[str, Tree]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Tree], pathlib.Path]:
     """Saves a tree under a name, once: two cases restore one checkpoint."""
     root = tmp_path_factory.mktemp("broken")
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # Nothing of it is read.
 
     def save(name: str, tree: Tree) -> pathlib.Path:
         if not (root / name).exists():
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                checkpointer.save(root / name, tree)
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(root / name, args=ocp.args.PyTreeSave(tree))
         return root / name
 
     return save

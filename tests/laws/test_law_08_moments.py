@@ -17,6 +17,7 @@ from orbax_nnx_handler import (
     Split,
     Transpose,
     UnstackLayers,
+    from_linen,
     restore,
 )
 from tests.laws import worlds
@@ -418,3 +419,30 @@ def test_moments_of_an_ensemble_are_not_begun_anew_where_a_rule_takes_its_weight
     result = restore(path, nnx.eval_shape(lambda: ensemble(np.arange(3))))
     check(result["model"], params)
     check(result["optimizer"], worlds.below("opt_state", moments) | {("step",): np.full(3, 7, np.uint32)})
+
+
+@pytest.mark.parametrize("above", [(), ("opt",), ("state", "opt")])
+@pytest.mark.parametrize("chain", [optax.trace(0.9), optax.sgd(0.1, momentum=0.9), optax.contrib.acprop(0.1)])
+def test_a_tree_of_moments_alone_is_no_model(above, chain):
+    params = {"up": {"kernel": np.ones((2, 3), "float32")}}
+    tree = chain.init(params)
+    for key in reversed(above):
+        tree = {key: tree}
+
+    with pytest.raises(RestoreError):
+        from_linen(tree, params)
+    with pytest.raises(RestoreError):
+        from_linen(
+            tree, nnx.eval_shape(lambda: nnx.Dict(up=nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))))
+        )
+
+
+@pytest.mark.parametrize("name", ["mu", "trace", "v"])
+def test_a_module_that_is_called_like_a_moment_is_a_model(name):
+    params = {"up": {"kernel": np.ones((2, 3), "float32")}}
+
+    whole = from_linen({"params": {name: params}}, {name: params})
+    part = from_linen({"params": {name: params}}, params)
+    by_rule = from_linen({name: params}, params, renames=[(name, "")])
+
+    jax.tree.map(np.testing.assert_array_equal, (whole[name], part, by_rule), (params,) * 3)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from orbax_nnx_handler.planning.core.leaves import FACTORED, StoredLeaf, derived, record
+from orbax_nnx_handler.planning.core.leaves import FACTORED, MOMENTS, StoredLeaf, derived, record
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 
 Stored = Mapping[Path, StoredLeaf]
@@ -154,9 +154,13 @@ def is_copy_beside(name: str, kind: str) -> bool:
     return any(word not in kind.lower() for word in words)
 
 
-def holds_no_weights(level: str) -> bool:
-    """Tells whether a level above weights says that they are none, or others: `ema_params`, `batch_stats`."""
-    return is_copy_name(level) or level in FLAX_COLLECTIONS[1:] or level == "opt_state"
+def holds_no_weights(level: str, collection: str | None) -> bool:
+    """Tells whether a level above weights says that they are none, or others: `ema_params`, `batch_stats`.
+
+    Optax's `trace` and its like say so above a tree that names no collection: a module may be called `mu`.
+    """
+    is_moment = collection is None and level in MOMENTS
+    return is_copy_name(level) or level in FLAX_COLLECTIONS[1:] or level == "opt_state" or is_moment
 
 
 def is_of_parameters(collection: str | None) -> bool:

@@ -150,8 +150,9 @@ def _fields(entries: Sequence[Entry], levels: Collection[Tokens]) -> set[Tokens]
     fields = {field for field in found if field[-1] not in PLAIN_LEVELS and words_of(field[-1])}
     # Also without an optimizer or a step beside it, a tree below `ema_params` alone is such a field,
     # and so is a copy that is a level of its own within a collection (`params/ema`).
-    first = next((entry.tokens for entry in entries if entry.collection in (None, "params")), ())
-    return fields | {first[:at] for at in range(1, len(first)) if holds_no_weights(first[at - 1])}
+    own = next((entry for entry in entries if entry.collection in (None, "params")), None)
+    first, of = ((), None) if own is None else (own.tokens, own.collection)
+    return fields | {first[:at] for at in range(1, len(first)) if holds_no_weights(first[at - 1], of)}
 
 
 def by_whole_path(

@@ -390,7 +390,7 @@ class _Kernel:
                 if below and not all(name[: len(below)] == below for name in names):
                     why = f"{render(below)} is not above the whole model"
                     yield Broken(law=7, wanted=wanted, stored=stored, why=why)
-                if any(map(holds_no_weights, below)):
+                if any(holds_no_weights(level, collection) for level in below):
                     why = f"{render(below)} is not the name of a model's own weights"
                     yield Broken(law=2, wanted=wanted, stored=stored, why=why)
             if len({above for above, below in found if not below}) > 1:

@@ -7,6 +7,12 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import AmbiguousMappingError, Drop, StackLayers, restore, save, to_linen
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf, WantedLeaf
+from orbax_nnx_handler.planning.core.recipes import Read, Stack
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.claims import Claims
+from orbax_nnx_handler.planning.verdict.elements import read_and_steps
 from tests.laws.worlds import (
     FORMS,
     Numbers,
@@ -228,3 +234,26 @@ def test_a_rule_for_the_step_takes_it_to_the_optimizer_and_leaves_none_behind(tm
     result = restore(path, {**parts, "step": np.int32(3)}, renames=rules, policy="init")
     assert [int(result["step"]), int(result["optimizer"].step.get_value())] == [3, 7]
     check(result["optimizer"], below("opt_state", stored["opt_state"]))
+
+
+def test_the_kernel_sees_a_layer_that_a_stack_and_another_leaf_read():
+    paths = [("params", "layers_0", "w"), ("params", "layers_1", "w")]
+    placed = {
+        path: Placement(
+            leaf=StoredLeaf(path=path, shape=(3,), dtype=np.dtype("float32")), section="model", path=path[1:]
+        )
+        for path in paths
+    }
+    shapes = {("layers", "w"): (2, 3), ("head",): (3,)}
+    stack, head = [
+        Wanted(
+            leaf=WantedLeaf(path=path, kind=nnx.Param, shape=shape, dtype=np.dtype("float32")),
+            role="model",
+            path=path,
+        )
+        for path, shape in shapes.items()
+    ]
+    sources = [(stack, Stack((Read(paths[0]), Read(paths[1])), 0), None), (head, Read(paths[1]), None)]
+    claims = Claims(sources, [read_and_steps(recipe) for _, recipe, _ in sources], placed)
+
+    assert list(claims.used_twice(frozenset())) == [(("head",), paths[1], ("layers", "w"))]

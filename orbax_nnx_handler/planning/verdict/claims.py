@@ -32,7 +32,7 @@ class Claims:
     """What the leaves of a result read.
 
     Attributes:
-        read: Every stored leaf that is read, repeats included.
+        read: Every stored leaf that is read, repeats included, in no order.
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class Claims:
         placed: Mapping[Path, Placement],
     ) -> None:
         self._sources, self._placed = sources, placed
-        self.read: list[Path] = []
-        for (path, _), source in zip(chains, sources, strict=True):
-            self.read += reads(source[1]) if path is None else (path,)
+        self.read = [path for path, _ in chains if path is not None]
+        if len(self.read) < len(chains):
+            others = (source[1] for (path, _), source in zip(chains, sources, strict=True) if path is None)
+            self.read += itertools.chain.from_iterable(map(reads, others))
 
     @cached_property
     def used(self) -> Set[Path]:

@@ -182,6 +182,16 @@ def test_a_module_called_count_below_one_called_opt_state_is_no_number_of_an_opt
     check(restore(path, worlds.model_target(model), unexpected="ignore"), model)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_called_step_makes_its_neighbour_no_optimizer(tmp_path, form):
+    numbers = Numbers()
+    blocks = {"step": numbers(4, 4), "opt_state": {"Dense_0": {"w": numbers(4, 5)}}}
+    model = {"blocks": blocks, "head": numbers.dense()}
+    trained = {"opt_state": numbers.optimizer(ADAM, model), "step": np.uint32(7)}
+    path = write(tmp_path, {"net": model, "net_opt": trained})
+    check(restore(path, target_of(form, {"net": model}), unexpected="ignore"), {"net": model})
+
+
 def test_gates_in_boxes_are_fused_too(tmp_path):
     numbers = Numbers()
     gates = {side + gate: {"kernel": numbers(4, 5)} for side in "ih" for gate in "ifgo"}

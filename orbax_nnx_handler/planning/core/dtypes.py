@@ -99,6 +99,12 @@ def is_count_dtype(dtype: Any) -> bool:
     return not jnp.issubdtype(dtype, jax.dtypes.prng_key) and _is_integer(dtype)
 
 
+def is_weight_called_step(path: Path, dtype: Any) -> bool:
+    """Tells whether a leaf called `step` is a model's: a step of a train state is an integer."""
+    plain = path[:-1] if len(path) > 1 and path[-1] == "value" else path
+    return bool(plain) and str(plain[-1]) == "step" and not is_count_dtype(dtype)
+
+
 def held_dtype(dtype: Any) -> Any:
     """Returns the dtype that a JAX array of this dtype has: float32 for float64 without x64."""
     is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)

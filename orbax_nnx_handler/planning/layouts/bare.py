@@ -23,13 +23,20 @@ the `w` that only the released files have below `mlp/linear` and
 
 from collections.abc import Collection
 
+from orbax_nnx_handler.planning.core.dtypes import is_weight_called_step
 from orbax_nnx_handler.planning.core.leaves import is_optax_state, optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
 
 
+def _owners(stored: Stored) -> set[Path]:
+    return optimizer_owners(
+        path for path, leaf in stored.items() if not is_weight_called_step(path, leaf.dtype)
+    )
+
+
 def _place(stored: Stored) -> tuple[Placement, ...]:
-    owners = optimizer_owners(stored)
+    owners = _owners(stored)
     return tuple(_placement(stored, path, owners) for path in stored)
 
 
@@ -60,11 +67,11 @@ def _ends_in_value(path: Path) -> bool:
 
 
 def _is_pure_dict(stored: Stored) -> bool:
-    return _is_bare(stored) and bool(optimizer_owners(stored))
+    return _is_bare(stored) and bool(_owners(stored))
 
 
 def _is_params(stored: Stored) -> bool:
-    return _is_bare(stored) and not optimizer_owners(stored)
+    return _is_bare(stored) and not _owners(stored)
 
 
 def _is_bare(stored: Stored) -> bool:

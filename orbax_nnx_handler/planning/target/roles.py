@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, is_key
+from orbax_nnx_handler.planning.core.dtypes import is_count_dtype, is_key, is_weight_called_step
 from orbax_nnx_handler.planning.core.leaves import (
     OPT_STATE,
     WantedLeaf,
@@ -109,6 +109,7 @@ def _certain_owners(leaves: Mapping[Path, WantedLeaf]) -> set[Path]:
     them from a module that is called `opt_state` is a value beside them that is no Variable.
     """
     bare = [path for path, leaf in leaves.items() if leaf.kind is None]
+    bare = [path for path in bare if not is_weight_called_step(path, leaves[path].dtype)]
     steps = {path[:-1] for path in bare if path and str(path[-1]) == "step"}
     beside = {path[: path.index(OPT_STATE)] for path in leaves if steps and OPT_STATE in path}
     return optimizer_owners(bare) | (steps & beside) | _beside_variables(leaves, bare)

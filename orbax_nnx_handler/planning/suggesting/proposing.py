@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
@@ -20,6 +21,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Link,
     Names,
     agrees,
+    levels,
     readings_of,
     shared_names,
     simplest,
@@ -27,7 +29,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
-    by_template,
     paths_of,
     search,
     steps_by_leaf,
@@ -237,7 +238,7 @@ class _Proposing:
             not sources.get(path, set()) <= set(reads(item.recipe))
             for path, item in self._base.restored.items()
         )
-        return Settled(before, after, differs).reconciled(found)
+        return Settled(before, after, differs, self._base.restored.keys()).reconciled(found)
 
     def _search(self, entries: Sequence[Entry]) -> Searched:
         ours = wanted_leaves(self._model)
@@ -417,7 +418,7 @@ class _Proposing:
             if len(readings) == len(tie.readings) or len(readings) > 1:
                 is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
                 found.append(Choice("how" if is_joined else "which", tuple(readings)))
-        for group in by_template(searched.turns).values():
+        for group in _by_template(searched.turns).values():
             left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
             if left:
                 plain, turned = zip(*map(readings_of, left), strict=True)
@@ -442,3 +443,15 @@ class _Proposing:
 
 def _changes_nothing(rule: Rule) -> bool:
     return isinstance(rule, Rename) and rule.pattern == rule.replacement
+
+
+def _by_template(links: Iterable[Link]) -> Mapping[tuple[Tokens, Tokens], list[Link]]:
+    found: dict[tuple[Tokens, Tokens], list[Link]] = defaultdict(list)
+    for link in links:
+        found[_plain(link.target.names), _plain(link.source.names)].append(link)
+    return found
+
+
+def _plain(names: Names) -> Tokens:
+    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
+    return tuple(filter(None, found))

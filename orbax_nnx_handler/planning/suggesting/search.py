@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +33,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     ModulePart,
     Names,
     Tie,
-    levels,
     module_parts,
     place_of,
     settle_turns,
@@ -60,13 +59,7 @@ class Searched:
 
 
 def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens, Sequence[str]]) -> Searched:
-    """Searches what each wanted leaf is made from.
-
-    Args:
-        wanted: The wanted leaves of the model.
-        stored: The stored ones.
-        order: Wanted names in the order of their creation, by module.
-    """
+    """Searches what each wanted leaf is made from; `order` is that of creation, by module."""
     found = match_context(Context(wanted=wanted, stored=stored, order=order))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
@@ -119,8 +112,8 @@ def untyped_leaves(leaves: Iterable[Leaf]) -> list[Leaf]:
 def number_of(dtype: Any) -> str:
     """Returns the kind of number of a dtype; a restore casts within one kind and never between two."""
     kinds = ("floating", "complexfloating", "integer", "bool_")
-    found = [kind for kind in kinds if dtype is not None and jnp.issubdtype(dtype, getattr(jnp, kind))]
-    return found[0] if found else "other"
+    found = (kind for kind in kinds if dtype is not None and jnp.issubdtype(dtype, getattr(jnp, kind)))
+    return next(found, "other")
 
 
 def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
@@ -187,22 +180,7 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
 
 def _as_head(table: Leaf, head: Leaf) -> tuple[Way, ...]:
     """Returns how an embedding becomes the matrix of an output layer."""
-    possible = ways(table.shape, head.shape)
-    return tuple(way for way in possible if way.turned or table.names[-1] != "embedding")
-
-
-def by_template(links: Iterable[Link]) -> Mapping[tuple[Tokens, Tokens], list[Link]]:
-    """Returns links by what they are called but for the numbers of layers."""
-    found: dict[tuple[Tokens, Tokens], list[Link]] = defaultdict(list)
-    for link in links:
-        key = (_plain(link.target.names), _plain(link.source.names))
-        found[key].append(link)
-    return found
-
-
-def _plain(names: Names) -> Tokens:
-    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
-    return tuple(base for base in found if base)
+    return tuple(w for w in ways(table.shape, head.shape) if w.turned or table.names[-1] != "embedding")
 
 
 def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:
@@ -341,20 +319,23 @@ class Settled:
         before: What a search finds without the rules.
         after: The stored model under the rules.
         differs: Whether the rules make a wanted leaf of what the search did not.
+        answered: The wanted leaves that the rules make.
     """
 
     before: Searched
     after: Sequence[Entry]
     differs: bool
+    answered: Set[Path]
 
     def reconciled(self, found: Searched) -> Searched:
         """Returns what a search finds under the rules, where the whole model does not speak against it."""
         known = {(leaf.source, _stacked(link)): link for link in self.before.links for leaf in link.wanted}
         used = {leaf.source for link in self.before.links for leaf in link.stored}
+        unanswered = {path for tie in self._unanswered for path in _wanted_by(tie)}
         kept: list[Link] = []
         for link in found.links:
             first = known.get((link.target.source, _stacked(link)))
-            if first is None and not self.differs:
+            if first is None and not self.differs and link.target.source not in unanswered:
                 kept += [] if used.intersection(self._sources(link)) else [link]
             elif first is not None:
                 kept += [link] if self._agree(link, first) else []
@@ -363,12 +344,24 @@ class Settled:
         kept += [] if self.differs else [moved for link in lost for moved in self._moved(link)]
         covered.update(leaf.source for link in kept for leaf in link.wanted)
         groups = [*found.found.groups, *self.before.found.groups]
-        ties = [] if self.differs else found.found.ties
+        ties = [] if self.differs else [*found.found.ties, *self._again(found.found.ties)]
         return Searched(
             links=tuple(kept),
             turns=tuple(link for link in found.turns if link.target.source not in covered),
             found=Findings(links=list(found.found.links), ties=ties, groups=groups),
         )
+
+    @cached_property
+    def _unanswered(self) -> list[Tie]:
+        """Siblings that the whole model leaves open, and no rule tells: that another one is gone does not."""
+        return [t for t in self.before.found.ties if _of_siblings(t) and not self.answered & _wanted_by(t)]
+
+    def _again(self, ties: Iterable[Tie]) -> Iterator[Tie]:
+        asked = {path for tie in ties for path in _wanted_by(tie)}
+        for tie in self._unanswered:
+            readings = tuple(tuple(x for link in each for x in self._moved(link)) for each in tie.readings)
+            if not asked & _wanted_by(tie) and [*map(len, readings)] == [*map(len, tie.readings)]:
+                yield dataclasses.replace(tie, readings=readings)
 
     @cached_property
     def _made_of(self) -> Mapping[Path, list[Entry]]:
@@ -424,6 +417,15 @@ class Settled:
                     yield dataclasses.replace(
                         link, stored=(leaf,), ways=((way,),), joint=None, layers=None, levels=()
                     )
+
+
+def _of_siblings(tie: Tie) -> bool:
+    parts, count = {link.source.source[:-1] for each in tie.readings for link in each}, len(tie.stored)
+    return len(tie.wanted) == count and len({part[:-1] for part in parts}) * count == len(parts) > 1
+
+
+def _wanted_by(tie: Tie) -> set[Path]:
+    return {leaf.source for reading in tie.readings for link in reading for leaf in link.wanted}
 
 
 def _stacked(link: Link) -> int:

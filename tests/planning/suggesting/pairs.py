@@ -23,14 +23,16 @@ OPEN = {
     "simba": 4,
     "savi": 4,
     "genie": 200,
+    "rt1": 20,
 }
 """Leaves that stay open.
 
 An array that holds queries, keys and values head by head is none of the rules' (Bloom); a logarithm of a
 variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks and
-parts of one shape that Linen numbered (sac, simba, graphnet, nerf, savi, genie) take the order of creation,
-which a state has forgotten. How keys and values lie in an array of a layer that Linen numbered (segformer),
-which half of an array is the gate (recurrentgemma, dinov2_giant), whether gates and what they gate lie in
-turns (gpt_oss), which of square layers that stand beside each other is which (transformer_xl_ppo), whether a
-square matrix is transposed (recurrentgemma), and what `v` and `w` are (hypernerf), only outputs tell.
+parts of one shape that Linen numbered (sac, simba, graphnet, nerf, savi, genie, rt1) take the order of
+creation, which a state has forgotten. How keys and values lie in an array of a layer that Linen numbered
+(segformer), which half of an array is the gate (recurrentgemma, dinov2_giant), whether gates and what they
+gate lie in turns (gpt_oss), which of square layers that stand beside each other is which
+(transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
+(hypernerf), only outputs tell.
 """

@@ -89,6 +89,12 @@ def test_optimizers_beside_their_networks_come_by_the_rules_of_the_hint(tmp_path
     second = refused(path, target, renames=rules)
     (policy,) = [hint.arguments["policy"] for hint in second.hints if hint.fills]
     result = restore(path, target, renames=rules, policy=policy, init=lambda: _beside(networks, suffix))
+    # Rules for the weights, under the names that they have without any, change nothing.
+    weights = [(f"{name}_params", name) for name in NAMES]
+    for more in ([*weights, *rules], [*rules, *weights[:1]]):
+        same = restore(path, target, renames=more, policy=policy, init=lambda: _beside(networks, suffix))
+        for key in target:
+            jax.tree.map(np.testing.assert_array_equal, nnx.state(same[key]), nnx.state(result[key]))
     for name in NAMES:
         check(result[f"{name}_{suffix}"], below("opt_state", stored[f"{name}_opt_state"]))
 

@@ -100,6 +100,9 @@ class Entry:
                 self, segments=names, prefix=(), fixed=marks, owner=canonical(names[:-1]), **changes
             )
         at = next((at for at, name in enumerate(names[:-1]) if name in FLAX_COLLECTIONS), None)
+        if at is None and depth == 1 and self.owner == canonical(names[:1]):
+            # Weights that have their network and `params` in one key, `policy_params`, under its name.
+            return with_fields(self, segments=names[1:], prefix=names[:1], fixed=marks, **changes)
         if at is None:
             kept = self.collection if len(names) < len(self.whole) else None
             return dataclasses.replace(

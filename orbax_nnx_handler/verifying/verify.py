@@ -265,13 +265,13 @@ def _is_weight_at(_: Any, leaf: Any) -> bool:
 
 
 def _floats_in(tree: Any) -> list[Any]:
-    """Returns the arrays of floats in what a program returns."""
+    """Returns the arrays of floats in what a program returns, both parts of complex numbers."""
     found = list[Any]()
     for leaf in jax.tree.leaves(tree, is_leaf=is_dataclass):
         if is_dataclass(leaf):
             found += _floats_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        elif jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            found.append(leaf)
+        elif jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            found += [jnp.real(leaf), jnp.imag(leaf)] if jnp.iscomplexobj(leaf) else [leaf]
     return found
 
 

@@ -305,6 +305,19 @@ def test_a_mask_of_large_numbers_says_nothing_of_how_large_inputs_are(saved: pat
     assert (found.equal, found.remarks) == (True, ())
 
 
+def test_complex_outputs_tell_of_the_weights_as_floats_do(saved: pathlib.Path):
+    def waves(y: Any) -> Any:
+        return jnp.fft.rfft(y, axis=-1)
+
+    def run(factor: float) -> Verification:
+        return compared(
+            saved, lambda v, x: waves(Linen().apply(v, x)), lambda model, x: waves(factor * model(x))
+        )
+
+    assert (run(1.0).equal, run(1.0).remarks) == (True, ())
+    assert not run(1.5).equal
+
+
 class LinenLayer(nn.Module):
     @nn.compact
     def __call__(self, x, _):

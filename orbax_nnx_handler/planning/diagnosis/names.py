@@ -55,9 +55,15 @@ def renames(evidence: Evidence, wanted: Sequence[Path], stored: Sequence[Path]) 
         changes |= found
     if evidence.speaks_against(wanted, stored):
         return ()
-    if any(exclude(concepts([old]), concepts([new])) for old, new in changes):
+    paths = [evidence.below[path] for path in wanted]
+    if any(exclude(concepts([old]), concepts([new])) and not _is_network(new, paths) for old, new in changes):
         return ()
     return tuple(sorted(changes)) if _is_safe(evidence, changes, sources) else ()
+
+
+def _is_network(name: str, paths: Iterable[Tokens]) -> bool:
+    """Tells whether a name is the root of modules: `actor` wants a `critic` where nothing else is stored."""
+    return all(tokens[0] == name and len(tokens) > 2 for tokens in paths if name in tokens)
 
 
 def _changes(

@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.suggesting.module_parts import (
+    PYTORCHS,
     Leaf,
     Link,
     ModulePart,
@@ -75,8 +76,9 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         found = _ways(left, right, one, other)
         if not found or not _are_of_a_kind(kind, left, right, one, other):
             return None
-        # Under another name, outputs before inputs may be the convention of all.
-        if not found[0].turned or right.names[-1] in (left.names[-1], "embedding"):
+        # Under another name, or PyTorch's, outputs before inputs may be the convention of all.
+        kept = right.names[-1] == left.names[-1] not in PYTORCHS or right.names[-1] == "embedding"
+        if not found[0].turned or kept:
             cost += found[0].cost + 0.5 * found[0].turned
         pairs.append((left, right, found))
     lacking = len(one.part.leaves.keys() ^ other.part.leaves.keys())

@@ -321,7 +321,7 @@ class Tie:
 
 
 _QKV = frozenset("qkv")
-_PYTORCHS = frozenset(("weight", "weights", "w"))
+PYTORCHS = frozenset(("weight", "weights", "w"))
 """Names under which a program may keep outputs before inputs."""
 
 
@@ -413,7 +413,7 @@ def _chosen(
 def _keeps_its_name(link: Link, leaf: Leaf) -> bool:
     """Tells whether a matrix has a name of its own on both sides; `weight` and `w` may be PyTorch's."""
     last = leaf.names[-1]
-    return last == link.target.names[-1] and last not in _PYTORCHS
+    return last == link.target.names[-1] and last not in PYTORCHS
 
 
 def _are_squares(leaf: Leaf) -> bool:

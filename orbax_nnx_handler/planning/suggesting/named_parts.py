@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
+from orbax_nnx_handler.planning.suggesting.module_parts import Level, Link, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.words import (
     COMPUTED,
     END,
@@ -430,3 +430,16 @@ def lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bo
     """Tells whether all modules around a part that are known lie around the other part too."""
     around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
     return all(other[: len(found)] == found for found in around)
+
+
+def by_template(links: Iterable[Link]) -> Mapping[tuple[Names, Names], list[Link]]:
+    """Returns links by what they are called but for the numbers of layers."""
+    found: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
+    for link in links:
+        found[_plain(link.target.names), _plain(link.source.names)].append(link)
+    return found
+
+
+def _plain(names: Names) -> Names:
+    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
+    return tuple(filter(None, found))

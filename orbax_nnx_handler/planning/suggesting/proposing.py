@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, segments
+from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
@@ -21,11 +20,11 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Link,
     Names,
     agrees,
-    levels,
     readings_of,
     shared_names,
     simplest,
 )
+from orbax_nnx_handler.planning.suggesting.named_parts import by_template
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -418,7 +417,7 @@ class _Proposing:
             if len(readings) == len(tie.readings) or len(readings) > 1:
                 is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
                 found.append(Choice("how" if is_joined else "which", tuple(readings)))
-        for group in _by_template(searched.turns).values():
+        for group in by_template(searched.turns).values():
             left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
             if left:
                 plain, turned = zip(*map(readings_of, left), strict=True)
@@ -443,15 +442,3 @@ class _Proposing:
 
 def _changes_nothing(rule: Rule) -> bool:
     return isinstance(rule, Rename) and rule.pattern == rule.replacement
-
-
-def _by_template(links: Iterable[Link]) -> Mapping[tuple[Tokens, Tokens], list[Link]]:
-    found: dict[tuple[Tokens, Tokens], list[Link]] = defaultdict(list)
-    for link in links:
-        found[_plain(link.target.names), _plain(link.source.names)].append(link)
-    return found
-
-
-def _plain(names: Names) -> Tokens:
-    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
-    return tuple(filter(None, found))

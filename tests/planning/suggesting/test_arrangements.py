@@ -227,3 +227,16 @@ def test_gpt2s_cross_attention_holds_keys_and_values_where_its_queries_lie_besid
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+@pytest.mark.parametrize("kind", ["w", "weight"])
+def test_that_a_matrix_fits_as_it_is_tells_nothing_where_all_may_be_turned(kind):
+    stored = filled({"ff_layer/ffn_layer1/linear/w": (12, 40), "ff_layer/ffn_layer2/linear/w": (40, 12)})
+    expected = {
+        f"mlp/{name}_proj/{kind}": stored[f"ff_layer/ffn_layer{at}/linear/w"].T
+        for at, name in ((1, "up"), (2, "down"))
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

@@ -446,3 +446,16 @@ def test_a_module_that_is_called_like_a_moment_is_a_model(name):
     by_rule = from_linen({name: params}, params, renames=[(name, "")])
 
     jax.tree.map(np.testing.assert_array_equal, (whole[name], part, by_rule), (params,) * 3)
+
+
+@pytest.mark.parametrize("rule", [Scale("up/scale", 2.0), Add("up/scale", 1.0)], ids=str)
+@pytest.mark.parametrize("chain", [optax.contrib.prodigy(), optax.contrib.schedule_free_sgd(0.1)])
+def test_state_of_a_pure_dict_is_not_read_as_it_is_where_a_rule_computes_its_weight(chain, rule):
+    params = {"up": {"scale": np.ones(3, "float32")}}
+    target = {"params": params, "opt_state": chain.init(params)}
+
+    with pytest.raises(RestoreError, match="up/scale"):
+        from_linen({**target, "step": 3}, target, renames=[rule])
+    same = from_linen({**target, "step": 3}, target)
+
+    jax.tree.map(np.testing.assert_array_equal, same, target)

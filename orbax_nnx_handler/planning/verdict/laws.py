@@ -17,7 +17,7 @@ from typing import Protocol
 
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
-from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, reads
+from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, computes, reads
 from orbax_nnx_handler.planning.layouts.layout import (
     FLAX_COLLECTIONS,
     Placement,
@@ -100,7 +100,7 @@ def certify(
     """
     kernel = _Kernel(wanted, placed, sources, known)
     broken = [fault for source in kernel.unproven() for fault in kernel.check(source)]
-    broken += kernel.moments()
+    broken += [*kernel.moments(), *kernel.kept_beside()]
     broken += kernel.claims()
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
@@ -355,6 +355,20 @@ class _Kernel:
                 if item.tokens[: len(canonical(owner))] != canonical(owner):
                     why = f"{render((level,))} is the name of a copy"
                     yield Broken(law=2, wanted=item.leaf.path, stored=stored, why=why)
+
+    def kept_beside(self) -> Iterator[Broken]:
+        """Yields what a pure dict keeps below `opt_state`, not as optax, of weights that a rule computes."""
+        weights, moments = self._by_role["model"], self._by_role["optimizer"]
+        every = [*weights, *(source for source in moments if source[2].kind == "same path")]
+        bare = [source for source in every if source[0].leaf.kind is None]
+        bare = [source for source in bare if "opt_state" in source[0].leaf.path[:-1]]
+        computed = [item.tokens for item, made, _ in weights if computes(made)] if bare else []
+        for item, made, _ in bare:
+            own = canonical(item.leaf.path)
+            ends = (name[name[:1] == ("params",) :] for name in computed if name != own)
+            if any(own[-len(name) :] == name for name in ends):
+                why = "it may be a moment of what a rule computes otherwise"
+                yield Broken(law=8, wanted=item.leaf.path, stored=reads(made)[0], why=why)
 
     def owners(self) -> Iterator[Broken]:
         """Yields where one optimizer is taken from two train states, or one train state serves two."""

@@ -359,14 +359,16 @@ class _Kernel:
     def kept_beside(self) -> Iterator[Broken]:
         """Yields what a pure dict keeps below `opt_state`, not as optax, of weights that a rule computes."""
         weights, moments = self._by_role["model"], self._by_role["optimizer"]
-        every = [*weights, *(source for source in moments if source[2].kind == "same path")]
-        bare = [source for source in every if source[0].leaf.kind is None]
+        bare = [source for source in (*weights, *moments) if source[0].leaf.kind is None]
         bare = [source for source in bare if "opt_state" in source[0].leaf.path[:-1]]
-        computed = [item.tokens for item, made, _ in weights if computes(made)] if bare else []
-        for item, made, _ in bare:
+        bare = [source for source in bare if source[0].role == "model" or source[2].kind == "same path"]
+        computed: dict[Tokens, set[Tokens]] = defaultdict(set)
+        for item, made, _ in weights if bare else ():
+            if computes(made):
+                computed[item.tokens[item.tokens[:1] == ("params",) :]].add(item.tokens)
+        for item, made, _ in bare if computed else ():
             own = canonical(item.leaf.path)
-            ends = (name[name[:1] == ("params",) :] for name in computed if name != own)
-            if any(own[-len(name) :] == name for name in ends):
+            if any(computed.get(own[at:], set()) - {own} for at in range(len(own))):
                 why = "it may be a moment of what a rule computes otherwise"
                 yield Broken(law=8, wanted=item.leaf.path, stored=reads(made)[0], why=why)
 

@@ -95,7 +95,13 @@ def values(*shape: int, seed: int = 0) -> np.ndarray:
 
 def path_of(keys: Sequence[Any]) -> str:
     """Returns a JAX key path as `params/Dense_0/kernel`."""
-    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+    return _path_of(tuple(keys))
+
+
+# Asked for a few million times, of some thousand.
+@functools.cache
+def _path_of(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def stored_variables(pair: Pair) -> dict[str, Any]:

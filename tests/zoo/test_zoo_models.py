@@ -1,7 +1,6 @@
 """Whole models: a Linen train state goes on training in NNX as if nothing had happened."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,6 +11,8 @@ from orbax_nnx_handler import save
 from tests.zoo.models import MODELS
 from tests.zoo.models.base import (
     ModelPair,
+    TrainingModel,
+    abstract_state,
     flat,
     float_leaves,
     linen_step,
@@ -37,17 +38,22 @@ def state(pair: ModelPair) -> TrainState:
 
 
 @pytest.fixture(scope="module")
+def target(pair: ModelPair) -> TrainingModel:
+    return abstract_state(pair)
+
+
+@pytest.fixture(scope="module")
 def continued(
-    pair: ModelPair, state: TrainState, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Outcome, Any]:
+    pair: ModelPair, state: TrainState, target: TrainingModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Outcome, TrainingModel]:
     """What one NNX step shows and leaves behind, from the checkpoint that the Linen side wrote."""
     path = saved(state, tmp_path_factory.mktemp("model") / "checkpoint")
-    model, optimizer = restored_state(pair, path)
+    model, optimizer = restored_state(pair, path, target)
     return nnx_step(pair, model, optimizer), (model, optimizer)
 
 
 @pytest.fixture(scope="module")
-def outcome(continued: tuple[Outcome, Any]) -> Outcome:
+def outcome(continued: tuple[Outcome, TrainingModel]) -> Outcome:
     return continued[0]
 
 
@@ -71,19 +77,21 @@ def test_any_weight_statistic_or_moment_gone_wrong_is_noticed(
     assert unnoticed == []
 
 
-def test_a_weight_swapped_on_disk_is_noticed(pair: ModelPair, state: TrainState, tmp_path: Path) -> None:
+def test_a_weight_swapped_on_disk_is_noticed(
+    pair: ModelPair, state: TrainState, target: TrainingModel, tmp_path: Path
+) -> None:
     _, expected = linen_step(pair, state)
     weight = next(path for path in float_leaves(state, pair.without_variable) if path.startswith("params/"))
     path = saved(broken(state, weight), tmp_path / "checkpoint")
 
-    actual = nnx_step(pair, *restored_state(pair, path))
+    actual = nnx_step(pair, *restored_state(pair, path, target))
 
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_same({"logits": expected["logits"]}, {"logits": actual["logits"]}, TOLERANCE)
 
 
 def test_linen_goes_on_from_what_nnx_saves(
-    pair: ModelPair, state: TrainState, continued: tuple[Outcome, Any], tmp_path: Path
+    pair: ModelPair, state: TrainState, continued: tuple[Outcome, TrainingModel], tmp_path: Path
 ) -> None:
     if not pair.saves_back:
         pytest.skip("NNX has other names or other layers, and saves its own")

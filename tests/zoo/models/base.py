@@ -20,6 +20,9 @@ from tests.zoo.pairs import Outcome, Renames, is_concrete, path_of, randomised
 Flat = dict[str, Any]
 """Leaves by path, the keys joined by slashes."""
 
+TrainingModel = tuple[nnx.Module, nnx.Optimizer[Any]]
+"""A model and its optimizer."""
+
 Determined = Literal["shapes", "shapes and order", "outputs", "nothing"]
 
 
@@ -162,15 +165,19 @@ def _labelled(label: str, pair: ModelPair, tree: Any) -> Flat:
     return {f"{label} {path}": leaf for path, leaf in pair.as_nnx(leaves).items()}
 
 
-def build(pair: ModelPair) -> tuple[nnx.Module, nnx.Optimizer[Any]]:
+def build(pair: ModelPair) -> TrainingModel:
     """Builds the NNX train state: the model and its optimizer."""
     model = pair.nnx(nnx.Rngs(0))
     return model, nnx.Optimizer(model, pair.optimizer, wrt=nnx.Param)
 
 
-def restored_state(pair: ModelPair, path: Path) -> tuple[nnx.Module, nnx.Optimizer[Any]]:
+def abstract_state(pair: ModelPair) -> TrainingModel:
+    """Returns the NNX train state without values, to restore into."""
+    return nnx.eval_shape(lambda: build(pair))
+
+
+def restored_state(pair: ModelPair, path: Path, target: TrainingModel) -> TrainingModel:
     """Restores the Linen train state into the NNX one."""
-    target = nnx.eval_shape(lambda: build(pair))
     model, optimizer = restore(path, target, renames=pair.renames, policy="error", unexpected="error")
     for part in (model, optimizer):
         assert all(is_concrete(leaf) for _, leaf in nnx.to_flat_state(nnx.state(part)))

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, scanned_axes, uses_of
-from orbax_nnx_handler.verifying.recording import Call, run_linen, run_nnx
+from orbax_nnx_handler.verifying.recording import Call, by_path, calls_in, run_linen, run_nnx
 from orbax_nnx_handler.verifying.single_module import ModuleRunner
 from orbax_nnx_handler.verifying.verification import (
     TOLERANCE,
@@ -35,7 +34,13 @@ from orbax_nnx_handler.verifying.verification import (
     compare_inputs,
     exceeds,
 )
-from orbax_nnx_handler.verifying.weights import LinenWeights, find_nnx, path_above, restore_linen
+from orbax_nnx_handler.verifying.weights import (
+    LinenWeights,
+    find_nnx,
+    locate_stored,
+    path_above,
+    restore_linen,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,29 +88,20 @@ def compare_modules(
 ) -> list[Compared]:
     """Compares every call of paired modules, in the order in which the NNX program returned from them."""
     linen, nnx = by_path(linen_calls), by_path(nnx_calls)
-    calls_in = _calls_in(nnx)
+    made_of = calls_in(nnx)
     compared = list[Compared]()
     for pair in pairs:
         ours = uses_of(pair.nnx, nnx, _sizes(linen.get(pair.linen.path, ())))
         theirs = uses_of(pair.linen, linen, _sizes(nnx.get(pair.nnx.path, ())))
         if len(ours) == len(theirs):
             each = enumerate(zip(theirs, ours, strict=True))
-            calls = calls_in.get(pair.nnx.path, 1)
+            calls = made_of.get(pair.nnx.path, 1)
             compared += [_compared(pair, number, one, other, calls) for number, (one, other) in each]
     return sorted(compared, key=lambda one: one.nnx.call.order)
 
 
 def _sizes(calls: Sequence[Call]) -> set[int]:
     return {array.size for call in calls[:1] for array in call.inputs}
-
-
-def _calls_in(calls: Mapping[Path, Sequence[Call]]) -> dict[Path, int]:
-    """Returns of how many calls one call of each module is made, itself among them."""
-    found: dict[Path, int] = defaultdict(int)
-    for path, made in calls.items():
-        for depth in range(len(path) + 1):
-            found[path[:depth]] += len(made)
-    return {path: round(found[path] / len(made)) for path, made in calls.items()}
 
 
 def _compared(pair: ModulePair, number: int, linen: Use, nnx: Use, calls: int) -> Compared:
@@ -131,14 +127,6 @@ def _differs(inputs: Distance, outputs: Distance, calls: int) -> bool:
     if not outputs.compared or not _agree(inputs):
         return False
     return changes_more_than_rounding(inputs, outputs, calls)
-
-
-def by_path(calls: Iterable[Call]) -> dict[Path, Sequence[Call]]:
-    """Returns calls by module, in their order."""
-    found: dict[Path, list[Call]] = defaultdict(list)
-    for call in calls:
-        found[call.path].append(call)
-    return dict(found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +161,16 @@ LINEN, NNX = "linen_model.apply", "lambda model, x: model(x)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinenRun:
+    """What the Linen program did with the variables that it was called with; these are gone."""
+
+    weights: LinenWeights
+    returned: Any
+    calls: Sequence[Call]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Runs:
     """One run of each program.
 
@@ -184,6 +182,7 @@ class Runs:
         programs: Both programs.
         returned: What the NNX program returned.
         hidden: Leaves that no call of a module shows.
+        linen: What the Linen program did.
     """
 
     outputs: Distance
@@ -193,6 +192,7 @@ class Runs:
     programs: Programs
     returned: Any
     hidden: Sequence[Path]
+    linen: LinenRun
 
     @property
     def inputs(self) -> Sequence[Any]:
@@ -214,30 +214,32 @@ def run_both(
     parts: Target,
     programs: Programs,
     init: Callable[[], Any] | None = None,
+    earlier: LinenRun | None = None,
 ) -> Runs:
     """Runs both programs and compares their modules. The Linen variables are gone when the model is restored.
+
+    What Linen did earlier with the same leaves at the same places is not run again.
 
     Raises:
         VerificationError: One of the programs fails, or their outputs cannot be compared.
         UnreadableLeafError: Stored bytes are absent or damaged.
     """
-    weights = restore_linen(checkpoint, plan)
-    start = time.monotonic()
-    expected, linen_calls = _run_linen(programs, weights)
-    seconds = time.monotonic() - start
-    weights.variables.clear()
+    if earlier is not None and (earlier.weights.places, earlier.weights.location) == locate_stored(plan):
+        linen = earlier
+    else:
+        linen = _run_linen(checkpoint, plan, programs)
     model = parts.assemble(carry_out(checkpoint, plan, init=init, concurrent_bytes=None))
     start = time.monotonic()
     found, nnx_calls, is_used = _run_nnx(programs, model, list(parts.leaves))
-    seconds += time.monotonic() - start
-    outputs = _outputs_apart(expected, found)
+    seconds = linen.seconds + time.monotonic() - start
+    outputs = _outputs_apart(linen.returned, found)
     if not (is_used or _depends(programs, model, found)):
         raise VerificationError(
             "nnx_apply returns the same whatever the weights of the model are that it is called with.",
             hints=["run the model that nnx_apply gets: lambda model, x: model(x)."],
         )
-    recipes = _recipes_of_model(plan, weights.location)
-    pairs = pair_modules(recipes, weights.location, nnx_calls, linen_calls)
+    recipes = _recipes_of_model(plan, linen.weights.location)
+    pairs = pair_modules(recipes, linen.weights.location, nnx_calls, linen.calls)
     calls = by_path(nnx_calls)
     hidden = [leaf for leaf in recipes if not any(path and leaf[: len(path)] == path for path in calls)]
     runner = ModuleRunner(
@@ -249,12 +251,13 @@ def run_both(
     )
     return Runs(
         outputs=outputs,
-        compared=compare_modules(pairs, linen_calls, nnx_calls),
+        compared=compare_modules(pairs, linen.calls, nnx_calls),
         runner=runner,
         seconds=seconds,
         programs=programs,
         returned=found,
         hidden=hidden,
+        linen=linen,
     )
 
 
@@ -266,10 +269,11 @@ def _recipes_of_model(plan: RestorePlan, location: Mapping[Path, Path]) -> dict[
     }
 
 
-def _run_linen(programs: Programs, weights: LinenWeights) -> tuple[Any, list[Call]]:
-    inputs = programs.inputs
+def _run_linen(checkpoint: Checkpoint, plan: RestorePlan, programs: Programs) -> LinenRun:
+    inputs, weights = programs.inputs, restore_linen(checkpoint, plan)
+    start = time.monotonic()
     try:
-        return run_linen(
+        returned, calls = run_linen(
             programs.linen, weights.variables, *inputs, owner=lambda module: path_above(weights, module)
         )
     except Exception as error:
@@ -283,6 +287,8 @@ def _run_linen(programs: Programs, weights: LinenWeights) -> tuple[Any, list[Cal
         raise VerificationError(
             f"linen_apply fails: {_told(error)}", hints=[_COMPILED if _is_compiled(error) else hint]
         ) from error
+    weights.variables.clear()
+    return LinenRun(weights=weights, returned=returned, calls=calls, seconds=time.monotonic() - start)
 
 
 def _depends(programs: Programs, model: Any, found: Any, weights: Mapping[Path, Any] | None = None) -> bool:

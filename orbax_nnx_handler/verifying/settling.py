@@ -89,7 +89,7 @@ class Settling:
         answers: list[int | None] = [None] * len(self.suggestion.questions)
         changes: list[Remade] = []
         rules, restored = self._rules(answers, changes), frozenset[Path]()
-        verification = None
+        verification = linen = None
         for _ in range(_MOST_RUNS):
             try:
                 plan, parts = self._decided(rules)
@@ -101,7 +101,8 @@ class Settling:
             if not plan.restored or not plan.restored.keys() >= restored:
                 break
             restored = frozenset(plan.restored)
-            runs = run_both(self.checkpoint, plan, parts, self.programs, self.init)
+            runs = run_both(self.checkpoint, plan, parts, self.programs, self.init, linen)
+            linen = runs.linen
             ways = self._answer(answers, changes, plan, runs)
             verification = None
             if (found := self._rules(answers, changes)) == rules:

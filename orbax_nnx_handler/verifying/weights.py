@@ -53,11 +53,13 @@ class LinenWeights:
     Attributes:
         variables: Collections by name, as `module.apply` takes them; where the plan uses several train
             states, one such dict for each, below the keys of its owner.
+        places: Where each stored leaf lies in them.
         location: Where each stored leaf lies: keys of the modules, and the leaf's name.
         of_array: The same by the identity of the array in `variables`.
     """
 
     variables: dict[str, Any]
+    places: Mapping[Path, Path]
     location: Mapping[Path, Path]
     of_array: Mapping[int, Path]
 
@@ -123,7 +125,10 @@ def restore_linen(checkpoint: Checkpoint, plan: RestorePlan) -> LinenWeights:
     tree = nested({place: arrays[path] for path, place in places.items()})
     of_array = {id(arrays[path]): location[path] for path in places}
     return LinenWeights(
-        variables=cast("dict[str, Any]", _with_lists(tree)), location=location, of_array=of_array
+        variables=cast("dict[str, Any]", _with_lists(tree)),
+        places=places,
+        location=location,
+        of_array=of_array,
     )
 
 

@@ -92,6 +92,23 @@ def test_names_that_tell_nothing_are_settled_by_the_outputs(saved: Save):
     ]
 
 
+def test_however_often_rules_change_the_linen_program_runs_once(saved: Save):
+    runs: list[str] = []
+
+    def linen(variables: Any, x: Any) -> Any:
+        runs.append("linen")
+        return ODD.linen.apply(variables, x)
+
+    def ours(model: Any, x: Any) -> Any:
+        runs.append("nnx")
+        return ODD.run(model, x)
+
+    found = suggest(saved(ODD), nnx.eval_shape(ODD.make), verify=(linen, ours, ODD.inputs))
+
+    assert found.confidence == "certain"
+    assert runs.count("linen") == 1 < runs.count("nnx")
+
+
 def as_initialised(twin: Twin, path: pathlib.Path) -> pathlib.Path:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, twin.linen.init(jax.random.key(0), *twin.inputs))

@@ -9,7 +9,7 @@ from absl import logging
 from etils import epath
 
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
-from orbax_nnx_handler.planner import flatten_wanted, look_at, plan_of
+from orbax_nnx_handler.planner import flatten_wanted, look_at, plan_of, with_stored_keys
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.layouts import LayoutChoice
@@ -282,7 +282,7 @@ def from_linen(
     options = RestoreOptions().override(
         policy=policy, layout=layout, renames=renames, init=init, unexpected=unexpected, dtype=dtype
     )
-    result, _ = _restore_checkpoint(lambda: hold(variables), target, restore_args, options)
+    result, _ = _restore_checkpoint(lambda: hold(variables), target, restore_args, options, in_memory=True)
     return result
 
 
@@ -353,16 +353,26 @@ def restore_item(
 
 
 def _restore_checkpoint(
-    read: Callable[[], Checkpoint], target: Any, restore_args: Any, options: RestoreOptions, **reading: Any
+    read: Callable[[], Checkpoint],
+    target: Any,
+    restore_args: Any,
+    options: RestoreOptions,
+    *,
+    in_memory: bool = False,
+    **reading: Any,
 ) -> tuple[Any, RestoreReport]:
     """Restores what `read` finds; every process does, or none."""
     start = time.monotonic()
     overrides = flatten_like(restore_args) if restore_args is not None else {}
 
     def decided() -> tuple[Checkpoint, RestorePlan, Target]:
-        checkpoint = read()
-        parts = flatten_wanted(checkpoint, target, overrides)
+        # What is in memory tells the mesh of a target without one.
+        held = read() if in_memory else None
+        parts = flatten_wanted(target, overrides, beside=held.on_devices.values() if held else ())
+        # Before the metadata is read: memory is made ready meanwhile.
         memory.expect(parts.leaves.values())
+        checkpoint = held or read()
+        parts = with_stored_keys(checkpoint, parts)
         return checkpoint, plan_of(checkpoint, parts, overrides, options, check=True), parts
 
     single_replica = single_replica_leaves(options.single_replica, overrides)

@@ -54,21 +54,30 @@ def decide(
         UnreadableLeafError: Nothing of the checkpoint can be read.
         RestoreError: The target has no leaf; under `check`, lists every problem.
     """
-    parts = flatten_wanted(checkpoint, target, overrides)
+    parts = flatten_wanted(target, overrides, beside=checkpoint.on_devices.values())
+    parts = with_stored_keys(checkpoint, parts)
     return plan_of(checkpoint, parts, overrides, options, check=check), parts
 
 
-def flatten_wanted(checkpoint: Checkpoint, target: Any, overrides: Mapping[Path, Any]) -> Target:
-    """Returns the target taken apart, the first half of `decide`.
+def flatten_wanted(target: Any, overrides: Mapping[Path, Any], *, beside: Iterable[Any] = ()) -> Target:
+    """Returns the target taken apart, the first step of `decide`.
+
+    Raises:
+        RestoreError: The target has no leaf.
+    """
+    parts = flatten_target(target, overrides, beside=beside)
+    refuse_empty(target, parts)
+    return parts
+
+
+def with_stored_keys(checkpoint: Checkpoint, parts: Target) -> Target:
+    """Returns a target with keys where random keys are stored, the second step of `decide`.
 
     Raises:
         UnreadableLeafError: Nothing of the checkpoint can be read.
-        RestoreError: The target has no leaf.
     """
     if not checkpoint.leaves:
         check_readable(checkpoint.broken)
-    parts = flatten_target(target, overrides, beside=checkpoint.on_devices.values())
-    refuse_empty(target, parts)
     return with_keys(parts, checkpoint.leaves)
 
 

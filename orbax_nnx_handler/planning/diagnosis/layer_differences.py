@@ -369,7 +369,8 @@ def _nested(
     ways = [f"renames={as_python([rule])}" for rule in rules]
     if len(axes) > 1:
         ways = [f"{way} if the layers lie on axis {axis}" for way, axis in zip(ways, axes, strict=True)]
-    way = Hint(f"pass {', '.join(ways)}; the layers within come out by themselves.", {"renames": rules[:1]})
+    told = {"renames": rules} if len(rules) == 1 else {}
+    way = Hint(f"pass {', '.join(ways)}; the layers within come out by themselves.", told)
     lost = [item.path for items in leaves.values() for item in items]
     return Cause(
         kind="NestedStacks",

@@ -148,7 +148,7 @@ def linen_step(pair: ModelPair, state: TrainState) -> tuple[TrainState, Flat]:
     )
     statistics = after.batch_stats if isinstance(after, StatisticsState) else {}
     # What follows for some thousand steps is quicker with NumPy's arrays.
-    shown, params, statistics, step = jax.device_get((shown, after.params, statistics, after.step))
+    shown, params, statistics, step = jax.tree.map(np.asarray, (shown, after.params, statistics, after.step))
     named = _labelled("gradient", pair, shown.pop("gradient")) | _labelled("updated", pair, params)
     return after, shown | named | _labelled("updated", pair, statistics) | {"step": step}
 

@@ -68,8 +68,10 @@ class SavedLeaf:
             values: The item's values by path: arrays, numbers, or `jax.ShapeDtypeStruct`s.
         """
         like = values[self.like]
-        if isinstance(self.recipe, Read) and getattr(like, "dtype", self.dtype) == self.dtype:
-            return like
+        if isinstance(self.recipe, Read):  # Of a copy, it is another leaf than the one it is like.
+            read = values[self.recipe.path]
+            if getattr(read, "dtype", self.dtype) == self.dtype:
+                return read
         if _is_abstract(like) or any(_is_abstract(values[path]) for path in self.sources):
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         if isinstance(self.recipe, Fill):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler import Copy, Transpose, from_linen, save, to_linen
+from orbax_nnx_handler import Copy, Reshape, RuleError, Transpose, from_linen, plan_restore, save, to_linen
 from tests.storage.saving.trees import flat, leaves
 
 
@@ -116,6 +116,43 @@ def test_equal_copies_on_a_mesh_of_explicit_axes_are_found_to_be_equal() -> None
     assert [key for key, _ in jax.tree.leaves_with_path(tree)] == [
         key for key, _ in jax.tree.leaves_with_path(tied)
     ]
+
+
+@pytest.mark.parametrize("by_plan", [False, True], ids=["rules", "plan"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [Copy("one", "two")],
+        [Copy("one", "other"), ("other", "two")],
+        [Copy("one", "two"), Reshape("two/kernel", (2, 2), before=(2, 2))],
+    ],
+    ids=["copy", "renamed", "shaped as it is"],
+)
+def test_a_copy_that_training_changed_is_not_lost(rules: Any, by_plan: bool) -> None:
+    class Two(nnx.Module):
+        def __init__(self) -> None:
+            self.one, self.two = (nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0)) for _ in range(2))
+
+    def make() -> dict[str, Any]:
+        model = Two()
+        return {"model": model, "optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)}
+
+    kernel = {"one": {"kernel": np.arange(4, dtype="float32").reshape(2, 2)}}
+    linen = {"params": kernel, "opt_state": optax.adam(1e-3).init(kernel), "step": 0}
+    undone = plan_restore(linen, nnx.eval_shape(make), renames=rules) if by_plan else rules
+
+    equal = from_linen(linen, nnx.eval_shape(make), renames=rules)
+    np.testing.assert_array_equal(
+        to_linen(equal, renames=undone)["params"]["one"]["kernel"], kernel["one"]["kernel"]
+    )
+    trained = from_linen(linen, nnx.eval_shape(make), renames=rules)
+    trained["model"].two.kernel[...] += 100
+    moved = from_linen(linen, nnx.eval_shape(make), renames=rules)
+    moved["optimizer"].opt_state[0].mu["two"]["kernel"][...] += 7
+
+    for changed in (trained, moved):
+        with pytest.raises(RuleError, match=r"is no longer .*(one|two)/kernel"):
+            to_linen(changed, renames=undone)
 
 
 def test_what_holds_no_nnx_object_is_refused() -> None:

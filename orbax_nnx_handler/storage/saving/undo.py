@@ -56,13 +56,12 @@ def without_rules(
     stored = {path: StoredLeaf(path=path, shape=leaf.shape, dtype=leaf.dtype) for path, leaf in model.items()}
     entries = model_entries((MAXTEXT if flavour == "maxtext" else TRAIN_STATE).place(stored))
     rules_undone = undo_rules(entries, rules, {path: leaf.like for path, leaf in model.items()})
-    ways, copies = rules_undone.ways, rules_undone.copies
+    copies = rules_undone.copies
     touched = {path for entry in entries for path in entry.sources}
+    ways = {**rules_undone.ways, **{path: Read(path) for path in model if path not in touched}}
     undone = {path: _combined(way, model) for path, way in ways.items()}
-    undone |= {path: leaf for path, leaf in model.items() if path not in touched}
-    shapes = {path: leaf.shape for path, leaf in model.items()}
     pairs = [(model[path], _as(model[path], _combined(way, model))) for path, way in copies.items()]
-    moments = _Moments(ways, copies, shapes, depth=2 if flavour == "maxtext" else 1)
+    moments = _Moments(ways, copies, model, depth=2 if flavour == "maxtext" else 1)
     written, nothing = moments.added(undone, leaves, empty)
     return written, nothing, (*pairs, *moments.copies(leaves, empty))
 
@@ -215,6 +214,10 @@ def _combined(recipe: Recipe, leaves: SavedLeaves) -> SavedLeaf:
     return first.through(substitute(recipe, lambda path: leaves[path].recipe), shape_of(recipe, shapes))
 
 
+def _is_field(key: Any) -> bool:
+    return key != "inner_state" and not str(key).isdecimal()
+
+
 class _Moments:
     """Undoes, for every part of an optimizer that mirrors the parameters, what is undone for these."""
 
@@ -222,14 +225,26 @@ class _Moments:
         self,
         ways: Mapping[Path, Recipe],
         copies: Mapping[Path, Recipe],
-        shapes: Mapping[Path, Shape],
+        model: SavedLeaves,
         depth: int,
     ):
-        heads = {path[:depth] for path in shapes if path[:depth] == ("params",) * depth}
-        self._head: Path = next(iter(heads), ())
-        self._ways = {path: way for path, way in ways.items() if path[:depth] == self._head}
-        self._copies = {path: way for path, way in copies.items() if path[:depth] == self._head}
-        self._shapes = {path: shape for path, shape in shapes.items() if path[:depth] == self._head}
+        self._ways, self._copies, self._depth = ways, copies, depth
+        self._head: Path = ("params",) * depth
+        self._shapes = {path: leaf.shape for path, leaf in model.items()}
+        self._parameters: dict[Path, Path] = {}
+        # Beside a parameter, something else may have its path in another collection.
+        for path in sorted(model, key=self._is_below_params, reverse=True):
+            # What has its own path in the item lies beside the model: an average of its weights, say.
+            if self._is_below_params(path) or segments(model[path].like) != segments(path):
+                self._parameters.setdefault(self._below(path), path)
+        self._parameters.pop((), None)
+
+    def _is_below_params(self, path: Path) -> bool:
+        return path[: self._depth] == self._head
+
+    def _below(self, path: Path) -> Path:
+        """Returns a parameter's path without its collection, which a moment's path does not have."""
+        return path[2:] if path[:2] == (AUX, "model") else path[self._depth :]
 
     def added(self, undone: SavedLeaves, leaves: SavedLeaves, empty: Empty) -> tuple[SavedLeaves, Empty]:
         """Returns the model's leaves with those of the optimizer, and what holds nothing."""
@@ -242,12 +257,12 @@ class _Moments:
                 written |= {path: leaves[path] for path in below if path in leaves}
                 nothing |= {path: empty[path] for path in below if path in empty}
                 continue
-            moments = {(*self._head, *path[len(at) :]): path for path in below}
+            moments = {self._parameters[path[len(at) :]]: path for path in below}
             for name, way in self._ways.items():
                 found = [moments[path] for path in reads(way) if path in moments]
                 if not found:
                     continue
-                to = (*at, *name[len(self._head) :])
+                to = (*at, *self._below(name))
                 if all(path in empty for path in found):
                     nothing[to] = None
                 else:
@@ -258,7 +273,7 @@ class _Moments:
     def copies(self, leaves: SavedLeaves, empty: Empty) -> Iterator[tuple[SavedLeaf, SavedLeaf]]:
         """Yields the moments that are not stored, each with what will be restored for it."""
         for at, below in self._all_subtrees(leaves, empty) if self._copies else ():
-            moments = {} if at is None else {(*self._head, *path[len(at) :]): path for path in below}
+            moments = {} if at is None else {self._parameters[path[len(at) :]]: path for path in below}
             known = {own: leaves[path] for own, path in moments.items() if path in leaves}
             for path, way in self._copies.items():
                 if path in known and known.keys() >= set(reads(way)):
@@ -271,7 +286,7 @@ class _Moments:
 
     def _subtrees(self, paths: Sequence[Path], depth: int) -> Iterator[tuple[Path | None, Sequence[Path]]]:
         """Yields the paths of each subtree that mirrors the parameters with where it is, and the others."""
-        if all((*self._head, *path[depth:]) in self._shapes for path in paths):
+        if self._mirrors(paths, depth):
             yield (paths[0][:depth] if paths else None), paths
             return
         inner: dict[Path, list[Path]] = defaultdict(list)
@@ -283,9 +298,16 @@ class _Moments:
             else:
                 yield from self._subtrees(below, depth + 1)
 
+    def _mirrors(self, paths: Sequence[Path], depth: int) -> bool:
+        if any(path[depth:] not in self._parameters for path in paths):
+            return False
+        # A counter of the model may be called as one of optax is, which lies in no field.
+        is_field = depth > 1 and all(_is_field(path[depth - 1]) for path in paths[:1])
+        return is_field or all(self._is_below_params(self._parameters[path[depth:]]) for path in paths)
+
     def _field(self, at: Path) -> str:
         """Returns the name of the field that holds a subtree, of which MaxText calls the top `params`."""
-        return str((*("",) * len(self._head), *at)[-len(self._head)])
+        return str((*("",) * self._depth, *at)[-self._depth])
 
     def _moved(self, way: Recipe, moments: SavedLeaves, field: str) -> SavedLeaf:
         made = of_moment(way, field)

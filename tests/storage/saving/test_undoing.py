@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import (
+    Add,
     Fuse,
     NNXLinenHandler,
     NNXLinenRestore,
@@ -19,15 +20,17 @@ from orbax_nnx_handler import (
     Rename,
     Reshape,
     RuleError,
+    Scale,
     StackLayers,
     Transpose,
     UnstackLayers,
+    from_linen,
     plan_restore,
     restore,
     save,
     to_linen,
 )
-from tests.storage.saving.trees import described_leaves, flat, numbered, written
+from tests.storage.saving.trees import described_leaves, flat, leaves, numbered, written
 
 ADAM = optax.adam(0.1)
 
@@ -218,3 +221,119 @@ def test_rules_that_join_and_move_axes_are_undone_from_the_report_too(tmp_path: 
 
 def params_of(path: Path, name: str) -> Any:
     return flat(path)["params", name, "w"]
+
+
+class Embedding(nnx.Param):
+    pass
+
+
+class Own(nnx.Variable[Any]):
+    pass
+
+
+def two(kind: Any, tx: Any = ADAM) -> dict[str, Any]:
+    """Returns a training of two modules, only one kind of whose Variables an optimizer has."""
+
+    class Module(nnx.Module):
+        def __init__(self) -> None:
+            self.kernel = nnx.Param(jnp.zeros((2, 2)))
+            self.special = kind(jnp.zeros((2, 2)))
+
+    class Pair(nnx.Module):
+        def __init__(self) -> None:
+            self.a, self.b = Module(), Module()
+
+    model = Pair()
+    return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=kind)}
+
+
+def filled(training: dict[str, Any]) -> dict[str, Any]:
+    for at, part in enumerate(training.values()):
+        leaves, structure = jax.tree.flatten(nnx.state(part))
+        values = [1000 * at + 10 * n + jnp.arange(x.size).reshape(x.shape) for n, x in enumerate(leaves)]
+        cast = [value.astype(x.dtype) for value, x in zip(values, leaves, strict=True)]
+        nnx.update(part, jax.tree.unflatten(structure, cast))
+    return training
+
+
+SWAP = [Rename("a", "b"), Rename("b", "a")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        (nnx.LoRAParam, "linen"),
+        (Embedding, "linen"),
+        (Own, "linen"),
+        (nnx.LoRAParam, "maxtext"),
+        (Embedding, "maxtext"),
+    ],
+)
+def test_moments_go_where_the_variables_of_their_own_collection_go(kind: Any, layout: Any) -> None:
+    training = filled(two(kind))
+    rules = [*SWAP, Transpose("a/special", (1, 0))]
+    tree = leaves(to_linen(training, renames=rules, layout=layout))
+    level = ("params",) if layout == "maxtext" else ()
+    for field in ("mu", "nu"):
+        moments = getattr(training["optimizer"].opt_state[0], field)
+        stored = {at: tree["opt_state", "0", field, *level, at, "special"] for at in "ab"}
+        assert np.array_equal(stored["b"], np.asarray(moments["a"]["special"].get_value()).T)
+        assert np.array_equal(stored["a"], moments["b"]["special"].get_value())
+
+
+@pytest.mark.parametrize("kind", [nnx.LoRAParam, Embedding])
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_moments_of_other_collections_come_back_under_the_rules_of_the_save(kind: Any, layout: Any) -> None:
+    training = filled(two(kind))
+    rules = [*SWAP, Transpose("a/special", (1, 0))]
+    back = from_linen(
+        to_linen(training, renames=rules, layout=layout), nnx.eval_shape(lambda: two(kind)), renames=rules
+    )
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, *[{k: nnx.state(v) for k, v in x.items()} for x in (training, back)])
+    )
+
+
+@pytest.mark.parametrize("kind", [nnx.LoRAParam, Embedding, Own])
+def test_a_moment_of_another_collection_is_refused_as_a_parameters_is(kind: Any) -> None:
+    with pytest.raises(RuleError, match="its parameter is scaled"):
+        to_linen(filled(two(kind)), renames=[Scale("a/special", 2.0)])
+
+
+@pytest.mark.parametrize("kind", [nnx.LoRAParam, Own])
+def test_what_is_added_reaches_the_copy_that_an_optimizer_keeps_of_another_collection(kind: Any) -> None:
+    training = filled(two(kind, optax.contrib.prodigy(1.0)))
+    plain, added = (leaves(to_linen(training, renames=rules)) for rules in ([], [Add("a/special", 1000.0)]))
+    changed = {
+        at: np.unique(np.asarray(added[at]) - np.asarray(plain[at])).tolist()
+        for at in plain
+        if not np.array_equal(plain[at], added[at])
+    }
+    assert changed.pop((kind.__name__, "a", "special")) == [-1000.0]
+    assert {at[-3]: by for at, by in changed.items()} == {"params0": [-1000.0]}
+
+
+def test_moments_of_another_collection_are_unstacked_as_their_variables_are() -> None:
+    class Layers(nnx.Module):
+        def __init__(self) -> None:
+            self.stack = nnx.Dict(special=nnx.LoRAParam(jnp.zeros((3, 2))))
+
+    model = Layers()
+    training = filled({"model": model, "optimizer": nnx.Optimizer(model, ADAM, wrt=nnx.LoRAParam)})
+    tree = leaves(to_linen(training, renames=[StackLayers("layers_{i}", "stack", 0)]))
+    mu = training["optimizer"].opt_state[0].mu["stack"]["special"].get_value()
+    stored = [tree["opt_state", "0", "mu", f"layers_{i}", "special"] for i in range(3)]
+    assert np.array_equal(np.stack(stored), mu)
+
+
+def test_a_counter_of_the_model_is_not_taken_for_that_of_an_optimizer() -> None:
+    class Counting(nnx.Module):
+        def __init__(self) -> None:
+            self.w, self.count = nnx.Param(jnp.zeros(2)), nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def made() -> Any:
+        model, schedule = Counting(), optax.scale_by_schedule(optax.constant_schedule(1.0))
+        return {"model": model, "optimizer": nnx.Optimizer(model, optax.chain(schedule), wrt=nnx.Param)}
+
+    tree = leaves(to_linen(made(), renames=[Rename("calls", "count")]))
+    assert {("batch_stats", "calls"), ("opt_state", "0", "count")} <= tree.keys()

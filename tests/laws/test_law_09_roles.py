@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import Copy, Scale, restore, save
+from orbax_nnx_handler import AmbiguousMappingError, Copy, Scale, restore, save
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -235,3 +235,65 @@ def test_a_rule_on_values_that_names_a_step_says_that_it_is_not_for_it(tmp_path,
     error = worlds.refused(write(tmp_path, stored), training_target(params, tx), renames=[rule])
     assert "nearest stored: step" not in str(error)
     assert "are their train state's own" in str(error)
+
+
+def _with_a_module_called_params(numbers, name):
+    if name == "leaf":
+        return {"w": numbers(3), "params": {"w": numbers(3)}}
+    return {"a": {"w": numbers(3)}, "params": {"a": {"w": numbers(3)}}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["leaf", "module"])
+def test_a_module_called_params_is_no_collection_and_is_not_swapped_with_its_parent(tmp_path, name, form):
+    params = _with_a_module_called_params(Numbers(), name)
+    path = write(tmp_path, {"params": params})
+    check(restore(path, target_of(form, params)), params)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["leaf", "module"])
+def test_boxed_weights_of_a_module_called_params_are_its_own_or_refused(tmp_path, name, form):
+    params = _with_a_module_called_params(Numbers(), name)
+    path = write(tmp_path, {"params": _boxed(params)})
+    right_or_refused(path, target_of(form, params), params)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["leaf", "module"])
+def test_the_parent_of_a_module_called_params_is_restored_without_it(tmp_path, name, form):
+    params = _with_a_module_called_params(Numbers(), name)
+    path = write(tmp_path, {"params": params})
+    own = {key: part for key, part in params.items() if key != "params"}
+    check(restore(path, target_of(form, own), unexpected="ignore"), own)
+
+
+@pytest.mark.parametrize("name", ["leaf", "module"])
+def test_a_module_called_params_alone_is_a_question_where_a_collection_may_be_meant(tmp_path, name):
+    params = _with_a_module_called_params(Numbers(), name)
+    path = write(tmp_path, {"params": params})
+    inner = {"params": params["params"]}
+    error = refused(path, target_of("module", inner), unexpected="ignore")
+    assert isinstance(error, AmbiguousMappingError)
+    assert "params/params/" in str(error)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["leaf", "module"])
+@pytest.mark.parametrize("lacks_own", [False, True])
+def test_one_leaf_stored_for_a_module_called_params_and_its_parent_is_a_question(
+    tmp_path, name, lacks_own, form
+):
+    params = _with_a_module_called_params(Numbers(), name)
+    stored = {key: part for key, part in params.items() if (key == "params") == lacks_own}
+    path = write(tmp_path, {"params": stored})
+    error = refused(path, target_of(form, params), policy="warn")
+    assert isinstance(error, AmbiguousMappingError)
+
+
+def test_a_variables_dict_with_a_collection_beside_params_is_maxtexts_still(tmp_path):
+    numbers = Numbers()
+    params, statistics = {"norm": {"scale": numbers(3)}}, {"norm": {"mean": numbers(3)}}
+    path = write(tmp_path, {"params": {"params": params, "batch_stats": statistics}, "step": np.int32(1)})
+    wanted = {"norm": {"scale": params["norm"]["scale"], "mean": statistics["norm"]["mean"]}}
+    check(restore(path, target_of("module", wanted), unexpected="ignore"), wanted)

@@ -6,8 +6,16 @@ scanned in blocks of them, under names of its own, which are listed in `SCANS`. 
 sources are paths below `src/maxtext` of MaxText's repository.
 """
 
+from flax import nnx
+
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, Stored
+from orbax_nnx_handler.planning.layouts.layout import (
+    FLAX_COLLECTIONS,
+    Layout,
+    ScannedBlocks,
+    Stored,
+    is_copy_name,
+)
 from orbax_nnx_handler.planning.layouts.linen import KEYS, owners_of, place_with
 
 SCANS = (
@@ -73,9 +81,30 @@ def _doubled(stored: Stored) -> list[Path]:
     if not any(path.count("params") > 1 for path in stored):
         return []  # Nearly every tree.
     above = [(*owner, "params", "params") for owner in owners_of(stored) or ((),)]
-    return [
-        keys for keys in above if any(path[: len(keys)] == keys and len(path) > len(keys) for path in stored)
-    ]
+    return [keys for keys in above if _is_variables_dict(stored, keys[:-1])]
+
+
+def _is_variables_dict(stored: Stored, above: Path) -> bool:
+    """Tells whether `params` below these keys is a collection: nothing else than collections lies beside it.
+
+    Beside a leaf or a module, `params` is a module itself. MaxText's modules tell custom collections.
+    """
+    below = [path[len(above) :] for path in stored if path[: len(above)] == above]
+    if not any(path[:1] == ("params",) and len(path) > 1 for path in below):
+        return False
+    if any(path[: len(module) + 1] == ("params", *module) for path in below for module in MODULES):
+        return all(len(path) > 1 for path in below)
+    return all(len(path) > 1 and _is_collection(str(path[0])) for path in below)
+
+
+def _is_collection(name: str) -> bool:
+    if name in FLAX_COLLECTIONS or is_copy_name(name):
+        return True
+    try:
+        nnx.variable_type_from_name(name)
+    except ValueError:
+        return False
+    return True
 
 
 MAXTEXT = Layout(

@@ -173,6 +173,7 @@ def by_whole_path(
             index[tokens[:-1]].append(entry)
     found: dict[Path, Entry] = {}
     rivals: list[CompetingSources] = []
+    _drop_those_of_others(index, wanted)
     for item in wanted if index else ():
         claims = index.get(item.tokens, [])
         if item.leaf.kind is not None:
@@ -186,6 +187,23 @@ def by_whole_path(
         elif claims:
             found[item.leaf.path] = claims[0]
     return found, rivals
+
+
+def _drop_those_of_others(index: dict[Tokens, list[Entry]], wanted: Sequence[Wanted]) -> None:
+    """Takes out the weights beside a module that is called as their collection.
+
+    Of a model with `w` and `params/w`, the stored `params/w` is `w`, and `params/params/w` the other.
+    """
+    weights = (
+        {item.tokens: item.collection or "params" for item in wanted if item.role == "model"} if index else {}
+    )
+    for tokens, entries in index.items():
+        for entry in list(entries):
+            below = len(_canonical(entry.prefix)) - len(entry.owner)
+            own = entry.owner + tokens[len(entry.owner) + below :]
+            of_another = own != tokens and not index.get(own) and not entry.named
+            if of_another and weights.get(own, "") == entry.collection:
+                entries.remove(entry)
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape, may_hold_layer
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
     Fill,
@@ -85,6 +85,50 @@ class Claims:
         shapes = {path: item.leaf.shape for path, item in self._placed.items()} if doubtful else {}
         for stored, paths in doubtful.items():
             yield from _of_one(stored, paths, recipes, shapes)
+
+    def has_its_name(self, item: Wanted, read: Sequence[Path], other: Path) -> bool:
+        """Tells whether a weight is read from its own collection, and so is what has its whole path.
+
+        Of a model with `w` and `params/w`, the collection's `params/w` is the latter, and its `w`,
+        stored as `params/w`, the former.
+        """
+        own, there = self._placed[read[0]], self._placed[other]
+        same_place = own.collection is not None and _place(own) == _place(there)
+        is_own = len(read) == 1 and same_place and item.tokens == _name(own)
+        return is_own and (self._whole.get(_name(there)) == other)
+
+    @cached_property
+    def _whole(self) -> Mapping[Tokens, Path]:
+        """What each weight that is read whole is read from."""
+        models = (source for source in self._sources if source[0].role == "model")
+        return {item.tokens: recipe.path for item, recipe, _ in models if isinstance(recipe, Read)}
+
+    def of_two_names(self, wanted: Sequence[Wanted], unread: Sequence[Path]) -> Iterator[Twice]:
+        """Yields each weight whose first level may be its collection or a module: with what it reads.
+
+        Args:
+            wanted: The target's leaves.
+            unread: The stored weights that nothing reads.
+        """
+        same = {
+            item.tokens: (item, recipe.path)
+            for item, recipe, _ in self._sources
+            if item.role == "model" and isinstance(recipe, Read)
+            if _is_whole(item, recipe.path) and self._placed[recipe.path].collection is not None
+        }
+        others = {item.tokens: item for item in wanted if item.role == "model"} if same else {}
+        beside = {(_place(self._placed[path]), _name(self._placed[path])): path for path in unread}
+        for item, path in same.values():
+            there = self._placed[path]
+            name = _name(there)
+            other = others.get(name) or (others.get(name[:-1]) if name[-1:] == ("value",) else None)
+            if other is not None and (other.collection or "params") == there.collection:
+                read = self._whole.get(other.tokens)
+                if read is None or not _is_whole(other, read):
+                    yield item.leaf.path, path, other.leaf.path
+            twin = beside.get((_place(there), item.tokens)) if item.leaf.kind is not None else None
+            if twin is not None and self._placed[twin].leaf.shape == item.leaf.shape:
+                yield item.leaf.path, path, twin
 
     def claimed_twice(self, weights: Weights, unread: Sequence[Path]) -> Iterator[Twice]:
         """Yields each weight that a stored leaf beside the one it reads has the name of: with both of them.
@@ -184,6 +228,17 @@ class Unused:
 
 _Place = tuple[Path, str | None]
 """The owner and the collection of a stored leaf."""
+
+
+def _is_whole(item: Wanted, stored: Path) -> bool:
+    """Tells whether a stored leaf has a wanted leaf's whole path, in a box or without."""
+    name = canonical(segments(stored))
+    return item.tokens == name or (name[-1:] == ("value",) and item.tokens == name[:-1])
+
+
+def _name(item: Placement) -> Tokens:
+    """Returns the name of a stored leaf below its collection, with its train state's."""
+    return canonical(item.owner) + item.tokens
 
 
 def _place(placement: Placement) -> _Place:

@@ -100,8 +100,7 @@ def certify(
     """
     kernel = _Kernel(wanted, placed, sources, known)
     broken = [fault for source in kernel.unproven() for fault in kernel.check(source)]
-    broken += [*kernel.moments(), *kernel.kept_beside()]
-    broken += kernel.claims()
+    broken += [*kernel.moments(), *kernel.kept_beside(), *kernel.claims()]
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
 
@@ -253,10 +252,9 @@ class _Kernel:
             return
         if item.leaf.kind is not None and self._placed[same].section == "step" and item.role != "step":
             return  # A model's Variable called `step` is a model's.
-        if self._placed[same].leaf.shape == item.leaf.shape:
-            yield Broken(
-                law=1, wanted=item.leaf.path, stored=read[0], why=f"{render(same)} has its whole path"
-            )
+        fits = self._placed[same].leaf.shape == item.leaf.shape
+        if fits and not self._claims.has_its_name(item, read, same):
+            yield Broken(law=1, wanted=path, stored=read[0], why=f"{render(same)} has its whole path")
 
     def _is_stream(self, item: Wanted, recipe: Recipe) -> bool:
         """Tells whether a leaf beside the weights is the one of its name, as any Flax wrote it."""
@@ -314,6 +312,9 @@ class _Kernel:
         unread = claims.unread(self._known.by_rule)
         for path, stored, other in claims.claimed_twice(self._weights, unread):
             yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} has its name too")
+        for path, stored, other in claims.of_two_names(self._wanted, unread) if self._tops else ():
+            why = f"its first level may be a module, and then {render(other)} is meant"
+            yield Broken(law=1, wanted=path, stored=stored, why=why)
         yield from self._blocks(unread, claims.used)
 
     def _blocks(self, unread: Sequence[Path], used: Set[Path]) -> Iterator[Broken]:
@@ -378,9 +379,8 @@ class _Kernel:
         for wanted, stored in self._owners.items():
             for owner in stored:
                 users[owner].append(wanted)
-        split = {wanted for wanted, stored in self._owners.items() if len(stored) > 1}
-        lent = {wanted for owners in users.values() if len(owners) > 1 for wanted in owners}
-        refused = split | lent
+        refused = {wanted for wanted, stored in self._owners.items() if len(stored) > 1}
+        refused |= {wanted for owners in users.values() if len(owners) > 1 for wanted in owners}
         for item, recipe, _ in (*self._by_role["step"], *self._by_role["optimizer"]) if refused else ():
             if item.owner in refused:
                 why = "several train states share an optimizer or a step"

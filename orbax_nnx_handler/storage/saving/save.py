@@ -123,6 +123,11 @@ def plan_save(
                 "the item holds several train states, and rules alone do not tell which they are for.",
                 hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
             )
+        if rules and any(at[0] != "opt_state" for at in arranged.moments):
+            raise RuleError(
+                "the train state lies below a key, and under rules alone its moments cannot follow.",
+                hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
+            )
         leaves, empty, copies = without_rules(leaves, empty, rules, flavour)
         done = rules
     inline = {at[1:]: leaf for at, leaf in arranged.leaves.items() if at[0] == AUX and is_stream(leaf)}

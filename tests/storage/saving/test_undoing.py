@@ -337,3 +337,16 @@ def test_a_counter_of_the_model_is_not_taken_for_that_of_an_optimizer() -> None:
 
     tree = leaves(to_linen(made(), renames=[Rename("calls", "count")]))
     assert {("batch_stats", "calls"), ("opt_state", "0", "count")} <= tree.keys()
+
+
+def test_moments_of_a_train_state_below_a_key_are_saved_with_the_plan_alone() -> None:
+    def made() -> Any:
+        return {"trainer": two(nnx.LoRAParam), "step": jnp.zeros((), jnp.int32)}
+
+    item = made() | {"trainer": filled(two(nnx.LoRAParam))}
+    stored = to_linen(item)
+    with pytest.raises(RuleError, match="below a key"):
+        to_linen(item, renames=SWAP)
+    back = from_linen(stored, nnx.eval_shape(made), renames=SWAP)
+    again = to_linen(back, renames=plan_restore(stored, nnx.eval_shape(made), renames=SWAP))
+    assert jax.tree.all(jax.tree.map(np.array_equal, stored, again))

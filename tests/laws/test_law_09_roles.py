@@ -276,6 +276,12 @@ def test_a_module_called_params_alone_is_a_question_where_a_collection_may_be_me
     error = refused(path, target_of("module", inner), unexpected="ignore")
     assert isinstance(error, AmbiguousMappingError)
     assert "params/params/" in str(error)
+    assert "in {'model': target} it is" in str(error)
+    check(restore(path, {"model": target_of("module", inner)}, unexpected="ignore")["model"], inner)
+    leaf = "params/w" if name == "leaf" else "params/a/w"
+    outer = {"params": {key: part for key, part in params.items() if key != "params"}}
+    result = restore(path, target_of("module", inner), unexpected="ignore", renames=[(leaf, leaf)])
+    check(result, outer)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -313,7 +313,7 @@ class _Kernel:
         for path, stored, other in claims.claimed_twice(self._weights, unread):
             yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} has its name too")
         for path, stored, other in claims.of_two_names(self._wanted, unread) if self._tops else ():
-            why = f"its first level may be a module, and then {render(other)} is meant"
+            why = f"if its first level is a module (in {{'model': target}} it is), {render(other)} is meant"
             yield Broken(law=1, wanted=path, stored=stored, why=why)
         yield from self._blocks(unread, claims.used)
 

@@ -116,6 +116,7 @@ def plan_save(
     inside = {at: leaf for at, leaf in leaves.items() if at not in aside}
     cells = cells_of(inside, arranged.moments)
     leaves, empty = with_gates(inside, cells) | aside, with_empty_gates(empty, cells)
+    inline = {at[1:]: leaf for at, leaf in arranged.leaves.items() if at[0] == AUX and is_stream(leaf)}
     if not isinstance(undone, RestorePlan | RestoreReport):
         rules = as_rules(undone)
         if rules and arranged.several:
@@ -128,9 +129,8 @@ def plan_save(
                 "the train state lies below a key, and under rules alone its moments cannot follow.",
                 hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
             )
-        leaves, empty, copies = without_rules(leaves, empty, rules, flavour)
+        leaves, empty, copies = without_rules(leaves, empty, rules, flavour, {(AUX, *at) for at in inline})
         done = rules
-    inline = {at[1:]: leaf for at, leaf in arranged.leaves.items() if at[0] == AUX and is_stream(leaf)}
     random = {at: leaf.path for at, leaf in (*arranged.random.items(), *inline.items())}
     streams = streams_as_stored(random, done)
     check_distinct((streams[at], path) for at, path in random.items())

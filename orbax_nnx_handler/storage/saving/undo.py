@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import COPIES, OF_GRADIENTS, Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.paths import Path, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Fill,
     Read,
@@ -26,12 +26,13 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
     substitute,
 )
+from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.layouts.linen import AUX, TRAIN_STATE
 from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
-from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
+from orbax_nnx_handler.planning.rules.entries import Entry, every_entry, model_entries
 from orbax_nnx_handler.planning.rules.inverse import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
@@ -43,27 +44,77 @@ Copies = Sequence[tuple[SavedLeaf, SavedLeaf]]
 
 
 def without_rules(
-    leaves: SavedLeaves, empty: Empty, rules: Sequence[Rule], flavour: Flavour
+    leaves: SavedLeaves, empty: Empty, rules: Sequence[Rule], flavour: Flavour, streams: Collection[Path] = ()
 ) -> tuple[SavedLeaves, Empty, Copies]:
     """Returns the leaves and empty nodes as they must be stored for the rules to restore them, and copies.
 
+    Random state in the tree, whose stored paths are `streams`, stays where it is: see `streams_as_stored`.
+
     Raises:
-        RuleError: A rule cannot be undone, or a moment cannot follow its parameter.
+        RuleError: A rule cannot be undone, a moment cannot follow its parameter, or what lies beside the
+            model would not be restored as it is.
     """
     if not rules:
         return leaves, empty, ()
     model = {path: leaf for path, leaf in leaves.items() if path[0] != "opt_state"}
     stored = {path: StoredLeaf(path=path, shape=leaf.shape, dtype=leaf.dtype) for path, leaf in model.items()}
-    entries = model_entries((MAXTEXT if flavour == "maxtext" else TRAIN_STATE).place(stored))
+    placed = (MAXTEXT if flavour == "maxtext" else TRAIN_STATE).place(stored)
+    entries = model_entries(placed)
     rules_undone = undo_rules(entries, rules, {path: leaf.like for path, leaf in model.items()})
     copies = rules_undone.copies
     touched = {path for entry in entries for path in entry.sources}
-    ways = {**rules_undone.ways, **{path: Read(path) for path in model if path not in touched}}
+    aside = _aside([at for at in placed if at.section == "aux" and at.leaf.path not in streams], rules)
+    kept = {aside.get(path, path): Read(path) for path in model if path not in touched}
+    ways = {**rules_undone.ways, **kept}
     undone = {path: _combined(way, model) for path, way in ways.items()}
     pairs = [(model[path], _as(model[path], _combined(way, model))) for path, way in copies.items()]
     moments = _Moments(ways, copies, model, depth=2 if flavour == "maxtext" else 1)
     written, nothing = moments.added(undone, leaves, empty)
     return written, nothing, (*pairs, *moments.copies(leaves, empty))
+
+
+def _aside(placed: Sequence[Placement], rules: Sequence[Rule]) -> dict[Path, Path]:
+    """Returns where each leaf that is kept aside, as a second model, is stored to be restored as it is.
+
+    Rules move it as they move weights. Where one computes something of it, a restore looks for it under
+    its own name instead.
+
+    Raises:
+        RuleError: The rules would restore another leaf in its place, or none.
+    """
+    entries = every_entry(placed)
+    back = [rule.inverse() for rule in reversed(rules) if isinstance(rule, Rename)] if entries else []
+    renamed = [
+        new.segments if new.prefix == old.prefix else old.segments
+        for old, new in zip(entries, _renamed(back, entries), strict=True)
+    ]
+    again = _restored(entries, renamed, rules)
+    names = [
+        new if canonical(found) == entry.tokens else entry.segments
+        for entry, new, found in zip(entries, renamed, again, strict=True)
+    ]
+    again = _restored(entries, names, rules)
+    lost = [entry for entry, found in zip(entries, again, strict=True) if canonical(found) != entry.tokens]
+    if lost:
+        listed = "\n".join(f"  {render(entry.whole)}" for entry in lost[:20])
+        raise RuleError(
+            f"what lies beside the model would not be restored as it is under these rules, which meet it too:"
+            f"\n{listed}",
+            paths=[entry.sources[0] for entry in lost],
+            hints=["begin the patterns and replacements with params/, and they are for the model alone."],
+        )
+    pairs = zip(entries, names, strict=True)
+    return {old.sources[0]: (*old.prefix, *new) for old, new in pairs if new != old.segments}
+
+
+def _restored(
+    entries: Sequence[Entry], names: Sequence[tuple[str, ...]], rules: Sequence[Rule]
+) -> list[tuple[str, ...]]:
+    """Returns the names under which a restore by rules looks for leaves that are stored under some."""
+    stored = [dataclasses.replace(old, segments=new) for old, new in zip(entries, names, strict=True)]
+    after = _renamed(rules, stored) if stored else ()
+    moved = {new.sources[0]: new for new in after if new.named and isinstance(new.recipe, Read)}
+    return [moved.get(entry.sources[0], entry).segments for entry in stored]
 
 
 def _as(copy: SavedLeaf, made: SavedLeaf) -> SavedLeaf:

@@ -350,3 +350,64 @@ def test_moments_of_a_train_state_below_a_key_are_saved_with_the_plan_alone() ->
     back = from_linen(stored, nnx.eval_shape(made), renames=SWAP)
     again = to_linen(back, renames=plan_restore(stored, nnx.eval_shape(made), renames=SWAP))
     assert jax.tree.all(jax.tree.map(np.array_equal, stored, again))
+
+
+class Pair(nnx.Module):
+    def __init__(self, first: float = 0.0) -> None:
+        for at, name in enumerate("abc"):
+            setattr(self, name, nnx.Param(jnp.full((2, 2), first + at)))
+
+
+def _with_a_copy(name: str) -> dict[str, Any]:
+    return {"model": Pair(), name: Pair(10.0)}
+
+
+def _training_with_a_copy(name: str) -> dict[str, Any]:
+    item = _with_a_copy(name)
+    return item | {"optimizer": nnx.Optimizer(item["model"], ADAM, wrt=nnx.Param)}
+
+
+def _with_variables(name: str) -> dict[str, Any]:
+    model = Pair()
+    variables = {key: nnx.Variable(jnp.full((2, 2), 20.0 + at)) for at, key in enumerate("abc")}
+    return {"model": model, "optimizer": nnx.Optimizer(model, ADAM, wrt=nnx.Param), name: variables}
+
+
+BESIDE_MODEL = {
+    "swap": [("a", "b"), ("b", "a")],
+    "rotation": [("a", "b"), ("b", "c"), ("c", "a")],
+    "name": [("Dense_0", "a")],
+    "name and values": [("Dense_0", "a"), Transpose("a", (1, 0))],
+    "model alone": [("params/a", "params/b"), ("params/b", "params/a")],
+    "model alone, values": [
+        ("params/a", "params/b"),
+        ("params/b", "params/a"),
+        Transpose("params/a", (1, 0)),
+    ],
+}
+
+
+@pytest.mark.parametrize("rules", BESIDE_MODEL.values(), ids=BESIDE_MODEL.keys())
+@pytest.mark.parametrize("beside", ["ema", "teacher", "ema_params"])
+@pytest.mark.parametrize("make", [_with_a_copy, _training_with_a_copy, _with_variables])
+def test_rules_are_undone_for_what_lies_beside_the_model(make: Any, beside: str, rules: Any) -> None:
+    item = make(beside)
+
+    back = from_linen(to_linen(item, renames=rules), nnx.eval_shape(lambda: make(beside)), renames=rules)
+
+    for (path, value), (_, wanted) in zip(_flat_state(back), _flat_state(item), strict=True):
+        np.testing.assert_array_equal(value, wanted, "/".join(map(str, path)))
+
+
+def _flat_state(item: Any) -> list[tuple[Any, Any]]:
+    return [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(item))]
+
+
+def test_rules_that_cannot_be_undone_beside_the_model_are_refused() -> None:
+    item = _training_with_a_copy("ema")
+    # What Transpose makes beside the model is not read, so the copy's `a` has no name to be stored under.
+    with pytest.raises(RuleError, match="beside the model") as caught:
+        to_linen(item, renames=[("a", "b"), ("b", "a"), Transpose("a", (1, 0))])
+
+    assert "nnx_aux/ema/a" in str(caught.value)
+    assert "params/" in str(caught.value)  # As the rules for the model alone above.

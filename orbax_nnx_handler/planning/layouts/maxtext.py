@@ -6,16 +6,8 @@ scanned in blocks of them, under names of its own, which are listed in `SCANS`. 
 sources are paths below `src/maxtext` of MaxText's repository.
 """
 
-from flax import nnx
-
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.layouts.layout import (
-    FLAX_COLLECTIONS,
-    Layout,
-    ScannedBlocks,
-    Stored,
-    is_copy_name,
-)
+from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, Stored
 from orbax_nnx_handler.planning.layouts.linen import KEYS, owners_of, place_with
 
 SCANS = (
@@ -85,26 +77,14 @@ def _doubled(stored: Stored) -> list[Path]:
 
 
 def _is_variables_dict(stored: Stored, above: Path) -> bool:
-    """Tells whether `params` below these keys is a collection: nothing else than collections lies beside it.
+    """Tells whether `params` below these keys may be a collection: no leaf lies beside it.
 
-    Beside a leaf or a module, `params` is a module itself. MaxText's modules tell custom collections.
+    Beside a leaf it is a module. A subtree beside it may be either, and both readings are tried.
     """
     below = [path[len(above) :] for path in stored if path[: len(above)] == above]
     if not any(path[:1] == ("params",) and len(path) > 1 for path in below):
         return False
-    if any(path[: len(module) + 1] == ("params", *module) for path in below for module in MODULES):
-        return all(len(path) > 1 for path in below)
-    return all(len(path) > 1 and _is_collection(str(path[0])) for path in below)
-
-
-def _is_collection(name: str) -> bool:
-    if name in FLAX_COLLECTIONS or is_copy_name(name):
-        return True
-    try:
-        nnx.variable_type_from_name(name)
-    except ValueError:
-        return False
-    return True
+    return all(len(path) > 1 for path in below)
 
 
 MAXTEXT = Layout(

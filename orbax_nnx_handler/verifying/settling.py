@@ -75,7 +75,7 @@ class Settling:
     suggestion: Suggestion
     programs: Programs
     init: Callable[[], Any] | None = None
-    allowed: list[Sequence[int]] = dataclasses.field(default_factory=list[Sequence[int]])
+    allowed: list[Sequence[int]] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.allowed = [range(len(question.choices)) for question in self.suggestion.questions]

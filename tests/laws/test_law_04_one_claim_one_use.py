@@ -203,13 +203,17 @@ def test_a_layer_stored_both_alone_and_in_a_stack_is_asked_for(tmp_path):
     )
 
 
-def test_one_stored_step_is_not_read_twice_and_the_hint_says_how_both_are_set(tmp_path):
+def _of_one_step(tmp_path):
+    """Returns a checkpoint, what it holds, and a model and an optimizer that want it."""
     numbers, tx = Numbers(), optax.adam(1e-3)
     params = {"dense": numbers.dense()}
     stored = {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(7)}
-    path = write(tmp_path, stored)
     target = training_target(params, tx)
-    parts = {"model": target.model, "optimizer": target.optimizer}
+    return write(tmp_path, stored), stored, {"model": target.model, "optimizer": target.optimizer}
+
+
+def test_one_stored_step_is_not_read_twice_and_the_hint_says_how_both_are_set(tmp_path):
+    path, _, parts = _of_one_step(tmp_path)
     error = refused(path, {**parts, "step": jax.ShapeDtypeStruct((), np.int32)})
     assert [list(error.paths), error.causes[0].kind] == [[("optimizer", "step")], "SecondStep"]
     assert not any(hint.fills for hint in error.hints)
@@ -222,12 +226,7 @@ def test_one_stored_step_is_not_read_twice_and_the_hint_says_how_both_are_set(tm
 
 
 def test_a_rule_for_the_step_takes_it_to_the_optimizer_and_leaves_none_behind(tmp_path):
-    numbers, tx = Numbers(), optax.adam(1e-3)
-    params = {"dense": numbers.dense()}
-    stored = {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(7)}
-    path = write(tmp_path, stored)
-    target = training_target(params, tx)
-    parts = {"model": target.model, "optimizer": target.optimizer}
+    path, stored, parts = _of_one_step(tmp_path)
     rules = [("step", "optimizer/step")]
     error = refused(path, {**parts, "step": jax.ShapeDtypeStruct((), np.int32)}, renames=rules)
     assert list(error.paths) == [("step",)]

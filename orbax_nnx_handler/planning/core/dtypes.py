@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.core.paths import Path, segments, without_box
 
 CastKind = Literal["same", "wider", "narrower", "count", "integer"]
 """What a cast does: `count` and `integer` keep every value that fits, and refuse the others."""
@@ -101,7 +101,7 @@ def is_count_dtype(dtype: Any) -> bool:
 
 def is_weight_called_step(path: Path, dtype: Any) -> bool:
     """Tells whether a leaf called `step` is a model's: a step of a train state is an integer."""
-    plain = path[:-1] if len(path) > 1 and path[-1] == "value" else path
+    plain = without_box(path)
     return bool(plain) and str(plain[-1]) == "step" and not is_count_dtype(dtype)
 
 

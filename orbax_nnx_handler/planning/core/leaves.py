@@ -12,7 +12,7 @@ from typing import Any, Generic, Self, TypeVar, dataclass_transform, overload
 import jax
 import numpy as np
 
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, without_box
 
 Shape = tuple[int, ...]
 
@@ -244,10 +244,9 @@ def optimizer_owners(paths: Iterable[Path]) -> set[Path]:
     below: dict[Path, list[Path]] = {}
     steps: dict[Path, bool] = {}
     for path in paths:
-        boxed = len(path) > 1 and path[-1] == "value"
-        plain = path[:-1] if boxed else path
+        plain = without_box(path)
         if plain and str(plain[-1]) == "step":
-            steps[plain[:-1]] = boxed
+            steps[plain[:-1]] = plain != path
         for at, key in enumerate(path[:-1]):
             if str(key) == OPT_STATE:
                 below.setdefault(path[:at], []).append(path[at + 1 :])

@@ -8,7 +8,7 @@ import ast
 import functools
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from flax import traverse_util
 
@@ -24,6 +24,8 @@ _MOST_NUMBERS = 16  # At the end of one name: nobody nests lists so deep.
 
 Path = tuple[Hashable, ...]
 """The keys from the root of a tree to one leaf."""
+
+_Path = TypeVar("_Path", bound=Path)
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -52,6 +54,11 @@ def spelled(path: Path) -> str:
     """Returns a path as a rule or a program spells it: as `render`, with every character as it is."""
     joined = "/".join(map(str, path))
     return joined if joined and "(" not in joined else "/".join(segments(path))
+
+
+def without_box(path: _Path) -> _Path:
+    """Returns a path without a last level `value`, which a Variable or a box of Linen's adds."""
+    return cast(_Path, path[:-1]) if len(path) > 1 and path[-1] == "value" else path
 
 
 def segments(path: Path) -> tuple[str, ...]:

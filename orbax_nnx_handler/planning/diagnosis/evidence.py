@@ -10,7 +10,7 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, without_box
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.choice import faults_of
@@ -272,8 +272,7 @@ class Evidence:
         path = placement.leaf.path
         if path not in self._stored_below:
             tokens = strip(canonical(placement.path), self.sides.roots.stored)
-            boxed = len(tokens) > 1 and tokens[-1] == "value"
-            self._stored_below[path] = tokens[:-1] if boxed else tokens
+            self._stored_below[path] = without_box(tokens)
         return self._stored_below[path]
 
     @cached_property

@@ -17,7 +17,15 @@ from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, segments
+from orbax_nnx_handler.planning.core.paths import (
+    Path,
+    Tokens,
+    canonical,
+    is_number,
+    render,
+    segments,
+    without_box,
+)
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint, selecting
@@ -423,8 +431,7 @@ def _is_below(path: Path, level: Sequence[str]) -> bool:
 
 
 def _end(path: Path) -> Tokens:
-    tokens = canonical(path)
-    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == "value" else tokens
+    return without_box(canonical(path))
 
 
 def _if_meant(stored: str, wanted: str) -> Hint:

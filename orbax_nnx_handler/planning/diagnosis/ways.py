@@ -15,7 +15,7 @@ from typing import Any, cast
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
-from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.core.paths import Path, segments, without_box
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.suggesting.shapes import ways
@@ -234,8 +234,7 @@ def shortest_patterns(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
 
 
 def _names(evidence: Evidence, path: Path) -> tuple[str, ...]:
-    names = segments(evidence.stored_weights[path].path)
-    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+    return without_box(segments(evidence.stored_weights[path].path))
 
 
 def _shortest(names: Sequence[str], others: Sequence[Sequence[str]]) -> tuple[str, ...]:

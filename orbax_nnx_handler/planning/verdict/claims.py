@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.leaves import Shape, may_hold_layer
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments, without_box
 from orbax_nnx_handler.planning.core.recipes import (
     Concat,
     Fill,
@@ -121,7 +121,7 @@ class Claims:
         for item, path in same.values():
             there = self._placed[path]
             name = _name(there)
-            other = others.get(name) or (others.get(name[:-1]) if name[-1:] == ("value",) else None)
+            other = others.get(name) or others.get(without_box(name))
             if other is not None and (other.collection or "params") == there.collection:
                 read = self._whole.get(other.tokens)
                 if read is None or not _is_whole(other, read):
@@ -233,7 +233,7 @@ _Place = tuple[Path, str | None]
 def _is_whole(item: Wanted, stored: Path) -> bool:
     """Tells whether a stored leaf has a wanted leaf's whole path, in a box or without."""
     name = canonical(segments(stored))
-    return item.tokens == name or (name[-1:] == ("value",) and item.tokens == name[:-1])
+    return item.tokens in (name, without_box(name))
 
 
 def _name(item: Placement) -> Tokens:

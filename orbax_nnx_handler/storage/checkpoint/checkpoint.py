@@ -292,6 +292,11 @@ class StoredArray:
             return (f"{self.name}/{self.encoding.first_key}",)
         return map(self.key, dict.fromkeys(index for each in regions for index in self.encoding.chunks(each)))
 
+    def unlisted(self, regions: Iterable[Region]) -> list[str]:
+        """Returns those of these keys that the store's catalog shows to be absent."""
+        catalog = self.store.catalog
+        return [] if catalog is None else [key for key in self.keys(regions) if key not in catalog]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -361,12 +366,13 @@ class Checkpoint:
         files.ask(*folders.values())
         found: dict[Path, str] = {}
         for path, array in arrays.items():
-            keys = array.keys([whole(array.encoding.shape)])
+            needed = [whole(array.encoding.shape)]
+            absent = array.unlisted(needed)
             if path in folders:
                 there = files.sizes(epath.Path(folders[path].path), "")
-                absent = [key for key in keys if key.removeprefix(f"{array.name}/") not in there]
-            else:
-                absent = [key for key in keys if array.store.lacks(key)]
+                absent = [
+                    key for key in array.keys(needed) if key.removeprefix(f"{array.name}/") not in there
+                ]
             if absent:
                 found[path] = f"{absent[0]} in {array.store.directory} is absent"
         return found

@@ -57,17 +57,9 @@ def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region
     """
     if not checkpoint.writes_fill:
         return {}
-    found: dict[Path, list[str]] = {}
     arrays = checkpoint.arrays
-    for path, needed in regions.items():
-        array = arrays.get(path)
-        catalog = None if array is None else array.store.catalog
-        if array is None or catalog is None:
-            continue
-        absent = [key for key in array.keys(needed) if key not in catalog]
-        if absent:
-            found[path] = absent
-    return found
+    found = {path: arrays[path].unlisted(needed) for path, needed in regions.items() if path in arrays}
+    return {path: absent for path, absent in found.items() if absent}
 
 
 def check_presence(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region]]) -> None:

@@ -21,7 +21,7 @@ from orbax_nnx_handler.commands.arguments import way_out
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.lines import counted, sized
 from orbax_nnx_handler.planning.core.paths import printable
-from orbax_nnx_handler.planning.rendering.as_dict import error_to_dict
+from orbax_nnx_handler.planning.rendering.summary import error_to_dict
 
 _GAP = 3
 _A_WHILE_S = 2.0

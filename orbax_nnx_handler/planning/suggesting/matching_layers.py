@@ -30,12 +30,10 @@ from orbax_nnx_handler.planning.suggesting.series import (
     paired_series,
     same_layers,
     series_of,
-    shared_in,
-    shares_of,
-    stack_of,
     without_rest,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
+from orbax_nnx_handler.planning.suggesting.stacks import shared_in, shares_of, stack_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

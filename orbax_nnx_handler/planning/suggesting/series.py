@@ -1,4 +1,4 @@
-"""Groups of layers: numbered modules of one name, and stacks of them; in which order modules are made."""
+"""Groups of layers: numbered modules of one name, and which of them are the same on both sides."""
 
 import dataclasses
 import functools
@@ -18,7 +18,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     module_parts,
     sizes_of,
 )
-from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.words import arm, concepts, exclude, likeness
 
 _PLACE = "{i}"
@@ -55,9 +54,14 @@ class Series:
         return sorted(self.members)
 
     @functools.cached_property
+    def sizes(self) -> list[int]:
+        """How many elements each member holds, by their numbers."""
+        return [sizes_of(self.members[number]) for number in self.numbers]
+
+    @functools.cached_property
     def size(self) -> int:
         """How many elements all members hold."""
-        return sum(sizes_of(leaves) for leaves in self.members.values())
+        return sum(self.sizes)
 
     def place(self, number: int) -> Names:
         """Returns the names that lead into a member."""
@@ -137,7 +141,7 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tupl
         for to, other in enumerate(theirs):
             if _may_be_one(one, other):
                 ratio = min(one.size, other.size) / max(one.size, other.size)
-                scores[at, to] = 20 + 4 * ratio + likeness(_said(one), _said(other))
+                scores[at, to] = 20 + 4 * ratio + likeness(said_of(one), said_of(other))
     return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
 
 
@@ -169,7 +173,7 @@ def _in_sequence(series: Series, free: Sequence[Leaf], above: int) -> list[tuple
     ordered = sorted(
         found, key=lambda names: (arm(bases[names]), [level.number or 0 for level in levels(names)])
     )
-    if [sizes_of(found[names]) for names in ordered] != sizes or not _is_complete(series):
+    if [sizes_of(found[names]) for names in ordered] != sizes or not is_complete(series):
         return []
     # Numbers of one side are none of the other's.
     return [
@@ -185,8 +189,8 @@ def without_rest(
     series: Series, others: Iterable[Series]
 ) -> tuple[Series, list[tuple[Series, Series]]] | None:
     """Returns a group without its last layers, and these with a group that is named so: the remainder."""
-    found = [other for other in others if _said(other) & _REST and have_equal_layers(series, other)]
-    if len(found) != 1 or len(found[0].members) >= len(series.members) or not _is_complete(found[0]):
+    found = [other for other in others if said_of(other) & _REST and have_equal_layers(series, other)]
+    if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
         return None
     other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
     members = {number: series.members[number] for number in numbers[:first]}
@@ -225,13 +229,14 @@ def _sizes_in(leaves: Sequence[Leaf]) -> list[int]:
     return sorted(math.prod(leaf.shape) for leaf in leaves)
 
 
-def _said(series: Series) -> frozenset[str]:
+def said_of(series: Series) -> frozenset[str]:
+    """Returns what the names of a group say."""
     return concepts(series.base)
 
 
 def _may_be_one(one: Series, other: Series) -> bool:
     """Tells whether two groups may be the same layers: nearly as large each, and named no opposites."""
-    if not same_layers(one, other) or exclude(_said(one), _said(other)):
+    if not same_layers(one, other) or exclude(said_of(one), said_of(other)):
         return False
     if one.is_kind or other.is_kind:
         # Nothing but what they hold speaks for layers of one kind.
@@ -244,17 +249,30 @@ def _may_be_one(one: Series, other: Series) -> bool:
 
 
 def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
-    """Returns which layer is which: those of one number, or one by one where both count all from 0 or 1."""
+    """Returns which layer is which: those of one number, or one by one where both count all from 0 or 1.
+
+    Where layers are as large as those of the other side from the last one on, this counts them so: on
+    the way up of a U-Net, by resolution or in the order of computation.
+    """
+    if is_complete(one) and is_complete(other) and _is_reversed(one.sizes, other.sizes):
+        return list(zip(one.numbers, reversed(other.numbers), strict=True))
     both = sorted(one.members.keys() & other.members.keys())
     alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
     if alike and len(both) * 2 > max(len(one.members), len(other.members)):
         return [(number, number) for number in both]
-    if len(one.members) == len(other.members) and _is_complete(one) and _is_complete(other):
+    if len(one.members) == len(other.members) and is_complete(one) and is_complete(other):
         return list(zip(one.numbers, other.numbers, strict=True))
     return []
 
 
-def _is_complete(series: Series) -> bool:
+def _is_reversed(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Tells whether sizes are those of the other side in reverse, of which two at least are there once."""
+    counts = Counter(one)
+    return one != other and one == other[::-1] and sum(count == 1 for count in counts.values()) > 1
+
+
+def is_complete(series: Series) -> bool:
+    """Tells whether a group counts its layers without a gap."""
     numbers = series.numbers
     return series.is_kind or (
         numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
@@ -272,120 +290,6 @@ def looks_of(leaves: Sequence[Leaf], depth: int) -> Looks:
 def are_alike(series: Series) -> bool:
     """Tells whether all layers of a group look alike."""
     return len({looks_of(leaves, series.depth) for leaves in series.members.values()}) == 1
-
-
-def shared_in(series: Series) -> Series:
-    """Returns a group with what all of its layers hold, where that is nearly all.
-
-    The first one often holds something beside it: the table of relative positions.
-    """
-    looks = [{*looks_of(held, series.depth)} for held in series.members.values()]
-    shared = set[tuple[Names, Shape]].intersection(*looks)
-    if all(held == shared for held in looks) or not shared:
-        return series
-    members = {
-        number: [leaf for leaf in held if (leaf.names[series.depth :], leaf.shape) in shared]
-        for number, held in series.members.items()
-    }
-    shared_part = dataclasses.replace(series, members=members)
-    return shared_part if shared_part.size * 10 > series.size * 9 else series
-
-
-def stack_of(
-    series: Series, free: Sequence[Leaf], above: int, least: int
-) -> tuple[Names, int, list[Leaf]] | None:
-    """Returns the module whose leaves all have an axis for the layers, and the axis."""
-    count = len(series.members)
-    found: list[tuple[float, float, int, Names, int, list[Leaf]]] = []
-    for prefix, leaves, enough in _possible_stacks(free, above, least):
-        if exclude(_said(series), concepts(level.base for level in levels(prefix))):
-            continue
-        axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
-        size = sizes_of(leaves)
-        ratio = min(size, series.size) / max(size, series.size)
-        alike = likeness(_said(series), concepts(prefix))
-        if axes and ratio > enough:
-            axis = _likeliest_axis(series, leaves, axes)
-            found.append((ratio, alike, _depth(prefix, leaves), prefix, axis, leaves))
-    if not found:
-        return None
-    found.sort(key=lambda item: item[:5], reverse=True)
-    best = found[0]
-    if best[4] < 0 or any(item[0] == best[0] and not _nested(item[3], best[3]) for item in found[1:]):
-        return None
-    return best[3], best[4], best[5]
-
-
-Share = tuple[Series, Names, int, list[Leaf]]
-"""Some layers of a group, with the module that holds them stacked, the axis, and the leaves in it."""
-
-
-def shares_of(series: Series, free: Sequence[Leaf], above: int) -> list[Share]:
-    """Returns the stacks that together hold a group, each those of one kind or every second, third, …."""
-    kinds = [(kind, stack_of(kind, free, above, 2)) for kind in kinds_of(series)]
-    found = [(kind, *stack) for kind, stack in kinds if stack is not None and are_alike(kind)]
-    if len(kinds) > 1 and len(found) == len(kinds) and len({share[1] for share in found}) == len(found):
-        return found
-    options = [_every_few(series, block) for block in series_of(free, above)]
-    options = [shares for shares in options if shares]
-    return options[0] if len(options) == 1 else []
-
-
-def _every_few(series: Series, block: Series) -> list[Share]:
-    """Returns the layers of a group by the place in a block of layers, where a program scans over blocks."""
-    step, numbers = len(block.members), series.numbers
-    count, rest = divmod(len(numbers), step)
-    found: list[Share] = []
-    for place in block.numbers if not rest and count > 1 and _is_complete(block) else ():
-        first = block.numbers.index(place)
-        share = dataclasses.replace(series, members={at: series.members[at] for at in numbers[first::step]})
-        leaves = block.members[place]
-        axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
-        axis = _likeliest_axis(share, leaves, axes) if axes else -1
-        if axis < 0 or sizes_of(leaves) != share.size or not are_alike(share):
-            return []
-        found.append((share, block.place(place), axis, leaves))
-    return found
-
-
-def _possible_stacks(
-    free: Sequence[Leaf], above: int, least: int
-) -> Iterator[tuple[Names, list[Leaf], float]]:
-    """Yields modules, and the arrays beside the modules in one, with how much of a group each has to be."""
-    below: dict[Names, list[Leaf]] = defaultdict(list)
-    beside: dict[Names, list[Leaf]] = defaultdict(list)
-    for leaf in free:
-        beside[leaf.names[:-1]].append(leaf)
-        for depth in range(above + 1, len(leaf.names)):
-            below[leaf.names[:depth]].append(leaf)
-    for prefix, leaves in below.items():
-        yield prefix, leaves, 0.5 if least > 1 else 0.99
-    for prefix, leaves in beside.items():
-        if len(leaves) < len(below.get(prefix, free)):
-            yield prefix, leaves, 0.99
-
-
-def _depth(prefix: Names, leaves: Sequence[Leaf]) -> int:
-    """Returns how deep a module lies, less than nothing where it holds its leaves itself."""
-    return len(prefix) if all(len(leaf.names) > len(prefix) + 1 for leaf in leaves) else -len(prefix)
-
-
-def _nested(one: Names, other: Names) -> bool:
-    shorter = min(len(one), len(other))
-    return one[:shorter] == other[:shorter]
-
-
-def _have_axis(leaves: Iterable[Leaf], axis: int, count: int) -> bool:
-    return all(len(leaf.shape) > axis and leaf.shape[axis] == count for leaf in leaves)
-
-
-def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int]) -> int:
-    """Returns the one axis under which a layer has the shapes of the others; -1 where two have."""
-    if len(axes) == 1:
-        return axes[0]
-    first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
-    fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
-    return (fitting or axes)[0] if len(fitting or axes) == 1 else -1
 
 
 def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Names]:

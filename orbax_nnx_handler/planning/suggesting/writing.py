@@ -291,6 +291,8 @@ class Writer:
             inside = [move for move in moves if _leads(stored, move.names) and _leads(into, move.aim)]
             if len({move.names[len(stored) :] for move in inside}) < 2 or _alike(stored, into):
                 continue
+            if stored[0].startswith("{"):
+                continue  # A number alone stands for any name.
             rule = Rename("/".join(stored), "/".join(into))
             after = rule.apply(self.entries).entries
             if not leads_back(rule, self.entries, after):

@@ -298,7 +298,7 @@ class _Pairs:
         """Adds the norm of a block's only network, which comes last; returns the other ones' tie."""
         ours, theirs, _ = self._sides(tie, group, found)
         last = last_of_block([self._wanted[at].place for at in ours])
-        right = in_order([self._stored[to] for to in theirs]) if last is not None else None
+        right = None if last is None else in_order([self._stored[to] for to in theirs], to_last=True)
         is_all = {at for at, to in group if to in theirs} == {*ours} and len(ours) == len(theirs)
         if last is None or right is None or not is_all or not self._are_siblings(tie):
             return tie, group

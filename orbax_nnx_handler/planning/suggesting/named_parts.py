@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.suggesting.module_parts import Level, Link, ModulePart, Names, levels
+from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.words import (
     COMPUTED,
     END,
@@ -41,6 +41,7 @@ class NamedPart:
         fused: The roles that it holds in one array, in their order; empty for one role.
         fact: The code base whose convention tells the order of `fused`, or the role.
         untold: The roles that it holds in one array, either side by side or head by head, or in turns.
+        is_either: Whether programs differ in which norms come first where a block counts them.
     """
 
     part: ModulePart
@@ -50,6 +51,7 @@ class NamedPart:
     fused: tuple[str, ...] = ()
     fact: str = ""
     untold: tuple[str, ...] = ()
+    is_either: bool = False
 
     @property
     def place(self) -> float | None:
@@ -108,6 +110,9 @@ class _Context:
                 if "conv" in below or not (part.is_vector or below & {"attn", "mlp", "q", "k", "v", "o"}):
                     self._mixed.add(names)
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
+        # Deformable DETR numbers the norm of its cross attention first, RT-DETR that of its self attention.
+        words = frozenset[str]().union(*(part.said for part in parts))
+        self._is_deformable = {"sampling", "cross"} <= words
         self._has_actor = any("actor" in part.said for part in parts)
 
     def role(self, part: ModulePart) -> NamedPart:
@@ -131,7 +136,8 @@ class _Context:
         else:
             fact = self._resolve(part, said, numbers) or fact
         position = self._position(part, said)
-        return NamedPart(part, frozenset(said), numbers, position, fused, fact, untold)
+        is_either = part.is_norm and self._is_deformable
+        return NamedPart(part, frozenset(said), numbers, position, fused, fact, untold, is_either)
 
     def _surroundings(self, part: ModulePart) -> set[str]:
         """Returns what the modules around a part hold: an attention, a gated network."""
@@ -339,15 +345,21 @@ def told_on_one_side(
             yield part, other
 
 
-def in_order(roles: Sequence[NamedPart]) -> list[int] | None:
-    """Returns the parts in the order of computation, where their names tell it without contradiction."""
+def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] | None:
+    """Returns the parts in the order of computation, where their names tell it without contradiction.
+
+    Args:
+        roles: The parts.
+        to_last: Whether only which one is the last has to be told.
+    """
     places = [role.position for role in roles]
     are_norms = all(role.part.is_norm for role in roles)
     if not are_norms and all("attn" in role.said and role.said & {"self", "cross"} for role in roles):
         # Every decoder looks at itself before it looks across.
         places = [float("cross" in role.said) for role in roles]
     by_words = in_strict_order(_placed(places) if are_norms else places)
-    by_numbers = in_strict_order(_number_keys(roles))
+    is_told = to_last or not any(role.is_either for role in roles)
+    by_numbers = in_strict_order(_number_keys(roles)) if is_told else None
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
         return None
     return by_words or by_numbers
@@ -430,16 +442,3 @@ def lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bo
     """Tells whether all modules around a part that are known lie around the other part too."""
     around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
     return all(other[: len(found)] == found for found in around)
-
-
-def by_template(links: Iterable[Link]) -> Mapping[tuple[Names, Names], list[Link]]:
-    """Returns links by what they are called but for the numbers of layers."""
-    found: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
-    for link in links:
-        found[_plain(link.target.names), _plain(link.source.names)].append(link)
-    return found
-
-
-def _plain(names: Names) -> Names:
-    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
-    return tuple(filter(None, found))

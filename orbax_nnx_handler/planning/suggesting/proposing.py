@@ -24,7 +24,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     shared_names,
     simplest,
 )
-from orbax_nnx_handler.planning.suggesting.named_parts import by_template
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -36,7 +35,7 @@ from orbax_nnx_handler.planning.suggesting.search import (
     untyped_leaves,
     wanted_leaves,
 )
-from orbax_nnx_handler.planning.suggesting.series import of_few_layers
+from orbax_nnx_handler.planning.suggesting.series import by_template, of_few_layers
 from orbax_nnx_handler.planning.suggesting.shapes import Way
 from orbax_nnx_handler.planning.suggesting.suggestion import (
     Answers,

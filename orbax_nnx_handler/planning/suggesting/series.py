@@ -352,3 +352,16 @@ def _first_and_last(members: Sequence[tuple[Link, tuple[str, ...]]]) -> Iterator
     for link, numbers in members:
         if all(number in some for number, some in zip(numbers, few, strict=True)):
             yield link
+
+
+def by_template(links: Iterable[Link]) -> Mapping[tuple[Names, Names], list[Link]]:
+    """Returns links by what they are called but for the numbers of layers."""
+    found: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
+    for link in links:
+        found[_plain(link.target.names), _plain(link.source.names)].append(link)
+    return found
+
+
+def _plain(names: Names) -> Names:
+    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
+    return tuple(filter(None, found))

@@ -390,7 +390,8 @@ def component(said: Iterable[str]) -> float | None:
 
 
 def last_of_block(places: Sequence[float | None]) -> int | None:
-    """Returns the place of the only network among the norms of a block, where all others are attentions'."""
+    """Returns which norm of a block is its last one, of its network, where all others are attentions'."""
     kinds = [None if place is None else round(place, -1) for place in places]
-    attends = all(kind in (_SELF, _CROSS, _MLP) for kind in kinds) and len(kinds) > 2
-    return kinds.index(_MLP) if attends and kinds.count(_MLP) == 1 else None
+    lasts = [at for at, kind in enumerate(kinds) if kind in (_MLP, END)]
+    attends = all(kind in (_SELF, _CROSS, _MLP, END) for kind in kinds) and len(kinds) > 2
+    return lasts[0] if attends and len(lasts) == 1 else None

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
-from orbax_nnx_handler.planning.core.paths import Path, parse, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, parse, render
 from orbax_nnx_handler.planning.core.recipes import RecipeError, render_reads
 from orbax_nnx_handler.planning.rules.entries import Entry
 
@@ -129,6 +129,18 @@ def shared_ends(one: Sequence[str], other: Sequence[str], least: int = 0) -> tup
     before = next((at for at in range(shortest) if one[at] != other[at]), shortest)
     rest = shortest - before
     return before, next((at for at in range(rest) if one[-1 - at] != other[-1 - at]), rest)
+
+
+_PLACES = ("{i}", "{j}", "{k}", "{l}")
+
+
+def with_places(names: Tokens, seats: Iterable[int]) -> Tokens:
+    """Returns a path with a place for the number in each of some segments."""
+    found = list(names)
+    for place, seat in zip(_PLACES, seats, strict=False):
+        head = found[seat].rstrip("0123456789")
+        found[seat] = head + place
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=65536)

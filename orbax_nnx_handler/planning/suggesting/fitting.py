@@ -13,6 +13,7 @@ from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
+from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike, shared_names
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     PYTORCHS,
     Leaf,
@@ -20,8 +21,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     ModulePart,
     Names,
     Tie,
-    cut_alike,
-    shared_names,
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, compare_numbers, told_on_one_side
 from orbax_nnx_handler.planning.suggesting.shapes import (

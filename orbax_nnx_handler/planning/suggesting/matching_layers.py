@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
+from orbax_nnx_handler.planning.rules.split_and_fuse import shared_names
 from orbax_nnx_handler.planning.suggesting.matching_parts import Created, match_parts
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Layers,
@@ -17,7 +18,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     levels,
     module_parts,
     place_of,
-    shared_names,
 )
 from orbax_nnx_handler.planning.suggesting.series import (
     Looks,

@@ -11,7 +11,7 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.leaves import Shape, record
 from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, is_index
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
-from orbax_nnx_handler.planning.suggesting.words import ENDING, PARAMETER, Concepts, concepts, meanings
+from orbax_nnx_handler.planning.suggesting.words import ENDING, PARAMETER, Concepts, concepts, meanings, words
 
 Names = tuple[str, ...]
 
@@ -150,12 +150,36 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
         if kind in found[names]:
             names, kind = leaf.names[above:], "main"  # Two spellings of one thing: each by itself.
         found[names][kind] = leaf
+    _sort_biases(found)
     for names in [names for names, held in found.items() if set(held) == {"bias"}]:
         around, bias = found.get(names[:-1], {}), found[names]["bias"]
         if "main" in around and "bias" not in around and bias.shape == around["main"].shape[1:]:
             around["bias"] = found.pop(names)["bias"]
     modules = {names[:depth] for names in found for depth in range(len(names))}
     return [ModulePart(_own_place(names, held, modules, above), held) for names, held in found.items()]
+
+
+def _sort_biases(found: dict[Names, dict[str, Leaf]]) -> None:
+    """Gives a bias the only kernel of its module, as `weight_v` beside `weight_g`.
+
+    Beside `a` or `c`, `b` is no bias but a letter that counts.
+    """
+    alone = {names for names, held in found.items() if set(held) == {"bias"}}
+    beside: dict[Names, list[Names]] = {names: [] for names in alone}
+    for names, held in found.items():
+        if names[:-1] in beside and set(held) == {"main"}:
+            beside[names[:-1]].append(names)
+    for names, others in beside.items():
+        bias = found[names]["bias"]
+        kernels = [other for other in others if _is_kernel(other[-1], found[other]["main"])]
+        if bias.names[-1] == "b" and any(other[-1].lower() in ("a", "c") for other in others):
+            found[*names, "b"] = {"main": found.pop(names)["bias"]}
+        elif len(kernels) == 1:
+            found[names]["main"] = found.pop(kernels[0])["main"]
+
+
+def _is_kernel(name: str, leaf: Leaf) -> bool:
+    return words(name)[:1] in (("kernel",), ("weight",)) and not is_vector(leaf.shape)
 
 
 def _own_place(names: Names, held: Mapping[str, Leaf], modules: Collection[Names], above: int) -> Names:
@@ -179,34 +203,6 @@ def place_of(names: Names) -> tuple[Names, str]:
 def sizes_of(leaves: Sequence[Leaf]) -> int:
     """Returns how many elements some leaves hold."""
     return sum(math.prod(leaf.shape) for leaf in leaves)
-
-
-def shared_names(paths: Sequence[Names]) -> Names:
-    """Returns the names that all paths begin with; each keeps one of its own."""
-    if not paths:
-        return ()
-    shortest = min(map(len, paths)) - 1
-    first = paths[0]
-    same = next((at for at in range(shortest) if any(path[at] != first[at] for path in paths)), shortest)
-    return first[:same]
-
-
-def cut_alike(parts: Sequence[Names], whole: Names, kept: int) -> tuple[list[Names], Names]:
-    """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
-    before = max(len(shared_names([*parts, whole])) - kept, 0)
-    return [path[before:] for path in parts], whole[before:]
-
-
-_PLACES = ("{i}", "{j}", "{k}", "{l}")
-
-
-def with_places(names: Names, seats: Iterable[int]) -> Names:
-    """Returns a path with a place for the number in each of some segments."""
-    found = list(names)
-    for place, seat in zip(_PLACES, seats, strict=False):
-        head = found[seat].rstrip("0123456789")
-        found[seat] = head + place
-    return tuple(found)
 
 
 PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "outputs"]

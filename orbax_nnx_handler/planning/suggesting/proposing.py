@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.split_and_fuse import shared_names
 from orbax_nnx_handler.planning.suggesting.fitting import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import (
@@ -21,7 +22,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Names,
     agrees,
     readings_of,
-    shared_names,
     simplest,
 )
 from orbax_nnx_handler.planning.suggesting.search import (

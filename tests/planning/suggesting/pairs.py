@@ -24,6 +24,13 @@ OPEN = {
     "savi": 4,
     "genie": 200,
     "rt1": 20,
+    "s4": 12,
+    "drq": 20,
+    "ncsnpp": 1,
+    "maxtext_gemma2": 61,
+    "switch": 32,
+    "deeplab": 12,
+    "deformable_detr": 8,
 }
 """Leaves that stay open.
 
@@ -34,5 +41,8 @@ creation, which a state has forgotten. How keys and values lie in an array of a 
 (segformer), which half of an array is the gate (recurrentgemma, dinov2_giant), whether gates and what they
 gate lie in turns (gpt_oss), which of square layers that stand beside each other is which
 (transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
-(hypernerf), only outputs tell.
+(hypernerf), which of `out` and `out2` is the gate (s4), and which norm of a decoder with deformable
+attention is which (deformable_detr), only outputs tell. Not found yet: layers of two kinds scanned in one
+block by names alone (maxtext_gemma2), experts in a list below a list (switch), critics beside a copy of
+theirs (drq), norms by the convolutions before them (deeplab), a lone vector (ncsnpp).
 """

@@ -1,0 +1,130 @@
+"""Proposals where one side counts otherwise: from the last level on, by numbers alone, norms across first."""
+
+import pytest
+
+from tests.planning.suggesting.test_arrangements import check, filled, proposed
+
+
+def test_levels_that_one_side_counts_from_the_last_one_are_told_by_their_sizes():
+    widths = [(4, 4), (8, 4), (8, 12)]
+    stored = filled(
+        {
+            f"up_{at}/{part}/kernel": shape
+            for at, (inputs, outputs) in enumerate(widths)
+            for part, shape in (("conv1", (3, 3, inputs, outputs)), ("conv2", (3, 3, outputs, outputs)))
+        }
+    )
+    names = {path: path.replace(f"up_{path[3]}", f"up_blocks/{2 - int(path[3])}") for path in stored}
+
+    found, values = proposed(stored, {names[path]: value.shape for path, value in stored.items()})
+
+    assert not found.questions
+    check(values, {names[path]: value for path, value in stored.items()})
+
+
+def test_levels_of_which_only_one_has_a_size_of_its_own_are_not_turned_around():
+    widths = [12, 8, 8]
+    stored = filled(
+        {f"up_{at}/{part}/kernel": (4, w) for at, w in enumerate(widths) for part in ("a1", "b1")}
+    )
+    wanted = {path.replace(f"up_{path[3]}", f"up_blocks/{2 - int(path[3])}"): path for path in stored}
+
+    _, values = proposed(stored, {path: stored[of].shape for path, of in wanted.items()})
+
+    check(values, {path: stored[of] for path, of in wanted.items() if path in values})
+
+
+def test_layers_called_by_numbers_alone_get_names():
+    shapes = {"fc1/kernel": (4, 8), "fc1/bias": (8,), "fc2/kernel": (8, 4), "fc2/bias": (4,)}
+    stored = filled({f"{at}/{path}": shape for at in range(3) for path, shape in shapes.items()})
+    stored |= filled({"post_norm/scale": (4,), "post_norm/bias": (4,)})
+
+    found, values = proposed(
+        stored,
+        {f"encoder/layers/{at}/{path}": shape for at in range(3) for path, shape in shapes.items()}
+        | {"encoder/norm_after/scale": (4,), "encoder/norm_after/bias": (4,)},
+    )
+
+    assert not found.unmatched_wanted
+    expected = {f"encoder/layers/{path}": value for path, value in stored.items() if path[0].isdecimal()}
+    check(values, expected | {f"encoder/norm_after/{x}": stored[f"post_norm/{x}"] for x in ("scale", "bias")})
+
+
+@pytest.mark.parametrize("is_deformable", [True, False])
+def test_the_numbers_of_norms_tell_nothing_where_programs_count_the_cross_attention_first(is_deformable):
+    attention = {f"{name}/kernel": (8, 8) for name in ("q", "k", "v", "o")}
+    cross = {"sampling_offsets/kernel": (8, 24)} if is_deformable else {"o/kernel": (8, 8)}
+    network = {"linear1/kernel": (8, 16), "linear2/kernel": (16, 8)}
+
+    def layer(norms):
+        return (
+            {f"self_attn/{path}": shape for path, shape in attention.items()}
+            | {f"cross_attn/{path}": shape for path, shape in cross.items()}
+            | network
+            | {f"{norm}/scale": (8,) for norm in norms}
+        )
+
+    stored = filled(
+        {
+            f"decoder/layer{at}/{p}": shape
+            for at in range(2)
+            for p, shape in layer(["norm1", "norm2", "norm3"]).items()
+        }
+    )
+    norms = ["self_attn_layer_norm", "cross_attn_layer_norm", "final_layer_norm"]
+
+    found, values = proposed(
+        stored, {f"decoder/layers/{at}/{p}": shape for at in range(2) for p, shape in layer(norms).items()}
+    )
+
+    left = {path[-2] for path in found.unmatched_wanted}
+    assert left == ({"self_attn_layer_norm", "cross_attn_layer_norm"} if is_deformable else set())
+    assert bool(found.questions) == is_deformable
+    assert (values["decoder/layers/1/final_layer_norm/scale"] == stored["decoder/layer1/norm3/scale"]).all()
+
+
+def test_a_bias_belongs_to_the_only_kernel_beside_it():
+    stored = filled(
+        {f"Conv_{at}/kernel": (3, at + 4, 8) for at in range(2)}
+        | {f"Conv_{at}/bias": (8,) for at in range(2)}
+    )
+
+    found, values = proposed(
+        stored,
+        {f"convs/{at}/weight_v": (3, at + 4, 8) for at in range(2)}
+        | {f"convs/{at}/bias": (8,) for at in range(2)},
+    )
+
+    assert not found.unmatched_wanted
+    check(
+        values,
+        {
+            f"convs/{at}/{name}": stored[f"Conv_{at}/{of}"]
+            for at in range(2)
+            for name, of in (("weight_v", "kernel"), ("bias", "bias"))
+        },
+    )
+
+
+def test_b_beside_other_letters_is_no_bias():
+    shapes = {"A": (6, 4), "B": (6, 4), "C": (4, 6)}
+    stored = filled({f"ssm/{name}": shape for name, shape in shapes.items()} | {"out/kernel": (4, 3)})
+
+    found, values = proposed(
+        stored, {f"mixer/{name.lower()}": shape for name, shape in shapes.items()} | {"out/kernel": (4, 3)}
+    )
+
+    assert not found.unmatched_wanted
+    check(
+        values,
+        {"out/kernel": stored["out/kernel"]} | {f"mixer/{n.lower()}": stored[f"ssm/{n}"] for n in shapes},
+    )
+
+
+def test_the_inputs_of_a_quantizer_are_no_attention():
+    stored = filled({"in_proj/Conv_0/kernel": (1, 12, 4), "out_proj/Conv_0/kernel": (1, 4, 12)})
+
+    found, values = proposed(stored, {"in_proj/weight": (4, 12, 1), "out_proj/weight": (12, 4, 1)})
+
+    assert not found.unmatched_wanted
+    check(values, {f"{side}_proj/weight": stored[f"{side}_proj/Conv_0/kernel"].T for side in ("in", "out")})

@@ -22,18 +22,6 @@ def test_levels_that_one_side_counts_from_the_last_one_are_told_by_their_sizes()
     check(values, {names[path]: value for path, value in stored.items()})
 
 
-def test_levels_of_which_only_one_has_a_size_of_its_own_are_not_turned_around():
-    widths = [12, 8, 8]
-    stored = filled(
-        {f"up_{at}/{part}/kernel": (4, w) for at, w in enumerate(widths) for part in ("a1", "b1")}
-    )
-    wanted = {path.replace(f"up_{path[3]}", f"up_blocks/{2 - int(path[3])}"): path for path in stored}
-
-    _, values = proposed(stored, {path: stored[of].shape for path, of in wanted.items()})
-
-    check(values, {path: stored[of] for path, of in wanted.items() if path in values})
-
-
 def test_layers_called_by_numbers_alone_get_names():
     shapes = {"fc1/kernel": (4, 8), "fc1/bias": (8,), "fc2/kernel": (8, 4), "fc2/bias": (4,)}
     stored = filled({f"{at}/{path}": shape for at in range(3) for path, shape in shapes.items()})
@@ -50,6 +38,9 @@ def test_layers_called_by_numbers_alone_get_names():
     check(values, expected | {f"encoder/norm_after/{x}": stored[f"post_norm/{x}"] for x in ("scale", "bias")})
 
 
+COUNTED = ["norm1", "norm2", "norm3"]
+
+
 @pytest.mark.parametrize("is_deformable", [True, False])
 def test_the_numbers_of_norms_tell_nothing_where_programs_count_the_cross_attention_first(is_deformable):
     attention = {f"{name}/kernel": (8, 8) for name in ("q", "k", "v", "o")}
@@ -64,13 +55,8 @@ def test_the_numbers_of_norms_tell_nothing_where_programs_count_the_cross_attent
             | {f"{norm}/scale": (8,) for norm in norms}
         )
 
-    stored = filled(
-        {
-            f"decoder/layer{at}/{p}": shape
-            for at in range(2)
-            for p, shape in layer(["norm1", "norm2", "norm3"]).items()
-        }
-    )
+    layers = {f"layer{at}/{path}": shape for at in range(2) for path, shape in layer(COUNTED).items()}
+    stored = filled({f"decoder/{path}": shape for path, shape in layers.items()})
     norms = ["self_attn_layer_norm", "cross_attn_layer_norm", "final_layer_norm"]
 
     found, values = proposed(
@@ -84,41 +70,25 @@ def test_the_numbers_of_norms_tell_nothing_where_programs_count_the_cross_attent
 
 
 def test_a_bias_belongs_to_the_only_kernel_beside_it():
-    stored = filled(
-        {f"Conv_{at}/kernel": (3, at + 4, 8) for at in range(2)}
-        | {f"Conv_{at}/bias": (8,) for at in range(2)}
-    )
+    shapes = {"kernel": (3, 4, 8), "bias": (8,)}
+    stored = filled({f"Conv_{at}/{name}": shape for at in range(2) for name, shape in shapes.items()})
+    names = {"weight_v": "kernel", "bias": "bias"}
+    made = {f"convs/{at}/{name}": f"Conv_{at}/{of}" for at in range(2) for name, of in names.items()}
 
-    found, values = proposed(
-        stored,
-        {f"convs/{at}/weight_v": (3, at + 4, 8) for at in range(2)}
-        | {f"convs/{at}/bias": (8,) for at in range(2)},
-    )
+    found, values = proposed(stored, {path: stored[of].shape for path, of in made.items()})
 
     assert not found.unmatched_wanted
-    check(
-        values,
-        {
-            f"convs/{at}/{name}": stored[f"Conv_{at}/{of}"]
-            for at in range(2)
-            for name, of in (("weight_v", "kernel"), ("bias", "bias"))
-        },
-    )
+    check(values, {path: stored[of] for path, of in made.items()})
 
 
 def test_b_beside_other_letters_is_no_bias():
-    shapes = {"A": (6, 4), "B": (6, 4), "C": (4, 6)}
-    stored = filled({f"ssm/{name}": shape for name, shape in shapes.items()} | {"out/kernel": (4, 3)})
+    made = {"mixer/a": "ssm/A", "mixer/b": "ssm/B", "mixer/c": "ssm/C", "out/kernel": "out/kernel"}
+    stored = filled({"ssm/A": (6, 4), "ssm/B": (6, 4), "ssm/C": (4, 6), "out/kernel": (4, 3)})
 
-    found, values = proposed(
-        stored, {f"mixer/{name.lower()}": shape for name, shape in shapes.items()} | {"out/kernel": (4, 3)}
-    )
+    found, values = proposed(stored, {path: stored[of].shape for path, of in made.items()})
 
     assert not found.unmatched_wanted
-    check(
-        values,
-        {"out/kernel": stored["out/kernel"]} | {f"mixer/{n.lower()}": stored[f"ssm/{n}"] for n in shapes},
-    )
+    check(values, {path: stored[of] for path, of in made.items()})
 
 
 def test_the_inputs_of_a_quantizer_are_no_attention():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.planning.suggesting.test_arrangements import check, filled, proposed
+from tests.planning.suggesting.proposals import check, filled, proposed
 
 
 def test_levels_that_one_side_counts_from_the_last_one_are_told_by_their_sizes():

@@ -1,0 +1,48 @@
+"""What is proposed for two trees of shapes, and the values that come under it."""
+
+import jax
+import numpy as np
+from flax import nnx, traverse_util
+
+from orbax_nnx_handler import from_linen, suggest
+
+
+def filled(shapes):
+    """Returns a nested tree with every element another number."""
+    found, first = {}, 0.0
+    for path, shape in shapes.items():
+        size = int(np.prod(shape))
+        found[path] = first + np.arange(size, dtype="float32").reshape(shape)
+        first += size
+    return found
+
+
+def proposed(stored, wanted):
+    """Returns what is proposed, and the wanted values under its rules; without those left open."""
+    tree = {"params": traverse_util.unflatten_dict(stored, sep="/")}
+
+    def target():
+        return nnx.from_flat_state(
+            [
+                (
+                    tuple(int(key) if key.isdecimal() else key for key in path.split("/")),
+                    nnx.Param(jax.ShapeDtypeStruct(shape, "float32")),
+                )
+                for path, shape in wanted.items()
+            ]
+        )
+
+    found = suggest(tree, target())
+    state = from_linen(tree, target(), renames=found.renames, policy="warn", unexpected="ignore")
+    values = {
+        "/".join(map(str, path)): np.asarray(leaf.get_value())
+        for path, leaf in nnx.to_flat_state(state)
+        if path not in found.unmatched_wanted
+    }
+    return found, values
+
+
+def check(values, expected):
+    assert values.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(values[path], value, err_msg=path)

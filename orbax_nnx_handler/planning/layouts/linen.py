@@ -230,7 +230,8 @@ _WITHOUT_PARAMS = frozenset({AUX, "batch_stats", "LoRAParam"})
 
 
 def _holds_no_params(stored: Stored) -> bool:
-    return not any("params" in path for path in stored)
+    # A random stream that is kept aside may be called `params`.
+    return not any("params" in path and AUX not in path[: path.index("params")] for path in stored)
 
 
 def _networks_of(stored: Stored) -> Mapping[str, Set[str]]:

@@ -240,15 +240,26 @@ def _optimizers(item: Any, nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, An
 
 
 def _is_opt_state(node: Any) -> bool:
-    """Tells an optimizer's state, empty or not, from a module of the model that has its name."""
-    if node is None or isinstance(node, tuple | list):
-        # Optax's own containers, of which one may have a field of that name (`optax.contrib.sam`).
-        # In a functional train state their leaves may be `nnx.Param`s.
-        return node is not None
-    if hasattr(node, _OPT_STATE) and hasattr(node, "step"):
+    """Tells an optimizer's state, empty or not, from a part of the model that has its name.
+
+    Optax's own containers are one, also where one has a field of that name (`optax.contrib.sam`), whatever
+    Variables are in them: in a functional train state, `nnx.Param`s. Else all Variables are `nnx.OptState`s.
+    """
+    if _is_container(node):
+        return True
+    if node is None or (hasattr(node, _OPT_STATE) and hasattr(node, "step")):
         return False  # An `nnx.Optimizer` that an item keeps under that key.
-    state = cast(Any, nnx.state(node)) if isinstance(node, nnx.Module) else node
-    return not any(isinstance(leaf, nnx.Param | nnx.BatchStat) for leaf in flatten(state).values())
+    leaves = flatten(_state_of(node)).values()
+    of_model = (isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.OptState) for leaf in leaves)
+    return not any(of_model) and bool(leaves or not is_graph(node))
+
+
+def _is_container(node: Any) -> bool:
+    """Tells a container of optax's, of which a named field may be a module, from a list of modules."""
+    if not isinstance(node, tuple | list):
+        return False
+    parts = cast(Iterable[Any], node)
+    return hasattr(parts, "_fields") or not any(isinstance(part, nnx.Pytree | nnx.Module) for part in parts)
 
 
 def _without_state(nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:

@@ -305,6 +305,9 @@ def _are_equal(one: SavedLeaf, other: SavedLeaf, values: Mapping[Path, Any]) -> 
     left, right = one.value(values), other.value(values)
     if any(isinstance(value, jax.ShapeDtypeStruct | Tracer) for value in (left, right)):
         return True
+    if not any(isinstance(value, jax.Array) for value in (left, right)):
+        # NumPy's own, of 64 bits too, of which JAX takes half.
+        return np.asarray(left).tobytes() == np.asarray(right).tobytes()
     with sharded_by_compiler([left, right]) as (arrays, _):
         return bool(cast(jax.Array, _equal(*arrays)))
 
@@ -312,4 +315,17 @@ def _are_equal(one: SavedLeaf, other: SavedLeaf, values: Mapping[Path, Any]) -> 
 @jax.jit
 def _equal(left: jax.Array, right: jax.Array) -> jax.Array:
     # Arrays of several processes stay where they are: each process gets the answer.
-    return jnp.all((left == right) | ((left != left) & (right != right)))
+    same = left == right
+    if jnp.issubdtype(left.dtype, jnp.inexact):
+        # 1 / x tells 0.0 from -0.0.
+        if jnp.iscomplexobj(left):
+            same &= _is_negative(left.real) == _is_negative(right.real)
+            same &= _is_negative(left.imag) == _is_negative(right.imag)
+        else:
+            same &= _is_negative(left) == _is_negative(right)
+    return jnp.all(same | ((left != left) & (right != right)))
+
+
+def _is_negative(x: jax.Array) -> jax.Array:
+    # A cast keeps the sign, also from the floats of 8 bits, whose sign bit JAX does not look for.
+    return jnp.signbit(x if x.dtype.itemsize > 2 else x.astype(jnp.float32))

@@ -155,6 +155,28 @@ def test_a_copy_that_training_changed_is_not_lost(rules: Any, by_plan: bool) -> 
             to_linen(changed, renames=undone)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "complex64", "float64"])
+def test_copies_that_differ_in_the_sign_of_zero_alone_are_not_equal(dtype: str) -> None:
+    def two(one: list[float], other: list[float]) -> nnx.State:
+        values = [np.array(value).astype(jnp.dtype(dtype)) for value in (one, other)]
+        arrays = values if dtype == "float64" else map(jnp.asarray, values)
+        leaves = zip(("one", "two"), arrays, strict=True)
+        return nnx.from_flat_state([((name, "w"), nnx.Param(value)) for name, value in leaves])
+
+    rules = [Copy("one/w", "two/w")]
+
+    assert to_linen(two([0.0, -0.0, np.nan], [0.0, -0.0, np.nan]), renames=rules).keys() == {"params"}
+    with pytest.raises(RuleError, match="two/w is no longer one/w"):
+        to_linen(two([0.0, -0.0, np.nan], [-0.0, 0.0, np.nan]), renames=rules)
+
+
+def test_copies_that_differ_beyond_32_bits_are_not_equal() -> None:
+    two = [(("one", "n"), nnx.Param(np.int64(1))), (("two", "n"), nnx.Param(np.int64(1 + 2**32)))]
+
+    with pytest.raises(RuleError, match="two/n is no longer one/n"):
+        to_linen(nnx.from_flat_state(two), renames=[Copy("one/n", "two/n")])
+
+
 def test_what_holds_no_nnx_object_is_refused() -> None:
     with pytest.raises(ValueError, match="a dict without an NNX object"):
         to_linen({"params": {"w": jnp.ones(2)}})

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, render, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
 from orbax_nnx_handler.verifying.recording import Array
@@ -248,9 +248,9 @@ class Search:
         """Returns the innermost module around what has to change, or around where the difference arises."""
         if proof is None:
             between = [after.path[:-1], before.path[:-1]] if after and before else [()]
-            return max(one.path, self._holder(_common(between)), key=len)
+            return max(one.path, self._holder(shared_levels(between)), key=len)
         holders = [self._holder(leaf) for leaf in proof.recipes]
-        common = self._holder(_common(holders))
+        common = self._holder(shared_levels(holders))
         if common or one.path == () == max(holders, key=len):
             return common
         return min(holders, key=lambda path: self.runner.calls[path][0].order)
@@ -373,8 +373,3 @@ def _is_padding(one: Compared, inside: Sequence[Compared]) -> bool:
     agreeing = [other for other in inside if other.agrees]
     later = (other for other in agreeing if other.nnx.call.order > one.nnx.call.order)
     return any(other.path == one.path for other in agreeing) and any(o.path != one.path for o in later)
-
-
-def _common(paths: Sequence[Path]) -> Path:
-    columns = itertools.takewhile(lambda keys: len(set(keys)) == 1, zip(*paths, strict=False))
-    return tuple(keys[0] for keys in columns)

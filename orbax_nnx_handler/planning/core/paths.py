@@ -7,7 +7,7 @@ a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
 import ast
 import functools
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from flax import traverse_util
@@ -59,6 +59,21 @@ def spelled(path: Path) -> str:
 def without_box(path: _Path) -> _Path:
     """Returns a path without a last level `value`, which a Variable or a box of Linen's adds."""
     return cast(_Path, path[:-1]) if len(path) > 1 and path[-1] == "value" else path
+
+
+def shared_levels(paths: Sequence[_Path], own: int = 0) -> _Path:
+    """Returns the levels that all paths begin with, where each keeps some of its last ones for itself.
+
+    Args:
+        paths: Paths, or names of modules.
+        own: How many levels each keeps at least.
+    """
+    if not paths:
+        return cast(_Path, ())
+    first = paths[0]
+    most = max(min(map(len, paths)) - own, 0)
+    same = next((at for at in range(most) if any(path[at] != first[at] for path in paths)), most)
+    return cast(_Path, first[:same])
 
 
 def segments(path: Path) -> tuple[str, ...]:

@@ -4,13 +4,20 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import ranges
 from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, numbers_below, segments
+from orbax_nnx_handler.planning.core.paths import (
+    Path,
+    Tokens,
+    canonical,
+    is_number,
+    numbers_below,
+    segments,
+    shared_levels,
+)
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
@@ -236,16 +243,9 @@ def _stacked_groups(evidence: Evidence) -> Iterable[Cause]:
         if change is None or len(ranks) < 2:
             continue
         _, stored, wanted = change
-        module = _shared([evidence.below[path][:-1] for path in paths])
+        module = shared_levels([evidence.below[path][:-1] for path in paths])
         explained = evidence.with_moments(paths)
         yield _another_number(spell(module), stored, wanted, explained, _unit(module))
-
-
-def _shared(modules: Sequence[Tokens]) -> Tokens:
-    """Returns the path that all modules lie below."""
-    first, last = min(modules), max(modules)
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return tuple(token for token, _ in same)
 
 
 def _common_modules(evidence: Evidence) -> dict[Group, list[Path]]:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError
-from orbax_nnx_handler.planning.core.paths import Path, Tokens
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, shared_levels
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rule import (
@@ -230,17 +230,7 @@ def _written(rule: "Split | Fuse", last: str) -> str:
     return f"{type(rule).__name__}({', '.join(f'{name}={getattr(rule, name)!r}' for name in fields)})"
 
 
-def shared_names(paths: Sequence[Tokens]) -> Tokens:
-    """Returns the names that all paths begin with; each keeps one of its own."""
-    if not paths:
-        return ()
-    shortest = min(map(len, paths)) - 1
-    first = paths[0]
-    same = next((at for at in range(shortest) if any(path[at] != first[at] for path in paths)), shortest)
-    return first[:same]
-
-
 def cut_alike(parts: Sequence[Tokens], whole: Tokens, kept: int) -> tuple[list[Tokens], Tokens]:
     """Cuts what all paths share at their beginning; a kernel and a bias lie along other axes."""
-    before = max(len(shared_names([*parts, whole])) - kept, 0)
+    before = max(len(shared_levels([*parts, whole], own=1)) - kept, 0)
     return [path[before:] for path in parts], whole[before:]

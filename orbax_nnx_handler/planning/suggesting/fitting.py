@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
-from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike, shared_names
+from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     PYTORCHS,
     Leaf,
@@ -331,7 +331,7 @@ def joining_rule(
         intos = [(*stored[0][:-2], *aim[-2:]) for aim in wanted]
         pieces, whole = cut_alike(intos, stored[0], kept)
         return Split("/".join(whole), tuple(map("/".join, pieces)), axis, sizes, drop_axis=is_new), intos
-    shared = shared_names(stored)
+    shared = shared_levels(stored, own=1)
     into = (*shared, *wanted[0][len(shared) - len(stored[0]) :])
     pieces, whole = cut_alike(stored, into, kept)
     return Fuse(tuple(map("/".join, pieces)), "/".join(whole), axis, sizes, new_axis=is_new), [into]

@@ -5,8 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
-from orbax_nnx_handler.planning.rules.split_and_fuse import shared_names
+from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.suggesting.matching_parts import Created, match_parts
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Layers,
@@ -240,7 +239,7 @@ def _by_modules(ties: Iterable[Tie]) -> Iterator[Tie]:
 
 def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
     parts = [[place_of(leaf.names)[0] for leaf in (link.target, link.source)] for link in reading]
-    depths = [len(shared_names(side)) + 1 for side in zip(*parts, strict=True)]
+    depths = [len(shared_levels(side, own=1)) + 1 for side in zip(*parts, strict=True)]
     return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.paths import Path, is_number, segments
+from orbax_nnx_handler.planning.core.paths import Path, is_number, segments, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
@@ -14,7 +14,6 @@ from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.split_and_fuse import shared_names
 from orbax_nnx_handler.planning.suggesting.fitting import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import (
@@ -383,7 +382,7 @@ class _Proposing:
         """Yields where the model may sit in the target, and the stored levels that go by themselves."""
         roots = self._mapping.roots
         names = [leaf.names for link in links for leaf in link.wanted]
-        shared = shared_names(names)
+        shared = shared_levels(names, own=1)
         plain = next(
             (at for at, name in enumerate(shared) if name not in PLAIN_LEVELS and not name.isdecimal()),
             len(shared),

@@ -367,12 +367,13 @@ class Checkpoint:
         found: dict[Path, str] = {}
         for path, array in arrays.items():
             needed = [whole(array.encoding.shape)]
-            absent = array.unlisted(needed)
             if path in folders:
                 there = files.sizes(epath.Path(folders[path].path), "")
                 absent = [
                     key for key in array.keys(needed) if key.removeprefix(f"{array.name}/") not in there
                 ]
+            else:
+                absent = array.unlisted(needed)
             if absent:
                 found[path] = f"{absent[0]} in {array.store.directory} is absent"
         return found

@@ -5,7 +5,6 @@ steps apart, and a tree of bare weights is searched for what shows that an NNX p
 """
 
 import dataclasses
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -14,7 +13,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning import layouts
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint, RestoreError
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, Placement, Stored
 from orbax_nnx_handler.planning.mapping.optimizer_states import parameter_paths, read_stored
@@ -99,19 +98,12 @@ def _parameters_of_moments(
     weights = model_entries(placements)
     for owner in {item.owner for item in placements if item.section == "optimizer"}:
         own = [entry for entry in weights if entry.owner == canonical(owner)] or weights
-        known = parameter_paths(own, _common_root([entry.tokens for entry in own]))
+        known = parameter_paths(own, shared_levels([entry.tokens for entry in own], own=1))
         states = read_stored([item for item in placements if item.owner == owner], known).states
         for moments in (field for state in states for field in state.moments.values()):
             for parameter, moment in moments.items():
                 if parameter in parameters:
                     yield moment.path, parameters[parameter]
-
-
-def _common_root(paths: Sequence[Tokens]) -> Tokens:
-    """Returns the keys above every one of some paths."""
-    least, most = min(paths, default=()), max(paths, default=())
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least[:-1], most, strict=False))
-    return tuple(key for key, _ in alike)
 
 
 def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[Written]:

@@ -1,7 +1,7 @@
 """What a save writes of an NNX item, and the arguments with which stock Orbax writes it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
 
 import jax
@@ -306,8 +306,8 @@ def _are_equal(one: SavedLeaf, other: SavedLeaf, values: Mapping[Path, Any]) -> 
     if any(isinstance(value, jax.ShapeDtypeStruct | Tracer) for value in (left, right)):
         return True
     if not any(isinstance(value, jax.Array) for value in (left, right)):
-        # NumPy's own, of 64 bits too, of which JAX takes half.
-        return np.asarray(left).tobytes() == np.asarray(right).tobytes()
+        # Of the 64 bits of NumPy's own, JAX takes half.
+        return bool(_same(np.asarray(left), np.asarray(right), np.signbit))
     with sharded_by_compiler([left, right]) as (arrays, _):
         return bool(cast(jax.Array, _equal(*arrays)))
 
@@ -315,17 +315,22 @@ def _are_equal(one: SavedLeaf, other: SavedLeaf, values: Mapping[Path, Any]) -> 
 @jax.jit
 def _equal(left: jax.Array, right: jax.Array) -> jax.Array:
     # Arrays of several processes stay where they are: each process gets the answer.
+    return _same(left, right, jnp.signbit)
+
+
+def _same(left: Any, right: Any, signbit: Callable[[Any], Any]) -> Any:
+    """Tells whether arrays of NumPy's or JAX's are equal to the sign of zero; a NaN is equal to any NaN."""
+
+    def is_negative(x: Any) -> Any:
+        # A cast keeps the sign, also from the floats of 8 bits, whose sign bit JAX does not look for.
+        return signbit(x if x.dtype.itemsize > 2 else x.astype(jnp.float32))
+
     same = left == right
     if jnp.issubdtype(left.dtype, jnp.inexact):
         # 1 / x tells 0.0 from -0.0.
-        if jnp.iscomplexobj(left):
-            same &= _is_negative(left.real) == _is_negative(right.real)
-            same &= _is_negative(left.imag) == _is_negative(right.imag)
-        else:
-            same &= _is_negative(left) == _is_negative(right)
-    return jnp.all(same | ((left != left) & (right != right)))
-
-
-def _is_negative(x: jax.Array) -> jax.Array:
-    # A cast keeps the sign, also from the floats of 8 bits, whose sign bit JAX does not look for.
-    return jnp.signbit(x if x.dtype.itemsize > 2 else x.astype(jnp.float32))
+        parts = (
+            [(left.real, right.real), (left.imag, right.imag)] if left.dtype.kind == "c" else [(left, right)]
+        )
+        for one, other in parts:
+            same &= is_negative(one) == is_negative(other)
+    return (same | ((left != left) & (right != right))).all()

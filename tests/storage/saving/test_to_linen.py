@@ -166,6 +166,8 @@ def test_copies_that_differ_in_the_sign_of_zero_alone_are_not_equal(dtype: str) 
     rules = [Copy("one/w", "two/w")]
 
     assert to_linen(two([0.0, -0.0, np.nan], [0.0, -0.0, np.nan]), renames=rules).keys() == {"params"}
+    # A NaN has no value, so its sign tells nothing.
+    assert to_linen(two([0.0, -0.0, np.nan], [0.0, -0.0, -np.nan]), renames=rules).keys() == {"params"}
     with pytest.raises(RuleError, match="two/w is no longer one/w"):
         to_linen(two([0.0, -0.0, np.nan], [-0.0, 0.0, np.nan]), renames=rules)
 

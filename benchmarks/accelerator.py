@@ -23,7 +23,7 @@ from benchmarks.measuring import Row, arguments, report, table
 from benchmarks.models import DTYPES, Model, check, placement, sized, write
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.reading.base_store import LocalData
-from orbax_nnx_handler.storage.reading.workers import ALIGNMENT, Arena
+from orbax_nnx_handler.storage.reading.memory import ALIGNMENT, Arena
 
 _BLOCK_BYTES = 256 << 20
 _THREADS = 8

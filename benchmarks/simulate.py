@@ -31,7 +31,7 @@ from benchmarks.measuring import Row, arguments, report, table
 from benchmarks.skeleton import Axes, Decoder, Hosts, train_state, write
 from orbax_nnx_handler.planner import decide
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.reading.base_store import open_data

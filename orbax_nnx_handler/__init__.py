@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from orbax_nnx_handler.planning.options import SingleReplica
-    from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
+    from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
     from orbax_nnx_handler.planning.rules import (
         Add,
         Cast,
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     )
     from orbax_nnx_handler.planning.suggesting import Suggestion
     from orbax_nnx_handler.storage.reading.agreement import DisagreementError, OtherProcessError
+    from orbax_nnx_handler.verifying.comparison import verify
     from orbax_nnx_handler.verifying.verification import Verification
-    from orbax_nnx_handler.verifying.verify import verify
 
 __all__ = [
     "Add",
@@ -143,7 +143,7 @@ _HOMES = {
         "VerificationError",
     ),
     "planning.options": ("SingleReplica",),
-    "planning.plan": ("RestorePlan", "RestoreReport"),
+    "planning.restore_plan": ("RestorePlan", "RestoreReport"),
     "planning.rules": (
         "Add",
         "Cast",
@@ -168,7 +168,7 @@ _HOMES = {
     ),
     "planner": ("plan_restore",),
     "verifying.verification": ("Verification",),
-    "verifying.verify": ("verify",),
+    "verifying.comparison": ("verify",),
 }
 """The public names of each module."""
 

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.options import (
     UnexpectedPolicy,
     check_init,
 )
-from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
+from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target.target import (
@@ -35,8 +35,8 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.reading.agreement import agree, agree_on
+from orbax_nnx_handler.storage.reading.memory import Memory
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_leaves
-from orbax_nnx_handler.storage.reading.workers import Memory, naming_shortage
 from orbax_nnx_handler.storage.restoring.restore import carry_out
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.atomic import save_item
@@ -47,6 +47,7 @@ from orbax_nnx_handler.storage.saving.save import (
     nothing_to_save,
     plan_save,
 )
+from orbax_nnx_handler.storage.shortages import naming_shortage
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable

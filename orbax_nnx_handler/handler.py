@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.options import (
     UnexpectedPolicy,
     check_policy,
 )
-from orbax_nnx_handler.planning.plan import RestoreReport
+from orbax_nnx_handler.planning.restore_plan import RestoreReport
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target.target import is_unbuilt
 from orbax_nnx_handler.storage.reading.single_replica import single_replica_of

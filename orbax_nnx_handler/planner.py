@@ -14,7 +14,7 @@ from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.options import DtypeChoice, Policies, Policy, RestoreOptions, UnexpectedPolicy
-from orbax_nnx_handler.planning.plan import RestorePlan, make_plan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan, make_plan
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target.target import (
     Target,

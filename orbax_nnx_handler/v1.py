@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.options import (
     UnexpectedPolicy,
     check_choice,
 )
-from orbax_nnx_handler.planning.plan import RestoreReport
+from orbax_nnx_handler.planning.restore_plan import RestoreReport
 from orbax_nnx_handler.storage.saving.arrange import Flavour, Transformation, is_nnx
 from orbax_nnx_handler.storage.saving.save import as_save_item, linen_save
 from orbax_nnx_handler.storage.stores.locations import check_writable, is_url

@@ -16,7 +16,7 @@ from orbax_nnx_handler.commands.arguments import (
 )
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.planner import plan_restore
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.storage import paused_collection
 
 

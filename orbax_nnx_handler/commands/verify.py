@@ -15,7 +15,7 @@ from orbax_nnx_handler.commands.arguments import (
 )
 from orbax_nnx_handler.commands.screen import Screen
 from orbax_nnx_handler.commands.user_code import PAIR_HELP, load_pair
-from orbax_nnx_handler.verifying.verify import verify
+from orbax_nnx_handler.verifying.comparison import verify
 
 
 def add_to(commands: Any) -> None:

@@ -17,16 +17,16 @@ from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Add, Recipe
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.suggesting import Proposal, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
+from orbax_nnx_handler.verifying.comparison import compared
 from orbax_nnx_handler.verifying.pairing import layers_of
 from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import lent
 from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, compare
-from orbax_nnx_handler.verifying.verify import compared
 from orbax_nnx_handler.verifying.weights import on_one_device
 
 _MOST_TOGETHER = 64

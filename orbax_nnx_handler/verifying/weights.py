@@ -12,7 +12,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from orbax_nnx_handler.planning.core.paths import Path, nested, segments
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import flatten_target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job, read_everywhere

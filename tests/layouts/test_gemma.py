@@ -10,7 +10,7 @@ from flax import nnx
 
 from orbax_nnx_handler import Rename, Reshape, Split, Transpose, restore
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.layouts.bare import GEMMA
+from orbax_nnx_handler.planning.layouts.nnx_programs import GEMMA
 from tests.layouts import language, writers
 from tests.layouts.programs import TOLERANCE, random_tree
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import Hint, UnknownLayoutError
-from orbax_nnx_handler.planning.layouts import bare, linen, maxtext, nnx_programs, t5x, vision
+from orbax_nnx_handler.planning.layouts import linen, maxtext, nnx_programs, t5x, vision
 from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 
 _TELLING: tuple[Layout, ...] = (
@@ -13,7 +13,7 @@ _TELLING: tuple[Layout, ...] = (
     vision.SCENIC,
     vision.KAULDRON,
     vision.BIG_VISION,
-    bare.GEMMA,
+    nnx_programs.GEMMA,
     nnx_programs.TUNIX,
     nnx_programs.OPENPI,
 )
@@ -26,18 +26,18 @@ _GENERAL: tuple[Layout, ...] = (
     linen.BY_NETWORK,
     nnx_programs.OPENPI_WEIGHTS,
     nnx_programs.OPENPI_TRAIN_STATE,
-    bare.NNX_STATE,
-    bare.NNX_PURE_DICT,
-    bare.PARAMS,
+    nnx_programs.NNX_STATE,
+    nnx_programs.NNX_PURE_DICT,
+    nnx_programs.PARAMS,
     vision.BIG_VISION_WEIGHTS,
-    bare.OPTAX_STATE,
+    nnx_programs.OPTAX_STATE,
 )
 """Layouts that may fit the same tree; the one under which the most leaves are found is taken."""
 
 LAYOUTS: tuple[Layout, ...] = (*_TELLING, *_GENERAL)
 """Every known layout."""
 
-UNNAMED: Layout = bare.PARAMS
+UNNAMED: Layout = nnx_programs.PARAMS
 """The layout in which no key has a meaning: fits no tree with Linen's own keys, and may still be meant."""
 
 LayoutChoice = Literal[

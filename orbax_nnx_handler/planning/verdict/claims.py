@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, inter
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.elements import Chain
-from orbax_nnx_handler.planning.verdict.weights import Weights
+from orbax_nnx_handler.planning.verdict.weight_sources import Weights
 
 Twice = tuple[Path, Path, Path]
 """A wanted leaf, a stored leaf that it reads, and the leaf that says otherwise."""

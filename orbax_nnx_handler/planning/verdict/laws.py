@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.verdict.proven_moments import (
     wanted_as_weight,
 )
 from orbax_nnx_handler.planning.verdict.stacked_axes import StackedAxes
-from orbax_nnx_handler.planning.verdict.weights import Weights, is_below
+from orbax_nnx_handler.planning.verdict.weight_sources import Weights, is_below
 
 
 class Grounds(Protocol):

@@ -1,33 +1,51 @@
-"""Directories of Hugging Face's libraries: which files in them are the weights.
+"""Hugging Face's directories and files: which of them are the weights, and what safetensors say.
 
 Flax models of transformers (below 5) write `flax_model.msgpack`, or in parts
 `flax_model-00001-of-00002.msgpack` with an index, or `model.safetensors` (modeling_flax_utils.py
 `save_pretrained`); those of diffusers `diffusion_flax_model.msgpack`. A directory often holds the same
 weights for PyTorch too, as safetensors, so Flax's own file is taken first.
+
+A file of safetensors is eight bytes with the length of the header, the header (JSON), and the arrays' bytes
+(https://github.com/huggingface/safetensors, "Format"); the engine reads these ranges. Nothing in it is code.
+The header is a stranger's: every length in it is compared with the file's before anything is allocated.
 """
 
+import dataclasses
+import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, spelled
-from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
+from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint, Encoding, StoredArray
 from orbax_nnx_handler.storage.checkpoint.directories import (
     HUGGING_FACE_FILES,
     HUGGING_FACE_INDEX,
     HUGGING_FACE_SAFETENSORS,
     is_weights_file,
 )
-from orbax_nnx_handler.storage.checkpoint.fields import FieldError, object_of, parse_object, text_of
-from orbax_nnx_handler.storage.checkpoint.safetensors import read_safetensors
-from orbax_nnx_handler.storage.checkpoint.trees import packed_tree
+from orbax_nnx_handler.storage.checkpoint.fields import (
+    FieldError,
+    check_paths,
+    keys_of,
+    object_of,
+    parse_object,
+    shape_field,
+    text_of,
+)
+from orbax_nnx_handler.storage.checkpoint.trees import UNKNOWN_TYPE, packed_tree
 from orbax_nnx_handler.storage.checkpoint.wrong_paths import damaged
-from orbax_nnx_handler.storage.stores.files import Files, ReadFile
+from orbax_nnx_handler.storage.stores import kvstore
+from orbax_nnx_handler.storage.stores.files import ANYWHERE, Files, ReadFile
+from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
 CONFIG_FILE = "config.json"
 _LONGEST_CONFIG = 1 << 20
@@ -131,3 +149,255 @@ def _read_config(folder: epath.Path, files: Files) -> Mapping[str, Any]:
     # Nothing of a restore depends on it.
     except FieldError:
         return {}
+
+
+DISK_FORMAT = "safetensors"
+
+_LENGTH = struct.Struct("<Q")
+# The format's own bound; a header of 20,000 arrays has 2 MB.
+_LONGEST_HEADER = 100_000_000
+# Enough for the header of nearly every file, so that it comes in the first trip.
+_FIRST = 1 << 18
+_METADATA = "__metadata__"
+# How transformers joins the keys of a tree (modeling_flax_utils.py `save_pretrained`).
+_SEPARATOR = "."
+
+_DTYPES: Mapping[str, Any] = {
+    "BOOL": np.bool_,
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "C64": np.complex64,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What the header says of one array.
+
+    Attributes:
+        name: The name in the header.
+        encoding: How its values are stored; None where the header does not tell.
+        extent: Where they lie; None where that is outside of the file.
+        reason: What is wrong with it; empty for nothing.
+    """
+
+    name: str
+    encoding: Encoding | None = None
+    extent: Extent | None = None
+    reason: str = ""
+
+
+def read_safetensors(
+    directory: epath.Path, shards: Sequence[epath.Path], files: Files, config: Mapping[str, Any]
+) -> Checkpoint:
+    """Reads what files of safetensors hold together: their headers, no values.
+
+    Args:
+        directory: What the checkpoint is called by.
+        shards: The files, all in one folder.
+        files: The files of their store.
+        config: What the program stored beside them.
+
+    Raises:
+        NotACheckpointError: A file is none of safetensors, or the names are those of no tree.
+    """
+    # A file that the caller named may be a link; those of a directory stay within it.
+    headers = _read_headers(shards, files, ANYWHERE if files.is_file(directory) else "")
+    found: dict[Path, _Found] = {}
+    twice: list[Path] = []
+    for shard, (header, start, size) in zip(shards, headers, strict=True):
+        try:
+            check_paths([keys_of(name, _SEPARATOR) for name in header])
+        except FieldError as error:
+            raise _no_safetensors(shard, files, str(error)) from error
+        for one in _arrays(shard.name, header, start, size):
+            keys = tuple(one.name.split(_SEPARATOR))
+            twice += [keys] if keys in found else []
+            found[keys] = one
+    _check_tree(directory, found, twice)
+    return _checkpoint(directory, shards[0], found, config)
+
+
+def _read_headers(
+    shards: Sequence[epath.Path], files: Files, below: str
+) -> list[tuple[dict[str, Any], int, int]]:
+    """Returns each file's header, where its arrays begin, and how many bytes it has."""
+    folder = shards[0].parent
+    sizes = [_size(shard, files) for shard in shards]
+    firsts = [Extent(shard.name, 0, min(size, _FIRST)) for shard, size in zip(shards, sizes, strict=True)]
+    beginnings = files.extents(folder, firsts, below)
+    lengths = [_header_length(*each, files) for each in zip(shards, beginnings, sizes, strict=True)]
+    rest = {
+        at: Extent(shards[at].name, _FIRST, length + _LENGTH.size - _FIRST)
+        for at, length in enumerate(lengths)
+        if length + _LENGTH.size > _FIRST
+    }
+    if rest:
+        for at, more in zip(rest, files.extents(folder, list(rest.values()), below), strict=True):
+            beginnings[at] += more
+    starts = [_LENGTH.size + length for length in lengths]
+    contents = [content[_LENGTH.size : start] for content, start in zip(beginnings, starts, strict=True)]
+    headers = [_header(*each, files) for each in zip(shards, contents, lengths, strict=True)]
+    return list(zip(headers, starts, sizes, strict=True))
+
+
+def _size(shard: epath.Path, files: Files) -> int:
+    listed = files.entries(shard.parent).get(shard.name)
+    if listed is None or listed.kind != "file":
+        raise NotACheckpointError(f"there is no file {shard}.", hints=[damaged(shard, files)])
+    return listed.size
+
+
+def _header_length(shard: epath.Path, beginning: bytes, size: int, files: Files) -> int:
+    if len(beginning) < _LENGTH.size:
+        raise _no_safetensors(shard, files, f"it has {len(beginning)} bytes")
+    (length,) = _LENGTH.unpack(beginning[: _LENGTH.size])
+    if length > min(size - _LENGTH.size, _LONGEST_HEADER):
+        raise _no_safetensors(shard, files, f"its header would have {length} bytes, and the file has {size}")
+    return length
+
+
+def _header(shard: epath.Path, content: bytes, length: int, files: Files) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content, object_pairs_hook=_once)
+    # Nested a thousand deep, the parser gives up with the interpreter's own error.
+    except (ValueError, RecursionError) as error:
+        why = f"its header is no JSON: {error or type(error).__name__}"
+        raise _no_safetensors(shard, files, why) from error
+    if len(content) != length or not isinstance(parsed, dict):
+        raise _no_safetensors(shard, files, "its header is no JSON object")
+    return cast("dict[str, Any]", parsed)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    # JSON can spell halves of characters, which are in no text that could be written.
+    "".join(found).encode()
+    return found
+
+
+def _no_safetensors(shard: epath.Path, files: Files, why: str) -> NotACheckpointError:
+    return NotACheckpointError(
+        f"{shard} is no whole file of safetensors: {why.removesuffix('.')}.", hints=[damaged(shard, files)]
+    )
+
+
+def _arrays(file: str, header: Mapping[str, Any], start: int, size: int) -> Iterator[_Found]:
+    """Yields what a header says of its arrays; two that share bytes are both damaged."""
+    found = [_array(file, name, entry, start, size) for name, entry in header.items() if name != _METADATA]
+    placed = sorted((one for one in found if one.extent is not None and one.extent.size), key=_start)
+    shared: set[str] = set()
+    end, before = 0, ""
+    for one in placed:
+        assert one.extent is not None
+        if one.extent.start < end:
+            shared |= {one.name, before}
+        if one.extent.start + one.extent.size > end:
+            end, before = one.extent.start + one.extent.size, one.name
+    for one in found:
+        overlaps = one.name in shared
+        yield dataclasses.replace(one, reason="its bytes are another array's too") if overlaps else one
+
+
+def _start(one: _Found) -> int:
+    assert one.extent is not None
+    return one.extent.start
+
+
+def _array(file: str, name: str, entry: Any, start: int, size: int) -> _Found:
+    try:
+        if not isinstance(entry, dict):
+            raise FieldError(f"it is a JSON {type(entry).__name__} where an object should be")
+        fields = cast("dict[str, Any]", entry)
+        encoding = _encoding(fields)
+        begin, end = _offsets(fields)
+    except FieldError as error:
+        return _Found(name=name, reason=f"the header of {file} cannot be read: {error}")
+    nbytes = math.prod(encoding.shape) * encoding.dtype.itemsize
+    if end - begin != nbytes:
+        takes = f"{encoding.shape} {encoding.dtype} takes {nbytes}"
+        reason = f"{file} has {end - begin} bytes for it where {takes}"
+        return _Found(name=name, encoding=encoding, reason=reason)
+    if start + end > size:
+        return _Found(name=name, encoding=encoding, reason=f"{file} ends before it does")
+    return _Found(name=name, encoding=encoding, extent=Extent(file, start + begin, nbytes))
+
+
+def _encoding(fields: dict[str, Any]) -> Encoding:
+    name = text_of(fields, "dtype")
+    if name not in _DTYPES:
+        raise FieldError(f"dtype is {name[:80]!r}, which is none of NumPy's or JAX's")
+    shape = shape_field(fields, "shape", least=0)
+    # As the one chunk of a Zarr array without codecs: so its bytes lie.
+    return Encoding(
+        driver="zarr",
+        shape=shape,
+        dtype=jnp.dtype(_DTYPES[name]),
+        chunk_shape=tuple(max(1, length) for length in shape),
+        codec="raw",
+        sharded=False,
+        separator=".",
+        fill_value=None,
+    )
+
+
+def _offsets(fields: dict[str, Any]) -> tuple[int, int]:
+    offsets = shape_field(fields, "data_offsets", least=0)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FieldError(f"data_offsets is {offsets}, which is no begin and end")
+    return offsets[0], offsets[1]
+
+
+def _check_tree(directory: epath.Path, found: Mapping[Path, _Found], twice: Iterable[Path]) -> None:
+    inner = {keys[:depth] for keys in found for depth in range(1, len(keys))}
+    both = [keys for keys in found if keys in inner]
+    faults = {"several arrays under one name": [*twice], "an array and a subtree under one name": both}
+    for what, paths in faults.items():
+        if paths:
+            listed = "\n".join(f"  {spelled(keys)}" for keys in dict.fromkeys(paths))
+            hint = "save it again with a name of its own for each."
+            raise NotACheckpointError(f"{directory} holds {what}:\n{listed}", hints=[hint])
+    if not found:
+        hint = "pass a file or a directory with weights."
+        raise NotACheckpointError(f"{directory} holds no array.", hints=[hint])
+
+
+def _checkpoint(
+    directory: epath.Path, first: epath.Path, found: Mapping[Path, _Found], config: Mapping[str, Any]
+) -> Checkpoint:
+    catalog: dict[str, bytes | Extent] = {}
+    store = kvstore.open_archive(first, catalog)
+    arrays: dict[Path, StoredArray] = {}
+    for keys, one in found.items():
+        if one.encoding is not None:
+            array = StoredArray(name="/".join(map(str, keys)), store=store, encoding=one.encoding)
+            arrays[keys] = array
+            if one.extent is not None:
+                catalog[array.key(tuple(0 for _ in one.encoding.shape))] = one.extent
+    return Checkpoint(
+        directory=directory,
+        leaves={
+            keys: StoredLeaf(
+                path=keys,
+                shape=array.encoding.shape,
+                dtype=array.encoding.dtype,
+                chunk_shape=array.encoding.shape,
+            )
+            for keys, array in arrays.items()
+        },
+        lost={keys: one.reason for keys, one in found.items() if one.encoding is None},
+        damaged={keys: one.reason for keys, one in found.items() if one.encoding is not None and one.reason},
+        disk_format=DISK_FORMAT,
+        custom_metadata=config,
+        step_metadata={},
+        values=None,
+        nodes=dict.fromkeys(arrays, UNKNOWN_TYPE),
+        arrays=arrays,
+        writes_fill=True,
+    )

@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import fills, reads, render_reads, substitute
 from orbax_nnx_handler.planning.layouts.layout import Section, Stored
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.target.roles import roles_of
 from orbax_nnx_handler.storage.converting.blocks import Written

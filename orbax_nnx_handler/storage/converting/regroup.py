@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import reads, substitute
 from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.plan import make_plan
+from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.converting.blocks import Written

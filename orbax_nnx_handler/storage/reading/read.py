@@ -41,6 +41,7 @@ from orbax_nnx_handler.storage.reading.jobs import (
     plain_job,
     stored_shapes,
 )
+from orbax_nnx_handler.storage.reading.memory import Arena, Memory
 from orbax_nnx_handler.storage.reading.single_replica import (
     Copied,
     broadcast_limit,
@@ -49,7 +50,6 @@ from orbax_nnx_handler.storage.reading.single_replica import (
     copy_to_all,
     share_out,
 )
-from orbax_nnx_handler.storage.reading.workers import Arena, Memory
 from orbax_nnx_handler.storage.stores.locations import kvstore_spec
 
 _EMPTY_VALUES: dict[str, Any] = {"None": None, "NamedTuple": None, "Dict": {}, "List": [], "Tuple": ()}

@@ -39,7 +39,7 @@ from orbax_nnx_handler.storage.reading.jobs import (
     place_array,
     region_of,
 )
-from orbax_nnx_handler.storage.reading.workers import Arena
+from orbax_nnx_handler.storage.reading.memory import Arena
 
 
 def single_replica_of(type_handlers: Any = None) -> SingleReplica | None:

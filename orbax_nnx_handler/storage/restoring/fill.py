@@ -28,7 +28,7 @@ from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.options import DefaultSource
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.shardings import is_traced, mesh_in_force
 from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.arithmetic import Asked, evaluate_together

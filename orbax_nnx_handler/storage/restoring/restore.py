@@ -26,13 +26,13 @@ from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, Stack, reads
 from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.options import SingleReplica
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Drop
 from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import Job, read_everywhere, read_values
 from orbax_nnx_handler.storage.reading.agreement import agree
-from orbax_nnx_handler.storage.reading.workers import Memory
+from orbax_nnx_handler.storage.reading.memory import Memory
 from orbax_nnx_handler.storage.restoring.fill import check_built, compute_on_devices, fill_leaves
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 

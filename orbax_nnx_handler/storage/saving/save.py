@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
 from orbax_nnx_handler.planning.options import check_choice
-from orbax_nnx_handler.planning.plan import RestorePlan, RestoreReport
+from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
 from orbax_nnx_handler.planning.rules import Rule, as_rules
 from orbax_nnx_handler.planning.target.target import flatten_like, is_unbuilt
 from orbax_nnx_handler.storage.arithmetic import sharded_by_compiler

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from orbax_nnx_handler import AmbiguousMappingError, MissingParamError, Transpose
-from orbax_nnx_handler.planning.plan import RestorePlan
+from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from tests.planning.mapping.chains import on_disk
 from tests.planning.plans import plan_of, values_of
 

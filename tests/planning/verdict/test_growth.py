@@ -12,7 +12,7 @@ from benchmarks.broken import VERDICTS, WAYS, target_of
 from benchmarks.models import Model, placement, write
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.plan import make_plan
+from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
 

@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.recipes import reads, shape_of
 from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.plan import make_plan
+from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.rules import (
     Cast,
     Drop,

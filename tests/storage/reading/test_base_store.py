@@ -28,7 +28,7 @@ from orbax_nnx_handler.storage.reading.base_store import (
     RemoteStream,
     ShortReadError,
 )
-from orbax_nnx_handler.storage.reading.workers import ALIGNMENT, SHARED_BLOCK_BYTES, Arena, Memory
+from orbax_nnx_handler.storage.reading.memory import ALIGNMENT, SHARED_BLOCK_BYTES, Arena, Memory
 from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, numbers, save
 
 CONTENT = bytes(range(10))

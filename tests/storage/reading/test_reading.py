@@ -333,9 +333,9 @@ def test_a_donated_replica_leaves_the_others_as_they_are(tmp_path, mesh):
 
 def test_the_memory_is_freed_with_the_array(tmp_path, monkeypatch):
     blocks = []
-    from orbax_nnx_handler.storage.reading import workers
+    from orbax_nnx_handler.storage.reading import memory
 
-    original = workers.mmap.mmap
+    original = memory.mmap.mmap
 
     class Noted(original):
         def __new__(cls, *args, **kwargs):
@@ -343,7 +343,7 @@ def test_the_memory_is_freed_with_the_array(tmp_path, monkeypatch):
             blocks.append(weakref.ref(made))
             return made
 
-    monkeypatch.setattr(workers.mmap, "mmap", Noted)
+    monkeypatch.setattr(memory.mmap, "mmap", Noted)
     path = save(tmp_path / "item", {"w": numbers((64, 64))}, RAW)
 
     array = read_arrays(read_metadata(path), [job(Read(("w",)), (64, 64))])[("x",)]

@@ -28,7 +28,9 @@ def _steps(**options: Any) -> Program:
             manager.wait_until_finished()
             left = manager.all_steps()
             found = manager.restore(max(left), args=kit.restore(bundle(0.0)))
-            return taken, left, manager.best_step(), sorted(file.name for file in path.iterdir()), found
+            best = manager.best_step()
+        # Steps deleted in the background are gone once the manager is closed.
+        return taken, left, best, sorted(file.name for file in path.iterdir()), found
 
     return program
 

@@ -52,13 +52,14 @@ from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_tied,
     find_wrappers,
 )
-from orbax_nnx_handler.planning.diagnosis.optimizers import (
+from orbax_nnx_handler.planning.diagnosis.optimizers import find_optimizers, find_steps
+from orbax_nnx_handler.planning.diagnosis.rearranged import (
+    find_fused,
+    find_merged,
     find_open_factoring,
-    find_optimizers,
-    find_steps,
+    find_permuted,
     find_stuck_moments,
 )
-from orbax_nnx_handler.planning.diagnosis.rearranged import find_fused, find_merged, find_permuted
 from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads, find_replicated
 from orbax_nnx_handler.planning.diagnosis.ways import (
     LOOK,

@@ -1,35 +1,21 @@
-"""Optimizers: none saved, another one, one that is nested differently, moments that cannot follow.
-
-Moments cannot follow some rules on their parameters; and a T5X checkpoint leaves the axes of some of
-Adafactor's factored moments open.
-"""
+"""Optimizers: none saved, another one, one of another name or nested differently; steps likewise."""
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.leaves import FACTORED, is_optax_state
+from orbax_nnx_handler.planning.core.leaves import begins_a_state, is_optax_state
 from orbax_nnx_handler.planning.core.lines import counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, spelled
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
-from orbax_nnx_handler.planning.diagnosis.ways import selecting
+from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import Placement
-from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.rules import as_rules
-
-
-def _weights_alone(evidence: Evidence) -> str:
-    """Returns the way out that leaves the optimizer aside."""
-    model, root = spell(evidence.root), evidence.root
-    part = f"the target's {model!r} by itself" if model else "the model by itself"
-    optimizers = (path for path, item in evidence.sides.wanted.items() if item.role == "optimizer")
-    if model and any(canonical(path)[: len(root)] == root for path in optimizers):
-        part = f"what the target has below {model!r}, without its optimizers,"
-    return f"to restore the weights alone, pass {part} as target."
 
 
 def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
@@ -38,15 +24,19 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
     lost = evidence.of_role(evidence.missing, "optimizer")
     if not any(path in evidence.restored for path in evidence.weights):
         return
+    steps = evidence.of_role(evidence.missing, "step")
+    for cause in _whose(evidence, [*lost, *steps]):
+        yield cause
+        evidence = evidence.without(cause.paths)
+    lost = [path for path in lost if path in evidence.missing]
     if not lost:
-        yield from _other_network(evidence, evidence.of_role(evidence.missing, "step"))
         return
     stored = [item for item in evidence.sides.placements.values() if item.section == "optimizer"]
-    if stored:
+    elsewhere = _like_optimizers(evidence)
+    if stored and not (elsewhere and all(map(_is_by_network, stored))):
         yield from _other_optimizer(evidence, lost)
         return
     lost += evidence.of_role(evidence.missing, "step")
-    elsewhere = _like_optimizers(evidence)
     if elsewhere:
         yield _unknown_place(evidence, lost, elsewhere)
         return
@@ -57,33 +47,44 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
         kind="NoOptimizer",
         text=f"no optimizer was saved: {found}, and 0 of the optimizer's {len(wanted)} leaves.",
         paths=tuple(lost),
-        way=Hint(_weights_alone(evidence)),
+        way=Hint(weights_alone(evidence)),
         filters=selecting(evidence, lost),
         may_be_initialised=True,
         facts={"moments": len(wanted), "weights": len(evidence.weights)},
     )
 
 
-def _like_optimizers(evidence: Evidence) -> list[str]:
-    """Returns the first keys below which nothing is read and all is arranged as optax arranges a state."""
-    below: dict[str, list[Path]] = defaultdict(list)
+def _like_optimizers(evidence: Evidence) -> list[Path]:
+    """Returns the keys below which nothing is read and all is arranged as optax arranges a state.
+
+    The first keys of a path, or `opt_state` and a network's name below it.
+    """
+    below: dict[Path, list[Path]] = defaultdict(list)
     for path, item in evidence.sides.placements.items():
         if item.section == "other" or path in evidence.unexpected:
-            below[str(path[0])].append(path[1:])
-    return sorted(top for top, paths in below.items() if "opt_state" in top or is_optax_state(paths))
+            depth = len(_field(item)) if _is_by_network(item) else 0
+            below[path[: depth + 1]].append(path[depth + 1 :])
+    places = (top for top, paths in below.items() if "opt_state" in str(top[-1]) or is_optax_state(paths))
+    return sorted(places, key=render)
 
 
-def _unknown_place(evidence: Evidence, lost: Sequence[Path], places: Sequence[str]) -> Cause:
+def _is_by_network(item: Placement) -> bool:
+    """Tells whether a leaf lies below a network's name in `opt_state`."""
+    return item.section == "optimizer" and len(item.path) > 1 and not begins_a_state(item.path)
+
+
+def _unknown_place(evidence: Evidence, lost: Sequence[Path], places: Sequence[Path]) -> Cause:
     """Returns that optimizers are stored, and no layout tells whose they are."""
-    where = listed([repr(place) for place in places])
+    where = listed([repr(render(place)) for place in places])
     step = ", 'step': tree['step']" if ("step",) in evidence.sides.placements else ""
-    tree = f"{{'params': ..., 'opt_state': tree[{places[0]!r}]{step}}}"
+    keys = "".join(f"[{key!r}]" for key in places[0])
+    tree = f"{{'params': ..., 'opt_state': tree{keys}{step}}}"
     return Cause(
         kind="OptimizerNested",
         text=f"what looks like an optimizer is stored below {where}, and no name tells of which network.",
         paths=tuple(lost),
         way=Hint(f"load the tree with Orbax, and pass from_linen({tree}, target), network by network."),
-        facts={"stored": ", ".join(places), "wanted": ""},
+        facts={"stored": ", ".join(map(render, places)), "wanted": ""},
     )
 
 
@@ -103,7 +104,7 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
         return
     there, here = listed(sorted(names)), listed(sorted(new | restored))
     text = f"the checkpoint was written with another optimizer: it keeps {there}, the target's keeps {here}."
-    way, counts = _weights_alone(evidence), sum(path[-1] == "count" for path in alone)
+    way, counts = weights_alone(evidence), sum(path[-1] == "count" for path in alone)
     if restored:
         more = listed(sorted(new - restored))
         text = (
@@ -127,89 +128,185 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
     )
 
 
-def _other_network(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
-    """Yields that an optimizer or a step is stored below another name: a rule may say that it is the same."""
-    free, wanted = _free(evidence, "optimizer") or _free(evidence, "step"), evidence.sides.wanted
-    there, here = {item.owner for item in free}, {wanted[path].owner for path in lost}
-    if len(here) > 1 and all(here):
-        yield from _other_networks(evidence, lost, free)
-    if len(there) != 1 or len(here) != 1 or not all([*there, *here]):
-        return
-    (stored,), (owner,) = there, here
-    network = owner[:-1] or owner
-    steps = [path for path in evidence.of_role(evidence.missing, "step") if wanted[path].owner == owner]
-    weights = [path for path in evidence.missing_weights if path[: len(network)] == network]
-    sources = [item for item in evidence.free_weights.values() if item.owner == stored]
-    parts = {str(item.collection): network for item in sources} if weights else {}
-    parts |= {str(free[0].leaf.path[len(stored)]): owner} | ({"step": owner} if steps else {})
-    rules = [(render((*stored, part)), render((*at, part))) for part, at in parts.items()]
-    if not _restores(evidence, rules, [*lost, *weights]):
-        return
-    what = "optimizer" if evidence.of_role(lost, "optimizer") else "step"
-    yield Cause(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Move:
+    """An optimizer that is stored below another name, and the rules under which it is the wanted one.
+
+    Attributes:
+        owner: The keys above the wanted one.
+        place: Where the stored one lies.
+        what: `optimizer`, or `step` where only that is elsewhere.
+        rules: The rules, those for its network's weights included where these are missing as well.
+        wanted: The leaves that the rules restore.
+        stored: What they are made from.
+    """
+
+    owner: Path
+    place: Path
+    what: str
+    rules: Sequence[tuple[str, str]]
+    wanted: Sequence[Path]
+    stored: Sequence[Path]
+
+
+_MOST_CHOICES = 3
+
+
+def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:
+    """Yields optimizers and steps that are stored below another name: rules may say that they are the same.
+
+    Whose one is, its network tells by the train state that its weights come from; else its name, else the
+    number of its elements, however layers are arranged. Whatever tells it, the rules were tried.
+    """
+    here: dict[Path, list[Path]] = defaultdict(list)
+    there: dict[Path, list[Placement]] = defaultdict(list)
+    for path in lost:
+        here[evidence.sides.wanted[path].owner].append(path)
+    for item in (*_free(evidence, "optimizer"), *_free(evidence, "step")):
+        there[item.owner].append(item)
+    stored = {at: sum(math.prod(i.leaf.shape) for i in items) for at, items in there.items()}
+    sizes = {at: sum(math.prod(evidence.shape(path)) for path in paths) for at, paths in here.items()}
+    alike = {owner: [at for at in there if stored[at] == size] for owner, size in sizes.items()}
+    pairs = _paired({owner: _named(evidence, owner, there) for owner in here}, alike)
+    moves = [_move(evidence, owner, here[owner], there[at]) for owner, at in pairs.items()]
+    if not _are_restored(evidence, moves):
+        moves = [move for move in moves if len(moves) > 1 and _are_restored(evidence, [move])]
+    if moves:
+        yield _elsewhere(moves)
+    for owner in here:
+        rest = [at for at in alike[owner] if owner not in pairs and at not in pairs.values()]
+        each = [_move(evidence, owner, here[owner], there[at]) for at in rest]
+        if 1 < len(each) <= _MOST_CHOICES and all(_are_restored(evidence, [move]) for move in each):
+            yield _one_of(each)
+
+
+def _paired(named: Mapping[Path, Sequence[Path]], alike: Mapping[Path, Sequence[Path]]) -> dict[Path, Path]:
+    """Returns the stored train state of each wanted one for which just one is left, names before sizes."""
+    pairs: dict[Path, Path] = {}
+    for choices in (named, alike, alike):
+        left = {
+            owner: [at for at in found if at not in pairs.values()]
+            for owner, found in choices.items()
+            if owner not in pairs
+        }
+        taken = Counter(found[0] for found in left.values() if len(found) == 1)
+        pairs |= {owner: found[0] for owner, found in left.items() if len(found) == 1 == taken[found[0]]}
+    return pairs
+
+
+def _named(evidence: Evidence, owner: Path, stored: Collection[Path]) -> list[Path]:
+    """Returns the train states that an optimizer's network is, or else those that it is called after."""
+    network = _network(evidence, owner)
+    sources = {
+        evidence.sides.placements[source].owner
+        for path, item in evidence.restored.items()
+        if evidence.role(path) == "model" and path[: len(network)] == network
+        for source in reads(item.recipe)
+    }
+    return sorted(sources.intersection(stored)) if len(sources) == 1 else _called_after(owner, stored)
+
+
+def _network(evidence: Evidence, owner: Path) -> Path:
+    """Returns the keys above the weights that an optimizer is for, as far as a name tells."""
+    above = owner[:-1]
+    beside = {path[: len(owner)] for path in evidence.weights if path[: len(above)] == above}
+    found = _called_after(owner[-1:], [path[-1:] for path in beside])
+    return (*above, *found[0]) if len(found) == 1 else above
+
+
+_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state"})
+
+
+def _called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
+    """Returns the names that an optimizer's own holds best, short or whole: `g_opt` is called after `gen`."""
+    words = {*_words(owner)} - _GENERAL_WORDS
+    scores: dict[Path, int] = {}
+    for name in names:
+        each = [
+            2 if word in words else any(word.startswith(one) or one.startswith(word) for one in words)
+            for word in _words(name)
+        ]
+        scores[name] = sum(each) if all(each) else 0
+    best = max(scores.values(), default=0)
+    return [name for name, score in scores.items() if score == best > 0]
+
+
+def _words(name: Path) -> list[str]:
+    return [word for word in "_".join(map(str, name)).lower().split("_") if word]
+
+
+def _move(evidence: Evidence, owner: Path, lost: Sequence[Path], stored: Sequence[Placement]) -> _Move:
+    # A step goes where its optimizer goes.
+    role = "optimizer" if evidence.of_role(lost, "optimizer") else "step"
+    held = [item for item in stored if item.section == role] or stored
+    network = _network(evidence, owner)
+    weights = [path for path in evidence.missing_weights if network and path[: len(network)] == network]
+    sources = [item for item in evidence.free_weights.values() if item.owner == stored[0].owner]
+    sources = sources if weights else []
+    field = _field(held[0])
+    above = {_field(item): network for item in sources} | {
+        field: (*owner, "opt_state" if role == "optimizer" else "step")
+    }
+    is_stepped = any(item.section == "step" for item in stored)
+    return _Move(
+        owner=owner,
+        place=field[:-1] if field[-1:] in (("opt_state",), ("step",)) else field,
+        what=role,
+        rules=[(spelled(old), spelled(new)) for old, new in above.items()],
+        wanted=[*(path for path in lost if is_stepped or evidence.role(path) != "step"), *weights],
+        stored=[item.leaf.path for item in (*stored, *sources)],
+    )
+
+
+def _field(item: Placement) -> Path:
+    """Returns the keys of the field of a train state that a leaf lies in."""
+    whole, depth = item.leaf.path, len(item.leaf.path) - len(item.path)
+    return whole if item.section == "step" else whole[:depth]
+
+
+def _elsewhere(moves: Sequence[_Move]) -> Cause:
+    rules = [rule for move in moves for rule in move.rules]
+    unasked, way = "and nothing of one network is lent to another unasked", "they are the same"
+    stored = listed([repr(render(move.place)) for move in moves])
+    wanted = listed([repr(render(move.owner)) for move in moves])
+    text = f"the {moves[0].what} that is wanted below {wanted} is stored below {stored}, {unasked}."
+    if len(moves) > 1:
+        names = [f"{render(move.place)!r} ({render(move.owner)!r} is wanted)" for move in moves]
+        text = f"optimizers are stored below {listed(names)}, {unasked}."
+    elif len(rules) > 1:
+        way = "both are one network"
+    return Cause(
         kind="OptimizerNested",
-        text=f"the {what} that is wanted below {render(owner)!r} is stored below {render(stored)!r}, and "
-        "nothing of one network is lent to another unasked.",
-        paths=(*lost, *steps, *weights, *(item.leaf.path for item in (*free, *sources))),
-        way=Hint(f"if both are one network, pass renames={rules!r}.", {"renames": rules}),
-        facts={"stored": render(stored), "wanted": render(owner)},
+        text=text,
+        paths=tuple(path for move in moves for path in (*move.wanted, *move.stored)),
+        way=Hint(f"if {way}, pass renames={rules!r}.", {"renames": rules}),
+        facts={"stored": stored, "wanted": wanted},
     )
 
 
-def _other_networks(evidence: Evidence, lost: Sequence[Path], free: Sequence[Placement]) -> Iterable[Cause]:
-    """Yields the optimizers that the target has beside their networks: `actor_opt` beside `actor`."""
-    wanted = evidence.sides.wanted
-    here = dict.fromkeys(wanted[path].owner for path in lost)
-    fields = {item.owner: _above(item) for item in free if item.owner}
-    pairs = [(owner, stored) for owner in here for stored in fields if _is_called_after(owner, stored)]
-    if len({owner for owner, _ in pairs}) != len(here) or len({stored for _, stored in pairs}) != len(pairs):
-        return
-    at = {owner: (fields[stored], "opt_state") for owner, stored in pairs}
-    steps = {owner: (*stored, "step") for owner, stored in pairs if (*stored, "step") in evidence.unexpected}
-    parts = [*at.items(), *((owner, (path, "step")) for owner, path in steps.items())]
-    rules = [(render(path), render((*owner, field))) for owner, (path, field) in parts]
-    steps = [path for path in evidence.of_role(evidence.missing, "step") if wanted[path].owner in steps]
-    if not rules or not _restores(evidence, rules, [*lost, *steps]):
-        return
-    below = {owner: path[:-1] if path[-1] == "opt_state" else path for owner, (path, _) in at.items()}
-    names = listed([f"{render(path)!r} ({render(owner)!r} is wanted)" for owner, path in below.items()])
-    yield Cause(
+def _one_of(moves: Sequence[_Move]) -> Cause:
+    """Returns that one wanted optimizer may be each of several stored ones."""
+    stored, wanted = [render(move.place) for move in moves], render(moves[0].owner)
+    ways = [f"pass renames={list(move.rules)!r} if it is that of {render(move.place)!r}" for move in moves]
+    return Cause(
         kind="OptimizerNested",
-        text=f"optimizers are stored below {names}, and nothing of one network is lent to another unasked.",
-        paths=(*lost, *steps, *(item.leaf.path for item in free)),
-        way=Hint(f"if they are the same, pass renames={rules!r}.", {"renames": rules}),
-        facts={"stored": names, "wanted": names},
+        text=f"optimizers are stored below {listed(map(repr, stored))}, and no name tells which of them is "
+        f"wanted below {wanted!r}.",
+        paths=(*moves[0].wanted, *(path for move in moves for path in move.stored)),
+        way=Hint(f"{', or '.join(ways)}."),
+        facts={"stored": tuple(stored), "wanted": wanted},
     )
 
 
-def _above(item: Placement) -> Path:
-    """Returns the keys of an optimizer's own field."""
-    at = len(item.leaf.path) - len(item.path)
-    return (
-        item.leaf.path[:at]
-        if item.leaf.path[at:] == item.path
-        else (*item.owner, item.leaf.path[len(item.owner)])
-    )
-
-
-def _is_called_after(owner: Path, stored: Path) -> bool:
-    """Tells whether the attribute that holds an optimizer is called after a stored train state."""
-    words = set("_".join(map(str, owner)).split("_"))
-    return set("_".join(map(str, stored)).split("_")) < words
-
-
-def _restores(evidence: Evidence, rules: Sequence[tuple[str, str]], lost: Iterable[Path]) -> bool:
+def _are_restored(evidence: Evidence, moves: Sequence[_Move]) -> bool:
     """Tells whether rules restore what is lost, behind the rules that were passed or in front of them."""
-    given, more = evidence.verdict.renames, as_rules(rules)
+    given, more = evidence.verdict.renames, as_rules(rule for move in moves for rule in move.rules)
+    lost = {path for move in moves for path in move.wanted}
     found = (evidence.restored_under(every) for every in ([*given, *more], [*more, *given]))
-    return any(each is not None and each.issuperset(lost) for each in found)
+    return any(each is not None and each.issuperset(lost) for each in found if more)
 
 
 def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
-    elsewhere = list(_other_network(evidence, lost))
-    if elsewhere:
-        yield from elsewhere
-        return
     parameters = {evidence.stored_below(item) for item in evidence.stored_weights.values()}
     free = [split(_unboxed(canonical(item.path)), parameters) for item in _free(evidence, "optimizer")]
     stored = {slot for slot, parameter in free if parameter is not None}
@@ -219,17 +316,17 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
         text = f"structured differently: its moments are at {there}, the target's at {here}"
         text = f"{text}, and no name says which of them belong together"
         saved = "build the target's optimizer as the chain that was saved"
-        way = f"{saved}; {_weights_alone(evidence)}"
+        way = f"{saved}; {weights_alone(evidence)}"
         if stored == wanted:
             slot = min(stored)
             theirs = _folded({parameter for at, parameter in free if at == slot and parameter is not None})
             moments = (evidence.moments[path] for path in lost if path in evidence.moments)
             ours = _folded({parameter for at, parameter in moments if at == slot})
             text = f"for other groups of parameters: {spell(slot)} is of {theirs}, the target's of {ours}"
-            way = f"build the target's optimizer with the groups that were saved; {_weights_alone(evidence)}"
+            way = f"build the target's optimizer with the groups that were saved; {weights_alone(evidence)}"
             if theirs == ours:
                 text = f"another one of the same names: {there} have other shapes, or are of others"
-                way = f"build the target's optimizer as it was saved; {_weights_alone(evidence)}"
+                way = f"build the target's optimizer as it was saved; {weights_alone(evidence)}"
         yield Cause(
             kind="OptimizerNested",
             text=f"the stored optimizer is {text}.",
@@ -320,60 +417,3 @@ def _second_step(path: Path, other: Path, stored: str) -> Cause:
         way=Hint(f"leave {theirs!r} out of the target, and set it from {ours!r} in the program."),
         facts={"stored": stored, "wanted": (theirs, ours)},
     )
-
-
-def find_stuck_moments(evidence: Evidence) -> Iterable[Cause]:
-    """Yields, for each rule, the missing moments that cannot follow."""
-    groups: dict[str, list[StuckMoment]] = defaultdict(list)
-    for item in evidence.sides.stuck:
-        if item.path in evidence.missing:
-            groups[item.reason].append(item)
-    for reason, moments in groups.items():
-        missing = [item.path for item in moments]
-        stored = dict.fromkeys(
-            path for item in moments for path in item.stored if path in evidence.unexpected
-        )
-        count, by = len(missing), reason or "another arrangement of the layers"
-        owners = "its parameter" if count == 1 else "their parameters"
-        rule = "leave the rule out and change the value in the program; or, " if reason else ""
-        yield Cause(
-            kind="MomentsStay",
-            text=f"{counted(count, 'optimizer moment')} cannot follow what {by} does to {owners}: "
-            f"{_why(moments)}.",
-            paths=(*missing, *stored),
-            way=Hint(rule + _weights_alone(evidence)),
-            filters=selecting(evidence, missing),
-            may_be_initialised=True,
-            facts={"reason": reason},
-        )
-
-
-def _why(moments: Iterable[StuckMoment]) -> str:
-    """Returns the reasons, at most two: a rule on many layers would list a pair of shapes for each kind."""
-    reasons = list(dict.fromkeys(item.why for item in moments))
-    return "; ".join([*reasons[:2], *(["and so on"] if len(reasons) > 2 else [])])
-
-
-def find_open_factoring(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the missing factored moments, where the checkpoint has some that no one can name."""
-    placements = evidence.sides.placements
-    stored = [
-        path for path, item in placements.items() if item.section == "other" and _is_factored(item.slot)
-    ]
-    if not stored:
-        return
-    missing: list[Path] = [path for path, (slot, _) in evidence.moments.items() if _is_factored(slot[-1:])]
-    missing = [path for path in missing if path in evidence.missing]
-    if missing:
-        yield Cause(
-            kind="OpenFactoring",
-            text=f"{len(stored)} stored v_row and v_col belong to parameters with two axes of one size, and "
-            "T5X does not store which axis it took for the row: optax may call them the other way round.",
-            paths=(*missing, *stored),
-            may_be_initialised=True,
-            facts={"moments": len(missing), "stored": len(stored)},
-        )
-
-
-def _is_factored(slot: Path | None) -> bool:
-    return slot is not None and slot[-1:] in {(name,) for name in FACTORED}

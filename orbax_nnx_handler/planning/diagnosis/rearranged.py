@@ -1,6 +1,8 @@
 """The same numbers in other arrays: axes in another order, axes merged, several weights fused into one.
 
 Each cause comes with the rules that put it right. Fused are queries, keys and values, or the gates of a cell.
+Moments cannot follow some rules on their parameters, and a T5X checkpoint leaves the axes of some of
+Adafactor's factored moments open.
 """
 
 import dataclasses
@@ -10,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.ways import shortest_patterns
+from orbax_nnx_handler.planning.diagnosis.ways import selecting, shortest_patterns, weights_alone
+from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
 
 _RULES = 8
@@ -313,3 +316,60 @@ def _fused_rules(join: _Join, side: str) -> tuple[Rule, ...]:
         return (split, *(Reshape(name, part) for name in parts if stacked))
     one = (*part[:axis], 1, *part[axis:])
     return (*(Reshape(name, one) for name in parts if stacked), Fuse(parts, whole, axis=axis))
+
+
+def find_stuck_moments(evidence: Evidence) -> Iterable[Cause]:
+    """Yields, for each rule, the missing moments that cannot follow."""
+    groups: dict[str, list[StuckMoment]] = defaultdict(list)
+    for item in evidence.sides.stuck:
+        if item.path in evidence.missing:
+            groups[item.reason].append(item)
+    for reason, moments in groups.items():
+        missing = [item.path for item in moments]
+        stored = dict.fromkeys(
+            path for item in moments for path in item.stored if path in evidence.unexpected
+        )
+        count, by = len(missing), reason or "another arrangement of the layers"
+        owners = "its parameter" if count == 1 else "their parameters"
+        rule = "leave the rule out and change the value in the program; or, " if reason else ""
+        yield Cause(
+            kind="MomentsStay",
+            text=f"{counted(count, 'optimizer moment')} cannot follow what {by} does to {owners}: "
+            f"{_why(moments)}.",
+            paths=(*missing, *stored),
+            way=Hint(rule + weights_alone(evidence)),
+            filters=selecting(evidence, missing),
+            may_be_initialised=True,
+            facts={"reason": reason},
+        )
+
+
+def _why(moments: Iterable[StuckMoment]) -> str:
+    """Returns the reasons, at most two: a rule on many layers would list a pair of shapes for each kind."""
+    reasons = list(dict.fromkeys(item.why for item in moments))
+    return "; ".join([*reasons[:2], *(["and so on"] if len(reasons) > 2 else [])])
+
+
+def find_open_factoring(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the missing factored moments, where the checkpoint has some that no one can name."""
+    placements = evidence.sides.placements
+    stored = [
+        path for path, item in placements.items() if item.section == "other" and _is_factored(item.slot)
+    ]
+    if not stored:
+        return
+    missing: list[Path] = [path for path, (slot, _) in evidence.moments.items() if _is_factored(slot[-1:])]
+    missing = [path for path in missing if path in evidence.missing]
+    if missing:
+        yield Cause(
+            kind="OpenFactoring",
+            text=f"{len(stored)} stored v_row and v_col belong to parameters with two axes of one size, and "
+            "T5X does not store which axis it took for the row: optax may call them the other way round.",
+            paths=(*missing, *stored),
+            may_be_initialised=True,
+            facts={"moments": len(missing), "stored": len(stored)},
+        )
+
+
+def _is_factored(slot: Path | None) -> bool:
+    return slot is not None and slot[-1:] in {(name,) for name in FACTORED}

@@ -15,8 +15,8 @@ from typing import Any, cast
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
-from orbax_nnx_handler.planning.core.paths import Path, segments, without_box
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.core.paths import Path, canonical, segments, without_box
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
@@ -74,6 +74,16 @@ def completed(hint: Hint, evidence: Evidence) -> Hint:
     if not rules or all(rule in rules for rule in given):
         return hint
     return dataclasses.replace(hint, arguments={**hint.arguments, "renames": [*given, *rules]})
+
+
+def weights_alone(evidence: Evidence) -> str:
+    """Returns the way out that leaves the optimizer aside."""
+    model, root = spell(evidence.root), evidence.root
+    part = f"the target's {model!r} by itself" if model else "the model by itself"
+    optimizers = (path for path, item in evidence.sides.wanted.items() if item.role == "optimizer")
+    if model and any(canonical(path)[: len(root)] == root for path in optimizers):
+        part = f"what the target has below {model!r}, without its optimizers,"
+    return f"to restore the weights alone, pass {part} as target."
 
 
 _ABSENT = frozenset(("NoOptimizer", "OtherOptimizer", "OptimizerNested", "MomentsStay"))

@@ -13,10 +13,20 @@ import pytest
 from flax import nnx
 
 import orbax_nnx_handler
-from orbax_nnx_handler import Cast, DtypeMismatchError, RestoreError, restore
+from orbax_nnx_handler import (
+    Cast,
+    DtypeMismatchError,
+    RestoreError,
+    from_linen,
+    plan_restore,
+    restore,
+    suggest,
+)
 from orbax_nnx_handler.planning.core.recipes import Read
 from tests.gallery import cases
 from tests.gallery.cases import GALLERY, Broken
+from tests.planning.diagnosis import mistakes
+from tests.planning.diagnosis.mistakes import MISTAKES, Mistake, flat
 from tests.planning.models import model, plan
 
 NAMES = {name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__all__} | {"nnx": nnx}
@@ -203,3 +213,67 @@ def test_a_policy_that_fills_nothing_else_says_so():
     (fill,) = (hint for hint in error.hints if hint.fills)
 
     assert fill.words.endswith(" to initialise these 3 leaves and nothing else.")
+
+
+STEPS = 4
+"""Hints that somebody follows one after the other."""
+
+
+def followed(given: Mistake) -> list[dict[str, np.ndarray]]:
+    """Returns what is restored at the end of each way that hints lead, the text of which is followed."""
+    target, reached = nnx.eval_shape(given.make), list[dict[str, np.ndarray]]()
+    waiting: list[tuple[dict[str, Any], int]] = [(dict(given.options), 0)]
+    while waiting:
+        options, steps = waiting.pop(0)
+        try:
+            reached.append(flat(from_linen(given.tree, target, **options)))
+        except RestoreError as error:
+            ways = [way for hint in hints_of(error) for way in read(hint, options, given, target)]
+            waiting += [(options | way, steps + 1) for way in ways if steps < STEPS]
+    return reached
+
+
+def read(hint: str, options: dict[str, Any], given: Mistake, target: Any) -> list[dict[str, Any]]:
+    """Returns what a hint tells to pass, for each thing that it leaves to a person."""
+    passed = list(options.get("renames", ()))
+    if "suggest(variables, target)" in hint:
+        return [{"renames": rules}] if (rules := list(suggest(given.tree, target).renames)) else []
+    ways = [{"policy": eval(text, dict(NAMES))} for text in python_after(hint, "policy")]
+    ways = [way | {"init": lambda: values_of(target)} for way in ways]
+    for text in python_after(hint, "renames"):
+        rules = eval(text, dict(NAMES))
+        rules = [*passed, *rules] if "behind the rules passed so far" in hint else rules
+        ways.append(
+            {"renames": [*rules, *passed] if "in front of the rules passed so far" in hint else rules}
+        )
+    return ways
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_hints_that_are_read_and_followed_lead_to_the_right_values(name: str) -> None:
+    given = MISTAKES[name]()
+
+    reached = followed(given)
+
+    assert any(
+        all(path in found and np.array_equal(found[path], value) for path, value in given.truth.items())
+        for found in reached
+    ), len(reached)
+
+
+def test_optimizers_by_network_below_one_opt_state_are_not_begun_anew() -> None:
+    given = mistakes.two(("actor", "critic"), ("actor", "critic"), ("actor_opt", "critic_opt"))
+    states = given.tree
+    tree = {
+        field: {name: state[field] for name, state in states.items()} for field in ("params", "opt_state")
+    } | {"step": np.int32(7)}
+
+    error = plan_restore(tree, nnx.eval_shape(given.make)).error()
+    parts = {"opt_state": tree["opt_state"]["actor"], "params": tree["params"]["actor"], "step": tree["step"]}
+    whole = nnx.eval_shape(given.make)
+    found = flat(from_linen(parts, {name: whole[name] for name in ("actor", "actor_opt")}))
+
+    assert "is stored below 'opt_state/actor' and 'opt_state/critic'" in " ".join(str(error).split())
+    assert "'opt_state': tree['opt_state']['actor'], 'step': tree['step']" in str(error)
+    assert not any(hint.fills for hint in error.hints)
+    assert all(np.array_equal(found[path], given.truth[path]) for path in found if path != "actor_opt/step")

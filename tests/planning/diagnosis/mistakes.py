@@ -1,0 +1,154 @@
+"""What engineers get wrong between a Linen program and an NNX program: trees in memory, and what is right.
+
+No element of a tree is like another, so that a value tells where it comes from.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+ADAM = optax.adam(1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A stored tree and a target that does not fit it.
+
+    Attributes:
+        tree: What the Linen program stored.
+        make: Builds the target.
+        truth: The right value of each wanted leaf, by its path.
+        options: What was passed already.
+    """
+
+    tree: Mapping[str, Any]
+    make: Callable[[], Any]
+    truth: Mapping[str, Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+MISTAKES: dict[str, Callable[[], Mistake]] = {}
+
+
+def mistake(build: Callable[[], Mistake]) -> Callable[[], Mistake]:
+    MISTAKES[build.__name__] = build
+    return build
+
+
+class Numbers:
+    """Arrays no two elements of which are alike."""
+
+    def __init__(self) -> None:
+        self.next = 1
+
+    def __call__(self, *shape: int, dtype: Any = "float32") -> np.ndarray:
+        first, self.next = self.next, self.next + int(np.prod(shape))
+        return np.arange(first, self.next).reshape(shape).astype(dtype)
+
+    def like(self, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: self(*leaf.shape, dtype=leaf.dtype), tree)
+
+    def dense(self, rows: int, columns: int) -> dict[str, np.ndarray]:
+        return {"kernel": self(rows, columns), "bias": self(columns)}
+
+    def state(self, params: Any, tx: optax.GradientTransformation = ADAM) -> dict[str, Any]:
+        return {"params": params, "opt_state": self.like(tx.init(params)), "step": self(dtype="int32")}
+
+
+def flat(tree: Any, at: str = "") -> dict[str, np.ndarray]:
+    """Returns the arrays of a tree by path, below a prefix."""
+    found: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+        keys = keys[:-1] if keys[-1:] == ["value"] else keys
+        found["/".join([*([at] if at else []), *keys])] = np.asarray(leaf)
+    return found
+
+
+class Mlp(nnx.Module):
+    def __init__(self, width: int = 4) -> None:
+        self.fc1 = nnx.Linear(3, width, rngs=nnx.Rngs(0))
+        self.fc2 = nnx.Linear(width, 5, rngs=nnx.Rngs(0))
+
+
+def mlp(numbers: Numbers, width: int = 4) -> dict[str, Any]:
+    return {"fc1": numbers.dense(3, width), "fc2": numbers.dense(width, 5)}
+
+
+def optimizer(network: nnx.Module) -> nnx.Optimizer[Any]:
+    return nnx.Optimizer(network, ADAM, wrt=nnx.Param)
+
+
+def two(stored: tuple[str, str], networks: tuple[str, str], optimizers: tuple[str, str]) -> Mistake:
+    """Returns two train states, and their optimizers beside the networks under names of their own."""
+    numbers = Numbers()
+    states = [numbers.state(mlp(numbers, width)) for width in (4, 6)]
+
+    def make() -> dict[str, Any]:
+        made = [Mlp(4), Mlp(6)]
+        return dict(zip(networks, made, strict=True)) | {
+            name: optimizer(one) for name, one in zip(optimizers, made, strict=True)
+        }
+
+    truth: dict[str, Any] = {}
+    for state, network, its in zip(states, networks, optimizers, strict=True):
+        truth |= flat(state["params"], network) | flat(state["opt_state"], f"{its}/opt_state")
+        truth[f"{its}/step"] = state["step"]
+    return Mistake(dict(zip(stored, states, strict=True)), make, truth)
+
+
+@mistake
+def optimizers_called_after_first_letters() -> Mistake:
+    networks = ("generator", "discriminator")
+    return two(networks, networks, ("g_optimizer", "d_optimizer"))
+
+
+@mistake
+def optimizers_called_after_shortened_names() -> Mistake:
+    networks = ("encoder", "decoder")
+    return two(networks, networks, ("enc_opt", "dec_opt"))
+
+
+@mistake
+def optimizers_whose_names_tell_nothing() -> Mistake:
+    networks = ("actor", "critic")
+    return two(networks, networks, ("pi_opt", "q_opt"))
+
+
+@mistake
+def an_optimizer_called_optimizer_beside_two_networks() -> Mistake:
+    numbers = Numbers()
+    actor, critic = mlp(numbers), mlp(numbers, 6)
+    opt_state = numbers.like(ADAM.init(actor))
+    tree = {"actor_params": actor, "critic_params": critic, "actor_opt_state": opt_state}
+
+    def make() -> dict[str, Any]:
+        made = Mlp()
+        return {"actor": made, "critic": Mlp(6), "optimizer": optimizer(made)}
+
+    truth = flat(actor, "actor") | flat(critic, "critic") | flat(opt_state, "optimizer/opt_state")
+    return Mistake(tree | {"step": np.int32(7)}, make, truth | {"optimizer/step": np.uint32(7)})
+
+
+@mistake
+def optimizers_in_fields_by_network() -> Mistake:
+    numbers = Numbers()
+    actor, critic = mlp(numbers), mlp(numbers)
+    kept = {name: numbers.like(ADAM.init(actor)) for name in ("actor_opt_state", "critic_opt_state")}
+    tree = {"actor_params": actor, "critic_params": critic, **kept}
+
+    def make() -> dict[str, Any]:
+        made = [Mlp(), Mlp()]
+        names = ("actor", "critic", "actor_tx", "critic_tx")
+        return dict(zip(names, [*made, *map(optimizer, made)], strict=True))
+
+    truth = flat(actor, "actor") | flat(critic, "critic")
+    for network in ("actor", "critic"):
+        truth |= flat(kept[f"{network}_opt_state"], f"{network}_tx/opt_state")
+        truth[f"{network}_tx/step"] = np.uint32(0)
+    return Mistake(tree, make, truth)

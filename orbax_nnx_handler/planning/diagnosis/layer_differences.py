@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.paths import (
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting
-from orbax_nnx_handler.planning.mapping.layers import Form, Group, flat_paths, layer_paths
+from orbax_nnx_handler.planning.mapping.layer_paths import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.rules import UnstackLayers
 
 

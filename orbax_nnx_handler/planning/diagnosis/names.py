@@ -30,10 +30,10 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint, selecting
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
-from orbax_nnx_handler.planning.mapping.layers import Group, layer_paths
+from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
 from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.mapping.roots import is_named
-from orbax_nnx_handler.planning.suggesting.words import concepts, exclude
+from orbax_nnx_handler.planning.suggesting.vocabulary import concepts, exclude
 
 _MOST = 6
 """More renames than this are a matter for `suggest`."""

@@ -10,6 +10,8 @@ has no stored path of the same name.
 Linen names a wrapper's value after the layer and the weight that it belongs to, in one key
 with slashes: `layer_instance/kernel/scale`, where the wrapper owns the layer. NNX
 keeps a dict whose keys are the weights' paths. `in_linen_wrappers` leads from there to Linen.
+
+`storage/saving/cells.py` is the way back: a new cell goes into both.
 """
 
 import dataclasses

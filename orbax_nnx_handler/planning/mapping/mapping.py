@@ -55,7 +55,8 @@ from orbax_nnx_handler.planning.mapping.train_states import (
     under_rules,
     wanted_optimizers,
 )
-from orbax_nnx_handler.planning.rules import Rule, RulesApplied, unused_rules
+from orbax_nnx_handler.planning.rules import Rule, RulesApplied
+from orbax_nnx_handler.planning.rules.applying import unused_rules
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 

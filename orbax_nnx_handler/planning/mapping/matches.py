@@ -8,7 +8,7 @@ from orbax_nnx_handler.planning.core.leaves import StoredLeaf, record
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, numbers_below
 from orbax_nnx_handler.planning.core.recipes import Recipe
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
-from orbax_nnx_handler.planning.mapping.layers import Group
+from orbax_nnx_handler.planning.mapping.layer_paths import Group
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 

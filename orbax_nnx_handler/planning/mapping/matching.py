@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, shape_of, substitute
 from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, is_of_parameters
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable, derive
-from orbax_nnx_handler.planning.mapping.layers import (
+from orbax_nnx_handler.planning.mapping.layer_paths import (
     FLAT,
     Group,
     Key,
@@ -32,8 +32,8 @@ from orbax_nnx_handler.planning.mapping.matches import (
     Restacked,
     UnclearAxis,
 )
-from orbax_nnx_handler.planning.mapping.restack import restack
 from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
+from orbax_nnx_handler.planning.mapping.stack_and_unstack import restack
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.stacking import above_groups

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import Path, parse, render, segments
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
+from orbax_nnx_handler.planning.rules.pattern import Pattern
+from orbax_nnx_handler.planning.rules.rule import Rule
 
 Names = tuple[str, ...]
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.suggesting.fitting import Fit, fit_of, joined_parts, links_of, may_be
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
@@ -21,7 +20,14 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     named_parts,
     ranks_of,
 )
-from orbax_nnx_handler.planning.suggesting.words import MARGIN, are_peers, exclude, last_of_block, likeness
+from orbax_nnx_handler.planning.suggesting.scoring import Fit, fit_of, joined_parts, links_of, may_be
+from orbax_nnx_handler.planning.suggesting.vocabulary import (
+    MARGIN,
+    are_peers,
+    exclude,
+    last_of_block,
+    likeness,
+)
 
 _READINGS = 24
 """All orders of four parts."""

@@ -11,7 +11,14 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.leaves import Shape, record
 from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, is_index
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
-from orbax_nnx_handler.planning.suggesting.words import ENDING, PARAMETER, Concepts, concepts, meanings, words
+from orbax_nnx_handler.planning.suggesting.vocabulary import (
+    ENDING,
+    PARAMETER,
+    Concepts,
+    concepts,
+    meanings,
+    words,
+)
 
 Names = tuple[str, ...]
 
@@ -26,8 +33,7 @@ class Leaf:
         shape: Its shape; of a stack of layers that are looked at one by one, that of one layer.
         number: The kind of number it holds, as far as no cast crosses it: `floating`, `integer`, …
         source: Its path on disk or in the target.
-        made: Whether it is one of the fused layers that NNX makes of a cell's gates; the last two
-            names are NNX's then.
+        made: Whether NNX fuses a cell's gates into it; the last two names are NNX's then.
     """
 
     names: Names

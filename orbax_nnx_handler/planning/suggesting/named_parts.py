@@ -9,7 +9,7 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
-from orbax_nnx_handler.planning.suggesting.words import (
+from orbax_nnx_handler.planning.suggesting.vocabulary import (
     COMPUTED,
     END,
     FUSED,

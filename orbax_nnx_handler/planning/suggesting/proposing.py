@@ -14,7 +14,6 @@ from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.fitting import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Link,
@@ -23,6 +22,8 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     readings_of,
     simplest,
 )
+from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
+from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -51,7 +52,6 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     problem_of,
     proposal_of,
 )
-from orbax_nnx_handler.planning.suggesting.writing import Writer
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge

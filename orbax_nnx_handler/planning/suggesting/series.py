@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     module_parts,
     sizes_of,
 )
-from orbax_nnx_handler.planning.suggesting.words import arm, concepts, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.vocabulary import arm, concepts, exclude, likeness
 
 _PLACE = "{i}"
 _SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))

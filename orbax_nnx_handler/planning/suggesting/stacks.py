@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     series_of,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.words import concepts, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.vocabulary import concepts, exclude, likeness
 
 
 def shared_in(series: Series) -> Series:

@@ -10,8 +10,8 @@ from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, count
 from orbax_nnx_handler.planning.core.paths import Path, printable, segments
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.fitting import Remade
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, PairGrounds, place_of
+from orbax_nnx_handler.planning.suggesting.scoring import Remade
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.laws import Broken, Known, Source, certify, error_of
-from orbax_nnx_handler.planning.verdict.one_leaf import LeafVerdicts, Outcome
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import LeafVerdicts, Outcome
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
     Mismatched,

@@ -1,4 +1,7 @@
-"""Cells of recurrent modules: NNX's fused weights as the gates that Linen stores one by one."""
+"""Cells of recurrent modules: NNX's fused weights as the gates that Linen stores one by one.
+
+The way back of `planning/mapping/cells_and_wrappers.py`: a new cell goes into both.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Set

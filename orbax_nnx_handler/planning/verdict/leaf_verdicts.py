@@ -1,4 +1,4 @@
-"""What becomes of one wanted leaf: restored, missing (zeros, initial, an error), mismatched or defaulted."""
+"""What becomes of each wanted leaf: restored, missing (zeros, initial, an error), mismatched, fresh keys."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -16,7 +16,7 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Tokens
 from orbax_nnx_handler.planning.core.recipes import Fill, Index, Recipe, Stack
-from orbax_nnx_handler.planning.mapping.layers import (
+from orbax_nnx_handler.planning.mapping.layer_paths import (
     FLAT,
     Axes,
     Blocks,

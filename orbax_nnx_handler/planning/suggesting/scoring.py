@@ -1,4 +1,4 @@
-"""How stored parts become wanted ones: one to one, or several in one array, as query, key and value.
+"""How well stored parts fit wanted ones, and by which recipe: one to one, or several in one array.
 
 Last: the same link with another recipe, which outputs have proved.
 """
@@ -37,7 +37,7 @@ from orbax_nnx_handler.planning.suggesting.shapes import (
     ways,
     ways_of_heads,
 )
-from orbax_nnx_handler.planning.suggesting.words import (
+from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     PLACING,
     Concepts,

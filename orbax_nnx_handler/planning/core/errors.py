@@ -64,6 +64,7 @@ Kind = Literal[
     "OtherCollection",
     "OtherGroup",
     "OtherNames",
+    "OtherNetwork",
     "OtherOptimizer",
     "OtherOutput",
     "Quantised",

@@ -403,3 +403,9 @@ def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
                     for at in some:
                         found[family[at].names].add(sum(sizes[each] for each in some))
     return found
+
+
+def field_of(item: Placement) -> Path:
+    """Returns the keys of the field of a train state that a leaf lies in."""
+    whole, depth = item.leaf.path, len(item.leaf.path) - len(item.path)
+    return whole if item.section == "step" else whole[:depth]

@@ -43,16 +43,15 @@ from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_biases,
     find_collections,
     find_given_layout,
-    find_keys,
     find_lost_weights,
     find_new_parts,
+    find_no_optimizer,
     find_no_weights,
-    find_quantised,
-    find_random_layouts,
+    find_steps,
     find_tied,
     find_wrappers,
 )
-from orbax_nnx_handler.planning.diagnosis.optimizers import find_optimizers, find_steps
+from orbax_nnx_handler.planning.diagnosis.optimizers import find_networks, find_optimizers
 from orbax_nnx_handler.planning.diagnosis.rearranged import (
     find_fused,
     find_merged,
@@ -60,7 +59,14 @@ from orbax_nnx_handler.planning.diagnosis.rearranged import (
     find_permuted,
     find_stuck_moments,
 )
-from orbax_nnx_handler.planning.diagnosis.sizes import find_dimensions, find_heads, find_replicated
+from orbax_nnx_handler.planning.diagnosis.sizes import (
+    find_dimensions,
+    find_heads,
+    find_keys,
+    find_quantised,
+    find_random_layouts,
+    find_replicated,
+)
 from orbax_nnx_handler.planning.diagnosis.ways import (
     LOOK,
     checked,
@@ -93,6 +99,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_nested_stacks,
     find_fused,
     find_copies,
+    find_networks,
     find_another_model,
     find_open_factoring,
     find_stuck_moments,
@@ -103,6 +110,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_shifted,
     find_collections,
     find_optimizers,
+    find_no_optimizer,
     find_steps,
     find_other_groups,
     find_other_names,

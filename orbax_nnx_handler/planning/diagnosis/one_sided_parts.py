@@ -1,19 +1,19 @@
-"""Parts that one side lacks or has in another form: a collection, biases, a head, LoRA, codes, random keys.
+"""Parts that one side lacks or has in another form: a collection, biases, a head, an optimizer, a step.
 
 And what the checkpoint is as a whole: without a weight, or of another layout than was asked for.
 """
 
+import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 
-import jax.numpy as jnp
 from flax import nnx
 
 from orbax_nnx_handler.planning import layouts
-from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, same_key, scales_of
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutError, as_python
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, UnknownLayoutError, as_python, fill_hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.leaves import begins_a_state, is_optax_state
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import (
     Path,
@@ -25,49 +25,11 @@ from orbax_nnx_handler.planning.core.paths import (
     spelled,
 )
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.ways import selecting
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, field_of
+from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_name
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.rules import Copy, Rename, Transpose
-
-_Scales = Mapping[Path, tuple[Path, ...]]
-
-
-def quantised_weights(evidence: Evidence) -> Mapping[str, Mapping[Path, tuple[str, ...]]]:
-    """Returns the wanted leaves that codes stand for, by stored dtype, each with the names of its scales.
-
-    A wanted leaf is either mapped to codes, or missing where codes lie in a dict of its
-    name (`kernel/{qvalue, scale}`).
-    """
-    placements = evidence.sides.placements
-    used = {path for item in evidence.mismatched.values() for path in reads(item.recipe)}
-    used |= {path for item in evidence.restored.values() for path in reads(item.recipe)}
-    scales = scales_of((item.leaf for item in placements.values()), placements.keys() - used)
-    found: dict[str, dict[Path, tuple[str, ...]]] = defaultdict(dict)
-    for path, codes in _codes_of(evidence, scales):
-        found[str(placements[codes].leaf.dtype)][path] = tuple(_name(scale) for scale in scales[codes])
-    return found
-
-
-def _codes_of(evidence: Evidence, scales: _Scales) -> Iterable[tuple[Path, Path]]:
-    for path, item in evidence.mismatched.items():
-        codes = next((source for source in reads(item.recipe) if source in scales), None)
-        if codes is not None and jnp.issubdtype(item.wanted.dtype, jnp.floating):
-            yield path, codes
-    boxes: dict[Tokens, Path] = {}
-    for codes in scales:
-        if codes in evidence.stored_weights:
-            tokens = evidence.stored_below(evidence.stored_weights[codes])
-            boxes |= {tokens[:depth]: codes for depth in range(1, len(tokens))}
-    for path in evidence.missing_weights:
-        if evidence.below[path] in boxes:
-            yield path, boxes[evidence.below[path]]
-
-
-def _name(path: Path) -> str:
-    names = [name for name in segments(path) if name != "value"]
-    return names[-1] if names else "value"
 
 
 def find_collections(evidence: Evidence) -> Iterable[Cause]:
@@ -270,23 +232,6 @@ def find_tied(evidence: Evidence) -> Iterable[Cause]:
         )
 
 
-def find_quantised(evidence: Evidence) -> Iterable[Cause]:
-    """Yields weights stored as codes that have scales beside them."""
-    for dtype, weights in quantised_weights(evidence).items():
-        names = sorted({name for scales in weights.values() for name in scales})
-        yield Cause(
-            kind="Quantised",
-            text=f"{counted(len(weights), 'weight is', 'weights are')} stored as {dtype} with "
-            f"{listed(names)} beside: the checkpoint is quantised.",
-            paths=evidence.with_moments(list(weights)),
-            way=Hint(
-                "restore the checkpoint from before, or dequantise in the program that wrote it: "
-                "codes without their scales are no weights."
-            ),
-            facts={"dtype": dtype, "scales": tuple(names)},
-        )
-
-
 _SHORT = 3
 
 
@@ -333,69 +278,6 @@ def find_no_weights(evidence: Evidence) -> Iterable[Cause]:
         )
 
 
-_NONE: list[Path] = []
-
-
-def find_keys(evidence: Evidence) -> Iterable[Cause]:
-    """Yields random keys of another implementation, once for each."""
-    groups: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    for path, item in evidence.mismatched.items():
-        stored = item.stored_dtype.removeprefix("key<").removesuffix(">")
-        wanted = next((name for name in KEY_IMPLEMENTATIONS if same_key(name, item.wanted.dtype)), "")
-        if item.kind == "key" and wanted and stored in KEY_IMPLEMENTATIONS and stored != wanted:
-            groups[stored, wanted].append(path)
-    for (stored, wanted), paths in groups.items():
-        yield Cause(
-            kind="KeyImplementation",
-            text=f"the checkpoint's random keys are {stored}, the target's {wanted}.",
-            paths=tuple(paths),
-            way=Hint(
-                "build the target under the writer's jax_default_prng_impl, or with keys of that "
-                "implementation; another one would draw other numbers."
-            ),
-            facts={"stored": stored, "wanted": wanted},
-        )
-
-
-def find_random_layouts(evidence: Evidence) -> Iterable[Cause]:
-    """Yields stored streams beside wanted ones of the same module, under names that do not meet.
-
-    Flax 0.11 took the stream's name out of a module's own stream:
-    `drop/rngs/default/key` became `drop/rngs/key`.
-    """
-    stored: dict[Tokens, list[Path]] = defaultdict(list)
-    for path in [*evidence.verdict.unexpected, *evidence.verdict.skipped]:
-        module = _module_of(canonical(evidence.sides.placements[path].path))
-        if module is not None:
-            stored[module].append(path)
-    for path, item in evidence.verdict.defaulted.items():
-        wanted = evidence.sides.wanted[path]
-        module = _module_of(wanted.tokens)
-        sources = next((s for m, s in stored.items() if module and m and _same_end(m, module)), _NONE)
-        if item.source != "target" and wanted.role == "random" and path[-1] == "key" and sources:
-            there = render(next((s for s in sources if "key" in segments(s)), sources[0]))
-            here = render(path)
-            renames = [(there, here)]
-            yield Cause(
-                kind="RandomLayout",
-                text=f"the checkpoint holds random streams in the layout of another Flax ({there}), and "
-                f"nothing says which of them is {here}: that stream starts afresh.",
-                paths=(path, *sources),
-                way=Hint(f"pass renames={renames!r} to go on with that stream.", {"renames": renames}),
-                facts={"stored": there, "wanted": here},
-            )
-
-
-def _module_of(tokens: Tokens) -> Tokens | None:
-    names = tokens[:-1] if tokens[-1] == "value" else tokens
-    return names[: names.index("rngs") + 1] if "rngs" in names and names[-1] in ("key", "count") else None
-
-
-def _same_end(one: Tokens, other: Tokens) -> bool:
-    size = min(len(one), len(other))
-    return size > 1 and one[-size:] == other[-size:]
-
-
 _WRAPPED = {"scale": "scales", "u": "batch_stats", "sigma": "batch_stats"}
 """What a wrapper keeps of a weight in Linen, and the field of NNX's (flax/nnx/nn/normalization.py)."""
 _FIELDS = {"layer_instance", *_WRAPPED.values()}
@@ -427,3 +309,106 @@ def find_wrappers(evidence: Evidence) -> Iterable[Cause]:
                 way=Hint(f"if it is the same, pass renames=[{rules[0]}].", {"renames": rules}),
                 facts={"stored": one, "wanted": other},
             )
+
+
+def find_steps(evidence: Evidence) -> Iterable[Cause]:
+    """Yields that one step is stored where the target counts more than once: no count is read twice."""
+    lost = evidence.of_role(evidence.missing, "step")
+    placements = evidence.sides.placements
+    steps = [path for path, item in placements.items() if item.section == "step" and not item.leaf.shape]
+    if not lost or len(steps) != 1 or evidence.weights.keys().isdisjoint(evidence.restored):
+        return
+    taken = [at for at, item in evidence.restored.items() if reads(item.recipe) == (steps[0],)]
+    if len(lost) > 1:
+        yield _step_of_all(evidence, lost, render(steps[0]), is_wanted=bool(taken))
+    for path in taken if len(lost) == 1 else ():
+        if path[:-1] == lost[0][: len(path) - 1] or lost[0][:-1] == path[: len(lost[0]) - 1]:
+            yield _second_step(lost[0], path, render(steps[0]))
+
+
+def _step_of_all(evidence: Evidence, lost: Sequence[Path], stored: str, *, is_wanted: bool) -> Cause:
+    fill = fill_hint(selecting(evidence, lost), len(lost))
+    words = f"set these from {stored!r} in the program; for the restore, {fill.words}"
+    return Cause(
+        kind="SecondStep",
+        text=f"{stored!r} is the one stored step, and no name says which of the {len(lost)} that are missing "
+        "it is.",
+        paths=tuple(lost),
+        way=dataclasses.replace(
+            fill, words=words if is_wanted else f"add {stored!r} to the target, and {words}"
+        ),
+        facts={"stored": stored, "wanted": tuple(map(render, lost))},
+    )
+
+
+def _second_step(path: Path, other: Path, stored: str) -> Cause:
+    ours, theirs = render(path), render(other)
+    return Cause(
+        kind="SecondStep",
+        text=f"{stored!r} is the one stored step, and the target wants two: {theirs!r} takes it, and nothing "
+        f"is left for {ours!r}.",
+        paths=(path,),
+        way=Hint(f"leave {theirs!r} out of the target, and set it from {ours!r} in the program."),
+        facts={"stored": stored, "wanted": (theirs, ours)},
+    )
+
+
+def find_no_optimizer(evidence: Evidence) -> Iterable[Cause]:
+    """Yields that no optimizer was saved, or only what no layout takes for that of a network."""
+    wanted = [path for path, item in evidence.sides.wanted.items() if item.role == "optimizer"]
+    lost = evidence.of_role(evidence.missing, "optimizer")
+    stored = [item for item in evidence.sides.placements.values() if item.section == "optimizer"]
+    elsewhere = _like_optimizers(evidence) if lost else []
+    is_known = stored and not (elsewhere and all(map(_is_by_network, stored)))
+    if not lost or is_known or not any(path in evidence.restored for path in evidence.weights):
+        return
+    lost += evidence.of_role(evidence.missing, "step")
+    if elsewhere:
+        yield _unknown_place(evidence, lost, elsewhere)
+        return
+    found = "there are weights"
+    if evidence.weights_complete:
+        found = f"all {counted(len(evidence.weights), 'weight')} are there"
+    yield Cause(
+        kind="NoOptimizer",
+        text=f"no optimizer was saved: {found}, and 0 of the optimizer's {len(wanted)} leaves.",
+        paths=tuple(lost),
+        way=Hint(weights_alone(evidence)),
+        filters=selecting(evidence, lost),
+        may_be_initialised=True,
+        facts={"moments": len(wanted), "weights": len(evidence.weights)},
+    )
+
+
+def _like_optimizers(evidence: Evidence) -> list[Path]:
+    """Returns the keys below which nothing is read and all is arranged as optax arranges a state.
+
+    The first keys of a path, or `opt_state` and a network's name below it.
+    """
+    below: dict[Path, list[Path]] = defaultdict(list)
+    for path, item in evidence.sides.placements.items():
+        if item.section == "other" or path in evidence.unexpected:
+            depth = len(field_of(item)) if _is_by_network(item) else 0
+            below[path[: depth + 1]].append(path[depth + 1 :])
+    places = (top for top, paths in below.items() if "opt_state" in str(top[-1]) or is_optax_state(paths))
+    return sorted(places, key=render)
+
+
+def _is_by_network(item: Placement) -> bool:
+    """Tells whether a leaf lies below a network's name in `opt_state`."""
+    return item.section == "optimizer" and len(item.path) > 1 and not begins_a_state(item.path)
+
+
+def _unknown_place(evidence: Evidence, lost: Sequence[Path], places: Sequence[Path]) -> Cause:
+    """Returns that optimizers are stored, and no layout tells whose they are."""
+    where = listed([repr(render(place)) for place in places])
+    step = ", 'step': tree['step']" if ("step",) in evidence.sides.placements else ""
+    keys = "".join(f"[{key!r}]" for key in places[0])
+    tree = f"{{'params': ..., 'opt_state': tree{keys}{step}}}"
+    return Cause(
+        kind="OptimizerNested",
+        text=f"what looks like an optimizer is stored below {where}, and no name tells of which network.",
+        paths=tuple(lost),
+        way=Hint(f"load the tree with Orbax, and pass from_linen({tree}, target), network by network."),
+        facts={"stored": ", ".join(map(render, places)), "wanted": ""},
+    )

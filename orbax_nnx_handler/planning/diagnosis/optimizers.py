@@ -1,26 +1,33 @@
-"""Optimizers: none saved, another one, one of another name or nested differently; steps likewise."""
+"""Train states: a network or an optimizer under another name, another optimizer, one nested otherwise."""
 
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.leaves import begins_a_state, is_optax_state
-from orbax_nnx_handler.planning.core.lines import counted, listed
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, spelled
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.lines import listed
+from orbax_nnx_handler.planning.core.paths import (
+    Path,
+    Tokens,
+    canonical,
+    is_number,
+    render,
+    spelled,
+    without_box,
+)
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, field_of, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.rules import as_rules
 
 
 def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
     """Yields what is wrong with the optimizer as a whole; a single missing moment is no cause."""
-    wanted = [path for path, item in evidence.sides.wanted.items() if item.role == "optimizer"]
     lost = evidence.of_role(evidence.missing, "optimizer")
     if not any(path in evidence.restored for path in evidence.weights):
         return
@@ -32,60 +39,8 @@ def find_optimizers(evidence: Evidence) -> Iterable[Cause]:
     if not lost:
         return
     stored = [item for item in evidence.sides.placements.values() if item.section == "optimizer"]
-    elsewhere = _like_optimizers(evidence)
-    if stored and not (elsewhere and all(map(_is_by_network, stored))):
+    if stored:
         yield from _other_optimizer(evidence, lost)
-        return
-    lost += evidence.of_role(evidence.missing, "step")
-    if elsewhere:
-        yield _unknown_place(evidence, lost, elsewhere)
-        return
-    found = "there are weights"
-    if evidence.weights_complete:
-        found = f"all {counted(len(evidence.weights), 'weight')} are there"
-    yield Cause(
-        kind="NoOptimizer",
-        text=f"no optimizer was saved: {found}, and 0 of the optimizer's {len(wanted)} leaves.",
-        paths=tuple(lost),
-        way=Hint(weights_alone(evidence)),
-        filters=selecting(evidence, lost),
-        may_be_initialised=True,
-        facts={"moments": len(wanted), "weights": len(evidence.weights)},
-    )
-
-
-def _like_optimizers(evidence: Evidence) -> list[Path]:
-    """Returns the keys below which nothing is read and all is arranged as optax arranges a state.
-
-    The first keys of a path, or `opt_state` and a network's name below it.
-    """
-    below: dict[Path, list[Path]] = defaultdict(list)
-    for path, item in evidence.sides.placements.items():
-        if item.section == "other" or path in evidence.unexpected:
-            depth = len(_field(item)) if _is_by_network(item) else 0
-            below[path[: depth + 1]].append(path[depth + 1 :])
-    places = (top for top, paths in below.items() if "opt_state" in str(top[-1]) or is_optax_state(paths))
-    return sorted(places, key=render)
-
-
-def _is_by_network(item: Placement) -> bool:
-    """Tells whether a leaf lies below a network's name in `opt_state`."""
-    return item.section == "optimizer" and len(item.path) > 1 and not begins_a_state(item.path)
-
-
-def _unknown_place(evidence: Evidence, lost: Sequence[Path], places: Sequence[Path]) -> Cause:
-    """Returns that optimizers are stored, and no layout tells whose they are."""
-    where = listed([repr(render(place)) for place in places])
-    step = ", 'step': tree['step']" if ("step",) in evidence.sides.placements else ""
-    keys = "".join(f"[{key!r}]" for key in places[0])
-    tree = f"{{'params': ..., 'opt_state': tree{keys}{step}}}"
-    return Cause(
-        kind="OptimizerNested",
-        text=f"what looks like an optimizer is stored below {where}, and no name tells of which network.",
-        paths=tuple(lost),
-        way=Hint(f"load the tree with Orbax, and pass from_linen({tree}, target), network by network."),
-        facts={"stored": ", ".join(map(render, places)), "wanted": ""},
-    )
 
 
 def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
@@ -130,13 +85,13 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Move:
-    """An optimizer that is stored below another name, and the rules under which it is the wanted one.
+    """What is stored below another name, and the rules under which it is the wanted one.
 
     Attributes:
         owner: The keys above the wanted one.
         place: Where the stored one lies.
-        what: `optimizer`, or `step` where only that is elsewhere.
-        rules: The rules, those for its network's weights included where these are missing as well.
+        what: `network`, `optimizer`, or `step` where only that is elsewhere.
+        rules: The rules; an optimizer's include those for its network's weights if these are missing as well.
         wanted: The leaves that the rules restore.
         stored: What they are made from.
     """
@@ -150,6 +105,78 @@ class _Move:
 
 
 _MOST_CHOICES = 3
+
+
+def find_networks(evidence: Evidence) -> Iterable[Cause]:
+    """Yields whole networks that are stored below another train state's name, or as the copy of one.
+
+    Only what holds the same weights is a choice, however layers are arranged; then names decide.
+    """
+    there: dict[Path, list[Placement]] = defaultdict(list)
+    for item in evidence.stored_weights.values():
+        is_own = item.collection in (None, *FLAX_COLLECTIONS)
+        if item.owner:
+            there[item.owner if is_own else (*item.owner, item.collection)].append(item)
+    used = evidence.stored_weights.keys() - evidence.free_weights.keys()
+    there = {at: items for at, items in there.items() if used.isdisjoint(item.leaf.path for item in items)}
+    here = _lost_networks(evidence) if there else {}
+    held = {at: _held((item.path, item.leaf.shape) for item in items) for at, items in there.items()}
+    alike: dict[Path, list[Path]] = {}
+    for owner, paths in here.items():
+        wanted = _held((path[len(owner) :], evidence.shape(path)) for path in paths)
+        # One of another number is another network.
+        found = [at for at in there if held[at] == wanted and _unnumbered(at) != _unnumbered(owner)]
+        if found and not any(owner[: len(above)] == above for above in alike):
+            alike[owner] = found
+    yield from _moved(
+        evidence,
+        alike,
+        {owner: _called_after(owner, found) for owner, found in alike.items()},
+        lambda owner, at: _network_move(evidence, owner, at, here[owner], there[at]),
+    )
+
+
+def _lost_networks(evidence: Evidence) -> dict[Path, list[Path]]:
+    """Returns the weights below each name all of which are missing, the highest names first."""
+    lost, below = set(evidence.missing_weights), defaultdict[Path, list[Path]](list)
+    for path in evidence.weights if lost else ():
+        for depth in range(min(len(path), _DEPTH)):
+            below[path[:depth]].append(path)
+    return {at: below[at] for at in sorted(below, key=len) if lost.issuperset(below[at])}
+
+
+_DEPTH = 4
+"""Levels of a target at which a network may lie."""
+
+
+def _held(leaves: Iterable[tuple[Path, Shape]]) -> Mapping[Tokens, int]:
+    """Returns the number of elements of each weight, that of all layers together."""
+    found = Counter[Tokens]()
+    for path, shape in leaves:
+        found[_unnumbered(without_box(path))] += math.prod(shape)
+    return found
+
+
+def _unnumbered(path: Path) -> Tokens:
+    return tuple(token for token in canonical(path) if not is_number(token))
+
+
+def _network_move(
+    evidence: Evidence, owner: Path, place: Path, wanted: Sequence[Path], stored: Sequence[Placement]
+) -> _Move:
+    fields = {field_of(item): str(item.collection) for item in stored}
+    kinds = {field: kind if kind in FLAX_COLLECTIONS else "params" for field, kind in fields.items()}
+    whole = [(spelled(field), spelled((*owner, kind))) for field, kind in kinds.items()]
+    short = [(spelled(field), spelled(owner)) for field in fields]
+    move = _Move(
+        owner=owner,
+        place=place,
+        what="network",
+        rules=short if owner and len(fields) == 1 else whole,
+        wanted=wanted,
+        stored=[item.leaf.path for item in stored],
+    )
+    return move if _are_restored(evidence, [move]) else dataclasses.replace(move, rules=whole)
 
 
 def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:
@@ -167,17 +194,31 @@ def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:
     stored = {at: sum(math.prod(i.leaf.shape) for i in items) for at, items in there.items()}
     sizes = {at: sum(math.prod(evidence.shape(path)) for path in paths) for at, paths in here.items()}
     alike = {owner: [at for at in there if stored[at] == size] for owner, size in sizes.items()}
-    pairs = _paired({owner: _named(evidence, owner, there) for owner in here}, alike)
-    moves = [_move(evidence, owner, here[owner], there[at]) for owner, at in pairs.items()]
+    yield from _moved(
+        evidence,
+        alike,
+        {owner: _named(evidence, owner, there) for owner in here},
+        lambda owner, at: _move(evidence, owner, here[owner], there[at]),
+    )
+
+
+def _moved(
+    evidence: Evidence,
+    alike: Mapping[Path, Sequence[Path]],
+    named: Mapping[Path, Sequence[Path]],
+    move: Callable[[Path, Path], _Move],
+) -> Iterable[Cause]:
+    """Yields what rules restore: where names or contents leave one choice, and where there are a few."""
+    pairs = _paired(named, alike)
+    moves = [move(owner, at) for owner, at in pairs.items()]
     if not _are_restored(evidence, moves):
-        moves = [move for move in moves if len(moves) > 1 and _are_restored(evidence, [move])]
+        moves = [one for one in moves if len(moves) > 1 and _are_restored(evidence, [one])]
     if moves:
-        yield _elsewhere(moves)
-    for owner in here:
-        rest = [at for at in alike[owner] if owner not in pairs and at not in pairs.values()]
-        each = [_move(evidence, owner, here[owner], there[at]) for at in rest]
-        if 1 < len(each) <= _MOST_CHOICES and all(_are_restored(evidence, [move]) for move in each):
-            yield _one_of(each)
+        yield _elsewhere(evidence, moves)
+    for owner, found in alike.items():
+        each = [move(owner, at) for at in found if owner not in pairs and at not in pairs.values()]
+        if 1 < len(each) <= _MOST_CHOICES and all(_are_restored(evidence, [one]) for one in each):
+            yield _one_of(evidence, each)
 
 
 def _paired(named: Mapping[Path, Sequence[Path]], alike: Mapping[Path, Sequence[Path]]) -> dict[Path, Path]:
@@ -214,12 +255,12 @@ def _network(evidence: Evidence, owner: Path) -> Path:
     return (*above, *found[0]) if len(found) == 1 else above
 
 
-_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state"})
+_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state", "params"})
 
 
 def _called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
     """Returns the names that an optimizer's own holds best, short or whole: `g_opt` is called after `gen`."""
-    words = {*_words(owner)} - _GENERAL_WORDS
+    words = {*_words(owner)}
     scores: dict[Path, int] = {}
     for name in names:
         each = [
@@ -232,7 +273,8 @@ def _called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
 
 
 def _words(name: Path) -> list[str]:
-    return [word for word in "_".join(map(str, name)).lower().split("_") if word]
+    words = "_".join(map(str, name)).lower().split("_")
+    return [word for word in words if word and word not in _GENERAL_WORDS]
 
 
 def _move(evidence: Evidence, owner: Path, lost: Sequence[Path], stored: Sequence[Placement]) -> _Move:
@@ -243,8 +285,8 @@ def _move(evidence: Evidence, owner: Path, lost: Sequence[Path], stored: Sequenc
     weights = [path for path in evidence.missing_weights if network and path[: len(network)] == network]
     sources = [item for item in evidence.free_weights.values() if item.owner == stored[0].owner]
     sources = sources if weights else []
-    field = _field(held[0])
-    above = {_field(item): network for item in sources} | {
+    field = field_of(held[0])
+    above = {field_of(item): network for item in sources} | {
         field: (*owner, "opt_state" if role == "optimizer" else "step")
     }
     is_stepped = any(item.section == "step" for item in stored)
@@ -258,50 +300,50 @@ def _move(evidence: Evidence, owner: Path, lost: Sequence[Path], stored: Sequenc
     )
 
 
-def _field(item: Placement) -> Path:
-    """Returns the keys of the field of a train state that a leaf lies in."""
-    whole, depth = item.leaf.path, len(item.leaf.path) - len(item.path)
-    return whole if item.section == "step" else whole[:depth]
-
-
-def _elsewhere(moves: Sequence[_Move]) -> Cause:
+def _elsewhere(evidence: Evidence, moves: Sequence[_Move]) -> Cause:
     rules = [rule for move in moves for rule in move.rules]
     unasked, way = "and nothing of one network is lent to another unasked", "they are the same"
-    stored = listed([repr(render(move.place)) for move in moves])
-    wanted = listed([repr(render(move.owner)) for move in moves])
+    stored, wanted = (listed([repr(render(at)) for at in ends]) for ends in _ends(moves))
     text = f"the {moves[0].what} that is wanted below {wanted} is stored below {stored}, {unasked}."
-    if len(moves) > 1:
+    if not moves[0].owner:
+        text = f"the wanted weights are stored below {stored}, {unasked}."
+    elif len(moves) > 1:
         names = [f"{render(move.place)!r} ({render(move.owner)!r} is wanted)" for move in moves]
-        text = f"optimizers are stored below {listed(names)}, {unasked}."
+        text = f"{moves[0].what}s are stored below {listed(names)}, {unasked}."
     elif len(rules) > 1:
         way = "both are one network"
-    return Cause(
-        kind="OptimizerNested",
-        text=text,
-        paths=tuple(path for move in moves for path in (*move.wanted, *move.stored)),
-        way=Hint(f"if {way}, pass renames={rules!r}.", {"renames": rules}),
-        facts={"stored": stored, "wanted": wanted},
-    )
+    return _cause(evidence, moves, text, Hint(f"if {way}, pass renames={rules!r}.", {"renames": rules}))
 
 
-def _one_of(moves: Sequence[_Move]) -> Cause:
-    """Returns that one wanted optimizer may be each of several stored ones."""
-    stored, wanted = [render(move.place) for move in moves], render(moves[0].owner)
+def _one_of(evidence: Evidence, moves: Sequence[_Move]) -> Cause:
+    """Returns that what is wanted may be each of several that are stored."""
+    stored, _ = (listed([repr(render(at)) for at in ends]) for ends in _ends(moves))
     ways = [f"pass renames={list(move.rules)!r} if it is that of {render(move.place)!r}" for move in moves]
+    wanted = f" below {render(moves[0].owner)!r}" if moves[0].owner else ""
+    text = f"{moves[0].what}s are stored below {stored}, and no name tells which of them is wanted{wanted}."
+    return _cause(evidence, moves, text, Hint(f"{', or '.join(ways)}."))
+
+
+def _ends(moves: Sequence[_Move]) -> tuple[list[Path], list[Path]]:
+    return [move.place for move in moves], [move.owner for move in moves]
+
+
+def _cause(evidence: Evidence, moves: Sequence[_Move], text: str, way: Hint) -> Cause:
+    wanted = dict.fromkeys(path for move in moves for path in move.wanted)
+    stored, owners = (tuple(map(render, ends)) for ends in _ends(moves))
     return Cause(
-        kind="OptimizerNested",
-        text=f"optimizers are stored below {listed(map(repr, stored))}, and no name tells which of them is "
-        f"wanted below {wanted!r}.",
-        paths=(*moves[0].wanted, *(path for move in moves for path in move.stored)),
-        way=Hint(f"{', or '.join(ways)}."),
-        facts={"stored": tuple(stored), "wanted": wanted},
+        kind="OtherNetwork" if moves[0].what == "network" else "OptimizerNested",
+        text=text,
+        paths=(*evidence.with_moments(list(wanted)), *(path for move in moves for path in move.stored)),
+        way=way,
+        facts={"stored": stored, "wanted": owners},
     )
 
 
 def _are_restored(evidence: Evidence, moves: Sequence[_Move]) -> bool:
-    """Tells whether rules restore what is lost, behind the rules that were passed or in front of them."""
+    """Tells whether rules restore that too, behind the rules that were passed or in front of them."""
     given, more = evidence.verdict.renames, as_rules(rule for move in moves for rule in move.rules)
-    lost = {path for move in moves for path in move.wanted}
+    lost = {*evidence.restored, *(path for move in moves for path in move.wanted)}
     found = (evidence.restored_under(every) for every in ([*given, *more], [*more, *given]))
     return any(each is not None and each.issuperset(lost) for each in found if more)
 
@@ -375,45 +417,3 @@ def _stored_slots(evidence: Evidence) -> set[str]:
         slot = item.slot[-1] if item.slot else tokens[at - 1] if at else ""
         found |= {slot} if slot and not slot.startswith("#") else set()
     return found
-
-
-def find_steps(evidence: Evidence) -> Iterable[Cause]:
-    """Yields that one step is stored where the target counts more than once: no count is read twice."""
-    lost = evidence.of_role(evidence.missing, "step")
-    placements = evidence.sides.placements
-    steps = [path for path, item in placements.items() if item.section == "step" and not item.leaf.shape]
-    if not lost or len(steps) != 1 or evidence.weights.keys().isdisjoint(evidence.restored):
-        return
-    taken = [at for at, item in evidence.restored.items() if reads(item.recipe) == (steps[0],)]
-    if len(lost) > 1:
-        yield _step_of_all(evidence, lost, render(steps[0]), is_wanted=bool(taken))
-    for path in taken if len(lost) == 1 else ():
-        if path[:-1] == lost[0][: len(path) - 1] or lost[0][:-1] == path[: len(lost[0]) - 1]:
-            yield _second_step(lost[0], path, render(steps[0]))
-
-
-def _step_of_all(evidence: Evidence, lost: Sequence[Path], stored: str, *, is_wanted: bool) -> Cause:
-    fill = fill_hint(selecting(evidence, lost), len(lost))
-    words = f"set these from {stored!r} in the program; for the restore, {fill.words}"
-    return Cause(
-        kind="SecondStep",
-        text=f"{stored!r} is the one stored step, and no name says which of the {len(lost)} that are missing "
-        "it is.",
-        paths=tuple(lost),
-        way=dataclasses.replace(
-            fill, words=words if is_wanted else f"add {stored!r} to the target, and {words}"
-        ),
-        facts={"stored": stored, "wanted": tuple(map(render, lost))},
-    )
-
-
-def _second_step(path: Path, other: Path, stored: str) -> Cause:
-    ours, theirs = render(path), render(other)
-    return Cause(
-        kind="SecondStep",
-        text=f"{stored!r} is the one stored step, and the target wants two: {theirs!r} takes it, and nothing "
-        f"is left for {ours!r}.",
-        paths=(path,),
-        way=Hint(f"leave {theirs!r} out of the target, and set it from {ours!r} in the program."),
-        facts={"stored": stored, "wanted": (theirs, ours)},
-    )

@@ -1,4 +1,7 @@
-"""Sizes: one dimension behind many mismatches, identified by where it stands, never by its size."""
+"""Sizes: one dimension behind many mismatches, identified by where it stands, never by its size.
+
+And kinds of numbers: codes of quantised weights, random keys and streams of another kind.
+"""
 
 import dataclasses
 import math
@@ -6,12 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 
+import jax.numpy as jnp
 from flax import nnx
 
+from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, same_key, scales_of
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.lines import counted, listed, share
-from orbax_nnx_handler.planning.core.paths import Path, render, segments, spelled
-from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments, spelled
+from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes
 from orbax_nnx_handler.planning.rules import Drop
 
@@ -304,3 +309,122 @@ def _output(evidence: Evidence, pair: Pair, places: Sequence[Place], module: Pat
         way=way,
         facts={"module": render(module), "stored": stored, "wanted": wanted},
     )
+
+
+_Scales = Mapping[Path, tuple[Path, ...]]
+
+
+def quantised_weights(evidence: Evidence) -> Mapping[str, Mapping[Path, tuple[str, ...]]]:
+    """Returns the wanted leaves that codes stand for, by stored dtype, each with the names of its scales.
+
+    A wanted leaf is either mapped to codes, or missing where codes lie in a dict of its
+    name (`kernel/{qvalue, scale}`).
+    """
+    placements = evidence.sides.placements
+    used = {path for item in evidence.mismatched.values() for path in reads(item.recipe)}
+    used |= {path for item in evidence.restored.values() for path in reads(item.recipe)}
+    scales = scales_of((item.leaf for item in placements.values()), placements.keys() - used)
+    found: dict[str, dict[Path, tuple[str, ...]]] = defaultdict(dict)
+    for path, codes in _codes_of(evidence, scales):
+        found[str(placements[codes].leaf.dtype)][path] = tuple(_name(scale) for scale in scales[codes])
+    return found
+
+
+def _codes_of(evidence: Evidence, scales: _Scales) -> Iterable[tuple[Path, Path]]:
+    for path, item in evidence.mismatched.items():
+        codes = next((source for source in reads(item.recipe) if source in scales), None)
+        if codes is not None and jnp.issubdtype(item.wanted.dtype, jnp.floating):
+            yield path, codes
+    boxes: dict[Tokens, Path] = {}
+    for codes in scales:
+        if codes in evidence.stored_weights:
+            tokens = evidence.stored_below(evidence.stored_weights[codes])
+            boxes |= {tokens[:depth]: codes for depth in range(1, len(tokens))}
+    for path in evidence.missing_weights:
+        if evidence.below[path] in boxes:
+            yield path, boxes[evidence.below[path]]
+
+
+def _name(path: Path) -> str:
+    names = [name for name in segments(path) if name != "value"]
+    return names[-1] if names else "value"
+
+
+def find_quantised(evidence: Evidence) -> Iterable[Cause]:
+    """Yields weights stored as codes that have scales beside them."""
+    for dtype, weights in quantised_weights(evidence).items():
+        names = sorted({name for scales in weights.values() for name in scales})
+        yield Cause(
+            kind="Quantised",
+            text=f"{counted(len(weights), 'weight is', 'weights are')} stored as {dtype} with "
+            f"{listed(names)} beside: the checkpoint is quantised.",
+            paths=evidence.with_moments(list(weights)),
+            way=Hint(
+                "restore the checkpoint from before, or dequantise in the program that wrote it: "
+                "codes without their scales are no weights."
+            ),
+            facts={"dtype": dtype, "scales": tuple(names)},
+        )
+
+
+def find_keys(evidence: Evidence) -> Iterable[Cause]:
+    """Yields random keys of another implementation, once for each."""
+    groups: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for path, item in evidence.mismatched.items():
+        stored = item.stored_dtype.removeprefix("key<").removesuffix(">")
+        wanted = next((name for name in KEY_IMPLEMENTATIONS if same_key(name, item.wanted.dtype)), "")
+        if item.kind == "key" and wanted and stored in KEY_IMPLEMENTATIONS and stored != wanted:
+            groups[stored, wanted].append(path)
+    for (stored, wanted), paths in groups.items():
+        yield Cause(
+            kind="KeyImplementation",
+            text=f"the checkpoint's random keys are {stored}, the target's {wanted}.",
+            paths=tuple(paths),
+            way=Hint(
+                "build the target under the writer's jax_default_prng_impl, or with keys of that "
+                "implementation; another one would draw other numbers."
+            ),
+            facts={"stored": stored, "wanted": wanted},
+        )
+
+
+_NONE: list[Path] = []
+
+
+def find_random_layouts(evidence: Evidence) -> Iterable[Cause]:
+    """Yields stored streams beside wanted ones of the same module, under names that do not meet.
+
+    Flax 0.11 took the stream's name out of a module's own stream:
+    `drop/rngs/default/key` became `drop/rngs/key`.
+    """
+    stored: dict[Tokens, list[Path]] = defaultdict(list)
+    for path in [*evidence.verdict.unexpected, *evidence.verdict.skipped]:
+        module = _module_of(canonical(evidence.sides.placements[path].path))
+        if module is not None:
+            stored[module].append(path)
+    for path, item in evidence.verdict.defaulted.items():
+        wanted = evidence.sides.wanted[path]
+        module = _module_of(wanted.tokens)
+        sources = next((s for m, s in stored.items() if module and m and _same_end(m, module)), _NONE)
+        if item.source != "target" and wanted.role == "random" and path[-1] == "key" and sources:
+            there = render(next((s for s in sources if "key" in segments(s)), sources[0]))
+            here = render(path)
+            renames = [(there, here)]
+            yield Cause(
+                kind="RandomLayout",
+                text=f"the checkpoint holds random streams in the layout of another Flax ({there}), and "
+                f"nothing says which of them is {here}: that stream starts afresh.",
+                paths=(path, *sources),
+                way=Hint(f"pass renames={renames!r} to go on with that stream.", {"renames": renames}),
+                facts={"stored": there, "wanted": here},
+            )
+
+
+def _module_of(tokens: Tokens) -> Tokens | None:
+    names = tokens[:-1] if tokens[-1] == "value" else tokens
+    return names[: names.index("rngs") + 1] if "rngs" in names and names[-1] in ("key", "count") else None
+
+
+def _same_end(one: Tokens, other: Tokens) -> bool:
+    size = min(len(one), len(other))
+    return size > 1 and one[-size:] == other[-size:]

@@ -152,3 +152,59 @@ def optimizers_in_fields_by_network() -> Mistake:
         truth |= flat(kept[f"{network}_opt_state"], f"{network}_tx/opt_state")
         truth[f"{network}_tx/step"] = np.uint32(0)
     return Mistake(tree, make, truth)
+
+
+def trained(name: str) -> Callable[[], Any]:
+    """Returns what builds a network and its optimizer, as most programs of NNX keep them."""
+
+    def make() -> dict[str, Any]:
+        network = Mlp()
+        return {name: network, "optimizer": optimizer(network)}
+
+    return make
+
+
+def truth_of(state: Mapping[str, Any], network: str, its: str) -> dict[str, Any]:
+    """Returns the right values of a train state whose network and optimizer have these names."""
+    opt_state = flat(state["opt_state"], f"{its}/opt_state")
+    return flat(state["params"], network) | opt_state | {f"{its}/step": state["step"]}
+
+
+@mistake
+def one_of_two_train_states() -> Mistake:
+    numbers = Numbers()
+    states = {name: numbers.state(mlp(numbers)) for name in ("gen", "disc")}
+    return Mistake(states, trained("model"), truth_of(states["disc"], "model", "optimizer"))
+
+
+@mistake
+def train_states_under_other_names() -> Mistake:
+    numbers = Numbers()
+    states = {name: numbers.state(mlp(numbers)) for name in ("g", "d")}
+    names = {"g": "generator", "d": "discriminator"}
+    truth: dict[str, Any] = {}
+    for short, name in names.items():
+        truth |= truth_of(states[short], f"{name}/model", f"{name}/optimizer")
+    return Mistake(states, lambda: {name: trained("model")() for name in names.values()}, truth)
+
+
+@mistake
+def one_of_two_train_states_whose_layers_are_stacked_in_the_target() -> Mistake:
+    numbers = Numbers()
+    layers = {name: [numbers.dense(4, 4) for _ in range(3)] for name in ("gen", "disc")}
+    tree = {
+        name: {"params": {f"layers_{at}": layer for at, layer in enumerate(each)}, "step": np.int32(1)}
+        for name, each in layers.items()
+    }
+    make = nnx.vmap(lambda rngs: nnx.Dict(layers=nnx.Linear(4, 4, rngs=rngs)))
+    stacked = {key: np.stack([layer[key] for layer in layers["gen"]]) for key in ("kernel", "bias")}
+    return Mistake(tree, lambda: make(nnx.Rngs(0).fork(split=3)), flat(stacked, "layers"))
+
+
+@mistake
+def a_target_network_of_one_of_two_train_states() -> Mistake:
+    numbers = Numbers()
+    actor, critic, copy = (mlp(numbers) for _ in range(3))
+    tree = {"actor": {"params": actor}, "critic": {"params": critic, "target_params": copy}}
+    truth = flat(actor, "actor") | flat(critic, "critic") | flat(copy, "target_critic")
+    return Mistake(tree, lambda: {name: Mlp() for name in ("actor", "critic", "target_critic")}, truth)

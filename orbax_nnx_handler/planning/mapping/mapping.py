@@ -39,6 +39,7 @@ from orbax_nnx_handler.planning.mapping.moments import FollowedMoments, MomentFo
 from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates
 from orbax_nnx_handler.planning.mapping.optimizer_states import (
+    OptimizerState,
     StoredStates,
     parameter_paths,
     read_stored,
@@ -193,8 +194,14 @@ def map_leaves(
         network = _network_of(pair_wanted, pair_stored, networks, entries)
         own = _weights_of(pair_stored, original, network)
         here, there = _levels(pair_wanted, pair_stored, own, network)
-        optimizers.append(_stored_states(pair_stored, own, network, there if network else roots.stored))
-        follower = _follower(pair_wanted, optimizers[-1], network, bool(virtual), stored, applied, here)
+        parameters = {} if network is None else _parameters(network, () if virtual else here, bool(virtual))
+        states = wanted_states(pair_wanted.leaves, () if virtual else parameters, () if virtual else here)
+        trained = _trained(states, parameters)
+        at = there if network else roots.stored
+        aside = [entry for entry in as_stored if entry.section == "aux" and entry.owner in pair_stored.models]
+        optimizers.append(_stored_states(pair_stored, [*own, *aside], trained, at))
+        paths = {tokens: item.leaf.path for tokens, item in parameters.items()}
+        follower = MomentFollower(optimizers[-1], states, paths, stored, applied)
         followed.append(follower.add_to(found))
     stuck = tuple(item for one in followed for item in one.stuck)
     lost = {item.path for item in stuck}  # No moment of a changed parameter is read as it is.
@@ -340,43 +347,37 @@ def _level(weights: Collection[Tokens], owner: Tokens) -> Tokens:
 
 
 def _stored_states(
-    optimizer: StoredOptimizer, own: Sequence[Entry], network: Matched | None, root: Tokens
+    optimizer: StoredOptimizer, own: Sequence[Entry], trained: Mapping[Tokens, str | None], root: Tokens
 ) -> StoredStates:
-    placements = (*optimizer.leaves, *optimizer.steps)
-    if not optimizer.leaves:
-        return read_stored(placements, {})
-    weights = network.weights if network is not None else ()
-    trained = {"params", None} | {item.collection for item in weights if _is_trained(item)}
-    return read_stored(placements, parameter_paths(own, root, trained))
+    known = parameter_paths(own, root, trained) if optimizer.leaves else {}
+    return read_stored((*optimizer.leaves, *optimizer.steps), known)
 
 
-def _is_trained(item: Wanted) -> bool:
+def _is_param(item: Wanted) -> bool:
     kind = item.leaf.kind
     return kind is not None and issubclass(kind, nnx.Param)
 
 
-def _follower(
-    optimizer: WantedOptimizer,
-    stored_states: StoredStates,
-    network: Matched | None,
-    lone: bool,
-    stored: Stored,
-    applied: RulesApplied,
-    root: Tokens,
-) -> MomentFollower:
-    """Returns what carries the recipes of a network's parameters over to its optimizer's moments."""
-    weights = network.weights if network is not None else ()
+def _parameters(network: Matched, root: Tokens, lone: bool) -> dict[Tokens, Wanted]:
+    """Returns the weights that an optimizer may train, by their canonical paths below its model's root."""
+    weights: Sequence[Wanted] = network.weights
     if any(item.leaf.kind for item in weights):
         weights = [item for item in weights if item.leaf.kind]  # A number beside Variables is no parameter.
-    root = () if lone else root
-    parameters: dict[Tokens, Path] = {}
+    parameters: dict[Tokens, Wanted] = {}
     # Beside a parameter, a copy of it may be wanted under the same path of another collection.
-    for item in sorted(weights, key=_is_trained, reverse=True):
-        parameters.setdefault(strip(item.tokens, root), item.leaf.path)
-        if network is not None and not lone:
-            parameters.setdefault(network.names[item.leaf.path], item.leaf.path)
-    states = wanted_states(optimizer.leaves, () if lone else parameters, root)
-    return MomentFollower(stored_states, states, parameters, stored, applied)
+    for item in sorted(weights, key=_is_param, reverse=True):
+        parameters.setdefault(strip(item.tokens, root), item)
+        if not lone:
+            parameters.setdefault(network.names[item.leaf.path], item)
+    return parameters
+
+
+def _trained(
+    states: Sequence[OptimizerState], parameters: Mapping[Tokens, Wanted]
+) -> Mapping[Tokens, str | None]:
+    """Returns what an optimizer trains, each `nnx.Param` and whatever it has moments of, with collections."""
+    moments = frozenset[Path]().union(*(state.parameters for state in states))
+    return {at: item.collection for at, item in parameters.items() if _is_param(item) or at in moments}
 
 
 def _add_steps(

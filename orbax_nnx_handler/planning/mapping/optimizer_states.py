@@ -12,6 +12,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 from orbax_nnx_handler.planning.core.leaves import CONTAINERS, LABELLED, MOMENTS, Shape, record
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, printable
@@ -242,8 +243,8 @@ class _Reader:
         rests = [
             tokens[at + 1 :] for _, tokens, at in apart if tokens[at + 1 :] and tokens[at] not in _RECORDS
         ]
-        # An optimizer that runs on the whole variables dict: `mu/params/...`.
-        if rests and not self.parameters and all(rest[0] == "params" for rest in rests):
+        # An optimizer that runs on the variables dict of a module that is not known: `mu/params/...`.
+        if rests and not self.between and all(rest[0] == "params" for rest in rests):
             self.between = {("params",)}
         for leaf, tokens, at in apart:
             place, field, rest = tokens[:at], tokens[at : at + 1], tokens[at + 1 :]
@@ -326,23 +327,39 @@ def split(tokens: Tokens, parameters: Collection[Tokens]) -> tuple[Tokens, Token
     return tokens, None
 
 
+_KEPT_ASIDE: Tokens = ("model",)
+"""The key of the model's Variables among what is kept aside, some of which may be trained (MaxText)."""
+
+
 def parameter_paths(
-    entries: Iterable[Entry], root: Tokens, collections: Collection[str | None] = ("params", None)
+    entries: Iterable[Entry], root: Tokens, trained: Mapping[Tokens, str | None] = MappingProxyType({})
 ) -> dict[Tokens, Path]:
     """Returns stored path by canonical path, for stored parameters as they are on disk.
 
     Args:
         entries: What the checkpoint holds of the model.
         root: Keys above the model within its collection.
-        collections: Those whose leaves an optimizer may train. A copy (`ema_params`) has no moments.
+        trained: What the target's optimizer trains: collection by canonical path. A copy (`ema_params`)
+            has no moments, and of what is kept aside nearly nothing has: numbers of the program's lie there.
     """
-    own = [entry for entry in entries if entry.collection in collections]
+    collections = {"params", None, *trained.values()}
+
+    def may_be_trained(entry: Entry) -> bool:
+        return (
+            strip(entry.tokens, _KEPT_ASIDE) in trained
+            if entry.section == "aux"
+            else entry.collection in collections
+        )
+
+    own = [entry for entry in entries if may_be_trained(entry)]
+    # What has a parameter's path in another collection, or aside, has no moments: those are the parameter's.
+    own.sort(key=lambda entry: (entry.section == "aux", entry.collection not in ("params", None)))
     boxes = _boxes(own)
     found: dict[Tokens, Path] = {}
     for entry in own:
         (path,) = reads(entry.recipe)
         tokens = entry.tokens
-        below = strip(tokens, root)
+        below = strip(tokens, _KEPT_ASIDE if entry.section == "aux" else root)
         found.setdefault(tokens, path)
         if below is not tokens:
             found.setdefault(below, path)

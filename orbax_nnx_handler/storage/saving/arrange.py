@@ -217,6 +217,8 @@ def _with_containers(parts: Parts, tx: Transformation | None) -> Parts:
 
 
 def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Path, ItemLeaf]]:
+    if not any(isinstance(leaf.node, nnx.Param) for leaf in parts.parameters.values()):
+        flavour = "linen"  # Without a parameter there is nothing to tell MaxText's layout by.
     model = (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
     state = [*model, *_optimizer(parts, flavour)]
     outside, owner = _lasting(parts.outside), parts.owner[:-1]

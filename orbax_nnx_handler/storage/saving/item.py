@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, cast
 
 import jax
@@ -147,14 +147,35 @@ def _side_by_side(leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Pa
     states = [Parts(model=model, outside={}, root=key) for key, model in models.items()]
     for owner, opt_state in optimizers.items():
         moments = [canonical(path) for path in flatten(opt_state)]
-        scores = {key: _matches(model, (), moments) for key, model in models.items()}
-        best = max(scores, key=scores.__getitem__, default=None)
-        if best is None or not (scores[best] or not moments):
+        trained = _trained_by(moments, models)
+        if trained is None:
             raise _several_optimizers(optimizers)
         step = leaves.get((*owner, "step"))
         own = Parts(model={}, outside={}, opt_state=opt_state, owner=owner, step=step, root=owner)
-        states.append(dataclasses.replace(own, trained=models[best]))
+        states.append(dataclasses.replace(own, trained=trained))
     return _with_outside(states, _left(leaves, states))
+
+
+def _trained_by(
+    moments: Sequence[tuple[str, ...]], models: Mapping[Path, Mapping[Path, ItemLeaf]]
+) -> ItemLeaves | None:
+    """Returns the model that has the names of the moments, or a module within one; None where none has."""
+    while models:
+        names = {key: {canonical(path) for path in model} for key, model in models.items()}
+        # By the longest names: a `head/kernel` ends as every `layers/0/kernel` does.
+        scores = {
+            key: sum(len(_longest_end(moment, own)) for moment in moments) for key, own in names.items()
+        }
+        best = max(scores, key=scores.__getitem__)
+        if scores[best] or not moments:
+            return models[best]
+        inside: dict[Path, dict[Path, ItemLeaf]] = defaultdict(dict)
+        for key, model in models.items():
+            for path, leaf in model.items():
+                if len(path) > 1:
+                    inside[*key, path[0]][path[1:]] = leaf
+        models = inside
+    return None
 
 
 def _left(leaves: ItemLeaves, states: Sequence[Parts]) -> ItemLeaves:
@@ -367,4 +388,8 @@ def _root_by_name(parent: Path, keys: list[Hashable], model_key: Hashable) -> Pa
 
 def _matches(paths: Iterable[Path], root: Path, moments: Iterable[tuple[str, ...]]) -> int:
     names = {canonical(path[len(root) :]) for path in paths if path[: len(root)] == root}
-    return sum(any(moment[at:] in names for at in range(len(moment))) for moment in moments)
+    return sum(bool(_longest_end(moment, names)) for moment in moments)
+
+
+def _longest_end(moment: tuple[str, ...], names: Set[tuple[str, ...]]) -> tuple[str, ...]:
+    return next((moment[at:] for at in range(len(moment)) if moment[at:] in names), ())

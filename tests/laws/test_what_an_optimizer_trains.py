@@ -1,0 +1,174 @@
+"""Moments belong to what an optimizer trains: Variables of any type, a part of a model, or a module in it."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import restore, save
+from tests.laws import worlds
+from tests.laws.worlds import Numbers, check, refused, write
+
+
+class Own(nnx.Variable):
+    """A type of a program's own, which is no parameter to Flax."""
+
+
+class Dense(nnx.Module):
+    def __init__(self, kind):
+        self.kernel, self.bias = kind(jnp.zeros((3, 4))), kind(jnp.zeros(4))
+
+
+class Model(nnx.Module):
+    def __init__(self, kind, head=nnx.Param):
+        self.embed, self.head = Dense(kind), Dense(head)
+        self.layers = nnx.List([Dense(kind) for _ in range(2)])
+
+
+TXS = {
+    "adam": optax.adam(0.1),
+    "chain": optax.chain(optax.clip(1.0), optax.adamw(optax.constant_schedule(0.1)), optax.ema(0.9)),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+}
+
+
+def _comes_back(path, make, **options):
+    state = make()
+    expected = Numbers().like(worlds.flat(state))
+    worlds.put(state, expected)
+    save(path, state, **options)
+    check(restore(path, nnx.eval_shape(make)), expected)
+
+
+class Training(nnx.Module):
+    def __init__(self, tx, wrt, *kinds):
+        self.model = Model(*kinds)
+        self.optimizer = nnx.Optimizer(self.model, tx, wrt=wrt)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("tx", TXS)
+@pytest.mark.parametrize(
+    ("wrt", "kinds"),
+    [
+        (Own, (Own,)),
+        (Own, (Own, Own)),
+        (nnx.Any(Own, nnx.Param), (Own,)),
+        (nnx.Any(Own, nnx.BatchStat), (Own, nnx.BatchStat)),
+        (nnx.Variable, (nnx.Variable, nnx.Variable)),
+    ],
+)
+def test_variables_of_any_type_come_back_with_their_moments(tmp_path, layout, tx, wrt, kinds):
+    _comes_back(tmp_path / "saved", lambda: Training(TXS[tx], wrt, *kinds), layout=layout)
+
+
+def test_the_moments_of_a_parameter_are_not_those_of_what_has_its_path_in_another_collection(tmp_path):
+    numbers, tx = Numbers(), TXS["adam"]
+    params, own = ({"dense": numbers.dense()} for _ in range(2))
+    tree = {"params": params, "Own": own, "opt_state": numbers.optimizer(tx, params), "step": np.int32(7)}
+    path = write(tmp_path, tree)
+
+    class Trained(nnx.Module):
+        def __init__(self, kind):
+            self.model = nnx.Dict(dense=Dense(kind))
+            self.optimizer = nnx.Optimizer(self.model, tx, wrt=kind)
+
+    error = refused(path, nnx.eval_shape(lambda: Trained(Own)))
+    assert ("optimizer", "opt_state", 0, "mu", "dense", "kernel") in error.paths
+    result = restore(path, nnx.eval_shape(lambda: Trained(nnx.Param)))
+    check(nnx.state(result.model), params)
+    check(nnx.state(result.optimizer), _moments(tree["opt_state"]))
+
+
+def _moments(opt_state):
+    fields = {"mu": opt_state[0].mu, "nu": opt_state[0].nu}
+    return {("opt_state", 0, *path): leaf for path, leaf in worlds.flat(fields).items()}
+
+
+def _of_types(model):
+    return model, model, Own, nnx.Param
+
+
+def _of_paths(model):
+    embed = nnx.PathContains("embed")
+    return model, model, nnx.All(nnx.Param, embed), nnx.All(nnx.Param, nnx.Not(embed))
+
+
+def _of_one_part_twice(model):
+    return model, model, nnx.Param, nnx.All(nnx.Param, nnx.PathContains("embed"))
+
+
+def _of_modules(model):
+    return model.embed, model.head, nnx.Variable, nnx.Variable
+
+
+def _of_layers(model):
+    return model.layers[0], model.layers[1], nnx.Variable, nnx.Variable
+
+
+class Shared(nnx.Module):
+    """One model, and two optimizers that train parts of it."""
+
+    def __init__(self, parts, kind, txs):
+        self.model = Model(kind)
+        one, other, first, second = parts(self.model)
+        self.optimizer = nnx.Optimizer(one, txs[0], wrt=first)
+        self.other_optimizer = nnx.Optimizer(other, txs[1], wrt=second)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("names", [("adam", "adam"), ("chain", "momentum")])
+@pytest.mark.parametrize("parts", [_of_types, _of_paths, _of_one_part_twice, _of_modules, _of_layers])
+def test_two_optimizers_of_one_model_keep_their_own_moments(tmp_path, layout, names, parts):
+    kind, txs = Own if parts is _of_types else nnx.Param, [TXS[name] for name in names]
+    _comes_back(tmp_path / "saved", lambda: Shared(parts, kind, txs), layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_optimizers_of_two_networks_within_one_module_keep_their_own_moments(tmp_path, layout):
+    class Networks(nnx.Module):
+        def __init__(self):
+            self.net = nnx.Dict(gen=Model(nnx.Param), disc=Model(nnx.Param))
+            self.g_opt = nnx.Optimizer(self.net.gen, TXS["adam"], wrt=nnx.Param)
+            self.d_opt = nnx.Optimizer(self.net.disc, TXS["adam"], wrt=nnx.Param)
+
+    _comes_back(tmp_path / "saved", Networks, layout=layout)
+
+
+class Counting(nnx.Module):
+    """A model with a number that is called like the count of optax's states, and is not trained."""
+
+    def __init__(self, kind):
+        self.dense, self.count = Dense(nnx.Param), kind(jnp.zeros(()))
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("tx", TXS)
+@pytest.mark.parametrize("kind", [nnx.BatchStat, Own, nnx.Param])
+def test_a_number_of_the_model_called_like_a_field_of_optaxs_takes_nothing_from_the_optimizer(
+    tmp_path, layout, tx, kind
+):
+    def make():
+        model = Counting(kind)
+        return nnx.Dict(model=model, optimizer=nnx.Optimizer(model, TXS[tx], wrt=nnx.Param))
+
+    _comes_back(tmp_path / "saved", make, layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("tx", TXS)
+@pytest.mark.parametrize("beside", ["count", "model"])
+def test_a_programs_own_numbers_beside_an_optimizer_are_nobodys_parameters(tmp_path, layout, tx, beside):
+    def make():
+        net = Training(TXS[tx], nnx.Param, nnx.Param)
+        return {"net": net.model, "optimizer": net.optimizer}
+
+    item, own = make(), {"count": np.int32(3)} if beside == "model" else np.int32(3)
+    expected = Numbers().like(worlds.flat(nnx.Dict(item)))
+    worlds.put(nnx.Dict(item), expected)
+    save(tmp_path / "saved", {**item, beside: own}, layout=layout)
+    zeros = {"count": 0} if beside == "model" else 0
+    result = restore(tmp_path / "saved", {**nnx.eval_shape(make), beside: zeros})
+    assert (result[beside]["count"] if beside == "model" else result[beside]) == 3
+    check(nnx.Dict({name: result[name] for name in item}), expected)

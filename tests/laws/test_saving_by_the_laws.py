@@ -164,6 +164,33 @@ def test_optimizers_beside_their_models_come_back_each_with_its_count_and_step(f
     assert tree["g_opt"]["step"] != tree["d_opt"]["step"]
 
 
+def _in_keys(*names):
+    return lambda *parts: dict(zip(names, parts, strict=True))
+
+
+@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize(
+    "held",
+    [lambda *parts: parts, lambda *parts: parts[::-1], _in_keys("model", "optimizer"), _in_keys("net", "tx")],
+)
+def test_the_state_of_an_optimizer_beside_its_model_comes_back(tmp_path, held, name):
+    def make():
+        model = Branch({"dense": Numbers().dense()}, {})
+        return model, nnx.state(nnx.Optimizer(model, TXS[name], wrt=nnx.Param))
+
+    parts, numbers = make(), Numbers()
+    for part in parts:
+        worlds.put(part, numbers.like(worlds.flat(part)))
+    item = held(*parts)
+
+    save(tmp_path / "saved", item)
+    found = restore(tmp_path / "saved", nnx.eval_shape(lambda: held(*make())))
+
+    assert {"params", "step"} <= ocp.PyTreeCheckpointer().restore(tmp_path / "saved").keys()
+    for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(item), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+
+
 @pytest.mark.parametrize("gates", [1, 3, 4])
 def test_moments_of_a_part_of_a_cell_are_split_as_the_cell_is(gates):
     bias = "dense_h" if gates == 4 else "dense_i"

@@ -243,14 +243,7 @@ def _optimizers(item: Any, nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, An
         item: The item.
         nodes: Its leaves by path.
     """
-    if is_graph(item):
-        for path, node in cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)):
-            if isinstance(node, nnx.Pytree | nnx.Module) and _is_opt_state(vars(node).get(_OPT_STATE)):
-                yield path, getattr(node, _OPT_STATE)
-        # What a program keeps beside its modules, in containers of its own.
-        yield from _opt_states(item, ())
-        return
-    found = dict(_opt_states(item, ()))
+    found = {**dict(_in_modules(item)), **dict(_opt_states(item, ()))}
     inside = {(*owner, _OPT_STATE) for owner in found}
     alone = {
         owner: state
@@ -258,6 +251,13 @@ def _optimizers(item: Any, nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, An
         if owner not in found and not any(owner[: len(above)] == above for above in inside)
     }
     yield from {**alone, **found}.items()
+
+
+def _in_modules(item: Any) -> Iterator[tuple[Path, Any]]:
+    nodes = cast(Iterable[tuple[Path, Any]], nnx.iter_graph(item)) if is_graph(item) else ()
+    for path, node in nodes:
+        if isinstance(node, nnx.Pytree | nnx.Module) and _is_opt_state(vars(node).get(_OPT_STATE)):
+            yield path, getattr(node, _OPT_STATE)
 
 
 def _is_opt_state(node: Any) -> bool:

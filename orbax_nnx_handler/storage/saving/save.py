@@ -295,9 +295,11 @@ def _check_copies(plan: SavePlan) -> None:
         said = f"{what} each element several times, and those differ"
     listed = "\n".join(rows)
     raise RuleError(
-        f"the rules say that {said}:\n{listed}",
+        f"the rules or the plan say that {said}:\n{listed}",
         paths=[path for pair in tied for path in pair] or repeated,
-        hints=[f"save without the {rule}, and restore that without it: each of them has its own place then."],
+        hints=[
+            f"save without renames or the {rule}, and restore that without it: each has its own place then."
+        ],
     )
 
 

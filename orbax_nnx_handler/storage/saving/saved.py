@@ -7,7 +7,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, printable, render, segments
@@ -76,7 +78,20 @@ class SavedLeaf:
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
         if isinstance(self.recipe, Fill):
             return _zeros(self.shape, self.dtype, like)
-        return evaluate(self.recipe, values, self.dtype)
+        held = held_dtype(self.dtype)
+        if held == self.dtype or not isinstance(like, jax.Array):
+            return evaluate(self.recipe, values, self.dtype)
+        if isinstance(like, Tracer):
+            return evaluate(self.recipe, values, held)
+        return _on_host(evaluate(self.recipe, values, like.dtype), self.dtype)
+
+
+def _on_host(value: jax.Array, dtype: Any) -> Any:
+    """Returns an array in a dtype of 64 bits, of which JAX takes half."""
+    if value.is_fully_addressable:
+        return np.asarray(value).astype(dtype)
+    # Of what is sharded over several processes, none has all.
+    return np.asarray(value.addressable_data(0)).astype(dtype) if value.is_fully_replicated else value
 
 
 def _is_abstract(value: Any) -> bool:

@@ -144,10 +144,8 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         )
     stored = {path: placement.leaf for path, placement in plan.sides.placements.items()}
     read = Counter(path for item in restored.values() for path in reads(item.recipe))
-    # The zero that stands for a moment that is not kept is one for all layers.
-    copied = plan.sides.copied.union(
-        path for path, count in read.items() if count > 1 and plan.sides.placements[path].is_unused
-    )
+    # One count of T5X's is the step and that of each state, one zero the unused moment of all layers.
+    copied = plan.sides.copied.union(path for path, count in read.items() if count > 1)
     # The last one is undone first: of a leaf and its copy, the one that has all its digits is stored.
     order = sorted(restored, key=lambda path: restored[path].cast == "same") if copied else restored
     ways = inverse(

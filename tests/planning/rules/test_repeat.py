@@ -89,8 +89,9 @@ def test_a_save_stores_one_of_equal_copies_and_refuses_others(by: str, tmp_path:
     with pytest.raises(RuleError) as error:
         to_linen(model, renames=undone)
     assert str(error.value) == (
-        "the rules say that 1 leaf holds each element several times, and those differ:\n  key/kernel\n"
-        "hint: save without the Repeat, and restore that without it: each of them has its own place then."
+        "the rules or the plan say that 1 leaf holds each element several times, and those differ:\n"
+        "  key/kernel\n"
+        "hint: save without renames or the Repeat, and restore that without it: each has its own place then."
     )
     save(tmp_path / "whole", model)
     whole = restore(tmp_path / "whole", target)

@@ -11,7 +11,7 @@ from typing import Any
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, without_box
-from orbax_nnx_handler.planning.core.recipes import reads
+from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.choice import faults_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
@@ -233,8 +233,8 @@ class Evidence:
                     found[key].add(path)
         return found
 
-    def restored_under(self, rules: Sequence[Rule]) -> set[Path] | None:
-        """Returns what would be restored under other rules; None where they are refused."""
+    def restored_under(self, rules: Sequence[Rule]) -> Mapping[Path, Recipe] | None:
+        """Returns what would be restored under other rules, and how; None where they are refused."""
         wanted = list(self.sides.wanted.values())
         stored = {path: item.leaf for path, item in self.sides.placements.items()}
         options = RestoreOptions.of(renames=tuple(rules), layout=self.verdict.read_as)
@@ -244,7 +244,9 @@ class Evidence:
             return None
         if faults or mapping.faults or any(faults_of(mapping)):
             return None
-        return {path for path, shape in mapping.shapes.items() if shape == self.sides.wanted[path].leaf.shape}
+        wants = self.sides.wanted
+        fitting = {path for path, shape in mapping.shapes.items() if shape == wants[path].leaf.shape}
+        return {path: recipe for path, recipe in mapping.recipes.items() if path in fitting}
 
     @cached_property
     def weights_complete(self) -> bool:

@@ -345,7 +345,7 @@ def _are_restored(evidence: Evidence, moves: Sequence[_Move]) -> bool:
     given, more = evidence.verdict.renames, as_rules(rule for move in moves for rule in move.rules)
     lost = {*evidence.restored, *(path for move in moves for path in move.wanted)}
     found = (evidence.restored_under(every) for every in ([*given, *more], [*more, *given]))
-    return any(each is not None and each.issuperset(lost) for each in found if more)
+    return any(each is not None and each.keys() >= lost for each in found if more)
 
 
 def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:

@@ -9,15 +9,18 @@ import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast
 
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
 from orbax_nnx_handler.planning.core.paths import Path, canonical, segments, without_box
+from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.options import Policy
+from orbax_nnx_handler.planning.rules.pattern import Pattern
+from orbax_nnx_handler.planning.rules.rule import Rule
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
 LOOK = Hint(
@@ -124,16 +127,28 @@ def _tried(cause: Cause, evidence: Evidence) -> Hint:
     way, given = cause.way, list(evidence.verdict.renames)
     rules = list(way.arguments["renames"])
     orders = {"behind": [*given, *rules], "in front of": [*rules, *given]} if given else {"": rules}
-    before = evidence.restored.keys()
     for where, every in orders.items():
-        found = evidence.restored_under(every) if evidence.is_searched else {*before, ()}
-        if found is None or not before <= found:
-            continue
-        if len(found) > len(before) or cause.kind in _NO_MORE:
+        # What a very big model becomes under them is not looked at.
+        if not evidence.is_searched or _helps(cause, evidence, every):
             words = f"{way.words} Put {'them' if len(rules) > 1 else 'it'} {where} the rules passed so far."
             arguments = {**way.arguments, "renames": every}
             return dataclasses.replace(way, words=words if where else way.words, arguments=arguments)
     return suggest_hint(evidence)
+
+
+def _helps(cause: Cause, evidence: Evidence, rules: Sequence[Rule]) -> bool:
+    """Tells whether more is restored under some rules, and nothing beside the cause is arranged anew."""
+    before, found = evidence.restored, evidence.restored_under(rules)
+    if found is None or not before.keys() <= found.keys():
+        return False
+    others = (path for path in before if path not in cause.paths)
+    if any(_is_rearranged(before[path].recipe, found[path]) for path in others):
+        return False  # A pattern that matches more than is meant.
+    return len(found) > len(before) or cause.kind in _NO_MORE
+
+
+def _is_rearranged(before: Recipe, after: Recipe) -> bool:
+    return before != after and reads(before) == reads(after)
 
 
 _MOST = 4
@@ -233,27 +248,40 @@ def shortest_patterns(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
     """Returns few patterns that match these stored weights and no other.
 
     A pattern is the end of a path, as short as it can be and still match nothing
-    else: `up/kernel`, `encoder/up/kernel`, `layers_{i}/up/kernel`.
+    else: `up/kernel`, `encoder/up/kernel`, `layers_{i}/up/kernel`, `params/up/kernel`.
+
+    Returns:
+        The patterns; none where even a whole path is in that of another leaf.
     """
     every = {path: _names(evidence, path) for path in evidence.stored_weights}
     meant = {path: every[path] for path in dict.fromkeys(paths)}
     others = [names for path, names in every.items() if path not in meant]
-    return [
-        "/".join(pattern) for pattern in dict.fromkeys(_shortest(names, others) for names in meant.values())
-    ]
+
+    @functools.cache
+    def matches_no_other(text: str) -> bool:
+        pattern = Pattern(text)
+        return not any(any(pattern.spans(names)) for names in others)
+
+    patterns = [_shortest(names, others, matches_no_other) for names in meant.values()]
+    return [] if None in patterns else [text for text in dict.fromkeys(patterns) if text is not None]
 
 
 def _names(evidence: Evidence, path: Path) -> tuple[str, ...]:
-    return without_box(segments(evidence.stored_weights[path].path))
+    """Returns a stored path as a rule meets it, owner and collection included."""
+    return without_box(segments(path)) if evidence.stored_weights[path].collection else segments(path)
 
 
-def _shortest(names: Sequence[str], others: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def _shortest(
+    names: Sequence[str], others: Sequence[Sequence[str]], matches_no_other: Callable[[str], bool]
+) -> str | None:
     lengths = range(min(2, len(names)), len(names) + 1)
     for length, any_number in itertools.product(lengths, (True, False)):
         end = names[-length:]
         if not any(_alike(other[-length:], end, any_number) for other in others):
-            return _general(end) if any_number else tuple(end)
-    return tuple(names)
+            text = "/".join(_general(end) if any_number else end)
+            if matches_no_other(text):
+                return text
+    return None
 
 
 def _alike(one: Sequence[str], other: Sequence[str], any_number: bool) -> bool:

@@ -248,8 +248,8 @@ def _one_left_behind(rivals: Sequence[CompetingSources]) -> str:
     own = [[entry for entry in rival.entries if not entry.reason] for rival in rivals]
     if not all(own):
         return "take out the rule that brings the leaf which is not meant."
-    # The whole stored path, as `orbax-nnx tree` prints it: less would drop the other one too.
-    paths = [render(path) for entries in own for path in reads(entries[-1].recipe)]
+    # Whole stored paths: less would drop the other one too. A stack may be the rival of many layers.
+    paths = [*dict.fromkeys(render(path) for entries in own for path in reads(entries[-1].recipe))]
     drops = ", ".join(f"Drop({path!r}, 'why')" for path in paths[:_SHOWN])
     many = f"{drops} and so on for each of them"
     if all(len(entries) == len(rival.entries) for entries, rival in zip(own, rivals, strict=True)):

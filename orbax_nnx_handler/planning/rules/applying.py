@@ -1,7 +1,7 @@
 """Lists of rules: read from what a user wrote, applied one after another, and what had no effect is told."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -106,16 +106,19 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
     """
     after: Sequence[Entry] = entries
     made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[UnmatchedRule](), dict[Path, str]()
+    matched = list[Rule]()
     axes = tuple(rule for rule in rules if isinstance(rule, ScanAxis))
     for rule in rules:
         applied = rule.apply(after)
-        if not applied.matched and not isinstance(rule, ScanAxis):
+        if applied.matched:
+            matched.append(rule)
+        elif not isinstance(rule, ScanAxis):
             unused.append((rule, after))
         after = applied.entries
         made.append((rule, applied.changed))
         discarded |= applied.discarded
     if unused:
-        raise _without_effect(unused)
+        raise _without_effect(unused, matched)
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
     _check_copies(after, casts)
     return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)
@@ -161,6 +164,7 @@ _IN_OPTIMIZER = (
     "Weights that a program keeps there can be read with Orbax and given to from_linen."
 )
 
+_TWICE = "take out the repetition: a rule is for every leaf that its pattern matches."
 _OF_ITS_OWN = (
     "a step and an optimizer are their train state's own: only renames and Drop are for them. Restore "
     "without the rule, and set a second count in the program."
@@ -172,11 +176,15 @@ def unused_rules(unused: Sequence[Rule]) -> UnusedRuleError:
     return _unused_error([f"  {rule}" for rule in unused], Hint(_WHOLE))
 
 
-def _without_effect(unused: Sequence[UnmatchedRule]) -> UnusedRuleError:
+def _without_effect(unused: Sequence[UnmatchedRule], matched: Collection[Rule]) -> UnusedRuleError:
     """Returns the error for rules that match nothing, with the stored paths that are nearest."""
-    rows, corrected, late = list[str](), list[Rule](), False
+    rows, corrected, late, repeated = list[str](), list[Rule](), False, 0
     for rule, met in unused:
         rows.append(f"  {rule}")
+        if rule in matched:
+            rows.append("    the same rule in front of it has matched all that it is for")
+            repeated += 1
+            continue
         if isinstance(rule, Rename) and comes_late(rule, met):
             late = True
             continue
@@ -190,6 +198,8 @@ def _without_effect(unused: Sequence[UnmatchedRule]) -> UnusedRuleError:
     if any(not isinstance(rule, Rename) and is_for_values(rule, met) for rule, met in unused):
         rows = [row for row in rows if not row.startswith("   ")]
         return _unused_error(rows, Hint(_OF_ITS_OWN))
+    if repeated == len(unused):
+        return _unused_error(rows, Hint(_TWICE))
     if len(corrected) == len(unused):
         return _unused_error(rows, Hint(f"if that is meant, write {', '.join(map(str, corrected))}."))
     return _unused_error(rows, Hint(_LATE if late else _WHOLE))

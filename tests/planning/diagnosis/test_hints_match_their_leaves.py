@@ -1,0 +1,76 @@
+"""What a hint proposes changes the leaves that it is about, and no other."""
+
+import jax
+import numpy as np
+import pytest
+
+from orbax_nnx_handler import Drop, Reshape, RestoreError, Transpose, UnusedRuleError, from_linen
+
+
+def _numbers(start, *shape):
+    return np.arange(start, start + np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def _target(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _refused(variables, wanted, **options):
+    with pytest.raises(RestoreError) as caught:
+        from_linen(variables, _target(wanted), **options)
+    return caught.value
+
+
+def _rules(error):
+    return [rule for hint in error.hints for rule in hint.arguments.get("renames", ())]
+
+
+def _check(got, wanted):
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_a_leaf_at_the_root_is_told_from_one_of_its_name_in_a_module():
+    stored = {"up": {"kernel": _numbers(0, 8, 16)}, "b": {"up": {"kernel": _numbers(900, 8, 4)}}}
+    wanted = {"up": {"kernel": stored["up"]["kernel"].T}, "b": stored["b"]}
+
+    rules = _rules(_refused({"params": stored}, wanted))
+
+    assert rules == [Transpose("params/up/kernel", (1, 0))]
+    _check(from_linen({"params": stored}, _target(wanted), renames=rules), wanted)
+
+
+def test_a_reshape_at_the_root_leaves_one_of_its_name_as_it_is():
+    stored = {"q": {"kernel": _numbers(0, 8, 2, 4)}, "b": {"q": {"kernel": _numbers(900, 8, 2, 4)}}}
+    wanted = {"q": {"kernel": stored["q"]["kernel"].reshape(8, 8)}, "b": stored["b"]}
+
+    rules = _rules(_refused({"params": stored}, wanted))
+
+    assert rules == [Reshape("params/q/kernel", (8, 8))]
+    _check(from_linen({"params": stored}, _target(wanted), renames=rules), wanted)
+
+
+def _stack_beside_layers():
+    layers = {f"l_{at}": {"kernel": _numbers(16 * at, 4, 4)} for at in range(4)}
+    stored = {"params": {**layers, "l": {"kernel": _numbers(900, 4, 4, 4)}}}
+    return stored, {"l": {at: layers[f"l_{at}"] for at in range(4)}}
+
+
+def test_a_stack_that_is_the_rival_of_many_layers_is_left_behind_by_one_rule():
+    stored, wanted = _stack_beside_layers()
+
+    error = _refused(stored, wanted)
+
+    assert "renames=[Drop('params/l/kernel', 'why')]" in str(error)
+    _check(from_linen(stored, _target(wanted), renames=[Drop("params/l/kernel", "why")]), wanted)
+
+
+def test_a_rule_that_repeats_another_is_not_corrected_to_another_leaf():
+    stored, wanted = _stack_beside_layers()
+    rule = Drop("params/l/kernel", "why")
+
+    error = _refused(stored, wanted, renames=[rule, rule])
+
+    assert isinstance(error, UnusedRuleError)
+    assert "the same rule in front of it has matched all that it is for" in str(error)
+    assert "take out the repetition" in str(error)
+    assert "l_0" not in str(error)

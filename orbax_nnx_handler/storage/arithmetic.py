@@ -5,11 +5,10 @@ the dtype at the end cannot hold is refused: one that was finite and would be
 infinite, or one outside the range of an integer type.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -17,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, use_abstract_mesh
+from jax.sharding import Sharding
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.dtypes import held_dtype, holds, is_key, wide_dtype
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Arithmetic, Recipe, computes, without_arithmetic
+from orbax_nnx_handler.storage.explicit_axes import on_explicit_axes, on_mesh, sharded_by_compiler
 
 Values = npt.NDArray[Any]
 Dtype = Any  # NumPy's own and those of `ml_dtypes`.
@@ -252,8 +252,9 @@ def evaluate_together(
     """
     paths, patterns = _numbered(asked)
     with sharded_by_compiler([values[path] for path in paths]) as (sources, meshes):
-        computed, losses = _compiled(patterns)(*sources)
-    computed = [_on_mesh(value, meshes) for value in computed]
+        run = on_explicit_axes(_compiled(patterns), [one.recipe for one in patterns], sources)
+        computed, losses = run(*sources)
+    computed = [on_mesh(value, meshes) for value in computed]
 
     def check() -> None:
         for one, loss in zip(asked, losses, strict=True):
@@ -262,42 +263,6 @@ def evaluate_together(
                 raise LostValueError(loss[1], loss[1], values[path].dtype, one.dtype).of(path)
 
     return computed, check
-
-
-@contextlib.contextmanager
-def sharded_by_compiler(values: Sequence[Any]) -> Generator[tuple[list[Any], Mapping[Mesh, Mesh]]]:
-    """Yields arrays for a jitted function that cuts and joins them anywhere, whatever their shardings.
-
-    Of arrays on a mesh with axes of `AxisType.Explicit`, JAX refuses every operation whose result
-    has no sharding that follows from theirs. What is yielded are the same arrays on a mesh whose
-    axes are the compiler's; nothing is copied.
-
-    Args:
-        values: Arrays on devices, traced ones, which are left as they are, or NumPy's.
-
-    Yields:
-        The arrays, and the mesh that each new mesh stands for.
-    """
-    meshes: dict[Mesh, Mesh] = {}
-    for value in values:
-        mesh = None if isinstance(value, Tracer) else getattr(getattr(value, "sharding", None), "mesh", None)
-        if isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types:
-            meshes[mesh] = Mesh(
-                mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
-            )
-    new = next(iter(meshes.values()), None)
-    # JAX also wants the mesh in force to have axes of the arrays' types.
-    with contextlib.nullcontext() if new is None else use_abstract_mesh(new.abstract_mesh):
-        yield [_on_mesh(value, meshes) for value in values], {new: mesh for mesh, new in meshes.items()}
-
-
-def _on_mesh(value: Any, meshes: Mapping[Mesh, Mesh]) -> Any:
-    """Returns an array with the mesh in its sharding that stands in the place of its own, if one does."""
-    own = None if isinstance(value, Tracer) or not meshes else getattr(value, "sharding", None)
-    mesh = meshes.get(own.mesh) if isinstance(own, NamedSharding) and isinstance(own.mesh, Mesh) else None
-    if not isinstance(own, NamedSharding) or mesh is None:
-        return cast(Any, value)
-    return jax.device_put(value, NamedSharding(mesh, own.spec, memory_kind=own.memory_kind))
 
 
 def _numbered(asked: Sequence[Asked]) -> tuple[list[Path], tuple[Asked, ...]]:

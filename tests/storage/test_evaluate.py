@@ -75,6 +75,25 @@ def test_arrays_on_a_mesh_of_explicit_axes_are_cut_and_joined_like_others(
     assert made.sharding.mesh == mesh
 
 
+@pytest.mark.parametrize("in_force", [False, True], ids=["", "mesh in force"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_traced_arrays_on_a_mesh_of_explicit_axes_are_cut_and_joined_like_others(
+    recipe: Recipe, in_force: bool
+) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    specs = {("a",): PartitionSpec("x", "y"), ("b",): PartitionSpec("y", "x")}
+    values = {path: jax.device_put(x, NamedSharding(mesh, specs[path])) for path, x in VALUES.items()}
+
+    def run(a: Any, b: Any) -> Any:
+        return 2 * evaluate(recipe, {("a",): a, ("b",): b}, jnp.float32)
+
+    with jax.set_mesh(mesh) if in_force else contextlib.nullcontext():
+        twice = jax.jit(run)(values["a",], values["b",])
+
+    np.testing.assert_array_equal(twice, 2 * plans.evaluate(recipe, VALUES))
+    assert twice.sharding.mesh == mesh
+
+
 @pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["host", "device"])
 def test_products_are_computed_in_the_wider_type_and_cast_last(of: Any) -> None:
     fractions: dict[Path, Any] = {("a",): of(np.array([0.25, 0.5], "float32"))}

@@ -32,6 +32,7 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.shardings import is_traced, mesh_in_force
 from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.arithmetic import Asked, evaluate_together
+from orbax_nnx_handler.storage.explicit_axes import explicit_mesh, is_explicit, placed
 from orbax_nnx_handler.storage.reading.jobs import Job, families
 from orbax_nnx_handler.storage.reading.read import source_shardings
 
@@ -168,7 +169,11 @@ def _compute_on(
     with _mesh_of(leaves):
         compiled: Any = jax.jit(outputs, out_shardings=[leaf.sharding for leaf in leaves])
         values: list[jax.Array] = compiled()
-    return dict(zip([leaf.path for leaf in leaves], values, strict=True))
+    pairs = zip(leaves, values, strict=True)
+    return {
+        leaf.path: _placed(value, leaf.sharding) if is_explicit(leaf.sharding) else value
+        for leaf, value in pairs
+    }
 
 
 def _cast(value: Any, leaf: WantedLeaf) -> Any:
@@ -229,9 +234,7 @@ def compute_on_devices(values: ArraysByPath, jobs: Sequence[Job]) -> dict[Path, 
 def _placed(value: jax.Array, sharding: Sharding | None) -> jax.Array:
     if sharding is None:
         return value
-    if isinstance(value, Tracer):
-        return jax.lax.with_sharding_constraint(value, sharding)
-    return jax.device_put(value, sharding)
+    return placed(value, sharding) if isinstance(value, Tracer) else jax.device_put(value, sharding)
 
 
 def _destination(job: Job, sources: Sequence[jax.Array]) -> Sharding | None:
@@ -275,8 +278,10 @@ def _computed(jobs: Sequence[Job], values: ArraysByPath) -> tuple[dict[Path, jax
         there = source_shardings(job)
         sources = {path: jax.device_put(source, there[path]) for path, source in sources.items()}
         places = {_devices(job.sharding, job.shape)}
+    # Where types tell how traced arrays are divided, what is asked for comes after.
+    typed = explicit_mesh(list(sources.values())) is not None
     asked = [
-        Asked(job.recipe, job.dtype, goal if _is_there(goal, job, places) else None)
+        Asked(job.recipe, job.dtype, goal if not typed and _is_there(goal, job, places) else None)
         for job, goal in zip(jobs, goals, strict=True)
     ]
     arrays, check = evaluate_together(asked, sources)
@@ -288,4 +293,6 @@ def _computed(jobs: Sequence[Job], values: ArraysByPath) -> tuple[dict[Path, jax
 
 def _is_there(goal: Sharding | None, job: Job, places: set[tuple[Any, ...]]) -> bool:
     """Tells whether an array goes to the devices of its sources, so that one function makes it there."""
-    return goal is None or not places or _devices(goal, job.shape) in places
+    if not places:
+        return not is_explicit(goal)  # What is asked of a traced result says nothing of its type.
+    return goal is None or _devices(goal, job.shape) in places

@@ -1,5 +1,6 @@
 """A Linen tree in memory becomes what Linen computes with it, and what the same tree on disk becomes."""
 
+import contextlib
 from typing import Any
 
 import flax.linen as nn
@@ -14,14 +15,16 @@ from flax.core import freeze
 from flax.serialization import to_state_dict
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from orbax_nnx_handler import (
     Copy,
     DtypeMismatchError,
+    Fuse,
     NotACheckpointError,
     RestoreError,
     Scale,
+    StackLayers,
     Transpose,
     UnmappedValueError,
     UnreadableLeafError,
@@ -332,6 +335,69 @@ def test_under_jit_the_targets_shardings_hold_and_what_is_missing_is_filled(mesh
         .sharding.is_equivalent_to(wanted.layers[0].kernel.get_value().sharding, 2)
     )
     assert float(abs(traced.layers[2].bias.get_value()).sum()) == 0
+
+
+@pytest.mark.parametrize("in_force", [False, True], ids=["", "mesh in force"])
+@pytest.mark.parametrize("axes", [(AxisType.Explicit,) * 2, (AxisType.Explicit, AxisType.Auto)], ids=str)
+@pytest.mark.parametrize("source", [("x", "y"), ("y", "x"), (), None], ids=str)
+def test_under_jit_the_targets_shardings_hold_on_a_mesh_of_explicit_axes_too(
+    source: tuple[str, ...] | None, axes: tuple[AxisType, ...], in_force: bool
+) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=axes)
+
+    def there(*spec: str | None) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def placed(start: int, spec: tuple[str, ...] | None) -> Any:
+        value = np.arange(start, start + 64, dtype=np.float32).reshape(8, 8)
+        return value if spec is None else jax.device_put(value, there(*spec))
+
+    def like(shape: tuple[int, ...], *spec: str | None, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=there(*spec))
+
+    names = ["same", "cast", "turned", "layers_0", "layers_1", "q", "k"]
+    other = None if source is None else source[::-1]
+    tree = {
+        "params": {
+            name: {"kernel": placed(64 * at, other if at % 2 else source)} for at, name in enumerate(names)
+        }
+    }
+    wanted = {
+        "same": {"kernel": like((8, 8), "x", "y")},
+        "cast": {"kernel": like((8, 8), "x", "y", dtype=jnp.bfloat16)},
+        "turned": {"kernel": like((8, 8), "y", "x")},
+        "layers": {"kernel": like((2, 8, 8), "y", "x")},
+        "qk": {"kernel": like((8, 16), None, "x")},
+        "new": {"kernel": like((8, 8), "x", "y")},
+    }
+    rules = [
+        Transpose("turned/kernel", (1, 0)),
+        StackLayers("layers_{i}", "layers", axis=0),
+        Fuse(("q", "k"), "qk", axis=1),
+    ]
+
+    def init() -> Any:
+        return jax.tree.map(lambda leaf: jnp.ones(leaf.shape), wanted)
+
+    def run(tree: Any) -> Any:
+        return from_linen(tree, wanted, renames=rules, policy="init", init=init)
+
+    with jax.set_mesh(mesh) if in_force else contextlib.nullcontext():
+        found = jax.jit(run)(tree)
+
+    stored = {name: np.asarray(part["kernel"]) for name, part in tree["params"].items()}
+    expected = {
+        "same": stored["same"],
+        "cast": stored["cast"].astype(jnp.bfloat16),
+        "turned": stored["turned"].T,
+        "layers": np.stack([stored["layers_0"], stored["layers_1"]]),
+        "qk": np.concatenate([stored["q"], stored["k"]], axis=1),
+        "new": np.ones((8, 8)),
+    }
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name]["kernel"], value)
+        asked = wanted[name]["kernel"].sharding
+        assert found[name]["kernel"].sharding.is_equivalent_to(asked, value.ndim)
 
 
 def test_random_state_is_made_under_jit_as_outside_of_it() -> None:

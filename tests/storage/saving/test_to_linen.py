@@ -1,5 +1,6 @@
 """The tree that a save would write, in memory, beside what stock Orbax reads of that save."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler import Copy, Reshape, RuleError, Transpose, from_linen, plan_restore, save, to_linen
+from orbax_nnx_handler import (
+    Copy,
+    Fuse,
+    Reshape,
+    RuleError,
+    StackLayers,
+    Transpose,
+    UnstackLayers,
+    from_linen,
+    plan_restore,
+    save,
+    to_linen,
+)
 from tests.storage.saving.trees import flat, leaves
 
 
@@ -116,6 +129,38 @@ def test_equal_copies_on_a_mesh_of_explicit_axes_are_found_to_be_equal() -> None
     assert [key for key, _ in jax.tree.leaves_with_path(tree)] == [
         key for key, _ in jax.tree.leaves_with_path(tied)
     ]
+
+
+@pytest.mark.parametrize("in_force", [False, True], ids=["", "mesh in force"])
+def test_under_jit_leaves_on_a_mesh_of_explicit_axes_are_joined_and_cut(in_force: bool) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+
+    def param(start: int, shape: tuple[int, ...], *spec: str) -> nnx.Param[Any]:
+        value = jnp.arange(start, start + np.prod(shape), dtype=np.float32).reshape(shape)
+        return nnx.Param(jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec))))
+
+    state = nnx.State(
+        {
+            "layers": {at: {"kernel": param(64 * at, (8, 8), *"xy"[:: 1 - 2 * at])} for at in range(2)},
+            "blocks": {"kernel": param(128, (4, 8, 8), "x", "y")},
+            "qk": {"kernel": param(384, (8, 6), "x", "y")},
+        }
+    )
+    rules = [
+        UnstackLayers("layers", "layers/{i}", axis=0),
+        StackLayers("block_{i}", "blocks", axis=0),
+        Fuse(("q", "k"), "qk", axis=1),
+    ]
+
+    def run(state: Any) -> Any:
+        return to_linen(state, renames=rules)
+
+    with jax.set_mesh(mesh) if in_force else contextlib.nullcontext():
+        traced, found = jax.jit(run)(state), run(state)
+
+    assert traced["params"]["layers"]["kernel"].shape == (2, 8, 8)
+    assert set(traced["params"]) == {"layers", "q", "k", *(f"block_{at}" for at in range(4))}
+    jax.tree.map(np.testing.assert_array_equal, traced, found)
 
 
 @pytest.mark.parametrize("by_plan", [False, True], ids=["rules", "plan"])

@@ -9,17 +9,19 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
+from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, shortest_patterns, weights_alone
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
+from orbax_nnx_handler.planning.suggesting.moved_axes import Pair, moved_groups, order_of, permuted
 
 _RULES = 8
 """Rules that a hint writes out; more of them are a matter for `suggest` or a loop."""
@@ -41,15 +43,23 @@ _Explained = Mapping[tuple[int, ...], Sequence[Path]]
 
 def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights whose stored shape is the wanted one with its axes in another order."""
-    found = _explained(evidence, _permutation)
-    if not found:
+    found, conditions = _by_group(evidence)
+    grouped = set(_paths(found))
+    alone = {
+        order: [p for p in some if p not in grouped]
+        for order, some in _explained(evidence, _permutation).items()
+    }
+    alone = {order: some for order, some in alone.items() if some}
+    if not found and not alone:
         return
-    alone = set(_paths(found))
-    found = _with_moved(evidence, found)
+    others: _Explained = _with_moved(evidence, alone, grouped) if alone else {}
+    by_others = [path for path in _paths(others) if path not in {*_paths(alone)}]
+    for order, some in others.items():
+        found[order] = [*found.get(order, ()), *some]
     paths = _paths(found)
-    by_others = [path for path in paths if path not in alone]
-    first = evidence.mismatched[paths[0]]
-    swapped = _swapped(evidence, paths)
+    wrong = [path for path in paths if path in evidence.mismatched]
+    first = evidence.mismatched[wrong[0]]
+    swapped = _swapped(evidence, wrong)
     rules = [Transpose(pattern, order) for pattern, order in _patterns(evidence, found)]
     # Both readings give the same shapes: only the writer knows.
     other = f", or {listed(map(repr, swapped))} carry each other's names" if swapped else ""
@@ -57,17 +67,83 @@ def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     if swapped:
         one, two = swapped
         exchange = f" for the first, renames={[(one, two), (two, one)]!r} for the second"
+    if by_others:
+        conditions.append(
+            f"the layers of {render(by_others[0])} lie where the others' do: its own shape allows more"
+        )
+    condition = f" if {' and '.join(conditions)}" if conditions else ""
+    way = _pass(rules, after=f"{exchange}{condition}.")
+    if untold := _untold(evidence, others):
+        # Which it is, no rule to paste may say.
+        more = [Transpose(pattern, order) for pattern, order in _patterns(evidence, untold)]
+        names = list_paths(_paths(untold))
+        doubt = f"{names} may be stored so too, its shape is the same either way, and only its writer knows"
+        too = f": then pass {as_python(more)} as well" if len(more) <= _RULES else ""
+        way = Hint(f"{way.words} {doubt}{too}.")
     yield Cause(
         kind="AxesPermuted",
-        text=f"{counted(len(paths), 'weight is', 'weights are')} stored with the axes in another order "
+        text=f"{counted(len(wrong), 'weight is', 'weights are')} stored with the axes in another order "
         f"({first.stored_shape} for {first.wanted.shape}){other}.",
         paths=evidence.with_moments(paths),
-        way=_pass(rules, after=f"{exchange}{_as_others(by_others)}."),
+        way=way,
         facts={"stored": first.stored_shape, "wanted": first.wanted.shape, "swapped": swapped},
     )
 
 
-def _with_moved(evidence: Evidence, found: _Explained) -> _Explained:
+def _by_group(evidence: Evidence) -> tuple[dict[tuple[int, ...], list[Path]], list[str]]:
+    """Returns the weights of groups that one move of their axis explains, by order, and what is to be so."""
+    shapes = _shapes(evidence)
+    paths = list(shapes)
+    pairs = [Pair(evidence.below[path], *shapes[path]) for path in paths]
+    found: dict[tuple[int, ...], list[Path]] = defaultdict(list)
+    conditions: list[str] = []
+    for group in moved_groups(pairs):
+        members = [paths[at] for at in group.members]
+        if len(group.moves) != 1:
+            continue
+        axis, to = group.moves[0]
+        for path in members:
+            found[order_of(len(shapes[path][0]), (axis, to))].append(path)
+        if any(path in evidence.restored or _permutation(*shapes[path]) is None for path in members):
+            conditions.append(
+                f"all layers of {spell(group.name)!r} lie on axis {axis} in the checkpoint "
+                f"and on axis {to} in the target"
+            )
+    return found, conditions
+
+
+def _shapes(evidence: Evidence) -> Mapping[Path, tuple[Shape, Shape]]:
+    """Returns the stored and the wanted shape of weights that are one stored leaf each, as it is."""
+    found: dict[Path, tuple[Shape, Shape]] = {}
+    plain = _plain(evidence)
+    for path in evidence.weights if plain else ():
+        item = evidence.mismatched.get(path)
+        if item is not None:
+            if isinstance(item.recipe, Read):
+                found[path] = item.stored_shape, item.wanted.shape
+        elif (kept := evidence.restored.get(path)) and isinstance(kept.recipe, Read):
+            found[path] = kept.wanted.shape, kept.wanted.shape
+    return found
+
+
+def _untold(evidence: Evidence, found: _Explained) -> _Explained:
+    """Returns restored weights that are called as arranged ones, and have one shape arranged or not."""
+    untold: dict[Permutation, list[Path]] = {}
+    orders = {(path[-1], order) for order, paths in found.items() for path in paths}
+    if not orders:
+        return untold
+    for path, (stored, wanted) in _shapes(evidence).items():
+        fitting = [
+            order
+            for name, order in orders
+            if name == path[-1] and len(order) == len(stored) and permuted(stored, order) == wanted
+        ]
+        if path in evidence.restored and len(fitting) == 1:
+            untold[fitting[0]] = [*untold.get(fitting[0], ()), path]
+    return untold
+
+
+def _with_moved(evidence: Evidence, found: _Explained, grouped: Collection[Path]) -> _Explained:
     """Returns the orders with those of leaves that several would explain: an axis moved as in all others.
 
     A stack whose layers lie on another axis: (3, 5) for (5, 3), and (3, 5, 3) for (5, 3, 3).
@@ -78,28 +154,17 @@ def _with_moved(evidence: Evidence, found: _Explained) -> _Explained:
     for path in _plain(evidence) if moves else ():
         item = evidence.mismatched[path]
         stored, wanted = item.stored_shape, item.wanted.shape
-        orders = {_move(len(stored), *move) for move in moves if max(move) < len(stored)}
+        orders = {order_of(len(stored), move) for move in moves if max(move) < len(stored)}
         fitting = [order for order in orders if tuple(stored[axis] for axis in order) == wanted]
-        if path not in known and len(fitting) == 1:
+        if path not in known and path not in grouped and len(fitting) == 1:
             every.setdefault(fitting[0], []).append(path)
     return every
-
-
-def _as_others(paths: Sequence[Path]) -> str:
-    if not paths:
-        return ""
-    return f" if the layers of {render(paths[0])} lie where the others' do: its own shape allows more"
 
 
 def _moves(order: Permutation) -> set[tuple[int, int]]:
     """Returns the moves of one axis to another place that an order is."""
     places = itertools.permutations(range(len(order)), 2)
-    return {move for move in places if _move(len(order), *move) == order}
-
-
-def _move(rank: int, axis: int, to: int) -> Permutation:
-    rest = [at for at in range(rank) if at != axis]
-    return (*rest[:to], axis, *rest[to:])
+    return {move for move in places if order_of(len(order), move) == order}
 
 
 def find_merged(evidence: Evidence) -> Iterable[Cause]:
@@ -150,7 +215,8 @@ def _plain(evidence: Evidence) -> list[Path]:
 
 
 def _sources(evidence: Evidence, paths: Iterable[Path]) -> list[Path]:
-    recipes = [evidence.mismatched[path].recipe for path in paths]
+    every = (evidence.mismatched.get(path) or evidence.restored[path] for path in paths)
+    recipes = [item.recipe for item in every]
     return [recipe.path for recipe in recipes if isinstance(recipe, Read)]
 
 

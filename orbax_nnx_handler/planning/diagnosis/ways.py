@@ -245,7 +245,7 @@ _NUMBER = re.compile(r"\d+$")
 
 
 def shortest_patterns(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
-    """Returns few patterns that match these stored weights and no other.
+    """Returns few patterns that match these stored weights, each by one of them, and no other.
 
     A pattern is the end of a path, as short as it can be and still match nothing
     else: `up/kernel`, `encoder/up/kernel`, `layers_{i}/up/kernel`, `params/up/kernel`.
@@ -262,8 +262,24 @@ def shortest_patterns(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
         pattern = Pattern(text)
         return not any(any(pattern.spans(names)) for names in others)
 
-    patterns = [_shortest(names, others, matches_no_other) for names in meant.values()]
-    return [] if None in patterns else [text for text in dict.fromkeys(patterns) if text is not None]
+    patterns: list[str] = []
+    matched: list[tuple[str, ...]] = []
+    left = list(meant.values())
+
+    def is_new(text: str) -> bool:
+        pattern = Pattern(text)
+        return matches_no_other(text) and not any(any(pattern.spans(names)) for names in matched)
+
+    while left:
+        text = _shortest(left[0], others, is_new)
+        if text is None:
+            return []
+        patterns.append(text)
+        pattern = Pattern(text)
+        hits = [any(pattern.spans(names)) for names in left]
+        matched += [names for names, hit in zip(left, hits, strict=True) if hit]
+        left = [names for names, hit in zip(left, hits, strict=True) if not hit]
+    return patterns
 
 
 def _names(evidence: Evidence, path: Path) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     place_of,
     settle_turns,
 )
+from orbax_nnx_handler.planning.suggesting.moved_axes import with_moved_axes
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.suggesting.scoring import Fit, fit_of, may_be
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
@@ -63,7 +64,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = match_context(Context(wanted=wanted, stored=stored, order=order))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
-    settled, turns = settle_turns(found.links)
+    settled, turns = settle_turns(with_moved_axes(found.links))
     return Searched(links=tuple(settled), turns=tuple(turns), found=found)
 
 
@@ -127,9 +128,8 @@ def _arranged(entries: Sequence[Entry]) -> list[Leaf]:
         }
     )
     shapes = {path: entry.shape for path, entry in by_path.items()}
-    consumed = {path for item in derived for path in reads(item.recipe)} | {
-        item.leaf.path for item in without_variable
-    }
+    consumed = {path for item in derived for path in reads(item.recipe)}
+    consumed |= {item.leaf.path for item in without_variable}
     made = [_leaf(entry, entry.segments) for entry in entries if entry.sources[0] not in consumed]
     for item in derived:
         first = by_path[next(iter(reads(item.recipe)))]

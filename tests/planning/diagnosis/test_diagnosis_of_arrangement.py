@@ -108,7 +108,7 @@ def test_a_stack_on_another_axis_is_turned_also_where_its_layers_are_square():
     (cause,) = diagnose(plan(have, want))
 
     assert cause.kind == "AxesPermuted"
-    assert "if the layers of layers/up/kernel lie where the others' do" in cause.hint.words
+    assert "if all layers of 'layers/up' lie on axis 1 in the checkpoint and on axis 0" in cause.hint.words
     turned = plan(have, want, renames=pasted(cause.hint.words, "renames"))
     assert turned.fits
     assert turned.restored["layers", "up", "kernel"].transform.endswith(", transpose (1, 0, 2)")

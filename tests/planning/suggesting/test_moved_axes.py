@@ -1,0 +1,118 @@
+"""Groups of layers stacked along another axis: hints and `suggest` move all of a group, or ask."""
+
+import jax
+import numpy as np
+import pytest
+
+from orbax_nnx_handler import RestoreError, Transpose, from_linen, suggest
+
+
+def _numbers(start, *shape):
+    return np.arange(start, start + np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def _target(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _stacked(layer_shapes, length, axis):
+    """Returns a checkpoint with the layers of each leaf along an axis, and as wanted: along the first."""
+    wanted = {
+        name: _numbers(1000 * at, length, *shape) for at, (name, shape) in enumerate(layer_shapes.items())
+    }
+    stored = {name: np.moveaxis(x, 0, min(axis, x.ndim - 1)) for name, x in wanted.items()}
+    return {"params": {"layers": stored}}, {"layers": wanted}
+
+
+def _refused(variables, wanted):
+    with pytest.raises(RestoreError) as caught:
+        from_linen(variables, _target(wanted))
+    return caught.value
+
+
+def _hinted(error):
+    return [rule for hint in error.hints for rule in hint.arguments.get("renames", ())]
+
+
+def _check(variables, wanted, rules):
+    jax.tree.map(np.testing.assert_array_equal, from_linen(variables, _target(wanted), renames=rules), wanted)
+
+
+GROUPS = {
+    "a kernel of as many inputs": ({"kernel": (8, 16), "bias": (16,)}, 8, 1),
+    "two kernels": ({"up": (8, 32), "down": (32, 8)}, 8, 1),
+    "a scale as long as the layers are many": ({"kernel": (8, 16), "scale": (8,), "bias": (16,)}, 8, 1),
+    "nothing of one length": ({"kernel": (6, 16), "scale": (5,), "bias": (16,)}, 8, 1),
+    "a name with a number in it": ({"kernel": (4, 16), "k2": (16, 4)}, 4, 2),
+}
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_the_hint_moves_every_leaf_of_the_group(group):
+    variables, wanted = _stacked(*group)
+
+    error = _refused(variables, wanted)
+
+    _check(variables, wanted, _hinted(error))
+
+
+@pytest.mark.parametrize("group", [*GROUPS.values()][:-1], ids=[*GROUPS][:-1])
+def test_suggest_moves_every_leaf_of_the_group(group):
+    variables, wanted = _stacked(*group)
+
+    found = suggest(variables, _target(wanted))
+
+    _check(variables, wanted, found.renames)
+
+
+def test_what_rests_on_the_group_is_not_called_certain():
+    variables, wanted = _stacked(*GROUPS["a kernel of as many inputs"])
+
+    assert suggest(variables, _target(wanted)).confidence != "certain"
+    assert "if all layers of 'layers' lie on axis 1 in the checkpoint and on axis 0" in str(
+        _refused(variables, wanted)
+    ).replace("\n      ", " ")
+
+
+def test_an_order_of_axes_beside_another_one_of_the_same_shape_is_not_proposed():
+    wanted = {"a": {"kernel": _numbers(0, 4, 16, 4)}}
+    stored = {"a": {"kernel": np.moveaxis(wanted["a"]["kernel"], 0, 1)}}
+
+    found = suggest({"params": stored}, _target(wanted))
+
+    assert not found.renames
+    assert found.confidence == "open"
+
+
+def test_two_axes_that_explain_a_group_are_a_question():
+    variables, wanted = _stacked({"kernel": (4, 4), "k2": (16, 4)}, 4, 2)
+
+    error, found = _refused(variables, wanted), suggest(variables, _target(wanted))
+
+    assert not _hinted(error)
+    assert not found.renames
+    assert found.confidence == "open"
+
+
+def _kernels_as_in_pytorch():
+    wanted = {
+        name: {"kernel": _numbers(1000 * at, *shape)}
+        for at, (name, shape) in enumerate({"a": (8, 16), "b": (8, 8), "c": (16, 8)}.items())
+    }
+    return {"params": jax.tree.map(np.transpose, wanted)}, wanted
+
+
+def test_a_square_sibling_of_transposed_kernels_is_named_with_its_own_rule():
+    variables, wanted = _kernels_as_in_pytorch()
+
+    text = " ".join(str(_refused(variables, wanted)).split())
+
+    assert "b/kernel may be stored so too" in text
+    assert "then pass [Transpose('b/kernel', (1, 0))] as well" in text
+    _check(variables, wanted, [Transpose(f"{name}/kernel", (1, 0)) for name in "acb"])
+
+
+def test_a_hint_with_a_doubt_has_nothing_to_paste_unread():
+    variables, wanted = _kernels_as_in_pytorch()
+
+    assert not _hinted(_refused(variables, wanted))

@@ -57,7 +57,7 @@ from orbax_nnx_handler.planning.mapping.train_states import (
     wanted_optimizers,
 )
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied
-from orbax_nnx_handler.planning.rules.applying import unused_rules
+from orbax_nnx_handler.planning.rules.applying import unused_axes
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
@@ -69,7 +69,7 @@ def rule_faults(
     yield from _loose_parts(applied, found)
     idle = [rule for rule in applied.axes if all(rule.tokens[-len(at) :] != at for at in match.groups)]
     if idle:
-        yield unused_rules(idle)
+        yield unused_axes(idle)
 
 
 def _loose_parts(applied: RulesApplied, found: Mapping[Path, Found]) -> Iterator[RestoreError]:

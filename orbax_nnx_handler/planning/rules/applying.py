@@ -171,9 +171,16 @@ _OF_ITS_OWN = (
 )
 
 
-def unused_rules(unused: Sequence[Rule]) -> UnusedRuleError:
-    """Returns the error for rules that match nothing."""
-    return _unused_error([f"  {rule}" for rule in unused], Hint(_WHOLE))
+_AXES = (
+    "ScanAxis is for layers that are stacked on one side alone, its group written as `orbax-nnx tree` "
+    "prints it, without layer numbers; take it out. Where both sides are stacked, along other axes, pass a "
+    "Transpose for each leaf of the group."
+)
+
+
+def unused_axes(unused: Sequence[Rule]) -> UnusedRuleError:
+    """Returns the error for axes of groups that no layers have to be taken from or put into."""
+    return _unused_error([f"  {rule}" for rule in unused], Hint(_AXES))
 
 
 def _without_effect(unused: Sequence[UnmatchedRule], matched: Collection[Rule]) -> UnusedRuleError:

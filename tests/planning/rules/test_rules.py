@@ -301,6 +301,20 @@ def test_a_scan_axis_that_does_not_fit_is_refused_and_an_unneeded_one_too():
     assert "ScanAxis(group='blocks', axis=0)" in str(idle.value)
 
 
+def test_an_axis_for_stacks_on_both_sides_is_refused_and_the_transpose_of_its_hint_is_right():
+    layers = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
+    stored = {"params": {"layers": {"kernel": np.moveaxis(layers, 0, 1)}}}
+    wanted = {"layers": {"kernel": (8, 8, 8)}}
+
+    with pytest.raises(
+        onh.UnusedRuleError, match=r"both sides are\s+stacked, along other\s+axes, pass a Transpose"
+    ):
+        restored(wanted, stored, ScanAxis("layers", 1))
+
+    found = restored(wanted, stored, onh.Transpose("layers/kernel", (1, 0, 2)))
+    np.testing.assert_array_equal(found["layers/kernel"], layers)
+
+
 def test_a_part_of_a_split_leaf_that_nobody_wants_is_an_error():
     stored = {"params": {"qk": normal(4)}}
 

@@ -68,7 +68,7 @@ class LocalData:
         """
         descriptor = self._descriptor(file)
         try:
-            _fill(descriptor, start, buffers)
+            fill(descriptor, start, buffers)
         finally:
             if not self._shared:
                 os.close(descriptor)
@@ -114,7 +114,13 @@ class LocalData:
         return open_file(self._below, f"{self._root}/{file}"[len(self._below) :].lstrip("/"))
 
 
-def _fill(descriptor: int, start: int, buffers: Sequence[memoryview]) -> None:
+def fill(descriptor: int, start: int, buffers: Sequence[memoryview]) -> None:
+    """Fills the buffers, one after the other, with the bytes of an open file from `start` on.
+
+    Raises:
+        ShortReadError: It ends too early.
+        OSError: It cannot be read.
+    """
     position = start
     for number in range(0, len(buffers), _BUFFERS):
         left = buffers[number : number + _BUFFERS]

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -180,6 +180,10 @@ class _Chunk:
                 piece.use(runs[0] if len(runs) == 1 else memoryview(b"".join(runs)))
 
 
+def _fill_absent(chunk: _Chunk, _: Content) -> None:
+    chunk.fill_absent()
+
+
 # For bytes that are in memory: nothing is cut, nothing streamed.
 _AT_ONCE = Limits(gap_bytes=0, range_bytes=1 << 62, requests=1, packed_bytes=1 << 62, member_bytes=1 << 62)
 
@@ -189,8 +193,11 @@ def fill_targets(
     targets: Mapping[Path, Sequence[Destination]],
     concurrent_bytes: int | None,
     progress: Progress | None,
+    settle: Callable[[], None] = lambda: None,
 ) -> None:
     """Reads stored leaves into all their places, each stored byte once.
+
+    `settle` is called before a place is written to.
 
     Raises:
         UnreadableLeafError: Stored bytes are absent or damaged.
@@ -205,7 +212,9 @@ def fill_targets(
     groups: list[dict[Path, Sequence[Destination]]] = [*by_store.values()] or [{}]
     share = None if concurrent_bytes is None else concurrent_bytes // len(groups)
     beside = [tasks, *[[]] * (len(groups) - 1)]
-    read = functools.partial(_read_from_one_store, checkpoint, concurrent_bytes=share, progress=progress)
+    read = functools.partial(
+        _read_from_one_store, checkpoint, concurrent_bytes=share, progress=progress, settle=settle
+    )
     if len(groups) == 1 or all(checkpoint.arrays[path].store.local for path in stored):
         for group, more in zip(groups, beside, strict=True):
             read(group, more)
@@ -232,6 +241,7 @@ def _read_from_one_store(
     *,
     concurrent_bytes: int | None,
     progress: Progress | None,
+    settle: Callable[[], None],
 ) -> None:
     store = next((checkpoint.arrays[path].store for path in targets), None)
     limits = limits_of(local=store is None or store.local)
@@ -247,9 +257,11 @@ def _read_from_one_store(
         else:
             chunks += chunks_of(leaf, places)
     with contextlib.closing(open_data(store)) as files:
+        pieces = list(pieces_to_read(store, files, chunks, limits)) if store is not None else []
+        settle()
         read_pieces(
             files,
-            list(pieces_to_read(store, files, chunks, limits)) if store is not None else [],
+            pieces,
             limits,
             tasks=beside,
             concurrent_bytes=concurrent_bytes,
@@ -313,7 +325,9 @@ def pieces_to_read(
         if extent is not None:
             yield from chunk.pieces(extent, limits)
         elif chunk.key in sizes or store.lacks(chunk.key):
-            chunk.fill_absent()
+            # Not here: memory may be written to only when all is planned.
+            wanted, fill = WantedBytes(chunk.key, ()), functools.partial(_fill_absent, chunk)
+            yield ChunkPiece(chunk, wanted, chunk.nbytes, use=fill, content=b"")
         else:
             # A value in the catalog itself; or nobody knows how long it is, and it is asked for as a whole.
             yield ChunkPiece(

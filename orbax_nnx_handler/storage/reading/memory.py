@@ -11,10 +11,11 @@ import ctypes
 import functools
 import math
 import mmap
+import pathlib
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self, cast
 
 import numpy as np
@@ -22,40 +23,40 @@ import numpy.typing as npt
 from jax.sharding import Sharding
 
 from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf, total_nbytes
+from orbax_nnx_handler.storage.reading.base_store import fill
 
 ALIGNMENT = 64
 # From here on a leaf has a block of its own, freed with it.
 OWN_BLOCK_BYTES = 4 << 20
 # What one surviving small leaf can keep alive at most.
 SHARED_BLOCK_BYTES = 8 << 20
+_BLOCKS_AT_ONCE = 4
+_ZEROS = pathlib.Path("/dev/zero")
 _Bytes = npt.NDArray[np.uint8]
 
 
 class Memory:
     """Blocks for small leaves that a thread backs with pages while the plan is made.
 
-    Page faults take several times what it takes to fill the pages (0.5 GB from the page cache: 0.04 s
-    into memory that has its pages, 0.24 s into fresh memory), and need nothing of the plan but its size.
+    Page faults take several times what it takes to fill the pages (0.5 GB from the page cache: 0.03 s
+    into memory that has its pages, 0.2 s into fresh memory), and need nothing of the plan but its size.
     Where the restore is refused, the blocks go with this; so much is touched at most until then.
     """
 
     MOST_BYTES = 1 << 30
 
     def __init__(self) -> None:
-        self._ready: deque[_Bytes] = deque()
+        self._blocks: deque[_Bytes] = deque()
         self._thread: threading.Thread | None = None
-        self._fresh = 0
         self._closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed = True
-        if self._thread is not None:
-            self._thread.join()
+        self.settle()
         # The traceback of a refused restore holds this.
-        self._ready.clear()
+        self._blocks.clear()
 
     def expect(self, leaves: Collection[WantedLeaf]) -> None:
         """Begins to make memory ready for the leaves that will live in this process's own."""
@@ -67,27 +68,32 @@ class Memory:
         nbytes = total_nbytes([leaf for leaf in leaves if id(leaf.sharding) in own], below=OWN_BLOCK_BYTES)
         if nbytes >= SHARED_BLOCK_BYTES:
             count = min(nbytes, self.MOST_BYTES) // SHARED_BLOCK_BYTES
-            thread = threading.Thread(target=self._make_ready, args=(count,))
             # Where there may be no more threads or memory, the reading says so.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, MemoryError, OSError):
+                self._blocks += [_block(SHARED_BLOCK_BYTES) for _ in range(count)]
+                thread = threading.Thread(target=self._make_ready, args=(list(self._blocks),))
                 thread.start()
                 self._thread = thread
 
-    def _make_ready(self, count: int) -> None:
-        with contextlib.suppress(MemoryError, OSError):
-            for made in range(count):
-                if self._closed or made + self._fresh >= count:
+    def _make_ready(self, blocks: Sequence[_Bytes]) -> None:
+        # Zeros are read into them, many at a time: after each call the thread waits for the interpreter, 5 ms
+        # where planning is under way. And `madvise` keeps whoever maps memory waiting as long as it takes.
+        # A system without such a file gives the pages when they are filled.
+        with contextlib.suppress(OSError), _ZEROS.open("rb", buffering=0) as zeros:
+            for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
+                if self._closed:
                     return
-                block = _block(SHARED_BLOCK_BYTES)
-                back_with_pages(block.data)
-                self._ready.append(block)
+                fill(zeros.fileno(), 0, [block.data for block in blocks[first : first + _BLOCKS_AT_ONCE]])
 
     def take(self) -> _Bytes:
-        """Returns the next block."""
-        if self._ready:
-            return self._ready.popleft()
-        self._fresh += 1
-        return _block(SHARED_BLOCK_BYTES)
+        """Returns the next block, those that are ready first; not to be written to before `settle`."""
+        return self._blocks.popleft() if self._blocks else _block(SHARED_BLOCK_BYTES)
+
+    def settle(self) -> None:
+        """Waits until zeros are written to no block any more."""
+        self._closed = True
+        if self._thread is not None:
+            self._thread.join()
 
 
 def _is_own(sharding: Sharding | None) -> bool:
@@ -107,7 +113,7 @@ class Arena:
         self._used = 0
 
     def allocate(self, shape: Shape, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Returns a buffer whose content is undefined."""
+        """Returns a buffer whose content is undefined; not to be written to before `settle`."""
         size = math.prod(shape) * dtype.itemsize
         if size >= OWN_BLOCK_BYTES:
             return np.ndarray(shape, dtype, cast(Any, _block(size)))
@@ -116,6 +122,10 @@ class Arena:
         start = self._used
         self._used = -(-(start + size) // ALIGNMENT) * ALIGNMENT
         return np.ndarray(shape, dtype, cast(Any, self._block), start)
+
+    def settle(self) -> None:
+        """Has buffers keep what is written to them from now on."""
+        self._memory.settle()
 
 
 def _block(size: int) -> _Bytes:

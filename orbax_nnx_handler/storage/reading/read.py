@@ -294,7 +294,7 @@ def read_shards(
     for job, shards in zip(group, filled, strict=True):
         for region, buffer in shards.items():
             work.fill(job.recipe, region, buffer, stored)
-    fill_targets(checkpoint, work.targets, concurrent_bytes, progress)
+    fill_targets(checkpoint, work.targets, concurrent_bytes, progress, arena.settle)
     for step in work.finish:
         step()
     return filled

@@ -41,7 +41,7 @@ class Workers:
         """Waits for all expected work; False if none was done for so long."""
         with self._changed:
             while left := self._left:
-                if not self._changed.wait_for(lambda left=left: self._left < left, seconds):
+                if not self._changed.wait_for(lambda: not self._left, seconds) and self._left == left:
                     return False
         return True
 
@@ -60,7 +60,9 @@ class Workers:
         finally:
             with self._changed:
                 self._left -= 1
-                self._changed.notify_all()
+                # Only then: a waiter takes the interpreter from the threads that work.
+                if not self._left:
+                    self._changed.notify_all()
 
 
 class Window:

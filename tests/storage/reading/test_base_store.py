@@ -1,11 +1,13 @@
 """Bytes by position: what is there is read, and what is not there is noticed."""
 
 import contextlib
+import json
 import os
 import pathlib
 import resource
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ from orbax_nnx_handler import MissingParamError, restore
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.leaves import WantedLeaf
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from orbax_nnx_handler.storage.reading import base_store, read_values
+from orbax_nnx_handler.storage.reading import base_store, memory, read_values
 from orbax_nnx_handler.storage.reading.base_store import (
     AbsentError,
     ChangedError,
@@ -211,7 +213,70 @@ def test_no_more_memory_is_made_ready_than_planning_takes_time_for(monkeypatch):
         memory.expect(wanted_leaves(24, SingleDeviceSharding(jax.devices()[0])))
         memory._thread.join()
 
-        assert len(memory._ready) == 2
+        assert len(memory._blocks) == 2
+
+
+RAW_FORMATS = [
+    DiskFormat(ocdbt, zarr3, compressed=False) for ocdbt in (True, False) for zarr3 in (True, False)
+]
+
+
+@pytest.mark.parametrize("disk_format", RAW_FORMATS, ids=str)
+def test_what_is_read_and_what_is_absent_stay_where_memory_is_made_ready_late(
+    tmp_path, monkeypatch, disk_format
+):
+    values = {"absent": np.full(3 << 18, 7, np.float32)} | {
+        f"leaf_{n}": numbers((3 << 18,)) for n in range(12)
+    }
+    path = save(tmp_path / "item", {"params": values}, disk_format)
+    _without_its_chunk(path, "params.absent", disk_format, 7)
+    leaf = jax.ShapeDtypeStruct((3 << 18,), np.float32, sharding=SingleDeviceSharding(jax.devices()[0]))
+    target = nnx.State({name: nnx.Param(leaf) for name in values})
+    made_ready = memory.fill
+
+    def late(*args):
+        time.sleep(0.5)  # Longer than all of the planning.
+        made_ready(*args)
+
+    monkeypatch.setattr(memory, "fill", late)
+    restored = nnx.to_pure_dict(restore(path, target))
+
+    for name, value in values.items():
+        np.testing.assert_array_equal(restored[name], value)
+
+
+def _without_its_chunk(path, name, disk_format, fill_value):
+    """Removes the one chunk of an array, as a writer does that leaves out what equals the fill value."""
+    if disk_format.ocdbt:
+        store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{path}/"}).result()
+    else:
+        store = ts.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
+    fields, chunk = ("zarr.json", "c/0") if disk_format.zarr3 else (".zarray", "0")
+    assert store[f"{name}/{chunk}"]
+    del store[f"{name}/{chunk}"]
+    described = json.loads(store[f"{name}/{fields}"]) | {"fill_value": fill_value}
+    store[f"{name}/{fields}"] = json.dumps(described).encode()
+    content = (path / "_METADATA").read_text()
+    (path / "_METADATA").write_text(content.replace('"store_array_data_equal_to_fill_value": true', '"x": 0'))
+
+
+@pytest.mark.parametrize("system", ["without /dev/zero", "that reads little at a time"])
+def test_memory_is_what_it_is_on_a_system(tmp_path, monkeypatch, system):
+    if system == "without /dev/zero":
+        monkeypatch.setattr(memory, "_ZEROS", tmp_path / "none")
+    else:
+        preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda f, buffers, at: preadv(f, [buffers[0][: 3 << 20]], at))
+
+    with Memory() as blocks:
+        blocks.expect(wanted_leaves(24, SingleDeviceSharding(jax.devices()[0])))
+        blocks._thread.join()
+        block = blocks.take()
+        blocks.settle()
+        block[:] = 1
+
+    assert block.size == SHARED_BLOCK_BYTES
+    assert block.all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system says what is resident")

@@ -127,12 +127,23 @@ TXS = {
     "adam": optax.adam(0.1),
     "sgd": optax.sgd(0.1),
     "momentum": optax.sgd(0.1, momentum=0.9),
+    "scheduled": optax.sgd(optax.constant_schedule(0.1)),
     "chain": optax.chain(optax.clip(1.0), optax.adamw(optax.constant_schedule(0.1)), optax.ema(0.9)),
 }
 
 
 @pytest.mark.parametrize("layout", ["linen", "maxtext"])
-@pytest.mark.parametrize("names", [("adam", "adam"), ("chain", "momentum"), ("adam", "sgd"), ("sgd", "sgd")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("adam", "adam"),
+        ("chain", "momentum"),
+        ("adam", "sgd"),
+        ("sgd", "sgd"),
+        ("scheduled", "chain"),
+        ("scheduled", "scheduled"),
+    ],
+)
 @pytest.mark.parametrize("form", ["dict", "states", "module", "state"])
 def test_optimizers_beside_their_models_come_back_each_with_its_count_and_step(form, names, layout):
     txs = [TXS[name] for name in names]

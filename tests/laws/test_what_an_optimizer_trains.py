@@ -30,6 +30,7 @@ TXS = {
     "adam": optax.adam(0.1),
     "chain": optax.chain(optax.clip(1.0), optax.adamw(optax.constant_schedule(0.1)), optax.ema(0.9)),
     "momentum": optax.sgd(0.1, momentum=0.9),
+    "scheduled": optax.sgd(optax.constant_schedule(0.1)),
 }
 
 
@@ -158,17 +159,17 @@ def test_a_number_of_the_model_called_like_a_field_of_optaxs_takes_nothing_from_
 
 @pytest.mark.parametrize("layout", ["linen", "maxtext"])
 @pytest.mark.parametrize("tx", TXS)
-@pytest.mark.parametrize("beside", ["count", "model"])
+@pytest.mark.parametrize("beside", ["count", "model", "own"])
 def test_a_programs_own_numbers_beside_an_optimizer_are_nobodys_parameters(tmp_path, layout, tx, beside):
     def make():
         net = Training(TXS[tx], nnx.Param, nnx.Param)
         return {"net": net.model, "optimizer": net.optimizer}
 
-    item, own = make(), {"count": np.int32(3)} if beside == "model" else np.int32(3)
+    item, own = make(), np.int32(3) if beside == "count" else {"count": np.int32(3)}
     expected = Numbers().like(worlds.flat(nnx.Dict(item)))
     worlds.put(nnx.Dict(item), expected)
     save(tmp_path / "saved", {**item, beside: own}, layout=layout)
-    zeros = {"count": 0} if beside == "model" else 0
+    zeros = 0 if beside == "count" else {"count": 0}
     result = restore(tmp_path / "saved", {**nnx.eval_shape(make), beside: zeros})
-    assert (result[beside]["count"] if beside == "model" else result[beside]) == 3
+    assert (result[beside] if beside == "count" else result[beside]["count"]) == 3
     check(nnx.Dict({name: result[name] for name in item}), expected)

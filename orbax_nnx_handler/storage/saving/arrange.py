@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import in_linen_wrappers, is_scale
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import children, flatten, holds_nnx
-from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves, Parts, is_weight, take_apart
+from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves, Parts, is_count, is_weight, take_apart
 
 # Named-tuple fields of optax under which another optimizer's state lies.
 _NESTING = frozenset({"opt_state", "inner_state", "inner_opt_state", "inner_states"})
@@ -63,7 +63,8 @@ class OptaxTree:
 
     def _mirrors_parameters(self, leaves: Mapping[Path, Any], key: Hashable) -> bool:
         if self.parameters:
-            return bool(leaves) and all(canonical(path) in self.parameters for path in leaves)
+            named = all(canonical(path) in self.parameters for path in leaves)
+            return bool(leaves) and named and not any(map(is_count, leaves.values()))
         # Without the model, Flax's own mark of a moment tells: it is made from a Variable.
         named = isinstance(key, str) and key not in _NESTING
         return named and bool(leaves) and all(isinstance(leaf, nnx.OptVariable) for leaf in leaves.values())

@@ -146,7 +146,7 @@ def _side_by_side(leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Pa
     models = {key: model for key, model in below.items() if any(map(is_weight, model.values()))}
     states = [Parts(model=model, outside={}, root=key) for key, model in models.items()]
     for owner, opt_state in optimizers.items():
-        moments = [canonical(path) for path in flatten(opt_state)]
+        moments = _moments(opt_state)
         trained = _trained_by(moments, models)
         if trained is None:
             raise _several_optimizers(optimizers)
@@ -361,8 +361,9 @@ def _root(leaves: ItemLeaves, parent: Path, opt_state: Any, model_key: Hashable)
     Optimizer leaves end with their parameter's path, so the model is where the
     most of them find a parameter; without moments, its name decides.
     """
-    moments = [canonical(path) for path in flatten(opt_state)]
-    weights = [path for path, leaf in leaves.items() if not isinstance(leaf.node, nnx.RngState)]
+    moments = _moments(opt_state)
+    weights = [path for path, leaf in leaves.items() if is_weight(leaf)]
+    weights = weights or [path for path, leaf in leaves.items() if not isinstance(leaf.node, nnx.RngState)]
     below = [path for path in weights if path[: len(parent)] == parent and len(path) > len(parent)]
     keys = dict.fromkeys(path[len(parent)] for path in below)
     scores = {root: _matches(below, root, moments) for root in [parent, *((*parent, key) for key in keys)]}
@@ -384,6 +385,16 @@ def _root_by_name(parent: Path, keys: list[Hashable], model_key: Hashable) -> Pa
         return (*parent, model_key)
     # The place in a tuple is no name of the model's own.
     return (*parent, keys[0]) if len(keys) == 1 and isinstance(keys[0], int) else parent
+
+
+def _moments(opt_state: Any) -> list[tuple[str, ...]]:
+    """Returns the canonical paths of an optimizer's leaves but its counts, which name no parameter."""
+    return [canonical(path) for path, leaf in flatten(opt_state).items() if not is_count(leaf)]
+
+
+def is_count(leaf: Any) -> bool:
+    """Tells a number that an `nnx.Optimizer` keeps beside its moments."""
+    return isinstance(leaf, nnx.OptArray) and not np.shape(cast(Any, leaf).get_value())
 
 
 def _matches(paths: Iterable[Path], root: Path, moments: Iterable[tuple[str, ...]]) -> int:

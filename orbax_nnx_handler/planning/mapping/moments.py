@@ -146,8 +146,10 @@ def follow(
         return _moved(recipe, moments) if len(stored) == len(sources) else None
     shapes = {moments[path].path: moments[path].shape for path in stored}
     if slot in UNUSED and wanted == (1,) and set(shapes.values()) == {wanted}:
-        # An unused slot: Adafactor keeps one zero for it whatever the layer count.
-        return Read(moments[stored[0]].path)
+        # An unused slot: Adafactor keeps one zero for it whatever the layer count. The moment of a
+        # parameter of one element has that shape too, and is one.
+        is_used = wanted in (shape_of(recipe, parameters), *(parameters[path] for path in stored))
+        return None if is_used else Read(moments[stored[0]].path)
     if math.prod(wanted) == 1 and list(shapes.values()) == [wanted] and len(sources) == 1:
         # One value of a whole parameter, such as the norm of its gradient, while the parameter is whole.
         whole = math.prod(shape_of(recipe, parameters)) == math.prod(parameters[sources[0]])

@@ -360,8 +360,11 @@ class _Follower:
 
     def _is_one(self, item: Wanted, weight: Wanted, parameter: Recipe) -> bool:
         """Tells whether a moment may be one value: of no use, or of the stored parameter as a whole."""
-        unused = self._field in UNUSED and item.leaf.shape == (1,)
-        sizes = [math.prod(self._placed[path].leaf.shape) for path in dict.fromkeys(reads(parameter))]
+        shapes = [self._placed[path].leaf.shape for path in dict.fromkeys(reads(parameter))]
+        sizes = [math.prod(shape) for shape in shapes]
+        # The moment of a parameter of one element has the shape of a slot without use.
+        is_one = item.leaf.shape == (1,) and (1,) not in (weight.leaf.shape, *shapes)
+        unused = self._field in UNUSED and is_one
         return unused or (math.prod(item.leaf.shape) == 1 and sizes == [math.prod(weight.leaf.shape)])
 
     def _steps(self, made: Recipe, parameter: Recipe, lost: int | None) -> bool:

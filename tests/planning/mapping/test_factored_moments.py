@@ -156,3 +156,22 @@ def test_moments_that_a_rule_leaves_behind_are_missing_because_of_the_rule(
     assert cause in said
     assert said.count("cause:") == 1
     assert plan_restore(path, wanted, renames=[rule], policy={nnx.OptState: "warn", ...: "error"}).fits
+
+
+@pytest.mark.parametrize("rules", [[], [UnstackLayers("layers", "layers_{i}", axis=0)]], ids=["", "rule"])
+def test_the_moment_of_a_parameter_of_one_element_is_no_slot_without_use(
+    tmp_path: Path, rules: list[Rule]
+) -> None:
+    one = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+    weights = {"layers": {"kernel": jnp.asarray([[1.0], [2.0], [3.0]])}}
+    state = TrainState.create(apply_fn=None, params=weights, tx=one)
+    path = saved(stepped(state), tmp_path / "checkpoint")
+
+    def build() -> Any:
+        layers = {f"layers_{at}": nnx.Dict(kernel=nnx.Param(jnp.zeros(1))) for at in range(3)}
+        model = nnx.Dict(layers)
+        return {"model": model, "optimizer": nnx.Optimizer(model, one, wrt=nnx.Param)}
+
+    # The stack's are means over its layers, and a zero in place of the moment that each layer has.
+    with pytest.raises(MissingParamError, match=r"optimizer/opt_state/v/layers_\{0..2\}/kernel"):
+        restore(path, nnx.eval_shape(build), renames=rules)

@@ -159,7 +159,8 @@ def _pairs_with_rests(
 ) -> Iterator[list[tuple[Series, Series]]]:
     """Yields which lone groups are what layers that are matched hold beside what was found in them.
 
-    `block_{i}` and `attn_{i}` are both `stages/{i}`, which have a block and an attention each.
+    `block_{i}` and `attn_{i}` are both `stages/{i}`, which have a block and an attention each. And which
+    rests are each other's.
     """
     used = {id(leaf) for link in found.links for leaf in (*link.wanted, *link.stored)}
     rests = [
@@ -168,6 +169,8 @@ def _pairs_with_rests(
     ]
     yield paired_series(rests[0], theirs) if theirs else []
     yield paired_series(ours, rests[1]) if ours else []
+    # What ends one stage begins the next one elsewhere.
+    yield [pair for pair in paired_series(*rests) if pair[0].numbers != pair[1].numbers]
 
 
 def _pairs_of_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:

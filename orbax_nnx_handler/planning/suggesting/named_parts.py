@@ -233,7 +233,7 @@ class _Context:
     def _position(self, part: ModulePart, said: set[str]) -> float | None:
         own = set(meanings(part.levels[-1].base)) if part.levels else set[str]()
         side = order_word(own)
-        if not part.is_norm:
+        if not part.is_norm and "layerscale" not in own:
             # The arms of a U-Net go down before they go up; a network in a block goes up first.
             arms = ({"up", "down"} & concepts(level.base for level in part.levels[:-1])) - own
             side = order_word(said - self._above - arms)
@@ -328,7 +328,8 @@ def _same_name(one: Level, other: Level) -> bool:
 
 
 def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:
-    if held[0] == others[0] or (one.base, one.style) == (other.base, other.style):
+    in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
+    if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
         return one.number == other.number
     if len(held) == len(others) and one.number is not None and other.number is not None:
         return held.index(one.number) == others.index(other.number)

@@ -195,19 +195,18 @@ class Writer:
             waiting = [move for move in waiting if move.steps]
 
     def _patterns(self, moves: Sequence[_Move]) -> list[str]:
-        """Returns patterns that match the leaves of some moves and no other leaf."""
+        """Returns patterns that match the leaves of some moves and no other leaf, none what another does."""
         good = {move.names for move in moves}
-        found: list[str] = []
-        seen: set[Names] = set()
+        found: dict[str, set[Names]] = {}
         for move in moves:
-            if move.names in seen:
+            if any(move.names in held for held in found.values()):
                 continue
             pattern = self._pattern(move.templates[0][0], good) or self._pattern(move.names, good)
             pattern = pattern or "/".join(self._whole(move.names))
-            found.append(pattern)
-            seen |= {names for names in good if next(_compiled(pattern).spans(names), None)}
-            seen.add(move.names)
-        return list(dict.fromkeys(found))
+            held = {names for names in good if next(_compiled(pattern).spans(names), None)} | {move.names}
+            found = {text: others for text, others in found.items() if not others <= held}
+            found[pattern] = held
+        return list(found)
 
     def _pattern(self, template: Names, good: Collection[Names]) -> str:
         """Returns the shortest end of a path that matches none but the good ones; empty if none does."""

@@ -61,12 +61,13 @@ class Fit:
 
 def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
-    numbers = compare_numbers(one, other)
-    shared = one.part.leaves.keys() & other.part.leaves.keys()
+    numbers, ours, theirs = compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
+    shared, lacking = ours & theirs, len(ours ^ theirs)
     if not shared and (lone := _lone_bias(one, other)) is not None:
         score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * numbers.equal
         return Fit(score + 20.0, (lone,), is_exact=True)
-    if not shared or ("main" not in shared and "main" in {*one.part.leaves, *other.part.leaves}):
+    # A norm with statistics and a bias is none that does nothing but scale.
+    if not shared or lacking > 2 or ("main" not in shared and "main" in ours | theirs):
         return None
     pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
     cost = 0.0
@@ -80,7 +81,6 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         if not found[0].turned or kept:
             cost += found[0].cost + 0.5 * found[0].turned
         pairs.append((left, right, found))
-    lacking = len(one.part.leaves.keys() ^ other.part.leaves.keys())
     score = _COMPLETE - _LACKING * lacking - cost
     if one.place is not None and other.place is not None:
         score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)

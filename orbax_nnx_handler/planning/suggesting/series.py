@@ -258,7 +258,8 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
         return list(zip(one.numbers, reversed(other.numbers), strict=True))
     both = sorted(one.members.keys() & other.members.keys())
     alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
-    if alike and len(both) * 2 > max(len(one.members), len(other.members)):
+    by_size = one.sizes == other.sizes and len({*one.sizes}) == len(one.sizes)
+    if alike and not by_size and len(both) * 2 > max(len(one.members), len(other.members)):
         return [(number, number) for number in both]
     if len(one.members) == len(other.members) and is_complete(one) and is_complete(other):
         return list(zip(one.numbers, other.numbers, strict=True))
@@ -272,11 +273,16 @@ def _is_reversed(one: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def is_complete(series: Series) -> bool:
-    """Tells whether a group counts its layers without a gap."""
-    numbers = series.numbers
-    return series.is_kind or (
-        numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    )
+    """Tells whether a group counts its layers without a gap, or in every stage: `block10` to `block32`."""
+    stages: dict[int, list[int]] = defaultdict(list)
+    for number in series.numbers:
+        stages[number // 10].append(number % 10)
+    in_stages = 0 not in stages and len(stages) > 1 and all(map(_is_count, (list(stages), *stages.values())))
+    return series.is_kind or in_stages or _is_count(series.numbers)
+
+
+def _is_count(numbers: Sequence[int]) -> bool:
+    return numbers[0] in (0, 1) and [*numbers] == [*range(numbers[0], numbers[0] + len(numbers))]
 
 
 Looks = tuple[tuple[Names, Shape], ...]

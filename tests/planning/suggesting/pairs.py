@@ -31,11 +31,8 @@ OPEN = {
     "switch": 32,
     "deeplab": 12,
     "deformable_detr": 8,
-    "van": 98,
-    "stylegan2": 2,
-    "swinv2": 7,
     "qformer": 4,
-    "evoformer": 126,
+    "evoformer": 62,
     "perceiver": 36,
 }
 """Leaves that stay open.
@@ -49,10 +46,8 @@ gate lie in turns (gpt_oss), which of square layers that stand beside each other
 (transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
 (hypernerf), which of `out` and `out2` is the gate (s4), which norm of a decoder with deformable
 attention is which (deformable_detr), and which of the layers of an attention that Linen numbered is which
-(perceiver), only outputs tell. Not found yet: parts by shortened words (evoformer), parts of blocks whose
-two numbers stand together (van), the bias of queries and of values in one for all three (qformer), a layer
-that closes one stage and opens the next, and one without a bias in a list (swinv2), single numbers
-(stylegan2), layers of two kinds scanned in one block by names alone (maxtext_gemma2), experts in a list
-below a list (switch), critics beside a copy of theirs (drq), norms by the convolutions before them
-(deeplab), a lone vector (ncsnpp).
+(perceiver), only outputs tell. Not found yet: parts by letters and biases by `_b` (evoformer), the bias of
+queries and of values in one for all three (qformer), layers of two kinds scanned in one block by names alone
+(maxtext_gemma2), experts in a list below a list (switch), critics beside a copy of theirs (drq), norms by
+the convolutions before them (deeplab), a lone vector (ncsnpp).
 """

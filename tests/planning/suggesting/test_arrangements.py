@@ -196,3 +196,19 @@ def test_that_a_matrix_fits_as_it_is_tells_nothing_where_all_may_be_turned(kind)
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+def test_single_numbers_of_layers_of_which_one_block_has_fewer_become_arrays_of_one():
+    stored = filled(
+        {f"Block_{at}/Layer_{to}/strength": () for at in range(3) for to in range(2 if at else 1)}
+        | {f"Block_{at}/Layer_{to}/kernel": (at + 2, 3) for at in range(3) for to in range(2 if at else 1)}
+    )
+    names = {
+        path: path.replace("Block_", "b").replace("Layer_", "conv").replace("b0/conv0", "b0/conv1")
+        for path in stored
+    }
+    expected = {names[path]: value.reshape(value.shape or (1,)) for path, value in stored.items()}
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

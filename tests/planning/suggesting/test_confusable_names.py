@@ -36,6 +36,9 @@ CLEAR = [
     "teacher_head=teacher_proj student_head=student_proj",
     "local_branch=local_mixer global_branch=global_mixer",
     "actor_net=actor critic_net=critic",
+    "incoming_edges=edges_in outgoing_edges=edges_out",
+    "starting_node=node_start ending_node=node_end",
+    "attention_scaling=layer_scale_1 mlp_scaling=layer_scale_2",
 ]
 """Pairs `stored=wanted` that words of the field tell apart."""
 

@@ -98,3 +98,77 @@ def test_the_inputs_of_a_quantizer_are_no_attention():
 
     assert not found.unmatched_wanted
     check(values, {f"{side}_proj/weight": stored[f"{side}_proj/Conv_0/kernel"].T for side in ("in", "out")})
+
+
+def test_blocks_with_the_numbers_of_a_stage_and_of_a_block_in_one_are_those_of_stages():
+    numbers = [(stage, at) for stage, count in ((1, 2), (2, 3), (3, 2)) for at in range(count)]
+    parts = {
+        "mlp/fc1/kernel": (4, 8),
+        "mlp/fc2/kernel": (8, 4),
+        "proj_1/kernel": (4, 4),
+        "proj_2/kernel": (4, 4),
+    }
+    names = {
+        "mlp/fc1/kernel": "mlp/in_dense/kernel",
+        "mlp/fc2/kernel": "mlp/out_dense/kernel",
+        "proj_1/kernel": "pre_projection/kernel",
+        "proj_2/kernel": "post_projection/kernel",
+    }
+    stored = filled({f"block{s}{at}/{part}": shape for s, at in numbers for part, shape in parts.items()})
+
+    found, values = proposed(
+        stored,
+        {
+            f"stages/{s - 1}/layers/{at}/{names[part]}": shape
+            for s, at in numbers
+            for part, shape in parts.items()
+        },
+    )
+
+    assert not found.questions
+    check(
+        values,
+        {
+            f"stages/{s - 1}/layers/{at}/{names[part]}": stored[f"block{s}{at}/{part}"]
+            for s, at in numbers
+            for part in parts
+        },
+    )
+
+
+@pytest.mark.parametrize("name", ["layers_{}", "layer_{}", "stage{}"])
+def test_what_closes_a_stage_on_one_side_and_opens_the_next_one_on_the_other_is_told_by_its_sizes(name):
+    blocks = {"fc1/kernel": 4, "fc2/kernel": 3}
+    stored = filled(
+        {
+            f"{name.format(s)}/blocks_{at}/{part}": (2**s * 2, 2**s * times)
+            for s in range(4)
+            for at in range(2)
+            for part, times in blocks.items()
+        }
+        | {f"{name.format(s)}/downsample/reduction/kernel": (2**s * 8, 2**s * 4) for s in range(3)}
+        | {f"{name.format(s)}/downsample/norm/scale": (2**s * 8,) for s in range(3)}
+    )
+    expected = {}
+    for path, value in stored.items():
+        head, rest = path.split("/", 1)
+        number = int(head[-1]) + rest.startswith("downsample")
+        expected[f"layers/{number}/{rest.replace('_', '/')}"] = value
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert not found.questions
+    check(values, expected)
+
+
+def test_layers_counted_alone_are_those_of_a_list_with_functions_between_them():
+    shapes = {"0/kernel": (2, 12), "0/bias": (12,), "1/kernel": (12, 3)}
+    stored = filled({f"block_{at}/cpb_{part}": shape for at in range(2) for part, shape in shapes.items()})
+    names = {
+        path: path.replace("block_", "blocks/").replace("cpb_1", "cpb/2").replace("_", "/") for path in stored
+    }
+
+    found, values = proposed(stored, {names[path]: value.shape for path, value in stored.items()})
+
+    assert not found.questions
+    check(values, {names[path]: value for path, value in stored.items()})

@@ -361,11 +361,9 @@ class _Follower:
     def _is_one(self, item: Wanted, weight: Wanted, parameter: Recipe) -> bool:
         """Tells whether a moment may be one value: of no use, or of the stored parameter as a whole."""
         shapes = [self._placed[path].leaf.shape for path in dict.fromkeys(reads(parameter))]
-        sizes = [math.prod(shape) for shape in shapes]
-        # The moment of a parameter of one element has the shape of a slot without use.
-        is_one = item.leaf.shape == (1,) and (1,) not in (weight.leaf.shape, *shapes)
-        unused = self._field in UNUSED and is_one
-        return unused or (math.prod(item.leaf.shape) == 1 and sizes == [math.prod(weight.leaf.shape)])
+        unused = self._field in UNUSED and (1,) not in (weight.leaf.shape, *shapes)  # Those are in use.
+        whole = [*map(math.prod, shapes)] == [math.prod(weight.leaf.shape)]
+        return (unused and item.leaf.shape == (1,)) or (whole and math.prod(item.leaf.shape) == 1)
 
     def _steps(self, made: Recipe, parameter: Recipe, lost: int | None) -> bool:
         """Tells whether two recipes have the same steps, where the one's value may lack an axis."""

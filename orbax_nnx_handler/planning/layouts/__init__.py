@@ -1,12 +1,13 @@
 """How each family of programs arranges a checkpoint, one module a family."""
 
+import dataclasses
 import difflib
 from collections.abc import Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.errors import Hint, UnknownLayoutError
 from orbax_nnx_handler.planning.layouts import linen, maxtext, nnx_programs, t5x, vision
-from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
+from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
 
 _TELLING: tuple[Layout, ...] = (
     t5x.T5X,
@@ -34,7 +35,38 @@ _GENERAL: tuple[Layout, ...] = (
 )
 """Layouts that may fit the same tree; the one under which the most leaves are found is taken."""
 
-LAYOUTS: tuple[Layout, ...] = (*_TELLING, *_GENERAL)
+
+def _keeping_aside(layout: Layout) -> Layout:
+    """Returns a layout that reads what a save keeps aside for NNX, beside whatever its program writes."""
+
+    def fits(stored: Stored) -> bool:
+        return layout.fits(_without_aside(stored))
+
+    def place(stored: Stored) -> tuple[Placement, ...]:
+        rest = _without_aside(stored)
+        placed = layout.place(rest)
+        if len(rest) == len(stored):
+            return placed  # Nearly every tree.
+        owners = {item.owner for item in placed}
+        return (*placed, *(linen.aside(stored[path], owners) for path in stored if path not in rest))
+
+    return dataclasses.replace(layout, fits=fits, place=place)
+
+
+def _without_aside(stored: Stored) -> Stored:
+    if not any(path[:1] == (linen.AUX,) and len(path) > 1 for path in stored):
+        return stored
+    return {path: leaf for path, leaf in stored.items() if path[:1] != (linen.AUX,) or len(path) == 1}
+
+
+_LINEN = (maxtext.MAXTEXT, linen.TRAIN_STATE, linen.VARIABLES)
+"""Layouts whose train states have a place for it themselves."""
+
+_PARTICULAR, _ANY = (
+    tuple(one if one in _LINEN else _keeping_aside(one) for one in listed) for listed in (_TELLING, _GENERAL)
+)
+
+LAYOUTS: tuple[Layout, ...] = (*_PARTICULAR, *_ANY)
 """Every known layout."""
 
 UNNAMED: Layout = nnx_programs.PARAMS
@@ -79,8 +111,8 @@ def candidates(stored: Stored, name: str) -> Sequence[Layout]:
     """
     if name != "auto":
         return (_named(name),)
-    telling = [layout for layout in _TELLING if layout.fits(stored)]
-    found = telling or [layout for layout in _GENERAL if layout.fits(stored)]
+    telling = [layout for layout in _PARTICULAR if layout.fits(stored)]
+    found = telling or [layout for layout in _ANY if layout.fits(stored)]
     if not found:
         known = ", ".join(sorted(layout.name for layout in LAYOUTS))
         raise UnknownLayoutError(

@@ -89,6 +89,53 @@ class ScannedBlocks:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Where a layout keeps the parts of a train state, below its owner: the way back from placements.
+
+    Attributes:
+        params: The keys above the parameters.
+        collections: Those above the other collections, each below its own name; None where all lie with
+            the parameters.
+        opt_state: Those above the optimizer's state.
+        step: Those of the step.
+        boxed: Whether every path ends in `value`.
+        joined: Whether the owner's name and the field's are one key.
+    """
+
+    params: Path = ("params",)
+    collections: Path | None = ()
+    opt_state: Path = ("opt_state",)
+    step: Path = ("step",)
+    boxed: bool = False
+    joined: bool = False
+
+    def path(self, section: Section, collection: str | None, below: Path, owner: Path) -> Path:
+        """Returns where a leaf lies, by its path in its collection or in the optimizer's state."""
+        field = self.field(section, collection)
+        whole = (*field, *(() if section == "step" else below))
+        if self.joined and owner and field:
+            whole = (f"{owner[-1]}_{field[0]}", *whole[1:])
+            owner = owner[:-1]
+        boxed = self.boxed and str(whole[-1]) != "value"
+        return (*owner, *whole, *(("value",) if boxed else ()))
+
+    def field(self, section: Section, collection: str | None) -> Path:
+        """Returns the keys above the leaves of a part, those of the step whole."""
+        if section in ("step", "optimizer"):
+            return self.step if section == "step" else self.opt_state
+        if self.collections is None or collection in ("params", None):
+            return self.params
+        return (*self.collections, collection)
+
+    def above(self, known: Placement) -> Path:
+        """Returns the keys above a train state that a stored leaf lies in."""
+        field = () if self.joined else self.field(known.section, known.collection)
+        whole, size = known.leaf.path, len(field)
+        starts = range(len(whole) - size + 1) if field else ()
+        return next((whole[:at] for at in starts if whole[at : at + size] == field), known.owner)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
     """How one family of programs arranges a checkpoint.
 
@@ -103,6 +150,7 @@ class Layout:
         is_certain: Tells whether a tree that fits has the program's own module names too; without
             them its keys may be any program's, and no axis follows from them.
         scans: The names under which its program scans blocks of layers.
+        fields: Where it keeps the parts of a train state.
     """
 
     name: str
@@ -113,6 +161,7 @@ class Layout:
     scan_axis: int | None = None
     is_certain: Callable[[Stored], bool] | None = None
     scans: tuple[ScannedBlocks, ...] = ()
+    fields: Fields = dataclasses.field(default_factory=Fields)
 
     def of_tree(self, stored: Stored) -> "Layout":
         """Returns the layout with only what the names of this tree let it know."""

@@ -7,9 +7,11 @@ A program may keep several train states in one item, each below keys of its own
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 
+from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.layout import (
     FLAX_COLLECTIONS,
+    Fields,
     Layout,
     Placement,
     Section,
@@ -178,13 +180,19 @@ def _placement(stored: Stored, path: Path, owners: Collection[Path], params_dept
     inside = owners if owners == _ITEM else [owner for owner in owners if path[: len(owner)] == owner]
     if not inside and path[0] == AUX and len(path) > 1:
         # Beside several train states each leaf is kept under its own path in the item.
-        own = (owner for owner in owners if path[1 : len(owner) + 1] == owner)
-        return Placement(leaf=stored[path], section="aux", path=path[1:], owner=max(own, key=len, default=()))
+        return aside(stored[path], owners)
     if not inside:
         return Placement(leaf=stored[path], section="other", path=path)
     owner = max(inside, key=len)
     section, collection, rest = _locate(path[len(owner) :] if owner else path, params_depth)
     return Placement(leaf=stored[path], section=section, collection=collection, path=rest, owner=owner)
+
+
+def aside(leaf: StoredLeaf, owners: Iterable[Path]) -> Placement:
+    """Places a leaf that is kept under its own path in the item, below `nnx_aux`."""
+    path = leaf.path[1:]
+    own = (owner for owner in owners if path[: len(owner)] == owner)
+    return Placement(leaf=leaf, section="aux", path=path, owner=max(own, key=len, default=()))
 
 
 def _locate(path: Path, params_depth: int) -> tuple[Section, str | None, Path]:
@@ -262,11 +270,14 @@ def _place_by_network(stored: Stored) -> tuple[Placement, ...]:
     # A step beside several train states is that of none of them.
     stepped: Path = (trained[0],) if len(trained) == 1 else ()
     keys = {f"{name}_{field}": (name, field) for name, fields in networks.items() for field in fields}
+    steps: dict[Path, Path] = {(f"{name}_step",): (name,) for name in trained}
+    # Beside them, it is the program's own count.
+    steps |= {("step",): stepped} if steps.keys().isdisjoint(stored) else {}
 
     def placed(path: Path) -> Placement:
         leaf, rest = stored[path], path[1:]
-        if path == ("step",):
-            return Placement(leaf=leaf, section="step", path=path, owner=stepped)
+        if path in steps:
+            return Placement(leaf=leaf, section="step", path=path, owner=steps[path])
         if not rest or path[0] not in keys:
             return Placement(leaf=leaf, section="other", path=path)
         name, field = keys[str(path[0])]
@@ -295,4 +306,5 @@ BY_NETWORK = Layout(
     title="fields by network",
     fits=_is_by_network,
     place=_place_by_network,
+    fields=Fields(joined=True),
 )

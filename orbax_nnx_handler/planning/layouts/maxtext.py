@@ -7,7 +7,7 @@ sources are paths below `src/maxtext` of MaxText's repository.
 """
 
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, Stored
+from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, ScannedBlocks, Stored
 from orbax_nnx_handler.planning.layouts.linen import KEYS, owners_of, place_with
 
 SCANS = (
@@ -96,4 +96,5 @@ MAXTEXT = Layout(
     scan_axis=1,  # configs/base.yml: param_scan_axis: 1
     is_certain=_has_its_modules,
     scans=SCANS,
+    fields=Fields(params=("params", "params")),
 )

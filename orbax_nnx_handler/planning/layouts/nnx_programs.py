@@ -38,7 +38,7 @@ from collections.abc import Collection
 from orbax_nnx_handler.planning.core.dtypes import is_weight_called_step
 from orbax_nnx_handler.planning.core.leaves import is_optax_state, optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, segments
-from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree, tops
+from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored, has_subtree, tops
 
 
 def _owners(stored: Stored) -> set[Path]:
@@ -90,9 +90,14 @@ def _is_bare(stored: Stored) -> bool:
     return bool(stored) and not has_subtree(stored, "params") and not _is_nnx_state(stored)
 
 
-NNX_STATE = Layout(name="nnx_state", title="nnx.State", fits=_is_nnx_state, place=_place_tree)
-NNX_PURE_DICT = Layout(name="nnx_pure_dict", title="NNX pure dict", fits=_is_pure_dict, place=_place_tree)
-PARAMS = Layout(name="params", title="bare params", fits=_is_params, place=_place_params)
+_TOGETHER = Fields(params=(), collections=None)
+_BOXED = Fields(params=(), collections=None, boxed=True)
+
+NNX_STATE = Layout(name="nnx_state", title="nnx.State", fits=_is_nnx_state, place=_place_tree, fields=_BOXED)
+NNX_PURE_DICT = Layout(
+    name="nnx_pure_dict", title="NNX pure dict", fits=_is_pure_dict, place=_place_tree, fields=_TOGETHER
+)
+PARAMS = Layout(name="params", title="bare params", fits=_is_params, place=_place_params, fields=_TOGETHER)
 
 
 def _place_state(stored: Stored) -> tuple[Placement, ...]:
@@ -203,15 +208,32 @@ def _in_train_state(stored: Stored, path: Path) -> Placement:
 
 
 OPENPI = Layout(
-    name="openpi", title="openpi", fits=_is_step, place=_place_step, keys=frozenset({"params", "train_state"})
+    name="openpi",
+    title="openpi",
+    fits=_is_step,
+    place=_place_step,
+    keys=frozenset({"params", "train_state"}),
+    fields=Fields(
+        params=_WEIGHTS,
+        collections=None,
+        opt_state=("train_state", "opt_state"),
+        step=("train_state", "step"),
+    ),
 )
-OPENPI_WEIGHTS = Layout(name="openpi_weights", title="openpi weights", fits=_is_weights, place=_place_weights)
+OPENPI_WEIGHTS = Layout(
+    name="openpi_weights",
+    title="openpi weights",
+    fits=_is_weights,
+    place=_place_weights,
+    fields=Fields(collections=None),
+)
 OPENPI_TRAIN_STATE = Layout(
     name="openpi_train_state",
     title="openpi train state",
     fits=_is_train_state,
     place=_place_train_state,
     keys=frozenset({"params", "opt_state", "step"}),
+    fields=Fields(collections=None),
 )
 
 
@@ -239,5 +261,16 @@ def _in_item(stored: Stored, path: Path) -> Placement:
 
 
 TUNIX = Layout(
-    name="tunix", title="Tunix", fits=_is_tunix, place=_place_tunix, keys=frozenset({_MODEL, _OPTIMIZER})
+    name="tunix",
+    title="Tunix",
+    fits=_is_tunix,
+    place=_place_tunix,
+    keys=frozenset({_MODEL, _OPTIMIZER}),
+    fields=Fields(
+        params=(_MODEL,),
+        collections=None,
+        opt_state=(_OPTIMIZER, "opt_state"),
+        step=(_OPTIMIZER, "step"),
+        boxed=True,
+    ),
 )

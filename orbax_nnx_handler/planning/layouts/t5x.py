@@ -28,7 +28,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored
+from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored
 
 Naming = Literal["same", "swapped", "unknown"]
 
@@ -155,4 +155,16 @@ def _place(stored: Stored) -> tuple[Placement, ...]:
     return (*placed, *(Placement(leaf=stored[path], section="other", path=path) for path in others))
 
 
-T5X = Layout(name="t5x", title="T5X", fits=_fits, place=_place, keys=_FIELDS)
+T5X = Layout(
+    name="t5x",
+    title="T5X",
+    fits=_fits,
+    place=_place,
+    keys=_FIELDS,
+    fields=Fields(
+        params=("target",),
+        collections=("flax_mutables",),
+        opt_state=("state", "param_states"),
+        step=("state", "step"),
+    ),
+)

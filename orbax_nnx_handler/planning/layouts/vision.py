@@ -38,7 +38,7 @@ from collections.abc import Collection, Mapping
 from itertools import pairwise
 
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
-from orbax_nnx_handler.planning.layouts.layout import Layout, Placement, Stored, has_subtree
+from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored, has_subtree
 from orbax_nnx_handler.planning.layouts.t5x import WRAPPER, holds_optimizer, place_optimizer
 
 _STATISTICS = "batch_stats"
@@ -85,7 +85,12 @@ def _lacks_collections(stored: Stored) -> bool:
 
 
 SCENIC = Layout(
-    name="scenic", title="Scenic", fits=_fits_scenic, place=_place_scenic, keys=frozenset({WRAPPER})
+    name="scenic",
+    title="Scenic",
+    fits=_fits_scenic,
+    place=_place_scenic,
+    keys=frozenset({WRAPPER}),
+    fields=Fields(collections=("model_state",), step=("global_step",)),
 )
 
 
@@ -117,7 +122,12 @@ def _kauldron_placement(stored: Stored, path: Path) -> Placement:
 
 
 KAULDRON = Layout(
-    name="kauldron", title="Kauldron", fits=_fits_kauldron, place=_place_kauldron, keys=_KAULDRON_FIELDS
+    name="kauldron",
+    title="Kauldron",
+    fits=_fits_kauldron,
+    place=_place_kauldron,
+    keys=_KAULDRON_FIELDS,
+    fields=Fields(collections=("collections",)),
 )
 
 
@@ -262,6 +272,7 @@ BIG_VISION = Layout(
     place=_place,
     keys=_COLLECTIONS | {"opt"},
     scan_axis=_AXIS,
+    fields=Fields(opt_state=_FLAX_OPTIM),
 )
 BIG_VISION_WEIGHTS = Layout(
     name="big_vision_weights",

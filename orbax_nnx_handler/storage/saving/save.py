@@ -42,6 +42,7 @@ from orbax_nnx_handler.storage.saving.undo import (
     streams_as_stored,
     without_rules,
 )
+from orbax_nnx_handler.storage.saving.unsourced import check_restored
 
 RulesOrRestore = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport
 """The rules of a restore, or what it did: a save writes what the restore has read."""
@@ -139,6 +140,8 @@ def plan_save(
     check_distinct((at, leaf.like) for at, leaf in leaves.items())
     check_names(leaves)
     check_spellings(leaves)
+    if isinstance(done, RestorePlan):
+        check_restored(leaves, done)
     # NNX counts in uint32, Linen in int32.
     leaves = {
         at: dataclasses.replace(leaf, dtype=np.dtype(np.int32))

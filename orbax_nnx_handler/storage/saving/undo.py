@@ -34,8 +34,9 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry, every_entry, model_entries
 from orbax_nnx_handler.planning.rules.inverse import inverse, undo_rules
-from orbax_nnx_handler.storage.saving.arrange import Flavour
+from orbax_nnx_handler.storage.saving.arrange import Flavour, check_distinct
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf
+from orbax_nnx_handler.storage.saving.unsourced import PlacesInLayout
 
 SavedLeaves = Mapping[Path, SavedLeaf]
 Empty = Mapping[Path, Any]
@@ -154,7 +155,10 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         shapes,
         copied,
     )
-    written = {at: leaf for at, leaf in leaves.items() if leaf.like not in restored}
+    place = PlacesInLayout(leaves, empty, plan)
+    unsourced = {at: leaf for at, leaf in leaves.items() if leaf.like not in restored}
+    check_distinct((place(at), leaf.like) for at, leaf in unsourced.items())
+    written = {place(at): leaf for at, leaf in unsourced.items()}
     by_item = {leaf.like: leaf for leaf in leaves.values()}
     for at, way in ways.items():
         source = by_item[reads(way)[0]]
@@ -179,7 +183,7 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         for path, recipe in again.items()
         if recipe != Read(path)
     ]
-    return written, _moved(empty, leaves, written), copies
+    return written, _moved(empty, leaves, written, place), copies
 
 
 def _zeros(shapes: Mapping[Path, Shape], beside: SavedLeaves, above: slice) -> dict[Path, SavedLeaf]:
@@ -235,7 +239,7 @@ def _is_kept_apart(leaf: WantedLeaf) -> bool:
     return leaf.kind is not None and issubclass(leaf.kind, nnx.RngState | nnx.Cache | nnx.Intermediate)
 
 
-def _moved(empty: Empty, before: SavedLeaves, after: SavedLeaves) -> Empty:
+def _moved(empty: Empty, before: SavedLeaves, after: SavedLeaves, place: PlacesInLayout) -> Empty:
     """Returns the empty nodes: where they are, a parameter's under its stored name, none in another chain."""
     now = {leaf.like: at for at, leaf in after.items()}
     names = {
@@ -246,7 +250,7 @@ def _moved(empty: Empty, before: SavedLeaves, after: SavedLeaves) -> Empty:
     for at, value in empty.items():
         cut = next((cut for cut in range(len(at)) if at[cut:] in names), len(at))
         if chain or at[0] != "opt_state":
-            moved[(*at[:cut], *names.get(at[cut:], ()))] = value
+            moved[(*at[:cut], *names[at[cut:]]) if cut < len(at) else place(at)] = value
     return moved
 
 

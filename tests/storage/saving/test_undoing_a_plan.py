@@ -4,13 +4,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import RuleError, plan_restore, restore, to_linen
+from orbax_nnx_handler import RuleError, from_linen, plan_restore, restore, to_linen
 from tests.storage.saving.trees import leaves, numbered, written
 
 ADAM = optax.adam(0.1)
@@ -56,3 +57,52 @@ def test_a_step_that_was_stored_once_and_restored_as_a_count_too_is_written_once
     state["optimizer"].step.set_value(jnp.uint32(8))
     with pytest.raises(RuleError, match="optimizer/step is no longer optimizer/opt_state/0/count"):
         to_linen(state, renames=plan)
+
+
+def of_networks() -> dict[str, Any]:
+    return {name: of_one_kernel() for name in ("actor", "critic")}
+
+
+def test_the_steps_of_several_networks_are_saved_beside_their_fields() -> None:
+    params = {"kernel": np.zeros((3, 4), "float32")}
+    fields = {"params": params, "opt_state": ADAM.init(params)}
+    stored = numbered(
+        {f"{name}_{key}": value for name in ("actor", "critic") for key, value in fields.items()}
+    )
+    target = nnx.eval_shape(of_networks)
+    policy: Any = {nnx.PathContains("step"): "warn", ...: "error"}
+    state = from_linen(stored, target, policy=policy)
+    for at, name in enumerate(("actor", "critic")):
+        state[name]["optimizer"].step.set_value(jnp.uint32(70 + at))
+
+    tree = to_linen(state, renames=plan_restore(stored, target, policy=policy))
+
+    assert tree.keys() == {*stored, "actor_step", "critic_step"}
+    back = from_linen(tree, target)
+    assert [int(back[name]["optimizer"].step[...]) for name in back] == [70, 71]
+
+
+@pytest.mark.parametrize("rules", [[("Dense_0", "lin")], [("net", "")], [("old", "model")]])
+def test_what_a_rule_did_not_restore_is_found_under_the_same_rules(rules: Any) -> None:
+    def made() -> dict[str, Any]:
+        model = nnx.Dict(lin=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        return {"model": model, "optimizer": nnx.Optimizer(model, ADAM, wrt=nnx.Param)}
+
+    names = [name for name in rules[0][0].split("/") if name in ("Dense_0", "net")]
+    kernel: Any = {"kernel": np.zeros((2, 3), "float32")}
+    params = {"Dense_0": kernel} if names == ["Dense_0"] else {"lin": kernel}
+    params = {"net": params} if names == ["net"] else params
+    stored = numbered({"params": params, "opt_state": ADAM.init(params), "step": np.int32(0)})
+    stored = {"old": stored} if rules == [("old", "model")] else stored
+    target = nnx.eval_shape(made)
+    state = from_linen(stored, made(), renames=rules, policy="init")
+    state["model"].lin.bias.set_value(jnp.asarray([5.0, 6.0, 7.0]))
+
+    tree = to_linen(state, renames=plan_restore(stored, target, renames=rules, policy="warn"))
+
+    back = from_linen(tree, target, renames=rules)
+    for key in ("model", "optimizer"):
+        pairs = zip(
+            jax.tree.leaves(nnx.state(back[key])), jax.tree.leaves(nnx.state(state[key])), strict=True
+        )
+        assert all(np.array_equal(one, other) for one, other in pairs)

@@ -219,9 +219,7 @@ def _of_collections(rivals: Sequence[CompetingSources]) -> Sequence[Hint]:
         return ()
     hints: list[Hint] = []
     for name, root in (way for way in ways if way):
-        words = f"pass {{{name!r}: target}} as the target"
-        if root:
-            words = f"pass renames=[({name!r}, {root!r})]"
+        words = f"pass renames=[({name!r}, {root!r})]" if root else f"pass {{{name!r}: target}} as the target"
         hints.append(
             Hint(f"{words} if what {name!r} holds is meant.", {"renames": [(name, root)]} if root else {})
         )
@@ -248,14 +246,15 @@ def _one_left_behind(rivals: Sequence[CompetingSources]) -> str:
     own = [[entry for entry in rival.entries if not entry.reason] for rival in rivals]
     if not all(own):
         return "take out the rule that brings the leaf which is not meant."
+    # One is kept of each: what a rule brings, or else the first.
+    lost = [each[len(each) == len(rival.entries) :] for each, rival in zip(own, rivals, strict=True)]
     # Whole stored paths: less would drop the other one too. A stack may be the rival of many layers.
-    paths = [*dict.fromkeys(render(path) for entries in own for path in reads(entries[-1].recipe))]
+    paths = [*dict.fromkeys(render(path) for each in lost for one in each for path in reads(one.recipe))]
     drops = ", ".join(f"Drop({path!r}, 'why')" for path in paths[:_SHOWN])
-    many = f"{drops} and so on for each of them"
-    if all(len(entries) == len(rival.entries) for entries, rival in zip(own, rivals, strict=True)):
-        which = f"renames=[{drops}]" if len(paths) <= _SHOWN else many
+    by_rule, many = lost != [each[1:] for each in own], f"{drops} and so on for each of them"
+    which = f"renames=[{drops}{', ...' if by_rule else ''}]" if len(paths) <= _SHOWN else many
+    if not by_rule:
         return f"pass {which} to leave behind what is not meant."
-    which = f"renames=[{drops}, ...]" if len(paths) <= _SHOWN else many
     return (
         f"pass {which} in front of the other rules to leave what is stored there behind, or take out the "
         "rule that brings the other."

@@ -64,6 +64,19 @@ def test_a_stack_that_is_the_rival_of_many_layers_is_left_behind_by_one_rule():
     _check(from_linen(stored, _target(wanted), renames=[Drop("params/l/kernel", "why")]), wanted)
 
 
+def test_layers_that_are_the_rivals_of_a_stack_are_left_behind_all_at_once():
+    layers = {f"l_{at}": {"kernel": _numbers(16 * at, 4, 4)} for at in range(3)}
+    stored = {"params": {**layers, "l": {"kernel": _numbers(900, 3, 4, 4)}}}
+    wanted = {"l": stored["params"]["l"]}
+
+    error = _refused(stored, wanted)
+
+    drops = [Drop(f"params/l_{at}/kernel", "why") for at in range(3)]
+    text = ", ".join(f"Drop({rule.pattern!r}, 'why')" for rule in drops)
+    assert f"pass renames=[{text}] to leave" in " ".join(str(error).split())
+    _check(from_linen(stored, _target(wanted), renames=drops), wanted)
+
+
 def test_a_rule_that_repeats_another_is_not_corrected_to_another_leaf():
     stored, wanted = _stack_beside_layers()
     rule = Drop("params/l/kernel", "why")

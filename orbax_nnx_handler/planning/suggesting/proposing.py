@@ -15,13 +15,7 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
-from orbax_nnx_handler.planning.suggesting.module_parts import (
-    Link,
-    Names,
-    agrees,
-    readings_of,
-    simplest,
-)
+from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, agrees, readings_of, simplest
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.search import (
@@ -46,6 +40,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     asking,
     behind,
     by_network,
+    is_turned,
     keys_as_names,
     mixes,
     one_of,
@@ -215,7 +210,9 @@ class _Proposing:
     def _rules(
         self, tried: _Tried, searched: Searched, more: Sequence[Link], changes: Sequence[Remade] = ()
     ) -> tuple[Rule, ...]:
-        links = remade_links([*tried.links, *more], changes, self._shapes)
+        answered = {(link.target.source, link.source.source) for link in more}
+        kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
+        links = remade_links([*kept, *more], changes, self._shapes)
         rules = self._write(links, searched, tried.root, tried.below)
         keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
         return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
@@ -256,7 +253,7 @@ class _Proposing:
             if item.leaf.path in self._base.restored
         }
         claimed = {path: wanted for wanted, sources in settled.items() for path in sources}
-        kept = [link for link in links if agrees(link, settled, claimed)]
+        kept = [link for link in links if agrees(link, settled, claimed) and not self._is_doubted(link)]
         covered = {leaf.source for link in kept for leaf in link.wanted}
         ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
         theirs = {leaf.source: leaf for leaf in stored_leaves(self._mapping.applied.entries, False)}
@@ -266,6 +263,12 @@ class _Proposing:
                 wanted, stored = (ours[path],), (theirs[recipe.path],)
                 kept.append(Link(wanted=wanted, stored=stored, grounds="shapes", ways=((Way(()),),)))
         return kept
+
+    def _is_doubted(self, link: Link) -> bool:
+        """Tells whether a square matrix may be transposed that a plan without rules restores as it is."""
+        found = self._base.restored.get(link.target.source)
+        is_square = link.joint is None and link.source.shape == link.target.shape and is_turned([link])
+        return is_square and found is not None and "transpose" not in steps_in(found.recipe)
 
     def _best(self, links: Sequence[Link], searched: Searched) -> _Tried:
         """Returns the rules under which the most leaves are what the search says, and none is another."""
@@ -415,11 +418,16 @@ class _Proposing:
             if len(readings) == len(tie.readings) or len(readings) > 1:
                 is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
                 found.append(Choice("how" if is_joined else "which", tuple(readings)))
-        for group in by_template(searched.turns).values():
-            left = [link for link in group if not covered.intersection(leaf.source for leaf in link.wanted)]
-            if left:
-                plain, turned = zip(*map(readings_of, left), strict=True)
-                found.append(Choice("transposed", (plain, turned)))
+        turns = [link for link in searched.turns if covered.isdisjoint(leaf.source for leaf in link.wanted)]
+        called = {link.target.names[-1] for link in links if is_turned([link])}
+        turns += [
+            dataclasses.replace(link, ways=((Way(()), *link.ways[0]),))
+            for link in (*searched.links, *searched.turns)
+            if self._is_doubted(link) and link.target.names[-1] in called
+        ]
+        for group in by_template(turns).values():
+            plain, turned = zip(*map(readings_of, group), strict=True)
+            found.append(Choice("transposed", (plain, turned)))
         return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]
 
     def _suggested(self, tried: _Tried, questions: Sequence[Question]) -> Suggestion:

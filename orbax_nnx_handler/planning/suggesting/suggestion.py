@@ -394,12 +394,13 @@ class Choice:
         if self.about == "which":
             return _pairs_in_words(self.readings)
         if self.about == "transposed":
-            return tuple("transposed" if _is_turned(reading) else "as it is" for reading in self.readings)
+            return tuple("transposed" if is_turned(reading) else "as it is" for reading in self.readings)
         orders = {each[0].parts for each in self.readings}
         return tuple(_way_in_words(reading[0], with_order=len(orders) > 1) for reading in self.readings)
 
 
-def _is_turned(reading: Sequence[Link]) -> bool:
+def is_turned(reading: Sequence[Link]) -> bool:
+    """Tells whether some links transpose a matrix, or may."""
     return any(way.turned for link in reading for ways in link.ways for way in ways)
 
 

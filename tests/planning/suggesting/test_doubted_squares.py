@@ -1,0 +1,75 @@
+"""Square matrices that a plan restores by name, beside matrices of their name that are transposed."""
+
+import jax
+import numpy as np
+import pytest
+
+from orbax_nnx_handler import Transpose, from_linen, suggest
+
+
+def _numbers(start, *shape):
+    return np.arange(start, start + np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def _target(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _check(stored, wanted, rules):
+    jax.tree.map(
+        np.testing.assert_array_equal, from_linen({"params": stored}, _target(wanted), renames=rules), wanted
+    )
+
+
+def _wanted():
+    return {"up": {"kernel": _numbers(0, 16, 8)}, "b": {"up": {"kernel": _numbers(900, 8, 8)}}}
+
+
+def _layers(at):
+    return {"up": {"kernel": _numbers(at, 16, 8)}, "mid": {"kernel": _numbers(at + 200, 8, 8)}}
+
+
+def _turned(tree):
+    return jax.tree.map(lambda x: np.swapaxes(x, -1, -2), tree)
+
+
+def _stacked(layers):
+    return jax.tree.map(lambda *parts: np.stack(parts), *layers)
+
+
+def test_what_a_plan_restores_as_it_lies_is_not_transposed_because_another_one_is():
+    wanted = _wanted()
+    stored = {**wanted, "up": _turned(wanted["up"])}
+
+    found = suggest({"params": stored}, _target(wanted))
+
+    assert found.renames == (Transpose("params/up/kernel", (1, 0)),)
+    assert (found.confidence, [question.about for question in found.questions]) == ("open", ["transposed"])
+    assert found.questions[0].choices == ("as it is", "transposed")
+    _check(stored, wanted, found.renames)
+    _check(stored, wanted, found.answered([0]))
+
+
+def test_its_question_answered_transposes_it():
+    wanted = _wanted()
+    stored = _turned(wanted)
+
+    found = suggest({"params": stored}, _target(wanted))
+
+    _check(stored, wanted, found.answered([1]))
+    assert found.questions[0].alternatives[1] == found.answered([1])
+
+
+LAYERS = [_layers(1000 * at) for at in range(4)]
+APART = {f"layers_{at}": layer for at, layer in enumerate(LAYERS)}
+LISTED = {"layers": dict(enumerate(LAYERS))}
+STACKED = {"layers": _stacked(LAYERS)}
+
+
+@pytest.mark.parametrize("wanted", [LISTED, STACKED], ids=["list", "stack"])
+@pytest.mark.parametrize("stored", [APART, STACKED], ids=["apart", "stacked"])
+def test_a_square_matrix_in_every_layer_is_one_question(stored, wanted):
+    found = suggest({"params": _turned(stored)}, _target(wanted))
+
+    assert len(found.questions) == 1
+    _check(_turned(stored), wanted, found.answered([1]))

@@ -90,6 +90,8 @@ def _moves(pairs: Sequence[Pair]) -> tuple[Move, ...]:
     found: dict[tuple[tuple[int, ...], ...], Move] = {}
     # Of two that do the same, that to the front: programs stack there.
     for move in sorted(itertools.permutations(range(min(ranks)), 2), key=lambda move: move[1]):
+        if min(move) > 0 and len({pair.stored[0] for pair in pairs}) == 1:
+            continue  # Layers may lie in front on both sides, and matrices are transposed in each.
         orders = tuple(order_of(rank, move) for rank in ranks)
         comes_out = all(
             permuted(pair.stored, order) == pair.wanted for pair, order in zip(pairs, orders, strict=True)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from orbax_nnx_handler import Transpose, from_linen, suggest
+from orbax_nnx_handler import RestoreError, Transpose, from_linen, suggest
 
 
 def _numbers(start, *shape):
@@ -73,3 +73,15 @@ def test_a_square_matrix_in_every_layer_is_one_question(stored, wanted):
 
     assert len(found.questions) == 1
     _check(_turned(stored), wanted, found.answered([1]))
+
+
+def test_a_stack_of_matrices_is_not_transposed_because_the_stack_beside_it_is():
+    stored = {"layers": {**STACKED["layers"], "up": _turned(STACKED["layers"]["up"])}}
+
+    found = suggest({"params": stored}, _target(STACKED))
+    with pytest.raises(RestoreError) as caught:
+        from_linen({"params": stored}, _target(STACKED))
+
+    assert [question.about for question in found.questions] == ["transposed"]
+    _check(stored, STACKED, found.renames)
+    assert "layers/mid/kernel may be stored so too" in " ".join(str(caught.value).split())

@@ -159,6 +159,28 @@ def test_a_number_of_the_model_called_like_a_field_of_optaxs_takes_nothing_from_
 
 @pytest.mark.parametrize("layout", ["linen", "maxtext"])
 @pytest.mark.parametrize("tx", TXS)
+@pytest.mark.parametrize("kind", [nnx.BatchStat, Own])
+def test_an_optimizer_comes_back_where_its_model_got_a_number_called_like_its_count(
+    tmp_path, layout, tx, kind
+):
+    def make(model):
+        return nnx.Dict(model=model, optimizer=nnx.Optimizer(model, TXS[tx], wrt=nnx.Param))
+
+    def init():
+        return make(Counting(kind))
+
+    state = make(nnx.Dict(dense=Dense(nnx.Param)))
+    expected = Numbers().like(worlds.flat(state))
+    worlds.put(state, expected)
+    save(tmp_path / "saved", state, layout=layout)
+
+    result = restore(tmp_path / "saved", nnx.eval_shape(init), policy={kind: "init", ...: "error"}, init=init)
+    assert result.model.count.get_value() == 0
+    check({path: leaf for path, leaf in worlds.flat(result).items() if path != ("model", "count")}, expected)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("tx", TXS)
 @pytest.mark.parametrize("beside", ["count", "model", "own"])
 def test_a_programs_own_numbers_beside_an_optimizer_are_nobodys_parameters(tmp_path, layout, tx, beside):
     def make():

@@ -179,6 +179,7 @@ def read_states(
     # A moment in a box beside a plain `count`, as where `tx.init` has been given an `nnx.State`.
     boxed = all(_is_boxed(leaf.tokens) or len(leaf.tokens) == _depth(leaf.tokens) + 1 for leaf in listed)
     left = [leaf for leaf in listed if not reader.add_known(leaf)]
+    reader.tell_counts()
     reader.add_others(left, boxed)
     return reader.states()
 
@@ -224,6 +225,17 @@ class _Reader:
         )
         self.wrappers |= {place[:length] for length in range(1, len(place) + 1)}
         return self._add_moment(place, field, tokens[end:], leaf)
+
+    def tell_counts(self) -> None:
+        """Takes a state's number for its count or rate, though a parameter is called so.
+
+        A state that is itself like the parameters has more than such numbers.
+        """
+        for place, fields in self.moments.items():
+            bare = fields.get((), {}).values()
+            if bare and not any(leaf.shape or len(leaf.tokens) > len(place) + 1 for leaf in bare):
+                self.scalars[place] |= {leaf.tokens[len(place) :]: leaf for leaf in bare}
+                del fields[()]
 
     def _add_moment(self, place: Tokens, field: Tokens, parameter: Tokens, leaf: OptimizerLeaf) -> bool:
         known = self.parameters[parameter]

@@ -34,7 +34,6 @@ from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
-from orbax_nnx_handler.storage.reading.base_store import open_data
 from orbax_nnx_handler.storage.reading.byte_plan import OBJECT_STORE, Limits, cut_run, plan_bytes
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
 from orbax_nnx_handler.storage.reading.engine import DEFAULT_WINDOW_BYTES
@@ -191,7 +190,7 @@ def _requests(
         array = checkpoint.arrays[path]
         leaf = LeafToRead(path=path, array=array, writes_fill=checkpoint.writes_fill)
         chunks = list(chunks_of(leaf, places))
-        pieces += pieces_to_read(array.store, open_data(array.store), chunks, limits)
+        pieces += pieces_to_read(array.store, chunks, limits)
     planned = plan_bytes([p.wanted for p in pieces if not p.streamed and p.wanted.runs], limits)
     found = [(r.file, r.start, r.size) for batch in planned.batches for r in batch.requests]
     for piece in pieces:

@@ -206,6 +206,7 @@ def read_safetensors(
         NotACheckpointError: A file is none of safetensors, or the names are those of no tree.
     """
     # A file that the caller named may be a link; those of a directory stay within it.
+    seen = kvstore.states_before(shards)
     headers = _read_headers(shards, files, ANYWHERE if files.is_file(directory) else "")
     found: dict[Path, _Found] = {}
     twice: list[Path] = []
@@ -219,7 +220,9 @@ def read_safetensors(
             twice += [keys] if keys in found else []
             found[keys] = one
     _check_tree(directory, found, twice)
-    return _checkpoint(directory, shards[0], found, config)
+    catalog: dict[str, bytes | Extent] = {}
+    store = kvstore.open_archive(shards[0], catalog, seen)
+    return _checkpoint(directory, store, catalog, found, config)
 
 
 def _read_headers(
@@ -369,10 +372,12 @@ def _check_tree(directory: epath.Path, found: Mapping[Path, _Found], twice: Iter
 
 
 def _checkpoint(
-    directory: epath.Path, first: epath.Path, found: Mapping[Path, _Found], config: Mapping[str, Any]
+    directory: epath.Path,
+    store: kvstore.Store,
+    catalog: dict[str, bytes | Extent],
+    found: Mapping[Path, _Found],
+    config: Mapping[str, Any],
 ) -> Checkpoint:
-    catalog: dict[str, bytes | Extent] = {}
-    store = kvstore.open_archive(first, catalog)
     arrays: dict[Path, StoredArray] = {}
     for keys, one in found.items():
         if one.encoding is not None:

@@ -269,6 +269,11 @@ def _locate(
         wanted, [(store, f"/{METADATA_KEY[driver]}") for store, driver in places], files
     )
     _check_not_refused(content for _, content in found.values() if files.remote)
+    if beside.local:
+        numbers = {
+            number: METADATA_KEY[driver] for number, (store, driver) in enumerate(places) if store is beside
+        }
+        beside.look_at([f"{wanted[path]}/{numbers[at]}" for path, (at, _) in found.items() if at in numbers])
     arrays: dict[Path, StoredArray] = {}
     for path, name in wanted.items():
         place = found.get(path)

@@ -185,6 +185,7 @@ def read_archive(path: epath.Path, files: Files) -> Checkpoint:
     Raises:
         NotACheckpointError: It is no whole archive of arrays, or its names are those of no tree.
     """
+    seen = kvstore.states_before([path])
     with _file(path, files) as file, _opened(path, file, files) as archive:
         if isinstance(file, RangedFile):
             file.fetch((info.header_offset, _FETCHED_HEADER) for info in archive.infolist())
@@ -195,7 +196,7 @@ def read_archive(path: epath.Path, files: Files) -> Checkpoint:
                 f"{path} cannot be read: {error}.", hints=[damaged(path, files)]
             ) from error
         members = _members(path, archive.infolist())
-        return _checkpoint(path, members, _look(path, file, archive, members))
+        return _checkpoint(path, members, _look(path, file, archive, members), seen)
 
 
 def _keys(info: zipfile.ZipInfo) -> Path:
@@ -303,9 +304,11 @@ def _extent(path: epath.Path, file: IO[bytes], info: zipfile.ZipInfo) -> Extent:
     return Extent(path.name, info.header_offset + _LOCAL.size + name + extra, info.compress_size)
 
 
-def _checkpoint(path: epath.Path, members: dict[Path, zipfile.ZipInfo], found: _Found) -> Checkpoint:
+def _checkpoint(
+    path: epath.Path, members: dict[Path, zipfile.ZipInfo], found: _Found, seen: kvstore.FileStates
+) -> Checkpoint:
     catalog: dict[str, bytes | Extent] = {}
-    store = kvstore.open_archive(path, catalog)
+    store = kvstore.open_archive(path, catalog, seen)
     arrays = {
         keys: StoredArray(name=members[keys].filename, store=store, encoding=encoding)
         for keys, encoding in found.encodings.items()

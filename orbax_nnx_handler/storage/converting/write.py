@@ -33,7 +33,7 @@ from orbax_nnx_handler.storage.converting.blocks import (
     read_blocks,
     window_of,
 )
-from orbax_nnx_handler.storage.reading import Job, read_arrays
+from orbax_nnx_handler.storage.reading import Job, check_one_save, read_arrays
 from orbax_nnx_handler.storage.reading.engine import Progress
 from orbax_nnx_handler.storage.saving.atomic import appearing, writing
 from orbax_nnx_handler.storage.saving.saved import check_names
@@ -216,6 +216,7 @@ def write_converted(
             may_finish=not is_url(destination),
         )
         _save(conversion, writer, unfinished)
+        check_one_save(conversion.source)
         _verify(unfinished, plain, writer.digests.done, window, verifying)
     return writer.digests.done
 

@@ -5,11 +5,9 @@ asked again: its catalog has told the place of every value, and asking through i
 each value whether the database has changed meanwhile.
 """
 
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from orbax_nnx_handler.storage.stores.files import ANYWHERE
@@ -21,8 +19,6 @@ _BUFFERS = 1000
 # A store that brings nothing for so long has a fault.
 TIME_LIMIT_S = 300.0
 SAY_SO_AFTER_S = 10.0
-_MANY_FILES = 64
-_STAT_THREADS = 16
 
 
 class AbsentError(LookupError):
@@ -72,26 +68,6 @@ class LocalData:
         finally:
             if not self._shared:
                 os.close(descriptor)
-
-    def sizes_of(self, files: Sequence[str]) -> dict[str, int | OSError | None]:
-        """Returns the length of each file; None where there is none, an error where nobody can tell."""
-        if len(files) < _MANY_FILES:
-            return {file: self._size_of(file) for file in files}
-        # A file system of another machine answers late, so it is asked many questions at a time.
-        some = [files[start : start + _MANY_FILES] for start in range(0, len(files), _MANY_FILES)]
-        with ThreadPoolExecutor(_STAT_THREADS) as pool:
-            return dict(itertools.chain.from_iterable(pool.map(self._sizes_of_some, some)))
-
-    def _sizes_of_some(self, files: Sequence[str]) -> list[tuple[str, int | OSError | None]]:
-        return [(file, self._size_of(file)) for file in files]
-
-    def _size_of(self, file: str) -> int | OSError | None:
-        try:
-            return os.stat(f"{self._root}/{file}").st_size  # noqa: PTH116 - thousands of calls
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            return error
 
     def close(self) -> None:
         """Closes the files that were kept open."""

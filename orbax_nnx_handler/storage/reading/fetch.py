@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path, printable, render
@@ -28,8 +29,6 @@ from orbax_nnx_handler.storage.checkpoint.npz import NpyEncoding
 from orbax_nnx_handler.storage.reading.base_store import (
     AbsentError,
     ChangedError,
-    DataFiles,
-    LocalData,
     ShortReadError,
     open_data,
 )
@@ -39,7 +38,7 @@ from orbax_nnx_handler.storage.reading.engine import Progress, Task, naming_lost
 from orbax_nnx_handler.storage.reading.jobs import Destination
 from orbax_nnx_handler.storage.reading.members import pieces_of_member
 from orbax_nnx_handler.storage.reading.streams import Content
-from orbax_nnx_handler.storage.stores.kvstore import Store
+from orbax_nnx_handler.storage.stores.kvstore import Store, files_at
 from orbax_nnx_handler.storage.stores.locations import reason_and_hint
 from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
@@ -253,11 +252,13 @@ def _read_from_one_store(
     for path, places in targets.items():
         leaf = LeafToRead(path=path, array=checkpoint.arrays[path], writes_fill=checkpoint.writes_fill)
         if leaf.array.encoding.codec == "other":
+            if _has_a_file_a_chunk(leaf.array.store):
+                leaf.array.store.look_at(list(leaf.array.keys(place.region for place in places)))
             beside += [_tensorstore_task(leaf, place) for place in places]
         else:
             chunks += chunks_of(leaf, places)
     with contextlib.closing(open_data(store)) as files:
-        pieces = list(pieces_to_read(store, files, chunks, limits)) if store is not None else []
+        pieces = list(pieces_to_read(store, chunks, limits)) if store is not None else []
         settle()
         read_pieces(
             files,
@@ -307,24 +308,20 @@ def _within(target: Destination, covered: Region) -> list[Destination]:
     return [target.part(tuple(region), tuple(inside))]
 
 
-def pieces_to_read(
-    store: Store, files: DataFiles, chunks: Sequence[_Chunk], limits: Limits
-) -> Iterator[ChunkPiece]:
+def pieces_to_read(store: Store, chunks: Sequence[_Chunk], limits: Limits) -> Iterator[ChunkPiece]:
     """Yields the pieces of all chunks, as far as a chunk is there."""
-    sizes: Mapping[str, int | OSError | None] = {}
-    if store.kind == "files" and isinstance(files, LocalData):
-        sizes = files.sizes_of([chunk.key for chunk in chunks])
+    states = store.look_at([chunk.key for chunk in chunks]) if _has_a_file_a_chunk(store) else {}
     catalog = store.catalog or {}
     for chunk in chunks:
         value = catalog.get(chunk.key)
-        extent, size = value if isinstance(value, Extent) else None, sizes.get(chunk.key)
-        if isinstance(size, OSError):
-            raise chunk.unreadable(size)
-        if extent is None and size is not None:
-            extent = Extent(chunk.key, 0, size)
+        extent, state = value if isinstance(value, Extent) else None, states.get(chunk.key)
+        if isinstance(state, OSError):
+            raise chunk.unreadable(state)
+        if extent is None and state is not None:
+            extent = Extent(chunk.key, 0, state.size)
         if extent is not None:
             yield from chunk.pieces(extent, limits)
-        elif chunk.key in sizes or store.lacks(chunk.key):
+        elif chunk.key in states or store.lacks(chunk.key):
             # Not here: memory may be written to only when all is planned.
             wanted, fill = WantedBytes(chunk.key, ()), functools.partial(_fill_absent, chunk)
             yield ChunkPiece(chunk, wanted, chunk.nbytes, use=fill, content=b"")
@@ -337,6 +334,27 @@ def pieces_to_read(
                 use=chunk.fill_from,
                 content=store.inline(chunk.key),
             )
+
+
+def _has_a_file_a_chunk(store: Store) -> bool:
+    return store.kind == "files" and store.local
+
+
+def check_one_save(checkpoint: Checkpoint) -> None:
+    """Raises where a save has written to the same files since the metadata was read.
+
+    Raises:
+        UnreadableLeafError: Values may be of either save.
+    """
+    files = files_at(checkpoint.directory)
+    stores = {id(array.store): array.store for array in checkpoint.arrays.values()}
+    if any(store.was_written_to for store in stores.values()) or any(
+        files.content(epath.Path(file)) != content for file, content in checkpoint.stamps.items()
+    ):
+        raise UnreadableLeafError(
+            f"{checkpoint.directory} was saved again while it was read: its values may be of either save.",
+            hints=["restore again once nothing is written there, or restore another step."],
+        )
 
 
 def read_values(checkpoint: Checkpoint, paths: Iterable[Path]) -> dict[Path, np.ndarray[Any, Any]]:

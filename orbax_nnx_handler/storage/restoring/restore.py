@@ -10,7 +10,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
@@ -30,11 +29,10 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Drop
 from orbax_nnx_handler.planning.verdict.outcomes import Missing, Restored
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
-from orbax_nnx_handler.storage.reading import Job, read_everywhere, read_values
+from orbax_nnx_handler.storage.reading import Job, check_one_save, read_everywhere, read_values
 from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.reading.memory import Memory
 from orbax_nnx_handler.storage.restoring.fill import check_built, compute_on_devices, fill_leaves
-from orbax_nnx_handler.storage.stores.kvstore import files_at
 
 
 def check_values(checkpoint: Checkpoint, plan: RestorePlan) -> None:
@@ -170,26 +168,12 @@ def carry_out(
         orbax=orbax,
         memory=memory,
     )
-    agree(lambda: _check_one_save(checkpoint))
+    agree(lambda: check_one_save(checkpoint))
     filled = fill_leaves(plan, init)
     for path, item in plan.missing.items():
         if item.recipe is not None:
             filled[path] = _overlay(item, filled[path], arrays.pop(path))
     return arrays | filled
-
-
-def _check_one_save(checkpoint: Checkpoint) -> None:
-    """Raises where a save has written to the same files since the metadata was read.
-
-    Raises:
-        UnreadableLeafError: Values may be of either save.
-    """
-    files = files_at(checkpoint.directory)
-    if any(files.content(epath.Path(file)) != content for file, content in checkpoint.stamps.items()):
-        raise UnreadableLeafError(
-            f"{checkpoint.directory} was saved again while it was read: its values may be of either save.",
-            hints=["restore again once nothing is written there, or restore another step."],
-        )
 
 
 def _jobs(plan: RestorePlan, single_replica: Callable[[Path], SingleReplica | None]) -> list[Job]:

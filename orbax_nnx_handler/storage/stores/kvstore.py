@@ -11,9 +11,11 @@ as they were listed, cannot hold.
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import tensorstore as ts
 from etils import epath
@@ -137,6 +139,22 @@ _CACHE_BYTES = 100_000_000
 _OWN, _OF_A_PROCESS = "d/", "ocdbt.process_"
 # A bucket names 1,000 files in an answer, and a process writes a handful.
 _MANY_PROCESSES = 100
+_MANY_FILES = 64
+_STAT_THREADS = 16
+
+
+class FileState(NamedTuple):
+    """What tells a file from what another save wrote in its place.
+
+    Not its inode: where a bucket is mounted, one file has now this and now that.
+    """
+
+    size: int
+    modified_ns: int
+
+
+FileStates = dict[str, FileState | OSError | None]
+"""What files are by their names: None where there is none, an error where nobody can tell."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +168,7 @@ class Store:
         damaged: Keys whose bytes are not where the catalog says, with the reason.
         sizes: The size of each file of the database, by its path below the directory.
         local: Whether its files can be opened by this process directly.
+        seen: What its files were when they were first looked at.
     """
 
     kind: StoreKind
@@ -158,6 +177,19 @@ class Store:
     catalog: Catalog | None = None
     damaged: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    seen: FileStates = dataclasses.field(default_factory=FileStates)
+
+    def look_at(self, files: Sequence[str]) -> FileStates:
+        """Returns what files of this machine are, and remembers it."""
+        found = states_of(os.fspath(self.directory), files)
+        for file, state in found.items():
+            self.seen.setdefault(file, state)
+        return found
+
+    @property
+    def was_written_to(self) -> bool:
+        """Whether a file is another than when it was first looked at."""
+        return states_of(os.fspath(self.directory), list(self.seen)) != self.seen
 
     @functools.cached_property
     def context(self) -> ts.Context:
@@ -240,6 +272,30 @@ class Store:
         return self.catalog is not None and key not in self.catalog
 
 
+def states_of(folder: str, files: Sequence[str]) -> FileStates:
+    """Returns what files below a folder of this machine are."""
+    if len(files) < _MANY_FILES:
+        return dict(_states(folder, files))
+    # A file system of another machine answers late, so it is asked many questions at a time.
+    some = [files[start : start + _MANY_FILES] for start in range(0, len(files), _MANY_FILES)]
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        return dict(itertools.chain.from_iterable(pool.map(functools.partial(_states, folder), some)))
+
+
+def _states(folder: str, files: Sequence[str]) -> list[tuple[str, FileState | OSError | None]]:
+    return [(file, _state_of(f"{folder}/{file}")) for file in files]
+
+
+def _state_of(file: str) -> FileState | OSError | None:
+    try:
+        found = os.stat(file)  # noqa: PTH116 - thousands of calls
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error
+    return FileState(found.st_size, found.st_mtime_ns)
+
+
 def _data_folders(entries: Iterable[str]) -> list[str]:
     """Returns how the names of the folders with a database's files begin, each to be listed by itself."""
     if sum(name.startswith(_OF_A_PROCESS) for name in entries) <= _MANY_PROCESSES:
@@ -280,9 +336,22 @@ def open_files(directory: epath.Path) -> Store:
     return _store("files", directory)
 
 
-def open_archive(file: epath.Path, catalog: Catalog) -> Store:
-    """Returns the store of a file that holds many arrays."""
-    return _store("archive", file.parent, catalog=catalog)
+def open_archive(file: epath.Path, catalog: Catalog, seen: FileStates) -> Store:
+    """Returns the store of a file that holds many arrays, or of several in one folder.
+
+    Args:
+        file: One of the files.
+        catalog: Where each array lies.
+        seen: What the files were before they were looked into.
+    """
+    return _store("archive", file.parent, catalog=catalog, seen=seen)
+
+
+def states_before(files_read: Sequence[epath.Path]) -> FileStates:
+    """Returns what files in one folder are that will be looked into; of a bucket's nothing is known."""
+    folder = files_read[0].parent
+    names = [file.name for file in files_read]
+    return {} if is_url(folder) else states_of(os.fspath(folder), names)
 
 
 def _store(kind: StoreKind, directory: epath.Path, **contents: Any) -> Store:

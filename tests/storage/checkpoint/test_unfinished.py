@@ -16,11 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from orbax.checkpoint import path as ocp_path
+from safetensors.numpy import save_file
 
 from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, restore
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
-from tests.storage.checkpoints import DiskFormat, save
+from tests.storage.checkpoints import FORMATS, DiskFormat, save
 from tests.storage.stores.fake_store import files_of
 
 FILES = DiskFormat(False, False, False)
@@ -205,6 +206,35 @@ def test_a_save_into_the_files_that_are_read_is_an_error_and_no_mixture(tmp_path
         assert restore(old, TARGET)["a"].tolist() == [11, 11, 11]
     else:
         assert restore(old, TARGET, progress=save_again)["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [*(str(one) for one in FORMATS if not one.ocdbt), "npz", "safetensors"])
+def test_files_without_a_note_of_their_save_that_change_while_they_are_read_are_an_error(tmp_path, kind):
+    formats = {str(one): one for one in FORMATS}
+    old, new = ({name: value + add for name, value in TREE.items()} for add in (0, 10))
+    paths = []
+    for name, tree in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / (f"weights.{kind}" if kind not in formats else "item")
+        if kind == "npz":
+            np.savez(path, **tree)
+        elif kind == "safetensors":
+            save_file(tree, path)
+        else:
+            save(path, tree, formats[kind])
+            for note in path.rglob("_CHECKPOINT_METADATA"):
+                note.unlink()
+        paths.append(path)
+
+    def save_again(_):
+        if paths[0].is_dir():
+            shutil.copytree(paths[1], paths[0], copy_function=shutil.copyfile, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(paths[1], paths[0])
+
+    with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
+        restore(paths[0], TARGET, progress=save_again)
+    assert restore(paths[0], TARGET)["a"].tolist() == [11, 11, 11]
 
 
 def test_the_database_of_one_process_is_no_step_and_no_item(tmp_path):

@@ -31,6 +31,7 @@ from orbax_nnx_handler.storage.reading.base_store import (
     ShortReadError,
 )
 from orbax_nnx_handler.storage.reading.memory import ALIGNMENT, SHARED_BLOCK_BYTES, Arena, Memory
+from orbax_nnx_handler.storage.stores.kvstore import states_of
 from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, numbers, save
 
 CONTENT = bytes(range(10))
@@ -118,12 +119,15 @@ def test_a_stream_gives_the_bytes_of_a_run_in_order(local, remote):
         assert (first, rest) == (CONTENT[1:3], CONTENT[6:9])
 
 
-def test_sizes_of_many_files_are_asked_for_together(local, tmp_path):
+def test_what_many_files_are_is_asked_for_together(tmp_path):
     names = [f"f{number}" for number in range(200)]
     for number, name in enumerate(names):
         (tmp_path / name).write_bytes(bytes(number))
 
-    assert local.sizes_of([*names, "none"]) == {**{f"f{n}": n for n in range(200)}, "none": None}
+    found = states_of(str(tmp_path), [*names, "none"])
+
+    assert found.pop("none") is None
+    assert {name: state.size for name, state in found.items()} == {f"f{n}": n for n in range(200)}
 
 
 def test_a_file_longer_than_its_chunk_is_damaged(tmp_path):

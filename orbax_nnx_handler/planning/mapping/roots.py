@@ -62,7 +62,8 @@ def find_roots(
     if there.names(()) >= {*wanted}:
         return Roots(wanted=(), stored=(), overlap=len(wanted))  # Many a model: no pair is shorter.
     best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1, -1)
-    pairs = itertools.product(_chain(wanted), _chain(stored))
+    above = dict.fromkeys([*_chain(wanted), *_only_level_above(stored, wanted)])
+    pairs = itertools.product(above, _chain(stored))
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
         if any(right[: len(field)] == field for field in fields):
             continue
@@ -129,6 +130,21 @@ def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
         chain.append((*chain[-1], name))
         inside = [path for path in inside if len(path) > depth + 1 and path[depth] == name]
     return [root for root in chain if not _names_layers(paths, root) and _keeps_apart(paths, root)]
+
+
+def _only_level_above(stored: Collection[Tokens], wanted: Collection[Tokens]) -> Iterable[Tokens]:
+    """Yields the first level of the target that has all of the stored model below it, if no other one has.
+
+    However large what lies beside it is: the model's small, and its metrics are many.
+    """
+    below: dict[Tokens, set[Tokens]] = defaultdict(set)
+    for path in wanted:
+        below[path[:1]].add(path[1:])
+    found = [
+        level for level, names in below.items() if len(names) >= len(stored) and names.issuperset(stored)
+    ]
+    if len(found) == 1 and stored and not _names_layers(wanted, found[0]) and _keeps_apart(wanted, found[0]):
+        yield found[0]
 
 
 def _may_both_go(wanted: Collection[Tokens], left: Tokens, right: Tokens) -> bool:

@@ -1,7 +1,18 @@
 """Where a model sits in the target and in the checkpoint."""
 
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from orbax_nnx_handler import restore
 from orbax_nnx_handler.planning.core.paths import canonical, parse
 from orbax_nnx_handler.planning.mapping.roots import find_roots
+from tests.zoo.pairs import saved
 
 
 def paths(*texts: str) -> list[tuple[str, ...]]:
@@ -39,3 +50,32 @@ def test_two_modules_of_other_names_are_not_one_because_both_have_a_kernel() -> 
     roots = find_roots(paths("head/kernel", "head/bias"), paths("embed/kernel", "embed/bias"))
 
     assert (roots.wanted, roots.stored, roots.overlap) == ((), (), 0)
+
+
+def test_a_model_smaller_than_what_lies_beside_it_is_found_where_no_other_level_has_all_of_it() -> None:
+    stored = paths("a/kernel")
+    metrics = paths("metrics/loss/total", "metrics/loss/count")
+
+    assert find_roots([*paths("model/a/kernel"), *metrics], stored).wanted == ("model",)
+    twice = find_roots([*paths("model/a/kernel", "ema/a/kernel", "ema/b/kernel"), *metrics], stored)
+    assert (twice.wanted, twice.overlap) == ((), 0)
+
+
+def test_a_small_train_state_comes_up_beside_metrics_with_its_moments(tmp_path: Path) -> None:
+    tx = optax.adam(1e-3)
+    kernel = jnp.arange(4.0).reshape(2, 2)
+    state = TrainState.create(apply_fn=None, params={"up": {"kernel": kernel}}, tx=tx)
+    state = state.apply_gradients(grads={"up": {"kernel": kernel + 1}})
+
+    def build() -> Any:
+        model = nnx.Dict(up=nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0)))
+        metrics = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), accuracy=nnx.metrics.Average("right"))
+        return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param), "metrics": metrics}
+
+    policy = {nnx.PathContains("metrics"): "init", ...: "error"}
+    found = restore(saved(state, tmp_path / "state"), nnx.eval_shape(build), policy=policy, init=build)
+
+    np.testing.assert_array_equal(found["model"].up.kernel[...], state.params["up"]["kernel"])
+    moments = found["optimizer"].opt_state[0]
+    np.testing.assert_array_equal(moments.mu["up"]["kernel"][...], state.opt_state[0].mu["up"]["kernel"])
+    np.testing.assert_array_equal(moments.nu["up"]["kernel"][...], state.opt_state[0].nu["up"]["kernel"])

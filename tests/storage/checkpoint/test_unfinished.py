@@ -21,6 +21,8 @@ from safetensors.numpy import save_file
 from orbax_nnx_handler import NotACheckpointError, UnreadableLeafError, restore
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
+from orbax_nnx_handler.storage.converting.blocks import as_stored
+from orbax_nnx_handler.storage.converting.write import Conversion, write_converted
 from tests.storage.checkpoints import FORMATS, DiskFormat, save
 from tests.storage.stores.fake_store import files_of
 
@@ -232,6 +234,11 @@ def test_files_without_a_note_of_their_save_that_change_while_they_are_read_are_
         else:
             shutil.copyfile(paths[1], paths[0])
 
+    checkpoint = read_metadata(paths[0])
+    conversion = Conversion(source=checkpoint, leaves=list(as_stored(checkpoint).values()))
+    with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
+        write_converted(conversion, tmp_path / "converted", memory_bytes=None, progress=save_again)
+    assert not (tmp_path / "converted").exists()
     with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
         restore(paths[0], TARGET, progress=save_again)
     assert restore(paths[0], TARGET)["a"].tolist() == [11, 11, 11]

@@ -29,6 +29,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     paired_series,
     same_layers,
     series_of,
+    with_inner,
     without_rest,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
@@ -102,7 +103,7 @@ def match_context(context: Context) -> Findings:
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     rests = [(one, without_rest(one, theirs)) for one in ours]
     heads = [one if rest is None else rest[0] for one, rest in rests]
-    for one in _stacks(heads, theirs, context, taken):
+    for one in _stacks(with_inner(heads), with_inner(theirs), context, taken):
         found.add(one)
     for _, rest in rests:
         if rest is not None and _is_taken(rest[0], taken):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -156,6 +155,7 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
         if kind in found[names]:
             names, kind = leaf.names[above:], "main"  # Two spellings of one thing: each by itself.
         found[names][kind] = leaf
+    _join_letters(found)
     _sort_biases(found)
     for names in [names for names, held in found.items() if set(held) == {"bias"}]:
         around, bias = found.get(names[:-1], {}), found[names]["bias"]
@@ -163,6 +163,20 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
             around["bias"] = found.pop(names)["bias"]
     modules = {names[:depth] for names in found for depth in range(len(names))}
     return [ModulePart(_own_place(names, held, modules, above), held) for names, held in found.items()]
+
+
+def _join_letters(found: dict[Names, dict[str, Leaf]]) -> None:
+    """Makes `output_w` and `output_b` beside it one part with a bias."""
+    pairs = [
+        (names, (*names[:-1], f"{names[-1][:-1]}b")) for names in found if names and names[-1][-2:] == "_w"
+    ]
+    for names, bias in pairs:
+        shapes = [
+            held["main"].shape for at in (names, bias) if (held := found.get(at, {})).keys() == {"main"}
+        ]
+        part = (*names[:-1], names[-1][:-2])
+        if len(shapes) == 2 and shapes[0][-len(shapes[1]) :] == shapes[1] and part not in found:
+            found[part] = {"main": found.pop(names)["main"], "bias": found.pop(bias)["main"]}
 
 
 def _sort_biases(found: dict[Names, dict[str, Leaf]]) -> None:
@@ -204,11 +218,6 @@ def place_of(names: Names) -> tuple[Names, str]:
     if ending is not None and PARAMETER.get(ending[2]):
         return (*above, ending[1]), PARAMETER[ending[2]]
     return names, "main"
-
-
-def sizes_of(leaves: Sequence[Leaf]) -> int:
-    """Returns how many elements some leaves hold."""
-    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "outputs"]
@@ -371,15 +380,6 @@ def readings_of(link: Link) -> tuple[Link, ...]:
         )
         for turned in (False, True)
     )
-
-
-def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
-    """Tells whether a link does not take a leaf that another one has by its name."""
-    sources = {leaf.source for leaf in link.stored}
-    for leaf in link.wanted:
-        if leaf.source in settled:
-            return sources <= settled[leaf.source]
-    return link.copied or all(claimed.get(path) is None for path in sources)
 
 
 def simplest(links: Sequence[Link]) -> list[Link]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_parts import best_pairs
 from orbax_nnx_handler.planning.suggesting.module_parts import (
@@ -16,7 +17,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Names,
     levels,
     module_parts,
-    sizes_of,
 )
 from orbax_nnx_handler.planning.suggesting.vocabulary import arm, concepts, exclude, likeness
 
@@ -98,6 +98,14 @@ def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series
                 found.append(Series(template[:-1], template, base, held))
             else:
                 waiting += [pair for pairs in members.values() for pair in pairs]
+    return found
+
+
+def with_inner(groups: Iterable[Series]) -> list[Series]:
+    """Returns groups of layers with those within their layers: experts in a list of a block's parts."""
+    found = list(groups)
+    for one in found:  # It grows.
+        found += [inner for held in one.members.values() for inner in series_of(held, one.depth)]
     return found
 
 
@@ -223,6 +231,11 @@ def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) 
         if sizes_of(below[names]) in sizes and not any(names[: len(outer)] == outer for outer in found):
             found[names] = below[names]
     return found
+
+
+def sizes_of(leaves: Iterable[Leaf]) -> int:
+    """Returns how many elements some leaves hold."""
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def _sizes_in(leaves: Sequence[Leaf]) -> list[int]:
@@ -371,3 +384,12 @@ def by_template(links: Iterable[Link]) -> Mapping[tuple[Names, Names], list[Link
 def _plain(names: Names) -> Names:
     found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
     return tuple(filter(None, found))
+
+
+def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
+    """Tells whether a link does not take a leaf that another one has by its name."""
+    sources = {leaf.source for leaf in link.stored}
+    for leaf in link.wanted:
+        if leaf.source in settled:
+            return sources <= settled[leaf.source]
+    return link.copied or all(claimed.get(path) is None for path in sources)

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, levels, sizes_of
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, levels
 from orbax_nnx_handler.planning.suggesting.series import (
     Series,
     are_alike,
@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     looks_of,
     said_of,
     series_of,
+    sizes_of,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.vocabulary import concepts, exclude, likeness

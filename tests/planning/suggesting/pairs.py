@@ -28,11 +28,10 @@ OPEN = {
     "drq": 20,
     "ncsnpp": 1,
     "maxtext_gemma2": 61,
-    "switch": 32,
     "deeplab": 12,
     "deformable_detr": 8,
     "qformer": 4,
-    "evoformer": 62,
+    "evoformer": 44,
     "perceiver": 36,
 }
 """Leaves that stay open.
@@ -45,9 +44,9 @@ creation, which a state has forgotten. How keys and values lie in an array of a 
 gate lie in turns (gpt_oss), which of square layers that stand beside each other is which
 (transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
 (hypernerf), which of `out` and `out2` is the gate (s4), which norm of a decoder with deformable
-attention is which (deformable_detr), and which of the layers of an attention that Linen numbered is which
-(perceiver), only outputs tell. Not found yet: parts by letters and biases by `_b` (evoformer), the bias of
+attention is which (deformable_detr), which of the layers of an attention that Linen numbered is which
+(perceiver), and which of `a` and `b` is left (evoformer), only outputs tell. Not found yet: the bias of
 queries and of values in one for all three (qformer), layers of two kinds scanned in one block by names alone
-(maxtext_gemma2), experts in a list below a list (switch), critics beside a copy of theirs (drq), norms by
-the convolutions before them (deeplab), a lone vector (ncsnpp).
+(maxtext_gemma2), critics beside a copy of theirs (drq), norms by the convolutions before them (deeplab), a
+lone vector (ncsnpp).
 """

@@ -212,3 +212,29 @@ def test_single_numbers_of_layers_of_which_one_block_has_fewer_become_arrays_of_
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+def test_a_bias_called_by_its_letter_belongs_to_the_matrix_beside_it():
+    parts = {
+        "attention/query_w": ((12, 2, 6), "mha/linear_q/kernel", (12, 12)),
+        "attention/gating_w": ((12, 2, 6), "mha/linear_g/kernel", (12, 12)),
+        "attention/gating_b": ((2, 6), "mha/linear_g/bias", (12,)),
+        "attention/output_w": ((2, 6, 12), "mha/linear_o/kernel", (12, 12)),
+        "attention/output_b": ((12,), "mha/linear_o/bias", (12,)),
+        "query_norm/scale": ((12,), "layer_norm/scale", (12,)),
+    }
+    nodes = {
+        "triangle_attention_starting_node": "tri_att_start",
+        "triangle_attention_ending_node": "tri_att_end",
+    }
+    stored = filled({f"{node}/{part}": shape for node in nodes for part, (shape, _, _) in parts.items()})
+    expected = {
+        f"{wanted}/{name}": stored[f"{node}/{part}"].reshape(shape)
+        for node, wanted in nodes.items()
+        for part, (_, name, shape) in parts.items()
+    }
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert not found.questions
+    check(values, expected)

@@ -172,3 +172,48 @@ def test_layers_counted_alone_are_those_of_a_list_with_functions_between_them():
 
     assert not found.questions
     check(values, {names[path]: value for path, value in stored.items()})
+
+
+WI_WO = {"wi": (8, 24), "wo": (24, 8)}
+
+
+@pytest.mark.parametrize("name", ["expert", "experts"])
+def test_experts_in_a_list_below_the_parts_of_a_block_are_those_stacked_in_every_second_one(name):
+    stored = filled(
+        {f"layers_{at}/attention/{part}/kernel": (8, 8) for at in range(4) for part in ("query", "key")}
+        | {f"layers_{at}/pre_mlp_layer_norm/scale": (8,) for at in range(4)}
+        | {f"layers_{at}/mlp/{part}/kernel": shape for at in (0, 2) for part, shape in WI_WO.items()}
+        | {
+            f"layers_{at}/mlp/{name}/{part}/kernel": (3, *shape)
+            for at in (1, 3)
+            for part, shape in WI_WO.items()
+        }
+    )
+    expected = {
+        **{
+            f"block/{at}/layer/0/attn/{x[0]}/kernel": stored[f"layers_{at}/attention/{x}/kernel"]
+            for at in range(4)
+            for x in ("query", "key")
+        },
+        **{
+            f"block/{at}/layer/1/layer_norm/scale": stored[f"layers_{at}/pre_mlp_layer_norm/scale"]
+            for at in range(4)
+        },
+        **{
+            f"block/{at}/layer/1/mlp/{x}/kernel": stored[f"layers_{at}/mlp/{x}/kernel"]
+            for at in (0, 2)
+            for x in WI_WO
+        },
+        **{
+            f"block/{at}/layer/1/mlp/experts/expert_{to}/{x}/kernel": stored[
+                f"layers_{at}/mlp/{name}/{x}/kernel"
+            ][to]
+            for at in (1, 3)
+            for to in range(3)
+            for x in WI_WO
+        },
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

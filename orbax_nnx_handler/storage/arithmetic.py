@@ -5,10 +5,11 @@ the dtype at the end cannot hold is refused: one that was finite and would be
 infinite, or one outside the range of an integer type.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -16,14 +17,31 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.core import Tracer
-from jax.sharding import Sharding
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    use_abstract_mesh,
+)
 
 from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.dtypes import held_dtype, holds, is_key, wide_dtype
+from orbax_nnx_handler.planning.core.dtypes import (
+    held_dtype,
+    holds,
+    infinity_bits,
+    integer_limits,
+    is_integer,
+    is_key,
+    largest_value,
+    wide_dtype,
+)
 from orbax_nnx_handler.planning.core.errors import DtypeMismatchError
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Arithmetic, Recipe, computes, without_arithmetic
-from orbax_nnx_handler.storage.explicit_axes import on_explicit_axes, on_mesh, sharded_by_compiler
 
 Values = npt.NDArray[Any]
 Dtype = Any  # NumPy's own and those of `ml_dtypes`.
@@ -111,11 +129,11 @@ def compute(values: Any, steps: Sequence[Arithmetic], wanted: Dtype) -> Any:
 
 def _may_be_lost(part: Values, computed: Values) -> bool:
     """Tells, fast, whether a value may not have fitted where it was put."""
-    if _is_integer(part.dtype):
-        low, high = _limits(computed.dtype, part.dtype)
+    if is_integer(part.dtype):
+        low, high = integer_limits(computed.dtype, part.dtype)
         # In this form, since a NaN is on neither side of anything.
         return not (low <= computed.min() and computed.max() <= high)
-    bits = _infinity(part.dtype)
+    bits = infinity_bits(part.dtype)
     if bits is None:
         return part.dtype != np.bool_
     infinity, magnitude = bits
@@ -141,54 +159,16 @@ def lost_values(values: Any, computed: Any, wanted: Dtype) -> Any:
         computed: What `compute` made of them.
         wanted: The dtype that they are cast to.
     """
-    if _is_integer(wanted):
-        low, high = _limits(computed.dtype, wanted)
+    if is_integer(wanted):
+        low, high = integer_limits(computed.dtype, wanted)
         return ~((computed >= low) & (computed <= high))
     wide = wide_dtype(values.dtype, wanted)
     before, after = values.astype(wide), computed.astype(wanted).astype(wide)
-    if _infinity(wanted) is not None or not jnp.issubdtype(wanted, jnp.floating):
+    if infinity_bits(wanted) is not None or not jnp.issubdtype(wanted, jnp.floating):
         return (abs(before) < np.inf) & ~(abs(after) < np.inf)
     # Without an infinity, what is too large becomes NaN (float8_e4m3fn) or the largest value (float4_e2m1fn).
-    too_large = abs(computed.astype(wide)) > _largest(wanted)
+    too_large = abs(computed.astype(wide)) > largest_value(wanted)
     return too_large | ((before == before) != (after == after))
-
-
-def _is_integer(dtype: Dtype) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.integer))
-
-
-@functools.cache
-def _limits(dtype: Dtype, wanted: Dtype) -> tuple[Any, Any]:
-    """Returns the first and the last value of a dtype that an integer type can hold."""
-    limits = jnp.iinfo(wanted)
-    if _is_integer(dtype):
-        own = jnp.iinfo(dtype)
-        return max(int(own.min), int(limits.min)), min(int(own.max), int(limits.max))
-    # Fractions are cut off: 127.9 is held by int8, 128 is not.
-    outside = np.array([float(limits.min) - 1, float(limits.max) + 1], wide_dtype(dtype))
-    low, high = np.nextafter(outside, np.zeros(2, outside.dtype))
-    # Wide floats have no number between the first integer of 64 bits and the one below.
-    return min(low, outside.dtype.type(float(limits.min))), high
-
-
-@functools.cache
-def _infinity(dtype: Dtype) -> tuple[Any, Any] | None:
-    """Returns the bits of infinity and those of every magnitude; None where a type has no infinity."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    value = np.asarray(np.inf, np.float32).astype(dtype)
-    if not np.isinf(value.astype(np.float32)):
-        return None
-    infinity = value.view(f"uint{8 * dtype.itemsize}")[()]
-    return infinity, infinity | (infinity - infinity.dtype.type(1))
-
-
-@functools.cache
-def _largest(dtype: Dtype) -> float:
-    """Returns the largest number that rounds to a value of a floating-point type."""
-    limits = cast(Any, jnp.finfo(dtype))
-    largest = float(limits.max)
-    return largest + 2.0 ** (math.floor(math.log2(largest)) - int(limits.nmant) - 1)
 
 
 Loss = tuple[Any, Any]
@@ -252,9 +232,9 @@ def evaluate_together(
     """
     paths, patterns = _numbered(asked)
     with sharded_by_compiler([values[path] for path in paths]) as (sources, meshes):
-        run = on_explicit_axes(_compiled(patterns), [one.recipe for one in patterns], sources)
+        run = _on_explicit_axes(_compiled(patterns), [one.recipe for one in patterns], sources)
         computed, losses = run(*sources)
-    computed = [on_mesh(value, meshes) for value in computed]
+    computed = [_on_mesh(value, meshes) for value in computed]
 
     def check() -> None:
         for one, loss in zip(asked, losses, strict=True):
@@ -263,6 +243,115 @@ def evaluate_together(
                 raise LostValueError(loss[1], loss[1], values[path].dtype, one.dtype).of(path)
 
     return computed, check
+
+
+@contextlib.contextmanager
+def sharded_by_compiler(values: Sequence[Any]) -> Generator[tuple[list[Any], Mapping[Mesh, Mesh]]]:
+    """Yields arrays for a jitted function that cuts and joins them anywhere, whatever their shardings.
+
+    Of arrays on a mesh with axes of `AxisType.Explicit`, JAX refuses every operation whose result has
+    no sharding that follows from theirs. What is yielded are the same arrays on a mesh whose axes are
+    the compiler's; nothing is copied.
+
+    Args:
+        values: Arrays on devices, traced ones, which are left as they are, or NumPy's.
+
+    Yields:
+        The arrays, and the mesh that each new mesh stands for.
+    """
+    meshes: dict[Mesh, Mesh] = {}
+    for value in values:
+        mesh = None if isinstance(value, Tracer) else getattr(getattr(value, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types:
+            meshes[mesh] = Mesh(
+                mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
+            )
+    new = next(iter(meshes.values()), None)
+    # JAX also wants the mesh in force to have axes of the arrays' types.
+    with contextlib.nullcontext() if new is None else use_abstract_mesh(new.abstract_mesh):
+        yield [_on_mesh(value, meshes) for value in values], {new: mesh for mesh, new in meshes.items()}
+
+
+def _on_mesh(value: Any, meshes: Mapping[Mesh, Mesh]) -> Any:
+    """Returns an array with the mesh in its sharding that stands in the place of its own, if one does."""
+    own = None if isinstance(value, Tracer) or not meshes else getattr(value, "sharding", None)
+    mesh = meshes.get(own.mesh) if isinstance(own, NamedSharding) and isinstance(own.mesh, Mesh) else None
+    if not isinstance(own, NamedSharding) or mesh is None:
+        return cast(Any, value)
+    return jax.device_put(value, NamedSharding(mesh, own.spec, memory_kind=own.memory_kind))
+
+
+def explicit_mesh(values: Sequence[Any]) -> AbstractMesh | None:
+    """Returns the mesh with axes of `AxisType.Explicit` that traced arrays lie on, if they lie on one."""
+    meshes = [jax.typeof(value).sharding.mesh for value in values if isinstance(value, Tracer)]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def _on_explicit_axes(
+    run: Callable[..., Any], asked: Sequence[Recipe], sources: Sequence[Any]
+) -> Callable[..., Any]:
+    """Returns what computes recipes of traced arrays whose types tell shardings; of others, what is given.
+
+    JAX wants to be told the shardings of its results: each is divided as the first source is.
+
+    Args:
+        run: Returns the values of the recipes, and something else, of the sources.
+        asked: The recipes. They read the sources by their numbers.
+        sources: What it will be called with.
+    """
+    mesh = explicit_mesh(sources)
+    if mesh is None:
+        return run
+    specs = [tuple(jax.typeof(source).sharding.spec) for source in sources]
+    shapes: dict[Path, Shape] = {(number,): source.shape for number, source in enumerate(sources)}
+
+    def spec(recipe: Recipe) -> PartitionSpec:
+        pairs = zip(recipes.shape_of(recipe, shapes), _axes(recipe, specs, shapes), strict=True)
+        # What is cut may have too few elements left.
+        return PartitionSpec(*(part if length % _parts(part, mesh) == 0 else None for length, part in pairs))
+
+    results = [NamedSharding(mesh, spec(recipe)) for recipe in asked]
+    whole = NamedSharding(mesh, PartitionSpec())
+    return cast(Any, jax.sharding).auto_axes(run, out_sharding=(results, whole))
+
+
+def _parts(part: Any, mesh: AbstractMesh) -> int:
+    return math.prod(mesh.shape[name] for name in axis_names(part))
+
+
+def axis_names(part: Any) -> tuple[str, ...]:
+    """Returns the axes of a mesh that one part of a spec names."""
+    return (
+        cast("tuple[str, ...]", part) if isinstance(part, tuple) else (part,) if isinstance(part, str) else ()
+    )
+
+
+def _axes(recipe: Recipe, specs: Sequence[Sequence[Any]], shapes: Mapping[Path, Shape]) -> list[Any]:
+    """Returns the axes of a mesh that each dimension of a value is divided over, None for no axis."""
+    match recipe:
+        case recipes.Read(path):
+            spec = specs[cast(int, path[0])]
+            return [*spec, *[None] * (len(shapes[path]) - len(spec))]
+        case recipes.Fill(shape):
+            return [None] * len(shape)
+        case recipes.Stack(parts, _) | recipes.Concat(parts, _):
+            own = _axes(parts[0], specs, shapes)
+        case _:
+            own = _axes(recipe.source, specs, shapes)
+    match recipe:
+        case recipes.Stack(_, axis):
+            return [*own[:axis], None, *own[axis:]]
+        case recipes.Index(_, axis, _):
+            return [*own[:axis], *own[axis + 1 :]]
+        case recipes.Transpose(_, permutation):
+            return [own[axis] for axis in permutation]
+        case recipes.Reshape(source, shape):
+            before = recipes.shape_of(source, shapes)
+            same = next((at for at in range(len(shape)) if before[: at + 1] != shape[: at + 1]), len(shape))
+            # The first dimension that differs is cut, or joined, at its end.
+            return [*own[: same + 1], *[None] * len(shape)][: len(shape)]
+        case _:
+            return own
 
 
 def _numbered(asked: Sequence[Asked]) -> tuple[list[Path], tuple[Asked, ...]]:

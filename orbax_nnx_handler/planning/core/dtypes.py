@@ -1,6 +1,7 @@
 """Which stored dtypes may become which wanted dtypes, and which hold codes that are no weights."""
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, cast
@@ -33,7 +34,7 @@ def cast_between(stored: np.dtype[Any], wanted: np.dtype[Any], is_count: bool) -
     """
     if stored == wanted:
         return "same"
-    if is_count and _is_integer(stored) and _is_integer(wanted):
+    if is_count and is_integer(stored) and is_integer(wanted):
         return "count"
     if (stored.name, wanted.name) in _WITHOUT_X64:
         return "integer"
@@ -62,7 +63,7 @@ def wide_dtype(*dtypes: Any) -> Any:
     """Returns the dtype in which values of these dtypes are computed: float32, or the widest of them."""
     wide: Any = np.dtype(np.float32)
     for dtype in dtypes:
-        if not _is_integer(dtype) and not holds(wide, dtype):
+        if not is_integer(dtype) and not holds(wide, dtype):
             wide = np.promote_types(wide, dtype)
     return wide
 
@@ -72,7 +73,7 @@ def common_dtype(one: Any, other: Any) -> Any:
 
     An integer and a float meet in float64, which has every integer up to 2 ** 53: float32 would round both.
     """
-    if _is_integer(one) != _is_integer(other):
+    if is_integer(one) != is_integer(other):
         has_complex = any(jnp.issubdtype(each, jnp.complexfloating) for each in (one, other))
         return np.dtype(np.complex128 if has_complex else np.float64)
     try:
@@ -96,7 +97,7 @@ def name_of(dtype: Any) -> str:
 
 def is_count_dtype(dtype: Any) -> bool:
     """Tells whether a leaf of this dtype may be a step or a count."""
-    return not jnp.issubdtype(dtype, jax.dtypes.prng_key) and _is_integer(dtype)
+    return not jnp.issubdtype(dtype, jax.dtypes.prng_key) and is_integer(dtype)
 
 
 def is_weight_called_step(path: Path, dtype: Any) -> bool:
@@ -119,7 +120,8 @@ def is_array_dtype(dtype: np.dtype[Any]) -> bool:
     return is_number and dtype.itemsize <= most
 
 
-def _is_integer(dtype: Any) -> bool:
+def is_integer(dtype: Any) -> bool:
+    """Tells an integer type, signed or not."""
     return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
@@ -132,10 +134,10 @@ def holds(wide: Any, narrow: Any) -> bool:
     if wide == narrow or narrow == jnp.bool_:
         return True
     if not jnp.issubdtype(wide, jnp.inexact):
-        return _is_integer(wide) and _is_integer(narrow) and _reaches(jnp.iinfo(wide), jnp.iinfo(narrow))
+        return is_integer(wide) and is_integer(narrow) and _reaches(jnp.iinfo(wide), jnp.iinfo(narrow))
     if jnp.issubdtype(narrow, jnp.complexfloating) and not jnp.issubdtype(wide, jnp.complexfloating):
         return False
-    if _is_integer(narrow):
+    if is_integer(narrow):
         return _reaches(cast(Any, jnp.finfo(wide)), jnp.iinfo(narrow))
     one, other = cast(Any, jnp.finfo(wide)), cast(Any, jnp.finfo(narrow))
     finer = bool(one.nmant >= other.nmant and one.smallest_subnormal <= other.smallest_subnormal)
@@ -145,6 +147,40 @@ def holds(wide: Any, narrow: Any) -> bool:
 def _reaches(wide: Any, narrow: Any) -> bool:
     """Tells whether the limits of one kind of number lie within another's."""
     return float(wide.min) <= float(narrow.min) and float(narrow.max) <= float(wide.max)
+
+
+@functools.cache
+def integer_limits(dtype: Any, wanted: Any) -> tuple[Any, Any]:
+    """Returns the first and the last value of a dtype that an integer type can hold."""
+    limits = jnp.iinfo(wanted)
+    if is_integer(dtype):
+        own = jnp.iinfo(dtype)
+        return max(int(own.min), int(limits.min)), min(int(own.max), int(limits.max))
+    # Fractions are cut off: 127.9 is held by int8, 128 is not.
+    outside = np.array([float(limits.min) - 1, float(limits.max) + 1], wide_dtype(dtype))
+    low, high = np.nextafter(outside, np.zeros(2, outside.dtype))
+    # Wide floats have no number between the first integer of 64 bits and the one below.
+    return min(low, outside.dtype.type(float(limits.min))), high
+
+
+@functools.cache
+def infinity_bits(dtype: Any) -> tuple[Any, Any] | None:
+    """Returns the bits of infinity and those of every magnitude; None where a type has no infinity."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    value = np.asarray(np.inf, np.float32).astype(dtype)
+    if not np.isinf(value.astype(np.float32)):
+        return None
+    infinity = value.view(f"uint{8 * dtype.itemsize}")[()]
+    return infinity, infinity | (infinity - infinity.dtype.type(1))
+
+
+@functools.cache
+def largest_value(dtype: Any) -> float:
+    """Returns the largest number that rounds to a value of a floating-point type."""
+    limits = cast(Any, jnp.finfo(dtype))
+    largest = float(limits.max)
+    return largest + 2.0 ** (math.floor(math.log2(largest)) - int(limits.nmant) - 1)
 
 
 def is_key(dtype: Any) -> bool:

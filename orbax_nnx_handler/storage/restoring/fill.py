@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
@@ -31,8 +31,7 @@ from orbax_nnx_handler.planning.options import DefaultSource
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.shardings import is_traced, mesh_in_force
 from orbax_nnx_handler.planning.target.target import flatten_like
-from orbax_nnx_handler.storage.arithmetic import Asked, evaluate_together
-from orbax_nnx_handler.storage.explicit_axes import explicit_mesh, is_explicit, placed
+from orbax_nnx_handler.storage.arithmetic import Asked, axis_names, evaluate_together, explicit_mesh
 from orbax_nnx_handler.storage.reading.jobs import Job, families
 from orbax_nnx_handler.storage.reading.read import source_shardings
 
@@ -171,7 +170,7 @@ def _compute_on(
         values: list[jax.Array] = compiled()
     pairs = zip(leaves, values, strict=True)
     return {
-        leaf.path: _placed(value, leaf.sharding) if is_explicit(leaf.sharding) else value
+        leaf.path: _placed(value, leaf.sharding) if _is_explicit(leaf.sharding) else value
         for leaf, value in pairs
     }
 
@@ -234,7 +233,30 @@ def compute_on_devices(values: ArraysByPath, jobs: Sequence[Job]) -> dict[Path, 
 def _placed(value: jax.Array, sharding: Sharding | None) -> jax.Array:
     if sharding is None:
         return value
-    return placed(value, sharding) if isinstance(value, Tracer) else jax.device_put(value, sharding)
+    return _placed_traced(value, sharding) if isinstance(value, Tracer) else jax.device_put(value, sharding)
+
+
+def _is_explicit(sharding: Sharding | None) -> bool:
+    """Tells a sharding over a mesh with axes of `AxisType.Explicit`."""
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _placed_traced(value: Any, sharding: Sharding) -> jax.Array:
+    """Returns a traced array with a sharding."""
+    if not isinstance(sharding, NamedSharding) or not _is_explicit(sharding):
+        return jax.lax.with_sharding_constraint(value, sharding)
+    # A type tells how the array is divided over the explicit axes, a constraint how over the others.
+    value = jax.device_put(value, _over(sharding, AxisType.Explicit))
+    if AxisType.Auto not in sharding.mesh.axis_types:
+        return value
+    return jax.lax.with_sharding_constraint(value, _over(sharding, AxisType.Auto))
+
+
+def _over(sharding: NamedSharding, kind: AxisType) -> NamedSharding:
+    """Returns a sharding without the axes of other kinds."""
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    parts = [tuple(name for name in axis_names(part) if kinds[name] is kind) for part in sharding.spec]
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts), memory_kind=sharding.memory_kind)
 
 
 def _destination(job: Job, sources: Sequence[jax.Array]) -> Sharding | None:
@@ -294,5 +316,5 @@ def _computed(jobs: Sequence[Job], values: ArraysByPath) -> tuple[dict[Path, jax
 def _is_there(goal: Sharding | None, job: Job, places: set[tuple[Any, ...]]) -> bool:
     """Tells whether an array goes to the devices of its sources, so that one function makes it there."""
     if not places:
-        return not is_explicit(goal)  # What is asked of a traced result says nothing of its type.
+        return not _is_explicit(goal)  # What is asked of a traced result says nothing of its type.
     return goal is None or _devices(goal, job.shape) in places

@@ -112,3 +112,19 @@ def test_how_keys_and_values_lie_in_an_array_without_a_name_is_asked():
     assert {question.choices[0] for question in found.questions} == {"side by side"}
     left = {path[-2] for path in found.unmatched_wanted}
     assert left == {"key", "value"}
+
+
+@pytest.mark.parametrize("name", ["evoformer", "perceiver", "deeplab"])
+def test_one_answer_to_each_question_restores_all_that_was_open(name):
+    pair, (tree, found) = UNSEEN[name], proposed(name)
+    answers: list[int | None] = [None] * len(found.questions)
+
+    for at, question in enumerate(found.questions):
+        left = [
+            len(wrong_under(found.answered([*answers[:at], choice, *answers[at + 1 :]]), tree, pair))
+            for choice in range(len(question.alternatives))
+        ]
+        answers[at] = left.index(min(left))
+
+    assert len(answers) <= 4
+    assert wrong_under(found.answered(answers), tree, pair) == set()

@@ -61,10 +61,14 @@ def without_rules(
     stored = {path: StoredLeaf(path=path, shape=leaf.shape, dtype=leaf.dtype) for path, leaf in model.items()}
     placed = (MAXTEXT if flavour == "maxtext" else TRAIN_STATE).place(stored)
     entries = model_entries(placed)
-    rules_undone = undo_rules(entries, rules, {path: leaf.like for path, leaf in model.items()})
+    beside = [at for at in placed if at.section == "aux" and at.leaf.path not in streams]
+    try:
+        rules_undone = undo_rules(entries, rules, {path: leaf.like for path, leaf in model.items()})
+    except RuleError as error:
+        raise _of_what_lies_beside(every_entry(beside), entries, rules) or error from None
     copies = rules_undone.copies
     touched = {path for entry in entries for path in entry.sources}
-    aside = _aside([at for at in placed if at.section == "aux" and at.leaf.path not in streams], rules)
+    aside = _aside(beside, rules)
     kept = {aside.get(path, path): Read(path) for path in model if path not in touched}
     ways = {**rules_undone.ways, **kept}
     undone = {path: _combined(way, model) for path, way in ways.items()}
@@ -72,6 +76,24 @@ def without_rules(
     moments = _Moments(ways, copies, model, depth=2 if flavour == "maxtext" else 1)
     written, nothing = moments.added(undone, leaves, empty)
     return written, nothing, (*pairs, *moments.copies(leaves, empty))
+
+
+def _of_what_lies_beside(
+    beside: Sequence[Entry], model: Sequence[Entry], rules: Sequence[Rule]
+) -> RuleError | None:
+    """Returns the error for a rule that names nothing of the model, but what is kept beside it."""
+    for rule in reversed(rules):
+        if not isinstance(rule, Rename):
+            return None  # What it makes beside the model is not read.
+        found, own = rule.inverse().apply(beside), rule.inverse().apply(model)
+        if found.matched and not own.matched:
+            return RuleError(
+                f"{rule} names what lies beside the model, and rules alone do not tell that it was a "
+                "collection.",
+                hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
+            )
+        beside, model = found.entries, own.entries
+    return None
 
 
 def _aside(placed: Sequence[Placement], rules: Sequence[Rule]) -> dict[Path, Path]:
@@ -138,11 +160,7 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
     shapes = {leaf.like: leaf.shape for leaf in leaves.values()}
     strange = [path for path, item in restored.items() if shapes.get(path) != item.wanted.shape]
     if strange:
-        listed = "\n".join(f"  {render(path)}" for path in strange[:20])
-        raise ValueError(
-            f"the plan in renames= is of another item: {len(strange)} of its leaves are not in this one, "
-            f"or have another shape:\n{listed}\nhint: pass what was restored, or the rules themselves."
-        )
+        raise _of_another(strange, restored, shapes)
     stored = {path: placement.leaf for path, placement in plan.sides.placements.items()}
     read = Counter(path for item in restored.values() for path in reads(item.recipe))
     # One count of T5X's is the step and that of each state, one zero the unused moment of all layers.
@@ -184,6 +202,21 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         if recipe != Read(path)
     ]
     return written, _moved(empty, leaves, written, place), copies
+
+
+def _of_another(
+    strange: Sequence[Path], restored: Collection[Path], shapes: Mapping[Path, Shape]
+) -> ValueError:
+    listed = "\n".join(f"  {render(path)}" for path in strange[:20])
+    ends = {path[at:] for path in restored for at in range(len(path))}
+    is_part = ends.issuperset(shapes) and not any(path in shapes for path in strange)
+    what, hint = "another item", "pass what was restored, or the rules themselves."
+    if is_part:
+        what = "a whole of which this item is a part"
+        hint = "save the whole, or pass the plan of the part alone: renames=plan_restore(path, part)."
+    lost = "are not in this one" if is_part else "are not in this one, or have another shape"
+    count = f"{len(strange)} of its leaves {lost}"
+    return ValueError(f"the plan in renames= is of {what}: {count}:\n{listed}\nhint: {hint}")
 
 
 def _zeros(shapes: Mapping[Path, Shape], beside: SavedLeaves, above: slice) -> dict[Path, SavedLeaf]:

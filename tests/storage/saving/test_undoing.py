@@ -181,8 +181,11 @@ def test_a_plan_of_another_item_is_refused(tmp_path: Path) -> None:
     params = {"layers_0": dense(), "layers_1": dense(), "head": dense()}
     plan = plan_restore(written(numbered({"params": params}), tmp_path / "a"), nnx.eval_shape(Net))
 
-    with pytest.raises(ValueError, match="of another item: 6 of its leaves are not in this one"):
+    with pytest.raises(ValueError, match="of another item: 6 of its leaves are not in this one, or have"):
+        to_linen(nnx.Dict(other=Dense()), renames=plan)
+    with pytest.raises(ValueError, match="of a whole of which this item is a part: 6 of its") as caught:
         to_linen(Dense(), renames=plan)
+    assert "pass the plan of the part alone" in str(caught.value)
 
 
 def test_two_leaves_that_rules_would_store_at_one_path_are_both_named() -> None:
@@ -411,3 +414,49 @@ def test_rules_that_cannot_be_undone_beside_the_model_are_refused() -> None:
 
     assert "nnx_aux/ema/a" in str(caught.value)
     assert "params/" in str(caught.value)  # As the rules for the model alone above.
+
+
+def test_a_collection_beside_params_that_a_rule_renamed_is_written_back_by_the_plan_alone() -> None:
+    def made() -> dict[str, Any]:
+        return {"model": Dense(), "ema": Dense()}
+
+    stored = numbered({"params": dense(), "ema_params": dense()})
+    rules = [("ema_params", "ema")]
+    state = from_linen(stored, nnx.eval_shape(made), renames=rules)
+    with pytest.raises(RuleError, match="names what lies beside the model") as caught:
+        to_linen(state, renames=rules)
+    assert "renames=handler.report" in str(caught.value)
+
+    tree = to_linen(state, renames=plan_restore(stored, nnx.eval_shape(made), renames=rules))
+
+    assert tree.keys() == stored.keys()
+    for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(stored), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("above", [("trainer",), ("a", "b")])
+def test_a_train_state_below_a_key_stays_there_where_a_field_lies_beside_it(above: tuple[str, ...]) -> None:
+    def made() -> dict[str, Any]:
+        item: Any = two(nnx.Param)
+        for key in reversed(above):
+            item = {key: item}
+        return item | {"epoch": jnp.int32(7)}
+
+    def inner(item: Any) -> Any:
+        for key in above:
+            item = item[key]
+        return item
+
+    item = made()
+    filled(inner(item))
+    tree = to_linen(item)
+    assert inner(tree).keys() == {"params", "opt_state", "step"}
+    back = from_linen(tree, nnx.eval_shape(made))
+    assert int(back["epoch"]) == 7
+    for key in ("model", "optimizer"):
+        for one, other in zip(
+            *(jax.tree.leaves(nnx.state(inner(x)[key])) for x in (back, item)), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+    with pytest.raises(RuleError, match="below a key"):
+        to_linen(item, renames=SWAP)

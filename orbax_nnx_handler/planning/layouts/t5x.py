@@ -63,6 +63,7 @@ _OPTAX_NAMES = {
     "grad_ema": "mu",  # `flax.optim.Adam`
     "grad_sq_ema": "nu",
     "momentum": "trace",  # `flax.optim.Momentum`
+    "G": "sum_of_squares",  # `flax.optim.Adagrad`
 }
 
 

@@ -106,3 +106,21 @@ def test_what_a_rule_did_not_restore_is_found_under_the_same_rules(rules: Any) -
             jax.tree.leaves(nnx.state(back[key])), jax.tree.leaves(nnx.state(state[key])), strict=True
         )
         assert all(np.array_equal(one, other) for one, other in pairs)
+
+
+def test_the_sums_of_flax_optims_adagrad_are_optaxs_and_go_back_under_their_name() -> None:
+    def made() -> dict[str, Any]:
+        model = nnx.Dict(kernel=nnx.Param(jnp.zeros((3, 4))))
+        return {"model": model, "optimizer": nnx.Optimizer(model, optax.adagrad(0.1), wrt=nnx.Param)}
+
+    zeros = np.zeros((3, 4), "float32")
+    slots = {"kernel": {"G": zeros}}
+    stored = numbered({"target": {"kernel": zeros}, "state": {"step": np.int32(0), "param_states": slots}})
+    state = from_linen(stored, nnx.eval_shape(made))
+
+    sums = state["optimizer"].opt_state[0].sum_of_squares["kernel"][...]
+    np.testing.assert_array_equal(sums, stored["state"]["param_states"]["kernel"]["G"])
+    tree = to_linen(state, renames=plan_restore(stored, nnx.eval_shape(made)))
+    assert tree.keys() == stored.keys()
+    for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(stored), strict=True):
+        np.testing.assert_array_equal(one, other)

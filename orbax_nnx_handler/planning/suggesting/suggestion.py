@@ -353,9 +353,11 @@ def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:
     shapes = [item for item in others if item.kind == "shape"]
     if not shapes:
         return ""
-    head = f"{counted(len(shapes), 'leaf is', 'leaves are')} stored in another shape:"
-    rows = aligned(mismatched_rows(shapes))
-    return f"{head}\n{rows}\nno rule cuts or pads a weight: build the target with the stored sizes."
+    head, rows = f"{counted(len(shapes), 'leaf is', 'leaves are')} stored", aligned(mismatched_rows(shapes))
+    way = "no rule cuts or pads a weight: build the target with the stored sizes."
+    if all(sorted(item.stored_shape) == sorted(item.wanted.shape) for item in shapes):
+        way = "their axes lie in another order, which shapes do not tell: pass a Transpose for each."
+    return f"{head} in another shape:\n{rows}\n{way}"
 
 
 _SHOWN, _CHOICES = 4, 6

@@ -62,7 +62,7 @@ class Fit:
 def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
     numbers, ours, theirs = compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
-    shared, lacking = ours & theirs, len(ours ^ theirs)
+    shared, lacking = [kind for kind in ours if kind in theirs], len(ours ^ theirs)
     if not shared and (lone := _lone_bias(one, other)) is not None:
         score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * numbers.equal
         return Fit(score + 20.0, (lone,), is_exact=True)

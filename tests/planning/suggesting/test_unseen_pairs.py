@@ -7,6 +7,9 @@ come: the stored leaves are counted through, so that no element is like another 
 import functools
 import hashlib
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from flax import nnx, traverse_util
 from orbax_nnx_handler import from_linen, suggest, to_linen
 from tests.planning.plans import leaves_of, plan_of
 from tests.planning.suggesting.pairs import OPEN, UNSEEN
+from tests.processes import ROOT
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
@@ -128,3 +132,27 @@ def test_one_answer_to_each_question_restores_all_that_was_open(name):
 
     assert len(answers) <= 4
     assert wrong_under(found.answered(answers), tree, pair) == set()
+
+
+SAID = """
+import sys
+from tests.planning.suggesting.test_unseen_pairs import proposed
+print("\\n".join(str(proposed(name)[1]) for name in sys.argv[1:]))
+"""
+
+
+def test_every_process_proposes_the_same_in_the_same_order():
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SAID, "bart", "deeplab", "gpt_oss"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (1, 2)
+    ]
+    one, other = (run.communicate(timeout=240)[0] for run in runs)
+
+    assert "Reshape" in one
+    assert one == other

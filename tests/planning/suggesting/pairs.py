@@ -1,7 +1,15 @@
 """Linen programs and NNX models by somebody else, as names and shapes, and what stays open of them."""
 
+import functools
 import json
+import math
 from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx, traverse_util
+
+from orbax_nnx_handler import suggest
 
 FOREIGN = json.loads((Path(__file__).parent / "foreign_pairs.json").read_text())
 UNSEEN = json.loads((Path(__file__).parent / "unseen_pairs.json").read_text())
@@ -50,3 +58,35 @@ queries and of values in one for all three (qformer), layers of two kinds scanne
 (maxtext_gemma2), critics beside a copy of theirs (drq), norms by the convolutions before them (deeplab), a
 lone vector (ncsnpp).
 """
+
+KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+
+
+def keys(path):
+    return tuple(int(key) if key.isdecimal() else key for key in path.split("/"))
+
+
+def nested(shapes):
+    arrays, first = {}, 0
+    for path, shape in shapes.items():
+        size = math.prod(shape)
+        arrays[path] = np.arange(first, first + size, dtype="float32").reshape(shape)
+        first += size
+    assert first < 2**24
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def target_of(wanted):
+    return nnx.from_flat_state(
+        [
+            (keys(path), KINDS[kind](jax.ShapeDtypeStruct(tuple(shape), "float32")))
+            for path, (shape, kind, _) in wanted.items()
+        ]
+    )
+
+
+@functools.cache
+def proposed(name):
+    """Returns the stored tree and what is proposed for it."""
+    tree = nested(UNSEEN[name]["stored"])
+    return tree, suggest(tree, target_of(UNSEEN[name]["wanted"]))

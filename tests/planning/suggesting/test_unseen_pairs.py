@@ -4,54 +4,19 @@
 come: the stored leaves are counted through, so that no element is like another one.
 """
 
-import functools
 import hashlib
-import math
 import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx, traverse_util
+from flax import nnx
 
-from orbax_nnx_handler import from_linen, suggest, to_linen
+from orbax_nnx_handler import from_linen, to_linen
 from tests.planning.plans import leaves_of, plan_of
-from tests.planning.suggesting.pairs import OPEN, UNSEEN
+from tests.planning.suggesting.pairs import OPEN, UNSEEN, proposed, target_of
 from tests.processes import ROOT
-
-KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-
-
-def keys(path):
-    return tuple(int(key) if key.isdecimal() else key for key in path.split("/"))
-
-
-def nested(shapes):
-    arrays, first = {}, 0
-    for path, shape in shapes.items():
-        size = math.prod(shape)
-        arrays[path] = np.arange(first, first + size, dtype="float32").reshape(shape)
-        first += size
-    assert first < 2**24
-    return traverse_util.unflatten_dict(arrays, sep="/")
-
-
-def target_of(wanted):
-    return nnx.from_flat_state(
-        [
-            (keys(path), KINDS[kind](jax.ShapeDtypeStruct(tuple(shape), "float32")))
-            for path, (shape, kind, _) in wanted.items()
-        ]
-    )
-
-
-@functools.cache
-def proposed(name):
-    """Returns the stored tree and what is proposed for it."""
-    tree = nested(UNSEEN[name]["stored"])
-    return tree, suggest(tree, target_of(UNSEEN[name]["wanted"]))
 
 
 def wrong_under(rules, tree, pair):
@@ -136,7 +101,7 @@ def test_one_answer_to_each_question_restores_all_that_was_open(name):
 
 SAID = """
 import sys
-from tests.planning.suggesting.test_unseen_pairs import proposed
+from tests.planning.suggesting.pairs import proposed
 print("\\n".join(str(proposed(name)[1]) for name in sys.argv[1:]))
 """
 

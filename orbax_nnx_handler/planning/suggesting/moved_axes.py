@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.suggesting.module_parts import Link
+from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
+from orbax_nnx_handler.planning.suggesting.module_parts import Link, Tie
 from orbax_nnx_handler.planning.suggesting.shapes import Step, Way
 
 Move = tuple[int, int]
@@ -101,41 +102,77 @@ def _moves(pairs: Sequence[Pair]) -> tuple[Move, ...]:
     return tuple(found.values())
 
 
-def with_moved_axes(links: Sequence[Link]) -> list[Link]:
+def with_moved_axes(found: Findings) -> Findings:
     """Returns links under which all of a group is stacked along the axis that one of its leaves shows.
 
-    Of a group whose axis may be several ones, what differs in shape is left out.
+    Where several axes explain a group, or several orders a leaf that has none, which of them it is is asked.
     """
-    made = list(links)
-    plain = [at for at, link in enumerate(links) if _is_plain(link)]
-    pairs = [Pair(links[at].target.names, links[at].source.shape, links[at].target.shape) for at in plain]
+    made: dict[int, Link | None] = dict(enumerate(found.links))
+    plain = [at for at, link in enumerate(found.links) if _is_plain(link)]
+    leaves = [(found.links[at].source, found.links[at].target) for at in plain]
+    pairs = [Pair(wanted.names, stored.shape, wanted.shape) for stored, wanted in leaves]
+    ties: list[Tie] = []
     for group in moved_groups(pairs):
-        members = [links[plain[at]] for at in group.members]
+        places = [plain[at] for at in group.members]
+        members = [found.links[at] for at in places]
         above = {link.source.names[: len(group.name) - len(link.target.names)] for link in members}
         if len(above) > 1:
             continue  # What is several modules in the checkpoint is no one stack.
-        for at, link in zip(group.members, members, strict=True):
-            before, order = link.source.shape, order_of(len(link.source.shape), group.moves[0])
-            step = Step("transpose", before, permuted(before, order), order)
-            grounds = "names" if link.grounds == "shapes" else link.grounds
-            made[plain[at]] = dataclasses.replace(link, ways=((Way((step,)),),), grounds=grounds)
-        if len(group.moves) > 1:
-            unclear = {id(made[plain[at]]) for at in group.members}
-            made = [link for link in made if id(link) not in unclear]
-            return with_moved_axes(made)
-    moved = {plain[at] for group in moved_groups(pairs) for at in group.members}
-    return [link for at, link in enumerate(made) if at in moved or not _is_one_order_of_several(link)]
+        readings = [
+            [_ordered(link, order_of(len(link.source.shape), move), _told(group, move)) for link in members]
+            for move in group.moves
+        ]
+        made |= zip(places, readings[0] if len(readings) == 1 else [None] * len(places), strict=True)
+        if len(readings) > 1:
+            ties.append(_tie(readings))
+    for at, link in enumerate(found.links):
+        orders = _orders(link) if made[at] is link else []
+        if len(orders) > 1:
+            made[at] = None
+            ties.append(_tie([[_ordered(link, order, f"transpose {order}")] for order in orders]))
+    links = [link for link in made.values() if link is not None]
+    return Findings(links=links, ties=[*found.ties, *ties], groups=found.groups)
 
 
-def _is_one_order_of_several(link: Link) -> bool:
-    """Tells whether a link moves axes that come out the same moved otherwise, and no convention tells how."""
-    for steps in [ways[0].steps for ways in link.ways if len(ways) == 1 and not ways[0].turned]:
-        if len(steps) == 1 and steps[0].kind == "transpose":
-            before, after = steps[0].before, [length for length in steps[0].shape if length > 1]
-            orders = itertools.permutations(at for at, length in enumerate(before) if length > 1)
-            if sum([*permuted(before, order)] == after for order in orders) > 1:
-                return True
-    return False
+def _told(group: MovedGroup, move: Move) -> str:
+    axis, to = move
+    return f"layers on axis {axis}, moved to axis {to}" if len(group.moves) > 1 else ""
+
+
+def _ordered(link: Link, order: tuple[int, ...], told: str = "") -> Link:
+    """Returns a link that puts the axes into an order, with what is told where another may be meant."""
+    before = link.source.shape
+    way = Way((Step("transpose", before, permuted(before, order), order),))
+    return dataclasses.replace(
+        link,
+        ways=((way,),),
+        grounds="names" if link.grounds == "shapes" else link.grounds,
+        told=told,
+    )
+
+
+def _tie(readings: Sequence[Sequence[Link]]) -> Tie:
+    """Returns the choice between some readings of the same leaves."""
+    ends = [(link.target, link.source) for link in readings[0]]
+    wanted, stored = ([leaf.names for leaf in leaves] for leaves in zip(*ends, strict=True))
+    return Tie(wanted=tuple(wanted), stored=tuple(stored), readings=tuple(map(tuple, readings)))
+
+
+def _orders(link: Link) -> list[tuple[int, ...]]:
+    """Returns the orders of axes that a link may stand for: of several, no convention tells which."""
+    ways = [way for each in link.ways for way in each if not way.turned]
+    steps = [step for way in ways for step in way.steps]
+    if not _is_plain(link) or [len(each) for each in link.ways] != [len(ways)] or len(steps) != 1:
+        return []
+    step = steps[0]
+    if step.kind != "transpose":
+        return []
+    long = [length > 1 for length in step.before]
+    different: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for order in (step.axes, *itertools.permutations(range(len(long)))):
+        if permuted(step.before, order) == step.shape:
+            different.setdefault(tuple(at for at in order if long[at]), order)
+    return list(different.values())
 
 
 def _is_plain(link: Link) -> bool:

@@ -64,7 +64,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = match_context(Context(wanted=wanted, stored=stored, order=order))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
-    settled, turns = settle_turns(with_moved_axes(found.links))
+    settled, turns = settle_turns((found := with_moved_axes(found)).links)
     return Searched(links=tuple(settled), turns=tuple(turns), found=found)
 
 

@@ -83,6 +83,9 @@ def test_an_order_of_axes_beside_another_one_of_the_same_shape_is_not_proposed()
     assert not found.renames
     assert found.confidence == "open"
     assert "another order, which shapes do not tell: pass a Transpose" in str(found)
+    (question,) = found.questions
+    assert question.choices == ("transpose (1, 0, 2)", "transpose (2, 0, 1)")
+    _check({"params": stored}, wanted, found.answered([0]))
 
 
 def test_two_axes_that_explain_a_group_are_a_question():

@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import in_linen_wrappers, is_scale
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import children, flatten, holds_nnx
-from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves, Parts, is_count, take_apart
+from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves, Parts, is_count, is_weight, take_apart
 
 # Named-tuple fields of optax under which another optimizer's state lies.
 _NESTING = frozenset({"opt_state", "inner_state", "inner_opt_state", "inner_states"})
@@ -223,9 +223,9 @@ def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Pat
     model = (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
     state = [*model, *_optimizer(parts, flavour)]
     outside, owner = _lasting(parts.outside), parts.owner[:-1]
-    if not several and any(
-        path[: len(owner)] != owner and not is_stream(leaf) for path, leaf in outside.items()
-    ):
+    clash = {path[0] for path in outside} & {at[0] for at, _ in state}
+    beside = [leaf for path, leaf in outside.items() if path[: len(owner)] != owner]
+    if not several and any(is_weight(leaf) or not (clash or is_stream(leaf)) for leaf in beside):
         # Something lies beside a train state below a key: the key tells the two apart.
         parts, several = dataclasses.replace(parts, root=owner), True
     if several:
@@ -237,7 +237,7 @@ def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Pat
         return
     # A train state below a key stays there where something beside it has the name of one of its fields, as
     # the outer weights of DiLoCo: at the root, the one would be taken for the other.
-    root = owner if {path[0] for path in outside} & {at[0] for at, _ in state} else ()
+    root = owner if clash else ()
     for at, leaf in state:
         yield (*segments(root), *at), leaf
     for path, leaf in outside.items():

@@ -20,7 +20,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Sharding
+from jax.sharding import AbstractMesh, Sharding
 
 from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf, total_nbytes
 from orbax_nnx_handler.storage.reading.base_store import fill
@@ -97,6 +97,8 @@ class Memory:
 
 
 def _is_own(sharding: Sharding | None) -> bool:
+    if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        return False  # Under `jax.jit` nobody knows the devices.
     return (
         sharding is not None
         and sharding.is_fully_addressable

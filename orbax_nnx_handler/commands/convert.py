@@ -140,6 +140,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--scan and --unscan are for conversions without a factory, whose layers decide.")
     if grouped and arguments.axis is None:
         raise UsageError("--scan and --unscan need --axis, which counts the layers (MaxText: 1, else 0).")
+    if arguments.axis is not None and not grouped:
+        raise UsageError("--axis goes with --scan or --unscan, whose layers it counts.")
     if arguments.target is None and arguments.to == "nnx":
         raise UsageError("--to nnx needs the MODULE:FACTORY of the NNX model, which knows its names.")
     if arguments.target is None and (arguments.rename or arguments.rules or arguments.policy):

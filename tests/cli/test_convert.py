@@ -250,6 +250,7 @@ def test_an_interrupt_from_the_keyboard_or_a_scheduler_leaves_nothing(tmp_path, 
     [
         (["--to", "nnx"], "--to nnx needs the MODULE:FACTORY"),
         (["--unscan", "hidden"], "need --axis"),
+        (["--axis", "1"], "--axis goes with --scan or --unscan"),
         (["--rename", "a=b"], "--rename, --rules and --policy need a MODULE:FACTORY."),
         (["--dtype", "float99"], "there is no such dtype"),
         (["--dtype", "int8"], "weights are floating-point numbers"),

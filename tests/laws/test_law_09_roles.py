@@ -1,5 +1,6 @@
 """Law 9: a role is a place, not a name."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -7,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, Copy, Scale, restore, save
+from orbax_nnx_handler import AmbiguousMappingError, Copy, Scale, from_linen, restore, save
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -312,3 +313,13 @@ def test_a_variables_dict_with_a_collection_beside_params_is_maxtexts_still(tmp_
     path = write(tmp_path, {"params": {"params": params, "batch_stats": statistics}, "step": np.int32(1)})
     wanted = {"norm": {"scale": params["norm"]["scale"], "mean": statistics["norm"]["mean"]}}
     check(restore(path, target_of("module", wanted), unexpected="ignore"), wanted)
+
+
+def test_a_weight_called_step_at_the_root_of_a_pure_dict_is_a_weight():
+    params = {"a": np.arange(6.0, dtype=np.float32), "step": np.arange(9.0, dtype=np.float32).reshape(3, 3)}
+    wanted = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
+
+    found = from_linen({"params": params}, wanted)
+
+    for name, value in params.items():
+        np.testing.assert_array_equal(found[name], value)

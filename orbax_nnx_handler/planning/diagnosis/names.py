@@ -8,7 +8,7 @@ target or a rule names it: the rule is what the hint gives.
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from flax import nnx
 
@@ -46,7 +46,8 @@ def renames(evidence: Evidence, wanted: Sequence[Path], stored: Sequence[Path]) 
     """Returns the renames of single names that explain all these leaves; none if there is a choice.
 
     Every wanted leaf has to have just one stored leaf of its shape whose path is
-    its own but for one name, and the same name has to change everywhere.
+    its own but for one name, and the same name has to change everywhere. What is stored under the
+    wanted name of a module, under other names within, is not passed over for another module.
     """
     sources = {path: evidence.stored_below(evidence.free_weights[path]) for path in stored}
     places: dict[tuple[Tokens, int, Shape, str], set[str]] = defaultdict(set)
@@ -56,8 +57,9 @@ def renames(evidence: Evidence, wanted: Sequence[Path], stored: Sequence[Path]) 
             if not is_number(name):
                 places[_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)].add(name)
     changes: set[Change] = set()
+    levels = {tokens[:depth] for tokens in sources.values() for depth in range(1, len(tokens))}
     for path in wanted:
-        found = _changes(evidence, path, places)
+        found = _changes(evidence, path, places, levels)
         if len(found) != 1:
             return ()
         changes |= found
@@ -75,13 +77,17 @@ def _is_network(name: str, paths: Iterable[Tokens]) -> bool:
 
 
 def _changes(
-    evidence: Evidence, path: Path, places: Mapping[tuple[Tokens, int, Shape, str], set[str]]
+    evidence: Evidence,
+    path: Path,
+    places: Mapping[tuple[Tokens, int, Shape, str], set[str]],
+    levels: Collection[Tokens],
 ) -> set[Change]:
     tokens, leaf = evidence.below[path], evidence.sides.wanted[path].leaf
     found: set[Change] = set()
     for at, new in enumerate(tokens):
         old = places.get((_without(tokens, at), at, leaf.shape, name_of(leaf.dtype)), set[str]())
-        found |= {(name, new) for name in old if not is_number(new) and name != new}
+        is_stored = tokens[: at + 1] in levels
+        found |= {(name, new) for name in old if not (is_number(new) or is_stored or name == new)}
     return found
 
 

@@ -176,9 +176,10 @@ def _untyped_role(leaf: WantedLeaf, owner: Path | None, owners: Collection[Path]
         return "optimizer"
     if is_key(leaf.dtype) or (path[:-1] in streams and leaf.shape == () and str(path[-1]) == "count"):
         return "random"
-    if str(path[-1]) == "step" and (path[:-1] in owners or len(path) == 1):
-        return "step"
-    return "model"
+    # Beside an optimizer a step may be a float; alone at the root only an integer is one.
+    at_root = len(path) == 1 and not is_weight_called_step(path, leaf.dtype)
+    is_step = str(path[-1]) == "step" and (path[:-1] in owners or at_root)
+    return "step" if is_step else "model"
 
 
 def of_role(wanted: Iterable[Wanted], *roles: Role) -> list[Wanted]:

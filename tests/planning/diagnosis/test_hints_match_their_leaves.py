@@ -87,3 +87,17 @@ def test_a_rule_that_repeats_another_is_not_corrected_to_another_leaf():
     assert "the same rule in front of it has matched all that it is for" in str(error)
     assert "take out the repetition" in str(error)
     assert "l_0" not in str(error)
+
+
+def test_a_module_that_is_stored_under_its_own_name_is_not_passed_over_for_another_one():
+    stored = {
+        "policy": {
+            name: {"kernel": _numbers(100 * at, 4, 4)} for at, name in enumerate(("Dense_0", "Dense_1"))
+        },
+        "value": {name: {"kernel": _numbers(500 + 100 * at, 4, 4)} for at, name in enumerate(("up", "down"))},
+    }
+    wanted = {"policy": {"up": stored["policy"]["Dense_0"], "down": stored["policy"]["Dense_1"]}}
+
+    assert not _rules(_refused({"params": stored}, wanted))
+    alone = {"value": stored["value"]}
+    assert _rules(_refused({"params": alone}, wanted)) == [("value", "policy")]

@@ -1,6 +1,5 @@
 """Makes every machine the same for the suite: eight CPU devices, no chance, no leftovers; and fast."""
 
-import atexit
 import contextlib
 import gc
 import importlib
@@ -50,10 +49,6 @@ share_lowering_context()
 leave_origins_unsaid()
 remember_initial_shapes()
 spare_garbage_collector()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # All results are told by then, and what came later is cleared up before. To take down thousands of
-    # programs one by one takes seconds, for which the run would wait.
-    atexit.register(os._exit, 0)
 
 # Both were looked up before.
 tempfile.tempdir = None
@@ -151,6 +146,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the slowest files first; all else stays as it was collected."""
     rank = {name: at for at, name in enumerate(_SLOWEST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends a worker as soon as its results are told.
+
+    To take down thousands of programs one by one takes seconds, and a save of Orbax's that could not begin
+    leaves threads that wait for it for minutes: the run would wait for both.
+    """
+    if hasattr(config, "workerinput"):
+        os._exit(0)
 
 
 @pytest.fixture(scope="session")

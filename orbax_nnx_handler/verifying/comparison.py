@@ -25,11 +25,17 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import as_path
-from orbax_nnx_handler.verifying.distances import MASK, TOLERANCE, exceeds, same_numbers
 from orbax_nnx_handler.verifying.first_difference import Search
 from orbax_nnx_handler.verifying.recording import Array
 from orbax_nnx_handler.verifying.runs import Compared, Programs, Runs, is_dataclass, is_weight, run_both
-from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
+from orbax_nnx_handler.verifying.verification import (
+    MASK,
+    TOLERANCE,
+    FirstDifference,
+    Verification,
+    exceeds,
+    same_numbers,
+)
 from orbax_nnx_handler.verifying.weights import on_one_device
 
 _PATIENCE = 5

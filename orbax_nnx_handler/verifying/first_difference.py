@@ -13,15 +13,6 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, render, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, shape_of
 from orbax_nnx_handler.planning.verdict.outcomes import Restored
-from orbax_nnx_handler.verifying.distances import (
-    TOLERANCE,
-    Distance,
-    changes_more_than_rounding,
-    compare,
-    compare_inputs,
-    exceeds,
-    same_numbers,
-)
 from orbax_nnx_handler.verifying.recording import Array
 from orbax_nnx_handler.verifying.runs import Compared
 from orbax_nnx_handler.verifying.single_module import (
@@ -31,7 +22,18 @@ from orbax_nnx_handler.verifying.single_module import (
     lent,
     nearest_modules,
 )
-from orbax_nnx_handler.verifying.verification import FirstDifference, differing_settings, unit_name
+from orbax_nnx_handler.verifying.verification import (
+    TOLERANCE,
+    Distance,
+    FirstDifference,
+    changes_more_than_rounding,
+    compare,
+    compare_inputs,
+    differing_settings,
+    exceeds,
+    same_numbers,
+    unit_name,
+)
 
 _BEGINNING = 64
 

@@ -22,18 +22,18 @@ from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.checkpoint import Checkpoint
 from orbax_nnx_handler.storage.restoring.restore import carry_out
-from orbax_nnx_handler.verifying.distances import (
+from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, scanned_axes, uses_of
+from orbax_nnx_handler.verifying.recording import Call, by_path, calls_in, run_linen, run_nnx
+from orbax_nnx_handler.verifying.single_module import ModuleRunner
+from orbax_nnx_handler.verifying.verification import (
     TOLERANCE,
     Distance,
+    ModuleComparison,
     changes_more_than_rounding,
     compare,
     compare_inputs,
     exceeds,
 )
-from orbax_nnx_handler.verifying.pairing import ModulePair, Use, pair_modules, scanned_axes, uses_of
-from orbax_nnx_handler.verifying.recording import Call, by_path, calls_in, run_linen, run_nnx
-from orbax_nnx_handler.verifying.single_module import ModuleRunner
-from orbax_nnx_handler.verifying.verification import ModuleComparison
 from orbax_nnx_handler.verifying.weights import (
     LinenWeights,
     find_nnx,

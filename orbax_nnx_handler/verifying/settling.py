@@ -23,11 +23,10 @@ from orbax_nnx_handler.planning.suggesting import Proposal, Remade, Suggestion
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.verifying.comparison import compared
-from orbax_nnx_handler.verifying.distances import compare
 from orbax_nnx_handler.verifying.pairing import layers_of
 from orbax_nnx_handler.verifying.runs import LINEN, NNX, Compared, Programs, Runs, run_both
 from orbax_nnx_handler.verifying.single_module import lent
-from orbax_nnx_handler.verifying.verification import FirstDifference, Verification
+from orbax_nnx_handler.verifying.verification import FirstDifference, Verification, compare
 from orbax_nnx_handler.verifying.weights import on_one_device
 
 _MOST_TOGETHER = 64

@@ -31,9 +31,9 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint
 from orbax_nnx_handler.storage.reading import read_values
-from orbax_nnx_handler.verifying.distances import ROUNDING, distance
 from orbax_nnx_handler.verifying.pairing import layer_of
 from orbax_nnx_handler.verifying.recording import Array, Call, Held
+from orbax_nnx_handler.verifying.verification import ROUNDING, distance
 
 _MOST_AXES = 4
 _MOST_PARTS = 4

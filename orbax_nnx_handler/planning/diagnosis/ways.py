@@ -19,8 +19,7 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, segments, wit
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.options import Policy
-from orbax_nnx_handler.planning.rules.pattern import Pattern
-from orbax_nnx_handler.planning.rules.rule import Rule
+from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
 LOOK = Hint(

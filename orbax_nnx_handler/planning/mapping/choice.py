@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Copy, Drop, Rename, ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.pattern import shared_ends
+from orbax_nnx_handler.planning.rules.rule import shared_ends
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role
 
 

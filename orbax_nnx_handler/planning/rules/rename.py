@@ -8,8 +8,16 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import parse
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.pattern import Pattern, Span, shared_ends
-from orbax_nnx_handler.planning.rules.rule import Applied, Rule, check_pattern, check_places, reason_of
+from orbax_nnx_handler.planning.rules.rule import (
+    Applied,
+    Pattern,
+    Rule,
+    Span,
+    check_pattern,
+    check_places,
+    reason_of,
+    shared_ends,
+)
 
 
 @dataclasses.dataclass(frozen=True)

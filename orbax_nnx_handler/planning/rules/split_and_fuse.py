@@ -10,11 +10,11 @@ from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, shared_levels
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.pattern import Pattern
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
     Join,
     Match,
+    Pattern,
     Rule,
     check_pattern,
     check_places,

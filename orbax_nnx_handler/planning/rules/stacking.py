@@ -11,12 +11,13 @@ from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_index, p
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.layouts.layout import is_of_parameters
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.pattern import Pattern, Span
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
     Join,
     Match,
+    Pattern,
     Rule,
+    Span,
     check_pattern,
     check_places,
     find,

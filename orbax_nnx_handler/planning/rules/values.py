@@ -14,9 +14,9 @@ from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError, first_of_each
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.pattern import Pattern
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
+    Pattern,
     Rule,
     check_pattern,
     find,

@@ -17,8 +17,8 @@ from orbax_nnx_handler.planning.rules import (
     UnstackLayers,
 )
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.pattern import Pattern, shared_ends, with_places
 from orbax_nnx_handler.planning.rules.rename import leads_back
+from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
 from orbax_nnx_handler.planning.suggesting.module_parts import Layers, Link, Names
 from orbax_nnx_handler.planning.suggesting.scoring import joining_rule
 from orbax_nnx_handler.planning.suggesting.series import whole_parts

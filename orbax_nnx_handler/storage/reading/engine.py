@@ -42,8 +42,7 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
     plan_bytes,
 )
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
-from orbax_nnx_handler.storage.reading.memory import back_with_pages
-from orbax_nnx_handler.storage.reading.workers import Last, Window, Workers
+from orbax_nnx_handler.storage.reading.memory import Last, Window, Workers, back_with_pages
 from orbax_nnx_handler.storage.shortages import short_of
 
 _logger = logging.getLogger(__name__)

@@ -34,7 +34,13 @@ from orbax_nnx_handler.storage.saving.arrange import (
 )
 from orbax_nnx_handler.storage.saving.cells import cells_of, with_empty_gates, with_gates
 from orbax_nnx_handler.storage.saving.item import ItemLeaf
-from orbax_nnx_handler.storage.saving.saved import SavedLeaf, check_folders, check_names, check_spellings
+from orbax_nnx_handler.storage.saving.saved import (
+    SavedLeaf,
+    check_folders,
+    check_names,
+    check_restored,
+    check_spellings,
+)
 from orbax_nnx_handler.storage.saving.undo import (
     Copies,
     SavedLeaves,
@@ -42,7 +48,6 @@ from orbax_nnx_handler.storage.saving.undo import (
     streams_as_stored,
     without_rules,
 )
-from orbax_nnx_handler.storage.saving.unsourced import check_restored
 
 RulesOrRestore = Iterable[Rule | tuple[str, str]] | RestorePlan | RestoreReport
 """The rules of a restore, or what it did: a save writes what the restore has read."""

@@ -35,8 +35,7 @@ from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry, every_entry, model_entries
 from orbax_nnx_handler.planning.rules.inverse import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour, check_distinct
-from orbax_nnx_handler.storage.saving.saved import SavedLeaf
-from orbax_nnx_handler.storage.saving.unsourced import PlacesInLayout
+from orbax_nnx_handler.storage.saving.saved import PlacesInLayout, SavedLeaf
 
 SavedLeaves = Mapping[Path, SavedLeaf]
 Empty = Mapping[Path, Any]

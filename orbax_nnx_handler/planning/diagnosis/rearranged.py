@@ -21,7 +21,8 @@ from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, shortest_patterns, weights_alone
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
-from orbax_nnx_handler.planning.suggesting.moved_axes import Pair, moved_groups, order_of, permuted
+from orbax_nnx_handler.planning.suggesting.moved_axes import Pair, moved_groups, order_after
+from orbax_nnx_handler.planning.suggesting.shapes import permuted
 
 _RULES = 8
 """Rules that a hint writes out; more of them are a matter for `suggest` or a loop."""
@@ -39,11 +40,14 @@ Permutation = tuple[int, ...]
 
 _Explained = Mapping[tuple[int, ...], Sequence[Path]]
 """Mismatched weights by what makes the stored shape the wanted one: an order of axes, or a shape."""
+_Shapes = Mapping[Path, tuple[Shape, Shape]]
+"""The stored and the wanted shape of weights."""
 
 
 def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     """Yields weights whose stored shape is the wanted one with its axes in another order."""
-    found, conditions = _by_group(evidence)
+    shapes = _shapes(evidence)
+    found, conditions = _by_group(evidence, shapes)
     grouped = set(_paths(found))
     alone = {
         order: [p for p in some if p not in grouped]
@@ -73,7 +77,7 @@ def find_permuted(evidence: Evidence) -> Iterable[Cause]:
         )
     condition = f" if {' and '.join(conditions)}" if conditions else ""
     way = _pass(rules, after=f"{exchange}{condition}.")
-    if untold := _untold(evidence, others):
+    if untold := _untold(evidence, shapes, others):
         # Which it is, no rule to paste may say.
         more = [Transpose(pattern, order) for pattern, order in _patterns(evidence, untold)]
         names = list_paths(_paths(untold))
@@ -90,9 +94,8 @@ def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     )
 
 
-def _by_group(evidence: Evidence) -> tuple[dict[tuple[int, ...], list[Path]], list[str]]:
+def _by_group(evidence: Evidence, shapes: _Shapes) -> tuple[dict[tuple[int, ...], list[Path]], list[str]]:
     """Returns the weights of groups that one move of their axis explains, by order, and what is to be so."""
-    shapes = _shapes(evidence)
     paths = list(shapes)
     pairs = [Pair(evidence.below[path], *shapes[path]) for path in paths]
     found: dict[tuple[int, ...], list[Path]] = defaultdict(list)
@@ -103,7 +106,7 @@ def _by_group(evidence: Evidence) -> tuple[dict[tuple[int, ...], list[Path]], li
             continue
         axis, to = group.moves[0]
         for path in members:
-            found[order_of(len(shapes[path][0]), (axis, to))].append(path)
+            found[order_after(len(shapes[path][0]), (axis, to))].append(path)
         if any(path in evidence.restored or _permutation(*shapes[path]) is None for path in members):
             conditions.append(
                 f"all layers of {spell(group.name)!r} lie on axis {axis} in the checkpoint "
@@ -112,7 +115,7 @@ def _by_group(evidence: Evidence) -> tuple[dict[tuple[int, ...], list[Path]], li
     return found, conditions
 
 
-def _shapes(evidence: Evidence) -> Mapping[Path, tuple[Shape, Shape]]:
+def _shapes(evidence: Evidence) -> _Shapes:
     """Returns the stored and the wanted shape of weights that are one stored leaf each, as it is."""
     found: dict[Path, tuple[Shape, Shape]] = {}
     plain = _plain(evidence)
@@ -126,13 +129,11 @@ def _shapes(evidence: Evidence) -> Mapping[Path, tuple[Shape, Shape]]:
     return found
 
 
-def _untold(evidence: Evidence, found: _Explained) -> _Explained:
+def _untold(evidence: Evidence, shapes: _Shapes, found: _Explained) -> _Explained:
     """Returns restored weights that are called as arranged ones, and have one shape arranged or not."""
     untold: dict[Permutation, list[Path]] = {}
     orders = {(path[-1], order) for order, paths in found.items() for path in paths}
-    if not orders:
-        return untold
-    for path, (stored, wanted) in _shapes(evidence).items():
+    for path, (stored, wanted) in shapes.items():
         fitting = [
             order
             for name, order in orders
@@ -154,8 +155,8 @@ def _with_moved(evidence: Evidence, found: _Explained, grouped: Collection[Path]
     for path in _plain(evidence) if moves else ():
         item = evidence.mismatched[path]
         stored, wanted = item.stored_shape, item.wanted.shape
-        orders = {order_of(len(stored), move) for move in moves if max(move) < len(stored)}
-        fitting = [order for order in orders if tuple(stored[axis] for axis in order) == wanted]
+        orders = {order_after(len(stored), move) for move in moves if max(move) < len(stored)}
+        fitting = [order for order in orders if permuted(stored, order) == wanted]
         if path not in known and path not in grouped and len(fitting) == 1:
             every.setdefault(fitting[0], []).append(path)
     return every
@@ -164,7 +165,7 @@ def _with_moved(evidence: Evidence, found: _Explained, grouped: Collection[Path]
 def _moves(order: Permutation) -> set[tuple[int, int]]:
     """Returns the moves of one axis to another place that an order is."""
     places = itertools.permutations(range(len(order)), 2)
-    return {move for move in places if order_of(len(order), move) == order}
+    return {move for move in places if order_after(len(order), move) == order}
 
 
 def find_merged(evidence: Evidence) -> Iterable[Cause]:
@@ -225,7 +226,7 @@ def _permutation(stored: Shape, wanted: Shape) -> Permutation | None:
     if sorted(stored) != sorted(wanted) or stored == wanted or len(stored) > 6:
         return None
     orders = itertools.permutations(range(len(stored)))
-    fitting = [order for order in orders if tuple(stored[axis] for axis in order) == wanted]
+    fitting = [order for order in orders if permuted(stored, order) == wanted]
     return fitting[0] if len(fitting) == 1 else None
 
 

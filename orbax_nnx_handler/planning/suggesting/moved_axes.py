@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Tie
-from orbax_nnx_handler.planning.suggesting.shapes import Step, Way
+from orbax_nnx_handler.planning.suggesting.shapes import Way, permuted, transposed
 
 Move = tuple[int, int]
 """From which axis to which other one."""
@@ -67,16 +67,11 @@ def moved_groups(pairs: Sequence[Pair]) -> list[MovedGroup]:
     return found
 
 
-def order_of(rank: int, move: Move) -> tuple[int, ...]:
+def order_after(rank: int, move: Move) -> tuple[int, ...]:
     """Returns the order of axes that a move leaves, as a transpose takes it."""
     axis, to = move
     rest = [at for at in range(rank) if at != axis]
     return (*rest[:to], axis, *rest[to:])
-
-
-def permuted(shape: Shape, order: Sequence[int]) -> Shape:
-    """Returns a shape with its axes in another order."""
-    return tuple(shape[axis] for axis in order)
 
 
 def _is_arranged(pair: Pair) -> bool:
@@ -93,7 +88,7 @@ def _moves(pairs: Sequence[Pair]) -> tuple[Move, ...]:
     for move in sorted(itertools.permutations(range(min(ranks)), 2), key=lambda move: move[1]):
         if min(move) > 0 and len({pair.stored[0] for pair in pairs}) == 1:
             continue  # Layers may lie in front on both sides, and matrices are transposed in each.
-        orders = tuple(order_of(rank, move) for rank in ranks)
+        orders = tuple(order_after(rank, move) for rank in ranks)
         comes_out = all(
             permuted(pair.stored, order) == pair.wanted for pair, order in zip(pairs, orders, strict=True)
         )
@@ -119,7 +114,10 @@ def with_moved_axes(found: Findings) -> Findings:
         if len(above) > 1:
             continue  # What is several modules in the checkpoint is no one stack.
         readings = [
-            [_ordered(link, order_of(len(link.source.shape), move), _told(group, move)) for link in members]
+            [
+                _ordered(each, order_after(len(each.source.shape), move), _told(group, move))
+                for each in members
+            ]
             for move in group.moves
         ]
         made |= zip(places, readings[0] if len(readings) == 1 else [None] * len(places), strict=True)
@@ -141,8 +139,7 @@ def _told(group: MovedGroup, move: Move) -> str:
 
 def _ordered(link: Link, order: tuple[int, ...], told: str = "") -> Link:
     """Returns a link that puts the axes into an order, with what is told where another may be meant."""
-    before = link.source.shape
-    way = Way((Step("transpose", before, permuted(before, order), order),))
+    way = Way((transposed(link.source.shape, order),))
     return dataclasses.replace(
         link,
         ways=((way,),),

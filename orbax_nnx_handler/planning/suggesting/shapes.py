@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Literal
 
@@ -102,19 +103,19 @@ def _straight(stored: Shape, wanted: Shape) -> Steps | None:
         return (Step("reshape", stored, wanted),)
     # Image axes last, of as many outputs as inputs: nothing tells which of these two comes first.
     if len(stored) == 4 and stored[:2] == wanted[2:] and stored[2:] == wanted[:2] == wanted[1::-1]:
-        return (_transpose(stored, (2, 3, 0, 1)),)
+        return (transposed(stored, (2, 3, 0, 1)),)
     return None
 
 
 def _turned(stored: Shape, wanted: Shape) -> Steps | None:
     """Returns the steps that put the last axis of a stored matrix first."""
     for axes in _turns(stored):
-        if _permuted(stored, axes) == wanted:
-            return (_transpose(stored, axes),)
+        if permuted(stored, axes) == wanted:
+            return (transposed(stored, axes),)
     if len(stored) > 2 and len(wanted) == 2 and wanted[0] == wanted[1] and _regroups(stored, wanted):
-        return (Step("reshape", stored, wanted), _transpose(wanted, (1, 0)))
+        return (Step("reshape", stored, wanted), transposed(wanted, (1, 0)))
     if len(stored) == 2 and _regroups(stored[::-1], wanted):
-        return (_transpose(stored, (1, 0)), Step("reshape", stored[::-1], wanted))
+        return (transposed(stored, (1, 0)), Step("reshape", stored[::-1], wanted))
     return None
 
 
@@ -140,17 +141,17 @@ def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
         if not _keeps_order(split, axes):
             continue
         if split == stored and not _is_turn(axes):
-            yield False, (_transpose(stored, axes),)
+            yield False, (transposed(stored, axes),)
         groups = _groups(stored, split) if len(split) > len(stored) else None
         if groups is not None and all(_ascends(axes.index(at) for at in group) for group in groups):
             turned = len(stored) == 2 and len(groups[0]) > 1 and len(groups[-1]) == 1
-            yield turned, (Step("reshape", stored, split), _transpose(split, axes))
+            yield turned, (Step("reshape", stored, split), transposed(split, axes))
     for axes in reversed(_orders(len(stored))):
-        moved = _permuted(stored, axes)
+        moved = permuted(stored, axes)
         groups = _groups(wanted, moved) if len(stored) > len(wanted) and _keeps_order(stored, axes) else None
         if groups is not None and all(_ascends(axes[at] for at in group) for group in groups):
             turned = len(wanted) == 2 and (axes[-1] == 0 or (len(groups[-1]) > 1 and len(groups[0]) == 1))
-            yield turned, (_transpose(stored, axes), Step("reshape", moved, wanted))
+            yield turned, (transposed(stored, axes), Step("reshape", moved, wanted))
 
 
 def without_axis(shape: Shape, axis: int) -> Shape:
@@ -193,9 +194,7 @@ def _ascends(places: Iterable[int]) -> bool:
 def _orders(rank: int) -> Sequence[tuple[int, ...]]:
     """Returns the orders of so many axes but their own, those that move the fewest first."""
     every = [axes for axes in itertools.permutations(range(rank)) if axes != tuple(range(rank))]
-    return sorted(
-        every, key=lambda axes: (_runs(axes), sum(at != axis for at, axis in enumerate(axes)), axes)
-    )
+    return sorted(every, key=lambda axes: (_runs(axes), sum(map(operator.ne, axes, range(rank))), axes))
 
 
 def _runs(axes: Sequence[int]) -> int:
@@ -207,12 +206,14 @@ def _is_turn(axes: tuple[int, ...]) -> bool:
     return axes in ((1, 0), (0, 2, 1), (2, 1, 0), (2, 3, 1, 0))
 
 
-def _permuted(shape: Shape, axes: Sequence[int]) -> Shape:
+def permuted(shape: Shape, axes: Sequence[int]) -> Shape:
+    """Returns a shape with its axes in another order."""
     return tuple(shape[axis] for axis in axes)
 
 
-def _transpose(before: Shape, axes: tuple[int, ...]) -> Step:
-    return Step("transpose", before, _permuted(before, axes), axes)
+def transposed(before: Shape, axes: tuple[int, ...]) -> Step:
+    """Returns the step that puts the axes of a shape into another order."""
+    return Step("transpose", before, permuted(before, axes), axes)
 
 
 def _regroups(one: Shape, other: Shape) -> bool:
@@ -361,7 +362,7 @@ def _by_head(shape: Shape, axis: int, counts: tuple[int, int]) -> Steps:
     divided, moved = ((*shape[:axis], *each, width, *shape[axis + 1 :]) for each in (counts, counts[::-1]))
     order = [*range(len(divided))]
     order[axis], order[axis + 1] = axis + 1, axis
-    return (Step("reshape", shape, divided), _transpose(divided, tuple(order)), Step("reshape", moved, shape))
+    return (Step("reshape", shape, divided), transposed(divided, tuple(order)), Step("reshape", moved, shape))
 
 
 def shaping_rule(pattern: str, step: Step) -> Rule:

@@ -25,6 +25,7 @@ from orbax_nnx_handler.planning.layouts.linen import AUX, TRAIN_STATE
 from orbax_nnx_handler.planning.mapping.matches import Found
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
+from orbax_nnx_handler.planning.rules.rule import shared_ends
 from orbax_nnx_handler.planning.verdict.judge import choose
 from orbax_nnx_handler.storage.arithmetic import evaluate
 from orbax_nnx_handler.storage.checkpoint.trees import array_name, leads_out
@@ -282,12 +283,7 @@ def _part(item: Placement) -> tuple[object, ...]:
 
 def _by_analogy(path: Path, other: Path, stored: Path) -> Path | None:
     """Returns the path that is to one as a stored path is to another: what differs is replaced."""
-    start, most = 0, min(len(path), len(other)) - 1
-    while start < most and str(path[start]) == str(other[start]):
-        start += 1
-    end = 0
-    while end < most - start and str(path[-1 - end]) == str(other[-1 - end]):
-        end += 1
+    start, end = shared_ends([*map(str, path)], [*map(str, other)], least=1)
     old, new = other[start : len(other) - end], path[start : len(path) - end]
     names, wanted = [str(key) for key in stored], [str(key) for key in old]
     for at in range(len(names) - len(wanted), -1, -1):

@@ -1,7 +1,6 @@
 """Layers: another number of them, single ones absent, stacked on one side only, numbered from elsewhere."""
 
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from orbax_nnx_handler.planning.core.paths import (
 )
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
-from orbax_nnx_handler.planning.diagnosis.ways import selecting
+from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, selecting
 from orbax_nnx_handler.planning.mapping.layer_paths import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.rules import UnstackLayers
 
@@ -59,13 +58,8 @@ def _unstacked(evidence: Evidence, group: Group, wanted: "_Positions") -> Iterab
     paths = [path for each in wanted.values() for path in each]
     present = {at for at, each in wanted.items() if any(_is_moved(evidence, path) for path in each)}
     absent = {at for at in wanted if all(path in evidence.missing for path in wanted[at])}
-    if (
-        present
-        and absent
-        and is_whole(present)
-        and is_whole(present | absent)
-        and len(wanted) == len(present | absent)
-    ):
+    is_cut = present | absent == set(wanted) and is_whole(present) and is_whole(set(wanted))
+    if present and absent and is_cut:
         lost = evidence.with_moments([path for path in paths if path in evidence.missing])
         yield _another_number(
             name_of_group(group), len(present), len(wanted), lost, filters=selecting(evidence, lost)
@@ -391,23 +385,42 @@ def _why(evidence: Evidence, stacked: Path, flat: Path) -> str:
 
 def find_shifted(evidence: Evidence) -> Iterable[Cause]:
     """Yields groups of as many layers on both sides that are numbered from another beginning."""
-    if not evidence.missing_weights or not evidence.free_weights:
+    if not evidence.free_weights:
         return
-    wanted = _flat_positions(evidence.below)
-    stored = _flat_positions(
-        {path: evidence.stored_below(item) for path, item in evidence.stored_weights.items()}
-    )
-    for group in wanted.keys() & stored.keys():
-        ours, theirs = wanted[group], stored[group]
-        lost = [path for at in ours.keys() - theirs.keys() for path in ours[at] if path in evidence.missing]
+    below = {path: evidence.stored_below(item) for path, item in evidence.stored_weights.items()}
+    wanted, stored = _flat_positions(evidence.below), _flat_positions(below)
+    stacked = _open_stacks(evidence, below)
+    for group, theirs in stored.items():
+        ours = wanted.get(group, {at: stacked.get(group, ()) for at in range(len(theirs))})
+        lost = [path for at in ours.keys() - theirs.keys() for path in ours[at] if _is_open(evidence, path)]
         free = [
             path for at in theirs.keys() - ours.keys() for path in theirs[at] if path in evidence.unexpected
         ]
         if lost and free and len(ours) == len(theirs) and _is_run(ours) and _is_run(theirs):
-            pattern = _pattern(free[0], group)
-            if pattern:
-                paths = (*evidence.with_moments(lost), *free)
-                yield _shifted(name_of_group(group), pattern, min(theirs), min(ours), len(ours), paths)
+            paths = (*evidence.with_moments(list(dict.fromkeys(lost))), *free)
+            pattern = layer_pattern(evidence, free[0], (*group.parent, group.name))
+            yield _shifted(name_of_group(group), pattern, min(theirs), min(ours), len(ours), paths)
+
+
+def _open_stacks(evidence: Evidence, stored: Mapping[Path, Tokens]) -> Mapping[Group, Sequence[Path]]:
+    """Returns the wanted stacks that do not come out and are just what single stored layers make."""
+    layers: dict[tuple[Group, Tokens], list[Path]] = defaultdict(list)
+    for path, tokens in stored.items():
+        for seat in flat_paths(tokens):
+            layers[seat.group, seat.rest].append(path)
+    found: dict[Group, list[Path]] = defaultdict(list)
+    for path, tokens in evidence.below.items():
+        for seat in layer_paths(tokens) if _is_open(evidence, path) else ():
+            parts = layers.get((seat.group, seat.rest), ()) if seat.form == "stacked" else ()
+            whole = evidence.sides.wanted[path].leaf.shape
+            slices = {(*whole[:at], *whole[at + 1 :]) for at, n in enumerate(whole) if n == len(parts)}
+            if parts and {evidence.shape(part) for part in parts} <= slices:
+                found[seat.group].append(path)
+    return found
+
+
+def _is_open(evidence: Evidence, path: Path) -> bool:
+    return path in evidence.missing or path in evidence.mismatched
 
 
 def _shifted(
@@ -432,12 +445,5 @@ def _shifted(
     )
 
 
-def _is_run(numbers: Iterable[int]) -> bool:
-    ordered = sorted(numbers)
-    return ordered == list(range(ordered[0], ordered[0] + len(ordered)))
-
-
-def _pattern(path: Path, group: Group) -> str:
-    """Returns how the checkpoint writes one layer of a group, `layers_{}`; empty for a number alone."""
-    names = [part for part in segments(path) if re.fullmatch(re.escape(group.name) + r"_\d+", part)]
-    return f"{group.name}_{{}}" if names else ""
+def _is_run(numbers: Collection[int]) -> bool:
+    return is_whole({number - min(numbers) for number in numbers})

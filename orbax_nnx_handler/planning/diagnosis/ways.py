@@ -15,7 +15,7 @@ from typing import Any, cast
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
-from orbax_nnx_handler.planning.core.paths import Path, canonical, segments, without_box
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.options import Policy
@@ -307,3 +307,32 @@ def _general(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the names with a place for each number, every place with a letter of its own."""
     letters = iter("ijklmnopqrstuvwxyz")
     return tuple(_NUMBER.sub(lambda _: f"{{{next(letters)}}}", name) for name in names)
+
+
+def layer_pattern(evidence: Evidence, path: Path, group: Tokens) -> str:
+    """Returns how the checkpoint writes a layer of this group and of no other, `layers_{}` if that does."""
+    names = segments(path)
+    tokens = [canonical(names[: at + 1]) for at in range(len(names))]
+    depth = next(
+        at for at, each in enumerate(tokens) if is_number(each[-1]) and each[:-1][-len(group) :] == group
+    )
+    whole = [*names[:depth], _NUMBER.sub("{}", names[depth])]
+    others = [segments(other) for other in evidence.stored_weights]
+    others = [other for other in others if _numberless(other[: depth + 1]) != tuple(whole)]
+    shortest = len(canonical(names[depth : depth + 1])) % 2 + 1
+    return next(
+        "/".join(whole[-length:])
+        for length in range(shortest, depth + 2)
+        if length > depth or not any(_holds(other, whole[-length:]) for other in others)
+    )
+
+
+def _numberless(names: Sequence[str]) -> tuple[str, ...]:
+    return (*names[:-1], _NUMBER.sub("{}", names[-1]))
+
+
+def _holds(names: Sequence[str], end: Sequence[str]) -> bool:
+    """Tells whether names lead through a layer that is written like that."""
+    return any(
+        _numberless(names[at : at + len(end)]) == tuple(end) for at in range(len(names) - len(end) + 1)
+    )

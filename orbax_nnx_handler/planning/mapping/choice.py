@@ -271,8 +271,7 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
             f"{len(group.tokens)} wanted leaves do not come out.\n{listed}",
             paths=group.paths,
         )
-    axes = " or ".join(map(str, group.axes))
-    leaves = _leaves(len(group.tokens), "wanted ")
+    axes, leaves = " or ".join(map(str, group.axes)), _leaves(len(group.tokens), "wanted ")
     told = f"axis {axes}: the shapes of its {leaves} fit each of them"
     if len(group.axes) == 1:
         told = f"axis {axes}, or otherwise (on the last one, say): the shapes of its {leaves} do not tell"
@@ -281,7 +280,8 @@ def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
     return AmbiguousMappingError(
         f"the layers of {name!r} can be stacked on {told}.",
         paths=group.paths,
-        hints=[_HOLE] if group.absent else [_axis_hint(name, axis) for axis in group.axes],
+        # Where the first ones alone are absent, the layers may be numbered from elsewhere.
+        hints=[_HOLE] if group.has_hole else [_axis_hint(name, axis) for axis in group.axes],
     )
 
 

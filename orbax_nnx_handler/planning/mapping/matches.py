@@ -150,6 +150,11 @@ class UnclearAxis:
         numbers = numbers_below((*self.group.parent, self.group.name), self.sources)
         return tuple(sorted(set(range(max(numbers, default=0))) - numbers))
 
+    @property
+    def has_hole(self) -> bool:
+        """Whether other layers than the first ones are left out."""
+        return self.absent != tuple(range(len(self.absent)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelMatch:

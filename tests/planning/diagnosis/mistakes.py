@@ -208,3 +208,71 @@ def a_target_network_of_one_of_two_train_states() -> Mistake:
     tree = {"actor": {"params": actor}, "critic": {"params": critic, "target_params": copy}}
     truth = flat(actor, "actor") | flat(critic, "critic") | flat(copy, "target_critic")
     return Mistake(tree, lambda: {name: Mlp() for name in ("actor", "critic", "target_critic")}, truth)
+
+
+class Stack(nnx.Module):
+    """Layers one by one or scanned, and a head."""
+
+    def __init__(self, count: int, *, scanned: bool = False) -> None:
+        rngs = nnx.Rngs(0)
+        if scanned:
+            self.layers = nnx.vmap(lambda rngs: nnx.Linear(4, 6, rngs=rngs))(rngs.fork(split=count))
+        else:
+            self.layers = nnx.List([nnx.Linear(4, 6, rngs=rngs) for _ in range(count)])
+        self.head = nnx.Linear(6, 5, rngs=rngs)
+
+
+def stack(numbers: Numbers, count: int, first: int = 0) -> dict[str, Any]:
+    layers = {f"layers_{at}": numbers.dense(4, 6) for at in range(first, first + count)}
+    return layers | {"head": numbers.dense(6, 5)}
+
+
+def stack_truth(params: Mapping[str, Any], *, scanned: bool = False, at: str = "") -> dict[str, Any]:
+    """Returns what a stack of the stored layers is, in their order, whatever their numbers are."""
+    layers = [params[name] for name in sorted(params.keys() - {"head"})]
+    held: Any = dict(enumerate(layers))
+    if scanned:
+        held = jax.tree.map(lambda *each: np.stack(each), *layers)
+    return flat(params["head"], f"{at}head") | flat(held, f"{at}layers")
+
+
+def numbered_from_one(*, scanned: bool) -> Mistake:
+    numbers = Numbers()
+    state = numbers.state(stack(numbers, 4, 1))
+
+    def make() -> dict[str, Any]:
+        network = Stack(4, scanned=scanned)
+        return {"model": network, "optimizer": optimizer(network)}
+
+    truth = stack_truth(state["params"], scanned=scanned, at="model/")
+    for slot in ("mu", "nu"):
+        moments = getattr(state["opt_state"][0], slot)
+        truth |= stack_truth(moments, scanned=scanned, at=f"optimizer/opt_state/0/{slot}/")
+    return Mistake(state, make, truth)
+
+
+@mistake
+def layers_numbered_from_one() -> Mistake:
+    return numbered_from_one(scanned=False)
+
+
+@mistake
+def layers_numbered_from_one_into_a_stack_on_an_axis_that_shapes_leave_open() -> Mistake:
+    return numbered_from_one(scanned=True)
+
+
+@mistake
+def layers_numbered_from_one_beside_others_that_are_not() -> Mistake:
+    numbers = Numbers()
+    params = {"encoder": stack(numbers, 3, 1), "decoder": stack(numbers, 3)}
+    truth = stack_truth(params["encoder"], scanned=True, at="encoder/")
+    truth |= stack_truth(params["decoder"], at="decoder/")
+    make = lambda: {"encoder": Stack(3, scanned=True), "decoder": Stack(3)}  # noqa: E731
+    return Mistake({"params": params}, make, truth)
+
+
+@mistake
+def layers_numbered_from_one_below_one_name() -> Mistake:
+    params = stack(Numbers(), 3, 1)
+    nested = {"layers": {str(at): params[f"layers_{at}"] for at in (1, 2, 3)}, "head": params["head"]}
+    return Mistake({"params": nested}, lambda: Stack(3), stack_truth(params))

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, Copy, Scale, from_linen, restore, save
+from orbax_nnx_handler import AmbiguousMappingError, Copy, RestoreError, Scale, from_linen, restore, save
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -305,6 +305,43 @@ def test_one_leaf_stored_for_a_module_called_params_and_its_parent_is_a_question
     path = write(tmp_path, {"params": stored})
     error = refused(path, target_of(form, params), policy="warn")
     assert isinstance(error, AmbiguousMappingError)
+
+
+NESTED = (
+    {"d": 0, "params": {"a": 0, "d": 0, "params": {"b": 0, "d": 0}}},
+    {"a": 0, "d": 0, "params": {"b": 0, "d": 0}},
+    {"d": 0, "params": {"d": 0, "params": {"d": 0}}},
+    {"params": {"d": 0, "params": {"d": 0, "params": {"d": 0}}}},
+    {"d": 0, "params": {"params": {"d": 0}}},
+)
+"""Models in which modules called `params` lie in one another."""
+
+
+def _numbers(tree):
+    return {path: tuple(leaf.ravel()) for path, leaf in worlds.flat(tree).items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("wanted", range(len(NESTED)))
+@pytest.mark.parametrize("stored", range(len(NESTED)))
+def test_modules_called_params_within_one_another_are_their_own_or_a_question(
+    tmp_path, stored, wanted, leaf, form
+):
+    numbers = Numbers()
+
+    def number(tree):
+        return numbers(3) if leaf else numbers.dense()
+
+    params = jax.tree.map(number, NESTED[stored])
+    path = write(tmp_path, {"params": params})
+    target = target_of(form, jax.tree.map(number, NESTED[wanted]))
+    readings = [_numbers(tree) for tree in ({"params": params}, params, params["params"])]
+    try:
+        found = _numbers(restore(path, target, unexpected="ignore"))
+    except RestoreError:
+        return
+    assert any(found.items() <= tree.items() for tree in readings)
 
 
 def test_a_variables_dict_with_a_collection_beside_params_is_maxtexts_still(tmp_path):

@@ -195,3 +195,42 @@ def test_a_programs_own_numbers_beside_an_optimizer_are_nobodys_parameters(tmp_p
     result = restore(tmp_path / "saved", {**nnx.eval_shape(make), beside: zeros})
     assert (result[beside] if beside == "count" else result[beside]["count"]) == 3
     check(nnx.Dict({name: result[name] for name in item}), expected)
+
+
+class Backbone(nnx.Module):
+    """A model whose backbone has a child called as the module beside it."""
+
+    def __init__(self, wrt=nnx.Param, whole=False):
+        self.backbone = nnx.Dict(up=Dense(nnx.Param), head=Dense(nnx.Param))
+        self.head = Dense(nnx.Param)
+        model = nnx.Dict(backbone=self.backbone, head=self.head)
+        self.of_backbone = nnx.Optimizer(model if whole else self.backbone, TXS["adam"], wrt=wrt)
+
+
+class Parts(nnx.Module):
+    def __init__(self, tuples=False):
+        model = Backbone()
+        self.model = (
+            nnx.List([model.backbone, model.head])
+            if tuples
+            else nnx.Dict(backbone=model.backbone, head=model.head)
+        )
+        self.first, self.second = model.of_backbone, nnx.Optimizer(model.head, TXS["adam"], wrt=nnx.Param)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("numbered", [False, True])
+def test_the_optimizer_of_a_part_is_its_own_where_a_child_is_called_as_a_module_beside_the_part(
+    tmp_path, layout, numbered
+):
+    _comes_back(tmp_path / "saved", lambda: Parts(numbered), layout=layout)
+
+
+@pytest.mark.parametrize("wrt", [nnx.Param, nnx.PathContains("head")])
+def test_the_moments_of_a_whole_model_are_not_those_of_its_part(tmp_path, wrt):
+    whole = Backbone(nnx.All(nnx.Param, wrt), whole=True)
+    expected = Numbers().like(worlds.flat(whole))
+    worlds.put(whole, expected)
+    save(tmp_path / "saved", whole)
+    error = refused(tmp_path / "saved", nnx.eval_shape(lambda: Backbone(nnx.All(nnx.Param, wrt))))
+    assert "of_backbone" in str(error)

@@ -8,7 +8,7 @@ one there is; in a collection beside `params` only where the path names it.
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import Layout, holds_no_weights, is_copy_name, words_of
@@ -156,7 +156,7 @@ def _fields(entries: Sequence[Entry], levels: Collection[Tokens]) -> set[Tokens]
 
 
 def by_whole_path(
-    wanted: Sequence[Wanted], entries: Iterable[Entry]
+    wanted: Sequence[Wanted], entries: Sequence[Entry]
 ) -> tuple[dict[Path, Entry], list[CompetingSources]]:
     """Returns the entries whose whole path is a wanted leaf's whole path, and those that share one."""
     index: dict[Tokens, list[Entry]] = defaultdict(list)
@@ -174,19 +174,41 @@ def by_whole_path(
     found: dict[Path, Entry] = {}
     rivals: list[CompetingSources] = []
     _drop_those_of_others(index, wanted)
+    by_collection = functools.cache(lambda: _by_collection(entries))
     for item in wanted if index else ():
-        claims = index.get(item.tokens, [])
-        if item.leaf.kind is not None:
-            # A model's Variable called `step` is a model's: the train state's own field has another role.
-            claims = [entry for entry in claims if entry.section != "step"]
-        if len(claims) > 1:
-            exact = [entry for entry in claims if entry.whole == tuple(map(str, item.leaf.path))]
-            claims = exact if len(exact) == 1 else claims
+        claims = _claims_of(item, index, by_collection)
         if len(claims) > 1:
             rivals.append(CompetingSources(wanted=item, entries=tuple(claims)))
         elif claims:
             found[item.leaf.path] = claims[0]
     return found, rivals
+
+
+def _claims_of(
+    item: Wanted,
+    index: Mapping[Tokens, Sequence[Entry]],
+    by_collection: Callable[[], Mapping[tuple[str | None, Tokens], Sequence[Entry]]],
+) -> Sequence[Entry]:
+    claims = index.get(item.tokens, ())
+    if item.leaf.kind is not None:
+        # A model's Variable called `step` is a model's: the train state's own field has another role.
+        claims = [entry for entry in claims if entry.section != "step"]
+    if len(claims) > 1:
+        exact = [entry for entry in claims if entry.whole == tuple(map(str, item.leaf.path))]
+        return exact if len(exact) == 1 else claims
+    own = item.collection or "params"
+    if claims and item.role == "model" and claims[0].collection not in (None, own):
+        # In the collection of its type, the name may be another leaf's.
+        return [*claims, *by_collection().get((own, item.tokens), ())]
+    return claims
+
+
+def _by_collection(entries: Iterable[Entry]) -> Mapping[tuple[str | None, Tokens], Sequence[Entry]]:
+    """Returns the entries by their collection and by owner and path without it."""
+    found: dict[tuple[str | None, Tokens], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        found[entry.collection, entry.owner + entry.tokens].append(entry)
+    return found
 
 
 def _drop_those_of_others(index: dict[Tokens, list[Entry]], wanted: Sequence[Wanted]) -> None:
@@ -197,13 +219,13 @@ def _drop_those_of_others(index: dict[Tokens, list[Entry]], wanted: Sequence[Wan
     weights = (
         {item.tokens: item.collection or "params" for item in wanted if item.role == "model"} if index else {}
     )
-    for tokens, entries in index.items():
-        for entry in list(entries):
+    for tokens in sorted(index, key=len):  # What is left of a shorter path tells whose a longer one is.
+        for entry in list(index[tokens]):
             below = len(_canonical(entry.prefix)) - len(entry.owner)
             own = entry.owner + tokens[len(entry.owner) + below :]
             of_another = own != tokens and not index.get(own) and not entry.named
             if of_another and weights.get(own, "") == entry.collection:
-                entries.remove(entry)
+                index[tokens].remove(entry)
 
 
 @functools.lru_cache(maxsize=256)

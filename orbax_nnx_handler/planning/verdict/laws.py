@@ -354,8 +354,7 @@ class _Kernel:
             level = next((str(key) for key in owner if is_copy_name(str(key))), None)
             for item, stored in read if level is not None else ():
                 if item.tokens[: len(canonical(owner))] != canonical(owner):
-                    why = f"{render((level,))} is the name of a copy"
-                    yield Broken(law=2, wanted=item.leaf.path, stored=stored, why=why)
+                    yield Broken(law=2, wanted=item.leaf.path, stored=stored, why=f"{level} names a copy")
 
     def kept_beside(self) -> Iterator[Broken]:
         """Yields what a pure dict keeps below `opt_state`, not as optax, of weights that a rule computes."""
@@ -388,13 +387,14 @@ class _Kernel:
 
     def roots(self) -> Iterator[Broken]:
         """Yields where the leaves of one stored collection have lost levels that others keep."""
+        whole = (source for source in self._by_role["model"] if source[2].kind == "same path")
+        self._weights.keep_roots((item, recipe.path) for item, recipe, _ in whole if isinstance(recipe, Read))
         for (owner, collection), found in self._weights.roots.items():
             for (above, _), (wanted, stored) in found.items():
                 named = (*canonical(owner), collection)
                 level = next((name for name in above if is_copy_name(name) and name not in named), None)
                 if level is not None:
-                    why = f"{render((level,))} asks for a copy"
-                    yield Broken(law=2, wanted=wanted, stored=stored, why=why)
+                    yield Broken(law=2, wanted=wanted, stored=stored, why=f"{level} asks for a copy")
             if len(found) < 2 and not any(below for _, below in found):
                 continue
             names = [
@@ -411,7 +411,7 @@ class _Kernel:
                     yield Broken(law=2, wanted=wanted, stored=stored, why=why)
             if len({above for above, below in found if not below}) > 1:
                 (first, *_), (wanted, stored) = next(iter(found)), list(found.values())[-1]
-                why = f"other leaves lie below {render(first)}"
+                why = f"other leaves lie below {render(first)}" if first else "others lie below no level"
                 yield Broken(law=7, wanted=wanted, stored=stored, why=why)
 
 

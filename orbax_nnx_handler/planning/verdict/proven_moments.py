@@ -7,7 +7,7 @@ that an optimizer has factored lack one axis, in every step alike.
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
@@ -34,7 +34,14 @@ from orbax_nnx_handler.planning.core.recipes import (
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
-from orbax_nnx_handler.planning.verdict.states import Slot, States, slot_of, spelt_alike
+from orbax_nnx_handler.planning.verdict.states import (
+    Slot,
+    States,
+    StoredNames,
+    slot_of,
+    spellings,
+    spelt_alike,
+)
 
 _SAMPLES = 16
 """How many moments are looked at where the first one's weight is not in the result."""
@@ -96,7 +103,7 @@ class ProvenMoments:
         is_plain = len(depths) == 1 and len(self._by_key) == len(self._weights)
         self._in_order = list(self._by_key) if is_plain else []
         self._last: tuple[Path, Path, Path] = ((), (), ())
-        self.states = States(wanted, placed)
+        self.states, self._names = States(wanted, placed), StoredNames(placed)
         self.owners: dict[Path, set[Path]] = defaultdict(set)
         self.orphans: list[Claim] = []
 
@@ -202,11 +209,6 @@ class ProvenMoments:
         self.orphans.append((item, recipe))
         return ""
 
-    @cached_property
-    def _stored_names(self) -> Set[Tokens]:
-        """The canonical path of every stored weight."""
-        return {canonical(at.path) for at in self._placed.values() if at.section == "model"}
-
     def _candidates(self, item: Wanted) -> Iterator[tuple[int, _Weight]]:
         """Yields the weights whose moment a leaf may be, with where their names begin in the leaf's keys."""
         path, tokens = item.path, item.tokens
@@ -230,7 +232,7 @@ class ProvenMoments:
         """Returns why a leaf is no moment of a weight that its name allows; empty if it is one."""
         above = canonical(item.path[:at]) if at > 0 else item.tokens[:at]
         here = slot_of(above, of_moment=True)
-        follower = _Follower(self._placed, here.field[-1:], lambda: self._stored_names)
+        follower = _Follower(self._placed, here.field[-1:], self._names)
         scaled = any(isinstance(part, Scale) for part in parts_of(claim[1]))
         if scaled or not follower.follows(item, recipe, *claim[:2]):
             return "it is the moment of another parameter, or made otherwise than its parameter"
@@ -338,9 +340,7 @@ def _parameter(slot: Slot) -> Path:
 class _Follower:
     """Compares what a moment is made from with what its parameter is made from."""
 
-    def __init__(
-        self, placed: Mapping[Path, Placement], field: Tokens, names: Callable[[], Set[Tokens]]
-    ) -> None:
+    def __init__(self, placed: Mapping[Path, Placement], field: Tokens, names: StoredNames) -> None:
         self._placed, self._field, self._names = placed, field[0] if field else "params", names
         self.moments: list[_Moment] = []
         self._above: Path = ()
@@ -411,8 +411,8 @@ class _Follower:
             if lost not in _lost_axes(placed.leaf.shape, moment.leaf.shape, field):
                 return False
         tokens, name = canonical(moment.path), canonical(placed.path)
-        for end in _ends(name, self._names):
-            for whole in _spellings(tokens):
+        for end in self._names.ends(moment, name):
+            for whole in spellings(tokens):
                 if moment.slot is not None and whole == end:
                     self.moments.append(_Moment(stored, canonical(moment.slot)))
                     return True
@@ -422,20 +422,6 @@ class _Follower:
                     self._above = stored[:-size] if stored[-size:] == placed.path else ()
                     return True
         return False
-
-
-def _spellings(tokens: Tokens) -> Iterable[Tokens]:
-    """Returns a name with and without a box."""
-    boxed = len(tokens) > 1 and tokens[-1] == "value"
-    return (tokens, tokens[:-1]) if boxed else (tokens,)
-
-
-def _ends(name: Tokens, names: Callable[[], Set[Tokens]]) -> Iterator[Tokens]:
-    """Yields a parameter's name as an optimizer may have it: below levels that no other parameter lacks."""
-    yield from _spellings(name)
-    for depth in range(1, len(name)):
-        if name[depth:] not in names():
-            yield from _spellings(name[depth:])
 
 
 def _before(axis: int | None, other: int) -> int:

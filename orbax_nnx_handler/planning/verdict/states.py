@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
@@ -155,3 +155,59 @@ class States:
                 others = self._every_slot[state] - self._wanted_fields[wanted]
                 if others:
                     yield *leaves, f"its state has {render(min(others))} too"
+
+
+class StoredNames:
+    """The names of the stored parameters, and how the moments of an optimizer may have them."""
+
+    def __init__(self, placed: Mapping[Path, Placement]) -> None:
+        self._placed = placed
+        self._below: dict[tuple[Path, Path | None, Tokens], Sequence[Tokens]] = {}
+
+    @cached_property
+    def _parameters(self) -> Set[Tokens]:
+        return {canonical(at.path) for at in self._placed.values() if at.section == "model"}
+
+    def ends(self, moment: Placement, name: Tokens) -> Iterator[Tokens]:
+        """Yields a parameter's name as its moment may have it.
+
+        The moments of a part of the model may lack the part's own levels, where no other
+        parameter has the name that is left, or where the optimizer can only be that part's.
+        """
+        yield from spellings(name)
+        for depth in range(1, len(name)):
+            if name[depth:] not in self._parameters or self._is_of_part(moment, name, depth):
+                yield from spellings(name[depth:])
+
+    def _is_of_part(self, moment: Placement, name: Tokens, depth: int) -> bool:
+        """Tells whether every name beside a moment is a parameter's below its part, and not each without."""
+        size, spelt = depth - len(name), spellings(canonical(moment.path))
+        above = next((end[:size] for end in spelt if end[size:] == name[depth:]), None)
+        if above is None:
+            return False
+        if len(slot_of((*canonical(moment.slot or ()), *above), of_moment=True).field) > 1:
+            return False
+        names = self._names_below(moment, above)
+        part = [[(*name[:depth], *spelt) for spelt in spellings(below)] for below in names]
+        return not any(map(self._parameters.isdisjoint, part)) and any(
+            self._parameters.isdisjoint(spellings(below)) for below in names
+        )
+
+    def _names_below(self, moment: Placement, above: Tokens) -> Sequence[Tokens]:
+        """Returns what stands below a field, for all of its moments."""
+        key = (moment.owner, moment.slot, above)
+        if key not in self._below:
+            beside = (
+                canonical(at.path)
+                for at in self._placed.values()
+                if (at.section, at.owner, at.slot) == ("optimizer", moment.owner, moment.slot)
+            )
+            size = len(above)
+            self._below[key] = [path[size:] for path in beside if path[:size] == above and len(path) > size]
+        return self._below[key]
+
+
+def spellings(tokens: Tokens) -> Iterable[Tokens]:
+    """Returns a name with and without a box."""
+    boxed = len(tokens) > 1 and tokens[-1] == "value"
+    return (tokens, tokens[:-1]) if boxed else (tokens,)

@@ -113,6 +113,17 @@ class Weights:
             if element.at or element.to:
                 self._add(item, element, meeting, axis_by)
 
+    def keep_roots(self, whole: Iterable[tuple[Wanted, Path]]) -> None:
+        """Keeps what lies above the names of leaves that have their whole paths, in collections of others."""
+        for item, path in whole if self.roots else ():
+            placed = self.placed[path]
+            known = self.roots.get((placed.owner, placed.collection))
+            if not known or placed.section != "model" or path in self._by_rule:
+                continue
+            is_boxed = placed.tokens[-1:] == ("value",) != item.tokens[-1:]
+            name = placed.tokens[:-1] if is_boxed else placed.tokens
+            known.setdefault((item.tokens[: len(item.tokens) - len(name)], ()), (item.leaf.path, path))
+
     def is_below_known_roots(self, item: Wanted, placed: Placement) -> bool:
         """Tells whether a leaf read whole has the name, and the levels above it, that others have."""
         roots = self.roots.get((placed.owner, placed.collection), ())

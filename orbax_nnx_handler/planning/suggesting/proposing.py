@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, readings_of, simplest
-from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
+from orbax_nnx_handler.planning.suggesting.rule_writing import Writer, changes_nothing
 from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -50,7 +50,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
-from orbax_nnx_handler.planning.verdict.outcomes import Verdict
+from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
 
 _QUESTIONS, _TRIES = 24, 6
 
@@ -122,6 +122,12 @@ class _Proposing:
         return judge(self.target, self.stored, self.options, chosen=self._chosen)
 
     @cached_property
+    def _found(self) -> dict[Path, Restored]:
+        """What is restored without a proposal, and no law speaks against."""
+        doubted = {path for fault in self._base.faults for path in fault.paths}
+        return {path: item for path, item in self._base.restored.items() if path not in doubted}
+
+    @property
     def _mapping(self) -> LeafMapping:
         return self._chosen.mapping
 
@@ -181,7 +187,7 @@ class _Proposing:
 
     def suggestion(self) -> Suggestion:
         """Returns the proposal, tried."""
-        if all(item.leaf.path in self._base.restored for item in self._model):
+        if all(item.leaf.path in self._found for item in self._model):
             return self._as_it_is()
         searched = self._searched()
         links = self._reconciled(searched.links)
@@ -214,8 +220,8 @@ class _Proposing:
         kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
         links = remade_links([*kept, *more], changes, self._shapes)
         rules = self._write(links, searched, tried.root, tried.below)
-        keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
-        return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
+        keeps = not tried.rules or any(map(changes_nothing, tried.rules))
+        return tuple(rule for rule in rules if keeps or not changes_nothing(rule))
 
     def _searched(self) -> Searched:
         after = self._mapping.applied.entries
@@ -248,9 +254,9 @@ class _Proposing:
     def _reconciled(self, links: Sequence[Link]) -> list[Link]:
         """Returns the links without those that speak against what a plan without rules finds by name."""
         settled = {
-            item.leaf.path: set(reads(self._base.restored[item.leaf.path].recipe))
+            item.leaf.path: set(reads(self._found[item.leaf.path].recipe))
             for item in self._model
-            if item.leaf.path in self._base.restored
+            if item.leaf.path in self._found
         }
         claimed = {path: wanted for wanted, sources in settled.items() for path in sources}
         kept = [link for link in links if agrees(link, settled, claimed) and not self._is_doubted(link)]
@@ -258,7 +264,7 @@ class _Proposing:
         ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
         theirs = {leaf.source: leaf for leaf in stored_leaves(self._mapping.applied.entries, False)}
         for path in settled:
-            recipe = self._base.restored[path].recipe
+            recipe = self._found[path].recipe
             if path not in covered and isinstance(recipe, Read) and recipe.path in theirs:
                 wanted, stored = (ours[path],), (theirs[recipe.path],)
                 kept.append(Link(wanted=wanted, stored=stored, grounds="shapes", ways=((Way(()),),)))
@@ -266,7 +272,7 @@ class _Proposing:
 
     def _is_doubted(self, link: Link) -> bool:
         """Tells whether a square matrix may be transposed that a plan without rules restores as it is."""
-        found = self._base.restored.get(link.target.source)
+        found = self._found.get(link.target.source)
         is_square = link.joint is None and link.source.shape == link.target.shape and is_turned([link])
         return is_square and found is not None and "transpose" not in steps_in(found.recipe)
 
@@ -291,9 +297,9 @@ class _Proposing:
 
     def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> _Tried:
         rules, tried = self._written(links, searched, root, below)
-        if tried.is_clean or not any(map(_changes_nothing, rules)):
+        if tried.is_clean or not any(map(changes_nothing, rules)):
             return tried
-        changing = {rule: some for rule, some in rules.items() if not _changes_nothing(rule)}
+        changing = {rule: some for rule, some in rules.items() if not changes_nothing(rule)}
         return self._judged(links, changing, root, below)
 
     def _written(
@@ -327,14 +333,15 @@ class _Proposing:
             and steps.get(path) in (None, steps_in(verdict.restored[path].recipe))
         }
         wrong = [path for path in wanted if path not in right]
-        before = {path: set(reads(item.recipe)) for path, item in self._base.restored.items()}
+        before = {path: set(reads(item.recipe)) for path, item in self._found.items()}
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
+        models = {item.leaf.path for item in self._model}
         strange = [
             path
             for path, sources in got.items()
             if path not in wanted
             and path not in before
-            and path in self._models
+            and path in models
             # What lies in a renamed module under its own name is that leaf.
             and not all(segments(source)[-2:] == segments(path)[-2:] for source in sources)
         ]
@@ -367,10 +374,6 @@ class _Proposing:
         """The shapes of stored leaves, but of those that the settled rules have shaped otherwise."""
         shaped = {path for path, _ in self._steps}
         return {path: leaf.shape for path, leaf in self.stored.items() if path not in shaped}
-
-    @cached_property
-    def _models(self) -> frozenset[Path]:
-        return frozenset(item.leaf.path for item in self._model)
 
     def _write(
         self, links: Sequence[Link], searched: Searched, root: int, below: Names
@@ -444,7 +447,3 @@ class _Proposing:
             ),
             problem=tried.problem or problem_of(verdict, weights),
         )
-
-
-def _changes_nothing(rule: Rule) -> bool:
-    return isinstance(rule, Rename) and rule.pattern == rule.replacement

@@ -442,3 +442,8 @@ def _differing(move: _Move) -> tuple[Names, Names]:
     left, right = move.templates[0]
     after, before = shared_ends(left[::-1], right[::-1], 1)
     return left[before : len(left) - after], right[before : len(right) - after]
+
+
+def changes_nothing(rule: Rule) -> bool:
+    """Tells whether a rule says nothing but that a path is the right one."""
+    return isinstance(rule, Rename) and rule.pattern == rule.replacement

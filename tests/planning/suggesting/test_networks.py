@@ -166,3 +166,23 @@ def test_what_the_only_network_leaves_open_is_asked_about_under_its_own_name():
     rules = found.answered([0] * len(found.questions))
     assert [str(path[0]) for path in plan_restore(tree, target, renames=rules).restored] == ["x"]
     assert "enc" in str(rules)
+
+
+@pytest.mark.parametrize("below", [("mlp", "attn"), ("conv", "attn"), ("head",), ("conv", "mlp", "attn")])
+def test_a_level_above_some_modules_only_is_proposed_missing_or_asked_about(below):
+    names = ("conv", "mlp", "attn", "head")
+    stored = {name: {"kernel": 10.0 * at + np.arange(4.0).reshape(2, 2)} for at, name in enumerate(names)}
+    paths = {name: ("backbone", name) if name in below else (name,) for name in stored}
+    weight = nnx.Param(jax.ShapeDtypeStruct((2, 2), "float32"))
+    target = nnx.from_flat_state([((*path, "kernel"), weight) for path in paths.values()])
+    tree = {"params": stored}
+
+    error = plan_restore(tree, target).error()
+    assert ("(law 7)" if len(below) == 3 else "lacks") in str(error)
+    found = suggest(tree, target)
+    state = from_linen(tree, target, renames=found.renames)
+
+    assert found.confidence == "likely"
+    for name, path in paths.items():
+        value = dict(nnx.to_flat_state(state))[(*path, "kernel")].get_value()
+        np.testing.assert_array_equal(value, stored[name]["kernel"])

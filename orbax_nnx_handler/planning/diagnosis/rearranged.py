@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, shortest_patterns, weights_alone
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
-from orbax_nnx_handler.planning.suggesting.moved_axes import Pair, moved_groups, order_after
+from orbax_nnx_handler.planning.suggesting.link_groups import Pair, moved_groups, order_after
 from orbax_nnx_handler.planning.suggesting.shapes import permuted
 
 _RULES = 8

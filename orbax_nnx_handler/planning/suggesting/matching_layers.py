@@ -29,11 +29,13 @@ from orbax_nnx_handler.planning.suggesting.series import (
     paired_series,
     same_layers,
     series_of,
+    shared_in,
+    shares_of,
+    stack_of,
     with_inner,
     without_rest,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.stacks import shared_in, shares_of, stack_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,9 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
 
-import numpy as np
-
+from orbax_nnx_handler.planning.core.paths import shared_levels
+from orbax_nnx_handler.planning.suggesting.assignment import Table, components, merged
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
@@ -71,7 +70,7 @@ def match_parts(
     ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
     links, ties, left, right = joined_parts(ours, theirs)
     ties += [*_gated(left, right, split=False), *_gated(right, left, split=True)]
-    pairs = _Pairs(left, right)
+    pairs = _Pairs(left, right, is_outermost=not any(above))
     found, more = pairs.settle(created)
     for one, other, grounds in found:
         links += pairs.links(one, other, grounds)
@@ -119,7 +118,9 @@ _Undecided = tuple[list[tuple[int, int]], set[tuple[int, int]]]
 class _Pairs:
     """The possible pairs of a context, and which of them nothing else can be."""
 
-    def __init__(self, wanted: Sequence[NamedPart], stored: Sequence[NamedPart]) -> None:
+    def __init__(
+        self, wanted: Sequence[NamedPart], stored: Sequence[NamedPart], *, is_outermost: bool
+    ) -> None:
         self._wanted, self._stored = wanted, stored
         self._fits: dict[tuple[int, int], Fit] = {}
         self._excluded: set[tuple[int, int]] = set()
@@ -134,12 +135,29 @@ class _Pairs:
                     self._fits[at, to] = fit
                 elif fit is not None:
                     self._excluded.add((at, to))
+        if is_outermost:
+            foreign = set(self._of_other_networks())
+            self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in foreign}
+            self._excluded |= foreign
+
+    def _of_other_networks(self) -> Iterator[tuple[int, int]]:
+        """Yields pairs across networks, where a network of the wanted one's own name has enough to give."""
+        groups: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        for at, to in self._fits:
+            names = self._wanted[at].part.names
+            if len(names) > 1:
+                groups[names[0], self._wanted[at].main_size].append((at, to))
+        for (name, _), pairs in groups.items():
+            networks = {to: self._stored[to].part.names[:-1][:1] for _, to in pairs}
+            own = {to for to, network in networks.items() if network == (name,)}
+            if len(own) >= len({at for at, _ in pairs}):
+                yield from (pair for pair in pairs if networks[pair[1]] not in ((), (name,)))
 
     def settle(self, created: Created) -> tuple[list[tuple[int, int, PairGrounds]], list[Tie]]:
         """Returns the pairs that stand, and the choices that are left."""
         found: list[tuple[int, int, PairGrounds]] = []
         ties: list[Tie] = []
-        waiting = [group for group in _components(self._fits) if len(group) <= MOST_PAIRS]
+        waiting = [group for group in components(self._fits) if len(group) <= MOST_PAIRS]
         undecided: list[_Undecided] = []
         for group in waiting:
             undecided += [(tie, group) for tie in self._settle(group, found)]
@@ -184,17 +202,25 @@ class _Pairs:
             undecided = left
 
     def _modules(self, found: Iterable[tuple[int, int, PairGrounds]]) -> Mapping[Names, Names]:
-        """Returns which wanted module is which stored one, where all that is known of both says so."""
-        forth: dict[Names, set[Names]] = defaultdict(set)
-        back: dict[Names, set[Names]] = defaultdict(set)
-        for at, to, _ in found:
-            one, other = self._wanted[at].part.module, self._stored[to].part.module
-            forth[one].add(other)
-            back[other].add(one)
+        """Returns which wanted module is which stored one, where all that is known of both says so.
+
+        A module that holds others is the innermost one that all of its parts come from, and no one else's.
+        """
+        pairs = [(self._wanted[at].part.module, self._stored[to].part.module) for at, to, _ in found]
+        sources: dict[Names, list[Names]] = defaultdict(list)
+        counts: dict[Names, int] = defaultdict(int)
+        inside: dict[Names, set[Names]] = defaultdict(set)
+        for one, other in pairs:
+            for depth in range(1, len(one) + 1):
+                sources[one[:depth]].append(other)
+                inside[one[:depth]].add(one)
+            for depth in range(1, len(other) + 1):
+                counts[other[:depth]] += 1
+        homes = {one: shared_levels(others) for one, others in sources.items()}
         return {
-            one: next(iter(others))
-            for one, others in forth.items()
-            if one and len(others) == 1 and next(iter(others)) and back[next(iter(others))] == {one}
+            one: home
+            for one, home in homes.items()
+            if counts.get(home) == len(sources[one]) and (one in inside[one] or len(inside[one]) > 1)
         }
 
     def _among_siblings(
@@ -229,7 +255,7 @@ class _Pairs:
 
         What was asked about before stands where what is known has left one pair of several.
         """
-        table = _Table({pair: self._fits[pair].score for pair in group})
+        table = Table({pair: self._fits[pair].score for pair in group})
         best, value = table.best()
         doubtful: set[frozenset[tuple[int, int]]] = set()
         for pair in best:
@@ -241,7 +267,7 @@ class _Pairs:
                     self._unlikely.append(pair)
             else:
                 doubtful.add(frozenset(best - second))
-        return [sorted(tie) for tie in _merged(doubtful)]
+        return [sorted(tie) for tie in merged(doubtful)]
 
     def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)
@@ -386,64 +412,3 @@ def _together(undecided: Iterable[_Undecided]) -> Iterator[_Undecided]:
 
 def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:
     return all(to != other for _, other, _ in found)
-
-
-class _Table:
-    """The scores of pairs, and which pairs together have the highest sum."""
-
-    def __init__(self, scores: Mapping[tuple[int, int], float]) -> None:
-        self._rows = sorted({at for at, _ in scores})
-        self._columns = sorted({to for _, to in scores})
-        self._row_of = {at: row for row, at in enumerate(self._rows)}
-        self._column_of = {to: column for column, to in enumerate(self._columns)}
-        self._scores = np.zeros((len(self._rows), len(self._columns)))
-        for (at, to), score in scores.items():
-            self._scores[self._row_of[at], self._column_of[to]] = score
-
-    def best(self, without: tuple[int, int] | None = None) -> tuple[frozenset[tuple[int, int]], float]:
-        """Returns the pairs that give the highest sum, and the sum; one pair may be forbidden."""
-        # Here, since it takes as long to load as all of this package, and only a proposal needs it.
-        from scipy import optimize
-
-        scores = self._scores
-        if without is not None:
-            scores = scores.copy()
-            scores[self._row_of[without[0]], self._column_of[without[1]]] = 0.0
-        chosen = cast(Any, optimize).linear_sum_assignment(scores, maximize=True)
-        places = [(int(row), int(column)) for row, column in zip(*chosen, strict=True)]
-        kept = [place for place in places if scores[place] > 0]
-        pairs = frozenset((self._rows[row], self._columns[column]) for row, column in kept)
-        return pairs, sum(float(scores[place]) for place in kept)
-
-
-def best_pairs(scores: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
-    """Returns the pairs of the best assignment that no other one comes near to."""
-    found: list[tuple[int, int]] = []
-    for group in _components(scores):
-        table = _Table({pair: scores[pair] for pair in group})
-        best, value = table.best()
-        found += [pair for pair in sorted(best) if value - table.best(without=pair)[1] >= MARGIN]
-    return found
-
-
-def _components(pairs: Iterable[tuple[int, int]]) -> list[set[tuple[int, int]]]:
-    """Returns the pairs in groups that share no part."""
-    return [set(group) for group in _merged(frozenset({pair}) for pair in pairs)]
-
-
-def _merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple[int, int]]]:
-    """Returns groups of pairs, those that share a part of either side made one."""
-    owner: dict[tuple[str, int], int] = {}
-    found: dict[int, set[tuple[int, int]]] = {}
-    for number, group in enumerate(sorted(groups, key=sorted)):
-        found[number] = set(group)
-        for key in [key for at, to in group for key in (("wanted", at), ("stored", to))]:
-            other = owner.get(key)
-            if other is not None and other != number:
-                small, large = sorted((other, number), key=lambda at: len(found[at]))
-                for at, to in found[small]:
-                    owner["wanted", at] = owner["stored", to] = large
-                found[large] |= found.pop(small)
-                number = large
-            owner[key] = number
-    return [frozenset(group) for group in found.values()]

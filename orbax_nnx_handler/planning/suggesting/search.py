@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.suggesting.link_groups import with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
 from orbax_nnx_handler.planning.suggesting.module_parts import (
@@ -36,7 +37,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     place_of,
     settle_turns,
 )
-from orbax_nnx_handler.planning.suggesting.moved_axes import with_moved_axes
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.suggesting.scoring import Fit, fit_of, may_be
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways

@@ -1,23 +1,24 @@
-"""Groups of layers: numbered modules of one name, and which of them are the same on both sides."""
+"""Groups of layers: numbered modules of one name, and which of them are the same on both sides.
+
+Last, stacks: the module that holds a group along an axis of its own, or every second, third, ….
+"""
 
 import dataclasses
 import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.matching_parts import best_pairs
+from orbax_nnx_handler.planning.suggesting.assignment import best_pairs
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Leaf,
-    Link,
     Names,
     levels,
     module_parts,
 )
+from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.vocabulary import arm, concepts, exclude, likeness
 
 _PLACE = "{i}"
@@ -311,85 +312,118 @@ def are_alike(series: Series) -> bool:
     return len({looks_of(leaves, series.depth) for leaves in series.members.values()}) == 1
 
 
-def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Names]:
-    """Yields the paths within a module, from some depth on, of its largest parts that are used whole."""
-    pending: list[Names] = [()]
-    for below in pending:
-        inside = [names for names in held if names[depth : depth + len(below)] == below]
-        if all(names in used for names in inside):
-            yield below
-        elif any(names in used for names in inside):
-            pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
+# Stacks of layers.
 
 
-def of_few_layers(links: Sequence[Link], entries: Sequence[Entry]) -> tuple[Sequence[Link], Sequence[Entry]]:
-    """Returns the links of the first two and of the last layer of each kind; all where some are stacked.
+def shared_in(series: Series) -> Series:
+    """Returns a group with what all of its layers hold, where that is nearly all.
 
-    Rules for them are most likely those for all, and take a fraction of the time to write.
-
-    Args:
-        links: The links.
-        entries: The stored model; what only the other links use is left out.
+    The first one often holds something beside it: the table of relative positions.
     """
-    if any(link.layers is not None or link.copied or link.source.made for link in links):
-        return links, entries
-    kinds: dict[object, list[tuple[Link, tuple[str, ...]]]] = defaultdict(list)
-    for link in links:
-        kind, numbers = _kind_of(link)
-        kinds[kind].append((link, numbers))
-    few = {id(link) for members in kinds.values() for link in _first_and_last(members)}
-    if len(few) == len(links):
-        return links, entries
-    used = {leaf.source for link in links if id(link) in few for leaf in link.stored}
-    others = {leaf.source for link in links if id(link) not in few for leaf in link.stored} - used
-    kept = [entry for entry in entries if entry.sources[0] not in others]
-    return [link for link in links if id(link) in few], kept
+    looks = [{*looks_of(held, series.depth)} for held in series.members.values()]
+    shared = set[tuple[Names, Shape]].intersection(*looks)
+    if all(held == shared for held in looks) or not shared:
+        return series
+    members = {
+        number: [leaf for leaf in held if (leaf.names[series.depth :], leaf.shape) in shared]
+        for number, held in series.members.items()
+    }
+    shared_part = dataclasses.replace(series, members=members)
+    return shared_part if shared_part.size * 10 > series.size * 9 else series
 
 
-def _kind_of(link: Link) -> tuple[object, tuple[str, ...]]:
-    """Returns what the links of one leaf in all layers share, and the numbers of the layers."""
-    stored, wanted = ([list(leaf.names) for leaf in side] for side in (link.stored, link.wanted))
-    numbers = tuple(_number(stored[0][seat]) for seat, _ in link.levels)
-    for number, (seat, aim) in zip(numbers, link.levels, strict=True):
-        for names, at in (*((names, seat) for names in stored), *((names, aim) for names in wanted)):
-            if _number(names[at]) != number:
-                return id(link), ()  # By itself: the two sides do not count alike.
-            names[at] = names[at].removesuffix(number)
-    names = tuple(tuple(map(tuple, side)) for side in (stored, wanted))
-    return (names, link.levels, link.ways, link.joint, link.after, link.grounds, link.fact), numbers
+def stack_of(
+    series: Series, free: Sequence[Leaf], above: int, least: int
+) -> tuple[Names, int, list[Leaf]] | None:
+    """Returns the module whose leaves all have an axis for the layers, and the axis."""
+    count = len(series.members)
+    found: list[tuple[float, float, int, Names, int, list[Leaf]]] = []
+    for prefix, leaves, enough in _possible_stacks(free, above, least):
+        if exclude(said_of(series), concepts(level.base for level in levels(prefix))):
+            continue
+        axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
+        size = sizes_of(leaves)
+        ratio = min(size, series.size) / max(size, series.size)
+        alike = likeness(said_of(series), concepts(prefix))
+        if axes and ratio > enough:
+            axis = _likeliest_axis(series, leaves, axes)
+            found.append((ratio, alike, _depth(prefix, leaves), prefix, axis, leaves))
+    if not found:
+        return None
+    found.sort(key=lambda item: item[:5], reverse=True)
+    best = found[0]
+    if best[4] < 0 or any(item[0] == best[0] and not _nested(item[3], best[3]) for item in found[1:]):
+        return None
+    return best[3], best[4], best[5]
 
 
-def _number(name: str) -> str:
-    return name[len(name.rstrip("0123456789")) :]
+Share = tuple[Series, Names, int, list[Leaf]]
+"""Some layers of a group, with the module that holds them stacked, the axis, and the leaves in it."""
 
 
-def _first_and_last(members: Sequence[tuple[Link, tuple[str, ...]]]) -> Iterator[Link]:
-    columns = [
-        sorted({*map(int, column)}) for column in zip(*(numbers for _, numbers in members), strict=True)
-    ]
-    few = [{str(number) for number in (*column[:2], column[-1])} for column in columns]
-    for link, numbers in members:
-        if all(number in some for number, some in zip(numbers, few, strict=True)):
-            yield link
+def shares_of(series: Series, free: Sequence[Leaf], above: int) -> list[Share]:
+    """Returns the stacks that together hold a group, each those of one kind or every second, third, …."""
+    kinds = [(kind, stack_of(kind, free, above, 2)) for kind in kinds_of(series)]
+    found = [(kind, *stack) for kind, stack in kinds if stack is not None and are_alike(kind)]
+    if len(kinds) > 1 and len(found) == len(kinds) and len({share[1] for share in found}) == len(found):
+        return found
+    options = [_every_few(series, block) for block in series_of(free, above)]
+    options = [shares for shares in options if shares]
+    return options[0] if len(options) == 1 else []
 
 
-def by_template(links: Iterable[Link]) -> Mapping[tuple[Names, Names], list[Link]]:
-    """Returns links by what they are called but for the numbers of layers."""
-    found: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
-    for link in links:
-        found[_plain(link.target.names), _plain(link.source.names)].append(link)
+def _every_few(series: Series, block: Series) -> list[Share]:
+    """Returns the layers of a group by the place in a block of layers, where a program scans over blocks."""
+    step, numbers = len(block.members), series.numbers
+    count, rest = divmod(len(numbers), step)
+    found: list[Share] = []
+    for place in block.numbers if not rest and count > 1 and is_complete(block) else ():
+        first = block.numbers.index(place)
+        share = dataclasses.replace(series, members={at: series.members[at] for at in numbers[first::step]})
+        leaves = block.members[place]
+        axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
+        axis = _likeliest_axis(share, leaves, axes) if axes else -1
+        if axis < 0 or sizes_of(leaves) != share.size or not are_alike(share):
+            return []
+        found.append((share, block.place(place), axis, leaves))
     return found
 
 
-def _plain(names: Names) -> Names:
-    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
-    return tuple(filter(None, found))
+def _possible_stacks(
+    free: Sequence[Leaf], above: int, least: int
+) -> Iterator[tuple[Names, list[Leaf], float]]:
+    """Yields modules, and the arrays beside the modules in one, with how much of a group each has to be."""
+    below: dict[Names, list[Leaf]] = defaultdict(list)
+    beside: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in free:
+        beside[leaf.names[:-1]].append(leaf)
+        for depth in range(above + 1, len(leaf.names)):
+            below[leaf.names[:depth]].append(leaf)
+    for prefix, leaves in below.items():
+        yield prefix, leaves, 0.5 if least > 1 else 0.99
+    for prefix, leaves in beside.items():
+        if len(leaves) < len(below.get(prefix, free)):
+            yield prefix, leaves, 0.99
 
 
-def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
-    """Tells whether a link does not take a leaf that another one has by its name."""
-    sources = {leaf.source for leaf in link.stored}
-    for leaf in link.wanted:
-        if leaf.source in settled:
-            return sources <= settled[leaf.source]
-    return link.copied or all(claimed.get(path) is None for path in sources)
+def _depth(prefix: Names, leaves: Sequence[Leaf]) -> int:
+    """Returns how deep a module lies, less than nothing where it holds its leaves itself."""
+    return len(prefix) if all(len(leaf.names) > len(prefix) + 1 for leaf in leaves) else -len(prefix)
+
+
+def _nested(one: Names, other: Names) -> bool:
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
+
+
+def _have_axis(leaves: Iterable[Leaf], axis: int, count: int) -> bool:
+    return all(len(leaf.shape) > axis and leaf.shape[axis] == count for leaf in leaves)
+
+
+def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int]) -> int:
+    """Returns the one axis under which a layer has the shapes of the others; -1 where two have."""
+    if len(axes) == 1:
+        return axes[0]
+    first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
+    fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
+    return (fitting or axes)[0] if len(fitting or axes) == 1 else -1

@@ -33,14 +33,17 @@ OPEN = {
     "genie": 200,
     "rt1": 20,
     "s4": 12,
-    "drq": 20,
+    "drq": 16,
     "ncsnpp": 1,
     "maxtext_gemma2": 61,
-    "deeplab": 12,
     "deformable_detr": 8,
     "qformer": 4,
     "evoformer": 44,
     "perceiver": 36,
+    "controlnet": 26,
+    "dual_encoder": 1,
+    "wideresnet": 6,
+    "dreamer": 4,
 }
 """Leaves that stay open.
 
@@ -53,10 +56,12 @@ gate lie in turns (gpt_oss), which of square layers that stand beside each other
 (transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
 (hypernerf), which of `out` and `out2` is the gate (s4), which norm of a decoder with deformable
 attention is which (deformable_detr), which of the layers of an attention that Linen numbered is which
-(perceiver), and which of `a` and `b` is left (evoformer), only outputs tell. Not found yet: the bias of
+(perceiver), which of `a` and `b` is left (evoformer), and whether a temperature is a scale
+(dual_encoder), only outputs tell. Not found yet: the bias of
 queries and of values in one for all three (qformer), layers of two kinds scanned in one block by names alone
-(maxtext_gemma2), critics beside a copy of theirs (drq), norms by the convolutions before them (deeplab), a
-lone vector (ncsnpp).
+(maxtext_gemma2), critics that are mapped over an ensemble (drq), a lone vector
+(ncsnpp), and layers of one shape in a block whose like in another block tells (controlnet,
+wideresnet, dreamer).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -3,8 +3,7 @@
 import pytest
 
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
-from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of
-from orbax_nnx_handler.planning.suggesting.stacks import shared_in
+from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of, shared_in
 
 LAYER = {"attn/q/kernel": (8, 8), "attn/o/kernel": (8, 8), "mlp/up/kernel": (8, 32)}
 

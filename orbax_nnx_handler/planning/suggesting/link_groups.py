@@ -1,17 +1,20 @@
-"""Groups of layers whose stacked axis lies elsewhere on the other side: what one leaf shows, all of them do.
+"""What one link shows of the others in its group.
 
-A leaf whose layers are as many as its features has one shape either way, and no sign of its own. Its group
-has: all of it is stacked along one axis, and holds as many layers.
+Layers whose stacked axis lies elsewhere on the other side: a leaf whose layers are as many as its features
+has one shape either way, and no sign of its own. Its group has: all of it is stacked along one axis, and
+holds as many layers. Last, the links of one leaf in all layers.
 """
 
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
-from orbax_nnx_handler.planning.suggesting.module_parts import Link, Tie
+from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, Tie, levels
 from orbax_nnx_handler.planning.suggesting.shapes import Way, permuted, transposed
 
 Move = tuple[int, int]
@@ -176,3 +179,90 @@ def _is_plain(link: Link) -> bool:
     """Tells whether a link is one stored leaf and one wanted one, whole."""
     is_one = len(link.wanted) == len(link.stored) == len(link.ways) == 1
     return is_one and link.joint is None and link.layers is None and not (link.source.made or link.copied)
+
+
+# Links of one kind in all layers.
+
+
+def whole_parts(used: Set[Names], held: Set[Names], depth: int) -> Iterable[Names]:
+    """Yields the paths within a module, from some depth on, of its largest parts that are used whole."""
+    pending: list[Names] = [()]
+    for below in pending:
+        inside = [names for names in held if names[depth : depth + len(below)] == below]
+        if all(names in used for names in inside):
+            yield below
+        elif any(names in used for names in inside):
+            pending += dict.fromkeys(names[depth : depth + len(below) + 1] for names in sorted(inside))
+
+
+def of_few_layers(links: Sequence[Link], entries: Sequence[Entry]) -> tuple[Sequence[Link], Sequence[Entry]]:
+    """Returns the links of the first two and of the last layer of each kind; all where some are stacked.
+
+    Rules for them are most likely those for all, and take a fraction of the time to write.
+
+    Args:
+        links: The links.
+        entries: The stored model; what only the other links use is left out.
+    """
+    if any(link.layers is not None or link.copied or link.source.made for link in links):
+        return links, entries
+    kinds: dict[object, list[tuple[Link, tuple[str, ...]]]] = defaultdict(list)
+    for link in links:
+        kind, numbers = _kind_of(link)
+        kinds[kind].append((link, numbers))
+    few = {id(link) for members in kinds.values() for link in _first_and_last(members)}
+    if len(few) == len(links):
+        return links, entries
+    used = {leaf.source for link in links if id(link) in few for leaf in link.stored}
+    others = {leaf.source for link in links if id(link) not in few for leaf in link.stored} - used
+    kept = [entry for entry in entries if entry.sources[0] not in others]
+    return [link for link in links if id(link) in few], kept
+
+
+def _kind_of(link: Link) -> tuple[object, tuple[str, ...]]:
+    """Returns what the links of one leaf in all layers share, and the numbers of the layers."""
+    stored, wanted = ([list(leaf.names) for leaf in side] for side in (link.stored, link.wanted))
+    numbers = tuple(_number(stored[0][seat]) for seat, _ in link.levels)
+    for number, (seat, aim) in zip(numbers, link.levels, strict=True):
+        for names, at in (*((names, seat) for names in stored), *((names, aim) for names in wanted)):
+            if _number(names[at]) != number:
+                return id(link), ()  # By itself: the two sides do not count alike.
+            names[at] = names[at].removesuffix(number)
+    names = tuple(tuple(map(tuple, side)) for side in (stored, wanted))
+    return (names, link.levels, link.ways, link.joint, link.after, link.grounds, link.fact), numbers
+
+
+def _number(name: str) -> str:
+    return name[len(name.rstrip("0123456789")) :]
+
+
+def _first_and_last(members: Sequence[tuple[Link, tuple[str, ...]]]) -> Iterator[Link]:
+    columns = [
+        sorted({*map(int, column)}) for column in zip(*(numbers for _, numbers in members), strict=True)
+    ]
+    few = [{str(number) for number in (*column[:2], column[-1])} for column in columns]
+    for link, numbers in members:
+        if all(number in some for number, some in zip(numbers, few, strict=True)):
+            yield link
+
+
+def by_template(links: Iterable[Link]) -> Mapping[tuple[Names, Names], list[Link]]:
+    """Returns links by what they are called but for the numbers of layers."""
+    found: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
+    for link in links:
+        found[_plain(link.target.names), _plain(link.source.names)].append(link)
+    return found
+
+
+def _plain(names: Names) -> Names:
+    found = (f"{level.base}{level.number}" if level.style == "" else level.base for level in levels(names))
+    return tuple(filter(None, found))
+
+
+def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path, Path]) -> bool:
+    """Tells whether a link does not take a leaf that another one has by its name."""
+    sources = {leaf.source for leaf in link.stored}
+    for leaf in link.wanted:
+        if leaf.source in settled:
+            return sources <= settled[leaf.source]
+    return link.copied or all(claimed.get(path) is None for path in sources)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, UnmappedValueError, restore
+from orbax_nnx_handler import AmbiguousMappingError, UnmappedValueError, restore, suggest
 from tests.laws import worlds
 from tests.laws.worlds import (
     FORMS,
@@ -457,3 +457,21 @@ def test_layers_in_a_collection_of_their_own_are_not_filled_where_the_target_has
         }
     path = write(tmp_path, {"params": stored[0], collection: stored[1]})
     worlds.right_or_refused(path, worlds.pure_target(wanted), wanted, policy="warn", unexpected="ignore")
+
+
+@pytest.mark.parametrize("level", ["ema", "unet_ema", "ema_unet", "EMA", "EMAModel", "averaged", "avg_model"])
+@pytest.mark.parametrize("beside", ["ema", "ema_params", None])
+def test_a_target_below_a_level_called_after_averages_is_never_given_the_raw_weights(tmp_path, level, beside):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params, averages = ({"dense": numbers.dense()} for _ in range(2))
+    state = {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(7)}
+    stored = {"model": state, "ema": averages} if beside == "ema" else state
+    path = write(tmp_path, stored if beside != "ema_params" else {**state, "ema_params": averages})
+    target = {level: target_of("module", params)}
+    if level == beside:
+        check(restore(path, target)[level], averages)
+        return
+    error = refused(path, target)
+    assert suggest(path, target).renames == ()
+    if beside is not None:
+        check(restore(path, target, **error.hints[0].arguments)[level], averages)

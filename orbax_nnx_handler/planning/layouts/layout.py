@@ -1,6 +1,7 @@
 """What each stored leaf is, in the words of a Linen program."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -180,11 +181,16 @@ _COPIES = frozenset(
     {"ema", "grads", "grad", "gradients", "mask", "masks", "averages", "swa", "polyak"}
     | {"old", "prev", "previous", "backup", "bak", "stale"}
 )
+_AVERAGES = frozenset({"ema", "swa", "polyak", "avg", "average", "averages", "averaged"})
 
 
 def words_of(name: str) -> set[str]:
     """Returns the words of a name that tell it from other networks and collections: `ema` of `ema_params`."""
-    return set(name.split("_")) - _GENERAL_WORDS
+    return {"ema" if word in _AVERAGES else word for word in _split(name)} - _GENERAL_WORDS
+
+
+def _split(name: str) -> set[str]:
+    return set(map(str.lower, re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z_]+", name)))
 
 
 def is_copy_name(name: str) -> bool:
@@ -192,6 +198,14 @@ def is_copy_name(name: str) -> bool:
     words = words_of(name)
     copied = "_batch_stats" in name or not {"params", "weights", "variables"}.isdisjoint(name.split("_"))
     return (copied and bool(words)) or (bool(words) and words <= _COPIES)
+
+
+def is_copy_level(level: str) -> bool:
+    """Tells whether a level above a whole model says that it is a copy: `ema`, `unet_ema`, `EMAModel`.
+
+    One word of averages is enough there, since no module of the model's own is called so.
+    """
+    return is_copy_name(level) or not _AVERAGES.isdisjoint(_split(level))
 
 
 def is_copy_beside(name: str, kind: str) -> bool:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
-from orbax_nnx_handler.planning.layouts.layout import Layout, holds_no_weights, is_copy_name, words_of
+from orbax_nnx_handler.planning.layouts.layout import Layout, holds_no_weights, is_copy_level, words_of
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import is_wrapper_value
 from orbax_nnx_handler.planning.mapping.matches import (
     SAME_PATH,
@@ -269,7 +269,7 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
     names = _names(entries)
     found: dict[tuple[Tokens, str | None, bool], dict[Path, Tokens]] = defaultdict(dict)
     alone = next(iter(names)) if len(names) == 1 else () if () in names else None
-    if alone is not None and any(map(is_copy_name, alone)):
+    if alone is not None and any(map(is_copy_level, alone)):
         alone = None  # A copy is another value, also where it is all that is stored.
     owners = [owner for owner in names if owner]
     if alone is not None and not owners:
@@ -309,7 +309,7 @@ def _named_collection(tokens: Tokens, names: Mapping[Tokens, str]) -> str | None
 def _contradict(root: Tokens, network: Network) -> bool:
     """Tells whether the target's own level and the train state's name two networks, or the target a copy."""
     left, right = named_levels(root), named_levels(network.owner)
-    copies = {level for level in left if is_copy_name(level)} - {*right}
+    copies = {level for level in left if is_copy_level(level)} - {*right}
     return (bool(copies) and network.only is None) or (
         bool(left) and bool(right) and left[: len(right)] != right
     )
@@ -318,7 +318,7 @@ def _contradict(root: Tokens, network: Network) -> bool:
 def _asked_for(root: Tokens, collections: Collections) -> frozenset[str]:
     """Returns the copies whose name holds a word of the target's level: `ema_params` for `ema`."""
     words = {word for token in root for word in words_of(token)}
-    return frozenset(name for name in collections.copies if name is not None and words & set(name.split("_")))
+    return frozenset(name for name in collections.copies if name is not None and words & words_of(name))
 
 
 def _questioned(matcher: Matcher, collections: Collections) -> ModelMatch:

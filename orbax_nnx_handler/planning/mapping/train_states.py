@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
-from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_name
+from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import named_levels, strip
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules
 from orbax_nnx_handler.planning.rules.entries import Entry, every_entry
@@ -178,7 +178,7 @@ def _level(owners: Collection[Tokens], wanted: Sequence[Wanted]) -> tuple[Tokens
             below = [owner[len(level) :] for owner in owners]
             if all(below) and all(_is_below(path, below) for path in weights):
                 there = level
-    if not weights or bool(here) == bool(there) or any(map(is_copy_name, (*here, *there))):
+    if not weights or bool(here) == bool(there) or any(map(is_copy_level, (*here, *there))):
         return _NONE
     return here, there
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, Tie, levels
@@ -266,3 +267,16 @@ def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path,
         if leaf.source in settled:
             return sources <= settled[leaf.source]
     return link.copied or all(claimed.get(path) is None for path in sources)
+
+
+def apart_from_copies(links: Iterable[Link]) -> tuple[list[Link], list[Tie]]:
+    """Returns the links, and as a question those that lend weights to what is called a copy: `unet_ema`."""
+    plain, lent = list[Link](), list[Link]()
+    for link in links:
+        keys = {str(key) for leaf in link.stored for key in leaf.source}
+        copies = [name for name in link.target.names[:-1] if is_copy_level(name) and name not in keys]
+        (lent if copies and not any(map(is_copy_level, keys)) else plain).append(link)
+    if not lent:
+        return plain, []
+    wanted, stored = zip(*((link.target.names, link.source.names) for link in lent), strict=True)
+    return plain, [Tie(wanted=wanted, stored=stored, readings=(tuple(lent),))]

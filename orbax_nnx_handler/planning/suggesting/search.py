@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.link_groups import with_moved_axes
+from orbax_nnx_handler.planning.suggesting.link_groups import apart_from_copies, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
 from orbax_nnx_handler.planning.suggesting.module_parts import (
@@ -64,7 +64,9 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = match_context(Context(wanted=wanted, stored=stored, order=order))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
-    settled, turns = settle_turns((found := with_moved_axes(found)).links)
+    plain, copies = apart_from_copies((found := with_moved_axes(found)).links)
+    found.ties.extend(copies)
+    settled, turns = settle_turns(plain)
     return Searched(links=tuple(settled), turns=tuple(turns), found=found)
 
 
@@ -442,9 +444,6 @@ _KINDS: Mapping[type, str] = {Transpose: "transpose", Reshape: "reshape", Repeat
 
 def steps_in(recipe: Recipe) -> tuple[str, ...]:
     """Returns what a recipe does with the shape of one of the leaves that it reads, in order."""
-    kinds: list[str] = []
-    at: Recipe = recipe
-    while not isinstance(at, Read):
-        kinds += [_KINDS[type(at)]] if type(at) in _KINDS else []
-        at = children(at)[0]
-    return tuple(reversed(kinds))
+    if isinstance(recipe, Read):
+        return ()
+    return (*steps_in(children(recipe)[0]), *([_KINDS[type(recipe)]] if type(recipe) in _KINDS else ()))

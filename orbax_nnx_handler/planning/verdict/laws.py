@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.layouts.layout import (
     ScannedBlocks,
     holds_no_weights,
     is_copy_beside,
-    is_copy_name,
+    is_copy_level,
 )
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.claims import Claims
@@ -351,7 +351,7 @@ class _Kernel:
     def _copies(self) -> Iterator[Broken]:
         """Yields where weights are read from a train state that is called a copy, and is not asked for."""
         for owner, read in self._read_owners.items():
-            level = next((str(key) for key in owner if is_copy_name(str(key))), None)
+            level = next((str(key) for key in owner if is_copy_level(str(key))), None)
             for item, stored in read if level is not None else ():
                 if item.tokens[: len(canonical(owner))] != canonical(owner):
                     yield Broken(law=2, wanted=item.leaf.path, stored=stored, why=f"{level} names a copy")
@@ -392,7 +392,7 @@ class _Kernel:
         for (owner, collection), found in self._weights.roots.items():
             for (above, _), (wanted, stored) in found.items():
                 named = (*canonical(owner), collection)
-                level = next((name for name in above if is_copy_name(name) and name not in named), None)
+                level = next((name for name in above if is_copy_level(name) and name not in named), None)
                 if level is not None:
                     yield Broken(law=2, wanted=wanted, stored=stored, why=f"{level} asks for a copy")
             if len(found) < 2 and not any(below for _, below in found):

@@ -2,7 +2,7 @@
 
 Layers whose stacked axis lies elsewhere on the other side: a leaf whose layers are as many as its features
 has one shape either way, and no sign of its own. Its group has: all of it is stacked along one axis, and
-holds as many layers. Last, the links of one leaf in all layers.
+holds as many layers. Then the links of one leaf in all layers, and what those in one block tell of another.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
-from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, Tie, levels
+from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, Tie, levels, place_of
 from orbax_nnx_handler.planning.suggesting.shapes import Way, permuted, transposed
+from orbax_nnx_handler.planning.suggesting.vocabulary import words
 
 Move = tuple[int, int]
 """From which axis to which other one."""
@@ -280,3 +281,87 @@ def apart_from_copies(links: Iterable[Link]) -> tuple[list[Link], list[Tie]]:
         return plain, []
     wanted, stored = zip(*((link.target.names, link.source.names) for link in lent), strict=True)
     return plain, [Tie(wanted=wanted, stored=stored, readings=(tuple(lent),))]
+
+
+# What is known of one block, for others of its kind.
+
+
+def match_model(context: Context) -> Findings:
+    """Matches a model; blocks of one kind, of which shapes or names tell some, tell the others."""
+    found = match_context(context)
+    count = len(found.ties) + 1
+    while found.ties and len(found.ties) < count:
+        count, known = len(found.ties), _Precedents(context.wanted, context.stored, found.links).speak_for
+        found = match_context(dataclasses.replace(context, known=known))
+    return found
+
+
+class _Precedents:
+    """Which parts of two modules are each other's, as far as all that is known of such modules agrees.
+
+    Modules are of one kind if only numbers tell their paths apart, or if they are called alike and hold
+    parts of the same names: the layers of an encoder tell nothing of those of a decoder that hold more.
+    """
+
+    def __init__(self, wanted: Iterable[Leaf], stored: Iterable[Leaf], links: Iterable[Link]) -> None:
+        self._wanted, self._stored = _kinds(wanted), _kinds(stored)
+        self._forth: dict[object, set[object]] = defaultdict(set)
+        self._back: dict[object, set[object]] = defaultdict(set)
+        told = [link for link in links if link.grounds != "order"]
+        for one, other in {(_part(link.target), _part(link.source)) for link in told}:
+            for kinds, left, right in self._views(one, other):
+                self._forth[kinds, left].add(right)
+                self._back[kinds, right].add(left)
+
+    def speak_for(self, wanted: Names, stored: Names) -> bool:
+        """Tells whether a part is made from another one wherever modules of two kinds hold both."""
+        return any(
+            self._forth.get((kinds, one)) == {other} and self._back[kinds, other] == {one}
+            for kinds, one, other in self._views(wanted, stored)
+        )
+
+    def _views(self, wanted: Names, stored: Names) -> Iterator[tuple[object, object, object]]:
+        """Yields two parts as those of the modules around them, of lists, and by the word that differs."""
+        for one, other in itertools.product(_around(wanted), _around(stored)):
+            ours, theirs = self._wanted.get(one, ()), self._stored.get(other, ())
+            for kinds in zip(ours, theirs, strict=False):
+                yield kinds, wanted[len(one) :], stored[len(other) :]
+        ours, theirs = levels(wanted), levels(stored)
+        if not ours or not theirs:
+            return
+        modules = wanted[: -ours[-1].width], stored[: -theirs[-1].width]
+        numbers = ours[-1].number, theirs[-1].number
+        if numbers[0] is not None and numbers[1] is not None:
+            yield "list", (modules[0], ours[-1].base), (modules[1], theirs[-1].base, numbers[1] - numbers[0])
+        left, right = (words("".join(names[-1:])) for names in (wanted, stored))
+        said = (
+            tuple(word for word in left if word not in right),
+            tuple(word for word in right if word not in left),
+        )
+        if all(len(each) == 1 for each in said) and len(left) > 1:
+            yield modules, *said
+
+
+def _part(leaf: Leaf) -> Names:
+    return place_of(leaf.names)[0]
+
+
+def _kinds(leaves: Iterable[Leaf]) -> Mapping[Names, tuple[object, ...]]:
+    """Returns of what kind each module is: by its path without numbers, and by its name and its parts."""
+    held: dict[Names, set[Names]] = defaultdict(set)
+    for part in {_part(leaf) for leaf in leaves}:
+        for names in _around(part):
+            held[names].add(part[len(names) :])
+    bases = {names: tuple(level.base for level in levels(names)) for names in held}
+    return {
+        names: (named, (next(filter(None, reversed(named)), ""), frozenset(held[names])))
+        for names, named in bases.items()
+    }
+
+
+def _around(names: Names) -> Iterator[Names]:
+    """Yields the modules around a part."""
+    at = 0
+    for level in levels(names)[:-1]:
+        at += level.width
+        yield names[:at]

@@ -3,10 +3,9 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number, shared_levels
-from orbax_nnx_handler.planning.suggesting.matching_parts import Created, match_parts
+from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Layers,
     Leaf,
@@ -77,6 +76,7 @@ class Context:
         above: How many segments lead to the context, wanted and stored.
         levels: Segments above that count the same layers.
         order: Wanted names in the order of their creation, by module.
+        known: Whether what is known elsewhere speaks for a wanted and a stored part.
     """
 
     wanted: Sequence[Leaf]
@@ -84,6 +84,7 @@ class Context:
     above: tuple[int, int] = (0, 0)
     levels: tuple[tuple[int, int], ...] = ()
     order: Mapping[Tokens, Sequence[str]] = dataclasses.field(default_factory=dict[Tokens, Sequence[str]])
+    known: Known = nothing_known
 
 
 def match_context(context: Context) -> Findings:
@@ -201,15 +202,22 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
     up, down = context.above
     left, right = module_parts(wanted, up), module_parts(stored, down)
     names = (_names(context.wanted, up), _names(context.stored, down))
-    matched = match_parts(left, right, names, _created(context))
+    start = _start(wanted, up), _start(stored, down)
+    matched = match_parts(
+        left,
+        right,
+        names,
+        lambda part: creation_place((*start[0], *part.names), context.order),
+        lambda one, other: context.known((*start[0], *one), (*start[1], *other)),
+    )
     links = [
         dataclasses.replace(link, levels=(*context.levels, *_same_numbers(link, context)))
         for link in matched.links
     ]
     ties = [
         Tie(
-            wanted=tuple((*_start(wanted, up), *path) for path in tie.wanted),
-            stored=tuple((*_start(stored, down), *path) for path in tie.stored),
+            wanted=tuple((*start[0], *path) for path in tie.wanted),
+            stored=tuple((*start[1], *path) for path in tie.stored),
             readings=tuple(
                 tuple(dataclasses.replace(link, levels=context.levels) for link in reading)
                 for reading in tie.readings
@@ -255,17 +263,6 @@ def _names(leaves: Sequence[Leaf], above: int) -> Names:
 
 def _start(leaves: Sequence[Leaf], above: int) -> Names:
     return leaves[0].names[:above] if leaves else ()
-
-
-def _created(context: Context) -> Created:
-    """Returns what tells the place of a wanted part in the order of creation."""
-    start = _start(context.wanted, context.above[0])
-    order = context.order
-
-    def place(part: Any) -> tuple[int, ...] | None:
-        return creation_place((*start, *part.names), order)
-
-    return place
 
 
 def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> tuple[int, ...] | None:
@@ -333,6 +330,7 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
             above=(one.depth, other.depth),
             levels=(*context.levels, *seats),
             order=context.order,
+            known=context.known,
         )
         found.add(match_context(inner).mapped(lambda links, pairs=numbers: _moved(links, one, other, pairs)))
         for pair in numbers[1:]:
@@ -429,6 +427,7 @@ def _match_stack(
         above=(len(prefix), series.depth) if stacks else (series.depth, len(prefix)),
         levels=context.levels,
         order=context.order,
+        known=context.known,
     )
     counted = is_whole or series.numbers == list(range(len(series.numbers)))
     # Layers of several stacks take the numbers of their list only once they are taken apart.

@@ -49,6 +49,17 @@ class PartLinks:
 
 Created = Callable[[ModulePart], tuple[int, ...] | None]
 """The place of a wanted part in the order of creation, where it is known."""
+Known = Callable[[Names, Names], bool]
+"""Whether what is known elsewhere speaks for a wanted and a stored part."""
+
+
+def nothing_known(_wanted: Names, _stored: Names) -> bool:
+    """Stands for what is known where nothing is."""
+    return False
+
+
+_PRECEDENT = 1.0
+"""Enough to decide between pairs of which nothing else tells, and no more."""
 
 
 def match_parts(
@@ -56,6 +67,7 @@ def match_parts(
     stored: Sequence[ModulePart],
     above: tuple[Sequence[str], Sequence[str]] = ((), ()),
     created: Created = lambda _: None,
+    known: Known = nothing_known,
     used: Sequence[ModulePart] = (),
 ) -> PartLinks:
     """Matches the parts of a context.
@@ -65,12 +77,13 @@ def match_parts(
         stored: The stored ones.
         above: The names that lead to the context on either side.
         created: The place of a wanted part in the order of creation, or None.
+        known: Whether what is known elsewhere speaks for a pair.
         used: Further stored parts that have a wanted one already: the context of names only.
     """
     ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
     links, ties, left, right = joined_parts(ours, theirs)
     ties += [*_gated(left, right, split=False), *_gated(right, left, split=True)]
-    pairs = _Pairs(left, right, is_outermost=not any(above))
+    pairs = _Pairs(left, right, known, is_outermost=not any(above))
     found, more = pairs.settle(created)
     for one, other, grounds in found:
         links += pairs.links(one, other, grounds)
@@ -119,11 +132,17 @@ class _Pairs:
     """The possible pairs of a context, and which of them nothing else can be."""
 
     def __init__(
-        self, wanted: Sequence[NamedPart], stored: Sequence[NamedPart], *, is_outermost: bool
+        self,
+        wanted: Sequence[NamedPart],
+        stored: Sequence[NamedPart],
+        known: Known,
+        *,
+        is_outermost: bool,
     ) -> None:
         self._wanted, self._stored = wanted, stored
         self._fits: dict[tuple[int, int], Fit] = {}
         self._excluded: set[tuple[int, int]] = set()
+        self._known: set[tuple[int, int]] = set()
         self._unlikely: list[tuple[int, int]] = []
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
@@ -133,6 +152,9 @@ class _Pairs:
                 fit = fit_of(one, stored[to])
                 if fit is not None and may_be(one, stored[to]):
                     self._fits[at, to] = fit
+                    if known(one.part.names, stored[to].part.names):
+                        self._fits[at, to] = dataclasses.replace(fit, score=fit.score + _PRECEDENT)
+                        self._known.add((at, to))
                 elif fit is not None:
                     self._excluded.add((at, to))
         if is_outermost:
@@ -279,7 +301,7 @@ class _Pairs:
     def _is_plausible(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         """Tells whether a pair is more than a coincidence of shape."""
         fit, one, other = self._fits[pair], self._wanted[pair[0]], self._stored[pair[1]]
-        if likeness(one.said, other.said) > 0 or one.said & other.said:
+        if pair in self._known or likeness(one.said, other.said) > 0 or one.said & other.said:
             return True
         leaf = one.part.leaves.get("main")
         is_layer = len(fit.pairs) > 1 and leaf is not None and len(leaf.shape) > 1

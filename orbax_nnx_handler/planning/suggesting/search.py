@@ -24,8 +24,8 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.link_groups import apart_from_copies, with_moved_axes
-from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
+from orbax_nnx_handler.planning.suggesting.link_groups import apart_from_copies, match_model, with_moved_axes
+from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings
 from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Leaf,
@@ -61,7 +61,7 @@ class Searched:
 
 def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens, Sequence[str]]) -> Searched:
     """Searches what each wanted leaf is made from; `order` is that of creation, by module."""
-    found = match_context(Context(wanted=wanted, stored=stored, order=order))
+    found = match_model(Context(wanted=wanted, stored=stored, order=order))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
     plain, copies = apart_from_copies((found := with_moved_axes(found)).links)

@@ -39,11 +39,8 @@ OPEN = {
     "deformable_detr": 8,
     "qformer": 4,
     "evoformer": 44,
-    "perceiver": 36,
-    "controlnet": 26,
+    "perceiver": 32,
     "dual_encoder": 1,
-    "wideresnet": 6,
-    "dreamer": 4,
 }
 """Leaves that stay open.
 
@@ -57,11 +54,9 @@ gate lie in turns (gpt_oss), which of square layers that stand beside each other
 (hypernerf), which of `out` and `out2` is the gate (s4), which norm of a decoder with deformable
 attention is which (deformable_detr), which of the layers of an attention that Linen numbered is which
 (perceiver), which of `a` and `b` is left (evoformer), and whether a temperature is a scale
-(dual_encoder), only outputs tell. Not found yet: the bias of
-queries and of values in one for all three (qformer), layers of two kinds scanned in one block by names alone
-(maxtext_gemma2), critics that are mapped over an ensemble (drq), a lone vector
-(ncsnpp), and layers of one shape in a block whose like in another block tells (controlnet,
-wideresnet, dreamer).
+(dual_encoder), only outputs tell. Not found yet: the bias of queries and of values in one for all three
+(qformer), layers of two kinds scanned in one block by names alone (maxtext_gemma2), critics that are mapped
+over an ensemble (drq), and a lone vector (ncsnpp).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

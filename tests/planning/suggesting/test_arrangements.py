@@ -238,3 +238,73 @@ def test_a_bias_called_by_its_letter_belongs_to_the_matrix_beside_it():
 
     assert not found.questions
     check(values, expected)
+
+
+@pytest.mark.parametrize("last", [(8, 8), (4, 8)])
+def test_what_shapes_tell_of_one_block_holds_for_the_others_of_its_list(last):
+    stored = filled(
+        {"Block_0/oak/kernel": (4, 8), "Block_0/elm/kernel": (8, 8)}
+        | {f"Block_1/{name}/kernel": (8, 8) for name in ("oak", "elm")}
+        | {"Block_2/oak/kernel": last, "Block_2/elm/kernel": (8, 8)}
+    )
+
+    found, values = proposed(
+        stored,
+        {
+            f"blocks/{at}/{ours}/kernel": stored[f"Block_{at}/{theirs}/kernel"].shape
+            for at in range(3)
+            for ours, theirs in (("pine", "oak"), ("fir", "elm"))
+        },
+    )
+
+    assert found.questions == ()
+    check(
+        values,
+        {
+            f"blocks/{at}/{ours}/kernel": stored[f"Block_{at}/{theirs}/kernel"]
+            for at in range(3)
+            for ours, theirs in (("pine", "oak"), ("fir", "elm"))
+        },
+    )
+
+
+def test_a_block_that_holds_more_is_not_told_by_those_of_another_list():
+    """The second norm of an encoder's layer is not always that of a decoder's, which attends twice."""
+    shapes = {"oak/kernel": (4, 8), "elm/kernel": (8, 8)}
+    stored = filled(
+        {f"enc/Layer_{at}/{name}": shape for at in range(2) for name, shape in shapes.items()}
+        | {f"dec/Layer_{at}/{name}/kernel": (8, 8) for at in range(2) for name in ("oak", "elm", "ash")}
+    )
+    wanted = {
+        f"encoder/layers/{at}/{ours}/kernel": shape
+        for at in range(2)
+        for ours, shape in (("pine", (4, 8)), ("fir", (8, 8)))
+    } | {f"decoder/layers/{at}/{ours}/kernel": (8, 8) for at in range(2) for ours in ("pine", "fir", "yew")}
+
+    found, values = proposed(stored, wanted)
+
+    assert {path.split("/")[0] for path in values} == {"encoder"}
+    assert found.questions
+
+
+def test_a_word_that_takes_the_place_of_another_one_does_so_throughout_a_module():
+    stored = filled(
+        {"rssm/oak_out/kernel": (4, 8), "rssm/elm_out/kernel": (6, 8)}
+        | {f"rssm/{name}_stats/kernel": (8, 12) for name in ("oak", "elm")}
+    )
+
+    found, values = proposed(
+        stored,
+        {"dynamics/pine_out/kernel": (4, 8), "dynamics/fir_out/kernel": (6, 8)}
+        | {f"dynamics/{name}_stats/kernel": (8, 12) for name in ("pine", "fir")},
+    )
+
+    assert found.questions == ()
+    check(
+        values,
+        {
+            f"dynamics/{ours}_{name}/kernel": stored[f"rssm/{theirs}_{name}/kernel"]
+            for ours, theirs in (("pine", "oak"), ("fir", "elm"))
+            for name in ("out", "stats")
+        },
+    )

@@ -104,3 +104,23 @@ def test_a_pure_dict_and_a_module_agree_on_a_prefix_of_one_side(tmp_path, form):
     path = write(tmp_path, {"params": {"params": wanted}})
     check(restore(path, target_of(form, wanted)), wanted)
     assert pure_target(wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("level", ["net", "MLP_0", "Transformer_1"])
+def test_a_level_above_the_whole_model_goes_also_under_a_name_that_linen_makes(tmp_path, level, form):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params = {**_trunk(numbers), "layers": {at: numbers.dense() for at in range(2)}}
+    below = {level: worlds.linen_numbers(params)}
+    opt_state = numbers.optimizer(tx, below)
+    path = write(tmp_path, {"params": below, "opt_state": opt_state, "step": np.int32(7)})
+    check(restore(path, target_of(form, params), unexpected="ignore"), params)
+    moments = {("optimizer", "opt_state", 0, "count"): opt_state[0].count}
+    check(restore(path, training_target(params, tx)), worlds.below("model", params) | moments)
+
+
+@pytest.mark.parametrize("levels", [("MLP_0", "MLP_1"), ("MLP_0", "head")])
+def test_one_of_several_modules_is_not_taken_for_the_whole_model(tmp_path, levels):
+    numbers = Numbers()
+    stored = {level: _trunk(numbers) for level in levels}
+    refused(write(tmp_path, {"params": stored}), model_target(stored[levels[0]]), unexpected="ignore")

@@ -1,5 +1,6 @@
 """A weight comes from the leaf of its name: laws 5, 6 and 7, element by element."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
@@ -370,12 +371,16 @@ def _common_end(left: Tokens, right: Tokens) -> int:
 def _may_go(above: Tokens, below: Tokens, owner: Tokens) -> bool:
     """Tells whether what lies above a common name may differ: a level that only one side has.
 
-    A number there is a layer's, but in the name of the train state (`agent_0`), or as the model's place
-    in a tuple right below it.
+    A number there is a layer's, but in the name of the train state (`agent_0`), as the model's place in a
+    tuple right below it, or in a name that Linen makes from a module's class (`MLP_0`).
     """
     depth = len(owner) if owner == above[: len(owner)] else 0
     is_place = 0 < depth == len(above) - 1
-    if any(map(is_number, () if is_place else above[max(depth, 1) :])) or any(map(is_number, below)):
+    numbers = [] if is_place else [*filter(is_number, above[max(depth, 1) :])]
+    numbers += [
+        token for last, token in itertools.pairwise(("", *below)) if is_number(token) and last == last.lower()
+    ]
+    if numbers:
         return False
     named = [token for token in above if token not in _PLAIN and not is_number(token)]
     return not named or not [token for token in below if token not in _PLAIN]

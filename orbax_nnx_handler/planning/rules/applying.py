@@ -298,22 +298,57 @@ def _with_patterns(rule: Rule, corrected: Mapping[str, str], entries: Sequence[E
 
 
 def _alike(text: str, entries: Iterable[Entry]) -> list[tuple[Names, Entry]]:
-    """Returns the runs of segments that are most like a pattern, each with a leaf that has it, best first."""
+    """Returns the runs of segments that are most like a pattern, each with a leaf that has it, best first.
+
+    A run begins no later than the first segment that the pattern names: `d/params/l/w` for `d/l/w`, and
+    not the `l/w` that other networks have too.
+    """
     aim, numbers = _plain(text), _NUMBER.findall(_PLACE.sub("", text))
-    width = len(parse(text.replace(".", "/")))
+    parts = parse(text.replace(".", "/"))
+    width, said = len(parts), {*map(_plain, parts)} - {"#"}
     found: dict[str, tuple[Names, Entry]] = {}
-    seen: set[Names] = set()
+    seen: dict[Names, int] = {}
+    most: dict[str, int] = {}
     for entry in entries:
+        count = len(said.intersection(map(_plain, entry.whole)))
         for names in _runs(entry.whole, width):
-            if names in seen or len(seen) == _MOST_NAMES:
+            if seen.get(names, -1) >= count or len(seen) == _MOST_NAMES:
                 continue
-            seen.add(names)
+            seen[names] = count
             key = "/".join(map(_plain, names))
-            if key not in found or (numbers and _NUMBER.findall("/".join(names)) == numbers):
-                found[key] = (names, entry)
+            is_better = numbers and _NUMBER.findall("/".join(names)) == numbers
+            if count > most.get(key, -1) or (count == most[key] and is_better):
+                found[key], most[key] = (names, entry), count
     ratios = _ratios(aim, found)
-    best = sorted(ratios, key=lambda key: -ratios[key])[:_SHOWN]
-    return [found[key] for key in best if ratios[key] >= max(_ALIKE, ratios[best[0]] - 0.15)]
+    best = sorted(ratios, key=lambda key: (-ratios[key], -most[key]))[:_SHOWN]
+    kept = [found[key] for key in best if ratios[key] >= max(_ALIKE, ratios[best[0]] - 0.15)]
+    alike = [(_from_what_is_named(names, entry.whole, said), entry) for names, entry in kept]
+    return _with_levels_between([*map(_plain, parts)], numbers, entries) or alike
+
+
+def _with_levels_between(
+    parts: Sequence[str], numbers: Sequence[str], entries: Iterable[Entry]
+) -> list[tuple[Names, Entry]]:
+    """Returns the runs with all segments of a pattern and others between, shortest first: `d/params/l`."""
+    found: dict[Names, tuple[Names, Entry]] = {}
+    for entry in entries:
+        places, at = list[int](), 0
+        whole = tuple(map(_plain, entry.whole))
+        while len(places) < len(parts) and parts[len(places)] in whole[at:]:
+            places.append(whole.index(parts[len(places)], at))
+            at = places[-1] + 1
+        if 0 < len(parts) == len(places) < at - places[0]:
+            names = entry.whole[places[0] : at]
+            if whole[places[0] : at] not in found or _NUMBER.findall("/".join(names)) == numbers:
+                found[whole[places[0] : at]] = (names, entry)
+    return sorted(found.values(), key=lambda item: len(item[0]))[:_SHOWN]
+
+
+def _from_what_is_named(names: Names, whole: Names, said: Collection[str]) -> Names:
+    """Returns a run of a path's segments with those in front of it from the first that is named."""
+    start = next(at for at in range(len(whole)) if whole[at : at + len(names)] == names)
+    first = next((at for at in range(start) if _plain(whole[at]) in said), start)
+    return whole[first : start + len(names)]
 
 
 def _runs(whole: Names, width: int) -> Iterable[Names]:

@@ -139,3 +139,19 @@ def test_it_takes_no_time_at_twenty_thousand_leaves() -> None:
     print(took)
     assert took < 5
     assert message.endswith("write ('stage_{s}/layers_{i}/a', 'x/{s}/{i}').")
+
+
+@pytest.mark.parametrize("owner", ["d", "q2", "critic"])
+@pytest.mark.parametrize("end", ["l/w", "l/w/v", "l"])
+@pytest.mark.parametrize(
+    "of",
+    [lambda text: Transpose(text, (1, 0)), lambda text: Rename(text, "x/w"), lambda text: Drop(text, "no")],
+)
+def test_a_rule_for_one_of_several_networks_is_answered_with_one_for_that_network(owner, end, of):
+    entries = entries_of(
+        f"g/params/{end}", f"{owner}/params/{end}", f"{owner}/params/m/w", "g/opt_state/0/count"
+    )
+
+    text = refused(of(f"{owner}/{end}"), stored=entries)
+    assert f"nearest stored: {owner}/params/{end}" in text
+    assert f"{owner}/params/{end}'" in text.split("hint:")[1]

@@ -1,6 +1,7 @@
 """What each part does in its block, as far as names tell: query or key, up or down, which norm."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -250,8 +251,7 @@ class _Context:
             place = component(self._without_norm(part)) if place is None else place
         if place is not None:
             return place + side
-        if "out" in around and not side:
-            side = 1
+        side = side or int("out" in around)
         return END * side if side else None
 
     def _beside(self, part: ModulePart, own: set[str]) -> set[str]:
@@ -267,9 +267,8 @@ class _Context:
         return lacking[0] if is_known and len(lacking) == 1 and self._norms[part.module] == 1 else set()
 
     def _is_one_of_several(self, part: ModulePart) -> bool:
-        return any(
-            len(self._families[prefix, level.base, level.style]) > 1 for prefix, level in _prefixes(part)[-1:]
-        )
+        last = [self._families[prefix, level.base, level.style] for prefix, level in _prefixes(part)[-1:]]
+        return any(len(numbers) > 1 for numbers in last)
 
 
 def _untold(part: ModulePart) -> tuple[str, ...]:
@@ -308,14 +307,19 @@ def compare_numbers(one: NamedPart, other: NamedPart) -> Numbers:
     Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
     """
     equal, different = 0, False
-    for level, held in one.numbers:
-        for against, others in other.numbers:
-            if not _same_name(level, against):
-                continue
-            same = _same_number(level, held, against, others)
-            equal += same is True
-            different |= same is False
+    is_one = _counts_through(one, other) or _counts_through(other, one)
+    for (level, held), (against, others) in itertools.product(() if is_one else one.numbers, other.numbers):
+        same = _same_number(level, held, against, others) if _same_name(level, against) else None
+        equal += same is True
+        different |= same is False
     return Numbers(equal, different)
+
+
+def _counts_through(one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether Linen counts through on one side what the other has in lists of lists: `Conv_{0..4}`."""
+    sizes, counted = [len(held) for _, held in other.numbers], [held for _, held in one.numbers]
+    is_automatic = len(counted) == 1 < len(sizes) and one.part.levels[-1].number is not None
+    return is_automatic and are_automatic([one]) and max(sizes) < math.prod(sizes) <= len(counted[0])
 
 
 def _same_name(one: Level, other: Level) -> bool:
@@ -323,8 +327,7 @@ def _same_name(one: Level, other: Level) -> bool:
         return True
     if any(map(str.isdecimal, one.base + other.base)):
         return False  # `stage1_block0` counts blocks, not stages.
-    left, right = set(meanings(one.base)), set(meanings(other.base))
-    return bool(left) and left == right
+    return bool(said := {*meanings(one.base)}) and said == {*meanings(other.base)}
 
 
 def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:

@@ -217,3 +217,28 @@ def test_experts_in_a_list_below_the_parts_of_a_block_are_those_stacked_in_every
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+@pytest.mark.parametrize("first", [(3, 3, 4, 8), (3, 3, 8, 8)])
+def test_layers_that_linen_counts_through_are_those_of_lists_of_lists(first):
+    """IMPALA's stage: one convolution and two blocks of two, which Linen numbers from 0 to 4."""
+    stored = filled(
+        {
+            f"Stage_{at}/Conv_{number}/kernel": (3, 3, 4 if at == 0 else first[2], 8)
+            if number == 0
+            else (3, 3, 8, 8)
+            for at in range(2)
+            for number in range(5)
+        }
+    )
+    names = ["conv", "block0/conv0", "block0/conv1", "block1/conv0", "block1/conv1"]
+    expected = {
+        f"stages/{at}/{name}/kernel": stored[f"Stage_{at}/Conv_{number}/kernel"]
+        for at in range(2)
+        for number, name in enumerate(names)
+    }
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert found.questions == ()
+    check(values, expected)

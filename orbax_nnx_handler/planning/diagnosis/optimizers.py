@@ -176,6 +176,18 @@ def _network_move(
         wanted=wanted,
         stored=[item.leaf.path for item in stored],
     )
+    # Moved by itself, a network leaves behind an optimizer that no name leads to.
+    lost = [p for p in evidence.missing if p[: len(owner) - 1] == owner[:-1]]
+    lost = [p for p in lost if evidence.role(p) in ("optimizer", "step")]
+    held = [item for what in ("optimizer", "step") for item in _free(evidence, what) if item.owner == place]
+    state = dataclasses.replace(
+        move,
+        rules=[(spelled(place), spelled(owner[:-1]))],
+        wanted=[*wanted, *lost],
+        stored=[*move.stored, *(item.leaf.path for item in held)],
+    )
+    if lost and held and _are_restored(evidence, [state]):
+        return state
     return move if _are_restored(evidence, [move]) else dataclasses.replace(move, rules=whole)
 
 

@@ -276,3 +276,20 @@ def layers_numbered_from_one_below_one_name() -> Mistake:
     params = stack(Numbers(), 3, 1)
     nested = {"layers": {str(at): params[f"layers_{at}"] for at in (1, 2, 3)}, "head": params["head"]}
     return Mistake({"params": nested}, lambda: Stack(3), stack_truth(params))
+
+
+class Trainer(nnx.Module):
+    """A model, its average, and the optimizer of one of them."""
+
+    def __init__(self) -> None:
+        self.model, self.ema = Mlp(), Mlp()
+        self.optimizer = nnx.Optimizer(self.model, ADAM, wrt=nnx.Param)
+
+
+@mistake
+def a_train_state_below_a_key_beside_an_average() -> Mistake:
+    numbers = Numbers()
+    state, average = numbers.state(mlp(numbers)), mlp(numbers)
+    truth = flat(state["params"], "model") | flat(average, "ema") | {"optimizer/step": state["step"]}
+    truth |= flat(state["opt_state"], "optimizer/opt_state")
+    return Mistake({"train_state": state, "ema": {"params": average}}, Trainer, truth)

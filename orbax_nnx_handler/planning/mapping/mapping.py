@@ -36,7 +36,7 @@ from orbax_nnx_handler.planning.mapping.matches import (
     UnclearAxis,
 )
 from orbax_nnx_handler.planning.mapping.moments import FollowedMoments, MomentFollower, StuckMoment
-from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
+from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks, network_of
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates
 from orbax_nnx_handler.planning.mapping.optimizer_states import (
     OptimizerState,
@@ -191,7 +191,7 @@ def map_leaves(
     optimizers: list[StoredStates] = []
     followed: list[FollowedMoments] = []
     for pair_wanted, pair_stored in pairs:
-        network = _network_of(pair_wanted, pair_stored, networks, entries)
+        network = network_of(pair_wanted, pair_stored, networks, entries)
         own = _weights_of(pair_stored, original, network)
         here, there = _levels(pair_wanted, pair_stored, own, network)
         parameters = {} if network is None else _parameters(network, () if virtual else here, bool(virtual))
@@ -276,39 +276,6 @@ def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: S
         (item.tokens for item in of_role(wanted, "model")),
         ((*entry.owner, *entry.tokens) for entry in entries if entry.section == "model"),
     )
-
-
-def _network_of(
-    wanted: WantedOptimizer, stored: StoredOptimizer, networks: Sequence[Matched], entries: Sequence[Entry]
-) -> Matched | None:
-    """Returns the network whose moments an optimizer holds: that of its train state.
-
-    Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments have;
-    of several with the same names, the one that the target has the optimizer beside.
-    """
-    whole = [item for item in networks if item.network.only in (None, "params")]
-    # What rules call its weights, if they have taken the optimizer along.
-    renamed = {
-        entry.owner
-        for entry in entries
-        if entry.named and entry.placed is not None and canonical(entry.placed.owner) in stored.models
-    }
-    moved = [item for item in whole if item.network.owner in renamed]
-    moved = [item for item in moved if stored.owner[: len(item.network.owner)] == item.network.owner]
-    # A network that rules have renamed is none of these, and the first of the others is another one.
-    own = moved or [item for item in whole if item.network.owner in stored.models] or whole
-    if len(own) < 2:
-        return next(iter(own), None)
-    ends = [{item.tokens[at:] for at in range(len(item.tokens))} for item in wanted.leaves]
-
-    above = wanted.owner[:-1]
-
-    def moments(network: Matched) -> tuple[int, bool]:
-        names = set(network.names.values())
-        beside = all(item.tokens[: len(above)] == above for item in network.weights)
-        return sum(not names.isdisjoint(tails) for tails in ends), beside
-
-    return max(own, key=moments)
 
 
 def _weights_of(

@@ -133,7 +133,7 @@ def under_rules(
         RuleError: A rule does not fit a leaf, or matches none.
     """
     as_stored = every_entry(placements)
-    applied = apply_rules(as_stored, rules)
+    applied = _as_target_spells(apply_rules(as_stored, rules), wanted)
     distinct = {item.owner for item in placements if item.section in _FIELDS}
     if len(distinct) < 2 or () in distinct:
         return placements, as_stored, applied  # Nearly every checkpoint.
@@ -152,7 +152,80 @@ def under_rules(
         return placements, as_stored, applied
     placements = _moved(placements, here, there)
     as_stored = every_entry(placements)
-    return placements, as_stored, apply_rules(as_stored, rules)
+    return placements, as_stored, _as_target_spells(apply_rules(as_stored, rules), wanted)
+
+
+def _as_target_spells(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesApplied:
+    """Returns the entries with networks of their own for weights that rules call as the target spells them.
+
+    `("params", "model/backbone")` names no collection; what it names is a network as much as
+    `("params", "model/params/backbone")` does.
+    """
+    parts: dict[tuple[Path, str], list[Entry]] = defaultdict(list)
+    for entry in applied.entries if applied.made else ():
+        placed = entry.placed if entry.section == "model" else None
+        if placed is not None and placed.collection is not None:
+            parts[placed.owner, placed.collection].append(entry)
+    parts = {part: entries for part, entries in parts.items() if all(map(_names_no_collection, entries))}
+    if not parts:
+        return applied
+    moved = {id(entry) for entries in parts.values() for entry in entries}
+    others = [entry.tokens for entry in applied.entries if id(entry) not in moved]
+    weights = [item.tokens for item in of_role(wanted, "model")]
+    moments = [item.tokens for item in of_role(wanted, "optimizer")]
+    above: dict[int, int] = {}
+    for entries in parts.values():
+        depth = min(_shared_depth(entries), _depth_of_model(entries, moments))
+        level = canonical(entries[0].segments[:depth])
+        # A module that holds other leaves too is a part of their network.
+        if level and _begin(weights, level) and not _begin(others, level):
+            above |= dict.fromkeys(map(id, entries), depth)
+    entries = [
+        _in_network(entry, above[id(entry)]) if id(entry) in above else entry for entry in applied.entries
+    ]
+    return dataclasses.replace(applied, entries=entries)
+
+
+def _names_no_collection(entry: Entry) -> bool:
+    return entry.named and not entry.prefix and not entry.owner
+
+
+def _begin(paths: Iterable[Tokens], level: Tokens) -> bool:
+    return any(path[: len(level)] == level for path in paths)
+
+
+def _in_network(entry: Entry, depth: int) -> Entry:
+    names = entry.segments
+    return dataclasses.replace(
+        entry, prefix=names[:depth], segments=names[depth:], owner=canonical(names[:depth])
+    )
+
+
+def _shared_depth(entries: Sequence[Entry]) -> int:
+    """Returns how many levels lie above all entries; names of layers, and their numbers, are none."""
+    first = entries[0].segments
+    same = [all(entry.segments[at : at + 1] == (name,) for entry in entries) for at, name in enumerate(first)]
+    depth = (*same[:-1], False).index(False)
+    while depth and any(is_number(canonical(entry.segments[: depth + 1])[-1]) for entry in entries):
+        depth -= 1
+    return depth
+
+
+def _depth_of_model(entries: Sequence[Entry], moments: Sequence[Tokens]) -> int:
+    """Returns how many levels lie above the model that moments have been made for, as their paths tell."""
+    names = min((entry.segments for entry in entries), key=len)
+    return next(
+        (
+            at
+            for at in range(len(names))
+            if any(_ends_in(moment, canonical(names[at:])) for moment in moments)
+        ),
+        len(names),
+    )
+
+
+def _ends_in(path: Tokens, end: Tokens) -> bool:
+    return path[-len(end) :] == end
 
 
 def _below_level(entry: Entry, here: Tokens, there: Tokens, placed: Mapping[Path, Placement]) -> Entry:

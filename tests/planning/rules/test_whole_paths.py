@@ -224,3 +224,73 @@ def test_a_pattern_is_no_part_of_a_segment() -> None:
 
     with pytest.raises(UnusedRuleError):
         planned(lambda: {"model": Model()}, stored, ("param", "model"))
+
+
+class Wrapped(nnx.Module):
+    def __init__(self) -> None:
+        self.online, self.other = Model(), Model()
+
+
+RULES_AS_THE_TARGET_SPELLS_THEM = [
+    [("params", "model/online")],
+    [("params/up", "model/online/up"), ("params/down", "model/online/down")],
+    [("params", "model/online/params")],
+]
+
+
+@pytest.mark.parametrize("rules", RULES_AS_THE_TARGET_SPELLS_THEM)
+@pytest.mark.parametrize("trained", ["online", "model"])
+def test_moments_follow_weights_that_a_rule_calls_as_the_target_spells_them(rules: Any, trained: str) -> None:
+    numbers = Numbers()
+    stored = numbers.train_state() | {"target_params": numbers.model()}
+
+    def target() -> Any:
+        model = Wrapped()
+        if trained == "model":
+            del model.other
+            return {"model": model, "optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)}
+        return {"model": model, "optimizer": optimizer(model.online)}
+
+    copy = ("target_params", "model/other") if trained == "online" else Drop("target_params", "not wanted")
+    _, values = planned(target, stored, *rules, copy)
+
+    assert_below(values, "model/online", stored["params"])
+    if trained == "online":
+        assert_below(values, "model/other", stored["target_params"])
+    above = "optimizer/opt_state/0"
+    for name in ("mu", "nu"):
+        at = f"{above}/{name}" if trained == "online" else f"{above}/{name}/online"
+        assert_below(values, at, stored["opt_state"][0][name])
+
+
+@pytest.mark.parametrize("name", ["a_copy", "z_copy"])
+def test_a_copy_that_a_rule_names_leaves_each_network_its_optimizer(name: str) -> None:
+    numbers = Numbers()
+    stored = {part: numbers.train_state() for part in ("actor", "critic")}
+    stored["critic"]["target_params"] = numbers.model()
+
+    def target() -> Any:
+        states = {part: Model() for part in ("actor", "critic")}
+        trained = {part: {"model": model, "optimizer": optimizer(model)} for part, model in states.items()}
+        return trained | {name: Model()}
+
+    _, values = planned(target, stored, ("critic/target_params", name))
+
+    assert_below(values, name, stored["critic"]["target_params"])
+    for part in ("actor", "critic"):
+        assert_below(values, f"{part}/model", stored[part]["params"])
+        assert_below(values, f"{part}/optimizer/opt_state/0/mu", stored[part]["opt_state"][0]["mu"])
+
+
+@pytest.mark.parametrize("end", ["", "/params"])
+def test_a_model_that_is_a_copy_now_is_not_lent_the_moments_of_the_weights(end: str) -> None:
+    numbers = Numbers()
+    stored = numbers.train_state() | {"ema_params": numbers.model()}
+
+    def target() -> Any:
+        model = Model()
+        return {"ema": Model(), "model": model, "optimizer": optimizer(model)}
+
+    plan = plan_of(nnx.eval_shape(target), stored, [("params", f"ema{end}"), ("ema_params", f"model{end}")])
+
+    assert {path[0] for path in plan.missing} == {"optimizer"}

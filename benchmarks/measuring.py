@@ -101,14 +101,16 @@ def interleaved(
 ) -> dict[str, list[Row]]:
     """Runs every contestant once per round, so that a slow minute of the machine hits all alike.
 
-    Each trial has a process of its own, except for toys, of which only the values count.
+    Every other round goes backwards: what one trial leaves to the next, as pages still to be written, is
+    not always left to the same one. Each trial has a process of its own, except for toys, of which only the
+    values count.
     """
     wanted = [{**settings, "contestant": name} for name in contestants]
     if toy:
         return {name: [row] for name, row in zip(contestants, trials(wanted, toy=True), strict=True)}
     found: dict[str, list[Row]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for each in wanted:
+    for number in range(rounds):
+        for each in wanted[:: -1 if number % 2 else 1]:
             if cache == "cold":
                 _forget(pathlib.Path(settings["path"]))
             found[each["contestant"]] += trials([each])
@@ -130,19 +132,27 @@ def summary(model: Model, trials: Sequence[Row]) -> Row:
     }
 
 
-def with_ratios(rows: Mapping[str, Row], reference: str) -> dict[str, Row]:
-    """Adds each contestant's time over the reference's, and the range that the spread allows."""
-    base = rows[reference]
-    return {
-        name: {
-            **row,
-            f"x {reference}": row["seconds"] / base["seconds"],
-            f"x {reference}, from-to": [row["fastest"] / base["slowest"], row["slowest"] / base["fastest"]],
-            # On a machine with other work to do, processor time is the fairer figure.
-            f"cpu x {reference}": row["cpu_seconds"] / base["cpu_seconds"],
-        }
-        for name, row in rows.items()
-    }
+def compared(model: Model, found: Mapping[str, Sequence[Row]], *references: str) -> dict[str, Row]:
+    """Returns each contestant's summary, and its time over that of each reference that took part.
+
+    A ratio is the median of those of the rounds: within a round all meet the same machine, while two medians
+    may come from two different minutes of it.
+    """
+    rows = {name: summary(model, trials) for name, trials in found.items()}
+    for name, trials in found.items():
+        for reference in references:
+            rounds = list(zip(trials, found.get(reference, ()), strict=False))
+            if rounds:
+                ratios = [own["seconds"] / other["seconds"] for own, other in rounds]
+                rows[name] |= {
+                    f"x {reference}": statistics.median(ratios),
+                    f"x {reference}, from-to": [min(ratios), max(ratios)],
+                    # On a machine with other work to do, processor time is the fairer figure.
+                    f"cpu x {reference}": statistics.median(
+                        own["cpu_seconds"] / other["cpu_seconds"] for own, other in rounds
+                    ),
+                }
+    return rows
 
 
 def command(*words: str) -> list[str]:

@@ -12,13 +12,12 @@ from benchmarks.measuring import (
     Cache,
     Row,
     arguments,
+    compared,
     earlier,
     interleaved,
     report,
     settings_of,
-    summary,
     table,
-    with_ratios,
 )
 from benchmarks.models import Model, sized, write
 
@@ -108,11 +107,7 @@ def run(case: Case, rounds: int, scratch: object, *, toy: bool) -> dict[str, Row
     path = write(case.model, scratch)  # type: ignore[arg-type]
     settings = settings_of(case.model, path, placement=case.placement, devices=case.devices)
     trials = interleaved(case.contestants, min(rounds, case.rounds), settings, case.cache, toy=toy)
-    rows = {name: summary(case.model, found) for name, found in trials.items()}
-    for reference in ("orbax", "tensorstore"):
-        if reference in rows:
-            rows = with_ratios(rows, reference)
-    return rows
+    return compared(case.model, trials, "orbax", "tensorstore")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Saves against the parent handler's: `python -m benchmarks.save`."""
 
-from benchmarks.measuring import arguments, interleaved, report, settings_of, summary, table, with_ratios
+from benchmarks.measuring import arguments, compared, interleaved, report, settings_of, table
 from benchmarks.models import sized, write
 
 
@@ -18,7 +18,7 @@ def main() -> None:
         ):
             settings = settings_of(model, path)
             found = interleaved([ours, parents], options.rounds, settings, toy=options.toy)
-            rows = with_ratios({name: summary(model, trials) for name, trials in found.items()}, parents)
+            rows = compared(model, found, parents)
             results[f"{model.leaves} leaves{what}"] = rows
             heading = f"**{model.leaves} leaves{what}**, {model.nbytes / 1e9:.3g} GB"
             tables[heading] = table({"": name, **row} for name, row in rows.items())

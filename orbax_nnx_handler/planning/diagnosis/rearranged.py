@@ -79,15 +79,17 @@ def find_permuted(evidence: Evidence) -> Iterable[Cause]:
     way = _pass(rules, after=f"{exchange}{condition}.")
     if untold := _untold(evidence, shapes, others):
         # Which it is, no rule to paste may say.
-        more = [Transpose(pattern, order) for pattern, order in _patterns(evidence, untold)]
+        also = [Transpose(pattern, order) for pattern, order in _patterns(evidence, untold)]
         names = list_paths(_paths(untold))
         doubt = f"{names} may be stored so too, its shape is the same either way, and only its writer knows"
-        too = f": then pass {as_python(more)} as well" if len(more) <= _RULES else ""
-        way = Hint(f"{way.words} {doubt}{too}.")
+        then = f": then pass {as_python(also)} as well" if len(also) <= _RULES else ""
+        way = Hint(f"{way.words} {doubt}{then}.")
+    more = counted(len(paths) - len(wrong), "weight", "weights") if len(paths) > len(wrong) else ""
+    too = f", and {more} of their stack with them, shaped alike either way" if more else ""
     yield Cause(
         kind="AxesPermuted",
         text=f"{counted(len(wrong), 'weight is', 'weights are')} stored with the axes in another order "
-        f"({first.stored_shape} for {first.wanted.shape}){other}.",
+        f"({first.stored_shape} for {first.wanted.shape}){too}{other}.",
         paths=evidence.with_moments(paths),
         way=way,
         facts={"stored": first.stored_shape, "wanted": first.wanted.shape, "swapped": swapped},

@@ -475,3 +475,25 @@ def test_a_target_below_a_level_called_after_averages_is_never_given_the_raw_wei
     assert suggest(path, target).renames == ()
     if beside is not None:
         check(restore(path, target, **error.hints[0].arguments)[level], averages)
+
+
+@pytest.mark.parametrize("key", ["batch_stats", "model_state", "stats", "old_stats", "ema_state"])
+@pytest.mark.parametrize("with_optimizer", [False, True])
+def test_the_parts_that_split_gives_are_their_types_collections_whatever_their_keys(
+    tmp_path, key, with_optimizer
+):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    params = {"dense": numbers.dense(), "norm": {"scale": numbers(4)}}
+    stats = {"norm": {"mean": numbers(4), "var": numbers(4)}}
+    stored = {"params": params, "batch_stats": stats}
+    if with_optimizer:
+        stored |= {"opt_state": numbers.optimizer(tx, params), "step": np.int32(7)}
+    model = worlds.model_target({"dense": params["dense"], "norm": params["norm"] | stats["norm"]})
+    _, weights, rest = nnx.split(model, nnx.Param, ...)
+    path, target = write(tmp_path, stored), {"params": weights, key: rest}
+    if key in ("old_stats", "ema_state"):
+        refused(path, target, unexpected="ignore")
+        return
+    result = restore(path, target, unexpected="ignore")
+    check(result["params"], params)
+    check(result[key], stats)

@@ -11,7 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
-from orbax_nnx_handler.planning.layouts.layout import Layout, holds_no_weights, is_copy_level, words_of
+from orbax_nnx_handler.planning.layouts.layout import (
+    Layout,
+    holds_no_weights,
+    is_copy_beside,
+    is_copy_level,
+    words_of,
+)
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import is_wrapper_value
 from orbax_nnx_handler.planning.mapping.matches import (
     SAME_PATH,
@@ -277,6 +283,7 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
         if not any(key[:1] in heads for key in names[alone]):
             # Nearly every target: its paths name no collection.
             return {Network(owner=alone): {item.leaf.path: item.tokens for item in left}}
+    levels = _levels_of_types(left, names.get(alone, {}) if alone is not None else {})
     for item in left:
         tokens = item.tokens
         owner = owner_of(tokens, owners) if owners else None
@@ -286,6 +293,8 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
         if owner is not None:
             tokens = tokens[len(owner) :]
         only = _named_collection(tokens, names[place])
+        if only is None and owner is None and tokens[:1] in levels:
+            tokens = tokens[1:]
         if only is not None and is_wrapper_value(item.leaf.path) and tokens == canonical(item.leaf.path[-2:]):
             only = None
         if only is not None:
@@ -295,6 +304,22 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
     return {
         Network(owner=owner, only=only, named=named): paths for (owner, only, named), paths in found.items()
     }
+
+
+def _levels_of_types(wanted: Sequence[Wanted], names: Mapping[Tokens, str]) -> set[Tokens]:
+    """Returns the keys beside `params` that hold all of one collection, and nothing else, by their types.
+
+    What `nnx.split` gives is kept so: `{"params": ..., "model_state": ...}`.
+    """
+    held: dict[Tokens, set[str | None]] = defaultdict(set)
+    for item in wanted:
+        held[item.tokens[:1]].add(item.collection)
+    if held.get(("params",)) != {"params"}:
+        return set()
+    stored = {*names.values()}
+    alone = [key for key, kinds in held.items() if len(kinds) == 1 and key not in names and kinds <= stored]
+    alone = [key for key in alone if not is_copy_beside(key[0], "")]
+    return {key for key in alone if [kinds for kinds in held.values() if kinds & held[key]] == [held[key]]}
 
 
 def _named_collection(tokens: Tokens, names: Mapping[Tokens, str]) -> str | None:

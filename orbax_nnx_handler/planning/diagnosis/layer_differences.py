@@ -19,17 +19,15 @@ from orbax_nnx_handler.planning.core.paths import (
 )
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
-from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, selecting
+from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, selecting
 from orbax_nnx_handler.planning.mapping.layer_paths import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.rules import UnstackLayers
 
 
 def find_layer_counts(evidence: Evidence) -> Iterable[Cause]:
     """Yields groups of layers whose number differs, and those with holes."""
-    yield from _flat_groups(evidence)
-    yield from _partial_stacks(evidence)
-    yield from _surplus(evidence)
-    yield from _stacked_groups(evidence)
+    for find in (_flat_groups, _partial_stacks, _surplus, _stacked_groups):
+        yield from (leaving_out(evidence, cause) for cause in find(evidence))
 
 
 def _flat_groups(evidence: Evidence) -> Iterable[Cause]:

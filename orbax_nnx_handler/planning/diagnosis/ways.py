@@ -14,11 +14,14 @@ from typing import Any, cast
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.errors import Cause, Hint, fill_hint
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python, fill_hint
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
+from orbax_nnx_handler.planning.mapping.layer_paths import layer_paths
 from orbax_nnx_handler.planning.options import Policy
+from orbax_nnx_handler.planning.rules import Drop, UnstackLayers
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
@@ -90,7 +93,7 @@ def weights_alone(evidence: Evidence) -> str:
 
 _ABSENT = frozenset(("NoOptimizer", "OtherOptimizer", "OptimizerNested", "MomentsStay"))
 """Causes of an optimizer, whose way out is to leave it aside."""
-_NO_MORE = frozenset(("OtherOutput", "RandomLayout"))
+_NO_MORE = frozenset(("OtherOutput", "RandomLayout", "LayerCount"))
 """Causes whose rules restore no more weights than without them."""
 
 
@@ -336,3 +339,54 @@ def _holds(names: Sequence[str], end: Sequence[str]) -> bool:
     return any(
         _numberless(names[at : at + len(end)]) == tuple(end) for at in range(len(names) - len(end) + 1)
     )
+
+
+def leaving_out(evidence: Evidence, cause: Cause) -> Cause:
+    """Returns the cause with rules under which surplus layers are left behind, where it is about such."""
+    if cause.kind != "LayerCount" or cause.facts["stored"] <= cause.facts["wanted"]:
+        return cause
+    stored, wanted = cause.facts["stored"], cause.facts["wanted"]
+    seats = [
+        (path, seat)
+        for path, item in evidence.stored_weights.items()
+        for seat in layer_paths(evidence.stored_below(item))
+        if spell((*seat.group.parent, seat.group.name)) == cause.facts["group"]
+    ]
+    flat, stacks = ([(p, seat) for p, seat in seats if seat.form == form] for form in ("flat", "stacked"))
+    unstack: list[list[Rule]] = [[]]
+    if flat:
+        path, seat = flat[0]
+        pattern = layer_pattern(evidence, path, (*seat.group.parent, seat.group.name))
+    elif stacks:
+        path, seat = stacks[0]
+        whole = "/".join(segments(path)[: -len(segments(seat.rest))])
+        axes = set[int].intersection(*(_axes_of(evidence.shape(each), stored) for each, _ in stacks))
+        pattern = f"{whole}_{{}}"
+        unstack = [[UnstackLayers(whole, f"{whole}_{{i}}", axis=axis)] for axis in sorted(axes)]
+    else:
+        return cause
+    reason = f"the target has {wanted}"
+    drops = [Drop(pattern.replace("{}", str(at)), reason) for at in range(wanted, stored)]
+    told = f'*[Drop(f"{pattern.replace("{}", "{i}")}", "{reason}") for i in range({wanted}, {stored})]'
+    told = as_python(drops[0]) if len(drops) == 1 else told
+    fitting = [rules for rules in unstack if _leaves_out(evidence, [*rules, *drops])]
+    if len(fitting) != 1:
+        return cause
+    rules = fitting[0]
+    shown = ", ".join([*map(as_python, rules), told])
+    words = f"{cause.way.words.removesuffix('.')}; or, if the first {wanted} are all that you want, pass "
+    return dataclasses.replace(cause, way=Hint(f"{words}renames=[{shown}].", {"renames": [*rules, *drops]}))
+
+
+def _axes_of(shape: Shape, size: int) -> set[int]:
+    return {axis for axis, length in enumerate(shape) if length == size}
+
+
+def _leaves_out(evidence: Evidence, rules: Sequence[Rule]) -> bool:
+    """Tells whether rules restore what is restored without them, and more where something does not fit."""
+    if not evidence.is_searched:
+        return False
+    before, found = evidence.restored, evidence.restored_under([*evidence.verdict.renames, *rules])
+    if found is None or not before.keys() <= found.keys():
+        return False
+    return len(found) > len(before) or not (evidence.mismatched or evidence.missing)

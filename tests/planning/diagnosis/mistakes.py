@@ -293,3 +293,50 @@ def a_train_state_below_a_key_beside_an_average() -> Mistake:
     truth = flat(state["params"], "model") | flat(average, "ema") | {"optimizer/step": state["step"]}
     truth |= flat(state["opt_state"], "optimizer/opt_state")
     return Mistake({"train_state": state, "ema": {"params": average}}, Trainer, truth)
+
+
+def more_layers(*, scanned: tuple[bool, bool], options: Mapping[str, Any] | None = None) -> Mistake:
+    """Five stored layers where three are wanted, each side one by one or stacked."""
+    numbers = Numbers()
+    params = stack(numbers, 5)
+
+    def held(tree: Mapping[str, Any]) -> dict[str, Any]:
+        layers = [tree[f"layers_{at}"] for at in range(5)]
+        return {"layers": jax.tree.map(lambda *each: np.stack(each), *layers), "head": tree["head"]}
+
+    state = numbers.state(params)
+    adam = state["opt_state"][0]
+    every = {"": params, "optimizer/opt_state/0/mu/": adam.mu, "optimizer/opt_state/0/nu/": adam.nu}
+    truth: dict[str, Any] = {}
+    for at, tree in every.items():
+        kept = {name: tree[name] for name in ("layers_0", "layers_1", "layers_2", "head")}
+        truth |= stack_truth(kept, scanned=scanned[1], at=at or "model/")
+    if scanned[0]:
+        moments = adam._replace(mu=held(adam.mu), nu=held(adam.nu))
+        state |= {"params": held(params), "opt_state": (moments, *state["opt_state"][1:])}
+
+    def make() -> dict[str, Any]:
+        network = Stack(3, scanned=scanned[1])
+        return {"model": network, "optimizer": optimizer(network)}
+
+    return Mistake(state, make, truth, options or {})
+
+
+@mistake
+def more_layers_one_by_one_that_nothing_may_be_left_of() -> Mistake:
+    return more_layers(scanned=(False, False), options={"unexpected": "error"})
+
+
+@mistake
+def more_layers_one_by_one_than_a_stack_holds() -> Mistake:
+    return more_layers(scanned=(False, True))
+
+
+@mistake
+def more_stacked_layers_than_single_ones() -> Mistake:
+    return more_layers(scanned=(True, False))
+
+
+@mistake
+def more_stacked_layers_than_a_stack_holds() -> Mistake:
+    return more_layers(scanned=(True, True))

@@ -32,7 +32,6 @@ from tests.planning.models import model, plan
 NAMES = {name: getattr(orbax_nnx_handler, name) for name in orbax_nnx_handler.__all__} | {"nnx": nnx}
 FOR_A_PERSON = {
     "fewer_scanned_layers": "restore into a model with 4 layers",
-    "more_scanned_layers": "restore into a model with 6 layers",
     "hole_in_the_layers": "restore another step",
     "scanned_and_wider": "correct the sizes first",
     "other_width": "build the target",

@@ -11,11 +11,17 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number
-from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_level
-from orbax_nnx_handler.planning.mapping.roots import named_levels, strip
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments
+from orbax_nnx_handler.planning.layouts.layout import (
+    FLAX_COLLECTIONS,
+    Placement,
+    Section,
+    is_copy_beside,
+    is_copy_level,
+)
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, named_levels, strip
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules
-from orbax_nnx_handler.planning.rules.entries import Entry, every_entry
+from orbax_nnx_handler.planning.rules.entries import OPT_STATE, Entry, every_entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
 
 
@@ -133,7 +139,11 @@ def under_rules(
         RuleError: A rule does not fit a leaf, or matches none.
     """
     as_stored = every_entry(placements)
-    applied = _as_target_spells(apply_rules(as_stored, rules), wanted)
+    applied = apply_rules(as_stored, rules)
+    if (fields := _fields_of_networks(placements, applied, wanted)) is not placements:
+        placements, as_stored = fields, every_entry(fields)
+        applied = apply_rules(as_stored, rules)
+    applied = _as_target_spells(applied, wanted)
     distinct = {item.owner for item in placements if item.section in _FIELDS}
     if len(distinct) < 2 or () in distinct:
         return placements, as_stored, applied  # Nearly every checkpoint.
@@ -153,6 +163,67 @@ def under_rules(
     placements = _moved(placements, here, there)
     as_stored = every_entry(placements)
     return placements, as_stored, _as_target_spells(apply_rules(as_stored, rules), wanted)
+
+
+def _fields_of_networks(
+    placements: Sequence[Placement], applied: RulesApplied, wanted: Sequence[Wanted]
+) -> Sequence[Placement]:
+    """Returns the placements with fields of no train state as parts of the one that rules put them in.
+
+    `("gen_opt_state", "gen/opt_state")` makes an optimizer of what no layout knows as one, and the weights
+    and the step that rules put beside it are its own.
+    """
+    moved = [entry for entry in applied.entries if entry.named and entry.section in ("model", "other")]
+    moved = [entry for entry in moved if entry.placed is not None and len(entry.sources) == 1]
+    found: dict[Path, tuple[Section, str | None, Path]] = {}
+    networks = {entry.prefix[:-1] for entry in applied.entries if entry.section == "model" and entry.prefix}
+    # Beside the attribute that holds the optimizer lies what it trains.
+    networks |= {segments(item.owner[:-1]) for item in of_role(wanted, "optimizer")}
+    for entry in moved:
+        names = entry.whole
+        if OPT_STATE in names[:-1] and OPT_STATE not in entry.sources[0]:
+            above = names[: names.index(OPT_STATE)]
+            own = (above[:at] for at in range(len(above), 0, -1) if above[:at] in networks)
+            if field := _without_end(entry.sources[0], names[len(above) + 1 :]):
+                found[field] = ("optimizer", None, next(own, above))
+    trained = {owner for _, _, owner in found.values()}
+    for entry in moved if found else ():
+        names, path = entry.whole, entry.sources[0]
+        depth = max((len(owner) for owner in trained if names[: len(owner)] == owner), default=0)
+        if not depth or OPT_STATE in names:
+            continue
+        if names[-1] == "step" and not entry.shape:
+            found[path] = ("step", None, names[:depth])
+        elif (field := _without_end(path, names[depth + 1 :])) and (own := _collection(field, names[depth])):
+            found[field] = ("model", own, names[:depth])
+    return [_in_field(item, found) for item in placements] if found else placements
+
+
+def _collection(field: Path, level: str) -> str | None:
+    """Returns the collection that a field is in a network; None for a copy, and where no name tells it.
+
+    A level that names nothing (`gen/model`) leaves that to the field: `gen_batch_stats`.
+    """
+    name = f"_{field[-1]}"
+    ends = (end for end in FLAX_COLLECTIONS if level in PLAIN_LEVELS and name.endswith(f"_{end}"))
+    own = level if level in FLAX_COLLECTIONS else next(ends, None)
+    return None if own is None or any(is_copy_beside(str(key), own) for key in field) else own
+
+
+def _without_end(path: Path, end: Path) -> Path:
+    """Returns the keys of a stored path above its last ones, or nothing where they are not at its end."""
+    return path[: -len(end)] if segments(path[-len(end) :]) == end else ()
+
+
+def _in_field(item: Placement, found: Mapping[Path, tuple[Section, str | None, Path]]) -> Placement:
+    path = item.leaf.path
+    field = next((path[:at] for at in range(len(path), 0, -1) if path[:at] in found), None)
+    if field is None:
+        return item
+    section, collection, owner = found[field]
+    return dataclasses.replace(
+        item, section=section, collection=collection, owner=owner, path=path[len(field) :] or path
+    )
 
 
 def _as_target_spells(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesApplied:
@@ -176,7 +247,7 @@ def _as_target_spells(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesA
     above: dict[int, int] = {}
     for entries in parts.values():
         depth = min(_shared_depth(entries), _depth_of_model(entries, moments))
-        level = canonical(entries[0].segments[:depth])
+        level = canonical(entries[0].whole[:depth])
         # A module that holds other leaves too is a part of their network.
         if level and _begin(weights, level) and not _begin(others, level):
             above |= dict.fromkeys(map(id, entries), depth)
@@ -187,7 +258,7 @@ def _as_target_spells(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesA
 
 
 def _names_no_collection(entry: Entry) -> bool:
-    return entry.named and not entry.prefix and not entry.owner
+    return entry.named and entry.owner == canonical(entry.prefix)
 
 
 def _begin(paths: Iterable[Tokens], level: Tokens) -> bool:
@@ -195,7 +266,7 @@ def _begin(paths: Iterable[Tokens], level: Tokens) -> bool:
 
 
 def _in_network(entry: Entry, depth: int) -> Entry:
-    names = entry.segments
+    names = entry.whole
     return dataclasses.replace(
         entry, prefix=names[:depth], segments=names[depth:], owner=canonical(names[:depth])
     )
@@ -203,17 +274,17 @@ def _in_network(entry: Entry, depth: int) -> Entry:
 
 def _shared_depth(entries: Sequence[Entry]) -> int:
     """Returns how many levels lie above all entries; names of layers, and their numbers, are none."""
-    first = entries[0].segments
-    same = [all(entry.segments[at : at + 1] == (name,) for entry in entries) for at, name in enumerate(first)]
+    first = entries[0].whole
+    same = [all(entry.whole[at : at + 1] == (name,) for entry in entries) for at, name in enumerate(first)]
     depth = (*same[:-1], False).index(False)
-    while depth and any(is_number(canonical(entry.segments[: depth + 1])[-1]) for entry in entries):
+    while depth and any(is_number(canonical(entry.whole[: depth + 1])[-1]) for entry in entries):
         depth -= 1
     return depth
 
 
 def _depth_of_model(entries: Sequence[Entry], moments: Sequence[Tokens]) -> int:
     """Returns how many levels lie above the model that moments have been made for, as their paths tell."""
-    names = min((entry.segments for entry in entries), key=len)
+    names = min((entry.whole for entry in entries), key=len)
     return next(
         (
             at

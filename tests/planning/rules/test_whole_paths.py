@@ -294,3 +294,76 @@ def test_a_model_that_is_a_copy_now_is_not_lent_the_moments_of_the_weights(end: 
     plan = plan_of(nnx.eval_shape(target), stored, [("params", f"ema{end}"), ("ema_params", f"model{end}")])
 
     assert {path[0] for path in plan.missing} == {"optimizer"}
+
+
+FIELDS_INTO_NETWORKS = {
+    "as the fields of a train state": ("params", "opt_state", "step"),
+    "as the target spells them": ("model", "optimizer/opt_state", "optimizer/step"),
+}
+
+
+@pytest.mark.parametrize("ends", FIELDS_INTO_NETWORKS.values(), ids=FIELDS_INTO_NETWORKS)
+def test_fields_beside_a_train_state_below_a_key_become_the_network_that_rules_make_of_them(
+    ends: Any,
+) -> None:
+    numbers = Numbers()
+    outer = numbers.train_state()
+    stored = {"inner": numbers.train_state()} | {f"outer_{field}": part for field, part in outer.items()}
+    rules = [(f"outer_{field}", f"outer/{end}") for field, end in zip(outer, ends, strict=True)]
+
+    def target() -> Any:
+        models = {name: Model() for name in ("inner", "outer")}
+        return {name: {"model": model, "optimizer": optimizer(model)} for name, model in models.items()}
+
+    _, values = planned(target, stored, *rules)
+
+    for name, state in (("inner", stored["inner"]), ("outer", outer)):
+        assert_below(values, f"{name}/model", state["params"])
+        for moment in ("mu", "nu"):
+            assert_below(values, f"{name}/optimizer/opt_state/0/{moment}", state["opt_state"][0][moment])
+        assert values[f"{name}/optimizer/step"] == state["step"]
+
+
+PARTS_INTO_NETWORKS = ["opt_state", "optimizer/opt_state"]
+
+
+@pytest.mark.parametrize("model", ["params", "model"])
+@pytest.mark.parametrize("end", PARTS_INTO_NETWORKS)
+def test_optimizers_of_parts_beside_one_params_go_where_rules_take_their_parts(model: str, end: str) -> None:
+    numbers = Numbers()
+    states = {name: numbers.train_state() for name in ("gen", "disc")}
+    stored = {"params": {name: state["params"] for name, state in states.items()}, "step": np.int32(3)}
+    stored |= {f"{name}_opt_state": state["opt_state"] for name, state in states.items()}
+    rules: list[Any] = [(f"params/{name}", f"{name}/{model}") for name in states]
+    rules += [(f"{name}_opt_state", f"{name}/{end}") for name in states]
+
+    def target() -> Any:
+        models = {name: Model() for name in states}
+        chains = {name: optimizer(model).opt_state for name, model in models.items()}
+        return {name: {"model": models[name], "optimizer": {"opt_state": chains[name]}} for name in states}
+
+    _, values = planned(target, stored, *rules, Drop("step", "counted anew"))
+
+    for name, state in states.items():
+        assert_below(values, f"{name}/model", state["params"])
+        for moment in ("mu", "nu"):
+            assert_below(values, f"{name}/optimizer/opt_state/0/{moment}", state["opt_state"][0][moment])
+
+
+def test_a_copy_that_rules_make_a_network_is_not_lent_the_moments_of_an_optimizer_beside_it() -> None:
+    numbers = Numbers()
+    stored = {"inner": numbers.train_state(), "outer_params": numbers.model(), "ema_params": numbers.model()}
+    stored["outer_opt_state"] = numbers.train_state()["opt_state"]
+    rules = [("outer_opt_state", "outer/opt_state"), ("ema_params", "outer/params")]
+
+    def target() -> Any:
+        models = {name: Model() for name in ("inner", "outer")}
+        return {name: {"model": model, "optimizer": optimizer(model)} for name, model in models.items()}
+
+    plan = plan_of(nnx.eval_shape(target), stored, rules)
+
+    assert {path for path in plan.missing if "mu" in path} == {
+        ("outer", "optimizer", "opt_state", 0, "mu", module, name)
+        for module in SHAPES
+        for name in SHAPES[module]
+    }

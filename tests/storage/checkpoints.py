@@ -75,7 +75,9 @@ def as_remote(checkpoint, *, listed):
     """The same checkpoint as if its store were behind a network."""
     stores = {id(array.store): array.store for array in checkpoint.arrays.values()}
     remote = {
-        number: dataclasses.replace(store, local=False, catalog=store.catalog if listed else None)
+        number: dataclasses.replace(
+            store, local=False, catalog=store.catalog if listed else None, seen={}, versions={}
+        )
         for number, store in stores.items()
     }
     arrays = {

@@ -142,9 +142,15 @@ class KeyValueReader(Protocol):
 class RemoteData:
     """Objects behind a network: every read is begun at once and waited for later."""
 
-    def __init__(self, base: KeyValueReader) -> None:
+    def __init__(self, base: KeyValueReader, versions: dict[str, bytes] | None = None) -> None:
+        """Asks for nothing yet.
+
+        Args:
+            base: The store.
+            versions: Of each object the version that was read first; those of this reading are added.
+        """
         self._base = base
-        self._versions: dict[str, bytes] = {}
+        self._versions: dict[str, bytes] = {} if versions is None else versions
 
     def begin(self, file: str, start: int, size: int) -> Answer:
         """Asks for a range."""
@@ -191,6 +197,8 @@ def open_data(store: Store | None) -> DataFiles:
         below = ANYWHERE if store.kind == "archive" else None
         root = os.fspath(store.directory.absolute())
         return LocalData(root, shared=store.kind != "files", below=below)
+    if store.kind == "files":
+        return RemoteData(store.base, store.versions)
     # Without a catalog only the database itself knows its values.
     return RemoteData(store.base if store.catalog is not None else store.kvstore)
 

@@ -348,7 +348,16 @@ def check_one_save(checkpoint: Checkpoint) -> None:
     """
     files = files_at(checkpoint.directory)
     stores = {id(array.store): array.store for array in checkpoint.arrays.values()}
-    if any(store.was_written_to for store in stores.values()) or any(
+    try:
+        was_written_to = any(store.was_written_to for store in stores.values())
+    except (ValueError, OSError) as error:
+        reason, hint = reason_and_hint(str(checkpoint.directory), error)
+        raise UnreadableLeafError(
+            f"nobody can tell whether {checkpoint.directory} was saved again while it was read: "
+            f"{printable(reason)}",
+            hints=[hint],
+        ) from error
+    if was_written_to or any(
         files.content(epath.Path(file)) != content for file, content in checkpoint.stamps.items()
     ):
         raise UnreadableLeafError(

@@ -22,7 +22,7 @@ from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
 from orbax_nnx_handler.planning.verdict.unreadable import UnfitName
-from orbax_nnx_handler.storage.stores.backends import CONTEXT_SPEC, LocalFiles, RemoteFiles
+from orbax_nnx_handler.storage.stores.backends import CONTEXT_SPEC, TIME_LIMIT_S, LocalFiles, RemoteFiles
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile, Sizes
 from orbax_nnx_handler.storage.stores.locations import MISREAD, check_files, is_misread, is_url, kvstore_spec
 from orbax_nnx_handler.storage.stores.ocdbt import (
@@ -157,6 +157,11 @@ FileStates = dict[str, FileState | OSError | None]
 """What files are by their names: None where there is none, an error where nobody can tell."""
 
 
+def _is_another(result: ts.KvStore.ReadResult, version: bytes) -> bool:
+    # A store that knows no such condition answers with what it has.
+    return result.state == "missing" or (result.state == "value" and result.stamp.generation != version)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Store:
     """A key-value store that holds arrays. TensorStore opens it when it is first needed.
@@ -169,6 +174,7 @@ class Store:
         sizes: The size of each file of the database, by its path below the directory.
         local: Whether its files can be opened by this process directly.
         seen: What its files were when they were first looked at.
+        versions: Of directories behind a network, the version of each object when it was first read.
     """
 
     kind: StoreKind
@@ -178,6 +184,7 @@ class Store:
     damaged: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     seen: FileStates = dataclasses.field(default_factory=FileStates)
+    versions: dict[str, bytes] = dataclasses.field(default_factory=dict[str, bytes])
 
     def look_at(self, files: Sequence[str]) -> FileStates:
         """Returns what files of this machine are, and remembers it."""
@@ -188,8 +195,20 @@ class Store:
 
     @property
     def was_written_to(self) -> bool:
-        """Whether a file is another than when it was first looked at."""
-        return states_of(os.fspath(self.directory), list(self.seen)) != self.seen
+        """Whether a file is another than when it was first looked at, or an object than when it was read.
+
+        Asks a network once for each object, all at the same time, and gets no content of those that stayed.
+
+        Raises:
+            ValueError: A store behind a network did not answer; also `OSError`.
+        """
+        if states_of(os.fspath(self.directory), list(self.seen)) != self.seen:
+            return True
+        answers = [
+            (self.base.read(key, if_not_equal=version, byte_range=slice(0, 1)), version)
+            for key, version in self.versions.items()
+        ]
+        return any(_is_another(answer.result(timeout=TIME_LIMIT_S), version) for answer, version in answers)
 
     @functools.cached_property
     def context(self) -> ts.Context:

@@ -23,7 +23,8 @@ from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import read_metadata
 from orbax_nnx_handler.storage.converting.blocks import as_stored
 from orbax_nnx_handler.storage.converting.write import Conversion, write_converted
-from tests.storage.checkpoints import FORMATS, DiskFormat, save
+from orbax_nnx_handler.storage.reading import check_one_save, read_values
+from tests.storage.checkpoints import FORMATS, DiskFormat, as_remote, save
 from tests.storage.stores.fake_store import files_of
 
 FILES = DiskFormat(False, False, False)
@@ -242,6 +243,38 @@ def test_files_without_a_note_of_their_save_that_change_while_they_are_read_are_
     with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
         restore(paths[0], TARGET, progress=save_again)
     assert restore(paths[0], TARGET)["a"].tolist() == [11, 11, 11]
+
+
+@pytest.mark.parametrize("disk_format", [one for one in FORMATS if not one.ocdbt], ids=str)
+def test_objects_that_change_after_they_were_read_are_an_error(tmp_path, disk_format):
+    old, new = (
+        save(tmp_path / name, {key: value + add for key, value in TREE.items()}, disk_format)
+        for name, add in (("old", 0), ("new", 10))
+    )
+    for note in tmp_path.rglob("_CHECKPOINT_METADATA"):
+        note.unlink()
+
+    def change(name):
+        for file in (new / name).rglob("*"):
+            if file.is_file():
+                # As a bucket does it: at once, and under another version.
+                shutil.copyfile(file, tmp_path / "whole")
+                (tmp_path / "whole").replace(old / file.relative_to(new))
+
+    checkpoint = as_remote(read_metadata(old), listed=False)
+    assert read_values(checkpoint, [("a",)])[("a",)].tolist() == [1, 1, 1]
+    check_one_save(checkpoint)
+    change("b")
+    check_one_save(checkpoint)  # Nobody read it.
+    change("a")
+    with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
+        check_one_save(checkpoint)
+    again = as_remote(read_metadata(old), listed=False)
+    assert read_values(again, [("a",)])[("a",)].tolist() == [11, 11, 11]
+    check_one_save(again)
+    shutil.rmtree(old / "a")
+    with pytest.raises(UnreadableLeafError, match="was saved again while it was read"):
+        check_one_save(again)
 
 
 def test_the_database_of_one_process_is_no_step_and_no_item(tmp_path):

@@ -291,7 +291,7 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         metavar="GROUP",
         action="append",
         default=[],
-        help="take GROUP apart to GROUP_0, GROUP_1, ...",
+        help="take GROUP apart to GROUP_0, GROUP_1, ...; of one of several networks NETWORK/GROUP",
     )
     parser.add_argument(
         "--axis", metavar="N", type=whole(0), help="the axis that counts the layers of a stack"

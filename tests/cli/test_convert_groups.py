@@ -288,3 +288,24 @@ def test_factored_moments_that_lack_the_axis_of_the_layers_are_refused_and_the_w
     assert said.status == 0, said.err
     stacked = np.stack([params[f"layers_{at}"]["w"] for at in range(4)], 1)
     check(stock(tmp_path / "out")["params"]["layers"]["w"], stacked)
+
+
+@pytest.mark.parametrize("spelt", ["gen/layers", "gen/params/layers"])
+def test_a_group_of_one_of_several_networks_is_taken_apart_and_stacked_alone(cli, tmp_path, spelt) -> None:
+    numbers = Numbers()
+    state = {
+        name: train_state(numbers, {"layers": {"w": numbers(3, 3, 5)}, "out": {"w": numbers(3, 4)}})
+        for name in ("gen", "disc")
+    }
+    path = write(tmp_path, state)
+
+    said = cli("convert", path, tmp_path / "apart", "--unscan", spelt, "--axis", 1)
+    back = cli("convert", tmp_path / "apart", tmp_path / "back", "--scan", spelt, "--axis", 1)
+
+    assert (said.status, back.status) == (0, 0), said.err + back.err
+    before = stock(path)
+    wanted = before | {"gen": moved(before["gen"], lambda tree: apart(tree, "layers", axis=1))}
+    check(stock(tmp_path / "apart"), wanted)
+    assert flat(stock(tmp_path / "apart")).keys() == flat(wanted).keys()
+    check(stock(tmp_path / "back"), before)
+    assert flat(stock(tmp_path / "back")).keys() == flat(before).keys()

@@ -8,7 +8,18 @@ import pytest
 from flax import linen, nnx
 
 from orbax_nnx_handler import AmbiguousMappingError, ScanAxis, restore
-from tests.laws.worlds import FORMS, Numbers, check, pure_target, refused, stacked, target_of, write
+from tests.laws.worlds import (
+    FORMS,
+    Numbers,
+    below,
+    check,
+    pure_target,
+    refused,
+    stacked,
+    target_of,
+    training_target,
+    write,
+)
 
 
 def _single(layers, name="layers"):
@@ -327,3 +338,26 @@ def test_fused_gates_of_scanned_cells_are_joined_along_their_features(tmp_path, 
         if moments:
             mu = result["optimizer"].opt_state[0].mu["layers"][layer]["dense_h"]["bias"]
             np.testing.assert_array_equal(mu.get_value(), joined(state[0].mu, layer, "h", "bias"))
+
+
+@pytest.mark.parametrize("spelt", ["{}/layers", "{}/params/layers"])
+@pytest.mark.parametrize("axes", [(0, 1), (1, 0), (1, 1)])
+def test_each_of_two_networks_has_an_axis_of_its_own(tmp_path, spelt, axes):
+    numbers, tx = Numbers(), optax.adam(1e-3)
+    layers = {name: [{"w": numbers(3, 5)} for _ in range(3)] for name in ("gen", "disc")}
+    params = {name: {"layers": stacked(layers[name], axis)} for name, axis in zip(layers, axes, strict=True)}
+    stored = {
+        name: {"params": part, "opt_state": numbers.optimizer(tx, part), "step": np.int32(7)}
+        for name, part in params.items()
+    }
+    wanted = {name: {"layers": dict(enumerate(parts))} for name, parts in layers.items()}
+    path, target = write(tmp_path, stored), {name: training_target(wanted[name], tx) for name in wanted}
+    error = refused(path, target)
+    asked = {hint.arguments["renames"][0] for hint in error.hints if "renames" in hint.arguments}
+    rules = [ScanAxis(spelt.format(name), axis) for name, axis in zip(layers, axes, strict=True)]
+    assert asked >= {
+        ScanAxis(f"{name}/params/layers", rule.axis) for name, rule in zip(layers, rules, strict=True)
+    }
+    result = restore(path, target, renames=rules)
+    for name in wanted:
+        check(result[name], below("model", wanted[name]))

@@ -262,7 +262,8 @@ def _one_left_behind(rivals: Sequence[CompetingSources]) -> str:
 
 
 def _unclear(group: UnclearAxis, rules: Sequence[ScanAxis]) -> RestoreError:
-    above = () if is_of_parameters(group.collection) else (str(group.collection),)
+    is_plain = not group.owner and is_of_parameters(group.collection)
+    above = () if is_plain else (*group.owner, group.collection or "params")
     name = "/".join((*above, *group.group.parent, group.group.name)).replace("/#", "_")
     if not group.axes:
         listed = "\n".join(f"  {rule}" for rule in rules)

@@ -134,6 +134,7 @@ class UnclearAxis:
         paths: Its wanted leaves as the target has them.
         moved: Whether the axes of the two sides may not be the same.
         collection: The collection that is stacked.
+        owner: Canonical keys above its stored train state.
     """
 
     group: Group
@@ -143,6 +144,7 @@ class UnclearAxis:
     paths: tuple[Path, ...] = ()
     moved: bool = False
     collection: str | None = None
+    owner: Tokens = ()
 
     @property
     def absent(self) -> tuple[int, ...]:

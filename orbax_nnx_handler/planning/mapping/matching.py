@@ -295,7 +295,8 @@ class Matcher:
             wanted, stored = wanted.without_blocks(stored), stored.without_blocks(wanted)
             known = self.layout.scan_axis if is_of_parameters(collection) else None
             restacked, open_groups = restack(wanted, stored, self._said(collection), known)
-            unclear += (dataclasses.replace(group, collection=collection) for group in open_groups)
+            owner = self.entries[0].owner
+            unclear += (dataclasses.replace(at, collection=collection, owner=owner) for at in open_groups)
             moved |= {item.group for item in (*restacked.values(), *open_groups) if item.moved}
             groups |= {
                 (*piece.place.group.parent, name)

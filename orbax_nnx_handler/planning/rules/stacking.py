@@ -177,7 +177,8 @@ class ScanAxis(Rule):
 
     Attributes:
         group: The group's path without layer numbers, from the model's root: `"decoder/layers"`; of
-            another collection than `params` with its name in front.
+            another collection than `params` with its name in front, and of one of several networks with
+            the network's, `"gen/layers"` or `"gen/params/layers"`.
         axis: The stacked axis of its stored leaves, or of its wanted ones where
             only those are stacked; not negative.
 
@@ -209,7 +210,7 @@ class ScanAxis(Rule):
 def above_groups(owner: Tokens, collection: str | None) -> tuple[Tokens, ...]:
     """Returns what a `ScanAxis` for a collection of a train state may have in front of a group's path."""
     named = () if collection is None else ((collection,), (*owner, collection))
-    return ((), *named) if is_of_parameters(collection) else named
+    return ((), owner, *named) if is_of_parameters(collection) else named
 
 
 def _counter(counting: Pattern, other: Pattern) -> str:

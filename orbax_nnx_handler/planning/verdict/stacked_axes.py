@@ -137,7 +137,7 @@ class StackedAxes:
         """Returns what rules say of a group: of parameters, or behind the name of another collection."""
         owner, collection = canonical(group.owner), group.collection
         named: list[Tokens] = [] if collection is None else [(collection,), (*owner, collection)]
-        heads = [(), *named] if is_of_parameters(collection) else named
+        heads = [(), owner, *named] if is_of_parameters(collection) else named
         names = {(*head, *name) for head in heads for name in group.names}
         return {self._said[name] for name in names & self._said.keys()}
 

@@ -45,7 +45,7 @@ def regroup(
         leaves: The leaves.
         stored: The stored leaves that they are made from.
         layout: How these are read.
-        group: The group.
+        group: The group; of one train state where its keys, with or without `params`, stand in front.
         axis: The axis of the stack that counts the layers.
         way: `scan` makes `layers/...` of `layers_0/...` and so on, `unscan` the reverse.
 
@@ -56,9 +56,12 @@ def regroup(
     if foreign:
         what = "optimizer leaves are not arranged as optax arranges them"
         raise refusal(what, foreign, "pass --weights-only.")
-    wanted = (_stacked if way == "scan" else _apart)(leaves, group, axis)
+    owner, below = _owner_and_group(leaves, group)
+    mine = [leaf for leaf in leaves if owner in ((), leaf.owner)]
+    wanted = [leaf for leaf in leaves if owner not in ((), leaf.owner)]
+    wanted += (_stacked if way == "scan" else _apart)(mine, below, axis)
     check_paths_distinct(wanted)
-    rules = [ScanAxis("/".join(group), axis)]
+    rules = [ScanAxis("/".join((*map(str, owner), *below)), axis)]
     plan = make_plan(
         _target(wanted),
         _as_stored(leaves, stored),
@@ -75,6 +78,17 @@ def regroup(
         else leaf
         for leaf in wanted
     ]
+
+
+def _owner_and_group(leaves: Iterable[Written], group: GroupPath) -> tuple[Path, GroupPath]:
+    """Returns the train state that a group's path names, and the group below its collection."""
+    owners = {
+        leaf.owner for leaf in leaves if leaf.owner and segments(leaf.owner) == group[: len(leaf.owner)]
+    }
+    owner = max(owners, key=len, default=())
+    below = group[len(owner) :]
+    modules = {leaf.parameter[0] for leaf in leaves if leaf.parameter}
+    return owner, below[1:] if below[:1] == ("params",) and "params" not in modules else below
 
 
 def _as_stored(leaves: Sequence[Written], stored: Stored) -> dict[Path, StoredLeaf]:
@@ -255,5 +269,5 @@ def _no_group(leaves: Sequence[Written], group: GroupPath, looked_for: str) -> R
     tops = sorted({"/".join(segments(leaf.parameter)[: len(group)]) for leaf in leaves if leaf.parameter})
     return RestoreError(
         f"no parameter lies under {looked_for}.",
-        hints=[f"a group is a path below the collection; there are: {', '.join(tops[:20])}."],
+        hints=[f"a group is a path below a collection or a train state; there are: {', '.join(tops[:20])}."],
     )

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, Tie, levels, place_of
 from orbax_nnx_handler.planning.suggesting.shapes import Way, permuted, transposed
-from orbax_nnx_handler.planning.suggesting.vocabulary import words
+from orbax_nnx_handler.planning.suggesting.vocabulary import meanings, words
 
 Move = tuple[int, int]
 """From which axis to which other one."""
@@ -321,7 +321,7 @@ class _Precedents:
         )
 
     def _views(self, wanted: Names, stored: Names) -> Iterator[tuple[object, object, object]]:
-        """Yields two parts as those of the modules around them, of lists, and by the word that differs."""
+        """Yields two parts as those of the modules around them, of lists, and by their first or last word."""
         for one, other in itertools.product(_around(wanted), _around(stored)):
             ours, theirs = self._wanted.get(one, ()), self._stored.get(other, ())
             for kinds in zip(ours, theirs, strict=False):
@@ -334,12 +334,12 @@ class _Precedents:
         if numbers[0] is not None and numbers[1] is not None:
             yield "list", (modules[0], ours[-1].base), (modules[1], theirs[-1].base, numbers[1] - numbers[0])
         left, right = (words("".join(names[-1:])) for names in (wanted, stored))
-        said = (
-            tuple(word for word in left if word not in right),
-            tuple(word for word in right if word not in left),
-        )
-        if all(len(each) == 1 for each in said) and len(left) > 1:
-            yield modules, *said
+        for at in (0, -1):
+            rest = [
+                frozenset(meanings("_".join(each[1:] if at == 0 else each[:-1]))) for each in (left, right)
+            ]
+            if rest[0] == rest[1] and rest[0]:
+                yield modules, (at, left[at]), right[at]
 
 
 def _part(leaf: Leaf) -> Names:

@@ -60,7 +60,7 @@ class Level:
     width: int = 1
 
 
-_NUMBERED = re.compile(rf"(.*?[A-Za-z])([_.-]?)(\d{{1,{MAX_DIGITS}}})")
+_NUMBERED = re.compile(rf"(.*?(?:[A-Za-z]|\dx\d+(?=[_.-])))([_.-]?)(?<!\dx)(\d{{1,{MAX_DIGITS}}})")
 
 
 @functools.lru_cache(maxsize=65536)

@@ -75,6 +75,7 @@ _SPELLINGS = {
     "pointwise": "pointwise pw pwl project",
     "probe": "probe latent",
     "actor": "actor policy action pi",
+    "online": "online student",
     "": "model models module modules transformer core net network backbone base layer layers block blocks h "
     "stack proj projection dense linear fc lin weight weights kernel w param params cell instance dot "
     "product multi c to einsum the of and",
@@ -160,7 +161,7 @@ _EXCLUSIVE = tuple(
         "mean var std logvar",
         "prev next",
         "past future",
-        "teacher student",
+        "teacher online",
         "online tgt",
         "src tgt",
         "generator discriminator",
@@ -289,8 +290,16 @@ def weight(concept: str) -> float:
 
 def likeness(one: Concepts, other: Concepts) -> float:
     """Returns how much two names say alike; what only one of them says counts a little against it."""
-    shared = sum(map(weight, one & other))
+    left, right = one - other, other - one
+    shared = sum(map(weight, one & other)) + _abbreviated(left, right) + _abbreviated(right, left)
     return shared - 0.25 * min(len(one ^ other), 6)
+
+
+def _abbreviated(short: Concepts, said: Concepts) -> int:
+    """Returns how many words begin one other word alone: `s_net` and `scale_net`, `pred` and `predictor`."""
+    words = [word for word in short - _KNOWN if len(word) > 2 or (len(word) == 1 and word not in "abcdxyz")]
+    begun = [sum(long != word and long.startswith(word) for long in said - _KNOWN) for word in words]
+    return begun.count(1)
 
 
 def order_word(found: Collection[str]) -> int:

@@ -242,3 +242,36 @@ def test_layers_that_linen_counts_through_are_those_of_lists_of_lists(first):
 
     assert found.questions == ()
     check(values, expected)
+
+
+def test_a_number_behind_the_size_of_a_kernel_counts_and_the_size_does_not():
+    shapes = {"3x3": (3, 3, 8, 4), "1x1": (1, 1, 4, 8)}
+    stored = filled({f"res{size}_{at}/kernel": shape for at in range(2) for size, shape in shapes.items()})
+    expected = {
+        f"res/{at}/conv{size[0]}/kernel": stored[f"res{size}_{at}/kernel"]
+        for at in range(2)
+        for size in shapes
+    }
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert found.questions == ()
+    check(values, expected)
+
+
+def test_letters_that_one_kind_of_layer_is_counted_by_count_the_norms_beside_it():
+    stored = filled(
+        {"Block_0/Conv_0/kernel": (3, 3, 4, 8), "Block_0/Conv_1/kernel": (3, 3, 8, 8)}
+        | {f"Block_0/BatchNorm_{at}/{kind}": (8,) for at in range(2) for kind in ("scale", "bias")}
+    )
+    expected = {
+        f"block/{ours}_{letter}/{kind}": stored[f"Block_0/{theirs}_{at}/{kind}"]
+        for at, letter in enumerate("ab")
+        for ours, theirs, kinds in (("conv", "Conv", ["kernel"]), ("bn", "BatchNorm", ["scale", "bias"]))
+        for kind in kinds
+    }
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert found.questions == ()
+    check(values, expected)

@@ -259,6 +259,9 @@ def test_numbered_layers_of_a_gated_network_go_by_their_shapes_before_a_known_pr
     [
         (("A_re", "A_im"), ("real", "imag")),
         (("moving_mean", "moving_variance"), ("running_mean", "running_var")),
+        (("scale_net", "translate_net"), ("s_net", "t_net")),
+        (("predictor", "projector"), ("pred", "proj_out")),
+        (("online_net", "target_net"), ("student", "teacher")),
     ],
 )
 def test_short_and_long_words_of_one_meaning_are_one(stored, wanted):

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from types import EllipsisType
-from typing import Any, Literal, cast
+import operator
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from types import EllipsisType, NoneType, UnionType
+from typing import Any, Literal, cast, get_args
 
 from orbax_nnx_handler.planning.core.paths import Path, printable
 
@@ -270,3 +272,58 @@ class UnreadableLeafError(RestoreError):
 
 class VerificationError(RestoreError):
     """Two programs cannot be compared: one of them fails, or they return different things."""
+
+
+def check_kinds(rule: Any) -> None:
+    """Makes each field of a rule the kind that its class declares: a tuple of what was written as a list.
+
+    Raises:
+        RuleError: Names the field, and what it takes.
+    """
+    for field in dataclasses.fields(rule):
+        value = getattr(rule, field.name)
+        kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+        kind = next(kind for kind in kinds if kind is not NoneType)
+        if value is None and NoneType in kinds:
+            continue
+        words, made = _KINDS[kind]
+        try:
+            object.__setattr__(rule, field.name, made(value))
+        except (TypeError, ValueError) as error:
+            told = f"takes {words} as {field.name}, not {reprlib.repr(value)}"
+            raise RuleError(f"{type(rule).__name__} {told}.") from error
+
+
+def _only(kind: type) -> Callable[[Any], Any]:
+    def made(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+
+    return made
+
+
+def _several(one: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def made(values: Any) -> tuple[Any, ...]:
+        if isinstance(values, str | bytes | Mapping | Set):  # A set has no order.
+            raise TypeError
+        return tuple(map(one, values))
+
+    return made
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes):
+        raise TypeError
+    return float(value)
+
+
+_KINDS: Mapping[Any, tuple[str, Callable[[Any], Any]]] = {
+    str: ("one string ('encoder/kernel' is a path)", _only(str)),
+    bool: ("True or False", _only(bool)),
+    int: ("one integer", operator.index),
+    float: ("one number", _number),
+    tuple[str, ...]: ("a tuple of strings", _several(_only(str))),
+    tuple[int, ...]: ("a tuple of integers", _several(operator.index)),
+}
+"""What a field takes, in words, and what makes it of what was written."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.paths import parse
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rule import (
@@ -59,6 +59,7 @@ class Rename(Rule):
     regex: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.regex:
             self._check_expression()
         else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, shared_levels
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -207,18 +207,14 @@ class Fuse(Rule):
 
 
 def _set_parts(rule: "Split | Fuse", field: str, is_single: bool) -> None:
-    """Makes tuples of the parts' names and sizes, and raises where they do not fit."""
-    names = getattr(rule, field)
-    # A lone string is a sequence of its letters, which nobody means.
-    listed = (names,) if isinstance(names, str) else tuple(names)
-    object.__setattr__(rule, field, listed)
+    """Raises where the parts' names and sizes do not fit together."""
+    check_kinds(rule)
+    listed = getattr(rule, field)
     if len(listed) < 2 or len(set(listed)) < len(listed):
         raise RuleError(f"{rule} needs two different parts or more.")
     if rule.sizes is None:
         return
-    sizes = tuple(int(size) for size in rule.sizes)
-    object.__setattr__(rule, "sizes", sizes)
-    if len(sizes) != len(listed) or min(sizes) < 1:
+    if len(rule.sizes) != len(listed) or min(rule.sizes) < 1:
         raise RuleError(f"{rule} needs a positive size for each of its {len(listed)} parts.")
     if is_single:
         raise RuleError(f"{rule} has parts of one element, so it takes no sizes.")

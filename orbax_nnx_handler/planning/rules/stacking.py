@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_index, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError
 from orbax_nnx_handler.planning.layouts.layout import is_of_parameters
@@ -66,6 +66,7 @@ class StackLayers(_Named):
     axis: int
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_pattern(self, self._left, self._right)
         check_places(self, self._left, self._right)
         _check_counter(self, self._left, self._right)
@@ -135,6 +136,7 @@ class UnstackLayers(_Named):
     axis: int
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_pattern(self, self._left, self._right)
         check_places(self, self._right, self._left)
         _check_counter(self, self._right, self._left)
@@ -190,6 +192,7 @@ class ScanAxis(Rule):
     axis: int
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not self.tokens or self.axis < 0:
             raise RuleError(f"{self} needs a group's name and an axis counted from the front.")
 
@@ -245,6 +248,7 @@ class Copy(_Named):
     """
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_pattern(self, self._left, self._right)
         check_places(self, self._left, self._right)
         if self.pattern == self.into:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.errors import RuleError
+from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
 from orbax_nnx_handler.planning.core.leaves import Shape, with_fields
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Recipe, RecipeError, first_of_each
@@ -68,7 +69,7 @@ class Transpose(_OnLeaves):
     permutation: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _set_integers(self, "permutation", self.permutation)
+        check_kinds(self)
         check_pattern(self, self._left)
         if sorted(self.permutation) != list(range(len(self.permutation))):
             raise RuleError(f"{self} has no permutation of the axes 0..{len(self.permutation) - 1}.")
@@ -105,9 +106,7 @@ class Reshape(_OnLeaves):
     before: Shape | None = None
 
     def __post_init__(self) -> None:
-        _set_integers(self, "shape", self.shape)
-        if self.before is not None:
-            _set_integers(self, "before", self.before)
+        check_kinds(self)
         check_pattern(self, self._left)
         both = (self.shape, *(() if self.before is None else (self.before,)))
         if any(min(shape, default=0) < -1 or shape.count(-1) > 1 for shape in both):
@@ -175,6 +174,7 @@ class Repeat(_OnLeaves):
     count: int
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_pattern(self, self._left)
         if self.count < 2:
             raise RuleError(f"{self} repeats nothing: count is 2 or more.")
@@ -225,7 +225,7 @@ class Scale(_OnLeaves):
     factor: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factor", float(self.factor))
+        check_kinds(self)
         check_pattern(self, self._left)
         if not math.isfinite(self.factor) or self.factor == 0:
             raise RuleError(f"{self} has a factor that is zero or not finite.")
@@ -270,7 +270,7 @@ class Add(_OnLeaves):
     constant: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "constant", float(self.constant))
+        check_kinds(self)
         check_pattern(self, self._left)
         if not math.isfinite(self.constant):
             raise RuleError(f"{self} has a constant that is not finite.")
@@ -314,9 +314,11 @@ class Cast(_OnLeaves):
 
     def __post_init__(self) -> None:
         try:
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+            named = _dtype_of(self.dtype)
         except TypeError as error:
             raise RuleError(f"Cast({self.pattern!r}, {self.dtype!r}) names no dtype: {error}") from error
+        object.__setattr__(self, "dtype", named)
+        check_kinds(self)
         check_pattern(self, self._left)
 
     @property
@@ -348,6 +350,7 @@ class Drop(_OnLeaves):
     reason: str
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_pattern(self, self._left)
         if not self.reason.strip():
             raise RuleError(f"{self} gives no reason.")
@@ -377,6 +380,7 @@ def _through(entry: Entry, reason: str, step: Callable[[Recipe], Recipe]) -> Ent
     return with_fields(entry, recipe=step(entry.recipe), shape=shape, reason=reason)
 
 
-def _set_integers(rule: Rule, name: str, values: Iterable[int]) -> None:
-    """Makes a tuple of ints of what the user wrote, so that the rule is hashable."""
-    object.__setattr__(rule, name, tuple(int(value) for value in values))
+def _dtype_of(dtype: Any) -> str:
+    if dtype is None:
+        raise TypeError("None is float64 to NumPy alone.")
+    return jnp.dtype(dtype).name

@@ -14,6 +14,7 @@ from orbax_nnx_handler import (
     Drop,
     Fuse,
     Rename,
+    Repeat,
     Reshape,
     RuleError,
     Scale,
@@ -633,3 +634,45 @@ def test_layers_that_are_numbers_at_the_front_of_a_pattern_are_stacked() -> None
     np.testing.assert_array_equal(
         values["blocks/kernel"], np.stack([stored["params"][str(i)]["kernel"] for i in range(3)])
     )
+
+
+WRONG_KINDS = [
+    (Copy, {"pattern": "a", "into": ("b", "c")}, "into"),
+    (Copy, {"pattern": None, "into": "b"}, "pattern"),
+    (Rename, {"pattern": "a", "replacement": 1}, "replacement"),
+    (Rename, {"pattern": "a", "replacement": "b", "regex": "yes"}, "regex"),
+    (Drop, {"pattern": b"a", "reason": "why"}, "pattern"),
+    (Drop, {"pattern": "a", "reason": 3}, "reason"),
+    (Cast, {"pattern": ["a"], "dtype": "float32"}, "pattern"),
+    (Transpose, {"pattern": "a", "permutation": 1}, "permutation"),
+    (Reshape, {"pattern": "a", "shape": (2.5, 2)}, "shape"),
+    (Reshape, {"pattern": "a", "shape": (4,), "before": {2}}, "before"),
+    (Repeat, {"pattern": "a", "axis": "0", "count": 2}, "axis"),
+    (Repeat, {"pattern": "a", "axis": 0, "count": 2.5}, "count"),
+    (Scale, {"pattern": "a", "factor": "2"}, "factor"),
+    (Split, {"pattern": "a", "into": ("b", 1), "axis": 0}, "into"),
+    (Split, {"pattern": "a", "into": ("b", "c"), "axis": 0, "sizes": (1.5, 2.5)}, "sizes"),
+    (Fuse, {"patterns": ("a", "b"), "into": ("c",), "axis": 0}, "into"),
+    (StackLayers, {"pattern": "l_{i}", "into": "l", "axis": None}, "axis"),
+    (UnstackLayers, {"pattern": "l", "into": ("l_{i}",), "axis": 0}, "into"),
+    (ScanAxis, {"group": 4, "axis": 0}, "group"),
+    (ScanAxis, {"group": "layers", "axis": 0.5}, "axis"),
+]
+
+
+@pytest.mark.parametrize(("rule", "arguments", "wrong"), WRONG_KINDS)
+def test_a_rule_says_which_of_its_arguments_is_of_another_kind(rule, arguments, wrong):
+    with pytest.raises(RuleError, match=rf"^{rule.__name__} takes .* as {wrong}, not "):
+        rule(**arguments)
+
+
+def test_lists_and_integers_of_numpy_become_what_a_rule_declares():
+    rule = Reshape("a", [np.int64(2), 3], before=np.array([6]))
+
+    assert rule == Reshape("a", (2, 3), before=(6,))
+    assert hash(rule) == hash(Reshape("a", (2, 3), before=(6,)))
+
+
+def test_no_dtype_is_not_a_float64():
+    with pytest.raises(RuleError, match="names no dtype"):
+        Cast("a", None)

@@ -91,6 +91,8 @@ def weights_alone(evidence: Evidence) -> str:
     return f"to restore the weights alone, pass {part} as target."
 
 
+_MOST_DROPS = 32
+"""Layers that rules leave behind one by one; each of them looks at every stored leaf when it is tried."""
 _ABSENT = frozenset(("NoOptimizer", "OtherOptimizer", "OptimizerNested", "MomentsStay"))
 """Causes of an optimizer, whose way out is to leave it aside."""
 _NO_MORE = frozenset(("OtherOutput", "RandomLayout", "LayerCount"))
@@ -343,7 +345,7 @@ def _holds(names: Sequence[str], end: Sequence[str]) -> bool:
 
 def leaving_out(evidence: Evidence, cause: Cause) -> Cause:
     """Returns the cause with rules under which surplus layers are left behind, where it is about such."""
-    if cause.kind != "LayerCount" or cause.facts["stored"] <= cause.facts["wanted"]:
+    if cause.kind != "LayerCount" or not 0 < cause.facts["stored"] - cause.facts["wanted"] <= _MOST_DROPS:
         return cause
     stored, wanted = cause.facts["stored"], cause.facts["wanted"]
     seats = [

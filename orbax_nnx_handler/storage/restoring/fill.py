@@ -20,7 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
@@ -79,6 +87,8 @@ def _key_bits(impl: str, shape: Shape, numbers: Sequence[int]) -> np.ndarray[Any
 
 
 def _place(value: np.ndarray[Any, Any], leaf: WantedLeaf) -> jax.Array:
+    if isinstance(getattr(leaf.sharding, "mesh", None), AbstractMesh):
+        return jnp.asarray(value)  # A constant of the program that is traced: no devices are known.
     # A key array's spec names its leading axes; the axis of bits behind them stays whole.
     return jax.make_array_from_callback(
         value.shape, cast(Sharding, leaf.sharding), lambda index: value[index]

@@ -708,13 +708,19 @@ def test_plan_and_proposal_are_to_be_had_of_a_tree_in_memory_and_hints_say_so() 
     assert "CHECKPOINT" not in str(error.value)
 
 
+class Noisy(nnx.Linear):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(4, 8, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_target_of_the_mesh_in_force_is_filled_under_jit_as_outside_of_it(axes: AxisType) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axes, axes))
     tree = {"params": {"kernel": jnp.arange(32.0).reshape(4, 8), "bias": jnp.arange(8.0)}}
 
     with jax.set_mesh(mesh):
-        wanted = nnx.eval_shape(lambda: nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        wanted = nnx.eval_shape(lambda: Noisy(nnx.Rngs(0)))
         eager = nnx.state(from_linen(tree, wanted))
         compiled = jax.jit(lambda tree: nnx.state(from_linen(tree, wanted)))(tree)
 

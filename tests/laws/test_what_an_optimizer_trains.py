@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import restore, save
+from orbax_nnx_handler import from_linen, restore, save
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, refused, write
 
@@ -234,3 +234,28 @@ def test_the_moments_of_a_whole_model_are_not_those_of_its_part(tmp_path, wrt):
     save(tmp_path / "saved", whole)
     error = refused(tmp_path / "saved", nnx.eval_shape(lambda: Backbone(nnx.All(nnx.Param, wrt))))
     assert "of_backbone" in str(error)
+
+
+def test_an_optimizer_of_a_part_without_the_parts_name_is_told_and_its_moments_are_not_begun_anew(tmp_path):
+    numbers, tx = Numbers(), TXS["adam"]
+    params = {"base": numbers.dense(), "head": numbers.dense()}
+    adam, scale = numbers.optimizer(tx, params["head"])
+    tree = {"params": params, "opt_state": (adam, scale), "step": np.int32(7)}
+
+    class Trained(nnx.Module):
+        def __init__(self):
+            self.model = nnx.Dict(base=Dense(nnx.Param), head=Dense(nnx.Param))
+            wrt = nnx.All(nnx.Param, nnx.PathContains("head"))
+            self.optimizer = nnx.Optimizer(self.model, tx, wrt=wrt)
+
+    target = nnx.eval_shape(Trained)
+    error = str(refused(write(tmp_path, tree), target))
+
+    assert "below its mu and nu are no paths of stored weights" in error
+    assert '"init"' not in error
+    named = adam._replace(mu={"head": adam.mu}, nu={"head": adam.nu})
+    found = worlds.flat(from_linen(tree | {"opt_state": (named, scale)}, target))
+    for moment, own in (("mu", adam.mu), ("nu", adam.nu)):
+        for name in ("kernel", "bias"):
+            path = ("optimizer", "opt_state", 0, moment, "head", name)
+            np.testing.assert_array_equal(found[path], own[name])

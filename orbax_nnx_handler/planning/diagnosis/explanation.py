@@ -42,6 +42,7 @@ from orbax_nnx_handler.planning.diagnosis.names import (
 from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_biases,
     find_collections,
+    find_fields,
     find_given_layout,
     find_lost_weights,
     find_new_parts,
@@ -100,6 +101,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_fused,
     find_copies,
     find_networks,
+    find_fields,
     find_another_model,
     find_open_factoring,
     find_stuck_moments,

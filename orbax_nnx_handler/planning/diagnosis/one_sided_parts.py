@@ -27,9 +27,9 @@ from orbax_nnx_handler.planning.core.paths import (
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, field_of
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
-from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_name
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name
 from orbax_nnx_handler.planning.mapping.roots import strip
-from orbax_nnx_handler.planning.rules import Copy, Rename, Transpose
+from orbax_nnx_handler.planning.rules import Copy, Rename, Transpose, as_rules
 
 
 def find_collections(evidence: Evidence) -> Iterable[Cause]:
@@ -85,6 +85,28 @@ def _other_collection(collection: str, paths: list[Path], stored: list[Placement
         way=Hint(f"if they are the same, pass renames={shown}.", {"renames": rules}),
         facts={"collection": collection, "count": len(paths)},
     )
+
+
+def find_fields(evidence: Evidence) -> Iterable[Cause]:
+    """Yields networks whose fields lie beside the stored train states, called after them (`outer_params`)."""
+    placed = evidence.sides.placements.values()
+    beside = {str(item.leaf.path[0]) for item in placed if item.section == "other"}
+    for name in dict.fromkeys(str(path[0]) for path in evidence.missing_weights) if beside else ():
+        kinds = [kind for kind in (*FLAX_COLLECTIONS, "opt_state", "step") if f"{name}_{kind}" in beside]
+        rules = [(f"{name}_{kind}", f"{name}/{kind}") for kind in kinds]
+        lost = [path for path in evidence.missing if str(path[0]) == name]
+        found = evidence.restored_under([*evidence.verdict.renames, *as_rules(rules)]) if rules else None
+        if found is not None and found.keys() >= {*evidence.restored, *lost}:
+            fields = [repr(field) for field, _ in rules]
+            ties, verb = ("their names", "lie") if len(fields) > 1 else ("its name", "lies")
+            yield Cause(
+                kind="OtherNetwork",
+                text=f"{listed(fields)} {verb} beside the stored train states, and only {ties} "
+                f"{'tie them' if len(fields) > 1 else 'ties it'} to {name!r}.",
+                paths=tuple(lost),
+                way=Hint(f"if they are one network, pass renames={rules!r}.", {"renames": rules}),
+                facts={"stored": tuple(field for field, _ in rules), "wanted": (name,)},
+            )
 
 
 def find_lost_weights(evidence: Evidence) -> Iterable[Cause]:

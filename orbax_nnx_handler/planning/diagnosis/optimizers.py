@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import MOMENTS, Shape, begins_a_state
 from orbax_nnx_handler.planning.core.lines import listed
 from orbax_nnx_handler.planning.core.paths import (
     Path,
@@ -364,6 +364,8 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
     parameters = {evidence.stored_below(item) for item in evidence.stored_weights.values()}
     free = [split(_unboxed(canonical(item.path)), parameters) for item in _free(evidence, "optimizer")]
     stored = {slot for slot, parameter in free if parameter is not None}
+    # What lies below a network's name is looked for as that network's.
+    left = [item for item in _free(evidence, "optimizer") if begins_a_state(item.path)]
     wanted = {evidence.moments[path][0] for path in lost if path in evidence.moments}
     if stored and wanted:
         there, here = map(_folded, (stored, wanted))
@@ -399,6 +401,21 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
             paths=(*lost, *evidence.of_role(evidence.missing, "step")),
             way=Hint("build the target's optimizer as it was saved, and take it apart in the program."),
             facts={"stored": _folded(stored), "wanted": ""},
+        )
+    elif names := {str(key) for item in left for key in item.path} & MOMENTS:
+        yield Cause(
+            kind="OptimizerNested",
+            text=f"an optimizer is stored, and below its {listed(sorted(names))} are no paths of stored "
+            "weights, as where it was made for a part of the model alone.",
+            paths=tuple(lost),
+            way=Hint(
+                "read it with Orbax, and give from_linen its moments below the paths of their weights, as "
+                f"tx.init(params) has them; {weights_alone(evidence)}"
+            ),
+            # Moments that are stored are not begun anew.
+            filters=(),
+            may_be_initialised=False,
+            facts={"stored": ", ".join(sorted(names)), "wanted": ""},
         )
 
 

@@ -315,8 +315,12 @@ def test_fields_beside_a_train_state_below_a_key_become_the_network_that_rules_m
         models = {name: Model() for name in ("inner", "outer")}
         return {name: {"model": model, "optimizer": optimizer(model)} for name, model in models.items()}
 
+    error = plan_of(nnx.eval_shape(target), stored, layout="train_state").error()
     _, values = planned(target, stored, *rules)
 
+    hints = [hint.arguments["renames"] for hint in error.hints if "renames" in hint.arguments]
+    assert hints == [[(f"outer_{field}", f"outer/{field}") for field in ("params", "opt_state", "step")]]
+    assert '"init"' not in str(error)
     for name, state in (("inner", stored["inner"]), ("outer", outer)):
         assert_below(values, f"{name}/model", state["params"])
         for moment in ("mu", "nu"):

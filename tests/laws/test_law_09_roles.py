@@ -344,6 +344,13 @@ def test_modules_called_params_within_one_another_are_their_own_or_a_question(
     assert any(found.items() <= tree.items() for tree in readings)
 
 
+def test_a_module_called_params_alone_is_a_question_beside_a_parameter_called_value(tmp_path):
+    numbers = Numbers()
+    path = write(tmp_path, {"params": {"params": {"kernel": numbers(3)}, "kernel": {"value": numbers(3)}}})
+    error = refused(path, target_of("module", {"params": {"kernel": numbers(3)}}), unexpected="ignore")
+    assert isinstance(error, AmbiguousMappingError)
+
+
 def test_a_variables_dict_with_a_collection_beside_params_is_maxtexts_still(tmp_path):
     numbers = Numbers()
     params, statistics = {"norm": {"scale": numbers(3)}}, {"norm": {"mean": numbers(3)}}

@@ -7,6 +7,7 @@ one there is; in a collection beside `params` only where the path names it.
 
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
@@ -204,8 +205,10 @@ def _claims_of(
         return exact if len(exact) == 1 else claims
     own = item.collection or "params"
     if claims and item.role == "model" and claims[0].collection not in (None, own):
-        # In the collection of its type, the name may be another leaf's.
-        return [*claims, *by_collection().get((own, item.tokens), ())]
+        # In the collection of its type, the name may be another leaf's, with that collection's or without.
+        below = item.tokens[item.tokens[:1] == (own,) :]
+        of_its_type = (by_collection().get((own, name), ()) for name in {item.tokens, below})
+        return [*claims, *itertools.chain.from_iterable(of_its_type)]
     return claims
 
 

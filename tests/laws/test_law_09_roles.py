@@ -249,7 +249,7 @@ def _with_a_module_called_params(numbers, name):
 def test_a_module_called_params_is_no_collection_and_is_not_swapped_with_its_parent(tmp_path, name, form):
     params = _with_a_module_called_params(Numbers(), name)
     path = write(tmp_path, {"params": params})
-    check(restore(path, target_of(form, params), **_read(path, target_of(form, params), name)), params)
+    check(restore(path, target_of(form, params)), params)
 
 
 def _read(path, target, name):

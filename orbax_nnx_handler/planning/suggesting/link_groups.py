@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, Tie, levels, place_of
@@ -271,16 +272,40 @@ def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path,
 
 
 def apart_from_copies(links: Iterable[Link]) -> tuple[list[Link], list[Tie]]:
-    """Returns the links, and as a question those that lend weights to what is called a copy: `unet_ema`."""
+    """Returns the links, and as a question those that lend weights to what may be a copy.
+
+    That is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
+    """
     plain, lent = list[Link](), list[Link]()
+    doubled = _doubled(links := list(links))
     for link in links:
         keys = {str(key) for leaf in link.stored for key in leaf.source}
         copies = [name for name in link.target.names[:-1] if is_copy_level(name) and name not in keys]
-        (lent if copies and not any(map(is_copy_level, keys)) else plain).append(link)
+        is_lent = link.target.source in doubled or (copies and not any(map(is_copy_level, keys)))
+        (lent if is_lent else plain).append(link)
     if not lent:
         return plain, []
     wanted, stored = zip(*((link.target.names, link.source.names) for link in lent), strict=True)
     return plain, [Tie(wanted=wanted, stored=stored, readings=(tuple(lent),))]
+
+
+def _doubled(links: Iterable[Link]) -> set[Path]:
+    """Returns the wanted leaves that have module, name and source of another one; not the model's."""
+    found: dict[tuple[Path, Names], list[Link]] = defaultdict(list)
+    for link in links:
+        if link.joint is None and link.layers is None and len(link.target.names) > 2:
+            found[link.source.source, link.target.names[-2:]].append(link)
+    several = [
+        each
+        for each in found.values()
+        if len(each) > 1 and each[0].source.names[-2:] == each[0].target.names[-2:]
+    ]
+    return {
+        link.target.source
+        for each in several
+        for link in each
+        if any(name not in PLAIN_LEVELS for name in link.target.names[:-2])
+    }
 
 
 # What is known of one block, for others of its kind.

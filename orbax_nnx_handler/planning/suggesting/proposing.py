@@ -145,20 +145,21 @@ class _Proposing:
         for key in keys[:_QUESTIONS]:
             with contextlib.suppress(RestoreError):
                 alone[key.replacement] = self._among([key], Rename(key.replacement, ""))
-        if (one := one_of(alone, found)) is not None:
+        one = one_of(alone, found)
+        if one is not None and one.confidence != "open":
             return one
         names = " ".join({segments(item.leaf.path)[0] for item in self._model})
         # A copy is used only where the target names it.
         plain = [key for key in keys if not is_copy_beside(key.replacement, names)]
         with contextlib.suppress(RestoreError):
             other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
-            others = [one for one in (*self._by_network(keys, other), other) if not one.problem]
-            others = [one for one in others if not mixes(one, keys, self.stored)]
+            others = [each for each in (*self._by_network(keys, other), other) if not each.problem]
+            others = [each for each in others if not mixes(each, keys, self.stored)]
             found = min(
                 [*others, found if found.proposals else asking(other, found)],
-                key=lambda one: len(one.unmatched_wanted),
+                key=lambda each: len(each.unmatched_wanted),
             )
-        return found
+        return found if one is None or found.confidence != "open" else one
 
     def _among(self, networks: Sequence[Rename], *rules: Rename) -> Suggestion:
         """Returns what is proposed where some networks are all that is stored, tried beside the others."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import from_linen, plan_restore, suggest
+from orbax_nnx_handler import Copy, from_linen, plan_restore, suggest
 
 SHAPES = {"Dense_0": (4, 8), "Dense_1": (8, 8), "Dense_2": (8, None)}
 OURS = {"Dense_0": "fc1", "Dense_1": "fc2", "Dense_2": "out"}
@@ -210,3 +210,42 @@ def test_a_network_of_its_own_name_is_taken_before_one_whose_parts_are_called_al
 
     for name, value in (("up", 1.0), ("down", 2.0)):
         np.testing.assert_array_equal(state[own][name]["kernel"].get_value(), np.full((4, 4), value))
+
+
+class Small(nnx.Module):
+    def __init__(self):
+        self.dense = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+
+def small(first):
+    return {
+        "dense": {"kernel": first + np.arange(6, dtype="float32").reshape(2, 3), "bias": np.full(3, first)}
+    }
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("key", ["teacher", "target", "critic", "ref"])
+def test_the_weights_of_one_network_are_not_copied_into_another_that_is_wanted(key, named):
+    tree = {"train_state": {"params": small(10.0)}, key: {"params": small(50.0)}}
+    wanted = key if named else "other"
+
+    found = suggest(tree, nnx.eval_shape(lambda: {"model": Small(), wanted: Small()}))
+
+    assert (found.confidence == "likely") == named
+    assert not any(isinstance(rule, Copy) for rule in found.renames)
+    if named:
+        target = nnx.eval_shape(lambda: {"model": Small(), wanted: Small()})
+        result = from_linen(tree, target, renames=found.renames)
+        for name, first in (("model", 10.0), (wanted, 50.0)):
+            np.testing.assert_array_equal(result[name].dense.kernel[...], small(first)["dense"]["kernel"])
+
+
+@pytest.mark.parametrize("names", [("model", "other"), ("policy", "value")])
+def test_a_module_that_is_wanted_twice_and_stored_once_is_a_question(names):
+    target = nnx.eval_shape(lambda: {name: Small() for name in names})
+
+    found = suggest({"params": small(10.0)}, target)
+
+    assert found.confidence == "open"
+    assert found.questions
+    assert not any(isinstance(rule, Copy) for rule in found.renames)

@@ -98,11 +98,10 @@ def find_fields(evidence: Evidence) -> Iterable[Cause]:
         found = evidence.restored_under([*evidence.verdict.renames, *as_rules(rules)]) if rules else None
         if found is not None and found.keys() >= {*evidence.restored, *lost}:
             fields = [repr(field) for field, _ in rules]
-            ties, verb = ("their names", "lie") if len(fields) > 1 else ("its name", "lies")
+            lie, ties = ("lie", "their names tie them") if len(fields) > 1 else ("lies", "its name ties it")
             yield Cause(
                 kind="OtherNetwork",
-                text=f"{listed(fields)} {verb} beside the stored train states, and only {ties} "
-                f"{'tie them' if len(fields) > 1 else 'ties it'} to {name!r}.",
+                text=f"{listed(fields)} {lie} beside the stored train states, and only {ties} to {name!r}.",
                 paths=tuple(lost),
                 way=Hint(f"if they are one network, pass renames={rules!r}.", {"renames": rules}),
                 facts={"stored": tuple(field for field, _ in rules), "wanted": (name,)},

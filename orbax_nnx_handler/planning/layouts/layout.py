@@ -233,6 +233,12 @@ def is_of_parameters(collection: str | None) -> bool:
     return is_copy_name(collection) and "stats" not in collection
 
 
+def above_groups(owner: Tokens, collection: str | None) -> tuple[Tokens, ...]:
+    """Returns what a `ScanAxis` for a collection of a train state may have in front of a group's path."""
+    named = () if collection is None else ((collection,), (*owner, collection))
+    return ((), owner, *named) if is_of_parameters(collection) else named
+
+
 def tops(stored: Stored) -> set[str]:
     """Returns the first keys of a tree, as strings."""
     return {str(path[0]) for path in stored if path}

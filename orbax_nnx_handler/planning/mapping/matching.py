@@ -10,7 +10,7 @@ from functools import cached_property
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, may_hold_layer
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, shape_of, substitute
-from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, is_of_parameters
+from orbax_nnx_handler.planning.layouts.layout import Layout, ScannedBlocks, above_groups, is_of_parameters
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable, derive
 from orbax_nnx_handler.planning.mapping.layer_paths import (
     FLAT,
@@ -36,7 +36,6 @@ from orbax_nnx_handler.planning.mapping.roots import Collections, Roots, strip
 from orbax_nnx_handler.planning.mapping.stack_and_unstack import restack
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.stacking import above_groups
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

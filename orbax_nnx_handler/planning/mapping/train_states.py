@@ -175,6 +175,8 @@ def _fields_of_networks(
     """
     moved = [entry for entry in applied.entries if entry.named and entry.section in ("model", "other")]
     moved = [entry for entry in moved if entry.placed is not None and len(entry.sources) == 1]
+    if not moved:
+        return placements  # Nearly every plan.
     found: dict[Path, tuple[Section, str | None, Path]] = {}
     networks = {entry.prefix[:-1] for entry in applied.entries if entry.section == "model" and entry.prefix}
     # Beside the attribute that holds the optimizer lies what it trains.

@@ -304,8 +304,10 @@ def _alike(text: str, entries: Iterable[Entry]) -> list[tuple[Names, Entry]]:
     not the `l/w` that other networks have too.
     """
     aim, numbers = _plain(text), _NUMBER.findall(_PLACE.sub("", text))
-    parts = parse(text.replace(".", "/"))
-    width, said = len(parts), {*map(_plain, parts)} - {"#"}
+    parts = [*map(_plain, parse(text.replace(".", "/")))]
+    if with_levels := _with_levels_between(parts, numbers, entries):
+        return with_levels
+    width, said = len(parts), {*parts} - {"#"}
     found: dict[str, tuple[Names, Entry]] = {}
     seen: dict[Names, int] = {}
     most: dict[str, int] = {}
@@ -322,8 +324,7 @@ def _alike(text: str, entries: Iterable[Entry]) -> list[tuple[Names, Entry]]:
     ratios = _ratios(aim, found)
     best = sorted(ratios, key=lambda key: (-ratios[key], -most[key]))[:_SHOWN]
     kept = [found[key] for key in best if ratios[key] >= max(_ALIKE, ratios[best[0]] - 0.15)]
-    alike = [(_from_what_is_named(names, entry.whole, said), entry) for names, entry in kept]
-    return _with_levels_between([*map(_plain, parts)], numbers, entries) or alike
+    return [(_from_what_is_named(names, entry.whole, said), entry) for names, entry in kept]
 
 
 def _with_levels_between(

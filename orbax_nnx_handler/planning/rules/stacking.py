@@ -7,9 +7,8 @@ from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
-from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_index, parse
+from orbax_nnx_handler.planning.core.paths import canonical, is_index, parse
 from orbax_nnx_handler.planning.core.recipes import RecipeError
-from orbax_nnx_handler.planning.layouts.layout import is_of_parameters
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
@@ -208,12 +207,6 @@ class ScanAxis(Rule):
     @property
     def _loss(self) -> str:
         return "it says how to read a group; StackLayers and UnstackLayers also write one"
-
-
-def above_groups(owner: Tokens, collection: str | None) -> tuple[Tokens, ...]:
-    """Returns what a `ScanAxis` for a collection of a train state may have in front of a group's path."""
-    named = () if collection is None else ((collection,), (*owner, collection))
-    return ((), owner, *named) if is_of_parameters(collection) else named
 
 
 def _counter(counting: Pattern, other: Pattern) -> str:

@@ -283,10 +283,7 @@ def apart_from_copies(links: Iterable[Link]) -> tuple[list[Link], list[Tie]]:
         copies = [name for name in link.target.names[:-1] if is_copy_level(name) and name not in keys]
         is_lent = link.target.source in doubled or (copies and not any(map(is_copy_level, keys)))
         (lent if is_lent else plain).append(link)
-    if not lent:
-        return plain, []
-    wanted, stored = zip(*((link.target.names, link.source.names) for link in lent), strict=True)
-    return plain, [Tie(wanted=wanted, stored=stored, readings=(tuple(lent),))]
+    return plain, [_tie([lent])] if lent else []
 
 
 def _doubled(links: Iterable[Link]) -> set[Path]:

@@ -247,8 +247,11 @@ def one_of(networks: Mapping[str, Suggestion], found: Suggestion) -> Suggestion 
     """Returns the proposal for the only stored network that the target may be, or the question which it is.
 
     Args:
-        networks: The proposals by the keys of their network; None comes where each leaves something open.
+        networks: The proposals by the keys of their network.
         found: What is proposed without any.
+
+    Returns:
+        None where each of them leaves something open.
     """
     whole = {key: one for key, one in networks.items() if one.confidence != "open"}
     if len(whole) < 2:

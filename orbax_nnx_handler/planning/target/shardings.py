@@ -100,6 +100,11 @@ def mesh_in_force() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
+def is_abstract(sharding: Sharding | None) -> bool:
+    """Tells whether a sharding names no devices: that of a mesh in force while `jax.jit` traces."""
+    return isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+
+
 def is_traced() -> bool:
     """Tells whether JAX traces a program right now."""
     try:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
-from orbax_nnx_handler.planning.layouts.layout import is_of_parameters
+from orbax_nnx_handler.planning.layouts.layout import above_groups, is_of_parameters
 from orbax_nnx_handler.planning.verdict.elements import BlockCounts, Element
 
 Axes = tuple[int | None, int | None]
@@ -135,9 +135,7 @@ class StackedAxes:
 
     def _said_of(self, group: StackedGroup) -> set[int]:
         """Returns what rules say of a group: of parameters, or behind the name of another collection."""
-        owner, collection = canonical(group.owner), group.collection
-        named: list[Tokens] = [] if collection is None else [(collection,), (*owner, collection)]
-        heads = [(), owner, *named] if is_of_parameters(collection) else named
+        heads = above_groups(canonical(group.owner), group.collection)
         names = {(*head, *name) for head in heads for name in group.names}
         return {self._said[name] for name in names & self._said.keys()}
 

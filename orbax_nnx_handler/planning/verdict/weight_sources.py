@@ -376,11 +376,8 @@ def _may_go(above: Tokens, below: Tokens, owner: Tokens) -> bool:
     """
     depth = len(owner) if owner == above[: len(owner)] else 0
     is_place = 0 < depth == len(above) - 1
-    numbers = [] if is_place else [*filter(is_number, above[max(depth, 1) :])]
-    numbers += [
-        token for last, token in itertools.pairwise(("", *below)) if is_number(token) and last == last.lower()
-    ]
-    if numbers:
+    layers = (token for last, token in itertools.pairwise(("", *below)) if last == last.lower())
+    if any(map(is_number, () if is_place else above[max(depth, 1) :])) or any(map(is_number, layers)):
         return False
     named = [token for token in above if token not in _PLAIN and not is_number(token)]
     return not named or not [token for token in below if token not in _PLAIN]

@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import reads, substitute
 from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
+from orbax_nnx_handler.planning.mapping.train_states import owner_of
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.rules import ScanAxis
@@ -82,10 +83,8 @@ def regroup(
 
 def _owner_and_group(leaves: Iterable[Written], group: GroupPath) -> tuple[Path, GroupPath]:
     """Returns the train state that a group's path names, and the group below its collection."""
-    owners = {
-        leaf.owner for leaf in leaves if leaf.owner and segments(leaf.owner) == group[: len(leaf.owner)]
-    }
-    owner = max(owners, key=len, default=())
+    owners = {segments(leaf.owner): leaf.owner for leaf in leaves}
+    owner = owners.get(owner_of(group, owners) or (), ())
     below = group[len(owner) :]
     modules = {leaf.parameter[0] for leaf in leaves if leaf.parameter}
     return owner, below[1:] if below[:1] == ("params",) and "params" not in modules else below

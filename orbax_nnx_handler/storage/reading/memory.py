@@ -21,9 +21,10 @@ from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import AbstractMesh, Sharding
+from jax.sharding import Sharding
 
 from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf, total_nbytes
+from orbax_nnx_handler.planning.target.shardings import is_abstract
 from orbax_nnx_handler.storage.reading.base_store import fill
 
 ALIGNMENT = 64
@@ -98,7 +99,7 @@ class Memory:
 
 
 def _is_own(sharding: Sharding | None) -> bool:
-    if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+    if is_abstract(sharding):
         return False  # Under `jax.jit` nobody knows the devices.
     return (
         sharding is not None

@@ -20,15 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    Sharding,
-    SingleDeviceSharding,
-)
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
@@ -37,7 +29,7 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.options import DefaultSource
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.planning.target.shardings import is_traced, mesh_in_force
+from orbax_nnx_handler.planning.target.shardings import is_abstract, is_traced, mesh_in_force
 from orbax_nnx_handler.planning.target.target import flatten_like
 from orbax_nnx_handler.storage.arithmetic import Asked, axis_names, evaluate_together, explicit_mesh
 from orbax_nnx_handler.storage.reading.jobs import Job, families
@@ -87,7 +79,7 @@ def _key_bits(impl: str, shape: Shape, numbers: Sequence[int]) -> np.ndarray[Any
 
 
 def _place(value: np.ndarray[Any, Any], leaf: WantedLeaf) -> jax.Array:
-    if isinstance(getattr(leaf.sharding, "mesh", None), AbstractMesh):
+    if is_abstract(leaf.sharding):
         return jnp.asarray(value)  # A constant of the program that is traced: no devices are known.
     # A key array's spec names its leading axes; the axis of bits behind them stays whole.
     return jax.make_array_from_callback(

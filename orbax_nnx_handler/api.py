@@ -209,7 +209,8 @@ def save(
         renames: The rules of the restore; they are undone, so that they restore what is saved.
             Or the plan or report of the restore: each leaf goes back to the path, shape and count
             type that it came from, also where rules alone do not tell (a level taken away).
-        force: Replace what is at `path`. On this machine's file systems the old item stays until the
+        force: Replace the item at `path`; a manager's root, a step or what is no checkpoint's is
+            refused, since all in it would go. On this machine's file systems the old item stays until the
             new one is whole and takes its name; in a bucket, and where several processes save,
             Orbax deletes it first.
 
@@ -220,6 +221,7 @@ def save(
             on this machine's file systems nothing is left behind.
         ValueError: `state` holds no array, two leaves would be stored at one path, the plan is of another
             item, or something is at `path` already and `force` is not set.
+        NotACheckpointError: What is at `path` is not one item.
     """
     destination = absolute(path)
     check_writable(destination)

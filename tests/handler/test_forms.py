@@ -19,6 +19,7 @@ from orbax_nnx_handler import (
     NNXLinenHandler,
     NNXLinenRestore,
     NNXLinenSave,
+    NotACheckpointError,
     RestoreError,
     handler_registry,
     plan_restore,
@@ -414,6 +415,44 @@ def test_save_refuses_to_overwrite_unless_forced(tmp_path, trained) -> None:
 
     with pytest.raises(ValueError, match="exists"):
         save(tmp_path / "item", make_net())
+    save(tmp_path / "item", make_net(), force=True)
+
+    assert restore(tmp_path / "item", abstract_net()).up is not None
+
+
+@pytest.mark.parametrize(
+    ("below", "said"),
+    [
+        ("", "the root of a CheckpointManager, not an item; it holds the steps 1, 2."),
+        ("2", "a step, not an item; it holds: default."),
+        ("notes", "no Orbax checkpoint; it holds: thesis.tex."),
+        ("notes/thesis.tex", "a file."),
+    ],
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_more_than_one_item_is_never_replaced(tmp_path, below, said, force):
+    for step in (1, 2):
+        save(tmp_path / "run" / str(step) / "default", make_net())
+    (tmp_path / "run" / "notes").mkdir()
+    (tmp_path / "run" / "notes" / "thesis.tex").write_text("all that there is")
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(NotACheckpointError) as error:
+        save(tmp_path / "run" / below, make_net(), force=force)
+
+    assert str(error.value) == (
+        f"{tmp_path / 'run' / below} is {said} A save replaces one item and nothing else."
+        "\nhint: pass the path of an item, or one at which there is nothing."
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("parts", [[], ["_CHECKPOINT_METADATA", "array_metadatas", "ocdbt.process_0"]])
+def test_an_item_that_was_only_begun_is_replaced(tmp_path, parts):
+    (tmp_path / "item").mkdir()
+    for part in parts:
+        (tmp_path / "item" / part).mkdir()
+
     save(tmp_path / "item", make_net(), force=True)
 
     assert restore(tmp_path / "item", abstract_net()).up is not None

@@ -180,6 +180,17 @@ def _is_listed_item(path: epath.Path, files: Files) -> bool:
     return any(files.has_file(path, name) for name in (*_ITEM_FILES, *HUGGING_FACE_FILES))
 
 
+def is_replaceable(path: epath.Path, files: Files) -> bool:
+    """Tells whether all that a directory holds is one item, as Orbax writes it or was writing it."""
+    if any(files.has_file(path, name) for name in _ITEM_FILES):
+        return True
+    parts = (*_BEFORE_THE_TREE, COMMIT_FILE)
+    names = files.entries(path)
+    return files.is_folder(path) and all(
+        name in parts or _PROCESS_PART.fullmatch(name) is not None for name in names
+    )
+
+
 def _array_folders(path: epath.Path, files: Files) -> list[epath.Path]:
     """Returns folders in a directory that each hold an array, some of them if there are many."""
     folders = files.folders(path)

@@ -19,6 +19,7 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     holds_tree,
     is_archive,
     is_item,
+    is_replaceable,
     is_root,
     is_temporary,
     is_unfinished,
@@ -73,6 +74,18 @@ def _unfinished_in(path: epath.Path, files: Files) -> list[str]:
         return temporary
     steps = [path / name for name in step_names(entries).values() if entries[name].kind == "folder"]
     return [step.name for step in steps[-_SHOWN:] if lacks_commit(step, files)]
+
+
+def check_replaceable(path: epath.Path, files: Files) -> None:
+    """Raises where more than one item would go if a save took a path's name.
+
+    Raises:
+        NotACheckpointError: A manager's root, a step, or what no checkpoint holds is there.
+    """
+    if files.exists(path) and not is_replaceable(path, files):
+        what = _of_folder(path, files).what if files.is_folder(path) else f"{path} is a file."
+        hint = Hint("pass the path of an item, or one at which there is nothing.")
+        raise _refusal(f"{what} A save replaces one item and nothing else.", hint)
 
 
 def _refusal(what: str, hint: Hint) -> NotACheckpointError:

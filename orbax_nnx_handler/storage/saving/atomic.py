@@ -27,7 +27,10 @@ from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, nodes_of
 from orbax_nnx_handler.storage.checkpoint.directories import is_working_name, working_name
+from orbax_nnx_handler.storage.checkpoint.wrong_paths import check_replaceable
+from orbax_nnx_handler.storage.reading.agreement import agree
 from orbax_nnx_handler.storage.shortages import check_threads, naming_shortage
+from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import cannot_write, is_url
 
 # How often and at what distance a directory that is to go is looked at.
@@ -51,11 +54,14 @@ def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force:
 
     Raises:
         ValueError: Something is there, and is not to be replaced.
+        NotACheckpointError: What is there is more than one item, or none.
         RestoreError: It cannot be written.
     """
     is_alone = jax.process_count() == 1
-    # Of several processes, one that is late may see what the first has begun to write; Orbax asks before.
-    if is_alone and not force and destination.exists():
+    if force or not is_url(destination):
+        # Of several processes, one that is late may see what the first has begun to write.
+        agree(lambda: check_replaceable(destination, files_at(destination)))
+    if is_alone and not force and destination.exists():  # Of several, Orbax asks before.
         raise ValueError(f"Destination {destination} already exists.\nhint: pass force=True to replace it.")
     opened = cast(Any, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
     if is_url(destination) or not is_alone:

@@ -1,6 +1,6 @@
 """Which pairs of two sides together fit best, and which of them no other assignment comes near to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -67,3 +67,10 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
                 number = large
             owner[key] = number
     return [frozenset(group) for group in found.values()]
+
+
+def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
+    """Returns the places in the order of their keys; None where a key is not known or is there twice."""
+    if None in keys or len(set(keys)) < len(keys):
+        return None
+    return sorted(range(len(keys)), key=lambda at: keys[at])

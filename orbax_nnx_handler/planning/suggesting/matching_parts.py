@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import shared_levels
-from orbax_nnx_handler.planning.suggesting.assignment import Table, components, merged
+from orbax_nnx_handler.planning.suggesting.assignment import Table, components, in_strict_order, merged
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
@@ -14,7 +14,6 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     are_counted,
     ascend,
     in_order,
-    in_strict_order,
     lies_within,
     named_parts,
     ranks_of,

@@ -13,9 +13,11 @@ from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_v
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     ENDING,
     PARAMETER,
+    PYTORCHS,
     Concepts,
     concepts,
     meanings,
+    parameter_of,
     words,
 )
 
@@ -332,8 +334,6 @@ class Tie:
 
 
 _QKV = frozenset("qkv")
-PYTORCHS = frozenset(("weight", "weights", "w"))
-"""Names under which a program may keep outputs before inputs."""
 
 
 def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
@@ -437,7 +437,7 @@ def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
     seat = link.levels[-1][0] + 1 if link.levels else 0
     if link.layers is not None:
         seat = max(seat, len(link.layers.stored))
-    named = tuple(name.rsplit("_", 1)[-1] for name in (leaf.names[-1], link.target.names[-1]))
+    named = tuple(map(parameter_of, (leaf.names[-1], link.target.names[-1])))
     for rank in dict.fromkeys((ranks[0], min(ranks))):
         if not _QKV.isdisjoint(concepts(bases[-2:-1])):
             yield "qkv", bases[:-2], named, rank  # What leads out of an attention is no evidence.

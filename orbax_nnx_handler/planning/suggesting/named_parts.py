@@ -6,9 +6,9 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.suggesting.assignment import in_strict_order
 from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     COMPUTED,
@@ -379,23 +379,23 @@ def _placed(positions: Sequence[float | None]) -> list[float | None]:
     return list(positions)
 
 
-def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
-    """Returns the places in the order of their keys; None where a key is not known or is there twice."""
-    if None in keys or len(set(keys)) < len(keys):
-        return None
-    return sorted(range(len(keys)), key=lambda at: keys[at])
-
-
 def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
     """Returns the numbers of parts whose paths differ in numbers, or in what numbered modules hold."""
-    heads = {tuple((level.base, level.number is None) for level in role.part.levels[:1]) for role in roles}
-    shapes = {tuple(level.base for level in role.part.levels) for role in roles}
-    if len(shapes) > 1 and (len(heads) > 1 or any(not role.numbers for role in roles)):
+    paths = [role.part.levels for role in roles]
+    shapes = {tuple(level.base for level in path) for path in paths}
+    if len(shapes) > 1 and not all(itertools.starmap(_count_together, itertools.combinations(paths, 2))):
         return [None] * len(roles)
     return [
         tuple(level.number for level in role.part.levels if level.number is not None) or None
         for role in roles
     ]
+
+
+def _count_together(one: Sequence[Level], other: Sequence[Level]) -> bool:
+    """Tells whether a number tells two paths apart before a name does."""
+    pairs = zip(one, other, strict=False)
+    first = next(((left, right) for left, right in pairs if left != right), (Level(""), Level("")))
+    return first[0].base == first[1].base and None not in (first[0].number, first[1].number)
 
 
 def ranks_of(roles: Sequence[NamedPart], like: int) -> Mapping[tuple[int, ...], int]:

@@ -15,7 +15,6 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 from orbax_nnx_handler.planning.suggesting.module_parts import (
-    PYTORCHS,
     Leaf,
     Link,
     ModulePart,
@@ -40,6 +39,7 @@ from orbax_nnx_handler.planning.suggesting.shapes import (
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     PLACING,
+    PYTORCHS,
     Concepts,
     exclude,
     likeness,

@@ -266,7 +266,8 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     """Returns which layer is which: those of one number, or one by one where both count all from 0 or 1.
 
     Where layers are as large as those of the other side from the last one on, this counts them so: on
-    the way up of a U-Net, by resolution or in the order of computation.
+    the way up of a U-Net, by resolution or in the order of computation. And a list may begin with something
+    else: where only one run of its layers is as large as the shorter list, this is that list.
     """
     if is_complete(one) and is_complete(other) and _is_reversed(one.sizes, other.sizes):
         return list(zip(one.numbers, reversed(other.numbers), strict=True))
@@ -274,10 +275,21 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
     by_size = one.sizes == other.sizes and len({*one.sizes}) == len(one.sizes)
     if alike and not by_size and len(both) * 2 > max(len(one.members), len(other.members)):
-        return [(number, number) for number in both]
+        return _run_within(one, other) or [(number, number) for number in both]
     if len(one.members) == len(other.members) and is_complete(one) and is_complete(other):
         return list(zip(one.numbers, other.numbers, strict=True))
     return []
+
+
+def _run_within(one: Series, other: Series) -> list[tuple[int, int]]:
+    """Returns the layers of the shorter list with the only run of the longer one that is as large."""
+    short, long = sorted((one, other), key=lambda series: len(series.sizes))
+    count = len(short.sizes)
+    starts = [at for at in range(len(long.sizes) - count + 1) if long.sizes[at : at + count] == short.sizes]
+    if count in (1, len(long.sizes)) or len(starts) != 1:
+        return []
+    run = long.numbers[starts[0] : starts[0] + count]
+    return list(zip(*((short.numbers, run) if short is one else (run, short.numbers)), strict=True))
 
 
 def _is_reversed(one: Sequence[int], other: Sequence[int]) -> bool:
@@ -400,7 +412,10 @@ def _possible_stacks(
         for depth in range(above + 1, len(leaf.names)):
             below[leaf.names[:depth]].append(leaf)
     for prefix, leaves in below.items():
-        yield prefix, leaves, 0.5 if least > 1 else 0.99
+        # Of modules that hold nothing but each other, the innermost one is the layer.
+        inner = leaves[0].names[: len(prefix) + 1]
+        if len(below.get(inner, ())) < len(leaves) or _depth(inner, leaves) < 0:
+            yield prefix, leaves, 0.5 if least > 1 else 0.99
     for prefix, leaves in beside.items():
         if len(leaves) < len(below.get(prefix, free)):
             yield prefix, leaves, 0.99

@@ -219,7 +219,9 @@ def transposed(before: Shape, axes: tuple[int, ...]) -> Step:
 def _regroups(one: Shape, other: Shape) -> bool:
     """Tells whether one shape only splits axes of the other: heads and their width, axes of one element."""
     left, right = _edges(one), _edges(other)
-    return left <= right or right <= left
+    windows = {shape[0] for shape in (one, other) if len(shape) == 4 and shape[0] == shape[1]}
+    # A convolution over one place is none over a window.
+    return (left <= right or right <= left) and not (len(windows) == 2 and 1 in windows)
 
 
 def _edges(shape: Shape) -> set[int]:
@@ -427,12 +429,8 @@ def lifted(
     cuts: Sequence[recipes.Index | recipes.Slice], steps: Steps, stored: Shape, wanted: Shape
 ) -> Steps | None:
     """Returns the steps of one layer as steps of a stack whose layers lie first on both sides."""
-    if (
-        len(cuts) != 1
-        or not isinstance(cuts[0], recipes.Index)
-        or cuts[0].axis != 0
-        or wanted[:1] != stored[:1]
-    ):
+    cut = cuts[0] if len(cuts) == 1 and wanted[:1] == stored[:1] else None
+    if not isinstance(cut, recipes.Index) or cut.axis != 0:
         return None
     count = stored[0]
     return tuple(

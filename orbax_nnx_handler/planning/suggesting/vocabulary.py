@@ -106,8 +106,8 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("class", "embedding"): ("cls",),
     ("mask", "token"): ("mask",),
     ("c", "fc"): ("up",),
-    ("dense", "h", "to", "4", "h"): ("up",),
-    ("dense", "4", "h", "to", "h"): ("down",),
+    ("dense", "h", "to", "4h"): ("up",),
+    ("dense", "4h", "to", "h"): ("down",),
     ("attn", "vec"): ("attn", "o"),
     ("c", "attn"): ("attn", "q", "k", "v"),
     ("in", "proj"): ("in",),
@@ -229,6 +229,9 @@ PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling 
 ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")
 """A parameter with what it is called as its own, and at the end of a name: `gate_up_proj_bias`."""
 
+PYTORCHS = frozenset(("weight", "weights", "w"))
+"""Names under which a program may keep outputs before inputs."""
+
 MARGIN = 0.75
 """By how much one pairing must be better than every other one."""
 
@@ -244,10 +247,13 @@ _MEANING = {
 _LONGEST = max(map(len, _PHRASES))
 
 
+_WORD = re.compile(r"\d+x\d+|\d+[a-z](?![A-Za-z])|\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
 @functools.lru_cache(maxsize=65536)
 def words(name: str) -> tuple[str, ...]:
-    """Returns the words of a name in order: `LayerNorm_0` is `layer`, `norm`, `0`."""
-    return tuple(part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name))
+    """Returns the words of a name in order: `LayerNorm_0` is `layer`, `norm`, `0`; `5b` and `3x3` count."""
+    return tuple(part.lower() for part in _WORD.findall(name))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -260,7 +266,7 @@ def meanings(name: str) -> tuple[str, ...]:
         if length:
             found += _PHRASES[left[:length]]
         else:
-            found += () if left[0].isdecimal() else _MEANING.get(left[0], (_singular(left[0]),))
+            found += () if left[0][0].isdecimal() else _MEANING.get(left[0], (_singular(left[0]),))
         left = left[max(length, 1) :]
     return tuple(dict.fromkeys(found))
 
@@ -300,6 +306,12 @@ def _abbreviated(short: Concepts, said: Concepts) -> int:
     words = [word for word in short - _KNOWN if len(word) > 2 or (len(word) == 1 and word not in "abcdxyz")]
     begun = [sum(long != word and long.startswith(word) for long in said - _KNOWN) for word in words]
     return begun.count(1)
+
+
+def parameter_of(name: str) -> str:
+    """Returns the parameter that a name ends in; one called `output_kernel` is none of a layer's kernels."""
+    last = name.rsplit("_", 1)[-1]
+    return last if last in PYTORCHS else name
 
 
 def order_word(found: Collection[str]) -> int:

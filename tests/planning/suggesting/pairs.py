@@ -41,6 +41,9 @@ OPEN = {
     "evoformer": 44,
     "perceiver": 32,
     "dual_encoder": 1,
+    "inception": 180,
+    "ddpm": 21,
+    "fnet": 12,
 }
 """Leaves that stay open.
 
@@ -53,10 +56,11 @@ gate lie in turns (gpt_oss), which of square layers that stand beside each other
 (transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
 (hypernerf), which of `out` and `out2` is the gate (s4), which norm of a decoder with deformable
 attention is which (deformable_detr), which of the layers of an attention that Linen numbered is which
-(perceiver), which of `a` and `b` is left (evoformer), and whether a temperature is a scale
-(dual_encoder), only outputs tell. Not found yet: the bias of queries and of values in one for all three
-(qformer), layers of two kinds scanned in one block by names alone (maxtext_gemma2), critics that are mapped
-over an ensemble (drq), and a lone vector (ncsnpp).
+(perceiver), which of `a` and `b` is left (evoformer), whether a temperature is a scale (dual_encoder), which
+of a block's convolutions of one shape is which branch (inception), and which norm is that of the network
+(fnet), only outputs tell. Not found yet: the bias of queries and of values in one for all three (qformer),
+layers of two kinds scanned in one block by names alone (maxtext_gemma2), critics that are mapped over an
+ensemble (drq), a lone vector (ncsnpp), and the layers of two levels of a U-Net that are as large (ddpm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -14,11 +14,12 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
+from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, Tie, levels, place_of
 from orbax_nnx_handler.planning.suggesting.shapes import Way, permuted, transposed
-from orbax_nnx_handler.planning.suggesting.vocabulary import meanings, words
+from orbax_nnx_handler.planning.suggesting.vocabulary import TURNS, meanings, words
 
 Move = tuple[int, int]
 """From which axis to which other one."""
@@ -269,6 +270,33 @@ def agrees(link: Link, settled: Mapping[Path, set[Path]], claimed: Mapping[Path,
         if leaf.source in settled:
             return sources <= settled[leaf.source]
     return link.copied or all(claimed.get(path) is None for path in sources)
+
+
+def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
+    """Returns rules under which the parts of layers that take turns in one block are layers by number.
+
+    `self_attention_local` and `self_attention_global` in each block of a stack: every part is there twice.
+    """
+    blocks: dict[Names, dict[Names, dict[str, tuple[str, Shape]]]] = defaultdict(lambda: defaultdict(dict))
+    held: dict[Names, int] = defaultdict(int)
+    for entry in entries:
+        for at, name in enumerate(entry.segments[:-1]):
+            held[entry.segments[:at]] += 1
+            base, _, turn = name.rpartition("_")
+            if at and base and turn in TURNS:
+                blocks[entry.segments[:at]][base, *entry.segments[at + 1 :]][turn] = name, entry.shape
+    found: dict[Rename, None] = {}
+    for above, parts in blocks.items():
+        count, kinds = (
+            len(TURNS) * len(parts),
+            {len({shape for _, shape in x.values()}) for x in parts.values()},
+        )
+        if kinds == {1} and held[above] == sum(map(len, parts.values())) == count:
+            for (base, *_), each in parts.items():
+                for number, turn in enumerate(TURNS):
+                    aim = *above, f"{above[-1]}_{number}", base
+                    found[Rename("/".join((*above, each[turn][0])), "/".join(aim))] = None
+    return tuple(found)
 
 
 def apart_from_copies(links: Iterable[Link]) -> tuple[list[Link], list[Tie]]:

@@ -9,12 +9,16 @@ from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, is_number, segments, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
-from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.link_groups import agrees, by_template, of_few_layers
+from orbax_nnx_handler.planning.suggesting.link_groups import (
+    agrees,
+    by_template,
+    layers_in_turns,
+    of_few_layers,
+)
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, readings_of, simplest
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer, changes_nothing
@@ -53,6 +57,10 @@ from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
 from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
 
 _QUESTIONS, _TRIES = 24, 6
+
+
+def _open_ends(found: Suggestion) -> tuple[bool, int]:
+    return bool(found.problem), len(found.unmatched_wanted)
 
 
 def propose(
@@ -127,10 +135,6 @@ class _Proposing:
         doubted = {path for fault in self._base.faults for path in fault.paths}
         return {path: item for path, item in self._base.restored.items() if path not in doubted}
 
-    @property
-    def _mapping(self) -> LeafMapping:
-        return self._chosen.mapping
-
     @cached_property
     def _chosen(self) -> Chosen:
         return choose(self._wanted, self.stored, self.options)
@@ -138,7 +142,10 @@ class _Proposing:
     def best(self) -> Suggestion:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
         found = self.suggestion()
-        keys = keys_as_names(self._mapping.applied.entries) if found.unmatched_wanted else ()
+        entries = self._chosen.mapping.applied.entries if found.unmatched_wanted else ()
+        keys, turns = keys_as_names(entries), layers_in_turns(entries)
+        with contextlib.suppress(RestoreError):
+            found = min(found, self._behind(*turns, fact="Gemma 2") if turns else found, key=_open_ends)
         if not keys:
             return found
         alone: dict[str, Suggestion] = {}
@@ -155,10 +162,7 @@ class _Proposing:
             other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
             others = [each for each in (*self._by_network(keys, other), other) if not each.problem]
             others = [each for each in others if not mixes(each, keys, self.stored)]
-            found = min(
-                [*others, found if found.proposals else asking(other, found)],
-                key=lambda each: len(each.unmatched_wanted),
-            )
+            found = min([*others, found if found.proposals else asking(other, found)], key=_open_ends)
         return found if one is None or found.confidence != "open" else one
 
     def _among(self, networks: Sequence[Rename], *rules: Rename) -> Suggestion:
@@ -173,10 +177,10 @@ class _Proposing:
         tried = self._suggested(self._judged((), dict.fromkeys(found.renames, ()), 0, ()), found.questions)
         return dataclasses.replace(tried, proposals=found.proposals, settle=found.settle)
 
-    def _behind(self, *rules: Rename) -> Suggestion:
+    def _behind(self, *rules: Rename, fact: str = "") -> Suggestion:
         """Returns what is proposed behind some rules, together with them."""
         options = dataclasses.replace(self.options, renames=(*self.options.renames, *rules))
-        return behind(rules, dataclasses.replace(self, options=options).suggestion())
+        return behind(rules, dataclasses.replace(self, options=options).suggestion(), fact)
 
     def _by_network(self, keys: Sequence[Rename], found: Suggestion) -> Iterator[Suggestion]:
         """Yields rules that leave each network its own params, so that its optimizer follows."""
@@ -225,7 +229,7 @@ class _Proposing:
         return tuple(rule for rule in rules if keeps or not changes_nothing(rule))
 
     def _searched(self) -> Searched:
-        after = self._mapping.applied.entries
+        after = self._chosen.mapping.applied.entries
         found = self._search(after)
         if not self.options.renames:
             return found
@@ -263,7 +267,7 @@ class _Proposing:
         kept = [link for link in links if agrees(link, settled, claimed) and not self._is_doubted(link)]
         covered = {leaf.source for link in kept for leaf in link.wanted}
         ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
-        theirs = {leaf.source: leaf for leaf in stored_leaves(self._mapping.applied.entries, False)}
+        theirs = {leaf.source: leaf for leaf in stored_leaves(self._chosen.mapping.applied.entries, False)}
         for path in settled:
             recipe = self._found[path].recipe
             if path not in covered and isinstance(recipe, Read) and recipe.path in theirs:
@@ -336,15 +340,12 @@ class _Proposing:
         wrong = [path for path in wanted if path not in right]
         before = {path: set(reads(item.recipe)) for path, item in self._found.items()}
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
-        models = {item.leaf.path for item in self._model}
+        others = {item.leaf.path for item in self._model} - wanted.keys() - before.keys()
         strange = [
             path
             for path, sources in got.items()
-            if path not in wanted
-            and path not in before
-            and path in models
             # What lies in a renamed module under its own name is that leaf.
-            and not all(segments(source)[-2:] == segments(path)[-2:] for source in sources)
+            if path in others and any(segments(source)[-2:] != segments(path)[-2:] for source in sources)
         ]
         return _Tried(
             rules=rules,
@@ -366,7 +367,7 @@ class _Proposing:
         """What the settled rules do with the shapes of stored leaves."""
         return {
             (entry.sources[0], entry.segments): steps_in(entry.recipe)
-            for entry in self._mapping.applied.entries
+            for entry in self._chosen.mapping.applied.entries
             if not isinstance(entry.recipe, Read)
         }
 
@@ -383,11 +384,11 @@ class _Proposing:
 
     @cached_property
     def _entries(self) -> Sequence[Entry]:
-        return [entry for entry in self._mapping.applied.entries if entry.section == "model"]
+        return [entry for entry in self._chosen.mapping.applied.entries if entry.section == "model"]
 
     def _roots(self, links: Sequence[Link]) -> Iterator[tuple[int, Names]]:
         """Yields where the model may sit in the target, and the stored levels that go by themselves."""
-        roots = self._mapping.roots
+        roots = self._chosen.mapping.roots
         names = [leaf.names for link in links for leaf in link.wanted]
         shared = shared_levels(names, own=1)
         plain = next(
@@ -414,10 +415,8 @@ class _Proposing:
             readings = [
                 tuple(simplest(reading))
                 for reading in tie.readings
-                if not any(leaf.source in covered for link in reading for leaf in link.wanted)
-                and not any(
-                    leaf.source in used for link in reading if not link.copied for leaf in link.stored
-                )
+                if covered.isdisjoint(leaf.source for link in reading for leaf in link.wanted)
+                and used.isdisjoint(one.source for link in reading if not link.copied for one in link.stored)
             ]
             if len(readings) == len(tie.readings) or len(readings) > 1:
                 is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])

@@ -214,26 +214,25 @@ class Suggestion:
         return f"{said}; {left} open" if left else said
 
 
-def behind(rules: Sequence[Rule], found: Suggestion) -> Suggestion:
+def behind(rules: Sequence[Rule], found: Suggestion, fact: str = "") -> Suggestion:
     """Returns the same proposal behind rules that it was searched under, and that it needs."""
     first, settle = tuple(rules), found.settle
+    grounds: PairGrounds = "fact" if fact else "names"
 
     def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
         return (*first, *(found.renames if settle is None else settle(answers, changes)))
 
     return dataclasses.replace(
         found,
-        proposals=(*(Proposal(rule=rule, grounds="names") for rule in rules), *found.proposals),
+        proposals=(*(Proposal(rule=one, grounds=grounds, fact=fact) for one in first), *found.proposals),
         questions=tuple(_asked_behind(first, question) for question in found.questions),
         settle=settled,
     )
 
 
 def _asked_behind(rules: tuple[Rule, ...], question: Question) -> Question:
-    settle = question.settle
-
     def settled(answer: int) -> tuple[Rule, ...]:
-        return (*rules, *settle(answer))
+        return (*rules, *question.settle(answer))
 
     return dataclasses.replace(question, settle=settled)
 

@@ -35,7 +35,6 @@ OPEN = {
     "s4": 12,
     "drq": 16,
     "ncsnpp": 1,
-    "maxtext_gemma2": 61,
     "deformable_detr": 8,
     "qformer": 4,
     "evoformer": 44,
@@ -59,8 +58,8 @@ attention is which (deformable_detr), which of the layers of an attention that L
 (perceiver), which of `a` and `b` is left (evoformer), whether a temperature is a scale (dual_encoder), which
 of a block's convolutions of one shape is which branch (inception), and which norm is that of the network
 (fnet), only outputs tell. Not found yet: the bias of queries and of values in one for all three (qformer),
-layers of two kinds scanned in one block by names alone (maxtext_gemma2), critics that are mapped over an
-ensemble (drq), a lone vector (ncsnpp), and the layers of two levels of a U-Net that are as large (ddpm).
+critics that are mapped over an ensemble (drq), a lone vector (ncsnpp), and two levels of a U-Net that are as
+large (ddpm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -178,7 +178,8 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         ValueError: See `take_apart`; two leaves of it would be stored at one path, or `tx` does not fit.
     """
     states = [_with_containers(parts, tx) for parts in take_apart(item)]
-    places = [place for parts in states for place in _places(parts, flavour, several=len(states) > 1)]
+    several = len(states) > 1 or any(parts.root for parts in states)
+    places = [place for parts in states for place in _places(parts, flavour, several)]
     placed = dict(_without_collisions(places))
     random = {at: leaf for at, leaf in placed.items() if at[0] == AUX and is_stream(leaf)}
     if flavour == "maxtext" or len(random) == len(placed):
@@ -193,7 +194,7 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         random={at[1:]: leaf for at, leaf in random.items()},
         certain=all(parts.opt_state is None or keeps_containers(parts.opt_state) for parts in states),
         steps=frozenset(parts.step.path for parts in states if parts.step is not None),
-        several=len(states) > 1,
+        several=several,
         aside=_below(kept, above, AUX),
         moments=_below(kept, above, "opt_state"),
     )

@@ -11,6 +11,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.leaves import derived
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
+from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import children, flatten, is_graph, numbers_beside
 
@@ -104,7 +105,7 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
         return (_without_optimizer(item, leaves, model_key),)
     if len(optimizers) == 1:
         ((owner, opt_state),) = optimizers.items()
-        return (_train_state(leaves, owner, opt_state, model_key),)
+        return _one_train_state(leaves, owner, opt_state, model_key, ())
     roots = {owner[:-1]: owner for owner in optimizers}
     if len(roots) == 1:
         return _side_by_side(leaves, optimizers, *roots)
@@ -113,7 +114,7 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
     states: list[Parts] = []
     for root, owner in roots.items():
         own, leaves = _divided(leaves, root)
-        states.append(dataclasses.replace(_train_state(own, owner, optimizers[owner], model_key), root=root))
+        states += _one_train_state(own, owner, optimizers[owner], model_key, root)
     return _with_outside(states, leaves)
 
 
@@ -203,7 +204,23 @@ def _divided(leaves: ItemLeaves, root: Path) -> tuple[dict[Path, ItemLeaf], dict
     return own, {path: leaf for path, leaf in leaves.items() if path not in own}
 
 
-def _train_state(leaves: Mapping[Path, ItemLeaf], owner: Path, opt_state: Any, model_key: Hashable) -> Parts:
+def _one_train_state(
+    leaves: ItemLeaves, owner: Path, opt_state: Any, model_key: Hashable, root: Path
+) -> Sequence[Parts]:
+    """Returns model and optimizer as one part below `root`; as two where only the model is called a copy.
+
+    What is stored below no `ema` says of itself that it is no average, and is not restored into one.
+    """
+    parts, model = _train_state(leaves, owner, opt_state, model_key)
+    copies = [at for at, level in enumerate(model) if at >= len(root) and is_copy_level(str(level))]
+    if not copies:
+        return (dataclasses.replace(parts, root=root),)
+    if copies[-1] < len(owner) - 1:
+        return (dataclasses.replace(parts, root=model[: copies[-1] + 1]),)
+    return _side_by_side(leaves, {owner: opt_state}, owner[:-1])
+
+
+def _train_state(leaves: ItemLeaves, owner: Path, opt_state: Any, model_key: Hashable) -> tuple[Parts, Path]:
     above = (*owner, _OPT_STATE)
     # A program's own count beside the optimizer is the train state's step; the optimizer's is kept aside.
     step = _count(leaves, owner[:-1]) or leaves.get((*owner, "step"))
@@ -217,7 +234,7 @@ def _train_state(leaves: Mapping[Path, ItemLeaf], owner: Path, opt_state: Any, m
         }
         model = {**model, **{path[len(root) :]: leaf for path, leaf in beside.items()}}
         outside = {path: leaf for path, leaf in outside.items() if path not in beside}
-    return Parts(model=model, outside=outside, opt_state=opt_state, owner=owner, step=step)
+    return Parts(model=model, outside=outside, opt_state=opt_state, owner=owner, step=step), root
 
 
 def _count(leaves: ItemLeaves, owner: Path) -> ItemLeaf | None:

@@ -1,5 +1,6 @@
 """A save undoes what rules or a restore did: a checkpoint gets its own paths, shapes and dtypes back."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,37 @@ def test_a_collection_beside_params_that_a_rule_renamed_is_written_back_by_the_p
     assert tree.keys() == stored.keys()
     for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(stored), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def _beside_their_optimizers(*keys: str) -> dict[str, Any]:
+    models = {key: Dense() for key in keys}
+    return {
+        key: {"model": model, "optimizer": nnx.Optimizer(model, optax.adam(1.0), wrt=nnx.Param)}
+        for key, model in models.items()
+    }
+
+
+COPIES_ALONE: dict[str, Callable[[], Any]] = {
+    "model": lambda: {
+        key if key == "optimizer" else "ema": node for key, node in _beside_their_optimizers("x")["x"].items()
+    },
+    "train state": lambda: _beside_their_optimizers("ema"),
+    "one of two train states": lambda: _beside_their_optimizers("gen", "gen_ema"),
+    "below a run": lambda: {"run": _beside_their_optimizers("params_ema")},
+}
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("make", COPIES_ALONE.values(), ids=COPIES_ALONE.keys())
+def test_what_is_called_a_copy_alone_keeps_its_name(make: Callable[[], Any], layout: Any) -> None:
+    item = make()
+    for at, node in enumerate(item.values()):
+        nnx.update(node, jax.tree.map(lambda leaf, at=at: leaf + 10 * at + 1, nnx.state(node)))
+
+    back = from_linen(to_linen(item, layout=layout), nnx.eval_shape(make))
+
+    for (path, value), (_, wanted) in zip(_flat_state(back), _flat_state(item), strict=True):
+        np.testing.assert_array_equal(value, wanted, "/".join(map(str, path)))
 
 
 @pytest.mark.parametrize("above", [("trainer",), ("a", "b")])

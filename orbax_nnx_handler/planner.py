@@ -161,7 +161,8 @@ def plan_restore(
             `from_linen` takes it.
         target: An abstract or concrete `nnx.State`, `nnx.Module`, `nnx.Optimizer`,
             a pure dict of arrays or `jax.ShapeDtypeStruct`, or a tuple or dict of these.
-        restore_args: A tree like the target whose leaves override sharding, dtype and policy.
+        restore_args: A tree like the target whose leaves (Orbax's restore args, `jax.ShapeDtypeStruct`, a
+            sharding alone) override sharding, dtype and policy.
         policy: What a missing weight becomes, or NNX filters that choose it.
         layout: How the checkpoint is arranged; `auto` finds out.
         renames: Rules from stored to wanted names.

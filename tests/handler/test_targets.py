@@ -1,7 +1,7 @@
 """Every kind of target, every source of sharding, every rule about dtypes."""
 
 import collections
-from typing import Any
+from typing import Any, cast
 
 import flax
 import jax
@@ -252,6 +252,44 @@ def test_restore_args_win_over_the_targets_sharding_and_dtype(item, mesh: Mesh) 
 def test_restore_args_that_do_not_mirror_the_target_are_refused(item) -> None:
     with pytest.raises(RestoreError, match="up/kernl"):
         restore(item, abstract_net(), {"up": {"kernl": ocp.ArrayRestoreArgs()}})
+
+
+_SHARDED = PartitionSpec("fsdp")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (_SHARDED, repr(_SHARDED)),
+        ("fsdp", "'fsdp'"),
+        (ocp.ArrayRestoreArgs(sharding=cast(Any, _SHARDED)), f"sharding={_SHARDED!r}"),
+        (ocp.ArrayRestoreArgs(mesh_axes=_SHARDED), f"mesh_axes={_SHARDED!r} without a mesh"),
+        (ocp.RestoreArgs(dtype=cast(Any, "bf16")), "dtype='bf16'"),
+        (ocp.ArrayRestoreArgs(global_shape=(3,)), "shape (3,) for (2,)"),
+        (jax.ShapeDtypeStruct((3,), jnp.float32), "shape (3,) for (2,)"),
+    ],
+)
+def test_restore_args_that_nobody_would_keep_to_are_refused(tmp_path, asked: Any, said: str) -> None:
+    item = save_stock(tmp_path / "item", {"params": {"w": np.zeros(2, np.float32)}})
+
+    with pytest.raises(RestoreError) as error:
+        plan_restore(item, {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}, {"w": asked})
+
+    assert str(error.value) == (
+        f"restore_args asks of 1 leaf what is unknown:\n  w   {said}\n"
+        "hint: a leaf's sharding is a jax.sharding.Sharding, such as NamedSharding(mesh, PartitionSpec()): "
+        "pass that, ocp.ArrayRestoreArgs(sharding=..., dtype=...) or jax.ShapeDtypeStruct, with the "
+        "target's shape or none."
+    )
+
+
+def test_a_sharding_alone_is_a_leafs_restore_args(tmp_path, mesh: Mesh) -> None:
+    item = save_stock(tmp_path / "item", {"params": {"w": np.zeros(8, np.float32)}})
+    sharding = NamedSharding(mesh, _SHARDED)
+
+    restored = restore(item, {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}, {"w": sharding})
+
+    assert restored["w"].sharding == sharding
 
 
 @pytest.mark.parametrize(

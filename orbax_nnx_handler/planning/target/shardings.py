@@ -9,7 +9,7 @@ first local device, or replicated over all devices when there are several hosts.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import jax
@@ -17,10 +17,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError, ShardingMismatchError
 from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf
-from orbax_nnx_handler.planning.core.lines import aligned
+from orbax_nnx_handler.planning.core.lines import aligned, counted
+from orbax_nnx_handler.planning.core.paths import Path, render
+
+_KNOWN = (
+    "a leaf's sharding is a jax.sharding.Sharding, such as NamedSharding(mesh, PartitionSpec()): pass that, "
+    "ocp.ArrayRestoreArgs(sharding=..., dtype=...) or jax.ShapeDtypeStruct, with the target's shape or none."
+)
+# What restore args say of a leaf: those of Orbax, `MissingParamRestoreArgs` and jax.ShapeDtypeStruct.
+_ASKED = ("sharding", "mesh_axes", "dtype", "policy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,8 +167,52 @@ def _own_sharding(value: Any) -> Sharding | None:
     return sharding if isinstance(sharding, Sharding) else None
 
 
+def check_overrides(overrides: Mapping[Path, Any], values: Mapping[Path, Any]) -> None:
+    """Raises where restore args would not be kept to: nothing that they ask for is passed over.
+
+    Raises:
+        RestoreError: Some are for leaves that the target lacks, say nothing that is known, or ask for
+            another shape.
+    """
+    strange = [path for path in overrides if path not in values]
+    if strange:
+        listed = "\n".join(f"  {render(path)}" for path in strange)
+        raise RestoreError(
+            f"restore_args has {counted(len(strange), 'leaf', 'leaves')} that the target lacks:\n{listed}",
+            paths=strange,
+            hints=["restore_args must mirror the target, for example jax.tree.map(make_args, target)."],
+        )
+    wrong = {path: said for path, args in overrides.items() if (said := _unknown(args, values[path]))}
+    if wrong:
+        rows = aligned([Row(path, (said,)) for path, said in wrong.items()])
+        raise RestoreError(
+            f"restore_args asks of {counted(len(wrong), 'leaf', 'leaves')} what is unknown:\n{rows}",
+            paths=list(wrong),
+            hints=[_KNOWN],
+        )
+
+
+def _unknown(args: Any, value: Any) -> str:
+    """Returns what one leaf's restore args say that nobody would keep to; empty if there is nothing."""
+    if not isinstance(args, Sharding) and not any(hasattr(args, name) for name in _ASKED):
+        return repr(args)
+    sharding, dtype = getattr(args, "sharding", None), getattr(args, "dtype", None)
+    if sharding is not None and not isinstance(sharding, Sharding):
+        return f"sharding={sharding!r}"
+    if _override_sharding(args) is None and getattr(args, "mesh_axes", None) is not None:
+        return f"mesh_axes={args.mesh_axes!r} without a mesh"
+    try:
+        np.dtype(None if is_key(dtype) else dtype)
+    except TypeError:
+        return f"dtype={dtype!r}"
+    shapes = [getattr(args, name, None) for name in ("shape", "global_shape")]
+    wanted = getattr(value, "shape", None)
+    other = next((shape for shape in shapes if None not in (shape, wanted) and tuple(shape) != wanted), None)
+    return "" if other is None else f"shape {tuple(other)} for {wanted}"
+
+
 def _override_sharding(override: Any) -> Sharding | None:
-    sharding = getattr(override, "sharding", None)
+    sharding = override if isinstance(override, Sharding) else getattr(override, "sharding", None)
     if isinstance(sharding, Sharding):
         return sharding
     mesh, axes = getattr(override, "mesh", None), getattr(override, "mesh_axes", None)

@@ -20,9 +20,8 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.dtypes import held_dtype, is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.leaves import WantedLeaf
-from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render
-from orbax_nnx_handler.planning.target.shardings import ShardingRule
+from orbax_nnx_handler.planning.target.shardings import ShardingRule, check_overrides
 
 Leaves = dict[Path, Any]
 
@@ -133,7 +132,7 @@ def flatten_target(
         beside: Arrays whose mesh is taken where the target names none.
 
     Raises:
-        RestoreError: A leaf has neither shape nor dtype, an override names no
+        RestoreError: A leaf has neither shape nor dtype, an override fits no
             leaf of the target, or the target is nested too deep.
     """
     try:
@@ -141,7 +140,7 @@ def flatten_target(
     except RecursionError as error:
         raise RestoreError("the target is nested deeper than Python can follow.") from error
     overrides = overrides or {}
-    _check_overrides(overrides, nodes)
+    check_overrides(overrides, values)
     placer, held = ShardingRule.of(itertools.chain(values.values(), beside)), functools.cache(held_dtype)
     leaves = {
         path: _wanted(path, node, values[path], overrides.get(path), placer, held)
@@ -413,17 +412,6 @@ def _with_value(node: Any, value: Any) -> Any:
         return node.replace(value)
     # As `replace` does, but for the search for references, which a restored array has none of.
     return cast(Any, type(node)).from_metadata(value, metadata)
-
-
-def _check_overrides(overrides: Mapping[Path, Any], flat: Flat) -> None:
-    strange = [path for path in overrides if path not in flat]
-    if strange:
-        listed = "\n".join(f"  {render(path)}" for path in strange)
-        raise RestoreError(
-            f"restore_args has {counted(len(strange), 'leaf', 'leaves')} that the target lacks:\n{listed}",
-            paths=strange,
-            hints=["restore_args must mirror the target, for example jax.tree.map(make_args, target)."],
-        )
 
 
 _WAYS_OUT = (

@@ -251,7 +251,13 @@ class UnknownLayoutError(RestoreError):
 
 
 class UnusedRuleError(RestoreError):
-    """A policy filter or a rename rule has no effect: a typo disarmed it."""
+    """A policy filter or a rename rule has no effect: a typo disarmed it.
+
+    Attributes:
+        rules: The rules that match no stored leaf.
+    """
+
+    rules: Sequence[Any] = ()
 
 
 class RuleError(RestoreError):

@@ -130,7 +130,7 @@ _FINDERS: tuple[_Finder, ...] = (
 )
 """In this order: what one finder explains, the later ones do not look at again."""
 
-_OF_DEFAULTS = (find_random_layouts,)
+_OF_MORE = (find_given_layout, find_random_layouts)
 """Finders that look at more than what is missing, mismatched or unexpected."""
 
 
@@ -144,7 +144,7 @@ def diagnose(verdict: Verdict) -> tuple[Cause, ...]:
     evidence = Evidence(verdict=verdict)
     causes: list[Cause] = []
     is_whole = not (evidence.missing or evidence.mismatched or evidence.unexpected)
-    for find in _OF_DEFAULTS if is_whole else _FINDERS:
+    for find in _OF_MORE if is_whole else _FINDERS:
         found = [cause for each in _found(find, evidence) if (cause := checked(each, evidence)) is not None]
         causes += found
         evidence = evidence.without(path for cause in found for path in cause.paths)
@@ -275,7 +275,8 @@ class Explanation:
     def hints(self) -> list[Hint]:
         """The ways out, those of single problems first."""
         evidence = Evidence(verdict=self.verdict)
-        own = [completed(hint, evidence) for problem in self.problems for hint in problem.hints]
+        problems = () if _is_misread(self.causes) else self.problems
+        own = [completed(hint, evidence) for problem in problems for hint in problem.hints]
         return [*own, *(item for item in self._findings if isinstance(item, Hint))]
 
     def error(self) -> RestoreError | None:
@@ -285,7 +286,8 @@ class Explanation:
         kind = error_of_kinds(*dict.fromkeys(type(problem) for problem in self.problems))
         # The list of a foreign model's leaves would bury the one fact that matters.
         first = [cause.text for cause in self.causes if cause.kind == "AnotherModel"]
-        body = [line for problem in self.problems for line in lines_of(problem)]
+        said = _whats_of if _is_misread(self.causes) else lines_of
+        body = [line for problem in self.problems for line in said(problem)]
         lines = [*(() if self.verdict.faults else first), *body, _checkpoint(self.verdict), *self.advice]
         return kind(
             "\n".join(problem.what for problem in self.problems),
@@ -295,6 +297,15 @@ class Explanation:
             problems=self.problems if len(self.problems) > 1 else (),
             message=joined(lines),
         )
+
+
+def _is_misread(causes: Sequence[Cause]) -> bool:
+    """Tells whether another layout was named than the checkpoint's: no other hint leads anywhere then."""
+    return any(cause.kind == "LayoutGiven" for cause in causes)
+
+
+def _whats_of(problem: RestoreError) -> Sequence[Line]:
+    return problem.what.splitlines()
 
 
 def _line(item: str | Cause | Hint) -> Line:
@@ -308,6 +319,8 @@ def _advice(verdict: Verdict, causes: Sequence[Cause]) -> list[str | Cause | Hin
     if any(isinstance(fault, AmbiguousMappingError | UnreadableLeafError) for fault in verdict.faults):
         # Until it is decided how to read the checkpoint, whatever is missing may be the other reading's;
         # and what cannot be read may be what is missing.
+        if _is_misread(causes):
+            return list(_ways(causes[:1]))
         contested = _contested(verdict)
         is_more = any(item.wanted.path not in contested for item in verdict.missing.values())
         return [search_hint(evidence)] if evidence.links and is_more else []

@@ -259,7 +259,8 @@ _SHORT = 3
 def find_given_layout(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the layout was named, and is not that of the checkpoint."""
     placements = evidence.sides.placements
-    if not evidence.missing_weights or not placements:
+    faults = [path for fault in evidence.verdict.faults for path in fault.paths]
+    if not (evidence.missing_weights or faults) or not placements:
         return
     stored = {path: item.leaf for path, item in placements.items()}
     try:
@@ -272,7 +273,7 @@ def find_given_layout(evidence: Evidence) -> Iterable[Cause]:
             kind="LayoutGiven",
             text=f"the checkpoint was read as {given}, as layout=... asks, but does not have the form "
             f"of one: it looks like {' or '.join(found)}.",
-            paths=evidence.with_moments(evidence.missing_weights),
+            paths=evidence.with_moments(evidence.missing_weights) or tuple(faults),
             way=Hint("leave layout=... out: it is found out from the metadata.", {"layout": "auto"}),
             facts={"given": given, "found": tuple(found)},
         )

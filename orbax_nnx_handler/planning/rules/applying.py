@@ -188,7 +188,7 @@ def unused_axes(unused: Sequence[Rule]) -> UnusedRuleError:
 
 def _without_effect(unused: Sequence[UnmatchedRule], matched: Collection[Rule]) -> UnusedRuleError:
     """Returns the error for rules that match nothing, with the stored paths that are nearest."""
-    rows, corrected, late, repeated = list[str](), list[Rule](), False, 0
+    rows, corrected, late, repeated = list[str](), list[Rule](), list[Rename](), 0
     for rule, met in unused:
         rows.append(f"  {rule}")
         if rule in matched:
@@ -196,23 +196,41 @@ def _without_effect(unused: Sequence[UnmatchedRule], matched: Collection[Rule]) 
             repeated += 1
             continue
         if isinstance(rule, Rename) and comes_late(rule, met):
-            late = True
+            late.append(rule)
             continue
         near = nearest(rule, met)
         if near.paths:
             rows.append(f"    nearest stored: {', '.join(near.paths)}")
         if near.rule is not None:
             corrected.append(near.rule)
-    if any(names_optimizer_leaf(rule, met) for rule, met in unused):
-        return _unused_error(rows, Hint(_IN_OPTIMIZER))
-    if any(not isinstance(rule, Rename) and is_for_values(rule, met) for rule, met in unused):
-        rows = [row for row in rows if not row.startswith("   ")]
-        return _unused_error(rows, Hint(_OF_ITS_OWN))
     if repeated == len(unused):
-        return _unused_error(rows, Hint(_TWICE))
-    if len(corrected) == len(unused):
-        return _unused_error(rows, Hint(f"if that is meant, write {', '.join(map(str, corrected))}."))
-    return _unused_error(rows, Hint(_LATE if late else _WHOLE))
+        hint = _TWICE
+    elif len(late) == len(unused):
+        hint = _in_one(late, matched)
+    elif what := _what_no_rule_is_for(unused):
+        rows, hint = [row for row in rows if what is _IN_OPTIMIZER or not row.startswith("   ")], what
+    elif len(corrected) == len(unused):
+        hint = f"if that is meant, write {', '.join(map(str, corrected))}."
+    else:
+        hint = _LATE if late else _WHOLE
+    error = _unused_error(rows, Hint(hint))
+    error.rules = [rule for rule, _ in unused]
+    return error
+
+
+def _what_no_rule_is_for(unused: Sequence[UnmatchedRule]) -> str:
+    if any(names_optimizer_leaf(rule, met) for rule, met in unused):
+        return _IN_OPTIMIZER
+    named = any(not isinstance(rule, Rename) and is_for_values(rule, met) for rule, met in unused)
+    return _OF_ITS_OWN if named else ""
+
+
+def _in_one(late: Iterable[Rename], matched: Collection[Rule]) -> str:
+    """Returns the hint for renames of what others have written, each pair of them as one rule."""
+    renames = [rule for rule in matched if isinstance(rule, Rename)]
+    pairs = [(first, rule) for rule in late for first in renames if first.replacement == rule.pattern]
+    shown = (f"{Rename(one.pattern, two.replacement)} for {one} and {two}" for one, two in pairs)
+    return _LATE[:-1] + (f": {', '.join(shown)}." if pairs else ".")
 
 
 def _unused_error(rows: Sequence[str], hint: Hint) -> UnusedRuleError:
@@ -230,6 +248,7 @@ _MOST_NAMES = 20_000
 
 _NUMBER = re.compile(r"\d+")
 _PLACE = re.compile(r"\{[A-Za-z_]\w*\}|(?<![^/])\*(?![^/])")
+_EXPRESSION = re.compile(r"[\\()\[\]+^$|?]")
 _PLACE_OR_NUMBER = re.compile(f"{_PLACE.pattern}|{_NUMBER.pattern}")
 
 
@@ -286,15 +305,30 @@ def _names_one_of(rule: Rule, paths: Iterable[Names]) -> bool:
 
 def _with_patterns(rule: Rule, corrected: Mapping[str, str], entries: Sequence[Entry]) -> Rule | None:
     """Returns the rule with other patterns, if it has an effect then."""
-    if all(old == new for old, new in corrected.items()) or not dataclasses.is_dataclass(rule):
+    changed = _changed(rule, corrected)
+    if not changed or not dataclasses.is_dataclass(rule):
         return None
-    texts = tuple(corrected.values())
-    changed = {"patterns": texts} if "patterns" in vars(rule) else {"pattern": texts[0]}
     try:
         new = dataclasses.replace(rule, **changed)
         return new if new.apply(entries).matched else None
     except RuleError:
         return None
+
+
+def _changed(rule: Rule, corrected: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the fields of a rule that were meant otherwise; empty if there are none."""
+    texts = tuple(corrected.values())
+    rename = rule if isinstance(rule, Rename) and not rule.regex else None
+    if rename and _EXPRESSION.search(rename.pattern):
+        return {"regex": True}
+    if all(old == new for old, new in corrected.items()):
+        return {}
+    if not rename:
+        return {"patterns": texts} if "patterns" in vars(rule) else {"pattern": texts[0]}
+    # Where a pattern has dots for slashes, the other side has too.
+    is_dotted = "." in rename.pattern and "." not in texts[0]
+    right = rename.replacement.replace(".", "/") if is_dotted else rename.replacement
+    return {} if texts[0] == right else {"pattern": texts[0], "replacement": right}
 
 
 def _alike(text: str, entries: Iterable[Entry]) -> list[tuple[Names, Entry]]:

@@ -345,7 +345,10 @@ def check_places(rule: Rule, pattern: Pattern, result: Pattern) -> None:
     unbound = sorted(result.places - pattern.places)
     if unbound:
         listed = ", ".join("*" if place.startswith("__star") else f"{{{place}}}" for place in unbound)
-        raise RuleError(f"{rule} writes {listed}, which {pattern.text!r} does not hold.")
+        raise RuleError(
+            f"{rule} writes {listed}, which {pattern.text!r} does not hold.",
+            hints=["* is a whole segment; a part of one has a name, as in ('Block_{i}', 'blocks/{i}')."],
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

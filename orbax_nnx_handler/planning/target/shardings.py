@@ -199,16 +199,19 @@ def _unknown(args: Any, value: Any) -> str:
     sharding, dtype = getattr(args, "sharding", None), getattr(args, "dtype", None)
     if sharding is not None and not isinstance(sharding, Sharding):
         return f"sharding={sharding!r}"
-    if _override_sharding(args) is None and getattr(args, "mesh_axes", None) is not None:
-        return f"mesh_axes={args.mesh_axes!r} without a mesh"
+    axes: Any = getattr(args, "mesh_axes", None)
+    if axes is not None and _override_sharding(args) is None:
+        return f"mesh_axes={axes!r} without a mesh"
     try:
         np.dtype(None if is_key(dtype) else dtype)
     except TypeError:
         return f"dtype={dtype!r}"
-    shapes = [getattr(args, name, None) for name in ("shape", "global_shape")]
-    wanted = getattr(value, "shape", None)
-    other = next((shape for shape in shapes if None not in (shape, wanted) and tuple(shape) != wanted), None)
-    return "" if other is None else f"shape {tuple(other)} for {wanted}"
+    wanted: Any = getattr(value, "shape", None)
+    for name in ("shape", "global_shape"):
+        shape: Any = getattr(args, name, None)
+        if None not in (shape, wanted) and tuple(shape) != tuple(wanted):
+            return f"shape {tuple(shape)} for {tuple(wanted)}"
+    return ""
 
 
 def _override_sharding(override: Any) -> Sharding | None:

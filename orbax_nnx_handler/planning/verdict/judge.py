@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError, UnusedRuleError
+from orbax_nnx_handler.planning.core.errors import Hint, RestoreError, RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
@@ -191,12 +191,7 @@ def judge(
     options = dataclasses.replace(options, renames=rules_for_readable(options.renames, stored, broken))
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
-    try:
-        first = chosen or choose(wanted, stored, options)
-    except (RuleError, UnusedRuleError) as error:
-        if broken.lost:  # It may be what the rule is for.
-            raise unreadable(broken.lost) from error
-        raise
+    first = chosen or _choice(target, wanted, stored, options, overrides, broken)
     (mapping, faults, broken_laws), options = _with_shared(target, wanted, stored, options, first)
     leaves = LeafVerdicts(mapping, stored, options, policies)
     outcomes = {item.leaf.path: leaves.outcome(item) for item in wanted}
@@ -237,6 +232,50 @@ def judge(
         renames=options.renames,
         read_as=options.layout,
     )
+
+
+def _choice(
+    target: Target,
+    wanted: Sequence[Wanted],
+    stored: Stored,
+    options: RestoreOptions,
+    overrides: Mapping[Path, Policy] | None,
+    broken: Unreadable,
+) -> Chosen:
+    try:
+        return choose(wanted, stored, options)
+    except RuleError as error:
+        if broken.lost:  # It may be what the rule is for.
+            raise unreadable(broken.lost) from error
+        raise
+    except UnusedRuleError as error:
+        if broken.lost:
+            raise unreadable(broken.lost) from error
+        raise _told_if_needless(error, target, stored, options, overrides, broken) from None
+
+
+def _told_if_needless(
+    error: UnusedRuleError,
+    target: Target,
+    stored: Stored,
+    options: RestoreOptions,
+    overrides: Mapping[Path, Policy] | None,
+    broken: Unreadable,
+) -> UnusedRuleError:
+    """Returns an error with the way out that all is restored without its rules, where that is so."""
+    rest = tuple(rule for rule in options.renames if rule not in error.rules)
+    without = dataclasses.replace(options, renames=rest)
+    try:
+        verdict = judge(target, stored, without, overrides=overrides, broken=broken) if error.rules else None
+    except RestoreError:
+        return error
+    if verdict is None or verdict.missing or verdict.mismatched or verdict.faults:
+        return error
+    what = "it" if len(error.rules) == 1 else "them"
+    hint = Hint(f"without {what}, every leaf of the target is restored.", {"renames": rest})
+    more = UnusedRuleError(error.what, paths=error.paths, hints=[*error.hints, hint])
+    more.rules = error.rules
+    return more
 
 
 def _named(missing: dict[Path, Missing], target: Target) -> dict[Path, Missing]:

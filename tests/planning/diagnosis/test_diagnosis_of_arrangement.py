@@ -264,6 +264,17 @@ def test_a_layout_that_was_named_and_does_not_fit_is_said_so():
     assert plan(model(1), model(1, "", "layers/{}")).fits
 
 
+@pytest.mark.parametrize("more", [{}, {"bn/scale": (4,)}], ids=["all is read", "some is missing"])
+def test_a_layout_that_was_named_and_reads_names_otherwise_is_the_one_hint(more):
+    found = plan(model(1), model(1, "", "layers/{}") | more, layout="maxtext")
+    error = found.error()
+
+    assert [hint.arguments for hint in error.hints] == [{"layout": "auto"}]
+    assert error.causes[0].text.startswith("the checkpoint was read as MaxText, as layout=... asks, but")
+    assert str(error).endswith("\nhint: leave layout=... out: it is found out from the metadata.")
+    assert str(error).count("hint: ") == 1
+
+
 def test_a_moment_more_is_told_from_another_optimizer():
     weights, wanted = model(1), model(1, "model/", "layers/{}")
     have = weights | moments("mu", weights, "params/") | {"step": ()}

@@ -68,6 +68,9 @@ def refused(*rules: Any, stored: list[Any] | None = None) -> str:
         (Split("self_attention", ("q", "k"), 0), Split("self_attn", ("q", "k"), 0)),
         (Fuse(("q_prj", "k_prj"), "qk", 1), Fuse(("q_proj", "k_proj"), "qk", 1)),
         (("mlp/*/kernels", "mlp/*/w"), ("mlp/*/kernel", "mlp/*/w")),
+        # Dots on both sides, and a regular expression that is not called one.
+        (("params.encoder", "model.enc"), ("params/encoder", "model/enc")),
+        ((r"layers_(\d+)", r"layers/\1"), Rename(r"layers_(\d+)", r"layers/\1", regex=True)),
     ],
     ids=str,
 )  # fmt: skip
@@ -97,6 +100,10 @@ def test_what_an_earlier_rule_has_renamed_is_shown_under_both_names() -> None:
         "(now params/encoder/layers_0/attn/q_proj/kernel)" in message
     )
     assert message.endswith("write Transpose(pattern='attn/q_proj/kernel', permutation=(1, 0)).")
+
+
+def test_what_would_change_no_name_is_not_proposed() -> None:
+    assert refused(("encodr", "encoder")).endswith("correct it or take it out.")
 
 
 def test_what_is_like_nothing_is_answered_with_what_a_pattern_is() -> None:

@@ -483,7 +483,42 @@ def test_a_rename_of_what_a_rename_wrote_says_why_it_has_no_effect():
     message = verdict({"c": (2,)}, {"params": {"a": normal(2)}}, ("a", "b"), ("b", "c"))
 
     assert message.startswith("1 rule matches no stored leaf:\n  ('b', 'c')\n")
-    assert "what a rename wrote is not renamed again" in message
+    assert message.endswith(
+        "hint: what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
+        "what it becomes in the end: ('a', 'c') for ('a', 'b') and ('b', 'c')."
+    )
+
+
+def test_a_rename_that_comes_late_is_called_that_beside_an_optimizer_of_the_same_names():
+    weights = {"a": normal(2), "b": normal(2)}
+    tree = {"params": weights, "opt_state": [{"count": np.int32(3), "mu": weights, "nu": weights}]}
+    rules = [("b", "x"), ("a", "b"), ("b", "y")]
+
+    message = verdict({"x": (2,), "y": (2,)}, tree, *rules)
+
+    assert message.endswith("becomes in the end: ('a', 'y') for ('a', 'b') and ('b', 'y').")
+
+
+def test_rules_that_match_nothing_where_nothing_needs_them_are_told_to_be_so():
+    tree = {"params": {"a": normal(2), "b": normal(3)}}
+
+    one = verdict({"a": (2,), "b": (3,)}, tree, ("xylophone", "a"))
+    two = verdict({"c": (2,), "b": (3,)}, tree, ("a", "c"), ("xylophone", "a"), ("lyre", "b"))
+    needed = verdict({"c": (2,), "b": (3,)}, tree, ("xylophone", "c"))
+
+    assert one.endswith("take it out.\nhint: without it, every leaf of the target is restored.")
+    assert two.endswith("take it out.\nhint: without them, every leaf of the target is restored.")
+    assert needed.endswith("take it out.")
+
+
+def test_a_star_in_a_segment_is_answered_with_the_place_that_it_means():
+    with pytest.raises(onh.RuleError) as error:
+        onh.Rename("layers_*/attn", "layers/*/attn")
+
+    assert str(error.value) == (
+        "('layers_*/attn', 'layers/*/attn') writes *, which 'layers_*/attn' does not hold.\n"
+        "hint: * is a whole segment; a part of one has a name, as in ('Block_{i}', 'blocks/{i}')."
+    )
 
 
 # Renames one after another.

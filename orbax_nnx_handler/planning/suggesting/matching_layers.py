@@ -392,7 +392,7 @@ def _stacks(
             if not (found or stacks or least == 1):
                 found = shares_of(series, _free(other, taken), above)
             for share, prefix, axis, inside in found:
-                matched = _match_stack(share, prefix, axis, inside, stacks, context, share is series)
+                matched = _match_stack(share, prefix, axis, inside, stacks, context)
                 asked = [link for tie in matched.ties for reading in tie.readings for link in reading]
                 links = [*matched.links, *asked]
                 used = {leaf.source for link in links for leaf in (link.wanted if stacks else link.stored)}
@@ -414,7 +414,6 @@ def _match_stack(
     inside: Sequence[Leaf],
     stacks: bool,
     context: Context,
-    is_whole: bool,
 ) -> Findings:
     """Matches one layer with what a stack holds of one, and the rest like it."""
     first = series.numbers[0]
@@ -429,8 +428,8 @@ def _match_stack(
         order=context.order,
         known=context.known,
     )
-    counted = is_whole or series.numbers == list(range(len(series.numbers)))
-    # Layers of several stacks take the numbers of their list only once they are taken apart.
+    counted = stacks or series.numbers == list(range(len(series.numbers)))
+    # What counts otherwise than from 0, as `q1` and `q2`, takes its numbers once the stack is taken apart.
     template = series.template if counted else (*series.above, prefix[-1], "{i}")
     layers = Layers(template if stacks else prefix, prefix if stacks else template, axis, stacks, counted)
 

@@ -119,9 +119,7 @@ class ModulePart:
         leaf = self.leaves.get("main")
         if leaf is None or leaf.names[-len(self.names) :] == self.names:
             return frozenset()
-        return frozenset(
-            {"scale": ("norm",), "gamma": ("norm",), "embedding": ("embed",)}.get(leaf.names[-1], ())
-        )
+        return concepts([{"scale": "norm", "gamma": "norm", "embedding": "embed"}.get(leaf.names[-1], "")])
 
     @property
     def is_norm(self) -> bool:
@@ -159,8 +157,13 @@ def module_parts(leaves: Iterable[Leaf], above: int = 0) -> list[ModulePart]:
         found[names][kind] = leaf
     _join_letters(found)
     _sort_biases(found)
+    inside: dict[Names, list[Names]] = defaultdict(list)
+    for names in found:
+        inside[names[:-1]].append(names)
     for names in [names for names, held in found.items() if set(held) == {"bias"}]:
-        around, bias = found.get(names[:-1], {}), found[names]["bias"]
+        # Praxis: `linear/w` and `bias/b`.
+        beside = [other for other in inside[names[:-1]] if other != names and names[-1:] == ("bias",)]
+        around, bias = found.get(beside[0] if len(beside) == 1 else names[:-1], {}), found[names]["bias"]
         if "main" in around and "bias" not in around and bias.shape == around["main"].shape[1:]:
             around["bias"] = found.pop(names)["bias"]
     modules = {names[:depth] for names in found for depth in range(len(names))}
@@ -337,14 +340,11 @@ _QKV = frozenset("qkv")
 
 
 def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
-    """Decides for each square matrix whether it is transposed, where there is evidence.
+    """Returns the links of which it is decided whether square matrices are transposed, and the others.
 
     Matrices of the same block that are not square, and whose parameter has the same name, tell
     first; then those of the same model. Where there is none, two `kernel` are arranged alike:
     inputs before outputs is the convention of Linen and of NNX.
-
-    Returns:
-        The links that are decided, and those that are not.
     """
     evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
     for link in links:

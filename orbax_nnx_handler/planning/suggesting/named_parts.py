@@ -78,8 +78,8 @@ def named_parts(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[
         parts: The parts.
         above: The names that lead to the context; `encoder` of `encoder/layers/3`.
     """
-    # An `EncDecBlock` looks at itself too.
-    context = _Context(parts, concepts(above) - {"self", "cross"})
+    # An `EncDecBlock` looks at itself too, and what is a list is no query and no value.
+    context = _Context(parts, concepts(above) - {"self", "cross", "q", "v"})
     return [context.role(part) for part in parts]
 
 
@@ -197,13 +197,16 @@ class _Context:
             if own & {"out"} or (not own and "proj" in last.base):
                 said -= {"out"}
                 said.add("o")
-            elif not own and self._holds_fused(part):
+            elif not own and any(self._held[names] >= _QKV for names in _containers(part)[:1]):
                 said.add("o")
             return ""
         if "mlp" in said or (self._has_attention and not part.is_vector):
             # `net/0/proj`: the number above tells the place, not the name.
             is_counted = len(part.levels) > 1 and part.levels[-2].number is not None
-            self._resolve_mlp(said, own, family, last, is_counted)
+            shapes = [self._shapes[part.family].get(number, ()) for number in family]
+            # Two of one shape that is no square are a gate and what it gates.
+            are_both = len(shapes) == 2 and shapes[0] == shapes[1] and len({*shapes[0]}) > 1
+            self._resolve_mlp(said, own, () if are_both else family, last, is_counted)
         return ""
 
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
@@ -211,9 +214,6 @@ class _Context:
         shapes = self._shapes[part.family]
         others = {shapes.get(number) for role, number in zip(roles, family, strict=True) if role != "down"}
         return "down" not in roles or len(others) == 1
-
-    def _holds_fused(self, part: ModulePart) -> bool:
-        return any(self._held[names] >= _QKV for names in _containers(part)[:1])
 
     def _resolve_mlp(
         self, said: set[str], own: set[str], family: tuple[int, ...], last: Level, is_counted: bool

@@ -351,7 +351,8 @@ def stack_of(
     count = len(series.members)
     found: list[tuple[float, float, int, Names, int, list[Leaf]]] = []
     for prefix, leaves, enough in _possible_stacks(free, above, least):
-        if exclude(said_of(series), concepts(level.base for level in levels(prefix))):
+        # What is a list or holds one is no query and no value of an attention.
+        if exclude(said_of(series) - {"q", "v"}, concepts(level.base for level in levels(prefix))):
             continue
         axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
         size = sizes_of(leaves)
@@ -360,6 +361,8 @@ def stack_of(
         if axes and ratio > enough:
             axis = _likeliest_axis(series, leaves, axes)
             found.append((ratio, alike, _depth(prefix, leaves), prefix, axis, leaves))
+    # A network of the group's own name comes first.
+    found = [item for item in found if item[3][:1] == series.template[:1]] or found
     if not found:
         return None
     found.sort(key=lambda item: item[:5], reverse=True)

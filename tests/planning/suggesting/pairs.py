@@ -33,7 +33,7 @@ OPEN = {
     "genie": 200,
     "rt1": 20,
     "s4": 12,
-    "drq": 16,
+    "drq": 4,
     "ncsnpp": 1,
     "deformable_detr": 8,
     "qformer": 4,
@@ -43,23 +43,24 @@ OPEN = {
     "inception": 180,
     "ddpm": 21,
     "fnet": 12,
+    "phi2": 6,
+    "qwen2": 6,
 }
 """Leaves that stay open.
 
-An array that holds queries, keys and values head by head is none of the rules' (Bloom); a logarithm of a
-variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks and
-parts of one shape that Linen numbered (sac, simba, graphnet, nerf, savi, genie, rt1) take the order of
-creation, which a state has forgotten. How keys and values lie in an array of a layer that Linen numbered
-(segformer), which half of an array is the gate (recurrentgemma, dinov2_giant), whether gates and what they
-gate lie in turns (gpt_oss), which of square layers that stand beside each other is which
-(transformer_xl_ppo), whether a square matrix is transposed (recurrentgemma), and what `v` and `w` are
-(hypernerf), which of `out` and `out2` is the gate (s4), which norm of a decoder with deformable
-attention is which (deformable_detr), which of the layers of an attention that Linen numbered is which
-(perceiver), which of `a` and `b` is left (evoformer), whether a temperature is a scale (dual_encoder), which
-of a block's convolutions of one shape is which branch (inception), and which norm is that of the network
-(fnet), only outputs tell. Not found yet: the bias of queries and of values in one for all three (qformer),
-critics that are mapped over an ensemble (drq), a lone vector (ncsnpp), and two levels of a U-Net that are as
-large (ddpm).
+An array that holds queries, keys and values may hold them head by head (bloom, phi2); a logarithm of a
+variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks
+and parts of one shape that Linen numbered (sac, drq, simba, graphnet, nerf, savi, genie, rt1) take the
+order of creation, which a state has forgotten. How keys and values lie in an array of a layer that Linen
+numbered (segformer), which half of an array or which of two layers is the gate (recurrentgemma,
+dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), which of square layers that
+stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
+(recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4), which
+norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an attention
+that Linen numbered is which (perceiver), which of `a` and `b` is left (evoformer), whether a temperature is
+a scale (dual_encoder), which of a block's convolutions of one shape is which branch (inception), and which
+norm is that of the network (fnet), only outputs tell. Not found yet: the bias of queries and of values in
+one for all three (qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

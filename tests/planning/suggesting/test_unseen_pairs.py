@@ -99,6 +99,16 @@ def test_one_answer_to_each_question_restores_all_that_was_open(name):
     assert wrong_under(found.answered(answers), tree, pair) == set()
 
 
+def test_which_of_two_numbered_layers_of_one_shape_is_the_gate_is_one_question():
+    pair, (tree, found) = UNSEEN["qwen2"], proposed("qwen2")
+
+    (question,) = found.questions
+
+    assert {path[-2] for path in found.unmatched_wanted} == {"w1", "w2"}
+    right = [wrong_under(rules, tree, pair) == set() for rules in question.alternatives]
+    assert sorted(right) == [False, True]
+
+
 SAID = """
 import sys
 from tests.planning.suggesting.pairs import proposed

@@ -7,6 +7,7 @@ from typing import Any, cast, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from absl import logging
 from flax import nnx
 from jax.core import Tracer
@@ -218,7 +219,7 @@ def linen_save(
     Raises:
         RuleError: See `plan_save`.
         DtypeMismatchError: The step is beyond int32.
-        RestoreError: See `plan_save` and `check_folders`.
+        RestoreError: An array has no element, or no dtype of TensorStore's; see `plan_save`, `check_folders`.
         ValueError: A leaf is a `jax.ShapeDtypeStruct`; see `plan_save` and `add_leftovers`.
     """
     if not is_nnx(given.item):
@@ -255,6 +256,29 @@ def _check_values(plan: SavePlan) -> None:
             f"the state has {leaves} with a shape and no value: {list_paths(lost)}.\n"
             "hint: save what a restore returned, or what the function builds that nnx.eval_shape was given."
         )
+    unstorable = [(path, plan.values[path]) for path in sources if not _is_storable(plan.values[path])]
+    if unstorable:
+        rows = [f"  {render(path)}   {value.shape} {value.dtype}" for path, value in unstorable[:20]]
+        more = [f"  ... and {len(unstorable) - 20} more"] if len(unstorable) > 20 else []
+        leaves = counted(len(unstorable), "leaf", "leaves")
+        raise RestoreError(
+            "\n".join([f"the state has {leaves} that Orbax cannot store:", *rows, *more]),
+            paths=[path for path, _ in unstorable],
+            hints=[
+                "leave out what has no element, and keep others in a dtype of TensorStore's (uint4 as uint8)."
+            ],
+        )
+
+
+def _is_storable(value: Any) -> bool:
+    """Tells whether an array has elements, of a dtype that TensorStore knows; what is no array is Orbax's."""
+    if not isinstance(value, np.ndarray | jax.Array) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return True
+    try:
+        ts.dtype(value.dtype.name)
+    except ValueError:
+        return False
+    return value.size > 0
 
 
 def _check_step(plan: SavePlan) -> None:

@@ -115,3 +115,30 @@ def test_convert_refuses_such_names_in_one_error(tree, said, tmp_path, capsys) -
     assert status == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("use_ocdbt", [True, False])
+@pytest.mark.parametrize(
+    "value",
+    [
+        jnp.zeros((0, 3)),
+        jnp.zeros((2, 1), "uint4"),
+        np.zeros(2, "datetime64[s]"),
+        np.array(["a"]),
+        np.array([{}], dtype=object),
+        np.zeros(2, np.longdouble),
+    ],
+    ids=lambda value: f"{value.dtype}{value.shape}",
+)
+def test_arrays_that_no_program_can_store_are_named_before_anything_is_written(
+    value, use_ocdbt, tmp_path
+) -> None:
+    given = nnx.State({"a": {"w": nnx.Param(value)}, "b": nnx.Param(jnp.ones(2))})
+    with ocp.Checkpointer(NNXLinenHandler(use_ocdbt=use_ocdbt)) as checkpointer:
+        with pytest.raises(RestoreError, match="1 leaf that Orbax cannot store") as caught:
+            checkpointer.save(tmp_path / "out", args=NNXLinenSave(given))
+        assert f"a/w   {value.shape} {value.dtype}" in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+        checkpointer.save(tmp_path / "as_hinted", args=NNXLinenSave(nnx.State({"b": given["b"]})))
+    np.testing.assert_array_equal(restore(tmp_path / "as_hinted", {"b": given["b"]})["b"].get_value(), [1, 1])

@@ -272,13 +272,15 @@ def _check_values(plan: SavePlan) -> None:
 
 def _is_storable(value: Any) -> bool:
     """Tells whether an array has elements, of a dtype that TensorStore knows; what is no array is Orbax's."""
-    if not isinstance(value, np.ndarray | jax.Array) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+    if not isinstance(value, np.ndarray | jax.Array):
         return True
+    array = cast(jax.Array, value)
     try:
-        ts.dtype(value.dtype.name)
+        if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            ts.dtype(array.dtype.name)
     except ValueError:
         return False
-    return value.size > 0
+    return array.size > 0
 
 
 def _check_step(plan: SavePlan) -> None:

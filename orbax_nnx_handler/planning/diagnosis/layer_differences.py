@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.core.paths import (
 )
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
-from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, selecting
+from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, other_axis, selecting
 from orbax_nnx_handler.planning.mapping.layer_paths import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.rules import UnstackLayers
 
@@ -274,6 +274,9 @@ def name_of_group(group: Group) -> str:
     return spell((*group.parent, group.name))
 
 
+_SIZES = Hint("correct the sizes first: stacking is done by itself once one layer has the wanted shape.")
+
+
 def find_scanned(evidence: Evidence) -> Iterable[Cause]:
     """Yields groups that are stacked on one side only and were not rearranged."""
     wanted = {path: evidence.below[path] for path in evidence.missing_weights}
@@ -296,15 +299,14 @@ def find_scanned(evidence: Evidence) -> Iterable[Cause]:
             explained = [path for pair in pairs for path in pair]
             lost = [path for path in dict.fromkeys(explained) if path in wanted]
             rest = [path for path in dict.fromkeys(explained) if path not in wanted]
-            name, why = name_of_group(group), _why(evidence, *pairs[0])
+            name, way = name_of_group(group), other_axis(evidence, (*group.parent, group.name), lost)
+            why = "a rule says another axis than theirs" if way else _why(evidence, *pairs[0])
             yield Cause(
                 kind="ScannedOnOneSide",
                 text=f"the layers of {name!r} are stacked in the {side} and one by one in the {other}; "
                 f"they could not be rearranged, since {why}.",
                 paths=(*evidence.with_moments(lost), *rest),
-                way=Hint(
-                    "correct the sizes first: stacking is done by itself once one layer has the wanted shape."
-                ),
+                way=way or _SIZES,
                 facts={"group": name, "stacked": side},
             )
 

@@ -21,7 +21,7 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.mapping.layer_paths import layer_paths
 from orbax_nnx_handler.planning.options import Policy
-from orbax_nnx_handler.planning.rules import Drop, UnstackLayers
+from orbax_nnx_handler.planning.rules import Drop, ScanAxis, UnstackLayers
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
@@ -155,6 +155,28 @@ def _is_rearranged(before: Recipe, after: Recipe) -> bool:
     return before != after and reads(before) == reads(after)
 
 
+def other_axis(evidence: Evidence, group: Tokens, lost: Collection[Path]) -> Hint | None:
+    """Returns the way out where a rule says a stacked axis from which a group's layers do not come out.
+
+    Returns:
+        None where no rule does, or its absence and other axes do not help either.
+    """
+    given = evidence.verdict.renames
+    said = [each for each in given if isinstance(each, ScanAxis) and each.tokens[-len(group) :] == group]
+    for rule in said[:1]:
+        others = [ScanAxis(rule.group, axis) for axis in range(_AXES) if axis != rule.axis]
+        rest = [one for one in given if one != rule]
+        every = {None: rest, **{other: [other, *rest] for other in others}}
+        found = {other: evidence.restored_under(rules) or {} for other, rules in every.items()}
+        helping = [other for other in found if found[other].keys() >= set(lost)]
+        if None in helping:
+            return Hint(f"take {rule} out: the shapes tell the axis.")
+        if helping:
+            return Hint(f"pass {' or '.join(map(str, helping))} instead of {rule}.")
+    return None
+
+
+_AXES = 4
 _MOST = 4
 """Filters that one policy may need before `policy="init"` is easier to read."""
 _PAIRS = 200

@@ -430,6 +430,27 @@ def test_a_stack_whose_stored_layers_leave_one_out_is_said_to_have_a_hole(rules:
     assert cause.text == "of 'l', layer 1 is not stored, while 2 others are: the checkpoint has a hole."
 
 
+@pytest.mark.parametrize(
+    ("kernel", "axis", "others"), [((2, 5), 1, []), ((3, 3), 3, [ScanAxis("l", at) for at in range(3)])]
+)
+@pytest.mark.parametrize("side", ["checkpoint", "target"])
+def test_an_axis_that_a_groups_layers_do_not_have_leads_to_the_one_that_they_have(
+    kernel: tuple[int, ...], axis: int, others: list[ScanAxis], side: str
+) -> None:
+    flat, stacked = {str(at): {"kernel": kernel} for at in range(3)}, {"l": {"kernel": (3, *kernel)}}
+    wanted, stored = ({"l": flat}, stacked) if side == "checkpoint" else (stacked, {"l": flat})
+    arrays = jax.tree.map(lambda size: np.ones(size, "f"), stored, is_leaf=lambda x: isinstance(x, tuple))
+    target, rule = nnx.State(params(wanted)), ScanAxis("l", axis)
+
+    (cause,) = plan_of(target, {"params": arrays}, [rule]).causes
+
+    assert cause.kind == "ScannedOnOneSide"
+    assert cause.text.endswith("they could not be rearranged, since a rule says another axis than theirs.")
+    one = f"pass {' or '.join(map(str, others))} instead of {rule}."
+    assert cause.way.words == (one if others else f"take {rule} out: the shapes tell the axis.")
+    assert plan_of(target, {"params": arrays}, others[-1:]).fits
+
+
 def test_no_axis_is_asked_for_where_stored_layers_leave_one_out() -> None:
     stored = {name: {"kernel": np.ones((2, 2), np.float32)} for name in ("l_0", "l_2")}
     plan = plan_of(nnx.State(params({"l": {"kernel": (2, 2, 2)}})), {"params": stored})

@@ -12,7 +12,6 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
     are_counted,
-    ascend,
     in_order,
     lies_within,
     named_parts,
@@ -263,7 +262,7 @@ class _Pairs:
         for at, to in among:
             left, right = self._wanted[at], self._stored[to]
             one, other = left.part.module, right.part.module
-            in_order = all(ascend((left, right), pair) for pair in anchors)
+            in_order = all(_ascend((left, right), pair) for pair in anchors)
             if in_order and lies_within(one, other, modules) and lies_within(other, one, sources):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
@@ -433,3 +432,14 @@ def _together(undecided: Iterable[_Undecided]) -> Iterator[_Undecided]:
 
 def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:
     return all(to != other for _, other, _ in found)
+
+
+def _ascend(one: tuple[NamedPart, NamedPart], other: tuple[NamedPart, NamedPart]) -> bool:
+    """Tells whether two pairs of parts of one list, numbered by Linen as it made them, are in one order."""
+    ours, theirs = ([pair[side].part for pair in (one, other)] for side in (0, 1))
+    if ours[0].family != ours[1].family or theirs[0].family != theirs[1].family:
+        return True
+    if not (ours[0].levels and ours[0].levels[-1].style == "/" and are_automatic([one[1], other[1]])):
+        return True
+    first, second = ([(part.levels[-1].number or 0) for part in side] for side in (ours, theirs))
+    return (first[0] < first[1]) == (second[0] < second[1])

@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     component,
     concepts,
     meanings,
+    networks_outputs,
     order_word,
 )
 
@@ -90,6 +91,7 @@ class _Context:
         self._families: dict[tuple[Names, str, str], set[int]] = defaultdict(set)
         self._held: dict[Names, set[str]] = defaultdict(set)
         self._below: dict[Names, set[str]] = defaultdict(set)
+        self._bases: dict[Names, set[str]] = defaultdict(set)
         self._mixed = set[Names]()
         self._single: dict[Names, set[str]] = defaultdict(set)
         self._norms = Counter(part.module for part in parts if part.is_norm)
@@ -103,6 +105,7 @@ class _Context:
                 self._shapes[part.family][part.levels[-1].number] = part.leaves["main"].shape
             if len(part.own & _QKV) == 1 and not part.is_norm:
                 self._single[part.module] |= part.own
+            self._bases[part.module].update(level.base for level in part.levels[-1:])
             for names in _containers(part):
                 self._held[names] |= part.own
                 self._inside[names[:-1]].add(names)
@@ -193,6 +196,14 @@ class _Context:
             said -= {"up"}
             said.add(known[0][family.index(last.number)])
             return known[1]
+        beside = self._bases[part.module] if "attn" not in part.said else set[str]()
+        if concepts(beside) >= {*_QKV, "out"}:
+            said -= {"in", "out"}
+            if own & {"out"}:
+                said.add("down" if last.base in networks_outputs(beside) else "o")
+            else:
+                self._resolve_mlp(said, own, family, last, is_counted=True)
+            return ""
         if "attn" in said and "mlp" not in said:
             if own & {"out"} or (not own and "proj" in last.base):
                 said -= {"out"}
@@ -431,17 +442,6 @@ def are_automatic(roles: Sequence[NamedPart]) -> bool:
         role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
         for role in roles
     )
-
-
-def ascend(one: tuple[NamedPart, NamedPart], other: tuple[NamedPart, NamedPart]) -> bool:
-    """Tells whether two pairs of parts of one list, numbered by Linen as it made them, are in one order."""
-    ours, theirs = ([pair[side].part for pair in (one, other)] for side in (0, 1))
-    if ours[0].family != ours[1].family or theirs[0].family != theirs[1].family:
-        return True
-    if not (ours[0].levels and ours[0].levels[-1].style == "/" and are_automatic([one[1], other[1]])):
-        return True
-    first, second = ([(part.levels[-1].number or 0) for part in side] for side in (ours, theirs))
-    return (first[0] < first[1]) == (second[0] < second[1])
 
 
 def lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:

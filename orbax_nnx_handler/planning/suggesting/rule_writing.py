@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
@@ -141,7 +141,7 @@ class Writer:
     def _gates(self, link: Link, aim: Names, seats: Sequence[tuple[int, int]]) -> list[_Move]:
         """Returns the gates of a recurrent cell: the planner itself fuses them below the wanted name."""
         cell = link.source.names[:-2]
-        inside = [entry.segments for entry in self.entries if entry.segments[:-2] == cell]
+        inside = (entry.segments for entry in self.entries if entry.segments[:-2] == cell)
         return [_Move(names, (*aim[:-2], *names[-2:]), [*seats], link) for names in inside]
 
     def _now(self, link: Link, names: Names) -> Names:
@@ -249,9 +249,8 @@ class Writer:
         patterns = (
             rule.patterns if isinstance(rule, Fuse) else (rule.pattern,) if isinstance(rule, Split) else ()
         )
-        if isinstance(rule, Split) and not all(
-            _matches_only(_compiled(text), wholes, self.entries, ()) for text in rule.into
-        ):
+        into = map(_compiled, rule.into if isinstance(rule, Split) else ())
+        if not all(_matches_only(pattern, wholes, self.entries, ()) for pattern in into):
             return False  # A save would fuse other leaves too.
         return all(_matches_only(_compiled(text), wholes, self.entries, good) for text in patterns)
 
@@ -293,13 +292,12 @@ class Writer:
             if stored[0].startswith("{"):
                 continue  # A number alone stands for any name.
             rule = Rename("/".join(stored), "/".join(into))
-            after = rule.apply(self.entries).entries
-            if not leads_back(rule, self.entries, after):
+            if not leads_back(rule, self.entries, rule.apply(self.entries).entries):
                 continue  # Each leaf gets a rule that does.
             self._take(rule, [])
+            shift = len(into) - len(stored)
             for move in inside:
                 rest = move.names[len(stored) :]
-                shift = len(into) - len(stored)
                 move.names = (*move.aim[: len(into)], *rest)
                 move.seats = [(aim if seat < len(stored) else seat + shift, aim) for seat, aim in move.seats]
 
@@ -309,8 +307,12 @@ class Writer:
         for move in moves:
             if not _alike(move.names, move.aim):
                 groups[_differing(move)].append(move)
-        # Longer ones first: what one rename wrote is safe from the others.
-        for pair in sorted(groups, key=lambda pair: -len(pair[0])):
+        # Longer ones first: what one rename wrote is safe from the others. A name is given once it is free.
+        order, names = sorted(groups, key=lambda pair: -len(pair[0])), Counter(stored for stored, _ in groups)
+        while order:
+            pair = next((each for each in order if not names[each[1]]), order[0])
+            order.remove(pair)
+            names[pair[0]] -= 1
             waiting = groups[pair]
             while waiting:
                 found = self._rename_rule(waiting[0], aims)
@@ -357,12 +359,11 @@ class Writer:
         """Tells whether a rename takes a leaf to its aim, and every other leaf that it changes too."""
         reached = False
         for old, new in zip(self.entries, after, strict=True):
-            if new is old:
-                continue
-            aim = aims.get(old.segments)
-            if aim is None or not _alike(new.segments, aim):
-                return False
-            reached |= old.segments == names
+            if new is not old:
+                aim = aims.get(old.segments)
+                if aim is None or not _alike(new.segments, aim):
+                    return False
+                reached |= old.segments == names
         return reached
 
     def _take(self, rule: Rule, links: Iterable[Link]) -> None:

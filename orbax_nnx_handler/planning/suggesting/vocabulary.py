@@ -321,6 +321,25 @@ def order_word(found: Collection[str]) -> int:
     return high - low
 
 
+def networks_outputs(names: Collection[str]) -> set[str]:
+    """Returns which outputs beside queries lead back from a network, by how the others are spelled.
+
+    `wo` beside `wq` is an attention's, and beside `wi` and `to_q`, which has its own `to_out`, a network's.
+    """
+    said = {name: (set(meanings(name)), _spelling(name)) for name in names}
+    around = [spelling for found, spelling in said.values() if found & set("qkv")]
+    inner = [spelling for found, spelling in said.values() if found & {"in", "up"}]
+    outs = {name: spelling for name, (found, spelling) in said.items() if "out" in found}
+    is_told = any(spelling in around for spelling in outs.values())
+    return {name for name, at in outs.items() if at not in around and (is_told or at in inner) and around}
+
+
+def _spelling(name: str) -> tuple[str, ...]:
+    """Returns what a name has beside the word that tells what it is: `w` of `wq`, `to` of `to_q`."""
+    plain = ("w" if len(word) == 2 and word[0] == "w" else word for word in words(name))
+    return tuple(word for word in plain if not _MEANING.get(word))
+
+
 def arm(names: Iterable[str]) -> int:
     """Returns where a U-Net computes a module: on the way down, in the middle, or on the way up."""
     said = concepts(names)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from orbax_nnx_handler import plan_restore, suggest
+from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.target.target import flatten_target
@@ -114,3 +116,33 @@ def test_words_of_the_field_decide_where_they_are_clear(module):
     for text in CLEAR:
         truth = dict(reversed(pair.split("=")) for pair in text.split())
         assert found_pairs(text, module, "") == truth, text
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "wq=to_q wk=to_k wv=to_v wo=to_out w1=wi w2=wo",
+        "wq=q_proj wk=k_proj wv=v_proj wo=o_proj w1=wi w2=wo",
+        "q_proj=wq k_proj=wk v_proj=wv out_proj=wo fc_in=w1 fc_out=w2",
+    ],
+)
+def test_an_output_belongs_to_the_layers_that_are_spelled_like_it(text, turned):
+    names = [pair.split("=") for pair in text.split()]
+    truth = {pair[turned]: pair[not turned] for pair in names}
+    tree = {
+        f"layers_{at}": {name: {"kernel": np.zeros((8, 8), "float32")} for name in truth} for at in range(2)
+    }
+    target = {
+        ("h", at, wanted, "kernel"): nnx.Param(np.zeros((8, 8), "float32"))
+        for at in range(2)
+        for wanted in truth.values()
+    }
+
+    found = suggest({"params": tree}, nnx.from_flat_state([*target.items()]))
+    plan = plan_restore({"params": tree}, nnx.from_flat_state([*target.items()]), renames=found.renames)
+
+    assert plan.fits
+    assert {path[2]: next(iter(reads(item.recipe)))[2] for path, item in plan.restored.items()} == {
+        wanted: stored for stored, wanted in truth.items()
+    }

@@ -30,6 +30,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     series_of,
     shared_in,
     shares_of,
+    sizes_of,
     stack_of,
     with_inner,
     without_rest,
@@ -131,14 +132,14 @@ def _match_series(
     for one, other in pairs:
         members = _match_members(one, other, context)
         same = same_layers(one, other)
-        ours_in = {id(leaf) for left, _ in same for leaf in one.members[left]}
-        theirs_in = {id(leaf) for _, right in same for leaf in other.members[right]}
+        ours = [leaf for left, _ in same for leaf in one.members[left]]
+        theirs = [leaf for _, right in same for leaf in other.members[right]]
         asked = [link for tie in members.ties if len(tie.readings) > 1 for link in tie.readings[0]]
-        linked = sum(len(link.wanted) for link in (*members.links, *asked))
-        if not members.links or linked * 4 < min(len(ours_in), len(theirs_in)):
+        linked = [leaf for link in (*members.links, *asked) for leaf in link.wanted]
+        if not members.links or sizes_of(linked) * 4 < min(sizes_of(ours), sizes_of(theirs)):
             continue  # Layers that hold so little alike are not the same.
         found.add(members)
-        taken |= ours_in | theirs_in
+        taken |= {id(leaf) for leaf in (*ours, *theirs)}
         for series, side in ((one, 0), (other, 1)):
             taken |= _more_of(series, {pair[side] for pair in same})
 

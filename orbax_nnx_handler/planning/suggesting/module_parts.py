@@ -62,7 +62,7 @@ class Level:
     width: int = 1
 
 
-_NUMBERED = re.compile(rf"(.*?(?:[A-Za-z]|\dx\d+(?=[_.-])))([_.-]?)(?<!\dx)(\d{{1,{MAX_DIGITS}}})")
+_NUMBERED = re.compile(rf"(.*?(?:[A-Za-z]|\d(?=[_.-])))([_.-]?)(?<!\dx)(\d{{1,{MAX_DIGITS}}})")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -292,6 +292,12 @@ class Link:
         return self.stored[0]
 
     @property
+    def by_part(self) -> Iterable[tuple[Leaf, tuple[Way, ...]]]:
+        """The stored leaf of each part, and the ways of the part."""
+        stored = self.stored if len(self.stored) > 1 else self.stored * len(self.ways)
+        return zip(stored, self.ways, strict=True)
+
+    @property
     def is_split(self) -> bool:
         """Whether one stored leaf becomes several wanted ones."""
         return len(self.wanted) > 1
@@ -348,17 +354,14 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
     """
     evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
     for link in links:
-        for leaf, possible in zip(_stored(link), link.ways, strict=True):
+        for leaf, possible in link.by_part:
             if len(possible) == 1 and _axes(leaf) > 1 and leaf.names[-1] != "embedding":
                 for key in _keys(link, leaf):
                     evidence[key].add(possible[0].turned)
     settled: list[Link] = []
     left: list[Link] = []
     for link in links:
-        chosen = tuple(
-            _chosen(link, leaf, possible, evidence)
-            for leaf, possible in zip(_stored(link), link.ways, strict=True)
-        )
+        chosen = tuple(_chosen(link, leaf, possible, evidence) for leaf, possible in link.by_part)
         if any(ways is None for ways in chosen):
             left.append(link)
         else:
@@ -371,15 +374,8 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
 
 def readings_of(link: Link) -> tuple[Link, ...]:
     """Returns a link with its square matrices as they are, and turned."""
-    return tuple(
-        dataclasses.replace(
-            link,
-            ways=tuple(
-                tuple(way for way in ways if way.turned == turned)[:1] or ways[:1] for ways in link.ways
-            ),
-        )
-        for turned in (False, True)
-    )
+    made = [[[w for w in ways if w.turned == t] or ways for ways in link.ways] for t in (False, True)]
+    return tuple(dataclasses.replace(link, ways=tuple((ways[0],) for ways in each)) for each in made)
 
 
 def simplest(links: Sequence[Link]) -> list[Link]:
@@ -388,22 +384,19 @@ def simplest(links: Sequence[Link]) -> list[Link]:
     return [*settled, *(readings_of(link)[0] for link in left)]
 
 
-def _stored(link: Link) -> Iterable[Leaf]:
-    return link.stored if len(link.stored) > 1 else link.stored * len(link.ways)
-
-
 def _chosen(
     link: Link, leaf: Leaf, ways: tuple[Way, ...], evidence: dict[tuple[object, ...], set[bool]]
 ) -> Way | None:
     if len(ways) == 1:
         return ways[0]
+    if (is_first := _are_outputs_first(link)) is not None:
+        return next((way for way in ways if way.turned is is_first), None)
     for key in _keys(link, leaf):
-        turned = evidence.get(key)
-        if turned is not None:
-            if len(turned) == 1:
-                return next((way for way in ways if way.turned in turned), None)
-            if key[0] == "model":
-                return None
+        turned = evidence.get(key, set())
+        if len(turned) == 1:
+            return next((way for way in ways if way.turned in turned), None)
+        if turned and key[0] == "model":
+            return None
     if any(step.kind == "transpose" for way in ways if not way.turned for step in way.steps):
         # Where image axes come last, outputs come first: that is PyTorch's convention for both.
         return next((way for way in ways if way.turned), None)
@@ -412,10 +405,17 @@ def _chosen(
     return None
 
 
+def _are_outputs_first(link: Link) -> bool | None:
+    """Tells whether kernels of one input lie along the first axis of a matrix, as in `in_proj_weight`."""
+    parts, whole = (link.wanted, link.source) if link.is_split else (link.stored, link.target)
+    if link.joint is None or link.joint.is_new or len(whole.shape) != 2:
+        return None
+    return link.joint.axis == 0 if all(part.names[-1] == "kernel" for part in parts) else None
+
+
 def _keeps_its_name(link: Link, leaf: Leaf) -> bool:
     """Tells whether a matrix has a name of its own on both sides; `weight` and `w` may be PyTorch's."""
-    last = leaf.names[-1]
-    return last == link.target.names[-1] and last not in PYTORCHS
+    return leaf.names[-1] == link.target.names[-1] not in PYTORCHS
 
 
 def _are_squares(leaf: Leaf) -> bool:

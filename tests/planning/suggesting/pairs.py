@@ -45,6 +45,7 @@ OPEN = {
     "fnet": 12,
     "phi2": 6,
     "qwen2": 6,
+    "set_transformer": 20,
 }
 """Leaves that stay open.
 
@@ -57,10 +58,11 @@ dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), w
 stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
 (recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4), which
 norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an attention
-that Linen numbered is which (perceiver), which of `a` and `b` is left (evoformer), whether a temperature is
-a scale (dual_encoder), which of a block's convolutions of one shape is which branch (inception), and which
-norm is that of the network (fnet), only outputs tell. Not found yet: the bias of queries and of values in
-one for all three (qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
+that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left (evoformer), whether
+a temperature is a scale (dual_encoder), which of a block's convolutions of one shape is which branch
+(inception), and which norm is that of the network (fnet), only outputs tell. Not found yet: the bias of
+queries and of values in one for all three (qformer), a lone vector (ncsnpp), and two levels of a U-Net that
+are as large (ddpm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

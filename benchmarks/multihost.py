@@ -15,7 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -66,28 +66,36 @@ def _on_this_machine(options: argparse.Namespace) -> None:
             rows.append({"parameters": title, "processes": 2, **_joined(model, [trial])})
     else:
         for count in (1, 2, 4):
-            # A copy needs two; within a round they take turns, so that a slow minute hits all.
+            # A copy needs two.
             titles = [title for title in settings if count > 1 or "single" not in title]
-            rounds = [
-                {title: _started(count, [settings[title]])[0] for title in titles}
-                for _ in range(options.rounds)
-            ]
-            for title in titles:
-                joined = _joined(model, [trials[title] for trials in rounds])
-                rows.append({"parameters": title, "processes": count, **joined})
+            rows += _in_turns(model, count, {title: settings[title] for title in titles}, options.rounds)
         rows += _from_a_bucket(model, path, settings, options.rounds)
     report("multihost", options, rows, {f"{model.nbytes / 1e9:.3g} GB": table(rows)})
 
 
-def _from_a_bucket(
-    model: Model, path: pathlib.Path, settings: Mapping[str, Row], rounds: int
-) -> Iterator[Row]:
+def _from_a_bucket(model: Model, path: pathlib.Path, settings: Mapping[str, Row], rounds: int) -> list[Row]:
     with Served({path.name: path}) as bucket:
         ask(bucket.address, "reset", {"delay": 0.03, "bandwidth": 50e6})
-        for title in _FROM_A_BUCKET:
-            remote = {**settings[title], "url": f"gs://{BUCKET}/{path.name}"}
-            trials = [_started(4, [remote], bucket.environment)[0] for _ in range(rounds)]
-            yield {"parameters": f"{title}, bucket", "processes": 4, **_joined(model, trials)}
+        url = f"gs://{BUCKET}/{path.name}"
+        remote = {f"{title}, bucket": {**settings[title], "url": url} for title in _FROM_A_BUCKET}
+        return _in_turns(model, 4, remote, rounds, bucket.environment)
+
+
+def _in_turns(
+    model: Model,
+    count: int,
+    settings: Mapping[str, Row],
+    rounds: int,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> list[Row]:
+    """Runs each once a round, every other round backwards, so that a slow minute hits all alike."""
+    found: dict[str, list[list[Row]]] = {title: [] for title in settings}
+    for number in range(rounds):
+        for title in [*settings][:: -1 if number % 2 else 1]:
+            found[title] += _started(count, [settings[title]], more)
+    return [
+        {"parameters": title, "processes": count, **_joined(model, trials)} for title, trials in found.items()
+    ]
 
 
 def _started(

@@ -77,6 +77,7 @@ def single_replica_leaves(
     return asked.get
 
 
+_Indices = Mapping[Device, tuple[slice, ...]]
 _BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
@@ -132,10 +133,7 @@ class Copied:
     @functools.cached_property
     def regions(self) -> Mapping[Device, Region]:
         """The part of each device of this process."""
-        indices = cast(
-            "Mapping[Device, tuple[slice, ...]]",
-            self.sharding.addressable_devices_indices_map(self.job.shape),
-        )
+        indices = cast(_Indices, self.sharding.addressable_devices_indices_map(self.job.shape))
         return {device: region_of(index, self.job.shape) for device, index in indices.items()}
 
 
@@ -252,8 +250,8 @@ def _global_nbytes(family: Sequence[PlainJob]) -> int:
 
 
 # So many blocks carry what a process has read: while a block is on its way, so much less than
-# the values themselves is held twice.
-_ROUNDS = 40
+# the values themselves is held twice. Each costs some milliseconds beside its bytes.
+_ROUNDS = 20
 _LEAST_BLOCK_BYTES = 256 << 10
 _MOST_BLOCK_BYTES = 64 << 20
 
@@ -327,18 +325,18 @@ class _Exchange:
                 if region not in self._held[number]:
                     shape = shape_of_region(region)
                     self._held[number][region] = arena.allocate(shape, leaf.job.dtype)
+        # Each is filled anew once all that it brought has been copied: fresh memory would take longer.
+        places = cast(_Indices, self._sent.addressable_devices_indices_map(self._shape))
+        sending = Arena()
+        blocks = {device: sending.allocate((1, 1, self._block), np.dtype(np.uint8)) for device in places}
         with jax.set_mesh(cast(Mesh, self._sent.mesh)):
             for start in range(0, self._length, self._block):
-                self._gather(start)
+                self._gather(start, places, blocks)
 
-    def _gather(self, start: int) -> None:
-        devices = cast(
-            "Mapping[Device, tuple[slice, ...]]", self._sent.addressable_devices_indices_map(self._shape)
-        )
+    def _gather(self, start: int, places: _Indices, sending: Mapping[Device, Buffer]) -> None:
         blocks: list[jax.Array] = []
-        for device, (copy, _, _) in devices.items():
-            block = Arena().allocate((1, 1, self._block), np.dtype(np.uint8))
-            for own, within in self._parts(device, copy.start or 0, start):
+        for device, block in sending.items():
+            for own, within in self._parts(device, places[device][0].start or 0, start):
                 block[0, 0, within] = own
             blocks.append(jax.device_put(block, device))
         sent = jax.make_array_from_single_device_arrays(self._shape, self._sent, blocks)
@@ -408,7 +406,7 @@ def _contributions(leaf: Copied, shards: Mapping[Region, Buffer], zeros: "_Zeros
     """Returns the array of all copies: values in the one that was read, zeros in the others."""
     shape, sharding = leaf.job.shape, leaf.sharding
     readers = set(own_devices(sharding, leaf.axes, leaf.reader))
-    indices = cast("Mapping[Device, tuple[slice, ...]]", sharding.addressable_devices_indices_map(shape))
+    indices = cast(_Indices, sharding.addressable_devices_indices_map(shape))
     pieces: list[jax.Array] = []
     for device, index in indices.items():
         if device in readers:

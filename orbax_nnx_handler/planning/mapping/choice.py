@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.core.recipes import Read, reads, render_reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_of_parameters
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping, map_leaves
-from orbax_nnx_handler.planning.mapping.matches import CompetingSources, UnclearAxis
+from orbax_nnx_handler.planning.mapping.matches import CompetingSources, UnclearAxis, competing
 from orbax_nnx_handler.planning.mapping.optimizer_pairs import UndecidedState
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -60,7 +60,7 @@ def _source(mapping: LeafMapping, path: Path) -> str:
 def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
     """Yields what is wrong with a mapping itself, whatever the policy."""
     if mapping.rivals:
-        yield _rivals(mapping.rivals)
+        yield competing(mapping.rivals, _outside_optimizers(mapping))
     for group in mapping.unclear:
         yield _unclear(group, mapping.applied.axes)
     for states in mapping.states:
@@ -74,6 +74,10 @@ def faults_of(mapping: LeafMapping) -> Iterable[RestoreError]:
     shared = _read_twice(mapping)
     if shared:
         yield _shared_weights(shared)
+
+
+def _outside_optimizers(mapping: LeafMapping) -> Sequence[Path]:
+    return [item.leaf.path for item in mapping.placements if item.section != "optimizer"]
 
 
 def claims_of_shared(
@@ -99,7 +103,7 @@ def claims_of_shared(
         if len(entries) > 1:
             rivals.append(CompetingSources(wanted=item, entries=tuple(entries)))
     if rivals:
-        yield _rivals(rivals)
+        yield competing(rivals, _outside_optimizers(mapping))
 
 
 def renames_of_shared(
@@ -188,76 +192,6 @@ def _shared_weights(shared: Mapping[Path, Sequence[Path]]) -> AmbiguousMappingEr
         f"{_leaves(len(shared), 'stored ')} would become several wanted leaves each:\n" + "\n".join(rows),
         paths=[path for paths in shared.values() for path in paths],
         hints=["renames=[...] decides: say which wanted leaf each stored leaf is."],
-    )
-
-
-def _rivals(rivals: Sequence[CompetingSources]) -> AmbiguousMappingError:
-    # Each once: two ways of search may have found it.
-    first: dict[Path, CompetingSources] = {}
-    for rival in rivals:
-        first.setdefault(rival.wanted.leaf.path, rival)
-    rivals = list(first.values())
-    rows: list[str] = []
-    for rival in rivals:
-        rows.append(f"  {render(rival.wanted.leaf.path)}")
-        for entry in rival.entries:
-            rule = f"  by {entry.reason}" if entry.reason else ""
-            rows.append(f"    <- {render_reads(entry.recipe)} {entry.shape}{rule}")
-    return AmbiguousMappingError(
-        f"{_leaves(len(rivals), 'wanted ')} {'is' if len(rivals) == 1 else 'are'} claimed by several stored "
-        "leaves:\n" + "\n".join(rows),
-        paths=[rival.wanted.leaf.path for rival in rivals],
-        hints=_of_collections(rivals) or [_one_left_behind(rivals)],
-    )
-
-
-def _of_collections(rivals: Sequence[CompetingSources]) -> Sequence[Hint]:
-    """Returns the ways out where all that is wanted lies in two collections; empty where it does not."""
-    found = {tuple(_around(rival, entry) for entry in rival.entries) for rival in rivals}
-    ways = found.pop() if len(found) == 1 else ()
-    if len(ways) != 2 or not all(ways):
-        return ()
-    hints: list[Hint] = []
-    for name, root in (way for way in ways if way):
-        words = f"pass renames=[({name!r}, {root!r})]" if root else f"pass {{{name!r}: target}} as the target"
-        hints.append(
-            Hint(f"{words} if what {name!r} holds is meant.", {"renames": [(name, root)]} if root else {})
-        )
-    return hints
-
-
-def _around(rival: CompetingSources, entry: Entry) -> tuple[str, str] | None:
-    """Returns a stored leaf's collection and the key above the wanted one, if all below them is alike."""
-    read = list(reads(entry.recipe))
-    if entry.reason or entry.collection is None or len(read) != 1:
-        return None
-    stored, wanted = segments(read[0])[1:], segments(rival.wanted.leaf.path)
-    above = len(wanted) - len(stored)
-    if segments(read[0])[0] != entry.collection or above not in (0, 1) or wanted[above:] != stored:
-        return None
-    return entry.collection, "".join(wanted[:above])
-
-
-_SHOWN = 3
-
-
-def _one_left_behind(rivals: Sequence[CompetingSources]) -> str:
-    """Returns the way out: no name is free for the ones that lose, so they have to be dropped."""
-    own = [[entry for entry in rival.entries if not entry.reason] for rival in rivals]
-    if not all(own):
-        return "take out the rule that brings the leaf which is not meant."
-    # One is kept of each: what a rule brings, or else the first.
-    lost = [each[len(each) == len(rival.entries) :] for each, rival in zip(own, rivals, strict=True)]
-    # Whole stored paths: less would drop the other one too. A stack may be the rival of many layers.
-    paths = [*dict.fromkeys(render(path) for each in lost for one in each for path in reads(one.recipe))]
-    drops = ", ".join(f"Drop({path!r}, 'why')" for path in paths[:_SHOWN])
-    by_rule, many = lost != [each[1:] for each in own], f"{drops} and so on for each of them"
-    which = f"renames=[{drops}{', ...' if by_rule else ''}]" if len(paths) <= _SHOWN else many
-    if not by_rule:
-        return f"pass {which} to leave behind what is not meant."
-    return (
-        f"pass {which} in front of the other rules to leave what is stored there behind, or take out the "
-        "rule that brings the other."
     )
 
 

@@ -1,15 +1,19 @@
 """What the mapping finds: where each wanted leaf comes from, what that rests on, and what stays open."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
+from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
+from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, record
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, numbers_below
-from orbax_nnx_handler.planning.core.recipes import Recipe
+from orbax_nnx_handler.planning.core.lines import aligned, counted
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, numbers_below, render, segments
+from orbax_nnx_handler.planning.core.recipes import Recipe, reads, render_reads
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.layer_paths import Group
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.rule import Pattern
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 EvidenceKind = Literal[
@@ -183,3 +187,101 @@ class Discarded:
 
     leaf: StoredLeaf
     reason: str
+
+
+def competing(rivals: Sequence[CompetingSources], stored: Iterable[Path]) -> AmbiguousMappingError:
+    """Returns the error for wanted leaves that several stored leaves claim.
+
+    Args:
+        rivals: The wanted leaves, each with what claims it.
+        stored: The leaves of the checkpoint that rules are for.
+    """
+    # Each once: two ways of search may have found it.
+    first: dict[Path, CompetingSources] = {}
+    for rival in rivals:
+        first.setdefault(rival.wanted.leaf.path, rival)
+    rivals = list(first.values())
+    leaves = counted(len(rivals), "wanted leaf is", "wanted leaves are")
+    return AmbiguousMappingError(
+        f"{leaves} claimed by several stored leaves:\n{_claims(rivals)}",
+        paths=[rival.wanted.leaf.path for rival in rivals],
+        hints=_of_collections(rivals) or [_one_left_behind(rivals, stored)],
+    )
+
+
+def _claims(rivals: Sequence[CompetingSources]) -> str:
+    """Returns each wanted leaf with what claims it, or folded rows where there are many."""
+    rows, folded = list[str](), list[Row]()
+    for rival in rivals:
+        rows.append(f"  {render(rival.wanted.leaf.path)}")
+        for entry in rival.entries:
+            rule, source = f"  by {entry.reason}" if entry.reason else "", render_reads(entry.recipe)
+            rows.append(f"    <- {source} {entry.shape}{rule}")
+            folded.append(Row(rival.wanted.leaf.path, (str(entry.shape), rule.strip()), source))
+    return "\n".join(rows) if len(rivals) <= _LISTED else aligned(folded)
+
+
+def _of_collections(rivals: Sequence[CompetingSources]) -> Sequence[Hint]:
+    """Returns the ways out where all that is wanted lies in two collections; empty where it does not."""
+    found = {tuple(_around(rival, entry) for entry in rival.entries) for rival in rivals}
+    ways = found.pop() if len(found) == 1 else ()
+    if len(ways) != 2 or not all(ways):
+        return ()
+    hints: list[Hint] = []
+    for name, root in (way for way in ways if way):
+        words = f"pass renames=[({name!r}, {root!r})]" if root else f"pass {{{name!r}: target}} as the target"
+        hints.append(
+            Hint(f"{words} if what {name!r} holds is meant.", {"renames": [(name, root)]} if root else {})
+        )
+    return hints
+
+
+def _around(rival: CompetingSources, entry: Entry) -> tuple[str, str] | None:
+    """Returns a stored leaf's collection and the key above the wanted one, if all below them is alike."""
+    read = list(reads(entry.recipe))
+    if entry.reason or entry.collection is None or len(read) != 1:
+        return None
+    stored, wanted = segments(read[0])[1:], segments(rival.wanted.leaf.path)
+    above = len(wanted) - len(stored)
+    if segments(read[0])[0] != entry.collection or above not in (0, 1) or wanted[above:] != stored:
+        return None
+    return entry.collection, "".join(wanted[:above])
+
+
+_SHOWN = 3
+_LISTED = 10
+
+
+def _one_left_behind(rivals: Sequence[CompetingSources], stored: Iterable[Path]) -> str:
+    """Returns the way out: no name is free for the ones that lose, so they have to be dropped."""
+    own = [[entry for entry in rival.entries if not entry.reason] for rival in rivals]
+    if not all(own):
+        return "take out the rule that brings the leaf which is not meant."
+    # One is kept of each: what a rule brings, or else the first.
+    lost = [each[len(each) == len(rival.entries) :] for each, rival in zip(own, rivals, strict=True)]
+    paths = dict.fromkeys(path for each in lost for one in each for path in reads(one.recipe))
+    patterns = _naming(paths, set(stored).difference(paths))
+    drops = ", ".join(f"Drop({pattern!r}, 'why')" for pattern in patterns[:_SHOWN])
+    by_rule, many = lost != [each[1:] for each in own], f"{drops} and so on for each of them"
+    which = f"renames=[{drops}{', ...' if by_rule else ''}]" if len(patterns) <= _SHOWN else many
+    if not by_rule:
+        return f"pass {which} to leave behind what is not meant."
+    return (
+        f"pass {which} in front of the other rules to leave what is stored there behind, or take out the "
+        "rule that brings the other."
+    )
+
+
+def _naming(paths: Collection[Path], others: Collection[Path]) -> list[str]:
+    """Returns patterns that match some stored leaves and no others: whole levels where there are many."""
+    whole = [render(path) for path in paths]
+    if len(whole) <= _SHOWN:
+        return whole
+    held = {other[:at] for other in others for at in range(len(other) + 1)}
+    levels = (
+        next((path[:at] for at in range(1, len(path)) if path[:at] not in held), path) for path in paths
+    )
+    found = [*dict.fromkeys(render(level) for level in levels)]
+    names, rest = [Pattern(text) for text in found[:_SHOWN]], [segments(other) for other in others]
+    is_exact = len(found) <= _SHOWN and not any(any(name.spans(other)) for name in names for other in rest)
+    return found if is_exact else whole

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import operator
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -400,6 +401,8 @@ def _as_array(path: Path, value: Any) -> Any:
         kind, name = "class" if isinstance(value, type) else "function", getattr(value, "__name__", "")
         call = f"lambda: {name}(...)" if kind == "class" else "function"
         what, hint = f"the {kind} {name}", f"pass what it builds: nnx.eval_shape({call})."
+    if isinstance(value, os.PathLike) and not path:
+        hint = "the path comes first, the target second: restore(path, target)."
     words = f"target leaf {render(path)} is {what}: it has no shape and dtype."
     raise RestoreError(words, paths=(path,), hints=[hint])
 

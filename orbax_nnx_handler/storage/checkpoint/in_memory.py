@@ -130,5 +130,16 @@ def _values_of(value: np.ndarray[Any, Any]) -> str:
 def _stored(path: Path, array: Any) -> StoredLeaf:
     if array is None:
         return StoredLeaf(path=path, shape=(), dtype=None)
-    impl = str(jax.random.key_impl(array)) if is_key(array.dtype) else None
+    impl = _implementation(array) if is_key(array.dtype) else None
     return StoredLeaf(path=path, shape=tuple(array.shape), dtype=array.dtype, key_impl=impl)
+
+
+def _implementation(key: Any) -> str:
+    """Returns the name of a random key's implementation, which JAX tells of arrays and of what it traces."""
+    names: list[str] = []
+
+    def look(traced: Any) -> None:
+        names.append(str(jax.random.key_impl(traced)))
+
+    jax.eval_shape(look, key)
+    return names[0]

@@ -101,3 +101,25 @@ def test_a_module_that_is_stored_under_its_own_name_is_not_passed_over_for_anoth
     assert not _rules(_refused({"params": stored}, wanted))
     alone = {"value": stored["value"]}
     assert _rules(_refused({"params": alone}, wanted)) == [("value", "policy")]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["all of it", "with a leaf of its own"])
+def test_a_collection_of_which_a_rule_brings_another_is_left_behind_as_a_level(beside: bool):
+    weights = {f"l_{at}": {"kernel": _numbers(9 * at, 3, 3)} for at in range(12)}
+    averages = jax.tree.map(lambda value: value + 1000, weights)
+    more = {"other": {"kernel": _numbers(700, 2)}} if beside else {}
+    state = {"count": np.int32(3), "mu": {"params": weights}, "nu": {"params": weights}}
+    stored = {"params": {**weights, **more}, "ema_params": averages, "opt_state": [state]}
+    wanted = {"l": {at: averages[f"l_{at}"] for at in range(12)}}
+    rule = ("ema_params", "params")
+
+    error = _refused(stored, wanted, renames=[rule])
+
+    text = " ".join(str(error).split())
+    assert len(str(error).splitlines()) < 8
+    assert "l/{0..11}/kernel (3, 3) by ('ema_params', 'params') <- ema_params/l_{0..11}/kernel" in text
+    if beside:
+        assert "Drop('params/l_2/kernel', 'why') and so on for each of them in front of" in text
+    else:
+        assert "renames=[Drop('params', 'why'), ...] in front of the other rules" in text
+        _check(from_linen(stored, _target(wanted), renames=[Drop("params", "why"), rule]), wanted)

@@ -21,6 +21,7 @@ from orbax_nnx_handler import (
     Copy,
     DtypeMismatchError,
     Fuse,
+    KeyMismatchError,
     NotACheckpointError,
     RestoreError,
     Scale,
@@ -666,6 +667,24 @@ def test_a_leaf_without_a_value_is_an_error_where_it_is_needed() -> None:
     tree["params"]["norm"]["scale"].delete()
     with pytest.raises(UnreadableLeafError, match=r"params/norm/scale   a deleted jax\.Array"):
         from_linen(tree, target(), policy="init", init=lambda: Net(nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "unsafe_rbg"])
+def test_the_shapes_of_a_tree_with_random_keys_tell_what_becomes_of_it(impl: str) -> None:
+    described = jax.eval_shape(lambda: {"drop": {"rngs": {"key": jax.random.key(0, impl=impl)}}})
+
+    class Dropping(nnx.Module):
+        def __init__(self):
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(jax.random.key(1, impl="threefry2x32")))
+
+    plan = plan_restore(described, nnx.eval_shape(Dropping))
+    with pytest.raises(UnreadableLeafError if impl == "threefry2x32" else KeyMismatchError):
+        plan.check()
+
+
+def test_a_path_in_the_place_of_the_target_is_told_the_order(tmp_path: Any) -> None:
+    with pytest.raises(RestoreError, match=r"hint: the path comes first, the target second"):
+        suggest({"params": {"w": jnp.ones(2)}}, tmp_path)
 
 
 @pytest.mark.parametrize("nothing", [{}, "/a/path", None, {"params": {}}], ids=str)

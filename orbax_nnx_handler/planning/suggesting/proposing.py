@@ -234,16 +234,19 @@ class _Proposing:
         if not self.options.renames:
             return found
         try:
-            plain = choose(self._wanted, self.stored, dataclasses.replace(self.options, renames=()))
+            plain = self._chosen_by(())
+            if keys := keys_as_names(plain.mapping.applied.entries):
+                plain = self._chosen_by(keys)  # Else one name would stand for a leaf of each network.
         except RestoreError:
             return found  # Only the rules make it a tree of a known layout.
         before = self._search(plain.mapping.applied.entries)
         sources = paths_of(before.links)
-        differs = any(
-            not sources.get(path, set()) <= set(reads(item.recipe))
-            for path, item in self._base.restored.items()
-        )
+        made = ((sources.get(path, set()), reads(item.recipe)) for path, item in self._base.restored.items())
+        differs = any(not said <= set(read) for said, read in made)
         return Settled(before, after, differs, self._base.restored.keys()).reconciled(found)
+
+    def _chosen_by(self, rules: Sequence[Rule]) -> Chosen:
+        return choose(self._wanted, self.stored, dataclasses.replace(self.options, renames=tuple(rules)))
 
     def _search(self, entries: Sequence[Entry]) -> Searched:
         ours = wanted_leaves(self._model)
@@ -258,11 +261,8 @@ class _Proposing:
 
     def _reconciled(self, links: Sequence[Link]) -> list[Link]:
         """Returns the links without those that speak against what a plan without rules finds by name."""
-        settled = {
-            item.leaf.path: set(reads(self._found[item.leaf.path].recipe))
-            for item in self._model
-            if item.leaf.path in self._found
-        }
+        paths = (item.leaf.path for item in self._model if item.leaf.path in self._found)
+        settled = {path: set(reads(self._found[path].recipe)) for path in paths}
         claimed = {path: wanted for wanted, sources in settled.items() for path in sources}
         kept = [link for link in links if agrees(link, settled, claimed) and not self._is_doubted(link)]
         covered = {leaf.source for link in kept for leaf in link.wanted}

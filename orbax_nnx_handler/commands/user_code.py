@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import pathlib
@@ -139,12 +140,20 @@ def told(error: BaseException) -> str:
     return f"{kind}{error}{where}"
 
 
+_LISTED = 12
+
+
 def _member(place: str, names: Sequence[str], may_be: Callable[[Any], bool]) -> Any:
     found: Any = _load_module(place)
     for name in names:
         if not hasattr(found, name):
-            held = ", ".join(_own_names(found, may_be))
-            raise UsageError(f"{place} has no {'.'.join(names)}; it has: {held or 'nothing of the kind'}.")
+            held = list(_own_names(found, may_be))
+            # The likeliest first: a program may hold hundreds of functions.
+            close = difflib.get_close_matches(name, held, n=_LISTED)
+            first = [*close, *(other for other in held if other not in close)]
+            more = f", ... and {len(held) - _LISTED} more" if len(held) > _LISTED else ""
+            listed = ", ".join(first[:_LISTED]) + more
+            raise UsageError(f"{place} has no {'.'.join(names)}; it has: {listed or 'nothing of the kind'}.")
         found = getattr(found, name)
     return found
 

@@ -61,6 +61,17 @@ def test_a_factory_that_does_not_build_a_target_is_status_2(
     assert said.err == f"usage: {program}:{factory} {words.format(file=program, missing=MISSING)}"
 
 
+def test_of_many_functions_those_of_nearly_the_name_are_listed_first(cli, root, program) -> None:
+    program.write_text(
+        "".join(f"def case_{at}():\n    pass\n" for at in range(40)) + "def make():\n    pass\n"
+    )
+
+    said = cli("plan", root, f"{program}:mak")
+
+    assert said.err.startswith(f"usage: {program} has no mak; it has: make, case_0, case_1, ")
+    assert said.err.endswith(", case_10, ... and 29 more.\n")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

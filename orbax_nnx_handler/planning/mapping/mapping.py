@@ -46,7 +46,7 @@ from orbax_nnx_handler.planning.mapping.optimizer_states import (
     virtual_parameters,
     wanted_states,
 )
-from orbax_nnx_handler.planning.mapping.random_state import find_random
+from orbax_nnx_handler.planning.mapping.random_state import as_wanted, find_random
 from orbax_nnx_handler.planning.mapping.roots import Roots, strip
 from orbax_nnx_handler.planning.mapping.train_states import (
     StoredOptimizer,
@@ -172,7 +172,22 @@ def map_leaves(
     Raises:
         UnusedRuleError: A rule matches no stored leaf.
     """
-    placements, as_stored, applied = under_rules(layout.place(stored), rules, wanted)
+    mapping = _map(wanted, stored, layout, rules, layout.place(stored))
+    moved = as_wanted(mapping.placements, of_role(wanted, "model", "random"), mapping.found, mapping.used())
+    if moved is mapping.placements:
+        return mapping  # Nearly every checkpoint.
+    again = _map(wanted, stored, layout, rules, moved)
+    return again if len(again.found) > len(mapping.found) or again.unclear else mapping
+
+
+def _map(
+    wanted: Sequence[Wanted],
+    stored: Stored,
+    layout: Layout,
+    rules: Sequence[Rule],
+    placements: Sequence[Placement],
+) -> LeafMapping:
+    placements, as_stored, applied = under_rules(placements, rules, wanted)
     applied = _in_own_collections(applied, wanted)
     entries = applied.entries
     model = of_role(wanted, "model", "transient", "random")

@@ -5,17 +5,21 @@ model's own lies under `model/...` and what lies beside the model under its own
 path, then below the model's root. Flax 0.11 changed the layout of a module's own
 stream: `drop/rngs/default/{count,key}` became `drop/rngs/{count,key}`; both are read.
 No stored stream is given out twice.
+
+What has another arrangement of layers than the target's is not found so: it is a leaf of the
+model then, of the collection of the wanted type, and stacked as all of them are.
 """
 
+import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
-from orbax_nnx_handler.planning.mapping.roots import Roots, strip
+from orbax_nnx_handler.planning.mapping.roots import Roots, skeleton, strip
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -59,6 +63,52 @@ def find_random(
                 evidence = MatchEvidence(kind="rule", words=reason) if reason else _STREAM
                 found[item.leaf.path] = Found(recipe=Read(source), reason=reason, evidence=evidence)
                 taken.add(source)
+
+
+def as_wanted(
+    placements: Sequence[Placement], wanted: Sequence[Wanted], found: Collection[Path], read: Collection[Path]
+) -> Sequence[Placement]:
+    """Returns the placements, with what lies aside in another arrangement of layers as the model's own.
+
+    No name says which collection it is of: the type of the wanted leaf of its name does. What lies under
+    its own path in the item becomes a train state of its own, where all that is wanted there is found so.
+
+    Args:
+        placements: What each stored leaf is.
+        wanted: The target's leaves of models, and its random state.
+        found: The wanted paths that have a source.
+        read: The stored paths that are a source.
+    """
+    aside = [item for item in placements if item.section == "aux" and item.leaf.path not in read]
+    left = [item for item in wanted if item.leaf.path not in found and item.leaf.kind is not None]
+    if not aside or not left:
+        return placements
+    kinds: dict[Tokens, set[str | None]] = defaultdict(set)
+    for item in left:
+        name = skeleton(item.tokens)
+        for at in range(len(name)):
+            kinds[name[at:]].add(None if item.role == "random" else item.collection)
+    moved: dict[Path, Placement] = {}
+    for item in aside:
+        own = item.path[len(item.owner) :] if item.path[: len(item.owner)] == item.owner else item.path
+        of_model = str(own[0]) == _MODEL
+        named = kinds.get(skeleton(canonical(own[1:] if of_model else item.path)), ())
+        if len(named) == 1 and len(own) > 1:
+            (collection,) = named
+            owner = item.owner if of_model else item.path[: -len(own[1:])]
+            moved[item.leaf.path] = dataclasses.replace(
+                item, section="model", collection=collection, path=own[1:], owner=owner
+            )
+    owners = {item.owner for item in placements if item.section != "aux"}
+    names = {skeleton(canonical((*item.owner, *item.path))) for item in moved.values()}
+
+    def is_whole(owner: Path) -> bool:
+        below = (item.tokens for item in wanted if item.tokens[: len(owner)] == canonical(owner))
+        return owner in owners or all(skeleton(tokens) in names for tokens in below)
+
+    kept = {owner for owner in {item.owner for item in moved.values()} if is_whole(owner)}
+    moved = {path: item for path, item in moved.items() if item.owner in kept}
+    return [moved.get(item.leaf.path, item) for item in placements] if moved else placements
 
 
 class _Places:

@@ -204,6 +204,11 @@ def _without_numbers(path: Tokens) -> Tokens:
     return (*path[:1], *[token for token in path[1:] if token[:1] != "#"])
 
 
+def skeleton(path: Tokens) -> Tokens:
+    """Returns a canonical path without layer numbers, scan levels and a last level `value`."""
+    return _skeleton(_without_numbers(path))
+
+
 def _skeleton(path: Tokens) -> Tokens:
     names = [token.removesuffix("_remainder") for token in path]
     if len(names) > 1 and names[-1] == "value":

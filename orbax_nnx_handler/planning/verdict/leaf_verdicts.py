@@ -52,6 +52,8 @@ class LeafVerdicts:
     def outcome(self, item: Wanted) -> Outcome:
         """Returns what becomes of a leaf, by what the mapping found for it and by its policy."""
         found = self.mapping.found.get(item.leaf.path)
+        if found is not None and item.role == "random" and found.missing_layers:
+            return self._default(item, "random state of which not all layers are stored")
         if found is not None:
             outcome = self._as_it_is(item, found) or self._compare(item, found)
             # A cache of another batch size is not a fault: the program recomputes it.
@@ -93,11 +95,10 @@ class LeafVerdicts:
             return "target"
         return "init" if self.options.init is not None else None
 
-    def _default(self, item: Wanted) -> Defaulted:
+    def _default(self, item: Wanted, reason: str = "random state that is not stored") -> Defaulted:
         last: DefaultSource = "seed" if item.role == "random" else "zeros"
-        reason = "recomputed by the program, never in a Linen checkpoint"
-        if item.role == "random":
-            reason = "random state that is not stored"
+        if item.role != "random":
+            reason = "recomputed by the program, never in a Linen checkpoint"
         return Defaulted(wanted=item.leaf, source=self._initial(item) or last, reason=reason)
 
     def _as_it_is(self, item: Wanted, found: Found) -> Restored | None:
@@ -183,11 +184,11 @@ class LeafVerdicts:
         return scales_of(self.stored.values(), self.stored.keys() - self.mapping.used())
 
     def _compare_key(self, item: Wanted, found: Found, shape: Shape) -> Restored | Mismatched:
-        source = self.stored[next(iter(reads(found.recipe)))]
-        is_plain = isinstance(found.recipe, Read)
-        if not is_plain or shape != item.leaf.shape or not same_key(source.key_impl, item.leaf.dtype):
+        sources = [self.stored[path] for path in reads(found.recipe)]
+        source, are_alike = sources[0], all(same_key(leaf.key_impl, item.leaf.dtype) for leaf in sources)
+        if shape != item.leaf.shape or found.surplus or not are_alike or computes(found.recipe):
             impl = f"key<{source.key_impl}>" if source.key_impl else str(source.dtype)
-            return _mismatch(item, found, "key", shape, impl)
+            return _mismatch(item, found, "key", shape, impl, _surplus(found))
         dtype = item.leaf.dtype
         return Restored(
             wanted=item.leaf,

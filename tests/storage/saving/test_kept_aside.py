@@ -1,0 +1,138 @@
+"""What a save keeps aside, restored into another arrangement of layers: statistics, streams, an average."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx, struct
+
+from orbax_nnx_handler import plan_restore, restore, save
+
+LAYERS = 3
+MODELS = pytest.mark.parametrize(("saved", "wanted"), [("list", "scan"), ("scan", "list"), ("list", "list")])
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(5, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+
+class Model(nnx.Module):
+    def __init__(self, form: str, seed: int = 0, layers: int = LAYERS):
+        rngs = nnx.Rngs(seed, dropout=seed + 1)
+        if form == "list":
+            self.layers: Any = nnx.List([Block(rngs) for _ in range(layers)])
+        else:
+            make = nnx.split_rngs(splits=layers)(nnx.vmap(Block))
+            self.layers = make(rngs)
+
+
+def numbered(item: Any) -> Any:
+    """Returns the item with another number in each element, the keys left as they are."""
+    graph, state = nnx.split(item)
+    flat, tree = jax.tree.flatten(state)
+    start = 3
+    for at, leaf in enumerate(flat):
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            flat[at] = (start + jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype)
+            start += leaf.size
+    return nnx.merge(graph, jax.tree.unflatten(tree, flat))
+
+
+def stacked(state: Any) -> dict[str, np.ndarray]:
+    """Returns all leaves of the layers, stacked, by path below a layer."""
+    layers = state["layers"]
+    if 0 in layers:
+        layers = jax.tree.map(lambda *parts: jnp.stack(parts), *(layers[at] for at in range(LAYERS)))
+    return {
+        jax.tree_util.keystr(path): np.asarray(
+            jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
+        for path, leaf in jax.tree_util.tree_flatten_with_path(layers)[0]
+    }
+
+
+def assert_alike(left: Any, right: Any) -> None:
+    here, there = stacked(left), stacked(right)
+    assert here.keys() == there.keys()
+    for path, value in here.items():
+        np.testing.assert_array_equal(value, there[path], err_msg=path)
+
+
+@MODELS
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_statistics_and_streams_follow_their_layers(
+    tmp_path: Path, saved: str, wanted: str, layout: Literal["linen", "maxtext"]
+) -> None:
+    model = numbered(Model(saved))
+    save(tmp_path / "item", model, layout=layout)
+    target = nnx.eval_shape(lambda: Model(wanted))
+
+    plan = plan_restore(tmp_path / "item", target)
+
+    assert not plan.defaulted
+    assert not plan.unexpected
+    assert_alike(nnx.state(restore(tmp_path / "item", target)), nnx.state(model))
+
+
+def test_streams_of_fewer_layers_than_are_wanted_are_said_to_be_so(tmp_path: Path) -> None:
+    save(tmp_path / "item", Model("list", layers=2))
+    target = nnx.eval_shape(lambda: Model("scan"))
+
+    plan = plan_restore(tmp_path / "item", target, policy="init", init=lambda: Model("scan"))
+
+    assert {item.reason for item in plan.defaulted.values()} == {
+        "random state of which not all layers are stored"
+    }
+
+
+@MODELS
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_an_average_beside_the_model_follows_its_layers(
+    tmp_path: Path, saved: str, wanted: str, trained: bool, layout: Literal["linen", "maxtext"]
+) -> None:
+    def item(form: str) -> dict[str, Any]:
+        model = Model(form)
+        optimizer = {"optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)} if trained else {}
+        return {"model": model, "ema": Model(form, seed=1), **optimizer}
+
+    source = numbered(item(saved))
+    save(tmp_path / "item", source, layout=layout)
+
+    restored = restore(tmp_path / "item", nnx.eval_shape(lambda: item(wanted)))
+
+    for key in ("model", "ema"):
+        assert_alike(nnx.state(restored[key]), nnx.state(source[key]))
+    if trained:
+        assert_alike(restored["optimizer"].opt_state[0].nu, source["optimizer"].opt_state[0].nu)
+
+
+@struct.dataclass
+class TrainState:
+    params: Any
+    opt_state: Any
+    step: Any
+    batch_stats: Any
+
+
+@pytest.mark.parametrize("kind", [TrainState, dict])
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_the_statistics_of_a_functional_train_state_are_restored(
+    tmp_path: Path, kind: type[Any], layout: Literal["linen", "maxtext"]
+) -> None:
+    model = numbered(Model("list"))
+    params, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+    opt_state = optax.adam(1e-3).init(params)
+    item = kind(params=params, opt_state=opt_state, step=jnp.int32(7), batch_stats=statistics)
+    save(tmp_path / "item", item, layout=layout)
+
+    restored = restore(tmp_path / "item", jax.eval_shape(lambda: item))
+
+    assert jax.tree.all(jax.tree.map(np.array_equal, item, restored))

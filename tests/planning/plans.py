@@ -17,6 +17,19 @@ from orbax_nnx_handler.planning.target.target import flatten_target
 Arrays = Mapping[Path, np.ndarray]
 
 
+class Numbers:
+    """Gives every element of a checkpoint its own number, so that none is taken for another."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def array(self, *shape: int) -> np.ndarray:
+        """Returns the next numbers in a shape."""
+        size = int(np.prod(shape))
+        self.next += size
+        return np.arange(self.next - size, self.next, dtype=np.float32).reshape(shape)
+
+
 def leaves_of(tree: Any, prefix: Path = ()) -> dict[Path, Any]:
     """Returns the leaves of nested dicts and lists by path."""
     if isinstance(tree, dict):

@@ -79,28 +79,26 @@ def stored_optimizers(
             models.add(canonical(item.owner))
         elif item.leaf.path in owners:
             (leaves if item.section == "optimizer" else steps)[item.owner].append(item)
-    found: list[StoredOptimizer] = []
-    for state in dict.fromkeys((*leaves, *steps)):
-        moved = owners[leaves[state][0].leaf.path] if leaves[state] else None
-        # A step goes where its optimizer goes, unless a rule moves it by itself.
-        placed: dict[Tokens, list[Placement]] = defaultdict(list)
-        for step in steps[state]:
+    moved = {state: owners[items[0].leaf.path] for state, items in leaves.items()}
+    homes = {owner: state for state, owner in moved.items()}
+    placed: dict[tuple[Path, Tokens], list[Placement]] = defaultdict(list)
+    for state, items in steps.items():
+        for step in items:
             own = owners[step.leaf.path]
-            placed[moved if moved is not None and own == canonical(state) else own].append(step)
-        every: list[Tokens] = [*([] if moved is None else [moved]), *placed]
-        for owner in dict.fromkeys(every):
-            found.append(
-                StoredOptimizer(
-                    owner=owner,
-                    models=_models(canonical(state), models),
-                    leaves=tuple(leaves[state]) if owner == moved else (),
-                    steps=tuple(placed[owner]),
-                    # A Linen train state holds `opt_state` itself; NNX puts an attribute between.
-                    has_attribute=bool(owner)
-                    and (not collections or owner not in (canonical(state), *networks)),
-                )
-            )
-    return found
+            # A step goes where its optimizer goes, unless a rule moves it by itself, to another one even.
+            own = moved.get(state, own) if own == canonical(state) else own
+            placed[homes.get(own, state), own].append(step)
+    return [
+        StoredOptimizer(
+            owner=owner,
+            models=_models(canonical(state), models),
+            leaves=tuple(leaves[state]) if owner == moved.get(state) else (),
+            steps=tuple(placed[state, owner]),
+            # A Linen train state holds `opt_state` itself; NNX puts an attribute between.
+            has_attribute=bool(owner) and (not collections or owner not in (canonical(state), *networks)),
+        )
+        for state, owner in dict.fromkeys((*moved.items(), *placed))
+    ]
 
 
 def _models(owner: Tokens, models: Collection[Tokens]) -> frozenset[Tokens]:
@@ -189,6 +187,8 @@ def _fields_of_networks(
             if field := _without_end(entry.sources[0], names[len(above) + 1 :]):
                 found[field] = ("optimizer", None, next(own, above))
     trained = {owner for _, _, owner in found.values()}
+    moments = [item.leaf.path for item in placements if found and _field_of(item, found)]
+    weights: dict[tuple[Path, str], dict[Path, Path]] = defaultdict(dict)
     for entry in moved if found else ():
         names, path = entry.whole, entry.sources[0]
         depth = max((len(owner) for owner in trained if names[: len(owner)] == owner), default=0)
@@ -196,9 +196,22 @@ def _fields_of_networks(
             continue
         if names[-1] == "step" and not entry.shape:
             found[path] = ("step", None, names[:depth])
-        elif (field := _without_end(path, names[depth + 1 :])) and (own := _collection(field, names[depth])):
-            found[field] = ("model", own, names[:depth])
+        else:
+            weights[names[:depth], names[depth]][path] = _without_end(path, names[depth + 1 :])
+    for (owner, level), fields in weights.items():
+        others = {path for item in placements if (path := item.leaf.path) not in fields}
+        # Where rules rename every weight, the moments still have their stored names.
+        above = {*filter(None, fields.values())} or _above_parameters([*fields], moments, others)
+        found |= {field: ("model", own, owner) for field in above if (own := _collection(field, level))}
     return [_in_field(item, found) for item in placements] if found else placements
+
+
+def _above_parameters(paths: Iterable[Path], moments: Iterable[Path], others: Iterable[Path]) -> list[Path]:
+    """Returns the keys above some stored weights and no others, as the paths of their moments tell them."""
+    ends = {moment[at:] for moment in moments for at in range(1, len(moment))}
+    levels = [{path[:at] for at in range(1, len(path)) if path[at:] in ends} for path in paths]
+    shared = set[Path]().union(*levels).intersection(*filter(None, levels))
+    return [level for level in sorted(shared, key=len) if not _begin(others, level)][:1]
 
 
 def _collection(field: Path, level: str) -> str | None:
@@ -217,12 +230,16 @@ def _without_end(path: Path, end: Path) -> Path:
     return path[: -len(end)] if segments(path[-len(end) :]) == end else ()
 
 
-def _in_field(item: Placement, found: Mapping[Path, tuple[Section, str | None, Path]]) -> Placement:
+def _field_of(item: Placement, fields: Collection[Path]) -> Path | None:
     path = item.leaf.path
-    field = next((path[:at] for at in range(len(path), 0, -1) if path[:at] in found), None)
+    return next((path[:at] for at in range(len(path), 0, -1) if path[:at] in fields), None)
+
+
+def _in_field(item: Placement, found: Mapping[Path, tuple[Section, str | None, Path]]) -> Placement:
+    field = _field_of(item, found)
     if field is None:
         return item
-    section, collection, owner = found[field]
+    path, (section, collection, owner) = item.leaf.path, found[field]
     return dataclasses.replace(
         item, section=section, collection=collection, owner=owner, path=path[len(field) :] or path
     )
@@ -253,8 +270,10 @@ def _as_target_spells(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesA
         # A module that holds other leaves too is a part of their network.
         if level and _begin(weights, level) and not _begin(others, level):
             above |= dict.fromkeys(map(id, entries), depth)
+    own = {*FLAX_COLLECTIONS, *(item.collection for item in of_role(wanted, "model"))}
     entries = [
-        _in_network(entry, above[id(entry)]) if id(entry) in above else entry for entry in applied.entries
+        _in_network(entry, above[id(entry)], own) if id(entry) in above else entry
+        for entry in applied.entries
     ]
     return dataclasses.replace(applied, entries=entries)
 
@@ -263,14 +282,19 @@ def _names_no_collection(entry: Entry) -> bool:
     return entry.named and entry.owner == canonical(entry.prefix)
 
 
-def _begin(paths: Iterable[Tokens], level: Tokens) -> bool:
+def _begin(paths: Iterable[Path], level: Path) -> bool:
     return any(path[: len(level)] == level for path in paths)
 
 
-def _in_network(entry: Entry, depth: int) -> Entry:
+def _in_network(entry: Entry, depth: int, collections: Collection[str | None]) -> Entry:
+    """Returns an entry as one of a network; a copy that a rule makes a network of is its values."""
     names = entry.whole
     return dataclasses.replace(
-        entry, prefix=names[:depth], segments=names[depth:], owner=canonical(names[:depth])
+        entry,
+        prefix=names[:depth],
+        segments=names[depth:],
+        owner=canonical(names[:depth]),
+        collection=entry.collection if entry.collection in collections else None,
     )
 
 

@@ -8,28 +8,20 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Drop, RestorePlan, Transpose, UnusedRuleError
-from tests.planning.plans import plan_of, values_of
+from tests.planning.plans import Numbers, plan_of, values_of
 
 SHAPES = {"up": {"kernel": (2, 3), "bias": (3,)}, "down": {"kernel": (3, 2), "bias": (2,)}}
 
 
-class Numbers:
-    """Gives every element of a checkpoint its own number, so that none is taken for another."""
-
-    def __init__(self) -> None:
-        self._next = 0
-
-    def array(self, *shape: int) -> np.ndarray:
-        size = int(np.prod(shape))
-        self._next += size
-        return np.arange(self._next - size, self._next, dtype=np.float32).reshape(shape)
+class Models(Numbers):
+    """Trees of models and train states."""
 
     def model(self) -> dict[str, Any]:
         return {module: {k: self.array(*shape) for k, shape in own.items()} for module, own in SHAPES.items()}
 
     def train_state(self) -> dict[str, Any]:
-        adam = {"count": np.int32(self._next), "mu": self.model(), "nu": self.model()}
-        return {"params": self.model(), "opt_state": [adam, None], "step": np.int32(self._next + 1)}
+        adam = {"count": np.int32(self.next), "mu": self.model(), "nu": self.model()}
+        return {"params": self.model(), "opt_state": [adam, None], "step": np.int32(self.next + 1)}
 
 
 class Model(nnx.Module):
@@ -58,7 +50,7 @@ def assert_below(values: dict[str, np.ndarray], at: str, tree: dict[str, Any]) -
 
 
 def test_a_copy_beside_the_parameters_is_asked_for_by_its_collection() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"params": numbers.model(), "ema_params": numbers.model()}
 
     _, values = planned(lambda: {"model": Model(), "ema": Model()}, stored, ("ema_params", "ema"))
@@ -68,7 +60,7 @@ def test_a_copy_beside_the_parameters_is_asked_for_by_its_collection() -> None:
 
 
 def test_two_collections_change_places() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"params": numbers.model(), "ema_params": numbers.model()}
     rules = [("ema_params", "model"), Drop("params", "the averaged weights are used")]
 
@@ -78,7 +70,7 @@ def test_two_collections_change_places() -> None:
 
 
 def test_an_owner_and_its_collection_become_one_level() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"model": {"params": numbers.model()}, "critic": {"params": numbers.model()}}
     rules = [("model/params", "actor"), ("critic/params", "value_net")]
 
@@ -89,7 +81,7 @@ def test_an_owner_and_its_collection_become_one_level() -> None:
 
 
 def test_a_train_state_within_another_level_is_named_with_it() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"model": {"params": numbers.model()}}
 
     _, values = planned(lambda: {"model": Model()}, stored, ("model/params", "model"))
@@ -103,7 +95,7 @@ def two_networks() -> Any:
 
 
 def test_optimizers_go_where_rules_say_and_take_their_counts_and_steps_along() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}
     rules = [
         ("gen/opt_state", "g_opt/opt_state"),
@@ -126,7 +118,7 @@ def test_optimizers_go_where_rules_say_and_take_their_counts_and_steps_along() -
 @pytest.mark.parametrize("name", ["a_first", "z_last"])
 @pytest.mark.parametrize("kept", ["gen", "disc"])
 def test_a_renamed_network_takes_its_own_moments_wherever_its_new_name_sorts(name: str, kept: str) -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}
     (old,) = stored.keys() - {kept}
 
@@ -151,7 +143,7 @@ def test_a_renamed_network_takes_its_own_moments_wherever_its_new_name_sorts(nam
 
 
 def test_a_rule_on_one_networks_weight_turns_its_moments_and_no_others() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}
     for tree in (stored["gen"]["params"], *(stored["gen"]["opt_state"][0][s] for s in ("mu", "nu"))):
         tree["up"]["kernel"] = tree["up"]["kernel"].T
@@ -180,7 +172,7 @@ class Normed(nnx.Module):
 
 
 def test_statistics_below_a_field_of_their_own_are_brought_up() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {
         "params": {
             "up": {"kernel": numbers.array(2, 3), "bias": numbers.array(3)},
@@ -197,7 +189,7 @@ def test_statistics_below_a_field_of_their_own_are_brought_up() -> None:
 
 
 def test_a_network_that_is_dropped_takes_its_optimizer_and_its_step_along() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"gen": numbers.train_state(), "disc": numbers.train_state()}
 
     def target() -> Any:
@@ -220,7 +212,7 @@ def test_a_network_that_is_dropped_takes_its_optimizer_and_its_step_along() -> N
 
 
 def test_a_pattern_is_no_part_of_a_segment() -> None:
-    stored = {"params": Numbers().model()}
+    stored = {"params": Models().model()}
 
     with pytest.raises(UnusedRuleError):
         planned(lambda: {"model": Model()}, stored, ("param", "model"))
@@ -241,7 +233,7 @@ RULES_AS_THE_TARGET_SPELLS_THEM = [
 @pytest.mark.parametrize("rules", RULES_AS_THE_TARGET_SPELLS_THEM)
 @pytest.mark.parametrize("trained", ["online", "model"])
 def test_moments_follow_weights_that_a_rule_calls_as_the_target_spells_them(rules: Any, trained: str) -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = numbers.train_state() | {"target_params": numbers.model()}
 
     def target() -> Any:
@@ -265,7 +257,7 @@ def test_moments_follow_weights_that_a_rule_calls_as_the_target_spells_them(rule
 
 @pytest.mark.parametrize("name", ["a_copy", "z_copy"])
 def test_a_copy_that_a_rule_names_leaves_each_network_its_optimizer(name: str) -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {part: numbers.train_state() for part in ("actor", "critic")}
     stored["critic"]["target_params"] = numbers.model()
 
@@ -284,7 +276,7 @@ def test_a_copy_that_a_rule_names_leaves_each_network_its_optimizer(name: str) -
 
 @pytest.mark.parametrize("end", ["", "/params"])
 def test_a_model_that_is_a_copy_now_is_not_lent_the_moments_of_the_weights(end: str) -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = numbers.train_state() | {"ema_params": numbers.model()}
 
     def target() -> Any:
@@ -306,7 +298,7 @@ FIELDS_INTO_NETWORKS = {
 def test_fields_beside_a_train_state_below_a_key_become_the_network_that_rules_make_of_them(
     ends: Any,
 ) -> None:
-    numbers = Numbers()
+    numbers = Models()
     outer = numbers.train_state()
     stored = {"inner": numbers.train_state()} | {f"outer_{field}": part for field, part in outer.items()}
     rules = [(f"outer_{field}", f"outer/{end}") for field, end in zip(outer, ends, strict=True)]
@@ -334,7 +326,7 @@ PARTS_INTO_NETWORKS = ["opt_state", "optimizer/opt_state"]
 @pytest.mark.parametrize("model", ["params", "model"])
 @pytest.mark.parametrize("end", PARTS_INTO_NETWORKS)
 def test_optimizers_of_parts_beside_one_params_go_where_rules_take_their_parts(model: str, end: str) -> None:
-    numbers = Numbers()
+    numbers = Models()
     states = {name: numbers.train_state() for name in ("gen", "disc")}
     stored = {"params": {name: state["params"] for name, state in states.items()}, "step": np.int32(3)}
     stored |= {f"{name}_opt_state": state["opt_state"] for name, state in states.items()}
@@ -355,7 +347,7 @@ def test_optimizers_of_parts_beside_one_params_go_where_rules_take_their_parts(m
 
 
 def test_a_copy_that_rules_make_a_network_is_not_lent_the_moments_of_an_optimizer_beside_it() -> None:
-    numbers = Numbers()
+    numbers = Models()
     stored = {"inner": numbers.train_state(), "outer_params": numbers.model(), "ema_params": numbers.model()}
     stored["outer_opt_state"] = numbers.train_state()["opt_state"]
     rules = [("outer_opt_state", "outer/opt_state"), ("ema_params", "outer/params")]

@@ -1,0 +1,177 @@
+"""Rules on several networks: what lies in one of them, and the optimizer and the step of each."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import UnstackLayers
+from tests.planning.plans import Numbers, leaves_of, plan_of, values_of
+
+tx = optax.adam(1e-3)
+
+
+class Tower(nnx.Module):
+    """Layers that Linen stacks, and a layer beside them."""
+
+    def __init__(self, layers: str = "layers", head: str = "head") -> None:
+        rngs = nnx.Rngs(0)
+        setattr(self, layers, nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(3)]))
+        setattr(self, head, nnx.Linear(8, 2, rngs=rngs))
+
+
+def stacked(numbers: Numbers) -> dict[str, Any]:
+    layers = {"kernel": numbers.array(3, 8, 8), "bias": numbers.array(3, 8)}
+    return {"layers": layers, "head": {"kernel": numbers.array(8, 2), "bias": numbers.array(2)}}
+
+
+def apart(tree: dict[str, Any], layers: str = "layers", head: str = "head") -> dict[str, Any]:
+    """Returns what `Tower` has of a stacked tree."""
+    return {
+        layers: [jax.tree.map(lambda leaf, at=at: leaf[at], tree["layers"]) for at in range(3)],
+        head: tree["head"],
+    }
+
+
+def adam(numbers: Numbers) -> list[Any]:
+    return [
+        {"count": numbers.array(1).astype(np.int32)[0], "mu": stacked(numbers), "nu": stacked(numbers)},
+        None,
+    ]
+
+
+def trained(model: nnx.Module) -> dict[str, Any]:
+    return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)}
+
+
+def assert_restored(target: Any, stored: Any, rules: Any, expected: Any) -> None:
+    plan = plan_of(nnx.eval_shape(target), stored, rules, unexpected="error")
+    plan.check()
+    values = values_of(plan, stored)
+    leaves = {"/".join(map(str, path)): leaf for path, leaf in leaves_of(expected).items()}
+    assert sorted(values) == sorted(leaves)
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(values[path], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("copy", ["target_params", "ema_params"])
+@pytest.mark.parametrize("model", ["online", "online/params"])
+def test_a_copy_that_a_rule_makes_a_network_is_unstacked_as_the_model_is(copy: str, model: str) -> None:
+    numbers = Numbers()
+    stored = {"online": {"params": stacked(numbers), copy: stacked(numbers)}}
+
+    assert_restored(
+        lambda: {"q": Tower(), "q_target": Tower()},
+        stored,
+        [(f"online/{copy}", "q_target"), (model, "q")],
+        {"q": apart(stored["online"]["params"]), "q_target": apart(stored["online"][copy])},
+    )
+
+
+def fields(numbers: Numbers, names: Any = ("gen", "disc")) -> dict[str, Any]:
+    """Returns one `params` with a network for each name, and an optimizer and a step for each beside it."""
+    steps = {f"{name}_step": np.int32(5 + at) for at, name in enumerate(names)}
+    stored = {"params": {name: stacked(numbers) for name in names}}
+    return stored | {f"{name}_opt_state": adam(numbers) for name in names} | steps
+
+
+def state(stored: dict[str, Any], name: str, step: str, layers: str, head: str) -> dict[str, Any]:
+    """Returns what the target has of one of these networks, trained."""
+    (chain, _) = stored[f"{name}_opt_state"]
+    moments = {slot: apart(chain[slot], layers, head) for slot in ("mu", "nu")}
+    optimizer = {"opt_state": [{"count": chain["count"], **moments}], "step": stored[step]}
+    return {"model": apart(stored["params"][name], layers, head), "optimizer": optimizer}
+
+
+EVERY_WEIGHT_RENAMED: dict[str, list[Any]] = {
+    "both by name": [("layers", "blocks"), ("head", "out")],
+    "both by name, from the network down": [
+        (f"{name}/params/{old}", f"{name}/params/{new}")
+        for name in ("gen", "disc")
+        for old, new in (("layers", "blocks"), ("head", "out"))
+    ],
+    "the layers taken apart": [("head", "out"), UnstackLayers("layers", "blocks/{i}", axis=0)],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("rules", EVERY_WEIGHT_RENAMED.values(), ids=EVERY_WEIGHT_RENAMED)
+@pytest.mark.parametrize("optimizer", ["", "optimizer/"])
+def test_an_optimizer_goes_to_its_network_also_where_rules_rename_every_weight(
+    rules: Any, optimizer: str
+) -> None:
+    stored = fields(Numbers())
+    layers, head = ("blocks", "out") if rules else ("layers", "head")
+    networks = [(f"params/{name}", f"{name}/params") for name in ("gen", "disc")]
+    networks += [
+        (f"{name}_{field}", f"{name}/{optimizer}{field}")
+        for name in ("gen", "disc")
+        for field in ("opt_state", "step")
+    ]
+
+    assert_restored(
+        lambda: {name: trained(Tower(layers, head)) for name in ("gen", "disc")},
+        stored,
+        networks + rules,
+        {name: state(stored, name, f"{name}_step", layers, head) for name in ("gen", "disc")},
+    )
+
+
+def test_an_optimizer_goes_to_its_network_of_one_module_that_a_rule_renames() -> None:
+    numbers = Numbers()
+    stored = fields(numbers)
+    stored["params"] = {name: {"dense": tree["head"]} for name, tree in stored["params"].items()}
+    for name in ("gen", "disc"):
+        for slot in ("mu", "nu"):
+            chain = stored[f"{name}_opt_state"][0]
+            chain[slot] = {"dense": chain[slot]["head"]}
+        del stored[f"{name}_step"]
+
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.up = nnx.Linear(8, 2, rngs=nnx.Rngs(0))
+
+    def target() -> Any:
+        models = {name: Net() for name in ("gen", "disc")}
+        return {
+            name: {"model": model, "optimizer": {"opt_state": trained(model)["optimizer"].opt_state}}
+            for name, model in models.items()
+        }
+
+    rules = [(f"params/{name}", f"{name}/params") for name in ("gen", "disc")]
+    rules += [(f"{name}_opt_state", f"{name}/opt_state") for name in ("gen", "disc")]
+
+    def renamed(tree: Any) -> Any:
+        return {"up": tree["dense"]}
+
+    expected = {}
+    for name in ("gen", "disc"):
+        chain = stored[f"{name}_opt_state"][0]
+        moments = {slot: renamed(chain[slot]) for slot in ("mu", "nu")}
+        expected[name] = {
+            "model": renamed(stored["params"][name]),
+            "optimizer": {"opt_state": [{"count": chain["count"], **moments}]},
+        }
+    assert_restored(target, stored, [*rules, ("dense", "up")], expected)
+
+
+@pytest.mark.parametrize("end", ["step", "optimizer/step"])
+def test_one_step_beside_all_networks_is_given_to_one_and_leaves_each_its_optimizer(end: str) -> None:
+    numbers = Numbers()
+    stored = fields(numbers) | {"step": np.int32(7)}
+    del stored["gen_step"]
+    rules = [(f"params/{name}", f"{name}/params") for name in ("gen", "disc")]
+    rules += [(f"{name}_opt_state", f"{name}/opt_state") for name in ("gen", "disc")]
+
+    assert_restored(
+        lambda: {name: trained(Tower()) for name in ("gen", "disc")},
+        stored,
+        [*rules, ("step", f"gen/{end}"), ("disc_step", "disc/step")],
+        {
+            "gen": state(stored, "gen", "step", "layers", "head"),
+            "disc": state(stored, "disc", "disc_step", "layers", "head"),
+        },
+    )

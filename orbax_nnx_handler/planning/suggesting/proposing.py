@@ -185,7 +185,8 @@ class _Proposing:
     def _by_network(self, keys: Sequence[Rename], found: Suggestion) -> Iterator[Suggestion]:
         """Yields rules that leave each network its own params, so that its optimizer follows."""
         is_trained = bool(of_role(self._wanted, "optimizer")) and not found.questions
-        for rules in by_network(keys, found.renames) if is_trained else ():
+        for each in by_network(keys, found.renames) if is_trained else ():
+            rules = [rule for rule in each if rule in found.renames or not changes_nothing(rule)]
             tried = self._judged((), dict.fromkeys(rules, ()), 0, ())
             proposals = tuple(Proposal(rule=rule, grounds="names") for rule in rules)
             yield dataclasses.replace(self._suggested(tried, ()), proposals=proposals)

@@ -2,19 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable, segments
-from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules import Rename, Rule, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, PairGrounds, place_of
 from orbax_nnx_handler.planning.suggesting.scoring import Remade
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]
+_Inner = Mapping[tuple[str, int | None], Mapping[str, str]]  # By path and stacked axis, by network: the aims.
 
 _WORDS: Mapping[str, str] = {
     "shapes": "",
@@ -166,11 +167,8 @@ class Suggestion:
         """
         if self.unmatched_wanted or self.questions or self.problem:
             return "open"
-        return (
-            "certain"
-            if self.is_proved or all(item.grounds == "shapes" for item in self.proposals)
-            else "likely"
-        )
+        is_certain = self.is_proved or all(item.grounds == "shapes" for item in self.proposals)
+        return "certain" if is_certain else "likely"
 
     def answered(self, answers: Answers, changes: Sequence[Remade] = ()) -> tuple[Rule, ...]:
         """Returns the complete rules with some of the questions answered.
@@ -298,44 +296,44 @@ def mixes(found: Suggestion, keys: Sequence[Rename], stored: Iterable[Path]) -> 
     return parts > 1
 
 
-def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rename, ...]]:
+def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
     """Yields rules that rename each network and what is in it, out of those for one model of all of them.
 
     Args:
         keys: The rules that made parts of one model of the networks.
-        rules: They, and what was proposed behind them; nothing comes where one says more than names.
+        rules: They, and what was proposed behind them; nothing comes where one is no rename and no stack.
     """
     collections = {rule.replacement: rule.pattern.removeprefix(f"{rule.replacement}/") for rule in keys}
-    owners, inner = dict[str, str](), dict[str, dict[str, str]]()
+    owners, inner = dict[str, str](), dict[tuple[str, int | None], dict[str, str]]()
     for rule in rules[len(keys) :]:
-        stored, below = _parted(rule.pattern if isinstance(rule, Rename) else "", collections)
-        if not isinstance(rule, Rename) or (stored and "/" not in rule.replacement):
+        if not isinstance(rule, Rename | UnstackLayers):
             return
-        wanted, into = rule.replacement.split("/", 1) if stored else ("", rule.replacement)
-        if stored and owners.setdefault(stored, wanted) != wanted:
+        axis, into = (None, rule.replacement) if isinstance(rule, Rename) else (rule.axis, rule.into)
+        stored, below = _parted(rule.pattern, collections)
+        wanted, _, rest = into.partition("/") if stored else ("", "", into)
+        if not rest or (stored and owners.setdefault(stored, wanted) != wanted):
             return
-        inner.setdefault(below, {})[stored] = into
-    levels = {into.partition("/")[0] for intos in inner.values() for into in intos.values() if "/" in into}
+        inner.setdefault((below, axis), {})[stored] = rest
+    intos = [(stored, into.split("/")) for each in inner.values() for stored, into in each.items()]
+    levels = {into[0] for stored, into in intos if stored and len(into) > 1}
     # `model` beside an optimizer, or 0 of a tuple.
     for level in (*levels, "") if len(levels) == 1 else ("",):
         yield tuple(_renames_in(owners, collections, inner, f"{level}/" if level else ""))
 
 
 def _renames_in(
-    owners: Mapping[str, str],
-    collections: Mapping[str, str],
-    inner: Mapping[str, Mapping[str, str]],
-    level: str,
-) -> Iterator[Rename]:
+    owners: Mapping[str, str], collections: Mapping[str, str], inner: _Inner, level: str
+) -> Iterator[Rule]:
     yield from (Rename(stored, wanted) for stored, wanted in owners.items() if stored != wanted)
-    for below, intos in inner.items():
+    for (below, axis), intos in inner.items():
+        rule: Callable[[str, str], Rule] = Rename if axis is None else partial(UnstackLayers, axis=axis)
         left = {stored: into.removeprefix(level) for stored, into in intos.items()}
         if len({*left.values()}) == 1:
-            yield Rename(below, next(iter(left.values())))
+            yield rule(below, next(iter(left.values())))
             continue
         for stored in collections if "" in left else left:
             above = f"{owners.get(stored, stored)}/{collections[stored]}"
-            yield Rename(f"{above}/{below}", f"{above}/{left.get(stored, left.get(''))}")
+            yield rule(f"{above}/{below}", f"{above}/{left.get(stored, left.get(''))}")
 
 
 def _parted(pattern: str, networks: Iterable[str]) -> tuple[str, str]:

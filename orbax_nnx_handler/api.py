@@ -27,8 +27,6 @@ from orbax_nnx_handler.planning.suggesting import Suggestion, order_of, propose
 from orbax_nnx_handler.planning.target.target import (
     Target,
     flatten_like,
-    flatten_target,
-    refuse_empty,
 )
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
@@ -169,8 +167,7 @@ def suggest(
     check_init(init)
     programs = None if verify is None else programs_of(verify)
     checkpoint = look_at(path, item)
-    parts = flatten_target(target)
-    refuse_empty(target, parts)
+    parts = flatten_wanted(target, {})
     found = propose(parts, checkpoint.leaves, options, order_of(target, init))
     if programs is None:
         return found

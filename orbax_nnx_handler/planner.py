@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from etils import epath
+from flax import nnx
 
+from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.layouts import LayoutChoice
 from orbax_nnx_handler.planning.mapping.matches import Discarded
@@ -20,7 +22,6 @@ from orbax_nnx_handler.planning.target.target import (
     Target,
     flatten_like,
     flatten_target,
-    refuse_empty,
 )
 from orbax_nnx_handler.planning.verdict.unreadable import Unreadable, check_readable
 from orbax_nnx_handler.storage import paused_collection
@@ -63,11 +64,31 @@ def flatten_wanted(target: Any, overrides: Mapping[Path, Any], *, beside: Iterab
     """Returns the target taken apart, the first step of `decide`.
 
     Raises:
-        RestoreError: The target has no leaf.
+        RestoreError: Nothing is wanted, or a value by itself; see `flatten_target`.
     """
     parts = flatten_target(target, overrides, beside=beside)
-    refuse_empty(target, parts)
+    _refuse_empty(target, parts)
     return parts
+
+
+_WAYS_OUT = (
+    "pass the module, optimizer or state that is to be filled, such as nnx.eval_shape(make_model).",
+    "to read the stored tree as it is, use Orbax alone: ocp.PyTreeCheckpointer().restore(ITEM).",
+)
+_FILTERED = "a State that nnx.state(model, FILTER) made is empty where the filter matches nothing."
+
+
+def _refuse_empty(item: Any, target: Target) -> None:
+    """Raises where a target has no leaf that has a name."""
+    if () in target.leaves:
+        raise RestoreError(
+            f"the target is a {type(item).__name__} by itself, without a name.", hints=_WAYS_OUT
+        )
+    if target.leaves:
+        return
+    what = "None" if item is None else f"a {type(item).__name__} without a leaf"
+    hints = (*_WAYS_OUT, _FILTERED) if isinstance(item, nnx.State) else _WAYS_OUT
+    raise RestoreError(f"the target is {what}: there is nothing to restore into.", hints=hints)
 
 
 def with_stored_keys(checkpoint: Checkpoint, parts: Target) -> Target:

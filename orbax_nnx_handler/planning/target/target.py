@@ -20,7 +20,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.dtypes import held_dtype, is_key
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.leaves import WantedLeaf
+from orbax_nnx_handler.planning.core.leaves import OPT_STATE, WantedLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.target.shardings import ShardingRule, check_overrides
 
@@ -140,7 +140,10 @@ def flatten_target(
         nodes, values, rebuild = _take_apart(item)
     except RecursionError as error:
         raise RestoreError("the target is nested deeper than Python can follow.") from error
-    overrides = overrides or {}
+    overrides, split = overrides or {}, dict[Path, Path]()
+    if own := names_of_shared(item, nodes):
+        split = {own.get(path, path): path for path in nodes}
+        nodes, values, overrides = (renamed(parts, own) for parts in (nodes, values, overrides))
     check_overrides(overrides, values)
     placer, held = ShardingRule.of(itertools.chain(values.values(), beside)), functools.cache(held_dtype)
     leaves = {
@@ -149,13 +152,58 @@ def flatten_target(
     }
 
     def assemble(restored: Mapping[Path, Any]) -> Any:
-        return rebuild({path: _with_value(node, restored[path]) for path, node in nodes.items()})
+        filled = {path: _with_value(node, restored[path]) for path, node in nodes.items()}
+        return rebuild(renamed(filled, split))
 
     @functools.cache
     def aliases() -> Mapping[Path, Path]:
-        return _aliases(item, nodes) if _has_graph_node(item) else {}
+        return _aliases(item, nodes) if is_graph(item) else {}
 
     return Target(leaves=leaves, variables=nodes, assemble=assemble, aliases=aliases)
+
+
+def renamed(parts: Mapping[Path, Any], names: Mapping[Path, Path]) -> dict[Path, Any]:
+    """Returns what belongs to paths under the names that some of them have."""
+    return {names.get(path, path): part for path, part in parts.items()}
+
+
+def names_of_shared(item: Any, nodes: Mapping[Path, Any]) -> Mapping[Path, Path]:
+    """Returns the names of Variables that several models of an item hold, by the first of their paths.
+
+    `nnx.split` gives each the first of its paths, also where that is of a part which the program holds by
+    itself as well (`self.backbone = self.model.encoder`): a part's name is no name where the whole has one.
+    Of two that are the same the name is `model`.
+
+    Args:
+        item: The item; models are what lies beside an optimizer, or side by side in a container.
+        nodes: Its Variables by the first of their paths.
+    """
+    states = (path for path, node in nodes.items() if isinstance(node, nnx.OptState) and OPT_STATE in path)
+    owners = {path[: path.index(OPT_STATE)] for path in states} - {()}
+    own: dict[Path, Path] = {}
+    for above in {owner[:-1] for owner in owners} or ({()} if not _is_nnx(item) else ()):
+        node = functools.reduce(lambda node, key: dict(_parts(node))[key], above, item)
+        models = [((*above, key), part) for key, part in _parts(node) if (*above, key) not in owners]
+        paths: dict[int, dict[Path, Path]] = defaultdict(dict)
+        for at, part in models if len(models) > 1 else ():
+            for path, variable in _every_variable(part, at):
+                paths[id(variable)].setdefault(at, path)
+        tops = {at for found in paths.values() for at in found}
+        held = {at: {number for number, found in paths.items() if at in found} for at in tops}
+        parts = {
+            one
+            for one, other in itertools.permutations(held, 2)
+            if held[one] < held[other] or (held[one] == held[other] and other[-1] == "model")
+        }
+        for found in paths.values():
+            names = [path for at, path in found.items() if at not in parts]
+            own |= {path: names[0] for path in found.values() if path in nodes and path not in names}
+    return own
+
+
+def _parts(node: Any) -> Iterable[tuple[Any, Any]]:
+    graph = isinstance(node, nnx.Pytree | nnx.Module)
+    return cast(Iterable[tuple[Any, Any]], nnx.iter_children(node)) if graph else _entries(node) or ()
 
 
 def _aliases(item: Any, wanted: Collection[Path]) -> dict[Path, Path]:
@@ -177,8 +225,7 @@ def _every_variable(node: Any, path: Path, above: tuple[Any, ...] = ()) -> Itera
     if isinstance(node, nnx.Variable):
         yield path, node
     elif not any(node is other for other in above):
-        graph = isinstance(node, nnx.Pytree | nnx.Module)
-        for key, part in nnx.iter_children(node) if graph else _entries(node) or ():
+        for key, part in _parts(node):
             yield from _every_variable(part, (*path, key), (*above, node))
 
 
@@ -204,7 +251,7 @@ _Apart = tuple[Flat, Flat, Callable[[Flat], Any]]
 
 
 def _take_apart(item: Any) -> _Apart:
-    if _has_graph_node(item):
+    if is_graph(item):
         return _take_apart_graph(item)
     nodes, values = dict[Path, Any](), dict[Path, Any]()
     _walk(item, (), nodes, values)
@@ -265,14 +312,6 @@ def _with_bare(node: Any, path: Path, value: Any) -> Any:
     return jax.tree.unflatten(_structure(node), parts)
 
 
-def _has_graph_node(item: Any) -> bool:
-    if isinstance(item, nnx.State | nnx.Variable):
-        return False
-    if isinstance(item, nnx.Pytree | nnx.Module):
-        return True
-    return any(_has_graph_node(part) for _, part in _entries(item) or ())
-
-
 def _entries(item: Any) -> list[tuple[Any, Any]] | None:
     """Returns the children of a container by key; None for a leaf."""
     if type(item) is dict:
@@ -282,19 +321,16 @@ def _entries(item: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(item, nnx.State):
         # Its own dicts: asked for one by one, a State wraps each in a new State.
         return list(cast("nnx.State[Any, Any]", item).raw_mapping.items())
-    if _is_named_tuple(item):
-        return [(name, getattr(item, name)) for name in item._fields]
     if isinstance(item, tuple | list):
+        named = cast(Any, item)
+        if hasattr(named, "_fields"):
+            return [(name, getattr(named, name)) for name in named._fields]
         return list(enumerate(cast(list[Any], item)))
     # Whatever else JAX knows as a container: a Linen `TrainState`, a `Partitioned` box, a `FrozenDict`.
     known = children(item)
     if not known and isinstance(item, Mapping):
         return list(cast(Mapping[Any, Any], item).items())
     return known or None
-
-
-def _is_named_tuple(item: Any) -> bool:
-    return isinstance(item, tuple) and hasattr(cast(Any, item), "_fields")
 
 
 def _is_empty(value: Any) -> bool:
@@ -324,10 +360,9 @@ def _rebuild(item: Any, prefix: Path, nodes: Flat) -> Any:
     parts = {key: _rebuild(part, (*prefix, key), nodes) for key, part in entries}
     if type(item) is dict:
         return parts
-    if _is_named_tuple(item):
-        return type(item)(**parts)
     if isinstance(item, tuple | list):
-        return type(cast(Any, item))(parts.values())
+        kind = cast(Any, item).__class__
+        return kind(**parts) if hasattr(kind, "_fields") else kind(parts.values())
     return jax.tree.unflatten(_structure(item), parts.values()) if children(item) else parts
 
 
@@ -415,27 +450,3 @@ def _with_value(node: Any, value: Any) -> Any:
         return node.replace(value)
     # As `replace` does, but for the search for references, which a restored array has none of.
     return cast(Any, type(node)).from_metadata(value, metadata)
-
-
-_WAYS_OUT = (
-    "pass the module, optimizer or state that is to be filled, such as nnx.eval_shape(make_model).",
-    "to read the stored tree as it is, use Orbax alone: ocp.PyTreeCheckpointer().restore(ITEM).",
-)
-_FILTERED = "a State that nnx.state(model, FILTER) made is empty where the filter matches nothing."
-
-
-def refuse_empty(item: Any, target: Target) -> None:
-    """Raises where a target has no leaf that has a name.
-
-    Raises:
-        RestoreError: Nothing is wanted, or a value by itself.
-    """
-    if () in target.leaves:
-        raise RestoreError(
-            f"the target is a {type(item).__name__} by itself, without a name.", hints=_WAYS_OUT
-        )
-    if target.leaves:
-        return
-    what = "None" if item is None else f"a {type(item).__name__} without a leaf"
-    hints = (*_WAYS_OUT, _FILTERED) if isinstance(item, nnx.State) else _WAYS_OUT
-    raise RestoreError(f"the target is {what}: there is nothing to restore into.", hints=hints)

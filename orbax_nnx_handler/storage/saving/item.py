@@ -13,7 +13,14 @@ from orbax_nnx_handler.planning.core.leaves import derived
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.target.roles import collection_of
-from orbax_nnx_handler.planning.target.target import children, flatten, is_graph, numbers_beside
+from orbax_nnx_handler.planning.target.target import (
+    children,
+    flatten,
+    is_graph,
+    names_of_shared,
+    numbers_beside,
+    renamed,
+)
 
 _OPT_STATE = "opt_state"
 
@@ -98,6 +105,7 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
             "hint: put it into a dict: {'name': variable}."
         )
     nodes = flatten(_state_of(item)) | _abstract_arrays(item)
+    nodes = renamed(nodes, names_of_shared(item, nodes))
     optimizers = dict(_optimizers(item, nodes))
     nodes |= numbers_beside(item) if is_graph(item) else {}
     leaves = {path: ItemLeaf(path, node) for path, node in nodes.items()}

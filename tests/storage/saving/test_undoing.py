@@ -466,6 +466,57 @@ def test_what_is_called_a_copy_alone_keeps_its_name(make: Callable[[], Any], lay
         np.testing.assert_array_equal(value, wanted, "/".join(map(str, path)))
 
 
+class Inner(nnx.Module):
+    def __init__(self) -> None:
+        self.a, self.b = Dense(), Dense()
+
+
+def _training(**others: Callable[[Inner], Any]) -> dict[str, Any]:
+    model = Inner()
+    item = {"model": model, "optimizer": nnx.Optimizer(model, optax.adam(1.0), wrt=nnx.Param)}
+    return {**{key: part(model) for key, part in others.items()}, **item}
+
+
+class Training(nnx.Module):
+    def __init__(self) -> None:
+        for key, part in _training(backbone=lambda model: model.a).items():
+            setattr(self, key, part)
+
+
+SHARED: dict[str, Callable[[], Any]] = {
+    "a part": lambda: _training(backbone=lambda model: model.a),
+    "a part of a part": lambda: _training(backbone=lambda model: model.a, bias=lambda model: model.a.bias),
+    "a Variable": lambda: _training(kernel=lambda model: model.b.kernel),
+    "the whole": lambda: _training(ema=lambda model: model),
+    "its state": lambda: _training(ema=nnx.state),
+    "in a module": Training,
+    "below a run": lambda: {"run": _training(backbone=lambda model: model.a)},
+    "no optimizer": lambda: {"backbone": (model := Inner()).a, "model": model},
+}
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED.keys())
+def test_what_a_program_also_holds_by_another_name_is_stored_as_the_models(
+    make: Callable[[], Any], layout: Any
+) -> None:
+    graph, state = nnx.split(make())
+    item = nnx.merge(graph, numbered(state))
+    node = item["run"] if isinstance(item, dict) and "run" in item else item
+    parts = node if isinstance(node, dict) else vars(node)
+    alone = {key: parts[key] for key in ("model", "optimizer") if key in parts}
+
+    tree = to_linen(item, layout=layout)
+
+    wanted = to_linen({"run": alone} if node is not item else alone, layout=layout)
+    assert jax.tree.structure(tree) == jax.tree.structure(wanted)
+    for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
+    back = from_linen(tree, nnx.eval_shape(make))
+    for (path, value), (_, own) in zip(_flat_state(back), _flat_state(item), strict=True):
+        np.testing.assert_array_equal(value, own, "/".join(map(str, path)))
+
+
 @pytest.mark.parametrize("above", [("trainer",), ("a", "b")])
 def test_a_train_state_below_a_key_stays_there_where_a_field_lies_beside_it(above: tuple[str, ...]) -> None:
     def made() -> dict[str, Any]:

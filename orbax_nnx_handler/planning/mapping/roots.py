@@ -179,9 +179,10 @@ def _keeps_apart(paths: Collection[Tokens], root: Tokens) -> bool:
 def _names_layers(paths: Collection[Tokens], root: Tokens) -> bool:
     """Tells whether a root ends in the name of layers: without it, no one knows what their numbers count.
 
-    `layers/layers_0` may be a block of a scan, whose numbers are no layers'.
+    `layers/layers_0` may be a block of a scan, whose numbers are no layers'. The target's own field for its
+    model names none: the model is the list.
     """
-    if not root:
+    if not root or root[-1] in PLAIN_LEVELS:
         return False
     depth = len(root)
     below = [path[depth : depth + 2] for path in paths if len(path) > depth and path[:depth] == root]

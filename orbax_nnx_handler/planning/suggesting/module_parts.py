@@ -316,7 +316,7 @@ class Link:
         """
         layers = self.layers
         if layers is None:
-            return [(stored, wanted - root) for stored, wanted in self.levels]
+            return [(stored, wanted - root) for stored, wanted in self.levels if wanted >= root]
         if layers.stacks:
             seat, shift = len(layers.stored) - 1, len(layers.stored) - len(layers.wanted)
             return [(seat, seat), *((s, w + shift) for s, w in self.levels if s > seat)]

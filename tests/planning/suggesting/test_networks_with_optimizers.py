@@ -90,3 +90,20 @@ def test_names_that_networks_use_otherwise_are_renamed_by_network(other, monkeyp
     restored = from_linen(tree, nnx.eval_shape(in_dicts), renames=found.renames)
     body = restored["critic"]["model"].body.kernel
     np.testing.assert_array_equal(body, tree["critic"]["params"][other]["kernel"])
+
+
+def test_the_place_of_a_list_of_layers_in_a_tuple_is_no_number_of_a_layer() -> None:
+    def made():
+        model = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0))])
+        return model, nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+    params = {
+        str(at): {"kernel": np.zeros(shape, "f"), "bias": np.zeros(shape[1], "f")}
+        for at, shape in enumerate([(2, 3), (3, 4)])
+    }
+
+    found = suggest({"params": params, "opt_state": TX.init(params), "step": 1}, nnx.eval_shape(made))
+
+    assert (
+        found.confidence != "certain"
+    )  # Numbers of two levels; which are the layers' is not asked of anyone.

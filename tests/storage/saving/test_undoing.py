@@ -517,6 +517,31 @@ def test_what_a_program_also_holds_by_another_name_is_stored_as_the_models(
         np.testing.assert_array_equal(value, own, "/".join(map(str, path)))
 
 
+LISTS: dict[str, Callable[[], Any]] = {
+    "modules": lambda: nnx.List([Dense(), Dense()]),
+    "digits": lambda: nnx.Dict({"0": Dense(), "1": Dense()}),
+    "Variables": lambda: nnx.List([nnx.Param(jnp.ones((2, at + 1))) for at in range(3)]),
+}
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("make", LISTS.values(), ids=LISTS.keys())
+def test_a_list_that_is_the_model_comes_back_beside_its_optimizer(
+    make: Callable[[], Any], layout: Any
+) -> None:
+    def made() -> dict[str, Any]:
+        model = make()
+        return {"model": model, "optimizer": nnx.Optimizer(model, ADAM, wrt=nnx.Param)}
+
+    graph, state = nnx.split(made())
+    item = nnx.merge(graph, numbered(state))
+
+    back = from_linen(to_linen(item, layout=layout), nnx.eval_shape(made))
+
+    for (path, value), (_, own) in zip(_flat_state(back), _flat_state(item), strict=True):
+        np.testing.assert_array_equal(value, own, "/".join(map(str, path)))
+
+
 @pytest.mark.parametrize("above", [("trainer",), ("a", "b")])
 def test_a_train_state_below_a_key_stays_there_where_a_field_lies_beside_it(above: tuple[str, ...]) -> None:
     def made() -> dict[str, Any]:

@@ -34,7 +34,11 @@ def holds_nnx(item: Any) -> bool:
 
 def is_graph(item: Any) -> bool:
     """Tells whether any part of an item is an NNX module rather than a state."""
-    return any(isinstance(part, nnx.Pytree | nnx.Module) for part in _outermost(item))
+    if isinstance(item, nnx.State | nnx.Variable):
+        return False
+    if isinstance(item, nnx.Pytree | nnx.Module):
+        return True
+    return any(is_graph(part) for _, part in _entries(item) or ())
 
 
 def flatten(tree: Any) -> Leaves:
@@ -99,9 +103,6 @@ def _key(entry: Any) -> Hashable:
     return str(entry) if name is None else cast(Hashable, getattr(entry, name))
 
 
-Flat = dict[Path, Any]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """A target taken apart; nothing of the caller's is ever written to.
@@ -125,16 +126,13 @@ def flatten_target(
     """Takes a target apart.
 
     Args:
-        item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, a pure dict of
-            arrays or `jax.ShapeDtypeStruct`, or a tuple, list, dict or other
-            container of these that JAX knows, such as a Linen `TrainState`.
-        overrides: Restore args by path; `sharding` and `dtype` attributes that
-            are set win over the leaf's own.
+        item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, a pure dict of arrays or `jax.ShapeDtypeStruct`,
+            or any container of these that JAX knows, such as a Linen `TrainState`.
+        overrides: Restore args by path; their `sharding` and `dtype` win over the leaf's own.
         beside: Arrays whose mesh is taken where the target names none.
 
     Raises:
-        RestoreError: A leaf has neither shape nor dtype, an override fits no
-            leaf of the target, or the target is nested too deep.
+        RestoreError: A leaf has no shape or dtype, an override fits none, or the target is nested too deep.
     """
     try:
         nodes, values, rebuild = _take_apart(item)
@@ -170,9 +168,8 @@ def renamed(parts: Mapping[Path, Any], names: Mapping[Path, Path]) -> dict[Path,
 def names_of_shared(item: Any, nodes: Mapping[Path, Any]) -> Mapping[Path, Path]:
     """Returns the names of Variables that several models of an item hold, by the first of their paths.
 
-    `nnx.split` gives each the first of its paths, also where that is of a part which the program holds by
-    itself as well (`self.backbone = self.model.encoder`): a part's name is no name where the whole has one.
-    Of two that are the same the name is `model`.
+    `nnx.split` gives each the first of its paths, also that of a part which the program also holds by itself
+    (`self.backbone = self.model.encoder`): the whole's name is its own, and `model` of two that are the same.
 
     Args:
         item: The item; models are what lies beside an optimizer, or side by side in a container.
@@ -229,7 +226,7 @@ def _every_variable(node: Any, path: Path, above: tuple[Any, ...] = ()) -> Itera
             yield from _every_variable(part, (*path, key), (*above, node))
 
 
-def flatten_like(tree: Any) -> Flat:
+def flatten_like(tree: Any) -> Leaves:
     """Returns the leaves of a tree that mirrors a target, such as restore args."""
     _, values, _ = _take_apart(tree)
     return values
@@ -246,7 +243,7 @@ def value_of(node: Any) -> Any:
     return node.get_value()
 
 
-_Apart = tuple[Flat, Flat, Callable[[Flat], Any]]
+_Apart = tuple[Leaves, Leaves, Callable[[Leaves], Any]]
 """The nodes of a target by path, their values, and how to put nodes together again."""
 
 
@@ -262,7 +259,7 @@ def _take_apart(item: Any) -> _Apart:
     return nodes, values, lambda filled: _rebuild(item, (), filled)
 
 
-def _is_split(item: Any, nodes: Flat) -> bool:
+def _is_split(item: Any, nodes: Leaves) -> bool:
     """Tells several states of one model, as `nnx.split` returns them: their places are no names."""
     parts = cast("Iterable[object]", item) if isinstance(item, tuple | list) else (None,)
     if not all(isinstance(part, nnx.State | nnx.GraphDef) for part in parts):
@@ -278,7 +275,7 @@ def _take_apart_graph(item: Any) -> _Apart:
     flat, values, rebuild = _take_apart(state)
     bare = _bare_leaves(item)
 
-    def merge(nodes: Flat) -> Any:
+    def merge(nodes: Leaves) -> Any:
         merged = nnx.merge(graphdef, rebuild(nodes))
         for path in bare:
             merged = _with_bare(merged, path, nodes[path])
@@ -287,12 +284,11 @@ def _take_apart_graph(item: Any) -> _Apart:
     return flat | bare, values | bare, merge
 
 
-def _bare_leaves(item: Any) -> Flat:
+def _bare_leaves(item: Any) -> Leaves:
     """Returns abstract arrays that sit in modules outside any Variable.
 
-    `nnx.split` sees bare arrays but takes a bare `jax.ShapeDtypeStruct` for a
-    static attribute (`nnx.WeightNorm.scales` under `nnx.eval_shape`): left
-    alone, it would come back unmaterialised.
+    `nnx.split` sees bare arrays but takes a bare `jax.ShapeDtypeStruct` for a static attribute
+    (`nnx.WeightNorm.scales` under `nnx.eval_shape`): left alone, it would come back unmaterialised.
     """
     return {
         tuple(path): node for path, node in nnx.iter_graph(item) if isinstance(node, jax.ShapeDtypeStruct)
@@ -338,7 +334,7 @@ def _is_empty(value: Any) -> bool:
     return not hasattr(value, "shape") and not jax.tree.leaves(value)
 
 
-def _walk(item: Any, prefix: Path, nodes: Flat, values: Flat) -> None:
+def _walk(item: Any, prefix: Path, nodes: Leaves, values: Leaves) -> None:
     """Adds every leaf below an item, and its value, by path."""
     entries = _entries(item)
     if entries is None:
@@ -350,7 +346,7 @@ def _walk(item: Any, prefix: Path, nodes: Flat, values: Flat) -> None:
         _walk(part, (*prefix, key), nodes, values)
 
 
-def _rebuild(item: Any, prefix: Path, nodes: Flat) -> Any:
+def _rebuild(item: Any, prefix: Path, nodes: Leaves) -> Any:
     entries = _entries(item)
     if entries is None:
         # A leaf without a value is none of the target's, and stays what it is.
@@ -371,7 +367,7 @@ def _structure(node: Any) -> Any:
     return cast(Any, jax.tree.structure(node, is_leaf=lambda part: part is not node))
 
 
-def _rebuild_state(entries: Iterable[tuple[Any, Any]], prefix: Path, nodes: Flat) -> dict[Any, Any]:
+def _rebuild_state(entries: Iterable[tuple[Any, Any]], prefix: Path, nodes: Leaves) -> dict[Any, Any]:
     # A State that was put into a State counts as a dict there; left wrapped, it would change the treedef.
     return {
         key: _rebuild_state(_entries(part) or (), (*prefix, key), nodes)

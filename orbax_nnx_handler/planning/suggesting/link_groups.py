@@ -388,7 +388,7 @@ class _Precedents:
             rest = [
                 frozenset(meanings("_".join(each[1:] if at == 0 else each[:-1]))) for each in (left, right)
             ]
-            if rest[0] == rest[1] and rest[0]:
+            if rest[0] == rest[1] and rest[0] and not left[at].isdecimal():
                 yield modules, (at, left[at]), right[at]
 
 

@@ -343,6 +343,7 @@ def _same_name(one: Level, other: Level) -> bool:
 
 def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:
     in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
+    in_turns |= 1 in (len(held), len(others)) and len(held) != len(others)  # Its sibling has another name.
     if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
         return one.number == other.number
     if len(held) == len(others) and one.number is not None and other.number is not None:
@@ -404,9 +405,8 @@ def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
 
 def _count_together(one: Sequence[Level], other: Sequence[Level]) -> bool:
     """Tells whether a number tells two paths apart before a name does."""
-    pairs = zip(one, other, strict=False)
-    first = next(((left, right) for left, right in pairs if left != right), (Level(""), Level("")))
-    return first[0].base == first[1].base and None not in (first[0].number, first[1].number)
+    left, right = next((x for x in zip(one, other, strict=False) if x[0] != x[1]), (Level(""), Level("")))
+    return left.base == right.base and None not in (left.number, right.number)
 
 
 def ranks_of(roles: Sequence[NamedPart], like: int) -> Mapping[tuple[int, ...], int]:

@@ -4,6 +4,7 @@ import pytest
 
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
 from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of, shared_in
+from tests.planning.suggesting.proposals import filled, proposed
 
 LAYER = {"attn/q/kernel": (8, 8), "attn/o/kernel": (8, 8), "mlp/up/kernel": (8, 32)}
 
@@ -40,3 +41,17 @@ def test_a_leaf_of_another_shape_in_one_layer_is_none_that_all_hold():
     series = layers(LAYER, {**LAYER, "attn/q/kernel": (8, 9)}, LAYER)
 
     assert shared_in(series) is series
+
+
+def test_the_number_of_the_only_norm_of_its_name_does_not_tell_it_from_a_sibling_of_another_name():
+    stored, wanted = {}, {}
+    for layer in range(2):
+        stored |= {f"Block_{layer}/{norm}/scale": (8,) for norm in ("LayerNorm_0", "spline")}
+        stored |= {f"Block_{layer}/Dense_0/kernel": (8, 9), f"Block_{layer}/Dense_0/bias": (9,)}
+        wanted |= {f"layers/{layer}/ln_{at}/scale": (8,) for at in range(2)}
+        wanted |= {f"layers/{layer}/dense/kernel": (8, 9), f"layers/{layer}/dense/bias": (9,)}
+
+    found, values = proposed(filled(stored), wanted)
+
+    assert values.keys() == {path for path in wanted if "dense" in path}
+    assert found.questions

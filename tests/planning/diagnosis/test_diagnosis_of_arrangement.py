@@ -1,5 +1,6 @@
 """The same numbers in another arrangement: every hint is pasted and has to make the restore fit."""
 
+import itertools
 import re
 from typing import Any
 
@@ -541,10 +542,14 @@ def test_leaves_that_the_search_finds_elsewhere_are_not_said_to_be_joined():
     assert "Fused" not in kinds(diagnose(plan(have, want)))
 
 
-def test_an_ensemble_for_modules_beside_each_other_proposes_no_rule_that_is_none():
+def test_modules_beside_each_other_are_taken_from_an_ensemble_by_a_proposal_alone():
     stacked_layers = {f"params/both/{name}/kernel": (2, 3, 4) for name in ("up", "down")}
     wanted = {f"q{at}/{name}/kernel": (3, 4) for at in (1, 2) for name in ("up", "down")}
-    tree = {"params": {"both": {name: {"kernel": np.ones((2, 3, 4), "f")} for name in ("up", "down")}}}
+    kernels = {
+        "up": np.arange(24, dtype="f").reshape(2, 3, 4),
+        "down": -np.arange(24, dtype="f").reshape(2, 3, 4),
+    }
+    tree = {"params": {"both": {name: {"kernel": kernel} for name, kernel in kernels.items()}}}
     assert not plan(stacked_layers, wanted).fits
     target = nnx.eval_shape(
         lambda: nnx.Dict(
@@ -556,4 +561,9 @@ def test_an_ensemble_for_modules_beside_each_other_proposes_no_rule_that_is_none
             }
         )
     )
-    assert orbax_nnx_handler.suggest(tree, target).renames == ()
+    found = orbax_nnx_handler.suggest(tree, target)
+
+    assert found.confidence == "likely"
+    state = orbax_nnx_handler.from_linen(tree, target, renames=found.renames)
+    for at, name in itertools.product((1, 2), kernels):
+        np.testing.assert_array_equal(state[f"q{at}"][name]["kernel"].get_value(), kernels[name][at - 1])

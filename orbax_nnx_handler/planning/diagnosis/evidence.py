@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError
-from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import MOMENTS, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
 from orbax_nnx_handler.planning.mapping.choice import faults_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.mapping.roots import strip
@@ -157,8 +157,35 @@ class Evidence:
         found = arrangeable(wanted_leaves(lost), held) if held else set[Path]()
         sections = {item.section for item in self.sides.placements.values()}
         follows = found and not sections.isdisjoint(("optimizer", "step"))
-        rest = [path for path in self.open_leaves if self.role(path) in ("optimizer", "step")]
-        return frozenset(found).union(rest if follows else (), self._copied)
+        unknown = {str(key) for path in self._unknown_fields for key in path}
+        moments, steps = (
+            follows or not MOMENTS.isdisjoint(unknown),
+            follows or any(map(_counts_steps, unknown)),
+        )
+        rest = [*(self.of_role(self.open_leaves, "optimizer") if moments else ())]
+        rest += self.of_role(self.open_leaves, "step") if moments or steps else ()
+        return frozenset(found).union(rest, self._copied)
+
+    @property
+    def unknown_steps(self) -> Sequence[Path]:
+        """Stored numbers in such fields whose names have the word `step`."""
+        return [
+            path for path in self._unknown_fields if not self.shape(path) and _counts_steps(str(path[-1]))
+        ]
+
+    @cached_property
+    def _unknown_fields(self) -> Sequence[Path]:
+        """Stored leaves that nothing reads in fields that no layout knows: `disc_opt_state`, `gen_step`."""
+        used = {source for item in self.restored.values() for source in reads(item.recipe)}
+        return [
+            path
+            for path, item in self.sides.placements.items()
+            if path not in used
+            and (
+                item.section == "other"
+                or (item.section == "model" and item.collection not in FLAX_COLLECTIONS)
+            )
+        ]
 
     @cached_property
     def links(self) -> Mapping[Path, frozenset[Path]]:
@@ -324,6 +351,7 @@ _LASTING = frozenset(
         "links",
         "links_anew",
         "_copied",
+        "_unknown_fields",
         "_anew",
     }
 )
@@ -333,6 +361,10 @@ _LASTING = frozenset(
 def spell(tokens: Tokens) -> str:
     """Returns a canonical path as a person writes it."""
     return "/".join(token.removeprefix("#") for token in tokens)
+
+
+def _counts_steps(name: str) -> bool:
+    return "step" in name.lower().split("_")
 
 
 def differing_axes(stored: Shape, wanted: Shape) -> list[int]:

@@ -26,7 +26,7 @@ from orbax_nnx_handler.planning.core.paths import (
 )
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, field_of
-from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
+from orbax_nnx_handler.planning.diagnosis.ways import rules_for_fields, selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.rules import Copy, Rename, Transpose, as_rules
@@ -381,12 +381,15 @@ def find_no_optimizer(evidence: Evidence) -> Iterable[Cause]:
     lost = evidence.of_role(evidence.missing, "optimizer")
     stored = [item for item in evidence.sides.placements.values() if item.section == "optimizer"]
     elsewhere = _like_optimizers(evidence) if lost else []
+    every = [*lost, *evidence.of_role(evidence.missing, "step")]
+    if rules := rules_for_fields(evidence, every, [*elsewhere, *evidence.unknown_steps]):
+        yield _by_names(every, rules)
+        return
     is_known = stored and not (elsewhere and all(map(_is_by_network, stored)))
     if not lost or is_known or not any(path in evidence.restored for path in evidence.weights):
         return
-    lost += evidence.of_role(evidence.missing, "step")
     if elsewhere:
-        yield _unknown_place(evidence, lost, elsewhere)
+        yield _unknown_place(evidence, every, elsewhere)
         return
     found = "there are weights"
     if evidence.weights_complete:
@@ -394,11 +397,22 @@ def find_no_optimizer(evidence: Evidence) -> Iterable[Cause]:
     yield Cause(
         kind="NoOptimizer",
         text=f"no optimizer was saved: {found}, and 0 of the optimizer's {len(wanted)} leaves.",
-        paths=tuple(lost),
+        paths=tuple(every),
         way=Hint(weights_alone(evidence)),
-        filters=selecting(evidence, lost),
+        filters=selecting(evidence, every),
         may_be_initialised=True,
         facts={"moments": len(wanted), "weights": len(evidence.weights)},
+    )
+
+
+def _by_names(lost: Sequence[Path], rules: list[tuple[str, str]]) -> Cause:
+    fields = listed([repr(field) for field, _ in rules])
+    return Cause(
+        kind="OptimizerNested",
+        text=f"optimizers or steps may be stored in {fields}, and no layout or rule says of which network.",
+        paths=tuple(lost),
+        way=Hint(f"if they belong to what they are called after, add renames={rules!r}.", {"renames": rules}),
+        facts={"stored": fields, "wanted": ""},
     )
 
 

@@ -19,9 +19,10 @@ from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
+from orbax_nnx_handler.planning.layouts.layout import words_of
 from orbax_nnx_handler.planning.mapping.layer_paths import layer_paths
 from orbax_nnx_handler.planning.options import Policy
-from orbax_nnx_handler.planning.rules import Drop, ScanAxis, UnstackLayers
+from orbax_nnx_handler.planning.rules import Drop, Rename, ScanAxis, UnstackLayers, as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
@@ -414,3 +415,29 @@ def _leaves_out(evidence: Evidence, rules: Sequence[Rule]) -> bool:
     if found is None or not before.keys() <= found.keys():
         return False
     return len(found) > len(before) or not (evidence.mismatched or evidence.missing)
+
+
+def rules_for_fields(
+    evidence: Evidence, lost: Sequence[Path], fields: Iterable[Path]
+) -> list[tuple[str, str]]:
+    """Returns rules that give fields which no layout knows to the networks they are called after.
+
+    Those that lead to the lost leaves of optimizers and steps, behind the rules that were passed.
+    """
+    owners = {evidence.sides.wanted[path].owner for path in lost}
+    names: dict[Path, set[str]] = {owner: set().union(*map(words_of, map(str, owner))) for owner in owners}
+    rules: list[tuple[str, str]] = []
+    given = {rule.pattern for rule in evidence.verdict.renames if isinstance(rule, Rename)}
+    for field in fields:
+        words = words_of(str(field[-1]))
+        hits = [owner for owner in owners if words & names[owner]]
+        if len(hits) == 1 and spell(canonical(field)) not in given:
+            above = hits[0][:-1] or hits[0]
+            rules.append(
+                (
+                    spell(canonical(field)),
+                    "/".join(map(str, (*above, "step" if "step" in words else "opt_state"))),
+                )
+            )
+    found = evidence.restored_under([*evidence.verdict.renames, *as_rules(rules)]) if rules else None
+    return rules if found is not None and found.keys() >= {*evidence.restored, *lost} else []

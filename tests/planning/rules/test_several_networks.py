@@ -175,3 +175,32 @@ def test_one_step_beside_all_networks_is_given_to_one_and_leaves_each_its_optimi
             "disc": state(stored, "disc", "disc_step", "layers", "head"),
         },
     )
+
+
+@pytest.mark.parametrize(
+    "left_out", [{"disc_opt_state"}, {"gen_step", "disc_step"}, {"gen_opt_state"}, {"gen", "disc"}]
+)
+def test_fields_that_are_stored_and_named_by_no_rule_are_proposed_and_never_begun_anew(
+    left_out: set[str],
+) -> None:
+    stored = fields(Numbers())
+    moved = [(f"params/{name}", f"{name}/params") for name in ("gen", "disc")]
+    for name in ("gen", "disc"):
+        pairs = [(f"{name}_{field}", f"{name}/{field}") for field in ("opt_state", "step")]
+        moved += [pair for pair in pairs if not left_out & {name, pair[0]}]
+    rules = [*moved, ("head", "out")]
+
+    def target() -> Any:
+        return {name: trained(Tower(head="out")) for name in ("gen", "disc")}
+
+    error = plan_of(nnx.eval_shape(target), stored, rules).error()
+
+    assert error is not None
+    assert not any(hint.fills for hint in error.hints)
+    (more,) = [hint.arguments["renames"] for hint in error.hints if "renames" in hint.arguments]
+    assert_restored(
+        target,
+        stored,
+        more,
+        {name: state(stored, name, f"{name}_step", "layers", "out") for name in ("gen", "disc")},
+    )

@@ -167,7 +167,8 @@ def _pairs_with_rests(
     `block_{i}` and `attn_{i}` are both `stages/{i}`, which have a block and an attention each. And which
     rests are each other's.
     """
-    used = {id(leaf) for link in found.links for leaf in (*link.wanted, *link.stored)}
+    asked = [link for tie in found.ties for reading in tie.readings for link in reading]
+    used = {id(leaf) for link in (*found.links, *asked) for leaf in (*link.wanted, *link.stored)}
     rests = [
         series_of([leaf for leaf in leaves if id(leaf) in taken and id(leaf) not in used], above)
         for leaves, above in zip((context.wanted, context.stored), context.above, strict=True)

@@ -6,6 +6,7 @@ Last: the same link with another recipe, which outputs have proved.
 import dataclasses
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -14,13 +15,7 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, sh
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
-from orbax_nnx_handler.planning.suggesting.module_parts import (
-    Leaf,
-    Link,
-    ModulePart,
-    Names,
-    Tie,
-)
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, compare_numbers, told_on_one_side
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
@@ -118,7 +113,7 @@ def may_be(one: NamedPart, other: NamedPart) -> bool:
 
 
 def _say_something(one: NamedPart, other: NamedPart) -> bool:
-    """Tells whether the part of two that is not called a fused one has a name that means something else."""
+    """Tells whether the part of two that is not called a fused one has a name of another meaning."""
     return bool((other if one.fused else one).part.own)
 
 
@@ -153,10 +148,15 @@ def joined_parts(
         before = -1
         while before < len(links):  # What one whole takes may tell the parts of another.
             before = len(links)
-            for whole in [role for role in wholes if role.fused or role.untold]:
-                found, tie = _joined_once(whole, wholes, singles, split)
+            for whole, parts, found, tie in _claims(wholes, singles, split):
                 links += found
                 ties += [tie] if tie is not None else []
+                wholes.remove(whole)
+                about = tie.readings[0] if tie is not None else found
+                used = {id(leaf) for link in about for leaf in (link.wanted if split else link.stored)}
+                for part in parts:
+                    singles.remove(part)
+                    singles += _rest(part, used)
     return links, [*ties, *_arranged_otherwise(left, right)], left, right
 
 
@@ -174,31 +174,31 @@ def _arranged_otherwise(wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
             yield Tie(wanted=(one.part.names,), stored=(other.part.names,), readings=readings)
 
 
-def _joined_once(
-    whole: NamedPart, wholes: list[NamedPart], singles: list[NamedPart], split: bool
-) -> tuple[list[Link], Tie | None]:
-    """Returns the links of a fused part, or its readings, and takes what they are about from both sides."""
-    named = dataclasses.replace(whole, fused=whole.fused or whole.untold)
-    parts = _single_parts(named, singles)
-    if parts is None:
-        return [], None
-    found, tie = links_of(named, parts, split), None
-    readings = _by_head(found, whole.untold, split=split) if whole.untold else ()
-    if not found and split:
-        readings = _repeated(whole, parts)
-    if readings:
-        found = []
-        tie = Tie(
-            wanted=tuple(part.part.names for part in parts), stored=(whole.part.names,), readings=readings
-        )
-    about = [*found, *(tie.readings[0] if tie is not None else ())]
-    if about:
-        wholes.remove(whole)
-        used = {id(leaf) for link in about for leaf in (link.wanted if split else link.stored)}
-        for part in parts:
-            singles.remove(part)
-            singles += _rest(part, used)
-    return found, tie
+_Claim = tuple[NamedPart, list[NamedPart], list[Link], Tie | None]
+
+
+def _claims(wholes: Sequence[NamedPart], singles: Sequence[NamedPart], split: bool) -> list[_Claim]:
+    """Returns fused parts with what they hold, where no other is as like the same parts; links or a tie."""
+    claims, scores = list[tuple[float, _Claim]](), defaultdict[int, list[float]](list)
+    for whole in wholes:
+        named = dataclasses.replace(whole, fused=whole.fused or whole.untold)
+        score, parts = _single_parts(named, singles) if named.fused else (0.0, [])
+        found, tie = links_of(named, parts, split) if parts else [], None
+        readings = _by_head(found, whole.untold, split=split) if whole.untold else ()
+        if parts and not found and split:
+            readings, score = _repeated(whole, parts), score - 100  # What fits as it is goes first.
+        if readings:
+            ours = tuple(part.part.names for part in parts)
+            found, tie = [], Tie(wanted=ours, stored=(whole.part.names,), readings=readings)
+        if found or tie is not None:
+            claims.append((score, (whole, parts, found, tie)))
+            for part in parts:
+                scores[id(part)].append(score)
+
+    def stands(score: float, parts: Sequence[NamedPart]) -> bool:
+        return all(sum(other > score - MARGIN for other in scores[id(part)]) == 1 for part in parts)
+
+    return [claim for score, claim in claims if stands(score, claim[1])]
 
 
 def _by_head(links: Sequence[Link], roles: Sequence[str], *, split: bool) -> tuple[tuple[Link, ...], ...]:
@@ -226,8 +226,8 @@ def _rest(role: NamedPart, used: Collection[int]) -> list[NamedPart]:
     return [dataclasses.replace(role, part=ModulePart(role.part.names, left))] if left else []
 
 
-def _single_parts(whole: NamedPart, singles: Sequence[NamedPart]) -> list[NamedPart] | None:
-    """Returns the parts that a fused one holds, where one module alone has them all."""
+def _single_parts(whole: NamedPart, singles: Sequence[NamedPart]) -> tuple[float, list[NamedPart]]:
+    """Returns the parts that a fused one holds, where one module alone has them, and the likeness."""
     modules: dict[Any, list[NamedPart]] = {}
     for role in singles:
         if not role.fused:
@@ -240,8 +240,8 @@ def _single_parts(whole: NamedPart, singles: Sequence[NamedPart]) -> list[NamedP
                 found.append((max(likeness(rest, part.said) for part in parts) + (marked == marks), parts))
     found.sort(key=lambda item: -item[0])
     if not found or (len(found) > 1 and found[0][0] - found[1][0] < MARGIN):
-        return None
-    return found[0][1]
+        return 0.0, []
+    return found[0]
 
 
 def _by_mark(whole: NamedPart, members: Sequence[NamedPart]) -> Iterator[tuple[Concepts, list[NamedPart]]]:

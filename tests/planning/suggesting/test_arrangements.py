@@ -308,3 +308,55 @@ def test_a_word_that_takes_the_place_of_another_one_does_so_throughout_a_module(
             for name in ("out", "stats")
         },
     )
+
+
+def test_a_fused_part_takes_none_that_are_as_like_or_liker_another_one():
+    """`encoder_qkv` holds no `to_q` where the query of its own has a name that nobody knows."""
+    stored = filled({f"attn/{name}/kernel": (8, 24) for name in ("encoder_qkv", "qkv")})
+    ours = ("to_q", "to_k", "to_v")
+
+    for theirs in ("oak", "add_k_proj", "add_v_proj"), ():
+        found, values = proposed(stored, {f"attn/{name}/kernel": (8, 8) for name in (*ours, *theirs)})
+        check(
+            values,
+            {
+                f"attn/{name}/kernel": value
+                for name, value in zip(ours, np.split(stored["attn/qkv/kernel"], 3, axis=1), strict=True)
+            },
+        )
+
+    alike = filled({f"{name}/qkv/kernel": (8, 24) for name in ("oak", "elm")})
+    found, values = proposed(alike, {f"pine/{name}/kernel": (8, 8) for name in ours})
+    assert values == {}
+    assert found.questions == ()
+
+
+def test_what_a_question_is_about_in_one_group_of_layers_is_matched_with_no_other_group():
+    """Two attentions that nothing tells apart are not those of the middle block."""
+    stored, wanted = {}, {}
+    blocks = ("down_blocks_0", "zorp/0", 8), ("down_blocks_1", "zorp/1", 16), ("mid_block", "middle", 16)
+    for theirs, ours, size in blocks:
+        start = f"{theirs}/attentions_0/transformer_blocks_0"
+        into = f"{ours}/{'attn' if ours == 'middle' else 'attn/0'}/blocks/0"
+        names = {
+            f"{start}/{one}/{left}/kernel": f"{into}/{other}/{right}/kernel"
+            for one, other in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+            for left, right in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out_0", "frob"))
+        }
+        stored |= dict.fromkeys(names, (size, size)) | {f"{start}/ff/net_2/kernel": (4 * size, size)}
+        wanted |= dict.fromkeys(names.values(), (size, size)) | {f"{into}/ff_out/kernel": (4 * size, size)}
+        stored |= {f"{start}/ff/net_0/proj/kernel": (size, 8 * size)}
+        wanted |= {f"{into}/geglu/kernel": (size, 8 * size)}
+        stored |= {f"{theirs}/resnets_{at}/conv1/kernel": (3, 3, 8, size) for at in range(1 + (size == 16))}
+        wanted |= {f"{ours}/res/{at}/conv_a/kernel": (3, 3, 8, size) for at in range(1 + (size == 16))}
+        stored |= {f"{theirs}/downsamplers_0/conv/kernel": (3, 3, size, size)}
+        wanted |= {f"{ours}/downsample/kernel": (3, 3, size, size)}
+    stored = filled(stored)
+
+    found, values = proposed(stored, wanted)
+
+    assert found.questions
+    for theirs, ours, _ in blocks:
+        own = [value for path, value in stored.items() if path.startswith(f"{theirs}/")]
+        for path, value in values.items():
+            assert not path.startswith(f"{ours}/") or any(np.array_equal(value, each) for each in own), path

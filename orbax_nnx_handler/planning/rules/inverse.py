@@ -180,7 +180,10 @@ class Undone:
 
 
 def undo_rules(
-    entries: Sequence[Entry], rules: Sequence[Rule], own: Mapping[Path, Path] | None = None
+    entries: Sequence[Entry],
+    rules: Sequence[Rule],
+    own: Mapping[Path, Path] | None = None,
+    beside: Sequence[Entry] = (),
 ) -> Undone:
     """Returns how each leaf is stored so that the rules restore it.
 
@@ -189,6 +192,7 @@ def undo_rules(
         rules: The rules of the restore.
         own: The path in the state of each leaf, which tells a number in a list (`layers`, `0`) from a
             name with one (`norm_1`); without it, each number that Linen may have joined is one.
+        beside: The random state that is stored beside them: a rule may be for it alone.
 
     Raises:
         RuleError: A rule cannot be undone, matches nothing, or would not restore what is saved.
@@ -196,7 +200,9 @@ def undo_rules(
     paths = own or {}
     after: Sequence[Entry] = [_apart(entry, paths.get(entry.sources[0])) for entry in entries]
     for rule in invert(rules):
-        after = _applied(rule, after)
+        moved = rule.apply(beside) if isinstance(rule, Rename) else None
+        after = _applied(rule, after, may_miss=moved is not None and moved.matched > 0)
+        beside = beside if moved is None else moved.entries
     stored: dict[Path, Entry] = {}
     for entry in after:
         whole = _respelled(entry, _joined(entry.segments))
@@ -210,7 +216,7 @@ def undo_rules(
                 hints=["name more of their paths in the rules."],
             )
         stored[path] = whole
-    copies = _check_way_back(entries, stored, rules)
+    copies = _check_way_back(entries, stored, rules, beside)
     return Undone(ways={path: entry.recipe for path, entry in stored.items()}, copies=copies)
 
 
@@ -226,7 +232,7 @@ class _Number(str):
     name: str
 
 
-def _applied(rule: Rule, entries: Sequence[Entry]) -> Sequence[Entry]:
+def _applied(rule: Rule, entries: Sequence[Entry], *, may_miss: bool) -> Sequence[Entry]:
     """Applies a rule to paths as NNX spells them (`layers/0`); where it does not match, as Linen does.
 
     What the rule writes stays as it stands there, and so does everything else.
@@ -237,7 +243,7 @@ def _applied(rule: Rule, entries: Sequence[Entry]) -> Sequence[Entry]:
     left = [at for at, entry in enumerate(entries) if not applied.matched or applied.entries[at] is entry]
     joined = [_respelled(entries[at], _joined(entries[at].segments)) for at in left]
     again = rule.apply(joined)
-    if not applied.matched and not again.matched:
+    if not (applied.matched or again.matched or may_miss):
         raise RuleError(f"the rule that saves, {rule}, matches no leaf of the state.", hints=[_UNCLEAR])
     # What did not match keeps its numbers apart for the rules to come.
     known = {id(entry): entries[at] for at, entry in zip(left, joined, strict=True)}
@@ -313,7 +319,7 @@ def _path(entry: Entry) -> Path:
 
 
 def _check_way_back(
-    entries: Sequence[Entry], stored: Mapping[Path, Entry], rules: Sequence[Rule]
+    entries: Sequence[Entry], stored: Mapping[Path, Entry], rules: Sequence[Rule], beside: Sequence[Entry]
 ) -> dict[Path, Recipe]:
     """Applies the rules to what would be saved: every leaf must come back from itself, unchanged.
 
@@ -330,7 +336,9 @@ def _check_way_back(
         )
         for path, entry in stored.items()
     ]
-    back = {_key(entry): entry for entry in apply_rules(fresh, rules).entries}
+    unnamed = [dataclasses.replace(entry, fixed=()) for entry in beside]
+    after = apply_rules([*fresh, *unnamed], rules).entries
+    back = {_key(entry): entry for entry in after if stored.keys() >= set(entry.sources)}
     shapes = {entry.sources[0]: entry.shape for entry in entries}
     kept = {path for entry in stored.values() for path in reads(entry.recipe)}
     lost, copies = list[str](), dict[Path, Recipe]()

@@ -124,6 +124,7 @@ def plan_save(
     cells = cells_of(inside, arranged.moments)
     leaves, empty = with_gates(inside, cells) | aside, with_empty_gates(empty, cells)
     inline = {at[1:]: leaf for at, leaf in arranged.leaves.items() if at[0] == AUX and is_stream(leaf)}
+    random = {at: leaf.path for at, leaf in (*arranged.random.items(), *inline.items())}
     if not isinstance(undone, RestorePlan | RestoreReport):
         rules = as_rules(undone)
         if rules and arranged.several:
@@ -136,9 +137,9 @@ def plan_save(
                 "the train state lies below a key, and under rules alone its moments cannot follow.",
                 hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
             )
-        leaves, empty, copies = without_rules(leaves, empty, rules, flavour, {(AUX, *at) for at in inline})
+        beside = [(AUX, *at) for at in random]
+        leaves, empty, copies = without_rules(leaves, empty, rules, flavour, beside)
         done = rules
-    random = {at: leaf.path for at, leaf in (*arranged.random.items(), *inline.items())}
     streams = streams_as_stored(random, done)
     check_distinct((streams[at], path) for at, path in random.items())
     moved: dict[Path, Path] = {(AUX, *at): (AUX, *streams[at]) for at in inline}

@@ -48,7 +48,7 @@ def without_rules(
 ) -> tuple[SavedLeaves, Empty, Copies]:
     """Returns the leaves and empty nodes as they must be stored for the rules to restore them, and copies.
 
-    Random state in the tree, whose stored paths are `streams`, stays where it is: see `streams_as_stored`.
+    Random state, whose stored paths are `streams`, stays where it is: see `streams_as_stored`.
 
     Raises:
         RuleError: A rule cannot be undone, a moment cannot follow its parameter, or what lies beside the
@@ -62,7 +62,8 @@ def without_rules(
     entries = model_entries(placed)
     beside = [at for at in placed if at.section == "aux" and at.leaf.path not in streams]
     try:
-        rules_undone = undo_rules(entries, rules, {path: leaf.like for path, leaf in model.items()})
+        own = {path: leaf.like for path, leaf in model.items()}
+        rules_undone = undo_rules(entries, rules, own, [_stream(path[1:]) for path in streams])
     except RuleError as error:
         raise _of_what_lies_beside(every_entry(beside), entries, rules) or error from None
     copies = rules_undone.copies
@@ -252,7 +253,7 @@ def _stream(at: Path) -> Entry:
     return Entry(
         segments=names,
         collection=None,
-        recipe=Read(names),
+        recipe=Read((AUX, *names)),
         shape=(),
         dtype=None,
         prefix=(AUX,),

@@ -136,3 +136,27 @@ def test_the_statistics_of_a_functional_train_state_are_restored(
     restored = restore(tmp_path / "item", jax.eval_shape(lambda: item))
 
     assert jax.tree.all(jax.tree.map(np.array_equal, item, restored))
+
+
+class Dropping(nnx.Module):
+    def __init__(self, name: str):
+        self.dense = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        setattr(self, name, nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=5)))
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("make", [Dropping, lambda name: nnx.Dict(model=Dropping(name))])
+def test_a_rule_that_is_for_random_state_alone_saves_back(
+    tmp_path: Path, make: Any, layout: Literal["linen", "maxtext"]
+) -> None:
+    rules = [("stored", "drop")]
+    source = numbered(make("drop"))
+    save(tmp_path / "back", source, layout=layout, renames=rules)
+
+    stored = restore(tmp_path / "back", nnx.eval_shape(lambda: make("stored")))
+    again = restore(tmp_path / "back", nnx.eval_shape(lambda: make("drop")), renames=rules)
+
+    (count,) = jax.tree.leaves(nnx.state(source, nnx.RngCount))
+    assert int(count) > 0
+    for item in (stored, again):
+        assert jax.tree.leaves(nnx.state(item, nnx.RngCount)) == [count]

@@ -309,3 +309,17 @@ def test_a_group_of_one_of_several_networks_is_taken_apart_and_stacked_alone(cli
     assert flat(stock(tmp_path / "apart")).keys() == flat(wanted).keys()
     check(stock(tmp_path / "back"), before)
     assert flat(stock(tmp_path / "back")).keys() == flat(before).keys()
+
+
+def test_statistics_are_stacked_on_the_axis_that_is_said_where_their_shapes_fit_others(cli, tmp_path) -> None:
+    numbers = Numbers()
+    layers = {f"layers_{at}": {"norm": {"mean": numbers(3)}} for at in range(3)}
+    weights = {f"layers_{at}": {"norm": {"scale": numbers(3)}} for at in range(3)}
+    path = write(tmp_path, {"params": weights, "batch_stats": layers})
+
+    said = cli("convert", path, tmp_path / "out", "--scan", "layers", "--axis", 0)
+
+    assert said.status == 0, said.err
+    found = stock(tmp_path / "out")
+    for collection, right in (("params", weights), ("batch_stats", layers)):
+        check(apart(found[collection], "layers"), right)

@@ -242,3 +242,21 @@ def test_a_save_of_a_wrapper_warns_of_its_other_form(tmp_path, caplog: pytest.Lo
     save(tmp_path / "linen", {"model": model, "optimizer": optimizer})
 
     assert [record.getMessage() for record in caplog.records if record.name == "absl"] == [NOTE]
+
+
+def test_statistics_that_are_kept_aside_for_maxtext_need_the_factory_of_the_model(cli, tmp_path) -> None:
+    model = nnx.Dict(
+        dense=nnx.Linear(2, 3, rngs=nnx.Rngs(0)),
+        norm=nnx.BatchNorm(3, rngs=nnx.Rngs(0)),
+        drop=nnx.Dropout(0.5, rngs=nnx.Rngs(1)),
+    )
+    item = {"model": model, "ema": nnx.clone(model)}
+    save(tmp_path / "item", item, layout="maxtext")
+
+    said = cli("convert", tmp_path / "item", tmp_path / "out", "--to", "linen", "--layout", "maxtext")
+
+    assert said.status == 1
+    assert "2 leaves are kept aside" in said.err
+    assert "nnx_aux/model/norm/mean" in said.err
+    assert "give the factory" in said.err
+    assert not (tmp_path / "out").exists()

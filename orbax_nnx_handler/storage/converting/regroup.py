@@ -62,7 +62,11 @@ def regroup(
     wanted = [leaf for leaf in leaves if owner not in ((), leaf.owner)]
     wanted += (_stacked if way == "scan" else _apart)(mine, below, axis)
     check_paths_distinct(wanted)
-    rules = [ScanAxis("/".join((*map(str, owner), *below)), axis)]
+    # What is stacked here has the axis that is asked for in each collection. Where a stack is stored,
+    # Flax may have given each collection an axis of its own, and none but the parameters' is told.
+    collections = {leaf.collection for leaf in mine if way == "scan" and leaf.section == "model"}
+    heads = [(), *((name,) for name in sorted(collections - {None, "params"}, key=str))]
+    rules = [ScanAxis("/".join(map(str, (*owner, *head, *below))), axis) for head in heads]
     plan = make_plan(
         _target(wanted),
         _as_stored(leaves, stored),

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from orbax_nnx_handler.planning import layouts
+from orbax_nnx_handler.planning.core.dtypes import is_key
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint, RestoreError
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read
@@ -117,7 +118,7 @@ def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[
         flavour: `linen` (Flax TrainState) or `maxtext`.
 
     Raises:
-        RestoreError: The layout does not tell what Linen needs to know.
+        RestoreError: The layout does not tell what Linen needs to know; see `_check_nothing_aside`.
     """
     leaves = list(leaves)
     if layout in WITHOUT_COLLECTIONS:
@@ -135,6 +136,8 @@ def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[
         raise refusal(
             "optimizer leaves are not arranged as optax arranges them", foreign, "pass --weights-only."
         )
+    if layout == "maxtext" and flavour == "linen":
+        _check_nothing_aside(leaves)
     level = ("params",) if flavour == "maxtext" else ()
     above = owner_left_out(leaves)
     moved = [dataclasses.replace(leaf, path=_moved(leaf, level)) for leaf in leaves]
@@ -142,6 +145,27 @@ def in_layout(leaves: Iterable[Written], layout: str, flavour: Flavour) -> list[
         dataclasses.replace(leaf, path=leaf.path[len(above) :]) if leaf.owner == above else leaf
         for leaf in moved
     ]
+
+
+def _check_nothing_aside(leaves: Iterable[Written]) -> None:
+    """Raises where a collection of the model is kept aside, as an NNX program saves it for MaxText.
+
+    Random state has no other place in Linen, nor has a copy of the model or a number beside it.
+
+    Raises:
+        RestoreError: Names the leaves: their Variables' types alone tell the collection.
+    """
+    aside = {leaf.path[1:]: leaf for leaf in leaves if leaf.section == "aux" and len(leaf.path) > 2}
+    random = {path[:-1] for path, leaf in aside.items() if is_key(leaf.dtype)}
+    weights = {segments(leaf.parameter) for leaf in leaves if leaf.section == "model" and leaf.parameter}
+    copies = {path[0] for path in aside if segments(path[1:]) in weights}
+    lost = [leaf.path for path, leaf in aside.items() if path[:-1] not in random and path[0] not in copies]
+    if lost:
+        raise refusal(
+            "leaves are kept aside, where a Linen program reads none, and do not tell their collection",
+            lost,
+            "give the factory of the model too (SRC DST MODULE:FACTORY --to linen), whose Variable types do.",
+        )
 
 
 def owner_left_out(leaves: Iterable[Written]) -> Path:

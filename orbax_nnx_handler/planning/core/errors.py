@@ -71,6 +71,7 @@ Kind = Literal[
     "OtherOutput",
     "Quantised",
     "RandomLayout",
+    "RuleOfLayers",
     "ScannedOnOneSide",
     "SecondStep",
     "NestedStacks",
@@ -132,6 +133,21 @@ def fill_hint(
     policy = {**dict.fromkeys(filters, "init"), **(more or {}), ...: "error"}
     rest = "and nothing else" if alone else "as well as what was filled already"
     return Hint(f"pass policy={as_python(policy)} to initialise {leaves} {rest}.", {"policy": policy})
+
+
+_IN_PYTHON = {
+    "`orbax-nnx tree CHECKPOINT`": "jax.tree.map(jnp.shape, variables)",
+    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY`": "suggest(variables, target)",
+    "check the path and the target": "check it and the target",
+    "look for another item or step": "look for the part of the program's state that holds the weights",
+    "lists them": "shows all that is there",
+}
+
+
+def of_memory(hint: Hint) -> Hint:
+    """Returns a hint as it is followed for a tree in memory, where no command reaches."""
+    words = functools.reduce(lambda words, pair: words.replace(*pair), _IN_PYTHON.items(), hint.words)
+    return dataclasses.replace(hint, words=words)
 
 
 def as_python(value: Any) -> str:

@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.core.errors import (
     UnreadableLeafError,
     as_python,
     error_of_kinds,
+    of_memory,
 )
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths
 from orbax_nnx_handler.planning.core.lines import Line, Sentence, align, aligned, counted, joined, lines_of
@@ -73,9 +74,9 @@ from orbax_nnx_handler.planning.diagnosis.ways import (
     checked,
     completed,
     fill_all,
+    find_rules_of_layers,
     is_arranged,
     is_search,
-    of_memory,
     search_hint,
     suggest_hint,
 )
@@ -97,6 +98,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_no_weights,
     find_quantised,
     find_wrappers,
+    find_rules_of_layers,
     find_nested_stacks,
     find_fused,
     find_copies,

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.paths import (
     segments,
     shared_levels,
 )
-from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, Stack, children
+from orbax_nnx_handler.planning.core.recipes import Fill, Index, Read, Recipe, Stack, children
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
 from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, other_axis, selecting
 from orbax_nnx_handler.planning.mapping.layer_paths import Form, Group, flat_paths, layer_paths
@@ -242,7 +242,8 @@ def _stacked_groups(evidence: Evidence) -> Iterable[Cause]:
 
 def _common_modules(evidence: Evidence) -> dict[Group, list[Path]]:
     """Returns the highest modules of which every weight is mismatched."""
-    wrong = set(evidence.mismatched_weights)
+    # Layers that were taken apart already differ by their own sizes.
+    wrong = {p for p in evidence.mismatched_weights if not isinstance(evidence.mismatched[p].recipe, Index)}
     if not wrong:
         return {}
     below: dict[Group, list[Path]] = defaultdict(list)

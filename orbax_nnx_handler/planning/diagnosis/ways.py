@@ -15,7 +15,7 @@ from typing import Any, cast
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python, fill_hint
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.mapping.layer_paths import layer_paths
 from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.rules import Drop, Rename, ScanAxis, UnstackLayers, as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
+from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
 LOOK = Hint(
@@ -42,19 +43,6 @@ RULE = Hint(
     "stored leaves that nothing wants have shapes that could become these, and no name tells which: write "
     "the rules, or leave behind what nobody needs with Drop(pattern, reason)."
 )
-_IN_PYTHON = {
-    "`orbax-nnx tree CHECKPOINT`": "jax.tree.map(jnp.shape, variables)",
-    "`orbax-nnx suggest CHECKPOINT MODULE:FACTORY`": "suggest(variables, target)",
-    "check the path and the target": "check it and the target",
-    "look for another item or step": "look for the part of the program's state that holds the weights",
-    "lists them": "shows all that is there",
-}
-
-
-def of_memory(hint: Hint) -> Hint:
-    """Returns a hint as it is followed for a tree in memory, where no command reaches."""
-    words = functools.reduce(lambda words, pair: words.replace(*pair), _IN_PYTHON.items(), hint.words)
-    return dataclasses.replace(hint, words=words)
 
 
 def search_hint(evidence: Evidence) -> Hint:
@@ -98,8 +86,6 @@ _ABSENT = frozenset(("NoOptimizer", "OtherOptimizer", "OptimizerNested", "Moment
 """Causes of an optimizer, whose way out is to leave it aside."""
 _NO_MORE = frozenset(("OtherOutput", "RandomLayout", "LayerCount"))
 """Causes whose rules restore no more weights than without them."""
-
-
 _SIZES = frozenset(("OtherOutput", "DimensionDiffers"))
 
 
@@ -175,6 +161,31 @@ def other_axis(evidence: Evidence, group: Tokens, lost: Collection[Path]) -> Hin
         if helping:
             return Hint(f"pass {' or '.join(map(str, helping))} instead of {rule}.")
     return None
+
+
+def find_rules_of_layers(evidence: Evidence) -> Iterable[Cause]:
+    """Yields rules that stack layers or take them apart, and fit along another axis or in front."""
+    if not (evidence.mismatched_weights and evidence.is_searched):
+        return
+    before, wrong = evidence.restored.keys(), [*evidence.mismatched, *evidence.missing]
+    for rules, tried in stacking_otherwise(evidence.verdict.renames, range(_AXES)):
+        found = {axis: (evidence.restored_under(every) or {}).keys() for axis, every in tried.items()}
+        most = max(map(len, found.values()))
+        best = [axis for axis, paths in found.items() if paths > before and len(paths) == most]
+        if not best:
+            continue
+        names = listed(map(as_python, rules))
+        paths = tuple(path for path in wrong if path in found[best[0]])
+        fit = counted(len(paths), "more leaf fits", "more leaves fit")
+        if None in best:
+            text = f"in front of the other rules, which change what it meets, {names} is right: {fit}."
+            way = f"put {names} in front of the other rules."
+        else:
+            text = f"the layers have another axis than in {names}: along axis {best[0]}, {fit}."
+            others = [[dataclasses.replace(rule, axis=axis) for rule in rules] for axis in best]
+            way = f"pass {' or '.join(listed(map(as_python, each)) for each in others)} instead of {names}."
+        yield Cause(kind="RuleOfLayers", text=text, paths=paths, way=Hint(way))
+        return
 
 
 _AXES = 4
@@ -320,15 +331,12 @@ def _shortest(
     lengths = range(min(2, len(names)), len(names) + 1)
     for length, any_number in itertools.product(lengths, (True, False)):
         end = names[-length:]
-        if not any(_alike(other[-length:], end, any_number) for other in others):
+        form = _general if any_number else tuple
+        if form(end) not in (form(other[-length:]) for other in others):
             text = "/".join(_general(end) if any_number else end)
             if matches_no_other(text):
                 return text
     return None
-
-
-def _alike(one: Sequence[str], other: Sequence[str], any_number: bool) -> bool:
-    return _general(one) == _general(other) if any_number else tuple(one) == tuple(other)
 
 
 def _general(names: Sequence[str]) -> tuple[str, ...]:
@@ -385,9 +393,10 @@ def leaving_out(evidence: Evidence, cause: Cause) -> Cause:
     elif stacks:
         path, seat = stacks[0]
         whole = "/".join(segments(path)[: -len(segments(seat.rest))])
-        axes = set[int].intersection(*(_axes_of(evidence.shape(each), stored) for each, _ in stacks))
+        shapes = [evidence.shape(each) for each, _ in stacks]
+        axes = [axis for axis in range(_AXES) if all(shape[axis : axis + 1] == (stored,) for shape in shapes)]
         pattern = f"{whole}_{{}}"
-        unstack = [[UnstackLayers(whole, f"{whole}_{{i}}", axis=axis)] for axis in sorted(axes)]
+        unstack = [[UnstackLayers(whole, f"{whole}_{{i}}", axis=axis)] for axis in axes]
     else:
         return cause
     reason = f"the target has {wanted}"
@@ -401,10 +410,6 @@ def leaving_out(evidence: Evidence, cause: Cause) -> Cause:
     shown = ", ".join([*map(as_python, rules), told])
     words = f"{cause.way.words.removesuffix('.')}; or, if the first {wanted} are all that you want, pass "
     return dataclasses.replace(cause, way=Hint(f"{words}renames=[{shown}].", {"renames": [*rules, *drops]}))
-
-
-def _axes_of(shape: Shape, size: int) -> set[int]:
-    return {axis for axis, length in enumerate(shape) if length == size}
 
 
 def _leaves_out(evidence: Evidence, rules: Sequence[Rule]) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core import recipes
@@ -163,6 +163,25 @@ class UnstackLayers(_Named):
             )
             for layer in range(entry.shape[axis])
         ]
+
+
+_MOST_TRIED = 4
+
+
+def stacking_otherwise(
+    given: Sequence[Rule], axes: Iterable[int]
+) -> Iterable[tuple[Sequence[StackLayers | UnstackLayers], Mapping[int | None, Sequence[Rule]]]]:
+    """Yields rules of layers, with all rules as they are where these name an axis or come first (None)."""
+    said = [rule for rule in given if isinstance(rule, StackLayers | UnstackLayers)][:_MOST_TRIED]
+    alone = [[rule] for rule in said]
+    # One wrong axis of two may leave parts that nothing wants: then only both together help.
+    for rules in [*alone, said] if len(said) > 1 else alone:
+        first = [*rules, *(each for each in given if each not in rules)]
+        tried: dict[int | None, Sequence[Rule]] = {None: first} if first != [*given] else {}
+        for axis in axes:
+            new: dict[Rule, Rule] = {rule: dataclasses.replace(rule, axis=axis) for rule in rules}
+            tried[axis] = [new.get(rule, rule) for rule in given]
+        yield rules, tried
 
 
 @dataclasses.dataclass(frozen=True)

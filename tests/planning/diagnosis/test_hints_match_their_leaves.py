@@ -4,7 +4,18 @@ import jax
 import numpy as np
 import pytest
 
-from orbax_nnx_handler import Drop, Reshape, RestoreError, Transpose, UnusedRuleError, from_linen
+from orbax_nnx_handler import (
+    Drop,
+    Fuse,
+    Reshape,
+    RestoreError,
+    StackLayers,
+    Transpose,
+    UnstackLayers,
+    UnusedRuleError,
+    from_linen,
+)
+from orbax_nnx_handler.planning.core.errors import as_python
 
 
 def _numbers(start, *shape):
@@ -123,3 +134,69 @@ def test_a_collection_of_which_a_rule_brings_another_is_left_behind_as_a_level(b
     else:
         assert "renames=[Drop('params', 'why'), ...] in front of the other rules" in text
         _check(from_linen(stored, _target(wanted), renames=[Drop("params", "why"), rule]), wanted)
+
+
+def _layers(start):
+    return {"kernel": _numbers(start, 3, 4, 6), "bias": _numbers(start + 900, 3, 6)}
+
+
+def _each(stack):
+    return [{name: leaf[at] for name, leaf in stack.items()} for at in range(3)]
+
+
+_A, _B = _layers(0), _layers(5000)
+_FUSE = Fuse(("a", "b"), "ab", axis=1)
+
+
+def _unstack(name, axis):
+    return UnstackLayers(name, f"{name}s/{{i}}", axis=axis)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "wrong", "right", "way"),
+    [
+        ({"a": _A}, {"as": _each(_A)}, [_unstack("a", 1)], [_unstack("a", 0)], "pass {} instead of {}."),
+        (
+            {"a": _A, "b": _B},
+            {"as": _each(_A), "bs": _each(_B)},
+            [_unstack("a", 1), _unstack("b", 1)],
+            [_unstack("a", 0), _unstack("b", 0)],
+            "pass {} and {} instead of {} and {}.",
+        ),
+        (
+            {f"l_{at}": layer for at, layer in enumerate(_each(_A))},
+            {"l": _A},
+            [StackLayers("l_{i}", "l", axis=1)],
+            [StackLayers("l_{i}", "l", axis=0)],
+            "pass {} instead of {}.",
+        ),
+        (
+            {"l": {"a": {"w": _A["kernel"]}, "b": {"w": _B["kernel"]}}},
+            {
+                "ls": [
+                    {"ab": {"w": np.concatenate(two, 1)}}
+                    for two in zip(_A["kernel"], _B["kernel"], strict=True)
+                ]
+            },
+            [_FUSE, _unstack("l", 0)],
+            [_unstack("l", 0), _FUSE],
+            "put {} in front of the other rules.",
+        ),
+    ],
+)
+def test_a_rule_of_layers_that_does_not_fit_is_shown_as_it_does(stored, wanted, wrong, right, way):
+    (cause,) = _refused({"params": stored}, wanted, renames=wrong).causes
+
+    assert cause.kind == "RuleOfLayers"
+    assert cause.way.words == way.format(*map(as_python, [*right, *wrong]))
+    _check(from_linen({"params": stored}, _target(wanted), renames=right), wanted)
+
+
+def test_layers_that_a_rule_made_are_counted_by_nobody():
+    wanted = {"as": [{"up": {"kernel": np.ones((8, 6)), "bias": np.ones(8)}}] * 4}
+    stored, rules = {"params": {"a": {"up": _A}}}, [_unstack("a", 1)]
+
+    found = [cause.kind for cause in _refused(stored, wanted, renames=rules, unexpected="ignore").causes]
+
+    assert found
+    assert "LayerCount" not in found

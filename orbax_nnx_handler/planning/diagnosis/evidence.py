@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafE
 from orbax_nnx_handler.planning.core.leaves import MOMENTS, Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, words_of
 from orbax_nnx_handler.planning.mapping.choice import faults_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.mapping.roots import strip
@@ -160,32 +160,38 @@ class Evidence:
         unknown = {str(key) for path in self._unknown_fields for key in path}
         moments, steps = (
             follows or not MOMENTS.isdisjoint(unknown),
-            follows or any(map(_counts_steps, unknown)),
+            follows or any("step" in words_of(name) for name in unknown),
         )
         rest = [*(self.of_role(self.open_leaves, "optimizer") if moments else ())]
         rest += self.of_role(self.open_leaves, "step") if moments or steps else ()
-        return frozenset(found).union(rest, self._copied)
+        return frozenset(found).union(rest, self._copied, self.kept_aside)
 
     @property
     def unknown_steps(self) -> Sequence[Path]:
         """Stored numbers in such fields whose names have the word `step`."""
         return [
-            path for path in self._unknown_fields if not self.shape(path) and _counts_steps(str(path[-1]))
+            path
+            for path in self._unknown_fields
+            if not self.shape(path) and "step" in words_of(str(path[-1]))
         ]
+
+    @cached_property
+    def _unread(self) -> Sequence[tuple[Path, Placement]]:
+        used = {source for item in self.restored.values() for source in reads(item.recipe)}
+        return [(path, item) for path, item in self.sides.placements.items() if path not in used]
 
     @cached_property
     def _unknown_fields(self) -> Sequence[Path]:
         """Stored leaves that nothing reads in fields that no layout knows: `disc_opt_state`, `gen_step`."""
-        used = {source for item in self.restored.values() for source in reads(item.recipe)}
-        return [
-            path
-            for path, item in self.sides.placements.items()
-            if path not in used
-            and (
-                item.section == "other"
-                or (item.section == "model" and item.collection not in FLAX_COLLECTIONS)
-            )
-        ]
+        own = {path for path, item in self._unread if item.collection in FLAX_COLLECTIONS}
+        return [p for p, item in self._unread if item.section in ("model", "other") and p not in own]
+
+    @cached_property
+    def kept_aside(self) -> frozenset[Path]:
+        """Missing weights of whose name and shape a save kept a leaf aside that nothing reads."""
+        aside = {(canonical(p)[-1], item.leaf.shape) for p, item in self._unread if item.section == "aux"}
+        lost = [item for path, item in self.weights.items() if path in self.open_leaves]
+        return frozenset(i.leaf.path for i in lost if (i.tokens[-1], i.leaf.shape) in aside)
 
     @cached_property
     def links(self) -> Mapping[Path, frozenset[Path]]:
@@ -352,6 +358,8 @@ _LASTING = frozenset(
         "links_anew",
         "_copied",
         "_unknown_fields",
+        "_unread",
+        "kept_aside",
         "_anew",
     }
 )
@@ -361,10 +369,6 @@ _LASTING = frozenset(
 def spell(tokens: Tokens) -> str:
     """Returns a canonical path as a person writes it."""
     return "/".join(token.removeprefix("#") for token in tokens)
-
-
-def _counts_steps(name: str) -> bool:
-    return "step" in name.lower().split("_")
 
 
 def differing_axes(stored: Shape, wanted: Shape) -> list[int]:

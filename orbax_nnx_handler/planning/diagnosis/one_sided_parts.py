@@ -130,13 +130,9 @@ def find_new_parts(evidence: Evidence) -> Iterable[Cause]:
     missing = evidence.missing_weights
     known = evidence.explained.union(missing)
     rest = [path for path in evidence.weights if path not in known]
-    # With anything else wrong, the missing leaves may be what the wrong ones were renamed from.
-    if (
-        not missing
-        or not rest
-        or evidence.free_weights
-        or any(path not in evidence.restored for path in rest)
-    ):
+    # Else the missing leaves may be what the wrong ones were renamed from.
+    elsewhere = evidence.free_weights or evidence.kept_aside.intersection(missing)
+    if not missing or not rest or elsewhere or any(path not in evidence.restored for path in rest):
         return
     lora = [
         path for path in missing if issubclass(evidence.missing[path].wanted.kind or object, nnx.LoRAParam)

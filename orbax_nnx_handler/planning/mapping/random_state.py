@@ -103,8 +103,10 @@ def as_wanted(
     names = {skeleton(canonical((*item.owner, *item.path))) for item in moved.values()}
 
     def is_whole(owner: Path) -> bool:
-        below = (item.tokens for item in wanted if item.tokens[: len(owner)] == canonical(owner))
-        return owner in owners or all(skeleton(tokens) in names for tokens in below)
+        below = (item for item in wanted if item.tokens[: len(owner)] == canonical(owner))
+        return owner in owners or all(
+            item.leaf.path in found or skeleton(item.tokens) in names for item in below
+        )
 
     kept = {owner for owner in {item.owner for item in moved.values()} if is_whole(owner)}
     moved = {path: item for path, item in moved.items() if item.owner in kept}

@@ -114,6 +114,42 @@ def test_an_average_beside_the_model_follows_its_layers(
         assert_alike(restored["optimizer"].opt_state[0].nu, source["optimizer"].opt_state[0].nu)
 
 
+class WithHead(nnx.Module):
+    def __init__(self, form: str, layers: int = LAYERS):
+        if form == "scan":
+            self.layers: Any = nnx.Dict(kernel=nnx.Param(jnp.zeros((layers, 5, 7))))
+        else:
+            self.layers = nnx.List([nnx.Dict(kernel=nnx.Param(jnp.zeros((5, 7)))) for _ in range(layers)])
+        self.head = nnx.Linear(5, 5, rngs=nnx.Rngs(0))
+
+
+@MODELS
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_an_average_of_which_a_part_has_its_own_path_is_restored_whole(
+    tmp_path: Path, saved: str, wanted: str, layout: Literal["linen", "maxtext"]
+) -> None:
+    source = numbered({key: WithHead(saved) for key in ("model", "ema")})
+    save(tmp_path / "item", source, layout=layout)
+    target = nnx.eval_shape(lambda: {key: WithHead(wanted) for key in ("model", "ema")})
+
+    restored = restore(tmp_path / "item", target)
+
+    for key in ("model", "ema"):
+        assert_alike(nnx.state(restored[key]), nnx.state(source[key]))
+        np.testing.assert_array_equal(restored[key].head.kernel[...], source[key].head.kernel[...])
+
+
+def test_what_is_kept_aside_under_another_name_is_not_said_to_be_begun_anew(tmp_path: Path) -> None:
+    save(tmp_path / "item", numbered({key: WithHead("list") for key in ("model", "ema")}))
+    target = nnx.eval_shape(lambda: {"model": WithHead("list"), "averages": WithHead("list")})
+
+    error = plan_restore(tmp_path / "item", target).error()
+
+    assert error is not None
+    assert "nothing is stored" not in str(error)
+    assert not any(hint.fills for hint in error.hints)
+
+
 @struct.dataclass
 class TrainState:
     params: Any

@@ -183,7 +183,7 @@ class Evidence:
     @cached_property
     def _unknown_fields(self) -> Sequence[Path]:
         """Stored leaves that nothing reads in fields that no layout knows: `disc_opt_state`, `gen_step`."""
-        own = {path for path, item in self._unread if item.collection in FLAX_COLLECTIONS}
+        own = {path for path, item in self._unread if item.slot or item.collection in FLAX_COLLECTIONS}
         return [p for p, item in self._unread if item.section in ("model", "other") and p not in own]
 
     @cached_property

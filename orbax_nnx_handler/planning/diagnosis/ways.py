@@ -291,8 +291,8 @@ def shortest_patterns(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
     Returns:
         The patterns; none where even a whole path is in that of another leaf.
     """
-    every = {path: _names(evidence, path) for path in evidence.stored_weights}
-    meant = {path: every[path] for path in dict.fromkeys(paths)}
+    meant = {path: _names(evidence, path) for path in paths}
+    every = {path: _names(evidence, path) for path in evidence.stored_weights} | meant
     others = [names for path, names in every.items() if path not in meant]
 
     @functools.cache
@@ -322,7 +322,7 @@ def shortest_patterns(evidence: Evidence, paths: Iterable[Path]) -> list[str]:
 
 def _names(evidence: Evidence, path: Path) -> tuple[str, ...]:
     """Returns a stored path as a rule meets it, owner and collection included."""
-    return without_box(segments(path)) if evidence.stored_weights[path].collection else segments(path)
+    return without_box(segments(path)) if evidence.sides.placements[path].collection else segments(path)
 
 
 def _shortest(

@@ -177,7 +177,9 @@ def map_leaves(
     if moved is mapping.placements:
         return mapping  # Nearly every checkpoint.
     again = _map(wanted, stored, layout, rules, moved)
-    return again if len(again.found) > len(mapping.found) or again.unclear else mapping
+    aside = {new.leaf.path for new, old in zip(moved, mapping.placements, strict=True) if new is not old}
+    gained = [(len(each.found), len(each.used() & aside)) for each in (mapping, again)]
+    return again if gained[1] > gained[0] or again.unclear else mapping
 
 
 def _map(

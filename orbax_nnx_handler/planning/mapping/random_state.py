@@ -17,7 +17,7 @@ from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import Read
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_level
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
 from orbax_nnx_handler.planning.mapping.roots import Roots, skeleton, strip
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -80,8 +80,13 @@ def as_wanted(
         read: The stored paths that are a source.
     """
     aside = [item for item in placements if item.section == "aux" and item.leaf.path not in read]
-    left = [item for item in wanted if item.leaf.path not in found and item.leaf.kind is not None]
-    if not aside or not left:
+    own_names = {skeleton(canonical(item.path)) for item in aside}
+    left = [
+        item
+        for item in (wanted if aside else ())
+        if item.leaf.kind is not None and (item.leaf.path not in found or skeleton(item.tokens) in own_names)
+    ]
+    if not left:
         return placements
     kinds: dict[Tokens, set[str | None]] = defaultdict(set)
     for item in left:
@@ -180,10 +185,12 @@ class _Places:
 
     def kept(self, item: Wanted) -> Iterator[Path]:
         """Yields what `nnx_aux` holds: for the model's own below `model`, else under its own path."""
-        if self._inside(item):
+        if self._root:
+            yield from _at(self._aux, item.tokens)
+        if self._inside(item) and not any(map(is_copy_level, self._root)):
             yield from _at(self._aux, (_MODEL, *strip(item.tokens, self._root)))
         yield from _at(self._aux, item.tokens)
-        if self._inside(item):
+        if self._inside(item) and not any(map(is_copy_level, self._root)):
             yield from _at(self._aux, strip(item.tokens, self._root))
 
     def rootless(self, item: Wanted) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name
+from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.elements import Chain
 from orbax_nnx_handler.planning.verdict.weight_sources import Weights
@@ -60,6 +61,22 @@ class Claims:
         if not any(self._placed[path].section == "model" for path in left):
             return []  # Nearly every plan.
         return [path for path, item in self._placed.items() if item.section == "model" and path in left]
+
+    def kept_aside(self, by_rule: Set[Path]) -> Iterator[Twice]:
+        """Yields each wanted leaf not read from what a save kept aside under its path, layers apart."""
+        aside: dict[Tokens, list[Path]] = defaultdict(list)
+        for path in self._placed:
+            if path and path[0] == AUX:
+                aside[_without_layers(canonical(path[1:]))].append(path)
+        for item, recipe, _ in self._sources if aside else ():
+            name = _without_layers(canonical(item.leaf.path))
+            own = aside.get(name)
+            if own and item.role != "transient":
+                read = reads(recipe)
+                if by_rule.isdisjoint(read) and set(read).isdisjoint(
+                    [*own, *aside.get(("model", *name), ())]
+                ):
+                    yield item.leaf.path, read[0], own[0]
 
     def used_twice(self, copies: Set[Path]) -> Iterator[Twice]:
         """Yields each wanted leaf that reads an element which another one reads: with both leaves.
@@ -360,3 +377,7 @@ def _cut(recipe: Recipe, region: Region, stored: Path, shapes: Mapping[Path, Sha
             yield from _cut(piece.source.recipe, piece.source.region, stored, shapes)
         elif piece.source == stored:
             yield piece.source_region
+
+
+def _without_layers(tokens: Tokens) -> Tokens:
+    return tuple(token for token in tokens if token[:1] != "#")

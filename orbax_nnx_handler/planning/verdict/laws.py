@@ -153,10 +153,7 @@ class _Kernel:
         self._has_owners = any(map(_OWNER, placed.values()))
 
     def unproven(self) -> Iterator[Source]:
-        """Yields the leaves that are not read as nearly each is; those of optimizers are looked at as wholes.
-
-        To be read in the loop that proves them, since other leaves follow from those.
-        """
+        """Yields what is not read as nearly each leaf is, to the loop that proves it; optimizers go whole."""
         yield from self._unlike()
         for role, sources in self._by_role.items():
             if role not in ("model", "optimizer"):
@@ -252,8 +249,9 @@ class _Kernel:
             return
         if item.leaf.kind is not None and self._placed[same].section == "step" and item.role != "step":
             return  # A model's Variable called `step` is a model's.
-        fits = self._placed[same].leaf.shape == item.leaf.shape
-        if fits and not self._claims.has_its_name(item, read, same):
+        if self._placed[same].leaf.shape == item.leaf.shape and not self._claims.has_its_name(
+            item, read, same
+        ):
             yield Broken(law=1, wanted=path, stored=read[0], why=f"{render(same)} has its whole path")
 
     def _is_stream(self, item: Wanted, recipe: Recipe) -> bool:
@@ -264,7 +262,7 @@ class _Kernel:
         there = there[:-1] if there[-1:] == ("value",) and here[-1:] != ("value",) else there
         there = there[1:] if there[:1] == ("model",) and here[:1] != ("model",) else there
         # Flax 0.11 took the level with the stream's name away.
-        return any(
+        return not any(map(is_copy_level, here[: -len(there)] or there[: -len(here)])) and any(
             _is_end(left, right) or _is_end(right, left)
             for left in (here, (*here[:-2], *here[-1:]))
             for right in (there, (*there[:-2], *there[-1:]))
@@ -310,6 +308,8 @@ class _Kernel:
         for path, stored, other in claims.used_twice(self._known.copies):
             yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} is read from it too")
         unread = claims.unread(self._known.by_rule)
+        for path, stored, own in claims.kept_aside(self._known.by_rule):
+            yield Broken(law=1, wanted=path, stored=stored, why=f"{render(own)} has its whole path")
         for path, stored, other in claims.claimed_twice(self._weights, unread):
             yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} has its name too")
         for path, stored, other in claims.of_two_names(self._wanted, unread) if self._tops else ():
@@ -331,8 +331,7 @@ class _Kernel:
         """Yields where a weight is read from another train state than its path names, or one of several."""
         if not self._has_owners:
             return
-        models = {item.owner for item in self._placed.values() if item.section == "model"}
-        owners = set(map(canonical, models))
+        owners = {canonical(item.owner) for item in self._placed.values() if item.section == "model"}
         yield from self._copies()
         unnamed: set[Path] = set()
         for owner, read in self._read_owners.items() if len(owners) > 1 else ():

@@ -196,3 +196,41 @@ def test_a_rule_that_is_for_random_state_alone_saves_back(
     assert int(count) > 0
     for item in (stored, again):
         assert jax.tree.leaves(nnx.state(item, nnx.RngCount)) == [count]
+
+
+@pytest.mark.parametrize("other", ["teacher", "ema"])
+@pytest.mark.parametrize("wanted", ["list", "scan"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_what_is_kept_aside_is_restored_alone_under_its_own_name(
+    tmp_path: Path, other: str, wanted: str, trained: bool, layout: Literal["linen", "maxtext"]
+) -> None:
+    model = Model("list")
+    optimizer = {"optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)} if trained else {}
+    source = numbered({"model": model, other: Model("list", seed=1), **optimizer})
+    save(tmp_path / "item", source, layout=layout)
+
+    restored = restore(tmp_path / "item", nnx.eval_shape(lambda: {other: Model(wanted)}), unexpected="ignore")
+
+    assert_alike(nnx.state(restored[other]), nnx.state(source[other]))
+
+
+class Statistics(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(4, use_scale=False, use_bias=False, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+
+def test_the_models_statistics_and_streams_are_not_given_to_an_average(tmp_path: Path) -> None:
+    class Net(Statistics):
+        def __init__(self, rngs: nnx.Rngs):
+            super().__init__(rngs)
+            self.dense = nnx.Linear(4, 4, rngs=rngs)
+
+    save(tmp_path / "item", numbered({"model": Net(nnx.Rngs(0))}), layout="maxtext")
+    target = nnx.eval_shape(lambda: {"ema": Statistics(nnx.Rngs(1))})
+
+    error = plan_restore(tmp_path / "item", target).error()
+
+    assert error is not None
+    assert {path[0] for path in error.paths} == {"ema"}

@@ -143,6 +143,8 @@ def _only_level_above(stored: Collection[Tokens], wanted: Collection[Tokens]) ->
     found = [
         level for level, names in below.items() if len(names) >= len(stored) and names.issuperset(stored)
     ]
+    if len(found) > 1:  # `model` beside `ema` is the program's field for its model; `ema` names another one.
+        found = [level for level in found if level[-1:] and level[-1] in PLAIN_LEVELS]
     if len(found) == 1 and stored and not _names_layers(wanted, found[0]) and _keeps_apart(wanted, found[0]):
         yield found[0]
 

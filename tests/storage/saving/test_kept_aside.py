@@ -234,3 +234,23 @@ def test_the_models_statistics_and_streams_are_not_given_to_an_average(tmp_path:
 
     assert error is not None
     assert {path[0] for path in error.paths} == {"ema"}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_is_restored_beside_an_average_that_begins(tmp_path: Path, trained: bool) -> None:
+    def item(**others: Any) -> dict[str, Any]:
+        model = Model("list")
+        optimizer = {"optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)} if trained else {}
+        return {"model": model, **others, **optimizer}
+
+    def target() -> dict[str, Any]:
+        return item(ema=Model("list", seed=1))
+
+    source = numbered(item())
+    save(tmp_path / "item", source)
+
+    policy = {nnx.PathContains("ema"): "init", ...: "error"}
+    restored = restore(tmp_path / "item", nnx.eval_shape(target), policy=policy, init=target)
+
+    assert_alike(nnx.state(restored["model"]), nnx.state(source["model"]))
+    assert_alike(nnx.state(restored["ema"], nnx.Param), nnx.state(target()["ema"], nnx.Param))

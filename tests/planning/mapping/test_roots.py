@@ -57,8 +57,11 @@ def test_a_model_smaller_than_what_lies_beside_it_is_found_where_no_other_level_
     metrics = paths("metrics/loss/total", "metrics/loss/count")
 
     assert find_roots([*paths("model/a/kernel"), *metrics], stored).wanted == ("model",)
-    twice = find_roots([*paths("model/a/kernel", "ema/a/kernel", "ema/b/kernel"), *metrics], stored)
+    twice = find_roots([*paths("actor/a/kernel", "ema/a/kernel", "ema/b/kernel"), *metrics], stored)
     assert (twice.wanted, twice.overlap) == ((), 0)
+    # `model` is what a program calls the field for its own model, and the other level names another one.
+    named = find_roots([*paths("model/a/kernel", "ema/a/kernel", "ema/b/kernel"), *metrics], stored)
+    assert named.wanted == ("model",)
 
 
 def test_a_small_train_state_comes_up_beside_metrics_with_its_moments(tmp_path: Path) -> None:

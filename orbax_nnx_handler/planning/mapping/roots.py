@@ -61,7 +61,7 @@ def find_roots(
     here, there = _Below(wanted), _Below(stored)
     if there.names(()) >= {*wanted}:
         return Roots(wanted=(), stored=(), overlap=len(wanted))  # Many a model: no pair is shorter.
-    best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1, -1)
+    best, most = Roots(wanted=(), stored=(), overlap=0), (-1, -1, False, -1)
     above = dict.fromkeys([*_chain(wanted), *_only_level_above(stored, wanted)])
     pairs = itertools.product(above, _chain(stored))
     for left, right in sorted(pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), len(pair[1]))):
@@ -79,7 +79,8 @@ def find_roots(
         overlap = _meeting(here.skeletons(left), there.skeletons(right))
         # Where scanned blocks name their layers otherwise, no whole path meets; the model's parts still do.
         heads = _meeting(here.heads(left), there.heads(right))
-        meeting = (overlap, exact, heads)
+        # Of two that hold the same, `model` is the program's own field, and `teacher` names another network.
+        meeting = (overlap, exact, bool(exact and not named_levels(left)), heads)
         if meeting > most:
             best, most = Roots(wanted=left, stored=right, overlap=overlap), meeting
     return best

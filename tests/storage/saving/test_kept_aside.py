@@ -237,20 +237,24 @@ def test_the_models_statistics_and_streams_are_not_given_to_an_average(tmp_path:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_model_is_restored_beside_an_average_that_begins(tmp_path: Path, trained: bool) -> None:
+@pytest.mark.parametrize("other", ["ema", "teacher"])
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_a_model_is_restored_beside_an_average_that_begins(
+    tmp_path: Path, trained: bool, other: str, layout: Literal["linen", "maxtext"]
+) -> None:
     def item(**others: Any) -> dict[str, Any]:
         model = Model("list")
         optimizer = {"optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)} if trained else {}
         return {"model": model, **others, **optimizer}
 
     def target() -> dict[str, Any]:
-        return item(ema=Model("list", seed=1))
+        return item(**{other: Model("list", seed=1)})
 
     source = numbered(item())
-    save(tmp_path / "item", source)
+    save(tmp_path / "item", source, layout=layout)
 
-    policy = {nnx.PathContains("ema"): "init", ...: "error"}
+    policy = {nnx.PathContains(other): "init", ...: "error"}
     restored = restore(tmp_path / "item", nnx.eval_shape(target), policy=policy, init=target)
 
     assert_alike(nnx.state(restored["model"]), nnx.state(source["model"]))
-    assert_alike(nnx.state(restored["ema"], nnx.Param), nnx.state(target()["ema"], nnx.Param))
+    assert_alike(nnx.state(restored[other], nnx.Param), nnx.state(target()[other], nnx.Param))

@@ -240,7 +240,18 @@ def test_the_weights_of_one_network_are_not_copied_into_another_that_is_wanted(k
             np.testing.assert_array_equal(result[name].dense.kernel[...], small(first)["dense"]["kernel"])
 
 
-@pytest.mark.parametrize("names", [("model", "other"), ("policy", "value")])
+def test_a_stored_model_is_that_of_the_field_model_and_no_other_ones():
+    target = nnx.eval_shape(lambda: {name: Small() for name in ("model", "other")})
+
+    found = suggest({"params": small(10.0)}, target)
+
+    assert found.confidence == "open"
+    plan = plan_restore({"params": small(10.0)}, target, renames=found.renames)
+    assert {path[0] for path in plan.restored} == {"model"}
+    assert {path[0] for path in plan.missing} == {"other"}
+
+
+@pytest.mark.parametrize("names", [("actor", "other"), ("policy", "value")])
 def test_a_module_that_is_wanted_twice_and_stored_once_is_a_question(names):
     target = nnx.eval_shape(lambda: {name: Small() for name in names})
 

@@ -158,12 +158,10 @@ class Evidence:
         sections = {item.section for item in self.sides.placements.values()}
         follows = found and not sections.isdisjoint(("optimizer", "step"))
         unknown = {str(key) for path in self._unknown_fields for key in path}
-        moments, steps = (
-            follows or not MOMENTS.isdisjoint(unknown),
-            follows or any("step" in words_of(name) for name in unknown),
-        )
-        rest = [*(self.of_role(self.open_leaves, "optimizer") if moments else ())]
-        rest += self.of_role(self.open_leaves, "step") if moments or steps else ()
+        moments = follows or not MOMENTS.isdisjoint(unknown)
+        steps = moments or any("step" in words_of(name) for name in unknown)
+        roles = {role for role, is_stored in (("optimizer", moments), ("step", steps)) if is_stored}
+        rest = [path for path in self.open_leaves if self.role(path) in roles]
         return frozenset(found).union(rest, self._copied, self.kept_aside)
 
     @property

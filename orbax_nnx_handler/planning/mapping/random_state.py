@@ -185,12 +185,13 @@ class _Places:
 
     def kept(self, item: Wanted) -> Iterator[Path]:
         """Yields what `nnx_aux` holds: for the model's own below `model`, else under its own path."""
+        may_be_models = self._inside(item) and not any(map(is_copy_level, self._root))
         if self._root:
             yield from _at(self._aux, item.tokens)
-        if self._inside(item) and not any(map(is_copy_level, self._root)):
+        if may_be_models:
             yield from _at(self._aux, (_MODEL, *strip(item.tokens, self._root)))
         yield from _at(self._aux, item.tokens)
-        if self._inside(item) and not any(map(is_copy_level, self._root)):
+        if may_be_models:
             yield from _at(self._aux, strip(item.tokens, self._root))
 
     def rootless(self, item: Wanted) -> Iterator[Path]:

@@ -151,7 +151,7 @@ def flatten_target(
 
     def assemble(restored: Mapping[Path, Any]) -> Any:
         filled = {path: _with_value(node, restored[path]) for path, node in nodes.items()}
-        return rebuild(renamed(filled, split))
+        return rebuild(renamed(filled, split) if split else filled)
 
     @functools.cache
     def aliases() -> Mapping[Path, Path]:

@@ -93,8 +93,6 @@ Chain = tuple[Path | None, tuple[object, ...]]
 
 def read_and_steps(recipe: Recipe) -> Chain:
     """Returns the stored leaf of which a recipe takes a layer or turns axes, if no more, and its steps."""
-    if type(recipe) is Transpose and type(recipe.source) is Read:
-        return recipe.source.path, (recipe.permutation,)  # Many a kernel.
     steps: tuple[object, ...] = ()
     while not isinstance(recipe, Read):
         if isinstance(recipe, Transpose):

@@ -197,7 +197,11 @@ def _fields_of_networks(
         if names[-1] == "step" and not entry.shape:
             found[path] = ("step", None, names[:depth])
         else:
-            weights[names[:depth], names[depth]][path] = _without_end(path, names[depth + 1 :])
+            # Rules may rename below a field that keeps its name.
+            field, kept = path[: depth + 1], segments(path[: depth + 1]) == names[: depth + 1]
+            weights[names[:depth], names[depth]][path] = (
+                field if kept else _without_end(path, names[depth + 1 :])
+            )
     for (owner, level), fields in weights.items():
         others = {path for item in placements if (path := item.leaf.path) not in fields}
         # Where rules rename every weight, the moments still have their stored names.

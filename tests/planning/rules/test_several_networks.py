@@ -120,6 +120,40 @@ def test_an_optimizer_goes_to_its_network_also_where_rules_rename_every_weight(
     )
 
 
+@pytest.mark.parametrize(
+    "renames",
+    [
+        [("layers", "blocks")],
+        [UnstackLayers("layers", "blocks/{i}", axis=0)],
+        [(f"{name}/params/layers", f"{name}/params/blocks") for name in ("gen", "disc")],
+    ],
+    ids=["by name", "taken apart", "from the network down"],
+)
+def test_an_optimizer_goes_to_the_network_that_lies_where_it_is_wanted_and_has_a_part_renamed(
+    renames: Any,
+) -> None:
+    stored = fields(Numbers())
+    params = stored.pop("params")
+    stored |= {name: {"params": tree} for name, tree in params.items()}
+    rules = [
+        (f"{name}_{field}", f"{name}/{field}") for name in ("gen", "disc") for field in ("opt_state", "step")
+    ]
+
+    def target() -> Any:
+        return {name: trained(Tower("blocks")) for name in ("gen", "disc")}
+
+    error = plan_of(nnx.eval_shape(target), stored, renames).error()
+
+    assert error is not None
+    (hint,) = [hint for hint in error.hints if "renames" in hint.arguments]
+    expected = {
+        name: state(stored | {"params": params}, name, f"{name}_step", "blocks", "head")
+        for name in ("gen", "disc")
+    }
+    for every in (hint.arguments["renames"], [*renames, *rules], [*rules, *renames]):
+        assert_restored(target, stored, every, expected)
+
+
 def test_an_optimizer_goes_to_its_network_of_one_module_that_a_rule_renames() -> None:
     numbers = Numbers()
     stored = fields(numbers)

@@ -270,10 +270,12 @@ class UnusedRuleError(RestoreError):
     """A policy filter or a rename rule has no effect: a typo disarmed it.
 
     Attributes:
-        rules: The rules that match no stored leaf.
+        rules: The rules that match no stored leaf, or whose results are no wanted ones.
+        meant: What they were probably meant to be, each of them, where the hint says so.
     """
 
     rules: Sequence[Any] = ()
+    meant: Sequence[Any] = ()
 
 
 class RuleError(RestoreError):

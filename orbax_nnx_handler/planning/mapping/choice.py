@@ -303,12 +303,14 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     rows = [
         f"  {rule}: {render_reads(entry.recipe)} becomes {render(entry.segments)}" for rule, entry in idle
     ]
-    return UnusedRuleError(
+    error = UnusedRuleError(
         f"{'1 rule leads' if len(idle) == 1 else f'{len(idle)} rules lead'} to no wanted leaf:\n"
         + "\n".join(rows),
         paths=[entry.sources[0] for _, entry in idle],
         hints=["a rule writes the wanted path as the target spells it; correct it or take it out."],
     )
+    error.rules = [rule for rule, _ in idle]
+    return error
 
 
 def best_mappings(

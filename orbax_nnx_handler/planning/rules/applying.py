@@ -5,7 +5,7 @@ import difflib
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -157,7 +157,8 @@ def _check_copies(entries: Sequence[Entry], casts: Casts) -> None:
 UnmatchedRule = tuple[Rule, Sequence[Entry]]
 """A rule that matches nothing, and what it met."""
 
-_WHOLE = "a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
+WHOLE = "a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
+_MEANT = "if that is meant, write"
 _LATE = (
     "what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
     "what it becomes in the end."
@@ -172,7 +173,6 @@ _OF_ITS_OWN = (
     "a step and an optimizer are their train state's own: only renames and Drop are for them. Restore "
     "without the rule, and set a second count in the program."
 )
-
 
 _AXES = (
     "ScanAxis is for layers that are stacked on one side alone, its group written as `orbax-nnx tree` "
@@ -198,11 +198,11 @@ def _without_effect(unused: Sequence[UnmatchedRule], matched: Collection[Rule]) 
         if isinstance(rule, Rename) and comes_late(rule, met):
             late.append(rule)
             continue
-        near = nearest(rule, met)
-        if near.paths:
-            rows.append(f"    nearest stored: {', '.join(near.paths)}")
-        if near.rule is not None:
-            corrected.append(near.rule)
+        paths, meant = _nearest(rule, met)
+        if paths:
+            rows.append(f"    nearest stored: {', '.join(paths)}")
+        if meant is not None:
+            corrected.append(meant)
     if repeated == len(unused):
         hint = _TWICE
     elif len(late) == len(unused):
@@ -210,11 +210,12 @@ def _without_effect(unused: Sequence[UnmatchedRule], matched: Collection[Rule]) 
     elif what := _what_no_rule_is_for(unused):
         rows, hint = [row for row in rows if what is _IN_OPTIMIZER or not row.startswith("   ")], what
     elif len(corrected) == len(unused):
-        hint = f"if that is meant, write {', '.join(map(str, corrected))}."
+        hint = f"{_MEANT} {', '.join(map(str, corrected))}."
     else:
-        hint = _LATE if late else _WHOLE
+        hint = _LATE if late else WHOLE
     error = _unused_error(rows, Hint(hint))
     error.rules = [rule for rule, _ in unused]
+    error.meant = corrected if hint.startswith(_MEANT) else ()
     return error
 
 
@@ -252,29 +253,31 @@ _EXPRESSION = re.compile(r"[\\()\[\]+^$|?]")
 _PLACE_OR_NUMBER = re.compile(f"{_PLACE.pattern}|{_NUMBER.pattern}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Nearest:
-    """What is nearest to a rule without effect.
-
-    Attributes:
-        paths: Stored paths, as `orbax-nnx tree` prints them.
-        rule: The rule with its pattern spelt as the paths are, or None.
-    """
-
-    paths: tuple[str, ...] = ()
-    rule: Rule | None = None
-
-
-def nearest(rule: Rule, entries: Sequence[Entry]) -> Nearest:
-    """Returns the stored paths that are nearest to a rule's pattern."""
+def _nearest(rule: Rule, entries: Sequence[Entry]) -> tuple[Sequence[str], Rule | None]:
+    """Returns the stored paths nearest to a rule's pattern, and the rule spelt as they are, or None."""
     paths: list[str] = []
     corrected: dict[str, str] = {}
     for text in patterns_of(rule):
         runs = _alike(text, entries)
+        written = [_spelt_as(text, names) for names, _ in runs if _end_alike(text, names)]
+        if isinstance(rule, Rename) and not written and (end := next(_ends_of(text, entries), None)):
+            written, runs = [end[0]], [((), end[1])]
         paths += [_shown(entry) for _, entry in runs]
-        written = (_spelt_as(text, names) for names, _ in runs)
         corrected[text] = next((new for new in written if new is not None and new != text), text)
-    return Nearest(paths=tuple(dict.fromkeys(paths))[:_SHOWN], rule=_with_patterns(rule, corrected, entries))
+    return [*dict.fromkeys(paths)][:_SHOWN], _with_patterns(rule, corrected, entries)
+
+
+def _end_alike(text: str, names: Names) -> bool:
+    """Tells whether segments end about as a pattern does: its last one says what the rule is for."""
+    ends = (_plain(part).rpartition("/")[2] for part in (text, "/".join(names)))
+    return difflib.SequenceMatcher(None, *ends, autojunk=False).ratio() >= _ALIKE
+
+
+def _ends_of(text: str, entries: Sequence[Entry]) -> Iterator[tuple[str, Entry]]:
+    """Yields the ends of a pattern that match, longest first: levels in front may be the target's."""
+    parts = parse(text)
+    ends = (Pattern("/".join(parts[at:])) for at in range(1, len(parts)))
+    return ((end.text, entry) for end in ends for entry in entries if any(end.spans(entry.whole)))
 
 
 def patterns_of(rule: Rule) -> tuple[str, ...]:
@@ -299,7 +302,7 @@ def is_for_values(rule: Rule, entries: Iterable[Entry]) -> bool:
 
 
 def _names_one_of(rule: Rule, paths: Iterable[Names]) -> bool:
-    patterns = [Pattern(text) for text in patterns_of(rule)]
+    patterns = [*map(Pattern, patterns_of(rule))]
     return any(any(pattern.spans(path)) for path in paths for pattern in patterns)
 
 
@@ -412,8 +415,7 @@ def _plain(text: str) -> str:
 def _spelt_as(text: str, names: Names) -> str | None:
     """Returns a pattern that matches these segments, with the places of another, or None."""
     spelt = "/".join(names)
-    places = _PLACE_OR_NUMBER.findall(text)
-    numbers = _NUMBER.findall(spelt)
+    places, numbers = _PLACE_OR_NUMBER.findall(text), _NUMBER.findall(spelt)
     if len(places) == len(numbers):
         both = iter(zip(places, numbers, strict=True))
 
@@ -424,9 +426,9 @@ def _spelt_as(text: str, names: Names) -> str | None:
         written = _matching(_NUMBER.sub(kept, spelt), names)
         if written is not None:
             return written
-    parts = parse(text)
     if not _PLACE.search(text):
         return spelt
+    parts = parse(text)
     if len(parts) != len(names):
         return None
     kept_parts = [
@@ -442,7 +444,5 @@ def _matching(text: str, names: Names) -> str | None:
 
 def _shown(entry: Entry) -> str:
     """Returns the path of a stored leaf; what rules have made of it, where they have."""
-    source: Path = entry.whole if entry.leaves else entry.sources[0]
-    stored = render(source)
-    now = render(entry.whole)
+    stored, now = render(entry.whole if entry.leaves else entry.sources[0]), render(entry.whole)
     return stored if stored == now else f"{stored} (now {now})"

@@ -19,7 +19,8 @@ from orbax_nnx_handler.planning.mapping.choice import (
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
 from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, MatchEvidence
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions, resolve
-from orbax_nnx_handler.planning.rules import Drop, ScanAxis
+from orbax_nnx_handler.planning.rules import Drop, Rule, ScanAxis
+from orbax_nnx_handler.planning.rules.applying import WHOLE
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
@@ -251,7 +252,33 @@ def _choice(
     except UnusedRuleError as error:
         if broken.lost:
             raise unreadable(broken.lost) from error
+        error = _as_meant(error, wanted, stored, options)
         raise _told_if_needless(error, target, stored, options, overrides, broken) from None
+
+
+def _as_meant(
+    error: UnusedRuleError, wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions
+) -> UnusedRuleError:
+    """Returns an error without the hint at what its rules may be meant to be, where that does not fit."""
+    if not error.meant:
+        return error
+    meant = [*zip(error.rules, error.meant, strict=True)]
+    rules = [next((new for old, new in meant if old == rule), rule) for rule in options.renames]
+    rest = [rule for rule in options.renames if rule not in error.rules]
+
+    def found(renames: Sequence[Rule]) -> int:
+        try:
+            mapping = choose(wanted, stored, dataclasses.replace(options, renames=tuple(renames))).mapping
+        except RestoreError:
+            return -1
+        idle = (fault.rules for fault in faults_of(mapping) if isinstance(fault, UnusedRuleError))
+        return -2 if any(rule in error.meant for rules in idle for rule in rules) else len(mapping.found)
+
+    if found(rules) >= max(found(rest), -1):
+        return error
+    without = UnusedRuleError(error.what, paths=error.paths, hints=[WHOLE])
+    without.rules = error.rules
+    return without
 
 
 def _told_if_needless(

@@ -21,6 +21,7 @@ from orbax_nnx_handler.planning.layouts.linen import TRAIN_STATE
 from orbax_nnx_handler.planning.rules import apply_rules, as_rules
 from orbax_nnx_handler.planning.rules.entries import every_entry
 from tests.planning.models import keys
+from tests.planning.plans import Numbers, params, plan_of, values_of
 
 STORED = {
     "params/encoder/layers_0/self_attn/q_proj/kernel": (4, 4),
@@ -162,3 +163,43 @@ def test_a_rule_for_one_of_several_networks_is_answered_with_one_for_that_networ
     text = refused(of(f"{owner}/{end}"), stored=entries)
     assert f"nearest stored: {owner}/params/{end}" in text
     assert f"{owner}/params/{end}'" in text.split("hint:")[1]
+
+
+def attention(numbers: Numbers) -> dict[str, Any]:
+    return {name: {"kernel": numbers.array(4, 4)} for name in ("q", "k", "o")}
+
+
+def corrected(layers: dict[str, Any], *rules: Any) -> tuple[list[str], Any, Any]:
+    """Returns the hints for rules on attention, and the target and the tree that they are about."""
+    kernel = {"kernel": (4, 4)}
+    wanted = dict.fromkeys(("query", "key", "out"), kernel)
+    target, stored = params({"blocks": {at: {"attn": wanted} for at in range(2)}}), {"params": layers}
+    with pytest.raises(UnusedRuleError) as error:
+        plan_of(target, stored, rules)
+    return [hint.words for hint in error.value.hints], target, stored
+
+
+NAMES = [("layers_{i}", "blocks/{i}"), ("q", "attn/query"), ("k", "attn/key")]
+
+
+def test_levels_of_the_target_in_front_of_what_a_rule_is_for_are_left_out_in_the_hint() -> None:
+    numbers = Numbers()
+    layers = {f"layers_{at}": attention(numbers) for at in range(2)}
+
+    hints, target, stored = corrected(layers, *NAMES, ("attn/o", "attn/out"))
+
+    assert hints == ["if that is meant, write ('o', 'attn/out')."]
+    values = values_of(plan_of(target, stored, [*NAMES, ("o", "attn/out")]), stored)
+    for at in range(2):
+        for old, new in (("q", "query"), ("k", "key"), ("o", "out")):
+            expected = layers[f"layers_{at}"][old]["kernel"]
+            np.testing.assert_array_equal(values[f"blocks/{at}/attn/{new}/kernel"], expected)
+
+
+@pytest.mark.parametrize("rule", [("a/kernel", "attn/out"), ("attn/k", "attn/out")])
+def test_a_rule_that_takes_what_others_have_put_in_their_place_is_not_proposed(rule: Any) -> None:
+    layers = {f"layers_{at}": attention(Numbers()) for at in range(2)}
+
+    hints, _, _ = corrected(layers, *NAMES, rule)
+
+    assert not any(words.startswith("if that is meant") for words in hints)

@@ -34,6 +34,7 @@ class Claims:
 
     Attributes:
         read: Every stored leaf that is read, repeats included, in no order.
+        are_plain: Whether each is read whole, or a layer of it, or with its axes turned.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class Claims:
     ) -> None:
         self._sources, self._placed = sources, placed
         self.read = [path for path, _ in chains if path is not None]
-        if len(self.read) < len(chains):
+        self.are_plain = len(self.read) == len(chains)
+        if not self.are_plain:
             others = (source[1] for (path, _), source in zip(chains, sources, strict=True) if path is None)
             self.read += itertools.chain.from_iterable(map(reads, others))
 

@@ -94,10 +94,10 @@ Chain = tuple[Path | None, tuple[object, ...]]
 def read_and_steps(recipe: Recipe) -> Chain:
     """Returns the stored leaf of which a recipe takes a layer or turns axes, if no more, and its steps."""
     steps: tuple[object, ...] = ()
-    while not isinstance(recipe, Read):
-        if isinstance(recipe, Transpose):
+    while type(recipe) is not Read:
+        if type(recipe) is Transpose:
             steps = (*steps, recipe.permutation)
-        elif isinstance(recipe, Index):
+        elif type(recipe) is Index:
             steps = (*steps, "layer", recipe.axis, recipe.index)
         else:
             return None, ()

@@ -161,10 +161,11 @@ class _Kernel:
 
     def _unlike(self) -> Iterator[Source]:
         """Yields the weights that are not read whole, from their collection, below levels that are known."""
-        placed, roots, tops, by_rule = self._placed, self._weights.roots, self._tops, self._known.by_rule
+        placed, tops, by_rule = self._placed, self._tops, self._known.by_rule
+        place, roots = None, dict[tuple[Tokens, Tokens], object]()
         for source, (read, _) in zip(self._by_role["model"], self._chains["model"], strict=True):
             item, recipe, grounds = source
-            if by_rule and not by_rule.isdisjoint(reads(recipe) if read is None else (read,)):
+            if by_rule and (read in by_rule if read else not by_rule.isdisjoint(reads(recipe))):
                 continue
             if not isinstance(recipe, Read):
                 if not isinstance(recipe, Index) or not self._is_next_layer(item, recipe, grounds):
@@ -176,12 +177,15 @@ class _Kernel:
                 continue
             there = placed[recipe.path]
             collection = there.collection
+            if not roots or (there.owner, collection) != place:
+                place = there.owner, collection
+                roots = self._weights.roots.get(place, {})
             if (
                 collection is None
                 or collection != item.collection
                 or there.section != "model"
                 or (tops and self._has_top(item.leaf.path))
-                or not is_below(item, there, roots.get((there.owner, collection), ()))
+                or not is_below(item, there, roots)
             ):
                 yield source
             elif self._has_owners:
@@ -357,6 +361,8 @@ class _Kernel:
 
     def kept_beside(self) -> Iterator[Broken]:
         """Yields what a pure dict keeps below `opt_state`, not as optax, of weights that a rule computes."""
+        if self._claims.are_plain:
+            return  # Nearly every plan: nothing is computed.
         weights, moments = self._by_role["model"], self._by_role["optimizer"]
         bare = [source for source in (*weights, *moments) if source[0].leaf.kind is None]
         bare = [source for source in bare if "opt_state" in source[0].leaf.path[:-1]]

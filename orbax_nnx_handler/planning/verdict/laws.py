@@ -168,28 +168,21 @@ class _Kernel:
             if by_rule and (read in by_rule if read else not by_rule.isdisjoint(reads(recipe))):
                 continue
             if not isinstance(recipe, Read):
-                if not isinstance(recipe, Index) or not self._is_next_layer(item, recipe, grounds):
-                    yield source
-                continue
-            if grounds.kind == "same path":
-                if recipe.path != item.leaf.path:
-                    yield source
-                continue
-            there = placed[recipe.path]
-            collection = there.collection
-            if not roots or (there.owner, collection) != place:
-                place = there.owner, collection
-                roots = self._weights.roots.get(place, {})
-            if (
-                collection is None
-                or collection != item.collection
-                or there.section != "model"
-                or (tops and self._has_top(item.leaf.path))
-                or not is_below(item, there, roots)
-            ):
+                is_proven = isinstance(recipe, Index) and self._is_next_layer(item, recipe, grounds)
+            elif grounds.kind == "same path":
+                is_proven = recipe.path == item.leaf.path
+            else:
+                there = placed[recipe.path]
+                if not roots or (there.owner, there.collection) != place:
+                    place = there.owner, there.collection
+                    roots = self._weights.roots.get(place, {})
+                is_proven = there.section == "model" and there.collection == item.collection is not None
+                is_proven = is_proven and not (tops and self._has_top(item.leaf.path))
+                is_proven = is_proven and is_below(item, there, roots)
+                if is_proven and self._has_owners:
+                    self._read_owners[there.owner].append((item, recipe.path))
+            if not is_proven:
                 yield source
-            elif self._has_owners:
-                self._read_owners[there.owner].append((item, recipe.path))
 
     def _is_next_layer(self, item: Wanted, recipe: Index, grounds: Grounds) -> bool:
         """Tells whether a weight is a layer of a leaf of which another layer is proven."""
@@ -361,10 +354,9 @@ class _Kernel:
 
     def kept_beside(self) -> Iterator[Broken]:
         """Yields what a pure dict keeps below `opt_state`, not as optax, of weights that a rule computes."""
-        if self._claims.are_plain:
-            return  # Nearly every plan: nothing is computed.
         weights, moments = self._by_role["model"], self._by_role["optimizer"]
-        bare = [source for source in (*weights, *moments) if source[0].leaf.kind is None]
+        some = () if self._claims.are_plain else (*weights, *moments)
+        bare = [source for source in some if source[0].leaf.kind is None]
         bare = [source for source in bare if "opt_state" in source[0].leaf.path[:-1]]
         bare = [source for source in bare if source[0].role == "model" or source[2].kind == "same path"]
         computed: dict[Tokens, set[Tokens]] = defaultdict(set)

@@ -19,7 +19,7 @@ from typing import Any
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.paths import Tokens
+from orbax_nnx_handler.planning.core.paths import Tokens, canonical, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_beside
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted, collection_of
@@ -111,6 +111,38 @@ def named_levels(path: Tokens) -> Tokens:
 def strip(tokens: Tokens, root: Tokens) -> Tokens:
     """Returns the tokens below a root; unchanged where they are not below it."""
     return tokens[len(root) :] if root and tokens[: len(root)] == root else tokens
+
+
+def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[Entry]:
+    """Returns the entries, those that rules call by the target's whole path below the model as others are.
+
+    `("dense", "model/up")` leaves a weight in its collection, where no other one has `model` above it.
+    """
+    tops: dict[str, list[Tokens]] = defaultdict(list)
+    for path in wanted:
+        tops[path[0]].append(path)
+    own = [top for top in tops if len(tops) == 1 or top in PLAIN_LEVELS]
+    level = shared_levels(tops[own[0]], 1) if len(own) == 1 else ()
+    named = [entry for entry in entries if level and entry.named and entry.prefix]
+    moved = {id(entry) for entry in named if canonical(entry.segments[: len(level)]) == level}
+    if not moved:
+        return entries
+    others: dict[Tokens, set[Tokens]] = defaultdict(set)
+    for entry in entries:
+        if entry.section == "model" and id(entry) not in moved:
+            others[entry.owner].update(entry.tokens[:at] for at in range(len(level) + 1))
+    # Where rules call all of a model so, what names nothing goes.
+    alone = {tuple(itertools.dropwhile(PLAIN_LEVELS.__contains__, level))}
+    depths = {
+        owner: next(at for at in range(len(level) + 1) if level[at:] in (others[owner] or alone))
+        for owner in {entry.owner for entry in entries if id(entry) in moved}
+    }
+    return [
+        dataclasses.replace(entry, segments=entry.segments[depths[entry.owner] :])
+        if id(entry) in moved
+        else entry
+        for entry in entries
+    ]
 
 
 def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:

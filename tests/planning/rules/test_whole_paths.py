@@ -363,3 +363,37 @@ def test_a_copy_that_rules_make_a_network_is_not_lent_the_moments_of_an_optimize
         for module in SHAPES
         for name in SHAPES[module]
     }
+
+
+WHOLE_PATHS: dict[str, list[tuple[str, str]]] = {
+    "one module, below its collection": [("high", "model/up")],
+    "one module, from its collection on": [("params/high", "model/up")],
+    "every module, below its collection": [("high", "model/up"), ("down", "model/down")],
+    "every module by itself": [("high", "model/up"), ("down", "down")],
+}
+
+
+@pytest.mark.parametrize("rules", WHOLE_PATHS.values(), ids=WHOLE_PATHS)
+@pytest.mark.parametrize("level", ["", "state/"])
+def test_the_targets_whole_path_may_be_written_in_front_of_a_modules_own_stored_one(
+    rules: Any, level: str
+) -> None:
+    stored = Models().train_state()
+    moments = [stored["opt_state"][0][slot] for slot in ("mu", "nu")]
+    for tree in (stored["params"], *moments):
+        tree["high"] = tree.pop("up")
+
+    def target() -> Any:
+        model = Model()
+        state = {"model": model, "optimizer": optimizer(model)}
+        return {"state": state} if level else state
+
+    rules = [(old, f"{level}{new}" if new.startswith("model") else new) for old, new in rules]
+
+    _, values = planned(target, stored, *rules)
+
+    for tree in (stored["params"], *moments):
+        tree["up"] = tree.pop("high")
+    assert_below(values, f"{level}model", stored["params"])
+    for slot, tree in zip(("mu", "nu"), moments, strict=True):
+        assert_below(values, f"{level}optimizer/opt_state/0/{slot}", tree)

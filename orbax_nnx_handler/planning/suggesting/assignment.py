@@ -1,11 +1,14 @@
 """Which pairs of two sides together fit best, and which of them no other assignment comes near to."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN
+
+_DIGITS = re.compile(r"[0-9]+")
 
 
 class Table:
@@ -57,15 +60,14 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
     found: dict[int, set[tuple[int, int]]] = {}
     for number, group in enumerate(sorted(groups, key=sorted)):
         found[number] = set(group)
-        for key in [key for at, to in group for key in (("wanted", at), ("stored", to))]:
-            other = owner.get(key)
-            if other is not None and other != number:
-                small, large = sorted((other, number), key=lambda at: len(found[at]))
-                for at, to in found[small]:
-                    owner["wanted", at] = owner["stored", to] = large
-                found[large] |= found.pop(small)
-                number = large
-            owner[key] = number
+        keys = [key for at, to in group for key in (("wanted", at), ("stored", to))]
+        joined = {number, *(owner[key] for key in keys if key in owner)}
+        large = max(sorted(joined), key=lambda at: len(found[at]))
+        for small in sorted(joined - {large}):
+            for at, to in (pairs := found.pop(small)):
+                owner["wanted", at] = owner["stored", to] = large
+            found[large] |= pairs
+        owner |= dict.fromkeys(keys, large)
     return [frozenset(group) for group in found.values()]
 
 
@@ -74,3 +76,17 @@ def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
     if None in keys or len(set(keys)) < len(keys):
         return None
     return sorted(range(len(keys)), key=lambda at: keys[at])
+
+
+def ranks_of(paths: Sequence[Sequence[str]], like: int) -> Mapping[tuple[int, ...], int]:
+    """Returns the paths that are one of them but for numbers, by the ranks of their numbers."""
+    template = [_DIGITS.sub("#", name) for name in paths[like]]
+    alike = [at for at, path in enumerate(paths) if [_DIGITS.sub("#", name) for name in path] == template]
+    numbers = [tuple(map(int, _DIGITS.findall("/".join(paths[at])))) for at in alike]
+    ranks = [
+        {number: rank for rank, number in enumerate(sorted({*level}))} for level in zip(*numbers, strict=True)
+    ]
+    return {
+        tuple(rank[number] for rank, number in zip(ranks, counted, strict=True)): at
+        for at, counted in zip(alike, numbers, strict=True)
+    }

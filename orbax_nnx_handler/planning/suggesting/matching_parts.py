@@ -6,7 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import shared_levels
-from orbax_nnx_handler.planning.suggesting.assignment import Table, components, in_strict_order, merged
+from orbax_nnx_handler.planning.suggesting.assignment import (
+    Table,
+    components,
+    in_strict_order,
+    merged,
+    ranks_of,
+)
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
@@ -15,7 +21,6 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     in_order,
     lies_within,
     named_parts,
-    ranks_of,
 )
 from orbax_nnx_handler.planning.suggesting.scoring import Fit, fit_of, joined_parts, links_of, may_be
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
@@ -26,8 +31,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     likeness,
 )
 
-_READINGS = 24
-"""All orders of four parts."""
+_READINGS = 24  # All orders of four parts.
 MOST_PAIRS = 10_000
 """A hundred parts of one shape on either side are no block of a model that names could tell apart."""
 
@@ -366,7 +370,8 @@ class _Pairs:
         self, ours: Sequence[int], theirs: Sequence[int], free: set[int]
     ) -> list[tuple[int, int]] | None:
         """Returns the pairs of parts that both sides count alike: `conv2_1` and `blocks/1/convs/0`."""
-        left, right = ranks_of(self._wanted, ours[0]), ranks_of(self._stored, theirs[0])
+        sides = (self._wanted, ours[0]), (self._stored, theirs[0])
+        left, right = (ranks_of([role.part.names for role in roles], like) for roles, like in sides)
         places = {at: place for place, at in left.items()}
         if left.keys() != right.keys() or len(left) < 2 or any(at not in places for at in ours):
             return None

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -27,7 +26,6 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
 )
 
 _QKV = frozenset("qkv")
-_DIGITS = re.compile(r"[0-9]+")
 _MLP = frozenset(("up", "down", "gate"))
 
 
@@ -94,6 +92,7 @@ class _Context:
         self._bases: dict[Names, set[str]] = defaultdict(set)
         self._mixed = set[Names]()
         self._single: dict[Names, set[str]] = defaultdict(set)
+        self._unknown: dict[tuple[Names, int], set[str]] = defaultdict(set)
         self._norms = Counter(part.module for part in parts if part.is_norm)
         self._normed = {names for part in parts if part.is_norm for names in _containers(part)}
         self._shapes: dict[tuple[Names, str], dict[int, Shape]] = defaultdict(dict)
@@ -106,6 +105,8 @@ class _Context:
             if len(part.own & _QKV) == 1 and not part.is_norm:
                 self._single[part.module] |= part.own
             self._bases[part.module].update(level.base for level in part.levels[-1:])
+            if "main" in part.leaves and not (part.is_norm or part.own & STRONG):
+                self._unknown[part.module, math.prod(part.leaves["main"].shape)].add(part.family[1])
             for names in _containers(part):
                 self._held[names] |= part.own
                 self._inside[names[:-1]].add(names)
@@ -217,7 +218,10 @@ class _Context:
             shapes = [self._shapes[part.family].get(number, ()) for number in family]
             # Two of one shape that is no square are a gate and what it gates.
             are_both = len(shapes) == 2 and shapes[0] == shapes[1] and len({*shapes[0]}) > 1
-            self._resolve_mlp(said, own, () if are_both else family, last, is_counted)
+            # And what is as large beside them may be either, if its name does not tell.
+            size = math.prod(next(iter(part.leaves.values())).shape)
+            are_told = not are_both and not self._unknown[part.module, size] - {last.base}
+            self._resolve_mlp(said, own, family if are_told else (), last, is_counted)
         return ""
 
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
@@ -237,7 +241,7 @@ class _Context:
                 said.add(role)
                 return
         is_plain = not set(meanings(last.base)) - {"mlp"} and "conv" not in said
-        if is_plain and last.number is not None and len(family) == 2:
+        if is_plain and last.number is not None and len(family) == 2 and family[0] < 2:
             said.add("up" if last.number == family[0] else "down")
         elif "mlp" in said and not own and "proj" in last.base and not is_counted:
             said.add("down")
@@ -395,7 +399,10 @@ def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
     """Returns the numbers of parts whose paths differ in numbers, or in what numbered modules hold."""
     paths = [role.part.levels for role in roles]
     shapes = {tuple(level.base for level in path) for path in paths}
-    if len(shapes) > 1 and not all(itertools.starmap(_count_together, itertools.combinations(paths, 2))):
+    # Of a list without its first ones, `w2` and `w3`, those may be called otherwise.
+    are_first = all(held[0] < 2 for role in roles for _, held in role.numbers[-1:])
+    pairs = itertools.combinations(paths, 2)
+    if not are_first or (len(shapes) > 1 and not all(itertools.starmap(_count_together, pairs))):
         return [None] * len(roles)
     return [
         tuple(level.number for level in role.part.levels if level.number is not None) or None
@@ -407,24 +414,6 @@ def _count_together(one: Sequence[Level], other: Sequence[Level]) -> bool:
     """Tells whether a number tells two paths apart before a name does."""
     left, right = next((x for x in zip(one, other, strict=False) if x[0] != x[1]), (Level(""), Level("")))
     return left.base == right.base and None not in (left.number, right.number)
-
-
-def ranks_of(roles: Sequence[NamedPart], like: int) -> Mapping[tuple[int, ...], int]:
-    """Returns the parts that are called as one of them is but for numbers, by the ranks of their numbers."""
-    template = [_DIGITS.sub("#", name) for name in roles[like].part.names]
-    alike = [
-        at
-        for at, role in enumerate(roles)
-        if [_DIGITS.sub("#", name) for name in role.part.names] == template
-    ]
-    numbers = [tuple(map(int, _DIGITS.findall("/".join(roles[at].part.names)))) for at in alike]
-    ranks = [
-        {number: rank for rank, number in enumerate(sorted({*level}))} for level in zip(*numbers, strict=True)
-    ]
-    return {
-        tuple(rank[number] for rank, number in zip(ranks, counted, strict=True)): at
-        for at, counted in zip(alike, numbers, strict=True)
-    }
 
 
 def are_counted(roles: Sequence[NamedPart]) -> bool:

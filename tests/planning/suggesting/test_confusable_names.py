@@ -1,5 +1,7 @@
 """Modules of one shape whose names could be mistaken for each other: asked about or right, never swapped."""
 
+import itertools
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,8 +10,10 @@ from orbax_nnx_handler import plan_restore, suggest
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.suggesting import propose
+from orbax_nnx_handler.planning.suggesting.assignment import components
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
+from tests.planning.suggesting.proposals import filled, proposed
 
 NORM = {"scale": (8,), "bias": (8,)}
 DENSE = {"kernel": (8, 8), "bias": (8,)}
@@ -146,3 +150,38 @@ def test_an_output_belongs_to_the_layers_that_are_spelled_like_it(text, turned):
     assert {path[2]: next(iter(reads(item.recipe)))[2] for path, item in plan.restored.items()} == {
         wanted: stored for stored, wanted in truth.items()
     }
+
+
+def blocks(above, attention, network, width):
+    """Returns the shapes of two blocks with an attention and a gated network: gate, down, up."""
+    sizes = [(8, width), (width, 8), (8, width)]
+    layers = [*((name, (8, 8)) for name in attention.split()), *zip(network, sizes, strict=True)]
+    return {f"{above}{at}/{name}/kernel": shape for at in range(2) for name, shape in layers}
+
+
+@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("stored", ["w1 w2 foo", "w1 foo w3", "foo w2 w3", "w1 w2 w3"])
+@pytest.mark.parametrize(
+    "wanted",
+    [*itertools.product(["w1", "gate", "nib"], ["w2", "down_proj"], ["up", "ors"]), ("nib", "ors", "up")],
+)
+def test_two_numbered_layers_of_a_gated_network_are_not_the_two_of_a_plain_one(stored, wanted, width):
+    theirs = [f"mlp/{name}" for name in stored.split()]
+    ours = [f"mlp/{name}" for name in wanted]
+    arrays = filled(blocks("layers_", "wq wk wv wo", theirs, width))
+
+    found, values = proposed(arrays, blocks("blocks/", "q_proj k_proj v_proj o_proj", ours, width))
+
+    asked = {path[-2] for question in found.questions for path in question.wanted}
+    for name, other in zip(ours, theirs, strict=True):
+        value = values.get(f"blocks/0/{name}/kernel")
+        if value is not None:
+            np.testing.assert_array_equal(value, arrays[f"layers_0/{other}/kernel"])
+        else:
+            assert name.removeprefix("mlp/") in asked
+
+
+def test_pairs_that_share_a_part_by_way_of_others_are_one_group():
+    pairs = {(0, 1), (0, 2), (2, 0), (3, 0), (3, 2)}
+
+    assert components(pairs) == [pairs]

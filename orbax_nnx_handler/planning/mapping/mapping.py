@@ -47,7 +47,7 @@ from orbax_nnx_handler.planning.mapping.optimizer_states import (
     wanted_states,
 )
 from orbax_nnx_handler.planning.mapping.random_state import as_wanted, find_random
-from orbax_nnx_handler.planning.mapping.roots import Roots, below_model, strip
+from orbax_nnx_handler.planning.mapping.roots import Roots, below_model, of_root, strip
 from orbax_nnx_handler.planning.mapping.train_states import (
     StoredOptimizer,
     WantedOptimizer,
@@ -254,7 +254,7 @@ def _in_own_collections(applied: RulesApplied, wanted: Sequence[Wanted]) -> Rule
     if not applied.made:
         return applied
     entries = below_model(applied.entries, [item.tokens for item in of_role(wanted, "model")])
-    applied = dataclasses.replace(applied, entries=entries)
+    applied = dataclasses.replace(applied, entries=of_root(entries))
     names = {item.collection for item in wanted if item.role == "model"} - {None, *FLAX_COLLECTIONS}
     names = {name for name in names if not any(name in item.path for item in wanted)}
     if not names:

@@ -85,6 +85,7 @@ PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "two called networks": lambda: side_by_side("q_network", "target_network"),
     "one wraps another": actor_and_critic,
     "one wraps another, and its target": lambda: actor_and_critic(target_critic=Wrapped()),
+    "a tuple with another network": lambda: (model := Net(), optimizer(model), Net()),
     "lists": lists,
     "lists of train states": lambda: {"agents": [with_its_optimizer(2), with_its_optimizer(4)]},
 }

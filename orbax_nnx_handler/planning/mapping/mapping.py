@@ -428,9 +428,9 @@ def _without_variable(
 def _discarded(
     applied: RulesApplied, optimizers: Sequence[StoredStates], stored: Stored
 ) -> dict[Path, Discarded]:
-    found = {path: Discarded(leaf=stored[path], reason=reason) for path, reason in applied.discarded.items()}
-    for parameter, reason in applied.discarded.items():
+    found = {path: Discarded(leaf=stored[path], rule=rule) for path, rule in applied.discarded.items()}
+    for parameter, rule in applied.discarded.items():
         for optimizer in optimizers:
             for path in optimizer.of_parameter(parameter):
-                found[path] = Discarded(leaf=stored[path], reason=reason)
+                found[path] = Discarded(leaf=stored[path], rule=rule)
     return found

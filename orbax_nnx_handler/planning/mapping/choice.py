@@ -96,9 +96,15 @@ def claims_of_shared(
     for item, claims in _under_aliases(wanted, mapping, aliases, unexpected):
         found = mapping.found.get(item.leaf.path)
         first = own.get(next(iter(reads(found.recipe)), ())) if found else None
-        if (first is None or first.section != "model") if found else item.role != "model":
-            continue  # What lies aside: a program's own random streams, say.
-        entries = [entry for entry, _ in claims if first is None or entry.collection == first.collection]
+        if item.role != "model" or (found and first is None):
+            continue  # A program's own random streams, say.
+        entries = [
+            entry
+            for entry, _ in claims
+            if first is None
+            or entry.collection == first.collection
+            or "aux" in (entry.section, first.section)
+        ]
         entries = [first, *entries] if first else entries
         if len(entries) > 1:
             rivals.append(CompetingSources(wanted=item, entries=tuple(entries)))
@@ -115,7 +121,10 @@ def renames_of_shared(
     module may have stored it under another. Each is its name. Takes what `claims_of_shared` takes.
     """
     found: dict[Path, tuple[Rename, Path]] = {}
-    unused = (mapping.placed.keys() if aliases else set[Path]()) - mapping.used()
+    used = mapping.used() if aliases else ()
+    unused = {path for path, item in mapping.placed.items() if aliases and item.section != "aux"}.difference(
+        used
+    )
     for item, claims in _under_aliases(wanted, mapping, aliases, unused):
         if item.leaf.path in mapping.found or len(claims) != 1 or item.role != "model":
             continue
@@ -154,10 +163,15 @@ def _under_aliases(
             tokens = strip(entry.tokens, mapping.roots.stored)
             above = () if is_one else entry.owner
             free |= {(entry.collection, (*above, *name)): entry for name in (entry.tokens, tokens)}
+    # What is kept aside has the whole path that the program called it by.
+    aside = [entry for entry in mapping.applied.entries if entry.section == "aux"]
+    whole = {entry.tokens: entry for entry in aside if any(path in unused for path in entry.sources)}
     items = {item.leaf.path: item for item in wanted}
     claims: dict[Path, dict[Path, tuple[Entry, Path]]] = defaultdict(dict)
     for alias, path in aliases.items():
         item, tokens = items[path], canonical(alias)
+        if entry := whole.get(tokens):
+            claims[path][entry.sources[0]] = entry, alias
         for collection in (item.collection, None):
             for name in (tokens, strip(tokens, mapping.roots.wanted)):
                 if entry := free.get((collection, name)):

@@ -200,6 +200,7 @@ def judge(
     others = outcomes if len(restored) < len(outcomes) else {}
     used = [v.recipe for v in outcomes.values() if not isinstance(v, Defaulted) and v.recipe is not None]
     left = left_over(wanted, mapping, used)
+    unused = {*left.unexpected, *(path for path in left.skipped if mapping.placed[path].section == "aux")}
     missing, defaulted = _named(_of_kind(Missing, others), target), _of_kind(Defaulted, others)
     return Verdict(
         directory=directory,
@@ -217,7 +218,7 @@ def judge(
             *faults,
             *mapping.faults,
             *faults_of(mapping),
-            *claims_of_shared(wanted, mapping, target.aliases() if left.unexpected else {}, left.unexpected),
+            *claims_of_shared(wanted, mapping, target.aliases() if unused else {}, unused),
             *((error_of(broken_laws),) if broken_laws else ()),
             *indivisible(target.leaves.values()),
             *unreadable_leaves(

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import AmbiguousMappingError, MissingParamError, ShapeMismatchError
+from orbax_nnx_handler import AmbiguousMappingError, Drop, MissingParamError, ShapeMismatchError
 from tests.planning.plans import params, plan_of, values_of
 
 
@@ -122,3 +122,66 @@ def test_a_shared_variable_of_another_shape_under_its_other_name_is_not_missing(
 
     with pytest.raises(ShapeMismatchError, match=r"stored \(4, 2\) float32 +wanted \(3, 2\).*head/embedding"):
         plan.check()
+
+
+class _Model(nnx.Module):
+    """A model with statistics, which MaxText's layout keeps aside."""
+
+    def __init__(self) -> None:
+        self.up = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(3, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
+
+
+def _weights(value: float) -> Any:
+    return {"up": {"kernel": np.full((2, 3), value, np.float32), "bias": np.full(3, value, np.float32)}}
+
+
+def _statistics(value: float) -> Any:
+    return {"norm": {"mean": np.full(3, value, np.float32), "var": np.full(3, value, np.float32)}}
+
+
+_BESIDE = {
+    "Flax": {"params": _weights(1), "batch_stats": _statistics(2)},
+    "MaxText": {"params": {"params": _weights(1)}, "nnx_aux": {"model": _statistics(2)}},
+}
+
+
+@pytest.mark.parametrize("layout", _BESIDE)
+@pytest.mark.parametrize("value", [1, 3], ids=["equal", "another"])
+def test_what_is_kept_aside_under_the_other_name_of_a_shared_module_is_not_left_behind_unsaid(
+    layout: str, value: int
+) -> None:
+    def make() -> Any:
+        model = _Model()
+        return {"ema": model, "model": model}
+
+    stored = _BESIDE[layout]
+    aside = {"ema": _weights(value) | _statistics(value), **stored.get("nnx_aux", {})}
+    stored = stored | {"nnx_aux": aside}
+
+    with pytest.raises(AmbiguousMappingError, match="4 wanted leaves are claimed by several") as caught:
+        plan_of(make(), stored).check()
+    (hint,) = caught.value.hints
+    level = "nnx_aux/ema" if "nnx_aux" in _BESIDE[layout] else "nnx_aux"
+    assert hint.words == f"pass renames=[Drop({level!r}, 'why')] to leave behind what is not meant."
+    plan = plan_of(make(), stored, [Drop(level, "the model's own is meant")], unexpected="error")
+    plan.check()
+    found = {path.split("/", 1)[1]: value for path, value in values_of(plan, stored).items()}
+    np.testing.assert_array_equal(found["up/kernel"], np.full((2, 3), 1))
+    np.testing.assert_array_equal(found["norm/mean"], np.full(3, 2))
+
+
+@pytest.mark.parametrize("layout", _BESIDE)
+def test_a_shared_module_that_is_stored_once_is_restored_beside_what_others_keep_aside(layout: str) -> None:
+    def make() -> Any:
+        model = _Model()
+        return {"ema": model, "model": model}
+
+    stored = _BESIDE[layout]
+    stored = stored | {"nnx_aux": {"up": _weights(5)["up"], **stored.get("nnx_aux", {})}}
+
+    plan = plan_of(make(), stored)
+
+    plan.check()
+    found = {path.split("/", 1)[1]: value for path, value in values_of(plan, stored).items()}
+    np.testing.assert_array_equal(found["up/kernel"], np.full((2, 3), 1))

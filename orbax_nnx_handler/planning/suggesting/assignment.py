@@ -1,14 +1,168 @@
-"""Which pairs of two sides together fit best, and which of them no other assignment comes near to."""
+"""How well a stored part fits a wanted one, and which pairs of two sides together fit best."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN
+from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
+from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, compare_numbers
+from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, permuted, transposed, ways
+from orbax_nnx_handler.planning.suggesting.vocabulary import (
+    MARGIN,
+    PLACING,
+    PYTORCHS,
+    Concepts,
+    exclude,
+    likeness,
+    same_place,
+    words,
+)
 
+_COMPLETE, _LACKING, _NUMBER, _LITERAL = 2.0, 1.0, 2.0, 1.0
 _DIGITS = re.compile(r"[0-9]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How well a stored part fits a wanted one."""
+
+    score: float
+    pairs: tuple[tuple[Leaf, Leaf, tuple[Way, ...]], ...]
+    is_exact: bool
+
+
+def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
+    """Returns how a stored part may become a wanted one; None where shapes do not come out."""
+    numbers, ours, theirs = compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
+    shared, lacking = [kind for kind in ours if kind in theirs], len(ours ^ theirs)
+    if not shared and (lone := _lone_bias(one, other)) is not None:
+        score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * numbers.equal
+        return Fit(score + 20.0, (lone,), is_exact=True)
+    # A norm with statistics and a bias is none that does nothing but scale.
+    if not shared or lacking > 2 or ("main" not in shared and "main" in ours | theirs):
+        return None
+    pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
+    cost = 0.0
+    for kind in shared:
+        left, right = one.part.leaves[kind], other.part.leaves[kind]
+        found = _ways(left, right, one, other)
+        if not found or not _are_of_a_kind(kind, left, right, one, other):
+            return None
+        # Under another name, or PyTorch's, outputs before inputs may be the convention of all.
+        kept = right.names[-1] == left.names[-1] not in PYTORCHS or right.names[-1] == "embedding"
+        if not found[0].turned or kept:
+            cost += found[0].cost + 0.5 * found[0].turned
+        pairs.append((left, right, found))
+    score = _COMPLETE - _LACKING * lacking - cost
+    if one.place is not None and other.place is not None:
+        score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
+    else:
+        score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
+    score += _NUMBER * numbers.equal + _LITERAL * (one.part.names[-1:] == other.part.names[-1:])
+    # A pair that shapes allow is better than none.
+    return Fit(score + 20.0, tuple(pairs), not lacking)
+
+
+def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way, ...]] | None:
+    """Returns a parameter that is called a bias of something (`gating_bias`) with one that is not."""
+    if len(one.part.leaves) > 1 or len(other.part.leaves) > 1:
+        return None
+    (left,), (right,) = one.part.leaves.values(), other.part.leaves.values()
+    if any(
+        "bias" in part.leaves and leaf.names[-1] in ("bias", "b")
+        for part, leaf in ((one.part, left), (other.part, right))
+    ):
+        return None
+    found = _ways(left, right, one, other) if is_vector(left.shape) and is_vector(right.shape) else ()
+    return (left, right, found) if found else None
+
+
+def may_be(one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether no name speaks against a pair."""
+    left, right = one.said, other.said
+    if one.place is not None and other.place is not None:
+        if not same_place(one.place, other.place):
+            return False
+        left, right = left - PLACING, right - PLACING
+    if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
+        return False
+    return not compare_numbers(one, other).different
+
+
+def _say_something(one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether the part of two that is not called a fused one has a name of another meaning."""
+    return bool((other if one.fused else one).part.own)
+
+
+def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple[Way, ...]:
+    if wanted.number != stored.number:
+        return ()
+    if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
+        return ()
+    if one.is_table and other.is_table and stored.names[-1] != "kernel":
+        return ways(stored.shape, wanted.shape)[:1]
+    return ways_of_heads((stored, stored.shape), (wanted, wanted.shape), one.said | other.said)
+
+
+def ways_of_heads(one: tuple[Leaf, Shape], other: tuple[Leaf, Shape], said: Concepts) -> tuple[Way, ...]:
+    """Returns the ways of one part, less those that the names of arrays of heads rule out.
+
+    A `kernel` has inputs before outputs, `w` of a query's einsum in Gemma has heads, inputs, features.
+    Heads go into the layer that leads out of an attention, also where they lie last, as in Praxis.
+
+    Args:
+        one: A stored leaf, and the shape of what of it becomes the part.
+        other: A wanted leaf, and the shape of what of it is made of the part.
+        said: What the names of the part say.
+    """
+    (stored, wanted), kinds = (one[1], other[1]), (_kind(one[0]), _kind(other[0]))
+    found, is_out = ways(stored, wanted), "o" in said
+    is_led = bool(said & {"q", "k", "v", "o"})
+    if is_led and {*kinds} == {"kernel", "einsum"}:
+        way = _of_gemma(stored, wanted, is_stored=kinds[0] == "einsum", is_out=is_out)
+        return found if way is None else (way,)
+    if len(found) < 2 or len(stored) != 3 or len(wanted) != 2:
+        return found
+    are_last = stored[0] == wanted[0] or stored[2] != wanted[1]
+    if are_last and is_out:
+        found = tuple(dataclasses.replace(way, turned=not way.turned) for way in reversed(found))
+    return found[:1] if kinds[1] == "kernel" and (not are_last or is_led) else found
+
+
+def _of_gemma(stored: Shape, wanted: Shape, *, is_stored: bool, is_out: bool) -> Way | None:
+    """Returns the way between an einsum's array and a kernel, inputs first; None where they do not fit."""
+    heads, kernel = (stored, wanted) if is_stored else (wanted, stored)
+    if len(heads) != 3:
+        return None
+    apart = heads if is_out else permuted(heads, (1, 0, 2))
+    first, middle, last = apart
+    if kernel not in (apart, (first * middle, last) if is_out else (first, middle * last)):
+        return None
+    moved = () if is_out else (transposed(stored if is_stored else apart, (1, 0, 2)),)
+    joined = (
+        () if kernel == apart else (Step("reshape", *((apart, kernel) if is_stored else (kernel, apart))),)
+    )
+    return Way(moved + joined if is_stored else joined + moved, named=True)
+
+
+def _kind(leaf: Leaf) -> str:
+    """Returns what tells the order of an array's axes; nothing where its name does not."""
+    above, last = leaf.names[-2:] if len(leaf.names) > 1 else ("", *leaf.names)
+    return "einsum" if last == "w" and "einsum" in words(above) else last if last == "kernel" else ""
+
+
+def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether a vector stays one, but for a bias of heads and a norm of them."""
+    if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
+        return True
+    return one.part.is_norm and other.part.is_norm
+
+
+# Many at once.
 
 
 class Table:
@@ -69,13 +223,6 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
             found[large] |= pairs
         owner |= dict.fromkeys(keys, large)
     return [frozenset(group) for group in found.values()]
-
-
-def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
-    """Returns the places in the order of their keys; None where a key is not known or is there twice."""
-    if None in keys or len(set(keys)) < len(keys):
-        return None
-    return sorted(range(len(keys)), key=lambda at: keys[at])
 
 
 def ranks_of(paths: Sequence[Sequence[str]], like: int) -> Mapping[tuple[int, ...], int]:

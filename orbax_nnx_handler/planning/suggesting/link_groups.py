@@ -180,8 +180,8 @@ def _orders(link: Link) -> list[tuple[int, ...]]:
 
 
 def _is_plain(link: Link) -> bool:
-    """Tells whether a link is one stored leaf and one wanted one, whole."""
-    is_one = len(link.wanted) == len(link.stored) == len(link.ways) == 1
+    """Tells whether a link is one stored leaf and one wanted one, whole, of which no name tells the axes."""
+    is_one = len(link.wanted) == len(link.stored) == len(link.ways) == 1 and not link.ways[0][0].named
     return is_one and link.joint is None and link.layers is None and not (link.source.made or link.copied)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import shared_levels
 from orbax_nnx_handler.planning.suggesting.assignment import (
+    Fit,
     Table,
     components,
-    in_strict_order,
+    fit_of,
+    may_be,
     merged,
     ranks_of,
 )
@@ -19,10 +21,11 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     are_automatic,
     are_counted,
     in_order,
+    in_strict_order,
     lies_within,
     named_parts,
 )
-from orbax_nnx_handler.planning.suggesting.scoring import Fit, fit_of, joined_parts, links_of, may_be
+from orbax_nnx_handler.planning.suggesting.scoring import joined_parts, links_of
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     are_peers,
@@ -412,15 +415,11 @@ class _Pairs:
     def links(self, at: int, to: int, grounds: PairGrounds) -> list[Link]:
         """Returns the leaves of a pair of parts."""
         fact = self._wanted[at].fact or self._stored[to].fact
-        is_fact = bool(fact) and grounds == "names" and not self._wanted[at].fused
+        if grounds != "names" or self._wanted[at].fused:
+            fact = ""
+        kind: PairGrounds = "fact" if fact else grounds
         return [
-            Link(
-                wanted=(one,),
-                stored=(other,),
-                grounds="fact" if is_fact else grounds,
-                ways=(found,),
-                fact=fact if is_fact else "",
-            )
+            Link(wanted=(one,), stored=(other,), grounds=kind, ways=(found,), fact=fact)
             for one, other, found in self._fits[at, to].pairs
         ]
 

@@ -397,7 +397,7 @@ def _chosen(
             return next((way for way in ways if way.turned in turned), None)
         if turned and key[0] == "model":
             return None
-    if any(step.kind == "transpose" for way in ways if not way.turned for step in way.steps):
+    if any([step.kind for step in way.steps] == ["transpose"] for way in ways if not way.turned):
         # Where image axes come last, outputs come first: that is PyTorch's convention for both.
         return next((way for way in ways if way.turned), None)
     if _keeps_its_name(link, leaf) and not _are_squares(leaf):

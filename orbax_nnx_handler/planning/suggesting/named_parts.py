@@ -5,9 +5,9 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.suggesting.assignment import in_strict_order
 from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     COMPUTED,
@@ -385,6 +385,13 @@ def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] 
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
         return None
     return by_words or by_numbers
+
+
+def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
+    """Returns the places in the order of their keys; None where a key is not known or is there twice."""
+    if None in keys or len(set(keys)) < len(keys):
+        return None
+    return sorted(range(len(keys)), key=lambda at: keys[at])
 
 
 def _placed(positions: Sequence[float | None]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""How well stored parts fit wanted ones, and by which recipe: one to one, or several in one array.
+"""How several parts lie in one array, by which recipe.
 
 Last: the same link with another recipe, which outputs have proved.
 """
@@ -15,123 +15,29 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, sh
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
+from orbax_nnx_handler.planning.suggesting.assignment import ways_of_heads
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie
-from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, compare_numbers, told_on_one_side
+from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, told_on_one_side
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
     Way,
     arrangements,
     chain_of,
     cuts_of,
-    is_vector,
     joints,
     lifted,
     several_times,
     shaping,
-    ways,
-    ways_of_heads,
+    without_axis,
 )
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
-    PLACING,
-    PYTORCHS,
     Concepts,
     exclude,
     likeness,
-    same_place,
 )
 
 _READINGS = 6
-_COMPLETE, _LACKING, _NUMBER, _LITERAL = 2.0, 1.0, 2.0, 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """How well a stored part fits a wanted one."""
-
-    score: float
-    pairs: tuple[tuple[Leaf, Leaf, tuple[Way, ...]], ...]
-    is_exact: bool
-
-
-def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
-    """Returns how a stored part may become a wanted one; None where shapes do not come out."""
-    numbers, ours, theirs = compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
-    shared, lacking = [kind for kind in ours if kind in theirs], len(ours ^ theirs)
-    if not shared and (lone := _lone_bias(one, other)) is not None:
-        score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * numbers.equal
-        return Fit(score + 20.0, (lone,), is_exact=True)
-    # A norm with statistics and a bias is none that does nothing but scale.
-    if not shared or lacking > 2 or ("main" not in shared and "main" in ours | theirs):
-        return None
-    pairs: list[tuple[Leaf, Leaf, tuple[Way, ...]]] = []
-    cost = 0.0
-    for kind in shared:
-        left, right = one.part.leaves[kind], other.part.leaves[kind]
-        found = _ways(left, right, one, other)
-        if not found or not _are_of_a_kind(kind, left, right, one, other):
-            return None
-        # Under another name, or PyTorch's, outputs before inputs may be the convention of all.
-        kept = right.names[-1] == left.names[-1] not in PYTORCHS or right.names[-1] == "embedding"
-        if not found[0].turned or kept:
-            cost += found[0].cost + 0.5 * found[0].turned
-        pairs.append((left, right, found))
-    score = _COMPLETE - _LACKING * lacking - cost
-    if one.place is not None and other.place is not None:
-        score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
-    else:
-        score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
-    score += _NUMBER * numbers.equal + _LITERAL * (one.part.names[-1:] == other.part.names[-1:])
-    # A pair that shapes allow is better than none.
-    return Fit(score + 20.0, tuple(pairs), not lacking)
-
-
-def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way, ...]] | None:
-    """Returns a parameter that is called a bias of something (`gating_bias`) with one that is not."""
-    if len(one.part.leaves) > 1 or len(other.part.leaves) > 1:
-        return None
-    (left,), (right,) = one.part.leaves.values(), other.part.leaves.values()
-    if any(
-        "bias" in part.leaves and leaf.names[-1] in ("bias", "b")
-        for part, leaf in ((one.part, left), (other.part, right))
-    ):
-        return None
-    found = _ways(left, right, one, other) if is_vector(left.shape) and is_vector(right.shape) else ()
-    return (left, right, found) if found else None
-
-
-def may_be(one: NamedPart, other: NamedPart) -> bool:
-    """Tells whether no name speaks against a pair."""
-    left, right = one.said, other.said
-    if one.place is not None and other.place is not None:
-        if not same_place(one.place, other.place):
-            return False
-        left, right = left - PLACING, right - PLACING
-    if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
-        return False
-    return not compare_numbers(one, other).different
-
-
-def _say_something(one: NamedPart, other: NamedPart) -> bool:
-    """Tells whether the part of two that is not called a fused one has a name of another meaning."""
-    return bool((other if one.fused else one).part.own)
-
-
-def _ways(wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> tuple[Way, ...]:
-    if wanted.number != stored.number:
-        return ()
-    if None not in (wanted.collection, stored.collection) and wanted.collection != stored.collection:
-        return ()
-    if one.is_table and other.is_table and stored.names[-1] != "kernel":
-        return ways(stored.shape, wanted.shape)[:1]
-    return ways_of_heads(stored.shape, wanted.shape, wanted.names[-1], one.said | other.said)
-
-
-def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other: NamedPart) -> bool:
-    """Tells whether a vector stays one, but for a bias of heads and a norm of them."""
-    if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
-        return True
-    return one.part.is_norm and other.part.is_norm
 
 
 # Several in one array.
@@ -274,6 +180,8 @@ def links_of(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> list[
         joint = _joint(leaf, singles, split, whole.fact == "Gemma") if len(singles) == len(parts) else None
         if joint is None:
             return []
+        if joint.is_new:
+            joint = _with_named_axes(joint, leaf, parts, singles, split)
         found.append(
             Link(
                 wanted=tuple(singles) if split else (leaf,),
@@ -293,6 +201,16 @@ def _joint(whole: Leaf, parts: Sequence[Leaf], split: bool, is_first: bool) -> J
     if is_first and parts[0].shape[:1] != whole.shape[:1]:  # Else both may be stacks of layers.
         kept = [joint for joint in kept if joint.axis == 0]
     return kept[0] if len(kept) == 1 else None
+
+
+def _with_named_axes(
+    joint: Joint, whole: Leaf, roles: Sequence[NamedPart], parts: Sequence[Leaf], split: bool
+) -> Joint:
+    """Returns how parts lie in a whole, where their names tell the order of axes."""
+    piece = whole, without_axis(whole.shape, joint.axis)
+    both = [(part.said, (leaf, leaf.shape)) for part, leaf in zip(roles, parts, strict=True)]
+    made = (ways_of_heads(*((piece, one) if split else (one, piece)), said) for said, one in both)
+    return dataclasses.replace(joint, parts=tuple(made))
 
 
 def _repeated(whole: NamedPart, parts: Sequence[NamedPart]) -> tuple[tuple[Link, ...], ...]:

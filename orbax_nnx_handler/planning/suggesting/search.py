@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.core.recipes import (
 )
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.suggesting.assignment import Fit, fit_of, may_be
 from orbax_nnx_handler.planning.suggesting.link_groups import apart_from_copies, match_model, with_moved_axes
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings
 from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
@@ -38,7 +39,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     settle_turns,
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, named_parts
-from orbax_nnx_handler.planning.suggesting.scoring import Fit, fit_of, may_be
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
 from orbax_nnx_handler.planning.suggesting.vocabulary import concepts
 from orbax_nnx_handler.planning.target.roles import Wanted

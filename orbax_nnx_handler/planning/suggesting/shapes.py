@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -51,10 +51,12 @@ class Way:
     Attributes:
         steps: What is done, in order.
         turned: Whether a matrix is transposed: its inputs and outputs change places.
+        named: Whether the names of both arrays tell what their axes are.
     """
 
     steps: Steps
     turned: bool = False
+    named: bool = False
 
     @property
     def cost(self) -> float:
@@ -133,8 +135,7 @@ def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
     """Yields a split and then another order of axes, or another order and then a join.
 
     What was one axis keeps its order: heads come before what each of them holds. First the ways
-    that move the most, so that the last of each kind is the simplest; whether the first axis of a
-    matrix is the one that is split tells it from its transpose.
+    that move the most, so that the last of each kind is the simplest.
     """
     for axes in reversed(_orders(len(wanted))):
         split = tuple(wanted[axes.index(at)] for at in range(len(wanted)))
@@ -144,14 +145,21 @@ def _moved(stored: Shape, wanted: Shape) -> Iterator[tuple[bool, Steps]]:
             yield False, (transposed(stored, axes),)
         groups = _groups(stored, split) if len(split) > len(stored) else None
         if groups is not None and all(_ascends(axes.index(at) for at in group) for group in groups):
-            turned = len(stored) == 2 and len(groups[0]) > 1 and len(groups[-1]) == 1
+            turned = _turns_heads(groups, [axes.index(at) for at in range(len(axes))])
             yield turned, (Step("reshape", stored, split), transposed(split, axes))
     for axes in reversed(_orders(len(stored))):
         moved = permuted(stored, axes)
         groups = _groups(wanted, moved) if len(stored) > len(wanted) and _keeps_order(stored, axes) else None
         if groups is not None and all(_ascends(axes[at] for at in group) for group in groups):
-            turned = len(wanted) == 2 and (axes[-1] == 0 or (len(groups[-1]) > 1 and len(groups[0]) == 1))
-            yield turned, (transposed(stored, axes), Step("reshape", moved, wanted))
+            yield _turns_heads(groups, axes), (transposed(stored, axes), Step("reshape", moved, wanted))
+
+
+def _turns_heads(groups: Sequence[Sequence[int]], places: Sequence[int]) -> bool:
+    """Tells whether the axis beside the heads, of outputs where it is the last one, changes sides."""
+    whole = [at for at, group in enumerate(groups) if len(group) == 1]
+    return (
+        len(groups) == 2 and len(whole) == 1 and whole[0] != (places[groups[whole[0]][0]] == len(places) - 1)
+    )
 
 
 def without_axis(shape: Shape, axis: int) -> Shape:
@@ -288,21 +296,6 @@ def joints(parts: Sequence[Shape], whole: Shape, *, split: bool) -> Iterator[Joi
 def _ways_of(parts: Sequence[Shape], pieces: Sequence[Shape], split: bool) -> tuple[tuple[Way, ...], ...]:
     both = zip(parts, pieces, strict=True)
     return tuple(ways(piece, part) if split else ways(part, piece) for part, piece in both)
-
-
-def ways_of_heads(stored: Shape, wanted: Shape, kind: str, said: Set[str]) -> tuple[Way, ...]:
-    """Returns the ways of one part, less those to a square matrix that an array of heads rules out.
-
-    Heads go into the layer that leads out of an attention, also where they lie last, as in Praxis.
-    """
-    found = ways(stored, wanted)
-    if len(found) < 2 or len(stored) != 3 or len(wanted) != 2:
-        return found
-    are_last = stored[0] == stored[1] * stored[2]
-    if are_last and "o" in said:
-        found = tuple(dataclasses.replace(way, turned=not way.turned) for way in reversed(found))
-    is_told = kind == "kernel" and (not are_last or bool(said & {"q", "k", "v", "o"}))
-    return found[:1] if is_told else found
 
 
 def several_times(way: Way, shape: Shape, axis: int, times: int, together: bool) -> Way:

@@ -19,27 +19,32 @@ def filled(shapes):
 
 def proposed(stored, wanted):
     """Returns what is proposed, and the wanted values under its rules; without those left open."""
-    tree = {"params": traverse_util.unflatten_dict(stored, sep="/")}
+    found = suggest(_tree(stored), _target(wanted))
+    values = restored(stored, wanted, found.renames)
+    unmatched = {"/".join(map(str, path)) for path in found.unmatched_wanted}
+    return found, {path: value for path, value in values.items() if path not in unmatched}
 
-    def target():
-        return nnx.from_flat_state(
-            [
-                (
-                    tuple(int(key) if key.isdecimal() else key for key in path.split("/")),
-                    nnx.Param(jax.ShapeDtypeStruct(shape, "float32")),
-                )
-                for path, shape in wanted.items()
-            ]
-        )
 
-    found = suggest(tree, target())
-    state = from_linen(tree, target(), renames=found.renames, policy="warn", unexpected="ignore")
-    values = {
-        "/".join(map(str, path)): np.asarray(leaf.get_value())
-        for path, leaf in nnx.to_flat_state(state)
-        if path not in found.unmatched_wanted
-    }
-    return found, values
+def restored(stored, wanted, rules):
+    """Returns the wanted values under some rules; zeros for what none is stored of."""
+    state = from_linen(_tree(stored), _target(wanted), renames=rules, policy="warn", unexpected="ignore")
+    return {"/".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
+
+
+def _tree(stored):
+    return {"params": traverse_util.unflatten_dict(stored, sep="/")}
+
+
+def _target(wanted):
+    return nnx.from_flat_state(
+        [
+            (
+                tuple(int(key) if key.isdecimal() else key for key in path.split("/")),
+                nnx.Param(jax.ShapeDtypeStruct(shape, "float32")),
+            )
+            for path, shape in wanted.items()
+        ]
+    )
 
 
 def check(values, expected):

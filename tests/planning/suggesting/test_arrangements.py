@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.planning.suggesting.proposals import check, filled, proposed
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 HEADS = {"query": (12, 3, 4), "key": (12, 3, 4), "value": (12, 3, 4), "out": (3, 4, 12)}
 OURS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
@@ -45,6 +45,55 @@ def test_heads_go_into_the_layer_that_leads_out_of_an_attention_also_where_they_
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+EINSUMS = {"q": "q_einsum/w", "kv": "kv_einsum/w", "o": "attn_vec_einsum/w"}
+DENSES = {"q": "query/kernel", "k": "key/kernel", "v": "value/kernel", "o": "out/kernel"}
+WIDTHS = [(2, 4, 8), (4, 2, 8), (4, 4, 16), (8, 4, 8), (4, 4, 4), (4, 8, 4)]
+
+
+def attentions(heads, width, features):
+    """Returns the weights of an attention as Gemma has them, with axes of heads, and as matrices."""
+    shapes = {"q": (heads, features, width), "kv": (2, heads, features, width), "o": (heads, width, features)}
+    gemma = filled({f"attn/{name}": shapes[role] for role, name in EINSUMS.items()})
+    query, (key, value), out = (gemma[f"attn/{name}"] for name in EINSUMS.values())
+    apart = {"q": query.swapaxes(0, 1), "k": key.swapaxes(0, 1), "v": value.swapaxes(0, 1), "o": out}
+    flat = {role: part.reshape(features, -1) for role, part in apart.items()} | {
+        "o": out.reshape(-1, features)
+    }
+    return (
+        gemma,
+        {f"attn/{DENSES[role]}": part for role, part in apart.items()},
+        {f"attn/{role}_proj/kernel": part for role, part in flat.items()},
+    )
+
+
+@pytest.mark.parametrize("sizes", WIDTHS, ids=str)
+@pytest.mark.parametrize("side", [0, 1], ids=["heads", "matrices"])
+def test_the_names_of_gemmas_queries_tell_heads_from_inputs_whatever_their_numbers(sizes, side):
+    gemma, *others = attentions(*sizes)
+    other = others[side]
+
+    for stored, expected in ((gemma, other), (other, gemma)):
+        found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+        check(values, expected)
+        assert found.questions == ()
+        assert found.confidence == "likely"
+
+
+def test_heads_before_or_after_inputs_are_a_question_where_no_name_tells():
+    gemma, _, matrices = attentions(2, 4, 8)
+    expected = {
+        path.replace("kernel", "weight"): value.T for path, value in matrices.items() if "o_proj" not in path
+    }
+
+    found, values = proposed(gemma, {path: value.shape for path, value in expected.items()})
+
+    assert values == {}
+    assert [question.about for question in found.questions] == ["transposed"] * len(found.questions)
+    shapes = {path: value.shape for path, value in expected.items()}
+    check(restored(gemma, shapes, found.answered([1] * len(found.questions))), expected)
 
 
 @pytest.mark.parametrize("kind", ["kernel", "weight"])

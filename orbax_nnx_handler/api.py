@@ -28,7 +28,7 @@ from orbax_nnx_handler.planning.target.target import (
     Target,
     flatten_like,
 )
-from orbax_nnx_handler.storage import paused_collection
+from orbax_nnx_handler.storage import naming_shortage, paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
@@ -45,7 +45,6 @@ from orbax_nnx_handler.storage.saving.save import (
     nothing_to_save,
     plan_save,
 )
-from orbax_nnx_handler.storage.shortages import naming_shortage
 from orbax_nnx_handler.storage.stores.files import Files
 from orbax_nnx_handler.storage.stores.kvstore import files_at
 from orbax_nnx_handler.storage.stores.locations import absolute, as_path, check_writable

@@ -1,8 +1,19 @@
-"""Disks and devices: metadata, reading, transforms, filling, writing."""
+"""Disks and devices: metadata, reading, transforms, filling, writing; and the process that does it.
+
+It pauses the collector, and one error says what it may have no more of: memory, file descriptors, threads.
+"""
 
 import contextlib
+import errno
 import gc
-from collections.abc import Generator
+import resource
+import threading
+from collections.abc import Generator, Iterable
+from typing import Literal
+
+from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.lines import sized
+from orbax_nnx_handler.planning.core.paths import Path, render
 
 
 @contextlib.contextmanager
@@ -47,3 +58,88 @@ def _age() -> None:
         _aged = rounds, aged
         gc.freeze()
         gc.unfreeze()
+
+
+What = Literal["memory", "file descriptors", "threads"]
+
+_LIMITS: dict[What, tuple[str, str]] = {
+    "memory": ("RLIMIT_AS", "give the process more memory: ulimit -v, or the container's."),
+    "file descriptors": ("RLIMIT_NOFILE", "allow the process more open files: ulimit -n 4096."),
+    "threads": ("RLIMIT_NPROC", "allow the process more threads: ulimit -u, or the container's pids."),
+}
+_NO_LIMIT = "unlimited"
+_NO_THREAD = "can't start new thread"
+
+
+def short_of(error: BaseException) -> What | None:
+    """Returns what ran out, if that is what an error says."""
+    if isinstance(error, MemoryError):
+        return "memory"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return "memory"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "file descriptors"
+    return "threads" if isinstance(error, RuntimeError) and _NO_THREAD in str(error) else None
+
+
+def check_threads(number: int = 8) -> None:
+    """Raises where the process may not have some more threads: TensorStore, refused one, ends the process.
+
+    Raises:
+        RuntimeError: As Python raises it.
+    """
+    done = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(number):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            started.append(thread)
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
+
+
+@contextlib.contextmanager
+def naming_shortage(failed: str, leaves: Iterable[tuple[Path, int]], less: str = "") -> Generator[None]:
+    """Turns what runs out into one error that names the limit and the largest leaf.
+
+    Args:
+        failed: What does not work then.
+        leaves: The leaves with their bytes.
+        less: A hint how to do with less memory.
+
+    Raises:
+        RestoreError: Memory, file descriptors or threads did not do.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        what = short_of(error)
+        if what is None:
+            raise
+        hint = _LIMITS[what][1]
+        largest = max(leaves, key=lambda leaf: leaf[1], default=None)
+        paths = [] if largest is None else [largest[0]]
+        leaf = "" if largest is None else f"\nlargest leaf: {render(largest[0])} {sized(largest[1])}"
+        raise RestoreError(
+            f"{failed}: this process may have no more {what} ({_limits(what)}).{leaf}",
+            paths=paths,
+            hints=[hint, less] if less and what == "memory" else [hint],
+        ) from error
+
+
+def _limits(what: What) -> str:
+    name = _LIMITS[what][0]
+    said = f"{name} is {_limit(name, what)}"
+    memory = _limit("RLIMIT_AS", "memory")
+    # Each thread takes memory for its stack, and the system's error is the same.
+    return f"{said}, or memory: RLIMIT_AS is {memory}" if what == "threads" and memory != _NO_LIMIT else said
+
+
+def _limit(name: str, what: What) -> str:
+    soft = resource.getrlimit(getattr(resource, name))[0]
+    if soft == resource.RLIM_INFINITY:
+        return _NO_LIMIT
+    return sized(soft) if what == "memory" else str(soft)

@@ -280,3 +280,10 @@ def may_hold_layer(stack: Shape, layer: Shape, number: int) -> bool:
     return any(
         (*stack[:axis], *stack[axis + 1 :]) == layer and number < stack[axis] for axis in range(len(stack))
     )
+
+
+def differing_axes(stored: Shape, wanted: Shape) -> list[int]:
+    """Returns the axes on which two shapes of one rank differ; none for other ranks."""
+    if len(stored) != len(wanted):
+        return []
+    return [at for at, (a, b) in enumerate(zip(stored, wanted, strict=True)) if a != b]

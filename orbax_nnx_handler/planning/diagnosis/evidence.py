@@ -197,8 +197,15 @@ class Evidence:
 
         The search that proposes rules, on what is left over of both sides; not for very big models.
         """
-        lost = [self.weights[path] for path in self.perhaps_stored if path in self.weights]
-        return {**_sources(self._search(lost, self.unused_weights.values())), **self._copied}
+        lost = [path for path in self.perhaps_stored if path in self.weights]
+        return {**self.links_among(lost, self.unused_weights.values()), **self._copied}
+
+    def links_among(
+        self, lost: Iterable[Path], held: Collection[Placement]
+    ) -> Mapping[Path, frozenset[Path]]:
+        """Returns the stored leaves among some that wanted ones are probably made of."""
+        wanted = [self.weights[path] for path in lost]
+        return _sources(self._search(wanted, held)) if _few_pairs(wanted, held) else {}
 
     def speaks_against(self, wanted: Iterable[Path], stored: Collection[Path]) -> bool:
         """Tells whether the search pairs wanted leaves with others than these stored ones."""
@@ -248,11 +255,10 @@ class Evidence:
 
     @cached_property
     def is_searched(self) -> bool:
-        """Whether so few open leaves have the sizes of others that the search takes no time."""
-        lost = (self.weights[path].leaf.shape for path in self.open_leaves if path in self.weights)
-        held = Counter(math.prod(item.leaf.shape) for item in self.unused_weights.values())
-        pairs = sum(held[math.prod(shape)] for shape in lost)
-        return pairs <= _PAIRS and max(len(self.weights), len(self.stored_weights)) <= _SEARCHED
+        """Whether the search takes no time: few leaves, and few pairs of one size."""
+        lost = (self.weights[path] for path in self.open_leaves if path in self.weights)
+        is_small = max(len(self.weights), len(self.stored_weights)) <= _SEARCHED
+        return is_small and _few_pairs(lost, self.unused_weights.values())
 
     @cached_property
     def holders(self) -> Mapping[Any, set[Path]]:
@@ -334,6 +340,12 @@ def _sources(links: Iterable[Link]) -> Mapping[Path, frozenset[Path]]:
     return {path: frozenset(sources) for path, sources in paths_of(links).items()}
 
 
+def _few_pairs(lost: Iterable[Wanted], held: Iterable[Placement]) -> bool:
+    """Tells whether so few leaves have the sizes of others that the search takes no time."""
+    sizes = Counter(math.prod(item.leaf.shape) for item in held)
+    return sum(sizes[math.prod(item.leaf.shape)] for item in lost) <= _PAIRS
+
+
 _PAIRS = 10_000
 _SEARCHED = 2000
 """Leaves of one side that the search goes through for an error; a proposal has no such bound."""
@@ -367,13 +379,6 @@ _LASTING = frozenset(
 def spell(tokens: Tokens) -> str:
     """Returns a canonical path as a person writes it."""
     return "/".join(token.removeprefix("#") for token in tokens)
-
-
-def differing_axes(stored: Shape, wanted: Shape) -> list[int]:
-    """Returns the axes on which two shapes of one rank differ; none for other ranks."""
-    if len(stored) != len(wanted):
-        return []
-    return [at for at, (a, b) in enumerate(zip(stored, wanted, strict=True)) if a != b]
 
 
 _MOST_JOINED = 4
@@ -439,9 +444,3 @@ def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
                     for at in some:
                         found[family[at].names].add(sum(sizes[each] for each in some))
     return found
-
-
-def field_of(item: Placement) -> Path:
-    """Returns the keys of the field of a train state that a leaf lies in."""
-    whole, depth = item.leaf.path, len(item.leaf.path) - len(item.path)
-    return whole if item.section == "step" else whole[:depth]

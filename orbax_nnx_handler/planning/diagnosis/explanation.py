@@ -35,10 +35,8 @@ from orbax_nnx_handler.planning.diagnosis.layer_differences import (
 from orbax_nnx_handler.planning.diagnosis.names import (
     find_another_model,
     find_copies,
-    find_dropped,
     find_other_groups,
     find_other_names,
-    find_unneeded,
 )
 from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_biases,
@@ -54,6 +52,11 @@ from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_wrappers,
 )
 from orbax_nnx_handler.planning.diagnosis.optimizers import find_networks, find_optimizers
+from orbax_nnx_handler.planning.diagnosis.passed_rules import (
+    find_dropped,
+    find_rules_of_layers,
+    find_unneeded,
+)
 from orbax_nnx_handler.planning.diagnosis.rearranged import (
     find_fused,
     find_merged,
@@ -74,7 +77,6 @@ from orbax_nnx_handler.planning.diagnosis.ways import (
     checked,
     completed,
     fill_all,
-    find_rules_of_layers,
     is_arranged,
     is_search,
     search_hint,

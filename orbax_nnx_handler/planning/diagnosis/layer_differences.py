@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import ranges
+from orbax_nnx_handler.planning.core.leaves import differing_axes
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import (
     Path,
@@ -18,7 +19,7 @@ from orbax_nnx_handler.planning.core.paths import (
     shared_levels,
 )
 from orbax_nnx_handler.planning.core.recipes import Fill, Index, Read, Recipe, Stack, children
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes, spell
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import layer_pattern, leaving_out, other_axis, selecting
 from orbax_nnx_handler.planning.mapping.layer_paths import Form, Group, flat_paths, layer_paths
 from orbax_nnx_handler.planning.rules import UnstackLayers
@@ -42,8 +43,7 @@ def _flat_groups(evidence: Evidence) -> Iterable[Cause]:
         states = numbers_below((*group.parent, group.name), owners)  # Train states of that name.
         if not is_whole(states):
             absent = tuple(sorted(wanted[group].keys() - states))
-            lost = [path for at in absent for path in wanted[group][at] if path in evidence.missing]
-            if lost:
+            if lost := [path for at in absent for path in wanted[group][at] if path in evidence.missing]:
                 yield _hole(name_of_group(group), absent, len(states), evidence.with_moments(lost))
         elif group in stored:
             yield from _compare(evidence, group, wanted[group], stored[group])

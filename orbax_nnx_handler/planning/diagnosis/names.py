@@ -14,7 +14,6 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.dtypes import name_of
 from orbax_nnx_handler.planning.core.errors import Cause, Hint
-from orbax_nnx_handler.planning.core.folding import fold_paths
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import (
@@ -26,12 +25,10 @@ from orbax_nnx_handler.planning.core.paths import (
     segments,
     without_box,
 )
-from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
-from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint, selecting
+from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
 from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
-from orbax_nnx_handler.planning.mapping.matches import Discarded
 from orbax_nnx_handler.planning.mapping.roots import is_named
 from orbax_nnx_handler.planning.suggesting.vocabulary import concepts, exclude
 
@@ -261,55 +258,6 @@ def _look(leaf: WantedLeaf | StoredLeaf) -> tuple[tuple[int, ...], str]:
 def _ending(tokens: Tokens) -> Tokens:
     # Module and weight: a parent of another name, or layers arranged otherwise, is the same model still.
     return tuple(token for token in tokens if not is_number(token))[-2:]
-
-
-def find_dropped(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the missing weights that a rule leaves behind, by its reason."""
-    discarded = {path: i for path, i in evidence.verdict.dropped.items() if isinstance(i, Discarded)}
-    if not discarded:
-        return
-    below = {evidence.below[path]: path for path in evidence.missing_weights}
-    groups: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
-    for path, item in discarded.items():
-        placement = evidence.stored_weights.get(path)
-        wanted = below.get(evidence.stored_below(placement)) if placement is not None else None
-        if wanted is not None:
-            groups[item.reason].append((path, wanted))
-    for reason, pairs in groups.items():
-        paths = evidence.with_moments([wanted for _, wanted in pairs])
-        stored = fold_paths([path for path, _ in pairs])
-        yield Cause(
-            kind="DroppedByRule",
-            text=f"a Drop rule leaves {stored} behind ({reason!r}), and the target wants it.",
-            paths=paths,
-            way=Hint("take that rule out."),
-            filters=selecting(evidence, paths),
-            may_be_initialised=True,
-            facts={"stored": stored, "reason": reason},
-        )
-
-
-def find_unneeded(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the weights of another shape that would fit without the rule that made them."""
-    groups: dict[str, list[Path]] = defaultdict(list)
-    for path in evidence.mismatched_weights:
-        item = evidence.mismatched[path]
-        if not item.reason or isinstance(item.recipe, Read):
-            continue
-        sources = [evidence.stored_weights[source].leaf for source in dict.fromkeys(reads(item.recipe))]
-        if len(sources) == 1 and sources[0].shape == item.wanted.shape:
-            groups[item.reason].append(path)
-    for reason, paths in groups.items():
-        first, count = evidence.mismatched[paths[0]], len(paths)
-        fit = "fits as it is" if count == 1 else "fit as they are"
-        yield Cause(
-            kind="UnneededRule",
-            text=f"{counted(count, 'weight')} {fit} stored: {reason} makes {first.stored_shape} of "
-            f"{first.wanted.shape}, which is wanted.",
-            paths=evidence.with_moments(paths),
-            way=Hint("take the rule out, or write more of the path in its pattern."),
-            facts={"rule": reason, "count": count},
-        )
 
 
 def find_copies(evidence: Evidence) -> Iterable[Cause]:

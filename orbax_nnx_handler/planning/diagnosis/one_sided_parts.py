@@ -25,9 +25,9 @@ from orbax_nnx_handler.planning.core.paths import (
     spelled,
 )
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, field_of
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import rules_for_fields, selecting, weights_alone
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, field_of, is_copy_name
 from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.rules import Copy, Rename, Transpose, as_rules
 

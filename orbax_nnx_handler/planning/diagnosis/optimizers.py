@@ -19,9 +19,9 @@ from orbax_nnx_handler.planning.core.paths import (
     without_box,
 )
 from orbax_nnx_handler.planning.core.recipes import reads
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, field_of, spell
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, field_of
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.rules import as_rules
 

@@ -14,10 +14,11 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, same_key, scales_of
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
+from orbax_nnx_handler.planning.core.leaves import differing_axes
 from orbax_nnx_handler.planning.core.lines import counted, listed, share
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments, spelled
 from orbax_nnx_handler.planning.core.recipes import Read, reads
-from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, differing_axes
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.rules import Drop
 
 _SIZES = Hint("build the target with the stored sizes; a weight is never cut or padded.")

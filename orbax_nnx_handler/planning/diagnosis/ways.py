@@ -15,7 +15,6 @@ from typing import Any, cast
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python, fill_hint
-from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
@@ -24,7 +23,6 @@ from orbax_nnx_handler.planning.mapping.layer_paths import layer_paths
 from orbax_nnx_handler.planning.options import Policy
 from orbax_nnx_handler.planning.rules import Drop, Rename, ScanAxis, UnstackLayers, as_rules
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
-from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
 from orbax_nnx_handler.planning.suggesting.shapes import ways
 
 LOOK = Hint(
@@ -84,6 +82,8 @@ _MOST_DROPS = 32
 """Layers that rules leave behind one by one; each of them looks at every stored leaf when it is tried."""
 _ABSENT = frozenset(("NoOptimizer", "OtherOptimizer", "OptimizerNested", "MomentsStay"))
 """Causes of an optimizer, whose way out is to leave it aside."""
+AXES = 4
+"""Axes along which layers may be stacked."""
 _NO_MORE = frozenset(("OtherOutput", "RandomLayout", "LayerCount"))
 """Causes whose rules restore no more weights than without them."""
 _SIZES = frozenset(("OtherOutput", "DimensionDiffers"))
@@ -151,7 +151,7 @@ def other_axis(evidence: Evidence, group: Tokens, lost: Collection[Path]) -> Hin
     given = evidence.verdict.renames
     said = [each for each in given if isinstance(each, ScanAxis) and each.tokens[-len(group) :] == group]
     for rule in said[:1]:
-        others = [ScanAxis(rule.group, axis) for axis in range(_AXES) if axis != rule.axis]
+        others = [ScanAxis(rule.group, axis) for axis in range(AXES) if axis != rule.axis]
         rest = [one for one in given if one != rule]
         every = {None: rest, **{other: [other, *rest] for other in others}}
         found = {other: evidence.restored_under(rules) or {} for other, rules in every.items()}
@@ -163,32 +163,6 @@ def other_axis(evidence: Evidence, group: Tokens, lost: Collection[Path]) -> Hin
     return None
 
 
-def find_rules_of_layers(evidence: Evidence) -> Iterable[Cause]:
-    """Yields rules that stack layers or take them apart, and fit along another axis or in front."""
-    if not (evidence.mismatched_weights and evidence.is_searched):
-        return
-    before, wrong = evidence.restored.keys(), [*evidence.mismatched, *evidence.missing]
-    for rules, tried in stacking_otherwise(evidence.verdict.renames, range(_AXES)):
-        found = {axis: (evidence.restored_under(every) or {}).keys() for axis, every in tried.items()}
-        most = max(map(len, found.values()))
-        best = [axis for axis, paths in found.items() if paths > before and len(paths) == most]
-        if not best:
-            continue
-        names = listed(map(as_python, rules))
-        paths = tuple(path for path in wrong if path in found[best[0]])
-        fit = counted(len(paths), "more leaf fits", "more leaves fit")
-        if None in best:
-            text = f"in front of the other rules, which change what it meets, {names} is right: {fit}."
-            way = f"put {names} in front of the other rules."
-        else:
-            text = f"the layers have another axis than in {names}: along axis {best[0]}, {fit}."
-            others = [[dataclasses.replace(rule, axis=axis) for rule in rules] for axis in best]
-            way = f"pass {' or '.join(listed(map(as_python, each)) for each in others)} instead of {names}."
-        yield Cause(kind="RuleOfLayers", text=text, paths=paths, way=Hint(way))
-        return
-
-
-_AXES = 4
 _MOST = 4
 """Filters that one policy may need before `policy="init"` is easier to read."""
 _PAIRS = 200
@@ -394,7 +368,7 @@ def leaving_out(evidence: Evidence, cause: Cause) -> Cause:
         path, seat = stacks[0]
         whole = "/".join(segments(path)[: -len(segments(seat.rest))])
         shapes = [evidence.shape(each) for each, _ in stacks]
-        axes = [axis for axis in range(_AXES) if all(shape[axis : axis + 1] == (stored,) for shape in shapes)]
+        axes = [axis for axis in range(AXES) if all(shape[axis : axis + 1] == (stored,) for shape in shapes)]
         pattern = f"{whole}_{{}}"
         unstack = [[UnstackLayers(whole, f"{whole}_{{i}}", axis=axis)] for axis in axes]
     else:

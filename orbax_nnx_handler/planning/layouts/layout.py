@@ -247,3 +247,9 @@ def tops(stored: Stored) -> set[str]:
 def has_subtree(stored: Stored, key: str) -> bool:
     """Tells whether a first key holds a subtree rather than one leaf."""
     return any(len(path) > 1 and path[0] == key for path in stored)
+
+
+def field_of(item: Placement) -> Path:
+    """Returns the keys of the field of a train state that a leaf lies in."""
+    whole, depth = item.leaf.path, len(item.leaf.path) - len(item.path)
+    return whole if item.section == "step" else whole[:depth]

@@ -297,8 +297,9 @@ def _idle_rules(mapping: LeafMapping) -> UnusedRuleError | None:
     """Returns the error for rules whose every result is no wanted leaf."""
     if not mapping.applied.made:
         return None
-    # A rule whose result is contested does lead somewhere; that it does so is the other error.
+    # A rule whose result is contested does lead somewhere, and what a later one drops is no wrong name.
     used = mapping.used() | {path for rival in mapping.rivals for e in rival.entries for path in e.sources}
+    used |= mapping.applied.discarded.keys()
     copies = any(isinstance(rule, Copy) for rule, _ in mapping.applied.made)
     sources = (set(reads(found.recipe)) for found in mapping.found.values()) if copies else ()
     uses = Counter(path for paths in sources for path in paths)

@@ -47,7 +47,7 @@ from orbax_nnx_handler.planning.mapping.optimizer_states import (
     wanted_states,
 )
 from orbax_nnx_handler.planning.mapping.random_state import as_wanted, find_random
-from orbax_nnx_handler.planning.mapping.roots import Roots, below_model, strip
+from orbax_nnx_handler.planning.mapping.roots import Roots, below_model, of_root, strip
 from orbax_nnx_handler.planning.mapping.train_states import (
     StoredOptimizer,
     WantedOptimizer,
@@ -254,7 +254,7 @@ def _in_own_collections(applied: RulesApplied, wanted: Sequence[Wanted]) -> Rule
     if not applied.made:
         return applied
     entries = below_model(applied.entries, [item.tokens for item in of_role(wanted, "model")])
-    applied = dataclasses.replace(applied, entries=entries)
+    applied = dataclasses.replace(applied, entries=of_root(entries))
     names = {item.collection for item in wanted if item.role == "model"} - {None, *FLAX_COLLECTIONS}
     names = {name for name in names if not any(name in item.path for item in wanted)}
     if not names:
@@ -428,9 +428,9 @@ def _without_variable(
 def _discarded(
     applied: RulesApplied, optimizers: Sequence[StoredStates], stored: Stored
 ) -> dict[Path, Discarded]:
-    found = {path: Discarded(leaf=stored[path], reason=reason) for path, reason in applied.discarded.items()}
-    for parameter, reason in applied.discarded.items():
+    found = {path: Discarded(leaf=stored[path], rule=rule) for path, rule in applied.discarded.items()}
+    for parameter, rule in applied.discarded.items():
         for optimizer in optimizers:
             for path in optimizer.of_parameter(parameter):
-                found[path] = Discarded(leaf=stored[path], reason=reason)
+                found[path] = Discarded(leaf=stored[path], rule=rule)
     return found

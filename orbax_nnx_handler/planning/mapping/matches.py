@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariabl
 from orbax_nnx_handler.planning.mapping.layer_paths import Group
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rule import Pattern
+from orbax_nnx_handler.planning.rules.values import Drop
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 EvidenceKind = Literal[
@@ -186,7 +187,12 @@ class Discarded:
     """A stored value that a rule of the user's leaves behind, whatever it is."""
 
     leaf: StoredLeaf
-    reason: str
+    rule: Drop
+
+    @property
+    def reason(self) -> str:
+        """Why, in the rule's words."""
+        return self.rule.reason
 
 
 def competing(rivals: Sequence[CompetingSources], stored: Iterable[Path]) -> AmbiguousMappingError:

@@ -374,9 +374,9 @@ def network_of(
 ) -> Matched | None:
     """Returns the network whose moments an optimizer holds: that of its train state.
 
-    Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments have;
-    of several with the same names, the one that the target has the optimizer beside; then one that no level
-    names (`model` beside `ema`); then the one that the optimizer's own parameters have become.
+    Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments have,
+    longer ones first; of several with the same names, the one that the target has the optimizer beside;
+    then one that no level names (`model` beside `ema`); then the one that its own parameters have become.
     """
     whole = [item for item in networks if item.network.only in (None, "params")]
     own = [entry for entry in entries if entry.placed and canonical(entry.placed.owner) in stored.models]
@@ -389,15 +389,16 @@ def network_of(
     likely = moved or [item for item in whole if item.network.owner in stored.models] or whole
     if len(likely) < 2:
         return next(iter(likely), None)
-    ends = [{item.tokens[at:] for at in range(len(item.tokens))} for item in wanted.leaves]
+    ends = [[item.tokens[at:] for at in range(len(item.tokens))] for item in wanted.leaves]
     above = wanted.owner[:-1]
 
-    def moments(network: Matched) -> tuple[int, bool, bool, bool]:
+    def moments(network: Matched) -> tuple[int, int, bool, bool, bool]:
         names = set(network.names.values())
+        found = [next((len(end) for end in tails if end in names), 0) for tails in ends]
         beside = all(item.tokens[: len(above)] == above for item in network.weights)
         is_unnamed = not named_levels(strip(network.roots.wanted, above))
         is_trained = network.network.owner in trained
-        return sum(not names.isdisjoint(tails) for tails in ends), beside, is_unnamed, is_trained
+        return sum(map(bool, found)), sum(found), beside, is_unnamed, is_trained
 
     return max(likely, key=moments)
 

@@ -145,6 +145,31 @@ def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[
     ]
 
 
+def of_root(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Returns the entries, the root's own model in the root's train state also where rules put a level above.
+
+    `("params", "model/params")` names no other network: statistics and optimizer beside `params` are its own.
+    """
+    fields = [entry for entry in entries if entry.section in FIELDS]
+    left = {entry.owner for entry in fields if not entry.named}
+    rules = [entry for entry in fields if entry.named and entry.owner]
+    own = [entry for entry in rules if entry.section == "model" and not named_levels(entry.owner)]
+    others = left.union(entry.owner for entry in rules if entry.section != "model" or not _is_of_root(entry))
+    plain = {entry.owner for entry in own} - {owner[:at] for owner in others for at in range(len(owner) + 1)}
+    if () not in left or not plain:
+        return entries  # Nearly every plan.
+    return [dataclasses.replace(entry, owner=()) if entry.owner in plain else entry for entry in entries]
+
+
+def _is_of_root(entry: Entry) -> bool:
+    placed = entry.placed
+    return placed is None or (not placed.owner and placed.collection in FLAX_COLLECTIONS)
+
+
+FIELDS = frozenset({"model", "optimizer", "step"})
+"""The parts of a checkpoint that lie in train states."""
+
+
 def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
     """Returns every prefix that more than half of the paths share, the empty one first.
 

@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.layouts.layout import (
     is_copy_beside,
     is_copy_level,
 )
-from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, named_levels, strip
+from orbax_nnx_handler.planning.mapping.roots import FIELDS, PLAIN_LEVELS, named_levels, strip
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules
 from orbax_nnx_handler.planning.rules.entries import OPT_STATE, Entry, every_entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
@@ -142,11 +142,11 @@ def under_rules(
         placements, as_stored = fields, every_entry(fields)
         applied = apply_rules(as_stored, rules)
     applied = _as_target_spells(applied, wanted)
-    distinct = {item.owner for item in placements if item.section in _FIELDS}
+    distinct = {item.owner for item in placements if item.section in FIELDS}
     if len(distinct) < 2 or () in distinct:
         return placements, as_stored, applied  # Nearly every checkpoint.
-    owners = {item.leaf.path: canonical(item.owner) for item in placements if item.section in _FIELDS}
-    named = [entry for entry in applied.entries if entry.named and entry.owner and entry.section in _FIELDS]
+    owners = {item.leaf.path: canonical(item.owner) for item in placements if item.section in FIELDS}
+    named = [entry for entry in applied.entries if entry.named and entry.owner and entry.section in FIELDS]
     renamed = {path: entry.owner for entry in named for path in entry.sources}
     here, there = _level({*(owners | renamed).values()}, wanted)
     if here or there:
@@ -264,7 +264,7 @@ def _as_target_spells(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesA
     if not parts:
         return applied
     moved = {id(entry) for entries in parts.values() for entry in entries}
-    others = [entry.tokens for entry in applied.entries if id(entry) not in moved]
+    others = [e.tokens for e in applied.entries if id(e) not in moved and e.section != "aux"]
     weights = [item.tokens for item in of_role(wanted, "model")]
     moments = [item.tokens for item in of_role(wanted, "optimizer")]
     above: dict[int, int] = {}
@@ -330,7 +330,7 @@ def _ends_in(path: Tokens, end: Tokens) -> bool:
 
 
 def _below_level(entry: Entry, here: Tokens, there: Tokens, placed: Mapping[Path, Placement]) -> Entry:
-    if entry.section not in _FIELDS or not entry.owner:
+    if entry.section not in FIELDS or not entry.owner:
         return entry
     own = placed[entry.placed.leaf.path] if entry.placed is not None else None
     return dataclasses.replace(entry, owner=(*here, *strip(entry.owner, there)), placed=own)
@@ -361,7 +361,7 @@ def _moved(placements: Sequence[Placement], here: Tokens, there: Tokens) -> Sequ
     """Returns the placements with a level more or less above their train states."""
     return [
         dataclasses.replace(item, owner=(*here, *_below(item.owner, there)))
-        if item.section in _FIELDS
+        if item.section in FIELDS
         else item
         for item in placements
     ]
@@ -370,10 +370,6 @@ def _moved(placements: Sequence[Placement], here: Tokens, there: Tokens) -> Sequ
 def _below(owner: Path, level: Tokens) -> Path:
     depths = range(len(owner) + 1)
     return next((owner[depth:] for depth in depths if canonical(owner[:depth]) == level), owner)
-
-
-_FIELDS = frozenset({"model", "optimizer", "step"})
-"""The parts of a checkpoint that lie in train states."""
 
 
 def _levels_above(paths: Sequence[Tokens]) -> Iterator[Tokens]:

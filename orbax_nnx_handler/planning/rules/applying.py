@@ -17,6 +17,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
 from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
 from orbax_nnx_handler.planning.rules.stacking import Copy, ScanAxis
+from orbax_nnx_handler.planning.rules.values import Drop
 
 Casts = Mapping[Recipe, np.dtype[Any]]
 
@@ -28,14 +29,14 @@ class RulesApplied:
     Attributes:
         entries: The entries after all rules.
         made: Each rule with the entries it made, as they were when it had made them.
-        discarded: The stored leaves that rules drop, each with the reason.
+        discarded: The stored leaves that rules drop, each with the rule.
         axes: The rules that say along which axis a group's layers are stacked.
         casts: The dtype that a rule casts the value of a recipe to.
     """
 
     entries: Sequence[Entry]
     made: Sequence[tuple[Rule, Sequence[Entry]]]
-    discarded: Mapping[Path, str]
+    discarded: Mapping[Path, Drop]
     axes: tuple[ScanAxis, ...]
     casts: Casts
 
@@ -108,7 +109,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
         RuleError: A rule does not fit a leaf that it matches.
     """
     after: Sequence[Entry] = entries
-    made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[UnmatchedRule](), dict[Path, str]()
+    made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[UnmatchedRule](), dict[Path, Drop]()
     matched = list[Rule]()
     axes = tuple(rule for rule in rules if isinstance(rule, ScanAxis))
     for rule in rules:
@@ -119,7 +120,8 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
             unused.append((rule, after))
         after = applied.entries
         made.append((rule, applied.changed))
-        discarded |= applied.discarded
+        if isinstance(rule, Drop):
+            discarded |= dict.fromkeys(applied.discarded, rule)
     if unused:
         raise _without_effect(unused, matched)
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}

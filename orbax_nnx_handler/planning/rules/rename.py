@@ -144,6 +144,10 @@ class Rename(Rule):
         spans = list(self._left.spans(before, accepts if any(marks) else None))
         if not spans:
             return entry
+        end = spans[0].stop
+        if spans[0].start == 0 and entry.prefix == before[:end] * 2:
+            # MaxText's `params/params` is one collection.
+            spans[:2] = [dataclasses.replace(spans[0], stop=2 * end)]
         names, fixed = list[str](), list[bool]()
         at = 0
         for span in spans:

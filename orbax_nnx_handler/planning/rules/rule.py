@@ -174,13 +174,13 @@ class Applied:
         entries: All entries after the rule.
         matched: How many entries the rule matched.
         changed: Those of `entries` that it made.
-        discarded: The stored leaves that it takes away, each with the reason.
+        discarded: The stored leaves that it takes away.
     """
 
     entries: Sequence[Entry]
     matched: int
     changed: Sequence[Entry] = ()
-    discarded: Mapping[Path, str] = dataclasses.field(default_factory=dict[Path, str])
+    discarded: Sequence[Path] = ()
 
 
 class Rule(abc.ABC):

@@ -363,10 +363,8 @@ class Drop(_OnLeaves):
         """Returns the entries that are left."""
         matches = find(self._left, entries, weights_only=False)
         after = [entry for at, entry in enumerate(entries) if at not in matches]
-        discarded: dict[Path, str] = {
-            path: self.reason for match in matches.values() for path in match.entry.sources
-        }
-        return Applied(entries=after, matched=len(matches), discarded=discarded)
+        gone = [path for match in matches.values() for path in match.entry.sources]
+        return Applied(entries=after, matched=len(matches), discarded=gone)
 
     @property
     def _loss(self) -> str:

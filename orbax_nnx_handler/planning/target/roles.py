@@ -139,6 +139,8 @@ def _wanted(
     role = _role(leaf, owner, owners, streams)
     if role == "model" and owner is not None and owner in certain:
         role = "optimizer"
+    if role == "model" and leaf.path[-1:] == ("step",) and leaf.path[:-1] in certain and leaf.shape == ():
+        role = "step"  # A Variable beside an `opt_state`: the count of a functional train state.
     if role == "step":
         return Wanted(leaf=leaf, role=role, path=leaf.path, owner=leaf.path[:-1])
     if role != "optimizer":

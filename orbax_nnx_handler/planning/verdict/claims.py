@@ -66,13 +66,16 @@ class Claims:
 
     def kept_aside(self, by_rule: Set[Path]) -> Iterator[Twice]:
         """Yields each wanted leaf not read from what a save kept aside under its path, layers apart."""
-        aside: dict[Tokens, list[Path]] = defaultdict(list)
+        aside: dict[Tokens, dict[Path, Tokens]] = defaultdict(dict)
         for path in self._placed:
             if path and path[0] == AUX:
-                aside[_without_layers(canonical(path[1:]))].append(path)
+                tokens = canonical(path[1:])
+                aside[_without_layers(tokens)][path] = tokens
         for item, recipe, _ in self._sources if aside else ():
-            name = _without_layers(canonical(item.leaf.path))
-            own = aside.get(name)
+            whole = canonical(item.leaf.path)
+            name = _without_layers(whole)
+            # With as many levels it is another layer, or another member of a tuple.
+            own = [path for path, at in aside.get(name, {}).items() if at == whole or len(at) != len(whole)]
             if own and item.role != "transient":
                 read = reads(recipe)
                 if by_rule.isdisjoint(read) and set(read).isdisjoint(

@@ -20,6 +20,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.errors import UnreadableLeafError
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.storage import short_of
 from orbax_nnx_handler.storage.arithmetic import LostValueError
 from orbax_nnx_handler.storage.reading.base_store import (
     SAY_SO_AFTER_S,
@@ -43,7 +44,6 @@ from orbax_nnx_handler.storage.reading.byte_plan import (
 )
 from orbax_nnx_handler.storage.reading.chunks import ChunkPiece
 from orbax_nnx_handler.storage.reading.memory import Last, Window, Workers, back_with_pages
-from orbax_nnx_handler.storage.shortages import short_of
 
 _logger = logging.getLogger(__name__)
 

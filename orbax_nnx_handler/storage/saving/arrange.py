@@ -187,7 +187,7 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         random = {}
     kept = {at: leaf for at, leaf in placed.items() if at not in random}
     values = {at: leaf.value for at, leaf in kept.items()}
-    above = {(), *(segments(root) for parts in states for root in (parts.root, parts.owner[:-1]))}
+    above = {(), *(segments(root) for parts in states for root in (parts.root, parts.parent))}
     return Arranged(
         leaves={at: leaf for at, leaf in kept.items() if not is_empty(values[at])},
         empty={at: value for at, value in values.items() if is_empty(value)},
@@ -223,7 +223,7 @@ def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Pat
         flavour = "linen"  # Without a parameter there is nothing to tell MaxText's layout by.
     model = (_maxtext_model if flavour == "maxtext" else _linen_model)(_lasting(parts.model))
     state = [*model, *_optimizer(parts, flavour)]
-    outside, owner = _lasting(parts.outside), parts.owner[:-1]
+    outside, owner = _lasting(parts.outside), parts.parent
     clash = {path[0] for path in outside} & {at[0] for at, _ in state}
     beside = [leaf for path, leaf in outside.items() if path[: len(owner)] != owner]
     if not several and any(is_weight(leaf) or not (clash or is_stream(leaf)) for leaf in beside):

@@ -65,6 +65,7 @@ class Parts:
             an `nnx.Optimizer` or holds one, nested mappings where it is a State;
             None without an optimizer.
         owner: The keys above `opt_state`.
+        parent: The keys above the optimizer, or above the fields of a functional train state.
         step: The number of steps done, or None.
         root: The keys that it is stored below, where the item holds several train states.
         trained: The leaves of the model that the optimizer trains, where that is a part of its own.
@@ -74,6 +75,7 @@ class Parts:
     outside: ItemLeaves
     opt_state: Any = None
     owner: Path = ()
+    parent: Path = ()
     step: ItemLeaf | None = None
     root: Path = ()
     trained: ItemLeaves = dataclasses.field(default_factory=dict[Path, ItemLeaf])
@@ -114,9 +116,12 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
     if len(optimizers) == 1:
         ((owner, opt_state),) = optimizers.items()
         return _one_train_state(leaves, owner, opt_state, model_key, ())
-    roots = {owner[:-1]: owner for owner in optimizers}
+    roots = {_parent(leaves, owner): owner for owner in optimizers}
     if len(roots) == 1:
-        return _side_by_side(leaves, optimizers, *roots)
+        # Of a list of networks and a list of their optimizers, all lie side by side.
+        (parent,) = roots
+        alone = all(_is_below_any(path, optimizers) for path in leaves if _are_nested(parent, path))
+        return _side_by_side(leaves, optimizers, () if alone else parent)
     if len(roots) < len(optimizers) or any(_are_nested(a, b) for a in roots for b in roots if a != b):
         raise _several_optimizers(optimizers)
     states: list[Parts] = []
@@ -150,7 +155,7 @@ def _side_by_side(leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Pa
     depth = len(parent) + 1
     below: dict[Path, dict[Path, ItemLeaf]] = defaultdict(dict)
     for path, leaf in leaves.items():
-        if len(path) > depth and path[: len(parent)] == parent and path[:depth] not in optimizers:
+        if len(path) > depth and _are_nested(parent, path) and not _is_below_any(path, optimizers):
             below[path[:depth]][path[depth:]] = leaf
     models = {key: model for key, model in below.items() if any(map(is_weight, model.values()))}
     states = [Parts(model=model, outside={}, root=key) for key, model in models.items()]
@@ -161,7 +166,7 @@ def _side_by_side(leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Pa
             raise _several_optimizers(optimizers)
         step = leaves.get((*owner, "step"))
         own = Parts(model={}, outside={}, opt_state=opt_state, owner=owner, step=step, root=owner)
-        states.append(dataclasses.replace(own, trained=trained))
+        states.append(dataclasses.replace(own, trained=trained, parent=parent))
     return _with_outside(states, _left(leaves, states))
 
 
@@ -203,6 +208,10 @@ def is_weight(leaf: ItemLeaf) -> bool:
     return isinstance(leaf.node, nnx.Variable) and not isinstance(leaf.node, nnx.RngState)
 
 
+def _is_below_any(path: Path, above: Iterable[Path]) -> bool:
+    return any(_are_nested(at, path) for at in above)
+
+
 def _are_nested(one: Path, other: Path) -> bool:
     return other[: len(one)] == one
 
@@ -215,34 +224,36 @@ def _divided(leaves: ItemLeaves, root: Path) -> tuple[dict[Path, ItemLeaf], dict
 def _one_train_state(
     leaves: ItemLeaves, owner: Path, opt_state: Any, model_key: Hashable, root: Path
 ) -> Sequence[Parts]:
-    """Returns model and optimizer as one part below `root`; as two where only the model is called a copy.
+    """Returns model and optimizer as one part below `root`; else model and optimizer as parts of their own.
 
-    What is stored below no `ema` says of itself that it is no average, and is not restored into one.
+    That is where no name says which of several models it trains, and where only the model is called a copy:
+    what is stored below no `ema` says of itself that it is no average, and is not restored into one.
     """
-    parts, model = _train_state(leaves, owner, opt_state, model_key)
-    copies = [at for at, level in enumerate(model) if at >= len(root) and is_copy_level(str(level))]
-    if not copies:
-        return (dataclasses.replace(parts, root=root),)
-    if copies[-1] < len(owner) - 1:
-        return (dataclasses.replace(parts, root=model[: copies[-1] + 1]),)
-    return _side_by_side(leaves, {owner: opt_state}, owner[:-1])
-
-
-def _train_state(leaves: ItemLeaves, owner: Path, opt_state: Any, model_key: Hashable) -> tuple[Parts, Path]:
-    above = (*owner, _OPT_STATE)
+    above, parent = (*owner, _OPT_STATE), _parent(leaves, owner)
     # A program's own count beside the optimizer is the train state's step; the optimizer's is kept aside.
-    step = _count(leaves, owner[:-1]) or leaves.get((*owner, "step"))
+    step = _count(leaves, parent) or leaves.get((*owner, "step"))
     rest = {path: leaf for path, leaf in leaves.items() if path[: len(above)] != above and leaf is not step}
-    root = _root(rest, owner[:-1], opt_state, model_key)
-    model, outside = _divide(rest, root)
-    if root[-1:] == ("params",):
+    model = _root(rest, parent, opt_state, model_key)
+    copies = [at for at, level in enumerate(model or ()) if at >= len(root) and is_copy_level(str(level))]
+    if model is None or (copies and copies[-1] >= len(parent)):
+        return _side_by_side(leaves, {owner: opt_state}, parent)
+    own, outside = _divide(rest, model)
+    if model[-1:] == ("params",):
         # A functional train state keeps its other collections beside `params`.
         beside = {
-            path: leaf for path, leaf in outside.items() if _is_in_collection(path[len(root) - 1 :], leaf)
+            path: leaf for path, leaf in outside.items() if _is_in_collection(path[len(model) - 1 :], leaf)
         }
-        model = {**model, **{path[len(root) :]: leaf for path, leaf in beside.items()}}
+        own = {**own, **{path[len(model) :]: leaf for path, leaf in beside.items()}}
         outside = {path: leaf for path, leaf in outside.items() if path not in beside}
-    return Parts(model=model, outside=outside, opt_state=opt_state, owner=owner, step=step), root
+    parts = Parts(model=own, outside=outside, opt_state=opt_state, owner=owner, parent=parent, step=step)
+    return (dataclasses.replace(parts, root=model[: copies[-1] + 1] if copies else root),)
+
+
+def _parent(leaves: ItemLeaves, owner: Path) -> Path:
+    """Returns what the model of an optimizer lies below: a functional train state holds both itself."""
+    depth, own = len(owner) + 1, (_OPT_STATE, "step")
+    below = (path for path in leaves if len(path) > depth and path[: depth - 1] == owner)
+    return owner if any(path[depth - 1] not in own for path in below) else owner[:-1]
 
 
 def _count(leaves: ItemLeaves, owner: Path) -> ItemLeaf | None:
@@ -380,8 +391,8 @@ def _divide(leaves: ItemLeaves, root: Path) -> tuple[ItemLeaves, ItemLeaves]:
     return model, outside
 
 
-def _root(leaves: ItemLeaves, parent: Path, opt_state: Any, model_key: Hashable) -> Path:
-    """Returns the path of the model that an optimizer was built for.
+def _root(leaves: ItemLeaves, parent: Path, opt_state: Any, model_key: Hashable) -> Path | None:
+    """Returns the path of the model that an optimizer was built for; None where it may be several.
 
     Optimizer leaves end with their parameter's path, so the model is where the
     most of them find a parameter; without moments, its name decides.
@@ -395,14 +406,14 @@ def _root(leaves: ItemLeaves, parent: Path, opt_state: Any, model_key: Hashable)
     best = [root for root, score in scores.items() if score == max(scores.values())]
     if not scores[best[0]]:
         return _root_by_name(parent, list(keys), model_key)
-    named = (*parent, model_key)
-    if parent in best or len(best) == 1 or named in best:
-        return named if named in best and parent not in best else best[0]
-    listed = ", ".join(render(root) for root in best)
-    raise ValueError(
-        f"the optimizer fits several models of the item: {listed}.\n"
-        f"hint: call the one it trains {str(model_key)!r}."
-    )
+    if parent in best or len(best) == 1:
+        return best[0]
+    # `params` is the field of Flax's own `TrainState`.
+    named = next((root for key in (model_key, "params") if (root := (*parent, key)) in best), None)
+    originals = [root for root in best if not is_copy_level(str(root[-1]))]
+    if named is not None or len(originals) == 1:
+        return named or originals[0]
+    return None
 
 
 def _root_by_name(parent: Path, keys: list[Hashable], model_key: Hashable) -> Path:

@@ -455,7 +455,7 @@ def test_a_weight_that_a_rule_drops_is_missing_because_of_the_rule():
 
     message = verdict(wanted, stored, Drop("a", "no longer used"))
 
-    assert "cause: a Drop rule leaves params/a/kernel behind ('no longer used'), and the target" in message
+    assert "cause: Drop('a', 'no longer used') leaves params/a/kernel behind, and the target wants" in message
     assert message.count("cause:") == 1
 
 

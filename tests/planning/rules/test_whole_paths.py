@@ -397,3 +397,45 @@ def test_the_targets_whole_path_may_be_written_in_front_of_a_modules_own_stored_
     assert_below(values, f"{level}model", stored["params"])
     for slot, tree in zip(("mu", "nu"), moments, strict=True):
         assert_below(values, f"{level}optimizer/opt_state/0/{slot}", tree)
+
+
+class WithStatistics(Model):
+    """A model with statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nnx.BatchNorm(3, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("rule", [("params", "model"), ("params", "model/params")], ids=str)
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("beside", [(), ("ema",)], ids=["alone", "beside an average"])
+def test_a_level_that_names_no_network_leaves_the_model_its_statistics_and_its_optimizer(
+    rule: Any, layout: str, beside: tuple[str, ...]
+) -> None:
+    numbers = Models()
+    model, statistics = numbers.train_state(), {"norm": {"mean": numbers.array(3), "var": numbers.array(3)}}
+    adam = model["opt_state"][0]
+    stored = model | {"batch_stats": statistics}
+    if layout == "maxtext":
+        moments = {slot: {"params": adam[slot]} for slot in ("mu", "nu")}
+        stored = {
+            "params": {"params": model["params"]},
+            "opt_state": [adam | moments, None],
+            "step": model["step"],
+            "nnx_aux": {"model": statistics},
+        }
+
+    def target() -> Any:
+        own = WithStatistics()
+        return {"model": own, "optimizer": optimizer(own)} | {name: WithStatistics() for name in beside}
+
+    policy: Any = {nnx.PathContains(name): "init" for name in beside} | {...: "error"}
+    plan = plan_of(target(), stored, [rule], unexpected="error", policy=policy)
+
+    plan.check()
+    values = values_of(plan, stored)
+    assert_below(values, "model", model["params"] | statistics)
+    for slot in ("mu", "nu"):
+        assert_below(values, f"optimizer/opt_state/0/{slot}", adam[slot])
+    assert not any(path.startswith("ema") for path in values)

@@ -193,14 +193,17 @@ def test_what_lies_beside_model_and_optimizer_keeps_its_path_under_nnx_aux() -> 
     assert {path[0] for path in arranged.random} == {"model", "average", "rngs"}
 
 
-def test_an_optimizer_that_fits_two_models_is_refused_unless_one_is_called_model() -> None:
+def test_of_several_models_that_fit_an_optimizer_its_own_is_told_by_name() -> None:
     model, optimizer = with_optimizer()
+    kernel = model.layers[0].dense.kernel.get_raw_value()
 
-    named = to_linen_tree({"ema": net(), "model": model, "opt": optimizer})
-    with pytest.raises(ValueError, match="fits several models of the item: ema, net"):
-        to_linen_tree({"ema": net(), "net": model, "opt": optimizer})
+    for name in ("model", "net"):  # The other one is called an average.
+        named = to_linen_tree({"ema": net(), name: model, "opt": optimizer})
+        assert named["params"]["layers_0"]["dense"]["kernel"] is kernel
 
-    assert named["params"]["layers_0"]["dense"]["kernel"] is model.layers[0].dense.kernel.get_raw_value()
+    unnamed = to_linen_tree({"other": net(), "net": model, "opt": optimizer})
+    assert unnamed["net"]["params"]["layers_0"]["dense"]["kernel"] is kernel
+    assert {"other", "net", "opt"} <= unnamed.keys()
 
 
 def test_values_pass_through_untouched() -> None:

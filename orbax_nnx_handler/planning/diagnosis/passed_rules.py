@@ -1,0 +1,114 @@
+"""Rules that were passed and stand in the way: what they drop or make is not what the target wants."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
+from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.lines import counted, listed
+from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
+from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
+from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting
+from orbax_nnx_handler.planning.mapping.matches import Discarded
+from orbax_nnx_handler.planning.rules import Drop
+from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
+
+_TRIED = 6
+"""Rules that are tried one by one, each by a whole plan."""
+_NEW = " of another shape"
+
+
+def find_dropped(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the missing weights that are stored, and that rules leave behind."""
+    dropped = {path: i.rule for path, i in evidence.verdict.dropped.items() if isinstance(i, Discarded)}
+    lost = evidence.missing_weights if dropped else []
+    if not lost:
+        return
+    found = _without(evidence, [*dict.fromkeys(dropped.values())])
+    placed = {path: evidence.stored_weights[path] for path in dropped if path in evidence.stored_weights}
+    below = {evidence.stored_below(item): (path,) for path, item in placed.items()}
+    links = evidence.links_among([path for path in lost if path not in found], placed.values())
+    groups: dict[tuple[str, tuple[Drop, ...]], list[tuple[Path, Collection[Path]]]] = defaultdict(list)
+    for path in lost:
+        same = below.get(evidence.below[path], ())
+        sources = reads(found[path]) if path in found else same or links.get(path, ())
+        how = "" if path in found or same else " under another name"
+        if sources is same and any(evidence.shape(one) != evidence.shape(path) for one in same):
+            how = _NEW
+        if rules := tuple(dict.fromkeys(dropped[source] for source in sources if source in dropped)):
+            groups[how, rules].append((path, sources))
+    for (how, rules), pairs in groups.items():
+        paths = evidence.with_moments([path for path, _ in pairs])
+        sources = {source for _, each in pairs for source in each if source in dropped}
+        it, leave, its = ("it", "leaves", "its") if len(rules) == 1 else ("them", "leave", "a")
+        more = any(rule in rules and path not in sources for path, rule in dropped.items() if path in placed)
+        words = f"take {it} out{f', or write more of the path in {its} pattern' if more else ''}."
+        yield Cause(
+            kind="DroppedByRule",
+            text=f"{listed(map(as_python, rules))} {leave} {fold_paths(sorted(sources, key=render))} behind, "
+            f"and the target wants {fold_paths(path for path, _ in pairs)}{how}.",
+            paths=paths,
+            way=Hint("" if how is _NEW else words),
+            filters=selecting(evidence, paths) if how is _NEW else (),
+            may_be_initialised=how is _NEW,
+            facts={"stored": sources, "rules": rules},
+        )
+
+
+def _without(evidence: Evidence, drops: Sequence[Drop]) -> Mapping[Path, Recipe]:
+    """Returns what would be restored without Drop rules, or without one of them where none is refused."""
+    given = evidence.verdict.renames
+    if (found := evidence.restored_under([rule for rule in given if rule not in drops])) is not None:
+        return found
+    each = (evidence.restored_under([rule for rule in given if rule != one]) for one in drops[:_TRIED])
+    return {path: recipe for under in each for path, recipe in (under or {}).items()}
+
+
+def find_unneeded(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the weights of another shape that would fit without the rule that made them."""
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for path in evidence.mismatched_weights:
+        item = evidence.mismatched[path]
+        if not item.reason or isinstance(item.recipe, Read):
+            continue
+        sources = [evidence.stored_weights[source].leaf for source in dict.fromkeys(reads(item.recipe))]
+        if len(sources) == 1 and sources[0].shape == item.wanted.shape:
+            groups[item.reason].append(path)
+    for reason, paths in groups.items():
+        first, count = evidence.mismatched[paths[0]], len(paths)
+        fit = "fits as it is" if count == 1 else "fit as they are"
+        yield Cause(
+            kind="UnneededRule",
+            text=f"{counted(count, 'weight')} {fit} stored: {reason} makes {first.stored_shape} of "
+            f"{first.wanted.shape}, which is wanted.",
+            paths=evidence.with_moments(paths),
+            way=Hint("take the rule out, or write more of the path in its pattern."),
+            facts={"rule": reason, "count": count},
+        )
+
+
+def find_rules_of_layers(evidence: Evidence) -> Iterable[Cause]:
+    """Yields rules that stack layers or take them apart, and fit along another axis or in front."""
+    if not (evidence.mismatched_weights and evidence.is_searched):
+        return
+    before, wrong = evidence.restored.keys(), [*evidence.mismatched, *evidence.missing]
+    for rules, tried in stacking_otherwise(evidence.verdict.renames, range(AXES)):
+        found = {axis: (evidence.restored_under(every) or {}).keys() for axis, every in tried.items()}
+        most = max(map(len, found.values()))
+        best = [axis for axis, paths in found.items() if paths > before and len(paths) == most]
+        if not best:
+            continue
+        names = listed(map(as_python, rules))
+        paths = tuple(path for path in wrong if path in found[best[0]])
+        fit = counted(len(paths), "more leaf fits", "more leaves fit")
+        if None in best:
+            text = f"in front of the other rules, which change what it meets, {names} is right: {fit}."
+            way = f"put {names} in front of the other rules."
+        else:
+            text = f"the layers have another axis than in {names}: along axis {best[0]}, {fit}."
+            others = [[dataclasses.replace(rule, axis=axis) for rule in rules] for axis in best]
+            way = f"pass {' or '.join(listed(map(as_python, each)) for each in others)} instead of {names}."
+        yield Cause(kind="RuleOfLayers", text=text, paths=paths, way=Hint(way))
+        return

@@ -1,0 +1,99 @@
+"""What is told where rules that were passed stand in the way: which of them, and no way that leads away."""
+
+from typing import Any
+
+import pytest
+
+from orbax_nnx_handler import Drop, Fuse
+from orbax_nnx_handler.planning.core.errors import as_python
+from tests.planning.models import kinds, plan
+
+STORED = {
+    "params/embed/embedding": (20, 8),
+    "params/up/kernel": (8, 12),
+    "params/up/bias": (12,),
+    "params/down/kernel": (12, 8),
+    "params/down/bias": (8,),
+    "params/head/kernel": (8, 7),
+}
+WANTED = {
+    "tok/embedding": (20, 8),
+    "up/kernel": (8, 12),
+    "up/bias": (12,),
+    "down/kernel": (12, 8),
+    "down/bias": (8,),
+    "head/kernel": (8, 7),
+}
+RENAME = ("embed", "tok")
+
+
+def message(stored: Any, wanted: Any, *rules: Any) -> str:
+    return " ".join(str(plan(stored, wanted, renames=rules).error()).split())
+
+
+@pytest.mark.parametrize(
+    ("rules", "stored", "wanted"),
+    [
+        ([RENAME, Drop("tok", "x")], "params/embed/embedding", "tok/embedding"),
+        ([Drop("embed", "x")], "params/embed/embedding", "tok/embedding under another name"),
+        ([RENAME, Drop("bias", "x")], "params/down/bias, params/up/bias", "down/bias, up/bias"),
+    ],
+)
+def test_a_rule_that_drops_what_is_wanted_is_the_cause(rules: Any, stored: str, wanted: str):
+    text = message(STORED, WANTED, *rules)
+
+    told = f"cause: {as_python(rules[-1])} leaves {stored} behind, and the target wants {wanted}."
+    assert text.endswith(f"{told} hint: take it out.")
+    assert text.count("cause:") == text.count("hint:") == 1
+
+
+def test_a_rule_that_drops_more_than_what_is_wanted_is_written_narrower():
+    stored = STORED | {"params/old/head/kernel": (8, 9)}
+
+    text = message(stored, WANTED, RENAME, Drop("head", "x"))
+
+    assert (
+        "cause: Drop('head', 'x') leaves params/head/kernel behind, and the target wants head/kernel." in text
+    )
+    assert text.endswith("hint: take it out, or write more of the path in its pattern.")
+
+
+def test_each_of_two_rules_with_one_reason_is_told_for_what_it_drops():
+    found = plan(STORED, WANTED, renames=[RENAME, Drop("up", "x"), Drop("head", "x")]).causes
+
+    assert [cause.text.partition(" leaves ")[0] for cause in found] == [
+        "Drop('up', 'x')",
+        "Drop('head', 'x')",
+    ]
+
+
+def test_what_is_fused_and_then_dropped_is_told_as_dropped():
+    stored = {"params/q/kernel": (8, 4), "params/k/kernel": (8, 4), "params/o/kernel": (8, 8)}
+    wanted = {"qk/kernel": (8, 8), "o/kernel": (8, 8)}
+    rules = [Fuse(("q/kernel", "k/kernel"), "qk/kernel", axis=1), Drop("qk", "x")]
+
+    text = message(stored, wanted, *rules)
+
+    assert "no wanted leaf" not in text
+    assert (
+        "leaves params/k/kernel, params/q/kernel behind, and the target wants qk/kernel. hint: take" in text
+    )
+
+
+def test_a_head_of_another_size_that_a_rule_leaves_behind_may_be_initialised():
+    found = plan(STORED, WANTED | {"head/kernel": (8, 3)}, renames=[RENAME, Drop("head", "new")])
+
+    assert kinds(found.causes) == ["DroppedByRule"]
+    assert "leaves params/head/kernel behind, and the target wants head/kernel of another shape." in str(
+        found.error()
+    )
+    assert any(hint.fills for hint in found.error().hints)
+
+
+def test_a_new_part_beside_what_is_dropped_for_good_is_a_new_part():
+    stored = STORED | {f"params/layers_{at}/norm/scale": (8,) for at in range(3)}
+    wanted = WANTED | {"layers/0/norm/scale": (8,), "adapter/kernel": (8, 2)}
+
+    found = plan(stored, wanted, renames=[RENAME, Drop("layers_1", "x"), Drop("layers_2", "x")]).causes
+
+    assert kinds(found) == ["NewPart"]

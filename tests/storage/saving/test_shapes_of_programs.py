@@ -1,0 +1,121 @@
+"""Train states as programs hold them: each comes back into its own target, element by element."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from orbax_nnx_handler import restore, save
+
+TX = optax.adam(0.1)
+
+
+class Net(nnx.Module):
+    def __init__(self, width: int = 2):
+        self.first = nnx.Linear(3, width, rngs=nnx.Rngs(0))
+        self.last = nnx.Linear(width, 1, rngs=nnx.Rngs(1))
+
+
+class Wrapped(nnx.Module):
+    """A network whose only child has the names of another whole network."""
+
+    def __init__(self) -> None:
+        self.qs = Net(5)
+
+
+class WithAverage(TrainState):
+    ema_params: Any
+
+
+def optimizer(model: nnx.Module) -> nnx.Optimizer[Any]:
+    return nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+
+def with_its_optimizer(width: int) -> dict[str, Any]:
+    model = Net(width)
+    return {"model": model, "optimizer": optimizer(model)}
+
+
+def fields(**more: Any) -> dict[str, Any]:
+    """Returns a train state of States and optax's own containers, as functional programs keep it."""
+    params = nnx.state(Net())
+    return {"params": params, "opt_state": TX.init(params), **more}
+
+
+def flax_state(kind: type[TrainState] = TrainState, **more: Any) -> TrainState:
+    state = kind.create(apply_fn=len, params=nnx.state(Net()), tx=TX, **more)
+    return state.replace(step=jnp.int32(0))
+
+
+def side_by_side(*names: str, trained: Callable[[], nnx.Module] = Net) -> dict[str, Any]:
+    model = trained()
+    return {names[0]: model, **{name: trained() for name in names[1:]}, "opt": optimizer(model)}
+
+
+def actor_and_critic(**more: Any) -> dict[str, Any]:
+    actor, critic = Net(), Wrapped()
+    pair = {"actor": actor, "critic": critic}
+    return pair | {"actor_opt": optimizer(actor), "critic_opt": optimizer(critic)} | more
+
+
+def lists() -> dict[str, Any]:
+    nets = [Net(), Net(4)]
+    return {"nets": nets, "optimizers": [optimizer(net) for net in nets]}
+
+
+PROGRAMS: Mapping[str, Callable[[], Any]] = {
+    "functional, a step in a Variable": lambda: fields(step=nnx.Variable(jnp.int32(0))),
+    "functional, a step in a Param": lambda: fields(step=nnx.Param(jnp.int32(0))),
+    "functional, with an average": lambda: fields(ema_params=nnx.state(Net())),
+    "functional, with a target": lambda: fields(target_params=nnx.state(Net())),
+    "functional, two": lambda: {"actor": fields(), "critic": fields()},
+    "functional, below a key": lambda: {"agent": fields()},
+    "flax, two": lambda: {"actor": flax_state(), "critic": flax_state()},
+    "flax, with an average": lambda: flax_state(WithAverage, ema_params=nnx.state(Net())),
+    "ModelAndOptimizer, two": lambda: {key: nnx.ModelAndOptimizer(Net(), TX, wrt=nnx.Param) for key in "ab"},
+    "a network and its average": lambda: side_by_side("agent", "ema"),
+    "two that no name tells apart": lambda: side_by_side("online", "target"),
+    "two called networks": lambda: side_by_side("q_network", "target_network"),
+    "one wraps another": actor_and_critic,
+    "one wraps another, and its target": lambda: actor_and_critic(target_critic=Wrapped()),
+    "a tuple with another network": lambda: (model := Net(), optimizer(model), Net()),
+    "lists": lists,
+    "lists of train states": lambda: {"agents": [with_its_optimizer(2), with_its_optimizer(4)]},
+}
+
+
+def numbered(item: Any) -> Any:
+    """Returns the item with a number of its own in every element."""
+    graph, state = nnx.split(item)
+    counter = iter(range(1, 10_000))
+    fill = jax.tree.map(
+        lambda leaf: np.array([next(counter) for _ in range(leaf.size)], leaf.dtype).reshape(leaf.shape),
+        state,
+    )
+    return nnx.merge(graph, fill)
+
+
+def elements(item: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(p): np.asarray(leaf) for p, leaf in jax.tree.leaves_with_path(nnx.state(item))
+    }
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_gets_its_own_train_states_back(program: str, layout: Any, tmp_path: Path) -> None:
+    make = PROGRAMS[program]
+    item = numbered(make())
+    save(tmp_path / "item", item, layout=layout)
+
+    found = restore(tmp_path / "item", nnx.eval_shape(make))
+
+    assert elements(found).keys() == elements(make()).keys()
+    np.testing.assert_equal(elements(found), elements(item))

@@ -11,6 +11,8 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from flax import nnx
+
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import (
     Layout,
@@ -392,13 +394,15 @@ def network_of(
     ends = [[item.tokens[at:] for at in range(len(item.tokens))] for item in wanted.leaves]
     above = wanted.owner[:-1]
 
-    def moments(network: Matched) -> tuple[int, int, bool, bool, bool]:
-        names = set(network.names.values())
-        found = [next((len(end) for end in tails if end in names), 0) for tails in ends]
+    def moments(network: Matched) -> tuple[int, int, int, bool, bool, bool]:
+        kinds = {network.names.get(item.leaf.path, ()): item.leaf.kind for item in network.weights}
+        found = [next((end for end in tails if end in kinds), ()) for tails in ends]
+        # Another network's own type of Variable may have a parameter's name.
+        params = sum(issubclass(kinds[end] or nnx.Param, nnx.Param) for end in found if end)
         beside = all(item.tokens[: len(above)] == above for item in network.weights)
         is_unnamed = not named_levels(strip(network.roots.wanted, above))
         is_trained = network.network.owner in trained
-        return sum(map(bool, found)), sum(found), beside, is_unnamed, is_trained
+        return sum(map(bool, found)), params, sum(map(len, found)), beside, is_unnamed, is_trained
 
     return max(likely, key=moments)
 

@@ -30,6 +30,17 @@ class Wrapped(nnx.Module):
         self.qs = Net(5)
 
 
+class Own(nnx.Variable[Any]):
+    """A type of a program's own."""
+
+
+class Part(nnx.Module):
+    """A network with a Variable that is a parameter in another one."""
+
+    def __init__(self, kind: type[nnx.Variable[Any]]):
+        self.table, self.scale = kind(jnp.zeros((2, 3))), nnx.Param(jnp.zeros(3))
+
+
 class WithAverage(TrainState):
     ema_params: Any
 
@@ -65,6 +76,11 @@ def actor_and_critic(**more: Any) -> dict[str, Any]:
     return pair | {"actor_opt": optimizer(actor), "critic_opt": optimizer(critic)} | more
 
 
+def own_types() -> dict[str, Any]:
+    gen, disc = Part(Own), Part(nnx.Param)
+    return {"gen": gen, "disc": disc, "gen_opt": optimizer(gen), "disc_opt": optimizer(disc)}
+
+
 def lists() -> dict[str, Any]:
     nets = [Net(), Net(4)]
     return {"nets": nets, "optimizers": [optimizer(net) for net in nets]}
@@ -86,6 +102,7 @@ PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "one wraps another": actor_and_critic,
     "one wraps another, and its target": lambda: actor_and_critic(target_critic=Wrapped()),
     "a tuple with another network": lambda: (model := Net(), optimizer(model), Net()),
+    "a name that is a parameter's in one network": own_types,
     "lists": lists,
     "lists of train states": lambda: {"agents": [with_its_optimizer(2), with_its_optimizer(4)]},
 }

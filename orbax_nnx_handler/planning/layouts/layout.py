@@ -50,6 +50,12 @@ class Placement:
         return canonical(self.path)
 
     @property
+    def own(self) -> Path:
+        """The keys of what lies aside, below its train state: those of its model's attribute and below."""
+        is_below_item = self.leaf.path[1:] == self.path
+        return below_owner(self.path, canonical(self.owner)) if is_below_item else self.path
+
+    @property
     def is_unused(self) -> bool:
         """Whether it is the one zero that a factored state keeps for a moment that a parameter has not.
 
@@ -58,6 +64,17 @@ class Placement:
         """
         names = {str(key) for key in (*(self.slot or ()), *self.path)}
         return self.section == "optimizer" and self.leaf.shape == (1,) and not _FACTORED.isdisjoint(names)
+
+
+def below_owner(path: Path, owner: Tokens) -> Path:
+    """Returns the keys of a path below an owner, of whose first levels a program may have more or fewer."""
+    names = canonical(path)
+    for at in range(len(owner)):
+        end = owner[at:]
+        below = next((n + len(end) for n in range(len(names)) if names[n : n + len(end)] == end), 0)
+        if below:
+            return next(path[n:] for n in range(len(path) + 1) if len(canonical(path[:n])) >= below)
+    return path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ path, then below the model's root. Flax 0.11 changed the layout of a module's ow
 stream: `drop/rngs/default/{count,key}` became `drop/rngs/{count,key}`; both are read.
 No stored stream is given out twice.
 
+Where names of networks differ, what lies aside goes where the weights of its train state go.
+
 What has another arrangement of layers than the target's is not found so: it is a leaf of the
 model then, of the collection of the wanted type, and stacked as all of them are.
 """
@@ -17,8 +19,9 @@ from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import Read
-from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_level
+from orbax_nnx_handler.planning.layouts.layout import Placement, below_owner, is_copy_level
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
+from orbax_nnx_handler.planning.mapping.networks import Matched
 from orbax_nnx_handler.planning.mapping.roots import Roots, skeleton, strip
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
@@ -39,6 +42,7 @@ def find_random(
     placements: Sequence[Placement],
     entries: Sequence[Entry],
     roots: Roots,
+    networks: Sequence[Matched],
 ) -> None:
     """Adds to `found` what `nnx_aux`, or an NNX state itself, holds of random state and custom variables.
 
@@ -48,12 +52,13 @@ def find_random(
     if not left:
         return
     moved = {entry.sources[0]: entry for entry in entries if entry.named and isinstance(entry.recipe, Read)}
-    places = _Places(wanted, placements, moved, roots)
+    matched = [network for network in networks if any(item.leaf.path in found for item in network.weights)]
+    places = _Places(wanted, placements, moved, roots, matched, entries)
     taken: set[Path] = set()
     # What all leaves may be with most right comes before what any leaf may be with less. Of the two ways
     # to read `nnx_aux`, the one under which more of it is wanted is how it was written.
     aside = sorted((places.kept, places.rootless), key=lambda find: -sum(any(find(item)) for item in left))
-    for find in (places.whole, *aside, places.inline, places.of_another_flax):
+    for find in (places.whole, *aside, places.of_network, places.inline, places.of_another_flax):
         for item in left:
             if item.leaf.path in found:
                 continue
@@ -93,16 +98,20 @@ def as_wanted(
         name = skeleton(item.tokens)
         for at in range(len(name)):
             kinds[name[at:]].add(None if item.role == "random" else item.collection)
+    modules = {(item.owner, item.tokens[:1]) for item in placements if item.section == "model"}
     moved: dict[Path, Placement] = {}
     for item in aside:
-        own = item.path[len(item.owner) :] if item.path[: len(item.owner)] == item.owner else item.path
+        own, owner = item.own, item.owner
         of_model = str(own[0]) == _MODEL
-        named = kinds.get(skeleton(canonical(own[1:] if of_model else item.path)), ())
+        below = own if owner and (owner, canonical(own)[:1]) in modules else own[1:]
+        whole = below if of_model or below is own else (*owner, *own)
+        named = kinds.get(skeleton(canonical(whole)), ())
         if len(named) == 1 and len(own) > 1:
             (collection,) = named
-            owner = item.owner if of_model else item.path[: -len(own[1:])]
+            if not (of_model or below is own):
+                owner = (*owner, *own[:1])
             moved[item.leaf.path] = dataclasses.replace(
-                item, section="model", collection=collection, path=own[1:], owner=owner
+                item, section="model", collection=collection, path=below, owner=owner
             )
     owners = {item.owner for item in placements if item.section != "aux"}
     names = {skeleton(canonical((*item.owner, *item.path))) for item in moved.values()}
@@ -127,9 +136,11 @@ class _Places:
         placements: Sequence[Placement],
         moved: Mapping[Path, Entry],
         roots: Roots,
+        networks: Sequence[Matched],
+        entries: Sequence[Entry],
     ) -> None:
         self._wanted, self._placements, self._moved, self._roots = wanted, placements, moved, roots
-        self._root = roots.wanted
+        self._root, self._networks, self._entries = roots.wanted, networks, entries
 
     @cached_property
     def _whole(self) -> PathsByTokens:
@@ -170,6 +181,27 @@ class _Places:
         return _by_stream(self._all)
 
     @cached_property
+    def _of_networks(self) -> Sequence[tuple[Tokens, Tokens, PathsByTokens]]:
+        """What lies aside where the weights of networks come from, by what is above on both sides."""
+        aside = [item for item in self._placements if item.section == "aux"]
+        found: list[tuple[Tokens, Tokens, PathsByTokens]] = []
+        for matched in self._networks if aside else ():
+            network, roots = matched.network, matched.roots
+            copied = {level for level in roots.wanted if is_copy_level(level)} - {*network.owner}
+            stored = [item for item in self._entries if item.section == "model" and network.holds(item)]
+            placed = [(item, item.placed) for item in stored if item.placed is not None]
+            if copied or network.only not in (None, "params") or not placed:
+                continue  # A copy has nothing aside.
+            (first, weight), owners = placed[0], {canonical(weight.owner) for _, weight in placed}
+            own = {item.leaf.path: item.own for item in aside if canonical(item.owner) in owners}
+            for path in self._moved.keys() & own.keys():
+                own[path] = below_owner(self._moved[path].segments, network.owner)
+            # A level that a rule has put above the weights alone is none of what lies aside.
+            by_rule = first.tokens[: len(first.tokens) - len(weight.tokens)]
+            found.append((roots.wanted, strip(roots.stored, by_rule), _index(own)))
+        return sorted(found, key=lambda item: -len(item[0]))
+
+    @cached_property
     def _siblings(self) -> Mapping[Tokens, int]:
         return Counter(_unnamed(strip(item.tokens, self._root)) for item in self._wanted)
 
@@ -200,6 +232,15 @@ class _Places:
         # A functional train state's field, which a save takes for the model.
         if item.tokens[:1] == ("params",):
             yield from _at(self._aux, (_MODEL, *item.tokens[1:]))
+
+    def of_network(self, item: Wanted) -> Iterator[Path]:
+        """Yields what lies aside in the train state that the weights of the leaf's network come from."""
+        for above, below, aside in self._of_networks:
+            if item.tokens[: len(above)] == above:
+                own = (*below, *item.tokens[len(above) :])
+                for attribute in ((_MODEL,), above[-1:], ()):
+                    yield from _at(aside, (*attribute, *own))
+                return
 
     def inline(self, item: Wanted) -> Iterator[Path]:
         """Yields the leaf of the same path below the model's roots."""

@@ -361,7 +361,7 @@ def _moved(placements: Sequence[Placement], here: Tokens, there: Tokens) -> Sequ
     """Returns the placements with a level more or less above their train states."""
     return [
         dataclasses.replace(item, owner=(*here, *_below(item.owner, there)))
-        if item.section in FIELDS
+        if item.section in FIELDS or (item.section == "aux" and item.owner)
         else item
         for item in placements
     ]

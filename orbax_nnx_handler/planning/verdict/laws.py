@@ -35,7 +35,12 @@ from orbax_nnx_handler.planning.verdict.proven_moments import (
     wanted_as_weight,
 )
 from orbax_nnx_handler.planning.verdict.stacked_axes import StackedAxes
-from orbax_nnx_handler.planning.verdict.weight_sources import Weights, is_below
+from orbax_nnx_handler.planning.verdict.weight_sources import (
+    Weights,
+    is_below,
+    is_beside_weights,
+    is_of_its_name,
+)
 
 
 class Grounds(Protocol):
@@ -100,7 +105,7 @@ def certify(
     """
     kernel = _Kernel(wanted, placed, sources, known)
     broken = [fault for source in kernel.unproven() for fault in kernel.check(source)]
-    broken += [*kernel.moments(), *kernel.kept_beside(), *kernel.claims()]
+    broken += [*kernel.aside(), *kernel.moments(), *kernel.kept_beside(), *kernel.claims()]
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
 
@@ -145,6 +150,7 @@ class _Kernel:
         self._are_all = len(sources) == len(wanted)
         self._axes = StackedAxes(known.scan_axis, known.said)
         self._weights = Weights(wanted, placed, known.by_rule, known.scans, self._axes)
+        self._aside: list[tuple[Wanted, Path]] = []
         self._owners: dict[Path, set[Path]] = defaultdict(set)
         self._read_owners: dict[Path, list[tuple[Wanted, Path]]] = defaultdict(list)
         stored_tops = {path[0] if path else None for path in placed}
@@ -225,7 +231,10 @@ class _Kernel:
             self._owners[item.owner].update(leaf.owner for leaf in placed)
             return
         if all(leaf.section == "aux" for leaf in placed) or item.role == "random":
-            if self._is_stream(item, recipe):
+            if isinstance(recipe, Read) and is_of_its_name(item, placed[0]):
+                return
+            if isinstance(recipe, Read) and placed[0].section == "aux":
+                self._aside.append((item, read[0]))
                 return
             if item.role != "random" or placed[0].section != "model":
                 yield Broken(law=10, wanted=path, stored=read[0], why="it is the stream of another name")
@@ -251,19 +260,15 @@ class _Kernel:
         ):
             yield Broken(law=1, wanted=path, stored=read[0], why=f"{render(same)} has its whole path")
 
-    def _is_stream(self, item: Wanted, recipe: Recipe) -> bool:
-        """Tells whether a leaf beside the weights is the one of its name, as any Flax wrote it."""
-        if not isinstance(recipe, Read):
-            return False
-        here, there = item.tokens, canonical(self._placed[recipe.path].path)
-        there = there[:-1] if there[-1:] == ("value",) and here[-1:] != ("value",) else there
-        there = there[1:] if there[:1] == ("model",) and here[:1] != ("model",) else there
-        # Flax 0.11 took the level with the stream's name away.
-        return not any(map(is_copy_level, here[: -len(there)] or there[: -len(here)])) and any(
-            _is_end(left, right) or _is_end(right, left)
-            for left in (here, (*here[:-2], *here[-1:]))
-            for right in (there, (*there[:-2], *there[-1:]))
-        )
+    def aside(self) -> Iterator[Broken]:
+        """Yields what lies aside and goes neither by its own name nor where its network's weights go."""
+        made = zip(self._by_role["model"], self._chains["model"], strict=True) if self._aside else ()
+        by_rule = ((item, read) for (item, *_), (read, _) in made if read in self._known.by_rule)
+        levels = self._weights.levels(by_rule)
+        for item, stored in self._aside:
+            if not is_beside_weights(item, self._placed[stored], levels):
+                why = "it is the stream of another name"
+                yield Broken(law=10, wanted=item.leaf.path, stored=stored, why=why)
 
     def moments(self) -> Iterator[Broken]:
         """Yields which leaves of optimizers are not made as their parameters are."""
@@ -418,10 +423,6 @@ def _is_same_path(wanted: Path, stored: Path) -> bool:
     # By segments: Orbax writes a tuple key of a normalising wrapper as its text.
     here, there = canonical(segments(wanted)), canonical(segments(stored))
     return here == there or (there[-1:] == ("value",) and here == there[:-1])
-
-
-def _is_end(whole: Tokens, end: Tokens) -> bool:
-    return len(end) > 0 and whole[len(whole) - len(end) :] == end
 
 
 def _why_not(item: Wanted, placed: Placement) -> tuple[int, str]:

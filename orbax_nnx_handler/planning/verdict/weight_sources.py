@@ -9,7 +9,7 @@ from typing import NamedTuple
 from orbax_nnx_handler.planning.core.leaves import GRU_GATES, LSTM_GATES, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
-from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks
+from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks, is_copy_level
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.elements import Element, Name, SideNames, elements_of
 from orbax_nnx_handler.planning.verdict.stacked_axes import Stacked, StackedAxes, StackedGroup, options_of
@@ -17,6 +17,10 @@ from orbax_nnx_handler.planning.verdict.stacked_axes import Stacked, StackedAxes
 _PLAIN = frozenset({"model", "state", "train_state"})
 _STATISTICS = frozenset({"u", "sigma"})
 """What `nnx.SpectralNorm` keeps of a weight (flax/nnx/nn/normalization.py)."""
+
+
+_Levels = tuple[Tokens, Tokens]
+"""What lies above a common name in the target, and in the checkpoint."""
 
 
 class WrongSource(NamedTuple):
@@ -124,6 +128,17 @@ class Weights:
             is_boxed = placed.tokens[-1:] == ("value",) != item.tokens[-1:]
             name = placed.tokens[:-1] if is_boxed else placed.tokens
             known.setdefault((item.tokens[: len(item.tokens) - len(name)], ()), (item.leaf.path, path))
+
+    def levels(self, by_rule: Iterable[tuple[Wanted, Path]]) -> Mapping[Path, Set[_Levels]]:
+        """Returns what lies above the names of proven weights, and of those of rules, by train state."""
+        found: dict[Path, set[_Levels]] = defaultdict(set)
+        for (owner, _), known in self.roots.items():
+            found[owner].update(known)
+        for item, path in by_rule:
+            here, there = item.tokens, self.name(path)
+            common = _common_end(here, there)
+            found[self.placed[path].owner].add((here[: len(here) - common], there[: len(there) - common]))
+        return found
 
     def is_below_known_roots(self, item: Wanted, placed: Placement) -> bool:
         """Tells whether a leaf read whole has the name, and the levels above it, that others have."""
@@ -325,6 +340,39 @@ def is_below(item: Wanted, placed: Placement, roots: Iterable[tuple[Tokens, Toke
         if here == above + there[len(below) :] and there[: len(below)] == below:
             return True
     return False
+
+
+def is_of_its_name(item: Wanted, placed: Placement) -> bool:
+    """Tells whether a leaf beside the weights is the one of its name, as any Flax wrote it."""
+    here, there = item.tokens, canonical(placed.path)
+    there = there[:-1] if there[-1:] == ("value",) and here[-1:] != ("value",) else there
+    there = there[1:] if there[:1] == ("model",) and here[:1] != ("model",) else there
+    # Flax 0.11 took the level with the stream's name away.
+    return not any(map(is_copy_level, here[: -len(there)] or there[: -len(here)])) and any(
+        _is_end(left, right) or _is_end(right, left)
+        for left in (here, (*here[:-2], *here[-1:]))
+        for right in (there, (*there[:-2], *there[-1:]))
+    )
+
+
+def is_beside_weights(item: Wanted, placed: Placement, levels: Mapping[Path, Set[_Levels]]) -> bool:
+    """Tells whether a leaf aside has its name below the levels that weights of its train state have.
+
+    Args:
+        item: The leaf that is read from it.
+        placed: The leaf aside.
+        levels: What lies above the names of weights, by stored train state.
+    """
+    own, here = canonical(placed.own), item.tokens
+    for above, below in levels.get(placed.owner, ()):
+        name = (*below, *here[len(above) :])
+        if here[: len(above)] == above and own in (name, ("model", *name), (*above[-1:], *name)):
+            return True
+    return False
+
+
+def _is_end(whole: Tokens, end: Tokens) -> bool:
+    return len(end) > 0 and whole[len(whole) - len(end) :] == end
 
 
 def _positions(names: Iterable[Tokens]) -> Mapping[Tokens, Set[str]]:

@@ -1,0 +1,155 @@
+"""What a save keeps aside goes where the weights of its network go: another level, fields or layers."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from orbax_nnx_handler import plan_restore, restore, save
+from orbax_nnx_handler.planning.verdict.laws import Known, certify
+from tests.laws.worlds import flat
+from tests.storage.saving.layered import Model, assert_alike, numbered
+
+LAYOUTS = pytest.mark.parametrize("layout", ["linen", "maxtext"])
+
+
+class Net(nnx.Module):
+    def __init__(self, seed: int = 0, out: int = 2):
+        rngs = nnx.Rngs(seed, dropout=seed + 1)
+        self.dense = nnx.Linear(3, out, rngs=rngs)
+        self.norm = nnx.BatchNorm(out, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+
+def trained(model: Any) -> dict[str, Any]:
+    return {"model": model, "optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)}
+
+
+def nested(gen: str = "gen", disc: str = "disc") -> dict[str, Any]:
+    return {gen: trained(Net(1)), disc: trained(Net(5, out=3))}
+
+
+def side_by_side(make: Any = Net) -> dict[str, Any]:
+    gen, disc = trained(make(1)), trained(make(5))
+    return {
+        "gen": gen["model"],
+        "disc": disc["model"],
+        "gen_opt": gen["optimizer"],
+        "disc_opt": disc["optimizer"],
+    }
+
+
+def values(item: Any) -> dict[tuple[str, ...], np.ndarray]:
+    found: dict[tuple[str, ...], np.ndarray] = {}
+    for key, value in item.items():
+        below = values(value) if isinstance(value, dict) else flat(value)
+        found |= {(key, *map(str, path)): np.asarray(leaf) for path, leaf in below.items()}
+    return found
+
+
+def assert_moved(restored: Any, source: Any, moved: Any) -> None:
+    have, want = values(restored), {moved(path): value for path, value in values(source).items()}
+    assert have.keys() == want.keys()
+    for path, value in want.items():
+        np.testing.assert_array_equal(have[path], value, "/".join(path))
+
+
+@LAYOUTS
+def test_of_networks_below_another_level_streams_and_statistics_come_along(
+    tmp_path: Path, layout: Literal["linen", "maxtext"]
+) -> None:
+    source, below = numbered(nested()), numbered({"trainer": nested()})
+    save(tmp_path / "item", source, layout=layout)
+    save(tmp_path / "below", below, layout=layout)
+
+    gained = restore(tmp_path / "item", nnx.eval_shape(lambda: {"trainer": nested()}))
+    lost = restore(tmp_path / "below", nnx.eval_shape(nested))
+
+    assert_moved(gained, source, lambda path: ("trainer", *path))
+    assert_moved(lost, below, lambda path: path[1:])
+
+
+@LAYOUTS
+def test_of_networks_beside_their_optimizers_they_come_along_into_train_states(
+    tmp_path: Path, layout: Literal["linen", "maxtext"]
+) -> None:
+    def moved(path: tuple[str, ...]) -> tuple[str, ...]:
+        name = path[0].removesuffix("_opt")
+        return (name, "model" if name == path[0] else "optimizer", *path[1:])
+
+    def target() -> dict[str, Any]:
+        return {"gen": trained(Net(1)), "disc": trained(Net(5))}
+
+    source = numbered(side_by_side())
+    save(tmp_path / "item", source, layout=layout)
+    rules = [(f"{name}_opt/opt_state", f"{name}/optimizer/opt_state") for name in ("gen", "disc")]
+
+    restored = restore(tmp_path / "item", nnx.eval_shape(target), renames=rules)
+
+    assert_moved(restored, source, moved)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("saved", "wanted"), [("list", "scan"), ("scan", "list")])
+def test_of_networks_beside_their_optimizers_they_follow_their_layers(
+    tmp_path: Path, saved: str, wanted: str, layout: Literal["linen", "maxtext"]
+) -> None:
+    def item(form: str) -> dict[str, Any]:
+        return side_by_side(lambda seed: Model(form, seed))
+
+    source = numbered(item(saved))
+    save(tmp_path / "item", source, layout=layout)
+
+    restored = restore(tmp_path / "item", nnx.eval_shape(lambda: item(wanted)))
+
+    for key in ("gen", "disc"):
+        assert_alike(nnx.state(restored[key]), nnx.state(source[key]))
+
+
+@LAYOUTS
+def test_they_follow_weights_that_rules_alone_rename(
+    tmp_path: Path, layout: Literal["linen", "maxtext"]
+) -> None:
+    source = numbered(nested())
+    save(tmp_path / "item", source, layout=layout)
+    names = {"gen": "generator", "disc": "critic"}
+    fields = (
+        ("params", "batch_stats", "opt_state", "step")
+        if layout == "linen"
+        else ("params", "opt_state", "step")
+    )
+    rules = [(f"{old}/{field}", f"{new}/{field}") for old, new in names.items() for field in fields]
+
+    restored = restore(
+        tmp_path / "item", nnx.eval_shape(lambda: nested("generator", "critic")), renames=rules
+    )
+
+    assert_moved(restored, source, lambda path: (names[path[0]], *path[1:]))
+
+
+@LAYOUTS
+def test_the_laws_refuse_what_lies_aside_of_another_network(
+    tmp_path: Path, layout: Literal["linen", "maxtext"]
+) -> None:
+    def target() -> dict[str, Any]:
+        return {"nets": {"gen": trained(Net(1)), "disc": trained(Net(5))}}
+
+    save(tmp_path / "item", {name: trained(Net(1)) for name in ("gen", "disc")}, layout=layout)
+    plan = plan_restore(tmp_path / "item", nnx.eval_shape(target))
+    sources = {
+        path: (plan.sides.wanted[path], made.recipe, made.evidence) for path, made in plan.restored.items()
+    }
+    exchanged = {
+        path: ("nets", "disc" if path[1] == "gen" else "gen", *path[2:]) for path in sources if "rngs" in path
+    }
+    assert len(exchanged) == 4
+    for path, other in exchanged.items():
+        changed = sources | {path: (sources[path][0], *sources[other][1:])}
+        broken = certify([*plan.sides.wanted.values()], plan.sides.placements, [*changed.values()], Known())
+        assert path in {fault.wanted for fault in broken if fault.law == 10}
+    assert not certify(
+        [*plan.sides.wanted.values()], plan.sides.placements, [*sources.values()], Known(scan_axis=1)
+    )

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
-from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
@@ -297,6 +297,33 @@ def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
                     aim = *above, f"{above[-1]}_{number}", base
                     found[Rename("/".join((*above, each[turn][0])), "/".join(aim))] = None
     return tuple(found)
+
+
+def networks_as_parts(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Returns entries under their whole paths where rules call several networks as the target does.
+
+    Such a rule takes `params` away, and what is left above is the name that tells the networks apart.
+    """
+    model = [entry for entry in entries if entry.section == "model"]
+    levels = {(entry.prefix, entry.owner) for entry in model}
+    if len(levels) < 2 or any(canonical(prefix) != owner for prefix, owner in levels):
+        return entries
+    return [dataclasses.replace(entry, segments=entry.whole, prefix=()) for entry in model]
+
+
+def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> Iterator[tuple[int, Names]]:
+    """Yields where the model may sit in the target, and the stored levels that go by themselves."""
+    shared = shared_levels([leaf.names for link in links for leaf in link.wanted], own=1)
+    named = (at for at, name in enumerate(shared) if name not in PLAIN_LEVELS and not name.isdecimal())
+    plain = next(named, len(shared))
+    kept = tuple(token for token in roots.stored if not is_number(token))
+    begins = all(leaf.names[: len(kept)] == kept for link in links for leaf in link.stored)
+    for depth in dict.fromkeys((0 if is_alone else plain, plain, len(roots.wanted), 0, len(shared))):
+        if depth <= len(shared):
+            # Rules that name the levels above the stored model save back by themselves.
+            yield depth, ()
+            if kept and begins and len(kept) == len(roots.stored):
+                yield depth, kept
 
 
 def apart_from_copies(links: Iterable[Link]) -> tuple[list[Link], list[Tie]]:

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
-from orbax_nnx_handler.planning.core.paths import Path, is_number, segments, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Shapes, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
-from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -17,7 +16,9 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
     by_template,
     layers_in_turns,
+    networks_as_parts,
     of_few_layers,
+    possible_roots,
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, readings_of, simplest
@@ -139,6 +140,16 @@ class _Proposing:
     def _chosen(self) -> Chosen:
         return choose(self._wanted, self.stored, self.options)
 
+    @cached_property
+    def _applied(self) -> Sequence[Entry]:
+        return networks_as_parts(self._chosen.mapping.applied.entries)
+
+    @cached_property
+    def _called(self) -> Mapping[Path, Names]:
+        """What the settled rules call the stored leaves."""
+        entries = self._chosen.mapping.applied.entries
+        return {path: entry.whole for entry in entries for path in entry.sources}
+
     def best(self) -> Suggestion:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
         found = self.suggestion()
@@ -161,7 +172,7 @@ class _Proposing:
         with contextlib.suppress(RestoreError):
             other = self._behind(*keys) if len(plain) == len(keys) else self._among(plain, *plain)
             others = [each for each in (*self._by_network(keys, other), other) if not each.problem]
-            others = [each for each in others if not mixes(each, keys, self.stored)]
+            others = [each for each in others if not mixes(each, keys, self._called)]
             found = min([*others, found if found.proposals else asking(other, found)], key=_open_ends)
         return found if one is None or found.confidence != "open" else one
 
@@ -169,9 +180,9 @@ class _Proposing:
         """Returns what is proposed where some networks are all that is stored, tried beside the others."""
         above = [tuple(key.replacement.split("/")) for key in networks]
         its = {
-            path: leaf
-            for path, leaf in self.stored.items()
-            if any(segments(path)[: len(owner)] == owner for owner in above)
+            path: self.stored[path]
+            for path, names in self._called.items()
+            if any(names[: len(owner)] == owner for owner in above)
         }
         found = dataclasses.replace(self, stored=its)._behind(*rules)
         tried = self._suggested(self._judged((), dict.fromkeys(found.renames, ()), 0, ()), found.questions)
@@ -230,8 +241,7 @@ class _Proposing:
         return tuple(rule for rule in rules if keeps or not changes_nothing(rule))
 
     def _searched(self) -> Searched:
-        after = self._chosen.mapping.applied.entries
-        found = self._search(after)
+        found = self._search(after := self._applied)
         if not self.options.renames:
             return found
         try:
@@ -240,7 +250,7 @@ class _Proposing:
                 plain = self._chosen_by(keys)  # Else one name would stand for a leaf of each network.
         except RestoreError:
             return found  # Only the rules make it a tree of a known layout.
-        before = self._search(plain.mapping.applied.entries)
+        before = self._search(networks_as_parts(plain.mapping.applied.entries))
         sources = paths_of(before.links)
         made = ((sources.get(path, set()), reads(item.recipe)) for path, item in self._base.restored.items())
         differs = any(not said <= set(read) for said, read in made)
@@ -268,7 +278,7 @@ class _Proposing:
         kept = [link for link in links if agrees(link, settled, claimed) and not self._is_doubted(link)]
         covered = {leaf.source for link in kept for leaf in link.wanted}
         ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
-        theirs = {leaf.source: leaf for leaf in stored_leaves(self._chosen.mapping.applied.entries, False)}
+        theirs = {leaf.source: leaf for leaf in stored_leaves(self._applied, False)}
         for path in settled:
             recipe = self._found[path].recipe
             if path not in covered and isinstance(recipe, Read) and recipe.path in theirs:
@@ -288,7 +298,9 @@ class _Proposing:
         best, left = nothing, list(links)
         for _ in range(_TRIES):
             lost: set[Path] = set()
-            for root, below in self._roots(left):
+            # A save knows `model` as the root of a model only beside an optimizer or a step.
+            is_alone = not of_role(self._wanted, "optimizer", "step")
+            for root, below in possible_roots(left, self._chosen.mapping.roots, is_alone=is_alone):
                 tried = self._tried(left, searched, root, below)
                 if tried.is_clean and tried.right == len(paths_of(left)):
                     return tried if tried.right > best.right else best
@@ -368,7 +380,7 @@ class _Proposing:
         """What the settled rules do with the shapes of stored leaves."""
         return {
             (entry.sources[0], entry.segments): steps_in(entry.recipe)
-            for entry in self._chosen.mapping.applied.entries
+            for entry in self._applied
             if not isinstance(entry.recipe, Read)
         }
 
@@ -385,28 +397,7 @@ class _Proposing:
 
     @cached_property
     def _entries(self) -> Sequence[Entry]:
-        return [entry for entry in self._chosen.mapping.applied.entries if entry.section == "model"]
-
-    def _roots(self, links: Sequence[Link]) -> Iterator[tuple[int, Names]]:
-        """Yields where the model may sit in the target, and the stored levels that go by themselves."""
-        roots = self._chosen.mapping.roots
-        names = [leaf.names for link in links for leaf in link.wanted]
-        shared = shared_levels(names, own=1)
-        plain = next(
-            (at for at, name in enumerate(shared) if name not in PLAIN_LEVELS and not name.isdecimal()),
-            len(shared),
-        )
-        # A save knows `model` as the root of a model only beside an optimizer or a step.
-        is_alone = not of_role(self._wanted, "optimizer", "step")
-        depths = dict.fromkeys((0 if is_alone else plain, plain, len(roots.wanted), 0, len(shared)))
-        kept = tuple(token for token in roots.stored if not is_number(token))
-        begins = all(leaf.names[: len(kept)] == kept for link in links for leaf in link.stored)
-        for depth in depths:
-            if depth <= len(shared):
-                # Rules that name the levels above the stored model save back by themselves.
-                yield depth, ()
-                if kept and begins and len(kept) == len(roots.stored):
-                    yield depth, kept
+        return [entry for entry in self._applied if entry.section == "model"]
 
     def _questions(self, links: Sequence[Link], searched: Searched, tried: _Tried) -> list[Choice]:
         covered = {*paths_of(links), *(tried.verdict or self._base).restored}

@@ -19,7 +19,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     module_parts,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.vocabulary import arm, concepts, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN, arm, concepts, exclude, likeness
 
 _PLACE = "{i}"
 _SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))
@@ -367,7 +367,10 @@ def stack_of(
         return None
     found.sort(key=lambda item: item[:5], reverse=True)
     best = found[0]
-    if best[4] < 0 or any(item[0] == best[0] and not _nested(item[3], best[3]) for item in found[1:]):
+    # Of two of one size, that of the group's own words.
+    alike = best[1] - MARGIN if best[1] > 0 else -math.inf
+    rivals = [item for item in found[1:] if item[0] == best[0] and item[1] > alike]
+    if best[4] < 0 or not all(_nested(item[3], best[3]) for item in rivals):
         return None
     return best[3], best[4], best[5]
 

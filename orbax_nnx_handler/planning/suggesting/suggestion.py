@@ -7,7 +7,7 @@ from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
-from orbax_nnx_handler.planning.core.paths import Path, printable, segments
+from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.rules import Rename, Rule, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, PairGrounds, place_of
@@ -285,13 +285,12 @@ def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:
     return tuple(Rename("/".join(prefix), "/".join(prefix[:-1])) for prefix in models)
 
 
-def mixes(found: Suggestion, keys: Sequence[Rename], stored: Iterable[Path]) -> bool:
+def mixes(found: Suggestion, keys: Sequence[Rename], called: Mapping[Path, Path]) -> bool:
     """Tells whether a proposal takes a part of several networks and leaves the rest: no model is both."""
-    paths, unused = [*stored], {*found.unmatched_stored}
-    parts = 0
+    unused, parts = {*found.unmatched_stored}, 0
     for key in keys:
         above = tuple(key.pattern.split("/"))
-        its = [path in unused for path in paths if segments(path)[: len(above)] == above]
+        its = [path in unused for path, names in called.items() if names[: len(above)] == above]
         parts += any(its) and not all(its)
     return parts > 1
 

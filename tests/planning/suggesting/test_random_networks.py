@@ -17,8 +17,6 @@ LINEN += ["embed layers wq wk wv wo attention_norm ffn_norm w1 w2 head"]
 OURS = ["inp blocks q_proj k_proj v_proj o_proj pre_attn_norm pre_mlp_norm wi wo cls"]
 OURS += ["inp h to_q to_k to_v to_out attn_norm mlp_norm up down out"]
 TX = optax.adam(1e-3)
-OPEN = (6,)
-"""Seeds with stacks of several networks that are all of one shape."""
 
 
 def blocks(width: int, out: int) -> Iterator[tuple[int, int | None, str, tuple[int, ...]]]:
@@ -112,30 +110,29 @@ def drawn(seed: int, *, stacks: bool = True):
     return {"params": tree} if form == "single" else tree, make, right
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", [*range(24), 93])
 def test_what_is_proposed_for_several_networks_is_right(seed):
     tree, make, right = drawn(seed)
     target = nnx.eval_shape(make)
 
     found = suggest(tree, target, init=make)
 
-    assert found.confidence == "likely" or seed in OPEN
-    if found.confidence != "open":
-        check(from_linen(tree, target, renames=found.renames), right)
+    assert found.confidence == "likely"
+    check(from_linen(tree, target, renames=found.renames), right)
 
 
-@pytest.mark.parametrize("seed", [0, 2, 3, 4, 5, 7])
-def test_networks_whose_renames_are_settled_are_found_no_worse(seed):
+@pytest.mark.parametrize("how_many", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5, 7])
+def test_networks_whose_renames_are_settled_are_found_no_worse(seed, how_many):
     tree, make, right = drawn(seed)
     target = nnx.eval_shape(make)
     names = zip(tree["params"] if tree.keys() == {"params"} else tree, make(), strict=True)
-    settled = [(name, other) for name, other in names if name != other]
+    settled = [(name, other) for name, other in names if name != other][:how_many]
 
     found = suggest(tree, target, init=make, renames=settled)
 
-    assert found.confidence == "likely" or seed in OPEN
-    if found.confidence != "open":
-        check(from_linen(tree, target, renames=[*settled, *found.renames]), right)
+    assert found.confidence == "likely"
+    check(from_linen(tree, target, renames=[*settled, *found.renames]), right)
 
 
 @pytest.mark.parametrize("seed", [4, 10, 22, 26])

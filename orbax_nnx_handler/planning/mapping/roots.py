@@ -19,7 +19,7 @@ from typing import Any
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.paths import Tokens, canonical, shared_levels
+from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_beside
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted, collection_of
@@ -122,7 +122,10 @@ def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[
     for path in wanted:
         tops[path[0]].append(path)
     own = [top for top in tops if len(tops) == 1 or top in PLAIN_LEVELS]
-    level = shared_levels(tops[own[0]], 1) if len(own) == 1 else ()
+    below = tops[own[0]] if len(own) == 1 else []
+    level = shared_levels(below, 1) if below else ()
+    if level and is_number(below[0][len(level)]):
+        level = level[:-1]  # The name of a list is none of a module above the model.
     named = [entry for entry in entries if level and entry.named and entry.prefix]
     moved = {id(entry) for entry in named if canonical(entry.segments[: len(level)]) == level}
     if not moved:

@@ -225,9 +225,9 @@ def place_of(names: Names) -> tuple[Names, str]:
     return names, "main"
 
 
-PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "outputs"]
-"""What tells the pair: shapes allow no other; the order in which both programs number or compute
-their parts; names; the convention of a known code base; how its siblings are arranged."""
+PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs"]
+"""What tells the pair: shapes allow no other; the order in which both programs number or compute their
+parts; names; a known code base; how its siblings are arranged; that patches are flattened alike."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,9 +348,8 @@ _QKV = frozenset("qkv")
 def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
     """Returns the links of which it is decided whether square matrices are transposed, and the others.
 
-    Matrices of the same block that are not square, and whose parameter has the same name, tell
-    first; then those of the same model. Where there is none, two `kernel` are arranged alike:
-    inputs before outputs is the convention of Linen and of NNX.
+    Matrices of the same block that are not square, and whose parameter has the same name, tell first; then
+    those of the same model. Where there is none, two `kernel` are arranged alike: both have inputs first.
     """
     evidence: dict[tuple[object, ...], set[bool]] = defaultdict(set)
     for link in links:
@@ -366,10 +365,17 @@ def settle_turns(links: Sequence[Link]) -> tuple[list[Link], list[Link]]:
             left.append(link)
         else:
             made = tuple((way,) for way in chosen if way is not None)
-            is_told = any(len(ways) > 1 and way.turned for ways, (way,) in zip(link.ways, made, strict=True))
-            grounds = "siblings" if is_told and link.grounds == "shapes" else link.grounds
+            grounds = _grounds(link.ways, made) if link.grounds == "shapes" else link.grounds
             settled.append(dataclasses.replace(link, ways=made, grounds=grounds))
     return settled, left
+
+
+def _grounds(options: Sequence[Sequence[Way]], made: Sequence[tuple[Way]]) -> PairGrounds:
+    """Returns what tells how leaves are made that shapes alone pair."""
+    if any(len(several) > 1 and way.turned for several, (way,) in zip(options, made, strict=True)):
+        return "siblings"
+    found = [way for (way,) in made]
+    return "patch" if any(x.flattens for x in found) else "names" if any(x.named for x in found) else "shapes"
 
 
 def readings_of(link: Link) -> tuple[Link, ...]:
@@ -400,7 +406,8 @@ def _chosen(
     if any([step.kind for step in way.steps] == ["transpose"] for way in ways if not way.turned):
         # Where image axes come last, outputs come first: that is PyTorch's convention for both.
         return next((way for way in ways if way.turned), None)
-    if _keeps_its_name(link, leaf) and not _are_squares(leaf):
+    # A matrix keeps its own name on both sides; `weight` and `w` may be PyTorch's.
+    if leaf.names[-1] == link.target.names[-1] not in PYTORCHS and not _are_squares(leaf):
         return next((way for way in ways if not way.turned), None)
     return None
 
@@ -411,11 +418,6 @@ def _are_outputs_first(link: Link) -> bool | None:
     if link.joint is None or link.joint.is_new or len(whole.shape) != 2:
         return None
     return link.joint.axis == 0 if all(part.names[-1] == "kernel" for part in parts) else None
-
-
-def _keeps_its_name(link: Link, leaf: Leaf) -> bool:
-    """Tells whether a matrix has a name of its own on both sides; `weight` and `w` may be PyTorch's."""
-    return leaf.names[-1] == link.target.names[-1] not in PYTORCHS
 
 
 def _are_squares(leaf: Leaf) -> bool:
@@ -430,21 +432,17 @@ def _axes(leaf: Leaf) -> int:
 
 def _keys(link: Link, leaf: Leaf) -> Iterable[tuple[object, ...]]:
     """Yields what a matrix shares its arrangement with: its module, its block, its model."""
-    bases = _bases(leaf.names)
     # A part of a stack of parts has an axis less; heads that are joined to a matrix are one.
     is_new = link.joint is not None and link.joint.is_new
     ranks = _axes(leaf) - (is_new and link.is_split), _axes(link.target) - (is_new and not link.is_split)
     seat = link.levels[-1][0] + 1 if link.levels else 0
     if link.layers is not None:
         seat = max(seat, len(link.layers.stored))
+    bases, block = (tuple(level.base for level in levels(names)) for names in (leaf.names, leaf.names[:seat]))
     named = tuple(map(parameter_of, (leaf.names[-1], link.target.names[-1])))
     for rank in dict.fromkeys((ranks[0], min(ranks))):
         if not _QKV.isdisjoint(concepts(bases[-2:-1])):
             yield "qkv", bases[:-2], named, rank  # What leads out of an attention is no evidence.
         yield "module", bases[:-2], named, rank
-        yield "block", _bases(leaf.names[:seat]), named, rank
+        yield "block", block, named, rank
         yield "model", named, rank
-
-
-def _bases(names: Names) -> Names:
-    return tuple(level.base for level in levels(names))

@@ -63,6 +63,15 @@ class Way:
         """How far it is from doing nothing; a reshape that splits heads is nearly nothing."""
         return sum(0.1 if step.kind == "reshape" else 0.5 for step in self.steps)
 
+    @property
+    def flattens(self) -> bool:
+        """Whether places and channels of a convolution are one axis on one side, in an order not told."""
+        both = (sorted((step.before, step.shape), key=len) for step in self.steps if step.kind == "reshape")
+        return any(
+            len(short) == 2 and len(long) > 3 and (short[0] == long[0] or short[1] == long[-1])
+            for short, long in both
+        )
+
 
 @functools.lru_cache(maxsize=65536)
 def ways(stored: Shape, wanted: Shape) -> tuple[Way, ...]:

@@ -22,6 +22,7 @@ _WORDS: Mapping[str, str] = {
     "names": "by names",
     "order": "by the order in which both programs number or compute them",
     "siblings": "a square matrix, arranged as its siblings are",
+    "patch": "with rows, columns and channels of a patch in one order on both sides",
     "fact": "",
     "outputs": "proved by outputs",
 }
@@ -47,7 +48,7 @@ class Proposal:
         return f"as in {self.fact}" if self.fact else _WORDS[self.grounds]
 
 
-_RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "siblings", "order", "fact")
+_RANKING: tuple[PairGrounds, ...] = ("shapes", "names", "patch", "siblings", "order", "fact")
 
 
 def proposal_of(rule: Rule, links: Sequence[Link]) -> Proposal:

@@ -409,3 +409,27 @@ def test_what_a_question_is_about_in_one_group_of_layers_is_matched_with_no_othe
         own = [value for path, value in stored.items() if path.startswith(f"{theirs}/")]
         for path, value in values.items():
             assert not path.startswith(f"{ours}/") or any(np.array_equal(value, each) for each in own), path
+
+
+@pytest.mark.parametrize("is_stored_flat", [False, True])
+def test_the_order_within_a_flattened_patch_is_likely_and_not_certain(is_stored_flat):
+    kernels = {"patch_embed/kernel": (2, 2, 3, 8), "patch_proj/kernel": (12, 8)}
+    (one, first), (other, second) = list(kernels.items())[:: -1 if is_stored_flat else 1]
+    stored = filled({one: first, "norm/scale": (8,)})
+    expected = {other: stored[one].reshape(second), "norm/scale": stored["norm/scale"]}
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+    assert found.confidence == "likely"
+    assert "rows, columns and channels of a patch in one order on both sides" in str(found)
+
+
+def test_what_the_word_kernel_tells_of_heads_is_not_certain():
+    stored = filled({"attn/out/w": (2, 4, 8)})
+    expected = {"attn/out/kernel": stored["attn/out/w"].reshape(8, 8)}
+
+    found, values = proposed(stored, {"attn/out/kernel": (8, 8)})
+
+    check(values, expected)
+    assert found.confidence == "likely"

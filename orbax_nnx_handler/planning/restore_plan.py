@@ -241,6 +241,12 @@ class RestoreReport(Displayed):
                 len(shortened), "leaf is stored in 64 bits and comes", "leaves are stored in 64 bits and come"
             )
             parts.append(f"{count} back in 32, set jax_enable_x64 to keep them: {list_paths(shortened)}")
+        # Random state that is stored is not begun anew in silence (law 10).
+        unread = (*self.plan.unexpected.values(), *self.plan.skipped.values()) if self.defaulted else ()
+        if any(leaf.key_impl for leaf in unread):
+            parts += [
+                cause.text.removesuffix(".") for cause in self.plan.causes if cause.kind == "RandomLayout"
+            ]
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def find_collections(evidence: Evidence) -> Iterable[Cause]:
         # A parameter of a subclass of nnx.Param is looked for in `params` as well: new, not left out. A bare
         # nnx.Variable (a table that nnx.RoPE computes) has no collection in Linen that could have been saved.
         known = kind is not None and kind is not nnx.Variable and not issubclass(kind, nnx.Param)
-        if len(paths) == wanted[collection] and known:
+        if len(paths) == wanted[collection] and known and evidence.kept_aside.isdisjoint(paths):
             free = [i for i in evidence.free_weights.values() if not is_copy_name(i.collection or "")]
             elsewhere = {evidence.stored_below(item): item for item in free}
             found = [elsewhere.get(evidence.below[path]) for path in paths]

@@ -121,11 +121,17 @@ def find_networks(evidence: Evidence) -> Iterable[Cause]:
     there = {at: items for at, items in there.items() if used.isdisjoint(item.leaf.path for item in items)}
     here = _lost_networks(evidence) if there else {}
     held = {at: _held((item.path, item.leaf.shape) for item in items) for at, items in there.items()}
+    aside = [item for item in evidence.sides.placements.values() if item.section == "aux"] if here else []
+    kept = {
+        at: _held((i.own[str(i.own[0]) == "model" :], i.leaf.shape) for i in aside if i.owner == at)
+        for at in there
+    }
     alike: dict[Path, list[Path]] = {}
     for owner, paths in here.items():
         wanted = _held((path[len(owner) :], evidence.shape(path)) for path in paths)
-        # One of another number is another network.
-        found = [at for at in there if held[at] == wanted and _unnumbered(at) != _unnumbered(owner)]
+        # What a save keeps aside may be more, as the streams. One of another number is another network.
+        whole = {at: {name: n for name, n in kept[at].items() if name in wanted} | held[at] for at in there}
+        found = [at for at in there if whole[at] == wanted and _unnumbered(at) != _unnumbered(owner)]
         if found and not any(owner[: len(above)] == above for above in alike):
             alike[owner] = found
     yield from _moved(
@@ -149,9 +155,9 @@ _DEPTH = 4
 """Levels of a target at which a network may lie."""
 
 
-def _held(leaves: Iterable[tuple[Path, Shape]]) -> Mapping[Tokens, int]:
+def _held(leaves: Iterable[tuple[Path, Shape]]) -> dict[Tokens, int]:
     """Returns the number of elements of each weight, that of all layers together."""
-    found = Counter[Tokens]()
+    found: dict[Tokens, int] = defaultdict(int)
     for path, shape in leaves:
         found[_unnumbered(without_box(path))] += math.prod(shape)
     return found
@@ -285,8 +291,7 @@ def _called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
 
 
 def _words(name: Path) -> list[str]:
-    words = "_".join(map(str, name)).lower().split("_")
-    return [word for word in words if word and word not in _GENERAL_WORDS]
+    return [w for w in "_".join(map(str, name)).lower().split("_") if w and w not in _GENERAL_WORDS]
 
 
 def _move(evidence: Evidence, owner: Path, lost: Sequence[Path], stored: Sequence[Placement]) -> _Move:
@@ -295,8 +300,7 @@ def _move(evidence: Evidence, owner: Path, lost: Sequence[Path], stored: Sequenc
     held = [item for item in stored if item.section == role] or stored
     network = _network(evidence, owner)
     weights = [path for path in evidence.missing_weights if network and path[: len(network)] == network]
-    sources = [item for item in evidence.free_weights.values() if item.owner == stored[0].owner]
-    sources = sources if weights else []
+    sources = [item for item in evidence.free_weights.values() if weights and item.owner == stored[0].owner]
     field = field_of(held[0])
     above = {field_of(item): network for item in sources} | {
         field: (*owner, "opt_state" if role == "optimizer" else "step")
@@ -371,8 +375,7 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
         there, here = map(_folded, (stored, wanted))
         text = f"structured differently: its moments are at {there}, the target's at {here}"
         text = f"{text}, and no name says which of them belong together"
-        saved = "build the target's optimizer as the chain that was saved"
-        way = f"{saved}; {weights_alone(evidence)}"
+        way = f"build the target's optimizer as the chain that was saved; {weights_alone(evidence)}"
         if stored == wanted:
             slot = min(stored)
             theirs = _folded({parameter for at, parameter in free if at == slot and parameter is not None})
@@ -438,8 +441,7 @@ def _stored_slots(evidence: Evidence) -> set[str]:
     tops = {evidence.stored_below(item)[0] for item in evidence.stored_weights.values()} | {"params"}
     found: set[str] = set()
     for item in evidence.sides.placements.values():
-        tokens = canonical(item.path)
-        tokens = _unboxed(tokens)
+        tokens = _unboxed(canonical(item.path))
         if item.section != "optimizer" or tokens[-1] not in lasts:
             continue
         at = next((at for at, token in enumerate(tokens) if token in tops), 0)

@@ -4,6 +4,7 @@ And kinds of numbers: codes of quantised weights, random keys and streams of ano
 """
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -347,8 +348,7 @@ def _codes_of(evidence: Evidence, scales: _Scales) -> Iterable[tuple[Path, Path]
 
 
 def _name(path: Path) -> str:
-    names = [name for name in segments(path) if name != "value"]
-    return names[-1] if names else "value"
+    return next((name for name in reversed(segments(path)) if name != "value"), "value")
 
 
 def find_quantised(evidence: Evidence) -> Iterable[Cause]:
@@ -389,36 +389,55 @@ def find_keys(evidence: Evidence) -> Iterable[Cause]:
         )
 
 
-_NONE: list[Path] = []
-
-
 def find_random_layouts(evidence: Evidence) -> Iterable[Cause]:
-    """Yields stored streams beside wanted ones of the same module, under names that do not meet.
+    """Yields stored streams beside wanted ones of their module or network, under names that do not meet."""
+    verdict, placed = evidence.verdict, evidence.sides.placements
+    stored = [path for path in (*verdict.unexpected, *verdict.skipped) if placed[path].leaf.key_impl]
+    begun = [path for path, item in verdict.defaulted.items() if stored and item.source != "target"]
+    left: list[Path] = []
+    for path in (at for at in evidence.of_role(begun, "random") if at[-1] == "key"):
+        module = _module_of(evidence.sides.wanted[path].tokens)
+        same = [at for at in stored if _same_end(_module_of(canonical(placed[at].path)), module)]
+        if same:
+            yield _other_streams([path], [at for at in same if _stream_of(at)[-1] == path[-2]] or same)
+        elif not (verdict.missing or verdict.mismatched):  # Else the cause may be theirs as well.
+            left.append(path)
+    for owners, paths in _by_network(evidence, left).items():
+        aside = [path for path in stored if placed[path].section == "aux" and placed[path].owner in owners]
+        if aside:
+            yield _other_streams(paths, aside)
 
-    Flax 0.11 took the stream's name out of a module's own stream:
-    `drop/rngs/default/key` became `drop/rngs/key`.
-    """
-    stored: dict[Tokens, list[Path]] = defaultdict(list)
-    for path in [*evidence.verdict.unexpected, *evidence.verdict.skipped]:
-        module = _module_of(canonical(evidence.sides.placements[path].path))
-        if module is not None:
-            stored[module].append(path)
-    for path, item in evidence.verdict.defaulted.items():
-        wanted = evidence.sides.wanted[path]
-        module = _module_of(wanted.tokens)
-        sources = next((s for m, s in stored.items() if module and m and _same_end(m, module)), _NONE)
-        if item.source != "target" and wanted.role == "random" and path[-1] == "key" and sources:
-            there = render(next((s for s in sources if "key" in segments(s)), sources[0]))
-            here = render(path)
-            renames = [(there, here)]
-            yield Cause(
-                kind="RandomLayout",
-                text=f"the checkpoint holds random streams in the layout of another Flax ({there}), and "
-                f"nothing says which of them is {here}: that stream starts afresh.",
-                paths=(path, *sources),
-                way=Hint(f"pass renames={renames!r} to go on with that stream.", {"renames": renames}),
-                facts={"stored": there, "wanted": here},
-            )
+
+def _other_streams(wanted: Sequence[Path], stored: Sequence[Path]) -> Cause:
+    here, there = render(_stream_of(wanted[0])), render(_stream_of(stored[0]))
+    renames = [(there, here)]  # A key without its count would give its first numbers again.
+    way = Hint(f"pass renames={renames!r} to go on with that stream.", {"renames": renames})
+    which = Hint("say which it is: renames=[(stored, wanted), ...].")
+    return Cause(
+        kind="RandomLayout",
+        text=f"the checkpoint holds random streams under other names ({there}), and nothing says which of "
+        f"them is {here}: that stream starts afresh{', as others do' if wanted[1:] else ''}.",
+        paths=(*wanted, *stored),
+        way=which if wanted[1:] or stored[1:] else way,
+        facts={"stored": there, "wanted": here},
+    )
+
+
+def _by_network(evidence: Evidence, paths: Sequence[Path]) -> Mapping[frozenset[Path], list[Path]]:
+    """Returns paths by the stored train states of the restored weights that are nearest to each."""
+    homes: dict[Path, set[Path]] = defaultdict(set)
+    for at in evidence.of_role(evidence.restored, "model") if paths else ():
+        for source, depth in itertools.product(reads(evidence.restored[at].recipe), range(len(at))):
+            homes[at[:depth]].add(evidence.sides.placements[source].owner)
+    found: dict[frozenset[Path], list[Path]] = defaultdict(list)
+    for path in paths:
+        above = (path[:depth] for depth in range(len(path) - 1, 0, -1))
+        found[frozenset(homes[next((at for at in above if at in homes), ())])].append(path)
+    return found
+
+
+def _stream_of(path: Path) -> Path:
+    return path[: -2 if path[-1] == "value" else -1]
 
 
 def _module_of(tokens: Tokens) -> Tokens | None:
@@ -426,6 +445,6 @@ def _module_of(tokens: Tokens) -> Tokens | None:
     return names[: names.index("rngs") + 1] if "rngs" in names and names[-1] in ("key", "count") else None
 
 
-def _same_end(one: Tokens, other: Tokens) -> bool:
-    size = min(len(one), len(other))
-    return size > 1 and one[-size:] == other[-size:]
+def _same_end(one: Tokens | None, other: Tokens | None) -> bool:
+    size = min(len(one or ()), len(other or ()))
+    return one is not None and other is not None and size > 1 and one[-size:] == other[-size:]

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import plan_restore, restore, save
+from orbax_nnx_handler.planning.restore_plan import RestoreReport
 from orbax_nnx_handler.planning.verdict.laws import Known, certify
 from tests.laws.worlds import flat
 from tests.storage.saving.layered import Model, assert_alike, numbered
@@ -153,3 +154,53 @@ def test_the_laws_refuse_what_lies_aside_of_another_network(
     assert not certify(
         [*plan.sides.wanted.values()], plan.sides.placements, [*sources.values()], Known(scan_axis=1)
     )
+
+
+class Dropping(Net):
+    def __init__(self, name: str, norm: str = "norm"):
+        super().__init__()
+        for old, new in (("drop", name), ("norm", norm)):
+            part = getattr(self, old)
+            delattr(self, old)
+            setattr(self, new, part)
+
+
+@LAYOUTS
+def test_a_stream_under_another_name_is_told_with_a_rule_for_its_key_and_its_count(
+    tmp_path: Path, layout: Literal["linen", "maxtext"]
+) -> None:
+    source = numbered({name: trained(Dropping("drop")) for name in ("gen", "disc")})
+    save(tmp_path / "item", source, layout=layout)
+    target = nnx.eval_shape(lambda: {name: trained(Dropping("dropout")) for name in ("gen", "disc")})
+
+    plan = plan_restore(tmp_path / "item", target)
+    rules = [rule for cause in plan.causes for rule in cause.hint.arguments["renames"]]
+    restored = restore(tmp_path / "item", target, renames=rules)
+
+    assert "that stream starts afresh" in RestoreReport(plan=plan, seconds=1, nbytes=1).warning
+    assert rules == [(f"nnx_aux/{n}/model/drop/rngs", f"{n}/model/dropout/rngs") for n in ("disc", "gen")]
+    assert_moved(restored, source, lambda path: tuple("dropout" if key == "drop" else key for key in path))
+
+
+def test_statistics_that_lie_aside_under_another_name_are_not_said_not_to_be_saved(tmp_path: Path) -> None:
+    save(tmp_path / "item", trained(Dropping("drop")), layout="maxtext")
+    target = nnx.eval_shape(lambda: trained(Dropping("drop", norm="other")))
+
+    error = plan_restore(tmp_path / "item", target).error()
+
+    assert error is not None
+    assert "not saved" not in str(error)
+
+
+@LAYOUTS
+def test_networks_of_other_names_are_proposed_whatever_lies_aside_of_them(
+    tmp_path: Path, layout: Literal["linen", "maxtext"]
+) -> None:
+    source, names = numbered(nested()), {"gen": "generator", "disc": "discriminator"}
+    save(tmp_path / "item", source, layout=layout)
+    target = nnx.eval_shape(lambda: nested(*names.values()))
+
+    (cause,) = plan_restore(tmp_path / "item", target).causes
+    restored = restore(tmp_path / "item", target, renames=cause.hint.arguments["renames"])
+
+    assert_moved(restored, source, lambda path: (names[path[0]], *path[1:]))

@@ -155,7 +155,7 @@ def flatten_target(
 
     @functools.cache
     def aliases() -> Mapping[Path, Path]:
-        return _aliases(item, nodes) if is_graph(item) else {}
+        return aliases_of(item, nodes)
 
     return Target(leaves=leaves, variables=nodes, assemble=assemble, aliases=aliases)
 
@@ -203,10 +203,10 @@ def _parts(node: Any) -> Iterable[tuple[Any, Any]]:
     return cast(Iterable[tuple[Any, Any]], nnx.iter_children(node)) if graph else _entries(node) or ()
 
 
-def _aliases(item: Any, wanted: Collection[Path]) -> dict[Path, Path]:
+def aliases_of(item: Any, wanted: Collection[Path]) -> dict[Path, Path]:
     """Returns every path of a shared Variable but the one that is wanted, each with that one."""
     paths: dict[int, list[Path]] = defaultdict(list)
-    for path, variable in _every_variable(item, ()):
+    for path, variable in _every_variable(item, ()) if is_graph(item) else ():
         paths[id(variable)].append(path)
     return {
         path: found[0]

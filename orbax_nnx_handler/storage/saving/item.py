@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import (
+    aliases_of,
     children,
     flatten,
     is_graph,
@@ -68,7 +69,8 @@ class Parts:
         parent: The keys above the optimizer, or above the fields of a functional train state.
         step: The number of steps done, or None.
         root: The keys that it is stored below, where the item holds several train states.
-        trained: The leaves of the model that the optimizer trains, where that is a part of its own.
+        trained: Other leaves that the optimizer trains, by path below its model: all of a model that is a
+            part of its own, and what the model shares with another one, which has it among its leaves.
     """
 
     model: ItemLeaves
@@ -83,7 +85,7 @@ class Parts:
     @property
     def parameters(self) -> ItemLeaves:
         """The leaves of the optimizer's model, by path below that."""
-        return self.model or self.trained
+        return {**self.model, **self.trained}
 
 
 def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
@@ -113,21 +115,22 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
     leaves = {path: ItemLeaf(path, node) for path, node in nodes.items()}
     if not optimizers:
         return (_without_optimizer(item, leaves, model_key),)
+    shared = {alias: leaves[path] for alias, path in aliases_of(item, leaves).items()}
     if len(optimizers) == 1:
         ((owner, opt_state),) = optimizers.items()
-        return _one_train_state(leaves, owner, opt_state, model_key, ())
+        return _one_train_state(leaves, owner, opt_state, model_key, (), shared)
     roots = {_parent(leaves, owner): owner for owner in optimizers}
     if len(roots) == 1:
         # Of a list of networks and a list of their optimizers, all lie side by side.
         (parent,) = roots
         alone = all(_is_below_any(path, optimizers) for path in leaves if _are_nested(parent, path))
-        return _side_by_side(leaves, optimizers, () if alone else parent)
+        return _side_by_side(leaves, optimizers, () if alone else parent, shared)
     if len(roots) < len(optimizers) or any(_are_nested(a, b) for a in roots for b in roots if a != b):
         raise _several_optimizers(optimizers)
     states: list[Parts] = []
     for root, owner in roots.items():
         own, leaves = _divided(leaves, root)
-        states += _one_train_state(own, owner, optimizers[owner], model_key, root)
+        states += _one_train_state(own, owner, optimizers[owner], model_key, root, shared)
     return _with_outside(states, leaves)
 
 
@@ -146,7 +149,9 @@ def _several_optimizers(optimizers: Iterable[Path]) -> ValueError:
     )
 
 
-def _side_by_side(leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Path) -> Sequence[Parts]:
+def _side_by_side(
+    leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Path, shared: ItemLeaves
+) -> Sequence[Parts]:
     """Returns each model and each optimizer of `{gen, disc, g_opt, d_opt}` as a part of its own.
 
     Which optimizer trains which model need not be known: each is stored under its own name. Its moments
@@ -159,6 +164,7 @@ def _side_by_side(leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Pa
             below[path[:depth]][path[depth:]] = leaf
     models = {key: model for key, model in below.items() if any(map(is_weight, model.values()))}
     states = [Parts(model=model, outside={}, root=key) for key, model in models.items()]
+    models = {key: {**model, **_below(shared, key)} for key, model in models.items()}
     for owner, opt_state in optimizers.items():
         moments = _moments(opt_state)
         trained = _trained_by(moments, models)
@@ -216,13 +222,17 @@ def _are_nested(one: Path, other: Path) -> bool:
     return other[: len(one)] == one
 
 
+def _below(leaves: ItemLeaves, root: Path) -> dict[Path, ItemLeaf]:
+    return {path[len(root) :]: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
+
+
 def _divided(leaves: ItemLeaves, root: Path) -> tuple[dict[Path, ItemLeaf], dict[Path, ItemLeaf]]:
-    own = {path: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
+    own = {path: leaf for path, leaf in leaves.items() if _are_nested(root, path)}
     return own, {path: leaf for path, leaf in leaves.items() if path not in own}
 
 
 def _one_train_state(
-    leaves: ItemLeaves, owner: Path, opt_state: Any, model_key: Hashable, root: Path
+    leaves: ItemLeaves, owner: Path, opt_state: Any, model_key: Hashable, root: Path, shared: ItemLeaves
 ) -> Sequence[Parts]:
     """Returns model and optimizer as one part below `root`; else model and optimizer as parts of their own.
 
@@ -236,7 +246,7 @@ def _one_train_state(
     model = _root(rest, parent, opt_state, model_key)
     copies = [at for at, level in enumerate(model or ()) if at >= len(root) and is_copy_level(str(level))]
     if model is None or (copies and copies[-1] >= len(parent)):
-        return _side_by_side(leaves, {owner: opt_state}, parent)
+        return _side_by_side(leaves, {owner: opt_state}, parent, shared)
     own, outside = _divide(rest, model)
     if model[-1:] == ("params",):
         # A functional train state keeps its other collections beside `params`.
@@ -245,8 +255,9 @@ def _one_train_state(
         }
         own = {**own, **{path[len(model) :]: leaf for path, leaf in beside.items()}}
         outside = {path: leaf for path, leaf in outside.items() if path not in beside}
+    root, trained = model[: copies[-1] + 1] if copies else root, _below(shared, model)
     parts = Parts(model=own, outside=outside, opt_state=opt_state, owner=owner, parent=parent, step=step)
-    return (dataclasses.replace(parts, root=model[: copies[-1] + 1] if copies else root),)
+    return (dataclasses.replace(parts, root=root, trained=trained),)
 
 
 def _parent(leaves: ItemLeaves, owner: Path) -> Path:
@@ -386,9 +397,7 @@ def _merge(leaves: ItemLeaves) -> ItemLeaves:
 
 
 def _divide(leaves: ItemLeaves, root: Path) -> tuple[ItemLeaves, ItemLeaves]:
-    model = {path[len(root) :]: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
-    outside = {path: leaf for path, leaf in leaves.items() if path[: len(root)] != root}
-    return model, outside
+    return _below(leaves, root), {p: leaf for p, leaf in leaves.items() if p[: len(root)] != root}
 
 
 def _root(leaves: ItemLeaves, parent: Path, opt_state: Any, model_key: Hashable) -> Path | None:
@@ -411,9 +420,7 @@ def _root(leaves: ItemLeaves, parent: Path, opt_state: Any, model_key: Hashable)
     # `params` is the field of Flax's own `TrainState`.
     named = next((root for key in (model_key, "params") if (root := (*parent, key)) in best), None)
     originals = [root for root in best if not is_copy_level(str(root[-1]))]
-    if named is not None or len(originals) == 1:
-        return named or originals[0]
-    return None
+    return named or (originals[0] if len(originals) == 1 else None)
 
 
 def _root_by_name(parent: Path, keys: list[Hashable], model_key: Hashable) -> Path:

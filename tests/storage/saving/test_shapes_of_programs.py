@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -86,6 +87,29 @@ def lists() -> dict[str, Any]:
     return {"nets": nets, "optimizers": [optimizer(net) for net in nets]}
 
 
+class Encoder(nnx.Module):
+    """Layers that a Linen program calls `layers_0` and `layers_1`."""
+
+    def __init__(self) -> None:
+        self.layers = nnx.List([nnx.Linear(3, 3, rngs=nnx.Rngs(0)) for _ in range(2)])
+
+
+class Head(nnx.Module):
+    """A network on an encoder that another one may have as well."""
+
+    def __init__(self, encoder: Encoder, name: str) -> None:
+        self.encoder = encoder
+        setattr(self, name, nnx.Linear(3, 1, rngs=nnx.Rngs(0)))
+
+
+def two_heads(*, nested: bool) -> dict[str, Any]:
+    encoder = Encoder()
+    heads = {"actor": Head(encoder, "policy"), "critic": Head(encoder, "value")}
+    if nested:
+        return {name: {"model": head, "optimizer": optimizer(head)} for name, head in heads.items()}
+    return heads | {f"{name}_opt": optimizer(head) for name, head in heads.items()}
+
+
 PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "functional, a step in a Variable": lambda: fields(step=nnx.Variable(jnp.int32(0))),
     "functional, a step in a Param": lambda: fields(step=nnx.Param(jnp.int32(0))),
@@ -103,6 +127,8 @@ PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "one wraps another, and its target": lambda: actor_and_critic(target_critic=Wrapped()),
     "a tuple with another network": lambda: (model := Net(), optimizer(model), Net()),
     "a name that is a parameter's in one network": own_types,
+    "two on one encoder": lambda: two_heads(nested=False),
+    "train states on one encoder": lambda: two_heads(nested=True),
     "lists": lists,
     "lists of train states": lambda: {"agents": [with_its_optimizer(2), with_its_optimizer(4)]},
 }
@@ -136,3 +162,20 @@ def test_a_program_gets_its_own_train_states_back(program: str, layout: Any, tmp
 
     assert elements(found).keys() == elements(make()).keys()
     np.testing.assert_equal(elements(found), elements(item))
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_moments_of_what_another_network_holds_are_named_as_their_own_optimizers_others(
+    layout: Any, nested: bool, tmp_path: Path
+) -> None:
+    save(tmp_path / "item", two_heads(nested=nested), layout=layout)
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        stored = checkpointer.restore(tmp_path / "item")
+
+    for name, own in (("actor", "policy"), ("critic", "value")):
+        moments = stored[name if nested else f"{name}_opt"]["opt_state"][0]["mu"]
+        moments = moments["params"] if layout == "maxtext" else moments
+        assert moments.keys() == {"encoder", own}
+        assert moments["encoder"].keys() == {"layers_0", "layers_1"}

@@ -71,13 +71,20 @@ class Matched:
         network: The network.
         roots: Where its weights sit in the target, and in the stored train state.
         weights: The wanted weights.
-        names: The path of each below the model's root, without an owner and a collection that it names.
+        paths: The path of each wanted leaf, without an owner and a collection that it names.
+        names: Those of the weights below the model's root.
     """
 
     network: Network
     roots: Roots
     weights: tuple[Wanted, ...]
+    paths: Mapping[Path, Tokens]
     names: Mapping[Path, Tokens]
+
+    @property
+    def root(self) -> Tokens:
+        """Where its weights sit below what the wanted paths name of it."""
+        return self.roots.wanted[len(self.network.owner) if self.network.named else 0 :]
 
 
 def match_networks(
@@ -117,7 +124,9 @@ def match_networks(
         names = paths
         if roots.wanted or len(weights) < len(paths):
             names = {item.leaf.path: strip(paths[item.leaf.path], roots.wanted) for item in weights}
-        networks.append(Matched(network=network, roots=whole, weights=tuple(weights), names=names))
+        networks.append(
+            Matched(network=network, roots=whole, weights=tuple(weights), paths=paths, names=names)
+        )
         left = [item for item in items if item.leaf.path not in settled] if settled else items
         if left and not (not network.named and _contradict(roots.wanted, network)):
             free = [entry for entry in own if id(entry) not in taken] if taken else own
@@ -312,17 +321,17 @@ def _networks(left: Sequence[Wanted], entries: Sequence[Entry]) -> dict[Network,
 
 
 def _levels_of_types(wanted: Sequence[Wanted], names: Mapping[Tokens, str]) -> set[Tokens]:
-    """Returns the keys beside `params` that hold all of one collection, and nothing else, by their types.
+    """Returns the keys beside `params` that hold all there is of some collections and of random state.
 
-    What `nnx.split` gives is kept so: `{"params": ..., "model_state": ...}`.
+    What `nnx.split` gives is kept so: `{"params": ..., "model_state": ..., "rest": ...}`.
     """
     held: dict[Tokens, set[str | None]] = defaultdict(set)
     for item in wanted:
-        held[item.tokens[:1]].add(item.collection)
+        held[item.tokens[:1]].add("" if item.role == "random" else item.collection)
     if held.get(("params",)) != {"params"}:
         return set()
-    stored = {*names.values()}
-    alone = [key for key, kinds in held.items() if len(kinds) == 1 and key not in names and kinds <= stored]
+    stored = {*names.values(), ""}
+    alone = [key for key, kinds in held.items() if key not in names and kinds <= stored]
     alone = [key for key in alone if not is_copy_beside(key[0], "")]
     return {key for key in alone if [kinds for kinds in held.values() if kinds & held[key]] == [held[key]]}
 

@@ -181,10 +181,10 @@ class _Places:
         return _by_stream(self._all)
 
     @cached_property
-    def _of_networks(self) -> Sequence[tuple[Tokens, Tokens, PathsByTokens]]:
+    def _of_networks(self) -> Sequence[tuple[Matched, Tokens, PathsByTokens]]:
         """What lies aside where the weights of networks come from, by what is above on both sides."""
         aside = [item for item in self._placements if item.section == "aux"]
-        found: list[tuple[Tokens, Tokens, PathsByTokens]] = []
+        found: list[tuple[Matched, Tokens, PathsByTokens]] = []
         for matched in self._networks if aside else ():
             network, roots = matched.network, matched.roots
             copied = {level for level in roots.wanted if is_copy_level(level)} - {*network.owner}
@@ -198,8 +198,8 @@ class _Places:
                 own[path] = below_owner(self._moved[path].segments, network.owner)
             # A level that a rule has put above the weights alone is none of what lies aside.
             by_rule = first.tokens[: len(first.tokens) - len(weight.tokens)]
-            found.append((roots.wanted, strip(roots.stored, by_rule), _index(own)))
-        return sorted(found, key=lambda item: -len(item[0]))
+            found.append((matched, strip(roots.stored, by_rule), _index(own)))
+        return sorted(found, key=lambda item: -len(item[0].roots.wanted))
 
     @cached_property
     def _siblings(self) -> Mapping[Tokens, int]:
@@ -235,10 +235,11 @@ class _Places:
 
     def of_network(self, item: Wanted) -> Iterator[Path]:
         """Yields what lies aside in the train state that the weights of the leaf's network come from."""
-        for above, below, aside in self._of_networks:
-            if item.tokens[: len(above)] == above:
-                own = (*below, *item.tokens[len(above) :])
-                for attribute in ((_MODEL,), above[-1:], ()):
+        for matched, below, aside in self._of_networks:
+            path, root = matched.paths.get(item.leaf.path), matched.root
+            if path is not None and path[: len(root)] == root:
+                own = (*below, *path[len(root) :])
+                for attribute in ((_MODEL,), matched.roots.wanted[-1:], ()):
                     yield from _at(aside, (*attribute, *own))
                 return
 

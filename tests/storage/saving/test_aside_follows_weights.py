@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -204,3 +205,27 @@ def test_networks_of_other_names_are_proposed_whatever_lies_aside_of_them(
     restored = restore(tmp_path / "item", target, renames=cause.hint.arguments["renames"])
 
     assert_moved(restored, source, lambda path: (names[path[0]], *path[1:]))
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "kinds", [("params", "batch_stats", "rest"), ("params", "rest"), ("params", "state", "rngs")]
+)
+@pytest.mark.parametrize("make", [Net, lambda: trained(Net())])
+def test_a_split_that_is_kept_in_a_dict_gets_its_streams_and_statistics(
+    tmp_path: Path, make: Any, kinds: tuple[str, ...], layout: Literal["linen", "maxtext"]
+) -> None:
+    source = numbered(make())
+    save(tmp_path / "item", source, layout=layout)
+    model = source["model"] if isinstance(source, dict) else source
+    filters = (nnx.Param, nnx.BatchStat, ...) if len(kinds) == 3 else (nnx.Param, ...)
+    parts = dict(zip(kinds, nnx.split(model, *filters)[1:], strict=True))
+    target = jax.eval_shape(lambda: parts)
+
+    restored = restore(tmp_path / "item", target, unexpected="ignore")
+
+    for kind, part in parts.items():
+        have, want = flat(restored[kind]), flat(part)
+        assert have.keys() == want.keys()
+        for path, value in want.items():
+            np.testing.assert_array_equal(have[path], value, str(path))

@@ -325,7 +325,7 @@ def _only_a_copy(evidence: Evidence) -> Iterable[Cause]:
                 text=f"all that is stored lies below {name!r}, the name of a copy; "
                 "a copy is used only where the target or a rule names it.",
                 paths=(*evidence.with_moments(met), *free),
-                way=_if_meant("/".join(level), "params"),
+                way=_if_meant(["/".join(level)], "params"),
                 facts={"stored": "/".join(level), "count": len(stored)},
             )
             return
@@ -338,7 +338,7 @@ def _named_otherwise(evidence: Evidence) -> Iterable[Cause]:
         if len(path) > 1 and isinstance(path[0], str):
             fields[path[0]][canonical(path[1:])] = path
     pairs = list(_pairs(evidence, fields))
-    for field, copy, sources in pairs:
+    for field, copies, sources in pairs:
         others = {path[0] for path in evidence.missing_weights} - {one for one, *_ in pairs}
         # What `params` holds meets by itself once the copies are out of the way.
         met = (
@@ -347,19 +347,20 @@ def _named_otherwise(evidence: Evidence) -> Iterable[Cause]:
             else []
         )
         lost = list(fields[field].values())
+        names, ends = listed(list(map(repr, copies))), ("s", "") if len(copies) > 1 else ("", "s")
         yield Cause(
             kind="CopyRenamed",
-            text=f"the stored collection {copy!r} holds the weights of the wanted {field!r}; "
+            text=f"the stored collection{ends[0]} {names} hold{ends[1]} the weights of the wanted {field!r}; "
             "a copy is used only where the target or a rule names it.",
             paths=(*evidence.with_moments([*lost, *met]), *sources),
-            way=_if_meant(copy, field),
-            facts={"stored": copy, "wanted": field, "count": len(lost)},
+            way=_if_meant(copies, field),
+            facts={"stored": ", ".join(copies), "wanted": field, "count": len(lost)},
         )
 
 
 def _pairs(
     evidence: Evidence, fields: Mapping[str, Mapping[Tokens, Path]]
-) -> Iterable[tuple[str, str, Sequence[Path]]]:
+) -> Iterable[tuple[str, Sequence[str], Sequence[Path]]]:
     copies: dict[str, dict[Tokens, Path]] = defaultdict(dict)
     for path, item in evidence.free_weights.items():
         if item.collection is not None and item.collection not in FLAX_COLLECTIONS and not item.owner:
@@ -368,11 +369,14 @@ def _pairs(
         if item.section == "other" and len(path) > 1:  # Beside several train states.
             copies[str(path[0])][_end(path[1:])] = path
     for field, wanted in fields.items():
-        alike = [copy for copy in copies if wanted.keys() <= copies[copy].keys()]
+        holding = [copy for copy in copies if not wanted.keys().isdisjoint(copies[copy])]
+        alike = [copy for copy in holding if wanted.keys() <= copies[copy].keys()] or holding
         shared = {copy: len(words_of(copy) & words_of(field)) for copy in alike}
         best = [copy for copy in alike if shared[copy] == max(shared.values()) > 0]
-        if len(best) == 1:
-            yield field, best[0], [copies[best[0]][tokens] for tokens in wanted]
+        # A copy of each collection (`ema_params`, `ema_batch_stats`): none holds what another one does.
+        met = [(tokens, copies[copy][tokens]) for copy in best for tokens in wanted if tokens in copies[copy]]
+        if len(met) == len(dict(met)) == len(wanted):
+            yield field, best, [source for _, source in met]
 
 
 def _below_model(evidence: Evidence, path: Path) -> Tokens:
@@ -388,6 +392,6 @@ def _end(path: Path) -> Tokens:
     return without_box(canonical(path))
 
 
-def _if_meant(stored: str, wanted: str) -> Hint:
-    rule = (stored, wanted)
-    return Hint(f"if that is what you want, pass renames={[rule]!r}.", {"renames": [rule]})
+def _if_meant(stored: Iterable[str], wanted: str) -> Hint:
+    rules = [(level, wanted) for level in stored]
+    return Hint(f"if that is what you want, pass renames={rules!r}.", {"renames": rules})

@@ -340,3 +340,27 @@ def more_stacked_layers_than_single_ones() -> Mistake:
 @mistake
 def more_stacked_layers_than_a_stack_holds() -> Mistake:
     return more_layers(scanned=(True, True))
+
+
+class Normed(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+
+@mistake
+def an_average_of_the_parameters_and_of_the_statistics() -> Mistake:
+    numbers = Numbers()
+    params = {**mlp(numbers), "norm": {"scale": numbers(4), "bias": numbers(4)}}
+    statistics = {"norm": {"mean": numbers(4), "var": numbers(4)}}
+    state = {**numbers.state(params), "batch_stats": statistics}
+    copies = {f"ema_{name}": numbers.like(state[name]) for name in ("params", "batch_stats")}
+
+    def make() -> dict[str, Any]:
+        network = Normed()
+        return {"model": network, "optimizer": optimizer(network), "ema": Normed()}
+
+    own = flat(params, "model") | flat(statistics, "model")
+    return Mistake(
+        state | copies, make, own | flat(copies["ema_params"], "ema") | flat(copies["ema_batch_stats"], "ema")
+    )

@@ -18,7 +18,7 @@ from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
-from orbax_nnx_handler.planning.diagnosis.ways import selecting, shortest_patterns, weights_alone
+from orbax_nnx_handler.planning.diagnosis.ways import selecting, shortest_patterns, tried, weights_alone
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
 from orbax_nnx_handler.planning.suggesting.link_groups import Pair, moved_groups, order_after
@@ -76,24 +76,26 @@ def find_permuted(evidence: Evidence) -> Iterable[Cause]:
             f"the layers of {render(by_others[0])} lie where the others' do: its own shape allows more"
         )
     condition = f" if {' and '.join(conditions)}" if conditions else ""
-    way = _pass(rules, after=f"{exchange}{condition}.")
+    more = counted(len(paths) - len(wrong), "weight", "weights") if len(paths) > len(wrong) else ""
+    too = f", and {more} of their stack with them, shaped alike either way" if more else ""
+    cause = Cause(
+        kind="AxesPermuted",
+        text=f"{counted(len(wrong), 'weight is', 'weights are')} stored with the axes in another order "
+        f"({first.stored_shape} for {first.wanted.shape}){too}{other}.",
+        paths=evidence.with_moments(paths),
+        way=_pass(rules, after=f"{exchange}{condition}."),
+        facts={"stored": first.stored_shape, "wanted": first.wanted.shape, "swapped": swapped},
+    )
     if untold := _untold(evidence, shapes, others):
         # Which it is, no rule to paste may say.
         also = [Transpose(pattern, order) for pattern, order in _patterns(evidence, untold)]
         names = list_paths(_paths(untold))
         doubt = f"{names} may be stored so too, its shape is the same either way, and only its writer knows"
         then = f": then pass {as_python(also)} as well" if len(also) <= _RULES else ""
-        way = Hint(f"{way.words} {doubt}{then}.")
-    more = counted(len(paths) - len(wrong), "weight", "weights") if len(paths) > len(wrong) else ""
-    too = f", and {more} of their stack with them, shaped alike either way" if more else ""
-    yield Cause(
-        kind="AxesPermuted",
-        text=f"{counted(len(wrong), 'weight is', 'weights are')} stored with the axes in another order "
-        f"({first.stored_shape} for {first.wanted.shape}){too}{other}.",
-        paths=evidence.with_moments(paths),
-        way=way,
-        facts={"stored": first.stored_shape, "wanted": first.wanted.shape, "swapped": swapped},
-    )
+        way = tried(cause, evidence)
+        way = Hint(f"{way.words} {doubt}{then}.") if way.arguments else way
+        cause = dataclasses.replace(cause, way=way)
+    yield cause
 
 
 def _by_group(evidence: Evidence, shapes: _Shapes) -> tuple[dict[tuple[int, ...], list[Path]], list[str]]:

@@ -110,10 +110,10 @@ def checked(cause: Cause, evidence: Evidence) -> Cause | None:
         return None
     if "renames" not in cause.way.arguments:
         return cause
-    return dataclasses.replace(cause, way=_tried(cause, evidence))
+    return dataclasses.replace(cause, way=tried(cause, evidence))
 
 
-def _tried(cause: Cause, evidence: Evidence) -> Hint:
+def tried(cause: Cause, evidence: Evidence) -> Hint:
     """Returns rules to pass with those that were passed already, in an order in which they help."""
     way, given = cause.way, list(evidence.verdict.renames)
     rules = list(way.arguments["renames"])

@@ -2,9 +2,7 @@
 
 import dataclasses
 import difflib
-import functools
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
@@ -13,9 +11,16 @@ import numpy as np
 from orbax_nnx_handler.planning.core.errors import Hint, RuleError, UnusedRuleError
 from orbax_nnx_handler.planning.core.paths import Path, parse, render, segments
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children, render_reads
-from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.rules.rename import Rename, comes_late
-from orbax_nnx_handler.planning.rules.rule import Pattern, Rule
+from orbax_nnx_handler.planning.rules.entries import (
+    ALIKE,
+    SHOWN,
+    Entry,
+    Names,
+    alike,
+    plain,
+)
+from orbax_nnx_handler.planning.rules.rename import Rename, comes_late, spelt_as, taken_from
+from orbax_nnx_handler.planning.rules.rule import Pattern, Rule, patterns_of
 from orbax_nnx_handler.planning.rules.stacking import Copy, ScanAxis
 from orbax_nnx_handler.planning.rules.values import Drop
 
@@ -113,7 +118,10 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
     matched = list[Rule]()
     axes = tuple(rule for rule in rules if isinstance(rule, ScanAxis))
     for rule in rules:
-        applied = rule.apply(after)
+        try:
+            applied = rule.apply(after)
+        except RuleError as error:
+            raise _with_what_was_taken(error, rule, after, entries, rules) from None
         if applied.matched:
             matched.append(rule)
         elif not isinstance(rule, ScanAxis):
@@ -123,7 +131,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
         if isinstance(rule, Drop):
             discarded |= dict.fromkeys(applied.discarded, rule)
     if unused:
-        raise _without_effect(unused, matched)
+        raise _without_effect(unused, matched, entries, rules)
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
     _check_copies(after, casts)
     return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)
@@ -159,7 +167,10 @@ def _check_copies(entries: Sequence[Entry], casts: Casts) -> None:
 UnmatchedRule = tuple[Rule, Sequence[Entry]]
 """A rule that matches nothing, and what it met."""
 
-WHOLE = "a pattern is whole path segments as `orbax-nnx tree` prints them; correct it or take it out."
+WHOLE = (
+    "a pattern is whole path segments as `orbax-nnx tree` prints them, or as the rules in front of it "
+    "write them; correct it or take it out."
+)
 _MEANT = "if that is meant, write"
 _LATE = (
     "what a rename wrote is not renamed again, so that names can be swapped; write in one rule "
@@ -188,9 +199,15 @@ def unused_axes(unused: Sequence[Rule]) -> UnusedRuleError:
     return _unused_error([f"  {rule}" for rule in unused], Hint(_AXES))
 
 
-def _without_effect(unused: Sequence[UnmatchedRule], matched: Collection[Rule]) -> UnusedRuleError:
+def _without_effect(
+    unused: Sequence[UnmatchedRule],
+    matched: Collection[Rule],
+    entries: Sequence[Entry],
+    rules: Sequence[Rule],
+) -> UnusedRuleError:
     """Returns the error for rules that match nothing, with the stored paths that are nearest."""
-    rows, corrected, late, repeated = list[str](), list[Rule](), list[Rename](), 0
+    rows, corrected, moved = list[str](), list[Rule](), list[str]()
+    late, repeated = list[Rename](), 0
     for rule, met in unused:
         rows.append(f"  {rule}")
         if rule in matched:
@@ -200,25 +217,52 @@ def _without_effect(unused: Sequence[UnmatchedRule], matched: Collection[Rule]) 
         if isinstance(rule, Rename) and comes_late(rule, met):
             late.append(rule)
             continue
-        paths, meant = _nearest(rule, met)
-        if paths:
-            rows.append(f"    nearest stored: {', '.join(paths)}")
-        if meant is not None:
+        told, meant = _what_it_met(rule, met, entries, rules)
+        rows += told
+        if isinstance(meant, Rule):
             corrected.append(meant)
+        elif meant:
+            moved.append(meant)
     if repeated == len(unused):
         hint = _TWICE
     elif len(late) == len(unused):
         hint = _in_one(late, matched)
     elif what := _what_no_rule_is_for(unused):
         rows, hint = [row for row in rows if what is _IN_OPTIMIZER or not row.startswith("   ")], what
-    elif len(corrected) == len(unused):
-        hint = f"{_MEANT} {', '.join(map(str, corrected))}."
+    elif len(corrected) + len(moved) == len(unused):
+        written = [f"{_MEANT} {', '.join(map(str, corrected))}"] if corrected else []
+        hint = f"{'; '.join((*written, *moved))}."
     else:
         hint = _LATE if late else WHOLE
     error = _unused_error(rows, Hint(hint))
     error.rules = [rule for rule, _ in unused]
-    error.meant = corrected if hint.startswith(_MEANT) else ()
+    error.meant = corrected if len(corrected) == len(unused) else ()
     return error
+
+
+def _what_it_met(
+    rule: Rule, met: Sequence[Entry], entries: Sequence[Entry], rules: Sequence[Rule]
+) -> tuple[list[str], Rule | str | None]:
+    """Returns the row on what a rule without effect is for, and the rule or the place that is meant."""
+    taken = taken_from(rule, entries, rules)
+    if taken is None:
+        paths, meant = _nearest(rule, met)
+        return [f"    nearest stored: {', '.join(paths)}"] if paths else [], meant
+    meant = _with_patterns(rule, taken.patterns(met), met)
+    if meant is None and _is_right_in_front(rule, taken.by, entries, rules):
+        meant = f"put {rule} in front of {taken.by}"
+    return [f"    {taken.by} in front of it has {taken.what(met)}"], meant
+
+
+def _with_what_was_taken(
+    error: RuleError, rule: Rule, met: Sequence[Entry], entries: Sequence[Entry], rules: Sequence[Rule]
+) -> RuleError:
+    """Returns the error of a rule that does not fit, with the one in front that has taken what it is for."""
+    if taken_from(rule, entries, rules) is None:
+        return error
+    told, meant = _what_it_met(rule, met, entries, rules)
+    ways = [f"{_MEANT} {meant}." if isinstance(meant, Rule) else f"{meant}."] if meant else error.hints
+    return RuleError("\n".join((error.what, *told)), paths=error.paths, hints=ways)
 
 
 def _what_no_rule_is_for(unused: Sequence[UnmatchedRule]) -> str:
@@ -242,17 +286,7 @@ def _unused_error(rows: Sequence[str], hint: Hint) -> UnusedRuleError:
     return UnusedRuleError(f"{words} no stored leaf:\n" + "\n".join(rows), hints=[hint])
 
 
-Names = tuple[str, ...]
-
-_SHOWN = 3
-_ALIKE = 0.6
-_MOST_NAMES = 20_000
-"""How many different runs of segments are compared; numbers and spellings aside, a model has hundreds."""
-
-_NUMBER = re.compile(r"\d+")
-_PLACE = re.compile(r"\{[A-Za-z_]\w*\}|(?<![^/])\*(?![^/])")
 _EXPRESSION = re.compile(r"[\\()\[\]+^$|?]")
-_PLACE_OR_NUMBER = re.compile(f"{_PLACE.pattern}|{_NUMBER.pattern}")
 
 
 def _nearest(rule: Rule, entries: Sequence[Entry]) -> tuple[Sequence[str], Rule | None]:
@@ -260,19 +294,34 @@ def _nearest(rule: Rule, entries: Sequence[Entry]) -> tuple[Sequence[str], Rule 
     paths: list[str] = []
     corrected: dict[str, str] = {}
     for text in patterns_of(rule):
-        runs = _alike(text, entries)
-        written = [_spelt_as(text, names) for names, _ in runs if _end_alike(text, names)]
+        runs = alike(text, entries)
+        written = [spelt_as(text, names) for names, _ in runs if _end_alike(text, names)]
         if isinstance(rule, Rename) and not written and (end := next(_ends_of(text, entries), None)):
             written, runs = [end[0]], [((), end[1])]
         paths += [_shown(entry) for _, entry in runs]
         corrected[text] = next((new for new in written if new is not None and new != text), text)
-    return [*dict.fromkeys(paths)][:_SHOWN], _with_patterns(rule, corrected, entries)
+    return [*dict.fromkeys(paths)][:SHOWN], _with_patterns(rule, corrected, entries)
+
+
+def _is_right_in_front(rule: Rule, of: Rule, entries: Sequence[Entry], rules: Sequence[Rule]) -> bool:
+    """Tells whether a rule has an effect in front of another one, and all others have too."""
+    rest = [one for one in rules if one is not rule]
+    at, met = rest.index(of), entries
+    for one in (*rest[:at], rule, *rest[at:]):
+        try:
+            applied = one.apply(met)
+        except RuleError:
+            return False
+        if not applied.matched and not isinstance(one, ScanAxis):
+            return False
+        met = applied.entries
+    return True
 
 
 def _end_alike(text: str, names: Names) -> bool:
     """Tells whether segments end about as a pattern does: its last one says what the rule is for."""
-    ends = (_plain(part).rpartition("/")[2] for part in (text, "/".join(names)))
-    return difflib.SequenceMatcher(None, *ends, autojunk=False).ratio() >= _ALIKE
+    ends = (plain(part).rpartition("/")[2] for part in (text, "/".join(names)))
+    return difflib.SequenceMatcher(None, *ends, autojunk=False).ratio() >= ALIKE
 
 
 def _ends_of(text: str, entries: Sequence[Entry]) -> Iterator[tuple[str, Entry]]:
@@ -280,17 +329,6 @@ def _ends_of(text: str, entries: Sequence[Entry]) -> Iterator[tuple[str, Entry]]
     parts = parse(text)
     ends = (Pattern("/".join(parts[at:])) for at in range(1, len(parts)))
     return ((end.text, entry) for end in ends for entry in entries if any(end.spans(entry.whole)))
-
-
-def patterns_of(rule: Rule) -> tuple[str, ...]:
-    """Returns the patterns of the stored leaves that a rule is for."""
-    fields: Mapping[str, object] = vars(rule)
-    one, several = fields.get("pattern"), fields.get("patterns")
-    if fields.get("regex"):
-        return ()
-    if isinstance(one, str):
-        return (one,)
-    return tuple(map(str, several)) if isinstance(several, tuple) else ()  # pyright: ignore[reportUnknownArgumentType]
 
 
 def names_optimizer_leaf(rule: Rule, entries: Iterable[Entry]) -> bool:
@@ -334,114 +372,6 @@ def _changed(rule: Rule, corrected: Mapping[str, str]) -> dict[str, Any]:
     is_dotted = "." in rename.pattern and "." not in texts[0]
     right = rename.replacement.replace(".", "/") if is_dotted else rename.replacement
     return {} if texts[0] == right else {"pattern": texts[0], "replacement": right}
-
-
-def _alike(text: str, entries: Iterable[Entry]) -> list[tuple[Names, Entry]]:
-    """Returns the runs of segments that are most like a pattern, each with a leaf that has it, best first.
-
-    A run begins no later than the first segment that the pattern names: `d/params/l/w` for `d/l/w`, and
-    not the `l/w` that other networks have too.
-    """
-    aim, numbers = _plain(text), _NUMBER.findall(_PLACE.sub("", text))
-    parts = [*map(_plain, parse(text.replace(".", "/")))]
-    if with_levels := _with_levels_between(parts, numbers, entries):
-        return with_levels
-    width, said = len(parts), {*parts} - {"#"}
-    found: dict[str, tuple[Names, Entry]] = {}
-    seen: dict[Names, int] = {}
-    most: dict[str, int] = {}
-    for entry in entries:
-        count = len(said.intersection(map(_plain, entry.whole)))
-        for names in _runs(entry.whole, width):
-            if seen.get(names, -1) >= count or len(seen) == _MOST_NAMES:
-                continue
-            seen[names] = count
-            key = "/".join(map(_plain, names))
-            is_better = numbers and _NUMBER.findall("/".join(names)) == numbers
-            if count > most.get(key, -1) or (count == most[key] and is_better):
-                found[key], most[key] = (names, entry), count
-    ratios = _ratios(aim, found)
-    best = sorted(ratios, key=lambda key: (-ratios[key], -most[key]))[:_SHOWN]
-    kept = [found[key] for key in best if ratios[key] >= max(_ALIKE, ratios[best[0]] - 0.15)]
-    return [(_from_what_is_named(names, entry.whole, said), entry) for names, entry in kept]
-
-
-def _with_levels_between(
-    parts: Sequence[str], numbers: Sequence[str], entries: Iterable[Entry]
-) -> list[tuple[Names, Entry]]:
-    """Returns the runs with all segments of a pattern and others between, shortest first: `d/params/l`."""
-    found: dict[Names, tuple[Names, Entry]] = {}
-    for entry in entries:
-        places, at = list[int](), 0
-        whole = tuple(map(_plain, entry.whole))
-        while len(places) < len(parts) and parts[len(places)] in whole[at:]:
-            places.append(whole.index(parts[len(places)], at))
-            at = places[-1] + 1
-        if 0 < len(parts) == len(places) < at - places[0]:
-            names = entry.whole[places[0] : at]
-            if whole[places[0] : at] not in found or _NUMBER.findall("/".join(names)) == numbers:
-                found[whole[places[0] : at]] = (names, entry)
-    return sorted(found.values(), key=lambda item: len(item[0]))[:_SHOWN]
-
-
-def _from_what_is_named(names: Names, whole: Names, said: Collection[str]) -> Names:
-    """Returns a run of a path's segments with those in front of it from the first that is named."""
-    start = next(at for at in range(len(whole)) if whole[at : at + len(names)] == names)
-    first = next((at for at in range(start) if _plain(whole[at]) in said), start)
-    return whole[first : start + len(names)]
-
-
-def _runs(whole: Names, width: int) -> Iterable[Names]:
-    """Yields the runs of about so many segments; a number may be a segment of its own on one side only."""
-    for length in range(max(width - 2, 1), width + 3):
-        for start in range(len(whole) - length + 1):
-            yield whole[start : start + length]
-
-
-def _ratios(aim: str, keys: Iterable[str]) -> dict[str, float]:
-    matcher = difflib.SequenceMatcher(None, "", aim, autojunk=False)
-    found: dict[str, float] = defaultdict(float)
-    for key in keys:
-        matcher.set_seq1(key)
-        if matcher.real_quick_ratio() >= _ALIKE and matcher.quick_ratio() >= _ALIKE:
-            found[key] = matcher.ratio()
-    return found
-
-
-@functools.lru_cache(maxsize=65536)
-def _plain(text: str) -> str:
-    """Returns names as they are compared: no case, one separator, every number and place alike."""
-    return re.sub(r"[._/]+", "/", _PLACE_OR_NUMBER.sub("#", text)).strip("/").lower()
-
-
-def _spelt_as(text: str, names: Names) -> str | None:
-    """Returns a pattern that matches these segments, with the places of another, or None."""
-    spelt = "/".join(names)
-    places, numbers = _PLACE_OR_NUMBER.findall(text), _NUMBER.findall(spelt)
-    if len(places) == len(numbers):
-        both = iter(zip(places, numbers, strict=True))
-
-        def kept(_: "re.Match[str]") -> str:
-            place, number = next(both)
-            return number if place.isdecimal() else place
-
-        written = _matching(_NUMBER.sub(kept, spelt), names)
-        if written is not None:
-            return written
-    if not _PLACE.search(text):
-        return spelt
-    parts = parse(text)
-    if len(parts) != len(names):
-        return None
-    kept_parts = [
-        part if Pattern(part).match((name,)) is not None else name
-        for part, name in zip(parts, names, strict=True)
-    ]
-    return _matching("/".join(kept_parts), names)
-
-
-def _matching(text: str, names: Names) -> str | None:
-    return text if Pattern(text).match(names) is not None else None
 
 
 def _shown(entry: Entry) -> str:

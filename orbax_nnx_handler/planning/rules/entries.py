@@ -1,15 +1,18 @@
-"""What rules act on: the stored leaves under the paths that `orbax-nnx tree` prints."""
+"""What rules act on: stored leaves under the paths that `orbax-nnx tree` prints; which are like a name."""
 
 import dataclasses
+import difflib
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape, derived, record, with_fields
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, parse, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
 
@@ -183,3 +186,93 @@ def _prefix(path: Path) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=256)
 def _owner(path: Path) -> Tokens:
     return canonical(path)
+
+
+Names = tuple[str, ...]
+
+SHOWN = 3
+ALIKE = 0.6
+_MOST_NAMES = 20_000
+"""How many different runs of segments are compared; numbers and spellings aside, a model has hundreds."""
+
+NUMBER = re.compile(r"\d+")
+PLACE = re.compile(r"\{[A-Za-z_]\w*\}|(?<![^/])\*(?![^/])")
+PLACE_OR_NUMBER = re.compile(f"{PLACE.pattern}|{NUMBER.pattern}")
+
+
+def alike(text: str, entries: Iterable[Entry]) -> list[tuple[Names, Entry]]:
+    """Returns the runs of segments that are most like a pattern, each with a leaf that has it, best first.
+
+    A run begins no later than the first segment that the pattern names: `d/params/l/w` for `d/l/w`, and
+    not the `l/w` that other networks have too.
+    """
+    aim, numbers = plain(text), NUMBER.findall(PLACE.sub("", text))
+    parts = [*map(plain, parse(text.replace(".", "/")))]
+    if with_levels := _with_levels_between(parts, numbers, entries):
+        return with_levels
+    width, said = len(parts), {*parts} - {"#"}
+    found: dict[str, tuple[Names, Entry]] = {}
+    seen: dict[Names, int] = {}
+    most: dict[str, int] = {}
+    for entry in entries:
+        count = len(said.intersection(map(plain, entry.whole)))
+        for names in _runs(entry.whole, width):
+            if seen.get(names, -1) >= count or len(seen) == _MOST_NAMES:
+                continue
+            seen[names] = count
+            key = "/".join(map(plain, names))
+            is_better = numbers and NUMBER.findall("/".join(names)) == numbers
+            if count > most.get(key, -1) or (count == most[key] and is_better):
+                found[key], most[key] = (names, entry), count
+    ratios = _ratios(aim, found)
+    best = sorted(ratios, key=lambda key: (-ratios[key], -most[key]))[:SHOWN]
+    kept = [found[key] for key in best if ratios[key] >= max(ALIKE, ratios[best[0]] - 0.15)]
+    return [(_from_what_is_named(names, entry.whole, said), entry) for names, entry in kept]
+
+
+def _with_levels_between(
+    parts: Sequence[str], numbers: Sequence[str], entries: Iterable[Entry]
+) -> list[tuple[Names, Entry]]:
+    """Returns the runs with all segments of a pattern and others between, shortest first: `d/params/l`."""
+    found: dict[Names, tuple[Names, Entry]] = {}
+    for entry in entries:
+        places, at = list[int](), 0
+        whole = tuple(map(plain, entry.whole))
+        while len(places) < len(parts) and parts[len(places)] in whole[at:]:
+            places.append(whole.index(parts[len(places)], at))
+            at = places[-1] + 1
+        if 0 < len(parts) == len(places) < at - places[0]:
+            names = entry.whole[places[0] : at]
+            if whole[places[0] : at] not in found or NUMBER.findall("/".join(names)) == numbers:
+                found[whole[places[0] : at]] = (names, entry)
+    return sorted(found.values(), key=lambda item: len(item[0]))[:SHOWN]
+
+
+def _from_what_is_named(names: Names, whole: Names, said: Collection[str]) -> Names:
+    """Returns a run of a path's segments with those in front of it from the first that is named."""
+    start = next(at for at in range(len(whole)) if whole[at : at + len(names)] == names)
+    first = next((at for at in range(start) if plain(whole[at]) in said), start)
+    return whole[first : start + len(names)]
+
+
+def _runs(whole: Names, width: int) -> Iterable[Names]:
+    """Yields the runs of about so many segments; a number may be a segment of its own on one side only."""
+    for length in range(max(width - 2, 1), width + 3):
+        for start in range(len(whole) - length + 1):
+            yield whole[start : start + length]
+
+
+def _ratios(aim: str, keys: Iterable[str]) -> dict[str, float]:
+    matcher = difflib.SequenceMatcher(None, "", aim, autojunk=False)
+    found: dict[str, float] = defaultdict(float)
+    for key in keys:
+        matcher.set_seq1(key)
+        if matcher.real_quick_ratio() >= ALIKE and matcher.quick_ratio() >= ALIKE:
+            found[key] = matcher.ratio()
+    return found
+
+
+@functools.lru_cache(maxsize=65536)
+def plain(text: str) -> str:
+    """Returns names as they are compared: no case, one separator, every number and place alike."""
+    return re.sub(r"[._/]+", "/", PLACE_OR_NUMBER.sub("#", text)).strip("/").lower()

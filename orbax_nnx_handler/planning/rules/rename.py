@@ -1,20 +1,27 @@
-"""Renames: whole path segments of a stored path become segments of a wanted path."""
+"""Renames: whole path segments of a stored path become segments of a wanted path.
+
+And what a rule behind others is for, once these have given it another name.
+"""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.errors import RuleError, check_kinds
-from orbax_nnx_handler.planning.core.paths import parse
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.core.paths import parse, render
+from orbax_nnx_handler.planning.rules.entries import NUMBER, PLACE, PLACE_OR_NUMBER, Entry, Names
 from orbax_nnx_handler.planning.rules.rule import (
     Applied,
+    Match,
     Pattern,
     Rule,
     Span,
     check_pattern,
     check_places,
+    find,
+    patterns_of,
     reason_of,
     shared_ends,
 )
@@ -252,3 +259,84 @@ def _replaced(pattern: Pattern, replacement: Pattern, names: tuple[str, ...]) ->
         found += (*names[at : span.start], *replacement.fill(span.bindings))
         at = span.stop
     return (*found, *names[at:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A rule after which another one, behind it, matches nothing; and what that one was for."""
+
+    by: Rule
+    lost: str
+    matches: Mapping[str, Sequence[Match]]
+
+    def what(self, met: Sequence[Entry]) -> str:
+        """Returns what it has done to what the other one was for."""
+        first = self.matches[self.lost][0].entry
+        now = next((entry for entry in met if not set(first.sources).isdisjoint(entry.sources)), None)
+        then = render(first.whole)
+        return f"dropped {then}" if now is None else f"made {render(now.whole)} of {then}"
+
+    def patterns(self, met: Sequence[Entry]) -> Mapping[str, str]:
+        """Returns the patterns of just what the other one was for, as it is called now, if there are any."""
+        now = {entry.recipe: entry.whole for entry in met}
+        found: dict[str, str] = {}
+        for text, matches in self.matches.items():
+            names = [_now_matched(match, now.get(match.entry.recipe, ())) for match in matches]
+            spelt = spelt_as(text, names[0])
+            pattern = Pattern(spelt) if spelt else None
+            before = {match.entry.recipe for match in matches}
+            hits = find(pattern, met, weights_only=False).values() if pattern else ()
+            if pattern is None or {match.entry.recipe for match in hits} != before:
+                return {}
+            found[text] = pattern.text
+        return found
+
+
+def _now_matched(match: Match, now: Names) -> Names:
+    """Returns the segments that stand in the place of those that a pattern matched; none if more differs."""
+    whole, span = match.entry.whole, match.span
+    head, tail = shared_ends(whole[: span.start], now)[0], len(whole) - span.stop
+    return now[head : len(now) - tail] if now[len(now) - tail :] == whole[span.stop :] else ()
+
+
+def taken_from(rule: Rule, entries: Sequence[Entry], rules: Sequence[Rule]) -> Taken | None:
+    """Returns the last rule that took from another one, behind it, all that a pattern of it matches."""
+    patterns = [*map(Pattern, patterns_of(rule))]
+    found, met = None, entries
+    for earlier in itertools.takewhile(lambda one: one is not rule, rules):
+        matches = {pattern.text: [*find(pattern, met, weights_only=False).values()] for pattern in patterns}
+        met = earlier.apply(met).entries
+        lost = next((each.text for each in patterns if not find(each, met, weights_only=False)), None)
+        if lost is not None and all(matches.values()):
+            found = Taken(earlier, lost, matches)
+    return found
+
+
+def spelt_as(text: str, names: Names) -> str | None:
+    """Returns a pattern that matches these segments, with the places of another, or None."""
+    spelt = "/".join(names)
+    places, numbers = PLACE_OR_NUMBER.findall(text), NUMBER.findall(spelt)
+    if len(places) == len(numbers):
+        both = iter(zip(places, numbers, strict=True))
+
+        def kept(_: "re.Match[str]") -> str:
+            place, number = next(both)
+            return number if place.isdecimal() else place
+
+        written = _matching(NUMBER.sub(kept, spelt), names)
+        if written is not None:
+            return written
+    if not PLACE.search(text):
+        return spelt
+    parts = parse(text)
+    if len(parts) != len(names):
+        return None
+    kept_parts = [
+        part if Pattern(part).match((name,)) is not None else name
+        for part, name in zip(parts, names, strict=True)
+    ]
+    return _matching("/".join(kept_parts), names)
+
+
+def _matching(text: str, names: Names) -> str | None:
+    return text if Pattern(text).match(names) is not None else None

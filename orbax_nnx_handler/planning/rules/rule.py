@@ -415,3 +415,14 @@ def _difference(parts: Sequence[Entry]) -> str:
         return "the parts come from different collections"
     dtypes = {str(part.cast or part.dtype) for part in parts}
     return f"the parts have different dtypes: {', '.join(sorted(dtypes))}" if len(dtypes) > 1 else ""
+
+
+def patterns_of(rule: Rule) -> tuple[str, ...]:
+    """Returns the patterns of the stored leaves that a rule is for."""
+    fields: Mapping[str, object] = vars(rule)
+    one, several = fields.get("pattern"), fields.get("patterns")
+    if fields.get("regex"):
+        return ()
+    if isinstance(one, str):
+        return (one,)
+    return tuple(map(str, several)) if isinstance(several, tuple) else ()  # pyright: ignore[reportUnknownArgumentType]

@@ -97,3 +97,15 @@ def test_a_new_part_beside_what_is_dropped_for_good_is_a_new_part():
     found = plan(stored, wanted, renames=[RENAME, Drop("layers_1", "x"), Drop("layers_2", "x")]).causes
 
     assert kinds(found) == ["NewPart"]
+
+
+def test_axes_to_exchange_beside_what_may_be_exchanged_too_come_with_a_place_among_the_rules():
+    stored = {"params/head/kernel": (7, 8), "params/out/kernel": (8, 8)}
+    wanted = {"cls/kernel": (8, 7), "proj/kernel": (8, 8)}
+
+    text = message(stored, wanted, ("head", "cls"), ("out", "proj"))
+
+    assert (
+        "pass renames=[Transpose('head/kernel', (1, 0))]. Put it in front of the rules passed so far." in text
+    )
+    assert "then pass [Transpose('out/kernel', (1, 0))] as well" in text

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 from orbax_nnx_handler import (
+    Cast,
+    Copy,
     Drop,
     Fuse,
     Rename,
     Reshape,
+    RuleError,
+    Scale,
     Split,
     StackLayers,
     Transpose,
@@ -46,7 +50,7 @@ def entries_of(*paths: str) -> list[Any]:
 
 
 def refused(*rules: Any, stored: list[Any] | None = None) -> str:
-    with pytest.raises(UnusedRuleError) as raised:
+    with pytest.raises((UnusedRuleError, RuleError)) as raised:
         apply_rules(stored or entries_of(), as_rules(rules))
     return str(raised.value)
 
@@ -97,10 +101,53 @@ def test_what_an_earlier_rule_has_renamed_is_shown_under_both_names() -> None:
     message = refused(("self_attn", "attn"), Transpose("self_attn/q_proj/kernel", (1, 0)))
 
     assert (
-        "nearest stored: params/encoder/layers_0/self_attn/q_proj/kernel "
-        "(now params/encoder/layers_0/attn/q_proj/kernel)" in message
+        "('self_attn', 'attn') in front of it has made params/encoder/layers_0/attn/q_proj/kernel "
+        "of params/encoder/layers_0/self_attn/q_proj/kernel\n" in message
     )
     assert message.endswith("write Transpose(pattern='attn/q_proj/kernel', permutation=(1, 0)).")
+
+
+@pytest.mark.parametrize(
+    ("rule", "meant"),
+    [
+        (Cast("head/kernel", "bfloat16"), Cast("last/out/kernel", "bfloat16")),
+        (Scale("head/kernel", 2.0), Scale("last/out/kernel", 2.0)),
+        (Copy("head", "x"), Copy("last/out", "x")),
+        (Drop("head", "why"), Drop("last/out", "why")),
+        (Transpose("h/{i}/mlp/Dense_0/kernel", (1, 0)), Transpose("blocks/{i}/mlp/up/kernel", (1, 0))),
+        (Scale("params/h/*/mlp/Dense_0/kernel", 2.0), Scale("params/blocks/*/mlp/up/kernel", 2.0)),
+        (Split("Dense_0/kernel", ("a", "b"), axis=1), Split("up/kernel", ("a", "b"), axis=1)),
+    ],
+)
+def test_a_rule_for_what_others_have_renamed_is_written_with_the_names_that_they_give(rule: Any, meant: Any):
+    renames = [("head", "last/out"), ("h/{i}", "blocks/{i}"), ("mlp/Dense_0", "mlp/up")]
+
+    assert refused(*renames, rule).endswith(f"hint: if that is meant, write {meant}.")
+    assert apply_rules(entries_of(), as_rules([*renames, meant]))
+
+
+def test_a_rule_for_what_others_have_put_together_or_dropped_goes_in_front_of_them():
+    parts = ("q_proj/kernel", "k_proj/kernel")
+    fuse, turn = Fuse(parts, "qk/kernel", axis=1), Transpose("k_proj/kernel", (1, 0))
+
+    message, dropped = refused(fuse, turn), refused(Drop("q_proj", "why"), turn, fuse)
+
+    assert f"{fuse} in front of it has made params/encoder/layers_0/self_attn/qk/kernel of params" in message
+    assert message.endswith(f"hint: put {turn} in front of {fuse}.")
+    assert "has dropped params/encoder/layers_0/self_attn/q_proj/kernel" in dropped
+    assert "if that is meant" not in dropped
+    renamed = refused(("q_proj", "q"), fuse)
+    assert "('q_proj', 'q') in front of it has made params/encoder/layers_0/self_attn/q/kernel of" in renamed
+    assert renamed.endswith(f"write {Fuse(('q/kernel', 'k_proj/kernel'), 'qk/kernel', axis=1)}.")
+
+
+def test_a_rule_that_would_also_meet_others_under_the_new_name_is_not_proposed():
+    message = refused(("head", "Dense_1"), Transpose("head/kernel", (1, 0)))
+
+    assert "write Transpose(pattern='Dense_1/kernel'" not in message
+    assert message.endswith(
+        "hint: put Transpose(pattern='head/kernel', permutation=(1, 0)) in front of ('head', 'Dense_1')."
+    )
 
 
 def test_what_would_change_no_name_is_not_proposed() -> None:

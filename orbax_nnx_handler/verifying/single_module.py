@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     Concat,
     Recipe,
     Reshape,
+    Scale,
     Shapes,
     Stack,
     Transpose,
@@ -68,6 +69,9 @@ def alternatives(
     exchanged = list(_exchanged(doubtful, shapes))
     likely = [pair for pair in exchanged if strangers.issuperset(pair)]
     yield from (_exchange(*pair, doubtful) for pair in likely)
+    undone = {leaf: way for leaf, recipe in doubtful.items() for _, way in _undone(recipe)}
+    if len(undone) > 1:
+        yield Alternative(words=f"{_names(undone)} are neither scaled nor shifted", recipes=undone)
     for leaf, recipe in doubtful.items():
         yield from _axes(leaf, recipe, shapes)
     yield from _orders(doubtful, shapes)
@@ -137,7 +141,16 @@ def _parts_of(leaf: Path, recipe: Recipe, shapes: Shapes) -> Iterator[Alternativ
 
 
 def _ways(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[str, Recipe]]:
-    return itertools.chain(_turned(recipe, shape_of(recipe, shapes)), _divided(recipe, shapes))
+    turned = _turned(recipe, shape_of(recipe, shapes))
+    return itertools.chain(_undone(recipe), turned, _divided(recipe, shapes))
+
+
+def _undone(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Yields the same without what a rule multiplies it with, or adds to it."""
+    for step in _chain(recipe):
+        if isinstance(step, Scale | Add):
+            word = "scaled" if isinstance(step, Scale) else "shifted"
+            yield f"not {word}", _again(recipe, step, step.source)
 
 
 def _turned(recipe: Recipe, shape: Shape) -> Iterator[tuple[str, Recipe]]:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from orbax_nnx_handler import Fuse, StackLayers, Transpose, Verification, verify
+from orbax_nnx_handler import Add, Fuse, Scale, StackLayers, Transpose, Verification, verify
 from tests.verifying.twins import BILSTM, GPT, LLAMA, TRANSLATOR, VIT, Twin
 
 Save = Callable[[Twin], pathlib.Path]
@@ -79,6 +79,27 @@ MISTAKES: dict[str, tuple[Twin, list[Any], dict[str, Any], str, str]] = {
         {},
         "blocks/attention/out",
         "kernel is transposed",
+    ),
+    "a rule that scales a kernel": (
+        GPT,
+        [Scale("attn/c_proj/kernel", 2.0), *GPT.rules],
+        {},
+        "blocks/attention/out",
+        "kernel is not scaled: as it is stored",
+    ),
+    "a rule that scales a kernel and its bias": (
+        GPT,
+        [Scale("attn/c_proj", 2.0), *GPT.rules],
+        {},
+        "blocks/attention/out",
+        "are neither scaled nor shifted",
+    ),
+    "a rule that adds to the scale of a norm": (
+        LLAMA,
+        [Add("post_attention_layernorm/scale", 0.5), *LLAMA.rules],
+        {},
+        "blocks/0/post_norm",
+        "scale is not shifted",
     ),
     "two norms exchanged": (
         GPT,

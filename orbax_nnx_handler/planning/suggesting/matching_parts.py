@@ -191,7 +191,7 @@ class _Pairs:
         while undecided:
             before = len(found)
             undecided = self._within_modules(undecided, found)
-            undecided = [self._without_last(*item, found) for item in undecided]
+            undecided = [self._without_last(*item, created, found) for item in undecided]
             undecided = [item for item in undecided if not self._settle_in_order(*item, created, found)]
             for tie, group in _together(undecided):
                 if self._are_siblings(tie) and self._settle_in_order(tie, group, created, found):
@@ -352,6 +352,7 @@ class _Pairs:
         self,
         tie: list[tuple[int, int]],
         group: set[tuple[int, int]],
+        created: Created,
         found: list[tuple[int, int, PairGrounds]],
     ) -> _Undecided:
         """Adds the norm of a block's only network, which comes last; returns the other ones' tie."""
@@ -359,7 +360,8 @@ class _Pairs:
         last = last_of_block([self._wanted[at].place for at in ours])
         right = None if last is None else in_order([self._stored[to] for to in theirs], to_last=True)
         is_all = {at for at, to in group if to in theirs} == {*ours} and len(ours) == len(theirs)
-        if last is None or right is None or not is_all or not self._are_siblings(tie):
+        made = in_strict_order([created(self._wanted[at].part) for at in ours]) or [last]
+        if last is None or right is None or not (is_all and made[-1] == last and self._are_siblings(tie)):
             return tie, group
         pair = ours.pop(last), theirs.pop(right[-1])
         found.append((*pair, "order"))
@@ -389,11 +391,11 @@ class _Pairs:
         right = in_order([self._stored[to] for to in theirs])
         if right is None or len(ours) != len(theirs):
             return None
-        if left is None and are_automatic([self._stored[to] for to in theirs]):
-            places = [created(self._wanted[at].part) for at in ours]
-            if not are_peers([level.base for level in self._wanted[at].part.levels] for at in ours):
-                left = in_strict_order(places)
-        if left is None:
+        made = in_strict_order([created(self._wanted[at].part) for at in ours])
+        paths = ([level.base for level in self._wanted[at].part.levels] for at in ours)
+        if left is None and are_automatic([self._stored[to] for to in theirs]) and not are_peers(paths):
+            left = made
+        if left is None or made not in (None, left):
             return None
         pairs = [(ours[one], theirs[other]) for one, other in zip(left, right, strict=True)]
         return pairs if all(pair in self._fits for pair in pairs) else None
@@ -414,9 +416,8 @@ class _Pairs:
 
     def links(self, at: int, to: int, grounds: PairGrounds) -> list[Link]:
         """Returns the leaves of a pair of parts."""
-        fact = self._wanted[at].fact or self._stored[to].fact
-        if grounds != "names" or self._wanted[at].fused:
-            fact = ""
+        whole = self._wanted[at]
+        fact = "" if grounds != "names" or whole.fused else whole.fact or self._stored[to].fact
         kind: PairGrounds = "fact" if fact else grounds
         return [
             Link(wanted=(one,), stored=(other,), grounds=kind, ways=(found,), fact=fact)

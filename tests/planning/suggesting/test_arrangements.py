@@ -1,8 +1,12 @@
 """Proposals whose values shapes alone do not tell: square matrices, heads, layers told by a number only."""
 
+import functools
+
 import numpy as np
 import pytest
+from flax import nnx, traverse_util
 
+from orbax_nnx_handler import Rename, suggest
 from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 HEADS = {"query": (12, 3, 4), "key": (12, 3, 4), "value": (12, 3, 4), "out": (3, 4, 12)}
@@ -433,3 +437,43 @@ def test_what_the_word_kernel_tells_of_heads_is_not_certain():
 
     check(values, expected)
     assert found.confidence == "likely"
+
+
+class Block(nnx.Module):
+    """Norms and layers of eight features, created in the order of their names."""
+
+    def __init__(self, names):
+        for name in names:
+            layer = nnx.LayerNorm if "norm" in name else functools.partial(nnx.Linear, 8)
+            setattr(self, name, layer(8, rngs=nnx.Rngs(0)))
+
+
+NORMS = {
+    "as computed": (("attn_norm", "attn", "ffn_norm", "ffn"), True),
+    "the network first": (("ffn_norm", "ffn", "attn_norm", "attn"), False),
+    "three, as computed": (("self_attn_norm", "attn", "cross_attn_norm", "ffn_norm", "ffn"), True),
+    "three, the network first": (("ffn_norm", "ffn", "self_attn_norm", "attn", "cross_attn_norm"), False),
+}
+
+
+@pytest.mark.parametrize(("created", "agree"), NORMS.values(), ids=NORMS)
+def test_norms_are_a_question_where_words_and_the_order_of_creation_disagree(created, agree):
+    norms = [
+        name for name in ("self_attn_norm", "attn_norm", "cross_attn_norm", "ffn_norm") if name in created
+    ]
+    shapes = {
+        f"{name}/{kind}": (8, 8)[: 2 - at]
+        for name in ("attn", "ffn")
+        for at, kind in enumerate(("kernel", "bias"))
+    }
+    shapes |= {f"norm{at + 1}/{kind}": (8,) for at in range(len(norms)) for kind in ("scale", "bias")}
+
+    def make():
+        return Block(created)
+
+    variables = {"params": traverse_util.unflatten_dict(filled(shapes), sep="/")}
+    found = suggest(variables, nnx.eval_shape(make), init=make)
+
+    expected = {Rename(f"norm{at + 1}", name) for at, name in enumerate(norms)}
+    assert set(found.renames) == (expected if agree else set())
+    assert [question.about for question in found.questions] == ([] if agree else ["which"])

@@ -14,12 +14,22 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 
-from orbax_nnx_handler.planning.core.leaves import CONTAINERS, LABELLED, MOMENTS, Shape, record
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, printable
+from orbax_nnx_handler.planning.core.leaves import (
+    CONTAINERS,
+    LABELLED,
+    MOMENTS,
+    Shape,
+    begins_a_state,
+    is_optax_state,
+    record,
+)
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, printable, segments
 from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.roots import strip
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules.entries import OPT_STATE, Entry
+from orbax_nnx_handler.planning.rules.rule import Pattern
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 _RECORDS = frozenset({"hyperparams", "hyperparams_states", "skip_state", "measurement", "info"})
@@ -132,6 +142,31 @@ def read_stored(placements: Iterable[Placement], parameters: Mapping[Tokens, Pat
         else:
             slots[canonical(item.slot)][parameters.get(leaf.tokens, (ORPHAN, *leaf.tokens))] = leaf
     return StoredStates(states=read_states(leaves, parameters), slots=dict(slots), count=count)
+
+
+def parted_by_rules(placements: Sequence[Placement], rules: Iterable[Rule]) -> Sequence[Placement]:
+    """Returns the placements, the parts of an `opt_state` that renames call by name as fields of their own.
+
+    A program may keep an optimizer for each network there: `("opt_state/enc", "enc/opt_state")`.
+    """
+    renames = [rule.pattern for rule in rules if isinstance(rule, Rename) and not rule.regex]
+    patterns = [pattern for pattern in map(Pattern, renames) if OPT_STATE in pattern.templates[:-1]]
+    parts: dict[Path, list[Placement]] = defaultdict(list)
+    for item in placements if patterns else ():
+        if item.section == "optimizer" and len(item.path) > 1 and not begins_a_state(item.path):
+            parts[item.leaf.path[: 1 - len(item.path)]].append(item)
+    named = {
+        part
+        for part, items in parts.items()
+        if is_optax_state([item.path[1:] for item in items])
+        and any(span.stop == len(segments(part)) for p in patterns for span in p.spans(segments(part)))
+    }
+    moved = {
+        id(item): dataclasses.replace(item, section="other", collection=None, owner=(), path=item.leaf.path)
+        for part in named
+        for item in parts[part]
+    }
+    return [moved.get(id(item), item) for item in placements] if moved else placements
 
 
 def wanted_states(

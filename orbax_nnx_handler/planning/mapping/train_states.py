@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.layouts.layout import (
     is_copy_beside,
     is_copy_level,
 )
+from orbax_nnx_handler.planning.mapping.optimizer_states import parted_by_rules
 from orbax_nnx_handler.planning.mapping.roots import FIELDS, PLAIN_LEVELS, named_levels, strip
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules
 from orbax_nnx_handler.planning.rules.entries import OPT_STATE, Entry, every_entry
@@ -136,6 +137,7 @@ def under_rules(
     Raises:
         RuleError: A rule does not fit a leaf, or matches none.
     """
+    placements = parted_by_rules(placements, rules)
     as_stored = every_entry(placements)
     applied = apply_rules(as_stored, rules)
     if (fields := _fields_of_networks(placements, applied, wanted)) is not placements:
@@ -181,7 +183,7 @@ def _fields_of_networks(
     networks |= {segments(item.owner[:-1]) for item in of_role(wanted, "optimizer")}
     for entry in moved:
         names = entry.whole
-        if OPT_STATE in names[:-1] and OPT_STATE not in entry.sources[0]:
+        if OPT_STATE in names[:-1] and entry.sources[0][-1] != OPT_STATE:
             above = names[: names.index(OPT_STATE)]
             own = (above[:at] for at in range(len(above), 0, -1) if above[:at] in networks)
             if field := _without_end(entry.sources[0], names[len(above) + 1 :]):

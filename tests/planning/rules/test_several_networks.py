@@ -238,3 +238,68 @@ def test_fields_that_are_stored_and_named_by_no_rule_are_proposed_and_never_begu
         more,
         {name: state(stored, name, f"{name}_step", "layers", "out") for name in ("gen", "disc")},
     )
+
+
+def in_one_opt_state(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tree with the optimizers of all networks in one field, each below its network's name."""
+    optimizers = {name: stored[f"{name}_opt_state"] for name in ("gen", "disc")}
+    others = {field: leaf for field, leaf in stored.items() if not field.endswith("_opt_state")}
+    return others | {"opt_state": optimizers}
+
+
+STEPS = [("gen_step", "gen/step"), ("disc_step", "disc/step")]
+
+
+def divided(networks: dict[str, str]) -> list[tuple[str, str]]:
+    """Returns rules that give each network the fields of another or its own."""
+    kinds = ("params", "opt_state")
+    return [(f"{kind}/{old}", f"{new}/{kind}") for old, new in networks.items() for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("rules", "of"),
+    [
+        (divided({"gen": "gen", "disc": "disc"}), ("gen", "disc")),
+        (divided({"{name}": "{name}"}), ("gen", "disc")),
+        (divided({"gen": "disc", "disc": "gen"}), ("disc", "gen")),
+    ],
+    ids=["each by its name", "all by a place", "crossed"],
+)
+def test_rules_divide_one_opt_state_with_an_optimizer_for_each_network(rules: Any, of: Any) -> None:
+    stored = fields(Numbers())
+
+    assert_restored(
+        lambda: {name: trained(Tower()) for name in ("gen", "disc")},
+        in_one_opt_state(stored),
+        [*rules, *STEPS],
+        {
+            name: state(stored, old, f"{name}_step", "layers", "head")
+            for name, old in zip(("gen", "disc"), of, strict=True)
+        },
+    )
+
+
+def test_rules_divide_one_opt_state_beside_networks_that_keep_their_place() -> None:
+    stored = fields(Numbers())
+    apart_from = in_one_opt_state(stored)
+    networks = {name: {"params": tree} for name, tree in apart_from.pop("params").items()}
+
+    assert_restored(
+        lambda: {name: trained(Tower()) for name in ("gen", "disc")},
+        apart_from | networks,
+        [("opt_state/{name}", "{name}/opt_state"), *STEPS],
+        {name: state(stored, name, f"{name}_step", "layers", "head") for name in ("gen", "disc")},
+    )
+
+
+def test_a_part_of_an_opt_state_that_no_rule_names_is_not_lent_to_another_network() -> None:
+    stored = in_one_opt_state(fields(Numbers()))
+    rules = [(f"params/{name}", f"{name}/params") for name in ("gen", "disc")]
+
+    def target() -> Any:
+        return {name: trained(Tower()) for name in ("gen", "disc")}
+
+    plan = plan_of(nnx.eval_shape(target), stored, [*rules, ("opt_state/gen", "gen/opt_state")])
+
+    assert any(path[:2] == ("gen", "optimizer") for path in plan.restored)
+    assert not any(path[:2] == ("disc", "optimizer") for path in plan.restored)

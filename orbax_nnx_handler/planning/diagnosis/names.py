@@ -5,6 +5,7 @@ say otherwise. A copy of the weights (an average, gradients, a target network) i
 target or a rule names it: the rule is what the hint gives.
 """
 
+import functools
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -23,6 +24,7 @@ from orbax_nnx_handler.planning.core.paths import (
     is_number,
     render,
     segments,
+    spelled,
     without_box,
 )
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
@@ -30,6 +32,7 @@ from orbax_nnx_handler.planning.diagnosis.ways import LOOK, search_hint
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_name, words_of
 from orbax_nnx_handler.planning.mapping.layer_paths import Group, layer_paths
 from orbax_nnx_handler.planning.mapping.roots import is_named
+from orbax_nnx_handler.planning.rules import as_rules
 from orbax_nnx_handler.planning.suggesting.vocabulary import concepts, exclude
 
 _MOST = 6
@@ -267,6 +270,7 @@ def find_copies(evidence: Evidence) -> Iterable[Cause]:
     if evidence.free_weights:
         yield from _only_a_copy(evidence)
     yield from _named_otherwise(evidence)
+    yield from _kept_aside(evidence)
     yield from _in_another_collection(evidence)
 
 
@@ -377,6 +381,47 @@ def _pairs(
         met = [(tokens, copies[copy][tokens]) for copy in best for tokens in wanted if tokens in copies[copy]]
         if len(met) == len(dict(met)) == len(wanted):
             yield field, best, [source for _, source in met]
+
+
+def _kept_aside(evidence: Evidence) -> Iterable[Cause]:
+    """Yields networks that a save kept aside that are wanted below another level, or another such name."""
+    kept, lost = defaultdict[Path, set[Tokens]](set), defaultdict[Path, set[Tokens]](set)
+    for path in (*evidence.verdict.unexpected, *evidence.verdict.skipped):
+        for depth in range(2, len(path) if evidence.sides.placements[path].section == "aux" else 0):
+            kept[path[:depth]].add(_unnumbered(path[depth:]))
+    for path in evidence.weights if kept else ():
+        for depth in range(1, min(len(path), _DEPTH)):
+            lost[path[:depth]].add(_unnumbered(path[depth:]) if path in evidence.missing else ())
+    rules, words = dict[Path, Path](), functools.cache(words_of)
+    for level in sorted(lost, key=len):
+        alike = [at for at in kept if words(str(at[-1])) & words(str(level[-1]))]
+        holding = [at for at in alike if lost[level] <= kept[at]]
+        pair = {level: holding[0]} if len(holding) == 1 else {}
+        inside = (
+            new == level[: len(new)] or old == at[: len(old)] for new, old in rules.items() for at in holding
+        )
+        rules |= {} if any(inside) else pair
+    renames = [(spelled(stored), spelled(level)) for level, stored in rules.items()]
+    found = evidence.restored_under([*evidence.verdict.renames, *as_rules(renames)]) if renames else None
+    met = [path for path in evidence.missing if path in found] if found else []
+    if found and met and found.keys() >= evidence.restored.keys():
+        stored, wanted = (listed([repr(name) for name in names]) for names in zip(*renames, strict=True))
+        yield Cause(
+            kind="CopyRenamed",
+            text=f"what a save kept aside as {stored} holds the weights of the wanted {wanted}; "
+            "it is used only where the target or a rule names it.",
+            paths=tuple(met),
+            way=Hint(f"if that is what you want, pass renames={renames!r}.", {"renames": renames}),
+            facts={"stored": stored, "wanted": wanted, "count": len(met)},
+        )
+
+
+_DEPTH = 4
+"""Levels of a target at which a network may lie."""
+
+
+def _unnumbered(path: Path) -> Tokens:
+    return tuple(token for token in _end(path) if not is_number(token))
 
 
 def _below_model(evidence: Evidence, path: Path) -> Tokens:

@@ -96,9 +96,8 @@ def _is_experts(place: Place) -> bool:
     if any("router" in part for part in place.names) or place.module == "gate":
         return place.axis == place.rank - 1
     # Axis 1 where the layers are stacked before the experts.
-    return any("expert" in part or "moe" in part for part in place.names) and place.axis < min(
-        2, place.rank - 1
-    )
+    last = min(2, place.rank - 1)
+    return place.axis < last and any("expert" in part or "moe" in part for part in place.names)
 
 
 def _is_positions(place: Place) -> bool:
@@ -239,10 +238,8 @@ def _paths(places: Iterable[Place]) -> list[Path]:
 
 def _most(evidence: Evidence) -> int:
     """Returns how many weights a dimension must differ in to be that of the whole model."""
-    compared = [
-        path for path in evidence.weights if path in evidence.restored or path in evidence.verdict.mismatched
-    ]
-    return len(compared) // 2 + 1
+    compared = evidence.restored.keys() | evidence.verdict.mismatched.keys()
+    return len(compared & evidence.weights.keys()) // 2 + 1
 
 
 def _one_width(pairs: Sequence[Pair], places: Mapping[Pair, Sequence[Place]], most: int) -> bool:
@@ -393,14 +390,16 @@ def find_random_layouts(evidence: Evidence) -> Iterable[Cause]:
     """Yields stored streams beside wanted ones of their module or network, under names that do not meet."""
     verdict, placed = evidence.verdict, evidence.sides.placements
     stored = [path for path in (*verdict.unexpected, *verdict.skipped) if placed[path].leaf.key_impl]
-    begun = [path for path, item in verdict.defaulted.items() if stored and item.source != "target"]
+    # Where a plan does not fit, the cause may be theirs as well.
+    fits = not verdict.mismatched and all(item.policy != "error" for item in verdict.missing.values())
+    begun = [path for path, item in verdict.defaulted.items() if stored and fits and item.source != "target"]
     left: list[Path] = []
     for path in (at for at in evidence.of_role(begun, "random") if at[-1] == "key"):
         module = _module_of(evidence.sides.wanted[path].tokens)
         same = [at for at in stored if _same_end(_module_of(canonical(placed[at].path)), module)]
         if same:
             yield _other_streams([path], [at for at in same if _stream_of(at)[-1] == path[-2]] or same)
-        elif not (verdict.missing or verdict.mismatched):  # Else the cause may be theirs as well.
+        else:
             left.append(path)
     for owners, paths in _by_network(evidence, left).items():
         aside = [path for path in stored if placed[path].section == "aux" and placed[path].owner in owners]

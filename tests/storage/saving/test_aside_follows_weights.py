@@ -229,3 +229,28 @@ def test_a_split_that_is_kept_in_a_dict_gets_its_streams_and_statistics(
         assert have.keys() == want.keys()
         for path, value in want.items():
             np.testing.assert_array_equal(have[path], value, str(path))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("form", ["list", "scan"])
+@pytest.mark.parametrize(
+    ("saved", "wanted"),
+    [(("", "ema"), ("agent", "ema")), (("agent", "ema"), ("", "ema")), (("", "ema"), ("", "ema_model"))],
+)
+def test_an_average_below_another_level_or_of_a_longer_name_is_proposed(
+    tmp_path: Path, saved: Any, wanted: Any, form: str, layout: Literal["linen", "maxtext"]
+) -> None:
+    def item(level: str, name: str) -> dict[str, Any]:
+        inner = {**trained(Model(form)), name: Model(form, seed=1)}
+        return {level: inner} if level else inner
+
+    source = numbered(item(*saved))
+    save(tmp_path / "item", source, layout=layout)
+    target = nnx.eval_shape(lambda: item(*wanted))
+
+    (cause,) = plan_restore(tmp_path / "item", target).causes
+    restored = restore(tmp_path / "item", target, renames=cause.hint.arguments["renames"])
+
+    here, there = restored.get(wanted[0], restored), source.get(saved[0], source)
+    assert_alike(nnx.state(here["model"]), nnx.state(there["model"]))
+    assert_alike(nnx.state(here[wanted[1]]), nnx.state(there[saved[1]]))

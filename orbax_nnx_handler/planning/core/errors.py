@@ -74,6 +74,7 @@ Kind = Literal[
     "RuleOfLayers",
     "ScannedOnOneSide",
     "SecondStep",
+    "SizesOfRule",
     "NestedStacks",
     "OtherWrapper",
     "TiedEmbedding",

@@ -55,6 +55,7 @@ from orbax_nnx_handler.planning.diagnosis.optimizers import find_networks, find_
 from orbax_nnx_handler.planning.diagnosis.passed_rules import (
     find_dropped,
     find_rules_of_layers,
+    find_sizes_of_rules,
     find_unneeded,
 )
 from orbax_nnx_handler.planning.diagnosis.rearranged import (
@@ -111,6 +112,7 @@ _FINDERS: tuple[_Finder, ...] = (
     find_stuck_moments,
     find_dropped,
     find_unneeded,
+    find_sizes_of_rules,
     find_shifted,
     find_layer_counts,
     find_scanned,
@@ -290,8 +292,9 @@ class Explanation:
         kind = error_of_kinds(*dict.fromkeys(type(problem) for problem in self.problems))
         # The list of a foreign model's leaves would bury the one fact that matters.
         first = [cause.text for cause in self.causes if cause.kind == "AnotherModel"]
-        said = _whats_of if _is_misread(self.causes) else lines_of
-        body = [line for problem in self.problems for line in said(problem)]
+        is_short = _is_misread(self.causes)
+        said = (each.what.splitlines() if is_short else lines_of(each) for each in self.problems)
+        body = [line for lines in said for line in lines]
         lines = [*(() if self.verdict.faults else first), *body, _checkpoint(self.verdict), *self.advice]
         return kind(
             "\n".join(problem.what for problem in self.problems),
@@ -306,10 +309,6 @@ class Explanation:
 def _is_misread(causes: Sequence[Cause]) -> bool:
     """Tells whether another layout was named than the checkpoint's: no other hint leads anywhere then."""
     return any(cause.kind == "LayoutGiven" for cause in causes)
-
-
-def _whats_of(problem: RestoreError) -> Sequence[Line]:
-    return problem.what.splitlines()
 
 
 def _line(item: str | Cause | Hint) -> Line:

@@ -6,14 +6,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import fold_paths
+from orbax_nnx_handler.planning.core.leaves import differing_axes
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence
 from orbax_nnx_handler.planning.diagnosis.ways import AXES, selecting
 from orbax_nnx_handler.planning.mapping.matches import Discarded
-from orbax_nnx_handler.planning.rules import Drop
+from orbax_nnx_handler.planning.rules import Drop, Fuse, Repeat, Reshape, Rule, Split
 from orbax_nnx_handler.planning.rules.stacking import stacking_otherwise
+from orbax_nnx_handler.planning.verdict.outcomes import Mismatched
 
 _TRIED = 6
 """Rules that are tried one by one, each by a whole plan."""
@@ -112,3 +114,45 @@ def find_rules_of_layers(evidence: Evidence) -> Iterable[Cause]:
             way = f"pass {' or '.join(listed(map(as_python, each)) for each in others)} instead of {names}."
         yield Cause(kind="RuleOfLayers", text=text, paths=paths, way=Hint(way))
         return
+
+
+def find_sizes_of_rules(evidence: Evidence) -> Iterable[Cause]:
+    """Yields weights of which rules make another size than is wanted, where all that is stored alone fits."""
+    groups: dict[tuple[Rule, ...], list[Path]] = defaultdict(list)
+    for path in evidence.mismatched_weights:
+        item = evidence.mismatched[path]
+        if len(differing_axes(item.stored_shape, item.wanted.shape)) == 1:
+            groups[_resizing(evidence, item)].append(path)
+    if groups.pop((), None):
+        return  # The sizes of the models differ, whatever rules make of them.
+    for rules, paths in groups.items():
+        first = evidence.mismatched[paths[0]]
+        sources = [source for path in paths for source in reads(evidence.mismatched[path].recipe)]
+        beside = _beside(sources, evidence.free_weights) or _beside(paths, evidence.missing_weights)
+        parts = dict.fromkeys(str(evidence.shape(source)) for source in reads(first.recipe))
+        makes = "makes" if len(rules) == 1 else "make"
+        names, lies = fold_paths(beside), "lies" if len(beside) == 1 else "lie"
+        is_stored = any(path in evidence.free_weights for path in beside)
+        told = f"{lies} unused beside its parts" if is_stored else "of the target is no part that it makes"
+        way = "correct the rule, or build the target with what it makes; a weight is never cut or padded."
+        yield Cause(
+            kind="SizesOfRule",
+            text=f"{listed(map(as_python, rules))} {makes} {first.stored_shape} of {listed(parts)}, and "
+            f"{first.wanted.shape} is wanted{f': {names} {told}' if beside else ''}.",
+            paths=evidence.with_moments([*paths, *beside]),
+            way=Hint("name all parts in the rule, in their order." if beside else way),
+            facts={"rules": rules, "beside": tuple(beside), "count": len(paths)},
+        )
+
+
+def _resizing(evidence: Evidence, item: Mismatched) -> tuple[Rule, ...]:
+    """Returns the rules that gave a weight sizes which no stored leaf has."""
+    given = item.reason.split("; ")
+    rules = (rule for rule in evidence.verdict.renames if rule.quoted in given)
+    return tuple(rule for rule in rules if isinstance(rule, Fuse | Split | Repeat | Reshape))
+
+
+def _beside(paths: Iterable[Path], others: Iterable[Path]) -> list[Path]:
+    """Returns those of some leaves that lie in a module beside that of one of the others."""
+    known = {(path[:-2], path[-1]) for path in paths if len(path) > 1}
+    return [path for path in others if len(path) > 1 and (path[:-2], path[-1]) in known]

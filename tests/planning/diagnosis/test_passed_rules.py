@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from orbax_nnx_handler import Drop, Fuse
+from orbax_nnx_handler import Drop, Fuse, Split
 from orbax_nnx_handler.planning.core.errors import as_python
 from tests.planning.models import kinds, plan
 
@@ -109,3 +109,50 @@ def test_axes_to_exchange_beside_what_may_be_exchanged_too_come_with_a_place_amo
         "pass renames=[Transpose('head/kernel', (1, 0))]. Put it in front of the rules passed so far." in text
     )
     assert "then pass [Transpose('out/kernel', (1, 0))] as well" in text
+
+
+APART = {f"params/attn/{name}/kernel": (8, 8) for name in ("query", "key", "value")}
+TWO = Fuse(("query/kernel", "key/kernel"), "qkv/kernel", axis=1)
+
+
+def test_a_part_that_a_rule_leaves_out_is_told_and_no_other_target():
+    text = message(APART, {"attn/qkv/kernel": (8, 24)}, TWO)
+
+    assert text.endswith(
+        f"cause: {as_python(TWO)} makes (8, 16) of (8, 8), and (8, 24) is wanted: params/attn/value/kernel "
+        "lies unused beside its parts. hint: name all parts in the rule, in their order."
+    )
+
+
+def test_a_part_that_a_split_leaves_out_is_told():
+    rule = Split("qkv/kernel", ("q/kernel", "k/kernel"), axis=1)
+    wanted = {f"attn/{name}/kernel": (8, 8) for name in "qkv"}
+
+    text = message({"params/attn/qkv/kernel": (8, 24)}, wanted, rule)
+
+    assert (
+        f"cause: {as_python(rule)} makes (8, 12) of (8, 24), and (8, 8) is wanted: attn/v/kernel of the "
+        "target is no part that it makes. hint: name all parts in the rule, in their order." in text
+    )
+    assert "stored sizes" not in text
+    assert "init" not in text
+
+
+def test_sizes_of_parts_that_do_not_fit_are_the_rules_and_not_stored():
+    rule = Split("qkv/kernel", ("q/kernel", "k/kernel", "v/kernel"), axis=1, sizes=(8, 12, 4))
+    wanted = {f"attn/{name}/kernel": (8, 8) for name in "qkv"}
+
+    text = message({"params/attn/qkv/kernel": (8, 24)}, wanted, rule)
+
+    assert f"cause: {as_python(rule)} makes (8, 12) of (8, 24), and (8, 8) is wanted. hint: correct" in text
+    assert "differs: 12 stored" not in text
+
+
+def test_a_model_of_another_width_has_that_whatever_rules_make_of_its_weights():
+    stored = APART | {"params/attn/out/kernel": (8, 8)}
+    whole = Fuse(("query/kernel", "key/kernel", "value/kernel"), "qkv/kernel", axis=1)
+
+    found = plan(stored, {"attn/qkv/kernel": (16, 48), "attn/out/kernel": (16, 16)}, renames=[whole]).causes
+
+    assert "SizesOfRule" not in kinds(found)
+    assert kinds(found)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
@@ -12,6 +13,7 @@ from orbax_nnx_handler.planning.layouts.layout import Stored, is_copy_beside
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.rename import by_network
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
     by_template,
@@ -44,7 +46,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Suggestion,
     asking,
     behind,
-    by_network,
+    changed,
     is_turned,
     keys_as_names,
     mixes,
@@ -195,12 +197,18 @@ class _Proposing:
 
     def _by_network(self, keys: Sequence[Rename], found: Suggestion) -> Iterator[Suggestion]:
         """Yields rules that leave each network its own params, so that its optimizer follows."""
-        is_trained = bool(of_role(self._wanted, "optimizer")) and not found.questions
-        for each in by_network(keys, found.renames) if is_trained else ():
-            rules = [rule for rule in each if rule in found.renames or not changes_nothing(rule)]
-            tried = self._judged((), dict.fromkeys(rules, ()), 0, ())
+
+        def nth(rules: Sequence[Rule], at: int) -> tuple[Rule, ...]:
+            joined = next(itertools.islice(by_network(keys, rules), at, None), rules)
+            return tuple(rule for rule in joined if rule in rules or not changes_nothing(rule))
+
+        is_trained = bool(of_role(self._wanted, "optimizer"))
+        for at, _ in enumerate(by_network(keys, found.renames) if is_trained else ()):
+            rules = nth(found.renames, at)
+            asked = changed(found, partial(nth, at=at))
+            tried = self._suggested(self._judged((), dict.fromkeys(rules, ()), 0, ()), asked.questions)
             proposals = tuple(Proposal(rule=rule, grounds="names") for rule in rules)
-            yield dataclasses.replace(self._suggested(tried, ()), proposals=proposals)
+            yield dataclasses.replace(tried, proposals=proposals, settle=asked.settle)
 
     def suggestion(self) -> Suggestion:
         """Returns the proposal, tried."""

@@ -2,20 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
-from orbax_nnx_handler.planning.rules import Rename, Rule, UnstackLayers
+from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, PairGrounds, place_of
 from orbax_nnx_handler.planning.suggesting.scoring import Remade
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
 Confidence = Literal["certain", "likely", "open"]
-_Inner = Mapping[tuple[str, int | None], Mapping[str, str]]  # By path and stacked axis, by network: the aims.
 
 _WORDS: Mapping[str, str] = {
     "shapes": "",
@@ -215,25 +214,29 @@ class Suggestion:
 
 def behind(rules: Sequence[Rule], found: Suggestion, fact: str = "") -> Suggestion:
     """Returns the same proposal behind rules that it was searched under, and that it needs."""
-    first, settle = tuple(rules), found.settle
     grounds: PairGrounds = "fact" if fact else "names"
+    first = tuple(Proposal(rule=one, grounds=grounds, fact=fact) for one in rules)
+
+    def change(others: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        return (*rules, *others)
+
+    answered = changed(found, change)
+    return dataclasses.replace(answered, proposals=(*first, *found.proposals))
+
+
+def changed(found: Suggestion, change: Callable[[tuple[Rule, ...]], tuple[Rule, ...]]) -> Suggestion:
+    """Returns a proposal with the rules of each answer changed."""
+
+    def asked(question: Question) -> Question:
+        def settled(answer: int) -> tuple[Rule, ...]:
+            return change(question.settle(answer))
+
+        return dataclasses.replace(question, settle=settled)
 
     def settled(answers: Answers, changes: Sequence[Remade]) -> tuple[Rule, ...]:
-        return (*first, *(found.renames if settle is None else settle(answers, changes)))
+        return change(found.renames if found.settle is None else found.settle(answers, changes))
 
-    return dataclasses.replace(
-        found,
-        proposals=(*(Proposal(rule=one, grounds=grounds, fact=fact) for one in first), *found.proposals),
-        questions=tuple(_asked_behind(first, question) for question in found.questions),
-        settle=settled,
-    )
-
-
-def _asked_behind(rules: tuple[Rule, ...], question: Question) -> Question:
-    def settled(answer: int) -> tuple[Rule, ...]:
-        return (*rules, *question.settle(answer))
-
-    return dataclasses.replace(question, settle=settled)
+    return dataclasses.replace(found, questions=tuple(map(asked, found.questions)), settle=settled)
 
 
 def asking(other: Suggestion, found: Suggestion) -> Suggestion:
@@ -291,55 +294,12 @@ def mixes(found: Suggestion, keys: Sequence[Rename], called: Mapping[Path, Path]
     unused, parts = {*found.unmatched_stored}, 0
     for key in keys:
         above = tuple(key.pattern.split("/"))
-        its = [path in unused for path, names in called.items() if names[: len(above)] == above]
+        inside = {path for path, names in called.items() if names[: len(above)] == above}
+        # What is asked about within the network is left for the answer.
+        asked = {path for each in found.questions if inside.issuperset(each.stored) for path in each.stored}
+        its = [path in unused for path in inside - asked]
         parts += any(its) and not all(its)
     return parts > 1
-
-
-def by_network(keys: Sequence[Rename], rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
-    """Yields rules that rename each network and what is in it, out of those for one model of all of them.
-
-    Args:
-        keys: The rules that made parts of one model of the networks.
-        rules: They, and what was proposed behind them; nothing comes where one is no rename and no stack.
-    """
-    collections = {rule.replacement: rule.pattern.removeprefix(f"{rule.replacement}/") for rule in keys}
-    owners, inner = dict[str, str](), dict[tuple[str, int | None], dict[str, str]]()
-    for rule in rules[len(keys) :]:
-        if not isinstance(rule, Rename | UnstackLayers):
-            return
-        axis, into = (None, rule.replacement) if isinstance(rule, Rename) else (rule.axis, rule.into)
-        stored, below = _parted(rule.pattern, collections)
-        wanted, _, rest = into.partition("/") if stored else ("", "", into)
-        if not rest or (stored and owners.setdefault(stored, wanted) != wanted):
-            return
-        inner.setdefault((below, axis), {})[stored] = rest
-    intos = [(stored, into.split("/")) for each in inner.values() for stored, into in each.items()]
-    levels = {into[0] for stored, into in intos if stored and len(into) > 1}
-    # `model` beside an optimizer, or 0 of a tuple.
-    for level in (*levels, "") if len(levels) == 1 else ("",):
-        yield tuple(_renames_in(owners, collections, inner, f"{level}/" if level else ""))
-
-
-def _renames_in(
-    owners: Mapping[str, str], collections: Mapping[str, str], inner: _Inner, level: str
-) -> Iterator[Rule]:
-    yield from (Rename(stored, wanted) for stored, wanted in owners.items() if stored != wanted)
-    for (below, axis), intos in inner.items():
-        rule: Callable[[str, str], Rule] = Rename if axis is None else partial(UnstackLayers, axis=axis)
-        left = {stored: into.removeprefix(level) for stored, into in intos.items()}
-        if len({*left.values()}) == 1:
-            yield rule(below, next(iter(left.values())))
-            continue
-        for stored in collections if "" in left else left:
-            above = f"{owners.get(stored, stored)}/{collections[stored]}"
-            yield rule(f"{above}/{below}", f"{above}/{left.get(stored, left.get(''))}")
-
-
-def _parted(pattern: str, networks: Iterable[str]) -> tuple[str, str]:
-    """Returns the network that a pattern begins with, if it does, and the rest."""
-    found = next((key for key in networks if pattern.startswith(f"{key}/")), "")
-    return found, pattern.removeprefix(f"{found}/") if found else pattern
 
 
 def problem_of(verdict: Verdict, weights: Iterable[Path]) -> str:

@@ -7,6 +7,19 @@ from flax import nnx, traverse_util
 from orbax_nnx_handler import from_linen, suggest
 
 
+class Model(nnx.Module):
+    """A module with parameters of the shapes in a nested tree; what numbers name is a list."""
+
+    def __init__(self, tree):
+        for name, held in tree.items():
+            if isinstance(held, tuple):
+                setattr(self, name, nnx.Param(np.zeros(held, "f")))
+            elif 0 in held:
+                setattr(self, name, nnx.List([Model(held[at]) for at in sorted(held)]))
+            else:
+                setattr(self, name, Model(held))
+
+
 def filled(shapes):
     """Returns a nested tree with every element another number."""
     found, first = {}, 0.0

@@ -8,7 +8,8 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import from_linen, suggest
+from orbax_nnx_handler import from_linen, plan_restore, suggest
+from tests.planning.suggesting.proposals import Model
 
 TX = optax.adam(1e-3)
 SIZES = {"actor": {"hidden": (5, 8), "logits": (8, 3)}, "critic": {"hidden": (5, 8), "value": (8, 1)}}
@@ -107,3 +108,64 @@ def test_the_place_of_a_list_of_layers_in_a_tuple_is_no_number_of_a_layer() -> N
     assert (
         found.confidence != "certain"
     )  # Numbers of two levels; which are the layers' is not asked of anyone.
+
+
+def fused(tree, made):
+    """Returns the weights or moments of a network as the target has them."""
+    qkv = [np.concatenate([tree["layers"][name]["kernel"][at] for name in "qkv"], 1) for at in range(2)]
+    layers = {("blocks", at, "qkv", "kernel"): value for at, value in enumerate(qkv)}
+    return {("inp", "kernel"): tree["embed"]["kernel"], **layers} | {
+        (ours, "kernel"): tree[theirs]["kernel"] for ours, theirs in made.items()
+    }
+
+
+def trained(width, names, numbers):
+    """Returns a train state with queries, keys and values in stacked layers, no element like another one."""
+    shapes = {"embed": (3, width), **dict.fromkeys(names, (width, width))}
+    params = {name: {"kernel": np.zeros(shape, "f")} for name, shape in shapes.items()}
+    params["layers"] = {name: {"kernel": np.zeros((2, width, width), "f")} for name in "qkv"}
+
+    def counted(leaf):
+        return np.asarray([next(numbers) for _ in range(np.size(leaf))], leaf.dtype).reshape(leaf.shape)
+
+    params = jax.tree.map(counted, params)
+    return {"params": params, "opt_state": jax.tree.map(counted, TX.init(params)), "step": width}
+
+
+@pytest.mark.parametrize("made", [{}, {"one": "foo", "two": "bar"}], ids=["fused", "asked"])
+def test_optimizers_follow_what_is_fused_and_what_answers_a_question(made):
+    numbers, widths = itertools.count(1), {"gen": 8, "disc": 6}
+    tree = {name: trained(width, [*made.values()], numbers) for name, width in widths.items()}
+
+    def make():
+        states = {}
+        for name, width in zip(("generator", "discriminator"), widths.values(), strict=True):
+            blocks = {at: {"qkv": {"kernel": (width, 3 * width)}} for at in range(2)}
+            others = {ours: {"kernel": (width, width)} for ours in made}
+            model = Model({"inp": {"kernel": (3, width)}, "blocks": blocks, **others})
+            states[name] = {"model": model, "optimizer": nnx.Optimizer(model, TX, wrt=nnx.Param)}
+        return states
+
+    found = suggest(tree, nnx.eval_shape(make), init=make)
+
+    one = [None] * len(found.questions)
+    for answers in itertools.product([0, 1], repeat=len(found.questions)):
+        state = nnx.state(from_linen(tree, nnx.eval_shape(make), renames=found.answered(answers)))
+        values = dict(nnx.to_flat_state(state))
+        # In the order of the questions, those of `disc` and then those of `gen`.
+        for (name, other), answer in zip(
+            (("disc", "discriminator"), ("gen", "generator")), answers or (1, 1), strict=True
+        ):
+            adam = tree[name]["opt_state"][0]
+            pairs = made if answer else dict(zip(made, [*made.values()][::-1], strict=True))
+            for above, held in (
+                (("model",), tree[name]["params"]),
+                (("optimizer", "opt_state", 0, "mu"), adam.mu),
+                (("optimizer", "opt_state", 0, "nu"), adam.nu),
+            ):
+                for path, value in fused(held, pairs).items():
+                    np.testing.assert_array_equal(values[(other, *above, *path)].get_value(), value)
+            assert values[other, "optimizer", "step"].get_value() == tree[name]["step"]
+        one = [*answers[:1], *one[1:]]
+        plan = plan_restore(tree, nnx.eval_shape(make), renames=found.answered(one))
+        assert {path[0] for path in plan.missing} == ({"generator"} if answers else set())

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import from_linen, suggest
+from tests.planning.suggesting.proposals import Model
 
 NETWORKS = ["gen=generator disc=discriminator", "actor=pi critic=q", "teacher=teacher_net img=vision"]
 LINEN = ["embed layers query key value out norm1 norm2 up_proj down_proj head"]
@@ -35,17 +36,6 @@ def put(tree: dict, path: tuple, value: object) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value
-
-
-class Model(nnx.Module):
-    def __init__(self, tree):
-        for name, held in tree.items():
-            if isinstance(held, tuple):
-                setattr(self, name, nnx.Param(np.zeros(held, "f")))
-            elif 0 in held:
-                setattr(self, name, nnx.List([Model(held[at]) for at in sorted(held)]))
-            else:
-                setattr(self, name, Model(held))
 
 
 def drawn(seed: int, *, stacks: bool = True):

@@ -44,9 +44,11 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     Proposal,
     Question,
     Suggestion,
+    Tried,
     asking,
     behind,
     changed,
+    copies_as_roots,
     is_turned,
     keys_as_names,
     mixes,
@@ -83,42 +85,13 @@ def propose(
     return _Proposing(target, stored, options, order or {}).best()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Tried:
-    """Rules with what a plan makes of them.
-
-    Attributes:
-        rules: The rules, each with the links that it serves.
-        links: What the rules are to do.
-        verdict: The plan; None where the planner refuses the rules.
-        problem: What it says against them.
-        right: How many wanted leaves are made from what the links say.
-        wrong: Those that are not, and those that the rules take from what they were made of without.
-        root: How many segments of wanted paths lead to the model.
-        below: The stored levels that the planner takes away by itself.
-    """
-
-    rules: Mapping[Rule, Sequence[Link]] = dataclasses.field(default_factory=dict[Rule, Sequence[Link]])
-    links: Sequence[Link] = ()
-    verdict: Verdict | None
-    problem: str = ""
-    right: int = 0
-    wrong: tuple[Path, ...] = ()
-    root: int = 0
-    below: Names = ()
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether the planner takes the rules and no leaf comes from elsewhere."""
-        return not self.wrong and not self.problem
-
-
 @dataclasses.dataclass(frozen=True)
 class _Proposing:
     target: Target
     stored: Stored
     options: RestoreOptions
     order: Order
+    is_beside: bool = False  # A copy, which follows the same rules.
 
     @cached_property
     def _wanted(self) -> list[Wanted]:
@@ -156,6 +129,9 @@ class _Proposing:
         """Returns the proposal, or that for a model of which several networks are parts by their keys."""
         found = self.suggestion()
         entries = self._chosen.mapping.applied.entries if found.unmatched_wanted else ()
+        copies = copies_as_roots(entries, [segments(item.leaf.path) for item in self._model])
+        with contextlib.suppress(RestoreError):
+            found = min([found, *map(self._with_copy, copies)], key=_open_ends)
         keys, turns = keys_as_names(entries), layers_in_turns(entries)
         with contextlib.suppress(RestoreError):
             found = min(found, self._behind(*turns, fact="Gemma 2") if turns else found, key=_open_ends)
@@ -187,6 +163,22 @@ class _Proposing:
             if any(names[: len(owner)] == owner for owner in above)
         }
         found = dataclasses.replace(self, stored=its)._behind(*rules)
+        return self._of_all(found)
+
+    def _with_copy(self, copy: Rename) -> Suggestion:
+        """Returns what is proposed for the model alone, and so for a copy of it under the same rules."""
+        above = tuple(copy.pattern.split("/"))
+        leaves = self.target.leaves.items()
+        others = {path: leaf for path, leaf in leaves if segments(path)[0] != copy.replacement}
+        stored = {
+            path: self.stored[path] for path, names in self._called.items() if names[: len(above)] != above
+        }
+        target = dataclasses.replace(self.target, leaves=others)
+        alone = dataclasses.replace(self, target=target, stored=stored, is_beside=True)
+        return self._of_all(behind([copy], alone.best()))
+
+    def _of_all(self, found: Suggestion) -> Suggestion:
+        """Returns what was proposed for a part of the target or of what is stored, tried with all of it."""
         tried = self._suggested(self._judged((), dict.fromkeys(found.renames, ()), 0, ()), found.questions)
         return dataclasses.replace(tried, proposals=found.proposals, settle=found.settle)
 
@@ -236,10 +228,10 @@ class _Proposing:
             none = Searched(links=(), turns=(), found=Findings())
             return self._rules(self._best(self._reconciled(()), none), none, (), changes)
 
-        return dataclasses.replace(self._suggested(_Tried(verdict=self._base), ()), settle=answered)
+        return dataclasses.replace(self._suggested(Tried(verdict=self._base), ()), settle=answered)
 
     def _rules(
-        self, tried: _Tried, searched: Searched, more: Sequence[Link], changes: Sequence[Remade] = ()
+        self, tried: Tried, searched: Searched, more: Sequence[Link], changes: Sequence[Remade] = ()
     ) -> tuple[Rule, ...]:
         answered = {(link.target.source, link.source.source) for link in more}
         kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
@@ -300,14 +292,14 @@ class _Proposing:
         is_square = link.joint is None and link.source.shape == link.target.shape and is_turned([link])
         return is_square and found is not None and "transpose" not in steps_in(found.recipe)
 
-    def _best(self, links: Sequence[Link], searched: Searched) -> _Tried:
+    def _best(self, links: Sequence[Link], searched: Searched) -> Tried:
         """Returns the rules under which the most leaves are what the search says, and none is another."""
-        nothing = _Tried(verdict=self._base)
+        nothing = Tried(verdict=self._base)
         best, left = nothing, list(links)
         for _ in range(_TRIES):
             lost: set[Path] = set()
             # A save knows `model` as the root of a model only beside an optimizer or a step.
-            is_alone = not of_role(self._wanted, "optimizer", "step")
+            is_alone = not (self.is_beside or of_role(self._wanted, "optimizer", "step"))
             for root, below in possible_roots(left, self._chosen.mapping.roots, is_alone=is_alone):
                 tried = self._tried(left, searched, root, below)
                 if tried.is_clean and tried.right == len(paths_of(left)):
@@ -321,7 +313,7 @@ class _Proposing:
             left = rest
         return best
 
-    def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> _Tried:
+    def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
         rules, tried = self._written(links, searched, root, below)
         if tried.is_clean or not any(map(changes_nothing, rules)):
             return tried
@@ -330,7 +322,7 @@ class _Proposing:
 
     def _written(
         self, links: Sequence[Link], searched: Searched, root: int, below: Names
-    ) -> tuple[Mapping[Rule, Sequence[Link]], _Tried]:
+    ) -> tuple[Mapping[Rule, Sequence[Link]], Tried]:
         """Returns the rules of a few layers, if they are those of all; else those of all."""
         few, entries = of_few_layers(links, self._entries)
         rules = Writer(entries, root, below).write(few, searched.found.groups)
@@ -342,12 +334,12 @@ class _Proposing:
 
     def _judged(
         self, links: Sequence[Link], rules: Mapping[Rule, Sequence[Link]], root: int, below: Names
-    ) -> _Tried:
+    ) -> Tried:
         every = (*self.options.renames, *rules)
         try:
             verdict = judge(self.target, self.stored, dataclasses.replace(self.options, renames=every))
         except RestoreError as error:
-            return _Tried(rules=rules, verdict=None, problem=str(error), right=-1)
+            return Tried(rules=rules, verdict=None, problem=str(error), right=-1)
         problem = "\n".join(str(fault) for fault in verdict.faults if not self._is_old(fault))
         wanted = paths_of(links)
         got = {path: set(reads(item.recipe)) for path, item in verdict.restored.items()}
@@ -368,7 +360,7 @@ class _Proposing:
             # What lies in a renamed module under its own name is that leaf.
             if path in others and any(segments(source)[-2:] != segments(path)[-2:] for source in sources)
         ]
-        return _Tried(
+        return Tried(
             rules=rules,
             links=links,
             verdict=verdict,
@@ -407,7 +399,7 @@ class _Proposing:
     def _entries(self) -> Sequence[Entry]:
         return [entry for entry in self._applied if entry.section == "model"]
 
-    def _questions(self, links: Sequence[Link], searched: Searched, tried: _Tried) -> list[Choice]:
+    def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         covered = {*paths_of(links), *(tried.verdict or self._base).restored}
         used = {leaf.source for link in links for leaf in link.stored}
         found: list[Choice] = []
@@ -433,7 +425,7 @@ class _Proposing:
             found.append(Choice("transposed", (plain, turned)))
         return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]
 
-    def _suggested(self, tried: _Tried, questions: Sequence[Question]) -> Suggestion:
+    def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:
         verdict = tried.verdict or self._base
         weights = [item.leaf.path for item in of_role(self._wanted, *WEIGHTS)]
         open_ends = {*verdict.missing, *verdict.mismatched}

@@ -8,9 +8,10 @@ from typing import Literal
 from orbax_nnx_handler.planning.core.folding import Row, fold, fold_paths, list_paths
 from orbax_nnx_handler.planning.core.lines import WIDTH, aligned, as_html, counted, framed
 from orbax_nnx_handler.planning.core.paths import Path, printable
+from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, PairGrounds, place_of
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, PairGrounds, place_of
 from orbax_nnx_handler.planning.suggesting.scoring import Remade
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
@@ -212,6 +213,36 @@ class Suggestion:
         return f"{said}; {left} open" if left else said
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tried:
+    """Rules with what a plan makes of them.
+
+    Attributes:
+        rules: The rules, each with the links that it serves.
+        links: What the rules are to do.
+        verdict: The plan; None where the planner refuses the rules.
+        problem: What it says against them.
+        right: How many wanted leaves are made from what the links say.
+        wrong: Those that are not, and those that the rules take from what they were made of without.
+        root: How many segments of wanted paths lead to the model.
+        below: The stored levels that the planner takes away by itself.
+    """
+
+    rules: Mapping[Rule, Sequence[Link]] = dataclasses.field(default_factory=dict[Rule, Sequence[Link]])
+    links: Sequence[Link] = ()
+    verdict: Verdict | None
+    problem: str = ""
+    right: int = 0
+    wrong: tuple[Path, ...] = ()
+    root: int = 0
+    below: Names = ()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the planner takes the rules and no leaf comes from elsewhere."""
+        return not self.wrong and not self.problem
+
+
 def behind(rules: Sequence[Rule], found: Suggestion, fact: str = "") -> Suggestion:
     """Returns the same proposal behind rules that it was searched under, and that it needs."""
     grounds: PairGrounds = "fact" if fact else "names"
@@ -287,6 +318,17 @@ def keys_as_names(entries: Iterable[Entry]) -> tuple[Rename, ...]:
     if len({prefix[:-1] for prefix in models}) < 2 or any(len(prefix) < 2 for prefix in models):
         return ()
     return tuple(Rename("/".join(prefix), "/".join(prefix[:-1])) for prefix in models)
+
+
+def copies_as_roots(entries: Iterable[Entry], wanted: Iterable[Path]) -> tuple[Rename, ...]:
+    """Returns the rule under which the only stored copy of a model is the only wanted one, beside others."""
+    stored = {entry.prefix for entry in entries if entry.section == "model" and entry.prefix}
+    copies = [prefix for prefix in stored if is_copy_beside(prefix[-1], "params")]
+    roots = {str(path[0]) for path in wanted}
+    named = [root for root in roots if is_copy_level(root) or is_copy_beside(root, "params")]
+    if len(copies) != 1 or len(named) != 1 or len(roots) < 2:
+        return ()
+    return (Rename("/".join(copies[0]), named[0]),)
 
 
 def mixes(found: Suggestion, keys: Sequence[Rename], called: Mapping[Path, Path]) -> bool:

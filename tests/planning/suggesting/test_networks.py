@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from orbax_nnx_handler import Copy, from_linen, plan_restore, suggest
+from tests.planning.suggesting.proposals import Model
 
 SHAPES = {"Dense_0": (4, 8), "Dense_1": (8, 8), "Dense_2": (8, None)}
 OURS = {"Dense_0": "fc1", "Dense_1": "fc2", "Dense_2": "out"}
@@ -260,3 +261,24 @@ def test_a_module_that_is_wanted_twice_and_stored_once_is_a_question(names):
     assert found.confidence == "open"
     assert found.questions
     assert not any(isinstance(rule, Copy) for rule in found.renames)
+
+
+@pytest.mark.parametrize("stored", [("params", "ema_params"), ("params", "params_ema")], ids="/".join)
+@pytest.mark.parametrize("wanted", [("model", "ema"), ("model", "ema_model")], ids="/".join)
+def test_a_copy_beside_the_model_follows_the_rules_of_the_model(stored, wanted):
+    def drawn(first):
+        size = np.arange(first, first + 192, dtype="f").reshape(3, 8, 8)
+        return {"layers": {"up": {"kernel": size}}, "head": {"kernel": size[0, :, :3] + 500}}
+
+    tree = {key: drawn(1000.0 * at) for at, key in enumerate(stored, 1)}
+    shapes = {"blocks": {at: {"up": {"kernel": (8, 8)}} for at in range(3)}, "out": {"kernel": (8, 3)}}
+    target = nnx.eval_shape(lambda: {name: Model(shapes) for name in wanted})
+
+    found = suggest(tree, target)
+    state = from_linen(tree, target, renames=found.renames)
+
+    assert found.confidence == "likely"
+    for key, name in zip(stored, wanted, strict=True):
+        np.testing.assert_array_equal(state[name].out.kernel, tree[key]["head"]["kernel"])
+        for at, block in enumerate(state[name].blocks):
+            np.testing.assert_array_equal(block.up.kernel, tree[key]["layers"]["up"]["kernel"][at])

@@ -202,10 +202,10 @@ def _regrouped(
     leaves: Sequence[Written], checkpoint: Checkpoint, layout: Layout, arguments: argparse.Namespace
 ) -> list[Written]:
     ways: dict[Regrouping, list[str]] = {"unscan": arguments.unscan, "scan": arguments.scan}
-    regrouped = list(leaves)
+    regrouped, axis, place = list(leaves), arguments.axis, str(checkpoint.directory)
     for way, groups in ways.items():
         for group in groups:
-            regrouped = regroup(regrouped, checkpoint.leaves, layout, parse(group), arguments.axis, way)
+            regrouped = regroup(regrouped, checkpoint.leaves, layout, parse(group), axis, way, place)
     return regrouped
 
 

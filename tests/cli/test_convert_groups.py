@@ -323,3 +323,15 @@ def test_statistics_are_stacked_on_the_axis_that_is_said_where_their_shapes_fit_
     found = stock(tmp_path / "out")
     for collection, right in (("params", weights), ("batch_stats", layers)):
         check(apart(found[collection], "layers"), right)
+
+
+def test_an_axis_that_shapes_leave_open_is_asked_for_with_the_checkpoint_named(cli, tmp_path) -> None:
+    numbers = Numbers()
+    params = {"layers": {"w": numbers(4, 4, 5)}}
+    path = write(tmp_path, {"params": params, "batch_stats": {"layers": {"mean": numbers(4, 4)}}})
+
+    said = cli("convert", path, tmp_path / "out", "--to", "linen", "--unscan", "layers", "--axis", 0)
+
+    assert said.status == 1
+    assert "the layers of 'batch_stats/layers' can be stacked on axis 0 or 1" in said.err
+    assert f"checkpoint: {path}" in said.err.replace("\n            ", "")

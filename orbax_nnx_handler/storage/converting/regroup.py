@@ -38,7 +38,13 @@ _Shapes = Mapping[tuple[Path, Path], Shape]
 
 
 def regroup(
-    leaves: Sequence[Written], stored: Stored, layout: Layout, group: GroupPath, axis: int, way: Regrouping
+    leaves: Sequence[Written],
+    stored: Stored,
+    layout: Layout,
+    group: GroupPath,
+    axis: int,
+    way: Regrouping,
+    directory: str = "",
 ) -> list[Written]:
     """Returns the leaves with one group of layers stacked or taken apart.
 
@@ -49,6 +55,7 @@ def regroup(
         group: The group; of one train state where its keys, with or without `params`, stand in front.
         axis: The axis of the stack that counts the layers.
         way: `scan` makes `layers/...` of `layers_0/...` and so on, `unscan` the reverse.
+        directory: The item directory, for messages.
 
     Raises:
         RestoreError: There is no such group, its leaves do not agree, or the plan does not come out.
@@ -71,6 +78,7 @@ def regroup(
         _target(wanted),
         _as_stored(leaves, stored),
         RestoreOptions.of(layout=layout.name, renames=rules, unexpected="ignore"),
+        directory=directory,
     )
     lost = [path for path in plan.missing if plan.sides.wanted[path].role == "optimizer"]
     if lost and len(lost) == len(plan.missing):

@@ -9,6 +9,7 @@ from flax import nnx
 
 from tests.laws.fuzz import models, optimizers
 from tests.laws.fuzz.__main__ import needless, table
+from tests.laws.fuzz.programs import try_program
 from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import draw, try_seed
 from tests.laws.worlds import Branch
@@ -82,3 +83,10 @@ def test_optimizer_states_of_the_oracle_lie_where_nnx_has_them():
         assert have.keys() == want.keys() | {("step",)}
         for path, slot in want.items():
             assert type(have[path]) is (nnx.OptVariable if slot.parameter else nnx.OptArray)
+
+
+def test_random_programs_come_back_also_where_they_hold_their_networks_otherwise(tmp_path_factory):
+    found = [try_program(seed, tmp_path_factory.mktemp("program")) for seed in range(40)]
+    wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
+    assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
+    assert needless(found) <= 0.1, table(found)

@@ -387,7 +387,8 @@ def network_of(
 
     Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments have,
     longer ones first; of several with the same names, the one that the target has the optimizer beside;
-    then one that no level names (`model` beside `ema`); then the one that its own parameters have become.
+    then one that no level names (`model` beside `ema`); then the one that its own parameters have become, and
+    the one of which fewest parameters have no moment.
     """
     whole = [item for item in networks if item.network.only in (None, "params")]
     own = [entry for entry in entries if entry.placed and canonical(entry.placed.owner) in stored.models]
@@ -403,15 +404,16 @@ def network_of(
     ends = [[item.tokens[at:] for at in range(len(item.tokens))] for item in wanted.leaves]
     above = wanted.owner[:-1]
 
-    def moments(network: Matched) -> tuple[int, int, int, bool, bool, bool]:
+    def moments(network: Matched) -> tuple[int, ...]:
         kinds = {network.names.get(item.leaf.path, ()): item.leaf.kind for item in network.weights}
-        found = [next((end for end in tails if end in kinds), ()) for tails in ends]
         # Another network's own type of Variable may have a parameter's name.
-        params = sum(issubclass(kinds[end] or nnx.Param, nnx.Param) for end in found if end)
+        params = {name for name, kind in kinds.items() if issubclass(kind or nnx.Param, nnx.Param)}
+        found = [next((end for end in tails if end in kinds), ()) for tails in ends]
         beside = all(item.tokens[: len(above)] == above for item in network.weights)
         is_unnamed = not named_levels(strip(network.roots.wanted, above))
         is_trained = network.network.owner in trained
-        return sum(map(bool, found)), params, sum(map(len, found)), beside, is_unnamed, is_trained
+        names = sum(map(bool, found)), len(params.intersection(found)), sum(map(len, found))
+        return (*names, beside, is_unnamed, is_trained, -len(params.difference(found)))
 
     return max(likely, key=moments)
 

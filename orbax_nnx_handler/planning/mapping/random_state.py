@@ -17,12 +17,12 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import Placement, below_owner, is_copy_level
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
 from orbax_nnx_handler.planning.mapping.networks import Matched
-from orbax_nnx_handler.planning.mapping.roots import Roots, skeleton, strip
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots, skeleton, strip
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -99,17 +99,24 @@ def as_wanted(
         for at in range(len(name)):
             kinds[name[at:]].add(None if item.role == "random" else item.collection)
     modules = {(item.owner, item.tokens[:1]) for item in placements if item.section == "model"}
+    level = _level_of(wanted, [item.owner for item in placements])
+    above = _levels_of_models(placements)
     moved: dict[Path, Placement] = {}
     for item in aside:
         own, owner = item.own, item.owner
         of_model = str(own[0]) == _MODEL
         below = own if owner and (owner, canonical(own)[:1]) in modules else own[1:]
-        whole = below if of_model or below is own else (*owner, *own)
-        named = kinds.get(skeleton(canonical(whole)), ())
+        is_of_model = of_model or below is own
+        whole = canonical(below if is_of_model else (*owner, *own))
+        # Of a model that is stored below a level which the target has not, the name begins behind it.
+        names = map(skeleton, (whole, strip(whole, above.get(owner, ()) if is_of_model else ())))
+        named = next((kinds[name] for name in names if name in kinds), ())
         if len(named) == 1 and len(own) > 1:
             (collection,) = named
-            if not (of_model or below is own):
+            if not is_of_model:
                 owner = (*owner, *own[:1])
+                if not any(item.tokens[: len(owner)] == canonical(owner) for item in wanted):
+                    owner = (*level, *owner)
             moved[item.leaf.path] = dataclasses.replace(
                 item, section="model", collection=collection, path=below, owner=owner
             )
@@ -125,6 +132,23 @@ def as_wanted(
     kept = {owner for owner in {item.owner for item in moved.values()} if is_whole(owner)}
     moved = {path: item for path, item in moved.items() if item.owner in kept}
     return [moved.get(item.leaf.path, item) for item in placements] if moved else placements
+
+
+def _levels_of_models(placements: Sequence[Placement]) -> Mapping[Path, Tokens]:
+    """Returns the levels that all weights of each train state lie below."""
+    names: dict[Path, list[Tokens]] = defaultdict(list)
+    for item in placements:
+        if item.section == "model":
+            names[item.owner].append(item.tokens)
+    return {owner: shared_levels(tokens, 2) for owner, tokens in names.items()}
+
+
+def _level_of(wanted: Sequence[Wanted], owners: Iterable[Path]) -> Tokens:
+    """Returns the levels that all of the target lies below, and nothing of the checkpoint."""
+    level = shared_levels([item.tokens for item in wanted], 2)
+    while level and (level[-1] in PLAIN_LEVELS or is_number(level[-1])):
+        level = level[:-1]
+    return () if any(canonical(owner)[:1] == level[:1] for owner in owners) else level
 
 
 class _Places:
@@ -206,6 +230,11 @@ class _Places:
         return Counter(_unnamed(strip(item.tokens, self._root)) for item in self._wanted)
 
     @cached_property
+    def _level(self) -> Tokens:
+        """What all of the target lies below, the model's own field left out."""
+        return shared_levels([item.tokens for item in self._wanted], 1)[: max(len(self._root) - 1, 0)]
+
+    @cached_property
     def _named(self) -> bool:
         """Whether, without a root, a first level `model` is part of the wanted paths themselves."""
         return not self._root and any(item.tokens[:1] == (_MODEL,) for item in self._wanted)
@@ -225,6 +254,9 @@ class _Places:
         yield from _at(self._aux, item.tokens)
         if may_be_models:
             yield from _at(self._aux, strip(item.tokens, self._root))
+        # What lies beside the model, below levels that the whole target has and the checkpoint has not.
+        if self._level and not self._roots.stored:
+            yield from _at(self._aux, strip(item.tokens, self._level))
 
     def rootless(self, item: Wanted) -> Iterator[Path]:
         """Yields what `nnx_aux` holds of the model where the whole target is the model, whatever its root."""

@@ -196,11 +196,13 @@ def _chain(paths: Collection[Tokens]) -> Sequence[Tokens]:
 def _only_level_above(stored: Collection[Tokens], wanted: Collection[Tokens]) -> Iterable[Tokens]:
     """Yields the first level of the target that has all of the stored model below it, if no other one has.
 
-    However large what lies beside it is: the model's small, and its metrics are many.
+    However large what lies beside it is: the model's small, and its metrics are many. It is looked for
+    below the levels that all of the target has (`agent` above `model` and `ema`).
     """
     below: dict[Tokens, set[Tokens]] = defaultdict(set)
+    depth = len(shared_levels(list(wanted), 1)) + 1
     for path in wanted:
-        below[path[:1]].add(path[1:])
+        below[path[:depth]].add(path[depth:])
     found = [
         level for level, names in below.items() if len(names) >= len(stored) and names.issuperset(stored)
     ]

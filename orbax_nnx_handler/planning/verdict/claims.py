@@ -74,8 +74,7 @@ class Claims:
         for item, recipe, _ in self._sources if aside else ():
             whole = canonical(item.leaf.path)
             name = _without_layers(whole)
-            # With as many levels it is another layer, or another member of a tuple.
-            own = [path for path, at in aside.get(name, {}).items() if at == whole or len(at) != len(whole)]
+            own = [path for path, at in aside.get(name, {}).items() if _may_be_layers(at, whole)]
             if own and item.role != "transient":
                 read = reads(recipe)
                 if by_rule.isdisjoint(read) and set(read).isdisjoint(
@@ -382,6 +381,26 @@ def _cut(recipe: Recipe, region: Region, stored: Path, shapes: Mapping[Path, Sha
             yield from _cut(piece.source.recipe, piece.source.region, stored, shapes)
         elif piece.source == stored:
             yield piece.source_region
+
+
+def _may_be_layers(one: Tokens, other: Tokens) -> bool:
+    """Tells whether two names that differ in numbers may be layers in a list, and the stack of them.
+
+    Where both have as many numbers it is another layer, or another member of a tuple.
+    """
+    pairs = zip(_numbers(one), _numbers(other), strict=True)
+    return all(left == right or len(left) != len(right) for left, right in pairs)
+
+
+def _numbers(tokens: Tokens) -> list[Tokens]:
+    """Returns the numbers in front of each word of a name."""
+    found: list[Tokens] = [()]
+    for token in tokens:
+        if token[:1] == "#":
+            found[-1] = (*found[-1], token)
+        else:
+            found.append(())
+    return found
 
 
 def _without_layers(tokens: Tokens) -> Tokens:

@@ -17,6 +17,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 from absl import logging
 
+from tests.laws.fuzz.programs import try_program
 from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import Outcome, try_seed
 
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--shard", action="store_true", help="restore the written ones over eight devices")
     parser.add_argument("--real", type=int, default=EVERY, help="write and restore one tree in so many")
     parser.add_argument("--save", action="store_true", help="save random NNX states and restore them instead")
+    parser.add_argument("--programs", action="store_true", help="save random programs, restore changed ones")
     parser.add_argument("--examples", type=int, default=10, help="how many of each fault are shown")
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
@@ -42,6 +44,8 @@ def main() -> int:
             real = seed % options.real == 0
             if options.save:
                 outcomes.append(try_round_trip(seed, pathlib.Path(place)))
+            elif options.programs:
+                outcomes.append(try_program(seed, pathlib.Path(place)))
             else:
                 outcomes.append(try_seed(seed, pathlib.Path(place) if real else None, shard=options.shard))
         _show(outcomes, options.examples)

@@ -1,6 +1,7 @@
 """How well a stored part fits a wanted one, and which pairs of two sides together fit best."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -8,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, compare_numbers
 from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, permuted, transposed, ways
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
@@ -18,6 +19,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     Concepts,
     exclude,
     likeness,
+    meanings,
     same_place,
     words,
 )
@@ -90,7 +92,17 @@ def may_be(one: NamedPart, other: NamedPart) -> bool:
         left, right = left - PLACING, right - PLACING
     if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
         return False
-    return not compare_numbers(one, other).different
+    back = {(to, at) for at, to in _directions(one.part.names) if at != to}
+    return back.isdisjoint(_directions(other.part.names)) and not compare_numbers(one, other).different
+
+
+@functools.lru_cache(maxsize=65536)
+def _directions(names: Names) -> frozenset[tuple[Names, Names]]:
+    """Returns what leads to what by a path's names: `image_to_token` never is `token_to_image`."""
+    around = (
+        each for name in names for each in zip(words(name), words(name)[1:], words(name)[2:], strict=False)
+    )
+    return frozenset((meanings(at), meanings(to)) for at, middle, to in around if middle in ("to", "2"))
 
 
 def _say_something(one: NamedPart, other: NamedPart) -> bool:

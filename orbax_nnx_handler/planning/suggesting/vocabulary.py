@@ -30,6 +30,7 @@ _SPELLINGS = {
     "v": "v value values val wv",
     "q k v": "qkv wqkv kqv",
     "k v": "kv wkv",
+    "v k": "vk",
     "o": "o",
     "out": "out outp output outputs outgoing wo",
     "in": "in inp input inputs incoming",

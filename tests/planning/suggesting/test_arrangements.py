@@ -439,6 +439,36 @@ def test_what_the_word_kernel_tells_of_heads_is_not_certain():
     assert found.confidence == "likely"
 
 
+@pytest.mark.parametrize("order", ["kv", "vk"])
+def test_an_array_of_keys_and_values_has_them_in_the_order_of_its_name(order):
+    stored = filled({f"attn/{name}/kernel": (8, 8) for name in "qkvo"})
+    joined = np.concatenate([stored[f"attn/{name}/kernel"] for name in order], -1)
+    expected = {f"attn/{name}/kernel": stored[f"attn/{name}/kernel"] for name in "qo"}
+    expected[f"attn/{order}/kernel"] = joined
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+def test_what_leads_from_tokens_to_an_image_does_not_become_what_leads_back():
+    names = {
+        "cross_attn_image_to_token": "image_to_token_attention",
+        "cross_attn_token_to_image": "token_to_image_attention",
+    }
+    stored = filled({f"{name}/{part}_proj/kernel": (8, 8) for name in names for part in "qkv"})
+    expected = {
+        path.replace(one, other): value
+        for path, value in stored.items()
+        for one, other in names.items()
+        if one in path
+    }
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
 class Block(nnx.Module):
     """Norms and layers of eight features, created in the order of their names."""
 

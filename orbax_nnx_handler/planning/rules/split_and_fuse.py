@@ -210,8 +210,13 @@ def _set_parts(rule: "Split | Fuse", field: str, is_single: bool) -> None:
     """Raises where the parts' names and sizes do not fit together."""
     check_kinds(rule)
     listed = getattr(rule, field)
-    if len(listed) < 2 or len(set(listed)) < len(listed):
+    if len(listed) < 2:
         raise RuleError(f"{rule} needs two different parts or more.")
+    if twice := next((part for part in listed if listed.count(part) > 1), None):
+        copy = (
+            [f"put Copy({twice!r}, name) in front of it, and name the copy."] if field == "patterns" else []
+        )
+        raise RuleError(f"{rule} names the part {twice!r} twice.", hints=copy)
     if rule.sizes is None:
         return
     if len(rule.sizes) != len(listed) or min(rule.sizes) < 1:

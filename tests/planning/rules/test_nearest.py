@@ -250,3 +250,13 @@ def test_a_rule_that_takes_what_others_have_put_in_their_place_is_not_proposed(r
     hints, _, _ = corrected(layers, *NAMES, rule)
 
     assert not any(words.startswith("if that is meant") for words in hints)
+
+
+def test_a_leaf_that_is_two_parts_of_one_is_copied_first() -> None:
+    with pytest.raises(RuleError) as raised:
+        Fuse(("q_proj/kernel", "q_proj/kernel", "k_proj/kernel"), "qqk", axis=1)
+    copied = [Copy("q_proj", "q2"), Fuse(("q_proj/kernel", "q2/kernel", "k_proj/kernel"), "qqk", axis=1)]
+
+    assert "names the part 'q_proj/kernel' twice." in str(raised.value)
+    assert "hint: put Copy('q_proj/kernel', name) in front of it, and name the copy." in str(raised.value)
+    assert apply_rules(entries_of(), as_rules(copied))

@@ -235,6 +235,17 @@ def _contained(node: Any, lists: bool) -> Any:
 Nested = dict[str, Any]
 
 
+def numbered(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns a path with each number in its module's name, as Linen has it: `layers_0` for `layers/0`."""
+    found: list[str] = []
+    for name in names:
+        if name.isdecimal() and found and not found[-1].isdecimal():
+            found[-1] = f"{found[-1]}_{name}"
+        else:
+            found.append(name)
+    return tuple(found)
+
+
 def linen_path(path: Path) -> tuple[str, ...]:
     """Returns an NNX path in Linen's words.
 

@@ -204,7 +204,8 @@ def _map(
         _add_steps(found, pairs, steps, [item for item in placements if item.leaf.path not in moved])
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
-        find_random(found, of_role(wanted, "random", "model"), placements, entries, roots, networks)
+        kept = [item for item in placements if item.leaf.path not in applied.discarded]
+        find_random(found, of_role(wanted, "random", "model"), kept, entries, roots, networks)
     optimizers: list[StoredStates] = []
     followed: list[FollowedMoments] = []
     for pair_wanted, pair_stored in pairs:

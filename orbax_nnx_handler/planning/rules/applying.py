@@ -9,8 +9,9 @@ from typing import Any, TypeGuard, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.core.errors import Hint, RuleError, UnusedRuleError
-from orbax_nnx_handler.planning.core.paths import Path, parse, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, numbered, parse, render, segments
 from orbax_nnx_handler.planning.core.recipes import Fill, Recipe, children, render_reads
+from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.rules.entries import (
     ALIKE,
     SHOWN,
@@ -113,7 +114,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
         UnusedRuleError: A rule matches no stored leaf.
         RuleError: A rule does not fit a leaf that it matches.
     """
-    after: Sequence[Entry] = entries
+    after: Sequence[Entry] = _numbered_as_weights(entries, rules)
     made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[UnmatchedRule](), dict[Path, Drop]()
     matched = list[Rule]()
     axes = tuple(rule for rule in rules if isinstance(rule, ScanAxis))
@@ -122,7 +123,9 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
             applied = rule.apply(after)
         except RuleError as error:
             raise _with_what_was_taken(error, rule, after, entries, rules) from None
-        if applied.matched:
+        if weights := _meant_weights(rule, applied.changed, after):
+            unused.append((rule, weights))
+        elif applied.matched:
             matched.append(rule)
         elif not isinstance(rule, ScanAxis):
             unused.append((rule, after))
@@ -135,6 +138,40 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
     casts = {entry.recipe: entry.cast for entry in after if entry.cast is not None}
     _check_copies(after, casts)
     return RulesApplied(entries=after, made=made, discarded=discarded, axes=axes, casts=casts)
+
+
+def _meant_weights(rule: Rule, changed: Sequence[Entry], entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Returns all weights if a rule reaches only what lies aside, and, numbered as in Linen, is theirs."""
+    aside = [AUX in map(str, path) for entry in changed for path in entry.sources]
+    if not (aside and all(aside)):
+        return ()  # Nearly every rule.
+    texts = [text.split("/") for text in patterns_of(rule)]
+    patterns = [Pattern("/".join(numbered(text))) for text in texts if numbered(text) != tuple(text)]
+    weights = [entry for entry in entries if AUX not in entry.whole]
+    return (
+        weights if any(pattern.candidates(entry.whole for entry in weights) for pattern in patterns) else ()
+    )
+
+
+def _numbered_as_weights(entries: Sequence[Entry], rules: Sequence[Rule]) -> Sequence[Entry]:
+    """Returns the entries, what lies aside numbered as Linen's weights are where a rule matches it only so.
+
+    A save keeps it under NNX's own path: a rule for `layers_1` is for `layers/1` there.
+    """
+    if not any(AUX in entry.whole for entry in entries):
+        return entries  # Nearly every checkpoint.
+    patterns = [Pattern(text) for rule in rules for text in patterns_of(rule)]
+
+    def matches(names: Sequence[str]) -> bool:
+        return any(next(pattern.spans(names), None) is not None for pattern in patterns)
+
+    def as_weight(entry: Entry) -> Entry:
+        names = numbered(entry.segments) if AUX in entry.whole else entry.segments
+        if names == entry.segments or matches(entry.whole) or not matches((*entry.prefix, *names)):
+            return entry
+        return dataclasses.replace(entry, segments=names)
+
+    return [as_weight(entry) for entry in entries]
 
 
 def cast_of(recipe: Recipe, casts: Casts) -> np.dtype[Any] | None:

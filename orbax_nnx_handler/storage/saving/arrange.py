@@ -236,11 +236,9 @@ def _places(parts: Parts, flavour: Flavour, several: bool) -> Iterator[tuple[Pat
         for path, leaf in outside.items():
             yield (AUX, *segments(path)), leaf
         return
-    # A train state below a key stays there where another model lies beside it: at the root, nothing would say
-    # that the key is above both. So it does where something beside it has the name of one of its fields, as
+    # A train state below a key stays there where something beside it has the name of one of its fields, as
     # the outer weights of DiLoCo: at the root, the one would be taken for the other.
-    beside = any(is_weight(leaf) for path, leaf in outside.items() if path[: len(owner)] == owner)
-    root = owner if clash or beside else ()
+    root = owner if clash else ()
     for at, leaf in state:
         yield (*segments(root), *at), leaf
     for path, leaf in outside.items():

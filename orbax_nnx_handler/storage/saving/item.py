@@ -121,15 +121,19 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
         return _one_train_state(leaves, owner, opt_state, model_key, (), shared)
     roots = {_parent(leaves, owner): owner for owner in optimizers}
     if len(roots) == 1:
-        # Of a list of networks and a list of their optimizers, all lie side by side.
         (parent,) = roots
-        alone = all(_is_below_any(path, optimizers) for path in leaves if _are_nested(parent, path))
-        return _side_by_side(leaves, optimizers, () if alone else parent, shared)
+        if any(_are_nested(parent, path) and not _is_below_any(path, optimizers) for path in leaves):
+            return _side_by_side(leaves, optimizers, parent, shared)
+        # Of a list of networks and a list of their optimizers, all lie side by side.
+        kinds = list, tuple, dict, nnx.List, nnx.Dict
+        lists = {(key,) for key, child in children(item) or () if isinstance(child, kinds)}
+        return _side_by_side(leaves, optimizers, (), shared, lists)
     if len(roots) < len(optimizers) or any(_are_nested(a, b) for a in roots for b in roots if a != b):
         raise _several_optimizers(optimizers)
     states: list[Parts] = []
     for root, owner in roots.items():
-        own, leaves = _divided(leaves, root)
+        own = {path: leaf for path, leaf in leaves.items() if _are_nested(root, path)}
+        leaves = {path: leaf for path, leaf in leaves.items() if path not in own}
         states += _one_train_state(own, owner, optimizers[owner], model_key, root, shared)
     return _with_outside(states, leaves)
 
@@ -150,16 +154,20 @@ def _several_optimizers(optimizers: Iterable[Path]) -> ValueError:
 
 
 def _side_by_side(
-    leaves: ItemLeaves, optimizers: Mapping[Path, Any], parent: Path, shared: ItemLeaves
+    leaves: ItemLeaves,
+    optimizers: Mapping[Path, Any],
+    parent: Path,
+    shared: ItemLeaves,
+    lists: Set[Path] = frozenset(),
 ) -> Sequence[Parts]:
     """Returns each model and each optimizer of `{gen, disc, g_opt, d_opt}` as a part of its own.
 
     Which optimizer trains which model need not be known: each is stored under its own name. Its moments
     are told from its scalars by the names of any model that has them all.
     """
-    depth = len(parent) + 1
     below: dict[Path, dict[Path, ItemLeaf]] = defaultdict(dict)
     for path, leaf in leaves.items():
+        depth = len(parent) + (2 if path[:1] in lists else 1)
         if len(path) > depth and _are_nested(parent, path) and not _is_below_any(path, optimizers):
             below[path[:depth]][path[depth:]] = leaf
     models = {key: model for key, model in below.items() if any(map(is_weight, model.values()))}
@@ -202,11 +210,8 @@ def _left(leaves: ItemLeaves, states: Sequence[Parts]) -> ItemLeaves:
     taken = {leaf.path for parts in states for leaf in parts.model.values()}
     taken |= {parts.step.path for parts in states if parts.step is not None}
     above = {(*parts.owner, _OPT_STATE) for parts in states if parts.opt_state is not None}
-    return {
-        path: leaf
-        for path, leaf in leaves.items()
-        if path not in taken and not any(path[: len(at)] == at for at in above)
-    }
+    taken |= {path for path in leaves if _is_below_any(path, above)}
+    return {path: leaf for path, leaf in leaves.items() if path not in taken}
 
 
 def is_weight(leaf: ItemLeaf) -> bool:
@@ -224,11 +229,6 @@ def _are_nested(one: Path, other: Path) -> bool:
 
 def _below(leaves: ItemLeaves, root: Path) -> dict[Path, ItemLeaf]:
     return {path[len(root) :]: leaf for path, leaf in leaves.items() if path[: len(root)] == root}
-
-
-def _divided(leaves: ItemLeaves, root: Path) -> tuple[dict[Path, ItemLeaf], dict[Path, ItemLeaf]]:
-    own = {path: leaf for path, leaf in leaves.items() if _are_nested(root, path)}
-    return own, {path: leaf for path, leaf in leaves.items() if path not in own}
 
 
 def _one_train_state(

@@ -28,8 +28,8 @@ PAIRS = (("gen", "disc"), ("actor", "critic"), ("encoder", "decoder"), ("teacher
 LEVELS = ("agent", "trainer", "state")
 FORMS = ("bare", "model", "optimizer", "average", "average and optimizer", "side by side")
 FORMS += ("side by side, optimizers", "side by side, one optimizer", "nested", "tuple", "module")
-NAMELESS = ("tuple", "side by side, one optimizer")
-"""The trained one is stored as the model of its level, which says no more what it was called there."""
+NAMELESS = ("tuple", "side by side, one optimizer", "average and optimizer")
+"""The trained one is stored as the root's model, what lies beside it with its level: a rule says the rest."""
 CHANGES = ("same", "other arrangement", "level more", "level less", "part")
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import plan_restore, restore, save
+from orbax_nnx_handler import Drop, UnusedRuleError, plan_restore, restore, save
 from orbax_nnx_handler.planning.restore_plan import RestoreReport
 from orbax_nnx_handler.planning.verdict.laws import Known, certify
 from tests.laws.worlds import flat
@@ -252,7 +252,48 @@ def test_an_average_follows_below_another_level_and_is_proposed_under_a_longer_n
     renames = [rule for hint in hints for rule in hint.arguments["renames"]]
     restored = restore(tmp_path / "item", target, renames=renames)
 
-    assert bool(renames) == (saved[1] != wanted[1])
+    assert bool(renames) == (saved[1] != wanted[1] or saved[0] != "")
     here, there = restored.get(wanted[0], restored), source.get(saved[0], source)
     assert_alike(nnx.state(here["model"]), nnx.state(there["model"]))
     assert_alike(nnx.state(here[wanted[1]]), nnx.state(there[saved[1]]))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("average", [False, True])
+def test_rules_that_number_layers_anew_take_along_what_lies_aside(
+    tmp_path: Path, average: bool, layout: Literal["linen", "maxtext"]
+) -> None:
+    def item(layers: int) -> dict[str, Any]:
+        more = {"ema": Model("list", seed=1, layers=layers)} if average else {}
+        return trained(Model("list", layers=layers)) | more
+
+    source = numbered(item(3))
+    save(tmp_path / "item", source, layout=layout)
+    pruned = [Drop("layers_0", "pruned"), ("layers_1", "layers_0"), ("layers_2", "layers_1")]
+
+    restored = restore(tmp_path / "item", nnx.eval_shape(lambda: item(2)), renames=pruned)
+
+    for name in {"model", "ema"} & restored.keys():
+        for at in (0, 1):
+            have, want = restored[name].layers[at], source[name].layers[at + 1]
+            for path, value in flat(nnx.state(want)).items():
+                np.testing.assert_array_equal(flat(nnx.state(have))[path], value, str((name, at, path)))
+    moments, before = (tree["optimizer"].opt_state[0].mu for tree in (restored, source))
+    np.testing.assert_array_equal(
+        moments["layers"][0]["dense"]["kernel"][...], before["layers"][1]["dense"]["kernel"][...]
+    )
+
+
+@LAYOUTS
+def test_a_rule_that_reaches_the_streams_of_layers_alone_is_told_how_their_weights_are_numbered(
+    tmp_path: Path, layout: Literal["linen", "maxtext"]
+) -> None:
+    def item() -> Any:
+        return Model("list", layers=2)
+
+    save(tmp_path / "item", numbered(item()), layout=layout)
+    exchanged = [("layers/0", "layers/1"), ("layers/1", "layers/0")]
+
+    for renames in (exchanged, exchanged[:1]):
+        with pytest.raises(UnusedRuleError, match="layers_0"):
+            restore(tmp_path / "item", nnx.eval_shape(item), renames=renames)

@@ -130,6 +130,8 @@ PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "two on one encoder": lambda: two_heads(nested=False),
     "train states on one encoder": lambda: two_heads(nested=True),
     "lists": lists,
+    "below a key, with an average": lambda: {"agent": side_by_side("net", "ema")},
+    "nnx.Lists": lambda: {key: nnx.List(found) for key, found in lists().items()},
     "lists of train states": lambda: {"agents": [with_its_optimizer(2), with_its_optimizer(4)]},
 }
 

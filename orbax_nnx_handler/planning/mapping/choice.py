@@ -121,10 +121,9 @@ def renames_of_shared(
     module may have stored it under another. Each is its name. Takes what `claims_of_shared` takes.
     """
     found: dict[Path, tuple[Rename, Path]] = {}
-    used = mapping.used() if aliases else ()
-    unused = {path for path, item in mapping.placed.items() if aliases and item.section != "aux"}.difference(
-        used
-    )
+    if not aliases:
+        return found  # Nearly every target.
+    unused = {path for path, item in mapping.placed.items() if item.section != "aux"} - mapping.used()
     for item, claims in _under_aliases(wanted, mapping, aliases, unused):
         if item.leaf.path in mapping.found or len(claims) != 1 or item.role != "model":
             continue

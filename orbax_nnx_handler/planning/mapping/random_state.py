@@ -13,6 +13,7 @@ model then, of the collection of the wanted type, and stacked as all of them are
 """
 
 import dataclasses
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -101,6 +102,12 @@ def as_wanted(
     modules = {(item.owner, item.tokens[:1]) for item in placements if item.section == "model"}
     level = _level_of(wanted, [item.owner for item in placements])
     above = _levels_of_models(placements)
+
+    @functools.cache
+    def is_asked_for(owner: Path) -> bool:
+        names = canonical(owner)
+        return any(item.tokens[: len(owner)] == names for item in wanted)
+
     moved: dict[Path, Placement] = {}
     for item in aside:
         own, owner = item.own, item.owner
@@ -115,8 +122,7 @@ def as_wanted(
             (collection,) = named
             if not is_of_model:
                 owner = (*owner, *own[:1])
-                if not any(item.tokens[: len(owner)] == canonical(owner) for item in wanted):
-                    owner = (*level, *owner)
+                owner = owner if is_asked_for(owner) else (*level, *owner)
             moved[item.leaf.path] = dataclasses.replace(
                 item, section="model", collection=collection, path=below, owner=owner
             )

@@ -142,15 +142,14 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
 
 def _meant_weights(rule: Rule, changed: Sequence[Entry], entries: Sequence[Entry]) -> Sequence[Entry]:
     """Returns all weights if a rule reaches only what lies aside, and, numbered as in Linen, is theirs."""
-    aside = [AUX in map(str, path) for entry in changed for path in entry.sources]
-    if not (aside and all(aside)):
-        return ()  # Nearly every rule.
+    aside = (AUX in map(str, path) for entry in changed for path in entry.sources)
+    if not (next(aside, False) and all(aside)):
+        return ()  # Nearly every rule: its first leaf tells.
     texts = [text.split("/") for text in patterns_of(rule)]
     patterns = [Pattern("/".join(numbered(text))) for text in texts if numbered(text) != tuple(text)]
     weights = [entry for entry in entries if AUX not in entry.whole]
-    return (
-        weights if any(pattern.candidates(entry.whole for entry in weights) for pattern in patterns) else ()
-    )
+    are_met = any(pattern.candidates(entry.whole for entry in weights) for pattern in patterns)
+    return weights if are_met else ()
 
 
 def _numbered_as_weights(entries: Sequence[Entry], rules: Sequence[Rule]) -> Sequence[Entry]:

@@ -179,8 +179,8 @@ def _side_by_side(
         if trained is None:
             raise _several_optimizers(optimizers)
         step = leaves.get((*owner, "step"))
-        own = Parts(model={}, outside={}, opt_state=opt_state, owner=owner, step=step, root=owner)
-        states.append(dataclasses.replace(own, trained=trained, parent=parent))
+        places = {"owner": owner, "parent": parent, "root": owner}
+        states.append(Parts(model={}, outside={}, opt_state=opt_state, step=step, trained=trained, **places))
     return _with_outside(states, _left(leaves, states))
 
 
@@ -255,9 +255,9 @@ def _one_train_state(
         }
         own = {**own, **{path[len(model) :]: leaf for path, leaf in beside.items()}}
         outside = {path: leaf for path, leaf in outside.items() if path not in beside}
-    root, trained = model[: copies[-1] + 1] if copies else root, _below(shared, model)
-    parts = Parts(model=own, outside=outside, opt_state=opt_state, owner=owner, parent=parent, step=step)
-    return (dataclasses.replace(parts, root=root, trained=trained),)
+    places = {"owner": owner, "parent": parent, "root": model[: copies[-1] + 1] if copies else root}
+    trained = _below(shared, model)
+    return (Parts(model=own, outside=outside, opt_state=opt_state, step=step, trained=trained, **places),)
 
 
 def _parent(leaves: ItemLeaves, owner: Path) -> Path:

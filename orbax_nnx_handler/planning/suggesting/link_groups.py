@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, Tie, levels, place_of
+from orbax_nnx_handler.planning.suggesting.scoring import kept_by_head
 from orbax_nnx_handler.planning.suggesting.shapes import Way, permuted, transposed
 from orbax_nnx_handler.planning.suggesting.vocabulary import TURNS, meanings, words
 
@@ -130,11 +131,16 @@ def with_moved_axes(found: Findings) -> Findings:
         made |= zip(places, readings[0] if len(readings) == 1 else [None] * len(places), strict=True)
         if len(readings) > 1:
             ties.append(_tie(readings))
+    shares: dict[tuple[Names, Names], list[tuple[Link, Link]]] = defaultdict(list)
     for at, link in enumerate(found.links):
-        orders = _orders(link) if made[at] is link else []
+        if (is_left := made[at] is link and _is_plain(link)) and (both := kept_by_head(link)) is not None:
+            shares[_plain(_part(link.target)), _plain(_part(link.source))].append(both)
+            made[at] = None
+        orders = _orders(link) if is_left else []
         if len(orders) > 1:
             made[at] = None
             ties.append(_tie([[_ordered(link, order, f"transpose {order}")] for order in orders]))
+    ties += [_tie(list(zip(*each, strict=True))) for each in shares.values()]
     links = [link for link in made.values() if link is not None]
     return Findings(links=links, ties=[*found.ties, *ties], groups=found.groups)
 
@@ -166,7 +172,7 @@ def _orders(link: Link) -> list[tuple[int, ...]]:
     """Returns the orders of axes that a link may stand for: of several, no convention tells which."""
     ways = [way for each in link.ways for way in each if not way.turned]
     steps = [step for way in ways for step in way.steps]
-    if not _is_plain(link) or [len(each) for each in link.ways] != [len(ways)] or len(steps) != 1:
+    if [len(each) for each in link.ways] != [len(ways)] or len(steps) != 1:
         return []
     step = steps[0]
     if step.kind != "transpose":

@@ -133,7 +133,7 @@ class _Context:
         fused, fact = self._fused(part)
         computed = () if fused else self._computed(part)
         said.update(computed)
-        untold = _untold(part) or (computed if len(computed) > 1 else ())
+        untold = self._untold(part) or (computed if len(computed) > 1 else ())
         if self._has_actor and not self._has_attention and "v" in said:
             said = (said - {"v"}) | {"critic"}  # The value of a state.
         if part.is_norm:
@@ -166,12 +166,22 @@ class _Context:
         if known is not None and part.levels[-1].number is None and is_one:
             # GPT-2's cross attention has its queries beside `c_attn`.
             return tuple(role for role in known[0] if role not in self._single[part.module]), known[1]
-        if _untold(part):
+        if self._untold(part):
             return (), ""
         named = tuple(word for word in meanings(last) if word in _QKV)
         if len(named) < 2:
             named = tuple(word for word in meanings(last) if word in ("gate", "up"))
         return (named, "") if len(named) > 1 else ((), "")
+
+    def _untold(self, part: ModulePart) -> tuple[str, ...]:
+        last, bias = part.levels[-1].base if part.levels else "", part.leaves.get("bias")
+        gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
+        if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
+            # Experts with biases: in GPT-OSS gates and what they gate take turns, else they do not.
+            return gated
+        # Guided diffusion: head by head, but under `use_new_attention_order`.
+        is_either = last == "qkv" and "proj_out" in self._bases[part.module]
+        return ("q", "k", "v") if is_either or any(name in last.lower() for name in UNTOLD) else ()
 
     def _computed(self, part: ModulePart) -> tuple[str, ...]:
         """Returns the roles of a layer that Linen numbered in an attention, where sizes allow no others."""
@@ -284,14 +294,6 @@ class _Context:
     def _is_one_of_several(self, part: ModulePart) -> bool:
         last = [self._families[prefix, level.base, level.style] for prefix, level in _prefixes(part)[-1:]]
         return any(len(numbers) > 1 for numbers in last)
-
-
-def _untold(part: ModulePart) -> tuple[str, ...]:
-    last, bias = part.levels[-1].base if part.levels else "", part.leaves.get("bias")
-    gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
-    if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
-        return gated  # Experts with biases: in GPT-OSS gates and what they gate take turns, else they do not.
-    return next((roles for name, roles in UNTOLD.items() if name in last.lower()), ())
 
 
 def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:

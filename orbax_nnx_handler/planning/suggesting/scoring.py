@@ -16,23 +16,27 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 from orbax_nnx_handler.planning.suggesting.assignment import ways_of_heads
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie, place_of
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, told_on_one_side
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
+    Step,
     Way,
     arrangements,
     chain_of,
     cuts_of,
     joints,
     lifted,
+    permuted,
     several_times,
     shaping,
+    transposed,
     without_axis,
 )
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     Concepts,
+    concepts,
     exclude,
     likeness,
 )
@@ -253,6 +257,31 @@ def joining_rule(
     into = (*shared, *wanted[0][len(shared) - len(stored[0]) :])
     pieces, whole = cut_alike(stored, into, kept)
     return Fuse(tuple(map("/".join, pieces)), "/".join(whole), axis, sizes, new_axis=is_new), [into]
+
+
+def kept_by_head(link: Link) -> tuple[Link, Link] | None:
+    """Returns how a flat array of queries, keys and values may be one that has an axis of heads before them.
+
+    Head by head, as its elements lie, or side by side, as most programs keep flat ones.
+    """
+    names = [place_of(leaf.names)[0][-1:] for leaf in (link.source, link.target)]
+    roles = [concepts(last) & {"q", "k", "v"} for last in names]
+    count = len(roles[0]) if roles[0] == roles[1] else 0
+    short, long = sorted((link.source.shape, link.target.shape), key=len)
+    for at in range(len(long) - 2) if count > 1 else ():
+        heads, parts, width = long[at : at + 3]
+        if parts != count or heads == 1 or (*long[:at], heads * parts * width, *long[at + 3 :]) != short:
+            continue
+        order = (*range(at), at + 1, at, *range(at + 2, len(long)))
+        moved = permuted(long, order)
+        steps = (
+            (transposed(long, order), Step("reshape", moved, short))
+            if link.source.shape == long
+            else (Step("reshape", short, moved), transposed(moved, order))
+        )
+        plain = dataclasses.replace(link, told="head by head")
+        return plain, dataclasses.replace(link, ways=((Way(steps),),), told="side by side")
+    return None
 
 
 # Another recipe than the one that was found.

@@ -28,9 +28,12 @@ _SPELLINGS = {
     "q": "q query queries wq",
     "k": "k key keys wk",
     "v": "v value values val wv",
-    "q k v": "qkv wqkv kqv",
-    "k v": "kv wkv",
-    "v k": "vk",
+    **{
+        " ".join(letters): (name := "".join(letters)) + f" w{name}"
+        for count in (2, 3)
+        for letters in itertools.permutations("qkv", count)
+        if count == 3 or "q" not in letters
+    },
     "o": "o",
     "out": "out outp output outputs outgoing wo",
     "in": "in inp input inputs incoming",
@@ -375,11 +378,7 @@ FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 """Names of fused parts that do not say their order themselves, and whose convention tells it."""
 
-UNTOLD: Mapping[str, tuple[str, ...]] = {
-    "query_key_value": ("q", "k", "v"),
-    "wqkv": ("q", "k", "v"),
-    "kqv": ("k", "q", "v"),
-}
+UNTOLD = ("query_key_value", "wqkv")
 """Names of arrays that hold query, key and value head by head (NeoX, Bloom), or of others side by side."""
 
 NUMBERED: Mapping[tuple[str, tuple[int, ...]], tuple[tuple[str, ...], str]] = {

@@ -32,7 +32,7 @@ def filled(shapes):
 
 def proposed(stored, wanted):
     """Returns what is proposed, and the wanted values under its rules; without those left open."""
-    found = suggest(_tree(stored), _target(wanted))
+    found = suggest(_tree(stored), abstract(wanted))
     values = restored(stored, wanted, found.renames)
     unmatched = {"/".join(map(str, path)) for path in found.unmatched_wanted}
     return found, {path: value for path, value in values.items() if path not in unmatched}
@@ -40,7 +40,7 @@ def proposed(stored, wanted):
 
 def restored(stored, wanted, rules):
     """Returns the wanted values under some rules; zeros for what none is stored of."""
-    state = from_linen(_tree(stored), _target(wanted), renames=rules, policy="warn", unexpected="ignore")
+    state = from_linen(_tree(stored), abstract(wanted), renames=rules, policy="warn", unexpected="ignore")
     return {"/".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
 
 
@@ -48,7 +48,8 @@ def _tree(stored):
     return {"params": traverse_util.unflatten_dict(stored, sep="/")}
 
 
-def _target(wanted):
+def abstract(wanted):
+    """Returns a target with leaves of the given shapes."""
     return nnx.from_flat_state(
         [
             (

@@ -1,13 +1,14 @@
 """Proposals whose values shapes alone do not tell: square matrices, heads, layers told by a number only."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
 from orbax_nnx_handler import Rename, suggest
-from tests.planning.suggesting.proposals import check, filled, proposed, restored
+from tests.planning.suggesting.proposals import abstract, check, filled, proposed, restored
 
 HEADS = {"query": (12, 3, 4), "key": (12, 3, 4), "value": (12, 3, 4), "out": (3, 4, 12)}
 OURS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
@@ -507,3 +508,52 @@ def test_norms_are_a_question_where_words_and_the_order_of_creation_disagree(cre
     expected = {Rename(f"norm{at + 1}", name) for at, name in enumerate(norms)}
     assert set(found.renames) == (expected if agree else set())
     assert [question.about for question in found.questions] == ([] if agree else ["which"])
+
+
+@pytest.mark.parametrize("order", [*map("".join, itertools.permutations("qkv"))])
+@pytest.mark.parametrize("name", ["{}", "in_proj_{}"])
+def test_an_array_of_queries_keys_and_values_has_them_in_the_order_of_its_name(name, order):
+    stored = filled({f"attn/{name.format(order)}/kernel": (8, 24), "attn/out_proj/kernel": (8, 8)})
+    parts = dict(zip(order, np.split(stored[f"attn/{name.format(order)}/kernel"], 3, axis=1), strict=True))
+    expected = {f"attn/{part}_proj/kernel": parts[part] for part in "qkv"}
+    expected["attn/out_proj/kernel"] = stored["attn/out_proj/kernel"]
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+
+
+@pytest.mark.parametrize("is_stored_flat", [True, False])
+def test_a_flat_array_holds_what_is_kept_by_heads_elsewhere_side_by_side_or_head_by_head(is_stored_flat):
+    flat, apart = {"kernel": (10, 24), "bias": (24,)}, {"kernel": (10, 4, 3, 2), "bias": (4, 3, 2)}
+    shapes, others = (flat, apart) if is_stored_flat else (apart, flat)
+    stored = filled({f"h_{at}/attn/qkv/{kind}": shape for at in range(2) for kind, shape in shapes.items()})
+    wanted = {f"layers/{at}/attn/qkv/{kind}": shape for at in range(2) for kind, shape in others.items()}
+
+    def side_by_side(value):
+        if is_stored_flat:
+            return np.moveaxis(value.reshape(*value.shape[:-1], 3, 4, 2), -3, -2)
+        return np.moveaxis(value, -2, -3)
+
+    tree = {"params": traverse_util.unflatten_dict(stored, sep="/")}
+    (question,) = suggest(tree, abstract(wanted)).questions
+
+    assert question.choices == ("head by head", "side by side")
+    for rules, made in zip(question.alternatives, (np.asarray, side_by_side), strict=True):
+        for path, value in restored(stored, wanted, rules).items():
+            source = made(stored[path.replace("layers/", "h_")])
+            np.testing.assert_array_equal(value, source.reshape(value.shape))
+
+
+def test_guided_diffusions_qkv_is_a_question_where_heads_are_kept_apart():
+    stored = filled({"attn/qkv/kernel": (8, 24), "attn/proj_out/kernel": (8, 8)})
+    expected = {f"attn/to_{part}/kernel": (8, 2, 4) for part in "qkv"} | {"attn/to_out/kernel": (2, 4, 8)}
+
+    found, values = proposed(stored, expected)
+
+    assert [question.choices for question in found.questions] == [("side by side", "head by head, 2 heads")]
+    assert [*values] == ["attn/to_out/kernel"]
+    by_head = stored["attn/qkv/kernel"].reshape(8, 2, 3, 4)
+    values = restored(stored, expected, found.questions[0].alternatives[1])
+    for at, part in enumerate("qkv"):
+        np.testing.assert_array_equal(values[f"attn/to_{part}/kernel"], by_head[:, :, at])

@@ -235,6 +235,19 @@ def test_a_rule_for_the_step_takes_it_to_the_optimizer_and_leaves_none_behind(tm
     check(result["optimizer"], below("opt_state", stored["opt_state"]))
 
 
+@pytest.mark.parametrize("policy", ["warn", "error"])
+def test_a_reading_that_does_not_see_a_claim_does_not_win_over_one_that_does(tmp_path, policy):
+    numbers = Numbers()
+    blocks = {str(at): {"mlp": numbers.dense(4, 4)} for at in (1, 2, 3)}
+    # `params/params` is a module here; read as a collection, `params/Block` would be another one.
+    params = {"params": {"lin": numbers.dense(2, 2)}, "Block": blocks, "head": numbers.dense(3, 3)}
+    stored = {"params": params, "old_params": numbers.like(params), "step": np.int32(3)}
+    path = write(tmp_path, stored)
+    wanted = pure_target({**params, "Block": jax.tree.map(lambda *x: np.stack(x), *blocks.values())})
+    error = refused(path, wanted, policy=policy, unexpected="ignore")
+    assert isinstance(error, AmbiguousMappingError) and "Block/mlp/kernel" in str(error)
+
+
 def test_the_kernel_sees_a_layer_that_a_stack_and_another_leaf_read():
     paths = [("params", "layers_0", "w"), ("params", "layers_1", "w")]
     placed = {

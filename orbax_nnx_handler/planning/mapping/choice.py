@@ -363,14 +363,14 @@ def best_mappings(
 
 
 def _plain_mapping(
-    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, best: int
+    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, best: tuple[int, int]
 ) -> LeafMapping | None:
     """Returns the reading under which no key has a meaning, where it is the better one.
 
     So a module may be called `params`, and a Linen `TrainState` is found as it was written.
     """
     weights = of_role(wanted, *WEIGHTS)
-    if best >= len(weights) or not _may_be_plain(weights, options):
+    if best[1] >= len(weights) or not _may_be_plain(weights, options):
         return None
     untyped = [dataclasses.replace(w, role="model", path=w.leaf.path) for w in wanted if w.leaf.kind is None]
     plain = untyped if len(untyped) == len(wanted) else wanted
@@ -379,7 +379,7 @@ def _plain_mapping(
     except RestoreError:
         return None
     score = _score(mapping, weights)
-    return mapping if score == len(weights) or (plain is untyped and score > best) else None
+    return mapping if score[1] == len(weights) or (plain is untyped and score > best) else None
 
 
 _TELLING_KEYS = frozenset[str]().union(*(layout.keys for layout in layouts.LAYOUTS))
@@ -395,6 +395,11 @@ def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
     )
 
 
-def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> int:
-    shapes = mapping.shapes
-    return sum(shapes.get(item.leaf.path) == item.leaf.shape for item in wanted)
+def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> tuple[int, int]:
+    """Returns how many wanted leaves have stored values, and how many of them by one claim that fits.
+
+    A leaf that several stored ones claim is there: a reading that doesn't see them is no better for it.
+    """
+    shapes, claimed = mapping.shapes, {item.wanted.leaf.path for item in mapping.rivals}
+    fitting = {item.leaf.path for item in wanted if shapes.get(item.leaf.path) == item.leaf.shape}
+    return len(fitting | {item.leaf.path for item in wanted if item.leaf.path in claimed}), len(fitting)

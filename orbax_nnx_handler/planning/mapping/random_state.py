@@ -106,7 +106,7 @@ def as_wanted(
     @functools.cache
     def is_asked_for(owner: Path) -> bool:
         names = canonical(owner)
-        return any(item.tokens[: len(owner)] == names for item in wanted)
+        return any(item.tokens[: len(names)] == names for item in wanted)
 
     moved: dict[Path, Placement] = {}
     for item in aside:
@@ -127,12 +127,13 @@ def as_wanted(
                 item, section="model", collection=collection, path=below, owner=owner
             )
     owners = {item.owner for item in placements if item.section != "aux"}
-    names = {skeleton(canonical((*item.owner, *item.path))) for item in moved.values()}
+    placed = {skeleton(canonical((*item.owner, *item.path))) for item in moved.values()}
 
     def is_whole(owner: Path) -> bool:
-        below = (item for item in wanted if item.tokens[: len(owner)] == canonical(owner))
+        names = canonical(owner)
+        below = (item for item in wanted if item.tokens[: len(names)] == names)
         return owner in owners or all(
-            item.leaf.path in found or skeleton(item.tokens) in names for item in below
+            item.leaf.path in found or skeleton(item.tokens) in placed for item in below
         )
 
     kept = {owner for owner in {item.owner for item in moved.values()} if is_whole(owner)}

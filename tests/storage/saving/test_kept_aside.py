@@ -32,6 +32,26 @@ def test_statistics_and_streams_follow_their_layers(
     assert_alike(nnx.state(restore(tmp_path / "item", target)), nnx.state(model))
 
 
+@pytest.mark.parametrize("names", [("gen", "disc"), ("net_0", "net_1"), ("net_10", "net_2")])
+@pytest.mark.parametrize("level", ["", "agent"])
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_statistics_and_streams_of_several_networks_follow_their_layers(
+    tmp_path: Path, names: tuple[str, str], level: str, layout: Literal["linen", "maxtext"]
+) -> None:
+    models = numbered({name: Model("list", seed=at) for at, name in enumerate(names)})
+    save(tmp_path / "item", {level: models} if level else models, layout=layout)
+    target: Any = nnx.eval_shape(lambda: {name: Model("scan") for name in names})
+    target = {level: target} if level else target
+
+    plan = plan_restore(tmp_path / "item", target)
+
+    assert not plan.defaulted
+    restored = restore(tmp_path / "item", target)
+    restored = restored[level] if level else restored
+    for name in names:
+        assert_alike(nnx.state(restored[name]), nnx.state(models[name]))
+
+
 def test_streams_of_fewer_layers_than_are_wanted_are_said_to_be_so(tmp_path: Path) -> None:
     save(tmp_path / "item", Model("list", layers=2))
     target = nnx.eval_shape(lambda: Model("scan"))

@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import from_linen, restore, save
+from orbax_nnx_handler import MissingParamError, RestoreError, Transpose, from_linen, restore, save, to_linen
 from tests.laws import worlds
 from tests.laws.worlds import Numbers, check, refused, write
 
@@ -259,3 +259,109 @@ def test_an_optimizer_of_a_part_without_the_parts_name_is_told_and_its_moments_a
         for name in ("kernel", "bias"):
             path = ("optimizer", "opt_state", 0, moment, "head", name)
             np.testing.assert_array_equal(found[path], own[name])
+
+
+class Square(nnx.Module):
+    def __init__(self):
+        self.first, self.last = (nnx.Linear(3, 3, rngs=nnx.Rngs(0)) for _ in range(2))
+
+
+def _beside(one, other, of_one, of_other):
+    """Returns two networks of the same names beside their optimizers, and every element with its path."""
+    first, second = Square(), Square()
+    optimizers = {of_one: nnx.Optimizer(first, TXS["adam"], wrt=nnx.Param)}
+    optimizers[of_other] = nnx.Optimizer(second, TXS["adam"], wrt=nnx.Param)
+    return {one: first, other: second, **optimizers}
+
+
+def _with_numbers(item):
+    numbers, expected = Numbers(), {}
+    for name, part in item.items():
+        state = nnx.state(part)
+        values = numbers.like(worlds.flat(state))
+        worlds.put(state, values)
+        nnx.update(part, state)
+        expected |= {(name, *path): value for path, value in values.items()}
+    return expected
+
+
+def _as_restored(result):
+    parts = {name: worlds.flat(nnx.state(part)) for name, part in result.items()}
+    return {(name, *path): leaf for name, part in parts.items() for path, leaf in part.items()}
+
+
+def _second_transposed(expected, other, of_other):
+    ends = ("first", "kernel")
+    return {
+        path: value.T if path[0] in (other, of_other) and path[-2:] == ends else value
+        for path, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize(
+    "names",
+    [("a", "b", "a_opt", "b_opt"), ("gen", "disc", "g_opt", "d_opt"), ("q_0", "q_1", "opt_0", "opt_1")],
+)
+def test_what_a_rule_does_to_one_of_two_networks_is_done_to_the_moments_of_its_own_optimizer(names, layout):
+    item = _beside(*names)
+    expected = _with_numbers(item)
+    tree = to_linen(item, layout)
+    above = f"{names[1]}/params" if layout == "linen" else f"{names[1]}/params/params"
+    rule = Transpose(f"{above}/first/kernel", (1, 0))
+    result = from_linen(tree, nnx.eval_shape(lambda: _beside(*names)), renames=[rule])
+    check(_as_restored(result), _second_transposed(expected, names[1], names[3]))
+
+
+@pytest.mark.parametrize("form", ["save", "pure"])
+@pytest.mark.parametrize("names", [("q", "r", "opt_a", "opt_b"), ("net", "critic", "opt", "opt_critic")])
+def test_where_no_name_tells_which_network_an_optimizer_trains_what_rules_do_to_one_is_a_question(
+    names, form
+):
+    item = _beside(*names)
+    expected = _with_numbers(item)
+    tree = to_linen(item)
+    if form == "pure":
+        tree = {name: nnx.to_pure_dict(nnx.state(part)) for name, part in item.items()}
+    target = nnx.eval_shape(lambda: _beside(*names))
+    check(_as_restored(from_linen(tree, target)), expected)
+    above = names[1] if form == "pure" else f"{names[1]}/params"
+    for rules in (
+        [Transpose(f"{above}/first/kernel", (1, 0))],
+        [(f"{above}/first", f"{above}/last"), (f"{above}/last", f"{above}/first")],
+    ):
+        with pytest.raises(MissingParamError) as caught:
+            from_linen(tree, target, renames=rules)
+        if form == "save":
+            assert f"no name tells whether {names[2]} trains" in " ".join(str(caught.value).split())
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("names", [("a", "b"), ("gen", "disc")])
+def test_networks_beside_their_optimizers_are_exchanged_by_rules_for_both(names, layout):
+    names = (*names, *(f"{name[0]}_opt" for name in names))
+    item = _beside(*names)
+    expected = _with_numbers(item)
+    target, tree = nnx.eval_shape(lambda: _beside(*names)), to_linen(item, layout)
+    one, other, of_one, of_other = names
+    nets = {one: other, other: one}
+    moved = nets | {of_one: of_other, of_other: of_one}
+    result = from_linen(tree, target, renames=[*moved.items()])
+    check(_as_restored(result), {(moved[path[0]], *path[1:]): value for path, value in expected.items()})
+    with pytest.raises(RestoreError):  # No moments of one network for the weights of the other.
+        from_linen(tree, target, renames=[*nets.items()])
+
+
+def test_networks_of_a_list_are_exchanged_with_their_optimizers():
+    def make():
+        parts = _beside("a", "b", "a_opt", "b_opt")
+        return {
+            "nets": nnx.List([parts["a"], parts["b"]]),
+            "opts": nnx.List([parts["a_opt"], parts["b_opt"]]),
+        }
+
+    item = make()
+    expected = _with_numbers(item)
+    rules = [(f"{name}/{at}", f"{name}/{1 - at}") for name in ("nets", "opts") for at in range(2)]
+    result = from_linen(to_linen(item), nnx.eval_shape(make), renames=rules)
+    check(_as_restored(result), {(name, 1 - at, *path): v for (name, at, *path), v in expected.items()})

@@ -22,6 +22,7 @@ from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, field_of
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import called_after
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.rules import as_rules
 
@@ -137,7 +138,7 @@ def find_networks(evidence: Evidence) -> Iterable[Cause]:
     yield from _moved(
         evidence,
         alike,
-        {owner: _called_after(owner, found) for owner, found in alike.items()},
+        {owner: called_after(owner, found) for owner, found in alike.items()},
         lambda owner, at: _network_move(evidence, owner, at, here[owner], there[at]),
     )
 
@@ -262,36 +263,15 @@ def _named(evidence: Evidence, owner: Path, stored: Collection[Path]) -> list[Pa
         if evidence.role(path) == "model" and path[: len(network)] == network
         for source in reads(item.recipe)
     }
-    return sorted(sources.intersection(stored)) if len(sources) == 1 else _called_after(owner, stored)
+    return sorted(sources.intersection(stored)) if len(sources) == 1 else called_after(owner, stored)
 
 
 def _network(evidence: Evidence, owner: Path) -> Path:
     """Returns the keys above the weights that an optimizer is for, as far as a name tells."""
     above = owner[:-1]
     beside = {path[: len(owner)] for path in evidence.weights if path[: len(above)] == above}
-    found = _called_after(owner[-1:], [path[-1:] for path in beside])
+    found = called_after(owner[-1:], [path[-1:] for path in beside])
     return (*above, *found[0]) if len(found) == 1 else above
-
-
-_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state", "params"})
-
-
-def _called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
-    """Returns the names that an optimizer's own holds best, short or whole: `g_opt` is called after `gen`."""
-    words = {*_words(owner)}
-    scores: dict[Path, int] = {}
-    for name in names:
-        each = [
-            2 if word in words else any(word.startswith(one) or one.startswith(word) for one in words)
-            for word in _words(name)
-        ]
-        scores[name] = sum(each) if all(each) else 0
-    best = max(scores.values(), default=0)
-    return [name for name, score in scores.items() if score == best > 0]
-
-
-def _words(name: Path) -> list[str]:
-    return [w for w in "_".join(map(str, name)).lower().split("_") if w and w not in _GENERAL_WORDS]
 
 
 def _move(evidence: Evidence, owner: Path, lost: Sequence[Path], stored: Sequence[Placement]) -> _Move:

@@ -398,8 +398,10 @@ def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
 def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> tuple[int, int]:
     """Returns how many wanted leaves have stored values, and how many of them by one claim that fits.
 
-    A leaf that several stored ones claim is there: a reading that doesn't see them is no better for it.
+    A leaf that several stored ones claim is there, as is a moment that cannot follow its parameter: a
+    reading that doesn't see them is no better for it.
     """
     shapes, claimed = mapping.shapes, {item.wanted.leaf.path for item in mapping.rivals}
+    claimed |= {item.path for item in mapping.stuck}
     fitting = {item.leaf.path for item in wanted if shapes.get(item.leaf.path) == item.leaf.shape}
     return len(fitting | {item.leaf.path for item in wanted if item.leaf.path in claimed}), len(fitting)

@@ -7,8 +7,6 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
-from flax import nnx
-
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.core.leaves import OPT_STATE, Shape
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
@@ -36,8 +34,14 @@ from orbax_nnx_handler.planning.mapping.matches import (
     UnclearAxis,
 )
 from orbax_nnx_handler.planning.mapping.moments import FollowedMoments, MomentFollower, StuckMoment
-from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks, network_of
-from orbax_nnx_handler.planning.mapping.optimizer_pairs import PairedStates
+from orbax_nnx_handler.planning.mapping.networks import Matched, match_networks
+from orbax_nnx_handler.planning.mapping.optimizer_pairs import (
+    PairedStates,
+    Trainings,
+    parameters_of,
+    trained_of,
+    weights_of,
+)
 from orbax_nnx_handler.planning.mapping.optimizer_states import (
     OptimizerState,
     StoredStates,
@@ -47,7 +51,7 @@ from orbax_nnx_handler.planning.mapping.optimizer_states import (
     wanted_states,
 )
 from orbax_nnx_handler.planning.mapping.random_state import as_wanted, find_random
-from orbax_nnx_handler.planning.mapping.roots import Roots, below_model, of_root, strip
+from orbax_nnx_handler.planning.mapping.roots import Roots, below_model, of_root
 from orbax_nnx_handler.planning.mapping.train_states import (
     StoredOptimizer,
     WantedOptimizer,
@@ -206,22 +210,24 @@ def _map(
     if len(match.found) < len(model) + len(virtual):
         kept = [item for item in placements if item.leaf.path not in applied.discarded]
         find_random(found, of_role(wanted, "random", "model"), kept, entries, roots, networks)
-    optimizers: list[StoredStates] = []
-    followed: list[FollowedMoments] = []
+    optimizers, followed, stuck = list[StoredStates](), list[FollowedMoments](), list[StuckMoment]()
+    trainings = Trainings(networks, entries, found, placements)
     for pair_wanted, pair_stored in pairs:
-        network = network_of(pair_wanted, pair_stored, networks, entries)
-        own = _weights_of(pair_stored, original, network)
+        likely = trainings.of(pair_wanted, pair_stored)
+        network = next(iter(likely), None)
+        own = weights_of(pair_stored, original, network, entries)
         here, there = _levels(pair_wanted, pair_stored, own, network)
-        parameters = {} if network is None else _parameters(network, () if virtual else here, bool(virtual))
+        parameters = {} if network is None else parameters_of(network, () if virtual else here, bool(virtual))
         states = wanted_states(pair_wanted.leaves, () if virtual else parameters, () if virtual else here)
-        trained = _trained(states, parameters)
+        trained = trained_of(states, parameters)
         at = there if network else roots.stored
         aside = [entry for entry in as_stored if entry.section == "aux" and entry.owner in pair_stored.models]
         optimizers.append(_stored_states(pair_stored, [*own, *aside], trained, at))
         paths = {tokens: item.leaf.path for tokens, item in parameters.items()}
-        follower = MomentFollower(optimizers[-1], states, paths, stored, applied)
-        followed.append(follower.add_to(found))
-    stuck = tuple(item for one in followed for item in one.stuck)
+        follower = MomentFollower(optimizers[-1], states, paths, stored, applied, found)
+        followed.append(follower.follow())
+        unclear = _open_moments(pair_wanted, states, likely, found) if len(likely) > 1 else ()
+        stuck += (*followed[-1].stuck, *unclear)
     lost = {item.path for item in stuck}  # No moment of a changed parameter is read as it is.
     _add_own(found, [item for item in wanted if item.leaf.path not in lost], placements)
     return LeafMapping(
@@ -235,10 +241,27 @@ def _map(
         discarded=_discarded(applied, optimizers, stored),
         applied=applied,
         faults=tuple(rule_faults(applied, match, found)),
-        stuck=stuck,
+        stuck=tuple(stuck),
         states=tuple(one.states for one in followed),
         copied=_copied(applied, optimizers),
     )
+
+
+def _open_moments(
+    optimizer: WantedOptimizer,
+    states: Sequence[OptimizerState],
+    networks: Sequence[Matched],
+    found: dict[Path, Found],
+) -> Iterator[StuckMoment]:
+    """Takes out and yields the moments that may be of several networks which are made in different ways."""
+    made = (found[item.leaf.path] for one in networks for item in one.weights if item.leaf.path in found)
+    reason = next((source.reason for source in made if source.reason), "")
+    names = " or ".join(render(one.roots.wanted) for one in networks)
+    why = f"no name tells whether {render(optimizer.owner)} trains {names}"
+    for leaf in (leaf for s in states for field in s.moments.values() for leaf in field.values()):
+        if source := found.pop(leaf.path, None):
+            stored = tuple(reads(source.recipe))
+            yield StuckMoment(path=leaf.path, stored=stored, reason=reason, why=why)
 
 
 def _copied(applied: RulesApplied, optimizers: Sequence[StoredStates]) -> frozenset[Path]:
@@ -298,16 +321,6 @@ def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: S
     )
 
 
-def _weights_of(
-    optimizer: StoredOptimizer, entries: Sequence[Entry], network: Matched | None
-) -> Sequence[Entry]:
-    """Returns the stored weights that an optimizer's moments may belong to."""
-    own = [entry for entry in entries if entry.collection is None or entry.owner in optimizer.models]
-    if network is not None and len(optimizer.models) > 1:
-        return [entry for entry in own if entry.owner == network.network.owner] or own
-    return own
-
-
 def _levels(
     wanted: WantedOptimizer, stored: StoredOptimizer, own: Sequence[Entry], network: Matched | None
 ) -> tuple[Tokens, Tokens]:
@@ -338,33 +351,6 @@ def _stored_states(
 ) -> StoredStates:
     known = parameter_paths(own, root, trained) if optimizer.leaves else {}
     return read_stored((*optimizer.leaves, *optimizer.steps), known)
-
-
-def _is_param(item: Wanted) -> bool:
-    kind = item.leaf.kind
-    return kind is not None and issubclass(kind, nnx.Param)
-
-
-def _parameters(network: Matched, root: Tokens, lone: bool) -> dict[Tokens, Wanted]:
-    """Returns the weights that an optimizer may train, by their canonical paths below its model's root."""
-    weights: Sequence[Wanted] = network.weights
-    if any(item.leaf.kind for item in weights):
-        weights = [item for item in weights if item.leaf.kind]  # A number beside Variables is no parameter.
-    parameters: dict[Tokens, Wanted] = {}
-    # Beside a parameter, a copy of it may be wanted under the same path of another collection.
-    for item in sorted(weights, key=_is_param, reverse=True):
-        parameters.setdefault(strip(item.tokens, root), item)
-        if not lone:
-            parameters.setdefault(network.names[item.leaf.path], item)
-    return parameters
-
-
-def _trained(
-    states: Sequence[OptimizerState], parameters: Mapping[Tokens, Wanted]
-) -> Mapping[Tokens, str | None]:
-    """Returns what an optimizer trains, each `nnx.Param` and whatever it has moments of, with collections."""
-    moments = frozenset[Path]().union(*(state.parameters for state in states))
-    return {at: item.collection for at, item in parameters.items() if _is_param(item) or at in moments}
 
 
 def _add_steps(

@@ -9,7 +9,7 @@ with the reason.
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import cast
 
@@ -18,7 +18,7 @@ import numpy as np
 from orbax_nnx_handler.planning import rules
 from orbax_nnx_handler.planning.core.dtypes import changes_values
 from orbax_nnx_handler.planning.core.leaves import COPIES, FACTORED, OF_GRADIENTS, UNUSED, Shape, StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, Tokens
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.core.recipes import (
     Add,
     Concat,
@@ -50,6 +50,7 @@ from orbax_nnx_handler.planning.mapping.optimizer_states import (
     StoredStates,
 )
 from orbax_nnx_handler.planning.rules import Casts
+from orbax_nnx_handler.planning.rules.rule import shared_ends
 
 _STATE = MatchEvidence(kind="optimizer", words="the same field of the same optimizer state")
 _MOMENT = MatchEvidence(
@@ -289,6 +290,7 @@ class MomentFollower:
         parameters: The wanted path of each parameter by canonical path below the root.
         stored: All stored leaves.
         applied: What the user's rules did to the parameters.
+        found: What the parameters are made from, and then the moments.
     """
 
     optimizer: StoredStates
@@ -296,38 +298,39 @@ class MomentFollower:
     parameters: Mapping[Tokens, Path]
     stored: Stored
     applied: rules.RulesApplied
+    found: dict[Path, Found]
 
-    def add_to(self, found: dict[Path, Found]) -> FollowedMoments:
+    def follow(self) -> FollowedMoments:
         """Adds what the optimizer's leaves are made from, state by state."""
-        states = pair_states(self.wanted, self.optimizer.states, lambda key: self._sources(key, found))
+        states = pair_states(self.wanted, self.optimizer.states, self._sources)
         stuck: list[StuckMoment] = []
         for wanted, stored in states.pairs:
             for name, leaf in wanted.scalars.items():
                 if self._added and name[-1:] == ("gamma",) and (*name[:-1], "barf") in wanted.scalars:
                     stuck.append(self._stuck_number(leaf, stored.scalars[name]))
                     continue
-                found[leaf.path] = Found(recipe=Read(stored.scalars[name].path), evidence=_STATE)
-            stuck += self._add_moments(wanted.moments, stored.moments, found)
+                self.found[leaf.path] = Found(recipe=Read(stored.scalars[name].path), evidence=_STATE)
+            stuck += self._add_moments(wanted.moments, stored.moments)
         for wanted in states.missing:
             slots = {name: self.optimizer.slots[name] for name in wanted.moments if self._is_slot(name)}
-            stuck += self._add_moments(wanted.moments, self.optimizer.slots if slots else {}, found)
+            stuck += self._add_moments(wanted.moments, self.optimizer.slots if slots else {})
             count = wanted.scalars.get(("count",))
             if count is not None and self.optimizer.count is not None:
-                found[count.path] = Found(recipe=Read(self.optimizer.count), evidence=_STATE)
+                self.found[count.path] = Found(recipe=Read(self.optimizer.count), evidence=_STATE)
         return FollowedMoments(states=states, stuck=tuple(stuck))
 
     def _is_slot(self, name: Tokens) -> bool:
         """Tells whether a field is the only wanted one of a name that is stored without any state."""
         return name in self.optimizer.slots and sum(name in state.moments for state in self.wanted) == 1
 
-    def _add_moments(self, wanted: Fields, stored: Fields, found: dict[Path, Found]) -> Iterator[StuckMoment]:
+    def _add_moments(self, wanted: Fields, stored: Fields) -> Iterator[StuckMoment]:
         for name in (name for name in wanted if name in stored):
             for key, leaf in wanted[name].items():
-                made = self._moment(leaf, name, key, stored, found)
+                made = self._moment(leaf, name, key, stored)
                 if isinstance(made, StuckMoment):
                     yield made
                 elif made is not None:
-                    found[leaf.path] = made
+                    self.found[leaf.path] = made
 
     @cached_property
     def _may_stick(self) -> bool:
@@ -348,21 +351,23 @@ class MomentFollower:
     def _shapes(self) -> Mapping[Path, Shape]:
         return {path: leaf.shape for path, leaf in self.stored.items()}
 
-    def _parameter(self, key: Path, found: Mapping[Path, Found]) -> Found | None:
+    def _parameter(self, key: Path) -> Found | None:
         path = self.parameters.get(_name(key))
-        return None if path is None else found.get(path)
+        return None if path is None else self.found.get(path)
 
-    def _sources(self, key: Path, found: Mapping[Path, Found]) -> Collection[Path]:
-        parameter = self._parameter(key, found)
+    def _sources(self, key: Path) -> Collection[Path]:
+        parameter = self._parameter(key)
         return ((ORPHAN, *_name(key)),) if parameter is None else tuple(reads(parameter.recipe))
 
     def _moment(
-        self, leaf: OptimizerLeaf, name: Tokens, key: Path, fields: Fields, found: Mapping[Path, Found]
+        self, leaf: OptimizerLeaf, name: Tokens, key: Path, fields: Fields
     ) -> Found | StuckMoment | None:
-        moments, parameter = fields[name], self._parameter(key, found)
+        moments, parameter = fields[name], self._parameter(key)
         if parameter is None:
             orphan = moments.get((ORPHAN, *_name(key)))
-            return None if orphan is None else Found(recipe=Read(orphan.path), evidence=_STATE)
+            if orphan is None or _name(key) in self._changed:
+                return None
+            return Found(recipe=Read(orphan.path), evidence=_STATE)
         if isinstance(parameter.recipe, Read) and not self._may_stick:
             moment = moments.get(parameter.recipe.path)
             if moment is not None and moment.shape == self._shapes[parameter.recipe.path]:
@@ -391,6 +396,19 @@ class MomentFollower:
                 spare=tuple(spare),
             )
         return self._stuck(leaf, name, stored, parameter, why) if stored else None
+
+    @cached_property
+    def _changed(self) -> Set[Tokens]:
+        """The names, whole or at their end, of weights that rules have changed or found under other ones."""
+        names: set[Tokens] = set()
+        for tokens, path in self.parameters.items() if self.applied.made else ():
+            source = self.found.get(path)
+            read = source.recipe if source else None
+            stored = canonical(read.path) if isinstance(read, Read) else ()
+            boxed = stored[-1:] == ("value",) != tokens[-1:]
+            _, same = shared_ends(("", *tokens), (".", *(stored[:-1] if boxed else stored)))
+            names.update(tokens[at:] for at in range(len(tokens) - same) if source)
+        return names
 
     def _follow(self, wanted: Shape, field: Tokens, fields: Fields, parameter: Recipe) -> Recipe | None:
         """Returns how a moment is made; a factored one may be stored under the other's name.

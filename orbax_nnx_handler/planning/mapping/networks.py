@@ -11,8 +11,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from flax import nnx
-
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import (
     Layout,
@@ -38,7 +36,7 @@ from orbax_nnx_handler.planning.mapping.roots import (
     named_levels,
     strip,
 )
-from orbax_nnx_handler.planning.mapping.train_states import StoredOptimizer, WantedOptimizer, owner_of
+from orbax_nnx_handler.planning.mapping.train_states import owner_of
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
@@ -378,44 +376,6 @@ def _questioned(matcher: Matcher, collections: Collections) -> ModelMatch:
     contested = {rival.wanted.leaf.path for rival in rivals}
     kept = {path: found for path, found in match.found.items() if path not in contested}
     return dataclasses.replace(match, found=kept, rivals=(*match.rivals, *rivals))
-
-
-def network_of(
-    wanted: WantedOptimizer, stored: StoredOptimizer, networks: Sequence[Matched], entries: Sequence[Entry]
-) -> Matched | None:
-    """Returns the network whose moments an optimizer holds: that of its train state.
-
-    Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments have,
-    longer ones first; of several with the same names, the one that the target has the optimizer beside;
-    then one that no level names (`model` beside `ema`); then the one that its own parameters have become, and
-    the one of which fewest parameters have no moment.
-    """
-    whole = [item for item in networks if item.network.only in (None, "params")]
-    own = [entry for entry in entries if entry.placed and canonical(entry.placed.owner) in stored.models]
-    trained = {entry.owner for entry in own if entry.placed and entry.placed.collection in (None, "params")}
-    # What rules call its weights, if they have taken the optimizer along.
-    renamed = {entry.owner for entry in own if entry.named}
-    moved = [item for item in whole if item.network.owner in renamed]
-    moved = [item for item in moved if stored.owner[: len(item.network.owner)] == item.network.owner]
-    # A network that rules have renamed is none of these, and the first of the others is another one.
-    likely = moved or [item for item in whole if item.network.owner in stored.models] or whole
-    if len(likely) < 2:
-        return next(iter(likely), None)
-    ends = [[item.tokens[at:] for at in range(len(item.tokens))] for item in wanted.leaves]
-    above = wanted.owner[:-1]
-
-    def moments(network: Matched) -> tuple[int, ...]:
-        kinds = {network.names.get(item.leaf.path, ()): item.leaf.kind for item in network.weights}
-        # Another network's own type of Variable may have a parameter's name.
-        params = {name for name, kind in kinds.items() if issubclass(kind or nnx.Param, nnx.Param)}
-        found = [next((end for end in tails if end in kinds), ()) for tails in ends]
-        beside = all(item.tokens[: len(above)] == above for item in network.weights)
-        is_unnamed = not named_levels(strip(network.roots.wanted, above))
-        is_trained = network.network.owner in trained
-        names = sum(map(bool, found)), len(params.intersection(found)), sum(map(len, found))
-        return (*names, beside, is_unnamed, is_trained, -len(params.difference(found)))
-
-    return max(likely, key=moments)
 
 
 def _joined(matches: Sequence[ModelMatch]) -> ModelMatch:

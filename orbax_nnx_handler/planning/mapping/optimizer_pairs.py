@@ -1,4 +1,4 @@
-"""Which stored state of an optimizer each wanted one is.
+"""Which weights an optimizer's moments belong to, and which stored state of it each wanted one is.
 
 A state is told by its fields and by the parameters that it keeps moments of, never by
 a single name: nearly every state has a `count`. A state whose fields have changed, or whose
@@ -12,11 +12,21 @@ a state that has moved past another one: a chain in another order is another opt
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
-from orbax_nnx_handler.planning.core.paths import Path
+from flax import nnx
+
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, substitute
+from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.mapping.matches import Found
+from orbax_nnx_handler.planning.mapping.networks import Matched
 from orbax_nnx_handler.planning.mapping.optimizer_states import OptimizerState
+from orbax_nnx_handler.planning.mapping.roots import named_levels, strip
+from orbax_nnx_handler.planning.mapping.train_states import StoredOptimizer, WantedOptimizer
+from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.target.roles import Wanted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,3 +276,156 @@ def _lengths(choices: Sequence[Collection[int]], count: int) -> list[list[int]]:
             row.append(last[at] + 1 if at in there else max(last[at + 1], row[at]))
         table.append(row)
     return table
+
+
+class Trainings:
+    """Tells which network's moments an optimizer holds: that of its train state.
+
+    Attributes:
+        networks: The networks whose weights were looked for.
+        entries: What the rules have made of the checkpoint.
+        found: What the weights come from.
+        placements: What each stored leaf is, by its path.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Matched],
+        entries: Sequence[Entry],
+        found: Mapping[Path, Found],
+        placements: Sequence[Placement],
+    ) -> None:
+        self.networks, self.entries, self.found, self.placements = networks, entries, found, placements
+
+    def of(self, wanted: WantedOptimizer, stored: StoredOptimizer) -> Sequence[Matched]:
+        """Returns the network that an optimizer trains; several where no name tells, and it matters.
+
+        Beside several train states (`{gen, disc, g_opt, d_opt}`) it is the one whose names most moments
+        have, longer ones first; of several with the same names, the one that the target has the optimizer
+        beside; then one that no level names (`model` beside `ema`); then the one that its own parameters
+        have become, and the one of which fewest parameters have no moment; then the one that it is called
+        after.
+        """
+        whole = [item for item in self.networks if item.network.only in (None, "params")]
+        own = [e for e in self.entries if e.placed and canonical(e.placed.owner) in stored.models]
+        trained = {e.owner for e in own if e.placed and e.placed.collection in (None, "params")}
+        # What rules call its weights, if they have taken the optimizer along.
+        renamed = {entry.owner for entry in own if entry.named}
+        moved = [item for item in whole if item.network.owner in renamed]
+        moved = [item for item in moved if stored.owner[: len(item.network.owner)] == item.network.owner]
+        # A network that rules have renamed is none of these, and the first of the others is another one.
+        likely = moved or [item for item in whole if item.network.owner in stored.models] or whole
+        if len(likely) < 2:
+            return likely
+        ends = [[item.tokens[at:] for at in range(len(item.tokens))] for item in wanted.leaves]
+        above = wanted.owner[:-1]
+
+        def moments(network: Matched) -> tuple[int, ...]:
+            kinds = {network.names.get(item.leaf.path, ()): item.leaf.kind for item in network.weights}
+            # Another network's own type of Variable may have a parameter's name.
+            params = {name for name, kind in kinds.items() if issubclass(kind or nnx.Param, nnx.Param)}
+            names = [next((end for end in tails if end in kinds), ()) for tails in ends]
+            beside = all(item.tokens[: len(above)] == above for item in network.weights)
+            is_unnamed = not named_levels(strip(network.roots.wanted, above))
+            is_trained = network.network.owner in trained
+            each = sum(map(bool, names)), len(params.intersection(names)), sum(map(len, names))
+            return (*each, beside, is_unnamed, is_trained, -len(params.difference(names)))
+
+        scores = {id(network): moments(network) for network in likely}
+        likely = [item for item in likely if scores[id(item)] == max(scores.values())]
+        names = called_after(wanted.owner[-1:], {item.roots.wanted[-1:] for item in likely})
+        likely = [item for item in likely if item.roots.wanted[-1:] in names] if len(names) == 1 else likely
+        alike = len({self._made(item) for item in likely}) == 1 if len(likely) > 1 else True
+        return likely[:1] if alike else likely
+
+    @cached_property
+    def _placed(self) -> Mapping[Path, Placement]:
+        return {item.leaf.path: item for item in self.placements}
+
+    def _made(self, network: Matched) -> frozenset[tuple[Tokens, Recipe]]:
+        """Returns how the weights of a network are made, whatever the network's own name is."""
+
+        def of_network(path: Path) -> Recipe:
+            tokens = self._placed[path].tokens
+            return Read(tokens[:-1] if len(tokens) > 1 and tokens[-1] == "value" else tokens)
+
+        weights = [(item.leaf.path, network.names[item.leaf.path]) for item in network.weights]
+        return frozenset(
+            (name, substitute(self.found[path].recipe, of_network))
+            for path, name in weights
+            if path in self.found
+        )
+
+
+def weights_of(
+    optimizer: StoredOptimizer, stored: Sequence[Entry], network: Matched | None, entries: Sequence[Entry]
+) -> Sequence[Entry]:
+    """Returns the stored weights that an optimizer's moments may belong to.
+
+    Args:
+        optimizer: The optimizer.
+        stored: The weights as they are stored.
+        network: What it trains.
+        entries: What the rules have made of the checkpoint.
+    """
+    own = [entry for entry in stored if entry.collection is None or entry.owner in optimizer.models]
+    if network is None or len(optimizer.models) < 2:
+        return own
+    called = [entry for entry in own if entry.owner == network.network.owner]
+    is_moved = any(canonical(item.owner) != optimizer.owner for item in optimizer.leaves[:1])
+    if called and not is_moved:
+        return called  # What rules have called so since then has another optimizer.
+    sources = {p for e in entries if e.owner == network.network.owner for p in e.sources}
+    return [entry for entry in own if not sources.isdisjoint(entry.sources)] or own
+
+
+def _is_param(item: Wanted) -> bool:
+    kind = item.leaf.kind
+    return kind is not None and issubclass(kind, nnx.Param)
+
+
+def parameters_of(network: Matched, root: Tokens, lone: bool) -> dict[Tokens, Wanted]:
+    """Returns the weights that an optimizer may train, by their canonical paths below its model's root."""
+    weights: Sequence[Wanted] = network.weights
+    if any(item.leaf.kind for item in weights):
+        weights = [item for item in weights if item.leaf.kind]  # A number beside Variables is no parameter.
+    parameters: dict[Tokens, Wanted] = {}
+    # Beside a parameter, a copy of it may be wanted under the same path of another collection.
+    for item in sorted(weights, key=_is_param, reverse=True):
+        parameters.setdefault(strip(item.tokens, root), item)
+        if not lone:
+            parameters.setdefault(network.names[item.leaf.path], item)
+    return parameters
+
+
+def trained_of(
+    states: Sequence[OptimizerState], parameters: Mapping[Tokens, Wanted]
+) -> Mapping[Tokens, str | None]:
+    """Returns what an optimizer trains, each `nnx.Param` and whatever it has moments of, with collections."""
+    moments = frozenset[Path]().union(*(state.parameters for state in states))
+    return {at: item.collection for at, item in parameters.items() if _is_param(item) or at in moments}
+
+
+_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state", "params"})
+
+
+def called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
+    """Returns the names that an optimizer's own holds best, short or whole: `g_opt` is called after `gen`."""
+    words = {*_words(owner)}
+    scores: dict[Path, int] = {}
+    for name in names:
+        each = [2 if word in words else any(_is_short(word, one) for one in words) for word in _words(name)]
+        scores[name] = sum(each) if all(each) else 0
+    best = max(scores.values(), default=0)
+    return [name for name, score in scores.items() if score == best > 0]
+
+
+def _is_short(word: str, other: str) -> bool:
+    return not {word, other} & {*filter(str.isdigit, (word, other))} and (
+        word.startswith(other) or other.startswith(word)
+    )
+
+
+def _words(name: Path) -> list[str]:
+    words = "_".join(str(key).removeprefix("#") for key in name).lower().split("_")
+    return [word for word in words if word and word not in _GENERAL_WORDS]

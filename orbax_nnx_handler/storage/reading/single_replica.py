@@ -28,8 +28,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax_nnx_handler.orbax_interfaces import v0 as ocp
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.recipes import reads
 from orbax_nnx_handler.planning.core.regions import Region, shape_of_region
 from orbax_nnx_handler.planning.options import SingleReplica
+from orbax_nnx_handler.storage.reading.byte_plan import OBJECT_STORE
 from orbax_nnx_handler.storage.reading.jobs import (
     Buffer,
     Device,
@@ -78,6 +80,7 @@ def single_replica_leaves(
 
 
 _Indices = Mapping[Device, tuple[slice, ...]]
+_Copies = tuple[Mesh, tuple[str, ...]]
 _BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
@@ -98,12 +101,12 @@ class Copied:
     @property
     def sharding(self) -> NamedSharding:
         """The sharding of the job's array."""
-        return _sharding_of(self.job)
+        return cast(NamedSharding, self.job.sharding)  # No other kind has `copy_axes`.
 
     @property
     def mesh(self) -> Mesh:
         """The mesh of the job's array."""
-        return _mesh_of(self.job)
+        return cast(Mesh, self.sharding.mesh)
 
     @property
     def on_cpu(self) -> bool:
@@ -149,44 +152,49 @@ def copy_axes(job: PlainJob) -> tuple[str, ...]:
 
 
 def share_out(jobs: Sequence[PlainJob]) -> list[list[Copied]]:
-    """Chooses which copy of each job is read, so that all processes read equally much.
-
-    Args:
-        jobs: Jobs that have `copy_axes`.
+    """Chooses which copy of each job (with `copy_axes`) is read, so that all processes read equally much.
 
     Returns:
-        The jobs, largest first; those that read the same stored leaf are together and, where they
-        lie on one mesh, read by the same copy, so that a packed chunk is fetched once.
+        The jobs, large ones first; those that read the same stored leaf are together and, where they
+        lie on one mesh, read by the same copy, so that a packed chunk is fetched once. Small ones are
+        read by the copy that reads their neighbours in the store, so that one request brings several.
     """
+    found = [(_global_nbytes(family), family) for family in families(jobs)]
+    fair = sum(size for size, _ in found) // jax.process_count()
+    large = min(fair // 8, OBJECT_STORE.range_bytes)
+    found.sort(key=lambda item: (-item[0], "") if item[0] >= large else (0, _place(item[1])))
     loads: dict[int, int] = defaultdict(int)
+    last: dict[_Copies, int] = {}
     shared: list[list[Copied]] = []
-    for family in sorted(families(jobs), key=_global_nbytes, reverse=True):
-        by_mesh: dict[tuple[Mesh, tuple[str, ...]], list[PlainJob]] = defaultdict(list)
+    for size, family in found:
+        by_mesh: dict[_Copies, list[PlainJob]] = defaultdict(list)
         for job in family:
-            by_mesh[_mesh_of(job), copy_axes(job)].append(job)
-        shared.append([item for (_, axes), same in by_mesh.items() for item in _assign(same, axes, loads)])
+            by_mesh[cast(Mesh, cast(NamedSharding, job.sharding).mesh), copy_axes(job)].append(job)
+        items: list[Copied] = []
+        for copies, same in by_mesh.items():
+            groups = _processes(*copies)
+            loaded = [max(loads[process] for process in group) for group in groups]
+            reader = last.get(copies, 0)
+            if size >= large or loaded[reader] + size // 2 > fair:
+                reader = loaded.index(min(loaded))
+            last[copies] = reader
+            items += _read_by(reader, same, copies[1])
+            for process in groups[reader]:
+                loads[process] += sum(item.nbytes for item in items[-len(same) :])
+        shared.append(items)
     return shared
 
 
-def _assign(jobs: Sequence[PlainJob], axes: tuple[str, ...], loads: dict[int, int]) -> Iterator[Copied]:
-    groups = _processes(_mesh_of(jobs[0]), axes)
-    reader = min(range(len(groups)), key=lambda copy: max(loads[process] for process in groups[copy]))
+def _place(family: Sequence[PlainJob]) -> str:
+    """Returns about where a store that is sorted by name holds the leaves."""
+    return min("/".join(map(str, path)) for job in family for path in reads(job.recipe))
+
+
+def _read_by(reader: int, jobs: Sequence[PlainJob], axes: tuple[str, ...]) -> Iterator[Copied]:
     for job in jobs:
-        mine = set(own_devices(_sharding_of(job), axes, reader))
-        shards = [shard for shard in job.shards if mine & set(shard.devices)]
-        item = Copied(job=dataclasses.replace(job, shards=tuple(shards)), axes=axes, reader=reader)
-        for process in groups[reader]:
-            loads[process] += item.nbytes
-        yield item
-
-
-def _sharding_of(job: PlainJob) -> NamedSharding:
-    """Returns the sharding of a job that has `copy_axes`, which no other kind of sharding has."""
-    return cast(NamedSharding, job.sharding)
-
-
-def _mesh_of(job: PlainJob) -> Mesh:
-    return cast(Mesh, _sharding_of(job).mesh)
+        mine = set(own_devices(cast(NamedSharding, job.sharding), axes, reader))
+        shards = tuple(shard for shard in job.shards if mine & set(shard.devices))
+        yield Copied(job=dataclasses.replace(job, shards=shards), axes=axes, reader=reader)
 
 
 def own_devices(sharding: NamedSharding, axes: tuple[str, ...], copy: int) -> tuple[Device, ...]:
@@ -217,7 +225,8 @@ def _copy_axes(sharding: jax.sharding.Sharding, only: int | None) -> tuple[str, 
     processes = _process_of(sharding.mesh.devices)
     if set(processes.ravel().tolist()) != set(range(jax.process_count())):
         return ()
-    used = _axes_of(sharding.spec)
+    parts = cast("tuple[str | tuple[str, ...] | None, ...]", sharding.spec)
+    used = {name for part in parts for name in ((part,) if isinstance(part, str) else part or ())}
     return tuple(
         name
         for axis, name in enumerate(sharding.mesh.axis_names)
@@ -227,13 +236,6 @@ def _copy_axes(sharding: jax.sharding.Sharding, only: int | None) -> tuple[str, 
 
 def _process_of(devices: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.array([device.process_index for device in devices.ravel()], np.int64).reshape(devices.shape)
-
-
-def _axes_of(spec: PartitionSpec) -> set[str]:
-    used: set[str] = set()
-    for part in cast("tuple[str | tuple[str, ...] | None, ...]", spec):
-        used |= {part} if isinstance(part, str) else set(part or ())
-    return used
 
 
 @functools.cache
@@ -275,7 +277,7 @@ def copy_through_hosts(
         read: For each leaf, what this process read of it; it becomes a part of the arrays.
     """
     held = [dict(shards) for shards in read]
-    alike: dict[tuple[Mesh, tuple[str, ...]], list[int]] = defaultdict(list)
+    alike: dict[_Copies, list[int]] = defaultdict(list)
     for number, leaf in enumerate(leaves):
         alike[leaf.mesh, leaf.axes].append(number)
     for (mesh, axes), numbers in alike.items():

@@ -253,7 +253,7 @@ def _global_nbytes(family: Sequence[PlainJob]) -> int:
 
 # So many blocks carry what a process has read: while a block is on its way, so much less than
 # the values themselves is held twice. Each costs some milliseconds beside its bytes.
-_ROUNDS = 20
+_ROUNDS = 36
 _LEAST_BLOCK_BYTES = 256 << 10
 _MOST_BLOCK_BYTES = 64 << 20
 

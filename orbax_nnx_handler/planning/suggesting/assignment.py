@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -9,8 +11,8 @@ from typing import Any, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names
-from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, compare_numbers
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Level, Names
+from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
 from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, permuted, transposed, ways
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
@@ -24,7 +26,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     words,
 )
 
-_COMPLETE, _LACKING, _NUMBER, _LITERAL = 2.0, 1.0, 2.0, 1.0
+_COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL = 2.0, 1.0, 10.0, 2.0, 1.0
 _DIGITS = re.compile(r"[0-9]+")
 
 
@@ -39,7 +41,7 @@ class Fit:
 
 def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
-    numbers, ours, theirs = compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
+    numbers, ours, theirs = _compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
     shared, lacking = [kind for kind in ours if kind in theirs], len(ours ^ theirs)
     if not shared and (lone := _lone_bias(one, other)) is not None:
         score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * numbers.equal
@@ -60,6 +62,8 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
             cost += found[0].cost + 0.5 * found[0].turned
         pairs.append((left, right, found))
     score = _COMPLETE - _LACKING * lacking - cost
+    if {"mean", "var"} & (ours ^ theirs):
+        score -= _UNLIKE  # A norm with statistics is one without only where there is none like it.
     if one.place is not None and other.place is not None:
         score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
     else:
@@ -93,7 +97,7 @@ def may_be(one: NamedPart, other: NamedPart) -> bool:
     if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
         return False
     back = {(to, at) for at, to in _directions(one.part.names) if at != to}
-    return back.isdisjoint(_directions(other.part.names)) and not compare_numbers(one, other).different
+    return back.isdisjoint(_directions(other.part.names)) and not _compare_numbers(one, other).different
 
 
 @functools.lru_cache(maxsize=65536)
@@ -173,6 +177,53 @@ def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other:
     if is_vector(wanted.shape) == is_vector(stored.shape) or kind == "bias":
         return True
     return one.part.is_norm and other.part.is_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """How the numbers of two parts compare: `equal`, `different`, or nothing to say."""
+
+    equal: int
+    different: bool
+
+
+def _compare_numbers(one: NamedPart, other: NamedPart) -> _Numbers:
+    """Compares the numbered levels of two parts whose names mean the same.
+
+    Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
+    """
+    equal, different = 0, False
+    is_one = _counts_through(one, other) or _counts_through(other, one)
+    for (level, held), (against, others) in itertools.product(() if is_one else one.numbers, other.numbers):
+        same = _same_number(level, held, against, others) if _same_name(level, against) else None
+        equal += same is True
+        different |= same is False
+    return _Numbers(equal, different)
+
+
+def _counts_through(one: NamedPart, other: NamedPart) -> bool:
+    """Tells whether Linen counts through on one side what the other has in lists of lists: `Conv_{0..4}`."""
+    sizes, counted = [len(held) for _, held in other.numbers], [held for _, held in one.numbers]
+    is_automatic = len(counted) == 1 < len(sizes) and one.part.levels[-1].number is not None
+    return is_automatic and are_automatic([one]) and max(sizes) < math.prod(sizes) <= len(counted[0])
+
+
+def _same_name(one: Level, other: Level) -> bool:
+    if one.base == other.base:
+        return True
+    if any(map(str.isdecimal, one.base + other.base)):
+        return False  # `stage1_block0` counts blocks, not stages.
+    return bool(said := {*meanings(one.base)}) and said == {*meanings(other.base)}
+
+
+def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:
+    in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
+    in_turns |= 1 in (len(held), len(others)) and len(held) != len(others)  # Its sibling has another name.
+    if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
+        return one.number == other.number
+    if len(held) == len(others) and one.number is not None and other.number is not None:
+        return held.index(one.number) == others.index(other.number)
+    return None
 
 
 # Many at once.

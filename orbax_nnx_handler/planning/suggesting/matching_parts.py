@@ -377,8 +377,8 @@ class _Pairs:
         """Returns the pairs of parts that both sides count alike: `conv2_1` and `blocks/1/convs/0`."""
         sides = (self._wanted, ours[0]), (self._stored, theirs[0])
         left, right = (ranks_of([role.part.names for role in roles], like) for roles, like in sides)
-        places = {at: place for place, at in left.items()}
-        if left.keys() != right.keys() or len(left) < 2 or any(at not in places for at in ours):
+        places = {at: place for place, at in left.items() if not self._stored[theirs[0]].is_either}
+        if left.keys() != right.keys() or len(left) < 2 or not {*ours} <= {*places}:
             return None
         pairs = [(at, right[places[at]]) for at in ours]
         return pairs if all(pair in self._fits and pair[1] in free for pair in pairs) else None

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
@@ -41,7 +41,7 @@ class NamedPart:
         fused: The roles that it holds in one array, in their order; empty for one role.
         fact: The code base whose convention tells the order of `fused`, or the role.
         untold: The roles that it holds in one array, either side by side or head by head, or in turns.
-        is_either: Whether programs differ in which norms come first where a block counts them.
+        is_either: Whether programs differ in which comes first where a block counts them.
     """
 
     part: ModulePart
@@ -119,6 +119,10 @@ class _Context:
         words = frozenset[str]().union(*(part.said for part in parts))
         self._is_deformable = {"sampling", "cross"} <= words
         self._has_actor = any("actor" in part.said for part in parts)
+        # In `nn.Dense(4)(nn.relu(nn.Dense(8)(x)))` Linen numbers the last layer first.
+        held = [(base, [each[at] for at in sorted(each)]) for (_, base), each in self._shapes.items()]
+        pairs = [(base, shapes) for base, shapes in held if base[:1].isupper() and len(shapes) == 2]
+        self._backwards = {base for base, two in pairs if not _follow(*two) and _follow(*two[::-1])}
 
     def role(self, part: ModulePart) -> NamedPart:
         # What lies around one of several norms is not what this one is about.
@@ -141,7 +145,7 @@ class _Context:
         else:
             fact = self._resolve(part, said, numbers) or fact
         position = self._position(part, said)
-        is_either = part.is_norm and self._is_deformable
+        is_either = self._is_deformable if part.is_norm else part.family[1] in self._backwards
         return NamedPart(part, frozenset(said), numbers, position, fused, fact, untold, is_either)
 
     def _surroundings(self, part: ModulePart) -> set[str]:
@@ -177,8 +181,7 @@ class _Context:
         last, bias = part.levels[-1].base if part.levels else "", part.leaves.get("bias")
         gated = tuple(word for word in meanings(last) if word in ("gate", "up"))
         if len(gated) > 1 and bias is not None and len(bias.shape) > 1:
-            # Experts with biases: in GPT-OSS gates and what they gate take turns, else they do not.
-            return gated
+            return gated  # Experts with biases: in GPT-OSS both take turns, else they do not.
         # Guided diffusion: head by head, but under `use_new_attention_order`.
         is_either = last == "qkv" and "proj_out" in self._bases[part.module]
         return ("q", "k", "v") if is_either or any(name in last.lower() for name in UNTOLD) else ()
@@ -199,7 +202,7 @@ class _Context:
         last = part.levels[-1] if part.levels else Level("")
         named = meanings(last.base) or (meanings(part.levels[-2].base) if len(part.levels) > 1 else ())
         own = set(named) - {"attn", "mlp", "self", "cross"}
-        if own & (STRONG - {"up"}) or "conv" in said or "embed" in said:
+        if own & (STRONG - {"up"}) or said & {"conv", "embed"}:
             return ""
         family = next((held for level, held in numbers if level is last), ())
         known = NUMBERED.get((last.base, family))
@@ -225,23 +228,31 @@ class _Context:
         if "mlp" in said or (self._has_attention and not part.is_vector):
             # `net/0/proj`: the number above tells the place, not the name.
             is_counted = len(part.levels) > 1 and part.levels[-2].number is not None
-            shapes = [self._shapes[part.family].get(number, ()) for number in family]
-            # Two of one shape that is no square are a gate and what it gates.
-            are_both = len(shapes) == 2 and shapes[0] == shapes[1] and len({*shapes[0]}) > 1
-            # And what is as large beside them may be either, if its name does not tell.
+            # What is as large beside them may be either, if its name does not tell.
             size = math.prod(next(iter(part.leaves.values())).shape)
-            are_told = not are_both and not self._unknown[part.module, size] - {last.base}
+            are_told = self._are_in_turn(part, family) and not self._unknown[part.module, size] - {last.base}
             self._resolve_mlp(said, own, family if are_told else (), last, is_counted)
         return ""
 
+    def _are_in_turn(self, part: ModulePart, family: Sequence[int]) -> bool:
+        """Tells whether two layers may be computed in the order of their numbers, by their shapes."""
+        shapes = [self._shapes[part.family].get(number, ()) for number in family]
+        if len(shapes) != 2:
+            return True
+        # Two of one shape that is no square are a gate and what it gates.
+        are_both = shapes[0] == shapes[1] and len({*shapes[0]}) > 1
+        is_turned = "main" not in part.leaves or part.leaves["main"].names[-1] != "kernel"
+        follow = _follow(*shapes) or (is_turned and _follow(*(shape[::-1] for shape in shapes)))
+        return follow and not are_both and part.family[1] not in self._backwards
+
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
         """Tells whether the layer of a number leads back by its shape too: in DINOv2 it is `w3`, not `w2`."""
-        shapes = self._shapes[part.family]
-        others = {shapes.get(number) for role, number in zip(roles, family, strict=True) if role != "down"}
+        shapes = map(self._shapes[part.family].get, family)
+        others = {shape for role, shape in zip(roles, shapes, strict=True) if role != "down"}
         return "down" not in roles or len(others) == 1
 
     def _resolve_mlp(
-        self, said: set[str], own: set[str], family: tuple[int, ...], last: Level, is_counted: bool
+        self, said: set[str], own: set[str], family: Sequence[int], last: Level, is_counted: bool
     ) -> None:
         if own & _MLP:
             return
@@ -267,7 +278,8 @@ class _Context:
         names = [set(meanings(level.base)) for level in part.levels[:-1]]
         inner = next((words for words in reversed(names) if words & {"attn", "mlp"}), set[str]())
         around = set[str]().union(*names) - ({"attn"} if "mlp" in inner else set())
-        is_plain = not own - PLACING - {"norm"}  # Of `norm_slots` in an attention nothing is told.
+        # Of `norm_slots` in an attention nothing is told, nor by what a module with both is called.
+        is_plain = not own - PLACING - {"norm"} and not self._holds_both(part.module)
         place = component(own) or (component(around) if side <= 0 and is_plain else None)
         if place is None and not side:
             place = component(self._beside(part, own - {"norm"}))  # `spatial_norm`, `spatial_attention`.
@@ -278,6 +290,11 @@ class _Context:
             return place + side
         side = side or int("out" in around)
         return END * side if side else None
+
+    def _holds_both(self, module: Names) -> bool:
+        """Tells whether a module holds an attention and a network."""
+        inside = [{*meanings(names[-1])} for names in self._inside[module]] if module else []
+        return any("attn" in said for said in inside) and any("mlp" in said for said in inside)
 
     def _beside(self, part: ModulePart, own: set[str]) -> set[str]:
         """Returns what the modules beside a part are that share a word with it."""
@@ -296,6 +313,11 @@ class _Context:
         return any(len(numbers) > 1 for numbers in last)
 
 
+def _follow(first: Shape, second: Shape) -> bool:
+    """Tells whether a layer has as many outputs, or pairs of gated ones, as the next one has inputs."""
+    return len(first) != 2 or len(second) != 2 or first[1] in (second[0], 2 * second[0])
+
+
 def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
     at, found = 0, list[tuple[Names, Level]]()
     for level in part.levels:
@@ -308,65 +330,6 @@ def _containers(part: ModulePart) -> list[Names]:
     """Returns the modules around a part, the innermost first, the context itself left out."""
     starts = [len(prefix) for prefix, _ in _prefixes(part)]
     return [part.names[:start] for start in reversed(starts) if start]
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """How the numbers of two parts compare: `equal`, `different`, or nothing to say."""
-
-    equal: int
-    different: bool
-
-
-def compare_numbers(one: NamedPart, other: NamedPart) -> Numbers:
-    """Compares the numbered levels of two parts whose names mean the same.
-
-    Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
-    """
-    equal, different = 0, False
-    is_one = _counts_through(one, other) or _counts_through(other, one)
-    for (level, held), (against, others) in itertools.product(() if is_one else one.numbers, other.numbers):
-        same = _same_number(level, held, against, others) if _same_name(level, against) else None
-        equal += same is True
-        different |= same is False
-    return Numbers(equal, different)
-
-
-def _counts_through(one: NamedPart, other: NamedPart) -> bool:
-    """Tells whether Linen counts through on one side what the other has in lists of lists: `Conv_{0..4}`."""
-    sizes, counted = [len(held) for _, held in other.numbers], [held for _, held in one.numbers]
-    is_automatic = len(counted) == 1 < len(sizes) and one.part.levels[-1].number is not None
-    return is_automatic and are_automatic([one]) and max(sizes) < math.prod(sizes) <= len(counted[0])
-
-
-def _same_name(one: Level, other: Level) -> bool:
-    if one.base == other.base:
-        return True
-    if any(map(str.isdecimal, one.base + other.base)):
-        return False  # `stage1_block0` counts blocks, not stages.
-    return bool(said := {*meanings(one.base)}) and said == {*meanings(other.base)}
-
-
-def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:
-    in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
-    in_turns |= 1 in (len(held), len(others)) and len(held) != len(others)  # Its sibling has another name.
-    if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
-        return one.number == other.number
-    if len(held) == len(others) and one.number is not None and other.number is not None:
-        return held.index(one.number) == others.index(other.number)
-    return None
-
-
-def told_on_one_side(
-    wanted: Iterable[NamedPart], stored: Iterable[NamedPart]
-) -> Iterator[tuple[NamedPart, NamedPart]]:
-    """Yields the pairs of parts that hold the same roles, where only one of the two says how."""
-    found = defaultdict[tuple[bool, tuple[str, ...]], list[NamedPart]](list)
-    for part in stored:
-        found[bool(part.untold), part.untold or part.fused].append(part)
-    for part in wanted:
-        for other in found[not part.untold, part.untold or part.fused]:
-            yield part, other
 
 
 def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] | None:

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core import recipes
@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 from orbax_nnx_handler.planning.suggesting.assignment import ways_of_heads
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie, place_of
-from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, told_on_one_side
+from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
     Step,
@@ -72,7 +72,7 @@ def joined_parts(
 
 def _arranged_otherwise(wanted: Sequence[NamedPart], stored: Sequence[NamedPart]) -> Iterator[Tie]:
     """Yields an array of all parts on both sides that one of them may keep head by head."""
-    pairs = list(itertools.islice(told_on_one_side(wanted, stored), 2))
+    pairs = list(itertools.islice(_told_on_one_side(wanted, stored), 2))
     for one, other in pairs if len(pairs) == 1 else ():
         ours, theirs = one.part.leaves, other.part.leaves
         if {kind: leaf.shape for kind, leaf in ours.items()} == {kind: x.shape for kind, x in theirs.items()}:
@@ -82,6 +82,18 @@ def _arranged_otherwise(wanted: Sequence[NamedPart], stored: Sequence[NamedPart]
             ]
             readings = _by_head(links, one.untold or other.untold, split=bool(other.untold))
             yield Tie(wanted=(one.part.names,), stored=(other.part.names,), readings=readings)
+
+
+def _told_on_one_side(
+    wanted: Iterable[NamedPart], stored: Iterable[NamedPart]
+) -> Iterator[tuple[NamedPart, NamedPart]]:
+    """Yields the pairs of parts that hold the same roles, where only one of the two says how."""
+    found = defaultdict[tuple[bool, tuple[str, ...]], list[NamedPart]](list)
+    for part in stored:
+        found[bool(part.untold), part.untold or part.fused].append(part)
+    for part in wanted:
+        for other in found[not part.untold, part.untold or part.fused]:
+            yield part, other
 
 
 _Claim = tuple[NamedPart, list[NamedPart], list[Link], Tie | None]

@@ -179,9 +179,8 @@ def _in_sequence(series: Series, free: Sequence[Leaf], above: int) -> list[tuple
     families = {(arm(base), base) for base in bases.values()}
     if len(found) != len(sizes) or len({at for at, _ in families}) < len(families):
         return []
-    ordered = sorted(
-        found, key=lambda names: (arm(bases[names]), [level.number or 0 for level in levels(names)])
-    )
+    key = {names: (arm(bases[names]), [level.number or 0 for level in levels(names)]) for names in found}
+    ordered = sorted(found, key=key.__getitem__)
     if [sizes_of(found[names]) for names in ordered] != sizes or not is_complete(series):
         return []
     # Numbers of one side are none of the other's.
@@ -250,16 +249,17 @@ def said_of(series: Series) -> frozenset[str]:
 
 def _may_be_one(one: Series, other: Series) -> bool:
     """Tells whether two groups may be the same layers: nearly as large each, and named no opposites."""
-    if not same_layers(one, other) or exclude(said_of(one), said_of(other)):
+    pairs = [(one.members[left], other.members[right]) for left, right in same_layers(one, other)]
+    if not pairs or exclude(said_of(one), said_of(other)):
         return False
     if one.is_kind or other.is_kind:
         # Nothing but what they hold speaks for layers of one kind.
-        return all(
-            _sizes_in(one.members[left]) == _sizes_in(other.members[right])
-            for left, right in same_layers(one, other)
-        )
+        return all(_sizes_in(left) == _sizes_in(right) for left, right in pairs)
+    sizes = ([*map(sizes_of, side)] for side in zip(*pairs, strict=True))
+    low, high = sorted(max(each) / max(min(each), 1) for each in sizes)
     left, right = one.size * len(other.members), other.size * len(one.members)
-    return min(left, right) * 2 > max(left, right)
+    # The blocks of one stage are no stages, of which one is much wider.
+    return min(left, right) * 2 > max(left, right) and (low > 1.5 or high < 2.5)
 
 
 def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:

@@ -557,3 +557,63 @@ def test_guided_diffusions_qkv_is_a_question_where_heads_are_kept_apart():
     values = restored(stored, expected, found.questions[0].alternatives[1])
     for at, part in enumerate("qkv"):
         np.testing.assert_array_equal(values[f"attn/to_{part}/kernel"], by_head[:, :, at])
+
+
+def test_of_two_layers_that_linen_numbered_from_the_outside_shapes_tell_which_is_the_first():
+    """`nn.Dense(8)(nn.relu(nn.Dense(8)(x)))` makes the outer one `Dense_0`; of squares nothing tells."""
+    stored = filled(
+        {
+            f"{name}_mlp/Dense_{at}/{kind}": shape if kind == "kernel" else (8,)
+            for name, inputs in (("edge", 17), ("node", 16), ("square", 8))
+            for at, shape in enumerate([(8, 8), (inputs, 8)])
+            for kind in ("kernel", "bias")
+        }
+    )
+    expected = {
+        path.replace("Dense_0", "layers/2").replace("Dense_1", "layers/0"): value
+        for path, value in stored.items()
+    }
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, {path: value for path, value in expected.items() if not path.startswith("square")})
+    assert [len(question.choices) for question in found.questions] == [2]
+
+
+def maxvit(width):
+    """Returns the leaves of a block by their names in a Linen MaxViT and in timm's words."""
+    kernels = {"expand_conv": "conv1_1x1", "project_conv": "conv3_1x1", "depthwise_conv": "conv2_kxk"}
+    shapes = dict(
+        zip(kernels, [(1, 1, width, 3 * width), (1, 1, 3 * width, width), (3, 3, 1, 3 * width)], strict=True)
+    )
+    leaves = {(f"mbconv/{one}/kernel", f"conv/{kernels[one]}/kernel"): shapes[one] for one in kernels}
+    norms = {"pre_norm": ("pre_norm", 1), "expand_norm": ("norm1", 3), "depthwise_norm": ("norm2", 3)}
+    for one, (other, times) in norms.items():
+        for kind in ("scale", "bias", "mean", "var"):
+            leaves[f"mbconv/{one}/{kind}", f"conv/{other}/{kind}"] = (times * width,)
+    for at, one in enumerate(("attn_norm", "ffn_norm")):
+        for kind in ("scale", "bias"):
+            leaves[f"block_attention/{one}/{kind}", f"attn_block/norm{at + 1}/{kind}"] = (width,)
+    for one, other, shape in (
+        ("attn/qkv", "attn/qkv", (width, 3 * width)),
+        ("attn/out", "attn/proj", (width, width)),
+        ("ffn/Dense_0", "mlp/fc1", (width, 5 * width)),
+        ("ffn/Dense_1", "mlp/fc2", (5 * width, width)),
+    ):
+        leaves[f"block_attention/{one}/kernel", f"attn_block/{other}/kernel"] = shape
+    return leaves
+
+
+def test_the_blocks_of_one_stage_are_no_stages_and_norms_with_statistics_none_without():
+    names = {
+        (f"stage_{stage}_block_{block}/{one}", f"stages/{stage}/blocks/{block}/{other}"): shape
+        for stage, width in enumerate((8, 16))
+        for block in range(2)
+        for (one, other), shape in maxvit(width).items()
+    }
+    stored = filled({one: shape for (one, _), shape in names.items()})
+
+    found, values = proposed(stored, {other: shape for (_, other), shape in names.items()})
+
+    check(values, {other: stored[one] for one, other in names})
+    assert found.questions == ()

@@ -472,3 +472,65 @@ def test_a_level_that_one_side_has_goes_also_where_rules_rename_the_train_states
 def _stock(path):
     with ocp.PyTreeCheckpointer() as checkpointer:
         return jax.tree.map(np.asarray, checkpointer.restore(path))
+
+
+BESIDE = {"several": ("actor", "critic"), "one": ("critic",)}
+
+
+@pytest.mark.parametrize("where", ["stored", "wanted"])
+@pytest.mark.parametrize("rename", [False, True])
+@pytest.mark.parametrize("names", BESIDE.values(), ids=BESIDE)
+def test_a_level_that_one_side_has_goes_also_above_what_lies_beside_the_train_states(
+    tmp_path, names, rename, where
+):
+    numbers = Numbers()
+    params = {name: _model(numbers) for name in names}
+    states = {name: _train_state(numbers, params[name], at) for at, name in enumerate(names)}
+    beside = {"target_critic": _model(numbers), "log_alpha": numbers()}
+    tree = {**states, **beside}
+    path = write(tmp_path, {"agent": tree, "epoch": 3} if where == "stored" else {**tree, "epoch": 3})
+    new = "critic_target" if rename else "target_critic"
+    rules = [("target_critic", new)] if rename else []
+
+    def make():
+        parts = {name: Training(params[name], ADAM, {}) for name in names}
+        parts |= {new: Branch(beside["target_critic"], {}), "log_alpha": nnx.Param(jnp.zeros(()))}
+        return {"agent": _Owner(**parts)} if where == "wanted" else parts
+
+    target = nnx.eval_shape(make)
+    options = {"renames": rules, "unexpected": "ignore"}
+    result = restore(path, target, **options)
+
+    parts = dict(vars(result["agent"])) if where == "wanted" else result
+    for name, state in states.items():
+        check(parts[name], _expected(state))
+    check(parts[new], worlds.flat(beside["target_critic"]))
+    assert parts["log_alpha"].get_value() == beside["log_alpha"]
+    save(tmp_path / "again", result, renames=plan_restore(path, target, **options))
+    stored = {at: value for at, value in worlds.flat(_stock(path)).items() if at != ("epoch",)}
+    again = worlds.flat(_stock(tmp_path / "again"))
+    assert again.keys() == stored.keys()
+    check(again, stored)
+
+
+def test_a_field_that_both_sides_have_at_the_root_stays_there_where_a_level_goes(tmp_path):
+    states = _actor_and_critic(Numbers())
+    path = write(tmp_path, {**states, "epoch": np.int32(3)})
+    parts = {name: _trained(state) for name, state in states.items()}
+    target = nnx.eval_shape(lambda: {"agent": _Owner(**parts), "epoch": jnp.int32(0)})
+
+    result = restore(path, target)
+
+    for name, state in states.items():
+        check(getattr(result["agent"], name), _expected(state))
+    assert result["epoch"] == 3
+
+
+def test_a_level_stays_where_a_copy_beside_the_train_states_has_another_name(tmp_path):
+    numbers = Numbers()
+    states = _actor_and_critic(numbers)
+    path = write(tmp_path, {**states, "target_critic": _model(numbers)})
+    parts = {name: _trained(state) for name, state in states.items()}
+    copy = Branch(states["critic"].params, {})
+
+    refused(path, nnx.eval_shape(lambda: {"agent": _Owner(**parts, slow=copy)}), unexpected="ignore")

@@ -109,7 +109,7 @@ def _named_as_in_optax(placed: Sequence[Placement], parameters: Mapping[Path, Sh
 
 def _renamed(moment: Placement, naming: Naming) -> Placement:
     if naming == "unknown":
-        return dataclasses.replace(moment, section="other")
+        return dataclasses.replace(moment, section="other", path=moment.leaf.path)
     if naming == "swapped":
         row, column = FACTORED
         return dataclasses.replace(moment, slot=(column if moment.slot == (row,) else row,))

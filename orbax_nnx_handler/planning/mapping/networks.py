@@ -180,7 +180,8 @@ def by_whole_path(
     for entry in entries:
         if entry.section == "optimizer":
             continue
-        above = _canonical(entry.prefix)
+        # What lies beside train states has its path below the level that the target has above them.
+        above = entry.owner if entry.section == "other" else _canonical(entry.prefix)
         if (above or entry.tokens)[:1] not in heads:
             continue  # Nearly every leaf: no wanted path begins so.
         tokens = above + entry.tokens
@@ -261,7 +262,8 @@ def _as_found(entries: Mapping[Path, Entry]) -> dict[Path, Found]:
 def _evidence_of(entry: Entry) -> MatchEvidence:
     if entry.reason:
         return MatchEvidence(kind="rule", words=entry.reason)
-    if segments(entry.sources[0]) == entry.whole:
+    is_moved = entry.section == "other" and (entry.owner or entry.prefix)
+    if segments(entry.sources[0]) == entry.whole and not is_moved:
         return SAME_PATH
     return MatchEvidence(kind="layout", words="the path that its layout gives it")
 

@@ -14,15 +14,15 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number, shared_levels
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_beside
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, is_copy_beside, is_copy_level
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.target.roles import Wanted, collection_of
+from orbax_nnx_handler.planning.target.roles import Wanted, collection_of, of_role
 
 PLAIN_LEVELS = frozenset({"model", "train_state", "state"})
 """Levels that name no network: what a program calls the field that holds a model or a train state.
@@ -167,6 +167,52 @@ def of_root(entries: Sequence[Entry]) -> Sequence[Entry]:
 def _is_of_root(entry: Entry) -> bool:
     placed = entry.placed
     return placed is None or (not placed.owner and placed.collection in FLAX_COLLECTIONS)
+
+
+_NONE: tuple[Tokens, Tokens] = ((), ())
+
+
+def level_of_one_side(
+    owners: Collection[Tokens], beside: Set[Tokens], wanted: Sequence[Wanted]
+) -> tuple[Tokens, Tokens]:
+    """Returns the level above all train states that the target has alone, or the checkpoint alone."""
+    weights = [item.tokens for item in of_role(wanted, "model") if item.tokens not in beside]
+    whole = [*weights, *(canonical(item.owner) for item in of_role(wanted, "optimizer", "step"))]
+    here, there = _NONE
+    if not any(_is_below(path, owners) for path in weights):
+        for level in _levels_above(whole):
+            if _hold_all([path[len(level) :] for path in weights], owners, beside):
+                here = level
+        for level in _levels_above(list(owners)):
+            below = [owner[len(level) :] for owner in owners]
+            if all(below) and _hold_all(weights, below, {strip(path, level) for path in beside}):
+                there = level
+    if bool(here) == bool(there) or any(map(is_copy_level, (*here, *there))):
+        return _NONE
+    return here, there
+
+
+def _hold_all(weights: Sequence[Tokens], owners: Collection[Tokens], beside: Set[Tokens]) -> bool:
+    """Tells whether weights lie in train states, but for those that lie beside them under their whole paths.
+
+    What is beside a single one is no reason to look for a level: that is the model's root then.
+    """
+    inside = [path for path in weights if _is_below(path, owners)]
+    is_one = len(owners) == 1 and len(inside) == len(weights)
+    return bool(inside) and not is_one and {*weights}.difference(inside) <= beside
+
+
+def _levels_above(paths: Sequence[Tokens]) -> Iterator[Tokens]:
+    """Yields the keys that all paths begin with, the shortest first."""
+    first: Tokens = min(paths, key=len, default=())
+    for depth in range(1, len(first) + 1):
+        if any(path[:depth] != first[:depth] for path in paths):
+            return
+        yield first[:depth]
+
+
+def _is_below(path: Tokens, owners: Iterable[Tokens]) -> bool:
+    return any(path[: len(owner)] == owner for owner in owners)
 
 
 FIELDS = frozenset({"model", "optimizer", "step"})

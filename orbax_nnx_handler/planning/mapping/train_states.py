@@ -9,7 +9,7 @@ speaks against it.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, segments
 from orbax_nnx_handler.planning.layouts.layout import (
@@ -17,10 +17,15 @@ from orbax_nnx_handler.planning.layouts.layout import (
     Placement,
     Section,
     is_copy_beside,
-    is_copy_level,
 )
 from orbax_nnx_handler.planning.mapping.optimizer_states import parted_by_rules
-from orbax_nnx_handler.planning.mapping.roots import FIELDS, PLAIN_LEVELS, named_levels, strip
+from orbax_nnx_handler.planning.mapping.roots import (
+    FIELDS,
+    PLAIN_LEVELS,
+    level_of_one_side,
+    named_levels,
+    strip,
+)
 from orbax_nnx_handler.planning.rules import Rule, RulesApplied, apply_rules
 from orbax_nnx_handler.planning.rules.entries import OPT_STATE, Entry, every_entry
 from orbax_nnx_handler.planning.target.roles import Wanted, of_role
@@ -132,7 +137,8 @@ def under_rules(
     """Returns the placements, what rules act on and what they make of it, a level of one side taken away.
 
     A level above several train states, such as that of a module with an actor and a critic, may go where
-    all of them lie below it, and every wanted weight lies in one of them then, as rules call it.
+    all of them lie below it, and every wanted weight lies in one of them then, as rules call it, or is what
+    lies beside them under its name (`target_critic`).
 
     Raises:
         RuleError: A rule does not fit a leaf, or matches none.
@@ -145,22 +151,29 @@ def under_rules(
         applied = apply_rules(as_stored, rules)
     applied = _as_target_spells(applied, wanted)
     distinct = {item.owner for item in placements if item.section in FIELDS}
-    if len(distinct) < 2 or () in distinct:
+    beside = {entry.tokens for entry in applied.entries if entry.section == "other"}
+    if len(distinct) < (1 if beside else 2) or () in distinct:
         return placements, as_stored, applied  # Nearly every checkpoint.
     owners = {item.leaf.path: canonical(item.owner) for item in placements if item.section in FIELDS}
     named = [entry for entry in applied.entries if entry.named and entry.owner and entry.section in FIELDS]
     renamed = {path: entry.owner for entry in named for path in entry.sources}
-    here, there = _level({*(owners | renamed).values()}, wanted)
+    here, there = level_of_one_side({*(owners | renamed).values()}, beside, wanted)
+    kept = {item.tokens for item in wanted} & beside
     if here or there:
-        placements = _moved(placements, here, there)
+        placements = _moved(placements, here, there, kept)
         placed = {item.leaf.path: item for item in placements}
-        entries = [_below_level(entry, here, there, placed) for entry in applied.entries]
+        entries = [
+            entry
+            if entry.section == "other" and entry.tokens in kept
+            else _below_level(entry, here, there, placed)
+            for entry in applied.entries
+        ]
         return placements, every_entry(placements), dataclasses.replace(applied, entries=entries)
     # A rule may have written the target's level itself.
-    here, there = _level({*owners.values()}, wanted) if renamed else _NONE
+    here, there = level_of_one_side({*owners.values()}, beside, wanted) if renamed else ((), ())
     if not here and not there:
         return placements, as_stored, applied
-    placements = _moved(placements, here, there)
+    placements = _moved(placements, here, there, kept)
     as_stored = every_entry(placements)
     return placements, as_stored, _as_target_spells(apply_rules(as_stored, rules), wanted)
 
@@ -332,37 +345,24 @@ def _ends_in(path: Tokens, end: Tokens) -> bool:
 
 
 def _below_level(entry: Entry, here: Tokens, there: Tokens, placed: Mapping[Path, Placement]) -> Entry:
+    own = placed[entry.placed.leaf.path] if entry.placed is not None else None
+    if entry.section == "other":
+        names = _below(entry.whole, there)
+        above = entry.whole[: len(entry.whole) - len(names)]
+        return dataclasses.replace(entry, owner=here, prefix=above, segments=names, placed=own)
     if entry.section not in FIELDS or not entry.owner:
         return entry
-    own = placed[entry.placed.leaf.path] if entry.placed is not None else None
     return dataclasses.replace(entry, owner=(*here, *strip(entry.owner, there)), placed=own)
 
 
-_NONE: tuple[Tokens, Tokens] = ((), ())
-
-
-def _level(owners: Collection[Tokens], wanted: Sequence[Wanted]) -> tuple[Tokens, Tokens]:
-    """Returns the level above all train states that the target has alone, or the checkpoint alone."""
-    weights = [item.tokens for item in of_role(wanted, "model")]
-    whole = [*weights, *(canonical(item.owner) for item in of_role(wanted, "optimizer", "step"))]
-    here, there = _NONE
-    if not any(_is_below(path, owners) for path in weights):
-        for level in _levels_above(whole):
-            if all(_is_below(path[len(level) :], owners) for path in weights):
-                here = level
-        for level in _levels_above(list(owners)):
-            below = [owner[len(level) :] for owner in owners]
-            if all(below) and all(_is_below(path, below) for path in weights):
-                there = level
-    if not weights or bool(here) == bool(there) or any(map(is_copy_level, (*here, *there))):
-        return _NONE
-    return here, there
-
-
-def _moved(placements: Sequence[Placement], here: Tokens, there: Tokens) -> Sequence[Placement]:
-    """Returns the placements with a level more or less above their train states."""
+def _moved(
+    placements: Sequence[Placement], here: Tokens, there: Tokens, kept: Set[Tokens]
+) -> Sequence[Placement]:
+    """Returns the placements with a level more or less above train states and what lies beside them."""
     return [
-        dataclasses.replace(item, owner=(*here, *_below(item.owner, there)))
+        dataclasses.replace(item, owner=here, path=_below(item.path, there))
+        if item.section == "other" and item.tokens not in kept
+        else dataclasses.replace(item, owner=(*here, *_below(item.owner, there)))
         if item.section in FIELDS or (item.section == "aux" and item.owner)
         else item
         for item in placements
@@ -372,19 +372,6 @@ def _moved(placements: Sequence[Placement], here: Tokens, there: Tokens) -> Sequ
 def _below(owner: Path, level: Tokens) -> Path:
     depths = range(len(owner) + 1)
     return next((owner[depth:] for depth in depths if canonical(owner[:depth]) == level), owner)
-
-
-def _levels_above(paths: Sequence[Tokens]) -> Iterator[Tokens]:
-    """Yields the keys that all paths begin with, the shortest first."""
-    first: Tokens = min(paths, key=len, default=())
-    for depth in range(1, len(first) + 1):
-        if any(path[:depth] != first[:depth] for path in paths):
-            return
-        yield first[:depth]
-
-
-def _is_below(path: Tokens, owners: Iterable[Tokens]) -> bool:
-    return any(path[: len(owner)] == owner for owner in owners)
 
 
 def pair_optimizers(

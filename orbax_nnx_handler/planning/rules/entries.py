@@ -92,7 +92,8 @@ class Entry:
         names, marks = tuple(whole), tuple(fixed)
         beside = self.section in ("optimizer", "step")
         if names[:depth] == self.prefix and len(names) > depth and not beside:
-            return with_fields(self, segments=names[depth:], fixed=marks, **changes)
+            owner = () if self.section == "other" else self.owner
+            return with_fields(self, segments=names[depth:], fixed=marks, owner=owner, **changes)
         if self.section == "optimizer":
             above = names[:-1] if names[-1:] == (OPT_STATE,) else names
             return dataclasses.replace(

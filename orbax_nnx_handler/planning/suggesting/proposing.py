@@ -130,8 +130,9 @@ class _Proposing:
         found = self.suggestion()
         entries = self._chosen.mapping.applied.entries if found.unmatched_wanted else ()
         copies = copies_as_roots(entries, [segments(item.leaf.path) for item in self._model])
-        with contextlib.suppress(RestoreError):
-            found = min([found, *map(self._with_copy, copies)], key=_open_ends)
+        for made in (self._with_copy, self._behind) if copies else ():
+            with contextlib.suppress(RestoreError):
+                found = min(found, made(*copies), key=_open_ends)
         keys, turns = keys_as_names(entries), layers_in_turns(entries)
         with contextlib.suppress(RestoreError):
             found = min(found, self._behind(*turns, fact="Gemma 2") if turns else found, key=_open_ends)

@@ -282,3 +282,24 @@ def test_a_copy_beside_the_model_follows_the_rules_of_the_model(stored, wanted):
         np.testing.assert_array_equal(state[name].out.kernel, tree[key]["head"]["kernel"])
         for at, block in enumerate(state[name].blocks):
             np.testing.assert_array_equal(block.up.kernel, tree[key]["layers"]["up"]["kernel"][at])
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("target_params", ("q", "q_target")),
+        ("target_params", ("q", "target")),
+        ("ema_params", ("actor", "ema")),
+    ],
+)
+def test_the_only_copy_of_a_network_is_that_beside_a_network_of_any_name(key, names):
+    tree = {"params": network(0.0, 3), key: network(1000.0, 3)}
+    target = target_of(names, (3, 3))
+
+    found = suggest(tree, target)
+
+    assert found.confidence == "likely"
+    state = from_linen(tree, target, renames=found.renames)
+    for name, collection in zip(names, tree.values(), strict=True):
+        for stored, ours in OURS.items():
+            np.testing.assert_array_equal(state[name][ours]["kernel"][...], collection[stored]["kernel"])

@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.layout import Placement, below_owner, is_copy_level
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
 from orbax_nnx_handler.planning.mapping.networks import Matched
-from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots, skeleton, strip
+from orbax_nnx_handler.planning.mapping.roots import Roots, skeleton, strip
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -95,7 +95,9 @@ def as_wanted(
     if not left:
         return placements
     kinds: dict[Tokens, set[str | None]] = defaultdict(set)
-    for item in left:
+    for item in wanted:
+        if item.leaf.kind is None:
+            continue
         name = skeleton(item.tokens)
         for at in range(len(name)):
             kinds[name[at:]].add(None if item.role == "random" else item.collection)
@@ -109,16 +111,19 @@ def as_wanted(
         return any(item.tokens[: len(names)] == names for item in wanted)
 
     moved: dict[Path, Placement] = {}
-    for item in aside:
+    # Of a network of which a part becomes a train state, all does.
+    for item in (item for item in placements if item.section == "aux"):
         own, owner = item.own, item.owner
         of_model = str(own[0]) == _MODEL
         below = own if owner and (owner, canonical(own)[:1]) in modules else own[1:]
         is_of_model = of_model or below is own
         whole = canonical(below if is_of_model else (*owner, *own))
-        # Of a model that is stored below a level which the target has not, the name begins behind it.
-        names = map(skeleton, (whole, strip(whole, above.get(owner, ()) if is_of_model else ())))
+        # Another network may have the name for another kind. Of a model that is stored below a level which
+        # the target has not, the name begins behind it.
+        without = strip(whole, above.get(owner, ()) if is_of_model else ())
+        names = map(skeleton, (canonical((*owner, *own)), whole, without))
         named = next((kinds[name] for name in names if name in kinds), ())
-        if len(named) == 1 and len(own) > 1:
+        if len(named) == 1 and len(own) > 1 and not (is_of_model and item.leaf.path in read):
             (collection,) = named
             if not is_of_model:
                 owner = (*owner, *own[:1])
@@ -136,7 +141,8 @@ def as_wanted(
             item.leaf.path in found or skeleton(item.tokens) in placed for item in below
         )
 
-    kept = {owner for owner in {item.owner for item in moved.values()} if is_whole(owner)}
+    kept = {item.owner for path, item in moved.items() if path not in read}
+    kept = {owner for owner in kept if is_whole(owner)}
     moved = {path: item for path, item in moved.items() if item.owner in kept}
     return [moved.get(item.leaf.path, item) for item in placements] if moved else placements
 
@@ -153,7 +159,7 @@ def _levels_of_models(placements: Sequence[Placement]) -> Mapping[Path, Tokens]:
 def _level_of(wanted: Sequence[Wanted], owners: Iterable[Path]) -> Tokens:
     """Returns the levels that all of the target lies below, and nothing of the checkpoint."""
     level = shared_levels([item.tokens for item in wanted], 2)
-    while level and (level[-1] in PLAIN_LEVELS or is_number(level[-1])):
+    while level and is_number(level[-1]):
         level = level[:-1]
     return () if any(canonical(owner)[:1] == level[:1] for owner in owners) else level
 

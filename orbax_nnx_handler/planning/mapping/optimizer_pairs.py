@@ -346,7 +346,9 @@ class Trainings:
         """Returns how the weights of a network are made, whatever the network's own name is."""
 
         def of_network(path: Path) -> Recipe:
-            tokens = self._placed[path].tokens
+            placed = self._placed[path]
+            # What lies aside has its network's name in its path, and no moment follows it.
+            tokens = placed.tokens if placed.section == "model" else ()
             return Read(tokens[:-1] if len(tokens) > 1 and tokens[-1] == "value" else tokens)
 
         weights = [(item.leaf.path, network.names[item.leaf.path]) for item in network.weights]

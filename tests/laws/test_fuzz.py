@@ -90,3 +90,17 @@ def test_random_programs_come_back_also_where_they_hold_their_networks_otherwise
     wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
     assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
     assert needless(found) <= 0.1, table(found)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        61131,  # One of two networks lies aside, a part of it in another arrangement, below another level.
+        61190,  # Two networks have one name for Variables of two types.
+        62071,  # A level that says nothing (`state`) above all of the target.
+        71054,  # A tuple of two networks and an optimizer: what lies aside tells nothing about moments.
+    ],
+)
+def test_programs_that_were_refused_come_back(seed, tmp_path):
+    outcome = try_program(seed, tmp_path)
+    assert outcome.result == "right", outcome.detail

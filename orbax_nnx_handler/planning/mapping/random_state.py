@@ -94,13 +94,7 @@ def as_wanted(
     ]
     if not left:
         return placements
-    kinds: dict[Tokens, set[str | None]] = defaultdict(set)
-    for item in wanted:
-        if item.leaf.kind is None:
-            continue
-        name = skeleton(item.tokens)
-        for at in range(len(name)):
-            kinds[name[at:]].add(None if item.role == "random" else item.collection)
+    kinds = _collections_by_end(wanted)
     modules = {(item.owner, item.tokens[:1]) for item in placements if item.section == "model"}
     level = _level_of(wanted, [item.owner for item in placements])
     above = _levels_of_models(placements)
@@ -145,6 +139,16 @@ def as_wanted(
     kept = {owner for owner in kept if is_whole(owner)}
     moved = {path: item for path, item in moved.items() if item.owner in kept}
     return [moved.get(item.leaf.path, item) for item in placements] if moved else placements
+
+
+def _collections_by_end(wanted: Sequence[Wanted]) -> Mapping[Tokens, set[str | None]]:
+    """Returns the collections of the Variables of each name, and of each end of a name; None for random state."""
+    found: dict[Tokens, set[str | None]] = defaultdict(set)
+    for item in wanted:
+        name = skeleton(item.tokens) if item.leaf.kind is not None else ()
+        for at in range(len(name)):
+            found[name[at:]].add(None if item.role == "random" else item.collection)
+    return found
 
 
 def _levels_of_models(placements: Sequence[Placement]) -> Mapping[Path, Tokens]:

@@ -142,7 +142,7 @@ def as_wanted(
 
 
 def _collections_by_end(wanted: Sequence[Wanted]) -> Mapping[Tokens, set[str | None]]:
-    """Returns the collections of the Variables of each name, and of each end of a name; None for random state."""
+    """Returns the collections of the Variables of each end of a name; None for random state."""
     found: dict[Tokens, set[str | None]] = defaultdict(set)
     for item in wanted:
         name = skeleton(item.tokens) if item.leaf.kind is not None else ()

@@ -247,20 +247,20 @@ def _number(name: str) -> str:
 
 
 def _first_and_last(members: Sequence[tuple[Link, tuple[str, ...]]]) -> Iterator[Link]:
-    columns = [
-        sorted({*map(int, column)}) for column in zip(*(numbers for _, numbers in members), strict=True)
-    ]
+    counted = zip(*(numbers for _, numbers in members), strict=True)
+    columns = [sorted({*map(int, column)}) for column in counted]
     few = [{str(number) for number in (*column[:2], column[-1])} for column in columns]
     for link, numbers in members:
         if all(number in some for number, some in zip(numbers, few, strict=True)):
             yield link
 
 
-def by_template(links: Iterable[Link]) -> Mapping[tuple[Names, Names], list[Link]]:
-    """Returns links by what they are called but for the numbers of layers."""
-    found: dict[tuple[Names, Names], list[Link]] = defaultdict(list)
+def by_module(links: Iterable[Link]) -> Mapping[object, list[Link]]:
+    """Returns links by module and parameter, but for the numbers of layers: what one of them tells of all."""
+    found: dict[object, list[Link]] = defaultdict(list)
     for link in links:
-        found[_plain(link.target.names), _plain(link.source.names)].append(link)
+        ends = [(names[:-2], names[-1:]) for names in map(_plain, (link.target.names, link.source.names))]
+        found[*ends, len(link.target.shape), len(link.source.shape)].append(link)
     return found
 
 

@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rename import by_network
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
-    by_template,
+    by_module,
     layers_in_turns,
     networks_as_parts,
     of_few_layers,
@@ -421,7 +421,7 @@ class _Proposing:
             for link in (*searched.links, *searched.turns)
             if self._is_doubted(link) and link.target.names[-1] in called
         ]
-        for group in by_template(turns).values():
+        for group in by_module(turns).values():
             plain, turned = zip(*map(readings_of, group), strict=True)
             found.append(Choice("transposed", (plain, turned)))
         return sorted(found, key=lambda item: len(item.readings) == 1)[:_QUESTIONS]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from orbax_nnx_handler import RestoreError, Transpose, from_linen, suggest
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 
 def _numbers(start, *shape):
@@ -85,3 +86,20 @@ def test_a_stack_of_matrices_is_not_transposed_because_the_stack_beside_it_is():
     assert [question.about for question in found.questions] == ["transposed"]
     _check(stored, STACKED, found.renames)
     assert "layers/mid/kernel may be stored so too" in " ".join(str(caught.value).split())
+
+
+def test_whether_the_square_matrices_of_a_module_are_transposed_is_one_question():
+    parts = [(attention, part) for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v")]
+    names = {
+        f"blocks_{at}/{attention}/{part}/kernel": f"blocks/{at}/{attention}/{part}/weight"
+        for at in range(2)
+        for attention, part in parts
+    }
+    stored = filled(dict.fromkeys(names, (4, 4)))
+    wanted = dict.fromkeys(names.values(), (4, 4))
+
+    found, _ = proposed(stored, wanted)
+
+    assert [question.about for question in found.questions] == ["transposed", "transposed"]
+    values = restored(stored, wanted, found.answered([1, 1]))
+    check(values, {other: stored[one].T for one, other in names.items()})

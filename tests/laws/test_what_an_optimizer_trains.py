@@ -365,3 +365,34 @@ def test_networks_of_a_list_are_exchanged_with_their_optimizers():
     rules = [(f"{name}/{at}", f"{name}/{1 - at}") for name in ("nets", "opts") for at in range(2)]
     result = from_linen(to_linen(item), nnx.eval_shape(make), renames=rules)
     check(_as_restored(result), {(name, 1 - at, *path): v for (name, at, *path), v in expected.items()})
+
+
+def _in_tuple(*places, networks=("model", "ema")):
+    """Returns networks and an optimizer of the first of them, in a tuple."""
+    made = {name: Square() if name in ("model", "ema") else Dense(nnx.Param) for name in networks}
+    parts = made | {"optimizer": nnx.Optimizer(made[networks[0]], TXS["adam"], wrt=nnx.Param)}
+    return tuple(parts[place] for place in places)
+
+
+@pytest.mark.parametrize("form", ["linen", "maxtext", "pure"])
+def test_an_optimizer_at_another_place_of_a_tuple_is_that_of_the_only_network_that_it_can_train(form):
+    def tree_of(*places, **networks):
+        item = dict(enumerate(_in_tuple(*places, **networks)))
+        expected = _with_numbers(item)
+        if form == "pure":
+            return [nnx.to_pure_dict(nnx.state(part)) for part in item.values()], expected
+        return to_linen(tuple(item.values()), form), expected
+
+    names = {"networks": ("model", "dense")}
+    tree, expected = tree_of("model", "dense", "optimizer", **names)
+    result = from_linen(tree, nnx.eval_shape(lambda: _in_tuple("model", "optimizer", **names)))
+    places = {0: 0, 2: 1}
+    expected = {(places[at], *path): value for (at, *path), value in expected.items() if at in places}
+    check(_as_restored(dict(enumerate(result))), expected)
+
+    # Of two networks with the names of its moments, the other one may be what it trains.
+    for places in (("model", "ema", "optimizer"), ("ema", "model", "optimizer")):
+        tree, _ = tree_of(*places)
+        with pytest.raises(MissingParamError, match="wanted below '1' is stored below '2'") as caught:
+            from_linen(tree, nnx.eval_shape(lambda: _in_tuple("model", "optimizer")))
+        assert (1, "opt_state", 0, "mu", "first", "kernel") in caught.value.paths

@@ -39,6 +39,7 @@ from orbax_nnx_handler.planning.core.dtypes import is_weight_called_step
 from orbax_nnx_handler.planning.core.leaves import is_optax_state, optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, segments
 from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored, has_subtree, tops
+from orbax_nnx_handler.planning.layouts.linen import owners_of
 
 
 def _owners(stored: Stored) -> set[Path]:
@@ -107,7 +108,14 @@ def _place_state(stored: Stored) -> tuple[Placement, ...]:
     )
 
 
-OPTAX_STATE = Layout(name="optax_state", title="optax state", fits=is_optax_state, place=_place_state)
+def _is_state(stored: Stored) -> bool:
+    """Tells an optax state from a tuple of networks and optimizers, whose steps lie beside their states."""
+    if not is_optax_state(stored) or owners_of(stored):
+        return False
+    return not any((*owner, "step") in stored for owner in _owners(stored))
+
+
+OPTAX_STATE = Layout(name="optax_state", title="optax state", fits=_is_state, place=_place_state)
 
 
 _TEXT, _IMAGES = "transformer", "SigLiPFromPatches_0"

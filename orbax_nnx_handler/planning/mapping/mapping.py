@@ -317,7 +317,7 @@ def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: S
         optimizers,
         stored_optimizers(placements, owners, {e.owner for e in entries if e.named and e.section == "model"}),
         (item.tokens for item in of_role(wanted, "model")),
-        ((*entry.owner, *entry.tokens) for entry in entries if entry.section == "model"),
+        [(*entry.owner, *entry.tokens) for entry in entries if entry.section == "model"],
     )
 
 

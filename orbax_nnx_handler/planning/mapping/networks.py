@@ -34,9 +34,9 @@ from orbax_nnx_handler.planning.mapping.roots import (
     Roots,
     find_roots,
     named_levels,
+    owner_of,
     strip,
 )
-from orbax_nnx_handler.planning.mapping.train_states import owner_of
 from orbax_nnx_handler.planning.rules import ScanAxis
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.target.roles import Wanted

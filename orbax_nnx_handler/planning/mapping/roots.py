@@ -113,6 +113,28 @@ def strip(tokens: Tokens, root: Tokens) -> Tokens:
     return tokens[len(root) :] if root and tokens[: len(root)] == root else tokens
 
 
+def levels_with_most(moments: Iterable[Tokens], weights: Iterable[Tokens], above: Tokens) -> list[Tokens]:
+    """Returns the levels below some keys whose weights have the names that most moments end in."""
+    depth = len(above) + 1
+    names: dict[Tokens, set[Tokens]] = defaultdict(set)
+    for path in weights:
+        if len(path) > depth and path[: depth - 1] == above:
+            names[path[:depth]].add(path[depth:])
+    ends = [[moment[at:] for at in range(len(moment))] for moment in moments]
+    # By the longest names: a `head/kernel` ends as a lone `kernel` does.
+    longest = {
+        at: [next((len(e) for e in each if e in own), 0) for each in ends] for at, own in names.items()
+    }
+    most = max(map(sum, longest.values()), default=0)
+    return [level for level, lengths in longest.items() if sum(lengths) == most]
+
+
+def owner_of(tokens: Tokens, owners: Collection[Tokens]) -> Tokens | None:
+    """Returns the stored train state that a wanted path names, the deepest one; None for none."""
+    named = [owner for owner in owners if owner and tokens[: len(owner)] == owner]
+    return max(named, key=len, default=None)
+
+
 def below_model(entries: Sequence[Entry], wanted: Iterable[Tokens]) -> Sequence[Entry]:
     """Returns the entries, those that rules call by the target's whole path below the model as others are.
 

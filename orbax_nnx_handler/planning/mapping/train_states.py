@@ -23,6 +23,7 @@ from orbax_nnx_handler.planning.mapping.roots import (
     FIELDS,
     PLAIN_LEVELS,
     level_of_one_side,
+    levels_with_most,
     named_levels,
     strip,
 )
@@ -94,6 +95,7 @@ def stored_optimizers(
             # A step goes where its optimizer goes, unless a rule moves it by itself, to another one even.
             own = moved.get(state, own) if own == canonical(state) else own
             placed[homes.get(own, state), own].append(step)
+    own = {state: {canonical(state), *networks} & {*models, *networks} for state in (*leaves, *steps)}
     return [
         StoredOptimizer(
             owner=owner,
@@ -101,7 +103,7 @@ def stored_optimizers(
             leaves=tuple(leaves[state]) if owner == moved.get(state) else (),
             steps=tuple(placed[state, owner]),
             # A Linen train state holds `opt_state` itself; NNX puts an attribute between.
-            has_attribute=bool(owner) and (not collections or owner not in (canonical(state), *networks)),
+            has_attribute=bool(owner) and not (collections and owner in own[state]),
         )
         for state, owner in dict.fromkeys((*moved.items(), *placed))
     ]
@@ -378,34 +380,32 @@ def pair_optimizers(
     wanted: Sequence[WantedOptimizer],
     stored: Sequence[StoredOptimizer],
     wanted_models: Iterable[Tokens],
-    stored_models: Iterable[Tokens],
+    stored_models: Collection[Tokens],
 ) -> list[tuple[WantedOptimizer, StoredOptimizer]]:
     """Returns which stored optimizer each wanted one is."""
     by_owner = {item.owner: item for item in stored}
     pairs = [(item, by_owner[item.owner]) for item in wanted if item.owner in by_owner]
     used = {item.owner for item, _ in pairs}
     # A rule may have brought the step alone to where an optimizer is wanted.
-    left = [
-        item for item in wanted if item.owner not in used or (item.leaves and not by_owner[item.owner].leaves)
-    ]
+    left = [i for i in wanted if i.owner not in used or (i.leaves and not by_owner[i.owner].leaves)]
     # A number beside an optimizer that counts for itself is the train state's step; the optimizer is free.
     steps = {item.owner for item, other in pairs if other.leaves and not item.leaves}
     free = [item for item in stored if item.owner not in used - steps]
     for item in left:
-        alike = [other for other in free if _are_alike(item, other)]
-        if len(alike) == 1 and sum(_are_alike(other, alike[0]) for other in left) == 1:
+        alike = [other for other in free if _are_alike(item, other, stored_models)]
+        if len(alike) == 1 and sum(_are_alike(other, alike[0], stored_models) for other in left) == 1:
             pairs.append((item, alike[0]))
     if not pairs and len(wanted) == len(stored) == 1:
         here, there = _state(wanted[0]), _state(stored[0])
         # A level that only one side has may go where everything lies below it.
-        apart = (here and there) or not _same_attribute(wanted[0], stored[0])
+        apart = (here and there) or not _same_attribute(wanted[0], stored[0], stored_models)
         if not apart and _hold(here, wanted_models) and _hold(there, stored_models):
             pairs.append((wanted[0], stored[0]))
     return pairs
 
 
-def _are_alike(wanted: WantedOptimizer, stored: StoredOptimizer) -> bool:
-    return _state(wanted) == _state(stored) and _same_attribute(wanted, stored)
+def _are_alike(wanted: WantedOptimizer, stored: StoredOptimizer, models: Collection[Tokens]) -> bool:
+    return _state(wanted) == _state(stored) and _same_attribute(wanted, stored, models)
 
 
 def _state(optimizer: WantedOptimizer | StoredOptimizer) -> Tokens:
@@ -413,11 +413,17 @@ def _state(optimizer: WantedOptimizer | StoredOptimizer) -> Tokens:
     return named_levels(optimizer.owner[:-1] if optimizer.has_attribute else optimizer.owner)
 
 
-def _same_attribute(wanted: WantedOptimizer, stored: StoredOptimizer) -> bool:
-    """Tells whether what holds the optimizers may be one; a train state of Linen's has no such attribute."""
+def _same_attribute(wanted: WantedOptimizer, stored: StoredOptimizer, models: Collection[Tokens]) -> bool:
+    """Tells whether what holds the optimizers may be one; a train state of Linen's has no such attribute.
+
+    Another place in a tuple may, where it can only be one network's: else nothing tells which that is.
+    """
     if not (wanted.has_attribute and stored.has_attribute):
         return True
     here, there = wanted.owner[-1], stored.owner[-1]
+    if here != there and is_number(here) and is_number(there):
+        moments = [item.tokens for item in stored.leaves]
+        return len(levels_with_most(moments, models, stored.owner[:-1])) < 2
     return here == there or all(is_number(name) or name in _ATTRIBUTES for name in (here, there))
 
 
@@ -426,10 +432,5 @@ _ATTRIBUTES = frozenset({"optimizer", "opt", "tx", "optim"})
 
 
 def _hold(names: Tokens, paths: Iterable[Tokens]) -> bool:
+    """Tells whether all paths lie below some names."""
     return not names or all(named_levels(path)[: len(names)] == names for path in paths)
-
-
-def owner_of(tokens: Tokens, owners: Collection[Tokens]) -> Tokens | None:
-    """Returns the stored train state that a wanted path names, the deepest one; None for none."""
-    named = [owner for owner in owners if owner and tokens[: len(owner)] == owner]
-    return max(named, key=len, default=None)

@@ -20,7 +20,7 @@ from orbax_nnx_handler.planning.core.lines import aligned
 from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import reads, substitute
 from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
-from orbax_nnx_handler.planning.mapping.train_states import owner_of
+from orbax_nnx_handler.planning.mapping.roots import owner_of
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
 from orbax_nnx_handler.planning.rules import ScanAxis

@@ -1,7 +1,6 @@
 """A verdict as the diagnosis looks at it: what is wrong and not yet explained, and what is stored unused."""
 
 import dataclasses
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.errors import RestoreError, UnreadableLeafError
 from orbax_nnx_handler.planning.core.leaves import MOMENTS, Shape, StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, without_box
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, without_box
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, words_of
 from orbax_nnx_handler.planning.mapping.choice import faults_of
@@ -19,7 +18,8 @@ from orbax_nnx_handler.planning.mapping.roots import strip
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.rules import Rule
 from orbax_nnx_handler.planning.rules.entries import model_entries
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names
+from orbax_nnx_handler.planning.suggesting.assignment import arrangeable
+from orbax_nnx_handler.planning.suggesting.module_parts import Link
 from orbax_nnx_handler.planning.suggesting.search import (
     paths_of,
     search,
@@ -27,7 +27,6 @@ from orbax_nnx_handler.planning.suggesting.search import (
     untyped_leaves,
     wanted_leaves,
 )
-from orbax_nnx_handler.planning.suggesting.shapes import ways
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
 from orbax_nnx_handler.planning.verdict.judge import choose
 from orbax_nnx_handler.planning.verdict.outcomes import Mismatched, Missing, Restored, Sides, Verdict
@@ -147,6 +146,51 @@ class Evidence:
         }
 
     @cached_property
+    def networks(self) -> Mapping[Path, Mapping[Path, Sequence[Placement]]]:
+        """Networks of which nothing is found, each with the unused stored ones that hold the same weights.
+
+        What lies unused below a train state's name, or as a copy beside one, however layers are arranged.
+        """
+        there = defaultdict[Path, list[Placement]](list)
+        left = {*self.verdict.unexpected, *self.verdict.skipped}
+        for path, item in self.sides.placements.items() if self.open_leaves else ():
+            is_own = item.collection in (None, *FLAX_COLLECTIONS)
+            if item.section == "model" and (item.owner or not is_own):
+                there[item.owner if is_own else (*item.owner, str(item.collection))].append(item)
+            for depth in range(1, min(len(path), DEPTH) if item.section == "other" else 0):
+                there[path[:depth]].append(dataclasses.replace(item, path=path[depth:]))
+        there = {
+            at: items for at, items in there.items() if left.issuperset(item.leaf.path for item in items)
+        }
+        here: Mapping[Path, Sequence[Path]] = self._lost_networks if there else {}
+        held = {at: _held((item.path, item.leaf.shape) for item in items) for at, items in there.items()}
+        aside = [item for item in self.sides.placements.values() if item.section == "aux"] if here else []
+        kept = {
+            at: _held((i.own[str(i.own[0]) == "model" :], i.leaf.shape) for i in aside if i.owner == at)
+            for at in there
+        }
+        alike: dict[Path, dict[Path, Sequence[Placement]]] = {}
+        for owner, paths in here.items():
+            wanted = _held((path[len(owner) :], self.shape(path)) for path in paths)
+            # What a save keeps aside may be more, as the streams. One of another number is another network.
+            likely = [at for at in there if held[at].items() <= wanted.items()]
+            found = [at for at in likely if (kept[at] | held[at]).items() >= wanted.items()]
+            found = [at for at in found if _unnumbered(at) != _unnumbered(owner)]
+            if found and not any(owner[: len(above)] == above for above in alike):
+                alike[owner] = {at: there[at] for at in found}
+        return alike
+
+    @cached_property
+    def _lost_networks(self) -> Mapping[Path, Sequence[Path]]:
+        """The weights below each name all of which are missing, the highest names first."""
+        below = defaultdict[Path, list[Path]](list)
+        for path in self.weights:
+            for depth in range(min(len(path), DEPTH)):
+                below[path[:depth]].append(path)
+        lost = {path for path in self.weights if path in self.open_leaves}
+        return {at: below[at] for at in sorted(below, key=len) if lost.issuperset(below[at])}
+
+    @cached_property
     def perhaps_stored(self) -> frozenset[Path]:
         """Missing leaves that unused stored ones could be, in any arrangement, with their optimizer.
 
@@ -155,6 +199,7 @@ class Evidence:
         lost = [item for path, item in self.weights.items() if path in self.open_leaves]
         held = stored_leaves(model_entries(self.unused_weights.values()), False)
         found = arrangeable(wanted_leaves(lost), held) if held else set[Path]()
+        found.update(path for owner in self.networks for path in self._lost_networks[owner])
         sections = {item.section for item in self.sides.placements.values()}
         follows = found and not sections.isdisjoint(("optimizer", "step"))
         unknown = {str(key) for path in self._unknown_fields for key in path}
@@ -214,7 +259,7 @@ class Evidence:
     @property
     def has_networks(self) -> bool:
         """Whether weights of several networks lie unused: `suggest` looks at their keys as well."""
-        return len({item.owner for item in self.unused_weights.values()}) > 1
+        return bool(self.networks) or len({item.owner for item in self.unused_weights.values()}) > 1
 
     @cached_property
     def links_anew(self) -> Mapping[Path, frozenset[Path]]:
@@ -361,6 +406,8 @@ _LASTING = frozenset(
         "_stored_below",
         "open_leaves",
         "unused_weights",
+        "networks",
+        "_lost_networks",
         "perhaps_stored",
         "holders",
         "is_searched",
@@ -381,66 +428,17 @@ def spell(tokens: Tokens) -> str:
     return "/".join(token.removeprefix("#") for token in tokens)
 
 
-_MOST_JOINED = 4
-_MOST_SIBLINGS = 12
-"""Queries, keys and values with what leads out; more leaves of one module are never one array."""
+DEPTH = 4
+"""Levels of a target at which a network may lie."""
 
 
-def arrangeable(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> set[Path]:
-    """Returns the wanted leaves that stored ones could be by their shapes, in any arrangement.
-
-    One leaf with its axes in another order, or split, or merged; several of one size in one array,
-    or one of several; or leaves of sibling modules side by side.
-    """
-    found: set[Path] = set()
-    for collection in {leaf.collection for leaf in wanted}:
-        ours = [leaf for leaf in wanted if leaf.collection == collection]
-        theirs = [leaf for leaf in stored if collection is None or leaf.collection in (None, collection)]
-        for number in {leaf.number for leaf in ours}:
-            left, right = ([leaf for leaf in side if leaf.number == number] for side in (ours, theirs))
-            found |= _arrangeable(left, right)
+def _held(leaves: Iterable[tuple[Path, Shape]]) -> dict[Tokens, int]:
+    """Returns the number of elements of each weight, that of all layers together."""
+    found: dict[Tokens, int] = defaultdict(int)
+    for path, shape in leaves:
+        found[_unnumbered(without_box(path))] += math.prod(shape)
     return found
 
 
-def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
-    lacking, held = (Counter(math.prod(leaf.shape) for leaf in side) for side in (ours, theirs))
-    shapes: dict[int, set[Shape]] = defaultdict(set)
-    for leaf in theirs:
-        shapes[math.prod(leaf.shape)].add(leaf.shape)
-    parts = _joined(ours)
-    wholes = {whole for sizes in _joined(theirs).values() for whole in sizes}
-    found: set[Path] = set()
-    for leaf in ours:
-        size = math.prod(leaf.shape)
-        if (
-            any(ways(shape, leaf.shape) for shape in shapes.get(size, ()))
-            or any(_makes(size, lacking[size], whole) for whole in held)
-            or any(_makes(part, count, size) for part, count in held.items())
-            or any(size % whole == 0 for whole in wholes)
-            or any(whole % part == 0 for part in parts.get(leaf.names, ()) for whole in held)
-        ):
-            found.add(leaf.source)
-    return found
-
-
-def _makes(part: int, count: int, whole: int) -> bool:
-    """Tells whether so many parts of one size suffice for a whole that is several of them."""
-    return part > 1 and whole % part == 0 and 2 <= whole // part <= count
-
-
-def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
-    """Returns the sizes that leaves have side by side with those of sibling modules, of other sizes."""
-    families: dict[tuple[Names, str], list[Leaf]] = defaultdict(list)
-    for leaf in leaves:
-        families[leaf.names[:-2], leaf.names[-1]].append(leaf)
-    found: dict[Names, set[int]] = defaultdict(set)
-    for family in families.values():
-        sizes = [math.prod(leaf.shape) for leaf in family]
-        if len(family) > _MOST_SIBLINGS or len(set(sizes)) < 2 or 0 in sizes:
-            continue
-        for count in range(2, min(_MOST_JOINED, len(family)) + 1):
-            for some in itertools.combinations(range(len(family)), count):
-                if len({sizes[at] for at in some}) > 1:
-                    for at in some:
-                        found[family[at].names].add(sum(sizes[each] for each in some))
-    return found
+def _unnumbered(path: Path) -> Tokens:
+    return tuple(token for token in canonical(path) if not is_number(token))

@@ -7,18 +7,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint
 from orbax_nnx_handler.planning.core.folding import fold_paths
-from orbax_nnx_handler.planning.core.leaves import MOMENTS, Shape, begins_a_state
+from orbax_nnx_handler.planning.core.leaves import MOMENTS, begins_a_state
 from orbax_nnx_handler.planning.core.lines import listed
 from orbax_nnx_handler.planning.core.paths import (
     Path,
     Tokens,
     canonical,
-    is_number,
     render,
     spelled,
-    without_box,
 )
-from orbax_nnx_handler.planning.core.recipes import reads
+from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, field_of
@@ -113,59 +111,25 @@ def find_networks(evidence: Evidence) -> Iterable[Cause]:
 
     Only what holds the same weights is a choice, however layers are arranged; then names decide.
     """
-    there: dict[Path, list[Placement]] = defaultdict(list)
-    for item in evidence.stored_weights.values():
-        is_own = item.collection in (None, *FLAX_COLLECTIONS)
-        if item.owner:
-            there[item.owner if is_own else (*item.owner, item.collection)].append(item)
-    used = evidence.stored_weights.keys() - evidence.free_weights.keys()
-    there = {at: items for at, items in there.items() if used.isdisjoint(item.leaf.path for item in items)}
-    here = _lost_networks(evidence) if there else {}
-    held = {at: _held((item.path, item.leaf.shape) for item in items) for at, items in there.items()}
-    aside = [item for item in evidence.sides.placements.values() if item.section == "aux"] if here else []
-    kept = {
-        at: _held((i.own[str(i.own[0]) == "model" :], i.leaf.shape) for i in aside if i.owner == at)
-        for at in there
+    networks = {
+        owner: {at: items for at, items in found.items() if _are_open(evidence, items)}
+        for owner, found in evidence.networks.items()
     }
-    alike: dict[Path, list[Path]] = {}
-    for owner, paths in here.items():
-        wanted = _held((path[len(owner) :], evidence.shape(path)) for path in paths)
-        # What a save keeps aside may be more, as the streams. One of another number is another network.
-        whole = {at: {name: n for name, n in kept[at].items() if name in wanted} | held[at] for at in there}
-        found = [at for at in there if whole[at] == wanted and _unnumbered(at) != _unnumbered(owner)]
-        if found and not any(owner[: len(above)] == above for above in alike):
-            alike[owner] = found
+    lost = {
+        owner: [path for path in evidence.missing_weights if path[: len(owner)] == owner]
+        for owner in networks
+    }
+    alike = {owner: list(found) for owner, found in networks.items() if found and lost[owner]}
     yield from _moved(
         evidence,
         alike,
         {owner: called_after(owner, found) for owner, found in alike.items()},
-        lambda owner, at: _network_move(evidence, owner, at, here[owner], there[at]),
+        lambda owner, at: _network_move(evidence, owner, at, lost[owner], networks[owner][at]),
     )
 
 
-def _lost_networks(evidence: Evidence) -> dict[Path, list[Path]]:
-    """Returns the weights below each name all of which are missing, the highest names first."""
-    lost, below = set(evidence.missing_weights), defaultdict[Path, list[Path]](list)
-    for path in evidence.weights if lost else ():
-        for depth in range(min(len(path), _DEPTH)):
-            below[path[:depth]].append(path)
-    return {at: below[at] for at in sorted(below, key=len) if lost.issuperset(below[at])}
-
-
-_DEPTH = 4
-"""Levels of a target at which a network may lie."""
-
-
-def _held(leaves: Iterable[tuple[Path, Shape]]) -> dict[Tokens, int]:
-    """Returns the number of elements of each weight, that of all layers together."""
-    found: dict[Tokens, int] = defaultdict(int)
-    for path, shape in leaves:
-        found[_unnumbered(without_box(path))] += math.prod(shape)
-    return found
-
-
-def _unnumbered(path: Path) -> Tokens:
-    return tuple(token for token in canonical(path) if not is_number(token))
+def _are_open(evidence: Evidence, stored: Iterable[Placement]) -> bool:
+    return evidence.explained.isdisjoint(item.leaf.path for item in stored)
 
 
 def _network_move(
@@ -234,9 +198,18 @@ def _moved(
         moves = [one for one in moves if len(moves) > 1 and _are_restored(evidence, [one])]
     if moves:
         yield _elsewhere(evidence, moves)
-    for owner, found in alike.items():
-        each = [move(owner, at) for at in found if owner not in pairs and at not in pairs.values()]
-        if 1 < len(each) <= _MOST_CHOICES and all(_are_restored(evidence, [one]) for one in each):
+    left = {
+        owner: [at for at in found if at not in pairs.values()]
+        for owner, found in alike.items()
+        if owner not in pairs
+    }
+    choices = [[(owner, at) for at in found] for owner, found in left.items() if len(found) > 1]
+    # One that may be each of several which it alone may be.
+    only = {at: [owner for owner in left if left[owner] == [at]] for found in left.values() for at in found}
+    choices += [[(owner, at) for owner in owners] for at, owners in only.items() if len(owners) > 1]
+    for pairing in choices:
+        each = [move(owner, at) for owner, at in pairing[: _MOST_CHOICES + 1]]
+        if len(each) <= _MOST_CHOICES and all(_are_restored(evidence, [one]) for one in each):
             yield _one_of(evidence, each)
 
 
@@ -308,29 +281,42 @@ def _elsewhere(evidence: Evidence, moves: Sequence[_Move]) -> Cause:
         text = f"{moves[0].what}s are stored below {listed(names)}, {unasked}."
     elif len(rules) > 1:
         way = "both are one network"
-    return _cause(evidence, moves, text, Hint(f"if {way}, pass renames={rules!r}.", {"renames": rules}))
+    return _cause(evidence, [moves], text, Hint(f"if {way}, pass renames={rules!r}.", {"renames": rules}))
 
 
 def _one_of(evidence: Evidence, moves: Sequence[_Move]) -> Cause:
-    """Returns that what is wanted may be each of several that are stored."""
-    stored, _ = (listed([repr(render(at)) for at in ends]) for ends in _ends(moves))
-    ways = [f"pass renames={list(move.rules)!r} if it is that of {render(move.place)!r}" for move in moves]
-    wanted = f" below {render(moves[0].owner)!r}" if moves[0].owner else ""
-    text = f"{moves[0].what}s are stored below {stored}, and no name tells which of them is wanted{wanted}."
-    return _cause(evidence, moves, text, Hint(f"{', or '.join(ways)}."))
+    """Returns that what is wanted may be each of several that are stored, or the other way about."""
+    stored, wanted = (listed(list(dict.fromkeys(repr(render(at)) for at in e))) for e in _ends(moves))
+    what, below = moves[0].what, f" below {wanted}" if moves[0].owner else ""
+    text = f"{what}s are stored below {stored}, and no name tells which of them is wanted{below}."
+    ends = [f"that of {render(move.place)!r}" for move in moves]
+    if moves[0].place == moves[-1].place:
+        text = f"what is stored below {stored} may be each {what} wanted{below}, and no name tells which."
+        ends = [f"wanted below {render(move.owner)!r}" for move in moves]
+    places = [_found_by(evidence, [move])[0] for move in moves]
+    each = zip(moves, places, ends, strict=True)
+    ways = [f"pass renames={list(move.rules)!r}{place} if it is {end}" for move, place, end in each]
+    return _cause(evidence, [[move] for move in moves], text, Hint(f"{', or '.join(ways)}."))
 
 
 def _ends(moves: Sequence[_Move]) -> tuple[list[Path], list[Path]]:
     return [move.place for move in moves], [move.owner for move in moves]
 
 
-def _cause(evidence: Evidence, moves: Sequence[_Move], text: str, way: Hint) -> Cause:
-    wanted = dict.fromkeys(path for move in moves for path in move.wanted)
+def _cause(evidence: Evidence, ways: Sequence[Sequence[_Move]], text: str, way: Hint) -> Cause:
+    """Returns what is stored elsewhere, with all that every one of some ways restores beside it."""
+    moves = [move for moves in ways for move in moves]
     stored, owners = (tuple(map(render, ends)) for ends in _ends(moves))
+    paths = dict.fromkeys(evidence.with_moments([path for move in moves for path in move.wanted]))
+    if more := evidence.missing.keys() - paths:
+        # With a copy out of the way, `params` may be found by itself.
+        found = [_found_by(evidence, moves)[1] for moves in ways]
+        more = more.intersection(*found)
+        paths |= dict.fromkeys(more) | {source: None for path in more for source in reads(found[0][path])}
     return Cause(
         kind="OtherNetwork" if moves[0].what == "network" else "OptimizerNested",
         text=text,
-        paths=(*evidence.with_moments(list(wanted)), *(path for move in moves for path in move.stored)),
+        paths=(*paths, *(path for move in moves for path in move.stored)),
         way=way,
         facts={"stored": stored, "wanted": owners},
     )
@@ -338,10 +324,19 @@ def _cause(evidence: Evidence, moves: Sequence[_Move], text: str, way: Hint) -> 
 
 def _are_restored(evidence: Evidence, moves: Sequence[_Move]) -> bool:
     """Tells whether rules restore that too, behind the rules that were passed or in front of them."""
+    return bool(_found_by(evidence, moves)[1])
+
+
+def _found_by(evidence: Evidence, moves: Sequence[_Move]) -> tuple[str, Mapping[Path, Recipe]]:
+    """Returns where rules are to be put, and what is then restored: all that was and all they are for."""
     given, more = evidence.verdict.renames, as_rules(rule for move in moves for rule in move.rules)
     lost = {*evidence.restored, *(path for move in moves for path in move.wanted)}
-    found = (evidence.restored_under(every) for every in ([*given, *more], [*more, *given]))
-    return any(each is not None and each.keys() >= lost for each in found if more)
+    orders = {"behind": [*given, *more], "in front of": [*more, *given]} if given else {"": more}
+    for where, every in orders.items() if more else ():
+        found = evidence.restored_under(every)
+        if found is not None and found.keys() >= lost:
+            return where and f" {where} the rules passed so far", found
+    return "", {}
 
 
 def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:

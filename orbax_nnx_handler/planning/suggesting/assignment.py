@@ -5,12 +5,14 @@ import functools
 import itertools
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Level, Names
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
 from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, permuted, transposed, ways
@@ -301,3 +303,68 @@ def ranks_of(paths: Sequence[Sequence[str]], like: int) -> Mapping[tuple[int, ..
         tuple(rank[number] for rank, number in zip(ranks, counted, strict=True)): at
         for at, counted in zip(alike, numbers, strict=True)
     }
+
+
+_MOST_JOINED = 4
+_MOST_SIBLINGS = 12
+"""Queries, keys and values with what leads out; more leaves of one module are never one array."""
+
+
+def arrangeable(wanted: Sequence[Leaf], stored: Sequence[Leaf]) -> set[Path]:
+    """Returns the wanted leaves that stored ones could be by their shapes, in any arrangement.
+
+    One leaf with its axes in another order, or split, or merged; several of one size in one array,
+    or one of several; or leaves of sibling modules side by side.
+    """
+    found: set[Path] = set()
+    for collection in {leaf.collection for leaf in wanted}:
+        ours = [leaf for leaf in wanted if leaf.collection == collection]
+        theirs = [leaf for leaf in stored if collection is None or leaf.collection in (None, collection)]
+        for number in {leaf.number for leaf in ours}:
+            left, right = ([leaf for leaf in side if leaf.number == number] for side in (ours, theirs))
+            found |= _arrangeable(left, right)
+    return found
+
+
+def _arrangeable(ours: Sequence[Leaf], theirs: Sequence[Leaf]) -> set[Path]:
+    lacking, held = (Counter(math.prod(leaf.shape) for leaf in side) for side in (ours, theirs))
+    shapes: dict[int, set[Shape]] = defaultdict(set)
+    for leaf in theirs:
+        shapes[math.prod(leaf.shape)].add(leaf.shape)
+    parts = _joined(ours)
+    wholes = {whole for sizes in _joined(theirs).values() for whole in sizes}
+    found: set[Path] = set()
+    for leaf in ours:
+        size = math.prod(leaf.shape)
+        if (
+            any(ways(shape, leaf.shape) for shape in shapes.get(size, ()))
+            or any(_makes(size, lacking[size], whole) for whole in held)
+            or any(_makes(part, count, size) for part, count in held.items())
+            or any(size % whole == 0 for whole in wholes)
+            or any(whole % part == 0 for part in parts.get(leaf.names, ()) for whole in held)
+        ):
+            found.add(leaf.source)
+    return found
+
+
+def _makes(part: int, count: int, whole: int) -> bool:
+    """Tells whether so many parts of one size suffice for a whole that is several of them."""
+    return part > 1 and whole % part == 0 and 2 <= whole // part <= count
+
+
+def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
+    """Returns the sizes that leaves have side by side with those of sibling modules, of other sizes."""
+    families: dict[tuple[Names, str], list[Leaf]] = defaultdict(list)
+    for leaf in leaves:
+        families[leaf.names[:-2], leaf.names[-1]].append(leaf)
+    found: dict[Names, set[int]] = defaultdict(set)
+    for family in families.values():
+        sizes = [math.prod(leaf.shape) for leaf in family]
+        if len(family) > _MOST_SIBLINGS or len(set(sizes)) < 2 or 0 in sizes:
+            continue
+        for count in range(2, min(_MOST_JOINED, len(family)) + 1):
+            for some in itertools.combinations(range(len(family)), count):
+                if len({sizes[at] for at in some}) > 1:
+                    for at in some:
+                        found[family[at].names].add(sum(sizes[each] for each in some))
+    return found

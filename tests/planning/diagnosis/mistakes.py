@@ -364,3 +364,46 @@ def an_average_of_the_parameters_and_of_the_statistics() -> Mistake:
     return Mistake(
         state | copies, make, own | flat(copies["ema_params"], "ema") | flat(copies["ema_batch_stats"], "ema")
     )
+
+
+def copied(numbers: Numbers) -> dict[str, Any]:
+    """Returns a train state that keeps a copy of its network."""
+    params = mlp(numbers)
+    return {**numbers.state(params), "target_params": numbers.like(params)}
+
+
+def truth_of_copied(state: Mapping[str, Any], network: str, copy: str, its: str) -> dict[str, Any]:
+    return truth_of(state, network, its) | flat(state["target_params"], copy)
+
+
+@mistake
+def a_copy_below_a_level() -> Mistake:
+    state = copied(Numbers())
+
+    def make() -> dict[str, Any]:
+        network = Mlp()
+        return {"agent": {"q": network, "target": Mlp(), "optimizer": optimizer(network)}}
+
+    return Mistake(state, make, truth_of_copied(state, "agent/q", "agent/target", "agent/optimizer"))
+
+
+@mistake
+def a_copy_in_a_tuple() -> Mistake:
+    state = copied(Numbers())
+
+    def make() -> tuple[Any, ...]:
+        network = Mlp()
+        return network, Mlp(), optimizer(network)
+
+    return Mistake(state, make, truth_of_copied(state, "0", "1", "2"))
+
+
+@mistake
+def networks_and_a_copy_beside_them_in_a_tuple() -> Mistake:
+    numbers = Numbers()
+    networks = {"actor": mlp(numbers, 6), "critic": mlp(numbers)}
+    tree = {name: numbers.state(params) for name, params in networks.items()}
+    tree["target_critic"] = numbers.like(networks["critic"])
+    parts = [networks["actor"], networks["critic"], tree["target_critic"]]
+    truth = {path: leaf for at, part in enumerate(parts) for path, leaf in flat(part, str(at)).items()}
+    return Mistake(tree, lambda: (Mlp(6), Mlp(), Mlp()), truth)

@@ -276,3 +276,15 @@ def test_optimizers_by_network_below_one_opt_state_are_not_begun_anew() -> None:
     assert "'opt_state': tree['opt_state']['actor'], 'step': tree['step']" in str(error)
     assert not any(hint.fills for hint in error.hints)
     assert all(np.array_equal(found[path], given.truth[path]) for path in found if path != "actor_opt/step")
+
+
+def test_no_hint_fills_networks_while_others_of_the_same_weights_lie_unused() -> None:
+    numbers = mistakes.Numbers()
+    tree = {name: numbers.state(mistakes.mlp(numbers)) for name in ("one", "two", "three", "four", "five")}
+    target = nnx.eval_shape(lambda: tuple(mistakes.Mlp() for _ in tree))
+
+    for renames in ([], [("one/params", "0")]):
+        error = plan_restore(tree, target, renames=renames).error()
+
+        assert not any(hint.fills for hint in error.hints)
+        assert any("suggest(" in hint.words for hint in error.hints)

@@ -110,6 +110,8 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("class", "embedding"): ("cls",),
     ("mask", "token"): ("mask",),
     ("c", "fc"): ("up",),
+    ("fc", "1", "g"): ("gate",),
+    ("fc", "1", "x"): ("up",),
     ("dense", "h", "to", "4h"): ("up",),
     ("dense", "4h", "to", "h"): ("down",),
     ("attn", "vec"): ("attn", "o"),
@@ -135,7 +137,7 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
 `embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
 `conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`,
-`to_add_out`: what diffusers computes of a text encoder's tokens."""
+`to_add_out`: what diffusers computes of a text encoder's tokens; `fc1_g`, `fc1_x`: timm's SwiGLU."""
 
 _EXCLUSIVE = tuple(
     frozenset(words.split())

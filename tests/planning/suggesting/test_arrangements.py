@@ -617,3 +617,14 @@ def test_the_blocks_of_one_stage_are_no_stages_and_norms_with_statistics_none_wi
 
     check(values, {other: stored[one] for one, other in names})
     assert found.questions == ()
+
+
+def test_timms_gate_and_what_it_gates_are_told_by_their_letters():
+    shapes = {"gate/kernel": (4, 10), "up/kernel": (4, 10), "down/kernel": (10, 4)}
+    ours = {"gate": "fc1_g", "up": "fc1_x", "down": "fc2"}
+    stored = filled({f"SwiGLU_0/{path}": shape for path, shape in shapes.items()})
+    expected = {f"mlp/{ours[part]}/kernel": stored[f"SwiGLU_0/{part}/kernel"] for part in ours}
+
+    _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)

@@ -396,3 +396,16 @@ def test_an_optimizer_at_another_place_of_a_tuple_is_that_of_the_only_network_th
         with pytest.raises(MissingParamError, match="wanted below '1' is stored below '2'") as caught:
             from_linen(tree, nnx.eval_shape(lambda: _in_tuple("model", "optimizer")))
         assert (1, "opt_state", 0, "mu", "first", "kernel") in caught.value.paths
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("name", ["models", "model", "agents"])
+def test_a_list_of_networks_comes_back_with_the_one_optimizer_of_all(tmp_path, layout, name):
+    def make():
+        networks = nnx.List([Model(nnx.Param) for _ in range(2)])
+        return {name: networks, "optimizer": nnx.Optimizer(networks, TXS["adam"], wrt=nnx.Param)}
+
+    item = make()
+    expected = _with_numbers(item)
+    save(tmp_path / "saved", item, layout=layout)
+    check(_as_restored(restore(tmp_path / "saved", nnx.eval_shape(make))), expected)

@@ -12,6 +12,7 @@ from flax import nnx
 from orbax_nnx_handler.planning.core.leaves import derived
 from orbax_nnx_handler.planning.core.paths import Path, canonical, render
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
+from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS
 from orbax_nnx_handler.planning.target.roles import collection_of
 from orbax_nnx_handler.planning.target.target import (
     aliases_of,
@@ -23,7 +24,7 @@ from orbax_nnx_handler.planning.target.target import (
     renamed,
 )
 
-_OPT_STATE = "opt_state"
+_OPT_STATE, _FIELDS = "opt_state", PLAIN_LEVELS | {"params"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +211,7 @@ def _left(leaves: ItemLeaves, states: Sequence[Parts]) -> ItemLeaves:
     taken = {leaf.path for parts in states for leaf in parts.model.values()}
     taken |= {parts.step.path for parts in states if parts.step is not None}
     above = {(*parts.owner, _OPT_STATE) for parts in states if parts.opt_state is not None}
-    taken |= {path for path in leaves if _is_below_any(path, above)}
-    return {path: leaf for path, leaf in leaves.items() if path not in taken}
+    return {p: leaf for p, leaf in leaves.items() if p not in taken and not _is_below_any(p, above)}
 
 
 def is_weight(leaf: ItemLeaf) -> bool:
@@ -236,8 +236,8 @@ def _one_train_state(
 ) -> Sequence[Parts]:
     """Returns model and optimizer as one part below `root`; else model and optimizer as parts of their own.
 
-    That is where no name says which of several models it trains, and where only the model is called a copy:
-    what is stored below no `ema` says of itself that it is no average, and is not restored into one.
+    That is where no name says which of several models it trains, where only the model is called a copy (what
+    is stored below no `ema` says of itself that it is no average), and where it is a list with its own name.
     """
     above, parent = (*owner, _OPT_STATE), _parent(leaves, owner)
     # A program's own count beside the optimizer is the train state's step; the optimizer's is kept aside.
@@ -245,9 +245,10 @@ def _one_train_state(
     rest = {path: leaf for path, leaf in leaves.items() if path[: len(above)] != above and leaf is not step}
     model = _root(rest, parent, opt_state, model_key)
     copies = [at for at, level in enumerate(model or ()) if at >= len(root) and is_copy_level(str(level))]
-    if model is None or (copies and copies[-1] >= len(parent)):
+    own, outside = _divide(rest, model or ())
+    named = not _FIELDS.issuperset((model or ())[len(parent) :]) and all(isinstance(p[0], int) for p in own)
+    if model is None or named or (copies and copies[-1] >= len(parent)):
         return _side_by_side(leaves, {owner: opt_state}, parent, shared)
-    own, outside = _divide(rest, model)
     if model[-1:] == ("params",):
         # A functional train state keeps its other collections beside `params`.
         beside = {

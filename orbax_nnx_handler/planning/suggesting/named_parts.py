@@ -243,7 +243,10 @@ class _Context:
         are_both = shapes[0] == shapes[1] and len({*shapes[0]}) > 1
         is_turned = "main" not in part.leaves or part.leaves["main"].names[-1] != "kernel"
         follow = _follow(*shapes) or (is_turned and _follow(*(shape[::-1] for shape in shapes)))
-        return follow and not are_both and part.family[1] not in self._backwards
+        # Of two that Linen numbered, one that leads to more and one back, shapes tell which is which.
+        is_back_and_forth = part.family[1][:1].isupper() and shapes[0] == shapes[1][::-1] != shapes[1]
+        is_either = are_both or (is_back_and_forth and "bias" in part.leaves)
+        return follow and not is_either and part.family[1] not in self._backwards
 
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
         """Tells whether the layer of a number leads back by its shape too: in DINOv2 it is `w3`, not `w2`."""

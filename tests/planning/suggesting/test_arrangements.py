@@ -580,6 +580,25 @@ def test_of_two_layers_that_linen_numbered_from_the_outside_shapes_tell_which_is
     assert [len(question.choices) for question in found.questions] == [2]
 
 
+@pytest.mark.parametrize("is_backwards", [False, True])
+@pytest.mark.parametrize(("width", "hidden"), [(8, 24), (24, 8)])
+def test_of_two_layers_of_a_network_shapes_tell_which_one_linen_made_first(width, hidden, is_backwards):
+    """In `nn.Dense(8)(nn.gelu(nn.Dense(24)(x)))` `Dense_0` is the last one."""
+    stored, expected = {}, {}
+    for name, sizes in (("fc1", (width, hidden)), ("fc2", (hidden, width))):
+        at = (name == "fc2") != is_backwards
+        for kind, shape in (("kernel", sizes), ("bias", sizes[1:])):
+            one = f"encoderblock_0/MlpBlock_0/Dense_{int(at)}/{kind}"
+            stored[one], expected[f"blocks/0/mlp/{name}/{kind}"] = shape, one
+    stored = filled(stored)
+    expected = {path: stored[one] for path, one in expected.items()}
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    check(values, expected)
+    assert found.questions == ()
+
+
 def maxvit(width):
     """Returns the leaves of a block by their names in a Linen MaxViT and in timm's words."""
     kernels = {"expand_conv": "conv1_1x1", "project_conv": "conv3_1x1", "depthwise_conv": "conv2_kxk"}

@@ -51,7 +51,7 @@ from orbax_nnx_handler.planning.diagnosis.one_sided_parts import (
     find_tied,
     find_wrappers,
 )
-from orbax_nnx_handler.planning.diagnosis.optimizers import find_networks, find_optimizers
+from orbax_nnx_handler.planning.diagnosis.optimizers import find_networks, find_optimizers, find_replicated
 from orbax_nnx_handler.planning.diagnosis.passed_rules import (
     find_dropped,
     find_rules_of_layers,
@@ -71,7 +71,6 @@ from orbax_nnx_handler.planning.diagnosis.sizes import (
     find_keys,
     find_quantised,
     find_random_layouts,
-    find_replicated,
 )
 from orbax_nnx_handler.planning.diagnosis.ways import (
     LOOK,

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.core.paths import (
     canonical,
     render,
     spelled,
+    without_box,
 )
 from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
@@ -80,6 +81,32 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
             "kept": tuple(sorted(restored)),
         },
     )
+
+
+def find_replicated(evidence: Evidence) -> Iterable[Cause]:
+    """Yields the verdict that the whole train state was saved as copies for devices, or as several states."""
+    items = evidence.mismatched
+    lengths = {
+        item.stored_shape[0] if item.stored_shape[1:] == item.wanted.shape and item.stored_shape else None
+        for item in items.values()
+    }
+    length = lengths.pop() if len(lengths) == 1 else None
+    if length is not None and len(items) > 1 and not evidence.verdict.restored:
+        yield Cause(
+            kind="LeadingAxis",
+            text=f"each stored leaf has one axis more in front, of length {length}: the program saved a "
+            f"train state that `flax.jax_utils.replicate` had copied to {length} devices, or {length} train "
+            "states in one (`jax.vmap`).",
+            paths=tuple(items),
+            way=_ONE_OF_THEM,
+            facts={"length": length},
+        )
+
+
+_ONE_OF_THEM = Hint(
+    "read the tree with Orbax, take one of them (`jax.tree.map(lambda x: x[0], tree)`; of copies any, of "
+    "several states the one that is meant) and give it to from_linen."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,7 +368,7 @@ def _found_by(evidence: Evidence, moves: Sequence[_Move]) -> tuple[str, Mapping[
 
 def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
     parameters = {evidence.stored_below(item) for item in evidence.stored_weights.values()}
-    free = [split(_unboxed(canonical(item.path)), parameters) for item in _free(evidence, "optimizer")]
+    free = [split(without_box(canonical(item.path)), parameters) for item in _free(evidence, "optimizer")]
     stored = {slot for slot, parameter in free if parameter is not None}
     # What lies below a network's name is looked for as that network's.
     left = [item for item in _free(evidence, "optimizer") if begins_a_state(item.path)]
@@ -406,17 +433,13 @@ def _free(evidence: Evidence, section: str) -> list[Placement]:
     return [placements[path] for path in evidence.unexpected if placements[path].section == section]
 
 
-def _unboxed(tokens: Tokens) -> Tokens:
-    return tokens[:-1] if tokens[-1] == "value" else tokens
-
-
 def _stored_slots(evidence: Evidence) -> set[str]:
     """Returns the names of the stored moments: the keys right above a parameter's path."""
     lasts = {evidence.stored_below(item)[-1] for item in evidence.stored_weights.values()}
     tops = {evidence.stored_below(item)[0] for item in evidence.stored_weights.values()} | {"params"}
     found: set[str] = set()
     for item in evidence.sides.placements.values():
-        tokens = _unboxed(canonical(item.path))
+        tokens = without_box(canonical(item.path))
         if item.section != "optimizer" or tokens[-1] not in lasts:
             continue
         at = next((at for at, token in enumerate(tokens) if token in tops), 0)

@@ -70,11 +70,24 @@ def dimension_name(places: Sequence[Place], most: int) -> str:
     return "the hidden size" if len({place.path for place in places}) >= max(most, 3) else ""
 
 
-def output_module(places: Sequence[Place]) -> Path | None:
-    """Returns the one module of which only the output differs in size; None if it is not that."""
-    modules = {place.path[:-1] for place in places}
-    is_last = all(place.axis == place.rank - 1 for place in places)
-    return modules.pop() if len(modules) == 1 and is_last and places[0].path[:-1] else None
+def output_modules(evidence: Evidence, places: Sequence[Place]) -> Sequence[Path]:
+    """Returns the module of which only the output differs in size, or that of each of several networks.
+
+    A copy of a network has its head as well, under the same path in another collection.
+    """
+    recipes = {place.path[:-1]: evidence.mismatched[place.path].recipe for place in places}
+    modules = list(recipes)
+    if not all(place.axis == place.rank - 1 for place in places) or not all(modules):
+        return ()
+    if len(modules) == 1:
+        return modules
+    placed = evidence.sides.placements
+    sources = [placed[recipe.path] for recipe in recipes.values() if isinstance(recipe, Read)]
+    inner = min((item.path[:-1] for item in sources), key=len, default=())
+    alike = [item for item in sources if item.path[item.section == "other" : -1] == inner]
+    networks = {item.leaf.path[: -1 - len(inner)] for item in alike}
+    are_one = len(networks) == len(modules) and len({module[-1] for module in modules}) == 1
+    return modules if inner and are_one else ()
 
 
 def modules_of(places: Sequence[Place]) -> str:
@@ -148,32 +161,6 @@ Pair = tuple[int, int]
 """A size in the checkpoint and in the target."""
 
 
-def find_replicated(evidence: Evidence) -> Iterable[Cause]:
-    """Yields the verdict that the whole train state was saved as copies for devices, or as several states."""
-    items = evidence.mismatched
-    lengths = {
-        item.stored_shape[0] if item.stored_shape[1:] == item.wanted.shape and item.stored_shape else None
-        for item in items.values()
-    }
-    length = lengths.pop() if len(lengths) == 1 else None
-    if length is not None and len(items) > 1 and not evidence.verdict.restored:
-        yield Cause(
-            kind="LeadingAxis",
-            text=f"each stored leaf has one axis more in front, of length {length}: the program saved a "
-            f"train state that `flax.jax_utils.replicate` had copied to {length} devices, or {length} train "
-            "states in one (`jax.vmap`).",
-            paths=tuple(items),
-            way=_ONE_OF_THEM,
-            facts={"length": length},
-        )
-
-
-_ONE_OF_THEM = Hint(
-    "read the tree with Orbax, take one of them (`jax.tree.map(lambda x: x[0], tree)`; of copies any, of "
-    "several states the one that is meant) and give it to from_linen."
-)
-
-
 def find_heads(evidence: Evidence) -> Iterable[Cause]:
     """Yields the verdict that the same features are divided among another number of heads."""
     divided: dict[tuple[Pair, ...], list[Path]] = defaultdict(list)
@@ -205,13 +192,15 @@ def find_dimensions(evidence: Evidence) -> Iterable[Cause]:
             places[place.stored, place.wanted].append(place)
     most = _most(evidence)
     named = {pair: dimension_name(found, most) for pair, found in places.items()}
-    widths = [pair for pair in places if named[pair] not in _NO_WIDTH and output_module(places[pair]) is None]
+    widths = [
+        pair for pair in places if named[pair] not in _NO_WIDTH and not output_modules(evidence, places[pair])
+    ]
     if _one_width(widths, places, most):
         yield _cause(evidence, sorted(widths), places, "")
         places = {pair: found for pair, found in places.items() if pair not in widths}
-    outputs = {pair: output_module(found) for pair, found in places.items() if not named[pair]}
+    outputs = {pair: output_modules(evidence, found) for pair, found in places.items() if not named[pair]}
     # A model has one head; where several modules differ so, it is not a head that differs.
-    heads = {pair: module for pair, module in outputs.items() if module is not None}
+    heads = {pair: modules for pair, modules in outputs.items() if modules}
     for pair, found in sorted(places.items(), key=lambda item: -len(_paths(item[1]))):
         if pair in heads and len(heads) == 1:
             yield _output(evidence, pair, found, heads[pair])
@@ -282,17 +271,19 @@ def _ratio(pair: Pair) -> str:
     return str(ratio) if max(ratio.numerator, ratio.denominator) <= 64 else ""
 
 
-def _output(evidence: Evidence, pair: Pair, places: Sequence[Place], module: Path) -> Cause:
+def _output(evidence: Evidence, pair: Pair, places: Sequence[Place], modules: Sequence[Path]) -> Cause:
     """One module has another number of outputs, and nothing else differs with it: a head."""
     paths = _paths(places)
-    recipe = evidence.mismatched[paths[0]].recipe
-    source = evidence.stored_weights.get(recipe.path) if isinstance(recipe, Read) else None
+    recipes = (evidence.mismatched[path].recipe for path in paths)
+    sources = (evidence.stored_weights.get(each.path) for each in recipes if isinstance(each, Read))
+    source = next(filter(None, sources), None)
     stored, wanted = pair
+    names, have = listed([repr(render(module)) for module in modules]), "has" if len(modules) == 1 else "have"
     same = f"build the target with {stored}"
     way = Hint(f"{same}; a weight is never cut or padded.")
     if source is not None and len(source.path) > 1:
         renames = [Drop(spelled(source.path[:-1]), "a new head")]
-        policy = {nnx.PathContains(str(module[-1])): "init", ...: "error"}
+        policy = {nnx.PathContains(str(modules[0][-1])): "init", ...: "error"}
         way = Hint(
             f"{same}; or leave the stored one behind and begin a new one, with "
             f"renames={as_python(renames)} and policy={as_python(policy)}; "
@@ -302,11 +293,10 @@ def _output(evidence: Evidence, pair: Pair, places: Sequence[Place], module: Pat
         )
     return Cause(
         kind="OtherOutput",
-        text=f"{render(module)!r} has {counted(stored, 'output')} in the checkpoint and {wanted} "
-        "in the target.",
+        text=f"{names} {have} {counted(stored, 'output')} in the checkpoint and {wanted} in the target.",
         paths=evidence.with_moments(paths),
         way=way,
-        facts={"module": render(module), "stored": stored, "wanted": wanted},
+        facts={"module": ", ".join(map(render, modules)), "stored": stored, "wanted": wanted},
     )
 
 

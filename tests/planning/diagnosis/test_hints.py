@@ -288,3 +288,32 @@ def test_no_hint_fills_networks_while_others_of_the_same_weights_lie_unused() ->
 
         assert not any(hint.fills for hint in error.hints)
         assert any("suggest(" in hint.words for hint in error.hints)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_hint_of_a_new_head_is_for_a_copy_of_the_network_as_well(beside: bool) -> None:
+    numbers = mistakes.Numbers()
+    state = mistakes.copied(numbers)
+    tree: dict[str, Any] = state
+    if beside:
+        copy = state.pop("target_params")
+        tree = {"actor": numbers.state(mistakes.mlp(numbers, 6)), "critic": state, "target_critic": copy}
+
+    def make() -> dict[str, Any]:
+        network, copy = mistakes.Mlp(), mistakes.Mlp()
+        for each in (network, copy):
+            each.fc2 = nnx.Linear(4, 7, rngs=nnx.Rngs(0))
+        return {"critic": network, "target_critic": copy} if beside else {"q": network, "target_params": copy}
+
+    target = nnx.eval_shape(make)
+    error = plan_restore(tree, target).error()
+    hint = next(hint for hint in error.hints if "policy" in hint.arguments)
+    restored = from_linen(tree, target, init=make, **hint.arguments)
+
+    found = flat(restored)
+    first, second = restored
+    params, copy = (state["params"], tree["target_critic"] if beside else state["target_params"])
+    for network, stored in ((first, params), (second, copy)):
+        for name, value in stored["fc1"].items():
+            assert np.array_equal(found[f"{network}/fc1/{name}"], value)
+        assert found[f"{network}/fc2/kernel"].shape == (4, 7)

@@ -432,6 +432,16 @@ def test_a_level_above_networks_of_which_one_has_another_name_stays(tmp_path):
     refused(path, nnx.eval_shape(lambda: {"agent": _Owner(**parts)}), unexpected="ignore")
 
 
+@pytest.mark.parametrize("other", ["slow", "critic"])
+def test_a_network_is_not_the_stored_one_while_another_one_lies_deeper(tmp_path, other):
+    path = write(tmp_path, {"params": _model(Numbers()), "step": np.int32(3)})
+    model = target_of("module", _model(Numbers()))
+    target = {"agent": {"q": {"model": model}, other: nnx.clone(model)}}
+
+    policy = {nnx.PathContains("q"): "init", ...: "error"}
+    refused(path, target, policy=policy, init=lambda: target, unexpected="ignore")
+
+
 def _below_a_level(numbers, names):
     params = {name: _model(numbers) for name in names}
     return params, {name: _train_state(numbers, params[name], at) for at, name in enumerate(names)}

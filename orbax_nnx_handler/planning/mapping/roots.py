@@ -267,16 +267,17 @@ def _only_level_above(stored: Collection[Tokens], wanted: Collection[Tokens]) ->
     However large what lies beside it is: the model's small, and its metrics are many. It is looked for
     below the levels that all of the target has (`agent` above `model` and `ema`).
     """
-    below: dict[Tokens, set[Tokens]] = defaultdict(set)
     depth = len(shared_levels(list(wanted), 1)) + 1
-    for path in wanted:
-        below[path[:depth]].add(path[depth:])
-    found = [
-        level for level, names in below.items() if len(names) >= len(stored) and names.issuperset(stored)
-    ]
+    names, first = {*wanted}, next(iter(stored), ())
+    levels = {path[: -len(first)] for path in wanted if first and path[-len(first) :] == first}
+    found = [level for level in levels if all((*level, *name) in names for name in stored)]
     if len(found) > 1:  # `model` beside `ema` is the program's field for its model; `ema` names another one.
-        found = [level for level in found if level[-1:] and level[-1] in PLAIN_LEVELS]
-    if len(found) == 1 and stored and not _names_layers(wanted, found[0]) and _keeps_apart(wanted, found[0]):
+        found = [level for level in found if len(level) == depth and level[-1] in PLAIN_LEVELS]
+    if (
+        [*map(len, found)] == [depth]
+        and not _names_layers(wanted, found[0])
+        and _keeps_apart(wanted, found[0])
+    ):
         yield found[0]
 
 

@@ -236,6 +236,8 @@ def _moved(
     choices += [[(owner, at) for owner in owners] for at, owners in only.items() if len(owners) > 1]
     for pairing in choices:
         each = [move(owner, at) for owner, at in pairing[: _MOST_CHOICES + 1]]
+        if each[0].what == "step" and each[0].place == each[-1].place:
+            continue  # One step of several optimizers is set in the program.
         if len(each) <= _MOST_CHOICES and all(_are_restored(evidence, [one]) for one in each):
             yield _one_of(evidence, each)
 

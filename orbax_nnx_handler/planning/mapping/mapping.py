@@ -177,7 +177,8 @@ def map_leaves(
         UnusedRuleError: A rule matches no stored leaf.
     """
     mapping = _map(wanted, stored, layout, rules, layout.place(stored))
-    moved = as_wanted(mapping.placements, of_role(wanted, "model", "random"), mapping.found, mapping.used())
+    models, entries = of_role(wanted, "model", "random"), mapping.applied.entries
+    moved = as_wanted(mapping.placements, models, mapping.found, mapping.used(), entries)
     if moved is mapping.placements:
         return mapping  # Nearly every checkpoint.
     again = _map(wanted, stored, layout, rules, moved)

@@ -72,7 +72,11 @@ def find_random(
 
 
 def as_wanted(
-    placements: Sequence[Placement], wanted: Sequence[Wanted], found: Collection[Path], read: Collection[Path]
+    placements: Sequence[Placement],
+    wanted: Sequence[Wanted],
+    found: Collection[Path],
+    read: Collection[Path],
+    entries: Sequence[Entry],
 ) -> Sequence[Placement]:
     """Returns the placements, with what lies aside in another arrangement of layers as the model's own.
 
@@ -84,15 +88,12 @@ def as_wanted(
         wanted: The target's leaves of models, and its random state.
         found: The wanted paths that have a source.
         read: The stored paths that are a source.
+        entries: What rules call the stored leaves.
     """
     aside = [item for item in placements if item.section == "aux" and item.leaf.path not in read]
     own_names = {skeleton(canonical(item.path)) for item in aside}
-    left = [
-        item
-        for item in (wanted if aside else ())
-        if item.leaf.kind is not None and (item.leaf.path not in found or skeleton(item.tokens) in own_names)
-    ]
-    if not left:
+    typed = [item for item in (wanted if aside else ()) if item.leaf.kind is not None]
+    if all(item.leaf.path in found and skeleton(item.tokens) not in own_names for item in typed):
         return placements
     kinds = _collections_by_end(wanted)
     modules = {(item.owner, item.tokens[:1]) for item in placements if item.section == "model"}
@@ -104,6 +105,7 @@ def as_wanted(
         names = canonical(owner)
         return any(item.tokens[: len(names)] == names for item in wanted)
 
+    renamed = {entry.sources[0]: entry.tokens for entry in entries if entry.section == "aux" and entry.named}
     moved: dict[Path, Placement] = {}
     # Of a network of which a part becomes a train state, all does.
     for item in (item for item in placements if item.section == "aux"):
@@ -115,7 +117,8 @@ def as_wanted(
         # Another network may have the name for another kind. Of a model that is stored below a level which
         # the target has not, the name begins behind it.
         without = strip(whole, above.get(owner, ()) if is_of_model else ())
-        names = map(skeleton, (canonical((*owner, *own)), whole, without))
+        by_rule = renamed.get(item.leaf.path, ())
+        names = map(skeleton, (by_rule, by_rule[of_model:], canonical((*owner, *own)), whole, without))
         named = next((kinds[name] for name in names if name in kinds), ())
         if len(named) == 1 and len(own) > 1 and not (is_of_model and item.leaf.path in read):
             (collection,) = named

@@ -52,6 +52,29 @@ def test_statistics_and_streams_of_several_networks_follow_their_layers(
         assert_alike(nnx.state(restored[name]), nnx.state(models[name]))
 
 
+class Renamed(nnx.Module):
+    def __init__(self, form: str):
+        self.blocks = Model(form).layers
+
+
+@MODELS
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+def test_statistics_and_streams_of_several_networks_follow_a_rule_for_their_layers(
+    tmp_path: Path, saved: str, wanted: str, layout: Literal["linen", "maxtext"]
+) -> None:
+    models = numbered({name: Model(saved, seed=at) for at, name in enumerate(("gen", "disc"))})
+    save(tmp_path / "item", models, layout=layout)
+    target = nnx.eval_shape(lambda: {name: Renamed(wanted) for name in models})
+    rule = ("layers", "blocks") if saved == "scan" else ("layers_{i}", "blocks_{i}")
+
+    plan = plan_restore(tmp_path / "item", target, renames=[rule])
+
+    assert not plan.defaulted
+    restored = restore(tmp_path / "item", target, renames=[rule])
+    for name, model in models.items():
+        assert_alike({"layers": nnx.state(restored[name])["blocks"]}, nnx.state(model))
+
+
 def test_streams_of_fewer_layers_than_are_wanted_are_said_to_be_so(tmp_path: Path) -> None:
     save(tmp_path / "item", Model("list", layers=2))
     target = nnx.eval_shape(lambda: Model("scan"))

@@ -95,10 +95,8 @@ def stored_optimizers(
             # A step goes where its optimizer goes, unless a rule moves it by itself, to another one even.
             own = moved.get(state, own) if own == canonical(state) else own
             placed[homes.get(own, state), own].append(step)
-    held = {*models, *networks}
     # A place in a tuple that holds no model is an optimizer's own.
-    names = [canonical(state) for state in (*leaves, *steps)]
-    own = {*networks, *(name for name in names if name in held or not any(map(is_number, name[-1:])))}
+    places = {at for at in map(canonical, (*leaves, *steps)) if any(map(is_number, at[-1:]))} - models
     return [
         StoredOptimizer(
             owner=owner,
@@ -106,7 +104,8 @@ def stored_optimizers(
             leaves=tuple(leaves[state]) if owner == moved.get(state) else (),
             steps=tuple(placed[state, owner]),
             # A Linen train state holds `opt_state` itself; NNX puts an attribute between.
-            has_attribute=bool(owner) and not (collections and owner in own & {canonical(state), *networks}),
+            has_attribute=bool(owner)
+            and not (collections and owner in {*networks, *({canonical(state)} - places)}),
         )
         for state, owner in dict.fromkeys((*moved.items(), *placed))
     ]

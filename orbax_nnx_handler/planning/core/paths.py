@@ -266,3 +266,28 @@ def linen_path(path: Path) -> tuple[str, ...]:
             # With its slashes: `bridge.ToNNX` keeps the keys of `nn.WeightNorm` as Linen has them.
             names.append(str(key))
     return tuple(names)
+
+
+_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state", "params"})
+
+
+def called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
+    """Returns the names that an optimizer's own holds best, short or whole: `g_opt` is called after `gen`."""
+    words = {*_words(owner)}
+    scores: dict[Path, int] = {}
+    for name in names:
+        each = [2 if word in words else any(_is_short(word, one) for one in words) for word in _words(name)]
+        scores[name] = sum(each) if all(each) else 0
+    best = max(scores.values(), default=0)
+    return [name for name, score in scores.items() if score == best > 0]
+
+
+def _is_short(word: str, other: str) -> bool:
+    return not {word, other} & {*filter(str.isdigit, (word, other))} and (
+        word.startswith(other) or other.startswith(word)
+    )
+
+
+def _words(name: Path) -> list[str]:
+    words = "_".join(str(key).removeprefix("#") for key in name).lower().split("_")
+    return [word for word in words if word and word not in _GENERAL_WORDS]

@@ -12,6 +12,7 @@ from orbax_nnx_handler.planning.core.lines import listed
 from orbax_nnx_handler.planning.core.paths import (
     Path,
     Tokens,
+    called_after,
     canonical,
     render,
     spelled,
@@ -21,7 +22,6 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, reads
 from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, weights_alone
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, field_of
-from orbax_nnx_handler.planning.mapping.optimizer_pairs import called_after
 from orbax_nnx_handler.planning.mapping.optimizer_states import split
 from orbax_nnx_handler.planning.rules import as_rules
 

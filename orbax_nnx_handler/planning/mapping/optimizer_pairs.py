@@ -12,12 +12,12 @@ a state that has moved past another one: a chain in another order is another opt
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, called_after, canonical
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, substitute
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import Found
@@ -406,28 +406,3 @@ def trained_of(
     """Returns what an optimizer trains, each `nnx.Param` and whatever it has moments of, with collections."""
     moments = frozenset[Path]().union(*(state.parameters for state in states))
     return {at: item.collection for at, item in parameters.items() if _is_param(item) or at in moments}
-
-
-_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state", "params"})
-
-
-def called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
-    """Returns the names that an optimizer's own holds best, short or whole: `g_opt` is called after `gen`."""
-    words = {*_words(owner)}
-    scores: dict[Path, int] = {}
-    for name in names:
-        each = [2 if word in words else any(_is_short(word, one) for one in words) for word in _words(name)]
-        scores[name] = sum(each) if all(each) else 0
-    best = max(scores.values(), default=0)
-    return [name for name, score in scores.items() if score == best > 0]
-
-
-def _is_short(word: str, other: str) -> bool:
-    return not {word, other} & {*filter(str.isdigit, (word, other))} and (
-        word.startswith(other) or other.startswith(word)
-    )
-
-
-def _words(name: Path) -> list[str]:
-    words = "_".join(str(key).removeprefix("#") for key in name).lower().split("_")
-    return [word for word in words if word and word not in _GENERAL_WORDS]

@@ -11,7 +11,7 @@ is used twice holds for them too, and that moments follow.
 import dataclasses
 import itertools
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Protocol
 
@@ -375,16 +375,17 @@ class _Kernel:
                 yield Broken(law=8, wanted=item.leaf.path, stored=reads(made)[0], why=why)
 
     def owners(self) -> Iterator[Broken]:
-        """Yields where one optimizer is taken from two train states, or one train state serves two."""
-        users: dict[Path, list[Path]] = defaultdict(list)
-        for wanted, stored in self._owners.items():
-            for owner in stored:
-                users[owner].append(wanted)
-        refused = {wanted for wanted, stored in self._owners.items() if len(stored) > 1}
-        refused |= {wanted for owners in users.values() if len(owners) > 1 for wanted in owners}
+        """Yields where train states share an optimizer, or one is read from elsewhere than its own path."""
+        users = Counter(owner for stored in self._owners.values() for owner in stored)
+        lent = {owner for owner, count in users.items() if count > 1}
+        refused = {at for at, stored in self._owners.items() if len(stored) > 1 or stored & lent}
+        moved = [at for at, stored in self._owners.items() if {canonical(at)} != {*map(canonical, stored)}]
+        some = self._placed.values() if moved else ()
+        own = {canonical(item.owner): item.owner for item in some if item.section == "optimizer"}
+        refused |= {at for at in moved if own.get(canonical(at)) not in (None, *self._owners[at])}
         for item, recipe, _ in (*self._by_role["step"], *self._by_role["optimizer"]) if refused else ():
             if item.owner in refused:
-                why = "several train states share an optimizer or a step"
+                why = "train states share an optimizer or a step, or it is another one's"
                 yield Broken(law=3, wanted=item.leaf.path, stored=reads(recipe)[0], why=why)
 
     def roots(self) -> Iterator[Broken]:

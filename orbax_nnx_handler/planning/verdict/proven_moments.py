@@ -35,9 +35,11 @@ from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
 from orbax_nnx_handler.planning.verdict.states import (
+    Followed,
     Slot,
     States,
     StoredNames,
+    Trained,
     slot_of,
     spellings,
     spelt_alike,
@@ -103,7 +105,7 @@ class ProvenMoments:
         is_plain = len(depths) == 1 and len(self._by_key) == len(self._weights)
         self._in_order = list(self._by_key) if is_plain else []
         self._last: tuple[Path, Path, Path] = ((), (), ())
-        self.states, self._names = States(wanted, placed), StoredNames(placed)
+        self.states, self._names, self._trained = States(wanted, placed), StoredNames(placed), Trained()
         self.owners: dict[Path, set[Path]] = defaultdict(set)
         self.orphans: list[Claim] = []
 
@@ -113,7 +115,7 @@ class ProvenMoments:
             law, why = self._why(item, recipe)
             if why:
                 yield law, item.leaf.path, reads(recipe)[0], why
-        for path, stored, why in self.states.crossed():
+        for path, stored, why in (*self.states.crossed(), *self._trained.astray()):
             yield 8, path, stored, why
 
     def _unlike(self) -> Iterator[Claim]:
@@ -190,6 +192,7 @@ class ProvenMoments:
         candidates = list(self._candidates(item))
         reasons = [self._why_not_of(item, recipe, at, claim) for at, claim in candidates]
         if "" in reasons:
+            self._of_networks(item, candidates, reasons, stored[0])
             return ""
         if reasons and len(here.field) > 1:
             return next((why for why in reasons if why.startswith("it is ")), reasons[0])
@@ -198,6 +201,17 @@ class ProvenMoments:
         if len(here.field) > 1 and not reasons:
             return self._why_no_orphan(item, recipe, here, stored)
         return f"its name there is {render(canonical(stored[0].path))}"
+
+    def _of_networks(
+        self, item: Wanted, claims: list[tuple[int, _Weight]], reasons: list[str], stored: Placement
+    ) -> None:
+        """Keeps the networks that have a weight of a moment's name, if there are several."""
+        networks: dict[Path, Followed] = {}
+        for (at, (weight, made, _)), why in zip(claims, reasons, strict=True) if len(claims) > 1 else ():
+            root = weight.leaf.path[: at - len(item.path) if at > 0 else at]
+            networks[root] = Followed(not why, next((self._placed[of].owner for of in reads(made)), ()))
+        if len(networks) > 1:
+            self._trained.add(item, stored, networks)
 
     def _why_no_orphan(self, item: Wanted, recipe: Recipe, here: Slot, stored: Sequence[Placement]) -> str:
         """Returns why a moment of an unknown parameter is in another field; empty if its name is open."""

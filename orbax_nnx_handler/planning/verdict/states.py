@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, called_after, canonical, is_number, render
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -155,6 +155,62 @@ class States:
                 others = self._every_slot[state] - self._wanted_fields[wanted]
                 if others:
                     yield *leaves, f"its state has {render(min(others))} too"
+
+
+class Followed(NamedTuple):
+    """A network with a weight of a moment's name.
+
+    Attributes:
+        is_followed: Whether the moment is made as the weight is.
+        source: The owner of what the weight reads.
+    """
+
+    is_followed: bool
+    source: Path
+
+
+class Trained:
+    """Which network each optimizer trains, of those that have the names of its moments.
+
+    It trains one of them: the one that it lies beside, or that it is called after. What it is read
+    from has trained the stored network that this one is read from.
+    """
+
+    def __init__(self) -> None:
+        self._moments: dict[Path, list[tuple[Wanted, Placement, Mapping[Path, Followed]]]] = defaultdict(list)
+
+    def add(self, item: Wanted, stored: Placement, networks: Mapping[Path, Followed]) -> None:
+        """Records the networks with a weight of a moment's name, by the keys above their weights."""
+        self._moments[item.owner].append((item, stored, networks))
+
+    def astray(self) -> Iterator[tuple[Path, Path, str]]:
+        """Yields a moment of each optimizer that follows another network than its own; and why."""
+        for owner, moments in self._moments.items():
+            roots = dict.fromkeys(root for *_, networks in moments for root in networks)
+            sources = dict.fromkeys(network.source for *_, of in moments for network in of.values())
+            own = _of_its_name(owner, roots) or list(roots)
+            for item, stored, networks in moments:
+                own = [root for root in own if root not in networks or networks[root].is_followed]
+                if not own:
+                    yield item.leaf.path, stored.leaf.path, "it is made as the weights of another network"
+                    break
+                there = _of_its_name(stored.owner, sources)
+                read = {networks[root].source for root in own if root in networks}
+                if there and read and read.isdisjoint(there):
+                    yield item.leaf.path, stored.leaf.path, f"it is a moment of {render(there[0])}"
+                    break
+
+
+def _of_its_name(owner: Path, networks: Iterable[Path]) -> list[Path]:
+    """Returns the networks that an optimizer lies in, lies beside, or is called after."""
+    own = [at for at in networks if at == owner]
+    above = owner[:-1]
+    beside = [at for at in networks if above and at[: len(above)] == above]
+    if own or len(beside) == 1:
+        return own or beside
+    ends = {at: canonical(at)[-1:] for at in beside or networks}
+    named = called_after(canonical(owner)[-1:], set(ends.values()))
+    return [at for at, end in ends.items() if end in named] or beside
 
 
 class StoredNames:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from orbax_nnx_handler import Transpose as TransposeRule
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.recipes import Add, Scale, Transpose
 from orbax_nnx_handler.planning.options import RestoreOptions
@@ -32,9 +33,14 @@ def plan():
     state = nnx.from_flat_state([((*top, *name), kind(array)) for _, top, kind in tops for name in names])
     stored = [(*top, *name) for top, _, _ in tops for name in names]
     leaves = {path: StoredLeaf(path=path, shape=(4, 4), dtype=FLOAT) for path in stored}
+    return given_for(state, leaves)
+
+
+def given_for(state, leaves, *rules):
+    """Returns what the laws are given for a plan, which they find right."""
     given = []
     with mock.patch.object(judge, "certify", lambda *arguments: given.append(arguments) or []):
-        make_plan(flatten_target(state), leaves, RestoreOptions()).check()
+        make_plan(flatten_target(state), leaves, RestoreOptions(renames=rules)).check()
     assert certify(*given[0]) == []
     return given[0]
 
@@ -97,3 +103,59 @@ def test_a_constant_of_a_parameter_is_refused_in_its_moments(plan, number):
     refused = broken(plan, {path: Add(recipe_of(plan, path), 1.0) for path in names})
 
     assert refused - {(7, weight)} == {(8, moment("mu", number))}
+
+
+NETWORKS = [
+    (("a", "b"), ("a_opt", "b_opt")),
+    (("gen", "disc"), ("g_opt", "d_opt")),
+    (("q_0", "q_1"), ("opt_0", "opt_1")),
+    (("a/model", "b/model"), ("a/optimizer", "b/optimizer")),
+    (("nets/0", "nets/1"), ("opts/0", "opts/1")),
+]
+WITHOUT_NAMES = [(("q", "r"), ("opt_a", "opt_b")), (("q", "r"), ("x", "y"))]
+MOMENTS = [(*field, *name) for field in (("mu",), ("nu",)) for name in (("one", "kernel"), ("two", "kernel"))]
+
+
+def keys(path):
+    return tuple(int(key) if key.isdecimal() else key for key in path.split("/"))
+
+
+def two_networks(networks, optimizers, *rules):
+    """Returns what the laws are given for two networks of the same names and their optimizers."""
+    names = [*({path[1:] for path in MOMENTS})]
+    array = jax.ShapeDtypeStruct((4, 4), FLOAT)
+    tops = [(keys(path), nnx.Param, names) for path in networks]
+    tops += [((*keys(path), "opt_state", 0), nnx.optimizer.OptArray, MOMENTS) for path in optimizers]
+    state = nnx.from_flat_state([((*top, *name), kind(array)) for top, kind, below in tops for name in below])
+    stored = [
+        ((*top, "params") if kind is nnx.Param else top, name) for top, kind, below in tops for name in below
+    ]
+    paths = [tuple(map(str, (*top, *name))) for top, name in stored]
+    leaves = {path: StoredLeaf(path=path, shape=(4, 4), dtype=FLOAT) for path in paths}
+    return given_for(state, leaves, *rules)
+
+
+def moments_of(plan, optimizer):
+    return [(*keys(optimizer), "opt_state", 0, *name) for name in MOMENTS]
+
+
+@pytest.mark.parametrize(("networks", "optimizers"), NETWORKS)
+def test_what_a_rule_does_to_one_of_two_networks_is_refused_in_the_moments_of_the_other(networks, optimizers):
+    plan = two_networks(networks, optimizers, TransposeRule(f"{networks[1]}/params/one/kernel", (1, 0)))
+    first, second = ([path for path in moments_of(plan, of) if "one" in path] for of in optimizers)
+    turned = {path: Transpose(recipe_of(plan, path), (1, 0)) for path in first}
+    straight = {path: recipe_of(plan, path).source for path in second}
+
+    for changed in (turned, straight, turned | straight, dict([*turned.items()][:1])):
+        found = broken(plan, changed)
+        assert {law for law, _ in found} == {8}
+        assert {path for _, path in found} <= changed.keys()
+
+
+@pytest.mark.parametrize(("networks", "optimizers"), [*NETWORKS, *WITHOUT_NAMES])
+def test_the_optimizers_of_two_networks_that_have_changed_places_are_refused(networks, optimizers):
+    plan = two_networks(networks, optimizers)
+    one, other = (moments_of(plan, of) for of in optimizers)
+    changed = {here: recipe_of(plan, there) for here, there in zip(one + other, other + one, strict=True)}
+
+    assert {law for law, _ in broken(plan, changed)} & {3, 8}

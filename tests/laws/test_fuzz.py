@@ -10,6 +10,7 @@ from flax import nnx
 from tests.laws.fuzz import models, optimizers
 from tests.laws.fuzz.__main__ import needless, table
 from tests.laws.fuzz.programs import try_program
+from tests.laws.fuzz.renamed import try_renamed
 from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import draw, try_seed
 from tests.laws.worlds import Branch
@@ -90,6 +91,13 @@ def test_random_programs_come_back_also_where_they_hold_their_networks_otherwise
     wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
     assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
     assert needless(found) <= 0.1, table(found)
+
+
+def test_random_programs_come_back_under_rules_that_say_what_has_changed(tmp_path_factory):
+    found = [try_renamed(seed, tmp_path_factory.mktemp("renamed")) for seed in range(60)]
+    wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
+    assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
+    assert needless(found) <= 0.05, table(found)
 
 
 @pytest.mark.parametrize(

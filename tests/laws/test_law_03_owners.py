@@ -544,3 +544,29 @@ def test_a_level_stays_where_a_copy_beside_the_train_states_has_another_name(tmp
     copy = Branch(states["critic"].params, {})
 
     refused(path, nnx.eval_shape(lambda: {"agent": _Owner(**parts, slow=copy)}), unexpected="ignore")
+
+
+@pytest.mark.parametrize("level", ["state", "train_state", "gen"])
+@pytest.mark.parametrize("rule", [("z/params", "model"), ("z", "")])
+@pytest.mark.parametrize("other", ["weights", "step"])
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.sgd(optax.constant_schedule(0.1)), ADAM])
+def test_a_network_that_a_rule_makes_the_model_is_not_lent_anothers_step(tmp_path, tx, other, rule, level):
+    numbers = Numbers()
+    params = {name: _model(numbers) for name in (level, "z")}
+    trained = {
+        "params": params[level],
+        "opt_state": numbers.optimizer(tx, params[level]),
+        "step": np.int32(7),
+    }
+    beside = {"params": params["z"], **({"step": np.int32(9)} if other == "step" else {})}
+    path = write(tmp_path, {level: trained, "z": beside})
+
+    def make():
+        model = Branch(params["z"], {})
+        return {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)}
+
+    policy = {nnx.PathContains("optimizer"): "init", ...: "error"}
+    options = {"renames": [rule], "unexpected": "ignore", "policy": policy, "init": make}
+    result = restore(path, nnx.eval_shape(make), **options)
+    check(nnx.state(result["model"]), params["z"])
+    assert int(result["optimizer"].step[...]) in (0, 9)

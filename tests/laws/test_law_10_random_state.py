@@ -3,13 +3,14 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import plan_restore, restore, save
-from tests.laws.worlds import flat
+from orbax_nnx_handler import Transpose, plan_restore, restore, save
+from tests.laws.worlds import Numbers, flat
 
 ADAM = optax.adam(1e-3)
 
@@ -160,3 +161,24 @@ def test_a_rule_for_a_module_takes_its_random_state_along(tmp_path, layout, rule
         back = _named(restore(tmp_path / at, nnx.eval_shape(lambda: _Parts(enc=1, dec=2))))
         for path, value in _named(state).items():
             np.testing.assert_array_equal(back[path], value, path)
+
+
+@pytest.mark.parametrize("layout", ["linen", "maxtext"])
+@pytest.mark.parametrize("shape", [(3, 3), (3, 4)])
+def test_what_lies_aside_is_turned_by_the_rule_that_turns_its_network(tmp_path, layout, shape):
+    class Layered(nnx.Module):
+        def __init__(self, shape):
+            self.layers = nnx.List([nnx.Dict(w=nnx.Param(jnp.zeros(shape))) for _ in range(2)])
+
+    def make(shape):
+        return {"model": Layered(shape), "ema": Layered(shape)}
+
+    item, numbers = make(shape), Numbers()
+    for layer in (*item["model"].layers, *item["ema"].layers):
+        layer["w"].set_value(jnp.asarray(numbers(*shape)))
+    save(tmp_path / "saved", item, layout=layout)
+    rules = [Transpose("layers_{i}/w", (1, 0))]
+    result = restore(tmp_path / "saved", nnx.eval_shape(lambda: make(shape[::-1])), renames=rules)
+    for name in item:
+        for layer, own in zip(result[name].layers, item[name].layers, strict=True):
+            np.testing.assert_array_equal(layer["w"][...], own["w"][...].T)

@@ -204,6 +204,7 @@ def _map(
     virtual = [parameter for leaves in alone for parameter in virtual_parameters(leaves)]
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
+    pairs = pairs if alone else _of_read_states(pairs, found, placements)
     if steps := of_role(wanted, "step"):
         moved = {path for e in entries if e.section == "step" and e.named for path in e.sources}
         _add_steps(found, pairs, steps, [item for item in placements if item.leaf.path not in moved])
@@ -352,6 +353,24 @@ def _stored_states(
 ) -> StoredStates:
     known = parameter_paths(own, root, trained) if optimizer.leaves else {}
     return read_stored((*optimizer.leaves, *optimizer.steps), known)
+
+
+def _of_read_states(pairs: _Pairs, found: Mapping[Path, Found], placements: Sequence[Placement]) -> _Pairs:
+    """Returns the pairs without optimizers and steps of a train state of which no weight is read.
+
+    Others' weights are the target's model then, or nothing tells whose: only its own name does.
+    """
+    if len({item.owner for item in placements if item.section == "model"}) < 2:
+        return pairs  # Nearly every checkpoint.
+    sources = {path for each in found.values() for path in reads(each.recipe)}
+    read = {canonical(item.owner) for item in placements if item.leaf.path in sources}
+
+    def is_own(wanted: WantedOptimizer, stored: StoredOptimizer) -> bool:
+        owner = stored.owner
+        is_named = bool(owner) and wanted.owner[: len(owner)] == owner
+        return is_named or len(stored.models) > 1 or not read.isdisjoint(stored.models)
+
+    return [pair for pair in pairs if is_own(*pair)]
 
 
 def _add_steps(

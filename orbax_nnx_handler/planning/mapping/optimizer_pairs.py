@@ -313,8 +313,10 @@ class Trainings:
         renamed = {entry.owner for entry in own if entry.named}
         moved = [item for item in whole if item.network.owner in renamed]
         moved = [item for item in moved if stored.owner[: len(item.network.owner)] == item.network.owner]
-        # A network that rules have renamed is none of these, and the first of the others is another one.
-        likely = moved or [item for item in whole if item.network.owner in stored.models] or whole
+        # Beside several networks, also those that rules have renamed; in a train state of its own, they are
+        # others', and the first of the rest is another one.
+        known = stored.models | renamed if len(stored.models) > 1 else stored.models
+        likely = moved or [item for item in whole if item.network.owner in known] or whole
         if len(likely) < 2:
             return likely
         ends = [[item.tokens[at:] for at in range(len(item.tokens))] for item in wanted.leaves]

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, shared_levels
-from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.planning.core.recipes import Read, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, below_owner, is_copy_level
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
 from orbax_nnx_handler.planning.mapping.networks import Matched
@@ -53,6 +53,9 @@ def find_random(
     if not left:
         return
     moved = {entry.sources[0]: entry for entry in entries if entry.named and isinstance(entry.recipe, Read)}
+    made = [entry for entry in entries if entry.section == "aux" and not isinstance(entry.recipe, Read)]
+    count = Counter(path for entry in made for path in entry.sources)
+    changed = {entry.sources[0]: entry for entry in made if [count[path] for path in entry.sources] == [1]}
     matched = [network for network in networks if any(item.leaf.path in found for item in network.weights)]
     places = _Places(wanted, placements, moved, roots, matched, entries)
     taken: set[Path] = set()
@@ -65,16 +68,18 @@ def find_random(
                 continue
             source = next((path for path in find(item) if path not in taken), None)
             if source is not None:
-                reason = moved[source].reason if source in moved else ""
+                by_rule = changed.get(source) or moved.get(source)
+                reason = by_rule.reason if by_rule else ""
                 evidence = MatchEvidence(kind="rule", words=reason) if reason else _STREAM
-                found[item.leaf.path] = Found(recipe=Read(source), reason=reason, evidence=evidence)
+                recipe = by_rule.recipe if by_rule else Read(source)
+                found[item.leaf.path] = Found(recipe=recipe, reason=reason, evidence=evidence)
                 taken.add(source)
 
 
 def as_wanted(
     placements: Sequence[Placement],
     wanted: Sequence[Wanted],
-    found: Collection[Path],
+    found: Mapping[Path, Found],
     read: Collection[Path],
     entries: Sequence[Entry],
 ) -> Sequence[Placement]:
@@ -86,19 +91,20 @@ def as_wanted(
     Args:
         placements: What each stored leaf is.
         wanted: The target's leaves of models, and its random state.
-        found: The wanted paths that have a source.
+        found: What the wanted leaves come from, those that were found.
         read: The stored paths that are a source.
         entries: What rules call the stored leaves.
     """
     aside = [item for item in placements if item.section == "aux" and item.leaf.path not in read]
-    own_names = {skeleton(canonical(item.path)) for item in aside}
+    names = {skeleton(canonical(item.path)) for item in aside}
     typed = [item for item in (wanted if aside else ()) if item.leaf.kind is not None]
-    if all(item.leaf.path in found and skeleton(item.tokens) not in own_names for item in typed):
+    if all(item.leaf.path in found and skeleton(item.tokens) not in names for item in typed):
         return placements
     kinds = _collections_by_end(wanted)
     modules = {(item.owner, item.tokens[:1]) for item in placements if item.section == "model"}
     level = _level_of(wanted, [item.owner for item in placements])
-    above = _levels_of_models(placements)
+    above = _levels_of_models((item.owner, item.tokens) for item in placements if item.section == "model")
+    targets = _levels_of_models(_where_read(placements, wanted, found))
 
     @functools.cache
     def is_asked_for(owner: Path) -> bool:
@@ -118,7 +124,8 @@ def as_wanted(
         # the target has not, the name begins behind it.
         without = strip(whole, above.get(owner, ()) if is_of_model else ())
         by_rule = renamed.get(item.leaf.path, ())
-        names = map(skeleton, (by_rule, by_rule[of_model:], canonical((*owner, *own)), whole, without))
+        there = (*targets.get(owner, ()), *whole) if is_of_model else ()
+        names = map(skeleton, (by_rule, by_rule[of_model:], canonical((*owner, *own)), there, whole, without))
         named = next((kinds[name] for name in names if name in kinds), ())
         if len(named) == 1 and len(own) > 1 and not (is_of_model and item.leaf.path in read):
             (collection,) = named
@@ -129,19 +136,22 @@ def as_wanted(
                 item, section="model", collection=collection, path=below, owner=owner
             )
     owners = {item.owner for item in placements if item.section != "aux"}
-    placed = {skeleton(canonical((*item.owner, *item.path))) for item in moved.values()}
-
-    def is_whole(owner: Path) -> bool:
-        names = canonical(owner)
-        below = (item for item in wanted if item.tokens[: len(names)] == names)
-        return owner in owners or all(
-            item.leaf.path in found or skeleton(item.tokens) in placed for item in below
-        )
-
+    own = {canonical((*item.owner, *item.path)) for item in moved.values()}
+    placed = {skeleton(name) for name in own.union(renamed[path] for path in moved if path in renamed)}
     kept = {item.owner for path, item in moved.items() if path not in read}
-    kept = {owner for owner in kept if is_whole(owner)}
+    kept = {owner for owner in kept if owner in owners or _is_whole(owner, wanted, found, placed)}
     moved = {path: item for path, item in moved.items() if item.owner in kept}
     return [moved.get(item.leaf.path, item) for item in placements] if moved else placements
+
+
+def _is_whole(
+    owner: Path, wanted: Sequence[Wanted], found: Collection[Path], placed: Collection[Tokens]
+) -> bool:
+    """Tells whether all that is wanted below an owner is found; random state need not be."""
+    names = canonical(owner)
+    below = [item for item in wanted if item.tokens[: len(names)] == names]
+    below = [item for item in below if item.role != "random"] or below
+    return all(item.leaf.path in found or skeleton(item.tokens) in placed for item in below)
 
 
 def _collections_by_end(wanted: Sequence[Wanted]) -> Mapping[Tokens, set[str | None]]:
@@ -154,13 +164,22 @@ def _collections_by_end(wanted: Sequence[Wanted]) -> Mapping[Tokens, set[str | N
     return found
 
 
-def _levels_of_models(placements: Sequence[Placement]) -> Mapping[Path, Tokens]:
+def _levels_of_models(weights: Iterable[tuple[Path, Tokens]]) -> Mapping[Path, Tokens]:
     """Returns the levels that all weights of each train state lie below."""
     names: dict[Path, list[Tokens]] = defaultdict(list)
-    for item in placements:
-        if item.section == "model":
-            names[item.owner].append(item.tokens)
+    for owner, tokens in weights:
+        names[owner].append(tokens)
     return {owner: shared_levels(tokens, 2) for owner, tokens in names.items()}
+
+
+def _where_read(
+    placements: Sequence[Placement], wanted: Sequence[Wanted], found: Mapping[Path, Found]
+) -> Iterator[tuple[Path, Tokens]]:
+    """Yields the names of wanted weights, each with the stored train state that it is read from."""
+    owners = {item.leaf.path: item.owner for item in placements if item.section == "model"}
+    for item in wanted:
+        read = reads(found[item.leaf.path].recipe) if item.leaf.path in found else ()
+        yield from ((owners[path], item.tokens) for path in read[:1] if path in owners)
 
 
 def _level_of(wanted: Sequence[Wanted], owners: Iterable[Path]) -> Tokens:

@@ -153,7 +153,7 @@ def _meant_weights(rule: Rule, changed: Sequence[Entry], entries: Sequence[Entry
 
 
 def _numbered_as_weights(entries: Sequence[Entry], rules: Sequence[Rule]) -> Sequence[Entry]:
-    """Returns the entries, what lies aside numbered as Linen's weights are where a rule matches it only so.
+    """Returns the entries, what lies aside numbered as Linen's weights are where more rules match it so.
 
     A save keeps it under NNX's own path: a rule for `layers_1` is for `layers/1` there.
     """
@@ -161,12 +161,12 @@ def _numbered_as_weights(entries: Sequence[Entry], rules: Sequence[Rule]) -> Seq
         return entries  # Nearly every checkpoint.
     patterns = [Pattern(text) for rule in rules for text in patterns_of(rule)]
 
-    def matches(names: Sequence[str]) -> bool:
-        return any(next(pattern.spans(names), None) is not None for pattern in patterns)
+    def matches(names: Sequence[str]) -> set[int]:
+        return {at for at, pattern in enumerate(patterns) if next(pattern.spans(names), None) is not None}
 
     def as_weight(entry: Entry) -> Entry:
         names = numbered(entry.segments) if AUX in entry.whole else entry.segments
-        if names == entry.segments or matches(entry.whole) or not matches((*entry.prefix, *names)):
+        if names == entry.segments or not matches(entry.whole) < matches((*entry.prefix, *names)):
             return entry
         return dataclasses.replace(entry, segments=names)
 

@@ -16,6 +16,9 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, parse
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
 
+Names = tuple[str, ...]
+
+AUX = "nnx_aux"
 OPT_STATE = "opt_state"
 
 
@@ -86,7 +89,7 @@ class Entry:
         """Returns the entry under another whole path, and with other changes.
 
         Where a rule wrote above the collection's own paths, the path is read anew: a key that is
-        a collection of Flax's tells owner and collection, a path without one belongs to none.
+        its own collection or one of Flax's tells owner and collection, a path without one belongs to none.
         """
         depth = len(self.prefix)
         names, marks = tuple(whole), tuple(fixed)
@@ -102,6 +105,11 @@ class Entry:
         if self.section == "step":
             return dataclasses.replace(
                 self, segments=names, prefix=(), fixed=marks, owner=canonical(names[:-1]), **changes
+            )
+        if (known := self._in_its_collection(names)) is not None:
+            above, owner = known
+            return with_fields(
+                self, segments=names[above:], prefix=names[:above], fixed=marks, owner=owner, **changes
             )
         at = next((at for at, name in enumerate(names[:-1]) if name in FLAX_COLLECTIONS), None)
         if at is None and depth == 1 and self.owner == canonical(names[:1]):
@@ -122,6 +130,18 @@ class Entry:
             section="model",
             **changes,
         )
+
+    def _in_its_collection(self, names: Names) -> tuple[int, Tokens] | None:
+        """Returns how many levels are above its collection's paths, and the owner; None if it has left it."""
+        if names[:1] == self.prefix[:1] == (AUX,) and self.placed and len(names) == len(self.whole):
+            # What lies aside, in another arrangement of layers, goes with its network.
+            return len(self.prefix), canonical(names[1 : 1 + len(self.placed.owner)])
+        # One level, or two where each collection lies below `params`.
+        depths = range(len(self.prefix))
+        own = next((self.prefix[at:] for at in depths if canonical(self.prefix[:at]) == self.owner), ())
+        starts = range(len(names) - len(own)) if own else ()
+        start = next((at for at in starts if names[at : at + len(own)] == own), None)
+        return None if start is None else (start + len(own), canonical(names[:start]))
 
 
 def model_entries(placements: Iterable[Placement]) -> list[Entry]:
@@ -188,8 +208,6 @@ def _prefix(path: Path) -> tuple[str, ...]:
 def _owner(path: Path) -> Tokens:
     return canonical(path)
 
-
-Names = tuple[str, ...]
 
 SHOWN = 3
 ALIKE = 0.6

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Protocol
 
 from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, computes, reads
 from orbax_nnx_handler.planning.layouts.layout import (
     FLAX_COLLECTIONS,
@@ -27,7 +27,7 @@ from orbax_nnx_handler.planning.layouts.layout import (
     is_copy_level,
 )
 from orbax_nnx_handler.planning.target.roles import Role, Wanted
-from orbax_nnx_handler.planning.verdict.claims import Claims
+from orbax_nnx_handler.planning.verdict.claims import Claims, is_same_path
 from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
 from orbax_nnx_handler.planning.verdict.proven_moments import (
     ProvenMoments,
@@ -210,7 +210,7 @@ class _Kernel:
         if item.role != "transient" and self._has_top(path):
             yield from self._same_path_first(item, read)
         if kind == "same path":
-            if not (isinstance(recipe, Read) and _is_same_path(path, recipe.path)):
+            if not (isinstance(recipe, Read) and is_same_path(path, recipe.path)):
                 yield Broken(law=1, wanted=path, stored=read[0], why="its whole path is another")
             return
         for stored in read:
@@ -383,6 +383,11 @@ class _Kernel:
         some = self._placed.values() if moved else ()
         own = {canonical(item.owner): item.owner for item in some if item.section == "optimizer"}
         refused |= {at for at in moved if own.get(canonical(at)) not in (None, *self._owners[at])}
+        states = {item.owner for item in some if item.section == "model"}
+        sources = (path for _, recipe, _ in self._by_role["model"] for path in reads(recipe))
+        read = {self._placed[path].owner for path in (sources if len(states) > 1 else ())}
+        others = states - read if read else set[Path]()  # Of these, only what its own path names is read.
+        refused |= {at for at in moved for o in self._owners[at] & others if not o or at[: len(o)] != o}
         for item, recipe, _ in (*self._by_role["step"], *self._by_role["optimizer"]) if refused else ():
             if item.owner in refused:
                 why = "train states share an optimizer or a step, or it is another one's"
@@ -416,14 +421,6 @@ class _Kernel:
                 (first, *_), (wanted, stored) = next(iter(found)), list(found.values())[-1]
                 why = f"other leaves lie below {render(first)}" if first else "others lie below no level"
                 yield Broken(law=7, wanted=wanted, stored=stored, why=why)
-
-
-def _is_same_path(wanted: Path, stored: Path) -> bool:
-    if wanted == stored:
-        return True
-    # By segments: Orbax writes a tuple key of a normalising wrapper as its text.
-    here, there = canonical(segments(wanted)), canonical(segments(stored))
-    return here == there or (there[-1:] == ("value",) and here == there[:-1])
 
 
 def _why_not(item: Wanted, placed: Placement) -> tuple[int, str]:

@@ -18,6 +18,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 from absl import logging
 
 from tests.laws.fuzz.programs import try_program
+from tests.laws.fuzz.renamed import try_renamed
 from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import Outcome, try_seed
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--real", type=int, default=EVERY, help="write and restore one tree in so many")
     parser.add_argument("--save", action="store_true", help="save random NNX states and restore them instead")
     parser.add_argument("--programs", action="store_true", help="save random programs, restore changed ones")
+    parser.add_argument("--rules", action="store_true", help="random programs, restored under rules")
     parser.add_argument("--examples", type=int, default=10, help="how many of each fault are shown")
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
@@ -44,6 +46,8 @@ def main() -> int:
             real = seed % options.real == 0
             if options.save:
                 outcomes.append(try_round_trip(seed, pathlib.Path(place)))
+            elif options.rules:
+                outcomes.append(try_renamed(seed, pathlib.Path(place)))
             elif options.programs:
                 outcomes.append(try_program(seed, pathlib.Path(place)))
             else:

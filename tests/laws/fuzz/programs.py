@@ -6,6 +6,7 @@ less, or be a part of the saved one. Names tell all of it, so every element come
 Nothing here is the package's.
 """
 
+import dataclasses
 import pathlib
 import random
 from collections.abc import Callable, Mapping
@@ -52,10 +53,20 @@ class Block(nnx.Module):
             self.rngs.dropout.count.set_value(jnp.zeros(count, jnp.uint32))
 
 
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """How a target's networks differ in names and axes: modules of other names, matrices turned."""
+
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    turned: tuple[str, str] | None = None
+
+
 class Network(nnx.Module):
     """Layers of random Variables under some names, and an output."""
 
-    def __init__(self, seed: int, arrangement: Arrangement, typed: bool, streams: bool):
+    def __init__(
+        self, seed: int, arrangement: Arrangement, typed: bool, streams: bool, changed: Changed = Changed()
+    ):
         rng = random.Random(seed)
         kinds = (nnx.Param, nnx.Param, nnx.BatchStat, Own) if typed else (nnx.Param,)
         for name, held in arrangement.items():
@@ -72,6 +83,14 @@ class Network(nnx.Module):
             setattr(self, name, nnx.List(one) if held == "list" else Block(variables, count, stream))
         mean: list[Any] = [("mean", nnx.BatchStat, (2,))] if typed else []
         self.out = Block([("kernel", nnx.Param, (2, 2)), *mean], None, streams and rng.random() < 0.5)
+        for layer in getattr(self, changed.turned[0]) if changed.turned else ():
+            variable = getattr(layer, changed.turned[1])
+            variable.set_value(jnp.zeros(variable.shape[::-1]))
+        parts = {new: getattr(self, old) for old, new in changed.names.items()}
+        for old in changed.names:
+            delattr(self, old)
+        for new, part in parts.items():
+            setattr(self, new, part)
 
 
 class Both(nnx.Module):
@@ -86,15 +105,15 @@ def try_program(seed: int, place: pathlib.Path) -> Outcome:
     """Draws a program, saves it, restores it into a changed one, and compares."""
     rng = random.Random(seed)
     names = rng.sample(LAYERS, rng.randint(1, 2))
-    here, there = _drawn_arrangement(rng, names), _drawn_arrangement(rng, names)
+    here, there = drawn_arrangement(rng, names), drawn_arrangement(rng, names)
     change, form, layout = rng.choice(CHANGES), rng.choice(FORMS), rng.choice(("linen", "maxtext"))
     if change in ("same", "part") or rng.random() < 0.5:
         there = there if change == "other arrangement" else here
-    make = _drawn_program(rng, form, 2 * seed)
+    make = drawn_program(rng, form, 2 * seed)
     level, kept = rng.choice(LEVELS), None
     if change == "part" and isinstance(whole := make(here), dict) and len(whole) > 1:
         kept = rng.sample(list(whole), rng.randint(1, len(whole) - 1))
-    saved = _numbered({level: make(here)} if change == "level less" else make(here))
+    saved = numbered({level: make(here)} if change == "level less" else make(here))
 
     def wanted() -> Any:
         item = make(there)
@@ -113,23 +132,27 @@ def try_program(seed: int, place: pathlib.Path) -> Outcome:
         return Outcome(seed, "refused without need", "must restore", tag, detail + said)
     except Exception as error:
         return Outcome(seed, "crashed", "must restore", tag, f"{detail}{type(error).__name__}: {error}")
-    want, have = _elements(saved, here), _elements(result, there)
+    want, have = elements(saved, here), elements(result, there)
     want = {path[change == "level less" :]: value for path, value in want.items()}
     have = {path[change == "level more" :]: value for path, value in have.items()}
     wrong = [path for path in have if path not in want or not np.array_equal(have[path], want[path])]
     return Outcome(seed, "wrong" if wrong else "right", "must restore", tag, detail + str(wrong[:3]))
 
 
-def _drawn_arrangement(rng: random.Random, names: list[str]) -> Arrangement:
+def drawn_arrangement(rng: random.Random, names: list[str]) -> Arrangement:
+    """Returns how the layers of each name are held."""
     return {name: rng.choice(("list", "stack")) for name in names}
 
 
-def _drawn_program(rng: random.Random, form: str, seed: int) -> Callable[[Arrangement], Any]:
+def drawn_program(rng: random.Random, form: str, seed: int) -> Callable[..., Any]:
+    """Returns what makes a program of a form, by the arrangement of its layers and what is changed."""
     typed, streams = rng.random() < 0.6, rng.random() < 0.6
     (one, two), other = rng.choice(PAIRS), seed + rng.randint(0, 1)
 
-    def make(arrangement: Arrangement) -> Any:
-        x, y, average = (Network(at, arrangement, typed, streams) for at in (seed, other, seed))
+    def make(arrangement: Arrangement, changed: Changed = Changed()) -> Any:
+        others = dataclasses.replace(changed, turned=None)
+        x, average = (Network(seed, arrangement, typed, streams, changed) for _ in range(2))
+        y = Network(other, arrangement, typed, streams, others)
         model, pair = {"model": x}, {one: x, two: y}
         programs: dict[str, Callable[[], Any]] = {
             "bare": lambda: x,
@@ -157,7 +180,7 @@ def _is_key(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
-def _numbered(item: Any) -> Any:
+def numbered(item: Any) -> Any:
     """Returns the item with a number of its own in every element."""
     graph, state = nnx.split(item)
     done = 0
@@ -174,7 +197,7 @@ def _numbered(item: Any) -> Any:
     return nnx.merge(graph, jax.tree.map(fill, state))
 
 
-def _elements(item: Any, arrangement: Arrangement) -> dict[tuple[str, ...], np.ndarray]:
+def elements(item: Any, arrangement: Arrangement) -> dict[tuple[str, ...], np.ndarray]:
     """Returns the values by path, each layer of a stack by itself."""
     found: dict[tuple[str, ...], np.ndarray] = {}
     for keys, leaf in nnx.to_flat_state(nnx.split(item)[1]):

@@ -570,3 +570,29 @@ def test_a_network_that_a_rule_makes_the_model_is_not_lent_anothers_step(tmp_pat
     result = restore(path, nnx.eval_shape(make), **options)
     check(nnx.state(result["model"]), params["z"])
     assert int(result["optimizer"].step[...]) in (0, 9)
+
+
+@pytest.mark.parametrize("names", [("student", "teacher"), ("actor", "critic")])
+@pytest.mark.parametrize("collections", [("params",), ("params", "batch_stats")])
+def test_networks_in_front_of_their_fields_are_told_without_an_optimizer(tmp_path, collections, names):
+    numbers = Numbers()
+    keys = {"params": "w", "batch_stats": "mean"}
+    fields = {f"{name}_{kind}": {"norm": {keys[kind]: numbers(3)}} for name in names for kind in collections}
+    path = write(tmp_path, fields)
+
+    def make():
+        kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+        parts = ({keys[kind]: kinds[kind](jnp.zeros(3)) for kind in collections} for _ in names)
+        return {name: nnx.Dict(norm=nnx.Dict(**part)) for name, part in zip(names, parts, strict=True)}
+
+    result = restore(path, nnx.eval_shape(make))
+    for name in names:
+        for kind in collections:
+            for key, value in fields[f"{name}_{kind}"]["norm"].items():
+                np.testing.assert_array_equal(result[name]["norm"][key][...], value)
+    alone = restore(path, nnx.eval_shape(lambda: {names[1]: make()[names[1]]}), unexpected="ignore")
+    np.testing.assert_array_equal(
+        alone[names[1]]["norm"]["w"][...], fields[f"{names[1]}_params"]["norm"]["w"]
+    )
+    with pytest.raises(RestoreError, match="no name tells which of them is wanted"):
+        restore(path, nnx.eval_shape(lambda: {"model": make()[names[0]]}), unexpected="ignore")

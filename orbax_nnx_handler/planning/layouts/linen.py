@@ -257,11 +257,11 @@ _FIELDS = (*_OPTIMIZER_FIELDS, *FLAX_COLLECTIONS)
 
 
 def _is_by_network(stored: Stored) -> bool:
-    names = KEYS - {"step"}
-    return names.isdisjoint(tops(stored)) and any(
-        "params" in fields and not fields.isdisjoint(_OPTIMIZER_FIELDS)
-        for fields in _networks_of(stored).values()
-    )
+    """Tells whether networks stand in front of their fields: of one that has several, or of several."""
+    if not KEYS.isdisjoint(tops(stored) - {"step"}):
+        return False
+    with_params = [fields for fields in _networks_of(stored).values() if "params" in fields]
+    return len(with_params) > 1 or any(len(fields) > 1 for fields in with_params)
 
 
 def _place_by_network(stored: Stored) -> tuple[Placement, ...]:

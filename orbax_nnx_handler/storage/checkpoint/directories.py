@@ -207,12 +207,15 @@ def items_of(step: epath.Path, files: Files) -> list[epath.Path]:
     """Returns the finished items of a step that hold a stored tree, by name."""
     folders = [child for child in files.folders(step) if not is_temporary(child.name)]
     if files.remote:
-        # A step has few items, each with a file that tells; a directory of thousands is none.
-        folders = folders[: 2 * _PROBED_REMOTE]
+        # A step has few items, each with a file that tells; a directory of many folders is none.
+        few = 2 * _PROBED_REMOTE
+        folders = folders if len(folders) <= few else folders[:_PROBED_REMOTE]
     files.look_into(folders)
     listed = [child for child in folders if _is_listed_item(child, files)]
     if listed and files.remote:
         return listed
+    if files.remote:
+        folders = folders[:_PROBED_REMOTE]
     return [child for child in folders if is_item(child, files)]
 
 
@@ -268,9 +271,12 @@ def is_root(path: epath.Path, files: Files) -> bool:
     """Tells a manager's root from a step: below it lie steps, or items that are called by numbers alone."""
     if not files.is_folder(path) or is_item(path, files):
         return False
-    steps = [step for step in steps_of(path, files).values() if files.is_folder(step)]
-    if any(not is_item(step, files) and holds_tree(step, files) for step in steps):
-        return True
+    entries = files.entries(path)
+    steps = [step for step in steps_of(path, files).values() if entries[step.name].kind == "folder"]
+    # Behind a network, the newest tells of all.
+    for step in steps[-1:] if files.remote else steps:
+        if not is_item(step, files) and holds_tree(step, files):
+            return True
     items = items_of(path, files)
     return bool(items) and all(item.name.isdecimal() for item in items)
 

@@ -5,6 +5,7 @@ nothing does, only the kinds of path that would do are named. Behind a network o
 few folders are looked into, and none above the bucket.
 """
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -32,13 +33,15 @@ from orbax_nnx_handler.storage.checkpoint.directories import (
     steps_of,
     was_only_begun,
 )
-from orbax_nnx_handler.storage.stores.files import Files
+from orbax_nnx_handler.storage.stores.files import Files, SearchEndedError
 from orbax_nnx_handler.storage.stores.locations import absolute, parents_of
 
 _SHOWN = 8
 # How many folders are looked into on each level, and how many levels.
 _LOOKED_AT, _LOOKED_AT_REMOTE = 50, 3
 _DEPTH, _DEPTH_REMOTE = 3, 1
+# Questions to a store, those of the search for a checkpoint included.
+_MOST_ASKED = 17
 _NONE_FINISHED = Hint("no finished step lies beside it: the job has to save again.")
 ANY_KIND = Hint("pass a CheckpointManager's root, one of its steps, or an item in a step.")
 COPY_AGAIN = Hint("copy it again from where it was written: a file is truncated, or was not copied.")
@@ -46,6 +49,16 @@ COPY_AGAIN = Hint("copy it again from where it was written: a file is truncated,
 
 def no_checkpoint(path: epath.Path, files: Files) -> NotACheckpointError:
     """Returns the error that says what a path is instead of a checkpoint, with a hint."""
+    exists = files.exists(path)
+    with files.at_most(_MOST_ASKED):
+        try:
+            return _what_it_is(path, files)
+        except SearchEndedError:
+            found = f"is no Orbax checkpoint; it holds: {_listed(files.entries(path))}"
+            return _refusal(f"{path} {found}." if exists else f"there is nothing at {path}.", ANY_KIND)
+
+
+def _what_it_is(path: epath.Path, files: Files) -> NotACheckpointError:
     if not files.exists(path):
         return _refusal(f"there is nothing at {path}.", _hint(_instead_of, path, files))
     if is_unfinished(path):
@@ -126,6 +139,8 @@ def interrupted(path: epath.Path, files: Files) -> NotACheckpointError:
 
 def no_item(step: epath.Path, item: str, files: Files) -> NotACheckpointError:
     """Returns the error that says which items a step holds instead of the one that was asked for."""
+    if not items_of(step, files) and _unfinished_in(step, files):
+        return no_checkpoint(step, files)
     names = [child.name for child in files.folders(step)]
     close = difflib.get_close_matches(item, names, n=1)
     trees = [child.name for child in items_of(step, files)]
@@ -156,7 +171,7 @@ def _hint(
     """Looks around; where that is not allowed, there is something else to say."""
     try:
         return find(path, files)
-    except NotACheckpointError:
+    except (NotACheckpointError, SearchEndedError):
         return otherwise
 
 
@@ -224,8 +239,8 @@ def _instead_of(path: epath.Path, files: Files) -> Hint:
         return _newest_of(parent, steps)
     names = list(files.entries(parent))
     missing = [path, *parents][parents.index(parent)].name
-    close = difflib.get_close_matches(missing, names, n=1)
-    if close:
+    close = difflib.get_close_matches(missing, names, n=2)
+    if close and len({difflib.SequenceMatcher(None, name, missing).ratio() for name in close}) == len(close):
         return _pass(parent / close[0], f"did you mean {parent / close[0]}?")
     return Hint(f"{parent} holds: {_listed(names)}.")
 
@@ -270,18 +285,22 @@ def _below(path: epath.Path, files: Files) -> Hint | None:
     folders = [path]
     for _ in range(_DEPTH_REMOTE if files.remote else _DEPTH):
         folders = [child for folder in folders for child in files.folders(folder)]
-        folders = [child for child in folders if not is_temporary(child.name)][:most]
-        files.look_into(folders)
+        folders = [child for child in folders if not is_temporary(child.name)]
+        files.look_into(folders[:most])
         # An item's own `ocdbt.process_0` ends in a number as a step does.
-        roots = [child for child in folders if is_root(child, files)]
-        found = roots or [child for child in folders if is_item(child, files)]
+        roots: list[epath.Path] = []
+        with contextlib.suppress(SearchEndedError):
+            roots.extend(child for child in folders[:most] if is_root(child, files))
+        found = roots or [child for child in folders[:most] if is_item(child, files)]
         what = "a manager's root" if roots else "an item"
         if len(found) == 1:
-            return _pass(found[0], f"{found[0]} is {what}; pass that.")
+            others = ", or another of its folders" if len(folders) > most else ""
+            return _pass(found[0], f"{found[0]} is {what}; pass that{others}.")
         if found:
             several = "managers' roots" if roots else "items"
             names = [str(child.relative_to(path)) for child in found]
             return _pass(found[0], f"it holds several {several}; pass one of them: {_listed(names)}.")
+        folders = folders[:most]
     return None
 
 

@@ -61,7 +61,8 @@ def save_item(destination: epath.Path, arguments: ocp.args.PyTreeSave, *, force:
     if force or not is_url(destination):
         # Of several processes, one that is late may see what the first has begun to write.
         agree(lambda: check_replaceable(destination, files_at(destination)))
-    if is_alone and not force and destination.exists():  # Of several, Orbax asks before.
+    # Of several processes, Orbax asks before.
+    if is_alone and not force and files_at(destination).exists(destination):
         raise ValueError(f"Destination {destination} already exists.\nhint: pass force=True to replace it.")
     opened = cast(Any, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()))
     if is_url(destination) or not is_alone:

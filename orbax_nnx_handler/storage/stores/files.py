@@ -6,11 +6,12 @@ is, how large it is) is never asked for again, and what does not depend on an an
 is asked for in the same trip.
 """
 
+import contextlib
 import dataclasses
 import io
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from etils import epath
@@ -98,6 +99,10 @@ class Backend(Protocol):
         ...
 
 
+class SearchEndedError(Exception):
+    """More would have to be asked than a search may; what is known until then has to do."""
+
+
 class Files:
     """The files of a store as they were when first asked for.
 
@@ -108,6 +113,16 @@ class Files:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._known: dict[FileQuestion, FileAnswer] = {}
+        self._most: int | None = None
+
+    @contextlib.contextmanager
+    def at_most(self, questions: int) -> Generator[None]:
+        """Ends a search behind a network with a `SearchEndedError` where more has to be asked, all in all."""
+        self._most = questions if self.remote else None
+        try:
+            yield
+        finally:
+            self._most = None
 
     @property
     def remote(self) -> bool:
@@ -117,6 +132,8 @@ class Files:
     def ask(self, *questions: FileQuestion) -> None:
         """Asks, in one trip, whatever of this is not known."""
         new = [question for question in dict.fromkeys(questions) if question not in self._known]
+        if new and self._most is not None and len(self._known) + len(new) > self._most:
+            raise SearchEndedError
         if new:
             self._known |= dict(zip(new, self._backend.answer(new), strict=True))
 

@@ -13,14 +13,25 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from etils import epath
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from orbax_nnx_handler import NNXLinenHandler, NNXLinenRestore, NNXLinenSave, restore, save, to_linen
+from orbax_nnx_handler import (
+    NNXLinenHandler,
+    NNXLinenRestore,
+    NNXLinenSave,
+    NotACheckpointError,
+    restore,
+    save,
+    to_linen,
+)
+from orbax_nnx_handler.storage.saving import atomic
 from orbax_nnx_handler.storage.saving.save import linen_save, plan_save
+from orbax_nnx_handler.storage.stores.kvstore import files_at
+from orbax_nnx_handler.storage.stores.locations import is_url
 from tests.cases import load_case
+from tests.storage.stores.fake_store import files_of
 
 FEATURES = 4
 
@@ -452,11 +463,21 @@ def test_nothing_to_save_is_said_before_anything_is_written(tmp_path, nothing, s
 def test_a_place_that_is_taken_is_said_with_the_way_out_in_a_bucket_as_on_a_disk(tmp_path, monkeypatch):
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     save(tmp_path / "item", state)
-    monkeypatch.setattr(type(epath.Path("gs://bucket/item")), "exists", lambda _: True)
+    monkeypatch.setattr(
+        atomic, "files_at", lambda path: files_of(tmp_path)[0] if is_url(path) else files_at(path)
+    )
 
     for place in (tmp_path / "item", "gs://bucket/item"):
         with pytest.raises(ValueError, match=r"already exists\.\nhint: pass force=True to replace it\."):
             save(place, state)
+
+
+@pytest.mark.parametrize("options", [{}, {"force": True}])
+def test_what_a_store_refuses_where_a_save_looks_first_is_one_error(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(atomic, "files_at", lambda _: files_of(tmp_path, forbidden=("item",))[0])
+
+    with pytest.raises(NotACheckpointError, match="gs://bucket/item cannot be read: 403"):
+        save("gs://bucket/item", nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), **options)
 
 
 def test_complex_weights_and_numbers_of_every_kind_come_back_as_they_were(tmp_path):

@@ -159,6 +159,62 @@ def test_a_wrong_path_is_explained_in_few_requests_and_never_above_the_bucket(bu
     assert {question.path for question in asked.asked} >= {f"gs://bucket/{path}"}
 
 
+@pytest.fixture(scope="module")
+def experiments(bucket, tmp_path_factory):
+    """What lies above roots: one with many steps, ten runs, items without a step, folders of no use."""
+    folder = tmp_path_factory.mktemp("experiments")
+    for number in range(300):
+        shutil.copytree(bucket / "run" / "1", folder / "one" / "run" / str(number + 1))
+    for number in range(10):
+        shutil.copytree(bucket / "run" / "1", folder / "many" / f"run{number}" / "10")
+    for number in range(30):
+        shutil.copytree(bucket / "run" / "1" / "default", folder / "items" / f"item{number}")
+        (folder / "junk" / f"a{number}" / "b").mkdir(parents=True)
+        (folder / "junk" / f"a{number}" / "b" / "log.txt").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("one", "hint: gs://bucket/one/run is a manager's root; pass that."),
+        ("many", "hint: gs://bucket/many/run0 is a manager's root; pass that, or another of its folders."),
+        ("items", "hint: pass item='item0', or the path of one of them."),
+        ("junk", "hint: "),
+        ("one/ran", "hint: did you mean gs://bucket/one/run?"),
+        ("many/runx", "hint: gs://bucket/many holds: run0, run1,"),
+        ("junk/a3/b/c/d/e/f", "hint: gs://bucket/junk/a3/b holds: log.txt."),
+    ],
+)
+def test_a_path_above_roots_is_explained_in_few_requests_whatever_lies_below(experiments, path, said):
+    files, asked = files_of(experiments)
+
+    with pytest.raises(NotACheckpointError) as raised:
+        find_item(f"gs://bucket/{path}", files=files)
+
+    assert said in str(raised.value)
+    assert asked.requests <= 20
+    assert asked.trips <= 12
+
+
+def test_the_bucket_itself_is_explained_in_few_requests(experiments):
+    files, asked = files_of(experiments)
+
+    with pytest.raises(NotACheckpointError):
+        find_item("gs://bucket", files=files)
+
+    assert asked.requests <= 20
+
+
+def test_an_item_of_an_unfinished_step_is_no_wrong_name(bucket, tmp_path):
+    shutil.copytree(bucket / "run" / "1", tmp_path / "run" / "7")
+    (tmp_path / "run" / "7" / "commit_success.txt").unlink()
+    files, _ = files_of(tmp_path)
+
+    with pytest.raises(NotACheckpointError, match="holds only a save that was interrupted: 7"):
+        find_item("gs://bucket/run", "ema", files=files)
+
+
 def test_a_hint_is_a_url(bucket):
     files, _ = files_of(bucket)
 

@@ -137,12 +137,15 @@ def shared_ends(one: Sequence[str], other: Sequence[str], least: int = 0) -> tup
 _PLACES = ("{i}", "{j}", "{k}", "{l}")
 
 
+_LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
+
+
 def with_places(names: Tokens, seats: Iterable[int]) -> Tokens:
     """Returns a path with a place for the number in each of some segments."""
     found = list(names)
     for place, seat in zip(_PLACES, seats, strict=False):
-        head = found[seat].rstrip("0123456789")
-        found[seat] = head + place
+        name = found[seat]
+        found[seat] = _LAST_NUMBER.sub(place, name) if _LAST_NUMBER.search(name) else name + place
     return tuple(found)
 
 

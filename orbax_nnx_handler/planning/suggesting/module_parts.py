@@ -47,7 +47,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One name of a path, with the number that belongs to it: `layers_3`, `layers/3` and `layer3`.
+    """One name of a path, with the number that belongs to it: `layers_3`, `layers/3`, `block_3_audio`.
 
     Attributes:
         base: The name without its number.
@@ -63,6 +63,7 @@ class Level:
 
 
 _NUMBERED = re.compile(rf"(.*?(?:[A-Za-z]|\d(?=[_.-])))([_.-]?)(?<!\dx)(\d{{1,{MAX_DIGITS}}})")
+_WITHIN = re.compile(rf"(.*[A-Za-z])_(\d{{1,{MAX_DIGITS}}})_([A-Za-z]+)")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -79,10 +80,12 @@ def levels(names: Names) -> tuple[Level, ...]:
 
 @functools.lru_cache(maxsize=16384)
 def _level(name: str) -> Level:
-    numbered = _NUMBERED.fullmatch(name)
     if is_index(name):
         return Level("", int(name), "/")
-    return Level(name) if numbered is None else Level(numbered[1], int(numbered[3]), numbered[2])
+    if within := _WITHIN.fullmatch(name):
+        return Level(f"{within[1]}_{within[3]}", int(within[2]), "_")
+    found = _NUMBERED.fullmatch(name)
+    return Level(name) if found is None else Level(found[1], int(found[3]), found[2])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,8 +109,7 @@ class ModulePart:
     @functools.cached_property
     def own(self) -> Concepts:
         """What its last name says."""
-        last = self.levels[-1] if self.levels else Level("")
-        return frozenset(meanings(last.base)) | self._kind
+        return frozenset(meanings(self.levels[-1].base if self.levels else "")) | self._kind
 
     @functools.cached_property
     def said(self) -> Concepts:
@@ -117,7 +119,7 @@ class ModulePart:
     @functools.cached_property
     def _kind(self) -> Concepts:
         leaf = self.leaves.get("main")
-        if leaf is None or leaf.names[-len(self.names) :] == self.names:
+        if leaf is None or self.names == leaf.names[-len(self.names) :]:
             return frozenset()
         return concepts([{"scale": "norm", "gamma": "norm", "embedding": "embed"}.get(leaf.names[-1], "")])
 

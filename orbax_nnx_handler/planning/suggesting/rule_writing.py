@@ -120,8 +120,6 @@ class Writer:
         spans = (span for entry in self.entries for span in _compiled(rule.pattern).spans(entry.segments))
         return rule if all(is_index(span.bindings["i"]) for span in spans) else None
 
-    # What each leaf is to become.
-
     def _below(self, names: Names) -> Names:
         return (*self.below, *names[self.root :])
 
@@ -284,7 +282,8 @@ class Writer:
 
     def _rename_groups(self, moves: Sequence[_Move], groups: Sequence[tuple[Names, Names]]) -> None:
         """Renames what leads into layers, so that the rules within are one for all of them."""
-        for stored, wanted in sorted(set(groups), key=lambda pair: (-len(pair[0]), pair)):
+        # `block_{i}` is for `block_3_audio` too: longer names come first.
+        for stored, wanted in sorted(set(groups), key=lambda pair: (-len(pair[0]), -len(pair[0][-1]), pair)):
             into = self._below(wanted)
             inside = [move for move in moves if _leads(stored, move.names) and _leads(into, move.aim)]
             if len({move.names[len(stored) :] for move in inside}) < 2 or _alike(stored, into):

@@ -118,7 +118,7 @@ def _numbered(names: Names, above: int) -> list[tuple[tuple[Names, Names], int]]
         base.append(level.base)
         if level.number is not None and at > above and at < len(names):
             last = names[at - 1]
-            template = last[: len(last) - len(str(level.number))] + _PLACE if not last.isdecimal() else _PLACE
+            template = _PLACE.join(last.rsplit(str(level.number), 1)) if not last.isdecimal() else _PLACE
             found.append((((*names[: at - 1], template), tuple(base)), level.number))
     return found
 

@@ -55,3 +55,26 @@ def test_the_number_of_the_only_norm_of_its_name_does_not_tell_it_from_a_sibling
 
     assert values.keys() == {path for path in wanted if "dense" in path}
     assert found.questions
+
+
+@pytest.mark.parametrize("towers", [("", "_spectrogram"), ("_rgb", "_audio"), ("_image", "_text")])
+def test_layers_of_towers_that_are_named_behind_the_number_are_groups_of_their_own(towers):
+    names = {"": "video", "_rgb": "video", "_image": "vision"} | {"_spectrogram": "audio", "_text": "text"}
+    names["_audio"] = "audio"
+    parts = {"Dense_0/kernel": "fc1/kernel", "Dense_1/kernel": "fc2/kernel", "query/kernel": "q/kernel"}
+    shapes = {"Dense_0/kernel": (8, 32), "Dense_1/kernel": (32, 8), "query/kernel": (8, 8)}
+    stored, right = {}, {}
+    for tower in towers:
+        stored[f"embedding{tower}/kernel"] = (len(tower) + 3, 8)
+        right[f"{names[tower]}/embed/kernel"] = f"embedding{tower}/kernel"
+        for layer in range(12):
+            for here, there in parts.items():
+                stored[f"encoder_{layer}{tower}/{here}"] = shapes[here]
+                right[f"{names[tower]}/blocks/{layer}/{there}"] = f"encoder_{layer}{tower}/{here}"
+    arrays = filled(stored)
+
+    found, values = proposed(arrays, {path: stored[source] for path, source in right.items()})
+
+    assert values.keys() == right.keys()
+    assert all((values[path] == arrays[source]).all() for path, source in right.items())
+    assert len(found.renames) < 12

@@ -5,7 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from orbax_nnx_handler.planning.core.errors import Hint, RestoreError, RuleError, UnusedRuleError
+from orbax_nnx_handler.planning.core.errors import (
+    AmbiguousMappingError,
+    Hint,
+    RestoreError,
+    RuleError,
+    UnusedRuleError,
+)
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
@@ -24,7 +30,7 @@ from orbax_nnx_handler.planning.rules.applying import WHOLE
 from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
-from orbax_nnx_handler.planning.verdict.laws import Broken, Known, Source, certify, error_of
+from orbax_nnx_handler.planning.verdict.laws import Broken, Known, Source, certify
 from orbax_nnx_handler.planning.verdict.leaf_verdicts import LeafVerdicts, Outcome
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
@@ -219,7 +225,7 @@ def judge(
             *mapping.faults,
             *faults_of(mapping),
             *claims_of_shared(wanted, mapping, target.aliases() if unused else {}, unused),
-            *((error_of(broken_laws),) if broken_laws else ()),
+            *((_error_of(broken_laws),) if broken_laws else ()),
             *indivisible(target.leaves.values()),
             *unreadable_leaves(
                 broken,
@@ -317,11 +323,28 @@ def _named(missing: dict[Path, Missing], target: Target) -> dict[Path, Missing]:
     }
 
 
+def _error_of(broken: Sequence[Broken]) -> AmbiguousMappingError:
+    """Returns the error for a plan that breaks laws; names both readings of each leaf."""
+    rows = [
+        f"  {render(item.wanted)}  <-  {render(item.stored)}: {item.why} (law {item.law})"
+        for item in broken[:20]
+    ]
+    more = [f"  ... and {len(broken) - 20} more"] if len(broken) > 20 else []
+    return AmbiguousMappingError(
+        "the plan reads leaves from where their names do not say they are:\n" + "\n".join([*rows, *more]),
+        paths=[item.wanted for item in broken],
+        hints=[Hint("renames=[...] decides: write which stored leaf each of them is.")],
+    )
+
+
 def known_of(mapping: LeafMapping) -> Known:
     """Returns what the laws may go by besides names and shapes."""
     made = (entry for _, entries in mapping.applied.made for entry in entries)
     by_rule = {path for entry in made for path in entry.sources}
+    aside = [entry for entry in mapping.applied.entries if entry.section == "aux"] if by_rule else ()
+    as_stored = {entry.recipe.path for entry in aside if isinstance(entry.recipe, Read)}
     return Known(
+        changed=frozenset(path for entry in aside for path in entry.sources) - as_stored,
         by_rule=frozenset(by_rule | mapping.discarded.keys()),
         copies=mapping.copied,
         said={rule.tokens: rule.axis for rule in mapping.applied.axes},

@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Protocol
 
-from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, Hint
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, render
 from orbax_nnx_handler.planning.core.recipes import Index, Read, Recipe, computes, reads
 from orbax_nnx_handler.planning.layouts.layout import (
@@ -67,6 +66,7 @@ class Known:
 
     Attributes:
         by_rule: Stored leaves that a rule of the user's names.
+        changed: Stored leaves beside the model of which rules make something else.
         copies: Stored leaves that a rule says are wanted more than once.
         said: The stacked axis that a rule says, by the path of the group of layers.
         scan_axis: The axis along which the layout's program stacks.
@@ -75,6 +75,7 @@ class Known:
     """
 
     by_rule: frozenset[Path] = frozenset()
+    changed: frozenset[Path] = frozenset()
     copies: frozenset[Path] = frozenset()
     said: Mapping[Tokens, int] = dataclasses.field(default_factory=dict[Tokens, int])
     scan_axis: int | None = None
@@ -107,20 +108,6 @@ def certify(
     broken = [fault for source in kernel.unproven() for fault in kernel.check(source)]
     broken += [*kernel.aside(), *kernel.moments(), *kernel.kept_beside(), *kernel.claims()]
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
-
-
-def error_of(broken: Sequence[Broken]) -> AmbiguousMappingError:
-    """Returns the error for a plan that breaks laws; names both readings of each leaf."""
-    rows = [
-        f"  {render(item.wanted)}  <-  {render(item.stored)}: {item.why} (law {item.law})"
-        for item in broken[:20]
-    ]
-    more = [f"  ... and {len(broken) - 20} more"] if len(broken) > 20 else []
-    return AmbiguousMappingError(
-        "the plan reads leaves from where their names do not say they are:\n" + "\n".join([*rows, *more]),
-        paths=[item.wanted for item in broken],
-        hints=[Hint("renames=[...] decides: write which stored leaf each of them is.")],
-    )
 
 
 _OWNER = operator.attrgetter("owner")
@@ -261,7 +248,12 @@ class _Kernel:
             yield Broken(law=1, wanted=path, stored=read[0], why=f"{render(same)} has its whole path")
 
     def aside(self) -> Iterator[Broken]:
-        """Yields what lies aside and goes neither by its own name nor where its network's weights go."""
+        """Yields what lies aside and goes not by its name, nor where its weights go, nor as rules say."""
+        changed = self._known.changed
+        for item, recipe, _ in itertools.chain(*self._by_role.values()) if changed else ():
+            if isinstance(recipe, Read) and recipe.path in changed:
+                why = "a rule makes something else of it"
+                yield Broken(law=11, wanted=item.leaf.path, stored=recipe.path, why=why)
         made = zip(self._by_role["model"], self._chains["model"], strict=True) if self._aside else ()
         by_rule = ((item, read) for (item, *_), (read, _) in made if read in self._known.by_rule)
         levels = self._weights.levels(by_rule)

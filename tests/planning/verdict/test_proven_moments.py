@@ -159,3 +159,15 @@ def test_the_optimizers_of_two_networks_that_have_changed_places_are_refused(net
     changed = {here: recipe_of(plan, there) for here, there in zip(one + other, other + one, strict=True)}
 
     assert {law for law, _ in broken(plan, changed)} & {3, 8}
+
+
+def test_what_a_rule_changes_beside_the_model_is_refused_as_it_is_stored():
+    array = jax.ShapeDtypeStruct((4, 4), FLOAT)
+    state = nnx.from_flat_state([((top, "kernel"), nnx.Param(array)) for top in ("model", "ema")])
+    stored = [("params", "kernel"), ("nnx_aux", "ema", "kernel")]
+    leaves = {path: StoredLeaf(path=path, shape=(4, 4), dtype=FLOAT) for path in stored}
+    plan = given_for(state, leaves, TransposeRule("kernel", (1, 0)))
+    path = ("ema", "kernel")
+
+    assert isinstance(recipe_of(plan, path), Transpose)
+    assert broken(plan, {path: recipe_of(plan, path).source}) == {(11, path)}

@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, readings_of, simplest
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer, changes_nothing
-from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links
+from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links, without_strays
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -277,9 +277,10 @@ class _Proposing:
         settled = {path: set(reads(self._found[path].recipe)) for path in paths}
         claimed = {path: wanted for wanted, sources in settled.items() for path in sources}
         kept = [link for link in links if agrees(link, settled, claimed) and not self._is_doubted(link)]
-        covered = {leaf.source for link in kept for leaf in link.wanted}
         ours = {leaf.source: leaf for leaf in wanted_leaves(self._model)}
         theirs = {leaf.source: leaf for leaf in stored_leaves(self._applied, False)}
+        kept = without_strays(kept, ours.values(), theirs.values())
+        covered = {leaf.source for link in kept for leaf in link.wanted}
         for path in settled:
             recipe = self._found[path].recipe
             if path not in covered and isinstance(recipe, Read) and recipe.path in theirs:

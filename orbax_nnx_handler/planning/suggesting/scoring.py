@@ -6,8 +6,8 @@ Last: the same link with another recipe, which outputs have proved.
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core import recipes
@@ -16,7 +16,15 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 from orbax_nnx_handler.planning.suggesting.assignment import ways_of_heads
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie, place_of
+from orbax_nnx_handler.planning.suggesting.module_parts import (
+    Leaf,
+    Link,
+    ModulePart,
+    Names,
+    Tie,
+    levels,
+    place_of,
+)
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
@@ -406,3 +414,37 @@ def _rejoined(
     )
     stored = tuple(link.stored[at] for at in order)
     return dataclasses.replace(link, stored=stored, ways=ways, joint=joint, after=shaping(after, shapes))
+
+
+def without_strays(links: Sequence[Link], wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> list[Link]:
+    """Returns the links without those that order alone settles, between layers that do not fit each other.
+
+    Of levels that the programs number the other way around, a norm may fit the wrong one, and nothing else.
+    """
+    ours, theirs = _sizes_by_layer(wanted), _sizes_by_layer(stored)
+    held = Counter(_layer(leaf.names) for link in links for leaf in link.wanted)
+
+    def is_stray(link: Link) -> bool:
+        here, there = _layer(link.target.names), _layer(link.source.names)
+        if link.grounds != "order" or not here or not there or 2 * held[here] >= len(ours[here]):
+            return False
+        return 2 * sum(size for size in ours[here] if size in theirs[there]) < sum(ours[here])
+
+    return [link for link in links if not is_stray(link)]
+
+
+def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:
+    found: dict[Names, list[int]] = defaultdict(list)
+    for leaf in leaves:
+        found[_layer(leaf.names)].append(math.prod(leaf.shape))
+    return found
+
+
+def _layer(names: Names) -> Names:
+    """Returns what leads into the outermost layer that a path is in; nothing where it is in none."""
+    width = 0
+    for level in levels(names):
+        width += level.width
+        if level.number is not None and width < len(names):
+            return names[:width]
+    return ()

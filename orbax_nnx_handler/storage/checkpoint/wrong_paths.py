@@ -222,10 +222,13 @@ def _prefix(step: epath.Path) -> str:
 
 def _instead_of(path: epath.Path, files: Files) -> Hint:
     """Returns what lies near a path that does not exist."""
-    scheme, _, below = str(path).partition(":/")
-    if scheme in ("gs", "s3") and not below.startswith("/"):
-        url = f"{scheme}://{below}"
-        return Hint(f"pass {url!r}, as a string: pathlib takes one of two slashes away.", {"path": url})
+    scheme, _, below = str(path).partition(":")
+    if scheme == "file" and below:
+        return _pass(epath.Path(below), f"pass {below!r}.")
+    if scheme in ("gs", "s3") and below and not below.startswith("//"):
+        url = f"{scheme}://{below.lstrip('/')}"
+        lost = ", as a string: pathlib takes one of two slashes away" if below.startswith("/") else ""
+        return Hint(f"pass {url!r}{lost}.", {"path": url})
     parents = parents_of(path)
     parent = next((part for part in parents if files.exists(part)), None)
     if parent is None:

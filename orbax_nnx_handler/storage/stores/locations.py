@@ -48,10 +48,10 @@ def as_path(path: epath.PathLike) -> epath.Path:
         return epath.Path(text).expanduser()
     if scheme not in _DRIVERS:
         raise NotACheckpointError(
-            f"{text} cannot be read: {scheme}:// is not supported.",
-            hints=["pass a gs:// or s3:// URL, or copy the checkpoint to a directory of this machine."],
+            f"{text} is neither read nor written: {scheme}:// is not supported.",
+            hints=["pass a path of this machine or a gs:// URL; s3:// can be read, too."],
         )
-    if not rest.strip("/"):
+    if not rest.partition("/")[0]:
         raise NotACheckpointError(f"{text} names no bucket.", hints=[f"pass {scheme}://BUCKET/PATH."])
     return epath.Path(text)
 
@@ -179,6 +179,7 @@ _LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
 # TensorStore adds where in its own source a status was made, and what the store's answer looked like.
 _DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec|http_response_body)=.*?\](?=\s|$)", re.DOTALL)
 _CODE = re.compile(r"\s*\[http_response_code='(\d+)'\]")
+_UNKNOWN_CALLER = "[http_response_code='401']"
 
 
 def cannot_read(path: str | os.PathLike[str], error: BaseException) -> NotACheckpointError:
@@ -212,7 +213,8 @@ def _hint(path: str, error: BaseException, text: str, rights: Mapping[str, str])
         return f"pip install {_LIBRARIES.get(scheme, 'the library that it names')}."
     if not scheme:
         return _local_hint(error)
-    if _NOT_LOGGED_IN.search(text) and not _DENIED.search(text):
+    # TensorStore calls a 401 PERMISSION_DENIED, as it does a 403.
+    if _UNKNOWN_CALLER in text or (_NOT_LOGGED_IN.search(text) and not _DENIED.search(text)):
         return f"the store does not know who asks: {_LOGIN[scheme]}."
     if _DENIED.search(text):
         return f"the account in use needs {rights[scheme]} there, or log in as another: {_LOGIN[scheme]}."

@@ -78,3 +78,35 @@ def test_layers_of_towers_that_are_named_behind_the_number_are_groups_of_their_o
     assert values.keys() == right.keys()
     assert all((values[path] == arrays[source]).all() for path, source in right.items())
     assert len(found.renames) < 12
+
+
+def test_a_norm_that_fits_a_level_of_which_nothing_else_does_is_no_sign_of_the_order():
+    stored, right = {}, {}
+
+    def put(here, there, shape):
+        stored[here] = shape
+        right[there] = here
+
+    width = 16
+    for level, out in enumerate((16, 16, 8)):
+        for block in range(3):
+            here, there = f"up_blocks_{level}/resnets_{block}", f"up/{2 - level}/block/{block}"
+            for at, rows in enumerate((width, out), 1):
+                put(f"{here}/norm{at}/scale", f"{there}/norm{at}/scale", (rows,))
+                put(f"{here}/norm{at}/bias", f"{there}/norm{at}/bias", (rows,))
+                put(f"{here}/conv{at}/kernel", f"{there}/conv{at}/kernel", (3, 3, rows, out))
+                put(f"{here}/conv{at}/bias", f"{there}/conv{at}/bias", (out,))
+            if width != out:
+                put(f"{here}/conv_shortcut/kernel", f"{there}/nin_shortcut/kernel", (1, 1, width, out))
+            width = out
+        if level < 2:
+            put(
+                f"up_blocks_{level}/upsamplers_0/conv/kernel",
+                f"up/{2 - level}/upsample/conv/kernel",
+                (3, 3, out, out),
+            )
+    arrays = filled(stored)
+
+    _, values = proposed(arrays, {path: stored[source] for path, source in right.items()})
+
+    assert [path for path, value in values.items() if (value != arrays[right[path]]).any()] == []

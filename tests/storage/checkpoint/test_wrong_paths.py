@@ -125,6 +125,13 @@ def test_a_url_that_pathlib_took_a_slash_from_is_given_back(run):
     )
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"), [("gs:bucket/run", "gs://bucket/run"), ("file:/nowhere/run", "/nowhere/run")]
+)
+def test_half_a_url_leads_to_what_it_means_and_not_to_the_working_directory(path, meant, run):
+    assert said(path, run) == f"there is nothing at {path}.\nhint: pass {meant!r}."
+
+
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_a_store_that_cannot_be_reached_is_no_traceback_of_a_library(scheme, monkeypatch):
     # Nobody listens at port 1. gcsfs looks for credentials and tries again for most of a minute.

@@ -15,6 +15,7 @@ from etils import epath
 from flax import nnx
 
 from orbax_nnx_handler import NotACheckpointError, RestoreError, plan_restore, save
+from orbax_nnx_handler.storage.saving import atomic
 from orbax_nnx_handler.storage.stores import backends
 from orbax_nnx_handler.storage.stores.backends import RemoteFiles
 from orbax_nnx_handler.storage.stores.files import FolderEntry, List, ReadFile, Sizes
@@ -25,6 +26,7 @@ from orbax_nnx_handler.storage.stores.locations import (
     kvstore_spec,
     parents_of,
 )
+from tests.storage.stores.fake_store import files_of
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/run/1", "s3://bucket/x"])
@@ -54,9 +56,21 @@ def test_a_scheme_that_nobody_reads_is_one_clear_error(url):
 
     scheme = url.partition("://")[0]
     assert str(raised.value) == (
-        f"{url} cannot be read: {scheme}:// is not supported.\n"
-        "hint: pass a gs:// or s3:// URL, or copy the checkpoint to a directory of this machine."
+        f"{url} is neither read nor written: {scheme}:// is not supported.\n"
+        "hint: pass a path of this machine or a gs:// URL; s3:// can be read, too."
     )
+
+
+@pytest.mark.parametrize("url", ["gs://", "gs:///run", "s3:///run"])
+def test_a_url_without_a_bucket_is_said_to_name_none(url):
+    with pytest.raises(NotACheckpointError, match="names no bucket"):
+        as_path(url)
+
+
+def test_an_object_that_nobody_knows_who_asks_for_is_a_missing_login():
+    error = ValueError("PERMISSION_DENIED: Error reading x [http_response_code='401']")
+
+    assert "hint: the store does not know who asks" in str(cannot_read("gs://bucket/run/x", error))
 
 
 def test_the_endpoint_and_the_region_of_the_environment_are_handed_on(monkeypatch):
@@ -107,12 +121,14 @@ def test_where_orbax_cannot_write_nothing_is_begun(path, said):
         (FileNotFoundError("gs://bucket/item"), "another process deletes or writes there"),
     ],
 )
-def test_a_store_that_refuses_a_save_is_one_error_that_says_what_lies_there(monkeypatch, status, hint):
+def test_a_store_that_refuses_a_save_is_one_error_that_says_what_lies_there(
+    monkeypatch, tmp_path, status, hint
+):
     class Refuses(ocp.Checkpointer):
         def save(self, *_, **__):
             raise HttpError(status) if isinstance(status, str) else status
 
-    monkeypatch.setattr(type(epath.Path("gs://bucket/item")), "exists", lambda _: False)
+    monkeypatch.setattr(atomic, "files_at", lambda _: files_of(tmp_path)[0])
     monkeypatch.setattr(ocp, "Checkpointer", Refuses)
 
     with pytest.raises(RestoreError, match=f"gs://bucket/item cannot be written: .*\nhint: {hint}") as error:

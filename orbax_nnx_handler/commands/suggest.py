@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
         **described(
             "Proposes rules, as Python, where a target's names are not the checkpoint's. Reads "
             "metadata only (but for --verify) and applies nothing. Exit status: 0 a proposal for "
-            "everything, 1 something is open.",
+            "everything, 1 something is open or not proven by --verify.",
             "orbax-nnx suggest run model.py:make --write rules.py",
         ),
     )

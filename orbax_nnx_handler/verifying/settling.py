@@ -258,6 +258,7 @@ class Settling:
             problem="\n".join(str(fault) for fault in plan.faults),
             proof=_OPEN if left else _words(verification, len(plan.missing)),
             is_proved=verification is not None and verification.equal and not verification.remarks,
+            is_refuted=verification is not None and not verification.equal,
             settle=None,
         )
 
@@ -308,4 +309,4 @@ def _words(verification: Verification | None, missing: int) -> str:
         return f"{proved}both programs return the same within {verification.relative:.1e}{zeros}{said}"
     where = f", first in {verification.first.path}" if verification.first is not None else ""
     apart = f"{verification.relative:.1e} apart"
-    return f"the programs return different values under these rules{zeros} ({apart}){where}"
+    return f"not proven: the programs return different values under these rules{zeros} ({apart}){where}"

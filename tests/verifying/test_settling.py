@@ -160,8 +160,9 @@ def test_programs_that_differ_leave_a_word_on_where(saved: Save):
     )
 
     assert found.questions == ()
-    assert found.confidence == "likely"
-    assert "the programs return different values under these rules" in found.proof
+    assert (found.confidence, found.is_proved, found.is_refuted) == ("open", False, True)
+    assert "not proven: the programs return different values under these rules" in found.proof
+    assert "# confidence: open\n" in str(found)
 
 
 def test_a_program_that_fails_is_an_error(saved: Save):

@@ -133,6 +133,7 @@ class Suggestion:
         settle: Returns the rules with some questions answered, and some leaves made otherwise.
         proof: What both programs return under the rules, in words; empty where they were not run.
         is_proved: Whether both programs return the same under the rules.
+        is_refuted: Whether both programs were run and return different values.
     """
 
     proposals: tuple[Proposal, ...]
@@ -146,6 +147,7 @@ class Suggestion:
     )
     proof: str = ""
     is_proved: bool = False
+    is_refuted: bool = False
 
     @property
     def renames(self) -> tuple[Rule, ...]:
@@ -161,15 +163,14 @@ class Suggestion:
     def confidence(self) -> Confidence:
         """How sure the whole is.
 
-        `certain`: every wanted leaf is covered, and shapes and names that both sides share allow
-        nothing else, or both programs return the same. `likely`: every leaf is covered, and names,
-        order or the convention of a known program decide between leaves of one shape. `open`:
-        something is not covered.
+        `certain`: every wanted leaf is covered, and shapes and names that both sides share allow nothing
+        else, or both programs return the same. `likely`: every leaf is covered, and names, order or the
+        convention of a known program decide. `open`: something is not, or both programs' values differ.
         """
-        if self.unmatched_wanted or self.questions or self.problem:
+        if self.unmatched_wanted or self.questions or self.problem or self.is_refuted:
             return "open"
-        is_certain = self.is_proved or all(item.grounds == "shapes" for item in self.proposals)
-        return "certain" if is_certain else "likely"
+        is_told = all(item.grounds == "shapes" for item in self.proposals)
+        return "certain" if self.is_proved or is_told else "likely"
 
     def answered(self, answers: Answers, changes: Sequence[Remade] = ()) -> tuple[Rule, ...]:
         """Returns the complete rules with some of the questions answered.

@@ -596,3 +596,33 @@ def test_networks_in_front_of_their_fields_are_told_without_an_optimizer(tmp_pat
     )
     with pytest.raises(RestoreError, match="no name tells which of them is wanted"):
         restore(path, nnx.eval_shape(lambda: {"model": make()[names[0]]}), unexpected="ignore")
+
+
+def _as_pure_dicts(numbers, names):
+    params = {name: _model(numbers) for name in names}
+    optimizers = {
+        f"{name}_opt": {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(at)}
+        for at, name in enumerate(names, 11)
+    }
+
+    def make():
+        models = {name: Branch(params[name], {}) for name in names}
+        trained = {f"{name}_opt": nnx.Optimizer(models[name], ADAM, wrt=nnx.Param) for name in names}
+        return {**models, **trained}
+
+    return {**params, **optimizers}, make
+
+
+def test_the_step_of_an_optimizer_that_a_rule_drops_is_not_read(tmp_path):
+    tree, make = _as_pure_dicts(Numbers(), ("a", "b"))
+    path = write(tmp_path, tree)
+    rules = [Drop("a", "x"), Drop("a_opt", "x"), ("b", "a"), ("b_opt", "a_opt")]
+
+    def alone():
+        parts = make()
+        return {name: parts[name] for name in ("a", "a_opt")}
+
+    result = restore(path, nnx.eval_shape(alone), renames=rules)
+    check(nnx.state(result["a"]), tree["b"])
+    assert result["a_opt"].step[...] == 12
+    assert ("a_opt", "step") in refused(path, nnx.eval_shape(make), renames=[Drop("a_opt/step", "x")]).paths

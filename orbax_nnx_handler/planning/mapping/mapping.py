@@ -207,7 +207,8 @@ def _map(
     pairs = pairs if alone else _of_read_states(pairs, found, placements)
     if steps := of_role(wanted, "step"):
         moved = {path for e in entries if e.section == "step" and e.named for path in e.sources}
-        _add_steps(found, pairs, steps, [item for item in placements if item.leaf.path not in moved])
+        gone = moved | applied.discarded.keys()
+        _add_steps(found, pairs, steps, [item for item in placements if item.leaf.path not in gone])
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
         kept = [item for item in placements if item.leaf.path not in applied.discarded]

@@ -205,13 +205,12 @@ def _map(
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
     pairs = pairs if alone else _of_read_states(pairs, found, placements)
+    kept = [item for item in placements if item.leaf.path not in applied.discarded]
     if steps := of_role(wanted, "step"):
         moved = {path for e in entries if e.section == "step" and e.named for path in e.sources}
-        gone = moved | applied.discarded.keys()
-        _add_steps(found, pairs, steps, [item for item in placements if item.leaf.path not in gone])
+        _add_steps(found, pairs, steps, [item for item in kept if item.leaf.path not in moved])
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
-        kept = [item for item in placements if item.leaf.path not in applied.discarded]
         find_random(found, of_role(wanted, "random", "model"), kept, entries, roots, networks)
     optimizers, followed, stuck = list[StoredStates](), list[FollowedMoments](), list[StuckMoment]()
     trainings = Trainings(networks, entries, found, placements)

@@ -15,10 +15,10 @@ from orbax_nnx_handler.planning.core.leaves import Shape, derived, record, with_
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, parse, segments
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, Section
+from orbax_nnx_handler.planning.layouts.linen import AUX
 
 Names = tuple[str, ...]
 
-AUX = "nnx_aux"
 OPT_STATE = "opt_state"
 
 

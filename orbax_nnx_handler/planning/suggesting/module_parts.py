@@ -119,7 +119,7 @@ class ModulePart:
     @functools.cached_property
     def _kind(self) -> Concepts:
         leaf = self.leaves.get("main")
-        if leaf is None or self.names == leaf.names[-len(self.names) :]:
+        if leaf is None or leaf.names[-len(self.names) :] == self.names:
             return frozenset()
         return concepts([{"scale": "norm", "gamma": "norm", "embedding": "embed"}.get(leaf.names[-1], "")])
 

@@ -189,12 +189,13 @@ class Trained:
             roots = dict.fromkeys(root for *_, networks in moments for root in networks)
             sources = dict.fromkeys(network.source for *_, of in moments for network in of.values())
             own = _of_its_name(owner, roots) or list(roots)
+            trained = {at: _of_its_name(at, sources) for at in {stored.owner for _, stored, _ in moments}}
             for item, stored, networks in moments:
                 own = [root for root in own if root not in networks or networks[root].is_followed]
                 if not own:
                     yield item.leaf.path, stored.leaf.path, "it is made as the weights of another network"
                     break
-                there = _of_its_name(stored.owner, sources)
+                there = trained[stored.owner]
                 read = {networks[root].source for root in own if root in networks}
                 if there and read and read.isdisjoint(there):
                     yield item.leaf.path, stored.leaf.path, f"it is a moment of {render(there[0])}"

@@ -55,7 +55,7 @@ def find_random(
     moved = {entry.sources[0]: entry for entry in entries if entry.named and isinstance(entry.recipe, Read)}
     made = [entry for entry in entries if entry.section == "aux" and not isinstance(entry.recipe, Read)]
     count = Counter(path for entry in made for path in entry.sources)
-    changed = {entry.sources[0]: entry for entry in made if [count[path] for path in entry.sources] == [1]}
+    moved |= {entry.sources[0]: entry for entry in made if [count[path] for path in entry.sources] == [1]}
     matched = [network for network in networks if any(item.leaf.path in found for item in network.weights)]
     places = _Places(wanted, placements, moved, roots, matched, entries)
     taken: set[Path] = set()
@@ -68,7 +68,7 @@ def find_random(
                 continue
             source = next((path for path in find(item) if path not in taken), None)
             if source is not None:
-                by_rule = changed.get(source) or moved.get(source)
+                by_rule = moved.get(source)
                 reason = by_rule.reason if by_rule else ""
                 evidence = MatchEvidence(kind="rule", words=reason) if reason else _STREAM
                 recipe = by_rule.recipe if by_rule else Read(source)

@@ -114,7 +114,7 @@ def apply_rules(entries: Sequence[Entry], rules: Sequence[Rule]) -> RulesApplied
         UnusedRuleError: A rule matches no stored leaf.
         RuleError: A rule does not fit a leaf that it matches.
     """
-    after: Sequence[Entry] = _numbered_as_weights(entries, rules)
+    after: Sequence[Entry] = numbered_as_weights(entries, rules)
     made, unused, discarded = list[tuple[Rule, Sequence[Entry]]](), list[UnmatchedRule](), dict[Path, Drop]()
     matched = list[Rule]()
     axes = tuple(rule for rule in rules if isinstance(rule, ScanAxis))
@@ -152,7 +152,7 @@ def _meant_weights(rule: Rule, changed: Sequence[Entry], entries: Sequence[Entry
     return weights if are_met else ()
 
 
-def _numbered_as_weights(entries: Sequence[Entry], rules: Sequence[Rule]) -> Sequence[Entry]:
+def numbered_as_weights(entries: Sequence[Entry], rules: Sequence[Rule]) -> Sequence[Entry]:
     """Returns the entries, what lies aside numbered as Linen's weights are where more rules match it so.
 
     A save keeps it under NNX's own path: a rule for `layers_1` is for `layers/1` there.

@@ -1,5 +1,6 @@
 """The leaves of a save under the names and shapes before the user's rules, or before a restore."""
 
+import contextlib
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.leaves import COPIES, OF_GRADIENTS, Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.paths import Path, canonical, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, render, segments
 from orbax_nnx_handler.planning.core.recipes import (
     Fill,
     Read,
@@ -31,7 +32,8 @@ from orbax_nnx_handler.planning.layouts.linen import AUX, TRAIN_STATE
 from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
-from orbax_nnx_handler.planning.rules import Rename, Rule
+from orbax_nnx_handler.planning.rules import Rename, Rule, invert
+from orbax_nnx_handler.planning.rules.applying import numbered_as_weights
 from orbax_nnx_handler.planning.rules.entries import Entry, every_entry, model_entries
 from orbax_nnx_handler.planning.rules.inverse import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour, check_distinct
@@ -69,7 +71,7 @@ def without_rules(
     copies = rules_undone.copies
     touched = {path for entry in entries for path in entry.sources}
     aside = _aside(beside, rules)
-    kept = {aside.get(path, path): Read(path) for path in model if path not in touched}
+    kept = dict(aside.get(path, (path, Read(path))) for path in model if path not in touched)
     ways = {**rules_undone.ways, **kept}
     undone = {path: _combined(way, model) for path, way in ways.items()}
     pairs = [(model[path], _as(model[path], _combined(way, model))) for path, way in copies.items()]
@@ -96,48 +98,64 @@ def _of_what_lies_beside(
     return None
 
 
-def _aside(placed: Sequence[Placement], rules: Sequence[Rule]) -> dict[Path, Path]:
-    """Returns where each leaf that is kept aside, as a second model, is stored to be restored as it is.
+def _aside(placed: Sequence[Placement], rules: Sequence[Rule]) -> dict[Path, tuple[Path, Recipe]]:
+    """Returns where, and made how, each leaf that is kept aside is stored to be restored as it is.
 
-    Rules move it as they move weights. Where one computes something of it, a restore looks for it under
-    its own name instead.
+    Rules move and change it, as a second model's weight. What they make of several leaves is not read:
+    those are stored as they are.
 
     Raises:
         RuleError: The rules would restore another leaf in its place, or none.
     """
-    entries = every_entry(placed)
-    back = [rule.inverse() for rule in reversed(rules) if isinstance(rule, Rename)] if entries else []
-    renamed = [
-        new.segments if new.prefix == old.prefix else old.segments
-        for old, new in zip(entries, _renamed(back, entries), strict=True)
-    ]
-    again = _restored(entries, renamed, rules)
-    names = [
-        new if canonical(found) == entry.tokens else entry.segments
-        for entry, new, found in zip(entries, renamed, again, strict=True)
-    ]
-    again = _restored(entries, names, rules)
-    lost = [entry for entry, found in zip(entries, again, strict=True) if canonical(found) != entry.tokens]
-    if lost:
-        listed = "\n".join(f"  {render(entry.whole)}" for entry in lost[:20])
+    entries = {entry.sources[0]: entry for entry in every_entry(placed)}
+    undone = _each(_undone(list(entries.values()), rules)) if entries else {}
+    undone = {path: new for path, new in undone.items() if new.prefix == entries[path].prefix}
+    gone = _lost(entries, {**entries, **undone}, rules)
+    stored = {path: entry if path in gone else undone.get(path, entry) for path, entry in entries.items()}
+    if lost := _lost(entries, stored, rules):
+        listed = "\n".join(f"  {render(entries[path].whole)}" for path in lost[:20])
         raise RuleError(
             f"what lies beside the model would not be restored as it is under these rules, which meet it too:"
             f"\n{listed}",
-            paths=[entry.sources[0] for entry in lost],
+            paths=lost,
             hints=["begin the patterns and replacements with params/, and they are for the model alone."],
         )
-    pairs = zip(entries, names, strict=True)
-    return {old.sources[0]: (*old.prefix, *new) for old, new in pairs if new != old.segments}
+    # A number that only rules join to the name in front of it stays a key of its own.
+    moved = {path: new for path, new in stored.items() if new.tokens != entries[path].tokens}
+    places = {path: (*new.prefix, *new.segments) for path, new in moved.items()}
+    return {path: (places.get(path, path), new.recipe) for path, new in stored.items()}
 
 
-def _restored(
-    entries: Sequence[Entry], names: Sequence[tuple[str, ...]], rules: Sequence[Rule]
-) -> list[tuple[str, ...]]:
-    """Returns the names under which a restore by rules looks for leaves that are stored under some."""
-    stored = [dataclasses.replace(old, segments=new) for old, new in zip(entries, names, strict=True)]
-    after = _renamed(rules, stored) if stored else ()
-    moved = {new.sources[0]: new for new in after if new.named and isinstance(new.recipe, Read)}
-    return [moved.get(entry.sources[0], entry).segments for entry in stored]
+def _undone(entries: Sequence[Entry], rules: Sequence[Rule]) -> Sequence[Entry]:
+    """Returns what lies aside before rules, as far as they can be undone there."""
+    back = invert(rules)
+    entries = numbered_as_weights(entries, back)
+    for rule in back:
+        with contextlib.suppress(RuleError):  # What it leaves as it is may still be restored so.
+            entries = rule.apply(entries).entries
+    return entries
+
+
+def _lost(entries: Mapping[Path, Entry], stored: Mapping[Path, Entry], rules: Sequence[Rule]) -> list[Path]:
+    """Returns which leaves a restore by rules would not find as they are."""
+    fresh = [
+        dataclasses.replace(entry, recipe=Read(path), named=False, reason="", fixed=(), placed=None)
+        for path, entry in stored.items()
+    ]
+    after = _each(_renamed(rules, numbered_as_weights(fresh, rules))) if fresh else {}
+    shapes = {path: entry.shape for path, entry in entries.items()}
+
+    def is_same(path: Path, found: Entry) -> bool:
+        way = simplify(substitute(found.recipe, lambda at: stored[at].recipe), shapes)
+        return found.tokens == entries[path].tokens and way == Read(path)
+
+    return [path for path in entries if path not in after or not is_same(path, after[path])]
+
+
+def _each(entries: Sequence[Entry]) -> dict[Path, Entry]:
+    """Returns the entries that are made of one leaf each, which nothing else is made of."""
+    count = Counter(path for entry in entries for path in entry.sources)
+    return {entry.sources[0]: entry for entry in entries if [count[path] for path in entry.sources] == [1]}
 
 
 def _as(copy: SavedLeaf, made: SavedLeaf) -> SavedLeaf:

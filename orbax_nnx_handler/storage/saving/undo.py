@@ -70,9 +70,9 @@ def without_rules(
         raise _of_what_lies_beside(every_entry(beside), entries, rules) or error from None
     copies = rules_undone.copies
     touched = {path for entry in entries for path in entry.sources}
-    aside = _aside(beside, rules)
-    kept = dict(aside.get(path, (path, Read(path))) for path in model if path not in touched)
-    ways = {**rules_undone.ways, **kept}
+    aside = _aside({entry.sources[0]: entry for entry in every_entry(beside)}, rules)
+    kept = {path: Read(path) for path in model if path not in touched | aside.keys()}
+    ways = {**rules_undone.ways, **kept, **dict(aside.values())}
     undone = {path: _combined(way, model) for path, way in ways.items()}
     pairs = [(model[path], _as(model[path], _combined(way, model))) for path, way in copies.items()]
     moments = _Moments(ways, copies, model, depth=2 if flavour == "maxtext" else 1)
@@ -98,7 +98,7 @@ def _of_what_lies_beside(
     return None
 
 
-def _aside(placed: Sequence[Placement], rules: Sequence[Rule]) -> dict[Path, tuple[Path, Recipe]]:
+def _aside(entries: Mapping[Path, Entry], rules: Sequence[Rule]) -> dict[Path, tuple[Path, Recipe]]:
     """Returns where, and made how, each leaf that is kept aside is stored to be restored as it is.
 
     Rules move and change it, as a second model's weight. What they make of several leaves is not read:
@@ -107,7 +107,6 @@ def _aside(placed: Sequence[Placement], rules: Sequence[Rule]) -> dict[Path, tup
     Raises:
         RuleError: The rules would restore another leaf in its place, or none.
     """
-    entries = {entry.sources[0]: entry for entry in every_entry(placed)}
     undone = _each(_undone(list(entries.values()), rules)) if entries else {}
     undone = {path: new for path, new in undone.items() if new.prefix == entries[path].prefix}
     gone = _lost(entries, {**entries, **undone}, rules)
@@ -121,9 +120,8 @@ def _aside(placed: Sequence[Placement], rules: Sequence[Rule]) -> dict[Path, tup
             hints=["begin the patterns and replacements with params/, and they are for the model alone."],
         )
     # A number that only rules join to the name in front of it stays a key of its own.
-    moved = {path: new for path, new in stored.items() if new.tokens != entries[path].tokens}
-    places = {path: (*new.prefix, *new.segments) for path, new in moved.items()}
-    return {path: (places.get(path, path), new.recipe) for path, new in stored.items()}
+    moved = {path: new.whole for path, new in stored.items() if new.tokens != entries[path].tokens}
+    return {path: (moved.get(path, path), new.recipe) for path, new in stored.items()}
 
 
 def _undone(entries: Sequence[Entry], rules: Sequence[Rule]) -> Sequence[Entry]:
@@ -258,12 +256,9 @@ def streams_as_stored(streams: Mapping[Path, Path], undone: RestorePlan | Sequen
         read = {path: reads(item.recipe)[0] for path, item in undone.restored.items()}
         own = {at: read[path] for at, path in streams.items() if path in read}
         return {at: own[at][1:] if own.get(at, ())[:1] == (AUX,) else at for at in streams}
-    renames = [rule for rule in undone if isinstance(rule, Rename)] if streams else []
-    before = [_stream(at) for at in streams]
-    stored = _renamed([rule.inverse() for rule in reversed(renames)], before)
-    again = _renamed(renames, [_stream(entry.segments) for entry in stored])
-    pairs = zip(streams, before, stored, again, strict=True)
-    return {at: new.segments if back.whole == old.whole else at for at, old, new, back in pairs}
+    entries = {(AUX, *at): _stream(at) for at in streams}
+    stored = _aside(entries, [rule for rule in undone if isinstance(rule, Rename)])
+    return {at: stored[AUX, *at][0][1:] for at in streams}
 
 
 def _stream(at: Path) -> Entry:

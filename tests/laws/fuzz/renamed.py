@@ -1,15 +1,17 @@
 """Random programs under rules: modules and networks of other names, exchanged ones, matrices turned.
 
 The rules say all that has changed, so every element comes back, moments and streams included, also where
-layers are held the other way. Nothing here is the package's but the rules themselves.
+layers are held the other way; and what is saved under the rules comes back under them. Nothing here is the
+package's but the rules themselves.
 """
 
 import pathlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import nnx
 
 from orbax_nnx_handler import RestoreError, Transpose, from_linen, restore, save, to_linen
@@ -47,6 +49,7 @@ _NETWORKS = {
 _SINGLE = ("bare", "model", "optimizer", "average", "average and optimizer")
 _SEVERAL = ("side by side", "side by side, optimizers", "nested")
 FORMS = (*_SINGLE, *_SEVERAL, "side by side, one optimizer", "module")
+LAYOUTS = ("linen", "maxtext", "memory", "own names")
 KINDS = ("modules", "modules", "networks", "both", "modules exchanged", "networks exchanged", "turned")
 
 
@@ -56,18 +59,19 @@ def try_renamed(seed: int, place: pathlib.Path) -> Outcome:
     names = rng.sample(LAYERS, rng.randint(1, 2))
     here = drawn_arrangement(rng, names)
     there = here if rng.random() < 0.6 else drawn_arrangement(rng, names)
-    form, layout = rng.choice(FORMS), rng.choice(("linen", "maxtext", "memory"))
+    form, layout = rng.choice(FORMS), rng.choice(LAYOUTS)
     make = drawn_program(rng, form, 2 * seed)
     saved = numbered(make(here))
     changed, tops = _drawn_changes(rng, saved, form, here)
     modules, turned = changed.names, changed.turned
     if turned is not None:  # Of a list of layers, each one's matrix.
         there = here
+    joint = "/" if layout == "own names" else "_"  # Between a list and its number, as it is stored.
     rules: list[Any] = [
-        (f"{old}_{{i}}", f"{new}_{{i}}") if here.get(old) == "list" else (old, new)
+        (f"{old}{joint}{{i}}", f"{new}{joint}{{i}}") if here.get(old) == "list" else (old, new)
         for old, new in modules.items()
     ]
-    rules += [*tops.items(), *([Transpose(f"{turned[0]}_{{i}}/{turned[1]}", (1, 0))] if turned else ())]
+    rules += [*tops.items(), *([Transpose(f"{turned[0]}{joint}{{i}}/{turned[1]}", (1, 0))] if turned else ())]
     rng.shuffle(rules)
 
     def wanted() -> Any:
@@ -81,20 +85,41 @@ def try_renamed(seed: int, place: pathlib.Path) -> Outcome:
         target = nnx.eval_shape(wanted)
         if layout == "memory":
             result = from_linen(to_linen(saved), target, renames=rules)
+        elif layout == "own names":
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(place / "saved", nnx.to_pure_dict(nnx.split(saved)[1]))
+            result = restore(place / "saved", target, renames=rules)
         else:
             save(place / "saved", saved, layout=layout)
             result = restore(place / "saved", target, renames=rules)
+        held = {modules.get(name, name): held for name, held in there.items()}
+        have = elements(result, held)
+        again = _saved_again(place / "again", result, target, rules, layout)
     except RestoreError as error:
         said = " | ".join(str(error).splitlines()[:6])
         return Outcome(seed, "refused without need", "must restore", tag, detail + said)
     except Exception as error:
         return Outcome(seed, "crashed", "must restore", tag, f"{detail}{type(error).__name__}: {error}")
     want = _moved(elements(saved, here), modules, tops, turned)
-    have = elements(result, {modules.get(name, name): held for name, held in there.items()})
     if layout == "memory":  # Of random streams, `to_linen` keeps none.
         have = {path: value for path, value in have.items() if "rngs" not in path}
     wrong = [path for path in have if path not in want or not np.array_equal(have[path], want[path])]
+    if again is not None and not wrong:
+        detail += "saved again: "
+        back = elements(again, held)
+        wrong = [path for path in have if path not in back or not np.array_equal(have[path], back[path])]
     return Outcome(seed, "wrong" if wrong else "right", "must restore", tag, detail + str(wrong[:3]))
+
+
+def _saved_again(place: pathlib.Path, item: Any, target: Any, rules: Sequence[Any], layout: str) -> Any:
+    """Returns what is restored under rules that were undone by a save, or None if they cannot be."""
+    if layout == "memory":
+        return None
+    try:
+        save(place, item, layout="maxtext" if layout == "maxtext" else "linen", renames=rules)
+    except RestoreError:
+        return None  # Of several train states it says so, and takes the plan.
+    return restore(place, target, renames=rules)
 
 
 def _drawn_changes(

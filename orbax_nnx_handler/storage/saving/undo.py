@@ -27,7 +27,6 @@ from orbax_nnx_handler.planning.core.recipes import (
     simplify,
     substitute,
 )
-from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.layouts.linen import AUX, TRAIN_STATE
 from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.matches import Dropped

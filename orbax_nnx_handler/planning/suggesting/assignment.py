@@ -13,7 +13,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Level, Names
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Level, Names, levels
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
 from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, permuted, transposed, ways
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
@@ -21,6 +21,8 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     PLACING,
     PYTORCHS,
     Concepts,
+    arm,
+    concepts,
     exclude,
     likeness,
     meanings,
@@ -303,6 +305,83 @@ def ranks_of(paths: Sequence[Sequence[str]], like: int) -> Mapping[tuple[int, ..
         tuple(rank[number] for rank, number in zip(ranks, counted, strict=True)): at
         for at, counted in zip(alike, numbers, strict=True)
     }
+
+
+# Modules in turn.
+
+Module = tuple[Names, list[Leaf]]
+Run = dict[tuple[int, str, int], Module]
+"""Modules beside each other, or those in a list, by the number in the list, the name and its number."""
+
+
+def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]) -> list[list[Module]]:
+    """Returns modules that both sides compute one after the other, each as large as the one in its place.
+
+    `input_blocks/{0..11}/{0..2}` are `down_blocks_{0..2}/{resnets,attentions,downsamplers}_{0..1}`: which of
+    several names comes next, sizes tell.
+    """
+    ours, theirs = _runs(wanted, above[0]), _runs(stored, above[1])
+    scores = dict[tuple[int, int], float]()
+    found = dict[tuple[int, int], list[list[Module]]]()
+    for (at, (names, run)), (to, (others, other)) in itertools.product(enumerate(ours), enumerate(theirs)):
+        said, against = concepts(names), concepts(others)
+        pairs = _one_by_one(run, other) or [pair[::-1] for pair in _one_by_one(other, run)]
+        pairs = [] if _is_counted(run) and _is_counted(other) else pairs
+        are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1
+        if are_modules and arm(names) * arm(others) >= 0 and not exclude(said, against):
+            found[at, to], scores[at, to] = pairs, 20 + likeness(said, against)
+    return [pair for best in best_pairs(scores) for pair in found[best]]
+
+
+def _runs(leaves: Iterable[Leaf], above: int) -> list[tuple[Names, Run]]:
+    found: dict[tuple[Names, bool], Run] = defaultdict(dict)
+    for leaf in leaves:
+        path, end = levels(leaf.names), 0
+        for level, inner in itertools.pairwise(path):
+            end += level.width
+            if end <= above:
+                continue
+            names, number = (*leaf.names[: end - level.width], level.base), level.number or 0
+            key, deeper = (number, inner.base, inner.number or 0), leaf.names[: end + inner.width]
+            found[names, True].setdefault(key, (deeper, []))[1].append(leaf)
+            if level.number is not None:
+                key = (0, "", number)
+                found[names, False].setdefault(key, (leaf.names[:end], []))[1].append(leaf)
+                break
+    # What holds leaves beside its modules is no run of them.
+    return [
+        (names, run)
+        for (names, _), run in found.items()
+        if all(held[0].names != at for at, held in run.values())
+    ]
+
+
+def _one_by_one(run: Run, other: Run) -> list[list[Module]]:
+    """Returns the pairs of a run of which only numbers tell the order, and of another one."""
+    keys = sorted(run, key=lambda key: (key[0], key[2]))
+    if len(keys) == len(other) + 1 and len({leaf.names[:-1] for leaf in run[keys[0]][1]}) == 1:
+        keys = keys[1:]  # What leads in lies beside the list elsewhere.
+    if not _is_counted(run) or len(keys) != len(other):
+        return []
+    left: dict[int, dict[str, list[Module]]] = defaultdict(lambda: defaultdict(list))
+    for key in sorted(other, key=lambda key: key[::2], reverse=True):
+        left[key[0]][key[1]].append(other[key])
+    pairs: list[list[Module]] = []
+    for key in keys:
+        first = next(left[number] for number in sorted(left) if any(left[number].values()))
+        heads = [held for held in first.values() if held and _size(held[-1]) == _size(run[key])]
+        if len(heads) != 1:
+            return []
+        pairs.append([run[key], heads[0].pop()])
+    return pairs
+
+
+def _is_counted(run: Run) -> bool:
+    return len({key[:2] for key in run}) == len({key[0] for key in run})
+
+
+def _size(module: Module) -> int:
+    return sum(math.prod(leaf.shape) for leaf in module[1])
 
 
 _MOST_JOINED = 4

@@ -4,7 +4,8 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number, shared_levels
+from orbax_nnx_handler.planning.core.paths import Tokens, shared_levels
+from orbax_nnx_handler.planning.suggesting.assignment import in_turn
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Layers,
@@ -17,9 +18,11 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     module_parts,
     place_of,
 )
+from orbax_nnx_handler.planning.suggesting.named_parts import creation_place
 from orbax_nnx_handler.planning.suggesting.series import (
     Looks,
     Series,
+    alone,
     are_alike,
     have_equal_layers,
     in_sequence,
@@ -94,16 +97,16 @@ def match_context(context: Context) -> Findings:
     ours = series_of(context.wanted, context.above[0])
     theirs = series_of(context.stored, context.above[1])
     taken: set[int] = set()
+    _match_in_sequence((ours, theirs), context, found, taken, arms=2)
+    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     _match_series(_pairs_of_series(ours, theirs), context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     for pairs in _pairs_with_rests(ours, theirs, context, found, taken):
         _match_series(pairs, context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    for pairs in in_sequence(theirs, _free(context.wanted, taken), context.above[0]):
-        _match_series([(left, right) for right, left in pairs], context, found, taken)
-    ours = [one for one in ours if not _is_taken(one, taken)]
-    for pairs in in_sequence(ours, _free(context.stored, taken), context.above[1]):
-        _match_series(pairs, context, found, taken)
+    _match_in_sequence((ours, theirs), context, found, taken, arms=1)
+    in_places = in_turn(_free(context.wanted, taken), _free(context.stored, taken), context.above)
+    _match_series([(alone(*one, 0), alone(*other, 1)) for one, other in in_places], context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     rests = [(one, without_rest(one, theirs)) for one in ours]
     heads = [one if rest is None else rest[0] for one, rest in rests]
@@ -123,6 +126,17 @@ def match_context(context: Context) -> Findings:
     wanted, stored = _free(context.wanted, taken), _free(context.stored, taken | unlike)
     found.add(_match_rest(wanted, stored, context))
     return found
+
+
+def _match_in_sequence(
+    groups: Sequence[Sequence[Series]], context: Context, found: Findings, taken: set[int], arms: int
+) -> None:
+    ours, theirs = groups
+    for pairs in in_sequence(theirs, _free(context.wanted, taken), context.above[0], arms):
+        _match_series([(left, right) for right, left in pairs], context, found, taken)
+    ours = [one for one in ours if not _is_taken(one, taken)]
+    for pairs in in_sequence(ours, _free(context.stored, taken), context.above[1], arms):
+        _match_series(pairs, context, found, taken)
 
 
 def _match_series(
@@ -203,12 +217,12 @@ def _is_taken(series: Series, taken: set[int]) -> bool:
 def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context) -> Findings:
     up, down = context.above
     left, right = module_parts(wanted, up), module_parts(stored, down)
-    names = (_names(context.wanted, up), _names(context.stored, down))
     start = _start(wanted, up), _start(stored, down)
+    names = [tuple(level.base for level in levels(each)) for each in start]
     matched = match_parts(
         left,
         right,
-        names,
+        (names[0], names[1]),
         lambda part: creation_place((*start[0], *part.names), context.order),
         lambda one, other: context.known((*start[0], *one), (*start[1], *other)),
     )
@@ -259,24 +273,8 @@ def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
     return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
 
 
-def _names(leaves: Sequence[Leaf], above: int) -> Names:
-    return tuple(level.base for level in levels(leaves[0].names[:above])) if leaves else ()
-
-
 def _start(leaves: Sequence[Leaf], above: int) -> Names:
     return leaves[0].names[:above] if leaves else ()
-
-
-def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> tuple[int, ...] | None:
-    """Returns the place of a module in the order of creation, level by level."""
-    tokens = canonical(names)
-    place = list[int]()
-    for at, token in enumerate(tokens):
-        known = order.get(tokens[:at], ())
-        if token not in known and not is_number(token):
-            break
-        place.append(int(token[1:]) if is_number(token) else list(known).index(token))
-    return tuple(place) or None
 
 
 def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:

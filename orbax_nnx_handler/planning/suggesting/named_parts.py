@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
 from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     COMPUTED,
@@ -406,6 +407,18 @@ def are_automatic(roles: Sequence[NamedPart]) -> bool:
         role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
         for role in roles
     )
+
+
+def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> tuple[int, ...] | None:
+    """Returns the place of a module in the order of creation, level by level."""
+    tokens = canonical(names)
+    place = list[int]()
+    for at, token in enumerate(tokens):
+        known = order.get(tokens[:at], ())
+        if token not in known and not is_number(token):
+            break
+        place.append(int(token[1:]) if is_number(token) else list(known).index(token))
+    return tuple(place) or None
 
 
 def lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:

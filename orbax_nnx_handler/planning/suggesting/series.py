@@ -155,37 +155,35 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tupl
 
 
 def in_sequence(
-    groups: Iterable[Series], free: Sequence[Leaf], above: int
+    groups: Iterable[Series], free: Sequence[Leaf], above: int, arms: int
 ) -> list[list[tuple[Series, Series]]]:
     """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
 
     `Block_{0..3}` are `stages/{0..1}/{0..1}`, or what lies in `down`, `mid` and `up`: as many modules with
-    numbers, each as large as the layer in its place. Nothing where that is not so, or so of two groups.
+    numbers, each as large as the one in its place. Nothing where that is not so, or so of two groups.
 
     Args:
         groups: The groups.
         free: The leaves of the other side that are none of another group's.
         above: How many segments lead to the context on that side.
+        arms: In how many arms of a U-Net they must be.
     """
-    found = [_in_sequence(series, free, above) for series in groups]
+    found = [_in_sequence(series, free, above, arms) for series in groups]
     claims = Counter(other.template for pairs in found for _, other in pairs)
     return [pairs for pairs in found if all(claims[other.template] == 1 for _, other in pairs)]
 
 
-def _in_sequence(series: Series, free: Sequence[Leaf], above: int) -> list[tuple[Series, Series]]:
-    sizes = [sizes_of(series.members[number]) for number in series.numbers]
-    found = _modules_of_sizes(free, above, set(sizes))
+def _in_sequence(series: Series, free: Sequence[Leaf], above: int, arms: int) -> list[tuple[Series, Series]]:
+    found = _modules_of_sizes(free, above, {*series.sizes})
     bases = {names: tuple(level.base for level in levels(names)) for names in found}
-    families = {(arm(base), base) for base in bases.values()}
-    if len(found) != len(sizes) or len({at for at, _ in families}) < len(families):
+    ways = {arm(base) for base in bases.values()}
+    if len(found) != len(series.sizes) or len(ways) < max(len({*bases.values()}), arms):
         return []
-    key = {names: (arm(bases[names]), [level.number or 0 for level in levels(names)]) for names in found}
-    ordered = sorted(found, key=key.__getitem__)
-    if [sizes_of(found[names]) for names in ordered] != sizes or not is_complete(series):
+    ordered = sorted(found, key=lambda at: (arm(bases[at]), [level.number or 0 for level in levels(at)]))
+    if [sizes_of(found[names]) for names in ordered] != series.sizes or not is_complete(series):
         return []
-    # Numbers of one side are none of the other's.
     return [
-        (_alone(series.place(number), series.members[number], 0), _alone(names, found[names], 1))
+        (alone(series.place(number), series.members[number], 0), alone(names, found[names], 1))
         for number, names in zip(series.numbers, ordered, strict=True)
     ]
 
@@ -196,14 +194,14 @@ _REST = frozenset(("remainder", "remaining", "rest", "tail", "last"))
 def without_rest(
     series: Series, others: Iterable[Series]
 ) -> tuple[Series, list[tuple[Series, Series]]] | None:
-    """Returns a group without its last layers, and these with a group that is named so: the remainder."""
+    """Returns a group without its last layers, and these with a group named so: the remainder."""
     found = [other for other in others if said_of(other) & _REST and have_equal_layers(series, other)]
     if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
         return None
     other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
     members = {number: series.members[number] for number in numbers[:first]}
     pairs = [
-        (_alone(series.place(at), series.members[at], 0), _alone(other.place(to), other.members[to], 1))
+        (alone(series.place(at), series.members[at], 0), alone(other.place(to), other.members[to], 1))
         for at, to in zip(numbers[first:], other.numbers, strict=True)
     ]
     return dataclasses.replace(series, members=members), pairs
@@ -211,24 +209,26 @@ def without_rest(
 
 def have_equal_layers(one: Series, other: Series) -> bool:
     """Tells whether each layer of two groups is as large as every other one."""
-    sizes = {sizes_of(series.members[series.numbers[0]]) for series in (one, other)}
-    return len(sizes) == 1 and are_alike(one) and are_alike(other)
+    return one.sizes[0] == other.sizes[0] and are_alike(one) and are_alike(other)
 
 
-def _alone(names: Names, leaves: list[Leaf], number: int) -> Series:
+def alone(names: Names, leaves: list[Leaf], number: int) -> Series:
+    """Returns a module as the only one of its group."""
     base = tuple(level.base for level in levels(names))
     return Series(names[:-1], names, base, {number: leaves}, is_kind=True)
 
 
 def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) -> Mapping[Names, list[Leaf]]:
-    """Returns the outermost modules with a number whose leaves together have one of some sizes."""
+    """Returns the outermost modules with a number of some sizes; of one that only holds another one, that."""
     below: dict[Names, list[Leaf]] = defaultdict(list)
     for leaf in free:
         for (template, _), number in _numbered(leaf.names, above):
             below[(*template[:-1], template[-1].replace(_PLACE, str(number)))].append(leaf)
     found: dict[Names, list[Leaf]] = {}
     for names in sorted(below, key=len):
-        if sizes_of(below[names]) in sizes and not any(names[: len(outer)] == outer for outer in found):
+        outer = next((outer for outer in found if names[: len(outer)] == outer), names)
+        if sizes_of(below[names]) in sizes and (outer == names or len(found[outer]) == len(below[names])):
+            found.pop(outer, None)
             found[names] = below[names]
     return found
 
@@ -265,11 +265,10 @@ def _may_be_one(one: Series, other: Series) -> bool:
 def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     """Returns which layer is which: those of one number, or one by one where both count all from 0 or 1.
 
-    Where layers are as large as those of the other side from the last one on, this counts them so: on
-    the way up of a U-Net, by resolution or in the order of computation. And a list may begin with something
-    else: where only one run of its layers is as large as the shorter list, this is that list.
+    Where sizes are those of the other side from the last one on, this counts them so: on the way up of a
+    U-Net. Where only one run of a list is as large as the shorter one, this is that list.
     """
-    if is_complete(one) and is_complete(other) and _is_reversed(one.sizes, other.sizes):
+    if is_complete(one) and is_complete(other) and _is_reversed(one, other):
         return list(zip(one.numbers, reversed(other.numbers), strict=True))
     both = sorted(one.members.keys() & other.members.keys())
     alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
@@ -292,10 +291,11 @@ def _run_within(one: Series, other: Series) -> list[tuple[int, int]]:
     return list(zip(*((short.numbers, run) if short is one else (run, short.numbers)), strict=True))
 
 
-def _is_reversed(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Tells whether sizes are those of the other side in reverse, of which two at least are there once."""
-    counts = Counter(one)
-    return one != other and one == other[::-1] and sum(count == 1 for count in counts.values()) > 1
+def _is_reversed(one: Series, other: Series) -> bool:
+    """Tells whether sizes are those of the other side in reverse, of which two, or one going up, are once."""
+    least = 1 if arm(one.base) == arm(other.base) == 1 else 2
+    lone = sum(count == 1 for count in Counter(one.sizes).values())
+    return one.sizes != other.sizes and one.sizes == other.sizes[::-1] and lone >= least
 
 
 def is_complete(series: Series) -> bool:

@@ -40,7 +40,7 @@ OPEN = {
     "evoformer": 44,
     "perceiver": 32,
     "dual_encoder": 1,
-    "inception": 180,
+    "inception": 165,
     "ddpm": 21,
     "fnet": 12,
     "phi2": 6,

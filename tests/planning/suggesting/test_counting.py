@@ -5,8 +5,8 @@ import pytest
 from tests.planning.suggesting.proposals import check, filled, proposed
 
 
-def test_levels_that_one_side_counts_from_the_last_one_are_told_by_their_sizes():
-    widths = [(4, 4), (8, 4), (8, 12)]
+@pytest.mark.parametrize("widths", [[(4, 4), (8, 4), (8, 12)], [(4, 4), (4, 4), (4, 12)]])
+def test_levels_that_one_side_counts_from_the_last_one_are_told_by_their_sizes(widths):
     stored = filled(
         {
             f"up_{at}/{part}/kernel": shape
@@ -275,3 +275,88 @@ def test_letters_that_one_kind_of_layer_is_counted_by_count_the_norms_beside_it(
 
     assert found.questions == ()
     check(values, expected)
+
+
+def block(name, inputs, outputs):
+    skip = {f"{name}/skip/kernel": (1, 1, inputs, outputs)} if inputs != outputs else {}
+    return skip | {
+        f"{name}/norm1/scale": (inputs,),
+        f"{name}/conv1/kernel": (3, 3, inputs, outputs),
+        f"{name}/norm2/scale": (outputs,),
+        f"{name}/conv2/kernel": (3, 3, outputs, outputs),
+    }
+
+
+def attention(name, width):
+    return {f"{name}/norm/scale": (width,), f"{name}/out/kernel": (width, width)}
+
+
+def unet():
+    """Returns a U-Net of blocks, attentions and samplers in levels, and what each of them is in lists."""
+    shapes, names = {"conv_in/kernel": (3, 3, 3, 4)}, {"conv_in": "input_blocks/0/0"}
+    widths = {"down": [(4, 4), (8, 8), (8, 8)], "mid": [(8, 8)], "up": [(8, 8), (8, 8), (4, 4)]}
+    before, skips = 4, [4]
+    for way, called in (("down", "input_blocks"), ("mid", "middle_block"), ("up", "output_blocks")):
+        count = 1 if way == "down" else 0
+        for level, pair in enumerate(widths[way]):
+            above = "mid_block" if way == "mid" else f"{way}_blocks_{level}"
+            for at, width in enumerate((*pair, pair[0]) if way == "up" else pair):
+                inputs = before + skips.pop() if way == "up" else before
+                shapes |= block(f"{above}/resnets_{at}", inputs, width)
+                place = f"{called}/{2 * at}" if way == "mid" else f"{called}/{count}/0"
+                names[f"{above}/resnets_{at}"] = place
+                if width == 8 and not (way == "mid" and at):
+                    shapes |= attention(f"{above}/attentions_{at}", width)
+                    names[f"{above}/attentions_{at}"] = (
+                        f"{called}/1" if way == "mid" else f"{called}/{count}/1"
+                    )
+                count, before = count + 1, width
+                skips += [width] * (way == "down")
+            if way != "mid" and level < 2:
+                last = f"{called}/{count}/0" if way == "down" else f"{called}/{count - 1}/{1 + (before == 8)}"
+                shapes[f"{above}/{way}samplers_0/conv/kernel"] = (3, 3, before, before)
+                names[f"{above}/{way}samplers_0"] = last
+                count += way == "down"
+                skips += [before] * (way == "down")
+    return shapes, names
+
+
+def test_levels_of_blocks_attentions_and_samplers_are_a_list_in_the_order_of_computation():
+    shapes, names = unet()
+    stored = filled(shapes)
+    aims = {
+        path: next(path.replace(a, b, 1) for a, b in names.items() if path.startswith(f"{a}/"))
+        for path in stored
+    }
+
+    found, values = proposed(stored, {aims[path]: value.shape for path, value in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: value for path, value in stored.items()})
+
+
+def test_blocks_that_linen_counts_through_a_network_are_those_of_its_lists_and_of_the_lists_in_them():
+    shapes, names = unet()
+    shapes = {path: shape for path, shape in shapes.items() if "resnets" in path}
+    called = {above: f"ResBlock_{at}" for at, above in enumerate(x for x in names if "resnets" in x)}
+    above = {path: "/".join(path.split("/")[:2]) for path in shapes}
+    stored = filled({path.replace(above[path], called[above[path]]): x for path, x in shapes.items()})
+    aims = {path.replace(at, called[at]): path.replace(at, names[at]) for path, at in above.items()}
+
+    found, values = proposed(stored, {aims[path]: value.shape for path, value in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: value for path, value in stored.items()})
+
+
+@pytest.mark.parametrize("names", [("resnet", "attention"), ("oak", "elm")])
+def test_which_of_two_modules_of_one_size_comes_first_is_not_told_by_their_place(names):
+    parts = {"norm/scale": (8,), "out/kernel": (8, 8)}
+    stored = filled({f"mid/{at}_0/{part}": x for at in names for part, x in parts.items()})
+
+    found, values = proposed(
+        stored, {f"middle/{at}/{part}": x for at in range(2) for part, x in parts.items()}
+    )
+
+    assert found.questions
+    assert not values

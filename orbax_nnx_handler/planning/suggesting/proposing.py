@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, readings_of, simplest
-from orbax_nnx_handler.planning.suggesting.rule_writing import Writer, changes_nothing
+from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links, without_strays
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
@@ -193,7 +193,7 @@ class _Proposing:
 
         def nth(rules: Sequence[Rule], at: int) -> tuple[Rule, ...]:
             joined = next(itertools.islice(by_network(keys, rules), at, None), rules)
-            return tuple(rule for rule in joined if rule in rules or not changes_nothing(rule))
+            return tuple(rule for rule in joined if rule in rules or not _changes_nothing(rule))
 
         is_trained = bool(of_role(self._wanted, "optimizer"))
         for at, _ in enumerate(by_network(keys, found.renames) if is_trained else ()):
@@ -238,8 +238,8 @@ class _Proposing:
         kept = [one for one in tried.links if (one.target.source, one.source.source) not in answered]
         links = remade_links([*kept, *more], changes, self._shapes)
         rules = self._write(links, searched, tried.root, tried.below)
-        keeps = not tried.rules or any(map(changes_nothing, tried.rules))
-        return tuple(rule for rule in rules if keeps or not changes_nothing(rule))
+        keeps = not tried.rules or any(map(_changes_nothing, tried.rules))
+        return tuple(rule for rule in rules if keeps or not _changes_nothing(rule))
 
     def _searched(self) -> Searched:
         found = self._search(after := self._applied)
@@ -317,9 +317,9 @@ class _Proposing:
 
     def _tried(self, links: Sequence[Link], searched: Searched, root: int, below: Names) -> Tried:
         rules, tried = self._written(links, searched, root, below)
-        if tried.is_clean or not any(map(changes_nothing, rules)):
+        if tried.is_clean or not any(map(_changes_nothing, rules)):
             return tried
-        changing = {rule: some for rule, some in rules.items() if not changes_nothing(rule)}
+        changing = {rule: some for rule, some in rules.items() if not _changes_nothing(rule)}
         return self._judged(links, changing, root, below)
 
     def _written(
@@ -441,3 +441,8 @@ class _Proposing:
             ),
             problem=tried.problem or problem_of(verdict, weights),
         )
+
+
+def _changes_nothing(rule: Rule) -> bool:
+    """Tells whether a rule says nothing but that a path is the right one."""
+    return isinstance(rule, Rename) and rule.pattern == rule.replacement

@@ -227,16 +227,18 @@ class Writer:
         parts = {leaf.names for link in fused for leaf in link.stored}
         taken = {self._now(link, leaf.names) for link in fused for leaf in link.stored}
         alone = [move for move in moves if move.names not in taken]
+        made = Counter(move.names for link in fused for move in self._joining(link, 0, ())[1])
+        twice = {names for names, count in made.items() if count > 1}
         for kept in range(_MOST_NAMES):
             written: dict[Rule, list[Link]] = defaultdict(list)
             for link in fused:
-                written[self._joining(link, kept)[0]].append(link)
+                written[self._joining(link, kept, twice)[0]].append(link)
             fused = list[Link]()
             for rule, some in written.items():
                 if kept + 1 < _MOST_NAMES and not self._fits(rule, some):
                     fused += some
                     continue
-                alone += [move for link in some for move in self._joining(link, kept)[1]]
+                alone += [move for link in some for move in self._joining(link, kept, twice)[1]]
                 self._take(rule, some)
         return [move for move in alone if move.names not in parts]
 
@@ -252,14 +254,18 @@ class Writer:
             return False  # A save would fuse other leaves too.
         return all(_matches_only(_compiled(text), wholes, self.entries, good) for text in patterns)
 
-    def _joining(self, link: Link, kept: int) -> tuple[Rule, list[_Move]]:
-        """Returns the rule of a fuse or split, and what comes out of it under its last name."""
+    def _joining(self, link: Link, kept: int, twice: Collection[Names]) -> tuple[Rule, list[_Move]]:
+        """Returns the rule of a fuse or split, and what comes out of it: one name is not given to two."""
         seats = link.seats(self.root - len(self.below))
         sources = [self._now(link, leaf.names) for leaf in link.stored]
         aims = [self._aim(link, leaf.names) for leaf in link.wanted]
         _, intos = joining_rule(link, sources, aims)
+        called = aims
+        if any(into in twice for into in intos):
+            called = [(*aim[:-2], "_".join((*sources[0][-2:-1], *aim[-2:-1])), aim[-1]) for aim in aims]
+            _, intos = joining_rule(link, sources, called)
         named = [with_places(names, [now for now, _ in seats]) for names in sources]
-        rule, _ = joining_rule(link, named, aims, kept)
+        rule, _ = joining_rule(link, named, called, kept)
         steps = [ways[0].steps for ways in link.ways] if link.is_split else [link.after]
         return rule, [
             _Move(into, aim, [*seats], link, some) for into, aim, some in zip(intos, aims, steps, strict=True)
@@ -420,9 +426,8 @@ def _compiled(text: str) -> Pattern:
 
 
 def _leads(template: Names, names: Names) -> bool:
-    return (
-        len(names) > len(template) and _compiled("/".join(template)).match(names[: len(template)]) is not None
-    )
+    at = len(template)
+    return len(names) > at and _compiled("/".join(template)).match(names[:at]) is not None
 
 
 def _alike(one: Names, other: Names) -> bool:
@@ -442,8 +447,3 @@ def _differing(move: _Move) -> tuple[Names, Names]:
     left, right = move.templates[0]
     after, before = shared_ends(left[::-1], right[::-1], 1)
     return left[before : len(left) - after], right[before : len(right) - after]
-
-
-def changes_nothing(rule: Rule) -> bool:
-    """Tells whether a rule says nothing but that a path is the right one."""
-    return isinstance(rule, Rename) and rule.pattern == rule.replacement

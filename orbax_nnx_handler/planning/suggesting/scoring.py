@@ -159,15 +159,15 @@ def _rest(role: NamedPart, used: Collection[int]) -> list[NamedPart]:
 def _single_parts(whole: NamedPart, singles: Sequence[NamedPart]) -> tuple[float, list[NamedPart]]:
     """Returns the parts that a fused one holds, where one module alone has them, and the likeness."""
     modules: dict[Any, list[NamedPart]] = {}
-    for role in singles:
-        if not role.fused:
-            modules.setdefault(role.part.module, []).append(role)
+    for role in [role for role in singles if not role.fused]:
+        modules.setdefault(role.part.module, []).append(role)
     found: list[tuple[float, list[NamedPart]]] = []
     rest, marks = whole.said - set(whole.fused), whole.part.own - set(whole.fused)
     for members in modules.values():
         for marked, parts in _by_mark(whole, members):
             if not any(exclude(rest, part.said - set(whole.fused)) for part in parts):
-                found.append((max(likeness(rest, part.said) for part in parts) + (marked == marks), parts))
+                is_told = marked == marks or not marked.isdisjoint(rest)
+                found.append((max(likeness(rest, part.said) for part in parts) + is_told, parts))
     found.sort(key=lambda item: -item[0])
     if not found or (len(found) > 1 and found[0][0] - found[1][0] < MARGIN):
         return 0.0, []

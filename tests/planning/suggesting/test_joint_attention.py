@@ -1,0 +1,90 @@
+"""Blocks in which two streams look at each other: what is added, is of the context, is the text's."""
+
+import numpy as np
+import pytest
+
+from tests.planning.suggesting.proposals import check, filled, proposed
+
+STREAMS = {
+    "x_block": (("to_q", "to_k", "to_v"), "norm_{}", "to_out_0", "norm1"),
+    "context_block": (
+        ("add_q_proj", "add_k_proj", "add_v_proj"),
+        "norm_added_{}",
+        "to_add_out",
+        "norm1_context",
+    ),
+}
+WIDTH, LAYERS = 8, 3
+
+
+def parts():
+    """Yields each layer's streams: by which names both sides lead into it, and what the stream is called."""
+    for layer in range(LAYERS):
+        for block, names in STREAMS.items():
+            is_dead = layer == LAYERS - 1 and block == "context_block"
+            yield f"joint_blocks_{layer}/{block}", f"transformer_blocks_{layer}", names, is_dead
+
+
+def joint():
+    """Returns shapes of streams in modules of their own, their other paths, and both paths of q, k and v."""
+    shapes, others, fused = {}, {}, []
+    for ours, theirs, (names, norm, out, modulation), is_dead in parts():
+        for letter in "qk":
+            shapes[f"{ours}/attn/ln_{letter}/scale"] = (4,)
+            others[f"{ours}/attn/ln_{letter}/scale"] = f"{theirs}/attn/{norm.format(letter)}/scale"
+        shapes[f"{ours}/modulation/kernel"] = (WIDTH, (2 if is_dead else 6) * WIDTH)
+        others[f"{ours}/modulation/kernel"] = f"{theirs}/{modulation}/linear/kernel"
+        if not is_dead:
+            shapes[f"{ours}/attn/proj/kernel"] = (WIDTH, WIDTH)
+            others[f"{ours}/attn/proj/kernel"] = f"{theirs}/attn/{out}/kernel"
+        fused.append((f"{ours}/attn/qkv/kernel", [f"{theirs}/attn/{name}/kernel" for name in names]))
+    return shapes, others, fused
+
+
+def of_list(path):
+    return path.replace("_blocks_", "_blocks/")
+
+
+def test_queries_of_a_module_for_the_context_are_those_that_are_added():
+    shapes, others, fused = joint()
+    for whole, single in fused:
+        for letter, path in zip("qkv", single, strict=True):
+            ours = whole.replace("qkv", letter)
+            shapes[ours], others[ours] = (WIDTH, WIDTH), path
+    stored = filled(shapes)
+
+    found, values = proposed(stored, {of_list(others[path]): value.shape for path, value in stored.items()})
+
+    assert not found.questions
+    check(values, {of_list(others[path]): value for path, value in stored.items()})
+
+
+def test_queries_keys_and_values_of_both_streams_are_taken_apart():
+    shapes, others, fused = joint()
+    stored = filled(shapes | {whole: (WIDTH, 3 * WIDTH) for whole, _ in fused})
+    expected = {of_list(others[path]): stored[path] for path in shapes}
+    for whole, single in fused:
+        expected |= zip(map(of_list, single), np.split(stored[whole], 3, axis=1), strict=True)
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert not found.questions
+    check(values, expected)
+
+
+@pytest.mark.parametrize("called", ["attn/qkv", "qkv"])
+def test_queries_keys_and_values_of_two_streams_in_one_module_become_one_array_of_each(called):
+    shapes, others, fused = joint()
+    stored = filled(
+        {others[path]: shape for path, shape in shapes.items()}
+        | {path: (WIDTH, WIDTH) for _, single in fused for path in single}
+    )
+    expected = {of_list(path): stored[others[path]] for path in shapes}
+    for whole, single in fused:
+        path = of_list(whole.replace("attn/qkv", called))
+        expected[path] = np.concatenate([stored[part] for part in single], axis=1)
+
+    found, values = proposed(stored, {path: value.shape for path, value in expected.items()})
+
+    assert not found.questions
+    check(values, expected)

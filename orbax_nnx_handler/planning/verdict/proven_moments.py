@@ -40,6 +40,7 @@ from orbax_nnx_handler.planning.verdict.states import (
     States,
     StoredNames,
     Trained,
+    network_of,
     slot_of,
     spellings,
     spelt_alike,
@@ -121,8 +122,7 @@ class ProvenMoments:
     def _unlike(self) -> Iterator[Claim]:
         """Yields the leaves that have not the keys of a parameter, in a field that is known: few.
 
-        To be read in the loop that proves them, since fields become known there. The moments
-        of nearly every field come in the order of the parameters.
+        To be read in the loop that proves them: fields become known there, each in the parameters' order.
         """
         number = 0
         while number < len(self._leaves):
@@ -206,10 +206,11 @@ class ProvenMoments:
         self, item: Wanted, claims: list[tuple[int, _Weight]], reasons: list[str], stored: Placement
     ) -> None:
         """Keeps the networks that have a weight of a moment's name, if there are several."""
-        networks: dict[Path, Followed] = {}
+        networks = dict[Path, Followed]()
         for (at, (weight, made, _)), why in zip(claims, reasons, strict=True) if len(claims) > 1 else ():
-            root = weight.leaf.path[: at - len(item.path) if at > 0 else at]
-            networks[root] = Followed(not why, next((self._placed[of].owner for of in reads(made)), ()))
+            size = len(item.path) - at if at > 0 else -at
+            source = next((network_of(self._placed[path], size) for path in reads(made)), ())
+            networks[weight.leaf.path[:-size]] = Followed(not why, source)
         if len(networks) > 1:
             self._trained.add(item, stored, networks)
 
@@ -280,8 +281,8 @@ class ProvenMoments:
 
 def _alike(some: Sequence[object], others: Sequence[object]) -> int:
     """Returns how many of the first of two columns are the same."""
-    pairs = enumerate(zip(some, others, strict=True))
-    return len(some) if some == others else next(at for at, (one, other) in pairs if one != other)
+    pairs = zip(some, others, strict=True)
+    return len(some) if some == others else [one == other for one, other in pairs].index(False)
 
 
 def _by_owner(leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterable[tuple[Path, Sequence[Path]]]:
@@ -308,8 +309,7 @@ def _by_key(depths: Iterable[int], weights: Sequence[_Weight]) -> Mapping[Path, 
 def _depth_of(owner: Path, moments: Sequence[Path], weights: Sequence[_Weight]) -> int:
     """Returns how many keys a weight has in front of what it shares with a moment of its own.
 
-    One moment tells, unless its own weight is not in the result: then another one does. A weight
-    beside the optimizer is its own before one of the same name elsewhere.
+    One moment tells, unless its weight is not in the result. A weight beside the optimizer comes first.
     """
     if owner[:-1]:
         weights = [item for item in weights if item[0].leaf.path[: len(owner) - 1] == owner[:-1]] or weights

@@ -162,7 +162,7 @@ class Followed(NamedTuple):
 
     Attributes:
         is_followed: Whether the moment is made as the weight is.
-        source: The owner of what the weight reads.
+        source: The network of what the weight reads.
     """
 
     is_followed: bool
@@ -200,6 +200,12 @@ class Trained:
                 if there and read and read.isdisjoint(there):
                     yield item.leaf.path, stored.leaf.path, f"it is a moment of {render(there[0])}"
                     break
+
+
+def network_of(weight: Placement, size: int) -> Path:
+    """Returns the owner of a stored weight; without collections, what is above the keys of its name."""
+    path = weight.leaf.path
+    return path[: len(path) - size] if weight.collection is None and not weight.owner else weight.owner
 
 
 def _of_its_name(owner: Path, networks: Iterable[Path]) -> list[Path]:

@@ -7,7 +7,7 @@ a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
 import ast
 import functools
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from flax import traverse_util
@@ -280,6 +280,18 @@ def called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
         scores[name] = sum(each) if all(each) else 0
     best = max(scores.values(), default=0)
     return [name for name, score in scores.items() if score == best > 0]
+
+
+def trained_by(owner: Path, networks: Collection[Path]) -> list[Path]:
+    """Returns the networks that an optimizer lies in, lies beside, or is called after."""
+    own = [at for at in networks if at == owner]
+    above = owner[:-1]
+    beside = [at for at in networks if above and at[: len(above)] == above]
+    if own or len(beside) == 1:
+        return own or beside
+    ends = {at: canonical(at)[-1:] for at in beside or networks}
+    named = called_after(canonical(owner)[-1:], set(ends.values()))
+    return [at for at, end in ends.items() if end in named] or beside
 
 
 def _is_short(word: str, other: str) -> bool:

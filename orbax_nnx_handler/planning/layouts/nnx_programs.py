@@ -33,11 +33,13 @@ tunix/sft/checkpoint_manager.py saves `nnx.state(model)` as `model_params` and
 ends in `value`. One of the items alone is an `nnx.State`.
 """
 
-from collections.abc import Collection
+import dataclasses
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 
 from orbax_nnx_handler.planning.core.dtypes import is_weight_called_step
-from orbax_nnx_handler.planning.core.leaves import is_optax_state, optimizer_owners, owner_of
-from orbax_nnx_handler.planning.core.paths import Path, segments
+from orbax_nnx_handler.planning.core.leaves import is_optax_state, is_state, optimizer_owners, owner_of
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
 from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored, has_subtree, tops
 from orbax_nnx_handler.planning.layouts.linen import owners_of
 
@@ -50,7 +52,53 @@ def _owners(stored: Stored) -> set[Path]:
 
 def _place_tree(stored: Stored) -> tuple[Placement, ...]:
     owners = _owners(stored)
-    return tuple(_in_tree(stored, path, owners) for path in stored)
+    placed = tuple(_in_tree(stored, path, owners) for path in stored)
+    networks = _networks(placed)
+    return tuple(_in_network(item, networks) for item in placed) if networks else placed
+
+
+def _networks(placed: Sequence[Placement]) -> set[Path]:
+    """Returns the keys above each network, where there are several and optimizers beside them.
+
+    The names of its moments tell: they are those of weights below one key beside it. Where the key is in
+    front of them, what it has trained is one model.
+    """
+    moments: dict[Path, list[Tokens]] = defaultdict(list)
+    weights: dict[Path, set[Tokens]] = defaultdict(set)
+    for item in placed:
+        if item.section == "optimizer" and item.owner:
+            moments[item.owner].append(item.tokens)
+    parents = {owner[:-1] for owner in moments}
+    for item in placed:
+        for parent in parents if item.section == "model" else ():
+            size = len(parent) + 1
+            if item.path[: size - 1] == parent and len(item.path) > size:
+                weights[item.path[:size]].add(canonical(item.path[size:]))
+    found: set[Path] = set()
+    for parent in parents:
+        beside = {at: names for at, names in weights.items() if at[:-1] == parent}
+        own = [tokens for owner, each in moments.items() if owner[:-1] == parent for tokens in each]
+        whole = {(*canonical(at[-1:]), *name) for at, names in beside.items() for name in names}
+        below = set[Tokens]().union(*beside.values())
+        if _are_moments(own, below) and not _are_moments(own, whole):
+            found |= beside.keys()
+    return found if len(found) > 1 else set()
+
+
+def _are_moments(moments: Sequence[Tokens], weights: Collection[Tokens]) -> bool:
+    """Tells whether a path ends, behind a field, in the name of a weight."""
+    return any(
+        tokens[at:] in weights and is_state(tokens[at - 1 :])
+        for tokens in moments
+        for at in range(1, len(tokens))
+    )
+
+
+def _in_network(item: Placement, networks: Collection[Path]) -> Placement:
+    own = next((item.path[:at] for at in range(len(item.path)) if item.path[:at] in networks), None)
+    if item.section != "model" or own is None:
+        return item
+    return dataclasses.replace(item, path=item.path[len(own) :], owner=own)
 
 
 def _place_params(stored: Stored) -> tuple[Placement, ...]:

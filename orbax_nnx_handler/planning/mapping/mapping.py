@@ -39,6 +39,7 @@ from orbax_nnx_handler.planning.mapping.optimizer_pairs import (
     PairedStates,
     Trainings,
     parameters_of,
+    trained_network,
     trained_of,
     weights_of,
 )
@@ -201,7 +202,8 @@ def _map(
     pairs = _pairs(wanted, placements, entries)
     original = [entry for entry in as_stored if entry.section == "model"] if pairs else []
     alone = [] if any(item.role == "model" for item in model) else [owned.leaves for owned, _ in pairs]
-    virtual = [parameter for leaves in alone for parameter in virtual_parameters(leaves)]
+    level = trained_network(pairs[0][1], entries) if len(alone) == 1 else ()
+    virtual = [parameter for leaves in alone for parameter in virtual_parameters(leaves, level)]
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
     pairs = pairs if alone else _of_read_states(pairs, found, placements)
@@ -219,13 +221,12 @@ def _map(
         network = next(iter(likely), None)
         own = weights_of(pair_stored, original, network, entries)
         here, there = _levels(pair_wanted, pair_stored, own, network)
-        parameters = {} if network is None else parameters_of(network, () if virtual else here, bool(virtual))
-        states = wanted_states(pair_wanted.leaves, () if virtual else parameters, () if virtual else here)
-        trained = trained_of(states, parameters)
-        at = there if network else roots.stored
+        names = parameters_of(network, level if virtual else here, bool(virtual)) if network else {}
+        states = wanted_states(pair_wanted.leaves, *(((), ()) if virtual else (names, here)))
+        trained, at = trained_of(states, names), there if network else roots.stored
         aside = [entry for entry in as_stored if entry.section == "aux" and entry.owner in pair_stored.models]
         optimizers.append(_stored_states(pair_stored, [*own, *aside], trained, at))
-        paths = {tokens: item.leaf.path for tokens, item in parameters.items()}
+        paths = {tokens: item.leaf.path for tokens, item in names.items()}
         follower = MomentFollower(optimizers[-1], states, paths, stored, applied, found)
         followed.append(follower.follow())
         unclear = _open_moments(pair_wanted, states, likely, found) if len(likely) > 1 else ()

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, called_after, canonical
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, called_after, canonical, trained_by
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, substitute
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import Found
@@ -359,6 +359,14 @@ class Trainings:
             for path, name in weights
             if path in self.found
         )
+
+
+def trained_network(optimizer: StoredOptimizer, entries: Sequence[Entry]) -> Tokens:
+    """Returns what rules call the stored network that an optimizer has trained, if its name tells."""
+    trained = trained_by(optimizer.owner, optimizer.models) if len(optimizer.models) > 1 else optimizer.models
+    weights = [entry for entry in entries if entry.section == "model" and entry.placed]
+    owners = {e.owner for e in weights if e.placed and canonical(e.placed.owner) in trained}
+    return owners.pop() if len(owners) == 1 else ()
 
 
 def weights_of(

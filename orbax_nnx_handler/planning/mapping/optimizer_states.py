@@ -184,8 +184,8 @@ def wanted_states(
     return read_states(leaves, {tokens: tokens for tokens in parameters}, above)
 
 
-def virtual_parameters(wanted: Sequence[Wanted]) -> list[Wanted]:
-    """Returns the parameters that an optimizer without its model was built for."""
+def virtual_parameters(wanted: Sequence[Wanted], above: Tokens) -> list[Wanted]:
+    """Returns the parameters that an optimizer without its model was built for, below a network's keys."""
     leaves = {item.leaf.path: item.leaf for item in wanted}
     found: dict[Path, Wanted] = {}
     for state in wanted_states(wanted, ()):
@@ -193,7 +193,7 @@ def virtual_parameters(wanted: Sequence[Wanted]) -> list[Wanted]:
             known = found.get(key)
             if known is None or len(known.leaf.shape) < len(moment.shape):
                 leaf = dataclasses.replace(leaves[moment.path], path=key, kind=None)
-                found[key] = Wanted(leaf=leaf, role="model", path=key[1:])
+                found[key] = Wanted(leaf=leaf, role="model", path=(*above, *key[1:]))
     return list(found.values())
 
 

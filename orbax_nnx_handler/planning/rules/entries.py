@@ -111,6 +111,17 @@ class Entry:
             return with_fields(
                 self, segments=names[above:], prefix=names[:above], fixed=marks, owner=owner, **changes
             )
+        if self.collection is None and depth and self.owner == canonical(self.prefix):
+            # Without collections, its network is what stands above its own path.
+            above = max(len(names) - len(self.segments), 0)
+            return with_fields(
+                self,
+                segments=names[above:],
+                prefix=names[:above],
+                fixed=marks,
+                owner=canonical(names[:above]),
+                **changes,
+            )
         at = next((at for at, name in enumerate(names[:-1]) if name in FLAX_COLLECTIONS), None)
         if at is None and depth == 1 and self.owner == canonical(names[:1]):
             # Weights that have their network and `params` in one key, `policy_params`, under its name.

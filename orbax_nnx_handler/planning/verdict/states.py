@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, called_after, canonical, is_number, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, trained_by
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
 
@@ -188,8 +188,8 @@ class Trained:
         for owner, moments in self._moments.items():
             roots = dict.fromkeys(root for *_, networks in moments for root in networks)
             sources = dict.fromkeys(network.source for *_, of in moments for network in of.values())
-            own = _of_its_name(owner, roots) or list(roots)
-            trained = {at: _of_its_name(at, sources) for at in {stored.owner for _, stored, _ in moments}}
+            own = trained_by(owner, roots) or list(roots)
+            trained = {at: trained_by(at, sources) for at in {stored.owner for _, stored, _ in moments}}
             for item, stored, networks in moments:
                 own = [root for root in own if root not in networks or networks[root].is_followed]
                 if not own:
@@ -206,18 +206,6 @@ def network_of(weight: Placement, size: int) -> Path:
     """Returns the owner of a stored weight; without collections, what is above the keys of its name."""
     path = weight.leaf.path
     return path[: len(path) - size] if weight.collection is None and not weight.owner else weight.owner
-
-
-def _of_its_name(owner: Path, networks: Iterable[Path]) -> list[Path]:
-    """Returns the networks that an optimizer lies in, lies beside, or is called after."""
-    own = [at for at in networks if at == owner]
-    above = owner[:-1]
-    beside = [at for at in networks if above and at[: len(above)] == above]
-    if own or len(beside) == 1:
-        return own or beside
-    ends = {at: canonical(at)[-1:] for at in beside or networks}
-    named = called_after(canonical(owner)[-1:], set(ends.values()))
-    return [at for at, end in ends.items() if end in named] or beside
 
 
 class StoredNames:

@@ -10,6 +10,7 @@ from flax import nnx, traverse_util
 from flax.training.train_state import TrainState
 
 from orbax_nnx_handler import (
+    Add,
     Drop,
     NNXLinenHandler,
     NNXLinenRestore,
@@ -626,3 +627,54 @@ def test_the_step_of_an_optimizer_that_a_rule_drops_is_not_read(tmp_path):
     check(nnx.state(result["a"]), tree["b"])
     assert result["a_opt"].step[...] == 12
     assert ("a_opt", "step") in refused(path, nnx.eval_shape(make), renames=[Drop("a_opt/step", "x")]).paths
+
+
+def _as_pure_dicts(numbers, names):
+    params = {name: _model(numbers) for name in names}
+    optimizers = {
+        f"{name}_opt": {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(at)}
+        for at, name in enumerate(names, 11)
+    }
+
+    def make():
+        models = {name: Branch(params[name], {}) for name in names}
+        trained = {f"{name}_opt": nnx.Optimizer(models[name], ADAM, wrt=nnx.Param) for name in names}
+        return {**models, **trained}
+
+    return {**params, **optimizers}, make
+
+
+@pytest.mark.parametrize("rules", [[("a", "b"), ("b", "a")], [("a/out", "b/out"), ("b/out", "a/out")]])
+def test_weights_that_rules_exchange_leave_no_moments_behind(tmp_path, rules):
+    tree, make = _as_pure_dicts(Numbers(), ("a", "b"))
+    path = write(tmp_path, tree)
+
+    refused(path, nnx.eval_shape(make), renames=rules)
+    whole = [("a", "b"), ("b", "a"), ("a_opt", "b_opt"), ("b_opt", "a_opt")]
+    result = restore(path, nnx.eval_shape(make), renames=whole)
+    for name, other in (("a", "b"), ("b", "a")):
+        check(nnx.state(result[name]), tree[other])
+        check(result[f"{name}_opt"].opt_state[0].mu, tree[f"{other}_opt"]["opt_state"][0].mu)
+    assert (result["a_opt"].step[...], result["b_opt"].step[...]) == (12, 11)
+
+
+def test_a_rule_for_one_of_two_networks_without_collections_leaves_the_others_moments_as_they_are(tmp_path):
+    tree, make = _as_pure_dicts(Numbers(), ("a", "b"))
+    path = write(tmp_path, tree)
+
+    result = restore(path, nnx.eval_shape(make), renames=[Add("a/out/kernel", 1.0)])
+    np.testing.assert_array_equal(result["a"].out.kernel[...], tree["a"]["out"]["kernel"] + 1.0)
+    for name in ("a", "b"):
+        check(result[f"{name}_opt"].opt_state[0].mu, tree[f"{name}_opt"]["opt_state"][0].mu)
+
+
+@pytest.mark.parametrize("names", [("a_opt",), ("b_opt",), ("a_opt", "b_opt")])
+def test_optimizers_of_networks_without_collections_are_restored_alone(tmp_path, names):
+    tree, make = _as_pure_dicts(Numbers(), ("a", "b"))
+    path = write(tmp_path, tree)
+
+    target = nnx.eval_shape(lambda: {name: make()[name] for name in names})
+    result = restore(path, target, unexpected="ignore")
+    for name in names:
+        check(result[name].opt_state[0].mu, tree[name]["opt_state"][0].mu)
+        assert result[name].step[...] == tree[name]["step"]

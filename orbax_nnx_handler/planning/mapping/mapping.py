@@ -201,9 +201,9 @@ def _map(
     model = of_role(wanted, "model", "transient", "random")
     pairs = _pairs(wanted, placements, entries)
     original = [entry for entry in as_stored if entry.section == "model"] if pairs else []
-    alone = [] if any(item.role == "model" for item in model) else [owned.leaves for owned, _ in pairs]
-    level = trained_network(pairs[0][1], entries) if len(alone) == 1 else ()
-    virtual = [parameter for leaves in alone for parameter in virtual_parameters(leaves, level)]
+    alone: _Pairs = [] if any(item.role == "model" for item in model) else pairs
+    levels = {own.owner: trained_network(of, entries) for own, of in alone}
+    virtual = [one for own, _ in alone for one in virtual_parameters(own.leaves, levels[own.owner])]
     match, networks = match_networks([*model, *virtual], entries, applied.axes, layout)
     found = dict(match.found)
     pairs = pairs if alone else _of_read_states(pairs, found, placements)
@@ -221,16 +221,16 @@ def _map(
         network = next(iter(likely), None)
         own = weights_of(pair_stored, original, network, entries)
         here, there = _levels(pair_wanted, pair_stored, own, network)
-        names = parameters_of(network, level if virtual else here, bool(virtual)) if network else {}
-        states = wanted_states(pair_wanted.leaves, *(((), ()) if virtual else (names, here)))
+        here = levels.get(pair_wanted.owner, here)
+        names = parameters_of(network, here, bool(virtual)) if network else {}
+        states = wanted_states(pair_wanted.leaves, names, here)
         trained, at = trained_of(states, names), there if network else roots.stored
         aside = [entry for entry in as_stored if entry.section == "aux" and entry.owner in pair_stored.models]
         optimizers.append(_stored_states(pair_stored, [*own, *aside], trained, at))
         paths = {tokens: item.leaf.path for tokens, item in names.items()}
         follower = MomentFollower(optimizers[-1], states, paths, stored, applied, found)
         followed.append(follower.follow())
-        unclear = _open_moments(pair_wanted, states, likely, found) if len(likely) > 1 else ()
-        stuck += (*followed[-1].stuck, *unclear)
+        stuck += (*followed[-1].stuck, *_open_moments(pair_wanted, states, likely, found))
     lost = {item.path for item in stuck}  # No moment of a changed parameter is read as it is.
     _add_own(found, [item for item in wanted if item.leaf.path not in lost], placements)
     return LeafMapping(
@@ -261,7 +261,8 @@ def _open_moments(
     reason = next((source.reason for source in made if source.reason), "")
     names = " or ".join(render(one.roots.wanted) for one in networks)
     why = f"no name tells whether {render(optimizer.owner)} trains {names}"
-    for leaf in (leaf for s in states for field in s.moments.values() for leaf in field.values()):
+    moments = (leaf for s in states for field in s.moments.values() for leaf in field.values())
+    for leaf in moments if len(networks) > 1 else ():
         if source := found.pop(leaf.path, None):
             stored = tuple(reads(source.recipe))
             yield StuckMoment(path=leaf.path, stored=stored, reason=reason, why=why)

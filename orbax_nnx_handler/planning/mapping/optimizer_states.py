@@ -189,11 +189,12 @@ def virtual_parameters(wanted: Sequence[Wanted], above: Tokens) -> list[Wanted]:
     leaves = {item.leaf.path: item.leaf for item in wanted}
     found: dict[Path, Wanted] = {}
     for state in wanted_states(wanted, ()):
-        for key, moment in ((k, m) for field in state.moments.values() for k, m in field.items()):
-            known = found.get(key)
+        for (_, *name), moment in (item for field in state.moments.values() for item in field.items()):
+            path = (*above, *name)
+            known = found.get(path)
             if known is None or len(known.leaf.shape) < len(moment.shape):
-                leaf = dataclasses.replace(leaves[moment.path], path=key, kind=None)
-                found[key] = Wanted(leaf=leaf, role="model", path=(*above, *key[1:]))
+                leaf = dataclasses.replace(leaves[moment.path], path=(ORPHAN, *path), kind=None)
+                found[path] = Wanted(leaf=leaf, role="model", path=path)
     return list(found.values())
 
 

@@ -5,8 +5,10 @@ a tuple (`nnx.WeightNorm`), so a path keeps its keys apart until it is printed.
 """
 
 import ast
+import dataclasses
 import functools
 import re
+from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -303,3 +305,131 @@ def _is_short(word: str, other: str) -> bool:
 def _words(name: Path) -> list[str]:
     words = "_".join(str(key).removeprefix("#") for key in name).lower().split("_")
     return [word for word in words if word and word not in _GENERAL_WORDS]
+
+
+# Names with the numbers in them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One name of a path, with the number that belongs to it: `layers_3`, `layers/3`, `block_3_audio`.
+
+    Attributes:
+        base: The name without its number.
+        number: The number, or None.
+        style: What stands between them.
+        width: How many segments it takes.
+    """
+
+    base: str
+    number: int | None = None
+    style: str = ""
+    width: int = 1
+
+
+_NUMBERED = re.compile(rf"(.*?(?:[A-Za-z]|\d(?=[_.-])))([_.-]?)(?<!\dx)(\d{{1,{MAX_DIGITS}}})")
+_WITHIN = re.compile(rf"(.*[A-Za-z])_(\d{{1,{MAX_DIGITS}}})_([A-Za-z]+)")
+_BEFORE = re.compile(rf"(\d{{1,{MAX_DIGITS}}})\.([A-Za-z_]+)")
+
+
+@functools.lru_cache(maxsize=65536)
+def levels(names: Tokens) -> tuple[Level, ...]:
+    """Returns the levels of a path; a number by itself belongs to the name before it."""
+    found: list[Level] = []
+    for name in names:
+        if is_index(name) and found and found[-1].number is None:
+            found[-1] = Level(found[-1].base, int(name), "/", 2)
+        else:
+            found.append(_level(name))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=16384)
+def _level(name: str) -> Level:
+    if is_index(name):
+        return Level("", int(name), "/")
+    if within := _WITHIN.fullmatch(name):
+        return Level(f"{within[1]}_{within[3]}", int(within[2]), "_")
+    if before := _BEFORE.fullmatch(name):
+        return Level(before[2], int(before[1]), ".")
+    found = _NUMBERED.fullmatch(name)
+    return Level(name) if found is None else Level(found[1], int(found[3]), found[2])
+
+
+def ranks_of(paths: Sequence[Sequence[str]], like: int) -> Mapping[tuple[int, ...], int]:
+    """Returns the paths that are one of them but for numbers, by the ranks of their numbers."""
+    template = [_DIGITS.sub("#", name) for name in paths[like]]
+    alike = [at for at, path in enumerate(paths) if [_DIGITS.sub("#", name) for name in path] == template]
+    numbers = [tuple(map(int, _DIGITS.findall("/".join(paths[at])))) for at in alike]
+    ranks = [
+        {number: rank for rank, number in enumerate(sorted({*level}))} for level in zip(*numbers, strict=True)
+    ]
+    return {
+        tuple(rank[number] for rank, number in zip(ranks, counted, strict=True)): at
+        for at, counted in zip(alike, numbers, strict=True)
+    }
+
+
+def same_modules(pairs: Iterable[tuple[Tokens, Tokens]]) -> Mapping[Tokens, Tokens]:
+    """Returns which wanted module is which stored one, where all that is known of both says so.
+
+    A module that holds others is the innermost one that all of its parts come from, and no one else's.
+
+    Args:
+        pairs: The modules around parts that are each other's.
+    """
+    sources: dict[Tokens, list[Tokens]] = defaultdict(list)
+    counts: dict[Tokens, int] = defaultdict(int)
+    inside: dict[Tokens, set[Tokens]] = defaultdict(set)
+    for one, other in pairs:
+        for depth in range(1, len(one) + 1):
+            sources[one[:depth]].append(other)
+            inside[one[:depth]].add(one)
+        for depth in range(1, len(other) + 1):
+            counts[other[:depth]] += 1
+    homes = {one: shared_levels(others) for one, others in sources.items()}
+    return {
+        one: home
+        for one, home in homes.items()
+        if counts.get(home) == len(sources[one]) and (one in inside[one] or len(inside[one]) > 1)
+    }
+
+
+class Homes:
+    """The modules around the parts of two sides, by their paths."""
+
+    def __init__(self, wanted: Sequence[Tokens], stored: Sequence[Tokens]) -> None:
+        self._sides = wanted, stored
+        self._held = [
+            Counter(names[:depth] for names in side for depth in range(len(names))) for side in self._sides
+        ]
+
+    def of(self, at: int, to: int) -> tuple[Tokens, Tokens]:
+        """Returns the modules around two parts: lists, where both sides hold as many parts there."""
+        one, other = self._sides[0][at], self._sides[1][to]
+        are_equal = self._held[0][one[:-1]] == self._held[1][other[:-1]]
+        return (one[:-1], other[:-1]) if are_equal else (module_of(one), module_of(other))
+
+    def shared(self, group: Iterable[tuple[int, int]]) -> tuple[Tokens, Tokens]:
+        """Returns the modules around all parts of a group; nothing where one side has more of them."""
+        pairs = list(group)
+        ours, theirs = {at for at, _ in pairs}, {to for _, to in pairs}
+        if not 1 < len(ours) == len(theirs):
+            return (), ()
+        one = shared_levels([module_of(self._sides[0][at]) for at in ours])
+        return one, shared_levels([module_of(self._sides[1][to]) for to in theirs])
+
+
+def module_of(names: Tokens) -> Tokens:
+    """Returns the path of the module around a part: a number belongs to the name before it."""
+    own = levels(names)[-1:]
+    return names[: len(names) - own[0].width] if own else names
+
+
+def counted_apart(one: Sequence[Level], other: Sequence[Level]) -> tuple[Level, Level] | None:
+    """Returns the levels in which two paths first differ, if these are numbers of one name."""
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            is_counted = left.base == right.base and None not in (left.number, right.number)
+            return (left, right) if is_counted else None
+    return None

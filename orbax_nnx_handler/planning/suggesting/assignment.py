@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -12,8 +11,8 @@ from typing import Any, cast
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Level, Names, levels
+from orbax_nnx_handler.planning.core.paths import Level, Path, levels
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
 from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, permuted, transposed, ways
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
@@ -31,7 +30,6 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
 )
 
 _COMPLETE, _LACKING, _UNLIKE, _NUMBER, _LITERAL = 2.0, 1.0, 10.0, 2.0, 1.0
-_DIGITS = re.compile(r"[0-9]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,20 +289,6 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
             found[large] |= pairs
         owner |= dict.fromkeys(keys, large)
     return [frozenset(group) for group in found.values()]
-
-
-def ranks_of(paths: Sequence[Sequence[str]], like: int) -> Mapping[tuple[int, ...], int]:
-    """Returns the paths that are one of them but for numbers, by the ranks of their numbers."""
-    template = [_DIGITS.sub("#", name) for name in paths[like]]
-    alike = [at for at, path in enumerate(paths) if [_DIGITS.sub("#", name) for name in path] == template]
-    numbers = [tuple(map(int, _DIGITS.findall("/".join(paths[at])))) for at in alike]
-    ranks = [
-        {number: rank for rank, number in enumerate(sorted({*level}))} for level in zip(*numbers, strict=True)
-    ]
-    return {
-        tuple(rank[number] for rank, number in zip(ranks, counted, strict=True)): at
-        for at, counted in zip(alike, numbers, strict=True)
-    }
 
 
 # Modules in turn.

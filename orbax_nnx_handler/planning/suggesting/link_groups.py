@@ -11,13 +11,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, shared_levels
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, levels, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, Tie, levels, place_of
+from orbax_nnx_handler.planning.suggesting.module_parts import (
+    Leaf,
+    Link,
+    Names,
+    Tie,
+    around,
+    is_alone,
+    kinds_of_modules,
+    part_of,
+)
 from orbax_nnx_handler.planning.suggesting.scoring import kept_by_head
 from orbax_nnx_handler.planning.suggesting.shapes import Way, permuted, transposed
 from orbax_nnx_handler.planning.suggesting.vocabulary import TURNS, meanings, words
@@ -134,7 +143,7 @@ def with_moved_axes(found: Findings) -> Findings:
     shares: dict[tuple[Names, Names], list[tuple[Link, Link]]] = defaultdict(list)
     for at, link in enumerate(found.links):
         if (is_left := made[at] is link and _is_plain(link)) and (both := kept_by_head(link)) is not None:
-            shares[_plain(_part(link.target)), _plain(_part(link.source))].append(both)
+            shares[_plain(part_of(link.target)), _plain(part_of(link.source))].append(both)
             made[at] = None
         orders = _orders(link) if is_left else []
         if len(orders) > 1:
@@ -387,25 +396,32 @@ class _Precedents:
     """
 
     def __init__(self, wanted: Iterable[Leaf], stored: Iterable[Leaf], links: Iterable[Link]) -> None:
-        self._wanted, self._stored = _kinds(wanted), _kinds(stored)
+        self._wanted, self._stored = kinds_of_modules(wanted), kinds_of_modules(stored)
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
+        self._numbers: dict[object, set[tuple[int | None, ...]]] = defaultdict(set)
         told = [link for link in links if link.grounds != "order"]
-        for one, other in {(_part(link.target), _part(link.source)) for link in told}:
+        for one, other in {(part_of(link.target), part_of(link.source)) for link in told}:
             for kinds, left, right in self._views(one, other):
                 self._forth[kinds, left].add(right)
                 self._back[kinds, right].add(left)
+                self._numbers[kinds, left].add(tuple(level.number for level in levels(one)))
 
-    def speak_for(self, wanted: Names, stored: Names) -> bool:
-        """Tells whether a part is made from another one wherever modules of two kinds hold both."""
-        return any(
-            self._forth.get((kinds, one)) == {other} and self._back[kinds, other] == {one}
+    def speak_for(self, wanted: Names, stored: Names) -> int:
+        """Returns how much tells that a part is made from another one: lists, modules of each kind."""
+        told = {
+            "list" if kinds in ("list", "modules") else len(one)
             for kinds, one, other in self._views(wanted, stored)
-        )
+            if self._forth.get((kinds, one)) == {other}
+            and self._back[kinds, other] == {one}
+            # One of a list of modules does not tell that the others come right before and after it.
+            and (kinds != "modules" or len(self._numbers[kinds, one]) > 1)
+        }
+        return len(told)
 
-    def _views(self, wanted: Names, stored: Names) -> Iterator[tuple[object, object, object]]:
+    def _views(self, wanted: Names, stored: Names) -> Iterator[tuple[object, tuple[object, ...], object]]:
         """Yields two parts as those of the modules around them, of lists, and by their first or last word."""
-        for one, other in itertools.product(_around(wanted), _around(stored)):
+        for one, other in itertools.product(around(wanted), around(stored)):
             ours, theirs = self._wanted.get(one, ()), self._stored.get(other, ())
             for kinds in zip(ours, theirs, strict=False):
                 yield kinds, wanted[len(one) :], stored[len(other) :]
@@ -413,9 +429,12 @@ class _Precedents:
         if not ours or not theirs:
             return
         modules = wanted[: -ours[-1].width], stored[: -theirs[-1].width]
-        numbers = ours[-1].number, theirs[-1].number
-        if numbers[0] is not None and numbers[1] is not None:
-            yield "list", (modules[0], ours[-1].base), (modules[1], theirs[-1].base, numbers[1] - numbers[0])
+        are_alone = is_alone(wanted, self._wanted) and is_alone(stored, self._stored)
+        for kind, one, other in (("list", wanted, stored), ("modules", *modules))[: 1 + are_alone]:
+            for here, there in zip(levels(one)[-1:], levels(other)[-1:], strict=False):
+                if here.number is not None and there.number is not None:
+                    base = other[: -there.width], there.base, there.number - here.number
+                    yield kind, (one[: -here.width], here.base), base
         left, right = (words("".join(names[-1:])) for names in (wanted, stored))
         for at in (0, -1):
             rest = [
@@ -423,28 +442,3 @@ class _Precedents:
             ]
             if rest[0] == rest[1] and rest[0] and not left[at].isdecimal():
                 yield modules, (at, left[at]), right[at]
-
-
-def _part(leaf: Leaf) -> Names:
-    return place_of(leaf.names)[0]
-
-
-def _kinds(leaves: Iterable[Leaf]) -> Mapping[Names, tuple[object, ...]]:
-    """Returns of what kind each module is: by its path without numbers, and by its name and its parts."""
-    held: dict[Names, set[Names]] = defaultdict(set)
-    for part in {_part(leaf) for leaf in leaves}:
-        for names in _around(part):
-            held[names].add(part[len(names) :])
-    bases = {names: tuple(level.base for level in levels(names)) for names in held}
-    return {
-        names: (named, (next(filter(None, reversed(named)), ""), frozenset(held[names])))
-        for names, named in bases.items()
-    }
-
-
-def _around(names: Names) -> Iterator[Names]:
-    """Yields the modules around a part."""
-    at = 0
-    for level in levels(names)[:-1]:
-        at += level.width
-        yield names[:at]

@@ -4,17 +4,15 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.paths import Tokens, shared_levels
+from orbax_nnx_handler.planning.core.paths import Level, Tokens, levels, shared_levels
 from orbax_nnx_handler.planning.suggesting.assignment import in_turn
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Layers,
     Leaf,
-    Level,
     Link,
     Names,
     Tie,
-    levels,
     module_parts,
     place_of,
 )
@@ -80,7 +78,7 @@ class Context:
         above: How many segments lead to the context, wanted and stored.
         levels: Segments above that count the same layers.
         order: Wanted names in the order of their creation, by module.
-        known: Whether what is known elsewhere speaks for a wanted and a stored part.
+        known: How much of what is known elsewhere speaks for a wanted and a stored part.
     """
 
     wanted: Sequence[Leaf]

@@ -5,7 +5,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.paths import shared_levels
+from orbax_nnx_handler.planning.core.paths import Homes, ranks_of, same_modules
 from orbax_nnx_handler.planning.suggesting.assignment import (
     Fit,
     Table,
@@ -13,13 +13,13 @@ from orbax_nnx_handler.planning.suggesting.assignment import (
     fit_of,
     may_be,
     merged,
-    ranks_of,
 )
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
     are_counted,
+    ascend,
     in_order,
     in_strict_order,
     lies_within,
@@ -54,13 +54,13 @@ class PartLinks:
 
 Created = Callable[[ModulePart], tuple[int, ...] | None]
 """The place of a wanted part in the order of creation, where it is known."""
-Known = Callable[[Names, Names], bool]
-"""Whether what is known elsewhere speaks for a wanted and a stored part."""
+Known = Callable[[Names, Names], int]
+"""How much of what is known elsewhere speaks for a wanted and a stored part."""
 
 
-def nothing_known(_wanted: Names, _stored: Names) -> bool:
+def nothing_known(_wanted: Names, _stored: Names) -> int:
     """Stands for what is known where nothing is."""
-    return False
+    return 0
 
 
 _PRECEDENT = 1.0
@@ -82,7 +82,7 @@ def match_parts(
         stored: The stored ones.
         above: The names that lead to the context on either side.
         created: The place of a wanted part in the order of creation, or None.
-        known: Whether what is known elsewhere speaks for a pair.
+        known: How much of what is known elsewhere speaks for a pair.
         used: Further stored parts that have a wanted one already: the context of names only.
     """
     ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
@@ -149,6 +149,9 @@ class _Pairs:
         self._excluded: set[tuple[int, int]] = set()
         self._known: set[tuple[int, int]] = set()
         self._unlikely: list[tuple[int, int]] = []
+        self._closed: list[tuple[Names, Names]] = []  # Modules that hold all of some that are each other's.
+        self._ours, self._theirs = dict[int, int](), dict[int, int]()  # Of the best pairs.
+        self._homes = Homes(*([role.part.names for role in side] for side in (wanted, stored)))
         sizes: dict[int, list[int]] = defaultdict(list)
         for to, other in enumerate(stored):
             sizes[other.main_size].append(to)
@@ -157,8 +160,8 @@ class _Pairs:
                 fit = fit_of(one, stored[to])
                 if fit is not None and may_be(one, stored[to]):
                     self._fits[at, to] = fit
-                    if known(one.part.names, stored[to].part.names):
-                        self._fits[at, to] = dataclasses.replace(fit, score=fit.score + _PRECEDENT)
+                    if told := known(one.part.names, stored[to].part.names):
+                        self._fits[at, to] = dataclasses.replace(fit, score=fit.score + _PRECEDENT * told)
                         self._known.add((at, to))
                 elif fit is not None:
                     self._excluded.add((at, to))
@@ -186,6 +189,7 @@ class _Pairs:
         ties: list[Tie] = []
         waiting = [group for group in components(self._fits) if len(group) <= MOST_PAIRS]
         undecided: list[_Undecided] = []
+        self._closed += filter(all, map(self._homes.shared, waiting))
         for group in waiting:
             undecided += [(tie, group) for tie in self._settle(group, found)]
         while undecided:
@@ -205,7 +209,8 @@ class _Pairs:
         for at, to in self._unlikely:
             if not _is_free(to, found) or any(at == one for one, _, _ in found):
                 continue
-            if modules.get(self._wanted[at].part.module) == self._stored[to].part.module:
+            home, other = self._homes.of(at, to)
+            if modules.get(home) == other:
                 found.append((at, to, "names"))  # The only two of their shape in what is one module.
             else:
                 ties.append(self._tie([at], [to]))
@@ -229,26 +234,10 @@ class _Pairs:
             undecided = left
 
     def _modules(self, found: Iterable[tuple[int, int, PairGrounds]]) -> Mapping[Names, Names]:
-        """Returns which wanted module is which stored one, where all that is known of both says so.
-
-        A module that holds others is the innermost one that all of its parts come from, and no one else's.
-        """
-        pairs = [(self._wanted[at].part.module, self._stored[to].part.module) for at, to, _ in found]
-        sources: dict[Names, list[Names]] = defaultdict(list)
-        counts: dict[Names, int] = defaultdict(int)
-        inside: dict[Names, set[Names]] = defaultdict(set)
-        for one, other in pairs:
-            for depth in range(1, len(one) + 1):
-                sources[one[:depth]].append(other)
-                inside[one[:depth]].add(one)
-            for depth in range(1, len(other) + 1):
-                counts[other[:depth]] += 1
-        homes = {one: shared_levels(others) for one, others in sources.items()}
-        return {
-            one: home
-            for one, home in homes.items()
-            if counts.get(home) == len(sources[one]) and (one in inside[one] or len(inside[one]) > 1)
-        }
+        """Returns which wanted module is which stored one; a list is one where both hold as many parts."""
+        pairs = [self._homes.of(at, to) for at, to, _ in found]
+        pairs += self._closed
+        return same_modules(pairs)
 
     def _among_siblings(
         self,
@@ -268,8 +257,8 @@ class _Pairs:
         anchors = [(self._wanted[at], self._stored[to]) for at, to, _ in found]
         for at, to in among:
             left, right = self._wanted[at], self._stored[to]
-            one, other = left.part.module, right.part.module
-            in_order = all(_ascend((left, right), pair) for pair in anchors)
+            one, other = self._homes.of(at, to)
+            in_order = all(ascend((left, right), pair) for pair in anchors)
             if in_order and lies_within(one, other, modules) and lies_within(other, one, sources):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
@@ -284,6 +273,8 @@ class _Pairs:
         """
         table = Table({pair: self._fits[pair].score for pair in group})
         best, value = table.best()
+        for at, to in best:
+            self._ours[to], self._theirs[at] = at, to
         doubtful: set[frozenset[tuple[int, int]]] = set()
         for pair in best:
             second, lower = table.best(without=pair)
@@ -294,6 +285,10 @@ class _Pairs:
                     self._unlikely.append(pair)
             else:
                 doubtful.add(frozenset(best - second))
+        unsure = {pair for tie in doubtful for pair in tie}
+        for one, other in itertools.combinations(sorted(unsure), 2):
+            if (crossed := (one[0], other[1])) in group and self._comes_near(crossed, group):
+                doubtful.add(frozenset((one, other)))
         return [sorted(tie) for tie in merged(doubtful)]
 
     def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
@@ -310,7 +305,8 @@ class _Pairs:
             return True
         leaf = one.part.leaves.get("main")
         is_layer = len(fit.pairs) > 1 and leaf is not None and len(leaf.shape) > 1
-        if fit.is_exact and is_layer and not self._has_rival(pair):
+        exact = {other for other, its in self._fits.items() if its.is_exact}
+        if fit.is_exact and is_layer and not self._rivals(pair, exact | self._excluded):
             return True  # Of one output too, where kernel and bias are vectors.
         if one.part.is_vector or not fit.is_exact:
             return False
@@ -324,8 +320,17 @@ class _Pairs:
     ) -> tuple[list[int], list[int], set[int]]:
         """Returns the parts of a tie on both sides, and the stored ones that could take a place in it."""
         ours, theirs = sorted({at for at, _ in tie}), sorted({to for _, to in tie})
-        rivals = {to for at, to in group if at in ours and to not in theirs and _is_free(to, found)}
+        others = (pair for pair in group if pair[0] in ours and pair[1] not in theirs)
+        rivals = {pair[1] for pair in others if self._comes_near(pair, group) and _is_free(pair[1], found)}
         return ours, theirs, rivals
+
+    def _comes_near(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
+        """Tells whether the best pairs are nearly as good where two of them change places for another one."""
+        at, to = pair
+        before = (at, self._theirs.get(at, -1)), (self._ours.get(to, -1), to)
+        after = pair, (before[1][0], before[0][1])
+        scores = [[self._fits[each].score for each in pairs if each in group] for pairs in (before, after)]
+        return sum(scores[0]) - sum(scores[1]) < MARGIN
 
     def _settle_in_order(
         self,
@@ -337,7 +342,8 @@ class _Pairs:
         """Adds the pairs of a tie that the order of both sides tells; tells whether it does."""
         ours, theirs, rivals = self._sides(tie, group, found)
         taken = {at for at, _, _ in found}
-        lone = {at for at, to in group if to in theirs and at not in ours and at not in taken}
+        others = (pair for pair in group if pair[1] in theirs and pair[0] not in ours)
+        lone = {pair[0] for pair in others if self._comes_near(pair, group) and pair[0] not in taken}
         ordered = self._by_numbering(ours, theirs, {*theirs, *rivals})
         if ordered is None and not (rivals or lone):
             ordered = self._in_order(ours, theirs, created)
@@ -437,14 +443,3 @@ def _together(undecided: Iterable[_Undecided]) -> Iterator[_Undecided]:
 
 def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:
     return all(to != other for _, other, _ in found)
-
-
-def _ascend(one: tuple[NamedPart, NamedPart], other: tuple[NamedPart, NamedPart]) -> bool:
-    """Tells whether two pairs of parts of one list, numbered by Linen as it made them, are in one order."""
-    ours, theirs = ([pair[side].part for pair in (one, other)] for side in (0, 1))
-    if ours[0].family != ours[1].family or theirs[0].family != theirs[1].family:
-        return True
-    if not (ours[0].levels and ours[0].levels[-1].style == "/" and are_automatic([one[1], other[1]])):
-        return True
-    first, second = ([(part.levels[-1].number or 0) for part in side] for side in (ours, theirs))
-    return (first[0] < first[1]) == (second[0] < second[1])

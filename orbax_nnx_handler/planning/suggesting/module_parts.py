@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import Shape, record
-from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, is_index
+from orbax_nnx_handler.planning.core.paths import Level, Path, levels
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     ENDING,
@@ -43,49 +42,6 @@ class Leaf:
     number: str
     source: Path
     made: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """One name of a path, with the number that belongs to it: `layers_3`, `layers/3`, `block_3_audio`.
-
-    Attributes:
-        base: The name without its number.
-        number: The number, or None.
-        style: What stands between them.
-        width: How many segments it takes.
-    """
-
-    base: str
-    number: int | None = None
-    style: str = ""
-    width: int = 1
-
-
-_NUMBERED = re.compile(rf"(.*?(?:[A-Za-z]|\d(?=[_.-])))([_.-]?)(?<!\dx)(\d{{1,{MAX_DIGITS}}})")
-_WITHIN = re.compile(rf"(.*[A-Za-z])_(\d{{1,{MAX_DIGITS}}})_([A-Za-z]+)")
-
-
-@functools.lru_cache(maxsize=65536)
-def levels(names: Names) -> tuple[Level, ...]:
-    """Returns the levels of a path; a number by itself belongs to the name before it."""
-    found: list[Level] = []
-    for name in names:
-        if is_index(name) and found and found[-1].number is None:
-            found[-1] = Level(found[-1].base, int(name), "/", 2)
-        else:
-            found.append(_level(name))
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=16384)
-def _level(name: str) -> Level:
-    if is_index(name):
-        return Level("", int(name), "/")
-    if within := _WITHIN.fullmatch(name):
-        return Level(f"{within[1]}_{within[3]}", int(within[2]), "_")
-    found = _NUMBERED.fullmatch(name)
-    return Level(name) if found is None else Level(found[1], int(found[3]), found[2])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -225,6 +181,47 @@ def place_of(names: Names) -> tuple[Names, str]:
     if ending is not None and PARAMETER.get(ending[2]):
         return (*above, ending[1]), PARAMETER[ending[2]]
     return names, "main"
+
+
+def part_of(leaf: Leaf) -> Names:
+    """Returns the path of the part that a leaf belongs to."""
+    return place_of(leaf.names)[0]
+
+
+ModuleKinds = tuple[Names, tuple[Sequence[str], frozenset[Names]]]
+
+
+def kinds_of_modules(leaves: Iterable[Leaf]) -> Mapping[Names, ModuleKinds]:
+    """Returns of what kind each module is: by its path without numbers, and by its name and its parts."""
+    held: dict[Names, set[Names]] = defaultdict(set)
+    for part in {part_of(leaf) for leaf in leaves}:
+        for names in around(part):
+            held[names].add(part[len(names) :])
+    bases = {names: tuple(level.base for level in levels(names)) for names in held}
+    return {
+        names: (named, (_sense(next(filter(None, reversed(named)), "")), frozenset(held[names])))
+        for names, named in bases.items()
+    }
+
+
+def _sense(name: str) -> Sequence[str]:
+    """Returns what a name says, `Mixed_5b` as `Mixed_5c`; the name where it says nothing."""
+    return meanings(name) or (name,)
+
+
+def is_alone(names: Names, kinds: Mapping[Names, ModuleKinds]) -> bool:
+    """Tells whether a module holds only one part of a name: a convolution beside a norm."""
+    own = levels(names)[-1]
+    held = kinds[module][1][1] if (module := names[: -own.width]) in kinds else ()
+    return [[level.base for level in levels(part)] for part in held].count([own.base]) == 1
+
+
+def around(names: Names) -> Iterator[Names]:
+    """Yields the modules around a part."""
+    at = 0
+    for level in levels(names)[:-1]:
+        at += level.width
+        yield names[:at]
 
 
 PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs"]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Tokens, canonical, is_number
-from orbax_nnx_handler.planning.suggesting.module_parts import Level, ModulePart, Names, levels
+from orbax_nnx_handler.planning.core.paths import Level, Tokens, canonical, counted_apart, is_number, levels
+from orbax_nnx_handler.planning.suggesting.module_parts import ModulePart, Names
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     COMPUTED,
     END,
@@ -388,8 +388,7 @@ def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
 
 def _count_together(one: Sequence[Level], other: Sequence[Level]) -> bool:
     """Tells whether a number tells two paths apart before a name does."""
-    left, right = next((x for x in zip(one, other, strict=False) if x[0] != x[1]), (Level(""), Level("")))
-    return left.base == right.base and None not in (left.number, right.number)
+    return counted_apart(one, other) is not None
 
 
 def are_counted(roles: Sequence[NamedPart]) -> bool:
@@ -403,10 +402,11 @@ def are_counted(roles: Sequence[NamedPart]) -> bool:
 
 def are_automatic(roles: Sequence[NamedPart]) -> bool:
     """Tells whether Linen itself numbered these modules: a class's name and a count."""
-    return all(
-        role.numbers and all(level.style == "_" and level.base[:1].isupper() for level, _ in role.numbers)
-        for role in roles
-    )
+    return all(role.numbers and all(_is_automatic(level) for level, _ in role.numbers) for role in roles)
+
+
+def _is_automatic(level: Level) -> bool:
+    return level.style == "_" and level.base[:1].isupper()
 
 
 def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> tuple[int, ...] | None:
@@ -425,3 +425,12 @@ def lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bo
     """Tells whether all modules around a part that are known lie around the other part too."""
     around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
     return all(other[: len(found)] == found for found in around)
+
+
+def ascend(one: tuple[NamedPart, NamedPart], other: tuple[NamedPart, NamedPart]) -> bool:
+    """Tells whether two pairs are in one order, counted by the target and by Linen as it made them."""
+    ours, theirs = (counted_apart(one[side].part.levels, other[side].part.levels) for side in (0, 1))
+    if ours is None or theirs is None or not _is_automatic(theirs[0]):
+        return True
+    first, second = ([level.number or 0 for level in side] for side in (ours, theirs))
+    return (first[0] < first[1]) == (second[0] < second[1])

@@ -74,7 +74,8 @@ def wanted_leaves(items: Iterable[Wanted]) -> list[Leaf]:
     """Returns the wanted leaves of a model."""
     return [
         Leaf(
-            names=segments(item.path),
+            # As Linen calls a gate that Python does not let be an attribute.
+            names=tuple("if" if name == "if_" else name for name in segments(item.path)),
             collection=item.collection,
             shape=item.leaf.shape,
             number=number_of(item.leaf.dtype),

@@ -11,13 +11,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.suggesting.assignment import best_pairs
-from orbax_nnx_handler.planning.suggesting.module_parts import (
-    Leaf,
-    Names,
-    levels,
-    module_parts,
-)
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, module_parts
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN, arm, concepts, exclude, likeness
 
@@ -275,7 +271,11 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
     by_size = one.sizes == other.sizes and len({*one.sizes}) == len(one.sizes)
     if alike and not by_size and len(both) * 2 > max(len(one.members), len(other.members)):
         return _run_within(one, other) or [(number, number) for number in both]
-    if len(one.members) == len(other.members) and is_complete(one) and is_complete(other):
+    # The levels of a pyramid count from 2 or 3.
+    are_runs = one.sizes == other.sizes and all(
+        series.numbers[-1] - series.numbers[0] == len(series.numbers) - 1 for series in (one, other)
+    )
+    if len(one.members) == len(other.members) and (are_runs or all(map(is_complete, (one, other)))):
         return list(zip(one.numbers, other.numbers, strict=True))
     return []
 

@@ -61,7 +61,7 @@ class Way:
     @property
     def cost(self) -> float:
         """How far it is from doing nothing; a reshape that splits heads is nearly nothing."""
-        return sum(0.1 if step.kind == "reshape" else 0.5 for step in self.steps)
+        return sum(0.5 if len(step.shape) == len(step.before) else 0.1 for step in self.steps)
 
     @property
     def flattens(self) -> bool:

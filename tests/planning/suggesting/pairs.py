@@ -40,12 +40,14 @@ OPEN = {
     "evoformer": 44,
     "perceiver": 32,
     "dual_encoder": 1,
-    "inception": 165,
-    "ddpm": 21,
+    "inception": 20,
+    "ddpm": 12,
     "fnet": 12,
     "phi2": 6,
     "qwen2": 6,
     "set_transformer": 20,
+    "maxvit": 156,
+    "lru_glu": 16,
 }
 """Leaves that stay open.
 
@@ -56,13 +58,13 @@ order of creation, which a state has forgotten. How keys and values lie in an ar
 numbered (segformer), which half of an array or which of two layers is the gate (recurrentgemma,
 dinov2_giant, qwen2), whether gates and what they gate lie in turns (gpt_oss), which of square layers that
 stand beside each other is which (transformer_xl_ppo), whether a square matrix is transposed
-(recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4), which
-norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an attention
-that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left (evoformer), whether
-a temperature is a scale (dual_encoder), which of a block's convolutions of one shape is which branch
-(inception), and which norm is that of the network (fnet), only outputs tell. Not found yet: the bias of
-queries and of values in one for all three (qformer), a lone vector (ncsnpp), and two levels of a U-Net that
-are as large (ddpm).
+(recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4, lru_glu),
+which norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an
+attention that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left
+(evoformer), which of two attentions comes first (maxvit), whether a temperature is a scale (dual_encoder),
+which of a block's convolutions of one shape is which branch (inception), and which norm is that of the
+network (fnet), only outputs tell. Not found yet: the bias of queries and of values in one for all three
+(qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

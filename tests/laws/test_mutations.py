@@ -14,6 +14,7 @@ from orbax_nnx_handler.planning.verdict.laws import Known, certify
 from tests.laws.fuzz.optimizers import nested
 from tests.laws.fuzz.trial import draw
 from tests.laws.mutations import EXCHANGES, MUTATIONS, mutants
+from tests.planning.mapping import scans
 from tests.planning.plans import evaluate, plan_of
 
 KINDS = (*MUTATIONS, *EXCHANGES, "two leaves swapped", "one source twice")
@@ -96,3 +97,26 @@ def test_the_gates_of_each_cell_in_a_list_come_from_its_layer():
     assert not _certified(plan, recipes)
     for other in wrong:
         assert _certified(plan, recipes | {path: other}), other
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        scans.Scan(name="layers", members="numbered", left_over="numbers"),
+        scans.Scan(members="numbered", left_over="numbers"),
+        *(scans.Scan(left_over=left_over) for left_over in ("modules", "scan", "numbers")),
+    ],
+    ids=str,
+)
+def test_a_layer_behind_the_last_block_is_not_the_first_one(program):
+    layers = scans.stack_of(4, local=2, unlike=False)
+    plan, _ = scans.plan_of(program.write(layers), scans.one_by_one(layers))
+    recipes = {path: item.recipe for path, item in plan.restored.items()}
+    others = {path: recipe for path, recipe in recipes.items() if "layers_3" not in path}
+    shifted = {
+        path: recipes[tuple("layers_3" if key == "layers_0" else key for key in path)] for path in others
+    }
+
+    assert not _certified(plan, recipes)
+    assert not _certified(plan, others)
+    assert _certified(plan, shifted)

@@ -25,11 +25,13 @@ SCANS = (
         name="scanned_blocks",
         inner_scan="local_layers",
         after=("global_layer",),
+        numbered=frozenset({"layers"}),  # Of what is left over alone: the others lie in the inner scan.
         remainder="layers_remainder",
         modules="Gemma4DecoderLayerToLinen",
         source="models/gemma4.py `Gemma4ScannableBlock.__init__`; layers/decoders.py "
         "`_apply_gemma4_scanned_blocks`, whose remainder has no name of its own (its class has that of "
-        "layers/nnx_wrappers.py `to_linen_class`); layers/nnx_decoders.py `_init_scanned_gemma4`",
+        "layers/nnx_wrappers.py `to_linen_class`); layers/nnx_decoders.py `_init_scanned_gemma4`; "
+        "checkpoint_conversion/utils/param_mapping.py (`layers_remainder/layers_{i}`)",
     ),
     ScannedBlocks(
         layers="layers",
@@ -37,8 +39,7 @@ SCANS = (
         numbered=frozenset({"layers"}),
         remainder="layers_remainder",
         source="models/deepseek4.py `DeepSeek4ScannableBlock.__init__`; layers/decoders.py "
-        "`_apply_deepseek4_scanned_blocks`; checkpoint_conversion/utils/param_mapping.py, "
-        "whose Gemma 4 has `layers_remainder/layers_{i}`",
+        "`_apply_deepseek4_scanned_blocks`; checkpoint_conversion/utils/param_mapping.py",
     ),
 )
 """The scans whose blocks have names of their own.

@@ -117,7 +117,8 @@ def _members(scan: ScannedBlocks, group: Group, token: str, below: Tokens) -> It
         yield LayerPath(group, below[1:], "block", scan.after.index(name), name, scan)
     elif name in scan.numbered and is_number(second) and len(below) > 2:
         form = "block" if token == scan.name else "remainder"
-        yield LayerPath(group, below[2:], form, int(second[1:]), name, scan)
+        if form == "remainder" or not scan.inner_scan:
+            yield LayerPath(group, below[2:], form, int(second[1:]), name, scan)
 
 
 def _block_paths(
@@ -431,8 +432,7 @@ def is_on_both(axes: Axes, said: int) -> bool:
 
 def is_first_stacked(axes: Axes, said: int) -> bool:
     """Tells whether the first that is stacked is the one meant."""
-    stacked = [axis for axis in axes if axis is not None]
-    return not stacked or stacked[0] == said
+    return next((axis for axis in axes if axis is not None), said) == said
 
 
 def is_wanted(axes: Axes, said: int) -> bool:

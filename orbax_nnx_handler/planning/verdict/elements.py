@@ -172,18 +172,21 @@ class SideNames:
             if scan is not None:
                 yield from self._in_block(tokens, at, layer, scan)
 
-    def _known_at(self, tokens: Tokens, at: int) -> Iterator[ScannedBlocks]:
+    def _known_at(self, tokens: Tokens, at: int) -> Sequence[ScannedBlocks]:
         token, below = tokens[at], tokens[at + 1 :]
-        for scan in self.scans:
-            if token == scan.modules or (
-                token in (scan.name, scan.remainder) and _member(below, scan) is not None
-            ):
-                yield scan
+        known = [
+            scan for scan in self.scans if token == scan.modules or _member(token, below, scan) is not None
+        ]
+        if all(token == scan.name for scan in known):
+            return known
+        # Several scans may leave over layers under one name: they are of those that are there.
+        counts = [(scan, self.blocks(tokens[:at], scan)) for scan in known]
+        return [scan for scan, blocks in counts if blocks is None or blocks.cycles != {0}] or known
 
     def _any_at(self, tokens: Tokens, at: int) -> ScannedBlocks | None:
         """Returns any program's scan: members have numbers, and nothing else lies beside them."""
         token, inner, number = tokens[at : at + 3]
-        if is_number(inner) or not is_number(number) or any(self._known_at(tokens, at)):
+        if is_number(inner) or not is_number(number) or self._known_at(tokens, at):
             return None
         layers = token.removesuffix("_remainder")
         remainder = f"{layers}_remainder"
@@ -240,20 +243,23 @@ class SideNames:
         depth = len(parent) + 1
         scanned = [(t[depth:], shape) for t, shape in self._by_module.get((*parent, scan.name), ())]
         flat = {t[depth] for t, _ in self._by_module.get((*parent, scan.layers), ())}
-        members = {_member(below, scan) for below, _ in scanned}
+        members = {_member(scan.name, below, scan) for below, _ in scanned}
         if not scan.source:
             left_over = self._by_module.get((*parent, scan.remainder), ())
-            members |= {_member(tokens[depth:], scan) for tokens, _ in left_over} - {None}
+            members |= {_member(scan.remainder, tokens[depth:], scan) for tokens, _ in left_over} - {None}
             # A layer may hold numbered modules of its own.
             return None if None in members else _counted(0, members, scanned, scan)
         prefix = {int(token[1:]) for token in flat if is_number(token)}
         return _counted(len(prefix), members - {None}, scanned, scan)
 
 
-def _member(below: Tokens, scan: ScannedBlocks) -> int | None:
-    """Returns the position in its block of what lies below a scan; None where it is no member."""
+def _member(token: str, below: Tokens, scan: ScannedBlocks) -> int | None:
+    """Returns the position of what lies below a scan or what it leaves over; None where it is no member."""
     name = below[0]
-    if name in scan.numbered and len(below) > 2 and is_number(below[1]):
+    if token not in (scan.name, scan.remainder):
+        return None
+    is_numbered = name in scan.numbered and not (scan.inner_scan and token == scan.name)
+    if is_numbered and len(below) > 2 and is_number(below[1]):
         return int(below[1][1:])
     if name == scan.inner_scan and scan.inner_scan:
         return -1
@@ -263,7 +269,7 @@ def _member(below: Tokens, scan: ScannedBlocks) -> int | None:
 def _counted(
     prefix: int, members: Collection[int | None], scanned: Iterable[tuple[Tokens, Shape]], scan: ScannedBlocks
 ) -> BlockCounts | None:
-    shapes = [(below[0], shape) for below, shape in scanned if _member(below, scan) is not None]
+    shapes = [(below[0], shape) for below, shape in scanned if _member(scan.name, below, scan) is not None]
     if not scan.inner_scan:
         numbers = {member for member in members if member is not None}
         cycles = set[int].intersection(*(set(shape) for _, shape in shapes)) if shapes else {0}
@@ -276,7 +282,7 @@ def _counted(
     if len(inner) > 1:
         return None
     count = next(iter(inner), 0)
-    return BlockCounts(prefix, count + len(scan.after), count, {pair[0] for pair in both} or {0})
+    return BlockCounts(prefix, count + len(scan.after), count, {pair[0] for pair in both} if shapes else {0})
 
 
 def _position(
@@ -289,7 +295,7 @@ def _position(
         return 0, below[1:]
     if below[0] in scan.after and token == scan.name:
         return blocks.inner + scan.after.index(below[0]), below[1:]
-    member = _member(below, scan) if below[0] in scan.numbered else None
+    member = _member(token, below, scan) if below[0] in scan.numbered else None
     return (0, None) if member is None else (member, below[2:])
 
 

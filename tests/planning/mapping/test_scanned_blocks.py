@@ -171,6 +171,17 @@ def test_members_of_one_shape_keep_the_order_of_the_block() -> None:
     assert_exact(plan, disk, right)
 
 
+@pytest.mark.parametrize("count", [4, 5])
+@pytest.mark.parametrize("name", GEMMA4)
+def test_layers_behind_the_last_block_keep_their_numbers(name: str, count: int) -> None:
+    layers = stack_of(count, local=2, unlike=False)
+    scan, flat = GEMMA4[name].write(layers), one_by_one(layers)
+
+    for stored, wanted in ((scan, flat), (flat, scan)):
+        plan, disk = plan_of(stored, wanted)
+        assert_exact(plan, disk, wanted)
+
+
 def test_the_evidence_names_the_place_in_the_source() -> None:
     layers = stack_of(3, local=2)
 

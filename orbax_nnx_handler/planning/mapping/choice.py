@@ -363,7 +363,7 @@ def best_mappings(
 
 
 def _plain_mapping(
-    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, best: tuple[int, int]
+    wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, best: tuple[int, int, int]
 ) -> LeafMapping | None:
     """Returns the reading under which no key has a meaning, where it is the better one.
 
@@ -395,8 +395,8 @@ def _may_be_plain(weights: Sequence[Wanted], options: RestoreOptions) -> bool:
     )
 
 
-def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> tuple[int, int]:
-    """Returns how many wanted leaves have stored values, and how many of them by one claim that fits.
+def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> tuple[int, int, int]:
+    """Returns how many wanted leaves have stored values, how many by one claim that fits, and how many whole.
 
     A leaf that several stored ones claim is there, as is a moment that cannot follow its parameter: a
     reading that doesn't see them is no better for it.
@@ -404,4 +404,6 @@ def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> tuple[int, int]:
     shapes, claimed = mapping.shapes, {item.wanted.leaf.path for item in mapping.rivals}
     claimed |= {item.path for item in mapping.stuck}
     fitting = {item.leaf.path for item in wanted if shapes.get(item.leaf.path) == item.leaf.shape}
-    return len(fitting | {item.leaf.path for item in wanted if item.leaf.path in claimed}), len(fitting)
+    whole = sum(not mapping.found[path].missing_layers for path in fitting)
+    found = fitting | {item.leaf.path for item in wanted if item.leaf.path in claimed}
+    return len(found), len(fitting), whole

@@ -413,7 +413,7 @@ def axes_between(wanted: LayerPiece, stored: LayerPiece) -> Iterable[Axes]:
     """Yields the axes under which two pieces hold layers of one shape."""
     forms = {wanted.place.form, stored.place.form}
     # What is left over after the blocks is flat on either side and tells no axis.
-    if "remainder" in forms or (len(forms) == 1 and forms != {"block"}):
+    if "remainder" in forms or forms in ({"flat"}, {"stacked"}):
         return
     for left in _axis_options(stored):
         for right in _axis_options(wanted):

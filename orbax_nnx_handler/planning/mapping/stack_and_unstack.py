@@ -193,10 +193,13 @@ class _Join:
         """The axes that each leaf's own shapes allow; leaves that allow none are left out."""
         return {key: some for key in self.keys if (some := self._fitting(key))}
 
-    def _ground(self, key: Key) -> AxisGround:
+    def _ground(self, piece: LayerPiece) -> AxisGround:
         """Returns what says the axis of a leaf, once all have one."""
+        key = (piece.place.group, piece.place.rest)
         if len(self._allowed[key]) == 1:
-            return "shape"
+            # The layout says what the numbers of layers alone tell, and the leaf's own shapes do not.
+            own = {axes for other in self.stored.by_key[key] for axes in axes_between(piece, other)}
+            return "layout" if len(own) > 1 and all(map(self._is_known, self._allowed[key])) else "shape"
         if len(self._options[key]) == 1:
             return "rule"
         several = [axes for axes in self._options.values() if len(axes) > 1]
@@ -204,12 +207,10 @@ class _Join:
 
     def _is_against_layout(self, key: Key) -> bool:
         """Tells whether a leaf may be stacked along one axis only, and not that of the layout."""
-        if self.known is None:
+        (axes, *others), known = self._allowed[key], self.known
+        if known is None or others or self._is_known(axes):
             return False
-        pieces = [*self.stored.by_key[key], *self.wanted.by_key[key]]
-        (axes, *others) = self._allowed[key]
-        is_possible = any(self.known < len(piece.shape) for piece in pieces)
-        return is_possible and not others and not self._is_known(axes)
+        return any(known < len(piece.shape) for piece in (*self.stored.by_key[key], *self.wanted.by_key[key]))
 
     @cached_property
     def choices(self) -> list[dict[Key, Axes]]:
@@ -313,11 +314,9 @@ class _Join:
 
     def _count(self, side: Side, axes: Mapping[Key, Axes], which: int) -> int:
         """Returns how many layers the whole group has on one side."""
-        blocks = self.blocks[which]
-        if blocks is not None:
+        if (blocks := self.blocks[which]) is not None:
             return blocks.total
-        last_layer = side.last_layer(self.keys[0][0])
-        if self.blocks != (None, None) and last_layer is not None:
+        if self.blocks != (None, None) and (last_layer := side.last_layer(self.keys[0][0])) is not None:
             return last_layer
         cycles = self._cycles(side, axes, which)
         last = [
@@ -410,7 +409,7 @@ class _Join:
             recipe=recipe,
             group=piece.place.group,
             axis=stacked,
-            ground=None if stacked is None else self._ground(key),
+            ground=None if stacked is None else self._ground(piece),
             is_against_layout=stacked is not None and self._is_against_layout(key),
             missing=() if whole else missing,
             surplus=surplus,

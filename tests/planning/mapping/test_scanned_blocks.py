@@ -1,6 +1,7 @@
 """Layers that MaxText scans in blocks, under names of its own: joined by these names, or refused."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,44 @@ def test_layers_behind_the_last_block_keep_their_numbers(name: str, count: int) 
     for stored, wanted in ((scan, flat), (flat, scan)):
         plan, disk = plan_of(stored, wanted)
         assert_exact(plan, disk, wanted)
+
+
+BLOCKS = {
+    "pairs": Scan(name="layers", members="numbered", left_over="numbers", local=1),
+    "threes": Scan(name="layers", members="numbered", left_over="numbers"),
+    "pairs behind one": Scan(members="numbered", left_over="numbers", local=1, prefix=1),
+    "pairs behind two": Scan(members="numbered", left_over="numbers", local=1, prefix=2),
+    "named threes": Scan(left_over="numbers"),
+}
+
+
+@pytest.mark.parametrize("count", [6, 7])
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        (s, w)
+        for s, w in itertools.permutations(BLOCKS, 2)
+        if {s, w} != {"pairs behind one", "pairs behind two"}
+    ],
+)
+def test_blocks_become_other_blocks_though_all_leaves_have_an_axis_of_features(
+    stored: str, wanted: str, count: int
+) -> None:
+    # Sixteen cycles would be possible too, along the features.
+    shapes = {("attention", "query"): (16, 8), ("attention", "value"): (8, 16), ("norm", "scale"): (16,)}
+    values = iter(range(count * 10_000))
+    layers: list[Flat] = [
+        {
+            path: np.fromiter(values, np.float32, count=int(np.prod(shape))).reshape(shape)
+            for path, shape in shapes.items()
+        }
+        for _ in range(count)
+    ]
+    left, right = BLOCKS[stored].write(layers), BLOCKS[wanted].write(layers)
+
+    plan, disk = plan_of(left, right)
+
+    assert_exact(plan, disk, right)
 
 
 def test_the_evidence_names_the_place_in_the_source() -> None:

@@ -308,12 +308,12 @@ def in_turn(wanted: Sequence[Leaf], stored: Sequence[Leaf], above: Sequence[int]
     scores = dict[tuple[int, int], float]()
     found = dict[tuple[int, int], list[list[Module]]]()
     for (at, (names, run)), (to, (others, other)) in itertools.product(enumerate(ours), enumerate(theirs)):
-        said, against = concepts(names), concepts(others)
         pairs = _one_by_one(run, other) or [pair[::-1] for pair in _one_by_one(other, run)]
         pairs = [] if _is_counted(run) and _is_counted(other) else pairs
         are_modules = sum(len({leaf.names[:-1] for leaf in held}) > 1 for (_, held), _ in pairs) > 1
-        if are_modules and arm(names) * arm(others) >= 0 and not exclude(said, against):
-            found[at, to], scores[at, to] = pairs, 20 + likeness(said, against)
+        is_known = not any(exclude(concepts(one), concepts(two)) for (one, _), (two, _) in pairs)
+        if are_modules and arm(names) * arm(others) >= 0 and is_known:
+            found[at, to], scores[at, to] = pairs, 20 + likeness(concepts(names), concepts(others))
     return [pair for best in best_pairs(scores) for pair in found[best]]
 
 

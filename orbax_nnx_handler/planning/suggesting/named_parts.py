@@ -115,6 +115,9 @@ class _Context:
                 self._below[names] |= below
                 if "conv" in below or not (part.is_vector or below & {"attn", "mlp", "q", "k", "v", "o"}):
                     self._mixed.add(names)
+        called = [names for names in self._held if "attn" in meanings(levels(names)[-1].base)]
+        self._attentions = {names for names in called if {"q", "k"} <= self._held[names]}
+        self._holding = Counter(x[:depth] for x in self._attentions for depth in range(len(x) + 1))
         self._has_attention = any("attn" in part.said or part.own >= _QKV for part in parts)
         # Deformable DETR numbers the norm of its cross attention first, RT-DETR that of its self attention.
         words = frozenset[str]().union(*(part.said for part in parts))
@@ -130,6 +133,7 @@ class _Context:
         is_any = part.is_norm and self._is_one_of_several(part)
         around = set[str]() if is_any else self._surroundings(part)
         said = set(part.said | around) | self._above
+        said -= {"attn"} if self._is_beside_attention(part) else set()
         numbers = tuple(
             (level, tuple(sorted(self._families[prefix, level.base, level.style])))
             for prefix, level in _prefixes(part)
@@ -162,6 +166,16 @@ class _Context:
                 cross = {"cross"} & self._below[names] if is_attention else set[str]()
                 return {kind, *cross} if is_attention != is_network else set()
         return set()
+
+    def _is_beside_attention(self, part: ModulePart) -> bool:
+        """Tells whether a part lies in a block that is called an attention, and beside that attention."""
+        ends = ((names, levels(names)[-1]) for names in _containers(part))
+        # Of a list that is called so, another one may be it.
+        blocks = [names[: 1 - at.width or None] for names, at in ends if "attn" in meanings(at.base)]
+        blocks += [()] if "attn" in self._above else []
+        own = self._attentions.intersection(_containers(part)) if blocks else ()
+        beside = (self._holding[names] > sum(at[: len(names)] == names for at in own) for names in blocks)
+        return bool(blocks) and not part.said & {*_QKV, "o", "out"} and all(beside)
 
     def _fused(self, part: ModulePart) -> tuple[tuple[str, ...], str]:
         last = part.levels[-1].base if part.levels else ""
@@ -205,7 +219,7 @@ class _Context:
         own = set(named) - {"attn", "mlp", "self", "cross"}
         if own & (STRONG - {"up"}) or said & {"conv", "embed"}:
             return ""
-        family = next((held for level, held in numbers if level is last), ())
+        family = numbers[-1][1] if last.number is not None else ()
         known = NUMBERED.get((last.base, family))
         if known is not None and last.number is not None and self._leads_back(part, known[0], family):
             said -= {"up"}

@@ -1,4 +1,4 @@
-"""Blocks in which two streams look at each other: what is added, is of the context, is the text's."""
+"""Attention in blocks: of two streams that look at each other, and beside a network in one list."""
 
 import numpy as np
 import pytest
@@ -88,3 +88,27 @@ def test_queries_keys_and_values_of_two_streams_in_one_module_become_one_array_o
 
     assert not found.questions
     check(values, expected)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_list_that_is_called_an_attention_and_holds_one_holds_a_network_too(count):
+    stored, aims = {}, {}
+    attention = {
+        f"attn/{a}": f"0/attention/{b}" for a, b in zip(("query", "key", "value"), "qkv", strict=True)
+    }
+    network = {"mlp/wi": "1/1", "mlp/wo": "1/3"}
+    for layer in range(count):
+        above, into = f"cross_attend_{layer}" if count > 1 else "cross_attend", "cross_attention"
+        into = f"{into}/{layer}" if count > 1 else into
+        for one, other in {**attention, "attn/out": "0/attention/o_proj", **network}.items():
+            shape = {"mlp/wi": (8, 32), "mlp/wo": (32, 8)}.get(one, (8, 8))
+            stored |= {f"{above}/{one}/kernel": shape, f"{above}/{one}/bias": shape[1:]}
+            aims |= {f"{above}/{one}/{leaf}": f"{into}/{other}/{leaf}" for leaf in ("kernel", "bias")}
+        for one, other in {"norm": "0/norm", "mlp/norm": "1/0"}.items() if count > 1 else ():
+            stored[f"{above}/{one}/scale"], aims[f"{above}/{one}/scale"] = (8,), f"{into}/{other}/scale"
+    stored = filled(stored)
+
+    found, values = proposed(stored, {aims[path]: value.shape for path, value in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: value for path, value in stored.items()})

@@ -85,7 +85,8 @@ def _lone_bias(one: NamedPart, other: NamedPart) -> tuple[Leaf, Leaf, tuple[Way,
         for part, leaf in ((one.part, left), (other.part, right))
     ):
         return None
-    found = _ways(left, right, one, other) if is_vector(left.shape) and is_vector(right.shape) else ()
+    are_alike = left.shape == right.shape or (is_vector(left.shape) and is_vector(right.shape))
+    found = _ways(left, right, one, other) if are_alike else ()
     return (left, right, found) if found else None
 
 

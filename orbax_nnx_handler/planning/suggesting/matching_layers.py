@@ -179,16 +179,20 @@ def _pairs_with_rests(
     `block_{i}` and `attn_{i}` are both `stages/{i}`, which have a block and an attention each. And which
     rests are each other's.
     """
-    asked = [link for tie in found.ties for reading in tie.readings for link in reading]
-    used = {id(leaf) for link in (*found.links, *asked) for leaf in (*link.wanted, *link.stored)}
-    rests = [
-        series_of([leaf for leaf in leaves if id(leaf) in taken and id(leaf) not in used], above)
-        for leaves, above in zip((context.wanted, context.stored), context.above, strict=True)
-    ]
-    yield paired_series(rests[0], theirs) if theirs else []
-    yield paired_series(ours, rests[1]) if ours else []
-    # What ends one stage begins the next one elsewhere.
-    yield [pair for pair in paired_series(*rests) if pair[0].numbers != pair[1].numbers]
+    sides = list(zip((context.wanted, context.stored), context.above, strict=True))
+    for least in (2, 1):  # At last lists of single parts: `skips/{i}` of `layers/{i}`.
+        asked = [link for tie in found.ties for reading in tie.readings for link in reading]
+        used = {id(leaf) for link in (*found.links, *asked) for leaf in (*link.wanted, *link.stored)}
+        rests = [
+            series_of([leaf for leaf in leaves if id(leaf) in taken and id(leaf) not in used], above, least)
+            for leaves, above in sides
+        ]
+        if least == 1:
+            ours, theirs = (series_of(_free(leaves, taken), above, least) for leaves, above in sides)
+        yield paired_series(rests[0], theirs) if theirs else []
+        yield paired_series(ours, rests[1]) if ours else []
+        # What ends one stage begins the next one elsewhere.
+        yield [pair for pair in paired_series(*rests) if pair[0].numbers != pair[1].numbers and least > 1]
 
 
 def _pairs_of_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:

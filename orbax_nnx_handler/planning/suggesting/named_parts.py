@@ -68,7 +68,7 @@ class NamedPart:
     @property
     def is_table(self) -> bool:
         """Whether it is a table of rows, which nobody stores the other way around."""
-        return bool(self.said & {"embed", "pos", "token", "type", "cls"}) and "head" not in self.said
+        return bool(self.said & {"embed", "pos", "rel", "token", "type", "cls"}) and "head" not in self.said
 
 
 def named_parts(parts: Sequence[ModulePart], above: Sequence[str] = ()) -> list[NamedPart]:
@@ -306,7 +306,12 @@ class _Context:
             place = component(self._without_norm(part)) if place is None else place
         if place is not None:
             return place + side
-        side = side or int("out" in around)
+        if not side and "out" in around:
+            # The output of a module beside the block's own, whatever it mixes tokens by, comes before that.
+            is_inside = len(part.levels) > 2 and any(
+                "out" in meanings(*n) for n in self._normed if len(n) == 1
+            )
+            return component(("attn",)) if is_inside else END
         return END * side if side else None
 
     def _holds_both(self, module: Names) -> bool:

@@ -1,5 +1,6 @@
 """Rules out of links: few and general, and none takes a leaf away that it is not meant for."""
 
+import contextlib
 import dataclasses
 import functools
 from collections import Counter, defaultdict
@@ -78,21 +79,20 @@ class Writer:
     def write(
         self, links: Sequence[Link], groups: Sequence[tuple[Names, Names]]
     ) -> Mapping[Rule, Sequence[Link]]:
-        """Returns the rules of some links, in the order in which they apply.
-
-        Args:
-            links: The links, nothing in them open.
-            groups: Names that lead into layers of both sides.
-        """
-        kept = {
-            name: rule for name in self._listed(self.entries) if (rule := self._keeping(name)) is not None
-        }
+        """Returns the rules of links that leave nothing open, in order; groups lead into layers of both."""
+        kept = {name: rule for name in self._listed(self.entries) if (rule := self._keeping(name))}
         self._unstack(links)
         moves = [move for link in links for move in self._moves(link)]
         self._copy(links)
         self._reshape(moves)
         alone = self._join(links, moves)
         self._reshape(alone)  # The parts of what was split.
+        # Layers that become those of several lists are called as those that hold the most of them.
+        several = Counter(stored for stored, _ in set(groups))
+        held = {
+            pair: several[pair[0]] > 1 and len(self._inside(*pair, alone)) for pair in sorted(set(groups))
+        }
+        groups = [*dict(sorted(held, key=held.__getitem__)).items()]
         leaving = {id(move): move for move in alone if self._leaves_group(move, groups)}
         self._rename(list(leaving.values()))
         alone = [move for move in alone if id(move) not in leaving]
@@ -291,7 +291,7 @@ class Writer:
         # `block_{i}` is for `block_3_audio` too: longer names come first.
         for stored, wanted in sorted(set(groups), key=lambda pair: (-len(pair[0]), -len(pair[0][-1]), pair)):
             into = self._below(wanted)
-            inside = [move for move in moves if _leads(stored, move.names) and _leads(into, move.aim)]
+            inside = self._inside(stored, wanted, moves)
             if len({move.names[len(stored) :] for move in inside}) < 2 or _alike(stored, into):
                 continue
             if stored[0].startswith("{"):
@@ -305,6 +305,10 @@ class Writer:
                 rest = move.names[len(stored) :]
                 move.names = (*move.aim[: len(into)], *rest)
                 move.seats = [(aim if seat < len(stored) else seat + shift, aim) for seat, aim in move.seats]
+
+    def _inside(self, stored: Names, wanted: Names, moves: Iterable[_Move]) -> list[_Move]:
+        into = self._below(wanted)
+        return [move for move in moves if _leads(stored, move.names) and _leads(into, move.aim)]
 
     def _rename(self, moves: Sequence[_Move]) -> None:
         aims = {move.names: move.aim for move in moves}
@@ -400,12 +404,8 @@ def _matches_only(
 
 
 def _renamed(stored: Names, wanted: Names) -> Rename | None:
-    if not stored or not wanted:
-        return None
-    try:
-        return Rename("/".join(stored), "/".join(wanted))
-    except RuleError:
-        return None
+    with contextlib.suppress(RuleError):
+        return Rename("/".join(stored), "/".join(wanted)) if stored and wanted else None
 
 
 def _layers_of(links: Iterable[Link], *, stacks: bool) -> Mapping[Layers, list[Link]]:

@@ -42,12 +42,12 @@ OPEN = {
     "dual_encoder": 1,
     "inception": 20,
     "ddpm": 12,
-    "fnet": 12,
     "phi2": 6,
     "qwen2": 6,
     "set_transformer": 20,
     "maxvit": 156,
     "lru_glu": 16,
+    "rrdb": 8,
 }
 """Leaves that stay open.
 
@@ -62,8 +62,8 @@ stand beside each other is which (transformer_xl_ppo), whether a square matrix i
 which norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an
 attention that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left
 (evoformer), which of two attentions comes first (maxvit), whether a temperature is a scale (dual_encoder),
-which of a block's convolutions of one shape is which branch (inception), and which norm is that of the
-network (fnet), only outputs tell. Not found yet: the bias of queries and of values in one for all three
+which of a block's convolutions of one shape is which branch (inception), and which comes first (rrdb), only
+outputs tell. Not found yet: the bias of queries and of values in one for all three
 (qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
 """
 

@@ -52,7 +52,7 @@ from orbax_nnx_handler.storage.converting.planned_leaves import (
     weights_only,
     with_dtype,
 )
-from orbax_nnx_handler.storage.converting.regroup import Regrouping, regroup
+from orbax_nnx_handler.storage.converting.regroup import Regrouping, in_order, regroup
 from orbax_nnx_handler.storage.converting.source import (
     WITHOUT_COLLECTIONS,
     check_linen_names,
@@ -204,8 +204,8 @@ def _regrouped(
     ways: dict[Regrouping, list[str]] = {"unscan": arguments.unscan, "scan": arguments.scan}
     regrouped, axis, place = list(leaves), arguments.axis, str(checkpoint.directory)
     for way, groups in ways.items():
-        for group in groups:
-            regrouped = regroup(regrouped, checkpoint.leaves, layout, parse(group), axis, way, place)
+        for group in in_order(leaves, [parse(group) for group in groups]):
+            regrouped = regroup(regrouped, checkpoint.leaves, layout, group, axis, way, place)
     return regrouped
 
 
@@ -291,7 +291,8 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         metavar="GROUP",
         action="append",
         default=[],
-        help="take GROUP apart to GROUP_0, GROUP_1, ...; of one of several networks NETWORK/GROUP",
+        help="take GROUP apart to GROUP_0, GROUP_1, ...; of one of several networks NETWORK/GROUP, "
+        "of one collection COLLECTION/GROUP",
     )
     parser.add_argument(
         "--axis", metavar="N", type=whole(0), help="the axis that counts the layers of a stack"

@@ -335,3 +335,64 @@ def test_an_axis_that_shapes_leave_open_is_asked_for_with_the_checkpoint_named(c
     assert said.status == 1
     assert "the layers of 'batch_stats/layers' can be stacked on axis 0 or 1" in said.err
     assert f"checkpoint: {path}" in said.err.replace("\n            ", "")
+
+
+@pytest.mark.parametrize("maxtext", [False, True])
+def test_statistics_and_a_copy_beside_the_parameters_are_stacked_and_taken_apart(
+    cli, tmp_path, maxtext
+) -> None:
+    numbers = Numbers()
+
+    def model():
+        layers = {f"layers_{at}": {"up": {"w": numbers(5, 7)}} for at in range(3)}
+        return {"decoder": layers | {"decoder_norm": {"scale": numbers(5)}}}
+
+    def statistics():
+        return {"decoder": {f"layers_{at}": {"norm": {"mean": numbers(5)}} for at in range(3)}}
+
+    params = {"params": model()} if maxtext else model()
+    state = train_state(numbers, params, ema_params=model())
+    (params if maxtext else state)["batch_stats"] = statistics()
+    path = write(tmp_path, state)
+
+    said = cli("convert", path, tmp_path / "out", "--scan", "decoder/layers", "--axis", 1)
+    back = cli("convert", tmp_path / "out", tmp_path / "back", "--unscan", "decoder/layers", "--axis", 1)
+
+    assert (said.status, back.status) == (0, 0), said.err + back.err
+    before, found = flat(stock(path)), flat(stock(tmp_path / "out"))
+    groups = {}
+    for at, value in before.items():
+        name = tuple("layers" if str(key).startswith("layers_") else key for key in at)
+        groups.setdefault(name, []).append(value)
+    stacked = {at: np.stack(parts, 1) if "layers" in at else parts[0] for at, parts in groups.items()}
+    check(found, stacked)
+    assert found.keys() == stacked.keys()
+    check(stock(tmp_path / "back"), stock(path))
+    assert flat(stock(tmp_path / "back")).keys() == before.keys()
+
+
+def test_a_collection_whose_shapes_do_not_tell_its_axis_is_taken_apart_where_it_is_named(
+    cli, tmp_path
+) -> None:
+    numbers = Numbers()
+    params = {"layers": {"scale": numbers(3, 3), "w": numbers(4, 3, 5)}}
+    state = train_state(numbers, params, batch_stats={"layers": {"mean": numbers(3, 3)}})
+    path = write(tmp_path, state)
+    asked = ("--unscan", "layers", "--axis", 1)
+
+    said = cli("convert", path, tmp_path / "out", *asked)
+
+    assert said.status == 1
+    assert "the layers of 'batch_stats/layers' can be stacked on axis 0 or 1" in said.err
+    assert "add --unscan batch_stats/layers if the program stacked that collection on axis 1 too" in said.err
+    assert "renames=" not in said.err
+
+    both = cli("convert", path, tmp_path / "both", *asked, "--unscan", "batch_stats/layers")
+    alone = cli("convert", path, tmp_path / "alone", "--unscan", "batch_stats/layers", "--axis", 0)
+
+    assert (both.status, alone.status) == (0, 0), both.err + alone.err
+    before = stock(path)
+    wanted = moved(before, lambda tree: apart(tree, "layers", axis=1))
+    check(stock(tmp_path / "both"), wanted | {"batch_stats": apart(before["batch_stats"], "layers", axis=1)})
+    check(stock(tmp_path / "alone"), before | {"batch_stats": apart(before["batch_stats"], "layers")})
+    assert flat(stock(tmp_path / "alone")["params"]).keys() == flat(before["params"]).keys()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.errors import AmbiguousMappingError, RestoreError
 from orbax_nnx_handler.planning.core.folding import Row, ranges
 from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape, StoredLeaf, WantedLeaf
 from orbax_nnx_handler.planning.core.lines import aligned
@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.layouts.layout import Layout, Stored
 from orbax_nnx_handler.planning.mapping.roots import owner_of
 from orbax_nnx_handler.planning.options import RestoreOptions
 from orbax_nnx_handler.planning.restore_plan import make_plan
-from orbax_nnx_handler.planning.rules import ScanAxis
+from orbax_nnx_handler.planning.rules import ScanAxis, as_rules
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.storage.converting.blocks import Written
 from orbax_nnx_handler.storage.converting.planned_leaves import check_paths_distinct, refusal
@@ -52,7 +52,8 @@ def regroup(
         leaves: The leaves.
         stored: The stored leaves that they are made from.
         layout: How these are read.
-        group: The group; of one train state where its keys, with or without `params`, stand in front.
+        group: The group; of one train state where its keys, with or without `params`, stand in front, and
+            of one collection alone where its name does.
         axis: The axis of the stack that counts the layers.
         way: `scan` makes `layers/...` of `layers_0/...` and so on, `unscan` the reverse.
         directory: The item directory, for messages.
@@ -64,18 +65,21 @@ def regroup(
     if foreign:
         what = "optimizer leaves are not arranged as optax arranges them"
         raise refusal(what, foreign, "pass --weights-only.")
-    owner, below = _owner_and_group(leaves, group)
-    mine = [leaf for leaf in leaves if owner in ((), leaf.owner)]
-    wanted = [leaf for leaf in leaves if owner not in ((), leaf.owner)]
+    owner, collection, below = _place_of(leaves, group)
+    mine = [leaf for leaf in leaves if owner in ((), leaf.owner) and collection in (None, leaf.collection)]
+    paths = {leaf.path for leaf in mine}
+    wanted = [leaf for leaf in leaves if leaf.path not in paths]
     wanted += (_stacked if way == "scan" else _apart)(mine, below, axis)
     check_paths_distinct(wanted)
     # What is stacked here has the axis that is asked for in each collection. Where a stack is stored,
-    # Flax may have given each collection an axis of its own, and none but the parameters' is told.
+    # Flax may have given each collection an axis of its own, and none but the named one's is told.
     collections = {leaf.collection for leaf in mine if way == "scan" and leaf.section == "model"}
-    heads = [(), *((name,) for name in sorted(collections - {None, "params"}, key=str))]
+    heads = [() if collection is None else (collection,)]
+    heads += [(name,) for name in sorted(collections - {None, "params", collection}, key=str)]
     rules = [ScanAxis("/".join(map(str, (*owner, *head, *below))), axis) for head in heads]
+    names = _names(wanted)
     plan = make_plan(
-        _target(wanted),
+        _target(wanted, names),
         _as_stored(leaves, stored),
         RestoreOptions.of(layout=layout.name, renames=rules, unexpected="ignore"),
         directory=directory,
@@ -83,23 +87,58 @@ def regroup(
     lost = [path for path in plan.missing if plan.sides.wanted[path].role == "optimizer"]
     if lost and len(lost) == len(plan.missing):
         raise refusal("moments cannot follow their layers on this axis", lost, "pass --weights-only.")
-    plan.check()
+    try:
+        plan.check()
+    except AmbiguousMappingError as error:
+        raise _with_options(error, axis, rules, directory) from None
     made = {leaf.path: leaf.recipe for leaf in leaves}
     return [
-        dataclasses.replace(leaf, recipe=substitute(plan.restored[leaf.path].recipe, made.__getitem__))
+        dataclasses.replace(leaf, recipe=substitute(plan.restored[names[leaf.path]].recipe, made.__getitem__))
         if leaf.section in _SECTIONS
         else leaf
         for leaf in wanted
     ]
 
 
-def _owner_and_group(leaves: Iterable[Written], group: GroupPath) -> tuple[Path, GroupPath]:
-    """Returns the train state that a group's path names, and the group below its collection."""
+def in_order(leaves: Sequence[Written], groups: Sequence[GroupPath]) -> list[GroupPath]:
+    """Returns the groups as they are given, but one of a collection alone before the same in all others."""
+    places = {group: _place_of(leaves, group) for group in groups}
+    first = {(owner, below): at for at, (owner, _, below) in reversed([*enumerate(places.values())])}
+
+    def rank(group: GroupPath) -> tuple[int, bool]:
+        owner, collection, below = places[group]
+        return first[owner, below], collection is None
+
+    return sorted(groups, key=rank)
+
+
+def _place_of(leaves: Iterable[Written], group: GroupPath) -> tuple[Path, str | None, GroupPath]:
+    """Returns the train state and the collection that a group's path names, and the group below these.
+
+    `params` is no collection alone: statistics and copies have the layers of the parameters.
+    """
     owners = {segments(leaf.owner): leaf.owner for leaf in leaves}
     owner = owners.get(owner_of(group, owners) or (), ())
     below = group[len(owner) :]
     modules = {leaf.parameter[0] for leaf in leaves if leaf.parameter}
-    return owner, below[1:] if below[:1] == ("params",) and "params" not in modules else below
+    collections = {leaf.collection for leaf in leaves if leaf.section == "model"} - modules
+    if not {*below[:1]} & (collections | {"params"} - modules):
+        return owner, None, below
+    return owner, None if below[0] == "params" else below[0], below[1:]
+
+
+def _with_options(
+    error: AmbiguousMappingError, axis: int, said: Sequence[ScanAxis], directory: str
+) -> AmbiguousMappingError:
+    """Returns the error with groups in the place of rules about them: a conversion has no rules."""
+    rules = [rule for hint in error.hints for rule in as_rules(hint.arguments.get("renames", ()))]
+    asked = [rule for rule in rules if isinstance(rule, ScanAxis) and rule.axis == axis and rule not in said]
+    if not asked:
+        return error
+    named = " ".join(f"--unscan {group}" for group in dict.fromkeys(rule.group for rule in asked))
+    words = f"add {named} if the program stacked that collection on axis {axis} too; you have to know."
+    message = f"{error.what}\nhint: {words}\ncheckpoint: {directory}"
+    return AmbiguousMappingError(error.what, paths=error.paths, hints=[words], message=message)
 
 
 def _as_stored(leaves: Sequence[Written], stored: Stored) -> dict[Path, StoredLeaf]:
@@ -116,10 +155,27 @@ def _as_stored(leaves: Sequence[Written], stored: Stored) -> dict[Path, StoredLe
     }
 
 
-def _target(wanted: Iterable[Written]) -> Target:
-    """Returns a target keyed like the stored tree: what is neither model nor train state stays as it is."""
+def _names(wanted: Sequence[Written]) -> dict[Path, Path]:
+    """Returns each leaf's path in the target, where every collection lies right below its train state.
+
+    MaxText has a level more above some of them: a model below `params/params` is none beside `ema_params`.
+    """
+    names = {leaf.path: _without_level(leaf) for leaf in wanted}
+    return names if len(set(names.values())) == len(names) else {path: path for path in names}
+
+
+def _without_level(leaf: Written) -> Path:
+    at = len(leaf.path) - len(leaf.parameter or ()) - 1
+    is_below = leaf.section == "model" and leaf.parameter is not None and leaf.path[at] == leaf.collection
+    return (*leaf.owner, *leaf.path[at:]) if is_below else leaf.path
+
+
+def _target(wanted: Iterable[Written], names: Mapping[Path, Path]) -> Target:
+    """Returns the target that has those names: what is neither model nor train state stays as it is."""
     leaves = {
-        leaf.path: WantedLeaf(path=leaf.path, kind=_kind(leaf), shape=leaf.shape, dtype=leaf.dtype)
+        names[leaf.path]: WantedLeaf(
+            path=names[leaf.path], kind=_kind(leaf), shape=leaf.shape, dtype=leaf.dtype
+        )
         for leaf in wanted
         if leaf.section in _SECTIONS
     }

@@ -397,17 +397,12 @@ def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:
     # Of a list without its first ones, `w2` and `w3`, those may be called otherwise.
     are_first = all(held[0] < 2 for role in roles for _, held in role.numbers[-1:])
     pairs = itertools.combinations(paths, 2)
-    if not are_first or (len(shapes) > 1 and not all(itertools.starmap(_count_together, pairs))):
+    if not are_first or (len(shapes) > 1 and not all(itertools.starmap(counted_apart, pairs))):
         return [None] * len(roles)
     return [
         tuple(level.number for level in role.part.levels if level.number is not None) or None
         for role in roles
     ]
-
-
-def _count_together(one: Sequence[Level], other: Sequence[Level]) -> bool:
-    """Tells whether a number tells two paths apart before a name does."""
-    return counted_apart(one, other) is not None
 
 
 def are_counted(roles: Sequence[NamedPart]) -> bool:

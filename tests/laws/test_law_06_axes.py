@@ -10,6 +10,7 @@ from flax import linen, nnx
 from orbax_nnx_handler import AmbiguousMappingError, ScanAxis, restore
 from tests.laws.worlds import (
     FORMS,
+    Branch,
     Numbers,
     below,
     check,
@@ -205,6 +206,51 @@ def test_maxtext_stacks_on_axis_1_where_its_own_modules_lie_there(tmp_path, left
     else:
         refused(path, target_of(form, wanted))
         check(restore(path, target_of(form, wanted), layout="maxtext"), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_maxtext_does_not_say_how_a_target_stacks_what_is_stored_layer_by_layer(tmp_path, axis, form):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(3, 3), "bias": numbers(3)} for _ in range(3)]
+    stored = {
+        "token_embedder": {"embedding": numbers(7, 3)},
+        "decoder": {"decoder_norm": {"scale": numbers(3)}},
+    }
+    wanted = stored | {"decoder": stored["decoder"] | {"layers": stacked(layers, axis)}}
+    stored["decoder"] |= {f"layers_{at}": layer for at, layer in enumerate(layers)}
+    path = write(tmp_path, {"params": {"params": stored}})
+    refused(path, target_of(form, wanted))
+    check(restore(path, target_of(form, wanted), renames=[ScanAxis("decoder/layers", axis)]), wanted)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_adapters_do_not_take_the_axis_of_maxtexts_parameters(tmp_path, axis):
+    numbers = Numbers()
+    layers = [{"kernel": numbers(4, 5), "lora_a": numbers(3, 3)} for _ in range(3)]
+    kernels = stacked([{"kernel": layer["kernel"]} for layer in layers], 1)
+    adapters = stacked([{"lora_a": layer["lora_a"]} for layer in layers], axis)
+    norm = {"decoder_norm": {"scale": numbers(3)}}
+    tree = {
+        "params": {"decoder": norm | {"layers": kernels}},
+        "lora_params": {"decoder": {"layers": adapters}},
+    }
+    path = write(tmp_path, {"params": tree})
+
+    def make():
+        modules = [Branch({"kernel": layer["kernel"]}, {}) for layer in layers]
+        for module in modules:
+            module.lora_a = nnx.LoRAParam(jnp.zeros((3, 3)))
+        decoder = Branch(norm, {})
+        decoder.layers = nnx.List(modules)
+        return {"decoder": decoder}
+
+    refused(path, nnx.eval_shape(make))
+    result = restore(path, nnx.eval_shape(make), renames=[ScanAxis("lora_params/decoder/layers", axis)])
+    for at, layer in enumerate(layers):
+        held = result["decoder"].layers[at]
+        np.testing.assert_array_equal(held.lora_a[...], layer["lora_a"])
+        np.testing.assert_array_equal(held.kernel[...], layer["kernel"])
 
 
 @pytest.mark.parametrize("form", FORMS)

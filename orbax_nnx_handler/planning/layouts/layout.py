@@ -244,10 +244,14 @@ def holds_no_weights(level: str, collection: str | None) -> bool:
 
 
 def is_of_parameters(collection: str | None) -> bool:
-    """Tells whether a collection holds parameters, or a copy of them, which is stacked as they are."""
+    """Tells whether a collection holds parameters, or a copy of them, which is stacked as they are.
+
+    Of `lora_params` no word says that it is a copy.
+    """
     if collection is None or collection == "params":
         return True
-    return is_copy_name(collection) and "stats" not in collection
+    is_copy = words_of(collection) <= _COPIES | {"target"}
+    return is_copy and is_copy_name(collection) and "stats" not in collection
 
 
 def above_groups(owner: Tokens, collection: str | None) -> tuple[Tokens, ...]:

@@ -119,8 +119,7 @@ def _join(
     if len(joins) == 1:
         return joins[0].solve()
     fitting = [join for join in joins if join.has_all_layers and join.choices]
-    if len(fitting) > 1:
-        fitting = [join for join in fitting if join.follows_layout] or fitting
+    fitting = [join for join in fitting if join.follows_layout] or fitting
     if not fitting:
         return {}
     return fitting[0].solve() if len(fitting) == 1 else fitting[0].unclear(fitting)
@@ -228,7 +227,9 @@ class _Join:
             alike = [{key: next(iter(axes)) for key, axes in options.items()}]
         elif len(open_ends) > 1 or len(alike) != 1:
             # Of several leaves that each leave it open none settles the others; the program's layout may.
-            known = [choice for choice in alike if all(map(self._is_known, choice.values()))]
+            # A target may stack what is stored layer by layer as `nnx.vmap` does by default.
+            is_open = bool(self.known) and all((None, 0) in axes for axes in options.values())
+            known = [each for each in alike if all(map(self._is_known, each.values())) and not is_open]
             two = [dict(zip(options, axes, strict=True)) for axes in two_of(options.values())]
             alike = known if len(known) == 1 else two
         return [choice | flat for choice in alike]

@@ -115,7 +115,9 @@ class StackedAxes:
 
     def _of_group(self, group: StackedGroup, leaves: Sequence[Stacked]) -> Iterator[tuple[Stacked, str]]:
         said = self._said_of(group) if self._said else set[int]()
-        is_known = self._is_known if is_of_parameters(group.collection) else _is_single
+        # A target may stack what is stored layer by layer as `nnx.vmap` does by default.
+        is_open = bool(self._known) and all((None, 0) in leaf.options for leaf in leaves)
+        is_known = self._is_known if is_of_parameters(group.collection) and not is_open else _is_single
         for leaf in leaves:
             one, known = len(leaf.options) == 1, is_known(leaf)
             holds = {None: True, "group": True, "shape": one, "layout": known, "rule": bool(said)}

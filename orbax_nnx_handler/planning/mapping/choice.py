@@ -359,7 +359,11 @@ def best_mappings(
         plain = _plain_mapping(wanted, stored, options, max(scores))
         if plain is not None:
             return [plain] if different else [plain, best], []  # A reading that the laws refuse loses.
-    return ([best], [two_layouts(best, different[0])]) if different else (rivals, [])
+    if different:
+        return [best], [two_layouts(best, different[0])]
+    # Where a program has left the names of its own modules, no other reading makes up for its laws.
+    is_certain = best.layout.is_certain
+    return [best] if is_certain is not None and is_certain(stored) else rivals, []
 
 
 def _plain_mapping(

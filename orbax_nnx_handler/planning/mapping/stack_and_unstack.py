@@ -78,8 +78,7 @@ def restack(
         by_layout = {tokens: item for tokens, item in found.items() if item.ground == "layout"}
         found = {tokens: item for tokens, item in found.items() if tokens not in by_layout}
         unclear += _contradicted(by_layout, {known, *others} - {None})
-    taken = set(found)
-    return found, [item for item in unclear if not taken.issuperset(item.tokens)]
+    return found, [item for item in unclear if not found.keys() >= {*item.tokens}]
 
 
 def _contradicted(leaves: Mapping[Tokens, Restacked], axes: Iterable[int | None]) -> Iterator[UnclearAxis]:
@@ -120,8 +119,9 @@ def _join(
         return joins[0].solve()
     fitting = [join for join in joins if join.has_all_layers and join.choices]
     fitting = [join for join in fitting if join.follows_layout] or fitting
-    if not fitting:
-        return {}
+    if not fitting or (said is None and not any(join.options for join in fitting)):
+        solved = [join.solve() for join in fitting]
+        return solved[0] if solved and all(other == solved[0] for other in solved) else {}
     return fitting[0].solve() if len(fitting) == 1 else fitting[0].unclear(fitting)
 
 
@@ -173,7 +173,7 @@ class _Join:
         return any(all(map(self._is_known, choice.values())) for choice in self.choices)
 
     @cached_property
-    def _options(self) -> Mapping[Key, set[Axes]]:
+    def options(self) -> Mapping[Key, set[Axes]]:
         """The axes that each leaf may have, as a rule says where there is one; those without any left out."""
         found = self._allowed
         if self.said is None:
@@ -199,10 +199,10 @@ class _Join:
             # The layout says what the numbers of layers alone tell, and the leaf's own shapes do not.
             own = {axes for other in self.stored.by_key[key] for axes in axes_between(piece, other)}
             return "layout" if len(own) > 1 and all(map(self._is_known, self._allowed[key])) else "shape"
-        if len(self._options[key]) == 1:
+        if len(self.options[key]) == 1:
             return "rule"
-        several = [axes for axes in self._options.values() if len(axes) > 1]
-        return "group" if len(several) == 1 and len(self._alike(self._options)) == 1 else "layout"
+        several = [axes for axes in self.options.values() if len(axes) > 1]
+        return "group" if len(several) == 1 and len(self._alike(self.options)) == 1 else "layout"
 
     def _is_against_layout(self, key: Key) -> bool:
         """Tells whether a leaf may be stacked along one axis only, and not that of the layout."""
@@ -214,7 +214,7 @@ class _Join:
     @cached_property
     def choices(self) -> list[dict[Key, Axes]]:
         """The ways to choose the axis of every leaf."""
-        options = self._options
+        options = self.options
         flat: dict[Key, Axes] = {
             key: (None, None) for key in self.keys if key not in options and self._is_flat(key)
         }
@@ -428,7 +428,7 @@ class _Join:
 
     def unclear(self, joins: Iterable["_Join"]) -> UnclearAxis:
         """Returns the question which of the axes that several readings allow is the stacked one."""
-        each = [list(join._options.values()) for join in joins]
+        each = [list(join.options.values()) for join in joins]
         options = list(itertools.chain(*each))
         named = {axis for some in options for axes in some for axis in axes if axis is not None}
         # What one leaf alone allows is no axis of the group.

@@ -9,7 +9,7 @@ a name of the other.
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
@@ -221,6 +221,22 @@ class SideNames:
             self._known[key] = self._blocks(parent, scan)
         return self._known[key]
 
+    def layers_before(self, tokens: Tokens, *, may_be_lost: bool) -> Set[int]:
+        """Returns how many layers lie before the known scan that a leaf is in, or what it leaves over.
+
+        Args:
+            tokens: The leaf.
+            may_be_lost: Whether a scan that is not there was, so that what it leaves over tells nothing.
+        """
+        return {
+            blocks.prefix + (0 if tokens[at] == scan.name else cycles * blocks.size)
+            for at in range(len(tokens) - 2)
+            for scan in self._known_at(tokens, at)
+            if (blocks := self.blocks(tokens[:at], scan)) is not None
+            if tokens[at] == scan.name or not may_be_lost or blocks.cycles != {0}
+            for cycles in blocks.cycles
+        }
+
     def known_blocks(self, name: Name) -> BlockCounts | None:
         """Returns the blocks that a name is about, where the layout knows their scan."""
         if name.scan is None or not name.is_known or name.is_left_over:
@@ -249,8 +265,8 @@ class SideNames:
             members |= {_member(scan.remainder, tokens[depth:], scan) for tokens, _ in left_over} - {None}
             # A layer may hold numbered modules of its own.
             return None if None in members else _counted(0, members, scanned, scan)
-        prefix = {int(token[1:]) for token in flat if is_number(token)}
-        return _counted(len(prefix), members - {None}, scanned, scan)
+        prefix = max((int(token[1:]) + 1 for token in flat if is_number(token)), default=0)
+        return _counted(prefix, members - {None}, scanned, scan)
 
 
 def _member(token: str, below: Tokens, scan: ScannedBlocks) -> int | None:

@@ -312,13 +312,14 @@ class _Kernel:
         yield from self._blocks(unread, claims.used)
 
     def _blocks(self, unread: Sequence[Path], used: Set[Path]) -> Iterator[Broken]:
-        """Yields where blocks of two lengths meet, and some of their positions are left over."""
+        """Yields where blocks of two lengths, or behind other layers, meet, and positions are left over."""
         models = self._by_role["model"]
         are_all = self._are_all or len(models) == sum(item.role == "model" for item in self._wanted)
         if (are_all and not unread) or not used.isdisjoint(self._known.by_rule):
             return
         whole = [(item, recipe.path) for item, recipe, _ in models if isinstance(recipe, Read)]
-        for path, stored, why in self._weights.of_other_blocks(whole) if whole else ():
+        others = (self._weights.of_other_blocks(whole), self._weights.of_other_layers(whole))
+        for path, stored, why in itertools.chain(*others) if whole else ():
             yield Broken(law=5, wanted=path, stored=stored, why=why)
 
     def networks(self) -> Iterator[Broken]:

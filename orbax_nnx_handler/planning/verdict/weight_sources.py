@@ -276,6 +276,17 @@ class Weights:
                     yield item.leaf.path, path, f"a block has {sizes[0]} layers there, and {sizes[1]} here"
                     break
 
+    def of_other_layers(self, whole: Sequence[tuple[Wanted, Path]]) -> Iterator[tuple[Path, Path, str]]:
+        """Yields each leaf read whole from a scan of its name that begins at another layer there."""
+        for item, path in whole if self._scans else ():
+            placed = self.placed[path]
+            side = self._there(placed.owner, placed.collection)
+            there = side.layers_before(self.name(path), may_be_lost=True)
+            here = self._here.layers_before(item.tokens, may_be_lost=False)
+            if here and there and here.isdisjoint(there):
+                sizes = min(there), min(here)
+                yield item.leaf.path, path, f"{sizes[0]} layers lie before it there, and {sizes[1]} here"
+
     def _is_scan(self, group: str, member: str) -> bool:
         """Tells whether layers of a name in a group are a block: by the layout, or as their names are one."""
         known = any(scan.name == group and member in scan.numbered for scan in self._scans)

@@ -221,6 +221,40 @@ def test_blocks_become_other_blocks_though_all_leaves_have_an_axis_of_features(
     assert_exact(plan, disk, right)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("prefixes", [(2, 1), (1, 2)], ids=str)
+def test_a_scan_that_begins_at_another_layer_is_never_taken_for_that_of_its_name(
+    prefixes: tuple[int, int], wide: bool
+) -> None:
+    layers = stack_of(6, local=1, unlike=False)
+    if wide:  # All leaves have as many features as another number of cycles would be.
+        layers = [
+            {path: np.resize(value, (6,) * value.ndim) for path, value in one.items()} for one in layers
+        ]
+    left, right = (
+        Scan(members="numbered", left_over="numbers", local=1, prefix=prefix).write(layers)
+        for prefix in prefixes
+    )
+
+    plan, _ = plan_of(left, right, policy="warn")
+
+    with pytest.raises(AmbiguousMappingError) as caught:
+        plan.check()
+    told = f"{prefixes[0]} layers lie before it there, and {prefixes[1]} here (law 5)"
+    assert str(caught.value).count(told) >= 6
+    assert "a rule says" not in str(caught.value)
+
+
+def test_a_remainder_alone_is_not_the_layers_behind_a_scan_that_is_left_behind() -> None:
+    layers = stack_of(4, local=2, unlike=False)
+    program = Scan(left_over="numbers")
+
+    plan, _ = plan_of(program.write(layers), program.write(layers[:1]), policy="warn")
+
+    with pytest.raises(AmbiguousMappingError, match="3 layers lie before it there, and 0 here"):
+        plan.check()
+
+
 def test_the_evidence_names_the_place_in_the_source() -> None:
     layers = stack_of(3, local=2)
 

@@ -112,3 +112,9 @@ def test_random_programs_come_back_under_rules_that_say_what_has_changed(tmp_pat
 def test_programs_that_were_refused_come_back(seed, tmp_path):
     outcome = try_program(seed, tmp_path)
     assert outcome.result == "right", outcome.detail
+
+
+@pytest.mark.parametrize("seed", [140015, 140164, 140273])
+def test_a_tuple_of_model_and_optimizer_is_restored_below_a_level_that_is_not_stored(tmp_path, seed):
+    outcome = try_program(seed, tmp_path)
+    assert (outcome.change, outcome.result) == ("tuple, level more", "right"), outcome.detail

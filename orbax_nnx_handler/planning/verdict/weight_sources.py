@@ -175,6 +175,12 @@ class Weights:
         models = (item for item in self._wanted if item.role == "model")
         return SideNames(((item.tokens, item.leaf.shape) for item in models), self._scans)
 
+    @cached_property
+    def _tuples(self) -> Set[Tokens]:
+        """What holds an optimizer at a number: a model has a place there too, and is no layer."""
+        owners = {item.owner for item in self._wanted if item.role == "optimizer" and item.owner}
+        return {at[:-1] for at in map(canonical, owners) if is_number(at[-1])}
+
     def _there(self, owner: Path, collection: str | None) -> SideNames:
         key = owner, collection
         if key not in self._sides:
@@ -195,7 +201,7 @@ class Weights:
             for here in self._here.of(item.tokens, element.to):
                 common = _common_end(here.tokens, there.tokens)
                 above, below = (tokens[: len(tokens) - common] for tokens in (here.tokens, there.tokens))
-                if common and _may_go(above, below, canonical(placed.owner)):
+                if common and _may_go(above, below, canonical(placed.owner), self._tuples):
                     return _Meeting(here, there, above, below)
         return None
 
@@ -427,14 +433,14 @@ def _common_end(left: Tokens, right: Tokens) -> int:
     return next(n for n in range(shorter) if left[-1 - n] != right[-1 - n])
 
 
-def _may_go(above: Tokens, below: Tokens, owner: Tokens) -> bool:
+def _may_go(above: Tokens, below: Tokens, owner: Tokens, tuples: Set[Tokens]) -> bool:
     """Tells whether what lies above a common name may differ: a level that only one side has.
 
     A number there is a layer's, but in the name of the train state (`agent_0`), as the model's place in a
     tuple right below it, or in a name that Linen makes from a module's class (`MLP_0`).
     """
     depth = len(owner) if owner == above[: len(owner)] else 0
-    is_place = 0 < depth == len(above) - 1
+    is_place = 0 < depth == len(above) - 1 or above[:-1] in tuples
     layers = (token for last, token in itertools.pairwise(("", *below)) if last == last.lower())
     if any(map(is_number, () if is_place else above[max(depth, 1) :])) or any(map(is_number, layers)):
         return False

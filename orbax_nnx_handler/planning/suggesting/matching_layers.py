@@ -97,14 +97,16 @@ def match_context(context: Context) -> Findings:
     taken: set[int] = set()
     _match_in_sequence((ours, theirs), context, found, taken, arms=2)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
+    _match_series(paired_series(ours, theirs), context, found, taken)
+    in_places = in_turn(_free(context.wanted, taken), _free(context.stored, taken), context.above)
+    _match_series([(alone(*one, 0), alone(*other, 1)) for one, other in in_places], context, found, taken)
+    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     _match_series(_pairs_of_series(ours, theirs), context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     for pairs in _pairs_with_rests(ours, theirs, context, found, taken):
         _match_series(pairs, context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     _match_in_sequence((ours, theirs), context, found, taken, arms=1)
-    in_places = in_turn(_free(context.wanted, taken), _free(context.stored, taken), context.above)
-    _match_series([(alone(*one, 0), alone(*other, 1)) for one, other in in_places], context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     rests = [(one, without_rest(one, theirs)) for one in ours]
     heads = [one if rest is None else rest[0] for one, rest in rests]
@@ -335,11 +337,8 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
             known=context.known,
         )
         found.add(match_context(inner).mapped(lambda links, pairs=numbers: _moved(links, one, other, pairs)))
-        for pair in numbers[1:]:
-            if not equal:
-                found.groups.append((other.place(pair[1]), one.place(pair[0])))
-        if not equal:
-            found.groups.append((other.place(right), one.place(left)))
+        for pair in (*numbers[1:], numbers[0]) if not equal else ():
+            found.groups.append((other.place(pair[1]), one.place(pair[0])))
     if equal:
         found.groups.append((other.template, one.template))
     return found

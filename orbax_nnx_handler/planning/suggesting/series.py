@@ -234,10 +234,6 @@ def sizes_of(leaves: Iterable[Leaf]) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def _sizes_in(leaves: Sequence[Leaf]) -> list[int]:
-    return sorted(math.prod(leaf.shape) for leaf in leaves)
-
-
 def said_of(series: Series) -> frozenset[str]:
     """Returns what the names of a group say."""
     return concepts(series.base)
@@ -248,11 +244,15 @@ def _may_be_one(one: Series, other: Series) -> bool:
     pairs = [(one.members[left], other.members[right]) for left, right in same_layers(one, other)]
     if not pairs or exclude(said_of(one), said_of(other)):
         return False
+    held = [[sorted(math.prod(leaf.shape) for leaf in side) for side in pair] for pair in pairs]
     if one.is_kind or other.is_kind:
         # Nothing but what they hold speaks for layers of one kind.
-        return all(_sizes_in(left) == _sizes_in(right) for left, right in pairs)
-    sizes = ([*map(sizes_of, side)] for side in zip(*pairs, strict=True))
-    low, high = sorted(max(each) / max(min(each), 1) for each in sizes)
+        return all(left == right for left, right in held)
+    sizes = [(sum(left), sum(right)) for left, right in held]
+    ratios = [left / max(right, 1) for left, right in sizes]
+    if len(one.members) != len(other.members) and max(ratios) > 1.5 * min(ratios):
+        return False  # Of lists of other lengths, layers that grow otherwise are others.
+    low, high = sorted(max(each) / max(min(each), 1) for each in zip(*sizes, strict=True))
     left, right = one.size * len(other.members), other.size * len(one.members)
     # The blocks of one stage are no stages, of which one is much wider.
     return min(left, right) * 2 > max(left, right) and (low > 1.5 or high < 2.5)

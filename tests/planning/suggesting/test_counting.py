@@ -1,5 +1,7 @@
 """Proposals where one side counts otherwise: from the last level on, by numbers alone, norms across first."""
 
+import itertools
+
 import pytest
 
 from tests.planning.suggesting.proposals import check, filled, proposed
@@ -360,3 +362,42 @@ def test_which_of_two_modules_of_one_size_comes_first_is_not_told_by_their_place
 
     assert found.questions
     assert not values
+
+
+def test_a_list_is_no_longer_one_whose_layers_grow_otherwise():
+    network = {"norm/scale": (8,), "up/kernel": (8, 24), "down/kernel": (24, 8)}
+    attention = {"norm/scale": (8,), "q/kernel": (8, 8), "k/kernel": (8, 8), "o/kernel": (8, 8)}
+    stored, aims = {}, {}
+    for above, into, parts in (("cross", "layers/0", attention), ("cross_mlp", "layers/1", network)):
+        stored |= {f"{above}/{path}": shape for path, shape in parts.items()}
+        aims |= {f"{above}/{path}": f"{into}/{path}" for path in parts}
+    for at, part in itertools.product(range(2), ("attn", "mlp")):
+        parts = attention if part == "attn" else network
+        stored |= {f"self_{at}/{part}/{path}": shape for path, shape in parts.items()}
+        aims |= {f"self_{at}/{part}/{path}": f"layers/2/{at}/{int(part == 'mlp')}/{path}" for path in parts}
+    stored = filled(stored)
+
+    _, values = proposed(stored, {aims[path]: value.shape for path, value in stored.items()})
+
+    check(values, {aims[path]: value for path, value in stored.items() if aims[path] in values})
+
+
+def test_one_level_of_a_u_net_is_no_block_of_the_same_size_in_a_list():
+    stored, aims = {"conv_in/kernel": (3, 3, 3, 8)}, {"conv_in/kernel": "input_blocks/0/0/kernel"}
+    levels = {
+        "down_blocks_0/resnets_0": "1/0",
+        "down_blocks_0/attentions_0": "1/1",
+        "down_blocks_1/resnets_0": "3/0",
+    }
+    for above, place in levels.items():
+        parts = attention(above, 8) if "attn" in above or "attentions" in above else block(above, 8, 8)
+        stored |= parts
+        aims |= {path: path.replace(above, f"input_blocks/{place}") for path in parts}
+    stored["down_blocks_0/downsamplers_0/conv/kernel"] = (3, 3, 8, 8)
+    aims["down_blocks_0/downsamplers_0/conv/kernel"] = "input_blocks/2/0/conv/kernel"
+    stored = filled(stored)
+
+    found, values = proposed(stored, {aims[path]: value.shape for path, value in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: value for path, value in stored.items()})

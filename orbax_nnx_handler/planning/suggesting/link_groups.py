@@ -399,12 +399,14 @@ class _Precedents:
         self._wanted, self._stored = kinds_of_modules(wanted), kinds_of_modules(stored)
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
+        self._takers: dict[object, set[object]] = defaultdict(set)
         self._numbers: dict[object, set[tuple[int | None, ...]]] = defaultdict(set)
         told = [link for link in links if link.grounds != "order"]
         for one, other in {(part_of(link.target), part_of(link.source)) for link in told}:
             for kinds, left, right in self._views(one, other):
                 self._forth[kinds, left].add(right)
                 self._back[kinds, right].add(left)
+                self._takers[kinds, right[:2] if isinstance(right, tuple) else ()].add(left)
                 self._numbers[kinds, left].add(tuple(level.number for level in levels(one)))
 
     def speak_for(self, wanted: Names, stored: Names) -> int:
@@ -414,10 +416,14 @@ class _Precedents:
             for kinds, one, other in self._views(wanted, stored)
             if self._forth.get((kinds, one)) == {other}
             and self._back[kinds, other] == {one}
-            # One of a list of modules does not tell that the others come right before and after it.
-            and (kinds != "modules" or len(self._numbers[kinds, one]) > 1)
+            # One of modules, or of two lists of one class, does not tell where the others are.
+            and (len(self._numbers[kinds, one]) > 1 or not self._is_unsure(kinds, other))
         }
         return len(told)
+
+    def _is_unsure(self, kinds: object, other: object) -> bool:
+        is_list = kinds == "list" and isinstance(other, tuple) and len(self._takers[kinds, other[:2]]) > 1
+        return is_list or kinds == "modules"
 
     def _views(self, wanted: Names, stored: Names) -> Iterator[tuple[object, tuple[object, ...], object]]:
         """Yields two parts as those of the modules around them, of lists, and by their first or last word."""

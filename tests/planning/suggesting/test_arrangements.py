@@ -651,3 +651,17 @@ def test_timms_gate_and_what_it_gates_are_told_by_their_letters():
     _, values = proposed(stored, {path: value.shape for path, value in expected.items()})
 
     check(values, expected)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_one_layer_of_a_list_does_not_tell_where_the_others_of_it_are(length):
+    """Two lists that a program creates in turns; only the last layers have shapes of their own."""
+    shapes = [(8, 8)] * (2 * length - 2) + [(8, 12), (8, 20)]
+    stored = filled({f"Dense_{at}/kernel": shape for at, shape in enumerate(shapes)})
+    names = [f"{name}/{at}/kernel" for at in range(length) for name in ("oak", "elm")]
+
+    _, values = proposed(stored, dict(zip(names, shapes, strict=True)))
+
+    expected = {name: stored[f"Dense_{at}/kernel"] for at, name in enumerate(names)}
+    assert all(np.array_equal(value, expected[path]) for path, value in values.items())
+    assert len(values) == 2

@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import restore, save
+from orbax_nnx_handler import RestoreError, restore, save
 from tests.laws.worlds import Branch, Numbers, below, check, refused, write
 
 ADAM = optax.adam(1e-3)
@@ -119,6 +119,32 @@ def test_of_one_trained_network_the_step_is_its_own(tmp_path, more):
         result["policy"]["optimizer"],
         below("opt_state", stored["policy_opt_state"]) | {("step",): np.uint32(77)},
     )
+
+
+@pytest.mark.parametrize("trained", [["policy", "value"], ["value"]])
+@pytest.mark.parametrize("wanted", ["policy", "value"])
+def test_one_step_beside_a_network_whose_optimizer_keeps_nothing_is_that_of_none(tmp_path, wanted, trained):
+    numbers = Numbers()
+    networks = _networks(numbers, ["policy", "value"])
+    stored = _stored(numbers, networks)
+    for name in {"policy", "value"}.difference(trained[:1]):
+        stored[f"{name}_opt_state"] = optax.sgd(0.1).init(networks[name])
+    path = write(tmp_path, stored)
+
+    def make():
+        model = Branch(networks[wanted], {})
+        keeps_nothing = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+        return {
+            wanted: {"model": model, "optimizer": _trained(model) if wanted in trained[:1] else keeps_nothing}
+        }
+
+    with pytest.raises(RestoreError) as caught:
+        restore(path, nnx.eval_shape(make), unexpected="ignore")
+    assert caught.value.paths == ((wanted, "optimizer", "step"),)
+    rules = [("step", f"{wanted}/optimizer/step")]
+    result = restore(path, nnx.eval_shape(make), unexpected="ignore", renames=rules)
+    assert result[wanted]["optimizer"].step[...] == 77
+    check(result[wanted]["model"], networks[wanted])
 
 
 def test_a_pure_dict_of_the_stored_names_is_read_by_its_names(tmp_path):

@@ -17,8 +17,10 @@ from orbax_nnx_handler.planning.layouts.layout import (
     Section,
     Stored,
     has_subtree,
+    is_copy_level,
     is_copy_name,
     tops,
+    words_of,
 )
 
 AUX = "nnx_aux"
@@ -267,8 +269,11 @@ def _is_by_network(stored: Stored) -> bool:
 def _place_by_network(stored: Stored) -> tuple[Placement, ...]:
     networks = _networks_of(stored)
     trained = [name for name, fields in networks.items() if not fields.isdisjoint(_OPTIMIZER_FIELDS)]
-    # A step beside several train states is that of none of them.
-    stepped: Path = (trained[0],) if len(trained) == 1 else ()
+    others = [name for name, fields in networks.items() if "params" in fields and name not in trained]
+    # A step beside several train states is that of none of them. An optimizer may keep nothing (`optax.sgd`):
+    # only of a copy its name tells that it has none.
+    is_alone = len(trained) == 1 and all(_is_copy_of(name, trained[0]) for name in others)
+    stepped: Path = (trained[0],) if is_alone else ()
     keys = {f"{name}_{field}": (name, field) for name, fields in networks.items() for field in fields}
     steps: dict[Path, Path] = {(f"{name}_step",): (name,) for name in trained}
     # Beside them, it is the program's own count.
@@ -286,6 +291,11 @@ def _place_by_network(stored: Stored) -> tuple[Placement, ...]:
         return Placement(leaf=leaf, section="model", collection=field, path=rest, owner=(name,))
 
     return tuple(map(placed, stored))
+
+
+def _is_copy_of(name: str, network: str) -> bool:
+    own = words_of(network)
+    return is_copy_level(name) or (bool(own) and own < words_of(name))
 
 
 TRAIN_STATE = Layout(

@@ -397,7 +397,9 @@ def pair_optimizers(
         alike = [other for other in free if _are_alike(item, other, stored_models)]
         if len(alike) == 1 and sum(_are_alike(other, alike[0], stored_models) for other in left) == 1:
             pairs.append((item, alike[0]))
-    if not pairs and len(wanted) == len(stored) == 1:
+    # A step alone beside several networks is that of none of them.
+    is_shared = any(len(item.models) > 1 and not item.leaves for item in stored)
+    if not pairs and not is_shared and len(wanted) == len(stored) == 1:
         here, there = _state(wanted[0]), _state(stored[0])
         # A level that only one side has may go where everything lies below it.
         apart = (here and there) or not _same_attribute(wanted[0], stored[0], stored_models)

@@ -678,3 +678,73 @@ def test_optimizers_of_networks_without_collections_are_restored_alone(tmp_path,
     for name in names:
         check(result[name].opt_state[0].mu, tree[name]["opt_state"][0].mu)
         assert result[name].step[...] == tree[name]["step"]
+
+
+GROUPED = {
+    "groups": (("nets", "{}"), ("opts", "{}")),
+    "a level between": (("nets", "{}", "core"), ("opts", "{}")),
+    "a prefix": (("m", "{}"), ("{}_opt",)),
+}
+
+
+def _put(item, path, value):
+    for key in path[:-1]:
+        item = item.setdefault(key, {})
+    item[path[-1]] = value
+
+
+def _get(item, path):
+    for key in path:
+        item = item[key]
+    return item
+
+
+def _grouped(numbers, case, names=("a", "b")):
+    """Returns a tree with networks and optimizers apart, what makes its parts, and where they are."""
+    network, optimizer = GROUPED[case]
+    places = {
+        name: (tuple(key.format(name) for key in network), tuple(key.format(name) for key in optimizer))
+        for name in names
+    }
+    params = {name: _model(numbers) for name in names}
+    tree = {}
+    for step, name in enumerate(names, 11):
+        _put(tree, places[name][0], params[name])
+        state = {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(step)}
+        _put(tree, places[name][1], state)
+
+    def make(wanted=names):
+        item = {}
+        for name in wanted:
+            model = Branch(params[name], {})
+            _put(item, places[name][0], model)
+            _put(item, places[name][1], nnx.Optimizer(model, ADAM, wrt=nnx.Param))
+        return item
+
+    return tree, make, places
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_networks_and_optimizers_in_groups_keep_their_moments(tmp_path, case):
+    tree, make, places = _grouped(Numbers(), case)
+    path = write(tmp_path, tree)
+    (a, a_opt), (b, b_opt) = ("/".join(at) for at in places["a"]), ("/".join(at) for at in places["b"])
+    other = [Drop(a, "x"), (b, a)]
+    refused(path, nnx.eval_shape(lambda: make(("a",))), renames=other)
+    refused(
+        path, nnx.eval_shape(lambda: make(("a",))), renames=[Drop(f"{a}/out", "x"), (f"{b}/out", f"{a}/out")]
+    )
+    refused(path, nnx.eval_shape(make), renames=[(a, b), (b, a)])
+
+    rules = [*other, Drop(a_opt, "x"), (b_opt, a_opt)]
+    result = restore(path, nnx.eval_shape(lambda: make(("a",))), renames=rules)
+    check(nnx.state(_get(result, places["a"][0])), _get(tree, places["b"][0]))
+    optimizer, stored = _get(result, places["a"][1]), _get(tree, places["b"][1])
+    check(optimizer.opt_state[0].mu, stored["opt_state"][0].mu)
+    assert optimizer.step[...] == 12
+
+    result = restore(path, nnx.eval_shape(make), renames=[Add(f"{a}/out/kernel", 1.0)])
+    for name, (network, optimizer) in places.items():
+        kernel = _get(tree, network)["out"]["kernel"]
+        np.testing.assert_array_equal(_get(result, network).out.kernel[...], kernel + 1.0 * (name == "a"))
+        check(_get(result, optimizer).opt_state[0].mu, _get(tree, optimizer)["opt_state"][0].mu)

@@ -291,7 +291,10 @@ def trained_by(owner: Path, networks: Collection[Path]) -> list[Path]:
     beside = [at for at in networks if above and at[: len(above)] == above]
     if own or len(beside) == 1:
         return own or beside
-    ends = {at: canonical(at)[-1:] for at in beside or networks}
+    names = {at: canonical(at) for at in beside or networks}
+    # What all end with tells none from another: `nets/a/core`, `nets/b/core`.
+    alike = shared_levels([name[::-1] for name in names.values()], 1) if len(names) > 1 else ()
+    ends = {at: name[: len(name) - len(alike)][-1:] for at, name in names.items()}
     named = called_after(canonical(owner)[-1:], set(ends.values()))
     return [at for at, end in ends.items() if end in named] or beside
 

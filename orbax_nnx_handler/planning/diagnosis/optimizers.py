@@ -62,9 +62,7 @@ def _other_optimizer(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause
     way, counts = weights_alone(evidence), sum(path[-1] == "count" for path in alone)
     if restored:
         more = listed(sorted(new - restored))
-        text = (
-            f"the target's optimizer keeps {more} as well, which the stored one does not: it keeps {there}."
-        )
+        text = f"the target's optimizer keeps {more} as well; the stored one does not, it keeps {there}."
         if counts:
             count = "a count that begins at 0 begins" if counts == 1 else "counts that begin at 0 begin"
             way = f"{way.removesuffix('.')}; {count} a schedule anew."
@@ -201,6 +199,9 @@ def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:
         here[evidence.sides.wanted[path].owner].append(path)
     for item in (*_free(evidence, "optimizer"), *_free(evidence, "step")):
         there[item.owner].append(item)
+    alone = [at for at, items in there.items() if {item.section for item in items} == {"step"}]
+    if len(there) - 1 == len(alone) == 1:
+        there = {at: [*items, *there[alone[0]]] for at, items in there.items() if at not in alone}
     stored = {at: sum(math.prod(i.leaf.shape) for i in items) for at, items in there.items()}
     sizes = {at: sum(math.prod(evidence.shape(path)) for path in paths) for at, paths in here.items()}
     alike = {owner: [at for at in there if stored[at] == size] for owner, size in sizes.items()}
@@ -284,16 +285,16 @@ def _move(evidence: Evidence, owner: Path, lost: Sequence[Path], stored: Sequenc
     weights = [path for path in evidence.missing_weights if network and path[: len(network)] == network]
     sources = [item for item in evidence.free_weights.values() if weights and item.owner == stored[0].owner]
     field = field_of(held[0])
-    above = {field_of(item): network for item in sources} | {
-        field: (*owner, "opt_state" if role == "optimizer" else "step")
-    }
-    is_stepped = any(item.section == "step" for item in stored)
+    above = {field_of(item): network for item in sources}
+    above[field] = (*owner, "opt_state" if role == "optimizer" else "step")
+    steps = [item for item in stored if item.section == "step"]  # One of several networks goes by itself.
+    above |= {item.leaf.path: (*owner, "step") for item in steps if item.owner != held[0].owner}
     return _Move(
         owner=owner,
         place=field[:-1] if field[-1:] in (("opt_state",), ("step",)) else field,
         what=role,
         rules=[(spelled(old), spelled(new)) for old, new in above.items()],
-        wanted=[*(path for path in lost if is_stepped or evidence.role(path) != "step"), *weights],
+        wanted=[*(path for path in lost if steps or evidence.role(path) != "step"), *weights],
         stored=[item.leaf.path for item in (*stored, *sources)],
     )
 
@@ -395,8 +396,7 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
             text=f"the stored optimizer is {text}.",
             paths=tuple(lost),
             way=Hint(way),
-            # Moments that are stored are not begun anew.
-            filters=(),
+            filters=(),  # Moments that are stored are not begun anew.
             may_be_initialised=False,
             facts={"stored": there, "wanted": here},
         )
@@ -419,8 +419,7 @@ def _nested(evidence: Evidence, lost: Sequence[Path]) -> Iterable[Cause]:
                 "read it with Orbax, and give from_linen its moments below the paths of their weights, as "
                 f"tx.init(params) has them; {weights_alone(evidence)}"
             ),
-            # Moments that are stored are not begun anew.
-            filters=(),
+            filters=(),  # Moments that are stored are not begun anew.
             may_be_initialised=False,
             facts={"stored": ", ".join(sorted(names)), "wanted": ""},
         )

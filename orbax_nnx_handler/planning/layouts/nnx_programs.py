@@ -35,7 +35,7 @@ ends in `value`. One of the items alone is an `nnx.State`.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.dtypes import is_weight_called_step
 from orbax_nnx_handler.planning.core.leaves import is_optax_state, is_state, optimizer_owners, owner_of
@@ -58,44 +58,40 @@ def _place_tree(stored: Stored) -> tuple[Placement, ...]:
 
 
 def _networks(placed: Sequence[Placement]) -> set[Path]:
-    """Returns the keys above each network, where there are several and optimizers beside them.
+    """Returns the keys above each network, where there are several and optimizers of their own.
 
-    The names of its moments tell: they are those of weights below one key beside it. Where the key is in
-    front of them, what it has trained is one model.
+    The names of an optimizer's moments tell: they are those of all its network's weights, below one level.
+    Where that is the root, or other weights lie elsewhere, what has been trained are parts of one model.
     """
-    moments: dict[Path, list[Tokens]] = defaultdict(list)
-    weights: dict[Path, set[Tokens]] = defaultdict(set)
+    weights = [item.path for item in placed if item.section == "model"]
+    levels: dict[Tokens, set[Path]] = defaultdict(set)
+    for path in weights if any(item.section == "optimizer" and item.owner for item in placed) else ():
+        for at in range(len(path)):
+            levels[canonical(path[at:])].add(path[:at])
+    trained: dict[Path, set[Path]] = {}
     for item in placed:
-        if item.section == "optimizer" and item.owner:
-            moments[item.owner].append(item.tokens)
-    parents = {owner[:-1] for owner in moments}
-    for item in placed:
-        for parent in parents if item.section == "model" else ():
-            size = len(parent) + 1
-            if item.path[: size - 1] == parent and len(item.path) > size:
-                weights[item.path[:size]].add(canonical(item.path[size:]))
-    found: set[Path] = set()
-    for parent in parents:
-        beside = {at: names for at, names in weights.items() if at[:-1] == parent}
-        own = [tokens for owner, each in moments.items() if owner[:-1] == parent for tokens in each]
-        whole = {(*canonical(at[-1:]), *name) for at, names in beside.items() for name in names}
-        below = set[Tokens]().union(*beside.values())
-        if _are_moments(own, below) and not _are_moments(own, whole):
-            found |= beside.keys()
-    return found if len(found) > 1 else set()
+        if item.section == "optimizer" and item.owner and (above := _above(item.tokens, levels)):
+            trained[item.owner] = trained.get(item.owner, above) & above
+    found = set[Path]().union(*trained.values())
+    beside = {path[: len(at)] for at in found for path in weights if path[: len(at) - 1] == at[:-1]}
+    found = {at for at in beside if not any(at[:depth] in beside for depth in range(len(at)))}
+    parents = {at[:depth] for at in found for depth in range(len(at))}
+    is_whole = all(path[:-1] in parents or _within(path, found) is not None for path in weights)
+    return found if len(found) > 1 and is_whole and () not in found else set()
 
 
-def _are_moments(moments: Sequence[Tokens], weights: Collection[Tokens]) -> bool:
-    """Tells whether a path ends, behind a field, in the name of a weight."""
-    return any(
-        tokens[at:] in weights and is_state(tokens[at - 1 :])
-        for tokens in moments
-        for at in range(1, len(tokens))
-    )
+def _above(moment: Tokens, levels: Mapping[Tokens, set[Path]]) -> set[Path]:
+    """Returns what lies above the weights that have the name of a moment, the longest that they have."""
+    starts = (at for at in range(1, len(moment)) if moment[at:] in levels and is_state(moment[at - 1 :]))
+    return next((levels[moment[at:]] for at in starts), set[Path]())
+
+
+def _within(path: Path, networks: Collection[Path]) -> Path | None:
+    return next((path[:at] for at in range(len(path)) if path[:at] in networks), None)
 
 
 def _in_network(item: Placement, networks: Collection[Path]) -> Placement:
-    own = next((item.path[:at] for at in range(len(item.path)) if item.path[:at] in networks), None)
+    own = _within(item.path, networks)
     if item.section != "model" or own is None:
         return item
     return dataclasses.replace(item, path=item.path[len(own) :], owner=own)

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from flax import nnx
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, called_after, canonical, trained_by
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, trained_by
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, substitute
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import Found
@@ -335,8 +335,8 @@ class Trainings:
 
         scores = {id(network): moments(network) for network in likely}
         likely = [item for item in likely if scores[id(item)] == max(scores.values())]
-        names = called_after(wanted.owner[-1:], {item.roots.wanted[-1:] for item in likely})
-        likely = [item for item in likely if item.roots.wanted[-1:] in names] if len(names) == 1 else likely
+        names = trained_by(wanted.owner, {item.roots.wanted for item in likely})
+        likely = [item for item in likely if item.roots.wanted in names] if len(names) == 1 else likely
         alike = len({self._made(item) for item in likely}) == 1 if len(likely) > 1 else True
         return likely[:1] if alike else likely
 

@@ -392,20 +392,25 @@ def pair_optimizers(
     left = [i for i in wanted if i.owner not in used or (i.leaves and not by_owner[i.owner].leaves)]
     # A number beside an optimizer that counts for itself is the train state's step; the optimizer is free.
     steps = {item.owner for item, other in pairs if other.leaves and not item.leaves}
+    stored = [item for item in stored if not _is_of_none(item)]
     free = [item for item in stored if item.owner not in used - steps]
     for item in left:
         alike = [other for other in free if _are_alike(item, other, stored_models)]
         if len(alike) == 1 and sum(_are_alike(other, alike[0], stored_models) for other in left) == 1:
             pairs.append((item, alike[0]))
-    # A step alone beside several networks is that of none of them.
-    is_shared = any(len(item.models) > 1 and not item.leaves for item in stored)
-    if not pairs and not is_shared and len(wanted) == len(stored) == 1:
+    if not pairs and len(wanted) == len(stored) == 1:
         here, there = _state(wanted[0]), _state(stored[0])
         # A level that only one side has may go where everything lies below it.
         apart = (here and there) or not _same_attribute(wanted[0], stored[0], stored_models)
         if not apart and _hold(here, wanted_models) and _hold(there, stored_models):
             pairs.append((wanted[0], stored[0]))
     return pairs
+
+
+def _is_of_none(optimizer: StoredOptimizer) -> bool:
+    """Tells whether it is a step alone beside several networks, which no rule has given to one of them."""
+    is_moved = any(canonical(item.owner) != optimizer.owner for item in optimizer.steps)
+    return not optimizer.leaves and len(optimizer.models) > 1 and not is_moved
 
 
 def _are_alike(wanted: WantedOptimizer, stored: StoredOptimizer, models: Collection[Tokens]) -> bool:

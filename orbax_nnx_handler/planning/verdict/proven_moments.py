@@ -41,6 +41,7 @@ from orbax_nnx_handler.planning.verdict.states import (
     StoredNames,
     Trained,
     network_of,
+    several,
     slot_of,
     spellings,
     spelt_alike,
@@ -106,7 +107,9 @@ class ProvenMoments:
         is_plain = len(depths) == 1 and len(self._by_key) == len(self._weights)
         self._in_order = list(self._by_key) if is_plain else []
         self._last: tuple[Path, Path, Path] = ((), (), ())
-        self.states, self._names, self._trained = States(wanted, placed), StoredNames(placed), Trained()
+        self._networks = frozenset[Path]() if by_rule.isdisjoint(self._made.reads) else several(placed)
+        self.states, self._names = States(wanted, placed), StoredNames(placed)
+        self._trained = Trained(self._networks)
         self.owners: dict[Path, set[Path]] = defaultdict(set)
         self.orphans: list[Claim] = []
 
@@ -159,7 +162,7 @@ class ProvenMoments:
         """Returns the weights whose keys a leaf of the known field has."""
         owner, above, _ = self._last
         depth = len(above)
-        if not depth or item.path[:depth] != above or item.owner != owner:
+        if self._networks or not depth or item.path[:depth] != above or item.owner != owner:
             return ()
         return self._by_key.get(item.path[depth:], ())
 
@@ -207,11 +210,11 @@ class ProvenMoments:
     ) -> None:
         """Keeps the networks that have a weight of a moment's name, if there are several."""
         networks = dict[Path, Followed]()
-        for (at, (weight, made, _)), why in zip(claims, reasons, strict=True) if len(claims) > 1 else ():
+        for (at, (weight, made, _)), why in zip(claims, reasons, strict=True):
             size = len(item.path) - at if at > 0 else -at
             source = next((network_of(self._placed[path], size) for path in reads(made)), ())
             networks[weight.leaf.path[:-size]] = Followed(not why, source)
-        if len(networks) > 1:
+        if len(networks) > 1 or self._networks:
             self._trained.add(item, stored, networks)
 
     def _why_no_orphan(self, item: Wanted, recipe: Recipe, here: Slot, stored: Sequence[Placement]) -> str:
@@ -307,11 +310,8 @@ def _by_key(depths: Iterable[int], weights: Sequence[_Weight]) -> Mapping[Path, 
 
 
 def _depth_of(owner: Path, moments: Sequence[Path], weights: Sequence[_Weight]) -> int:
-    """Returns how many keys a weight has in front of what it shares with a moment of its own.
-
-    One moment tells, unless its weight is not in the result. A weight beside the optimizer comes first.
-    """
-    if owner[:-1]:
+    """Returns how many keys a weight has in front of what it shares with a moment of its own: one tells."""
+    if owner[:-1]:  # A weight beside the optimizer comes first.
         weights = [item for item in weights if item[0].leaf.path[: len(owner) - 1] == owner[:-1]] or weights
     best, longest = 0, 0
     for moment in (max(moments, key=len), *moments[:: len(moments) // _SAMPLES + 1]):

@@ -176,7 +176,9 @@ class Trained:
     from has trained the stored network that this one is read from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stored: Set[Path]) -> None:
+        """Takes the stored networks, where a rule may have moved weights from one to another."""
+        self._stored = stored
         self._moments: dict[Path, list[tuple[Wanted, Placement, Mapping[Path, Followed]]]] = defaultdict(list)
 
     def add(self, item: Wanted, stored: Placement, networks: Mapping[Path, Followed]) -> None:
@@ -189,6 +191,7 @@ class Trained:
             roots = dict.fromkeys(root for *_, networks in moments for root in networks)
             sources = dict.fromkeys(network.source for *_, of in moments for network in of.values())
             own = trained_by(owner, roots) or list(roots)
+            sources = self._stored or sources
             trained = {at: trained_by(at, sources) for at in {stored.owner for _, stored, _ in moments}}
             for item, stored, networks in moments:
                 own = [root for root in own if root not in networks or networks[root].is_followed]
@@ -200,6 +203,12 @@ class Trained:
                 if there and read and read.isdisjoint(there):
                     yield item.leaf.path, stored.leaf.path, f"it is a moment of {render(there[0])}"
                     break
+
+
+def several(placed: Mapping[Path, Placement]) -> frozenset[Path]:
+    """Returns the owners of stored weights, if there are several."""
+    owners = frozenset(item.owner for item in placed.values() if item.section == "model")
+    return owners if len(owners) > 1 else frozenset[Path]()
 
 
 def network_of(weight: Placement, size: int) -> Path:

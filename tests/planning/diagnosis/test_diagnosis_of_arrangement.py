@@ -286,7 +286,7 @@ def test_a_moment_more_is_told_from_another_optimizer():
 
     assert cause.kind == "OtherOptimizer"
     assert (
-        cause.text == "the target's optimizer keeps ema as well, which the stored one does not: it keeps mu."
+        cause.text == "the target's optimizer keeps ema as well; the stored one does not, it keeps mu."
     )
 
 

@@ -285,9 +285,7 @@ def test_a_moment_more_is_told_from_another_optimizer():
     (cause,) = diagnose(plan(have, wanted | wanted_moments("mu", wanted) | ema))
 
     assert cause.kind == "OtherOptimizer"
-    assert (
-        cause.text == "the target's optimizer keeps ema as well; the stored one does not, it keeps mu."
-    )
+    assert cause.text == "the target's optimizer keeps ema as well; the stored one does not, it keeps mu."
 
 
 def test_a_state_with_a_moment_more_is_another_optimizers():

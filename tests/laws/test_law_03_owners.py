@@ -748,3 +748,23 @@ def test_networks_and_optimizers_in_groups_keep_their_moments(tmp_path, case):
         kernel = _get(tree, network)["out"]["kernel"]
         np.testing.assert_array_equal(_get(result, network).out.kernel[...], kernel + 1.0 * (name == "a"))
         check(_get(result, optimizer).opt_state[0].mu, _get(tree, optimizer)["opt_state"][0].mu)
+
+
+@pytest.mark.parametrize("names", [("model", "optimizer"), ("a", "a_opt"), ("a/model", "a/optimizer")])
+def test_the_step_of_an_optimizer_that_keeps_nothing_else_is_restored_from_its_own_path(tmp_path, names):
+    params = _model(Numbers())
+    network, optimizer = (tuple(name.split("/")) for name in names)
+    tree = {}
+    _put(tree, network, params)
+    _put(tree, optimizer, {"step": np.int32(13)})
+    path = write(tmp_path, tree)
+
+    def make():
+        item, model = {}, Branch(params, {})
+        _put(item, network, model)
+        _put(item, optimizer, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param))
+        return item
+
+    result = restore(path, nnx.eval_shape(make))
+    check(nnx.state(_get(result, network)), params)
+    assert _get(result, optimizer).step[...] == 13

@@ -385,7 +385,10 @@ def _add_steps(
     """
     ends = {item.tokens[-1:] for item in steps}
     near = [item for item in placements if canonical(item.leaf.path[-1:])[-1:] in ends]
-    whole = {canonical(item.leaf.path): item.leaf.path for item in near if item.section != "model"}
+    # Without collections, the step of an optimizer that keeps nothing else looks like a number of a model's.
+    read = {path for each in found.values() for path in reads(each.recipe)}
+    own = [item for item in near if item.section != "model" or item.collection is None]
+    whole = {canonical(item.leaf.path): item.leaf.path for item in own if item.leaf.path not in read}
     aside = {_without_aux(item.leaf.path): item.leaf.path for item in near if item.section == "aux"}
     for item in steps:
         if (item.leaf.kind is None or item.owner) and item.tokens in whole:

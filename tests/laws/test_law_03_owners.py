@@ -629,21 +629,6 @@ def test_the_step_of_an_optimizer_that_a_rule_drops_is_not_read(tmp_path):
     assert ("a_opt", "step") in refused(path, nnx.eval_shape(make), renames=[Drop("a_opt/step", "x")]).paths
 
 
-def _as_pure_dicts(numbers, names):
-    params = {name: _model(numbers) for name in names}
-    optimizers = {
-        f"{name}_opt": {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(at)}
-        for at, name in enumerate(names, 11)
-    }
-
-    def make():
-        models = {name: Branch(params[name], {}) for name in names}
-        trained = {f"{name}_opt": nnx.Optimizer(models[name], ADAM, wrt=nnx.Param) for name in names}
-        return {**models, **trained}
-
-    return {**params, **optimizers}, make
-
-
 @pytest.mark.parametrize("rules", [[("a", "b"), ("b", "a")], [("a/out", "b/out"), ("b/out", "a/out")]])
 def test_weights_that_rules_exchange_leave_no_moments_behind(tmp_path, rules):
     tree, make = _as_pure_dicts(Numbers(), ("a", "b"))

@@ -35,7 +35,7 @@ ends in `value`. One of the items alone is an `nnx.State`.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.dtypes import is_weight_called_step
 from orbax_nnx_handler.planning.core.leaves import is_optax_state, is_state, optimizer_owners, owner_of
@@ -63,21 +63,47 @@ def _networks(placed: Sequence[Placement]) -> set[Path]:
     The names of an optimizer's moments tell: they are those of all its network's weights, below one level.
     Where that is the root, or other weights lie elsewhere, what has been trained are parts of one model.
     """
-    weights = [item.path for item in placed if item.section == "model"]
-    levels: dict[Tokens, set[Path]] = defaultdict(set)
-    for path in weights if any(item.section == "optimizer" and item.owner for item in placed) else ():
-        for at in range(len(path)):
-            levels[canonical(path[at:])].add(path[:at])
-    trained: dict[Path, set[Path]] = {}
-    for item in placed:
-        if item.section == "optimizer" and item.owner and (above := _above(item.tokens, levels)):
+    models = [item for item in placed if item.section == "model"]
+    weights = [item.path for item in models]
+    moments = [item for item in placed if item.section == "optimizer" and item.owner]
+    longest = {item.owner: item for item in sorted(moments, key=lambda item: len(item.path))}
+    some = {
+        at for item in longest.values() for at in _above(item.tokens, _levels(_like(item.tokens, models)))
+    }
+    if len(_beside(weights, some)) < 2:
+        return set()  # Nearly every program: one moment tells.
+    levels, trained = _levels(weights), dict[Path, set[Path]]()
+    for item in moments:
+        if above := _above(item.tokens, levels):
             trained[item.owner] = trained.get(item.owner, above) & above
-    found = set[Path]().union(*trained.values())
-    beside = {path[: len(at)] for at in found for path in weights if path[: len(at) - 1] == at[:-1]}
+    beside = _beside(weights, set[Path]().union(*trained.values()))
     found = {at for at in beside if not any(at[:depth] in beside for depth in range(len(at)))}
     parents = {at[:depth] for at in found for depth in range(len(at))}
     is_whole = all(path[:-1] in parents or _within(path, found) is not None for path in weights)
     return found if len(found) > 1 and is_whole and () not in found else set()
+
+
+def _like(moment: Tokens, weights: Sequence[Placement]) -> list[Path]:
+    """Returns the weights that have the name of a moment, the longest that any has."""
+    names = (moment[at:] for at in range(1, len(moment)) if is_state(moment[at - 1 :]))
+    found = ([item.path for item in weights if item.tokens[-len(name) :] == name] for name in names)
+    return next((paths for paths in found if paths), list[Path]())
+
+
+def _levels(weights: Iterable[Path]) -> Mapping[Tokens, set[Path]]:
+    """Returns what lies above the weights of a name, by each end of their paths."""
+    levels: dict[Tokens, set[Path]] = defaultdict(set)
+    for path in weights:
+        for at in range(len(path)):
+            levels[canonical(path[at:])].add(path[:at])
+    return levels
+
+
+def _beside(weights: Iterable[Path], levels: Collection[Path]) -> set[Path]:
+    """Returns some levels, and those beside them that have weights below."""
+    parents = {at[:-1] for at in levels}
+    depths = {len(at) for at in levels}
+    return {path[:depth] for path in weights for depth in depths if path[: max(depth - 1, 0)] in parents}
 
 
 def _above(moment: Tokens, levels: Mapping[Tokens, set[Path]]) -> set[Path]:

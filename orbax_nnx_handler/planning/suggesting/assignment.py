@@ -432,3 +432,11 @@ def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
                     for at in some:
                         found[family[at].names].add(sum(sizes[each] for each in some))
     return found
+
+
+def telling(words: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """Returns of several names the words that not all of them have: `ppm` of `PPM_0/Conv_1` and `Conv_1`."""
+    shared = frozenset[str]().union(*words) if len(words) > 1 else frozenset[str]()
+    for each in words:
+        shared &= each
+    return [each - shared for each in words]

@@ -12,7 +12,7 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.suggesting.assignment import best_pairs
+from orbax_nnx_handler.planning.suggesting.assignment import best_pairs, telling
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, module_parts
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN, arm, concepts, exclude, likeness
@@ -142,11 +142,12 @@ def kinds_of(series: Series) -> list[Series]:
 def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:
     """Returns which groups of layers are the same, where no other pairing comes near."""
     scores = dict[tuple[int, int], float]()
+    said, says = (telling(list(map(said_of, side))) for side in (ours, theirs))
     for at, one in enumerate(ours):
         for to, other in enumerate(theirs):
             if _may_be_one(one, other):
                 ratio = min(one.size, other.size) / max(one.size, other.size)
-                scores[at, to] = 20 + 4 * ratio + likeness(said_of(one), said_of(other))
+                scores[at, to] = 20 + 4 * ratio + likeness(said[at], says[to])
     return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
 
 
@@ -443,8 +444,6 @@ def _have_axis(leaves: Iterable[Leaf], axis: int, count: int) -> bool:
 
 def _likeliest_axis(series: Series, leaves: Sequence[Leaf], axes: Sequence[int]) -> int:
     """Returns the one axis under which a layer has the shapes of the others; -1 where two have."""
-    if len(axes) == 1:
-        return axes[0]
     first = sorted(leaf.shape for leaf in series.members[series.numbers[0]])
     fitting = [axis for axis in axes if sorted(without_axis(leaf.shape, axis) for leaf in leaves) == first]
     return (fitting or axes)[0] if len(fitting or axes) == 1 else -1

@@ -25,9 +25,9 @@ _SPELLINGS = {
     "type": "type types segment segments",
     "cls": "cls class",
     "patch": "patch patches",
-    "q": "q query queries wq",
-    "k": "k key keys wk",
-    "v": "v value values val wv",
+    "q": "q query queries wq qs",
+    "k": "k key keys wk ks",
+    "v": "v value values val wv vs",
     **{
         " ".join(letters): (name := "".join(letters)) + f" w{name}"
         for count in (2, 3)

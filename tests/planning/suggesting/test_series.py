@@ -4,7 +4,7 @@ import pytest
 
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
 from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of, shared_in
-from tests.planning.suggesting.proposals import filled, proposed
+from tests.planning.suggesting.proposals import check, filled, proposed
 
 LAYER = {"attn/q/kernel": (8, 8), "attn/o/kernel": (8, 8), "mlp/up/kernel": (8, 32)}
 
@@ -110,3 +110,29 @@ def test_a_norm_that_fits_a_level_of_which_nothing_else_does_is_no_sign_of_the_o
     _, values = proposed(arrays, {path: stored[source] for path, source in right.items()})
 
     assert [path for path, value in values.items() if (value != arrays[right[path]]).any()] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "inner", "module", "outer"),
+    [
+        ("ConvModule", "ppm", "PPM_0", "lateral_convs"),
+        ("ConvBnRelu", "aspp/branches", "ASPP_0", "convs"),
+        ("ResBlock", "mid/blocks", "Mid_0", "res_blocks"),
+        ("ConvNorm", "rpn/layers", "RPN_0", "fpn_convs"),
+    ],
+)
+def test_the_class_of_layers_inside_a_module_and_beside_it_tells_none_from_the_other(
+    kind, inner, module, outer
+):
+    parts = {"Conv_0/kernel": "conv/kernel", "RMSNorm_0/scale": "norm/scale"}
+    places = {f"{module}/{kind}_{at}": f"{inner}/{at}" for at in range(2)}
+    places |= {f"{kind}_{at + 1}": f"{outer}/{at}" for at in range(2)} | {f"{kind}_0": "bottleneck"}
+    names = {f"{old}/{a}": f"{new}/{b}" for old, new in places.items() for a, b in parts.items()}
+
+    def shape(path):
+        kernel = (3, 3, 16, 8) if path.startswith(f"{kind}_0/") else (1, 1, 8, 8)
+        return kernel if path.endswith("kernel") else (8,)
+
+    stored = filled({path: shape(path) for path in names})
+    _, values = proposed(stored, {new: shape(old) for old, new in names.items()})
+    check(values, {names[path]: value for path, value in stored.items()})

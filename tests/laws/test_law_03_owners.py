@@ -16,6 +16,7 @@ from orbax_nnx_handler import (
     NNXLinenRestore,
     Rename,
     RestoreError,
+    Transpose,
     plan_restore,
     restore,
     save,
@@ -753,3 +754,40 @@ def test_the_step_of_an_optimizer_that_keeps_nothing_else_is_restored_from_its_o
     result = restore(path, nnx.eval_shape(make))
     check(nnx.state(_get(result, network)), params)
     assert _get(result, optimizer).step[...] == 13
+
+
+def test_a_network_is_not_read_below_the_name_of_another_stored_one(tmp_path):
+    numbers = Numbers()
+    params = {"net": _model(numbers), "target": _model(numbers)}
+    path = write(tmp_path, {"params": params})
+    inner = nnx.eval_shape(lambda: {"target": {"net": Branch(params["net"], {})}})
+    refused(path, inner, unexpected="ignore")
+    rules = [Drop("params/net", "x"), ("params/target", "target/net")]
+    result = restore(path, inner, unexpected="ignore", renames=rules)
+    check(nnx.state(result["target"]["net"]), params["target"])
+
+
+@pytest.mark.parametrize("turned", ["critic", "models/actor"])
+def test_a_rule_for_one_network_does_not_turn_the_moments_of_one_at_another_depth(tmp_path, turned):
+    numbers = Numbers()
+    places = {
+        "critic": (("critic",), ("critic_opt",)),
+        "actor": (("models", "actor"), ("optimizers", "actor")),
+    }
+    params = {name: {"out": {"kernel": numbers(3, 3)}} for name in places}
+    tree = {}
+    for step, (name, (network, optimizer)) in enumerate(places.items(), 11):
+        _put(tree, network, params[name])
+        _put(tree, optimizer, {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(step)})
+
+    def make():
+        item = {}
+        for name, (network, optimizer) in places.items():
+            model = Branch(params[name], {})
+            _put(item, network, model)
+            _put(item, optimizer, nnx.Optimizer(model, ADAM, wrt=nnx.Param))
+        return item
+
+    path = write(tmp_path, tree)
+    check(nnx.state(restore(path, nnx.eval_shape(make))["critic"]), params["critic"])
+    refused(path, nnx.eval_shape(make), renames=[Transpose(f"{turned}/out/kernel", (1, 0))])

@@ -76,8 +76,10 @@ def _networks(placed: Sequence[Placement]) -> set[Path]:
     for item in moments:
         if above := _above(item.tokens, levels):
             trained[item.owner] = trained.get(item.owner, above) & above
-    beside = _beside(weights, set[Path]().union(*trained.values()))
-    found = {at for at in beside if not any(at[:depth] in beside for depth in range(len(at)))}
+    own = set[Path]().union(*trained.values())
+    above = {at[:depth] for at in own for depth in range(len(at))}
+    found = {at for at in _beside(weights, own) if at in own or at not in above}
+    found = {at for at in found if not any(at[:depth] in found for depth in range(len(at)))}
     parents = {at[:depth] for at in found for depth in range(len(at))}
     is_whole = all(path[:-1] in parents or _within(path, found) is not None for path in weights)
     return found if len(found) > 1 and is_whole and () not in found else set()

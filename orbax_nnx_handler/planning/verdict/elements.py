@@ -320,3 +320,19 @@ def _numbers(blocks: BlockCounts, layer: tuple[int, ...], position: int | None) 
     if position is None:
         return {0: layer[0] * blocks.size + layer[1]} if len(layer) == 2 else {}
     return {0: layer[0] * blocks.size + position} if len(layer) == 1 else {}
+
+
+def positions(names: Iterable[Tokens]) -> Mapping[Tokens, Set[str]]:
+    """Returns the numbers of the members of each block."""
+    found: dict[Tokens, set[str]] = defaultdict(set)
+    for name in names:
+        for member in members_of(name):
+            found[member].add(name[len(member)])
+    return found
+
+
+def members_of(name: Tokens) -> Iterator[Tokens]:
+    """Yields what may be the members of a block in a name: all up to the member's number."""
+    for at in range(2, len(name) - 1):
+        if is_number(name[at]) and not is_number(name[at - 1]) and not is_number(name[at - 2]):
+            yield name[:at]

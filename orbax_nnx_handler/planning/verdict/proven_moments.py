@@ -208,9 +208,9 @@ class ProvenMoments:
     def _of_networks(
         self, item: Wanted, claims: list[tuple[int, _Weight]], reasons: list[str], stored: Placement
     ) -> None:
-        """Keeps the networks that have a weight of a moment's name, if there are several."""
-        networks = dict[Path, Followed]()
-        for (at, (weight, made, _)), why in zip(claims, reasons, strict=True):
+        networks = dict[Path, Followed]()  # Those that have a weight of the moment's name.
+        is_own = not self._by_rule and canonical(stored.leaf.path) == canonical(item.leaf.path)
+        for (at, (weight, made, _)), why in zip(claims, reasons, strict=True) if not is_own else ():
             size = len(item.path) - at if at > 0 else -at
             source = next((network_of(self._placed[path], size) for path in reads(made)), ())
             networks[weight.leaf.path[:-size]] = Followed(not why, source)

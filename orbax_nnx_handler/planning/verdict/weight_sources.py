@@ -11,7 +11,14 @@ from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_nu
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement, ScannedBlocks, is_copy_level
 from orbax_nnx_handler.planning.target.roles import Wanted
-from orbax_nnx_handler.planning.verdict.elements import Element, Name, SideNames, elements_of
+from orbax_nnx_handler.planning.verdict.elements import (
+    Element,
+    Name,
+    SideNames,
+    elements_of,
+    members_of,
+    positions,
+)
 from orbax_nnx_handler.planning.verdict.stacked_axes import Stacked, StackedAxes, StackedGroup, options_of
 
 _PLAIN = frozenset({"model", "state", "train_state"})
@@ -176,6 +183,12 @@ class Weights:
         return SideNames(((item.tokens, item.leaf.shape) for item in models), self._scans)
 
     @cached_property
+    def _apart(self) -> Set[str]:
+        """The first names of stored weights that no wanted path has once more below them."""
+        names = {item.tokens[0] for item in self.placed.values() if item.section == "model" and item.tokens}
+        return names - {item.tokens[0] for item in self._wanted if item.tokens[:1] == item.tokens[1:2] != ()}
+
+    @cached_property
     def _tuples(self) -> Set[Tokens]:
         """What holds an optimizer at a number: a model has a place there too, and is no layer."""
         owners = {item.owner for item in self._wanted if item.role == "optimizer" and item.owner}
@@ -201,7 +214,10 @@ class Weights:
             for here in self._here.of(item.tokens, element.to):
                 common = _common_end(here.tokens, there.tokens)
                 above, below = (tokens[: len(tokens) - common] for tokens in (here.tokens, there.tokens))
-                if common and _may_go(above, below, canonical(placed.owner), self._tuples):
+                may_go = _may_go(above, below, canonical(placed.owner), self._tuples)
+                # `target/net` is not `net` where `target` is stored as well.
+                is_apart = not self._apart.isdisjoint(above[:1])
+                if common and may_go and not is_apart:
                     return _Meeting(here, there, above, below)
         return None
 
@@ -266,15 +282,15 @@ class Weights:
         stored = [self.name(path) for path in models if path not in self._by_rule]
         wanted = [item.tokens for item in self._wanted if item.role == "model"]
         remainders = {token for name in (*stored, *wanted) for token in name if token.endswith("_remainder")}
-        here = _positions(wanted)
+        here = positions(wanted)
         names = {member[-2:] for member in here}
         blocks = {n for n in names if f"{n[0]}_remainder" in remainders or self._is_scan(*n)}
         if not blocks:
             return  # Nearly every model.
-        there = _positions(stored)
+        there = positions(stored)
         for item, path in whole:
             name = self.name(path)
-            for member in _members_of(item.tokens):
+            for member in members_of(item.tokens):
                 below = len(item.tokens) - len(member)
                 other = name[: len(name) - below]
                 if member[-2:] in blocks and other in there and here[member] != there[other]:
@@ -390,22 +406,6 @@ def is_beside_weights(item: Wanted, placed: Placement, levels: Mapping[Path, Set
 
 def _is_end(whole: Tokens, end: Tokens) -> bool:
     return len(end) > 0 and whole[len(whole) - len(end) :] == end
-
-
-def _positions(names: Iterable[Tokens]) -> Mapping[Tokens, Set[str]]:
-    """Returns the numbers of the members of each block."""
-    found: dict[Tokens, set[str]] = defaultdict(set)
-    for name in names:
-        for member in _members_of(name):
-            found[member].add(name[len(member)])
-    return found
-
-
-def _members_of(name: Tokens) -> Iterator[Tokens]:
-    """Yields what may be the members of a block in a name: all up to the member's number."""
-    for at in range(2, len(name) - 1):
-        if is_number(name[at]) and not is_number(name[at - 1]) and not is_number(name[at - 2]):
-            yield name[:at]
 
 
 def _form(name: Name, layer: tuple[int, ...]) -> str:

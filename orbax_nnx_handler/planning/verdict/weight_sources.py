@@ -214,9 +214,11 @@ class Weights:
             for here in self._here.of(item.tokens, element.to):
                 common = _common_end(here.tokens, there.tokens)
                 above, below = (tokens[: len(tokens) - common] for tokens in (here.tokens, there.tokens))
-                may_go = _may_go(above, below, canonical(placed.owner), self._tuples)
+                owner = canonical(placed.owner)
+                may_go = _may_go(above, below, owner, self._tuples)
                 # `target/net` is not `net` where `target` is stored as well.
-                is_apart = not self._apart.isdisjoint(above[:1])
+                level = above[len(owner) :][:1] if above[: len(owner)] == owner else ()
+                is_apart = not self._apart.isdisjoint(level)
                 if common and may_go and not is_apart:
                     return _Meeting(here, there, above, below)
         return None

@@ -600,23 +600,43 @@ def test_networks_in_front_of_their_fields_are_told_without_an_optimizer(tmp_pat
         restore(path, nnx.eval_shape(lambda: {"model": make()[names[0]]}), unexpected="ignore")
 
 
-def _as_pure_dicts(numbers, names):
-    params = {name: _model(numbers) for name in names}
-    optimizers = {
-        f"{name}_opt": {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(at)}
-        for at, name in enumerate(names, 11)
-    }
+def _put(item, path, value):
+    for key in path[:-1]:
+        item = item.setdefault(key, {})
+    item[path[-1]] = value
 
-    def make():
-        models = {name: Branch(params[name], {}) for name in names}
-        trained = {f"{name}_opt": nnx.Optimizer(models[name], ADAM, wrt=nnx.Param) for name in names}
-        return {**models, **trained}
 
-    return {**params, **optimizers}, make
+def _get(item, path):
+    for key in path:
+        item = item[key]
+    return item
+
+
+def _apart(numbers, places, make_params=_model):
+    """Returns NNX's own dict of networks and optimizers at places by name, and what makes its parts."""
+    params, tree = {name: make_params(numbers) for name in places}, {}
+    for step, (name, (network, optimizer)) in enumerate(places.items(), 11):
+        _put(tree, network, params[name])
+        _put(tree, optimizer, {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(step)})
+
+    def make(wanted=tuple(places)):
+        item = {}
+        for name in wanted:
+            model = Branch(params[name], {})
+            network, optimizer = places[name]
+            _put(item, network, model)
+            _put(item, optimizer, nnx.Optimizer(model, ADAM, wrt=nnx.Param))
+        return item
+
+    return tree, make
+
+
+def _side_by_side(numbers, names):
+    return _apart(numbers, {name: ((name,), (f"{name}_opt",)) for name in names})
 
 
 def test_the_step_of_an_optimizer_that_a_rule_drops_is_not_read(tmp_path):
-    tree, make = _as_pure_dicts(Numbers(), ("a", "b"))
+    tree, make = _side_by_side(Numbers(), ("a", "b"))
     path = write(tmp_path, tree)
     rules = [Drop("a", "x"), Drop("a_opt", "x"), ("b", "a"), ("b_opt", "a_opt")]
 
@@ -632,7 +652,7 @@ def test_the_step_of_an_optimizer_that_a_rule_drops_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("rules", [[("a", "b"), ("b", "a")], [("a/out", "b/out"), ("b/out", "a/out")]])
 def test_weights_that_rules_exchange_leave_no_moments_behind(tmp_path, rules):
-    tree, make = _as_pure_dicts(Numbers(), ("a", "b"))
+    tree, make = _side_by_side(Numbers(), ("a", "b"))
     path = write(tmp_path, tree)
 
     refused(path, nnx.eval_shape(make), renames=rules)
@@ -645,7 +665,7 @@ def test_weights_that_rules_exchange_leave_no_moments_behind(tmp_path, rules):
 
 
 def test_a_rule_for_one_of_two_networks_without_collections_leaves_the_others_moments_as_they_are(tmp_path):
-    tree, make = _as_pure_dicts(Numbers(), ("a", "b"))
+    tree, make = _side_by_side(Numbers(), ("a", "b"))
     path = write(tmp_path, tree)
 
     result = restore(path, nnx.eval_shape(make), renames=[Add("a/out/kernel", 1.0)])
@@ -656,7 +676,7 @@ def test_a_rule_for_one_of_two_networks_without_collections_leaves_the_others_mo
 
 @pytest.mark.parametrize("names", [("a_opt",), ("b_opt",), ("a_opt", "b_opt")])
 def test_optimizers_of_networks_without_collections_are_restored_alone(tmp_path, names):
-    tree, make = _as_pure_dicts(Numbers(), ("a", "b"))
+    tree, make = _side_by_side(Numbers(), ("a", "b"))
     path = write(tmp_path, tree)
 
     target = nnx.eval_shape(lambda: {name: make()[name] for name in names})
@@ -673,46 +693,10 @@ GROUPED = {
 }
 
 
-def _put(item, path, value):
-    for key in path[:-1]:
-        item = item.setdefault(key, {})
-    item[path[-1]] = value
-
-
-def _get(item, path):
-    for key in path:
-        item = item[key]
-    return item
-
-
-def _grouped(numbers, case, names=("a", "b")):
-    """Returns a tree with networks and optimizers apart, what makes its parts, and where they are."""
-    network, optimizer = GROUPED[case]
-    places = {
-        name: (tuple(key.format(name) for key in network), tuple(key.format(name) for key in optimizer))
-        for name in names
-    }
-    params = {name: _model(numbers) for name in names}
-    tree = {}
-    for step, name in enumerate(names, 11):
-        _put(tree, places[name][0], params[name])
-        state = {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(step)}
-        _put(tree, places[name][1], state)
-
-    def make(wanted=names):
-        item = {}
-        for name in wanted:
-            model = Branch(params[name], {})
-            _put(item, places[name][0], model)
-            _put(item, places[name][1], nnx.Optimizer(model, ADAM, wrt=nnx.Param))
-        return item
-
-    return tree, make, places
-
-
 @pytest.mark.parametrize("case", GROUPED)
 def test_networks_and_optimizers_in_groups_keep_their_moments(tmp_path, case):
-    tree, make, places = _grouped(Numbers(), case)
+    places = {name: [tuple(key.format(name) for key in part) for part in GROUPED[case]] for name in "ab"}
+    tree, make = _apart(Numbers(), places)
     path = write(tmp_path, tree)
     (a, a_opt), (b, b_opt) = ("/".join(at) for at in places["a"]), ("/".join(at) for at in places["b"])
     other = [Drop(a, "x"), (b, a)]
@@ -769,25 +753,11 @@ def test_a_network_is_not_read_below_the_name_of_another_stored_one(tmp_path):
 
 @pytest.mark.parametrize("turned", ["critic", "models/actor"])
 def test_a_rule_for_one_network_does_not_turn_the_moments_of_one_at_another_depth(tmp_path, turned):
-    numbers = Numbers()
     places = {
         "critic": (("critic",), ("critic_opt",)),
         "actor": (("models", "actor"), ("optimizers", "actor")),
     }
-    params = {name: {"out": {"kernel": numbers(3, 3)}} for name in places}
-    tree = {}
-    for step, (name, (network, optimizer)) in enumerate(places.items(), 11):
-        _put(tree, network, params[name])
-        _put(tree, optimizer, {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(step)})
-
-    def make():
-        item = {}
-        for name, (network, optimizer) in places.items():
-            model = Branch(params[name], {})
-            _put(item, network, model)
-            _put(item, optimizer, nnx.Optimizer(model, ADAM, wrt=nnx.Param))
-        return item
-
+    tree, make = _apart(Numbers(), places, lambda numbers: {"out": {"kernel": numbers(3, 3)}})
     path = write(tmp_path, tree)
-    check(nnx.state(restore(path, nnx.eval_shape(make))["critic"]), params["critic"])
+    check(nnx.state(restore(path, nnx.eval_shape(make))["critic"]), tree["critic"])
     refused(path, nnx.eval_shape(make), renames=[Transpose(f"{turned}/out/kernel", (1, 0))])

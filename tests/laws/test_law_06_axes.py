@@ -184,15 +184,20 @@ def test_a_second_params_level_alone_says_nothing_of_the_axis(tmp_path, axis, fo
     refused(write(tmp_path, stored), target_of(form, wanted))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("left_out", [(), ("token_embedder",), ("token_embedder", "decoder_norm")])
-def test_maxtext_stacks_on_axis_1_where_its_own_modules_lie_there(tmp_path, left_out, form):
+def _in_maxtexts_modules():
+    """Returns layers whose shapes tell no axis, and what MaxText has around them."""
     numbers = Numbers()
     layers = [{"kernel": numbers(3, 3), "bias": numbers(3)} for _ in range(3)]
-    model = {
+    return layers, {
         "token_embedder": {"embedding": numbers(7, 3)},
         "decoder": {"decoder_norm": {"scale": numbers(3)}},
     }
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("left_out", [(), ("token_embedder",), ("token_embedder", "decoder_norm")])
+def test_maxtext_stacks_on_axis_1_where_its_own_modules_lie_there(tmp_path, left_out, form):
+    layers, model = _in_maxtexts_modules()
     for name in left_out:
         model.pop(name, None)
         model["decoder"].pop(name, None)
@@ -211,12 +216,7 @@ def test_maxtext_stacks_on_axis_1_where_its_own_modules_lie_there(tmp_path, left
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_maxtext_does_not_say_how_a_target_stacks_what_is_stored_layer_by_layer(tmp_path, axis, form):
-    numbers = Numbers()
-    layers = [{"kernel": numbers(3, 3), "bias": numbers(3)} for _ in range(3)]
-    stored = {
-        "token_embedder": {"embedding": numbers(7, 3)},
-        "decoder": {"decoder_norm": {"scale": numbers(3)}},
-    }
+    layers, stored = _in_maxtexts_modules()
     wanted = stored | {"decoder": stored["decoder"] | {"layers": stacked(layers, axis)}}
     stored["decoder"] |= {f"layers_{at}": layer for at, layer in enumerate(layers)}
     path = write(tmp_path, {"params": {"params": stored}})

@@ -395,12 +395,13 @@ def _add_steps(
             found[item.leaf.path] = Found(recipe=Read(whole[item.tokens]), evidence=SAME_PATH)
         elif item.tokens in aside:
             found[item.leaf.path] = Found(recipe=Read(aside[item.tokens]), evidence=_step_of("its own path"))
-    taken = {each.recipe.path for each in found.values() if isinstance(each.recipe, Read)}
+        if item.leaf.path in found:
+            read.update(reads(found[item.leaf.path].recipe))
     for owned, stored in pairs:
         words = f"the step of {render(stored.owner) if stored.owner else 'the train state'}"
         for item in owned.steps if len(stored.steps) == 1 else ():
             step = stored.steps[0].leaf.path
-            if item.leaf.path not in found and step not in taken:
+            if item.leaf.path not in found and step not in read:
                 found[item.leaf.path] = Found(recipe=Read(step), evidence=_step_of(words))
 
 

@@ -24,7 +24,7 @@ from orbax_nnx_handler.planning.layouts.layout import Placement, below_owner, is
 from orbax_nnx_handler.planning.mapping.matches import Found, MatchEvidence
 from orbax_nnx_handler.planning.mapping.networks import Matched
 from orbax_nnx_handler.planning.mapping.roots import Roots, skeleton, strip
-from orbax_nnx_handler.planning.rules.entries import Entry
+from orbax_nnx_handler.planning.rules.entries import Entry, by_own_leaf
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 _MODEL = "model"
@@ -54,8 +54,7 @@ def find_random(
         return
     moved = {entry.sources[0]: entry for entry in entries if entry.named and isinstance(entry.recipe, Read)}
     made = [entry for entry in entries if entry.section == "aux" and not isinstance(entry.recipe, Read)]
-    count = Counter(path for entry in made for path in entry.sources)
-    moved |= {entry.sources[0]: entry for entry in made if [count[path] for path in entry.sources] == [1]}
+    moved |= by_own_leaf(made)
     matched = [network for network in networks if any(item.leaf.path in found for item in network.weights)]
     places = _Places(wanted, placements, moved, roots, matched, entries)
     taken: set[Path] = set()

@@ -5,7 +5,7 @@ import difflib
 import functools
 import operator
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -168,6 +168,13 @@ def every_entry(placements: Sequence[Placement]) -> list[Entry]:
         if placement.section == "optimizer":
             optimizers.setdefault(placement.owner, []).append(placement)
     return plain + [_optimizer(owner, items) for owner, items in optimizers.items()]
+
+
+def by_own_leaf(entries: Iterable[Entry]) -> dict[Path, Entry]:
+    """Returns the entries that are made of one leaf each, which nothing else is made of, by that leaf."""
+    listed = list(entries)
+    count = Counter(path for entry in listed for path in entry.sources)
+    return {entry.sources[0]: entry for entry in listed if [count[path] for path in entry.sources] == [1]}
 
 
 def _optimizer(owner: Path, items: Sequence[Placement]) -> Entry:

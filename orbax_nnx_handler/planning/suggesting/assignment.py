@@ -436,7 +436,5 @@ def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
 
 def telling(words: Sequence[frozenset[str]]) -> list[frozenset[str]]:
     """Returns of several names the words that not all of them have: `ppm` of `PPM_0/Conv_1` and `Conv_1`."""
-    shared = frozenset[str]().union(*words) if len(words) > 1 else frozenset[str]()
-    for each in words:
-        shared &= each
+    shared = functools.reduce(frozenset[str].__and__, words) if len(words) > 1 else frozenset[str]()
     return [each - shared for each in words]

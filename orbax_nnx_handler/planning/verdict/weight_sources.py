@@ -209,19 +209,32 @@ class Weights:
     def _meet(self, item: Wanted, element: Element, in_module: bool) -> _Meeting | None:
         placed = self.placed[element.path]
         side = self._there(placed.owner, placed.collection)
-        spellings = list(self._spellings(element, in_module))
+        spellings, owner = list(self._spellings(element, in_module)), canonical(placed.owner)
         for there in (name for tokens in spellings for name in side.of(tokens, element.at)):
             for here in self._here.of(item.tokens, element.to):
                 common = _common_end(here.tokens, there.tokens)
                 above, below = (tokens[: len(tokens) - common] for tokens in (here.tokens, there.tokens))
-                owner = canonical(placed.owner)
-                may_go = _may_go(above, below, owner, self._tuples)
-                # `target/net` is not `net` where `target` is stored as well.
-                level = above[len(owner) :][:1] if above[: len(owner)] == owner else ()
-                is_apart = not self._apart.isdisjoint(level)
-                if common and may_go and not is_apart:
+                if common and self._may_go(above, below, owner):
                     return _Meeting(here, there, above, below)
         return None
+
+    def _may_go(self, above: Tokens, below: Tokens, owner: Tokens) -> bool:
+        """Tells whether what lies above a common name may differ: a level that only one side has.
+
+        A number there is a layer's, but in the name of the train state (`agent_0`), as the model's place in a
+        tuple right below it, or in a name that Linen makes from a module's class (`MLP_0`). And
+        `target/net` is not `net` where a module `target` is stored.
+        """
+        is_below = above[: len(owner)] == owner
+        depth = len(owner) if is_below else 0
+        if is_below and not self._apart.isdisjoint(above[depth : depth + 1]):
+            return False
+        is_place = 0 < depth == len(above) - 1 or above[:-1] in self._tuples
+        layers = (token for last, token in itertools.pairwise(("", *below)) if last == last.lower())
+        if any(map(is_number, () if is_place else above[max(depth, 1) :])) or any(map(is_number, layers)):
+            return False
+        named = [token for token in above if token not in _PLAIN and not is_number(token)]
+        return not named or not [token for token in below if token not in _PLAIN]
 
     def _spellings(self, element: Element, in_module: bool) -> Iterator[Tokens]:
         """Yields what a stored leaf is called in NNX."""
@@ -433,18 +446,3 @@ def _common_end(left: Tokens, right: Tokens) -> int:
     if left[len(left) - shorter :] == right[len(right) - shorter :]:
         return shorter  # Nearly every pair.
     return next(n for n in range(shorter) if left[-1 - n] != right[-1 - n])
-
-
-def _may_go(above: Tokens, below: Tokens, owner: Tokens, tuples: Set[Tokens]) -> bool:
-    """Tells whether what lies above a common name may differ: a level that only one side has.
-
-    A number there is a layer's, but in the name of the train state (`agent_0`), as the model's place in a
-    tuple right below it, or in a name that Linen makes from a module's class (`MLP_0`).
-    """
-    depth = len(owner) if owner == above[: len(owner)] else 0
-    is_place = 0 < depth == len(above) - 1 or above[:-1] in tuples
-    layers = (token for last, token in itertools.pairwise(("", *below)) if last == last.lower())
-    if any(map(is_number, () if is_place else above[max(depth, 1) :])) or any(map(is_number, layers)):
-        return False
-    named = [token for token in above if token not in _PLAIN and not is_number(token)]
-    return not named or not [token for token in below if token not in _PLAIN]

@@ -33,7 +33,7 @@ from orbax_nnx_handler.planning.mapping.matches import Dropped
 from orbax_nnx_handler.planning.restore_plan import RestorePlan
 from orbax_nnx_handler.planning.rules import Rename, Rule, invert
 from orbax_nnx_handler.planning.rules.applying import numbered_as_weights
-from orbax_nnx_handler.planning.rules.entries import Entry, every_entry, model_entries
+from orbax_nnx_handler.planning.rules.entries import Entry, by_own_leaf, every_entry, model_entries
 from orbax_nnx_handler.planning.rules.inverse import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour, check_distinct
 from orbax_nnx_handler.storage.saving.saved import PlacesInLayout, SavedLeaf
@@ -106,7 +106,7 @@ def _aside(entries: Mapping[Path, Entry], rules: Sequence[Rule]) -> dict[Path, t
     Raises:
         RuleError: The rules would restore another leaf in its place, or none.
     """
-    undone = _each(_undone(list(entries.values()), rules)) if entries else {}
+    undone = by_own_leaf(_undone(list(entries.values()), rules)) if entries else {}
     undone = {path: new for path, new in undone.items() if new.prefix == entries[path].prefix}
     gone = _lost(entries, {**entries, **undone}, rules)
     stored = {path: entry if path in gone else undone.get(path, entry) for path, entry in entries.items()}
@@ -139,7 +139,7 @@ def _lost(entries: Mapping[Path, Entry], stored: Mapping[Path, Entry], rules: Se
         dataclasses.replace(entry, recipe=Read(path), named=False, reason="", fixed=(), placed=None)
         for path, entry in stored.items()
     ]
-    after = _each(_renamed(rules, numbered_as_weights(fresh, rules))) if fresh else {}
+    after = by_own_leaf(_renamed(rules, numbered_as_weights(fresh, rules))) if fresh else {}
     shapes = {path: entry.shape for path, entry in entries.items()}
 
     def is_same(path: Path, found: Entry) -> bool:
@@ -147,12 +147,6 @@ def _lost(entries: Mapping[Path, Entry], stored: Mapping[Path, Entry], rules: Se
         return found.tokens == entries[path].tokens and way == Read(path)
 
     return [path for path in entries if path not in after or not is_same(path, after[path])]
-
-
-def _each(entries: Sequence[Entry]) -> dict[Path, Entry]:
-    """Returns the entries that are made of one leaf each, which nothing else is made of."""
-    count = Counter(path for entry in entries for path in entry.sources)
-    return {entry.sources[0]: entry for entry in entries if [count[path] for path in entry.sources] == [1]}
 
 
 def _as(copy: SavedLeaf, made: SavedLeaf) -> SavedLeaf:

@@ -210,7 +210,8 @@ def _map(
     kept = [item for item in placements if item.leaf.path not in applied.discarded]
     if steps := of_role(wanted, "step"):
         moved = {path for e in entries if e.section == "step" and e.named for path in e.sources}
-        _add_steps(found, pairs, steps, [item for item in kept if item.leaf.path not in moved])
+        named = {path: e.whole for e in entries if e.section == "model" and e.named for path in e.sources}
+        _add_steps(found, pairs, steps, [item for item in kept if item.leaf.path not in moved], named)
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
         find_random(found, of_role(wanted, "random", "model"), kept, entries, roots, networks)
@@ -376,7 +377,11 @@ def _of_read_states(pairs: _Pairs, found: Mapping[Path, Found], placements: Sequ
 
 
 def _add_steps(
-    found: dict[Path, Found], pairs: _Pairs, steps: Sequence[Wanted], placements: Sequence[Placement]
+    found: dict[Path, Found],
+    pairs: _Pairs,
+    steps: Sequence[Wanted],
+    placements: Sequence[Placement],
+    named: Mapping[Path, Path],
 ) -> None:
     """Adds the step of each train state: its own field, which a model's Variable of that name is not.
 
@@ -385,10 +390,12 @@ def _add_steps(
     """
     ends = {item.tokens[-1:] for item in steps}
     near = [item for item in placements if canonical(item.leaf.path[-1:])[-1:] in ends]
-    # Without collections, the step of an optimizer that keeps nothing else looks like a number of a model's.
+    # Without collections, the step of an optimizer that keeps nothing else looks like a number of a model's;
+    # `named` has the paths that rules give those.
     read = {path for each in found.values() for path in reads(each.recipe)}
     own = [item for item in near if item.section != "model" or item.collection is None]
-    whole = {canonical(item.leaf.path): item.leaf.path for item in own if item.leaf.path not in read}
+    paths = [item.leaf.path for item in own if item.leaf.path not in read]
+    whole = {canonical(named.get(path, path)): path for path in paths}
     aside = {_without_aux(item.leaf.path): item.leaf.path for item in near if item.section == "aux"}
     for item in steps:
         if (item.leaf.kind is None or item.owner) and item.tokens in whole:

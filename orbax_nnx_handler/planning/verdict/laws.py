@@ -34,6 +34,7 @@ from orbax_nnx_handler.planning.verdict.proven_moments import (
     wanted_as_weight,
 )
 from orbax_nnx_handler.planning.verdict.stacked_axes import StackedAxes
+from orbax_nnx_handler.planning.verdict.states import ReplacedWeights
 from orbax_nnx_handler.planning.verdict.weight_sources import (
     Weights,
     is_below,
@@ -106,7 +107,13 @@ def certify(
     """
     kernel = _Kernel(wanted, placed, sources, known)
     broken = [fault for source in kernel.unproven() for fault in kernel.check(source)]
-    broken += [*kernel.aside(), *kernel.moments(), *kernel.kept_beside(), *kernel.claims()]
+    broken += [
+        *kernel.aside(),
+        *kernel.moments(),
+        *kernel.replaced(),
+        *kernel.kept_beside(),
+        *kernel.claims(),
+    ]
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
 
@@ -277,6 +284,14 @@ class _Kernel:
         for owner, read in moments.owners.items():
             self._owners[owner] |= read
         yield from self._orphans(moments)
+
+    def replaced(self) -> Iterator[Broken]:
+        """Yields what optimizers keep of weights that a rule has replaced by others."""
+        weights = [(item, recipe) for item, recipe, _ in self._by_role["model"] if self._known.by_rule]
+        wanted = (item.leaf.path for item in self._wanted)
+        some = ReplacedWeights(weights, self._placed, self._known.by_rule, wanted)
+        for law, path, stored, why in some.kept((*self._by_role["optimizer"], *self._by_role["step"])):
+            yield Broken(law=law, wanted=path, stored=stored, why=why)
 
     def _orphans(self, moments: ProvenMoments) -> Iterator[Broken]:
         """Proves moments whose parameters are not in the result as if they were the weights themselves."""

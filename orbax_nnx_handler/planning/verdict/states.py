@@ -6,9 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render, trained_by
+from orbax_nnx_handler.planning.core.paths import (
+    Path,
+    Tokens,
+    canonical,
+    is_number,
+    render,
+    shared_levels,
+    trained_by,
+)
+from orbax_nnx_handler.planning.core.recipes import Recipe, Scale, parts_of, reads, without_arithmetic
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
 
 _LABELLED = "inner_states"
 """The field of `optax.partition` that holds a state for each label."""
@@ -203,6 +213,138 @@ class Trained:
                 if there and read and read.isdisjoint(there):
                     yield item.leaf.path, stored.leaf.path, f"it is a moment of {render(there[0])}"
                     break
+
+
+class _Replaced(NamedTuple):
+    """A weight of the result.
+
+    Attributes:
+        name: Its path, without what is above all weights.
+        is_other: Whether a rule reads it from elsewhere, while a stored leaf has its name.
+        steps: What a rule does to what is read; None if nothing.
+    """
+
+    name: Tokens
+    is_other: bool
+    steps: Chain | None
+
+
+class ReplacedWeights:
+    """What an optimizer keeps of weights that a rule has replaced by others is read no more (laws 3 and 8).
+
+    Where a rule exchanges two networks, or drops one and makes another one take its name, what lies at an
+    optimizer's own path has trained other weights than the ones that it would train from now on. The
+    optimizer's weights are those of its moments' names, and of these the ones that it lies beside or is
+    called after; where nothing tells, all of them. What a rule names is at the rule's word.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[tuple[Wanted, Recipe]],
+        placed: Mapping[Path, Placement],
+        by_rule: Set[Path],
+        wanted: Iterable[Path],
+    ) -> None:
+        self._placed, self._by_rule = placed, by_rule
+        self._weights: list[_Replaced] = []
+        self._by_end: dict[Tokens, list[_Replaced]] = defaultdict(list)
+        if not any(not by_rule.isdisjoint(reads(recipe)) for _, recipe in weights):
+            return  # Nearly every plan.
+        models = [item for item in placed.values() if item.section == "model"]
+        stored = {item.leaf.path: canonical(item.owner) + item.tokens for item in models}
+        level, above = self._levels(wanted)
+        self._above = above
+        names = {name[level:] for name in stored.values()}
+        owners = {canonical(item.owner)[level:] for item in models}
+        for item, recipe in weights:
+            name = canonical(item.leaf.path)[above:]
+            weight = _Replaced(name, False, None)
+            read = [] if by_rule.isdisjoint(reads(recipe)) else [placed[path] for path in reads(recipe)]
+            if read:
+                own = {stored.get(at.leaf.path, ())[level:] for at in read}
+                homes = [owner for owner in owners if owner and name[: len(owner)] == owner]
+                homes = max(homes, key=len, default=None)
+                elsewhere = homes is not None and homes not in {canonical(at.owner)[level:] for at in read}
+                weight = _Replaced(name, elsewhere or name in names - own, _steps_of(recipe))
+            self._weights.append(weight)
+            for at in range(len(name)):
+                self._by_end[name[at:]].append(weight)
+        if not any(weight.is_other or weight.steps for weight in self._weights):
+            self._weights = []
+
+    def _levels(self, wanted: Iterable[Path]) -> tuple[int, int]:
+        """Returns how many levels lie above all that is stored, and above all that is wanted."""
+        here, there = [*map(canonical, wanted)], [*map(canonical, self._placed)]
+        if not set(here).isdisjoint(there):
+            return 0, 0
+        return len(shared_levels(there, 1)), len(shared_levels(here, 1))
+
+    def kept(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterator[tuple[int, Path, Path, str]]:
+        """Yields what is read of an optimizer though its weights were replaced: law, it, what it reads, why."""
+        by_owner: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
+        for item, recipe, _ in leaves if self._weights else ():
+            by_owner[item.owner].append((item, recipe))
+        for owner, some in by_owner.items():
+            yield from self._kept_by(owner, some)
+
+    def _kept_by(
+        self, owner: Path, leaves: Sequence[tuple[Wanted, Recipe]]
+    ) -> Iterator[tuple[int, Path, Path, str]]:
+        at = canonical(owner)[self._above :]
+        ends = {item.leaf.path: self._end(item) for item, _ in leaves}
+        found = {path: self._by_end[end] for path, end in ends.items() if end}
+        weights = [weight for some in found.values() for weight in some] or self._weights
+        own = self._own(at, weights)
+        for item, recipe in leaves:
+            read = reads(recipe)
+            if not read or not self._by_rule.isdisjoint(read):
+                continue
+            path = item.leaf.path
+            some = found.get(path)
+            if some is None:
+                if any(self._are_other(network) for network in own):
+                    yield 3, path, read[0], "a rule has replaced the weights that its optimizer trains"
+                continue
+            names = {weight.name for network in own for weight in network}
+            mine = [weight for weight in some if weight.name in names]
+            is_known = len(own) == 1 and slot_of(item.tokens).field[1:] == ends[path]
+            steps = None if is_known else _steps_of(recipe)
+            if any(weight.is_other or (not is_known and weight.steps != steps) for weight in mine):
+                yield 8, path, read[0], "a rule makes something else of the weight of its name"
+
+    @staticmethod
+    def _are_other(network: Sequence[_Replaced]) -> bool:
+        return all(weight.is_other for weight in network)
+
+    def _end(self, item: Wanted) -> Tokens:
+        """Returns the longest end of a moment's name that a weight has too; of what is none, nothing."""
+        name = slot_of(item.tokens).field[1:] if item.role == "optimizer" else ()
+        return next((name[at:] for at in range(len(name)) if name[at:] in self._by_end), ())
+
+    def _own(self, owner: Tokens, weights: Sequence[_Replaced]) -> Sequence[Sequence[_Replaced]]:
+        """Returns the weights of each network that an optimizer may train."""
+        unique = {weight.name: weight for weight in weights}
+        beside = [
+            weight
+            for name, weight in unique.items()
+            if any(at and name[: len(at)] == at for at in (owner, owner[:-1]))
+        ]
+        if beside and len(beside) < len(unique):
+            return [beside]
+        level = len(shared_levels([*unique], 1))
+        networks: dict[Path, list[_Replaced]] = defaultdict(list)
+        for name, weight in unique.items():
+            networks[name[: level + 1]].append(weight)
+        named = trained_by(owner, networks)
+        return [networks[at] for at in named] if len(named) == 1 else [*networks.values()]
+
+
+def _steps_of(recipe: Recipe) -> Chain | None:
+    """Returns what is done to what a recipe reads, beside adding a constant; None if nothing."""
+    if any(isinstance(part, Scale) for part in parts_of(recipe)):
+        return None, ("scaled",)
+    path, steps = read_and_steps(without_arithmetic(recipe))
+    return None if path is not None and not steps else (None, steps or ("made otherwise",))
 
 
 def several(placed: Mapping[Path, Placement]) -> frozenset[Path]:

@@ -8,7 +8,7 @@ A program may keep several train states in one item, each below keys of its own
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical
 from orbax_nnx_handler.planning.layouts.layout import (
     FLAX_COLLECTIONS,
     Fields,
@@ -233,6 +233,11 @@ def _is_variables(stored: Stored) -> bool:
     if _holds_no_params(stored):
         return bool(_WITHOUT_PARAMS & tops(stored))
     return _has_params(stored, ()) and not _TRAIN_STATE_KEYS & tops(stored)
+
+
+def without_aux(path: Path) -> Tokens:
+    """Returns the canonical path of a leaf, as it was before it was kept in `nnx_aux`."""
+    return canonical(tuple(key for key in path if key != AUX))
 
 
 _WITHOUT_PARAMS = frozenset({AUX, "batch_stats", "LoRAParam"})

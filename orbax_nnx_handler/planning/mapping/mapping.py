@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
 )
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Layout, Placement, Stored
-from orbax_nnx_handler.planning.layouts.linen import AUX
+from orbax_nnx_handler.planning.layouts.linen import without_aux
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.matches import (
     SAME_PATH,
@@ -209,9 +209,7 @@ def _map(
     pairs = pairs if alone else _of_read_states(pairs, found, placements)
     kept = [item for item in placements if item.leaf.path not in applied.discarded]
     if steps := of_role(wanted, "step"):
-        moved = {path for e in entries if e.section == "step" and e.named for path in e.sources}
-        named = {path: e.whole for e in entries if e.section == "model" and e.named for path in e.sources}
-        _add_steps(found, pairs, steps, [item for item in kept if item.leaf.path not in moved], named)
+        _add_steps(found, pairs, steps, kept, entries)
     roots = networks[0].roots if len(networks) == 1 else Roots(wanted=(), stored=(), overlap=0)
     if len(match.found) < len(model) + len(virtual):
         find_random(found, of_role(wanted, "random", "model"), kept, entries, roots, networks)
@@ -305,6 +303,7 @@ def _in_own_collections(applied: RulesApplied, wanted: Sequence[Wanted]) -> Rule
 
 
 _Pairs = Sequence[tuple[WantedOptimizer, StoredOptimizer]]
+_OWN_STEP = MatchEvidence(kind="step", words="its own path")
 
 
 def _pairs(wanted: Sequence[Wanted], placements: Sequence[Placement], entries: Sequence[Entry]) -> _Pairs:
@@ -381,7 +380,7 @@ def _add_steps(
     pairs: _Pairs,
     steps: Sequence[Wanted],
     placements: Sequence[Placement],
-    named: Mapping[Path, Path],
+    entries: Sequence[Entry],
 ) -> None:
     """Adds the step of each train state: its own field, which a model's Variable of that name is not.
 
@@ -389,19 +388,19 @@ def _add_steps(
     the tree or in `nnx_aux`. What is left is the step of the train state that the optimizer is paired with.
     """
     ends = {item.tokens[-1:] for item in steps}
+    named = {path: entry.whole for entry in entries if entry.named for path in entry.sources}
     near = [item for item in placements if canonical(item.leaf.path[-1:])[-1:] in ends]
-    # Without collections, the step of an optimizer that keeps nothing else looks like a number of a model's;
-    # `named` has the paths that rules give those.
+    # Without collections, the step of an optimizer that keeps nothing else looks like a number of a model's.
     read = {path for each in found.values() for path in reads(each.recipe)}
     own = [item for item in near if item.section != "model" or item.collection is None]
-    paths = [item.leaf.path for item in own if item.leaf.path not in read]
+    paths = (item.leaf.path for item in own if item.leaf.path not in read)
     whole = {canonical(named.get(path, path)): path for path in paths}
-    aside = {_without_aux(item.leaf.path): item.leaf.path for item in near if item.section == "aux"}
+    aside = {without_aux(item.leaf.path): item.leaf.path for item in near if item.section == "aux"}
     for item in steps:
         if (item.leaf.kind is None or item.owner) and item.tokens in whole:
             found[item.leaf.path] = Found(recipe=Read(whole[item.tokens]), evidence=SAME_PATH)
         elif item.tokens in aside:
-            found[item.leaf.path] = Found(recipe=Read(aside[item.tokens]), evidence=_step_of("its own path"))
+            found[item.leaf.path] = Found(recipe=Read(aside[item.tokens]), evidence=_OWN_STEP)
         if item.leaf.path in found:
             read.update(reads(found[item.leaf.path].recipe))
     for owned, stored in pairs:
@@ -409,27 +408,20 @@ def _add_steps(
         for item in owned.steps if len(stored.steps) == 1 else ():
             step = stored.steps[0].leaf.path
             if item.leaf.path not in found and step not in read:
-                found[item.leaf.path] = Found(recipe=Read(step), evidence=_step_of(words))
+                found[item.leaf.path] = Found(
+                    recipe=Read(step), evidence=MatchEvidence(kind="step", words=words)
+                )
 
 
 def _add_own(found: dict[Path, Found], wanted: Sequence[Wanted], placements: Sequence[Placement]) -> None:
     """Adds what a program keeps below `opt_state` and optax does not know: under its whole path."""
     own = [item.leaf.path for item in wanted if item.leaf.kind is None and OPT_STATE in item.leaf.path[:-1]]
-    own = [path for path in own if path not in found]
-    if own:
+    if own := [path for path in own if path not in found]:
         paths = [item.leaf.path for item in placements]
-        stored = {_without_aux(path): path for path in paths} | {canonical(path): path for path in paths}
+        stored = {without_aux(path): path for path in paths} | {canonical(path): path for path in paths}
         for path in own:
             if canonical(path) in stored:
                 found[path] = Found(recipe=Read(stored[canonical(path)]), evidence=SAME_PATH)
-
-
-def _without_aux(path: Path) -> Tokens:
-    return canonical(tuple(key for key in path if key != AUX))
-
-
-def _step_of(words: str) -> MatchEvidence:
-    return MatchEvidence(kind="step", words=words)
 
 
 def _without_variable(

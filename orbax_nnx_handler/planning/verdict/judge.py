@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.core.errors import (
     UnusedRuleError,
 )
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
 from orbax_nnx_handler.planning.mapping.choice import (
@@ -343,7 +343,12 @@ def known_of(mapping: LeafMapping) -> Known:
     by_rule = {path for entry in made for path in entry.sources}
     aside = [entry for entry in mapping.applied.entries if entry.section == "aux"] if by_rule else ()
     as_stored = {entry.recipe.path for entry in aside if isinstance(entry.recipe, Read)}
+    called: dict[Path, set[Tokens]] = defaultdict(set)
+    for entry in mapping.applied.entries if by_rule else ():
+        for path in entry.sources if entry.named and entry.section in ("optimizer", "step") else ():
+            called[path].add(entry.owner)
     return Known(
+        called=called,
         changed=frozenset(path for entry in aside for path in entry.sources) - as_stored,
         by_rule=frozenset(by_rule | mapping.discarded.keys()),
         copies=mapping.copied,

@@ -1,11 +1,10 @@
 """The laws of a mapping, checked on every plan, whatever found it (docs/how_it_works.md lists them).
 
-Nothing here knows how a mapping was searched. What each wanted leaf reads is written as
-elements (a stored leaf, or one layer of a stack), both sides are named (owner, collection,
-path, layer), and the names are compared. Where they disagree the plan is refused, and both
-readings are said. What a mapping says that it rests on chooses which proof is tried, and replaces
-none. Leaves that a rule of the user's brought are taken at the rule's word; that no stored element
-is used twice holds for them too, and that moments follow.
+Nothing here knows how a mapping was searched. What each wanted leaf reads is written as elements (a stored
+leaf, or one layer of a stack), both sides are named (owner, collection, path, layer), and the names are
+compared. Where they disagree the plan is refused, and both readings are said. What a mapping says that it
+rests on chooses which proof is tried, and replaces none. Leaves that a rule of the user's brought are taken
+at the rule's word; that no stored element is used twice holds for them too, and that moments follow.
 """
 
 import dataclasses
@@ -69,6 +68,7 @@ class Known:
         by_rule: Stored leaves that a rule of the user's names.
         changed: Stored leaves beside the model of which rules make something else.
         copies: Stored leaves that a rule says are wanted more than once.
+        called: The owners that rules give to the leaves of optimizers, and to steps.
         said: The stacked axis that a rule says, by the path of the group of layers.
         scan_axis: The axis along which the layout's program stacks.
         scans: The scans of blocks that the layout knows by name.
@@ -78,6 +78,7 @@ class Known:
     by_rule: frozenset[Path] = frozenset()
     changed: frozenset[Path] = frozenset()
     copies: frozenset[Path] = frozenset()
+    called: Mapping[Path, Set[Tokens]] = dataclasses.field(default_factory=dict[Path, Set[Tokens]])
     said: Mapping[Tokens, int] = dataclasses.field(default_factory=dict[Tokens, int])
     scan_axis: int | None = None
     scans: Sequence[ScannedBlocks] = ()
@@ -218,13 +219,12 @@ class _Kernel:
         """Yields where a leaf is not that of its name; optimizers are looked at as wholes."""
         item, recipe, grounds = source
         placed = [self._placed[stored] for stored in read]
-        path = item.leaf.path
+        path, is_aside = item.leaf.path, all(leaf.section == "aux" for leaf in placed)
         if item.role == "step":
-            if all(leaf.section == "aux" for leaf in placed):
-                return  # One of two steps, kept aside under its own path.
-            self._owners[item.owner].update(leaf.owner for leaf in placed)
+            if not is_aside:  # One of two steps is kept aside under its own path.
+                self._owners[item.owner].update(leaf.owner for leaf in placed)
             return
-        if all(leaf.section == "aux" for leaf in placed) or item.role == "random":
+        if is_aside or item.role == "random":
             if isinstance(recipe, Read) and is_of_its_name(item, placed[0]):
                 return
             if isinstance(recipe, Read) and placed[0].section == "aux":
@@ -271,27 +271,24 @@ class _Kernel:
 
     def moments(self) -> Iterator[Broken]:
         """Yields which leaves of optimizers are not made as their parameters are."""
-        leaves = self._by_role["optimizer"]
-        if not leaves:
+        if not (leaves := self._by_role["optimizer"]):
             return
         unfit = [(*claim, None) for claim in self._known.unfit if claim[0].role == "model"]
         weights = [*self._by_role["model"], *unfit]
         made = [*self._chains["model"], *(read_and_steps(recipe) for _, recipe, _ in unfit)]
         chains = self._chains["optimizer"], made
         moments = ProvenMoments(leaves, weights, self._wanted, self._placed, self._known.by_rule, chains)
-        for law, path, stored, why in moments.astray():
-            yield Broken(law=law, wanted=path, stored=stored, why=why)
+        yield from (Broken(law=n, wanted=path, stored=at, why=why) for n, path, at, why in moments.astray())
         for owner, read in moments.owners.items():
             self._owners[owner] |= read
         yield from self._orphans(moments)
 
     def replaced(self) -> Iterator[Broken]:
         """Yields what optimizers keep of weights that a rule has replaced by others."""
-        weights = [(item, recipe) for item, recipe, _ in self._by_role["model"] if self._known.by_rule]
-        wanted = (item.leaf.path for item in self._wanted)
-        some = ReplacedWeights(weights, self._placed, self._known.by_rule, wanted)
-        for law, path, stored, why in some.kept((*self._by_role["optimizer"], *self._by_role["step"])):
-            yield Broken(law=law, wanted=path, stored=stored, why=why)
+        known, made = self._known, self._by_role["model"]
+        some = ReplacedWeights(made, self._placed, known.by_rule, known.called, self._wanted)
+        for law, path, at, why in some.kept((*self._by_role["optimizer"], *self._by_role["step"])):
+            yield Broken(law=law, wanted=path, stored=at, why=why)
 
     def _orphans(self, moments: ProvenMoments) -> Iterator[Broken]:
         """Proves moments whose parameters are not in the result as if they were the weights themselves."""
@@ -302,9 +299,8 @@ class _Kernel:
         }
         items = [(wanted_as_weight(item), recipe) for item, recipe in moments.orphans]
         weights = Weights([item for item, _ in items], placed, frozenset(), self._known.scans, self._axes)
-        for item, recipe in items:
-            for astray in weights.check(item, recipe, False):
-                yield Broken(law=8, wanted=astray.wanted, stored=astray.stored, why=astray.why)
+        for astray in (fault for item, recipe in items for fault in weights.check(item, recipe, False)):
+            yield Broken(law=8, wanted=astray.wanted, stored=astray.stored, why=astray.why)
 
     def axes(self) -> Iterator[Broken]:
         """Yields where nothing proves the axis along which layers are stacked."""
@@ -319,8 +315,8 @@ class _Kernel:
         unread = claims.unread(self._known.by_rule)
         for path, stored, own in claims.kept_aside(self._known.by_rule):
             yield Broken(law=1, wanted=path, stored=stored, why=f"{render(own)} has its whole path")
-        for path, stored, other in claims.claimed_twice(self._weights, unread):
-            yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} has its name too")
+        for path, stored, at in claims.claimed_twice(self._weights, unread):
+            yield Broken(law=4, wanted=path, stored=stored, why=f"{render(at)} has its name too")
         for path, stored, other in claims.of_two_names(self._wanted, unread) if self._tops else ():
             why = f"if its first level is a module (in {{'model': target}} it is), {render(other)} is meant"
             yield Broken(law=1, wanted=path, stored=stored, why=why)
@@ -352,8 +348,7 @@ class _Kernel:
                 elif named != canonical(owner):
                     why = f"{render(named)} is another train state"
                     yield Broken(law=3, wanted=item.leaf.path, stored=stored, why=why)
-        if len(unnamed) > 1:
-            item, stored = self._read_owners[next(iter(unnamed))][0]
+        for item, stored in self._read_owners[next(iter(unnamed))][:1] if len(unnamed) > 1 else ():
             why = "other leaves come from another train state"
             yield Broken(law=3, wanted=item.leaf.path, stored=stored, why=why)
 
@@ -396,9 +391,9 @@ class _Kernel:
         read = {self._placed[path].owner for path in (sources if len(states) > 1 else ())}
         others = states - read if read else set[Path]()  # Of these, only what its own path names is read.
         refused |= {at for at in moved for o in self._owners[at] & others if not o or at[: len(o)] != o}
+        why = "train states share an optimizer or a step, or it is another one's"
         for item, recipe, _ in (*self._by_role["step"], *self._by_role["optimizer"]) if refused else ():
             if item.owner in refused:
-                why = "train states share an optimizer or a step, or it is another one's"
                 yield Broken(law=3, wanted=item.leaf.path, stored=reads(recipe)[0], why=why)
 
     def roots(self) -> Iterator[Broken]:

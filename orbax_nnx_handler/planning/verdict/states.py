@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
+from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import (
     Path,
     Tokens,
@@ -15,10 +16,10 @@ from orbax_nnx_handler.planning.core.paths import (
     shared_levels,
     trained_by,
 )
-from orbax_nnx_handler.planning.core.recipes import Recipe, Scale, parts_of, reads, without_arithmetic
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Scale, parts_of, reads, without_arithmetic
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.target.roles import Wanted
-from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
+from orbax_nnx_handler.planning.verdict.weight_sources import common_end
 
 _LABELLED = "inner_states"
 """The field of `optax.partition` that holds a state for each label."""
@@ -215,18 +216,34 @@ class Trained:
                     break
 
 
-class _Replaced(NamedTuple):
+class _Made(NamedTuple):
     """A weight of the result.
 
     Attributes:
         name: Its path, without what is above all weights.
-        is_other: Whether a rule reads it from elsewhere, while a stored leaf has its name.
-        steps: What a rule does to what is read; None if nothing.
+        read: The name of what a rule reads it from, where another stored leaf has its own; else None.
+        is_changed: Whether a rule does more to it than to add a constant.
+        shape: Its shape.
     """
 
     name: Tokens
-    is_other: bool
-    steps: Chain | None
+    read: Tokens | None
+    is_changed: bool
+    shape: Shape
+
+    def is_from_another(self, network: Tokens) -> bool:
+        """Tells whether it is read from elsewhere than the network whose keys are given."""
+        return self.read is not None and self.read[: len(network)] != network
+
+    def is_unlike(self, moment: Tokens) -> bool:
+        """Tells whether a moment's stored name is not that of what is read, or that of the weight as well."""
+        if self.read is None:
+            return False
+        return common_end(moment, self.read) <= common_end(moment, self.name)
+
+
+_Kept = tuple[int, Path, Path, str]
+"""A law, a leaf that breaks it, what that is read from, and why."""
 
 
 class ReplacedWeights:
@@ -240,111 +257,128 @@ class ReplacedWeights:
 
     def __init__(
         self,
-        weights: Sequence[tuple[Wanted, Recipe]],
+        weights: Sequence[tuple[Wanted, Recipe, object]],
         placed: Mapping[Path, Placement],
         by_rule: Set[Path],
-        wanted: Iterable[Path],
+        called: Mapping[Path, Set[Tokens]],
+        wanted: Sequence[Wanted],
     ) -> None:
-        self._placed, self._by_rule = placed, by_rule
-        self._weights: list[_Replaced] = []
-        self._by_end: dict[Tokens, list[_Replaced]] = defaultdict(list)
-        if not any(not by_rule.isdisjoint(reads(recipe)) for _, recipe in weights):
+        """Takes what the result is made from, what rules name, and which owners they give to optimizers."""
+        self._placed, self._by_rule, self._called = placed, by_rule, called
+        self._owners = {canonical(item.owner) for item in wanted if item.role in ("optimizer", "step")}
+        self._made: dict[Tokens, _Made] = {}
+        self._by_end: dict[Tokens, list[Tokens]] = defaultdict(list)
+        if not by_rule or all(by_rule.isdisjoint(reads(recipe)) for _, recipe, _ in weights):
             return  # Nearly every plan.
-        models = [item for item in placed.values() if item.section == "model"]
-        stored = {item.leaf.path: canonical(item.owner) + item.tokens for item in models}
-        level, above = self._levels(wanted)
-        self._above = above
-        names = {name[level:] for name in stored.values()}
-        owners = {canonical(item.owner)[level:] for item in models}
-        for item, recipe in weights:
-            name = canonical(item.leaf.path)[above:]
-            weight = _Replaced(name, False, None)
-            read = [] if by_rule.isdisjoint(reads(recipe)) else [placed[path] for path in reads(recipe)]
-            if read:
-                own = {stored.get(at.leaf.path, ())[level:] for at in read}
-                homes = [owner for owner in owners if owner and name[: len(owner)] == owner]
-                homes = max(homes, key=len, default=None)
-                elsewhere = homes is not None and homes not in {canonical(at.owner)[level:] for at in read}
-                weight = _Replaced(name, elsewhere or name in names - own, _steps_of(recipe))
-            self._weights.append(weight)
+        level, self._above = self._levels(wanted)
+        whole = {path: canonical(path)[level:] for path in placed}
+        models = {path: item for path, item in placed.items() if item.section == "model"}
+        names = whole | {at: (canonical(item.owner) + item.tokens)[level:] for at, item in models.items()}
+        owners = {canonical(item.owner)[level:] for item in models.values()}
+        stored = {*names.values(), *whole.values()}
+        for item, recipe, _ in weights:
+            name, read = canonical(item.leaf.path)[self._above :], reads(recipe)
+            is_moved = not by_rule.isdisjoint(read) and not any(
+                name in (names[path], whole[path]) for path in read
+            )
+            home = max((at for at in owners if at and name[: len(at)] == at), key=len, default=None)
+            is_own = home in (None, *(canonical(placed[path].owner)[level:] for path in read))
+            source = names[read[0]] if is_moved and (name in stored or not is_own) else None
+            made = _Made(name, source, _is_changed(recipe), item.leaf.shape)
+            self._made[name] = made
             for at in range(len(name)):
-                self._by_end[name[at:]].append(weight)
-        if not any(weight.is_other or weight.steps for weight in self._weights):
-            self._weights = []
+                self._by_end[name[at:]].append(name)
+        if not any(made.read is not None or made.is_changed for made in self._made.values()):
+            self._made.clear()
 
-    def _levels(self, wanted: Iterable[Path]) -> tuple[int, int]:
+    def _levels(self, wanted: Iterable[Wanted]) -> tuple[int, int]:
         """Returns how many levels lie above all that is stored, and above all that is wanted."""
-        here, there = [*map(canonical, wanted)], [*map(canonical, self._placed)]
+        here, there = [canonical(item.leaf.path) for item in wanted], [*map(canonical, self._placed)]
         if not set(here).isdisjoint(there):
             return 0, 0
         return len(shared_levels(there, 1)), len(shared_levels(here, 1))
 
-    def kept(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterator[tuple[int, Path, Path, str]]:
-        """Yields what is read of an optimizer though its weights were replaced: law, it, what it reads, why."""
+    def kept(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterator[_Kept]:
+        """Yields what is read of an optimizer though its weights were replaced."""
         by_owner: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
-        for item, recipe, _ in leaves if self._weights else ():
+        for item, recipe, _ in leaves if self._made or self._called else ():
             by_owner[item.owner].append((item, recipe))
-        for owner, some in by_owner.items():
+            if any(self._is_called_otherwise(canonical(item.owner), path) for path in reads(recipe)):
+                yield 3, item.leaf.path, reads(recipe)[0], "a rule calls it otherwise"
+        for owner, some in by_owner.items() if self._made else ():
             yield from self._kept_by(owner, some)
 
-    def _kept_by(
-        self, owner: Path, leaves: Sequence[tuple[Wanted, Recipe]]
-    ) -> Iterator[tuple[int, Path, Path, str]]:
-        at = canonical(owner)[self._above :]
-        ends = {item.leaf.path: self._end(item) for item, _ in leaves}
-        found = {path: self._by_end[end] for path, end in ends.items() if end}
-        weights = [weight for some in found.values() for weight in some] or self._weights
-        own = self._own(at, weights)
+    def _is_called_otherwise(self, owner: Tokens, path: Path) -> bool:
+        """Tells whether a rule gives a leaf to another wanted optimizer."""
+        called = self._called.get(path, set[Tokens]())
+        others = [
+            at for at in called if not _is_part(owner, at) and any(_is_part(o, at) for o in self._owners)
+        ]
+        return len(others) == len(called) > 0
+
+    def _kept_by(self, owner: Path, leaves: Sequence[tuple[Wanted, Recipe]]) -> Iterator[_Kept]:
+        names = {item.leaf.path: _name_of(item) for item, _ in leaves}
+        known = {name for name in names.values() if name and name[-1:] in self._by_end}
+        trained = self._trained(canonical(owner)[self._above :], known)
         for item, recipe in leaves:
-            read = reads(recipe)
+            path, read = item.leaf.path, reads(recipe)
             if not read or not self._by_rule.isdisjoint(read):
                 continue
-            path = item.leaf.path
-            some = found.get(path)
-            if some is None:
-                if any(self._are_other(network) for network in own):
+            name, there = names[path], self._placed[read[0]]
+            stored = canonical(there.slot or ()) + there.tokens
+            if name not in known:
+                if any(
+                    all(made.is_from_another(at) for made in network.values())
+                    for at, network in trained.items()
+                ):
                     yield 3, path, read[0], "a rule has replaced the weights that its optimizer trains"
                 continue
-            names = {weight.name for network in own for weight in network}
-            mine = [weight for weight in some if weight.name in names]
-            is_known = len(own) == 1 and slot_of(item.tokens).field[1:] == ends[path]
-            steps = None if is_known else _steps_of(recipe)
-            if any(weight.is_other or (not is_known and weight.steps != steps) for weight in mine):
-                yield 8, path, read[0], "a rule makes something else of the weight of its name"
+            some = [network[at + name] for at, network in trained.items() if at + name in network]
+            is_known = len(some) == len(trained) == 1
+            for made in some or [self._made[at] for at in self._like(name)]:
+                is_raw = isinstance(recipe, Read) and made.shape == item.leaf.shape and not is_known
+                if made.is_unlike(stored) or (made.is_changed and is_raw):
+                    yield 8, path, read[0], "a rule makes something else of the weight of its name"
+                    break
 
-    @staticmethod
-    def _are_other(network: Sequence[_Replaced]) -> bool:
-        return all(weight.is_other for weight in network)
+    def _like(self, name: Tokens) -> Sequence[Tokens]:
+        """Returns the weights that have the longest end of a moment's name."""
+        return next(self._by_end[name[at:]] for at in range(len(name)) if name[at:] in self._by_end)
 
-    def _end(self, item: Wanted) -> Tokens:
-        """Returns the longest end of a moment's name that a weight has too; of what is none, nothing."""
-        name = slot_of(item.tokens).field[1:] if item.role == "optimizer" else ()
-        return next((name[at:] for at in range(len(name)) if name[at:] in self._by_end), ())
-
-    def _own(self, owner: Tokens, weights: Sequence[_Replaced]) -> Sequence[Sequence[_Replaced]]:
-        """Returns the weights of each network that an optimizer may train."""
-        unique = {weight.name: weight for weight in weights}
-        beside = [
-            weight
-            for name, weight in unique.items()
-            if any(at and name[: len(at)] == at for at in (owner, owner[:-1]))
-        ]
-        if beside and len(beside) < len(unique):
-            return [beside]
-        level = len(shared_levels([*unique], 1))
-        networks: dict[Path, list[_Replaced]] = defaultdict(list)
-        for name, weight in unique.items():
-            networks[name[: level + 1]].append(weight)
-        named = trained_by(owner, networks)
-        return [networks[at] for at in named] if len(named) == 1 else [*networks.values()]
+    def _trained(self, owner: Tokens, names: Set[Tokens]) -> Mapping[Tokens, Mapping[Tokens, _Made]]:
+        """Returns the weights of each network that an optimizer may train, by its keys and theirs."""
+        some = next(iter(names), None)
+        heads: list[Tokens] = [at[: len(at) - len(some)] for at in self._by_end.get(some, ())] if some else []
+        heads = [head for head in heads if all(head + name in self._made for name in names)]
+        if not heads:
+            # Without moments, or where they have names of their own.
+            level = len(shared_levels([*self._made], 1))
+            beside = [at for at in (owner, owner[:-1]) if at and any(n[: len(at)] == at for n in self._made)]
+            heads = beside[:1] or list(dict.fromkeys(name[: level + 1] for name in self._made))
+        named = trained_by(owner, heads)
+        heads = [head for head in heads if len(named) != 1 or head in named]
+        return {
+            head: {name: made for name, made in self._made.items() if name[: len(head)] == head}
+            for head in heads
+        }
 
 
-def _steps_of(recipe: Recipe) -> Chain | None:
-    """Returns what is done to what a recipe reads, beside adding a constant; None if nothing."""
+def _is_part(one: Tokens, other: Tokens) -> bool:
+    """Tells whether one owner is the other one, above or below levels of either side."""
+    short, long = sorted((one, other), key=len)
+    return short in (long[: len(short)], long[len(long) - len(short) :])
+
+
+def _name_of(item: Wanted) -> Tokens:
+    """Returns a moment's name of its parameter; nothing for what is none."""
+    return slot_of(item.tokens).field[1:] if item.role == "optimizer" else ()
+
+
+def _is_changed(recipe: Recipe) -> bool:
+    """Tells whether a rule does more to what is read than to add a constant."""
     if any(isinstance(part, Scale) for part in parts_of(recipe)):
-        return None, ("scaled",)
-    path, steps = read_and_steps(without_arithmetic(recipe))
-    return None if path is not None and not steps else (None, steps or ("made otherwise",))
+        return True
+    return not isinstance(without_arithmetic(recipe), Read)
 
 
 def several(placed: Mapping[Path, Placement]) -> frozenset[Path]:

@@ -143,7 +143,7 @@ class Weights:
             found[owner].update(known)
         for item, path in by_rule:
             here, there = item.tokens, self.name(path)
-            common = _common_end(here, there)
+            common = common_end(here, there)
             found[self.placed[path].owner].add((here[: len(here) - common], there[: len(there) - common]))
         return found
 
@@ -212,7 +212,7 @@ class Weights:
         spellings, owner = list(self._spellings(element, in_module)), canonical(placed.owner)
         for there in (name for tokens in spellings for name in side.of(tokens, element.at)):
             for here in self._here.of(item.tokens, element.to):
-                common = _common_end(here.tokens, there.tokens)
+                common = common_end(here.tokens, there.tokens)
                 above, below = (tokens[: len(tokens) - common] for tokens in (here.tokens, there.tokens))
                 if common and self._may_go(above, below, owner):
                     return _Meeting(here, there, above, below)
@@ -441,7 +441,8 @@ def _parent(module: Tokens) -> Tokens:
     return module[:-2] if module and is_number(module[-1]) else module[:-1]
 
 
-def _common_end(left: Tokens, right: Tokens) -> int:
+def common_end(left: Tokens, right: Tokens) -> int:
+    """Returns how many tokens two names end in alike."""
     shorter = min(len(left), len(right))
     if left[len(left) - shorter :] == right[len(right) - shorter :]:
         return shorter  # Nearly every pair.

@@ -19,6 +19,7 @@ from absl import logging
 
 from tests.laws.fuzz.programs import try_program
 from tests.laws.fuzz.renamed import try_renamed
+from tests.laws.fuzz.replaced import try_replaced
 from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import Outcome, try_seed
 
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="save random NNX states and restore them instead")
     parser.add_argument("--programs", action="store_true", help="save random programs, restore changed ones")
     parser.add_argument("--rules", action="store_true", help="random programs, restored under rules")
+    parser.add_argument("--networks", action="store_true", help="rules that put networks in others' places")
     parser.add_argument("--examples", type=int, default=10, help="how many of each fault are shown")
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
@@ -48,6 +50,8 @@ def main() -> int:
                 outcomes.append(try_round_trip(seed, pathlib.Path(place)))
             elif options.rules:
                 outcomes.append(try_renamed(seed, pathlib.Path(place)))
+            elif options.networks:
+                outcomes.append(try_replaced(seed, pathlib.Path(place)))
             elif options.programs:
                 outcomes.append(try_program(seed, pathlib.Path(place)))
             else:

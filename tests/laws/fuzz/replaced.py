@@ -1,0 +1,332 @@
+"""Networks and optimizers as NNX's own dicts, under rules that put one network's weights in another's place.
+
+Networks lie side by side, in groups, below levels or in lists; an optimizer lies beside its network, is
+called after it or not, or trains both. What it keeps belongs to the weights that it has trained: where those
+go elsewhere and no rule takes it along, it must be left. Nothing here is the package's but the rules.
+"""
+
+import dataclasses
+import pathlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from orbax_nnx_handler import Add, Copy, Drop, RestoreError, restore
+from tests.laws.fuzz.trial import Outcome
+
+NAMES = (
+    *(("a", "b"), ("actor", "critic"), ("gen", "disc"), ("net", "target"), ("pi", "v"), ("enc", "dec")),
+    *(("teacher", "student"), ("model", "model2"), ("q1", "q2")),
+)
+PLACES = ("side", "side", "grouped", "level", "unlike", "prefix", "listed")
+CALLED = ("after", "after", "after", "short", "numbers", "words", "list", "one", "one")
+WRAPPED = ((), (), (), ("net",), ("core",), ("model",), ("module",))
+RULES = (
+    *("none", "add", "renamed", "renamed with", "exchanged", "exchanged with", "replaced", "replaced with"),
+    *("leaf copied", "leaf exchanged", "copied", "optimizer dropped"),
+)
+MUST_RESTORE = ("none", "optimizer dropped")
+TX: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": lambda: optax.adam(1e-3),
+    "sgd": lambda: optax.sgd(1e-3),
+    "momentum": lambda: optax.sgd(1e-3, momentum=0.9),
+    "schedule": lambda: optax.adamw(optax.constant_schedule(1e-3)),
+    "chain": lambda: optax.chain(optax.clip(1.0), optax.adam(1e-3)),
+}
+CONSTANT = 1000.0
+
+Keys = tuple[str, ...]
+_Weight = tuple[str, Keys]
+"""A network's name, and the keys of a weight below it."""
+
+
+class _Part(nnx.Module):
+    """Modules by their names."""
+
+    def __init__(self, parts: Mapping[str, Any]):
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+@dataclasses.dataclass
+class _Optimizer:
+    place: Keys
+    trains: tuple[str, ...]
+    tx: str
+
+
+@dataclasses.dataclass
+class _Program:
+    """Two networks and their optimizers, with where each lies."""
+
+    places: Mapping[str, Keys]
+    modules: Mapping[str, Mapping[str, tuple[int, int]]]
+    wrapped: Keys
+    optimizers: list[_Optimizer]
+
+    def make(self, called: Mapping[Keys, Keys], left: Sequence[str], gone: Sequence[Keys]) -> dict[str, Any]:
+        """Returns the program with other names, and without some networks and optimizers."""
+        tree: dict[str, Any] = {}
+        networks = {name: self._network(name) for name in self.places if name not in left}
+        for name, network in networks.items():
+            _put(tree, called.get(self.places[name], self.places[name]), network)
+        for one in self.optimizers:
+            if one.place in gone or not networks.keys() >= {*one.trains}:
+                continue
+            of = {name: networks[name] for name in one.trains}
+            model = _Part(of) if len(of) > 1 else of[one.trains[0]]
+            optimizer = nnx.Optimizer(model, TX[one.tx](), wrt=nnx.Param)
+            _put(tree, called.get(one.place, one.place), optimizer)
+        return tree
+
+    def _network(self, name: str) -> Any:
+        parts = {key: nnx.Linear(*shape, rngs=nnx.Rngs(0)) for key, shape in self.modules[name].items()}
+        network = _Part(parts)
+        for key in self.wrapped:
+            network = _Part({key: network})
+        return network
+
+    def weights(self, name: str) -> list[_Weight]:
+        return [(name, (module, key)) for module in self.modules[name] for key in ("kernel", "bias")]
+
+    def place_of(self, weight: _Weight) -> Keys:
+        return (*self.places[weight[0]], *self.wrapped, *weight[1])
+
+
+@dataclasses.dataclass
+class _Change:
+    """Rules, what they make of the program, and which stored weight each weight is then."""
+
+    rules: list[Any]
+    source: dict[_Weight, _Weight]
+    called: dict[Keys, Keys] = dataclasses.field(default_factory=dict)
+    left: tuple[str, ...] = ()
+    gone: tuple[Keys, ...] = ()
+    added: _Weight | None = None
+
+
+def try_replaced(seed: int, place: pathlib.Path) -> Outcome:
+    """Draws a program and rules for its networks, restores what is stored of it under them, and compares."""
+    rng = random.Random(seed)
+    program = _drawn_program(rng)
+    kind, policy = rng.choice(RULES), rng.choice(("error", "error", "warn"))
+    change = _drawn_change(rng, program, kind)
+    # A level that one network alone leaves of two may go; only what needs no rule has one reading then.
+    answer = "must restore" if kind in MUST_RESTORE else "may refuse"
+    detail = f"{program}, {policy}, {change.rules}: "
+    stored = _numbered(_state_of(program.make({}, (), ())))
+    target = nnx.eval_shape(lambda: program.make(change.called, change.left, change.gone))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(place / "saved", stored)
+    try:
+        result = restore(place / "saved", target, renames=change.rules, policy=policy)
+    except RestoreError as error:
+        said = "refused without need" if answer == "must restore" else "refused"
+        return Outcome(seed, said, answer, kind, detail + " | ".join(str(error).splitlines()[:6]))
+    except Exception as error:
+        return Outcome(seed, "crashed", answer, kind, f"{detail}{type(error).__name__}: {error}")
+    have, want = _flat(_state_of(result)), _flat(stored)
+    wrong = [*_wrong_weights(program, change, have, want), *_wrong_states(program, change, have, want)]
+    if policy == "warn":  # What is filled is reported, and has no stored number.
+        numbers = np.unique(np.concatenate([np.ravel(value) for value in want.values()]))
+        wrong = [path for path in wrong if np.isin(have[path], numbers[numbers != 0]).any()]
+    return Outcome(seed, "wrong" if wrong else "right", answer, kind, detail + str(wrong[:3]))
+
+
+def _drawn_program(rng: random.Random) -> _Program:
+    names, form, called = rng.choice(NAMES), rng.choice(PLACES), rng.choice(CALLED)
+    modules: dict[str, tuple[int, int]] = {"d": (3, 4)}
+    modules |= {"out": (4, 4)} if rng.random() < 0.6 else {}
+    modules |= {"params": (2, 5)} if rng.random() < 0.3 else {}
+    own = {names[0]: modules, names[1]: modules | ({"extra": (4, 2)} if rng.random() < 0.3 else {})}
+    last = "net" if "model" in names else "model"
+    places: dict[str, Keys] = {}
+    for at, name in enumerate(names):
+        places[name] = {
+            "side": (name,),
+            "grouped": ("nets", name),
+            "level": ("trainings", name, "model"),
+            "unlike": ("trainings", "1", last) if at else (name,),
+            "prefix": ("m", name),
+            "listed": ("nets", str(at)),
+        }[form]
+    kinds = [rng.choice([*TX]) for _ in names]
+    kinds = [kinds[0]] * 2 if rng.random() < 0.6 else kinds
+    wrapped = rng.choice(WRAPPED)
+    if called == "one":
+        place = rng.choice((("opt",), ("optimizer",), ("train", "opt")))
+        return _Program(places, own, wrapped, [_Optimizer(place, names, kinds[0])])
+    found = list[_Optimizer]()
+    for at, name in enumerate(names):
+        own_name = {
+            "after": f"{name}_opt",
+            "short": f"{name[0]}{name[-1]}_opt",
+            "numbers": f"opt{at + 1}",
+            "words": ("first", "second")[at],
+            "list": str(at),
+        }[called]
+        place = ("opts", own_name) if called == "list" or form in ("grouped", "prefix") else (own_name,)
+        place = (*places[name][:-1], "optimizer") if "trainings" in places[name] else place
+        found.append(_Optimizer(place, (name,), kinds[at]))
+    return _Program(places, own, wrapped, found[:1] if rng.random() < 0.15 else found)
+
+
+def _drawn_change(rng: random.Random, program: _Program, kind: str) -> _Change:
+    """Returns what rules of a kind do; nothing where they cannot."""
+    one, other = rng.sample([*program.places], 2)
+    change = _Change([], {weight: weight for name in program.places for weight in program.weights(name)})
+    here, there = program.places[one], program.places[other]
+    optimizers = [at.place for name in (one, other) for at in program.optimizers if at.trains == (name,)]
+    whole = program.modules[one] == program.modules[other]
+    takes = kind.endswith("with") and len(optimizers) == 2
+    if kind == "add":
+        change.added = (one, ("d", "kernel"))
+        change.rules = [Add(_text(program.place_of(change.added)), CONSTANT)]
+    elif kind.startswith("renamed"):
+        _rename(change, here, (*here[:-1], "fresh"))
+        own = optimizers[: kind == "renamed with"]
+        for place in own:
+            _rename(change, place, (*place[:-1], "fresh_opt"))
+    elif kind.startswith("exchanged") and whole:
+        change.rules = _exchanged(here, there) + (_exchanged(*optimizers) if takes else [])
+        rng.shuffle(change.rules)
+        change.source = {weight: (_of(weight[0], one, other), weight[1]) for weight in change.source}
+    elif kind.startswith("replaced") and whole:
+        change.rules = _replaced(here, there) + (_replaced(*optimizers) if takes else [])
+        change.source |= {weight: (other, weight[1]) for weight in program.weights(one)}
+        change.left = (other,)
+    elif kind == "copied" and whole:
+        change.rules = [Drop(_text(there), "not wanted"), Copy(_text(here), _text(there))]
+        change.source |= {weight: (one, weight[1]) for weight in program.weights(other)}
+    elif kind.startswith("leaf"):
+        module = rng.choice([name for name in program.modules[one] if name in program.modules[other]])
+        keys = [(module, "kernel"), (module, "bias")][: rng.randint(1, 2)]
+        end = (module,) if len(keys) == 2 else keys[0]
+        left, right = ((*at, *program.wrapped, *end) for at in (here, there))
+        copied = [Drop(_text(right), "not wanted"), Copy(_text(left), _text(right))]
+        change.rules = copied if kind == "leaf copied" else _exchanged(left, right)
+        change.source |= {(other, key): (one, key) for key in keys}
+        change.source |= {(one, key): (other, key) for key in keys} if kind == "leaf exchanged" else {}
+    elif kind == "optimizer dropped" and len(optimizers) == 2:
+        change.rules, change.gone = [Drop(_text(optimizers[1]), "not wanted")], (optimizers[1],)
+    return change
+
+
+def _of(name: str, one: str, other: str) -> str:
+    return {one: other, other: one}.get(name, name)
+
+
+def _rename(change: _Change, old: Keys, new: Keys) -> None:
+    change.rules.append((_text(old), _text(new)))
+    change.called[old] = new
+
+
+def _exchanged(one: Keys, other: Keys) -> list[Any]:
+    return [(_text(one), _text(other)), (_text(other), _text(one))]
+
+
+def _replaced(one: Keys, other: Keys) -> list[Any]:
+    return [Drop(_text(one), "not wanted"), (_text(other), _text(one))]
+
+
+def _wrong_weights(
+    program: _Program, change: _Change, have: Mapping[Keys, Any], stored: Mapping[Keys, Any]
+) -> list[Keys]:
+    wrong: list[Keys] = []
+    for weight, source in change.source.items():
+        place, own = program.places[weight[0]], program.place_of(weight)
+        path = (*change.called.get(place, place), *own[len(place) :])
+        value = stored[program.place_of(source)] + CONSTANT * (weight == change.added)
+        if weight[0] not in change.left and not np.array_equal(have[path], value):
+            wrong.append(path)
+    return wrong
+
+
+def _wrong_states(
+    program: _Program, change: _Change, have: Mapping[Keys, Any], stored: Mapping[Keys, Any]
+) -> list[Keys]:
+    """Returns what an optimizer has that none had which trained the weights that it trains now."""
+    wrong: list[Keys] = []
+    for one in program.optimizers:
+        place = change.called.get(one.place, one.place)
+        weights = [weight for name in one.trains for weight in program.weights(name)]
+        for path, value in have.items() if not {*change.left} & {*one.trains} else ():
+            if path[: len(place)] != place or one.place in change.gone:
+                continue
+            below = path[len(place) :]
+            likely = _sources(one, below, weights, change)
+            found = [v for name, end in likely for v in _of_optimizers(program, name, end, stored)]
+            if not any(np.array_equal(value, each) for each in found):
+                wrong.append(path)
+    return wrong
+
+
+def _sources(
+    one: _Optimizer, below: Keys, weights: Sequence[_Weight], change: _Change
+) -> list[tuple[str, Keys]]:
+    """Returns the stored networks that a leaf of an optimizer may be of, with its keys there."""
+    if below[-1] not in ("kernel", "bias"):
+        return [(change.source[weight][0], below) for weight in weights]
+    end = below[-2:]
+    if len(one.trains) == 1:
+        return [(change.source[one.trains[0], end][0], below)]
+    at = next(at for at, key in enumerate(below) if key in one.trains)  # Right below the field.
+    source = change.source[below[at], end][0]
+    return [(source, (*below[:at], source, *below[at + 1 :]))]
+
+
+def _of_optimizers(program: _Program, network: str, below: Keys, stored: Mapping[Keys, Any]) -> list[Any]:
+    """Returns what the optimizers of a network have stored, whatever the numbers of their chains."""
+    places = [one.place for one in program.optimizers if network in one.trains]
+    return [
+        value
+        for place in places
+        for path, value in stored.items()
+        if path[: len(place)] == place and _fields(path[len(place) :]) == _fields(below)
+    ]
+
+
+def _fields(below: Keys) -> Keys:
+    return tuple(key for key in below if not key.isdigit())
+
+
+def _put(tree: dict[str, Any], path: Keys, value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _text(path: Keys) -> str:
+    return "/".join(path)
+
+
+def _state_of(tree: Any) -> dict[str, Any]:
+    """Returns nested dicts of arrays with strings for keys, as people save them."""
+    if not isinstance(tree, dict):
+        tree = nnx.to_pure_dict(nnx.state(tree))
+    return {
+        str(key): _state_of(part) if isinstance(part, dict | nnx.Module | nnx.Optimizer) else part
+        for key, part in tree.items()
+    }
+
+
+def _numbered(tree: dict[str, Any]) -> Any:
+    done = 0
+
+    def fill(leaf: Any) -> np.ndarray:
+        nonlocal done
+        start, done = done + 1, done + leaf.size
+        return np.arange(start, done + 1).reshape(leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(fill, tree)
+
+
+def _flat(tree: dict[str, Any]) -> dict[Keys, np.ndarray]:
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in found}

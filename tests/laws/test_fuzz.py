@@ -11,6 +11,7 @@ from tests.laws.fuzz import models, optimizers
 from tests.laws.fuzz.__main__ import needless, table
 from tests.laws.fuzz.programs import try_program
 from tests.laws.fuzz.renamed import try_renamed
+from tests.laws.fuzz.replaced import try_replaced
 from tests.laws.fuzz.round_trips import try_round_trip
 from tests.laws.fuzz.trial import draw, try_seed
 from tests.laws.worlds import Branch
@@ -98,6 +99,13 @@ def test_random_programs_come_back_under_rules_that_say_what_has_changed(tmp_pat
     wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
     assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
     assert needless(found) <= 0.05, table(found)
+
+
+def test_under_random_rules_for_networks_optimizers_keep_what_has_trained_their_weights(tmp_path_factory):
+    found = [try_replaced(seed, tmp_path_factory.mktemp("replaced")) for seed in range(60)]
+    wrong = [outcome for outcome in found if outcome.result in ("wrong", "crashed")]
+    assert not wrong, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in wrong)
+    assert needless(found) == 0, table(found)
 
 
 @pytest.mark.parametrize(

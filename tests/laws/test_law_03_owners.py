@@ -11,6 +11,7 @@ from flax.training.train_state import TrainState
 
 from orbax_nnx_handler import (
     Add,
+    Copy,
     Drop,
     NNXLinenHandler,
     NNXLinenRestore,
@@ -718,6 +719,118 @@ def test_networks_and_optimizers_in_groups_keep_their_moments(tmp_path, case):
         kernel = _get(tree, network)["out"]["kernel"]
         np.testing.assert_array_equal(_get(result, network).out.kernel[...], kernel + 1.0 * (name == "a"))
         check(_get(result, optimizer).opt_state[0].mu, _get(tree, optimizer)["opt_state"][0].mu)
+
+
+UNNAMED = {
+    "by numbers": (("{}",), ("opt{}",)),
+    "in a list": (("{}",), ("opts", "{}")),
+    "networks in lists": (("nets", "{}"), ("opts", "{}")),
+}
+
+
+def _leaf(name):
+    return f"{name}/hidden/kernel"
+
+
+REPLACED = {
+    "exchanged": lambda a, b: [(a, b), (b, a)],
+    "another copied": lambda a, b: [Drop(b, "x"), Copy(a, b)],
+    "a leaf exchanged": lambda a, b: [(_leaf(a), _leaf(b)), (_leaf(b), _leaf(a))],
+    "a leaf copied": lambda a, b: [Drop(_leaf(b), "x"), Copy(_leaf(a), _leaf(b))],
+}
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+@pytest.mark.parametrize("kind", REPLACED)
+@pytest.mark.parametrize("case", UNNAMED)
+def test_where_no_name_tells_what_an_optimizer_trains_no_moments_of_replaced_weights_are_read(
+    tmp_path, case, kind, policy
+):
+    network, optimizer = UNNAMED[case]
+    keys = ("one", "two") if case == "by numbers" else ("0", "1")
+    named = keys if case == "networks in lists" else ("one", "two")
+    places = {
+        name: (tuple(part.format(name) for part in network), tuple(part.format(at) for part in optimizer))
+        for name, at in zip(named, ("1", "2") if case == "by numbers" else keys, strict=True)
+    }
+    tree, make = _apart(Numbers(), places)
+    path = write(tmp_path, tree)
+    check(nnx.split(restore(path, nnx.eval_shape(make)))[1], tree)
+
+    a, b = ("/".join(places[name][0]) for name in named)
+    try:
+        result = restore(path, nnx.eval_shape(make), renames=REPLACED[kind](a, b), policy=policy)
+    except RestoreError:
+        return
+    assert policy == "warn"
+    stored, kept = _get(tree, places[named[1]][1]), _get(result, places[named[1]][1])
+    for field in ("mu", "nu"):
+        moment = getattr(kept.opt_state[0], field).hidden.kernel[...]
+        assert not np.isin(moment, getattr(stored["opt_state"][0], field)["hidden"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+@pytest.mark.parametrize("kind", REPLACED)
+def test_an_optimizer_of_two_networks_that_names_them_otherwise_keeps_no_moments_of_replaced_weights(
+    tmp_path, kind, policy
+):
+    numbers = Numbers()
+    params = {name: _model(numbers) for name in "ab"}
+    tree = {name: {"net": part} for name, part in params.items()}
+    tree["opt"] = {"opt_state": numbers.optimizer(ADAM, params), "step": np.int32(3)}
+    path = write(tmp_path, tree)
+
+    def make():
+        parts = {name: Branch(part, {}) for name, part in params.items()}
+        optimizer = nnx.Optimizer(_Owner(**parts), ADAM, wrt=nnx.Param)
+        return {name: {"net": part} for name, part in parts.items()} | {"opt": optimizer}
+
+    check(nnx.split(restore(path, nnx.eval_shape(make)))[1], tree)
+    refused(path, nnx.eval_shape(make), renames=REPLACED[kind]("a/net", "b/net"), policy=policy)
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+@pytest.mark.parametrize("optimizers", [("a_opt", "b_opt"), ("opt1", "opt2")])
+def test_steps_of_optimizers_that_keep_nothing_else_are_not_read_where_networks_are_replaced(
+    tmp_path, optimizers, policy
+):
+    numbers = Numbers()
+    params = {name: _model(numbers) for name in "ab"}
+    tree = params | {name: {"step": np.int32(at)} for at, name in enumerate(optimizers, 11)}
+    path = write(tmp_path, tree)
+
+    def make():
+        parts = {name: Branch(part, {}) for name, part in params.items()}
+        pairs = zip(optimizers, parts.values(), strict=True)
+        return parts | {name: nnx.Optimizer(part, optax.sgd(0.1), wrt=nnx.Param) for name, part in pairs}
+
+    check(nnx.split(restore(path, nnx.eval_shape(make)))[1], tree)
+    networks = [("a", "b"), ("b", "a")]
+    refused(path, nnx.eval_shape(make), renames=networks, policy=policy)
+    rules = [*networks, optimizers, optimizers[::-1]]
+    result = restore(path, nnx.eval_shape(make), renames=rules, policy=policy)
+    assert [int(result[name].step[...]) for name in optimizers] == [12, 11]
+
+
+def test_a_train_state_whose_weights_a_rule_replaces_keeps_nothing_of_its_optimizer(tmp_path):
+    numbers = Numbers()
+    params = {name: _model(numbers) for name in ("net", "target")}
+    tree = {name: _train_state(numbers, part, at) for at, (name, part) in enumerate(params.items(), 11)}
+    path = write(tmp_path, tree)
+
+    def make():
+        parts = {name: Branch(part, {}) for name, part in params.items()}
+        return {
+            name: {"model": part, "optimizer": nnx.Optimizer(part, ADAM, wrt=nnx.Param)}
+            for name, part in parts.items()
+            if name == "target"
+        }
+
+    rules = [Drop("target/params", "x"), ("net/params", "target/params")]
+    refused(path, nnx.eval_shape(make), renames=rules, unexpected="ignore")
+    result = restore(path, nnx.eval_shape(make), renames=rules, unexpected="ignore", policy="warn")
+    check(nnx.state(result["target"]["model"]), params["net"])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(result["target"]["optimizer"])))
 
 
 @pytest.mark.parametrize("names", [("model", "optimizer"), ("a", "a_opt"), ("a/model", "a/optimizer")])

@@ -9,9 +9,10 @@ it, and no block is ever written again once its arrays exist.
 import contextlib
 import ctypes
 import functools
+import io
 import math
 import mmap
-import pathlib
+import os
 import sys
 import threading
 from collections import deque
@@ -25,15 +26,12 @@ from jax.sharding import Sharding
 
 from orbax_nnx_handler.planning.core.leaves import Shape, WantedLeaf, total_nbytes
 from orbax_nnx_handler.planning.target.shardings import is_abstract
-from orbax_nnx_handler.storage.reading.base_store import fill
 
 ALIGNMENT = 64
 # From here on a leaf has a block of its own, freed with it.
 OWN_BLOCK_BYTES = 4 << 20
 # What one surviving small leaf can keep alive at most.
 SHARED_BLOCK_BYTES = 8 << 20
-_BLOCKS_AT_ONCE = 4
-_ZEROS = pathlib.Path("/dev/zero")
 _Bytes = npt.NDArray[np.uint8]
 
 
@@ -49,14 +47,16 @@ class Memory:
 
     def __init__(self) -> None:
         self._blocks: deque[_Bytes] = deque()
+        self._zeros: io.FileIO | None = None
         self._thread: threading.Thread | None = None
-        self._closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.settle()
+        if self._zeros is not None:
+            self._zeros.close()
         # The traceback of a refused restore holds this.
         self._blocks.clear()
 
@@ -71,21 +71,23 @@ class Memory:
         if nbytes >= SHARED_BLOCK_BYTES:
             count = min(nbytes, self.MOST_BYTES) // SHARED_BLOCK_BYTES
             # Where there may be no more threads or memory, the reading says so.
-            with contextlib.suppress(RuntimeError, MemoryError, OSError):
+            with contextlib.suppress(RuntimeError, MemoryError, OSError, AttributeError):
                 self._blocks += [_block(SHARED_BLOCK_BYTES) for _ in range(count)]
-                thread = threading.Thread(target=self._make_ready, args=(list(self._blocks),))
-                thread.start()
-                self._thread = thread
+                self._make_ready([block.data for block in self._blocks])
 
-    def _make_ready(self, blocks: Sequence[_Bytes]) -> None:
-        # Zeros are read into them, many at a time: after each call the thread waits for the interpreter, 5 ms
-        # where planning is under way. And `madvise` keeps whoever maps memory waiting as long as it takes.
-        # A system without such a file gives the pages when they are filled.
-        with contextlib.suppress(OSError), _ZEROS.open("rb", buffering=0) as zeros:
-            for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
-                if self._closed:
-                    return
-                fill(zeros.fileno(), 0, [block.data for block in blocks[first : first + _BLOCKS_AT_ONCE]])
+    def _make_ready(self, blocks: Sequence[memoryview]) -> None:
+        """Has a thread read zeros into blocks, from a file that has none on any disk, until it is cut off.
+
+        That is one call: after each, the thread would wait 5 ms for the interpreter, where planning is under
+        way. And `madvise` keeps whoever maps memory waiting as long as it takes. A system without such files
+        gives the pages when they are filled.
+        """
+        if sys.platform == "linux":
+            self._zeros = open(os.memfd_create("zeros"), "r+b", buffering=0)  # noqa: PTH123, SIM115
+            self._zeros.truncate(len(blocks) * SHARED_BLOCK_BYTES)
+            thread = threading.Thread(target=_read_some, args=(self._zeros, blocks))
+            thread.start()
+            self._thread = thread
 
     def take(self) -> _Bytes:
         """Returns the next block, those that are ready first; not to be written to before `settle`."""
@@ -93,9 +95,14 @@ class Memory:
 
     def settle(self) -> None:
         """Waits until zeros are written to no block any more."""
-        self._closed = True
-        if self._thread is not None:
+        if self._zeros is not None and self._thread is not None:
+            self._zeros.truncate(0)
             self._thread.join()
+
+
+def _read_some(file: io.FileIO, blocks: Sequence[memoryview]) -> None:
+    with contextlib.suppress(OSError):
+        os.preadv(file.fileno(), blocks, 0)
 
 
 def _is_own(sharding: Sharding | None) -> bool:

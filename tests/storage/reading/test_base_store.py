@@ -220,6 +220,16 @@ def test_no_more_memory_is_made_ready_than_planning_takes_time_for(monkeypatch):
         assert len(memory._blocks) == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed in a folder of Linux")
+def test_once_memory_is_given_away_neither_a_thread_nor_a_file_is_left():
+    before = len(list(pathlib.Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    with Memory() as memory:
+        memory.expect(wanted_leaves(24, SingleDeviceSharding(jax.devices()[0])))
+
+    assert (len(list(pathlib.Path("/proc/self/fd").iterdir())), threading.active_count()) == before
+
+
 RAW_FORMATS = [
     DiskFormat(ocdbt, zarr3, compressed=False) for ocdbt in (True, False) for zarr3 in (True, False)
 ]
@@ -236,13 +246,13 @@ def test_what_is_read_and_what_is_absent_stay_where_memory_is_made_ready_late(
     _without_its_chunk(path, "params.absent", disk_format, 7)
     leaf = jax.ShapeDtypeStruct((3 << 18,), np.float32, sharding=SingleDeviceSharding(jax.devices()[0]))
     target = nnx.State({name: nnx.Param(leaf) for name in values})
-    made_ready = memory.fill
 
-    def late(*args):
+    def late(_, blocks):
         time.sleep(0.5)  # Longer than all of the planning.
-        made_ready(*args)
+        for block in blocks:
+            block[:] = bytes(len(block))
 
-    monkeypatch.setattr(memory, "fill", late)
+    monkeypatch.setattr(memory, "_read_some", late)
     restored = nnx.to_pure_dict(restore(path, target))
 
     for name, value in values.items():
@@ -264,17 +274,28 @@ def _without_its_chunk(path, name, disk_format, fill_value):
     (path / "_METADATA").write_text(content.replace('"store_array_data_equal_to_fill_value": true', '"x": 0'))
 
 
-@pytest.mark.parametrize("system", ["without /dev/zero", "that reads little at a time"])
-def test_memory_is_what_it_is_on_a_system(tmp_path, monkeypatch, system):
-    if system == "without /dev/zero":
-        monkeypatch.setattr(memory, "_ZEROS", tmp_path / "none")
-    else:
-        preadv = os.preadv
-        monkeypatch.setattr(os, "preadv", lambda f, buffers, at: preadv(f, [buffers[0][: 3 << 20]], at))
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("memfd_create", OSError("not permitted")),
+        ("memfd_create", AttributeError("memfd_create")),
+        ("preadv", OSError("bad address")),
+        ("preadv", None),
+    ],
+    ids=["that permits no such file", "without such files", "that reads nothing", "that reads little"],
+)
+def test_memory_is_what_it_is_on_a_system(monkeypatch, call, error):
+    preadv = os.preadv
+
+    def little(*args):
+        if error is not None:
+            raise error
+        return preadv(args[0], [args[1][0][: 3 << 20]], args[2])
+
+    monkeypatch.setattr(os, call, little, raising=False)
 
     with Memory() as blocks:
         blocks.expect(wanted_leaves(24, SingleDeviceSharding(jax.devices()[0])))
-        blocks._thread.join()
         block = blocks.take()
         blocks.settle()
         block[:] = 1

@@ -1,7 +1,6 @@
 """How well a stored part fits a wanted one, and which pairs of two sides together fit best."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -22,6 +21,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     Concepts,
     arm,
     concepts,
+    directions,
     exclude,
     likeness,
     meanings,
@@ -99,17 +99,8 @@ def may_be(one: NamedPart, other: NamedPart) -> bool:
         left, right = left - PLACING, right - PLACING
     if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
         return False
-    back = {(to, at) for at, to in _directions(one.part.names) if at != to}
-    return back.isdisjoint(_directions(other.part.names)) and not _compare_numbers(one, other).different
-
-
-@functools.lru_cache(maxsize=65536)
-def _directions(names: Names) -> frozenset[tuple[Names, Names]]:
-    """Returns what leads to what by a path's names: `image_to_token` never is `token_to_image`."""
-    around = (
-        each for name in names for each in zip(words(name), words(name)[1:], words(name)[2:], strict=False)
-    )
-    return frozenset((meanings(at), meanings(to)) for at, middle, to in around if middle in ("to", "2"))
+    back = {(to, at) for at, to in directions(one.part.names) if at != to}
+    return back.isdisjoint(directions(other.part.names)) and not _compare_numbers(one, other).different
 
 
 def _say_something(one: NamedPart, other: NamedPart) -> bool:
@@ -295,6 +286,7 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
 # Modules in turn.
 
 Module = tuple[Names, list[Leaf]]
+Sizes = tuple[int, ...]
 Run = dict[tuple[int, str, int], Module]
 """Modules beside each other, or those in a list, by the number in the list, the name and its number."""
 
@@ -369,6 +361,20 @@ def _size(module: Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in module[1])
 
 
+def sizes_within(leaves: Iterable[Leaf], above: int) -> set[Sizes]:
+    """Returns the sizes of each module below a context, part by part."""
+    below: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in leaves:
+        for depth in range(above + 1, len(leaf.names)):
+            below[leaf.names[:depth]].append(leaf)
+    return set(map(part_sizes, below.values()))
+
+
+def part_sizes(leaves: Iterable[Leaf]) -> Sizes:
+    """Returns the sizes of some leaves in order."""
+    return tuple(sorted(math.prod(leaf.shape) for leaf in leaves))
+
+
 _MOST_JOINED = 4
 _MOST_SIBLINGS = 12
 """Queries, keys and values with what leads out; more leaves of one module are never one array."""
@@ -432,9 +438,3 @@ def _joined(leaves: Sequence[Leaf]) -> Mapping[Names, set[int]]:
                     for at in some:
                         found[family[at].names].add(sum(sizes[each] for each in some))
     return found
-
-
-def telling(words: Sequence[frozenset[str]]) -> list[frozenset[str]]:
-    """Returns of several names the words that not all of them have: `ppm` of `PPM_0/Conv_1` and `Conv_1`."""
-    shared = functools.reduce(frozenset[str].__and__, words) if len(words) > 1 else frozenset[str]()
-    return [each - shared for each in words]

@@ -4,8 +4,8 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from orbax_nnx_handler.planning.core.paths import Level, Tokens, levels, shared_levels
-from orbax_nnx_handler.planning.suggesting.assignment import in_turn
+from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
+from orbax_nnx_handler.planning.suggesting.assignment import in_turn, part_sizes, sizes_within
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
 from orbax_nnx_handler.planning.suggesting.module_parts import (
     Layers,
@@ -14,7 +14,8 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Names,
     Tie,
     module_parts,
-    place_of,
+    numbered_segments,
+    part_of,
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import creation_place
 from orbax_nnx_handler.planning.suggesting.series import (
@@ -97,11 +98,12 @@ def match_context(context: Context) -> Findings:
     taken: set[int] = set()
     _match_in_sequence((ours, theirs), context, found, taken, arms=2)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    _match_series(paired_series(ours, theirs), context, found, taken)
+    _match_series(_paired(ours, theirs, context, taken), context, found, taken)
     in_places = in_turn(_free(context.wanted, taken), _free(context.stored, taken), context.above)
     _match_series([(alone(*one, 0), alone(*other, 1)) for one, other in in_places], context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    _match_series(_pairs_of_series(ours, theirs), context, found, taken)
+    pairs = _paired(ours, theirs, context, taken)
+    _match_series([*pairs, *_pairs_of_kinds(ours, theirs, pairs)], context, found, taken)
     ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
     for pairs in _pairs_with_rests(ours, theirs, context, found, taken):
         _match_series(pairs, context, found, taken)
@@ -160,17 +162,10 @@ def _match_series(
 
 def _more_of(series: Series, matched: Collection[int]) -> set[int]:
     """Returns the leaves of layers that one side has more of: like the matched ones, and nothing else."""
-
-    def below(number: int) -> set[Names]:
-        return {leaf.names[series.depth :] for leaf in series.members[number]}
-
-    like = [below(number) for number in matched]
-    return {
-        id(leaf)
-        for number, leaves in series.members.items()
-        if number not in matched and len(matched) > 1 and below(number) in like
-        for leaf in leaves
-    }
+    held = {at: {leaf.names[series.depth :] for leaf in leaves} for at, leaves in series.members.items()}
+    like = [held[number] for number in matched] if len(matched) > 1 else []
+    more = (leaves for at, leaves in series.members.items() if at not in matched and held[at] in like)
+    return {id(leaf) for leaves in more for leaf in leaves}
 
 
 def _pairs_with_rests(
@@ -197,21 +192,42 @@ def _pairs_with_rests(
         yield [pair for pair in paired_series(*rests) if pair[0].numbers != pair[1].numbers and least > 1]
 
 
-def _pairs_of_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:
-    """Returns which groups are the same; of those left, layers of one kind by themselves.
+def _paired(
+    ours: Sequence[Series], theirs: Sequence[Series], context: Context, taken: set[int]
+) -> list[tuple[Series, Series]]:
+    """Returns which groups are the same; not where what one has more may lie beside the other one.
+
+    `resnets_{0..1}` and `attentions_0` are `mid/{0..2}`: no number tells which.
+    """
+    pairs = paired_series(ours, theirs)
+    known = {id(leaf) for pair in pairs for one in pair for held in one.members.values() for leaf in held}
+    free = [_free(leaves, taken | known) for leaves in (context.wanted, context.stored)]
+
+    def are_whole(pair: tuple[Series, Series]) -> bool:
+        same = same_layers(*pair)
+        sizes = [{at: part_sizes(held) for at, held in one.members.items()} for one in pair]
+        unlike = [(sizes[0][at], sizes[1][to]) for at, to in same if sizes[0][at] != sizes[1][to]]
+        for side, numbers in enumerate(zip(*same, strict=True)):
+            more = {held for at, held in sizes[side].items() if at not in numbers}
+            lacking = {each[1 - side] for each in unlike}
+            if more & (lacking | sizes_within(free[1 - side], context.above[1 - side])):
+                return False
+        return True
+
+    return list(filter(are_whole, pairs))
+
+
+def _pairs_of_kinds(
+    ours: Sequence[Series], theirs: Sequence[Series], pairs: Iterable[tuple[Series, Series]]
+) -> list[tuple[Series, Series]]:
+    """Returns which groups are the same among those left, layers of one kind by themselves.
 
     `denseblock1`, `transition1`, `denseblock2` are `layers/0`, `layers/1`, `layers/2` of a list.
     """
-    found = paired_series(ours, theirs)
-    used = {id(series) for pair in found for series in pair}
-    left, right = (
-        [kind for one in side if id(one) not in used for kind in kinds_of(one)] for side in (ours, theirs)
-    )
-    return (
-        [*found, *paired_series(left, right)]
-        if len(left) + len(right) > len(ours) + len(theirs) - len(used)
-        else found
-    )
+    used = {id(series) for pair in pairs for series in pair}
+    groups = ([one for one in side if id(one) not in used] for side in (ours, theirs))
+    left, right = ([kind for one in side for kind in kinds_of(one)] for side in groups)
+    return paired_series(left, right) if any(one.is_kind for one in (*left, *right)) else []
 
 
 def _is_taken(series: Series, taken: set[int]) -> bool:
@@ -219,21 +235,20 @@ def _is_taken(series: Series, taken: set[int]) -> bool:
 
 
 def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context) -> Findings:
+    if not (wanted and stored):
+        return Findings()
     up, down = context.above
-    left, right = module_parts(wanted, up), module_parts(stored, down)
-    start = _start(wanted, up), _start(stored, down)
+    start = wanted[0].names[:up], stored[0].names[:down]
     names = [tuple(level.base for level in levels(each)) for each in start]
     matched = match_parts(
-        left,
-        right,
+        module_parts(wanted, up),
+        module_parts(stored, down),
         (names[0], names[1]),
         lambda part: creation_place((*start[0], *part.names), context.order),
         lambda one, other: context.known((*start[0], *one), (*start[1], *other)),
     )
-    links = [
-        dataclasses.replace(link, levels=(*context.levels, *_same_numbers(link, context)))
-        for link in matched.links
-    ]
+    counted = [(*context.levels, *_same_numbers(link, context)) for link in matched.links]
+    pairs = zip(matched.links, counted, strict=True)
     ties = [
         Tie(
             wanted=tuple((*start[0], *path) for path in tie.wanted),
@@ -245,7 +260,7 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         )
         for tie in _by_modules(matched.ties)
     ]
-    return Findings(links=links, ties=ties)
+    return Findings(links=[dataclasses.replace(link, levels=at) for link, at in pairs], ties=ties)
 
 
 _ModulePairs = frozenset[tuple[Names, Names]]
@@ -272,13 +287,9 @@ def _by_modules(ties: Iterable[Tie]) -> Iterator[Tie]:
 
 
 def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
-    parts = [[place_of(leaf.names)[0] for leaf in (link.target, link.source)] for link in reading]
+    parts = [[part_of(leaf) for leaf in (link.target, link.source)] for link in reading]
     depths = [len(shared_levels(side, own=1)) + 1 for side in zip(*parts, strict=True)]
     return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
-
-
-def _start(leaves: Sequence[Leaf], above: int) -> Names:
-    return leaves[0].names[:above] if leaves else ()
 
 
 def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:
@@ -288,8 +299,8 @@ def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:
     """
     if len(link.wanted) != 1 or len(link.stored) != 1:
         return ()
-    left = _seats(link.target.names, context.above[0])
-    right = _seats(link.source.names, context.above[1])
+    left = numbered_segments(link.target.names, context.above[0])
+    right = numbered_segments(link.source.names, context.above[1])
     alone = len(left) == len(right)
     ends = len(link.target.names) - 2, len(link.source.names) - 2
     found: list[tuple[int, int]] = []
@@ -301,16 +312,6 @@ def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:
                 left = left[at + 1 :]
                 break
     return tuple(found)
-
-
-def _seats(names: Names, above: int) -> list[tuple[int, Level]]:
-    """Returns the segments with a number below a context, and what they count."""
-    at, found = 0, list[tuple[int, Level]]()
-    for level in levels(names):
-        at += level.width
-        if level.number is not None and at > above:
-            found.append((at - 1, level))
-    return found
 
 
 # Groups of layers.
@@ -328,13 +329,12 @@ def _match_members(one: Series, other: Series, context: Context) -> Findings:
     seats = ((other.seat, one.seat),) if equal else ()
     for numbers in classes.values():
         left, right = numbers[0]
-        inner = Context(
+        inner = dataclasses.replace(
+            context,
             wanted=one.members[left],
             stored=other.members[right],
             above=(one.depth, other.depth),
             levels=(*context.levels, *seats),
-            order=context.order,
-            known=context.known,
         )
         found.add(match_context(inner).mapped(lambda links, pairs=numbers: _moved(links, one, other, pairs)))
         for pair in (*numbers[1:], numbers[0]) if not equal else ():
@@ -421,13 +421,11 @@ def _match_stack(
     members = series.members[first]
     layer = [dataclasses.replace(leaf, shape=without_axis(leaf.shape, axis)) for leaf in inside]
     # The stack's path takes the place of a layer's, so that both sides count the same levels below.
-    inner = Context(
+    inner = dataclasses.replace(
+        context,
         wanted=layer if stacks else members,
         stored=members if stacks else layer,
         above=(len(prefix), series.depth) if stacks else (series.depth, len(prefix)),
-        levels=context.levels,
-        order=context.order,
-        known=context.known,
     )
     counted = stacks or series.numbers == list(range(len(series.numbers)))
     # What counts otherwise than from 0, as `q1` and `q2`, takes its numbers once the stack is taken apart.

@@ -24,6 +24,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     meanings,
     networks_outputs,
     order_word,
+    placed,
 )
 
 _QKV = frozenset("qkv")
@@ -95,6 +96,7 @@ class _Context:
         self._single: dict[Names, set[str]] = defaultdict(set)
         self._unknown: dict[tuple[Names, int], set[str]] = defaultdict(set)
         self._norms = Counter(part.module for part in parts if part.is_norm)
+        self._layers = Counter(part.module for part in parts if not part.is_norm)
         self._normed = {names for part in parts if part.is_norm for names in _containers(part)}
         self._shapes: dict[tuple[Names, str], dict[int, Shape]] = defaultdict(dict)
         for part in parts:
@@ -215,7 +217,9 @@ class _Context:
     ) -> str:
         """Adds the role that a name has only in its surroundings; returns the convention used."""
         last = part.levels[-1] if part.levels else Level("")
-        named = meanings(last.base) or (meanings(part.levels[-2].base) if len(part.levels) > 1 else ())
+        # `output/dense` is called by its module, the two layers of an `out_block` are not.
+        around = part.levels[-2:-1] if self._layers[part.module] == 1 else ()
+        named = meanings(last.base) or tuple(word for level in around for word in meanings(level.base))
         own = set(named) - {"attn", "mlp", "self", "cross"}
         if own & (STRONG - {"up"}) or said & {"conv", "embed"}:
             return ""
@@ -367,7 +371,7 @@ def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] 
     if not are_norms and all("attn" in role.said and role.said & {"self", "cross"} for role in roles):
         # Every decoder looks at itself before it looks across.
         places = [float("cross" in role.said) for role in roles]
-    by_words = in_strict_order(_placed(places) if are_norms else places)
+    by_words = in_strict_order(placed(places) if are_norms else places)
     is_told = to_last or not any(role.is_either for role in roles)
     by_numbers = in_strict_order(_number_keys(roles)) if is_told else None
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
@@ -380,14 +384,6 @@ def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
     if None in keys or len(set(keys)) < len(keys):
         return None
     return sorted(range(len(keys)), key=lambda at: keys[at])
-
-
-def _placed(positions: Sequence[float | None]) -> list[float | None]:
-    """Puts the only unknown place at the other end, as `layer_norm` beside `final_layer_norm`, or between."""
-    known = {position for position in positions if position is not None}
-    if positions.count(None) == 1 and known and all(abs(position) >= 100 for position in known):
-        return [0.0 if position is None else position for position in positions]
-    return list(positions)
 
 
 def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:

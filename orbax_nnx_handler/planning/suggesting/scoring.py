@@ -16,7 +16,7 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 from orbax_nnx_handler.planning.suggesting.assignment import ways_of_heads
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie, place_of
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie, part_of
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
@@ -270,7 +270,7 @@ def kept_by_head(link: Link) -> tuple[Link, Link] | None:
 
     Head by head, as its elements lie, or side by side, as most programs keep flat ones.
     """
-    names = [place_of(leaf.names)[0][-1:] for leaf in (link.source, link.target)]
+    names = [part_of(leaf)[-1:] for leaf in (link.source, link.target)]
     roles = [concepts(last) & {"q", "k", "v"} for last in names]
     count = len(roles[0]) if roles[0] == roles[1] else 0
     short, long = sorted((link.source.shape, link.target.shape), key=len)

@@ -35,7 +35,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Names,
     Tie,
     module_parts,
-    place_of,
+    part_of,
     settle_turns,
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, named_parts
@@ -177,7 +177,7 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
         links.append(Link(wanted=(bias,), stored=(fitting[0],), grounds="names", ways=((Way(()),),)))
     if "head" in heads[0].said:
         return Findings(links=links)
-    names = heads[0].part.names, place_of(leaf.names)[0]
+    names = heads[0].part.names, part_of(leaf)
     return Findings(ties=[Tie(wanted=names[:1], stored=names[1:], readings=(tuple(links),))])
 
 

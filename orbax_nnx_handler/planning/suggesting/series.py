@@ -12,10 +12,10 @@ from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.suggesting.assignment import best_pairs, telling
+from orbax_nnx_handler.planning.suggesting.assignment import best_pairs
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, module_parts
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN, arm, concepts, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN, arm, concepts, exclude, likeness, telling
 
 _PLACE = "{i}"
 _SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))

@@ -11,7 +11,7 @@ from orbax_nnx_handler.planning.core.paths import Path, printable
 from orbax_nnx_handler.planning.layouts.layout import is_copy_beside, is_copy_level
 from orbax_nnx_handler.planning.rules import Rename, Rule
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, PairGrounds, place_of
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, Names, PairGrounds, part_of
 from orbax_nnx_handler.planning.suggesting.scoring import Remade
 from orbax_nnx_handler.planning.verdict.outcomes import Verdict, mismatched_rows
 
@@ -387,9 +387,7 @@ class Choice:
     def _parts(self, leaves: Iterable[Leaf]) -> tuple[Path, ...]:
         """Returns the modules that the question is about; of a square matrix the matrix itself."""
         whole = self.about == "transposed"
-        return tuple(
-            dict.fromkeys(leaf.names if whole else place_of(leaf.names)[0] or leaf.names for leaf in leaves)
-        )
+        return tuple(dict.fromkeys(leaf.names if whole else part_of(leaf) or leaf.names for leaf in leaves))
 
     def _in_words(self) -> tuple[str, ...]:
         """Returns each reading in words: its rules are for the machine."""
@@ -430,7 +428,7 @@ def _of(parts: Iterable[str], pairs: Mapping[str, str]) -> tuple[str | None, ...
 
 
 def _part(leaf: Leaf) -> str:
-    return "/".join(place_of(leaf.names)[0] or leaf.names)
+    return "/".join(part_of(leaf) or leaf.names)
 
 
 def _listed(paths: Sequence[Path]) -> str:

@@ -140,90 +140,21 @@ _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 `conv_proj`: Flax's ResNet; `src_attn`: The Annotated Transformer; `add_q_proj`, `norm_added_q`,
 `to_add_out`: what diffusers computes of a text encoder's tokens; `fc1_g`, `fc1_x`: timm's SwiGLU."""
 
-_EXCLUSIVE = tuple(
-    frozenset(words.split())
-    for words in (
-        "q k v o",
-        "up down gate",
-        "in out",
-        "pre post",
-        "first last",
-        "enc dec",
-        "self cross",
-        "attn mlp",
-        "vision text audio",
-        "fwd bwd",
-        "left right",
-        "top bottom",
-        "upper lower",
-        "inner outer",
-        "local global",
-        "high low",
-        "coarse fine",
-        "row col",
-        "rows columns",
-        "odd even",
-        "real imag",
-        "min max",
-        "mean var std logvar",
-        "prev next",
-        "past future",
-        "teacher online",
-        "online tgt",
-        "src tgt",
-        "generator discriminator",
-        "actor critic",
-        "user item",
-        "expand depthwise pointwise",
-        "spatial temporal",
-        "row column",
-        "token pos type",
-        "embed head",
-        "cls mask",
-        "positive negative",
-        "channel token",
-        "parent child",
-        "fast slow",
-        "wide deep",
-        "front back",
-        "long short",
-        "downsample upsample",
-        "public private",
-        "old new",
-        "clean noisy",
-        "x y z",
-        "a b",
-        "red green blue",
-        "major minor",
-        "north south east west",
-        "small large medium",
-        "tall short",
-        "hot cold",
-        "layerscale beta",
-        "scale shift",
-        "alpha beta",
-        "update reset",
-        "forget in out cell",
-        "scale bias",
-        "add mul",
-        "write read",
-        "known unknown",
-        "static dynamic",
-        "sine cosine",
-        "sin cos",
-        "width height depth",
-        "hidden visible",
-        "encode decode",
-        "sender receiver",
-        "head tail",
-        "subject object",
-        "question answer",
-        "text question",
-        "premise hypothesis",
-        "anchor positive",
-        "input target",
-    )
+_APART = (
+    "q k v o, up down gate, in out, pre post, first last, enc dec, self cross, attn mlp, "
+    "vision text audio, fwd bwd, left right, top bottom, upper lower, inner outer, local global, "
+    "high low, coarse fine, row col, rows columns, odd even, real imag, min max, mean var std logvar, "
+    "prev next, past future, teacher online, online tgt, src tgt, generator discriminator, "
+    "actor critic, user item, expand depthwise pointwise, spatial temporal, row column, "
+    "token pos type, embed head, cls mask, positive negative, channel token, parent child, fast slow, "
+    "wide deep, front back, long short, downsample upsample, public private, old new, clean noisy, "
+    "x y z, a b, red green blue, major minor, north south east west, small large medium, tall short, "
+    "hot cold, layerscale beta, scale shift, alpha beta, update reset, forget in out cell, scale bias, "
+    "add mul, write read, known unknown, static dynamic, sine cosine, sin cos, width height depth, "
+    "hidden visible, encode decode, sender receiver, head tail, subject object, question answer, "
+    "text question, premise hypothesis, anchor positive, input target"
 )
+_EXCLUSIVE = tuple(frozenset(words.split()) for words in _APART.split(", "))
 """Words of which one never becomes another."""
 
 _PARAMETERS = {
@@ -232,8 +163,8 @@ _PARAMETERS = {
     "mean": "mean running_mean moving_mean",
     "var": "var running_var moving_var variance running_variance moving_variance",
 }
-PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling in names.split()}
-ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")
+_PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling in names.split()}
+_ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")
 """A parameter with what it is called as its own, and at the end of a name: `gate_up_proj_bias`."""
 
 PYTORCHS = frozenset(("weight", "weights", "w"))
@@ -292,6 +223,12 @@ def exclude(one: Concepts, other: Concepts) -> bool:
     return any(one & group and other & group and not one & other & group for group in _EXCLUSIVE)
 
 
+def telling(words: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """Returns of several names the words that not all of them have: `ppm` of `PPM_0/Conv_1` and `Conv_1`."""
+    shared = functools.reduce(frozenset[str].__and__, words) if len(words) > 1 else frozenset[str]()
+    return [each - shared for each in words]
+
+
 def weight(concept: str) -> float:
     """Returns how much it tells that two names share a concept."""
     if concept in STRONG:
@@ -319,6 +256,27 @@ def parameter_of(name: str) -> str:
     """Returns the parameter that a name ends in; one called `output_kernel` is none of a layer's kernels."""
     last = name.rsplit("_", 1)[-1]
     return last if last in PYTORCHS else name
+
+
+def place_of(names: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """Returns the part that a leaf belongs to and what it is there."""
+    *above, last = names
+    kind = _PARAMETER.get(last)
+    if kind is not None:
+        return tuple(above), kind
+    ending = None if "layerscale" in meanings(last) else _ENDING.fullmatch(last)
+    if ending is not None and _PARAMETER.get(ending[2]):
+        return (*above, ending[1]), _PARAMETER[ending[2]]
+    return names, "main"
+
+
+@functools.lru_cache(maxsize=65536)
+def directions(names: tuple[str, ...]) -> frozenset[tuple[Sequence[str], Sequence[str]]]:
+    """Returns what leads to what by a path's names: `image_to_token` never is `token_to_image`."""
+    around = (
+        each for name in names for each in zip(words(name), words(name)[1:], words(name)[2:], strict=False)
+    )
+    return frozenset((meanings(at), meanings(to)) for at, middle, to in around if middle in ("to", "2"))
 
 
 def order_word(found: Collection[str]) -> int:
@@ -445,3 +403,11 @@ def last_of_block(places: Sequence[float | None]) -> int | None:
     lasts = [at for at, kind in enumerate(kinds) if kind in (_MLP, END)]
     attends = all(kind in (_SELF, _CROSS, _MLP, END) for kind in kinds) and len(kinds) > 2
     return lasts[0] if attends and len(lasts) == 1 else None
+
+
+def placed(positions: Sequence[float | None]) -> list[float | None]:
+    """Returns places, the only unknown one at the other end: `layer_norm` beside `final_layer_norm`."""
+    known = {position for position in positions if position is not None}
+    if positions.count(None) == 1 and known and all(abs(position) >= 100 for position in known):
+        return [0.0 if position is None else position for position in positions]
+    return list(positions)

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Level, Path, levels
+from orbax_nnx_handler.planning.core.paths import Path, levels
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
 from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, permuted, transposed, ways
@@ -24,7 +24,8 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     directions,
     exclude,
     likeness,
-    meanings,
+    same_name,
+    same_number,
     same_place,
     words,
 )
@@ -189,7 +190,7 @@ def _compare_numbers(one: NamedPart, other: NamedPart) -> _Numbers:
     equal, different = 0, False
     is_one = _counts_through(one, other) or _counts_through(other, one)
     for (level, held), (against, others) in itertools.product(() if is_one else one.numbers, other.numbers):
-        same = _same_number(level, held, against, others) if _same_name(level, against) else None
+        same = same_number(level, held, against, others) if same_name(level, against) else None
         equal += same is True
         different |= same is False
     return _Numbers(equal, different)
@@ -200,24 +201,6 @@ def _counts_through(one: NamedPart, other: NamedPart) -> bool:
     sizes, counted = [len(held) for _, held in other.numbers], [held for _, held in one.numbers]
     is_automatic = len(counted) == 1 < len(sizes) and one.part.levels[-1].number is not None
     return is_automatic and are_automatic([one]) and max(sizes) < math.prod(sizes) <= len(counted[0])
-
-
-def _same_name(one: Level, other: Level) -> bool:
-    if one.base == other.base:
-        return True
-    if any(map(str.isdecimal, one.base + other.base)):
-        return False  # `stage1_block0` counts blocks, not stages.
-    return bool(said := {*meanings(one.base)}) and said == {*meanings(other.base)}
-
-
-def _same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:
-    in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
-    in_turns |= 1 in (len(held), len(others)) and len(held) != len(others)  # Its sibling has another name.
-    if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
-        return one.number == other.number
-    if len(held) == len(others) and one.number is not None and other.number is not None:
-        return held.index(one.number) == others.index(other.number)
-    return None
 
 
 # Many at once.
@@ -283,7 +266,7 @@ def merged(groups: Iterable[frozenset[tuple[int, int]]]) -> list[frozenset[tuple
     return [frozenset(group) for group in found.values()]
 
 
-# Modules in turn.
+# Modules in turn, and modules that may hold a stack of them.
 
 Module = tuple[Names, list[Leaf]]
 Sizes = tuple[int, ...]
@@ -359,6 +342,31 @@ def _is_counted(run: Run) -> bool:
 
 def _size(module: Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in module[1])
+
+
+def possible_stacks(
+    free: Sequence[Leaf], above: int, least: int
+) -> Iterator[tuple[Names, list[Leaf], float]]:
+    """Yields modules, and the arrays beside the modules in one, with how much of a group each has to be."""
+    below: dict[Names, list[Leaf]] = defaultdict(list)
+    beside: dict[Names, list[Leaf]] = defaultdict(list)
+    for leaf in free:
+        beside[leaf.names[:-1]].append(leaf)
+        for depth in range(above + 1, len(leaf.names)):
+            below[leaf.names[:depth]].append(leaf)
+    for prefix, leaves in below.items():
+        # Of modules that hold nothing but each other, the innermost one is the layer.
+        inner = leaves[0].names[: len(prefix) + 1]
+        if len(below.get(inner, ())) < len(leaves) or depth_of(inner, leaves) < 0:
+            yield prefix, leaves, 0.5 if least > 1 else 0.99
+    for prefix, leaves in beside.items():
+        if len(leaves) < len(below.get(prefix, free)):
+            yield prefix, leaves, 0.99
+
+
+def depth_of(prefix: Names, leaves: Sequence[Leaf]) -> int:
+    """Returns how deep a module lies, less than nothing where it holds its leaves itself."""
+    return len(prefix) if all(len(leaf.names) > len(prefix) + 1 for leaf in leaves) else -len(prefix)
 
 
 def sizes_within(leaves: Iterable[Leaf], above: int) -> set[Sizes]:

@@ -14,18 +14,20 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     Names,
     Tie,
     module_parts,
-    numbered_segments,
     part_of,
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import creation_place
 from orbax_nnx_handler.planning.suggesting.series import (
     Looks,
+    Pairs,
     Series,
+    Share,
     alone,
     are_alike,
     have_equal_layers,
     in_sequence,
     kinds_of,
+    lists_within,
     looks_of,
     paired_series,
     same_layers,
@@ -38,6 +40,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
     without_rest,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
+from orbax_nnx_handler.planning.suggesting.vocabulary import same_numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,146 +95,201 @@ class Context:
 
 def match_context(context: Context) -> Findings:
     """Matches groups of layers first, each by one of its layers, then what is left."""
-    found = Findings()
-    ours = series_of(context.wanted, context.above[0])
-    theirs = series_of(context.stored, context.above[1])
-    taken: set[int] = set()
-    _match_in_sequence((ours, theirs), context, found, taken, arms=2)
-    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    _match_series(_paired(ours, theirs, context, taken), context, found, taken)
-    in_places = in_turn(_free(context.wanted, taken), _free(context.stored, taken), context.above)
-    _match_series([(alone(*one, 0), alone(*other, 1)) for one, other in in_places], context, found, taken)
-    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    pairs = _paired(ours, theirs, context, taken)
-    _match_series([*pairs, *_pairs_of_kinds(ours, theirs, pairs)], context, found, taken)
-    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    for pairs in _pairs_with_rests(ours, theirs, context, found, taken):
-        _match_series(pairs, context, found, taken)
-    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    _match_in_sequence((ours, theirs), context, found, taken, arms=1)
-    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    rests = [(one, without_rest(one, theirs)) for one in ours]
-    heads = [one if rest is None else rest[0] for one, rest in rests]
-    for one in _stacks(with_inner(heads), with_inner(theirs), context, taken):
-        found.add(one)
-    for _, rest in rests:
-        if rest is not None and _is_taken(rest[0], taken):
-            _match_series(rest[1], context, found, taken)
-    ours, theirs = ([one for one in side if not _is_taken(one, taken)] for side in (ours, theirs))
-    # Of lists of other lengths no number tells which layer is which.
-    other = [
-        one
-        for one in theirs
-        if any(have_equal_layers(one, our) and len(one.members) != len(our.members) for our in ours)
-    ]
-    unlike = {id(leaf) for one in other for held in one.members.values() for leaf in held}
-    wanted, stored = _free(context.wanted, taken), _free(context.stored, taken | unlike)
-    found.add(_match_rest(wanted, stored, context))
-    return found
+    return _Matching(context).result()
 
 
-def _match_in_sequence(
-    groups: Sequence[Sequence[Series]], context: Context, found: Findings, taken: set[int], arms: int
-) -> None:
-    ours, theirs = groups
-    for pairs in in_sequence(theirs, _free(context.wanted, taken), context.above[0], arms):
-        _match_series([(left, right) for right, left in pairs], context, found, taken)
-    ours = [one for one in ours if not _is_taken(one, taken)]
-    for pairs in in_sequence(ours, _free(context.stored, taken), context.above[1], arms):
-        _match_series(pairs, context, found, taken)
+class _Matching:
+    """What is matched of a context so far, and which leaves of both sides are used."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._sides = list(zip((context.wanted, context.stored), context.above, strict=True))
+        self._groups = [series_of(leaves, above) for leaves, above in self._sides]
+        self._found = Findings()
+        self._taken: set[int] = set()
+
+    def result(self) -> Findings:
+        self._match_in_sequence(arms=2)
+        self._match_within()
+        self._match(self._paired())
+        in_places = in_turn(self._free(0), self._free(1), self._context.above)
+        self._match([(alone(*one, 0), alone(*other, 1)) for one, other in in_places])
+        pairs = self._paired()
+        self._match([*pairs, *self._pairs_of_kinds(pairs)])
+        for pairs in self._pairs_with_rests():
+            self._match(pairs)
+        self._match_in_sequence(arms=1)
+        self._match_stacks()
+        ours, theirs = self._left()
+        # Of lists of other lengths no number tells which layer is which.
+        other = [
+            one
+            for one in theirs
+            if any(have_equal_layers(one, our) and len(one.members) != len(our.members) for our in ours)
+        ]
+        unlike = {id(leaf) for one in other for leaf in one.leaves}
+        stored = [leaf for leaf in self._free(1) if id(leaf) not in unlike]
+        self._found.add(_match_rest(self._free(0), stored, self._context))
+        return self._found
+
+    def _left(self) -> list[list[Series]]:
+        return [[one for one in side if not self._is_taken(one)] for side in self._groups]
+
+    def _free(self, side: int) -> list[Leaf]:
+        return [leaf for leaf in self._sides[side][0] if id(leaf) not in self._taken]
+
+    def _is_taken(self, series: Series) -> bool:
+        return any(id(leaf) in self._taken for leaf in series.leaves)
+
+    def _take(self, leaves: Iterable[Leaf]) -> None:
+        self._taken.update(map(id, leaves))
+
+    def _match_in_sequence(self, arms: int) -> None:
+        for side, other in ((1, 0), (0, 1)):
+            free, above = self._free(other), self._context.above[other]
+            for pairs in in_sequence(self._left()[side], free, above, arms):
+                self._match(pairs if other else [(one, two) for two, one in pairs])
+
+    def _match_within(self) -> None:
+        """Matches lists with the parts of another list's blocks; asks where no name tells which is which."""
+        ours, theirs = self._left()
+        ways = [lists_within(one, theirs) for one in ours]
+        ways += [[[(x, y) for y, x in pairs] for pairs in lists_within(one, ours)] for one in theirs]
+        for several in filter(None, ways):
+            pairs = several[0]
+            if any(self._is_taken(one) for pair in pairs for one in pair):
+                continue
+            if len(several) == 1:
+                self._match(pairs)
+                continue
+            names = [tuple(pair[side].template for pair in pairs) for side in (0, 1)]
+            readings = tuple(tuple(self._links(each)) for each in several)
+            self._found.ties.append(Tie(wanted=names[0], stored=names[1], readings=readings))
+            for pair in pairs:
+                self._take((*pair[0].leaves, *pair[1].leaves))
+
+    def _links(self, pairs: Pairs) -> Iterator[Link]:
+        for one, other in pairs:
+            yield from _match_members(one, other, self._context).links
+
+    def _match(self, pairs: Pairs) -> None:
+        """Matches groups of layers with each other; adds what is found, and what is no other group's then."""
+        for one, other in pairs:
+            members = _match_members(one, other, self._context)
+            same = same_layers(one, other)
+            ours = [leaf for left, _ in same for leaf in one.members[left]]
+            theirs = [leaf for _, right in same for leaf in other.members[right]]
+            asked = [link for tie in members.ties if len(tie.readings) > 1 for link in tie.readings[0]]
+            linked = [leaf for link in (*members.links, *asked) for leaf in link.wanted]
+            if not members.links or sizes_of(linked) * 4 < min(sizes_of(ours), sizes_of(theirs)):
+                continue  # Layers that hold so little alike are not the same.
+            self._found.add(members)
+            self._take((*ours, *theirs))
+            for series, side in ((one, 0), (other, 1)):
+                self._take(_more_of(series, {pair[side] for pair in same}))
+
+    def _pairs_with_rests(self) -> Iterator[Pairs]:
+        """Yields which lone groups are what layers that are matched hold beside what was found in them.
+
+        `block_{i}` and `attn_{i}` are both `stages/{i}`, which have a block and an attention each. And which
+        rests are each other's.
+        """
+        ours, theirs = self._left()
+        for least in (2, 1):  # At last lists of single parts: `skips/{i}` of `layers/{i}`.
+            asked = [link for tie in self._found.ties for reading in tie.readings for link in reading]
+            links = (*self._found.links, *asked)
+            used = {id(leaf) for link in links for leaf in (*link.wanted, *link.stored)}
+            within = self._taken - used
+            rests = [
+                series_of([leaf for leaf in leaves if id(leaf) in within], above, least)
+                for leaves, above in self._sides
+            ]
+            if least == 1:
+                ours, theirs = self._series(1)
+            yield paired_series(rests[0], theirs) if theirs else []
+            yield paired_series(ours, rests[1]) if ours else []
+            # What ends one stage begins the next one elsewhere.
+            yield [pair for pair in paired_series(*rests) if pair[0].numbers != pair[1].numbers and least > 1]
+
+    def _series(self, least: int) -> list[list[Series]]:
+        return [series_of(self._free(side), self._context.above[side], least) for side in (0, 1)]
+
+    def _paired(self) -> Pairs:
+        """Returns which groups are the same; not where what one has more may lie beside the other one.
+
+        `resnets_{0..1}` and `attentions_0` are `mid/{0..2}`: no number tells which.
+        """
+        pairs = paired_series(*self._left())
+        known = {id(leaf) for pair in pairs for one in pair for leaf in one.leaves}
+        beside = [
+            sizes_within([leaf for leaf in self._free(side) if id(leaf) not in known], above)
+            for side, above in enumerate(self._context.above if pairs else ())
+        ]
+
+        def are_whole(pair: tuple[Series, Series]) -> bool:
+            same = same_layers(*pair)
+            sizes = [{at: part_sizes(held) for at, held in one.members.items()} for one in pair]
+            unlike = [(sizes[0][at], sizes[1][to]) for at, to in same if sizes[0][at] != sizes[1][to]]
+            for side, numbers in enumerate(zip(*same, strict=True)):
+                more = {held for at, held in sizes[side].items() if at not in numbers}
+                if more & (beside[1 - side] | {each[1 - side] for each in unlike}):
+                    return False
+            return True
+
+        return list(filter(are_whole, pairs))
+
+    def _pairs_of_kinds(self, pairs: Pairs) -> Pairs:
+        """Returns which groups are the same among those left, layers of one kind by themselves.
+
+        `denseblock1`, `transition1`, `denseblock2` are `layers/0`, `layers/1`, `layers/2` of a list.
+        """
+        used = {id(series) for pair in pairs for series in pair}
+        groups = ([one for one in side if id(one) not in used] for side in self._left())
+        left, right = ([kind for one in side for kind in kinds_of(one)] for side in groups)
+        return paired_series(left, right) if any(one.is_kind for one in (*left, *right)) else []
+
+    def _match_stacks(self) -> None:
+        """Matches groups with stacks of the other side; a remainder that lies apart after that."""
+        ours, theirs = self._left()
+        rests = [(one, without_rest(one, theirs)) for one in ours]
+        heads = [one if rest is None else rest[0] for one, rest in rests]
+        groups = with_inner(heads), with_inner(theirs)
+        rest: set[int] = set()  # Of a stack: another group may hold it.
+        for least in (2, 1):
+            left, right = groups if least > 1 else self._series(1)
+            for series, stacks in (*((one, False) for one in left), *((one, True) for one in right)):
+                rest |= self._match_stack(shared_in(series), stacks, least)
+        self._taken |= rest
+        for _, pair in rests:
+            if pair is not None and self._is_taken(pair[0]):
+                self._match(pair[1])
+
+    def _match_stack(self, series: Series, stacks: bool, least: int) -> set[int]:
+        """Adds what the other side keeps stacked of a group; returns all that lies in the stack."""
+        other, above = self._free(1 - stacks), self._context.above[1 - stacks]
+        stack = stack_of(series, other, above, least)
+        found = [(series, *stack)] if stack is not None and are_alike(series) else []
+        if not (found or stacks or least == 1):
+            found = shares_of(series, other, above)
+        rest: set[int] = set()
+        for share in found:
+            matched, inside = _matched_stack(share, stacks, self._context), share[-1]
+            asked = [link for tie in matched.ties for reading in tie.readings for link in reading]
+            links = [*matched.links, *asked]
+            used = {leaf.source for link in links for leaf in (link.wanted if stacks else link.stored)}
+            rest |= {id(leaf) for leaf in inside}
+            self._take(leaf for leaf in inside if leaf.source in used)
+            self._take(share[0].leaves)
+            self._found.add(matched)
+        return rest
 
 
-def _match_series(
-    pairs: Iterable[tuple[Series, Series]], context: Context, found: Findings, taken: set[int]
-) -> None:
-    """Matches groups of layers with each other; adds what is found, and what is no other group's then."""
-    for one, other in pairs:
-        members = _match_members(one, other, context)
-        same = same_layers(one, other)
-        ours = [leaf for left, _ in same for leaf in one.members[left]]
-        theirs = [leaf for _, right in same for leaf in other.members[right]]
-        asked = [link for tie in members.ties if len(tie.readings) > 1 for link in tie.readings[0]]
-        linked = [leaf for link in (*members.links, *asked) for leaf in link.wanted]
-        if not members.links or sizes_of(linked) * 4 < min(sizes_of(ours), sizes_of(theirs)):
-            continue  # Layers that hold so little alike are not the same.
-        found.add(members)
-        taken |= {id(leaf) for leaf in (*ours, *theirs)}
-        for series, side in ((one, 0), (other, 1)):
-            taken |= _more_of(series, {pair[side] for pair in same})
-
-
-def _more_of(series: Series, matched: Collection[int]) -> set[int]:
+def _more_of(series: Series, matched: Collection[int]) -> list[Leaf]:
     """Returns the leaves of layers that one side has more of: like the matched ones, and nothing else."""
     held = {at: {leaf.names[series.depth :] for leaf in leaves} for at, leaves in series.members.items()}
     like = [held[number] for number in matched] if len(matched) > 1 else []
     more = (leaves for at, leaves in series.members.items() if at not in matched and held[at] in like)
-    return {id(leaf) for leaves in more for leaf in leaves}
-
-
-def _pairs_with_rests(
-    ours: Sequence[Series], theirs: Sequence[Series], context: Context, found: Findings, taken: set[int]
-) -> Iterator[list[tuple[Series, Series]]]:
-    """Yields which lone groups are what layers that are matched hold beside what was found in them.
-
-    `block_{i}` and `attn_{i}` are both `stages/{i}`, which have a block and an attention each. And which
-    rests are each other's.
-    """
-    sides = list(zip((context.wanted, context.stored), context.above, strict=True))
-    for least in (2, 1):  # At last lists of single parts: `skips/{i}` of `layers/{i}`.
-        asked = [link for tie in found.ties for reading in tie.readings for link in reading]
-        used = {id(leaf) for link in (*found.links, *asked) for leaf in (*link.wanted, *link.stored)}
-        rests = [
-            series_of([leaf for leaf in leaves if id(leaf) in taken and id(leaf) not in used], above, least)
-            for leaves, above in sides
-        ]
-        if least == 1:
-            ours, theirs = (series_of(_free(leaves, taken), above, least) for leaves, above in sides)
-        yield paired_series(rests[0], theirs) if theirs else []
-        yield paired_series(ours, rests[1]) if ours else []
-        # What ends one stage begins the next one elsewhere.
-        yield [pair for pair in paired_series(*rests) if pair[0].numbers != pair[1].numbers and least > 1]
-
-
-def _paired(
-    ours: Sequence[Series], theirs: Sequence[Series], context: Context, taken: set[int]
-) -> list[tuple[Series, Series]]:
-    """Returns which groups are the same; not where what one has more may lie beside the other one.
-
-    `resnets_{0..1}` and `attentions_0` are `mid/{0..2}`: no number tells which.
-    """
-    pairs = paired_series(ours, theirs)
-    known = {id(leaf) for pair in pairs for one in pair for held in one.members.values() for leaf in held}
-    free = [_free(leaves, taken | known) for leaves in (context.wanted, context.stored)]
-
-    def are_whole(pair: tuple[Series, Series]) -> bool:
-        same = same_layers(*pair)
-        sizes = [{at: part_sizes(held) for at, held in one.members.items()} for one in pair]
-        unlike = [(sizes[0][at], sizes[1][to]) for at, to in same if sizes[0][at] != sizes[1][to]]
-        for side, numbers in enumerate(zip(*same, strict=True)):
-            more = {held for at, held in sizes[side].items() if at not in numbers}
-            lacking = {each[1 - side] for each in unlike}
-            if more & (lacking | sizes_within(free[1 - side], context.above[1 - side])):
-                return False
-        return True
-
-    return list(filter(are_whole, pairs))
-
-
-def _pairs_of_kinds(
-    ours: Sequence[Series], theirs: Sequence[Series], pairs: Iterable[tuple[Series, Series]]
-) -> list[tuple[Series, Series]]:
-    """Returns which groups are the same among those left, layers of one kind by themselves.
-
-    `denseblock1`, `transition1`, `denseblock2` are `layers/0`, `layers/1`, `layers/2` of a list.
-    """
-    used = {id(series) for pair in pairs for series in pair}
-    groups = ([one for one in side if id(one) not in used] for side in (ours, theirs))
-    left, right = ([kind for one in side for kind in kinds_of(one)] for side in groups)
-    return paired_series(left, right) if any(one.is_kind for one in (*left, *right)) else []
-
-
-def _is_taken(series: Series, taken: set[int]) -> bool:
-    return any(id(leaf) in taken for held in series.members.values() for leaf in held)
+    return [leaf for leaves in more for leaf in leaves]
 
 
 def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context) -> Findings:
@@ -247,7 +305,7 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         lambda part: creation_place((*start[0], *part.names), context.order),
         lambda one, other: context.known((*start[0], *one), (*start[1], *other)),
     )
-    counted = [(*context.levels, *_same_numbers(link, context)) for link in matched.links]
+    counted = [(*context.levels, *_same_numbers(link, context.above)) for link in matched.links]
     pairs = zip(matched.links, counted, strict=True)
     ties = [
         Tie(
@@ -261,6 +319,11 @@ def _match_rest(wanted: Sequence[Leaf], stored: Sequence[Leaf], context: Context
         for tie in _by_modules(matched.ties)
     ]
     return Findings(links=[dataclasses.replace(link, levels=at) for link, at in pairs], ties=ties)
+
+
+def _same_numbers(link: Link, above: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    is_one = len(link.wanted) == len(link.stored) == 1
+    return same_numbers(link.target.names, link.source.names, above) if is_one else ()
 
 
 _ModulePairs = frozenset[tuple[Names, Names]]
@@ -290,28 +353,6 @@ def _module_pairs(reading: Iterable[Link]) -> _ModulePairs:
     parts = [[part_of(leaf) for leaf in (link.target, link.source)] for link in reading]
     depths = [len(shared_levels(side, own=1)) + 1 for side in zip(*parts, strict=True)]
     return frozenset((one[: depths[0]], other[: depths[1]]) for one, other in parts)
-
-
-def _same_numbers(link: Link, context: Context) -> tuple[tuple[int, int], ...]:
-    """Returns the segments below the context in which both paths count the same.
-
-    Numbers of one name, or those of the parts themselves: `Dense_3` and `layers/3`.
-    """
-    if len(link.wanted) != 1 or len(link.stored) != 1:
-        return ()
-    left = numbered_segments(link.target.names, context.above[0])
-    right = numbered_segments(link.source.names, context.above[1])
-    alone = len(left) == len(right)
-    ends = len(link.target.names) - 2, len(link.source.names) - 2
-    found: list[tuple[int, int]] = []
-    for seat, level in right:
-        for at, (other, against) in enumerate(left):
-            are_last = alone and (other, seat) == ends
-            if level.number == against.number and (level.base == against.base or are_last):
-                found.append((seat, other))
-                left = left[at + 1 :]
-                break
-    return tuple(found)
 
 
 # Groups of layers.
@@ -372,53 +413,10 @@ def _layers_in(layers: Layers | None, wanted: Names, stored: Names) -> Layers | 
     )
 
 
-# Stacks of layers.
-
-
-def _stacks(
-    ours: Sequence[Series], theirs: Sequence[Series], context: Context, taken: set[int]
-) -> Iterator[Findings]:
-    """Yields what groups of layers that the other side keeps stacked have in it; adds what is used."""
-    rest: set[int] = set()  # Of a stack: another group may hold it.
-    for least in (2, 1):
-        left, right = list(ours), list(theirs)
-        if least == 1:
-            left = series_of(_free(context.wanted, taken), context.above[0], least)
-            right = series_of(_free(context.stored, taken), context.above[1], least)
-        for series, stacks in (*((one, False) for one in left), *((one, True) for one in right)):
-            series, other = shared_in(series), context.wanted if stacks else context.stored
-            above = context.above[0 if stacks else 1]
-            stack = stack_of(series, _free(other, taken), above, least)
-            found = [(series, *stack)] if stack is not None and are_alike(series) else []
-            if not (found or stacks or least == 1):
-                found = shares_of(series, _free(other, taken), above)
-            for share, prefix, axis, inside in found:
-                matched = _match_stack(share, prefix, axis, inside, stacks, context)
-                asked = [link for tie in matched.ties for reading in tie.readings for link in reading]
-                links = [*matched.links, *asked]
-                used = {leaf.source for link in links for leaf in (link.wanted if stacks else link.stored)}
-                rest |= {id(leaf) for leaf in inside}
-                taken |= {id(leaf) for leaf in inside if leaf.source in used}
-                taken |= {id(leaf) for held in share.members.values() for leaf in held}
-                yield matched
-    taken |= rest
-
-
-def _free(leaves: Iterable[Leaf], taken: set[int]) -> list[Leaf]:
-    return [leaf for leaf in leaves if id(leaf) not in taken]
-
-
-def _match_stack(
-    series: Series,
-    prefix: Names,
-    axis: int,
-    inside: Sequence[Leaf],
-    stacks: bool,
-    context: Context,
-) -> Findings:
+def _matched_stack(share: Share, stacks: bool, context: Context) -> Findings:
     """Matches one layer with what a stack holds of one, and the rest like it."""
-    first = series.numbers[0]
-    members = series.members[first]
+    series, prefix, axis, inside = share
+    members = series.members[series.numbers[0]]
     layer = [dataclasses.replace(leaf, shape=without_axis(leaf.shape, axis)) for leaf in inside]
     # The stack's path takes the place of a layer's, so that both sides count the same levels below.
     inner = dataclasses.replace(
@@ -429,7 +427,7 @@ def _match_stack(
     )
     counted = stacks or series.numbers == list(range(len(series.numbers)))
     # What counts otherwise than from 0, as `q1` and `q2`, takes its numbers once the stack is taken apart.
-    template = series.template if counted else (*series.above, prefix[-1], "{i}")
+    template = series.template if counted else (*series.template[:-1], prefix[-1], "{i}")
     layers = Layers(template if stacks else prefix, prefix if stacks else template, axis, stacks, counted)
 
     def every_layer(links: Sequence[Link]) -> Iterator[Link]:

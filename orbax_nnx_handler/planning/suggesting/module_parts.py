@@ -10,12 +10,13 @@ from orbax_nnx_handler.planning.core.leaves import Shape, record
 from orbax_nnx_handler.planning.core.paths import Level, Path, levels
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
+    ENDING,
+    PARAMETER,
     PYTORCHS,
     Concepts,
     concepts,
     meanings,
     parameter_of,
-    place_of,
     words,
 )
 
@@ -170,19 +171,21 @@ def _own_place(names: Names, held: Mapping[str, Leaf], modules: Collection[Names
     return held["main"].names[above:] if is_scale and names and names in modules else names
 
 
+def place_of(names: Names) -> tuple[Names, str]:
+    """Returns the part that a leaf belongs to and what it is there."""
+    *above, last = names
+    kind = PARAMETER.get(last)
+    if kind is not None:
+        return tuple(above), kind
+    ending = None if "layerscale" in meanings(last) else ENDING.fullmatch(last)
+    if ending is not None and PARAMETER.get(ending[2]):
+        return (*above, ending[1]), PARAMETER[ending[2]]
+    return names, "main"
+
+
 def part_of(leaf: Leaf) -> Names:
     """Returns the path of the part that a leaf belongs to."""
     return place_of(leaf.names)[0]
-
-
-def numbered_segments(names: Names, above: int) -> list[tuple[int, Level]]:
-    """Returns the segments with a number below a context, and what they count."""
-    at, found = 0, list[tuple[int, Level]]()
-    for level in levels(names):
-        at += level.width
-        if level.number is not None and at > above:
-            found.append((at - 1, level))
-    return found
 
 
 ModuleKinds = tuple[Names, tuple[Sequence[str], frozenset[Names]]]

@@ -5,21 +5,29 @@ Last, stacks: the module that holds a group along an axis of its own, or every s
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels
-from orbax_nnx_handler.planning.suggesting.assignment import best_pairs
+from orbax_nnx_handler.planning.suggesting.assignment import best_pairs, depth_of, possible_stacks
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, module_parts
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN, arm, concepts, exclude, likeness, telling
-
-_PLACE = "{i}"
-_SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))
-"""Names under which a lone number is the only layer of a model."""
+from orbax_nnx_handler.planning.suggesting.vocabulary import (
+    MARGIN,
+    PLACE,
+    RESTS,
+    SINGLE,
+    arm,
+    concepts,
+    exclude,
+    likeness,
+    numbered,
+    telling,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,14 +35,12 @@ class Series:
     """Numbered modules of one name, each with parts of its own.
 
     Attributes:
-        above: The names above them.
         template: The names of one of them, with a place for its number.
         base: The names without numbers.
         members: Their leaves by number.
         is_kind: Whether they are those of one kind, among others that the program counts with them.
     """
 
-    above: Names
     template: Names
     base: Names
     members: Mapping[int, list[Leaf]]
@@ -51,6 +57,11 @@ class Series:
         return sorted(self.members)
 
     @functools.cached_property
+    def leaves(self) -> list[Leaf]:
+        """The leaves of all members."""
+        return [leaf for held in self.members.values() for leaf in held]
+
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """How many elements each member holds, by their numbers."""
         return [sizes_of(self.members[number]) for number in self.numbers]
@@ -62,23 +73,23 @@ class Series:
 
     def place(self, number: int) -> Names:
         """Returns the names that lead into a member."""
-        return tuple(name.replace(_PLACE, str(number)) for name in self.template)
+        return tuple(name.replace(PLACE, str(number)) for name in self.template)
 
     @property
     def seat(self) -> int:
         """The segment that holds the number."""
-        return self.depth - 1
+        return max(at for at, name in enumerate(self.template) if PLACE in name)
+
+
+Pairs = list[tuple[Series, Series]]
 
 
 def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series]:
-    """Returns the groups of numbered modules of a context, the outermost ones.
+    """Returns the groups of numbered modules of a context, the outermost ones, below some segments.
 
-    Args:
-        leaves: The leaves of the context.
-        above: How many segments lead to it.
-        least: How many parts a layer must have: a single one is rather a part with a number.
+    A layer must have `least` parts: a single one is rather a part with a number.
     """
-    waiting = [(leaf, _numbered(leaf.names, above)) for leaf in leaves]
+    waiting = [(leaf, numbered(leaf.names, above)) for leaf in leaves]
     found: list[Series] = []
     while waiting:
         groups: dict[tuple[Names, Names], dict[int, list[tuple[Leaf, list[Any]]]]] = defaultdict(
@@ -92,7 +103,7 @@ def series_of(leaves: Sequence[Leaf], above: int, least: int = 2) -> list[Series
         for (template, base), members in groups.items():
             held = {number: [leaf for leaf, _ in pairs] for number, pairs in members.items()}
             if _is_series(template, base, held, least):
-                found.append(Series(template[:-1], template, base, held))
+                found.append(Series(template, base, held))
             else:
                 waiting += [pair for pairs in members.values() for pair in pairs]
     return found
@@ -106,24 +117,11 @@ def with_inner(groups: Iterable[Series]) -> list[Series]:
     return found
 
 
-def _numbered(names: Names, above: int) -> list[tuple[tuple[Names, Names], int]]:
-    """Returns the numbered levels of a path below a context, each as the key of its group and its number."""
-    at, base, found = 0, list[str](), list[tuple[tuple[Names, Names], int]]()
-    for level in levels(names):
-        at += level.width
-        base.append(level.base)
-        if level.number is not None and at > above and at < len(names):
-            last = names[at - 1]
-            template = _PLACE.join(last.rsplit(str(level.number), 1)) if not last.isdecimal() else _PLACE
-            found.append((((*names[: at - 1], template), tuple(base)), level.number))
-    return found
-
-
 def _is_series(template: Names, base: Names, members: Mapping[int, Sequence[Leaf]], least: int) -> bool:
     depth = len(template)
     if any(len(module_parts(leaves, depth)) < least for leaves in members.values()):
         return False
-    return len(members) > 1 or base[-1].lower() in _SINGLE
+    return len(members) > 1 or base[-1].lower() in SINGLE
 
 
 def kinds_of(series: Series) -> list[Series]:
@@ -139,7 +137,7 @@ def kinds_of(series: Series) -> list[Series]:
     return [dataclasses.replace(series, members=members, is_kind=True) for members in kinds.values()]
 
 
-def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tuple[Series, Series]]:
+def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> Pairs:
     """Returns which groups of layers are the same, where no other pairing comes near."""
     scores = dict[tuple[int, int], float]()
     said, says = (telling(list(map(said_of, side))) for side in (ours, theirs))
@@ -151,26 +149,62 @@ def paired_series(ours: Sequence[Series], theirs: Sequence[Series]) -> list[tupl
     return [(ours[at], theirs[to]) for at, to in best_pairs(scores)]
 
 
-def in_sequence(
-    groups: Iterable[Series], free: Sequence[Leaf], above: int, arms: int
-) -> list[list[tuple[Series, Series]]]:
+def parts_of(series: Series) -> list[Series]:
+    """Returns the modules in the layers of a group as groups, where each layer holds the same ones alone."""
+    held: dict[str, dict[int, list[Leaf]]] = defaultdict(lambda: defaultdict(list))
+    for number, leaves in series.members.items():
+        for leaf in leaves:
+            held["/".join(leaf.names[series.depth : -1][:1])][number].append(leaf)
+    if len(held) < 2 or "" in held or any(len(members) < len(series.members) for members in held.values()):
+        return []
+    return [Series((*series.template, name), (*series.base, name), members) for name, members in held.items()]
+
+
+def lists_within(series: Series, others: Sequence[Series]) -> list[Pairs]:
+    """Returns the ways in which lists of the other side may be the parts of a list's blocks, as pairs.
+
+    `layers_{i}` and `gated_{i}` are `blocks/{i}/self` and `blocks/{i}/gated`. One alone where names tell it.
+    """
+    parts, others = parts_of(series), [other for other in others if other.numbers == series.numbers]
+    like = [[at for at, other in enumerate(others) if other.sizes == part.sizes] for part in parts]
+    is_one = any(other.sizes == series.sizes for other in others)
+    if not parts or is_one or not 0 < math.prod(map(len, like)) <= _MOST_WAYS:
+        return []
+    said, says = (telling(list(map(_said_within, side))) for side in (parts, others))
+    scores: dict[tuple[int, ...], float] = {}
+    for choice in itertools.product(*like):
+        pairs = [(one, says[at]) for one, at in zip(said, choice, strict=True)]
+        if len({*choice}) == len(parts):
+            scores[choice] = sum(likeness(*pair) - 10 * exclude(*pair) for pair in pairs)
+    best = sorted(scores, key=lambda choice: -scores[choice])
+    is_told = len(best) > 1 and scores[best[0]] - scores[best[1]] >= MARGIN
+    made = ([others[at] for at in choice] for choice in best[: 1 if is_told else None])
+    return [list(zip(parts, choice, strict=True)) for choice in made]
+
+
+_MOST_WAYS = 24
+_KINDS = frozenset(("self", "cross", "attn", "mlp", "conv"))
+
+
+def _said_within(series: Series) -> frozenset[str]:
+    """Returns what the name of a group says, and what its layers hold."""
+    inside = concepts(name for leaf in series.members[series.numbers[0]] for name in leaf.names)
+    return said_of(series) | inside & _KINDS
+
+
+def in_sequence(groups: Iterable[Series], free: Sequence[Leaf], above: int, arms: int) -> list[Pairs]:
     """Returns the modules of the other side that one after the other are the layers of a group, as pairs.
 
-    `Block_{0..3}` are `stages/{0..1}/{0..1}`, or what lies in `down`, `mid` and `up`: as many modules with
-    numbers, each as large as the one in its place. Nothing where that is not so, or so of two groups.
-
-    Args:
-        groups: The groups.
-        free: The leaves of the other side that are none of another group's.
-        above: How many segments lead to the context on that side.
-        arms: In how many arms of a U-Net they must be.
+    `Block_{0..3}` are `stages/{0..1}/{0..1}`, or what lies in `down`, `mid` and `up`, in so many arms of a
+    U-Net: as many modules with numbers, each as large as the one in its place. Nothing where that is not so,
+    or so of two groups.
     """
     found = [_in_sequence(series, free, above, arms) for series in groups]
     claims = Counter(other.template for pairs in found for _, other in pairs)
     return [pairs for pairs in found if all(claims[other.template] == 1 for _, other in pairs)]
 
 
-def _in_sequence(series: Series, free: Sequence[Leaf], above: int, arms: int) -> list[tuple[Series, Series]]:
+def _in_sequence(series: Series, free: Sequence[Leaf], above: int, arms: int) -> Pairs:
     found = _modules_of_sizes(free, above, {*series.sizes})
     bases = {names: tuple(level.base for level in levels(names)) for names in found}
     ways = {arm(base) for base in bases.values()}
@@ -185,14 +219,9 @@ def _in_sequence(series: Series, free: Sequence[Leaf], above: int, arms: int) ->
     ]
 
 
-_REST = frozenset(("remainder", "remaining", "rest", "tail", "last"))
-
-
-def without_rest(
-    series: Series, others: Iterable[Series]
-) -> tuple[Series, list[tuple[Series, Series]]] | None:
+def without_rest(series: Series, others: Iterable[Series]) -> tuple[Series, Pairs] | None:
     """Returns a group without its last layers, and these with a group named so: the remainder."""
-    found = [other for other in others if said_of(other) & _REST and have_equal_layers(series, other)]
+    found = [other for other in others if said_of(other) & RESTS and have_equal_layers(series, other)]
     if len(found) != 1 or len(found[0].members) >= len(series.members) or not is_complete(found[0]):
         return None
     other, numbers, first = found[0], series.numbers, len(series.numbers) - len(found[0].numbers)
@@ -212,15 +241,15 @@ def have_equal_layers(one: Series, other: Series) -> bool:
 def alone(names: Names, leaves: list[Leaf], number: int) -> Series:
     """Returns a module as the only one of its group."""
     base = tuple(level.base for level in levels(names))
-    return Series(names[:-1], names, base, {number: leaves}, is_kind=True)
+    return Series(names, base, {number: leaves}, is_kind=True)
 
 
 def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) -> Mapping[Names, list[Leaf]]:
     """Returns the outermost modules with a number of some sizes; of one that only holds another one, that."""
     below: dict[Names, list[Leaf]] = defaultdict(list)
     for leaf in free:
-        for (template, _), number in _numbered(leaf.names, above):
-            below[(*template[:-1], template[-1].replace(_PLACE, str(number)))].append(leaf)
+        for (template, _), number in numbered(leaf.names, above):
+            below[(*template[:-1], template[-1].replace(PLACE, str(number)))].append(leaf)
     found: dict[Names, list[Leaf]] = {}
     for names in sorted(below, key=len):
         outer = next((outer for outer in found if names[: len(outer)] == outer), names)
@@ -351,7 +380,7 @@ def stack_of(
     """Returns the module whose leaves all have an axis for the layers, and the axis."""
     count = len(series.members)
     found: list[tuple[float, float, int, Names, int, list[Leaf]]] = []
-    for prefix, leaves, enough in _possible_stacks(free, above, least):
+    for prefix, leaves, enough in possible_stacks(free, above, least):
         # What is a list or holds one is no query and no value of an attention.
         if exclude(said_of(series) - {"q", "v"}, concepts(level.base for level in levels(prefix))):
             continue
@@ -361,7 +390,7 @@ def stack_of(
         alike = likeness(said_of(series), concepts(prefix))
         if axes and ratio > enough:
             axis = _likeliest_axis(series, leaves, axes)
-            found.append((ratio, alike, _depth(prefix, leaves), prefix, axis, leaves))
+            found.append((ratio, alike, depth_of(prefix, leaves), prefix, axis, leaves))
     # A network of the group's own name comes first.
     found = [item for item in found if item[3][:1] == series.template[:1]] or found
     if not found:
@@ -371,7 +400,9 @@ def stack_of(
     # Of two of one size, that of the group's own words.
     alike = best[1] - MARGIN if best[1] > 0 else -math.inf
     rivals = [item for item in found[1:] if item[0] == best[0] and item[1] > alike]
-    if best[4] < 0 or not all(_nested(item[3], best[3]) for item in rivals):
+    if best[4] < 0 or any(
+        one != other for item in rivals for one, other in zip(item[3], best[3], strict=False)
+    ):
         return None
     return best[3], best[4], best[5]
 
@@ -406,36 +437,6 @@ def _every_few(series: Series, block: Series) -> list[Share]:
             return []
         found.append((share, block.place(place), axis, leaves))
     return found
-
-
-def _possible_stacks(
-    free: Sequence[Leaf], above: int, least: int
-) -> Iterator[tuple[Names, list[Leaf], float]]:
-    """Yields modules, and the arrays beside the modules in one, with how much of a group each has to be."""
-    below: dict[Names, list[Leaf]] = defaultdict(list)
-    beside: dict[Names, list[Leaf]] = defaultdict(list)
-    for leaf in free:
-        beside[leaf.names[:-1]].append(leaf)
-        for depth in range(above + 1, len(leaf.names)):
-            below[leaf.names[:depth]].append(leaf)
-    for prefix, leaves in below.items():
-        # Of modules that hold nothing but each other, the innermost one is the layer.
-        inner = leaves[0].names[: len(prefix) + 1]
-        if len(below.get(inner, ())) < len(leaves) or _depth(inner, leaves) < 0:
-            yield prefix, leaves, 0.5 if least > 1 else 0.99
-    for prefix, leaves in beside.items():
-        if len(leaves) < len(below.get(prefix, free)):
-            yield prefix, leaves, 0.99
-
-
-def _depth(prefix: Names, leaves: Sequence[Leaf]) -> int:
-    """Returns how deep a module lies, less than nothing where it holds its leaves itself."""
-    return len(prefix) if all(len(leaf.names) > len(prefix) + 1 for leaf in leaves) else -len(prefix)
-
-
-def _nested(one: Names, other: Names) -> bool:
-    shorter = min(len(one), len(other))
-    return one[:shorter] == other[:shorter]
 
 
 def _have_axis(leaves: Iterable[Leaf], axis: int, count: int) -> bool:

@@ -5,6 +5,8 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.paths import Level, levels
+
 Concepts = frozenset[str]
 """What a name says: words of the table below, and every other word as it is."""
 
@@ -87,53 +89,21 @@ _SPELLINGS = {
 }
 """Each concept with its spellings; those of the last line say nothing."""
 
+_TOGETHER = (
+    "multi head: attn, map head: attn pool, multihead: attn, enc dec: cross, "
+    "encoder decoder attention: cross attn, encoder decoder: cross, encoder attn: cross attn, "
+    "encoder attention: cross attn, feed forward: mlp, dense relu dense: mlp, dense gated: mlp, "
+    "layer norm: norm, rms norm: norm, batch norm: norm, group norm: norm, lm head: head, embed out: head, "
+    "token type: type, cls token: cls, class token: cls, class embedding: cls, mask token: mask, c fc: up, "
+    "fc 1 g: gate, fc 1 x: up, dense h to 4h: up, dense 4h to h: down, attn vec: attn o, "
+    "c attn: attn q k v, in proj: in, down sample: downsample, up sample: upsample, "
+    "layer scale: layerscale, conv proj: conv shortcut, norm proj: norm shortcut, src attn: cross attn, "
+    "log std: std, log var: logvar, add q: enc text q, add k: enc text k, add v: enc text v, "
+    "add out: enc text out, score model:, score net:, score network:, score unet:"
+)
 _PHRASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("multi", "head"): ("attn",),
-    ("map", "head"): ("attn", "pool"),
-    ("multihead",): ("attn",),
-    ("enc", "dec"): ("cross",),
-    ("encoder", "decoder", "attention"): ("cross", "attn"),
-    ("encoder", "decoder"): ("cross",),
-    ("encoder", "attn"): ("cross", "attn"),
-    ("encoder", "attention"): ("cross", "attn"),
-    ("feed", "forward"): ("mlp",),
-    ("dense", "relu", "dense"): ("mlp",),
-    ("dense", "gated"): ("mlp",),
-    ("layer", "norm"): ("norm",),
-    ("rms", "norm"): ("norm",),
-    ("batch", "norm"): ("norm",),
-    ("group", "norm"): ("norm",),
-    ("lm", "head"): ("head",),
-    ("embed", "out"): ("head",),
-    ("token", "type"): ("type",),
-    ("cls", "token"): ("cls",),
-    ("class", "token"): ("cls",),
-    ("class", "embedding"): ("cls",),
-    ("mask", "token"): ("mask",),
-    ("c", "fc"): ("up",),
-    ("fc", "1", "g"): ("gate",),
-    ("fc", "1", "x"): ("up",),
-    ("dense", "h", "to", "4h"): ("up",),
-    ("dense", "4h", "to", "h"): ("down",),
-    ("attn", "vec"): ("attn", "o"),
-    ("c", "attn"): ("attn", "q", "k", "v"),
-    ("in", "proj"): ("in",),
-    ("down", "sample"): ("downsample",),
-    ("up", "sample"): ("upsample",),
-    ("layer", "scale"): ("layerscale",),
-    ("conv", "proj"): ("conv", "shortcut"),
-    ("norm", "proj"): ("norm", "shortcut"),
-    ("src", "attn"): ("cross", "attn"),
-    ("log", "std"): ("std",),
-    ("log", "var"): ("logvar",),
-    ("add", "q"): ("enc", "text", "q"),
-    ("add", "k"): ("enc", "text", "k"),
-    ("add", "v"): ("enc", "text", "v"),
-    ("add", "out"): ("enc", "text", "out"),
-    ("score", "model"): (),
-    ("score", "net"): (),
-    ("score", "network"): (),
-    ("score", "unet"): (),
+    tuple(words.split()): tuple(said.split())
+    for words, _, said in (each.partition(":") for each in _TOGETHER.split(","))
 }
 """Words that mean something else together. `c_attn`, `c_fc`: GPT-2; `dense_h_to_4h`: NeoX and Bloom;
 `embed_out`: NeoX; `attn_vec_einsum`: Gemma; `DenseReluDense`: T5; `encoder_attn`: Bart and Whisper;
@@ -163,12 +133,18 @@ _PARAMETERS = {
     "mean": "mean running_mean moving_mean",
     "var": "var running_var moving_var variance running_variance moving_variance",
 }
-_PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling in names.split()}
-_ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")
+PARAMETER = {spelling: kind for kind, names in _PARAMETERS.items() for spelling in names.split()}
+ENDING = re.compile(r"(.+)_(kernel|weight|bias|scale)")
 """A parameter with what it is called as its own, and at the end of a name: `gate_up_proj_bias`."""
 
 PYTORCHS = frozenset(("weight", "weights", "w"))
 """Names under which a program may keep outputs before inputs."""
+
+SINGLE = frozenset(("layers", "layer", "blocks", "block", "h", "stages", "stage", "resblocks"))
+"""Names under which a lone number is the only layer of a model."""
+
+RESTS = frozenset(("remainder", "remaining", "rest", "tail", "last"))
+"""Names of the last layers of a list, which a program keeps apart from it."""
 
 MARGIN = 0.75
 """By how much one pairing must be better than every other one."""
@@ -258,18 +234,6 @@ def parameter_of(name: str) -> str:
     return last if last in PYTORCHS else name
 
 
-def place_of(names: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """Returns the part that a leaf belongs to and what it is there."""
-    *above, last = names
-    kind = _PARAMETER.get(last)
-    if kind is not None:
-        return tuple(above), kind
-    ending = None if "layerscale" in meanings(last) else _ENDING.fullmatch(last)
-    if ending is not None and _PARAMETER.get(ending[2]):
-        return (*above, ending[1]), _PARAMETER[ending[2]]
-    return names, "main"
-
-
 @functools.lru_cache(maxsize=65536)
 def directions(names: tuple[str, ...]) -> frozenset[tuple[Sequence[str], Sequence[str]]]:
     """Returns what leads to what by a path's names: `image_to_token` never is `token_to_image`."""
@@ -277,6 +241,75 @@ def directions(names: tuple[str, ...]) -> frozenset[tuple[Sequence[str], Sequenc
         each for name in names for each in zip(words(name), words(name)[1:], words(name)[2:], strict=False)
     )
     return frozenset((meanings(at), meanings(to)) for at, middle, to in around if middle in ("to", "2"))
+
+
+PLACE = "{i}"
+Numbered = tuple[tuple[str, ...], tuple[str, ...]]
+"""The names that lead into a layer, with a place for its number; the names without numbers."""
+
+
+def numbered(names: tuple[str, ...], above: int) -> list[tuple[Numbered, int]]:
+    """Returns the numbered levels of a path below a context, each as the key of its group and its number."""
+    at, base, found = 0, list[str](), list[tuple[Numbered, int]]()
+    for level in levels(names):
+        at += level.width
+        base.append(level.base)
+        if level.number is not None and at > above and at < len(names):
+            last = names[at - 1]
+            template = PLACE.join(last.rsplit(str(level.number), 1)) if not last.isdecimal() else PLACE
+            found.append((((*names[: at - 1], template), tuple(base)), level.number))
+    return found
+
+
+def _numbered_segments(names: tuple[str, ...], above: int) -> list[tuple[int, Level]]:
+    """Returns the segments with a number below a context, and what they count."""
+    at, found = 0, list[tuple[int, Level]]()
+    for level in levels(names):
+        at += level.width
+        if level.number is not None and at > above:
+            found.append((at - 1, level))
+    return found
+
+
+def same_numbers(
+    wanted: tuple[str, ...], stored: tuple[str, ...], above: tuple[int, int]
+) -> tuple[tuple[int, int], ...]:
+    """Returns the segments below a context in which two paths count the same, stored and wanted.
+
+    Numbers of one name, or those of the parts themselves: `Dense_3` and `layers/3`.
+    """
+    left, right = _numbered_segments(wanted, above[0]), _numbered_segments(stored, above[1])
+    alone = len(left) == len(right)
+    ends = len(wanted) - 2, len(stored) - 2
+    found: list[tuple[int, int]] = []
+    for seat, level in right:
+        for at, (other, against) in enumerate(left):
+            are_last = alone and (other, seat) == ends
+            if level.number == against.number and (level.base == against.base or are_last):
+                found.append((seat, other))
+                left = left[at + 1 :]
+                break
+    return tuple(found)
+
+
+def same_name(one: Level, other: Level) -> bool:
+    """Tells whether two numbered levels are called alike."""
+    if one.base == other.base:
+        return True
+    if any(map(str.isdecimal, one.base + other.base)):
+        return False  # `stage1_block0` counts blocks, not stages.
+    return bool(said := {*meanings(one.base)}) and said == {*meanings(other.base)}
+
+
+def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:
+    """Tells whether two levels have one number among those of their siblings; None where nothing tells."""
+    in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
+    in_turns |= 1 in (len(held), len(others)) and len(held) != len(others)  # Its sibling has another name.
+    if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
+        return one.number == other.number
+    if len(held) == len(others) and one.number is not None and other.number is not None:
+        return held.index(one.number) == others.index(other.number)
+    return None
 
 
 def order_word(found: Collection[str]) -> int:

@@ -1,0 +1,100 @@
+"""Lists beside each other: as parts of the blocks of one list, or with single modules among its layers."""
+
+import numpy as np
+import pytest
+
+from tests.planning.suggesting.proposals import check, filled, proposed, restored
+
+LAYER = {
+    "norm1/scale": (8,),
+    "attn/q/kernel": (8, 8),
+    "attn/k/kernel": (8, 8),
+    "attn/v/kernel": (8, 8),
+    "attn/out/kernel": (8, 8),
+    "norm2/scale": (8,),
+    "mlp/fc1/kernel": (8, 32),
+    "mlp/fc2/kernel": (32, 8),
+}
+
+
+def blocks(called):
+    """Returns the stored leaves of two lists, and where they are in the blocks of one."""
+    paths = {
+        f"{name}/{at}/{path}": f"blocks/{at}/{aim}/{path}"
+        for name, aim in called.items()
+        for at in range(3)
+        for path in LAYER
+    }
+    return filled({path: LAYER[path.split("/", 2)[2]] for path in paths}), paths
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        {"layers": "self", "gated_cross_attn": "gated"},
+        {"h": "layer", "xattn_layers": "cross"},
+        {"decoder_layers": "decoder_layer", "cross_layers": "xattn"},
+    ],
+    ids=lambda called: ",".join(called),
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_lists_as_large_as_the_parts_of_blocks_are_those_by_their_names(called, turned):
+    stored, paths = blocks(called)
+    aims = {aim: path for path, aim in paths.items()} if turned else paths
+    stored = filled({paths[path]: x.shape for path, x in stored.items()}) if turned else stored
+
+    found, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: x for path, x in stored.items()})
+
+
+def test_lists_that_no_name_gives_to_the_parts_of_blocks_are_one_question():
+    stored, paths = blocks({"oak": "near", "elm": "far"})
+    shapes = {paths[path]: x.shape for path, x in stored.items()}
+
+    found, values = proposed(stored, shapes)
+
+    (question,) = found.questions
+    assert not values
+    expected = {paths[path]: x for path, x in stored.items()}
+    made = [restored(stored, shapes, rules) for rules in question.alternatives]
+    assert [all(np.array_equal(one[path], x) for path, x in expected.items()) for one in made].count(
+        True
+    ) == 1
+
+
+@pytest.mark.parametrize(
+    "names", ["resnets_0 attentions_0 resnets_1", "Foo_0 AttnBlock_0 Foo_1", "oak_0 elm oak_1"]
+)
+@pytest.mark.parametrize("inner", ["conv1 conv2", "norm conv2"])
+def test_what_lies_between_two_layers_may_be_any_of_a_list_of_three(names, inner):
+    aims, shapes = {}, {}
+    for at, name in enumerate(names.split()):
+        parts = inner.split() if at != 1 else ["conv1", "conv2"]
+        for part, called in zip(parts, ("one", "two"), strict=True):
+            for kind, shape in (("kernel", (8, 8)), ("bias", (8,))):
+                path = f"{part}/{kind}" if part != "norm" or kind == "bias" else "norm/scale"
+                shapes[f"mid/{name}/{path}"] = (8,) if "norm" in path else shape
+                aims[f"mid/{name}/{path}"] = f"middle/{at}/{called}/{path.split('/')[1]}"
+    stored = filled(shapes)
+
+    _, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    check(values, {aims[path]: x for path, x in stored.items() if aims[path] in values})
+
+
+def test_a_module_that_holds_two_layers_does_not_tell_what_each_of_them_does():
+    shapes = {"kernel": (8, 8), "bias": (8,)}
+    blocks = {"ResnetBlock_0": "in_block", "AttnBlock_0": "attn", "ResnetBlock_1": "out_block"}
+    aims = {
+        f"{name}/{layer}/{kind}": f"{aim}/{into}/{kind}"
+        for name, aim in blocks.items()
+        for layer, into in (("Dense_0", "fc1"), ("Dense_1", "fc2"))
+        for kind in shapes
+    }
+    stored = filled({path: shapes[path.split("/")[2]] for path in aims})
+
+    _, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    check(values, {aims[path]: x for path, x in stored.items() if aims[path] in values})

@@ -98,6 +98,8 @@ def may_be(one: NamedPart, other: NamedPart) -> bool:
         if not same_place(one.place, other.place):
             return False
         left, right = left - PLACING, right - PLACING
+    if all("bias" in role.part.leaves for role in (one, other)):
+        left, right = left - {"embed"}, right - {"embed"}  # DETR's `class_embed` is no table.
     if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
         return False
     back = {(to, at) for at, to in directions(one.part.names) if at != to}

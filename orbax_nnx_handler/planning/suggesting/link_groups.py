@@ -163,10 +163,7 @@ def _ordered(link: Link, order: tuple[int, ...], told: str = "") -> Link:
     """Returns a link that puts the axes into an order, with what is told where another may be meant."""
     way = Way((transposed(link.source.shape, order),))
     return dataclasses.replace(
-        link,
-        ways=((way,),),
-        grounds="names" if link.grounds == "shapes" else link.grounds,
-        told=told,
+        link, ways=((way,),), grounds="names" if link.grounds == "shapes" else link.grounds, told=told
     )
 
 

@@ -6,14 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Homes, ranks_of, same_modules
-from orbax_nnx_handler.planning.suggesting.assignment import (
-    Fit,
-    Table,
-    components,
-    fit_of,
-    may_be,
-    merged,
-)
+from orbax_nnx_handler.planning.suggesting.assignment import Fit, Table, components, fit_of, may_be, merged
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
@@ -22,7 +15,6 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     ascend,
     in_order,
     in_strict_order,
-    lies_within,
     named_parts,
 )
 from orbax_nnx_handler.planning.suggesting.scoring import joined_parts, links_of
@@ -137,12 +129,7 @@ class _Pairs:
     """The possible pairs of a context, and which of them nothing else can be."""
 
     def __init__(
-        self,
-        wanted: Sequence[NamedPart],
-        stored: Sequence[NamedPart],
-        known: Known,
-        *,
-        is_outermost: bool,
+        self, wanted: Sequence[NamedPart], stored: Sequence[NamedPart], known: Known, *, is_outermost: bool
     ) -> None:
         self._wanted, self._stored = wanted, stored
         self._fits: dict[tuple[int, int], Fit] = {}
@@ -259,7 +246,7 @@ class _Pairs:
             left, right = self._wanted[at], self._stored[to]
             one, other = self._homes.of(at, to)
             in_order = all(ascend((left, right), pair) for pair in anchors)
-            if in_order and lies_within(one, other, modules) and lies_within(other, one, sources):
+            if in_order and _lies_within(one, other, modules) and _lies_within(other, one, sources):
                 kept.add((at, to))
         is_whole = {at for at, _ in kept} == ours and {to for _, to in kept} == theirs
         return kept if is_whole and kept != among else None
@@ -443,3 +430,9 @@ def _together(undecided: Iterable[_Undecided]) -> Iterator[_Undecided]:
 
 def _is_free(to: int, found: Iterable[tuple[int, int, PairGrounds]]) -> bool:
     return all(to != other for _, other, _ in found)
+
+
+def _lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:
+    """Tells whether all modules around a part that are known lie around the other part too."""
+    around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
+    return all(other[: len(found)] == found for found in around)

@@ -198,15 +198,9 @@ def kinds_of_modules(leaves: Iterable[Leaf]) -> Mapping[Names, ModuleKinds]:
         for names in around(part):
             held[names].add(part[len(names) :])
     bases = {names: tuple(level.base for level in levels(names)) for names in held}
-    return {
-        names: (named, (_sense(next(filter(None, reversed(named)), "")), frozenset(held[names])))
-        for names, named in bases.items()
-    }
-
-
-def _sense(name: str) -> Sequence[str]:
-    """Returns what a name says, `Mixed_5b` as `Mixed_5c`; the name where it says nothing."""
-    return meanings(name) or (name,)
+    last = {names: next(filter(None, reversed(named)), "") for names, named in bases.items()}
+    said = {names: meanings(name) or (name,) for names, name in last.items()}  # `Mixed_5b` as `Mixed_5c`.
+    return {names: (named, (said[names], frozenset(held[names]))) for names, named in bases.items()}
 
 
 def is_alone(names: Names, kinds: Mapping[Names, ModuleKinds]) -> bool:
@@ -225,8 +219,8 @@ def around(names: Names) -> Iterator[Names]:
 
 
 PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs"]
-"""What tells the pair: shapes allow no other; the order in which both programs number or compute their
-parts; names; a known code base; how its siblings are arranged; that patches are flattened alike."""
+"""What tells the pair: shapes allow no other; the order of both programs' parts; names; a known code base;
+how its siblings are arranged; that patches are flattened alike."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +240,11 @@ class Layers:
     axis: int
     stacks: bool
     counted: bool = True
+
+    @property
+    def seat(self) -> int:
+        """The segment that holds the number of a layer, where the wanted side is stacked."""
+        return max(at for at, name in enumerate(self.stored) if "{i}" in name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -310,14 +309,13 @@ class Link:
     def seats(self, root: int) -> list[tuple[int, int]]:
         """Returns the segments of the stored path, its stack taken apart, and of the aim that count layers.
 
-        Args:
-            root: How many more segments lead to the model in the target than in the checkpoint.
+        `root` more segments lead to the model in the target than in the checkpoint.
         """
         layers = self.layers
         if layers is None:
             return [(stored, wanted - root) for stored, wanted in self.levels if wanted >= root]
         if layers.stacks:
-            seat, shift = len(layers.stored) - 1, len(layers.stored) - len(layers.wanted)
+            seat, shift = layers.seat, len(layers.stored) - len(layers.wanted)
             return [(seat, seat), *((s, w + shift) for s, w in self.levels if s > seat)]
         seat = len(layers.wanted) - root - 1
         shift = len(layers.wanted) - root - len(layers.stored)

@@ -136,6 +136,7 @@ class _Context:
         around = set[str]() if is_any else self._surroundings(part)
         said = set(part.said | around) | self._above
         said -= {"attn"} if self._is_beside_attention(part) else set()
+        said |= set() if said & {"self", "cross"} else self._other_attention(part)
         numbers = tuple(
             (level, tuple(sorted(self._families[prefix, level.base, level.style])))
             for prefix, level in _prefixes(part)
@@ -168,6 +169,13 @@ class _Context:
                 cross = {"cross"} & self._below[names] if is_attention else set[str]()
                 return {kind, *cross} if is_attention != is_network else set()
         return set()
+
+    def _other_attention(self, part: ModulePart) -> set[str]:
+        """Returns what an attention is whose only neighbour says it: `attn` beside `cross_attn`."""
+        own = [names for names in _containers(part) if names in self._attentions]
+        beside = [x for names in own[:1] for x in self._attentions if x[:-1] == names[:-1] and x != names]
+        kinds = [{"self", "cross"} & {*meanings(names[-1])} for names in beside]
+        return {"self", "cross"} - kinds[0] if len(kinds) == 1 and kinds[0] else set()
 
     def _is_beside_attention(self, part: ModulePart) -> bool:
         """Tells whether a part lies in a block that is called an attention, and beside that attention."""
@@ -429,12 +437,6 @@ def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> tuple
             break
         place.append(int(token[1:]) if is_number(token) else list(known).index(token))
     return tuple(place) or None
-
-
-def lies_within(module: Names, other: Names, known: Mapping[Names, Names]) -> bool:
-    """Tells whether all modules around a part that are known lie around the other part too."""
-    around = (known.get(module[:depth], ()) for depth in range(1, len(module) + 1))
-    return all(other[: len(found)] == found for found in around)
 
 
 def ascend(one: tuple[NamedPart, NamedPart], other: tuple[NamedPart, NamedPart]) -> bool:

@@ -8,15 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import RuleError
 from orbax_nnx_handler.planning.core.paths import canonical, is_index
-from orbax_nnx_handler.planning.rules import (
-    Copy,
-    Fuse,
-    Rename,
-    Rule,
-    Split,
-    StackLayers,
-    UnstackLayers,
-)
+from orbax_nnx_handler.planning.rules import Copy, Fuse, Rename, Rule, Split, StackLayers, UnstackLayers
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rename import leads_back
 from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
@@ -62,7 +54,7 @@ class _Move:
 
 @dataclasses.dataclass
 class Writer:
-    """Writes rules one after the other, each tried on the stored model as those before it left it.
+    """Writes rules, each tried on the stored model as those before it left it.
 
     Attributes:
         entries: The stored model now.
@@ -95,6 +87,7 @@ class Writer:
         groups = [*dict(sorted(held, key=held.__getitem__)).items()]
         leaving = {id(move): move for move in alone if self._leaves_group(move, groups)}
         self._rename(list(leaving.values()))
+        self._stack([move.link for move in leaving.values()])  # Before the layers around get other names.
         alone = [move for move in alone if id(move) not in leaving]
         self._rename_groups(alone, [*groups, *self._renumbered(links)])
         self._rename(alone)
@@ -169,10 +162,18 @@ class Writer:
                     continue  # Layers that lie beside the model's other parts have no name in common.
                 self._take(UnstackLayers("/".join(stored), "/".join(into), layers.axis), some)
 
-    def _stack(self, links: Sequence[Link]) -> None:
+    def _stack(self, links: Iterable[Link]) -> None:
+        written: dict[Rule, list[Link]] = defaultdict(list)
         for layers, some in _layers_of(links, stacks=True).items():
-            into = "/".join(self._below(layers.wanted))
-            self._take(StackLayers("/".join(layers.stored), into, layers.axis), some)
+            into, shift = self._below(layers.wanted), len(self.below) - self.root
+            seats = ((at, to + shift) for at, to in some[0].levels if at < layers.seat)
+            around = [(at, to) for at, to in seats if 0 <= to < len(into)]
+            # The layers around, which experts are a list in, are counted too.
+            left = with_places(_numbered(layers.stored, 0), [*(at for at, _ in around), layers.seat])
+            right = with_places(into, [to for _, to in around])
+            written[StackLayers("/".join(left), "/".join(right), layers.axis)] += some
+        for rule, some in written.items():
+            self._take(rule, some)
 
     def _copy(self, links: Sequence[Link]) -> None:
         for link in [link for link in links if link.copied]:
@@ -292,9 +293,8 @@ class Writer:
         for stored, wanted in sorted(set(groups), key=lambda pair: (-len(pair[0]), -len(pair[0][-1]), pair)):
             into = self._below(wanted)
             inside = self._inside(stored, wanted, moves)
-            if len({move.names[len(stored) :] for move in inside}) < 2 or _alike(stored, into):
-                continue
-            if stored[0].startswith("{"):
+            are_few = len({move.names[len(stored) :] for move in inside}) < 2
+            if are_few or _alike(stored, into) or stored[0].startswith("{"):
                 continue  # A number alone stands for any name.
             rule = Rename("/".join(stored), "/".join(into))
             if not leads_back(rule, self.entries, rule.apply(self.entries).entries):

@@ -1,8 +1,11 @@
 """Lists beside each other: as parts of the blocks of one list, or with single modules among its layers."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+from orbax_nnx_handler import StackLayers
 from tests.planning.suggesting.proposals import check, filled, proposed, restored
 
 LAYER = {
@@ -15,6 +18,7 @@ LAYER = {
     "mlp/fc1/kernel": (8, 32),
     "mlp/fc2/kernel": (32, 8),
 }
+SQUARE = {"kernel": (8, 8), "bias": (8,)}
 
 
 def blocks(called):
@@ -98,3 +102,57 @@ def test_a_module_that_holds_two_layers_does_not_tell_what_each_of_them_does():
     _, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
 
     check(values, {aims[path]: x for path, x in stored.items() if aims[path] in values})
+
+
+@pytest.mark.parametrize("experts", ["experts/{}", "experts_{}"])
+def test_experts_in_layers_that_are_called_otherwise_are_stacked_by_one_rule(experts):
+    shapes = {"gate_proj": (8, 24), "down_proj": (24, 8), "up_proj": (8, 24)}
+    paths = {
+        f"model/layers_{at}/mlp/{experts.format(number)}/{part}/kernel": shape
+        for at, number, (part, shape) in itertools.product(range(2), range(4), shapes.items())
+    }
+    rest = {"mlp/gate/kernel": "moe/router/kernel", "input_layernorm/scale": "ln1/scale"}
+    rest |= {f"self_attn/{x}_proj/kernel": f"attn/{x}_proj/kernel" for x in "qkvo"}
+    sizes = {"mlp/gate/kernel": (8, 4), "input_layernorm/scale": (8,)}
+    paths |= {f"model/layers_{at}/{path}": sizes.get(path, (8, 8)) for at in range(2) for path in rest}
+    stored = filled(paths)
+    expected = {
+        f"layers/{at}/{aim}": stored[f"model/layers_{at}/{x}"] for at in range(2) for x, aim in rest.items()
+    }
+    for at, (part, into) in itertools.product(range(2), zip(shapes, ("w1", "w2", "w3"), strict=True)):
+        each = [f"model/layers_{at}/mlp/{experts.format(number)}/{part}/kernel" for number in range(4)]
+        expected[f"layers/{at}/moe/{into}"] = np.stack([stored[path] for path in each])
+
+    found, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    check(values, expected)
+    assert sum(isinstance(rule, StackLayers) for rule in found.renames) == 1
+
+
+def test_an_attention_beside_one_that_says_what_it_is_is_the_other_one():
+    shapes = {f"{x}/kernel": (8, 8) for x in ("query", "key", "value", "out")}
+    attentions = {
+        "MultiHeadDotProductAttention_0": "self_attn",
+        "MultiHeadDotProductAttention_1": "multihead_attn",
+    }
+    aims = {
+        f"DecoderBlock_{at}/{name}/{path}": f"layers/{at}/{aim}/{path}"
+        for at, (name, aim), path in itertools.product(range(2), attentions.items(), shapes)
+    }
+    stored = filled({path: shapes[path.split("/", 2)[2]] for path in aims})
+
+    found, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: x for path, x in stored.items()})
+
+
+def test_a_layer_that_is_called_an_embedding_may_be_a_head():
+    stored = filled(
+        {f"{name}_head/{kind}": shape for name in ("class", "box") for kind, shape in SQUARE.items()}
+    )
+    aims = {path: path.replace("_head", "_embed") for path in stored}
+
+    _, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    check(values, {aims[path]: x for path, x in stored.items()})

@@ -25,7 +25,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, readings_of, simplest
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
-from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links, without_strays
+from orbax_nnx_handler.planning.suggesting.scoring import Remade, as_one, remade_links, without_strays
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -404,7 +404,7 @@ class _Proposing:
     def _questions(self, links: Sequence[Link], searched: Searched, tried: Tried) -> list[Choice]:
         covered = {*paths_of(links), *(tried.verdict or self._base).restored}
         used = {leaf.source for link in links for leaf in link.stored}
-        found: list[Choice] = []
+        found, several = list[Choice](), list[Sequence[Sequence[Link]]]()
         for tie in searched.found.ties:
             readings = [
                 tuple(simplest(reading))
@@ -413,8 +413,10 @@ class _Proposing:
                 and used.isdisjoint(one.source for link in reading if not link.copied for one in link.stored)
             ]
             if len(readings) == len(tie.readings) or len(readings) > 1:
-                is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
-                found.append(Choice("how" if is_joined else "which", tuple(readings)))
+                several.append(readings)
+        for readings in as_one(several):
+            is_joined = len(readings) > 1 and all(link.joint or link.told for link in readings[0])
+            found.append(Choice("how" if is_joined else "which", tuple(map(tuple, readings))))
         turns = [link for link in searched.turns if covered.isdisjoint(leaf.source for leaf in link.wanted)]
         called = {link.target.names[-1] for link in links if is_turned([link])}
         turns += [

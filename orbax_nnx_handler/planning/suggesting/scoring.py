@@ -247,11 +247,8 @@ def joining_rule(
 ) -> tuple[Rule, Sequence[Names]]:
     """Returns the rule of a fuse or a split, and the paths of what comes out of it.
 
-    Args:
-        link: What is fused or split.
-        stored: The paths of its stored leaves, as the rules before it have left them.
-        wanted: The paths that its wanted leaves are to have in the end.
-        kept: How many of the names above all of them the rule repeats.
+    `stored` are paths as the rules before it have left them, `wanted` those in the end; the rule repeats
+    `kept` of the names above all of them.
     """
     assert link.joint is not None
     axis, sizes, is_new = link.joint.axis, link.joint.sizes, link.joint.is_new
@@ -295,13 +292,7 @@ def kept_by_head(link: Link) -> tuple[Link, Link] | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remade:
-    """A wanted leaf that is made otherwise than was thought.
-
-    Attributes:
-        leaf: The wanted leaf.
-        layer: The layer that the recipe is of, where the leaf is scanned.
-        recipe: How it is made.
-    """
+    """A wanted leaf that is made otherwise than was thought; the layer is told where it is scanned."""
 
     leaf: Path
     layer: int | None
@@ -318,13 +309,12 @@ def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shape
     for change in changes:
         for at, link in enumerate(found):
             # Among the links as they were: two that change places are still known.
-            other = _remade(link, change, links, shapes)
-            if other is None:
+            if (other := _remade(link, change, links, shapes)) is None:
                 continue
             settled.add(at)
             order = [link.stored.index(leaf) for leaf in other.stored if leaf in link.stored]
             for to, like in enumerate(found):
-                if to not in settled and len(order) == len(link.stored) and _are_made_alike(like, link):
+                if to not in settled and len(order) == len(link.stored) and _looks(like) == _looks(link):
                     stored = tuple(like.stored[number] for number in order)
                     found[to] = dataclasses.replace(
                         like, stored=stored, ways=other.ways, joint=other.joint, after=other.after
@@ -334,14 +324,10 @@ def remade_links(links: Sequence[Link], changes: Sequence[Remade], shapes: Shape
     return found
 
 
-def _are_made_alike(one: Link, other: Link) -> bool:
-    """Tells whether two links are of one leaf in two layers and do the same."""
-    return (
-        (one.ways, one.joint, one.after, len(one.stored))
-        == (other.ways, other.joint, other.after, len(other.stored))
-        and [_template(leaf) for leaf in one.wanted] == [_template(leaf) for leaf in other.wanted]
-        and [_template(leaf) for leaf in one.stored] == [_template(leaf) for leaf in other.stored]
-    )
+def _looks(link: Link) -> tuple[object, ...]:
+    """Returns what the links of one leaf in all layers share."""
+    sides = ([_template(leaf) for leaf in side] for side in (link.wanted, link.stored))
+    return link.ways, link.joint, link.after, *sides
 
 
 def _template(leaf: Leaf) -> tuple[str, ...]:
@@ -428,9 +414,37 @@ def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:
 
 def _layer(names: Names) -> Names:
     """Returns what leads into the outermost layer that a path is in; nothing where it is in none."""
-    width = 0
-    for level in levels(names):
-        width += level.width
-        if level.number is not None and width < len(names):
-            return names[:width]
-    return ()
+    ends = itertools.accumulate(level.width for level in levels(names))
+    inside = zip(ends, levels(names), strict=True)
+    return next((names[:at] for at, level in inside if level.number is not None and at < len(names)), ())
+
+
+Readings = Sequence[Sequence[Link]]
+
+
+def as_one(several: Iterable[Readings]) -> list[Readings]:
+    """Returns possible readings, those as one that say the same of blocks of one kind."""
+    groups: dict[object, list[dict[object, Sequence[Link]]]] = defaultdict(list)
+    for at, readings in enumerate(several):
+        said, count = _said_by(readings), len(readings)
+        is_told = len({*said}) == count > 1
+        key, each = (frozenset(said), said) if is_told else (at, range(count))
+        groups[key].append(dict(zip(each, readings, strict=True)))
+    return [[[link for x in group for link in x[each]] for each in group[0]] for group in groups.values()]
+
+
+def _said_by(readings: Readings) -> list[object]:
+    """Returns what each reading says, whichever block it says it of."""
+    ends = [{part_of(link.target): part_of(link.source) for link in reading} for reading in readings]
+    back = [{other: one for one, other in pairs.items()} for pairs in ends]
+
+    def within(names: Names, options: Sequence[Mapping[Names, Names]], other: Names) -> object:
+        at = len(shared_levels([pairs[other] for pairs in options if other in pairs], own=1))
+        above = levels(names[:at])  # What Linen numbered is a class, the same everywhere.
+        first = -1 if above and above[-1].style == "_" and above[-1].base[:1].isupper() else 0
+        return tuple(level.base for level in above[first:]), names[at:]
+
+    return [
+        frozenset((within(one, back, other), within(other, ends, one)) for one, other in pairs.items())
+        for pairs in ends
+    ]

@@ -109,6 +109,16 @@ def test_which_of_two_numbered_layers_of_one_shape_is_the_gate_is_one_question()
     assert sorted(right) == [False, True]
 
 
+def test_which_of_two_attentions_comes_first_is_one_question_for_all_stages():
+    pair, (tree, found) = UNSEEN["maxvit"], proposed("maxvit")
+
+    (question,) = found.questions
+
+    assert set(question.wanted) == set(found.unmatched_wanted)
+    right = [wrong_under(rules, tree, pair) == set() for rules in question.alternatives]
+    assert sorted(right) == [False, True]
+
+
 SAID = """
 import sys
 from tests.planning.suggesting.pairs import proposed

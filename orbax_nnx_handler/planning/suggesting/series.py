@@ -298,13 +298,15 @@ def same_layers(one: Series, other: Series) -> list[tuple[int, int]]:
         return list(zip(one.numbers, reversed(other.numbers), strict=True))
     both = sorted(one.members.keys() & other.members.keys())
     alike = one.numbers[0] == other.numbers[0] or one.base[-1] == other.base[-1]
-    by_size = one.sizes == other.sizes and len({*one.sizes}) == len(one.sizes)
-    if alike and not by_size and len(both) * 2 > max(len(one.members), len(other.members)):
+    # Layers of one kind in a list are another list's, one by one.
+    in_turn = one.is_kind != other.is_kind or (
+        one.sizes == other.sizes and len({*one.sizes}) == len(one.sizes)
+    )
+    if alike and not in_turn and len(both) * 2 > max(len(one.members), len(other.members)):
         return _run_within(one, other) or [(number, number) for number in both]
     # The levels of a pyramid count from 2 or 3.
-    are_runs = one.sizes == other.sizes and all(
-        series.numbers[-1] - series.numbers[0] == len(series.numbers) - 1 for series in (one, other)
-    )
+    spans = [series.numbers[-1] - series.numbers[0] + 1 - len(series.numbers) for series in (one, other)]
+    are_runs = one.sizes == other.sizes and not any(spans)
     if len(one.members) == len(other.members) and (are_runs or all(map(is_complete, (one, other)))):
         return list(zip(one.numbers, other.numbers, strict=True))
     return []
@@ -330,15 +332,15 @@ def _is_reversed(one: Series, other: Series) -> bool:
 
 def is_complete(series: Series) -> bool:
     """Tells whether a group counts its layers without a gap, or in every stage: `block10` to `block32`."""
+
+    def is_count(numbers: Sequence[int]) -> bool:
+        return numbers[0] in (0, 1) and [*numbers] == [*range(numbers[0], numbers[0] + len(numbers))]
+
     stages: dict[int, list[int]] = defaultdict(list)
     for number in series.numbers:
         stages[number // 10].append(number % 10)
-    in_stages = 0 not in stages and len(stages) > 1 and all(map(_is_count, (list(stages), *stages.values())))
-    return series.is_kind or in_stages or _is_count(series.numbers)
-
-
-def _is_count(numbers: Sequence[int]) -> bool:
-    return numbers[0] in (0, 1) and [*numbers] == [*range(numbers[0], numbers[0] + len(numbers))]
+    in_stages = 0 not in stages and len(stages) > 1 and all(map(is_count, (list(stages), *stages.values())))
+    return series.is_kind or in_stages or is_count(series.numbers)
 
 
 Looks = tuple[tuple[Names, Shape], ...]
@@ -378,13 +380,12 @@ def stack_of(
     series: Series, free: Sequence[Leaf], above: int, least: int
 ) -> tuple[Names, int, list[Leaf]] | None:
     """Returns the module whose leaves all have an axis for the layers, and the axis."""
-    count = len(series.members)
     found: list[tuple[float, float, int, Names, int, list[Leaf]]] = []
     for prefix, leaves, enough in possible_stacks(free, above, least):
         # What is a list or holds one is no query and no value of an attention.
         if exclude(said_of(series) - {"q", "v"}, concepts(level.base for level in levels(prefix))):
             continue
-        axes = [axis for axis in range(3) if _have_axis(leaves, axis, count)]
+        axes = [axis for axis in range(3) if _have_axis(leaves, axis, len(series.members))]
         size = sizes_of(leaves)
         ratio = min(size, series.size) / max(size, series.size)
         alike = likeness(said_of(series), concepts(prefix))
@@ -395,11 +396,10 @@ def stack_of(
     found = [item for item in found if item[3][:1] == series.template[:1]] or found
     if not found:
         return None
-    found.sort(key=lambda item: item[:5], reverse=True)
-    best = found[0]
+    best, *others = sorted(found, key=lambda item: item[:5], reverse=True)
     # Of two of one size, that of the group's own words.
     alike = best[1] - MARGIN if best[1] > 0 else -math.inf
-    rivals = [item for item in found[1:] if item[0] == best[0] and item[1] > alike]
+    rivals = [item for item in others if item[0] == best[0] and item[1] > alike]
     if best[4] < 0 or any(
         one != other for item in rivals for one, other in zip(item[3], best[3], strict=False)
     ):

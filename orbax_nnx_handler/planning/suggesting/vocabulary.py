@@ -16,7 +16,7 @@ _SPELLINGS = {
     "attn cross": "crossattention crossattn xattn encdecattention encoderattention",
     "self": "self",
     "cross": "cross encdec",
-    "mlp": "mlp mlps ffn ffns ff ffw feedforward mlpblock moe",
+    "mlp": "mlp mlps ffn ffns ff ffw ffwd feedforward mlpblock moe",
     "norm": "norm norms ln layernorm lnorm layrnorm rmsnorm rms batchnorm bn groupnorm gn normalization "
     "normalisation instancenorm normalize normomalization",
     "embed": "embed embeds embedding embeddings embedder emb embs",

@@ -156,3 +156,28 @@ def test_a_layer_that_is_called_an_embedding_may_be_a_head():
     _, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
 
     check(values, {aims[path]: x for path, x in stored.items()})
+
+
+def test_layers_that_a_program_lists_by_kind_are_in_their_order_those_of_one_list():
+    kinds = {0: "self", 1: "cross", 2: "self", 3: "self", 4: "cross"}
+    aims, seen = {}, {"self": 0, "cross": 0}
+    for at, kind in kinds.items():
+        gates = {"gate_attn": "attn_gate", "gate_ffwd": "mlp_gate"} if kind == "cross" else {}
+        for path in LAYER:
+            called = path.replace("attn/", f"{kind}_attn/")
+            aims[f"{kind}_attn_layers_{seen[kind]}/{called}"] = f"layers/{at}/{called}"
+        aims |= {f"{kind}_attn_layers_{seen[kind]}/{x}": f"layers/{at}/{y}" for x, y in gates.items()}
+        seen[kind] += 1
+    stored = filled(
+        {
+            path: (1,)
+            if "gate" in path
+            else LAYER[path.split("/", 1)[1].replace("self_", "").replace("cross_", "")]
+            for path in aims
+        }
+    )
+
+    found, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    assert not found.questions
+    check(values, {aims[path]: x for path, x in stored.items()})

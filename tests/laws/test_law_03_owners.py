@@ -806,7 +806,9 @@ def test_steps_of_optimizers_that_keep_nothing_else_are_not_read_where_networks_
 
     check(nnx.split(restore(path, nnx.eval_shape(make)))[1], tree)
     networks = [("a", "b"), ("b", "a")]
-    refused(path, nnx.eval_shape(make), renames=networks, policy=policy)
+    hint = refused(path, nnx.eval_shape(make), renames=networks, policy=policy).hints[0]
+    result = restore(path, nnx.eval_shape(make), policy="warn", **hint.arguments)
+    assert [int(result[name].step[...]) for name in optimizers] == [0, 0]
     rules = [*networks, optimizers, optimizers[::-1]]
     result = restore(path, nnx.eval_shape(make), renames=rules, policy=policy)
     assert [int(result[name].step[...]) for name in optimizers] == [12, 11]
@@ -828,6 +830,8 @@ def test_a_train_state_whose_weights_a_rule_replaces_keeps_nothing_of_its_optimi
 
     rules = [Drop("target/params", "x"), ("net/params", "target/params")]
     refused(path, nnx.eval_shape(make), renames=rules, unexpected="ignore")
+    error = refused(path, nnx.eval_shape(make), renames=rules, unexpected="ignore", policy="warn")
+    rules = error.hints[0].arguments["renames"]
     result = restore(path, nnx.eval_shape(make), renames=rules, unexpected="ignore", policy="warn")
     check(nnx.state(result["target"]["model"]), params["net"])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(result["target"]["optimizer"])))

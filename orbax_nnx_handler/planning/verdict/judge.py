@@ -12,7 +12,7 @@ from orbax_nnx_handler.planning.core.errors import (
     RuleError,
     UnusedRuleError,
 )
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf
+from orbax_nnx_handler.planning.core.leaves import OPT_STATE, StoredLeaf
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads
 from orbax_nnx_handler.planning.layouts.layout import Stored
@@ -40,6 +40,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     Sides,
     Verdict,
 )
+from orbax_nnx_handler.planning.verdict.states import REPLACED
 from orbax_nnx_handler.planning.verdict.unreadable import (
     Unreadable,
     rules_for_readable,
@@ -225,7 +226,7 @@ def judge(
             *mapping.faults,
             *faults_of(mapping),
             *claims_of_shared(wanted, mapping, target.aliases() if unused else {}, unused),
-            *((_error_of(broken_laws),) if broken_laws else ()),
+            *((_error_of(broken_laws, options.renames),) if broken_laws else ()),
             *indivisible(target.leaves.values()),
             *unreadable_leaves(
                 broken,
@@ -323,18 +324,29 @@ def _named(missing: dict[Path, Missing], target: Target) -> dict[Path, Missing]:
     }
 
 
-def _error_of(broken: Sequence[Broken]) -> AmbiguousMappingError:
+def _error_of(broken: Sequence[Broken], renames: Sequence[Rule]) -> AmbiguousMappingError:
     """Returns the error for a plan that breaks laws; names both readings of each leaf."""
     rows = [
         f"  {render(item.wanted)}  <-  {render(item.stored)}: {item.why} (law {item.law})"
         for item in broken[:20]
     ]
     more = [f"  ... and {len(broken) - 20} more"] if len(broken) > 20 else []
+    decides = Hint("renames=[...] decides: write which stored leaf each of them is.")
+    kept = [item.stored for item in broken if item.why == REPLACED]
     return AmbiguousMappingError(
         "the plan reads leaves from where their names do not say they are:\n" + "\n".join([*rows, *more]),
         paths=[item.wanted for item in broken],
-        hints=[Hint("renames=[...] decides: write which stored leaf each of them is.")],
+        hints=[_without(kept, renames)] if len(kept) == len(broken) else [decides],
     )
+
+
+def _without(kept: Sequence[Path], renames: Sequence[Rule]) -> Hint:
+    """Returns the hint that leaves behind what optimizers keep of weights that rules have replaced."""
+    ends = ((path, path.index(OPT_STATE) + 1 if OPT_STATE in path else len(path)) for path in kept)
+    places = dict.fromkeys(render(path[:end]) for path, end in ends)
+    drops = tuple(Drop(place, "it was kept for other weights") for place in places)
+    words = f"take it along with its weights by rules of its own, or leave it behind: {[*drops]} in front."
+    return Hint(words, {"renames": (*drops, *renames)})
 
 
 def known_of(mapping: LeafMapping) -> Known:

@@ -242,6 +242,9 @@ class _Made(NamedTuple):
         return common_end(moment, self.read) <= common_end(moment, self.name)
 
 
+REPLACED = "a rule has replaced the weights that it was kept for"
+"""Why nothing that has trained other weights is read."""
+
 _Kept = tuple[int, Path, Path, str]
 """A law, a leaf that breaks it, what that is read from, and why."""
 
@@ -292,9 +295,9 @@ class ReplacedWeights:
             self._made.clear()
 
     def _levels(self, wanted: Iterable[Wanted]) -> tuple[int, int]:
-        """Returns how many levels lie above all that is stored, and above all that is wanted."""
+        """Returns how many levels of one side alone lie above all that is stored, and that is wanted."""
         here, there = [canonical(item.leaf.path) for item in wanted], [*map(canonical, self._placed)]
-        if not set(here).isdisjoint(there):
+        if not {name[:1] for name in here}.isdisjoint(name[:1] for name in there):
             return 0, 0
         return len(shared_levels(there, 1)), len(shared_levels(here, 1))
 
@@ -327,18 +330,15 @@ class ReplacedWeights:
             name, there = names[path], self._placed[read[0]]
             stored = canonical(there.slot or ()) + there.tokens
             if name not in known:
-                if any(
-                    all(made.is_from_another(at) for made in network.values())
-                    for at, network in trained.items()
-                ):
-                    yield 3, path, read[0], "a rule has replaced the weights that its optimizer trains"
+                if any(all(w.is_from_another(at) for w in made.values()) for at, made in trained.items()):
+                    yield 3, path, read[0], REPLACED
                 continue
             some = [network[at + name] for at, network in trained.items() if at + name in network]
             is_known = len(some) == len(trained) == 1
             for made in some or [self._made[at] for at in self._like(name)]:
                 is_raw = isinstance(recipe, Read) and made.shape == item.leaf.shape and not is_known
                 if made.is_unlike(stored) or (made.is_changed and is_raw):
-                    yield 8, path, read[0], "a rule makes something else of the weight of its name"
+                    yield 8, path, read[0], REPLACED
                     break
 
     def _like(self, name: Tokens) -> Sequence[Tokens]:

@@ -37,7 +37,7 @@ from orbax_nnx_handler.storage.reading.jobs import (
     allocate_shards,
     grouped,
     groups,
-    place_array,
+    place_arrays,
     plain_job,
     stored_shapes,
 )
@@ -221,9 +221,7 @@ def read_arrays(
         under_way: dict[Path, jax.Array] = {}
         for group in groups(plain, concurrent_bytes):
             filled = read_shards(checkpoint, group, concurrent_bytes, progress, memory)
-            placed = {
-                job.job.path: place_array(job, shards) for job, shards in zip(group, filled, strict=True)
-            }
+            placed = place_arrays(zip(group, filled, strict=True))
             # The host buffers of a group live until its transfer is done.
             jax.block_until_ready(under_way)
             arrays |= placed

@@ -38,7 +38,7 @@ from orbax_nnx_handler.storage.reading.jobs import (
     PlainJob,
     as_asked,
     families,
-    place_array,
+    place_arrays,
     region_of,
 )
 from orbax_nnx_handler.storage.reading.memory import Arena
@@ -282,7 +282,7 @@ def copy_through_hosts(
         alike[leaf.mesh, leaf.axes].append(number)
     for (mesh, axes), numbers in alike.items():
         _Exchange(mesh, axes, {number: leaves[number] for number in numbers}, held).run()
-    return {leaf.job.job.path: place_array(leaf.job, held[n]) for n, leaf in enumerate(leaves)}
+    return place_arrays((leaf.job, held[n]) for n, leaf in enumerate(leaves))
 
 
 class _Exchange:

@@ -721,6 +721,28 @@ def test_networks_and_optimizers_in_groups_keep_their_moments(tmp_path, case):
         check(_get(result, optimizer).opt_state[0].mu, _get(tree, optimizer)["opt_state"][0].mu)
 
 
+@pytest.mark.parametrize("policy", ["error", "warn"])
+@pytest.mark.parametrize("wanted", ["enc", "dec"])
+def test_the_one_step_beside_an_optimizer_for_each_network_is_not_that_of_one(tmp_path, wanted, policy):
+    numbers = Numbers()
+    params = {name: _model(numbers) for name in ("enc", "dec")}
+    kinds = {"enc": optax.sgd(0.1), "dec": ADAM}
+    states = {name: numbers.optimizer(kinds[name], part) for name, part in params.items()}
+    path = write(tmp_path, {"params": params, "opt_state": states, "step": np.int32(777)})
+
+    def make():
+        model = Branch(params[wanted], {})
+        return {wanted: model, f"{wanted}_opt": nnx.Optimizer(model, kinds[wanted], wrt=nnx.Param)}
+
+    try:
+        result = restore(path, nnx.eval_shape(make), policy=policy, unexpected="ignore")
+    except RestoreError:
+        assert policy == "error"
+        return
+    check(nnx.state(result[wanted]), params[wanted])
+    assert int(result[f"{wanted}_opt"].step[...]) == 0
+
+
 UNNAMED = {
     "by numbers": (("{}",), ("opt{}",)),
     "in a list": (("{}",), ("opts", "{}")),

@@ -392,7 +392,7 @@ def pair_optimizers(
     left = [i for i in wanted if i.owner not in used or (i.leaves and not by_owner[i.owner].leaves)]
     # A number beside an optimizer that counts for itself is the train state's step; the optimizer is free.
     steps = {item.owner for item, other in pairs if other.leaves and not item.leaves}
-    stored = [item for item in stored if not _is_of_none(item)]
+    stored = [item for item in stored if not _is_of_none(item, stored_models)]
     free = [item for item in stored if item.owner not in used - steps]
     for item in left:
         alike = [other for other in free if _are_alike(item, other, stored_models)]
@@ -407,10 +407,14 @@ def pair_optimizers(
     return pairs
 
 
-def _is_of_none(optimizer: StoredOptimizer) -> bool:
-    """Tells whether it is a step alone beside several networks, which no rule has given to one of them."""
+def _is_of_none(optimizer: StoredOptimizer, models: Collection[Tokens]) -> bool:
+    """Tells whether it is a step alone beside several networks, or their optimizers, and no rule gives it."""
+    depth = len(optimizer.owner)
+    if keys := {(canonical(item.slot or ()) + item.tokens)[:1] for item in optimizer.leaves}:
+        names = {name[depth : depth + 1] for name in models if name[:depth] == optimizer.owner}
+        return keys <= {key for key in names if not any(map(is_number, key))}
     is_moved = any(canonical(item.owner) != optimizer.owner for item in optimizer.steps)
-    return not optimizer.leaves and len(optimizer.models) > 1 and not is_moved
+    return len(optimizer.models) > 1 and not is_moved
 
 
 def _are_alike(wanted: WantedOptimizer, stored: StoredOptimizer, models: Collection[Tokens]) -> bool:

@@ -183,15 +183,16 @@ class NNXLinenHandler(ocp.PyTreeCheckpointHandler):
         if given is None:
             older = dict(zip(("item", "save_args"), args, strict=False)) | kwargs
             given = NNXLinenSave(older.get("item"), older.get("save_args"))
-        if not is_nnx(given.item):
+        own = isinstance(given, NNXLinenSave)
+        undone = given.renames if own else ()
+        if is_nnx(given.item) or (own and _are_arrays(given.item)):
+            undone = undone or self._options.renames
+        if not is_nnx(given.item) and not undone:
             return given
         check_writable(epath.Path(directory))
-        stock, configured = _as_pytree_save(given), self._options.renames
-        in_folders = self._in_folders and not is_url(directory)
-        if isinstance(given, NNXLinenSave):
-            undone = given.renames or configured
-            return linen_save(stock, given.layout, given.tx, undone, in_folders=in_folders)
-        return linen_save(stock, undone=configured, in_folders=in_folders)
+        stock, in_folders = _as_pytree_save(given), self._in_folders and not is_url(directory)
+        flavour, tx = (given.layout, given.tx) if own else ("linen", None)
+        return linen_save(stock, flavour, tx, undone, in_folders=in_folders)
 
     def close(self) -> None:
         """Closes the handler; Orbax's checkpointers call it."""
@@ -290,7 +291,8 @@ class NNXLinenSave(ocp.args.PyTreeSave):
 
     Attributes:
         item: An `nnx.State`, `nnx.Module`, `nnx.Optimizer`, or a tuple or dict of
-            these, written in the Linen layout. Anything else is saved as it is.
+            these, written in the Linen layout. Anything else is saved as it is, but
+            for `renames`; those of the handler undo what its restores of JAX arrays did.
         save_args: A tree like the item with `ocp.SaveArgs` leaves.
         layout: `linen` (Flax TrainState) or `maxtext`.
         tx: The optimizer's optax transformation, where the item is a bare `nnx.State`:
@@ -405,13 +407,13 @@ def _is_ours(wanted: NNXLinenRestore, given: Any) -> bool:
         return True
     # Orbax makes these args of a call in its older form as well, so they alone do not tell. What only Orbax
     # knows, and what is no array of a device, is for Orbax; a tree of arrays may be a model's pure dict.
-    leaves = jax.tree.leaves(wanted.item)
-    return (
-        isinstance(given, NNXLinenRestore)
-        and not (wanted.partial_restore or _has_transforms(wanted))
-        and bool(leaves)
-        and all(isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in leaves)
-    )
+    is_own = isinstance(given, NNXLinenRestore) and not (wanted.partial_restore or _has_transforms(wanted))
+    return is_own and _are_arrays(wanted.item)
+
+
+def _are_arrays(item: Any) -> bool:
+    leaves = jax.tree.leaves(item)
+    return bool(leaves) and all(isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def _restore_args(given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NNXLinenRestore:

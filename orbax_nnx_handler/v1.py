@@ -96,13 +96,16 @@ class NNXLinenHandler:
                 pytree, written as it is.
         """
         in_folders = not self._context.array_options.saving.use_ocdbt and not is_url(directory.path)
+        renames = self.options.renames
         if is_nnx(checkpointable):
             check_writable(epath.Path(directory.path))
+        else:
+            renames = ()  # Of what Orbax restores, they change nothing.
         arguments = linen_save(
             ocp_v0.args.PyTreeSave(as_save_item(checkpointable)),
             self.save_layout,
             self.tx,
-            self.options.renames,
+            renames,
             in_folders=in_folders,
         )
         writing = await self._stock().save(directory, arguments.item)

@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 
 from orbax_nnx_handler.planning.core.errors import RestoreError
+from orbax_nnx_handler.planning.core.leaves import optimizer_owners, owner_of
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_empty, linen_path, render, segments
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import in_linen_wrappers, is_scale
@@ -177,6 +178,8 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
     Raises:
         ValueError: See `take_apart`; two leaves of it would be stored at one path, or `tx` does not fit.
     """
+    if not is_nnx(item):
+        return _as_it_is(item)
     states = [_with_containers(parts, tx) for parts in take_apart(item)]
     several = len(states) > 1 or any(parts.root for parts in states)
     places = [place for parts in states for place in _places(parts, flavour, several)]
@@ -197,6 +200,22 @@ def arrange(item: Any, flavour: Flavour = "linen", tx: Transformation | None = N
         several=several,
         aside=_below(kept, above, AUX),
         moments=_below(kept, above, "opt_state"),
+    )
+
+
+def _as_it_is(item: Any) -> Arranged:
+    """Says where each leaf of an item without NNX state is stored: at its own path."""
+    leaves = {path: ItemLeaf(path, node) for path, node in flatten(item).items()}
+    optimizers = optimizer_owners(leaves)
+    return Arranged(
+        leaves={at: leaf for at, leaf in leaves.items() if not is_empty(leaf.value)},
+        empty={at: leaf.value for at, leaf in leaves.items() if is_empty(leaf.value)},
+        random={},
+        certain=True,
+        steps=frozenset(),
+        several=False,
+        aside=frozenset(),
+        moments=frozenset(path for path in leaves if owner_of(path, optimizers) is not None),
     )
 
 

@@ -41,6 +41,7 @@ from orbax_nnx_handler.storage.saving.saved import (
     check_names,
     check_restored,
     check_spellings,
+    in_nodes,
 )
 from orbax_nnx_handler.storage.saving.undo import (
     Copies,
@@ -147,23 +148,33 @@ def plan_save(
     check_distinct((at, leaf.like) for at, leaf in leaves.items())
     check_names(leaves)
     check_spellings(leaves)
+    leaves, empty = in_nodes(leaves, empty)
     if isinstance(done, RestorePlan):
         check_restored(leaves, done)
-    # NNX counts in uint32, Linen in int32.
-    leaves = {
-        at: dataclasses.replace(leaf, dtype=np.dtype(np.int32))
-        if leaf.like in arranged.steps and leaf.dtype == np.uint32
-        else leaf
-        for at, leaf in leaves.items()
-    }
     return SavePlan(
-        leaves=leaves,
+        leaves=_counted_as_in_linen(leaves, arranged.steps, done),
         empty=empty,
         random={streams[at]: leaf for at, leaf in arranged.random.items()},
         values=values,
         copies=copies,
         steps=arranged.steps,
     )
+
+
+def _counted_as_in_linen(
+    leaves: SavedLeaves, steps: frozenset[Path], done: RestorePlan | Sequence[Rule]
+) -> SavedLeaves:
+    """Returns leaves, steps in int32 in place of NNX's uint32; none that was stored in uint32 itself."""
+    as_linen = set(steps)
+    if isinstance(done, RestorePlan):
+        restored = done.restored
+        as_linen -= {path for path in restored if restored[path].stored_dtype == np.uint32}
+    return {
+        at: dataclasses.replace(leaf, dtype=np.dtype(np.int32))
+        if leaf.like in as_linen and leaf.dtype == np.uint32
+        else leaf
+        for at, leaf in leaves.items()
+    }
 
 
 def _check_masks(values: Mapping[Path, Any]) -> None:
@@ -223,7 +234,7 @@ def linen_save(
         RestoreError: An array has no element, or no dtype of TensorStore's; see `plan_save`, `check_folders`.
         ValueError: A leaf is a `jax.ShapeDtypeStruct`; see `plan_save` and `add_leftovers`.
     """
-    if not is_nnx(given.item):
+    if not is_nnx(given.item) and not undone:
         return given
     plan = plan_save(given.item, flavour, tx, undone)
     if in_folders:

@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.dtypes import held_dtype
 from orbax_nnx_handler.planning.core.errors import RestoreError, RuleError
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf
 from orbax_nnx_handler.planning.core.lines import counted
-from orbax_nnx_handler.planning.core.paths import Path, printable, render, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, printable, render, segments
 from orbax_nnx_handler.planning.core.recipes import Fill, Read, Recipe, reads, simplify, substitute
 from orbax_nnx_handler.planning.layouts import LAYOUTS
 from orbax_nnx_handler.planning.layouts.layout import Fields, Placement
@@ -197,6 +197,36 @@ def _keys(path: Path) -> str:
     return printable(repr(tuple(map(str, path))))
 
 
+def in_nodes(
+    leaves: Mapping[Path, SavedLeaf], empty: Mapping[Path, Any]
+) -> tuple[dict[Path, SavedLeaf], dict[Path, Any]]:
+    """Returns leaves and empty nodes below keys of one type in each node, as JAX can sort them.
+
+    Numbers count a list's elements where a node has no other keys. Else they are keys of a dict, in which
+    NNX keeps no empty states. What holds a leaf is not empty.
+    """
+    names = {path: tuple(map(str, path)) for path in (*leaves, *empty)}
+    above = {name[:depth] for name in names.values() for depth in range(len(name))}
+    held = {names[path] for path in leaves}
+    # Of a node in which leaves lie, whether some key is no number.
+    named: dict[Tokens, bool] = {}
+    for path in leaves:
+        for depth, key in enumerate(path):
+            node = names[path][:depth]
+            named[node] = named.get(node, False) or not isinstance(key, int)
+
+    def spelled(path: Path) -> Path:
+        return tuple(str(key) if named[names[path][:at]] else key for at, key in enumerate(path))
+
+    def fits(path: Path) -> bool:
+        nodes = [(names[path][:at], not isinstance(key, int)) for at, key in enumerate(path)]
+        is_apart = names[path] not in above and held.isdisjoint([names[path], *(node for node, _ in nodes)])
+        return is_apart and all(named.get(node, is_name) == is_name for node, is_name in nodes)
+
+    left = {path: value for path, value in empty.items() if fits(path)}
+    return {spelled(path): leaf for path, leaf in leaves.items()}, left
+
+
 _LINEN = frozenset({"train_state", "variables", "maxtext"})
 
 
@@ -290,6 +320,53 @@ def _by_analogy(path: Path, other: Path, stored: Path) -> Path | None:
         if names[at : at + len(wanted)] == wanted:
             return (*stored[:at], *new, *stored[at + len(wanted) :])
     return None
+
+
+def moved_empty(
+    empty: Mapping[Path, Any],
+    before: Mapping[Path, SavedLeaf],
+    after: Mapping[Path, SavedLeaf],
+    place: PlacesInLayout,
+) -> dict[Path, Any]:
+    """Returns the empty nodes: where they are, a parameter's under its stored name, none in another chain."""
+    now = {leaf.like: at for at, leaf in after.items()}
+    names = {
+        at[1:]: now[leaf.like][1:] for at, leaf in before.items() if at[0] == "params" and leaf.like in now
+    }
+    chain = all(_slots(at) == _slots(now[leaf.like]) for at, leaf in before.items() if leaf.like in now)
+    levels = _levels(before, now) if empty else {}
+    moved: dict[Path, Any] = {}
+    for at, value in empty.items():
+        cut = next((cut for cut in range(len(at)) if at[cut:] in names), len(at))
+        depth = next((depth for depth in range(len(at), -1, -1) if at[:depth] in levels), None)
+        if cut < len(at):
+            to = (*at[:cut], *names[at[cut:]])
+        elif depth is not None and "opt_state" in at:
+            to = (*levels[at[:depth]], *at[depth:])
+        else:
+            to = place(at)
+        # What holds nothing is not kept aside.
+        if (chain or at[0] != "opt_state") and (to[0] != AUX or at[0] == AUX):
+            moved[to] = value
+    return moved
+
+
+def _levels(leaves: Mapping[Path, SavedLeaf], now: Mapping[Path, Path]) -> dict[Path, Path]:
+    """Returns where each level above the leaves of optimizers is now, by where it would be."""
+    levels: dict[Path, Path] = {}
+    for at, leaf in leaves.items():
+        if leaf.like not in now or ("opt_state" not in at and at[-1] != "step"):
+            continue
+        stored, depth = now[leaf.like], len(at)
+        rest = len(stored)
+        while depth and rest and str(at[depth - 1]) == str(stored[rest - 1]):
+            depth, rest = depth - 1, rest - 1
+            levels.setdefault(at[:depth], stored[:rest])
+    return levels
+
+
+def _slots(path: Path) -> list[tuple[int, int]]:
+    return [(depth, key) for depth, key in enumerate(path) if isinstance(key, int)]
 
 
 def check_restored(leaves: Mapping[Path, SavedLeaf], plan: RestorePlan) -> None:

@@ -36,7 +36,7 @@ from orbax_nnx_handler.planning.rules.applying import numbered_as_weights
 from orbax_nnx_handler.planning.rules.entries import Entry, by_own_leaf, every_entry, model_entries
 from orbax_nnx_handler.planning.rules.inverse import inverse, undo_rules
 from orbax_nnx_handler.storage.saving.arrange import Flavour, check_distinct
-from orbax_nnx_handler.storage.saving.saved import PlacesInLayout, SavedLeaf
+from orbax_nnx_handler.storage.saving.saved import PlacesInLayout, SavedLeaf, moved_empty
 
 SavedLeaves = Mapping[Path, SavedLeaf]
 Empty = Mapping[Path, Any]
@@ -210,7 +210,7 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
         for path, recipe in again.items()
         if recipe != Read(path)
     ]
-    return written, _moved(empty, leaves, written, place), copies
+    return written, moved_empty(empty, leaves, written, place), copies
 
 
 def _of_another(
@@ -276,25 +276,6 @@ def _renamed(rules: Sequence[Rule], entries: Sequence[Entry]) -> Sequence[Entry]
 def _is_kept_apart(leaf: WantedLeaf) -> bool:
     """Tells what a save has its own way with: random state, and what a program computes again."""
     return leaf.kind is not None and issubclass(leaf.kind, nnx.RngState | nnx.Cache | nnx.Intermediate)
-
-
-def _moved(empty: Empty, before: SavedLeaves, after: SavedLeaves, place: PlacesInLayout) -> Empty:
-    """Returns the empty nodes: where they are, a parameter's under its stored name, none in another chain."""
-    now = {leaf.like: at for at, leaf in after.items()}
-    names = {
-        at[1:]: now[leaf.like][1:] for at, leaf in before.items() if at[0] == "params" and leaf.like in now
-    }
-    chain = all(_slots(at) == _slots(now[leaf.like]) for at, leaf in before.items() if leaf.like in now)
-    moved: dict[Path, Any] = {}
-    for at, value in empty.items():
-        cut = next((cut for cut in range(len(at)) if at[cut:] in names), len(at))
-        if chain or at[0] != "opt_state":
-            moved[(*at[:cut], *names[at[cut:]]) if cut < len(at) else place(at)] = value
-    return moved
-
-
-def _slots(path: Path) -> list[tuple[int, int]]:
-    return [(depth, key) for depth, key in enumerate(path) if isinstance(key, int)]
 
 
 def _combined(recipe: Recipe, leaves: SavedLeaves) -> SavedLeaf:

@@ -8,11 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from orbax_nnx_handler import RuleError, from_linen, plan_restore, restore, to_linen
-from tests.storage.saving.trees import leaves, numbered, written
+from orbax_nnx_handler import (
+    Add,
+    NNXLinenHandler,
+    NNXLinenRestore,
+    NNXLinenSave,
+    RuleError,
+    Transpose,
+    from_linen,
+    plan_restore,
+    restore,
+    save,
+    to_linen,
+)
+from orbax_nnx_handler.planning.core.recipes import Read
+from orbax_nnx_handler.storage.saving.saved import SavedLeaf, in_nodes
+from tests.storage.saving.trees import described_leaves, flat, leaves, numbered, written
 
 ADAM = optax.adam(0.1)
 
@@ -124,3 +139,143 @@ def test_the_sums_of_flax_optims_adagrad_are_optaxs_and_go_back_under_their_name
     assert tree.keys() == stored.keys()
     for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(stored), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+class Network(nnx.Module):
+    def __init__(self) -> None:
+        self.hidden = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.out = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
+OPTIMIZERS = {
+    "sgd, adam": (optax.sgd(0.1), ADAM),
+    "adam, sgd": (ADAM, optax.sgd(0.1)),
+    "sgd, sgd": (optax.sgd(0.1), optax.sgd(0.1)),
+    "adamw with a schedule, momentum": (optax.adamw(SCHEDULE), optax.sgd(SCHEDULE, 0.9)),
+    "accumulated, clipped": (optax.MultiSteps(ADAM, 2), optax.chain(optax.clip(1.0), optax.sgd(0.1))),
+}
+PLACES = {
+    "side by side": (("{}",), ("{}_opt",)),
+    "in pairs": (("{}", "model"), ("{}", "optimizer")),
+    "grouped": (("nets", "{}"), ("opts", "{}")),
+    "a level deeper": (("run", "{}"), ("run", "{}_opt")),
+    "levels of one name": (("nets", "{}", "core"), ("opts", "{}", "core")),
+}
+
+
+def put(tree: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
+    for key in place[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[place[-1]] = value
+
+
+def two_networks(places: str, optimizers: str) -> dict[str, Any]:
+    item: dict[str, Any] = {}
+    for name, tx in zip("ab", OPTIMIZERS[optimizers], strict=True):
+        model = Network()
+        network, optimizer = (tuple(key.format(name) for key in place) for place in PLACES[places])
+        put(item, network, model)
+        put(item, optimizer, nnx.Optimizer(model, tx, wrt=nnx.Param))
+    return item
+
+
+def parts(item: Any) -> list[Any]:
+    return jax.tree.leaves(item, is_leaf=lambda part: isinstance(part, nnx.Module | nnx.Optimizer))
+
+
+def as_plain_dicts(item: Any, lists: bool) -> Any:
+    """Returns numbered dicts, as a program of NNX saves them, or with optax's chains as lists."""
+
+    def plain(part: Any) -> Any:
+        if not (lists and isinstance(part, nnx.Optimizer)):
+            return nnx.to_pure_dict(nnx.state(part))
+        state = jax.tree.map(
+            lambda leaf: leaf.get_value(), part.opt_state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        )
+        state = jax.tree.map(
+            lambda node: nnx.to_pure_dict(node) if isinstance(node, nnx.State) else node,
+            state,
+            is_leaf=lambda node: isinstance(node, nnx.State),
+        )
+        return {"opt_state": state, "step": part.step.get_value()}
+
+    return numbered(
+        jax.tree.map(plain, item, is_leaf=lambda part: isinstance(part, nnx.Module | nnx.Optimizer))
+    )
+
+
+@pytest.mark.parametrize("lists", [True, False])
+@pytest.mark.parametrize("optimizers", OPTIMIZERS)
+@pytest.mark.parametrize("places", PLACES)
+def test_two_networks_and_optimizers_are_written_as_they_were(
+    places: str, optimizers: str, lists: bool, tmp_path: Path
+) -> None:
+    path = written(as_plain_dicts(two_networks(places, optimizers), lists), tmp_path / "plain")
+    target = nnx.eval_shape(lambda: two_networks(places, optimizers))
+    state = restore(path, target)
+
+    save(tmp_path / "back", state, renames=plan_restore(path, target))
+
+    before, after = flat(path), flat(tmp_path / "back")
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        np.testing.assert_array_equal(after[key], value)
+    assert lists or described_leaves(tmp_path / "back") == described_leaves(path)
+    again = restore(tmp_path / "back", target)
+    for part, other in zip(parts(again), parts(state), strict=True):
+        assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(part), nnx.state(other)))
+
+
+@pytest.mark.parametrize("nothing", [None, {}, (), optax.EmptyState()])
+def test_a_node_that_holds_a_leaf_is_not_empty(nothing: Any) -> None:
+    leaf = SavedLeaf(recipe=Read(("w",)), shape=(), dtype=np.dtype("float32"), like=("w",))
+    kept = {("opt_state", 1): nothing, ("ema",): nothing}
+    empty = {
+        ("opt_state",): nothing,
+        ("opt_state", 0, "mu"): nothing,
+        ("opt_state", 0, "mu", "w", "x"): nothing,
+    }
+
+    assert in_nodes({("opt_state", 0, "mu", "w"): leaf}, empty | kept)[1] == kept
+
+
+def test_the_keys_of_a_node_are_of_one_type() -> None:
+    leaf = SavedLeaf(recipe=Read(("w",)), shape=(), dtype=np.dtype("float32"), like=("w",))
+    paths = [("opt_state", "0", "mu"), ("opt_state", 1, "mu"), ("opt_state", "0", 2), ("list", 0)]
+
+    found, empty = in_nodes(dict.fromkeys(paths, leaf), {("opt_state", 3): None, ("list", 1): None})
+
+    assert [*found] == [
+        ("opt_state", "0", "mu"),
+        ("opt_state", "1", "mu"),
+        ("opt_state", "0", "2"),
+        ("list", 0),
+    ]
+    assert [*empty] == [("list", 1)]
+
+
+@pytest.mark.parametrize("by", ["report", "rules", "the handler's rules"])
+def test_a_dict_of_arrays_is_written_before_the_rules_too(by: str, tmp_path: Path) -> None:
+    tree = numbered(
+        {"params": {"a": {"w": np.zeros((3, 3), "float32")}, "b": {"w": np.zeros((3, 3), "float32")}}}
+    )
+    path = written(tree, tmp_path / "linen")
+    rules = [Add("params/a/w", 1.0), Transpose("params/b/w", (1, 0))]
+    handler = NNXLinenHandler(renames=rules)
+    with ocp.Checkpointer(handler) as checkpointer:
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        state = checkpointer.restore(path, args=NNXLinenRestore(target))
+        np.testing.assert_array_equal(state["params"]["a"]["w"], tree["params"]["a"]["w"] + 1)
+        undone: Any = {"report": handler.report, "rules": rules, "the handler's rules": ()}[by]
+        checkpointer.save(tmp_path / "back", args=NNXLinenSave(state, renames=undone))
+
+    for key, value in flat(path).items():
+        np.testing.assert_array_equal(flat(tmp_path / "back")[key], value)
+
+
+def test_rules_alone_do_not_undo_the_moments_in_a_dict_of_arrays(tmp_path: Path) -> None:
+    item = nnx.eval_shape(lambda: two_networks("side by side", "adam, sgd"))
+    tree = as_plain_dicts(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), item), False)
+    with pytest.raises(RuleError, match="pass what the restore did"):
+        save(tmp_path / "plain", tree, renames=[Transpose("a/hidden/kernel", (1, 0))])

@@ -111,8 +111,9 @@ def candidates(stored: Stored, name: str) -> Sequence[Layout]:
     """
     if name != "auto":
         return (_named(name),)
-    telling = [layout for layout in _PARTICULAR if layout.fits(stored)]
-    found = telling or [layout for layout in _ANY if layout.fits(stored)]
+    # Of nearly every tree nothing is kept aside, and no layout has to look for it.
+    asked = (_TELLING, _GENERAL) if _without_aside(stored) is stored else (_PARTICULAR, _ANY)
+    found = _fitting(_PARTICULAR, asked[0], stored) or _fitting(_ANY, asked[1], stored)
     if not found:
         known = ", ".join(sorted(layout.name for layout in LAYOUTS))
         raise UnknownLayoutError(
@@ -120,6 +121,10 @@ def candidates(stored: Stored, name: str) -> Sequence[Layout]:
             hints=[f"name one with layout=...: {known}."],
         )
     return [layout.of_tree(stored) for layout in found]
+
+
+def _fitting(layouts: Sequence[Layout], asked: Sequence[Layout], stored: Stored) -> list[Layout]:
+    return [layout for layout, one in zip(layouts, asked, strict=True) if one.fits(stored)]
 
 
 def check_layout(name: str) -> None:

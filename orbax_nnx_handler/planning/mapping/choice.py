@@ -354,7 +354,7 @@ def best_mappings(
     scores = [_score(mapping, wanted) for mapping in mappings]
     best = mappings[scores.index(max(scores))]
     rivals = [m for m, score in zip(mappings, scores, strict=True) if score == max(scores)]
-    different = [mapping for mapping in rivals if mapping.recipes != best.recipes]
+    different = [m for m in rivals if m is not best and m.recipes != best.recipes]
     if options.layout == "auto":
         plain = _plain_mapping(wanted, stored, options, max(scores))
         if plain is not None:
@@ -408,6 +408,6 @@ def _score(mapping: LeafMapping, wanted: Sequence[Wanted]) -> tuple[int, int, in
     shapes, claimed = mapping.shapes, {item.wanted.leaf.path for item in mapping.rivals}
     claimed |= {item.path for item in mapping.stuck}
     fitting = {item.leaf.path for item in wanted if shapes.get(item.leaf.path) == item.leaf.shape}
-    whole = sum(not mapping.found[path].missing_layers for path in fitting)
-    found = fitting | {item.leaf.path for item in wanted if item.leaf.path in claimed}
-    return len(found), len(fitting), whole
+    in_part = [path for path, found in mapping.found.items() if found.missing_layers and path in fitting]
+    found = fitting | {item.leaf.path for item in wanted if item.leaf.path in claimed} if claimed else fitting
+    return len(found), len(fitting), len(fitting) - len(in_part)

@@ -859,6 +859,61 @@ def test_a_train_state_whose_weights_a_rule_replaces_keeps_nothing_of_its_optimi
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(result["target"]["optimizer"])))
 
 
+@pytest.mark.parametrize("case", GROUPED)
+@pytest.mark.parametrize("plain", ["a", "b"])
+def test_moments_follow_a_rule_beside_an_optimizer_that_keeps_a_step_alone(tmp_path, case, plain):
+    places = {name: [tuple(key.format(name) for key in part) for part in GROUPED[case]] for name in "ab"}
+    tree, make = _apart(Numbers(), places)
+    _get(tree, places[plain][1]).pop("opt_state")
+    path = write(tmp_path, tree)
+    other = "b" if plain == "a" else "a"
+
+    def one_plain():
+        item = make()
+        network, optimizer = places[plain]
+        _put(item, optimizer, nnx.Optimizer(_get(item, network), optax.sgd(0.1), wrt=nnx.Param))
+        return item
+
+    rule = Transpose("/".join([*places[other][0], "hidden/kernel"]), (1, 0))
+    kernel = _get(tree, places[other][0])["hidden"]["kernel"]
+    result = restore(
+        path, nnx.eval_shape(lambda: _turned(one_plain(), places[other], kernel)), renames=[rule]
+    )
+    mu = _get(result, places[other][1]).opt_state[0].mu
+    np.testing.assert_array_equal(_get(result, places[other][0]).hidden.kernel[...], kernel.T)
+    stored = _get(tree, places[other][1])["opt_state"][0].mu["hidden"]["kernel"]
+    np.testing.assert_array_equal(mu["hidden"]["kernel"][...], stored.T)
+    for name, (_, optimizer) in places.items():
+        assert _get(result, optimizer).step[...] == _get(tree, optimizer)["step"], name
+
+
+def _turned(item, place, kernel):
+    network = _get(item, place[0])
+    network.hidden.kernel = nnx.Param(jnp.zeros(kernel.T.shape))
+    _put(item, place[1], nnx.Optimizer(network, ADAM, wrt=nnx.Param))
+    return item
+
+
+@pytest.mark.parametrize("turned", ["model", "model2"])
+def test_numbers_tell_which_network_an_optimizer_trains(tmp_path, turned):
+    places = {"a": (("model",), ("optimizer",)), "b": (("model2",), ("optimizer2",))}
+    tree, make = _apart(Numbers(), places, lambda numbers: {"out": {"kernel": numbers(3, 3)}})
+    path = write(tmp_path, tree)
+    check(nnx.state(restore(path, nnx.eval_shape(make))["model2"]), tree["model2"])
+    try:
+        result = restore(path, nnx.eval_shape(make), renames=[Transpose(f"{turned}/out/kernel", (1, 0))])
+    except RestoreError:
+        return  # A question does no harm.
+    for name, (network, optimizer) in places.items():
+        stored = _get(tree, optimizer)["opt_state"][0].mu["out"]["kernel"]
+        is_turned = network == (turned,)
+        np.testing.assert_array_equal(
+            _get(result, optimizer).opt_state[0].mu["out"]["kernel"][...],
+            stored.T if is_turned else stored,
+            name,
+        )
+
+
 @pytest.mark.parametrize("names", [("model", "optimizer"), ("a", "a_opt"), ("a/model", "a/optimizer")])
 def test_the_step_of_an_optimizer_that_keeps_nothing_else_is_restored_from_its_own_path(tmp_path, names):
     params = _model(Numbers())

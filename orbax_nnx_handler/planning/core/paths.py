@@ -270,7 +270,7 @@ def linen_path(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state", "params"})
+_GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state", "params", "model", "network", "net"})
 
 
 def called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
@@ -292,9 +292,10 @@ def trained_by(owner: Path, networks: Collection[Path]) -> list[Path]:
     if own or len(beside) == 1:
         return own or beside
     names = {at: canonical(at) for at in beside or networks}
-    # What all end with tells none from another: `nets/a/core`, `nets/b/core`.
-    alike = shared_levels([name[::-1] for name in names.values()], 1) if len(names) > 1 else ()
-    ends = {at: name[: len(name) - len(alike)][-1:] for at, name in names.items()}
+    # What several end with tells none from another: `nets/a/core`, `nets/b/core`.
+    known = Counter(name[at:] for name in names.values() for at in range(len(name)))
+    starts = {at: [n for n in range(len(name)) if known[name[n:]] == 1] for at, name in names.items()}
+    ends = {at: names[at][own[-1] : own[-1] + 1] if own else () for at, own in starts.items()}
     named = called_after(canonical(owner)[-1:], set(ends.values()))
     return [at for at, end in ends.items() if end in named] or beside
 
@@ -306,8 +307,8 @@ def _is_short(word: str, other: str) -> bool:
 
 
 def _words(name: Path) -> list[str]:
-    words = "_".join(str(key).removeprefix("#") for key in name).lower().split("_")
-    return [word for word in words if word and word not in _GENERAL_WORDS]
+    words = re.findall(r"\d+|[^\W\d_]+", "_".join(map(str, name)).lower())
+    return [word for word in words if word not in _GENERAL_WORDS]
 
 
 # Names with the numbers in them.

@@ -34,12 +34,12 @@ ends in `value`. One of the items alone is an `nnx.State`.
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.dtypes import is_weight_called_step
 from orbax_nnx_handler.planning.core.leaves import is_optax_state, is_state, optimizer_owners, owner_of
-from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments, without_box
 from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored, has_subtree, tops
 from orbax_nnx_handler.planning.layouts.linen import owners_of
 
@@ -64,7 +64,8 @@ def _networks(placed: Sequence[Placement]) -> set[Path]:
     Where that is the root, or other weights lie elsewhere, what has been trained are parts of one model.
     """
     models = [item for item in placed if item.section == "model"]
-    weights = [item.path for item in models]
+    alone = _steps_alone(models)
+    weights = [item.path for item in models if item.path not in alone]
     moments = [item for item in placed if item.section == "optimizer" and item.owner]
     longest = {item.owner: item for item in sorted(moments, key=lambda item: len(item.path))}
     some = {
@@ -83,6 +84,13 @@ def _networks(placed: Sequence[Placement]) -> set[Path]:
     parents = {at[:depth] for at in found for depth in range(len(at))}
     is_whole = all(path[:-1] in parents or _within(path, found) is not None for path in weights)
     return found if len(found) > 1 and is_whole and () not in found else set()
+
+
+def _steps_alone(models: Sequence[Placement]) -> set[Path]:
+    """Returns the steps with nothing beside them, as of optimizers that keep no state (`optax.sgd`)."""
+    beside = Counter(without_box(item.path)[:-1] for item in models)
+    steps = (item.path for item in models if without_box(item.path)[-1:] == ("step",) and not item.leaf.shape)
+    return {path for path in steps if beside[without_box(path)[:-1]] == 1}
 
 
 def _like(moment: Tokens, weights: Sequence[Placement]) -> list[Path]:

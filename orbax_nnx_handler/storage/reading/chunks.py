@@ -185,13 +185,10 @@ def _comparing(payload: int) -> Callable[[Content], None]:
 
 
 def _compare_index(payload: int, content: Content) -> None:
-    start, size, _ = _INDEX.unpack(_bytes_of(content, _INDEX.size))
+    found = content if isinstance(content, memoryview) else content.read(_INDEX.size)
+    start, size, _ = _INDEX.unpack(found)
     if (start, size) != (0, payload):
         raise DamagedError("the index of the shard points elsewhere than to its one chunk")
-
-
-def _bytes_of(content: Content, size: int) -> bytes:
-    return bytes(content) if isinstance(content, memoryview) else content.read(size)
 
 
 def _fill_from_zstd(encoding: Encoding, targets: Sequence[Destination], size: int, content: Content) -> None:

@@ -8,6 +8,7 @@ opened by TensorStore. Which chunks are absent is known from the catalog before 
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,32 +43,22 @@ from orbax_nnx_handler.storage.stores.kvstore import Store, files_at
 from orbax_nnx_handler.storage.stores.locations import reason_and_hint
 from orbax_nnx_handler.storage.stores.ocdbt import Extent
 
-
-def absent_chunks(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region]]) -> dict[Path, list[str]]:
-    """Returns the keys of the chunks that the store's catalog does not list.
-
-    Args:
-        checkpoint: The checkpoint. Where its writer left out chunks of zeros,
-            an absent chunk is none of these.
-        regions: The regions needed of each stored leaf.
-
-    Returns:
-        The absent keys by stored leaf; leaves that have all their chunks are left out.
-    """
-    if not checkpoint.writes_fill:
-        return {}
-    arrays = checkpoint.arrays
-    found = {path: arrays[path].unlisted(needed) for path, needed in regions.items() if path in arrays}
-    return {path: absent for path, absent in found.items() if absent}
+_REGION = operator.attrgetter("region")
 
 
-def check_presence(checkpoint: Checkpoint, regions: Mapping[Path, Sequence[Region]]) -> None:
-    """Raises if the catalog shows that a needed chunk is absent.
+def check_presence(checkpoint: Checkpoint, targets: Mapping[Path, Sequence[Destination]]) -> None:
+    """Raises if the catalog shows that a chunk is absent which a place needs.
+
+    Where the writer left out chunks of zeros, an absent chunk is no loss.
 
     Raises:
         UnreadableLeafError: Lists every leaf and every absent chunk.
     """
-    absent = absent_chunks(checkpoint, regions)
+    if not checkpoint.writes_fill:
+        return
+    arrays = checkpoint.arrays
+    found = {path: arrays[path].unlisted(map(_REGION, places)) for path, places in targets.items()}
+    absent = {path: keys for path, keys in found.items() if keys}
     if absent:
         lines = [f"  {render(path)}: {printable(', '.join(keys))}" for path, keys in absent.items()]
         raise UnreadableLeafError(
@@ -204,7 +195,7 @@ def fill_targets(
     values, arrays = checkpoint.values or {}, checkpoint.arrays
     tasks = [_copy(path, values[path], targets[path]) for path in values if path in targets]
     stored = {path: targets[path] for path in targets if path not in values} if tasks else targets
-    check_presence(checkpoint, {path: [place.region for place in places] for path, places in stored.items()})
+    check_presence(checkpoint, stored)
     by_store: dict[int, dict[Path, Sequence[Destination]]] = defaultdict(dict)
     for path, places in stored.items():
         by_store[id(arrays[path].store)][path] = places

@@ -17,7 +17,9 @@ from orbax_nnx_handler.planning.core.errors import DtypeMismatchError, RestoreEr
 from orbax_nnx_handler.planning.core.folding import list_paths
 from orbax_nnx_handler.planning.core.lines import counted
 from orbax_nnx_handler.planning.core.paths import Path, render, tree_of
+from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.layouts.linen import AUX
+from orbax_nnx_handler.planning.layouts.maxtext import MAXTEXT
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
 from orbax_nnx_handler.planning.options import check_choice
 from orbax_nnx_handler.planning.restore_plan import RestorePlan, RestoreReport
@@ -26,6 +28,7 @@ from orbax_nnx_handler.planning.target.target import flatten_like, is_unbuilt
 from orbax_nnx_handler.storage.arithmetic import sharded_by_compiler
 from orbax_nnx_handler.storage.checkpoint.stored_random import add_leftovers
 from orbax_nnx_handler.storage.saving.arrange import (
+    Arranged,
     Flavour,
     Transformation,
     arrange,
@@ -34,7 +37,7 @@ from orbax_nnx_handler.storage.saving.arrange import (
     is_stream,
 )
 from orbax_nnx_handler.storage.saving.cells import cells_of, with_empty_gates, with_gates
-from orbax_nnx_handler.storage.saving.item import ItemLeaf
+from orbax_nnx_handler.storage.saving.item import ItemLeaf, ItemLeaves
 from orbax_nnx_handler.storage.saving.saved import (
     SavedLeaf,
     check_folders,
@@ -112,32 +115,28 @@ def plan_save(
     arranged = arrange(item, flavour, tx)
     if not arranged.certain and flavour == "linen":
         _warn(_UNCERTAIN)
-    values = {leaf.path: leaf.value for leaf in arranged.leaves.values()}
+    values = {leaf.path: leaf.value for leaf in (*arranged.leaves.values(), *arranged.random.values())}
     _check_masks(values)
     leaves: SavedLeaves = {at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()}
-    empty, copies = arranged.empty, ()
+    empty, copies, metadata = arranged.empty, (), arranged.random
     done: RestorePlan | Sequence[Rule] = ()
     if isinstance(undone, RestorePlan | RestoreReport):
         done = undone if isinstance(undone, RestorePlan) else undone.plan
         leaves, empty, copies = as_restored(leaves, empty, done)
+        in_tree = {at: SavedLeaf.of(leaf) for at, leaf in _streams_in_tree(arranged, done).items()}
+        check_distinct((at, leaf.like) for part in (leaves, in_tree) for at, leaf in part.items())
+        leaves = {**leaves, **in_tree}
+        paths = {leaf.like for leaf in in_tree.values()}
+        metadata = {at: leaf for at, leaf in metadata.items() if leaf.path not in paths}
     aside = {at: leaf for at, leaf in leaves.items() if at in arranged.aside}
     inside = {at: leaf for at, leaf in leaves.items() if at not in aside}
     cells = cells_of(inside, arranged.moments)
     leaves, empty = with_gates(inside, cells) | aside, with_empty_gates(empty, cells)
     inline = {at[1:]: leaf for at, leaf in arranged.leaves.items() if at[0] == AUX and is_stream(leaf)}
-    random = {at: leaf.path for at, leaf in (*arranged.random.items(), *inline.items())}
+    random = {at: leaf.path for at, leaf in (*metadata.items(), *inline.items())}
     if not isinstance(undone, RestorePlan | RestoreReport):
         rules = as_rules(undone)
-        if rules and arranged.several:
-            raise RuleError(
-                "the item holds several train states, and rules alone do not tell which they are for.",
-                hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
-            )
-        if rules and any(at[0] != "opt_state" for at in arranged.moments):
-            raise RuleError(
-                "the train state lies below a key, and under rules alone its moments cannot follow.",
-                hints=["pass what the restore did, which is undone leaf by leaf: renames=handler.report."],
-            )
+        _check_alone(rules, arranged)
         beside = [(AUX, *at) for at in random]
         leaves, empty, copies = without_rules(leaves, empty, rules, flavour, beside)
         done = rules
@@ -154,11 +153,39 @@ def plan_save(
     return SavePlan(
         leaves=_counted_as_in_linen(leaves, arranged.steps, done),
         empty=empty,
-        random={streams[at]: leaf for at, leaf in arranged.random.items()},
+        random={streams[at]: leaf for at, leaf in metadata.items()},
         values=values,
         copies=copies,
         steps=arranged.steps,
     )
+
+
+def _check_alone(rules: Sequence[Rule], arranged: Arranged) -> None:
+    """Raises where rules alone do not tell enough of an item to be undone."""
+    if not rules:
+        return
+    hints = ["pass what the restore did, which is undone leaf by leaf: renames=handler.report."]
+    if arranged.several:
+        what = "the item holds several train states, and rules alone do not tell which they are for."
+        raise RuleError(what, hints=hints)
+    if any(at[0] != "opt_state" for at in arranged.moments):
+        what = "the train state lies below a key, and under rules alone its moments cannot follow."
+        raise RuleError(what, hints=hints)
+
+
+def _streams_in_tree(arranged: Arranged, plan: RestorePlan) -> ItemLeaves:
+    """Returns random state that the checkpoint of a plan has in its tree, by its stored path there.
+
+    Elsewhere a Linen program would not store it: see `Arranged.random`.
+    """
+    found: dict[Path, ItemLeaf] = {}
+    for leaf in arranged.random.values():
+        item = plan.restored.get(leaf.path)
+        if item is not None and isinstance(item.recipe, Read):
+            stored = item.recipe.path
+            if stored[0] != AUX or plan.layout == MAXTEXT.title:
+                found[stored] = leaf
+    return found
 
 
 def _counted_as_in_linen(

@@ -279,3 +279,29 @@ def test_rules_alone_do_not_undo_the_moments_in_a_dict_of_arrays(tmp_path: Path)
     tree = as_plain_dicts(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), item), False)
     with pytest.raises(RuleError, match="pass what the restore did"):
         save(tmp_path / "plain", tree, renames=[Transpose("a/hidden/kernel", (1, 0))])
+
+
+def with_streams() -> dict[str, Any]:
+    rngs = nnx.Rngs(3)
+    model = nnx.Dict(dense=nnx.Linear(2, 3, rngs=rngs), drop=nnx.Dropout(0.5, rngs=rngs))
+    return {"model": model, "optimizer": nnx.Optimizer(model, ADAM, wrt=nnx.Param)}
+
+
+@pytest.mark.parametrize("form", ["linen", "maxtext", "plain dicts", "states"])
+def test_random_state_is_written_where_the_checkpoint_has_it(form: str, tmp_path: Path) -> None:
+    path, item = tmp_path / "saved", with_streams()
+    if form in ("linen", "maxtext"):
+        save(path, item, layout="maxtext" if form == "maxtext" else "linen")
+    else:
+        states = {key: nnx.state(part) for key, part in item.items()}
+        plain = {key: nnx.to_pure_dict(state) for key, state in states.items()}
+        written(states if form == "states" else plain, path)
+    target = nnx.eval_shape(with_streams)
+    state = restore(path, target)
+
+    save(tmp_path / "back", state, renames=plan_restore(path, target))
+
+    assert flat(tmp_path / "back").keys() == flat(path).keys()
+    again = restore(tmp_path / "back", target)
+    streams = [result["model"]["drop"].rngs for result in (item, again)]
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), *map(nnx.state, streams))))

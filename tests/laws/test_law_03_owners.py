@@ -691,6 +691,7 @@ GROUPED = {
     "groups": (("nets", "{}"), ("opts", "{}")),
     "a level between": (("nets", "{}", "core"), ("opts", "{}")),
     "a prefix": (("m", "{}"), ("{}_opt",)),
+    "below params and opt": (("params", "{}"), ("opt", "{}")),
 }
 
 

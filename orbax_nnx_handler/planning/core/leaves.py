@@ -262,6 +262,17 @@ def optimizer_owners(paths: Iterable[Path]) -> set[Path]:
     return found
 
 
+def lone_optimizers(paths: Collection[Path]) -> set[Path]:
+    """Returns the keys above each `opt_state` that has a step and nothing else beside it: `nnx.Optimizer`."""
+    owners = optimizer_owners(path for path in paths if len(path) > 1)
+    beside: dict[Path, set[str]] = {owner: set() for owner in owners}
+    for path in paths if owners else ():
+        for at in range(len(path)):
+            if path[:at] in beside:
+                beside[path[:at]].add(str(path[at]))
+    return {owner for owner, keys in beside.items() if owner and keys == {OPT_STATE, "step"}}
+
+
 def owner_of(path: Path, owners: Collection[Path]) -> Path | None:
     """Returns the keys above the `opt_state` that a path lies below; None where it is none of an optimizer's.
 

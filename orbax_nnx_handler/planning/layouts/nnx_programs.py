@@ -38,7 +38,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.dtypes import is_weight_called_step
-from orbax_nnx_handler.planning.core.leaves import is_optax_state, is_state, optimizer_owners, owner_of
+from orbax_nnx_handler.planning.core.leaves import (
+    is_optax_state,
+    is_state,
+    lone_optimizers,
+    optimizer_owners,
+    owner_of,
+)
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, segments, without_box
 from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored, has_subtree, tops
 from orbax_nnx_handler.planning.layouts.linen import owners_of
@@ -168,7 +174,10 @@ def _is_params(stored: Stored) -> bool:
 
 
 def _is_bare(stored: Stored) -> bool:
-    return bool(stored) and not has_subtree(stored, "params") and not _is_nnx_state(stored)
+    if not stored or _is_nnx_state(stored):
+        return False
+    # Networks may lie below `params`: no collection has an `nnx.Optimizer` of its own beside it.
+    return not has_subtree(stored, "params") or bool(lone_optimizers(stored))
 
 
 _TOGETHER = Fields(params=(), collections=None)

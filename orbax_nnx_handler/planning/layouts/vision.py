@@ -37,6 +37,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 
+from orbax_nnx_handler.planning.core.leaves import lone_optimizers
 from orbax_nnx_handler.planning.core.paths import Path, natural_key
 from orbax_nnx_handler.planning.layouts.layout import Fields, Layout, Placement, Stored, has_subtree
 from orbax_nnx_handler.planning.layouts.t5x import WRAPPER, holds_optimizer, place_optimizer
@@ -154,7 +155,9 @@ def _fits(stored: Stored) -> bool:
     if _is_of_flax_optim(stored):
         return True
     has_both = has_subtree(stored, "params") and has_subtree(stored, "opt")
-    return has_both and {path[0] for path in stored} <= _FIELDS_OF_STATE
+    if not has_both or not {path[0] for path in stored} <= _FIELDS_OF_STATE:
+        return False
+    return not any(owner[:1] == _FLAX_OPTIM for owner in lone_optimizers(stored))
 
 
 def _is_of_flax_optim(stored: Stored) -> bool:

@@ -44,10 +44,10 @@ class Fit:
 
 def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
     """Returns how a stored part may become a wanted one; None where shapes do not come out."""
-    numbers, ours, theirs = _compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
+    (equal, _), ours, theirs = _compare_numbers(one, other), one.part.leaves.keys(), other.part.leaves.keys()
     shared, lacking = [kind for kind in ours if kind in theirs], len(ours ^ theirs)
     if not shared and (lone := _lone_bias(one, other)) is not None:
-        score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * numbers.equal
+        score = _COMPLETE + likeness(one.said, other.said) + _NUMBER * equal
         return Fit(score + 20.0, (lone,), is_exact=True)
     # A norm with statistics and a bias is none that does nothing but scale.
     if not shared or lacking > 2 or ("main" not in shared and "main" in ours | theirs):
@@ -71,7 +71,7 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         score += likeness(one.said - PLACING, other.said - PLACING) + 2 * (one.place == other.place)
     else:
         score += likeness(one.said, other.said) + 0.5 * likeness(one.part.own, other.part.own)
-    score += _NUMBER * numbers.equal + _LITERAL * (one.part.names[-1:] == other.part.names[-1:])
+    score += _NUMBER * equal + _LITERAL * (one.part.names[-1:] == other.part.names[-1:])
     # A pair that shapes allow is better than none.
     return Fit(score + 20.0, tuple(pairs), not lacking)
 
@@ -102,8 +102,13 @@ def may_be(one: NamedPart, other: NamedPart) -> bool:
         left, right = left - {"embed"}, right - {"embed"}  # DETR's `class_embed` is no table.
     if exclude(left, right) or (bool(one.fused) != bool(other.fused) and _say_something(one, other)):
         return False
+    # The norm of keys is none of a block.
+    both = (one, other), (other, one)
+    placed = ((y.part.own - x.said, y.part.is_norm) for x, y in both if x.place and x.part.own & PLACING)
+    if any(is_norm and own & {"q", "k", "v"} for own, is_norm in placed):
+        return False
     back = {(to, at) for at, to in directions(one.part.names) if at != to}
-    return back.isdisjoint(directions(other.part.names)) and not _compare_numbers(one, other).different
+    return back.isdisjoint(directions(other.part.names)) and not _compare_numbers(one, other)[1]
 
 
 def _say_something(one: NamedPart, other: NamedPart) -> bool:
@@ -176,16 +181,8 @@ def _are_of_a_kind(kind: str, wanted: Leaf, stored: Leaf, one: NamedPart, other:
     return one.part.is_norm and other.part.is_norm
 
 
-@dataclasses.dataclass(frozen=True)
-class _Numbers:
-    """How the numbers of two parts compare: `equal`, `different`, or nothing to say."""
-
-    equal: int
-    different: bool
-
-
-def _compare_numbers(one: NamedPart, other: NamedPart) -> _Numbers:
-    """Compares the numbered levels of two parts whose names mean the same.
+def _compare_numbers(one: NamedPart, other: NamedPart) -> tuple[int, bool]:
+    """Returns how many numbered levels of two parts count the same, and whether one does not.
 
     Numbers that begin alike are compared as they are; `ln_0, ln_1` and `norm1, norm2` by their rank.
     """
@@ -195,7 +192,7 @@ def _compare_numbers(one: NamedPart, other: NamedPart) -> _Numbers:
         same = same_number(level, held, against, others) if same_name(level, against) else None
         equal += same is True
         different |= same is False
-    return _Numbers(equal, different)
+    return equal, different
 
 
 def _counts_through(one: NamedPart, other: NamedPart) -> bool:

@@ -281,21 +281,33 @@ class _Pairs:
     def _rivals(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         return any(other != pair and (other[0] == pair[0] or other[1] == pair[1]) for other in group)
 
+    def _others(self, pair: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """Yields the pairs that shapes alone allow for either part."""
+        every = itertools.chain(self._fits, self._excluded)
+        return (other for other in every if other != pair and (other[0] == pair[0] or other[1] == pair[1]))
+
+    def _has_same_shape(self, pair: tuple[int, int]) -> bool:
+        leaves = self._wanted[pair[0]].part.leaves, self._stored[pair[1]].part.leaves
+        return all(
+            leaves[1][kind].shape == leaf.shape for kind, leaf in leaves[0].items() if kind in leaves[1]
+        )
+
     def _has_rival(self, pair: tuple[int, int]) -> bool:
         """Tells whether shapes alone allow another pair."""
-        return self._rivals(pair, {*self._fits, *self._excluded})
+        return any(True for _ in self._others(pair))
 
     def _is_plausible(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         """Tells whether a pair is more than a coincidence of shape."""
         fit, one, other = self._fits[pair], self._wanted[pair[0]], self._stored[pair[1]]
         if pair in self._known or likeness(one.said, other.said) > 0 or one.said & other.said:
             return True
-        leaf = one.part.leaves.get("main")
-        is_layer = len(fit.pairs) > 1 and leaf is not None and len(leaf.shape) > 1
+        is_layer = (leaf := one.part.leaves.get("main")) and len(fit.pairs) > 1 and len(leaf.shape) > 1
         exact = {other for other, its in self._fits.items() if its.is_exact}
         if fit.is_exact and is_layer and not self._rivals(pair, exact | self._excluded):
             return True  # Of one output too, where kernel and bias are vectors.
-        if one.part.is_vector or not fit.is_exact:
+        # What could be another one as it is, is not this one reshaped.
+        is_other = not self._has_same_shape(pair) and any(map(self._has_same_shape, self._others(pair)))
+        if one.part.is_vector or not fit.is_exact or is_other:
             return False
         return leaf is None or len(set(leaf.shape)) == len(leaf.shape) or not self._rivals(pair, group)
 

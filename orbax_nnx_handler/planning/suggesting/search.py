@@ -150,8 +150,9 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
     covered = {leaf.source for link in (*found.links, *asked) for leaf in link.wanted}
     used = {leaf.source for link in (*found.links, *asked) for leaf in link.stored}
     left = named_parts(module_parts([leaf for leaf in wanted if leaf.source not in covered]))
-    layers = [role for role in left if {"main"} <= role.part.leaves.keys() <= {"main", "bias"}]
-    layers = [role for role in layers if not role.part.is_vector]
+    layers = [
+        x for x in left if {"main"} <= x.part.leaves.keys() <= {"main", "bias"} and not x.part.is_vector
+    ]
     heads = [role for role in layers if "head" in role.said] or layers
     if len(heads) != 1:
         return Findings()
@@ -161,12 +162,8 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
         if role.said & {"embed", "token"} and not role.said & {"pos", "type", "patch", "cls", "vision"}
     ]
     head, free = heads[0].part.leaves["main"], [leaf for leaf in stored if leaf.source not in used]
-    options = [
-        (leaf, possible)
-        for role in tables
-        for leaf in role.part.leaves.values()
-        if (possible := _as_head(leaf, head))
-    ]
+    made = ((leaf, _as_head(leaf, head)) for role in tables for leaf in role.part.leaves.values())
+    options = [(leaf, possible) for leaf, possible in made if possible]
     if any(ways(leaf.shape, head.shape) for leaf in free) or len(options) != 1 or len(options[0][1]) != 1:
         return Findings()
     leaf, way = options[0]
@@ -182,8 +179,9 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
 
 
 def _as_head(table: Leaf, head: Leaf) -> tuple[Way, ...]:
-    """Returns how an embedding becomes the matrix of an output layer."""
-    return tuple(w for w in ways(table.shape, head.shape) if w.turned or table.names[-1] != "embedding")
+    """Returns how an embedding becomes the matrix of an output layer; a convolution's kernel is none."""
+    found = ways(table.shape, head.shape) if len(table.shape) == len(head.shape) else ()
+    return tuple(w for w in found if w.turned or table.names[-1] != "embedding")
 
 
 def paths_of(links: Iterable[Link]) -> Mapping[Path, set[Path]]:

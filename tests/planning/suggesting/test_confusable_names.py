@@ -13,7 +13,7 @@ from orbax_nnx_handler.planning.suggesting import propose
 from orbax_nnx_handler.planning.suggesting.assignment import components
 from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of, params, stored_of
-from tests.planning.suggesting.proposals import filled, proposed
+from tests.planning.suggesting.proposals import check, filled, proposed
 
 NORM = {"scale": (8,), "bias": (8,)}
 DENSE = {"kernel": (8, 8), "bias": (8,)}
@@ -179,6 +179,52 @@ def test_two_numbered_layers_of_a_gated_network_are_not_the_two_of_a_plain_one(s
             np.testing.assert_array_equal(value, arrays[f"layers_0/{other}/kernel"])
         else:
             assert name.removeprefix("mlp/") in asked
+
+
+def test_the_norm_of_keys_is_none_that_a_block_has_behind_its_attention():
+    names = [
+        "attention/q_norm=attn/q_norm",
+        "attention/k_norm=attn/yew",
+        "attention_norm=post_attention_layernorm",
+    ]
+    shapes = {"attention/q_proj/kernel": (8, 8), "attention/k_proj/kernel": (8, 8)}
+    aims = {path: path.replace("attention", "attn") for path in shapes}
+    for stored, wanted in (pair.split("=") for pair in names):
+        shapes[f"{stored}/scale"], aims[f"{stored}/scale"] = (8,), f"{wanted}/scale"
+    stored = filled(shapes)
+
+    _, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    check(values, {aims[path]: x for path, x in stored.items() if aims[path] in values})
+
+
+def test_what_fits_as_it_is_and_what_would_be_reshaped_do_not_change_places():
+    shapes = {"embedding": (4, 4, 3, 12), "pool/MlpBlock_0/Dense_1": (48, 12)}
+    aims = {"embedding": "fir/proj", "pool/MlpBlock_0/Dense_1": "attn_pool/ash/fc2"}
+    stored = filled(
+        {f"{path}/kernel": shape for path, shape in shapes.items()}
+        | {f"{path}/bias": (12,) for path in shapes}
+    )
+    expected = {
+        f"{aims[path]}/{kind}": stored[f"{path}/{kind}"] for path in shapes for kind in ("kernel", "bias")
+    }
+
+    _, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    check(values, {path: x for path, x in expected.items() if path in values})
+
+
+def test_the_kernel_that_embeds_patches_makes_no_output_layer():
+    stored = filled({"embedding/kernel": (4, 4, 3, 16), "embedding/bias": (16,), "pool/k/kernel": (16, 4, 4)})
+    wanted = {
+        "patch_embedding/kernel": (4, 4, 3, 16),
+        "patch_embedding/bias": (16,),
+        "head/fir/weight": (48, 16),
+    }
+
+    _, values = proposed(stored, wanted)
+
+    assert "head/fir/weight" not in values
 
 
 def test_pairs_that_share_a_part_by_way_of_others_are_one_group():

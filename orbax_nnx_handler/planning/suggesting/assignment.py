@@ -59,6 +59,8 @@ def fit_of(one: NamedPart, other: NamedPart) -> Fit | None:
         found = _ways(left, right, one, other)
         if not found or not _are_of_a_kind(kind, left, right, one, other):
             return None
+        if found[0].turned and {left.names[-1], right.names[-1]} == {"embedding", "kernel"}:
+            return None  # Of a layer's kernel nobody makes a table: tied weights are stored as the table.
         # Under another name, or PyTorch's, outputs before inputs may be the convention of all.
         kept = right.names[-1] == left.names[-1] not in PYTORCHS or right.names[-1] == "embedding"
         if not found[0].turned or kept:

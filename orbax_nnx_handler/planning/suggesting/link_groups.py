@@ -299,10 +299,8 @@ def layers_in_turns(entries: Iterable[Entry]) -> tuple[Rename, ...]:
                 blocks[entry.segments[:at]][base, *entry.segments[at + 1 :]][turn] = name, entry.shape
     found: dict[Rename, None] = {}
     for above, parts in blocks.items():
-        count, kinds = (
-            len(TURNS) * len(parts),
-            {len({shape for _, shape in x.values()}) for x in parts.values()},
-        )
+        count = len(TURNS) * len(parts)
+        kinds = {len({shape for _, shape in x.values()}) for x in parts.values()}
         if kinds == {1} and held[above] == sum(map(len, parts.values())) == count:
             for (base, *_), each in parts.items():
                 for number, turn in enumerate(TURNS):
@@ -338,19 +336,24 @@ def possible_roots(links: Sequence[Link], roots: Roots, *, is_alone: bool) -> It
                 yield depth, kept
 
 
-def apart_from_copies(links: Iterable[Link]) -> tuple[list[Link], list[Tie]]:
-    """Returns the links, and as a question those that lend weights to what may be a copy.
+def apart_from_copies(links: Sequence[Link], stored: Iterable[Leaf]) -> tuple[list[Link], list[Tie]]:
+    """Returns the links, and as questions those that lend weights to what may be a copy, or take a copy's.
 
-    That is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
+    A copy is what is called one, `unet_ema`, and a module of one name that is wanted twice and stored once.
     """
-    plain, lent = list[Link](), list[Link]()
-    doubled = _doubled(links := list(links))
+
+    def is_copied(names: Iterable[object]) -> bool:
+        return any(is_copy_level(str(name)) or "tgt" in meanings(str(name)) for name in names)
+
+    doubled, used = _doubled(links), {leaf.source for link in links for leaf in link.stored}
+    free = {x.names[-2:] for x in stored if x.source not in used and not is_copied(x.names)}
+    kinds: dict[str, list[Link]] = defaultdict(list)
     for link in links:
-        keys = {str(key) for leaf in link.stored for key in leaf.source}
-        copies = [name for name in link.target.names[:-1] if is_copy_level(name) and name not in keys]
-        is_lent = link.target.source in doubled or (copies and not any(map(is_copy_level, keys)))
-        (lent if is_lent else plain).append(link)
-    return plain, [_tie([lent])] if lent else []
+        names, is_stored = link.target.names[:-1], any(is_copied(leaf.source) for leaf in link.stored)
+        is_lent = link.target.source in doubled or (any(map(is_copy_level, names)) and not is_stored)
+        is_taken = is_stored and not is_copied(names) and link.source.names[-2:] in free
+        kinds["lent" if is_lent else "taken" if is_taken else ""].append(link)
+    return kinds.pop("", []), [_tie([some]) for some in kinds.values()]
 
 
 def _doubled(links: Iterable[Link]) -> set[Path]:

@@ -64,7 +64,7 @@ def search(wanted: Sequence[Leaf], stored: Sequence[Leaf], order: Mapping[Tokens
     found = match_model(Context(wanted=wanted, stored=stored, order=order))
     found.add(_tied(wanted, stored, found))
     found.links.extend(match_leftovers(wanted, stored, found.links))
-    plain, copies = apart_from_copies((found := with_moved_axes(found)).links)
+    plain, copies = apart_from_copies((found := with_moved_axes(found)).links, stored)
     found.ties.extend(copies)
     settled, turns = settle_turns(plain)
     return Searched(links=tuple(settled), turns=tuple(turns), found=found)
@@ -149,6 +149,7 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
     asked = [link for tie in found.ties for reading in tie.readings for link in reading]
     covered = {leaf.source for link in (*found.links, *asked) for leaf in link.wanted}
     used = {leaf.source for link in (*found.links, *asked) for leaf in link.stored}
+    settled = {leaf.source for link in found.links for leaf in link.stored}
     left = named_parts(module_parts([leaf for leaf in wanted if leaf.source not in covered]))
     layers = [
         x for x in left if {"main"} <= x.part.leaves.keys() <= {"main", "bias"} and not x.part.is_vector
@@ -161,7 +162,7 @@ def _tied(wanted: Sequence[Leaf], stored: Sequence[Leaf], found: Findings) -> Fi
         for role in named_parts(module_parts([leaf for leaf in stored if leaf.source in used]))
         if role.said & {"embed", "token"} and not role.said & {"pos", "type", "patch", "cls", "vision"}
     ]
-    head, free = heads[0].part.leaves["main"], [leaf for leaf in stored if leaf.source not in used]
+    head, free = heads[0].part.leaves["main"], [leaf for leaf in stored if leaf.source not in settled]
     made = ((leaf, _as_head(leaf, head)) for role in tables for leaf in role.part.leaves.values())
     options = [(leaf, possible) for leaf, possible in made if possible]
     if any(ways(leaf.shape, head.shape) for leaf in free) or len(options) != 1 or len(options[0][1]) != 1:

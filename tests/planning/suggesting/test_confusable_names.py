@@ -227,6 +227,34 @@ def test_the_kernel_that_embeds_patches_makes_no_output_layer():
     assert "head/fir/weight" not in values
 
 
+def test_a_table_is_made_of_no_kernel_turned():
+    stored = filled({"token_embedder/embedding": (20, 8), "decoder/fern/kernel": (8, 20)})
+    table, kernel = stored.values()
+    expected = {"encoder/embed_tokens/embedding": table, "decoder/embed_tokens/embedding": table}
+    expected["lm_head/kernel"] = kernel
+
+    _, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    check(values, {path: x for path, x in expected.items() if path in values})
+
+
+def test_a_copy_is_not_taken_for_what_another_network_may_be():
+    shapes = {"Dense_0/kernel": (6, 8), "LayerNorm_0/scale": (8,), "Dense_1/kernel": (8, 4)}
+    stored = filled(
+        {f"{above}/{path}": x for above in ("ivy", "target_critic") for path, x in shapes.items()}
+    )
+    aims = {
+        "Dense_0/kernel": "linear/kernel",
+        "LayerNorm_0/scale": "norm/scale",
+        "Dense_1/kernel": "out/kernel",
+    }
+    expected = {f"critic/{aim}": stored[f"ivy/{path}"] for path, aim in aims.items()}
+
+    _, values = proposed(stored, {path: x.shape for path, x in expected.items()})
+
+    check(values, {path: x for path, x in expected.items() if path in values})
+
+
 def test_pairs_that_share_a_part_by_way_of_others_are_one_group():
     pairs = {(0, 1), (0, 2), (2, 0), (3, 0), (3, 2)}
 

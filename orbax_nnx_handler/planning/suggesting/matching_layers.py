@@ -227,6 +227,8 @@ class _Matching:
         ]
 
         def are_whole(pair: tuple[Series, Series]) -> bool:
+            if pair[0].base[-1] == pair[1].base[-1] != "":
+                return True  # Names decide.
             same = same_layers(*pair)
             sizes = [{at: part_sizes(held) for at, held in one.members.items()} for one in pair]
             unlike = [(sizes[0][at], sizes[1][to]) for at, to in same if sizes[0][at] != sizes[1][to]]

@@ -48,6 +48,8 @@ OPEN = {
     "maxvit": 156,
     "lru_glu": 16,
     "rrdb": 8,
+    "coca": 5,
+    "nafnet": 20,
 }
 """Leaves that stay open.
 
@@ -61,10 +63,11 @@ stand beside each other is which (transformer_xl_ppo), whether a square matrix i
 (recurrentgemma), and what `v` and `w` are (hypernerf), which of `out` and `out2` is the gate (s4, lru_glu),
 which norm of a decoder with deformable attention is which (deformable_detr), which of the layers of an
 attention that Linen numbered is which (perceiver, set_transformer), which of `a` and `b` is left
-(evoformer), which of two attentions comes first (maxvit), whether a temperature is a scale (dual_encoder),
-which of a block's convolutions of one shape is which branch (inception), and which comes first (rrdb), only
-outputs tell. Not found yet: the bias of queries and of values in one for all three
-(qformer), a lone vector (ncsnpp), and two levels of a U-Net that are as large (ddpm).
+(evoformer), which of two attentions comes first (maxvit), whether a temperature is a scale (dual_encoder,
+coca), which of two last norms is the text's (coca), which of a block's convolutions of one shape is which
+branch (inception, nafnet), and which comes first (rrdb), only outputs tell. Not found yet: the bias of
+queries and of values in one for all three (qformer), a lone vector (ncsnpp), and two levels of a U-Net that
+are as large (ddpm).
 """
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -86,6 +86,15 @@ def test_what_lies_between_two_layers_may_be_any_of_a_list_of_three(names, first
     check(values, {aims[path]: x for path, x in stored.items() if aims[path] in values})
 
 
+def test_a_layer_that_has_another_name_is_no_doubt_about_the_others_of_its_list():
+    stored = filled({f"layers_{at}/{name}/kernel": (8, 8) for at in range(4) for name in "qkvo"})
+    aims = {path: f"layers/{path[7:]}" if path[7] != "0" else f"first/{path[9:]}" for path in stored}
+
+    _, values = proposed(stored, {aims[path]: x.shape for path, x in stored.items()})
+
+    check(values, {aims[path]: x for path, x in stored.items()})
+
+
 def test_a_module_that_holds_two_layers_does_not_tell_what_each_of_them_does():
     shapes = {"kernel": (8, 8), "bias": (8,)}
     blocks = {"ResnetBlock_0": "in_block", "AttnBlock_0": "attn", "ResnetBlock_1": "out_block"}

@@ -66,6 +66,18 @@ class Placement:
         return self.section == "optimizer" and self.leaf.shape == (1,) and not _FACTORED.isdisjoint(names)
 
 
+def several(placed: Mapping[Path, Placement]) -> frozenset[Path]:
+    """Returns the owners of stored weights, if there are several."""
+    owners = frozenset(item.owner for item in placed.values() if item.section == "model")
+    return owners if len(owners) > 1 else frozenset[Path]()
+
+
+def network_of(weight: Placement, size: int) -> Path:
+    """Returns the owner of a stored weight; without collections, what is above the keys of its name."""
+    path = weight.leaf.path
+    return path[: len(path) - size] if weight.collection is None and not weight.owner else weight.owner
+
+
 def below_owner(path: Path, owner: Tokens) -> Path:
     """Returns the keys of a path below an owner, of whose first levels a program may have more or fewer."""
     names = canonical(path)

@@ -31,7 +31,7 @@ from orbax_nnx_handler.planning.core.recipes import (
     reads,
     without_arithmetic,
 )
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import Placement, network_of, several
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
 from orbax_nnx_handler.planning.verdict.states import (
@@ -40,8 +40,6 @@ from orbax_nnx_handler.planning.verdict.states import (
     States,
     StoredNames,
     Trained,
-    network_of,
-    several,
     slot_of,
     spellings,
     spelt_alike,

@@ -2,11 +2,10 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import (
     Path,
     Tokens,
@@ -17,7 +16,7 @@ from orbax_nnx_handler.planning.core.paths import (
     trained_by,
 )
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Scale, parts_of, reads, without_arithmetic
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_level
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.weight_sources import common_end
 
@@ -223,17 +222,18 @@ class _Made(NamedTuple):
         name: Its path, without what is above all weights.
         read: The name of what a rule reads it from, where another stored leaf has its own; else None.
         is_changed: Whether a rule does more to it than to add a constant.
-        shape: Its shape.
+        item: The weight.
     """
 
     name: Tokens
     read: Tokens | None
     is_changed: bool
-    shape: Shape
+    item: Wanted
 
-    def is_from_another(self, network: Tokens) -> bool:
-        """Tells whether it is read from elsewhere than the network whose keys are given."""
-        return self.read is not None and self.read[: len(network)] != network
+    def is_trained(self, network: Tokens) -> bool:
+        """Tells whether it is neither a statistic nor in a copy below the network whose keys are given."""
+        levels = map(str, self.name[len(network) :])
+        return self.item.collection not in FLAX_COLLECTIONS[1:] and not any(map(is_copy_level, levels))
 
     def is_unlike(self, moment: Tokens) -> bool:
         """Tells whether a moment's stored name is not that of what is read, or that of the weight as well."""
@@ -245,6 +245,7 @@ class _Made(NamedTuple):
 REPLACED = "a rule has replaced the weights that it was kept for"
 """Why nothing that has trained other weights is read."""
 
+_Claim = tuple[Wanted, Recipe]
 _Kept = tuple[int, Path, Path, str]
 """A law, a leaf that breaks it, what that is read from, and why."""
 
@@ -267,77 +268,77 @@ class ReplacedWeights:
         wanted: Sequence[Wanted],
     ) -> None:
         """Takes what the result is made from, what rules name, and which owners they give to optimizers."""
-        self._placed, self._by_rule, self._called = placed, by_rule, called
+        self._placed, self._by_rule, self._called, self._wanted = placed, by_rule, called, wanted
         self._owners = {canonical(item.owner) for item in wanted if item.role in ("optimizer", "step")}
         self._made: dict[Tokens, _Made] = {}
         self._by_end: dict[Tokens, list[Tokens]] = defaultdict(list)
         if not by_rule or all(by_rule.isdisjoint(reads(recipe)) for _, recipe, _ in weights):
             return  # Nearly every plan.
-        level, self._above = self._levels(wanted)
-        whole = {path: canonical(path)[level:] for path in placed}
+        whole = {path: canonical(path) for path in placed}
         models = {path: item for path, item in placed.items() if item.section == "model"}
-        names = whole | {at: (canonical(item.owner) + item.tokens)[level:] for at, item in models.items()}
-        owners = {canonical(item.owner)[level:] for item in models.values()}
-        stored = {*names.values(), *whole.values()}
+        names = whole | {at: canonical(item.owner) + item.tokens for at, item in models.items()}
+        owners = {canonical(item.owner) for item in models.values()} - {()}
+        level = len(shared_levels([names[path] for path in models], 1))
+        stored = {name[at:]: at for name in (*whole.values(), *names.values()) for at in range(level + 1)}
+        above = len(shared_levels([canonical(item.leaf.path) for item, _, _ in weights], 1))
         for item, recipe, _ in weights:
-            name, read = canonical(item.leaf.path)[self._above :], reads(recipe)
-            is_moved = not by_rule.isdisjoint(read) and not any(
-                name in (names[path], whole[path]) for path in read
-            )
-            home = max((at for at in owners if at and name[: len(at)] == at), key=len, default=None)
-            is_own = home in (None, *(canonical(placed[path].owner)[level:] for path in read))
-            source = names[read[0]] if is_moved and (name in stored or not is_own) else None
-            made = _Made(name, source, _is_changed(recipe), item.leaf.shape)
-            self._made[name] = made
+            name, read = canonical(item.leaf.path), reads(recipe)
+            own = {each[path][at:] for path in read for each in (names, whole) for at in range(level + 1)}
+            spelt = [name[at:] for at in range(above + 1)]
+            is_moved = not by_rule.isdisjoint(read) and own.isdisjoint(spelt)
+            home = max((at for at in owners if name[: len(at)] == at), key=len, default=None)
+            is_own = home in (None, *(canonical(placed[path].owner) for path in read))
+            found = next((at for at in range(above + 1) if spelt[at] in stored), None)
+            source = names[read[0]] if is_moved and not (found is None and is_own) else None
+            if source is not None and found is not None:
+                source = name[:found] + source[stored[spelt[found]] :]
+            self._made[name] = _Made(name, source, _is_changed(recipe), item)
             for at in range(len(name)):
                 self._by_end[name[at:]].append(name)
         if not any(made.read is not None or made.is_changed for made in self._made.values()):
             self._made.clear()
 
-    def _levels(self, wanted: Iterable[Wanted]) -> tuple[int, int]:
-        """Returns how many levels of one side alone lie above all that is stored, and that is wanted."""
-        here, there = [canonical(item.leaf.path) for item in wanted], [*map(canonical, self._placed)]
-        if not {name[:1] for name in here}.isdisjoint(name[:1] for name in there):
-            return 0, 0
-        return len(shared_levels(there, 1)), len(shared_levels(here, 1))
-
     def kept(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterator[_Kept]:
         """Yields what is read of an optimizer though its weights were replaced."""
-        by_owner: dict[Path, list[tuple[Wanted, Recipe]]] = defaultdict(list)
+        by_part: dict[tuple[Path, Tokens], list[tuple[Wanted, Recipe]]] = defaultdict(list)
         for item, recipe, _ in leaves if self._made or self._called else ():
-            by_owner[item.owner].append((item, recipe))
+            by_part[item.owner, _labels_of(item)].append((item, recipe))
             if any(self._is_called_otherwise(canonical(item.owner), path) for path in reads(recipe)):
                 yield 3, item.leaf.path, reads(recipe)[0], "a rule calls it otherwise"
-        for owner, some in by_owner.items() if self._made else ():
-            yield from self._kept_by(owner, some)
+        names: dict[tuple[Path, Tokens], set[Tokens]] = defaultdict(set)
+        for item in self._wanted if self._made else ():
+            name = _name_of(item)
+            if name and name[-1:] in self._by_end:
+                for labels in ((), _labels_of(item)):
+                    names[item.owner, labels].add(name)
+        for (owner, labels), some in by_part.items() if self._made else ():
+            known = names.get((owner, labels), set[Tokens]())
+            yield from self._kept_by(self._trained(labels[-1:] or canonical(owner), known), known, some)
 
     def _is_called_otherwise(self, owner: Tokens, path: Path) -> bool:
         """Tells whether a rule gives a leaf to another wanted optimizer."""
         called = self._called.get(path, set[Tokens]())
-        others = [
-            at for at in called if not _is_part(owner, at) and any(_is_part(o, at) for o in self._owners)
-        ]
-        return len(others) == len(called) > 0
+        others = [at for at in called if not _is_part(owner, at)]
+        return 0 < len(called) == sum(any(_is_part(own, at) for own in self._owners) for at in others)
 
-    def _kept_by(self, owner: Path, leaves: Sequence[tuple[Wanted, Recipe]]) -> Iterator[_Kept]:
-        names = {item.leaf.path: _name_of(item) for item, _ in leaves}
-        known = {name for name in names.values() if name and name[-1:] in self._by_end}
-        trained = self._trained(canonical(owner)[self._above :], known)
+    def _kept_by(
+        self, trained: Mapping[Tokens, Mapping[Tokens, _Made]], known: Set[Tokens], leaves: Sequence[_Claim]
+    ) -> Iterator[_Kept]:
+        is_replaced = any(_are_others(made.values()) for made in trained.values())
         for item, recipe in leaves:
-            path, read = item.leaf.path, reads(recipe)
+            path, read, name = item.leaf.path, reads(recipe), _name_of(item)
             if not read or not self._by_rule.isdisjoint(read):
                 continue
-            name, there = names[path], self._placed[read[0]]
-            stored = canonical(there.slot or ()) + there.tokens
             if name not in known:
-                if any(all(w.is_from_another(at) for w in made.values()) for at, made in trained.items()):
+                if is_replaced:
                     yield 3, path, read[0], REPLACED
                 continue
+            there = self._placed[read[0]]
             some = [network[at + name] for at, network in trained.items() if at + name in network]
             is_known = len(some) == len(trained) == 1
             for made in some or [self._made[at] for at in self._like(name)]:
-                is_raw = isinstance(recipe, Read) and made.shape == item.leaf.shape and not is_known
-                if made.is_unlike(stored) or (made.is_changed and is_raw):
+                is_raw = isinstance(recipe, Read) and made.item.leaf.shape == item.leaf.shape and not is_known
+                if made.is_unlike(canonical(there.slot or ()) + there.tokens) or (made.is_changed and is_raw):
                     yield 8, path, read[0], REPLACED
                     break
 
@@ -350,23 +351,34 @@ class ReplacedWeights:
         some = next(iter(names), None)
         heads: list[Tokens] = [at[: len(at) - len(some)] for at in self._by_end.get(some, ())] if some else []
         heads = [head for head in heads if all(head + name in self._made for name in names)]
-        if not heads:
-            # Without moments, or where they have names of their own.
+        if heads:
+            trained = {head: {head + name: self._made[head + name] for name in names} for head in heads}
+        else:  # Without moments, or where they have names of their own.
             level = len(shared_levels([*self._made], 1))
-            beside = [at for at in (owner, owner[:-1]) if at and any(n[: len(at)] == at for n in self._made)]
+            above = [at for at in (owner, owner[:-1]) if at or not owner]
+            beside = [at for at in above if any(name[: len(at)] == at for name in self._made)]
             heads = beside[:1] or list(dict.fromkeys(name[: level + 1] for name in self._made))
+            below = {at: {n: w for n, w in self._made.items() if n[: len(at)] == at} for at in heads}
+            trained = {
+                at: {n: w for n, w in ws.items() if w.is_trained(at)} or ws for at, ws in below.items()
+            }
         named = trained_by(owner, heads)
-        heads = [head for head in heads if len(named) != 1 or head in named]
-        return {
-            head: {name: made for name, made in self._made.items() if name[: len(head)] == head}
-            for head in heads
-        }
+        return {at: made for at, made in trained.items() if len(named) != 1 or at in named}
 
 
 def _is_part(one: Tokens, other: Tokens) -> bool:
     """Tells whether one owner is the other one, above or below levels of either side."""
     short, long = sorted((one, other), key=len)
     return short in (long[: len(short)], long[len(long) - len(short) :])
+
+
+def _are_others(weights: Collection[_Made]) -> bool:
+    """Tells whether weights come from others than those that were trained at their paths."""
+    return {made.read or made.name for made in weights}.isdisjoint(made.name for made in weights)
+
+
+def _labels_of(item: Wanted) -> Tokens:
+    return _labels(slot_of(item.tokens).place) if item.role == "optimizer" else ()
 
 
 def _name_of(item: Wanted) -> Tokens:
@@ -379,18 +391,6 @@ def _is_changed(recipe: Recipe) -> bool:
     if any(isinstance(part, Scale) for part in parts_of(recipe)):
         return True
     return not isinstance(without_arithmetic(recipe), Read)
-
-
-def several(placed: Mapping[Path, Placement]) -> frozenset[Path]:
-    """Returns the owners of stored weights, if there are several."""
-    owners = frozenset(item.owner for item in placed.values() if item.section == "model")
-    return owners if len(owners) > 1 else frozenset[Path]()
-
-
-def network_of(weight: Placement, size: int) -> Path:
-    """Returns the owner of a stored weight; without collections, what is above the keys of its name."""
-    path = weight.leaf.path
-    return path[: len(path) - size] if weight.collection is None and not weight.owner else weight.owner
 
 
 class StoredNames:

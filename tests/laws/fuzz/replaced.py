@@ -1,4 +1,4 @@
-"""Networks and optimizers as NNX's own dicts, under rules that put one network's weights in another's place.
+"""Networks and optimizers in dicts, under rules that put one network's weights in another's place.
 
 Networks lie side by side, in groups, below levels or in lists; an optimizer lies beside its network, is
 called after it or not, or trains both. What it keeps belongs to the weights that it has trained: where those
@@ -17,7 +17,8 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from orbax_nnx_handler import Add, Copy, Drop, RestoreError, restore
+from orbax_nnx_handler import Add, Copy, Drop, RestoreError, restore, to_linen
+from tests.laws.fuzz.programs import numbered
 from tests.laws.fuzz.trial import Outcome
 
 NAMES = (
@@ -46,6 +47,10 @@ _Weight = tuple[str, Keys]
 """A network's name, and the keys of a weight below it."""
 
 
+class _Unnamed(Exception):
+    """What is the model at the root, or lies aside, has no name of its own that rules could call it by."""
+
+
 class _Part(nnx.Module):
     """Modules by their names."""
 
@@ -69,6 +74,20 @@ class _Program:
     modules: Mapping[str, Mapping[str, tuple[int, int]]]
     wrapped: Keys
     optimizers: list[_Optimizer]
+    stored: Mapping[Keys, Keys] = dataclasses.field(default_factory=dict[Keys, Keys], repr=False)
+    """Where each of its leaves is stored, if elsewhere."""
+
+    def text(self, place: Keys) -> str:
+        """Returns what rules call a part of it, if it has a name of its own."""
+        path = next((path for path in self.stored if path[: len(place)] == place), None)
+        if path is None:
+            return "/".join(place)
+        stored = self.stored[path]
+        found = stored[: len(stored) - len(path) + len(place)]
+        found = found[:-1] if place in self.places.values() and found[-1:] == ("params",) else found
+        if "nnx_aux" in found or not found:
+            raise _Unnamed
+        return "/".join(found)
 
     def make(self, called: Mapping[Keys, Keys], left: Sequence[str], gone: Sequence[Keys]) -> dict[str, Any]:
         """Returns the program with other names, and without some networks and optimizers."""
@@ -116,14 +135,26 @@ def try_replaced(seed: int, place: pathlib.Path) -> Outcome:
     rng = random.Random(seed)
     program = _drawn_program(rng)
     kind, policy = rng.choice(RULES), rng.choice(("error", "error", "warn"))
-    change = _drawn_change(rng, program, kind)
+    layout = rng.choice(("own names", "own names", "linen", "maxtext"))
+    saved = numbered(program.make({}, (), ()))
+    stored = _state_of(saved)
+    try:
+        tree = stored if layout == "own names" else to_linen(saved, layout)
+    except ValueError as error:
+        return Outcome(seed, "refused", "may refuse", "not saved", str(error))
+    if layout != "own names":
+        program.stored = _places_of(stored, tree)
+    try:
+        change = _drawn_change(rng, program, kind)
+    except _Unnamed:
+        return Outcome(seed, "refused", "may refuse", "no name", str(program))
     # A level that one network alone leaves of two may go; only what needs no rule has one reading then.
-    answer = "must restore" if kind in MUST_RESTORE else "may refuse"
-    detail = f"{program}, {policy}, {change.rules}: "
-    stored = _numbered(_state_of(program.make({}, (), ())))
+    is_plain = kind in MUST_RESTORE and layout == "own names"
+    answer = "must restore" if is_plain else "may refuse"
+    detail = f"{layout}, {program}, {policy}, {change.rules}: "
     target = nnx.eval_shape(lambda: program.make(change.called, change.left, change.gone))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(place / "saved", stored)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(place / "saved", tree)
     try:
         result = restore(place / "saved", target, renames=change.rules, policy=policy)
     except RestoreError as error:
@@ -182,39 +213,40 @@ def _drawn_change(rng: random.Random, program: _Program, kind: str) -> _Change:
     one, other = rng.sample([*program.places], 2)
     change = _Change([], {weight: weight for name in program.places for weight in program.weights(name)})
     here, there = program.places[one], program.places[other]
+    texts = program.text(here), program.text(there)
     optimizers = [at.place for name in (one, other) for at in program.optimizers if at.trains == (name,)]
     whole = program.modules[one] == program.modules[other]
     takes = kind.endswith("with") and len(optimizers) == 2
     if kind == "add":
         change.added = (one, ("d", "kernel"))
-        change.rules = [Add(_text(program.place_of(change.added)), CONSTANT)]
+        change.rules = [Add(program.text(program.place_of(change.added)), CONSTANT)]
     elif kind.startswith("renamed"):
-        _rename(change, here, (*here[:-1], "fresh"))
+        _rename(program, change, here, (*here[:-1], "fresh"))
         own = optimizers[: kind == "renamed with"]
         for place in own:
-            _rename(change, place, (*place[:-1], "fresh_opt"))
+            _rename(program, change, place, (*place[:-1], "fresh_opt"))
     elif kind.startswith("exchanged") and whole:
-        change.rules = _exchanged(here, there) + (_exchanged(*optimizers) if takes else [])
+        change.rules = _exchanged(*texts) + (_exchanged(*map(program.text, optimizers)) if takes else [])
         rng.shuffle(change.rules)
         change.source = {weight: (_of(weight[0], one, other), weight[1]) for weight in change.source}
     elif kind.startswith("replaced") and whole:
-        change.rules = _replaced(here, there) + (_replaced(*optimizers) if takes else [])
+        change.rules = _replaced(*texts) + (_replaced(*map(program.text, optimizers)) if takes else [])
         change.source |= {weight: (other, weight[1]) for weight in program.weights(one)}
         change.left = (other,)
     elif kind == "copied" and whole:
-        change.rules = [Drop(_text(there), "not wanted"), Copy(_text(here), _text(there))]
+        change.rules = [Drop(texts[1], "not wanted"), Copy(*texts)]
         change.source |= {weight: (one, weight[1]) for weight in program.weights(other)}
     elif kind.startswith("leaf"):
         module = rng.choice([name for name in program.modules[one] if name in program.modules[other]])
         keys = [(module, "kernel"), (module, "bias")][: rng.randint(1, 2)]
         end = (module,) if len(keys) == 2 else keys[0]
-        left, right = ((*at, *program.wrapped, *end) for at in (here, there))
-        copied = [Drop(_text(right), "not wanted"), Copy(_text(left), _text(right))]
+        left, right = (program.text((*at, *program.wrapped, *end)) for at in (here, there))
+        copied = [Drop(right, "not wanted"), Copy(left, right)]
         change.rules = copied if kind == "leaf copied" else _exchanged(left, right)
         change.source |= {(other, key): (one, key) for key in keys}
         change.source |= {(one, key): (other, key) for key in keys} if kind == "leaf exchanged" else {}
     elif kind == "optimizer dropped" and len(optimizers) == 2:
-        change.rules, change.gone = [Drop(_text(optimizers[1]), "not wanted")], (optimizers[1],)
+        change.rules, change.gone = [Drop(program.text(optimizers[1]), "not wanted")], (optimizers[1],)
     return change
 
 
@@ -222,17 +254,18 @@ def _of(name: str, one: str, other: str) -> str:
     return {one: other, other: one}.get(name, name)
 
 
-def _rename(change: _Change, old: Keys, new: Keys) -> None:
-    change.rules.append((_text(old), _text(new)))
+def _rename(program: _Program, change: _Change, old: Keys, new: Keys) -> None:
+    *above, _ = (text := program.text(old)).split("/")
+    change.rules.append((text, "/".join((*above, new[-1]))))
     change.called[old] = new
 
 
-def _exchanged(one: Keys, other: Keys) -> list[Any]:
-    return [(_text(one), _text(other)), (_text(other), _text(one))]
+def _exchanged(one: str, other: str) -> list[Any]:
+    return [(one, other), (other, one)]
 
 
-def _replaced(one: Keys, other: Keys) -> list[Any]:
-    return [Drop(_text(one), "not wanted"), (_text(other), _text(one))]
+def _replaced(one: str, other: str) -> list[Any]:
+    return [Drop(one, "not wanted"), (other, one)]
 
 
 def _wrong_weights(
@@ -302,10 +335,6 @@ def _put(tree: dict[str, Any], path: Keys, value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _text(path: Keys) -> str:
-    return "/".join(path)
-
-
 def _state_of(tree: Any) -> dict[str, Any]:
     """Returns nested dicts of arrays with strings for keys, as people save them."""
     if not isinstance(tree, dict):
@@ -316,17 +345,16 @@ def _state_of(tree: Any) -> dict[str, Any]:
     }
 
 
-def _numbered(tree: dict[str, Any]) -> Any:
-    done = 0
-
-    def fill(leaf: Any) -> np.ndarray:
-        nonlocal done
-        start, done = done + 1, done + leaf.size
-        return np.arange(start, done + 1).reshape(leaf.shape).astype(leaf.dtype)
-
-    return jax.tree.map(fill, tree)
+def _places_of(state: dict[str, Any], tree: Any) -> dict[Keys, Keys]:
+    """Returns where each leaf of a program is stored: every one has numbers of its own."""
+    values = {np.asarray(leaf).tobytes(): path for path, leaf in _flat(tree).items()}
+    return {path: values[leaf.tobytes()] for path, leaf in _flat(state).items() if leaf.tobytes() in values}
 
 
 def _flat(tree: dict[str, Any]) -> dict[Keys, np.ndarray]:
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in found}
+    return {tuple(map(_key, path)): np.asarray(leaf) for path, leaf in found}
+
+
+def _key(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))))

@@ -18,9 +18,11 @@ from orbax_nnx_handler import (
     Rename,
     RestoreError,
     Transpose,
+    from_linen,
     plan_restore,
     restore,
     save,
+    to_linen,
 )
 from tests.laws import worlds
 from tests.laws.worlds import (
@@ -913,6 +915,107 @@ def test_numbers_tell_which_network_an_optimizer_trains(tmp_path, turned):
             stored.T if is_turned else stored,
             name,
         )
+
+
+def _scheduled():
+    return optax.sgd(optax.constant_schedule(0.1))
+
+
+def _two_states(numbers, statistics=False):
+    def made(step):
+        params = _model(numbers)
+        state = {
+            "params": params,
+            "opt_state": numbers.optimizer(_scheduled(), params),
+            "step": np.int32(step),
+        }
+        return state | ({"batch_stats": {"norm": {"mean": numbers(4)}}} if statistics else {})
+
+    return {name: made(at) for at, name in enumerate("ab", 11)}
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("level", ["", "train"])
+def test_a_count_stays_behind_beside_statistics_and_below_a_level_of_one_side(tmp_path, level, statistics):
+    states = _two_states(Numbers(), statistics)
+    path = write(tmp_path, {level: states} if level else states)
+
+    def make():
+        item = {}
+        for name, state in states.items():
+            model = Branch(state["params"] | state.get("batch_stats", {}), {})
+            item[name] = {"model": model, "optimizer": nnx.Optimizer(model, _scheduled(), wrt=nnx.Param)}
+        return item
+
+    target, above = nnx.eval_shape(make), f"{level}/" if level else ""
+    for name, part in restore(path, target).items():
+        assert part["optimizer"].step[...] == states[name]["step"]
+    refused(path, target, renames=[(f"{above}a/params", "b/params"), (f"{above}b/params", "a/params")])
+    whole = restore(path, target, renames=[(f"{above}a", "b"), (f"{above}b", "a")])
+    for name, other in (("a", "b"), ("b", "a")):
+        check(whole[name]["model"].hidden, states[other]["params"]["hidden"])
+        assert whole[name]["optimizer"].step[...] == states[other]["step"]
+
+
+def test_no_hint_gives_an_optimizer_the_step_of_another_network(tmp_path):
+    states = _two_states(Numbers())
+    del states["b"]["opt_state"]
+    path = write(tmp_path, states)
+
+    def make():
+        parts = {name: Branch(state["params"], {}) for name, state in states.items()}
+        return parts | {"a_opt": nnx.Optimizer(parts["a"], _scheduled(), wrt=nnx.Param)}
+
+    for hint in refused(path, nnx.eval_shape(make), unexpected="ignore").hints:
+        assert "b/step" not in str(hint.arguments)
+
+
+def test_a_rule_that_calls_a_step_as_a_network_is_refused(tmp_path):
+    states = _two_states(Numbers())
+    fields = ("params", "opt_state", "step")
+    path = write(tmp_path, {key: {name: state[key] for name, state in states.items()} for key in fields})
+
+    def make():
+        model = Branch(states["a"]["params"], {})
+        return {"a": {"model": model, "optimizer": nnx.Optimizer(model, _scheduled(), wrt=nnx.Param)}}
+
+    for rules in (
+        [("step/a", "a")],
+        [Drop("a", "x"), ("b", "a")],
+        [Drop("params/a", "x"), ("params/b", "a")],
+    ):
+        refused(path, nnx.eval_shape(make), renames=rules, unexpected="ignore")
+
+
+def test_counts_by_label_stay_behind_where_networks_are_exchanged(tmp_path):
+    numbers = Numbers()
+    tx = optax.partition(
+        {"a": _scheduled(), "b": _scheduled()},
+        lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params),
+    )
+    params = {name: _model(numbers) for name in "ab"}
+    state = {"params": params, "opt_state": numbers.optimizer(tx, params), "step": np.int32(3)}
+    path, target = write(tmp_path, state), training_target(params, tx)
+    restore(path, target)
+    refused(path, target, renames=[("params/a", "params/b"), ("params/b", "params/a")])
+
+
+@pytest.mark.parametrize("kind", ["exchanged", "another copied"])
+def test_moments_of_two_networks_stay_behind_in_maxtexts_layout(kind):
+    numbers = Numbers()
+    params = [_model(numbers) for _ in range(2)]
+
+    def make():
+        parts = [Branch({"net": part}, {}) for part in params]
+        optimizer = nnx.Optimizer(_Owner(a=parts[0], b=parts[1]), ADAM, wrt=nnx.Param)
+        return {"nets": nnx.List(parts), "opt": optimizer}
+
+    item = make()
+    tree = to_linen(item, "maxtext")
+    check(nnx.state(from_linen(tree, nnx.eval_shape(make))["nets"]), nnx.state(item["nets"]))
+    rules = REPLACED[kind]("params/params/nets_0", "params/params/nets_1")
+    with pytest.raises(RestoreError):
+        from_linen(tree, nnx.eval_shape(make), renames=rules)
 
 
 @pytest.mark.parametrize("names", [("model", "optimizer"), ("a", "a_opt"), ("a/model", "a/optimizer")])

@@ -200,7 +200,8 @@ def _whose(evidence: Evidence, lost: Iterable[Path]) -> Iterable[Cause]:
     for item in (*_free(evidence, "optimizer"), *_free(evidence, "step")):
         there[item.owner].append(item)
     alone = [at for at, items in there.items() if {item.section for item in items} == {"step"}]
-    if len(there) - 1 == len(alone) == 1:
+    # One above the optimizer is its own, that of another network is not.
+    if len(there) - 1 == len(alone) == 1 and all(at[: len(alone[0])] == alone[0] for at in there):
         there = {at: [*items, *there[alone[0]]] for at, items in there.items() if at not in alone}
     stored = {at: sum(math.prod(i.leaf.shape) for i in items) for at, items in there.items()}
     sizes = {at: sum(math.prod(evidence.shape(path)) for path in paths) for at, paths in here.items()}
@@ -436,8 +437,8 @@ def _free(evidence: Evidence, section: str) -> list[Placement]:
 
 def _stored_slots(evidence: Evidence) -> set[str]:
     """Returns the names of the stored moments: the keys right above a parameter's path."""
-    lasts = {evidence.stored_below(item)[-1] for item in evidence.stored_weights.values()}
-    tops = {evidence.stored_below(item)[0] for item in evidence.stored_weights.values()} | {"params"}
+    names = [name for item in evidence.stored_weights.values() if (name := evidence.stored_below(item))]
+    lasts, tops = {name[-1] for name in names}, {name[0] for name in names} | {"params"}
     found: set[str] = set()
     for item in evidence.sides.placements.values():
         tokens = without_box(canonical(item.path))

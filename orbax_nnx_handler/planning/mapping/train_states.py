@@ -211,7 +211,7 @@ def _fields_of_networks(
     for entry in moved if found else ():
         names, path = entry.whole, entry.sources[0]
         depth = max((len(owner) for owner in trained if names[: len(owner)] == owner), default=0)
-        if not depth or OPT_STATE in names:
+        if not depth or OPT_STATE in names or len(names) == depth:
             continue
         if names[-1] == "step" and not entry.shape:
             found[path] = ("step", None, names[:depth])

@@ -47,3 +47,10 @@ def _bits(leaf: Any) -> Any:
         bits = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         return str(leaf.dtype), jax.device_get(bits)
     return leaf
+
+
+def put_at(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    """Puts a value into nested dicts, which are made where there are none."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value

@@ -37,6 +37,7 @@ from tests.laws.worlds import (
     training_target,
     write,
 )
+from tests.written import put_at
 
 ADAM = optax.adam(1e-3)
 
@@ -603,12 +604,6 @@ def test_networks_in_front_of_their_fields_are_told_without_an_optimizer(tmp_pat
         restore(path, nnx.eval_shape(lambda: {"model": make()[names[0]]}), unexpected="ignore")
 
 
-def _put(item, path, value):
-    for key in path[:-1]:
-        item = item.setdefault(key, {})
-    item[path[-1]] = value
-
-
 def _get(item, path):
     for key in path:
         item = item[key]
@@ -619,16 +614,16 @@ def _apart(numbers, places, make_params=_model):
     """Returns NNX's own dict of networks and optimizers at places by name, and what makes its parts."""
     params, tree = {name: make_params(numbers) for name in places}, {}
     for step, (name, (network, optimizer)) in enumerate(places.items(), 11):
-        _put(tree, network, params[name])
-        _put(tree, optimizer, {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(step)})
+        put_at(tree, network, params[name])
+        put_at(tree, optimizer, {"opt_state": numbers.optimizer(ADAM, params[name]), "step": np.int32(step)})
 
     def make(wanted=tuple(places)):
         item = {}
         for name in wanted:
             model = Branch(params[name], {})
             network, optimizer = places[name]
-            _put(item, network, model)
-            _put(item, optimizer, nnx.Optimizer(model, ADAM, wrt=nnx.Param))
+            put_at(item, network, model)
+            put_at(item, optimizer, nnx.Optimizer(model, ADAM, wrt=nnx.Param))
         return item
 
     return tree, make
@@ -874,7 +869,7 @@ def test_moments_follow_a_rule_beside_an_optimizer_that_keeps_a_step_alone(tmp_p
     def one_plain():
         item = make()
         network, optimizer = places[plain]
-        _put(item, optimizer, nnx.Optimizer(_get(item, network), optax.sgd(0.1), wrt=nnx.Param))
+        put_at(item, optimizer, nnx.Optimizer(_get(item, network), optax.sgd(0.1), wrt=nnx.Param))
         return item
 
     rule = Transpose("/".join([*places[other][0], "hidden/kernel"]), (1, 0))
@@ -893,7 +888,7 @@ def test_moments_follow_a_rule_beside_an_optimizer_that_keeps_a_step_alone(tmp_p
 def _turned(item, place, kernel):
     network = _get(item, place[0])
     network.hidden.kernel = nnx.Param(jnp.zeros(kernel.T.shape))
-    _put(item, place[1], nnx.Optimizer(network, ADAM, wrt=nnx.Param))
+    put_at(item, place[1], nnx.Optimizer(network, ADAM, wrt=nnx.Param))
     return item
 
 
@@ -1023,14 +1018,14 @@ def test_the_step_of_an_optimizer_that_keeps_nothing_else_is_restored_from_its_o
     params = _model(Numbers())
     network, optimizer = (tuple(name.split("/")) for name in names)
     tree = {}
-    _put(tree, network, params)
-    _put(tree, optimizer, {"step": np.int32(13)})
+    put_at(tree, network, params)
+    put_at(tree, optimizer, {"step": np.int32(13)})
     path = write(tmp_path, tree)
 
     def make():
         item, model = {}, Branch(params, {})
-        _put(item, network, model)
-        _put(item, optimizer, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param))
+        put_at(item, network, model)
+        put_at(item, optimizer, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param))
         return item
 
     result = restore(path, nnx.eval_shape(make))

@@ -20,6 +20,7 @@ from flax import nnx
 from orbax_nnx_handler import Add, Copy, Drop, RestoreError, restore, to_linen
 from tests.laws.fuzz.programs import numbered
 from tests.laws.fuzz.trial import Outcome
+from tests.written import put_at
 
 NAMES = (
     *(("a", "b"), ("actor", "critic"), ("gen", "disc"), ("net", "target"), ("pi", "v"), ("enc", "dec")),
@@ -94,14 +95,14 @@ class _Program:
         tree: dict[str, Any] = {}
         networks = {name: self._network(name) for name in self.places if name not in left}
         for name, network in networks.items():
-            _put(tree, called.get(self.places[name], self.places[name]), network)
+            put_at(tree, called.get(self.places[name], self.places[name]), network)
         for one in self.optimizers:
             if one.place in gone or not networks.keys() >= {*one.trains}:
                 continue
             of = {name: networks[name] for name in one.trains}
             model = _Part(of) if len(of) > 1 else of[one.trains[0]]
             optimizer = nnx.Optimizer(model, TX[one.tx](), wrt=nnx.Param)
-            _put(tree, called.get(one.place, one.place), optimizer)
+            put_at(tree, called.get(one.place, one.place), optimizer)
         return tree
 
     def _network(self, name: str) -> Any:
@@ -327,12 +328,6 @@ def _of_optimizers(program: _Program, network: str, below: Keys, stored: Mapping
 
 def _fields(below: Keys) -> Keys:
     return tuple(key for key in below if not key.isdigit())
-
-
-def _put(tree: dict[str, Any], path: Keys, value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def _state_of(tree: Any) -> dict[str, Any]:

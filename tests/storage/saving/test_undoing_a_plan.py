@@ -28,6 +28,7 @@ from orbax_nnx_handler import (
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.storage.saving.saved import SavedLeaf, in_nodes
 from tests.storage.saving.trees import described_leaves, flat, leaves, numbered, written
+from tests.written import put_at
 
 ADAM = optax.adam(0.1)
 
@@ -164,19 +165,13 @@ PLACES = {
 }
 
 
-def put(tree: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
-    for key in place[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[place[-1]] = value
-
-
 def two_networks(places: str, optimizers: str) -> dict[str, Any]:
     item: dict[str, Any] = {}
     for name, tx in zip("ab", OPTIMIZERS[optimizers], strict=True):
         model = Network()
         network, optimizer = (tuple(key.format(name) for key in place) for place in PLACES[places])
-        put(item, network, model)
-        put(item, optimizer, nnx.Optimizer(model, tx, wrt=nnx.Param))
+        put_at(item, network, model)
+        put_at(item, optimizer, nnx.Optimizer(model, tx, wrt=nnx.Param))
     return item
 
 

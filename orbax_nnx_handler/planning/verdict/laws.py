@@ -108,13 +108,8 @@ def certify(
     """
     kernel = _Kernel(wanted, placed, sources, known)
     broken = [fault for source in kernel.unproven() for fault in kernel.check(source)]
-    broken += [
-        *kernel.aside(),
-        *kernel.moments(),
-        *kernel.replaced(),
-        *kernel.kept_beside(),
-        *kernel.claims(),
-    ]
+    broken += [*kernel.aside(), *kernel.moments(), *kernel.replaced()]
+    broken += [*kernel.kept_beside(), *kernel.claims()]
     return [*broken, *kernel.axes(), *kernel.owners(), *kernel.networks(), *kernel.roots()]
 
 
@@ -278,7 +273,8 @@ class _Kernel:
         made = [*self._chains["model"], *(read_and_steps(recipe) for _, recipe, _ in unfit)]
         chains = self._chains["optimizer"], made
         moments = ProvenMoments(leaves, weights, self._wanted, self._placed, self._known.by_rule, chains)
-        yield from (Broken(law=n, wanted=path, stored=at, why=why) for n, path, at, why in moments.astray())
+        for law, path, stored, why in moments.astray():
+            yield Broken(law=law, wanted=path, stored=stored, why=why)
         for owner, read in moments.owners.items():
             self._owners[owner] |= read
         yield from self._orphans(moments)
@@ -287,8 +283,8 @@ class _Kernel:
         """Yields what optimizers keep of weights that a rule has replaced by others."""
         known, made = self._known, self._by_role["model"]
         some = ReplacedWeights(made, self._placed, known.by_rule, known.called, self._wanted)
-        for law, path, at, why in some.kept((*self._by_role["optimizer"], *self._by_role["step"])):
-            yield Broken(law=law, wanted=path, stored=at, why=why)
+        for law, path, stored, why in some.kept((*self._by_role["optimizer"], *self._by_role["step"])):
+            yield Broken(law=law, wanted=path, stored=stored, why=why)
 
     def _orphans(self, moments: ProvenMoments) -> Iterator[Broken]:
         """Proves moments whose parameters are not in the result as if they were the weights themselves."""
@@ -299,8 +295,9 @@ class _Kernel:
         }
         items = [(wanted_as_weight(item), recipe) for item, recipe in moments.orphans]
         weights = Weights([item for item, _ in items], placed, frozenset(), self._known.scans, self._axes)
-        for astray in (fault for item, recipe in items for fault in weights.check(item, recipe, False)):
-            yield Broken(law=8, wanted=astray.wanted, stored=astray.stored, why=astray.why)
+        for item, recipe in items:
+            for astray in weights.check(item, recipe, False):
+                yield Broken(law=8, wanted=astray.wanted, stored=astray.stored, why=astray.why)
 
     def axes(self) -> Iterator[Broken]:
         """Yields where nothing proves the axis along which layers are stacked."""
@@ -315,8 +312,8 @@ class _Kernel:
         unread = claims.unread(self._known.by_rule)
         for path, stored, own in claims.kept_aside(self._known.by_rule):
             yield Broken(law=1, wanted=path, stored=stored, why=f"{render(own)} has its whole path")
-        for path, stored, at in claims.claimed_twice(self._weights, unread):
-            yield Broken(law=4, wanted=path, stored=stored, why=f"{render(at)} has its name too")
+        for path, stored, other in claims.claimed_twice(self._weights, unread):
+            yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} has its name too")
         for path, stored, other in claims.of_two_names(self._wanted, unread) if self._tops else ():
             why = f"if its first level is a module (in {{'model': target}} it is), {render(other)} is meant"
             yield Broken(law=1, wanted=path, stored=stored, why=why)
@@ -348,7 +345,8 @@ class _Kernel:
                 elif named != canonical(owner):
                     why = f"{render(named)} is another train state"
                     yield Broken(law=3, wanted=item.leaf.path, stored=stored, why=why)
-        for item, stored in self._read_owners[next(iter(unnamed))][:1] if len(unnamed) > 1 else ():
+        if len(unnamed) > 1:
+            item, stored = self._read_owners[next(iter(unnamed))][0]
             why = "other leaves come from another train state"
             yield Broken(law=3, wanted=item.leaf.path, stored=stored, why=why)
 

@@ -35,6 +35,7 @@ from orbax_nnx_handler.planning.layouts.layout import Placement, network_of, sev
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.elements import Chain, read_and_steps
 from orbax_nnx_handler.planning.verdict.states import (
+    Claim,
     Followed,
     Slot,
     States,
@@ -47,9 +48,6 @@ from orbax_nnx_handler.planning.verdict.states import (
 
 _SAMPLES = 16
 """How many moments are looked at where the first one's weight is not in the result."""
-
-Claim = tuple[Wanted, Recipe]
-"""A leaf of the result and what it is made from."""
 
 
 class _Moment(NamedTuple):

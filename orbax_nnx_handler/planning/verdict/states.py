@@ -219,7 +219,7 @@ class _Made(NamedTuple):
     """A weight of the result.
 
     Attributes:
-        name: Its path, without what is above all weights.
+        name: Its path.
         read: The name of what a rule reads it from, where another stored leaf has its own; else None.
         is_changed: Whether a rule does more to it than to add a constant.
         item: The weight.
@@ -237,15 +237,15 @@ class _Made(NamedTuple):
 
     def is_unlike(self, moment: Tokens) -> bool:
         """Tells whether a moment's stored name is not that of what is read, or that of the weight as well."""
-        if self.read is None:
-            return False
-        return common_end(moment, self.read) <= common_end(moment, self.name)
+        return self.read is not None and common_end(moment, self.read) <= common_end(moment, self.name)
 
 
 REPLACED = "a rule has replaced the weights that it was kept for"
 """Why nothing that has trained other weights is read."""
 
-_Claim = tuple[Wanted, Recipe]
+Claim = tuple[Wanted, Recipe]
+"""A leaf of the result and what it is made from."""
+
 _Kept = tuple[int, Path, Path, str]
 """A law, a leaf that breaks it, what that is read from, and why."""
 
@@ -269,7 +269,8 @@ class ReplacedWeights:
     ) -> None:
         """Takes what the result is made from, what rules name, and which owners they give to optimizers."""
         self._placed, self._by_rule, self._called, self._wanted = placed, by_rule, called, wanted
-        self._owners = {canonical(item.owner) for item in wanted if item.role in ("optimizer", "step")}
+        some = (item for item in wanted if item.role in ("optimizer", "step")) if called else ()
+        self._owners = {canonical(item.owner) for item in some}
         self._made: dict[Tokens, _Made] = {}
         self._by_end: dict[Tokens, list[Tokens]] = defaultdict(list)
         if not by_rule or all(by_rule.isdisjoint(reads(recipe)) for _, recipe, _ in weights):
@@ -300,7 +301,7 @@ class ReplacedWeights:
 
     def kept(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterator[_Kept]:
         """Yields what is read of an optimizer though its weights were replaced."""
-        by_part: dict[tuple[Path, Tokens], list[tuple[Wanted, Recipe]]] = defaultdict(list)
+        by_part: dict[tuple[Path, Tokens], list[Claim]] = defaultdict(list)
         for item, recipe, _ in leaves if self._made or self._called else ():
             by_part[item.owner, _labels_of(item)].append((item, recipe))
             if any(self._is_called_otherwise(canonical(item.owner), path) for path in reads(recipe)):
@@ -322,7 +323,7 @@ class ReplacedWeights:
         return 0 < len(called) == sum(any(_is_part(own, at) for own in self._owners) for at in others)
 
     def _kept_by(
-        self, trained: Mapping[Tokens, Mapping[Tokens, _Made]], known: Set[Tokens], leaves: Sequence[_Claim]
+        self, trained: Mapping[Tokens, Mapping[Tokens, _Made]], known: Set[Tokens], leaves: Sequence[Claim]
     ) -> Iterator[_Kept]:
         is_replaced = any(_are_others(made.values()) for made in trained.values())
         for item, recipe in leaves:

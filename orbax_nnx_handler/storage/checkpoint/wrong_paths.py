@@ -124,8 +124,9 @@ def _of_folder(path: epath.Path, files: Files) -> NotACheckpointError:
             f"{path} is the root of a CheckpointManager, not an item; it holds {_steps(steps)}",
             _pass(newest[0], f"pass {newest[0]}."),
         )
-    hint = _hint(_near, path, files)
-    return _refusal(f"{path} is no Orbax checkpoint; it holds: {_listed(files.entries(path))}.", hint)
+    entries = files.entries(path)
+    what = f"no Orbax checkpoint; it holds: {_listed(entries)}" if entries else "an empty directory"
+    return _refusal(f"{path} is {what}.", _hint(_near, path, files))
 
 
 def interrupted(path: epath.Path, files: Files) -> NotACheckpointError:
@@ -139,7 +140,7 @@ def interrupted(path: epath.Path, files: Files) -> NotACheckpointError:
 
 def no_item(step: epath.Path, item: str, files: Files) -> NotACheckpointError:
     """Returns the error that says which items a step holds instead of the one that was asked for."""
-    if not items_of(step, files) and _unfinished_in(step, files):
+    if not files.entries(step) or (not items_of(step, files) and _unfinished_in(step, files)):
         return no_checkpoint(step, files)
     names = [child.name for child in files.folders(step)]
     close = difflib.get_close_matches(item, names, n=1)
@@ -268,14 +269,26 @@ def _undamaged_near(path: epath.Path, files: Files) -> Hint:
         beside = _listed(map(str, others))
         return _pass(others[0], f"copy it again, or restore another one that lies beside it: {beside}.")
     item = path if files.is_folder(path) else path.parent
-    roots = parents_of(item)[:2]
-    files.look_into(roots)
-    for step, root in zip((item, item.parent), roots, strict=False):
-        steps = steps_of(root, files)
-        others = {at: child for at, child in steps.items() if child != step}
-        if others and step in steps.values():
-            return _newest_of(root, others, before="copy it again, or restore another step: ")
-    return COPY_AGAIN
+    before = "copy it again, or restore another step: "
+    return _other_step(item, files, before) or _other_step(item.parent, files, before) or COPY_AGAIN
+
+
+def _other_step(step: epath.Path, files: Files, before: str = "") -> Hint | None:
+    """Returns which steps lie beside one."""
+    for root in parents_of(step)[:1]:
+        others = _steps_beside(step, root, files)
+        if others and step in steps_of(root, files).values():
+            return _newest_of(root, others, before)
+    return None
+
+
+def _steps_beside(path: epath.Path, root: epath.Path, files: Files) -> dict[int, epath.Path]:
+    # Names that end in a number are many; a step that is named to a reader holds something.
+    return {
+        step: child
+        for step, child in steps_of(root, files).items()
+        if child != path and (files.remote or holds_tree(child, files))
+    }
 
 
 def _near(path: epath.Path, files: Files) -> Hint:
@@ -322,7 +335,5 @@ def _around(path: epath.Path, files: Files) -> Hint:
     beside = items_of(parents[0], files)
     if beside:
         return _pass(beside[0], f"it lies beside the item {beside[0]}; pass that, or the step {parents[0]}.")
-    # Names that end in a number are many; a step that is named to a reader holds something.
-    others = {step: child for step, child in steps_of(parents[0], files).items() if child != path}
-    steps = {step: child for step, child in others.items() if files.remote or holds_tree(child, files)}
-    return _newest_of(parents[0], steps) if steps else ANY_KIND
+    steps = _steps_beside(path, parents[0], files)
+    return _newest_of(parents[0], steps) if steps else _other_step(parents[0], files) or ANY_KIND

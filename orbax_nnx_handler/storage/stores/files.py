@@ -135,7 +135,7 @@ class Files:
         if new and self._most is not None and len(self._known) + len(new) > self._most:
             raise SearchEndedError
         if new:
-            self._known |= dict(zip(new, self._backend.answer(new), strict=True))
+            self._known |= zip(new, self._answers(new), strict=True)
 
     def look_into(self, paths: Iterable[epath.Path]) -> None:
         """Lists several folders in one trip."""
@@ -215,7 +215,11 @@ class Files:
         answers = self._backend.answer(
             [ReadFile(f"{root}/{file}", start, size, below or root) for file, start, size in extents]
         )
-        return [_expect(bytes, answer) or b"" for answer in answers]
+        # A run is cut to its file, which was therefore there.
+        return [
+            _expect(bytes, _vanished(f"{root}/{file}") if answer is None else answer) or b""
+            for (file, _, _), answer in zip(extents, answers, strict=True)
+        ]
 
     def sizes(self, folder: epath.Path, prefix: str) -> Mapping[str, int]:
         """Returns the size of every file below a folder whose path in it begins with `prefix`."""
@@ -227,6 +231,31 @@ class Files:
     def _answer(self, question: FileQuestion) -> FileAnswer:
         self.ask(question)
         return self._known[question]
+
+    def _answers(self, questions: Sequence[FileQuestion]) -> list[FileAnswer]:
+        answers = self._backend.answer(questions)
+        return [
+            _vanished(question.path) if answer is None and self._is_listed(question) else answer
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+
+    def _is_listed(self, question: FileQuestion) -> bool:
+        """Tells whether the file was in its folder when that was listed."""
+        if not isinstance(question, ReadFile):
+            return False
+        folder, _, name = question.path.rpartition("/")
+        listing = self._known.get(List(folder))
+        return isinstance(listing, Listing) and listing.entries.get(name, _NOTHING).kind == "file"
+
+
+_NOTHING = FolderEntry("other")
+
+
+def _vanished(path: str) -> NotACheckpointError:
+    return NotACheckpointError(
+        f"{path} vanished while the checkpoint was read: it was listed, and is not there any more.",
+        hints=["restore again: whoever deletes or replaces old steps may have come between."],
+    )
 
 
 _Expected = TypeVar("_Expected")

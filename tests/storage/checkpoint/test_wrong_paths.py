@@ -68,7 +68,7 @@ def test_a_directory_with_nothing_near_it_gets_no_guess(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
 
     assert said(tmp_path / "a" / "b", tmp_path) == (
-        "RUN/a/b is no Orbax checkpoint; it holds: nothing.\n"
+        "RUN/a/b is an empty directory.\n"
         "hint: pass a CheckpointManager's root, one of its steps, or an item in a step."
     )
 
@@ -113,7 +113,7 @@ def test_an_item_without_arrays_that_was_asked_for_leads_to_the_one_with(run):
     (run / "200" / "metrics").mkdir()
 
     assert said(run, run, item="metrics") == (
-        "RUN/200/metrics is no Orbax checkpoint; it holds: nothing.\n"
+        "RUN/200/metrics is an empty directory.\n"
         "hint: it lies beside the item RUN/200/default; pass that, or the step RUN/200."
     )
 
@@ -227,4 +227,45 @@ def test_a_directory_whose_name_ends_in_a_number_by_chance_is_no_step(tmp_path):
     assert said(tmp_path / "etc", tmp_path / "etc") == (
         "RUN is no Orbax checkpoint; it holds: hosts, polkit-1.\n"
         "hint: pass a CheckpointManager's root, one of its steps, or an item in a step."
+    )
+
+
+@pytest.mark.parametrize("named", ["300", "300/default"])
+def test_an_empty_step_or_item_is_called_empty_and_leads_to_steps_that_hold_something(run, named):
+    (run / "300" / "default").mkdir(parents=True)
+    if named == "300":
+        (run / "300" / "default").rmdir()
+    (run / "250").mkdir()
+
+    assert said(run / named, run) == (
+        f"RUN/{named} is an empty directory.\nhint: RUN holds the steps 100, 200."
+    )
+
+
+def test_an_item_asked_for_in_an_empty_step_leads_to_the_other_steps(run):
+    (run / "300").mkdir()
+
+    assert said(run, run, item="default") == (
+        "RUN/300 is an empty directory.\nhint: RUN holds the steps 100, 200."
+    )
+
+
+@pytest.mark.parametrize("lost", ["_METADATA", "manifest.ocdbt", "d/"])
+def test_a_file_that_vanishes_between_its_listing_and_its_read_is_named(run, lost, monkeypatch):
+    def without(question):
+        if question.path.partition("/default/")[2].startswith(lost):
+            raise FileNotFoundError(question.path)
+        return read(question)
+
+    read = backends._read
+    monkeypatch.setattr(backends, "_read", without)
+
+    with pytest.raises(NotACheckpointError) as caught:
+        plan_restore(run, nnx.State({"scale": nnx.Param(np.zeros(3, np.float32))}))
+
+    file, _, rest = str(caught.value).replace(str(run), "RUN").partition(" ")
+    assert file.startswith(f"RUN/200/default/{lost}")
+    assert rest == (
+        "vanished while the checkpoint was read: it was listed, and is not there any more.\n"
+        "hint: restore again: whoever deletes or replaces old steps may have come between."
     )

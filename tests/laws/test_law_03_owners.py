@@ -833,6 +833,70 @@ def test_steps_of_optimizers_that_keep_nothing_else_are_not_read_where_networks_
     result = restore(path, nnx.eval_shape(make), renames=rules, policy=policy)
     assert [int(result[name].step[...]) for name in optimizers] == [12, 11]
 
+    pure = jax.tree.map(np.zeros_like, tree)
+    hint = refused(path, pure, renames=networks, policy=policy).hints[0]
+    result = restore(path, pure, policy="warn", **hint.arguments)
+    assert [int(result[name]["step"]) for name in optimizers] == [0, 0]
+    result = restore(path, pure, renames=rules, policy=policy)
+    assert [int(result[name]["step"]) for name in optimizers] == [12, 11]
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+@pytest.mark.parametrize("other", range(3))
+def test_the_optimizers_of_three_networks_are_left_wherever_a_leaf_is_replaced(tmp_path, other, policy):
+    numbers = Numbers()
+    params = {name: _model(numbers) for name in ("aux", "disc", "gen")}
+    optimizers = [{"opt_state": numbers.optimizer(ADAM, of), "step": np.int32(3)} for of in params.values()]
+    tree = {"nets": params, "opts": {str(at): one for at, one in enumerate(optimizers)}}
+    path, pure = write(tmp_path, tree), jax.tree.map(np.zeros_like, tree)
+    check(restore(path, pure), tree)
+
+    name, source = [*params][other], [*params][other - 1]
+    rules = [Drop(_leaf(f"nets/{name}"), "x"), Copy(_leaf(f"nets/{source}"), _leaf(f"nets/{name}"))]
+    hint = refused(path, pure, renames=rules, policy=policy).hints[0]
+    result = restore(path, pure, policy="warn", **hint.arguments)
+    np.testing.assert_array_equal(
+        _get(result, ("nets", name, "hidden", "kernel")), params[source]["hidden"]["kernel"]
+    )
+    assert not result["opts"][str(other)]["opt_state"][0].mu["hidden"]["kernel"].any()
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+def test_statistics_are_left_where_a_rule_has_replaced_the_weights_beside_them(tmp_path, policy):
+    numbers = Numbers()
+    tree = {
+        name: {
+            "params": {"norm": {"scale": numbers(4), "bias": numbers(4)}},
+            "batch_stats": {"norm": {"mean": numbers(4), "var": numbers(4)}},
+        }
+        for name in "ab"
+    }
+    path = write(tmp_path, tree)
+
+    def make():
+        return {name: _Owner(norm=nnx.BatchNorm(4, rngs=nnx.Rngs(0))) for name in "ab"}
+
+    rules = [("a/params", "b/params"), ("b/params", "a/params")]
+    hint = refused(path, nnx.eval_shape(make), renames=rules, policy=policy).hints[0]
+    result = restore(path, nnx.eval_shape(make), policy="warn", **hint.arguments)
+    np.testing.assert_array_equal(result["a"].norm.scale[...], tree["b"]["params"]["norm"]["scale"])
+    assert not np.isin(result["a"].norm.mean[...], tree["a"]["batch_stats"]["norm"]["mean"]).any()
+    rules += [("a/batch_stats", "b/batch_stats"), ("b/batch_stats", "a/batch_stats")]
+    result = restore(path, nnx.eval_shape(make), renames=rules, policy=policy)
+    np.testing.assert_array_equal(result["a"].norm.mean[...], tree["b"]["batch_stats"]["norm"]["mean"])
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+def test_an_optimizer_that_a_rule_calls_otherwise_is_not_read_under_its_old_name(tmp_path, policy):
+    numbers = Numbers()
+    params = {name: _model(numbers) for name in "ab"}
+    optimizers = {
+        k: {"opt_state": numbers.optimizer(ADAM, of), "step": np.int32(3)} for k, of in params.items()
+    }
+    path = write(tmp_path, {"nets": params, "opts": optimizers})
+    pure = jax.tree.map(np.zeros_like, {"nets": {"b": params["b"]}, "opts": {"b": optimizers["b"]}})
+    refused(path, pure, renames=[Drop("a", "x"), ("b", "a")], policy=policy, unexpected="ignore")
+
 
 def test_a_train_state_whose_weights_a_rule_replaces_keeps_nothing_of_its_optimizer(tmp_path):
     numbers = Numbers()

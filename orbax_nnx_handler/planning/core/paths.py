@@ -274,12 +274,22 @@ _GENERAL_WORDS = frozenset({"optimizer", "opt", "optim", "tx", "state", "params"
 
 
 def called_after(owner: Path, names: Iterable[Path]) -> list[Path]:
-    """Returns the names that an optimizer's own holds best, short or whole: `g_opt` is called after `gen`."""
+    """Returns the names that an optimizer's own holds best, short or whole: `g_opt` is called after `gen`.
+
+    A number alone tells where no name has a word besides, and each is written so: `opt1` is called after
+    `net1`, and neither after `1` beside `actor` nor after the second of a list.
+    """
     words = {*_words(owner)}
+    each = {name: _words(name) for name in names}
+    in_list = any(map(is_number, canonical(owner)[-1:]))
+    are_numbers = all(word.isdigit() for of in each.values() for word in of)
     scores: dict[Path, int] = {}
-    for name in names:
-        each = [2 if word in words else any(_is_short(word, one) for one in words) for word in _words(name)]
-        scores[name] = sum(each) if all(each) else 0
+    for name, own in each.items():
+        held = [2 if word in words else any(_is_short(word, one) for one in words) for word in own]
+        is_told = (are_numbers and any(map(is_number, canonical(name)[-1:])) == in_list) or not all(
+            map(str.isdigit, own)
+        )
+        scores[name] = sum(held) if all(held) and is_told else 0
     best = max(scores.values(), default=0)
     return [name for name, score in scores.items() if score == best > 0]
 

@@ -231,7 +231,7 @@ def _map(
         followed.append(follower.follow())
         stuck += (*followed[-1].stuck, *_open_moments(pair_wanted, states, likely, found))
     lost = {item.path for item in stuck}  # No moment of a changed parameter is read as it is.
-    _add_own(found, [item for item in wanted if item.leaf.path not in lost], placements)
+    _add_own(found, [item for item in wanted if item.leaf.path not in lost], kept, entries)
     return LeafMapping(
         layout=layout,
         found={item.leaf.path: source for item in wanted if (source := found.get(item.leaf.path))},
@@ -240,7 +240,7 @@ def _map(
         rivals=match.rivals,
         unclear=match.unclear,
         without_variable=_without_variable(match, optimizers, stored),
-        discarded=_discarded(applied, optimizers, stored),
+        discarded=_discarded(applied, optimizers, stored, found),
         applied=applied,
         faults=tuple(rule_faults(applied, match, found)),
         stuck=tuple(stuck),
@@ -404,20 +404,21 @@ def _add_steps(
         if item.leaf.path in found:
             read.update(reads(found[item.leaf.path].recipe))
     for owned, stored in pairs:
-        words = f"the step of {render(stored.owner) if stored.owner else 'the train state'}"
+        of = render(stored.owner) if stored.owner else "the train state"
+        evidence = MatchEvidence(kind="step", words=f"the step of {of}")
         for item in owned.steps if len(stored.steps) == 1 else ():
-            step = stored.steps[0].leaf.path
-            if item.leaf.path not in found and step not in read:
-                found[item.leaf.path] = Found(
-                    recipe=Read(step), evidence=MatchEvidence(kind="step", words=words)
-                )
+            if item.leaf.path not in found and (step := stored.steps[0].leaf.path) not in read:
+                found[item.leaf.path] = Found(recipe=Read(step), evidence=evidence)
 
 
-def _add_own(found: dict[Path, Found], wanted: Sequence[Wanted], placements: Sequence[Placement]) -> None:
+def _add_own(
+    found: dict[Path, Found], wanted: Sequence[Wanted], kept: Sequence[Placement], entries: Sequence[Entry]
+) -> None:
     """Adds what a program keeps below `opt_state` and optax does not know: under its whole path."""
     own = [item.leaf.path for item in wanted if item.leaf.kind is None and OPT_STATE in item.leaf.path[:-1]]
     if own := [path for path in own if path not in found]:
-        paths = [item.leaf.path for item in placements]
+        called = {path for entry in entries if entry.named for path in entry.sources}
+        paths = {item.leaf.path for item in kept} - called
         stored = {without_aux(path): path for path in paths} | {canonical(path): path for path in paths}
         for path in own:
             if canonical(path) in stored:
@@ -438,11 +439,12 @@ def _without_variable(
 
 
 def _discarded(
-    applied: RulesApplied, optimizers: Sequence[StoredStates], stored: Stored
+    applied: RulesApplied, optimizers: Sequence[StoredStates], stored: Stored, found: Mapping[Path, Found]
 ) -> dict[Path, Discarded]:
-    found = {path: Discarded(leaf=stored[path], rule=rule) for path, rule in applied.discarded.items()}
+    """Returns what rules drop, and the moments of it that nothing is read from."""
+    left = dict(applied.discarded)
+    read = {path for each in found.values() for path in reads(each.recipe)} if left else set[Path]()
     for parameter, rule in applied.discarded.items():
         for optimizer in optimizers:
-            for path in optimizer.of_parameter(parameter):
-                found[path] = Discarded(leaf=stored[path], rule=rule)
-    return found
+            left |= dict.fromkeys(set(optimizer.of_parameter(parameter)) - read, rule)
+    return {path: Discarded(leaf=stored[path], rule=rule) for path, rule in left.items()}

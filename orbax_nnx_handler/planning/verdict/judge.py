@@ -40,7 +40,7 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     Sides,
     Verdict,
 )
-from orbax_nnx_handler.planning.verdict.states import REPLACED
+from orbax_nnx_handler.planning.verdict.replaced_weights import REPLACED
 from orbax_nnx_handler.planning.verdict.unreadable import (
     Unreadable,
     rules_for_readable,
@@ -355,14 +355,16 @@ def known_of(mapping: LeafMapping) -> Known:
     by_rule = {path for entry in made for path in entry.sources}
     aside = [entry for entry in mapping.applied.entries if entry.section == "aux"] if by_rule else ()
     as_stored = {entry.recipe.path for entry in aside if isinstance(entry.recipe, Read)}
+    kept = {path for entry in mapping.applied.entries for path in entry.sources} if mapping.discarded else ()
     called: dict[Path, set[Tokens]] = defaultdict(set)
     for entry in mapping.applied.entries if by_rule else ():
         for path in entry.sources if entry.named and entry.section in ("optimizer", "step") else ():
             called[path].add(entry.owner)
     return Known(
         called=called,
-        changed=frozenset(path for entry in aside for path in entry.sources) - as_stored,
-        by_rule=frozenset(by_rule | mapping.discarded.keys()),
+        changed=frozenset(path for entry in aside for path in entry.sources) - as_stored
+        | (mapping.applied.discarded.keys() - kept),
+        by_rule=frozenset(by_rule | mapping.applied.discarded.keys()),
         copies=mapping.copied,
         said={rule.tokens: rule.axis for rule in mapping.applied.axes},
         scan_axis=mapping.layout.scan_axis,

@@ -32,8 +32,8 @@ from orbax_nnx_handler.planning.verdict.proven_moments import (
     stored_as_weight,
     wanted_as_weight,
 )
+from orbax_nnx_handler.planning.verdict.replaced_weights import ReplacedWeights
 from orbax_nnx_handler.planning.verdict.stacked_axes import StackedAxes
-from orbax_nnx_handler.planning.verdict.states import ReplacedWeights
 from orbax_nnx_handler.planning.verdict.weight_sources import (
     Weights,
     is_below,
@@ -66,7 +66,7 @@ class Known:
 
     Attributes:
         by_rule: Stored leaves that a rule of the user's names.
-        changed: Stored leaves beside the model of which rules make something else.
+        changed: Stored leaves that rules drop, and what lies aside of which they make something else.
         copies: Stored leaves that a rule says are wanted more than once.
         called: The owners that rules give to the leaves of optimizers, and to steps.
         said: The stacked axis that a rule says, by the path of the group of layers.
@@ -254,7 +254,7 @@ class _Kernel:
         changed = self._known.changed
         for item, recipe, _ in itertools.chain(*self._by_role.values()) if changed else ():
             if isinstance(recipe, Read) and recipe.path in changed:
-                why = "a rule makes something else of it"
+                why = "a rule drops it, or makes something else of it"
                 yield Broken(law=11, wanted=item.leaf.path, stored=recipe.path, why=why)
         made = zip(self._by_role["model"], self._chains["model"], strict=True) if self._aside else ()
         by_rule = ((item, read) for (item, *_), (read, _) in made if read in self._known.by_rule)
@@ -280,10 +280,10 @@ class _Kernel:
         yield from self._orphans(moments)
 
     def replaced(self) -> Iterator[Broken]:
-        """Yields what optimizers keep of weights that a rule has replaced by others."""
+        """Yields what is kept of weights that a rule has replaced by others."""
         known, made = self._known, self._by_role["model"]
         some = ReplacedWeights(made, self._placed, known.by_rule, known.called, self._wanted)
-        for law, path, stored, why in some.kept((*self._by_role["optimizer"], *self._by_role["step"])):
+        for law, path, stored, why in some.kept([*self._by_role["optimizer"], *self._by_role["step"], *made]):
             yield Broken(law=law, wanted=path, stored=stored, why=why)
 
     def _orphans(self, moments: ProvenMoments) -> Iterator[Broken]:

@@ -31,7 +31,7 @@ CALLED = ("after", "after", "after", "short", "numbers", "words", "list", "one",
 WRAPPED = ((), (), (), ("net",), ("core",), ("model",), ("module",))
 RULES = (
     *("none", "add", "renamed", "renamed with", "exchanged", "exchanged with", "replaced", "replaced with"),
-    *("leaf copied", "leaf exchanged", "copied", "optimizer dropped"),
+    *("leaf copied", "leaf exchanged", "copied", "optimizer dropped", "optimizer left"),
 )
 MUST_RESTORE = ("none", "optimizer dropped")
 TX: Mapping[str, Callable[[], optax.GradientTransformation]] = {
@@ -69,7 +69,7 @@ class _Optimizer:
 
 @dataclasses.dataclass
 class _Program:
-    """Two networks and their optimizers, with where each lies."""
+    """Two networks or three, and their optimizers, with where each lies."""
 
     places: Mapping[str, Keys]
     modules: Mapping[str, Mapping[str, tuple[int, int]]]
@@ -128,6 +128,7 @@ class _Change:
     called: dict[Keys, Keys] = dataclasses.field(default_factory=dict)
     left: tuple[str, ...] = ()
     gone: tuple[Keys, ...] = ()
+    lost: tuple[Keys, ...] = ()
     added: _Weight | None = None
 
 
@@ -152,8 +153,10 @@ def try_replaced(seed: int, place: pathlib.Path) -> Outcome:
     # A level that one network alone leaves of two may go; only what needs no rule has one reading then.
     is_plain = kind in MUST_RESTORE and layout == "own names"
     answer = "must restore" if is_plain else "may refuse"
-    detail = f"{layout}, {program}, {policy}, {change.rules}: "
+    is_pure = rng.random() < 0.3
+    detail = f"{layout}, {'pure, ' * is_pure}{program}, {policy}, {change.rules}: "
     target = nnx.eval_shape(lambda: program.make(change.called, change.left, change.gone))
+    target = _state_of(target) if is_pure else target
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(place / "saved", tree)
     try:
@@ -173,10 +176,14 @@ def try_replaced(seed: int, place: pathlib.Path) -> Outcome:
 
 def _drawn_program(rng: random.Random) -> _Program:
     names, form, called = rng.choice(NAMES), rng.choice(PLACES), rng.choice(CALLED)
+    names = (*names, "aux")[: rng.choice((2, 2, 3))]
     modules: dict[str, tuple[int, int]] = {"d": (3, 4)}
     modules |= {"out": (4, 4)} if rng.random() < 0.6 else {}
     modules |= {"params": (2, 5)} if rng.random() < 0.3 else {}
-    own = {names[0]: modules, names[1]: modules | ({"extra": (4, 2)} if rng.random() < 0.3 else {})}
+    own = {
+        name: modules | ({"extra": (4, 2)} if at and rng.random() < 0.3 else {})
+        for at, name in enumerate(names)
+    }
     last = "net" if "model" in names else "model"
     places: dict[str, Keys] = {}
     for at, name in enumerate(names):
@@ -184,12 +191,12 @@ def _drawn_program(rng: random.Random) -> _Program:
             "side": (name,),
             "grouped": ("nets", name),
             "level": ("trainings", name, "model"),
-            "unlike": ("trainings", "1", last) if at else (name,),
+            "unlike": ("trainings", str(at), last) if at else (name,),
             "prefix": ("m", name),
             "listed": ("nets", str(at)),
         }[form]
     kinds = [rng.choice([*TX]) for _ in names]
-    kinds = [kinds[0]] * 2 if rng.random() < 0.6 else kinds
+    kinds = [kinds[0]] * len(names) if rng.random() < 0.6 else kinds
     wrapped = rng.choice(WRAPPED)
     if called == "one":
         place = rng.choice((("opt",), ("optimizer",), ("train", "opt")))
@@ -200,7 +207,7 @@ def _drawn_program(rng: random.Random) -> _Program:
             "after": f"{name}_opt",
             "short": f"{name[0]}{name[-1]}_opt",
             "numbers": f"opt{at + 1}",
-            "words": ("first", "second")[at],
+            "words": ("first", "second", "third")[at],
             "list": str(at),
         }[called]
         place = ("opts", own_name) if called == "list" or form in ("grouped", "prefix") else (own_name,)
@@ -248,6 +255,8 @@ def _drawn_change(rng: random.Random, program: _Program, kind: str) -> _Change:
         change.source |= {(one, key): (other, key) for key in keys} if kind == "leaf exchanged" else {}
     elif kind == "optimizer dropped" and len(optimizers) == 2:
         change.rules, change.gone = [Drop(program.text(optimizers[1]), "not wanted")], (optimizers[1],)
+    elif kind == "optimizer left" and optimizers:
+        change.rules, change.lost = [Drop(program.text(optimizers[0]), "not wanted")], (optimizers[0],)
     return change
 
 
@@ -294,7 +303,11 @@ def _wrong_states(
             if path[: len(place)] != place or one.place in change.gone:
                 continue
             below = path[len(place) :]
-            likely = _sources(one, below, weights, change)
+            # Where `opt_state` alone is named, the step beside it is kept.
+            is_lost = one.place in change.lost and (
+                below != ("step",) or "opt_state" not in str(change.rules)
+            )
+            likely = [] if is_lost else _sources(one, below, weights, change)
             found = [v for name, end in likely for v in _of_optimizers(program, name, end, stored)]
             if not any(np.array_equal(value, each) for each in found):
                 wrong.append(path)

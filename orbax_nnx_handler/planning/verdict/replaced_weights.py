@@ -1,0 +1,231 @@
+"""What was kept of weights that a rule has replaced is left: moments, steps, statistics (laws 3 and 8)."""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
+
+from orbax_nnx_handler.planning.core.dtypes import is_count_dtype
+from orbax_nnx_handler.planning.core.paths import (
+    Path,
+    Tokens,
+    canonical,
+    shared_levels,
+    trained_by,
+    without_box,
+)
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Scale, parts_of, reads, without_arithmetic
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_level
+from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.states import Claim, labels_of, slot_of
+from orbax_nnx_handler.planning.verdict.weight_sources import common_end
+
+
+class _Made(NamedTuple):
+    """A weight of the result.
+
+    Attributes:
+        name: Its path.
+        read: The name of what a rule reads it from, where another stored leaf has its own; else None.
+        is_changed: Whether a rule does more to it than to add a constant.
+        item: The weight.
+    """
+
+    name: Tokens
+    read: Tokens | None
+    is_changed: bool
+    item: Wanted
+
+    def is_trained(self, network: Tokens) -> bool:
+        """Tells whether it is neither a statistic nor in a copy below the network whose keys are given."""
+        levels = map(str, self.name[len(network) :])
+        return self.item.collection not in FLAX_COLLECTIONS[1:] and not any(map(is_copy_level, levels))
+
+    def is_unlike(self, moment: Tokens) -> bool:
+        """Tells whether a moment's stored name is not that of what is read, or that of the weight as well."""
+        return self.read is not None and common_end(moment, self.read) <= common_end(moment, self.name)
+
+
+_STATISTICS = "batch_stats"
+
+REPLACED = "a rule has replaced the weights that it was kept for"
+"""Why nothing that has trained other weights is read."""
+
+_Kept = tuple[int, Path, Path, str]
+"""A law, a leaf that breaks it, what that is read from, and why."""
+
+
+class ReplacedWeights:
+    """What was kept of weights that a rule has replaced by others is read no more (laws 3 and 8).
+
+    Where a rule exchanges two networks, or drops one and makes another one take its name, what lies at an
+    optimizer's own path has trained other weights than the ones that it would train from now on. The
+    optimizer's weights are those of its moments' names, and of these the ones that it lies beside or is
+    called after; where nothing tells, all of them. Statistics are kept of the weights that they lie beside.
+    What a rule names is at the rule's word.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[tuple[Wanted, Recipe, object]],
+        placed: Mapping[Path, Placement],
+        by_rule: Set[Path],
+        called: Mapping[Path, Set[Tokens]],
+        wanted: Sequence[Wanted],
+    ) -> None:
+        """Takes what the result is made from, what rules name, and which owners they give to optimizers."""
+        self._placed, self._by_rule, self._called, self._wanted = placed, by_rule, called, wanted
+        some = (item for item in wanted if item.role in ("optimizer", "step")) if called else ()
+        self._owners = {canonical(item.owner) for item in some}
+        self._beside = Counter(without_box(item.leaf.path)[:-1] for item in wanted if by_rule)
+        self._made: dict[Tokens, _Made] = {}
+        self._by_end: dict[Tokens, list[Tokens]] = defaultdict(list)
+        if not by_rule or all(by_rule.isdisjoint(reads(recipe)) for _, recipe, _ in weights):
+            return  # Nearly every plan.
+        whole = {path: canonical(path) for path in placed}
+        models = {path: item for path, item in placed.items() if item.section == "model"}
+        names = whole | {at: canonical(item.owner) + item.tokens for at, item in models.items()}
+        owners = {canonical(item.owner) for item in models.values()} - {()}
+        level = len(shared_levels([names[path] for path in models], 1))
+        stored = {name[at:]: at for name in (*whole.values(), *names.values()) for at in range(level + 1)}
+        above = len(shared_levels([canonical(item.leaf.path) for item, _, _ in weights], 1))
+        for item, recipe, _ in weights:
+            name, read = canonical(item.leaf.path), reads(recipe)
+            if self._is_step_alone(item):
+                continue
+            own = {each[path][at:] for path in read for each in (names, whole) for at in range(level + 1)}
+            spelt = [name[at:] for at in range(above + 1)]
+            is_moved = not by_rule.isdisjoint(read) and own.isdisjoint(spelt)
+            home = max((at for at in owners if name[: len(at)] == at), key=len, default=None)
+            is_own = home in (None, *(canonical(placed[path].owner) for path in read))
+            found = next((at for at in range(above + 1) if spelt[at] in stored), None)
+            source = names[read[0]] if is_moved and not (found is None and is_own) else None
+            if source is not None and found is not None:
+                source = name[:found] + source[stored[spelt[found]] :]
+            self._made[name] = _Made(name, source, _is_changed(recipe), item)
+            for at in range(len(name)):
+                self._by_end[name[at:]].append(name)
+        if not any(made.read is not None or made.is_changed for made in self._made.values()):
+            self._made.clear()
+
+    def _is_step_alone(self, item: Wanted) -> bool:
+        """Tells whether a number is the step of an optimizer that keeps nothing else, in a pure dict."""
+        path = without_box(item.leaf.path)
+        is_step = item.leaf.kind is None and item.leaf.shape == () and str(path[-1]) == "step"
+        return is_step and len(path) > 1 and self._beside[path[:-1]] == 1 and is_count_dtype(item.leaf.dtype)
+
+    def kept(self, leaves: Sequence[tuple[Wanted, Recipe, object]]) -> Iterator[_Kept]:
+        """Yields what is read of an optimizer, and of statistics, though their weights were replaced."""
+        by_part: dict[tuple[Path, Tokens], list[Claim]] = defaultdict(list)
+        for item, recipe, _ in leaves if self._made or self._called else ():
+            if item.role == "model":
+                if self._made and self._is_step_alone(item):
+                    by_part[without_box(item.leaf.path)[:-1], ()].append((item, recipe))
+                continue
+            by_part[item.owner, _labels_of(item)].append((item, recipe))
+            if any(self._is_called_otherwise(canonical(item.owner), path) for path in reads(recipe)):
+                yield 3, item.leaf.path, reads(recipe)[0], "a rule calls it otherwise"
+        names: dict[tuple[Path, Tokens], set[Tokens]] = defaultdict(set)
+        for item in self._wanted if self._made else ():
+            name = _name_of(item)
+            if name and name[-1:] in self._by_end:
+                for labels in ((), _labels_of(item)):
+                    names[item.owner, labels].add(name)
+        for (owner, labels), some in by_part.items() if self._made else ():
+            known = names.get((owner, labels), set[Tokens]())
+            yield from self._kept_by(self._trained(labels[-1:] or canonical(owner), known), known, some)
+        yield from self._statistics(leaves if self._made else ())
+
+    def _statistics(self, leaves: Iterable[tuple[Wanted, Recipe, object]]) -> Iterator[_Kept]:
+        """Yields statistics that are not read from where all weights of their module, or network, are."""
+        some = [(item, reads(recipe)) for item, recipe, _ in leaves if item.collection == _STATISTICS]
+        below: dict[Tokens, list[_Made]] = defaultdict(list)
+        for name, made in self._made.items() if some else ():
+            for at in range(len(name) if made.item.collection != _STATISTICS else 0):
+                below[name[:at]].append(made)
+        for item, read in some:
+            name = canonical(item.leaf.path)
+            beside = next((below[name[:at]] for at in range(len(name) - 1, -1, -1) if name[:at] in below), ())
+            if read and self._by_rule.isdisjoint(read) and _are_others(beside):
+                yield 3, item.leaf.path, read[0], REPLACED
+
+    def _is_called_otherwise(self, owner: Tokens, path: Path) -> bool:
+        """Tells whether a rule gives a leaf to another optimizer, one that is wanted or has another name."""
+        called = self._called.get(path, set[Tokens]())
+        if not called or any(_is_part(owner, at) for at in called):
+            return False
+        own = canonical(self._placed[path].owner)
+        is_old = bool(owner and own) and _is_part(owner, own)
+        return is_old or all(any(_is_part(each, at) for each in self._owners) for at in called)
+
+    def _kept_by(
+        self, trained: Mapping[Tokens, Mapping[Tokens, _Made]], known: Set[Tokens], leaves: Sequence[Claim]
+    ) -> Iterator[_Kept]:
+        is_replaced = any(_are_others(made.values()) for made in trained.values())
+        for item, recipe in leaves:
+            path, read, name = item.leaf.path, reads(recipe), _name_of(item)
+            if not read or not self._by_rule.isdisjoint(read):
+                continue
+            if name not in known:
+                if is_replaced:
+                    yield 3, path, read[0], REPLACED
+                continue
+            there = self._placed[read[0]]
+            some = [network[at + name] for at, network in trained.items() if at + name in network]
+            is_known = len(some) == len(trained) == 1
+            for made in some or [self._made[at] for at in self._like(name)]:
+                is_raw = isinstance(recipe, Read) and made.item.leaf.shape == item.leaf.shape and not is_known
+                if made.is_unlike(canonical(there.slot or ()) + there.tokens) or (made.is_changed and is_raw):
+                    yield 8, path, read[0], REPLACED
+                    break
+
+    def _like(self, name: Tokens) -> Sequence[Tokens]:
+        """Returns the weights that have the longest end of a moment's name."""
+        return next(self._by_end[name[at:]] for at in range(len(name)) if name[at:] in self._by_end)
+
+    def _trained(self, owner: Tokens, names: Set[Tokens]) -> Mapping[Tokens, Mapping[Tokens, _Made]]:
+        """Returns the weights of each network that an optimizer may train, by its keys and theirs."""
+        some = next(iter(names), None)
+        heads: list[Tokens] = [at[: len(at) - len(some)] for at in self._by_end.get(some, ())] if some else []
+        heads = [head for head in heads if all(head + name in self._made for name in names)]
+        if heads:
+            trained = {head: {head + name: self._made[head + name] for name in names} for head in heads}
+        else:  # Without moments, or where they have names of their own.
+            level = len(shared_levels([*self._made], 1))
+            above = [at for at in (owner, owner[:-1]) if at or not owner]
+            beside = [at for at in above if any(name[: len(at)] == at for name in self._made)]
+            heads = beside[:1] or list(dict.fromkeys(name[: level + 1] for name in self._made))
+            below = {at: {n: w for n, w in self._made.items() if n[: len(at)] == at} for at in heads}
+            trained = {
+                at: {n: w for n, w in ws.items() if w.is_trained(at)} or ws for at, ws in below.items()
+            }
+        named = trained_by(owner, heads)
+        return {at: made for at, made in trained.items() if len(named) != 1 or at in named}
+
+
+def _is_part(one: Tokens, other: Tokens) -> bool:
+    """Tells whether one owner is the other one, above or below levels of either side."""
+    short, long = sorted((one, other), key=len)
+    return short in (long[: len(short)], long[len(long) - len(short) :])
+
+
+def _are_others(weights: Collection[_Made]) -> bool:
+    """Tells whether weights come from others than those that were trained at their paths."""
+    return bool(weights) and {made.read or made.name for made in weights}.isdisjoint(
+        made.name for made in weights
+    )
+
+
+def _labels_of(item: Wanted) -> Tokens:
+    return labels_of(slot_of(item.tokens).place) if item.role == "optimizer" else ()
+
+
+def _name_of(item: Wanted) -> Tokens:
+    """Returns a moment's name of its parameter; nothing for what is none."""
+    return slot_of(item.tokens).field[1:] if item.role == "optimizer" else ()
+
+
+def _is_changed(recipe: Recipe) -> bool:
+    """Tells whether a rule does more to what is read than to add a constant."""
+    if any(isinstance(part, Scale) for part in parts_of(recipe)):
+        return True
+    return not isinstance(without_arithmetic(recipe), Read)

@@ -72,15 +72,14 @@ hypothesis.settings.load_profile("suite")
 # The files of more than five seconds of processor time, longest first: started last, one of them would keep
 # one worker busy while the others are done.
 _SLOWEST = (
+    "tests/planning/suggesting/test_unseen_pairs.py",
     "tests/zoo/test_zoo_models.py",
     "tests/hosts/test_hosts.py",
-    "tests/planning/suggesting/test_settled_rules.py",
     "tests/verifying/test_verify.py",
     "tests/zoo/test_zoo_modules.py",
     "tests/benchmarks/test_restores.py",
     "tests/campaigns/test_campaigns.py",
     "tests/planning/verdict/test_verdict_before_bytes.py",
-    "tests/planning/suggesting/test_unseen_pairs.py",
     "tests/planning/verdict/test_growth.py",
     "tests/planning/diagnosis/test_hints_never_lead_away.py",
     "tests/cli/test_convert_to_linen.py",

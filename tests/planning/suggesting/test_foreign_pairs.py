@@ -5,46 +5,15 @@ bonsai, jimm, Tunix, MaxText and own implementations) and, for each wanted leaf 
 NumPy makes it.
 """
 
-import functools
-import math
-
-import jax
 import numpy as np
 import pytest
-from flax import nnx, traverse_util
+from flax import nnx
 
 from orbax_nnx_handler import from_linen, to_linen
-from orbax_nnx_handler.planning.core.leaves import StoredLeaf
-from orbax_nnx_handler.planning.options import RestoreOptions
-from orbax_nnx_handler.planning.suggesting import propose
-from orbax_nnx_handler.planning.target.target import flatten_target
 from tests.planning.plans import leaves_of, plan_of
-from tests.planning.suggesting.pairs import FOREIGN
-
-KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-
-
-def keys(path):
-    return tuple(int(key) if key.isdecimal() else key for key in path.split("/"))
-
-
-def target_of(pair):
-    flat = [
-        (keys(path), KINDS.get(kind, nnx.Variable)(jax.ShapeDtypeStruct(tuple(shape), "float32")))
-        for path, (shape, kind) in pair["wanted"].items()
-    ]
-    return nnx.from_flat_state(flat)
-
-
-def arrays_of(pair):
-    """Returns the stored leaves; no element of a model is the same as another."""
-    found, first = {}, 1
-    for path, shape in pair["stored"].items():
-        size = math.prod(shape)
-        found[path] = np.arange(first, first + size, dtype="float32").reshape(shape)
-        first += size
-    assert first < 2**24
-    return found
+from tests.planning.suggesting.foreign import arrays_of, nested, proposed, target_of
+from tests.planning.suggesting.pairs import FOREIGN, keys
+from tests.planning.suggesting.settled import PARTS, spoilt
 
 
 def made(recipe, arrays):
@@ -57,22 +26,6 @@ def made(recipe, arrays):
     if what in ("stack", "concatenate"):
         return getattr(np, what)([made(part, arrays) for part in source], axis=how)
     return getattr(np, what)(made(source, arrays), how)
-
-
-def nested(arrays):
-    return traverse_util.unflatten_dict(arrays, sep="/")
-
-
-@functools.cache
-def proposed(name):
-    pair = FOREIGN[name]
-    stored = {
-        tuple(path.split("/")): StoredLeaf(
-            path=tuple(path.split("/")), shape=tuple(shape), dtype=np.dtype("float32")
-        )
-        for path, shape in pair["stored"].items()
-    }
-    return propose(flatten_target(target_of(pair)), stored, RestoreOptions.of(policy="warn"))
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -110,3 +63,11 @@ def test_what_a_proposal_restores_saves_back_as_it_was_stored(name, by):
     assert set(back) == set(arrays) - unused
     assert unused == {"/".join(map(str, path)) for path in found.unmatched_stored}
     assert [path for path in back if not np.array_equal(back[path], arrays[path])] == []
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_part_of_the_rules_is_built_upon_and_nothing_becomes_wrong(name, part):
+    pair = FOREIGN[name]
+
+    assert not spoilt(name, part, target_of(pair), nested(arrays_of(pair)), proposed(name).renames)

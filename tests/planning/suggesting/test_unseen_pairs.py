@@ -16,6 +16,7 @@ from flax import nnx
 from orbax_nnx_handler import from_linen, to_linen
 from tests.planning.plans import leaves_of, plan_of
 from tests.planning.suggesting.pairs import OPEN, UNSEEN, proposed, target_of
+from tests.planning.suggesting.settled import part_of_its_own, spoilt
 from tests.processes import ROOT
 
 
@@ -63,6 +64,15 @@ def test_the_rules_for_an_unseen_pair_save_back_what_was_stored(name):
     assert [path for path in saved if not np.array_equal(saved[path], stored[path])] == []
 
 
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_part_of_the_rules_for_an_unseen_pair_is_built_upon_and_nothing_becomes_wrong(name):
+    tree, found = proposed(name)
+
+    part = part_of_its_own(name, [*UNSEEN])
+
+    assert not spoilt(name, part, target_of(UNSEEN[name]["wanted"]), tree, found.renames)
+
+
 @pytest.mark.parametrize("name", ["bloom", "bloom_fused"])
 def test_arrays_that_may_be_head_by_head_are_one_question_and_one_answer_is_right(name):
     pair, (tree, found) = UNSEEN[name], proposed(name)
@@ -91,7 +101,7 @@ def test_one_answer_to_each_question_restores_all_that_was_open(name):
     for at, question in enumerate(found.questions):
         left = [
             len(wrong_under(found.answered([*answers[:at], choice, *answers[at + 1 :]]), tree, pair))
-            for choice in range(len(question.alternatives))
+            for choice in range(len(question.choices))
         ]
         answers[at] = left.index(min(left))
 

@@ -71,7 +71,7 @@ def _way(way: str, options: argparse.Namespace) -> Row:
     """Returns the figures of one way to be broken, and how its time grows with the leaves."""
     # The target with an optimizer has three leaves for each stored one.
     share = 3 if way == "no optimizer" else 1
-    counts = [41, 101] if options.toy else [FEWER, MANY]
+    counts = [17, 41] if options.toy else [FEWER, MANY]
     points: dict[int, list[Row]] = {}
     for count in counts:
         leaves = count // share

@@ -77,8 +77,9 @@ class ChunkPiece:
         owner: Whose they are.
         wanted: Where they are stored.
         nbytes: Size of the values that they become.
-        target: The memory that takes them as they are; None if they are unpacked, cast or scattered.
-        use: What is done with them, where no memory takes them.
+        target: The memory that takes them, or all but the last of them, as they are; None if they are
+            unpacked, cast or scattered.
+        use: What is done with those that no memory takes.
         streamed: Whether they are so many that `use` gets a stream of them.
         content: The bytes themselves, where they are known without a read.
     """
@@ -96,6 +97,19 @@ class ChunkPiece:
         """How many bytes they are."""
         runs = self.wanted.runs
         return runs[0][1] if len(runs) == 1 else sum(size for _, size in runs)
+
+    @property
+    def size_of_use(self) -> int:
+        """How many of them `use` gets."""
+        return self.size if self.target is None else self.size - len(self.target)
+
+    def take(self, content: memoryview) -> None:
+        """Puts all of them into place."""
+        if self.target is not None:
+            direct, content = content[: len(self.target)], content[len(self.target) :]
+            self.target[:] = direct
+        if self.use is not None:
+            self.use(content)
 
 
 def pieces_of_chunk(
@@ -128,6 +142,12 @@ def pieces_of_chunk(
     if behind:
         # The chunk fills the shard, so that its place is known before the index is read. The index
         # comes along to be compared, with the last bytes of the chunk where these are wanted.
+        first = found[0]
+        if first.target is not None and len(first.target) == payload and extent.size <= limits.range_bytes:
+            # Nearly every leaf of a model: one piece instead of two.
+            first.wanted = WantedBytes(extent.file, ((extent.start, extent.size),))
+            first.use = _comparing(payload)
+            return found
         wanted = WantedBytes(extent.file, ((extent.start + payload, behind),))
         found.append(ChunkPiece(owner, wanted, 0, use=_comparing(payload)))
     return found

@@ -257,26 +257,25 @@ class _Reading:
         # A failure names the first of the leaves that are read together.
         with _Named(self._pieces[batch.wanted[0]], listed=True):
             for request in batch.requests:
-                files.read_into(request.file, request.start, list(_buffers(request, contents)))
+                buffers = list(_buffers(request, self._pieces, contents))
+                files.read_into(request.file, request.start, buffers)
         self._use(batch, contents)
 
     def _memory(self, batch: Batch) -> dict[int, memoryview]:
-        """Returns the memory of each piece: its final one, or a part of this thread's working memory."""
-        own = [number for number in batch.wanted if self._pieces[number].target is None]
-        sizes = [self._pieces[number].size for number in own]
-        scratch = self._scratch(sum(sizes))
-        ends = itertools.accumulate(sizes)
-        contents = {
-            number: scratch[end - size : end] for number, size, end in zip(own, sizes, ends, strict=True)
-        }
+        """Returns working memory of this thread for what is used, and has the final memory ready."""
+        used: list[int] = []
         for number in batch.wanted:
-            target = self._pieces[number].target
-            if target is not None:
-                contents[number] = target
-                if len(target) >= _LARGE_BYTES:
-                    # Right before it is filled: its first content, zeros, is in the processor's cache.
-                    back_with_pages(target)
-        return contents
+            piece = self._pieces[number]
+            if piece.use is not None:
+                used.append(number)
+            if piece.target is not None and len(piece.target) >= _LARGE_BYTES:
+                # Right before it is filled: its first content, zeros, is in the processor's cache.
+                back_with_pages(piece.target)
+        sizes = [self._pieces[number].size_of_use for number in used]
+        scratch, ends = self._scratch(sum(sizes)), itertools.accumulate(sizes)
+        return {
+            number: scratch[end - size : end] for number, size, end in zip(used, sizes, ends, strict=True)
+        }
 
     def _scratch(self, size: int) -> memoryview:
         # Fresh memory costs as much as what is done in it, so each thread keeps its own until the end.
@@ -295,13 +294,16 @@ class _Reading:
 
     def _put(self, part: RequestPart, content: memoryview, contents: dict[int, memoryview]) -> None:
         piece = self._pieces[part.wanted]
-        if piece.target is None and part.size == piece.size:
+        if piece.target is not None:
+            direct = content[: len(piece.target) - part.at]
+            piece.target[part.at : part.at + len(direct)] = direct
+            contents[part.wanted] = content[len(direct) :]
+        elif part.size == piece.size:
             contents[part.wanted] = content  # Used where it is, without a copy.
-            return
-        if part.wanted not in contents:
-            memory = np.empty(piece.size, np.uint8).data if piece.target is None else piece.target
-            contents[part.wanted] = memory
-        contents[part.wanted][part.at : part.at + part.size] = content
+        else:
+            if part.wanted not in contents:
+                contents[part.wanted] = np.empty(piece.size, np.uint8).data
+            contents[part.wanted][part.at : part.at + part.size] = content
 
     def _use(self, batch: Batch, contents: Mapping[int, memoryview]) -> None:
         for number in batch.wanted:
@@ -342,16 +344,24 @@ class _Step:
     nbytes: int
 
 
-def _buffers(request: Request, contents: Mapping[int, memoryview]) -> Iterator[memoryview]:
+def _buffers(
+    request: Request, pieces: Sequence[ChunkPiece], contents: Mapping[int, memoryview]
+) -> Iterator[memoryview]:
     """Yields where the bytes of a request go, those of gaps included."""
     position = 0
-    for part in request.parts:
-        while position < part.start:
-            gap = _GAP[: part.start - position]
+    for number, at, start, size in request.parts:
+        while position < start:
+            gap = _GAP[: start - position]
             yield gap
             position += len(gap)
-        yield contents[part.wanted][part.at : part.at + part.size]
-        position += part.size
+        target = pieces[number].target
+        if target is None:
+            yield contents[number][at : at + size]
+        elif number in contents:
+            yield from (target, contents[number])
+        else:
+            yield target[at : at + size]
+        position += size
 
 
 class _Named:

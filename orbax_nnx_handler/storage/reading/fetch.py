@@ -164,10 +164,7 @@ class _Chunk:
         assert isinstance(content, memoryview)
         for piece in self.pieces(Extent(self.key, 0, len(content)), _AT_ONCE):
             runs = [content[start : start + size] for start, size in piece.wanted.runs]
-            if piece.target is not None:
-                piece.target[:] = runs[0]
-            elif piece.use is not None:
-                piece.use(runs[0] if len(runs) == 1 else memoryview(b"".join(runs)))
+            piece.take(runs[0] if len(runs) == 1 else memoryview(b"".join(runs)))
 
 
 def _fill_absent(chunk: _Chunk, _: Content) -> None:

@@ -719,6 +719,51 @@ def test_networks_and_optimizers_in_groups_keep_their_moments(tmp_path, case):
         check(_get(result, optimizer).opt_state[0].mu, _get(tree, optimizer)["opt_state"][0].mu)
 
 
+LONE = {
+    "groups of one": (("nets", "x"), ("opts", "x")),
+    "lists of one": (("nets", "0"), ("opts", "0")),
+    "a level between": (("nets", "x", "core"), ("opts", "x")),
+    "a prefix": (("m", "x"), ("x_opt",)),
+    "an optimizer below a level": (("net",), ("training", "opt")),
+    "side by side": (("net",), ("opt",)),
+}
+
+
+@pytest.mark.parametrize("case", LONE)
+@pytest.mark.parametrize("average", [False, True])
+def test_the_moments_of_the_only_network_follow_rules_for_its_weights(tmp_path, case, average):
+    numbers = Numbers()
+
+    def square(numbers):
+        return {"hidden": numbers.dense(4, 4), "out": numbers.dense(4, 4)}
+
+    tree, make = _apart(numbers, {"x": LONE[case]}, square)
+    network, optimizer = LONE[case]
+    weights, moments = _get(tree, network), _get(tree, optimizer)["opt_state"][0].mu
+    if average:
+        tree["ema"] = square(numbers)
+
+    def whole():
+        return make() | ({"ema": Branch(tree["ema"], {})} if average else {})
+
+    above = "/".join(network)
+    swapped = [(f"{above}/hidden", f"{above}/out"), (f"{above}/out", f"{above}/hidden")]
+    turned = Transpose(f"{above}/out/kernel", (1, 0))
+    path = write(tmp_path, tree)
+    for rules, turn in ((swapped, False), ([turned], True), ([Add(f"{above}/out/bias", 0.0)], False)):
+        result = restore(path, nnx.eval_shape(whole), renames=rules)
+        states = nnx.state(_get(result, network)), _get(result, optimizer).opt_state[0].mu
+        for found, stored in zip(states, (weights, moments), strict=True):
+            names = ("out", "hidden") if rules is swapped else ("hidden", "out")
+            for name, source in zip(("hidden", "out"), names, strict=True):
+                kernel = stored[source]["kernel"]
+                kernel = kernel.T if turn and name == "out" else kernel
+                np.testing.assert_array_equal(_get(found, (name, "kernel"))[...], kernel)
+                np.testing.assert_array_equal(_get(found, (name, "bias"))[...], stored[source]["bias"])
+        if average:
+            check(nnx.state(result["ema"]), tree["ema"])
+
+
 @pytest.mark.parametrize("policy", ["error", "warn"])
 @pytest.mark.parametrize("wanted", ["enc", "dec"])
 def test_the_one_step_beside_an_optimizer_for_each_network_is_not_that_of_one(tmp_path, wanted, policy):
@@ -1109,7 +1154,7 @@ def test_a_network_is_not_read_below_the_name_of_another_stored_one(tmp_path):
 
 
 @pytest.mark.parametrize("turned", ["critic", "models/actor"])
-def test_a_rule_for_one_network_does_not_turn_the_moments_of_one_at_another_depth(tmp_path, turned):
+def test_a_rule_for_one_network_turns_its_moments_and_not_those_of_one_at_another_depth(tmp_path, turned):
     places = {
         "critic": (("critic",), ("critic_opt",)),
         "actor": (("models", "actor"), ("optimizers", "actor")),
@@ -1117,4 +1162,30 @@ def test_a_rule_for_one_network_does_not_turn_the_moments_of_one_at_another_dept
     tree, make = _apart(Numbers(), places, lambda numbers: {"out": {"kernel": numbers(3, 3)}})
     path = write(tmp_path, tree)
     check(nnx.state(restore(path, nnx.eval_shape(make))["critic"]), tree["critic"])
-    refused(path, nnx.eval_shape(make), renames=[Transpose(f"{turned}/out/kernel", (1, 0))])
+
+    result = restore(path, nnx.eval_shape(make), renames=[Transpose(f"{turned}/out/kernel", (1, 0))])
+    for network, optimizer in places.values():
+        is_turned = "/".join(network) == turned
+        states = nnx.state(_get(result, network)), _get(result, optimizer).opt_state[0].mu
+        stored = _get(tree, network), _get(tree, optimizer)["opt_state"][0].mu
+        for found, of in zip(states, stored, strict=True):
+            kernel = of["out"]["kernel"]
+            np.testing.assert_array_equal(found["out"]["kernel"][...], kernel.T if is_turned else kernel)
+
+
+def test_a_level_of_a_whole_name_tells_what_an_optimizer_trains_before_a_short_one(tmp_path):
+    tree, make = _apart(
+        Numbers(),
+        {"x": (("nets", "x"), ("opts", "x", "o"))},
+        lambda numbers: {"out": {"kernel": numbers(3, 3)}},
+    )
+    tree["other"] = {"out": {"kernel": Numbers(500)(3, 3)}}
+
+    def whole():
+        return make() | {"other": Branch(tree["other"], {})}
+
+    path = write(tmp_path, tree)
+    result = restore(path, nnx.eval_shape(whole), renames=[Transpose("other/out/kernel", (1, 0))])
+
+    moments = result["opts"]["x"]["o"].opt_state[0].mu
+    check(moments, tree["opts"]["x"]["o"]["opt_state"][0].mu)

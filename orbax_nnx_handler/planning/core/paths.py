@@ -306,7 +306,11 @@ def trained_by(owner: Path, networks: Collection[Path]) -> list[Path]:
     known = Counter(name[at:] for name in names.values() for at in range(len(name)))
     starts = {at: [n for n in range(len(name)) if known[name[n:]] == 1] for at, name in names.items()}
     ends = {at: names[at][own[-1] : own[-1] + 1] if own else () for at, own in starts.items()}
-    named = called_after(canonical(owner)[-1:], set(ends.values()))
+    *levels, last = canonical(owner) or ("",)
+    named = called_after((last,), set(ends.values()))
+    # A level of a whole name says more than a short one: `opts/x/o` is the optimizer of `x`, not of `other`.
+    if whole := [end for end in ends.values() if end and end[0] in levels]:
+        named = [*whole, *(end for end in named if {*_words(end)} & {*_words((last,))})]
     return [at for at, end in ends.items() if end in named] or beside
 
 
@@ -319,9 +323,6 @@ def _is_short(word: str, other: str) -> bool:
 def _words(name: Path) -> list[str]:
     words = re.findall(r"\d+|[^\W\d_]+", "_".join(map(str, name)).lower())
     return [word for word in words if word not in _GENERAL_WORDS]
-
-
-# Names with the numbers in them.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _place_tree(stored: Stored) -> tuple[Placement, ...]:
 
 
 def _networks(placed: Sequence[Placement]) -> set[Path]:
-    """Returns the keys above each network, where there are several and optimizers of their own.
+    """Returns the keys above each network, where several or one apart have optimizers of their own.
 
     The names of an optimizer's moments tell: they are those of all its network's weights, below one level.
     Where that is the root, or other weights lie elsewhere, what has been trained are parts of one model.
@@ -77,7 +77,8 @@ def _networks(placed: Sequence[Placement]) -> set[Path]:
     some = {
         at for item in longest.values() for at in _above(item.tokens, _levels(_like(item.tokens, models)))
     }
-    if len(_beside(weights, some)) < 2:
+    beside = {at for at in some if any(owner[:-1] == at[:-1] for owner in longest)}
+    if len(_beside(weights, some)) < 2 and some == beside:
         return set()  # Nearly every program: one moment tells.
     levels, trained = _levels(weights), dict[Path, set[Path]]()
     for item in moments:
@@ -89,7 +90,7 @@ def _networks(placed: Sequence[Placement]) -> set[Path]:
     found = {at for at in found if not any(at[:depth] in found for depth in range(len(at)))}
     parents = {at[:depth] for at in found for depth in range(len(at))}
     is_whole = all(path[:-1] in parents or _within(path, found) is not None for path in weights)
-    return found if len(found) > 1 and is_whole and () not in found else set()
+    return found if (len(found) > 1 or found != beside) and is_whole and () not in found else set()
 
 
 def _steps_alone(models: Sequence[Placement]) -> set[Path]:

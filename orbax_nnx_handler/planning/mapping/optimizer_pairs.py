@@ -19,7 +19,7 @@ from flax import nnx
 
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, trained_by
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, substitute
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import Placement, is_copy_level
 from orbax_nnx_handler.planning.mapping.matches import Found
 from orbax_nnx_handler.planning.mapping.networks import Matched
 from orbax_nnx_handler.planning.mapping.optimizer_states import OptimizerState
@@ -304,7 +304,7 @@ class Trainings:
         have, longer ones first; of several with the same names, the one that the target has the optimizer
         beside; then one that no level names (`model` beside `ema`); then the one that its own parameters
         have become, and the one of which fewest parameters have no moment; then the one that it is called
-        after.
+        after; then, of the only optimizer, the one that is called no copy.
         """
         whole = [item for item in self.networks if item.network.only in (None, "params")]
         own = [e for e in self.entries if e.placed and canonical(e.placed.owner) in stored.models]
@@ -337,6 +337,8 @@ class Trainings:
         likely = [item for item in likely if scores[id(item)] == max(scores.values())]
         names = trained_by(wanted.owner, {item.roots.wanted for item in likely})
         likely = [item for item in likely if item.roots.wanted in names] if len(names) == 1 else likely
+        if len(likely) > 1 and len({at.owner for at in self.placements if at.section == "optimizer"}) == 1:
+            likely = [item for item in likely if not any(map(is_copy_level, item.roots.wanted))] or likely
         alike = len({self._made(item) for item in likely}) == 1 if len(likely) > 1 else True
         return likely[:1] if alike else likely
 

@@ -97,7 +97,7 @@ class ProvenMoments:
         own = [None if path is None else placed[path].path for path in self._made.reads]
         self._own = [_NO_KEYS if keys is None else keys for keys in own]
         self._weights = [(item, made, keys) for (item, made, _), keys in zip(weights, own, strict=True)]
-        depths = {_depth_of(owner, paths, self._weights) for owner, paths in _by_owner(leaves)}
+        depths = {at for owner, of in _by_owner(leaves) for at in _depths(owner, of, self._weights)}
         self._by_key = _by_key(depths, self._weights)
         # In the order of the weights, where no two of them have the same keys.
         is_plain = len(depths) == 1 and len(self._by_key) == len(self._weights)
@@ -305,20 +305,23 @@ def _by_key(depths: Iterable[int], weights: Sequence[_Weight]) -> Mapping[Path, 
     return found
 
 
-def _depth_of(owner: Path, moments: Sequence[Path], weights: Sequence[_Weight]) -> int:
-    """Returns how many keys a weight has in front of what it shares with a moment of its own: one tells."""
+def _depths(owner: Path, moments: Sequence[Path], weights: Sequence[_Weight]) -> set[int]:
+    """Returns how many keys weights have in front of what they share with moments of their own: one tells."""
     if owner[:-1]:  # A weight beside the optimizer comes first.
         weights = [item for item in weights if item[0].leaf.path[: len(owner) - 1] == owner[:-1]] or weights
-    best, longest = 0, 0
+    best: set[int] = {0}
+    longest = 0
     for moment in (max(moments, key=len), *moments[:: len(moments) // _SAMPLES + 1]):
-        end = moment[-longest - 1 :]
+        end = moment[-longest:] if longest else ()
         for item, _, _ in weights:
             path = item.leaf.path
-            while longest + 1 < len(moment) and path[-longest - 1 :] == end:
+            if longest and path[-longest:] != end:
+                continue
+            if longest:
+                best.add(len(path) - longest)
+            while longest < min(len(path), len(moment) - 1) and path[-longest - 1] == moment[-longest - 1]:
                 longest += 1
-                best, end = len(path) - longest, moment[-longest - 1 :]
-                if longest == len(path):
-                    break
+                best, end = {len(path) - longest}, moment[-longest:]
         above = canonical(moment[: len(moment) - longest])
         if len(slot_of(above, of_moment=True).field) == 1:
             break

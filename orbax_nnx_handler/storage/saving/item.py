@@ -1,8 +1,9 @@
 """An NNX item taken apart: its model, its optimizer, its step, and what lies beside them."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, cast
 
 import jax
@@ -117,18 +118,21 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
     if not optimizers:
         return (_without_optimizer(item, leaves, model_key),)
     shared = {alias: leaves[path] for alias, path in aliases_of(item, leaves).items()}
-    if len(optimizers) == 1:
+    roots = {_parent(leaves, owner): owner for owner in optimizers}
+    others = _weights({path: leaf for path, leaf in leaves.items() if not _is_below_any(path, optimizers)})
+    apart = [root for root in roots if not any(_are_nested(root, path) for path in others)]
+    moments = list(itertools.chain.from_iterable(map(_moments, optimizers.values())))
+    if len(optimizers) == 1 and not (apart and others):
         ((owner, opt_state),) = optimizers.items()
         return _one_train_state(leaves, owner, opt_state, model_key, (), shared)
-    roots = {_parent(leaves, owner): owner for owner in optimizers}
-    if len(roots) == 1:
-        (parent,) = roots
-        if any(_are_nested(parent, path) and not _is_below_any(path, optimizers) for path in leaves):
-            return _side_by_side(leaves, optimizers, parent, shared)
+    if apart:
         # Of a list of networks and a list of their optimizers, all lie side by side.
         kinds = list, tuple, dict, nnx.List, nnx.Dict
         lists = {(key,) for key, child in children(item) or () if isinstance(child, kinds)}
+        lists = {at for at in lists if not _matches(others, at, moments)}  # Else one trains all of a list.
         return _side_by_side(leaves, optimizers, (), shared, lists)
+    if len(roots) == 1:
+        return _side_by_side(leaves, optimizers, next(iter(roots)), shared)
     if len(roots) < len(optimizers) or any(_are_nested(a, b) for a in roots for b in roots if a != b):
         raise _several_optimizers(optimizers)
     states: list[Parts] = []
@@ -140,15 +144,13 @@ def take_apart(item: Any, model_key: Hashable = "model") -> Sequence[Parts]:
 
 
 def _with_outside(states: Sequence[Parts], leaves: ItemLeaves) -> Sequence[Parts]:
-    first = states[0]
-    return (dataclasses.replace(first, outside={**first.outside, **leaves}), *states[1:])
+    return (dataclasses.replace(states[0], outside={**states[0].outside, **leaves}), *states[1:])
 
 
-def _several_optimizers(optimizers: Iterable[Path]) -> ValueError:
-    paths = list(optimizers)
+def _several_optimizers(optimizers: Collection[Path]) -> ValueError:
     return ValueError(
-        f"the item holds {len(paths)} optimizers ({', '.join(map(render, paths))}), a Linen train state just "
-        "one.\n"
+        f"the item holds {len(optimizers)} optimizers ({', '.join(map(render, optimizers))}), a Linen train "
+        "state just one.\n"
         "hint: put each beside its model, below a key of their own ({'gen': {'model': ..., 'optimizer': "
         "...}, ...}), or save each with its model as an item of its own (ocp.args.Composite)."
     )
@@ -176,7 +178,7 @@ def _side_by_side(
     models = {key: {**model, **_below(shared, key)} for key, model in models.items()}
     for owner, opt_state in optimizers.items():
         moments = _moments(opt_state)
-        trained = _trained_by(moments, models)
+        trained = _trained_by(moments, models) if below else dict[Path, ItemLeaf]()
         if trained is None:
             raise _several_optimizers(optimizers)
         step = leaves.get((*owner, "step"))
@@ -217,6 +219,11 @@ def _left(leaves: ItemLeaves, states: Sequence[Parts]) -> ItemLeaves:
 def is_weight(leaf: ItemLeaf) -> bool:
     """Tells whether a leaf is a Variable other than random state."""
     return isinstance(leaf.node, nnx.Variable) and not isinstance(leaf.node, nnx.RngState)
+
+
+def _weights(leaves: ItemLeaves) -> Sequence[Path]:
+    own = [path for path, leaf in leaves.items() if is_weight(leaf)]
+    return own or [path for path, leaf in leaves.items() if not isinstance(leaf.node, nnx.RngState)]
 
 
 def _is_below_any(path: Path, above: Iterable[Path]) -> bool:
@@ -285,12 +292,7 @@ def _abstract_arrays(item: Any) -> dict[Path, Any]:
 
 
 def _optimizers(item: Any, nodes: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
-    """Yields each optimizer's path with its state, in optax's containers where they are left.
-
-    Args:
-        item: The item.
-        nodes: Its leaves by path.
-    """
+    """Yields each optimizer's path in the item with its state, in optax's containers where they are left."""
     found = {**dict(_in_modules(item)), **dict(_opt_states(item, ()))}
     inside = {(*owner, _OPT_STATE) for owner in found}
     alone = {
@@ -408,9 +410,7 @@ def _root(leaves: ItemLeaves, parent: Path, opt_state: Any, model_key: Hashable)
     most of them find a parameter; without moments, its name decides.
     """
     moments = _moments(opt_state)
-    weights = [path for path, leaf in leaves.items() if is_weight(leaf)]
-    weights = weights or [path for path, leaf in leaves.items() if not isinstance(leaf.node, nnx.RngState)]
-    below = [path for path in weights if path[: len(parent)] == parent and len(path) > len(parent)]
+    below = [path for path in _weights(leaves) if path[: len(parent)] == parent and len(path) > len(parent)]
     keys = dict.fromkeys(path[len(parent)] for path in below)
     scores = {root: _matches(below, root, moments) for root in [parent, *((*parent, key) for key in keys)]}
     best = [root for root, score in scores.items() if score == max(scores.values())]

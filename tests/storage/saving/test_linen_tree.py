@@ -338,7 +338,7 @@ def test_what_the_error_says_of_optimizers_without_a_model_works() -> None:
     gen, disc = net(), net()
 
     with pytest.raises(ValueError, match="2 optimizers") as raised:
-        to_linen_tree({"g_opt": adam(gen), "d_opt": adam(disc)})
+        to_linen_tree({"words": nnx.Embed(3, 2, rngs=nnx.Rngs(0)), "g_opt": adam(gen), "d_opt": adam(disc)})
 
     assert str(raised.value) == (
         "the item holds 2 optimizers (d_opt, g_opt), a Linen train state just one.\n"

@@ -87,6 +87,31 @@ def lists() -> dict[str, Any]:
     return {"nets": nets, "optimizers": [optimizer(net) for net in nets]}
 
 
+def one_each(kind: Callable[[Any], Any], *more: Any) -> dict[str, Any]:
+    """Returns a list, or another group, of one network, and one of its optimizer."""
+    net = Net()
+    return {"nets": kind((net, *more)), "optimizers": kind((optimizer(net),))}
+
+
+def deeper(*names: str, beside: bool = False) -> dict[str, Any]:
+    """Returns networks in one group, and each optimizer below a level of its own in another."""
+    nets = {name: Net() for name in names}
+    optimizers = {name: {"optimizer": optimizer(net)} for name, net in nets.items()}
+    return {
+        "optimizers": optimizers,
+        **(nets if beside else {"nets": {key: {"core": nets[key]} for key in nets}}),
+    }
+
+
+def one_for_all_of_a_group() -> dict[str, Any]:
+    nets = {"enc": Net(), "dec": Net()}
+    return {"nets": nets, "training": {"optimizer": optimizer(nnx.Dict(nets))}}
+
+
+def optimizers_alone(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in item.items() if name.endswith(("opt", "optimizers"))}
+
+
 class Encoder(nnx.Module):
     """Layers that a Linen program calls `layers_0` and `layers_1`."""
 
@@ -132,6 +157,28 @@ PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "lists": lists,
     "below a key, with an average": lambda: {"agent": side_by_side("net", "ema")},
     "nnx.Lists": lambda: {key: nnx.List(found) for key, found in lists().items()},
+    "lists of one": lambda: one_each(list),
+    "tuples of one": lambda: one_each(tuple),
+    "nnx.Lists of one": lambda: one_each(nnx.List),
+    "groups of one": lambda: one_each(lambda parts: dict(zip("ab", parts, strict=False))),
+    "lists, one of two trained": lambda: one_each(list, Net()),
+    "a network, its optimizer in a list": lambda: {"net": (net := Net()), "optimizers": [optimizer(net)]},
+    "an optimizer below another key": lambda: {
+        "net": (net := Net()),
+        "ema": Net(),
+        "training": {"optimizer": optimizer(net), "step": jnp.int32(0)},
+    },
+    "optimizers a level deeper": lambda: deeper("gen", "disc", beside=True),
+    "networks and optimizers a level deeper": lambda: deeper("gen", "disc"),
+    "one of each a level deeper": lambda: deeper("gen"),
+    "a train state beside an optimizer that lies apart": lambda: {
+        "gen": with_its_optimizer(2),
+        **deeper("disc", beside=True),
+    },
+    "one optimizer of a whole group": one_for_all_of_a_group,
+    "optimizers alone": lambda: optimizers_alone(actor_and_critic()),
+    "optimizers of layers alone": lambda: optimizers_alone(two_heads(nested=False)),
+    "optimizers alone in a list": lambda: optimizers_alone(lists()),
     "lists of train states": lambda: {"agents": [with_its_optimizer(2), with_its_optimizer(4)]},
 }
 

@@ -343,3 +343,18 @@ def test_two_hundred_reads_leave_nothing_behind(tmp_path):
 
 def resident_bytes():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "behind a network"])
+def test_a_shard_whose_index_points_elsewhere_is_refused_though_its_one_chunk_fills_it(remote, tmp_path):
+    value = noise((16, 16))
+    path = save(tmp_path / "item", {"params": {"w": value}}, RAW)
+    for file in (file for file in path.rglob("*") if file.is_file()):
+        before, chunk, index = file.read_bytes().partition(value.tobytes())
+        if chunk:
+            # Its first byte is the lowest of where the chunk begins.
+            file.write_bytes(before + chunk + bytes([index[0] ^ 4]) + index[1:])
+    checkpoint = read_metadata(path)
+
+    with pytest.raises(UnreadableLeafError, match="the index of the shard points elsewhere"):
+        read_values(as_remote(checkpoint, listed=True) if remote else checkpoint, [("params", "w")])

@@ -1189,3 +1189,47 @@ def test_a_level_of_a_whole_name_tells_what_an_optimizer_trains_before_a_short_o
 
     moments = result["opts"]["x"]["o"].opt_state[0].mu
     check(moments, tree["opts"]["x"]["o"]["opt_state"][0].mu)
+
+
+@pytest.mark.parametrize("names", [("actor",), ("actor", "critic")])
+def test_a_network_may_have_a_module_called_as_its_place_in_the_target(tmp_path, names):
+    numbers = Numbers()
+    tree, params = {}, {name: {part: _model(numbers) for part in ("model", "lm_head")} for name in names}
+    for name, own in params.items():
+        tree[name] = {"params": own, "opt_state": numbers.optimizer(ADAM, own), "step": np.int32(3)}
+    path = write(tmp_path, tree)
+
+    def make():
+        models = {
+            name: _Owner(**{part: Branch(of, {}) for part, of in own.items()}) for name, own in params.items()
+        }
+        return {
+            name: {"model": model, "optimizer": nnx.Optimizer(model, ADAM, wrt=nnx.Param)}
+            for name, model in models.items()
+        }
+
+    result = restore(path, nnx.eval_shape(make))
+    for name, own in params.items():
+        check(nnx.split(result[name]["model"])[1], own)
+        moments = result[name]["optimizer"].opt_state[0].mu
+        check(moments, tree[name]["opt_state"][0].mu)
+
+
+@pytest.mark.parametrize(
+    "beside", [{}, {"epoch": np.int32(3)}, {"batch_stats": {"norm": {"mean": np.ones(2)}}}]
+)
+@pytest.mark.parametrize("inner", [("best",), ("teacher", "model")])
+def test_a_network_below_another_one_is_not_taken_for_it(tmp_path, inner, beside):
+    numbers = Numbers()
+    own, other = _model(numbers), {"params": _model(numbers)}
+    for name in reversed(inner):
+        other = {name: other}
+    path = write(tmp_path, {"x": {"params": own} | other | beside})
+
+    def make():
+        return Branch(own, {})
+
+    error = refused(path, nnx.eval_shape(make), unexpected="ignore")
+    assert "batch_stats" in beside or "no name tells" in str(error)
+    rules = [("x/params", "params")]
+    check(nnx.split(restore(path, nnx.eval_shape(make), unexpected="ignore", renames=rules))[1], own)

@@ -98,13 +98,13 @@ def test_states_of_a_chain_keep_their_numbers_when_it_grows_or_shrinks(tmp_path,
     assert values(have) == values(want)
 
 
-def _by_labels(first, second):
+def _by_labels(first, second, inner=optax.adam):
     def labels(params):
         return jax.tree_util.tree_map_with_path(
             lambda path, _: first if "dense" in jax.tree_util.keystr(path) else second, params
         )
 
-    return optax.multi_transform({first: optax.adam(1e-3), second: optax.adam(1e-2)}, labels)
+    return optax.multi_transform({first: inner(1e-3), second: inner(1e-2)}, labels)
 
 
 def test_an_optimizer_with_groups_is_restored_by_itself_and_never_for_other_groups(tmp_path):
@@ -122,6 +122,28 @@ def test_an_optimizer_with_groups_is_restored_by_itself_and_never_for_other_grou
     error = worlds.refused(whole, training_target(params, _by_labels("y", "x")))
     assert "the stored optimizer is for other groups of parameters" in str(error)
     assert not any("policy" in hint.arguments for hint in error.hints)
+
+
+@pytest.mark.parametrize("labels", [("kernels", "no_decay"), ("y", "z"), ("y", "x"), ("a", "b")])
+@pytest.mark.parametrize("policy", ["error", "warn"])
+def test_groups_without_moments_are_those_of_their_labels(tmp_path, policy, labels):
+    def tx(first, second):
+        return _by_labels(first, second, optax.inject_hyperparams(optax.sgd))
+
+    numbers = Numbers()
+    params = {"dense": numbers.dense(), "other": numbers.dense()}
+    path = write(tmp_path, {"params": params, "opt_state": tx("x", "y").init(params), "step": np.int32(2)})
+    states = restore(path, training_target(params, tx("x", "y"))).optimizer.opt_state.inner_states
+    assert [float(states[at].inner_state.hyperparams["learning_rate"][...]) for at in "xy"] == [
+        np.float32(1e-3),
+        np.float32(1e-2),
+    ]
+    if set(labels) == {"x", "y"}:  # By their labels, whatever they are for: rates are no moments.
+        restore(path, training_target(params, tx(*labels)))
+    else:
+        assert "no field tells which" in str(
+            worlds.refused(path, training_target(params, tx(*labels)), policy=policy)
+        )
 
 
 TURNED = {

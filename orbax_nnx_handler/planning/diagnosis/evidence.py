@@ -153,12 +153,14 @@ class Evidence:
         """
         there = defaultdict[Path, list[Placement]](list)
         left = {*self.verdict.unexpected, *self.verdict.skipped}
+        owners = {item.owner for item in self.sides.placements.values() if item.section == "model"}
         for path, item in self.sides.placements.items() if self.open_leaves else ():
             is_own = item.collection in (None, *FLAX_COLLECTIONS)
             if item.section == "model" and (item.owner or not is_own):
                 there[item.owner if is_own else (*item.owner, str(item.collection))].append(item)
             for depth in range(1, min(len(path), DEPTH) if item.section == "other" else 0):
-                there[path[:depth]].append(dataclasses.replace(item, path=path[depth:]))
+                if path[:depth] not in owners:
+                    there[path[:depth]].append(dataclasses.replace(item, path=path[depth:]))
         there = {
             at: items for at, items in there.items() if left.issuperset(item.leaf.path for item in items)
         }

@@ -103,12 +103,13 @@ def owners_of(stored: Iterable[Path]) -> tuple[Path, ...]:
         and (owner[:-1] in beside or _only_collections(paths, owner))
         and not _mirrors(owner, holds[owner], found, paths)
     ]
-    # What lies beside a train state and has `params` is one too, whatever its other collections are called.
+    # What lies beside or around a train state and has `params` is one too, whatever else it has.
     parents = {owner[:-1] for owner in found if owner}
+    around = {owner[:depth] for owner in found for depth in range(1, len(owner))}
     found += [
         owner
         for owner in above
-        if owner[:-1] in parents
+        if (owner[:-1] in parents or owner in around)
         and owner not in found
         and not any(_within(owner, outer) for outer in found)
         and not _mirrors(owner, holds[owner], found, paths)

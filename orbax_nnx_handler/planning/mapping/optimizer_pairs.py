@@ -85,6 +85,7 @@ def pair_states(
     pairing.pair(exact=True)
     # A group of parameters that has grown or shrunk.
     pairing.pair(exact=False)
+    pairing.ask_for_labels()
     return pairing.result()
 
 
@@ -117,15 +118,39 @@ class _Pairing:
     def pair_lone(self) -> None:
         """Pairs the states whose fields no other state of either side has: most of them, and large ones."""
         stored = _by_fields(self.stored)
-        for fields, here in _by_fields(self.wanted).items():
+        # Moments first: they tell which label is which.
+        groups = _by_fields(self.wanted).items()
+        for fields, here in sorted(groups, key=lambda item: not self.wanted[item[1][0]].moments):
             there = stored.get(fields, [])
             if len(here) == len(there) == 1 and self._may_be(self.wanted[here[0]], self.stored[there[0]]):
                 self.pairs[here[0]] = there[0]
 
     def _may_be(self, wanted: OptimizerState, stored: OptimizerState) -> bool:
-        if wanted.label != stored.label and {wanted.label, stored.label} & self.labels:
-            return False  # A label of both sides is its own counterpart.
+        if wanted.label != stored.label:
+            if {wanted.label, stored.label} & self.labels:
+                return False  # A label of both sides is its own counterpart.
+            if not wanted.moments and not self._are_one_label(wanted.label, stored.label):
+                return False
         return not wanted.moments or not stored.parameters.isdisjoint(self._needs(wanted))
+
+    def _are_one_label(self, wanted: Tokens, stored: Tokens) -> bool:
+        """Tells whether moments under a label lie under another one there, or no side has several."""
+        sides = ({state.label for state in states} - {()} for states in (self.wanted, self.stored))
+        told = ((self.wanted[here], self.stored[there]) for here, there in self.pairs.items())
+        return all(len(labels) < 2 for labels in sides) or any(
+            (one.label, other.label) == (wanted, stored) for one, other in told if one.moments
+        )
+
+    def ask_for_labels(self) -> None:
+        """Leaves open which state of other labels one without moments is: no name tells it."""
+        taken, alike = set(self.pairs.values()), _by_fields(self.stored)
+        for here, wanted in enumerate(self.wanted):
+            if here in self.pairs.keys() | self.undecided.keys() or wanted.moments:
+                continue
+            there = [at for at in alike.get(wanted.fields, ()) if at not in taken]
+            there = [at for at in there if self.stored[at].label not in {*self.labels, wanted.label}]
+            if there and wanted.label not in self.labels:
+                self.undecided[here] = tuple(there)
 
     def pair(self, *, exact: bool) -> None:
         # What is paired already stays in its place: the others are told by what they stand between.

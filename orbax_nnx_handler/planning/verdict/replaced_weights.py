@@ -184,6 +184,7 @@ class ReplacedWeights:
 
     def _trained(self, owner: Tokens, names: Set[Tokens]) -> Mapping[Tokens, Mapping[Tokens, _Made]]:
         """Returns the weights of each network that an optimizer may train, by its keys and theirs."""
+        names = {name for name in names if name in self._by_end}  # Weights may be missing.
         some = next(iter(names), None)
         heads: list[Tokens] = [at[: len(at) - len(some)] for at in self._by_end.get(some, ())] if some else []
         heads = [head for head in heads if all(head + name in self._made for name in names)]

@@ -135,14 +135,24 @@ class States:
         return found
 
     def _of_other_labels(self) -> Iterator[tuple[Path, Path, str]]:
-        """Yields states of one label that are read from another's, though theirs is stored."""
-        for (_, place), stored in self._pairs.items():
-            for (owner, there), leaves in stored.items():
-                label = labels_of(place)
-                if label == labels_of(there) or not label:
+        """Yields states that are read from another label's: theirs is stored, or no moment tells it."""
+        stored = {state: labels_of(state[1]) for state in self._every_slot}
+        wanted = {state: labels_of(state[1]) for state in self._wanted_fields}
+        told = {
+            (wanted[state], stored[other])
+            for state in self._with_moments
+            for other in self._pairs.get(state, ())
+        }
+        for state, others in self._pairs.items():
+            for other, leaves in others.items():
+                if wanted[state] == stored[other]:
                     continue
-                if any(label == labels_of(other) for known, other in self._every_slot if known == owner):
-                    yield *leaves, f"it is the state of {render(labels_of(there))}"
+                there = {label for at, label in stored.items() if at[0] == other[0] and label}
+                here = {label for at, label in wanted.items() if at[0] == state[0] and label}
+                if wanted[state] in there:
+                    yield *leaves, f"it is the state of {render(stored[other])}"
+                elif (wanted[state], stored[other]) not in told and max(len(here), len(there)) > 1:
+                    yield *leaves, f"nothing tells that it is of {render(stored[other] or other[1])}"
 
     def _out_of_order(self) -> Iterator[tuple[Path, Path, str]]:
         """Yields states of one label whose order differs."""

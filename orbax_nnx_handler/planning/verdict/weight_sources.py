@@ -184,9 +184,11 @@ class Weights:
 
     @cached_property
     def _apart(self) -> Set[str]:
-        """The first names of stored weights that no wanted path has once more below them."""
-        names = {item.tokens[0] for item in self.placed.values() if item.section == "model" and item.tokens}
-        return names - {item.tokens[0] for item in self._wanted if item.tokens[:1] == item.tokens[1:2] != ()}
+        """The first names of stored weights that no wanted path has twice, `model/model`, below an owner."""
+        models = [item for item in self.placed.values() if item.section == "model" and item.tokens]
+        depths = {len(canonical(owner)) for owner in {item.owner for item in models}}
+        twice = ((at, item.tokens) for item in self._wanted for at in depths if len(item.tokens) > at + 1)
+        return {item.tokens[0] for item in models} - {of[at] for at, of in twice if of[at] == of[at + 1]}
 
     @cached_property
     def _tuples(self) -> Set[Tokens]:
@@ -321,8 +323,7 @@ class Weights:
             there = side.layers_before(self.name(path), may_be_lost=True)
             here = self._here.layers_before(item.tokens, may_be_lost=False)
             if here and there and here.isdisjoint(there):
-                sizes = min(there), min(here)
-                yield item.leaf.path, path, f"{sizes[0]} layers lie before it there, and {sizes[1]} here"
+                yield item.leaf.path, path, f"{min(there)} layers lie before it there, and {min(here)} here"
 
     def _is_scan(self, group: str, member: str) -> bool:
         """Tells whether layers of a name in a group are a block: by the layout, or as their names are one."""

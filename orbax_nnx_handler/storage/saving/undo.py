@@ -184,7 +184,9 @@ def as_restored(leaves: SavedLeaves, empty: Empty, plan: RestorePlan) -> tuple[S
     )
     place = PlacesInLayout(leaves, empty, plan)
     unsourced = {at: leaf for at, leaf in leaves.items() if leaf.like not in restored}
-    check_distinct((place(at), leaf.like) for at, leaf in unsourced.items())
+    made = ((at, reads(way)[0]) for at, way in ways.items())
+    # A leaf that was not restored may have the path that a rule has taken from another one.
+    check_distinct((*((place(at), leaf.like) for at, leaf in unsourced.items()), *made))
     written = {place(at): leaf for at, leaf in unsourced.items()}
     by_item = {leaf.like: leaf for leaf in leaves.values()}
     for at, way in ways.items():

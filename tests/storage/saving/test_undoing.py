@@ -20,6 +20,7 @@ from orbax_nnx_handler import (
     NNXLinenSave,
     Rename,
     Reshape,
+    RestoreError,
     RuleError,
     Scale,
     StackLayers,
@@ -589,3 +590,26 @@ def test_a_train_state_below_a_key_stays_there_where_a_field_lies_beside_it(abov
             np.testing.assert_array_equal(one, other)
     with pytest.raises(RuleError, match="below a key"):
         to_linen(item, renames=SWAP)
+
+
+@pytest.mark.parametrize(
+    "rules", [[("old", "new")], [("params/old", "params/new")], [("old", "new"), ("head", "old")]]
+)
+def test_what_was_missing_is_not_lost_where_a_rule_took_its_name_from_another(rules: list[Any]) -> None:
+    names = ("old", "new") if len(rules) == 1 else ("old", "new", "head")
+
+    class Part(nnx.Module):
+        def __init__(self) -> None:
+            for at, name in enumerate(names):
+                linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+                linear.kernel[...] += at
+                setattr(self, name, linear)
+
+    stored = {"params": {name: {"kernel": np.ones((2, 2)), "bias": np.ones(2)} for name in ("old", "head")}}
+    item = {
+        "params": {k: jax.tree.map(lambda x: x.astype(np.float32), v) for k, v in stored["params"].items()}
+    }
+    target = nnx.eval_shape(Part)
+    plan = plan_restore(item, target, renames=rules, policy="warn", unexpected="ignore")
+    with pytest.raises(RestoreError, match="would both be stored at params/"):
+        to_linen(Part(), renames=plan)

@@ -1233,3 +1233,20 @@ def test_a_network_below_another_one_is_not_taken_for_it(tmp_path, inner, beside
     assert "batch_stats" in beside or "no name tells" in str(error)
     rules = [("x/params", "params")]
     check(nnx.split(restore(path, nnx.eval_shape(make), unexpected="ignore", renames=rules))[1], own)
+
+
+@pytest.mark.parametrize("below", [("actor",), ("x", "actor"), ("x", "actor", "model")])
+def test_the_network_at_the_root_is_not_given_to_the_name_of_another_stored_one(tmp_path, below):
+    numbers = Numbers()
+    own = _model(numbers)
+    other = {"params": _model(numbers)}
+    for name in reversed(below):
+        other = {name: other}
+    path = write(tmp_path, {"params": own, "step": np.int32(1)} | other)
+    target = nnx.eval_shape(lambda: {"actor": Branch(own, {})})
+    try:
+        result = restore(path, target, unexpected="ignore")
+    except RestoreError:
+        return
+    assert below == ("actor",)
+    check(nnx.state(result["actor"]), other["actor"]["params"])

@@ -336,3 +336,11 @@ def members_of(name: Tokens) -> Iterator[Tokens]:
     for at in range(2, len(name) - 1):
         if is_number(name[at]) and not is_number(name[at - 1]) and not is_number(name[at - 2]):
             yield name[:at]
+
+
+def common_end(left: Tokens, right: Tokens) -> int:
+    """Returns how many tokens two names end in alike."""
+    shorter = min(len(left), len(right))
+    if left[len(left) - shorter :] == right[len(right) - shorter :]:
+        return shorter  # Nearly every pair.
+    return next(n for n in range(shorter) if left[-1 - n] != right[-1 - n])

@@ -16,8 +16,8 @@ from orbax_nnx_handler.planning.core.paths import (
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, Scale, parts_of, reads, without_arithmetic
 from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_level
 from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.elements import common_end
 from orbax_nnx_handler.planning.verdict.states import Claim, labels_of, slot_of
-from orbax_nnx_handler.planning.verdict.weight_sources import common_end
 
 
 class _Made(NamedTuple):

@@ -15,6 +15,7 @@ from orbax_nnx_handler.planning.verdict.elements import (
     Element,
     Name,
     SideNames,
+    common_end,
     elements_of,
     members_of,
     positions,
@@ -183,10 +184,14 @@ class Weights:
         return SideNames(((item.tokens, item.leaf.shape) for item in models), self._scans)
 
     @cached_property
+    def _owners(self) -> Set[Tokens]:
+        return set(map(canonical, {item.owner for item in self.placed.values() if item.section == "model"}))
+
+    @cached_property
     def _apart(self) -> Set[str]:
         """The first names of stored weights that no wanted path has twice, `model/model`, below an owner."""
         models = [item for item in self.placed.values() if item.section == "model" and item.tokens]
-        depths = {len(canonical(owner)) for owner in {item.owner for item in models}}
+        depths = {len(owner) for owner in self._owners}
         twice = ((at, item.tokens) for item in self._wanted for at in depths if len(item.tokens) > at + 1)
         return {item.tokens[0] for item in models} - {of[at] for at, of in twice if of[at] == of[at + 1]}
 
@@ -229,6 +234,9 @@ class Weights:
         """
         is_below = above[: len(owner)] == owner
         depth = len(owner) if is_below else 0
+        others = {name for other in self._owners - {owner} for name in other} - {*owner, *_PLAIN}
+        if not others.isdisjoint(above[depth:]):
+            return False  # It is the name of another network.
         if is_below and not self._apart.isdisjoint(above[depth : depth + 1]):
             return False
         is_place = 0 < depth == len(above) - 1 or above[:-1] in self._tuples
@@ -440,11 +448,3 @@ def _spelt(layers: Sequence[Tokens], meeting: _Meeting) -> frozenset[Tokens]:
 
 def _parent(module: Tokens) -> Tokens:
     return module[:-2] if module and is_number(module[-1]) else module[:-1]
-
-
-def common_end(left: Tokens, right: Tokens) -> int:
-    """Returns how many tokens two names end in alike."""
-    shorter = min(len(left), len(right))
-    if left[len(left) - shorter :] == right[len(right) - shorter :]:
-        return shorter  # Nearly every pair.
-    return next(n for n in range(shorter) if left[-1 - n] != right[-1 - n])

@@ -1250,3 +1250,21 @@ def test_the_network_at_the_root_is_not_given_to_the_name_of_another_stored_one(
         return
     assert below == ("actor",)
     check(nnx.state(result["actor"]), other["actor"]["params"])
+
+
+@pytest.mark.parametrize("names", [("student", "teacher"), ("model", "target"), ("net", "best")])
+@pytest.mark.parametrize("above", [(), ("s",)])
+def test_weights_without_a_collection_are_a_network_as_well(tmp_path, above, names):
+    numbers = Numbers()
+    bare, held = _model(numbers), _model(numbers)
+    tree = {names[0]: bare, names[1]: {"params": held}}
+    for name in above:
+        tree = {name: tree}
+    path = write(tmp_path, tree | {"step": np.int32(1)})
+    target = nnx.eval_shape(lambda: Branch(bare, {}))
+    refused(path, target, unexpected="ignore")
+    for name, meant, own in ((names[0], "", bare), (f"{names[1]}/params", "params", held)):
+        rules = [("/".join((*above, name)), meant)]
+        check(nnx.state(restore(path, target, unexpected="ignore", renames=rules)), own)
+    if not above:
+        check(nnx.state(restore(path, {names[1]: target}, unexpected="ignore")[names[1]]), held)

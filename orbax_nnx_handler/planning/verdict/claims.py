@@ -19,11 +19,11 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
 )
 from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_level, is_copy_name
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.target.roles import Wanted
 from orbax_nnx_handler.planning.verdict.elements import Chain
-from orbax_nnx_handler.planning.verdict.weight_sources import Weights
+from orbax_nnx_handler.planning.verdict.weight_sources import PLAIN, Weights
 
 Twice = tuple[Path, Path, Path]
 """A wanted leaf, a stored leaf that it reads, and the leaf that says otherwise."""
@@ -172,6 +172,27 @@ class Claims:
                 name = weights.name(path)
                 if name[: len(below)] == below:
                     yield from self._claims_of(path, (*above, *name[len(below) :]), made[place])
+
+    def of_other_trees(self, by_rule: Set[Path]) -> Iterator[Twice]:
+        """Yields a weight of each train state of a name of its own that some tree has all names of, too.
+
+        Of `{"student": weights, "teacher": {"params": weights}}`, no name tells which one a bare model is.
+        """
+        beside = ((canonical(path), path) for path, item in self._placed.items() if item.section == "other")
+        others = {tokens: path for tokens, path in beside if not any(map(is_copy_level, tokens))}
+        networks: dict[Path, list[tuple[Wanted, Path]]] = defaultdict(list)
+        for item, recipe, _ in self._sources if others else ():
+            if item.role == "model" and isinstance(recipe, Read) and recipe.path not in by_rule:
+                networks[self._placed[recipe.path].owner].append((item, recipe.path))
+        for owner, weights in networks.items():
+            item, read = weights[0]
+            if {*canonical(owner)} <= {*PLAIN, *item.tokens}:
+                continue
+            names = [self._placed[path].tokens for _, path in weights]
+            above = [tokens[: -len(names[0])] for tokens in others if tokens[-len(names[0]) :] == names[0]]
+            found = next((at for at in above if all((*at, *name) in others for name in names)), None)
+            if found is not None:
+                yield item.leaf.path, read, others[*found, *names[0]]
 
     def _claims_of(self, path: Path, name: Tokens, made: "_Made") -> Iterator[Twice]:
         """Yields the weights that an unread leaf is, or holds as a layer, or is a layer of."""

@@ -312,7 +312,8 @@ class _Kernel:
         unread = claims.unread(self._known.by_rule)
         for path, stored, own in claims.kept_aside(self._known.by_rule):
             yield Broken(law=1, wanted=path, stored=stored, why=f"{render(own)} has its whole path")
-        for path, stored, other in claims.claimed_twice(self._weights, unread):
+        trees = claims.of_other_trees(self._known.by_rule)
+        for path, stored, other in (*claims.claimed_twice(self._weights, unread), *trees):
             yield Broken(law=4, wanted=path, stored=stored, why=f"{render(other)} has its name too")
         for path, stored, other in claims.of_two_names(self._wanted, unread) if self._tops else ():
             why = f"if its first level is a module (in {{'model': target}} it is), {render(other)} is meant"

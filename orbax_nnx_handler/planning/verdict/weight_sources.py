@@ -22,7 +22,7 @@ from orbax_nnx_handler.planning.verdict.elements import (
 )
 from orbax_nnx_handler.planning.verdict.stacked_axes import Stacked, StackedAxes, StackedGroup, options_of
 
-_PLAIN = frozenset({"model", "state", "train_state"})
+PLAIN = frozenset({"model", "state", "train_state"})  # They tell no network from another.
 _STATISTICS = frozenset({"u", "sigma"})
 """What `nnx.SpectralNorm` keeps of a weight (flax/nnx/nn/normalization.py)."""
 
@@ -234,7 +234,7 @@ class Weights:
         """
         is_below = above[: len(owner)] == owner
         depth = len(owner) if is_below else 0
-        others = {name for other in self._owners - {owner} for name in other} - {*owner, *_PLAIN}
+        others = {name for other in self._owners - {owner} for name in other} - {*owner, *PLAIN}
         if not others.isdisjoint(above[depth:]):
             return False  # It is the name of another network.
         if is_below and not self._apart.isdisjoint(above[depth : depth + 1]):
@@ -243,8 +243,8 @@ class Weights:
         layers = (token for last, token in itertools.pairwise(("", *below)) if last == last.lower())
         if any(map(is_number, () if is_place else above[max(depth, 1) :])) or any(map(is_number, layers)):
             return False
-        named = [token for token in above if token not in _PLAIN and not is_number(token)]
-        return not named or not [token for token in below if token not in _PLAIN]
+        named = [token for token in above if token not in PLAIN and not is_number(token)]
+        return not named or not [token for token in below if token not in PLAIN]
 
     def _spellings(self, element: Element, in_module: bool) -> Iterator[Tokens]:
         """Yields what a stored leaf is called in NNX."""

@@ -125,6 +125,12 @@ class Name(NamedTuple):
         """Whether the layout knows the scan by its name."""
         return self.scan is not None and bool(self.scan.source)
 
+    def form(self, layer: tuple[int, ...]) -> str:
+        """Returns in a word how a side keeps what has these layer numbers."""
+        if not layer:
+            return "flat"
+        return "stack" if self.scan is None else "known blocks" if self.is_known else "blocks"
+
 
 class BlockCounts(NamedTuple):
     """The layers of one scan in blocks, as the names of one side tell.

@@ -184,8 +184,11 @@ class Weights:
         return SideNames(((item.tokens, item.leaf.shape) for item in models), self._scans)
 
     @cached_property
-    def _owners(self) -> Set[Tokens]:
-        return set(map(canonical, {item.owner for item in self.placed.values() if item.section == "model"}))
+    def _owners(self) -> Mapping[Tokens, str]:
+        """The stored networks with their names, without levels that tell none from another."""
+        owners = {canonical(item.owner) for item in self.placed.values() if item.section == "model"}
+        named = {at: [name for name in at if name not in PLAIN and not is_number(name)] for at in owners}
+        return {at: names[-1] if names else "" for at, names in named.items()}
 
     @cached_property
     def _apart(self) -> Set[str]:
@@ -234,7 +237,7 @@ class Weights:
         """
         is_below = above[: len(owner)] == owner
         depth = len(owner) if is_below else 0
-        others = {name for other in self._owners - {owner} for name in other} - {*owner, *PLAIN}
+        others = {name for other, name in self._owners.items() if other != owner} - {*owner}
         if not others.isdisjoint(above[depth:]):
             return False  # It is the name of another network.
         if is_below and not self._apart.isdisjoint(above[depth : depth + 1]):
@@ -369,7 +372,7 @@ class Weights:
             placed.owner,
             placed.collection,
             _spelt(layers, meeting),
-            (_form(there, element.at), _form(here, element.to)),
+            (there.form(element.at), here.form(element.to)),
         )
         leaf = Stacked(
             wanted=item.leaf.path,
@@ -430,12 +433,6 @@ def is_beside_weights(item: Wanted, placed: Placement, levels: Mapping[Path, Set
 
 def _is_end(whole: Tokens, end: Tokens) -> bool:
     return len(end) > 0 and whole[len(whole) - len(end) :] == end
-
-
-def _form(name: Name, layer: tuple[int, ...]) -> str:
-    if not layer:
-        return "flat"
-    return "stack" if name.scan is None else "known blocks" if name.is_known else "blocks"
 
 
 def _spelt(layers: Sequence[Tokens], meeting: _Meeting) -> frozenset[Tokens]:

@@ -1268,3 +1268,17 @@ def test_weights_without_a_collection_are_a_network_as_well(tmp_path, above, nam
         check(nnx.state(restore(path, target, unexpected="ignore", renames=rules)), own)
     if not above:
         check(nnx.state(restore(path, {names[1]: target}, unexpected="ignore")[names[1]]), held)
+
+
+@pytest.mark.parametrize("target_network", [lambda params: params, lambda params: {"params": params}])
+def test_a_train_state_called_state_beside_a_target_network_is_not_a_flax_optim_optimizer(
+    tmp_path, target_network
+):
+    numbers = Numbers()
+    state = _train_state(numbers, _model(numbers), 7)
+    other = _model(numbers)
+    path = write(tmp_path, {"state": state, "target": target_network(other)})
+    target = {"state": training_target(state.params, ADAM), "target": worlds.model_target(other)}
+    result = restore(path, target)
+    check(result["state"], _expected(state))
+    check(result["target"], other)

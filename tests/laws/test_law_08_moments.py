@@ -146,6 +146,22 @@ def test_groups_without_moments_are_those_of_their_labels(tmp_path, policy, labe
         )
 
 
+def test_the_rate_of_one_group_is_not_that_of_another_which_had_none(tmp_path):
+    def tx(label):
+        inner = {at: optax.sgd(0.1) for at in ("dense", "other")}
+        inner[label] = optax.inject_hyperparams(optax.sgd)(0.2)
+        return optax.multi_transform(inner, lambda params: jax.tree_util.tree_map_with_path(group, params))
+
+    def group(path, _):
+        return "dense" if "dense" in jax.tree_util.keystr(path) else "other"
+
+    numbers = Numbers()
+    params = {"dense": numbers.dense(), "other": numbers.dense()}
+    path = write(tmp_path, {"params": params, "opt_state": tx("dense").init(params), "step": np.int32(2)})
+    restore(path, training_target(params, tx("dense")))
+    worlds.refused(path, training_target(params, tx("other")), policy="warn")
+
+
 TURNED = {
     "adam, schedule": lambda: [optax.scale_by_adam(), optax.scale_by_schedule(_schedule)],
     "trace, ema": lambda: [optax.trace(0.9), optax.ema(0.9)],

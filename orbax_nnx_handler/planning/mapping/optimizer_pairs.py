@@ -134,10 +134,10 @@ class _Pairing:
         return not wanted.moments or not stored.parameters.isdisjoint(self._needs(wanted))
 
     def _are_one_label(self, wanted: Tokens, stored: Tokens) -> bool:
-        """Tells whether moments under a label lie under another one there, or no side has several."""
+        """Tells whether moments under a label lie under another one there, or one side has none."""
         sides = ({state.label for state in states} - {()} for states in (self.wanted, self.stored))
         told = ((self.wanted[here], self.stored[there]) for here, there in self.pairs.items())
-        return all(len(labels) < 2 for labels in sides) or any(
+        return sum(map(len, sides)) < 2 or any(
             (one.label, other.label) == (wanted, stored) for one, other in told if one.moments
         )
 

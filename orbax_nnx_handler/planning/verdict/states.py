@@ -151,7 +151,7 @@ class States:
                 here = {label for at, label in wanted.items() if at[0] == state[0] and label}
                 if wanted[state] in there:
                     yield *leaves, f"it is the state of {render(stored[other])}"
-                elif (wanted[state], stored[other]) not in told and max(len(here), len(there)) > 1:
+                elif (wanted[state], stored[other]) not in told and len(here) + len(there) > 1:
                     yield *leaves, f"nothing tells that it is of {render(stored[other] or other[1])}"
 
     def _out_of_order(self) -> Iterator[tuple[Path, Path, str]]:

@@ -5,8 +5,8 @@ import functools
 import itertools
 import math
 import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar, dataclass_transform, overload
 
 import jax
@@ -298,3 +298,97 @@ def differing_axes(stored: Shape, wanted: Shape) -> list[int]:
     if len(stored) != len(wanted):
         return []
     return [at for at, (a, b) in enumerate(zip(stored, wanted, strict=True)) if a != b]
+
+
+def permuted(shape: Shape, axes: Sequence[int]) -> Shape:
+    """Returns a shape with its axes in another order."""
+    return tuple(shape[axis] for axis in axes)
+
+
+# Leaves that one move of an axis arranges: layers whose stacked axis lies elsewhere on the other side.
+#
+# A leaf whose layers are as many as its features has one shape either way, and no sign of its own. Its group
+# has: all of it is stacked along one axis, and holds as many layers.
+
+
+Move = tuple[int, int]
+"""From which axis to which other one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A wanted leaf with the stored one that it is made from.
+
+    Attributes:
+        names: The wanted path.
+        stored: The stored shape.
+        wanted: The wanted shape.
+    """
+
+    names: tuple[str, ...]
+    stored: Shape
+    wanted: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class MovedGroup:
+    """Leaves that one move of an axis arranges, all of them.
+
+    Attributes:
+        name: The path that all of them lie below.
+        members: Their positions among the pairs.
+        moves: The moves, each with other results, under which the shapes of all come out.
+    """
+
+    name: tuple[str, ...]
+    members: tuple[int, ...]
+    moves: tuple[Move, ...]
+
+
+def moved_groups(pairs: Sequence[Pair]) -> list[MovedGroup]:
+    """Returns the groups, the widest, of leaves of which one at least shows that the axis is another."""
+    below: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    telling = [at for at, pair in enumerate(pairs) if _is_arranged(pair)]
+    names = {pairs[at].names[:depth] for at in telling for depth in range(1, len(pairs[at].names))}
+    for at, pair in enumerate(pairs if names else ()):
+        for depth in range(1, len(pair.names)):
+            if pair.names[:depth] in names:
+                below[pair.names[:depth]].append(at)
+    found: list[MovedGroup] = []
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        if any(name[: len(group.name)] == group.name for group in found):
+            continue
+        moves = _moves([pairs[at] for at in below[name]])
+        if moves:
+            found.append(MovedGroup(name, tuple(below[name]), moves))
+    return found
+
+
+def order_after(rank: int, move: Move) -> tuple[int, ...]:
+    """Returns the order of axes that a move leaves, as a transpose takes it."""
+    axis, to = move
+    rest = [at for at in range(rank) if at != axis]
+    return (*rest[:to], axis, *rest[to:])
+
+
+def _is_arranged(pair: Pair) -> bool:
+    return pair.stored != pair.wanted and sorted(pair.stored) == sorted(pair.wanted)
+
+
+def _moves(pairs: Sequence[Pair]) -> tuple[Move, ...]:
+    """Returns the moves that explain some leaves as one group of as many layers."""
+    ranks = [len(pair.stored) for pair in pairs]
+    if len(pairs) < 2 or max(ranks) < 3:
+        return ()  # Matrices alone are transposed rather than stacks.
+    found: dict[tuple[tuple[int, ...], ...], Move] = {}
+    # Of two that do the same, that to the front: programs stack there.
+    for move in sorted(itertools.permutations(range(min(ranks)), 2), key=lambda move: move[1]):
+        if min(move) > 0 and len({pair.stored[0] for pair in pairs}) == 1:
+            continue  # Layers may lie in front on both sides, and matrices are transposed in each.
+        orders = tuple(order_after(rank, move) for rank in ranks)
+        comes_out = all(
+            permuted(pair.stored, order) == pair.wanted for pair, order in zip(pairs, orders, strict=True)
+        )
+        if comes_out and len({pair.stored[move[0]] for pair in pairs}) == 1:
+            found.setdefault(orders, move)
+    return tuple(found.values())

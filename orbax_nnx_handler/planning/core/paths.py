@@ -415,14 +415,14 @@ class Homes:
 
     def __init__(self, wanted: Sequence[Tokens], stored: Sequence[Tokens]) -> None:
         self._sides = wanted, stored
-        self._held = [
+        self.held = [
             Counter(names[:depth] for names in side for depth in range(len(names))) for side in self._sides
         ]
 
     def of(self, at: int, to: int) -> tuple[Tokens, Tokens]:
         """Returns the modules around two parts: lists, where both sides hold as many parts there."""
         one, other = self._sides[0][at], self._sides[1][to]
-        are_equal = self._held[0][one[:-1]] == self._held[1][other[:-1]]
+        are_equal = self.held[0][one[:-1]] == self.held[1][other[:-1]]
         return (one[:-1], other[:-1]) if are_equal else (module_of(one), module_of(other))
 
     def shared(self, group: Iterable[tuple[int, int]]) -> tuple[Tokens, Tokens]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.errors import Cause, Hint, as_python
 from orbax_nnx_handler.planning.core.folding import list_paths
-from orbax_nnx_handler.planning.core.leaves import FACTORED, Shape
+from orbax_nnx_handler.planning.core.leaves import FACTORED, Pair, Shape, moved_groups, order_after, permuted
 from orbax_nnx_handler.planning.core.lines import counted, listed
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read
@@ -21,8 +21,6 @@ from orbax_nnx_handler.planning.diagnosis.evidence import Evidence, spell
 from orbax_nnx_handler.planning.diagnosis.ways import selecting, shortest_patterns, tried, weights_alone
 from orbax_nnx_handler.planning.mapping.moments import StuckMoment
 from orbax_nnx_handler.planning.rules import Fuse, Reshape, Rule, Split, Transpose
-from orbax_nnx_handler.planning.suggesting.link_groups import Pair, moved_groups, order_after
-from orbax_nnx_handler.planning.suggesting.shapes import permuted
 
 _RULES = 8
 """Rules that a hint writes out; more of them are a matter for `suggest` or a loop."""

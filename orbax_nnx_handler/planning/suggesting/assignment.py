@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import Path, levels
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
-from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, permuted, transposed, ways
+from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, transposed, ways
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     PLACING,

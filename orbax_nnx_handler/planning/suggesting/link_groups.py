@@ -1,16 +1,24 @@
 """What one link shows of the others in its group.
 
-Layers whose stacked axis lies elsewhere on the other side: a leaf whose layers are as many as its features
-has one shape either way, and no sign of its own. Its group has: all of it is stacked along one axis, and
-holds as many layers. Then the links of one leaf in all layers, and what those in one block tell of another.
+First layers whose stacked axis lies elsewhere on the other side; then the links of one leaf in all layers,
+and what those in one block tell of another.
 """
 
 import dataclasses
 import itertools
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import (
+    Move,
+    MovedGroup,
+    Pair,
+    Shape,
+    moved_groups,
+    order_after,
+    permuted,
+)
 from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, levels, shared_levels
 from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
@@ -28,90 +36,8 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     part_of,
 )
 from orbax_nnx_handler.planning.suggesting.scoring import kept_by_head
-from orbax_nnx_handler.planning.suggesting.shapes import Way, permuted, transposed
+from orbax_nnx_handler.planning.suggesting.shapes import Way, transposed
 from orbax_nnx_handler.planning.suggesting.vocabulary import TURNS, meanings, words
-
-Move = tuple[int, int]
-"""From which axis to which other one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A wanted leaf with the stored one that it is made from.
-
-    Attributes:
-        names: The wanted path.
-        stored: The stored shape.
-        wanted: The wanted shape.
-    """
-
-    names: tuple[str, ...]
-    stored: Shape
-    wanted: Shape
-
-
-@dataclasses.dataclass(frozen=True)
-class MovedGroup:
-    """Leaves that one move of an axis arranges, all of them.
-
-    Attributes:
-        name: The path that all of them lie below.
-        members: Their positions among the pairs.
-        moves: The moves, each with other results, under which the shapes of all come out.
-    """
-
-    name: tuple[str, ...]
-    members: tuple[int, ...]
-    moves: tuple[Move, ...]
-
-
-def moved_groups(pairs: Sequence[Pair]) -> list[MovedGroup]:
-    """Returns the groups, the widest, of leaves of which one at least shows that the axis is another."""
-    below: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    telling = [at for at, pair in enumerate(pairs) if _is_arranged(pair)]
-    names = {pairs[at].names[:depth] for at in telling for depth in range(1, len(pairs[at].names))}
-    for at, pair in enumerate(pairs if names else ()):
-        for depth in range(1, len(pair.names)):
-            if pair.names[:depth] in names:
-                below[pair.names[:depth]].append(at)
-    found: list[MovedGroup] = []
-    for name in sorted(names, key=lambda name: (len(name), name)):
-        if any(name[: len(group.name)] == group.name for group in found):
-            continue
-        moves = _moves([pairs[at] for at in below[name]])
-        if moves:
-            found.append(MovedGroup(name, tuple(below[name]), moves))
-    return found
-
-
-def order_after(rank: int, move: Move) -> tuple[int, ...]:
-    """Returns the order of axes that a move leaves, as a transpose takes it."""
-    axis, to = move
-    rest = [at for at in range(rank) if at != axis]
-    return (*rest[:to], axis, *rest[to:])
-
-
-def _is_arranged(pair: Pair) -> bool:
-    return pair.stored != pair.wanted and sorted(pair.stored) == sorted(pair.wanted)
-
-
-def _moves(pairs: Sequence[Pair]) -> tuple[Move, ...]:
-    """Returns the moves that explain some leaves as one group of as many layers."""
-    ranks = [len(pair.stored) for pair in pairs]
-    if len(pairs) < 2 or max(ranks) < 3:
-        return ()  # Matrices alone are transposed rather than stacks.
-    found: dict[tuple[tuple[int, ...], ...], Move] = {}
-    # Of two that do the same, that to the front: programs stack there.
-    for move in sorted(itertools.permutations(range(min(ranks)), 2), key=lambda move: move[1]):
-        if min(move) > 0 and len({pair.stored[0] for pair in pairs}) == 1:
-            continue  # Layers may lie in front on both sides, and matrices are transposed in each.
-        orders = tuple(order_after(rank, move) for rank in ranks)
-        comes_out = all(
-            permuted(pair.stored, order) == pair.wanted for pair, order in zip(pairs, orders, strict=True)
-        )
-        if comes_out and len({pair.stored[move[0]] for pair in pairs}) == 1:
-            found.setdefault(orders, move)
-    return tuple(found.values())
 
 
 def with_moved_axes(found: Findings) -> Findings:
@@ -428,6 +354,8 @@ class _Precedents:
     def _views(self, wanted: Names, stored: Names) -> Iterator[tuple[object, tuple[object, ...], object]]:
         """Yields two parts as those of the modules around them, of lists, and by their first or last word."""
         for one, other in itertools.product(around(wanted), around(stored)):
+            if _count(one) != _count(other) and _count(wanted) == _count(stored):
+                continue  # `down/1` and `down_1_block_0`: below them only one side still counts blocks.
             ours, theirs = self._wanted.get(one, ()), self._stored.get(other, ())
             for kinds in zip(ours, theirs, strict=False):
                 yield kinds, wanted[len(one) :], stored[len(other) :]
@@ -448,3 +376,73 @@ class _Precedents:
             ]
             if rest[0] == rest[1] and rest[0] and not left[at].isdecimal():
                 yield modules, (at, left[at]), right[at]
+
+
+def _count(names: Names) -> int:
+    """Returns how many numbers a path has."""
+    return sum(map(str.isdecimal, words("/".join(names))))
+
+
+# Links that speak against each other, and questions that are one.
+
+
+def without_strays(links: Sequence[Link], wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> list[Link]:
+    """Returns the links without those that order alone settles, between layers that do not fit each other.
+
+    Of levels that the programs number the other way around, a norm may fit the wrong one, and nothing else.
+    """
+    ours, theirs = _sizes_by_layer(wanted), _sizes_by_layer(stored)
+    held = Counter(_layer(leaf.names) for link in links for leaf in link.wanted)
+
+    def is_stray(link: Link) -> bool:
+        here, there = _layer(link.target.names), _layer(link.source.names)
+        if link.grounds != "order" or not here or not there or 2 * held[here] >= len(ours[here]):
+            return False
+        return 2 * sum(size for size in ours[here] if size in theirs[there]) < sum(ours[here])
+
+    return [link for link in links if not is_stray(link)]
+
+
+def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:
+    found: dict[Names, list[int]] = defaultdict(list)
+    for leaf in leaves:
+        found[_layer(leaf.names)].append(math.prod(leaf.shape))
+    return found
+
+
+def _layer(names: Names) -> Names:
+    """Returns what leads into the outermost layer that a path is in; nothing where it is in none."""
+    ends = itertools.accumulate(level.width for level in levels(names))
+    inside = zip(ends, levels(names), strict=True)
+    return next((names[:at] for at, level in inside if level.number is not None and at < len(names)), ())
+
+
+Readings = Sequence[Sequence[Link]]
+
+
+def as_one(several: Iterable[Readings]) -> list[Readings]:
+    """Returns possible readings, those as one that say the same of blocks of one kind."""
+    groups: dict[object, list[dict[object, Sequence[Link]]]] = defaultdict(list)
+    for at, readings in enumerate(several):
+        said, count = _said_by(readings), len(readings)
+        is_told = len({*said}) == count > 1
+        key, each = (frozenset(said), said) if is_told else (at, range(count))
+        groups[key].append(dict(zip(each, readings, strict=True)))
+    return [[[link for x in group for link in x[each]] for each in group[0]] for group in groups.values()]
+
+
+def _said_by(readings: Readings) -> list[object]:
+    """Returns what each reading says, whichever block it says it of."""
+    ends = [{part_of(link.target): part_of(link.source) for link in reading} for reading in readings]
+    back = [{other: one for one, other in pairs.items()} for pairs in ends]
+
+    def within(names: Names, options: Sequence[Mapping[Names, Names]], other: Names) -> object:
+        at = len(shared_levels([pairs[other] for pairs in options if other in pairs], own=1))
+        above = levels(names[:at])  # What Linen numbered is a class, the same everywhere.
+        first = -1 if above and above[-1].style == "_" and above[-1].base[:1].isupper() else 0
+        return tuple(level.base for level in above[first:]), names[at:]
+
+    return [
+        frozenset((within(one, back, other), within(other, ends, one)) for one, other in pairs.items())
+        for pairs in ends
+    ]

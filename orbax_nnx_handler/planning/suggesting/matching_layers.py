@@ -16,7 +16,6 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
     module_parts,
     part_of,
 )
-from orbax_nnx_handler.planning.suggesting.named_parts import creation_place
 from orbax_nnx_handler.planning.suggesting.series import (
     Looks,
     Pairs,
@@ -41,6 +40,7 @@ from orbax_nnx_handler.planning.suggesting.series import (
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.vocabulary import same_numbers
+from orbax_nnx_handler.planning.target.roles import creation_place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,9 @@ class _Matching:
             same = same_layers(one, other)
             ours = [leaf for left, _ in same for leaf in one.members[left]]
             theirs = [leaf for _, right in same for leaf in other.members[right]]
-            asked = [link for tie in members.ties if len(tie.readings) > 1 for link in tie.readings[0]]
+            # Of parts that are more on one side nothing says that they are of this layer.
+            ties = [each for each in members.ties if len(each.wanted) == len(each.stored)]
+            asked = [link for tie in ties if len(tie.readings) > 1 for link in tie.readings[0]]
             linked = [leaf for link in (*members.links, *asked) for leaf in link.wanted]
             if not members.links or sizes_of(linked) * 4 < min(sizes_of(ours), sizes_of(theirs)):
                 continue  # Layers that hold so little alike are not the same.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Homes, ranks_of, same_modules
@@ -17,11 +17,10 @@ from orbax_nnx_handler.planning.suggesting.named_parts import (
     in_strict_order,
     named_parts,
 )
-from orbax_nnx_handler.planning.suggesting.scoring import joined_parts, links_of
+from orbax_nnx_handler.planning.suggesting.scoring import gated, joined_parts
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
     are_peers,
-    exclude,
     last_of_block,
     likeness,
 )
@@ -55,6 +54,9 @@ def nothing_known(_wanted: Names, _stored: Names) -> int:
     return 0
 
 
+_TOLD = 2.0
+"""What a module has that is told by the shape of another matrix in it."""
+
 _PRECEDENT = 1.0
 """Enough to decide between pairs of which nothing else tells, and no more."""
 
@@ -79,43 +81,12 @@ def match_parts(
     """
     ours, theirs = named_parts(wanted, above[0]), named_parts([*stored, *used], above[1])[: len(stored)]
     links, ties, left, right = joined_parts(ours, theirs)
-    ties += [*_gated(left, right, split=False), *_gated(right, left, split=True)]
+    ties += [*gated(left, right, split=False), *gated(right, left, split=True)]
     pairs = _Pairs(left, right, known, is_outermost=not any(above))
     found, more = pairs.settle(created)
     for one, other, grounds in found:
         links += pairs.links(one, other, grounds)
     return PartLinks(links=tuple(links), ties=(*ties, *more))
-
-
-def _gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> Iterator[Tie]:
-    """Yields arrays that by shape alone hold a gate and what it gates, in an order that nothing tells."""
-    modules: dict[Names, list[NamedPart]] = {}
-    for role in singles:
-        if {"gate", "up"} & role.said and not (role.fused or role.part.is_vector):
-            modules.setdefault(role.part.module, []).append(role)
-    for parts in modules.values():
-        roles = [{"gate", "up"} & part.said for part in parts]
-        if sorted(map(sorted, roles)) != [["gate"], ["up"]]:
-            continue
-        gate_first = sorted(parts, key=lambda part: "up" in part.said)
-        held = [(whole, _orders(whole, gate_first, split)) for whole in wholes if not whole.fused]
-        held = [(whole, readings) for whole, readings in held if readings]
-        if len(held) != 1:
-            continue
-        whole, readings = held[0]
-        wholes.remove(whole)
-        for part in parts:
-            singles.remove(part)
-        one, several = (whole.part.names,), tuple(part.part.names for part in gate_first)
-        yield Tie(wanted=several if split else one, stored=one if split else several, readings=readings)
-
-
-def _orders(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> tuple[tuple[Link, ...], ...]:
-    if whole.main_size != sum(part.main_size for part in parts) or exclude(
-        whole.said - {"up"}, parts[0].said - {"gate"}
-    ):
-        return ()
-    return tuple(tuple(links) for order in (parts, parts[::-1]) if (links := links_of(whole, order, split)))
 
 
 # One to one.
@@ -152,10 +123,23 @@ class _Pairs:
                         self._known.add((at, to))
                 elif fit is not None:
                     self._excluded.add((at, to))
+        modules = self._modules_told()
+        for pair, fit in self._fits.items():
+            if self._homes.of(*pair) in modules:
+                self._fits[pair] = dataclasses.replace(fit, score=fit.score + _TOLD)
         if is_outermost:
             foreign = set(self._of_other_networks())
             self._fits = {pair: fit for pair, fit in self._fits.items() if pair not in foreign}
             self._excluded |= foreign
+
+    def _modules_told(self) -> set[tuple[Names, Names]]:
+        """Returns modules that are each other's by a matrix that no other one of them can be by its shape."""
+        alike = [pair for pair in (*self._fits, *self._excluded) if self._has_same_shape(pair)]
+        counts = [Counter(pair[side] for pair in alike) for side in (0, 1)]
+        alone = [pair for pair in alike if counts[0][pair[0]] == counts[1][pair[1]] == 1]
+        told = {self._homes.of(*pair) for pair in alone if not self._wanted[pair[0]].part.is_vector}
+        sides = [Counter(pair[side] for pair in told) for side in (0, 1)]
+        return {pair for pair in told if all(pair) and sides[0][pair[0]] == sides[1][pair[1]] == 1}
 
     def _of_other_networks(self) -> Iterator[tuple[int, int]]:
         """Yields pairs across networks, where a network of the wanted one's own name has enough to give."""
@@ -193,11 +177,14 @@ class _Pairs:
             ours, theirs, rivals = self._sides(tie, group, found)
             ties.append(self._tie(ours, sorted({*theirs, *rivals})))
         modules = self._modules(found)
+        among = Counter(itertools.starmap(self._homes.of, self._unlikely))
+        wanted, stored = self._homes.held
         for at, to in self._unlikely:
             if not _is_free(to, found) or any(at == one for one, _, _ in found):
                 continue
             home, other = self._homes.of(at, to)
-            if modules.get(home) == other:
+            is_whole = wanted[home] == stored[other] == among[home, other] > 1
+            if modules.get(home) == other or is_whole:
                 found.append((at, to, "names"))  # The only two of their shape in what is one module.
             else:
                 ties.append(self._tie([at], [to]))

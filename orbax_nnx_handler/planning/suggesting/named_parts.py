@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
-from orbax_nnx_handler.planning.core.paths import Level, Tokens, canonical, counted_apart, is_number, levels
+from orbax_nnx_handler.planning.core.paths import Level, counted_apart, levels
 from orbax_nnx_handler.planning.suggesting.module_parts import ModulePart, Names
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     COMPUTED,
@@ -173,7 +173,7 @@ class _Context:
     def _other_attention(self, part: ModulePart) -> set[str]:
         """Returns what an attention is whose only neighbour says it: `attn` beside `cross_attn`."""
         own = [names for names in _containers(part) if names in self._attentions]
-        beside = [x for names in own[:1] for x in self._attentions if x[:-1] == names[:-1] and x != names]
+        beside = [x for names in own for x in self._attentions if x[:-1] == names[:-1] and x != names]
         kinds = [{"self", "cross"} & {*meanings(names[-1])} for names in beside]
         return {"self", "cross"} - kinds[0] if len(kinds) == 1 and kinds[0] else set()
 
@@ -246,7 +246,7 @@ class _Context:
                 self._resolve_mlp(said, own, family, last, is_counted=True)
             return ""
         if "attn" in said and "mlp" not in said:
-            if own & {"out"} or (not own and "proj" in last.base):
+            if own & {"out"} or (not own - {"enc", "text"} and "proj" in last.base):
                 said -= {"out"}
                 said.add("o")
             elif not own and any(self._held[names] >= _QKV for names in _containers(part)[:1]):
@@ -379,12 +379,23 @@ def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] 
     if not are_norms and all("attn" in role.said and role.said & {"self", "cross"} for role in roles):
         # Every decoder looks at itself before it looks across.
         places = [float("cross" in role.said) for role in roles]
-    by_words = in_strict_order(placed(places) if are_norms else places)
+    by_words = in_strict_order(placed(places) if are_norms else _around(places, roles))
     is_told = to_last or not any(role.is_either for role in roles)
     by_numbers = in_strict_order(_number_keys(roles)) if is_told else None
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
         return None
     return by_words or by_numbers
+
+
+def _around(places: Sequence[float | None], roles: Sequence[NamedPart]) -> Sequence[float | None]:
+    """Returns places, those of a list by number behind what leads in, and before what leads out."""
+    within = [role for role, place in zip(roles, places, strict=True) if place is None]
+    ends = {abs(place) for place in places if place is not None}
+    if not within or ends != {END} or not are_counted(within):
+        return places
+    numbers = [role.part.levels[-1].number or 0 for role in roles]
+    within_ends = [number / (number + 1) for number in numbers]
+    return [at if place is None else place for place, at in zip(places, within_ends, strict=True)]
 
 
 def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
@@ -425,18 +436,6 @@ def are_automatic(roles: Sequence[NamedPart]) -> bool:
 
 def _is_automatic(level: Level) -> bool:
     return level.style == "_" and level.base[:1].isupper()
-
-
-def creation_place(names: Names, order: Mapping[Tokens, Sequence[str]]) -> tuple[int, ...] | None:
-    """Returns the place of a module in the order of creation, level by level."""
-    tokens = canonical(names)
-    place = list[int]()
-    for at, token in enumerate(tokens):
-        known = order.get(tokens[:at], ())
-        if token not in known and not is_number(token):
-            break
-        place.append(int(token[1:]) if is_number(token) else list(known).index(token))
-    return tuple(place) or None
 
 
 def ascend(one: tuple[NamedPart, NamedPart], other: tuple[NamedPart, NamedPart]) -> bool:

@@ -16,16 +16,18 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rename import by_network
 from orbax_nnx_handler.planning.suggesting.link_groups import (
     agrees,
+    as_one,
     by_module,
     layers_in_turns,
     networks_as_parts,
     of_few_layers,
     possible_roots,
+    without_strays,
 )
 from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
 from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, readings_of, simplest
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
-from orbax_nnx_handler.planning.suggesting.scoring import Remade, as_one, remade_links, without_strays
+from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.search import (
     Searched,
     Settled,
@@ -59,7 +61,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge
-from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict
+from orbax_nnx_handler.planning.verdict.outcomes import Restored, Verdict, counted_otherwise
 
 _QUESTIONS, _TRIES = 24, 6
 
@@ -108,8 +110,12 @@ class _Proposing:
     @cached_property
     def _found(self) -> dict[Path, Restored]:
         """What is restored without a proposal, and no law speaks against."""
-        doubted = {path for fault in self._base.faults for path in fault.paths}
+        doubted = {path for fault in self._base.faults for path in fault.paths} | self._counted_otherwise
         return {path: item for path, item in self._base.restored.items() if path not in doubted}
+
+    @cached_property
+    def _counted_otherwise(self) -> set[Path]:
+        return counted_otherwise(self._base)
 
     @cached_property
     def _chosen(self) -> Chosen:
@@ -355,23 +361,16 @@ class _Proposing:
         wrong = [path for path in wanted if path not in right]
         before = {path: set(reads(item.recipe)) for path, item in self._found.items()}
         wrong += [path for path, sources in before.items() if got.get(path) != sources and path not in wanted]
-        others = {item.leaf.path for item in self._model} - wanted.keys() - before.keys()
+        others = {item.leaf.path for item in self._model} - wanted.keys() - self._base.restored.keys()
         strange = [
             path
             for path, sources in got.items()
             # What lies in a renamed module under its own name is that leaf.
             if path in others and any(segments(source)[-2:] != segments(path)[-2:] for source in sources)
         ]
-        return Tried(
-            rules=rules,
-            links=links,
-            verdict=verdict,
-            problem=problem,
-            right=len(right),
-            wrong=(*wrong, *strange),
-            root=root,
-            below=below,
-        )
+        wrong += strange
+        tried = Tried(rules=rules, links=links, verdict=verdict, problem=problem, root=root, below=below)
+        return dataclasses.replace(tried, right=len(right), wrong=tuple(wrong))
 
     def _is_old(self, fault: RestoreError) -> bool:
         """Tells whether the settled rules alone have a fault too: no proposal is to blame for it."""
@@ -432,7 +431,8 @@ class _Proposing:
     def _suggested(self, tried: Tried, questions: Sequence[Question]) -> Suggestion:
         verdict = tried.verdict or self._base
         weights = [item.leaf.path for item in of_role(self._wanted, *WEIGHTS)]
-        open_ends = {*verdict.missing, *verdict.mismatched}
+        doubted = self._counted_otherwise - paths_of(tried.links).keys()
+        open_ends = {*verdict.missing, *verdict.mismatched, *doubted}
         return Suggestion(
             proposals=tuple(proposal_of(rule, links) for rule, links in tried.rules.items()),
             questions=tuple(questions),

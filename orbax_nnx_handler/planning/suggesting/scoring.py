@@ -6,12 +6,13 @@ Last: the same link with another recipe, which outputs have proved.
 import dataclasses
 import itertools
 import math
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, levels, shared_levels
+from orbax_nnx_handler.planning.core.leaves import permuted
+from orbax_nnx_handler.planning.core.paths import Path, canonical, is_number, shared_levels
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
@@ -27,7 +28,6 @@ from orbax_nnx_handler.planning.suggesting.shapes import (
     cuts_of,
     joints,
     lifted,
-    permuted,
     several_times,
     shaping,
     transposed,
@@ -242,6 +242,37 @@ def _repeated(whole: NamedPart, parts: Sequence[NamedPart]) -> tuple[tuple[Link,
     return tuple(readings[:_READINGS])
 
 
+def gated(wholes: list[NamedPart], singles: list[NamedPart], split: bool) -> Iterator[Tie]:
+    """Yields arrays that by shape alone hold a gate and what it gates, in an order that nothing tells."""
+    modules: dict[Names, list[NamedPart]] = {}
+    for role in singles:
+        if {"gate", "up"} & role.said and not (role.fused or role.part.is_vector):
+            modules.setdefault(role.part.module, []).append(role)
+    for parts in modules.values():
+        roles = [{"gate", "up"} & part.said for part in parts]
+        if sorted(map(sorted, roles)) != [["gate"], ["up"]]:
+            continue
+        gate_first = sorted(parts, key=lambda part: "up" in part.said)
+        held = [(whole, _gate_orders(whole, gate_first, split)) for whole in wholes if not whole.fused]
+        held = [(whole, readings) for whole, readings in held if readings]
+        if len(held) != 1:
+            continue
+        whole, readings = held[0]
+        wholes.remove(whole)
+        for part in parts:
+            singles.remove(part)
+        one, several = (whole.part.names,), tuple(part.part.names for part in gate_first)
+        yield Tie(wanted=several if split else one, stored=one if split else several, readings=readings)
+
+
+def _gate_orders(whole: NamedPart, parts: Sequence[NamedPart], split: bool) -> tuple[tuple[Link, ...], ...]:
+    if whole.main_size != sum(part.main_size for part in parts) or exclude(
+        whole.said - {"up"}, parts[0].said - {"gate"}
+    ):
+        return ()
+    return tuple(tuple(links) for order in (parts, parts[::-1]) if (links := links_of(whole, order, split)))
+
+
 def joining_rule(
     link: Link, stored: Sequence[Names], wanted: Sequence[Names], kept: int = 0
 ) -> tuple[Rule, Sequence[Names]]:
@@ -386,65 +417,3 @@ def _rejoined(
     )
     stored = tuple(link.stored[at] for at in order)
     return dataclasses.replace(link, stored=stored, ways=ways, joint=joint, after=shaping(after, shapes))
-
-
-def without_strays(links: Sequence[Link], wanted: Iterable[Leaf], stored: Iterable[Leaf]) -> list[Link]:
-    """Returns the links without those that order alone settles, between layers that do not fit each other.
-
-    Of levels that the programs number the other way around, a norm may fit the wrong one, and nothing else.
-    """
-    ours, theirs = _sizes_by_layer(wanted), _sizes_by_layer(stored)
-    held = Counter(_layer(leaf.names) for link in links for leaf in link.wanted)
-
-    def is_stray(link: Link) -> bool:
-        here, there = _layer(link.target.names), _layer(link.source.names)
-        if link.grounds != "order" or not here or not there or 2 * held[here] >= len(ours[here]):
-            return False
-        return 2 * sum(size for size in ours[here] if size in theirs[there]) < sum(ours[here])
-
-    return [link for link in links if not is_stray(link)]
-
-
-def _sizes_by_layer(leaves: Iterable[Leaf]) -> Mapping[Names, list[int]]:
-    found: dict[Names, list[int]] = defaultdict(list)
-    for leaf in leaves:
-        found[_layer(leaf.names)].append(math.prod(leaf.shape))
-    return found
-
-
-def _layer(names: Names) -> Names:
-    """Returns what leads into the outermost layer that a path is in; nothing where it is in none."""
-    ends = itertools.accumulate(level.width for level in levels(names))
-    inside = zip(ends, levels(names), strict=True)
-    return next((names[:at] for at, level in inside if level.number is not None and at < len(names)), ())
-
-
-Readings = Sequence[Sequence[Link]]
-
-
-def as_one(several: Iterable[Readings]) -> list[Readings]:
-    """Returns possible readings, those as one that say the same of blocks of one kind."""
-    groups: dict[object, list[dict[object, Sequence[Link]]]] = defaultdict(list)
-    for at, readings in enumerate(several):
-        said, count = _said_by(readings), len(readings)
-        is_told = len({*said}) == count > 1
-        key, each = (frozenset(said), said) if is_told else (at, range(count))
-        groups[key].append(dict(zip(each, readings, strict=True)))
-    return [[[link for x in group for link in x[each]] for each in group[0]] for group in groups.values()]
-
-
-def _said_by(readings: Readings) -> list[object]:
-    """Returns what each reading says, whichever block it says it of."""
-    ends = [{part_of(link.target): part_of(link.source) for link in reading} for reading in readings]
-    back = [{other: one for one, other in pairs.items()} for pairs in ends]
-
-    def within(names: Names, options: Sequence[Mapping[Names, Names]], other: Names) -> object:
-        at = len(shared_levels([pairs[other] for pairs in options if other in pairs], own=1))
-        above = levels(names[:at])  # What Linen numbered is a class, the same everywhere.
-        first = -1 if above and above[-1].style == "_" and above[-1].base[:1].isupper() else 0
-        return tuple(level.base for level in above[first:]), names[at:]
-
-    return [
-        frozenset((within(one, back, other), within(other, ends, one)) for one, other in pairs.items())
-        for pairs in ends
-    ]

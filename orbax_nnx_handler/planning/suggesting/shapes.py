@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from orbax_nnx_handler.planning.core import recipes
-from orbax_nnx_handler.planning.core.leaves import Shape
+from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import Path
 from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes, shape_of
 from orbax_nnx_handler.planning.rules import Add, Repeat, Reshape, Rule, Transpose
@@ -221,11 +221,6 @@ def _runs(axes: Sequence[int]) -> int:
 
 def _is_turn(axes: tuple[int, ...]) -> bool:
     return axes in ((1, 0), (0, 2, 1), (2, 1, 0), (2, 3, 1, 0))
-
-
-def permuted(shape: Shape, axes: Sequence[int]) -> Shape:
-    """Returns a shape with its axes in another order."""
-    return tuple(shape[axis] for axis in axes)
 
 
 def transposed(before: Shape, axes: tuple[int, ...]) -> Step:

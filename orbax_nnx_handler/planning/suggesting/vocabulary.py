@@ -304,7 +304,7 @@ def same_name(one: Level, other: Level) -> bool:
 def same_number(one: Level, held: tuple[int, ...], other: Level, others: tuple[int, ...]) -> bool | None:
     """Tells whether two levels have one number among those of their siblings; None where nothing tells."""
     in_turns = len(held) == len(others) and {one.style, other.style} == {"_", "/"}  # Of layers and functions.
-    in_turns |= 1 in (len(held), len(others)) and len(held) != len(others)  # Its sibling has another name.
+    in_turns |= len(held) != len(others)  # Its sibling has another name.
     if (held[0] == others[0] and not in_turns) or (one.base, one.style) == (other.base, other.style):
         return one.number == other.number
     if len(held) == len(others) and one.number is not None and other.number is not None:

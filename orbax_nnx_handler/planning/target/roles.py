@@ -228,6 +228,18 @@ def order_of(target: Any, init: Callable[[], Any] | None) -> Order:
     return found[0]
 
 
+def creation_place(names: Tokens, order: Order) -> tuple[int, ...] | None:
+    """Returns the place of a module in the order of creation, level by level."""
+    tokens = canonical(names)
+    place = list[int]()
+    for at, token in enumerate(tokens):
+        known = order.get(tokens[:at], ())
+        if token not in known and not is_number(token):
+            break
+        place.append(int(token[1:]) if is_number(token) else list(known).index(token))
+    return tuple(place) or None
+
+
 def _walk(item: Any, path: Tokens) -> Iterator[tuple[Tokens, list[str]]]:
     children = _children(item)
     if children is None:

@@ -15,7 +15,7 @@ from orbax_nnx_handler.planning.core.dtypes import KEY_IMPLEMENTATIONS, CastKind
 from orbax_nnx_handler.planning.core.errors import RestoreError
 from orbax_nnx_handler.planning.core.folding import Row, fold_in_order, ranges
 from orbax_nnx_handler.planning.core.leaves import Shape, StoredLeaf, WantedLeaf
-from orbax_nnx_handler.planning.core.paths import Path, render
+from orbax_nnx_handler.planning.core.paths import Path, Tokens, canonical, is_number, render
 from orbax_nnx_handler.planning.core.recipes import Read, Recipe, describe, reads
 from orbax_nnx_handler.planning.layouts.layout import Placement
 from orbax_nnx_handler.planning.mapping.matches import GROUNDS, SAME_PATH, Discarded, Dropped, MatchEvidence
@@ -322,3 +322,38 @@ def _sources(recipe: Recipe) -> str:
     if isinstance(recipe, Read):
         return render(recipe.path)  # Nearly every leaf: there is nothing to fold.
     return fold_in_order(reads(recipe))
+
+
+def counted_otherwise(verdict: Verdict) -> set[Path]:
+    """Returns the restored leaves of lists of which the other side has more, and beside its list less.
+
+    `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`: no number tells which.
+    """
+    (lacking, beside), (more, others) = map(
+        _lists_and_modules,
+        (
+            {path: item.wanted.shape for path, item in verdict.missing.items()},
+            {path: leaf.shape for path, leaf in verdict.unexpected.items()},
+        ),
+    )
+    found: set[Path] = set()
+    for path, item in verdict.restored.items() if verdict.missing and verdict.unexpected else ():
+        left, right = canonical(path), canonical(next(iter(reads(item.recipe)), ()))
+        for at, (token, other) in enumerate(zip(left[::-1], right[::-1], strict=False), 1):
+            if is_number(token) and token == other:
+                one, two = left[:-at], right[:-at]
+                if more[two] & beside[one[:-1]] or lacking[one] & others[two[:-1]]:
+                    found.add(path)
+    return found
+
+
+def _lists_and_modules(
+    leaves: Mapping[Path, Shape],
+) -> tuple[Mapping[Tokens, set[object]], Mapping[Tokens, set[object]]]:
+    """Returns what lies below the numbers of each list, and below the names in each module."""
+    lists, modules = defaultdict[Tokens, set[object]](set), defaultdict[Tokens, set[object]](set)
+    for path, shape in leaves.items():
+        tokens = canonical(path)
+        for at, token in enumerate(tokens[:-1]):
+            (lists if is_number(token) else modules)[tokens[:at]].add((tokens[at + 1 :], shape))
+    return lists, modules

@@ -1,6 +1,7 @@
 """Linen programs and NNX models by somebody else, as names and shapes, and what stays open of them."""
 
 import functools
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx, traverse_util
 
-from orbax_nnx_handler import suggest
+from orbax_nnx_handler import from_linen, suggest
 
 FOREIGN = json.loads((Path(__file__).parent / "foreign_pairs.json").read_text())
 UNSEEN = json.loads((Path(__file__).parent / "unseen_pairs.json").read_text())
@@ -101,3 +102,14 @@ def proposed(name):
     """Returns the stored tree and what is proposed for it."""
     tree = nested(UNSEEN[name]["stored"])
     return tree, suggest(tree, target_of(UNSEEN[name]["wanted"]))
+
+
+def wrong_under(rules, tree, pair):
+    """Returns the leaves that rules give another value, or none."""
+    state = from_linen(tree, target_of(pair["wanted"]), renames=rules, policy="warn", unexpected="ignore")
+    values = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    digests = {
+        path: hashlib.sha256(np.ascontiguousarray(value, dtype="float32").tobytes()).hexdigest()[:12]
+        for path, value in values.items()
+    }
+    return {path for path, digest in digests.items() if digest != pair["wanted"][path][2]}

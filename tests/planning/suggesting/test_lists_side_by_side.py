@@ -188,3 +188,34 @@ def test_layers_that_a_program_lists_by_kind_are_in_their_order_those_of_one_lis
 
     assert not found.questions
     check(values, {aims[path]: x for path, x in stored.items()})
+
+
+@pytest.mark.parametrize("widths", [(8, 16, 16, 4), (8, 8, 8, 8), (16, 16, 16, 4), (4, 16, 16, 16)])
+def test_a_list_between_what_leads_in_and_what_leads_out_is_the_middle_of_a_longer_list(widths):
+    """SAM's networks: `layers_{0..2}` are `proj_in`, `layers/0` and `proj_out`."""
+    sizes = list(itertools.pairwise(widths))
+    called = {"layers_0": "proj_in", "layers_1": "layers/0", "layers_2": "proj_out"}
+    shapes = {
+        f"head/{old}/{kind}": size[-n:]
+        for old, size in zip(called, sizes, strict=True)
+        for kind, n in (("kernel", 2), ("bias", 1))
+    }
+    stored = filled(shapes)
+
+    aims = {path: path.replace(path.split("/")[1], called[path.split("/")[1]]) for path in shapes}
+    found, values = proposed(stored, {aims[path]: shape for path, shape in shapes.items()})
+
+    assert found.confidence != "open"
+    check(values, {aims[path]: x for path, x in stored.items()})
+
+
+def test_a_list_of_which_the_other_side_has_more_is_open_where_no_name_tells_the_others():
+    stored = filled({f"head/layers_{at}/{kind}": shape for at in range(3) for kind, shape in SQUARE.items()})
+    called = ("layers/0", "alpha", "omega")
+
+    found, values = proposed(
+        stored, {f"head/{name}/{kind}": x for name in called for kind, x in SQUARE.items()}
+    )
+
+    assert not values
+    assert found.confidence == "open"

@@ -4,7 +4,6 @@
 come: the stored leaves are counted through, so that no element is like another one.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -15,20 +14,9 @@ from flax import nnx
 
 from orbax_nnx_handler import from_linen, to_linen
 from tests.planning.plans import leaves_of, plan_of
-from tests.planning.suggesting.pairs import OPEN, UNSEEN, proposed, target_of
+from tests.planning.suggesting.pairs import OPEN, UNSEEN, proposed, target_of, wrong_under
 from tests.planning.suggesting.settled import part_of_its_own, spoilt
 from tests.processes import ROOT
-
-
-def wrong_under(rules, tree, pair):
-    """Returns the leaves that rules give another value, or none."""
-    state = from_linen(tree, target_of(pair["wanted"]), renames=rules, policy="warn", unexpected="ignore")
-    values = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-    digests = {
-        path: hashlib.sha256(np.ascontiguousarray(value, dtype="float32").tobytes()).hexdigest()[:12]
-        for path, value in values.items()
-    }
-    return {path for path, digest in digests.items() if digest != pair["wanted"][path][2]}
 
 
 @pytest.mark.parametrize("name", UNSEEN)

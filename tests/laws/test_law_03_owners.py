@@ -1282,3 +1282,32 @@ def test_a_train_state_called_state_beside_a_target_network_is_not_a_flax_optim_
     result = restore(path, target)
     check(result["state"], _expected(state))
     check(result["target"], other)
+
+
+def _boxed(tree):
+    return jax.tree.map(lambda value: {"value": value}, tree)
+
+
+SPELT = {
+    "in a variables dict": lambda bare, held: {"student": bare, "teacher": {"params": {"params": held}}},
+    "boxed": lambda bare, held: {"student": bare, "teacher": {"params": _boxed(held)}},
+    "boxed without": lambda bare, held: {"student": _boxed(bare), "teacher": {"params": held}},
+    "in a field": lambda bare, held: {"student_params": bare, "teacher": {"params": held}},
+    "in a state": lambda bare, held: {"state": {"step": np.int32(1), "model": bare}, "target": held},
+}
+
+
+@pytest.mark.parametrize("called", [None, "model"])
+@pytest.mark.parametrize("spelt", SPELT)
+def test_however_two_networks_are_spelt_none_is_taken_unasked(tmp_path, spelt, called):
+    numbers = Numbers()
+    bare, held = _model(numbers), _model(numbers)
+    path = write(tmp_path, SPELT[spelt](bare, held))
+    network = nnx.eval_shape(lambda: Branch(bare, {}))
+    try:
+        result = restore(path, network if called is None else {called: network}, unexpected="ignore")
+    except RestoreError:
+        return
+    # Bare params below levels of their own are the only ones with all names at that depth.
+    assert (spelt, called) == ("in a state", None)
+    check(nnx.state(result), bare)

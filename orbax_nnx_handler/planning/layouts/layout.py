@@ -237,6 +237,11 @@ def is_copy_level(level: str) -> bool:
     return is_copy_name(level) or not _AVERAGES.isdisjoint(_split(level))
 
 
+def says_copy(level: str) -> bool:
+    """Tells whether a word of a level says that it is a copy, as `ema` does and `student_params` does not."""
+    return not (_COPIES | _AVERAGES).isdisjoint(_split(level))
+
+
 def is_copy_beside(name: str, kind: str) -> bool:
     """Tells whether a program's own collection is called a copy, and the type that it is wanted for is not.
 

@@ -74,8 +74,8 @@ def holds_optimizer(stored: Stored, prefix: Path) -> bool:
         return False  # Nearly every tree.
     below = [path[depth:] for path in stored if path[:depth] == prefix]
     has_target = any(len(path) > 1 and path[0] == "target" for path in below)
-    if any(path[:2] in (("state", "params"), ("state", "opt_state")) for path in below):
-        return False  # A train state of Flax beside a target network.
+    if not {path[1] for path in below if path[0] == "state" and len(path) > 1} <= {"step", "param_states"}:
+        return False  # A train state of another program beside a target network.
     return has_target and ("state", "step") in below and {str(path[0]) for path in below} <= _FIELDS
 
 

@@ -19,10 +19,10 @@ from orbax_nnx_handler.planning.core.recipes import (
     shape_of,
 )
 from orbax_nnx_handler.planning.core.regions import Refolded, Region, cut, intersect, whole
-from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_level, is_copy_name
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, is_copy_name, says_copy
 from orbax_nnx_handler.planning.layouts.linen import AUX
 from orbax_nnx_handler.planning.target.roles import Wanted
-from orbax_nnx_handler.planning.verdict.elements import Chain
+from orbax_nnx_handler.planning.verdict.elements import Chain, common_end
 from orbax_nnx_handler.planning.verdict.weight_sources import PLAIN, Weights
 
 Twice = tuple[Path, Path, Path]
@@ -178,8 +178,9 @@ class Claims:
 
         Of `{"student": weights, "teacher": {"params": weights}}`, no name tells which one a bare model is.
         """
-        beside = ((canonical(path), path) for path, item in self._placed.items() if item.section == "other")
-        others = {tokens: path for tokens, path in beside if not any(map(is_copy_level, tokens))}
+        other = (path for path, item in self._placed.items() if item.section == "other")
+        beside = ((canonical(without_box(path)), path) for path in other)
+        others = {tokens: path for tokens, path in beside if not any(map(says_copy, tokens))}
         networks: dict[Path, list[tuple[Wanted, Path]]] = defaultdict(list)
         for item, recipe, _ in self._sources if others else ():
             if item.role == "model" and isinstance(recipe, Read) and recipe.path not in by_rule:
@@ -188,7 +189,8 @@ class Claims:
             item, read = weights[0]
             if {*canonical(owner)} <= {*PLAIN, *item.tokens}:
                 continue
-            names = [self._placed[path].tokens for _, path in weights]
+            pairs = [(item.tokens, without_box(self._placed[path].tokens)) for item, path in weights]
+            names = [there[len(there) - common_end(here, there) :] for here, there in pairs]
             above = [tokens[: -len(names[0])] for tokens in others if tokens[-len(names[0]) :] == names[0]]
             found = next((at for at in above if all((*at, *name) in others for name in names)), None)
             if found is not None:

@@ -1311,3 +1311,21 @@ def test_however_two_networks_are_spelt_none_is_taken_unasked(tmp_path, spelt, c
     # Bare params below levels of their own are the only ones with all names at that depth.
     assert (spelt, called) == ("in a state", None)
     check(nnx.state(result), bare)
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+@pytest.mark.parametrize("main", ["model_params", "net", "model"])
+def test_the_optimizer_of_the_main_network_is_not_that_of_one_beside_it(tmp_path, main, policy):
+    numbers = Numbers()
+    own, best = _model(numbers), _model(numbers)
+    stored = {"opt_state": numbers.optimizer(ADAM, own), "step": np.int32(3)}
+    path = write(tmp_path, {main: own, "best": best} | stored)
+
+    def make(name):
+        model = Branch(own, {})
+        return {name: {"model": model, "optimizer": nnx.Optimizer(model, ADAM, wrt=nnx.Param)}}
+
+    refused(path, nnx.eval_shape(lambda: make("best")), policy=policy, unexpected="ignore")
+    result = restore(path, nnx.eval_shape(lambda: make(main)), unexpected="ignore")
+    check(nnx.state(result[main]["model"]), own)
+    check(result[main]["optimizer"].opt_state[0].mu, stored["opt_state"][0].mu)

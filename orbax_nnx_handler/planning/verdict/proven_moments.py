@@ -191,8 +191,7 @@ class ProvenMoments:
         candidates = list(self._candidates(item))
         reasons = [self._why_not_of(item, recipe, at, claim) for at, claim in candidates]
         if "" in reasons:
-            self._of_networks(item, candidates, reasons, stored[0])
-            return ""
+            return self._of_networks(item, candidates, reasons, stored[0])
         if reasons and len(here.field) > 1:
             return next((why for why in reasons if why.startswith("it is ")), reasons[0])
         if isinstance(recipe, Read) and self._has_name(item, here, stored[0]):
@@ -203,7 +202,7 @@ class ProvenMoments:
 
     def _of_networks(
         self, item: Wanted, claims: list[tuple[int, _Weight]], reasons: list[str], stored: Placement
-    ) -> None:
+    ) -> str:
         networks = dict[Path, Followed]()  # Those that have a weight of the moment's name.
         is_own = not self._by_rule and canonical(stored.leaf.path) == canonical(item.leaf.path)
         for (at, (weight, made, _)), why in zip(claims, reasons, strict=True) if not is_own else ():
@@ -212,6 +211,8 @@ class ProvenMoments:
             networks[weight.leaf.path[:-size]] = Followed(not why, source)
         if len(networks) > 1 or self._networks:
             self._trained.add(item, stored, networks)
+        _, (_, made, _) = claims[reasons.index("")]
+        return "" if is_own else self._names.of_another(stored, self._placed[reads(made)[0]])
 
     def _why_no_orphan(self, item: Wanted, recipe: Recipe, here: Slot, stored: Sequence[Placement]) -> str:
         """Returns why a moment of an unknown parameter is in another field; empty if its name is open."""

@@ -13,10 +13,12 @@ from orbax_nnx_handler.planning.core.paths import (
     is_number,
     render,
     trained_by,
+    without_box,
 )
 from orbax_nnx_handler.planning.core.recipes import Recipe
-from orbax_nnx_handler.planning.layouts.layout import Placement
+from orbax_nnx_handler.planning.layouts.layout import FLAX_COLLECTIONS, Placement, says_copy, words_of
 from orbax_nnx_handler.planning.target.roles import Wanted
+from orbax_nnx_handler.planning.verdict.elements import common_end
 
 _LABELLED = "inner_states"
 """The field of `optax.partition` that holds a state for each label."""
@@ -234,6 +236,7 @@ class StoredNames:
     def __init__(self, placed: Mapping[Path, Placement]) -> None:
         self._placed = placed
         self._below: dict[tuple[Path, Path | None, Tokens], Sequence[Tokens]] = {}
+        self._others: dict[tuple[Path, Tokens], str] = {}
 
     @cached_property
     def _parameters(self) -> Set[Tokens]:
@@ -264,6 +267,28 @@ class StoredNames:
             self._parameters.isdisjoint(spellings(below)) for below in names
         )
 
+    def of_another(self, moment: Placement, weight: Placement) -> str:
+        """Returns why a moment may be of another network than that of a weight; empty if its name tells.
+
+        Of networks side by side, without collections of Flax's, an optimizer trains the one that is called as
+        such (`model`, `net`), or that its own name holds: of `student` and `teacher` it may train either.
+        """
+        name = _with_field(weight)
+        own = name[: len(name) - common_end(name, without_box(_parameter_of(moment)))]
+        if weight.collection in FLAX_COLLECTIONS or not any(words_of(level) for level in own):
+            return ""
+        key = moment.owner, own
+        if key not in self._others:
+            beside = (at for at in self._placed.values() if at.section == "optimizer")
+            names = {without_box(_parameter_of(at)) for at in beside if at.owner == moment.owner} - {()}
+            below = {_with_field(at) for at in self._placed.values() if at.section == "model"}
+            ends = {tokens[: -len(end)] for tokens in below for end in names if tokens[-len(end) :] == end}
+            likely = [at for at in ends if at != own and not any(map(says_copy, at))]
+            whole = [at for at in likely if all((*at, *end) in below for end in names)]
+            told = trained_by(moment.owner, [own, *whole]) == [own]
+            self._others[key] = "" if told or not whole else f"it may be a moment of {render(whole[0])}"
+        return self._others[key]
+
     def _names_below(self, moment: Placement, above: Tokens) -> Sequence[Tokens]:
         """Returns what stands below a field, for all of its moments."""
         key = (moment.owner, moment.slot, above)
@@ -276,6 +301,17 @@ class StoredNames:
             size = len(above)
             self._below[key] = [path[size:] for path in beside if path[:size] == above and len(path) > size]
         return self._below[key]
+
+
+def _with_field(weight: Placement) -> Tokens:
+    """Returns a weight's name below the field of its train state that holds it, if that is none of Flax's."""
+    field = () if weight.collection in (None, *FLAX_COLLECTIONS) else (str(weight.collection),)
+    return (*field, *without_box(weight.tokens))
+
+
+def _parameter_of(moment: Placement) -> Tokens:
+    """Returns what a stored moment calls its parameter; nothing for what is none."""
+    return slot_of(canonical((*(moment.slot or ()), *moment.path))).field[1:]
 
 
 def spellings(tokens: Tokens) -> Iterable[Tokens]:

@@ -86,7 +86,10 @@ class ReplacedWeights:
         names = whole | {at: canonical(item.owner) + item.tokens for at, item in models.items()}
         owners = {canonical(item.owner) for item in models.values()} - {()}
         level = len(shared_levels([names[path] for path in models], 1))
-        stored = {name[at:]: at for name in (*whole.values(), *names.values()) for at in range(level + 1)}
+        # What no layout knows for a train state has its collection between owner and name.
+        plain = (tuple(key for key in name if key != "params") for name in whole.values())
+        known = (*whole.values(), *names.values(), *plain)
+        stored = {name[at:]: at for name in known for at in range(level + 1)}
         above = len(shared_levels([canonical(item.leaf.path) for item, _, _ in weights], 1))
         for item, recipe, _ in weights:
             name, read = canonical(item.leaf.path), reads(recipe)

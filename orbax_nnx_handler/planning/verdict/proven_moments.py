@@ -211,8 +211,8 @@ class ProvenMoments:
             networks[weight.leaf.path[:-size]] = Followed(not why, source)
         if len(networks) > 1 or self._networks:
             self._trained.add(item, stored, networks)
-        _, (_, made, _) = claims[reasons.index("")]
-        return "" if is_own else self._names.of_another(stored, self._placed[reads(made)[0]])
+        made = (reads(made)[0] for (_, (_, made, _)), why in zip(claims, reasons, strict=True) if not why)
+        return "" if is_own else min(self._names.of_another(stored, self._placed[path]) for path in made)
 
     def _why_no_orphan(self, item: Wanted, recipe: Recipe, here: Slot, stored: Sequence[Placement]) -> str:
         """Returns why a moment of an unknown parameter is in another field; empty if its name is open."""

@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.target.target import (
     flatten_like,
     flatten_target,
 )
-from orbax_nnx_handler.planning.verdict.unreadable import Unreadable, check_readable
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable, check_readable
 from orbax_nnx_handler.storage import paused_collection
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.in_memory import hold

@@ -38,7 +38,7 @@ from orbax_nnx_handler.planning.core.paths import Path, parse, render, spelled
 from orbax_nnx_handler.planning.layouts.layout import Layout
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import layers_inside
 from orbax_nnx_handler.planning.rules import Rule
-from orbax_nnx_handler.planning.verdict.unreadable import check_readable
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.blocks import Written

@@ -23,7 +23,7 @@ from orbax_nnx_handler.planning.core.paths import Path, segments, sort_paths, sp
 from orbax_nnx_handler.planning.core.recipes import Read
 from orbax_nnx_handler.planning.rules import Rule, apply_rules
 from orbax_nnx_handler.planning.rules.entries import Entry, model_entries
-from orbax_nnx_handler.planning.verdict.unreadable import check_readable
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import check_readable
 from orbax_nnx_handler.storage.checkpoint.find import find_item
 from orbax_nnx_handler.storage.checkpoint.metadata import Checkpoint, read_metadata
 from orbax_nnx_handler.storage.converting.blocks import Difference, Written, as_stored, differences, window_of

@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.rendering.display import Displayed
 from orbax_nnx_handler.planning.rendering.summary import Summary, plan_summary, report_summary, to_dict
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import judge
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import Unreadable
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
     Missing,
@@ -27,7 +28,6 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     copies_of_model,
     evidence_rows,
 )
-from orbax_nnx_handler.planning.verdict.unreadable import Unreadable
 
 
 class RestorePlan(Displayed, Verdict):

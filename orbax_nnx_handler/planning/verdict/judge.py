@@ -31,7 +31,14 @@ from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.laws import Broken, Known, Source, certify
-from orbax_nnx_handler.planning.verdict.leaf_verdicts import LeafVerdicts, Outcome
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import (
+    LeafVerdicts,
+    Outcome,
+    Unreadable,
+    rules_for_readable,
+    unreadable,
+    unreadable_leaves,
+)
 from orbax_nnx_handler.planning.verdict.outcomes import (
     Defaulted,
     Mismatched,
@@ -41,12 +48,6 @@ from orbax_nnx_handler.planning.verdict.outcomes import (
     Verdict,
 )
 from orbax_nnx_handler.planning.verdict.replaced_weights import REPLACED
-from orbax_nnx_handler.planning.verdict.unreadable import (
-    Unreadable,
-    rules_for_readable,
-    unreadable,
-    unreadable_leaves,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

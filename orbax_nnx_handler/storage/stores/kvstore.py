@@ -21,7 +21,7 @@ import tensorstore as ts
 from etils import epath
 
 from orbax_nnx_handler.planning.core.errors import NotACheckpointError
-from orbax_nnx_handler.planning.verdict.unreadable import UnfitName
+from orbax_nnx_handler.planning.verdict.leaf_verdicts import UnfitName
 from orbax_nnx_handler.storage.stores.backends import CONTEXT_SPEC, TIME_LIMIT_S, LocalFiles, RemoteFiles
 from orbax_nnx_handler.storage.stores.files import Files, ReadFile, Sizes
 from orbax_nnx_handler.storage.stores.locations import MISREAD, check_files, is_misread, is_url, kvstore_spec

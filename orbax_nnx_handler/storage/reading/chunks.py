@@ -138,16 +138,15 @@ def pieces_of_chunk(
         return [ChunkPiece(owner, wanted, _nbytes(targets), use=use, streamed=streamed)]
     if payload != encoding.chunk_nbytes:
         raise DamagedError(f"holds {payload} bytes where a chunk has {encoding.chunk_nbytes}")
+    only = targets[0] if len(targets) == 1 and extent.size <= limits.range_bytes else None
+    if only is not None and only.region == encoding.whole_chunk and takes_bytes(only, encoding):
+        # Nearly every leaf of a model. The chunk fills the shard, so that its place is known before the
+        # index is read, which comes along to be compared.
+        wanted = WantedBytes(extent.file, ((extent.start, extent.size),))
+        use = _comparing(payload) if behind else None
+        return [ChunkPiece(owner, wanted, payload, target=memory_of(only.view), use=use)]
     found = list(raw_pieces(owner, encoding, extent, targets, limits))
     if behind:
-        # The chunk fills the shard, so that its place is known before the index is read. The index
-        # comes along to be compared, with the last bytes of the chunk where these are wanted.
-        first = found[0]
-        if first.target is not None and len(first.target) == payload and extent.size <= limits.range_bytes:
-            # Nearly every leaf of a model: one piece instead of two.
-            first.wanted = WantedBytes(extent.file, ((extent.start, extent.size),))
-            first.use = _comparing(payload)
-            return found
         wanted = WantedBytes(extent.file, ((extent.start + payload, behind),))
         found.append(ChunkPiece(owner, wanted, 0, use=_comparing(payload)))
     return found

@@ -217,7 +217,7 @@ class _Context:
         if last.number not in shapes or not last.base[:1].isupper() or "attn" not in part.said:
             return ()
         sizes = [math.prod(shapes[number]) for number in sorted(shapes) if len(shapes[number]) == 2]
-        roles = COMPUTED.get(tuple(size / sizes[-1] for size in sizes), ())
+        roles = COMPUTED.get(tuple(size / max(sizes[-1], 1) for size in sizes), ())
         return roles[last.number] if len(roles) == len(shapes) == max(shapes) + 1 else ()
 
     def _resolve(

@@ -260,8 +260,8 @@ def _modules_of_sizes(free: Sequence[Leaf], above: int, sizes: Collection[int]) 
 
 
 def sizes_of(leaves: Iterable[Leaf]) -> int:
-    """Returns how many elements some leaves hold."""
-    return sum(math.prod(leaf.shape) for leaf in leaves)
+    """Returns how many elements some leaves hold, and one for those that are empty."""
+    return max(1, sum(math.prod(leaf.shape) for leaf in leaves))
 
 
 def said_of(series: Series) -> frozenset[str]:

@@ -1,7 +1,11 @@
 """Groups of layers: what all of them hold, where the first one holds something beside it."""
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
+from orbax_nnx_handler import RestoreError, from_linen
 from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
 from orbax_nnx_handler.planning.suggesting.series import are_alike, series_of, shared_in
 from tests.planning.suggesting.proposals import check, filled, proposed
@@ -136,3 +140,13 @@ def test_the_class_of_layers_inside_a_module_and_beside_it_tells_none_from_the_o
     stored = filled({path: shape(path) for path in names})
     _, values = proposed(stored, {new: shape(old) for old, new in names.items()})
     check(values, {names[path]: value for path, value in stored.items()})
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
+def test_layers_of_no_elements_are_refused_as_others_are(shape):
+    stored = {"params": {"layers_0": {"w": np.zeros(shape, np.float32)}, "o": {"k": np.ones((3, 5))}}}
+    leaves = {"layers": {"w": jax.ShapeDtypeStruct(shape, np.float32)}, "o": {"k": np.ones((3, 5))}}
+    target = nnx.State(jax.tree.map(nnx.Param, leaves))
+
+    with pytest.raises(RestoreError, match="layers/w"):
+        from_linen(stored, target)

@@ -177,14 +177,14 @@ class _Matching:
         for one, other in pairs:
             members = _match_members(one, other, self._context)
             same = same_layers(one, other)
-            ours = [leaf for left, _ in same for leaf in one.members[left]]
-            theirs = [leaf for _, right in same for leaf in other.members[right]]
             # Of parts that are more on one side nothing says that they are of this layer.
             ties = [each for each in members.ties if len(each.wanted) == len(each.stored)]
             asked = [link for tie in ties if len(tie.readings) > 1 for link in tie.readings[0]]
-            linked = [leaf for link in (*members.links, *asked) for leaf in link.wanted]
-            if not members.links or sizes_of(linked) * 4 < min(sizes_of(ours), sizes_of(theirs)):
-                continue  # Layers that hold so little alike are not the same.
+            linked = {id(leaf) for link in (*members.links, *asked) for leaf in link.wanted}
+            layers = [(one.members[left], other.members[right]) for left, right in same]
+            if not members.links or not all(_hold_alike(*pair, linked) for pair in layers):
+                continue
+            ours, theirs = ([leaf for held in side for leaf in held] for side in zip(*layers, strict=True))
             self._found.add(members)
             self._take((*ours, *theirs))
             for series, side in ((one, 0), (other, 1)):
@@ -286,6 +286,12 @@ class _Matching:
             self._take(share[0].leaves)
             self._found.add(matched)
         return rest
+
+
+def _hold_alike(ours: Sequence[Leaf], theirs: Sequence[Leaf], linked: Collection[int]) -> bool:
+    """Tells whether two layers hold so much alike that they may be the same."""
+    alike = sizes_of(leaf for leaf in ours if id(leaf) in linked)
+    return alike * 4 >= min(sizes_of(ours), sizes_of(theirs))
 
 
 def _more_of(series: Series, matched: Collection[int]) -> list[Leaf]:

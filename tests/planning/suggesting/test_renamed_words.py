@@ -43,6 +43,7 @@ def left_and_wrong(name, words):
         ("flux", {"attn": "peloto", "to_out": "lofiba", "to_q": "fiyoxi"}),
         ("qformer", {"attention": "wezape", "output_query": "mihuke", "dense": "penulo"}),
         ("ddpm_ho", {"down": "vukimi", "block": "kemivu", "mid": "sisiki", "up": "zaravu"}),
+        ("coatnet", {"rel_pos": "tokipe"}),
         ("pointnet", {"bn": "tofivu", "fstn": "toraza", "stn": "pepepe", "conv": "siwelo", "fc": "nukeke"}),
     ],
 )

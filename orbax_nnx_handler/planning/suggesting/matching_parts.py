@@ -176,7 +176,7 @@ class _Pairs:
         for tie, group in undecided:
             ours, theirs, rivals = self._sides(tie, group, found)
             ties.append(self._tie(ours, sorted({*theirs, *rivals})))
-        modules = self._modules(found)
+        modules, homes = self._modules(found), [self._homes.of(at, to) for at, to, _ in found]
         among = Counter(itertools.starmap(self._homes.of, self._unlikely))
         wanted, stored = self._homes.held
         for at, to in self._unlikely:
@@ -184,7 +184,9 @@ class _Pairs:
                 continue
             home, other = self._homes.of(at, to)
             is_whole = wanted[home] == stored[other] == among[home, other] > 1
-            if modules.get(home) == other or is_whole:
+            around = [there for here, there in homes if here == home]
+            is_known = modules.get(home) == other or around.count(other) == len(around) > 1
+            if is_known or is_whole:
                 found.append((at, to, "names"))  # The only two of their shape in what is one module.
             else:
                 ties.append(self._tie([at], [to]))

@@ -25,10 +25,12 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     networks_outputs,
     order_word,
     placed,
+    telling,
 )
 
 _QKV = frozenset("qkv")
 _MLP = frozenset(("up", "down", "gate"))
+_ENDS = frozenset(("pre", "post", "first", "last"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -380,11 +382,18 @@ def in_order(roles: Sequence[NamedPart], *, to_last: bool = False) -> list[int] 
         # Every decoder looks at itself before it looks across.
         places = [float("cross" in role.said) for role in roles]
     by_words = in_strict_order(placed(places) if are_norms else _around(places, roles))
+    by_words = by_words or in_strict_order(_ends(roles))
     is_told = to_last or not any(role.is_either for role in roles)
     by_numbers = in_strict_order(_number_keys(roles)) if is_told else None
     if by_words is not None and by_numbers is not None and by_words != by_numbers:
         return None
     return by_words or by_numbers
+
+
+def _ends(roles: Sequence[NamedPart]) -> Sequence[float | None]:
+    """Returns which part lies in the first and which in the last of two modules: `ffn_start`, `ffn_end`."""
+    told = telling([frozenset(role.part.said) for role in roles])
+    return [order_word(words & _ENDS) or None for words in told]
 
 
 def _around(places: Sequence[float | None], roles: Sequence[NamedPart]) -> Sequence[float | None]:

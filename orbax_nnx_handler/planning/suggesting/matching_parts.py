@@ -334,7 +334,7 @@ class _Pairs:
         lone = {pair[0] for pair in others if self._comes_near(pair, group) and pair[0] not in taken}
         ordered = self._by_numbering(ours, theirs, {*theirs, *rivals})
         if ordered is None and not (rivals or lone):
-            ordered = self._in_order(ours, theirs, created)
+            ordered = self._in_order(ours, theirs, created, found)
         if ordered is None or any(not _is_free(to, found) for _, to in ordered):
             return False
         sides = ([self._wanted[at] for at in ours], [self._stored[to] for to in theirs])
@@ -378,11 +378,19 @@ class _Pairs:
         return pairs if all(pair in self._fits and pair[1] in free for pair in pairs) else None
 
     def _in_order(
-        self, ours: Sequence[int], theirs: Sequence[int], created: Created
+        self,
+        ours: Sequence[int],
+        theirs: Sequence[int],
+        created: Created,
+        found: Sequence[tuple[int, int, PairGrounds]],
     ) -> list[tuple[int, int]] | None:
         """Returns the pairs that follow from the order of both sides, where each tells one."""
         left = in_order([self._wanted[at] for at in ours])
         right = in_order([self._stored[to] for to in theirs])
+        if left is None and right is not None:
+            left = self._in_order_beside(0, ours, found)
+        elif right is None and left is not None:
+            right = self._in_order_beside(1, theirs, found)
         if right is None or len(ours) != len(theirs):
             return None
         made = in_strict_order([created(self._wanted[at].part) for at in ours])
@@ -393,6 +401,22 @@ class _Pairs:
             return None
         pairs = [(ours[one], theirs[other]) for one, other in zip(left, right, strict=True)]
         return pairs if all(pair in self._fits for pair in pairs) else None
+
+    def _in_order_beside(
+        self, side: int, parts: Sequence[int], found: Sequence[tuple[int, int, PairGrounds]]
+    ) -> list[int] | None:
+        """Returns the order of what lies beside parts of one side, each in a module of its own.
+
+        The other side counts that: `depthwise/bn` and `pointwise/bn`, whose convolutions are `Conv_0`, `Conv_1`.
+        """
+        roles = self._wanted, self._stored
+        beside: dict[Names, list[NamedPart]] = defaultdict(list)
+        for pair in found:
+            beside[roles[side][pair[side]].part.module].append(roles[1 - side][pair[1 - side]])
+        each = [beside[roles[side][at].part.module] for at in parts]
+        if not all(map(are_counted, each)) or len({one.part.family for held in each for one in held}) > 1:
+            return None
+        return in_strict_order([min(one.part.levels[-1].number or 0 for one in held) for held in each])
 
     def _tie(self, ours: Sequence[int], theirs: Sequence[int]) -> Tie:
         readings: list[tuple[Link, ...]] = []

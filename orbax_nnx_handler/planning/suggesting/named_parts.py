@@ -193,7 +193,7 @@ class _Context:
         last = part.levels[-1].base if part.levels else ""
         known = FUSED.get(last)
         # The `in_proj` of a quantizer or of a state space model is none of an attention.
-        is_one = last != "in_proj" or self._has_attention or "attn" in self._above
+        is_one = last != "in_proj" or (self._has_attention and "mlp" not in part.said) or "attn" in self._above
         if known is not None and part.levels[-1].number is None and is_one:
             # GPT-2's cross attention has its queries beside `c_attn`.
             return tuple(role for role in known[0] if role not in self._single[part.module]), known[1]

@@ -1,14 +1,22 @@
-"""Rows that differ in one number become one: `layers/{0..31}/mlp/kernel`."""
+"""Rows that differ in one number become one: `layers/{0..31}/mlp/kernel`. Last: the levels that count."""
 
 import dataclasses
 import functools
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from orbax_nnx_handler.planning.core.paths import MAX_DIGITS, Path, natural_key, printable, render
+from orbax_nnx_handler.planning.core.paths import (
+    MAX_DIGITS,
+    Level,
+    Path,
+    levels,
+    natural_key,
+    printable,
+    render,
+)
 
 # A number as `str(int)` writes it: folding `Conv_01` and `Conv_1` would print a name that nobody has.
 NUMBER = re.compile(rf"(?<!\d)(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(?!\d)")
@@ -294,3 +302,62 @@ def _with_names(group: Sequence[Folded], position: int) -> Folded:
     columns = _swapped(first.columns, names[position], every)
     text = "/".join([*names[:position], every, *names[position + 1 :]])
     return Folded(text=text, columns=columns, count=sum(line.count for line in group))
+
+
+# The levels of a path that count.
+
+PLACE = "{i}"
+Numbered = tuple[tuple[str, ...], tuple[str, ...]]
+"""The names that lead into a layer, with a place for its number; the names without numbers."""
+
+
+def around(names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yields the modules around a part."""
+    at = 0
+    for level in levels(names)[:-1]:
+        at += level.width
+        yield names[:at]
+
+
+def numbered(names: tuple[str, ...], above: int) -> list[tuple[Numbered, int]]:
+    """Returns the numbered levels of a path below a context, each as the key of its group and its number."""
+    at, base, found = 0, list[str](), list[tuple[Numbered, int]]()
+    for level in levels(names):
+        at += level.width
+        base.append(level.base)
+        if level.number is not None and at > above and at < len(names):
+            last = names[at - 1]
+            template = PLACE.join(last.rsplit(str(level.number), 1)) if not last.isdecimal() else PLACE
+            found.append((((*names[: at - 1], template), tuple(base)), level.number))
+    return found
+
+
+def _numbered_segments(names: tuple[str, ...], above: int) -> list[tuple[int, Level]]:
+    """Returns the segments with a number below a context, and what they count."""
+    at, found = 0, list[tuple[int, Level]]()
+    for level in levels(names):
+        at += level.width
+        if level.number is not None and at > above:
+            found.append((at - 1, level))
+    return found
+
+
+def same_numbers(
+    wanted: tuple[str, ...], stored: tuple[str, ...], above: tuple[int, int]
+) -> tuple[tuple[int, int], ...]:
+    """Returns the segments below a context in which two paths count the same, stored and wanted.
+
+    Numbers of one name, or those of the parts themselves: `Dense_3` and `layers/3`.
+    """
+    left, right = _numbered_segments(wanted, above[0]), _numbered_segments(stored, above[1])
+    alone = len(left) == len(right)
+    ends = len(wanted) - 2, len(stored) - 2
+    found: list[tuple[int, int]] = []
+    for seat, level in right:
+        for at, (other, against) in enumerate(left):
+            are_last = alone and (other, seat) == ends
+            if level.number == against.number and (level.base == against.base or are_last):
+                found.append((seat, other))
+                left = left[at + 1 :]
+                break
+    return tuple(found)

@@ -11,7 +11,7 @@ import numpy as np
 
 from orbax_nnx_handler.planning.core.leaves import Shape, permuted
 from orbax_nnx_handler.planning.core.paths import Path, levels
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, are_automatic
 from orbax_nnx_handler.planning.suggesting.shapes import Step, Way, is_vector, transposed, ways
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
@@ -19,6 +19,7 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     PLACING,
     PYTORCHS,
     Concepts,
+    Names,
     arm,
     concepts,
     directions,

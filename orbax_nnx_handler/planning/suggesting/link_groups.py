@@ -10,6 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
+from orbax_nnx_handler.planning.core.folding import around
 from orbax_nnx_handler.planning.core.leaves import (
     Move,
     MovedGroup,
@@ -24,20 +25,18 @@ from orbax_nnx_handler.planning.layouts.layout import is_copy_level
 from orbax_nnx_handler.planning.mapping.roots import PLAIN_LEVELS, Roots
 from orbax_nnx_handler.planning.rules import Rename
 from orbax_nnx_handler.planning.rules.entries import Entry
-from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings, match_context
-from orbax_nnx_handler.planning.suggesting.module_parts import (
-    Leaf,
-    Link,
-    Names,
-    Tie,
-    around,
-    is_alone,
-    kinds_of_modules,
-    part_of,
-)
+from orbax_nnx_handler.planning.suggesting.matching_layers import Context, match_context
+from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Leaf, Link, Tie, part_of
 from orbax_nnx_handler.planning.suggesting.scoring import kept_by_head
 from orbax_nnx_handler.planning.suggesting.shapes import Way, transposed
-from orbax_nnx_handler.planning.suggesting.vocabulary import TURNS, meanings, words
+from orbax_nnx_handler.planning.suggesting.vocabulary import (
+    TURNS,
+    Names,
+    is_alone,
+    kinds_of_modules,
+    meanings,
+    words,
+)
 
 
 def with_moved_axes(found: Findings) -> Findings:
@@ -322,7 +321,9 @@ class _Precedents:
     """
 
     def __init__(self, wanted: Iterable[Leaf], stored: Iterable[Leaf], links: Iterable[Link]) -> None:
-        self._wanted, self._stored = kinds_of_modules(wanted), kinds_of_modules(stored)
+        self._wanted, self._stored = (
+            kinds_of_modules({part_of(leaf) for leaf in leaves}) for leaves in (wanted, stored)
+        )
         self._forth: dict[object, set[object]] = defaultdict(set)
         self._back: dict[object, set[object]] = defaultdict(set)
         self._takers: dict[object, set[object]] = defaultdict(set)

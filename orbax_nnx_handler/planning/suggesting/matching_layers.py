@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from orbax_nnx_handler.planning.core.folding import same_numbers
 from orbax_nnx_handler.planning.core.paths import Tokens, levels, shared_levels
 from orbax_nnx_handler.planning.suggesting.assignment import in_turn, part_sizes, sizes_within
 from orbax_nnx_handler.planning.suggesting.matching_parts import Known, match_parts, nothing_known
 from orbax_nnx_handler.planning.suggesting.module_parts import (
+    Findings,
     Layers,
     Leaf,
     Link,
-    Names,
     Tie,
     module_parts,
     part_of,
@@ -39,37 +40,8 @@ from orbax_nnx_handler.planning.suggesting.series import (
     without_rest,
 )
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
-from orbax_nnx_handler.planning.suggesting.vocabulary import same_numbers
+from orbax_nnx_handler.planning.suggesting.vocabulary import Names
 from orbax_nnx_handler.planning.target.roles import creation_place
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Findings:
-    """What is known of a model.
-
-    Attributes:
-        links: The leaves that belong together.
-        ties: Where nothing tells which is which.
-        groups: The names that lead into the layers of both sides, `{i}` for equal numbers.
-    """
-
-    links: list[Link] = dataclasses.field(default_factory=list[Link])
-    ties: list[Tie] = dataclasses.field(default_factory=list[Tie])
-    groups: list[tuple[Names, Names]] = dataclasses.field(default_factory=list[tuple[Names, Names]])
-
-    def mapped(self, change: Callable[[Sequence[Link]], Iterable[Link]]) -> "Findings":
-        """Returns the same with every list of links changed, those of possible readings too."""
-        ties = [
-            dataclasses.replace(tie, readings=tuple(tuple(change(reading)) for reading in tie.readings))
-            for tie in self.ties
-        ]
-        return Findings(links=list(change(self.links)), ties=ties, groups=self.groups)
-
-    def add(self, other: "Findings") -> None:
-        """Takes over what another context found."""
-        self.links.extend(other.links)
-        self.ties.extend(other.ties)
-        self.groups.extend(other.groups)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

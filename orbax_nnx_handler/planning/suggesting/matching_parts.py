@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from orbax_nnx_handler.planning.core.paths import Homes, ranks_of, same_modules
 from orbax_nnx_handler.planning.suggesting.assignment import Fit, Table, components, fit_of, may_be, merged
-from orbax_nnx_handler.planning.suggesting.module_parts import Link, ModulePart, Names, PairGrounds, Tie
+from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, ModulePart, PairGrounds, Tie
 from orbax_nnx_handler.planning.suggesting.named_parts import (
     NamedPart,
     are_automatic,
     are_counted,
     ascend,
     in_order,
-    in_strict_order,
     named_parts,
 )
 from orbax_nnx_handler.planning.suggesting.scoring import gated, joined_parts
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
+    Names,
     are_peers,
+    in_strict_order,
     last_of_block,
     likeness,
 )
@@ -28,20 +29,6 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
 _READINGS = 24  # All orders of four parts.
 MOST_PAIRS = 10_000
 """A hundred parts of one shape on either side are no block of a model that names could tell apart."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PartLinks:
-    """What is known of a context.
-
-    Attributes:
-        links: The leaves that belong together.
-        ties: Where nothing tells which is which.
-    """
-
-    links: tuple[Link, ...]
-    ties: tuple[Tie, ...]
-
 
 Created = Callable[[ModulePart], tuple[int, ...] | None]
 """The place of a wanted part in the order of creation, where it is known."""
@@ -68,7 +55,7 @@ def match_parts(
     created: Created = lambda _: None,
     known: Known = nothing_known,
     used: Sequence[ModulePart] = (),
-) -> PartLinks:
+) -> Findings:
     """Matches the parts of a context.
 
     Args:
@@ -86,7 +73,7 @@ def match_parts(
     found, more = pairs.settle(created)
     for one, other, grounds in found:
         links += pairs.links(one, other, grounds)
-    return PartLinks(links=tuple(links), ties=(*ties, *more))
+    return Findings(links=links, ties=[*ties, *more])
 
 
 # One to one.
@@ -407,13 +394,13 @@ class _Pairs:
     ) -> list[int] | None:
         """Returns the order of what lies beside parts of one side, each in a module of its own.
 
-        The other side counts that: `depthwise/bn` and `pointwise/bn`, whose convolutions are `Conv_0`, `Conv_1`.
+        The other side counts it: `depthwise/bn`, `pointwise/bn`, whose convolutions are `Conv_0`, `Conv_1`.
         """
-        roles = self._wanted, self._stored
         beside: dict[Names, list[NamedPart]] = defaultdict(list)
-        for pair in found:
-            beside[roles[side][pair[side]].part.module].append(roles[1 - side][pair[1 - side]])
-        each = [beside[roles[side][at].part.module] for at in parts]
+        for at, to, _ in found:
+            pair = self._wanted[at], self._stored[to]
+            beside[pair[side].part.module].append(pair[1 - side])
+        each = [beside[(self._wanted, self._stored)[side][at].part.module] for at in parts]
         if not all(map(are_counted, each)) or len({one.part.family for held in each for one in held}) > 1:
             return None
         return in_strict_order([min(one.part.levels[-1].number or 0 for one in held) for held in each])

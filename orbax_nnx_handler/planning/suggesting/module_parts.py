@@ -3,24 +3,22 @@
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from orbax_nnx_handler.planning.core.leaves import Shape, record
 from orbax_nnx_handler.planning.core.paths import Level, Path, levels
 from orbax_nnx_handler.planning.suggesting.shapes import Joint, Steps, Way, is_vector
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
-    ENDING,
-    PARAMETER,
     PYTORCHS,
     Concepts,
+    Names,
     concepts,
     meanings,
     parameter_of,
+    place_of,
     words,
 )
-
-Names = tuple[str, ...]
 
 
 @record
@@ -171,51 +169,9 @@ def _own_place(names: Names, held: Mapping[str, Leaf], modules: Collection[Names
     return held["main"].names[above:] if is_scale and names and names in modules else names
 
 
-def place_of(names: Names) -> tuple[Names, str]:
-    """Returns the part that a leaf belongs to and what it is there."""
-    *above, last = names
-    kind = PARAMETER.get(last)
-    if kind is not None:
-        return tuple(above), kind
-    ending = None if "layerscale" in meanings(last) else ENDING.fullmatch(last)
-    if ending is not None and PARAMETER.get(ending[2]):
-        return (*above, ending[1]), PARAMETER[ending[2]]
-    return names, "main"
-
-
 def part_of(leaf: Leaf) -> Names:
     """Returns the path of the part that a leaf belongs to."""
     return place_of(leaf.names)[0]
-
-
-ModuleKinds = tuple[Names, tuple[Sequence[str], frozenset[Names]]]
-
-
-def kinds_of_modules(leaves: Iterable[Leaf]) -> Mapping[Names, ModuleKinds]:
-    """Returns of what kind each module is: by its path without numbers, and by its name and its parts."""
-    held: dict[Names, set[Names]] = defaultdict(set)
-    for part in {part_of(leaf) for leaf in leaves}:
-        for names in around(part):
-            held[names].add(part[len(names) :])
-    bases = {names: tuple(level.base for level in levels(names)) for names in held}
-    last = {names: next(filter(None, reversed(named)), "") for names, named in bases.items()}
-    said = {names: meanings(name) or (name,) for names, name in last.items()}  # `Mixed_5b` as `Mixed_5c`.
-    return {names: (named, (said[names], frozenset(held[names]))) for names, named in bases.items()}
-
-
-def is_alone(names: Names, kinds: Mapping[Names, ModuleKinds]) -> bool:
-    """Tells whether a module holds only one part of a name: a convolution beside a norm."""
-    own = levels(names)[-1]
-    held = kinds[module][1][1] if (module := names[: -own.width]) in kinds else ()
-    return [[level.base for level in levels(part)] for part in held].count([own.base]) == 1
-
-
-def around(names: Names) -> Iterator[Names]:
-    """Yields the modules around a part."""
-    at = 0
-    for level in levels(names)[:-1]:
-        at += level.width
-        yield names[:at]
 
 
 PairGrounds = Literal["shapes", "order", "names", "fact", "siblings", "patch", "outputs"]
@@ -337,6 +293,35 @@ class Tie:
     wanted: tuple[Names, ...]
     stored: tuple[Names, ...]
     readings: tuple[tuple[Link, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What is known of a model.
+
+    Attributes:
+        links: The leaves that belong together.
+        ties: Where nothing tells which is which.
+        groups: The names that lead into the layers of both sides, `{i}` for equal numbers.
+    """
+
+    links: list[Link] = dataclasses.field(default_factory=list[Link])
+    ties: list[Tie] = dataclasses.field(default_factory=list[Tie])
+    groups: list[tuple[Names, Names]] = dataclasses.field(default_factory=list[tuple[Names, Names]])
+
+    def mapped(self, change: Callable[[Sequence[Link]], Iterable[Link]]) -> "Findings":
+        """Returns the same with every list of links changed, those of possible readings too."""
+        ties = [
+            dataclasses.replace(tie, readings=tuple(tuple(change(reading)) for reading in tie.readings))
+            for tie in self.ties
+        ]
+        return Findings(links=list(change(self.links)), ties=ties, groups=self.groups)
+
+    def add(self, other: "Findings") -> None:
+        """Takes over what another context found."""
+        self.links.extend(other.links)
+        self.ties.extend(other.ties)
+        self.groups.extend(other.groups)
 
 
 _QKV = frozenset("qkv")

@@ -5,11 +5,11 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import Level, counted_apart, levels
-from orbax_nnx_handler.planning.suggesting.module_parts import ModulePart, Names
+from orbax_nnx_handler.planning.suggesting.module_parts import ModulePart
+from orbax_nnx_handler.planning.suggesting.shapes import follow
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     COMPUTED,
     END,
@@ -19,8 +19,10 @@ from orbax_nnx_handler.planning.suggesting.vocabulary import (
     STRONG,
     UNTOLD,
     Concepts,
+    Names,
     component,
     concepts,
+    in_strict_order,
     meanings,
     networks_outputs,
     order_word,
@@ -130,7 +132,7 @@ class _Context:
         # In `nn.Dense(4)(nn.relu(nn.Dense(8)(x)))` Linen numbers the last layer first.
         held = [(base, [each[at] for at in sorted(each)]) for (_, base), each in self._shapes.items()]
         pairs = [(base, shapes) for base, shapes in held if base[:1].isupper() and len(shapes) == 2]
-        self._backwards = {base for base, two in pairs if not _follow(*two) and _follow(*two[::-1])}
+        self._backwards = {base for base, two in pairs if not follow(*two) and follow(*two[::-1])}
 
     def role(self, part: ModulePart) -> NamedPart:
         # What lies around one of several norms is not what this one is about.
@@ -193,7 +195,9 @@ class _Context:
         last = part.levels[-1].base if part.levels else ""
         known = FUSED.get(last)
         # The `in_proj` of a quantizer or of a state space model is none of an attention.
-        is_one = last != "in_proj" or (self._has_attention and "mlp" not in part.said) or "attn" in self._above
+        is_one = (
+            last != "in_proj" or (self._has_attention and "mlp" not in part.said) or "attn" in self._above
+        )
         if known is not None and part.levels[-1].number is None and is_one:
             # GPT-2's cross attention has its queries beside `c_attn`.
             return tuple(role for role in known[0] if role not in self._single[part.module]), known[1]
@@ -271,11 +275,11 @@ class _Context:
         # Two of one shape that is no square are a gate and what it gates.
         are_both = shapes[0] == shapes[1] and len({*shapes[0]}) > 1
         is_turned = "main" not in part.leaves or part.leaves["main"].names[-1] != "kernel"
-        follow = _follow(*shapes) or (is_turned and _follow(*(shape[::-1] for shape in shapes)))
+        are_next = follow(*shapes) or (is_turned and follow(*(shape[::-1] for shape in shapes)))
         # Of two that Linen numbered, one that leads to more and one back, shapes tell which is which.
         is_back_and_forth = part.family[1][:1].isupper() and shapes[0] == shapes[1][::-1] != shapes[1]
         is_either = are_both or (is_back_and_forth and "bias" in part.leaves)
-        return follow and not is_either and part.family[1] not in self._backwards
+        return are_next and not is_either and part.family[1] not in self._backwards
 
     def _leads_back(self, part: ModulePart, roles: Sequence[str], family: Sequence[int]) -> bool:
         """Tells whether the layer of a number leads back by its shape too: in DINOv2 it is `w3`, not `w2`."""
@@ -350,11 +354,6 @@ class _Context:
         return any(len(numbers) > 1 for numbers in last)
 
 
-def _follow(first: Shape, second: Shape) -> bool:
-    """Tells whether a layer has as many outputs, or pairs of gated ones, as the next one has inputs."""
-    return len(first) != 2 or len(second) != 2 or first[1] in (second[0], 2 * second[0])
-
-
 def _prefixes(part: ModulePart) -> list[tuple[Names, Level]]:
     at, found = 0, list[tuple[Names, Level]]()
     for level in part.levels:
@@ -405,13 +404,6 @@ def _around(places: Sequence[float | None], roles: Sequence[NamedPart]) -> Seque
     numbers = [role.part.levels[-1].number or 0 for role in roles]
     within_ends = [number / (number + 1) for number in numbers]
     return [at if place is None else place for place, at in zip(places, within_ends, strict=True)]
-
-
-def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
-    """Returns the places in the order of their keys; None where a key is not known or is there twice."""
-    if None in keys or len(set(keys)) < len(keys):
-        return None
-    return sorted(range(len(keys)), key=lambda at: keys[at])
 
 
 def _number_keys(roles: Sequence[NamedPart]) -> list[tuple[int, ...] | None]:

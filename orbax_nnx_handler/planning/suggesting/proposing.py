@@ -24,8 +24,7 @@ from orbax_nnx_handler.planning.suggesting.link_groups import (
     possible_roots,
     without_strays,
 )
-from orbax_nnx_handler.planning.suggesting.matching_layers import Findings
-from orbax_nnx_handler.planning.suggesting.module_parts import Link, Names, readings_of, simplest
+from orbax_nnx_handler.planning.suggesting.module_parts import Findings, Link, readings_of, simplest
 from orbax_nnx_handler.planning.suggesting.rule_writing import Writer
 from orbax_nnx_handler.planning.suggesting.scoring import Remade, remade_links
 from orbax_nnx_handler.planning.suggesting.search import (
@@ -58,6 +57,7 @@ from orbax_nnx_handler.planning.suggesting.suggestion import (
     problem_of,
     proposal_of,
 )
+from orbax_nnx_handler.planning.suggesting.vocabulary import Names
 from orbax_nnx_handler.planning.target.roles import WEIGHTS, Order, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.judge import Chosen, choose, judge

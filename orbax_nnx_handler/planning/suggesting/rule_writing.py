@@ -13,9 +13,10 @@ from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.rules.rename import leads_back
 from orbax_nnx_handler.planning.rules.rule import Pattern, shared_ends, with_places
 from orbax_nnx_handler.planning.suggesting.link_groups import whole_parts
-from orbax_nnx_handler.planning.suggesting.module_parts import Layers, Link, Names
+from orbax_nnx_handler.planning.suggesting.module_parts import Layers, Link
 from orbax_nnx_handler.planning.suggesting.scoring import joining_rule
 from orbax_nnx_handler.planning.suggesting.shapes import Steps, shaping_rule
+from orbax_nnx_handler.planning.suggesting.vocabulary import Names
 
 _MOST_NAMES = 8  # Above the parts of a fuse, for a rule to leave others out.
 _WRITES: Mapping[type[Rule], str] = {Rename: "replacement", StackLayers: "pattern", UnstackLayers: "into"}

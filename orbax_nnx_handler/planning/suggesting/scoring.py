@@ -17,7 +17,7 @@ from orbax_nnx_handler.planning.core.recipes import Recipe, Shapes
 from orbax_nnx_handler.planning.rules import Fuse, Rule, Split
 from orbax_nnx_handler.planning.rules.split_and_fuse import cut_alike
 from orbax_nnx_handler.planning.suggesting.assignment import ways_of_heads
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Names, Tie, part_of
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Link, ModulePart, Tie, part_of
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart
 from orbax_nnx_handler.planning.suggesting.shapes import (
     Joint,
@@ -33,7 +33,14 @@ from orbax_nnx_handler.planning.suggesting.shapes import (
     transposed,
     without_axis,
 )
-from orbax_nnx_handler.planning.suggesting.vocabulary import MARGIN, Concepts, concepts, exclude, likeness
+from orbax_nnx_handler.planning.suggesting.vocabulary import (
+    MARGIN,
+    Concepts,
+    Names,
+    concepts,
+    exclude,
+    likeness,
+)
 
 _READINGS = 6
 

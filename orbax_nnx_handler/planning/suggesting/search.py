@@ -26,13 +26,13 @@ from orbax_nnx_handler.planning.mapping.cells_and_wrappers import derive
 from orbax_nnx_handler.planning.rules.entries import Entry
 from orbax_nnx_handler.planning.suggesting.assignment import Fit, fit_of, may_be
 from orbax_nnx_handler.planning.suggesting.link_groups import apart_from_copies, match_model, with_moved_axes
-from orbax_nnx_handler.planning.suggesting.matching_layers import Context, Findings
+from orbax_nnx_handler.planning.suggesting.matching_layers import Context
 from orbax_nnx_handler.planning.suggesting.matching_parts import MOST_PAIRS
 from orbax_nnx_handler.planning.suggesting.module_parts import (
+    Findings,
     Leaf,
     Link,
     ModulePart,
-    Names,
     Tie,
     module_parts,
     part_of,
@@ -40,7 +40,7 @@ from orbax_nnx_handler.planning.suggesting.module_parts import (
 )
 from orbax_nnx_handler.planning.suggesting.named_parts import NamedPart, named_parts
 from orbax_nnx_handler.planning.suggesting.shapes import Way, ways
-from orbax_nnx_handler.planning.suggesting.vocabulary import concepts
+from orbax_nnx_handler.planning.suggesting.vocabulary import Names, concepts
 from orbax_nnx_handler.planning.target.roles import Wanted
 
 

@@ -11,21 +11,21 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from orbax_nnx_handler.planning.core.folding import PLACE, numbered
 from orbax_nnx_handler.planning.core.leaves import Shape
 from orbax_nnx_handler.planning.core.paths import levels
 from orbax_nnx_handler.planning.suggesting.assignment import best_pairs, depth_of, possible_stacks
-from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, Names, module_parts
+from orbax_nnx_handler.planning.suggesting.module_parts import Leaf, module_parts
 from orbax_nnx_handler.planning.suggesting.shapes import without_axis
 from orbax_nnx_handler.planning.suggesting.vocabulary import (
     MARGIN,
-    PLACE,
     RESTS,
     SINGLE,
+    Names,
     arm,
     concepts,
     exclude,
     likeness,
-    numbered,
     telling,
 )
 

@@ -3,9 +3,14 @@
 import functools
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
+from orbax_nnx_handler.planning.core.folding import around
 from orbax_nnx_handler.planning.core.paths import Level, levels
+
+Names = tuple[str, ...]
 
 Concepts = frozenset[str]
 """What a name says: words of the table below, and every other word as it is."""
@@ -243,55 +248,6 @@ def directions(names: tuple[str, ...]) -> frozenset[tuple[Sequence[str], Sequenc
     return frozenset((meanings(at), meanings(to)) for at, middle, to in around if middle in ("to", "2"))
 
 
-PLACE = "{i}"
-Numbered = tuple[tuple[str, ...], tuple[str, ...]]
-"""The names that lead into a layer, with a place for its number; the names without numbers."""
-
-
-def numbered(names: tuple[str, ...], above: int) -> list[tuple[Numbered, int]]:
-    """Returns the numbered levels of a path below a context, each as the key of its group and its number."""
-    at, base, found = 0, list[str](), list[tuple[Numbered, int]]()
-    for level in levels(names):
-        at += level.width
-        base.append(level.base)
-        if level.number is not None and at > above and at < len(names):
-            last = names[at - 1]
-            template = PLACE.join(last.rsplit(str(level.number), 1)) if not last.isdecimal() else PLACE
-            found.append((((*names[: at - 1], template), tuple(base)), level.number))
-    return found
-
-
-def _numbered_segments(names: tuple[str, ...], above: int) -> list[tuple[int, Level]]:
-    """Returns the segments with a number below a context, and what they count."""
-    at, found = 0, list[tuple[int, Level]]()
-    for level in levels(names):
-        at += level.width
-        if level.number is not None and at > above:
-            found.append((at - 1, level))
-    return found
-
-
-def same_numbers(
-    wanted: tuple[str, ...], stored: tuple[str, ...], above: tuple[int, int]
-) -> tuple[tuple[int, int], ...]:
-    """Returns the segments below a context in which two paths count the same, stored and wanted.
-
-    Numbers of one name, or those of the parts themselves: `Dense_3` and `layers/3`.
-    """
-    left, right = _numbered_segments(wanted, above[0]), _numbered_segments(stored, above[1])
-    alone = len(left) == len(right)
-    ends = len(wanted) - 2, len(stored) - 2
-    found: list[tuple[int, int]] = []
-    for seat, level in right:
-        for at, (other, against) in enumerate(left):
-            are_last = alone and (other, seat) == ends
-            if level.number == against.number and (level.base == against.base or are_last):
-                found.append((seat, other))
-                left = left[at + 1 :]
-                break
-    return tuple(found)
-
-
 def same_name(one: Level, other: Level) -> bool:
     """Tells whether two numbered levels are called alike."""
     if one.base == other.base:
@@ -444,3 +400,47 @@ def placed(positions: Sequence[float | None]) -> list[float | None]:
     if positions.count(None) == 1 and known and all(abs(position) >= 100 for position in known):
         return [0.0 if position is None else position for position in positions]
     return list(positions)
+
+
+def in_strict_order(keys: Sequence[Any]) -> list[int] | None:
+    """Returns the places in the order of their keys; None where a key is not known or is there twice."""
+    if None in keys or len(set(keys)) < len(keys):
+        return None
+    return sorted(range(len(keys)), key=lambda at: keys[at])
+
+
+# Parts and the modules around them.
+
+
+def place_of(names: Names) -> tuple[Names, str]:
+    """Returns the part that a leaf belongs to and what it is there."""
+    *above, last = names
+    kind = PARAMETER.get(last)
+    if kind is not None:
+        return tuple(above), kind
+    ending = None if "layerscale" in meanings(last) else ENDING.fullmatch(last)
+    if ending is not None and PARAMETER.get(ending[2]):
+        return (*above, ending[1]), PARAMETER[ending[2]]
+    return names, "main"
+
+
+ModuleKinds = tuple[Names, tuple[Sequence[str], frozenset[Names]]]
+
+
+def kinds_of_modules(parts: Iterable[Names]) -> Mapping[Names, ModuleKinds]:
+    """Returns of what kind each module is: by its path without numbers, and by its name and its parts."""
+    held: dict[Names, set[Names]] = defaultdict(set)
+    for part in parts:
+        for names in around(part):
+            held[names].add(part[len(names) :])
+    bases = {names: tuple(level.base for level in levels(names)) for names in held}
+    last = {names: next(filter(None, reversed(named)), "") for names, named in bases.items()}
+    said = {names: meanings(name) or (name,) for names, name in last.items()}  # `Mixed_5b` as `Mixed_5c`.
+    return {names: (named, (said[names], frozenset(held[names]))) for names, named in bases.items()}
+
+
+def is_alone(names: Names, kinds: Mapping[Names, ModuleKinds]) -> bool:
+    """Tells whether a module holds only one part of a name: a convolution beside a norm."""
+    own = levels(names)[-1]
+    held = kinds[module][1][1] if (module := names[: -own.width]) in kinds else ()
+    return [[level.base for level in levels(part)] for part in held].count([own.base]) == 1

@@ -17,6 +17,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 from absl import logging
 
+from tests.laws.fuzz.placements import try_placed
 from tests.laws.fuzz.programs import try_program
 from tests.laws.fuzz.renamed import try_renamed
 from tests.laws.fuzz.replaced import try_replaced
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--programs", action="store_true", help="save random programs, restore changed ones")
     parser.add_argument("--rules", action="store_true", help="random programs, restored under rules")
     parser.add_argument("--networks", action="store_true", help="rules that put networks in others' places")
+    parser.add_argument("--placed", action="store_true", help="save random programs of several networks")
     parser.add_argument("--examples", type=int, default=10, help="how many of each fault are shown")
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
@@ -52,6 +54,8 @@ def main() -> int:
                 outcomes.append(try_renamed(seed, pathlib.Path(place)))
             elif options.networks:
                 outcomes.append(try_replaced(seed, pathlib.Path(place)))
+            elif options.placed:
+                outcomes.append(try_placed(seed, pathlib.Path(place)))
             elif options.programs:
                 outcomes.append(try_program(seed, pathlib.Path(place)))
             else:

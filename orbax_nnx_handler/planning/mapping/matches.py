@@ -9,7 +9,8 @@ from orbax_nnx_handler.planning.core.folding import Row
 from orbax_nnx_handler.planning.core.leaves import StoredLeaf, record
 from orbax_nnx_handler.planning.core.lines import aligned, counted
 from orbax_nnx_handler.planning.core.paths import Path, Tokens, numbers_below, render, segments
-from orbax_nnx_handler.planning.core.recipes import Recipe, reads, render_reads
+from orbax_nnx_handler.planning.core.recipes import Read, Recipe, reads, render_reads
+from orbax_nnx_handler.planning.layouts.layout import Placement, Section, Stored
 from orbax_nnx_handler.planning.mapping.cells_and_wrappers import WithoutVariable
 from orbax_nnx_handler.planning.mapping.layer_paths import Group
 from orbax_nnx_handler.planning.rules.entries import Entry
@@ -291,3 +292,34 @@ def _naming(paths: Collection[Path], others: Collection[Path]) -> list[str]:
     names, rest = [Pattern(text) for text in found[:_SHOWN]], [segments(other) for other in others]
     is_exact = len(found) <= _SHOWN and not any(any(name.spans(other)) for name in names for other in rest)
     return found if is_exact else whole
+
+
+def as_saved(
+    wanted: Sequence[Wanted], stored: Stored, places: Mapping[Path, Path]
+) -> tuple[dict[Path, Found], list[Placement]] | None:
+    """Returns what each leaf comes from, and is, in a checkpoint that is a save of the target and no more.
+
+    There is nothing that levels, groups and owners would have to tell: each leaf has its path in the item.
+
+    Args:
+        wanted: The target's leaves.
+        stored: The stored leaves.
+        places: Where a save stores each leaf of the target.
+    """
+    found, placed = dict[Path, Found](), dict[Path, Placement]()
+    for item in wanted:
+        leaf = stored.get(places.get(item.leaf.path, ()))
+        if leaf is None and item.role in ("random", "transient"):
+            continue
+        if leaf is None or leaf.shape != item.leaf.shape:
+            return None
+        section: Section = "aux" if item.role == "random" else "model"
+        section = item.role if item.role in ("optimizer", "step") else section
+        found[item.leaf.path] = Found(recipe=Read(leaf.path), evidence=_SAVED)
+        placed[leaf.path] = Placement(
+            leaf=leaf, section=section, path=item.path, collection=item.collection, owner=item.owner
+        )
+    return (found, [*placed.values()]) if len(stored) == len(placed) == len(found) else None
+
+
+_SAVED = MatchEvidence(kind="layout", words="where a save of the target stores it")

@@ -112,12 +112,14 @@ class Target:
         variables: The target's own Variable (or bare array) behind each leaf.
         assemble: Builds the target's own type from values by path.
         aliases: Returns the other paths of Variables that the target shares, each with the wanted one.
+        saved: Returns where a save would store each leaf of the target, in each layout that it may have.
     """
 
     leaves: Mapping[Path, WantedLeaf]
     variables: Mapping[Path, Any]
     assemble: Callable[[Mapping[Path, Any]], Any]
     aliases: Callable[[], Mapping[Path, Path]] = dict[Path, Path]
+    saved: Callable[[], Iterable[Mapping[Path, Path]]] = tuple
 
 
 def flatten_target(

@@ -23,11 +23,13 @@ from orbax_nnx_handler.planning.mapping.choice import (
     renames_of_shared,
 )
 from orbax_nnx_handler.planning.mapping.mapping import LeafMapping
-from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, MatchEvidence
+from orbax_nnx_handler.planning.mapping.matches import Discarded, Dropped, MatchEvidence, as_saved
+from orbax_nnx_handler.planning.mapping.roots import Roots
 from orbax_nnx_handler.planning.options import Policy, RestoreOptions, resolve
-from orbax_nnx_handler.planning.rules import Drop, Rule, ScanAxis
+from orbax_nnx_handler.planning.rules import Drop, Rule, ScanAxis, apply_rules
 from orbax_nnx_handler.planning.rules.applying import WHOLE
-from orbax_nnx_handler.planning.target.roles import Wanted, roles_of
+from orbax_nnx_handler.planning.rules.entries import every_entry
+from orbax_nnx_handler.planning.target.roles import WEIGHTS, Wanted, of_role, roles_of
 from orbax_nnx_handler.planning.target.shardings import indivisible
 from orbax_nnx_handler.planning.target.target import Target
 from orbax_nnx_handler.planning.verdict.laws import Broken, Known, Source, certify
@@ -128,6 +130,37 @@ def choose(wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions) ->
     return first
 
 
+def _as_saved(
+    target: Target, wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, chosen: Chosen
+) -> Chosen:
+    """Returns the reading of a checkpoint as a save of the target, where no other one finds all of it."""
+    mapping = chosen.mapping
+    shapes, weights = mapping.shapes, of_role(wanted, *WEIGHTS)
+    is_whole = all(shapes.get(item.leaf.path) == item.leaf.shape for item in weights)
+    open_ones = chosen.broken or mapping.rivals or any(states.undecided for states in mapping.states)
+    if options.renames or options.layout != "auto" or mapping.unclear or (is_whole and not open_ones):
+        return chosen  # Nearly every plan. The axis of a stack is no matter of where it is stored.
+    if not len(weights) <= len(stored) <= len(wanted):
+        return chosen
+    made = [one for places in target.saved() if (one := as_saved(wanted, stored, places))]
+    if not made or any(found != made[0][0] for found, _ in made):
+        return chosen
+    found, placed = made[0]
+    mapping = LeafMapping(
+        layout=mapping.layout,
+        found=found,
+        placements=placed,
+        roots=Roots(wanted=(), stored=(), overlap=0),
+        rivals=(),
+        unclear=(),
+        without_variable=(),
+        discarded={},
+        applied=apply_rules(every_entry(placed), ()),
+    )
+    again = Chosen(mapping, (), _broken_laws(wanted, mapping))
+    return chosen if again.broken else again
+
+
 def _with_shared(
     target: Target, wanted: Sequence[Wanted], stored: Stored, options: RestoreOptions, chosen: Chosen
 ) -> tuple[Chosen, RestoreOptions]:
@@ -201,6 +234,7 @@ def judge(
     wanted = roles_of(target.leaves)
     policies = resolve(options.policy, target.variables, overrides or {})
     first = chosen or _choice(target, wanted, stored, options, overrides, broken)
+    first = _as_saved(target, wanted, stored, options, first)
     (mapping, faults, broken_laws), options = _with_shared(target, wanted, stored, options, first)
     leaves = LeafVerdicts(mapping, stored, options, policies)
     outcomes = {item.leaf.path: leaves.outcome(item) for item in wanted}

@@ -115,6 +115,27 @@ def plan_save(
     arranged = arrange(item, flavour, tx)
     if not arranged.certain and flavour == "linen":
         _warn(_UNCERTAIN)
+    return _planned(arranged, flavour, undone)
+
+
+def where_saved(item: Any) -> list[dict[Path, Path]]:
+    """Returns where each leaf of an item would be stored, by its path in the item, in each layout of `save`.
+
+    A layout is left out in which the item cannot be saved, or a leaf is not stored as it is.
+    """
+    found: list[dict[Path, Path]] = []
+    for flavour in get_args(Flavour):
+        try:
+            plan = _planned(arrange(item, flavour), flavour, ())
+        except ValueError:
+            continue
+        if all(isinstance(leaf.recipe, Read) for leaf in plan.leaves.values()):
+            streams = {leaf.path: (AUX, *at) for at, leaf in plan.random.items()}
+            found.append(streams | {leaf.like: at for at, leaf in plan.leaves.items()})
+    return found
+
+
+def _planned(arranged: Arranged, flavour: Flavour, undone: RulesOrRestore) -> SavePlan:
     values = {leaf.path: leaf.value for leaf in (*arranged.leaves.values(), *arranged.random.values())}
     _check_masks(values)
     leaves: SavedLeaves = {at: SavedLeaf.of(leaf) for at, leaf in arranged.leaves.items()}

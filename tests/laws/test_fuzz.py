@@ -9,6 +9,7 @@ from flax import nnx
 
 from tests.laws.fuzz import models, optimizers
 from tests.laws.fuzz.__main__ import needless, table
+from tests.laws.fuzz.placements import try_placed
 from tests.laws.fuzz.programs import try_program
 from tests.laws.fuzz.renamed import try_renamed
 from tests.laws.fuzz.replaced import try_replaced
@@ -40,6 +41,14 @@ def test_few_random_trees_with_one_reading_are_refused(outcomes):
 def test_random_states_come_back_from_their_own_save(tmp_path_factory):
     found = [try_round_trip(seed, tmp_path_factory.mktemp("saved")) for seed in range(25, 45)]
     bad = [outcome for outcome in found if outcome.result not in ("right", "refused")]
+    assert not bad, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in bad)
+
+
+def test_random_programs_of_several_networks_come_back_from_their_own_save(tmp_path_factory):
+    # Of these no level, group or owner tells where each part was.
+    seeds = (4, 26, 29, 44, 64, 81, 93, 115, 148, 175)
+    found = [try_placed(seed, tmp_path_factory.mktemp("placed")) for seed in seeds]
+    bad = [outcome for outcome in found if outcome.result != "right"]
     assert not bad, "\n".join(f"seed {outcome.seed}: {outcome.detail}" for outcome in bad)
 
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from orbax_nnx_handler import restore, save
+from orbax_nnx_handler import plan_restore, restore, save
 
 TX = optax.adam(0.1)
 
@@ -135,6 +135,16 @@ def two_heads(*, nested: bool) -> dict[str, Any]:
     return heads | {f"{name}_opt": optimizer(head) for name, head in heads.items()}
 
 
+def one_of_both(key: str) -> dict[str, Any]:
+    both = nnx.Dict({"a": Net(), "b": Net()})
+    return {"a": both["a"], "b": both["b"], key: {"opt": optimizer(both)}}
+
+
+def among_trainings() -> dict[str, Any]:
+    trained = with_its_optimizer(2)
+    return {"enc": (enc := Net()), "opts": {"0": optimizer(enc)}, "trainings": {"1": trained}}
+
+
 PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "functional, a step in a Variable": lambda: fields(step=nnx.Variable(jnp.int32(0))),
     "functional, a step in a Param": lambda: fields(step=nnx.Param(jnp.int32(0))),
@@ -179,6 +189,11 @@ PROGRAMS: Mapping[str, Callable[[], Any]] = {
     "optimizers alone": lambda: optimizers_alone(actor_and_critic()),
     "optimizers of layers alone": lambda: optimizers_alone(two_heads(nested=False)),
     "optimizers alone in a list": lambda: optimizers_alone(lists()),
+    "one optimizer of both below a key": lambda: one_of_both("training"),
+    "one of several is a train state in a group": among_trainings,
+    "train states below a key called params": lambda: {
+        "params": {"gen": with_its_optimizer(2), "disc": with_its_optimizer(4)}
+    },
     "lists of train states": lambda: {"agents": [with_its_optimizer(2), with_its_optimizer(4)]},
 }
 
@@ -211,6 +226,28 @@ def test_a_program_gets_its_own_train_states_back(program: str, layout: Any, tmp
 
     assert elements(found).keys() == elements(make()).keys()
     np.testing.assert_equal(elements(found), elements(item))
+
+
+def test_the_plan_says_what_is_read_as_a_save_of_the_target(tmp_path: Path) -> None:
+    save(tmp_path / "item", one_of_both("training"))
+
+    plan = plan_restore(tmp_path / "item", nnx.eval_shape(lambda: one_of_both("training")))
+
+    assert plan.fits
+    assert {item.evidence.words for item in plan.restored.values()} == {
+        "where a save of the target stores it"
+    }
+
+
+@pytest.mark.parametrize("policy", ["error", "warn"])
+def test_a_save_of_another_program_is_not_read_as_one_of_the_target(policy: Any, tmp_path: Path) -> None:
+    item = one_of_both("training")
+    save(tmp_path / "item", numbered(item))
+
+    other = {"a": item["a"], "c": item["b"], "training": item["training"]}
+    plan = plan_restore(tmp_path / "item", nnx.eval_shape(lambda: other), policy=policy)
+
+    assert not any(path[0] == "c" for path in plan.restored)
 
 
 @pytest.mark.parametrize("layout", ["linen", "maxtext"])

@@ -104,9 +104,18 @@ def proposed(name):
     return tree, suggest(tree, target_of(UNSEEN[name]["wanted"]))
 
 
+def restored_under(rules, tree, pair):
+    """Returns a pair's target, restored under rules; what they don't give is zero."""
+    return from_linen(tree, target_of(pair["wanted"]), renames=rules, policy="warn", unexpected="ignore")
+
+
 def wrong_under(rules, tree, pair):
     """Returns the leaves that rules give another value, or none."""
-    state = from_linen(tree, target_of(pair["wanted"]), renames=rules, policy="warn", unexpected="ignore")
+    return wrong_in(restored_under(rules, tree, pair), pair)
+
+
+def wrong_in(state, pair):
+    """Returns the leaves of a pair's state that have another value than the right one."""
     values = {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     digests = {
         path: hashlib.sha256(np.ascontiguousarray(value, dtype="float32").tobytes()).hexdigest()[:12]

@@ -243,7 +243,7 @@ class _Pairs:
             second, lower = table.best(without=pair)
             if value - lower >= MARGIN or not self._rivals(pair, group):
                 if asked or self._is_plausible(pair, group):
-                    found.append((*pair, "names" if self._has_rival(pair) else "shapes"))
+                    found.append((*pair, "names" if any(True for _ in self._others(pair)) else "shapes"))
                 else:
                     self._unlikely.append(pair)
             else:
@@ -268,14 +268,11 @@ class _Pairs:
             leaves[1][kind].shape == leaf.shape for kind, leaf in leaves[0].items() if kind in leaves[1]
         )
 
-    def _has_rival(self, pair: tuple[int, int]) -> bool:
-        """Tells whether shapes alone allow another pair."""
-        return any(True for _ in self._others(pair))
-
     def _is_plausible(self, pair: tuple[int, int], group: set[tuple[int, int]]) -> bool:
         """Tells whether a pair is more than a coincidence of shape."""
         fit, one, other = self._fits[pair], self._wanted[pair[0]], self._stored[pair[1]]
-        if pair in self._known or likeness(one.said, other.said) > 0 or one.said & other.said:
+        is_same = one.position is not None and one.position == other.position
+        if pair in self._known or likeness(one.said, other.said) > 0 or one.said & other.said or is_same:
             return True
         is_layer = (leaf := one.part.leaves.get("main")) and len(fit.pairs) > 1 and len(leaf.shape) > 1
         exact = {other for other, its in self._fits.items() if its.is_exact}

@@ -215,7 +215,8 @@ class _Context:
             return gated  # Experts with biases: in GPT-OSS both take turns, else they do not.
         # Guided diffusion: head by head, but under `use_new_attention_order`.
         is_either = last == "qkv" and "proj_out" in self._bases[part.module]
-        return ("q", "k", "v") if is_either or any(name in last.lower() for name in UNTOLD) else ()
+        is_either |= last not in FUSED and any(name in last.lower() for name in UNTOLD)
+        return ("q", "k", "v") if is_either else ()
 
     def _computed(self, part: ModulePart) -> tuple[str, ...]:
         """Returns the roles of a layer that Linen numbered in an attention, where sizes allow no others."""

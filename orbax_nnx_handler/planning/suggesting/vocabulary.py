@@ -325,6 +325,7 @@ FUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
     "qkv_einsum": (("q", "k", "v"), "Gemma"),
     "in_proj": (("q", "k", "v"), "PyTorch's attention"),
     "c_attn": (("q", "k", "v"), "GPT-2"),
+    "Wqkv": (("q", "k", "v"), "FlashAttention's modules"),
 }
 """Names of fused parts that do not say their order themselves, and whose convention tells it."""
 

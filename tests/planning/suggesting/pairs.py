@@ -43,7 +43,6 @@ OPEN = {
     "dual_encoder": 1,
     "inception": 20,
     "ddpm": 12,
-    "phi2": 6,
     "qwen2": 6,
     "set_transformer": 20,
     "maxvit": 156,
@@ -54,7 +53,7 @@ OPEN = {
 }
 """Leaves that stay open.
 
-An array that holds queries, keys and values may hold them head by head (bloom, phi2); a logarithm of a
+An array that holds queries, keys and values may hold them head by head (bloom); a logarithm of a
 variance is not that of a deviation (vae_flax); `t` and `b` may be anything (siglip_two_towers); networks
 and parts of one shape that Linen numbered (sac, drq, simba, graphnet, nerf, savi, genie, rt1) take the
 order of creation, which a state has forgotten. How keys and values lie in an array of a layer that Linen

@@ -9,6 +9,7 @@ from flax import nnx
 from orbax_nnx_handler import (
     Add,
     AmbiguousMappingError,
+    MissingParamError,
     Repeat,
     Reshape,
     RestoreError,
@@ -497,3 +498,28 @@ def test_state_of_a_pure_dict_is_not_read_as_it_is_where_a_rule_computes_its_wei
     same = from_linen({**target, "step": 3}, target)
 
     jax.tree.map(np.testing.assert_array_equal, same, target)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_state_that_holds_a_state_of_its_own_is_no_other_with_its_fields(backwards, typed):
+    chains = [optax.contrib.sophia(1e-3), optax.adam(1e-3)]
+    stored, wanted = reversed(chains) if backwards else chains
+    numbers = Numbers()
+    params = {"dense": numbers.dense()}
+    tree = {"params": params, "opt_state": numbers.optimizer(stored, params), "step": np.int32(2)}
+    target = training_target(params, wanted)
+    if not typed:
+        weights = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), params)
+        state = jax.eval_shape(wanted.init, weights)
+        target = {"params": weights, "opt_state": state, "step": jax.ShapeDtypeStruct((), np.int32)}
+
+    with pytest.raises(MissingParamError) as caught:
+        from_linen(tree, target)
+    result = from_linen(tree, target, policy="warn")
+
+    assert {"mu", "nu"} <= {key for path in caught.value.paths for key in path}
+    state = result.optimizer.opt_state if typed else result["opt_state"]
+    moments = [value for path, value in worlds.flat(state).items() if {"mu", "nu"} & {*path}]
+    assert len(moments) == 4
+    assert not any(map(np.any, moments))

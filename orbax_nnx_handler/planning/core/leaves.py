@@ -162,12 +162,10 @@ class StoredLeaf:
 OPT_STATE = "opt_state"
 """The field of a train state, and the attribute of an `nnx.Optimizer`, that holds the state."""
 
-CONTAINERS = frozenset(
-    {
-        *("inner_state", "inner_opt_state", OPT_STATE, "base_optimizer_state"),
-        *("fast_state", "adv_state", "hessian_fn_state"),
-    }
-)
+OWN_PARTS = frozenset({"fast_state", "adv_state", "hessian_fn_state"})
+"""Fields of one kind of optax's states alone that hold a further state (lookahead, SAM, Sophia)."""
+
+CONTAINERS = OWN_PARTS | {"inner_state", "inner_opt_state", OPT_STATE, "base_optimizer_state"}
 """Fields of optax's wrappers that hold other states (`optax.transforms`, `optax.contrib`)."""
 
 LABELLED = "inner_states"

@@ -230,7 +230,8 @@ def _map(
         follower = MomentFollower(optimizers[-1], states, paths, stored, applied, found)
         followed.append(follower.follow())
         stuck += (*followed[-1].stuck, *_open_moments(pair_wanted, states, likely, found))
-    lost = {item.path for item in stuck}  # No moment of a changed parameter is read as it is.
+    # No moment of a changed parameter is read as it is, nor of a state whose place another kind has.
+    lost = {item.path for item in stuck}.union(*(one.states.lacking for one in followed))
     _add_own(found, [item for item in wanted if item.leaf.path not in lost], kept, entries)
     return LeafMapping(
         layout=layout,
@@ -263,14 +264,12 @@ def _open_moments(
     moments = (leaf for s in states for field in s.moments.values() for leaf in field.values())
     for leaf in moments if len(networks) > 1 else ():
         if source := found.pop(leaf.path, None):
-            stored = tuple(reads(source.recipe))
-            yield StuckMoment(path=leaf.path, stored=stored, reason=reason, why=why)
+            yield StuckMoment(path=leaf.path, stored=tuple(reads(source.recipe)), reason=reason, why=why)
 
 
 def _copied(applied: RulesApplied, optimizers: Sequence[StoredStates]) -> frozenset[Path]:
-    weights = applied.copied
-    moments = (optimizer.of_parameter(path) for path in weights for optimizer in optimizers)
-    return weights.union(*moments)
+    moments = (optimizer.of_parameter(path) for path in applied.copied for optimizer in optimizers)
+    return applied.copied.union(*moments)
 
 
 def _in_own_collections(applied: RulesApplied, wanted: Sequence[Wanted]) -> RulesApplied:

@@ -51,8 +51,7 @@ class UndecidedState:
     @property
     def paths(self) -> tuple[Path, ...]:
         """The wanted leaves that it is about."""
-        moments = [leaf for field in self.wanted.moments.values() for leaf in field.values()]
-        return tuple(leaf.path for leaf in (*self.wanted.scalars.values(), *moments))
+        return tuple(leaf.path for leaf in self.wanted.leaves)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,11 @@ class PairedStates:
     undecided: Sequence[UndecidedState] = ()
     missing: Sequence[OptimizerState] = ()
     unexpected: Sequence[OptimizerState] = ()
+
+    @property
+    def lacking(self) -> frozenset[Path]:
+        """The wanted leaves that no stored state has."""
+        return frozenset(leaf.path for state in self.missing for leaf in state.leaves)
 
 
 Sources = Callable[[Path], Collection[Path]]

@@ -18,6 +18,7 @@ from orbax_nnx_handler.planning.core.leaves import (
     CONTAINERS,
     LABELLED,
     MOMENTS,
+    OWN_PARTS,
     Shape,
     begins_a_state,
     is_optax_state,
@@ -63,18 +64,21 @@ class OptimizerState:
         moments: The moments of each field, by parameter.
         scalars: The other leaves, by field.
         doubtful: Whether its leaves may be other moments: a module is called like a field.
+        parts: Its fields that hold a further state, which no other kind of state has.
     """
 
     place: Tokens
     moments: Mapping[Tokens, Mapping[Path, OptimizerLeaf]]
     scalars: Mapping[Tokens, OptimizerLeaf]
     doubtful: bool = False
+    parts: frozenset[str] = frozenset()
 
     @cached_property
     def fields(self) -> tuple[frozenset[Tokens], ...]:
         """What tells a state: its moments, its scalars, and names above it that no optax container has."""
         strange = [key for key, label in _kinds(self.place) if not label and not _is_container(key)]
-        return frozenset(self.moments), frozenset(self.scalars), self._numbers, frozenset([tuple(strange)])
+        own = frozenset(self.moments), frozenset(self.scalars), frozenset([tuple(sorted(self.parts))])
+        return *own, self._numbers, frozenset([tuple(strange)])
 
     @property
     def _numbers(self) -> frozenset[Tokens]:
@@ -86,6 +90,12 @@ class OptimizerState:
     def label(self) -> Tokens:
         """The label of the group of parameters that it is for (`inner_states/<label>`)."""
         return tuple(key for key, label in _kinds(self.place) if label)
+
+    @property
+    def leaves(self) -> Iterator[OptimizerLeaf]:
+        """Its leaves, scalars first."""
+        yield from self.scalars.values()
+        yield from (leaf for field in self.moments.values() for leaf in field.values())
 
     @cached_property
     def parameters(self) -> frozenset[Path]:
@@ -305,14 +315,17 @@ class _Reader:
     def states(self) -> list[OptimizerState]:
         """Returns the states in the order of their places."""
         doubtful = self.contested | {field[:-1] for field in self.either - self.sure}
+        places = self.moments.keys() | self.scalars.keys()
+        within = {(place[:at], key) for place in places for at, key in enumerate(place) if key in OWN_PARTS}
         return [
             OptimizerState(
                 place=place,
                 moments=self.moments.get(place, {}),
                 scalars=self.scalars.get(place, {}),
                 doubtful=place in doubtful or self._is_bare(place),
+                parts=frozenset(key for above, key in within if above == place),
             )
-            for place in sorted(self.moments.keys() | self.scalars.keys(), key=_in_order)
+            for place in sorted(places, key=_in_order)
         ]
 
     def _is_bare(self, place: Tokens) -> bool:

@@ -23,12 +23,10 @@ from orbax_nnx_handler.planning.verdict.elements import common_end
 _LABELLED = "inner_states"
 """The field of `optax.partition` that holds a state for each label."""
 
-_CONTAINERS = frozenset(
-    {
-        *("inner_state", "inner_opt_state", "opt_state", _LABELLED),
-        *("base_optimizer_state", "fast_state", "adv_state", "hessian_fn_state"),
-    }
-)
+_OWN_PARTS = frozenset({"fast_state", "adv_state", "hessian_fn_state"})
+"""Fields of one kind of optax's states alone that hold a further state (lookahead, SAM, Sophia)."""
+
+_CONTAINERS = _OWN_PARTS | {"inner_state", "inner_opt_state", "opt_state", "base_optimizer_state", _LABELLED}
 """Fields of optax's wrappers that hold other states (`optax.transforms`, `optax.contrib`)."""
 
 _RECORDS = frozenset({"hyperparams", "hyperparams_states", "skip_state", "measurement", "info"})
@@ -125,7 +123,7 @@ class States:
             if item.section == "optimizer" and item.slot is None:
                 slot = slot_of(canonical(item.path))
                 found[item.owner, slot.place].add(slot.field[:1])
-        return found
+        return _with_parts(found)
 
     @cached_property
     def _wanted_fields(self) -> Mapping[_State, set[Tokens]]:
@@ -134,7 +132,7 @@ class States:
             if item.role == "optimizer":
                 slot = slot_of(item.tokens)
                 found[item.owner, slot.place].add(slot.field[:1])
-        return found
+        return _with_parts(found)
 
     def _of_other_labels(self) -> Iterator[tuple[Path, Path, str]]:
         """Yields states that are read from another label's: theirs is stored, or no moment tells it."""
@@ -170,12 +168,27 @@ class States:
                     yield *after[2], "its chain's states come in another order"
 
     def _with_other_fields(self) -> Iterator[tuple[Path, Path, str]]:
-        """Yields states without moments that are read from a state which has other fields too."""
+        """Yields states that are read from a state of another kind, which has other fields too.
+
+        Some of the moments of a state may be wanted alone, but not without what its kind alone holds.
+        """
         for wanted, stored in self._pairs.items():
-            for state, leaves in stored.items() if wanted not in self._with_moments else ():
-                others = self._every_slot[state] - self._wanted_fields[wanted]
+            for state, leaves in stored.items():
+                there, here = self._every_slot[state], self._wanted_fields[wanted]
+                others = there - here
+                if wanted in self._with_moments:
+                    others = {field for field in there ^ here if not _OWN_PARTS.isdisjoint(field)}
                 if others:
                     yield *leaves, f"its state has {render(min(others))} too"
+
+
+def _with_parts(fields: Mapping[_State, set[Tokens]]) -> Mapping[_State, set[Tokens]]:
+    """Returns the fields of each state, with those that hold a further state of its own."""
+    for owner, place in list(fields):
+        for at, key in enumerate(place):
+            if key in _OWN_PARTS and (owner, place[:at]) in fields:
+                fields[owner, place[:at]].add((key,))
+    return fields
 
 
 class Followed(NamedTuple):
